@@ -1,0 +1,78 @@
+"""The errors a user can meet, each with what to do about it in its message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class CompanionError(Exception):
+    """Parent of every error raised on purpose: catch it to catch them all."""
+
+
+class MissingData(CompanionError):
+    """A data set is not where it was looked for, or only part of it is.
+
+    Args:
+        name: the data set, as a person would say it.
+        folder: the folder that was expected to hold it.
+        layout: the expected files, one a line.
+        source: where to get it.
+        licence: its licence, or the gate in front of it.
+        detail: what exactly is missing, when more than everything is known.
+    """
+
+    def __init__(self, name: str, folder: str | Path, layout: str, source: str, licence: str, detail: str = ""):
+        self.name, self.folder, self.layout = name, Path(folder), layout
+        self.source, self.licence, self.detail = source, licence, detail
+        tree = "\n".join("    " + line for line in layout.strip().splitlines())
+        what = f"\n  missing : {detail}" if detail else ""
+        super().__init__(
+            f"the data set '{name}' was not found\n  expected: {folder}{what}\n  layout  :\n{tree}\n"
+            f"  get it  : {source}\n  licence : {licence}"
+        )
+
+
+class MissingWeights(CompanionError):
+    """Pretrained weights are neither cached nor allowed to be downloaded.
+
+    Args:
+        name: the model, as its hub names it.
+        cache: the folder that was searched.
+        ways: the ways to get the weights, one sentence each.
+    """
+
+    def __init__(self, name: str, cache: str | Path, ways: Iterable[str]):
+        self.name, self.cache, self.ways = name, Path(cache), tuple(ways)
+        steps = "\n".join(f"  {i}. {way}" for i, way in enumerate(self.ways, 1))
+        super().__init__(f"the weights of '{name}' are not in the cache ({cache}). To get them:\n{steps}")
+
+
+class CorruptFile(CompanionError):
+    """A file exists but cannot be read as what it should be."""
+
+    def __init__(self, path: str | Path, reason: str):
+        self.path, self.reason = Path(path), reason
+        super().__init__(f"cannot read {path}: {reason}")
+
+
+class BadCheckpoint(CompanionError):
+    """A state dict does not fit the model: the names that are missing, unknown or of another shape are listed."""
+
+    def __init__(self, what: str, missing: Iterable[str] = (), unknown: Iterable[str] = (), shapes: Iterable[str] = ()):
+        self.missing, self.unknown, self.shapes = sorted(missing), sorted(unknown), sorted(shapes)
+        lines = [f"the checkpoint does not fit {what}"]
+        for title, names in (("missing", self.missing), ("unknown", self.unknown), ("other shape", self.shapes)):
+            if names:
+                more = f" (and {len(names) - 12} more)" if len(names) > 12 else ""
+                lines.append(f"  {title}: " + ", ".join(names[:12]) + more)
+        super().__init__("\n".join(lines))
+
+
+class BadParameter(CompanionError, ValueError):
+    """A parameter has a value that is not accepted; the message says which ones are."""
+
+    def __init__(self, name: str, value: object, accepted: object):
+        self.name, self.value, self.accepted = name, value, accepted
+        said = ", ".join(repr(a) for a in accepted) if isinstance(accepted, (list, tuple, set, frozenset)) else accepted
+        super().__init__(f"{name} = {value!r} is not accepted. Accepted: {said}")

@@ -1,0 +1,1 @@
+"""What each paper adds, one file a paper, on backbones of timm and open_clip."""
