@@ -1,1 +1,138 @@
-"""Readers of the real data sets in their real layouts, one file a task."""
+"""Readers of the real data sets in their real layouts, one file a task, and the register of what they read.
+
+`DATASETS` holds a `DataSet` for each name ("fgvc/cub200", "vtab/cifar100", ...); `status` says whether it is on this
+machine, `fetch` downloads what is free and has a checksum, `table` gives all of it in rows. Each task's module adds its
+own sets to `DATASETS` and offers `load`, `status` and `fetch` for them. Nothing here knows a model or a paper.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..errors import BadParameter, MissingData
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set as its reader expects it on disk.
+
+    Attributes:
+        name: "group/set"; the name that every function here takes.
+        title: the name as a person would say it.
+        group: the benchmark, as in the papers' tables.
+        task: the module of this package that reads it.
+        classes: number of classes; None where the lists say it.
+        sizes: images in each split as its source has it; a list of another length is refused.
+        folders: where it is looked for below the data root, the first spelling being the usual one.
+        layout: the files expected below the folder, one a line.
+        source: where to get it.
+        licence: its licence, or the gate in front of it.
+        citation: the work to cite.
+        fetchable: whether `fetch` can download it.
+    """
+
+    name: str
+    title: str
+    group: str
+    task: str
+    classes: int | None
+    sizes: Mapping[str, int]
+    folders: tuple[str, ...]
+    layout: str
+    source: str
+    licence: str
+    citation: str
+    fetchable: bool = False
+
+    def folder(self, root: str | Path) -> Path:
+        """The first of `folders` that exists below `root`; the usual spelling when none does."""
+        candidates = [Path(root) / folder for folder in self.folders]
+        return next((folder for folder in candidates if folder.is_dir()), candidates[0])
+
+    def missing(self, root: str | Path, detail: str = "") -> MissingData:
+        """The error that says what is missing below `root`, what was expected and where to get it."""
+        also = f" (also accepted: {', '.join(self.folders[1:])})" if self.folders[1:] else ""
+        layout = "\n".join([f"{self.folders[0]}/{also}", *("    " + line for line in self.layout.splitlines())])
+        return MissingData(self.title, self.folder(root), layout, self.source, self.licence, detail)
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether a data set is on this machine, and in words what is not."""
+
+    state: Literal["present", "missing", "incomplete"]
+    detail: str
+
+
+DATASETS: dict[str, DataSet] = {}
+
+
+def find(name: str) -> DataSet:
+    """The data set called `name`. Raises `BadParameter`, the nearest names first, when there is none."""
+    if name in DATASETS:
+        return DATASETS[name]
+    text = str(name)
+    near = [known for known in DATASETS if known.rpartition("/")[2] == text.rpartition("/")[2]]
+    near += difflib.get_close_matches(text, DATASETS, n=4, cutoff=0.5)
+    raise BadParameter("data set", name, list(dict.fromkeys([*near, *DATASETS])))
+
+
+def _reader(dataset: DataSet):
+    return importlib.import_module(f".{dataset.task}", __name__)
+
+
+def status(name: str, root: str | Path) -> Status:
+    """Look for a data set below `root`: lists, their lengths, and that each listed image is there (no image is opened).
+
+    Raises `BadParameter` for an unknown name, and nothing else.
+    """
+    dataset = find(name)
+    return _reader(dataset).status(dataset, Path(root))
+
+
+def fetch(name: str, root: str | Path, progress: bool = True) -> Path:
+    """Download a data set below `root`, checksums verified, and return its folder; one that is present is left alone.
+
+    Args:
+        name: a name of `DATASETS` with `fetchable` set.
+        root: the data folder.
+        progress: show a bar for each file.
+
+    Raises:
+        BadParameter: for an unknown name.
+        MissingData: for a set that nobody may or can download for you: it says where to get it.
+        CompanionError: when the download fails; nothing half-written is left.
+    """
+    dataset = find(name)
+    if status(name, root).state != "present":
+        if not dataset.fetchable:
+            raise dataset.missing(root, "it cannot be downloaded from here")
+        _reader(dataset).fetch(dataset, Path(root), progress)
+    return dataset.folder(root)
+
+
+def table(root: str | Path) -> list[dict[str, str]]:
+    """One row for each data set: name, title, state, detail, licence, source."""
+    rows = []
+    for name, dataset in DATASETS.items():
+        found = status(name, root)
+        rows.append(
+            {
+                "name": name,
+                "title": dataset.title,
+                "state": found.state,
+                "detail": found.detail,
+                "licence": dataset.licence,
+                "source": dataset.source,
+            }
+        )
+    return rows
+
+
+# each module adds its sets to DATASETS when imported, so they come last
+from . import classification  # noqa: E402, F401

@@ -58,7 +58,7 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 def padded_mask(mask: Tensor, radius: int, class_slot: bool) -> Tensor:
     """The additive mask (N, N + 1) of the released `_acc` variant.
 
-    There a neighbour outside the picture is not left out: it is a key and a value of zeros. All of them have logit 0, so
+    There a neighbour outside the picture is not left out: it is a key and a value of zeros. All of these have logit 0:
     m of them together are one zero key with log(m) added. The extra last column is that key.
     """
     outside = (2 * radius + 1) ** 2 - mask.sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The ways to adapt a pretrained encoder that visual prompting papers compare with: full fine-tuning, linear probing and
+"""The ways to adapt a pretrained encoder that visual prompting is compared with: full fine-tuning, linear probing and
 Visual Prompt Tuning, shallow and deep (Jia et al., ECCV 2022, arXiv 2203.12119).
 
 Every model here maps images (b, 3, H, W) to logits (b, classes).
@@ -147,7 +147,7 @@ class VPT(nn.Module):
         count = windows.shape[1]
         tokens = torch.cat([block.norm1(prompt)[:, None].expand(-1, count, -1, -1), windows], dim=2).flatten(0, 1)
         q, k, v = attn.qkv(tokens).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        bias = attn._get_rel_pos_bias()[None]
+        bias = attn._get_rel_pos_bias()
         if block.attn_mask is not None:
             bias = (bias + block.attn_mask[:, None]).repeat(b, 1, 1, 1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=F.pad(bias, (p, 0, p, 0)))
