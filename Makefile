@@ -1,0 +1,46 @@
+# Two commands do everything on a fresh machine with Python 3.11 or newer: `make reports`, then `make test`.
+
+unexport MPLBACKEND  # notebooks use the kernel's own
+
+PYTHON ?= python3
+BIN := .venv/bin/python
+INSTALLED := .venv/.installed
+PYTEST := $(BIN) -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
+
+.DEFAULT_GOAL := help
+.PHONY: help reports test test-slow lab bench notebooks lock clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+$(INSTALLED): pyproject.toml requirements.lock
+	test -x $(BIN) || $(PYTHON) -m venv .venv
+	$(BIN) -m pip install --quiet --constraint requirements.lock --editable '.[reports,test]'
+	touch $@
+
+reports: $(INSTALLED)  ## run every notebook whose code changed at pocket scale, and build reports/site/index.html
+	@$(BIN) -m snakemake --quiet all --keep-going --cores all
+	@echo 'reports/site/index.html is up to date'
+
+test: $(INSTALLED)  ## unit tests, parity, the committed notebooks, the site and JupyterLab in a browser
+	$(PYTEST) -m 'not slow' tests notebooks
+
+test-slow: $(INSTALLED)  ## the rest: full-size parity and other long checks
+	$(PYTEST) -m slow tests
+
+lab: $(INSTALLED)  ## open the notebooks in JupyterLab
+	$(BIN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
+
+bench: $(INSTALLED)  ## time each method beside the plain backbone passes that it cannot avoid
+	for script in benchmarks/*.py; do $(BIN) "$$script" || exit 1; done
+
+notebooks: $(INSTALLED)  ## run the notebooks in place and strip what churns: how their committed outputs are made
+	$(BIN) -m companion.notebooks notebooks/*.ipynb
+
+lock: $(INSTALLED)  ## write requirements.lock from what is installed now
+	$(BIN) .ci/lock.py > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+	touch $(INSTALLED)
+
+clean:  ## remove what can be made again; the committed tables, claims and records stay
+	rm -rf .venv .snakemake .pytest_cache .ruff_cache build dist reports/site reports/*/*/*.ipynb reports/*/*/figures

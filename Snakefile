@@ -1,0 +1,74 @@
+# Notebooks to reports to the site. `make reports` calls it at pocket scale; on a GPU machine or a cluster:
+#   snakemake --cores all --config profile=paper parameters='-p data_root /data' reports/paper/sa2vp/sa2vp.ipynb
+
+import os
+import sys
+from pathlib import Path
+
+from companion.provenance import sources
+
+PROFILE = config.get("profile", "pocket")
+SLUGS = sorted(path.stem for path in Path("notebooks").glob("*.ipynb"))
+EXECUTED = expand("reports/{profile}/{slug}/{slug}.ipynb", profile=PROFILE, slug=SLUGS)
+PYTHON = sys.executable
+
+
+rule all:
+    input:
+        "reports/site/index.html",
+
+
+# Tables, claims and the run record are written by the notebook itself and are kept in git, so they are no outputs here:
+# Snakemake deletes the outputs of a job that fails, and a failed run must not take the committed record with it.
+rule notebook:
+    input:
+        notebook="notebooks/{slug}.ipynb",
+        code=lambda run: [os.path.relpath(path) for path in sources(f"notebooks/{run.slug}.ipynb")],
+        study=lambda run: [str(path) for path in Path("reports/pocket", run.slug).glob("study.*")],
+    output:
+        "reports/{profile}/{slug}/{slug}.ipynb",
+    log:
+        "build/{profile}/{slug}.log",
+    params:
+        draft="build/{profile}/{slug}.ipynb",
+        more=config.get("parameters", ""),
+    # pocket models gain little beyond a few threads, so notebooks run side by side and share out the cores
+    threads: min(4, max(1, (workflow.cores or 1) // max(1, len(SLUGS))))
+    shell:
+        """
+        export OMP_NUM_THREADS={threads}
+        unset MPLBACKEND  # the kernel's own backend puts figures into the notebook
+        echo "{wildcards.slug}: started on {threads} thread(s)"
+        if {PYTHON:q} -m papermill {input.notebook} {params.draft} -k python3 --no-progress-bar \
+            -p profile {wildcards.profile} -p out reports/{wildcards.profile}/{wildcards.slug} {params.more} > {log} 2>&1
+        then
+            mv {params.draft} {output}
+            echo "{wildcards.slug}: done in $SECONDS s"
+        else
+            echo "{wildcards.slug}: FAILED after $SECONDS s; executed so far: {params.draft}; from {log}:"
+            grep -A 40 '^Exception encountered' {log} || tail -n 25 {log}
+            exit 1
+        fi
+        """
+
+
+rule site:
+    input:
+        EXECUTED,
+        [str(path) for path in Path("site").rglob("*") if path.is_file()],
+        [str(path) for path in Path("lib/companion/papers").glob("*.yaml")],
+    output:
+        "reports/site/index.html",
+    log:
+        "build/site.log",
+    shell:
+        """
+        echo "site: started"
+        if {PYTHON:q} site/build.py --reports reports/{PROFILE} --out reports/site > {log} 2>&1
+        then
+            echo "site: done in $SECONDS s: {output}"
+        else
+            cat {log}
+            exit 1
+        fi
+        """
