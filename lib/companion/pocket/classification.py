@@ -44,7 +44,12 @@ TEXTURES = (
     "stars",
     "tissue",
 )
-LISTS = {"train800.txt": ("train",), "val200.txt": ("val",), "train800val200.txt": ("train", "val"), "test.txt": ("test",)}
+LISTS = {
+    "train800.txt": ("train",),
+    "val200.txt": ("val",),
+    "train800val200.txt": ("train", "val"),
+    "test.txt": ("test",),
+}
 VERSION = 1  # raised when a change of this file or of scenes.py changes the pictures
 
 
@@ -64,7 +69,7 @@ def _orient(rng: np.random.Generator, split: str, index: int) -> tuple[np.ndarra
 
 @functools.cache
 def _originals() -> tuple[np.ndarray, np.ndarray]:
-    """The 1797 digits (1797, 8, 8) in 0..16 and their labels, in one fixed random order that deals each to one split."""
+    """The 1797 digits (1797, 8, 8) in 0..16 and their labels, in one fixed random order."""
     images, labels = load_digits().images, load_digits().target
     order = np.random.default_rng(0).permutation(len(images))
     return images[order], labels[order]
@@ -140,7 +145,13 @@ def finished(folder: Path, task: str, seed: int) -> bool:
 
 
 def _record(task: str, seed: int) -> dict:
-    return {"task": task, "seed": seed, "version": VERSION, "classes": list(TASKS[task].classes), "sizes": TASKS[task].sizes}
+    return {
+        "task": task,
+        "seed": seed,
+        "version": VERSION,
+        "classes": list(TASKS[task].classes),
+        "sizes": TASKS[task].sizes,
+    }
 
 
 def write(root: str | Path, tasks: Iterable[str] = tuple(TASKS), seed: int = 0) -> list[Path]:

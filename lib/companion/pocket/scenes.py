@@ -1,4 +1,4 @@
-"""The pocket world: 32x32 scenes of one drawn object on a cut of a real photograph, with caption, box, mask and attributes.
+"""The pocket world: 32x32 scenes of one drawn object on a real photograph, with caption, box, mask, attributes.
 
 The photographs are the ones that ship inside scikit-image and scikit-learn, so nothing is downloaded. Each is divided
 into a 4x4 grid of tiles, every tile belongs to one split, and a cut never leaves its tile: training, validation and
@@ -64,7 +64,7 @@ PHOTOGRAPHS = {
 
 @dataclass(frozen=True)
 class Cut:
-    """A square window of a photograph: `box` is (left, top, right, bottom) in its pixels, `pixels` (32, 32, 3) in [0, 1]."""
+    """A square window of a photograph: `box` (left, top, right, bottom) in it, `pixels` (32, 32, 3) in [0, 1]."""
 
     photograph: str
     box: tuple[int, int, int, int]
@@ -99,7 +99,7 @@ CLASSES = tuple(f"{hue} {shape}" for shape in SHAPES for hue in HUES)
 
 @functools.cache
 def photograph(name: str) -> np.ndarray:
-    """The whole photograph, (height, width, 3) uint8 (grey ones repeated thrice). Raises `BadParameter` for other names."""
+    """The part of a photograph that is used, (height, width, 3) uint8. Raises `BadParameter` for unknown names."""
     if name not in PHOTOGRAPHS:
         raise BadParameter("photograph", name, list(PHOTOGRAPHS))
     entry = PHOTOGRAPHS[name]
@@ -108,7 +108,7 @@ def photograph(name: str) -> np.ndarray:
 
 
 def tiles(name: str, split: str) -> list[tuple[int, int, int, int]]:
-    """The tiles (left, top, right, bottom) of a photograph that belong to `split`; over the three splits they tile it."""
+    """The tiles (left, top, right, bottom) of a photograph that belong to `split`; the three splits tile it."""
     if split not in SPLITS:
         raise BadParameter("split", split, SPLITS)
     height, width = photograph(name).shape[:2]
@@ -128,8 +128,8 @@ def cut(rng: np.random.Generator, name: str, split: str) -> Cut:
     side = int(rng.integers(SIZE, min(64, right - left, bottom - top) + 1))
     x, y = int(rng.integers(left, right - side + 1)), int(rng.integers(top, bottom - side + 1))
     # cropped before it is scaled: a resampling filter must not reach into the neighbouring tile
-    window = Image.fromarray(photograph(name)[y : y + side, x : x + side]).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-    pixels = np.asarray(window, dtype=np.float32) / 255
+    window = Image.fromarray(photograph(name)[y : y + side, x : x + side])
+    pixels = np.asarray(window.resize((SIZE, SIZE), Image.Resampling.BILINEAR), dtype=np.float32) / 255
     return Cut(name, (x, y, x + side, y + side), pixels[:, ::-1] if rng.random() < 0.5 else pixels)
 
 

@@ -1,0 +1,277 @@
+"""From a name to an encoder: real weights (timm, open_clip), the pocket weights that ship here, or random.
+
+    build("vit_b16")                         ViT-B/16 as Google released it, from the local cache
+    build("vit_b16", "ViT-B_16.npz")         the same from a file
+    build("swin_b", download=True)           Swin-B, fetched when it is not cached
+    build("pocket_vit", "pocket")            a 0.6 MB ViT, offline
+    build("openclip:ViT-B-32/openai")        a CLIP; any other name is one of timm's
+
+Nothing is downloaded unless `download=True`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import timm
+import torch
+import yaml
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from open_clip.factory import load_checkpoint
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, set_model_preprocess_cfg
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from .errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights
+
+# Our short names, and the exact releases they stand for: `.orig_in21k` is Google's original ViT
+# ("vit_base_patch16_224_in21k" now means the later `.augreg_in21k`).
+TIMM = {"vit_b16": "vit_base_patch16_224.orig_in21k", "swin_b": "swin_base_patch4_window7_224.ms_in22k"}
+POCKET = Path(__file__).parent / "pocket" / "weights"
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a backbone wants to see: (3, size, size) images, `(pixel - mean) / std` per channel for pixels in [0, 1]."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def build(name: str, weights: str | Path = "pretrained", *, download: bool = False, **overrides: object) -> nn.Module:
+    """Build an encoder in eval mode.
+
+    Args:
+        name: "vit_b16", "swin_b", "pocket_vit", "pocket_clip", any timm model, or "openclip:<model>/<tag>".
+        weights: "pretrained" (for pocket names the same as "pocket"), "pocket", "random" (torch's current seed), or a
+            file: safetensors, .pth / .bin (read with `weights_only=True`), or the .npz of the original ViT release.
+        download: fetch pretrained weights that are not in the cache.
+        overrides: passed to the model, for example `drop_path_rate=0.1` or `num_classes=10`. Without `num_classes` a
+            timm model has no classifier; with it, one that starts random unless the weights have one of that size.
+
+    Raises:
+        BadParameter: unknown name or `weights`.
+        MissingWeights: pretrained weights that are not cached, `download` being False or the network out of reach.
+        CorruptFile: a file that cannot be read, or pocket weights that differ from the hash recorded with them.
+        BadCheckpoint: weights that do not fit the model, with the names at fault.
+    """
+    if name in _POCKET:
+        return _build_pocket(name, weights, overrides)
+    if weights == "pocket":
+        raise BadParameter("weights", weights, f"'pretrained', 'random' or a file; 'pocket' is for {list(_POCKET)}")
+    if name.startswith("openclip:"):
+        return _build_openclip(name, weights, download, overrides)
+    return _build_timm(name, weights, download, overrides)
+
+
+def input_of(model: nn.Module) -> Input:
+    """The image size and normalisation that the weights of a model made by `build` were trained with."""
+    if hasattr(model, "pretrained_cfg"):
+        cfg = model.pretrained_cfg
+        # a model built with another img_size says so in its patch embedding only
+        size = getattr(getattr(model, "patch_embed", None), "img_size", None) or cfg["input_size"][1:]
+        return Input(int(size[0]), tuple(cfg["mean"]), tuple(cfg["std"]))
+    if hasattr(getattr(model, "visual", None), "preprocess_cfg"):
+        cfg, size = model.visual.preprocess_cfg, model.visual.image_size
+        return Input(int(size[0] if isinstance(size, tuple) else size), tuple(cfg["mean"]), tuple(cfg["std"]))
+    raise BadParameter("model", type(model).__name__, "a model made by backbones.build")
+
+
+# --- pocket -----------------------------------------------------------------------------------------------------------
+
+
+def _pocket_vit(**overrides: object) -> VisionTransformer:
+    shape = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 6, "num_heads": 4, "mlp_ratio": 3}
+    model = VisionTransformer(**{**shape, "num_classes": 0, **overrides})
+    model.pretrained_cfg = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "classifier": "head"}
+    return model
+
+
+def _pocket_clip(**overrides: object) -> CLIP:
+    image = CLIPVisionCfg(image_size=32, patch_size=4, width=64, layers=5, head_width=16, mlp_ratio=3)
+    text = CLIPTextCfg(context_length=16, vocab_size=64, width=64, heads=4, layers=2, mlp_ratio=3)
+    model = CLIP(**{"embed_dim": 64, "vision_cfg": image, "text_cfg": text, **overrides})
+    set_model_preprocess_cfg(model, {"size": (32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3})
+    return model
+
+
+_POCKET = {"pocket_vit": _pocket_vit, "pocket_clip": _pocket_clip}
+
+
+def card(name: str) -> dict:
+    """The YAML head of a pocket backbone's model card: licence, data, command, sha256, measured quality."""
+    text = (POCKET / f"{name}.md").read_text(encoding="utf-8")
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def _build_pocket(name: str, weights: str | Path, overrides: dict) -> nn.Module:
+    model = _POCKET[name](**overrides)
+    if weights in ("pocket", "pretrained"):
+        path = POCKET / f"{name}.safetensors"
+        if not path.is_file():
+            raise MissingWeights(name, POCKET, [f"retrain it: python -m companion.pocket.backbones {name}"])
+        if hashlib.sha256(path.read_bytes()).hexdigest() != card(name)["sha256"]:
+            raise CorruptFile(path, f"its sha256 is not the one in {name}.md: get both files again")
+        _load(model, path, name)
+    elif weights != "random":
+        _load(model, _file(weights), name)
+    return model.eval()
+
+
+# --- timm -------------------------------------------------------------------------------------------------------------
+
+
+def _build_timm(name: str, weights: str | Path, download: bool, overrides: dict) -> nn.Module:
+    full = TIMM.get(name, name)
+    if not timm.is_model(full):
+        raise BadParameter("name", name, f"{[*TIMM, *_POCKET]}, 'openclip:<model>/<tag>', or a timm model")
+    if (cfg := timm.get_pretrained_cfg(full)) is None and weights == "pretrained":
+        raise BadParameter("weights", weights, f"'random' or a file: timm knows no released weights of {full}")
+    # the path is settled before the model is built: a missing file should not cost seconds and gigabytes first
+    path = None
+    if weights == "pretrained":
+        names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+        path = _hub_file(full, cfg.hf_hub_id, names, download)
+    elif weights != "random":
+        path = _file(weights)
+    model = timm.create_model(full, pretrained=False, **{"num_classes": 0, **overrides})
+    if path is not None:
+        _load(model, path, full)
+    return model.eval()
+
+
+# --- open_clip --------------------------------------------------------------------------------------------------------
+
+
+def _build_openclip(name: str, weights: str | Path, download: bool, overrides: dict) -> nn.Module:
+    architecture, _, tag = name.removeprefix("openclip:").partition("/")
+    if architecture not in open_clip.list_models():
+        raise BadParameter("name", name, "'openclip:<model>/<tag>' with a model of open_clip.list_models()")
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if tag not in tags and (tag or weights == "pretrained"):
+        raise BadParameter("name", name, f"'openclip:{architecture}/' and one of {tags}")
+    release = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
+
+    path = None
+    if weights == "pretrained":
+        repository, _, file = release["hf_hub"].rpartition("/")
+        names = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+        path = _hub_file(name, repository, names, download)
+    elif weights != "random":
+        path = _file(weights)
+    # open_clip warns on the root logger about a model without weights; here the file is loaded a few lines below
+    logging.disable(logging.WARNING)
+    try:
+        model = open_clip.create_model(
+            architecture,
+            pretrained_text=False,  # a text tower must not fetch weights of its own
+            force_quick_gelu=bool(release.get("quick_gelu")),
+            **overrides,
+        )
+    finally:
+        logging.disable(logging.NOTSET)
+    if release:
+        set_model_preprocess_cfg(model, {**model.visual.preprocess_cfg, **release})
+    if path is not None:
+        _load(model, path, name)
+    return model.eval()
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _file(path: str | Path) -> Path:
+    if not Path(path).is_file():
+        raise BadParameter("weights", str(path), "'pretrained', 'pocket', 'random' or an existing file")
+    return Path(path)
+
+
+def _hub_file(name: str, repository: str | None, files: list[str], download: bool) -> Path:
+    """Where the cache holds the first of `files` that it has; downloads it when that was asked for."""
+    ways = [
+        "on a machine with a network: `companion fetch <paper>`, or backbones.build(..., download=True)"
+        + (f", from the hub's repository '{repository}'" if repository else ""),
+        "with a file that you have: backbones.build(..., weights='<file>') takes safetensors, .pth, and ViT's .npz",
+    ]
+    if not repository:
+        raise MissingWeights(name, constants.HF_HUB_CACHE, ways[1:])
+    for file in files:
+        if isinstance(cached := try_to_load_from_cache(repository, file), str):
+            return Path(cached)
+    if download:
+        reason = None
+        for file in files:
+            try:
+                return Path(hf_hub_download(repository, file))
+            except Exception as error:  # the hub's client raises many kinds: offline, no such file, gated, no route
+                reason = error
+        raise MissingWeights(name, constants.HF_HUB_CACHE, ways) from reason
+    raise MissingWeights(name, constants.HF_HUB_CACHE, ways)
+
+
+def _load(model: nn.Module, path: Path, name: str) -> None:
+    """Load a file into a model, strictly; only a classifier may be missing from either side."""
+    if path.suffix == ".npz":
+        _load_npz(model, path, name)
+        return
+    try:
+        state = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
+    except Exception as error:  # truncated, not a weights file, or one that wants to run code
+        raise CorruptFile(path, f"not a plain file of weights ({type(error).__name__}: {error})") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise CorruptFile(path, "holds something else than named tensors")
+
+    if hasattr(model, "visual"):
+        try:
+            load_checkpoint(model, str(path), strict=True)
+        except (KeyError, RuntimeError, AttributeError) as error:
+            _compare(model.state_dict(), state, name)
+            raise BadCheckpoint(f"{name} ({error})") from error
+        return
+    # timm keeps the renaming of other releases (Swin's own .pth, MAE's, CLIP's) beside each model
+    renames = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    try:
+        state = renames(state, model) if renames else state
+    except (KeyError, RuntimeError, ValueError, AttributeError) as error:
+        raise BadCheckpoint(f"{name} ({error})") from error
+    own = model.state_dict()
+    heads = tuple(f"{head}." for head in _classifiers(model))
+    state = {
+        key: value
+        for key, value in state.items()
+        if not key.startswith(heads) or (key in own and own[key].shape == value.shape)
+    }
+    _compare({key: value for key, value in own.items() if key in state or not key.startswith(heads)}, state, name)
+    model.load_state_dict(state, strict=False)
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    names = model.pretrained_cfg.get("classifier") or "head"
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _compare(own: dict, state: dict, name: str) -> None:
+    shapes = [
+        f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
+        for key in own.keys() & state.keys()
+        if own[key].shape != state[key].shape
+    ]
+    if own.keys() != state.keys() or shapes:
+        raise BadCheckpoint(name, own.keys() - state.keys(), state.keys() - own.keys(), shapes)
+
+
+def _load_npz(model: nn.Module, path: Path, name: str) -> None:
+    if not hasattr(model, "load_pretrained"):
+        raise BadCheckpoint(f"{name}: an .npz is the original ViT release, and this model is not a ViT")
+    try:
+        model.load_pretrained(str(path))
+    except (KeyError, RuntimeError, AssertionError, ValueError) as error:
+        raise BadCheckpoint(f"{name} ({error})") from error
+    except Exception as error:
+        raise CorruptFile(path, f"not an .npz of weights ({type(error).__name__}: {error})") from error
