@@ -1,8 +1,8 @@
 """Readers of the real data sets in their real layouts, one file a task, and the register of what they read.
 
 `DATASETS` holds a `DataSet` for each name ("fgvc/cub200", "vtab/cifar100", ...); `status` says whether it is on this
-machine, `fetch` downloads what is free and has a checksum, `table` gives all of it in rows. Each task's module adds its
-own sets to `DATASETS` and offers `load`, `status` and `fetch` for them. Nothing here knows a model or a paper.
+machine, `fetch` downloads what is free and has a checksum, `table` gives all of it in rows. The module of a task offers
+`load`, `status` and `fetch` for its sets; `<task>_sets` holds the facts. Nothing here knows a model or a paper.
 """
 
 from __future__ import annotations
@@ -109,10 +109,14 @@ def fetch(name: str, root: str | Path, progress: bool = True) -> Path:
         CompanionError: when the download fails; nothing half-written is left.
     """
     dataset = find(name)
-    if status(name, root).state != "present":
+    found = status(name, root)
+    if found.state != "present":
         if not dataset.fetchable:
-            raise dataset.missing(root, "it cannot be downloaded from here")
+            raise dataset.missing(root, f"{found.detail}; it cannot be downloaded for you")
         _reader(dataset).fetch(dataset, Path(root), progress)
+        found = status(name, root)
+        if found.state != "present":
+            raise dataset.missing(root, found.detail)
     return dataset.folder(root)
 
 
@@ -134,5 +138,7 @@ def table(root: str | Path) -> list[dict[str, str]]:
     return rows
 
 
-# each module adds its sets to DATASETS when imported, so they come last
-from . import classification  # noqa: E402, F401
+# these need DataSet and DATASETS, so they come last
+from . import classification, classification_sets  # noqa: E402, F401
+
+DATASETS.update({dataset.name: dataset for dataset in classification_sets.sets()})

@@ -1,0 +1,585 @@
+"""Image classification: FGVC (5 sets), VTAB-1k (19 tasks), HTA (10 sets), the pocket tasks, and a folder of one's own.
+
+    train = load("vtab/cifar100", "data", "trainval", resize_transform(backbones.input_of(model)))
+    image, label = train[0]         # float32 (3, 224, 224), int in 0..train.classes - 1
+
+Opening a set reads its lists only; an image is decoded when it is asked for. `root` is the data folder (`data`).
+
+`classification_sets` describes the sets: format, splits, sizes, licences. torchvision's readers are used where it has
+one (DTD, GTSRB, Food-101, CIFAR, SVHN); CIFAR's pickles are opened by it only when their MD5 is the published one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import functools
+import http.client
+import io
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from struct import error as StructError
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, TensorDataset
+from torchvision import datasets as tv
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.utils import check_integrity
+from torchvision.transforms import v2
+
+from ..errors import BadParameter, CompanionError, CorruptFile, MissingData
+from ..files import read_json, write_json
+from . import DataSet, Status, find
+from .classification_sets import IMAGES
+
+SPLITS = ("train", "val", "trainval", "test")
+_LISTS = {"train": "train800.txt", "val": "val200.txt", "trainval": "train800val200.txt", "test": "test.txt"}
+Listed = tuple[Path, "Sequence[str] | np.ndarray", list[int]]  # the list that was read, the images, their labels
+
+
+# --- what a user calls -------------------------------------------------------------------------------------------
+
+
+class Images(Dataset):
+    """Labelled images that are decoded when asked for: `images[i]` is (float32 tensor (3, H, W), int).
+
+    Args:
+        dataset: what they are part of; gives the name, and the words when a file has gone.
+        root: the data folder.
+        sources: paths, or a uint8 array (n, H, W, 3).
+        labels: one of 0..classes - 1 for each.
+        classes: number of classes.
+        transform: from a PIL image (RGB) to a tensor; None scales to 0..1 and keeps the size.
+        class_names: names by label, where the layout has them.
+
+    Raises (on indexing):
+        MissingData: the file is listed but not there.
+        CorruptFile: the file is truncated or no image; the path is in the message.
+    """
+
+    def __init__(
+        self,
+        dataset: DataSet,
+        root: Path,
+        sources: Sequence[str] | np.ndarray,
+        labels: Sequence[int],
+        classes: int,
+        transform: Callable[[Image.Image], torch.Tensor] | None = None,
+        class_names: Sequence[str] = (),
+    ):
+        self.dataset, self.root, self.name = dataset, root, dataset.name
+        self.sources, self.labels = sources, labels
+        self.classes, self.class_names = classes, tuple(class_names)
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def picture(self, index: int) -> Image.Image:
+        """The image as stored, in RGB, before the transform."""
+        source = self.sources[index]
+        if isinstance(source, np.ndarray):
+            return Image.fromarray(source)
+        try:
+            with Image.open(source) as image:
+                return image.convert("RGB")
+        except FileNotFoundError:
+            raise self.dataset.missing(self.root, f"{source} is listed but not there") from None
+        except (OSError, SyntaxError, ValueError, EOFError, StructError, Image.DecompressionBombError) as error:
+            raise CorruptFile(source, str(error)) from error
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        picture = self.picture(index)
+        return (self.transform or _to_tensor)(picture), int(self.labels[index])
+
+
+def load(
+    name: str, root: str | Path, split: str, transform: Callable[[Image.Image], torch.Tensor] | None = None
+) -> Images:
+    """One split of a data set.
+
+    Args:
+        name: a name of `DATASETS`, such as "fgvc/cub200", "vtab/cifar100", "hta/dtd", "pocket/where".
+        root: the data folder; `DATASETS[name].folders` are looked for in it.
+        split: "train", "val", "trainval" (both: the 1,000 images of VTAB-1k) or "test".
+        transform: from a PIL image (RGB) to a tensor (3, H, W); see `resize_transform` and `crop_transform`.
+
+    Returns:
+        A data set of (float32 tensor (3, H, W), int), with `.classes` and `.name`.
+
+    Raises:
+        BadParameter: unknown name or split.
+        MissingData: the folder, a list or images are not there, or a list has not the length that is known.
+        CorruptFile: a list that is not as it should be, by line; a label out of range; a path that leaves the folder.
+    """
+    dataset, root = find(name), Path(root)
+    if split not in SPLITS:
+        raise BadParameter("split", split, SPLITS)
+    listing, sources, labels = _read(dataset, root, split)
+    if not isinstance(sources, np.ndarray):
+        for path in (sources[0], sources[-1]):  # a look at two files, not at all: opening must stay instant
+            if not Path(path).is_file():
+                raise dataset.missing(root, f"{listing.name} is there, but the image {path} is not")
+    return Images(dataset, root, sources, labels, _classes(dataset, root), transform)
+
+
+def resize_transform(input) -> v2.Transform:
+    """VTAB-1k's transform, for training and test alike: to (size, size) without keeping the aspect, then normalise.
+
+    Args:
+        input: anything with .size, .mean and .std, such as `backbones.input_of(model)`.
+
+    Returns:
+        From a PIL image to a float32 tensor (3, size, size).
+    """
+    return v2.Compose([v2.Resize((input.size, input.size)), *_normalised(input)])
+
+
+def crop_transform(input, train: bool) -> v2.Transform:
+    """FGVC's transform: the short side to size * 256 / 224, then a crop of `size`, random and flipped when training.
+
+    Args:
+        input: anything with .size, .mean and .std, such as `backbones.input_of(model)`.
+        train: random crop and horizontal flip; otherwise the centre.
+
+    Returns:
+        From a PIL image to a float32 tensor (3, size, size).
+    """
+    cut = [v2.RandomCrop(input.size), v2.RandomHorizontalFlip(0.5)] if train else [v2.CenterCrop(input.size)]
+    return v2.Compose([v2.Resize(round(input.size * 256 / 224)), *cut, *_normalised(input)])
+
+
+class InMemory(TensorDataset):
+    """Images (n, 3, H, W) float32 and labels (n,) int64 in memory, with the `.classes` and `.name` they came with."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, classes: int, name: str):
+        super().__init__(images, labels)
+        self.classes, self.name = classes, name
+
+
+def in_memory(dataset: Images) -> InMemory:
+    """Decode every image once, for sets that are read many times with a transform that does not change.
+
+    Raises `BadParameter` when the transform is random (every epoch would see the same draw) and `CompanionError` when
+    the tensors do not fit in the free memory.
+    """
+    random = [type(step).__name__ for step in getattr(dataset.transform, "transforms", [dataset.transform])]
+    if any(step.startswith("Random") for step in random):
+        raise BadParameter("transform", " > ".join(random), "one without random steps, such as resize_transform(input)")
+    if not len(dataset):
+        raise BadParameter("dataset", dataset.name, "one with at least one image")
+    first, _ = dataset[0]
+    size, free = len(dataset) * first.numel() * 4, psutil.virtual_memory().available
+    if size > free:
+        raise CompanionError(
+            f"'{dataset.name}' takes {size / 1e9:.1f} GB decoded and {free / 1e9:.1f} GB are free: read it from disk"
+        )
+    images = torch.empty((len(dataset), *first.shape), dtype=torch.float32)
+    for index in range(len(dataset)):
+        image, _ = dataset[index]
+        if image.shape != first.shape:
+            shapes = f"{tuple(first.shape)} and {tuple(image.shape)}"
+            raise BadParameter("transform", shapes, "one that gives every image the same size")
+        images[index] = image
+    return InMemory(images, torch.tensor(np.asarray(dataset.labels), dtype=torch.int64), dataset.classes, dataset.name)
+
+
+_OWN_LAYOUT = """{train,val,test}/<class>/<image>.jpg    val cut from train where there is none
+or
+<class>/<image>.jpg                     cut into train and val"""
+
+
+def image_folder(
+    root: str | Path,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+    transform: Callable[[Image.Image], torch.Tensor] | None = None,
+) -> dict[str, Images]:
+    """Your own pictures, one folder a class.
+
+    Args:
+        root: holds {train,val,test}/<class>/*.jpg, or <class>/*.jpg directly. Any image format that torchvision
+            reads; hidden folders are passed over.
+        val_fraction: the share of each class that goes to val, where there is no val folder. A class with a single
+            image stays in train.
+        seed: of that cut; the same seed and the same files give the same cut.
+        transform: as in `load`; for another one per split set it after, `sets["train"].transform = ...`.
+
+    Returns:
+        {"train", "val", "trainval"} and "test" where there is a test folder. `.class_names` are the folders, sorted.
+
+    Raises:
+        BadParameter: val_fraction outside 0..1.
+        MissingData: no such folder, no class folders, or one without images.
+        CorruptFile: val or test has a class that train lacks.
+    """
+    if not 0 < val_fraction < 1:
+        raise BadParameter("val_fraction", val_fraction, "a number between 0 and 1, both left out")
+    root = Path(root)
+    own = DataSet(
+        name=root.name,
+        title="images of your own",
+        group="own",
+        task="classification",
+        classes=None,
+        sizes={},
+        folders=("",),
+        layout=_OWN_LAYOUT,
+        source="your own pictures",
+        licence="yours",
+        citation="",
+    )
+    parted = any((root / split).is_dir() for split in ("train", "val", "test"))
+    first = root / "train" if parted else root
+    if not first.is_dir():
+        raise own.missing(root, f"there is no folder {first}")
+    names = _class_folders(first)
+    if not names:
+        raise own.missing(root, f"{first} has no class folders")
+    number = {name: label for label, name in enumerate(names)}
+
+    samples = {}
+    for split in ("train", "val", "test") if parted else ("train",):
+        folder = root / split if parted else root
+        if not folder.is_dir():
+            continue
+        if unknown := sorted(set(_class_folders(folder)) - set(names)):
+            raise CorruptFile(folder, f"it has classes that {first} lacks: {', '.join(unknown)}")
+        samples[split] = make_dataset(folder, number, IMG_EXTENSIONS, allow_empty=True)
+        if not samples[split]:
+            raise own.missing(root, f"there are no images in {folder}")
+    empty = set(number.values()) - {label for _, label in samples["train"]}
+    if empty:
+        raise own.missing(root, f"there are no images in {first / names[min(empty)]}")
+    if "val" not in samples:
+        rest, held = _stratified([label for _, label in samples["train"]], val_fraction, seed)
+        samples["train"], samples["val"] = [[samples["train"][i] for i in part] for part in (rest, held)]
+    samples["trainval"] = samples["train"] + samples["val"]
+    return {
+        split: Images(own, root, [p for p, _ in pairs], [y for _, y in pairs], len(names), transform, names)
+        for split, pairs in samples.items()
+    }
+
+
+# --- what `companion.data` calls ---------------------------------------------------------------------------------
+
+
+def status(dataset: DataSet, root: Path) -> Status:
+    """See `companion.data.status`. CIFAR and SVHN are checked by MD5, the others by their lists and file names."""
+    folder = dataset.folder(root)
+    if not folder.is_dir():
+        return Status("missing", f"no folder {folder}")
+    problems, wanted = [], set()
+    archives = _archives(dataset, folder)
+    for path, md5 in archives:
+        if not path.is_file():
+            problems.append(f"{path.name} is not there")
+        elif not check_integrity(path, md5):
+            problems.append(f"{path.name} has not the published MD5: download it again")
+    if not archives:
+        for split in SPLITS:
+            try:
+                wanted.update(_read(dataset, root, split)[1])
+            except MissingData as error:
+                problems.append(error.detail)
+            except CorruptFile as error:
+                problems.append(str(error))
+        if absent := _absent(wanted):
+            problems.append(f"{len(absent)} of {len(wanted)} listed images are not there, the first: {min(absent)}")
+    if problems:
+        return Status("incomplete", "; ".join(dict.fromkeys(problems)))
+    images = dataset.sizes["trainval"] + dataset.sizes["test"]
+    return Status("present", f"{images:,} images in {folder}")
+
+
+def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
+    """See `companion.data.fetch`. Everything lands in a hidden folder first and is moved once it is whole."""
+    folder = dataset.folder(root)
+    root.mkdir(parents=True, exist_ok=True)
+    quiet = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as name, quiet, _unpacked_below_their_folder():
+            new = _download(dataset, Path(name))
+            for archive in new.iterdir():
+                if archive.suffix in (".gz", ".tgz", ".zip"):
+                    archive.unlink()
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if folder.exists():  # an incomplete copy: files are replaced, none of the user's others is removed
+                shutil.copytree(new, folder, dirs_exist_ok=True, copy_function=shutil.move)
+            else:
+                new.rename(folder)
+    except (OSError, http.client.HTTPException, RuntimeError, tarfile.TarError, zipfile.BadZipFile) as error:
+        raise CompanionError(
+            f"{dataset.title} could not be downloaded ({getattr(error, 'reason', error)}). Nothing was kept. On a "
+            f"machine with a network run `companion fetch` again, or copy a finished {folder} here."
+        ) from None
+
+
+# --- how it is done ----------------------------------------------------------------------------------------------
+
+_OUTSIDE = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|\0")
+
+
+def _to_tensor(picture: Image.Image) -> torch.Tensor:
+    return v2.functional.to_dtype(v2.functional.pil_to_tensor(picture), torch.float32, scale=True)
+
+
+def _normalised(input) -> list[v2.Transform]:
+    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(input.mean), list(input.std))]
+
+
+def _read(dataset: DataSet, root: Path, split: str) -> Listed:
+    """The list of a split, its images and labels, all checked but the images themselves."""
+    group, _, key = dataset.name.partition("/")
+    if not dataset.folder(root).is_dir():
+        raise dataset.missing(root)
+    if group in ("vtab", "pocket"):
+        listing, sources, labels = _read_lines(dataset, root, split)
+    elif key in IMAGES:
+        listing, sources, labels = _read_json(dataset, root, split)
+    else:
+        listing, sources, labels = _read_torchvision(dataset, root, split)
+    if len(labels) != dataset.sizes[split]:
+        raise dataset.missing(
+            root, f"{listing.name} gives {len(labels)} images for '{split}', {dataset.sizes[split]} expected"
+        )
+    return listing, sources, labels
+
+
+def _classes(dataset: DataSet, root: Path) -> int:
+    """Number of classes; where it is left to the lists, those of the 1,000 training images."""
+    return dataset.classes or max(_read_lines(dataset, root, "trainval")[2]) + 1
+
+
+def _existing(dataset: DataSet, root: Path, path: Path) -> Path:
+    if not path.exists():
+        raise dataset.missing(root, f"{path} is not there")
+    return path
+
+
+def _inside(listing: Path, where: str, path: str) -> str:
+    """`path` when it stays below the data set's folder: a list from elsewhere must not make us read other files."""
+    if _OUTSIDE.search(path):
+        raise CorruptFile(listing, f"{where}: the path {path!r} leaves the data set's folder")
+    return path
+
+
+def _read_lines(dataset: DataSet, root: Path, split: str) -> Listed:
+    """VTAB-1k's lists: lines "relative/path label", labels from 0."""
+    folder = dataset.folder(root)
+    listing = _existing(dataset, root, folder / _LISTS[split])
+    try:
+        rows = listing.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise CorruptFile(listing, f"not text ({error})") from error
+    sources, labels = [], []
+    for line, row in enumerate(rows, 1):
+        path, _, label = row.rpartition(" ")
+        if not (path and label.isascii() and label.isdecimal()):
+            raise CorruptFile(listing, f"line {line}: expected 'relative/path label', found {row[:80]!r}")
+        if dataset.classes is not None and int(label) >= dataset.classes:
+            raise CorruptFile(listing, f"line {line}: label {label} is not in 0..{dataset.classes - 1}")
+        sources.append(f"{folder}/{_inside(listing, f'line {line}', path)}")
+        labels.append(int(label))
+    return listing, sources, labels
+
+
+def _read_json(dataset: DataSet, root: Path, split: str) -> Listed:
+    """FGVC's lists: a dict "path" -> class id."""
+    folder, key = dataset.folder(root), dataset.name.partition("/")[2]
+    if split == "trainval":
+        listing, *train = _read_json(dataset, root, "train")
+        _, *val = _read_json(dataset, root, "val")
+        return listing, train[0] + val[0], train[1] + val[1]
+    listing = _existing(dataset, root, folder / f"{split}.json")
+    if key == "nabirds":  # raw ids, numbered in sorted order over the training list so that all splits agree
+        known = sorted(set(_class_ids(_existing(dataset, root, folder / "train.json")).values()))
+        if len(known) != dataset.classes:
+            raise dataset.missing(root, f"train.json names {len(known)} classes, {dataset.classes} expected")
+    else:
+        known = range(1, dataset.classes + 1)
+    number = {class_id: label for label, class_id in enumerate(known)}
+    sources, labels = [], []
+    for path, class_id in _class_ids(listing).items():
+        if class_id not in number:
+            raise CorruptFile(listing, f"{path!r}: the class {class_id} is not in {known[0]}..{known[-1]}")
+        sources.append(f"{folder}/{IMAGES[key]}{_inside(listing, 'entry', path)}")
+        labels.append(number[class_id])
+    return listing, sources, labels
+
+
+def _class_ids(listing: Path) -> dict[str, int]:
+    content = read_json(listing)
+    if not isinstance(content, Mapping):
+        raise CorruptFile(listing, "expected a dict from paths to class ids")
+    for path, class_id in content.items():
+        # CUB's ids are text ("001")
+        if not (type(class_id) is int or (isinstance(class_id, str) and class_id.isascii() and class_id.isdecimal())):
+            raise CorruptFile(listing, f"{path!r}: the class id {class_id!r} is no whole number")
+    return {path: int(class_id) for path, class_id in content.items()}
+
+
+def _read_torchvision(dataset: DataSet, root: Path, split: str) -> Listed:
+    """HTA's sets in torchvision's layouts, by torchvision's readers; train and val cut from its training set."""
+    folder, key = dataset.folder(root), dataset.name.partition("/")[2]
+    for path, _ in _archives(dataset, folder):
+        _existing(dataset, root, path)
+    official = "test" if split == "test" else "train"
+    if key == "dtd" and split == "trainval":
+        listing, *train = _read_torchvision(dataset, root, "train")
+        _, *val = _read_torchvision(dataset, root, "val")
+        return listing, train[0] + val[0], train[1] + val[1]
+    if key in ("cifar10", "cifar100", "svhn"):
+        sources, labels = _arrays(dataset, folder, official)
+        listing = folder
+    else:
+        listing, sources, labels = _paths(dataset, root, split if key == "dtd" else official)
+    if key == "dtd" or split == "test":
+        return listing, sources, labels
+    order, cut = _order(key, len(labels)), int(0.8 * len(labels))
+    part = {"train": order[:cut], "val": order[cut:], "trainval": order}[split]
+    labels = [labels[i] for i in part]
+    if isinstance(sources, np.ndarray):  # in file order, so a slice: no copy of the array
+        start = 0 if split != "val" else cut
+        return listing, sources[start : start + len(part)], labels
+    return listing, [sources[i] for i in part], labels
+
+
+def _order(key: str, length: int) -> list[int]:
+    """The order that is cut 80 / 20: the file order, or for sets sorted by class one fixed shuffle of it."""
+    if key in ("food101", "gtsrb"):
+        return np.random.default_rng(0).permutation(length).tolist()
+    return list(range(length))
+
+
+def _archives(dataset: DataSet, folder: Path) -> list[tuple[Path, str]]:
+    """The files of CIFAR and SVHN with their MD5, as torchvision has them; empty for the other sets."""
+    key = dataset.name.removeprefix("hta/")
+    if key in ("cifar10", "cifar100"):
+        reader = tv.CIFAR10 if key == "cifar10" else tv.CIFAR100
+        named = [*reader.train_list, *reader.test_list, (reader.meta["filename"], reader.meta["md5"])]
+    elif key == "svhn":
+        named = [tv.SVHN.split_list[split][1:] for split in ("train", "test")]
+    else:
+        named = []
+    return [(folder / name, md5) for name, md5 in named]
+
+
+def _arrays(dataset: DataSet, folder: Path, official: str) -> tuple[np.ndarray, list[int]]:
+    """CIFAR or SVHN: images (n, 32, 32, 3) uint8 and labels."""
+    try:
+        if folder.name == "svhn":
+            reader = tv.SVHN(folder, split=official)
+            return reader.data.transpose(0, 2, 3, 1), reader.labels.tolist()
+        reader = {"cifar10": tv.CIFAR10, "cifar100": tv.CIFAR100}[dataset.name.partition("/")[2]]
+        reader = reader(folder.parent, train=official == "train")
+        return reader.data, list(reader.targets)
+    except RuntimeError as error:
+        broken = [path for path, md5 in _archives(dataset, folder) if not check_integrity(path, md5)]
+        if not broken:
+            raise
+        raise CorruptFile(broken[0], "it has not the published MD5: download it again") from error
+
+
+def _paths(dataset: DataSet, root: Path, split: str) -> Listed:
+    """DTD, GTSRB or Food-101: paths and labels as torchvision reads its lists."""
+    folder, key = dataset.folder(root), dataset.name.partition("/")[2]
+    listing, images = {
+        "dtd": (folder / f"dtd/labels/{split}1.txt", folder / "dtd/images"),
+        "food101": (folder / f"meta/{split}.json", folder / "images"),
+        "gtsrb": (
+            (folder / "GTSRB/Training",) * 2
+            if split == "train"
+            else (folder / "GT-final_test.csv", folder / "GTSRB/Final_Test/Images")
+        ),
+    }[key]
+    _existing(dataset, root, listing)
+    _existing(dataset, root, images)
+    reader = {"dtd": tv.DTD, "food101": tv.Food101, "gtsrb": tv.GTSRB}[key]
+    try:
+        read = reader(folder.parent, split=split)
+    except FileNotFoundError as error:  # GTSRB: a class folder without images
+        raise dataset.missing(root, str(error)) from error
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        raise CorruptFile(listing, f"torchvision cannot read it ({type(error).__name__}: {error})") from error
+    pairs = read._samples if key == "gtsrb" else zip(read._image_files, read._labels, strict=True)
+    sources, labels = [], []
+    for path, label in pairs:
+        relative = str(path).removeprefix(f"{images}/")
+        sources.append(f"{images}/{_inside(listing, 'entry', relative)}")
+        labels.append(label)
+        if not 0 <= label < dataset.classes:
+            raise CorruptFile(listing, f"{relative!r}: label {label} is not in 0..{dataset.classes - 1}")
+    return listing, sources, labels
+
+
+def _absent(wanted: set[str]) -> list[str]:
+    """Those of `wanted` that are not on disk, found with one listing of each folder."""
+    names = defaultdict(set)
+    for path in wanted:
+        folder, _, name = path.rpartition("/")
+        names[folder].add(name)
+    absent = []
+    for folder, expected in names.items():
+        there = {entry.name for entry in os.scandir(folder)} if Path(folder).is_dir() else set()
+        absent += [f"{folder}/{name}" for name in expected - there]
+    return absent
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _stratified(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of the rest and of the held-out share of each class, both in their first order."""
+    rng, held = np.random.default_rng(seed), set()
+    for label in sorted(set(labels)):
+        members = [index for index, other in enumerate(labels) if other == label]
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        held.update(rng.permutation(members)[:count].tolist())
+    return [i for i in range(len(labels)) if i not in held], sorted(held)
+
+
+@contextlib.contextmanager
+def _unpacked_below_their_folder() -> Iterator[None]:
+    """Make tarfile refuse members that point outside; torchvision leaves that to Python, whose default did not."""
+    before = tarfile.TarFile.__dict__.get("extraction_filter")
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+    try:
+        yield
+    finally:
+        tarfile.TarFile.extraction_filter = before
+
+
+def _download(dataset: DataSet, folder: Path) -> Path:
+    """Let torchvision download, verify and unpack a set below `folder`; returns the folder to move into its place."""
+    key = dataset.name.partition("/")[2]
+    name = Path(dataset.folders[0]).name
+    if key == "flowers102":
+        new = folder / "flowers-102"
+        for split in ("train", "val", "test"):
+            read = tv.Flowers102(folder, split=split, download=True)
+            pairs = zip(read._image_files, read._labels, strict=True)
+            write_json(new / f"{split}.json", {f"jpg/{path.name}": label + 1 for path, label in pairs})
+        return new
+    downloads = {
+        "dtd": [functools.partial(tv.DTD, folder)],
+        "food101": [functools.partial(tv.Food101, folder)],
+        "gtsrb": [functools.partial(tv.GTSRB, folder, split=split) for split in ("train", "test")],
+        "cifar10": [functools.partial(tv.CIFAR10, folder)],
+        "cifar100": [functools.partial(tv.CIFAR100, folder)],
+        "svhn": [functools.partial(tv.SVHN, folder / name, split=split) for split in ("train", "test")],
+    }
+    for download in downloads[key]:
+        download(download=True)
+    return folder / name
