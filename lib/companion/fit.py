@@ -1,0 +1,251 @@
+"""One training loop for all papers, on Lightning Fabric: CPU or GPU, any precision, one device or several.
+
+The random numbers of a step depend only on the seed and the step, those of an item's augmentation only on the seed, the
+epoch and the item. So a run that was killed and resumed gives, on one machine, the bits of one that was not.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from .errors import BadParameter, CorruptFile
+from .files import atomic
+from .progress import progress
+
+SCHEDULES = ("constant", "linear", "cosine")
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+
+
+def learning_rates(schedule: str, base: float, steps: int, warmup: int = 0, final: float = 0.0) -> np.ndarray:
+    """The learning rate of each step, (steps,).
+
+    A linear warm-up from exactly 0 to `base` over `warmup` steps, both ends included, then `schedule`: "constant",
+    "linear" or "cosine" (half a period) from `base` towards `final`.
+    """
+    if schedule not in SCHEDULES:
+        raise BadParameter("schedule", schedule, SCHEDULES)
+    if not 0 <= warmup <= steps:
+        raise BadParameter("warmup", warmup, f"0 to {steps} steps")
+    done = np.arange(steps - warmup) / max(steps - warmup, 1)
+    left = {"constant": np.ones_like(done), "linear": 1 - done, "cosine": (1 + np.cos(np.pi * done)) / 2}[schedule]
+    return np.concatenate([np.linspace(0, base, warmup), final + (base - final) * left])
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """The trained tensors in two groups: those with two axes or more decay, vectors and biases do not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes: the trained tensors and the stored buffers, by name, on the CPU."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: t.detach().cpu().clone() for name, t in model.state_dict().items() if name not in frozen}
+
+
+def fit(
+    model: nn.Module,
+    loss: Callable[[nn.Module, tuple[Tensor, ...]], Tensor],
+    data: Dataset,
+    *,
+    epochs: float,
+    batch: int,
+    lr: float,
+    weight_decay: float = 1e-4,
+    schedule: str = "cosine",
+    warmup: float = 0.1,
+    final_lr: float = 1e-7,
+    clip: float | None = None,
+    seed: int = 0,
+    accelerator: str = "auto",
+    devices: int = 1,
+    precision: str = "32-true",
+    workers: int = 0,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 200,
+    resume: bool = False,
+    name: str = "training",
+) -> list[dict[str, float]]:
+    """Train the tensors of `model` that require a gradient, in place, with AdamW; return its history.
+
+    Args:
+        loss: from the model and a batch (the tuple that `data` gives, stacked) to a scalar.
+        data: map-style; a `TensorDataset` is indexed directly, without a loader.
+        epochs: passes over the data, a fraction allowed; the last partial batch of a pass is left out.
+        batch: images a step, over all devices together.
+        lr, final_lr, schedule, warmup: see `learning_rates`; `warmup` is a fraction of all steps.
+        clip: largest norm of the gradient; None for no clipping.
+        accelerator, devices, precision: as in `lightning_fabric.Fabric`.
+        workers: processes that load data.
+        checkpoint: file written every `checkpoint_every` steps and at the end, under a temporary name first.
+        resume: go on from `checkpoint` when there is one.
+
+    Returns:
+        One row a step: {"step", "lr", "loss"}.
+
+    Raises:
+        BadParameter: a value outside its range, or a checkpoint to resume that was written under other settings.
+        CorruptFile: the checkpoint cannot be read.
+    """
+    if batch < 1 or batch > len(data):
+        raise BadParameter("batch", batch, f"1 to {len(data)}, the images there are")
+    if batch % devices:
+        raise BadParameter("batch", batch, f"a multiple of devices = {devices}")
+    if precision not in PRECISIONS:
+        raise BadParameter("precision", precision, PRECISIONS)
+    if not 0 <= warmup <= 1:
+        raise BadParameter("warmup", warmup, "a fraction of the steps, 0 to 1")
+    if resume and checkpoint is None:
+        raise BadParameter("resume", resume, "True only with a checkpoint file")
+    steps = max(1, round(epochs * (len(data) // batch)))
+    rates = learning_rates(schedule, lr, steps, round(warmup * steps), final_lr)
+    settings = {
+        "steps": steps, "batch": batch, "lr": lr, "final_lr": final_lr, "schedule": schedule, "warmup": warmup,
+        "weight_decay": weight_decay, "clip": clip, "seed": seed, "images": len(data), "precision": precision,
+        "tensors": zlib.crc32(repr([(n, tuple(t.shape)) for n, t in trained_state(model).items()]).encode()),
+    }  # fmt: skip
+    saved = _read(checkpoint, settings) if resume and Path(checkpoint).is_file() else None
+
+    # processes are forked, so that what a notebook defines can be trained on several devices
+    strategy = "auto" if devices == 1 else DDPStrategy(start_method="fork", find_unused_parameters=True)
+    fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision, strategy=strategy)
+
+    def train(fabric: Fabric) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
+        optimizer = torch.optim.AdamW(decay_groups(model, weight_decay), lr=lr)
+        if saved:
+            model.load_state_dict(saved["model"], strict=False)
+            optimizer.load_state_dict(saved["optimizer"])
+        history = list(saved["history"]) if saved else []
+        wrapped, optimizer = fabric.setup(model, optimizer)
+        wrapped.train()
+        start, rank, ranks = len(history), fabric.global_rank, fabric.world_size
+        stream = _batches(data, batch, seed, start, steps, rank, ranks, workers)
+        shown = progress(stream, name, steps, start) if rank == 0 else stream
+        for step, items in enumerate(shown, start):
+            torch.manual_seed(_mix(seed, step, rank))
+            for group in optimizer.param_groups:
+                group["lr"] = float(rates[step])
+            value = loss(wrapped, tuple(x.to(fabric.device) for x in items))
+            fabric.backward(value)
+            if clip is not None:
+                fabric.clip_gradients(wrapped, optimizer, max_norm=clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            mean = value.detach() if ranks == 1 else fabric.all_reduce(value.detach(), reduce_op="mean")
+            history.append({"step": step, "lr": float(rates[step]), "loss": mean})
+            if checkpoint and ((step + 1) % checkpoint_every == 0 or step + 1 == steps) and rank == 0:
+                _write(checkpoint, settings, model, optimizer, history)
+        # as arrays: a tensor would be shared with a process that ends before it is read
+        return {name: t.numpy() for name, t in trained_state(model).items()}, _plain(history)
+
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # the batches are dealt to the devices here, and the loader's workers are the caller's choice
+        warnings.filterwarnings("ignore", module="lightning_fabric")
+        state, history = fabric.launch(train)
+    # several devices train copies in processes of their own
+    model.load_state_dict({n: torch.from_numpy(a) for n, a in state.items()}, strict=False)
+    model.to("cpu").eval()
+    return history
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, data: Dataset, *, batch: int = 256, accelerator: str = "auto",
+            precision: str = "32-true", workers: int = 0) -> Tensor:  # fmt: skip
+    """What `model`, in eval mode, gives for the first entry of every item, stacked, on the CPU as float32.
+
+    A model with several outputs (a tuple) gives the first.
+    """
+    fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
+    model = fabric.setup_module(model.eval())
+    if isinstance(data, TensorDataset):
+        stream = data.tensors[0].split(batch)
+    else:
+        stream = (items[0] for items in DataLoader(data, batch, num_workers=workers))
+    outputs = []
+    for images in stream:
+        output = model(images.to(fabric.device))
+        outputs.append((output[0] if isinstance(output, tuple) else output).float().cpu())
+    return torch.cat(outputs)
+
+
+def _mix(*numbers: int) -> int:
+    """One 63-bit seed from several numbers, so that neighbours do not share random streams."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+class _Seeded(Dataset):
+    """Items whose random augmentation depends on (seed, epoch, index) alone, whatever process loads them."""
+
+    def __init__(self, data: Dataset, seed: int):
+        self.data, self.seed = data, seed
+
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, index = key
+        seed = _mix(self.seed, epoch, index)
+        python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - augmentations may draw from it
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            item = self.data[index]
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        return item
+
+
+def _batches(data: Dataset, batch: int, seed: int, start: int, stop: int, rank: int, ranks: int,
+             workers: int) -> Iterator[tuple[Tensor, ...]]:  # fmt: skip
+    """The batches of steps `start` to `stop`: in an order that the seed fixes, new each epoch; a device's share."""
+    per_epoch = len(data) // batch
+
+    def indices() -> Iterator[list[tuple[int, int]]]:
+        order, current = None, -1
+        for step in range(start, stop):
+            epoch, i = divmod(step, per_epoch)
+            if epoch != current:
+                order, current = np.random.default_rng((seed, epoch)).permutation(len(data)), epoch
+            yield [(epoch, int(k)) for k in order[i * batch : (i + 1) * batch][rank::ranks]]
+
+    if isinstance(data, TensorDataset):
+        for keys in indices():
+            chosen = torch.tensor([k for _, k in keys])
+            yield tuple(t[chosen] for t in data.tensors)
+    else:
+        yield from DataLoader(_Seeded(data, seed), batch_sampler=list(indices()), num_workers=workers)
+
+
+def _plain(history: list[dict]) -> list[dict[str, float]]:
+    """Losses stay tensors while training, so that a GPU is not waited for at each step."""
+    return [{**row, "loss": float(row["loss"])} for row in history]
+
+
+def _write(path: str | Path, settings: dict, model: nn.Module, optimizer, history: list[dict]) -> None:
+    with atomic(path) as temporary:
+        torch.save({"settings": settings, "model": trained_state(model), "optimizer": optimizer.state_dict(),
+                    "history": _plain(history)}, temporary)  # fmt: skip
+
+
+def _read(path: str | Path, settings: dict) -> dict:
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        written = saved["settings"]
+    except Exception as error:
+        raise CorruptFile(path, f"not a checkpoint of fit ({type(error).__name__})") from error
+    for key, value in settings.items():
+        if written.get(key) != value:
+            raise BadParameter(key, value, f"{written.get(key)!r}, as in the checkpoint to resume ({path})")
+    return saved

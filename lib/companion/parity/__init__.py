@@ -1,0 +1,132 @@
+"""Our models against outputs recorded from the authors' code.
+
+A fixture is a folder `<fixtures>/<paper>/<case>/` with
+
+    names.json           the official tensors: name -> shape; their values come from `fill`
+    case.json            configuration, inputs (key -> shape, values from `fill`), what was recorded
+    outputs.safetensors  what the official code gave
+
+For each paper a module of this package, named by its slug, has one function `outputs(case) -> {name: tensor}` that
+loads the official names through the model's own `from_official` and gives the recorded quantities in the order of the
+forward pass; "loss" and "grad:<official name>" (the norm of a gradient) may be among them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..errors import BadCheckpoint, BadParameter, CompanionError, CorruptFile, MissingData
+from ..files import read_json
+from . import fill
+
+TOLERANCE = 1e-4  # of the largest magnitude of an output
+TOLERANCE_GRADIENT = 1e-3  # of a gradient's norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One recorded case. `state`, when given, stands for the filled weights (a checkpoint to check)."""
+
+    folder: Path
+    given: Mapping[str, Tensor] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @functools.cached_property
+    def facts(self) -> dict:
+        return read_json(self.folder / "case.json")
+
+    @functools.cached_property
+    def state(self) -> Mapping[str, Tensor]:
+        """The official state dict."""
+        if self.given is not None:
+            return self.given
+        names = read_json(self.folder / "names.json")
+        return {n: torch.from_numpy(a) for n, a in fill.state_dict(names, self.facts["seed"]).items()}
+
+    def input(self, key: str) -> Tensor:
+        return torch.from_numpy(fill.values(f"input:{key}", tuple(self.facts["inputs"][key]), self.facts["seed"]))
+
+    @functools.cached_property
+    def recorded(self) -> dict[str, Tensor]:
+        """What the authors' code gave: outputs, and the loss and gradient norms where case.json has them."""
+        try:
+            recorded = load_file(self.folder / "outputs.safetensors")
+        except Exception as error:
+            raise CorruptFile(self.folder / "outputs.safetensors", str(error)) from error
+        losses = [v for k, v in self.facts.items() if k.startswith("loss") and isinstance(v, float)]
+        if losses:
+            recorded["loss"] = torch.tensor(losses[0])
+        for name, norm in self.facts.get("grad_l2", {}).items():
+            recorded[f"grad:{name}"] = torch.tensor(norm)
+        return recorded
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One output: the largest difference over the largest recorded magnitude, and whether that is small enough."""
+
+    output: str
+    error: float
+    agrees: bool
+
+
+def folder() -> Path:
+    """Where the fixtures are: `tests/parity` of the checkout that this package is installed from."""
+    return Path(__file__).parents[3] / "tests" / "parity"
+
+
+def papers() -> list[str]:
+    """The slugs that can be checked."""
+    return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("__init__", "fill"))
+
+
+def cases(paper: str, fixtures: str | Path | None = None) -> Iterator[Case]:
+    """The fixtures of a paper in `fixtures` (default: those of the checkout), and those in `PARITY_EXTRA`.
+
+    Raises:
+        BadParameter: no such paper.
+        MissingData: no fixture was found.
+    """
+    if paper not in papers():
+        raise BadParameter("paper", paper, papers())
+    roots = [Path(fixtures) if fixtures else folder()]
+    if extra := os.environ.get("PARITY_EXTRA"):
+        roots.append(Path(extra))
+    found = [case for root in roots for case in sorted((root / paper).glob("*/case.json"))]
+    if not found:
+        layout = f"{paper}/<case>/names.json\n{paper}/<case>/case.json\n{paper}/<case>/outputs.safetensors"
+        raise MissingData("parity fixtures", roots[0], layout, "the project's repository, folder tests/parity",
+                          "recorded outputs of the authors' code")  # fmt: skip
+    yield from (Case(path.parent) for path in found)
+
+
+def compare(paper: str, case: Case) -> list[Difference]:
+    """Every recorded output of `case` against ours, in the order of the forward pass."""
+    ours = importlib.import_module(f"{__name__}.{paper}").outputs(case)
+    unchecked = case.recorded.keys() - ours.keys()
+    if unchecked:
+        raise CompanionError(f"parity of {paper}: {case.name} has outputs nobody computes: {sorted(unchecked)}")
+    differences = []
+    for name, value in ours.items():
+        if name not in case.recorded:
+            continue
+        recorded, value = case.recorded[name], value.detach()
+        if value.numel() != recorded.numel():
+            raise BadCheckpoint(f"{paper}/{case.name}", shapes=[f"{name} {tuple(value.shape)}, recorded "
+                                                                f"{tuple(recorded.shape)}"])  # fmt: skip
+        error = float((value.reshape(recorded.shape) - recorded).abs().max() / recorded.abs().max().clamp_min(1e-12))
+        limit = TOLERANCE_GRADIENT if name.startswith("grad:") else TOLERANCE
+        differences.append(Difference(name, error, error <= limit))
+    return differences

@@ -1,0 +1,220 @@
+"""The training loop: resumed runs give the same bits, schedules are the paper's, bad settings say what is accepted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset, TensorDataset
+
+from companion import fit as loop
+from companion.errors import BadParameter, CorruptFile
+from companion.fit import fit, learning_rates, predict, trained_state
+
+SCRIPT = """
+import sys, time
+import torch
+from test_fit import noisy_model, pairs, squared
+from companion.fit import fit, trained_state
+
+model = noisy_model()
+slow = float(sys.argv[3])
+def loss(model, batch):
+    time.sleep(slow)
+    return squared(model, batch)
+fit(model, loss, pairs(), epochs=10, batch=8, lr=1e-2, checkpoint=sys.argv[1], checkpoint_every=7, resume=True,
+    accelerator="cpu")
+torch.save(trained_state(model), sys.argv[2])
+"""
+
+
+def pairs() -> TensorDataset:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(64, 5, generator=generator)
+    return TensorDataset(x, x @ torch.randn(5, 2, generator=generator))
+
+
+def noisy_model() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 2))
+
+
+def squared(model, batch):
+    return F.mse_loss(model(batch[0]), batch[1])
+
+
+def run(model, **changes):
+    settings = dict(epochs=5, batch=8, lr=1e-2, accelerator="cpu") | changes
+    return fit(model, squared, pairs(), **settings)
+
+
+def test_learns_and_reports_every_step():
+    model = nn.Linear(5, 2)
+    history = run(model, epochs=20, lr=5e-2)
+    assert [row["step"] for row in history] == list(range(160))
+    assert history[-1]["loss"] < 0.05 * history[0]["loss"]
+    assert not model.training
+
+
+def test_same_seed_same_bits_other_seed_other_bits():
+    models = [noisy_model() for _ in range(3)]
+    for model, seed in zip(models, (0, 0, 1), strict=True):
+        run(model, seed=seed)
+    first, second, other = (trained_state(m) for m in models)
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    assert not torch.equal(first["0.weight"], other["0.weight"])
+
+
+def test_caller_randomness_is_left_alone():
+    model = noisy_model()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    run(model)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_frozen_tensors_stay_and_are_not_stored(tmp_path):
+    model = noisy_model()
+    model[0].requires_grad_(False)
+    before = model[0].weight.clone()
+    run(model, checkpoint=tmp_path / "c.pt")
+    assert torch.equal(model[0].weight, before)
+    assert "0.weight" not in torch.load(tmp_path / "c.pt", weights_only=True)["model"]
+
+
+def test_killed_and_resumed_gives_the_same_bits(tmp_path):
+    """kill -9 in the middle, resume, and compare with a run that nobody disturbed."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "COMPANION_PROGRESS": "off"}
+
+    def command(name, slow):
+        return [sys.executable, "-c", SCRIPT, str(tmp_path / f"{name}.pt"), str(tmp_path / f"{name}.out"), str(slow)]
+
+    victim = subprocess.Popen(command("killed", 0.05), env=environment)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "killed.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.2)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not (tmp_path / "killed.out").exists(), "the run finished before it was killed"
+    reached = len(torch.load(tmp_path / "killed.pt", weights_only=True)["history"])
+    assert 0 < reached < 80
+    subprocess.run(command("killed", 0), env=environment, check=True)
+    subprocess.run(command("whole", 0), env=environment, check=True)
+    killed, whole = (torch.load(tmp_path / f"{n}.out", weights_only=True) for n in ("killed", "whole"))
+    assert killed.keys() == whole.keys()
+    assert all(torch.equal(killed[n], whole[n]) for n in whole)
+    assert [p.name for p in tmp_path.glob(".*")] == [], "a temporary file was left"
+
+
+def test_resume_after_the_end_trains_no_more(tmp_path):
+    model = noisy_model()
+    history = run(model, checkpoint=tmp_path / "c.pt")
+    state = trained_state(model)
+    again = noisy_model()
+    assert run(again, checkpoint=tmp_path / "c.pt", resume=True) == history
+    assert all(torch.equal(state[n], t) for n, t in trained_state(again).items())
+
+
+def test_resume_refuses_other_settings_and_broken_files(tmp_path):
+    path = tmp_path / "c.pt"
+    run(noisy_model(), checkpoint=path)
+    with pytest.raises(BadParameter, match=r"lr = 0\.5 .*0\.01"):
+        run(noisy_model(), checkpoint=path, resume=True, lr=0.5)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CorruptFile, match=r"c\.pt"):
+        run(noisy_model(), checkpoint=path, resume=True)
+    with pytest.raises(BadParameter, match="resume"):
+        run(noisy_model(), resume=True)
+
+
+class Noisy(Dataset):
+    """Items with an augmentation that draws from torch."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        return torch.rand(1) + index, torch.tensor([0.0])
+
+
+def seen(workers: int) -> list[torch.Tensor]:
+    return [x for x, _ in loop._batches(Noisy(), 4, 0, 0, 8, 0, 1, workers)]
+
+
+def test_augmentation_depends_on_the_item_not_on_the_process():
+    alone, shared = seen(0), seen(2)
+    assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+    epochs = torch.cat(alone[:4]).sort(0)[0], torch.cat(alone[4:]).sort(0)[0]
+    assert torch.equal(epochs[0].floor(), epochs[1].floor()), "each epoch sees every item once"
+    assert not torch.equal(epochs[0], epochs[1]), "an item is augmented anew each epoch"
+
+
+def test_two_processes_give_the_losses_of_one():
+    """The same global batch on two devices (gloo) and on one, to rounding."""
+    script = (
+        "import json, torch; from torch import nn; from test_fit import run\n"
+        "out = []\n"
+        "for devices in (1, 2):\n"
+        "    torch.manual_seed(0); model = nn.Linear(5, 2)\n"
+        "    history = run(model, devices=devices, clip=1.0)\n"
+        "    out.append([[row['loss'] for row in history], model.weight.flatten().tolist()])\n"
+        "print(json.dumps(out))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=180
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    one, two = json.loads(result.stdout.splitlines()[-1])
+    np.testing.assert_allclose(one[0], two[0], rtol=1e-4)
+    np.testing.assert_allclose(one[1], two[1], rtol=1e-3, atol=1e-6)
+
+
+def test_mixed_precision_trains():
+    model = nn.Linear(5, 2)
+    history = run(model, precision="bf16-mixed", epochs=20, lr=5e-2)
+    assert model.weight.dtype == torch.float32
+    assert history[-1]["loss"] < 0.2 * history[0]["loss"]
+
+
+def test_schedules():
+    rates = learning_rates("cosine", 1.0, 100, 10, 0.1)
+    assert rates[0] == 0 and rates[9] == 1 and rates[10] == 1
+    assert rates.argmax() in (9, 10) and 0.1 < rates[-1] < 0.102
+    assert (learning_rates("constant", 2.0, 5) == 2).all()
+    np.testing.assert_allclose(learning_rates("linear", 1.0, 4), [1, 0.75, 0.5, 0.25])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(batch=65), "1 to 64"),
+        (dict(batch=0), "1 to 64"),
+        (dict(schedule="exponential"), "'cosine'"),
+        (dict(precision="8"), "'bf16-mixed'"),
+        (dict(warmup=2), "0 to 1"),
+        (dict(batch=9, devices=2), "multiple of devices"),
+    ],
+)
+def test_bad_settings_name_the_accepted_ones(changes, message):
+    with pytest.raises(BadParameter, match=message):
+        run(noisy_model(), **changes)
+
+
+def test_predict_takes_the_first_output_in_order():
+    class Two(nn.Module):
+        def forward(self, x):
+            return x * 2, x * 3
+
+    data = pairs()
+    assert torch.equal(predict(Two(), data, batch=7, accelerator="cpu"), data.tensors[0] * 2)
