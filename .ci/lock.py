@@ -1,7 +1,7 @@
 """Print the exact versions of everything installed for `.[reports,test]`, as pip constraints.
 
-torch and torchvision stay ranges, because a CPU and a GPU machine install different builds of them; what they alone bring
-in is left out with them.
+torch and torchvision stay ranges, because a CPU and a GPU machine install different builds of them; what they alone
+bring in is left out with them.
 """
 
 from importlib.metadata import PackageNotFoundError, distribution

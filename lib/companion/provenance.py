@@ -1,8 +1,8 @@
 """Which files a notebook or a module is made from, and one hash over them.
 
-`Snakefile` asks it for the inputs of each notebook, so that a change in one model file reruns the notebooks that use that
-file and no others; a study keeps the hash, so that a report can say when the study is older than its code. Only the
-standard library is used, and nothing is imported to find the imports: the Snakefile must load in a blink.
+`Snakefile` asks it for the inputs of each notebook, so that a change in one model file reruns the notebooks that use
+that file and no others; a study keeps the hash, so that a report can say when the study is older than its code. Only
+the standard library is used, and nothing is imported to find the imports: the Snakefile must load in a blink.
 """
 
 from __future__ import annotations

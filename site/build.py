@@ -1,0 +1,248 @@
+"""Build the site from a folder of reports: the ten papers, the claims ledger, each executed notebook and its record.
+
+    python site/build.py --reports reports/pocket --out reports/site
+
+Sphinx needs all sources in one tree, so they are first written to a temporary folder; the finished site is renamed into
+place, so that `--out` is never half a site.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import nbformat
+import yaml
+from sphinx.cmd.build import main as sphinx
+
+import companion
+
+HERE = Path(__file__).parent
+PAPERS = Path(companion.__file__).parent / "papers"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+STATUS = {"holds": "✓ holds", "fails": "✗ fails", "not run": "– not run"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--reports", type=Path, required=True, help="folder with one folder a notebook")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the finished site")
+    arguments = parser.parse_args()
+    out = arguments.out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".site-", dir=out.parent) as temporary:
+        source, built = Path(temporary, "source"), Path(temporary, "site")
+        write_sources(arguments.reports, source)
+        code = sphinx(
+            ["-q", "-W", "--keep-going", "-c", str(HERE), "-d", f"{temporary}/trees", str(source), str(built)]
+        )
+        if code:
+            raise SystemExit(code)
+        if out.exists():
+            out.rename(Path(temporary, "old"))
+        built.rename(out)
+
+
+def write_sources(reports: Path, source: Path) -> None:
+    """Write the pages that Sphinx reads: `index`, `notebooks/<slug>`, `records/<slug>`."""
+    papers = load_papers()
+    runs = {folder.name: load_run(folder) for folder in sorted(reports.glob("*")) if folder.is_dir()}
+    runs = {slug: run for slug, run in runs.items() if run["notebook"].exists()}
+    for slug, run in runs.items():
+        page(source / "records" / f"{slug}.md", record(slug, run))
+        write_notebook(slug, run, source / "notebooks")
+    page(source / "index.md", front_page(papers, runs))
+
+
+def load_papers() -> dict[str, dict]:
+    """The ten papers by slug: the common index, and over it what a paper's own file says."""
+    papers = {paper["slug"]: paper for paper in yaml.safe_load((PAPERS / "index.yaml").read_text(encoding="utf-8"))}
+    for slug, paper in papers.items():
+        facts = PAPERS / f"{slug}.yaml"
+        if facts.exists():
+            own = yaml.safe_load(facts.read_text(encoding="utf-8"))
+            paper.update({key: own[key] for key in ("title", "arxiv", "task") if key in own})
+    return papers
+
+
+def load_run(folder: Path) -> dict:
+    """What one run left in its folder: the notebook's path, its claims, its record and its tables."""
+
+    def read(name: str, default: object) -> object:
+        file = folder / name
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else default
+
+    return {
+        "notebook": folder / f"{folder.name}.ipynb",
+        "claims": read("claims.json", []),
+        "record": read("run.json", {}),
+        "tables": sorted((folder / "tables").glob("*.csv")),
+    }
+
+
+def front_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
+    rows, ledger = [], []
+    for slug, paper in papers.items():
+        claims = runs[slug]["claims"] if slug in runs else []
+        counts = {status: sum(claim["status"] == status for claim in claims) for status in STATUS}
+        said = ", ".join(f"{number} {status}" for status, number in counts.items() if number)
+        name = f"[{paper['name']}](notebooks/{slug}.ipynb)" if slug in runs else paper["name"]
+        title = f"[{cell(paper['title'])}](https://arxiv.org/abs/{paper['arxiv']})"
+        if paper.get("reconstruction"):
+            title += " (a reconstruction: neither the method's full text nor official code could be had)"
+        state = f"[runs](records/{slug}.md)" + (f": {said}" if said else "") if slug in runs else "not yet built"
+        rows.append([name, title, cell(paper["task"]), state])
+        for claim in claims:
+            ledger.append(
+                [
+                    f"[{paper['name']}](notebooks/{slug}.ipynb)",
+                    f"[{cell(claim['text'])}](#{anchor(slug, claim['id'])})",
+                    claim["kind"],
+                    badge(claim["status"]) + (f"<br>{cell(claim['why'])}" if claim.get("why") else ""),
+                    cell(show(claim.get("value"))),
+                    cell(show(claim.get("seeds"))),
+                    f"[record](records/{slug}.md)",
+                ]
+            )
+    extra = [slug for slug in runs if slug not in papers]
+    return "\n".join(
+        [
+            "# Ten vision-transformer papers, each as a notebook that runs",
+            "Every number on this site was measured by the notebook it stands in, on small data made for the purpose "
+            "(the `pocket` profile) unless it says otherwise. Pocket numbers say whether a paper's mechanism works; "
+            "they are not the paper's numbers.\n",
+            "## The papers\n",
+            table("papers", ["Paper", "Title", "Task", "State"], rows),
+            "## The claims ledger\n",
+            "What each paper claims, and what these runs say of it. An *exact* claim (a count, an equivalence) is "
+            "measured in the run; a *directional* one (this beats that) is judged over several seeds; a *full* one "
+            "needs the real data and is not run here. A claim that fails is shown as failing.\n",
+            table("ledger", ["Paper", "Claim", "Kind", "Status", "Value", "Seeds", "Run"], ledger)
+            if ledger
+            else "No notebook has been run yet.\n",
+            toctree("Papers", [(papers[slug]["name"], f"notebooks/{slug}") for slug in papers if slug in runs]),
+            toctree("How it was made", [(None, f"notebooks/{slug}") for slug in extra]),
+            toctree("Run records", [(papers.get(slug, {}).get("name", slug), f"records/{slug}") for slug in runs]),
+        ]
+    )
+
+
+def record(slug: str, run: dict) -> str:
+    """The page of one run: its record, its claims, and every table it wrote."""
+    parts = [
+        f"# The run of {slug}",
+        f"What made the numbers on [its page](../notebooks/{slug}.ipynb), as the run itself wrote it down.\n",
+    ]
+    plain = {key: value for key, value in run["record"].items() if not isinstance(value, dict)}
+    groups = {key: value for key, value in run["record"].items() if isinstance(value, dict)}
+    for title, values in {"": plain, **groups}.items():
+        if values:
+            parts.append(f"## {title.replace('_', ' ').capitalize()}\n" if title else "")
+            rows = [[cell(key.replace("_", " ")), cell(show(value))] for key, value in values.items()]
+            parts.append(table("record", ["What", "Value"], rows))
+    if run["claims"]:
+        rows = [[cell(c["text"]), badge(c["status"]), cell(show(c.get("value")))] for c in run["claims"]]
+        parts += ["## Claims\n", table("claims", ["Claim", "Status", "Value"], rows)]
+    for file in run["tables"]:
+        with file.open(encoding="utf-8", newline="") as lines:
+            head, *rows = csv.reader(lines)
+        parts += [f"## Table: {file.stem}\n", table("csv", map(cell, head), [[cell(v) for v in row] for row in rows])]
+    return "\n".join(parts)
+
+
+def write_notebook(slug: str, run: dict, folder: Path) -> None:
+    """Copy the executed notebook: widgets give way to the picture beside them, claims get an anchor, tables a list."""
+    notebook = nbformat.read(run["notebook"], as_version=4)
+    notebook.metadata.pop("widgets", None)
+    waiting = [claim["id"] for claim in run["claims"]]
+    cells = []
+    for part in notebook.cells:
+        if part.cell_type == "code":
+            part.outputs = [output for output in map(without_widget, part.outputs) if output is not None]
+            here = [claim for claim in waiting if re.search(rf"""["']{re.escape(claim)}["']""", part.source)]
+            waiting = [claim for claim in waiting if claim not in here]
+            cells += [target(slug, claim) for claim in here]
+        cells.append(part)
+    cells += [target(slug, claim) for claim in waiting]  # judged by a loop: the claims table at the end is their place
+    files = [f"- {{download}}`{file.name} <../tables/{slug}/{file.name}>`" for file in run["tables"]]
+    cells.append(
+        nbformat.v4.new_markdown_cell(
+            f"## Files of this run\n\n[The run record](../records/{slug}.md) shows the parameters, versions, time and "
+            "memory, and every table in full.\n\n" + "\n".join(files)
+        )
+    )
+    notebook.cells = cells
+    for file in run["tables"]:
+        copy = folder.parent / "tables" / slug / file.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+    folder.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, folder / f"{slug}.ipynb")
+
+
+def without_widget(output: dict) -> dict | None:
+    """The output as it can be shown without a kernel, or None when a live widget was all there was."""
+    data = output.get("data", {})
+    if WIDGET not in data:
+        return output
+    del data[WIDGET]
+    data.pop("text/plain", None)  # "interactive(children=...": nothing for a reader
+    return output if data else None
+
+
+def target(slug: str, claim: str) -> dict:
+    return nbformat.v4.new_markdown_cell(f"({anchor(slug, claim)})=")
+
+
+def anchor(slug: str, claim: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", f"claim {slug} {claim}".lower()).strip("-")
+
+
+def badge(status: str) -> str:
+    return f'<span class="status {status.replace(" ", "-")}">{STATUS[status]}</span>'
+
+
+def show(value: object) -> str:
+    """A value of a record as a person would write it."""
+    if value is None or value == [] or value == {}:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {show(part)}" for key, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(show, value))
+    return str(value)
+
+
+def cell(text: str) -> str:
+    """Text that is safe inside a Markdown table: `|` and line breaks would end a cell, a tag would be drawn."""
+    return re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", " ".join(text.split())).replace("|", "\\|")
+
+
+def table(name: str, head: list[str], rows: list[list[str]]) -> str:
+    lines = [list(head), ["---"] * len(rows[0] if rows else list(head)), *rows]
+    return f":::{{table}}\n:class: {name}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n:::\n"
+
+
+def toctree(caption: str, entries: list[tuple[str | None, str]]) -> str:
+    if not entries:
+        return ""
+    lines = [f"{title} <{place}>" if title else place for title, place in entries]
+    return f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(lines) + "\n```\n"
+
+
+def page(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Sphinx settings of the site. Everything it shows is read from disk: no page asks the network for anything."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+HERE = Path(__file__).parent
+MATHJAX = Path(
+    find_spec("sphinx-mathjax-offline").submodule_search_locations[0], "static", "mathjax", "tex-svg-full.js"
+)
+
+project = "The companion"
+html_title = "The companion: ten vision-transformer papers"
+html_theme = "sphinx_book_theme"
+html_theme_options = {"home_page_in_toc": True, "use_fullscreen_button": False, "search_as_you_type": False}
+html_context = {"default_mode": "auto"}  # light or dark as the reader's system says
+html_static_path = [str(HERE / "static"), str(MATHJAX)]
+html_css_files = ["companion.css"]
+html_show_copyright = False
+
+extensions = ["myst_nb"]  # brings sphinx.ext.mathjax
+mathjax_path = MATHJAX.name  # one file with the glyphs as SVG: no fonts and no extensions to load
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # the pages are the executed copies
+nb_merge_streams = True
+nb_ipywidgets_js = {}  # widgets need a kernel; what stands beside them in the output is shown instead

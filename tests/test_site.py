@@ -1,0 +1,238 @@
+"""The site, built from a small made-up report and from the real one, opened in a real browser without a network."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import re
+import subprocess
+import sys
+import threading
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+CLAIMS = [
+    {"id": "params", "text": "trains $2 \\times d$ parameters", "kind": "exact", "status": "holds", "value": 11, "seeds": [0]},
+    {"id": "beats", "text": "A | B: a < b & <i>more</i>", "kind": "directional", "status": "fails", "value": {"a": 0.51234, "b": 0.6},
+     "seeds": [0, 1, 2], "why": "the margin is within the spread"},
+    {"id": "full", "text": "90.1 on the real data", "kind": "full", "status": "not run", "value": None, "seeds": [],
+     "why": "needs the real data"},
+]  # fmt: skip
+KNOB = """
+<div><input type="range" id="knob" min="0" max="9" value="3"><output id="shown">3</output></div>
+<script>
+(() => {
+  const knob = document.getElementById("knob");
+  knob.addEventListener("input", () => { document.getElementById("shown").textContent = knob.value; });
+})();
+</script>
+"""
+
+
+@pytest.fixture(scope="session")
+def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of reports with one run in it."""
+    folder = tmp_path_factory.mktemp("reports") / "sa2vp"
+    (folder / "tables").mkdir(parents=True)
+    (folder / "tables" / "accuracy.csv").write_text("method,digits,a|b\nlinear,0.61,<b>\nvpt,0.72,\n", encoding="utf-8")
+    (folder / "claims.json").write_text(json.dumps(CLAIMS), encoding="utf-8")
+    record = {"slug": "sa2vp", "profile": "pocket", "parameters": {"lr": 0.001, "tasks": ["a", "b"]}, "seconds": 12.345}
+    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    view = {"application/vnd.jupyter.widget-view+json": {"model_id": "0"}, "text/plain": "interactive(children=())"}
+    cells = [
+        new_markdown_cell("# A paper\n\nIts loss is $$\\boldsymbol{L} = \\sum_i \\lVert x_i \\rVert^2$$"),
+        new_code_cell(
+            "knob()",
+            outputs=[
+                new_output("display_data", data={"text/html": KNOB, "text/plain": "<knob>"}),
+                new_output("display_data", data=view),
+                new_output("stream", name="stdout", text="a very long line " * 30 + "\n"),
+            ],
+            execution_count=1,
+        ),
+        new_code_cell('run.claim("params", holds=True)', execution_count=2),
+    ]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = new_notebook(cells=cells, metadata={"kernelspec": kernel, "language_info": {"name": "python"}})
+    nbformat.write(notebook, folder / "sa2vp.ipynb")
+    return folder.parent
+
+
+@pytest.fixture(scope="session", params=["made-up", "real"])
+def site(request: pytest.FixtureRequest, root: Path, made_up: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """A built site behind a server on this machine."""
+    reports = made_up if request.param == "made-up" else root / "reports" / "pocket"
+    if not list(reports.glob("*/*.ipynb")):
+        pytest.skip("no executed notebook in reports/pocket: run `make reports` first")
+    out = tmp_path_factory.mktemp("built") / "site"
+    build(root, reports, out)
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(out)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    request.addfinalizer(server.shutdown)
+    return Site(reports, out, f"http://127.0.0.1:{server.server_address[1]}")
+
+
+class Site:
+    def __init__(self, reports: Path, folder: Path, url: str):
+        self.reports, self.folder, self.url = reports, folder, url
+        pages = (path.relative_to(folder) for path in folder.rglob("*.html"))
+        self.pages = sorted(page.as_posix() for page in pages if page.parts[0] != "_static")
+
+
+class Links(HTMLParser):
+    """What a page points at, and the places in it that can be pointed at."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.targets: list[str] = []
+        self.ids: set[str] = set()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        for name, value in attributes:
+            if name in ("href", "src") and value:
+                self.targets.append(value)
+            if name in ("id", "name") and value:
+                self.ids.add(value)
+
+
+def build(root: Path, reports: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(root / "site" / "build.py"), "--reports", str(reports), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_links_resolve(site: Site) -> None:
+    pages = {page: Links(site.folder / page) for page in site.pages}
+    broken = []
+    for page, links in pages.items():
+        for link in links.targets:
+            parts = urlsplit(link)
+            if parts.scheme in ("http", "https", "mailto", "data"):
+                continue
+            path = (site.folder / page).parent / unquote(parts.path) if parts.path else site.folder / page
+            path = path / "index.html" if path.is_dir() else path
+            inside = path.resolve().relative_to(site.folder.resolve()).as_posix()
+            if not path.exists() or (inside in pages and parts.fragment and parts.fragment not in pages[inside].ids):
+                broken.append(f"{page}: {link}")
+    assert not broken
+
+
+def test_no_page_loads_anything_from_elsewhere(site: Site) -> None:
+    loads = re.compile(r"""<(?:script|img|iframe|source)[^>]*src="(?:https?:)?//|<link[^>]*href="(?:https?:)?//""")
+    assert not [page for page in site.pages if loads.search((site.folder / page).read_text(encoding="utf-8"))]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_pages_in_a_browser(site: Site, browser: object, width: int, scheme: str) -> None:
+    """No console error, no request that leaves this machine, no sideways scrolling."""
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page = context.new_page()
+    errors, outside = [], []
+    page.on("console", lambda message: message.type == "error" and errors.append(message.text))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("requestfailed", lambda request: errors.append(f"{request.url}: {request.failure}"))
+    page.on("response", lambda answer: answer.status >= 400 and errors.append(f"{answer.url}: {answer.status}"))
+
+    def only_here(route: object) -> None:
+        if route.request.url.startswith(site.url):
+            route.continue_()
+        else:
+            outside.append(route.request.url)
+            route.abort()
+
+    page.route("**/*", only_here)
+    wide = []
+    for name in site.pages:
+        page.goto(f"{site.url}/{name}", wait_until="networkidle")
+        if page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth"):
+            wide.append(name)
+        shown = page.evaluate("document.documentElement.dataset.theme")
+        assert shown == scheme
+    context.close()
+    assert not outside
+    assert not errors
+    assert not wide
+
+
+@pytest.mark.browser
+def test_ledger_is_the_claims(site: Site, browser: object) -> None:
+    page = browser.new_page()
+    page.goto(f"{site.url}/index.html")
+    rows = page.locator("table.ledger tbody tr").all()
+    shown = [
+        (row.locator("td").nth(2).inner_text(), row.locator("td").nth(3).locator(".status").inner_text()[2:])
+        for row in rows
+    ]
+    ten = [row.locator("td").nth(3).inner_text() for row in page.locator("table.papers tbody tr").all()]
+    colours = page.evaluate(
+        "[...document.querySelectorAll('.status')].map(e => [e.className, getComputedStyle(e).color])"
+    )
+    links = [row.locator("td").nth(1).locator("a").get_attribute("href") for row in rows]
+    page.close()
+    claims = [
+        (claim["kind"], claim["status"])
+        for file in sorted(site.reports.glob("*/claims.json"))
+        for claim in json.loads(file.read_text(encoding="utf-8"))
+    ]
+    assert sorted(shown) == sorted(claims)
+    assert len(ten) == 10
+    assert all(state.startswith(("runs", "not yet built")) for state in ten)
+    assert len({colour for _, colour in colours}) == len({name for name, _ in colours})
+    assert all("#claim-" in link for link in links)
+
+
+@pytest.mark.browser
+def test_made_up_page_shows_all_of_it(site: Site, browser: object) -> None:
+    """Formulas are drawn, the knob works without a kernel, the dead widget is gone, odd characters stay text."""
+    if (site.reports / "sa2vp" / "study.json").exists() or not (
+        site.reports / "sa2vp" / "tables" / "accuracy.csv"
+    ).exists():
+        pytest.skip("this test is about the made-up report")
+    page = browser.new_page()
+    page.goto(f"{site.url}/notebooks/sa2vp.html")
+    page.wait_for_selector("mjx-container svg")
+    assert page.locator("mjx-container mjx-merror, mjx-container [data-mml-node=merror]").count() == 0
+    page.locator("#knob").fill("7")
+    assert page.locator("#shown").inner_text() == "7"
+    assert "interactive(children" not in page.content()
+    page.goto(f"{site.url}/records/sa2vp.html")
+    assert "12.35" in page.inner_text("article")
+    assert "<b>" in page.inner_text("article")
+    page.goto(f"{site.url}/index.html")
+    assert "A | B: a < b & <i>more</i>" in page.inner_text("table.ledger")
+    page.close()
+
+
+@pytest.mark.browser
+def test_search_works_from_disk(site: Site, browser: object) -> None:
+    """As a file, without any server: what somebody who was mailed the folder has."""
+    context = browser.new_context(offline=True)
+    page = context.new_page()
+    page.goto((site.folder / "search.html").as_uri() + "?q=paper")
+    page.wait_for_selector("#search-results li a", timeout=20_000)
+    context.close()
+
+
+def test_rebuilding_replaces_the_site_whole(root: Path, made_up: Path, tmp_path: Path) -> None:
+    out = tmp_path / "site"
+    out.mkdir()
+    (out / "stale.html").write_text("old", encoding="utf-8")
+    build(root, made_up, out)
+    assert (out / "index.html").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["site"]
+    assert not (out / "stale.html").exists()
