@@ -227,13 +227,13 @@ def image_folder(
         raise BadParameter("val_fraction", val_fraction, "a number between 0 and 1, both left out")
     root = Path(root)
     own = DataSet(
-        name=root.name,
+        name=root.resolve().name,
         title="images of your own",
         group="own",
         task="classification",
         classes=None,
         sizes={},
-        folders=("",),
+        folders=(".",),
         layout=_OWN_LAYOUT,
         source="your own pictures",
         licence="yours",
@@ -327,6 +327,7 @@ def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
 
 # --- how it is done ----------------------------------------------------------------------------------------------
 
+_NUMBER = re.compile(r"[0-9]{1,9}")
 _OUTSIDE = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|\0")
 
 
@@ -385,7 +386,7 @@ def _read_lines(dataset: DataSet, root: Path, split: str) -> Listed:
     sources, labels = [], []
     for line, row in enumerate(rows, 1):
         path, _, label = row.rpartition(" ")
-        if not (path and label.isascii() and label.isdecimal()):
+        if not (path and _NUMBER.fullmatch(label)):
             raise CorruptFile(listing, f"line {line}: expected 'relative/path label', found {row[:80]!r}")
         if dataset.classes is not None and int(label) >= dataset.classes:
             raise CorruptFile(listing, f"line {line}: label {label} is not in 0..{dataset.classes - 1}")
@@ -406,13 +407,15 @@ def _read_json(dataset: DataSet, root: Path, split: str) -> Listed:
         known = sorted(set(_class_ids(_existing(dataset, root, folder / "train.json")).values()))
         if len(known) != dataset.classes:
             raise dataset.missing(root, f"train.json names {len(known)} classes, {dataset.classes} expected")
+        accepted = "a class of train.json"
     else:
         known = range(1, dataset.classes + 1)
+        accepted = f"in 1..{dataset.classes}"
     number = {class_id: label for label, class_id in enumerate(known)}
     sources, labels = [], []
     for path, class_id in _class_ids(listing).items():
         if class_id not in number:
-            raise CorruptFile(listing, f"{path!r}: the class {class_id} is not in {known[0]}..{known[-1]}")
+            raise CorruptFile(listing, f"{path!r}: the class {class_id} is not {accepted}")
         sources.append(f"{folder}/{IMAGES[key]}{_inside(listing, 'entry', path)}")
         labels.append(number[class_id])
     return listing, sources, labels
@@ -424,7 +427,7 @@ def _class_ids(listing: Path) -> dict[str, int]:
         raise CorruptFile(listing, "expected a dict from paths to class ids")
     for path, class_id in content.items():
         # CUB's ids are text ("001")
-        if not (type(class_id) is int or (isinstance(class_id, str) and class_id.isascii() and class_id.isdecimal())):
+        if not (type(class_id) is int or (isinstance(class_id, str) and _NUMBER.fullmatch(class_id))):
             raise CorruptFile(listing, f"{path!r}: the class id {class_id!r} is no whole number")
     return {path: int(class_id) for path, class_id in content.items()}
 

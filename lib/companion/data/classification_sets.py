@@ -15,13 +15,14 @@ training images where there was none.
 
 * Features: 7 natural, 4 specialised (aerial, medical) and 8 structured tasks (count, distance, place, pose).
 * Format: the ready-made archive: images, and one list a split with a line "relative/path label" for each image, labels
-  from 0. Its images were stored as JPEG, which costs the small ones (CIFAR) quality.
+  from 0. Its images were stored as JPEG, which costs the small ones (CIFAR) quality (ZhangYuanhan-AI/NOAH#28).
 * Splits: train = train800, val = val200, trainval = all 1,000 (its own list), test = the whole official test set.
 * Classes: 2 to 397.
 * Citation: Zhai et al., arXiv 1910.04867, and the set's own.
 * Licence: each set's own; Diabetic Retinopathy needs a Kaggle account.
 
-**HTA**: head-tuning adaptation, ten sets with their whole training sets (Huang et al., DAM-VP, CVPR 2023).
+**HTA**: head-tuning adaptation, ten sets with their whole training sets (Huang et al., DAM-VP, CVPR 2023). SA2VP's
+code has loaders for the first six; that the other four are these is inferred.
 
 * Features: textures, traffic signs, food, small objects, house numbers, birds, dogs, flowers.
 * Format: as torchvision stores them, and four of the FGVC folders.
