@@ -5,7 +5,7 @@ unexport MPLBACKEND  # notebooks use the kernel's own
 PYTHON ?= python3
 BIN := .venv/bin/python
 INSTALLED := .venv/.installed
-PYTEST := $(BIN) -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
+PYTEST := COMPANION_PROGRESS=off $(BIN) -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
 
 .DEFAULT_GOAL := help
 .PHONY: help reports test test-slow lab bench notebooks lock clean

@@ -36,7 +36,7 @@ rule notebook:
     threads: min(4, max(1, (workflow.cores or 1) // max(1, len(SLUGS))))
     shell:
         """
-        export OMP_NUM_THREADS={threads}
+        export OMP_NUM_THREADS={threads} COMPANION_PROGRESS=lines
         unset MPLBACKEND  # the kernel's own backend puts figures into the notebook
         echo "{wildcards.slug}: started on {threads} thread(s)"
         if {PYTHON:q} -m papermill {input.notebook} {params.draft} -k python3 --no-progress-bar \

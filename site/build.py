@@ -112,7 +112,8 @@ def front_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
     extra = [slug for slug in runs if slug not in papers]
     return "\n".join(
         [
-            "# Ten vision-transformer papers, each as a notebook that runs",
+            "---\nhtml_theme.sidebar_secondary.remove: true\n---\n",  # the ledger needs the width
+            "# Ten papers, each as a notebook that runs",
             "Every number on this site was measured by the notebook it stands in, on small data made for the purpose "
             "(the `pocket` profile) unless it says otherwise. Pocket numbers say whether a paper's mechanism works; "
             "they are not the paper's numbers.\n",

@@ -8,10 +8,13 @@ MATHJAX = Path(
     find_spec("sphinx-mathjax-offline").submodule_search_locations[0], "static", "mathjax", "tex-svg-full.js"
 )
 
-project = "The companion"
-html_title = "The companion: ten vision-transformer papers"
+project = html_title = "Ten vision-transformer papers"
 html_theme = "sphinx_book_theme"
-html_theme_options = {"home_page_in_toc": True, "use_fullscreen_button": False, "search_as_you_type": False}
+html_theme_options = {
+    "use_fullscreen_button": False,
+    "navbar_persistent": [],  # one search field is enough: the sidebar's
+    "footer_content_items": [],
+}
 html_context = {"default_mode": "auto"}  # light or dark as the reader's system says
 html_static_path = [str(HERE / "static"), str(MATHJAX)]
 html_css_files = ["companion.css"]

@@ -18,12 +18,33 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 CLAIMS = [
-    {"id": "params", "text": "trains $2 \\times d$ parameters", "kind": "exact", "status": "holds", "value": 11, "seeds": [0]},
-    {"id": "beats", "text": "A | B: a < b & <i>more</i>", "kind": "directional", "status": "fails", "value": {"a": 0.51234, "b": 0.6},
-     "seeds": [0, 1, 2], "why": "the margin is within the spread"},
-    {"id": "full", "text": "90.1 on the real data", "kind": "full", "status": "not run", "value": None, "seeds": [],
-     "why": "needs the real data"},
-]  # fmt: skip
+    {
+        "id": "params",
+        "text": "trains $2 \\times d$ parameters",
+        "kind": "exact",
+        "status": "holds",
+        "value": 11,
+        "seeds": [0],
+    },
+    {
+        "id": "beats",
+        "text": "A | B: a < b & <i>more</i>",
+        "kind": "directional",
+        "status": "fails",
+        "value": {"a": 0.51234, "b": 0.6},
+        "seeds": [0, 1, 2],
+        "why": "the margin is within the spread",
+    },
+    {
+        "id": "full",
+        "text": "90.1 on the real data",
+        "kind": "full",
+        "status": "not run",
+        "value": None,
+        "seeds": [],
+        "why": "needs the real data",
+    },
+]
 KNOB = """
 <div><input type="range" id="knob" min="0" max="9" value="3"><output id="shown">3</output></div>
 <script>
@@ -46,7 +67,7 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
     view = {"application/vnd.jupyter.widget-view+json": {"model_id": "0"}, "text/plain": "interactive(children=())"}
     cells = [
-        new_markdown_cell("# A paper\n\nIts loss is $$\\boldsymbol{L} = \\sum_i \\lVert x_i \\rVert^2$$"),
+        new_markdown_cell("# A paper\n\nIts loss is\n\n$$\\boldsymbol{L} = \\sum_i \\lVert x_i \\rVert^2$$"),
         new_code_cell(
             "knob()",
             outputs=[

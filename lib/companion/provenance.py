@@ -31,8 +31,11 @@ def sources(path: str | Path, package: Path = PACKAGE) -> list[Path]:
     Raises `SyntaxError` naming the file, or the cell of a notebook, that is not Python.
     """
     path, package = Path(path).resolve(), Path(package).resolve()
-    found: set[Path] = {path} if path.is_relative_to(package) else set()
+    found: set[Path] = set()
     queue = [path]
+    if path.is_relative_to(package):
+        queue += _files(".".join((package.name, *path.relative_to(package).with_suffix("").parts)), package)
+        found.update(queue)
     while queue:
         for module in _imports(queue.pop(), package):
             if module not in found:
@@ -124,7 +127,7 @@ def _bare(text: str) -> str:
     for string in docstrings:
         first, last = string.lineno - 1, string.end_lineno - 1
         head, tail = lines[first][: string.col_offset], lines[last][string.end_col_offset :]
-        lines[first : last + 1] = [head + b'""' + tail] + [b""] * (last - first)
+        lines[first : last + 1] = [head + tail] + [b""] * (last - first)
     lines = [line.decode() for line in lines]
     for token in tokenize.generate_tokens(io.StringIO("\n".join(lines) + "\n").readline):
         if token.type == tokenize.COMMENT:

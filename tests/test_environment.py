@@ -1,0 +1,69 @@
+"""The three lists of dependencies say the same, and the citation file is one."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+
+@pytest.fixture
+def project(root: Path) -> dict:
+    return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+@pytest.fixture
+def locked(root: Path) -> dict[str, str]:
+    lines = (root / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+def needed(project: dict, *extras: str) -> list[Requirement]:
+    texts = project["dependencies"] + [text for extra in extras for text in project["optional-dependencies"][extra]]
+    return [Requirement(text) for text in texts]
+
+
+def test_conda_environment_lists_what_pyproject_lists(root: Path, project: dict) -> None:
+    environment = yaml.safe_load((root / "environment.yml").read_text(encoding="utf-8"))
+    *conda, last = environment["dependencies"]
+    assert sorted(re.split("[><=]", name)[0] for name in conda) == ["pip", "python"]
+    python = next(name for name in conda if name.startswith("python"))
+    assert python == "python" + project["requires-python"]
+    assert sorted(last["pip"]) == sorted(str(requirement) for requirement in needed(project, "reports", "test"))
+
+
+def test_lock_pins_every_dependency_but_torch(project: dict, locked: dict[str, str]) -> None:
+    wanted = {canonicalize_name(requirement.name): requirement for requirement in needed(project, "reports", "test")}
+    assert set(wanted) - set(locked) == {"torch", "torchvision"}
+    for name in set(wanted) & set(locked):
+        assert locked[name] in wanted[name].specifier, f"{name}: the lock has {locked[name]}, run `make lock`"
+
+
+def test_lock_holds_nothing_that_torch_alone_brings(locked: dict[str, str]) -> None:
+    assert not [name for name in locked if re.match(r"torch$|torchvision$|nvidia-|cuda-|triton|sympy$|mpmath$", name)]
+
+
+def test_lock_is_closed(locked: dict[str, str]) -> None:
+    """What a locked package requires on this platform is locked too, so that no install can pick something newer."""
+    for name in locked:
+        for text in distribution(name).requires or ():
+            requirement = Requirement(text)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                assert canonicalize_name(requirement.name) in {*locked, "torch", "torchvision"}, f"{name} needs {text}"
+
+
+def test_citation_file(root: Path, project: dict) -> None:
+    citation = yaml.safe_load((root / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["version"] == project["version"]
+    assert citation["license"] == project["license"]
+    assert citation["authors"] and citation["title"] and citation["message"]
+    papers = yaml.safe_load((root / "lib" / "companion" / "papers" / "index.yaml").read_text(encoding="utf-8"))
+    cited = {reference["identifiers"][0]["value"] for reference in citation["references"]}
+    assert cited == {f"arXiv:{paper['arxiv']}" for paper in papers}
