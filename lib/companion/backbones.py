@@ -70,6 +70,34 @@ def build(name: str, weights: str | Path = "pretrained", *, download: bool = Fal
     return _build_timm(name, weights, download, overrides)
 
 
+def find_weights(name: str, *, download: bool = False) -> Path:
+    """The file of a timm model's released weights in the local cache; fetched first when `download` says so.
+
+    Raises:
+        BadParameter: timm knows no released weights of that name.
+        MissingWeights: not cached, and not to be downloaded or out of reach.
+    """
+    full = TIMM.get(name, name)
+    if not timm.is_model(full) or (cfg := timm.get_pretrained_cfg(full)) is None:
+        raise BadParameter("name", name, f"{list(TIMM)} or a timm model with released weights")
+    names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    return _hub_file(full, cfg.hf_hub_id, names, download)
+
+
+def read_state(path: str | Path) -> dict[str, torch.Tensor]:
+    """The named tensors of a safetensors or .pth file, read without running anything that is in it.
+
+    Raises `CorruptFile` when it is missing, truncated, or holds something else.
+    """
+    try:
+        state = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
+    except Exception as error:  # truncated, not a weights file, or one that wants to run code
+        raise CorruptFile(path, f"not a plain file of weights ({type(error).__name__}: {error})") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise CorruptFile(path, "holds something else than named tensors")
+    return state
+
+
 def input_of(model: nn.Module) -> Input:
     """The image size and normalisation that the weights of a model made by `build` were trained with."""
     if hasattr(model, "pretrained_cfg"):
@@ -131,13 +159,12 @@ def _build_timm(name: str, weights: str | Path, download: bool, overrides: dict)
     full = TIMM.get(name, name)
     if not timm.is_model(full):
         raise BadParameter("name", name, f"{[*TIMM, *_POCKET]}, 'openclip:<model>/<tag>', or a timm model")
-    if (cfg := timm.get_pretrained_cfg(full)) is None and weights == "pretrained":
+    if timm.get_pretrained_cfg(full) is None and weights == "pretrained":
         raise BadParameter("weights", weights, f"'random' or a file: timm knows no released weights of {full}")
     # the path is settled before the model is built: a missing file should not cost seconds and gigabytes first
     path = None
     if weights == "pretrained":
-        names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-        path = _hub_file(full, cfg.hf_hub_id, names, download)
+        path = find_weights(full, download=download)
     elif weights != "random":
         path = _file(weights)
     model = timm.create_model(full, pretrained=False, **{"num_classes": 0, **overrides})
@@ -220,13 +247,7 @@ def _load(model: nn.Module, path: Path, name: str) -> None:
     if path.suffix == ".npz":
         _load_npz(model, path, name)
         return
-    try:
-        state = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
-    except Exception as error:  # truncated, not a weights file, or one that wants to run code
-        raise CorruptFile(path, f"not a plain file of weights ({type(error).__name__}: {error})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise CorruptFile(path, "holds something else than named tensors")
-
+    state = read_state(path)
     if hasattr(model, "visual"):
         try:
             load_checkpoint(model, str(path), strict=True)

@@ -42,7 +42,7 @@ def read_json(path: str | Path) -> object:
     """Read a JSON file. Raises `CorruptFile` with the path when it is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # not JSON, or not UTF-8
         raise CorruptFile(path, f"not JSON ({error})") from error
 
 

@@ -1,0 +1,231 @@
+"""`companion`: what a run would need, getting what is free, checking against the authors' outputs, taking in a run.
+
+companion doctor sa2vp [--data-root DIR]      what is missing for each table
+companion fetch sa2vp [--data-root DIR]       weights and data that are free and have a checksum
+companion data [--data-root DIR]              all data sets: present, missing or incomplete
+companion parity sa2vp [--checkpoint FILE]    our model against outputs of the authors' code
+companion adopt DIR                           take in a run that was made elsewhere
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from . import data, parity, record
+from .errors import BadParameter, CompanionError, CorruptFile, MissingWeights
+from .files import read_json, sha256
+from .provenance import code_hash, sources
+from .report import PAPERS, paper
+
+TFLOPS = 40  # sustained, what one recent data-centre card reaches in mixed precision; the doctor says so
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run one command; 0 when all is well, 1 when something is missing or differs, 2 for a wrong call."""
+    parser = argparse.ArgumentParser(prog="companion", description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(run: Callable[[argparse.Namespace], int], name: str, what: str, *positional: str):
+        sub = commands.add_parser(name, help=what, description=what)
+        for argument in positional:
+            sub.add_argument(argument)
+        sub.set_defaults(run=run)
+        return sub
+
+    for run, name, what in ((doctor, "doctor", "what is missing for each table of a paper"),
+                            (fetch, "fetch", "download a paper's weights and data where they are free")):  # fmt: skip
+        command(run, name, what, "paper").add_argument("--data-root", default="data")
+    command(show_data, "data", "all data sets and whether they are here").add_argument("--data-root", default="data")
+    sub = command(check_parity, "parity", "compare our model with outputs of the authors' code", "paper")
+    sub.add_argument("--checkpoint", help="weights that should give the recorded outputs, under the authors' names")
+    sub.add_argument("--fixtures", help="folder <paper>/<case>/ (default: the project's)")
+    sub.add_argument("--case", help="run this case only")
+    command(adopt, "adopt", "take in the results of a run made elsewhere", "folder")
+    given = parser.parse_args(words)
+    try:
+        return given.run(given)
+    except BadParameter as error:
+        print(f"companion: {error}", file=sys.stderr)
+        return 2
+    except CompanionError as error:
+        print(f"companion: {error}", file=sys.stderr)
+        return 1
+
+
+def _sets(prefix: str) -> list[str]:
+    return [name for name in data.DATASETS if name.startswith(prefix)]
+
+
+def _weights(facts: dict) -> list[tuple[dict, str]]:
+    """The paper's weights that exist, and what is missing of each ("" for nothing)."""
+    from . import backbones
+
+    found = []
+    for weights in facts["weights"]:
+        if weights.get("released") == "never":
+            continue
+        try:
+            backbones.find_weights(weights["id"])
+            found.append((weights, ""))
+        except MissingWeights as error:
+            found.append((weights, f"not in {error.cache}"))
+    return found
+
+
+def doctor(given: argparse.Namespace) -> int:
+    """Print, for each group of tables, what its run needs and lacks on this machine."""
+    facts, root = paper(given.paper), Path(given.data_root)
+    weights = {w["name"]: (w, lack) for w, lack in _weights(facts)}
+    memory = psutil.virtual_memory().total / 1e9
+    disk = shutil.disk_usage(root if root.exists() else ".").free / 1e9
+    lacking = False
+    print(f"{facts['title']}  (arXiv {facts['arxiv']})\ndata root: {root.resolve()}\n")
+    for run in facts["runs"]:
+        print(f"{run['title']}: tables {', '.join(run['tables'])}")
+        flop, absent = 0.0, 0
+        for name in _sets(run["data"]):
+            dataset, state = data.DATASETS[name], data.status(name, root)
+            train, test = dataset.sizes["trainval"], dataset.sizes["test"]
+            flop += run["gflop"] * 1e9 * (3 * train * run["epochs"] + test)
+            if state.state != "present":
+                absent += 1
+                where = dataset.folder(root)
+                print(f"  data    {name}: {state.state} ({state.detail})\n          looked in {where}")
+                print(f"          get it: {dataset.source}; licence: {dataset.licence}")
+        present = len(_sets(run["data"])) - absent
+        print(f"  data    {present} of {present + absent} sets are here")
+        for name in run["weights"]:
+            entry, lack = weights[name]
+            print(f"  weights {entry['id']} ({entry['size_mb']} MB, {entry['licence']}): {lack or 'cached'}")
+            lacking |= bool(lack)
+        print(f"  memory  {run['memory_gb']} GB wanted, {memory:.0f} GB here")
+        print(f"  disk    {run['disk_gb']} GB wanted, {disk:.0f} GB free")
+        print(
+            f"  time    about {flop / (TFLOPS * 1e12) / 3600:.1f} h at {TFLOPS} TFLOP/s sustained (reckoned, not run)\n"
+        )
+        lacking |= bool(absent) or memory < run["memory_gb"] or disk < run["disk_gb"]
+    for entry in facts["weights"]:
+        if entry.get("released") == "never":
+            print(f"{entry['name']}: never released")
+    print(f"Expected layout of a data set: companion data --data-root {given.data_root}, or the error of its reader.")
+    return int(lacking)
+
+
+def fetch(given: argparse.Namespace) -> int:
+    """Download what is free and has a checksum; say of the rest where to get it."""
+    from . import backbones
+
+    facts, left = paper(given.paper), []
+    for weights, lack in _weights(facts):
+        if lack:
+            print(f"weights {weights['id']} ({weights['size_mb']} MB)", flush=True)
+            try:
+                backbones.find_weights(weights["id"], download=True)
+            except CompanionError as error:
+                left.append(str(error))
+    for name in dict.fromkeys(n for run in facts["runs"] for n in _sets(run["data"])):
+        try:
+            print(f"data    {name}: {data.fetch(name, given.data_root)}", flush=True)
+        except CompanionError as error:
+            left.append(str(error))
+    if left:
+        print(f"\n{len(left)} could not be fetched:\n")
+        print("\n\n".join(textwrap.indent(text, "  ") for text in left))
+    return int(bool(left))
+
+
+def show_data(given: argparse.Namespace) -> int:
+    """Print every data set with its state, source and licence."""
+    rows = data.table(given.data_root)
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        print(f"{row['name']:{width}}  {row['state']:10}  {row['title']}")
+        print(f"{'':{width}}  {'':10}  {row['source']}; licence: {row['licence']}")
+        if row["state"] == "incomplete":
+            print(f"{'':{width}}  {'':10}  {row['detail']}")
+    return 0
+
+
+def check_parity(given: argparse.Namespace) -> int:
+    """Print each case; name the first output that differs."""
+    from . import backbones
+
+    cases = list(parity.cases(given.paper, given.fixtures))
+    if given.case:
+        names = [case.name for case in cases]
+        if given.case not in names:
+            raise BadParameter("--case", given.case, names)
+        cases = [case for case in cases if case.name == given.case]
+    if given.checkpoint:
+        state = backbones.read_state(given.checkpoint)
+        # the cases whose model has these tensors; the frozen copies that the authors store may stand beside them
+        cases = [parity.Case(c.folder, state) for c in cases if c.state and set(c.state) <= set(state)]
+        if not cases:
+            raise CorruptFile(given.checkpoint, f"no case of {given.paper} has all its tensor names")
+    failed = 0
+    for case in cases:
+        differences = parity.compare(given.paper, case)
+        worst = max(differences, key=lambda d: d.error)
+        wrong = [d for d in differences if not d.agrees]
+        if wrong:
+            failed += 1
+            print(f"{case.name}: DIFFERS; first at {wrong[0].output} ({wrong[0].error:.1e} of its largest magnitude), "
+                  f"{len(wrong)} of {len(differences)} outputs")  # fmt: skip
+        else:
+            print(f"{case.name}: agrees; {len(differences)} outputs, worst {worst.error:.1e} at {worst.output}")
+    return int(bool(failed))
+
+
+def adopt(given: argparse.Namespace) -> int:
+    """Copy a run's results to `reports/` when they are what its record says, and its code is today's."""
+    source = Path(given.folder)
+    if not (source / "run.json").is_file():
+        raise CorruptFile(source / "run.json", "there is no such file: not the output folder of a run")
+    facts, root = read_json(source / "run.json"), record.root()
+    try:
+        slug, profile, code, outputs = (facts[k] for k in ("slug", "profile", "code", "outputs"))
+    except (KeyError, TypeError) as error:
+        raise CorruptFile(source / "run.json", f"not a run record ({error})") from error
+    known = sorted(p.stem for p in PAPERS.glob("*.yaml") if p.stem != "index")
+    if slug not in known:
+        raise BadParameter("slug", slug, known)
+    if profile not in ("pocket", "paper"):
+        raise BadParameter("profile", profile, ("pocket", "paper"))
+    notebook = root / "notebooks" / f"{slug}.ipynb"
+    if not notebook.is_file() or code != code_hash([notebook, *sources(notebook)]):
+        raise CorruptFile(
+            source / "run.json", f"made by other code than this checkout's (commit {facts.get('commit')})"
+        )
+    for name, hashed in outputs.items():
+        path = source / name
+        if not path.resolve().is_relative_to(source.resolve()):
+            raise CorruptFile(source / "run.json", f"{name} lies outside of the folder")
+        if not path.is_file() or sha256(path) != hashed:
+            raise CorruptFile(path, "missing, or not the file that the record's hash is of")
+    target = root / "reports" / profile / slug
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{slug}-", dir=target.parent) as name:
+        new = Path(name) / slug
+        # what a run does not write itself (a study) stays as it is
+        if target.exists():
+            shutil.copytree(target, new)
+            shutil.rmtree(target)
+        executed = [p.name for p in source.glob(f"{slug}.ipynb")]
+        for item in ["run.json", *executed, *outputs]:
+            (new / item).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / item, new / item)
+        new.replace(target)
+    print(f"adopted {len(outputs)} files into {target.relative_to(root)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

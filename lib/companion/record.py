@@ -1,0 +1,72 @@
+"""What a run was made with: versions, commit, device, time and memory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "open_clip_torch",
+    "lightning-fabric",
+    "numpy",
+    "scikit-learn",
+    "scikit-image",
+)
+
+
+def root() -> Path:
+    """The checkout that the working directory lies in (the folder of its pyproject.toml); else the directory itself."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "pyproject.toml").is_file() and (folder / "notebooks").is_dir():
+            return folder
+    return here
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        found[name] = importlib.metadata.version(name)
+    return found
+
+
+def commit() -> str:
+    """The commit of the checkout, "+changes" behind it when files differ; "" outside of a checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root(), capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        code = ["lib", "notebooks", "pyproject.toml"]
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", *code) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def device() -> str:
+    """The card's name, or the processor's kind and how many threads are used."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def peak_memory_mb() -> int:
+    """The most memory this process has held so far, in MB (of the card, when one is used)."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 1e6)
+    if sys.platform == "win32":
+        return round(psutil.Process().memory_info().peak_wset / 1e6)
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / 1e6 if sys.platform == "darwin" else peak / 1e3)

@@ -1,0 +1,296 @@
+"""What a notebook shows and leaves behind: checked parameters, tables beside the published ones, claims, the record.
+
+run = report.start("sa2vp", profile=profile, seed=seed, ...)     # validates, prints what this run will do
+run.table("study", frame)                                        # shows it, writes tables/study.csv
+run.figure("rollout", figure)                                    # shows it, writes figures/rollout.png
+run.claim("identity", difference == 0, f"largest difference {difference:g}")
+run.close()                                                      # shows the ledger, writes claims.json and run.json
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import time
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import yaml
+from IPython.display import HTML, Image, display
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from . import record, study
+from .errors import BadParameter
+from .files import atomic, read_json, sha256, write_json
+from .provenance import code_hash, sources
+
+PAPERS = Path(__file__).parent / "papers"
+
+# What every notebook takes. A paper's own parameters stand in its YAML, in the same form.
+COMMON = {
+    "profile": {"type": "choice", "choices": ["pocket", "paper"], "help": "pocket (laptop) or paper (as published)"},
+    "dry_run": {"type": "switch", "help": "paper profile: two steps on generated data"},
+    "study": {"type": "switch", "help": "run all baselines, learning rates and seeds of the study (resumes)"},
+    "seed": {"type": "integer", "low": 0, "high": 2**31 - 1, "help": "seed of the live run"},
+    "data_root": {"type": "text", "help": "folder of the data sets"},
+    "weights": {"type": "text", "help": "file of the backbone's weights; empty: the cache"},
+    "out": {"type": "text", "help": "where results go; empty: runs/<profile>/<paper>"},
+    "accelerator": {"type": "choice", "choices": ["auto", "cpu", "cuda", "mps"], "help": "where it runs"},
+    "devices": {"type": "integer", "low": 1, "high": 1024, "help": "how many of them"},
+    "precision": {"type": "choice", "choices": ["32-true", "16-mixed", "bf16-mixed"], "help": "arithmetic"},
+}  # fmt: skip
+LOUD = {"holds": "holds", "fails": "FAILS", "not run": "not run"}
+
+
+@cache
+def paper(slug: str) -> dict:
+    """The facts of a paper, `papers/<slug>.yaml`. Raises `BadParameter` for an unknown slug."""
+    known = sorted(p.stem for p in PAPERS.glob("*.yaml") if p.stem != "index")
+    if slug not in known:
+        raise BadParameter("paper", slug, known)
+    return yaml.safe_load((PAPERS / f"{slug}.yaml").read_text(encoding="utf-8"))
+
+
+def convert(name: str, value: object, rule: Mapping) -> object:
+    """A parameter as its rule wants it: papermill passes `-p dry_run false` as the text "false", which is true.
+
+    Raises:
+        BadParameter: with the accepted values.
+    """
+    kind, text = rule["type"], str(value).strip()
+    if kind == "switch":
+        if text.lower() in ("true", "false", "1", "0", "yes", "no"):
+            return text.lower() in ("true", "1", "yes")
+        raise BadParameter(name, value, (True, False))
+    if kind == "choice":
+        if value not in rule["choices"]:
+            raise BadParameter(name, value, rule["choices"])
+        return value
+    if kind in ("integer", "number"):
+        low, high = rule.get("low", -math.inf), rule.get("high", math.inf)
+        accepted = f"{'a whole number' if kind == 'integer' else 'a number'} from {low:g} to {high:g}"
+        try:
+            number = int(text) if kind == "integer" else float(text)
+        except ValueError as error:
+            raise BadParameter(name, value, accepted) from error
+        if isinstance(value, bool) or not (low <= number <= high or (rule.get("zero") and number == 0)):
+            raise BadParameter(name, value, accepted)
+        return number
+    if not isinstance(value, str):
+        raise BadParameter(name, value, "text")
+    return text
+
+
+def check(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> bool:
+    """Print whether `value` lies in [low, high], and not the value, which differs between machines; return it."""
+    inside = low <= value <= high
+    bounds = (
+        f"at least {low:g}" if high == math.inf else f"at most {high:g}" if low == -math.inf else f"{low:g} to {high:g}"
+    )
+    print(f"{name}: {'as expected' if inside else 'NOT as expected'} ({bounds})")
+    return inside
+
+
+def show(frame: pd.DataFrame, digits: int = 2, index: bool = False) -> HTML:
+    """A table as plain HTML: the same text for the same numbers, which pandas' own is not over its versions."""
+
+    def cell(value: object) -> str:
+        if isinstance(value, float):
+            text = "–" if math.isnan(value) else f"{value:.{digits}f}"
+        else:
+            text = "–" if value is None else str(value)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        style = "text-align: right" if number else "text-align: left"
+        return f'<td style="{style}">{html.escape(text)}</td>'
+
+    if index:
+        frame = frame.reset_index()
+    header = "".join(f'<th scope="col" style="text-align: left">{html.escape(str(c))}</th>' for c in frame.columns)
+    rows = "".join("<tr>" + "".join(map(cell, row)) + "</tr>\n" for row in frame.itertuples(index=False))
+    table = f'<table class="dataframe">\n<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>'
+    return HTML(f'<div style="overflow-x: auto">{table}</div>')
+
+
+def published(slug: str, table: str) -> pd.DataFrame:
+    """A published table of the paper's YAML: one row a method, in the paper's columns; what was not found is NaN.
+
+    Its title, source and unit are in `.attrs`. Raises `BadParameter` for an unknown table.
+    """
+    tables = {t["id"]: t for t in paper(slug)["tables"]}
+    if table not in tables:
+        raise BadParameter("table", table, list(tables))
+    facts = tables[table]
+    rows = [{"method": row["method"]} | {c: row["values"].get(c) for c in facts["columns"]} for row in facts["rows"]]
+    frame = pd.DataFrame(rows, columns=["method", *facts["columns"]])
+    frame[facts["columns"]] = frame[facts["columns"]].apply(pd.to_numeric)
+    frame.attrs = {k: facts.get(k, "") for k in ("id", "title", "unit", "metric", "provenance", "status")}
+    return frame
+
+
+def beside(frame: pd.DataFrame, measured: Mapping[tuple[str, str], float] = {}) -> pd.DataFrame:
+    """Each published number with the one measured here behind it, "88.3 / not run".
+
+    `measured` is by (method, column). Only real data at the paper profile belongs here, never a pocket number. A method
+    that was measured and is not in the published table gets a row of its own.
+    """
+    columns = [c for c in frame.columns if c != "method"]
+    methods = list(dict.fromkeys([*frame.method, *(m for m, _ in measured)]))
+    rows = []
+    for method in methods:
+        same = frame[frame.method == method]
+        row = {"method": method}
+        for column in columns:
+            value = same[column].iloc[0] if len(same) else math.nan
+            ours = measured.get((method, column))
+            said = "–" if pd.isna(value) else f"{value:g}"
+            row[column] = f"{said} / {'not run' if ours is None else f'{ours:.2f}'}"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def start(slug: str, **parameters: object) -> Run:
+    """Check the notebook's parameters, print what the run will do, and return the `Run` that keeps its results.
+
+    Raises:
+        BadParameter: an unknown parameter, or a value that is not accepted.
+    """
+    rules = COMMON | (paper(slug).get("parameters", {}) if (PAPERS / f"{slug}.yaml").exists() else {})
+    values = {}
+    for name, value in parameters.items():
+        if name not in rules:
+            raise BadParameter("parameter", name, sorted(rules))
+        values[name] = convert(name, value, rules[name])
+    if values.get("study") and values.get("profile") == "paper":
+        raise BadParameter("study", True, "False with profile = 'paper': the study is at pocket scale")
+    if values.get("dry_run") and values.get("profile") == "pocket":
+        raise BadParameter("dry_run", True, "False with profile = 'pocket', which is quick as it is")
+    run = Run(slug, SimpleNamespace(**values))
+    plan = pd.DataFrame([(n, "(empty)" if v == "" else str(v), rules[n]["help"]) for n, v in values.items()],
+                        columns=["parameter", "value", "meaning"])  # fmt: skip
+    display(show(plan))
+    return run
+
+
+class Run:
+    """The results of one notebook run, written below `out` as they come. Made by `start`."""
+
+    def __init__(self, slug: str, parameters: SimpleNamespace):
+        self.slug, self.parameters = slug, parameters
+        profile = getattr(parameters, "profile", "pocket")
+        given = getattr(parameters, "out", "")
+        self.root = record.root()
+        self.out = self.root / (given or Path("runs") / profile / slug)
+        self.claims: dict[str, dict] = {}
+        self._files: list[Path] = []
+        self._began = time.monotonic()
+
+    def table(self, name: str, frame: pd.DataFrame, digits: int = 2) -> HTML:
+        """Write `tables/<name>.csv` and return the table to show."""
+        path = self.out / "tables" / f"{name}.csv"
+        with atomic(path) as temporary:
+            frame.to_csv(temporary, index=False)
+        self._files.append(path)
+        return show(frame, digits)
+
+    def figure(self, name: str, figure: Figure) -> None:
+        """Write `figures/<name>.png` and show it."""
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+        plt.close(figure)
+        path = self.out / "figures" / f"{name}.png"
+        with atomic(path) as temporary:
+            temporary.write_bytes(buffer.getvalue())
+        self._files.append(path)
+        display(Image(buffer.getvalue()))
+
+    def study(self) -> Path:
+        """The folder of the study: this run's when it has one, else the one that is kept in `reports/pocket`."""
+        own = self.out
+        return own if (own / "study.csv").exists() else self.root / "reports" / "pocket" / self.slug
+
+    def claim(self, name: str, holds: bool | None, value: str, seeds: Iterable[int] = (), why: str = "") -> None:
+        """Enter a claim of the paper's YAML: whether it holds here (None: not run), what was measured, and why.
+
+        Raises:
+            BadParameter: no such claim.
+        """
+        known = [c["id"] for c in paper(self.slug).get("claims", [])]
+        if name not in known:
+            raise BadParameter("claim", name, known)
+        status = "not run" if holds is None else "holds" if holds else "fails"
+        self.claims[name] = {"status": status, "value": value, "seeds": list(seeds), "why": why}
+
+    def claims_from_study(self, rows: pd.DataFrame, why: Mapping[str, str] = {}) -> None:
+        """Enter every directional claim that names `better`, `worse` and `tasks`.
+
+        It holds when the one beats the other on every task with every seed: with few seeds a mean alone says little.
+        `why` gives the reason, by claim, where one was found for a claim that fails.
+        """
+        tested = rows[rows.stage == "test"].set_index(["task", "method", "seed"]).accuracy
+        for claim in paper(self.slug)["claims"]:
+            if claim["kind"] != "directional":
+                continue
+            parts, wins, seeds = [], True, set()
+            for task in claim["tasks"]:
+                lead = tested[task, claim["better"]] - tested[task, claim["worse"]]
+                parts.append(f"{task} {lead.mean():+.1f} ± {lead.std():.1f}")
+                wins &= bool((lead > 0).all())
+                seeds |= set(map(int, lead.index))
+            value = "; ".join(parts) + " points (mean ± standard deviation of the lead)"
+            self.claim(claim["id"], wins, value, sorted(seeds), "" if wins else why.get(claim["id"], ""))
+
+    def ledger(self) -> list[dict]:
+        """All claims of the paper with what this run says of each."""
+        blank = {"status": "not run", "value": "", "seeds": [], "why": ""}
+        claims = paper(self.slug).get("claims", []) if (PAPERS / f"{self.slug}.yaml").exists() else []
+        return [{k: c[k] for k in ("id", "text", "kind")} | self.claims.get(c["id"], blank) for c in claims]
+
+    def close(self) -> HTML:
+        """Write `claims.json` and `run.json`; return the ledger to show."""
+        ledger, given = self.ledger(), vars(self.parameters)
+        write_json(self.out / "claims.json", ledger)
+        self._files.append(self.out / "claims.json")
+        notebook = self.root / "notebooks" / f"{self.slug}.ipynb"
+        facts = {
+            "slug": self.slug,
+            "profile": given.get("profile", "pocket"),
+            "parameters": {k: v for k, v in given.items() if k != "out"},
+            "seeds": [given["seed"]] if "seed" in given else [],
+            "versions": record.versions(),
+            "commit": record.commit(),
+            "code": code_hash([notebook, *sources(notebook)]) if notebook.exists() else "",
+            "device": record.device(),
+            "seconds": round(time.monotonic() - self._began, 1),
+            "peak_memory_mb": record.peak_memory_mb(),
+            "outputs": {str(p.relative_to(self.out)): sha256(p) for p in sorted(set(self._files))},
+        }
+        folder = self.study()
+        if (folder / "study.json").exists():
+            facts["study"] = {"sha256": sha256(folder / "study.csv"), "stale": study.stale(self.slug, folder)}
+        write_json(self.out / "run.json", facts)
+        rows = [
+            {
+                "claim": c["text"],
+                "kind": c["kind"],
+                "here": LOUD[c["status"]],
+                "measured": c["value"] + (f" — {c['why']}" if c["why"] else ""),
+                "seeds": ", ".join(map(str, c["seeds"])),
+            }
+            for c in ledger
+        ]
+        return show(pd.DataFrame(rows, columns=["claim", "kind", "here", "measured", "seeds"]))
+
+
+def study_notice(slug: str, folder: Path) -> str:
+    """One sentence on where the study's numbers come from, and whether its code has changed since."""
+    facts = read_json(folder / "study.json")
+    minutes = round(facts.get("seconds_of_cpu", 0) / 60)
+    text = f"Study: seeds {facts['seeds']}, learning rates {facts['rates']}, {minutes} minutes of one core."
+    return text + (
+        " It is OLDER than today's code: run the notebook with study = True." if study.stale(slug, folder) else ""
+    )
