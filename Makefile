@@ -5,6 +5,8 @@ unexport MPLBACKEND  # notebooks use the kernel's own
 PYTHON ?= python3
 BIN := .venv/bin/python
 INSTALLED := .venv/.installed
+# the lines of the jobs themselves are the progress; what Snakemake has to say is shown when something fails
+SNAKEMAKE := $(BIN) -m snakemake --cores all --keep-going --quiet host progress reason rules
 PYTEST := COMPANION_PROGRESS=off $(BIN) -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
 
 .DEFAULT_GOAL := help
@@ -19,7 +21,8 @@ $(INSTALLED): pyproject.toml requirements.lock
 	touch $@
 
 reports: $(INSTALLED)  ## run every notebook whose code changed at pocket scale, and build reports/site/index.html
-	@$(BIN) -m snakemake --quiet all --keep-going --cores all
+	@mkdir -p build
+	@$(SNAKEMAKE) 2> build/snakemake.log || { cat build/snakemake.log >&2; exit 1; }
 	@echo 'reports/site/index.html is up to date'
 
 test: $(INSTALLED)  ## unit tests, parity, the committed notebooks, the site and JupyterLab in a browser

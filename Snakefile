@@ -15,6 +15,7 @@ PYTHON = sys.executable
 
 rule all:
     input:
+        EXECUTED,
         "reports/site/index.html",
 
 
@@ -33,7 +34,7 @@ rule notebook:
         draft="build/{profile}/{slug}.ipynb",
         more=config.get("parameters", ""),
     # pocket models gain little beyond a few threads, so notebooks run side by side and share out the cores
-    threads: min(4, max(1, (workflow.cores or 1) // max(1, len(SLUGS))))
+    threads: min(4, max(1, (workflow.resource_settings.cores or 1) // max(1, len(SLUGS))))
     shell:
         """
         export OMP_NUM_THREADS={threads} COMPANION_PROGRESS=lines

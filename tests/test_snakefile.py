@@ -1,0 +1,173 @@
+"""`make reports` in a small workspace: what runs, what does not run again, what a failure or a kill leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+PARAMETERS = "profile = 'pocket'  # scale\nout = ''  # folder of the results"
+WRITES = """
+import json, os
+os.makedirs(out, exist_ok=True)
+with open(f"{out}/claims.json", "w") as file:
+    json.dump([profile, os.environ.get("OMP_NUM_THREADS")], file)
+"""
+
+
+class Workspace:
+    """A checkout in small: the real Snakefile and provenance, three notebooks, and a site of one line."""
+
+    def __init__(self, folder: Path, root: Path):
+        self.folder = folder
+        for name in ("Makefile", "Snakefile", "pyproject.toml"):
+            shutil.copy(root / name, folder / name)
+        package = folder / "lib" / "companion"
+        package.mkdir(parents=True)
+        for name in ("__init__.py", "errors.py", "provenance.py"):
+            shutil.copy(root / "lib" / "companion" / name, package / name)
+        for name in ("one", "two"):
+            (package / f"{name}.py").write_text("VALUE = 1\n", encoding="utf-8")
+        (folder / "site").mkdir()
+        (folder / "site" / "build.py").write_text(
+            "import pathlib, sys\nout = pathlib.Path(sys.argv[-1])\nout.mkdir(parents=True, exist_ok=True)\n"
+            "(out / 'index.html').write_text('site')\n",
+            encoding="utf-8",
+        )
+        (folder / "notebooks").mkdir()
+
+    def notebook(self, name: str, *cells: str) -> None:
+        parameters = new_code_cell(PARAMETERS)
+        parameters.metadata["tags"] = ["parameters"]
+        cells = [new_markdown_cell(f"# {name}"), parameters, *map(new_code_cell, (WRITES, *cells))]
+        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), self.path(f"notebooks/{name}.ipynb"))
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def start(self, command: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            # no INSTALLED: the packages are those that run this test
+            command or ("make", "reports", f"BIN={sys.executable}", "INSTALLED="),
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": str(self.folder / "lib"), "MPLBACKEND": "agg"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *command: str) -> tuple[int, str, set[str]]:
+        """Exit status, everything printed, and the names of the steps that were started."""
+        process = self.start(command)
+        text, _ = process.communicate(timeout=120)
+        return process.returncode, text, {line.split(":")[0] for line in text.splitlines() if ": started" in line}
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, root: Path) -> Workspace:
+    folder = tmp_path / "a checkout"  # with a space, as people's folders have
+    folder.mkdir()
+    return Workspace(folder, root)
+
+
+def test_only_what_changed_reruns(workspace: Workspace) -> None:
+    workspace.notebook("first", "import companion.one\nprint(companion.one.VALUE)")
+    workspace.notebook("second", "from companion import two")
+    status, text, started = workspace.run()
+    assert status == 0, text
+    assert started == {"first", "second", "site"}
+    assert len([line for line in text.splitlines() if "first" in line]) == 2, text  # started, done in N s
+    executed = workspace.path("reports/pocket/first/first.ipynb").read_text(encoding="utf-8")
+    assert str(workspace.folder) not in executed
+    threads = min(4, max(1, len(os.sched_getaffinity(0)) // 2))  # two notebooks share the cores
+    assert json.loads(workspace.path("reports/pocket/first/claims.json").read_text()) == ["pocket", str(threads)]
+
+    status, text, started = workspace.run()
+    assert (status, text, started) == (0, "reports/site/index.html is up to date\n", set())
+
+    workspace.path("lib/companion/one.py").write_text("VALUE = 2\n", encoding="utf-8")
+    assert workspace.run()[2] == {"first", "site"}
+
+    # as in a fresh clone, where the records are there but no executed notebook
+    workspace.path("reports/pocket/second/second.ipynb").unlink()
+    assert workspace.run()[2] == {"second", "site"}
+
+    study = workspace.path("reports/pocket/second/study.csv")
+    study.write_text("method,seed\n", encoding="utf-8")
+    assert workspace.run()[2] == {"second", "site"}
+    assert study.exists()
+
+
+def test_one_failure_stops_neither_the_others_nor_takes_the_record(workspace: Workspace) -> None:
+    workspace.notebook("bad", "import companion.one", "raise ValueError('the reason')")
+    workspace.notebook("good", "import companion.two")
+    record = workspace.path("reports/pocket/bad/run.json")
+    record.parent.mkdir(parents=True)
+    record.write_text("{}", encoding="utf-8")
+    status, text, _ = workspace.run()
+    assert status != 0
+    assert "ValueError: the reason" in text
+    assert "bad: FAILED" in text
+    assert workspace.path("reports/pocket/good/good.ipynb").exists()
+    assert not workspace.path("reports/pocket/bad/bad.ipynb").exists()
+    assert "the reason" in workspace.path("build/pocket/bad.ipynb").read_text(encoding="utf-8")
+    assert not workspace.path("reports/site/index.html").exists()
+    assert record.exists()
+
+    workspace.notebook("bad", "import companion.one")
+    status, text, started = workspace.run()
+    assert (status, started) == (0, {"bad", "site"}), text
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_run_leaves_nothing_that_looks_finished(workspace: Workspace, how: signal.Signals) -> None:
+    workspace.notebook("long", "import time\nopen('running', 'w').close()\ntime.sleep(100)")
+    process = workspace.start()
+    deadline = time.monotonic() + 60
+    while not workspace.path("running").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.1)
+    os.killpg(process.pid, how)
+    process.communicate(timeout=60)
+    assert not workspace.path("reports/pocket/long/long.ipynb").exists()
+
+    workspace.notebook("long", "x = 1")
+    status, text, started = workspace.run()
+    if how == signal.SIGKILL:  # Snakemake cannot know that nobody works here any more, and says what to do
+        assert status != 0 and "--unlock" in text
+        workspace.run(sys.executable, "-m", "snakemake", "--unlock")
+        status, text, started = workspace.run()
+    assert (status, started) == (0, {"long", "site"}), text
+
+
+def test_a_notebook_that_is_not_python_is_named(workspace: Workspace) -> None:
+    workspace.notebook("first", "def broken(")
+    status, text, _ = workspace.run()
+    assert status != 0
+    assert "first.ipynb" in text and "code cell 3" in text
+
+
+def test_more_parameters_reach_the_notebook_and_count(workspace: Workspace) -> None:
+    workspace.notebook("first")
+    target = "reports/paper/first/first.ipynb"
+
+    def run(parameters: str) -> tuple[int, set[str]]:
+        config = ("--config", "profile=paper", f"parameters={parameters}", "--", target)
+        status, _, started = workspace.run(sys.executable, "-m", "snakemake", "--cores", "1", *config)
+        return status, {name for name in started if name == "first"}
+
+    assert run("-p seed 3") == (0, {"first"})
+    assert "seed = 3" in workspace.path(target).read_text(encoding="utf-8")
+    assert run("-p seed 3") == (0, set())
+    assert run("-p seed 4") == (0, {"first"})
