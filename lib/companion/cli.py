@@ -89,33 +89,41 @@ def doctor(given: argparse.Namespace) -> int:
     lacking = False
     print(f"{facts['title']}  (arXiv {facts['arxiv']})\ndata root: {root.resolve()}\n")
     for run in facts["runs"]:
-        print(f"{run['title']}: tables {', '.join(run['tables'])}")
-        flop, absent = 0.0, 0
+        print(f"{run['title']}\n  tables   {', '.join(run['tables'])}")
+        flop, absent = 0.0, []
         for name in _sets(run["data"]):
             dataset, state = data.DATASETS[name], data.status(name, root)
-            train, test = dataset.sizes["trainval"], dataset.sizes["test"]
-            flop += run["gflop"] * 1e9 * (3 * train * run["epochs"] + test)
+            flop += run["gflop"] * 1e9 * (3 * dataset.sizes["trainval"] * run["epochs"] + dataset.sizes["test"])
             if state.state != "present":
-                absent += 1
-                where = dataset.folder(root)
-                print(f"  data    {name}: {state.state} ({state.detail})\n          looked in {where}")
-                print(f"          get it: {dataset.source}; licence: {dataset.licence}")
-        present = len(_sets(run["data"])) - absent
-        print(f"  data    {present} of {present + absent} sets are here")
+                absent.append((dataset, state))
+        total = len(_sets(run["data"]))
+        print(f"  data     {total - len(absent)} of {total} sets are here")
+        # sets that are laid out and had alike are told together
+        alike: dict[tuple[str, str], list[tuple[data.DataSet, data.Status]]] = {}
+        for dataset, state in absent:
+            alike.setdefault((dataset.layout, dataset.source), []).append((dataset, state))
+        for (layout, source), members in alike.items():
+            for dataset, state in members:
+                print(f"    {dataset.name}: {state.state} ({state.detail}); licence: {dataset.licence}")
+            print(
+                textwrap.indent(
+                    f"looked for in {members[0][0].folder(root)}:\n{textwrap.indent(layout, '  ')}", " " * 6
+                )
+            )
+            print(textwrap.fill(f"get it: {source}", 110, initial_indent=" " * 6, subsequent_indent=" " * 8))
         for name in run["weights"]:
             entry, lack = weights[name]
-            print(f"  weights {entry['id']} ({entry['size_mb']} MB, {entry['licence']}): {lack or 'cached'}")
+            print(f"  weights  {entry['id']} ({entry['size_mb']} MB, {entry['licence']}): {lack or 'cached'}")
             lacking |= bool(lack)
-        print(f"  memory  {run['memory_gb']} GB wanted, {memory:.0f} GB here")
-        print(f"  disk    {run['disk_gb']} GB wanted, {disk:.0f} GB free")
-        print(
-            f"  time    about {flop / (TFLOPS * 1e12) / 3600:.1f} h at {TFLOPS} TFLOP/s sustained (reckoned, not run)\n"
-        )
+        print(f"  memory   {run['memory_gb']} GB wanted, {memory:.0f} GB here")
+        print(f"  disk     {run['disk_gb']} GB wanted, {disk:.0f} GB free")
+        hours = flop / (TFLOPS * 1e12) / 3600
+        print(f"  time     about {hours:.1f} h at {TFLOPS} TFLOP/s sustained (reckoned, not run)\n")
         lacking |= bool(absent) or memory < run["memory_gb"] or disk < run["disk_gb"]
     for entry in facts["weights"]:
         if entry.get("released") == "never":
             print(f"{entry['name']}: never released")
-    print(f"Expected layout of a data set: companion data --data-root {given.data_root}, or the error of its reader.")
+    print("Free parts: " + f"companion fetch {given.paper} --data-root {given.data_root}")
     return int(lacking)
 
 

@@ -26,7 +26,7 @@ from ..pocket import classification as pocket
 RATES = [1e-3, 3e-3, 1e-2, 3e-2]
 SEEDS = [0, 1, 2]
 SELECTION_SEED = 100
-EPOCHS, BATCH = 10, 40
+EPOCHS, BATCH = 8, 20
 WIDTH, SCALE, TOKENS = 8, 1.5, 8
 
 
@@ -47,7 +47,6 @@ METHODS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
     "SA²VP, no new maps": _ours(new_maps=0),
     "SA²VP, prompt to image only": _ours(direction="prompt to image"),
     "SA²VP, no prompt loss": _ours(),
-    "SA²VP, padded attention": _ours(attention="padded"),
     "SA²VP, released dropout": _ours(dropout=0.1),
 }
 MAIN = list(METHODS)[:7]

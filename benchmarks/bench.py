@@ -1,0 +1,103 @@
+"""The frame of the benchmarks: run things in turn, compare medians, measure peak memory apart, keep the README's table.
+
+Nothing here is a test: times are for a person to read, and only ratios within one run mean anything.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from companion import record
+from companion.files import atomic, write_json
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "reports" / "bench"
+
+Step = Callable[[], None]
+Maker = Callable[[], Step]  # builds what is timed; a module-level function, so that a process of its own can call it
+
+
+def times(steps: dict[str, Step], rounds: int) -> dict[str, float]:
+    """Median seconds of each step over `rounds`, all of them run in turn, after one turn to warm up."""
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if turn:
+                taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def _memory(maker: Maker, threads: int) -> int:
+    torch.set_num_threads(threads)
+    step = maker()
+    step()
+    step()
+    return record.peak_memory_mb()
+
+
+def memory(makers: dict[str, Maker], threads: int) -> dict[str, int]:
+    """Peak memory in MB of two runs of each step, every one in a process of its own."""
+    peaks = {}
+    for name, maker in makers.items():
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            peaks[name] = pool.apply(_memory, (maker, threads))
+    return peaks
+
+
+def run(
+    paper: str, what: str, makers: dict[str, Maker], pairs: Iterable[tuple[str, str, str]], rounds: int = 7
+) -> None:
+    """Time `makers` on one thread and on all, print `pairs` (label, ours, reference) as ratios, and keep them.
+
+    Results go to `reports/bench/<paper>.json` and into the README's table.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    rows = []
+    for threads in dict.fromkeys((1, cores)):
+        torch.set_num_threads(threads)
+        seconds = times({name: maker() for name, maker in makers.items()}, rounds)
+        peaks = memory(makers, threads)
+        for name in makers:
+            print(f"{threads} thread(s)  {name:55} {seconds[name]:7.3f} s  {peaks[name]:6d} MB", flush=True)
+        for label, ours, reference in pairs:
+            rows.append(
+                {
+                    "what": label,
+                    "threads": threads,
+                    "time_ratio": round(seconds[ours] / seconds[reference], 3),
+                    "memory_ratio": round(peaks[ours] / peaks[reference], 3),
+                    "seconds": round(seconds[ours], 3),
+                }
+            )
+            print(f"{threads} thread(s)  {label}: time x {rows[-1]['time_ratio']}, memory x {rows[-1]['memory_ratio']}")
+    facts = {"paper": paper, "what": what, "rows": rows, "versions": record.versions(), "commit": record.commit(),
+             "device": record.device(), "rounds": rounds}  # fmt: skip
+    write_json(RESULTS / f"{paper}.json", facts)
+    update_readme()
+
+
+def update_readme() -> None:
+    """Write the table of ratios between the two marks of the README."""
+    lines = ["| paper | ours against | threads | time | peak memory |", "| --- | --- | ---: | ---: | ---: |"]
+    for path in sorted(RESULTS.glob("*.json")):
+        facts = json.loads(path.read_text())
+        for row in facts["rows"]:
+            ratios = f"{row['time_ratio']:.2f} x | {row['memory_ratio']:.2f} x"
+            lines.append(f"| `{facts['paper']}` | {row['what']} | {row['threads']} | {ratios} |")
+    readme = ROOT / "README.md"
+    begin, end = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+    before, found, rest = readme.read_text(encoding="utf-8").partition(begin)
+    if found:
+        with atomic(readme) as temporary:
+            table = "\n".join(lines)
+            temporary.write_text(f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
