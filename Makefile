@@ -7,7 +7,8 @@ BIN := .venv/bin/python
 INSTALLED := .venv/.installed
 # the lines of the jobs themselves are the progress; what Snakemake has to say is shown when something fails
 SNAKEMAKE := $(BIN) -m snakemake --cores all --keep-going --quiet host progress reason rules
-PYTEST := COMPANION_PROGRESS=off $(BIN) -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
+# tests/offline: nothing that runs under test, the notebooks' kernels included, reaches another machine
+PYTEST := COMPANION_PROGRESS=off PYTHONPATH='$(CURDIR)/tests/offline' $(BIN) -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
 
 .DEFAULT_GOAL := help
 .PHONY: help reports test test-slow lab bench notebooks lock clean

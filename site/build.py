@@ -210,7 +210,7 @@ def badge(status: str) -> str:
 
 def show(value: object) -> str:
     """A value of a record as a person would write it."""
-    if value is None or value == [] or value == {}:
+    if value is None or value in ("", [], {}):
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -224,8 +224,10 @@ def show(value: object) -> str:
 
 
 def cell(text: str) -> str:
-    """Text that is safe inside a Markdown table: `|` and line breaks would end a cell, a tag would be drawn."""
-    return re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", " ".join(text.split())).replace("|", "\\|")
+    """Plain text, formulas between dollar signs apart, as it stands inside a Markdown table."""
+    parts = re.split(r"(\$[^$]+\$)", " ".join(text.split()))  # every second part is a formula
+    parts[::2] = [re.sub(r"([\\`*_\[\]<&])", r"\\\1", part) for part in parts[::2]]
+    return "".join(parts).replace("|", r"\|")
 
 
 def table(name: str, head: list[str], rows: list[list[str]]) -> str:

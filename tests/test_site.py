@@ -28,7 +28,7 @@ CLAIMS = [
     },
     {
         "id": "beats",
-        "text": "A | B: a < b & <i>more</i>",
+        "text": "A | B: a_1 < b_1 & <i>more</i> [*]",
         "kind": "directional",
         "status": "fails",
         "value": {"a": 0.51234, "b": 0.6},
@@ -235,7 +235,7 @@ def test_made_up_page_shows_all_of_it(site: Site, browser: object) -> None:
     assert "12.35" in page.inner_text("article")
     assert "<b>" in page.inner_text("article")
     page.goto(f"{site.url}/index.html")
-    assert "A | B: a < b & <i>more</i>" in page.inner_text("table.ledger")
+    assert "A | B: a_1 < b_1 & <i>more</i> [*]" in page.inner_text("table.ledger")
     page.close()
 
 

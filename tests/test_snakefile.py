@@ -56,11 +56,12 @@ class Workspace:
         return self.folder / name
 
     def start(self, command: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        outer = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
         return subprocess.Popen(
             # no INSTALLED: the packages are those that run this test
             command or ("make", "reports", f"BIN={sys.executable}", "INSTALLED="),
             cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(self.folder / "lib"), "MPLBACKEND": "agg"},
+            env={**outer, "PYTHONPATH": str(self.folder / "lib"), "MPLBACKEND": "agg"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

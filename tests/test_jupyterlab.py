@@ -1,0 +1,146 @@
+"""A person opens a notebook in JupyterLab and presses Run All: in a real Chromium, by a real server on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+
+pytestmark = pytest.mark.browser
+MINUTES = 4
+TOKEN = "only-for-this-test"  # the server lives for one test and listens on this machine only
+
+
+class Lab:
+    """A JupyterLab server over a copy of the checkout's notebooks, with settings of its own."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        settings = folder / "settings" / "@jupyterlab" / "notebook-extension"
+        settings.mkdir(parents=True)
+        # cells out of sight have to be in the page too, or the test could not see them
+        (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}', encoding="utf-8")
+        quiet = folder / "settings" / "@jupyterlab" / "apputils-extension"
+        quiet.mkdir(parents=True)
+        (quiet / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}', encoding="utf-8")
+        self.log = folder / "server.log"
+        own = {name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")}
+        options = [
+            "--no-browser",
+            "--allow-root",
+            "--ServerApp.ip=127.0.0.1",
+            "--ServerApp.port=0",
+            f"--IdentityProvider.token={TOKEN}",
+            f"--ServerApp.root_dir={folder}",
+            f"--LabApp.user_settings_dir={folder / 'settings'}",
+            f"--LabApp.workspaces_dir={folder / 'workspaces'}",
+        ]
+        with self.log.open("w", encoding="utf-8") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "jupyterlab", *options],
+                cwd=folder,
+                env={**os.environ, **own, "JUPYTER_RUNTIME_DIR": str(folder / "runtime")},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        self.url = self._address()
+
+    def _address(self) -> str:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and self.process.poll() is None:
+            for file in (self.folder / "runtime").glob("jpserver-*.json"):
+                if not file.stem.endswith("-open"):
+                    return json.loads(file.read_text(encoding="utf-8"))["url"]
+            time.sleep(0.2)
+        raise AssertionError(f"JupyterLab did not start:\n{self.log.read_text(encoding='utf-8')[-3000:]}")
+
+    def stop(self) -> None:
+        self.process.terminate()  # the server ends its kernels
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+def run_all(lab: Lab, browser: object, name: str, screenshot: Path) -> tuple[nbformat.NotebookNode, int]:
+    """Open `notebooks/<name>`, run all cells, save; the saved notebook, and how many knobs the page shows."""
+    context = browser.new_context(viewport={"width": 1280, "height": 1000})
+    page = context.new_page()
+    try:
+        page.goto(f"{lab.url}lab/tree/notebooks/{name}?token={TOKEN}", timeout=60_000)
+        page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
+        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)  # a person sees it in the status bar
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        prompts = page.locator(".jp-Notebook .jp-CodeCell .jp-InputPrompt")
+        failed = page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]')
+        deadline = time.monotonic() + 60 * MINUTES
+        done = False
+        while not done:
+            page.wait_for_timeout(500)
+            shown = prompts.all_inner_texts()
+            done = all(re.fullmatch(r"\[\d+\]:", text.strip()) for text in shown)
+            assert not failed.count(), f"a cell of {name} failed:\n{failed.first.inner_text()}"
+            assert time.monotonic() < deadline, f"{name} did not finish in {MINUTES} minutes: {shown}"
+        page.wait_for_timeout(1000)  # widgets draw themselves after their cell is done
+        knobs = page.locator(".jp-OutputArea-output :is(.jupyter-widgets, input[type=range], select)")
+        visible = sum(knob.is_visible() for knob in knobs.all())
+        page.keyboard.press("Control+s")
+        page.wait_for_selector(".jp-mod-dirty", state="detached", timeout=20_000)
+    except Exception:
+        page.screenshot(path=screenshot, full_page=True)
+        print(f"what the browser showed: {screenshot}")
+        raise
+    finally:
+        context.close()
+    return nbformat.read(lab.folder / "notebooks" / name, as_version=4), visible
+
+
+@pytest.fixture
+def lab(root: Path, tmp_path: Path, browser: object) -> Iterator[Lab]:
+    """A server over a copy in which no cell has been run yet."""
+    folder = tmp_path / "checkout"
+    (folder / "notebooks").mkdir(parents=True)
+    shutil.copy(root / "pyproject.toml", folder)
+    for study in (root / "reports" / "pocket").glob("*/study.*"):
+        copy = folder / study.relative_to(root)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(study, copy)
+    for path in (root / "notebooks").glob("*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+        nbformat.write(notebook, folder / "notebooks" / path.name)
+    server = Lab(folder)
+    yield server
+    server.stop()
+
+
+def test_run_all_of_sa2vp(lab: Lab, browser: object, root: Path) -> None:
+    notebook, knobs = run_all(lab, browser, "sa2vp.ipynb", root / "build" / "jupyterlab-sa2vp.png")
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code)
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert knobs >= 1
+
+
+def test_a_failing_cell_is_seen(lab: Lab, browser: object, tmp_path: Path) -> None:
+    """The test above would notice: Run All of a notebook whose second cell fails."""
+    cells = [nbformat.v4.new_code_cell(source) for source in ("x = 1", "raise ValueError('the reason')", "x = 2")]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    bad = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+    nbformat.write(bad, lab.folder / "notebooks" / "bad.ipynb")
+    with pytest.raises(AssertionError, match="the reason"):
+        run_all(lab, browser, "bad.ipynb", tmp_path / "bad.png")
+    assert (tmp_path / "bad.png").stat().st_size > 0
