@@ -272,6 +272,13 @@ def test_hooks_are_gone_afterwards():
     assert record.maps == []
 
 
+def test_no_map_at_all_is_an_error():
+    model = vit().eval()
+    with pytest.raises(BadParameter, match="none of them ran"), Recorder(model):
+        model.patch_embed(torch.randn(1, 3, 32, 32))
+    assert hooks(model) == 0
+
+
 def test_layers_can_be_chosen():
     model = vit().eval()
     x = torch.randn(1, 3, 32, 32)

@@ -45,7 +45,7 @@ def colour_of(uri):
 
 def test_frames_stand_in_the_order_of_the_controls():
     page = widgets.explorer(flat_frames(), CONTROLS, "Where the class token looks").data
-    uris = re.findall(r'"(data:image/png;base64,[^"]+)"', page[page.index("<script>") :])
+    uris = re.findall(r'"(data:image/png;base64,[^"]+)"', page)
     assert [colour_of(uri) for uri in uris] == list(COLOURS.values())
     (image,) = Page(page).all("img")
     assert image["src"] == uris[0]
@@ -58,6 +58,8 @@ def test_controls_are_native_and_labelled():
     assert page.all("input")[0]["max"] == "3" and len(page.all("option")) == 2 and len(page.all("select")) == 1
     order = [tag for tag, _ in page.tags if tag in ("label", "input", "select")]
     assert order == ["label", "input", "label", "select"]  # each inside its label
+    # JupyterLab in command mode takes the arrow keys unless the focused field itself says no
+    assert all(a["data-lm-suppress-shortcuts"] == "true" for tag in ("input", "select") for a in page.all(tag))
 
 
 def test_nothing_is_loaded_from_elsewhere():
@@ -95,8 +97,8 @@ def test_photographs_fit_and_too_many_are_refused():
     page = widgets.explorer({i: np.roll(photo, i, 0) for i in range(6)}, {"shift": list(range(6))}).data
     assert 100_000 < len(page) <= 300_000
     noise = np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8)
-    with pytest.raises(BadParameter, match=r"12 pictures, \d+ kB.*at most 300 kB"):
-        widgets.explorer({i: noise for i in range(12)}, {"shift": list(range(12))})
+    with pytest.raises(BadParameter, match=r"6 pictures, \d+ kB.*at most 300 kB"):
+        widgets.explorer({i: noise for i in range(6)}, {"shift": list(range(6))})
 
 
 def test_small_arrays_grow_and_wrong_ones_are_told():

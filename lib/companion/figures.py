@@ -300,7 +300,7 @@ class Recorder:
 
     Raises:
         BadParameter: no attention layer that it knows, a layer that is not there, or, in the forward pass, a layer
-            whose output is not the one that its map gives.
+            whose output is not the one that its map gives; at the end of the block, when no layer ran.
     """
 
     def __init__(
@@ -311,6 +311,7 @@ class Recorder:
     ):
         self.maps: list[Tensor] = []
         self.names: list[str] = []
+        self._kind = type(model).__name__
         self._also = dict(also or {})
         self._handles: list[Any] = []
         known = {name: module for name, module in model.named_modules() if self._knows(module)}
@@ -334,10 +335,17 @@ class Recorder:
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if error is None and not self.maps:
+            raise BadParameter(
+                "model",
+                self._kind,
+                "a model that calls its attention layers inside the `with` block: none of them ran. A model that takes "
+                "only their weights (SA2VP does) has maps of its own to give",
+            )
 
     @torch.no_grad()
     def _record(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:

@@ -55,6 +55,7 @@ _SCRIPT = """
     ?? document.querySelector(`[data-explorer="${id}"]:not([data-ready])`);
   root.dataset.ready = "yes";
   const image = root.querySelector("img"), inputs = [...root.querySelectorAll("input, select")];
+  frames[0] = image.src;
   const show = () => {
     let place = 0;
     const said = inputs.map((input, i) => {
@@ -90,7 +91,7 @@ def explorer(frames: Mapping[Any, Frame], controls: Mapping[str, Sequence[Any]],
         title: said above the picture.
 
     Raises:
-        BadParameter: a combination without a picture, or more than 300 kB in all, even with 32 colours a picture.
+        BadParameter: a combination without a picture, or more than 300 kB in all, even with 64 colours a picture.
     """
     if not controls or not all(len(values) for values in controls.values()):
         raise BadParameter("controls", dict(controls), "at least one name, each with at least one value")
@@ -103,7 +104,7 @@ def explorer(frames: Mapping[Any, Frame], controls: Mapping[str, Sequence[Any]],
         said = [f"no picture for {key}" for key in missing] + [f"no such values {key}" for key in unknown]
         raise BadParameter("frames", "; ".join(said[:4]), f"one picture for each of {len(wanted)} combinations")
     pictures = [_picture(given[key]) for key in wanted]
-    for colours in (256, 128, 64, 32):
+    for colours in (256, 128, 64):
         page = _page([_uri(picture, colours) for picture in pictures], controls, title)
         if len(page) <= LIMIT:
             return HTML(page)
@@ -173,14 +174,17 @@ def _uri(picture: Pictures.Image, colours: int) -> str:
 
 def _control(name: str, values: Sequence[Any]) -> str:
     said = [html.escape(str(value)) for value in values]
+    # without the first attribute JupyterLab takes the arrow keys for itself; without the second a browser that reloads
+    # the page sets the knob back to where it was, and the picture not
+    common = 'data-lm-suppress-shortcuts="true" autocomplete="off"'
     if _is_scale(values):
         field = (
             f'<input type="range" min="0" max="{len(values) - 1}" step="1" value="0" aria-valuetext="{said[0]}" '
-            f'autocomplete="off"><output>{said[0]}</output>'
+            f"{common}><output>{said[0]}</output>"
         )
     else:
         options = "".join(f'<option value="{i}">{value}</option>' for i, value in enumerate(said))
-        field = f'<select autocomplete="off">{options}</select>'
+        field = f"<select {common}>{options}</select>"
     return f"<label>{html.escape(name)} {field}</label>"
 
 
@@ -192,7 +196,7 @@ def _page(uris: Sequence[str], controls: Mapping[str, Sequence[Any]], title: str
         "id": hashlib.sha256(named.encode()).hexdigest()[:12],
         "names": list(controls),
         "values": values,
-        "frames": list(uris),
+        "frames": ["", *uris[1:]],  # the first one is in the page already
         "title": f"{title}: " if title else "",
     }
     # "</script>" in a title must not end the script
@@ -201,9 +205,10 @@ def _page(uris: Sequence[str], controls: Mapping[str, Sequence[Any]], title: str
     heading = f"<p><strong>{html.escape(title)}</strong></p>" if title else ""
     # hidden until the script runs: knobs that do nothing would mislead. `dark-light` keeps the site's dark theme from
     # dimming the picture
+    fields = "".join(_control(*item) for item in controls.items())
     return f"""<div class="companion-explorer" data-explorer="{parts["id"]}">
 <style>{_CSS}</style>
-{heading}<div class="controls" hidden>{"".join(_control(*item) for item in controls.items())}</div>
+{heading}<div class="controls" hidden>{fields}</div>
 <img class="dark-light" src="{uris[0]}" alt="{html.escape(parts["title"] + first)}">
 <noscript><p>With scripts switched off only the first picture is shown ({html.escape(first)}).</p></noscript>
 <script>{script}</script>
