@@ -203,9 +203,9 @@ def _page(uris: Sequence[str], controls: Mapping[str, Sequence[Any]], title: str
     script = _SCRIPT % {name: json.dumps(part).replace("<", "\\u003c") for name, part in parts.items()}
     first = ", ".join(f"{name} {some[0]}" for name, some in zip(controls, values, strict=True))
     heading = f"<p><strong>{html.escape(title)}</strong></p>" if title else ""
+    fields = "".join(_control(*item) for item in controls.items())
     # hidden until the script runs: knobs that do nothing would mislead. `dark-light` keeps the site's dark theme from
     # dimming the picture
-    fields = "".join(_control(*item) for item in controls.items())
     return f"""<div class="companion-explorer" data-explorer="{parts["id"]}">
 <style>{_CSS}</style>
 {heading}<div class="controls" hidden>{fields}</div>
