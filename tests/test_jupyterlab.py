@@ -82,7 +82,8 @@ def run_all(lab: Lab, browser: object, name: str, screenshot: Path) -> tuple[nbf
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
         prompts = page.locator(".jp-Notebook .jp-CodeCell .jp-InputPrompt")
-        failed = page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]')
+        # JupyterLab shows a traceback and what was written to stderr in the same way; neither may be there
+        failed = page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.stderr"]')
         deadline = time.monotonic() + 60 * MINUTES
         done = False
         while not done:
