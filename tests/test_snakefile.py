@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -59,7 +60,7 @@ class Workspace:
         outer = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
         return subprocess.Popen(
             # no INSTALLED: the packages are those that run this test
-            command or ("make", "reports", f"BIN={sys.executable}", "INSTALLED="),
+            command or ("make", "reports", f"BIN={shlex.quote(sys.executable)}", "INSTALLED="),
             cwd=self.folder,
             env={**outer, "PYTHONPATH": str(self.folder / "lib"), "MPLBACKEND": "agg"},
             stdout=subprocess.PIPE,
