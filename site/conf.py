@@ -19,6 +19,7 @@ html_context = {"default_mode": "auto"}  # light or dark as the reader's system 
 html_static_path = [str(HERE / "static"), str(MATHJAX)]
 html_css_files = ["companion.css"]
 html_show_copyright = False
+smartquotes = False  # claims stand as they were written
 
 extensions = ["myst_nb"]  # brings sphinx.ext.mathjax
 mathjax_path = MATHJAX.name  # one file with the glyphs as SVG: no fonts and no extensions to load
