@@ -123,7 +123,8 @@ def _pocket_vit(**overrides: object) -> VisionTransformer:
 
 
 def _pocket_clip(**overrides: object) -> CLIP:
-    image = CLIPVisionCfg(image_size=32, patch_size=4, width=64, layers=5, head_width=16, mlp_ratio=3)
+    # the image tower has the pocket ViT's shape, from which its training starts
+    image = CLIPVisionCfg(image_size=32, patch_size=4, width=48, layers=6, head_width=12, mlp_ratio=3, no_ln_pre=True)
     text = CLIPTextCfg(context_length=16, vocab_size=64, width=64, heads=4, layers=2, mlp_ratio=3)
     model = CLIP(**{"embed_dim": 64, "vision_cfg": image, "text_cfg": text, **overrides})
     set_model_preprocess_cfg(model, {"size": (32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3})

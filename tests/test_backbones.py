@@ -1,0 +1,287 @@
+"""From a name to an encoder: what loads, what is refused, and that nothing is downloaded unasked."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import socket
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from companion import backbones
+from companion.errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights
+from companion.pocket import backbones as pocket
+
+SMALL = "test_vit"  # timm's own tiny ViT
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    """An empty cache of our own and no network: whoever tries to connect fails the test."""
+    monkeypatch.setattr(backbones.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def refuse(*_):
+        raise AssertionError("something tried to reach the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+# --- pocket -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pocket_vit", "pocket_clip"])
+def test_the_shipped_weights_load_and_are_what_the_card_says(name):
+    card, path = backbones.card(name), backbones.POCKET / f"{name}.safetensors"
+    assert path.stat().st_size == card["bytes"] < 2_000_000
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == card["sha256"]
+    model = backbones.build(name, "pocket")
+    assert not model.training
+    assert same(model, backbones.build(name))  # "pretrained" means the same for them
+    assert backbones.input_of(model) == backbones.Input(32, (0.5,) * 3, (0.5,) * 3)
+    for scores in card["quality"].values():
+        for score in scores.values():
+            assert 0 <= score["accuracy"] <= 1 and 0 < score["chance"] < 1
+
+
+def test_the_shipped_vit_is_as_good_as_its_card_says():
+    model = backbones.build("pocket_vit", "pocket", num_classes=16)
+    said = backbones.card("pocket_vit")["quality"]["supervised"]["object"]["accuracy"]
+    assert pocket.source_accuracy(model) == pytest.approx(said, abs=0.005)
+
+
+def test_the_shipped_clip_is_as_good_as_its_card_says():
+    scores = pocket.zero_shot(backbones.build("pocket_clip", "pocket"))
+    for name, said in backbones.card("pocket_clip")["quality"]["zero_shot"].items():
+        assert scores[name] == pytest.approx(said["accuracy"], abs=0.005), name
+
+
+def test_the_pocket_vit_is_the_agreed_architecture():
+    model = backbones.build("pocket_vit", "random")
+    assert len(model.blocks) == 6 and model.embed_dim == 48 and model.patch_embed.grid_size == (8, 8)
+    assert sum(p.numel() for p in model.parameters()) == 147_312
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 48)
+
+
+def test_a_classifier_of_another_size_starts_random():
+    model = backbones.build("pocket_vit", "pocket", num_classes=9)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 9)
+    assert torch.equal(model.pos_embed, backbones.build("pocket_vit").pos_embed)
+
+
+def test_changed_pocket_weights_are_refused(tmp_path, monkeypatch):
+    for name in ("pocket_vit.safetensors", "pocket_vit.md"):
+        shutil.copy(backbones.POCKET / name, tmp_path)
+    weights = tmp_path / "pocket_vit.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    monkeypatch.setattr(backbones, "POCKET", tmp_path)
+    with pytest.raises(CorruptFile, match="sha256"):
+        backbones.build("pocket_vit")
+    weights.unlink()
+    with pytest.raises(MissingWeights, match="python -m companion"):
+        backbones.build("pocket_vit")
+
+
+def test_random_weights_follow_torchs_seed():
+    models = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        models.append(backbones.build("pocket_vit", "random"))
+    assert same(models[0], models[1]) and not same(models[0], models[2])
+
+
+# --- names and the cache ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "hub"),
+    [
+        ("vit_b16", "timm/vit_base_patch16_224.orig_in21k"),
+        ("swin_b", "timm/swin_base_patch4_window7_224.ms_in22k"),
+        ("openclip:ViT-B-32/openai", "timm/vit_base_patch32_clip_224.openai"),
+    ],
+)
+def test_weights_that_are_not_cached_give_one_clear_error(name, hub, tmp_path):
+    with pytest.raises(MissingWeights) as caught:
+        backbones.build(name)
+    message = str(caught.value)
+    assert hub in message and str(tmp_path / "hub") in message
+    assert "companion fetch" in message and "download=True" in message and "weights='<file>'" in message
+
+
+def test_a_download_that_fails_gives_the_same_error(monkeypatch):
+    def offline(*_):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(backbones, "hf_hub_download", offline)
+    with pytest.raises(MissingWeights, match="vit_base_patch16_224") as caught:
+        backbones.build("vit_b16", download=True)
+    assert isinstance(caught.value.__cause__, ConnectionError)
+
+
+def test_weights_in_the_cache_are_used(tmp_path, monkeypatch):
+    """A cache as the hub's client lays it out, filled by hand."""
+    made = backbones.build(SMALL, "random")
+    repository = backbones.timm.get_pretrained_cfg(SMALL).hf_hub_id
+    folder = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc")
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    save_file(made.state_dict(), folder / "snapshots" / "abc" / "model.safetensors")
+    assert same(backbones.build(SMALL), made)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("vit_b17", "pretrained"),
+        ("vit_b16", "pocket"),
+        ("vit_b16", "no/such/file.pth"),
+        ("pocket_vit", "no/such/file.pth"),
+        ("openclip:ViT-B-33/openai", "pretrained"),
+        ("openclip:ViT-B-32/nobody", "pretrained"),
+        ("openclip:ViT-B-32", "pretrained"),
+    ],
+)
+def test_bad_names_and_weights(name, weights):
+    with pytest.raises(BadParameter, match="Accepted"):
+        backbones.build(name, weights)
+
+
+def test_timm_models_come_without_classifier_and_with_their_input():
+    model = backbones.build(SMALL, "random")
+    assert not model.training and model.num_classes == 0
+    cfg = backbones.timm.get_pretrained_cfg(SMALL)
+    assert backbones.input_of(model) == backbones.Input(cfg.input_size[1], tuple(cfg.mean), tuple(cfg.std))
+    assert backbones.input_of(backbones.build(SMALL, "random", img_size=96)).size == 96
+    with pytest.raises(BadParameter):
+        backbones.input_of(torch.nn.Linear(1, 1))
+
+
+def test_an_open_clip_model_brings_its_release_input_and_activation(capfd):
+    model = backbones.build("openclip:ViT-B-32/openai", "random")
+    said = backbones.input_of(model)
+    assert said.size == 224 and said.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))
+    assert type(model.visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
+    assert capfd.readouterr().err == ""
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_files_of_each_kind_load(tmp_path):
+    made = backbones.build(SMALL, "random", num_classes=5)
+    save_file(made.state_dict(), tmp_path / "a.safetensors")
+    torch.save({"model": made.state_dict()}, tmp_path / "b.pth")
+    for name in ("a.safetensors", "b.pth"):
+        assert same(backbones.build(SMALL, tmp_path / name, num_classes=5), made)
+        without = backbones.build(SMALL, tmp_path / name)
+        assert torch.equal(without.pos_embed, made.pos_embed) and without.num_classes == 0
+
+
+def test_the_swin_release_file_loads(tmp_path):
+    """The official file merges patches at the end of a stage and carries its masks; timm's Swin does neither."""
+    made = backbones.build("swin_tiny_patch4_window7_224", "random", num_classes=3)
+    official = {}
+    for key, value in made.state_dict().items():
+        for stage in (1, 2, 3):
+            key = key.replace(f"layers.{stage}.downsample", f"layers.{stage - 1}.downsample.")  # dot marks the renamed
+        official[key.replace("downsample..", "downsample.").replace("head.fc.", "head.")] = value
+    official["layers.0.blocks.1.attn_mask"] = torch.zeros(64, 49, 49)
+    official["layers.0.blocks.1.attn.relative_position_index"] = torch.zeros(49, 49)
+    torch.save({"model": official}, tmp_path / "swin.pth")
+    assert same(backbones.build("swin_tiny_patch4_window7_224", tmp_path / "swin.pth", num_classes=3), made)
+
+
+def test_the_original_vit_release_loads(tmp_path):
+    """An .npz in the layout of Google's release, made from a known ViT, gives that ViT."""
+    shape = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    made = backbones.build("vit_base_patch16_224", "random", **shape)
+    np.savez(tmp_path / "vit.npz", **release(made))
+    assert same(backbones.build("vit_base_patch16_224", tmp_path / "vit.npz", **shape), made)
+    with pytest.raises(BadCheckpoint):
+        backbones.build("vit_base_patch16_224", tmp_path / "vit.npz", **{**shape, "embed_dim": 48})
+    with pytest.raises(BadCheckpoint, match="not a ViT"):
+        backbones.build("resnet18", tmp_path / "vit.npz")
+
+
+def release(model):
+    """A timm ViT's weights under the names and in the layouts of the original release."""
+    width, heads = model.embed_dim, model.blocks[0].attn.num_heads
+    state = {key: value.numpy() for key, value in model.state_dict().items()}
+    out = {
+        "cls": state["cls_token"],
+        "embedding/kernel": state["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": state["patch_embed.proj.bias"],
+        "Transformer/posembed_input/pos_embedding": state["pos_embed"],
+        "Transformer/encoder_norm/scale": state["norm.weight"],
+        "Transformer/encoder_norm/bias": state["norm.bias"],
+    }
+    for i in range(len(model.blocks)):
+        theirs, ours = f"Transformer/encoderblock_{i}", f"blocks.{i}"
+        for n, norm in (("0", "norm1"), ("2", "norm2")):
+            out[f"{theirs}/LayerNorm_{n}/scale"] = state[f"{ours}.{norm}.weight"]
+            out[f"{theirs}/LayerNorm_{n}/bias"] = state[f"{ours}.{norm}.bias"]
+        mha = f"{theirs}/MultiHeadDotProductAttention_1"
+        weights, biases = np.split(state[f"{ours}.attn.qkv.weight"], 3), np.split(state[f"{ours}.attn.qkv.bias"], 3)
+        for part, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True):
+            out[f"{mha}/{part}/kernel"] = weight.T.reshape(width, heads, -1)
+            out[f"{mha}/{part}/bias"] = bias.reshape(heads, -1)
+        out[f"{mha}/out/kernel"] = state[f"{ours}.attn.proj.weight"].T.reshape(heads, -1, width)
+        out[f"{mha}/out/bias"] = state[f"{ours}.attn.proj.bias"]
+        for n in (1, 2):
+            out[f"{theirs}/MlpBlock_3/Dense_{n - 1}/kernel"] = state[f"{ours}.mlp.fc{n}.weight"].T
+            out[f"{theirs}/MlpBlock_3/Dense_{n - 1}/bias"] = state[f"{ours}.mlp.fc{n}.bias"]
+    return out
+
+
+def test_a_mismatched_file_names_what_differs(tmp_path):
+    state = backbones.build("pocket_vit", "random").state_dict()
+    state["norm.scale"] = state.pop("norm.weight")
+    state["cls_token"] = torch.zeros(1, 1, 40)
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(BadCheckpoint) as caught:
+        backbones.build("pocket_vit", tmp_path / "a.safetensors")
+    assert caught.value.missing == ["norm.weight"] and caught.value.unknown == ["norm.scale"]
+    assert "cls_token" in caught.value.shapes[0]
+
+
+def test_a_mismatched_clip_names_what_differs(tmp_path):
+    state = backbones.build("pocket_clip", "random").state_dict()
+    del state["visual.proj"]
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(BadCheckpoint, match=r"missing: visual\.proj"):
+        backbones.build("pocket_clip", tmp_path / "a.safetensors")
+
+
+class Hostile:
+    def __reduce__(self):
+        return (print, ("ran",))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".npz"])
+@pytest.mark.parametrize("data", [b"", b"\x80not weights"])
+def test_files_that_are_no_weights(tmp_path, suffix, data):
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(data)
+    with pytest.raises(CorruptFile, match="a" + suffix):
+        backbones.build("pocket_vit", path)
+
+
+def test_a_file_that_wants_to_run_code_does_not(tmp_path, capsys):
+    torch.save({"model": Hostile()}, tmp_path / "a.pth")
+    with pytest.raises(CorruptFile):
+        backbones.build(SMALL, tmp_path / "a.pth")
+    assert capsys.readouterr().out == ""
+    np.savez(tmp_path / "b.npz", np.array([Hostile()], dtype=object))
+    with pytest.raises(CorruptFile, match="plain arrays"):
+        backbones.build("vit_base_patch16_224", tmp_path / "b.npz", embed_dim=24, depth=1, num_heads=3)
+    assert capsys.readouterr().out == ""
