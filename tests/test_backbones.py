@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from companion import backbones
 from companion.errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights
 from companion.pocket import backbones as pocket
+from companion.pocket import classification
 
 SMALL = "test_vit"  # timm's own tiny ViT
 
@@ -45,6 +46,8 @@ def test_the_shipped_weights_load_and_are_what_the_card_says(name):
     assert not model.training
     assert same(model, backbones.build(name))  # "pretrained" means the same for them
     assert backbones.input_of(model) == backbones.Input(32, (0.5,) * 3, (0.5,) * 3)
+    # when this fails the tasks have changed: python -m companion.pocket.backbones <name> --measure
+    assert card["tasks"] == classification.VERSION
     for scores in card["quality"].values():
         for score in scores.values():
             assert 0 <= score["accuracy"] <= 1 and 0 < score["chance"] < 1
@@ -54,6 +57,11 @@ def test_the_shipped_vit_is_as_good_as_its_card_says():
     model = backbones.build("pocket_vit", "pocket", num_classes=16)
     said = backbones.card("pocket_vit")["quality"]["supervised"]["object"]["accuracy"]
     assert pocket.source_accuracy(model) == pytest.approx(said, abs=0.005)
+
+
+def test_the_shipped_vits_linear_probe_is_as_good_as_its_card_says():
+    said = backbones.card("pocket_vit")["quality"]["linear_probe"]["orient"]["accuracy"]
+    assert pocket.linear_probe(backbones.build("pocket_vit"), "orient") == pytest.approx(said, abs=0.01)
 
 
 def test_the_shipped_clip_is_as_good_as_its_card_says():
