@@ -17,7 +17,7 @@ def root() -> Path:
     return ROOT
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # Playwright allows one driver at a time, and a test file may start its own
 def browser() -> Iterator[object]:
     """A headless Chromium driven by Playwright; the test is skipped where none is installed."""
     executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
