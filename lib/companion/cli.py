@@ -174,10 +174,11 @@ def check_parity(given: argparse.Namespace) -> int:
         cases = [case for case in cases if case.name == given.case]
     if given.checkpoint:
         state = backbones.read_state(given.checkpoint)
+        shapes = {name: list(tensor.shape) for name, tensor in state.items()}
         # the cases whose model has these tensors; the frozen copies that the authors store may stand beside them
-        cases = [parity.Case(c.folder, state) for c in cases if c.state and set(c.state) <= set(state)]
+        cases = [parity.Case(c.folder, state) for c in cases if c.names and c.names.items() <= shapes.items()]
         if not cases:
-            raise CorruptFile(given.checkpoint, f"no case of {given.paper} has all its tensor names")
+            raise CorruptFile(given.checkpoint, f"no case of {given.paper} has its tensor names and shapes")
     failed = 0
     for case in cases:
         differences = parity.compare(given.paper, case)

@@ -231,7 +231,7 @@ class Run:
         It holds when the one beats the other on every task with every seed: with few seeds a mean alone says little.
         `why` gives the reason, by claim, where one was found for a claim that fails.
         """
-        tested = rows[rows.stage == "test"].set_index(["task", "method", "seed"]).accuracy
+        tested = rows[rows.stage == "test"].set_index(["task", "method", "seed"]).accuracy.sort_index()
         for claim in paper(self.slug)["claims"]:
             if claim["kind"] != "directional":
                 continue

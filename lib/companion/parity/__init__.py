@@ -34,7 +34,7 @@ TOLERANCE_GRADIENT = 1e-3  # of a gradient's norm
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One recorded case. `state`, when given, stands for the filled weights (a checkpoint to check)."""
+    """One recorded case. `given`, when there, stands for the filled weights: a checkpoint to check."""
 
     folder: Path
     given: Mapping[str, Tensor] | None = None
@@ -48,12 +48,16 @@ class Case:
         return read_json(self.folder / "case.json")
 
     @functools.cached_property
+    def names(self) -> dict[str, list[int]]:
+        """The official tensors: name -> shape."""
+        return read_json(self.folder / "names.json")
+
+    @functools.cached_property
     def state(self) -> Mapping[str, Tensor]:
         """The official state dict."""
         if self.given is not None:
             return self.given
-        names = read_json(self.folder / "names.json")
-        return {n: torch.from_numpy(a) for n, a in fill.state_dict(names, self.facts["seed"]).items()}
+        return {n: torch.from_numpy(a) for n, a in fill.state_dict(self.names, self.facts["seed"]).items()}
 
     def input(self, key: str) -> Tensor:
         return torch.from_numpy(fill.values(f"input:{key}", tuple(self.facts["inputs"][key]), self.facts["seed"]))

@@ -1,0 +1,241 @@
+"""SA²VP: what the notebook trains live, at pocket scale or with the published settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from .. import backbones, report
+from ..data import DATASETS, classification
+from ..errors import BadParameter
+from ..files import atomic
+from ..fit import fit, predict
+from ..models import sa2vp, vpt
+from ..pocket import classification as pocket
+from ..studies import sa2vp as study
+
+DRY_CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained on what. `fit` holds the arguments of `companion.fit.fit` besides the learning rate."""
+
+    title: str
+    train: Dataset
+    test: Dataset
+    classes: tuple[str, ...]
+    methods: tuple[str, ...]
+    rates: dict[str, float]
+    build: Callable[[str], nn.Module]
+    fit: dict = field(default_factory=dict)
+    input: backbones.Input | None = None
+
+
+def setting(p: SimpleNamespace, out: Path, rates: dict[tuple[str, str], float]) -> Setting:
+    """The setting that the notebook's parameters ask for.
+
+    Args:
+        p: the checked parameters of the notebook.
+        out: the run's folder; pocket pictures are written below it.
+        rates: learning rates by (task, method), as the study chose them on validation.
+
+    Raises:
+        BadParameter, MissingData, MissingWeights: with what to change or get.
+    """
+    if p.profile == "pocket":
+        return _pocket(p, out, rates)
+    return _dry(p) if p.dry_run else _paper(p)
+
+
+def _pocket(p: SimpleNamespace, out: Path, rates: dict[tuple[str, str], float]) -> Setting:
+    task, root = "where", str(out / "data")
+    pocket.write(study.folder(root, p.seed), list(study.TASKS), p.seed)
+    methods = ("linear probing", "VPT-deep", "SA²VP")
+    return Setting(
+        title="which of nine cells holds the object (pocket)",
+        train=study.pictures(task, root, p.seed, "trainval"),
+        test=study.pictures(task, root, p.seed, "test"),
+        classes=pocket.TASKS[task].classes,
+        methods=methods,
+        rates={method: rates[task, method] for method in methods},
+        build=lambda method: study.build(method, 9, p.seed),
+        fit={"epochs": study.EPOCHS, "batch": study.BATCH, "seed": p.seed, "accelerator": "cpu"},
+        input=backbones.input_of(backbones.build("pocket_vit", "random")),
+    )
+
+
+def published_settings(backbone: str, dataset: str) -> dict[str, float]:
+    """Width r, scale s, learning rate and batch of a data set, from the authors' README (the paper's YAML).
+
+    A data set without a row of its own takes its group's. Where the README gives two values, the first is taken for the
+    batch and the larger for s of Swin (0.5 is what its code has).
+    """
+    group, _, name = dataset.partition("/")
+    kind = DATASETS[dataset].group.lower() if dataset in DATASETS else ""
+    default = next((g for g in ("natural", "specialized", "structured") if g in kind), "natural")
+    rows = {row["method"]: row for t in report.paper("sa2vp")["tables"]
+            if t["id"] == ("vitb_hyperparameters" if backbone == "vit_b16" else "swinb_hyperparameters")
+            for row in t["rows"]}  # fmt: skip
+    wanted = {
+        "fgvc": [name, f"{name} (FGVC)"],
+        "hta": ["hta (all)"],
+        "vtab": [f"{name} (vtab)", name, f"vtab {default} (default)", f"vtab {default}"],
+    }.get(group, ["vtab natural (default)", "vtab natural"])
+    row = next((rows[w] for w in wanted if w in rows), rows.get("vtab natural (default)") or rows["vtab natural"])
+    scale = row["values"].get("add_scale") or max(float(s) for s in str(row["add_scale"]).split("/"))
+    return {
+        "width": int(row["values"]["inter_dim"]),
+        "scale": float(scale),
+        "lr": float(row["values"].get("lr", 1e-3)),
+        "batch": int(str(row["batch"]).split("/")[0]),
+    }
+
+
+def build(p: SimpleNamespace, method: str, classes: int, dataset: str, weights: str | Path) -> nn.Module:
+    """A method at full size on the backbone that the parameters name."""
+    # Swin's stochastic depth is the released 0.2; frozen VPT and probing never see it (they keep eval mode)
+    options = {"drop_path_rate": 0.2} if p.backbone == "swin_b" else {}
+    backbone = backbones.build(p.backbone, weights, **options)
+    torch.manual_seed(p.seed)
+    if method == "SA²VP":
+        published = published_settings(p.backbone, dataset)
+        kind = sa2vp.SA2VP if p.backbone == "vit_b16" else sa2vp.SA2VPSwin
+        width = p.width or published["width"]
+        maps = {"new_maps": 1} if dataset == "fgvc/cars196" and p.backbone == "vit_b16" else {}
+        return kind(backbone, classes, width, published["scale"], attention=p.attention, **maps)
+    if method.startswith("VPT"):
+        return vpt.VPT(backbone, classes, tokens=50, deep=method == "VPT-deep")
+    return {"linear probing": vpt.LinearProbe, "full fine-tuning": vpt.FineTuning}[method](backbone, classes)
+
+
+def _options(p: SimpleNamespace, published: dict[str, float], epochs: float) -> dict:
+    return {"epochs": epochs, "batch": published["batch"], "seed": p.seed, "accelerator": p.accelerator,
+            "devices": p.devices, "precision": p.precision, "schedule": "cosine", "warmup": 0.1, "final_lr": 1e-7,
+            "weight_decay": 1e-4}  # fmt: skip
+
+
+def _dry(p: SimpleNamespace) -> Setting:
+    """Full-size model with random weights, two optimiser steps on generated pictures of the real shape."""
+    published = published_settings(p.backbone, p.dataset)
+    if p.accelerator == "cpu" or not torch.cuda.is_available():
+        published["batch"] = 8  # the published batch wants the memory of a card
+    seen = backbones.input_of(backbones.build(p.backbone, "random"))
+    generator = torch.Generator().manual_seed(p.seed)
+
+    def generated(count: int) -> TensorDataset:
+        images = torch.randn(count, 3, seen.size, seen.size, generator=generator)
+        return TensorDataset(images, torch.arange(count) % DRY_CLASSES)
+
+    torch.manual_seed(p.seed)
+    return Setting(
+        title="generated pictures (dry run: accuracies mean nothing)",
+        train=generated(2 * published["batch"]),
+        test=generated(16),
+        classes=tuple(f"class {i}" for i in range(DRY_CLASSES)),
+        methods=(p.method,),
+        rates={p.method: published["lr"]},
+        build=lambda method: build(p, method, DRY_CLASSES, p.dataset, "random"),
+        fit=_options(p, published, 1),
+        input=seen,
+    )
+
+
+def _paper(p: SimpleNamespace) -> Setting:
+    """The published recipe on real pictures: 100 epochs; train and validation pictures together where VTAB does so."""
+    weights = p.weights or "pretrained"
+    seen = backbones.input_of(backbones.build(p.backbone, weights))
+    # the released code normalises with 0.5 whatever the backbone; here each gets what it was trained with
+    crops = not p.dataset.startswith("vtab/")
+    train_transform = classification.crop_transform(seen, True) if crops else classification.resize_transform(seen)
+    test_transform = classification.crop_transform(seen, False) if crops else classification.resize_transform(seen)
+    if p.dataset == "folder":
+        parts = classification.image_folder(p.data_root, seed=p.seed)
+        train, test = parts["train"], parts.get("test", parts["val"])
+        train.transform, test.transform = train_transform, test_transform
+        names = tuple(train.class_names)
+    else:
+        split = "trainval" if p.dataset.startswith("vtab/") else "train"
+        train = classification.load(p.dataset, p.data_root, split, train_transform)
+        test = classification.load(p.dataset, p.data_root, "test", test_transform)
+        names = tuple(map(str, range(train.classes)))
+    published = published_settings(p.backbone, p.dataset)
+    return Setting(
+        title=p.dataset,
+        train=train,
+        test=test,
+        classes=names,
+        methods=(p.method,),
+        rates={p.method: published["lr"]},
+        build=lambda method: build(p, method, len(names), p.dataset, weights),
+        fit=_options(p, published, 100) | {"workers": 8},
+        input=seen,
+    )
+
+
+def train(found: Setting, method: str, **options) -> tuple[nn.Module, list[dict]]:
+    """Build and train a method of a setting; returns the model, in eval mode, and the history of its training."""
+    model = found.build(method)
+    settings = found.fit | {"lr": found.rates[method], "name": method} | options
+    if isinstance(model, vpt.LinearProbe) and isinstance(found.train, TensorDataset):
+        # frozen features do not change: once an image, not once an epoch
+        features = predict(model.backbone, found.train, batch=64, accelerator=settings["accelerator"])
+        history = fit(model.head, study.loss, TensorDataset(features, found.train.tensors[1]), **settings)
+        return model.eval(), history
+    return model, fit(model, study.loss, found.train, **settings)
+
+
+def accuracy(model: nn.Module, found: Setting) -> float:
+    """Top-1 accuracy on the test pictures, in percent, of the image pathway."""
+    logits = predict(model, found.test, batch=64, accelerator=found.fit["accelerator"])
+    labels = found.test.tensors[1] if isinstance(found.test, TensorDataset) else torch.tensor(found.test.labels)
+    return 100 * float((logits.argmax(1) == labels).float().mean())
+
+
+def first(data: Dataset, count: int) -> tuple[Tensor, Tensor]:
+    """The first items of a data set: images (n, 3, H, W), labels (n,)."""
+    items = [data[i] for i in range(min(count, len(data)))]
+    return torch.stack([x for x, _ in items]), torch.tensor([int(y) for _, y in items])
+
+
+def measured(path: Path, new: dict[str, object] | None = None) -> pd.DataFrame:
+    """The real results in `path`, a row a (backbone, method, dataset, seed); `new` is added, or replaces its row."""
+    keys = ["backbone", "method", "dataset", "seed"]
+    rows = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*keys, "accuracy"])
+    if new is not None:
+        added = pd.DataFrame([new])
+        rows = added if rows.empty else pd.concat([rows, added]).drop_duplicates(keys, keep="last")
+        with atomic(path) as temporary:
+            rows.to_csv(temporary, index=False)
+    return rows
+
+
+def cells(rows: pd.DataFrame, backbone: str, group: str) -> dict[tuple[str, str], float]:
+    """Mean accuracy over seeds by (method, column) for the data sets of a group ("vtab", "fgvc", "hta"), as
+    `report.beside` takes it. The mean over a table's columns is left to `with_mean`."""
+    names = {"SA²VP": "SA2VP", "VPT-deep": "VPT-Deep", "VPT-shallow": "VPT-Shallow", "linear probing": "Linear",
+             "full fine-tuning": "Full fine-tuning"}  # fmt: skip
+    chosen = rows[(rows.backbone == backbone) & rows.dataset.astype(str).str.startswith(f"{group}/")]
+    means = chosen.groupby(["method", "dataset"]).accuracy.mean()
+    return {(names[method], dataset.partition("/")[2]): value for (method, dataset), value in means.items()}
+
+
+def with_mean(found: dict[tuple[str, str], float], columns: list[str]) -> dict[tuple[str, str], float]:
+    """`found` with the mean of each method that has all of `columns` but "mean": computed from cells, never typed."""
+    sets = [c for c in columns if c not in ("mean", "method")]
+    complete = [m for m in {m for m, _ in found} if all((m, c) in found for c in sets)]
+    return found | {(m, "mean"): sum(found[m, c] for c in sets) / len(sets) for m in complete}
+
+
+def check_dataset(p: SimpleNamespace) -> None:
+    """Raises `BadParameter` when `dataset` is no data set that can be trained on at the paper profile."""
+    known = [name for name in DATASETS if not name.startswith("pocket/")]
+    if p.dataset not in (*known, "folder"):
+        raise BadParameter("dataset", p.dataset, [*known, "folder"])

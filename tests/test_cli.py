@@ -1,0 +1,126 @@
+"""The `companion` command: what is missing is told, wrong calls say what is right, only honest runs are taken in."""
+
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from companion import cli, record, report
+from companion.parity import Case, folder
+
+
+def call(capsys, *words) -> tuple[int, str, str]:
+    code = cli.main([str(w) for w in words])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_doctor_names_what_is_missing(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    code, out, _ = call(capsys, "doctor", "sa2vp", "--data-root", tmp_path)
+    assert code == 1
+    assert "0 of 19 sets are here" in out and "0 of 5 sets" in out and "0 of 10 sets" in out
+    assert "vit_base_patch16_224.orig_in21k" in out and "never released" in out
+    assert "train800val200" in out and "licence" in out and "TFLOP/s" in out
+
+
+def test_unknown_papers_and_cases(capsys):
+    code, _, err = call(capsys, "doctor", "nothing")
+    assert code == 2 and "sa2vp" in err
+    code, _, err = call(capsys, "parity", "sa2vp", "--case", "nothing")
+    assert code == 2 and "tiny_vit_full" in err
+
+
+def test_data_lists_every_set(capsys, tmp_path):
+    code, out, _ = call(capsys, "data", "--data-root", tmp_path)
+    assert code == 0
+    assert all(name in out for name in ("fgvc/nabirds", "vtab/kitti_distance", "hta/gtsrb"))
+    assert "missing" in out
+
+
+def test_parity_of_a_good_and_a_changed_checkpoint(capsys, tmp_path):
+    case = Case(folder() / "sa2vp" / "tiny_vit_full")
+    state = {n: t.clone() for n, t in case.state.items()}
+    save_file(state, tmp_path / "good.safetensors")
+    code, out, _ = call(capsys, "parity", "sa2vp", "--checkpoint", tmp_path / "good.safetensors")
+    assert code == 0 and "tiny_vit_full: agrees" in out
+    state["vit_base.transformer.encoder.layer.8.attn.value.weight"] += 0.1
+    torch.save(state, tmp_path / "changed.pth")
+    code, out, _ = call(capsys, "parity", "sa2vp", "--checkpoint", tmp_path / "changed.pth")
+    assert code == 1 and "DIFFERS; first at image_tokens_into_block9" in out
+
+
+def test_parity_refuses_other_files(capsys, tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    code, _, err = call(capsys, "parity", "sa2vp", "--checkpoint", tmp_path / "other.safetensors")
+    assert code == 1 and "tensor names" in err
+    (tmp_path / "broken.pth").write_bytes(b"PK")
+    code, _, err = call(capsys, "parity", "sa2vp", "--checkpoint", tmp_path / "broken.pth")
+    assert code == 1 and "broken.pth" in err
+
+
+def test_help_is_there():
+    result = subprocess.run(
+        [sys.executable, "-m", "companion.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    assert all(word in result.stdout for word in ("doctor", "fetch", "data", "parity", "adopt"))
+
+
+# --- adopt ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made_elsewhere(tmp_path, monkeypatch):
+    """A checkout in `tmp_path/checkout`, and a run's folder made by its code."""
+    checkout = tmp_path / "checkout"
+    (checkout / "notebooks").mkdir(parents=True)
+    (checkout / "pyproject.toml").write_text("")
+    source = record.root() / "notebooks" / "sa2vp.ipynb"
+    (checkout / "notebooks" / "sa2vp.ipynb").write_bytes(source.read_bytes())
+    monkeypatch.chdir(checkout)
+    run = report.start("sa2vp", profile="paper", seed=0, out=str(tmp_path / "away"))
+    run.table("t", pd.DataFrame({"a": [1]}))
+    run.close()
+    return checkout, tmp_path / "away"
+
+
+def test_adopt_takes_in_an_honest_run_and_keeps_the_study(capsys, made_elsewhere):
+    checkout, away = made_elsewhere
+    target = checkout / "reports" / "paper" / "sa2vp"
+    target.mkdir(parents=True)
+    (target / "study.csv").write_text("kept")
+    code, out, _ = call(capsys, "adopt", away)
+    assert code == 0 and "adopted 2 files" in out
+    assert (target / "tables" / "t.csv").read_text() == (away / "tables" / "t.csv").read_text()
+    assert (target / "run.json").exists() and (target / "study.csv").read_text() == "kept"
+    assert not list(target.parent.glob(".*"))
+
+
+def test_adopt_refuses_what_is_not_as_recorded(capsys, made_elsewhere):
+    checkout, away = made_elsewhere
+    table = away / "tables" / "t.csv"
+    honest = table.read_text()
+    table.write_text("a\n2\n")
+    code, _, err = call(capsys, "adopt", away)
+    assert code == 1 and "t.csv" in err
+    table.write_text(honest)
+    facts = json.loads((away / "run.json").read_text())
+    for key, value, said in (
+        ("code", "0" * 64, "other code"),
+        ("outputs", {"../../x": "0"}, "outside"),
+        ("slug", "../x", "sa2vp"),
+        ("profile", "../x", "pocket"),
+    ):
+        (away / "run.json").write_text(json.dumps(facts | {key: value}))
+        code, _, err = call(capsys, "adopt", away)
+        assert code != 0 and said in err, key
+    (away / "run.json").write_text("{")
+    code, _, err = call(capsys, "adopt", away)
+    assert code == 1 and "run.json" in err
+    assert not (checkout / "reports").exists()
+    code, _, err = call(capsys, "adopt", away / "tables")
+    assert code == 1 and "not the output folder" in err

@@ -1,0 +1,82 @@
+"""A study goes on where it stopped, keeps rows of other code only when they come out the same, and chooses fairly."""
+
+import sys
+import types
+from concurrent.futures import ThreadPoolExecutor
+
+import pandas as pd
+import pytest
+
+from companion import study
+from companion.errors import BadParameter, CorruptFile
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """A study of two methods that takes no time; `calls` lists what was trained."""
+    module = types.ModuleType("companion.studies.fake")
+    module.__file__ = str(tmp_path / "fake.py")
+    module.code = "one"
+    monkeypatch.setattr(study, "sources", lambda path: [])
+    monkeypatch.setattr(study, "code_hash", lambda paths: module.code)
+    module.METHODS, module.TASKS = {"a": None, "b": None}, {"t": ["a", "b"]}
+    module.RATES, module.SEEDS, module.SELECTION_SEED = [0.1, 0.2], [0, 1, 2], 9
+    module.calls, module.offset = [], 0.0
+    module.prepare = lambda root: None
+
+    def train(method, task, rate, seed, root, split):
+        module.calls.append((split, task, method, rate, seed))
+        return {"accuracy": 10 * rate + (method == "a") + seed + module.offset, "loss": 1.0}
+
+    module.train = train
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda workers, context, start: ThreadPoolExecutor(1))
+    return module
+
+
+def test_every_rate_is_tried_once_and_the_best_tested_with_every_seed(fake, tmp_path):
+    rows = study.run("fake", tmp_path / "out", tmp_path, workers=1)
+    assert len(fake.calls) == 2 * 2 + 2 * 3 == len(rows)
+    assert study.selected(rows) == {("t", "a"): 0.2, ("t", "b"): 0.2}
+    assert {c[3] for c in fake.calls if c[0] == "test"} == {0.2}
+    table = study.summary(rows).set_index("method")
+    assert table.loc["a", "mean"] - table.loc["b", "mean"] == pytest.approx(1)
+    assert table["count"].tolist() == [3, 3] and table["std"].tolist() == pytest.approx([1, 1])
+
+
+def test_a_stopped_study_goes_on(fake, tmp_path):
+    study.run("fake", tmp_path / "out", tmp_path, workers=1)
+    whole = (tmp_path / "out" / "study.csv").read_text()
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "out" / "study.csv").write_text("".join(lines[:4]))
+    fake.calls.clear()
+    study.run("fake", tmp_path / "out", tmp_path, workers=1)
+    assert len(fake.calls) == 10 - 3
+    again = pd.read_csv(tmp_path / "out" / "study.csv")
+    pd.testing.assert_frame_equal(again.drop(columns="seconds"), study.read(tmp_path / "out").drop(columns="seconds"))
+    assert len(again) == 10
+
+
+def test_rows_of_other_code_are_checked_before_they_are_kept(fake, tmp_path):
+    study.run("fake", tmp_path / "out", tmp_path, workers=1)
+    fake.code = "two"
+    fake.calls.clear()
+    study.run("fake", tmp_path / "out", tmp_path, workers=1)
+    assert len(fake.calls) == study.RECHECKED
+    assert not study.stale("fake", tmp_path / "out")
+    fake.code = "three"
+    assert study.stale("fake", tmp_path / "out")
+    fake.offset = 1.0
+    with pytest.raises(BadParameter, match="move it away"):
+        study.run("fake", tmp_path / "out", tmp_path, workers=1)
+
+
+def test_ties_take_the_smaller_rate():
+    rows = [{"stage": "select", "task": "t", "method": "a", "rate": r, "seed": 9, "accuracy": 50.0} for r in (0.3, 0.1)]
+    assert study.selected(pd.DataFrame(rows)) == {("t", "a"): 0.1}
+
+
+def test_a_file_that_is_no_study(tmp_path):
+    (tmp_path / "study.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(CorruptFile, match=r"study\.csv"):
+        study.read(tmp_path)
