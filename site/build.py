@@ -114,9 +114,9 @@ def front_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
         [
             "---\nhtml_theme.sidebar_secondary.remove: true\n---\n",  # the ledger needs the width
             "# Ten papers, each as a notebook that runs",
-            "Every number on this site was measured by the notebook it stands in, on small data made for the purpose "
-            "(the `pocket` profile) unless it says otherwise. Pocket numbers say whether a paper's mechanism works; "
-            "they are not the paper's numbers.\n",
+            "Published numbers are quoted with their source; every other number on this site was measured by the "
+            "notebook it stands in, on small data made for the purpose (the `pocket` profile). Pocket numbers say "
+            "whether a paper's mechanism works; they are not the paper's numbers.\n",
             "## The papers\n",
             table("papers", ["Paper", "Title", "Task", "State"], rows),
             "## The claims ledger\n",
