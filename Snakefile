@@ -46,8 +46,8 @@ rule notebook:
             mv {params.draft} {output}
             echo "{wildcards.slug}: done in $SECONDS s"
         else
-            echo "{wildcards.slug}: FAILED after $SECONDS s; executed so far: {params.draft}; from {log}:"
-            grep -A 40 '^Exception encountered' {log} || tail -n 25 {log}
+            echo "{wildcards.slug}: FAILED after $SECONDS s; executed so far: {params.draft}; the end of {log}:"
+            tail -n 40 {log}
             exit 1
         fi
         """
