@@ -275,6 +275,7 @@ class Hostile:
         return (print, ("ran",))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch, on what is no pickle at all
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".npz"])
 @pytest.mark.parametrize("data", [b"", b"\x80not weights"])
 def test_files_that_are_no_weights(tmp_path, suffix, data):
