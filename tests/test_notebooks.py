@@ -99,6 +99,26 @@ def test_pocket_path_needs_no_network(tmp_path: Path) -> None:
     assert "stderr" not in streams
 
 
+@pytest.mark.slow
+def test_paper_profile_can_be_walked_on_a_cpu(tmp_path: Path) -> None:
+    """`dry_run`: the full-size model, two optimiser steps on generated pictures, every cell of the notebook."""
+    command = [sys.executable, "-m", "papermill", "notebooks/sa2vp.ipynb", str(tmp_path / "sa2vp.ipynb")]
+    parameters = ["-p", "profile", "paper", "-p", "dry_run", "true", "-p", "out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [*command, "-k", "python3", "--no-progress-bar", *parameters],
+        env={**os.environ, "PYTHONPATH": OFFLINE, "COMPANION_PROGRESS": "off"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
+    assert record["profile"] == "paper" and record["parameters"]["dry_run"] is True
+    assert record["peak_memory_mb"] < 12_000
+    assert not (tmp_path / "out" / "measured.csv").exists(), "a dry run measures nothing"
+
+
 def write(path: Path, *sources: str) -> Path:
     parameters = new_code_cell("seed = 0  # of everything")
     parameters.metadata["tags"] = ["parameters"]

@@ -97,9 +97,11 @@ def test_means_of_published_tables_are_those_of_their_cells(part):
 
 
 def test_beside_says_what_was_not_run():
-    frame = pd.DataFrame({"method": ["A", "B"], "x": [1.0, np.nan]})
-    cells = report.beside(frame, {("A", "x"): 2.345, ("C", "x"): 3.0}).set_index("method").x
-    assert cells.to_dict() == {"A": "1 / 2.35", "B": "– / not run", "C": "– / 3.00"}
+    frame = pd.DataFrame({"method": ["A", "B"], "x": [1.0, np.nan], "y": [2.0, 3.0]})
+    cells = report.beside(frame, {("A", "x"): 2.345, ("C", "x"): 3.0}).set_index("method")
+    assert cells.x.to_dict() == {"A": "1 / 2.35", "B": "–", "C": "– / 3.00"}
+    assert cells.y.to_dict() == {"A": "2 / not run", "B": "3", "C": "– / not run"}
+    assert cells["measured here"].to_dict() == {"A": "1 of 2", "B": "not run", "C": "1 of 2"}
 
 
 def test_a_run_leaves_tables_figures_claims_and_a_record(run):

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
+import PIL.Image
 import yaml
 from IPython.display import HTML, Image, display
 from matplotlib import pyplot as plt
@@ -133,22 +134,24 @@ def published(slug: str, table: str) -> pd.DataFrame:
 
 
 def beside(frame: pd.DataFrame, measured: Mapping[tuple[str, str], float] = {}) -> pd.DataFrame:
-    """Each published number with the one measured here behind it, "88.3 / not run".
+    """Each published number with the one measured here behind it, "88.3 / 87.9" or "88.3 / not run".
 
+    A row of which nothing was measured keeps its published numbers, and says "not run" once, in the last column.
     `measured` is by (method, column). Only real data at the paper profile belongs here, never a pocket number. A method
     that was measured and is not in the published table gets a row of its own.
     """
     columns = [c for c in frame.columns if c != "method"]
-    methods = list(dict.fromkeys([*frame.method, *(m for m, _ in measured)]))
     rows = []
-    for method in methods:
+    for method in dict.fromkeys([*frame.method, *(m for m, _ in measured)]):
         same = frame[frame.method == method]
+        ours = {c: measured[method, c] for c in columns if (method, c) in measured}
         row = {"method": method}
         for column in columns:
             value = same[column].iloc[0] if len(same) else math.nan
-            ours = measured.get((method, column))
-            said = "–" if pd.isna(value) else f"{value:g}"
-            row[column] = f"{said} / {'not run' if ours is None else f'{ours:.2f}'}"
+            row[column] = "–" if pd.isna(value) else f"{value:g}"
+            if ours:
+                row[column] += f" / {ours[column]:.2f}" if column in ours else " / not run"
+        row["measured here"] = f"{len(ours)} of {len(columns)}" if ours else "not run"
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -199,9 +202,12 @@ class Run:
 
     def figure(self, name: str, figure: Figure) -> None:
         """Write `figures/<name>.png` and show it."""
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
+        drawn, buffer = io.BytesIO(), io.BytesIO()
+        figure.savefig(drawn, format="png")
         plt.close(figure)
+        # 256 colours are enough for a figure and a third of the bytes, which a committed notebook has to count
+        picture = PIL.Image.open(drawn).convert("RGB").quantize(256, dither=PIL.Image.Dither.NONE)
+        picture.save(buffer, format="png", optimize=True)
         path = self.out / "figures" / f"{name}.png"
         with atomic(path) as temporary:
             temporary.write_bytes(buffer.getvalue())

@@ -56,17 +56,17 @@ def setting(p: SimpleNamespace, out: Path, rates: dict[tuple[str, str], float]) 
 
 
 def _pocket(p: SimpleNamespace, out: Path, rates: dict[tuple[str, str], float]) -> Setting:
-    task, root = "where", str(out / "data")
+    task, root = "textures", str(out / "data")
     pocket.write(study.folder(root, p.seed), list(study.TASKS), p.seed)
     methods = ("linear probing", "VPT-deep", "SA²VP")
     return Setting(
-        title="which of nine cells holds the object (pocket)",
+        title="which photograph a cut comes from (pocket)",
         train=study.pictures(task, root, p.seed, "trainval"),
         test=study.pictures(task, root, p.seed, "test"),
         classes=pocket.TASKS[task].classes,
         methods=methods,
         rates={method: rates[task, method] for method in methods},
-        build=lambda method: study.build(method, 9, p.seed),
+        build=lambda method: study.build(method, len(pocket.TASKS[task].classes), p.seed),
         fit={"epochs": study.EPOCHS, "batch": study.BATCH, "seed": p.seed, "accelerator": "cpu"},
         input=backbones.input_of(backbones.build("pocket_vit", "random")),
     )
