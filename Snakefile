@@ -33,11 +33,13 @@ rule notebook:
     params:
         draft="build/{profile}/{slug}.ipynb",
         more=config.get("parameters", ""),
+        # hours at the paper profile want lines in the notebook; a minute does not
+        progress="off" if PROFILE == "pocket" else "lines",
     # pocket models gain little beyond a few threads, so notebooks run side by side and share out the cores
     threads: min(4, max(1, (workflow.resource_settings.cores or 1) // max(1, len(SLUGS))))
     shell:
         """
-        export OMP_NUM_THREADS={threads} COMPANION_PROGRESS=lines
+        export OMP_NUM_THREADS={threads} COMPANION_PROGRESS={params.progress}
         unset MPLBACKEND  # the kernel's own backend puts figures into the notebook
         echo "{wildcards.slug}: started on {threads} thread(s)"
         if {PYTHON:q} -m papermill {input.notebook} {params.draft} -k python3 --no-progress-bar \

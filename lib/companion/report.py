@@ -97,8 +97,8 @@ def check(name: str, value: float, low: float = -math.inf, high: float = math.in
     return inside
 
 
-def show(frame: pd.DataFrame, digits: int = 2, index: bool = False) -> HTML:
-    """A table as plain HTML: the same text for the same numbers, which pandas' own is not over its versions."""
+def show(frame: pd.DataFrame, digits: int = 2, title: str = "") -> HTML:
+    """A table as plain HTML, its title above it: the same text for the same numbers over versions of pandas."""
 
     def cell(value: object) -> str:
         if isinstance(value, float):
@@ -109,11 +109,12 @@ def show(frame: pd.DataFrame, digits: int = 2, index: bool = False) -> HTML:
         style = "text-align: right" if number else "text-align: left"
         return f'<td style="{style}">{html.escape(text)}</td>'
 
-    if index:
-        frame = frame.reset_index()
     header = "".join(f'<th scope="col" style="text-align: left">{html.escape(str(c))}</th>' for c in frame.columns)
     rows = "".join("<tr>" + "".join(map(cell, row)) + "</tr>\n" for row in frame.itertuples(index=False))
-    table = f'<table class="dataframe">\n<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>'
+    caption = (
+        f'<caption style="caption-side: top; text-align: left"><b>{html.escape(title)}</b></caption>\n' if title else ""
+    )
+    table = f'<table class="dataframe">\n{caption}<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>'
     return HTML(f'<div style="overflow-x: auto">{table}</div>')
 
 
@@ -192,22 +193,21 @@ class Run:
         self._files: list[Path] = []
         self._began = time.monotonic()
 
-    def table(self, name: str, frame: pd.DataFrame, digits: int = 2) -> HTML:
+    def table(self, name: str, frame: pd.DataFrame, digits: int = 2, title: str = "") -> HTML:
         """Write `tables/<name>.csv` and return the table to show."""
         path = self.out / "tables" / f"{name}.csv"
         with atomic(path) as temporary:
             frame.to_csv(temporary, index=False)
         self._files.append(path)
-        return show(frame, digits)
+        return show(frame, digits, title)
 
     def figure(self, name: str, figure: Figure) -> None:
         """Write `figures/<name>.png` and show it."""
         drawn, buffer = io.BytesIO(), io.BytesIO()
         figure.savefig(drawn, format="png")
         plt.close(figure)
-        # 256 colours are enough for a figure and a third of the bytes, which a committed notebook has to count
-        picture = PIL.Image.open(drawn).convert("RGB").quantize(256, dither=PIL.Image.Dither.NONE)
-        picture.save(buffer, format="png", optimize=True)
+        # no alpha channel and a better packing: a committed notebook has to count its bytes
+        PIL.Image.open(drawn).convert("RGB").save(buffer, format="png", optimize=True)
         path = self.out / "figures" / f"{name}.png"
         with atomic(path) as temporary:
             temporary.write_bytes(buffer.getvalue())
