@@ -66,7 +66,9 @@ def peak_memory_mb() -> int:
         return round(torch.cuda.max_memory_allocated() / 1e6)
     if sys.platform == "win32":
         return round(psutil.Process().memory_info().peak_wset / 1e6)
+    if sys.platform == "linux":  # getrusage would count the peak of the process that started this one
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return round(int(status.split("VmHWM:")[1].split()[0]) / 1e3)
     import resource  # not on Windows
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / 1e6 if sys.platform == "darwin" else peak / 1e3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)  # bytes on macOS
