@@ -25,9 +25,11 @@ import yaml
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from open_clip.factory import load_checkpoint
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, set_model_preprocess_cfg
+from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from . import unpickle
 from .errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights
 
 # Our short names, and the exact releases they stand for: `.orig_in21k` is Google's original ViT
@@ -86,17 +88,28 @@ def find_weights(name: str, *, download: bool = False) -> Path:
 
 
 def read_state(path: str | Path) -> dict[str, torch.Tensor]:
-    """The named tensors of a safetensors or .pth file, read without running anything that is in it.
+    """The named tensors of a safetensors or torch.save file, read without running anything that is in it.
+
+    A training checkpoint may hold more: its entry "net", "state_dict" or "model" is taken, and objects of the trainer's
+    own classes are passed over.
 
     Raises `CorruptFile` when it is missing, truncated, or holds something else.
     """
-    try:
-        state = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
-    except Exception as error:  # truncated, not a weights file, or one that wants to run code
-        raise CorruptFile(path, f"not a plain file of weights ({type(error).__name__}: {error})") from error
+    if Path(path).suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except Exception as error:
+            raise CorruptFile(path, f"not a safetensors file ({type(error).__name__}: {error})") from error
+    state = unpickle.load_torch(path)
+    for entry in ("net", "state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(entry), dict):
+            state = state[entry]
+            break
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CorruptFile(path, "holds something else than named tensors")
-    return state
+    # wrapped by DataParallel when it was saved
+    wrapped = bool(state) and all(name.startswith("module.") for name in state)
+    return {name.removeprefix("module.") if wrapped else name: value for name, value in state.items()}
 
 
 def input_of(model: nn.Module) -> Input:

@@ -2,13 +2,14 @@
 
 A fixture is a folder `<fixtures>/<paper>/<case>/` with
 
-    names.json           the official tensors: name -> shape; their values come from `fill`
+    names.json           the official tensors, where a case has any: name -> shape; their values come from `fill`
     case.json            configuration, inputs (key -> shape, values from `fill`), what was recorded
     outputs.safetensors  what the official code gave
 
 For each paper a module of this package, named by its slug, has one function `outputs(case) -> {name: tensor}` that
 loads the official names through the model's own `from_official` and gives the recorded quantities in the order of the
-forward pass; "loss" and "grad:<official name>" (the norm of a gradient) may be among them.
+forward pass; "loss" and "grad:<official name>" (a gradient, or its norm) may be among them. Where the recorded
+quantities are not simply the file's, the module has a function `recorded(case)` too.
 """
 
 from __future__ import annotations
@@ -52,15 +53,27 @@ class Case:
         """The official tensors: name -> shape."""
         return read_json(self.folder / "names.json")
 
+    @property
+    def seed(self) -> int:
+        return self.facts.get("seed", 0)
+
     @functools.cached_property
     def state(self) -> Mapping[str, Tensor]:
-        """The official state dict."""
+        """The official state dict. BatchNorm's counters are integers, and zero."""
         if self.given is not None:
             return self.given
-        return {n: torch.from_numpy(a) for n, a in fill.state_dict(self.names, self.facts["seed"]).items()}
+        counters = {n for n in self.names if n.endswith("num_batches_tracked")}
+        filled = fill.state_dict({n: s for n, s in self.names.items() if n not in counters}, self.seed)
+        return {n: torch.tensor(0) if n in counters else torch.from_numpy(filled[n]) for n in self.names}
 
     def input(self, key: str) -> Tensor:
-        return torch.from_numpy(fill.values(f"input:{key}", tuple(self.facts["inputs"][key]), self.facts["seed"]))
+        """An input by its key in case.json, which gives its shape."""
+        shape = self.facts["inputs"][key]
+        return self.values(f"input:{key}", *(shape["shape"] if isinstance(shape, dict) else shape))
+
+    def values(self, name: str, *shape: int) -> Tensor:
+        """Values of `fill` by name and shape."""
+        return torch.from_numpy(fill.values(name, shape, self.seed))
 
     @functools.cached_property
     def recorded(self) -> dict[str, Tensor]:
@@ -108,7 +121,7 @@ def cases(paper: str, fixtures: str | Path | None = None) -> Iterator[Case]:
     roots = [Path(fixtures) if fixtures else folder()]
     if extra := os.environ.get("PARITY_EXTRA"):
         roots.append(Path(extra))
-    found = [case for root in roots for case in sorted((root / paper).glob("*/case.json"))]
+    found = [case for root in roots for case in sorted((root / paper).glob("*/outputs.safetensors"))]
     if not found:
         layout = f"{paper}/<case>/names.json\n{paper}/<case>/case.json\n{paper}/<case>/outputs.safetensors"
         raise MissingData("parity fixtures", roots[0], layout, "the project's repository, folder tests/parity",
@@ -118,19 +131,21 @@ def cases(paper: str, fixtures: str | Path | None = None) -> Iterator[Case]:
 
 def compare(paper: str, case: Case) -> list[Difference]:
     """Every recorded output of `case` against ours, in the order of the forward pass."""
-    ours = importlib.import_module(f"{__name__}.{paper}").outputs(case)
-    unchecked = case.recorded.keys() - ours.keys()
+    module = importlib.import_module(f"{__name__}.{paper}")
+    ours = module.outputs(case)
+    all_recorded = module.recorded(case) if hasattr(module, "recorded") else case.recorded
+    unchecked = all_recorded.keys() - ours.keys()
     if unchecked:
         raise CompanionError(f"parity of {paper}: {case.name} has outputs nobody computes: {sorted(unchecked)}")
     differences = []
     for name, value in ours.items():
-        if name not in case.recorded:
+        if name not in all_recorded:
             continue
-        recorded, value = case.recorded[name], value.detach()
+        recorded, value = all_recorded[name].to(torch.float64), value.detach().to(torch.float64)
         if value.numel() != recorded.numel():
             raise BadCheckpoint(f"{paper}/{case.name}", shapes=[f"{name} {tuple(value.shape)}, recorded "
                                                                 f"{tuple(recorded.shape)}"])  # fmt: skip
         error = float((value.reshape(recorded.shape) - recorded).abs().max() / recorded.abs().max().clamp_min(1e-12))
-        limit = TOLERANCE_GRADIENT if name.startswith("grad:") else TOLERANCE
+        limit = TOLERANCE_GRADIENT if name.startswith("grad") else TOLERANCE
         differences.append(Difference(name, error, error <= limit))
     return differences
