@@ -26,8 +26,8 @@ class DataSet:
         title: the name as a person would say it.
         group: the benchmark, as in the papers' tables.
         task: the module of this package that reads it.
-        classes: number of classes; None where the lists say it.
-        sizes: images in each split as its source has it; a list of another length is refused.
+        classes: number of classes; None where the lists say it, or where there are none.
+        sizes: images (of tracking: sequences) in each split as its source has it; another number is refused.
         folders: where it is looked for below the data root, the first spelling being the usual one.
         layout: the files expected below the folder, one a line.
         source: where to get it.
@@ -139,6 +139,7 @@ def table(root: str | Path) -> list[dict[str, str]]:
 
 
 # these need DataSet and DATASETS, so they come last
-from . import classification, classification_sets  # noqa: E402, F401
+from . import classification, classification_sets, tracking_sets  # noqa: E402, F401
 
-DATASETS.update({dataset.name: dataset for dataset in classification_sets.sets()})
+for _sets in (classification_sets, tracking_sets):
+    DATASETS.update({dataset.name: dataset for dataset in _sets.sets()})
