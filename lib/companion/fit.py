@@ -23,7 +23,8 @@ from .errors import BadParameter, CorruptFile
 from .files import atomic
 from .progress import progress
 
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("constant", "linear", "cosine", "step")
+DECAYS = ("matrices", "all")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 
@@ -31,20 +32,27 @@ def learning_rates(schedule: str, base: float, steps: int, warmup: int = 0, fina
     """The learning rate of each step, (steps,).
 
     A linear warm-up from exactly 0 to `base` over `warmup` steps, both ends included, then `schedule`: "constant",
-    "linear" or "cosine" (half a period) from `base` towards `final`.
+    "linear" or "cosine" (half a period) from `base` towards `final`, or "step": `final` for the last fifth.
     """
     if schedule not in SCHEDULES:
         raise BadParameter("schedule", schedule, SCHEDULES)
     if not 0 <= warmup <= steps:
         raise BadParameter("warmup", warmup, f"0 to {steps} steps")
     done = np.arange(steps - warmup) / max(steps - warmup, 1)
-    left = {"constant": np.ones_like(done), "linear": 1 - done, "cosine": (1 + np.cos(np.pi * done)) / 2}[schedule]
+    left = {
+        "constant": np.ones_like(done),
+        "linear": 1 - done,
+        "cosine": (1 + np.cos(np.pi * done)) / 2,
+        "step": np.where(done < 0.8, 1.0, 0.0),
+    }[schedule]
     return np.concatenate([np.linspace(0, base, warmup), final + (base - final) * left])
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """The trained tensors in two groups: those with two axes or more decay, vectors and biases do not."""
+def decay_groups(model: nn.Module, weight_decay: float, decay: str = "matrices") -> list[dict]:
+    """The trained tensors in groups: those with two axes or more decay, vectors and biases only with `decay` "all"."""
     trained = [p for p in model.parameters() if p.requires_grad]
+    if decay == "all":
+        return [{"params": trained, "weight_decay": weight_decay}]
     return [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
@@ -66,6 +74,7 @@ def fit(
     batch: int,
     lr: float,
     weight_decay: float = 1e-4,
+    decay: str = "matrices",
     schedule: str = "cosine",
     warmup: float = 0.1,
     final_lr: float = 1e-7,
@@ -87,6 +96,7 @@ def fit(
         data: map-style; a `TensorDataset` is indexed directly, without a loader.
         epochs: passes over the data, a fraction allowed; the last partial batch of a pass is left out.
         batch: images a step, over all devices together.
+        weight_decay, decay: see `decay_groups`.
         lr, final_lr, schedule, warmup: see `learning_rates`; `warmup` is a fraction of all steps.
         clip: largest norm of the gradient; None for no clipping.
         accelerator, devices, precision: as in `lightning_fabric.Fabric`.
@@ -107,6 +117,8 @@ def fit(
         raise BadParameter("batch", batch, f"a multiple of devices = {devices}")
     if precision not in PRECISIONS:
         raise BadParameter("precision", precision, PRECISIONS)
+    if decay not in DECAYS:
+        raise BadParameter("decay", decay, DECAYS)
     if not 0 <= warmup <= 1:
         raise BadParameter("warmup", warmup, "a fraction of the steps, 0 to 1")
     if resume and checkpoint is None:
@@ -115,7 +127,8 @@ def fit(
     rates = learning_rates(schedule, lr, steps, round(warmup * steps), final_lr)
     settings = {
         "steps": steps, "batch": batch, "lr": lr, "final_lr": final_lr, "schedule": schedule, "warmup": warmup,
-        "weight_decay": weight_decay, "clip": clip, "seed": seed, "images": len(data), "precision": precision,
+        "weight_decay": weight_decay, "decay": decay, "clip": clip, "seed": seed, "images": len(data),
+        "precision": precision,
         "tensors": zlib.crc32(repr([(n, tuple(t.shape)) for n, t in trained_state(model).items()]).encode()),
     }  # fmt: skip
     saved = _read(checkpoint, settings) if resume and Path(checkpoint).is_file() else None
@@ -125,7 +138,7 @@ def fit(
     fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision, strategy=strategy)
 
     def train(fabric: Fabric) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
-        optimizer = torch.optim.AdamW(decay_groups(model, weight_decay), lr=lr)
+        optimizer = torch.optim.AdamW(decay_groups(model, weight_decay, decay), lr=lr)
         if saved:
             model.load_state_dict(saved["model"], strict=False)
             optimizer.load_state_dict(saved["optimizer"])

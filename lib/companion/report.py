@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import math
 import time
 from collections.abc import Iterable, Mapping
@@ -232,19 +233,21 @@ class Run:
         self.claims[name] = {"status": status, "value": value, "seeds": list(seeds), "why": why}
 
     def claims_from_study(self, rows: pd.DataFrame, why: Mapping[str, str] = {}) -> None:
-        """Enter every directional claim that names `better`, `worse` and `tasks`.
+        """Enter every directional claim that names `better`, `worse` and `tasks`, and maybe `metrics` of the study.
 
         It holds when the one beats the other on every task with every seed: with few seeds a mean alone says little.
         `why` gives the reason, by claim, where one was found for a claim that fails.
         """
-        tested = rows[rows.stage == "test"].set_index(["task", "method", "seed"]).accuracy.sort_index()
+        tested = rows[rows.stage == "test"].set_index(["task", "method", "seed"]).sort_index()
+        usual = rows.attrs.get("metric", "accuracy")
         for claim in paper(self.slug)["claims"]:
             if claim["kind"] != "directional":
                 continue
             parts, wins, seeds = [], True, set()
-            for task in claim["tasks"]:
-                lead = tested[task, claim["better"]] - tested[task, claim["worse"]]
-                parts.append(f"{task} {lead.mean():+.1f} ± {lead.std():.1f}")
+            for task, metric in itertools.product(claim["tasks"], claim.get("metrics", [usual])):
+                lead = tested.loc[(task, claim["better"]), metric] - tested.loc[(task, claim["worse"]), metric]
+                what = task if metric == "accuracy" else f"{task} {metric}"
+                parts.append(f"{what} {lead.mean():+.1f} ± {lead.std():.1f}")
                 wins &= bool((lead > 0).all())
                 seeds |= set(map(int, lead.index))
             value = "; ".join(parts) + " points (mean ± standard deviation of the lead)"

@@ -5,8 +5,9 @@ pictures and tested once a seed. Rows are kept in a CSV as they come, so that a 
 was; a record beside it says which code, versions and machine made them.
 
 A module of `companion.studies` describes one: its METHODS, TASKS (task -> the methods run on it), RATES, SEEDS and
-SELECTION_SEED, `prepare(root)` that writes the pictures, and `train(method, task, rate, seed, root, split)` that
-returns a row with "accuracy" in percent.
+SELECTION_SEED, `prepare(root)` that writes the data, and `train(method, task, rate, seed, root, split)` that returns a
+row with its METRIC in percent ("accuracy" unless the module says otherwise), the "loss", and whatever else is measured.
+Methods in its UNTRAINED have nothing to choose: they are tested only, with rate 0.
 """
 
 from __future__ import annotations
@@ -50,22 +51,24 @@ def run(paper: str, folder: str | Path, root: str | Path, workers: int | None = 
     code = code_hash(sources(module.__file__))
     module.prepare(root)
     pairs = [(task, method) for task, methods in module.TASKS.items() for method in methods]
+    untrained, metric = getattr(module, "UNTRAINED", ()), getattr(module, "METRIC", "accuracy")
     rows: list[dict] = []
     if (folder / "study.csv").exists():
         rows = [row for row in read(folder).to_dict("records") if (row["task"], row["method"]) in pairs]
     facts = {
         "paper": paper, "code": code, "rates": module.RATES, "seeds": module.SEEDS,
         "selection_seed": module.SELECTION_SEED, "methods": list(module.METHODS), "tasks": module.TASKS,
-        "versions": versions(), "machine": platform.machine(), "workers": workers, "threads_each": 1,
+        "metric": metric, "versions": versions(), "machine": platform.machine(), "workers": workers, "threads_each": 1,
     }  # fmt: skip
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _quiet) as pool:
         if rows and read_json(record).get("code") != code:
-            _recheck(pool, paper, rows, root, folder)
+            _recheck(pool, paper, rows, root, folder, metric)
         for stage in ("select", "test"):
             if stage == "select":
-                jobs = [(t, m, rate, module.SELECTION_SEED) for rate in module.RATES for t, m in pairs]
+                trained = [(t, m) for t, m in pairs if m not in untrained]
+                jobs = [(t, m, rate, module.SELECTION_SEED) for rate in module.RATES for t, m in trained]
             else:
-                best = selected(pd.DataFrame(rows))
+                best = {pair: 0.0 for pair in pairs} | selected(_frame(rows, metric))
                 jobs = [(t, m, best[t, m], seed) for seed in module.SEEDS for t, m in pairs]
             done = {tuple(row[k] for k in KEYS[1:]) for row in rows if row["stage"] == stage}
             todo = [job for job in jobs if job not in done]
@@ -85,14 +88,14 @@ def _quiet() -> None:
     os.environ["COMPANION_PROGRESS"] = "off"
 
 
-def _recheck(pool: Executor, paper: str, rows: list[dict], root: str | Path, folder: Path) -> None:
+def _recheck(pool: Executor, paper: str, rows: list[dict], root: str | Path, folder: Path, metric: str) -> None:
     """Rows of other code are kept when some of them, drawn at random and run again, come out the same."""
     drawn = random.sample(rows, min(RECHECKED, len(rows)))
     futures = [pool.submit(_job, paper, *(row[k] for k in KEYS), str(root)) for row in drawn]
     for row, future in zip(drawn, futures, strict=True):
         again = future.result()
-        if again["accuracy"] != row["accuracy"] or again["loss"] != row["loss"]:
-            what = f"{row['stage']} of {row['method']} on {row['task']}: {again['accuracy']}, not {row['accuracy']}"
+        if again[metric] != row[metric] or again["loss"] != row["loss"]:
+            what = f"{row['stage']} of {row['method']} on {row['task']}: {again[metric]}, not {row[metric]}"
             accepted = f"rows that today's code gives too ({what}); move it away to start anew"
             raise BadParameter("study", str(folder / "study.csv"), accepted)
 
@@ -111,30 +114,42 @@ def _write(path: Path, rows: list[dict]) -> None:
         table.to_csv(temporary, index=False)
 
 
+def _frame(rows: list[dict] | pd.DataFrame, metric: str) -> pd.DataFrame:
+    frame = pd.DataFrame(rows)
+    frame.attrs["metric"] = metric
+    return frame
+
+
 def read(folder: str | Path) -> pd.DataFrame:
-    """The rows of a study. Raises `CorruptFile` when they are not that."""
-    path = Path(folder) / "study.csv"
+    """The rows of a study; `.attrs["metric"]` names what it chose by. Raises `CorruptFile` when they are not that."""
+    path, record = Path(folder) / "study.csv", Path(folder) / "study.json"
+    metric = read_json(record).get("metric", "accuracy") if record.exists() else "accuracy"
     try:
         rows = pd.read_csv(path)
-        rows[[*KEYS, "accuracy"]]
+        rows[[*KEYS, metric]]
     except (KeyError, ValueError) as error:
         raise CorruptFile(path, f"not the rows of a study ({error})") from error
-    return rows
+    return _frame(rows, metric)
 
 
 def selected(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
-    """The learning rate of each (task, method): the best on validation, the smaller of two that tie."""
-    chosen = rows[rows.stage == "select"].sort_values(["accuracy", "rate"], ascending=[False, True])
+    """The learning rate of each trained (task, method): the best on validation, the smaller of two that tie."""
+    metric = rows.attrs.get("metric", "accuracy")
+    chosen = rows[rows.stage == "select"].sort_values([metric, "rate"], ascending=[False, True])
     first = chosen.groupby(["task", "method"], sort=False).first()
     return first["rate"].to_dict()
 
 
-def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean, standard deviation (n - 1) and number of seeds of the test accuracy by task and method, and its rate."""
+def summary(rows: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
+    """Mean, standard deviation (n - 1) and number of seeds by task and method on test data, and the learning rate.
+
+    `metric` is a column of the study; without it the one that the study chose by.
+    """
     tested = rows[rows.stage == "test"]
-    table = tested.groupby(["task", "method"], sort=False).accuracy.agg(["mean", "std", "count"]).reset_index()
+    measured = tested.groupby(["task", "method"], sort=False)[metric or rows.attrs.get("metric", "accuracy")]
+    table = measured.agg(["mean", "std", "count"]).reset_index()
     best = selected(rows)
-    table["rate"] = [best[key] for key in zip(table.task, table.method, strict=True)]
+    table["rate"] = [best.get(key, float("nan")) for key in zip(table.task, table.method, strict=True)]
     return table
 
 

@@ -1,0 +1,270 @@
+"""Tracking through a video: the test-time loop of the OSTrack family, on folders, video files or frames in memory.
+
+    track = follow(model, [video], [box])[0]                 one video, or several as one batch
+    run(model, sequences, "results/BAT")                     a benchmark: one text file a sequence, resumes
+    track("visible.mp4", "thermal.mp4", box, model)          your own pair of files or folders
+
+The first frame's box is given. Each next frame is searched around the last box only, four times as wide as it; the
+score map is weighted by a Hann window; the template is never renewed (SparkTempest/BAT, lib/test/tracker).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import cv2
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from .data.tracking import box_from_crop, clip_box, crop, normalise, read_frame, read_results, write_results
+from .errors import BadParameter, CorruptFile
+from .files import read_json, write_json
+from .models.bat import decode, hann
+from .progress import progress
+
+TEMPLATE_FACTOR, SEARCH_FACTOR = 2.0, 4.0
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
+
+
+class Video(Protocol):
+    """What can be followed: frames (H, W, 6) uint8, RGB and then the second stream, asked for in order."""
+
+    def __len__(self) -> int: ...
+
+    def frame(self, i: int) -> np.ndarray: ...
+
+
+class Track(NamedTuple):
+    """Boxes (n, 4) x, y, w, h in pixels, the first as given, and scores (n,): the highest windowed one, 1 at first."""
+
+    boxes: np.ndarray
+    scores: np.ndarray
+
+
+class Frames:
+    """Frames in memory as a `Video`."""
+
+    def __init__(self, frames: Sequence[np.ndarray]):
+        self.frames = frames
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def frame(self, i: int) -> np.ndarray:
+        """Frame `i`, (H, W, 6) uint8."""
+        return self.frames[i]
+
+
+class Folders:
+    """Two folders of images as a `Video`; the n-th image of one, by name, belongs to the n-th of the other."""
+
+    def __init__(self, visible: str | Path, infrared: str | Path):
+        self.pairs = list(zip(_images(visible), _images(infrared), strict=False))
+        counts = [len(_images(folder)) for folder in (visible, infrared)]
+        if counts[0] != counts[1]:
+            raise BadParameter("infrared", str(infrared), f"a folder of {counts[0]} images, as many as {visible} has")
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def frame(self, i: int) -> np.ndarray:
+        """Frame `i`, (H, W, 6) uint8."""
+        return read_frame(*self.pairs[i])
+
+
+class Files:
+    """Two video files as a `Video`. They are decoded as they come, so frames are asked for in order."""
+
+    def __init__(self, visible: str | Path, infrared: str | Path):
+        self.paths = Path(visible), Path(infrared)
+        self._open = [cv2.VideoCapture(str(path)) for path in self.paths]
+        for path, capture in zip(self.paths, self._open, strict=True):
+            if not capture.isOpened():
+                raise CorruptFile(path, "not a video that OpenCV can decode")
+        # what the container says may be off by a few: the shorter stream ends the video
+        self.count = min(int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) for capture in self._open)
+        self._next, self._last = 0, None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def frame(self, i: int) -> np.ndarray:
+        """Frame `i`, (H, W, 6) uint8; `i` may only grow, and the last frame may be asked for again."""
+        if i < self._next - 1:
+            raise BadParameter("frame", i, f"{self._next - 1} or later: a file is decoded forwards")
+        while self._next <= i:
+            parts = []
+            for path, capture in zip(self.paths, self._open, strict=True):
+                read, image = capture.read()
+                if not read:
+                    raise CorruptFile(path, f"frame {self._next} of {self.count} cannot be decoded")
+                parts.append(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
+            if parts[0].shape != parts[1].shape:
+                raise BadParameter("infrared", str(self.paths[1]), f"frames of {parts[0].shape[:2]} pixels, as RGB has")
+            self._last, self._next = np.concatenate(parts, 2), self._next + 1
+        return self._last
+
+
+def open_video(visible: str | Path, infrared: str | Path) -> Video:
+    """Two folders of images, or two video files, as one video.
+
+    Raises:
+        BadParameter: neither, not the same of both, or another number of frames.
+        CorruptFile: a file that cannot be decoded.
+    """
+    paths = Path(visible), Path(infrared)
+    for name, path in zip(("visible", "infrared"), paths, strict=True):
+        if not path.exists():
+            raise BadParameter(name, str(path), "a folder of images or a video file that exists")
+    if all(path.is_dir() for path in paths):
+        return Folders(*paths)
+    if any(path.is_dir() for path in paths):
+        raise BadParameter("infrared", str(infrared), "a folder when `visible` is one, a video file when it is one")
+    return Files(*paths)
+
+
+def follow(
+    model: nn.Module,
+    videos: Sequence[Video],
+    boxes: Sequence[Sequence[float]],
+    *,
+    window: bool = True,
+    accelerator: str = "auto",
+    precision: str = "32-true",
+    text: str = "tracking",
+) -> list[Track]:
+    """Follow one target through each video; the videos go through the network as one batch a frame.
+
+    The tokens of the templates are computed once a video.
+
+    Args:
+        model: `BAT`, or a baseline with the same `embed_template` and `locate`.
+        videos: of any lengths.
+        boxes: the target in the first frame of each, (x, y, w, h) in pixels.
+        window: weight the score map by a Hann window, as released.
+        text: of the progress bar, which counts frames.
+
+    Raises:
+        BadParameter: a first box without area, outside the picture, or not four finite numbers.
+        CorruptFile: a frame that cannot be read.
+    """
+    fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
+    tracker = model.tracker
+    wrapped = fabric.setup_module(model.eval())
+    for name in ("embed_template", "locate"):
+        wrapped.mark_forward_method(name)
+    response = (hann(tracker.f) if window else torch.ones(1, 1, tracker.f, tracker.f)).to(fabric.device)
+
+    def batch(patches: list[np.ndarray]) -> torch.Tensor:
+        return torch.stack([normalise(patch) for patch in patches]).to(fabric.device)
+
+    found = [[_checked(box, video.frame(0))] for video, box in zip(videos, boxes, strict=True)]
+    scores = [[1.0] for _ in videos]
+    with torch.inference_mode():
+        templates = [
+            crop(video.frame(0), track[0], TEMPLATE_FACTOR, tracker.template)[0]
+            for video, track in zip(videos, found, strict=True)
+        ]
+        tokens = wrapped.embed_template(batch(templates)).unflatten(0, (-1, len(videos)))
+        for t in progress(range(1, max(map(len, videos))), text):
+            active = [i for i, video in enumerate(videos) if t < len(video)]
+            frames = [videos[i].frame(t) for i in active]
+            cut = [crop(f, found[i][-1], SEARCH_FACTOR, tracker.search) for f, i in zip(frames, active, strict=True)]
+            said = wrapped.locate(tokens[:, active].flatten(0, 1), batch([patch for patch, _ in cut]))
+            weighted = said.score.float() * response
+            decoded = decode(weighted, said.size.float(), said.offset.float()).double().cpu().numpy()
+            peaks = weighted.flatten(1).amax(1).tolist()
+            for i, image, (_, scale), box, peak in zip(active, frames, cut, decoded, peaks, strict=True):
+                there = box_from_crop(box, found[i][-1], scale, tracker.search)
+                found[i].append(clip_box(there, *image.shape[:2]))
+                scores[i].append(peak)
+    return [Track(np.array(b, dtype=np.float64), np.array(s)) for b, s in zip(found, scores, strict=True)]
+
+
+def run(
+    model: nn.Module, sequences: Sequence, folder: str | Path, *, together: int = 1, **options: object
+) -> dict[str, np.ndarray]:
+    """Track the sequences of a benchmark; results in `folder` as `<name>.txt`, the toolkits' text format.
+
+    A sequence whose file is complete is not tracked again; one whose file lacks rows is. `tracker.json` in the folder
+    says which weights made the results, so that those of another model are never taken for this one's.
+
+    Args:
+        sequences: of `companion.data.tracking`; each starts from its first RGB box.
+        together: sequences that go through the network as one batch.
+        options: of `follow`.
+
+    Returns:
+        Boxes (n, 4) by sequence.
+
+    Raises:
+        BadParameter: `folder` holds results of another model.
+    """
+    folder, facts = Path(folder), {"weights": _fingerprint(model), "window": options.get("window", True)}
+    record = folder / "tracker.json"
+    if record.exists() and read_json(record) != facts:
+        raise BadParameter("folder", str(folder), "results of this model, or a new folder: these are another model's")
+    if not record.exists() and any(folder.glob("*.txt")):
+        raise BadParameter("folder", str(folder), "a new folder: it holds results without a tracker.json")
+    write_json(record, facts)
+    todo = [sequence for sequence in sequences if not _complete(folder, sequence)]
+    for start in range(0, len(todo), together):
+        part = todo[start : start + together]
+        done = len(sequences) - len(todo) + start + len(part)
+        text = f"{part[0].name} ({done} of {len(sequences)})"
+        tracks = follow(model, part, [sequence.boxes[0] for sequence in part], text=text, **options)
+        for sequence, one in zip(part, tracks, strict=True):
+            write_results(folder / f"{sequence.name}.txt", one.boxes)
+    return read_results(folder, [sequence.name for sequence in sequences])
+
+
+def track(visible: str | Path, infrared: str | Path, box: Sequence[float], model: nn.Module,
+          out: str | Path | None = None, **options: object) -> Track:  # fmt: skip
+    """Follow the target `box` (x, y, w, h of the first frame) through your own video; `out` is a result file to write.
+
+    Args:
+        visible, infrared: two folders of images, or two video files, aligned in time and space.
+        options: of `follow`.
+
+    Raises:
+        BadParameter, CorruptFile: see `open_video` and `follow`.
+    """
+    found = follow(model, [open_video(visible, infrared)], [box], **options)[0]
+    if out is not None:
+        write_results(out, found.boxes)
+    return found
+
+
+def _images(folder: str | Path) -> list[Path]:
+    return sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGES)
+
+
+def _checked(box: Sequence[float], image: np.ndarray) -> np.ndarray:
+    height, width = image.shape[:2]
+    given = np.asarray(box, dtype=np.float64)
+    accepted = f"x, y, w, h in pixels, w and h above 0, meeting the {width} x {height} picture"
+    if given.shape != (4,) or not np.isfinite(given).all() or (given[2:] <= 0).any():
+        raise BadParameter("box", box, accepted)
+    x, y, w, h = given
+    if x >= width or y >= height or x + w <= 0 or y + h <= 0:
+        raise BadParameter("box", box, accepted)
+    return given
+
+
+def _complete(folder: Path, sequence: object) -> bool:
+    path = folder / f"{sequence.name}.txt"
+    return path.exists() and len(path.read_text(encoding="utf-8").split("\n")) - 1 == len(sequence)
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """A hash of all tensors of a model."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
