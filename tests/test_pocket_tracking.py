@@ -144,9 +144,9 @@ def test_only_the_right_stream_names_the_target(plans):
     for word in ("clear", "dark", "glare"):
         assert rates["infrared"][word] > 0.9, rates
     for word in ("conjunction", "dark", "glare"):
-        assert rates["visible"][word] < 0.7, rates
+        assert rates["visible"][word] < 0.6, rates
     for word in ("conjunction", "crossover"):
-        assert rates["infrared"][word] < 0.7, rates
+        assert rates["infrared"][word] < 0.6, rates
     assert rates["both"]["conjunction"] > 0.9, rates
 
 

@@ -28,8 +28,8 @@ A video starts well lit. Of the rest two thirds are conjunction or crossover and
 the last, is dark or glare (`KINDS`; every kind is equally frequent in each split). So the stream that can be trusted
 changes within each video, and over all videos RGB, thermal, and only both together are needed equally often.
 
-Nothing but look and temperature tells the target from the distractors: the paths, sizes and the drawing order of the
-three things are drawn alike, and which of them is the target is drawn last.
+Nothing but look and temperature tells the target from the distractors: paths and sizes of the three things follow one
+law, and which of them is the target and which lies on top is left to chance.
 """
 
 from __future__ import annotations
@@ -430,7 +430,7 @@ def draw_visible(
         light = (glare * 0.96 * np.exp(-(far**4))).astype(np.float32)[..., None]
         image += light * (1.03 - image)
     if dark := video.dark[frame]:
-        image *= 1 - dark * 0.94
+        image *= 1 - dark * 0.96
         noise += 0.02 * dark
     return quantise(image + noise * rng.standard_normal(image.shape, np.float32))
 
@@ -440,7 +440,7 @@ def draw_infrared(
 ) -> np.ndarray:
     """A frame of the infrared stream, or the part (left, top, right, bottom) of it: (height, width, 3) uint8."""
     image = _behind(video.warmth, video.drift[frame] - video.shift, view)
-    contrast = 1 - 0.95 * video.crossover[frame]
+    contrast = 1 - video.crossover[frame]
     for number in video.order:
         thing, centre = video.things[number], video.centres[frame, number] + video.shift
         if (seen := _footprint(thing, centre, video.sizes[frame, number], 2.2, view, thing.grain)) is not None:
