@@ -136,6 +136,7 @@ _LAYOUTS = {
         boxes_infrared="",
     ),
 }
+_LISTS = Path(__file__).parent  # LasHeR comes without a list of what trains and what validates
 SPLITS = {
     "rgbt/lasher": ("train", "val", "trainval", "test"),
     "pocket/rgbt": ("train", "val", "trainval", "test"),
@@ -198,8 +199,7 @@ def _names(dataset: DataSet, root: Path, split: str) -> list[str]:
     there = sorted(entry.name for entry in part.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     halves = ("train", "val") if split == "trainval" else (split,)
     if dataset.name == "rgbt/lasher":
-        listing = Path(__file__).parent
-        names = [name for half in halves for name in _lines(listing / f"lasher_{half}.txt")]
+        names = [name for half in halves for name in _lines(_LISTS / f"lasher_{half}.txt")]
     elif dataset.name in ("pocket/rgbt", "rgbe/visevent"):
         listing = dataset.folder(root) if dataset.name == "pocket/rgbt" else part
         suffix = ".txt" if dataset.name == "pocket/rgbt" else "list.txt"
