@@ -153,15 +153,25 @@ def card(name: str) -> dict:
     return yaml.safe_load(text.split("---\n")[1])
 
 
+def pocket_file(name: str) -> Path:
+    """The shipped weights of a pocket model, their hash checked.
+
+    Raises:
+        MissingWeights: they are not where the package has them.
+        CorruptFile: they differ from the hash recorded in their card.
+    """
+    path = POCKET / f"{name}.safetensors"
+    if not path.is_file():
+        raise MissingWeights(name, POCKET, ["install the package anew, or retrain: notebooks/pocket.ipynb says how"])
+    if hashlib.sha256(path.read_bytes()).hexdigest() != card(name)["sha256"]:
+        raise CorruptFile(path, f"its sha256 is not the one in {name}.md: get both files again")
+    return path
+
+
 def _build_pocket(name: str, weights: str | Path, overrides: dict) -> nn.Module:
     model = _POCKET[name](**overrides)
     if weights in ("pocket", "pretrained"):
-        path = POCKET / f"{name}.safetensors"
-        if not path.is_file():
-            raise MissingWeights(name, POCKET, [f"retrain it: python -m companion.pocket.backbones {name}"])
-        if hashlib.sha256(path.read_bytes()).hexdigest() != card(name)["sha256"]:
-            raise CorruptFile(path, f"its sha256 is not the one in {name}.md: get both files again")
-        _load(model, path, name)
+        _load(model, pocket_file(name), name)
     elif weights != "random":
         _load(model, _file(weights), name)
     return model.eval()

@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,8 @@ from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
-from ..errors import BadCheckpoint, BadParameter
+from .. import backbones
+from ..errors import BadCheckpoint, BadParameter, MissingWeights
 
 DIRECTIONS = ("both", "first to second", "second to first")
 STAGES = ("attention", "mlp")
@@ -184,6 +186,51 @@ class OSTrack(nn.Module):
         """The tensors under the authors' names."""
         state = self.state_dict()
         return {official: state[name] for name, official in self.official_names().items()}
+
+
+def foundation(name: str, weights: str | Path = "pretrained") -> OSTrack:
+    """The tracker that BAT stands on.
+
+    Args:
+        name: "ostrack_b256" (ViT-B/16, crops of 128 and 256 pixels) or "pocket_ostrack" (crops of 32 and 64).
+        weights: "pretrained" (pocket: the shipped weights), "random" (torch's current seed), or a file: OSTrack's
+            checkpoint under its authors' names. For "ostrack_b256" also "mae": the ViT that OSTrack started from, with
+            its position table resized, and an untrained head; it runs, and does not track.
+
+    Raises:
+        BadParameter: another name.
+        MissingWeights: no pretrained weights are at hand.
+        CorruptFile, BadCheckpoint: a file that cannot be read, or does not fit.
+    """
+    if name == "pocket_ostrack":
+        vit = VisionTransformer(img_size=64, patch_size=8, embed_dim=64, depth=4, num_heads=4, mlp_ratio=2,
+                                num_classes=0, class_token=False, pos_embed="none", global_pool="")  # fmt: skip
+        tracker = OSTrack(vit, template=32, search=64, head_channels=64)
+        if weights in ("pretrained", "pocket"):
+            weights = backbones.pocket_file(name)
+        if weights != "random":
+            _load(tracker, backbones.read_state(weights), tracker.official_names(), name)
+        return tracker.eval()
+    if name != "ostrack_b256":
+        raise BadParameter("name", name, ("ostrack_b256", "pocket_ostrack"))
+    if weights == "pretrained":
+        ways = [
+            "download OSTrack_ep0300.pth.tar (vitb_256_mae_ce_32x4_ep300): github.com/botaoye/OSTrack's README links it; "
+            "then give its path as weights",
+            "weights = 'mae' starts from the ViT that OSTrack started from (it runs, and does not track)",
+        ]
+        raise MissingWeights("OSTrack-256", "nowhere: the authors put it on a drive that no program may fetch", ways)
+    if weights not in ("random", "mae"):
+        return OSTrack.from_official(backbones.read_state(weights))
+    mae = weights == "mae"
+    vit = backbones.build("vit_base_patch16_224.mae", "pretrained" if mae else "random", drop_path_rate=0.1)
+    tracker = OSTrack(vit)
+    if mae:
+        table = vit.pos_embed[:, 1:].unflatten(1, (14, 14)).permute(0, 3, 1, 2)
+        for own, f in ((tracker.position_template, tracker.f_template), (tracker.position_search, tracker.f)):
+            resized = F.interpolate(table, (f, f), mode="bicubic", align_corners=False)
+            own.data = resized.flatten(2).mT.contiguous()
+    return tracker.eval()
 
 
 class Adapter(nn.Module):
@@ -576,6 +623,7 @@ def _ostrack_of(state: Mapping[str, Tensor], heads: int | None) -> OSTrack:
         num_classes=0,
         class_token=bool(tables),
         pos_embed="learn" if tables else "none",
+        global_pool="",
         drop_path_rate=0.1,
     )
     sides = (patch * math.isqrt(table.shape[1]) for table in (z, x))

@@ -12,7 +12,7 @@ from ..data import tracking as data
 from ..errors import BadParameter
 from ..metrics import tracking as metrics
 from ..models import bat
-from ..tracking import follow
+from ..tracking import Frames, follow
 from . import Case
 
 
@@ -33,7 +33,7 @@ def recorded(case: Case) -> dict[str, Tensor]:
         return case.recorded
     facts = case.facts
     totals = {k: torch.tensor(v) for k, v in facts["totals_percent"]["RGBT234"].items()}
-    return totals | {"per_sequence": torch.tensor(list(facts["per_sequence_RGBT234_MPR_MSR"].values()))}
+    return totals | {"per_sequence": 100 * torch.tensor(list(facts["per_sequence_RGBT234_MPR_MSR"].values()))}
 
 
 def _given(module: torch.nn.Module, case: Case, names: dict[str, str]) -> None:
@@ -163,7 +163,7 @@ def _model(case: Case) -> dict[str, Tensor]:
 def _track_loop(case: Case) -> dict[str, Tensor]:
     whole = Case(case.folder.parent / "model_256", case.given)  # its weights are this case's
     model = bat.BAT.from_official(whole.state)
-    video = [frame(case, t) for t in range(5)]
+    video = Frames([frame(case, t) for t in range(5)])
     track = follow(model, [video], [case.facts["inputs"]["init_box_xywh"]], accelerator="cpu")[0]
     return {"boxes": torch.from_numpy(track.boxes), "best_score": torch.from_numpy(track.scores[1:])}
 
