@@ -286,13 +286,15 @@ class PromptLearner(PromptedCLIP):
         tokenizer: Tokenizer | None = None,
         *,
         ends: Sequence[int] | None = None,
+        heads: tuple[int, int] | None = None,
         **options: object,
     ):
         """The model with a state dict of the authors' code in it: the whole one, or its prompt learner's alone.
 
         With a `clip`, the texts of `classes` are made anew, and the towers of the state dict, when it has them, replace
-        the CLIP's weights. Without one the CLIP is built from the state dict (64 channels a head, as OpenAI's) and the
-        texts are the stored ones, of which only `ends`, (C,), is not stored. The inverse is `to_official`.
+        the CLIP's weights. Without one the CLIP is built from the state dict and the texts are the stored ones; what is
+        not stored are their `ends`, (C,), and the `heads` of the image and the text tower (None: 64 channels a head, as
+        OpenAI's have). The inverse is `to_official`.
 
         Raises:
             BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
@@ -311,7 +313,7 @@ class PromptLearner(PromptedCLIP):
             if ends is None:
                 raise BadParameter("ends", None, "the place of every class's end-of-text token, which a state dict "
                                                  "does not hold; or give clip, classes and tokenizer")  # fmt: skip
-            clip = _clip_of(state, what)
+            clip = _clip_of(state, heads, what)
             if missing := {"token_prefix", "token_suffix"} - learner.keys():
                 raise BadCheckpoint(what, missing={prefix + name for name in missing})
             before, after = learner["token_prefix"], learner["token_suffix"]
@@ -389,7 +391,7 @@ def _tower_names(model: nn.Module) -> dict[str, str]:
     return names
 
 
-def _clip_of(state: Mapping[str, Tensor], what: str) -> CLIP:
+def _clip_of(state: Mapping[str, Tensor], heads: tuple[int, int] | None, what: str) -> CLIP:
     """A CLIP of the sizes that the towers in an official state dict have, without a table of words."""
     needed = {
         *(f"image_encoder.{name}" for name in ("conv1.weight", "positional_embedding", "proj")),
@@ -405,10 +407,12 @@ def _clip_of(state: Mapping[str, Tensor], what: str) -> CLIP:
     width, _, _, patch = state["image_encoder.conv1.weight"].shape
     side = math.isqrt(len(state["image_encoder.positional_embedding"]) - 1)
     length, text_width = state["text_encoder.positional_embedding"].shape
+    image_heads, text_heads = heads or (width // 64, text_width // 64)
+    layers = {tower: depth(f"{tower}_encoder") for tower in ("image", "text")}
     return CLIP(
         state["image_encoder.proj"].shape[1],
-        CLIPVisionCfg(layers=depth("image_encoder"), width=width, patch_size=patch, image_size=side * patch),
-        CLIPTextCfg(length, 1, width=text_width, heads=text_width // 64, layers=depth("text_encoder")),
+        CLIPVisionCfg(layers["image"], width, width // image_heads, patch_size=patch, image_size=side * patch),
+        CLIPTextCfg(length, 1, width=text_width, heads=text_heads, layers=layers["text"]),  # no table of words
         quick_gelu=True,
     )
 

@@ -60,11 +60,10 @@ def _quaternion(case: Case) -> dict[str, Tensor]:
         half = x[..., x.shape[-1] // 2 :]
         found[f"{name}.full"] = layer(x)
         found[f"{name}.zero_padded"] = layer(torch.cat([torch.zeros_like(half), half], -1))
-        if name == "tiny":
-            found["tiny.real_matrix"] = real_matrix(layer.weight)
-            layer(x).square().sum().backward()
-            found |= {f"tiny.grad.{part}_weight": g for part, g in zip("rijk", layer.weight.grad, strict=True)}
-            found["tiny.grad.bias"] = layer.bias.grad
+        found[f"{name}.real_matrix"] = real_matrix(layer.weight)
+        layer(x).square().sum().backward()
+        found |= {f"{name}.grad.{part}_weight": g for part, g in zip("rijk", layer.weight.grad, strict=True)}
+        found[f"{name}.grad.bias"] = layer.bias.grad
     return found | {"hamilton": hamilton(_input(case, "q0"), _input(case, "q1"))}
 
 
@@ -79,8 +78,10 @@ def _gradients(model: PromptLearner, case: Case, logits: Tensor) -> dict[str, Te
     return found | {f"grad:{name}": grad.norm() for name, grad in grads.items()}
 
 
-def _learner(kind: type[PromptLearner], case: Case, **options: object) -> PromptLearner:
-    return kind.from_official(_state(case), ends=case.facts["eot_positions"], **options)
+def _learner(kind: type[PromptLearner], case: Case) -> PromptLearner:
+    config = case.facts["config"]
+    heads = (config["vision_heads"], config["text_heads"])
+    return kind.from_official(_state(case), ends=case.facts["eot_positions"], heads=heads)
 
 
 def _baseline(kind: type[PromptLearner], case: Case) -> dict[str, Tensor]:
