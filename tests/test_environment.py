@@ -35,11 +35,11 @@ def test_conda_environment_lists_what_pyproject_lists(root: Path, project: dict)
     assert sorted(re.split("[><=]", name)[0] for name in conda) == ["pip", "python"]
     python = next(name for name in conda if name.startswith("python"))
     assert python == "python" + project["requires-python"]
-    assert sorted(last["pip"]) == sorted(str(requirement) for requirement in needed(project, "reports", "test"))
+    assert sorted(last["pip"]) == sorted(str(requirement) for requirement in needed(project, *project["optional-dependencies"]))
 
 
 def test_lock_pins_every_dependency_but_torch(project: dict, locked: dict[str, str]) -> None:
-    wanted = {canonicalize_name(requirement.name): requirement for requirement in needed(project, "reports", "test")}
+    wanted = {canonicalize_name(requirement.name): requirement for requirement in needed(project, *project["optional-dependencies"])}
     assert set(wanted) - set(locked) == {"torch", "torchvision"}
     for name in set(wanted) & set(locked):
         assert locked[name] in wanted[name].specifier, f"{name}: the lock has {locked[name]}, run `make lock`"

@@ -18,13 +18,14 @@ def package(tmp_path: Path) -> Path:
     files = {
         "__init__.py": "",
         "errors.py": "",
-        "backbones.py": "from .errors import X\n",
+        "backbones.py": "from .errors import X\nNAMES = ('vit',)\n",
         "fit.py": "import torch\nfrom . import errors\n",
         "models/__init__.py": "",
         "models/one.py": "from ..backbones import build\n",
         "models/two.py": "def late():\n    import companion.fit\n",
         "pocket/__init__.py": "",
         "pocket/weights/vit.safetensors": "w",
+        "pocket/weights/tracker.safetensors": "w",
         "papers/nb.yaml": "title: x",
     }
     for name, text in files.items():
@@ -56,9 +57,10 @@ def test_follows_imports_of_every_form(package: Path, tmp_path: Path) -> None:
     }
 
 
-def test_backbones_bring_the_pocket_weights(package: Path, tmp_path: Path) -> None:
+def test_pocket_weights_count_where_they_are_named(package: Path, tmp_path: Path) -> None:
     path = notebook(tmp_path, "import companion.models.one as m", name="other")
     assert "pocket/weights/vit.safetensors" in names(path, package)
+    assert "pocket/weights/tracker.safetensors" not in names(path, package)
     assert "papers/nb.yaml" not in names(path, package)
     assert "fit.py" not in names(path, package)
 

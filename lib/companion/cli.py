@@ -64,13 +64,20 @@ def _sets(prefix: str) -> list[str]:
     return [name for name in data.DATASETS if name.startswith(prefix)]
 
 
-def _weights(facts: dict) -> list[tuple[dict, str]]:
-    """The paper's weights that exist, and what is missing of each ("" for nothing)."""
+def _weights(facts: dict, root: str | Path) -> list[tuple[dict, str]]:
+    """The paper's weights that exist, and what is missing of each ("" for nothing).
+
+    Those with a `file` are on a drive that only a person can fetch from; they belong below `<data root>/weights`.
+    """
     from . import backbones
 
     found = []
     for weights in facts["weights"]:
         if weights.get("released") == "never":
+            continue
+        if "file" in weights:
+            path = Path(root) / "weights" / weights["file"]
+            found.append((weights, "" if path.is_file() else f"not at {path}; by hand from {weights['source']}"))
             continue
         try:
             backbones.find_weights(weights["id"])
@@ -83,7 +90,7 @@ def _weights(facts: dict) -> list[tuple[dict, str]]:
 def doctor(given: argparse.Namespace) -> int:
     """Print, for each group of tables, what its run needs and lacks on this machine."""
     facts, root = paper(given.paper), Path(given.data_root)
-    weights = {w["name"]: (w, lack) for w, lack in _weights(facts)}
+    weights = {w["name"]: (w, lack) for w, lack in _weights(facts, root)}
     memory = psutil.virtual_memory().total / 1e9
     disk = shutil.disk_usage(root if root.exists() else ".").free / 1e9
     lacking = False
@@ -93,7 +100,9 @@ def doctor(given: argparse.Namespace) -> int:
         flop, absent = 0.0, []
         for name in _sets(run["data"]):
             dataset, state = data.DATASETS[name], data.status(name, root)
-            flop += run["gflop"] * 1e9 * (3 * dataset.sizes["trainval"] * run["epochs"] + dataset.sizes["test"])
+            # an epoch of a tracker is a number of pairs, and its test a number of frames: the paper's file says them
+            seen = {"train": dataset.sizes.get("trainval"), "test": dataset.sizes["test"]} | run.get("images", {})
+            flop += run["gflop"] * 1e9 * (3 * seen["train"] * run["epochs"] + seen["test"])
             if state.state != "present":
                 absent.append((dataset, state))
         total = len(_sets(run["data"]))
@@ -113,7 +122,8 @@ def doctor(given: argparse.Namespace) -> int:
             print(textwrap.fill(f"get it: {source}", 110, initial_indent=" " * 6, subsequent_indent=" " * 8))
         for name in run["weights"]:
             entry, lack = weights[name]
-            print(f"  weights  {entry['id']} ({entry['size_mb']} MB, {entry['licence']}): {lack or 'cached'}")
+            size = f"{entry['size_mb']} MB, " if "size_mb" in entry else ""
+            print(f"  weights  {entry.get('id') or entry['file']} ({size}{entry['licence']}): {lack or 'here'}")
             lacking |= bool(lack)
         print(f"  memory   {run['memory_gb']} GB wanted, {memory:.0f} GB here")
         print(f"  disk     {run['disk_gb']} GB wanted, {disk:.0f} GB free")
@@ -132,8 +142,10 @@ def fetch(given: argparse.Namespace) -> int:
     from . import backbones
 
     facts, left = paper(given.paper), []
-    for weights, lack in _weights(facts):
-        if lack:
+    for weights, lack in _weights(facts, given.data_root):
+        if lack and "file" in weights:
+            left.append(f"{weights['file']}: {lack}")
+        elif lack:
             print(f"weights {weights['id']} ({weights['size_mb']} MB)", flush=True)
             try:
                 backbones.find_weights(weights["id"], download=True)

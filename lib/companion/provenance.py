@@ -23,7 +23,7 @@ def sources(path: str | Path, package: Path = PACKAGE) -> list[Path]:
     """The files of the package that `path`, a notebook or a Python file, depends on, sorted.
 
     These are all modules that it imports, directly or through others, with the `__init__.py` files that Python runs on
-    the way; the pocket weights where `backbones` is among them; and, for a notebook, the `papers/<slug>.yaml` that has
+    the way; the pocket weights that any of these files names; and, for a notebook, the `papers/<slug>.yaml` that has
     its name. A file below `package` counts itself too; a notebook does not.
 
     Imports are read from the text (functions included). One that is put together at run time cannot be seen.
@@ -41,8 +41,10 @@ def sources(path: str | Path, package: Path = PACKAGE) -> list[Path]:
             if module not in found:
                 found.add(module)
                 queue.append(module)
-    if package / "backbones.py" in found:
-        found.update(file for file in (package / "pocket" / "weights").glob("*") if file.is_file())
+    texts = [file.read_text(encoding="utf-8") for file in {path, *found}]
+    for file in (package / "pocket" / "weights").glob("*"):
+        if any(file.stem in text for text in texts):
+            found.add(file)
     facts = package / "papers" / f"{path.stem}.yaml"
     if path.suffix == ".ipynb" and facts.exists():
         found.add(facts)
