@@ -24,8 +24,8 @@ def locked(root: Path) -> dict[str, str]:
     return dict(line.split("==") for line in lines if not line.startswith("#"))
 
 
-def needed(project: dict, *extras: str) -> list[Requirement]:
-    texts = project["dependencies"] + [text for extra in extras for text in project["optional-dependencies"][extra]]
+def needed(project: dict) -> list[Requirement]:
+    texts = project["dependencies"] + [text for extra in project["optional-dependencies"].values() for text in extra]
     return [Requirement(text) for text in texts]
 
 
@@ -35,11 +35,11 @@ def test_conda_environment_lists_what_pyproject_lists(root: Path, project: dict)
     assert sorted(re.split("[><=]", name)[0] for name in conda) == ["pip", "python"]
     python = next(name for name in conda if name.startswith("python"))
     assert python == "python" + project["requires-python"]
-    assert sorted(last["pip"]) == sorted(str(requirement) for requirement in needed(project, *project["optional-dependencies"]))
+    assert sorted(last["pip"]) == sorted(str(requirement) for requirement in needed(project))
 
 
 def test_lock_pins_every_dependency_but_torch(project: dict, locked: dict[str, str]) -> None:
-    wanted = {canonicalize_name(requirement.name): requirement for requirement in needed(project, *project["optional-dependencies"])}
+    wanted = {canonicalize_name(requirement.name): requirement for requirement in needed(project)}
     assert set(wanted) - set(locked) == {"torch", "torchvision"}
     for name in set(wanted) & set(locked):
         assert locked[name] in wanted[name].specifier, f"{name}: the lock has {locked[name]}, run `make lock`"

@@ -215,8 +215,8 @@ def foundation(name: str, weights: str | Path = "pretrained") -> OSTrack:
         raise BadParameter("name", name, ("ostrack_b256", "pocket_ostrack"))
     if weights == "pretrained":
         ways = [
-            "download OSTrack_ep0300.pth.tar (vitb_256_mae_ce_32x4_ep300): github.com/botaoye/OSTrack's README links it; "
-            "then give its path as weights",
+            "download OSTrack_ep0300.pth.tar (vitb_256_mae_ce_32x4_ep300) by the links in the README of "
+            "github.com/botaoye/OSTrack and give its path as weights",
             "weights = 'mae' starts from the ViT that OSTrack started from (it runs, and does not track)",
         ]
         raise MissingWeights("OSTrack-256", "nowhere: the authors put it on a drive that no program may fetch", ways)
