@@ -8,6 +8,7 @@ runs, and the tensors come out.
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ _SAFE = {
     ("numpy", "dtype"), ("numpy", "ndarray"),
     ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
     ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"),
+    ("numpy.core.numeric", "_frombuffer"), ("numpy._core.numeric", "_frombuffer"),
 }  # fmt: skip
 
 
@@ -48,12 +50,16 @@ class Inert:
     def __hash__(self) -> int:
         return id(self)
 
+    # old files hold the source of networks, and torch asks the class whether to write down how it changed
+    dump_patches = False
+
 
 class Unpickler(pickle.Unpickler):
     """A pickle reader that gives `Inert` objects for everything that is not on the list."""
 
     def find_class(self, module: str, name: str) -> object:
         """The class or function that the pickle names, when it is harmless; else the stand-in."""
+        module = "builtins" if module == "__builtin__" else module  # as protocols 0 to 2, and so torch.save, call it
         harmless = (module, name) in _SAFE or (module == "torch" and name.endswith("Storage")
                                                and hasattr(torch, name))  # fmt: skip
         return super().find_class(module, name) if harmless else Inert
@@ -76,6 +82,19 @@ def load_torch(path: str | Path) -> object:
     # torch.load wants a module: these are the three names that it takes from one
     module = SimpleNamespace(Unpickler=Unpickler, load=lambda file, **_: Unpickler(file).load(), __name__=__name__)
     try:
-        return torch.load(path, map_location="cpu", pickle_module=module, weights_only=False)
+        if _is_program(path):
+            raise ValueError("a TorchScript program, which would run as it is loaded")
+        with warnings.catch_warnings():
+            # of a network's source that is not that of its stand-in
+            warnings.simplefilter("ignore", torch.serialization.SourceChangeWarning)
+            return torch.load(path, map_location="cpu", pickle_module=module, weights_only=False)
     except Exception as error:
         raise CorruptFile(path, f"not a file of torch.save ({type(error).__name__}: {error})") from error
+
+
+def _is_program(path: str | Path) -> bool:
+    """Whether torch.load would take the file for a TorchScript archive, and hand it to torch.jit.load."""
+    with Path(path).open("rb") as file:
+        if file.read(4) != b"PK\3\4":
+            return False
+    return "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records()
