@@ -404,6 +404,9 @@ def test_official_names_round_trip(clip):
     assert again.noise == "off" and len(again.deep_text) == 3
     assert torch.equal(again(images(), features(), eps), model(images(), features(), eps))
     assert all(torch.equal(again.to_official()[name], value) for name, value in state.items())
+    with_domain = build(clip, small_mae()).to_official()
+    again = DPLQ.from_official(with_domain, clip, CLASSES, Tokenizer(), domain=small_mae(), noise="off")
+    torch.testing.assert_close(again(images()), again(images(), small_mae()(images())))
 
 
 def test_all_names_of_the_released_model_are_known():

@@ -53,7 +53,7 @@ AXES = ("jk", "ri", "i, j")
 
 
 class Prompts(NamedTuple):
-    """All that steers the two towers for a batch; equations 3.2, 3.5 and 3.6 of the notebook."""
+    """All that steers the two towers for a batch of images."""
 
     bias: Tensor  # β (b, Wt), what the small net makes of the domain feature
     context: Tensor  # (b, n, Wt), at text positions 1 to n
@@ -125,8 +125,10 @@ class DPLQ(PromptLearner):
         self.mix_text = QuaternionLinear(padded, text) if language == "quaternion" else nn.Linear(text, text)
         self.proj = nn.Linear(text, image)
         self.deep_text = nn.Parameter(torch.randn(depth - 1, tokens, text) * 0.02)
-        stack = (QuaternionLinear, padded) if vision == "quaternion" else (LinearStack, text)
-        self.mix_image = stack[0](stack[1], image, depth - 1)
+        if vision == "quaternion":
+            self.mix_image = QuaternionLinear(padded, image, depth - 1)
+        else:
+            self.mix_image = LinearStack(text, image, depth - 1)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -404,9 +406,10 @@ def domain_model(
     """A frozen domain model by name, images to features (b, F), for DPLQ's `domain`.
 
     Args:
-        name: "remote-sensing", the MAE ViT-B/16 of ViTAE-Transformer/Remote-Sensing-RVSA (F = 512); "medical", MedSAM's
-            image encoder (F = 256); the controls "clip", CLIP's own feature, and "none", zeros; or any encoder that
-            `backbones.build` knows, for instance "vit_base_patch16_224.mae".
+        name: "remote-sensing", the MAE ViT-B/16 of ViTAE-Transformer/Remote-Sensing-RVSA (F = 512; the authors' other
+            choice, its ViTAE sibling, is not here); "medical", MedSAM's image encoder (F = 256); the controls "clip",
+            CLIP's own feature, and "none", zeros; or any encoder that `backbones.build` knows, for instance
+            "vit_base_patch16_224.mae".
         weights: "pretrained", "random", or a file.
         clip: the CLIP that the prompts go to; images arrive normalised for it.
         tap: for "remote-sensing", see `MAE`.

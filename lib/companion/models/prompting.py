@@ -323,7 +323,7 @@ class PromptLearner(PromptedCLIP):
                 raise BadParameter("ends", list(ends), f"{len(before)} places, one a class")
         elif classes is None or tokenizer is None:
             raise BadParameter("classes", classes, "class names, and their tokenizer, when a clip is given")
-        model = cls(clip, classes, tokenizer, **sizes, **options).eval()
+        model = cls(clip, classes, tokenizer, **(sizes | options)).eval()
         names = model._names()
         if any(name.startswith(("image_encoder.", "text_encoder.")) for name in state):
             names |= _tower_names(model)
