@@ -172,9 +172,9 @@ def test_code_in_a_plain_pickle_does_not_run(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    [b"builtins\neval", b"__builtin__\neval", b"builtins\ngetattr", b"os\nsystem", b"posix\nsystem", b"operator\nattrgetter", b"torch\nload",
-     b"torch.storage\n_load_from_bytes", b"torch.hub\nload", b"numpy\nload", b"functools\npartial",
-     b"builtins\n__import__", b"companion.unpickle\nload"],
+    [b"builtins\neval", b"__builtin__\neval", b"builtins\ngetattr", b"os\nsystem", b"posix\nsystem", b"torch\nload",
+     b"operator\nattrgetter", b"torch.storage\n_load_from_bytes", b"torch.hub\nload", b"numpy\nload",
+     b"functools\npartial", b"builtins\n__import__", b"companion.unpickle\nload"],
 )  # fmt: skip
 def test_functions_that_reach_further_are_not_given(tmp_path, name):
     (tmp_path / "a.pkl").write_bytes(b"c" + name + b"\n.")

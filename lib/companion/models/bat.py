@@ -324,7 +324,9 @@ class BAT(nn.Module):
             if value not in accepted:
                 raise BadParameter(name, value, accepted)
         if not set(stages) <= set(STAGES):
-            raise BadParameter("stages", tuple(stages), STAGES)
+            raise BadParameter("stages", stages if isinstance(stages, str) else tuple(stages), STAGES)
+        if width < 0:
+            raise BadParameter("width", width, "0 or more")
         depth = len(tracker.vit.blocks)
         self.elimination = dict(elimination or {})
         for i, keep in self.elimination.items():
@@ -434,10 +436,16 @@ class BAT(nn.Module):
         return model.eval()
 
     def official_names(self) -> dict[str, str]:
-        """Our name -> the authors', for every tensor. The released network has shared adapters at both stages."""
+        """Our name -> the authors', for every tensor. The released network has shared adapters at both stages.
+
+        Raises:
+            BadParameter: one adapter for each direction, for which the authors have no names.
+        """
         names = {f"tracker.{ours}": official for ours, official in self.tracker.official_names().items()}
         place = {"attention": "adap_t", "mlp": "adap2_t"}
         for name in self.state_dict():
+            if ".adapters.1." in name:
+                raise BadParameter("shared", False, "True: the released network has one adapter for both directions")
             if found := re.fullmatch(r"exchanges\.(\d+)\.(\w+)\.adapters\.0\.(\w+)\.(\w+)", name):
                 block, stage, layer, kind = found.groups()
                 names[name] = f"backbone.blocks.{block}.{place[stage]}.adapter_{layer}.{kind}"
@@ -497,6 +505,8 @@ class SingleStream(nn.Module):
 
     def __init__(self, tracker: OSTrack, stream: int):
         super().__init__()
+        if stream not in (0, 1):
+            raise BadParameter("stream", stream, (0, 1))
         self.tracker, self.stream = tracker.requires_grad_(False), stream
 
     def forward(self, template: Tensor, search: Tensor) -> Prediction:
@@ -611,8 +621,9 @@ def _ostrack_of(state: Mapping[str, Tensor], heads: int | None) -> OSTrack:
         raise BadCheckpoint("OSTrack or BAT", missing=missing)
     kernel, z, x, fc1, conv = (state[name] for name in needed)
     dim, patch = kernel.shape[0], kernel.shape[-1]
-    tables = {k: state[f"backbone.{k}"] for k in ("cls_token", "pos_embed") if f"backbone.{k}" in state}
-    image = patch * math.isqrt(tables["pos_embed"].shape[1] - 1) if tables else patch
+    tables = any(f"backbone.{name}" in state for name in ("cls_token", "pos_embed"))
+    table = state.get("backbone.pos_embed")
+    image = patch if table is None else patch * math.isqrt(table.shape[1] - 1)
     vit = VisionTransformer(
         img_size=image,
         patch_size=patch,
@@ -621,7 +632,7 @@ def _ostrack_of(state: Mapping[str, Tensor], heads: int | None) -> OSTrack:
         num_heads=heads or dim // 64,
         mlp_ratio=len(fc1) / dim,
         num_classes=0,
-        class_token=bool(tables),
+        class_token=tables,
         pos_embed="learn" if tables else "none",
         global_pool="",
         drop_path_rate=0.1,
