@@ -64,7 +64,7 @@ class Case:
             return self.given
         counters = {n for n in self.names if n.endswith("num_batches_tracked")}
         filled = fill.state_dict({n: s for n, s in self.names.items() if n not in counters}, self.seed)
-        return {n: torch.tensor(0) if n in counters else torch.from_numpy(filled[n]) for n in self.names}
+        return {n: torch.tensor(0) if n in counters else torch.as_tensor(filled[n]) for n in self.names}
 
     def input(self, key: str) -> Tensor:
         """An input by its key in case.json, which gives its shape."""
