@@ -11,6 +11,7 @@ score map is weighted by a Hann window; the template is never renewed (SparkTemp
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -61,13 +62,16 @@ class Frames:
 
 
 class Folders:
-    """Two folders of images as a `Video`; the n-th image of one, by name, belongs to the n-th of the other."""
+    """Two folders of images as a `Video`; sorted by the numbers in their names, the n-th ones belong together."""
 
     def __init__(self, visible: str | Path, infrared: str | Path):
-        self.pairs = list(zip(_images(visible), _images(infrared), strict=False))
-        counts = [len(_images(folder)) for folder in (visible, infrared)]
-        if counts[0] != counts[1]:
-            raise BadParameter("infrared", str(infrared), f"a folder of {counts[0]} images, as many as {visible} has")
+        first, second = _images(visible), _images(infrared)
+        if not first:
+            raise BadParameter("visible", str(visible), f"a folder with images ({', '.join(IMAGES)})")
+        if len(first) != len(second):
+            accepted = f"a folder of {len(first)} images, as many as {visible} has; it has {len(second)}"
+            raise BadParameter("infrared", str(infrared), accepted)
+        self.pairs = list(zip(first, second, strict=True))
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -87,7 +91,11 @@ class Files:
             if not capture.isOpened():
                 raise CorruptFile(path, "not a video that OpenCV can decode")
         # what the container says may be off by a few: the shorter stream ends the video
-        self.count = min(int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) for capture in self._open)
+        counts = [int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) for capture in self._open]
+        self.count = min(counts)
+        if self.count < 1:
+            path = self.paths[counts.index(self.count)]
+            raise CorruptFile(path, "it does not say how many frames it has: put it into another container")
         self._next, self._last = 0, None
 
     def __len__(self) -> int:
@@ -150,7 +158,7 @@ def follow(
         text: of the progress bar, which counts frames.
 
     Raises:
-        BadParameter: a first box without area, outside the picture, or not four finite numbers.
+        BadParameter: a first box without area, outside the picture, or not four finite numbers; not a box a video.
         CorruptFile: a frame that cannot be read.
     """
     fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
@@ -163,7 +171,9 @@ def follow(
     def batch(patches: list[np.ndarray]) -> torch.Tensor:
         return torch.stack([normalise(patch) for patch in patches]).to(fabric.device)
 
-    found = [[_checked(box, video.frame(0))] for video, box in zip(videos, boxes, strict=True)]
+    if len(videos) != len(boxes) or not videos:
+        raise BadParameter("boxes", f"{len(boxes)} for {len(videos)} videos", "a box for each of one or more videos")
+    found = [[_checked(box, video)] for video, box in zip(videos, boxes, strict=True)]
     scores = [[1.0] for _ in videos]
     with torch.inference_mode():
         templates = [
@@ -241,29 +251,40 @@ def track(visible: str | Path, infrared: str | Path, box: Sequence[float], model
 
 
 def _images(folder: str | Path) -> list[Path]:
-    return sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGES)
+    """In the order of the numbers in their names: 9.png comes before 10.png."""
+    images = [path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGES and path.name[0] != "."]
+    return sorted(images, key=lambda path: ([int(number) for number in re.findall(r"\d+", path.stem)], path.name))
 
 
-def _checked(box: Sequence[float], image: np.ndarray) -> np.ndarray:
-    height, width = image.shape[:2]
-    given = np.asarray(box, dtype=np.float64)
+def _checked(box: Sequence[float], video: Video) -> np.ndarray:
+    height, width = video.frame(0).shape[:2]
+    name = f"box of {video.name}" if hasattr(video, "name") else "box"
+    try:
+        given = np.asarray(box, dtype=np.float64)
+    except (TypeError, ValueError):
+        given = np.empty(0)
     accepted = f"x, y, w, h in pixels, w and h above 0, meeting the {width} x {height} picture"
     if given.shape != (4,) or not np.isfinite(given).all() or (given[2:] <= 0).any():
-        raise BadParameter("box", box, accepted)
+        raise BadParameter(name, box, accepted)
     x, y, w, h = given
     if x >= width or y >= height or x + w <= 0 or y + h <= 0:
-        raise BadParameter("box", box, accepted)
+        raise BadParameter(name, box, accepted)
     return given
 
 
 def _complete(folder: Path, sequence: object) -> bool:
     path = folder / f"{sequence.name}.txt"
-    return path.exists() and len(path.read_text(encoding="utf-8").split("\n")) - 1 == len(sequence)
+    return path.exists() and path.read_bytes().count(b"\n") == len(sequence)
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """A hash of all tensors of a model."""
+    """A hash of a model's tensors and settings: RGB alone and thermal alone are the same tensors."""
     digest = hashlib.sha256(type(model).__name__.encode())
+    for module in model.modules():
+        if type(module).__module__ == type(model).__module__:
+            own = {name: value for name, value in vars(module).items() if isinstance(value, str | int | float | dict)}
+            shown = sorted(item for item in own.items() if not item[0].startswith("_") and item[0] != "training")
+            digest.update(repr(shown).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
