@@ -501,6 +501,18 @@ HOUSE_FIGURES = {
     "bars of one method": lambda: figures.bars(table(methods=["SA²VP"])[0]),
     "bars of a benchmark": lambda: figures.bars(*table([f"{t} {i}" for i in range(3) for t in TASKS], METHODS[:4])),
     "curves": lambda: figures.curves(histories()),
+    "rates": lambda: figures.rates(
+        {
+            "centre error (pixels)": {m: (np.arange(51), np.linspace(0, 1, 51)) for m in METHODS},
+            "overlap (IoU)": {m: (np.linspace(0, 1, 21), np.linspace(1, 0, 21)) for m in METHODS},
+        },
+        dict.fromkeys(METHODS, "99.9 / 88.8"),
+    ),
+    "radar": lambda: figures.radar(
+        {name: {f"A{i}": 50 + 2.0 * i for i in range(count)} for name, count in (("LasHeR", 19), ("RGBT234", 12))},
+        30,
+        90,
+    ),
     "curves of one method": lambda: figures.curves({"SA²VP": {"loss": [3.0, 2, 1]}}),
 }
 
@@ -583,6 +595,21 @@ def test_bars_and_curves_show_the_numbers():
     np.testing.assert_array_equal(ax.lines[0].get_ydata(), [2, 4])
     with pytest.raises(BadParameter):
         figures.curves({"SA²VP": {}})
+
+
+def test_boxes_stand_where_they_should():
+    image = np.zeros((20, 30, 3), np.uint8)
+    drawn = figures.boxed(image, {"white": (4, 5, 10, 8), "red": (6, 7, 4, 4)}, scale=2)
+    assert drawn.shape == (40, 60, 3)
+    rows, columns = np.nonzero((drawn == 255).all(-1))
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (10, 26, 8, 28)
+    red = (drawn == (255, 0, 0)).all(-1)
+    assert red[14, 12] and not red[18, 16]
+
+
+def test_radar_closes_its_line():
+    figure = figures.radar({"x": {"a": 10.0, "b": 20.0, "c": 30.0}}, 0, 40)
+    assert figure.axes[0].lines[0].get_ydata().tolist() == [10, 20, 30, 10]
 
 
 def test_wrong_numbers_of_pictures_are_told():

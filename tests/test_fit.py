@@ -193,6 +193,15 @@ def test_schedules():
     assert rates.argmax() in (9, 10) and 0.1 < rates[-1] < 0.102
     assert (learning_rates("constant", 2.0, 5) == 2).all()
     np.testing.assert_allclose(learning_rates("linear", 1.0, 4), [1, 0.75, 0.5, 0.25])
+    # BAT's: a tenth after epoch 48 of 60
+    np.testing.assert_allclose(learning_rates("step", 1.0, 60, final=0.1), [1] * 48 + [0.1] * 12)
+
+
+def test_decay_spares_vectors_unless_all_is_asked():
+    model = nn.Linear(3, 2)
+    two, one = loop.decay_groups(model, 0.1), loop.decay_groups(model, 0.1, "all")
+    assert [(len(g["params"]), g["weight_decay"]) for g in two] == [(1, 0.1), (1, 0.0)]
+    assert [(len(g["params"]), g["weight_decay"]) for g in one] == [(2, 0.1)]
 
 
 @pytest.mark.parametrize(
@@ -203,6 +212,7 @@ def test_schedules():
         (dict(schedule="exponential"), "'cosine'"),
         (dict(precision="8"), "'bf16-mixed'"),
         (dict(warmup=2), "0 to 1"),
+        (dict(decay="biases"), "'matrices', 'all'"),
         (dict(batch=9, devices=2), "multiple of devices"),
     ],
 )

@@ -1,5 +1,6 @@
 """Parameters that cannot be misread, tables that say what was not run, claims and the record."""
 
+import io
 import json
 import math
 
@@ -7,8 +8,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
-from companion import report, study
+from companion import record, report, study
 from companion.errors import BadParameter
 from companion.files import sha256
 
@@ -149,13 +151,48 @@ def test_a_directional_claim_needs_every_seed(run):
     assert run.claims["aligned"]["status"] == "fails" and run.claims["aligned"]["why"] == "reason"
 
 
-def test_the_study_kept_in_the_repository_is_whole(run):
+def test_photographs_in_a_notebook_have_few_colours_and_keep_them_in_the_file(run, monkeypatch):
+    shown = []
+    monkeypatch.setattr(report, "display", shown.append)
+    pixels = np.random.default_rng(0).integers(0, 255, (200, 300, 3), dtype=np.uint8)
+    for name, image in (("photo", pixels), ("flat", pixels * 0)):
+        figure = plt.figure(figsize=(3, 2))
+        figure.figimage(image)
+        run.figure(name, figure)
+    photo, flat = (Image.open(io.BytesIO(picture.data)) for picture in shown)
+    assert photo.mode == "P" and flat.mode == "RGB"
+    assert Image.open(run.out / "figures" / "photo.png").mode == "RGB"
+
+
+def test_a_claim_may_be_judged_by_other_measures(run, monkeypatch):
+    claim = {"id": "two", "kind": "directional", "text": "", "tasks": ["t"], "better": "a", "worse": "b"}
+    monkeypatch.setattr(report, "paper", lambda slug: {"claims": [claim | {"metrics": ["SR", "dark"]}]})
+    measured = {"a": [(51.0, 9.0), (51.0, 8.0), (51.0, 7.0)], "b": [(50.0, 9.0)] * 3}
+    rows = [
+        {"stage": "test", "task": "t", "method": method, "seed": seed, "SR": sr, "dark": dark}
+        for method, seeds in measured.items()
+        for seed, (sr, dark) in enumerate(seeds)
+    ]
+    run.claims_from_study(pd.DataFrame(rows))
+    assert run.claims["two"]["status"] == "fails"
+    assert run.claims["two"]["value"].startswith("t SR +1.0 ± 0.0; t dark -1.0 ± 1.0")
+
+
+STUDIES = sorted(p.parent.name for p in (record.root() / "reports" / "pocket").glob("*/study.csv"))
+
+
+@pytest.mark.parametrize("slug", STUDIES)
+def test_the_study_kept_in_the_repository_is_whole(run, slug):
     """Every claim is judged by at least three seeds, and every learning rate was chosen on validation."""
-    folder = run.root / "reports" / "pocket" / "sa2vp"
+    folder = run.root / "reports" / "pocket" / slug
     found = study.read(folder)
     facts = json.loads((folder / "study.json").read_text())
     tested, chosen = found[found.stage == "test"], study.selected(found)
     assert (tested.groupby(["task", "method"]).seed.nunique() >= 3).all()
     assert (found[found.stage == "select"].groupby(["task", "method"]).rate.nunique() == len(facts["rates"])).all()
-    assert all(chosen[row.task, row.method] == row.rate for row in tested.itertuples())
+    assert all(chosen.get((row.task, row.method), 0) == row.rate for row in tested.itertuples())
+    compared = {
+        m for c in report.paper(slug)["claims"] if c["kind"] == "directional" for m in (c["better"], c["worse"])
+    }
+    assert compared <= set(tested.method)
     assert facts["selection_seed"] not in facts["seeds"]

@@ -44,6 +44,23 @@ def test_every_rate_is_tried_once_and_the_best_tested_with_every_seed(fake, tmp_
     assert table["count"].tolist() == [3, 3] and table["std"].tolist() == pytest.approx([1, 1])
 
 
+def test_a_study_may_judge_by_another_measure_and_hold_what_is_not_trained(fake, tmp_path):
+    fake.METRIC, fake.UNTRAINED = "SR", ["b"]
+    train = fake.train
+
+    def measured(*job):
+        row = train(*job)
+        return {"SR": -row.pop("accuracy"), "PR": 1.0} | row
+
+    fake.train = measured
+    rows = study.run("fake", tmp_path / "out", tmp_path, workers=1)
+    assert len(fake.calls) == 2 + 2 * 3
+    assert study.selected(rows) == {("t", "a"): 0.1}  # the smaller rate: SR falls with it here
+    table = study.summary(study.read(tmp_path / "out")).set_index("method")
+    assert table.loc["a", "mean"] == pytest.approx(-3) and pd.isna(table.loc["b", "rate"])
+    assert study.summary(rows, "PR")["mean"].tolist() == [1, 1]
+
+
 def test_a_stopped_study_goes_on(fake, tmp_path):
     study.run("fake", tmp_path / "out", tmp_path, workers=1)
     whole = (tmp_path / "out" / "study.csv").read_text()

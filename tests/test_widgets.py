@@ -117,6 +117,20 @@ def test_small_arrays_grow_and_wrong_ones_are_told():
         widgets.explorer({}, {})
 
 
+def test_a_film_moves_and_stands_still_for_who_asks():
+    frames = [np.full((40, 60, 3), 20 * i, np.uint8) for i in range(5)]
+    page = widgets.animation(frames, "a <film>", seconds=0.5).data
+    image, source = Page(page).all("img")[0], Page(page).all("source")[0]
+    film = Image.open(io.BytesIO(base64.b64decode(image["src"].split(",")[1])))
+    assert film.n_frames == 5 and film.info["duration"] == 500
+    assert image["alt"] == "a <film>" and "prefers-reduced-motion" in source["media"]
+    noise = np.random.default_rng(0).integers(0, 255, (5, 256, 256, 3), dtype=np.uint8)
+    with pytest.raises(BadParameter, match="at most 300 kB"):
+        widgets.animation(noise, "noise")
+    with pytest.raises(BadParameter, match="at least one"):
+        widgets.animation([], "nothing")
+
+
 def test_live_draws_everything_where_no_one_turns_a_knob(monkeypatch):
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
     frames = flat_frames()

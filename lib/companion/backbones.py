@@ -83,8 +83,8 @@ def find_weights(name: str, *, download: bool = False) -> Path:
     full = TIMM.get(name, name)
     if not timm.is_model(full) or (cfg := timm.get_pretrained_cfg(full)) is None:
         raise BadParameter("name", name, f"{list(TIMM)} or a timm model with released weights")
-    names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-    return _hub_file(full, cfg.hf_hub_id, names, download)
+    names = [cfg.hfhub_filename] if cfg.hfhub_filename else ["model.safetensors", "pytorch_model.bin"]
+    return hub_file(full, cfg.hf_hub_id, names, download)
 
 
 def read_state(path: str | Path) -> dict[str, torch.Tensor]:
@@ -214,7 +214,7 @@ def _build_openclip(name: str, weights: str | Path, download: bool, overrides: d
     if weights == "pretrained":
         repository, _, file = release["hf_hub"].rpartition("/")
         names = [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
-        path = _hub_file(name, repository, names, download)
+        path = hub_file(name, repository, names, download)
     elif weights != "random":
         path = _file(weights)
     # open_clip warns on the root logger about a model without weights; here the file is loaded a few lines below
@@ -244,7 +244,7 @@ def _file(path: str | Path) -> Path:
     return Path(path)
 
 
-def _hub_file(name: str, repository: str | None, files: list[str], download: bool) -> Path:
+def hub_file(name: str, repository: str | None, files: list[str], download: bool) -> Path:
     """Where the cache holds the first of `files` that it has; downloads it when that was asked for."""
     ways = [
         "on a machine with a network: `companion fetch <paper>`, or backbones.build(..., download=True)"

@@ -28,10 +28,11 @@ import torch
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.text import Text
+from PIL import Image, ImageDraw
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from timm.layers.attention import Attention as TimmAttention
@@ -788,4 +789,69 @@ def bars(table: pd.DataFrame, error: pd.DataFrame | None = None, value: str = "a
     if methods > 1:
         longest = max(len(str(method)) for method in table.columns) * 5.4 + 40
         figure.legend(loc="outside upper center", ncols=int(np.clip(6.4 * 72 // longest, 1, methods)))
+    return figure
+
+
+def boxed(image: np.ndarray, boxes: Mapping[str, Sequence[float]], scale: int = 2) -> np.ndarray:
+    """A frame with boxes drawn on it, enlarged so that thin lines stay sharp.
+
+    Args:
+        image: (H, W, 3) uint8.
+        boxes: colour (as matplotlib names it) -> x, y, w, h in pixels; later ones are drawn over earlier ones.
+        scale: how many pixels each pixel becomes, each way.
+
+    Returns:
+        (scale * H, scale * W, 3) uint8.
+    """
+    large = Image.fromarray(image).resize((image.shape[1] * scale, image.shape[0] * scale), Image.Resampling.BILINEAR)
+    pen = ImageDraw.Draw(large)
+    for colour, (x, y, w, h) in boxes.items():
+        corners = np.array([x, y, x + w, y + h]) * scale
+        pen.rectangle(corners.round().tolist(), outline=to_hex(colour), width=max(1, scale))
+    return np.asarray(large)
+
+
+@_styled
+def rates(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], values: Mapping[str, str]
+) -> Figure:
+    """Success, precision and the like: the share of frames that pass each threshold, a line a method.
+
+    Args:
+        panels: what the threshold is of (the horizontal axis) -> method -> (thresholds, shares in 0 to 1).
+        values: method -> what its legend says besides its name, for example its scores.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(max(4.2, 3.5 * len(panels)), 3.4), squeeze=False)
+    handles: dict[str, Any] = {}
+    for ax, (name, methods) in zip(axes[0], panels.items(), strict=True):
+        for i, (method, (thresholds, shares)) in enumerate(methods.items()):
+            colour, dash = COLOURS[i % len(COLOURS)], ("-", "--", ":", "-.")[i % 4]
+            (handles[method],) = ax.plot(thresholds, shares, dash, color=colour)
+        ax.set(xlabel=name, ylim=(0, 1.02), xlim=(min(thresholds), max(thresholds)))
+        ax.grid()
+    axes[0, 0].set_ylabel("share of frames")
+    labels = [f"{method}  {values.get(method, '')}".strip() for method in handles]
+    width, longest = figure.get_figwidth() * 72, max(map(len, labels)) * 5.4 + 40
+    columns = int(np.clip(width // longest, 1, len(labels)))
+    figure.legend(handles.values(), labels, loc="outside lower center", ncols=columns)
+    return figure
+
+
+@_styled
+def radar(tables: Mapping[str, Mapping[str, float]], low: float = 0.0, high: float = 100.0) -> Figure:
+    """One radar for each table: its rows around the circle, from `low` at the centre to `high` at the rim."""
+    figure, axes = plt.subplots(
+        1, len(tables), figsize=(3.9 * len(tables), 3.9), squeeze=False, subplot_kw={"projection": "polar"}
+    )
+    for i, (ax, (name, rows)) in enumerate(zip(axes[0], tables.items(), strict=True)):
+        turns = np.linspace(0, 2 * np.pi, len(rows), endpoint=False)
+        spokes, values = [*turns, turns[0]], [*rows.values(), next(iter(rows.values()))]
+        ax.plot(spokes, values, color=COLOURS[i], linewidth=1.6)
+        ax.fill(spokes, values, color=COLOURS[i], alpha=0.15)
+        ax.set_xticks(turns, [f"{row}\n{value:.1f}" for row, value in rows.items()], fontsize=8)
+        ax.set(ylim=(low, high), title=name)
+        ax.set_yticks(np.linspace(low, high, 5)[1:], labels=[])
+        ax.tick_params(axis="x", pad=6)
+        ax.set_theta_zero_location("N")
+        ax.set_theta_direction(-1)
     return figure

@@ -46,6 +46,7 @@ COMMON = {
     "devices": {"type": "integer", "low": 1, "high": 1024, "help": "how many of them"},
     "precision": {"type": "choice", "choices": ["32-true", "16-mixed", "bf16-mixed"], "help": "arithmetic"},
 }  # fmt: skip
+PHOTOGRAPHIC = 80_000  # bytes of a PNG above which it holds photographs rather than lines
 LOUD = {"holds": "holds", "fails": "FAILS", "not run": "not run"}
 
 
@@ -208,12 +209,18 @@ class Run:
         figure.savefig(drawn, format="png")
         plt.close(figure)
         # no alpha channel and a better packing: a committed notebook has to count its bytes
-        PIL.Image.open(drawn).convert("RGB").save(buffer, format="png", optimize=True)
+        picture = PIL.Image.open(drawn).convert("RGB")
+        picture.save(buffer, format="png", optimize=True)
+        shown = buffer
+        if buffer.tell() > PHOTOGRAPHIC:  # in the notebook 256 colours are enough; the file keeps them all
+            shown = io.BytesIO()
+            few = picture.quantize(256, method=PIL.Image.Quantize.MAXCOVERAGE, dither=PIL.Image.Dither.NONE)
+            few.save(shown, format="png", optimize=True)
         path = self.out / "figures" / f"{name}.png"
         with atomic(path) as temporary:
             temporary.write_bytes(buffer.getvalue())
         self._files.append(path)
-        display(Image(buffer.getvalue()))
+        display(Image(shown.getvalue()))
 
     def study(self) -> Path:
         """The folder of the study: this run's when it has one, else the one that is kept in `reports/pocket`."""

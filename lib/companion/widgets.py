@@ -115,6 +115,41 @@ def explorer(frames: Mapping[Any, Frame], controls: Mapping[str, Sequence[Any]],
     )
 
 
+def animation(frames: Sequence[Frame], title: str, seconds: float = 0.25) -> HTML:
+    """A short film as HTML that needs no kernel: a GIF inside, which stands still for readers who ask for less motion.
+
+    Args:
+        frames: pictures of one size, as in `explorer`.
+        title: said above it, and to those who cannot see it.
+        seconds: how long each picture stays.
+
+    Raises:
+        BadParameter: no frames, or more than 300 kB even with 32 colours.
+    """
+    if not len(frames):
+        raise BadParameter("frames", "none", "at least one picture")
+    pictures = [_picture(frame) for frame in frames]
+    for colours in (128, 64, 32):
+        # one palette for all pictures, so that what stands still does not flicker
+        together = Pictures.new("RGB", (pictures[0].width, pictures[0].height * len(pictures)))
+        for i, picture in enumerate(pictures):
+            together.paste(picture, (0, i * pictures[0].height))
+        palette = together.quantize(colours, dither=Pictures.Dither.NONE)
+        drawn = [picture.quantize(palette=palette, dither=Pictures.Dither.NONE) for picture in pictures]
+        file = io.BytesIO()
+        drawn[0].save(file, "gif", save_all=True, append_images=drawn[1:], duration=round(1000 * seconds), loop=0)
+        film, still = base64.b64encode(file.getvalue()).decode(), _uri(pictures[0], colours)
+        if len(film) + len(still) <= LIMIT:
+            said = html.escape(title)
+            return HTML(
+                f'<figure style="margin: 0.5em 0"><figcaption><strong>{said}</strong></figcaption>\n<picture>'
+                f'<source media="(prefers-reduced-motion: reduce)" srcset="{still}">'
+                f'<img class="dark-light" style="max-width: 100%; height: auto" alt="{said}" '
+                f'src="data:image/gif;base64,{film}"></picture></figure>'
+            )
+    raise BadParameter("frames", f"{len(film) / 1000:.0f} kB", f"at most {LIMIT // 1000} kB: fewer or smaller pictures")
+
+
 def live(function: Callable[..., Frame], title: str = "", **choices: Sequence[Any]) -> HTML | ipywidgets.VBox:
     """A knob for each argument of `function`, which draws a picture (as in `explorer`).
 

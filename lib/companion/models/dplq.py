@@ -459,7 +459,7 @@ def _remote_sensing(weights: str | Path, tap: str) -> MAE:
 def _medical(weights: str | Path, download: bool) -> nn.Module:
     """MedSAM's image encoder as timm has it: (b, 3, 1024, 1024) to the mean over 64x64 places, (b, 256)."""
     if weights == "pretrained":
-        weights = backbones._hub_file(MEDSAM, MEDSAM, ["model.safetensors", "pytorch_model.bin"], download)
+        weights = backbones.hub_file(MEDSAM, MEDSAM, ["model.safetensors", "pytorch_model.bin"], download)
     encoder = timm.create_model("samvit_base_patch16", pretrained=False, num_classes=0).eval()
     if weights != "random":
         state, own = sam_state(_state(weights)), encoder.state_dict()

