@@ -1,0 +1,251 @@
+"""Protocols of prompt learning: few-shot training, then the test on new classes, other sets or other domains.
+
+    sets = domains.splits("remote/aid", "data", transform)          # or classification.image_folder(...)
+    protocol = base_to_novel(sets, shots=16, seed=1)
+    protocol.train                                                  # 16 images of each base class
+    protocol.tests["novel"].class_names                             # what the novel classes are called
+    harmonic_mean(base_accuracy, novel_accuracy)
+
+A data set is anything that gives (image, label) and has the labels as `.labels` (or `.targets`) and the names of the
+classes by label as `.class_names` (or `.classes`): those of `domains` and of `classification.image_folder`, or
+torchvision's `ImageFolder`. No image is opened here.
+
+The protocols are those of CoOp and CoCoOp (Zhou et al., IJCV and CVPR 2022) as the code of DPLQ (Cao et al., CVPR 2024)
+has them, with one difference: that code takes what there is when a class has too few images to train on, here it is an
+error.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import ConcatDataset, Dataset
+
+from ..errors import BadParameter
+
+VALIDATION_SHOTS = 4  # images of a class for validation, at most
+Splits = Mapping[str, Dataset]
+
+
+class Part(Dataset):
+    """Some images of a data set, with labels of their own: `part[i]` is (image, int in 0..classes - 1).
+
+    Attributes:
+        dataset, indices: what it is a part of, and which images.
+        labels: one for each image.
+        class_names: the names by label; `classes` is how many.
+        name: the data set's name, where it has one.
+    """
+
+    def __init__(self, dataset: Dataset, indices: Sequence[int], labels: Sequence[int], class_names: Sequence[str]):
+        self.dataset, self.indices, self.labels = dataset, list(indices), list(labels)
+        self.class_names, self.classes = tuple(class_names), len(class_names)
+        self.name = getattr(dataset, "name", type(dataset).__name__)
+
+    @property
+    def transform(self):
+        """The transform of the data set; set it there."""
+        return getattr(self.dataset, "transform", None)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.dataset[self.indices[index]][0], self.labels[index]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a protocol trains on and tests on.
+
+    Attributes:
+        train: the shots of each class that is trained on.
+        val: other images of each of these classes: `VALIDATION_SHOTS`, or fewer where the shots or the images are.
+        tests: the test sets by name. Each has its own `.class_names`, for which the text of the prompts is made.
+    """
+
+    train: Part
+    val: Part
+    tests: dict[str, Dataset]
+
+
+# --- sampling ----------------------------------------------------------------------------------------------------
+
+
+def few_shot(dataset: Dataset, shots: int, seed: int) -> Part:
+    """`shots` images of each class, drawn without replacement and kept in the order of the data set.
+
+    A class's draw depends on the seed, the class's name and its images only. So it does not matter whether classes are
+    selected before or after, and with the same seed fewer shots are some of the more.
+
+    Raises:
+        BadParameter: shots below 1, a negative seed, or a class with fewer images than shots (it is named); a data set
+            without labels or class names.
+    """
+    if not isinstance(shots, int) or shots < 1:
+        raise BadParameter("shots", shots, "a whole number from 1 on")
+    if not isinstance(seed, int) or seed < 0:
+        raise BadParameter("seed", seed, "a whole number from 0 on")
+    labels, names = _described(dataset)
+    of_class: dict[int, list[int]] = {label: [] for label in range(len(names))}
+    for index, label in enumerate(labels):
+        of_class[label].append(index)
+    short = min(of_class, key=lambda label: len(of_class[label]))
+    if len(of_class[short]) < shots:
+        raise BadParameter("shots", shots, f"up to {len(of_class[short])}, as many images as '{names[short]}' has")
+    chosen = []
+    for label, members in of_class.items():
+        rng = np.random.default_rng([seed, zlib.crc32(names[label].encode())])
+        chosen += rng.permutation(members)[:shots].tolist()
+    chosen.sort()
+    return Part(dataset, chosen, [labels[index] for index in chosen], names)
+
+
+def halves(class_names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Base and novel classes: the first half in the order of the labels, the larger one when they are odd; the rest.
+
+    Raises `BadParameter` for fewer than two classes.
+    """
+    if len(class_names) < 2:
+        raise BadParameter("class_names", list(class_names), "two classes or more, to have base and novel ones")
+    middle = math.ceil(len(class_names) / 2)
+    return tuple(class_names[:middle]), tuple(class_names[middle:])
+
+
+def select(dataset: Dataset, classes: Sequence[int]) -> Part:
+    """The images of some classes, which are numbered anew in the order given.
+
+    Raises `BadParameter` for a class that the data set does not have, or one given twice.
+    """
+    labels, names = _described(dataset)
+    number = {label: new for new, label in enumerate(classes)}
+    if len(number) != len(classes) or not set(number) <= set(range(len(names))):
+        raise BadParameter("classes", list(classes), f"different labels in 0..{len(names) - 1}")
+    indices = [index for index, label in enumerate(labels) if label in number]
+    return Part(dataset, indices, [number[labels[index]] for index in indices], [names[label] for label in number])
+
+
+# --- protocols ---------------------------------------------------------------------------------------------------
+
+
+def base_to_novel(splits: Splits, shots: int = 16, seed: int = 1) -> Protocol:
+    """Train on the base classes of a set; test on its base and on its novel ones, each among themselves.
+
+    Args:
+        splits: "train", "val" and "test" of the set.
+        shots: training images of each class.
+        seed: of the draw.
+
+    Returns:
+        tests are "base" and "novel".
+
+    Raises:
+        BadParameter: a split is missing, the splits differ in their classes, there are fewer than two classes, or a
+            class has too few images to train on.
+    """
+    _, names = _checked(splits)
+    base = range(len(halves(names)[0]))
+    novel = range(len(base), len(names))
+    return Protocol(
+        train=few_shot(select(splits["train"], base), shots, seed),
+        val=_validation(select(splits["val"], base), shots, seed),
+        tests={"base": select(splits["test"], base), "novel": select(splits["test"], novel)},
+    )
+
+
+def cross_dataset(source: Splits, targets: Mapping[str, Splits], shots: int = 16, seed: int = 1) -> Protocol:
+    """Train on all classes of one set; test on the test split of the others, with their own classes.
+
+    Args:
+        source: "train", "val" and "test" of the set trained on.
+        targets: the same of the other sets, by name.
+        shots: training images of each class.
+        seed: of the draw.
+
+    Returns:
+        tests are "source" and each target.
+
+    Raises:
+        BadParameter: as `base_to_novel`; no targets, or one called "source".
+    """
+    return _transfer(source, {name: _checked(splits)[0]["test"] for name, splits in targets.items()}, shots, seed)
+
+
+def domain_generalisation(source: Splits, targets: Mapping[str, Splits], shots: int = 16, seed: int = 1) -> Protocol:
+    """As `cross_dataset`, but tested on ALL images of the other sets, which were never trained on.
+
+    That is a target's "all" where it has one, otherwise its "train", "val" and "test" together. (The model is the same
+    as that of `cross_dataset` with the same source, shots and seed.)
+    """
+    return _transfer(source, {name: _whole(splits) for name, splits in targets.items()}, shots, seed)
+
+
+def harmonic_mean(base: float, novel: float) -> float:
+    """2 b n / (b + n), in the unit of the two accuracies; 0 when one of them is. Raises `BadParameter` below 0."""
+    for name, value in (("base", base), ("novel", novel)):
+        if not value >= 0:
+            raise BadParameter(name, value, "an accuracy from 0 on")
+    return 2 * base * novel / (base + novel) if base and novel else 0.0
+
+
+# --- how it is done ----------------------------------------------------------------------------------------------
+
+
+def _described(dataset: Dataset) -> tuple[list[int], list[str]]:
+    """Labels and class names of a data set, which must fit each other."""
+    labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
+    names = getattr(dataset, "class_names", None) or getattr(dataset, "classes", None)
+    if labels is None or not isinstance(names, Sequence) or isinstance(names, str):
+        raise BadParameter(
+            "dataset",
+            type(dataset).__name__,
+            "one with .labels (or .targets) and .class_names (or .classes), such as torchvision's ImageFolder",
+        )
+    labels, names = [int(label) for label in labels], list(names)
+    if labels and not 0 <= min(labels) <= max(labels) < len(names):
+        raise BadParameter("labels", f"{min(labels)}..{max(labels)}", f"0..{len(names) - 1}, one for each class name")
+    return labels, names
+
+
+def _checked(splits: Splits) -> tuple[Splits, list[str]]:
+    """The splits and their class names, when train, val and test are there and have the same ones."""
+    if absent := [split for split in ("train", "val", "test") if split not in splits]:
+        raise BadParameter("splits", list(splits), f"'train', 'val' and 'test' ({', '.join(absent)} missing)")
+    names = [_described(splits[split])[1] for split in ("train", "val", "test")]
+    if not names[0] == names[1] == names[2]:
+        raise BadParameter("splits", "train, val and test with different class_names", "the same classes in each")
+    return splits, names[0]
+
+
+def _validation(dataset: Dataset, shots: int, seed: int) -> Part:
+    """As many of each class as the smallest one allows, but no more than are trained on or than the protocol takes."""
+    labels, names = _described(dataset)
+    fewest = min(labels.count(label) for label in range(len(names)))
+    return few_shot(dataset, max(min(shots, VALIDATION_SHOTS, fewest), 1), seed)
+
+
+def _whole(splits: Splits) -> Dataset:
+    if "all" in splits:
+        return splits["all"]
+    _, names = _checked(splits)
+    parts = [splits[split] for split in ("train", "val", "test")]
+    labels = [label for part in parts for label in _described(part)[0]]
+    whole = Part(ConcatDataset(parts), range(len(labels)), labels, names)
+    whole.name = getattr(parts[0], "name", whole.name)
+    return whole
+
+
+def _transfer(source: Splits, tests: dict[str, Dataset], shots: int, seed: int) -> Protocol:
+    _checked(source)
+    if not tests or "source" in tests:
+        raise BadParameter("targets", list(tests), "at least one set, none called 'source'")
+    return Protocol(
+        train=few_shot(source["train"], shots, seed),
+        val=_validation(source["val"], shots, seed),
+        tests={"source": source["test"], **tests},
+    )
