@@ -140,6 +140,6 @@ def table(root: str | Path) -> list[dict[str, str]]:
 
 # These need DataSet and DATASETS, so they come last. They are imported by name: a notebook depends on the readers that
 # it imports, not on every task there is, and a new task makes no other paper's results stale.
-for _task in ("classification", "tracking"):
+for _task in ("classification", "tracking", "domains"):
     for _dataset in importlib.import_module(f".{_task}_sets", __name__).sets():
         DATASETS[_dataset.name] = _dataset

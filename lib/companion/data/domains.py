@@ -1,0 +1,347 @@
+"""Images of other domains, remote sensing and medicine, in class folders with a split into train, val and test.
+
+    sets = splits("remote/aid", "data", clip_transform(backbones.input_of(clip)))
+    image, label = sets["test"][0]      # float32 (3, 224, 224), int
+    sets["test"].class_names            # the words for the prompts, by label
+
+Opening a set lists its folders; an image is decoded when it is asked for. `root` is the data folder (`data`).
+`domains_sets` describes the sets; `fewshot` makes the protocols of prompt learning from what `splits` returns.
+
+A set is a folder with one folder a class, and beside it, if there is one, a list of its splits:
+
+    {"train": [[path below the parent of the class folders, label, class name], ...], "val": [...], "test": [...]}
+
+Labels follow the sorted names of the folders (upper case before lower case), as in the authors' code, whatever the
+spelling on disk, so that the same classes are "base" everywhere. Without a list each class is cut by a fixed shuffle.
+Another set needs a `DataSet` with task "domains" in `DATASETS`, and `split.json` beside its class folders (in `images/`
+or directly).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+import re
+import shutil
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.transforms import v2
+
+from ..errors import BadParameter, CompanionError, CorruptFile, MissingData
+from ..files import read_json, write_json
+from . import DataSet, Status, find
+from .classification import Images, _absent, _class_folders, _inside, _normalised
+from .domains_sets import CLASSES, RELEASED_AS, TORCHGEO, WHOLE_SET_NAMES, image_folders, split_file, split_sizes
+
+SPLITS = ("train", "val", "test", "all")
+_PARTS = SPLITS[:3]
+Samples = list[tuple[str, int]]  # path below the parent of the class folders, label
+Transform = Callable[[Image.Image], torch.Tensor]
+
+
+# --- what a user calls -------------------------------------------------------------------------------------------
+
+
+def splits(name: str, root: str | Path, transform: Transform | None = None) -> dict[str, Images]:
+    """Every split of a set.
+
+    Args:
+        name: "remote/aid", "medical/chmnist", ...: a name of `DATASETS` whose task is "domains".
+        root: the data folder; `DATASETS[name].folders` are looked for in it.
+        transform: from a PIL image (RGB) to a tensor (3, H, W), see `clip_transform`; None scales to 0..1 and keeps the
+            size. For another one per split set it after, `sets["train"].transform = ...`.
+
+    Returns:
+        {"train", "val", "test", "all"}; "all" is every image, on which domain generalisation is tested, and there three
+        sets name a class otherwise (`domains_sets.WHOLE_SET_NAMES`). Each is a data set of (float32 tensor (3, H, W),
+        int) with `.labels`, `.classes`, `.class_names` and `.name`.
+
+    Raises:
+        BadParameter: unknown name.
+        MissingData: the folder, a class folder or images are not there, or they are not as many as is known.
+        CorruptFile: an entry of the list of splits is not as it should be; a folder that is no class of the set.
+    """
+    dataset = _domain(name)
+    return _images(dataset, Path(root), transform)
+
+
+def load(name: str, root: str | Path, split: str, transform: Transform | None = None) -> Images:
+    """One split of a set, "train", "val", "test" or "all"; otherwise as `splits`."""
+    if split not in SPLITS:
+        raise BadParameter("split", split, SPLITS)
+    return splits(name, root, transform)[split]
+
+
+def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str, Images]:
+    """Your own pictures, as `splits` gives them: <class>/*.jpg below `root` or `root`/images.
+
+    `root`/split.json is read where it is there, otherwise each class is cut. (Pictures that lie in train/, val/ and
+    test/ already are read by `classification.image_folder`; the protocols take those too.)
+
+    Raises as `splits`.
+    """
+    root = Path(root)
+    own = DataSet(
+        name=root.resolve().name,
+        title="images of your own",
+        group="own",
+        task="domains",
+        classes=None,
+        sizes={},
+        folders=(".",),
+        layout='<class>/*.jpg    or images/<class>/*.jpg\nsplit.json       optional: {"train": [[path, label, class '
+        'name], ...], "val": ..., "test": ...}',
+        source="your own pictures",
+        licence="yours",
+        citation="",
+    )
+    return _images(own, root, transform)
+
+
+def write_split(name: str, root: str | Path) -> Path:
+    """Write the splits of a set beside its images, in the authors' format and under their name; returns the file.
+
+    The authors' own code, run on the same folder, then uses the same splits. A list that is there already is kept.
+
+    Raises as `splits`.
+    """
+    dataset, root = _domain(name), Path(root)
+    names, parts = _read(dataset, root)
+    listing = dataset.folder(root) / split_file(name)
+    if not listing.is_file():
+        write_json(listing, {part: [[path, label, names[label]] for path, label in parts[part]] for part in _PARTS})
+    return listing
+
+
+def clip_transform(input, train: bool = False) -> v2.Transform:
+    """CLIP's transform, as prompt-learning papers use it (bicubic throughout).
+
+    Args:
+        input: anything with .size, .mean and .std, such as `backbones.input_of(model)`.
+        train: a random crop of 8 to 100 % of the area, resized, flipped half of the time; otherwise the short side is
+            resized and the centre cut out.
+
+    Returns:
+        From a PIL image to a float32 tensor (3, size, size).
+    """
+    bicubic = v2.InterpolationMode.BICUBIC
+    cut = (
+        [v2.RandomResizedCrop(input.size, scale=(0.08, 1), interpolation=bicubic), v2.RandomHorizontalFlip(0.5)]
+        if train
+        else [v2.Resize(input.size, interpolation=bicubic), v2.CenterCrop(input.size)]
+    )
+    return v2.Compose([*cut, *_normalised(input)])
+
+
+# --- what `companion.data` calls ---------------------------------------------------------------------------------
+
+
+def status(dataset: DataSet, root: Path) -> Status:
+    """See `companion.data.status`: folders and lists are read, no image is opened."""
+    folder = dataset.folder(root)
+    if not folder.is_dir():
+        return Status("missing", f"no folder {folder}")
+    try:
+        _, parts = _read(dataset, root)
+        base, _ = _place(dataset, root)
+    except MissingData as error:
+        return Status("incomplete", error.detail)
+    except CorruptFile as error:
+        return Status("incomplete", str(error))
+    wanted = {f"{base}/{path}" for part in _PARTS for path, _ in parts[part]}
+    if absent := _absent(wanted):
+        return Status(
+            "incomplete", f"{len(absent)} of {len(wanted)} listed images are not there, the first: {min(absent)}"
+        )
+    listing = split_file(dataset.name)
+    how = f"split by {listing}" if (folder / listing).is_file() else "cut with a fixed seed"
+    return Status("present", f"{len(wanted):,} images in {base}, {how}")
+
+
+def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
+    """See `companion.data.fetch`. torchgeo downloads into a hidden folder, which is moved once it is whole."""
+    try:
+        from torchgeo import datasets as torchgeo
+    except ImportError:
+        raise CompanionError(
+            f"torchgeo, which downloads {dataset.title}, is not installed. Either "
+            f'`pip install -e ".[domains]"` and fetch again, or get the images by hand and put them into '
+            f"{dataset.folder(root)}"
+        ) from None
+    folder = dataset.folder(root)
+    root.mkdir(parents=True, exist_ok=True)
+    quiet = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as new, quiet:
+            getattr(torchgeo, TORCHGEO[dataset.name])(new, download=True, checksum=True)
+            for archive in Path(new).glob("*.zip"):
+                archive.unlink()
+            # files of an incomplete copy are replaced, none of the user's others is removed
+            shutil.copytree(new, folder, dirs_exist_ok=True, copy_function=shutil.move)
+    except (OSError, http.client.HTTPException, RuntimeError, zipfile.BadZipFile) as error:
+        raise CompanionError(
+            f"{dataset.title} could not be downloaded ({getattr(error, 'reason', error)}). On a machine with a network "
+            f"run `companion fetch` again, or copy a finished {folder} here."
+        ) from None
+
+
+# --- how it is done ----------------------------------------------------------------------------------------------
+
+
+def _domain(name: str) -> DataSet:
+    dataset = find(name)
+    if dataset.task != "domains":
+        raise BadParameter("domain set", name, list(CLASSES))
+    return dataset
+
+
+def _images(dataset: DataSet, root: Path, transform: Transform | None) -> dict[str, Images]:
+    names, parts = _read(dataset, root)
+    base, _ = _place(dataset, root)
+    for part in _PARTS:
+        for path, _ in (parts[part][0], parts[part][-1]):  # a look at two files, not at all: opening must stay quick
+            if not (base / path).is_file():
+                raise dataset.missing(root, f"{split_file(dataset.name)} lists {path}, but {base / path} is not there")
+    parts["all"] = sorted((sample for part in _PARTS for sample in parts[part]), key=lambda s: (s[1], s[0]))
+    renamed = WHOLE_SET_NAMES.get(dataset.name, {})
+    found = {}
+    for part, samples in parts.items():
+        called = [renamed.get(name, name) for name in names] if part == "all" else names
+        paths, labels = [f"{base}/{path}" for path, _ in samples], [label for _, label in samples]
+        found[part] = Images(dataset, root, paths, labels, len(names), transform, called)
+    return found
+
+
+def _read(dataset: DataSet, root: Path) -> tuple[list[str], dict[str, Samples]]:
+    """Class names by label, and the samples of train, val and test: from the list, or cut."""
+    folder = dataset.folder(root)
+    if not folder.is_dir():
+        raise dataset.missing(root)
+    listing = folder / split_file(dataset.name)
+    if listing.is_file():
+        names, parts = _listed(dataset, listing)
+    elif dataset.group == "own" or dataset.name in CLASSES:
+        names, parts = _cut(dataset, root)
+    else:  # a set that was made here has one split, which a cut would not find again
+        raise dataset.missing(root, f"{listing} is not there")
+    counts = {part: len(samples) for part, samples in parts.items()}
+    counts["all"] = sum(counts.values())
+    for split, count in counts.items():
+        if count != (expected := dataset.sizes.get(split, count)):
+            raise dataset.missing(root, f"{folder} has {count:,} images for '{split}', {expected:,} are expected")
+    return names, parts
+
+
+def _place(dataset: DataSet, root: Path) -> tuple[Path, list[Path]]:
+    """The folder that listed paths start from, and the folders that hold class folders: usually the same one."""
+    folder, known = dataset.folder(root), CLASSES.get(dataset.name)
+    for place in image_folders(dataset.name):
+        holders = [folder / part for part in place.split("+")]
+        if all(
+            holder.is_dir() and any(known is None or _class(dataset, name) for name in _class_folders(holder))
+            for holder in holders
+        ):
+            return (holders[0] if len(holders) == 1 else folder), holders
+    raise dataset.missing(root, f"{folder} has no class folders")
+
+
+def _class(dataset: DataSet, folder: str) -> str | None:
+    """The class that a folder stands for, by the name in the authors' code; None when it is none of the set's."""
+    folder = RELEASED_AS.get(dataset.name, {}).get(folder, folder)
+    known = CLASSES[dataset.name]
+    return folder if folder in known else next((name for name in known if _plain(name) == _plain(folder)), None)
+
+
+def _plain(name: str) -> str:
+    """A folder's name without case, blanks, underscores and the two slips of the authors' lists."""
+    letters = re.sub(r"[^a-z0-9]", "", name.lower())
+    return letters.replace("swimmimg", "swimming").replace("commerical", "commercial")
+
+
+def _cut(dataset: DataSet, root: Path) -> tuple[list[str], dict[str, Samples]]:
+    """Each class by one fixed shuffle of its own, so that a class more or less changes nothing in the others."""
+    base, holders = _place(dataset, root)
+    folders = sorted({name for holder in holders for name in _class_folders(holder)} - {"split_fewshot"})
+    official = CLASSES.get(dataset.name)
+    known = official or {folder: folder for folder in folders}
+    class_of = {folder: _class(dataset, folder) if official else folder for folder in folders}
+    if unknown := [folder for folder in folders if class_of[folder] is None]:
+        raise CorruptFile(base, f"it has folders that are no class of {dataset.title}: {', '.join(unknown)}")
+    if absent := sorted(set(known) - set(class_of.values())):
+        raise dataset.missing(root, f"{len(absent)} of {len(known)} class folders below {base}: {', '.join(absent)}")
+
+    names: list[str] = []
+    parts: dict[str, Samples] = {part: [] for part in _PARTS}
+    for label, key in enumerate(sorted(known)):
+        own = [folder for folder in folders if class_of[folder] == key]
+        spelled = RELEASED_AS.get(dataset.name, {}).get(own[0], own[0])
+        names.append(known.get(spelled, spelled))
+        paths = sorted(
+            Path(path).relative_to(base).as_posix()
+            for holder in holders
+            for path, _ in make_dataset(holder, dict.fromkeys(own, label), IMG_EXTENSIONS, allow_empty=True)
+            if not Path(path).name.startswith(".")
+        )
+        sizes = split_sizes(len(paths))
+        if not all(sizes.values()):
+            few = f"{len(paths)} images, too few for train, val and test" if paths else "no images"
+            raise dataset.missing(root, f"the class folder {own[0]} below {base} has {few}")
+        shuffled = np.random.default_rng(zlib.crc32(key.encode())).permutation(paths).tolist()
+        start = 0
+        for part, size in sizes.items():
+            parts[part] += [(path, label) for path in shuffled[start : start + size]]
+            start += size
+    return names, parts
+
+
+def _listed(dataset: DataSet, listing: Path) -> tuple[list[str], dict[str, Samples]]:
+    """A list of splits, every entry checked: its form, that it stays inside, one class a folder, no image twice."""
+    content = read_json(listing)
+    if not isinstance(content, Mapping) or not all(isinstance(content.get(part), list) for part in _PARTS):
+        raise CorruptFile(listing, "expected a dict with the lists 'train', 'val' and 'test'")
+    names: dict[int, str] = {}
+    of_folder: dict[str, int] = {}
+    seen: dict[str, str] = {}
+    parts: dict[str, Samples] = {}
+    for part in _PARTS:
+        if not content[part]:
+            raise CorruptFile(listing, f"'{part}' is empty")
+        parts[part] = []
+        for number, entry in enumerate(content[part], 1):
+            where = f"'{part}', entry {number}"
+            path, label, name = _entry(listing, where, entry)
+            _inside(listing, where, path)
+            if dataset.classes is not None and label >= dataset.classes:
+                raise CorruptFile(listing, f"{where}: label {label} is not in 0..{dataset.classes - 1}")
+            if (before := names.setdefault(label, name)) != name:
+                raise CorruptFile(listing, f"{where}: label {label} is {name!r} here, and {before!r} further up")
+            folder = path.rpartition("/")[0]
+            if (before := of_folder.setdefault(folder, label)) != label:
+                raise CorruptFile(listing, f"{where}: {path} has label {label}, others of its folder have {before}")
+            if path in seen:
+                raise CorruptFile(listing, f"{where}: {path} is already in '{seen[path]}'")
+            seen[path] = part
+            parts[part].append((path, label))
+    classes = dataset.classes or max(names) + 1
+    if absent := sorted(set(range(classes)) - set(names)):
+        raise CorruptFile(listing, f"no image has the label {absent[0]}, and there are {classes} classes")
+    return [names[label] for label in range(classes)], parts
+
+
+def _entry(listing: Path, where: str, entry: object) -> tuple[str, int, str]:
+    """[path, label, class name]; as in the authors' reader, a label may be written as text."""
+    match entry:
+        case [str(path), int(label) | str(label), str(name)] if (
+            path and name and not isinstance(label, bool) and re.fullmatch(r"[0-9]{1,9}", str(label))
+        ):
+            return path, int(label), name
+    raise CorruptFile(listing, f"{where}: expected [path, label, class name], found {str(entry)[:80]}")
