@@ -28,6 +28,16 @@ def test_doctor_names_what_is_missing(capsys, tmp_path, monkeypatch):
     assert "train800val200" in out and "licence" in out and "TFLOP/s" in out
 
 
+def test_doctor_knows_weights_that_only_a_person_can_get(capsys, tmp_path):
+    code, out, _ = call(capsys, "doctor", "bat", "--data-root", tmp_path)
+    assert code == 1
+    assert "OSTrack_ep0300.pth.tar" in out and "by hand" in out
+    assert all(f"0 of 1 sets are here\n    {name}" in out for name in ("rgbt/lasher", "rgbt/rgbt234", "rgbe/visevent"))
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "BAT_rgbt.pth").write_bytes(b"x")
+    assert "BAT_rgbt.pth (MIT): here" in call(capsys, "doctor", "bat", "--data-root", tmp_path)[1]
+
+
 def test_unknown_papers_and_cases(capsys):
     code, _, err = call(capsys, "doctor", "nothing")
     assert code == 2 and "sa2vp" in err

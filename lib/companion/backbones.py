@@ -83,7 +83,7 @@ def find_weights(name: str, *, download: bool = False) -> Path:
     full = TIMM.get(name, name)
     if not timm.is_model(full) or (cfg := timm.get_pretrained_cfg(full)) is None:
         raise BadParameter("name", name, f"{list(TIMM)} or a timm model with released weights")
-    names = [cfg.hfhub_filename] if cfg.hfhub_filename else ["model.safetensors", "pytorch_model.bin"]
+    names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
     return hub_file(full, cfg.hf_hub_id, names, download)
 
 
