@@ -6,8 +6,8 @@ anew with every frame. Ours takes both streams as one batch, calls PyTorch's fus
 keeps the template's tokens. Both are checked to give the same box before anything is timed.
 
 A frame is the network's work on one search crop; cutting crops and reading files are the same for both. In float32 the
-frozen layers' matrix products are nine tenths of it and neither form can save any of them, so little is left to gain;
-bfloat16 halves them, on processors that have it.
+frozen layers' matrix products are more than four fifths of it and neither form can save any of them, so little is left
+to gain; bfloat16 halves them, on processors that have it.
 """
 
 from __future__ import annotations
