@@ -446,7 +446,7 @@ def test_image_truncated_or_no_image(damage, ending, btmri, tmp_path):
 def test_names_and_splits_that_do_not_exist(btmri, tmp_path):
     with pytest.raises(BadParameter, match="Accepted: 'medical/btmri'"):
         splits("btmri", tmp_path)
-    with pytest.raises(BadParameter, match=r"domain set = 'fgvc/cub200' is not accepted\. Accepted: 'remote/mlrsnet'"):
+    with pytest.raises(BadParameter, match=r"data set = 'fgvc/cub200' is not accepted\. Accepted: 'remote/mlrsnet'"):
         splits("fgvc/cub200", tmp_path)
     with pytest.raises(BadParameter, match="'train', 'val', 'test', 'all'"):
         load("medical/btmri", tmp_path, "trainval")

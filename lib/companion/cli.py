@@ -101,7 +101,7 @@ def doctor(given: argparse.Namespace) -> int:
         for name in _sets(run["data"]):
             dataset, state = data.DATASETS[name], data.status(name, root)
             # an epoch of a tracker is a number of pairs, and its test a number of frames: the paper's file says them
-            seen = {"train": dataset.sizes.get("trainval"), "test": dataset.sizes["test"]} | run.get("images", {})
+            seen = {"train": dataset.sizes.get("trainval"), "test": dataset.sizes.get("test")} | run.get("images", {})
             flop += run["gflop"] * 1e9 * (3 * seen["train"] * run["epochs"] + seen["test"])
             if state.state != "present":
                 absent.append((dataset, state))

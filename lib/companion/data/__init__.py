@@ -72,14 +72,18 @@ class Status:
 DATASETS: dict[str, DataSet] = {}
 
 
-def find(name: str) -> DataSet:
-    """The data set called `name`. Raises `BadParameter`, the nearest names first, when there is none."""
-    if name in DATASETS:
+def find(name: str, task: str | None = None) -> DataSet:
+    """The data set called `name`, of `task` when that is given.
+
+    Raises `BadParameter`, the nearest names first, when there is none.
+    """
+    names = [known for known, dataset in DATASETS.items() if task in (None, dataset.task)]
+    if name in names:
         return DATASETS[name]
     text = str(name)
-    near = [known for known in DATASETS if known.rpartition("/")[2] == text.rpartition("/")[2]]
-    near += difflib.get_close_matches(text, DATASETS, n=4, cutoff=0.5)
-    raise BadParameter("data set", name, list(dict.fromkeys([*near, *DATASETS])))
+    near = [known for known in names if known.rpartition("/")[2] == text.rpartition("/")[2]]
+    near += difflib.get_close_matches(text, names, n=4, cutoff=0.5)
+    raise BadParameter("data set", name, list(dict.fromkeys([*near, *names])))
 
 
 def _reader(dataset: DataSet):

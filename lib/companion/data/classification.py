@@ -122,7 +122,7 @@ def load(
         MissingData: the folder, a list or images are not there, or a list has not the length that is known.
         CorruptFile: a list that is not as it should be, by line; a label out of range; a path that leaves the folder.
     """
-    dataset, root = find(name), Path(root)
+    dataset, root = find(name, "classification"), Path(root)
     if split not in SPLITS:
         raise BadParameter("split", split, SPLITS)
     listing, sources, labels = _read(dataset, root, split)

@@ -70,7 +70,7 @@ def splits(name: str, root: str | Path, transform: Transform | None = None) -> d
         MissingData: the folder, a class folder or images are not there, or they are not as many as is known.
         CorruptFile: an entry of the list of splits is not as it should be; a folder that is no class of the set.
     """
-    dataset = _domain(name)
+    dataset = find(name, "domains")
     return _images(dataset, Path(root), transform)
 
 
@@ -114,7 +114,7 @@ def write_split(name: str, root: str | Path) -> Path:
 
     Raises as `splits`.
     """
-    dataset, root = _domain(name), Path(root)
+    dataset, root = find(name, "domains"), Path(root)
     names, parts = _read(dataset, root)
     listing = dataset.folder(root) / split_file(name)
     if not listing.is_file():
@@ -195,13 +195,6 @@ def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
 
 
 # --- how it is done ----------------------------------------------------------------------------------------------
-
-
-def _domain(name: str) -> DataSet:
-    dataset = find(name)
-    if dataset.task != "domains":
-        raise BadParameter("domain set", name, list(CLASSES))
-    return dataset
 
 
 def _images(dataset: DataSet, root: Path, transform: Transform | None) -> dict[str, Images]:

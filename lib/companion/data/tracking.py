@@ -164,9 +164,7 @@ def load(name: str, root: str | Path, split: str = "test", attribute: str | None
         MissingData: a folder, list, video, annotation or attribute file is not there.
         CorruptFile: an annotation that is not numbers (file and line are named), streams of very different length.
     """
-    dataset, root = find(name), Path(root)
-    if name not in _LAYOUTS:
-        raise BadParameter("tracking set", name, list(_LAYOUTS))
+    dataset, root = find(name, "tracking"), Path(root)
     if split not in SPLITS[name]:
         raise BadParameter(f"split of {name}", split, SPLITS[name])
     _check_attribute(name, attribute)

@@ -236,6 +236,6 @@ def with_mean(found: dict[tuple[str, str], float], columns: list[str]) -> dict[t
 
 def check_dataset(p: SimpleNamespace) -> None:
     """Raises `BadParameter` when `dataset` is no data set that can be trained on at the paper profile."""
-    known = [name for name in DATASETS if not name.startswith("pocket/")]
+    known = [n for n, found in DATASETS.items() if found.task == "classification" and not n.startswith("pocket/")]
     if p.dataset not in (*known, "folder"):
         raise BadParameter("dataset", p.dataset, [*known, "folder"])
