@@ -197,6 +197,62 @@ def test_schedules():
     np.testing.assert_allclose(learning_rates("step", 1.0, 60, final=0.1), [1] * 48 + [0.1] * 12)
 
 
+def test_cosine_by_epoch_is_the_schedule_of_coops_code():
+    """One constant warm-up epoch, then lr (1 + cos(π (e - 1) / E)) / 2 for all the steps of epoch e = 1 ... E - 1."""
+    epochs, per_epoch = 15, 6
+    warm = dict(warmup=per_epoch, warmup_lr=1e-5, epoch=per_epoch)
+    rates = learning_rates("cosine by epoch", 3.5e-3, epochs * per_epoch, **warm).reshape(epochs, per_epoch)
+    assert (rates == rates[:, :1]).all()
+    expected = [1e-5] + [3.5e-3 * (1 + np.cos(np.pi * (e - 1) / epochs)) / 2 for e in range(1, epochs)]
+    np.testing.assert_allclose(rates[:, 0], expected)
+    assert rates[1, 0] == 3.5e-3 and rates[-1, 0] == pytest.approx(1.5e-4, abs=1e-5), "it does not come to 0"
+    # in `fit`, the warm-up is a fraction of the steps and an epoch is a pass over the data
+    history = run(nn.Linear(5, 2), epochs=15, schedule="cosine by epoch", warmup=1 / 15, warmup_lr=1e-5, final_lr=0.0)
+    assert [row["lr"] for row in history] == list(
+        learning_rates("cosine by epoch", 1e-2, 120, 8, warmup_lr=1e-5, epoch=8)
+    )
+
+
+def test_sgd_is_momentum_with_the_decay_in_the_gradient():
+    torch.manual_seed(0)
+    model = nn.Linear(5, 2)
+    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    settings = dict(optimizer="sgd", momentum=0.9, weight_decay=0.1, decay="all", schedule="constant", warmup=0)
+    history = run(model, epochs=0.5, lr=0.05, **settings)
+    velocity = {name: torch.zeros_like(p) for name, p in weights.items()}
+    for row, batch in zip(history, loop._batches(pairs(), 8, 0, 0, 4, 0, 1, 0), strict=True):
+        value = F.mse_loss(F.linear(batch[0], weights["weight"], weights["bias"]), batch[1])
+        assert row["loss"] == pytest.approx(value.item(), rel=1e-5)
+        for (name, p), grad in zip(weights.items(), torch.autograd.grad(value, [*weights.values()]), strict=True):
+            velocity[name] = 0.9 * velocity[name] + grad + 0.1 * p.detach()
+            p.data -= 0.05 * velocity[name]
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), weights[name].detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_sgd_resumes_to_the_same_bits(tmp_path):
+    class Stopped(Exception):
+        pass
+
+    def interrupted(model, batch, seen=[]):  # noqa: B006 - it counts over calls
+        seen.append(0)
+        if len(seen) > 20:
+            raise Stopped
+        return squared(model, batch)
+
+    settings = dict(epochs=5, batch=8, lr=1e-2, optimizer="sgd", accelerator="cpu")
+    whole, cut = noisy_model(), noisy_model()
+    fit(whole, squared, pairs(), **settings)
+    kept = dict(checkpoint=tmp_path / "c.pt", checkpoint_every=7)
+    with pytest.raises(Stopped):
+        fit(cut, interrupted, pairs(), **settings, **kept)
+    cut = noisy_model()
+    fit(cut, squared, pairs(), **settings, **kept, resume=True)
+    assert all(torch.equal(t, trained_state(cut)[name]) for name, t in trained_state(whole).items())
+    with pytest.raises(BadParameter, match=r"optimizer = 'adamw' .*'sgd'"):
+        fit(noisy_model(), squared, pairs(), **(settings | {"optimizer": "adamw"}), **kept, resume=True)
+
+
 def test_decay_spares_vectors_unless_all_is_asked():
     model = nn.Linear(3, 2)
     two, one = loop.decay_groups(model, 0.1), loop.decay_groups(model, 0.1, "all")
@@ -212,6 +268,8 @@ def test_decay_spares_vectors_unless_all_is_asked():
         (dict(schedule="exponential"), "'cosine'"),
         (dict(precision="8"), "'bf16-mixed'"),
         (dict(warmup=2), "0 to 1"),
+        (dict(optimizer="lion"), "'adamw', 'sgd'"),
+        (dict(optimizer="sgd", momentum=1.0), "less than 1"),
         (dict(decay="biases"), "'matrices', 'all'"),
         (dict(batch=9, devices=2), "multiple of devices"),
     ],

@@ -23,29 +23,44 @@ from .errors import BadParameter, CorruptFile
 from .files import atomic
 from .progress import progress
 
-SCHEDULES = ("constant", "linear", "cosine", "step")
+SCHEDULES = ("constant", "linear", "cosine", "step", "cosine by epoch")
+OPTIMIZERS = ("adamw", "sgd")
 DECAYS = ("matrices", "all")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 
-def learning_rates(schedule: str, base: float, steps: int, warmup: int = 0, final: float = 0.0) -> np.ndarray:
+def learning_rates(
+    schedule: str,
+    base: float,
+    steps: int,
+    warmup: int = 0,
+    final: float = 0.0,
+    *,
+    warmup_lr: float | None = None,
+    epoch: int = 1,
+) -> np.ndarray:
     """The learning rate of each step, (steps,).
 
-    A linear warm-up from exactly 0 to `base` over `warmup` steps, both ends included, then `schedule`: "constant",
-    "linear" or "cosine" (half a period) from `base` towards `final`, or "step": `final` for the last fifth.
+    A warm-up over `warmup` steps, linear from exactly 0 to `base`, both ends included, or constant at `warmup_lr`. Then
+    `schedule`: "constant", "linear" or "cosine" (half a period) from `base` towards `final`; "step": `final` for the
+    last fifth; or "cosine by epoch": one rate for each `epoch` steps, on half a period as long as the whole training
+    that begins after the warm-up, so it ends above `final` (CoOp's code and what is built on it).
     """
     if schedule not in SCHEDULES:
         raise BadParameter("schedule", schedule, SCHEDULES)
     if not 0 <= warmup <= steps:
         raise BadParameter("warmup", warmup, f"0 to {steps} steps")
-    done = np.arange(steps - warmup) / max(steps - warmup, 1)
+    after = np.arange(steps - warmup)
+    done = after / max(steps - warmup, 1)
     left = {
         "constant": np.ones_like(done),
         "linear": 1 - done,
         "cosine": (1 + np.cos(np.pi * done)) / 2,
         "step": np.where(done < 0.8, 1.0, 0.0),
+        "cosine by epoch": (1 + np.cos(np.pi * (after // epoch * epoch) / steps)) / 2,
     }[schedule]
-    return np.concatenate([np.linspace(0, base, warmup), final + (base - final) * left])
+    rising = np.linspace(0, base, warmup) if warmup_lr is None else np.full(warmup, warmup_lr)
+    return np.concatenate([rising, final + (base - final) * left])
 
 
 def decay_groups(model: nn.Module, weight_decay: float, decay: str = "matrices") -> list[dict]:
@@ -73,10 +88,13 @@ def fit(
     epochs: float,
     batch: int,
     lr: float,
+    optimizer: str = "adamw",
+    momentum: float = 0.9,
     weight_decay: float = 1e-4,
     decay: str = "matrices",
     schedule: str = "cosine",
     warmup: float = 0.1,
+    warmup_lr: float | None = None,
     final_lr: float = 1e-7,
     clip: float | None = None,
     seed: int = 0,
@@ -89,15 +107,17 @@ def fit(
     resume: bool = False,
     name: str = "training",
 ) -> list[dict[str, float]]:
-    """Train the tensors of `model` that require a gradient, in place, with AdamW; return its history.
+    """Train the tensors of `model` that require a gradient, in place; return its history.
 
     Args:
         loss: from the model and a batch (the tuple that `data` gives, stacked) to a scalar.
         data: map-style; a `TensorDataset` is indexed directly, without a loader.
         epochs: passes over the data, a fraction allowed; the last partial batch of a pass is left out.
         batch: images a step, over all devices together.
+        optimizer: "adamw" (betas 0.9 and 0.999, decay apart from the gradient), or "sgd": with `momentum`, not
+            Nesterov's, the decay added to the gradient.
         weight_decay, decay: see `decay_groups`.
-        lr, final_lr, schedule, warmup: see `learning_rates`; `warmup` is a fraction of all steps.
+        lr, final_lr, schedule, warmup, warmup_lr: see `learning_rates`; `warmup` is a fraction of all steps.
         clip: largest norm of the gradient; None for no clipping.
         accelerator, devices, precision: as in `lightning_fabric.Fabric`.
         workers: processes that load data.
@@ -119,16 +139,21 @@ def fit(
         raise BadParameter("precision", precision, PRECISIONS)
     if decay not in DECAYS:
         raise BadParameter("decay", decay, DECAYS)
+    if optimizer not in OPTIMIZERS:
+        raise BadParameter("optimizer", optimizer, OPTIMIZERS)
+    if not 0 <= momentum < 1:
+        raise BadParameter("momentum", momentum, "0 or more and less than 1")
     if not 0 <= warmup <= 1:
         raise BadParameter("warmup", warmup, "a fraction of the steps, 0 to 1")
     if resume and checkpoint is None:
         raise BadParameter("resume", resume, "True only with a checkpoint file")
-    steps = max(1, round(epochs * (len(data) // batch)))
-    rates = learning_rates(schedule, lr, steps, round(warmup * steps), final_lr)
+    per_epoch = len(data) // batch
+    steps = max(1, round(epochs * per_epoch))
+    rates = learning_rates(schedule, lr, steps, round(warmup * steps), final_lr, warmup_lr=warmup_lr, epoch=per_epoch)
     settings = {
         "steps": steps, "batch": batch, "lr": lr, "final_lr": final_lr, "schedule": schedule, "warmup": warmup,
-        "weight_decay": weight_decay, "decay": decay, "clip": clip, "seed": seed, "images": len(data),
-        "precision": precision,
+        "warmup_lr": warmup_lr, "optimizer": optimizer, "momentum": momentum, "weight_decay": weight_decay,
+        "decay": decay, "clip": clip, "seed": seed, "images": len(data), "precision": precision,
         "tensors": zlib.crc32(repr([(n, tuple(t.shape)) for n, t in trained_state(model).items()]).encode()),
     }  # fmt: skip
     saved = _read(checkpoint, settings) if resume and Path(checkpoint).is_file() else None
@@ -138,30 +163,31 @@ def fit(
     fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision, strategy=strategy)
 
     def train(fabric: Fabric) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
-        optimizer = torch.optim.AdamW(decay_groups(model, weight_decay, decay), lr=lr)
+        groups = decay_groups(model, weight_decay, decay)
+        optim = torch.optim.SGD(groups, lr, momentum) if optimizer == "sgd" else torch.optim.AdamW(groups, lr)
         if saved:
             model.load_state_dict(saved["model"], strict=False)
-            optimizer.load_state_dict(saved["optimizer"])
+            optim.load_state_dict(saved["optimizer"])
         history = list(saved["history"]) if saved else []
-        wrapped, optimizer = fabric.setup(model, optimizer)
+        wrapped, optim = fabric.setup(model, optim)
         wrapped.train()
         start, rank, ranks = len(history), fabric.global_rank, fabric.world_size
         stream = _batches(data, batch, seed, start, steps, rank, ranks, workers)
         shown = progress(stream, name, steps, start) if rank == 0 else stream
         for step, items in enumerate(shown, start):
             torch.manual_seed(_mix(seed, step, rank))
-            for group in optimizer.param_groups:
+            for group in optim.param_groups:
                 group["lr"] = float(rates[step])
             value = loss(wrapped, tuple(x.to(fabric.device) for x in items))
             fabric.backward(value)
             if clip is not None:
-                fabric.clip_gradients(wrapped, optimizer, max_norm=clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                fabric.clip_gradients(wrapped, optim, max_norm=clip)
+            optim.step()
+            optim.zero_grad(set_to_none=True)
             mean = value.detach() if ranks == 1 else fabric.all_reduce(value.detach(), reduce_op="mean")
             history.append({"step": step, "lr": float(rates[step]), "loss": mean})
             if checkpoint and ((step + 1) % checkpoint_every == 0 or step + 1 == steps) and rank == 0:
-                _write(checkpoint, settings, model, optimizer, history)
+                _write(checkpoint, settings, model, optim, history)
         # as arrays: a tensor would be shared with a process that ends before it is read
         return {name: t.numpy() for name, t in trained_state(model).items()}, _plain(history)
 
