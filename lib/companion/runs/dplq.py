@@ -1,0 +1,355 @@
+"""DPLQ: what the notebook trains live, at pocket scale or with the published settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import open_clip
+import pandas as pd
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset, TensorDataset
+
+from .. import backbones, report
+from ..data import DATASETS, domains, fewshot
+from ..data.domains_sets import CLASSES
+from ..errors import BadParameter, MissingWeights
+from ..files import atomic
+from ..fit import fit, predict
+from ..models import dplq, prompting
+
+DOMAINS = {"remote": "remote-sensing", "medical": "medical"}
+TRANSFERS = {"cross-dataset": fewshot.cross_dataset, "domain generalisation": fewshot.domain_generalisation}
+TEST_BATCH = 24  # as released: the noise of an image's prompts depends on its batch, at test time too
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained on what, and tested on what.
+
+    Attributes:
+        train, classes: the few images, and the names of their classes by label.
+        tests, test_classes: the test sets by name, and the class names of each.
+        rates: learning rates of the methods that are trained.
+        fit: arguments of `companion.fit.fit` besides the rate.
+        predict: arguments of `companion.fit.predict`.
+    """
+
+    title: str
+    train: Dataset
+    classes: tuple[str, ...]
+    tests: dict[str, Dataset]
+    test_classes: dict[str, tuple[str, ...]]
+    methods: tuple[str, ...]
+    rates: dict[str, float]
+    build: Callable[[str], nn.Module]
+    fit: dict = field(default_factory=dict)
+    predict: dict = field(default_factory=dict)
+
+
+def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
+    """The setting that the notebook's parameters ask for.
+
+    Args:
+        p: the checked parameters of the notebook.
+        out: the run's folder; pocket pictures are written below it.
+        rates: learning rates by (task, method), as the study chose them on validation.
+
+    Raises:
+        BadParameter, MissingData, MissingWeights: with what to change or get.
+    """
+    return _dry(p) if p.dry_run else _paper(p)
+
+
+# --- the published recipe ---------------------------------------------------------------------------------------------
+
+
+def published_settings(protocol: str) -> dict[str, float]:
+    """Learning rate, epochs, depth, shots, ... of a protocol, from the authors' configuration files (the paper's YAML).
+
+    Domain generalisation tests the model of the cross-dataset runs.
+    """
+    column = "base_to_novel" if protocol == "base to novel" else "cross_dataset"
+    return report.published("dplq", "code-recipe").set_index("method")[column].to_dict()
+
+
+def _options(p: SimpleNamespace, workers: int) -> dict:
+    """The authors' optimiser for `fit`: SGD, one rate an epoch, the first epoch at a small constant one."""
+    recipe = published_settings(p.protocol)
+    epochs = int(recipe["epochs"])
+    return {"epochs": epochs, "batch": int(recipe["train batch"]), "seed": p.seed, "accelerator": p.accelerator,
+            "devices": p.devices, "precision": p.precision, "optimizer": "sgd", "momentum": 0.9, "weight_decay": 5e-4,
+            "decay": "all", "schedule": "cosine by epoch", "warmup": recipe["warm-up epochs"] / epochs,
+            "warmup_lr": recipe["warm-up learning rate"], "final_lr": 0.0, "workers": workers}  # fmt: skip
+
+
+def build(p: SimpleNamespace, method: str, classes: tuple[str, ...], clip: nn.Module, domain: nn.Module) -> nn.Module:
+    """A method at full size on a frozen CLIP; only DPLQ reads the domain model."""
+    torch.manual_seed(p.seed)
+    recipe = published_settings(p.protocol)
+    tokens, depth = int(recipe["context tokens"]), int(recipe["prompt depth"])
+    tokenizer = open_clip.get_tokenizer(p.clip.partition("/")[0])
+    given = (clip, classes, tokenizer)
+    kinds = {
+        "zero-shot": lambda: prompting.ZeroShot(*given),
+        "CoOp": lambda: prompting.CoOp(*given),
+        "CoCoOp": lambda: prompting.CoCoOp(*given),
+        "MaPLe": lambda: prompting.MaPLe(*given, tokens=tokens, depth=depth),
+        "DPLQ": lambda: dplq.DPLQ(*given, domain, tokens=tokens, depth=depth, noise=p.noise),
+    }
+    return kinds[method]()
+
+
+def _clip(p: SimpleNamespace, weights: str | Path) -> nn.Module:
+    config = open_clip.get_model_config(p.clip.partition("/")[0])
+    if config and "hf_tokenizer_name" in config["text_cfg"]:
+        raise BadParameter("clip", p.clip, "a CLIP with OpenAI's vocabulary, such as 'ViT-B-16/openai'")
+    return backbones.build(f"openclip:{p.clip}", weights)
+
+
+def domain_name(p: SimpleNamespace) -> str:
+    """The domain model that the parameters ask for, by the data set when they leave it open."""
+    found = p.domain or DOMAINS.get(p.dataset.partition("/")[0])
+    if not found:
+        raise BadParameter("domain", p.domain, [*DOMAINS.values(), "clip", "none", "an encoder of timm"])
+    return found
+
+
+def weights(p: SimpleNamespace, name: str, given: str) -> str | Path:
+    """What is loaded for "clip", "remote-sensing" or "medical": the parameter, the usual file below
+    `<data_root>/weights`, or what the cache has."""
+    file = next(w["file"] for w in report.paper("dplq")["weights"] if w["name"] == name)
+    usual = Path(p.data_root) / "weights" / file
+    if given or usual.is_file() or name != "remote-sensing":
+        return given or (usual if usual.is_file() else "pretrained")
+    ways = [
+        f"put {file} into {usual.parent}; the README of github.com/ViTAE-Transformer/Remote-Sensing-RVSA links it",
+        "domain_weights = '<file>', the same file wherever it is",
+        "domain = 'vit_base_patch16_224.mae' stands in with natural images, domain = 'clip' is the control",
+    ]
+    raise MissingWeights("remote-sensing MAE ViT-B/16", usual.parent, ways)
+
+
+def _domain(p: SimpleNamespace, clip: nn.Module) -> nn.Module | None:
+    if p.method != "DPLQ":
+        return None
+    name = domain_name(p)
+    own = name in DOMAINS.values()
+    source = weights(p, name, p.domain_weights) if own else p.domain_weights or "pretrained"
+    return dplq.domain_model(name, source, clip=clip)
+
+
+def _paper(p: SimpleNamespace) -> Setting:
+    """The published recipe on real pictures: 16 images a class, tested as the protocol says."""
+    check_dataset(p)
+    clip = _clip(p, weights(p, "clip", p.weights))
+    domain = _domain(p, clip)
+    seen = backbones.input_of(clip)
+    transform = domains.clip_transform(seen)
+    source = splits(p, p.dataset, transform)
+    source["train"].transform = domains.clip_transform(seen, train=True)
+    shots = int(published_settings(p.protocol)["shots"])
+    if p.protocol == "base to novel":
+        protocol = fewshot.base_to_novel(source, shots, p.seed)
+    else:
+        others = {name: splits(p, name, transform) for name in targets(p)}
+        protocol = TRANSFERS[p.protocol](source, others, shots, p.seed)
+    names = tuple(protocol.train.class_names)
+    return Setting(
+        title=f"{p.dataset}, {p.protocol}",
+        train=protocol.train,
+        classes=names,
+        tests=protocol.tests,
+        test_classes={name: tuple(test.class_names) for name, test in protocol.tests.items()},
+        methods=(p.method,),
+        rates=_rates(p),
+        build=lambda method: build(p, method, names, clip, domain),
+        fit=_options(p, workers=8),
+        predict={"batch": TEST_BATCH, "accelerator": p.accelerator, "precision": p.precision, "workers": 8},
+    )
+
+
+def _rates(p: SimpleNamespace) -> dict[str, float]:
+    return {} if p.method == "zero-shot" else {p.method: published_settings(p.protocol)["learning rate"]}
+
+
+def _dry(p: SimpleNamespace) -> Setting:
+    """Full-size models with random weights, two optimiser steps on generated pictures of the real shape."""
+    known = tuple(CLASSES.get(p.dataset, CLASSES["remote/aid"]).values())
+    base, novel = fewshot.halves(known)
+    transfer = p.protocol != "base to novel"
+    names, others = (known, known) if transfer else (base, novel)
+    torch.manual_seed(p.seed)
+    clip = _clip(p, "random")
+    domain = dplq.domain_model(domain_name(p), "random", clip=clip) if p.method == "DPLQ" else None
+    size, generator = backbones.input_of(clip).size, torch.Generator().manual_seed(p.seed)
+
+    def generated(count: int, classes: int) -> TensorDataset:
+        return TensorDataset(torch.randn(count, 3, size, size, generator=generator), torch.arange(count) % classes)
+
+    options = _options(p, workers=0)
+    tests = ("source", "generated") if transfer else ("base", "novel")
+    return Setting(
+        title="generated pictures (dry run: accuracies mean nothing)",
+        train=generated(2 * options["batch"], len(names)),
+        classes=names,
+        tests={test: generated(8, len(c)) for test, c in zip(tests, (names, others), strict=True)},
+        test_classes=dict(zip(tests, (names, others), strict=True)),
+        methods=(p.method,),
+        rates=_rates(p),
+        build=lambda method: build(p, method, names, clip, domain),
+        # a single epoch has nothing after its warm-up: the rate of the second published epoch is taken
+        fit=options | {"epochs": 1, "warmup": 0.0},
+        predict={"batch": TEST_BATCH, "accelerator": p.accelerator, "precision": p.precision},
+    )
+
+
+# --- data sets --------------------------------------------------------------------------------------------------------
+
+
+def check_dataset(p: SimpleNamespace) -> None:
+    """Raises `BadParameter` when `dataset` or `targets` cannot be trained or tested on at the paper profile."""
+    known = list(CLASSES)
+    if p.dataset not in (*known, "folder"):
+        raise BadParameter("dataset", p.dataset, [*known, "folder"])
+    named = _named(p)
+    if p.protocol == "base to novel" and named:
+        raise BadParameter("targets", p.targets, "nothing with the protocol 'base to novel': it tests on the same set")
+    if p.protocol != "base to novel" and p.dataset == "folder" and not named:
+        raise BadParameter("targets", p.targets, known)
+    if unknown := [name for name in named if name not in known or name == p.dataset]:
+        raise BadParameter("targets", ", ".join(unknown), [name for name in known if name != p.dataset])
+
+
+def _named(p: SimpleNamespace) -> list[str]:
+    return [name.strip() for name in p.targets.split(",") if name.strip()]
+
+
+def targets(p: SimpleNamespace) -> list[str]:
+    """The sets that a model is carried over to: those named, or all others of the same domain."""
+    domain = p.dataset.partition("/")[0]
+    return _named(p) or [name for name in CLASSES if name.startswith(f"{domain}/") and name != p.dataset]
+
+
+def splits(p: SimpleNamespace, name: str, transform: Callable) -> dict[str, Dataset]:
+    """The splits of a data set below `data_root`; "folder" is that folder itself."""
+    return (
+        domains.own_folder(p.data_root, transform) if name == "folder" else domains.splits(name, p.data_root, transform)
+    )
+
+
+# --- training and testing ---------------------------------------------------------------------------------------------
+
+
+def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Cross entropy over the classes that are trained on; the temperature is CLIP's own."""
+    images, target = batch
+    return F.cross_entropy(model(images), target)
+
+
+def train(found: Setting, method: str, **options) -> tuple[nn.Module, list[dict]]:
+    """Build a method of a setting and train it; zero-shot has nothing to train, its history is empty."""
+    model = found.build(method)
+    if method not in found.rates:
+        return model.eval(), []
+    settings = found.fit | {"lr": found.rates[method], "name": method} | options
+    return model, fit(model, loss, found.train, **settings)
+
+
+def scores(model: nn.Module, found: Setting) -> dict[str, float]:
+    """Top-1 accuracy in percent on every test set among its own classes, and the harmonic mean "HM" of base and novel.
+
+    The noise of DPLQ's prompts is drawn from the setting's seed.
+    """
+    accuracies = {}
+    for name, test in found.tests.items():
+        model.set_classes(found.test_classes[name])
+        with torch.random.fork_rng():
+            torch.manual_seed(found.fit.get("seed", 0))
+            logits = predict(model, test, **found.predict)
+        labels = test.tensors[1] if isinstance(test, TensorDataset) else torch.tensor(test.labels)
+        accuracies[name] = 100 * float((logits.argmax(1) == labels).float().mean())
+    model.set_classes(found.classes)
+    if {"base", "novel"} <= accuracies.keys():
+        accuracies["HM"] = fewshot.harmonic_mean(accuracies["base"], accuracies["novel"])
+    return accuracies
+
+
+# --- results that gather ----------------------------------------------------------------------------------------------
+
+
+def label(p: SimpleNamespace) -> str:
+    """The method's name in the tables, with what is not as published."""
+    changed = []
+    if p.method == "DPLQ":
+        usual = DOMAINS.get(p.dataset.partition("/")[0])
+        changed += [f"domain model {p.domain}"] if p.domain not in ("", usual) else []
+        changed += [f"noise {p.noise}"] if p.noise != "always" else []
+    changed += [p.clip] if p.clip != "ViT-B-16/openai" else []
+    return ", ".join([p.method, *changed])
+
+
+def rows(p: SimpleNamespace, found: Mapping[str, float]) -> list[dict[str, object]]:
+    """What `scores` gave as rows for `measured`, one a test set."""
+    same = {"method": label(p), "protocol": p.protocol, "dataset": p.dataset}
+    return [same | {"test": n, "seed": p.seed, "accuracy": a} for n, a in found.items() if n != "HM"]
+
+
+def measured(path: Path, new: Iterable[Mapping[str, object]] = ()) -> pd.DataFrame:
+    """The real results in `path`, a row a (method, protocol, dataset, test, seed); `new` are added."""
+    keys = ["method", "protocol", "dataset", "test", "seed"]
+    table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*keys, "accuracy"])
+    if new := list(new):
+        added = pd.DataFrame(new)
+        table = added if table.empty else pd.concat([table, added]).drop_duplicates(keys, keep="last")
+        with atomic(path) as temporary:
+            table.to_csv(temporary, index=False)
+    return table
+
+
+def cells(table: pd.DataFrame, protocol: str) -> dict[tuple[str, str], float]:
+    """Means over seeds by (method, column) of the protocol's tables, as `report.beside` takes them.
+
+    Base to novel has the columns "AID base", "AID novel" and "AID HM" for every set; HM is taken for each seed. The
+    other protocols have a column a set, and a row for each set that was trained on.
+    """
+    chosen = table[table.protocol == protocol]
+    found = {}
+    if protocol == "base to novel":
+        for (method, dataset), group in chosen.groupby(["method", "dataset"]):
+            both = group.pivot_table(index="seed", columns="test", values="accuracy").dropna()
+            if {"base", "novel"} <= set(both.columns):
+                both["HM"] = [fewshot.harmonic_mean(b, n) for b, n in zip(both.base, both.novel, strict=True)]
+            found |= {(method, f"{_column(dataset)} {test}"): float(both[test].mean()) for test in both.columns}
+        return found
+    for (method, source, test), group in chosen.groupby(["method", "dataset", "test"]):
+        name = f"{method}, trained on {_column(source)}"
+        found[name, _column(source if test == "source" else test)] = float(group.accuracy.mean())
+    return found
+
+
+def _column(dataset: str) -> str:
+    """A data set as the authors call it, which is how the tables do."""
+    return DATASETS[dataset].folders[-1] if dataset in DATASETS else dataset
+
+
+def tables(table: pd.DataFrame, protocol: str) -> dict[str, pd.DataFrame]:
+    """Published beside measured, by title, of all that has a number: for base to novel a table a set."""
+    measured_here, found = cells(table, protocol), {}
+    for domain in DOMAINS:
+        frame = report.published("dplq", f"{protocol.replace(' ', '-')}-{domain}")
+        columns = [c for c in frame.columns if c != "method"]
+        known = {column for _, column in measured_here} | set(frame[columns].dropna(axis=1, how="all").columns)
+        groups = {frame.attrs["title"]: {c: c for c in columns}}
+        if protocol == "base to novel":
+            sets = dict.fromkeys(c.rpartition(" ")[0] for c in columns)
+            groups = {s: {f"{s} {c}": c for c in ("base", "novel", "HM")} for s in sets}
+        for title, named in groups.items():
+            if known & named.keys():
+                here = {(m, named[c]): value for (m, c), value in measured_here.items() if c in named}
+                found[title] = report.beside(frame[["method", *named]].rename(columns=named), here)
+    return found
