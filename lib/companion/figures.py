@@ -31,6 +31,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from PIL import Image, ImageDraw
 from sklearn.decomposition import PCA
@@ -792,8 +793,16 @@ def bars(table: pd.DataFrame, error: pd.DataFrame | None = None, value: str = "a
     return figure
 
 
+def boxes(ax: Axes, image: np.ndarray, drawn: Mapping[str, Sequence[float]]) -> None:
+    """Show an image (H, W, 3) uint8 with boxes on it: colour (as matplotlib names it) -> x, y, w, h in pixels."""
+    ax.imshow(image, interpolation="antialiased")
+    for colour, (x, y, w, h) in drawn.items():
+        ax.add_patch(Rectangle((x - 0.5, y - 0.5), w, h, fill=False, edgecolor=colour, linewidth=1.3))
+    ax.set(xticks=[], yticks=[], xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
+
+
 def boxed(image: np.ndarray, boxes: Mapping[str, Sequence[float]], scale: int = 2) -> np.ndarray:
-    """A frame with boxes drawn on it, enlarged so that thin lines stay sharp.
+    """A frame with boxes drawn into its pixels, enlarged so that thin lines stay sharp: for films.
 
     Args:
         image: (H, W, 3) uint8.

@@ -46,7 +46,7 @@ COMMON = {
     "devices": {"type": "integer", "low": 1, "high": 1024, "help": "how many of them"},
     "precision": {"type": "choice", "choices": ["32-true", "16-mixed", "bf16-mixed"], "help": "arithmetic"},
 }  # fmt: skip
-PHOTOGRAPHIC = 80_000  # bytes of a PNG above which it holds photographs rather than lines
+PHOTOGRAPHIC = 40_000  # bytes of a PNG above which the notebook shows it in 256 colours
 LOUD = {"holds": "holds", "fails": "FAILS", "not run": "not run"}
 
 
@@ -212,9 +212,9 @@ class Run:
         picture = PIL.Image.open(drawn).convert("RGB")
         picture.save(buffer, format="png", optimize=True)
         shown = buffer
-        if buffer.tell() > PHOTOGRAPHIC:  # in the notebook 256 colours are enough; the file keeps them all
+        if buffer.tell() > PHOTOGRAPHIC:  # the file keeps all of them
             shown = io.BytesIO()
-            few = picture.quantize(256, method=PIL.Image.Quantize.MAXCOVERAGE, dither=PIL.Image.Dither.NONE)
+            few = picture.quantize(256, PIL.Image.Quantize.MAXCOVERAGE, kmeans=4, dither=PIL.Image.Dither.NONE)
             few.save(shown, format="png", optimize=True)
         path = self.out / "figures" / f"{name}.png"
         with atomic(path) as temporary:

@@ -31,6 +31,7 @@ from torch import Tensor
 from .errors import BadParameter
 
 LIMIT = 300_000  # bytes of one explorer: a notebook with three stays below 1 MB
+FILM = 160_000  # of one animation
 
 Frame = Figure | np.ndarray | Tensor
 
@@ -116,7 +117,7 @@ def explorer(frames: Mapping[Any, Frame], controls: Mapping[str, Sequence[Any]],
 
 
 def animation(frames: Sequence[Frame], title: str, seconds: float = 0.25) -> HTML:
-    """A short film as HTML that needs no kernel: a GIF inside, which stands still for readers who ask for less motion.
+    """A short film as HTML that needs no kernel: it stands still for readers who ask for less motion.
 
     Args:
         frames: pictures of one size, as in `explorer`.
@@ -124,30 +125,25 @@ def animation(frames: Sequence[Frame], title: str, seconds: float = 0.25) -> HTM
         seconds: how long each picture stays.
 
     Raises:
-        BadParameter: no frames, or more than 300 kB even with 32 colours.
+        BadParameter: no frames, or more than 160 kB even at a low quality.
     """
     if not len(frames):
         raise BadParameter("frames", "none", "at least one picture")
     pictures = [_picture(frame) for frame in frames]
-    for colours in (128, 64, 32):
-        # one palette for all pictures, so that what stands still does not flicker
-        together = Pictures.new("RGB", (pictures[0].width, pictures[0].height * len(pictures)))
-        for i, picture in enumerate(pictures):
-            together.paste(picture, (0, i * pictures[0].height))
-        palette = together.quantize(colours, dither=Pictures.Dither.NONE)
-        drawn = [picture.quantize(palette=palette, dither=Pictures.Dither.NONE) for picture in pictures]
+    for quality in (80, 60, 40, 25):
         file = io.BytesIO()
-        drawn[0].save(file, "gif", save_all=True, append_images=drawn[1:], duration=round(1000 * seconds), loop=0)
-        film, still = base64.b64encode(file.getvalue()).decode(), _uri(pictures[0], colours)
-        if len(film) + len(still) <= LIMIT:
+        options = {"quality": quality, "method": 6, "duration": round(1000 * seconds), "loop": 0}
+        pictures[0].save(file, "webp", save_all=True, append_images=pictures[1:], **options)
+        film, still = base64.b64encode(file.getvalue()).decode(), _uri(pictures[0], 256)
+        if len(film) + len(still) <= FILM:
             said = html.escape(title)
             return HTML(
                 f'<figure style="margin: 0.5em 0"><figcaption><strong>{said}</strong></figcaption>\n<picture>'
                 f'<source media="(prefers-reduced-motion: reduce)" srcset="{still}">'
                 f'<img class="dark-light" style="max-width: 100%; height: auto" alt="{said}" '
-                f'src="data:image/gif;base64,{film}"></picture></figure>'
+                f'src="data:image/webp;base64,{film}"></picture></figure>'
             )
-    raise BadParameter("frames", f"{len(film) / 1000:.0f} kB", f"at most {LIMIT // 1000} kB: fewer or smaller pictures")
+    raise BadParameter("frames", f"{len(film) / 1000:.0f} kB", f"at most {FILM // 1000} kB: fewer or smaller pictures")
 
 
 def live(function: Callable[..., Frame], title: str = "", **choices: Sequence[Any]) -> HTML | ipywidgets.VBox:
@@ -202,9 +198,12 @@ def _picture(frame: Frame) -> Pictures.Image:
 
 
 def _uri(picture: Pictures.Image, colours: int) -> str:
-    file = io.BytesIO()
-    picture.quantize(colours, dither=Pictures.Dither.NONE).save(file, "png", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    """The picture inside the page, as PNG of few colours (lines, flat areas) or WebP (photographs): the smaller one."""
+    png, webp = io.BytesIO(), io.BytesIO()
+    picture.quantize(colours, dither=Pictures.Dither.NONE).save(png, "png", optimize=True)
+    picture.save(webp, "webp", quality=85, method=6)
+    kind, file = min(("png", png), ("webp", webp), key=lambda pair: len(pair[1].getvalue()))
+    return f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _control(name: str, values: Sequence[Any]) -> str:
