@@ -450,7 +450,7 @@ def test_names_and_splits_that_do_not_exist(btmri, tmp_path):
         splits("fgvc/cub200", tmp_path)
     with pytest.raises(BadParameter, match="'train', 'val', 'test', 'all'"):
         load("medical/btmri", tmp_path, "trainval")
-    with pytest.raises(BadParameter, match="Accepted: .remote/mlrsnet"):
+    with pytest.raises(BadParameter, match=r"Accepted: .remote/mlrsnet"):
         write_split("vtab/cifar100", tmp_path)
 
 

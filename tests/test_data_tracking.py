@@ -247,7 +247,7 @@ def test_missing_sets_say_where_to_get_them(tmp_path, name):
 def test_unknown_names_list_what_there_is(lasher, tmp_path):
     with pytest.raises(BadParameter, match="'rgbt/lasher'"):
         load("lasher", tmp_path)
-    with pytest.raises(BadParameter, match="'rgbt/lasher', .*'pocket/rgbt'"):
+    with pytest.raises(BadParameter, match=r"'rgbt/lasher', .*'pocket/rgbt'"):
         load("vtab/cifar100", tmp_path)
     with pytest.raises(BadParameter, match="'train', 'val', 'trainval', 'test'"):
         load("rgbt/lasher", tmp_path, "testing")

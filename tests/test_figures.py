@@ -605,7 +605,7 @@ def test_boxes_stand_where_they_should():
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (10, 26, 8, 28)
     red = (drawn == (255, 0, 0)).all(-1)
     assert red[14, 12] and not red[18, 16]
-    figure, ax = plt.subplots()
+    ax = plt.subplots()[1]
     figures.boxes(ax, image, {"white": (4, 5, 10, 8)})
     assert ax.patches[0].get_bbox().bounds == (3.5, 4.5, 10, 8)
     assert ax.get_xlim() == (-0.5, 29.5) and ax.get_ylim() == (19.5, -0.5)
