@@ -127,11 +127,19 @@ def test_a_film_moves_and_stands_still_for_who_asks():
     film.load()
     assert film.info["timestamp"] == 500 and film.size == (240, 160)
     assert image["alt"] == "a <film>" and "prefers-reduced-motion" in source["media"]
-    noise = np.random.default_rng(0).integers(0, 255, (9, 256, 256, 3), dtype=np.uint8)
-    with pytest.raises(BadParameter, match="at most 160 kB"):
-        widgets.animation(noise, "noise")
     with pytest.raises(BadParameter, match="at least one"):
         widgets.animation([], "nothing")
+
+
+def test_a_film_of_large_pictures_shrinks_until_it_fits(monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 255, (9, 256, 256, 3), dtype=np.uint8)
+    page = widgets.animation(noise, "noise").data
+    assert len(page) < 170_000
+    film = Image.open(io.BytesIO(base64.b64decode(Page(page).all("img")[0]["src"].split(",")[1])))
+    assert film.n_frames == 9 and film.size[0] == film.size[1] < 256
+    monkeypatch.setattr(widgets, "FILM", 3_000)
+    with pytest.raises(BadParameter, match="at most 3 kB"):
+        widgets.animation(noise, "noise")
 
 
 def test_live_draws_everything_where_no_one_turns_a_knob(monkeypatch):

@@ -125,12 +125,14 @@ def animation(frames: Sequence[Frame], title: str, seconds: float = 0.25) -> HTM
         seconds: how long each picture stays.
 
     Raises:
-        BadParameter: no frames, or more than 160 kB even at a low quality.
+        BadParameter: no frames, or more than 160 kB even small and at a low quality.
     """
     if not len(frames):
         raise BadParameter("frames", "none", "at least one picture")
-    pictures = [_picture(frame) for frame in frames]
-    for quality in (80, 60, 40, 25):
+    given = [_picture(frame) for frame in frames]
+    # a loss of quality first; pictures of real cameras must shrink too
+    for shrink, quality in [(1, 80), (1, 60), (1, 40), (1, 25), (2, 40), (2, 25), (4, 40), (4, 25)]:
+        pictures = [picture.reduce(shrink) for picture in given] if shrink > 1 else given
         file = io.BytesIO()
         options = {"quality": quality, "method": 6, "duration": round(1000 * seconds), "loop": 0}
         pictures[0].save(file, "webp", save_all=True, append_images=pictures[1:], **options)
@@ -143,7 +145,7 @@ def animation(frames: Sequence[Frame], title: str, seconds: float = 0.25) -> HTM
                 f'<img class="dark-light" style="max-width: 100%; height: auto" alt="{said}" '
                 f'src="data:image/webp;base64,{film}"></picture></figure>'
             )
-    raise BadParameter("frames", f"{len(film) / 1000:.0f} kB", f"at most {FILM // 1000} kB: fewer or smaller pictures")
+    raise BadParameter("frames", f"{len(film) / 1000:.0f} kB", f"at most {FILM // 1000} kB: fewer pictures")
 
 
 def live(function: Callable[..., Frame], title: str = "", **choices: Sequence[Any]) -> HTML | ipywidgets.VBox:
