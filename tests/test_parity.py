@@ -15,7 +15,10 @@ from companion.errors import BadCheckpoint, BadParameter, CorruptFile, MissingDa
 from companion.parity import fill
 from companion.parity import sa2vp as sa2vp_cases
 
-FULL_SIZE = {"vit_b16_full", "vit_b16_full_acc", "swin_b_full", "model_256", "track_loop", "model_vitb16", "domain_mae"}
+FULL_SIZE = {
+    *("vit_b16_full", "vit_b16_full_acc", "swin_b_full", "model_256", "track_loop", "model_vitb16", "domain_mae"),
+    "full_l14_pa100k",
+}
 
 
 def _cases():
