@@ -47,4 +47,4 @@ lock: $(INSTALLED)  ## write requirements.lock from what is installed now
 	touch $(INSTALLED)
 
 clean:  ## remove what can be made again; the committed tables, claims and records stay
-	rm -rf .venv .snakemake .pytest_cache .ruff_cache build dist reports/site reports/*/*/*.ipynb reports/*/*/figures
+	rm -rf .venv .snakemake .pytest_cache .ruff_cache build dist reports/site reports/*/*/*.ipynb reports/*/*/figures reports/*/*/results

@@ -11,6 +11,7 @@ from companion.data import tracking as data
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData, MissingWeights
 from companion.models import bat
 from companion.runs import bat as runs
+from companion.studies import bat as study
 
 
 def given(**changes) -> SimpleNamespace:
@@ -56,6 +57,13 @@ def test_the_published_recipe(tmp_path, videos, monkeypatch):
     assert {k: found.fit[k] for k in expected} == expected
     # what is not trained needs no training videos
     assert runs.setting(given(data_root=str(tmp_path), method="higher peak"), tmp_path, {}).train is None
+
+
+@pytest.mark.parametrize("method", study.UNTRAINED)
+def test_the_dry_run_trains_only_what_has_something_to_train(method, tmp_path, monkeypatch):
+    monkeypatch.setattr(bat, "foundation", lambda name, weights: None)
+    assert runs.setting(given(method=method, dry_run=True), tmp_path, {}).rates == {}
+    assert runs.setting(given(dry_run=True), tmp_path, {}).rates == {"BAT": 4e-4}
 
 
 def test_a_checkpoint_is_tested_and_not_trained(tmp_path, videos):

@@ -132,7 +132,7 @@ def _dry(p: SimpleNamespace) -> Setting:
         train=TensorDataset(noise(2 * batch, 128), noise(2 * batch, 256), boxes),
         videos=videos,
         methods=(p.method,),
-        rates={p.method: 4e-4},
+        rates=_rates(p),
         build=lambda method: build(p, method, tracker),
         loss=study.loss,
         rules="lasher",
@@ -156,35 +156,40 @@ def weights(p: SimpleNamespace) -> str | Path:
     return p.weights or (usual if usual.is_file() else "pretrained")
 
 
+def _rates(p: SimpleNamespace) -> dict[str, float]:
+    return {} if p.method in study.UNTRAINED else {p.method: 4e-4}
+
+
+def _released(p: SimpleNamespace) -> dict[str, torch.Tensor]:
+    """What the file `checkpoint` holds."""
+    if p.method != "BAT":
+        raise BadParameter("method", p.method, ["BAT with a checkpoint: it holds BAT's weights"])
+    if not Path(p.checkpoint).is_file():
+        ways = ["give the path of BAT_rgbt.pth, which the README of github.com/SparkTempest/BAT links",
+                "leave `checkpoint` empty to train"]  # fmt: skip
+        raise MissingWeights("BAT_rgbt", p.checkpoint, ways)
+    return backbones.read_state(p.checkpoint)
+
+
 def _paper(p: SimpleNamespace) -> Setting:
     """The published recipe on real videos, or the released weights on them when `checkpoint` names their file."""
     videos = data.load(p.dataset, p.data_root, "test")
-    rates, train = {}, None
-    if p.checkpoint:
-        if p.method != "BAT":
-            raise BadParameter("method", p.method, ["BAT with a checkpoint: it holds BAT's weights"])
-        if not Path(p.checkpoint).is_file():
-            ways = ["give the path of BAT_rgbt.pth, which the README of github.com/SparkTempest/BAT links",
-                    "leave `checkpoint` empty to train"]  # fmt: skip
-            raise MissingWeights("BAT_rgbt", p.checkpoint, ways)
-        state = backbones.read_state(p.checkpoint)
-        kind = lambda method: bat.BAT.from_official(state)  # noqa: E731 - two ways to build, one name
-    else:
-        tracker = bat.foundation("ostrack_b256", weights(p))
-        kind = lambda method: build(p, method, tracker)  # noqa: E731
-        if p.method in ("BAT", "full fine-tuning"):
-            rates = {p.method: 4e-4}
-            events = p.dataset == "rgbe/visevent"
-            # RGBT234 and GTOT have no training videos: the published model saw LasHeR only
-            source = "rgbe/visevent" if events else "rgbt/lasher"
-            train = data.Pairs(data.load(source, p.data_root, "train"), 60_000, min_side=5 if events else 0)
+    state = _released(p) if p.checkpoint else None
+    tracker = None if p.checkpoint else bat.foundation("ostrack_b256", weights(p))
+    rates = {} if p.checkpoint else _rates(p)
+    train = None
+    if rates:
+        events = p.dataset == "rgbe/visevent"
+        # RGBT234 and GTOT have no training videos: the published model saw LasHeR only
+        source = "rgbe/visevent" if events else "rgbt/lasher"
+        train = data.Pairs(data.load(source, p.data_root, "train"), 60_000, min_side=5 if events else 0)
     return Setting(
         title=TITLES[p.dataset],
         train=train,
         videos=videos,
         methods=(p.method,),
         rates=rates,
-        build=kind,
+        build=lambda method: bat.BAT.from_official(state) if state else build(p, method, tracker),
         loss=_paper_loss,
         rules=RULES[p.dataset],
         fit=_published(p, 96, 8),
