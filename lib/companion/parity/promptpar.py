@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import BadParameter
+from ..metrics.attributes import evaluate
 from ..models.prompting import Texts, embed_texts, load_official, official_state
 from ..models.promptpar import (
     Output,
@@ -37,6 +38,7 @@ def outputs(case: Case) -> dict[str, Tensor]:
         "CLIP.forward_aggregate": _aggregate,
         "TransformerClassifier": _fusion,
         "CEL_Sigmoid": _losses,
+        "get_pedestrian_metrics": _metrics,
     }
     config = case.facts["config"]
     if "epochs" in config:
@@ -150,6 +152,16 @@ def _losses(case: Case) -> dict[str, Tensor]:
     plain = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(1).mean()
     return {"targets": labels, "ratio": ratio, "weights": label_weights(labels, ratio), "loss": value,
             "loss_unweighted": plain, "grad_logits": logits.grad}  # fmt: skip
+
+
+def _metrics(case: Case) -> dict[str, Tensor]:
+    labels, probabilities = (case.recorded[name].numpy() for name in ("gt", "probs"))
+    found = {"gt": case.recorded["gt"], "probs": case.recorded["probs"]}  # stored, not filled: they are the inputs
+    for threshold in (0.45, 0.5):
+        scores = evaluate(labels, probabilities, threshold)
+        found[f"label_ma_{threshold}"] = torch.from_numpy(scores.balanced / 100)
+        found[f"label_f1_{threshold}"] = torch.from_numpy(scores.f1 / 100)
+    return found
 
 
 def _schedules() -> dict[str, Tensor]:
