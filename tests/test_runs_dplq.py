@@ -16,10 +16,11 @@ from companion import backbones, report
 from companion.data import DATASETS, domains_sets
 from companion.errors import BadParameter, MissingData, MissingWeights
 from companion.fit import fit
-from companion.models.dplq import DPLQ, MAE
+from companion.models.dplq import DPLQ, MAE, NoFeatures
 from companion.models.prompting import MaPLe, ZeroShot
 from companion.pocket.tokens import Tokenizer
 from companion.runs import dplq as runs
+from companion.studies import dplq as study
 
 EACH = 40  # pictures a class: 20 to train, 8 to validate, 12 to test
 
@@ -37,6 +38,7 @@ def pocket(monkeypatch) -> None:
     """The pocket CLIP in the place of the real one; its image tower has 6 blocks, so prompts of depth 3 fit."""
     monkeypatch.setattr(runs, "_clip", lambda p, weights: backbones.build("pocket_clip"))
     monkeypatch.setattr(runs.open_clip, "get_tokenizer", lambda name: Tokenizer())
+    monkeypatch.setattr(runs, "WORKERS", 0)
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def sets(tmp_path, monkeypatch) -> str:
 def test_the_published_recipe(protocol, lr, epochs, depth):
     found = runs.published_settings(protocol)
     assert (found["learning rate"], found["epochs"], found["prompt depth"]) == (lr, epochs, depth)
-    options = runs._options(given(protocol=protocol), 0)
+    options = runs._options(given(protocol=protocol))
     expected = {"epochs": epochs, "batch": 4, "optimizer": "sgd", "momentum": 0.9, "weight_decay": 5e-4, "decay": "all",
                 "warmup_lr": 1e-5, "final_lr": 0.0}  # fmt: skip
     assert {k: options[k] for k in expected} == expected
@@ -74,7 +76,7 @@ def test_the_rates_of_a_training_are_the_authors():
     """25 epochs of 64 images in batches of 4: the first at 1e-5, then half a cosine that ends above 0."""
     p = given(protocol="cross-dataset")
     data = TensorDataset(torch.randn(64, 3), torch.zeros(64, dtype=torch.long))
-    history = fit(nn.Linear(3, 2), runs.loss, data, lr=runs._rates(p)["DPLQ"], **runs._options(p, 0))
+    history = fit(nn.Linear(3, 2), study.loss, data, lr=runs._rates(p)["DPLQ"], **runs._options(p))
     expected = [1e-5] + [2.6e-3 * (1 + np.cos(np.pi * (e - 1) / 25)) / 2 for e in range(1, 25)]
     np.testing.assert_allclose([row["lr"] for row in history], np.repeat(expected, 16))
 
@@ -86,13 +88,12 @@ def test_the_rates_of_a_training_are_the_authors():
 def test_a_model_is_carried_over_to_other_sets(protocol, pocket, sets, tmp_path):
     p = given(protocol=protocol, targets="medical/ccbtm", domain="clip", data_root=sets)
     found = runs.setting(p, tmp_path, {})
-    found.fit["workers"] = found.predict["workers"] = 0
     model, history = runs.train(found, "DPLQ", epochs=1, warmup=0.0)
     assert isinstance(model, DPLQ) and len(model.deep_text) == 2 and len(history) == 16
-    scores = runs.scores(model, found)
+    scores = runs.scores(model, found, p.method)
     assert list(scores) == ["source", "medical/ccbtm"] and all(0 <= s <= 100 for s in scores.values())
-    assert len(found.tests["medical/ccbtm"]) == 4 * (12 if protocol == "cross-dataset" else EACH)
-    assert runs.scores(model, found) == scores, "the noise is drawn from the seed"
+    assert len(found.inputs("DPLQ", "medical/ccbtm")) == 4 * (12 if protocol == "cross-dataset" else EACH)
+    assert runs.scores(model, found, p.method) == scores, "the noise is drawn from the seed"
     assert len(model.embedded) == 4 and model.length == model.ends.max() + 1, "the classes trained on are back"
     table = runs.measured(tmp_path / "measured.csv", runs.rows(p, scores))
     here = runs.cells(table, protocol)
@@ -103,22 +104,22 @@ def test_a_model_is_carried_over_to_other_sets(protocol, pocket, sets, tmp_path)
 
 
 def test_base_to_novel_trains_on_the_base_classes_alone(pocket, sets, tmp_path):
-    found = runs.setting(given(method="CoCoOp", data_root=sets), tmp_path, {})
+    p = given(method="CoCoOp", data_root=sets)
+    found = runs.setting(p, tmp_path, {})
     assert found.classes == ("glioma", "meningioma")
     assert found.test_classes == {"base": ("glioma", "meningioma"), "novel": ("no brain tumor", "pituitary")}
-    assert len(found.train) == 32 and [len(test) for test in found.tests.values()] == [24, 24]
-    found.fit["workers"] = found.predict["workers"] = 0
+    assert [len(found.inputs("CoCoOp", part)) for part in ("train", "base", "novel")] == [32, 24, 24]
     model, _ = runs.train(found, "CoCoOp", epochs=1, warmup=0.0)
-    scores = runs.scores(model, found)
+    scores = runs.scores(model, found, p.method)
     assert list(scores) == ["base", "novel", "HM"]
     # training pictures are cropped at random, test pictures are not
-    assert not torch.equal(found.train[0][0], found.train[0][0])
-    assert torch.equal(found.tests["base"][0][0], found.tests["base"][0][0])
+    cuts = {part: [runs.first(found, "CoCoOp", part, 3)[0] for _ in range(2)] for part in ("train", "base")}
+    assert not torch.equal(*cuts["train"]) and torch.equal(*cuts["base"])
 
 
 def test_zero_shot_has_nothing_to_train(pocket, sets, tmp_path):
-    found = runs.setting(given(method="zero-shot", data_root=sets), tmp_path, {})
-    model, history = runs.train(found, "zero-shot")
+    found = runs.setting(given(method="zero-shot CLIP", data_root=sets), tmp_path, {})
+    model, history = runs.train(found, "zero-shot CLIP")
     assert isinstance(model, ZeroShot) and history == [] and found.rates == {}
 
 
@@ -128,6 +129,21 @@ def test_a_folder_of_ones_own(pocket, tmp_path, sets):
     assert found.title == "folder, base to novel" and found.classes == ("glioma", "meningioma")
     with pytest.raises(BadParameter, match="'remote-sensing', 'medical'"):
         runs.setting(given(dataset="folder", data_root=str(mine)), tmp_path, {})
+
+
+def test_the_live_run_at_pocket_scale_is_the_studys(tmp_path):
+    p = given(profile="pocket", seed=3)
+    rates = {(runs.TASK, method): 1e-2 for method in study.METHODS}
+    found = runs.setting(p, tmp_path, rates)
+    assert found.methods == runs.LIVE and set(found.rates) == {"MaPLe", "DPLQ"}
+    model, history = runs.train(found, "DPLQ", epochs=1)
+    assert len(history) == 8
+    scores = runs.scores(model, found, "DPLQ")
+    expected = study.train("DPLQ", runs.TASK, 1e-2, 3, str(tmp_path / "data"), epochs=1)
+    assert {name: round(value, 2) for name, value in scores.items()} == {n: expected[n] for n in scores}
+    images, labels, domain = runs.first(found, "DPLQ", "novel", 5)
+    assert images.shape == (5, 3, 32, 32) and labels.shape == (5,) and len(domain) == 5
+    assert model(images, domain).shape == (5, len(found.classes))
 
 
 # --- what is missing --------------------------------------------------------------------------------------------------
@@ -191,10 +207,11 @@ def test_targets_are_the_other_sets_of_the_domain():
 
 
 def test_the_dry_run_takes_two_steps(pocket, tmp_path):
-    found = runs.setting(given(dry_run=True, protocol="cross-dataset", domain="clip"), tmp_path, {})
+    p = given(dry_run=True, protocol="cross-dataset", domain="clip")
+    found = runs.setting(p, tmp_path, {})
     model, history = runs.train(found, "DPLQ")
     assert [row["lr"] for row in history] == [2.6e-3, 2.6e-3]
-    assert set(runs.scores(model, found)) == {"source", "generated"}
+    assert set(runs.scores(model, found, p.method)) == {"source", "generated"}
 
 
 @pytest.mark.slow
@@ -205,7 +222,7 @@ def test_the_dry_run_at_full_size(method, tmp_path):
     model, history = runs.train(found, method)
     assert len(history) == 2 and all(np.isfinite(row["loss"]) for row in history)
     assert model.count() == (3_555_072 if isinstance(model, MaPLe) else 2_147_104)
-    assert set(runs.scores(model, found)) == {"base", "novel", "HM"}
+    assert set(runs.scores(model, found, p.method)) == {"base", "novel", "HM"}
 
 
 # --- results that gather ----------------------------------------------------------------------------------------------
@@ -245,3 +262,36 @@ def test_what_is_not_as_published_has_a_row_of_its_own():
     changed = given(domain="none", noise="off", clip="ViT-L-14/openai")
     assert runs.label(changed) == "DPLQ, domain model none, noise off, ViT-L-14/openai"
     assert runs.label(given(method="MaPLe", noise="off")) == "MaPLe"
+
+
+# --- the facts --------------------------------------------------------------------------------------------------------
+
+
+def test_the_facts_name_what_there_is():
+    """Claims name methods and tasks of the study, runs name tables and weights, tables name the register's sets."""
+    facts = report.paper("dplq")
+    for claim in facts["claims"]:
+        if claim["kind"] == "directional":
+            for task in claim["tasks"]:
+                assert {claim["better"], claim["worse"]} <= set(study.TASKS[task])
+    tables, weights = {t["id"] for t in facts["tables"]}, {w["name"] for w in facts["weights"]}
+    assert all(set(run["tables"]) <= tables and set(run["weights"]) <= weights for run in facts["runs"])
+    columns = {name: DATASETS[name].folders[-1] for name in domains_sets.CLASSES}
+    counted = report.published("dplq", "code-datasets").set_index("method").classes
+    assert {columns[name]: len(found) for name, found in domains_sets.CLASSES.items()} == counted.to_dict()
+    for protocol in ("cross-dataset", "domain-generalisation"):
+        named = [set(report.published("dplq", f"{protocol}-{d}").columns) - {"method"} for d in runs.DOMAINS]
+        assert set.union(*named) == set(columns.values())
+    assert set(facts["parameters"]["protocol"]["choices"]) == {"base to novel", *runs.TRANSFERS}
+
+
+def test_every_method_is_built_at_the_published_depth():
+    """Counts of the authors' modules, at the size of ViT-B/16."""
+    counted = report.published("dplq", "code-params").set_index("method")
+    clip = backbones.build("openclip:ViT-B-16/openai", "random")
+    rows = {"CoOp": "CoOp (16 tokens, shared)", "CoCoOp": "CoCoOp (4 tokens)", "MaPLe": "MaPLe prompt learner total",
+            "DPLQ": "prompt learner total"}  # fmt: skip
+    for protocol, column in (("base to novel", "depth9"), ("cross-dataset", "depth3")):
+        for method, row in rows.items():
+            model = runs.build(given(protocol=protocol), method, ("a", "b"), clip, NoFeatures(512))
+            assert model.count() == counted.loc[row, column]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import open_clip
 import pandas as pd
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
+from torchmetrics.functional.classification import multiclass_accuracy
 
 from .. import backbones, report
 from ..data import DATASETS, domains, fewshot
@@ -21,10 +23,14 @@ from ..errors import BadParameter, MissingWeights
 from ..files import atomic
 from ..fit import fit, predict
 from ..models import dplq, prompting
+from ..pocket import domains as pocket
+from ..studies import dplq as study
 
+TASK, LIVE = "remote", ("zero-shot CLIP", "MaPLe", "DPLQ")
 DOMAINS = {"remote": "remote-sensing", "medical": "medical"}
 TRANSFERS = {"cross-dataset": fewshot.cross_dataset, "domain generalisation": fewshot.domain_generalisation}
 TEST_BATCH = 24  # as released: the noise of an image's prompts depends on its batch, at test time too
+WORKERS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -32,23 +38,25 @@ class Setting:
     """What is trained on what, and tested on what.
 
     Attributes:
-        train, classes: the few images, and the names of their classes by label.
-        tests, test_classes: the test sets by name, and the class names of each.
+        classes: the names of the classes that are trained on, by label.
+        test_classes: the same of every test set, by its name.
         rates: learning rates of the methods that are trained.
-        fit: arguments of `companion.fit.fit` besides the rate.
-        predict: arguments of `companion.fit.predict`.
+        build: the model of a method, before training.
+        inputs: of a method and "train" or the name of a test set: items (image, label), or what the method reads of an
+            image (see `companion.studies.dplq.INPUTS`), its label, and the domain feature when it is known already.
+        learn: trains a model in place: (model, method, its training inputs, arguments of `fit`) to the history.
+        accuracy: of a model, test inputs and their class names; top-1, in percent.
     """
 
     title: str
-    train: Dataset
     classes: tuple[str, ...]
-    tests: dict[str, Dataset]
     test_classes: dict[str, tuple[str, ...]]
     methods: tuple[str, ...]
     rates: dict[str, float]
-    build: Callable[[str], nn.Module]
-    fit: dict = field(default_factory=dict)
-    predict: dict = field(default_factory=dict)
+    build: Callable[[str], prompting.PromptedCLIP]
+    inputs: Callable[[str, str], Dataset]
+    learn: Callable[..., list[dict]]
+    accuracy: Callable[[prompting.PromptedCLIP, Dataset, tuple[str, ...]], float]
 
 
 def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
@@ -62,7 +70,38 @@ def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float
     Raises:
         BadParameter, MissingData, MissingWeights: with what to change or get.
     """
+    if p.profile == "pocket":
+        return _pocket(p, out, rates)
+    check_dataset(p)
     return _dry(p) if p.dry_run else _paper(p)
+
+
+def _pocket(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
+    root = str(out / "data")
+    pocket.write(study.folder(root, p.seed), TASK, p.seed)
+    classes = {part: study.pictures(TASK, root, p.seed, part)[2] for part in ("train", "test base", "test novel")}
+    chosen = {method: rates[TASK, method] for method in LIVE if method not in study.UNTRAINED}
+
+    def inputs(method: str, part: str) -> TensorDataset:
+        return study.inputs(method, TASK, root, p.seed, part if part == "train" else f"test {part}")
+
+    def build(method: str) -> prompting.PromptedCLIP:
+        return study.build(method, classes["train"], p.seed, inputs(method, "train").tensors[-1].shape[-1])
+
+    def learn(model: nn.Module, method: str, data: TensorDataset, **options) -> list[dict]:
+        return study.train_model(model, method, data, chosen[method], p.seed, **options)
+
+    return Setting(
+        title=f"{TASK} (pocket), base to novel",
+        classes=classes["train"],
+        test_classes={half: classes[f"test {half}"] for half in ("base", "novel")},
+        methods=LIVE,
+        rates=chosen,
+        build=build,
+        inputs=inputs,
+        learn=learn,
+        accuracy=functools.partial(study.accuracy, seed=p.seed),
+    )
 
 
 # --- the published recipe ---------------------------------------------------------------------------------------------
@@ -77,7 +116,7 @@ def published_settings(protocol: str) -> dict[str, float]:
     return report.published("dplq", "code-recipe").set_index("method")[column].to_dict()
 
 
-def _options(p: SimpleNamespace, workers: int) -> dict:
+def _options(p: SimpleNamespace, workers: int = 0) -> dict:
     """The authors' optimiser for `fit`: SGD, one rate an epoch, the first epoch at a small constant one."""
     recipe = published_settings(p.protocol)
     epochs = int(recipe["epochs"])
@@ -87,7 +126,9 @@ def _options(p: SimpleNamespace, workers: int) -> dict:
             "warmup_lr": recipe["warm-up learning rate"], "final_lr": 0.0, "workers": workers}  # fmt: skip
 
 
-def build(p: SimpleNamespace, method: str, classes: tuple[str, ...], clip: nn.Module, domain: nn.Module) -> nn.Module:
+def build(
+    p: SimpleNamespace, method: str, classes: tuple[str, ...], clip: nn.Module, domain: nn.Module | None
+) -> prompting.PromptedCLIP:
     """A method at full size on a frozen CLIP; only DPLQ reads the domain model."""
     torch.manual_seed(p.seed)
     recipe = published_settings(p.protocol)
@@ -95,7 +136,7 @@ def build(p: SimpleNamespace, method: str, classes: tuple[str, ...], clip: nn.Mo
     tokenizer = open_clip.get_tokenizer(p.clip.partition("/")[0])
     given = (clip, classes, tokenizer)
     kinds = {
-        "zero-shot": lambda: prompting.ZeroShot(*given),
+        "zero-shot CLIP": lambda: prompting.ZeroShot(*given),
         "CoOp": lambda: prompting.CoOp(*given),
         "CoCoOp": lambda: prompting.CoCoOp(*given),
         "MaPLe": lambda: prompting.MaPLe(*given, tokens=tokens, depth=depth),
@@ -145,7 +186,6 @@ def _domain(p: SimpleNamespace, clip: nn.Module) -> nn.Module | None:
 
 def _paper(p: SimpleNamespace) -> Setting:
     """The published recipe on real pictures: 16 images a class, tested as the protocol says."""
-    check_dataset(p)
     clip = _clip(p, weights(p, "clip", p.weights))
     domain = _domain(p, clip)
     seen = backbones.input_of(clip)
@@ -158,23 +198,42 @@ def _paper(p: SimpleNamespace) -> Setting:
     else:
         others = {name: splits(p, name, transform) for name in targets(p)}
         protocol = TRANSFERS[p.protocol](source, others, shots, p.seed)
-    names = tuple(protocol.train.class_names)
+    parts = {"train": protocol.train, **protocol.tests}
+    names = {name: tuple(part.class_names) for name, part in parts.items()}
+    return _full_size(p, f"{p.dataset}, {p.protocol}", parts, names, clip, domain, _options(p, WORKERS))
+
+
+def _full_size(
+    p: SimpleNamespace,
+    title: str,
+    parts: dict[str, Dataset],
+    names: dict[str, tuple[str, ...]],
+    clip: nn.Module,
+    domain: nn.Module | None,
+    options: dict,
+) -> Setting:
+    """A setting of `parts`, "train" and the test sets, whose classes are `names`."""
+    rates = _rates(p)
+
+    def learn(model: nn.Module, method: str, data: Dataset, **changes) -> list[dict]:
+        return fit(model, study.loss, data, **(options | {"lr": rates[method], "name": method} | changes))
+
     return Setting(
-        title=f"{p.dataset}, {p.protocol}",
-        train=protocol.train,
-        classes=names,
-        tests=protocol.tests,
-        test_classes={name: tuple(test.class_names) for name, test in protocol.tests.items()},
+        title=title,
+        classes=names["train"],
+        test_classes={name: classes for name, classes in names.items() if name != "train"},
         methods=(p.method,),
-        rates=_rates(p),
-        build=lambda method: build(p, method, names, clip, domain),
-        fit=_options(p, workers=8),
-        predict={"batch": TEST_BATCH, "accelerator": p.accelerator, "precision": p.precision, "workers": 8},
-    )
+        rates=rates,
+        build=lambda method: build(p, method, names["train"], clip, domain),
+        inputs=lambda method, part: parts[part],
+        learn=learn,
+        accuracy=functools.partial(accuracy, seed=p.seed, accelerator=p.accelerator, precision=p.precision,
+                                   workers=options["workers"]),
+    )  # fmt: skip
 
 
 def _rates(p: SimpleNamespace) -> dict[str, float]:
-    return {} if p.method == "zero-shot" else {p.method: published_settings(p.protocol)["learning rate"]}
+    return {} if p.method in study.UNTRAINED else {p.method: published_settings(p.protocol)["learning rate"]}
 
 
 def _dry(p: SimpleNamespace) -> Setting:
@@ -191,21 +250,13 @@ def _dry(p: SimpleNamespace) -> Setting:
     def generated(count: int, classes: int) -> TensorDataset:
         return TensorDataset(torch.randn(count, 3, size, size, generator=generator), torch.arange(count) % classes)
 
-    options = _options(p, workers=0)
+    # a single epoch has nothing after its warm-up: it gets the rate of the second published one
+    options = _options(p) | {"epochs": 1, "warmup": 0.0}
     tests = ("source", "generated") if transfer else ("base", "novel")
-    return Setting(
-        title="generated pictures (dry run: accuracies mean nothing)",
-        train=generated(2 * options["batch"], len(names)),
-        classes=names,
-        tests={test: generated(8, len(c)) for test, c in zip(tests, (names, others), strict=True)},
-        test_classes=dict(zip(tests, (names, others), strict=True)),
-        methods=(p.method,),
-        rates=_rates(p),
-        build=lambda method: build(p, method, names, clip, domain),
-        # a single epoch has nothing after its warm-up: the rate of the second published epoch is taken
-        fit=options | {"epochs": 1, "warmup": 0.0},
-        predict={"batch": TEST_BATCH, "accelerator": p.accelerator, "precision": p.precision},
-    )
+    named = {"train": names, tests[0]: names, tests[1]: others}
+    parts = {part: generated(8, len(classes)) for part, classes in named.items()}
+    parts["train"] = generated(2 * options["batch"], len(names))
+    return _full_size(p, "generated pictures (dry run: accuracies mean nothing)", parts, named, clip, domain, options)
 
 
 # --- data sets --------------------------------------------------------------------------------------------------------
@@ -245,38 +296,47 @@ def splits(p: SimpleNamespace, name: str, transform: Callable) -> dict[str, Data
 # --- training and testing ---------------------------------------------------------------------------------------------
 
 
-def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Cross entropy over the classes that are trained on; the temperature is CLIP's own."""
-    images, target = batch
-    return F.cross_entropy(model(images), target)
-
-
-def train(found: Setting, method: str, **options) -> tuple[nn.Module, list[dict]]:
-    """Build a method of a setting and train it; zero-shot has nothing to train, its history is empty."""
+def train(found: Setting, method: str, **options) -> tuple[prompting.PromptedCLIP, list[dict]]:
+    """Build a method of a setting and train it; zero-shot CLIP has nothing to train, its history is empty."""
     model = found.build(method)
     if method not in found.rates:
         return model.eval(), []
-    settings = found.fit | {"lr": found.rates[method], "name": method} | options
-    return model, fit(model, loss, found.train, **settings)
+    return model, found.learn(model, method, found.inputs(method, "train"), **options)
 
 
-def scores(model: nn.Module, found: Setting) -> dict[str, float]:
-    """Top-1 accuracy in percent on every test set among its own classes, and the harmonic mean "HM" of base and novel.
+def accuracy(model: prompting.PromptedCLIP, data: Dataset, classes: tuple[str, ...], seed: int = 0, **options) -> float:
+    """Top-1 accuracy in percent on (image, label) among `classes`; `seed` is that of DPLQ's noise, the rest is for
+    `companion.fit.predict`."""
+    model.set_classes(classes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        logits = predict(model, data, batch=TEST_BATCH, **options)
+    labels = data.tensors[1] if isinstance(data, TensorDataset) else torch.tensor(data.labels)
+    return 100 * float(multiclass_accuracy(logits, labels, num_classes=len(classes), average="micro"))
 
-    The noise of DPLQ's prompts is drawn from the setting's seed.
+
+def scores(model: prompting.PromptedCLIP, found: Setting, method: str) -> dict[str, float]:
+    """Accuracy in percent on every test set among its own classes, and "HM", the harmonic mean of base and novel.
+
+    The model is left with the classes that it was trained on.
     """
-    accuracies = {}
-    for name, test in found.tests.items():
-        model.set_classes(found.test_classes[name])
-        with torch.random.fork_rng():
-            torch.manual_seed(found.fit.get("seed", 0))
-            logits = predict(model, test, **found.predict)
-        labels = test.tensors[1] if isinstance(test, TensorDataset) else torch.tensor(test.labels)
-        accuracies[name] = 100 * float((logits.argmax(1) == labels).float().mean())
+    accuracies = {
+        part: found.accuracy(model, found.inputs(method, part), classes) for part, classes in found.test_classes.items()
+    }
     model.set_classes(found.classes)
     if {"base", "novel"} <= accuracies.keys():
         accuracies["HM"] = fewshot.harmonic_mean(accuracies["base"], accuracies["novel"])
     return accuracies
+
+
+def first(found: Setting, method: str, part: str, count: int) -> tuple[Tensor, ...]:
+    """The first items of `inputs`, stacked: what the model reads (n, ...), labels (n,), maybe domain features (n, F).
+
+    `images, labels, *domain = first(found, "DPLQ", "base", 24)`, then `model(images, *domain)`.
+    """
+    data = found.inputs(method, part)
+    items = [data[i] for i in range(min(count, len(data)))]
+    return tuple(torch.stack([torch.as_tensor(x) for x in column]) for column in zip(*items, strict=True))
 
 
 # --- results that gather ----------------------------------------------------------------------------------------------
