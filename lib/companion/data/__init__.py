@@ -142,8 +142,8 @@ def table(root: str | Path) -> list[dict[str, str]]:
     return rows
 
 
-# These need DataSet and DATASETS, so they come last. They are imported by name: a notebook depends on the readers that
-# it imports, not on every task there is, and a new task makes no other paper's results stale.
-for _task in ("classification", "tracking", "domains"):
-    for _dataset in importlib.import_module(f".{_task}_sets", __name__).sets():
+# These need DataSet and DATASETS, so they come last. They are found, not imported by name: a notebook depends on the
+# readers that it imports, not on every task there is, and a new task makes no other paper's results stale.
+for _file in sorted(Path(__file__).parent.glob("*_sets.py")):
+    for _dataset in importlib.import_module(f".{_file.stem}", __name__).sets():
         DATASETS[_dataset.name] = _dataset

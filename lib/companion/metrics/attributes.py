@@ -8,8 +8,8 @@ For labels y and probabilities p of n images and A attributes, an attribute bein
 
 * mA, mean accuracy: the mean over attributes of (TP / P + TN / N) / 2, the recall of what is there and of what is not.
   An attribute that no image has, or that all have, gets 50 % at most.
-* Acc, Prec, Rec: for each image |y and p| / |y or p|, / |p|, / |y|, then the mean over images. 0 / 0 counts as 0. Acc is
-  thus the Jaccard index; the supplement of PromptPAR writes (TP + TN) / all, which its code does not compute.
+* Acc, Prec, Rec: for each image |y and p| / |y or p|, / |p|, / |y|, then the mean over images; 0 / 0 counts as 0. Acc
+  is thus the Jaccard index; the supplement of PromptPAR writes (TP + TN) / all, which its code does not compute.
 * F1, of which two go round under one name. "F1": the mean over images of the image's own F1, as in the code of VTB and
   PromptPAR. "F1 of means": the harmonic mean of Prec and Rec, as in Rethinking_of_PAR and the papers that follow it.
   From their published Prec and Rec it is 0.2 to 0.4 points above the F1 that VTB and PromptPAR report.
