@@ -255,14 +255,37 @@ def test_sgd_resumes_to_the_same_bits(tmp_path):
 
 def test_decay_spares_vectors_unless_all_is_asked():
     model = nn.Linear(3, 2)
-    two, one = loop.decay_groups(model, 0.1), loop.decay_groups(model, 0.1, "all")
+    two, one = loop.decay_groups(model.parameters(), 0.1), loop.decay_groups(model.parameters(), 0.1, "all")
     assert [(len(g["params"]), g["weight_decay"]) for g in two] == [(1, 0.1), (1, 0.0)]
     assert [(len(g["params"]), g["weight_decay"]) for g in one] == [(2, 0.1)]
+
+
+def test_sides_have_rates_of_their_own_and_are_clipped_apart(tmp_path):
+    models = [noisy_model() for _ in range(2)]
+    for model in models:  # the first layer rests, and the last one makes steps of known size
+        sides = {
+            "rests": (list(model[0].parameters()), np.zeros(8)),
+            "learns": (list(model[4].parameters()), np.ones(8)),
+        }
+        kept = dict(checkpoint=tmp_path / "c.pt", resume=model is models[1])
+        run(model, lr=None, sides=sides, epochs=1, optimizer="sgd", momentum=0.0, weight_decay=0.0, clip=1e-3, **kept)
+    before, after = noisy_model(), models[0]
+    assert torch.equal(before[0].weight, after[0].weight)
+    moved = [(a - b).norm() for a, b in zip(after[4].parameters(), before[4].parameters(), strict=True)]
+    assert 0 < torch.stack(moved).norm() <= 8e-3 + 1e-6
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True)), "resumed when done"
+    one, two = noisy_model(), noisy_model()
+    run(one, clip=0.5)
+    rates = learning_rates("cosine", 1e-2, 40, 4, 1e-7)
+    run(two, lr=None, sides={"all": (list(two.parameters()), rates)}, clip=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (dict(lr=None), "or `sides` in its place"),
+        (dict(lr=None, sides={"all": ([], np.ones(3))}), "40, one for each step"),
         (dict(batch=65), "1 to 64"),
         (dict(batch=0), "1 to 64"),
         (dict(schedule="exponential"), "'cosine'"),

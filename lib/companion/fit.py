@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,9 +63,9 @@ def learning_rates(
     return np.concatenate([rising, final + (base - final) * left])
 
 
-def decay_groups(model: nn.Module, weight_decay: float, decay: str = "matrices") -> list[dict]:
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float, decay: str = "matrices") -> list[dict]:
     """The trained tensors in groups: those with two axes or more decay, vectors and biases only with `decay` "all"."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in parameters if p.requires_grad]
     if decay == "all":
         return [{"params": trained, "weight_decay": weight_decay}]
     return [
@@ -87,7 +87,8 @@ def fit(
     *,
     epochs: float,
     batch: int,
-    lr: float,
+    lr: float | None = None,
+    sides: Mapping[str, tuple[Sequence[nn.Parameter], np.ndarray]] | None = None,
     optimizer: str = "adamw",
     momentum: float = 0.9,
     weight_decay: float = 1e-4,
@@ -118,14 +119,15 @@ def fit(
             Nesterov's, the decay added to the gradient.
         weight_decay, decay: see `decay_groups`.
         lr, final_lr, schedule, warmup, warmup_lr: see `learning_rates`; `warmup` is a fraction of all steps.
-        clip: largest norm of the gradient; None for no clipping.
+        sides: instead of `lr` and its schedule: by name, tensors and their learning rate at each step, (steps,).
+        clip: largest norm of the gradient, of each side's by itself; None for no clipping.
         accelerator, devices, precision: as in `lightning_fabric.Fabric`.
         workers: processes that load data.
         checkpoint: file written every `checkpoint_every` steps and at the end, under a temporary name first.
         resume: go on from `checkpoint` when there is one.
 
     Returns:
-        One row a step: {"step", "lr", "loss"}.
+        One row a step: {"step", "lr", "loss"}; with `sides` the rate of the first.
 
     Raises:
         BadParameter: a value outside its range, or a checkpoint to resume that was written under other settings.
@@ -149,11 +151,20 @@ def fit(
         raise BadParameter("resume", resume, "True only with a checkpoint file")
     per_epoch = len(data) // batch
     steps = max(1, round(epochs * per_epoch))
-    rates = learning_rates(schedule, lr, steps, round(warmup * steps), final_lr, warmup_lr=warmup_lr, epoch=per_epoch)
+    if (lr is None) == (sides is None):
+        raise BadParameter("lr", lr, "a number, or `sides` in its place")
+    if sides is None:
+        schedules = (schedule, lr, steps, round(warmup * steps), final_lr)
+        rates = learning_rates(*schedules, warmup_lr=warmup_lr, epoch=per_epoch)
+        sides = {"all": ([p for p in model.parameters() if p.requires_grad], rates)}
+    for side, (_, rates) in sides.items():
+        if len(rates) != steps:
+            raise BadParameter("sides", f"{len(rates)} rates of {side!r}", f"{steps}, one for each step")
     settings = {
         "steps": steps, "batch": batch, "lr": lr, "final_lr": final_lr, "schedule": schedule, "warmup": warmup,
         "warmup_lr": warmup_lr, "optimizer": optimizer, "momentum": momentum, "weight_decay": weight_decay,
         "decay": decay, "clip": clip, "seed": seed, "images": len(data), "precision": precision,
+        "sides": {side: zlib.crc32(np.asarray(rates, float).tobytes()) for side, (_, rates) in sides.items()},
         "tensors": zlib.crc32(repr([(n, tuple(t.shape)) for n, t in trained_state(model).items()]).encode()),
     }  # fmt: skip
     saved = _read(checkpoint, settings) if resume and Path(checkpoint).is_file() else None
@@ -163,8 +174,12 @@ def fit(
     fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision, strategy=strategy)
 
     def train(fabric: Fabric) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
-        groups = decay_groups(model, weight_decay, decay)
-        optim = torch.optim.SGD(groups, lr, momentum) if optimizer == "sgd" else torch.optim.AdamW(groups, lr)
+        groups = [
+            group | {"side": side}
+            for side, (parameters, _) in sides.items()
+            for group in decay_groups(parameters, weight_decay, decay)
+        ]
+        optim = torch.optim.SGD(groups, 0.0, momentum) if optimizer == "sgd" else torch.optim.AdamW(groups, 0.0)
         if saved:
             model.load_state_dict(saved["model"], strict=False)
             optim.load_state_dict(saved["optimizer"])
@@ -177,15 +192,19 @@ def fit(
         for step, items in enumerate(shown, start):
             torch.manual_seed(_mix(seed, step, rank))
             for group in optim.param_groups:
-                group["lr"] = float(rates[step])
+                group["lr"] = float(sides[group["side"]][1][step])
             value = loss(wrapped, tuple(x.to(fabric.device) for x in items))
             fabric.backward(value)
             if clip is not None:
-                fabric.clip_gradients(wrapped, optim, max_norm=clip)
+                fabric.strategy.precision.unscale_gradients(optim.optimizer)
+                for side in sides:
+                    own = [p for group in optim.param_groups if group["side"] == side for p in group["params"]]
+                    # half precision begins with steps that overflow, which its scaler leaves out
+                    nn.utils.clip_grad_norm_(own, clip, error_if_nonfinite=precision != "16-mixed")
             optim.step()
             optim.zero_grad(set_to_none=True)
             mean = value.detach() if ranks == 1 else fabric.all_reduce(value.detach(), reduce_op="mean")
-            history.append({"step": step, "lr": float(rates[step]), "loss": mean})
+            history.append({"step": step, "lr": optim.param_groups[0]["lr"], "loss": mean})
             if checkpoint and ((step + 1) % checkpoint_every == 0 or step + 1 == steps) and rank == 0:
                 _write(checkpoint, settings, model, optim, history)
         # as arrays: a tensor would be shared with a process that ends before it is read
