@@ -20,7 +20,7 @@ from companion.data import DATASETS, DataSet, attributes, attributes_sets
 from companion.data.attributes import PadToSquare, load, own_folder, splits, square_transform
 from companion.errors import BadParameter, CorruptFile, MissingData
 
-SETS = ["par/peta", "par/pa100k", "par/rapv1", "par/rapv2", "par/wider", "par/peta-zs", "par/rap-zs"]
+SETS = ["par/peta", "par/pa100k", "par/rapv1", "par/rapv2", "par/wider", "par-zs/peta", "par-zs/rap"]
 
 
 # --- fake data ---------------------------------------------------------------------------------------------------
@@ -158,11 +158,11 @@ def shades(found) -> list[int]:
 
 def test_register_holds_the_sets_with_their_numbers(monkeypatch):
     monkeypatch.undo()
-    assert [name for name in DATASETS if name.startswith("par/")] == SETS
-    counted = {"par/peta": 35, "par/pa100k": 26, "par/rapv1": 51, "par/rapv2": 54, "par/wider": 14, "par/peta-zs": 35,
-               "par/rap-zs": 53}  # fmt: skip
+    assert [name for name in DATASETS if name.startswith(("par/", "par-zs/"))] == SETS
+    counted = {"par/peta": 35, "par/pa100k": 26, "par/rapv1": 51, "par/rapv2": 54, "par/wider": 14, "par-zs/peta": 35,
+               "par-zs/rap": 53}  # fmt: skip
     totals = {"par/peta": 19_000, "par/pa100k": 100_000, "par/rapv1": 41_585, "par/rapv2": 84_928, "par/wider": 57_491,
-              "par/peta-zs": 19_000, "par/rap-zs": 26_618}  # fmt: skip
+              "par-zs/peta": 19_000, "par-zs/rap": 26_618}  # fmt: skip
     for name, count in counted.items():
         assert DATASETS[name].classes == count == len(attributes_sets.SENTENCES[name])
         assert len({*attributes_sets.COLUMNS[name]}) == count
@@ -178,7 +178,7 @@ def test_sentences_are_the_authors():
     assert words["par/pa100k"][15] == "A pedestrian in stride upper wear"
     assert words["par/rapv1"][8] == "A clerk" and words["par/rapv2"][44] == "An employee"
     assert words["par/wider"][3] == " pedestrian wearing a hat"
-    assert set(words["par/rapv2"]) - set(words["par/rap-zs"]) == {"A pedestrian between the ages of 46 and 60"}
+    assert set(words["par/rapv2"]) - set(words["par-zs/rap"]) == {"A pedestrian between the ages of 46 and 60"}
     assert all(s == " ".join(s.split()) for n, many in words.items() if n != "par/wider" for s in many)
     assert attributes_sets.PHRASES["par/rapv1"][-2:] == ("action carry arm", "action carry hand")
 
@@ -267,7 +267,7 @@ def raw_of(name: str, root: Path) -> np.ndarray:
 def test_a_split_in_a_list_of_partitions(tmp_path, easydict):
     parts = {split: [np.array(numbers)] for split, numbers in {"train": [0, 1], "val": [2], "test": [3]}.items()}
     new_split(peta(tmp_path), easydict, **parts)
-    assert shades(load("par/peta-zs", tmp_path, "train")) == [0, 1]
+    assert shades(load("par-zs/peta", tmp_path, "train")) == [0, 1]
 
 
 @pytest.mark.parametrize("images", ["images", "Pad_datasets"])
@@ -479,7 +479,7 @@ def test_wrong_new_splits(tmp_path, easydict):
     folder = peta(tmp_path)
     path = new_split(folder, easydict, test=np.array([8]))
     with pytest.raises(CorruptFile, match="goes beyond"):
-        splits("par/peta-zs", tmp_path)
+        splits("par-zs/peta", tmp_path)
     for content, message in (
         (b"no", "not a pickle"),
         (pickle.dumps([1]), "partition.train"),
@@ -488,7 +488,7 @@ def test_wrong_new_splits(tmp_path, easydict):
     ):
         path.write_bytes(content)
         with pytest.raises(CorruptFile, match=message):
-            splits("par/peta-zs", tmp_path)
+            splits("par-zs/peta", tmp_path)
 
 
 class Evil:
@@ -502,7 +502,7 @@ def test_nothing_in_a_pickle_runs(tmp_path, easydict):
     Evil.marker = str(tmp_path / "ran")
     path.write_bytes(pickle.dumps({"partition": {"train": Evil(), "val": [1], "test": [2]}}))
     with pytest.raises(CorruptFile):
-        splits("par/peta-zs", tmp_path)
+        splits("par-zs/peta", tmp_path)
     assert not (tmp_path / "ran").exists()
 
 

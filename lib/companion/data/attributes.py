@@ -109,7 +109,7 @@ def splits(name: str, root: str | Path, transform: Transform | None = None) -> d
     """Every split of a set.
 
     Args:
-        name: "par/peta", "par/pa100k", "par/rapv1", "par/rapv2", "par/wider", "par/peta-zs", "par/rap-zs", or another
+        name: "par/peta", "par/pa100k", "par/rapv1", "par/rapv2", "par/wider", "par-zs/peta", "par-zs/rap", or another
             name of `DATASETS` whose task is "attributes".
         root: the data folder; `DATASETS[name].folders` are looked for in it.
         transform: from a PIL image (RGB) to a tensor (3, H, W), see `square_transform`; None scales to 0..1 and keeps

@@ -87,8 +87,8 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         *("A pedestrian whose lower is skirt", "A pedestrian who is face mask", "A pedestrian who is logo"),
         "A pedestrian who is plaid",
     ),
-    "par/peta-zs": _PETA,
-    "par/rap-zs": tuple(sentence for sentence in _RAPV2 if "46" not in sentence),
+    "par-zs/peta": _PETA,
+    "par-zs/rap": tuple(sentence for sentence in _RAPV2 if "46" not in sentence),
 }
 """The sentence of each attribute, in label order, as the authors' preparation has them, slips included."""
 
@@ -122,13 +122,13 @@ COLUMNS: dict[str, tuple[int, ...]] = {
     "par/rapv1": tuple(range(51)),
     "par/rapv2": _RAPV2_ORDER,
     "par/wider": tuple(range(14)),
-    "par/peta-zs": _PETA_ORDER,
-    "par/rap-zs": tuple(i for i in _RAPV2_ORDER if i != 4),  # 4 is Age46-60
+    "par-zs/peta": _PETA_ORDER,
+    "par-zs/rap": tuple(i for i in _RAPV2_ORDER if i != 4),  # 4 is Age46-60
 }
 """Which columns of the raw labels are scored, in label order: of PETA after its first four, of RAPv2 among the 54 that
 its annotation selects."""
 
-ZERO_SHOT = {"par/peta-zs": "par/peta", "par/rap-zs": "par/rapv2"}
+ZERO_SHOT = {"par-zs/peta": "par/peta", "par-zs/rap": "par/rapv2"}
 """The sets that are another one split anew."""
 
 ZERO_SHOT_FILES = ("dataset_zs_run0.pkl", "dataset_zs_pad.pkl")
@@ -148,8 +148,8 @@ _SIZES = {
     "par/peta": (9_500, 1_900, 7_600),
     "par/pa100k": (80_000, 10_000, 10_000),
     "par/rapv2": (50_957, 16_986, 16_985),
-    "par/peta-zs": (11_241, 3_826, 3_933),
-    "par/rap-zs": (17_062, 4_628, 4_928),
+    "par-zs/peta": (11_241, 3_826, 3_933),
+    "par-zs/rap": (17_062, 4_628, 4_928),
 }
 
 _RAP = "on request from the site of its authors, rapdataset.com; github.com/Event-AHU/OpenPAR links a bundle"
@@ -193,14 +193,14 @@ _FACTS = {
         "none found",
         "Li et al., Human attribute recognition by deep hierarchical contexts, ECCV 2016",
     ),
-    "par/peta-zs": (
+    "par-zs/peta": (
         "PETA, zero-shot identities",
         ("par/PETA", "PETA"),
         f"PETA, and {_RETHINKING}",
         "none found",
         "Jia et al., Rethinking of pedestrian attribute recognition, arXiv 2107.03576, 2021",
     ),
-    "par/rap-zs": (
+    "par-zs/rap": (
         "RAP v2, zero-shot identities",
         ("par/RAPV2", "RAPV2", "RAP2"),
         f"RAP v2, and {_RETHINKING}",
