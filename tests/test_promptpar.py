@@ -119,6 +119,19 @@ def test_gradients_reach_every_trained_tensor_and_nothing_frozen(options):
     assert not model.clip.training
 
 
+def test_the_whole_tower_can_be_tuned_and_the_clip_of_others_stays():
+    clip = small_clip()
+    model = build(clip, prompts=0, regions=0, tuned="all").train()
+    loss(model(images(4)), (draw(4, 5) > 0).float(), RATIO).backward()
+    tower = dict(model.clip.visual.named_parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in tower.values())
+    assert {f"clip.visual.{n}" for n in tower} == {n for n in model.trained() if n.startswith("clip.")}
+    assert sum(map(torch.numel, model.sides()["prompts"])) == sum(p.numel() for p in tower.values())
+    assert model.clip is not clip and all(p.grad is None for p in clip.parameters())
+    with pytest.raises(BadParameter, match="'prompts', 'all'"):
+        build(tuned="heads")
+
+
 def test_nothing_learned_in_the_tower_needs_no_graph_and_tokens_can_be_kept():
     model = build(prompts=0, regions=0).train()
     tokens = model.visual_tokens(images())

@@ -59,6 +59,7 @@ from .prompting import (
     official_state,
 )
 
+TUNED = ("prompts", "all")
 THRESHOLD = 0.45  # of a probability: an attribute is there above it, as in the authors' evaluation
 
 
@@ -197,7 +198,7 @@ class PromptPAR(nn.Module):
         similarity = BN((pick_R(s) + s_0) / 2)              pick: the largest over regions above 0.5, else the smallest
 
     Args:
-        clip: an open_clip `CLIP` with a ViT; it is frozen.
+        clip: an open_clip `CLIP` with a ViT; it is frozen, or, for `tuned` "all", copied.
         sentences: one for each attribute, or their embedded `Texts`.
         tokenizer: texts to ids, as `open_clip.get_tokenizer`; None with `Texts`.
         fusion: a timm ViT, ViT-B/16 of ImageNet as published; its last `mm_layers` blocks and its norm are copied, the
@@ -214,6 +215,7 @@ class PromptPAR(nn.Module):
             Without it E and D must be equal.
         drop_path: rate at which the last fusion block is skipped for an image while training.
         threshold: see `pick` above.
+        tuned: "prompts", as published, or "all", the baseline that trains the whole image tower as well.
         official_quirks: as released, where that is not what the method means: no last norm on the image tower's tokens;
             row 0 of the similarity is the first global prompt, not CLS; the last image's regions count for the whole
             batch; and strips as in `region_mask`. Needs 4 regions and prompts in groups of equal size.
@@ -239,10 +241,15 @@ class PromptPAR(nn.Module):
         visual_embed: bool = False,
         drop_path: float = 0.1,
         threshold: float = 0.5,
+        tuned: str = "prompts",
         official_quirks: bool = False,
     ):
         super().__init__()
-        self.clip = _checked(clip).requires_grad_(False).eval()
+        if tuned not in TUNED:
+            raise BadParameter("tuned", tuned, TUNED)
+        # what is trained is a copy: another model may stand on the same CLIP
+        clip = copy.deepcopy(_checked(clip)) if tuned == "all" else _checked(clip)
+        self.clip = clip.requires_grad_(False).eval()
         visual, layers = clip.visual, len(clip.visual.transformer.resblocks)
         self.grid = rows, _ = tuple(visual.grid_size)
         if not isinstance(fusion, VisionTransformer):
@@ -257,6 +264,7 @@ class PromptPAR(nn.Module):
         ):
             if not low <= value <= high:
                 raise BadParameter(name, value, f"{low} or more" if high == math.inf else f"{low} to {high}")
+        visual.requires_grad_(tuned == "all")
         if official_quirks and regions and (regions != 4 or prompts % 5 or not prompts):
             raise BadParameter("official_quirks", True, "4 regions, or none, and a multiple of 5 prompts: the released "
                                                         "code has no others")  # fmt: skip
@@ -342,7 +350,7 @@ class PromptPAR(nn.Module):
 
     def sides(self) -> dict[str, list[nn.Parameter]]:
         """The trained tensors of the two optimisers that the authors use: "prompts", beside CLIP, and "heads"."""
-        own = ("prompts", "region_tokens", "temperature", "agg_bn.")
+        own = ("clip.", "prompts", "region_tokens", "temperature", "agg_bn.")
         sides: dict[str, list[nn.Parameter]] = {"prompts": [], "heads": []}
         for name, p in self.trained().items():
             sides["prompts" if name.startswith(own) else "heads"].append(p)
@@ -373,9 +381,11 @@ class PromptPAR(nn.Module):
         Without prompts and regions nothing in the tower is trained: it runs without autograd, and its tokens may be
         kept and given to every call of the model.
         """
-        visual, learns = self.clip.visual, len(self.prompts) > 0 or len(self.region_tokens) > 0
-        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-            with torch.no_grad():
+        visual = self.clip.visual
+        tuned = visual.proj.requires_grad and torch.is_grad_enabled()
+        learns = len(self.prompts) > 0 or len(self.region_tokens) > 0
+        with torch.set_grad_enabled(tuned or (learns and torch.is_grad_enabled())):
+            with torch.set_grad_enabled(tuned):
                 patches = visual.conv1(images).flatten(2).mT
                 first = visual.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
                 x = visual.ln_pre(torch.cat([first, patches], dim=1) + visual.positional_embedding)
