@@ -16,7 +16,7 @@ from scipy.io import savemat
 from torch.utils.data import DataLoader
 
 from companion import data
-from companion.data import DATASETS, DataSet, attributes, attributes_sets
+from companion.data import DATASETS, attributes, attributes_sets
 from companion.data.attributes import PadToSquare, load, own_folder, splits, square_transform
 from companion.errors import BadParameter, CorruptFile, MissingData
 
@@ -281,14 +281,11 @@ def test_other_spellings_of_folders(tmp_path):
     assert len(load("par/pa100k", tmp_path, "trainval")) == 5
 
 
-def test_a_set_of_the_same_layout_can_be_registered(tmp_path, monkeypatch):
-    made = DataSet(
-        "pocket/people", "people made here", "pocket", "attributes", 26, {"test": 3}, ("people",), "", "", "", ""
-    )
-    monkeypatch.setitem(DATASETS, "pocket/people", made)
-    pa100k(tmp_path, "people", "")
-    found = load("pocket/people", tmp_path, "test")
+def test_small_pictures_made_here_have_pa100ks_layout(tmp_path):
+    pa100k(tmp_path, "pocket/pedestrians")
+    found = load("pocket/pedestrians", tmp_path, "test")
     assert shades(found) == [5, 6, 7] and found.sentences == found.names
+    assert "pocket.pedestrians.write" in DATASETS["pocket/pedestrians"].source
 
 
 def test_it_feeds_a_loader(tmp_path):

@@ -242,7 +242,7 @@ def _pedestrians(dataset: DataSet, root: Path, transform: Transform | None) -> d
 def _base(dataset: DataSet, root: Path, listing: Listing) -> Path:
     """The folder of the pictures: the first of those known that has the first and the last one."""
     folder = dataset.folder(root)
-    places = IMAGES.get(ZERO_SHOT.get(dataset.name, dataset.name), ("",))
+    places = IMAGES.get(ZERO_SHOT.get(dataset.name, dataset.name), ("data", ""))
     ends = [listing.pictures[listing.splits["test"][i]] for i in (0, -1)]
     for place in places:
         if all((folder / place / name).is_file() for name in ends):

@@ -9,6 +9,7 @@ Each is a set of pictures of people, one person a picture, with a 0 or 1 for eac
 * WIDER: 57,491 people cut from 13,789 photographs, 14 attributes. Li et al., ECCV 2016, have 57,524 boxes; the cuts and
   the text files that are read here are those of the authors of PromptPAR.
 * PETA-ZS, RAP-ZS: PETA and RAPv2 split anew, so that nobody is in two splits. Jia et al., arXiv 2107.03576.
+* pocket: small pictures made on this machine, in PA100K's layout.
 
 Label order: that of the authors of PromptPAR (Event-AHU/OpenPAR at 210ff55, dataset/preprocess), who group PETA's and
 RAPv2's attributes by body part, as valencebond/Rethinking_of_PAR does. Where a set has five random partitions, the
@@ -263,3 +264,16 @@ def sets() -> Iterator[DataSet]:
             licence=licence,
             citation=citation,
         )
+    yield DataSet(
+        name="pocket/pedestrians",
+        title="pocket pedestrians",
+        group="pocket",
+        task="attributes",
+        classes=None,
+        sizes={},
+        folders=("pocket/pedestrians",),
+        layout="as par/pa100k: annotation.mat, data/*.png",
+        source="made on this machine: `companion.pocket.pedestrians.write(root)`",
+        licence="made here, from pictures bundled with scikit-image and scikit-learn",
+        citation="this project",
+    )
