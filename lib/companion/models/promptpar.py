@@ -48,7 +48,6 @@ from torch.nn import functional as F
 from ..errors import BadCheckpoint, BadParameter, CorruptFile
 from ..unpickle import load_torch
 from .prompting import (
-    LinearStack,
     Texts,
     Tokenizer,
     _checked,
@@ -188,6 +187,19 @@ def _read_first(block: Block, x: Tensor, count: int, keep: list[Tensor] | None) 
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
+class Heads(nn.Module):
+    """A linear head for each attribute, on a token of its own: (b, A, D) to (b, A). They start as `nn.Linear` does."""
+
+    def __init__(self, width: int, attributes: int):
+        super().__init__()
+        bound = width**-0.5
+        self.weight = nn.Parameter(torch.empty(attributes, 1, width).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(attributes, 1).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.weight[:, 0]).sum(-1) + self.bias[:, 0]
+
+
 class PromptPAR(nn.Module):
     """PromptPAR on an open_clip CLIP and a timm ViT of any size.
 
@@ -300,9 +312,7 @@ class PromptPAR(nn.Module):
             self.blocks[-1].drop_path1, self.blocks[-1].drop_path2 = DropPath(drop_path), DropPath(drop_path)
         tokens = 1 + regions + prompts + self.grid[0] * self.grid[1]
         self.linear_layer = None if mm_layers else nn.Linear(attributes + tokens, attributes)
-        self.heads = LinearStack(inner, 1, attributes)
-        for p in self.heads.parameters():
-            nn.init.uniform_(p, -(inner**-0.5), inner**-0.5)  # as nn.Linear, and each head its own draw
+        self.heads = Heads(inner, attributes)
         self.bn = nn.BatchNorm1d(attributes)
         self._lay_out(prompts, regions)
 
@@ -423,7 +433,7 @@ class PromptPAR(nn.Module):
 
     def score(self, fused: Tensor) -> Tensor:
         """The heads' outputs (b, A), before the BatchNorm, of the attributes' tokens (b, A, D)."""
-        return self.heads(fused.transpose(0, 1)).squeeze(-1).mT
+        return self.heads(fused)
 
     def forward(self, images: Tensor) -> Output:
         """Logits (b, A) and similarity (b, A) of images (b, 3, H, W), or of their tokens (b, L, E)."""
