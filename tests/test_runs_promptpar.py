@@ -79,18 +79,18 @@ def test_methods(method, small, folder):
     found = runs.setting(given(data_root=folder, method=method))
     model, history = runs.train(found, method, epochs=1)
     assert len(history) == 2 and all(np.isfinite(row["loss"]) for row in history)
-    expected = {"plain prompts": (0, 50), "heads only": (0, 0), "full fine-tuning": (0, 0)}.get(method, (4, 50))
+    expected = {"deep prompts": (0, 50), "heads only": (0, 0), "full fine-tuning": (0, 0)}.get(method, (4, 50))
     prompts = model.prompts.shape[1] if len(model.prompts) else 0
     assert (len(model.region_tokens), prompts) == expected
-    assert (model.mask is None) == (method not in ("PromptPAR", "PromptPAR, no similarity loss"))
+    assert (model.mask is None) == (method not in ("PromptPAR", "regions, no similarity loss"))
     scores = runs.scores(model, found)
     assert list(scores.totals) == ["mA", "Acc", "Prec", "Rec", "F1", "F1 of means"]
     assert len(scores.per_attribute(found.names)) == 3
 
 
 def test_without_the_similarity_loss_its_tensors_only_decay(small, folder):
-    found = runs.setting(given(data_root=folder, method="PromptPAR, no similarity loss"))
-    model, _ = runs.train(found, "PromptPAR, no similarity loss", epochs=1)
+    found = runs.setting(given(data_root=folder, method="regions, no similarity loss"))
+    model, _ = runs.train(found, "regions, no similarity loss", epochs=1)
     assert model.temperature.item() == 1.0 and not model.agg_bn.bias.any()
     with_it, _ = runs.train(runs.setting(given(data_root=folder)), "PromptPAR", epochs=1)
     assert with_it.temperature.item() != 1.0 and with_it.agg_bn.bias.any()

@@ -26,12 +26,12 @@ from ..metrics.attributes import Scores, evaluate
 from ..models import promptpar
 from ..models.promptpar import THRESHOLD, PromptPAR
 
-# what differs from PromptPAR, as arguments of the model
-METHODS: dict[str, dict[str, object]] = {
+# what differs from PromptPAR: arguments of the model, and the weight of the similarity in the loss
+METHODS: dict[str, dict] = {
     "PromptPAR": {},
-    "PromptPAR, no mask": {"masked": False},
-    "PromptPAR, no similarity loss": {},
-    "plain prompts": {"regions": 0},
+    "PromptPAR, not masked": {"masked": False},
+    "regions, no similarity loss": {"similarity": 0.0},
+    "deep prompts": {"regions": 0},
     "heads only": {"regions": 0, "prompts": 0},
     "full fine-tuning": {"regions": 0, "prompts": 0, "tuned": "all"},
 }
@@ -120,7 +120,7 @@ def learn(p: SimpleNamespace, data: Dataset, ratio: Tensor, model: PromptPAR, me
                "momentum": 0.9, "weight_decay": settings["weight decay"], "decay": "all",
                "clip": settings["gradient clipping"], "accelerator": p.accelerator, "devices": p.devices,
                "precision": p.precision, "name": method} | changes  # fmt: skip
-    weight = 0.0 if method.endswith("no similarity loss") else 0.5
+    weight = METHODS[method].get("similarity", 0.5)
 
     def value(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
@@ -138,6 +138,7 @@ def build(p: SimpleNamespace, method: str, sentences: tuple[str, ...], clip: nn.
         raise BadParameter("release", p.release, accepted + "cannot take as they are")
     tokenizer = open_clip.get_tokenizer(p.clip.partition("/")[0])
     options = {"visual_embed": p.release == "2025", "official_quirks": p.quirks} | METHODS[method]
+    options.pop("similarity", None)
     return PromptPAR(clip, sentences, tokenizer, fusion, **options)
 
 
