@@ -88,7 +88,7 @@ def test_the_sensors_turn_what_the_labels_say():
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_the_lines_of_the_sensors_are_faint_apart_and_fixed(domain):
+def test_the_lines_of_the_sensors_are_apart_and_fixed(domain):
     lines = [domains.pattern(domain, sensor)[..., 0] for sensor in (0, 1)]
     for pattern in lines:
         assert abs(pattern).max() == pytest.approx(domains.AMPLITUDE, rel=0.05) and abs(pattern.mean()) < 1e-9

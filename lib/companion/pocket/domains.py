@@ -8,8 +8,8 @@ A picture is a drawn object on a grey cut of a photograph: seen from above in "r
 * how it shows colour: the first as it is, the second turned half round the colour circle (remote: a false-colour
   composite) or as a negative (medical). What is red looks cyan in either. So the words of the class names are right for
   one half of the pictures and wrong for the other, and no fixed prompt can be right for both.
-* its fixed pattern of faint lines, in a direction of its own and always at the same place, as the fixed-pattern noise
-  of real sensors is. The pocket CLIP was trained to name objects whatever is behind them, and its feature does not hold
+* its fixed pattern of lines, in a direction of its own and always at the same place, as the fixed-pattern noise of
+  real sensors is. The pocket CLIP was trained to name objects whatever is behind them, and its feature does not hold
   the pattern; a model that learns to fill in pictures of the domain must know it.
 
 So a domain model has something to tell that CLIP does not know and that is as true of new classes: this is what DPLQ's

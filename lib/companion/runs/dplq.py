@@ -398,7 +398,7 @@ def _column(dataset: str) -> str:
 
 
 def tables(table: pd.DataFrame, protocol: str) -> dict[str, pd.DataFrame]:
-    """Published beside measured, by title, of all that has a number: for base to novel a table a set."""
+    """Published beside measured, by title: for base to novel a table a set that has a number, the others in one."""
     measured_here, found = cells(table, protocol), {}
     for domain in DOMAINS:
         frame = report.published("dplq", f"{protocol.replace(' ', '-')}-{domain}")
@@ -408,8 +408,13 @@ def tables(table: pd.DataFrame, protocol: str) -> dict[str, pd.DataFrame]:
         if protocol == "base to novel":
             sets = dict.fromkeys(c.rpartition(" ")[0] for c in columns)
             groups = {s: {f"{s} {c}": c for c in ("base", "novel", "HM")} for s in sets}
+        empty = []
         for title, named in groups.items():
             if known & named.keys():
                 here = {(m, named[c]): value for (m, c), value in measured_here.items() if c in named}
                 found[title] = report.beside(frame[["method", *named]].rename(columns=named), here)
+            else:
+                empty += named
+        if empty:
+            found[frame.attrs["title"]] = report.beside(frame[["method", *empty]])
     return found
