@@ -94,7 +94,7 @@ def test_changed_pocket_weights_are_refused(tmp_path, monkeypatch):
     with pytest.raises(CorruptFile, match="sha256"):
         backbones.build("pocket_vit")
     weights.unlink()
-    with pytest.raises(MissingWeights, match="retrain: notebooks/pocket.ipynb"):
+    with pytest.raises(MissingWeights, match=r"retrain: notebooks/pocket\.ipynb"):
         backbones.build("pocket_vit")
 
 

@@ -64,6 +64,15 @@ def test_parity_of_a_good_and_a_changed_checkpoint(capsys, tmp_path):
     assert code == 1 and "DIFFERS; first at image_tokens_into_block9" in out
 
 
+def test_parity_of_a_checkpoint_in_two_parts(capsys, tmp_path):
+    case = Case(folder() / "promptpar" / "small_whole_wider")
+    clip, rest = ({n.removeprefix(f"{p}."): t for n, t in case.state.items() if n.startswith(f"{p}.")}
+                  for p in ("clip_model", "model"))  # fmt: skip
+    torch.save({"ViT_model": clip, "model_state_dict": rest}, tmp_path / "PAR.pth")
+    code, out, _ = call(capsys, "parity", "promptpar", "--checkpoint", tmp_path / "PAR.pth")
+    assert code == 0 and "small_whole_wider: agrees" in out
+
+
 def test_parity_refuses_other_files(capsys, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     code, _, err = call(capsys, "parity", "sa2vp", "--checkpoint", tmp_path / "other.safetensors")

@@ -196,3 +196,13 @@ def test_the_study_kept_in_the_repository_is_whole(run, slug):
     }
     assert compared <= set(tested.method)
     assert facts["selection_seed"] not in facts["seeds"]
+
+
+def test_results_gather_in_a_file_by_their_keys(tmp_path):
+    path, keys, values = tmp_path / "measured.csv", ["method", "seed"], ["accuracy"]
+    empty = report.gather(path, keys, values)
+    assert list(empty.columns) == [*keys, *values] and empty.empty and not path.exists()
+    report.gather(path, keys, values, [{"method": "a", "seed": 0, "accuracy": 1.0}])
+    report.gather(path, keys, values, [{"method": "a", "seed": 1, "accuracy": 2.0}])
+    rows = report.gather(path, keys, values, [{"method": "a", "seed": 0, "accuracy": 3.0}])
+    assert sorted(rows.accuracy) == [2.0, 3.0] and len(report.gather(path, keys, values)) == 2

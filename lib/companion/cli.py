@@ -176,8 +176,6 @@ def show_data(given: argparse.Namespace) -> int:
 
 def check_parity(given: argparse.Namespace) -> int:
     """Print each case; name the first output that differs."""
-    from . import backbones
-
     cases = list(parity.cases(given.paper, given.fixtures))
     if given.case:
         names = [case.name for case in cases]
@@ -185,7 +183,7 @@ def check_parity(given: argparse.Namespace) -> int:
             raise BadParameter("--case", given.case, names)
         cases = [case for case in cases if case.name == given.case]
     if given.checkpoint:
-        state = backbones.read_state(given.checkpoint)
+        state = parity.checkpoint(given.paper, given.checkpoint)
         shapes = {name: list(tensor.shape) for name, tensor in state.items()}
         # the cases whose model has these tensors; the frozen copies that the authors store may stand beside them
         cases = [parity.Case(c.folder, state) for c in cases if c.names and c.names.items() <= shapes.items()]

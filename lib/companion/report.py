@@ -14,7 +14,7 @@ import io
 import itertools
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,6 +157,20 @@ def beside(frame: pd.DataFrame, measured: Mapping[tuple[str, str], float] = {}) 
         row["measured here"] = f"{len(ours)} of {len(columns)}" if ours else "not run"
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def gather(
+    path: str | Path, keys: Sequence[str], values: Sequence[str], new: Iterable[Mapping[str, object]] = ()
+) -> pd.DataFrame:
+    """The real results in the CSV `path`: `values`, a row for each combination of `keys`; `new` rows are added, or
+    replace theirs."""
+    path, added = Path(path), pd.DataFrame(list(new))
+    rows = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*keys, *values])
+    if len(added):
+        rows = added if rows.empty else pd.concat([rows, added]).drop_duplicates(list(keys), keep="last")
+        with atomic(path) as temporary:
+            rows.to_csv(temporary, index=False)
+    return rows
 
 
 def start(slug: str, **parameters: object) -> Run:

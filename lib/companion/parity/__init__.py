@@ -9,7 +9,8 @@ A fixture is a folder `<fixtures>/<paper>/<case>/` with
 For each paper a module of this package, named by its slug, has one function `outputs(case) -> {name: tensor}` that
 loads the official names through the model's own `from_official` and gives the recorded quantities in the order of the
 forward pass; "loss" and "grad:<official name>" (a gradient, or its norm) may be among them. Where the recorded
-quantities are not simply the file's, the module has a function `recorded(case)` too.
+quantities are not simply the file's, the module has a function `recorded(case)` too; and `read(path)` where the
+authors' checkpoints are not one state dict.
 """
 
 from __future__ import annotations
@@ -127,6 +128,14 @@ def cases(paper: str, fixtures: str | Path | None = None) -> Iterator[Case]:
         raise MissingData("parity fixtures", roots[0], layout, "the project's repository, folder tests/parity",
                           "recorded outputs of the authors' code")  # fmt: skip
     yield from (Case(path.parent) for path in found)
+
+
+def checkpoint(paper: str, path: str | Path) -> Mapping[str, Tensor]:
+    """The official tensors in a checkpoint file of `paper`. Raises `CorruptFile` for one that cannot be read."""
+    from ..backbones import read_state  # here: it imports what no other command needs
+
+    module = importlib.import_module(f"{__name__}.{paper}")
+    return module.read(path) if hasattr(module, "read") else read_state(path)
 
 
 def compare(paper: str, case: Case) -> list[Difference]:

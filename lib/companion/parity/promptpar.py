@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..backbones import read_state
 from ..errors import BadParameter
 from ..metrics.attributes import evaluate
 from ..models.prompting import Texts, embed_texts, load_official, official_state
@@ -19,6 +21,7 @@ from ..models.promptpar import (
     learning_rates,
     loss,
     prompted_text,
+    read_checkpoint,
     region_mask,
     weighted_loss,
 )
@@ -50,6 +53,11 @@ def outputs(case: Case) -> dict[str, Tensor]:
         if module.startswith(start):
             return run(case)
     raise BadParameter("config", module, list(kinds))
+
+
+def read(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint: the authors' file of two state dicts, or one .safetensors."""
+    return read_state(path) if Path(path).suffix == ".safetensors" else read_checkpoint(path)
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------

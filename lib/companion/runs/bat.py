@@ -13,11 +13,10 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from .. import backbones
+from .. import backbones, report
 from ..data import tracking as data
 from ..data.tracking_sets import ATTRIBUTES
 from ..errors import BadParameter, MissingWeights
-from ..files import atomic
 from ..fit import fit
 from ..metrics.tracking import Scores, evaluate
 from ..models import bat
@@ -252,14 +251,9 @@ def attributes(found: Scores, name: str) -> pd.DataFrame:
 
 def measured(path: Path, new: Mapping[str, object] | None = None) -> pd.DataFrame:
     """The real results in `path`, a row a (method, weights, dataset, seed); `new` is added, or replaces its row."""
-    keys = ["method", "weights", "dataset", "seed"]
-    rows = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*keys, "PR", "NPR", "SR", "MPR", "MSR"])
-    if new is not None:
-        added = pd.DataFrame([new])
-        rows = added if rows.empty else pd.concat([rows, added]).drop_duplicates(keys, keep="last")
-        with atomic(path) as temporary:
-            rows.to_csv(temporary, index=False)
-    return rows
+    return report.gather(
+        path, ["method", "weights", "dataset", "seed"], ["PR", "NPR", "SR", "MPR", "MSR"], [new] if new else ()
+    )
 
 
 def cells(rows: pd.DataFrame) -> dict[tuple[str, str], float]:

@@ -20,7 +20,6 @@ from .. import backbones, report
 from ..data import DATASETS, domains, fewshot
 from ..data.domains_sets import CLASSES
 from ..errors import BadParameter, MissingWeights
-from ..files import atomic
 from ..fit import fit, predict
 from ..models import dplq, prompting
 from ..pocket import domains as pocket
@@ -361,14 +360,7 @@ def rows(p: SimpleNamespace, found: Mapping[str, float]) -> list[dict[str, objec
 
 def measured(path: Path, new: Iterable[Mapping[str, object]] = ()) -> pd.DataFrame:
     """The real results in `path`, a row a (method, protocol, dataset, test, seed); `new` are added."""
-    keys = ["method", "protocol", "dataset", "test", "seed"]
-    table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*keys, "accuracy"])
-    if new := list(new):
-        added = pd.DataFrame(new)
-        table = added if table.empty else pd.concat([table, added]).drop_duplicates(keys, keep="last")
-        with atomic(path) as temporary:
-            table.to_csv(temporary, index=False)
-    return table
+    return report.gather(path, ["method", "protocol", "dataset", "test", "seed"], ["accuracy"], new)
 
 
 def cells(table: pd.DataFrame, protocol: str) -> dict[tuple[str, str], float]:

@@ -20,7 +20,6 @@ from .. import backbones, report
 from ..data import DATASETS, attributes
 from ..data.attributes_sets import PHRASES, SENTENCES
 from ..errors import BadParameter, MissingWeights
-from ..files import atomic
 from ..fit import fit, predict
 from ..metrics.attributes import Scores, evaluate
 from ..models import promptpar
@@ -261,14 +260,7 @@ def label(p: SimpleNamespace) -> str:
 
 def measured(path: Path, new: Mapping[str, object] | None = None) -> pd.DataFrame:
     """The real results in `path`, a row a (method, dataset, seed) with the totals of `Scores`; `new` is added."""
-    keys = ["method", "dataset", "seed"]
-    rows = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=keys)
-    if new is not None:
-        added = pd.DataFrame([new])
-        rows = added if rows.empty else pd.concat([rows, added]).drop_duplicates(keys, keep="last")
-        with atomic(path) as temporary:
-            rows.to_csv(temporary, index=False)
-    return rows
+    return report.gather(path, ["method", "dataset", "seed"], ["mA", "Acc", "Prec", "Rec", "F1"], [new] if new else ())
 
 
 def row(p: SimpleNamespace, found: Scores) -> dict[str, object]:

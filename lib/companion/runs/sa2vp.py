@@ -15,7 +15,6 @@ from torch.utils.data import Dataset, TensorDataset
 from .. import backbones, report
 from ..data import DATASETS, classification
 from ..errors import BadParameter
-from ..files import atomic
 from ..fit import fit, predict
 from ..models import sa2vp, vpt
 from ..pocket import classification as pocket
@@ -207,14 +206,7 @@ def first(data: Dataset, count: int) -> tuple[Tensor, Tensor]:
 
 def measured(path: Path, new: dict[str, object] | None = None) -> pd.DataFrame:
     """The real results in `path`, a row a (backbone, method, dataset, seed); `new` is added, or replaces its row."""
-    keys = ["backbone", "method", "dataset", "seed"]
-    rows = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*keys, "accuracy"])
-    if new is not None:
-        added = pd.DataFrame([new])
-        rows = added if rows.empty else pd.concat([rows, added]).drop_duplicates(keys, keep="last")
-        with atomic(path) as temporary:
-            rows.to_csv(temporary, index=False)
-    return rows
+    return report.gather(path, ["backbone", "method", "dataset", "seed"], ["accuracy"], [new] if new else ())
 
 
 def cells(rows: pd.DataFrame, backbone: str, group: str) -> dict[tuple[str, str], float]:
