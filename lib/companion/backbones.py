@@ -51,7 +51,8 @@ def build(name: str, weights: str | Path = "pretrained", *, download: bool = Fal
     """Build an encoder in eval mode.
 
     Args:
-        name: "vit_b16", "swin_b", "pocket_vit", "pocket_clip", any timm model, or "openclip:<model>/<tag>".
+        name: "vit_b16", "swin_b", "pocket_vit", "pocket_clip", "pocket_pedestrian_clip", any timm model, or
+            "openclip:<model>/<tag>".
         weights: "pretrained" (for pocket names the same as "pocket"), "pocket", "random" (torch's current seed), or a
             file: safetensors, .pth / .bin (read with `weights_only=True`), or the .npz of the original ViT release.
         download: fetch pretrained weights that are not in the cache.
@@ -144,7 +145,20 @@ def _pocket_clip(**overrides: object) -> CLIP:
     return model
 
 
-_POCKET = {"pocket_vit": _pocket_vit, "pocket_clip": _pocket_clip}
+def _pocket_pedestrian_clip(**overrides: object) -> CLIP:
+    # as the released CLIPs it has a norm before its blocks; the shared space is as wide as the pocket ViT
+    image = CLIPVisionCfg(image_size=(64, 32), patch_size=8, width=64, layers=4, head_width=16, mlp_ratio=3)
+    text = CLIPTextCfg(context_length=24, vocab_size=64, width=48, heads=4, layers=2, mlp_ratio=3)
+    model = CLIP(**{"embed_dim": 48, "vision_cfg": image, "text_cfg": text, **overrides})
+    set_model_preprocess_cfg(model, {"size": (64, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3})
+    return model
+
+
+_POCKET = {
+    "pocket_vit": _pocket_vit,
+    "pocket_clip": _pocket_clip,
+    "pocket_pedestrian_clip": _pocket_pedestrian_clip,
+}
 
 
 def card(name: str) -> dict:

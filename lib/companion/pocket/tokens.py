@@ -1,4 +1,4 @@
-"""The tokenizer of the pocket CLIP: one token a word, called as open_clip's tokenizers are.
+"""The tokenizer of the pocket CLIPs: one token a word, called as open_clip's tokenizers are.
 
 open_clip's own vocabulary has 49,408 entries: at the pocket CLIP's width the table alone would weigh 12 MB.
 """
@@ -25,10 +25,16 @@ class Tokenizer:
     """Texts to ids, with the call of `open_clip.SimpleTokenizer`.
 
     `END` is the largest id: open_clip's text tower reads its feature at the place of the largest one.
+
+    Args:
+        words: those that have an id, 60 at most; the pocket CLIP's unless given.
+        context_length: tokens of a text, its start and end among them.
     """
 
-    context_length = 16
     vocab_size = 64
+
+    def __init__(self, words: Sequence[str] = WORDS, context_length: int = 16):
+        self.words, self.context_length = tuple(words), context_length
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
         """Ids (n, context_length), long: unknown words share one id, long texts are cut, the end is always there."""
@@ -36,7 +42,7 @@ class Tokenizer:
         ids = torch.full((1 if isinstance(texts, str) else len(texts), length), PAD)
         for row, text in zip(ids, [texts] if isinstance(texts, str) else texts, strict=True):
             words = re.findall(r"[a-z]+", text.lower())[: length - 2]
-            known = [FIRST + WORDS.index(word) if word in WORDS else UNKNOWN for word in words]
+            known = [FIRST + self.words.index(word) if word in self.words else UNKNOWN for word in words]
             row[: len(known) + 2] = torch.tensor([START, *known, END])
         return ids
 
@@ -47,5 +53,5 @@ class Tokenizer:
             if token == END:
                 break
             if token >= UNKNOWN:
-                words.append("?" if token == UNKNOWN else WORDS[token - FIRST])
+                words.append("?" if token == UNKNOWN else self.words[token - FIRST])
         return " ".join(words)
