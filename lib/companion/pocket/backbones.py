@@ -10,7 +10,6 @@ seen, and writes `<name>.safetensors` with its model card `<name>.md`. `backbone
 from __future__ import annotations
 
 import argparse
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,8 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
-from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -28,9 +25,8 @@ from torch import Tensor, nn
 
 from .. import backbones
 from ..errors import BadParameter
-from ..files import atomic
 from ..progress import progress
-from . import classification
+from . import card, classification
 from .scenes import CLASSES, HUES, PHOTOGRAPHS, PLACES, SHAPES, SIZES, Scene, scenes
 from .tokens import Tokenizer
 
@@ -274,28 +270,17 @@ def ship(name: str, folder: str | Path = backbones.POCKET, seed: int = 0) -> Pat
         raise BadParameter("name", name, list(TRAIN))
     began = time.perf_counter()
     model = TRAIN[name](**RECIPE[name], seed=seed)
-    seconds = time.perf_counter() - began
-    path = Path(folder) / f"{name}.safetensors"
-    with atomic(path) as temporary:
-        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary)
-
     head = {
-        "license": "mit",
         "library_name": "timm" if name == "pocket_vit" else "open_clip",
         "data": "generated scenes over photographs that ship with scikit-image and scikit-learn, train tiles only",
-        "attribution": "photographs china.jpg (danielbuechele) and flower.jpg (vultilion), CC BY 2.0; others free, see "
-        "scikit-image's documentation of skimage.data",
         "command": f"python -m companion.pocket.backbones {name}",
         "recipe": {**RECIPE[name], "seed": seed},
-        "torch": torch.__version__.split("+")[0],
-        "threads": torch.get_num_threads(),
-        "seconds": round(seconds),
+        "seconds": round(time.perf_counter() - began),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "bytes": path.stat().st_size,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "tasks": classification.VERSION,  # the pocket tasks that the linear probes were measured on
     }
-    _write_card(name, path, model, head)
-    return path
+    path = Path(folder) / f"{name}.safetensors"
+    return card.ship(path, model.state_dict(), head, quality(name, model), _CARDS[name])
 
 
 def remeasure(name: str) -> Path:
@@ -304,20 +289,19 @@ def remeasure(name: str) -> Path:
         raise BadParameter("name", name, list(TRAIN))
     kept = {"num_classes": len(CLASSES)} if name == "pocket_vit" else {}
     path = backbones.POCKET / f"{name}.safetensors"
-    _write_card(name, path, backbones.build(name, "pocket", **kept), backbones.card(name))
+    head = {key: value for key, value in backbones.card(name).items() if key != "quality"}
+    head["tasks"] = classification.VERSION
+    card.write(path, head, quality(name, backbones.build(name, "pocket", **kept)), _CARDS[name])
     return path
 
 
-def _write_card(name: str, path: Path, model: nn.Module, head: dict) -> None:
+def quality(name: str, model: nn.Module) -> dict[str, dict[str, dict[str, float]]]:
+    """What `measure` finds, beside chance."""
     guess = chance()
-    head["tasks"] = classification.VERSION  # of the pocket tasks that the linear probes were measured on
-    head["quality"] = {
+    return {
         kind: {what: {"accuracy": round(value, 3), "chance": round(guess[what], 3)} for what, value in scores.items()}
         for kind, scores in measure(name, model).items()
     }
-    with atomic(path.with_suffix(".md")) as temporary:
-        text = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=110)
-        temporary.write_text(f"---\n{text}---\n{_CARDS[name]}", encoding="utf-8")
 
 
 _CARDS = {

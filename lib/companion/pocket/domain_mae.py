@@ -9,14 +9,11 @@ It is told neither classes nor sensors. Patches are 8 pixels wide, so that a few
 from __future__ import annotations
 
 import argparse
-import hashlib
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
-from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -25,9 +22,9 @@ from torch.utils.data import TensorDataset
 
 from .. import backbones
 from ..errors import BadParameter
-from ..files import atomic
 from ..fit import fit, predict
 from ..models import dplq
+from . import card
 from .backbones import pixels
 from .domains import VERSION, unlabelled
 
@@ -109,31 +106,18 @@ def ship(domain: str, folder: str | Path = backbones.POCKET, seed: int = 0) -> P
     """Train at full length, measure, and write the weights and their card. Raises `BadParameter` for no domain."""
     start = time.monotonic()
     model = train(domain, seed=seed)
-    seconds = time.monotonic() - start
-    path = Path(folder) / f"{NAMES[domain]}.safetensors"
-    with atomic(path) as temporary:
-        save_file({name: value.contiguous() for name, value in model.to_official().items()}, temporary)
     head = {
-        "license": "mit",
         "library_name": "companion",
         "data": "drawn objects over grey cuts of photographs that ship with scikit-image, as two sensors show them; "
         "unlabelled, train tiles only",
-        "attribution": "photographs free of rights, see scikit-image's documentation of skimage.data",
         "command": f"python -m companion.pocket.domain_mae {domain}",
         "recipe": {"pictures": PICTURES, "steps": STEPS, "batch": BATCH, "rate": RATE, "masked": MASKED, "seed": seed},
         "world": VERSION,  # of pocket/domains.py
-        "torch": torch.__version__.split("+")[0],
-        "threads": torch.get_num_threads(),
-        "seconds": round(seconds),
+        "seconds": round(time.monotonic() - start),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "bytes": path.stat().st_size,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "quality": measure(domain, model),
     }
-    with atomic(path.with_suffix(".md")) as temporary:
-        text = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=110)
-        temporary.write_text(f"---\n{text}---\n{_CARD.format(name=NAMES[domain], domain=domain)}", encoding="utf-8")
-    return path
+    path, text = Path(folder) / f"{NAMES[domain]}.safetensors", _CARD.format(name=NAMES[domain], domain=domain)
+    return card.ship(path, model.to_official(), head, measure(domain, model), text)
 
 
 _CARD = """

@@ -9,23 +9,20 @@ from the target: it learns to match, and nothing of darkness, glare, crossover, 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
-from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.ops import box_convert
 
 from .. import backbones
 from ..data.tracking import MEAN, STD
-from ..files import atomic
 from ..fit import fit
 from ..metrics.tracking import centre_distance, iou
 from ..models import bat
+from . import card
 from .tracking import foundation_pairs
 
 NAME = "pocket_ostrack"
@@ -84,30 +81,16 @@ def ship(folder: Path, seed: int = 0) -> Path:
     """Train, measure, and write the weights and their card."""
     start = time.monotonic()
     tracker = train(seed=seed)
-    seconds = time.monotonic() - start
-    path = folder / f"{NAME}.safetensors"
-    with atomic(path) as temporary:
-        save_file({name: value.contiguous() for name, value in tracker.to_official().items()}, temporary)
     head = {
-        "license": "mit",
         "library_name": "companion",
         "data": "drawn objects with surfaces cut from photographs that ship with scikit-image and scikit-learn, over "
         "such photographs; train tiles only",
-        "attribution": backbones.card("pocket_vit")["attribution"],
         "command": "python -m companion.pocket.tracker",
         "recipe": {"pairs": PAIRS, "epochs": EPOCHS, "batch": BATCH, "rate": RATE, "seed": seed},
-        "torch": torch.__version__.split("+")[0],
-        "threads": torch.get_num_threads(),
-        "seconds": round(seconds),
+        "seconds": round(time.monotonic() - start),
         "parameters": sum(p.numel() for p in tracker.parameters()),
-        "bytes": path.stat().st_size,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "quality": measure(tracker),
     }
-    with atomic(path.with_suffix(".md")) as temporary:
-        text = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=110)
-        temporary.write_text(f"---\n{text}---\n{_CARD}", encoding="utf-8")
-    return path
+    return card.ship(folder / f"{NAME}.safetensors", tracker.to_official(), head, measure(tracker), _CARD)
 
 
 _CARD = """
