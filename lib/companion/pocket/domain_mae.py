@@ -110,6 +110,7 @@ def ship(domain: str, folder: str | Path = backbones.POCKET, seed: int = 0) -> P
         "library_name": "companion",
         "data": "drawn objects over grey cuts of photographs that ship with scikit-image, as two sensors show them; "
         "unlabelled, train tiles only",
+        "attribution": "photographs free of rights, see scikit-image's documentation of skimage.data",
         "command": f"python -m companion.pocket.domain_mae {domain}",
         "recipe": {"pictures": PICTURES, "steps": STEPS, "batch": BATCH, "rate": RATE, "masked": MASKED, "seed": seed},
         "world": VERSION,  # of pocket/domains.py
