@@ -1,5 +1,6 @@
 """The settings that PromptPAR's notebook runs with: the published recipe, small sets, the dry run, what is missing."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +14,10 @@ from companion import report
 from companion.data import DATASETS
 from companion.errors import BadParameter, CorruptFile, MissingData, MissingWeights
 from companion.models.promptpar import PromptPAR
+from companion.pocket import pedestrians as pocket
 from companion.pocket.tokens import Tokenizer
 from companion.runs import promptpar as runs
+from companion.studies import promptpar as study
 
 WORDS = ("A person with a hat", "A person with a bag", "A person in red")
 
@@ -24,6 +27,11 @@ def given(**changes) -> SimpleNamespace:
                     release="2023", quirks=True, texts="sentences", checkpoint="", data_root="nowhere", weights="",
                     accelerator="cpu", devices=1, precision="32-true")  # fmt: skip
     return SimpleNamespace(**settings | changes)
+
+
+def setting(p: SimpleNamespace) -> runs.Setting:
+    """At the paper profile, which needs no study and writes no pictures."""
+    return runs.setting(p, Path("nowhere"), {})
 
 
 def small_backbones(embed: int = 64) -> tuple[CLIP, VisionTransformer]:
@@ -57,12 +65,45 @@ def folder(tmp_path) -> str:
     return str(tmp_path)
 
 
+# --- at pocket scale --------------------------------------------------------------------------------------------------
+
+
+def test_the_live_run_is_the_studys(tmp_path):
+    """The same pictures, start and steps as the row of the study with this seed and rate."""
+    p, rates = given(profile="pocket", seed=3), dict.fromkeys((("street", m) for m in runs.LIVE), 3e-2)
+    found = runs.setting(p, tmp_path, rates)
+    assert found.rates == dict.fromkeys(runs.LIVE, 3e-2) and found.trained == found.methods == runs.LIVE
+    assert found.names == pocket.ATTRIBUTES and len(found.sentences) == 12
+    assert {part: len(data) for part, data in found.parts.items()} == {"train": 700, "test": 600}
+    assert torch.equal(found.ratio, found.parts["train"].tensors[1].mean(0))
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["seed3"]
+    model, history = runs.train(found, "PromptPAR", epochs=2)
+    row = study.train("PromptPAR", "street", 3e-2, 3, str(tmp_path / "data"), epochs=2)
+    scores = runs.scores(model, found)
+    assert {name: round(value, 2) for name, value in scores.totals.items()} == {n: row[n] for n in scores.totals}
+    assert len(history) == 42 and model.count() == row["trained"]
+    images, truth = runs.first(found, "test", 5)
+    assert images.shape == (5, 3, 64, 32) and torch.equal(truth, found.parts["test"].tensors[1][:5])
+    assert model.maps(images).regions.shape == (5, 5, 8, 4)
+
+
+def test_what_runs_live_is_in_the_study_and_learns(tmp_path):
+    assert set(runs.LIVE) <= set(study.METHODS) and runs.TASK in study.TASKS
+    rates = dict.fromkeys((("street", m) for m in runs.LIVE), 1e-2)
+    found = runs.setting(given(profile="pocket"), tmp_path, rates)
+    _, history = runs.train(found, "heads only", epochs=6)
+    losses = [row["loss"] for row in history]
+    assert np.mean(losses[-20:]) < 0.9 * np.mean(losses[:20])
+    with pytest.raises(KeyError):
+        runs.setting(given(profile="pocket"), tmp_path, {})
+
+
 # --- the recipe -------------------------------------------------------------------------------------------------------
 
 
 def test_the_published_recipe(small, folder, monkeypatch):
     """Two sides with rates of their own, clipped each; 100 epochs of 2 batches of 16."""
-    found, seen = runs.setting(given(data_root=folder)), {}
+    found, seen = setting(given(data_root=folder)), {}
     monkeypatch.setattr(runs, "fit", lambda model, loss, data, **options: seen.update(options) or [])
     model, _ = runs.train(found, "PromptPAR")
     expected = {"epochs": 100, "batch": 16, "optimizer": "sgd", "momentum": 0.9, "weight_decay": 1e-4, "decay": "all",
@@ -76,7 +117,7 @@ def test_the_published_recipe(small, folder, monkeypatch):
 
 @pytest.mark.parametrize("method", runs.METHODS)
 def test_methods(method, small, folder):
-    found = runs.setting(given(data_root=folder, method=method))
+    found = setting(given(data_root=folder, method=method))
     model, history = runs.train(found, method, epochs=1)
     assert len(history) == 2 and all(np.isfinite(row["loss"]) for row in history)
     expected = {"deep prompts": (0, 50), "heads only": (0, 0), "full fine-tuning": (0, 0)}.get(method, (4, 50))
@@ -89,15 +130,15 @@ def test_methods(method, small, folder):
 
 
 def test_without_the_similarity_loss_its_tensors_only_decay(small, folder):
-    found = runs.setting(given(data_root=folder, method="regions, no similarity loss"))
+    found = setting(given(data_root=folder, method="regions, no similarity loss"))
     model, _ = runs.train(found, "regions, no similarity loss", epochs=1)
     assert model.temperature.item() == 1.0 and not model.agg_bn.bias.any()
-    with_it, _ = runs.train(runs.setting(given(data_root=folder)), "PromptPAR", epochs=1)
+    with_it, _ = runs.train(setting(given(data_root=folder)), "PromptPAR", epochs=1)
     assert with_it.temperature.item() != 1.0 and with_it.agg_bn.bias.any()
 
 
 def test_training_learns_and_a_seed_gives_the_same(small, folder):
-    found = runs.setting(given(data_root=folder))
+    found = setting(given(data_root=folder))
     model, history = runs.train(found, "PromptPAR", epochs=24)
     again, same = runs.train(found, "PromptPAR", epochs=24)
     assert [row["loss"] for row in history] == [row["loss"] for row in same]
@@ -109,16 +150,16 @@ def test_training_learns_and_a_seed_gives_the_same(small, folder):
 
 
 def test_releases_and_quirks(small, folder):
-    later = runs.setting(given(data_root=folder, release="2025", quirks=False)).build("PromptPAR")
+    later = setting(given(data_root=folder, release="2025", quirks=False)).build("PromptPAR")
     assert any(name.startswith("visual_embed.") for name in later.trained()) and not later.official_quirks
-    first = runs.setting(given(data_root=folder)).build("PromptPAR")
+    first = setting(given(data_root=folder)).build("PromptPAR")
     assert not any(name.startswith("visual_embed.") for name in first.trained()) and first.official_quirks
 
 
 def test_the_first_release_needs_a_clip_as_wide_as_the_fusion(small, folder, monkeypatch):
     monkeypatch.setattr(runs, "_backbones", lambda p, clip, fusion: small_backbones(embed=32))
     with pytest.raises(BadParameter, match="'2025' with ViT-L-14"):
-        runs.setting(given(data_root=folder)).build("PromptPAR")
+        setting(given(data_root=folder)).build("PromptPAR")
 
 
 def test_the_authors_weights_are_tested_without_training(small, folder, tmp_path):
@@ -126,36 +167,38 @@ def test_the_authors_weights_are_tested_without_training(small, folder, tmp_path
     state = PromptPAR(clip, WORDS, Tokenizer(), fusion, official_quirks=True).eval().to_official()
     parts = {p: {n.removeprefix(p): t for n, t in state.items() if n.startswith(p)} for p in ("clip_model.", "model.")}
     torch.save({"ViT_model": parts["clip_model."], "model_state_dict": parts["model."]}, tmp_path / "c.pth")
-    found = runs.setting(given(data_root=folder, checkpoint=str(tmp_path / "c.pth")))
+    found = setting(given(data_root=folder, checkpoint=str(tmp_path / "c.pth")))
     model, history = runs.train(found, "PromptPAR")
     assert history == [] and not model.training and 0 <= runs.scores(model, found).totals["mA"] <= 100
     assert torch.equal(model.prompts, state["clip_model.visual.transformer.prompt_deep"].squeeze(2))
+    images, truth = runs.first(found, "test", 3)
+    assert images.shape == (3, 3, 64, 64) and torch.equal(truth, found.parts["test"].labels[:3])
 
 
 def test_phrases_of_rapv1():
     p = given(dataset="par/rapv1", texts="phrases")
     with pytest.raises(MissingData, match="RAP v1"):  # as far as the data: phrases are known
-        runs.setting(p)
+        setting(p)
     with pytest.raises(BadParameter, match="par/rapv1"):
-        runs.setting(given(dataset="par/peta", texts="phrases"))
+        setting(given(dataset="par/peta", texts="phrases"))
 
 
 # --- the dry run ------------------------------------------------------------------------------------------------------
 
 
 def test_the_dry_run_takes_two_steps(small):
-    found = runs.setting(given(dataset="par/pa100k", dry_run=True))
+    found = setting(given(dataset="par/pa100k", dry_run=True))
     assert len(found.sentences) == 26 and "dry run" in found.title
     model, history = runs.train(found, "PromptPAR")
     assert len(history) == 2 and model.bn.num_features == 26
     assert len(runs.scores(model, found).per_attribute(found.names)) == 26
-    phrases = runs.setting(given(dataset="par/rapv1", dry_run=True, texts="phrases"))
+    phrases = setting(given(dataset="par/rapv1", dry_run=True, texts="phrases"))
     assert phrases.sentences[-1] == "action carry hand"
 
 
 @pytest.mark.slow
 def test_the_dry_run_at_full_size():
-    found = runs.setting(given(dataset="par/pa100k", dry_run=True))
+    found = setting(given(dataset="par/pa100k", dry_run=True))
     model, history = runs.train(found, "PromptPAR")
     assert len(history) == 2 and model.count(inert=True) == 2_567_043
     assert list(runs.scores(model, found).totals)
@@ -167,18 +210,18 @@ def test_the_dry_run_at_full_size():
 def test_what_is_missing_is_said(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(BadParameter, match="par-zs/rap"):
-        runs.setting(given(dataset="fgvc/cub200"))
+        setting(given(dataset="fgvc/cub200"))
     with pytest.raises(MissingData, match="PA-100K"):
-        runs.setting(given(dataset="par/pa100k"))
+        setting(given(dataset="par/pa100k"))
     with pytest.raises(MissingWeights, match="companion fetch"):
-        runs.setting(given(data_root=folder))
+        setting(given(data_root=folder))
     with pytest.raises(MissingWeights, match=r"PETA_Checkpoint\.pth"):
-        runs.setting(given(data_root=folder, checkpoint="nothing.pth"))
+        setting(given(data_root=folder, checkpoint="nothing.pth"))
     with pytest.raises(BadParameter, match="holds PromptPAR's weights"):
-        runs.setting(given(data_root=folder, checkpoint="nothing.pth", method="heads only"))
+        setting(given(data_root=folder, checkpoint="nothing.pth", method="heads only"))
     (tmp_path / "c.pth").write_bytes(b"no")
     with pytest.raises(CorruptFile, match=r"c\.pth"):
-        runs.setting(given(data_root=folder, checkpoint=str(tmp_path / "c.pth")))
+        setting(given(data_root=folder, checkpoint=str(tmp_path / "c.pth")))
 
 
 def test_clip_is_looked_for_in_the_data_root(tmp_path):

@@ -1,4 +1,4 @@
-"""PromptPAR: what the notebook trains live with the published settings, on real pictures or as a dry run."""
+"""PromptPAR: what the notebook trains live, at pocket scale or with the published settings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from ..fit import fit, predict
 from ..metrics.attributes import Scores, evaluate
 from ..models import promptpar
 from ..models.promptpar import THRESHOLD, PromptPAR
+from ..pocket import pedestrians as pocket
+from ..studies import promptpar as study
 
+TASK, LIVE = "street", ("heads only", "PromptPAR, not masked", "PromptPAR")
 # what differs from PromptPAR: arguments of the model, and the weight of the similarity in the loss
 METHODS: dict[str, dict] = {
     "PromptPAR": {},
@@ -61,6 +64,7 @@ class Setting:
         ratio: (A,) the share of training pictures with each attribute.
         parts: "train" and "test": items (picture (3, H, W), labels (A,)).
         methods: the methods to run; those in `trained` are trained.
+        rates: their learning rates at pocket scale; the published recipe has two for every method.
         build: the model of a method, before training.
         learn: trains a model in place: (model, method, arguments of `fit`) to the history.
         probabilities: of a model and a part, (n, A).
@@ -73,17 +77,25 @@ class Setting:
     parts: dict[str, Dataset]
     methods: tuple[str, ...]
     trained: tuple[str, ...]
+    rates: dict[str, float]
     build: Callable[[str], PromptPAR]
     learn: Callable[..., list[dict]]
     probabilities: Callable[[PromptPAR, Dataset], Tensor]
 
 
-def setting(p: SimpleNamespace) -> Setting:
+def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
     """The setting that the notebook's parameters ask for.
+
+    Args:
+        p: the checked parameters of the notebook.
+        out: the run's folder; pocket pictures are written below it.
+        rates: learning rates by (task, method), as the study chose them on validation.
 
     Raises:
         BadParameter, MissingData, MissingWeights, CorruptFile: with what to change or get.
     """
+    if p.profile == "pocket":
+        return _pocket(p, out, rates)
     if p.dataset not in (*COLUMNS, "folder"):
         raise BadParameter("dataset", p.dataset, [*COLUMNS, "folder"])
     if p.texts == "phrases" and p.dataset not in PHRASES:
@@ -91,6 +103,31 @@ def setting(p: SimpleNamespace) -> Setting:
     if p.checkpoint and p.method != "PromptPAR":
         raise BadParameter("method", p.method, ["PromptPAR with a checkpoint: it holds PromptPAR's weights"])
     return _dry(p) if p.dry_run else _paper(p)
+
+
+def _pocket(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
+    """The street's pedestrians of the run's seed, trained on training and validation pictures as the study does."""
+    root = str(out / "data")
+    pocket.write(study.folder(root, p.seed), p.seed)
+    parts = {part: study.pictures(root, p.seed, part) for part in ("trainval", "test")}
+    train, chosen = parts.pop("trainval"), {method: rates[TASK, method] for method in LIVE}
+
+    def learn(model: PromptPAR, method: str, **options) -> list[dict]:
+        return study.train_model(model, method, train, chosen[method], p.seed, **options)
+
+    return Setting(
+        title="pocket pedestrians",
+        names=pocket.ATTRIBUTES,
+        sentences=tuple(pocket.SENTENCES.values()),
+        ratio=train.tensors[1].mean(0),
+        parts={"train": train} | parts,
+        methods=LIVE,
+        trained=LIVE,
+        rates=chosen,
+        build=functools.partial(study.build, seed=p.seed),
+        learn=learn,
+        probabilities=lambda model, data: study.probabilities(model, data.tensors[0]),
+    )
 
 
 # --- the published recipe ---------------------------------------------------------------------------------------------
@@ -188,6 +225,7 @@ def _paper(p: SimpleNamespace) -> Setting:
         parts={"train": train, "test": test},
         methods=(p.method,),
         trained=() if p.checkpoint else (p.method,),
+        rates={},
         build=made,
         learn=functools.partial(learn, p, train, train.ratio, workers=WORKERS),
         probabilities=functools.partial(probabilities, p, workers=WORKERS),
@@ -215,6 +253,7 @@ def _dry(p: SimpleNamespace) -> Setting:
         parts={"train": train, "test": generated(4)},
         methods=(p.method,),
         trained=(p.method,),
+        rates={},
         build=functools.partial(build, p, sentences=sentences, clip=clip, fusion=fusion),
         learn=functools.partial(learn, p, train, ratio, batch=batch, epochs=1),
         probabilities=functools.partial(probabilities, p),
@@ -241,8 +280,19 @@ def probabilities(p: SimpleNamespace, model: PromptPAR, data: Dataset, **options
 def scores(model: PromptPAR, found: Setting, part: str = "test", threshold: float = THRESHOLD) -> Scores:
     """A model's scores on a part of a setting."""
     data = found.parts[part]
-    labels = data.tensors[1] if isinstance(data, TensorDataset) else data.labels
-    return evaluate(labels.numpy(), found.probabilities(model, data).numpy(), threshold)
+    return evaluate(labels(data).numpy(), found.probabilities(model, data).numpy(), threshold)
+
+
+def labels(data: Dataset) -> Tensor:
+    """Those of all pictures of a part, (n, A)."""
+    return data.tensors[1] if isinstance(data, TensorDataset) else data.labels
+
+
+def first(found: Setting, part: str, count: int) -> tuple[Tensor, Tensor]:
+    """The first pictures of a part, (n, 3, H, W), and their labels, (n, A)."""
+    data = found.parts[part]
+    images, truth = zip(*(data[i] for i in range(min(count, len(data)))), strict=True)
+    return torch.stack(images), torch.stack([torch.as_tensor(labels) for labels in truth])
 
 
 # --- results that gather ----------------------------------------------------------------------------------------------
