@@ -1,0 +1,597 @@
+"""Whole slides: a pyramid on disk, where its tissue is, regions cut by microns per pixel, features, pictures of scores.
+
+    with Slide("slide.tiff") as slide:
+        tiles = tile(slide, PANDA)                       # regions with tissue, in the order of their file names
+        region = slide.region(*tiles.coords[0], tiles)   # uint8 (2048, 2048, 3)
+    extract("slide.tiff", encode, "slide.h5", tiling=PANDA)    # one region after the other; goes on where it was killed
+
+openslide reads; where it is not installed, or refuses a file, tiffslide does. Both, h5py and OpenCV come with the extra
+`slides`. Tiling follows HS2P at f51b276, which H-ViT's authors use (section 6.3 of its description): the same tissue,
+the same regions. Memory holds a thumbnail and the regions of one step, however large the slide is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from torch import Tensor, nn
+
+from . import heatmaps
+from .errors import BadParameter, CompanionError, CorruptFile
+from .files import atomic, read_json, write_json
+from .progress import progress
+
+BACKENDS = ("openslide", "tiffslide")
+NORMALISATIONS = {
+    "unit": (0.0, 1.0),  # only scaled to [0, 1], as in the authors' extraction of PANDA
+    "half": (0.5, 0.5),  # HIPT's
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+EXTRA = "pip install -e '.[slides]'"
+LARGEST_THUMBNAIL = 64_000_000  # pixels; a level with more is reduced band by band
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+class Slide:
+    """A slide's pyramid, read in rectangles. What lies outside the slide, or was never scanned, is white.
+
+    Args:
+        path: a file of any format that openslide or tiffslide reads.
+        mpp: microns per pixel of level 0, in place of what the file says, or where it does not say it.
+        backend: one of `BACKENDS`; "auto" takes the first that is installed and opens the file.
+
+    Raises:
+        CorruptFile: missing, truncated, or of no format that is read.
+        CompanionError: neither library is installed.
+    """
+
+    def __init__(self, path: str | Path, mpp: float | None = None, backend: str = "auto"):
+        if backend not in ("auto", *BACKENDS):
+            raise BadParameter("backend", backend, ("auto", *BACKENDS))
+        if mpp is not None and mpp <= 0:
+            raise BadParameter("mpp", mpp, "microns per pixel, more than 0")
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise CorruptFile(self.path, "there is no such file")
+        installed = [b for b in BACKENDS if backend in ("auto", b) and importlib.util.find_spec(b)]
+        if not installed:
+            raise CompanionError(f"slides are read by openslide or tiffslide, which are not installed: {EXTRA}")
+        reasons = []
+        for name in installed:
+            try:
+                self._slide = _open(name, self.path)
+                break
+            except Exception as error:  # each library has its own kinds, and damaged files raise more
+                reasons.append(f"{name}: {error}")
+        else:
+            raise CorruptFile(self.path, "; ".join(reasons))
+        self.backend = name
+        self.size: tuple[int, int] = tuple(self._slide.dimensions)
+        self.levels: list[tuple[int, int]] = [tuple(size) for size in self._slide.level_dimensions]
+        self.downsamples: list[float] = [float(d) for d in self._slide.level_downsamples]
+        self._mpp = mpp
+
+    def __enter__(self) -> Slide:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._slide.close()
+
+    @property
+    def mpp(self) -> float:
+        """Microns per pixel of level 0, the mean of both axes. Raises `BadParameter` when nobody says it."""
+        if self._mpp is not None:
+            return self._mpp
+        said = [self._slide.properties.get(f"{prefix}.mpp-{axis}") for prefix in BACKENDS[::-1] for axis in "xy"]
+        values = [float(value) for value in said if value is not None and float(value) > 0]
+        if not values:
+            raise BadParameter("mpp", None, f"the microns per pixel of level 0, which {self.path} does not say")
+        return sum(values) / len(values)
+
+    def level(self, downsample: float) -> int:
+        """The level whose downsample is nearest to `downsample`."""
+        return int(np.abs(np.array(self.downsamples) - downsample).argmin())
+
+    def read(self, x: int, y: int, level: int, width: int, height: int) -> np.ndarray:
+        """A rectangle of a level, its corner (x, y) in pixels of level 0: uint8 (height, width, 3).
+
+        Raises `CorruptFile` when the file is damaged there.
+        """
+        out = np.full((height, width, 3), 255, np.uint8)
+        scale, (wide, high) = self.downsamples[level], self.levels[level]
+        left, top = int(x / scale), int(y / scale)
+        x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + width, wide), min(top + height, high)
+        if x0 >= x1 or y0 >= y1:
+            return out
+        corner = (x if left >= 0 else 0, y if top >= 0 else 0)
+        try:
+            image = self._slide.read_region(corner, level, (x1 - x0, y1 - y0))
+            pixels = np.asarray(image)
+        except Exception as error:  # as above
+            raise CorruptFile(self.path, f"level {level} at ({x}, {y}): {error}") from error
+        if pixels.shape[-1] == 4 and pixels[..., 3].min() < 255:  # not scanned: transparent
+            alpha = pixels[..., 3:].astype(np.uint16)
+            pixels = (pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
+        out[y0 - top : y1 - top, x0 - left : x1 - left] = pixels[..., :3]
+        return out
+
+    def region(self, x: int, y: int, tiles: Tiles) -> np.ndarray:
+        """The region of `tiles` with its corner at (x, y): uint8 (region, region, 3)."""
+        pixels = self.read(int(x), int(y), tiles.level, tiles.pixels, tiles.pixels)
+        if tiles.pixels == tiles.region:
+            return pixels
+        return np.asarray(Image.fromarray(pixels).resize((tiles.region, tiles.region), Image.Resampling.BILINEAR))
+
+    def thumbnail(self, downsample: float) -> tuple[np.ndarray, float]:
+        """The level nearest to `downsample`, whole, and its downsample.
+
+        A level of more than `LARGEST_THUMBNAIL` pixels, in a file without smaller ones, is reduced by whole numbers,
+        band by band.
+        """
+        level = self.level(downsample)
+        (wide, high), scale = self.levels[level], self.downsamples[level]
+        if wide * high <= LARGEST_THUMBNAIL:
+            return self.read(0, 0, level, wide, high), scale
+        factor = max(int(downsample / scale), int(np.ceil((wide * high / LARGEST_THUMBNAIL) ** 0.5)), 2)
+        bands = []
+        for top in range(0, high, factor * 16):
+            height = min(factor * 16, high - top)
+            bands.append(reduce(self.read(0, int(top * scale), level, wide, height), factor))
+        return np.concatenate(bands), scale * factor
+
+
+def _open(backend: str, path: Path) -> object:
+    if backend == "openslide":
+        import openslide  # here: an extra
+
+        return openslide.OpenSlide(path)
+    import tiffslide  # here: an extra
+
+    return tiffslide.TiffSlide(path)
+
+
+def reduce(pixels: np.ndarray, factor: int) -> np.ndarray:
+    """The mean of each square of factor x factor pixels of (h, w, 3), uint8; at an edge, of what there is of it."""
+    wide = np.arange(0, pixels.shape[1], factor)
+    columns = np.diff(wide, append=pixels.shape[1])[:, None]
+    rows = []
+    for top in range(0, len(pixels), factor):
+        band = pixels[top : top + factor]
+        total = np.add.reduceat(band.sum(0, dtype=np.uint32), wide, axis=0)
+        count = columns * len(band)
+        rows.append(((total + count // 2) // count).astype(np.uint8))
+    return np.stack(rows)
+
+
+# --- tissue and tiles -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How regions are found (section 6.3). The defaults are HS2P's; `PANDA` are the authors' for it.
+
+    Attributes:
+        region: side of a region in pixels at `mpp`.
+        mpp: microns per pixel wanted. The nearest level is read as it is (0.45 stays 0.45), or brought to `mpp` with
+            `resample`.
+        tolerance: how far the nearest level's may be from `mpp`, as a share of it, when nothing is resampled.
+        downsample: of the level in which tissue is looked for.
+        saturation, otsu: threshold on the saturation (0 to 255), or Otsu's in its place.
+        median, close: sides in pixels of the blur before it and of the closing after it.
+        area, hole_area: least area of tissue, and of a hole, in patches of 256 px at the level that is read.
+        drop_holes: leave holes out of the tissue, at most `holes` of a contour. The released code means to, and does
+            not, since it draws them at the coordinates of another level.
+        least: share of a region that must be tissue.
+        padding: keep regions that stick out of the slide.
+    """
+
+    region: int = 2048
+    mpp: float = 0.5
+    resample: bool = False
+    tolerance: float = 0.25
+    downsample: float = 64
+    saturation: int = 8
+    otsu: bool = False
+    median: int = 7
+    close: int = 4
+    area: float = 16
+    hole_area: float = 4
+    holes: int = 8
+    drop_holes: bool = False
+    least: float = 0.1
+    padding: bool = True
+
+    def __post_init__(self):
+        if self.region < 1 or self.mpp <= 0 or self.downsample < 1:
+            raise BadParameter("region, mpp, downsample", (self.region, self.mpp, self.downsample), "positive numbers")
+        if self.median % 2 == 0:
+            raise BadParameter("median", self.median, "an odd number")
+        if not 0 <= self.least <= 1:
+            raise BadParameter("least", self.least, "0 to 1")
+
+
+PANDA = Tiling(downsample=16, otsu=True, close=10, area=4, hole_area=2)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tiles:
+    """The regions of a slide that hold tissue, in the order of their file names x_y, which every array of them has.
+
+    Attributes:
+        coords: (M, 2) int64, x and y of the upper left corners in pixels of level 0.
+        shares: (M,) share of tissue, to 3 decimals.
+        contours: (M,) the piece of tissue that each was found in.
+        step: side of a region in pixels of level 0.
+        level, pixels: the level that is read, and the side there.
+        region: the side after resampling.
+    """
+
+    coords: np.ndarray
+    shares: np.ndarray
+    contours: np.ndarray
+    step: int
+    level: int
+    pixels: int
+    region: int
+
+    def __len__(self) -> int:
+        return len(self.coords)
+
+    def moved(self, dx: int, dy: int) -> Tiles:
+        """The same regions (dx, dy) pixels of level 0 further right and down."""
+        return dataclasses.replace(self, coords=self.coords + np.array([dx, dy]))
+
+
+def tissue_mask(rgb: np.ndarray, tiling: Tiling) -> np.ndarray:
+    """Where a thumbnail uint8 (h, w, 3) shows tissue: uint8 (h, w), 0 or 255."""
+    cv2 = _opencv()
+    saturation = cv2.medianBlur(cv2.cvtColor(np.ascontiguousarray(rgb), cv2.COLOR_RGB2HSV)[..., 1], tiling.median)
+    kind = cv2.THRESH_BINARY + (cv2.THRESH_OTSU if tiling.otsu else 0)
+    _, mask = cv2.threshold(saturation, 0 if tiling.otsu else tiling.saturation, 255, kind)
+    return cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((tiling.close, tiling.close), np.uint8))
+
+
+def find_tiles(mask: np.ndarray, downsample: float, size: tuple[int, int], step: int, tiling: Tiling,
+               unit: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """Regions with tissue, in the order found: coordinates (M, 2), shares and contours (M,).
+
+    For each piece of tissue a grid that starts at the upper left of ITS bounding box, columns first; the grids of two
+    pieces may overlap.
+
+    Args:
+        mask: uint8 (h, w), see `tissue_mask`.
+        downsample: level-0 pixels a pixel of the mask.
+        size: (width, height) of the slide.
+        step: side of a region in pixels of level 0.
+        unit: side in level-0 pixels of the patch that areas are counted in.
+    """
+    cv2 = _opencv()
+    contours, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    reference = int((unit / downsample) ** 2)
+    found, piece = [], 0
+    side = max(int(step / downsample), 1)
+    for i, contour in enumerate(contours):
+        if hierarchy[0][i][3] != -1:  # a hole
+            continue
+        holes = [contours[j] for j in range(len(contours)) if hierarchy[0][j][3] == i]
+        areas = [cv2.contourArea(hole) for hole in holes]
+        if cv2.contourArea(contour) - sum(areas) <= tiling.area * reference:
+            continue
+        inside = np.zeros_like(mask)
+        cv2.drawContours(inside, [contour], 0, 255, -1)
+        if tiling.drop_holes:
+            largest = sorted(zip(areas, range(len(holes)), strict=True), reverse=True)[: tiling.holes]
+            kept = [holes[j] for area, j in largest if area > tiling.hole_area * reference]
+            cv2.drawContours(inside, kept, -1, 0, -1)
+        tissue = (mask > 0) & (inside > 0)
+        left, top, width, height = cv2.boundingRect((contour * downsample).astype(np.int32))
+        for x, y in itertools.product(range(left, left + width, step), range(top, top + height, step)):
+            if not tiling.padding and (x + step > size[0] or y + step > size[1]):
+                continue
+            column, row = int(x / downsample), int(y / downsample)
+            share = round(float(tissue[row : row + side, column : column + side].sum() / side**2), 3)
+            if share >= tiling.least:
+                found.append((x, y, share, piece))
+        piece += 1
+    columns = np.array(found, float).reshape(-1, 4)
+    return columns[:, :2].astype(np.int64), columns[:, 2], columns[:, 3].astype(np.int64)
+
+
+def file_order(coords: np.ndarray) -> np.ndarray:
+    """Indices that put regions into the order of their file names x_y, "1024_512" before "752_5840"; each once."""
+    names = [f"{x}_{y}" for x, y in coords.tolist()]
+    return np.array([names.index(name) for name in sorted(set(names))], dtype=np.int64)
+
+
+def tile(slide: Slide, tiling: Tiling, mask: np.ndarray | None = None) -> Tiles:
+    """The regions of a slide that hold tissue; none when there is none.
+
+    Args:
+        mask: where tissue is, (h, w), any size that covers the slide, in place of what its colours say.
+
+    Raises:
+        BadParameter: the file says no microns per pixel, or has no level near the one that is wanted.
+    """
+    level = slide.level(tiling.mpp / slide.mpp)
+    mpp = slide.mpp * slide.downsamples[level]
+    if not tiling.resample and abs(mpp / tiling.mpp - 1) > tiling.tolerance:
+        have = ", ".join(f"{slide.mpp * d:.3g}" for d in slide.downsamples)
+        raise BadParameter("mpp", tiling.mpp, f"one near those of {slide.path} ({have}); or resample = True")
+    pixels = round(tiling.region * tiling.mpp / mpp) if tiling.resample else tiling.region
+    if mask is None:
+        rgb, downsample = slide.thumbnail(tiling.downsample)
+        mask = tissue_mask(rgb, tiling)
+    else:
+        downsample = slide.size[0] / mask.shape[1]
+        if mask.ndim != 2 or abs(slide.size[1] / mask.shape[0] / downsample - 1) > 0.05:
+            raise BadParameter("mask", mask.shape, f"(h, w) in the proportions of the slide, {slide.size[::-1]}")
+        mask = np.where(mask > 0, 255, 0).astype(np.uint8)
+    step = int(pixels * slide.downsamples[level])
+    unit = 256 * pixels / tiling.region * slide.downsamples[level]
+    coords, shares, contours = find_tiles(mask, downsample, slide.size, step, tiling, unit)
+    order = file_order(coords)
+    return Tiles(coords[order], shares[order], contours[order], step, level, pixels, tiling.region)
+
+
+def label_mask(path: str | Path, values: Sequence[int], downsample: float = 16) -> np.ndarray:
+    """Where a label mask (a pyramid such as PANDA's, labels in its red channel) has one of `values`: bool (h, w)."""
+    with Slide(path, mpp=1.0) as slide:
+        level = slide.level(downsample)
+        labels = slide.read(0, 0, level, *slide.levels[level])[..., 0]
+    return np.isin(labels, list(values))
+
+
+def _opencv():
+    if importlib.util.find_spec("cv2") is None:
+        raise CompanionError(f"tissue is found with OpenCV, which is not installed: {EXTRA}")
+    import cv2  # here: an extra
+
+    return cv2
+
+
+# --- features ---------------------------------------------------------------------------------------------------------
+
+
+def tensor(pixels: np.ndarray, normalise: str = "unit") -> Tensor:
+    """Regions uint8 (..., R, R, 3) as float32 (..., 3, R, R), by one of `NORMALISATIONS`."""
+    if normalise not in NORMALISATIONS:
+        raise BadParameter("normalise", normalise, tuple(NORMALISATIONS))
+    mean, std = (torch.tensor(v, dtype=torch.float32).reshape(-1, 1, 1) for v in NORMALISATIONS[normalise])
+    return (torch.from_numpy(np.ascontiguousarray(pixels)).movedim(-1, -3).float() / 255 - mean) / std
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A hash of a module's tensors: whether features were made by it."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode() + np.ascontiguousarray(value.detach().cpu().float().numpy()).tobytes())
+    return digest.hexdigest()[:16]
+
+
+@torch.inference_mode()
+def extract(
+    path: str | Path,
+    encode: Callable[[Tensor], Tensor],
+    out: str | Path,
+    *,
+    tiling: Tiling = PANDA,
+    encoder: str = "",
+    normalise: str = "unit",
+    batch: int = 1,
+    mpp: float | None = None,
+    mask: np.ndarray | None = None,
+    device: str | torch.device = "cpu",
+) -> Path:
+    """Features of a slide's regions, as HDF5: `features` (M, ...) float32, `coords` (M, 2), the settings as attributes.
+
+    Regions are read by a thread while the ones before are encoded. Each step's features are written to a folder beside
+    `out`, and put together at the end: a run that was killed, at any moment, goes on where it was and gives the same
+    file. A slide without tissue gives a file without rows.
+
+    Args:
+        encode: regions (b, 3, R, R) to features (b, ...): of H-ViT, `embed_patches`, or `embed_regions` after it.
+        encoder: what made them (`fingerprint`): features of two encoders are not mixed.
+        batch: regions a step.
+        mpp, mask: see `Slide` and `tile`.
+
+    Raises:
+        BadParameter: `out` or its unfinished parts were made with other settings.
+        CorruptFile: the slide cannot be read.
+    """
+    if batch < 1:
+        raise BadParameter("batch", batch, "1 or more")
+    out, parts = Path(out), Path(f"{out}.parts")
+    with Slide(path, mpp) as slide:
+        tiles = tile(slide, tiling, mask)
+        settings = {
+            "slide": slide.path.name, "size": list(slide.size), "mpp": slide.mpp, "encoder": encoder,
+            "normalise": normalise, "step": tiles.step, "level": tiles.level, "pixels": tiles.pixels,
+            "coords": hashlib.sha256(tiles.coords.tobytes()).hexdigest()[:16], **dataclasses.asdict(tiling),
+        }  # fmt: skip
+        if out.is_file():
+            _same(settings, json.loads(read_features(out)["settings"]), out)
+            return out
+        plan = parts / "plan.json"
+        if plan.is_file():
+            _same(settings | {"batch": batch}, read_json(plan), parts)
+        else:
+            write_json(plan, settings | {"batch": batch})
+        starts = [i for i in range(0, len(tiles), batch) if not (parts / f"{i:06d}.safetensors").is_file()]
+
+        def pixels(start: int) -> np.ndarray:
+            return np.stack([slide.region(x, y, tiles) for x, y in tiles.coords[start : start + batch]])
+
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(pixels, starts[0]) if starts else None
+            shown = progress(starts, slide.path.stem, -(-len(tiles) // batch), -(-len(tiles) // batch) - len(starts))
+            for i, start in enumerate(shown):
+                regions = ahead.result()
+                ahead = reader.submit(pixels, starts[i + 1]) if i + 1 < len(starts) else None
+                features = encode(tensor(regions, normalise).to(device)).float().cpu().numpy()
+                with atomic(parts / f"{start:06d}.safetensors") as temporary:
+                    save_file({"features": np.ascontiguousarray(features)}, temporary)
+    _assemble(out, parts, tiles, batch, settings)
+    shutil.rmtree(parts)
+    return out
+
+
+def _same(settings: dict, written: dict, where: Path) -> None:
+    for key, value in settings.items():
+        if written.get(key) != value:
+            raise BadParameter(key, value, f"{written.get(key)!r}, as in {where}; delete that to start anew")
+
+
+def _assemble(out: Path, parts: Path, tiles: Tiles, batch: int, settings: dict) -> None:
+    import h5py  # here: an extra
+
+    with atomic(out) as temporary, h5py.File(temporary, "w") as file:
+        file.create_dataset("coords", data=tiles.coords)
+        file.create_dataset("shares", data=tiles.shares)
+        file.attrs["settings"] = json.dumps(settings)
+        if not len(tiles):
+            file.create_dataset("features", shape=(0,), dtype="float32")
+        for start in range(0, len(tiles), batch):
+            features = load_file(parts / f"{start:06d}.safetensors")["features"]
+            if not start:
+                shape = (len(tiles), *features.shape[1:])
+                file.create_dataset("features", shape=shape, dtype="float32", chunks=(1, *features.shape[1:]))
+            file["features"][start : start + len(features)] = features
+
+
+def read_features(path: str | Path) -> dict[str, object]:
+    """What `extract` wrote: "features" and "shares" (tensors), "coords" (M, 2) int64, "settings" (JSON text).
+
+    Raises `CorruptFile` for a file that is missing, truncated, or something else.
+    """
+    import h5py  # here: an extra
+
+    try:
+        with h5py.File(path, "r") as file:
+            found = {key: torch.from_numpy(file[key][()]) for key in ("features", "coords", "shares")}
+            found["settings"] = file.attrs["settings"]
+    except (OSError, KeyError, RuntimeError) as error:
+        raise CorruptFile(path, f"no features of a slide ({error})") from error
+    if len(found["features"]) != len(found["coords"]):
+        raise CorruptFile(path, f"{len(found['features'])} features for {len(found['coords'])} regions")
+    return found
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_pyramid(path: str | Path, rows: Callable[[int, int], np.ndarray], size: tuple[int, int], mpp: float | None,
+                  downsamples: Sequence[int] = (1, 4, 16), tile: int = 256) -> Path:  # fmt: skip
+    """Write a tiled pyramidal TIFF that openslide and tiffslide open, band by band.
+
+    Args:
+        rows: gives rows y0 to y1 of level 0, uint8 (y1 - y0, width, 3); asked once for each band, from the top.
+        size: (width, height) of level 0.
+        mpp: microns per pixel of level 0; None writes none.
+        downsamples: of the levels, each a multiple of the one before.
+        tile: side of the file's tiles.
+    """
+    import tifffile
+
+    if downsamples[0] != 1 or any(b % a or b <= a for a, b in itertools.pairwise(downsamples)):
+        raise BadParameter("downsamples", tuple(downsamples), "1 first, then each a multiple of the one before")
+    width, height = size
+    big = width * height * 4 > 2**31
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        atomic(path) as temporary,
+        tifffile.TiffWriter(temporary, bigtiff=big) as writer,
+    ):
+        for i, downsample in enumerate(downsamples):
+            w, h = -(-width // downsample), -(-height // downsample)
+            below = None
+            if i + 1 < len(downsamples):  # the next level lies on disk, too, while this one is written
+                factor = downsamples[i + 1] // downsample
+                shape = (-(-h // factor), -(-w // factor), 3)
+                below = np.memmap(Path(folder) / str(i), np.uint8, "w+", shape=shape)
+            resolution = {}
+            if mpp is not None:
+                resolution = {"resolution": (1e4 / mpp / downsample,) * 2, "resolutionunit": "CENTIMETER"}
+            writer.write(
+                _tiles(rows, w, h, tile, below, factor if below is not None else 1),
+                shape=(h, w, 3),
+                dtype=np.uint8,
+                tile=(tile, tile),
+                photometric="rgb",
+                compression="deflate",
+                metadata=None,
+                subfiletype=1 if i else 0,  # without it openslide sees one level only
+                **resolution,
+            )
+            rows = partial(_rows, below)
+    return Path(path)
+
+
+def _rows(kept: np.ndarray, y0: int, y1: int) -> np.ndarray:
+    return kept[y0:y1]
+
+
+def _tiles(rows: Callable[[int, int], np.ndarray], width: int, height: int, tile: int, below: np.ndarray | None,
+           factor: int) -> Iterator[np.ndarray]:  # fmt: skip
+    """The tiles of a level, row by row, white at the edges; `below` is filled with the level reduced by `factor`."""
+    band = tile * factor
+    for top in range(0, height, band):
+        strip = rows(top, min(top + band, height))
+        if below is not None:
+            small = reduce(strip, factor)
+            below[top // factor : top // factor + len(small)] = small
+        for y in range(0, len(strip), tile):
+            for x in range(0, width, tile):
+                piece = strip[y : y + tile, x : x + tile]
+                if piece.shape[:2] != (tile, tile):
+                    piece = np.pad(piece, ((0, tile - len(piece)), (0, tile - piece.shape[1]), (0, 0)),
+                                   constant_values=255)  # fmt: skip
+                yield np.ascontiguousarray(piece)
+
+
+def write_heatmap(slide: Slide, tiles: Tiles, maps: Iterable[np.ndarray], stem: str | Path, *, downsample: int = 16,
+                  threshold: float | None = None, opacity: float = 0.5) -> dict[str, Path]:  # fmt: skip
+    """Scores stitched over a slide: `<stem>.tiff`, a pyramid that lies on the slide in a viewer, and `<stem>.png`.
+
+    Args:
+        maps: one square map (s, s) for each region, in the order of `tiles`; brought to size by nearest neighbour.
+        downsample: of the picture.
+        threshold, opacity: see `heatmaps.overlay`.
+
+    Returns:
+        The files, by their kind.
+    """
+    width, height = (-(-side // downsample) for side in slide.size)
+    if width * height > LARGEST_THUMBNAIL:
+        raise BadParameter("downsample", downsample, f"one that leaves at most {LARGEST_THUMBNAIL} pixels")
+    side = max(int(tiles.step / downsample), 1)
+
+    def sized() -> Iterator[tuple[tuple[int, int], np.ndarray]]:
+        for (x, y), scores in zip(tiles.coords.tolist(), maps, strict=True):
+            index = np.arange(side) * len(scores) // side
+            yield (x, y), np.asarray(scores)[index][:, index]
+
+    scores, there = heatmaps.stitch(sized(), (height, width), downsample)
+    thumbnail, _ = slide.thumbnail(downsample)
+    tissue = np.asarray(Image.fromarray(thumbnail).resize((width, height), Image.Resampling.BILINEAR))
+    picture = heatmaps.overlay(tissue, scores, there, threshold=threshold, opacity=opacity)
+    files = {"tiff": Path(f"{stem}.tiff"), "png": Path(f"{stem}.png")}
+    write_pyramid(files["tiff"], lambda y0, y1: picture[y0:y1], (width, height), slide.mpp * downsample)
+    with atomic(files["png"]) as temporary:
+        Image.fromarray(picture).save(temporary)
+    return files

@@ -1,0 +1,392 @@
+"""Whole slides: two readers that agree, tiles by spacing, features that survive a kill, pyramids, heatmaps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+from companion import slides
+from companion.errors import BadParameter, CompanionError, CorruptFile
+from companion.models import hvit
+from companion.slides import PANDA, Slide, Tiling
+
+SMALL = Tiling(region=128, mpp=0.5, downsample=16, otsu=False, median=3, close=2, area=0.01, least=0.1)
+
+
+def drawn(width: int = 1024, height: int = 768, seed: int = 0) -> np.ndarray:
+    """Two pieces of pink tissue with noise on white."""
+    rng = np.random.default_rng(seed)
+    image = np.full((height, width, 3), 255, np.uint8)
+    y, x = np.mgrid[:height, :width]
+    for cx, cy, rx, ry in ((0.3, 0.4, 0.2, 0.3), (0.75, 0.6, 0.12, 0.25)):
+        inside = ((x / width - cx) / rx) ** 2 + ((y / height - cy) / ry) ** 2 < 1
+        image[inside] = np.clip(rng.normal((200, 120, 170), 20, (inside.sum(), 3)), 0, 255)
+    return image
+
+
+def written(path: Path, image: np.ndarray, mpp: float | None = 0.5, **options) -> Path:
+    return slides.write_pyramid(path, lambda y0, y1: image[y0:y1], image.shape[1::-1], mpp, **options)
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+    return drawn()
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory, image) -> Path:
+    return written(tmp_path_factory.mktemp("slides") / "slide.tiff", image)
+
+
+def mean_colour(regions: torch.Tensor) -> torch.Tensor:
+    return regions.mean((2, 3))
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", slides.BACKENDS)
+def test_both_readers_give_the_pixels(path, image, backend):
+    with Slide(path, backend=backend) as slide:
+        assert slide.backend == backend
+        assert slide.size == (1024, 768)
+        assert slide.levels == [(1024, 768), (256, 192), (64, 48)]
+        assert slide.downsamples == [1, 4, 16]
+        assert slide.mpp == pytest.approx(0.5, rel=1e-3)
+        np.testing.assert_array_equal(slide.read(100, 60, 0, 300, 200), image[60:260, 100:400])
+        np.testing.assert_array_equal(slide.read(64, 32, 1, 50, 40), slides.reduce(image, 4)[8:48, 16:66])
+        for x, y in ((-40, -30), (900, 700), (5000, 5000)):  # outside there is white
+            out = slide.read(x, y, 0, 200, 200)
+            expected = np.full((200, 200, 3), 255, np.uint8)
+            part = image[max(y, 0) : max(y + 200, 0), max(x, 0) : max(x + 200, 0)]
+            top, left = max(-y, 0), max(-x, 0)
+            expected[top : top + part.shape[0], left : left + part.shape[1]] = part
+            np.testing.assert_array_equal(out, expected)
+
+
+def test_the_reader_can_be_missing(path, monkeypatch):
+    real = slides.importlib.util.find_spec
+    monkeypatch.setattr(slides.importlib.util, "find_spec", lambda name: None if name == "openslide" else real(name))
+    with Slide(path) as slide:
+        assert slide.backend == "tiffslide"
+    monkeypatch.setattr(slides.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CompanionError, match="slides"):
+        Slide(path)
+    with pytest.raises(CompanionError, match="OpenCV"):
+        slides.tissue_mask(np.zeros((4, 4, 3), np.uint8), SMALL)
+
+
+def test_what_one_reader_refuses_the_other_reads(tmp_path, image):
+    tifffile.imwrite(tmp_path / "untiled.tiff", image, photometric="rgb")
+    with Slide(tmp_path / "untiled.tiff", mpp=0.5) as slide:
+        assert slide.backend == "tiffslide"
+        np.testing.assert_array_equal(slide.read(10, 20, 0, 30, 40), image[20:60, 10:40])
+
+
+def test_no_microns_per_pixel(tmp_path, image):
+    path = written(tmp_path / "bare.tiff", image, mpp=None)
+    with Slide(path) as slide, pytest.raises(BadParameter, match=r"mpp.*bare\.tiff"):
+        slides.tile(slide, SMALL)
+    with Slide(path, mpp=0.5) as slide:
+        assert len(slides.tile(slide, SMALL))
+    with pytest.raises(BadParameter, match="mpp"):
+        Slide(path, mpp=0)
+
+
+def test_files_that_are_no_slides(tmp_path, path):
+    with pytest.raises(CorruptFile, match="no such file"):
+        Slide(tmp_path / "nowhere.tiff")
+    (tmp_path / "text.tiff").write_text("not a slide")
+    with pytest.raises(CorruptFile, match=r"text\.tiff"):
+        Slide(tmp_path / "text.tiff")
+    with pytest.raises(BadParameter, match="openslide"):
+        Slide(path, backend="asap")
+
+
+@pytest.mark.parametrize("backend", slides.BACKENDS)
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
+def test_a_truncated_slide(tmp_path, path, backend, share):
+    """It is refused when it is opened, or where the data ends: never read as something else."""
+    whole = path.read_bytes()
+    (tmp_path / "cut.tiff").write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(CorruptFile, match=r"cut\.tiff"), Slide(tmp_path / "cut.tiff", backend=backend) as slide:
+        for level, size in enumerate(slide.levels):
+            slide.read(0, 0, level, *size)
+
+
+def test_a_thumbnail_where_the_file_has_no_small_level(tmp_path, image, monkeypatch):
+    path = written(tmp_path / "one.tiff", image, downsamples=(1,))
+    monkeypatch.setattr(slides, "LARGEST_THUMBNAIL", 100_000)
+    with Slide(path) as slide:
+        rgb, downsample = slide.thumbnail(16)
+    assert downsample == 16
+    np.testing.assert_array_equal(rgb, slides.reduce(image, 16))
+
+
+# --- tiles ------------------------------------------------------------------------------------------------------------
+
+
+def test_tiles_hold_the_tissue(path, image):
+    with Slide(path) as slide:
+        tiles = slides.tile(slide, dataclasses.replace(SMALL, downsample=4))
+        assert (tiles.step, tiles.level, tiles.pixels) == (128, 0, 128)
+        assert [f"{x}_{y}" for x, y in tiles.coords] == sorted(f"{x}_{y}" for x, y in tiles.coords)
+        assert set(tiles.contours) == {0, 1}
+        covered = np.zeros(image.shape[:2], bool)
+        for (x, y), share in zip(tiles.coords, tiles.shares, strict=True):
+            region = slide.region(x, y, tiles)
+            assert region.shape == (128, 128, 3)
+            tissue = (region != 255).any(-1).mean()
+            assert abs(tissue - share) < 0.1 and share >= 0.1
+            covered[y : y + 128, x : x + 128] = True
+        tissue = (image != 255).any(-1)
+        assert covered[tissue].mean() > 0.97
+        moved = tiles.moved(64, -64)
+        assert (moved.coords - tiles.coords == [64, -64]).all() and moved.step == tiles.step
+
+
+def test_order_is_that_of_file_names():
+    coords = np.array([[752, 5840], [1024, 512], [1024, 1024], [752, 5840], [100, 0], [1000, 0]])
+    ordered = coords[slides.file_order(coords)].tolist()
+    assert ordered == [[1000, 0], [100, 0], [1024, 1024], [1024, 512], [752, 5840]]
+
+
+def test_spacing_decides_the_level(path):
+    with Slide(path) as slide:
+        half = slides.tile(slide, dataclasses.replace(SMALL, mpp=2.0, region=32))
+        assert (half.level, half.pixels, half.step) == (1, 32, 128)
+        with pytest.raises(BadParameter, match=r"0\.5, 2, 8"):
+            slides.tile(slide, dataclasses.replace(SMALL, mpp=1.0))
+        resampled = slides.tile(slide, dataclasses.replace(SMALL, mpp=0.9, region=64, resample=True))
+        assert (resampled.level, resampled.pixels) == (0, 115)
+        assert slide.region(*resampled.coords[0], resampled).shape == (64, 64, 3)
+    with Slide(path, mpp=0.45) as slide:  # near enough: read as it is
+        assert slides.tile(slide, SMALL).step == 128
+
+
+def test_a_slide_without_tissue(tmp_path):
+    path = written(tmp_path / "white.tiff", np.full((512, 512, 3), 255, np.uint8))
+    with Slide(path) as slide:
+        assert len(slides.tile(slide, SMALL)) == 0
+    out = slides.extract(path, mean_colour, tmp_path / "white.h5", tiling=SMALL)
+    read = slides.read_features(out)
+    assert len(read["features"]) == len(read["coords"]) == 0
+
+
+def test_padding_and_holes(path):
+    ring = np.zeros((96, 128), np.uint8)
+    ring[8:96, 8:128] = 255
+    ring[30:70, 40:100] = 0
+    plain = dataclasses.replace(SMALL, area=1, hole_area=1)
+    args = (ring, 8, (1024, 768), 256)
+    everything, shares, _ = slides.find_tiles(*args, plain, 64)
+    assert len(everything) == 11  # of 12 one lies in the hole
+    inside, _, _ = slides.find_tiles(*args, dataclasses.replace(plain, padding=False), 64)
+    assert len(inside) == 5 and (inside.max(0) + 256 <= [1024, 768]).all()
+    # a hole is no tissue of the mask in any case: leaving it out takes its rim away, no more
+    _, without, _ = slides.find_tiles(*args, dataclasses.replace(plain, drop_holes=True), 64)
+    assert (without <= shares).all() and 0 < (shares - without).max() < 0.1
+    _, none, _ = slides.find_tiles(*args, dataclasses.replace(plain, area=1000), 64)
+    assert len(none) == 0
+
+
+def test_tissue_can_be_given(path, tmp_path):
+    labels = np.zeros((768, 1024, 3), np.uint8)
+    labels[256:512, 128:384, 0] = 2
+    labels[0:64, 0:64, 0] = 1
+    written(tmp_path / "labels.tiff", labels)
+    mask = slides.label_mask(tmp_path / "labels.tiff", [2])
+    assert mask.shape == (48, 64) and mask.sum() == 16 * 16
+    with Slide(path) as slide:
+        tiles = slides.tile(slide, SMALL, mask)
+        assert sorted(map(tuple, tiles.coords)) == [(128, 256), (128, 384), (256, 256), (256, 384)]
+        with pytest.raises(BadParameter, match="proportions"):
+            slides.tile(slide, SMALL, mask[:20])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"region": 0}, "region"), ({"mpp": -1}, "mpp"), ({"median": 4}, "odd"), ({"least": 2}, "0 to 1")],
+)
+def test_bad_tilings(change, named):
+    with pytest.raises(BadParameter, match=named):
+        dataclasses.replace(PANDA, **change)
+
+
+# --- features ---------------------------------------------------------------------------------------------------------
+
+
+def test_features_are_the_same_for_any_batch(path, tmp_path):
+    torch.manual_seed(0)
+    model = hvit.build("pocket", patches=4).eval()
+    read = []
+    for batch in (1, 3, 50):
+        out = slides.extract(path, model.embed_patches, tmp_path / f"{batch}.h5", tiling=SMALL, batch=batch,
+                             encoder=slides.fingerprint(model.patch), normalise="half")  # fmt: skip
+        assert not list(tmp_path.glob("*.parts"))
+        read.append(slides.read_features(out))
+    with Slide(path) as slide:
+        tiles = slides.tile(slide, SMALL)
+        x = slides.tensor(slide.region(*tiles.coords[4], tiles), "half")
+    for found in read:
+        assert found["features"].shape == (len(tiles), 16, 48)
+        torch.testing.assert_close(found["features"], read[0]["features"], atol=1e-5, rtol=1e-5)
+        assert (found["coords"].numpy() == tiles.coords).all()
+        with torch.no_grad():
+            torch.testing.assert_close(found["features"][4], model.embed_patches(x[None])[0], atol=1e-5, rtol=1e-5)
+    assert json.loads(read[0]["settings"])["encoder"] == slides.fingerprint(model.patch)
+
+
+def test_normalisations():
+    pixels = np.full((2, 4, 4, 3), 255, np.uint8)
+    assert (slides.tensor(pixels) == 1).all() and slides.tensor(pixels).shape == (2, 3, 4, 4)
+    assert (slides.tensor(pixels, "half") == 1).all() and (slides.tensor(0 * pixels, "half") == -1).all()
+    assert slides.tensor(pixels, "imagenet")[0, 0, 0, 0] == pytest.approx((1 - 0.485) / 0.229)
+    with pytest.raises(BadParameter, match="imagenet"):
+        slides.tensor(pixels, "none")
+
+
+KILLED = """
+import sys, time, torch
+from companion import slides
+sys.path.insert(0, {tests!r})
+from test_slides import SMALL, mean_colour
+def slowly(x):
+    time.sleep(0.2)
+    return mean_colour(x)
+slides.extract({path!r}, slowly, {out!r}, tiling=SMALL, batch=2)
+"""
+
+
+def test_killed_in_the_middle_and_resumed(path, tmp_path):
+    """kill -9 at some moment: no file of features is there, and the next run ends with the same one."""
+    whole = slides.read_features(slides.extract(path, mean_colour, tmp_path / "whole.h5", tiling=SMALL, batch=2))
+    out = tmp_path / "killed.h5"
+    code = KILLED.format(tests=str(Path(__file__).parent), path=str(path), out=str(out))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    parts, deadline = tmp_path / "killed.h5.parts", time.monotonic() + 60
+    while len(list(parts.glob("[0-9]*.safetensors"))) < 3:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    done = len(list(parts.glob("[0-9]*.safetensors")))
+    with pytest.raises(BadParameter, match="normalise"):  # not with other settings
+        slides.extract(path, mean_colour, out, tiling=SMALL, batch=2, normalise="half")
+    calls = []
+
+    def counted(x):
+        calls.append(len(x))
+        return mean_colour(x)
+
+    found = slides.read_features(slides.extract(path, counted, out, tiling=SMALL, batch=2))
+    assert len(calls) == -(-len(whole["coords"]) // 2) - done
+    assert torch.equal(found["features"], whole["features"]) and torch.equal(found["coords"], whole["coords"])
+    assert not parts.exists()
+
+
+def test_features_of_two_encoders_are_not_mixed(path, tmp_path):
+    out = slides.extract(path, mean_colour, tmp_path / "a.h5", tiling=SMALL, encoder="one")
+    before = out.read_bytes()
+    assert slides.extract(path, None, out, tiling=SMALL, encoder="one") == out  # there already: nothing is encoded
+    with pytest.raises(BadParameter, match=r"encoder.*one"):
+        slides.extract(path, mean_colour, out, tiling=SMALL, encoder="two")
+    assert out.read_bytes() == before
+    with pytest.raises(BadParameter, match="batch"):
+        slides.extract(path, mean_colour, out, tiling=SMALL, batch=0)
+
+
+def test_a_damaged_slide_leaves_no_features(path, tmp_path):
+    whole = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as file:  # a tile in the middle of the tissue, overwritten
+        page = file.pages[0]
+        start, length = page.dataoffsets[4 * 1 + 1], page.databytecounts[4 * 1 + 1]
+    whole[start : start + length] = b"\xff" * length
+    (tmp_path / "damaged.tiff").write_bytes(whole)
+    with pytest.raises(CorruptFile, match=r"damaged\.tiff: level 0"):
+        slides.extract(tmp_path / "damaged.tiff", mean_colour, tmp_path / "damaged.h5", tiling=SMALL)
+    assert not (tmp_path / "damaged.h5").exists()
+
+
+def test_files_that_are_no_features(tmp_path, path):
+    with pytest.raises(CorruptFile, match=r"nowhere\.h5"):
+        slides.read_features(tmp_path / "nowhere.h5")
+    out = slides.extract(path, mean_colour, tmp_path / "a.h5", tiling=SMALL)
+    (tmp_path / "cut.h5").write_bytes(out.read_bytes()[:-200])
+    with pytest.raises(CorruptFile, match=r"cut\.h5"):
+        slides.read_features(tmp_path / "cut.h5")
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["features"] = np.zeros(3)
+    with pytest.raises(CorruptFile, match=r"other\.h5"):
+        slides.read_features(tmp_path / "other.h5")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(1, 1), (255, 257), (1030, 515)])
+def test_pyramids_of_odd_sizes(tmp_path, size):
+    image = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    path = written(tmp_path / "odd.tiff", image)
+    with tifffile.TiffFile(path) as file:
+        below = slides.reduce(image, 4)
+        for page, expected in zip(file.pages, (image, below, slides.reduce(below, 4)), strict=True):
+            np.testing.assert_array_equal(page.asarray(), expected)
+        assert [page.subfiletype for page in file.pages] == [0, 1, 1]
+
+
+def test_a_pyramid_that_fails_leaves_nothing(tmp_path):
+    def rows(y0: int, y1: int) -> np.ndarray:
+        if y0:
+            raise RuntimeError("no more")
+        return np.zeros((y1 - y0, 300, 3), np.uint8)
+
+    with pytest.raises(RuntimeError, match="no more"):
+        slides.write_pyramid(tmp_path / "a.tiff", rows, (300, 3000), 0.5)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(BadParameter, match="multiple"):
+        slides.write_pyramid(tmp_path / "a.tiff", rows, (300, 300), 0.5, downsamples=(1, 4, 6))
+
+
+def test_heatmaps_lie_on_the_slide(path, tmp_path, image):
+    with Slide(path) as slide:
+        tiles = slides.tile(slide, SMALL)
+        maps = [np.full((8, 8), 0.99 if i == 0 else 0.0) for i in range(len(tiles))]
+        files = slides.write_heatmap(slide, tiles, maps, tmp_path / "map", downsample=4)
+        few = slides.write_heatmap(slide, tiles, maps, tmp_path / "few", downsample=16, threshold=0.5)
+        with pytest.raises(ValueError, match="shorter"):
+            slides.write_heatmap(slide, tiles, maps[:-1], tmp_path / "none")
+        assert not list(tmp_path.glob("none*"))
+    picture = np.asarray(Image.open(files["png"]))
+    assert picture.shape == (192, 256, 3)
+    with Slide(files["tiff"], backend="openslide") as map_:
+        assert map_.size == (256, 192) and map_.mpp == pytest.approx(2.0, rel=1e-3)
+        assert len(map_.levels) == 3
+        np.testing.assert_array_equal(map_.read(0, 0, 0, 256, 192), picture)
+    x, y = tiles.coords[0] // 4
+    hot = picture[y : y + 32, x : x + 32].mean((0, 1))
+    x, y = tiles.coords[-1] // 4
+    cold = picture[y : y + 32, x : x + 32].mean((0, 1))
+    assert hot[0] > hot[2] and cold[2] > cold[0]  # red where it is high, blue where it is low
+    plain = slides.reduce(image, 16)
+    few = np.asarray(Image.open(few["png"]))
+    assert (few[-1] == plain[-1]).all()  # below the threshold the tissue stays as it is
+
+
+def test_a_heatmap_too_large_is_refused(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(slides, "LARGEST_THUMBNAIL", 1000)
+    with Slide(path) as slide, pytest.raises(BadParameter, match="downsample"):
+        slides.write_heatmap(slide, slides.tile(slide, SMALL), [], tmp_path / "map", downsample=1)
