@@ -492,6 +492,17 @@ def read_features(path: str | Path) -> dict[str, object]:
     return found
 
 
+def features_shape(path: str | Path) -> tuple[int, ...]:
+    """The shape of the features in a file that `extract` wrote, which are not read. Raises as `read_features`."""
+    import h5py  # here: an extra
+
+    try:
+        with h5py.File(path, "r") as file:
+            return tuple(file["features"].shape)
+    except (OSError, KeyError, RuntimeError) as error:
+        raise CorruptFile(path, f"no features of a slide ({error})") from error
+
+
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,358 @@
+"""Whole slides with a grade each: PANDA, the pocket sets, or a folder of one's own.
+
+    items = load("slides/panda", "data")                          # every slide of train.csv, no picture is opened
+    write_folds("slides/panda", "data")                           # once: five folds, the grades alike in each
+    train = load("slides/panda", "data", "train", fold=0)
+    data = Features(train, "features")                            # what `companion.slides.extract` wrote
+
+`slides_sets` describes the sets. Pixels are read by `companion.slides`; nothing here needs its extra but `Features`,
+which reads HDF5.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..errors import BadParameter, CorruptFile, MissingData
+from ..files import atomic
+from . import DataSet, Status, find
+
+SPLITS = ("train", "tune", "test")
+GRADES = 6
+SUFFIXES = (".tiff", ".tif", ".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm")
+_COLUMNS = ("image_id", "data_provider", "isup_grade", "gleason_score")
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One slide.
+
+    Attributes:
+        name: its id, the name of its file without the ending.
+        path: the pyramid.
+        grade: the class, from 0.
+        mask: the label mask, where there is one.
+        provider: who scanned it; empty where nobody says.
+        gleason: the Gleason score as written; empty where there is none.
+    """
+
+    name: str
+    path: Path
+    grade: int
+    mask: Path | None = None
+    provider: str = ""
+    gleason: str = ""
+
+
+def isup(gleason: str) -> int:
+    """The ISUP grade, 0 to 5, of a Gleason score such as "4+3"; "negative" and "0+0" are 0."""
+    grades = {"negative": 0, "0+0": 0, "3+3": 1, "3+4": 2, "4+3": 3, "4+4": 4, "3+5": 4, "5+3": 4, "4+5": 5, "5+4": 5,
+              "5+5": 5}  # fmt: skip
+    if gleason not in grades:
+        raise BadParameter("gleason", gleason, tuple(grades))
+    return grades[gleason]
+
+
+def load(name: str, root: str | Path, split: str = "all", fold: int = 0,
+         exclude: Iterable[str] = ()) -> list[Item]:  # fmt: skip
+    """The slides of one split, in the order of its list. No picture is opened.
+
+    Args:
+        name: "slides/panda", "pocket/slides-place" or "pocket/slides-count".
+        root: the data folder.
+        split: "all" for every slide of train.csv, or "train", "tune", "test" of a fold.
+        fold: number of the fold.
+        exclude: ids to leave out, such as a list of noisy labels.
+
+    Raises:
+        BadParameter: unknown name or split.
+        MissingData: the table, a fold's list or a listed slide is not there.
+        CorruptFile: a table without its columns, a grade that is none, a name twice; file and line are named.
+    """
+    dataset = find(name, "slides")
+    if split not in ("all", *SPLITS):
+        raise BadParameter("split", split, ("all", *SPLITS))
+    every = {item.name: item for item in _table(dataset, Path(root))}
+    gone = set(exclude)
+    if split == "all":
+        return [item for item in every.values() if item.name not in gone]
+    path = dataset.folder(root) / "folds" / f"fold-{fold}" / f"{split}.csv"
+    if not path.is_file():
+        raise dataset.missing(root, f"no list {path}; `companion.data.slides.write_folds` makes it")
+    items = []
+    for line, row in _rows(path, ("slide_id", "isup_grade")):
+        if row["slide_id"] not in every:
+            raise CorruptFile(path, f"line {line}: {row['slide_id']!r} is in no line of train.csv")
+        item = every[row["slide_id"]]
+        grade = _grade(path, line, row["isup_grade"], dataset.classes)
+        if item.name not in gone:
+            items.append(dataclasses.replace(item, grade=grade))
+    return items
+
+
+def folder(path: str | Path, labels: str | Path | None = None, column: str = "label") -> list[Item]:
+    """Slides of one's own, sorted by name: in a folder for each class, or in one folder with a table.
+
+    Args:
+        path: the folder; any format that openslide reads.
+        labels: a CSV with `slide_id` (the file's name, with or without its ending) and `column`; by default
+            `<path>/labels.csv` where that is there. Classes are whole numbers from 0, or names, numbered as they sort.
+
+    Raises:
+        MissingData: there is no folder, no slide in it, or a slide that the table names is not there.
+        CorruptFile: a table without its columns, or with a name twice.
+    """
+    path = Path(path)
+    layout = (
+        "labels.csv             slide_id,label\n<slide_id>.tiff        or .svs, .ndpi, ...\nor <class>/<slide>.tiff"
+    )
+
+    def missing(detail: str) -> MissingData:
+        return MissingData("slides of one's own", path, layout, "your slides", "yours", detail)
+
+    if not path.is_dir():
+        raise missing("no such folder")
+    labels = Path(labels) if labels else path / "labels.csv"
+    if labels.is_file():
+        rows = [(line, row["slide_id"], row[column]) for line, row in _rows(labels, ("slide_id", column))]
+        files = {file.stem: file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES}
+        found = []
+        for line, name, label in rows:
+            stem = name if name in files else Path(name).stem
+            if stem not in files:
+                raise missing(f"the slide {name!r} of {labels}, line {line}")
+            found.append((stem, files[stem], label.strip()))
+    else:
+        found = [
+            (file.stem, file, group.name)
+            for group in sorted(path.iterdir())
+            if group.is_dir()
+            for file in sorted(group.iterdir())
+            if file.suffix.lower() in SUFFIXES
+        ]
+    if not found:
+        raise missing("no slide")
+    if twice := [name for name, count in Counter(name for name, *_ in found).items() if count > 1]:
+        raise CorruptFile(labels if labels.is_file() else path, f"the slide {twice[0]!r} is there twice")
+    values = sorted({label for *_, label in found})
+    numbers = (
+        {v: int(v) for v in values} if all(v.isdecimal() for v in values) else {v: i for i, v in enumerate(values)}
+    )
+    return sorted((Item(name, file, numbers[label]) for name, file, label in found), key=lambda item: item.name)
+
+
+def split_folds(items: Sequence[Item], folds: int = 5, test: float = 0.0,
+                seed: int = 0) -> list[dict[str, list[Item]]]:  # fmt: skip
+    """Folds in which grades and providers are as frequent as in all.
+
+    Args:
+        folds: how many; each tunes on another share of the slides, and trains on the rest.
+        test: share that no fold trains or tunes on; the same for all.
+
+    Returns:
+        For each fold its "train", "tune" and "test" slides.
+    """
+    if folds < 2 or folds > len(items):
+        raise BadParameter("folds", folds, f"2 to {len(items)}, the slides there are")
+    if not 0 <= test < 1:
+        raise BadParameter("test", test, "0 or more and less than 1")
+    groups: dict[tuple[int, str], list[int]] = {}
+    for i, item in enumerate(items):
+        groups.setdefault((item.grade, item.provider), []).append(i)
+    rng = np.random.default_rng(seed)
+    held: set[int] = set()
+    part: dict[int, int] = {}
+    dealt = 0
+    for _, members in sorted(groups.items()):
+        members = [members[k] for k in rng.permutation(len(members))]
+        cut = round(test * len(members))
+        held |= set(members[:cut])
+        for i in members[cut:]:  # dealt out like cards, on from one group to the next
+            part[i] = dealt % folds
+            dealt += 1
+    found = []
+    for fold in range(folds):
+        chosen = {"train": [i for i in part if part[i] != fold], "tune": [i for i in part if part[i] == fold]}
+        found.append({name: [items[i] for i in sorted(own)] for name, own in (chosen | {"test": list(held)}).items()})
+    return found
+
+
+def write_folds(name: str, root: str | Path, folds: int = 5, test: float = 0.0, seed: int = 0,
+                exclude: Iterable[str] = ()) -> Path:  # fmt: skip
+    """`split_folds` of a set, written as `folds/fold-<k>/{train,tune,test}.csv`; its folder is returned."""
+    items = load(name, root, exclude=exclude)
+    out = find(name, "slides").folder(root) / "folds"
+    for k, fold in enumerate(split_folds(items, folds, test, seed)):
+        for split, own in fold.items():
+            if own:
+                write_list(out / f"fold-{k}" / f"{split}.csv", own)
+    return out
+
+
+def write_list(path: str | Path, items: Iterable[Item]) -> None:
+    """A list of slides and grades, as a fold has it."""
+    with atomic(path) as temporary:
+        lines = ["slide_id,isup_grade", *(f"{item.name},{item.grade}" for item in items)]
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+class Features(Dataset):
+    """Stored features of slides, filled up to one length: (features (M, ...), present (M,) bool, grade).
+
+    Args:
+        items: the slides.
+        path: folder of `<name>.h5` (what `companion.slides.extract` writes) or of the authors' `<name>.pt`.
+        longest: regions to fill up to, or to cut down to; by default those of the longest slide.
+        drop: leave out slides without features, or without a region; they are listed in `dropped`. Else they are an
+            error.
+
+    Raises:
+        MissingData: features are not there.
+        CorruptFile: a file that cannot be read, or of another shape than the others.
+    """
+
+    def __init__(self, items: Sequence[Item], path: str | Path, longest: int | None = None, drop: bool = False):
+        self.path, self.items, self.dropped, counts = Path(path), [], [], []
+        for item in items:
+            shape = self._shape(item)
+            if shape is None or not shape[0]:
+                if not drop:
+                    what = "no features" if shape is None else "no region with tissue"
+                    layout = "<slide_id>.h5    or <slide_id>.pt"
+                    source = "`companion.slides.extract`, one slide after the other"
+                    raise MissingData("features of slides", self.path, layout, source, "that of the slides",
+                                      f"{what}: {item.name}")  # fmt: skip
+                self.dropped.append(item.name)
+                continue
+            if self.items and shape[1:] != self.shape:
+                raise CorruptFile(self._file(item), f"its features are {shape[1:]}, those of other slides {self.shape}")
+            self.shape = shape[1:]
+            self.items.append(item)
+            counts.append(shape[0])
+        self.longest = longest or max(counts, default=0)
+
+    def _file(self, item: Item) -> Path | None:
+        return next((f for f in (self.path / f"{item.name}{end}" for end in (".h5", ".pt")) if f.is_file()), None)
+
+    def _shape(self, item: Item) -> tuple[int, ...] | None:
+        file = self._file(item)
+        if file is not None and file.suffix == ".h5":
+            from ..slides import features_shape  # here: HDF5 comes with an extra
+
+            return features_shape(file)
+        return None if file is None else tuple(self._read(file).shape)
+
+    @staticmethod
+    def _read(file: Path) -> Tensor:
+        if file.suffix == ".h5":
+            from ..slides import read_features
+
+            return read_features(file)["features"]
+        try:
+            features = torch.load(file, map_location="cpu", weights_only=True)
+            return features.float()
+        except Exception as error:  # a damaged file can raise anything
+            raise CorruptFile(file, f"no tensor of features ({type(error).__name__})") from error
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        features = self._read(self._file(self.items[index]))[: self.longest]
+        filled = features.new_zeros(self.longest, *self.shape)
+        filled[: len(features)] = features
+        return filled, torch.arange(self.longest) < len(features), self.items[index].grade
+
+
+# --- the register -----------------------------------------------------------------------------------------------------
+
+
+def status(dataset: DataSet, root: Path) -> Status:
+    """Whether the table is there, as long as it should be, and every listed slide has a file."""
+    if not dataset.folder(root).is_dir():
+        return Status("missing", f"no folder {dataset.folder(root)}")
+    try:
+        items = _table(dataset, root)
+    except (MissingData, CorruptFile) as error:
+        return Status("incomplete", getattr(error, "detail", "") or str(error))
+    masks = sum(item.mask is not None for item in items)
+    return Status("present", f"{len(items)} slides, {masks} with a label mask")
+
+
+def fetch(dataset: DataSet, root: Path, progress: bool = True) -> None:
+    """Nothing here can be downloaded for you."""
+    raise dataset.missing(root, "it cannot be downloaded for you")
+
+
+def _table(dataset: DataSet, root: Path) -> list[Item]:
+    """The slides of train.csv, each known to have a file."""
+    top = dataset.folder(root)
+    path = top / "train.csv"
+    if not top.is_dir() or not path.is_file():
+        raise dataset.missing(root, f"no table {path}")
+    there = {file.name for file in (top / "train_images").glob("*.tiff")}
+    masks = {file.name for file in (top / "train_label_masks").glob("*_mask.tiff")}
+    items, lost = [], []
+    for line, row in _rows(path, _COLUMNS):
+        name = row["image_id"]
+        if f"{name}.tiff" not in there:
+            lost.append(name)
+        mask = top / "train_label_masks" / f"{name}_mask.tiff" if f"{name}_mask.tiff" in masks else None
+        grade = _grade(path, line, row["isup_grade"], dataset.classes)
+        items.append(Item(name, top / "train_images" / f"{name}.tiff", grade, mask, row["data_provider"],
+                          row["gleason_score"]))  # fmt: skip
+    if lost:
+        raise dataset.missing(root, f"{len(lost)} of {len(items)} slides, the first: train_images/{lost[0]}.tiff")
+    expected = dataset.sizes.get("train")
+    if expected is not None and len(items) != expected:
+        raise dataset.missing(root, f"{path} has {len(items)} slides, {expected} are expected")
+    return items
+
+
+def _grade(path: Path, line: int, text: str, classes: int) -> int:
+    if text.strip().isdecimal() and int(text) < classes:
+        return int(text)
+    raise CorruptFile(path, f"line {line}: the grade {text!r} is not one of 0 to {classes - 1}")
+
+
+def _rows(path: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
+    """The lines of a CSV with their numbers; the first column's names are plain file names, each there once."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            if absent := [name for name in columns if name not in (reader.fieldnames or [])]:
+                raise CorruptFile(path, f"no column {absent[0]!r}; it has {reader.fieldnames}")
+            rows = [(reader.line_num, row) for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise CorruptFile(path, f"no table ({error})") from error
+    seen: set[str] = set()
+    for line, row in rows:
+        if None in row.values():
+            raise CorruptFile(path, f"line {line} has fewer cells than the first")
+        name = row[columns[0]]
+        if not name or "/" in name or "\\" in name or name.startswith("."):
+            raise CorruptFile(path, f"line {line}: {name!r} is not the name of a slide")
+        if name in seen:
+            raise CorruptFile(path, f"line {line}: {name!r} is there twice")
+        seen.add(name)
+    return rows
+
+
+def class_weights(items: Sequence[Item]) -> Tensor:
+    """For each slide one over how many have its grade: the weights of a sampler that draws grades alike often."""
+    counts = Counter(item.grade for item in items)
+    return torch.tensor([1 / counts[item.grade] for item in items], dtype=torch.float64)
+
+
+def disagreements(items: Sequence[Item]) -> list[Item]:
+    """Slides whose grade is not that of their Gleason score: PANDA has at least one."""
+    return [item for item in items if item.gleason and isup(item.gleason) != item.grade]
