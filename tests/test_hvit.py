@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
-from companion import heatmaps
+from companion import heatmaps, report
+from companion.data import DATASETS
 from companion.errors import BadCheckpoint, BadParameter, CorruptFile
 from companion.fit import fit
 from companion.models import dino, hvit
@@ -558,3 +560,42 @@ def test_stitching_and_colours():
     for draw in (heatmaps.overlay, heatmaps.highlight):
         with pytest.raises(BadParameter, match="tissue"):
             draw(tissue[:4], scores, there)
+
+
+# --- the facts --------------------------------------------------------------------------------------------------------
+
+
+def test_the_facts_name_what_there_is():
+    facts = report.paper("hvit")
+    tables, weights = {t["id"] for t in facts["tables"]}, {w["name"] for w in facts["weights"]}
+    for run in facts["runs"]:
+        assert set(run["tables"]) <= tables and set(run["weights"]) <= weights and run["data"] in DATASETS
+    assert set(facts["parameters"]["head"]["choices"]) == set(hvit.HEADS)
+    assert set(facts["parameters"]["position"]["choices"]) == set(hvit.POSITIONS)
+    counted = report.published("hvit", "parameters").set_index("method")
+    with torch.device("meta"):
+        for patches, column in ((4, "region_1024"), (8, "region_2048"), (16, "region_4096")):
+            whole = hvit.build("paper", "local", "classification", patches=patches)
+            assert counted.loc["all levels, 6 classes", column] == count(whole.parameters())
+            assert counted.loc["what Local trains, 6 classes", column] == count(whole.trained().values())
+            assert counted.loc["region Transformer", column] == count(whole.region.parameters())
+            assert counted.loc["patch Transformer (ViT-S/16 at 256 px)", column] == count(whole.patch.parameters())
+
+
+def test_the_cost_is_what_was_counted():
+    """The table's GFLOP, by the same counter."""
+    listed = report.published("hvit", "flops").set_index("method").gflop
+    with torch.device("meta"):
+        parts = {
+            "patch Transformer, one patch of 256 px": (PatchEncoder(), (1, 3, 256, 256)),
+            "region Transformer, 8 x 8 patches (2048 px)": (RegionEncoder(8), (1, 384, 8, 8)),
+            "region Transformer, 16 x 16 patches (4096 px)": (RegionEncoder(16), (1, 384, 16, 16)),
+            "slide level, 7 regions": (SlideTransformer(), (1, 7, 192)),
+        }
+        assert set(parts) == set(listed.index)
+        for name, (part, shape) in parts.items():
+            with FlopCounterMode(display=False) as counter:
+                part(torch.empty(shape))
+            # the few products of the slide level's attention are counted by another of torch's paths than the table's
+            near = 0.02 if name.startswith("slide") else 1e-3
+            assert counter.get_total_flops() / 1e9 == pytest.approx(listed[name], rel=near), name
