@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from companion import backbones, report
+from companion import backbones, record, report
 from companion.data import DATASETS, domains_sets
 from companion.errors import BadParameter, MissingData, MissingWeights
+from companion.files import read_json
 from companion.fit import fit
-from companion.models.dplq import DPLQ, MAE, NoFeatures
+from companion.models.dplq import DPLQ, MAE, DomainModel, NoFeatures
 from companion.models.prompting import MaPLe, ZeroShot
 from companion.pocket.tokens import Tokenizer
 from companion.runs import dplq as runs
@@ -215,6 +216,19 @@ def test_the_dry_run_takes_two_steps(pocket, tmp_path):
     assert set(runs.scores(model, found, p.method)) == {"source", "generated"}
 
 
+def test_a_domain_model_of_large_pictures_takes_them_one_by_one(monkeypatch):
+    clip, sizes = backbones.build("pocket_clip"), []
+    encoder = MAE(image_size=32, patch=8, width=64, depth=1, heads=1, decoder_width=32, decoder_depth=1).eval()
+    encoder.register_forward_pre_hook(lambda module, given: sizes.append(tuple(given[0].shape)))
+    models = {"medical": DomainModel(encoder, 32), "remote-sensing": DomainModel(encoder)}
+    monkeypatch.setattr(runs.dplq, "domain_model", lambda name, source, clip: models[name])
+    images = torch.randn(3, 3, 16, 16)
+    one_by_one = runs._domain_model("medical", "random", clip)
+    torch.testing.assert_close(one_by_one(images), models["medical"](images))
+    assert sizes == [(1, 3, 32, 32)] * 3 + [(3, 3, 32, 32)] and one_by_one.num_features == 32
+    assert runs._domain_model("remote-sensing", "random", clip) is models["remote-sensing"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["DPLQ", "MaPLe"])
 def test_the_dry_run_at_full_size(method, tmp_path):
@@ -302,3 +316,18 @@ def test_every_method_is_built_at_the_published_depth():
         for method, row in rows.items():
             model = runs.build(given(protocol=protocol), method, ("a", "b"), clip, NoFeatures(512))
             assert model.count() == counted.loc[row, column]
+
+
+def test_the_committed_record_says_of_every_claim_what_came_out():
+    """Exact claims hold, every directional one was judged on all seeds, and one that fails gives its reason."""
+    facts = report.paper("dplq")
+    ledger = {c["id"]: c for c in read_json(record.root() / "reports" / "pocket" / "dplq" / "claims.json")}
+    assert list(ledger) == [c["id"] for c in facts["claims"]]
+    for claim in ledger.values():
+        if claim["kind"] == "exact":
+            assert claim["status"] == "holds", claim["id"]
+        elif claim["kind"] == "directional":
+            assert claim["status"] in ("holds", "fails") and claim["seeds"] == study.SEEDS
+            assert bool(claim["why"]) == (claim["status"] == "fails"), claim["id"]
+        else:
+            assert claim["status"] == "not run"

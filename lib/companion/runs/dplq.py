@@ -180,7 +180,26 @@ def _domain(p: SimpleNamespace, clip: nn.Module) -> nn.Module | None:
     name = domain_name(p)
     own = name in DOMAINS.values()
     source = weights(p, name, p.domain_weights) if own else p.domain_weights or "pretrained"
-    return dplq.domain_model(name, source, clip=clip)
+    return _domain_model(name, source, clip)
+
+
+class OneByOne(nn.Module):
+    """A frozen encoder that is given its images one after the other: (b, 3, H, W) to (b, F), with `num_features` F.
+
+    For pictures so large that one of them is work enough: at 1024 pixels SAM's attention takes gigabytes an image.
+    """
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder, self.num_features = encoder, encoder.num_features
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([self.encoder(image) for image in images.split(1)])
+
+
+def _domain_model(name: str, source: str | Path, clip: nn.Module) -> nn.Module:
+    model = dplq.domain_model(name, source, clip=clip)
+    return OneByOne(model) if getattr(model, "size", None) else model
 
 
 def _paper(p: SimpleNamespace) -> Setting:
@@ -243,7 +262,7 @@ def _dry(p: SimpleNamespace) -> Setting:
     names, others = (known, known) if transfer else (base, novel)
     torch.manual_seed(p.seed)
     clip = _clip(p, "random")
-    domain = dplq.domain_model(domain_name(p), "random", clip=clip) if p.method == "DPLQ" else None
+    domain = _domain_model(domain_name(p), "random", clip) if p.method == "DPLQ" else None
     size, generator = backbones.input_of(clip).size, torch.Generator().manual_seed(p.seed)
 
     def generated(count: int, classes: int) -> TensorDataset:
@@ -253,7 +272,8 @@ def _dry(p: SimpleNamespace) -> Setting:
     options = _options(p) | {"epochs": 1, "warmup": 0.0}
     tests = ("source", "generated") if transfer else ("base", "novel")
     named = {"train": names, tests[0]: names, tests[1]: others}
-    parts = {part: generated(8, len(classes)) for part, classes in named.items()}
+    # two test pictures: on a CPU the medical domain model takes many seconds for each
+    parts = {part: generated(2, len(classes)) for part, classes in named.items()}
     parts["train"] = generated(2 * options["batch"], len(names))
     return _full_size(p, "generated pictures (dry run: accuracies mean nothing)", parts, named, clip, domain, options)
 
