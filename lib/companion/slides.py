@@ -286,10 +286,14 @@ def find_tiles(mask: np.ndarray, downsample: float, size: tuple[int, int], step:
     reference = int((unit / downsample) ** 2)
     found, piece = [], 0
     side = max(int(step / downsample), 1)
-    for i, contour in enumerate(contours):
-        if hierarchy[0][i][3] != -1:  # a hole
+    parents = [] if hierarchy is None else hierarchy[0][:, 3].tolist()
+    inner: dict[int, list[np.ndarray]] = {}  # -1 stands for none: what has a parent is a hole in it
+    for contour, parent in zip(contours, parents, strict=True):
+        inner.setdefault(parent, []).append(contour)
+    for i, (contour, parent) in enumerate(zip(contours, parents, strict=True)):
+        if parent != -1:
             continue
-        holes = [contours[j] for j in range(len(contours)) if hierarchy[0][j][3] == i]
+        holes = inner.get(i, [])
         areas = [cv2.contourArea(hole) for hole in holes]
         if cv2.contourArea(contour) - sum(areas) <= tiling.area * reference:
             continue
