@@ -169,8 +169,10 @@ The patch level's last norm is set so that every output has mean 0 and deviation
 gland and tumour a patch holds. `core`: whether the tumour of a region lies in its middle. Beside them stand untrained
 encoders of the same build.
 
-**Limits.** DINO does not help at this size: an untrained patch level tells the patches as well, and longer training
-collapses. They are here so that the whole recipe is walked, and so that the comparison can be made.
+**Limits.** DINO does not help at this size: an untrained patch level tells the patches as well. The patch level's loss
+first falls and then rises above that of saying the same of every picture (`last loss` against `loss of no word`): it
+collapses, though its features still hold the kinds of patches. These encoders are here so that the whole recipe is
+walked, and so that the comparison can be made.
 """
 
 
