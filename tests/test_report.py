@@ -30,6 +30,8 @@ def run(tmp_path):
         ({"type": "integer", "low": 0}, "12", 12),
         ({"type": "number", "low": 0}, "1e-4", 1e-4),
         ({"type": "choice", "choices": ["a", "b"]}, "a", "a"),
+        ({"type": "choice", "choices": ["2023", "2025"]}, 2025, "2025"),
+        ({"type": "choice", "choices": [1024, 2048]}, "2048", 2048),
         ({"type": "integer", "low": 1, "zero": True}, 0, 0),
         ({"type": "text"}, " x ", "x"),
     ],

@@ -71,9 +71,10 @@ def convert(name: str, value: object, rule: Mapping) -> object:
             return text.lower() in ("true", "1", "yes")
         raise BadParameter(name, value, (True, False))
     if kind == "choice":
-        if value not in rule["choices"]:
+        known = {str(choice): choice for choice in rule["choices"]}  # papermill passes `-p release 2025` as a number
+        if text not in known:
             raise BadParameter(name, value, rule["choices"])
-        return value
+        return known[text]
     if kind in ("integer", "number"):
         low, high = rule.get("low", -math.inf), rule.get("high", math.inf)
         accepted = f"{'a whole number' if kind == 'integer' else 'a number'} from {low:g} to {high:g}"
