@@ -147,7 +147,7 @@ def main() -> None:
             ("training step, MAE feature kept / computed", kept, step),
             ("training step, SAM feature kept / computed", medical_kept, medical),
         ],
-        rounds=3,
+        rounds=2,
     )
 
 
