@@ -477,6 +477,12 @@ def test_bad_settings_of_dino(change):
         dino.pretrain(encoder, pictures, views, **SMALL | change)
 
 
+def test_dino_refuses_a_frozen_encoder():
+    encoder, pictures, views = tiny("region")
+    with pytest.raises(BadParameter, match="frozen"):
+        dino.pretrain(encoder.requires_grad_(False), pictures, views, **SMALL)
+
+
 def test_heads_of_the_authors_names():
     head = dino.Head(8, 16, 12, 6)
     state = head.state_dict()

@@ -319,8 +319,7 @@ def find_tiles(mask: np.ndarray, downsample: float, size: tuple[int, int], step:
 
 def file_order(coords: np.ndarray) -> np.ndarray:
     """Indices that put regions into the order of their file names x_y, "1024_512" before "752_5840"; each once."""
-    names = [f"{x}_{y}" for x, y in coords.tolist()]
-    return np.array([names.index(name) for name in sorted(set(names))], dtype=np.int64)
+    return np.unique([f"{x}_{y}" for x, y in coords.tolist()], return_index=True)[1]
 
 
 def tile(slide: Slide, tiling: Tiling, mask: np.ndarray | None = None) -> Tiles:

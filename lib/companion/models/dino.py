@@ -210,6 +210,8 @@ def pretrain(
         BadParameter: a value outside its range, or a checkpoint written under other settings.
         CorruptFile: the checkpoint cannot be read.
     """
+    if not all(p.requires_grad for p in encoder.parameters()):
+        raise BadParameter("encoder", "frozen tensors in it", "one whose tensors all ask for a gradient")
     if not 1 <= batch <= len(pictures):
         raise BadParameter("batch", batch, f"1 to {len(pictures)}, the pictures there are")
     if not 0 <= warmup <= epochs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -242,10 +242,8 @@ def store(p: SimpleNamespace, patch: hvit.PatchEncoder, batch: int = 1) -> list[
 
     Weights of `patch` are the caller's: HIPT's, by `hvit.PatchEncoder.from_official`.
     """
-    stored, tiling = Path(p.features or Path(p.data_root) / "features"), PANDA
+    stored, tiling = Path(p.features or Path(p.data_root) / "features"), replace(PANDA, region=p.region)
     top = hvit.HViT(hvit.SlideTransformer(192), hvit.RegionEncoder(p.region // 256), patch)
-    if p.region != tiling.region:
-        tiling = type(tiling)(**(vars(tiling) | {"region": p.region}))
     device = "cuda" if p.accelerator in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
     top.to(device)
     return [
