@@ -302,6 +302,17 @@ def test_bad_settings_name_the_accepted_ones(changes, message):
         run(noisy_model(), **changes)
 
 
+def test_a_login_node_with_srun_is_no_warning(tmp_path, monkeypatch, recwarn):
+    srun = tmp_path / "srun"
+    srun.write_text("#!/bin/sh\n")
+    srun.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    data = pairs()
+    predict(nn.Identity(), data, accelerator="cpu")
+    run(noisy_model())
+    assert not [str(warning.message) for warning in recwarn if "srun" in str(warning.message)]
+
+
 def test_predict_takes_the_first_output_in_order():
     class Two(nn.Module):
         def forward(self, x):

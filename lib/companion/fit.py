@@ -80,6 +80,13 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: t.detach().cpu().clone() for name, t in model.state_dict().items() if name not in frozen}
 
 
+def launcher(**settings) -> Fabric:
+    """A `Fabric` that keeps to itself that `srun` is there but was not used: true of every notebook on a cluster."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The `srun` command is available")
+        return Fabric(**settings)
+
+
 def fit(
     model: nn.Module,
     loss: Callable[[nn.Module, tuple[Tensor, ...]], Tensor],
@@ -171,7 +178,7 @@ def fit(
 
     # processes are forked, so that what a notebook defines can be trained on several devices
     strategy = "auto" if devices == 1 else DDPStrategy(start_method="fork", find_unused_parameters=True)
-    fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision, strategy=strategy)
+    fabric = launcher(accelerator=accelerator, devices=devices, precision=precision, strategy=strategy)
 
     def train(fabric: Fabric) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
         groups = [
@@ -227,7 +234,7 @@ def predict(model: nn.Module, data: Dataset, *, batch: int = 256, accelerator: s
 
     A model with several outputs (a tuple) gives the first.
     """
-    fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
+    fabric = launcher(accelerator=accelerator, devices=1, precision=precision)
     model = fabric.setup_module(model.eval())
     if isinstance(data, TensorDataset):
         stream = data.tensors[0].split(batch)

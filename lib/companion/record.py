@@ -21,6 +21,7 @@ PACKAGES = (
     "scikit-learn",
     "scikit-image",
 )
+OPTIONAL = ("transformers", "diffusers")  # of some papers' extras
 
 
 def root() -> Path:
@@ -35,8 +36,12 @@ def root() -> Path:
 def versions() -> dict[str, str]:
     """Python and the packages that numbers depend on."""
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        found[name] = importlib.metadata.version(name)
+    for name in PACKAGES + OPTIONAL:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name in PACKAGES:
+                raise
     return found
 
 

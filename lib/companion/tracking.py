@@ -19,12 +19,12 @@ from typing import NamedTuple, Protocol
 import cv2
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from torch import nn
 
 from .data.tracking import box_from_crop, clip_box, crop, normalise, read_frame, read_results, write_results
 from .errors import BadParameter, CorruptFile
 from .files import read_json, write_json
+from .fit import launcher
 from .models.bat import decode, hann
 from .progress import progress
 
@@ -161,7 +161,7 @@ def follow(
         BadParameter: a first box without area, outside the picture, or not four finite numbers; not a box a video.
         CorruptFile: a frame that cannot be read.
     """
-    fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
+    fabric = launcher(accelerator=accelerator, devices=1, precision=precision)
     tracker = model.tracker
     wrapped = fabric.setup_module(model.eval())
     for name in ("embed_template", "locate"):

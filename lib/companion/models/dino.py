@@ -16,14 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode, v2
 
 from ..errors import BadParameter, CorruptFile
 from ..files import atomic
-from ..fit import learning_rates
+from ..fit import launcher, learning_rates
 from ..progress import progress
 from .hvit import Encoder, load
 
@@ -232,7 +231,7 @@ def pretrain(
         teacher = copy.deepcopy(student).requires_grad_(False)
         for block in teacher["encoder"].blocks:  # stochastic depth is the student's alone
             block.drop_path1 = block.drop_path2 = nn.Identity()
-        fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
+        fabric = launcher(accelerator=accelerator, devices=1, precision=precision)
         matrices = [p for p in student.parameters() if p.ndim >= 2 and p.requires_grad]
         vectors = [p for p in student.parameters() if p.ndim < 2 and p.requires_grad]
         optimizer = torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr)
