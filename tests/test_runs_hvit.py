@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import h5py
@@ -10,19 +11,21 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from companion import report
+from companion import cli, report
 from companion.data import slides as data
 from companion.errors import BadParameter, MissingData
 from companion.models import hvit
 from companion.pocket import slides as pocket
 from companion.runs import hvit as runs
+from companion.slides import read_features, write_pyramid
 from companion.studies import hvit as study
 
 
 def given(**changes) -> SimpleNamespace:
     settings = dict(profile="paper", dry_run=True, seed=1, method="Local", dataset="slides/panda", region=1024,
                     head="regression", position="none", features="", normalise="unit", folds=2, gamma=0.5,
-                    data_root="nowhere", weights="", accelerator="cpu", devices=1, precision="32-true")  # fmt: skip
+                    sampling="uniform", patience=0, data_root="nowhere", weights="", accelerator="cpu", devices=1,
+                    precision="32-true")  # fmt: skip
     return SimpleNamespace(**settings | changes)
 
 
@@ -59,21 +62,66 @@ def test_the_decay_is_adams_not_adamws():
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
-def test_the_epoch_that_is_best_on_the_tuning_slides_is_kept(monkeypatch):
-    p, values = given(method="mean pooling"), iter([1.0, 5.0, 3.0])
-    seen = []
+@pytest.fixture
+def tuning(monkeypatch):
+    """Kappas and losses that the tuning slides give, one an epoch, and what was trained until then."""
 
-    def score(p, model, part):
-        seen.append([t.detach().clone() for t in model.parameters()])
-        return None, None
+    def plan(*values):
+        given, seen = iter(values), []
 
-    monkeypatch.setattr(runs, "_said", score)
-    monkeypatch.setattr(study, "kappa", lambda *said: next(values))
+        def score(p, model, part, classes):
+            seen.append([t.detach().clone() for t in model.parameters()])
+            return next(given)
+
+        monkeypatch.setattr(runs, "_tuning", score)
+        return seen
+
+    return plan
+
+
+def test_the_epoch_that_is_best_on_the_tuning_slides_is_kept(tuning):
+    p, seen = given(method="mean pooling"), tuning((1.0, 3.0), (5.0, 2.0), (3.0, 1.0))
     model = runs.build(p, p.method)
     runs.learn(p, model, p.method, slides(4), slides(4), epochs=3, batch=4)
     assert len(seen) == 3
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), seen[1], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), seen[2], strict=True))
+
+
+def test_training_ends_when_the_tuning_loss_has_not_fallen_for_long(tuning, monkeypatch):
+    monkeypatch.setattr(runs, "EARLIEST", 4)
+    falls = [(float(k), 9.0 - k) for k in range(3)]
+    seen = tuning(*falls, *[(0.0, 8.0)] * 20)
+    p = given(method="mean pooling", patience=3)
+    model = runs.build(p, p.method)
+    history = runs.learn(p, model, p.method, slides(4), slides(4), epochs=20, batch=4)
+    # the third epoch was the best; three more bring no better one
+    assert len(history) == len(seen) == 6 and set(history[0]) == {"step", "lr", "loss"}
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), seen[2], strict=True))
+    assert not model.training
+    monkeypatch.setattr(runs, "EARLIEST", 10)
+    tuning(*falls, *[(0.0, 8.0)] * 20)
+    assert len(runs.learn(p, runs.build(p, p.method), p.method, slides(4), slides(4), epochs=20, batch=4)) == 10
+    tuning(*falls, *[(0.0, 8.0)] * 20)
+    p.patience = 0
+    assert len(runs.learn(p, runs.build(p, p.method), p.method, slides(4), slides(4), epochs=20, batch=4)) == 20
+
+
+def test_weighted_sampling_draws_grades_alike_often(monkeypatch):
+    grades = torch.tensor([0] * 90 + [1] * 9 + [5])
+    part = TensorDataset(torch.arange(100.0), torch.ones(100), grades)
+    drawn, seen = runs.Drawn(part), {}
+    torch.manual_seed(0)
+    for i in range(1500):
+        grade = int(drawn[i % 100][2])
+        seen[grade] = seen.get(grade, 0) + 1
+    assert len(drawn) == 100 and all(400 < count < 600 for count in seen.values())
+    used = []
+    monkeypatch.setattr(runs, "fit", lambda model, loss, found, **options: used.append(found) or [])
+    for sampling, kind in (("weighted", runs.Drawn), ("uniform", TensorDataset)):
+        p = given(method="mean pooling", sampling=sampling)
+        runs.learn(p, runs.build(p, p.method), p.method, slides(4), None, epochs=1, batch=4)
+        assert isinstance(used[-1], kind)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +147,7 @@ def test_hipts_region_level_is_loaded_with_its_positions_resized(tmp_path):
 
 @pytest.mark.parametrize("method", list(runs.KINDS))
 def test_a_dry_run_takes_two_steps(method, tmp_path):
-    found = runs.setting(given(method=method), tmp_path, {})
+    found = runs.setting(given(method=method, sampling="weighted", patience=20), tmp_path, {})
     models, history = runs.train(found, method)
     assert len(history) == 2 and all(np.isfinite(row["loss"]) for row in history)
     scores = runs.scores(found, method, models)
@@ -131,11 +179,91 @@ def test_folds_are_trained_on_stored_features_and_vote(tmp_path, monkeypatch):
     assert list(table.kappa) == [scores["kappa"]]
 
 
+@pytest.fixture
+def own(tmp_path):
+    """A folder with slides of one's own: a square of tissue each, of another colour by class."""
+    for name, colour in (("benign", (200, 120, 160)), ("tumour", (110, 60, 140))):
+        for i in range(5):
+            pixels = np.full((512, 640, 3), 255, np.uint8)
+            pixels[128:384, 128:384] = np.random.default_rng(i).integers(-9, 9, (256, 256, 1)) + np.array(colour)
+            path = tmp_path / "own" / name / f"{name}_{i}.tiff"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_pyramid(path, lambda y0, y1, p=pixels: p[y0:y1], (640, 512), 0.5)
+    return tmp_path / "own"
+
+
+def small_patches() -> hvit.PatchEncoder:
+    torch.manual_seed(0)
+    return hvit.PatchEncoder(64, 32, dim=384, depth=1).eval()
+
+
+def test_slides_of_ones_own_are_stored_in_parts_and_trained_on(own, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "WORKERS", 0)
+    monkeypatch.setattr(runs, "PANDA", replace(runs.PANDA, area=0.1, hole_area=0.05, close=3, median=3))
+    p = given(dry_run=False, dataset="folder", data_root=str(own), features=str(tmp_path / "f"), region=128, folds=2)
+    done = [dict(runs.store(p, small_patches(), (i, 3))) for i in range(3)]
+    assert [len(part) for part in done] == [4, 3, 3]
+    found = {name: path for part in done for name, path in part.items()}
+    assert sorted(found) == sorted(item.name for item in data.folder(own))
+    features = read_features(found["benign_0"])
+    assert features["features"].shape == (4, 4, 384)  # 2 x 2 regions of 2 x 2 patches
+    # the same in one go, and with more regions a step
+    again = dict(runs.store(SimpleNamespace(**vars(p) | {"features": str(tmp_path / "g")}), small_patches(), batch=3))
+    torch.testing.assert_close(read_features(again["benign_0"])["features"], features["features"])
+    # what is there is kept, unless another encoder made it
+    before = found["benign_0"].stat().st_mtime_ns
+    assert dict(runs.store(p, small_patches()))["benign_0"].stat().st_mtime_ns == before
+    other = hvit.PatchEncoder(64, 32, dim=384, depth=1).eval()
+    assert isinstance(dict(runs.store(p, other))["benign_0"], BadParameter)
+    for method in ("Local", "mean pooling"):
+        p.method = method
+        monkeypatch.setattr(runs, "build", lambda p, method, fold, classes: hvit.PatchBag(384, classes, p.head, "mean"))
+        setting = runs.setting(p, tmp_path, {})
+        sizes = [(len(train), len(tune)) for train, tune in setting.folds]
+        assert len(setting.test) == 2 and len(sizes) == 2 and all(sum(pair) == 8 for pair in sizes)
+        models, _ = runs.train(setting, method, epochs=2, batch=4)
+        assert set(runs.scores(setting, method, models)) == {"kappa", "fold"}
+        assert models[0].classes == 2
+
+
+def test_one_bad_slide_does_not_keep_the_others_back(own, tmp_path, capsys):
+    (own / "benign" / "benign_1.tiff").write_bytes(b"no slide")
+    torch.save(hvit.PatchEncoder(64, 16, dim=64, depth=1, heads=1).state_dict(), tmp_path / "patch.pth")
+    words = ["slides", "folder", "--data-root", str(own), "--weights", str(tmp_path / "patch.pth"), "--region", "128"]
+    assert cli.main([*words, "--part", "0/2"]) == 0  # the second of the list is the other part's
+    assert capsys.readouterr().out.count(".h5") == 5
+    assert cli.main([*words, "--part", "1/2"]) == 1
+    said = capsys.readouterr()
+    assert (
+        "benign_1.tiff" in said.err and "no features of 1 slides: benign_1" in said.err and said.out.count(".h5") == 4
+    )
+    for wrong, right in (("2/2", "0 to n - 1"), ("x", "0/8")):
+        assert cli.main([*words, "--part", wrong]) == 2
+        assert right in capsys.readouterr().err
+    assert cli.main([*words[:-1], "100"]) == 2
+    assert "multiple of the 64 pixels" in capsys.readouterr().err
+
+
+def test_pocket_slides_have_their_own_tiling(tmp_path, monkeypatch):
+    monkeypatch.setattr(pocket, "COUNTS", {"train": 1, "val": 1, "test": 1})
+    pocket.write(tmp_path, "count", 0)
+    words = ["slides", "pocket/slides-count", "--data-root", str(tmp_path), "--weights", "pocket", "--region", "128",
+             "--normalise", "half"]  # fmt: skip
+    assert cli.main(words) == 0
+    item = data.load("pocket/slides-count", tmp_path)[0]
+    found = read_features(tmp_path / "features" / f"{item.name}.h5")["features"]
+    pixels, _ = study.regions(item)
+    expected = study.slide_dino.embed(study.encoders("dino")[0], study.tensor(pixels, "half"))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_what_is_missing_is_said(tmp_path):
     with pytest.raises(MissingData, match="kaggle"):
         runs.setting(given(dry_run=False, data_root=str(tmp_path)), tmp_path, {})
     with pytest.raises(BadParameter, match="slides/panda"):
         runs.setting(given(dataset="rgbt/lasher"), tmp_path, {})
+    with pytest.raises(MissingData, match="no slide"):
+        runs.setting(given(dry_run=False, dataset="folder", data_root=str(tmp_path)), tmp_path, {})
     with pytest.raises(BadParameter, match="'learned'"):
         runs.setting(given(position="2d sine"), tmp_path, {})
 

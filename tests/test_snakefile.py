@@ -173,3 +173,20 @@ def test_more_parameters_reach_the_notebook_and_count(workspace: Workspace) -> N
     assert "seed = 3" in workspace.path(target).read_text(encoding="utf-8")
     assert run("-p seed 3") == (0, set())
     assert run("-p seed 4") == (0, {"first"})
+
+
+def test_features_of_slides_are_made_in_parts(workspace: Workspace) -> None:
+    workspace.notebook("one")
+    stub = "import sys\nprint(sys.argv[1:])\nsys.exit('--part 1/3' in ' '.join(sys.argv) and {fails})\n"
+    workspace.path("lib/companion/cli.py").write_text(stub.format(fails="'the reason'"), encoding="utf-8")
+    words = [sys.executable, "-m", "snakemake", "--cores", "2", "--keep-going", "--quiet", "all", "--config", "parts=3",
+             "slides=slides/panda --data-root /data", "--", "features"]  # fmt: skip
+    status, text, started = workspace.run(*words)
+    assert status != 0 and "the reason" in text and len(started) == 3
+    assert "'slides/panda', '--data-root', '/data', '--part', '0/3'" in workspace.path(
+        "build/slides/0-of-3.log"
+    ).read_text(encoding="utf-8")
+    # the part that failed is run again, alone
+    workspace.path("lib/companion/cli.py").write_text(stub.format(fails="0"), encoding="utf-8")
+    assert workspace.run(*words)[2] == {"slides 1/3"}
+    assert workspace.run(*words)[2] == set()

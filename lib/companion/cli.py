@@ -1,9 +1,11 @@
-"""`companion`: what a run would need, getting what is free, checking against the authors' outputs, taking in a run.
+"""`companion`: what a run would need, getting what is free, checking against the authors' outputs, taking in a run,
+and the features of whole slides.
 
 companion doctor sa2vp [--data-root DIR]      what is missing for each table
 companion fetch sa2vp [--data-root DIR]       weights and data that are free and have a checksum
 companion data [--data-root DIR]              all data sets: present, missing or incomplete
 companion parity sa2vp [--checkpoint FILE]    our model against outputs of the authors' code
+companion slides slides/panda --weights FILE [--part I/N]    patch embeddings, slide by slide; goes on where it was
 companion adopt DIR                           take in a run that was made elsewhere
 """
 
@@ -16,6 +18,7 @@ import tempfile
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 
@@ -48,6 +51,17 @@ def main(words: list[str] | None = None) -> int:
     sub.add_argument("--checkpoint", help="weights that should give the recorded outputs, under the authors' names")
     sub.add_argument("--fixtures", help="folder <paper>/<case>/ (default: the project's)")
     sub.add_argument("--case", help="run this case only")
+    sub = command(slides, "slides", "store the patch embeddings of slides, one HDF5 each; resumes", "dataset")
+    sub.add_argument(
+        "--weights", required=True, help="file of the patch level (HIPT's vit256_small_dino.pth), or: pocket"
+    )
+    sub.add_argument("--data-root", default="data", help="folder of the data sets; of the slides, for dataset `folder`")
+    sub.add_argument("--features", default="", help="where they go (default: DATA_ROOT/features)")
+    sub.add_argument("--region", type=int, default=2048, help="side of a region in pixels")
+    sub.add_argument("--normalise", default="unit", choices=["unit", "half", "imagenet"], help="of the pixels")
+    sub.add_argument("--part", default="0/1", help="I/N: every N-th slide from the I-th on, for N jobs side by side")
+    sub.add_argument("--batch", type=int, default=1, help="regions a step")
+    sub.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda"])
     command(adopt, "adopt", "take in the results of a run made elsewhere", "folder")
     given = parser.parse_args(words)
     try:
@@ -201,6 +215,26 @@ def check_parity(given: argparse.Namespace) -> int:
         else:
             print(f"{case.name}: agrees; {len(differences)} outputs, worst {worst.error:.1e} at {worst.output}")
     return int(bool(failed))
+
+
+def slides(given: argparse.Namespace) -> int:
+    """Store features slide by slide, and name those that could not be read."""
+    from .runs import hvit as runs
+
+    i, _, n = given.part.partition("/")
+    if not (i.isdecimal() and n.isdecimal()):
+        raise BadParameter("--part", given.part, "I/N, such as 0/8")
+    p = SimpleNamespace(**{k: v for k, v in vars(given).items() if k not in ("run", "weights", "part", "batch")})
+    patch, bad = runs.patch_level(given.weights), []
+    for name, found in runs.store(p, patch, (int(i), int(n)), given.batch):
+        if isinstance(found, CompanionError):
+            bad.append(name)
+            print(f"{name}: {found}", file=sys.stderr, flush=True)
+        else:
+            print(f"{name}: {found}", flush=True)
+    if bad:
+        print(f"companion: no features of {len(bad)} slides: {', '.join(bad)}", file=sys.stderr)
+    return int(bool(bad))
 
 
 def adopt(given: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from .. import report
 from ..data import DATASETS
 from ..data import slides as data
-from ..errors import BadParameter
+from ..errors import BadParameter, CompanionError
 from ..fit import fit
 from ..models import hvit
+from ..pocket import slide_dino
 from ..pocket import slides as pocket
 from ..slides import PANDA, extract, fingerprint
 from ..studies import hvit as study
@@ -30,7 +31,9 @@ KINDS = {"Local": "local", "Global": "global", "mean pooling": "mean", "gated at
 WORKERS = min(8, os.cpu_count() or 1)
 # the authors' optimiser: Adam with the decay added to the gradient, halved every 20 epochs, 32 slides a step
 RATE, DECAY, HALVED, EPOCHS, BATCH = 2e-4, 1e-5, 20, 200, 32
+EARLIEST = 50  # epoch before which training is never stopped
 DRY_REGIONS = 3  # of each generated slide
+OWN = {"folds": 5, "test": 0.2}  # how slides of one's own are parted
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def _pocket(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float
 # --- the published recipe ---------------------------------------------------------------------------------------------
 
 
-def build(p: SimpleNamespace, method: str, fold: int = 0) -> nn.Module:
+def build(p: SimpleNamespace, method: str, fold: int = 0, classes: int = pocket.GRADES) -> nn.Module:
     """A method at full size on stored patch embeddings, of random weights drawn from the seed and the fold.
 
     Global's region level is random unless `weights` names a file of HIPT's.
@@ -112,9 +115,9 @@ def build(p: SimpleNamespace, method: str, fold: int = 0) -> nn.Module:
         raise BadParameter("method", method, list(KINDS))
     if method in ("mean pooling", "gated attention"):
         pooling = "mean" if method == "mean pooling" else "attention"
-        return hvit.PatchBag(384, pocket.GRADES, p.head, pooling)
-    model = hvit.build("paper", KINDS[method], p.head, patches=p.region // 256, levels=("region", "slide"),
-                       position=p.position)  # fmt: skip
+        return hvit.PatchBag(384, classes, p.head, pooling)
+    model = hvit.build("paper", KINDS[method], p.head, patches=p.region // 256, classes=classes,
+                       levels=("region", "slide"), position=p.position)  # fmt: skip
     if p.weights:
         trained = hvit.RegionEncoder.from_official(hvit.read_checkpoint(p.weights))
         state, side = trained.state_dict(), int(p.region // 256 * hvit.LARGEST_CROP)
@@ -123,25 +126,59 @@ def build(p: SimpleNamespace, method: str, fold: int = 0) -> nn.Module:
     return model
 
 
+class Drawn(Dataset):
+    """As many slides as `data` has, each drawn anew with replacement; every grade is drawn equally often.
+
+    The draw of an item depends on torch's seed, which `fit` sets by seed, epoch and item.
+    """
+
+    def __init__(self, data: Dataset):
+        grades = grades_of(data)
+        self.data, self.weights = data, 1 / torch.bincount(grades).double()[grades]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple:
+        return self.data[int(torch.multinomial(self.weights, 1))]
+
+
+class _Enough(Exception):
+    """The tuning loss has not fallen for long enough: no error, but how training is ended from inside its loss."""
+
+
 class Tuned:
     """A loss that looks at the tuning slides after each epoch, and gives the model its best state back at the end.
 
     The loss adds the decay to the gradient, as Adam's own does and AdamW's does not.
+
+    Args:
+        score: from the model to the kappa and the loss of the tuning slides; None where there are none.
+        patience: epochs without a lower tuning loss after which it raises `_Enough`, from epoch `EARLIEST` on; 0 for
+            never.
     """
 
-    def __init__(self, head: str, per_epoch: int, score: Callable[[nn.Module], float] | None):
-        self.head, self.per_epoch, self.score = head, per_epoch, score
-        self.step, self.best, self.state, self.scores = 0, -np.inf, None, []
+    def __init__(self, head: str, classes: int, per_epoch: int,
+                 score: Callable[[nn.Module], tuple[float, float]] | None, patience: int = 0):  # fmt: skip
+        self.head, self.classes, self.per_epoch, self.score, self.patience = head, classes, per_epoch, score, patience
+        self.best, self.state, self.scores, self.losses = -np.inf, None, [], []
+        self.rows: list[dict] = []
 
     def __call__(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """The loss of a batch (features, present, grades)."""
-        if self.step and self.step % self.per_epoch == 0:
+        step = len(self.rows)
+        if step and step % self.per_epoch == 0:
             self.look(model)
-        self.step += 1
+            epoch = step // self.per_epoch
+            waited = epoch - 1 - int(np.argmin(self.losses)) if self.losses else 0
+            if self.patience and epoch >= EARLIEST and waited >= self.patience:
+                raise _Enough
         features, present, grades = batch
-        value = hvit.loss(self.head, model(features, present=present), grades, pocket.GRADES)
+        value = hvit.loss(self.head, model(features, present=present), grades, self.classes)
         squares = sum(t.square().sum() for t in model.parameters() if t.requires_grad)
-        return value + 0.5 * DECAY * squares
+        value = value + 0.5 * DECAY * squares
+        self.rows.append({"step": step, "lr": float(_rates(step, self.per_epoch)), "loss": value.detach()})
+        return value
 
     def look(self, model: nn.Module) -> None:
         """Score the model; keep its trained tensors when it is as good as the best so far, as the authors do."""
@@ -149,15 +186,16 @@ class Tuned:
             return
         model.eval()
         with torch.no_grad():
-            self.scores.append(self.score(model))
+            kappa, loss = self.score(model)
         model.train()
-        if self.scores[-1] >= self.best:
-            self.best = self.scores[-1]
+        self.scores.append(kappa)
+        self.losses.append(loss)
+        if kappa >= self.best:
+            self.best = kappa
             self.state = {n: t.detach().cpu().clone() for n, t in model.named_parameters() if t.requires_grad}
 
     def finish(self, model: nn.Module) -> None:
-        """Look once more, at the last epoch; put the best state back."""
-        self.look(model)
+        """Put the best state back."""
         if self.state is not None:
             own = dict(model.named_parameters())
             with torch.no_grad():
@@ -166,45 +204,63 @@ class Tuned:
         model.eval()
 
 
-def learn(
-    p: SimpleNamespace, model: nn.Module, method: str, train: Dataset, tune: Dataset | None, **changes
-) -> list[dict]:
-    """Train by the authors' recipe, in place; `changes` are arguments of `fit`, `epochs` and `batch` among them."""
+def _rates(steps: int | np.ndarray, per_epoch: int) -> np.ndarray:
+    """The learning rate at steps."""
+    return RATE * 0.5 ** (np.asarray(steps) // per_epoch // HALVED)
+
+
+def learn(p: SimpleNamespace, model: nn.Module, method: str, train: Dataset, tune: Dataset | None,
+          classes: int = pocket.GRADES, **changes) -> list[dict]:  # fmt: skip
+    """Train by the authors' recipe, in place; `changes` are arguments of `fit`, `epochs` and `batch` among them.
+
+    `p.sampling` "weighted" draws grades equally often, with replacement; `p.patience` ends a training whose tuning loss
+    no longer falls (see `Tuned`).
+    """
     settings = {"epochs": EPOCHS, "batch": min(BATCH, len(train)), "seed": p.seed, "accelerator": p.accelerator,
                 "precision": p.precision, "workers": 0, "name": method, "weight_decay": 0.0} | changes  # fmt: skip
     per_epoch = len(train) // settings["batch"]
-    steps = max(1, round(settings["epochs"] * per_epoch))
-    rates = RATE * 0.5 ** (np.arange(steps) // per_epoch // HALVED)
-    score = None if tune is None else (lambda one: study.kappa(*_said(p, one, tune)))
-    loss = Tuned(p.head, per_epoch, score)
+    rates = _rates(np.arange(max(1, round(settings["epochs"] * per_epoch))), per_epoch)
+    score = None if tune is None else (lambda one: _tuning(p, one, tune, classes))
+    loss = Tuned(p.head, classes, per_epoch, score, p.patience)
     sides = {"all": ([t for t in model.parameters() if t.requires_grad], rates)}
-    history = fit(model, loss, train, sides=sides, **settings)
+    try:
+        history = fit(model, loss, Drawn(train) if p.sampling == "weighted" else train, sides=sides, **settings)
+        loss.look(model)  # at the last epoch
+    except _Enough:
+        history = [row | {"loss": float(row["loss"])} for row in loss.rows]
+        model.to("cpu")
     loss.finish(model)
     return history
 
 
 @torch.no_grad()
-def _said(p: SimpleNamespace, model: nn.Module, part: Dataset) -> tuple[Tensor, Tensor]:
-    """True and predicted grades (n,) of slides (features, present, grade)."""
+def _outputs(model: nn.Module, part: Dataset) -> tuple[Tensor, Tensor]:
+    """True grades (n,) and outputs (n, ...) of slides (features, present, grade)."""
     device = next(model.parameters()).device
-    truth, said = [], []
+    truth, found = [], []
     for features, present, grade in DataLoader(part, 8):
-        outputs = model(features.to(device), present=present.to(device)).float().cpu()
-        said.append(hvit.predict(p.head, outputs, pocket.GRADES))
+        found.append(model(features.to(device), present=present.to(device)).float().cpu())
         truth.append(torch.as_tensor(grade))
-    return torch.cat(truth), torch.cat(said)
+    return torch.cat(truth), torch.cat(found)
 
 
-def _full_size(p: SimpleNamespace, title: str, folds: list, test: Dataset, **options) -> Setting:
+def _tuning(p: SimpleNamespace, model: nn.Module, part: Dataset, classes: int) -> tuple[float, float]:
+    """Kappa in percent, and the loss."""
+    truth, outputs = _outputs(model, part)
+    return study.kappa(truth, hvit.predict(p.head, outputs, classes)), float(hvit.loss(p.head, outputs, truth, classes))
+
+
+def _full_size(p: SimpleNamespace, title: str, folds: list, test: Dataset, classes: int = pocket.GRADES,
+               **options) -> Setting:  # fmt: skip
     return Setting(
         title=title,
         folds=folds,
         test=test,
         methods=(p.method,),
         rates={p.method: RATE},
-        build=functools.partial(build, p),
-        learn=functools.partial(learn, p),
-        grades=lambda model, method, part: _said(p, model.eval(), part)[1],
+        build=functools.partial(build, p, classes=classes),
+        learn=functools.partial(learn, p, classes=classes),
+        grades=lambda model, method, part: hvit.predict(p.head, _outputs(model.eval(), part)[1], classes),
         options=options,
     )
 
@@ -225,39 +281,82 @@ def _dry(p: SimpleNamespace) -> Setting:
 
 
 def _paper(p: SimpleNamespace) -> Setting:
-    """The published recipe on stored features of real slides; test slides are those of the fold's list."""
-    stored = Path(p.features or Path(p.data_root) / "features")
-    folds, test = [], None
-    for fold in range(p.folds):
-        train, tune, held = (data.load(p.dataset, p.data_root, split, fold) for split in data.SPLITS)
-        longest = data.Features([*train, *tune, *held], stored, drop=True).longest
-        parts = [data.Features(items, stored, longest, drop=True) for items in (train, tune, held)]
-        folds.append((parts[0], parts[1]))
-        test = test or parts[2]
-    return _full_size(p, f"{p.dataset}, {p.folds} folds", folds, test, workers=WORKERS)
+    """The published recipe on stored features of real slides; test slides are those of the fold's list.
 
-
-def store(p: SimpleNamespace, patch: hvit.PatchEncoder, batch: int = 1) -> list[Path]:
-    """Patch embeddings of every slide of `dataset`, as the paper profile reads them; a killed run goes on.
-
-    Weights of `patch` are the caller's: HIPT's, by `hvit.PatchEncoder.from_official`.
+    Slides of one's own are parted here: a fifth is tested on, each fold tunes on another fifth of the rest.
     """
-    stored, tiling = Path(p.features or Path(p.data_root) / "features"), replace(PANDA, region=p.region)
-    top = hvit.HViT(hvit.SlideTransformer(192), hvit.RegionEncoder(p.region // 256), patch)
+    stored = stored_in(p)
+    if p.dataset == "folder":
+        items = data.folder(p.data_root)
+        lists = [[fold[s] for s in data.SPLITS] for fold in data.split_folds(items, **OWN)[: p.folds]]
+        classes = max(2, 1 + max(item.grade for item in items))
+    else:
+        lists = [[data.load(p.dataset, p.data_root, s, fold) for s in data.SPLITS] for fold in range(p.folds)]
+        classes = pocket.GRADES
+    folds, test = [], None
+    for fold in lists:
+        longest = data.Features([item for part in fold for item in part], stored, drop=True).longest
+        train, tune, held = (data.Features(items, stored, longest, drop=True) for items in fold)
+        folds.append((train, tune))
+        test = test or held
+    return _full_size(p, f"{p.dataset}, {p.folds} folds", folds, test, classes, workers=WORKERS)
+
+
+# --- features, slide by slide -----------------------------------------------------------------------------------------
+
+
+def stored_in(p: SimpleNamespace) -> Path:
+    """The folder of the stored patch embeddings."""
+    return Path(p.features or Path(p.data_root) / "features")
+
+
+def patch_level(weights: str) -> hvit.PatchEncoder:
+    """The frozen patch level: a file of HIPT's or the authors', or "pocket" for the small one that is shipped."""
+    if weights == "pocket":
+        return slide_dino.build()[0]
+    return hvit.PatchEncoder.from_official(hvit.read_checkpoint(weights))
+
+
+def store(p: SimpleNamespace, patch: hvit.PatchEncoder, part: tuple[int, int] = (0, 1),
+          batch: int = 1) -> Iterator[tuple[str, Path | CompanionError]]:  # fmt: skip
+    """Patch embeddings of the slides of `dataset`, as the paper profile reads them; a killed run goes on.
+
+    Args:
+        p: `dataset`, `data_root`, `features`, `region`, `normalise` and `accelerator` of the notebook's parameters.
+        patch: see `patch_level`.
+        part: (i, n): every n-th slide from the i-th on, so that n jobs do them all.
+        batch: regions a step.
+
+    Yields:
+        The name of each slide as it is done, and its file, or why there is none: one bad slide among thousands does
+        not keep the others back.
+    """
+    i, n = part
+    if not 0 <= i < n:
+        raise BadParameter("part", f"{i}/{n}", "i/n, i from 0 to n - 1")
+    if p.region % patch.image:
+        raise BadParameter("region", p.region, f"a multiple of the {patch.image} pixels of a patch")
+    small = p.dataset.startswith("pocket/")  # slides of a few hundred pixels have smaller pieces of tissue
+    tiling = replace(pocket.TILING if small else PANDA, region=p.region)
+    items = data.folder(p.data_root) if p.dataset == "folder" else data.load(p.dataset, p.data_root)
+    # `embed_patches` belongs to the whole model; the levels above are not run
+    whole = hvit.HViT(hvit.SlideTransformer(192), hvit.RegionEncoder(p.region // patch.image, patch.dim), patch)
     device = "cuda" if p.accelerator in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
-    top.to(device)
-    return [
-        extract(item.path, top.embed_patches, stored / f"{item.name}.h5", tiling=tiling, encoder=fingerprint(patch),
-                normalise=p.normalise, batch=batch, device=device)
-        for item in data.load(p.dataset, p.data_root)
-    ]  # fmt: skip
+    whole.to(device)
+    made_by = fingerprint(patch)
+    for item in items[i::n]:
+        try:
+            yield item.name, extract(item.path, whole.embed_patches, stored_in(p) / f"{item.name}.h5", tiling=tiling,
+                                     encoder=made_by, normalise=p.normalise, batch=batch, device=device)  # fmt: skip
+        except CompanionError as error:
+            yield item.name, error
 
 
 def check_dataset(p: SimpleNamespace) -> None:
     """Raises `BadParameter` when `dataset` is no set of slides that the paper profile trains on."""
     known = [n for n, found in DATASETS.items() if found.task == "slides" and not n.startswith("pocket/")]
-    if p.dataset not in known:
-        raise BadParameter("dataset", p.dataset, known)
+    if p.dataset not in (*known, "folder"):
+        raise BadParameter("dataset", p.dataset, [*known, "folder"])
 
 
 # --- training and testing ---------------------------------------------------------------------------------------------
