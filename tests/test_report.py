@@ -180,6 +180,15 @@ def test_a_claim_may_be_judged_by_other_measures(run, monkeypatch):
     assert run.claims["two"]["value"].startswith("t SR +1.0 ± 0.0; t dark -1.0 ± 1.0")
 
 
+def test_a_measure_that_is_a_lead_is_compared_with_zero(run, monkeypatch):
+    claim = {"id": "own", "kind": "directional", "text": "", "tasks": ["t"], "better": "a", "metrics": ["gain"]}
+    monkeypatch.setattr(report, "paper", lambda slug: {"claims": [claim]})
+    for gains, status in (((2.0, 1.0, 3.0), "holds"), ((2.0, -1.0, 5.0), "fails")):
+        own = [{"stage": "test", "task": "t", "method": "a", "seed": i, "gain": g} for i, g in enumerate(gains)]
+        run.claims_from_study(pd.DataFrame(own))
+        assert run.claims["own"]["status"] == status and run.claims["own"]["value"].startswith("t gain +2.0 ±")
+
+
 STUDIES = sorted(p.parent.name for p in (record.root() / "reports" / "pocket").glob("*/study.csv"))
 
 
@@ -193,9 +202,8 @@ def test_the_study_kept_in_the_repository_is_whole(run, slug):
     assert (tested.groupby(["task", "method"]).seed.nunique() >= 3).all()
     assert (found[found.stage == "select"].groupby(["task", "method"]).rate.nunique() == len(facts["rates"])).all()
     assert all(chosen.get((row.task, row.method), 0) == row.rate for row in tested.itertuples())
-    compared = {
-        m for c in report.paper(slug)["claims"] if c["kind"] == "directional" for m in (c["better"], c["worse"])
-    }
+    directional = [c for c in report.paper(slug)["claims"] if c["kind"] == "directional"]
+    compared = {c[role] for c in directional for role in ("better", "worse") if role in c}
     assert compared <= set(tested.method)
     assert facts["selection_seed"] not in facts["seeds"]
 

@@ -258,6 +258,7 @@ class Run:
         """Enter every directional claim that names `better`, `worse` and `tasks`, and maybe `metrics` of the study.
 
         It holds when the one beats the other on every task with every seed: with few seeds a mean alone says little.
+        Without `worse`, `better` alone has to be above zero: for metrics that are a lead already.
         `why` gives the reason, by claim, where one was found for a claim that fails.
         """
         tested = rows[rows.stage == "test"].set_index(["task", "method", "seed"]).sort_index()
@@ -267,7 +268,9 @@ class Run:
                 continue
             parts, wins, seeds = [], True, set()
             for task, metric in itertools.product(claim["tasks"], claim.get("metrics", [usual])):
-                lead = tested.loc[(task, claim["better"]), metric] - tested.loc[(task, claim["worse"]), metric]
+                lead = tested.loc[(task, claim["better"]), metric]
+                if "worse" in claim:
+                    lead = lead - tested.loc[(task, claim["worse"]), metric]
                 what = task if metric == "accuracy" else f"{task} {metric}"
                 parts.append(f"{what} {lead.mean():+.1f} ± {lead.std():.1f}")
                 wins &= bool((lead > 0).all())
