@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import BadParameter
-from ..models import ecamp
+from ..models import ecamp, ecamp_text
 from ..models.ecamp import ECAMP, Batch, Fusion
 from . import Case
 
@@ -14,7 +15,7 @@ from . import Case
 def outputs(case: Case) -> dict[str, Tensor]:
     """The recorded quantities of any ECAMP case, by our code, in the order of the forward pass."""
     kinds = {"model": _model, "fusion": _fusion, "image_losses": _image, "position": _positions,
-             "attention_map": _attention}  # fmt: skip
+             "attention_map": _attention, "text_masking": _text}  # fmt: skip
     for start, run in kinds.items():
         if case.name.startswith(start):
             with torch.no_grad():
@@ -129,3 +130,18 @@ def _attention(case: Case) -> dict[str, Tensor]:
         "heat_raster": ecamp.heat(raster),
         "heat_raster_up[::2,::2]": ecamp.heat(raster, 224)[::2, ::2],
     }
+
+
+def _text(case: Case) -> dict[str, Tensor]:
+    vocabulary, length = (
+        ecamp_text.Vocabulary.from_words(case.facts["inputs"]["vocabulary"]),
+        case.facts["config"]["length"],
+    )
+    found: dict[str, list] = {"ids": [], "masked_ids": [], "weights": []}
+    for example in case.facts["examples"]:
+        ids = vocabulary.encode(example["text"].replace(" ##", ""), length)
+        draws = iter(example["draws_used"])
+        found["ids"].append(ids)
+        found["masked_ids"].append(ecamp_text.mask(ids, vocabulary, draws.__next__))
+        found["weights"].append(ecamp_text.weights(ids, vocabulary))
+    return {name: torch.from_numpy(np.stack(rows)) for name, rows in found.items()}
