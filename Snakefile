@@ -1,13 +1,16 @@
 # Notebooks to reports to the site. `make reports` calls it at pocket scale; on a GPU machine or a cluster:
 #   snakemake --cores all --config profile=paper parameters='-p data_root /data' reports/paper/sa2vp/sa2vp.ipynb
+#   snakemake --profile profiles/local --configfile profiles/grid.yaml       (profiles/slurm on a cluster)
 # Features of whole slides, in parts that run side by side (cores, or SLURM jobs with --executor slurm), each slide
 # resumed where a kill left it:
 #   snakemake --cores 8 --config parts=8 slides='slides/panda --data-root /data --weights vit256_small_dino.pth' features
 
+import json
 import os
 import sys
 from pathlib import Path
 
+from companion import batch
 from companion.provenance import sources
 
 PROFILE = config.get("profile", "pocket")
@@ -15,12 +18,32 @@ SLUGS = sorted(path.stem for path in Path("notebooks").glob("*.ipynb"))
 EXECUTED = expand("reports/{profile}/{slug}/{slug}.ipynb", profile=PROFILE, slug=SLUGS)
 PYTHON = sys.executable
 PARTS = int(config.get("parts", 1))
+GRID = batch.expand(config, SLUGS) if "runs" in config else {}
+REPORTS = Path("reports", PROFILE)
+# what a run of the grid asks for when its entry does not say: `resources` there
+USUAL = {"threads": 1, "gpu": 0, "mem_mb": 4000, "runtime": 30}
+if PROFILE == "paper":
+    USUAL = {"threads": 8, "gpu": 1, "mem_mb": 32000, "runtime": 24 * 60}
+
+
+def asked(name):
+    """How much of `name` a run of the grid asks for."""
+    return lambda run: GRID[f"{run.slug}/{run.run}"]["resources"].get(name, USUAL[name])
+
+
+def code_of(run):
+    return [os.path.relpath(path) for path in sources(f"notebooks/{run.slug}.ipynb")]
+
+
+wildcard_constraints:
+    profile="[^/]+",
+    slug="[^/]+",
+    run="[^/]+",
 
 
 rule all:
     input:
-        EXECUTED,
-        "reports/site/index.html",
+        [f"{REPORTS}/{name}/{name.split('/')[0]}.ipynb" for name in GRID] or [*EXECUTED, "reports/site/index.html"],
 
 
 # Tables, claims and the run record are written by the notebook itself and are kept in git, so they are no outputs here:
@@ -28,7 +51,7 @@ rule all:
 rule notebook:
     input:
         notebook="notebooks/{slug}.ipynb",
-        code=lambda run: [os.path.relpath(path) for path in sources(f"notebooks/{run.slug}.ipynb")],
+        code=code_of,
         study=lambda run: [str(path) for path in Path("reports/pocket", run.slug).glob("study.*")],
     output:
         "reports/{profile}/{slug}/{slug}.ipynb",
@@ -36,7 +59,7 @@ rule notebook:
         "build/{profile}/{slug}.log",
     params:
         draft="build/{profile}/{slug}.ipynb",
-        more=config.get("parameters", ""),
+        more="" if GRID else config.get("parameters", ""),
         # hours at the paper profile want lines in the notebook; a minute does not
         progress="off" if PROFILE == "pocket" else "lines",
     # pocket models gain little beyond a few threads, so notebooks run side by side and share out the cores
@@ -84,6 +107,50 @@ rule slides:
             exit 1
         fi
         """
+
+
+rule run:
+    input:
+        notebook="notebooks/{slug}.ipynb",
+        code=code_of,
+    output:
+        "reports/{profile}/{slug}/{run}/{slug}.ipynb",
+    log:
+        "build/{profile}/{slug}/{run}.log",
+    params:
+        draft="build/{profile}/{slug}/{run}.ipynb",
+        given=lambda run: json.dumps(GRID[f"{run.slug}/{run.run}"]["parameters"]),
+        progress="off" if PROFILE == "pocket" else "lines",
+    threads: asked("threads")
+    resources:
+        gpu=asked("gpu"),
+        mem_mb=asked("mem_mb"),
+        runtime=asked("runtime"),
+    shell:
+        """
+        export OMP_NUM_THREADS={threads} COMPANION_PROGRESS={params.progress}
+        unset MPLBACKEND
+        echo "{wildcards.slug}/{wildcards.run}: started on {threads} thread(s)"
+        if {PYTHON:q} -m companion.batch {input.notebook} reports/{wildcards.profile}/{wildcards.slug}/{wildcards.run} \
+            --profile {wildcards.profile} --parameters {params.given:q} --gpu {resources.gpu} \
+            --draft {params.draft:q} > {log:q} 2>&1
+        then
+            echo "{wildcards.slug}/{wildcards.run}: done in $SECONDS s"
+        else
+            echo "{wildcards.slug}/{wildcards.run}: FAILED after $SECONDS s; executed so far: {params.draft}; {log}:"
+            tail -n 40 {log:q}
+            exit 1
+        fi
+        """
+
+
+if GRID:
+
+    onsuccess:
+        print(batch.report(batch.summarise(GRID, REPORTS), REPORTS))
+
+    onerror:
+        print(batch.report(batch.summarise(GRID, REPORTS), REPORTS))
 
 
 rule site:

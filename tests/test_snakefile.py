@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -16,7 +17,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-PARAMETERS = "profile = 'pocket'  # scale\nout = ''  # folder of the results"
+ROOT = Path(__file__).resolve().parent.parent
+PARAMETERS = "profile = 'pocket'  # scale\nseed = 0  # of the run\nout = ''  # folder of the results"
 WRITES = """
 import json, os
 os.makedirs(out, exist_ok=True)
@@ -34,7 +36,7 @@ class Workspace:
             shutil.copy(root / name, folder / name)
         package = folder / "lib" / "companion"
         package.mkdir(parents=True)
-        for name in ("__init__.py", "errors.py", "provenance.py"):
+        for name in ("__init__.py", "batch.py", "errors.py", "files.py", "provenance.py"):
             shutil.copy(root / "lib" / "companion" / name, package / name)
         for name in ("one", "two"):
             (package / f"{name}.py").write_text("VALUE = 1\n", encoding="utf-8")
@@ -73,7 +75,9 @@ class Workspace:
         """Exit status, everything printed, and the names of the steps that were started."""
         process = self.start(command)
         text, _ = process.communicate(timeout=120)
-        return process.returncode, text, {line.split(":")[0] for line in text.splitlines() if ": started" in line}
+        # side by side, jobs may begin a line in another's; a failed one's shell script is quoted, and is no start
+        names = "|".join(["site", r"slides \d+", *(path.stem for path in self.path("notebooks").glob("*.ipynb"))])
+        return process.returncode, text, set(re.findall(rf'(?<!")((?:{names})(?:/[\w=]+)?): started', text))
 
 
 @pytest.fixture
@@ -190,3 +194,52 @@ def test_features_of_slides_are_made_in_parts(workspace: Workspace) -> None:
     workspace.path("lib/companion/cli.py").write_text(stub.format(fails="0"), encoding="utf-8")
     assert workspace.run(*words)[2] == {"slides 1/3"}
     assert workspace.run(*words)[2] == set()
+
+
+GRID = """
+parameters: {seed: 5}
+runs:
+- {paper: good, seed: [0, 1]}
+- {paper: bad, seed: [0, 1]}
+"""
+
+
+def test_a_grid_runs_what_it_lists_and_one_failure_is_told_in_the_summary(workspace: Workspace) -> None:
+    workspace.notebook("good", "import companion.one\nprint(seed)")
+    workspace.notebook("bad", "import companion.two\nif seed == 1:\n    raise ValueError('seed one\\nmore')")
+    workspace.path("grid.yaml").write_text(GRID, encoding="utf-8")
+    shutil.copytree(ROOT / "profiles", workspace.path("profiles"))
+    command = (sys.executable, "-m", "snakemake", "--profile", "profiles/local", "--configfile", "grid.yaml")
+
+    status, text, started = workspace.run(*command, "--dry-run")
+    assert (status, started) == (0, set()), text
+    assert text.count("rule run:") == 4 and not workspace.path("reports").exists()
+
+    status, text, started = workspace.run(*command)
+    assert status != 0
+    assert started == {f"{paper}/seed={seed}" for paper in ("good", "bad") for seed in (0, 1)}
+    assert "3 done, 1 failed" in text and "bad/seed=1  ValueError: seed one" in text
+    summary = workspace.path("reports/pocket/summary.csv").read_text(encoding="utf-8")
+    assert [line.split(",")[0] for line in summary.splitlines()[1:]] == ["good", "good", "bad", "bad"]
+    assert workspace.path("reports/pocket/good/seed=1/good.ipynb").exists()
+    assert not workspace.path("reports/pocket/bad/seed=1/bad.ipynb").exists()
+    assert "seed one" in workspace.path("build/pocket/bad/seed=1.ipynb").read_text(encoding="utf-8")
+
+    workspace.path("lib/companion/one.py").write_text("VALUE = 2\n", encoding="utf-8")
+    assert workspace.run(*command)[2] == {"good/seed=0", "good/seed=1", "bad/seed=1"}
+
+    grid = GRID.replace("- {paper: bad, seed: [0, 1]}", "- {paper: bad, seed: [0]}").replace("[0, 1]", "[1, 2]")
+    workspace.path("grid.yaml").write_text(grid, encoding="utf-8")
+    status, text, started = workspace.run(*command)
+    assert (status, started) == (0, {"good/seed=2"}), text
+    assert "3 done;" in text
+
+
+def test_a_bad_grid_is_told_before_anything_runs(workspace: Workspace) -> None:
+    workspace.notebook("good")
+    workspace.path("grid.yaml").write_text("runs: [{paper: goood}]", encoding="utf-8")
+    status, text, started = workspace.run(
+        sys.executable, "-m", "snakemake", "--cores", "1", "--configfile", "grid.yaml"
+    )
+    assert status != 0 and started == set()
+    assert "Accepted: 'good'" in text

@@ -1,0 +1,225 @@
+"""Many runs from one small file: paper x data set x seed, on this machine's cards or a cluster's nodes.
+
+snakemake --cores all --configfile grid.yaml        # see README, "In batch"
+
+    profile: paper
+    parameters: {data_root: /data}                    # of every run
+    runs:
+    - {paper: sa2vp, dataset: [vtab/svhn, vtab/dtd], seed: [0, 1, 2]}
+    - {paper: bat, seed: 0, resources: {gpu: 1, runtime: 600}}
+
+A list is an axis of the grid. Each run has a folder of its own, `reports/<profile>/<paper>/<run>/`; one that fails
+stops no other, and says why in `failed.json`. Only the standard library is used at the top: the Snakefile must load in
+a blink.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import fcntl
+import itertools
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from .errors import BadParameter
+from .files import atomic, read_json, write_json
+
+FIELDS = ("paper", "resources")  # of an entry of `runs`; every other one is a parameter of its notebook
+NAME = re.compile(r"[\w.=,+-]+")
+COLUMNS = ("paper", "run", "state", "seconds", "memory_mb", "device", "reason")
+
+
+def expand(config: Mapping, papers: list[str]) -> dict[str, dict]:
+    """The runs of a grid by their folder, `<paper>/<run>`: their parameters and resources.
+
+    A run is named by its values of the axes, as `dataset=vtab-svhn,seed=0`, or "run" where the entry has no axis.
+
+    Raises:
+        BadParameter: an unknown field or paper, an empty axis, or two runs of one name.
+    """
+    common, found = dict(config.get("parameters", {})), {}
+    for entry in config["runs"]:
+        paper = entry.get("paper")
+        if paper not in papers:
+            raise BadParameter("paper of a run", paper, papers)
+        own = {name: value for name, value in entry.items() if name not in FIELDS}
+        axes = {name: values for name, values in own.items() if isinstance(values, list)}
+        if empty := [name for name, values in axes.items() if not values]:
+            raise BadParameter(f"{empty[0]} of a run of {paper}", [], "a value, or a list of some")
+        for values in itertools.product(*axes.values()):
+            chosen = dict(zip(axes, values, strict=True))
+            said = ",".join(f"{name}={value}" for name, value in chosen.items()).replace("/", "-").replace(" ", "+")
+            folder = f"{paper}/{said or 'run'}"
+            if not NAME.fullmatch(said or "run"):
+                raise BadParameter(f"value of a run of {paper}", said, "letters, digits, blanks and / . - _")
+            if folder in found:
+                raise BadParameter("run", folder, "runs of different names: give what differs as an axis, [value]")
+            found[folder] = {"parameters": common | own | chosen, "resources": dict(entry.get("resources", {}))}
+    return found
+
+
+@contextlib.contextmanager
+def devices(count: int, folder: Path, poll: float = 1.0) -> Iterator[list[str]]:
+    """Hold `count` of this machine's cards until the block ends, and show the run no others.
+
+    The cards are those of CUDA_VISIBLE_DEVICES, or all that `nvidia-smi` lists. A lock file a card in `folder` keeps
+    other runs of the same checkout off it; a killed run lets go of its own. On a cluster the scheduler deals the cards.
+
+    Raises:
+        BadParameter: the machine has fewer.
+    """
+    if not count or "SLURM_JOB_ID" in os.environ:
+        yield []
+        return
+    cards = _cards()
+    if len(cards) < count:
+        raise BadParameter("gpu", count, f"0 to {len(cards)}, the cards of this machine")
+    folder.mkdir(parents=True, exist_ok=True)
+    held: dict[str, object] = {}
+    try:
+        while len(held) < count:  # one starter at a time, so that two runs of two cards cannot wait for each other
+            with (folder / "dealing.lock").open("w") as dealing:
+                fcntl.flock(dealing, fcntl.LOCK_EX)
+                for card in cards:
+                    file = (folder / f"{re.sub(r'[^0-9A-Za-z-]', '_', card)}.lock").open("w")
+                    try:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        file.close()
+                        continue
+                    held[card] = file
+                    if len(held) == count:
+                        break
+                if len(held) < count:
+                    _let_go(held)
+            if not held:
+                time.sleep(poll)
+        yield list(held)
+    finally:
+        _let_go(held)
+
+
+def _cards() -> list[str]:
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [card for card in visible.split(",") if card]
+    try:
+        listed = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True,
+                                text=True, check=True)  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return listed.stdout.split()
+
+
+def _let_go(held: dict[str, object]) -> None:
+    for file in held.values():
+        file.close()
+    held.clear()
+
+
+def execute(notebook: Path, out: Path, profile: str, parameters: Mapping, gpu: int, draft: Path) -> dict:
+    """Run one notebook into `out`; return {} or, where it failed, why: {"reason", "seconds", "memory_mb"}.
+
+    The executed copy is `out`/<paper>.ipynb only when every cell ran; else what there is of it stays in `draft`.
+    """
+    import papermill
+    from papermill.exceptions import PapermillException, PapermillExecutionError
+
+    began, failure = time.monotonic(), ""
+    (out / "failed.json").unlink(missing_ok=True)
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with devices(gpu, Path("build/devices")) as cards:
+            if cards:
+                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(cards)
+            given = dict(parameters) | {"profile": profile, "out": str(out)}
+            papermill.execute_notebook(notebook, draft, given, kernel_name="python3", progress_bar=False)
+    except PapermillExecutionError as error:
+        failure = f"{error.ename}: {error.evalue}"
+    except (PapermillException, BadParameter) as error:
+        failure = str(error)
+    except RuntimeError as error:  # nbclient's, of a kernel that died
+        failure = f"{type(error).__name__}: {error}"
+    if not failure:
+        out.mkdir(parents=True, exist_ok=True)
+        draft.replace(out / notebook.name)
+        return {}
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+    facts = {"reason": failure.strip(), "seconds": round(time.monotonic() - began, 1), "memory_mb": round(peak)}
+    write_json(out / "failed.json", facts)
+    return facts
+
+
+def summarise(runs: Mapping[str, Mapping], reports: Path) -> list[dict]:
+    """Write `reports`/summary.csv, a row a run with its seconds, memory and, where it failed, the reason; return it.
+
+    What runs on real data measured (their `measured.csv`) is gathered in one file a paper, `<paper>/measured.csv`.
+    """
+    rows, measured = [], {}
+    for name in runs:
+        paper, run = name.split("/")
+        folder = reports / name
+        row = dict.fromkeys(COLUMNS, "") | {"paper": paper, "run": run, "state": "not run"}
+        if (folder / "failed.json").exists():
+            facts = read_json(folder / "failed.json")
+            row |= {"state": "failed", "seconds": facts["seconds"], "memory_mb": facts["memory_mb"],
+                    "reason": facts["reason"].splitlines()[0]}  # fmt: skip
+        elif (folder / f"{paper}.ipynb").exists():
+            row["state"] = "done"
+            if (folder / "run.json").exists():
+                facts = read_json(folder / "run.json")
+                row |= {"seconds": facts["seconds"], "memory_mb": facts["peak_memory_mb"], "device": facts["device"]}
+            if (folder / "measured.csv").exists():
+                with (folder / "measured.csv").open(encoding="utf-8", newline="") as file:
+                    measured.setdefault(paper, []).extend(csv.DictReader(file))
+        rows.append(row)
+    _write(reports / "summary.csv", rows)
+    for paper, lines in measured.items():
+        _write(reports / paper / "measured.csv", lines)
+    return rows
+
+
+def _write(path: Path, rows: list[dict]) -> None:
+    with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def report(rows: list[dict], reports: Path) -> str:
+    """The summary as a person reads it in a terminal."""
+    counts = {state: sum(row["state"] == state for row in rows) for state in ("done", "failed", "not run")}
+    lines = [", ".join(f"{number} {state}" for state, number in counts.items() if number) + f"; {reports}/summary.csv"]
+    for row in rows:
+        seconds = f"{row['seconds']:8.0f} s" if row["seconds"] != "" else " " * 10
+        memory = f"{row['memory_mb'] / 1e3:6.1f} GB" if row["memory_mb"] != "" else " " * 9
+        lines.append(f"  {row['state']:8}{seconds}{memory}  {row['paper']}/{row['run']}  {row['reason']}".rstrip())
+    return "\n".join(lines)
+
+
+def main(words: list[str] | None = None) -> int:
+    """`python -m companion.batch NOTEBOOK OUT ...`: one run, as the Snakefile starts it; 1 when the run failed."""
+    parser = argparse.ArgumentParser(prog="companion.batch", description=main.__doc__)
+    parser.add_argument("notebook", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--profile", required=True)
+    parser.add_argument("--parameters", type=json.loads, default={}, help="a JSON object")
+    parser.add_argument("--gpu", type=int, default=0, help="cards of this run")
+    parser.add_argument("--draft", type=Path, required=True, help="where the notebook is written as it runs")
+    given = parser.parse_args(words)
+    failed = execute(given.notebook, given.out, given.profile, given.parameters, given.gpu, given.draft)
+    if failed:
+        print(failed["reason"])
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
