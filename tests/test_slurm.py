@@ -1,0 +1,140 @@
+"""The grid on a real SLURM: one node on the loopback, two notebooks through sbatch, and what came out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_snakefile import ROOT, Workspace
+
+NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "sinfo")
+CONF = """
+ClusterName=loopback
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+MpiDefault=none
+ReturnToService=2
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+GRID = """
+runs:
+- {paper: good, seed: [0, 1]}
+- {paper: bad}
+"""
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cluster of one node, its daemons started here and stopped at the end."""
+    monkeypatch.setenv("PATH", f"{os.environ['PATH']}{os.pathsep}/usr/sbin")
+    if missing := [name for name in NEEDED if shutil.which(name) is None]:
+        pytest.skip(f"no SLURM here ({', '.join(missing)}): install Debian's slurm-wlm and munge")
+    if os.geteuid() != 0:
+        pytest.skip("only root can start SLURM's node daemon")
+    folder = tmp_path / "slurm"
+    for name in ("state", "spool"):
+        (folder / name).mkdir(parents=True)
+    # munged wants a key that no other can read, and a path that no other can write
+    key = folder / "munge.key"
+    key.write_bytes(os.urandom(1024))
+    key.chmod(0o400)
+    conf = folder / "slurm.conf"
+    conf.write_text(
+        CONF.format(
+            host=socket.gethostname().split(".")[0], ports=free_ports(2), user="root", folder=folder,
+            cpus=len(os.sched_getaffinity(0)), memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 21,
+        ),
+        encoding="utf-8",
+    )  # fmt: skip
+    (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n", encoding="utf-8")
+    monkeypatch.setenv("SLURM_CONF", str(conf))
+    # Snakemake submits jobs without SLURM's variables, and a cluster has its settings below /etc: this one does not
+    srun = folder / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.write_text(f'#!/bin/sh\nSLURM_CONF={conf} exec {shutil.which("srun")} "$@"\n', encoding="utf-8")
+    srun.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{srun.parent}{os.pathsep}{os.environ['PATH']}")
+    daemons = [
+        ("munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket",
+         f"--pid-file={folder}/munge.pid", f"--log-file={folder}/munge.log", f"--seed-file={folder}/munge.seed"),
+        ("slurmctld", "-D", "-i", "-f", str(conf)),
+        ("slurmd", "-D", "-f", str(conf)),
+    ]  # fmt: skip
+    started = []
+    try:
+        for words in daemons:
+            with (folder / f"{words[0]}.out").open("w") as out:
+                started.append(subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT))
+            time.sleep(0.5)
+        deadline = time.monotonic() + 60
+        while subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True).stdout.strip() != "idle":
+            logs = "\n".join(path.read_text(errors="replace")[-2000:] for path in folder.glob("*.[lo][ou][gt]"))
+            assert time.monotonic() < deadline, f"the node did not come up:\n{logs}"
+            time.sleep(0.5)
+        yield folder
+    finally:
+        for process in reversed(started):
+            process.terminate()
+            process.wait(timeout=30)
+
+
+@pytest.mark.slow
+def test_a_grid_runs_on_a_cluster(tmp_path: Path, cluster: Path) -> None:
+    pytest.importorskip("snakemake_executor_plugin_slurm", reason="the extra `cluster` is not installed")
+    folder = tmp_path / "a checkout"
+    folder.mkdir()
+    workspace = Workspace(folder, ROOT)
+    workspace.notebook("good", "import os\nprint('job', os.environ['SLURM_JOB_ID'], 'seed', seed)")
+    workspace.notebook("bad", "raise ValueError('the reason')")
+    workspace.path("grid.yaml").write_text(GRID, encoding="utf-8")
+    shutil.copytree(ROOT / "profiles", workspace.path("profiles"))
+    command = (
+        sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", "--configfile", "grid.yaml",
+        "--slurm-no-account", "--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "3",
+    )  # fmt: skip
+    status, text, _ = workspace.run(*command)
+    assert status != 0
+    assert "2 done, 1 failed" in text and "bad/run  ValueError: the reason" in text
+    for seed in (0, 1):
+        executed = workspace.path(f"reports/pocket/good/seed={seed}/good.ipynb").read_text(encoding="utf-8")
+        assert f"seed {seed}" in executed and "job " in executed
+    assert not workspace.path("reports/pocket/bad/run/bad.ipynb").exists()
+
+    workspace.notebook("bad", "x = 1")
+    status, text, _ = workspace.run(*command)
+    assert status == 0, text
+    assert "3 done;" in text
