@@ -153,6 +153,19 @@ def test_a_directional_claim_needs_every_seed(run):
     assert run.claims["aligned"]["status"] == "fails" and run.claims["aligned"]["why"] == "reason"
 
 
+def test_the_interval_of_a_mean_lead_holds_the_mean_and_shrinks_with_seeds():
+    leads = np.array([3.0, 1.0, 2.0, 6.0, 3.0])
+    low, high = report.interval(leads)
+    assert leads.min() < low < leads.mean() < high < leads.max()
+    assert report.interval(leads) == (low, high)
+    wider, narrower = report.interval(leads, share=0.99), report.interval(np.tile(leads, 20))
+    assert wider[1] - wider[0] > high - low > narrower[1] - narrower[0]
+    # of many normal leads it is the textbook's interval
+    many = np.random.default_rng(1).normal(2, 3, 400)
+    half = 1.96 * many.std() / 20
+    assert report.interval(many) == pytest.approx((many.mean() - half, many.mean() + half), abs=0.03)
+
+
 def test_photographs_in_a_notebook_have_few_colours_and_keep_them_in_the_file(run, monkeypatch):
     shown = []
     monkeypatch.setattr(report, "display", shown.append)
@@ -177,7 +190,7 @@ def test_a_claim_may_be_judged_by_other_measures(run, monkeypatch):
     ]
     run.claims_from_study(pd.DataFrame(rows))
     assert run.claims["two"]["status"] == "fails"
-    assert run.claims["two"]["value"].startswith("t SR +1.0 ± 0.0; t dark -1.0 ± 1.0")
+    assert run.claims["two"]["value"].startswith("t SR +1.0 ± 0.0 [+1.0, +1.0]; t dark -1.0 ± 1.0 [-2.0, +0.0] points")
 
 
 def test_a_measure_that_is_a_lead_is_compared_with_zero(run, monkeypatch):

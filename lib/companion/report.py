@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import PIL.Image
 import yaml
@@ -174,6 +175,17 @@ def gather(
     return rows
 
 
+def interval(leads: np.ndarray, share: float = 0.95, draws: int = 10_000) -> tuple[float, float]:
+    """The interval that holds `share` of the means of seeds drawn again with replacement (paired bootstrap).
+
+    Args:
+        leads: of one method over the other, one a seed: both saw that seed's data.
+    """
+    drawn = np.random.default_rng(0).integers(len(leads), size=(draws, len(leads)))
+    low, high = np.quantile(leads[drawn].mean(1), [(1 - share) / 2, (1 + share) / 2])
+    return float(low), float(high)
+
+
 def start(slug: str, **parameters: object) -> Run:
     """Check the notebook's parameters, print what the run will do, and return the `Run` that keeps its results.
 
@@ -259,6 +271,7 @@ class Run:
 
         It holds when the one beats the other on every task with every seed: with few seeds a mean alone says little.
         Without `worse`, `better` alone has to be above zero: for metrics that are a lead already.
+        The value says the lead's mean and standard deviation over the seeds, and how far the mean itself may be off.
         `why` gives the reason, by claim, where one was found for a claim that fails.
         """
         tested = rows[rows.stage == "test"].set_index(["task", "method", "seed"]).sort_index()
@@ -272,10 +285,11 @@ class Run:
                 if "worse" in claim:
                     lead = lead - tested.loc[(task, claim["worse"]), metric]
                 what = task if metric == "accuracy" else f"{task} {metric}"
-                parts.append(f"{what} {lead.mean():+.1f} ± {lead.std():.1f}")
+                low, high = interval(lead.to_numpy())
+                parts.append(f"{what} {lead.mean():+.1f} ± {lead.std():.1f} [{low:+.1f}, {high:+.1f}]")
                 wins &= bool((lead > 0).all())
                 seeds |= set(map(int, lead.index))
-            value = "; ".join(parts) + " points (mean ± standard deviation of the lead)"
+            value = "; ".join(parts) + " points (mean ± standard deviation of the lead [95 % interval of the mean])"
             self.claim(claim["id"], wins, value, sorted(seeds), "" if wins else why.get(claim["id"], ""))
 
     def ledger(self) -> list[dict]:
