@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BadParameter
-from ..models import ecamp, ecamp_text
+from ..metrics import radiology
+from ..models import ecamp, ecamp_heads, ecamp_text
 from ..models.ecamp import ECAMP, Batch, Fusion
 from . import Case
 
@@ -15,7 +16,8 @@ from . import Case
 def outputs(case: Case) -> dict[str, Tensor]:
     """The recorded quantities of any ECAMP case, by our code, in the order of the forward pass."""
     kinds = {"model": _model, "fusion": _fusion, "image_losses": _image, "position": _positions,
-             "attention_map": _attention, "text_masking": _text}  # fmt: skip
+             "attention_map": _attention, "text_masking": _text, "classifier": _classifier,
+             "segmenter": _segmenter, "detector": _detector, "small_losses": _losses}  # fmt: skip
     for start, run in kinds.items():
         if case.name.startswith(start):
             with torch.no_grad():
@@ -145,3 +147,69 @@ def _text(case: Case) -> dict[str, Tensor]:
         found["masked_ids"].append(ecamp_text.mask(ids, vocabulary, draws.__next__))
         found["weights"].append(ecamp_text.weights(ids, vocabulary))
     return {name: torch.from_numpy(np.stack(rows)) for name, rows in found.items()}
+
+
+def _classifier(case: Case) -> dict[str, Tensor]:
+    model, tokens = ecamp_heads.classifier_from_official(case.state), {}
+    for i in (0, 5, 11):
+        model.blocks[i].register_forward_hook(lambda module, given, out, i=i: tokens.update({i: out}))
+    x = model.forward_features(case.values("input:image", 2, 3, 224, 224))
+    blocks = {f"block{i}[:,::14,::8]": out[:, ::14, ::8] for i, out in tokens.items()}
+    return blocks | {"features": model.forward_head(x, pre_logits=True), "logits": model.forward_head(x)}
+
+
+def _segmenter(case: Case) -> dict[str, Tensor]:
+    model, steps = ecamp_heads.Segmenter.from_official(case.state), []
+    x = model.map(case.values("input:image", 1, 3, 224, 224))
+    logits = model.decoders[0](x, steps)
+    mask = (case.values("input:mask", 1, 224, 224) > 1).float()
+    strides = {1: 2, 2: 4, 3: 8, 4: 8}
+    found = {"encoder_map[:,::4]": x[:, ::4]}
+    found |= {f"decoder_{i}[:,::16,::{s},::{s}]": steps[i - 1][:, ::16, ::s, ::s] for i, s in strides.items()}
+    return found | {
+        "logits[:,:,::2,::2]": logits[:, :, ::2, ::2],
+        "loss.mixed": ecamp_heads.segmentation_loss(logits, mask[:, None]),
+        "loss.focal": ecamp_heads.focal_loss(logits[:, 0], mask),
+        "dice_coefficient": ecamp_heads.soft_dice(logits[:, 0], mask),
+        "metric.dice": radiology.dice(logits[:, 0].sigmoid(), mask),
+    }
+
+
+def _detector(case: Case) -> dict[str, Tensor]:
+    model = ecamp_heads.Detector.from_official(case.state)
+    images, boxes = case.values("input:image", 2, 3, 224, 224), case.recorded["in.targets"]
+    x = model.map(images)
+    coarse, middle, fine = model.pyramid(x)
+    heads = model(images)
+    pairs = list(zip(heads, model.anchors(), strict=True))
+    decoded = torch.cat([ecamp_heads.yolo_decode(head, anchors, 224) for head, anchors in pairs], 1)
+    return {
+        "encoder_map[:,::8]": x[:, ::8],
+        "pyramid28[:,::32,::4,::4]": fine[:, ::32, ::4, ::4],
+        "pyramid14[:,::32,::2,::2]": middle[:, ::32, ::2, ::2],
+        "pyramid7[:,::32]": coarse[:, ::32],
+        "head7": heads[0],
+        "head14": heads[1],
+        "head28[:,:,::2,::2]": heads[2][:, :, ::2, ::2],
+        "losses": torch.stack([torch.stack(ecamp_heads.yolo_loss(x, boxes, a, 224)) for x, a in pairs]),
+        "decoded[:,::17]": decoded[:, ::17],
+        "nms_counts": torch.tensor([len(found) for found in ecamp_heads.suppress(decoded)]),
+    }
+
+
+def _losses(case: Case) -> dict[str, Tensor]:
+    given = {name.removeprefix("in."): value for name, value in case.recorded.items() if name.startswith("in.")}
+    logits, mask = given["seg_logits"], given["seg_mask"]
+    anchors = torch.tensor(case.facts["config"]["yolo_anchors_px"])
+    each = radiology.dice(given["dice_probability"], mask)
+    healthy = mask.flatten(1).sum(1) == 0  # they are recorded last
+    return {
+        "mixed": ecamp_heads.segmentation_loss(logits[:, None], mask[:, None]),
+        "focal": ecamp_heads.focal_loss(logits, mask),
+        "soft_dice": ecamp_heads.soft_dice(logits, mask),
+        "dice_per_image": torch.cat([each[~healthy], each[healthy]]),
+        "mlm_loss": ecamp.mlm_loss(given["mlm_logits"], given["mlm_labels"], given["mlm_weights"])[0],
+        "yolo_losses": torch.stack(ecamp_heads.yolo_loss(given["yolo_head"], given["yolo_targets"], anchors, 224)),
+        "yolo_decoded": ecamp_heads.yolo_decode(given["yolo_head"], anchors, 224),
+        "nms_output": ecamp_heads.suppress(given["nms_predictions"])[0],
+    }
