@@ -11,7 +11,7 @@ SNAKEMAKE := $(BIN) -m snakemake --cores all --keep-going --quiet host progress 
 PYTEST := COMPANION_PROGRESS=off PYTHONPATH='$(CURDIR)/tests/offline' $(BIN) -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
 
 .DEFAULT_GOAL := help
-.PHONY: help reports test test-slow lab bench notebooks lock clean
+.PHONY: help reports study test test-slow lab bench notebooks lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -25,6 +25,11 @@ reports: $(INSTALLED)  ## run every notebook whose code changed at pocket scale,
 	@mkdir -p build
 	@$(SNAKEMAKE) 2> build/snakemake.log || { cat build/snakemake.log >&2; exit 1; }
 	@echo 'reports/site/index.html is up to date'
+
+study: $(INSTALLED)  ## rerun the studies (hours; PAPERS="sa2vp bat" for some), then the reports that show them
+	@mkdir -p build
+	@$(SNAKEMAKE) --config papers='$(PAPERS)' -- studies
+	@$(MAKE) --no-print-directory reports
 
 test: $(INSTALLED)  ## unit tests, parity, the committed notebooks, the site and JupyterLab in a browser
 	$(PYTEST) -m 'not slow' tests notebooks

@@ -20,6 +20,9 @@ PYTHON = sys.executable
 PARTS = int(config.get("parts", 1))
 GRID = batch.expand(config, SLUGS) if "runs" in config else {}
 REPORTS = Path("reports", PROFILE)
+STUDIED = str(config.get("papers", "")).split() or sorted(
+    path.stem for path in Path("lib/companion/studies").glob("[a-z]*.py") if f"{path.stem}" in SLUGS
+)
 # what a run of the grid asks for when its entry does not say: `resources` there
 USUAL = {"threads": 1, "gpu": 0, "mem_mb": 4000, "runtime": 30}
 if PROFILE == "paper":
@@ -35,7 +38,16 @@ def code_of(run):
     return [os.path.relpath(path) for path in sources(f"notebooks/{run.slug}.ipynb")]
 
 
+def study_of(run):
+    return f"lib/companion/studies/{run.slug}.py"
+
+
+def code_of_study(run):
+    return [os.path.relpath(path) for path in sources(study_of(run))]
+
+
 wildcard_constraints:
+    seed=r"\d+",
     profile="[^/]+",
     slug="[^/]+",
     run="[^/]+",
@@ -151,6 +163,62 @@ if GRID:
 
     onerror:
         print(batch.report(batch.summarise(GRID, REPORTS), REPORTS))
+
+
+# A study in jobs: learning rates first, then each seed by itself, side by side or on a cluster's nodes. What a job has
+# done stays in its folder and is no output, so that a killed one goes on where it was.
+rule studies:
+    input:
+        expand("build/study/{slug}/merged.done", slug=STUDIED),
+
+
+rule study_rates:
+    input:
+        code=code_of_study,
+    output:
+        touch("build/study/{slug}/rates.done"),
+    log:
+        "build/study/{slug}/rates.log",
+    threads: workflow.cores or 1
+    shell:
+        """
+        echo "study of {wildcards.slug}, learning rates: started"
+        {PYTHON:q} -m companion.study {wildcards.slug} build/study/{wildcards.slug}/rates --seeds \
+            --data build/study/{wildcards.slug}/data --workers {threads} > {log} 2>&1 || {{ tail -n 40 {log}; exit 1; }}
+        """
+
+
+rule study_seed:
+    input:
+        "build/study/{slug}/rates.done",
+    output:
+        touch("build/study/{slug}/seed{seed}.done"),
+    log:
+        "build/study/{slug}/seed{seed}.log",
+    shell:
+        """
+        echo "study of {wildcards.slug}, seed {wildcards.seed}: started"
+        folder=build/study/{wildcards.slug}
+        {PYTHON:q} -m companion.study {wildcards.slug} $folder/seed{wildcards.seed} --seeds {wildcards.seed} \
+            --start $folder/rates --data $folder/data --workers {threads} > {log} 2>&1 || {{ tail -n 40 {log}; exit 1; }}
+        """
+
+
+rule study_merged:
+    input:
+        lambda run: [f"build/study/{run.slug}/seed{seed}.done" for seed in batch.seeds(study_of(run))],
+    output:
+        touch("build/study/{slug}/merged.done"),
+    log:
+        "build/study/{slug}/merged.log",
+    params:
+        parts=lambda run, input: [path.removesuffix(".done") for path in input],
+    shell:
+        """
+        {PYTHON:q} -m companion.study {wildcards.slug} reports/pocket/{wildcards.slug} --merge {params.parts} \
+            > {log} 2>&1 || {{ tail -n 40 {log}; exit 1; }}
+        echo "study of {wildcards.slug}: done"
+        """
 
 
 rule site:

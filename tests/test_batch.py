@@ -66,6 +66,15 @@ def test_a_bad_grid_says_what_is_accepted(runs: list[dict], message: str) -> Non
         batch.expand({"runs": runs}, PAPERS)
 
 
+def test_the_seeds_of_a_study_are_read_from_its_text(root: Path, tmp_path: Path) -> None:
+    from companion.studies import sa2vp
+
+    assert batch.seeds(root / "lib" / "companion" / "studies" / "sa2vp.py") == sa2vp.SEEDS
+    (tmp_path / "none.py").write_text("RATES = [1]\n")
+    with pytest.raises(BadParameter, match="literal list SEEDS"):
+        batch.seeds(tmp_path / "none.py")
+
+
 def hold(folder: Path, counts: list[int], monkeypatch: pytest.MonkeyPatch) -> list[tuple[set[str], float, float]]:
     """Start processes that each hold some of three cards; the cards of each, and from when to when."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,7")

@@ -243,3 +243,34 @@ def test_a_bad_grid_is_told_before_anything_runs(workspace: Workspace) -> None:
     )
     assert status != 0 and started == set()
     assert "Accepted: 'good'" in text
+
+
+def test_a_study_chooses_rates_once_runs_its_seeds_apart_and_merges_them(workspace: Workspace) -> None:
+    for name in ("one", "two"):
+        workspace.notebook(name)
+    studies = workspace.path("lib/companion/studies")
+    studies.mkdir()
+    for name in ("__init__", "one", "two"):
+        (studies / f"{name}.py").write_text("SEEDS = [3, 8]\n", encoding="utf-8")
+    stub = (
+        "import sys\nwords = ' '.join(sys.argv[1:])\nopen('said', 'a').write(words + '\\n')\n"
+        "sys.exit('--seeds 8' in words and {})"
+    )
+    workspace.path("lib/companion/study.py").write_text(stub.format("'the reason'"), encoding="utf-8")
+    words = [sys.executable, "-m", "snakemake", "--cores", "2", "--keep-going", "--quiet", "all", "--config",
+             "papers=one", "--", "studies"]  # fmt: skip
+    status, text, _ = workspace.run(*words)
+    assert status != 0 and "the reason" in text
+    said = workspace.path("said").read_text().splitlines()
+    assert said[0] == "one build/study/one/rates --seeds --data build/study/one/data --workers 2"
+    part = "--start build/study/one/rates --data build/study/one/data --workers 1"
+    assert sorted(said[1:]) == [f"one build/study/one/seed{seed} --seeds {seed} {part}" for seed in (3, 8)]
+
+    # as in a killed run: what is done stays, the rest goes on
+    workspace.path("lib/companion/study.py").write_text(stub.format(0), encoding="utf-8")
+    assert workspace.run(*words)[0] == 0
+    parts = "build/study/one/seed3 build/study/one/seed8"
+    assert workspace.path("said").read_text().splitlines()[3:] == [said[1 + ("--seeds 3" in said[1])],
+        f"one reports/pocket/one --merge {parts}"]  # fmt: skip
+    assert workspace.run(*words)[0] == 0
+    assert len(workspace.path("said").read_text().splitlines()) == 5

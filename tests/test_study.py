@@ -9,6 +9,7 @@ import pytest
 
 from companion import study
 from companion.errors import BadParameter, CorruptFile
+from companion.files import read_json
 
 
 @pytest.fixture
@@ -86,6 +87,28 @@ def test_rows_of_other_code_are_checked_before_they_are_kept(fake, tmp_path):
     fake.offset = 1.0
     with pytest.raises(BadParameter, match="move it away"):
         study.run("fake", tmp_path / "out", tmp_path, workers=1)
+
+
+def test_seeds_run_apart_and_merged_are_the_study(fake, tmp_path):
+    whole = study.run("fake", tmp_path / "whole", tmp_path, workers=1)
+    fake.calls.clear()
+    study.run("fake", tmp_path / "rates", tmp_path, workers=1, seeds=[])
+    assert {call[0] for call in fake.calls} == {"select"}
+    parts = [tmp_path / f"seed{seed}" for seed in fake.SEEDS]
+    for part, seed in zip(parts, fake.SEEDS, strict=True):
+        study.run("fake", part, tmp_path, workers=1, seeds=[seed], start=tmp_path / "rates")
+    assert len(fake.calls) == len(whole), "rates were chosen once"
+    merged = study.merge("fake", parts, tmp_path / "merged")
+    pd.testing.assert_frame_equal(merged.drop(columns="seconds"), whole.drop(columns="seconds"))
+    assert not study.stale("fake", tmp_path / "merged")
+    assert read_json(tmp_path / "merged" / "study.json")["seeds"] == fake.SEEDS
+
+    with pytest.raises(BadParameter, match=r"missing: \[\('t', 'a', 0\), \('t', 'b', 0\)\]"):
+        study.merge("fake", parts[1:], tmp_path / "less")
+    fake.code = "two"
+    with pytest.raises(BadParameter, match="today's code"):
+        study.merge("fake", parts, tmp_path / "less")
+    assert not (tmp_path / "less").exists()
 
 
 def test_ties_take_the_smaller_rate():

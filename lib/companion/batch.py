@@ -16,6 +16,7 @@ a blink.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import csv
 import fcntl
@@ -65,6 +66,14 @@ def expand(config: Mapping, papers: list[str]) -> dict[str, dict]:
                 raise BadParameter("run", folder, "runs of different names: give what differs as an axis, [value]")
             found[folder] = {"parameters": common | own | chosen, "resources": dict(entry.get("resources", {}))}
     return found
+
+
+def seeds(study: str | Path) -> list[int]:
+    """The SEEDS of a module of `companion.studies`, read without importing it."""
+    for node in ast.parse(Path(study).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and [getattr(name, "id", "") for name in node.targets] == ["SEEDS"]:
+            return ast.literal_eval(node.value)
+    raise BadParameter("study", str(study), "a module with a literal list SEEDS")
 
 
 @contextlib.contextmanager

@@ -12,19 +12,24 @@ Methods in its UNTRAINED have nothing to choose: they are tested only, with rate
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import multiprocessing
 import os
 import platform
 import random
+import shutil
+import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from pathlib import Path
+from types import ModuleType
 
 import pandas as pd
 import torch
 
-from .errors import BadParameter, CorruptFile
+from .errors import BadParameter, CompanionError, CorruptFile
 from .files import atomic, read_json, write_json
 from .progress import progress
 from .provenance import code_hash, sources
@@ -34,12 +39,21 @@ RECHECKED = 3  # rows run again when the code has changed since they were made
 KEYS = ["stage", "task", "method", "rate", "seed"]
 
 
-def run(paper: str, folder: str | Path, root: str | Path, workers: int | None = None) -> pd.DataFrame:
+def run(
+    paper: str,
+    folder: str | Path,
+    root: str | Path,
+    workers: int | None = None,
+    seeds: Sequence[int] | None = None,
+    start: str | Path | None = None,
+) -> pd.DataFrame:
     """Run or finish the study of `paper`; write `folder`/study.csv and study.json; return its rows.
 
     Args:
         root: where the pocket pictures are written.
         workers: processes, each on one thread; all cores by default.
+        seeds: those to test; all by default, none for the choice of learning rates alone.
+        start: folder of a study whose choice of learning rates is taken over.
 
     Raises:
         BadParameter: the rows of the file are not what today's code gives: move it away to start anew.
@@ -47,6 +61,10 @@ def run(paper: str, folder: str | Path, root: str | Path, workers: int | None = 
     module = importlib.import_module(f"companion.studies.{paper}")
     workers = workers or os.cpu_count() or 1
     folder = Path(folder)
+    if start and not (folder / "study.csv").exists():
+        for name in ("study.csv", "study.json"):
+            with atomic(folder / name) as temporary:
+                shutil.copyfile(Path(start) / name, temporary)
     record = folder / "study.json"
     code = code_hash(sources(module.__file__))
     module.prepare(root)
@@ -55,11 +73,7 @@ def run(paper: str, folder: str | Path, root: str | Path, workers: int | None = 
     rows: list[dict] = []
     if (folder / "study.csv").exists():
         rows = [row for row in read(folder).to_dict("records") if (row["task"], row["method"]) in pairs]
-    facts = {
-        "paper": paper, "code": code, "rates": module.RATES, "seeds": module.SEEDS,
-        "selection_seed": module.SELECTION_SEED, "methods": list(module.METHODS), "tasks": module.TASKS,
-        "metric": metric, "versions": versions(), "machine": platform.machine(), "workers": workers, "threads_each": 1,
-    }  # fmt: skip
+    facts = _facts(paper, module, module.SEEDS if seeds is None else list(seeds)) | {"workers": workers}
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _quiet) as pool:
         if rows and read_json(record).get("code") != code:
             _recheck(pool, paper, rows, root, folder, metric)
@@ -69,7 +83,7 @@ def run(paper: str, folder: str | Path, root: str | Path, workers: int | None = 
                 jobs = [(t, m, rate, module.SELECTION_SEED) for rate in module.RATES for t, m in trained]
             else:
                 best = {pair: 0.0 for pair in pairs} | selected(_frame(rows, metric))
-                jobs = [(t, m, best[t, m], seed) for seed in module.SEEDS for t, m in pairs]
+                jobs = [(t, m, best[t, m], seed) for seed in facts["seeds"] for t, m in pairs]
             done = {tuple(row[k] for k in KEYS[1:]) for row in rows if row["stage"] == stage}
             todo = [job for job in jobs if job not in done]
             futures = {pool.submit(_job, paper, stage, *job, str(root)) for job in todo}
@@ -80,6 +94,38 @@ def run(paper: str, folder: str | Path, root: str | Path, workers: int | None = 
                 _write(folder / "study.csv", rows)
     write_json(record, facts | {"seconds_of_cpu": round(sum(row["seconds"] for row in rows))})
     return read(folder)
+
+
+def merge(paper: str, parts: Sequence[str | Path], folder: str | Path) -> pd.DataFrame:
+    """Write to `folder` the study whose seeds were run apart, each in one of the folders `parts`; return its rows.
+
+    Raises:
+        BadParameter: a part is of other code than today's, or rows are missing.
+    """
+    module = importlib.import_module(f"companion.studies.{paper}")
+    facts = _facts(paper, module, module.SEEDS)
+    rows: dict[tuple, dict] = {}
+    for part in parts:
+        if read_json(Path(part) / "study.json").get("code") != facts["code"]:
+            raise BadParameter("part of a study", str(part), "one that today's code made")
+        rows |= {tuple(row[k] for k in KEYS): row for row in read(part).to_dict("records")}
+    pairs = {(task, method, seed) for task in module.TASKS for method in module.TASKS[task] for seed in module.SEEDS}
+    if lacking := sorted(pairs - {(t, m, seed) for stage, t, m, _, seed in rows if stage == "test"}):
+        raise BadParameter("parts of a study", list(map(str, parts)), f"parts that hold all tests; missing: {lacking}")
+    seconds = round(sum(row["seconds"] for row in rows.values()))
+    _write(Path(folder) / "study.csv", list(rows.values()))
+    write_json(Path(folder) / "study.json", facts | {"workers": len(parts), "seconds_of_cpu": seconds})
+    return read(folder)
+
+
+def _facts(paper: str, module: ModuleType, seeds: list[int]) -> dict:
+    """The record of a study."""
+    return {
+        "paper": paper, "code": code_hash(sources(module.__file__)), "rates": module.RATES, "seeds": seeds,
+        "selection_seed": module.SELECTION_SEED, "methods": list(module.METHODS), "tasks": module.TASKS,
+        "metric": getattr(module, "METRIC", "accuracy"), "versions": versions(), "machine": platform.machine(),
+        "threads_each": 1,
+    }  # fmt: skip
 
 
 def _quiet() -> None:
@@ -157,3 +203,29 @@ def stale(paper: str, folder: str | Path) -> bool:
     """Whether the study was made by other code than today's."""
     module = Path(__file__).parent / "studies" / f"{paper}.py"
     return read_json(Path(folder) / "study.json").get("code") != code_hash(sources(module))
+
+
+def main(words: list[str] | None = None) -> int:
+    """`python -m companion.study PAPER FOLDER`: a study, one part of it, or its parts put together (`make study`)."""
+    parser = argparse.ArgumentParser(prog="companion.study", description=main.__doc__)
+    parser.add_argument("paper")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--data", type=Path, help="where the pocket pictures are written (default: FOLDER/data)")
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--seeds", type=int, nargs="*", help="those to test; none for learning rates alone")
+    parser.add_argument("--start", type=Path, help="folder of the study whose learning rates are taken over")
+    parser.add_argument("--merge", type=Path, nargs="+", help="folders of the parts, instead of running anything")
+    given = parser.parse_args(words)
+    try:
+        if given.merge:
+            merge(given.paper, given.merge, given.folder)
+        else:
+            run(given.paper, given.folder, given.data or given.folder / "data", given.workers, given.seeds, given.start)
+    except CompanionError as error:
+        print(f"companion: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
