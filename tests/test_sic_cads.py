@@ -392,11 +392,12 @@ def test_vocabulary_embeds_the_released_prompt():
 def test_official_names_round_trip():
     case = Case(folder() / "sic_cads" / "mlr_lvis_r50")
     novel = torch.zeros(1203, dtype=torch.bool)
-    model = MLR.from_official(case.state, novel)
+    state = {name: torch.full(shape, float(i)) for i, (name, shape) in enumerate(case.names.items())}
+    model = MLR.from_official(state, novel)
     again = model.to_official()
-    left = {n for n in case.state if n not in again}
+    left = {n for n in state if n not in again}
     assert left == {f"backbone.bottom_up.base.fc.{kind}" for kind in ("weight", "bias")}
-    assert all(torch.equal(t, case.state[n]) for n, t in again.items())
+    assert all(torch.equal(t, state[n]) for n, t in again.items())
     # merged with a detector, as the authors' tool does; and without CLIP's tower, so that only the student is there
     merged = {f"ovmlr_model.{n}": t for n, t in again.items() if not n.startswith("clip_model.")}
     student = MLR.from_official(merged | {"roi_heads.x": torch.zeros(1)}, novel)

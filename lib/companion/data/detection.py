@@ -1,0 +1,389 @@
+"""Pictures with boxes in COCO's and LVIS' files, in the splits of open-vocabulary detection.
+
+    sets = splits("detection/ov-coco", "data")
+    image, target = sets["test"][0]        # uint8 (3, H, W); target.boxes (n, 4) xyxy, target.labels (n,)
+    sets["train"].positives                # (N, C) bool: which classes each picture shows
+    sets["test"].truth                     # the annotations, as `metrics.detection.evaluate` wants them
+
+A class has an index, its place among the categories in order of their ids, and a category id. Opening a set reads its
+annotations and checks them; a picture is decoded when it is asked for. `root` is the data folder; `detection_sets`
+describes the sets and says how the splits are made.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from ..errors import BadParameter, CorruptFile, MissingData
+from ..files import read_json
+from . import DataSet, Status, find
+from .classification import Images, _absent, _inside
+from .detection_sets import COCO_BASE, COCO_NOVEL, FILES, IMAGES, NAMES_FIX
+
+OV_COCO_BASE, OV_COCO_NOVEL = tuple(COCO_BASE.values()), tuple(COCO_NOVEL.values())
+"""Category ids of the 48 and the 17."""
+
+FREQUENCIES = ("r", "c", "f")
+
+
+class Target(NamedTuple):
+    """What is known of a picture."""
+
+    boxes: Tensor  # (n, 4) float32, xyxy, pixels
+    labels: Tensor  # (n,) indices of classes
+    crowd: Tensor  # (n,) bool: a box around many
+    image_id: int | str
+
+
+class Boxes(Images):
+    """Pictures with boxes, decoded when asked for: `boxes[i]` is (uint8 (3, H, W), `Target`).
+
+    Attributes:
+        truth: {"images", "annotations", "categories"} of this split, in COCO's format.
+        image_ids: of the N pictures.
+        categories: ids of the C classes; `class_names` are theirs.
+        base, novel: category ids: with boxes in training, and without but scored. In a foreign vocabulary both are
+            empty.
+        positives: (N, C) bool, from the boxes, or from `pos_category_ids` where pictures have labels only.
+
+    Raises (on indexing) as `classification.Images`.
+    """
+
+    def __init__(self, dataset: DataSet, root: Path, folder: Path, truth: Mapping, base: Sequence[int],
+                 novel: Sequence[int]):  # fmt: skip
+        ordered = sorted(truth["categories"], key=lambda category: category["id"])
+        names = [category["name"] for category in ordered]
+        sources = [str(folder / image["file_name"]) for image in truth["images"]]
+        super().__init__(dataset, root, sources, truth["images"], len(names), None, names)
+        self.truth, self.categories = dict(truth), tuple(category["id"] for category in ordered)
+        self.image_ids = tuple(image["id"] for image in truth["images"])
+        self.base, self.novel = tuple(base), tuple(novel)
+        self.index = {category: i for i, category in enumerate(self.categories)}
+        self._rows: dict[object, list[Mapping]] = {i: [] for i in self.image_ids}
+        for annotation in truth["annotations"]:
+            self._rows[annotation["image_id"]].append(annotation)
+        self.positives = torch.zeros(len(self), len(names), dtype=torch.bool)
+        for row, image in zip(self.positives, truth["images"], strict=True):
+            found = image.get("pos_category_ids") or [a["category_id"] for a in self._rows[image["id"]]]
+            row[[self.index[category] for category in found]] = True
+
+    def mask(self, categories: Sequence[int]) -> Tensor:
+        """(C,) bool: which classes these category ids are, for instance of `boxes.novel`."""
+        found = torch.zeros(len(self.categories), dtype=torch.bool)
+        found[[self.index[category] for category in categories]] = True
+        return found
+
+    @property
+    def unseen(self) -> Tensor:
+        """(C,) bool: the classes without boxes in training, scored or not: what the authors' code calls novel."""
+        return ~self.mask(self.base)
+
+    def target(self, index: int) -> Target:
+        """What is known of a picture, without opening it."""
+        rows = self._rows[self.image_ids[index]]
+        boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float32).view(-1, 4)
+        labels = torch.tensor([self.index[row["category_id"]] for row in rows], dtype=torch.long)
+        crowd = torch.tensor([bool(row.get("iscrowd", 0)) for row in rows], dtype=torch.bool)
+        return Target(box_convert(boxes, "xywh", "xyxy"), labels, crowd, self.image_ids[index])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        picture = self.picture(index)
+        image = self.truth["images"][index]
+        if (known := (image["width"], image["height"])) != picture.size:
+            raise CorruptFile(self.sources[index], f"is {picture.size} pixels, its annotation says {known}")
+        return pil_to_tensor(picture), self.target(index)
+
+
+# --- what a user calls ------------------------------------------------------------------------------------------------
+
+
+def splits(name: str, root: str | Path) -> dict[str, Boxes]:
+    """Every split of a set: "train" and "test" of "detection/ov-coco" and "detection/ov-lvis", "test" of
+    "detection/objects365" and "detection/openimages"; the pocket set has "val" too.
+
+    Raises:
+        BadParameter: unknown name.
+        MissingData: the folder, an annotation file or the pictures are not there, or not as many as is known.
+        CorruptFile: an annotation file that is truncated, or with a wrong or missing field: it says which.
+    """
+    dataset = find(name, "detection")
+    return {split: load(name, root, split) for split in FILES[dataset.name]}
+
+
+def load(name: str, root: str | Path, split: str) -> Boxes:
+    """One split of a set; otherwise as `splits`. Raises `BadParameter` for a split that the set has not."""
+    dataset, root = find(name, "detection"), Path(root)
+    if split not in FILES[dataset.name]:
+        raise BadParameter("split", split, tuple(FILES[dataset.name]))
+    truth, base, novel = _read(dataset, root, split)
+    return Boxes(dataset, root, _folder(dataset, root, split, truth), truth, base, novel)
+
+
+def own_folder(annotations: str | Path, images: str | Path, novel: Sequence[str] = ()) -> Boxes:
+    """Your own pictures: an annotation file in COCO's format, and the folder that its file names start from.
+
+    Args:
+        novel: names of classes that count as novel; all others are base.
+
+    Raises as `splits`, and `BadParameter` for a name that the file does not have.
+    """
+    file, folder = Path(annotations), Path(images)
+    own = DataSet(
+        name=folder.resolve().name,
+        title="pictures of your own",
+        group="own",
+        task="detection",
+        classes=None,
+        sizes={},
+        folders=(".",),
+        layout=f"{file.name}    in COCO's format\n{folder}/    the pictures",
+        source="your own pictures",
+        licence="yours",
+        citation="",
+    )
+    if not file.is_file():
+        raise own.missing(file.parent, f"{file} is not there")
+    truth = read_annotations(file)
+    ids = {category["name"]: category["id"] for category in truth["categories"]}
+    if unknown := set(novel) - ids.keys():
+        raise BadParameter("novel", sorted(unknown), sorted(ids))
+    held = {ids[name] for name in novel}
+    return Boxes(own, file.parent, folder, truth, [i for i in ids.values() if i not in held], sorted(held))
+
+
+def read_annotations(path: str | Path) -> dict:
+    """An annotation file in COCO's or LVIS' format, checked field by field.
+
+    LVIS' images have a `coco_url` instead of a `file_name`, whose last two parts are taken.
+
+    Raises `CorruptFile` with the path, the entry and the field.
+    """
+    path, found = Path(path), read_json(path)
+    if not isinstance(found, dict):
+        raise CorruptFile(path, "not COCO's format: an object was expected")
+    for part in ("images", "annotations", "categories"):
+        if not isinstance(found.get(part, [] if part == "annotations" else None), list):
+            raise CorruptFile(path, f"not COCO's format: no list '{part}'")
+
+    def wrong(part: str, number: int, reason: str) -> CorruptFile:
+        return CorruptFile(path, f"{part}[{number}]: {reason}")
+
+    def field(part: str, number: int, entry: Mapping, name: str, kind: type | tuple) -> object:
+        value = entry.get(name) if isinstance(entry, Mapping) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise wrong(part, number, f"'{name}' is {value!r}")
+        return value
+
+    images, categories = [], {}
+    for number, entry in enumerate(found["categories"]):
+        category = field("categories", number, entry, "id", int)
+        field("categories", number, entry, "name", str)
+        if category in categories:
+            raise wrong("categories", number, f"id {category} stands there twice")
+        categories[category] = entry
+    known = set()
+    for number, entry in enumerate(found["images"]):
+        image = field("images", number, entry, "id", (int, str))
+        for side in ("width", "height"):
+            if field("images", number, entry, side, int) < 1:
+                raise wrong("images", number, f"'{side}' is {entry[side]}")
+        if image in known:
+            raise wrong("images", number, f"id {image!r} stands there twice")
+        known.add(image)
+        if "file_name" not in entry and isinstance(entry.get("coco_url"), str):
+            entry = {**entry, "file_name": "/".join(entry["coco_url"].split("/")[-2:])}
+        _inside(path, f"images[{number}]", field("images", number, entry, "file_name", str))
+        for name in ("pos_category_ids", "neg_category_ids", "not_exhaustive_category_ids"):
+            if unknown := set(entry.get(name, ())) - categories.keys():
+                raise wrong("images", number, f"'{name}' has {sorted(unknown, key=str)[:3]}, which no category is")
+        images.append(entry)
+    annotations = found.get("annotations", [])
+    for number, entry in enumerate(annotations):
+        if field("annotations", number, entry, "image_id", (int, str)) not in known:
+            raise wrong("annotations", number, f"'image_id' is {entry['image_id']!r}, which no image is")
+        if field("annotations", number, entry, "category_id", int) not in categories:
+            raise wrong("annotations", number, f"'category_id' is {entry['category_id']}, which no category is")
+        box = field("annotations", number, entry, "bbox", list)
+        whole = len(box) == 4 and all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)
+        if not whole or min(box[2:]) < 0:
+            raise wrong("annotations", number, f"'bbox' is {box}, not [x, y, width, height]")
+    if not images or not categories:
+        raise CorruptFile(path, "no images, or no categories")
+    return {**found, "images": images, "annotations": annotations}
+
+
+# --- the splits -------------------------------------------------------------------------------------------------------
+
+
+def ov_coco(instances: Mapping, split: str) -> dict:
+    """OV-COCO from COCO's instances: boxes of the 48 base classes in "train", of all 65 in "test", and only pictures
+    that still have one. All 80 categories stay."""
+    if split not in ("train", "test"):
+        raise BadParameter("split", split, ("train", "test"))
+    kept = set(OV_COCO_BASE) | (set() if split == "train" else set(OV_COCO_NOVEL))
+    annotations = [a for a in instances["annotations"] if a["category_id"] in kept]
+    there = {a["image_id"] for a in annotations}
+    images = [image for image in instances["images"] if image["id"] in there]
+    return {**instances, "images": images, "annotations": annotations}
+
+
+def ov_lvis(annotations: Mapping, split: str) -> dict:
+    """OV-LVIS from LVIS v1: "train" without the boxes of rare classes, all pictures kept; "test" as it is."""
+    if split not in ("train", "test"):
+        raise BadParameter("split", split, ("train", "test"))
+    if split == "test":
+        return dict(annotations)
+    rare = {category["id"] for category in annotations["categories"] if category["frequency"] == "r"}
+    kept = [a for a in annotations["annotations"] if a["category_id"] not in rare]
+    return {**annotations, "annotations": kept}
+
+
+def caption_labels(captions: Mapping, categories: Sequence[Mapping]) -> dict:
+    """Image labels from COCO's captions, as Detic and SIC-CADS train on them for OV-COCO.
+
+    A class counts where its name, or one of its "synonyms" when the category has some (underscores read as spaces),
+    stands between spaces, at the start or at the end of the lower-case captions of a picture, one after the other.
+    Pictures without any are dropped.
+
+    Args:
+        captions: COCO's captions file: "images", "annotations" with "image_id" and "caption".
+        categories: with "id", "name", and "synonyms" where there are.
+
+    Returns:
+        {"images" with `pos_category_ids`, "annotations": [], "categories"}.
+    """
+    said: dict[object, list[str]] = {}
+    for annotation in captions["annotations"]:
+        said.setdefault(annotation["image_id"], []).append(annotation["caption"].lower())
+    words = {c["id"]: {n.replace("_", " ").lower() for n in c.get("synonyms") or [c["name"]]} for c in categories}
+    images = []
+    for image in captions["images"]:
+        text = f" {' '.join(said.get(image['id'], ()))} "
+        found = [category for category, names in words.items() if any(f" {name} " in text for name in names)]
+        if found:
+            images.append({**image, "pos_category_ids": found})
+    return {"images": images, "annotations": [], "categories": list(categories)}
+
+
+def repeat_factors(boxes: Boxes, threshold: float = 0.001) -> np.ndarray:
+    """How often each picture is shown in an epoch (N,): LVIS' repeat-factor sampling.
+
+    max(1, sqrt(threshold / f_c)) of its rarest class c, f_c being the share of pictures that show it.
+    """
+    share = boxes.positives.float().mean(0)
+    each = (threshold / share.clamp_min(1e-12)).sqrt().clamp_min(1)
+    return torch.where(boxes.positives, each, 1.0).amax(1).numpy()
+
+
+# --- what `companion.data` calls --------------------------------------------------------------------------------------
+
+
+def status(dataset: DataSet, root: Path) -> Status:
+    """See `companion.data.status`: annotations are read, no picture is opened."""
+    folder, counts = dataset.folder(root), []
+    files = [any((folder / file).is_file() for file in names) for names in FILES[dataset.name].values()]
+    if not any(files):
+        return Status("missing", f"no annotations in {folder}")
+    for split in FILES[dataset.name]:
+        try:
+            truth, _, _ = _read(dataset, root, split)
+            place = _folder(dataset, root, split, truth)
+        except MissingData as error:
+            return Status("incomplete", error.detail)
+        except CorruptFile as error:
+            return Status("incomplete", str(error))
+        wanted = {str(place / image["file_name"]) for image in truth["images"]}
+        if absent := _absent(wanted):
+            first = min(absent)
+            return Status("incomplete", f"{len(absent)} of {len(wanted)} listed pictures are not there, first {first}")
+        counts.append(f"{len(wanted):,} in {split}")
+    return Status("present", f"pictures: {', '.join(counts)}")
+
+
+def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
+    """See `companion.data.fetch`. None of these sets has a single link with a checksum."""
+    raise dataset.missing(root, "it cannot be downloaded for you")
+
+
+# --- how it is done ---------------------------------------------------------------------------------------------------
+
+
+def _read(dataset: DataSet, root: Path, split: str) -> tuple[dict, Sequence[int], Sequence[int]]:
+    """The annotations of a split, and the category ids of base and novel classes."""
+    folder, names = dataset.folder(root), FILES[dataset.name][split]
+    if not folder.is_dir():
+        raise dataset.missing(root)
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    if file is None:
+        raise dataset.missing(root, f"{folder / names[0]} is not there")
+    found = read_annotations(file)
+    if (known := dataset.sizes.get(split)) and len(found["images"]) != known:
+        raise dataset.missing(root, f"{file} has {len(found['images']):,} pictures, {known:,} are expected")
+    ids = [category["id"] for category in found["categories"]]
+    if dataset.classes and len(ids) != dataset.classes:
+        raise CorruptFile(file, f"{len(ids)} categories, {dataset.classes} are expected")
+    if dataset.name == "detection/ov-coco":
+        named = {category["name"]: category["id"] for category in found["categories"]}
+        if wrong := [name for name, i in {**COCO_BASE, **COCO_NOVEL}.items() if named.get(name) != i]:
+            raise CorruptFile(file, f"the categories {wrong[:5]} have not COCO's ids")
+        return ov_coco(found, split), OV_COCO_BASE, OV_COCO_NOVEL
+    if dataset.name == "detection/ov-lvis":
+        groups = {letter: [] for letter in FREQUENCIES}
+        for number, category in enumerate(found["categories"]):
+            if category.get("frequency") not in groups:
+                raise CorruptFile(file, f"categories[{number}]: 'frequency' is {category.get('frequency')!r}")
+            groups[category["frequency"]].append(category["id"])
+        return ov_lvis(found, split), sorted(groups["c"] + groups["f"]), groups["r"]
+    if dataset.name == "detection/objects365":
+        return _renamed(found, folder, file), (), ()
+    if dataset.name == "pocket/detection":
+        return found, *_pocket_groups(dataset, root, found)
+    return found, (), ()
+
+
+def _pocket_groups(dataset: DataSet, root: Path, found: Mapping) -> tuple[list[int], list[int]]:
+    """Base are the classes that the training file has boxes of."""
+    file = dataset.folder(root) / FILES[dataset.name]["train"][0]
+    if not file.is_file():
+        raise dataset.missing(root, f"{file} is not there")
+    seen = {annotation["category_id"] for annotation in read_annotations(file)["annotations"]}
+    ids = [category["id"] for category in found["categories"]]
+    return [i for i in ids if i in seen], [i for i in ids if i not in seen]
+
+
+def _renamed(found: Mapping, folder: Path, file: Path) -> dict:
+    """Objects365 with corrected names, where the table is there and the file is not corrected already."""
+    table = next((folder / name for name in NAMES_FIX if (folder / name).is_file()), None)
+    if table is None or "fixname" in file.name:
+        return dict(found)
+    with table.open(encoding="utf-8", newline="") as lines:
+        rows = list(csv.reader(lines))
+    if any(len(row) < 3 or not re.fullmatch(r"\d+", row[0].strip()) for row in rows):
+        raise CorruptFile(table, "lines 'id,old name,new name' were expected")
+    names = {int(row[0]): row[2].strip() for row in rows}
+    categories = [{**category, "name": names.get(category["id"], category["name"])} for category in found["categories"]]
+    return {**found, "categories": categories}
+
+
+def _folder(dataset: DataSet, root: Path, split: str, truth: Mapping) -> Path:
+    """Where the pictures are: the first place known that has the first and the last one."""
+    folder = dataset.folder(root)
+    places = [folder / place for place in IMAGES[dataset.name][split]]
+    ends = [truth["images"][i]["file_name"] for i in (0, -1)]
+    for place in places:
+        if all((place / name).is_file() for name in ends):
+            return place
+    absent = next((name for name in ends if not any((place / name).is_file() for place in places)), ends[0])
+    where = " or ".join(str(place) for place in places)
+    raise dataset.missing(root, f"the annotations list {absent}, which is not in {where}")
