@@ -11,8 +11,12 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
+from companion import report
 from companion.backbones import Input
+from companion.data import DATASETS
+from companion.data.detection_sets import COCO_BASE, COCO_NOVEL
 from companion.errors import BadCheckpoint, BadParameter
 from companion.fit import fit, trained_state
 from companion.models.sic_cads import (
@@ -484,3 +488,45 @@ def test_bad_calls():
         normalise(draw(2, 3), "class")
     with pytest.raises(BadParameter, match="activation"):
         detector_scores([draw(2, 3)], activation="tanh")
+
+
+# --- the facts --------------------------------------------------------------------------------------------------------
+
+
+def test_the_facts_name_what_there_is():
+    facts = report.paper("sic_cads")
+    tables, weights = {t["id"] for t in facts["tables"]}, {w["name"] for w in facts["weights"]}
+    for run in facts["runs"]:
+        assert set(run["tables"]) <= tables and set(run["weights"]) <= weights and run["data"] in DATASETS
+    assert all(report.published("sic_cads", name).attrs["provenance"] for name in tables)
+    found = [n for n, dataset in DATASETS.items() if dataset.task == "detection" and dataset.group != "pocket"]
+    assert facts["parameters"]["dataset"]["choices"] == found
+    model, counted = full_size(), report.published("sic_cads", "counts").set_index("method").parameters
+    assert counted["trained and used, total"] == sum(p.numel() for p in model.trained().values())
+    assert counted["CLIP ViT-B/32 visual"] == sum(p.numel() for p in model.teacher.parameters())
+    splits = report.published("sic_cads", "splits").set_index("method")
+    assert splits.loc["OV-COCO"].tolist() == [
+        len(COCO_BASE),
+        len(COCO_NOVEL),
+        65,
+        DATASETS["detection/ov-coco"].classes,
+    ]
+    assert splits.loc["OV-LVIS", "vocabulary"] == DATASETS["detection/ov-lvis"].classes
+
+
+def test_the_cost_is_what_was_counted():
+    """The GFLOP behind the runs, by the same counter; the detector's in test_detectors."""
+    model = full_size().eval()
+    with torch.device("meta"), torch.no_grad():
+        forward = gflop(lambda: model(torch.zeros(1, 3, 416, 576)))
+        crops = gflop(lambda: model.teacher(torch.zeros(5, 3, 224, 224)))
+        training = gflop(lambda: model(torch.zeros(1, 3, 480, 480)))
+    runs = {run["id"]: run["gflop"] for run in report.paper("sic_cads")["runs"]}
+    assert round(forward + crops + 113) == runs["training-free"]
+    assert round((3 * training + crops) / 3) == runs["ov-coco"] == runs["ov-lvis"]
+
+
+def gflop(run) -> float:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() / 1e9
