@@ -21,10 +21,12 @@ import yaml
 from sphinx.cmd.build import main as sphinx
 
 import companion
+from companion import data
 
 HERE = Path(__file__).parent
 PAPERS = Path(companion.__file__).parent / "papers"
 WIDGET = "application/vnd.jupyter.widget-view+json"
+WIDE = "---\nhtml_theme.sidebar_secondary.remove: true\n---\n"  # of pages whose tables need the width
 STATUS = {"holds": "✓ holds", "fails": "✗ fails", "not run": "– not run"}
 
 
@@ -56,6 +58,8 @@ def write_sources(reports: Path, source: Path) -> None:
     for slug, run in runs.items():
         page(source / "records" / f"{slug}.md", record(slug, run))
         write_notebook(slug, run, source / "notebooks")
+    page(source / "data.md", data_page())
+    page(source / "speed.md", speed_page(papers, HERE.parent / "reports"))
     page(source / "index.md", front_page(papers, runs))
 
 
@@ -112,7 +116,7 @@ def front_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
     extra = [slug for slug in runs if slug not in papers]
     return "\n".join(
         [
-            "---\nhtml_theme.sidebar_secondary.remove: true\n---\n",  # the ledger needs the width
+            WIDE,
             "# Ten papers, each as a notebook that runs",
             "Published numbers are quoted with their source; every other number on this site was measured by the "
             "notebook it stands in, on small data made for the purpose (the `pocket` profile). Pocket numbers say "
@@ -126,11 +130,76 @@ def front_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
             table("ledger", ["Paper", "Claim", "Kind", "Status", "Value", "Seeds", "Run"], ledger)
             if ledger
             else "No notebook has been run yet.\n",
+            toctree("Beside the papers", [(None, "data"), (None, "speed")]),
             toctree("Papers", [(papers[slug]["name"], f"notebooks/{slug}") for slug in papers if slug in runs]),
             toctree("How it was made", [(None, f"notebooks/{slug}") for slug in extra]),
             toctree("Run records", [(papers.get(slug, {}).get("name", slug), f"records/{slug}") for slug in runs]),
         ]
     )
+
+
+def data_page() -> str:
+    """All data sets that the readers know: what each is, where to get it, and the folder it is looked for in."""
+    parts = [
+        WIDE,
+        "# Data sets",
+        "Every set that a notebook can read at the `paper` profile, in the layout its reader expects below the data "
+        "root. `companion data --data-root DIR` says which of them are there; `companion fetch` gets those marked with "
+        "it. No data is copied here. A licence is what its source says; *none found* means that nobody said.\n",
+    ]
+    tasks: dict[str, list[data.DataSet]] = {}
+    for found in data.DATASETS.values():
+        if not found.name.startswith("pocket/"):
+            tasks.setdefault(found.task, []).append(found)
+    for task, sets in tasks.items():
+        parts.append(f"## {task.capitalize()}\n")
+        rows = [
+            [f"`{found.name}`", cell(found.title), sizes(found), cell(found.licence),
+             cell(found.source) + (" (`companion fetch`)" if found.fetchable else "")]
+            for found in sets
+        ]  # fmt: skip
+        parts.append(table("data", ["Name", "Data set", "Size", "Licence", "Where to get it"], rows))
+        layouts: dict[str, list[data.DataSet]] = {}
+        for found in sets:
+            layouts.setdefault(found.layout, []).append(found)
+        for layout, alike in layouts.items():
+            folders = ", ".join(f"`{found.folders[0]}/`" for found in alike)
+            parts.append(f"Layout in {folders}:\n\n```text\n{layout.strip()}\n```\n")
+    return "\n".join(parts)
+
+
+def sizes(found: data.DataSet) -> str:
+    """The splits of a data set, one a line, "train 1,000"."""
+    return "<br>".join(f"{cell(split)}&nbsp;{count:,}" for split, count in found.sizes.items()) or "as found"
+
+
+def speed_page(papers: dict[str, dict], reports: Path) -> str:
+    """The ratios of the benchmarks, and what a GPU did where one was at hand."""
+    parts = [
+        "# Speed",
+        "Each row is one run on one machine: our time and peak memory over those of what stands behind the slash, "
+        "most often the plain backbone passes that the method cannot avoid. Below 1 ours is faster, or smaller. `make "
+        "bench` makes them; only the ratio of a row means anything on another machine.\n",
+    ]
+    for file in sorted((reports / "bench").glob("*.json")):
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        name = papers.get(facts["paper"], {}).get("name", facts["paper"])
+        rows = [
+            [cell(row["what"]), str(row["threads"]), f"{row['time_ratio']:.2f}", f"{row['memory_ratio']:.2f}"]
+            for row in facts["rows"]
+        ]
+        torch = facts["versions"]["torch"]
+        parts += [f"## {name}\n", f"{cell(facts['what'])}. {cell(facts['device'])}, torch {torch}.\n",
+                  table("bench", ["Ours / against", "Threads", "Time", "Memory"], rows)]  # fmt: skip
+    cards = sorted((reports / "gpu").glob("*.json"))
+    if not cards:
+        parts.append("## On a GPU\n\nNo GPU was at hand so far: nothing was measured on one.\n")
+    for file in cards:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        name = papers.get(file.stem, {}).get("name", file.stem)
+        rows = [[cell(key.replace("_", " ")), cell(show(value))] for key, value in facts.items()]
+        parts += [f"## {name} on a GPU\n", table("record", ["What", "Value"], rows)]
+    return "\n".join(parts)
 
 
 def record(slug: str, run: dict) -> str:
@@ -164,7 +233,7 @@ def write_notebook(slug: str, run: dict, folder: Path) -> None:
     cells = []
     for part in notebook.cells:
         if part.cell_type == "code":
-            part.outputs = [output for output in map(without_widget, part.outputs) if output is not None]
+            part.outputs = [reachable(o) for o in map(without_widget, part.outputs) if o is not None]
             here = [claim for claim in waiting if re.search(rf"""["']{re.escape(claim)}["']""", part.source)]
             waiting = [claim for claim in waiting if claim not in here]
             cells += [target(slug, claim) for claim in here]
@@ -194,6 +263,15 @@ def without_widget(output: dict) -> dict | None:
     del data[WIDGET]
     data.pop("text/plain", None)  # "interactive(children=...": nothing for a reader
     return output if data else None
+
+
+def reachable(output: dict) -> dict:
+    """The output with its wide tables open to the keyboard: what scrolls must be able to take the focus."""
+    data = output.get("data", {})
+    if "text/html" in data:
+        scrolls = '<div style="overflow-x: auto">'
+        data["text/html"] = data["text/html"].replace(scrolls, scrolls[:-1] + ' tabindex="0">')
+    return output
 
 
 def target(slug: str, claim: str) -> dict:

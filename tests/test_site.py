@@ -46,7 +46,7 @@ CLAIMS = [
     },
 ]
 KNOB = """
-<div><input type="range" id="knob" min="0" max="9" value="3"><output id="shown">3</output></div>
+<div><input type="range" aria-label="knob" id="knob" min="0" max="9" value="3"><output id="shown">3</output></div>
 <script>
 (() => {
   const knob = document.getElementById("knob");
@@ -188,6 +188,35 @@ def test_pages_in_a_browser(site: Site, browser: object, width: int, scheme: str
     assert not outside
     assert not errors
     assert not wide
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_serious_accessibility_fault(site: Site, browser: object, scheme: str) -> None:
+    """By axe-core's rules, contrast in both schemes among them."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
+    page = context.new_page()
+    faults = []
+    for name in site.pages:
+        page.goto(f"{site.url}/{name}", wait_until="networkidle")
+        for fault in axe.run(page).response["violations"]:
+            if fault["impact"] in ("serious", "critical"):
+                faults.append(f"{name}: {fault['id']}: {fault['nodes'][0]['html'][:120]}")
+    context.close()
+    assert not faults
+
+
+def test_data_page_names_every_set_and_speed_page_every_benchmark(site: Site, root: Path) -> None:
+    from companion.data import DATASETS
+
+    page = (site.folder / "data.html").read_text(encoding="utf-8")
+    assert not [name for name in DATASETS if (name in page) == name.startswith("pocket/")]
+    page = (site.folder / "speed.html").read_text(encoding="utf-8")
+    for file in (root / "reports" / "bench").glob("*.json"):
+        for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
+            assert f"<p>{row['time_ratio']:.2f}</p>" in page
+    assert ("No GPU was at hand" in page) != any((root / "reports" / "gpu").glob("*.json"))
 
 
 @pytest.mark.browser
