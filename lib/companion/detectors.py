@@ -1,0 +1,370 @@
+"""Open-vocabulary detectors as the refinement of SIC-CADS needs them: all boxes with all class probabilities.
+
+    detector = build("google/owlvit-base-patch32", boxes.class_names)
+    found = detector(image)                     # boxes (R, 4), probabilities (R, C), nothing cut off
+    best = refined(found, p, gamma=0.5)         # p (C,): the image-level scores of this image
+
+Any callable from a picture to an `Output` is a detector: to plug one in, return its boxes and the whole matrix of
+probabilities *before* its own threshold, suppression and top-k. The `post_process` functions of the libraries keep one
+class a box, which is too late.
+
+`google/owlvit-*`, `google/owlv2-*` and `IDEA-Research/grounding-dino-*` are transformers' (Apache-2.0 by their cards).
+They saw boxes with the names of many of COCO's "novel" classes in training: what they reach is not zero-shot in the
+sense of OV-COCO, only the difference that refinement makes says something.
+
+Of a detector that cannot be run here, `read_results` takes finished results in COCO's format, and `refine_results`
+rescales them; `limits` says what that cannot bring back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from open_clip import SimpleTokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import box_convert, clip_boxes_to_image
+
+from .errors import BadParameter, CorruptFile, MissingWeights
+from .files import read_json
+from .models.sic_cads import Detections, detect, refine
+
+NAMES = (
+    *("google/owlvit-base-patch32", "google/owlvit-base-patch16", "google/owlvit-large-patch14"),
+    *("google/owlv2-base-patch16", "google/owlv2-base-patch16-ensemble", "google/owlv2-large-patch14-ensemble"),
+    *("IDEA-Research/grounding-dino-tiny", "IDEA-Research/grounding-dino-base"),
+)
+"""Those that were thought of; others of the three families load too."""
+
+TOKENS = ("max", "mean")
+FLOOR = 1e-3  # scores below are not looked at: a set predictor has R · C of them
+
+
+class Output(NamedTuple):
+    """What a detector says of one picture, nothing cut off."""
+
+    boxes: Tensor  # (R, 4) xyxy, pixels of the picture
+    probabilities: Tensor  # (R, C), each in 0 to 1: every class of every box
+    size: tuple[int, int]  # height and width of the picture
+
+
+class Detector(Protocol):
+    """A picture (3, H, W), uint8, RGB, to an `Output`."""
+
+    def __call__(self, image: Tensor) -> Output: ...
+
+
+def refined(
+    found: Output,
+    p: Tensor | None = None,
+    gamma: float = 0.5,
+    *,
+    threshold: float = FLOOR,
+    nms: float | None = 0.5,
+    top: int = 300,
+) -> Detections:
+    """The best boxes of a picture: refinement by p (C,), then threshold, suppression within each class, top-k.
+
+    Args:
+        found: of the detector.
+        p: the image-level scores of the same picture; None for the detector alone.
+        gamma, threshold, nms, top: see `models.sic_cads.refine` and `detect`. Set predictors (the three families here)
+            need no suppression; at 0.5 it does no harm.
+
+    Raises:
+        BadParameter: shapes that do not fit, or probabilities outside 0 to 1.
+    """
+    boxes, probabilities = found.boxes, found.probabilities
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or probabilities.ndim != 2 or len(boxes) != len(probabilities):
+        raise BadParameter(
+            "found", (tuple(boxes.shape), tuple(probabilities.shape)), "boxes (R, 4), probabilities (R, C)"
+        )
+    if probabilities.numel() and not (probabilities.min() >= 0 and probabilities.max() <= 1):
+        accepted = "probabilities in 0 to 1: take the sigmoid of logits first"
+        raise BadParameter("found", f"{probabilities.min():g} to {probabilities.max():g}", accepted)
+    scores = probabilities if p is None else refine(probabilities, p.to(probabilities), gamma)
+    return detect(boxes, scores, threshold, nms, top)
+
+
+def rows(found: Detections, image_id: int | str, categories: Sequence[int]) -> list[dict]:
+    """Detections as rows of COCO's result format; `categories`: the id of each class."""
+    boxes = box_convert(found.boxes, "xyxy", "xywh").tolist()
+    return [
+        {"image_id": image_id, "category_id": categories[label], "bbox": box, "score": score}
+        for box, score, label in zip(boxes, found.scores.tolist(), found.classes.tolist(), strict=True)
+    ]
+
+
+# --- the families of transformers -------------------------------------------------------------------------------------
+
+
+class Owl(nn.Module):
+    """OWL-ViT and OWLv2 (Minderer et al., ECCV 2022 and NeurIPS 2023): a sigmoid for every box and class.
+
+    The class names are embedded once, so that a picture costs one pass of the image tower whatever C is.
+
+    Args:
+        model: `OwlViTForObjectDetection` or `Owlv2ForObjectDetection` of transformers.
+        processor: the image processor of the same family.
+        names: of the classes; underscores are read as spaces.
+        prompt: OWL's own templates are many; this one is its default.
+    """
+
+    def __init__(self, model: nn.Module, processor: object, names: Sequence[str], prompt: str = "a photo of a {}"):
+        super().__init__()
+        self.model, self.processor = model.requires_grad_(False).eval(), processor
+        self.square = model.config.model_type == "owlv2"  # it pads the picture to a square first
+        self.tower = model.owlv2 if self.square else model.owlvit
+        length = model.config.text_config.max_position_embeddings
+        texts = [prompt.format(_spoken(name)) for name in _checked(names)]
+        ids = SimpleTokenizer(context_length=length)(texts)  # CLIP's, as OWL's own is
+        if ids.max() >= model.config.text_config.vocab_size:
+            raise BadParameter("model", model.config.text_config.vocab_size, "a vocabulary of CLIP's 49,408 words")
+        with torch.no_grad():
+            queries = torch.cat([self._embedded(part) for part in ids.split(64)])
+        self.register_buffer("queries", queries)
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        pooled = self.tower.text_model(input_ids=ids).pooler_output
+        return F.normalize(self.tower.text_projection(pooled), dim=-1)
+
+    @torch.inference_mode()
+    def forward(self, image: Tensor) -> Output:
+        """All boxes of a picture (3, H, W), uint8."""
+        height, width = _size(image)
+        pixels = self.processor(images=image, return_tensors="pt")["pixel_values"].to(self.queries.device)
+        maps, _ = self.model.image_embedder(pixels)
+        features = maps.flatten(1, 2)
+        logits, _ = self.model.class_predictor(features, self.queries[None])
+        boxes = box_convert(self.model.box_predictor(features, maps)[0], "cxcywh", "xyxy")
+        sides = (max(height, width),) * 2 if self.square else (width, height)
+        boxes = clip_boxes_to_image(boxes * boxes.new_tensor(sides).repeat(2), (height, width))
+        return Output(boxes, logits[0].float().sigmoid(), (height, width))
+
+
+class GroundingDino(nn.Module):
+    """Grounding DINO (Liu et al., ECCV 2024): every box has a logit for every *token* of a prompt "cat. dog. ...".
+
+    A class has the largest (or the mean) probability of its tokens. A prompt has 256 tokens at most, so many classes
+    take several passes, each with boxes of its own: R is 900 a pass, with probability 0 for the classes of the others.
+
+    Args:
+        model: `GroundingDinoForObjectDetection` of transformers.
+        processor: its image processor.
+        tokenizer: its BERT tokenizer.
+        names: of the classes; underscores are read as spaces.
+        tokens: "max" or "mean" over the tokens of a name.
+    """
+
+    def __init__(
+        self, model: nn.Module, processor: object, tokenizer: object, names: Sequence[str], tokens: str = "max"
+    ):
+        super().__init__()
+        if tokens not in TOKENS:
+            raise BadParameter("tokens", tokens, TOKENS)
+        self.model, self.processor, self.tokens = model.requires_grad_(False).eval(), processor, tokens
+        self.classes = len(_checked(names))
+        stop = tokenizer.convert_tokens_to_ids(".")
+        self.chunks: list[tuple[list[int], dict[int, range]]] = []
+        ids, places = [], {}
+        for number, name in enumerate(names):
+            own = tokenizer(_spoken(name).lower(), add_special_tokens=False)["input_ids"]
+            if len(own) + 3 > model.config.max_text_len:
+                raise BadParameter("names", name, f"a name of at most {model.config.max_text_len - 3} tokens")
+            if len(ids) + len(own) + 3 > model.config.max_text_len:  # the two ends and the stop after the name
+                self.chunks.append((ids, places))
+                ids, places = [], {}
+            places[number] = range(len(ids) + 1, len(ids) + 1 + len(own))
+            ids = [*ids, *own, stop]
+        self.chunks.append((ids, places))
+        self.ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+
+    @torch.inference_mode()
+    def forward(self, image: Tensor) -> Output:
+        """All boxes of a picture (3, H, W), uint8, of all passes."""
+        height, width = _size(image)
+        device, boxes, scores = self.model.device, [], []
+        given = self.processor(images=image, return_tensors="pt").to(device)
+        for ids, places in self.chunks:
+            text = torch.tensor([[self.ends[0], *ids, self.ends[1]]], device=device)
+            found = self.model(pixel_values=given["pixel_values"], pixel_mask=given["pixel_mask"], input_ids=text)
+            said = found.logits[0].float().sigmoid()
+            own = said.new_zeros(len(said), self.classes)
+            for number, place in places.items():
+                part = said[:, place.start : place.stop]
+                own[:, number] = part.amax(1) if self.tokens == "max" else part.mean(1)
+            sides = said.new_tensor([width, height, width, height])
+            boxes.append(
+                clip_boxes_to_image(box_convert(found.pred_boxes[0], "cxcywh", "xyxy") * sides, (height, width))
+            )
+            scores.append(own)
+        return Output(torch.cat(boxes), torch.cat(scores), (height, width))
+
+
+def build(
+    name: str, names: Sequence[str], weights: str | Path = "pretrained", *, download: bool = False, **options: object
+) -> Owl | GroundingDino:
+    """A detector of the three families, ready for the classes `names`.
+
+    Args:
+        name: as the hub has it, see `NAMES`.
+        names: of the classes.
+        weights: "pretrained", from the hub's local cache; a folder with the files of the hub's repository; or "random",
+            full-size and offline (torch's current seed), for the OWLs.
+        download: fetch what is not cached.
+        options: of `Owl` or `GroundingDino`.
+
+    Raises:
+        BadParameter: an unknown name, no class, or "random" for Grounding DINO, whose tokenizer is a file.
+        MissingWeights: not there, with the ways to get them.
+        CorruptFile: a folder whose files cannot be read.
+    """
+    import transformers as hf  # here: it takes seconds, and only these detectors need it
+
+    kind = next((k for k in ("owlvit", "owlv2", "grounding-dino") if f"/{k}-" in f"/{name.rpartition('/')[2]}"), None)
+    if kind is None:
+        raise BadParameter("detector", name, NAMES)
+    _checked(names)
+    if kind == "grounding-dino":
+        if weights == "random":
+            raise BadParameter("weights", weights, "'pretrained' or a folder: its tokenizer is a file")
+        model = _loaded(hf.GroundingDinoForObjectDetection, name, weights, download)
+        tokenizer = _loaded(hf.AutoTokenizer, name, weights, download)
+        return GroundingDino(model, hf.GroundingDinoImageProcessor(), tokenizer, names, **options)
+    family, config, processor = {
+        "owlvit": (hf.OwlViTForObjectDetection, hf.OwlViTConfig, hf.OwlViTImageProcessor),
+        "owlv2": (hf.Owlv2ForObjectDetection, hf.Owlv2Config, hf.Owlv2ImageProcessor),
+    }[kind]
+    model = family(config()) if weights == "random" else _loaded(family, name, weights, download)
+    side = model.config.vision_config.image_size
+    return Owl(model, processor(size={"height": side, "width": side}), names, **options)
+
+
+def _loaded(kind: type, name: str, weights: str | Path, download: bool) -> object:
+    """One part of a repository of the hub, from its cache or from a folder."""
+    folder = None if weights == "pretrained" else Path(weights)
+    ways = [
+        "on a machine with a network: detectors.build(..., download=True)",
+        f"all files of the hub's '{name}' in a folder: detectors.build(..., weights='<folder>')",
+    ]
+    if folder is not None and not (folder / "config.json").is_file():
+        raise MissingWeights(name, folder, ways[1:])
+    # no pickles: every one of them has its weights as safetensors
+    safe = {} if kind.__name__ == "AutoTokenizer" else {"use_safetensors": True}
+    with _quiet():
+        try:
+            return kind.from_pretrained(folder or name, local_files_only=folder is not None or not download, **safe)
+        except Exception as error:  # the library raises many kinds: not cached, no network, truncated, other tensors
+            if folder is not None:
+                raise CorruptFile(folder, f"not the files of {name} ({type(error).__name__}: {error})") from error
+            from huggingface_hub import constants
+
+            raise MissingWeights(name, constants.HF_HUB_CACHE, ways) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's bars and advice."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
+
+
+def _checked(names: Sequence[str]) -> Sequence[str]:
+    if isinstance(names, str) or not names:
+        raise BadParameter("names", names, "a list of one or more class names")
+    return names
+
+
+def _spoken(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _size(image: Tensor) -> tuple[int, int]:
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+        raise BadParameter("image", (tuple(image.shape), image.dtype), "one picture (3, H, W) of uint8, RGB")
+    return image.shape[1], image.shape[2]
+
+
+# --- finished results -------------------------------------------------------------------------------------------------
+
+
+def read_results(path: str | Path) -> list[dict]:
+    """Finished results in COCO's format: a list of {"image_id", "category_id", "bbox": [x, y, w, h], "score"}.
+
+    Raises `CorruptFile` with the row and the field.
+    """
+    found = read_json(path)
+    if not isinstance(found, list):
+        raise CorruptFile(path, "not COCO's result format: a list was expected")
+    for number, row in enumerate(found):
+        whole = isinstance(row, dict) and {"image_id", "category_id", "bbox", "score"} <= row.keys()
+        if not whole or not isinstance(row["category_id"], int) or not isinstance(row["bbox"], list):
+            raise CorruptFile(path, f"row {number} is not {{image_id, category_id, bbox, score}}: {str(row)[:120]}")
+        if not isinstance(row["score"], (int, float)) or not 0 <= row["score"] <= 1:
+            raise CorruptFile(path, f"row {number}: 'score' is {row['score']!r}, not a probability")
+    return found
+
+
+def refine_results(
+    results: Sequence[Mapping], p: Mapping[object, Tensor], categories: Sequence[int], gamma: float = 0.5
+) -> list[dict]:
+    """Finished results rescaled: the score s of class c becomes p_c ** gamma * s ** (1 - gamma).
+
+    Args:
+        results: rows as of `read_results`.
+        p: the image-level scores (C,) of each picture, by image_id.
+        categories: the id of each class.
+
+    Raises:
+        BadParameter: a picture without scores, or a class that is not among `categories`.
+    """
+    if not 0 <= gamma <= 1:
+        raise BadParameter("gamma", gamma, "0 to 1")
+    index = {category: i for i, category in enumerate(categories)}
+    values = {image: scores.tolist() for image, scores in p.items()}
+    new = []
+    for number, row in enumerate(results):
+        if row["image_id"] not in values:
+            raise BadParameter(
+                "p", f"nothing for image_id {row['image_id']!r} of row {number}", "scores of all pictures"
+            )
+        if row["category_id"] not in index:
+            raise BadParameter("categories", f"without {row['category_id']!r} of row {number}", "ids of all classes")
+        scale = values[row["image_id"]][index[row["category_id"]]]
+        new.append({**row, "score": scale**gamma * row["score"] ** (1 - gamma)})
+    return new
+
+
+def limits(results: Sequence[Mapping]) -> dict[str, float]:
+    """What was cut from finished results, and so cannot come back when they are refined.
+
+    Returns:
+        "lowest score": a threshold; refinement can lift what lay below it, but that is gone. "most rows a picture": a
+        top-k, when "pictures with that many" (%) is not small. "boxes with one class" (%): at 100 the other classes
+        of each box were dropped, so a box can lose its name's score but not change its name.
+    """
+    if not results:
+        raise BadParameter("results", "no rows", "one row or more")
+    counts = Counter(row["image_id"] for row in results)
+    boxes = Counter((row["image_id"], *map(float, row["bbox"])) for row in results)
+    most = max(counts.values())
+    return {
+        "lowest score": min(row["score"] for row in results),
+        "most rows a picture": most,
+        "pictures with that many": 100 * float(np.mean([n == most for n in counts.values()])),
+        "boxes with one class": 100 * float(np.mean([n == 1 for n in boxes.values()])),
+    }
