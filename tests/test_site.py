@@ -63,7 +63,8 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tables").mkdir(parents=True)
     (folder / "tables" / "accuracy.csv").write_text("method,digits,a|b\nlinear,0.61,<b>\nvpt,0.72,\n", encoding="utf-8")
     (folder / "claims.json").write_text(json.dumps(CLAIMS), encoding="utf-8")
-    record = {"slug": "sa2vp", "profile": "pocket", "parameters": {"lr": 0.001, "tasks": ["a", "b"]}, "seconds": 12.345}
+    record = {"slug": "sa2vp", "profile": "pocket", "parameters": {"lr": 0.001, "tasks": ["a", "b"]}, "seconds": 12.345,
+              "study": {"sha256": "0", "stale": True}}  # fmt: skip
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
     view = {"application/vnd.jupyter.widget-view+json": {"model_id": "0"}, "text/plain": "interactive(children=())"}
     cells = [
@@ -264,6 +265,7 @@ def test_made_up_page_shows_all_of_it(site: Site, browser: object) -> None:
     assert "12.35" in page.inner_text("article")
     assert "<b>" in page.inner_text("article")
     page.goto(f"{site.url}/index.html")
+    assert "its study is older than its code" in page.inner_text("table.papers")
     assert "A | B: a_1 < b_1 & <i>more</i> [*]" in page.inner_text("table.ledger")
     page.close()
 
