@@ -185,7 +185,7 @@ def mask(ids: np.ndarray, vocabulary: Vocabulary, draw: Draw, kind: str = "relea
     if kind not in MASKINGS:
         raise BadParameter("masking", kind, MASKINGS)
     hidden, entities = ids.copy(), []
-    live = kind != "mrm" and any(int(i) in vocabulary.entities for i in ids)
+    live = kind != "mrm" and any(int(i) in vocabulary.entities for i in ids[1:-1])
     share = {"mrm": MRM}.get(kind, OTHER if live else NO_ENTITY)
     for i in _positions(ids, vocabulary):
         word = int(ids[i])

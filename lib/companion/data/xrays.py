@@ -1,0 +1,584 @@
+"""Radiographs and fundus pictures: classes, masks, boxes, reports; PNG, JPEG, TIFF and DICOM.
+
+    test = load("xrays/chestx-ray14", "data", "test", transform=test_transform())
+    image, labels = test[0]                      # float32 (3, 224, 224), float32 (14,)
+    load("xrays/rsna", "data", "train", task="detection", share="10")[0]     # image, boxes (10, 5)
+    reports("xrays/mimic-cxr", "data").texts[0]
+
+`root` is the data folder (`data`). Opening a set reads its list; a picture is decoded when it is asked for.
+`xrays_sets` describes the sets.
+
+Pictures come as one grey channel in 0 to 1: 8 and 16 bits of a pixel are kept apart, colours are weighed as PIL does
+(the authors' code makes fundus pictures grey, too), and in a DICOM what says MONOCHROME1, white meaning less, is
+inverted. (The authors' loaders turn 16 bits into 8 by cutting them off at 255.)
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from struct import error as StructError
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.datasets.utils import check_integrity, download_url
+from torchvision.transforms import v2
+
+from ..errors import BadParameter, CompanionError, CorruptFile
+from ..files import atomic, read_json
+from . import DataSet, Status, find
+from .xrays_sets import ONE_OF, REPORTS, SIZES, TASKS, WINDOWS, lists, tasks
+
+SPLITS = ("train", "val", "test")
+SHARES = ("1", "10", "100")
+MEAN, STD = 0.4722, 0.3028  # of grey values downstream, as released
+PRETRAIN_MEAN, PRETRAIN_STD = 0.4721, 0.3037
+BOXES = 10  # rows of a picture's boxes
+BOX_UNIT, RUN_SIDE = 1024, 1024  # pixels of the square in which RSNA's boxes and SIIM's runs are given
+_CHESTMNIST = ("chestmnist_224.npz", "https://zenodo.org/records/10519652/files/chestmnist_224.npz?download=1",
+               "45bd33e6f06c3e8cdb481c74a89152aa")  # fmt: skip
+
+Transform = Callable[[Tensor], Tensor]
+
+
+# --- one picture ------------------------------------------------------------------------------------------------------
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """A picture as float32 (H, W) in 0 to 1.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        CorruptFile: it is truncated, or no picture; the path is in the message.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    if path.suffix.lower() in (".dcm", ".dicom"):
+        return _dicom(path)
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I;16"):  # 16 bits, of one channel: PIL would cut them off at 255
+                return np.asarray(image, dtype=np.uint16).astype(np.float32) / 65535
+            if image.mode in ("I", "F"):
+                values = np.asarray(image, dtype=np.float32)
+                return values / (65535 if values.max() > 255 else 255)
+            return np.asarray(image.convert("L"), dtype=np.float32) / 255
+    except (OSError, SyntaxError, ValueError, EOFError, StructError, Image.DecompressionBombError) as error:
+        raise CorruptFile(path, str(error)) from error
+
+
+def _dicom(path: Path) -> np.ndarray:
+    import pydicom  # an extra: not every reader of this module has it
+
+    try:
+        file = pydicom.dcmread(path)
+        values = file.pixel_array.astype(np.float32)
+        if values.ndim == 3:  # colours, or several frames
+            values = values @ np.array([0.299, 0.587, 0.114], np.float32) if values.shape[2] == 3 else values[0]
+        bits = int(file.BitsStored)
+        low = -(2 ** (bits - 1)) if int(file.get("PixelRepresentation", 0)) else 0
+        values = (values - low) / (2**bits - 1)
+        return 1 - values if file.get("PhotometricInterpretation") == "MONOCHROME1" else values
+    except Exception as error:  # pydicom and its decoders raise many kinds
+        raise CorruptFile(path, f"not a readable DICOM ({type(error).__name__}: {error})") from error
+
+
+def rle_mask(runs: str, side: int = RUN_SIDE) -> np.ndarray:
+    """SIIM's mask (side, side) of one line of runs: start, length, start, ... A start counts from the end of the last
+    run; the mask is filled column by column. "-1" is an empty mask.
+
+    Raises:
+        ValueError: not pairs of whole numbers, or a run beyond the picture.
+    """
+    flat = np.zeros(side * side, bool)
+    numbers = [int(n) for n in runs.split()]
+    if numbers == [-1]:
+        return flat.reshape(side, side)
+    if len(numbers) % 2:
+        raise ValueError("an odd number of starts and lengths")
+    at = 0
+    for start, length in zip(numbers[::2], numbers[1::2], strict=True):
+        at += start
+        if start < 0 or length < 0 or at + length > flat.size:
+            raise ValueError(f"a run of {length} at {at} is not inside {flat.size} pixels")
+        flat[at : at + length] = True
+        at += length
+    return flat.reshape(side, side).T
+
+
+# --- transforms (section 5), from a grey tensor (1, H, W) in 0 to 1 to (3, S, S) --------------------------------------
+
+
+def _coloured(mean: float, std: float) -> list:
+    return [v2.Normalize([mean], [std]), v2.Lambda(lambda x: x.expand(3, -1, -1))]
+
+
+def pretrain_transform(size: int = 448) -> v2.Transform:
+    """A crop of 20 to 100 %, bicubic, flipped half of the time; as released, left and right stay in the words."""
+    cut = v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+    return v2.Compose([cut, v2.RandomHorizontalFlip(), *_coloured(PRETRAIN_MEAN, PRETRAIN_STD)])
+
+
+def train_transform(size: int = 224) -> v2.Transform:
+    """Classification: a crop of 8 to 100 %, bilinear, flipped half of the time."""
+    return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *_coloured(MEAN, STD)])
+
+
+def test_transform(size: int = 224) -> v2.Transform:
+    """Classification: the short side to `size`, the centre cut out."""
+    return v2.Compose([v2.Resize(size), v2.CenterCrop(size), *_coloured(MEAN, STD)])
+
+
+def squeeze_transform(size: int = 224) -> v2.Transform:
+    """Detection: squeezed to a square, nothing random."""
+    return v2.Compose([v2.Resize((size, size)), *_coloured(MEAN, STD)])
+
+
+class MaskTransform:
+    """Segmentation: picture and mask to a square; in training scaled and turned by up to 10 %, half of the time.
+
+    Args:
+        size: of the square.
+        train: warp at random.
+        warp_mask: False warps the picture and leaves the mask, as released for SIIM.
+    """
+
+    def __init__(self, size: int = 224, train: bool = False, warp_mask: bool = True):
+        self.train, self.warp_mask = train, warp_mask
+        self.warp = v2.RandomApply([v2.RandomAffine(10, scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR)])
+        self.colour = v2.Compose([v2.Resize((size, size)), *_coloured(MEAN, STD)])
+        self.size = size
+
+    def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """From (1, H, W) and (k, H', W') to (3, S, S) and (k, S, S)."""
+        if self.train and self.warp_mask:
+            if image.shape[-2:] != mask.shape[-2:]:
+                mask = v2.functional.resize(mask, image.shape[-2:])
+            image, warped = self.warp(tv_tensors.Image(image), tv_tensors.Mask(mask))
+            image, mask = image.as_subclass(Tensor), warped.as_subclass(Tensor)
+        elif self.train:
+            image = self.warp(image)
+        # the mask's mean over the pixels that fall together: its border is soft
+        return self.colour(image), F.adaptive_avg_pool2d(mask, self.size)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+# --- data sets --------------------------------------------------------------------------------------------------------
+
+
+class Pictures(Dataset):
+    """Pictures that are decoded when asked for: item i is what the transform makes of picture i, alone.
+
+    Args:
+        dataset: what they are part of, for the words when a file has gone.
+        root: the data folder.
+        paths: relative to the set's folder; a listed PNG or JPEG that is there as DICOM (.dcm) is found, too.
+        transform: from a grey tensor (1, H, W); None leaves it.
+
+    Raises (on indexing):
+        MissingData: listed but not there.
+        CorruptFile: not readable; the path is in the message.
+    """
+
+    def __init__(self, dataset: DataSet, root: str | Path, paths: Sequence[str], transform: Transform | None = None):
+        self.dataset, self.root, self.paths, self.transform = dataset, Path(root), list(paths), transform
+        self.name, self.folder = dataset.name, dataset.folder(root)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def grey(self, i: int) -> Tensor:
+        """(1, H, W) in 0 to 1, before the transform."""
+        path = _there(self.folder, self.paths[i])
+        if path is None:
+            raise self.dataset.missing(self.root, f"{self.paths[i]} is listed but not there")
+        return torch.from_numpy(np.ascontiguousarray(read_image(path)))[None]
+
+    def __getitem__(self, i: int):
+        return (self.transform or _same)(self.grey(i))
+
+
+class Labelled(Pictures):
+    """Item i: (picture, labels): float32 (classes,) of 0 and 1, or a class number for sets with one class a picture."""
+
+    def __init__(self, dataset: DataSet, root: str | Path, paths: Sequence[str], labels: Tensor,
+                 transform: Transform | None = None):  # fmt: skip
+        super().__init__(dataset, root, paths, transform)
+        self.labels = labels
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return super().__getitem__(i), self.labels[i]
+
+
+class Boxed(Pictures):
+    """Item i: (picture, boxes (10, 5)): class 0, centre and size as fractions of the picture; padded with zeros."""
+
+    def __init__(self, dataset: DataSet, root: str | Path, paths: Sequence[str], boxes: Sequence[np.ndarray],
+                 transform: Transform | None = None):  # fmt: skip
+        super().__init__(dataset, root, paths, transform)
+        self.boxes = torch.zeros(len(paths), BOXES, 5)
+        for i, corners in enumerate(boxes):
+            corners = torch.as_tensor(corners, dtype=torch.float32).reshape(-1, 4)[:BOXES] / BOX_UNIT
+            corners = corners[(corners[:, 2:] > corners[:, :2]).all(1)]
+            centre, extent = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
+            self.boxes[i, : len(corners), 1:] = torch.cat([centre, extent], 1)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        # the authors' loader divides the stored boxes by the picture's side each time an item is asked for
+        return super().__getitem__(i), self.boxes[i].clone()
+
+
+class Masked(Pictures):
+    """Item i: (picture, mask (k, S, S) in 0 to 1). `mask(i)` reads it, at any size; see `MaskTransform`.
+
+    `finish` makes the mask of what is left after the transform.
+    """
+
+    def __init__(self, dataset: DataSet, root: str | Path, paths: Sequence[str], mask: Callable[[int], Tensor],
+                 transform: MaskTransform | None = None, finish: Transform = _same):  # fmt: skip
+        super().__init__(dataset, root, paths, transform)
+        self.mask, self.finish = mask, finish
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        image, mask = self.grey(i), self.mask(i)
+        if self.transform:
+            image, mask = self.transform(image, mask)
+        return image, self.finish(mask)
+
+
+def _there(folder: Path, name: str) -> Path | None:
+    path = folder / name
+    return next((p for p in (path, path.with_suffix(".dcm"), Path(f"{path}.dcm")) if p.is_file()), None)
+
+
+def load(
+    name: str,
+    root: str | Path,
+    split: str,
+    *,
+    task: str | None = None,
+    share: str = "100",
+    transform: Transform | MaskTransform | None = None,
+    balanced: bool = True,
+    seed: int = 0,
+) -> Pictures:
+    """One split of a set.
+
+    Args:
+        name: a name of `DATASETS` whose task is "xrays".
+        root: the data folder.
+        split: "train", "val" or "test". For detection on RSNA "test" is the test list; the authors' code reads the
+            validation list for it.
+        task: "classification", "segmentation" or "detection", where the set has several; the first of them if None.
+        share: of "train": "1", "10" or "100" % of the labels.
+        transform: see `train_transform`, `test_transform`, `squeeze_transform`, `MaskTransform`.
+        balanced: of SIIM's training list keep as many negatives, drawn by `seed`, as there are positives, as released.
+
+    Returns:
+        `Labelled`, `Masked` or `Boxed`.
+
+    Raises:
+        BadParameter: an unknown name, split, task or share.
+        MissingData: the folder or a list is not there, or has another number of pictures than is known.
+        CorruptFile: a line of a list is not as it should be; the list and the line are in the message.
+    """
+    dataset = find(name, "xrays")
+    key = share if split == "train" else split
+    for what, value, accepted in (("split", split, SPLITS), ("share", share, SHARES)):
+        if value not in accepted:
+            raise BadParameter(what, value, accepted)
+    own = [t for t in tasks(name) if t != "pre-training"]
+    task = task or (own[0] if own else "classification")
+    if task not in own:
+        raise BadParameter("task", task, own or "none: this set is for pre-training, see `reports`")
+    if name == "xrays/chestmnist":
+        return _chestmnist(dataset, Path(root), split, share, transform)
+    path = dataset.folder(root) / lists(name, task).get(key, f"train_list_{share}")
+    if not path.is_file():
+        raise dataset.missing(root, f"{path.name}, the list of {split}" + (f" with {share} %" * (split == "train")))
+    found = _READERS[task](dataset, root, path, transform, balanced and split == "train", seed)
+    listed = len(set(_rows(path, "ImageId", "EncodedPixels")[0])) if name == "xrays/siim" else len(found)
+    known = SIZES[name, task].get(key, listed)
+    if listed != known:
+        raise dataset.missing(root, f"{path.name} has {listed} pictures, {known} are known")
+    return found
+
+
+def _rows(path: Path, *columns: str) -> list[list[str]]:
+    """The columns of a CSV, each as a list."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows, given = list(reader), reader.fieldnames or ()
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise CorruptFile(path, f"not a CSV ({error})") from error
+    if absent := [column for column in columns if column not in given]:
+        raise CorruptFile(path, f"has no column {', '.join(absent)}; the columns are {', '.join(given)}")
+    return [[row[column] or "" for row in rows] for column in columns]
+
+
+def _labelled(dataset: DataSet, root: str | Path, path: Path, transform, balanced: bool, seed: int) -> Labelled:
+    one, paths, labels = dataset.name in ONE_OF, [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        entries = line.split()
+        if not entries:
+            continue
+        count = 1 if one else dataset.classes
+        allowed = {str(i) for i in range(dataset.classes)} if one else {"0", "1"}
+        if len(entries) != 1 + count or not set(entries[1:]) <= allowed:
+            raise CorruptFile(path, f"line {number} is not a path and {count} of {sorted(allowed)}: {line[:80]!r}")
+        paths.append(entries[0])
+        labels.append([int(value) for value in entries[1:]])
+    table = torch.tensor(labels)
+    return Labelled(dataset, root, paths, table[:, 0] if one else table.float(), transform)
+
+
+def _boxes(path: Path) -> tuple[list[str], list[np.ndarray]]:
+    paths, texts = _rows(path, "image_path", "bbox")
+    boxes = []
+    for number, text in enumerate(texts, 2):
+        try:
+            boxes.append(np.array(ast.literal_eval(text), dtype=np.float32).reshape(-1, 4))
+        except (ValueError, SyntaxError, TypeError) as error:
+            raise CorruptFile(path, f"line {number}: not a list of [x1, y1, x2, y2]: {text[:80]!r}") from error
+    return paths, boxes
+
+
+def _boxed(dataset: DataSet, root: str | Path, path: Path, transform, balanced: bool, seed: int) -> Boxed:
+    return Boxed(dataset, root, *_boxes(path), transform)
+
+
+def _masked(dataset: DataSet, root: str | Path, path: Path, transform, balanced: bool, seed: int) -> Masked:
+    kind = {"xrays/rsna": _box_masks, "xrays/siim": _run_masks}.get(dataset.name, _file_masks)
+    return kind(dataset, root, path, transform, balanced, seed)
+
+
+def _box_masks(dataset: DataSet, root: str | Path, path: Path, transform, balanced: bool, seed: int) -> Masked:
+    """RSNA: the boxes' union."""
+    paths, boxes = _boxes(path)
+
+    def mask(i: int) -> Tensor:
+        found = torch.zeros(1, BOX_UNIT, BOX_UNIT)
+        for x1, y1, x2, y2 in boxes[i].astype(int):
+            found[:, y1:y2, x1:x2] = 1
+        return found
+
+    return Masked(dataset, root, paths, mask, transform)
+
+
+def _run_masks(dataset: DataSet, root: str | Path, path: Path, transform, balanced: bool, seed: int) -> Masked:
+    """SIIM: several lines of runs a picture; positives, and as many negatives drawn at random."""
+    runs: dict[str, list[str]] = {}
+    for name, text in zip(*_rows(path, "ImageId", "EncodedPixels"), strict=True):
+        runs.setdefault(name, []).append(text.strip())
+    names = list(runs)
+    if balanced:
+        negative = [name for name in names if runs[name] == ["-1"]]
+        count = min(len(names) - len(negative), len(negative))
+        dropped = set(negative) - set(np.random.default_rng(seed).permutation(sorted(negative))[:count].tolist())
+        names = [name for name in names if name not in dropped]
+
+    def mask(i: int) -> Tensor:
+        try:
+            found = np.logical_or.reduce([rle_mask(text) for text in runs[names[i]]])
+        except ValueError as error:
+            raise CorruptFile(path, f"{names[i]}: {error}") from error
+        return torch.from_numpy(found)[None].float()
+
+    return Masked(dataset, root, [f"train/images/1024/dicom/{name}.png" for name in names], mask, transform)
+
+
+def _file_masks(dataset: DataSet, root: str | Path, path: Path, transform, balanced: bool, seed: int) -> Masked:
+    """RIGA: after the shrinking, disc where a mask is not 0, cup where it is 255. Other sets: the mask's own share."""
+    paths, files = _rows(path, "img_path", "mask_path")
+    masks = Pictures(dataset, root, files)
+    finish = _disc_and_cup if dataset.name == "fundus/riga" else _same
+    return Masked(dataset, root, paths, masks.grey, transform, finish)
+
+
+def _disc_and_cup(mask: Tensor) -> Tensor:
+    return torch.cat([mask > 1e-4, mask > 1 - 1e-4]).float()
+
+
+_READERS = {"classification": _labelled, "segmentation": _masked, "detection": _boxed}
+
+
+class _Stacked(Labelled):
+    """ChestMNIST: the pictures are one array."""
+
+    def __init__(self, dataset: DataSet, root: Path, pictures: np.ndarray, labels: Tensor, transform):
+        super().__init__(dataset, root, [f"{i}" for i in range(len(pictures))], labels, transform)
+        self.pictures = pictures
+
+    def grey(self, i: int) -> Tensor:
+        return torch.from_numpy(self.pictures[i].astype(np.float32) / 255)[None]
+
+
+def _chestmnist(dataset: DataSet, root: Path, split: str, share: str, transform) -> Labelled:
+    """MedMNIST's file. Its share of 1 or 10 % of the training pictures is every hundredth or tenth: it has no lists."""
+    path = dataset.folder(root) / _CHESTMNIST[0]
+    if not path.is_file():
+        raise dataset.missing(root, f"{path.name} is not there")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            pictures, labels = file[f"{split}_images"], file[f"{split}_labels"]
+    except Exception as error:  # zipfile, zlib and NumPy raise many kinds
+        raise CorruptFile(path, f"not MedMNIST's file ({type(error).__name__}: {error})") from error
+    known = SIZES[dataset.name, "classification"]["100" if split == "train" else split]
+    if len(pictures) != known:
+        raise dataset.missing(root, f"{split} has {len(pictures)} pictures, {known} are known")
+    step = {"1": 100, "10": 10, "100": 1}[share] if split == "train" else 1
+    return _Stacked(dataset, root, pictures[::step], torch.from_numpy(labels[::step].astype(np.float32)), transform)
+
+
+# --- reports ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reports:
+    """Pictures and what was written about them, in the same order.
+
+    Attributes:
+        images: item i is the picture.
+        texts: the reports.
+        statements: what a language model made of them; None where the file has no such column.
+        windows: (n, 2) row and column of super-resolution's window; None without the file (it was never released).
+    """
+
+    images: Pictures
+    texts: list[str]
+    statements: list[str] | None
+    windows: Tensor | None
+
+
+def reports(name: str, root: str | Path, transform: Transform | None = None) -> Reports:
+    """The pre-training pairs of a set, from the authors' CSV: img_path,report,llm_output.
+
+    Raises:
+        BadParameter: an unknown name.
+        MissingData: no such CSV.
+        CorruptFile: columns that are not there, or windows that are not as many as the pictures.
+    """
+    dataset = find(name, "xrays")
+    folder = dataset.folder(root)
+    path = next((folder / file for file in REPORTS if (folder / file).is_file()), None)
+    if path is None:
+        raise dataset.missing(root, f"none of {', '.join(REPORTS)} is there")
+    paths, texts = _rows(path, "img_path", "report")
+    with path.open(encoding="utf-8") as file:
+        spoken = "llm_output" in next(csv.reader(file), [])
+    statements = _rows(path, "llm_output")[0] if spoken else None
+    windows, other = None, next((folder / file for file in WINDOWS if (folder / file).is_file()), None)
+    if other is not None:
+        try:
+            numbers = [[int(value) for value in column] for column in _rows(other, "label_i", "label_j")]
+        except ValueError as error:
+            raise CorruptFile(other, f"not whole numbers ({error})") from error
+        windows = torch.tensor(numbers).T
+        if len(windows) != len(paths):
+            raise CorruptFile(other, f"{len(windows)} windows for {len(paths)} pictures of {path.name}")
+    return Reports(Pictures(dataset, root, paths, transform), texts, statements, windows)
+
+
+def write_reports(path: str | Path, paths: Sequence[str], texts: Sequence[str],
+                  statements: Mapping[str, str] | Sequence[str]) -> Path:  # fmt: skip
+    """Write the CSV that `reports` reads, which the authors did not release; under a temporary name first.
+
+    Args:
+        paths: of the pictures, relative to the set's folder; MIMIC's say the study, .../s<study_id>/<id>.jpg.
+        texts: a report for each.
+        statements: for each, or by study_id: what `read_statements` gives.
+
+    Raises:
+        BadParameter: not as many texts or statements as paths.
+    """
+    if isinstance(statements, Mapping):
+        statements = [statements.get(Path(p).parent.name.removeprefix("s"), "") for p in paths]
+    for what, given in (("texts", texts), ("statements", statements)):
+        if len(given) != len(paths):
+            raise BadParameter(what, len(given), f"{len(paths)}, one for each path")
+    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["img_path", "report", "llm_output"])
+        writer.writerows(zip(paths, texts, statements, strict=True))
+    return Path(path)
+
+
+def read_statements(path: str | Path) -> dict[str, str]:
+    """The distilled reports in a JSON file by study_id: {id: text}, or rows with "study_id" and "llm_output" or "text".
+
+    The authors' MIMIC-Vicuna.json is matched by study_id, as they say; how it is built inside was not seen.
+
+    Raises:
+        CorruptFile: neither form.
+    """
+    found = read_json(path)
+    if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
+        return {str(key).removeprefix("s"): value for key, value in found.items()}
+    if isinstance(found, list) and all(isinstance(row, dict) and "study_id" in row for row in found):
+        texts = {str(row["study_id"]).removeprefix("s"): row.get("llm_output", row.get("text")) for row in found}
+        if all(isinstance(text, str) for text in texts.values()):
+            return texts
+    raise CorruptFile(path, 'not {study_id: text}, nor a list of {"study_id": ..., "llm_output": ...}')
+
+
+# --- register ---------------------------------------------------------------------------------------------------------
+
+
+def status(dataset: DataSet, root: Path) -> Status:
+    """What `data.status` says: lists, their lengths, and that each listed picture is there (none is opened)."""
+    folder = dataset.folder(root)
+    if not folder.is_dir():
+        return Status("missing", f"{folder} is not there")
+    parts = [(split, share) for split in SPLITS for share in (SHARES if split == "train" else ("100",))]
+    absent: list[str] = []
+    try:
+        if tasks(dataset.name)[0] == "pre-training":
+            absent = _absent(folder, reports(dataset.name, root).images.paths)
+        else:
+            for task in (t for t in tasks(dataset.name) if t in TASKS[:3]):
+                for split, share in parts:
+                    # of lists whose length is not known, and of those that a set lacks, the others are enough
+                    if (share if split == "train" else split) not in SIZES[dataset.name, task]:
+                        continue
+                    found = load(dataset.name, root, split, task=task, share=share)
+                    if not isinstance(found, _Stacked):
+                        absent += _absent(folder, found.paths)
+    except CompanionError as error:
+        return Status("incomplete", getattr(error, "detail", "") or str(error))
+    if absent:
+        return Status("incomplete", f"{len(absent)} listed pictures are not there, the first is {absent[0]}")
+    return Status("present", "")
+
+
+def _absent(folder: Path, paths: Sequence[str]) -> list[str]:
+    return [name for name in paths if _there(folder, name) is None]
+
+
+def fetch(dataset: DataSet, root: Path, progress: bool = True) -> None:
+    """Download ChestMNIST, the one set here that is free and has a checksum; under a temporary name first."""
+    name, url, md5 = _CHESTMNIST
+    folder = root / dataset.folders[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f".{name}.part"
+    try:
+        download_url(url, str(folder), part.name, md5)
+        if not check_integrity(str(part), md5):
+            raise CorruptFile(part, "the download's checksum is not the published one")
+        part.replace(folder / name)
+    except (OSError, RuntimeError) as error:
+        raise CompanionError(f"{url} could not be downloaded ({error})") from error
+    finally:
+        part.unlink(missing_ok=True)
