@@ -72,8 +72,8 @@ def test_the_lesion_lies_on_the_side_that_the_report_names(drawn):
     ("finding", "brighter", "rows"),
     [
         ("nodule", True, (4, 60)),
-        ("effusion", True, (28, 64)),
-        ("pneumothorax", False, (2, 32)),
+        ("effusion", True, (22, 64)),
+        ("pneumothorax", False, (2, 34)),
         ("opacity", True, (0, 64)),
     ],
 )
