@@ -1,0 +1,312 @@
+"""ECAMP with the published settings: schedules, accumulation, downstream recipes, dry runs, results that gather."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from companion.data import xrays
+from companion.errors import BadCheckpoint, BadParameter, MissingData, MissingWeights
+from companion.models import ecamp
+from companion.runs import ecamp as runs
+
+
+def given(**changes) -> SimpleNamespace:
+    settings = dict(profile="paper", dry_run=False, seed=0, task="fine-tune", dataset="xrays/covidx", labels="1",
+                    encoder="random", method="ECAMP", protocol="released", data_root="nowhere", weights="",
+                    accelerator="cpu", devices=1, precision="32-true")  # fmt: skip
+    return SimpleNamespace(**settings | changes)
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setenv("COMPANION_PROGRESS", "off")
+    monkeypatch.setattr(runs, "WORKERS", 0)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Encoders of one narrow block in the place of ViT-B/16."""
+
+    def encoder(p):
+        torch.manual_seed(p.seed)
+        return VisionTransformer(img_size=224, embed_dim=48, depth=1, num_heads=2, num_classes=0, global_pool="")
+
+    monkeypatch.setattr(runs, "encoder", encoder)
+
+
+# --- pre-training -----------------------------------------------------------------------------------------------------
+
+
+def test_schedule_is_left_at_half_of_the_peak():
+    """Claim 6: the cosine would end at epoch 200, training stops at 120."""
+    rates = runs.pretrain_rates(10)
+    assert len(rates) == 1200 and rates[0] == 0
+    assert rates[400] == rates.max() == pytest.approx(1.5e-4)
+    assert rates[200] == pytest.approx(0.75e-4)
+    assert rates[1199] == pytest.approx(7.5e-5, rel=0.01)
+
+
+def pocket_pairs(count=8):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(5, 40, (count, 20), generator=generator)
+    return TensorDataset(
+        torch.randn(count, 3, 64, 64, generator=generator), labels.where(torch.rand(count, 20) < 0.3, 3), labels,
+        torch.ones(count, 20, dtype=torch.long), torch.ones(count, 20), torch.rand(count, 64, generator=generator),
+        torch.ones(count, 2, dtype=torch.long),
+    )  # fmt: skip
+
+
+def trained(at_once):
+    torch.manual_seed(0)
+    model, terms = ecamp.build("pocket"), []
+    history = runs.pretrain(given(), model, pocket_pairs(), terms, np.full(3, 1e-3), at_once, batch=8)
+    return model, history, terms
+
+
+def test_gradients_that_are_added_up_are_those_of_the_whole_batch():
+    whole, first, terms = trained(8)
+    parts, second, others = trained(3)
+    np.testing.assert_allclose([r["loss"] for r in first], [r["loss"] for r in second], rtol=1e-4)
+    np.testing.assert_allclose(terms, others, rtol=1e-4)
+    np.testing.assert_allclose([t[0] for t in terms], [r["loss"] for r in first], rtol=1e-6)
+    assert all(t[0] == pytest.approx(sum(t[1:]), rel=1e-6) for t in terms)
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        # Adam divides by the gradient's size, so a rounding of a tiny one moves a weight
+        torch.testing.assert_close(a, b, atol=2e-3, rtol=0)
+
+
+def test_betas_are_the_published_ones_and_only_inside():
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.ones(1)
+    with runs.betas(0.9, 0.95):
+        optimizer.step()
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+    other = torch.optim.AdamW([weight])
+    other.step()
+    assert other.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def test_fp16_is_refused_where_gradients_are_added_up():
+    with pytest.raises(BadParameter, match="bf16-mixed"):
+        runs.pretrain(given(precision="16-mixed"), ecamp.build("pocket"), pocket_pairs(), at_once=4, batch=8)
+
+
+def test_pre_training_on_a_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "xrays" / "mimic-cxr"
+    paths = [f"files/s{i}/a.png" for i in range(3)]
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True)
+        Image.new("L", (500, 480), 90).save(folder / path)
+    xrays.write_reports(folder / "mimic-cxr-2.0.0-entity-llm.csv", paths, ["There is no mass."] * 3, ["X."] * 3)
+    p = given(task="pre-train", dataset="xrays/mimic-cxr", data_root=str(tmp_path))
+    found = runs.setting(p, tmp_path, {})
+    assert found.methods == ("ECAMP",) and found.rates == {"ECAMP": 1.5e-4}
+    item = found.pairs("ECAMP")[0]
+    assert item.images.shape == (3, 448, 448) and item.ids.shape == (256,) and item.window.tolist() == [1, 1]
+    assert torch.equal(found.pairs("MRM-like")[0].weights, torch.ones(256))
+    with pytest.raises(MissingWeights, match=r"mae_vit_base\.pth"):
+        found.build("ECAMP")
+
+
+def test_methods_are_those_that_the_parameter_offers():
+    offered = runs.report.paper("ecamp")["parameters"]["method"]["choices"]
+    assert set(offered) == set(runs.PRETRAINED)
+    for method, (options, _) in runs.PRETRAINED.items():
+        assert ecamp.build("pocket", **options), method
+
+
+@pytest.mark.slow
+def test_dry_run_at_full_size(tmp_path):
+    p = given(task="pre-train", dataset="xrays/mimic-cxr", dry_run=True)
+    found = runs.setting(p, tmp_path, {})
+    model = found.build("ECAMP")
+    assert sum(t.numel() for t in model.parameters()) == 183_425_240 - 590_592
+    terms = []
+    history = found.learn(model, "ECAMP", terms)
+    assert len(history) == len(terms) == 2 and np.isfinite(terms).all()
+
+
+# --- downstream -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "dataset", "labels", "expected"),
+    [
+        ("fine-tune", "xrays/chestx-ray14", "1", (3e-2, 50, 3000, 96)),
+        ("fine-tune", "xrays/chestmnist", "10", (2.4e-2, 50, 3000, 768)),
+        ("linear probe", "xrays/rsna", "100", (1e-2, 150, 9000, 4096)),
+        ("segment", "xrays/siim", "10", (5e-4, 150, 3000, 1024)),
+        ("segment", "fundus/riga", "1", (5e-4, 15, 500, 5)),
+        ("detect", "xrays/rsna", "100", (5e-4, 30, 20000, 1024)),
+    ],
+)
+def test_published_recipes(task, dataset, labels, expected):
+    assert tuple(runs.downstream_recipe(task, dataset, labels).values()) == expected
+
+
+def test_a_recipe_that_was_not_found():
+    with pytest.raises(BadParameter, match=r"CheXpert, 100%"):
+        runs.downstream_recipe("fine-tune", "fundus/odir", "10")
+
+
+@pytest.mark.parametrize(
+    ("task", "dataset", "metric"),
+    [
+        ("fine-tune", "xrays/chestx-ray14", "AUROC"),
+        ("linear probe", "xrays/covidx", "accuracy"),
+        ("segment", "fundus/riga", "Dice (plain)"),
+        ("segment", "xrays/siim", "Dice (plain)"),
+        ("detect", "xrays/rsna", "mAP (plain)"),
+    ],
+)
+def test_dry_runs(task, dataset, metric, small):
+    found = runs.downstream(given(task=task, dataset=dataset, dry_run=True, protocol="plain"))
+    assert found.metric == metric
+    model = found.build()
+    frozen = [n for n, t in model.named_parameters() if not t.requires_grad]
+    assert bool(frozen) == (task in ("linear probe", "detect"))
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    history = found.learn(model)
+    assert len(history) == 2 and all(np.isfinite(row["loss"]) for row in history)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items() if n in frozen)
+    score = found.score(model, found.data["test"])
+    # an untrained detector may find nothing: the metric says -1, or 0
+    assert -100 <= score <= 100 and not model.training
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "dataset"),
+    [("fine-tune", "xrays/chestx-ray14"), ("segment", "xrays/siim"), ("detect", "xrays/rsna")],
+)
+def test_dry_runs_at_full_size(task, dataset):
+    found = runs.downstream(given(task=task, dataset=dataset, dry_run=True, labels="10"))
+    assert len(found.learn(found.build())) == 2
+
+
+def covidx(root, monkeypatch):
+    monkeypatch.setattr(xrays, "SIZES", {("xrays/covidx", "classification"): {}})
+    folder = root / "xrays" / "covidx"
+    lines = []
+    for i in range(9):
+        (folder / "train").mkdir(parents=True, exist_ok=True)
+        Image.new("L", (230, 224), 30 + 80 * (i % 3)).save(folder / "train" / f"{i}.png")
+        lines.append(f"train/{i}.png {i % 3}")
+    for name in ("train_list_1", "val_list", "test_list"):
+        (folder / f"{name}.txt").write_text("\n".join(lines))
+
+
+def test_a_real_layout_is_trained_until_patience_ends(tmp_path, monkeypatch, small):
+    covidx(tmp_path, monkeypatch)
+    monkeypatch.setattr(runs, "PATIENCE", {"fine-tune": 2})
+    found = runs.downstream(given(data_root=str(tmp_path)))
+    assert found.title == "fine-tune on xrays/covidx, 1 % of the labels" and found.recipe["batch"] == 256
+    history = found.learn(found.build())
+    assert 3 <= len(history) < 300 and history[0]["lr"] == 0  # the published warm-up begins at 0
+    assert {"step", "lr", "loss"} <= set(history[0])
+
+
+def test_patience_and_the_best_state(monkeypatch):
+    scores = iter([1.0, 3.0, 2.0, 2.5, 9.0])
+    model, seen = nn.Linear(1, 1), []
+
+    def score(one):
+        seen.append(one.weight.detach().clone())
+        return next(scores)
+
+    watched = runs.Watched(lambda m, b: m(b[0]).mean(), score, per_epoch=1, steps=100, patience=2)
+    with pytest.raises(runs._Enough):
+        for step in range(10):
+            with torch.no_grad():
+                model.weight.fill_(step)
+            watched(model, (torch.ones(1, 1),))
+    watched.finish(model)
+    assert [s for _, s in watched.scores] == [1, 3, 2, 2.5]
+    assert watched.best == 3 and torch.equal(model.weight, seen[1])
+    late = runs.Watched(lambda m, b: m(b[0]).mean(), score, per_epoch=1, steps=100, patience=2, first=50)
+    late.look(model, 1)
+    assert not late.scores
+
+
+def test_a_training_that_ends_on_the_published_step():
+    watched = runs.Watched(lambda m, b: m(b[0]).mean(), lambda m: 0.0, per_epoch=3, steps=6, patience=100)
+    model, steps = nn.Linear(1, 1), 0
+    with pytest.raises(runs._Enough):
+        for _ in range(20):
+            watched(model, (torch.ones(1, 1),))
+            steps += 1
+    assert steps == 6
+
+
+def test_encoders(tmp_path, monkeypatch):
+    """An authors' file gives its encoder; MAE's by its own names; what is missing is said."""
+    with pytest.raises(MissingWeights, match=r"ECAMP_ViT_Base_16\.pth"):
+        runs.encoder(given(encoder="ECAMP", data_root=str(tmp_path)))
+    torch.manual_seed(1)
+    trained = VisionTransformer(img_size=224, num_classes=0, global_pool="")
+    torch.save({"model": trained.state_dict() | {"mask_token": torch.ones(1, 1, 512)}}, tmp_path / "mae.pth")
+    found = runs.encoder(given(encoder="MAE", weights=str(tmp_path / "mae.pth")))
+    assert torch.equal(found.blocks[3].mlp.fc1.weight, trained.blocks[3].mlp.fc1.weight)
+    torch.save({"model": {"pos_embed": torch.zeros(1, 2, 2)}}, tmp_path / "bad.pth")
+    for name in ("MAE", "ECAMP"):
+        with pytest.raises(BadCheckpoint):
+            runs.encoder(given(encoder=name, weights=str(tmp_path / "bad.pth")))
+
+
+def test_what_cannot_be_run_is_said(tmp_path):
+    for changes, said in (
+        ({"dataset": "covidx"}, "xrays/covidx"),
+        ({"dataset": "xrays/covidx", "task": "segment"}, "fundus/riga"),
+        ({"task": "pre-train"}, "linear probe"),
+        ({"dataset": "xrays/mimic-cxr"}, "xrays/chexpert"),
+    ):
+        with pytest.raises(BadParameter, match=said):
+            runs.downstream(given(**changes))
+    with pytest.raises(BadParameter, match="xrays/mimic-cxr"):
+        runs.setting(given(dataset="xrays/rsna"), tmp_path, {})
+    with pytest.raises(MissingData, match="COVIDx"):
+        runs.downstream(given(data_root=str(tmp_path)))
+
+
+def test_detection_is_tested_on_the_validation_list_as_released(monkeypatch):
+    asked = []
+    monkeypatch.setattr(xrays, "load", lambda *a, **o: asked.append(a[2]))
+    for protocol, last in (("released", "val"), ("plain", "test")):
+        asked.clear()
+        runs.downstream(given(task="detect", dataset="xrays/rsna", protocol=protocol))
+        assert asked == ["train", "val", last]
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def test_results_gather_and_stand_beside_the_published_ones(tmp_path):
+    path = tmp_path / "measured.csv"
+    row = {"task": "fine-tune", "dataset": "xrays/rsna", "labels": "10", "encoder": "ECAMP", "protocol": "released",
+           "seed": 0, "score": 80.0}  # fmt: skip
+    runs.measured(path, row)
+    rows = runs.measured(path, row | {"seed": 1, "score": 82.0}, row | {"encoder": "random", "score": 60.0},
+                         row | {"dataset": "fundus/mured", "score": 70.0}, row | {"protocol": "plain", "score": 1.0},
+                         row | {"dataset": "xrays/chestmnist", "score": 2.0})  # fmt: skip
+    assert runs.cells(rows, "classification-finetune") == {
+        ("ECAMP", "RSNA 10 %"): 81.0,
+        ("random init", "RSNA 10 %"): 60.0,
+    }
+    assert runs.cells(rows, "fundus") == {("ECAMP", "MuReD 10 %"): 70.0}
+    assert runs.cells(rows, "detection") == {}
+    found = runs.tables(pd.read_csv(path))
+    shown = found["Classification, fine-tuned"].set_index("method")
+    assert shown.loc["ECAMP", "RSNA 10 %"] == "– / 81.00" and shown.loc["MRM", "measured here"] == "not run"
+
+
+def test_setting_is_a_plain_record():
+    assert {f.name for f in dataclasses.fields(runs.Downstream)} >= {"data", "build", "learn", "score"}
