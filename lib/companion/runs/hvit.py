@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from .. import report
+from .. import heatmaps, report
 from ..data import DATASETS
 from ..data import slides as data
 from ..errors import BadParameter, CompanionError
@@ -23,7 +23,7 @@ from ..fit import fit
 from ..models import hvit
 from ..pocket import slide_dino
 from ..pocket import slides as pocket
-from ..slides import PANDA, extract, fingerprint
+from ..slides import PANDA, Slide, Tiles, extract, fingerprint, tensor
 from ..studies import hvit as study
 
 TASK, LIVE = "place", study.MAIN
@@ -350,6 +350,50 @@ def store(p: SimpleNamespace, patch: hvit.PatchEncoder, part: tuple[int, int] = 
                                      encoder=made_by, normalise=p.normalise, batch=batch, device=device)  # fmt: skip
         except CompanionError as error:
             yield item.name, error
+
+
+# --- where it looks ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Look:
+    """Ranked attention on a slide of M regions, the mean over heads (see `heatmaps`).
+
+    Attributes:
+        patch, region: (M, s, s), s tokens along a region's side.
+        slide: (M,).
+        alpha: (M,), the pooling weights as they are.
+        output: (1, ...), what the model says.
+    """
+
+    patch: np.ndarray
+    region: np.ndarray
+    slide: np.ndarray
+    alpha: np.ndarray
+    output: Tensor
+
+    def factorised(self, gamma: float, variant: str) -> np.ndarray:
+        """All levels in one map (M, s, s)."""
+        return heatmaps.factorised(self.patch, self.region, self.slide[:, None, None], gamma, variant)
+
+
+@torch.inference_mode()
+def look(model: hvit.HViT, patch: hvit.PatchEncoder, slide: Slide, tiles: Tiles, normalise: str) -> Look:
+    """Where the levels of `model`, and the patch level below it, look on a slide; one region is in memory at a time."""
+    # the same modules with the patch level below: nothing is copied, and what is trained stays so
+    whole = hvit.HViT(model.slide, model.region, patch, model.variant)
+    low, high, embedded = [], [], []
+    for x, y in tiles.coords:
+        trace: dict[str, Tensor] = {}
+        found = whole.embed_patches(tensor(slide.region(x, y, tiles)[None], normalise), trace=trace)
+        embedded.append(whole.embed_regions(found, trace=trace))
+        low.append(heatmaps.patch_map(trace["patch_attention"][0].numpy()))
+        high.append(heatmaps.region_map(trace["region_attention"][0].numpy(), low[-1].shape[-1]).mean(0))
+        low[-1] = low[-1].mean(0)
+    trace = {}
+    output = whole.slide(torch.cat(embedded)[None], trace=trace)
+    alpha = trace["pooling"][0].numpy()
+    return Look(np.stack(low), np.stack(high), heatmaps.ranks(alpha, axes=1), alpha, output)
 
 
 def check_dataset(p: SimpleNamespace) -> None:
