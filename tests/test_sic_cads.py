@@ -37,7 +37,7 @@ from companion.models.sic_cads import (
     text_share,
     vocabulary,
 )
-from companion.parity import Case, folder
+from companion.parity import Case, compare, folder
 from companion.pocket.tokens import Tokenizer
 
 CLASSES, DIM = 10, 24
@@ -416,6 +416,15 @@ def test_official_names_round_trip():
     assert "mlr_lin2.bias (3,)" in caught.value.shapes[0]
     with pytest.raises(BadCheckpoint, match="text_embedding"):
         MLR.from_official({}, novel)
+
+
+def test_the_heads_of_a_whole_checkpoint_can_be_checked():
+    case = Case(folder() / "sic_cads" / "mlr_heads")
+    more = dict(case.state) | {"backbone.fpn_lateral3.bias": torch.zeros(256)}
+    assert all(d.agrees for d in compare("sic_cads", Case(case.folder, more)))
+    more["mlr_lin2.weight"] = more["mlr_lin2.weight"] * 1.1 + 0.01
+    wrong = [d.output for d in compare("sic_cads", Case(case.folder, more)) if not d.agrees]
+    assert wrong[0] == "e_text" and "e_image" not in wrong
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -121,7 +121,8 @@ def _heads(case: Case) -> dict[str, Tensor]:
     heads = Heads(sum(m.shape[1] for m in maps), text.shape[1], config["levels"])
     layers = {"shared": "mlr_lin", "to_text": "mlr_lin2", "to_image": "image_embedding"}
     names = {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in layers.items() for kind in ("weight", "bias")}
-    load_official(heads, case.state, names, "the heads", ignored=("text_embedding.",))
+    # of a whole checkpoint only these are looked at here
+    load_official(heads, {name: case.state[name] for name in names.values()}, names, "the heads")
     e_text, e_image = heads(maps)
     s_text, s_image = (pool(e @ text.mT, config["levels"]) for e in (e_text, e_image))
     share = text_share(novel, config["lambda_base"], config["lambda_novel"])
@@ -211,7 +212,7 @@ def _res5(case: Case) -> dict[str, Tensor]:
 def _classifier(case: Case) -> dict[str, Tensor]:
     config = case.facts["config"]
     layer = ZeroShotClassifier(config["input"], case.input("zs_weight"), config["temperature"])
-    load_official(layer, case.state, {name: name for name in ("linear.weight", "linear.bias")}, "the classifier")
+    load_official(layer, case.state, {name: name for name in case.names}, "the classifier")
     x = case.input("x")
     return {"logits": layer(x), "logits_custom": layer(x, case.input("classifier"))}
 
