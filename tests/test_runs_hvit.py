@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from companion import cli, report
+from companion import cli, heatmaps, report
 from companion.data import slides as data
 from companion.errors import BadParameter, MissingData
 from companion.models import hvit
 from companion.pocket import slides as pocket
 from companion.runs import hvit as runs
-from companion.slides import read_features, write_pyramid
+from companion.slides import Slide, read_features, tile, write_pyramid
 from companion.studies import hvit as study
 
 
@@ -266,6 +266,37 @@ def test_what_is_missing_is_said(tmp_path):
         runs.setting(given(dry_run=False, dataset="folder", data_root=str(tmp_path)), tmp_path, {})
     with pytest.raises(BadParameter, match="'learned'"):
         runs.setting(given(position="2d sine"), tmp_path, {})
+
+
+# --- where it looks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["local", "global"])
+def test_attention_of_all_levels_is_read_region_by_region(variant, tmp_path, monkeypatch):
+    monkeypatch.setattr(pocket, "COUNTS", {"train": 1, "val": 1, "test": 1})
+    pocket.write(tmp_path, "place", 0)
+    item = data.load("pocket/slides-place", tmp_path, "test")[0]
+    torch.manual_seed(0)
+    model = hvit.build("pocket", variant, "regression", patches=4, levels=("region", "slide"))
+    patch, before = study.encoders("dino")[0], set(model.trained())
+    with Slide(item.path) as slide:
+        tiles = tile(slide, pocket.TILING)
+        found = runs.look(model, patch, slide, tiles, "half")
+        pixels = study.tensor(np.stack([slide.region(x, y, tiles) for x, y in tiles.coords]), "half")
+    assert set(model.trained()) == before  # what is trained stays so
+    trace, whole = {}, hvit.HViT(model.slide, model.region, patch, variant)
+    with torch.no_grad():
+        torch.testing.assert_close(found.output, whole(pixels[None], trace=trace), atol=1e-5, rtol=1e-4)
+    assert found.patch.shape == found.region.shape == (5, 32, 32)
+    np.testing.assert_allclose(found.alpha, trace["pooling"][0], atol=1e-5)
+    assert sorted(found.slide) == [0.0, 0.2, 0.4, 0.6, 0.8]
+    assert found.region.min() >= 0 and found.region.max() < 1
+    np.testing.assert_allclose(
+        found.region[2], heatmaps.region_map(trace["region_attention"][0, 2].numpy(), 32).mean(0)
+    )
+    np.testing.assert_allclose(
+        found.factorised(0.5, variant), (found.patch + found.region + found.slide[:, None, None]) / 3, atol=1e-6
+    )
 
 
 # --- the study --------------------------------------------------------------------------------------------------------
