@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from companion.data import xrays
 from companion.errors import BadCheckpoint, BadParameter, MissingData, MissingWeights
-from companion.models import ecamp
+from companion.models import ecamp, ecamp_text
 from companion.runs import ecamp as runs
 
 
@@ -81,6 +81,36 @@ def test_gradients_that_are_added_up_are_those_of_the_whole_batch():
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         # Adam divides by the gradient's size, so a rounding of a tiny one moves a weight
         torch.testing.assert_close(a, b, atol=2e-3, rtol=0)
+
+
+class Stops(list):
+    """A list that takes three entries."""
+
+    def append(self, entry):
+        if len(self) == 3:
+            raise KeyboardInterrupt
+        super().append(entry)
+
+
+def test_a_killed_pre_training_goes_on_to_the_same_bits(tmp_path):
+    """Words and patches are hidden anew each step, by the loader, from the item's seed."""
+    words = ecamp_text.Vocabulary.train(["There is a small effusion. There is no mass."] * 3, 40)
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    reports = ["There is a small effusion.", "There is no mass.", "No effusion.", "A small mass."]
+    data = ecamp_text.Pairs(images, reports, words, patches=64, length=20, window=6, statements=["There is X."] * 4)
+
+    def run(terms=None, **options):
+        torch.manual_seed(0)
+        model = ecamp.build("pocket", dropout=0.1)
+        runs.pretrain(given(), model, data, terms, np.full(6, 1e-3), batch=2, **options)
+        return model
+
+    whole = run()
+    options = {"checkpoint": tmp_path / "x.pt", "checkpoint_every": 2, "resume": True}
+    with pytest.raises(KeyboardInterrupt):
+        run(Stops(), **options)
+    again = run(**options)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
 
 
 def test_betas_are_the_published_ones_and_only_inside():
