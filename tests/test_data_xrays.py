@@ -288,6 +288,29 @@ def test_reports(tmp_path):
         reports("xrays/mimic-cxr", tmp_path)
 
 
+def test_openi(tmp_path):
+    folder = tmp_path / "xrays" / "openi"
+    with pytest.raises(MissingData, match=r"indiana_reports\.csv is not there"):
+        reports("xrays/openi", tmp_path)
+    rows = [("1", "The heart is large. ", "Cardiomegaly."), ("2", "", ""), ("3", "", "No mass.")]
+    table(folder / "indiana_reports.csv", ("uid", "findings", "impression"), rows)
+    views = [
+        ("1", "1_a.png", "Frontal"),
+        ("1", "1_b.png", "Lateral"),
+        ("2", "2.png", "Frontal"),
+        ("3", "3.png", "Frontal"),
+    ]
+    table(folder / "indiana_projections.csv", ("uid", "filename", "projection"), views)
+    for name in ("1_a.png", "3.png"):
+        picture(folder / "images" / "images_normalized" / name)
+    found = reports("xrays/openi", tmp_path, xrays.pretrain_transform(16))
+    assert found.texts == ["The heart is large. Cardiomegaly.", "No mass."] and found.statements is None
+    assert found.images[1].shape == (3, 16, 16)
+    assert data.status("xrays/openi", tmp_path).state == "present"
+    written = xrays.write_windows(folder / "attn-label.csv", torch.tensor([[0, 1], [2, 2]]))
+    assert written.read_text().split() == ["label_i,label_j", "0,1", "2,2"]
+
+
 def test_statements_of_two_forms_and_no_other(tmp_path):
     path = tmp_path / "x.json"
     path.write_text(json.dumps([{"study_id": 5, "llm_output": "There is edema."}]))
@@ -334,7 +357,7 @@ def test_what_is_not_there_is_said(name, tmp_path):
     dataset = DATASETS[name]
     assert dataset.layout and dataset.source and dataset.licence and dataset.citation
     with pytest.raises(MissingData, match="get it"):
-        if name == "xrays/mimic-cxr":
+        if name in ("xrays/mimic-cxr", "xrays/openi"):
             reports(name, tmp_path)
         else:
             load(name, tmp_path, "test")

@@ -125,6 +125,21 @@ def test_betas_are_the_published_ones_and_only_inside():
     assert other.param_groups[0]["betas"] == (0.9, 0.999)
 
 
+def test_windows_are_where_the_entities_look(monkeypatch):
+    words = ecamp_text.Vocabulary.from_words(["effusion", "left", "lungs", "clear"])
+    torch.manual_seed(0)
+    model, images = ecamp.build("pocket", words=len(words)).eval(), torch.randn(2, 3, 64, 64)
+    maps = torch.zeros(1, 4, 20, 8, 8)
+    maps[..., 1, 0] = 1  # what other words look at
+    maps[:, :, 2] = 0
+    maps[:, :, 2, 7, 3] = 1  # the entity, third of "[CLS] left effusion"
+    monkeypatch.setattr(model, "attention", lambda *given: maps.flatten(-2))
+    found = runs.find_windows(model, images, ["left effusion", "lungs clear"], words, window=6)
+    assert found[1].tolist() == [1, 1]  # no entity: the middle
+    row, column = found[0].tolist()
+    assert row == 2 and column <= 3 < column + 6
+
+
 def test_fp16_is_refused_where_gradients_are_added_up():
     with pytest.raises(BadParameter, match="bf16-mixed"):
         runs.pretrain(given(precision="16-mixed"), ecamp.build("pocket"), pocket_pairs(), at_once=4, batch=8)

@@ -464,7 +464,7 @@ class Reports:
 
 
 def reports(name: str, root: str | Path, transform: Transform | None = None) -> Reports:
-    """The pre-training pairs of a set, from the authors' CSV: img_path,report,llm_output.
+    """The pre-training pairs of a set, from the authors' CSV: img_path,report,llm_output; of OpenI also from its own.
 
     Raises:
         BadParameter: an unknown name.
@@ -474,6 +474,8 @@ def reports(name: str, root: str | Path, transform: Transform | None = None) -> 
     dataset = find(name, "xrays")
     folder = dataset.folder(root)
     path = next((folder / file for file in REPORTS if (folder / file).is_file()), None)
+    if path is None and name == "xrays/openi":
+        return _openi(dataset, root, transform)
     if path is None:
         raise dataset.missing(root, f"none of {', '.join(REPORTS)} is there")
     paths, texts = _rows(path, "img_path", "report")
@@ -490,6 +492,32 @@ def reports(name: str, root: str | Path, transform: Transform | None = None) -> 
         if len(windows) != len(paths):
             raise CorruptFile(other, f"{len(windows)} windows for {len(paths)} pictures of {path.name}")
     return Reports(Pictures(dataset, root, paths, transform), texts, statements, windows)
+
+
+def _openi(dataset: DataSet, root: str | Path, transform: Transform | None) -> Reports:
+    """Findings, then impression, of every frontal picture; patients without either are left out."""
+    folder = dataset.folder(root)
+    for name in ("indiana_reports.csv", "indiana_projections.csv"):
+        if not (folder / name).is_file():
+            raise dataset.missing(root, f"{name} is not there")
+    texts = {
+        uid: " ".join(part.strip() for part in parts if part.strip())
+        for uid, *parts in zip(*_rows(folder / "indiana_reports.csv", "uid", "findings", "impression"), strict=True)
+    }
+    rows = zip(*_rows(folder / "indiana_projections.csv", "uid", "filename", "projection"), strict=True)
+    kept = [(file, texts[uid]) for uid, file, view in rows if view == "Frontal" and texts.get(uid)]
+    paths = [f"images/images_normalized/{file}" for file, _ in kept]
+    return Reports(Pictures(dataset, root, paths, transform), [text for _, text in kept], None, None)
+
+
+def write_windows(path: str | Path, windows: Tensor) -> Path:
+    """Write the corners (n, 2) of super-resolution's windows as the file that the authors never released; under a
+    temporary name first."""
+    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["label_i", "label_j"])
+        writer.writerows(windows.tolist())
+    return Path(path)
 
 
 def write_reports(path: str | Path, paths: Sequence[str], texts: Sequence[str],

@@ -15,6 +15,9 @@ Fine-tuning/Classification, /Segmentation and /Detection), and the pictures wher
 * COVIDx v7: 30,530 X-rays; 0, 1, 2 are normal, pneumonia, COVID-19. Wang et al., Scientific Reports 2020.
 * ODIR-5K, APTOS-2019, MuReD: fundus pictures with 8 diagnoses, 5 grades of retinopathy, 20 findings. RIGA: disc, cup.
 * MIMIC-CXR: 377,110 X-rays of 227,835 studies with reports, for pre-training. Johnson et al., Scientific Data 2019.
+* OpenI: 7,470 X-rays of 3,851 patients of Indiana University with reports, free: an open stand-in for MIMIC-CXR. It is
+  read as the copy at kaggle.com/datasets/raddar/chest-xrays-indiana-university has it, frontal views only.
+  Demner-Fushman et al., JAMIA 2016.
 * pocket: small phantom chests made on this machine, with lists of the same forms.
 """
 
@@ -201,6 +204,20 @@ def sets() -> Iterator[DataSet]:
         source="physionet.org/content/mimic-cxr-jpg and physionet.org/content/mimic-cxr (reports)",
         licence="PhysioNet credentialed health data licence: credentials and training; never to be passed on",
         citation="Johnson et al., MIMIC-CXR, Scientific Data 6, 2019",
+    )
+    yield DataSet(
+        name="xrays/openi",
+        title="OpenI, Indiana University chest X-rays with reports",
+        group="xrays",
+        task="xrays",
+        classes=None,
+        sizes={},
+        folders=("xrays/openi", "openi", "chest-xrays-indiana-university"),
+        layout="indiana_reports.csv        uid,...,findings,impression\n"
+        "indiana_projections.csv    uid,filename,projection\nimages/images_normalized/<filename>",
+        source=f"kaggle.com/datasets/raddar/chest-xrays-indiana-university, {_KAGGLE}; original: openi.nlm.nih.gov",
+        licence="CC BY-NC-ND 4.0, by the page of the original",
+        citation="Demner-Fushman et al., JAMIA 23, 2016",
     )
     yield DataSet(
         name="pocket/chests",
