@@ -311,6 +311,23 @@ def test_openi(tmp_path):
     assert written.read_text().split() == ["label_i,label_j", "0,1", "2,2"]
 
 
+def test_a_folder_of_ones_own(tmp_path):
+    for i in range(2):
+        picture(tmp_path / f"{i}.png")
+        picture(tmp_path / "masks" / f"{i}.png", 255 * i)
+    (tmp_path / "train_list.txt").write_text("0.png 0 1\n1.png 1 0\n")
+    table(tmp_path / "val_list.csv", ("img_path", "mask_path"), [(f"{i}.png", f"masks/{i}.png") for i in range(2)])
+    table(tmp_path / "test_list.csv", ("image_path", "bbox"), [("0.png", "[[0, 0, 512, 512]]")])
+    table(tmp_path / "pretrain.csv", ("img_path", "report"), [("0.png", "No mass.")])
+    mine = xrays.own(tmp_path, ["mass", "edema"])
+    assert load(mine, tmp_path, "train").labels.tolist() == [[0, 1], [1, 0]]
+    assert [m.mean().item() for _, m in load(mine, tmp_path, "val", task="segmentation")] == [0, 1]
+    assert load(mine, tmp_path, "test", task="detection")[0][1][0].tolist() == [0, 0.25, 0.25, 0.5, 0.5]
+    assert reports(mine, tmp_path).texts == ["No mass."]
+    with pytest.raises(MissingData, match=r"test_list\.txt"):
+        load(mine, tmp_path, "test")
+
+
 def test_statements_of_two_forms_and_no_other(tmp_path):
     path = tmp_path / "x.json"
     path.write_text(json.dumps([{"study_id": 5, "llm_output": "There is edema."}]))

@@ -263,8 +263,31 @@ def _there(folder: Path, name: str) -> Path | None:
     return next((p for p in (path, path.with_suffix(".dcm"), Path(f"{path}.dcm")) if p.is_file()), None)
 
 
+def own(root: str | Path, classes: Sequence[str] = ()) -> DataSet:
+    """A folder of one's own, for `load` and `reports` in the place of a name; their `root` is then the folder itself.
+
+    The lists have the authors' forms: train_list.txt (a path, then 0 or 1 for each class), train_list.csv with
+    img_path,mask_path or image_path,bbox (of a picture of 1024 pixels), val_list and test_list alike; and pretrain.csv
+    with img_path,report and maybe llm_output.
+    """
+    return DataSet(
+        name=Path(root).resolve().name,
+        title="pictures of your own",
+        group="own",
+        task="xrays",
+        classes=len(classes),
+        sizes={},
+        folders=(".",),
+        layout="{train,val,test}_list.txt    a line: path, then 0 or 1 for each class\n{train,val,test}_list.csv    "
+        "img_path,mask_path or image_path,bbox\npretrain.csv                 img_path,report,llm_output",
+        source="your own pictures",
+        licence="yours",
+        citation="",
+    )
+
+
 def load(
-    name: str,
+    name: str | DataSet,
     root: str | Path,
     split: str,
     *,
@@ -277,7 +300,7 @@ def load(
     """One split of a set.
 
     Args:
-        name: a name of `DATASETS` whose task is "xrays".
+        name: a name of `DATASETS` whose task is "xrays", or what `own` gives.
         root: the data folder.
         split: "train", "val" or "test". For detection on RSNA "test" is the test list; the authors' code reads the
             validation list for it.
@@ -294,15 +317,16 @@ def load(
         MissingData: the folder or a list is not there, or has another number of pictures than is known.
         CorruptFile: a line of a list is not as it should be; the list and the line are in the message.
     """
-    dataset = find(name, "xrays")
+    dataset = name if isinstance(name, DataSet) else find(name, "xrays")
+    name = dataset.name
     key = share if split == "train" else split
     for what, value, accepted in (("split", split, SPLITS), ("share", share, SHARES)):
         if value not in accepted:
             raise BadParameter(what, value, accepted)
-    own = [t for t in tasks(name) if t != "pre-training"]
-    task = task or (own[0] if own else "classification")
-    if task not in own:
-        raise BadParameter("task", task, own or "none: this set is for pre-training, see `reports`")
+    known = TASKS[:3] if dataset.group == "own" else [t for t in tasks(name) if t != "pre-training"]
+    task = task or (known[0] if known else "classification")
+    if task not in known:
+        raise BadParameter("task", task, known or "none: this set is for pre-training, see `reports`")
     if name == "xrays/chestmnist":
         return _chestmnist(dataset, Path(root), split, share, transform)
     path = dataset.folder(root) / lists(name, task).get(key, f"train_list_{share}")
@@ -310,9 +334,9 @@ def load(
         raise dataset.missing(root, f"{path.name}, the list of {split}" + (f" with {share} %" * (split == "train")))
     found = _READERS[task](dataset, root, path, transform, balanced and split == "train", seed)
     listed = len(set(_rows(path, "ImageId", "EncodedPixels")[0])) if name == "xrays/siim" else len(found)
-    known = SIZES[name, task].get(key, listed)
-    if listed != known:
-        raise dataset.missing(root, f"{path.name} has {listed} pictures, {known} are known")
+    expected = SIZES.get((name, task), {}).get(key, listed)
+    if listed != expected:
+        raise dataset.missing(root, f"{path.name} has {listed} pictures, {expected} are known")
     return found
 
 
@@ -463,7 +487,7 @@ class Reports:
     windows: Tensor | None
 
 
-def reports(name: str, root: str | Path, transform: Transform | None = None) -> Reports:
+def reports(name: str | DataSet, root: str | Path, transform: Transform | None = None) -> Reports:
     """The pre-training pairs of a set, from the authors' CSV: img_path,report,llm_output; of OpenI also from its own.
 
     Raises:
@@ -471,10 +495,10 @@ def reports(name: str, root: str | Path, transform: Transform | None = None) -> 
         MissingData: no such CSV.
         CorruptFile: columns that are not there, or windows that are not as many as the pictures.
     """
-    dataset = find(name, "xrays")
+    dataset = name if isinstance(name, DataSet) else find(name, "xrays")
     folder = dataset.folder(root)
     path = next((folder / file for file in REPORTS if (folder / file).is_file()), None)
-    if path is None and name == "xrays/openi":
+    if path is None and dataset.name == "xrays/openi":
         return _openi(dataset, root, transform)
     if path is None:
         raise dataset.missing(root, f"none of {', '.join(REPORTS)} is there")

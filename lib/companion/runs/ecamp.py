@@ -242,11 +242,13 @@ def _pretraining(p: SimpleNamespace, title: str, words: Vocabulary, pairs: Calla
 
 
 def _paper(p: SimpleNamespace) -> Setting:
-    """The published pre-training on the set's pictures and reports."""
-    _check(p.dataset, "pre-training")
-    found = xrays.reports(p.dataset, p.data_root, xrays.pretrain_transform())
-    own = DATASETS[p.dataset].folder(p.data_root) / "mimic_wordpiece.json"
-    words = Vocabulary.read(own) if own.is_file() else Vocabulary.train(found.texts)
+    """The published pre-training on the set's pictures and reports; "folder": those of `data_root` itself."""
+    if p.dataset != "folder":
+        _check(p.dataset, "pre-training")
+    dataset = xrays.own(p.data_root) if p.dataset == "folder" else DATASETS[p.dataset]
+    found = xrays.reports(dataset, p.data_root, xrays.pretrain_transform())
+    stored = dataset.folder(p.data_root) / "mimic_wordpiece.json"
+    words = Vocabulary.read(stored) if stored.is_file() else Vocabulary.train(found.texts)
 
     def pairs(method: str) -> Pairs:
         options = {"statements": found.statements, "windows": found.windows} | PRETRAINED[method][1]
@@ -390,7 +392,7 @@ def _check(dataset: str, kind: str) -> None:
     """Raises `BadParameter` for a set that cannot be used so."""
     known = [name for name, d in DATASETS.items() if d.task == "xrays" and d.group != "pocket" and kind in tasks(name)]
     if dataset not in known:
-        raise BadParameter("dataset", dataset, known)
+        raise BadParameter("dataset", dataset, [*known, "folder"] if kind == "pre-training" else known)
 
 
 def _splits(p: SimpleNamespace, kind: str) -> dict[str, Dataset]:
