@@ -298,6 +298,55 @@ def test_killed_in_the_middle_and_resumed(path, tmp_path):
     assert not parts.exists()
 
 
+LARGE = """
+import resource, sys, torch
+from companion import slides
+from companion.models import hvit
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = hvit.build("pocket", patches=4).eval()
+tiling = slides.Tiling(region=1024, mpp=0.5, otsu=True, area=4)
+slides.extract({path!r}, model.embed_patches, sys.argv[1], tiling=tiling, encoder=slides.fingerprint(model.patch))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_a_slide_of_50_000_pixels_a_side(tmp_path):
+    """Written, tiled and encoded in less than 2 GB; killed in the middle, it ends with the same features."""
+    side, path = 50_000, tmp_path / "large.tiff"
+    block = np.random.default_rng(0).normal((200, 120, 170), 20, (256, 256, 3)).clip(0, 255).astype(np.uint8)
+
+    def rows(y0, y1):
+        strip = np.full((y1 - y0, side, 3), 255, np.uint8)
+        for left, top, width, height in ((6_000, 10_000, 9_000, 8_000), (30_000, 25_000, 7_000, 12_000)):
+            a, b = max(y0, top), min(y1, top + height)
+            if a < b:
+                strip[a - y0 : b - y0, left : left + width] = block[np.arange(a, b) % 256][:, np.arange(width) % 256]
+        return strip
+
+    slides.write_pyramid(path, rows, (side, side), 0.5, (1, 4, 16, 64))
+    code = LARGE.format(path=str(path))
+
+    def run(out):
+        return subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, text=True)
+
+    whole = run(tmp_path / "whole.h5")
+    peak, _ = whole.communicate()
+    assert whole.returncode == 0 and int(peak) < 2_000_000  # kilobytes
+    killed = run(tmp_path / "killed.h5")
+    parts, deadline = tmp_path / "killed.h5.parts", time.monotonic() + 300
+    while len(list(parts.glob("[0-9]*.safetensors"))) < 20:
+        assert time.monotonic() < deadline and killed.poll() is None
+        time.sleep(0.1)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not (tmp_path / "killed.h5").exists()
+    assert run(tmp_path / "killed.h5").communicate() and (tmp_path / "killed.h5").is_file()
+    found, again = (slides.read_features(tmp_path / f"{name}.h5") for name in ("whole", "killed"))
+    assert len(found["coords"]) > 100 and torch.equal(found["features"], again["features"])
+
+
 def test_features_of_two_encoders_are_not_mixed(path, tmp_path):
     out = slides.extract(path, mean_colour, tmp_path / "a.h5", tiling=SMALL, encoder="one")
     before = out.read_bytes()
