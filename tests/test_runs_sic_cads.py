@@ -20,7 +20,7 @@ SEED = 5
 
 
 def given(**changes) -> SimpleNamespace:
-    return SimpleNamespace(**dict(profile="pocket", dry_run=False, seed=SEED) | changes)
+    return SimpleNamespace(**dict(profile="pocket", dry_run=False, seed=SEED, branch="SIC-CADS", gamma=0.5) | changes)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,18 @@ def test_a_model_without_a_teacher_has_the_learned_branches(live):
         assert tuple(runs.branches(model, found.test[0][0])) == ("text", "visual", "fused")
     finally:
         model.teacher = teacher
+
+
+def test_real_results_join_those_that_the_tables_show(live, tmp_path):
+    found, _, _, looked = live
+    p = given(profile="paper", dataset="detection/ov-coco", detector="google/owlvit-base-patch32", pictures=0)
+    for seed in (0, 1):
+        p.seed = seed
+        runs.keep(tmp_path / "measured.csv", p, found, looked)
+    table = runs.tables(tmp_path / "measured.csv")["OV-COCO, generalised"].set_index("method")
+    ours = runs.scores(found, looked)
+    assert table.loc["owlvit-base-patch32 + SIC-CADS, gamma 0.5", "novel"] == f"– / {ours['novel']:.2f}"
+    assert table.loc["owlvit-base-patch32", "base"] == f"– / {runs.scores(found, looked, gamma=0.0)['base']:.2f}"
 
 
 # --- the study --------------------------------------------------------------------------------------------------------

@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
 from ..data import detection
-from ..errors import BadParameter
 from ..metrics.detection import evaluate, recognition_ap
 from ..models import sic_cads
 from ..pocket import detection as pocket
 from ..pocket import detector as made
 from ..progress import progress
 from ..studies import sic_cads as study
+from . import sic_cads_full as full
 
 TASK, METHOD = "shipped", "SIC-CADS"
 BRANCHES = study.BRANCHES
@@ -71,7 +72,7 @@ def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float
     """
     if p.profile == "pocket":
         return _pocket(p, out, rates)
-    raise BadParameter("profile", p.profile, ["pocket"])
+    return Setting(**full.parts(p))
 
 
 def _pocket(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
@@ -99,8 +100,8 @@ def _pocket(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float
         build=functools.partial(study.build, TASK, p.seed),
         learn=learn,
         detect=detect,
-        branch=METHOD,
-        gamma=study.GAMMA,
+        branch=p.branch,
+        gamma=p.gamma,
         threshold=study.THRESHOLD,
         nms=study.NMS,
         top=study.TOP,
@@ -198,3 +199,19 @@ def recognition(found: Setting, looked: Looked, branch: str) -> dict[str, float]
     n = len(looked.boxes)
     each = torch.from_numpy(recognition_ap(found.test.positives[:n].numpy(), looked.p[branch].numpy()))
     return {name: float(each[mask].nanmean()) for name, mask in (("novel", found.novel), ("base", found.base))}
+
+
+# --- results that gather ----------------------------------------------------------------------------------------------
+
+
+def keep(path: Path, p: SimpleNamespace, found: Setting, looked: Looked) -> None:
+    """Let the real results, with and without refinement, join those in `path`."""
+    for gamma in (0.0, found.gamma):
+        own = full.scores(p, found.test, detections(found, looked, gamma=gamma))
+        row = {"method": full.label(p, gamma > 0), "dataset": p.dataset, "pictures": p.pictures, "seed": p.seed}
+        full.measured(path, row | own)
+
+
+def tables(path: Path) -> dict[str, pd.DataFrame]:
+    """The paper's tables of results by title, with what is in `path` beside the published numbers."""
+    return full.tables(full.measured(path))
