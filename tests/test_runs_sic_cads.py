@@ -1,6 +1,5 @@
 """SIC-CADS' study and the settings that its notebook runs with."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -219,9 +218,9 @@ def test_facts_and_code_name_the_same_things():
     assert set(facts["parameters"]["branch"]["choices"]) == set(runs.BRANCHES)
 
 
-def test_what_is_not_accepted(live):
+def test_what_is_not_accepted(live, out):
     with pytest.raises(KeyError):
-        runs.setting(given(), Path("nowhere"), {})
+        runs.setting(given(), out, {})
     with pytest.raises(BadParameter, match="gamma"):
         runs.refined(live[0], live[3], 0, gamma=1.5)
     with pytest.raises(BadParameter, match="one score for each class"):
