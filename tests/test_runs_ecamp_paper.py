@@ -227,6 +227,16 @@ def test_dry_runs(task, dataset, metric, small):
     assert 0 <= score <= 100 and not model.training
 
 
+def test_nothing_left_to_be_found_is_no_score(small):
+    """As released, pictures where nothing was found are left out; here those are all."""
+    for protocol, expected in (("released", np.nan), ("plain", 0.0)):
+        found = runs.downstream(given(task="detect", dataset="xrays/rsna", dry_run=True, protocol=protocol))
+        model = found.build().eval()
+        for output in model.outputs:
+            nn.init.constant_(output.bias, -20.0)
+        np.testing.assert_equal(found.score(model, found.data["test"]), expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "dataset"),
