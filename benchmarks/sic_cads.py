@@ -121,7 +121,7 @@ def main() -> None:
             (f"{REFINEMENTS} refinements of {BOXES} boxes x {CLASSES} classes / one pass of the branch", refined, plus),
             ("training step / ResNet-50 forward and back, CLIP's crops forward", trained, plain),
         ],
-        rounds=5,
+        rounds=3,
     )
 
 
