@@ -18,7 +18,7 @@ from companion.parity import sa2vp as sa2vp_cases
 FULL_SIZE = {
     *("vit_b16_full", "vit_b16_full_acc", "swin_b_full", "model_256", "track_loop", "model_vitb16", "domain_mae"),
     *("full_l14_pa100k", "hipt_1024", "heatmap_blend", "heatmap_blend_smoothed", "model_full", "attention_map"),
-    *("classifier", "detector", "mlr_lvis_r50"),
+    *("classifier", "detector", "mlr_lvis_r50", "ft_unetformer_swin_b"),
 }
 
 
