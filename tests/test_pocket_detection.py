@@ -1,4 +1,4 @@
-"""The pocket scenes with boxes: places tell the things, novel ones have doubles next door, COCO's readers read them."""
+"""The pocket scenes with boxes: places tell the things, novel ones have doubles next door, COCO's tools read them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from faster_coco_eval import COCO
 from PIL import Image
-from pycocotools.coco import COCO
 from skimage.color import rgb2hsv
 
 from companion.data import detection as reader
