@@ -11,8 +11,10 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
+from companion import climate, report
 from companion.backbones import read_state
 from companion.errors import BadCheckpoint, BadParameter
 from companion.fit import fit, trained_state
@@ -546,3 +548,68 @@ def test_bad_calls():
             list(bands(twin, x[0], **({"tile": 16, "overlap": 4} | options)))
     with pytest.raises(BadParameter, match="size"):
         list(bands(twin, lambda *_: x[0]))
+
+
+# --- the facts --------------------------------------------------------------------------------------------------------
+
+
+def full_size():
+    """The reconstruction at full size, on no memory: Swin-B, states as wide and as many as BERT's."""
+    with torch.device("meta"):
+        return MetaSegNet.build(8, Words(["a"], width=768, length=128, layers=0)).eval()
+
+
+def test_the_facts_name_what_there_is():
+    facts = report.paper("metasegnet")
+    names = [table["id"] for table in facts["tables"]]
+    assert len(set(names)) == len(names) and all(report.published("metasegnet", n).attrs["provenance"] for n in names)
+    choices = {name: rule.get("choices") for name, rule in facts["parameters"].items()}
+    assert choices["augmentation"] == list(metasegnet.AUGMENTATIONS)
+    assert choices["prompt"] == list(climate.LEVELS)
+    claims = {claim["id"]: claim for claim in facts["claims"]}
+    assert len(claims) == len(facts["claims"])
+    methods = {c[side] for c in claims.values() for side in ("better", "worse") if side in c}
+    assert set(choices["method"]) == methods - {"wrong zone's text"}
+    assert {task for c in claims.values() for task in c.get("tasks", [])} == {"seen", "left out"}
+
+
+def test_the_means_of_quoted_rows_are_those_they_print():
+    potsdam = report.published("metasegnet", "potsdam_secondhand").set_index("method")
+    classes = ["ImpSurf", "Building", "LowVeg", "Tree", "Car"]
+    assert ((potsdam[classes].mean(axis=1) - potsdam["mF1"]).abs() < 0.11).all()
+    loveda = report.published("metasegnet", "loveda_secondhand").set_index("method")
+    assert ((loveda.drop(columns="mIoU").mean(axis=1) - loveda["mIoU"]).abs() < 0.11).all()
+
+
+def test_numbers_are_what_was_counted():
+    model = full_size()
+    counted = report.published("metasegnet", "counts").set_index("method").iloc[-1]
+    found = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    assert counted.tolist() == [
+        sum(found.values()) - found["text"],
+        found["encoder"] + found["norms"],
+        found["decoder"],
+        found["fusions"],
+    ]
+
+
+def test_the_cost_is_what_was_counted():
+    model, words = full_size(), 128
+    cost = report.published("metasegnet", "cost").set_index("method")
+    with torch.device("meta"), torch.no_grad():
+        maps = model.maps(torch.zeros(1, 3, 512, 512))
+        encoder = gflop(lambda: model.maps(torch.zeros(1, 3, 512, 512)))
+        decoder = gflop(lambda: model.decoder(maps, (512, 512)))
+        text, mask = torch.zeros(1, words, 768), torch.ones(1, words, dtype=torch.bool)
+        fusion = sum(
+            gflop(lambda f=f, m=m: f(m, text, mask)) for f, m in zip(model.fusions.values(), maps, strict=True)
+        )
+    found = [round(encoder + decoder + fusion, 1), round(encoder, 1), round(fusion, 1)]
+    assert cost.iloc[1].tolist() == found
+    assert cost.iloc[0].tolist()[:2] == [round(encoder + decoder, 1), round(encoder, 1)]
+
+
+def gflop(run) -> float:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() / 1e9
