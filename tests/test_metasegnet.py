@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 
+import open_clip
 import pytest
 import timm
 import torch
@@ -257,6 +258,16 @@ def test_clip_is_frozen_and_its_states_are_its_own():
     assert not any(p.requires_grad for p in encoder.parameters())
     with pytest.raises(BadParameter, match="clip"):
         ClipText(nn.Linear(2, 2), ClipTokens())
+
+
+def test_clips_own_tokenizer_holds_every_text_of_a_zone():
+    torch.manual_seed(0)
+    vision = CLIPVisionCfg(1, width=32, head_width=16, patch_size=16, image_size=32)
+    clip = CLIP(16, vision, CLIPTextCfg(77, 49408, width=32, heads=2, layers=1))
+    encoder, prompts = ClipText(clip, open_clip.get_tokenizer("ViT-B-16")), climate.Prompts.read()
+    assert encoder.words("bare soil!") == ["<start_of_text>", "bare", "soil", "!", "<end_of_text>"]
+    texts = prompts.texts(list(prompts.zones))
+    assert encoder.mask(encoder.ids(texts)).sum(1).max() < 77  # none is cut
 
 
 class BertTokens:
