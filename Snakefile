@@ -179,7 +179,7 @@ rule study_rates:
         touch("build/study/{slug}/rates.done"),
     log:
         "build/study/{slug}/rates.log",
-    threads: workflow.cores or 1
+    threads: workflow.resource_settings.cores or 1
     shell:
         """
         echo "study of {wildcards.slug}, learning rates: started"
