@@ -94,7 +94,7 @@ def front_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
     for slug, paper in papers.items():
         claims = runs[slug]["claims"] if slug in runs else []
         counts = {status: sum(claim["status"] == status for claim in claims) for status in STATUS}
-        said = ", ".join(f"{number} {status}" for status, number in counts.items() if number)
+        said = ", ".join(f"{number} {status.removesuffix('s')}" for status, number in counts.items() if number)
         if slug in runs and runs[slug]["record"].get("study", {}).get("stale"):
             said += "; **its study is older than its code**"
         name = f"[{paper['name']}](notebooks/{slug}.ipynb)" if slug in runs else paper["name"]
