@@ -299,15 +299,15 @@ def test_killed_in_the_middle_and_resumed(path, tmp_path):
 
 
 LARGE = """
-import resource, sys, torch
-from companion import slides
+import sys, torch
+from companion import record, slides
 from companion.models import hvit
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = hvit.build("pocket", patches=4).eval()
 tiling = slides.Tiling(region=1024, mpp=0.5, otsu=True, area=4)
 slides.extract({path!r}, model.embed_patches, sys.argv[1], tiling=tiling, encoder=slides.fingerprint(model.patch))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(record.peak_memory_mb())  # getrusage would count the test process, which may be large
 """
 
 
@@ -333,7 +333,7 @@ def test_a_slide_of_50_000_pixels_a_side(tmp_path):
 
     whole = run(tmp_path / "whole.h5")
     peak, _ = whole.communicate()
-    assert whole.returncode == 0 and int(peak) < 2_000_000  # kilobytes
+    assert whole.returncode == 0 and int(peak.split()[-1]) < 2_000
     killed = run(tmp_path / "killed.h5")
     parts, deadline = tmp_path / "killed.h5.parts", time.monotonic() + 300
     while len(list(parts.glob("[0-9]*.safetensors"))) < 20:
