@@ -139,11 +139,14 @@ def test_the_summary_tells_done_failed_and_not_run_and_gathers_what_was_measured
         json.dumps({"reason": "MissingData: 'rgbt/lasher'\n more", "seconds": 3.0, "memory_mb": 400})
     )
     runs = {name: {} for name in ("sa2vp/seed=0", "sa2vp/seed=1", "bat/run", "bat/other")}
+    single = tmp_path / "sa2vp" / "measured.csv"
+    single.write_text("method,accuracy\nVPT-deep,70.0\n")
     rows = batch.summarise(runs, tmp_path)
+    assert single.read_text() == "method,accuracy\nVPT-deep,70.0\n", "what a run without a grid measured stays"
     assert [row["state"] for row in rows] == ["done", "done", "failed", "not run"]
     with (tmp_path / "summary.csv").open(encoding="utf-8") as file:
         written = list(csv.DictReader(file))
     assert written[0]["seconds"] == "61.5" and written[2]["reason"] == "MissingData: 'rgbt/lasher'"
-    assert (tmp_path / "sa2vp" / "measured.csv").read_text().split() == ["method,accuracy", "SA2VP,81.5", "SA2VP,82.5"]
+    assert (tmp_path / "sa2vp" / "grid.csv").read_text().split() == ["method,accuracy", "SA2VP,81.5", "SA2VP,82.5"]
     text = batch.report(rows, tmp_path)
     assert text.startswith("2 done, 1 failed, 1 not run; ") and "bat/run  MissingData" in text

@@ -170,7 +170,8 @@ def execute(notebook: Path, out: Path, profile: str, parameters: Mapping, gpu: i
 def summarise(runs: Mapping[str, Mapping], reports: Path) -> list[dict]:
     """Write `reports`/summary.csv, a row a run with its seconds, memory and, where it failed, the reason; return it.
 
-    What runs on real data measured (their `measured.csv`) is gathered in one file a paper, `<paper>/measured.csv`.
+    What runs on real data measured (their `measured.csv`) is gathered in one file a paper, `<paper>/grid.csv`; the
+    `measured.csv` beside it belongs to runs without a grid.
     """
     rows, measured = [], {}
     for name in runs:
@@ -192,7 +193,7 @@ def summarise(runs: Mapping[str, Mapping], reports: Path) -> list[dict]:
         rows.append(row)
     _write(reports / "summary.csv", rows)
     for paper, lines in measured.items():
-        _write(reports / paper / "measured.csv", lines)
+        _write(reports / paper / "grid.csv", lines)
     return rows
 
 

@@ -1,6 +1,6 @@
 """How the pocket ECAMP was made, the study's own model trained twice as long, and what it knows.
 
-    python -m companion.pocket.chest_ecamp      (two minutes on one core)
+    python -m companion.pocket.chest_ecamp      (some minutes on one core; the card says how many)
 
 Words learn to look at the picture late in training. So the notebook, which has a minute, trains its live models for
 some hundred steps only, and shows where words look in this one.
