@@ -159,6 +159,42 @@ def test_augmentation_depends_on_the_item_not_on_the_process():
     assert not torch.equal(epochs[0], epochs[1]), "an item is augmented anew each epoch"
 
 
+@pytest.mark.parametrize("parts", [2, 3])
+def test_a_batch_in_parts_gives_the_training_of_a_whole_one(parts):
+    whole, split = nn.Linear(5, 2), nn.Linear(5, 2)
+    split.load_state_dict(whole.state_dict())
+    history = run(whole), run(split, accumulate=parts)
+    np.testing.assert_allclose(*([row["loss"] for row in rows] for rows in history), rtol=1e-5)
+    torch.testing.assert_close(split.weight, whole.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_a_part_of_a_batch_is_what_the_loss_sees():
+    sizes = []
+
+    def loss(model, batch):
+        sizes.append(len(batch[0]))
+        return squared(model, batch)
+
+    fit(nn.Linear(5, 2), loss, pairs(), epochs=1, batch=8, lr=1e-2, accumulate=3, accelerator="cpu")
+    assert sizes == [3, 3, 2] * 8
+
+
+def test_betas_reach_the_optimiser():
+    """The second step of AdamW, by hand."""
+    data = TensorDataset(torch.ones(1, 1))
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+
+    def loss(model, batch):  # gradients of 1, then 3
+        return model.weight.sum() * (1.0 if not model.weight.any() else 3.0)
+
+    settings = dict(epochs=2, batch=1, lr=0.1, schedule="constant", warmup=0, weight_decay=0, accelerator="cpu")
+    fit(model, loss, data, betas=(0.5, 0.8), **settings)
+    mean = (0.5 * 0.5 * 1 + 0.5 * 3) / (1 - 0.5**2)
+    square = (0.8 * 0.2 * 1 + 0.2 * 9) / (1 - 0.8**2)
+    assert model.weight.item() == pytest.approx(-0.1 - 0.1 * mean / square**0.5, rel=1e-5)
+
+
 def test_two_processes_give_the_losses_of_one():
     """The same global batch on two devices (gloo) and on one, to rounding."""
     script = (
@@ -295,6 +331,8 @@ def test_sides_have_rates_of_their_own_and_are_clipped_apart(tmp_path):
         (dict(optimizer="sgd", momentum=1.0), "less than 1"),
         (dict(decay="biases"), "'matrices', 'all'"),
         (dict(batch=9, devices=2), "multiple of devices"),
+        (dict(accumulate=9), "1 to 8"),
+        (dict(betas=(0.9, 1.0)), "less than 1"),
     ],
 )
 def test_bad_settings_name_the_accepted_ones(changes, message):

@@ -94,10 +94,12 @@ def fit(
     *,
     epochs: float,
     batch: int,
+    accumulate: int = 1,
     lr: float | None = None,
     sides: Mapping[str, tuple[Sequence[nn.Parameter], np.ndarray]] | None = None,
     optimizer: str = "adamw",
     momentum: float = 0.9,
+    betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 1e-4,
     decay: str = "matrices",
     schedule: str = "cosine",
@@ -122,8 +124,10 @@ def fit(
         data: map-style; a `TensorDataset` is indexed directly, without a loader.
         epochs: passes over the data, a fraction allowed; the last partial batch of a pass is left out.
         batch: images a step, over all devices together.
-        optimizer: "adamw" (betas 0.9 and 0.999, decay apart from the gradient), or "sgd": with `momentum`, not
-            Nesterov's, the decay added to the gradient.
+        accumulate: parts in which a device takes its share of a batch, one after another, their gradients added up; a
+            loss that is a mean over images comes out the same, in less memory.
+        optimizer: "adamw" (with `betas`, decay apart from the gradient), or "sgd": with `momentum`, not Nesterov's, the
+            decay added to the gradient.
         weight_decay, decay: see `decay_groups`.
         lr, final_lr, schedule, warmup, warmup_lr: see `learning_rates`; `warmup` is a fraction of all steps.
         sides: instead of `lr` and its schedule: by name, tensors and their learning rate at each step, (steps,).
@@ -144,6 +148,8 @@ def fit(
         raise BadParameter("batch", batch, f"1 to {len(data)}, the images there are")
     if batch % devices:
         raise BadParameter("batch", batch, f"a multiple of devices = {devices}")
+    if not 1 <= accumulate <= batch // devices:
+        raise BadParameter("accumulate", accumulate, f"1 to {batch // devices}, a device's images of a step")
     if precision not in PRECISIONS:
         raise BadParameter("precision", precision, PRECISIONS)
     if decay not in DECAYS:
@@ -152,6 +158,8 @@ def fit(
         raise BadParameter("optimizer", optimizer, OPTIMIZERS)
     if not 0 <= momentum < 1:
         raise BadParameter("momentum", momentum, "0 or more and less than 1")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise BadParameter("betas", betas, "0 or more and less than 1")
     if not 0 <= warmup <= 1:
         raise BadParameter("warmup", warmup, "a fraction of the steps, 0 to 1")
     if resume and checkpoint is None:
@@ -169,8 +177,9 @@ def fit(
             raise BadParameter("sides", f"{len(rates)} rates of {side!r}", f"{steps}, one for each step")
     settings = {
         "steps": steps, "batch": batch, "lr": lr, "final_lr": final_lr, "schedule": schedule, "warmup": warmup,
-        "warmup_lr": warmup_lr, "optimizer": optimizer, "momentum": momentum, "weight_decay": weight_decay,
-        "decay": decay, "clip": clip, "seed": seed, "images": len(data), "precision": precision,
+        "warmup_lr": warmup_lr, "optimizer": optimizer, "momentum": momentum, "betas": list(betas),
+        "weight_decay": weight_decay, "accumulate": accumulate, "decay": decay, "clip": clip, "seed": seed,
+        "images": len(data), "precision": precision,
         "sides": {side: zlib.crc32(np.asarray(rates, float).tobytes()) for side, (_, rates) in sides.items()},
         "tensors": zlib.crc32(repr([(n, tuple(t.shape)) for n, t in trained_state(model).items()]).encode()),
     }  # fmt: skip
@@ -186,7 +195,8 @@ def fit(
             for side, (parameters, _) in sides.items()
             for group in decay_groups(parameters, weight_decay, decay)
         ]
-        optim = torch.optim.SGD(groups, 0.0, momentum) if optimizer == "sgd" else torch.optim.AdamW(groups, 0.0)
+        sgd = optimizer == "sgd"
+        optim = torch.optim.SGD(groups, 0.0, momentum) if sgd else torch.optim.AdamW(groups, 0.0, betas)
         if saved:
             model.load_state_dict(saved["model"], strict=False)
             optim.load_state_dict(saved["optimizer"])
@@ -200,8 +210,14 @@ def fit(
             torch.manual_seed(_mix(seed, step, rank))
             for group in optim.param_groups:
                 group["lr"] = float(sides[group["side"]][1][step])
-            value = loss(wrapped, tuple(x.to(fabric.device) for x in items))
-            fabric.backward(value)
+            parts = list(zip(*(x.tensor_split(accumulate) for x in items), strict=True))
+            mean = torch.zeros((), device=fabric.device)
+            for i, part in enumerate(parts):
+                with fabric.no_backward_sync(wrapped, enabled=i + 1 < len(parts)):
+                    value = loss(wrapped, tuple(x.to(fabric.device) for x in part))
+                    value = value * (len(part[0]) / len(items[0]))
+                    fabric.backward(value)
+                mean += value.detach()
             if clip is not None:
                 fabric.strategy.precision.unscale_gradients(optim.optimizer)
                 for side in sides:
@@ -210,7 +226,8 @@ def fit(
                     nn.utils.clip_grad_norm_(own, clip, error_if_nonfinite=precision != "16-mixed")
             optim.step()
             optim.zero_grad(set_to_none=True)
-            mean = value.detach() if ranks == 1 else fabric.all_reduce(value.detach(), reduce_op="mean")
+            if ranks > 1:
+                mean = fabric.all_reduce(mean, reduce_op="mean")
             history.append({"step": step, "lr": optim.param_groups[0]["lr"], "loss": mean})
             if checkpoint and ((step + 1) % checkpoint_every == 0 or step + 1 == steps) and rank == 0:
                 _write(checkpoint, settings, model, optim, history)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,6 @@ import pandas as pd
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from .. import backbones, report
@@ -127,21 +125,6 @@ def pretrain_rates(steps_an_epoch: int) -> np.ndarray:
     return r["lr"] * np.where(epoch < r["warmup_epochs"], epoch / r["warmup_epochs"], falling)
 
 
-@contextlib.contextmanager
-def betas(first: float, second: float) -> Iterator[None]:
-    """Optimisers that step inside have these betas."""
-
-    def put(optimizer: torch.optim.Optimizer, *_: object) -> None:
-        for group in optimizer.param_groups:
-            group["betas"] = (first, second)
-
-    handle = register_optimizer_step_pre_hook(put)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def pretrain(
     p: SimpleNamespace,
     model: ECAMP,
@@ -158,37 +141,27 @@ def pretrain(
         rates: of each step; the published ones without it.
         at_once: pairs that go through a device together; the gradients of a step's pairs are added up.
         changes: arguments of `fit`.
-
-    Raises:
-        BadParameter: fp16 with more pairs a step than go through together: its scaler would have to see each part.
     """
     r = recipe("recipe-pretraining")
     options = {"batch": min(int(r["effective_batch"]), len(data)), "seed": p.seed, "accelerator": p.accelerator,
                "devices": p.devices, "precision": p.precision, "workers": WORKERS, "name": "pre-training",
-               "weight_decay": r["weight_decay"]} | changes  # fmt: skip
-    if p.precision == "16-mixed" and options["batch"] > at_once * p.devices:
-        raise BadParameter("precision", p.precision, "'bf16-mixed' or '32-true' where gradients are added up")
+               "weight_decay": r["weight_decay"], "betas": (r["beta1"], r["beta2"])} | changes  # fmt: skip
     per_epoch = len(data) // options["batch"]
     rates = pretrain_rates(per_epoch) if rates is None else rates
+    of_parts = []
 
     def loss(model: nn.Module, items: tuple[Tensor, ...]) -> Tensor:
-        parts = list(zip(*(t.split(at_once) for t in items), strict=True))
-        sums = torch.zeros(4, device=items[0].device)
-        for i, part in enumerate(parts):
-            found = model(ecamp.Batch(*part))
-            share = len(part[0]) / len(items[0])
-            sums += share * torch.stack([x.detach() for x in found])
-            value = share * found.total
-            if i < len(parts) - 1:
-                value.backward()
+        found = model(ecamp.Batch(*items))
         if terms is not None:
-            terms.append(sums.tolist())
-        # the gradient is the last part's, the value that of all
-        return value + (sums[0] - value.detach())
+            of_parts.append([float(x.detach()) for x in found])
+        return found.total
 
     sides = {"all": ([t for t in model.parameters() if t.requires_grad], rates)}
-    with betas(r["beta1"], r["beta2"]):
-        return fit(model, loss, data, epochs=len(rates) / per_epoch, sides=sides, **options)
+    parts = -(-options["batch"] // (options["devices"] * at_once))
+    history = fit(model, loss, data, epochs=len(rates) / per_epoch, accumulate=parts, sides=sides, **options)
+    if terms is not None:
+        terms.extend(np.reshape(of_parts, (-1, parts, 4)).mean(1).tolist())
+    return history
 
 
 @torch.inference_mode()
