@@ -25,7 +25,7 @@ from ..pocket import tracking as pocket
 from ..tracking import follow
 
 RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
-SEEDS = [0, 1, 2]
+SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 100
 METRIC = "SR"
 PAIRS, BATCH = 6400, 32

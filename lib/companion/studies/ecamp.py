@@ -30,7 +30,7 @@ from ..models.ecamp_text import Pairs, Vocabulary
 from ..pocket import chests as pocket
 
 RATES = [1e-3, 2e-3, 4e-3]
-SEEDS = [0, 1, 2]
+SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 100
 METRIC = "AUROC 50"
 # 600 steps: with fewer the words have not yet learned to look. The published decay; warm-up over a tenth, cosine to the

@@ -24,7 +24,7 @@ from ..models import sa2vp, vpt
 from ..pocket import classification as pocket
 
 RATES = [1e-3, 3e-3, 1e-2, 3e-2]
-SEEDS = [0, 1, 2]
+SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 100
 EPOCHS, BATCH = 8, 20
 WIDTH, SCALE, TOKENS = 8, 1.5, 8
