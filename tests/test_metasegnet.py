@@ -36,7 +36,7 @@ from companion.models.metasegnet import (
     swin,
     views,
 )
-from companion.models.metasegnet_text import BertText, ClipText, Words
+from companion.models.metasegnet_text import BertText, ClipText, Words, headless
 from companion.parity import Case, compare, folder
 
 TEXTS = ["bare land is pale sand", "bare land is red laterite; towns use clay tiles"]
@@ -624,3 +624,19 @@ def gflop(run) -> float:
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops() / 1e9
+
+
+def test_a_text_without_its_header_keeps_its_description():
+    prompts = climate.Prompts.read()
+    text = prompts.text("Cfa")
+    hidden = headless(text)
+    assert hidden == "climate zone unknown, unknown unknown." + text.partition(".")[2]
+    encoder = Words.of([text])
+    ids, plain = encoder.ids([hidden])[0], encoder.ids([text])[0]
+    changed = ids != plain
+    assert changed.sum() == 3 and (ids[changed] == 1).all()  # code and name: the encoder's unknown word
+    assert headless(prompts.text("Dfb", "name"), "[UNK]") == "climate zone [UNK], [UNK] [UNK] [UNK] [UNK] [UNK]"
+    for text in (prompts.constant, prompts.unknown, ""):
+        assert headless(text) == text
+    # with the header away, zones of one description are one
+    assert headless("climate zone BSh, hot steppe. dry.") == headless("climate zone BWh, hot desert. dry.")

@@ -13,6 +13,7 @@ encoded once and kept, since a data set has at most one text for each of the 30 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,6 +21,8 @@ from open_clip.model import CLIP
 from torch import Tensor, nn
 
 from ..errors import BadParameter
+
+_HEADER = "climate zone "  # how `climate.Prompts` begins the text of a zone
 
 
 class TextEncoder(nn.Module):
@@ -200,6 +203,25 @@ class BertText(TextEncoder):
 def split(text: str) -> list[str]:
     """The words of a text in lower case; what is no letter, digit or hyphen parts them."""
     return "".join(c if c.isalnum() or c == "-" else " " for c in text.lower()).split()
+
+
+def headless(text: str, unknown: str = "unknown") -> str:
+    """A text of `climate.Prompts` without its zone: each word of code and name becomes `unknown`, the rest stays.
+
+    "climate zone Cfa, humid subtropical. bare soil ..." -> "climate zone unknown, unknown unknown. bare soil ...".
+    In training half of the images get it (header dropout, section 14), so that the description has to be read; a text
+    that begins otherwise stays as it is.
+
+    Args:
+        unknown: a word that the encoder does not know; of BERT its own "[UNK]".
+    """
+    head, point, description = text.partition(".")
+    if not head.lower().startswith(_HEADER):
+        return text
+    zone = "".join(
+        unknown if re.match(r"[\w-]", part) else part for part in re.split(r"([\w-]+)", head[len(_HEADER) :])
+    )
+    return head[: len(_HEADER)] + zone + point + description
 
 
 def _checked(texts: Sequence[str]) -> Sequence[str]:
