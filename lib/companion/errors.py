@@ -56,6 +56,20 @@ class CorruptFile(CompanionError):
         super().__init__(f"cannot read {path}: {reason}")
 
 
+class CannotWrite(CompanionError, OSError):
+    """The disk is full, or the user's share of it. What was there before is still there; nothing half-written is."""
+
+    def __init__(self, path: str | Path, free: int):
+        self.path, self.free = Path(path), free
+        super().__init__(
+            f"cannot write {path}: no space is left ({free / 1e6:.1f} MB free). Make room, or choose another folder; "
+            "what was there before is untouched, and a run that can be resumed goes on from it"
+        )
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class BadCheckpoint(CompanionError):
     """A state dict does not fit the model: the names that are missing, unknown or of another shape are listed."""
 
