@@ -1,0 +1,225 @@
+"""Pictures of the land with a georeference: read by windows, labelled by windows, written so that a GIS opens them.
+
+    with Raster("area.tif") as area:
+        area.size, area.place                    (H, W); latitude and longitude of its middle, or None
+        area.read(0, 0, 512, 512)                uint8 (3, 512, 512), only that part is decoded
+    label(tiles, "area.tif", "cover.tif", palette)
+        tiles = functools.partial(metasegnet.bands, network, tile=512); any size in bounded memory
+
+What GDAL reads is read: GeoTIFF, and PNG or JPEG with a world file (.pgw, .jgw) and, for the system of coordinates,
+which a world file does not have, a .prj beside it. rasterio brings GDAL: `pip install -e ".[landcover]"`. PNG and JPEG
+have no parts to decode by themselves: they are decoded whole, by Pillow, since GDAL gives noise for the missing part of
+a truncated PNG.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .errors import BadParameter, CompanionError, CorruptFile
+from .files import atomic
+
+SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as the author of GeoSeg normalises
+NODATA = 255  # of a written map: where the picture has none
+BLOCK = 512  # side of a written map's tiles
+CACHE_MB = 256  # of GDAL's decoded blocks; its own default is a share of the machine's memory
+
+
+def _rasterio():
+    try:
+        import rasterio
+    except ImportError as error:
+        raise CompanionError("GeoTIFFs need rasterio, which is not installed: pip install -e '.[landcover]'") from error
+    return rasterio
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """GDAL with a bounded cache, without files of its own beside the pictures and without words on plain ones."""
+    rasterio = _rasterio()
+    with rasterio.Env(GDAL_CACHEMAX=CACHE_MB, GDAL_PAM_ENABLED="NO"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        yield
+
+
+class Raster:
+    """A picture on disk.
+
+    Attributes:
+        path, size: (H, W) in pixels.
+        crs: its system of coordinates (`rasterio.crs.CRS`), None when nothing says it.
+        transform: from (column, row) to coordinates (`affine.Affine`); the identity where there is no georeference.
+
+    Args:
+        crs: for a file that does not say it, such as a PNG with a world file: anything rasterio takes ("EPSG:32633").
+
+    Raises:
+        CorruptFile: it is missing, or no picture that GDAL reads.
+        CompanionError: rasterio is not installed.
+    """
+
+    def __init__(self, path: str | Path, crs: object = None):
+        rasterio, self.path = _rasterio(), Path(path)
+        with quiet():
+            try:
+                self._file = rasterio.open(self.path)
+            except rasterio.errors.RasterioError as error:
+                raise CorruptFile(path, f"no picture that GDAL reads ({error})") from error
+            self.size, self.transform = (self._file.height, self._file.width), self._file.transform
+            self.crs = self._file.crs or self._beside() or (rasterio.crs.CRS.from_user_input(crs) if crs else None)
+        self._whole = None  # of a PNG or JPEG, (H, W) or (H, W, bands), once it is asked for
+
+    def _beside(self):
+        """The system of coordinates of a .prj with the picture's name."""
+        rasterio, path = _rasterio(), self.path.with_suffix(".prj")
+        if not path.is_file():
+            return None
+        try:
+            return rasterio.crs.CRS.from_wkt(path.read_text(encoding="utf-8"))
+        except (rasterio.errors.CRSError, UnicodeDecodeError) as error:
+            raise CorruptFile(path, f"no system of coordinates ({error})") from error
+
+    def __enter__(self) -> Raster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @property
+    def place(self) -> tuple[float, float] | None:
+        """Latitude and longitude of the middle in degrees; None without a georeference."""
+        if self.crs is None or self.transform.is_identity:
+            return None
+        rasterio = _rasterio()
+        from rasterio.warp import transform
+
+        height, width = self.size
+        x, y = rasterio.transform.xy(self.transform, height / 2, width / 2, offset="ul")
+        (longitude,), (latitude,) = transform(self.crs, "EPSG:4326", [x], [y])
+        return (latitude, longitude) if math.isfinite(latitude) and math.isfinite(longitude) else None
+
+    def raw(self, bands: Sequence[int], top: int = 0, left: int = 0, rows: int | None = None,
+            columns: int | None = None) -> np.ndarray:  # fmt: skip
+        """A window of some bands, counted from 1, uint8 (bands, rows, columns); the whole picture without a window.
+
+        Raises `CorruptFile`: fewer bands, another type than uint8, or a part that cannot be decoded."""
+        rasterio = _rasterio()
+        if self._file.count < max(bands):
+            raise CorruptFile(self.path, f"it has {self._file.count} band(s), {max(bands)} are needed")
+        if (kind := self._file.dtypes[bands[0] - 1]) != "uint8":
+            raise CorruptFile(self.path, f"its pixels are {kind}; uint8 is needed (gdal_translate -ot Byte -scale)")
+        rows, columns = rows or self.size[0] - top, columns or self.size[1] - left
+        if self._file.driver != "GTiff":
+            part = np.atleast_3d(self._decoded())[top : top + rows, left : left + columns]
+            return np.stack([part[..., band - 1] for band in bands])
+        with quiet():
+            try:
+                return self._file.read(list(bands), window=rasterio.windows.Window(left, top, columns, rows))
+            except rasterio.errors.RasterioError as error:
+                raise CorruptFile(self.path, f"rows {top} to {top + rows} cannot be decoded ({error})") from error
+
+    def _decoded(self) -> np.ndarray:
+        if self._whole is None:
+            try:
+                with Image.open(self.path) as image:
+                    self._whole = np.asarray(image)
+            except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+                raise CorruptFile(self.path, f"it cannot be decoded ({error})") from error
+        return self._whole
+
+    def read(self, *window: int) -> np.ndarray:
+        """Red, green and blue, uint8 (3, rows, columns), of a window (top, left, rows, columns) that lies inside; or
+        all of it. Further bands (infrared) are left alone. Raises as `raw`."""
+        return self.raw((1, 2, 3), *window)
+
+    def valid(self, top: int, left: int, rows: int, columns: int) -> np.ndarray:
+        """Where a window has data, bool (rows, columns), by the file's no-data value, mask or transparency.
+
+        A fourth band is transparency when the file says so, and infrared otherwise."""
+        rasterio = _rasterio()
+        with quiet():
+            return self._file.dataset_mask(window=rasterio.windows.Window(left, top, columns, rows)) > 0
+
+    @property
+    def colours(self) -> dict[int, tuple[int, ...]]:
+        """The colour table of a map; empty without one."""
+        try:
+            return self._file.colormap(1)
+        except ValueError:
+            return {}
+
+
+def write_map(path: str | Path, rows: Iterable[tuple[int, np.ndarray]], like: Raster, palette: Sequence[Sequence[int]],
+              names: Sequence[str] = ()) -> Path:  # fmt: skip
+    """Write a map of classes as a tiled GeoTIFF with a colour table and the georeference of a picture.
+
+    It is written under a temporary name and renamed. `NODATA` is its no-data value, shown as nothing.
+
+    Args:
+        rows: (top, classes as uint8 (n, W)), together every row.
+        palette: red, green, blue, 0 to 255, of each class.
+        names: of the classes, kept as tags CLASS_0, CLASS_1, ...
+    """
+    rasterio = _rasterio()
+    if not 1 <= len(palette) <= NODATA:
+        raise BadParameter("palette", f"{len(palette)} colours", f"1 to {NODATA}")
+    height, width = like.size
+    profile = {"driver": "GTiff", "height": height, "width": width, "count": 1, "dtype": "uint8", "nodata": NODATA,
+               "crs": like.crs, "tiled": True, "blockxsize": BLOCK, "blockysize": BLOCK, "compress": "deflate",
+               "BIGTIFF": "IF_SAFER"}  # fmt: skip
+    if not like.transform.is_identity:
+        profile["transform"] = like.transform
+    with atomic(path) as temporary, quiet():
+        with rasterio.open(temporary, "w", **profile) as file:
+            table: Mapping[int, tuple[int, ...]] = {i: (*colour, 255) for i, colour in enumerate(palette)}
+            file.write_colormap(1, {**table, NODATA: (0, 0, 0, 0)})
+            file.update_tags(**{f"CLASS_{i}": name for i, name in enumerate(names)})
+            done = 0
+            for top, classes in rows:
+                file.write(classes, 1, window=rasterio.windows.Window(0, top, width, len(classes)))
+                done += len(classes)
+        if done != height:
+            raise BadParameter("rows", f"{done} of them", f"all {height} of {like.path}")
+    return Path(path)
+
+
+def pixels(raw: np.ndarray) -> Tensor:
+    """Pixels uint8 (..., 3, H, W) as a network takes them: float32, normalised with `MEAN` and `STD`."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
+    return (torch.from_numpy(raw).float() / 255 - mean) / std
+
+
+def label(tiles: Callable[..., Iterable], path: str | Path, out: str | Path, palette: Sequence[Sequence[int]],
+          names: Sequence[str] = (), crs: object = None) -> Path:  # fmt: skip
+    """The most likely class of each pixel of a picture of any size, written as `write_map` does.
+
+    The picture is read and the map written by windows, so memory grows with the width of the picture at most.
+
+    Args:
+        tiles: (source, size) -> parts from the top to the bottom with `top` and `logits` (C, n, W); `source` is a
+            function (top, left, rows, columns) -> normalised float32 (3, rows, columns).
+            `functools.partial(metasegnet.bands, network)` is one.
+        crs: see `Raster`.
+
+    Raises:
+        CorruptFile: the picture cannot be read.
+    """
+    with Raster(path, crs) as raster:
+
+        def rows() -> Iterator[tuple[int, np.ndarray]]:
+            for part in tiles(lambda *window: pixels(raster.read(*window)), raster.size):
+                classes = part.logits.argmax(0).to(torch.uint8).cpu().numpy()
+                there = raster.valid(part.top, 0, *classes.shape)
+                yield part.top, np.where(there, classes, np.uint8(NODATA))
+
+        return write_map(out, rows(), raster, palette, names)
