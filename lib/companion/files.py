@@ -39,14 +39,41 @@ def atomic(path: str | Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     except Exception as error:
-        free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
-        # safetensors says it in words
-        if getattr(error, "errno", None) in NO_SPACE or "os error 28" in str(error) or free < FULL:
-            raise CannotWrite(path, free) from error
+        _if_full(path, error)
         raise
     finally:
         if temporary:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder`, which takes its place when the block ends well, and is removed when not.
+
+    Raises:
+        CannotWrite: the disk became full.
+    """
+    folder = Path(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
+            new = Path(name) / folder.name
+            new.mkdir()
+            yield new
+            if folder.exists():
+                shutil.rmtree(folder)
+            new.replace(folder)
+    except Exception as error:
+        _if_full(folder, error)
+        raise
+
+
+def _if_full(path: Path, error: Exception) -> None:
+    """Raise `CannotWrite` when that is why `error` came."""
+    free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
+    # safetensors says it in words
+    if getattr(error, "errno", None) in NO_SPACE or "os error 28" in str(error) or free < FULL:
+        raise CannotWrite(path, free) from error
 
 
 def write_json(path: str | Path, value: object) -> None:

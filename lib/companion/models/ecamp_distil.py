@@ -17,13 +17,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+import shutil
 import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ..errors import CompanionError, CorruptFile, MissingWeights
+from ..errors import CannotWrite, CompanionError, CorruptFile, MissingWeights
 from ..progress import progress
 from .ecamp_text import ENTITIES
 
@@ -256,6 +257,8 @@ def _open(path: str | Path) -> Iterator[sqlite3.Connection]:
         file.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL, why TEXT NOT NULL)")
         yield file
     except sqlite3.DatabaseError as error:
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+            raise CannotWrite(path, shutil.disk_usage(Path(path).parent).free) from error
         raise CorruptFile(path, f"not a file of distilled reports ({error})") from error
     finally:
         file.close()

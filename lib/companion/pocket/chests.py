@@ -28,8 +28,6 @@ from __future__ import annotations
 
 import ast
 import csv
-import shutil
-import tempfile
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -42,7 +40,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData
-from ..files import read_json, write_json
+from ..files import atomic_folder, read_json, write_json
 from .scenes import SPLITS
 
 SIZE = 64  # side of every picture, in pixels
@@ -177,10 +175,9 @@ def write(root: str | Path, seed: int = 0) -> Path:
     record = {"seed": seed, "version": VERSION, "counts": COUNTS, "findings": list(FINDINGS)}
     if _finished(folder, record):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # in a folder beside it first: a reader never meets half a data set
-    with tempfile.TemporaryDirectory(prefix=".chests-", dir=folder.parent) as name:
-        new, number = Path(name) / "chests", 0
+    with atomic_folder(folder) as new:
+        number = 0
         for part in ("images", "masks"):
             (new / part).mkdir(parents=True)
         for split, count in COUNTS.items():
@@ -194,9 +191,6 @@ def write(root: str | Path, seed: int = 0) -> Path:
             if split == "train":
                 vocabulary(chest.report for chest in drawn).save(str(new / "wordpiece.json"))
         write_json(new / "chests.json", record)
-        if folder.exists():
-            shutil.rmtree(folder)
-        new.replace(folder)
     return folder
 
 

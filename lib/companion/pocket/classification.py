@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -28,7 +26,7 @@ from skimage.color import hsv2rgb
 from sklearn.datasets import load_digits
 
 from ..errors import BadParameter
-from ..files import write_json
+from ..files import atomic_folder, write_json
 from .scenes import PLACES, SIZE, SPLITS, canvas, cut, quantise, scene
 
 TEXTURES = (
@@ -184,9 +182,7 @@ def write(root: str | Path, tasks: Iterable[str] = tuple(TASKS), seed: int = 0) 
 
 def _write_task(folder: Path, task: str, seed: int) -> None:
     """Make a task in a folder beside `folder`, then put it in its place: a reader never meets half a task."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{task}-", dir=folder.parent) as name:
-        new = Path(name) / task
+    with atomic_folder(folder) as new:
         lines: dict[str, list[str]] = {}
         for split in SPLITS:
             (new / "images" / split).mkdir(parents=True)
@@ -198,6 +194,3 @@ def _write_task(folder: Path, task: str, seed: int) -> None:
         for listing, splits in LISTS.items():
             (new / listing).write_text("".join(line for split in splits for line in lines[split]), encoding="utf-8")
         write_json(new / "task.json", _record(task, seed))
-        if folder.exists():
-            shutil.rmtree(folder)
-        new.replace(folder)

@@ -20,8 +20,6 @@ Backgrounds and surfaces of training, validation and test are cut from tiles of 
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +29,7 @@ from scipy.ndimage import gaussian_filter
 from skimage.color import hsv2rgb
 
 from ..errors import BadParameter, CompanionError
-from ..files import read_json, write_json
+from ..files import atomic_folder, read_json, write_json
 from .scenes import SPLITS, cut, photograph, quantise, tiles
 
 SIDE = 64  # of every picture, in pixels
@@ -268,10 +266,8 @@ def write(root: str | Path, seed: int = 0) -> Path:
     record = {"seed": seed, "version": VERSION, "counts": COUNTS, "classes": list(CLASSES)}
     if _finished(folder, record):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # in a folder beside it first: a reader never meets half a data set
-    with tempfile.TemporaryDirectory(prefix=".detection-", dir=folder.parent) as name:
-        new = Path(name) / "detection"
+    with atomic_folder(folder) as new:
         for split, count in COUNTS.items():
             drawn = scenes(count, split, seed)
             (new / split).mkdir(parents=True)
@@ -280,9 +276,6 @@ def write(root: str | Path, seed: int = 0) -> Path:
                 Image.fromarray(shown.image).save(new / split / entry["file_name"])
             write_json(new / "annotations" / f"instances_{split}.json", found)
         write_json(new / "detection.json", record)
-        if folder.exists():
-            shutil.rmtree(folder)
-        new.replace(folder)
     return folder
 
 

@@ -22,8 +22,6 @@ and novel classes are combinations of the same words: every one of them is seen 
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +32,7 @@ from PIL import Image
 from skimage.color import hsv2rgb, rgb2hsv
 
 from ..errors import BadParameter, CompanionError
-from ..files import read_json, write_json
+from ..files import atomic_folder, read_json, write_json
 from .scenes import HUES, PLACES, SHAPES, SIZE, SPLITS, canvas, coverage, cut, quantise
 
 EACH = {"train": 16, "val": 20, "test": 40}  # pictures of each class
@@ -161,10 +159,8 @@ def write(root: str | Path, domain: str, seed: int = 0) -> Path:
     record = {"domain": domain, "seed": seed, "version": VERSION, "classes": world.classes, "each": EACH}
     if _finished(folder, record):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # in a folder beside it first: a reader never meets half a domain
-    with tempfile.TemporaryDirectory(prefix=f".{domain}-", dir=folder.parent) as name:
-        new = Path(name) / domain
+    with atomic_folder(folder) as new:
         listing: dict[str, list] = {split: [] for split in SPLITS}
         sensors: dict[str, int] = {}
         for split in SPLITS:
@@ -179,9 +175,6 @@ def write(root: str | Path, domain: str, seed: int = 0) -> Path:
         write_json(new / "split.json", listing)
         write_json(new / "sensors.json", sensors)
         write_json(new / "domain.json", record)
-        if folder.exists():
-            shutil.rmtree(folder)
-        new.replace(folder)
     return folder
 
 

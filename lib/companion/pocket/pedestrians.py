@@ -16,8 +16,6 @@ Backgrounds and cloth of training, validation and test are cut from tiles of the
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,7 +27,7 @@ from scipy.io import savemat
 from skimage.color import hsv2rgb
 
 from ..errors import BadParameter, CompanionError
-from ..files import read_json, write_json
+from ..files import atomic_folder, read_json, write_json
 from .scenes import PHOTOGRAPHS, SPLITS, cut, photograph, quantise, tiles
 
 HEIGHT, WIDTH = 64, 32  # of every picture, in pixels
@@ -283,10 +281,9 @@ def write(root: str | Path, seed: int = 0) -> Path:
     record = {"seed": seed, "version": VERSION, "counts": COUNTS, "attributes": list(ATTRIBUTES)}
     if _finished(folder, record):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # in a folder beside it first: a reader never meets half a data set
-    with tempfile.TemporaryDirectory(prefix=".pedestrians-", dir=folder.parent) as name:
-        new, number = Path(name) / "pedestrians", 0
+    with atomic_folder(folder) as new:
+        number = 0
         (new / "data").mkdir(parents=True)
         facts = {"attributes": _cells(SENTENCES.values())}
         for split, count in COUNTS.items():
@@ -299,9 +296,6 @@ def write(root: str | Path, seed: int = 0) -> Path:
             facts[f"{split}_label"] = np.array([person.labels for person in persons], np.uint8)
         savemat(new / "annotation.mat", facts)
         write_json(new / "pedestrians.json", record)
-        if folder.exists():
-            shutil.rmtree(folder)
-        new.replace(folder)
     return folder
 
 

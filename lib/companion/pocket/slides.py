@@ -21,8 +21,6 @@ own, as in `scenes`. `data.slides` reads them as PANDA.
 from __future__ import annotations
 
 import csv
-import shutil
-import tempfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +30,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import BadParameter, CompanionError
-from ..files import read_json, write_json
+from ..files import atomic_folder, read_json, write_json
 from ..slides import Tiling, write_pyramid
 from .scenes import SPLITS, photograph, quantise, tiles
 
@@ -245,10 +243,8 @@ def write(root: str | Path, task: str, seed: int = 0) -> Path:
     record = {"task": task, "seed": seed, "version": VERSION, "counts": COUNTS}
     if _finished(final, record):
         return final
-    final.parent.mkdir(parents=True, exist_ok=True)
     # in a folder beside it first: a reader never meets half a data set
-    with tempfile.TemporaryDirectory(prefix=f".slides-{task}-", dir=final.parent) as name:
-        new = Path(name) / "slides"
+    with atomic_folder(final) as new:
         lists, drawn = {split: [] for split in COUNTS}, {}
         for split, count in COUNTS.items():
             for number, slide in enumerate(slides(count, task, split, seed)):
@@ -261,9 +257,6 @@ def write(root: str | Path, task: str, seed: int = 0) -> Path:
         for split, pairs in lists.items():
             _csv(new / "folds" / "fold-0" / f"{FILES[split]}.csv", ("slide_id", "isup_grade"), pairs)
         write_json(new / "drawn.json", record | {"slides": drawn})
-        if final.exists():
-            shutil.rmtree(final)
-        new.replace(final)
     return final
 
 

@@ -37,8 +37,6 @@ from __future__ import annotations
 import colorsys
 import functools
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,7 +47,7 @@ from PIL import Image
 
 from ..data.tracking import box_in_crop, crop
 from ..errors import BadParameter, CorruptFile, MissingData
-from ..files import write_json
+from ..files import atomic_folder, write_json
 from .scenes import PHOTOGRAPHS, SPLITS, Cut, photograph, quantise, tiles
 
 CANVAS = 128  # side of every frame, in pixels
@@ -589,10 +587,8 @@ def write(root: str | Path, seed: int = 0) -> Path:
     folder = Path(root) / "pocket" / "rgbt"
     if finished(folder, seed):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # made in a folder beside it and then put in its place: a reader never meets half of it
-    with tempfile.TemporaryDirectory(prefix=".rgbt-", dir=folder.parent) as name:
-        new = Path(name) / "rgbt"
+    with atomic_folder(folder) as new:
         attributes = []
         for split, count in SEQUENCES.items():
             videos = [plan(split, index, seed) for index in range(count)]
@@ -603,9 +599,6 @@ def write(root: str | Path, seed: int = 0) -> Path:
             (new / f"{split}.txt").write_text("".join(f"{video.name}\n" for video in videos), encoding="utf-8")
         (new / "attributes.txt").write_text("".join(attributes), encoding="utf-8")
         write_json(new / "task.json", _record(seed))
-        if folder.exists():
-            shutil.rmtree(folder)
-        new.replace(folder)
     return folder
 
 
