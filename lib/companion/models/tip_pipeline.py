@@ -1,0 +1,396 @@
+"""TIP as a pipeline of diffusers: pictures and two texts in, restored pictures out; sizes, saving, loading.
+
+    pipe = build("pocket", vocabulary)                   or TIPPipeline.from_stable_diffusion()
+    pipe(image, "A zebra on grass", "Deblur with sigma 3.0; Denoise with sigma 0.08").images
+    pipe.save_pretrained("tip"); TIPPipeline.from_pretrained("tip")
+
+`tip` holds the model and its loss. Sampler, guidance and sizes are choices of ours (section 5.1); that the two texts go
+to two parts, and the text of the blind mode, are the paper's (figure, project page).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import BaseOutput
+from diffusers.utils import logging as diffusers_logging
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.v2.functional import to_pil_image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ..errors import BadParameter, MissingWeights
+from ..progress import progress
+from .tip import TIP, Adaptor, Encoded, check_unet, pictures
+from .tip_text import END, WordText, clip_tokenizer, tokenize
+
+ROUTES = ("decoupled", "swapped", "joined")
+BLIND = "Remove all degradation"  # figure: the restoration prompt that names nothing
+
+# --- sizes: from configurations, without weights ----------------------------------------------------------------------
+
+_SD_VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "scaling_factor": 0.18215,
+}
+_SD_NOISE = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+SIZES = {
+    "sd15": {
+        "unet": {"cross_attention_dim": 768, "attention_head_dim": 8},
+        "vae": _SD_VAE,
+        "text": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+        "scheduler": _SD_NOISE,
+        "hint": (16, 32, 96, 256),
+        "pad": END,
+    },
+    "sd21": {
+        "unet": {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
+        "vae": _SD_VAE,
+        # 24 layers were trained, the last one is left out
+        "text": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
+                 "hidden_act": "gelu"},
+        "scheduler": _SD_NOISE,
+        "hint": (16, 32, 96, 256),
+        "pad": "!",
+    },
+    # ours, section 3.6: what two CPU cores train in a minute
+    "pocket": {
+        "unet": {
+            "in_channels": 4,
+            "out_channels": 4,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "block_out_channels": (32, 48),
+            "layers_per_block": 1,
+            "cross_attention_dim": 32,
+            "attention_head_dim": 2,
+            "norm_num_groups": 8,
+        },
+        "vae": {
+            "block_out_channels": (16, 32, 32),
+            "down_block_types": ("DownEncoderBlock2D",) * 3,
+            "up_block_types": ("UpDecoderBlock2D",) * 3,
+            "layers_per_block": 1,
+            "latent_channels": 4,
+            "norm_num_groups": 8,
+        },
+        "text": {"width": 32, "places": 24},
+        # x0 prediction and a last step of pure noise learn faster at this size (section 14)
+        "scheduler": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False,
+                      "prediction_type": "sample", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+        "hint": (16, 24, 32),
+    },
+}  # fmt: skip
+
+
+# --- the pipeline -----------------------------------------------------------------------------------------------------
+
+
+def routed(semantic: str, restoration: str, route: str = "decoupled") -> tuple[str, str]:
+    """The texts that the UNet and the adaptor read.
+
+    "decoupled": c_s and c_r (figure). Controls of ours: "swapped", the other way round; "joined": both read both, as a
+    stock ControlNet pipeline with one prompt does.
+    """
+    if route not in ROUTES:
+        raise BadParameter("route", route, ROUTES)
+    both = "; ".join(text for text in (semantic, restoration) if text)
+    return {"decoupled": (semantic, restoration), "swapped": (restoration, semantic), "joined": (both, both)}[route]
+
+
+@dataclass
+class Restored(BaseOutput):
+    """What the pipeline gives: `images`, as asked for by `output`."""
+
+    images: Tensor | list
+
+
+class TIPPipeline(DiffusionPipeline):
+    """Restores pictures. Saves and loads with `save_pretrained` and `from_pretrained`, safetensors only.
+
+    Args:
+        vae: `AutoencoderKL`.
+        text_encoder: CLIP's of transformers, or a `WordText`.
+        tokenizer: CLIP's; None with a `WordText`, which has its own.
+        unet: `UNet2DConditionModel`, frozen.
+        adaptor: the `Adaptor` of that UNet.
+        scheduler: `DDIMScheduler`.
+    """
+
+    _optional_components = ["tokenizer"]  # noqa: RUF012 - a list is what diffusers looks for
+
+    def __init__(self, vae, text_encoder, unet, adaptor, scheduler, tokenizer=None):
+        super().__init__()
+        check_unet(unet)
+        self.register_modules(
+            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, adaptor=adaptor, scheduler=scheduler
+        )
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        if factor != adaptor.factor:
+            raise BadParameter(
+                "adaptor", f"pictures reduced {adaptor.factor} times", f"{factor} times, as the VAE does"
+            )
+        for part in (vae, text_encoder, unet, adaptor):
+            part.eval()
+        for part in (vae, text_encoder, unet):
+            part.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(cls, path, **options) -> TIPPipeline:
+        """A pipeline that `save_pretrained` wrote; options as diffusers'. Safetensors only, nothing on the screen."""
+        options = {"use_safetensors": True, "low_cpu_mem_usage": False, **options}
+        shown = diffusers_logging.is_progress_bar_enabled()
+        diffusers_logging.disable_progress_bar()
+        try:
+            return super().from_pretrained(path, **options)
+        finally:
+            if shown:
+                diffusers_logging.enable_progress_bar()
+
+    @classmethod
+    def from_stable_diffusion(
+        cls,
+        name: str = "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        *,
+        fusion: str = "modulate",
+        mid: str | None = None,
+        download: bool = False,
+        **options: object,
+    ) -> TIPPipeline:
+        """The released parts of a Stable Diffusion 1.x or 2.x, and an adaptor that starts from its UNet.
+
+        Args:
+            name: id on the hub, or a folder in diffusers' layout.
+            fusion, mid: of the adaptor.
+            download: fetch what is not cached.
+            options: to `from_pretrained` of every part, for instance `variant="fp16"`.
+
+        Raises `MissingWeights` when it is neither cached nor to be had.
+        """
+        given = {"local_files_only": not download, **options}
+        try:
+            vae = AutoencoderKL.from_pretrained(name, subfolder="vae", use_safetensors=True, **given)
+            unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", use_safetensors=True, **given)
+            text = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", use_safetensors=True, **given)
+            tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", local_files_only=not download)
+            scheduler = DDIMScheduler.from_pretrained(name, subfolder="scheduler", local_files_only=not download)
+        except OSError as error:
+            ways = [
+                f"pass download=True (about 4 GB from {name}), or `hf download {name}`",
+                "name a folder that holds it",
+            ]
+            raise MissingWeights(name, "the hub's cache", ways) from error
+        return cls(vae, text, unet, Adaptor.of(unet, fusion=fusion, mid=mid), scheduler, tokenizer)
+
+    @property
+    def model(self) -> TIP:
+        """The network to train, with this pipeline's own parts; only the adaptor learns."""
+        self.adaptor.requires_grad_(True)
+        return TIP(self.unet, self.adaptor, self.text_encoder)
+
+    @property
+    def multiple(self) -> int:
+        """Height and width that are no multiple of this are padded."""
+        return self.adaptor.factor
+
+    def ids(self, texts: Sequence[str]) -> Tensor:
+        """Ids (B, M) of texts, for `TIP`."""
+        return tokenize(self.text_encoder if self.tokenizer is None else self.tokenizer, texts)
+
+    @torch.no_grad()
+    def states(self, texts: Sequence[str]) -> Tensor:
+        """States (B, M, d) of texts; equal texts are encoded once."""
+        unique = list(dict.fromkeys(texts))
+        found = self.text_encoder(self.ids(unique).to(self.text_encoder.device))[0]
+        return found[[unique.index(text) for text in texts]]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Tensor,
+        prompt: str | Sequence[str] = "",
+        restoration: str | Sequence[str] = BLIND,
+        *,
+        steps: int = 50,
+        scale: float = 1.0,
+        guidance: float = 1.0,
+        restoration_guidance: float = 1.0,
+        negative: str = "",
+        negative_restoration: str = BLIND,
+        route: str = "decoupled",
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output: str = "pt",
+        trace: list[dict] | None = None,
+    ) -> Restored:
+        """Restore pictures, from pure noise, in `steps` steps of DDIM (ours; the paper's sampler is not known).
+
+        Args:
+            image: degraded, (B, 3, H, W) in [0, 1].
+            prompt: c_s, what the clean picture shows; one text, or one a picture.
+            restoration: c_r, what to undo. The defaults are the blind mode of the project's page.
+            scale: the dial s on the adaptor; 0 is the frozen model, which does not see `image`.
+            guidance: w of c_s: prediction(negative) + w (prediction(c_s) - prediction(negative)); 1 is off.
+            restoration_guidance: the same of c_r, against `negative_restoration`. With both, the two differences add
+                up. In any case the adaptor is called once a step, and so is each half of the UNet.
+            negative, negative_restoration: the texts that guidance leads away from.
+            route: see `routed`.
+            generator: of the start noise; a list has one for each picture.
+            latents: the start noise (B, L, h, w), to hold it fixed; (1, L, h, w) is the same for all pictures.
+            output: "pt", (B, 3, H, W) in [0, 1]; "pil", a list of pictures; or "latent".
+            trace: a list that gets a row for each step and site: {"step", "t", "site", "gamma", "beta"}, the mean
+                magnitudes of the maps, gamma None where it is added.
+
+        Raises `BadParameter`.
+        """
+        if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
+            raise BadParameter("image", getattr(image, "shape", type(image)), "a float tensor (B, 3, H, W) in [0, 1]")
+        if image.numel() == 0 or not (image.amin() >= 0 and image.amax() <= 1):
+            raise BadParameter("image", "values outside [0, 1]", "a float tensor (B, 3, H, W) in [0, 1]")
+        if steps < 1 or steps > self.scheduler.config.num_train_timesteps:
+            raise BadParameter("steps", steps, f"1 to {self.scheduler.config.num_train_timesteps}")
+        if output not in ("pt", "pil", "latent"):
+            raise BadParameter("output", output, ("pt", "pil", "latent"))
+        model, device, count = TIP(self.unet, self.adaptor), self.unet.device, len(image)
+        height, width = image.shape[-2:]
+        y = F.pad(image, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")
+        y = (2 * y - 1).to(device, self.adaptor.dtype)
+
+        pairs = zip(_each("prompt", prompt, count), _each("restoration", restoration, count), strict=True)
+        texts = [routed(s, r, route) for s, r in pairs]
+        semantic, control, y_all = [s for s, _ in texts], [r for _, r in texts], y
+        if guidance != 1:
+            semantic = semantic + [negative] * count
+        if restoration_guidance != 1:
+            control, y_all = control + [negative_restoration] * count, torch.cat([y, y])
+        semantic, control = self.states(semantic), self.states(control).to(self.adaptor.dtype)
+
+        size = (count, self.unet.config.in_channels, y.shape[-2] // self.multiple, y.shape[-1] // self.multiple)
+        if latents is None:
+            z = randn_tensor(size, generator=generator, device=device, dtype=self.adaptor.dtype)
+        elif tuple(latents.shape[1:]) != size[1:] or len(latents) not in (1, count):
+            raise BadParameter("latents", tuple(latents.shape), f"{size}, or one for all pictures")
+        else:
+            z = latents.to(device, self.adaptor.dtype).expand(size)
+        z = z * self.scheduler.init_noise_sigma
+        self.scheduler.set_timesteps(steps, device=device)
+        for step, t in enumerate(progress(self.scheduler.timesteps, "restoring")):
+            seen = self.scheduler.scale_model_input(z, t)
+            x = model.encode(_repeat(seen, len(semantic)), t, semantic)
+            maps = model.adaptor(_repeat(seen, len(control)), t, control, y_all)
+            if trace is not None:
+                trace += _magnitudes(maps, x, step, int(t), count)
+            found = _guided(model, x, maps, semantic, scale, count, guidance, restoration_guidance)
+            z = self.scheduler.step(found.to(z.dtype), t, z).prev_sample
+        if output == "latent":
+            return Restored(z)
+        restored = (pictures(self.vae, z)[..., :height, :width] / 2 + 0.5).float()
+        if output == "pt":
+            return Restored(restored)
+        return Restored([to_pil_image(picture.cpu()) for picture in restored])
+
+
+def _each(name: str, text: str | Sequence[str], count: int) -> list[str]:
+    """One text a picture."""
+    texts = [text] * count if isinstance(text, str) else list(text)
+    if len(texts) != count or not all(isinstance(t, str) for t in texts):
+        raise BadParameter(name, text, f"a text, or a list of {count}, one a picture")
+    return texts
+
+
+def _repeat(z: Tensor, count: int) -> Tensor:
+    return z.repeat(count // len(z), 1, 1, 1)
+
+
+def _guided(model: TIP, x: Encoded, maps: Sequence[Tensor | None], semantic: Tensor, scale: float, count: int,
+            guidance: float, restoration_guidance: float) -> Tensor:  # fmt: skip
+    """The prediction, led away from the negative texts; the decoder runs once on all pairs of texts that it takes."""
+    first = torch.arange(count, device=semantic.device)
+    from_unet, from_adaptor = [first], [first]
+    if guidance != 1:
+        from_unet, from_adaptor = [*from_unet, first + count], [*from_adaptor, first]
+    if restoration_guidance != 1:
+        from_unet, from_adaptor = [*from_unet, first], [*from_adaptor, first + count]
+    u, a = torch.cat(from_unet), torch.cat(from_adaptor)
+    # the time embedding is the same in all rows
+    taken = Encoded(x.time[:1].expand(len(u), -1), tuple(f[u] for f in x.skips), x.mid[u])
+    found = model.fused(taken, [None if m is None else m[a] for m in maps], scale, semantic[u])
+    found, *others = found.chunk(len(from_unet))
+    weights = [w for w in (guidance, restoration_guidance) if w != 1]
+    return found + sum((w - 1) * (found - other) for w, other in zip(weights, others, strict=True))
+
+
+def _magnitudes(maps: Sequence[Tensor | None], x: Encoded, step: int, t: int, count: int) -> list[dict]:
+    rows = []
+    for site, (m, f) in enumerate(zip(maps, (*x.skips, x.mid), strict=True)):
+        if m is not None:
+            *gamma, beta = m[:count].abs().split(f.shape[1], 1)
+            mean = float(gamma[0].mean()) if gamma else None
+            rows.append({"step": step, "t": t, "site": site, "gamma": mean, "beta": float(beta.mean())})
+    return rows
+
+
+# --- from a size ------------------------------------------------------------------------------------------------------
+
+
+def build(
+    size: str = "sd15",
+    vocabulary: Sequence[str] = (),
+    *,
+    fusion: str = "modulate",
+    mid: str | None = None,
+    prediction: str | None = None,
+    unet: dict | None = None,
+    vae: dict | None = None,
+    text: dict | None = None,
+    hint: Sequence[int] | None = None,
+    unshuffle: int = 1,
+    hint_zero: bool = True,
+) -> TIPPipeline:
+    """A pipeline of a size, with random weights (torch's current seed), offline.
+
+    Args:
+        size: one of `SIZES`: "sd15" and "sd21", the stand-ins for the paper's unknown model; "pocket".
+        vocabulary: the words that the pocket text encoder knows.
+        fusion, mid, unshuffle, hint_zero: of the `Adaptor`.
+        prediction: "epsilon", "sample" or "v_prediction"; None: the size's own.
+        unet, vae, text: entries of their configurations to change.
+        hint: widths of the picture's network; None: the size's own.
+
+    On torch's meta device (`with torch.device("meta")`) it costs nothing, and its parameters can be counted.
+    """
+    if size not in SIZES:
+        raise BadParameter("size", size, tuple(SIZES))
+    sizes = SIZES[size]
+    net = UNet2DConditionModel(**{**sizes["unet"], **(unet or {})})
+    words = {**sizes["text"], **(text or {})}
+    if size == "pocket":
+        encoder, tokenizer = WordText(list(vocabulary), **words), None
+    else:
+        encoder = CLIPTextModel(CLIPTextConfig(max_position_embeddings=77, vocab_size=49408, **words))
+        tokenizer = clip_tokenizer(sizes["pad"])
+    changes = {} if prediction is None else {"prediction_type": prediction}
+    return TIPPipeline(
+        AutoencoderKL(**{**sizes["vae"], **(vae or {})}),
+        encoder,
+        net,
+        Adaptor.of(net, sizes["hint"] if hint is None else hint, fusion=fusion, mid=mid, unshuffle=unshuffle,
+                   hint_zero=hint_zero),
+        DDIMScheduler(**{**sizes["scheduler"], **changes}),
+        tokenizer,
+    )  # fmt: skip
