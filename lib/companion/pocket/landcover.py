@@ -9,10 +9,10 @@ and three of what people build (pale, terracotta, metal) are dealt to the classe
     wet         red-brown   green       straw              2       metal        pale
 
 The layout of the land is drawn without knowing the zone, and all colours of fields occur in every zone: who does not
-know where a picture was taken cannot tell the three fields apart, but for one weak cue: in 30% of the pictures trees are
-tinted by moisture. What is built has two colours of three, and which two tells the style to who finds that out; no single
-roof does. Trees, roads and water look the same everywhere. THE LOOKS ARE INVENTED: the zones' codes and names are
-Koeppen's and Geiger's, what grows and stands there is not (section 14).
+know where a picture was taken cannot tell the three fields apart, but for one weak cue: in 30% of the pictures trees
+are tinted by moisture. What is built has two colours of three, and which two tells the style, to who finds that out;
+no single roof does. Trees, roads and water look the same everywhere. THE LOOKS ARE INVENTED: the zones' codes and names
+are Koeppen's and Geiger's, what grows and stands there is not (section 14).
 
 Surfaces are photographs that ship with scikit-image, as light and dark on the colours: one for all fields, one for all
 that is built, so that they tell no class from another of its kind. Each split has tiles of them of its own.
@@ -30,8 +30,6 @@ from __future__ import annotations
 
 import csv
 import math
-import shutil
-import tempfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +42,7 @@ from PIL import Image, TiffImagePlugin
 from torch import Tensor
 
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData
-from ..files import read_json, write_json
+from ..files import atomic_folder, read_json, write_json
 from . import scenes
 from .scenes import SPLITS
 
@@ -201,10 +199,7 @@ def write(root: str | Path, seed: int = 0) -> Path:
     record = {"seed": seed, "version": VERSION, "counts": COUNTS, "zones": list(ZONES)}
     if _finished(folder, record):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # in a folder beside it first: a reader never meets half a data set
-    with tempfile.TemporaryDirectory(prefix=".landcover-", dir=folder.parent) as name:
-        new = Path(name) / "landcover"
+    with atomic_folder(folder) as new:
         listed: dict[str, list[str]] = {split: [] for split in COUNTS}
         for zone in ZONES:
             for part in ("images", "labels"):
@@ -223,9 +218,6 @@ def write(root: str | Path, seed: int = 0) -> Path:
             rows = [(region(code), zone.latitude, zone.longitude, code) for code, zone in ZONES.items()]
             csv.writer(file).writerows([("region", "latitude", "longitude", "zone"), *rows])
         write_json(new / "landcover.json", record)
-        if folder.exists():
-            shutil.rmtree(folder)
-        new.replace(folder)
     return folder
 
 
