@@ -1,0 +1,570 @@
+"""Pictures of the land with a class for each pixel and the place where they were taken.
+
+    train = load("landcover/openearthmap", "data", "train")
+    image, labels = train[0]          uint8 (3, H, W); int64 (H, W), 0 ... C - 1, and C where it is not known
+    train.zones()[0]                  "Cfb"; None for a place that is not known
+    own("my_area", ["field", "wood"]) GeoTIFFs of one's own
+
+Opening a set lists its files; a picture is decoded when it is asked for, a window of a large one without the rest. The
+labels are those of training, whatever the codes on disk are; what is unknown, border or padding is ignored, in training
+and in scores. `landcover_sets` describes the sets, `landcover_transforms` what training does with an image.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import contextlib
+import csv
+import functools
+import http.client
+import io
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.datasets.utils import download_and_extract_archive
+
+from .. import climate
+from ..errors import BadParameter, CompanionError, CorruptFile, MissingData
+from ..files import atomic
+from ..geotiff import SUFFIXES, Raster, quiet
+from . import DataSet, Status, find
+from .landcover_sets import CLASSES, LEFT_OUT, LOVEDA, LOVEDA_FILES, OEM, POTSDAM, POTSDAM_TILES, XBD
+
+SPLITS = ("train", "val", "test")
+LABELS = ("full", "eroded")
+PLACES = Path(__file__).with_name("openearthmap_places.csv")
+COAST = 3  # cells of the map, about 3 km each, that a place on the water may be from its land
+Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image file, its labels (None where they are held back) and the region that it is of."""
+
+    image: Path
+    label: Path | None
+    region: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a table says of a region or an image; what it does not say is None."""
+
+    latitude: float | None = None
+    longitude: float | None = None
+    zone: str | None = None
+    text: str | None = None
+
+
+class LandCover(Dataset):
+    """Map-style: images and labels, whole or by windows.
+
+    Attributes:
+        pictures, places: the files, and the table by region (of one's own by file name too).
+        classes: their names; `ignore` is the label after the last one. `palette`: a colour each.
+        left_out: classes that the means of the scores leave out.
+        absent: regions that were left out because xBD's images are not there.
+        windows: (picture, top, left) of each item where `size` is given.
+
+    Args:
+        decode: labels as on disk, and the image, to training labels (see `earth`, `loveda`, `colours`, `plain`).
+        size: side of the windows in pixels, which follow each other at `stride` (None: `size`); what sticks out is
+            black and ignored. None: whole pictures.
+        transform: of the pair; None leaves it.
+    """
+
+    def __init__(
+        self,
+        dataset: DataSet,
+        pictures: Sequence[Picture],
+        palette: Mapping[str, tuple[int, int, int]],
+        decode: Callable[[Raster, np.ndarray], np.ndarray],
+        places: Mapping[str, Place] | None = None,
+        *,
+        size: int | None = None,
+        stride: int | None = None,
+        transform: Transform | None = None,
+        absent: Sequence[str] = (),
+    ):
+        if size is not None and not (size >= 1 and (stride is None or stride >= 1)):
+            raise BadParameter("size, stride", (size, stride), "1 or more pixels")
+        self.dataset, self.pictures, self.places = dataset, list(pictures), dict(places or {})
+        self.classes, self.palette, self.decode = list(palette), list(palette.values()), decode
+        self.ignore, self.left_out, self.absent = len(palette), LEFT_OUT.get(dataset.name, ()), list(absent)
+        self.size, self.transform, self.windows = size, transform, None
+        if size is not None:
+            self.windows = [
+                (i, top, left)
+                for i, picture in enumerate(self.pictures)
+                for top in range(0, _shape(picture.image)[0], stride or size)
+                for left in range(0, _shape(picture.image)[1], stride or size)
+            ]
+
+    def __len__(self) -> int:
+        return len(self.pictures if self.windows is None else self.windows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, labels = self.pair(index)
+        if self.transform is None:
+            return image, labels
+        image, labels = self.transform(tv_tensors.Image(image), tv_tensors.Mask(labels))
+        return image.as_subclass(Tensor), labels.as_subclass(Tensor)
+
+    def pair(self, index: int) -> tuple[Tensor, Tensor]:
+        """Image uint8 (3, h, w) and labels int64 (h, w) before any transform.
+
+        Raises `CorruptFile`: a file cannot be read, the labels are of another size, or have an unknown code."""
+        i, top, left = (index, 0, 0) if self.windows is None else self.windows[index]
+        picture = self.pictures[i]
+        with Raster(picture.image) as raster:
+            window = self._inside(raster.size, top, left)
+            pixels = raster.read(*window)
+            image = np.zeros((3, self.size or window[2], self.size or window[3]), np.uint8)
+            image[:, : window[2], : window[3]] = pixels
+            labels = np.full(image.shape[1:], self.ignore, np.int64)
+            if picture.label is not None:
+                with Raster(picture.label) as truth:
+                    if truth.size != raster.size:
+                        raise CorruptFile(picture.label, f"it is {truth.size}, its image {raster.size}")
+                    labels[: window[2], : window[3]] = self.decode(truth, pixels, *window)
+        return torch.from_numpy(image), torch.from_numpy(labels)
+
+    def _inside(self, shape: tuple[int, int], top: int, left: int) -> tuple[int, int, int, int]:
+        height, width = shape
+        return top, left, min(self.size or height, height - top), min(self.size or width, width - left)
+
+    def picture(self, index: int) -> Picture:
+        """The file that an item is of."""
+        return self.pictures[index if self.windows is None else self.windows[index][0]]
+
+    @functools.cached_property
+    def _zones(self) -> list[str | None]:
+        return [self._zone(picture) for picture in self.pictures]
+
+    def zones(self) -> list[str | None]:
+        """The climate zone of each item; None where the place is not known, or is the sea on the map.
+
+        What the table of places calls the zone counts first, then the image's own georeference, then the coordinates in
+        the table."""
+        return [self._zones[i] for i in (range(len(self.pictures)) if self.windows is None else self._of())]
+
+    def texts(self) -> list[str | None]:
+        """A text of one's own for each item, from the column `text` of the table of places; None without one."""
+        found = [self._place(picture).text for picture in self.pictures]
+        return found if self.windows is None else [found[i] for i in self._of()]
+
+    def _of(self) -> list[int]:
+        return [i for i, _, _ in self.windows]
+
+    def _place(self, picture: Picture) -> Place:
+        return self.places.get(picture.image.stem) or self.places.get(picture.region) or Place()
+
+    def _zone(self, picture: Picture) -> str | None:
+        said = self._place(picture)
+        if said.zone is not None:
+            return said.zone
+        with Raster(picture.image) as raster:
+            found = climate.zone(*(raster.place or (said.latitude, said.longitude)), reach=COAST)
+        return None if found == climate.OCEAN else found
+
+
+# --- what a user calls ------------------------------------------------------------------------------------------------
+
+
+def load(
+    name: str,
+    root: str | Path,
+    split: str = "train",
+    *,
+    size: int | None = None,
+    stride: int | None = None,
+    labels: str | None = None,
+    without_xbd: bool = False,
+    transform: Transform | None = None,
+) -> LandCover:
+    """A split of a set.
+
+    Args:
+        name: a name of `DATASETS` whose task is "landcover".
+        root: the data folder.
+        split: "train", "val" or "test"; Potsdam has no "val". Labels that are held back are all ignored.
+        size, stride: see `LandCover`; Potsdam's tiles are read by 1,024 pixels unless `size` says otherwise.
+        labels: of Potsdam "full" or "eroded"; None: full to train, eroded to test, as in GeoSeg.
+        without_xbd: of OpenEarthMap: leave out what has to be compiled from xBD; `absent` names the regions.
+        transform: see `LandCover`.
+
+    Raises:
+        BadParameter, MissingData, CorruptFile, CompanionError: with what to change or get.
+    """
+    dataset, root = find(name, "landcover"), Path(root)
+    splits = tuple(POTSDAM_TILES) if name == POTSDAM else SPLITS
+    if split not in splits:
+        raise BadParameter("split", split, splits)
+    if labels is not None and (name != POTSDAM or labels not in LABELS):
+        raise BadParameter("labels", labels, LABELS if name == POTSDAM else "None: only Potsdam has two kinds")
+    if not dataset.folder(root).is_dir():
+        raise dataset.missing(root)
+    absent: list[str] = []
+    if name == LOVEDA:
+        pictures, decode = _loveda(dataset, root, split), loveda
+        places = {scene: _city("LoveDA") for scene in ("urban", "rural")}
+    elif name == POTSDAM:
+        pictures, decode = _potsdam(dataset, root, split, labels or {"train": "full", "test": "eroded"}[split])
+        places, size = {"potsdam": _city("Potsdam")}, size or 1024
+    else:
+        pictures, absent = _earth(dataset, root, split, without_xbd)
+        decode, table = earth, dataset.folder(root) / "places.csv"
+        places = read_places(table if table.is_file() or name != OEM else PLACES)
+    options = {"size": size, "stride": stride, "transform": transform, "absent": absent}
+    return LandCover(dataset, pictures, CLASSES[name], decode, places, **options)
+
+
+def own(
+    root: str | Path,
+    classes: Sequence[str] | Mapping[str, tuple[int, int, int]],
+    split: str | None = None,
+    *,
+    size: int | None = None,
+    stride: int | None = None,
+    transform: Transform | None = None,
+) -> LandCover:
+    """Pictures of one's own: images/*.tif (or .png, .jpg with a world file), uint8, and labels/ with the same names.
+
+    A label file has one band: 0 is the first of `classes`, a code beyond the last is ignored; an image without one has
+    no label. The place is the image's georeference; `places.csv` beside the folders says it where there is none, with
+    the column `image` (a name without its ending) and any of latitude, longitude, zone, text.
+
+    Args:
+        classes: names, or name -> colour (red, green, blue).
+        split: "train", ...: those that `<split>.txt` lists, a file name a line. None: all.
+
+    Raises as `load`.
+    """
+    root = Path(root)
+    dataset = DataSet(
+        name=root.resolve().name,
+        title="pictures of your own",
+        group="own",
+        task="landcover",
+        classes=len(classes),
+        sizes={},
+        folders=(".",),
+        layout="images/*.tif    uint8, red, green, blue\nlabels/*.tif    optional: one band, the same names\n"
+        "places.csv      optional: image,latitude,longitude,zone,text\n{train,val,test}.txt    optional: file names",
+        source="your own pictures",
+        licence="yours",
+        citation="",
+    )
+    if not classes or isinstance(classes, str):
+        raise BadParameter("classes", classes, "one or more names")
+    files = {path.name: path for path in _files(root / "images")}
+    names = list(files) if split is None else _listed(dataset, root, root / f"{split}.txt")
+    if not files or (lost := [name for name in names if name not in files]):
+        raise dataset.missing(root, f"images/{lost[0]} is not there" if files else "no pictures in images/")
+    labels = {path.stem: path for path in _files(root / "labels")}
+    pictures = [Picture(files[name], labels.get(files[name].stem), files[name].stem) for name in names]
+    colours = classes if isinstance(classes, Mapping) else {name: _colour(i) for i, name in enumerate(classes)}
+    table = root / "places.csv"
+    places = read_places(table) if table.is_file() else {}
+    decode = functools.partial(plain, len(colours))
+    return LandCover(dataset, pictures, colours, decode, places, size=size, stride=stride, transform=transform)
+
+
+def read_places(path: str | Path = PLACES) -> dict[str, Place]:
+    """A table of places: region (or image), and any of latitude, longitude, zone, text; lines with # are comments.
+
+    Raises `CorruptFile` with the line at fault."""
+    places: dict[str, Place] = {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorruptFile(path, f"no table of places ({error})") from error
+    rows = csv.DictReader(line for line in lines if not line.startswith("#"))
+    key = next((name for name in ("image", "region") if name in (rows.fieldnames or ())), None)
+    if key is None:
+        raise CorruptFile(path, "the column region, or image, is missing")
+    for row in rows:
+        try:
+            degrees = [float(row[name]) if row.get(name) else None for name in ("latitude", "longitude")]
+            climate.zone(*degrees) if None not in degrees else None
+        except ValueError as error:  # no number, or a place outside the globe
+            raise CorruptFile(path, f"{row[key]}: {error}") from error
+        places[row[key]] = Place(*degrees, row.get("zone") or None, row.get("text") or None)
+    return places
+
+
+def compile_xbd(root: str | Path, xbd: str | Path) -> int:
+    """Put xBD's images into OpenEarthMap, as GeoTIFF with the georeference of their labels; returns how many were new.
+
+    `xbd_files.csv` pairs the names; region names may have underscores of their own, so they end at the last one. What
+    is there already stays. Each file is written under a temporary name: a killed run goes on where it was.
+
+    Args:
+        root: the data folder. xbd: a folder below which xBD's `*_pre_disaster.png` are, at any depth.
+
+    Raises:
+        MissingData: OpenEarthMap, its list or some of xBD's images are not there; those that are have been put in.
+        CorruptFile: an image that cannot be read, or is not of its label's size.
+    """
+    import rasterio  # an extra
+
+    dataset = find(OEM)
+    folder, done = dataset.folder(root), 0
+    listing = folder / "xbd_files.csv"
+    if not listing.is_file():
+        raise dataset.missing(root, f"{listing} is not there")
+    there = {path.name: path for path in Path(xbd).rglob("*_pre_disaster.png")}
+    pairs = [line.split(",") for line in listing.read_text(encoding="utf-8").split()]
+    if wrong := [pair for pair in pairs if len(pair) != 2]:
+        raise CorruptFile(listing, f"{wrong[0]} is not a pair of names")
+    lost = []
+    for theirs, name in pairs:
+        region = name.rpartition("_")[0]
+        label, out = (folder / region / kind / name for kind in ("labels", "images"))
+        if out.is_file():
+            continue
+        if theirs not in there:
+            lost.append(theirs)
+            continue
+        with Raster(there[theirs]) as source:
+            image, profile = source.read(), {"crs": None}
+        if label.is_file():  # those of the test are held back
+            with Raster(label) as truth:
+                if truth.size != image.shape[1:]:
+                    raise CorruptFile(there[theirs], f"it is {image.shape[1:]}, its label {truth.size}")
+                profile = {"crs": truth.crs, "transform": truth.transform}
+        with atomic(out) as temporary, quiet():
+            facts = {"driver": "GTiff", "count": 3, "dtype": "uint8", "compress": "deflate", "photometric": "RGB"}
+            height, width = image.shape[1:]
+            with rasterio.open(temporary, "w", height=height, width=width, **facts, **profile) as file:
+                file.write(image)
+        done += 1
+    if lost:
+        raise dataset.missing(root, f"{len(lost)} of {len(pairs)} images of xBD are not below {xbd}, such as {lost[0]}")
+    return done
+
+
+# --- labels as on disk to labels of training --------------------------------------------------------------------------
+
+
+def earth(truth: Raster, pixels: np.ndarray, *window: int) -> np.ndarray:
+    """OpenEarthMap: 0 is unknown, 1 to 8 the classes."""
+    return _shifted(truth, 8, window)
+
+
+def loveda(truth: Raster, pixels: np.ndarray, *window: int) -> np.ndarray:
+    """LoveDA: 0 is no data, 1 to 7 the classes."""
+    return _shifted(truth, 7, window)
+
+
+def _shifted(truth: Raster, classes: int, window: tuple[int, ...]) -> np.ndarray:
+    codes = truth.raw((1,), *window)[0].astype(np.int64)
+    if codes.max() > classes:
+        raise CorruptFile(truth.path, f"it has the code {codes.max()}; 0 to {classes} are known")
+    return np.where(codes == 0, classes, codes - 1)
+
+
+# a colour is a corner of the cube, 4 red + 2 green + blue; 5, magenta, is none of the labels'
+_CORNERS = np.array([6, 1, 3, 2, 5, -1, 4, 0])
+
+
+def colours(truth: Raster, pixels: np.ndarray, *window: int) -> np.ndarray:
+    """Potsdam: colours; black, the borders of the eroded version, is ignored. A shade off counts as its colour."""
+    raw = truth.raw((1, 2, 3), *window) > 127
+    labels = _CORNERS[4 * raw[0] + 2 * raw[1] + raw[2]]
+    if (labels < 0).any():
+        raise CorruptFile(truth.path, "it has pixels of a colour that is no class of Potsdam")
+    return labels
+
+
+def patches(truth: Raster, pixels: np.ndarray, *window: int) -> np.ndarray:
+    """GeoSeg's patches of Potsdam: 0 to 5, 6 border.
+
+    Its tools write the padding of the last row and column of patches as the first class, impervious surfaces; where the
+    image ends in black lines, the labels are ignored here."""
+    labels = truth.raw((1,), *window)[0].astype(np.int64)
+    if labels.max() > 6:
+        raise CorruptFile(truth.path, f"it has the label {labels.max()}; 0 to 6 are known")
+    seen = pixels.any(0)
+    for axis in (0, 1):
+        lines = np.flatnonzero(seen.any(1 - axis))
+        beyond = slice(lines[-1] + 1 if len(lines) else 0, None)
+        labels[(beyond, slice(None)) if axis == 0 else (slice(None), beyond)] = 6
+    return labels
+
+
+def plain(classes: int, truth: Raster, pixels: np.ndarray, *window: int) -> np.ndarray:
+    """One's own: the label is the class; what is beyond the last class is ignored."""
+    return np.minimum(truth.raw((1,), *window)[0], classes).astype(np.int64)
+
+
+# --- what `companion.data` calls --------------------------------------------------------------------------------------
+
+
+def status(dataset: DataSet, root: Path) -> Status:
+    """See `companion.data.status`: lists and folders are read, no image is opened."""
+    folder = dataset.folder(root)
+    if not folder.is_dir():
+        return Status("missing", f"no folder {folder}")
+    counts = {}
+    try:
+        for split in POTSDAM_TILES if dataset.name == POTSDAM else SPLITS:
+            if dataset.name == LOVEDA:
+                found = _loveda(dataset, root, split)
+            elif dataset.name == POTSDAM:
+                found, _ = _potsdam(dataset, root, split, "full" if split == "train" else "eroded")
+            else:
+                found, _ = _earth(dataset, root, split, False)
+            counts[split] = len(found)
+    except MissingData as error:
+        return Status("incomplete", error.detail)
+    return Status("present", ", ".join(f"{count:,} {split}" for split, count in counts.items()))
+
+
+def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
+    """See `companion.data.fetch`. Each zip is unpacked into a hidden folder, which is moved once it is whole."""
+    folder = dataset.folder(root)
+    folder.mkdir(parents=True, exist_ok=True)
+    quietly = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
+    try:
+        with quietly:
+            for part, md5 in LOVEDA_FILES.items():
+                if (folder / part).is_dir():
+                    continue
+                with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as new:
+                    url = f"https://zenodo.org/records/5706578/files/{part}.zip"
+                    download_and_extract_archive(url, new, filename=f"{part}.zip", md5=md5, remove_finished=True)
+                    (Path(new) / part).rename(folder / part)
+    except (OSError, http.client.HTTPException, RuntimeError, zipfile.BadZipFile) as error:
+        raise CompanionError(
+            f"{dataset.title} could not be downloaded ({getattr(error, 'reason', error)}). On a machine with a network "
+            f"run `companion fetch metasegnet` again, or copy a finished {folder} here."
+        ) from None
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    found = (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    return sorted(found)
+
+
+def _listed(dataset: DataSet, root: Path, listing: Path) -> list[str]:
+    """The file names of a list, a line each."""
+    if not listing.is_file():
+        raise dataset.missing(root, f"{listing} is not there")
+    names = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not names or any("/" in name or ("_" not in name and dataset.group != "own") for name in names):
+        raise CorruptFile(listing, "expected names such as tokyo_1.tif, one a line, and at least one")
+    return names
+
+
+def _earth(dataset: DataSet, root: Path, split: str, without_xbd: bool) -> tuple[list[Picture], list[str]]:
+    """The pictures of a split, and the regions left out."""
+    folder, pictures, lost, bare = dataset.folder(root), [], [], []
+    for name in _listed(dataset, root, folder / f"{split}.txt"):
+        region = name.rpartition("_")[0]
+        image, label = (folder / region / kind / name for kind in ("images", "labels"))
+        if not image.is_file():
+            lost.append(region)
+        elif label.is_file():
+            pictures.append(Picture(image, label, region))
+        elif split == "test":
+            pictures.append(Picture(image, None, region))
+        else:
+            bare.append(name)
+    needed = sorted({region for region in lost if not (without_xbd and region in XBD)})
+    if needed:
+        compiled = " (compile xBD's in with landcover.compile_xbd, or without_xbd=True)" if {*needed} & {*XBD} else ""
+        detail = f"{sum(map(lost.count, needed))} images of '{split}' in {', '.join(needed)}{compiled}"
+        raise dataset.missing(root, detail)
+    if bare:
+        raise dataset.missing(root, f"{len(bare)} labels of '{split}', the first: {bare[0]}")
+    return pictures, sorted({*lost})
+
+
+def _loveda(dataset: DataSet, root: Path, split: str) -> list[Picture]:
+    folder, pictures = dataset.folder(root) / split.capitalize(), []
+    for scene in ("Rural", "Urban"):
+        for image in _files(folder / scene / "images_png"):
+            label = folder / scene / "masks_png" / image.name
+            if split == "test":
+                label = None
+            elif not label.is_file():
+                raise dataset.missing(root, f"{label} is not there")
+            pictures.append(Picture(image, label, scene.lower()))
+    if len(pictures) != dataset.sizes[split]:
+        raise dataset.missing(root, f"{folder} has {len(pictures):,} images, {dataset.sizes[split]:,} are expected")
+    return pictures
+
+
+def _potsdam(dataset: DataSet, root: Path, split: str, kind: str) -> tuple[list[Picture], Callable]:
+    """Tiles as released, or in GeoSeg's folders, or GeoSeg's patches; the first of these that is there."""
+    folder = dataset.folder(root)
+    if (folder / "2_Ortho_RGB").is_dir() or (folder / "4_Ortho_RGBIR").is_dir():
+        bands = "RGB" if (folder / "2_Ortho_RGB").is_dir() else "RGBIR"
+        images = folder / {"RGB": "2_Ortho_RGB", "RGBIR": "4_Ortho_RGBIR"}[bands]
+        masks = [folder / ("5_Labels_all" + ("_noBoundary" if kind == "eroded" else "")), folder]
+    elif (folder / f"{split}_images").is_dir():
+        bands, images = "RGB", folder / f"{split}_images"
+        masks = [folder / (f"{split}_masks" + ("_eroded" if kind == "eroded" else ""))]
+    else:
+        return _patches(dataset, root, split, kind), patches
+    pictures, ending = [], "label_noBoundary" if kind == "eroded" else "label"
+    for tile in POTSDAM_TILES[split]:
+        image = images / f"top_potsdam_{tile}_{bands}.tif"
+        label = [place / f"top_potsdam_{tile}_{ending}.tif" for place in masks]
+        found = next((path for path in label if path.is_file()), None)
+        for path in (image, found or label[0]):
+            if not path.is_file():
+                raise dataset.missing(root, f"{path} is not there")
+        pictures.append(Picture(image, found, "potsdam"))
+    return pictures, colours
+
+
+def _patches(dataset: DataSet, root: Path, split: str, kind: str) -> list[Picture]:
+    folder, pictures = dataset.folder(root) / split, []
+    if kind != {"train": "full", "test": "eroded"}[split]:
+        raise BadParameter("labels", kind, "full to train and eroded to test: GeoSeg's patches have no others")
+    for image in _files(folder / "images_1024"):
+        label = folder / "masks_1024" / f"{image.stem}.png"
+        if not label.is_file():
+            raise dataset.missing(root, f"{label} is not there")
+        pictures.append(Picture(image, label, "potsdam"))
+    if not pictures:
+        raise dataset.missing(root, f"neither tiles nor patches of '{split}' are in {dataset.folder(root)}")
+    return pictures
+
+
+@functools.lru_cache(maxsize=4096)
+def _shape(path: Path) -> tuple[int, int]:
+    with Raster(path) as raster:
+        return raster.size
+
+
+def _city(name: str) -> Place:
+    """The first city of a set: all of a set's are in one climate zone."""
+    _, latitude, longitude = climate.PLACES[name][0]
+    return Place(latitude, longitude)
+
+
+def _colour(index: int) -> tuple[int, int, int]:
+    """A colour for a class that has none."""
+    return tuple(round(255 * v) for v in colorsys.hsv_to_rgb(index * 0.618 % 1, 0.65, 0.9))
+
+
+def regions(data: LandCover) -> Counter[str]:
+    """How many pictures of each region there are."""
+    return Counter(picture.region for picture in data.pictures)
