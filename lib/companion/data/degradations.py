@@ -1,0 +1,429 @@
+"""Pictures made worse, and the text that says how: what TIP trains on. A RECONSTRUCTION (section 3.7 of its spec).
+
+    recipe = Recipe()
+    ops = recipe.draw(seed)                    (Op("blur", 0.4), Op("noise", 0.08))
+    prompt(ops)                                "Deblur with sigma 0.4; Denoise with sigma 0.08"
+    y = degrade(x, ops, seed)                  (3, H, W) in [0, 1], as x
+    degrade(x, parse(prompt(ops)), seed)       the same: text and effect agree
+    blind(x, seed)                             Real-ESRGAN's degradation, for which the text is `BLIND`
+
+Tags: figure, the pipeline figure: two passes of blur, resize, noise, JPEG, P(skip) = 0.5, the verbs, "with sigma", one
+decimal for blur and two for noise. Relative: the blind pipeline, Real-ESRGAN's published settings (BSD-3-Clause: read,
+written anew). Ours, each an argument: ranges, what is skipped, when a small picture is brought back and by which
+filter, edges, and the words of Upsample and Dejpeg.
+
+Everything depends on the seed and the picture alone, not on the batch, the device or what was drawn before.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.special import j1
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
+
+from ..errors import BadParameter
+
+KINDS = ("blur", "resize", "noise", "jpeg")
+SCOPES = ("every_op", "first_resize_only")
+BACKS = ("op", "end")
+EDGES = ("replicate", "circular")
+BLIND = "Remove all degradation"
+
+# --- instructions and their text --------------------------------------------------------------------------------------
+
+
+class Op(NamedTuple):
+    """One degradation and its strength."""
+
+    kind: str  # "blur", "resize", "noise" or "jpeg"
+    value: float  # sigma in pixels; times smaller on a side; sigma of pixels in [0, 1]; quality 1 to 100
+
+
+_WORDS = {
+    "blur": ("Deblur with sigma {:.1f}", r"deblur with sigma (\d+(?:\.\d+)?)"),
+    "resize": ("Upsample to {:.1f}x", r"upsample to (\d+(?:\.\d+)?)x"),
+    "noise": ("Denoise with sigma {:.2f}", r"denoise with sigma (\d+(?:\.\d+)?)"),
+    "jpeg": ("Dejpeg with quality {:.0f}", r"dejpeg with quality (\d+)"),
+}
+_DECIMALS = {"blur": 1, "resize": 1, "noise": 2, "jpeg": 0}
+_NOTHING = {"blur": 0.0, "resize": 1.0, "noise": 0.0, "jpeg": 100.0}  # the values that change nothing
+_LIMITS = {"blur": (0, 100), "resize": (1, 64), "noise": (0, 1), "jpeg": (1, 100)}
+GRAMMAR = (
+    f"'{BLIND}', nothing, or instructions parted by ';': 'Deblur with sigma 3.0', 'Upsample to 4.0x', "
+    "'Denoise with sigma 0.08', 'Dejpeg with quality 50'"
+)
+
+
+def rounded(op: Op) -> Op:
+    """With the decimals that its text has. Raises `BadParameter` for another kind or a value out of range."""
+    if op.kind not in KINDS:
+        raise BadParameter("degradation", op.kind, KINDS)
+    value, (low, high) = round(float(op.value), _DECIMALS[op.kind]), _LIMITS[op.kind]
+    if not low <= value <= high:
+        raise BadParameter(op.kind, op.value, f"{low} to {high}")
+    return Op(op.kind, value)
+
+
+def prompt(ops: Sequence[Op]) -> str:
+    """The restoration prompt of degradations, in the order in which they were applied; "" of none."""
+    return "; ".join(_WORDS[op.kind][0].format(op.value) for op in map(rounded, ops))
+
+
+def parse(text: str) -> tuple[Op, ...] | None:
+    """The degradations that a restoration prompt names; None for `BLIND`, which names none. Any case is read.
+
+    Raises `BadParameter` with the grammar for anything else.
+    """
+    plain = " ".join(text.lower().split())
+    if plain == BLIND.lower():
+        return None
+    ops = []
+    for part in filter(None, (part.strip(" .") for part in plain.split(";"))):
+        found = [(kind, re.fullmatch(pattern, part)) for kind, (_, pattern) in _WORDS.items()]
+        hits = [(kind, match[1]) for kind, match in found if match]
+        if not hits:
+            raise BadParameter("restoration prompt", text, f"{GRAMMAR}; this is not one: '{part}'")
+        ops.append(rounded(Op(hits[0][0], float(hits[0][1]))))
+    return tuple(ops)
+
+
+def scaled(text: str, kind: str, by: float) -> str:
+    """A restoration prompt that asks for a part of what it asked: "remove half of the noise" is ("noise", 0.5).
+
+    Strength is sigma of blur and noise, how much smaller than full size (factor - 1), and quality short of 100; an
+    instruction that is left with nothing to do goes. That this is how strength is steered is the paper's (figure of the
+    walk through prompts); the scales of Upsample and Dejpeg are ours.
+
+    Raises `BadParameter` where the text does not name that degradation.
+    """
+    ops = parse(text)
+    if kind not in KINDS:
+        raise BadParameter("kind", kind, KINDS)
+    if by < 0:
+        raise BadParameter("by", by, "0 or more")
+    if not ops or kind not in [op.kind for op in ops]:
+        raise BadParameter("restoration prompt", text, f"one that names a degradation '{kind}' with its number")
+    low, high = _LIMITS[kind]
+    zero = _NOTHING[kind]
+
+    def less(op: Op) -> Op:
+        return rounded(Op(kind, min(max(zero + by * (op.value - zero), low), high))) if op.kind == kind else op
+
+    return prompt([op for op in map(less, ops) if op.value != _NOTHING[op.kind]])
+
+
+# --- the parameterised pipeline ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is drawn: passes of blur, resize, noise, JPEG, each operation skipped or not.
+
+    Attributes:
+        blur: sigma in pixels. This and the next three are two ends of a uniform draw, or with `listed` the values
+            themselves.
+        resize: times smaller on a side.
+        noise: sigma, pixels being in [0, 1].
+        jpeg: quality.
+        passes: 2 in the figure.
+        skip: probability that an operation is left out; a mapping has one for each kind.
+        skip_scope: "every_op", or "first_resize_only", the other reading of the figure: all else always happens.
+        listed: see `blur`.
+    """
+
+    blur: tuple[float, ...] = (0.2, 6.0)
+    resize: tuple[float, ...] = (1.0, 8.0)
+    noise: tuple[float, ...] = (0.0, 0.25)
+    jpeg: tuple[float, ...] = (20, 95)
+    passes: int = 2
+    skip: float | Mapping[str, float] = 0.5
+    skip_scope: str = "every_op"
+    listed: bool = False
+
+    def __post_init__(self):
+        for kind in KINDS:
+            values = getattr(self, kind)
+            if not values or (not self.listed and (len(values) != 2 or values[0] > values[1])):
+                raise BadParameter(kind, values, "a lower and an upper end, or with listed=True one value or more")
+            for value in values:
+                rounded(Op(kind, value))
+        if self.skip_scope not in SCOPES:
+            raise BadParameter("skip_scope", self.skip_scope, SCOPES)
+        if self.passes < 1:
+            raise BadParameter("passes", self.passes, "1 or more")
+        if any(not 0 <= self._skips(kind) <= 1 for kind in KINDS):
+            raise BadParameter("skip", self.skip, "probabilities, one or one for each kind")
+
+    def _skips(self, kind: str) -> float:
+        return self.skip if isinstance(self.skip, (int, float)) else self.skip.get(kind, -1)
+
+    def draw(self, seed: int | Sequence[int]) -> tuple[Op, ...]:
+        """The operations of one picture, numbers rounded as their text has them; those that do nothing are left out."""
+        rng, ops = np.random.default_rng([1, *_numbers(seed)]), []
+        for number in range(self.passes):
+            for kind in KINDS:
+                values = getattr(self, kind)
+                # drawn in any case: what one operation does must not move the numbers of the next
+                chance = rng.random()
+                value = values[rng.integers(len(values))] if self.listed else rng.uniform(*values)
+                may = self.skip_scope == "every_op" or (kind == "resize" and number == 0)
+                op = rounded(Op(kind, value))
+                if op.value != _NOTHING[kind] and not (may and chance < self._skips(kind)):
+                    ops.append(op)
+        return tuple(ops)
+
+
+def degrade(x: Tensor, ops: Sequence[Op], seed: int | Sequence[int], *, back: str = "op", filter: str = "bicubic",
+            edge: str = "replicate") -> Tensor:  # fmt: skip
+    """Apply degradations, one after the other, to a picture (3, H, W) in [0, 1]; the result has its size.
+
+    Args:
+        ops: rounded first, as their text is.
+        seed: of the noise.
+        back: when a picture that was made smaller is brought back to its size: "op", at once, or "end", after the last
+            operation, so that noise and JPEG see the small one, and factors of two passes multiply.
+        filter: "bicubic", "bilinear" or "nearest", for both ways.
+        edge: beyond the border a blur sees the border's pixels ("replicate"), or the other side's ("circular").
+    """
+    if back not in BACKS:
+        raise BadParameter("back", back, BACKS)
+    if filter not in ("bicubic", "bilinear", "nearest"):
+        raise BadParameter("filter", filter, ("bicubic", "bilinear", "nearest"))
+    if edge not in EDGES:
+        raise BadParameter("edge", edge, EDGES)
+    y, size = _checked(x)[None], x.shape[-2:]
+    for place, op in enumerate(map(rounded, ops)):
+        if op.value == _NOTHING[op.kind]:
+            continue
+        if op.kind == "blur":
+            y = _blurred(y, op.value, edge)
+        elif op.kind == "resize":
+            y = _resized(y, [max(1, round(n / op.value)) for n in y.shape[-2:]], filter)
+            y = _resized(y, size, filter) if back == "op" else y
+        elif op.kind == "noise":
+            generator = torch.Generator().manual_seed(_mixed(2, *_numbers(seed), place))
+            y = y + op.value * torch.randn(y.shape, generator=generator).to(y)
+        else:
+            y = _jpeg(y, int(op.value))
+        y = y.clamp(0, 1)
+    return (_resized(y, size, filter).clamp(0, 1) if y.shape[-2:] != size else y)[0]
+
+
+def degrade_batch(x: Tensor, ops: Sequence[Sequence[Op]], seeds: Sequence[int | Sequence[int]], **options) -> Tensor:
+    """`degrade` of pictures (B, 3, H, W), each with its own operations and seed: as each alone, bit for bit."""
+    if not len(x) == len(ops) == len(seeds):
+        raise BadParameter("ops, seeds", (len(ops), len(seeds)), f"{len(x)} each, as many as pictures")
+    return torch.stack([degrade(*each, **options) for each in zip(x, ops, seeds, strict=True)])
+
+
+# --- the blind pipeline -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One of the two passes of Real-ESRGAN. Ranges are two ends of a uniform draw."""
+
+    blur: float  # probability
+    sigma: tuple[float, float]
+    resize: tuple[float, float, float]  # probabilities of larger, smaller, same
+    factor: tuple[float, float]  # of the side
+    gaussian: tuple[float, float]  # sigma of 255
+    poisson: tuple[float, float]  # scale
+    sinc: float = 0.1
+    kernels: tuple[float, ...] = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)  # of `KERNELS`
+    generalised: tuple[float, float] = (0.5, 4.0)  # shape of the generalised Gaussians
+    plateau: tuple[float, float] = (1.0, 2.0)
+    is_gaussian: float = 0.5
+    grey: float = 0.4
+    jpeg: tuple[float, float] = (30, 95)
+
+
+KERNELS = ("iso", "aniso", "generalised iso", "generalised aniso", "plateau iso", "plateau aniso")
+
+
+@dataclass(frozen=True)
+class RealESRGAN:
+    """The published settings (train_realesrnet_x4plus.yml at a4abfb2). JPEG qualities are whole here."""
+
+    first: Pass = field(
+        default_factory=lambda: Pass(1.0, (0.2, 3.0), (0.2, 0.7, 0.1), (0.15, 1.5), (1, 30), (0.05, 3.0))
+    )
+    second: Pass = field(
+        default_factory=lambda: Pass(0.8, (0.2, 1.5), (0.3, 0.4, 0.3), (0.3, 1.2), (1, 25), (0.05, 2.5))
+    )
+    final_sinc: float = 0.8
+    sinc_first: float = 0.5  # probability that the last filter comes before the last JPEG
+    scale: int = 4
+
+
+def blind(x: Tensor, seed: int | Sequence[int], settings: RealESRGAN | None = None, *, restore: bool = True) -> Tensor:
+    """Real-ESRGAN's second-order degradation of a picture (3, H, W) in [0, 1].
+
+    Args:
+        restore: bring the result, 1 / scale of the side, back to the size of x by bicubic (ours: TIP's inputs have the
+            size of their targets). False: (3, H / scale, W / scale), as released.
+    """
+    s = settings or RealESRGAN()
+    y, (height, width) = _checked(x)[None], x.shape[-2:]
+    small = max(1, height // s.scale), max(1, width // s.scale)
+    rng = np.random.default_rng([3, *_numbers(seed)])
+
+    def filters() -> str:
+        return str(rng.choice(["area", "bilinear", "bicubic"]))
+
+    for number, p in enumerate((s.first, s.second)):
+        kernel = _kernel(rng, p)
+        if rng.random() < p.blur:
+            y = _filtered(y, kernel)
+        up, down, _ = p.resize
+        chance = rng.random()
+        low, high = (1.0, p.factor[1]) if chance < up else (p.factor[0], 1.0) if chance < up + down else (1.0, 1.0)
+        factor, base = rng.uniform(low, high), small if number else (height, width)
+        y = _interpolated(y, [max(1, int(n * factor)) for n in base], filters())
+        y = _noisy(rng, y, p)
+        if number == 0:
+            y = _jpeg(y, round(rng.uniform(*p.jpeg)))
+    quality, kind = round(rng.uniform(*s.second.jpeg)), filters()
+    sinc = _sinc(rng.uniform(math.pi / 3, math.pi), _odd(rng)) if rng.random() < s.final_sinc else None
+
+    def filtered(y: Tensor) -> Tensor:
+        y = _interpolated(y, small, kind)
+        return y if sinc is None else _filtered(y, sinc)
+
+    y = _jpeg(filtered(y), quality) if rng.random() < s.sinc_first else filtered(_jpeg(y, quality))
+    y = (y.clamp(0, 1) * 255).round() / 255
+    return (_resized(y, (height, width), "bicubic").clamp(0, 1) if restore else y)[0]
+
+
+def sharpened(x: Tensor, weight: float = 0.5, threshold: float = 10.0) -> Tensor:
+    """A picture (3, H, W) by unsharp masking as Real-ESRGAN's targets: radius 51, where it differs by > 10 / 255."""
+    sigma = 0.3 * ((51 - 1) * 0.5 - 1) + 0.8  # OpenCV's for that radius
+    x = _checked(x)[None]
+    rest = x - _blurred(x, sigma, "replicate", 25)
+    soft = _blurred((rest.abs() * 255 > threshold).to(x), sigma, "replicate", 25)
+    return (soft * (x + weight * rest).clamp(0, 1) + (1 - soft) * x)[0]
+
+
+def _noisy(rng: np.random.Generator, y: Tensor, p: Pass) -> Tensor:
+    """Gaussian, or Poisson noise scaled; one plane for all channels where it is grey. Clamped."""
+    gaussian, grey = rng.random() < p.is_gaussian, rng.random() < p.grey
+    if gaussian:
+        sigma = rng.uniform(*p.gaussian) / 255
+        noise = sigma * rng.standard_normal((1, *y.shape[1:]) if not grey else (1, 1, *y.shape[2:]))
+        return (y + torch.from_numpy(noise).to(y)).clamp(0, 1)
+    scale = rng.uniform(*p.poisson)
+    clean = (y.clamp(0, 1) * 255).round() / 255
+    if grey:
+        clean = (clean * clean.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    levels = 2.0 ** math.ceil(math.log2(max(2, len(clean.unique()))))
+    counts = rng.poisson((clean * levels).double().cpu().numpy()) / levels
+    return (y + scale * (torch.from_numpy(counts).to(y) - clean)).clamp(0, 1)
+
+
+def _odd(rng: np.random.Generator) -> int:
+    return 2 * int(rng.integers(3, 11)) + 1  # 7, 9, ... 21
+
+
+def _kernel(rng: np.random.Generator, p: Pass) -> np.ndarray:
+    """A blur kernel of odd side, its sum 1."""
+    side = _odd(rng)
+    if rng.random() < p.sinc:
+        return _sinc(rng.uniform(math.pi / (3 if side < 13 else 5), math.pi), side)
+    name = KERNELS[rng.choice(len(KERNELS), p=np.divide(p.kernels, sum(p.kernels)))]
+    across = rng.uniform(*p.sigma)
+    along, turn = (rng.uniform(*p.sigma), rng.uniform(-math.pi, math.pi)) if "aniso" in name else (across, 0.0)
+    low, high = p.generalised if "generalised" in name else p.plateau
+    shape = rng.uniform(low, 1) if rng.random() < 0.5 else rng.uniform(1, high)
+    ys, xs = np.mgrid[:side, :side] - side // 2
+    u, v = xs * math.cos(turn) + ys * math.sin(turn), ys * math.cos(turn) - xs * math.sin(turn)
+    distance = (u / across) ** 2 + (v / along) ** 2
+    if "plateau" in name:
+        kernel = 1 / (distance**shape + 1)
+    else:
+        kernel = np.exp(-0.5 * distance ** (shape if "generalised" in name else 1))
+    return kernel / kernel.sum()
+
+
+def _sinc(cutoff: float, side: int) -> np.ndarray:
+    """A circular low-pass filter, whose ringing is the point."""
+    ys, xs = np.mgrid[:side, :side] - side // 2
+    r = np.hypot(xs, ys)
+    with np.errstate(invalid="ignore"):
+        kernel = np.where(r == 0, cutoff**2 / (4 * math.pi), cutoff * j1(cutoff * r) / (2 * math.pi * r))
+    return kernel / kernel.sum()
+
+
+# --- operations on (1, 3, H, W) ---------------------------------------------------------------------------------------
+
+
+def _checked(x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[0] != 3 or not x.is_floating_point() or x.numel() == 0:
+        raise BadParameter("picture", getattr(x, "shape", type(x)), "a float tensor (3, H, W) in [0, 1]")
+    if not (x.amin() >= 0 and x.amax() <= 1):
+        raise BadParameter("picture", "values outside [0, 1]", "a float tensor (3, H, W) in [0, 1]")
+    return x
+
+
+def _blurred(y: Tensor, sigma: float, edge: str, radius: int | None = None) -> Tensor:
+    """Gaussian, cut at 3 sigma, rows and columns apart."""
+    radius = math.ceil(3 * sigma) if radius is None else radius
+    if edge == "circular":
+        radius = min(radius, *y.shape[-2:])
+    places = torch.arange(-radius, radius + 1, dtype=y.dtype, device=y.device)
+    kernel = torch.exp(-0.5 * (places / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).expand(y.shape[1], 1, -1)
+    y = F.conv2d(F.pad(y, (radius, radius, 0, 0), edge), kernel[:, :, None], groups=y.shape[1])
+    return F.conv2d(F.pad(y, (0, 0, radius, radius), edge), kernel[..., None], groups=y.shape[1])
+
+
+def _filtered(y: Tensor, kernel: np.ndarray) -> Tensor:
+    half = len(kernel) // 2
+    weight = torch.from_numpy(kernel).to(y).expand(y.shape[1], 1, -1, -1)
+    return F.conv2d(_mirrored(y, half), weight, groups=y.shape[1])
+
+
+def _mirrored(y: Tensor, pad: int) -> Tensor:
+    """Mirrored at its edges, however small it is (`F.pad` needs the padding to be smaller)."""
+    for dim in (-2, -1):
+        n = y.shape[dim]
+        place = torch.arange(-pad, n + pad, device=y.device) % max(2 * n - 2, 1)
+        y = y.index_select(dim, torch.minimum(place, (2 * n - 2 - place).abs()))
+    return y
+
+
+def _resized(y: Tensor, size: Sequence[int], filter: str) -> Tensor:
+    """Low-pass filtered where it gets smaller."""
+    if filter == "nearest":
+        return F.interpolate(y, tuple(size), mode="nearest-exact")
+    return F.interpolate(y, tuple(size), mode=filter, align_corners=False, antialias=True)
+
+
+def _interpolated(y: Tensor, size: Sequence[int], filter: str) -> Tensor:
+    """As Real-ESRGAN does it: bilinear and bicubic are not filtered, so that they alias."""
+    if tuple(y.shape[-2:]) == tuple(size):
+        return y
+    return F.interpolate(y, tuple(size), mode=filter, **({} if filter == "area" else {"align_corners": False}))
+
+
+def _jpeg(y: Tensor, quality: int) -> Tensor:
+    """Through a JPEG file in memory."""
+    pixels = (y[0].clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+    return decode_jpeg(encode_jpeg(pixels, quality), mode=ImageReadMode.RGB).to(y)[None] / 255
+
+
+def _numbers(seed: int | Sequence[int]) -> tuple[int, ...]:
+    return (seed,) if isinstance(seed, int) else tuple(seed)
+
+
+def _mixed(*numbers: int) -> int:
+    """One 63-bit seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
