@@ -384,6 +384,17 @@ def test_ones_own(tmp_path):
         landcover.own(tmp_path, [])
 
 
+def test_a_part_of_a_set(tmp_path):
+    earth(tmp_path, ("tokyo", "el_rodeo", "kyoto"))
+    for size, times in ((None, 1), (50, 4)):
+        whole = landcover.load(OEM, tmp_path, "train", size=size)
+        part = whole.where([zone != "Cfa" for zone in whole.zones()])
+        assert part.zones() == ["Aw"] * times and len(whole) == 3 * times
+        assert torch.equal(part[0][0], whole[times][0]) and part.picture(0).region == "el_rodeo"
+        with pytest.raises(BadParameter, match="keep"):
+            whole.where([False] * len(whole))
+
+
 def test_a_transform_gets_both(tmp_path):
     earth(tmp_path)
     plain = landcover.load(OEM, tmp_path, "train")

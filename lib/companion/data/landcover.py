@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import colorsys
 import contextlib
+import copy
 import csv
 import functools
 import http.client
@@ -145,6 +146,18 @@ class LandCover(Dataset):
     def picture(self, index: int) -> Picture:
         """The file that an item is of."""
         return self.pictures[index if self.windows is None else self.windows[index][0]]
+
+    def where(self, keep: Sequence[bool]) -> LandCover:
+        """The items for which `keep` says so, such as those of some zones; raises `BadParameter` when none is left."""
+        if len(keep) != len(self) or not any(keep):
+            raise BadParameter("keep", f"{sum(map(bool, keep))} of {len(keep)}", f"some of {len(self)} items")
+        part = copy.copy(self)
+        if self.windows is None:
+            part.pictures = [x for x, kept in zip(self.pictures, keep, strict=True) if kept]
+            part.__dict__.pop("_zones", None)
+        else:
+            part.windows = [x for x, kept in zip(self.windows, keep, strict=True) if kept]
+        return part
 
     @functools.cached_property
     def _zones(self) -> list[str | None]:

@@ -1,0 +1,135 @@
+"""What training does with an image of the land and its labels: the recipe of GeoSeg, by torchvision where it has it.
+
+    train_transform(512, ignore=8)      a scale of 0.75 to 1.5, a crop with several classes, flips, normalised
+    test_transform()                    normalised
+    Mosaic(data, 0.25, data.zones())    a quarter of the items put together from four images OF ONE ZONE
+
+A mosaic of images from several zones would have no text that is true of all of it. (In GeoSeg, which is image-only, it
+may be of any four.) None of these changes colours much: what the text explains is colour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from ..errors import BadParameter
+from ..geotiff import MEAN, STD
+from .landcover import LandCover, Transform
+
+SCALES = (0.75, 1.0, 1.25, 1.5)
+
+
+class Scale(v2.Transform):
+    """Image and labels at one of several scales, all as likely; bicubic, and nearest for labels."""
+
+    def __init__(self, scales: Sequence[float] = SCALES):
+        super().__init__()
+        if not scales or min(scales) <= 0:
+            raise BadParameter("scales", scales, "one or more above 0")
+        self.scales = tuple(scales)
+
+    def make_params(self, flat_inputs: list) -> dict[str, float]:
+        return {"scale": self.scales[int(torch.randint(len(self.scales), ()))]}
+
+    def transform(self, inpt: Tensor, params: dict[str, float]) -> Tensor:
+        size = [max(1, int(side * params["scale"])) for side in inpt.shape[-2:]]
+        return F.resize(inpt, size, interpolation=F.InterpolationMode.BICUBIC, antialias=True)
+
+
+class SmartCrop(torch.nn.Module):
+    """A random square, drawn again until two classes or more are in it and none has `most` of the labelled pixels.
+
+    After `tries` the last one stays. What an image is too small for is black and ignored.
+    """
+
+    def __init__(self, size: int, ignore: int, most: float = 0.75, tries: int = 11):
+        super().__init__()
+        if size < 1 or tries < 1 or not 0 < most <= 1:
+            raise BadParameter("size, most, tries", (size, most, tries), "1 or more pixels, a share, 1 or more")
+        self.ignore, self.most, self.tries = ignore, most, tries
+        self.crop = v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: ignore})
+
+    def forward(self, image: tv_tensors.Image, labels: tv_tensors.Mask) -> tuple[Tensor, Tensor]:
+        for _ in range(self.tries):
+            found = self.crop(image, labels)
+            counts = torch.bincount(found[1].flatten(), minlength=self.ignore + 1)[: self.ignore]
+            if (counts > 0).sum() > 1 and counts.max() < self.most * counts.sum():
+                break
+        return found
+
+
+def test_transform() -> Transform:
+    """Image float32, normalised with ImageNet's mean and spread; labels as they are."""
+    kinds = {tv_tensors.Image: torch.float32, "others": None}
+    return v2.Compose([v2.ToDtype(kinds, scale=True), v2.Normalize(MEAN, STD)])
+
+
+def train_transform(size: int, ignore: int, *, scales: Sequence[float] = SCALES, flip: float = 0.5,
+                    upside_down: float = 0.5, brightness: float = 0.0) -> Transform:  # fmt: skip
+    """A pair (Image uint8, Mask int64) to (float32 (3, size, size), int64 (size, size)).
+
+    Args:
+        flip, upside_down: how likely each flip is.
+        brightness: largest change of brightness and of contrast, with probability 0.25; GeoSeg has 0.25 on LoveDA.
+    """
+    steps = [Scale(scales), SmartCrop(size, ignore), v2.RandomHorizontalFlip(flip), v2.RandomVerticalFlip(upside_down)]
+    if brightness:
+        steps.append(v2.RandomApply([v2.ColorJitter(brightness, brightness)], 0.25))
+    return v2.Compose([*steps, test_transform()])
+
+
+class Mosaic(Dataset):
+    """Items of `data`, some of them put together from four images of one group: the first, and three drawn at random.
+
+    The corner where they meet lies in the middle half of each side; each quarter is a random crop of its image.
+
+    Args:
+        data: its own transform is not used; `transform` comes after the mosaic.
+        p: how likely an item is a mosaic.
+        groups: of each item, usually its climate zone.
+    """
+
+    def __init__(self, data: LandCover, p: float, groups: Sequence[Hashable], transform: Transform | None = None):
+        if not 0 <= p <= 1:
+            raise BadParameter("p", p, "0 to 1")
+        if len(groups) != len(data):
+            raise BadParameter("groups", f"{len(groups)} of them", f"{len(data)}, one for each item")
+        self.data, self.p, self.transform = data, p, transform
+        members: dict[Hashable, list[int]] = {}
+        for i, group in enumerate(groups):
+            members.setdefault(group, []).append(i)
+        self.members = [members[group] for group in groups]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, labels = self.data.pair(index)
+        if torch.rand(()) < self.p:
+            image, labels = self._mosaic(index, image, labels)
+        if self.transform is not None:
+            image, labels = self.transform(tv_tensors.Image(image), tv_tensors.Mask(labels))
+        return image.as_subclass(Tensor), labels.as_subclass(Tensor)
+
+    def _mosaic(self, index: int, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        height, width = labels.shape
+        y, x = (int(torch.randint(side // 4, 3 * side // 4 + 1, ())) for side in (height, width))
+        own = self.members[index]
+        others = [own[int(torch.randint(len(own), ()))] for _ in range(3)]
+        image, labels, pairs = image.clone(), labels.clone(), [(image, labels), *map(self.data.pair, others)]
+        fill = {tv_tensors.Image: 0, tv_tensors.Mask: self.data.ignore}
+        for i, (picture, truth) in enumerate(pairs):
+            rows, columns = slice(0, y) if i < 2 else slice(y, None), slice(0, x) if i % 2 == 0 else slice(x, None)
+            size = labels[rows, columns].shape
+            if 0 in size:  # an image of one or two pixels
+                continue
+            crop = v2.RandomCrop(size, pad_if_needed=True, fill=fill)
+            image[:, rows, columns], labels[rows, columns] = crop(tv_tensors.Image(picture), tv_tensors.Mask(truth))
+        return image, labels
