@@ -19,6 +19,7 @@ FULL_SIZE = {
     *("vit_b16_full", "vit_b16_full_acc", "swin_b_full", "model_256", "track_loop", "model_vitb16", "domain_mae"),
     *("full_l14_pa100k", "hipt_1024", "heatmap_blend", "heatmap_blend_smoothed", "model_full", "attention_map"),
     *("classifier", "detector", "mlr_lvis_r50", "ft_unetformer_swin_b"),
+    *("dino_vitb", "g2sd_generic_vits", "ibot_vitb", "mae_vitb", "mocov3_vitb", "tinymim_relation"),
 }
 
 
