@@ -1,0 +1,337 @@
+"""Pictures with captions, and the same degraded, with the text that says how: what TIP reads.
+
+    pictures = load("restoration/coco", "data", "train")        or own_folder("mine")
+    image, caption = pictures[0]                                float32 (3, H, W) in [0, 1], str
+    train = Degraded(pictures, 512)
+    train[0]                                                    Sample(clean, degraded, semantic, restoration, ops)
+    test = Degraded(pictures, 512, **TASKS["parameterised"])    no dice, the same every time
+
+Opening a set reads its lists only; a picture is decoded, and degraded, when it is asked for. `root` is the data folder;
+`restoration_sets` describes the sets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+import json
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_dtype
+
+from ..errors import BadParameter, CompanionError, CorruptFile, MissingData
+from ..files import read_json
+from . import DataSet, Status, find
+from .classification import Images, _absent, _inside
+from .degradations import BLIND, Op, RealESRGAN, Recipe, blind, degrade, prompt
+from .restoration_sets import CAPTIONS, DIV2K, DIV2K_URL, FOLDERS, OWN
+
+
+class Captioned(Images):
+    """Pictures with captions: `pictures[i]` is (float32 (3, H, W) in [0, 1], the caption, "" where there is none).
+
+    Attributes:
+        captions: of the N pictures.
+
+    Raises (on indexing) as `classification.Images`.
+    """
+
+    def __init__(self, dataset: DataSet, root: Path, sources: Sequence[str], captions: Sequence[str]):
+        super().__init__(dataset, root, sources, range(len(sources)), 0)
+        self.captions = tuple(captions)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        return to_dtype(pil_to_tensor(self.picture(index)), torch.float32, scale=True), self.captions[index]
+
+
+# --- what a user calls ------------------------------------------------------------------------------------------------
+
+
+def load(name: str, root: str | Path, split: str) -> Captioned:
+    """One split of a set: "train" and "test" of "restoration/coco" and "restoration/div2k"; the pocket set has "val"
+    too.
+
+    Raises:
+        BadParameter: unknown name or split.
+        MissingData: the folder, the captions or pictures are not there, or not as many as is known.
+        CorruptFile: captions that are truncated, or have a wrong or missing field: it says which.
+    """
+    dataset, root = find(name, "restoration"), Path(root)
+    if split not in FOLDERS[dataset.name]:
+        raise BadParameter("split", split, tuple(FOLDERS[dataset.name]))
+    sources, captions = _read(dataset, root, split)
+    for path in (sources[0], sources[-1]):  # a look at two files, not at all: opening must stay instant
+        if not Path(path).is_file():
+            raise dataset.missing(root, f"the picture {path} is not there")
+    return Captioned(dataset, root, sources, captions)
+
+
+def own_folder(folder: str | Path) -> Captioned:
+    """Your own pictures: `images/` and `captions.jsonl` beside it, or a folder of pictures alone, without captions.
+
+    Raises:
+        MissingData: no such folder, no pictures, or a picture with a caption that is not there.
+        CorruptFile: a line of `captions.jsonl` that is none.
+    """
+    folder = Path(folder)
+    own = DataSet(
+        name=folder.resolve().name,
+        title="pictures of your own",
+        group="own",
+        task="restoration",
+        classes=None,
+        sizes={},
+        folders=(".",),
+        layout=OWN + "\nor pictures alone, without captions",
+        source="your own pictures",
+        licence="yours",
+        citation="",
+    )
+    sources, captions = _own(own, folder, folder)
+    if absent := _absent(set(sources)):
+        raise own.missing(folder, f"{len(absent)} listed pictures are not there, the first: {min(absent)}")
+    return Captioned(own, folder, sources, captions)
+
+
+class Sample(NamedTuple):
+    """A clean picture, the same degraded, and the two texts."""
+
+    clean: Tensor  # (3, S, S) in [0, 1]
+    degraded: Tensor  # (3, S, S) in [0, 1]
+    semantic: str  # c_s: the caption, or ""
+    restoration: str  # c_r: what was done, or BLIND
+    ops: tuple[Op, ...] | None  # what was done; None of Real-ESRGAN's, which has no words
+
+
+TASKS = {
+    "parameterised": {"share_blind": 0.0, "blind_prompt": 0.0, "no_caption": 0.0, "fresh": False, "flip": False},
+    "real-esrgan": {"share_blind": 1.0, "blind_prompt": 0.0, "no_caption": 0.0, "fresh": False, "flip": False},
+}
+"""Arguments of `Degraded` for a test: every sample has its true texts and is the same every time (ours)."""
+
+
+class Degraded(Dataset):
+    """Square pictures and the same degraded: `samples[i]` is a `Sample`.
+
+    The figure has two dice: whether c_r says what was done or `BLIND`, and whether c_s is the caption or empty; their
+    probabilities are not in it. All numbers here are ours (section 5); a sample depends on `seed` and its index.
+
+    Args:
+        pictures: with captions.
+        size: S. A picture's shorter side is brought to S, then a square is cut: a random one where `fresh` is set, the
+            middle one where not. So the caption stays true of most of what is seen.
+        recipe: of the parameterised pipeline.
+        settings: of Real-ESRGAN's.
+        share_blind: of samples that Real-ESRGAN's pipeline makes; their c_r is `BLIND`.
+        blind_prompt: probability that c_r of another sample is `BLIND` too.
+        no_caption: probability that c_s is empty.
+        fresh: what is drawn differs each time a sample is asked for: by torch's random state, which `fit.fit` sets by
+            seed, epoch and index.
+        flip: left and right are exchanged half of the time.
+        seed: of everything drawn.
+        back, edge: see `degradations.degrade`.
+    """
+
+    def __init__(
+        self,
+        pictures: Captioned,
+        size: int,
+        recipe: Recipe | None = None,
+        settings: RealESRGAN | None = None,
+        *,
+        share_blind: float = 0.5,
+        blind_prompt: float = 0.5,
+        no_caption: float = 0.3,
+        fresh: bool = True,
+        flip: bool = True,
+        seed: int = 0,
+        back: str = "op",
+        edge: str = "replicate",
+    ):
+        for name, value in (("share_blind", share_blind), ("blind_prompt", blind_prompt), ("no_caption", no_caption)):
+            if not 0 <= value <= 1:
+                raise BadParameter(name, value, "a probability, 0 to 1")
+        if size < 1:
+            raise BadParameter("size", size, "1 pixel or more")
+        self.pictures, self.size, self.recipe, self.settings = pictures, size, recipe or Recipe(), settings
+        self.share_blind, self.blind_prompt, self.no_caption = share_blind, blind_prompt, no_caption
+        self.fresh, self.flip, self.seed, self.back, self.edge = fresh, flip, seed, back, edge
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Sample:
+        picture, caption = self.pictures[index]
+        numbers = (self.seed, index, *([int(torch.randint(2**31, ()))] if self.fresh else []))
+        # all dice are thrown, whatever they decide: one probability must not move what another one draws
+        where, turned, is_blind, unnamed, untold = np.random.default_rng([4, *numbers]).random(5)
+        clean = _square(picture, self.size, where if self.fresh else 0.5)
+        if self.flip and turned < 0.5:
+            clean = clean.flip(-1)
+        if is_blind < self.share_blind:
+            ops, degraded, restoration = None, blind(clean, numbers, self.settings), BLIND
+        else:
+            ops = self.recipe.draw(numbers)
+            degraded = degrade(clean, ops, numbers, back=self.back, edge=self.edge)
+            restoration = BLIND if unnamed < self.blind_prompt else prompt(ops)
+        return Sample(clean, degraded, "" if untold < self.no_caption else caption, restoration, ops)
+
+
+def read_captions(path: str | Path) -> dict[str, str]:
+    """File name to caption, the first by id, from a file of COCO's captions, in the order of the pictures' ids.
+
+    Raises `CorruptFile` with the path, the entry and the field.
+    """
+    path, found = Path(path), read_json(path)
+    if not isinstance(found, dict) or not all(isinstance(found.get(n), list) for n in ("images", "annotations")):
+        raise CorruptFile(path, "not COCO's format: an object with the lists 'images' and 'annotations' was expected")
+
+    def field(part: str, number: int, name: str, kind: type):
+        entry = found[part][number]
+        value = entry.get(name) if isinstance(entry, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise CorruptFile(path, f"{part}[{number}]: '{name}' is {value!r}")
+        return value
+
+    files = {}
+    for number in range(len(found["images"])):
+        name = _inside(path, f"images[{number}]", field("images", number, "file_name", str))
+        files[field("images", number, "id", int)] = name
+    first: dict[int, tuple[int, str]] = {}
+    for number in range(len(found["annotations"])):
+        image, own = field("annotations", number, "image_id", int), field("annotations", number, "id", int)
+        caption = " ".join(field("annotations", number, "caption", str).split())
+        if image not in files:
+            raise CorruptFile(path, f"annotations[{number}]: 'image_id' is {image}, which no image is")
+        if image not in first or own < first[image][0]:
+            first[image] = own, caption
+    if not files:
+        raise CorruptFile(path, "no images")
+    return {files[image]: first[image][1] if image in first else "" for image in sorted(files)}
+
+
+# --- what `companion.data` calls --------------------------------------------------------------------------------------
+
+
+def status(dataset: DataSet, root: Path) -> Status:
+    """See `companion.data.status`: captions are read, no picture is opened."""
+    folder, counts = dataset.folder(root), []
+    if not any((folder / name).exists() for name in (*FOLDERS[dataset.name].values(), *_lists(dataset))):
+        return Status("missing", f"no captions and no pictures in {folder}")
+    for split in FOLDERS[dataset.name]:
+        try:
+            sources, _ = _read(dataset, root, split)
+        except MissingData as error:
+            return Status("incomplete", error.detail)
+        except CorruptFile as error:
+            return Status("incomplete", str(error))
+        if absent := _absent(set(sources)):
+            first = min(absent)
+            return Status("incomplete", f"{len(absent)} of {len(sources)} pictures are not there, first {first}")
+        counts.append(f"{len(sources):,} in {split}")
+    return Status("present", f"pictures: {', '.join(counts)}")
+
+
+def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
+    """See `companion.data.fetch`: DIV2K, each archive verified, unpacked in a hidden folder and moved when whole."""
+    folder = dataset.folder(root)
+    root.mkdir(parents=True, exist_ok=True)
+    quiet = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
+    try:
+        for split, (_, md5) in DIV2K.items():
+            name = FOLDERS[dataset.name][split]
+            if not _absent({f"{folder}/{name}/{i:04d}.png" for i in DIV2K[split][0]}):
+                continue
+            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as new, quiet:
+                download_and_extract_archive(f"{DIV2K_URL}{name}.zip", new, md5=md5)
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copytree(Path(new) / name, folder / name, dirs_exist_ok=True, copy_function=shutil.move)
+    except (OSError, http.client.HTTPException, RuntimeError, zipfile.BadZipFile) as error:
+        raise CompanionError(
+            f"{dataset.title} could not be downloaded ({getattr(error, 'reason', error)}). Nothing half-written was "
+            f"kept. On a machine with a network run `companion fetch` again, or copy a finished {folder} here."
+        ) from None
+
+
+# --- how it is done ---------------------------------------------------------------------------------------------------
+
+
+def _lists(dataset: DataSet) -> list[str]:
+    return list(CAPTIONS.values()) if dataset.name == "restoration/coco" else []
+
+
+def _read(dataset: DataSet, root: Path, split: str) -> tuple[list[str], list[str]]:
+    """Paths and captions of a split."""
+    folder = dataset.folder(root)
+    pictures = folder / FOLDERS[dataset.name][split]
+    if not folder.is_dir():
+        raise dataset.missing(root)
+    if dataset.name == "restoration/div2k":
+        return [f"{pictures}/{number:04d}.png" for number in DIV2K[split][0]], [""] * len(DIV2K[split][0])
+    if dataset.name == "pocket/restoration":
+        return _own(dataset, root, pictures)
+    file = folder / CAPTIONS[split]
+    if not file.is_file():
+        raise dataset.missing(root, f"{file} is not there")
+    found = read_captions(file)
+    if (known := dataset.sizes[split]) != len(found):
+        raise dataset.missing(root, f"{file} has {len(found):,} pictures, {known:,} are expected")
+    return [f"{pictures}/{name}" for name in found], list(found.values())
+
+
+def _own(dataset: DataSet, root: Path, folder: Path) -> tuple[list[str], list[str]]:
+    """Paths and captions of a folder in the companion's own layout, or of one of pictures alone."""
+    if not folder.is_dir():
+        raise dataset.missing(root, f"no folder {folder}")
+    listing = folder / "captions.jsonl"
+    if not listing.is_file():
+        place = folder / "images" if (folder / "images").is_dir() else folder
+        found = sorted(str(path) for path in place.iterdir() if path.suffix.lower() in IMG_EXTENSIONS)
+        if not found:
+            raise dataset.missing(root, f"no pictures in {place}")
+        return found, [""] * len(found)
+    sources, captions = [], []
+    try:
+        lines = listing.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise CorruptFile(listing, f"not text ({error})") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            file, caption = row["file"], row["caption"]
+            if not isinstance(file, str) or not isinstance(caption, str):
+                raise TypeError
+        except (ValueError, KeyError, TypeError):
+            wanted = '{"file": "1.png", "caption": "a zebra"}'
+            raise CorruptFile(listing, f"line {number}: expected {wanted}, found {line[:80]!r}") from None
+        sources.append(f"{folder}/images/{_inside(listing, f'line {number}', file)}")
+        captions.append(" ".join(caption.split()))
+    if not sources:
+        raise CorruptFile(listing, "no pictures in it")
+    return sources, captions
+
+
+def _square(picture: Tensor, size: int, where: float) -> Tensor:
+    """(3, size, size): the shorter side brought to `size`, then cut at `where`, 0 to 1, along the longer."""
+    height, width = picture.shape[-2:]
+    if min(height, width) != size:
+        by = size / min(height, width)
+        wanted = [max(size, round(height * by)), max(size, round(width * by))]
+        picture = resize(picture, wanted, interpolation=3, antialias=True).clamp(0, 1)
+        height, width = wanted
+    top, left = round(where * (height - size)), round(where * (width - size))
+    return picture[:, top : top + size, left : left + size].contiguous()
