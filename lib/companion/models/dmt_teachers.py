@@ -314,7 +314,9 @@ class SelfDistillationLoss(nn.Module):
 
 
 def warm(step: float, length: float, start: float = 0.04, end: float = 0.07) -> float:
-    """A teacher's temperature: linear from `start` to `end`, which is reached at `length` - 1 and kept."""
+    """A teacher's temperature: linear from `start` to `end`, which is reached at `length` - 1 and kept; 0: `end`."""
+    if length <= 0:
+        return end
     return start + (end - start) * min(step / max(length - 1, 1), 1)
 
 
