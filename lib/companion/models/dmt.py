@@ -697,3 +697,8 @@ class DMT(nn.Module):
     def export(self) -> ViT:
         """The student alone, a copy in eval mode: what is fine-tuned afterwards."""
         return copy.deepcopy(self.student).eval()
+
+
+def loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+    """For `fit.fit`: a batch is pictures, of which the teachers are asked, or pictures and each teacher's tokens."""
+    return model(batch[0], batch[1:] or None).total
