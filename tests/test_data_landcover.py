@@ -384,6 +384,18 @@ def test_ones_own(tmp_path):
         landcover.own(tmp_path, [])
 
 
+def test_names_of_ones_own_classes(tmp_path):
+    with pytest.raises(CorruptFile, match=r"classes\.txt"):
+        landcover.read_classes(tmp_path)
+    (tmp_path / "classes.txt").write_text("open field 75 181 73\nzone 2\n\nwater\n")
+    found = landcover.read_classes(tmp_path)
+    assert list(found) == ["open field", "zone 2", "water"] and found["open field"] == (75, 181, 73)
+    for text in ("field 75 181 300\nwater", "field\nfield", "field"):
+        (tmp_path / "classes.txt").write_text(text)
+        with pytest.raises(CorruptFile, match=r"classes\.txt"):
+            landcover.read_classes(tmp_path)
+
+
 def test_a_part_of_a_set(tmp_path):
     earth(tmp_path, ("tokyo", "el_rodeo", "kyoto"))
     for size, times in ((None, 1), (50, 4)):

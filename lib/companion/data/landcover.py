@@ -315,6 +315,25 @@ def read_places(path: str | Path = PLACES) -> dict[str, Place]:
     return places
 
 
+def read_classes(root: str | Path) -> dict[str, tuple[int, int, int]]:
+    """The classes of one's own pictures from `classes.txt`: a name a line, and maybe its colour, "field 75 181 73".
+
+    Raises `CorruptFile` with the line at fault."""
+    path, found = Path(root) / "classes.txt", {}
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorruptFile(path, f"it should name the classes, one a line ({error})") from error
+    for i, line in enumerate(lines):
+        name, *colour = line.rsplit(maxsplit=3) if line[-1].isdigit() and len(line.split()) > 3 else [line]
+        if name in found or not all(v.isdigit() and int(v) < 256 for v in colour):
+            raise CorruptFile(path, f"{line!r} is not a new name, or a name and three numbers from 0 to 255")
+        found[name] = tuple(map(int, colour)) if colour else _colour(i)
+    if len(found) < 2:
+        raise CorruptFile(path, "two classes or more are needed")
+    return found
+
+
 def compile_xbd(root: str | Path, xbd: str | Path) -> int:
     """Put xBD's images into OpenEarthMap, as GeoTIFF with the georeference of their labels; returns how many were new.
 

@@ -33,7 +33,7 @@ def psnr(restored: Tensor, clean: Tensor) -> Tensor:
 
 
 def ssim(restored: Tensor, clean: Tensor) -> Tensor:
-    """Structural similarity of each picture (B, 3, H, W) in [0, 1]: (B,); Gaussian windows of sigma 1.5, borders included."""
+    """Structural similarity of each picture (B, 3, H, W) in [0, 1]: (B,); Gaussian windows of sigma 1.5, borders in."""
     _alike(restored, clean)
     return structural_similarity_index_measure(restored, clean, data_range=1.0, reduction="none").reshape(-1)
 
