@@ -1,0 +1,239 @@
+"""What pre-trained ViTs are judged on: classes of pictures, instances with boxes and masks, classes of pixels.
+
+    load("pretraining/imagenet-1k", "data", "test")[0]      # float32 (3, H, W), int
+    load("pretraining/coco", "data", "train")[0]            # uint8 (3, H, W), {"boxes", "labels", "masks", ...}
+    load("pretraining/ade20k", "data", "test")[0]           # uint8 (3, H, W), int64 (H, W), 255 where nothing counts
+
+Opening a set lists its files or reads its annotations; a picture is decoded when it is asked for. `root` is the data
+folder; `pretraining_sets` describes the sets. `instances` and `scenes` read folders of one's own in the same formats.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from struct import error as StructError
+
+import numpy as np
+import torch
+from faster_coco_eval.core import mask as rle
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from ..errors import BadParameter, CorruptFile, MissingData
+from . import DataSet, Status, find
+from .classification import Images, _absent, _class_folders
+from .detection import Boxes, read_annotations
+from .pretraining_sets import COCO, IMAGENET
+
+SPLITS = {"train": "train", "test": "val"}  # ours -> the sets' own: what they validate on is what papers test on
+IGNORED = 255
+_PICTURES = (".jpg", ".jpeg", ".png")
+
+
+class Instances(Boxes):
+    """Pictures with boxes and masks: `instances[i]` is (uint8 (3, H, W), target), as torchvision's Mask R-CNN wants it.
+
+    A target has "boxes" (n, 4) float32 xyxy, "labels" (n,) int64 counted from 1 (0 is the background), "masks"
+    (n, H, W) uint8, and "image_id". Crowds, and boxes without width or height, are left out of it.
+
+    Attributes:
+        file: the annotations, beside what `Boxes` has.
+    """
+
+    def __init__(self, dataset: DataSet, root: Path, file: Path, folder: Path, truth: Mapping):
+        super().__init__(dataset, root, folder, truth, [category["id"] for category in truth["categories"]], ())
+        self.file = file
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict]:
+        image, target = super().__getitem__(index)
+        rows = self._rows[target.image_id]
+        sides = target.boxes[:, 2:] - target.boxes[:, :2]
+        kept = [i for i in range(len(rows)) if not target.crowd[i] and (sides[i] > 0).all()]
+        masks = [self._mask(rows[i], *image.shape[1:]) for i in kept]
+        empty = torch.zeros((0, *image.shape[1:]), dtype=torch.uint8)
+        return image, {"boxes": target.boxes[kept], "labels": target.labels[kept] + 1,
+                       "masks": torch.stack(masks) if masks else empty, "image_id": target.image_id}  # fmt: skip
+
+    def _mask(self, row: dict, height: int, width: int) -> Tensor:
+        """One instance's mask: polygons, or run lengths."""
+        shape = row.get("segmentation")
+        try:
+            if isinstance(shape, list):
+                parts = rle.merge(rle.frPyObjects(shape, height, width))
+            else:
+                parts = rle.frPyObjects(shape, height, width) if isinstance(shape["counts"], list) else shape
+            found = torch.from_numpy(np.ascontiguousarray(rle.decode(parts)))
+        except Exception as error:  # the C extension raises whatever it stumbles over
+            what = f"annotation {row.get('id')}: 'segmentation' is no polygon and no run lengths ({error})"
+            raise CorruptFile(self.file, what) from error
+        if found.shape != (height, width):
+            sizes = f"its mask is {tuple(found.shape)}, its picture {(height, width)}"
+            raise CorruptFile(self.file, f"annotation {row.get('id')}: {sizes}")
+        return found
+
+
+class Scenes(Images):
+    """Pictures of which each pixel has a class: `scenes[i]` is (uint8 (3, H, W), int64 (H, W)), 255 where none counts.
+
+    Stored labels count from 1, with 0 for what is none of the classes (`reduce_zero_label` of mmseg).
+    """
+
+    def __init__(self, dataset: DataSet, root: Path, pictures: list[str], labels: list[str], classes: int):
+        super().__init__(dataset, root, pictures, labels, classes)
+
+    def truth(self, index: int) -> Tensor:
+        """The labels alone."""
+        path = self.labels[index]
+        try:
+            with Image.open(path) as image:
+                stored = torch.from_numpy(np.array(image))
+        except FileNotFoundError:
+            raise self.dataset.missing(self.root, f"{path} is listed but not there") from None
+        except (OSError, SyntaxError, ValueError, EOFError, StructError, Image.DecompressionBombError) as error:
+            raise CorruptFile(path, str(error)) from error
+        if stored.ndim != 2 or stored.max() > self.classes:
+            found = f"{tuple(stored.shape)}, up to {int(stored.max())}"
+            raise CorruptFile(path, f"one label of 0 to {self.classes} a pixel was expected, found {found}")
+        stored = stored.long()
+        return torch.where(stored == 0, IGNORED, stored - 1)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, truth = pil_to_tensor(self.picture(index)), self.truth(index)
+        if image.shape[1:] != truth.shape:
+            size = f"{tuple(truth.shape)}, its picture {tuple(image.shape[1:])}"
+            raise CorruptFile(self.labels[index], f"the labels are {size}")
+        return image, truth
+
+
+# --- what a user calls ------------------------------------------------------------------------------------------------
+
+
+def load(
+    name: str, root: str | Path, split: str, transform: Callable[[Image.Image], Tensor] | None = None
+) -> Images | Instances | Scenes:
+    """One split, "train" or "test" (the sets call it val), of one of the three sets.
+
+    Args:
+        transform: of ImageNet's pictures: from a PIL image (RGB) to a tensor.
+
+    Raises:
+        BadParameter: unknown name or split, or a transform for another set than ImageNet.
+        MissingData: the folder, a file or pictures are not there, or not as many as is known.
+        CorruptFile: annotations that are not as they should be.
+    """
+    dataset, root = find(name, "pretraining"), Path(root)
+    if split not in SPLITS:
+        raise BadParameter("split", split, tuple(SPLITS))
+    if transform is not None and name != IMAGENET:
+        raise BadParameter("transform", transform, f"None: {name} has boxes or labels that would have to change too")
+    folder = dataset.folder(root)
+    if not folder.is_dir():
+        raise dataset.missing(root)
+    if name == IMAGENET:
+        found = _folders(dataset, root, folder / SPLITS[split], transform)
+    elif name == COCO:
+        file = folder / "annotations" / f"instances_{SPLITS[split]}2017.json"
+        if not file.is_file():
+            raise dataset.missing(root, f"{file} is not there")
+        found = _instances(dataset, root, file, folder / f"{SPLITS[split]}2017")
+    else:
+        found = _scenes(dataset, root, folder, {"train": "training", "test": "validation"}[split])
+    if len(found) != (known := dataset.sizes.get(split, len(found))):
+        raise dataset.missing(root, f"{len(found):,} pictures for '{split}' in {folder}, {known:,} are expected")
+    return found
+
+
+def instances(annotations: str | Path, images: str | Path) -> Instances:
+    """Your own pictures with boxes and masks: an annotation file in COCO's format, and where its file names start from.
+
+    Raises as `load`.
+    """
+    file, folder = Path(annotations), Path(images)
+    own = _own(folder, f"{file.name}    in COCO's format\n{folder.name}/    the pictures")
+    if not file.is_file():
+        raise own.missing(file.parent, f"{file} is not there")
+    return _instances(own, file.parent, file, folder)
+
+
+def scenes(root: str | Path, split: str, classes: int) -> Scenes:
+    """Your own pictures and labels, in ADE20K's layout: images/<split>/*.jpg or png, annotations/<split>/*.png.
+
+    Raises as `load`.
+    """
+    root = Path(root)
+    own = _own(root, f"images/{split}/*.jpg\nannotations/{split}/*.png    labels from 1, 0 where none counts")
+    return _scenes(own, root, root, split, classes)
+
+
+# --- what `companion.data` calls --------------------------------------------------------------------------------------
+
+
+def status(dataset: DataSet, root: Path) -> Status:
+    """See `companion.data.status`: files are listed and annotations read, no picture is opened."""
+    folder, counts = dataset.folder(root), []
+    if not folder.is_dir():
+        return Status("missing", f"no folder {folder}")
+    for split in SPLITS:
+        try:
+            found = load(dataset.name, root, split)
+        except MissingData as error:
+            return Status("incomplete", error.detail)
+        except CorruptFile as error:
+            return Status("incomplete", str(error))
+        if dataset.name == COCO and (absent := _absent(set(map(str, found.sources)))):
+            text = f"{len(absent)} of {len(found)} listed pictures are not there, the first: {min(absent)}"
+            return Status("incomplete", text)
+        counts.append(f"{len(found):,} in {split}")
+    return Status("present", f"pictures: {', '.join(counts)}")
+
+
+def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
+    """See `companion.data.fetch`. None of these sets has a link with a published checksum."""
+    raise dataset.missing(root, "it cannot be downloaded for you")
+
+
+# --- how it is done ---------------------------------------------------------------------------------------------------
+
+
+def _own(folder: Path, layout: str) -> DataSet:
+    return DataSet(folder.resolve().name, "pictures of your own", "own", "pretraining", None, {}, (".",), layout,
+                   "your own pictures", "yours", "")  # fmt: skip
+
+
+def _folders(dataset: DataSet, root: Path, folder: Path, transform: Callable | None) -> Images:
+    if not folder.is_dir():
+        raise dataset.missing(root, f"{folder} is not there")
+    names = _class_folders(folder)
+    if len(names) != dataset.classes:
+        raise dataset.missing(root, f"{folder} has {len(names)} class folders, {dataset.classes} are expected")
+    samples = make_dataset(str(folder), {name: i for i, name in enumerate(names)}, IMG_EXTENSIONS, allow_empty=True)
+    paths, labels = [path for path, _ in samples], [label for _, label in samples]
+    return Images(dataset, root, paths, labels, len(names), transform, names)
+
+
+def _instances(dataset: DataSet, root: Path, file: Path, folder: Path) -> Instances:
+    found = read_annotations(file)
+    if dataset.classes is not None and len(found["categories"]) != dataset.classes:
+        raise CorruptFile(file, f"{len(found['categories'])} categories, {dataset.classes} are expected")
+    if not folder.is_dir():
+        raise dataset.missing(root, f"{folder} is not there")
+    return Instances(dataset, root, file, folder, found)
+
+
+def _scenes(dataset: DataSet, root: Path, folder: Path, split: str, classes: int | None = None) -> Scenes:
+    pictures, labels = folder / "images" / split, folder / "annotations" / split
+    for place in (pictures, labels):
+        if not place.is_dir():
+            raise dataset.missing(root, f"{place} is not there")
+    there = (entry.name for entry in os.scandir(pictures))
+    names = sorted(name for name in there if name.lower().endswith(_PICTURES) and not name.startswith("."))
+    if not names:
+        raise dataset.missing(root, f"{pictures} has no pictures")
+    marked = [f"{labels}/{Path(name).stem}.png" for name in names]
+    if absent := _absent(set(marked)):
+        raise dataset.missing(root, f"{len(absent)} of {len(names)} pictures have no labels, the first: {min(absent)}")
+    return Scenes(dataset, root, [f"{pictures}/{name}" for name in names], marked, classes or dataset.classes)
