@@ -172,7 +172,9 @@ def read(folder: str | Path) -> pd.DataFrame:
     metric = read_json(record).get("metric", "accuracy") if record.exists() else "accuracy"
     try:
         rows = pd.read_csv(path)
-        rows[[*KEYS, metric]]
+        if rows[[*KEYS, metric]].isna().any(axis=None):
+            raise ValueError("a row is not whole")
+        pd.to_numeric(rows[metric])
     except (KeyError, ValueError) as error:
         raise CorruptFile(path, f"not the rows of a study ({error})") from error
     return _frame(rows, metric)

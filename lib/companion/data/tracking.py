@@ -220,6 +220,8 @@ def _lines(path: Path) -> list[str]:
         names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise CorruptFile(path, f"not UTF-8 text ({error})") from error
+    if not names:
+        raise CorruptFile(path, "no name of a sequence in it")
     for name in names:
         if "/" in name or "\\" in name or name.startswith("."):
             raise CorruptFile(path, f"{name!r} is not the name of a sequence")

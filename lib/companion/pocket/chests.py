@@ -273,27 +273,41 @@ def read(root: str | Path, split: str) -> Part:
         layout = "chests.json\nimages/000001.png\nmasks/000001.png\npretrain.csv\n{train,val,test}_list.txt"
         raise MissingData("pocket chests", folder, layout, "companion.pocket.chests.write(root, seed)", "none, drawn")
     listed = folder / f"{split}_list.txt"
-    lines = [line.split() for line in listed.read_text(encoding="utf-8").splitlines()]
-    if any(len(line) != 1 + len(FINDINGS) for line in lines):
+    try:
+        lines = [line.split() for line in listed.read_text(encoding="utf-8").splitlines()]
+        labels = torch.tensor([[int(value) for value in line[1:]] for line in lines])
+    except (OSError, ValueError) as error:
+        raise CorruptFile(listed, f"not a list of paths and labels ({error})") from error
+    if labels.ndim != 2 or labels.shape[1] != len(FINDINGS):
         raise CorruptFile(listed, f"a line is not a path and {len(FINDINGS)} labels")
-    texts = _rows(folder / ("pretrain.csv" if split == "train" else f"{split}_reports.csv"))
-    boxes = [ast.literal_eval(row["bbox"])[0] for row in _rows(folder / f"{split}_boxes.csv")]
-    masks = [row["mask_path"] for row in _rows(folder / f"{split}_masks.csv")]
+    texts = _rows(folder / ("pretrain.csv" if split == "train" else f"{split}_reports.csv"), "report", "llm_output")
+    boxes_file = folder / f"{split}_boxes.csv"
+    try:
+        boxes = torch.tensor([ast.literal_eval(text)[0] for (text,) in _rows(boxes_file, "bbox")]).reshape(-1, 4)
+    except (ValueError, SyntaxError, TypeError, RuntimeError) as error:
+        raise CorruptFile(boxes_file, f"a box is not four numbers ({error})") from error
     grey = np.stack([_picture(folder / line[0]) for line in lines]).astype(np.float32) / 65535
-    lesions = np.stack([_picture(folder / path) for path in masks]) > 127
+    lesions = np.stack([_picture(folder / path) for (path,) in _rows(folder / f"{split}_masks.csv", "mask_path")]) > 127
     return Part(
         torch.from_numpy((grey - MEAN) / STD)[:, None],
-        torch.tensor([[int(value) for value in line[1:]] for line in lines]),
+        labels,
         torch.from_numpy(lesions.astype(np.float32))[:, None],
-        torch.tensor(boxes) * SIZE // BOX_UNIT,
-        tuple(row["report"] for row in texts),
-        tuple(row["llm_output"] for row in texts),
+        boxes * SIZE // BOX_UNIT,
+        tuple(report for report, _ in texts),
+        tuple(said for _, said in texts),
     )
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def _rows(path: Path, *columns: str) -> list[tuple[str, ...]]:
+    """Columns of a table, a tuple a line."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [tuple(row[column] for column in columns) for row in csv.DictReader(file)]
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise CorruptFile(path, f"not a table with {', '.join(columns)} ({error!r})") from error
+    if not rows or any(value is None or "\0" in value for row in rows for value in row):
+        raise CorruptFile(path, "a line is not whole")
+    return rows
 
 
 def _picture(path: Path) -> np.ndarray:

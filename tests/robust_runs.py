@@ -1,0 +1,158 @@
+"""Each kind of run that can be resumed, small and slow enough to be killed in the middle: for test_robustness.py.
+
+A kind is a function of a folder. Called again on the same folder, it goes on; it returns a digest of what came out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from test_fit import noisy_model, pairs, squared
+from test_slides import SMALL, drawn, mean_colour, written
+from test_tracking import clip, pocket_model, sequence
+from torch import nn
+
+from companion import slides, study, tracking
+from companion.data import tracking as tracking_data
+from companion.data.tracking import read_frame
+from companion.fit import fit, trained_state
+from companion.models import dino, ecamp_distil
+from companion.pocket import classification
+
+torch.set_num_threads(1)
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
+
+
+def tensors(state: dict[str, torch.Tensor]) -> Iterable[bytes]:
+    return (name.encode() + value.contiguous().numpy().tobytes() for name, value in sorted(state.items()))
+
+
+def training(folder: Path) -> str:
+    """The training loop of all papers."""
+
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        time.sleep(0.01)
+        return squared(model, batch)
+
+    model = noisy_model()
+    history = fit(model, loss, pairs(), epochs=10, batch=8, lr=1e-2, checkpoint=folder / "training.pt",
+                  checkpoint_every=3, resume=True, accelerator="cpu")  # fmt: skip
+    return digest([*tensors(trained_state(model)), repr(history).encode()])
+
+
+def pretraining(folder: Path) -> str:
+    """DINO, whose loop has a teacher and a centre to keep."""
+
+    class Encoder(nn.Sequential):
+        blocks, dim = (), 8
+
+    torch.manual_seed(0)
+    encoder = Encoder(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 8))
+    pictures = torch.rand(32, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+    def views(batch: torch.Tensor) -> list[torch.Tensor]:
+        time.sleep(0.01)
+        return [batch + 0.1 * torch.randn(batch.shape) for _ in range(2)]
+
+    encoder, history = dino.pretrain(encoder, pictures, views, epochs=15, batch=8, outputs=16, hidden=16, bottleneck=8,
+                                     accelerator="cpu", checkpoint=folder / "dino.pt", checkpoint_every=3,
+                                     resume=True)  # fmt: skip
+    return digest([*tensors(encoder.state_dict()), repr(history).encode()])
+
+
+def studies(folder: Path) -> str:
+    """A study of two methods, its rows kept as they come."""
+    module = types.ModuleType("companion.studies.made_up")
+    module.__file__ = __file__
+    module.METHODS, module.TASKS = {"a": None, "b": None}, {"t": ["a", "b"]}
+    module.RATES, module.SEEDS, module.SELECTION_SEED = [0.1, 0.2, 0.3], list(range(8)), 9
+    module.prepare = lambda root: None
+
+    def train(method: str, task: str, rate: float, seed: int, root: str, split: str) -> dict[str, float]:
+        time.sleep(0.03)
+        return {"accuracy": 10 * rate + (method == "a") + seed, "loss": 1.0}
+
+    module.train = train
+    sys.modules[module.__name__] = module
+    study.ProcessPoolExecutor = lambda workers, context, start: ThreadPoolExecutor(1)  # the run is a process already
+    rows = study.run("made_up", folder / "study", folder, workers=1).drop(columns="seconds")
+    return digest([rows.to_csv(index=False).encode()])
+
+
+def features(folder: Path) -> str:
+    """The features of a slide."""
+    slide = folder / "slide.tiff"
+    if not slide.exists():
+        written(slide, drawn())
+
+    def encode(regions: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.05)
+        return mean_colour(regions)
+
+    found = slides.read_features(slides.extract(slide, encode, folder / "slide.h5", tiling=SMALL, batch=1))
+    return digest([found["features"].numpy().tobytes()])
+
+
+def videos(folder: Path) -> str:
+    """Tracking through three videos."""
+
+    def read(*paths: Path) -> np.ndarray:
+        time.sleep(0.03)
+        return read_frame(*paths)
+
+    tracking_data.read_frame = read
+    with tempfile.TemporaryDirectory() as data:
+        parts = [sequence(Path(data), f"video{i}", *clip(6 + i, 6)) for i in range(3)]
+        found = tracking.run(pocket_model(), parts, folder / "boxes")
+    return digest(name.encode() + boxes.tobytes() for name, boxes in sorted(found.items()))
+
+
+def distillation(folder: Path) -> str:
+    """What a language model says of each report."""
+
+    class Slow:
+        name = "slow"
+
+        def __call__(self, report: str, entities: list[str], attempt: int) -> str:
+            time.sleep(0.03)
+            return ecamp_distil.Rules()(report, entities)
+
+    reports = [f"There is a small effusion at level {i}. No pneumothorax." for i in range(40)]
+    return digest([repr(ecamp_distil.distil(reports, Slow(), folder / "answers.sqlite")).encode()])
+
+
+def pictures(folder: Path) -> str:
+    """A pocket data set, written as a whole or not at all."""
+    (root,) = classification.write(folder / "data", ["where"])
+    return digest(path.name.encode() + path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file())
+
+
+KINDS: dict[str, Callable[[Path], str]] = {
+    "training": training,
+    "DINO": pretraining,
+    "study": studies,
+    "slide features": features,
+    "tracking": videos,
+    "distilled reports": distillation,
+    "pocket pictures": pictures,
+}
+
+
+def work(kind: str, folder: str, out: str) -> None:
+    """One process of a run: the digest of what came out in the file `out`."""
+    Path(out).write_text(KINDS[kind](Path(folder)), encoding="utf-8")
