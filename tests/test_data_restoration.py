@@ -20,7 +20,7 @@ from torch.utils.data import default_collate
 from companion import data, fit
 from companion.data import DATASETS, restoration, restoration_sets
 from companion.data.degradations import BLIND, Recipe, degrade, parse
-from companion.data.restoration import TASKS, Captioned, Degraded, load, own_folder, read_captions
+from companion.data.restoration import TASKS, TEXTS, Captioned, Degraded, load, own_folder, read_captions, texts
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
 from companion.files import write_json
 
@@ -261,6 +261,27 @@ def test_training_sees_other_numbers_each_epoch_and_the_same_again(pictures: Cap
     seeded = fit._Seeded(Degraded(pictures, 8), 3)
     a, b, c = seeded[0, 5], seeded[1, 5], seeded[0, 5]
     assert torch.equal(a.degraded, c.degraded) and not torch.equal(a.degraded, b.degraded)
+
+
+def test_texts_of_a_test(pictures: Captioned) -> None:
+    found = [Degraded(pictures, 8, **TASKS["parameterised"])[i] for i in (0, 1, 2)]
+    semantic, named = [s.semantic for s in found], [s.restoration for s in found]
+    assert len(set(named)) == 3
+    expected = {
+        "own": (semantic, named),
+        "no text": ([""] * 3, [BLIND] * 3),
+        "semantic only": (semantic, [BLIND] * 3),
+        "blind prompt": (semantic, [BLIND] * 3),
+        "restoration only": ([""] * 3, named),
+        "wrong semantic prompt": ([semantic[1], semantic[2], semantic[0]], named),
+        "wrong restoration prompt": (semantic, [named[1], named[2], named[0]]),
+        "prompts swapped": (named, semantic),
+    }
+    assert {kind: texts(found, kind) for kind in TEXTS} == expected
+    with pytest.raises(BadParameter, match="wrong semantic prompt"):
+        texts(found, "wrong")
+    with pytest.raises(BadParameter, match="with another"):
+        texts(found[:1], "wrong semantic prompt")
 
 
 def test_samples_make_a_batch(pictures: Captioned) -> None:

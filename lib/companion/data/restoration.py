@@ -189,6 +189,41 @@ class Degraded(Dataset):
         return Sample(clean, degraded, "" if untold < self.no_caption else caption, restoration, ops)
 
 
+TEXTS = ("own", "no text", "semantic only", "restoration only", "blind prompt", "wrong semantic prompt",
+         "wrong restoration prompt", "prompts swapped")  # fmt: skip
+
+
+def texts(samples: Sequence[Sample], kind: str = "own") -> tuple[list[str], list[str]]:
+    """The two texts of each sample, for the UNet and for the adaptor, as a test gives them.
+
+    "own": c_s and c_r. "no text": "" and `BLIND`. "semantic only", which "blind prompt" names too: c_s and `BLIND`.
+    "restoration only": "" and c_r. "wrong ...": that of the next sample which has another. "prompts swapped": c_r to
+    the UNet, c_s to the adaptor.
+
+    Raises `BadParameter` for another kind, or where no sample has another text.
+    """
+    if kind not in TEXTS:
+        raise BadParameter("texts", kind, TEXTS)
+    semantic, restoration = [s.semantic for s in samples], [s.restoration for s in samples]
+
+    def other(given: list[str]) -> list[str]:
+        if len(set(given)) < 2:
+            raise BadParameter("samples", f"{len(given)} with the same text", f"some with another, for {kind!r}")
+        return [next(t for t in (*given[i:], *given[:i]) if t != given[i]) for i in range(len(given))]
+
+    none, blind_only = [""] * len(samples), [BLIND] * len(samples)
+    return {
+        "own": lambda: (semantic, restoration),
+        "no text": lambda: (none, blind_only),
+        "semantic only": lambda: (semantic, blind_only),
+        "restoration only": lambda: (none, restoration),
+        "blind prompt": lambda: (semantic, blind_only),
+        "wrong semantic prompt": lambda: (other(semantic), restoration),
+        "wrong restoration prompt": lambda: (semantic, other(restoration)),
+        "prompts swapped": lambda: (restoration, semantic),
+    }[kind]()
+
+
 def read_captions(path: str | Path) -> dict[str, str]:
     """File name to caption, the first by id, from a file of COCO's captions, in the order of the pictures' ids.
 

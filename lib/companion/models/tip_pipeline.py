@@ -10,8 +10,11 @@ to two parts, and the text of the blind mode, are the paper's (figure, project p
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
@@ -23,7 +26,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import to_pil_image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..errors import BadParameter, MissingWeights
+from ..errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights
 from ..progress import progress
 from .tip import TIP, Adaptor, Encoded, check_unet, pictures
 from .tip_text import END, WordText, clip_tokenizer, tokenize
@@ -208,9 +211,9 @@ class TIPPipeline(DiffusionPipeline):
         """Height and width that are no multiple of this are padded."""
         return self.adaptor.factor
 
-    def ids(self, texts: Sequence[str]) -> Tensor:
-        """Ids (B, M) of texts, for `TIP`."""
-        return tokenize(self.text_encoder if self.tokenizer is None else self.tokenizer, texts)
+    def ids(self, texts: Sequence[str], cut: bool = False) -> Tensor:
+        """Ids (B, M) of texts, for `TIP`; see `tip_text.tokenize`."""
+        return tokenize(self.text_encoder if self.tokenizer is None else self.tokenizer, texts, cut)
 
     @torch.no_grad()
     def states(self, texts: Sequence[str]) -> Tensor:
@@ -303,6 +306,52 @@ class TIPPipeline(DiffusionPipeline):
         if output == "pt":
             return Restored(restored)
         return Restored([to_pil_image(picture.cpu()) for picture in restored])
+
+
+def save_adaptor(adaptor: Adaptor, folder: str | Path) -> Path:
+    """Write a trained adaptor, and nothing of what is frozen, into a new folder; under a temporary name first."""
+    folder = Path(folder)
+    if folder.exists():
+        raise BadParameter("folder", str(folder), "a folder that is not there yet")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        adaptor.save_pretrained(temporary)
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def load_adaptor(folder: str | Path, unet: UNet2DConditionModel) -> Adaptor:
+    """The adaptor that `save_adaptor` wrote, or that stands below a saved pipeline, for a UNet.
+
+    Raises:
+        MissingWeights: there is none in the folder.
+        CorruptFile: its file cannot be read.
+        BadCheckpoint: it was made for another UNet.
+    """
+    folder = Path(folder)
+    folder = folder / "adaptor" if (folder / "adaptor").is_dir() else folder
+    if not (folder / "config.json").is_file():
+        ways = ["name the folder that `save_adaptor` wrote", "train one: leave `checkpoint` empty"]
+        raise MissingWeights("TIP's adaptor", folder, ways)
+    try:
+        adaptor = Adaptor.from_pretrained(folder, low_cpu_mem_usage=False, use_safetensors=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CorruptFile(folder, f"not an adaptor of TIP ({type(error).__name__}: {str(error)[:200]})") from error
+    ours, theirs = adaptor.config.controlnet, unet.config
+    names = ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim", "attention_head_dim")
+    other = [f"{n} {ours[n]}, the UNet has {theirs[n]}" for n in names if _plain(ours[n]) != _plain(theirs[n])]
+    if other:
+        raise BadCheckpoint("this UNet", shapes=other)
+    return adaptor
+
+
+def _plain(value: object) -> object:
+    """A configuration's value as its JSON has it."""
+    return list(value) if isinstance(value, (list, tuple)) else value
 
 
 def _each(name: str, text: str | Sequence[str], count: int) -> list[str]:

@@ -74,12 +74,12 @@ class WordText(ModelMixin, ConfigMixin):
         """The tokens of a text, unknown ones replaced, as often as the text itself has them."""
         return [token if token in self._id else UNKNOWN for token in split(text)] or [EMPTY]
 
-    def ids(self, texts: Sequence[str]) -> Tensor:
-        """Ids (B, M) of texts. Raises `BadParameter` for a text of more tokens than there are places."""
+    def ids(self, texts: Sequence[str], cut: bool = False) -> Tensor:
+        """Ids (B, M) of texts. Raises `BadParameter` for a text of more tokens than there are places, if not `cut`."""
         rows = []
         for text in texts:
             ids = [self._id[word] for word in self.words(text)]
-            if len(ids) > self.config.places:
+            if len(ids) > self.config.places and not cut:
                 raise BadParameter("text", text, f"at most {self.config.places} words, digits and marks")
             rows.append((ids * self.config.places)[: self.config.places])
         return torch.tensor(rows)
@@ -116,19 +116,19 @@ def clip_tokenizer(pad: str = END, length: int = 77) -> CLIPTokenizer:
     )  # fmt: skip
 
 
-def tokenize(tokenizer, texts: Sequence[str]) -> Tensor:
+def tokenize(tokenizer, texts: Sequence[str], cut: bool = False) -> Tensor:
     """Ids (B, M) of texts, by a `WordText` or a tokenizer of transformers.
 
     Raises `BadParameter` where a text is longer than fits: the end of an instruction that was cut off would be
-    silently ignored.
+    silently ignored. With `cut` it is cut: a long caption is still one.
     """
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         raise BadParameter("texts", texts, "a list of texts")
     if isinstance(tokenizer, WordText):
-        return tokenizer.ids(texts)
+        return tokenizer.ids(texts, cut)
     length = tokenizer.model_max_length
     for text, ids in zip(texts, tokenizer(list(texts))["input_ids"], strict=True):
-        if len(ids) > length:
+        if len(ids) > length and not cut:
             raise BadParameter("text", text, f"at most {length} tokens, it has {len(ids)}")
-    found = tokenizer(list(texts), padding="max_length", max_length=length, return_tensors="pt")
+    found = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return found["input_ids"]
