@@ -223,7 +223,7 @@ def _lines(path: Path) -> list[str]:
     if not names:
         raise CorruptFile(path, "no name of a sequence in it")
     for name in names:
-        if "/" in name or "\\" in name or name.startswith("."):
+        if "/" in name or "\\" in name or name.startswith(".") or not name.isprintable():
             raise CorruptFile(path, f"{name!r} is not the name of a sequence")
     return names
 
