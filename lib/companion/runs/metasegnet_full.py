@@ -27,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
 
 from .. import backbones, geotiff, report
-from ..climate import PROMPTS, Prompts
+from ..climate import OCEAN, PROMPTS, Prompts, misplaced
 from ..data import DATASETS, landcover
 from ..data.landcover_sets import CLASSES, LOVEDA, OEM, POTSDAM, TO_LOVEDA
 from ..data.landcover_transforms import SCALES, Mosaic, test_transform, train_transform
@@ -323,16 +323,32 @@ def texts(
     own: Sequence[str | None] | None = None,
     seed: int = 0,
 ) -> list[str] | None:
-    """A text for each zone, as a method has them in training or, with `kind`, of another level of `climate.Prompts`.
+    """A text for each zone, as a method has them in training or, with `kind`, other ones; None for the unimodal twin.
 
-    `own` texts count before those of the zone where the level is "full". None for the unimodal twin."""
-    level = LEVELS[method] if LEVELS[method] is None or not kind else kind
+    Args:
+        kind: a level of `climate.Prompts`; "wrong" and "shuffled" keep the method's level, and take another of the
+            zones given, or of all that have a text where only one is given.
+        own: texts that count before those of the zone where the full text of the right zone is asked for.
+    """
+    level, right = LEVELS[method], kind not in ("wrong", "shuffled")
     if level is None:
         return None
+    if kind == "wrong":
+        known = {zone for zone in zones if zone is not None}
+        if len(known) > 1:
+            zones = misplaced(zones, seed)
+        else:
+            others = sorted(set(prompts.zones) - known - {OCEAN})
+            other = others[np.random.default_rng(seed).integers(len(others))]
+            zones = [zone and other for zone in zones]
+    elif kind == "shuffled":
+        zones = [zones[i] for i in np.random.default_rng(seed).permutation(len(zones))]
+    elif kind:
+        level = kind
     if level == "code":
         return [zone or "unknown" for zone in zones]
     found = prompts.texts(zones, level, seed)
-    if own is None or level != "full":
+    if own is None or level != "full" or not right:
         return found
     return [mine or text for mine, text in zip(own, found, strict=True)]
 
@@ -530,18 +546,15 @@ def row(p: SimpleNamespace, name: str, part: Test, matrix: Tensor) -> dict[str, 
     found = metrics.scores(matrix, part.left_out)
     own = {"mIoU": found.miou, "mF1": found.mf1, "OA": found.oa}
     own |= {f"IoU {c}": float(v) for c, v in zip(part.classes, found.iou, strict=True)}
-    prompt = "" if LEVELS[p.method] is None else p.prompt if p.method == "MetaSegNet" else LEVELS[p.method]
+    prompt = "none" if LEVELS[p.method] is None else p.prompt if p.method == "MetaSegNet" else LEVELS[p.method]
     facts = {"method": p.method, "dataset": p.dataset, "test": name, "prompt": prompt, "augmentation": p.augmentation,
-             "held_out": p.held_out, "seed": p.seed}  # fmt: skip
+             "held_out": p.held_out or "no zone", "seed": p.seed}  # fmt: skip
     return facts | own
 
 
 def measured(path: str | Path, *new: Mapping[str, object]) -> pd.DataFrame:
     """The real results in the CSV `path`; `new` rows of `row` join, or replace theirs."""
-    rows = report.gather(path, KEYS, VALUES, new)
-    # a CSV gives an empty text back as nan
-    texts_ = ["prompt", "held_out"]
-    return rows.assign(**{name: rows[name].fillna("") for name in texts_})
+    return report.gather(path, KEYS, VALUES, new)
 
 
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -552,7 +565,7 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     titles = {DATASETS[name].title: column for name, column in ((POTSDAM, "Potsdam"), (LOVEDA, "LoveDA"))}
     facts = next(t for t in report.paper("metasegnet")["tables"] if t["id"] == "geoseg_reproduction")
     anchors.insert(1, "set", [r["group"] for r in facts["rows"]])
-    plain = rows[(rows.method == "unimodal") & (rows.test == "test") & (rows.held_out == "")]
+    plain = rows[(rows.method == "unimodal") & (rows.test == "test") & (rows.held_out == "no zone")]
     for column, ours in (("F1", "mF1"), ("OA", "OA"), ("mIoU", "mIoU")):
         means = {titles[DATASETS[name].title]: own[ours].mean() for name, own in plain.groupby("dataset")
                  if name in (POTSDAM, LOVEDA)}  # fmt: skip
