@@ -21,7 +21,7 @@ import yaml
 from sphinx.cmd.build import main as sphinx
 
 import companion
-from companion import data
+from companion import data, study
 
 HERE = Path(__file__).parent
 PAPERS = Path(companion.__file__).parent / "papers"
@@ -59,6 +59,7 @@ def write_sources(reports: Path, source: Path) -> None:
         page(source / "records" / f"{slug}.md", record(slug, run))
         write_notebook(slug, run, source / "notebooks")
     page(source / "data.md", data_page())
+    page(source / "comparisons.md", comparison_page(papers, runs, reports))
     page(source / "speed.md", speed_page(papers, HERE.parent / "reports"))
     page(source / "index.md", front_page(papers, runs))
 
@@ -132,12 +133,47 @@ def front_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
             table("ledger", ["Paper", "Claim", "Kind", "Status", "Value", "Seeds", "Run"], ledger)
             if ledger
             else "No notebook has been run yet.\n",
-            toctree("Beside the papers", [(None, "data"), (None, "speed")]),
+            toctree("Beside the papers", [(None, "comparisons"), (None, "data"), (None, "speed")]),
             toctree("Papers", [(papers[slug]["name"], f"notebooks/{slug}") for slug in papers if slug in runs]),
             toctree("How it was made", [(None, f"notebooks/{slug}") for slug in extra]),
             toctree("Run records", [(papers.get(slug, {}).get("name", slug), f"records/{slug}") for slug in runs]),
         ]
     )
+
+
+def comparison_page(papers: dict[str, dict], runs: dict[str, dict], reports: Path) -> str:
+    """The methods that answer the same question in several papers, from the rows of their studies."""
+    parts = [
+        WIDE,
+        "# The same question in several papers",
+        "Each column is one task of one paper's pocket study, in that study's metric and in percent: the mean over its "
+        "seeds and the standard deviation. Rows compare within a column; columns differ in task, data and metric. The "
+        "learning rate of every method was chosen on validation pictures.\n",
+    ]
+    for question in yaml.safe_load((HERE / "comparisons.yaml").read_text(encoding="utf-8")):
+        head, columns = [], []
+        for column in question["columns"]:
+            folder = reports / column["paper"]
+            if column["paper"] not in runs or not (folder / "study.csv").exists():
+                continue
+            rows = study.read(folder)
+            found = study.summary(rows).set_index(["task", "method"])
+            known = [name for name in column["methods"] if name != "-" and (column["task"], name) not in found.index]
+            if known:
+                raise SystemExit(f"comparisons.yaml: {folder / 'study.csv'} has no {known} on {column['task']!r}")
+            head.append(f"[{papers[column['paper']]['name']}](notebooks/{column['paper']}.ipynb), {column['task']}: "
+                        f"{rows.attrs['metric']}")  # fmt: skip
+            cells = [found.loc[(column["task"], name)] if name != "-" else None for name in column["methods"]]
+            columns.append(["–" if c is None else f"{c['mean']:.1f} ± {c['std']:.1f}<br>{cell(name)}"
+                            for name, c in zip(column["methods"], cells, strict=True)])  # fmt: skip
+        if columns:
+            rows = [[cell(name), *values] for name, *values in zip(question["rows"], *columns, strict=True)]
+            parts += [
+                f"## {question['title']}\n",
+                question["text"].strip() + "\n",
+                table("comparison", ["Methods", *head], rows),
+            ]
+    return "\n".join(parts)
 
 
 def data_page() -> str:

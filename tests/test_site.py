@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pytest
+import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 CLAIMS = [
@@ -218,6 +219,50 @@ def test_data_page_names_every_set_and_speed_page_every_benchmark(site: Site, ro
         for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
             assert f"<p>{row['time_ratio']:.2f}</p>" in page
     assert ("No GPU was at hand" in page) != any((root / "reports" / "gpu").glob("*.json"))
+
+
+def test_comparison_page_shows_the_means_of_the_studies(site: Site, root: Path) -> None:
+    from companion import study
+
+    page = (site.folder / "comparisons.html").read_text(encoding="utf-8")
+    for question in yaml.safe_load((root / "site" / "comparisons.yaml").read_text(encoding="utf-8")):
+        for column in question["columns"]:
+            assert len(column["methods"]) == len(question["rows"])
+            folder = site.reports / column["paper"]
+            if not (folder / "study.csv").exists() or not (folder / f"{folder.name}.ipynb").exists():
+                continue
+            tested = study.read(folder).query("stage == 'test'").set_index(["task", "method"])
+            for method in set(column["methods"]) - {"-"}:
+                values = tested.loc[(column["task"], method), study.read(folder).attrs["metric"]]
+                assert f"{values.mean():.1f} ± {values.std():.1f}" in page
+
+
+@pytest.mark.browser
+def test_every_widget_is_a_picture_without_scripts_and_turns_with_them(site: Site, browser: object) -> None:
+    """What a reader sees on paper or with scripts off; and no control of a widget is dead."""
+    dead, papers = [], [name for name in site.pages if name.startswith("notebooks/")]
+    for scripts in (False, True):
+        context = browser.new_context(java_script_enabled=scripts)
+        page = context.new_page()
+        for name in papers:
+            page.goto(f"{site.url}/{name}", wait_until="load")
+            for i, widget in enumerate(page.locator(".companion-explorer").all()):
+                picture = widget.locator("img").first
+                controls = widget.locator("input, select").all()
+                if not scripts:
+                    if picture.count() != 1 or picture.bounding_box()["height"] < 50:
+                        dead.append(f"{name}, widget {i}: no picture without scripts")
+                    continue
+                for control in controls:
+                    before = picture.get_attribute("src")
+                    if control.evaluate("e => e.tagName") == "SELECT":
+                        control.select_option(index=control.locator("option").count() - 1)
+                    else:
+                        control.fill(control.get_attribute("max"))
+                    if picture.get_attribute("src") == before:
+                        dead.append(f"{name}, widget {i}: {control.evaluate('e => e.outerHTML')[:80]} does nothing")
+        context.close()
+    assert not dead
 
 
 @pytest.mark.browser
