@@ -33,7 +33,7 @@ def images():
 @pytest.mark.parametrize("layer_decay", [0.65, 1.0])
 def test_rates_fall_downwards(layer_decay):
     model = down.classifier(vit(), 5)
-    sides = down.layer_rates(model, model, 1.0, 10, layer_decay=layer_decay, warmup=2, final=0.0)
+    sides = down.layer_rates(model, model, np.linspace(1, 0, 10), layer_decay)
     assert list(sides) == ["layer 0", "layer 1", "layer 2", "layer 3"]
     scales = [rates.max() for _, rates in sides.values()]
     assert scales == pytest.approx([layer_decay ** (3 - i) for i in range(4)])
@@ -43,7 +43,7 @@ def test_rates_fall_downwards(layer_decay):
     assert named["cls_token"] == named["pos_embed"] == named["patch_embed.proj.weight"] == "layer 0"
     assert named["blocks.0.mlp.fc1.weight"] == "layer 1" and named["head.weight"] == named["fc_norm.bias"] == "layer 3"
     with pytest.raises(BadParameter, match="layer_decay"):
-        down.layer_rates(model, model, 1.0, 10, layer_decay=0)
+        down.layer_rates(model, model, np.ones(10), 0)
 
 
 # --- classification ---------------------------------------------------------------------------------------------------
@@ -190,8 +190,8 @@ class Squares:
 
 def small_detector(**options):
     torch.manual_seed(0)
-    return down.detector(vit(image=64), 2, size=64, channels=16, drop_path=0.0, anchor=4.0,
-                         **{"rpn_post_nms_top_n_train": 50, "rpn_post_nms_top_n_test": 20, "box_batch_size_per_image": 32} | options)  # fmt: skip
+    few = {"rpn_post_nms_top_n_train": 50, "rpn_post_nms_top_n_test": 20, "box_batch_size_per_image": 32}
+    return down.detector(vit(image=64), 2, size=64, channels=16, drop_path=0.0, anchor=4.0, **few | options)
 
 
 def test_the_pyramid_has_five_scales(images):
@@ -266,8 +266,8 @@ def test_a_detector_trains_whole_and_gives_results_that_can_be_scored():
     untrained = {n for n, p in model.named_parameters() if p.grad is None}
     assert untrained == {"backbone.vit.norm.weight", "backbone.vit.norm.bias"}
     encoder = model.backbone.vit
-    sides = down.layer_rates(model, encoder, 2e-3, 60, layer_decay=0.9, final=2e-3)
-    rows = fit.fit(model, down.detection_loss, crops, epochs=30, batch=4, sides=sides, **CPU)
+    sides = down.layer_rates(model, encoder, np.full(50, 2e-3), 0.9)
+    rows = fit.fit(model, down.detection_loss, crops, epochs=25, batch=4, sides=sides, **CPU)
     assert rows[-1]["loss"] < rows[0]["loss"]
     found = down.detections(model, data, [7, 9])
     truth = {
@@ -281,7 +281,7 @@ def test_a_detector_trains_whole_and_gives_results_that_can_be_scored():
         truth["annotations"].append({"id": i + 1, "image_id": i + 1, "category_id": 7 + 2 * (i % 2), "iscrowd": 0,
                                      "bbox": [x0, y0, 24, 24], "area": 576, "segmentation": [corners]})  # fmt: skip
     scores = {kind: metric.evaluate(truth, found, kind=kind).totals["AP50"] for kind in metric.KINDS}
-    assert scores["bbox"] > 30 and scores["segm"] > 20
+    assert scores["bbox"] > 20 and scores["segm"] > 10
 
 
 # --- segmentation -----------------------------------------------------------------------------------------------------
@@ -346,7 +346,7 @@ def test_scene_crops():
 
 def test_a_segmenter_learns(tmp_path):
     model, data = small_segmenter(), SceneCrops(Halves(), 32, jitter=None)
-    sides = down.layer_rates(model, model.vit, 3e-3, 30, layer_decay=0.9, final=3e-3)
+    sides = down.layer_rates(model, model.vit, np.full(30, 3e-3), 0.9)
     torch.manual_seed(0)
     fit.fit(model, down.segmentation_loss, data, epochs=15, batch=4, sides=sides, **CPU)
     right = total = 0

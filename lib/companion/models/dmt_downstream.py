@@ -48,8 +48,7 @@ def like(vit: ViT, drop_path: float = 0.0) -> ViT:
     return model.requires_grad_(True)
 
 
-def layer_rates(model: nn.Module, encoder: nn.Module, lr: float, steps: int, *, layer_decay: float = 0.65,
-                warmup: int = 0, final: float = 1e-6, schedule: str = "cosine") -> dict:  # fmt: skip
+def layer_rates(model: nn.Module, encoder: nn.Module, rates: np.ndarray, layer_decay: float = 0.65) -> dict:
     """Learning rates by layer for `fit.fit(sides=...)`: those of the encoder fall by `layer_decay` a block downwards.
 
     As in MAE, BEiT and ViTDet: patches, class token and positions are layer 0, block i is layer i + 1, everything after
@@ -57,7 +56,7 @@ def layer_rates(model: nn.Module, encoder: nn.Module, lr: float, steps: int, *, 
 
     Args:
         encoder: the ViT inside `model`, ours or timm's.
-        lr, steps, warmup, final, schedule: as in `fit.learning_rates`; `warmup` in steps.
+        rates: the full rate at each step, (steps,).
     """
     if not 0 < layer_decay <= 1:
         raise BadParameter("layer_decay", layer_decay, "above 0, up to 1")
@@ -68,7 +67,6 @@ def layer_rates(model: nn.Module, encoder: nn.Module, lr: float, steps: int, *, 
     for p in model.parameters():
         if p.requires_grad:
             groups.setdefault(layer.get(id(p), depth + 1), []).append(p)
-    rates = learning_rates(schedule, lr, steps, warmup, final)
     return {f"layer {i}": (groups[i], rates * layer_decay ** (depth + 1 - i)) for i in sorted(groups)}
 
 
@@ -145,7 +143,8 @@ def fine_tune(vit: ViT, classes: int, data: Dataset, *, epochs: float = 100, bat
     model = classifier(vit, classes, drop_path=drop_path)
     steps = max(1, round(epochs * (len(data) // batch)))
     lr = 5e-4 * batch / 256 if lr is None else lr
-    sides = layer_rates(model, model, lr, steps, layer_decay=layer_decay, warmup=round(warmup * steps))
+    rates = learning_rates("cosine", lr, steps, round(warmup * steps), 1e-6)
+    sides = layer_rates(model, model, rates, layer_decay)
     history = fit(model, mixed_loss(classes, mixup, cutmix, smoothing), data, epochs=epochs, batch=batch, sides=sides,
                   weight_decay=weight_decay, **options)  # fmt: skip
     return model, history
