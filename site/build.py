@@ -219,6 +219,7 @@ def speed_page(papers: dict[str, dict], reports: Path) -> str:
         "most often the plain backbone passes that the method cannot avoid. Below 1 ours is faster, or smaller. `make "
         "bench` makes them; only the ratio of a row means anything on another machine.\n",
     ]
+    notes = yaml.safe_load((HERE / "speed.yaml").read_text(encoding="utf-8"))
     for file in sorted((reports / "bench").glob("*.json")):
         facts = json.loads(file.read_text(encoding="utf-8"))
         name = papers.get(facts["paper"], {}).get("name", facts["paper"])
@@ -228,7 +229,8 @@ def speed_page(papers: dict[str, dict], reports: Path) -> str:
         ]
         torch = facts["versions"]["torch"]
         parts += [f"## {name}\n", f"{cell(facts['what'])}. {cell(facts['device'])}, torch {torch}.\n",
-                  table("bench", ["Ours / against", "Threads", "Time", "Memory"], rows)]  # fmt: skip
+                  table("bench", ["Ours / against", "Threads", "Time", "Memory"], rows),
+                  notes.get(facts["paper"], "").strip() + "\n"]  # fmt: skip
     cards = sorted((reports / "gpu").glob("*.json"))
     if not cards:
         parts.append("## On a GPU\n\nNo GPU was at hand so far: nothing was measured on one.\n")
