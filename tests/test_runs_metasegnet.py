@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import TensorDataset
 
-from companion import geotiff, report
+from companion import cli, geotiff, report
 from companion.climate import Prompts
 from companion.data import landcover
 from companion.data.landcover_sets import LOVEDA, OEM, POTSDAM
@@ -362,7 +362,7 @@ def test_potsdam(quick, tmp_path):
     assert twin["OA here"] == pytest.approx(metrics.scores(counts, (5,)).oa)
 
 
-def test_ones_own_folder_is_trained_kept_and_mapped(quick, tmp_path):
+def test_ones_own_folder_is_trained_kept_and_mapped(quick, tmp_path, capsys):
     for i in range(4):
         written(tmp_path / "images" / f"{i}.tif", noise(64, 80, i))
         ids = np.random.default_rng(i).integers(0, 2, (1, 64, 80), dtype=np.uint8)
@@ -392,6 +392,14 @@ def test_ones_own_folder_is_trained_kept_and_mapped(quick, tmp_path):
     wanted = torch.cat([band.logits for band in whole], 1).argmax(0)
     with geotiff.Raster(files[2]) as made:
         assert np.array_equal(made.raw((1,))[0], wanted.numpy())
+    capsys.readouterr()
+    words = ["landcover", str(tmp_path), "--checkpoint", str(tmp_path / "net.safetensors"), "--tile", "32"]
+    assert cli.main([*words, "--overlap", "8", "--accelerator", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "2.tif  (Cfb)" in said and len(said.splitlines()) == 4
+    with geotiff.Raster(tmp_path / "maps" / "2.tif") as made:
+        assert np.array_equal(made.raw((1,))[0], wanted.numpy())
+    assert cli.main([*words, "--overlap", "40"]) == 2 and "overlap" in capsys.readouterr().err
     with pytest.raises(BadParameter, match="windows"):
         full.predict(model, landcover.own(tmp_path, ["a", "b"], size=32), None, tmp_path / "maps")
 

@@ -1,11 +1,12 @@
 """`companion`: what a run would need, getting what is free, checking against the authors' outputs, taking in a run,
-and the features of whole slides.
+the features of whole slides, and maps of land cover.
 
 companion doctor sa2vp [--data-root DIR]      what is missing for each table
 companion fetch sa2vp [--data-root DIR]       weights and data that are free and have a checksum
 companion data [--data-root DIR]              all data sets: present, missing or incomplete
 companion parity sa2vp [--checkpoint FILE]    our model against outputs of the authors' code
 companion slides slides/panda --weights FILE [--part I/N]    patch embeddings, slide by slide; goes on where it was
+companion landcover DIR --checkpoint FILE     a map of every GeoTIFF in DIR/images, by a network that you trained
 companion adopt DIR                           take in a run that was made elsewhere
 """
 
@@ -61,6 +62,19 @@ def main(words: list[str] | None = None) -> int:
     sub.add_argument("--normalise", default="unit", choices=["unit", "half", "imagenet"], help="of the pixels")
     sub.add_argument("--part", default="0/1", help="I/N: every N-th slide from the I-th on, for N jobs side by side")
     sub.add_argument("--batch", type=int, default=1, help="regions a step")
+    sub.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda"])
+    sub = command(landcover, "landcover", "label the GeoTIFFs of a folder, whatever their size", "folder")
+    sub.add_argument("--checkpoint", required=True, help="a network that runs.metasegnet trained and saved")
+    sub.add_argument("--method", default="MetaSegNet", help="what it was trained as")
+    sub.add_argument("--text-encoder", default="bert", choices=["bert", "clip"], help="what it was trained with")
+    sub.add_argument("--data-root", default="data", help="folder of the weights: <data root>/weights/bert-base-uncased")
+    sub.add_argument("--prompts", default="", help="a file of texts by climate zone (default: the one that ships here)")
+    sub.add_argument("--out", default="", help="where the maps go (default: FOLDER/maps)")
+    sub.add_argument("--tile", type=int, default=1024, help="side of a tile in pixels")
+    sub.add_argument("--overlap", type=int, default=256, help="pixels that tiles share")
+    sub.add_argument(
+        "--augmentation", default="none", choices=["none", "lr", "d4", "d4 loveda"], help="views of a tile"
+    )
     sub.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda"])
     command(adopt, "adopt", "take in the results of a run made elsewhere", "folder")
     given = parser.parse_args(words)
@@ -235,6 +249,15 @@ def slides(given: argparse.Namespace) -> int:
     if bad:
         print(f"companion: no features of {len(bad)} slides: {', '.join(bad)}", file=sys.stderr)
     return int(bool(bad))
+
+
+def landcover(given: argparse.Namespace) -> int:
+    """Write a map for each picture, and say where."""
+    from .runs import metasegnet_full as full
+
+    for path, zone in full.maps(given.folder, given.out, SimpleNamespace(**vars(given))):
+        print(f"{path}  ({zone or 'place not known'})", flush=True)
+    return 0
 
 
 def adopt(given: argparse.Namespace) -> int:
