@@ -1,9 +1,12 @@
-"""What several test files share: the repository's root and a real browser."""
+"""What several test files share: the repository's root, a real browser, and how a process is killed."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,17 @@ ROOT = Path(__file__).resolve().parent.parent
 def root() -> Path:
     """The folder of the checkout."""
     return ROOT
+
+
+def kill_when(process: subprocess.Popen, reached: Callable[[], object], seconds: float = 60) -> None:
+    """kill -9 as soon as `reached` says so, within `seconds`; a process that has ended by then fails."""
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert process.poll() is None, "the process ended before it was killed"
+        assert time.monotonic() < deadline, f"not reached in {seconds} seconds"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
 
 
 @pytest.fixture(scope="module")  # Playwright allows one driver at a time, and a test file may start its own

@@ -2,15 +2,14 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import kill_when
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
@@ -99,12 +98,7 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path):
         return [sys.executable, "-c", SCRIPT, str(tmp_path / f"{name}.pt"), str(tmp_path / f"{name}.out"), str(slow)]
 
     victim = subprocess.Popen(command("killed", 0.05), env=environment)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "killed.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.2)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
+    kill_when(victim, (tmp_path / "killed.pt").exists)
     assert not (tmp_path / "killed.out").exists(), "the run finished before it was killed"
     reached = len(torch.load(tmp_path / "killed.pt", weights_only=True)["history"])
     assert 0 < reached < 80

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import h5py
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from conftest import kill_when
 from PIL import Image
 
 from companion import slides
@@ -276,12 +275,8 @@ def test_killed_in_the_middle_and_resumed(path, tmp_path):
     out = tmp_path / "killed.h5"
     code = KILLED.format(tests=str(Path(__file__).parent), path=str(path), out=str(out))
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
-    parts, deadline = tmp_path / "killed.h5.parts", time.monotonic() + 60
-    while len(list(parts.glob("[0-9]*.safetensors"))) < 3:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    parts = tmp_path / "killed.h5.parts"
+    kill_when(process, lambda: len(list(parts.glob("[0-9]*.safetensors"))) >= 3)
     assert not out.exists()
     done = len(list(parts.glob("[0-9]*.safetensors")))
     with pytest.raises(BadParameter, match="normalise"):  # not with other settings
@@ -335,12 +330,8 @@ def test_a_slide_of_50_000_pixels_a_side(tmp_path):
     peak, _ = whole.communicate()
     assert whole.returncode == 0 and int(peak.split()[-1]) < 2_000
     killed = run(tmp_path / "killed.h5")
-    parts, deadline = tmp_path / "killed.h5.parts", time.monotonic() + 300
-    while len(list(parts.glob("[0-9]*.safetensors"))) < 20:
-        assert time.monotonic() < deadline and killed.poll() is None
-        time.sleep(0.1)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    parts = tmp_path / "killed.h5.parts"
+    kill_when(killed, lambda: len(list(parts.glob("[0-9]*.safetensors"))) >= 20, 300)
     assert not (tmp_path / "killed.h5").exists()
     assert run(tmp_path / "killed.h5").communicate() and (tmp_path / "killed.h5").is_file()
     found, again = (slides.read_features(tmp_path / f"{name}.h5") for name in ("whole", "killed"))

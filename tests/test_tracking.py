@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import kill_when
 from PIL import Image
 
 from companion import tracking
@@ -420,12 +419,7 @@ tracking.run(pocket_model(), videos, root / "out")
 def test_killed_while_it_writes_leaves_no_half_file(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     victim = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path), "60"], env=environment)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "writing").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
-    assert (tmp_path / "writing").exists()
+    kill_when(victim, (tmp_path / "writing").exists)
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir() if path.name[0] != "."} == {"tracker.json", "video0.txt"}
     videos = [sequence(tmp_path / "again", f"video{i}", *clip(6 + i, 4)) for i in range(3)]
