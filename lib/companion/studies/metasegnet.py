@@ -25,7 +25,7 @@ from ..models.metasegnet import MetaSegNet
 from ..models.metasegnet_text import Words, headless
 from ..pocket import landcover as pocket
 
-RATES = [2e-3, 4e-3, 8e-3]
+RATES = [2e-3, 4e-3]
 SEEDS = [0, 1, 2]
 SELECTION_SEED = 107
 METRIC = "mIoU"
@@ -44,7 +44,6 @@ NETWORKS: dict[str, dict | None] = {
     "zone names": {"level": "name"},
     "one-hot zone": {"level": "code", "layers": 0, "length": 1},
     "no header dropout": {"dropped": 0.0},
-    "frozen text encoder": {"frozen": True},
     "fusion at stage 1": {"stages": (1,)},
     "fusion at stage 4": {"stages": (4,)},
     "fusion at stages 3 and 4": {"stages": (3, 4)},
@@ -119,7 +118,6 @@ def build(network: str, seed: int) -> MetaSegNet:
     torch.manual_seed(seed)
     sizes = {"length": LENGTH} | {name: options[name] for name in ("layers", "length") if name in options}
     words = Words.of(prompts().texts(seen(seed), level(network)), **sizes)
-    words.requires_grad_(not options.get("frozen", False))
     stages = options.get("stages", (1, 2, 3, 4))
     model = MetaSegNet.build(len(pocket.CLASSES), words, "pocket", fusion_stages=stages)
     model.load_state_dict(twin.state_dict(), strict=False)
