@@ -27,6 +27,7 @@ from companion.models.metasegnet import SIZES, MetaSegNet, swin
 from companion.models.metasegnet_text import BertText, ClipText, Words
 from companion.runs import metasegnet as runs
 from companion.runs import metasegnet_full as full
+from companion.studies import metasegnet as study
 
 
 def given(**changes) -> SimpleNamespace:
@@ -434,3 +435,19 @@ def test_results_of_several_runs_gather(tmp_path):
     rows = full.measured(path)
     assert len(rows) == 3 and set(rows.prompt) == {"none", "full"} and (rows.mIoU == 100).all()
     assert isinstance(rows, pd.DataFrame) and set(full.KEYS) <= set(rows.columns)
+
+
+def test_the_pocket_run_is_the_studys(tmp_path):
+    found = runs.setting(SimpleNamespace(profile="pocket", seed=0), tmp_path, {("seen", m): 2e-3 for m in runs.LIVE})
+    assert found.methods == runs.LIVE and {zone for zone in found.tests["left out"].zones} == {study.left_out(0)}
+    assert study.left_out(0) not in found.tests["seen"].zones and found.texts("unimodal", ["Csa"]) is None
+    right, wrong = (found.texts("MetaSegNet", ["Csa"], kind)[0] for kind in ("", "wrong"))
+    assert right == found.prompts.text("Csa") != wrong and wrong in study.texts(("Csa",), "wrong", 0)
+    model, history = runs.train(found, "MetaSegNet", epochs=2 / 15)
+    assert len(history) == 2
+    counts = runs.matrix(found, model, "MetaSegNet", "left out")
+    part_ = found.tests["left out"].data
+    said = study.predict(model, part_.tensors[0], found.texts("MetaSegNet", found.tests["left out"].zones))
+    assert torch.equal(counts, metrics.confusion(part_.tensors[1], said, 8))
+    images, labels, zones = runs.sample(found, "seen", [0, 5])
+    assert images.shape == (2, 3, 64, 64) and labels.shape == (2, 64, 64) and len(zones) == 2

@@ -84,6 +84,11 @@ def _pocket(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float
         images, labels = part.data.tensors
         return full.metrics.confusion(labels, study.predict(model, images, given), len(pocket.CLASSES))
 
+    def texts(method: str, zones: Sequence[str], kind: str = "", own: object = None) -> list[str] | None:
+        if full.LEVELS[method] is None:
+            return None
+        return study.texts(tuple(zones), kind or study.level(method), p.seed)
+
     zones = {"seen": study.seen(p.seed), "left out": (study.left_out(p.seed),)}
     return Setting(
         title=f"pocket land cover, zone {study.left_out(p.seed)} left out",
@@ -97,7 +102,7 @@ def _pocket(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float
         build=functools.partial(study.build, seed=p.seed),
         learn=learn,
         tests={name: _test(test.of(kept)) for name, kept in zones.items()},
-        texts=functools.partial(full.texts, study.prompts(), seed=p.seed),
+        texts=texts,
         confusion=confusion,
     )
 
