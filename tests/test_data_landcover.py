@@ -372,7 +372,13 @@ def test_ones_own(tmp_path):
     found = landcover.own(tmp_path, {"field": (1, 2, 3)}, size=50)
     assert len(found) == 8 and found.zones()[4:] == ["Af"] * 4 and found.palette == [(1, 2, 3)]
     assert found.texts()[3:5] == [None, "a clearing, red earth"]
+    assert [tuple(found[i][1].shape) for i in range(4)] == [(50, 50), (50, 40), (20, 50), (20, 40)]  # not padded
     assert len(landcover.own(tmp_path, ["field"], "val")) == 1
+    image = noise()
+    image[:, :, :30] = 0
+    written(tmp_path / "images" / "a b.tif", image, nodata=0)
+    ids = landcover.own(tmp_path, ["field", "wood"])[0][1]
+    assert (ids[:, :30] == 2).all() and not (ids[:, 30:] == 2).all()
     with pytest.raises(MissingData, match=r"test\.txt"):
         landcover.own(tmp_path, ["field"], "test")
     (tmp_path / "test.txt").write_text("d.tif\n")

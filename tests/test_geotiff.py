@@ -15,7 +15,7 @@ from PIL import Image
 from rasterio.transform import Affine, from_origin
 
 from companion import climate, geotiff
-from companion.errors import BadParameter, CorruptFile
+from companion.errors import BadParameter, CompanionError, CorruptFile
 from companion.geotiff import NODATA, Raster
 from companion.models.metasegnet import bands, segment
 
@@ -124,6 +124,12 @@ def test_what_cannot_be_read(tmp_path):
         with pytest.raises(BadParameter, match="rows"):
             geotiff.write_map(tmp_path / "map.tif", [(0, np.zeros((3, 90), np.uint8))], raster, PALETTE)
     assert not list(tmp_path.glob("*map*"))
+
+
+def test_without_rasterio(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rasterio", None)
+    with pytest.raises(CompanionError, match="landcover"):
+        Raster(tmp_path / "a.tif")
 
 
 LARGE = """

@@ -147,6 +147,8 @@ class Raster:
 
         A fourth band is transparency when the file says so, and infrared otherwise."""
         rasterio = _rasterio()
+        if all(rasterio.enums.MaskFlags.all_valid in flags for flags in self._file.mask_flag_enums):
+            return np.ones((rows, columns), bool)
         with quiet():
             return self._file.dataset_mask(window=rasterio.windows.Window(left, top, columns, rows)) > 0
 

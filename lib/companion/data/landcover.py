@@ -78,8 +78,8 @@ class LandCover(Dataset):
 
     Args:
         decode: labels as on disk, and the image, to training labels (see `earth`, `loveda`, `colours`, `plain`).
-        size: side of the windows in pixels, which follow each other at `stride` (None: `size`); what sticks out is
-            black and ignored. None: whole pictures.
+        size: side of the windows in pixels, which follow each other at `stride` (None: `size`). None: whole pictures.
+        pad: what of a window sticks out is black and ignored; otherwise the last ones are smaller.
         transform: of the pair; None leaves it.
     """
 
@@ -93,6 +93,7 @@ class LandCover(Dataset):
         *,
         size: int | None = None,
         stride: int | None = None,
+        pad: bool = True,
         transform: Transform | None = None,
         absent: Sequence[str] = (),
     ):
@@ -101,14 +102,13 @@ class LandCover(Dataset):
         self.dataset, self.pictures, self.places = dataset, list(pictures), dict(places or {})
         self.classes, self.palette, self.decode = list(palette), list(palette.values()), decode
         self.ignore, self.left_out, self.absent = len(palette), LEFT_OUT.get(dataset.name, ()), list(absent)
-        self.size, self.transform, self.windows = size, transform, None
+        self.size, self.pad, self.transform, self.windows = size, pad, transform, None
         if size is not None:
-            self.windows = [
-                (i, top, left)
-                for i, picture in enumerate(self.pictures)
-                for top in range(0, _shape(picture.image)[0], stride or size)
-                for left in range(0, _shape(picture.image)[1], stride or size)
-            ]
+            self.windows = []
+            for i, picture in enumerate(self.pictures):
+                with Raster(picture.image) as raster:
+                    tops, lefts = (range(0, length, stride or size) for length in raster.size)
+                self.windows += [(i, top, left) for top in tops for left in lefts]
 
     def __len__(self) -> int:
         return len(self.pictures if self.windows is None else self.windows)
@@ -129,14 +129,17 @@ class LandCover(Dataset):
         with Raster(picture.image) as raster:
             window = self._inside(raster.size, top, left)
             pixels = raster.read(*window)
-            image = np.zeros((3, self.size or window[2], self.size or window[3]), np.uint8)
+            shape = (self.size, self.size) if self.size and self.pad else window[2:]
+            image = np.zeros((3, *shape), np.uint8)
             image[:, : window[2], : window[3]] = pixels
-            labels = np.full(image.shape[1:], self.ignore, np.int64)
+            labels = np.full(shape, self.ignore, np.int64)
             if picture.label is not None:
                 with Raster(picture.label) as truth:
                     if truth.size != raster.size:
                         raise CorruptFile(picture.label, f"it is {truth.size}, its image {raster.size}")
                     labels[: window[2], : window[3]] = self.decode(truth, pixels, *window)
+            if self.dataset.group == "own":  # what a file says it has no data of; the sets' labels know that themselves
+                labels[: window[2], : window[3]][~raster.valid(*window)] = self.ignore
         return torch.from_numpy(image), torch.from_numpy(labels)
 
     def _inside(self, shape: tuple[int, int], top: int, left: int) -> tuple[int, int, int, int]:
@@ -253,11 +256,13 @@ def own(
     """Pictures of one's own: images/*.tif (or .png, .jpg with a world file), uint8, and labels/ with the same names.
 
     A label file has one band: 0 is the first of `classes`, a code beyond the last is ignored; an image without one has
-    no label. The place is the image's georeference; `places.csv` beside the folders says it where there is none, with
-    the column `image` (a name without its ending) and any of latitude, longitude, zone, text.
+    no label, and where an image has no data its labels are ignored. The place is the image's georeference;
+    `places.csv` beside the folders says it where there is none, with the column `image` (a name without its ending)
+    and any of latitude, longitude, zone, text.
 
     Args:
-        classes: names, or name -> colour (red, green, blue).
+        classes: names, or name -> colour (red, green, blue), such as `read_classes` gives.
+        size, stride: see `LandCover`; windows at the edges are smaller.
         split: "train", ...: those that `<split>.txt` lists, a file name a line. None: all.
 
     Raises as `load`.
@@ -289,7 +294,8 @@ def own(
     table = root / "places.csv"
     places = read_places(table) if table.is_file() else {}
     decode = functools.partial(plain, len(colours))
-    return LandCover(dataset, pictures, colours, decode, places, size=size, stride=stride, transform=transform)
+    options = {"size": size, "stride": stride, "pad": False, "transform": transform}
+    return LandCover(dataset, pictures, colours, decode, places, **options)
 
 
 def read_places(path: str | Path = PLACES) -> dict[str, Place]:
@@ -337,8 +343,10 @@ def read_classes(root: str | Path) -> dict[str, tuple[int, int, int]]:
 def compile_xbd(root: str | Path, xbd: str | Path) -> int:
     """Put xBD's images into OpenEarthMap, as GeoTIFF with the georeference of their labels; returns how many were new.
 
-    `xbd_files.csv` pairs the names; region names may have underscores of their own, so they end at the last one. What
-    is there already stays. Each file is written under a temporary name: a killed run goes on where it was.
+    `xbd_files.csv` pairs the names; region names may have underscores of their own, so they end at the last one. (The
+    script beside OpenEarthMap, in the version that could be read, takes what is before the FIRST one as the folder of
+    such names, does not find it, and passes over el_rodeo, mexico_city and their like without a word.) What is there
+    already stays. Each file is written under a temporary name: a killed run goes on where it was.
 
     Args:
         root: the data folder. xbd: a folder below which xBD's `*_pre_disaster.png` are, at any depth.
@@ -578,12 +586,6 @@ def _patches(dataset: DataSet, root: Path, split: str, kind: str) -> list[Pictur
     if not pictures:
         raise dataset.missing(root, f"neither tiles nor patches of '{split}' are in {dataset.folder(root)}")
     return pictures
-
-
-@functools.lru_cache(maxsize=4096)
-def _shape(path: Path) -> tuple[int, int]:
-    with Raster(path) as raster:
-        return raster.size
 
 
 def _city(name: str) -> Place:

@@ -513,7 +513,7 @@ def _tests(p: SimpleNamespace) -> dict[str, Test]:
     zones = data.zones() if LEVELS[p.method] or p.held_out else [None] * len(data)  # unasked, no map is needed
 
     def of(part: landcover.LandCover, zones: list[str | None]) -> Test:
-        batch = 1 if part.windows is None else 4
+        batch = 4 if part.windows is not None and part.pad else 1
         return Test(part, zones, part.classes, part.left_out, part.texts(), into, batch)
 
     if not p.held_out:
