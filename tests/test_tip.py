@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("diffusers")
 
@@ -22,6 +23,7 @@ from companion.errors import BadParameter, MissingWeights
 from companion.models import tip, tip_pipeline
 from companion.models.tip_pipeline import BLIND, TIPPipeline, build
 from companion.models.tip_text import WordText, clip_tokenizer, split, tokenize
+from companion.report import published
 
 WORDS = ["a", "picture", "with", "rows", "columns", "remove", "all", "degradation", "deblur", "denoise", "sigma"]
 
@@ -168,6 +170,28 @@ def test_counts_of_stable_diffusion(size: str, unet: int, text: int, controlnet:
     assert numbers(branch.controlnet_cond_embedding) == 1_086_480
     trained = sum(p.numel() for p in pipe.model.parameters() if p.requires_grad)
     assert trained == numbers(pipe.adaptor)
+
+
+@pytest.mark.parametrize(("size", "column"), [("sd15", "sd_1_5"), ("sd21", "sd_2_1_base")])
+def test_operations_at_512_pixels_are_those_of_the_papers_file(size: str, column: str) -> None:
+    counted = published("tip", "counts").set_index("method")[column]
+
+    def gflops(fusion: str) -> tuple[float, float]:
+        """Of the adaptor, and of the frozen UNet with the fusion's convolutions counted in the adaptor."""
+        with torch.device("meta"):
+            model = build(size, fusion=fusion).model.eval()
+            z, t, y = torch.randn(1, 4, 64, 64), torch.tensor([5]), torch.randn(1, 3, 512, 512)
+            states = torch.randn(1, 77, model.unet.config.cross_attention_dim)
+            with torch.no_grad(), FlopCounterMode(display=False) as alone:
+                model.adaptor(z, t, states, y)
+            with torch.no_grad(), FlopCounterMode(display=False) as whole:
+                model(z, t, states, states, y)
+        return alone.get_total_flops() / 1e9, (whole.get_total_flops() - alone.get_total_flops()) / 1e9
+
+    (ours, unet), (controlnet, same) = gflops("modulate"), gflops("add")
+    assert unet == same == pytest.approx(counted["UNet GFLOPs"], abs=0.01)
+    assert controlnet == pytest.approx(counted["stock ControlNet GFLOPs"], abs=0.01)
+    assert ours - controlnet == pytest.approx(counted["GFLOPs added by modulation"], abs=0.01)
 
 
 def test_counts_of_the_pocket_sizes() -> None:
@@ -445,7 +469,7 @@ def test_weights_that_are_not_there(tmp_path: Path) -> None:
         ({"output": "numpy"}, "'pil'"),
         ({"latents": torch.zeros(1, 4, 4, 4)}, r"1, 4, 8, 8"),
         ({"route": "both"}, "swapped"),
-        ({"prompt": "a " * 30}, "at most 24"),
+        ({"prompt": "a " * 40}, "at most 32"),
     ],
 )
 def test_bad_arguments(options: dict, said: str) -> None:

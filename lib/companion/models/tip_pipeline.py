@@ -92,7 +92,7 @@ SIZES = {
             "latent_channels": 4,
             "norm_num_groups": 8,
         },
-        "text": {"width": 32, "places": 24},
+        "text": {"width": 32, "places": 32},
         # x0 prediction and a last step of pure noise learn faster at this size (section 14)
         "scheduler": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False,
                       "prediction_type": "sample", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},

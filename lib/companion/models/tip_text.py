@@ -36,7 +36,7 @@ class WordText(ModelMixin, ConfigMixin):
     Args:
         vocabulary: the words known; digits and marks always are. Another word is one "unknown" vector.
         width: d of the states.
-        places: M, the tokens of every text.
+        places: M, the tokens of every text; a list of four instructions has up to 27.
         memory: how much of the token before each token's state keeps, shifted by one channel; 0 gives a bag of words,
             in which "Deblur with sigma 0.9; Denoise with sigma 0.05" does not say whose number is whose.
         seed: of the vectors.
@@ -47,7 +47,7 @@ class WordText(ModelMixin, ConfigMixin):
         self,
         vocabulary: Sequence[str],
         width: int = 32,
-        places: int = 24,
+        places: int = 32,
         memory: float = 0.0,
         seed: int = 0,
     ):
