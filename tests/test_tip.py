@@ -431,14 +431,16 @@ def test_pickles_are_not_read(tmp_path: Path) -> None:
         TIPPipeline.from_pretrained(tmp_path)
 
 
-def test_from_the_layout_of_stable_diffusion(tmp_path: Path, image: Tensor) -> None:
+def test_from_the_layout_of_stable_diffusion(tmp_path: Path, image: Tensor, capfd: pytest.CaptureFixture) -> None:
     torch.manual_seed(0)
     vae = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1}
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     made = build("sd15", unet=LEVELS["sd15"], vae=vae, text=text)
     for name in ("vae", "unet", "text_encoder", "tokenizer", "scheduler"):
         getattr(made, name).save_pretrained(tmp_path / name)
+    capfd.readouterr()
     pipe = TIPPipeline.from_stable_diffusion(str(tmp_path))
+    assert capfd.readouterr().err == ""
     assert pipe.multiple == 8 and pipe.scheduler.config.prediction_type == "epsilon"
     assert all(torch.equal(t, pipe.unet.state_dict()[n]) for n, t in made.unet.state_dict().items())
     copied, unet = pipe.adaptor.branch.state_dict(), pipe.unet.state_dict()
@@ -451,9 +453,16 @@ def test_from_the_layout_of_stable_diffusion(tmp_path: Path, image: Tensor) -> N
     assert torch.equal(loaded.ids(["a fire hydrant"]), pipe.ids(["a fire hydrant"]))
 
 
-def test_weights_that_are_not_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["nowhere", None])
+def test_weights_that_are_not_there(
+    tmp_path: Path, name: str | None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """A folder, and the hub's cache, which is empty here."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("diffusers.configuration_utils.HF_HUB_CACHE", str(tmp_path), raising=False)
     with pytest.raises(MissingWeights, match="download=True"):
-        TIPPipeline.from_stable_diffusion(str(tmp_path / "nowhere"))
+        TIPPipeline.from_stable_diffusion(*([str(tmp_path / name)] if name else []))
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ to two parts, and the text of the blind mode, are the paper's (figure, project p
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +23,12 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DCon
 from diffusers.utils import BaseOutput
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import constants
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import to_pil_image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from ..errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights
 from ..progress import progress
@@ -123,6 +127,21 @@ class Restored(BaseOutput):
     images: Tensor | list
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars of the libraries, and no warning about what diffusers passes and the hub's client no longer takes."""
+    loud = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for log in loud:
+        log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")
+            yield
+    finally:
+        for log in loud:
+            log.enable_progress_bar()
+
+
 class TIPPipeline(DiffusionPipeline):
     """Restores pictures. Saves and loads with `save_pretrained` and `from_pretrained`, safetensors only.
 
@@ -157,13 +176,8 @@ class TIPPipeline(DiffusionPipeline):
     def from_pretrained(cls, path, **options) -> TIPPipeline:
         """A pipeline that `save_pretrained` wrote; options as diffusers'. Safetensors only, nothing on the screen."""
         options = {"use_safetensors": True, "low_cpu_mem_usage": False, **options}
-        shown = diffusers_logging.is_progress_bar_enabled()
-        diffusers_logging.disable_progress_bar()
-        try:
+        with _quiet():
             return super().from_pretrained(path, **options)
-        finally:
-            if shown:
-                diffusers_logging.enable_progress_bar()
 
     @classmethod
     def from_stable_diffusion(
@@ -185,19 +199,22 @@ class TIPPipeline(DiffusionPipeline):
 
         Raises `MissingWeights` when it is neither cached nor to be had.
         """
-        given = {"local_files_only": not download, **options}
+        here = {"local_files_only": not download}
+        given = {"use_safetensors": True, **here, **options}
+        whole = {"low_cpu_mem_usage": False, **given}  # what accelerate would do, which nothing else here needs
         try:
-            vae = AutoencoderKL.from_pretrained(name, subfolder="vae", use_safetensors=True, **given)
-            unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", use_safetensors=True, **given)
-            text = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", use_safetensors=True, **given)
-            tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", local_files_only=not download)
-            scheduler = DDIMScheduler.from_pretrained(name, subfolder="scheduler", local_files_only=not download)
+            with _quiet():
+                vae = AutoencoderKL.from_pretrained(name, subfolder="vae", **whole)
+                unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **whole)
+                text = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", **given)
+                tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **here)
+                scheduler = DDIMScheduler.from_pretrained(name, subfolder="scheduler", **here)
         except OSError as error:
             ways = [
                 f"pass download=True (about 4 GB from {name}), or `hf download {name}`",
                 "name a folder that holds it",
             ]
-            raise MissingWeights(name, "the hub's cache", ways) from error
+            raise MissingWeights(name, constants.HF_HUB_CACHE, ways) from error
         return cls(vae, text, unet, Adaptor.of(unet, fusion=fusion, mid=mid), scheduler, tokenizer)
 
     @property
