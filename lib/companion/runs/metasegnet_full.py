@@ -533,7 +533,7 @@ def _dry(p: SimpleNamespace, prompts: Prompts) -> dict[str, object]:
     names = CLASSES.get(p.dataset, CLASSES[OEM])
     gpu, r = device(p) == "cuda", recipe(p.dataset)
     side = r.crop if gpu else min(r.crop, DRY_SIDE)
-    batch = r.batch if gpu else 2
+    batch = r.batch if gpu else 1
 
     def generated(count: int, seed: int) -> tuple[TensorDataset, list[str]]:
         """Noise in squares of one class each; every second image is of another zone."""
