@@ -79,9 +79,10 @@ def test_halves_are_the_unet_bit_for_bit(name: str, size: tuple[int, int]) -> No
 
 
 def test_unets_with_other_inputs_are_refused() -> None:
-    unet = UNet2DConditionModel(**LEVELS["pocket"], num_class_embeds=3)
-    with pytest.raises(BadParameter, match=r"num_class_embeds.*Stable Diffusion"):
-        tip.Adaptor.of(unet, (16, 24, 32))
+    for other, said in (({"num_class_embeds": 3}, "num_class_embeds"), ({"mid_block_type": None}, "mid_block_type")):
+        unet = UNet2DConditionModel(**LEVELS["pocket"], **other)
+        with pytest.raises(BadParameter, match=rf"{said}.*Stable Diffusion"):
+            tip.Adaptor.of(unet, (16, 24, 32))
 
 
 # --- the start, and the plain ControlNet ------------------------------------------------------------------------------

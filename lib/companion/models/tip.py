@@ -12,7 +12,8 @@ ControlNet (section 3). The tag of each part says where it comes from:
   of that level.
 * relative (diffusers' `ControlNetModel`): the adaptor is a copy of the UNet's encoder and middle with a small network
   for the picture; its 13 sites; zero convolutions.
-* ours, each one named argument: the 1 beside gamma, channel order, `mid`, `scale`, guidance, sampler, training.
+* ours: the 1 beside gamma (recalled by the spec's author; without it a start at zero would wipe the frozen model out)
+  and gamma before beta in the channels; and, each a named argument, `mid`, `scale`, guidance, sampler, training.
 
 That the paper may say "concatenate" where the figure has a plus sign needs no argument: a convolution of two inputs put
 side by side is the sum of a convolution of each, which is what conv_in(z_t) + hint(y) is.
@@ -71,6 +72,10 @@ def check_unet(unet: UNet2DConditionModel) -> None:
     """Raises `BadParameter` where a UNet has inputs that Stable Diffusion 1 and 2 have not."""
     if found := {name: unet.config[name] for name in _UNHANDLED if unet.config.get(name)}:
         raise BadParameter("unet", found, "one whose inputs are z_t, t and one text (Stable Diffusion 1.x, 2.x)")
+    if (kind := unet.config.mid_block_type) != "UNetMidBlock2DCrossAttn":
+        raise BadParameter(
+            "unet", f"mid_block_type {kind}", "one whose middle reads the text (Stable Diffusion 1.x, 2.x)"
+        )
 
 
 def encode(unet: UNet2DConditionModel, z: Tensor, t: Tensor, states: Tensor) -> Encoded:
