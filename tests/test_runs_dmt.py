@@ -191,8 +191,6 @@ def test_bad_questions(tmp_path, small):
     for changes, word in [({"task": "distil"}, "task"), ({"task": "fine-tune", "dataset": "vtab/dtd"}, "dataset")]:
         with pytest.raises(BadParameter, match=word):
             runs.downstream(given(**changes))
-    with pytest.raises(BadParameter, match="profile"):
-        runs.setting(given(profile="pocket"), tmp_path, {})
     real = given(task="fine-tune", dry_run=False)
     with pytest.raises(MissingData, match="imagenet"):
         runs.downstream(real)

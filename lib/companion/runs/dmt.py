@@ -28,13 +28,18 @@ from ..metrics import detection, landcover
 from ..models import dmt, dmt_cache, dmt_teachers
 from ..models import dmt_downstream as down
 from ..models.dmt import DMT, Teachers, ViT
+from ..pocket import collage
+from ..pocket import teachers as taught
 from ..progress import progress
+from ..studies import dmt as study
 
 WORKERS = min(16, os.cpu_count() or 1)
 AT_ONCE = 256  # pictures that go through a device together; the gradients of a step's pictures are added up
 # a, b, c: token, feature-map and relation loss
 LOSSES = {"token and map": (1, 1, 0), "token": (1, 0, 0), "map": (0, 1, 0), "with relations": (1, 1, 1)}
 USUAL = {"distil": IMAGENET, "fine-tune": IMAGENET, "linear probe": IMAGENET, "detect": COCO, "segment": ADE20K}
+LIVE = ("DMT", "iBOT only")  # of the pocket run: three teachers, and the one whose student does best alone
+LIVE_STEPS = 250  # the losses are seen to fall; the study's students take twice as many
 DRY_BATCH = 2
 DRY_CLASSES = {"fine-tune": 1000, "linear probe": 10, "detect": 80, "segment": 150}  # ten can be probed on twenty
 
@@ -75,8 +80,38 @@ def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float
         BadParameter, MissingData, MissingWeights: with what to change or get.
     """
     if p.profile == "pocket":
-        raise BadParameter("profile", p.profile, ["paper"])
+        return _pocket(p, out, rates)
     return _distil(p, out)
+
+
+def _pocket(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
+    """The collages of the run's seed, and the study's trainings of two methods, cut to `LIVE_STEPS`."""
+    root = str(out / "data")
+    collage.write(study.folder(root, p.seed), p.seed)
+    chosen = {method: rates[study.TASK, method] for method in LIVE}
+
+    def learn(model: DMT, method: str, terms: list[list[float]] | None = None, **changes: object) -> list[dict]:
+        data = study.assemble(method, p.seed, root)[2]
+
+        def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+            found = model(batch[0], batch[1:])
+            if terms is not None:
+                terms.append(torch.cat([found.total.detach()[None], *(t.detach() for t in found[1:])]).tolist())
+            return found.total
+
+        epochs = LIVE_STEPS / (len(data) // study.RECIPE["batch"])
+        options = {"epochs": epochs, "lr": chosen[method], "seed": p.seed, "name": method}
+        return fit(model, loss, data, **(study.RECIPE | options | changes))
+
+    return Setting(
+        title="pocket collages",
+        methods=LIVE,
+        rates=chosen,
+        teachers=Teachers(taught.load()),
+        build=lambda method: study.assemble(method, p.seed, root)[0],
+        learn=learn,
+        parts={split: study.part(root, p.seed, split) for split in ("train", "test")},
+    )
 
 
 # --- distillation by the ancestors' settings --------------------------------------------------------------------------
