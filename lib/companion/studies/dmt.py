@@ -114,20 +114,24 @@ class Supervised(nn.Module):
 
 def assemble(method: str, seed: int, root: str) -> tuple[nn.Module, Callable, TensorDataset]:
     """What is trained by a method, its loss of a batch, and the data; the student is its `.student` or `.encoder`."""
-    encoder, data = student(seed), part(root, seed, "train")
-    if method == "supervised from scratch":
-        return Supervised(encoder), lambda model, batch: model(*batch), TensorDataset(data.images, data.factors)
-    if method == "MAE from scratch":
+    data = part(root, seed, "train")
+    if method in UNTAUGHT:
+        encoder = student(seed)
+        if method == "supervised from scratch":
+            return Supervised(encoder), lambda model, batch: model(*batch), TensorDataset(data.images, data.factors)
         model = dmt_teachers.MAE(encoder, dmt.DECODERS["pocket"], mask_ratio=taught.MASKED, normalise=False)
         return model, lambda model, batch: model(batch[0]), TensorDataset(data.images)
     names, changes = STUDENTS[method]
     options = SETTINGS | changes
     if (view := options.pop("view", "full")) != "full":
-        teachers = dmt.Teachers({name: taught.load()[name] for name in names}, view=view)
-        return dmt.DMT(encoder, teachers, **options), dmt.loss, TensorDataset(data.images)
+        shipped = taught.load()
+        teachers = dmt.Teachers({name: shipped[name] for name in names}, view=view)
+        return dmt.DMT(student(seed), teachers, **options), dmt.loss, TensorDataset(data.images)
     cache = said(root, seed)
     tokens = [whole for name, whole in zip(cache.names, cache.tensors(), strict=True) if name in names]
-    return dmt.DMT(encoder, [t.shape[-1] for t in tokens], **options), dmt.loss, TensorDataset(data.images, *tokens)
+    # the student last: loading and asking teachers draws random numbers, and adapters and decoder follow its own
+    model = dmt.DMT(student(seed), [t.shape[-1] for t in tokens], **options)
+    return model, dmt.loss, TensorDataset(data.images, *tokens)
 
 
 def train_model(method: str, rate: float, seed: int, root: str, steps: int = STEPS, **options) -> tuple:
