@@ -174,7 +174,7 @@ def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
     except ImportError:
         raise CompanionError(
             f"torchgeo, which downloads {dataset.title}, is not installed. Either "
-            f'`pip install -e ".[domains]"` and fetch again, or get the images by hand and put them into '
+            "`pip install torchgeo` and fetch again, or get the images by hand and put them into "
             f"{dataset.folder(root)}"
         ) from None
     folder = dataset.folder(root)
