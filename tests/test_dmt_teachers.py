@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from companion import fit
+from companion import fit, parity
 from companion.errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights
 from companion.models import dino, dmt, dmt_teachers
 from companion.models.dmt import ViT
@@ -343,6 +343,15 @@ def test_released_files(tmp_path, images):
     save_file(plain, tmp_path / "plain.safetensors")
     loaded = dmt_teachers.released("iBOT", tmp_path / "plain.safetensors")  # heads are read from the width, 48 wide: 1
     assert loaded.heads == 1 and loaded.positions == "learned"
+
+
+def test_checkpoints_of_training_runs_can_be_checked_against_the_recorded_outputs(tmp_path):
+    case = next(c for c in parity.cases("dmt") if c.name == "mocov3_vitb")
+    whole = {f"module.base_encoder.{name}": value for name, value in case.state.items()}
+    torch.save({"state_dict": whole | {"module.predictor.0.weight": torch.ones(1)}, "epoch": 1}, tmp_path / "moco.pth")
+    state = parity.checkpoint("dmt", tmp_path / "moco.pth")
+    assert state.keys() == case.names.keys()
+    assert torch.equal(state["norm.weight"], case.state["norm.weight"])
 
 
 def test_bad_files(tmp_path):

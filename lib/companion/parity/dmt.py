@@ -6,12 +6,13 @@ DMT itself has no public code. What is checked is what it distils from, and the 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import BadParameter
-from ..models import dino, dmt
+from ..models import dino, dmt, dmt_teachers
 from ..models.dmt import ViT
 from ..models.dmt_ancestors import DMAE, G2SD, TinyMIM
 from ..models.dmt_teachers import MAE, SelfDistillationLoss, contrastive_loss, mlp, warm
@@ -29,6 +30,13 @@ def outputs(case: Case) -> dict[str, Tensor]:
             with torch.no_grad():
                 return run(case)
     raise BadParameter("case", case.name, list(kinds))
+
+
+def read(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint; of a whole training run's the encoder, by its own names."""
+    state = dmt_teachers.read(path)
+    wrapped = any(name.startswith(("module.", "base_encoder.", "backbone.")) for name in state)
+    return dmt.encoder_state(state) if wrapped else state
 
 
 def _input(case: Case, key: str) -> Tensor:
