@@ -402,6 +402,17 @@ def test_a_killed_training_resumes_to_the_same_bits(images, tmp_path):
         assert torch.equal(p, q), name
 
 
+@pytest.mark.parametrize("fusion", dmt.FUSIONS)
+def test_it_trains_in_bfloat16_too(fusion, images):
+    data, losses = torch.utils.data.TensorDataset(images), []
+    for precision in ("32-true", "bf16-mixed"):
+        distil = model(fusion=fusion, relation=1)
+        rows = fit.fit(distil, dmt.loss, data, epochs=2, batch=4, lr=1e-3, warmup=0, accelerator="cpu",
+                       precision=precision)  # fmt: skip
+        losses.append([row["loss"] for row in rows])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
 def test_bad_options():
     wide = teachers()
     for options, word in [

@@ -264,6 +264,20 @@ def test_a_killed_training_resumes_to_the_same_bits(make, images, tmp_path):
     assert int(whole["step"]) == 6
 
 
+@pytest.mark.parametrize("make", [mae, moco, ibot])
+def test_they_train_in_bfloat16_too(make, images):
+    def loss(model, batch):
+        x = batch[0]
+        return {mae: lambda: model(x), moco: lambda: model(x, x.flip(-1)), ibot: lambda: model([x, x.flip(-1)])}[make]()
+
+    found = []
+    for precision in ("32-true", "bf16-mixed"):
+        rows = fit.fit(make(), loss, TensorDataset(images), epochs=2, batch=8, lr=1e-3, warmup=0, accelerator="cpu",
+                       precision=precision)  # fmt: skip
+        found.append([row["loss"] for row in rows])
+    assert found[0] == pytest.approx(found[1], rel=0.1)
+
+
 # --- ancestors --------------------------------------------------------------------------------------------------------
 
 
