@@ -18,15 +18,17 @@ from test_fit import noisy_model, pairs, squared
 from test_slides import SMALL, drawn, mean_colour, written
 
 from companion import backbones, climate, detectors, slides, study, unpickle
-from companion.data import attributes, classification, detection, domains, tracking, xrays
+from companion.data import attributes, classification, detection, domains, landcover, tracking, xrays
 from companion.data import slides as slide_lists
 from companion.files import read_json, write_json
 from companion.fit import fit
+from companion.models import dmt, dmt_cache
 from companion.models.ecamp_text import Vocabulary
 from companion.pocket import chests
 from companion.pocket import classification as pocket_classification
 from companion.pocket import detection as pocket_detection
 from companion.pocket import domains as pocket_domains
+from companion.pocket import landcover as pocket_landcover
 from companion.pocket import pedestrians as pocket_pedestrians
 from companion.pocket import slides as pocket_slides
 from companion.pocket import tracking as pocket_tracking
@@ -207,6 +209,28 @@ def rows(folder: Path) -> tuple[Path, Read]:
     return folder / "study.csv", lambda: study.read(folder)
 
 
+def _tile(damaged: str) -> Callable[[Path], tuple[Path, Read]]:
+    def make(folder: Path) -> tuple[Path, Read]:
+        root = pocket_landcover.write(folder)
+
+        def read() -> None:
+            data = landcover.load("pocket/landcover", folder, "test")
+            data.zones()
+            items(data)
+
+        listed = (root / "test.txt").read_text(encoding="utf-8").split()[0]
+        return first(root, damaged.format(listed)), read
+
+    return make
+
+
+def said(folder: Path) -> tuple[Path, Read]:
+    torch.manual_seed(1)
+    asked = dmt.Teachers({"MAE": dmt.build("pocket teacher")})
+    dmt_cache.build(folder / "said", asked, dmt_cache.Views(torch.rand(4, 3, 32, 32)), accelerator="cpu")
+    return folder / "said" / "cache.json", lambda: dmt_cache.load(folder / "said", asked)
+
+
 def prompts(folder: Path) -> tuple[Path, Read]:
     path = folder / "prompts.yaml"
     path.write_bytes(climate.PROMPTS.read_bytes())
@@ -236,6 +260,10 @@ FILES: dict[str, Callable[[Path], tuple[Path, Read]]] = {
     "annotations of scenes": _detected("instances_test.json"),
     "picture of a scene": _detected("test/*.png"),
     "table of slides": _slide_list("train.csv"),
+    "list of land cover": _tile("test.txt"),
+    "places of land cover": _tile("places.csv"),
+    "picture of land cover": _tile("images/{}"),
+    "labels of land cover": _tile("labels/{}"),
     "slide": slide,
     "features of a slide": features,
     "list of chests": _chest("test_list.txt"),
@@ -251,6 +279,7 @@ FILES: dict[str, Callable[[Path], tuple[Path, Read]]] = {
     "checkpoint of a training": checkpoint,
     "released weights": weights,
     "safetensors": safe_weights,
+    "settings of cached teachers": said,
     "pickle": pickled,
     "run record": record,
     "rows of a study": rows,

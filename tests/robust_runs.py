@@ -25,7 +25,7 @@ from companion import slides, study, tracking
 from companion.data import tracking as tracking_data
 from companion.data.tracking import read_frame
 from companion.fit import fit, trained_state
-from companion.models import dino, ecamp_distil
+from companion.models import dino, dmt, dmt_cache, ecamp_distil
 from companion.pocket import classification
 
 torch.set_num_threads(1)
@@ -136,6 +136,20 @@ def distillation(folder: Path) -> str:
     return digest([repr(ecamp_distil.distil(reports, Slow(), folder / "answers.sqlite")).encode()])
 
 
+def cached_teachers(folder: Path) -> str:
+    """What two teachers say of pictures, kept on disk."""
+
+    def slowly(picture: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.01)
+        return picture
+
+    torch.manual_seed(1)
+    asked = dmt.Teachers({"MAE": dmt.build("pocket teacher"), "iBOT": dmt.build("pocket teacher", width=64)})
+    views = dmt_cache.Views(torch.rand(96, 3, 32, 32, generator=torch.Generator().manual_seed(0)), slowly)
+    cache = dmt_cache.build(folder / "said", asked, views, batch=2, every=3, accelerator="cpu")
+    return digest(tokens.contiguous().numpy().tobytes() for tokens in cache.tensors())
+
+
 def pictures(folder: Path) -> str:
     """A pocket data set, written as a whole or not at all."""
     (root,) = classification.write(folder / "data", ["where"])
@@ -149,6 +163,7 @@ KINDS: dict[str, Callable[[Path], str]] = {
     "slide features": features,
     "tracking": videos,
     "distilled reports": distillation,
+    "cached teachers": cached_teachers,
     "pocket pictures": pictures,
 }
 

@@ -307,11 +307,15 @@ def read_places(path: str | Path = PLACES) -> dict[str, Place]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise CorruptFile(path, f"no table of places ({error})") from error
+    if any("\0" in line for line in lines):
+        raise CorruptFile(path, "no table of places (it has bytes of 0)")
     rows = csv.DictReader(line for line in lines if not line.startswith("#"))
     key = next((name for name in ("image", "region") if name in (rows.fieldnames or ())), None)
     if key is None:
         raise CorruptFile(path, "the column region, or image, is missing")
     for row in rows:
+        if None in row.values() or None in row:
+            raise CorruptFile(path, f"{row[key]}: a line of {len(rows.fieldnames)} columns was expected")
         try:
             degrees = [float(row[name]) if row.get(name) else None for name in ("latitude", "longitude")]
             climate.zone(*degrees) if None not in degrees else None
@@ -505,8 +509,13 @@ def _listed(dataset: DataSet, root: Path, listing: Path) -> list[str]:
     """The file names of a list, a line each."""
     if not listing.is_file():
         raise dataset.missing(root, f"{listing} is not there")
-    names = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not names or any("/" in name or ("_" not in name and dataset.group != "own") for name in names):
+    try:
+        names = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise CorruptFile(listing, f"not UTF-8 text ({error})") from error
+    if not names or any(
+        "/" in name or not name.isprintable() or ("_" not in name and dataset.group != "own") for name in names
+    ):
         raise CorruptFile(listing, "expected names such as tokyo_1.tif, one a line, and at least one")
     return names
 
@@ -528,7 +537,7 @@ def _earth(dataset: DataSet, root: Path, split: str, without_xbd: bool) -> tuple
     needed = sorted({region for region in lost if not (without_xbd and region in XBD)})
     if needed:
         compiled = " (compile xBD's in with landcover.compile_xbd, or without_xbd=True)" if {*needed} & {*XBD} else ""
-        detail = f"{sum(map(lost.count, needed))} images of '{split}' in {', '.join(needed)}{compiled}"
+        detail = f"{sum(map(lost.count, needed))} images of {split}.txt in {', '.join(needed)}{compiled}"
         raise dataset.missing(root, detail)
     if bare:
         raise dataset.missing(root, f"{len(bare)} labels of '{split}', the first: {bare[0]}")
