@@ -6,6 +6,7 @@ The paper's recipe is not known; the one here is ours (section 5 of the spec), `
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,8 @@ from ..fit import fit
 from ..metrics.restoration import perceptual, psnr, ssim
 from ..models import tip
 from ..models.tip_pipeline import TIPPipeline, build, load_adaptor
+from ..pocket import restoration as pocket
+from ..studies import tip as study
 
 # what differs from TIP in training: the fusion, which texts are read, what is skipped. The texts that are never read in
 # training are not read in the test either.
@@ -48,6 +51,7 @@ HUB = {
 }
 SETS = ("restoration/coco", "restoration/div2k", "folder")
 DRY_SIZE, DRY_STEPS = 128, 2
+LIVE = ("TIP", "plain ControlNet")  # what a pocket run trains
 KEYS = ("base", "dataset", "degradation", "method", "texts")
 SCORES = ("PSNR", "SSIM", "LPIPS", "FID")
 
@@ -98,8 +102,33 @@ def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float
 
 
 def _pocket(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
-    """The pocket pictures of the run's seed, and the study's trainings."""
-    raise BadParameter("profile", p.profile, "'paper'; the pocket pictures of this paper are not made yet")
+    """The pocket pictures of the run's seed, and the study's trainings on its shipped, frozen prior.
+
+    The test is the study's "parameterised" one. Size, sampling steps, base and data set are the pocket's own.
+    """
+    root = str(out / "data")
+    pocket.write(study.folder(root, p.seed), p.seed)
+    train, chosen = study.part(root, p.seed, "train"), {m: rates["parameterised", m] for m in LIVE}
+
+    def data(method: str) -> list[Sample]:
+        return study.samples(method, train, p.seed)
+
+    def taught(pipe: TIPPipeline, method: str, **changes: object) -> list[dict]:
+        return study.train_model(pipe, data(method), chosen[method], p.seed, **({"name": method} | changes))
+
+    def restored(pipe: TIPPipeline, given: Sequence[Sample], kind: str = "own", **changes: object) -> Tensor:
+        return study.restore(pipe, given, kind, p.seed, **({"guidance": p.guidance, "scale": p.scale} | changes))
+
+    return Setting(
+        title="pocket pictures",
+        methods=LIVE,
+        rates=chosen,
+        build=functools.partial(study.build, seed=p.seed),
+        data=data,
+        learn=taught,
+        test=study.tested(root, p.seed, "test", "parameterised")[0],
+        restore=restored,
+    )
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
