@@ -1,7 +1,7 @@
 """The sets of restoration by text as facts: layouts, splits, licences. `restoration` reads them.
 
 Which pictures and captions the paper trained on is not known; it is said to be an in-house set with machine captions
-(recalled by the spec's author, section 6). These stand in their place, a choice of ours:
+(from memory, not read). These stand in their place, a choice of ours:
 
 * **COCO 2017 with captions** (Lin et al., ECCV 2014; Chen et al., 2015): about five captions a picture, the first by
   id is taken. The prompts in the paper's comparison figure are of this style.

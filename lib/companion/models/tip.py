@@ -12,7 +12,7 @@ ControlNet (section 3). The tag of each part says where it comes from:
   of that level.
 * relative (diffusers' `ControlNetModel`): the adaptor is a copy of the UNet's encoder and middle with a small network
   for the picture; its 13 sites; zero convolutions.
-* ours: the 1 beside gamma (recalled by the spec's author; without it a start at zero would wipe the frozen model out)
+* ours: the 1 beside gamma (from memory, not read; without it a start at zero would wipe the frozen model out)
   and gamma before beta in the channels; and, each a named argument, `mid`, `scale`, guidance, sampler, training.
 
 That the paper may say "concatenate" where the figure has a plus sign needs no argument: a convolution of two inputs put
