@@ -31,7 +31,11 @@ def closure(requirement: Requirement, found: dict[str, str], done: set[str]) -> 
 
 
 found: dict[str, str] = {}
-closure(Requirement("companion-papers[cluster,detection,diffusion,landcover,reports,slides,test,tracking,xrays]"), found, set())
+closure(
+    Requirement("companion-papers[cluster,detection,diffusion,landcover,reports,slides,test,tracking,xrays]"),
+    found,
+    set(),
+)
 del found["companion-papers"]
 print("# Written by `make lock`: pip constraints for everything but torch and torchvision. Used by `make reports`.")
 for name, version in sorted(found.items()):
