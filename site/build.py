@@ -260,7 +260,7 @@ def record(slug: str, run: dict) -> str:
         parts += ["## Claims\n", table("claims", ["Claim", "Status", "Value"], rows)]
     for file in run["tables"]:
         with file.open(encoding="utf-8", newline="") as lines:
-            head, *rows = csv.reader(lines)
+            head, *rows = [row for row in csv.reader(lines) if row]
         parts += [f"## Table: {file.stem}\n", table("csv", map(cell, head), [[cell(v) for v in row] for row in rows])]
     return "\n".join(parts)
 
