@@ -260,7 +260,7 @@ def record(slug: str, run: dict) -> str:
         parts += ["## Claims\n", table("claims", ["Claim", "Status", "Value"], rows)]
     for file in run["tables"]:
         with file.open(encoding="utf-8", newline="") as lines:
-            head, *rows = [row for row in csv.reader(lines) if row]
+            head, *rows = csv.reader(lines)
         parts += [f"## Table: {file.stem}\n", table("csv", map(cell, head), [[cell(v) for v in row] for row in rows])]
     return "\n".join(parts)
 
@@ -349,7 +349,8 @@ def cell(text: str) -> str:
 
 
 def table(name: str, head: list[str], rows: list[list[str]]) -> str:
-    lines = [list(head), ["---"] * len(rows[0] if rows else list(head)), *rows]
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
     return f":::{{table}}\n:class: {name}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n:::\n"
 
 

@@ -63,7 +63,7 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reports") / "sa2vp"
     (folder / "tables").mkdir(parents=True)
     (folder / "tables" / "accuracy.csv").write_text("method,digits,a|b\nlinear,0.61,<b>\nvpt,0.72,\n", encoding="utf-8")
-    (folder / "tables" / "not_run_yet.csv").write_text("method,mIoU\n\n", encoding="utf-8")
+    (folder / "tables" / "not_run_yet.csv").write_text("method,mIoU\n", encoding="utf-8")
     (folder / "claims.json").write_text(json.dumps(CLAIMS), encoding="utf-8")
     record = {"slug": "sa2vp", "profile": "pocket", "parameters": {"lr": 0.001, "tasks": ["a", "b"]}, "seconds": 12.345,
               "study": {"sha256": "0", "stale": True}}  # fmt: skip
