@@ -147,8 +147,8 @@ def comparison_page(papers: dict[str, dict], runs: dict[str, dict], reports: Pat
         WIDE,
         "# The same question in several papers",
         "Each column is one task of one paper's pocket study, in that study's metric, in percent (PSNR in dB): the "
-        "mean over its seeds and the standard deviation. Rows compare within a column; columns differ in task, data and "
-        "metric. The learning rate of every method was chosen on validation pictures.\n",
+        "mean over its seeds and the standard deviation. Rows compare within a column; columns differ in task, data "
+        "and metric. The learning rate of every method was chosen on validation pictures.\n",
     ]
     for question in yaml.safe_load((HERE / "comparisons.yaml").read_text(encoding="utf-8")):
         head, columns = [], []
