@@ -148,20 +148,20 @@ def pretrain(
                "weight_decay": r["weight_decay"], "betas": (r["beta1"], r["beta2"])} | changes  # fmt: skip
     per_epoch = len(data) // options["batch"]
     rates = pretrain_rates(per_epoch) if rates is None else rates
-    of_parts = []
+    parts, of_parts = -(-options["batch"] // (options["devices"] * at_once)), []
 
     def loss(model: nn.Module, items: tuple[Tensor, ...]) -> Tensor:
         found = model(ecamp.Batch(*items))
         if terms is not None:
-            of_parts.append([float(x.detach()) for x in found])
+            of_parts.append([len(items[0]), *(float(x.detach()) for x in found)])
+            if len(of_parts) == parts:
+                count, *values = np.transpose(of_parts)
+                terms.append(np.average(values, axis=1, weights=count).tolist())
+                of_parts.clear()
         return found.total
 
     sides = {"all": ([t for t in model.parameters() if t.requires_grad], rates)}
-    parts = -(-options["batch"] // (options["devices"] * at_once))
-    history = fit(model, loss, data, epochs=len(rates) / per_epoch, accumulate=parts, sides=sides, **options)
-    if terms is not None:
-        terms.extend(np.reshape(of_parts, (-1, parts, 4)).mean(1).tolist())
-    return history
+    return fit(model, loss, data, epochs=len(rates) / per_epoch, accumulate=parts, sides=sides, **options)
 
 
 @torch.inference_mode()
