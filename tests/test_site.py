@@ -242,6 +242,7 @@ def test_comparison_page_shows_the_means_of_the_studies(site: Site, root: Path) 
 def test_every_widget_is_a_picture_without_scripts_and_turns_with_them(site: Site, browser: object) -> None:
     """What a reader sees on paper or with scripts off; and no control of a widget is dead."""
     dead, papers = [], [name for name in site.pages if name.startswith("notebooks/")]
+    seen = set()
     for scripts in (False, True):
         context = browser.new_context(java_script_enabled=scripts)
         page = context.new_page()
@@ -250,6 +251,7 @@ def test_every_widget_is_a_picture_without_scripts_and_turns_with_them(site: Sit
             for i, widget in enumerate(page.locator(".companion-explorer").all()):
                 picture = widget.locator("img").first
                 controls = widget.locator("input, select").all()
+                seen.add(name)
                 if not scripts:
                     if picture.count() != 1 or picture.bounding_box()["height"] < 50:
                         dead.append(f"{name}, widget {i}: no picture without scripts")
@@ -264,6 +266,8 @@ def test_every_widget_is_a_picture_without_scripts_and_turns_with_them(site: Sit
                         dead.append(f"{name}, widget {i}: {control.evaluate('e => e.outerHTML')[:80]} does nothing")
         context.close()
     assert not dead
+    if (site.reports / "sa2vp" / "study.json").exists():  # the real reports: every paper has one
+        assert seen == set(papers) - {"notebooks/pocket.html"}
 
 
 @pytest.mark.browser

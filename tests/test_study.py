@@ -75,6 +75,15 @@ def test_a_stopped_study_goes_on(fake, tmp_path):
     assert len(again) == 10
 
 
+def test_a_larger_grid_that_chooses_another_rate_drops_what_was_tested_at_the_first(fake, tmp_path):
+    study.run("fake", tmp_path / "out", tmp_path, workers=1)
+    fake.RATES = [0.1, 0.2, 0.3]
+    rows = study.run("fake", tmp_path / "out", tmp_path, workers=1)
+    tested = rows[rows.stage == "test"]
+    assert len(tested) == 2 * 3 and set(tested.rate) == {0.3}
+    assert study.summary(rows)["count"].tolist() == [3, 3]
+
+
 def test_rows_of_other_code_are_checked_before_they_are_kept(fake, tmp_path):
     study.run("fake", tmp_path / "out", tmp_path, workers=1)
     fake.code = "two"

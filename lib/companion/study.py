@@ -83,6 +83,9 @@ def run(
                 jobs = [(t, m, rate, module.SELECTION_SEED) for rate in module.RATES for t, m in trained]
             else:
                 best = {pair: 0.0 for pair in pairs} | selected(_frame(rows, metric))
+                # a larger grid may choose another rate than the one that was tested
+                chosen = {(*pair, rate) for pair, rate in best.items()}
+                rows = [r for r in rows if r["stage"] == "select" or (r["task"], r["method"], r["rate"]) in chosen]
                 jobs = [(t, m, best[t, m], seed) for seed in facts["seeds"] for t, m in pairs]
             done = {tuple(row[k] for k in KEYS[1:]) for row in rows if row["stage"] == stage}
             todo = [job for job in jobs if job not in done]
