@@ -84,7 +84,7 @@ def studies(folder: Path) -> str:
     module.prepare = lambda root: None
 
     def train(method: str, task: str, rate: float, seed: int, root: str, split: str) -> dict[str, float]:
-        time.sleep(0.03)
+        time.sleep(0.15)
         return {"accuracy": 10 * rate + (method == "a") + seed, "loss": 1.0}
 
     module.train = train
@@ -109,15 +109,15 @@ def features(folder: Path) -> str:
 
 
 def videos(folder: Path) -> str:
-    """Tracking through three videos."""
+    """Tracking through six videos."""
 
     def read(*paths: Path) -> np.ndarray:
-        time.sleep(0.03)
+        time.sleep(0.25)
         return read_frame(*paths)
 
     tracking_data.read_frame = read
     with tempfile.TemporaryDirectory() as data:
-        parts = [sequence(Path(data), f"video{i}", *clip(6 + i, 6)) for i in range(3)]
+        parts = [sequence(Path(data), f"video{i}", *clip(6 + i, 3)) for i in range(6)]
         found = tracking.run(pocket_model(), parts, folder / "boxes")
     return digest(name.encode() + boxes.tobytes() for name, boxes in sorted(found.items()))
 
