@@ -9,7 +9,6 @@ seen, and writes `<name>.safetensors` with its model card `<name>.md`. `backbone
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -338,18 +337,5 @@ validation.
 }
 
 
-def main() -> None:
-    """Command line: train, measure and write one pocket backbone."""
-    parser = argparse.ArgumentParser(prog="python -m companion.pocket.backbones", description=main.__doc__)
-    parser.add_argument("name", choices=list(TRAIN))
-    parser.add_argument("--folder", type=Path, default=backbones.POCKET, help="where to write (default: the package's)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--measure", action="store_true", help="keep the shipped weights, only measure them again")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the bits of the result depend on the number of threads
-    path = remeasure(arguments.name) if arguments.measure else ship(arguments.name, arguments.folder, arguments.seed)
-    print(path.with_suffix(".md").read_text(encoding="utf-8"))
-
-
 if __name__ == "__main__":
-    main()
+    card.command(ship, TRAIN, measure=remeasure)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .. import backbones
 from ..files import atomic
 
 ATTRIBUTION = (
@@ -47,3 +50,35 @@ def write(path: Path, facts: Mapping[str, object], quality: object, text: str) -
     with atomic(path.with_suffix(".md")) as temporary:
         head = yaml.safe_dump({**facts, "quality": quality}, sort_keys=False, allow_unicode=True, width=110)
         temporary.write_text(f"---\n{head}---\n{text}", encoding="utf-8")
+
+
+def command(
+    make: Callable[..., Path],
+    names: Iterable[str] = (),
+    seed: int | None = 0,
+    measure: Callable[[str], Path] | None = None,
+) -> None:
+    """Command line: train, measure and write a pocket model.
+
+    Args:
+        make: `make([name,] folder[, seed])` does it, and returns where the weights are.
+        names: what it makes, where that is more than one.
+        seed: the shipped one; None: the maker has no other.
+        measure: `measure(name)` measures the shipped weights again.
+    """
+    module = Path(sys.argv[0]).stem
+    parser = argparse.ArgumentParser(
+        prog=f"python -m companion.pocket.{module}", description=sys.modules["__main__"].__doc__
+    )
+    if names:
+        parser.add_argument("name", choices=list(names))
+    parser.add_argument("--folder", type=Path, default=backbones.POCKET, help="where to write (default: the package's)")
+    if seed is not None:
+        parser.add_argument("--seed", type=int, default=seed)
+    if measure is not None:
+        parser.add_argument("--measure", action="store_true", help="keep the shipped weights, only measure them again")
+    given = vars(parser.parse_args())
+    torch.set_num_threads(1)  # the bits of the result depend on the number of threads
+    again = given.pop("measure", False)
+    path = measure(given["name"]) if again else make(*([given.pop("name")] if names else []), **given)
+    print(path.with_suffix(".md").read_text(encoding="utf-8"))

@@ -8,12 +8,9 @@ some hundred steps only, and shows where words look in this one.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
-
-import torch
 
 from .. import backbones
 from ..models import ecamp
@@ -95,14 +92,5 @@ the same model before training.
 """
 
 
-def main() -> None:
-    """Command line: train, measure and write the pocket ECAMP."""
-    parser = argparse.ArgumentParser(prog="python -m companion.pocket.chest_ecamp", description=main.__doc__)
-    parser.add_argument("--folder", type=Path, default=backbones.POCKET, help="where to write (default: the package's)")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the bits of the result depend on the number of threads
-    print(ship(arguments.folder).with_suffix(".md").read_text(encoding="utf-8"))
-
-
 if __name__ == "__main__":
-    main()
+    card.command(ship, seed=None)

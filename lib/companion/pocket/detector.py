@@ -13,7 +13,6 @@ sees in the box.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -426,17 +425,5 @@ thing that it looks like is what the rest of the scene is for.
 }
 
 
-def main() -> None:
-    """Command line: train, measure and write one of the two models."""
-    parser = argparse.ArgumentParser(prog="python -m companion.pocket.detector", description=main.__doc__)
-    parser.add_argument("name", choices=list(_CARDS))
-    parser.add_argument("--folder", type=Path, default=backbones.POCKET, help="where to write (default: the package's)")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the bits of the result depend on the number of threads
-    path = ship(arguments.name, arguments.folder, arguments.seed)
-    print(path.with_suffix(".md").read_text(encoding="utf-8"))
-
-
 if __name__ == "__main__":
-    main()
+    card.command(ship, _CARDS)

@@ -8,7 +8,6 @@ It is told neither classes nor sensors. Patches are 8 pixels wide, so that a few
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
@@ -140,17 +139,5 @@ know. Its feature hardly holds the classes.
 """
 
 
-def main() -> None:
-    """Command line: train, measure and write one pocket domain model."""
-    parser = argparse.ArgumentParser(prog="python -m companion.pocket.domain_mae", description=main.__doc__)
-    parser.add_argument("domain", choices=list(NAMES))
-    parser.add_argument("--folder", type=Path, default=backbones.POCKET, help="where to write (default: the package's)")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the bits of the result depend on the number of threads
-    card = ship(arguments.domain, arguments.folder, arguments.seed).with_suffix(".md")
-    print(card.read_text(encoding="utf-8"))
-
-
 if __name__ == "__main__":
-    main()
+    card.command(ship, NAMES)

@@ -10,7 +10,6 @@ patches of 8: a grid of 8 rows and 4 columns.
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
@@ -147,15 +146,5 @@ the ROC curve of the cosine between picture and sentence (chance: 0.5). It was t
 """
 
 
-def main() -> None:
-    """Command line: train, measure and write the pocket CLIP of pedestrians."""
-    parser = argparse.ArgumentParser(prog="python -m companion.pocket.pedestrian_clip", description=main.__doc__)
-    parser.add_argument("--folder", type=Path, default=backbones.POCKET, help="where to write (default: the package's)")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the bits of the result depend on the number of threads
-    print(ship(arguments.folder, arguments.seed).with_suffix(".md").read_text(encoding="utf-8"))
-
-
 if __name__ == "__main__":
-    main()
+    card.command(ship)

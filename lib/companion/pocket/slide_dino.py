@@ -9,7 +9,6 @@ say the same of every picture (the loss reaches the logarithm of the number of o
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
@@ -176,15 +175,5 @@ walked, and so that the comparison can be made.
 """
 
 
-def main() -> None:
-    """Command line: train, measure and write the two encoders."""
-    parser = argparse.ArgumentParser(prog="python -m companion.pocket.slide_dino", description=main.__doc__)
-    parser.add_argument("--folder", type=Path, default=backbones.POCKET, help="where to write (default: the package's)")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the bits of the result depend on the number of threads
-    print(ship(arguments.folder, arguments.seed).with_suffix(".md").read_text(encoding="utf-8"))
-
-
 if __name__ == "__main__":
-    main()
+    card.command(ship)

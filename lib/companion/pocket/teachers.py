@@ -12,7 +12,6 @@ All are `dmt.ViT`s of one shape, trained on the same unlabelled collages. The ch
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -238,15 +237,5 @@ iBOT saw mirrored crops in other light. MAE fills in pixels, which needs little 
 """
 
 
-def main() -> None:
-    """Command line: train, measure and write the three teachers."""
-    parser = argparse.ArgumentParser(prog="python -m companion.pocket.teachers", description=main.__doc__)
-    parser.add_argument("--folder", type=Path, default=backbones.POCKET, help="where to write (default: the package's)")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the bits of the result depend on the number of threads
-    print(ship(arguments.folder, arguments.seed).with_suffix(".md").read_text(encoding="utf-8"))
-
-
 if __name__ == "__main__":
-    main()
+    card.command(ship)

@@ -10,7 +10,6 @@ The UNet learns to denoise pictures of `pocket.restoration` with their captions,
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -310,15 +309,5 @@ is a convolution or an attention without positions, but nothing larger than 16 p
 """
 
 
-def main() -> None:
-    """Command line: train, measure and write the pocket prior of TIP."""
-    parser = argparse.ArgumentParser(prog="python -m companion.pocket.texture_prior", description=main.__doc__)
-    parser.add_argument("--folder", type=Path, default=backbones.POCKET, help="where to write (default: the package's)")
-    parser.add_argument("--seed", type=int, default=SEED)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the bits of the result depend on the number of threads
-    print(ship(arguments.folder, arguments.seed).with_suffix(".md").read_text(encoding="utf-8"))
-
-
 if __name__ == "__main__":
-    main()
+    card.command(ship, seed=SEED)

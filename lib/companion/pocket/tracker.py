@@ -8,7 +8,6 @@ from the target: it learns to match, and nothing of darkness, glare, crossover, 
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from .. import backbones
 from ..data.tracking import MEAN, STD
 from ..fit import fit
 from ..metrics.tracking import centre_distance, iou
@@ -109,15 +107,5 @@ darkness, no glare, no thermal crossover, and never two streams at once: that is
 """
 
 
-def main() -> None:
-    """Command line: train, measure and write the pocket tracker."""
-    parser = argparse.ArgumentParser(prog="python -m companion.pocket.tracker", description=main.__doc__)
-    parser.add_argument("--folder", type=Path, default=backbones.POCKET, help="where to write (default: the package's)")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the bits of the result depend on the number of threads
-    print(ship(arguments.folder, arguments.seed).with_suffix(".md").read_text(encoding="utf-8"))
-
-
 if __name__ == "__main__":
-    main()
+    card.command(ship)

@@ -28,8 +28,8 @@ from ..pocket import collage as pocket
 from ..pocket import teachers as taught
 
 TASK = "collage"
-RATES = [2e-3, 4e-3]
-SEEDS = [11, 12, 13]  # none of these pictures was seen while the world and the teachers were being chosen
+RATES = [2e-3, 4e-3, 8e-3]
+SEEDS = [11, 12, 13, 14, 15]  # none of these pictures was seen while the world and the teachers were being chosen
 SELECTION_SEED = 100
 METRIC = "mean"
 STEPS = 500

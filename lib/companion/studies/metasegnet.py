@@ -25,8 +25,8 @@ from ..models.metasegnet import MetaSegNet
 from ..models.metasegnet_text import Words, headless
 from ..pocket import landcover as pocket
 
-RATES = [2e-3, 4e-3]
-SEEDS = [0, 1, 2]
+RATES = [2e-3, 4e-3, 8e-3]
+SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 107
 METRIC = "mIoU"
 STEPS = 300  # with 250 at 2e-3 the fields are told apart and the buildings not yet
