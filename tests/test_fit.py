@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import kill_when
+from lightning_fabric import Fabric
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
@@ -352,3 +353,63 @@ def test_predict_takes_the_first_output_in_order():
 
     data = pairs()
     assert torch.equal(predict(Two(), data, batch=7, accelerator="cpu"), data.tensors[0] * 2)
+
+
+# --- what a card needs, tried without one -----------------------------------------------------------------------------
+
+
+class Card(Fabric):
+    """Stands for a device: what it is given becomes float64, so what stayed elsewhere shows as an error of types."""
+
+    def to_device(self, obj):
+        return obj.double() if isinstance(obj, nn.Module) else super().to_device(obj)
+
+
+class Doubled(nn.Linear):
+    """A model that takes its inputs along to where it is, and keeps the places it was sent to."""
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype))
+
+    def to(self, *args, **options):
+        self.sent = [*getattr(self, "sent", []), *args]
+        return super().to(*args, **options)
+
+
+def test_the_moments_of_a_resumed_run_are_where_the_tensors_are(tmp_path, monkeypatch):
+    path = tmp_path / "c.pt"
+
+    def loss(model, batch):
+        if len(done) == 5:
+            raise KeyboardInterrupt
+        done.append(1)
+        return F.mse_loss(model(batch[0]), batch[1].double())
+
+    monkeypatch.setattr(loop, "launcher", lambda **settings: Card(**settings))
+    settings = dict(epochs=1, batch=8, lr=1e-2, accelerator="cpu", checkpoint=path, checkpoint_every=2, resume=True)
+    for done in ([], [1] * 6):
+        torch.manual_seed(0)
+        model = Doubled(5, 2)
+        if not done:
+            with pytest.raises(KeyboardInterrupt):
+                fit(model, loss, pairs(), **settings)
+        else:
+            assert len(fit(model, loss, pairs(), **settings)) == 8
+
+
+def test_training_does_not_ask_the_cards_for_their_random_state(monkeypatch):
+    """That would start CUDA in this process, and processes for several cards could not be forked any more."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *args: pytest.fail("CUDA was started"))
+    run(noisy_model())
+
+
+def test_a_model_comes_back_from_predict_and_can_be_trained(monkeypatch):
+    monkeypatch.setattr(loop, "launcher", lambda **settings: Card(**settings))
+    model, data = Doubled(5, 2), pairs()
+    said = predict(model, data, accelerator="cpu")
+    assert said.dtype == torch.float32 and not said.is_inference() and not said.requires_grad
+    assert model.sent[-1] == "cpu" and not model.weight.is_inference()
+    x = data.tensors[0].clone().requires_grad_()
+    model(x).sum().backward()
+    assert x.grad is not None and model.weight.grad is not None

@@ -199,9 +199,10 @@ def fit(
         optim = torch.optim.SGD(groups, 0.0, momentum) if sgd else torch.optim.AdamW(groups, 0.0, betas)
         if saved:
             model.load_state_dict(saved["model"], strict=False)
-            optim.load_state_dict(saved["optimizer"])
         history = list(saved["history"]) if saved else []
         wrapped, optim = fabric.setup(model, optim)
+        if saved:  # not before: the moments go where the tensors are
+            optim.load_state_dict(saved["optimizer"])
         wrapped.train()
         start, rank, ranks = len(history), fabric.global_rank, fabric.world_size
         stream = _batches(data, batch, seed, start, steps, rank, ranks, workers)
@@ -234,7 +235,8 @@ def fit(
         # as arrays: a tensor would be shared with a process that ends before it is read
         return {name: t.numpy() for name, t in trained_state(model).items()}, _plain(history)
 
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    # of the CPU alone: asking the cards for their state would start CUDA, and then no process could be forked
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # the batches are dealt to the devices here, and the loader's workers are the caller's choice
         warnings.filterwarnings("ignore", module="lightning_fabric")
         state, history = fabric.launch(train)
@@ -244,23 +246,25 @@ def fit(
     return history
 
 
-@torch.inference_mode()
 def predict(model: nn.Module, data: Dataset, *, batch: int = 256, accelerator: str = "auto",
             precision: str = "32-true", workers: int = 0) -> Tensor:  # fmt: skip
     """What `model`, in eval mode, gives for the first entry of every item, stacked, on the CPU as float32.
 
-    A model with several outputs (a tuple) gives the first.
+    A model with several outputs (a tuple) gives the first. The model is on the CPU afterwards, as after `fit`.
     """
     fabric = launcher(accelerator=accelerator, devices=1, precision=precision)
-    model = fabric.setup_module(model.eval())
+    # moved outside of inference mode: tensors that are moved within it cannot be trained any more
+    wrapped = fabric.setup_module(model.eval())
     if isinstance(data, TensorDataset):
         stream = data.tensors[0].split(batch)
     else:
         stream = (items[0] for items in DataLoader(data, batch, num_workers=workers))
     outputs = []
-    for images in stream:
-        output = model(images.to(fabric.device))
-        outputs.append((output[0] if isinstance(output, tuple) else output).float().cpu())
+    with torch.inference_mode():
+        for images in stream:
+            output = wrapped(images.to(fabric.device))
+            outputs.append((output[0] if isinstance(output, tuple) else output).float().cpu())
+    model.to("cpu")
     return torch.cat(outputs)
 
 
