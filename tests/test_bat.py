@@ -155,6 +155,22 @@ def test_training_mode_keeps_the_heads_statistics_and_draws_dropout():
     assert equal(model(template, search), model(template, search))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_knows_no_certainty(dtype):
+    """A score of 1 where the target is not would cost infinitely much; 1 - 1e-4 is 1 in half precision."""
+    model = small()
+    with torch.no_grad():
+        for branch in (model.tracker.head.ctr, model.tracker.head.size):
+            branch[-1].bias.fill_(12.0)  # sure of every place
+    with torch.autocast("cpu", dtype):
+        found = model(*crops())
+        value = bat.losses(found, BOXES)["total"]
+    assert all(part.dtype == torch.float32 for part in found)
+    assert found.score.max() < 1 and found.size.max() < 1 and torch.isfinite(value)
+    value.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.trained().values())
+
+
 def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path):
     def start() -> BAT:
         torch.manual_seed(0)

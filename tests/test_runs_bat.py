@@ -1,12 +1,16 @@
 """The settings that BAT's notebook runs with: the published recipe, what is missing said, result files scored."""
 
+import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
+from companion import backbones
 from companion.data import tracking as data
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData, MissingWeights
 from companion.models import bat
@@ -77,6 +81,71 @@ def test_a_checkpoint_is_tested_and_not_trained(tmp_path, videos):
     assert history == [] and len(model.trained()) == len(small.trained())
     boxes = runs.track(found, "BAT", model, tmp_path)
     assert boxes["one"].shape == (24, 4) and set(runs.scores(found, boxes).totals) == {"PR", "NPR", "SR"}
+
+
+@pytest.fixture
+def small(tmp_path, videos, monkeypatch):
+    """The paper profile's setting by seed, at pocket size: eight pairs of noise, two steps an epoch."""
+    official = bat.foundation
+    monkeypatch.setattr(bat, "foundation", lambda name, weights: official("pocket_ostrack"))
+    generator = torch.Generator().manual_seed(0)
+    noise = TensorDataset(*(torch.randint(256, (8, 6, side, side), generator=generator, dtype=torch.uint8)
+                            for side in (32, 64)), torch.tensor([[0.4, 0.4, 0.2, 0.2]]).repeat(8, 1))  # fmt: skip
+
+    def setting(seed: int = 0):
+        found = runs.setting(given(seed=seed, data_root=str(tmp_path)), tmp_path, {})
+        return replace(found, train=noise, loss=study.loss, fit=found.fit | {"batch": 4, "epochs": 3, "workers": 0})
+
+    return setting
+
+
+def test_a_stopped_training_goes_on_and_a_finished_one_is_kept(tmp_path, small):
+    whole, history = runs.train(replace(small(), kept=None), "BAT")
+    assert len(history) == 6 and not (tmp_path / "trained").exists()
+
+    class Killed(Exception):
+        pass
+
+    steps = itertools.count()
+
+    def killed(model, batch):
+        if next(steps) == 3:
+            raise Killed
+        return study.loss(model, batch)
+
+    with pytest.raises(Killed):
+        runs.train(replace(small(), loss=killed), "BAT", checkpoint_every=2)
+    asked = itertools.count()
+    counted = replace(small(), loss=lambda model, batch: (next(asked), study.loss(model, batch))[1])
+    model, history = runs.train(counted, "BAT")
+    assert len(history) == 6 and next(asked) == 4  # from the checkpoint of the second step on
+    again, history = runs.train(counted, "BAT")
+    assert len(history) == 6 and next(asked) == 5  # nothing was trained
+    kept = backbones.read_state(tmp_path / "trained" / "BAT, seed 0.safetensors")
+    read = bat.BAT.from_official(kept, heads=4)
+    for one in (model, again, read):
+        assert all(torch.equal(t, one.state_dict()[n]) for n, t in whole.state_dict().items())
+
+
+def test_what_was_trained_on_another_foundation_is_not_taken(tmp_path, small, monkeypatch):
+    first, _ = runs.train(small(), "BAT")
+    other = bat.foundation("pocket_ostrack", "")
+    with torch.no_grad():
+        other.vit.blocks[0].mlp.fc1.weight.mul_(0.5)
+    monkeypatch.setattr(bat, "foundation", lambda name, weights: other)
+    second, _ = runs.train(small(), "BAT")
+    assert len(list((tmp_path / "trained").glob("*.pt"))) == 2
+    name = "exchanges.0.mlp.adapters.0.up.weight"
+    assert not torch.equal(first.state_dict()[name], second.state_dict()[name])
+
+
+def test_seeds_and_released_weights_have_results_of_their_own(tmp_path, small, monkeypatch):
+    followed = []
+    monkeypatch.setattr(runs, "run", lambda model, videos, folder, **options: followed.append(folder))
+    for found in (small(0), small(1), replace(small(), rates={}, train=None)):
+        found.videos[:] = ["a video on disk"]
+        runs.track(found, "BAT", None, tmp_path)
+    assert [folder.name for folder in followed] == ["BAT, seed 0", "BAT, seed 1", "BAT"]
 
 
 @pytest.mark.parametrize("method", ["BAT", "full fine-tuning", "sum of features", "higher peak", "thermal only"])

@@ -215,7 +215,7 @@ def run(
     Raises:
         BadParameter: `folder` holds results of another model.
     """
-    folder, facts = Path(folder), {"weights": _fingerprint(model), "window": options.get("window", True)}
+    folder, facts = Path(folder), {"weights": fingerprint(model), "window": options.get("window", True)}
     record = folder / "tracker.json"
     if record.exists() and read_json(record) != facts:
         raise BadParameter("folder", str(folder), "results of this model, or a new folder: these are another model's")
@@ -277,7 +277,7 @@ def _complete(folder: Path, sequence: object) -> bool:
     return path.exists() and path.read_bytes().count(b"\n") == len(sequence)
 
 
-def _fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module) -> str:
     """A hash of a model's tensors and settings: RGB alone and thermal alone are the same tensors."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for module in model.modules():

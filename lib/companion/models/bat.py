@@ -72,9 +72,12 @@ class CentreHead(nn.Module):
                 nn.init.xavier_uniform_(p)
 
     def forward(self, features: Tensor) -> Prediction:
-        """From features (B, dim, f, f)."""
-        score, size = (self._probability(getattr(self, name)(features)) for name in ("ctr", "size"))
-        offset = self.offset(features)
+        """From features (B, dim, f, f). The maps are float32 whatever the precision of the convolutions.
+
+        In half precision the largest score, 1 - 1e-4, would be 1, its loss infinite, and boxes would snap to a grid.
+        """
+        score, size, offset = (getattr(self, name)(features) for name in ("ctr", "size", "offset"))
+        score, size, offset = self._probability(score.float()), self._probability(size.float()), offset.float()
         return Prediction(score, size, offset, decode(score, size, offset))
 
     @staticmethod

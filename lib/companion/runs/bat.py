@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -17,12 +18,13 @@ from .. import backbones, report
 from ..data import tracking as data
 from ..data.tracking_sets import ATTRIBUTES
 from ..errors import BadParameter, MissingWeights
+from ..files import atomic
 from ..fit import fit
 from ..metrics.tracking import Scores, evaluate
 from ..models import bat
 from ..pocket import tracking as pocket
 from ..studies import bat as study
-from ..tracking import Frames, follow, run
+from ..tracking import Frames, fingerprint, follow, run
 
 LIVE = ("RGB only", "thermal only", "sum of features", "mean of features", "higher peak", "BAT")
 RULES = {"rgbt/lasher": "lasher", "rgbt/rgbt234": "rgbt234", "rgbt/gtot": "gtot", "rgbe/visevent": "visevent"}
@@ -39,6 +41,8 @@ class Setting:
         loss: of the model and a batch of `train`.
         rules, pixels: of `companion.metrics.tracking.evaluate`.
         fit, follow: arguments of `companion.fit.fit` besides the rate, and of `companion.tracking.follow`.
+        kept: folder where a training of many hours leaves its checkpoint, to go on from, and its weights; None where
+            training takes no longer than reading them would.
     """
 
     title: str
@@ -52,6 +56,7 @@ class Setting:
     pixels: float | None = None
     fit: dict = field(default_factory=dict)
     follow: dict = field(default_factory=dict)
+    kept: Path | None = None
 
 
 def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
@@ -67,7 +72,7 @@ def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float
     """
     if p.profile == "pocket":
         return _pocket(p, out, rates)
-    return _dry(p) if p.dry_run else _paper(p)
+    return _dry(p) if p.dry_run else _paper(p, out)
 
 
 def _pocket(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
@@ -170,7 +175,7 @@ def _released(p: SimpleNamespace) -> dict[str, torch.Tensor]:
     return backbones.read_state(p.checkpoint)
 
 
-def _paper(p: SimpleNamespace) -> Setting:
+def _paper(p: SimpleNamespace, out: Path) -> Setting:
     """The published recipe on real videos, or the released weights on them when `checkpoint` names their file."""
     videos = data.load(p.dataset, p.data_root, "test")
     state = _released(p) if p.checkpoint else None
@@ -193,6 +198,7 @@ def _paper(p: SimpleNamespace) -> Setting:
         rules=RULES[p.dataset],
         fit=_published(p, 96, 8),
         follow={"accelerator": p.accelerator, "precision": p.precision},
+        kept=out / "trained",
     )
 
 
@@ -203,12 +209,29 @@ def _paper_loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor, torch
 
 
 def train(found: Setting, method: str, **options) -> tuple[nn.Module, list[dict]]:
-    """Build a method of a setting and train it, if it has anything to train; its history is empty if not."""
+    """Build a method of a setting and train it, if it has anything to train; its history is empty if not.
+
+    Where the setting keeps what it trains, a training that was stopped goes on where it was, one that is done is only
+    read, and `<method>, seed <n>.safetensors` holds the trained network under the authors' names, for `checkpoint`.
+    """
     model = found.build(method)
     if found.train is None or method not in found.rates:
         return model.eval(), []
-    settings = found.fit | {"lr": found.rates[method], "name": method} | options
-    return model, fit(model, found.loss, found.train, **settings)
+    settings = found.fit | {"lr": found.rates[method], "name": method}
+    if found.kept is None:
+        return model, fit(model, found.loss, found.train, **settings | options)
+    name = _run_name(found, method)
+    # by what training starts from: adapters that were trained on another foundation are none of this one's
+    settings |= {"checkpoint": found.kept / f"{name}, {fingerprint(model)}.pt", "resume": True}
+    history = fit(model, found.loss, found.train, **settings | options)
+    with atomic(found.kept / f"{name}.safetensors") as temporary:
+        save_file({n: t.contiguous() for n, t in model.to_official().items()}, temporary)
+    return model, history
+
+
+def _run_name(found: Setting, method: str) -> str:
+    """A method, and the seed where it is trained."""
+    return f"{method}, seed {found.fit['seed']}" if method in found.rates else method
 
 
 def track(found: Setting, method: str, model: nn.Module, out: Path) -> dict[str, np.ndarray]:
@@ -216,7 +239,7 @@ def track(found: Setting, method: str, model: nn.Module, out: Path) -> dict[str,
     if found.pixels is not None or isinstance(found.videos[0], Frames):  # small videos: all as one batch, nothing kept
         tracks = follow(model, found.videos, [v.boxes[0] for v in found.videos], text=method, **found.follow)
         return {v.name: one.boxes for v, one in zip(found.videos, tracks, strict=True)}
-    return run(model, found.videos, out / "results" / found.title / method, **found.follow)
+    return run(model, found.videos, out / "results" / found.title / _run_name(found, method), **found.follow)
 
 
 def scores(found: Setting, boxes: Mapping[str, np.ndarray]) -> Scores:
