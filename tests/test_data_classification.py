@@ -710,6 +710,36 @@ def test_image_folder_bad_input(tmp_path):
         image_folder(tmp_path / "parted")
 
 
+def test_a_class_may_be_called_train_and_hidden_files_are_no_pictures(tmp_path):
+    own(tmp_path, {"car": 3, "train": 3})
+    (tmp_path / "car/._00.jpg").write_bytes(b"left by a Mac")
+    sets = image_folder(tmp_path)
+    assert sets["train"].class_names == ("car", "train") and len(sets["trainval"]) == 6
+
+
+def test_pictures_of_ones_own_are_turned_as_the_camera_says(small_vtab, tmp_path):
+    own(tmp_path / "mine", {"cat": 2, "dog": 2})
+    turned = Image.new("RGB", (12, 10))
+    turned.getexif()[0x0112] = 6  # a quarter turn
+    turned.save(tmp_path / "mine/cat/00.jpg", exif=turned.getexif())
+    mine = image_folder(tmp_path / "mine")["trainval"]
+    assert {mine.picture(i).size for i in range(4)} == {(10, 12), (12, 10)}
+    public = load("vtab/cifar100", tmp_path, "train")
+    turned.save(public.sources[0], exif=turned.getexif())
+    assert public.picture(0).size == (12, 10)  # the papers' code does not look
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_sixteen_bits_become_eight(ending, tmp_path):
+    own(tmp_path, {"cat": 2, "dog": 2})
+    ramp = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    Image.fromarray(ramp).save(tmp_path / f"cat/deep.{ending}")
+    images = image_folder(tmp_path)["trainval"]
+    (index,) = [i for i, path in enumerate(images.sources) if path.endswith(ending)]
+    expected = np.arange(256).reshape(16, 16, 1).repeat(3, 2)
+    assert np.array_equal(np.asarray(images.picture(index)), expected)
+
+
 # --- downloads ---------------------------------------------------------------------------------------------------
 
 

@@ -478,6 +478,23 @@ def test_own_folder_with_its_list(tmp_path):
     assert sets["val"].class_names == ("a b", "a a") and values(sets["val"]) == [1, 11]
 
 
+def test_own_folder_that_is_split_already(tmp_path):
+    for part, each in (("train", 5), ("val", 2), ("test", 3)):
+        tree(tmp_path / part, ("owl", "Bear", "cat"), each)
+    sets = own_folder(tmp_path, clip_transform(INPUT))
+    assert {part: len(images) for part, images in sets.items()} == {"train": 15, "val": 6, "test": 9, "all": 24 + 6}
+    assert {images.class_names for images in sets.values()} == {("Bear", "cat", "owl")}
+    assert sets["all"][29][1] == 2 and sets["all"][29][0].shape == (3, 28, 28)
+    assert base_to_novel(sets, shots=5).tests["novel"].class_names == ("owl",)
+    for path in (tmp_path / "test").rglob("*.jpg"):
+        path.unlink()
+    with pytest.raises(MissingData, match="no images in"):
+        own_folder(tmp_path)
+    (tmp_path / "test").rename(tmp_path / "unused")
+    with pytest.raises(MissingData, match=r"there is no folder .*test"):
+        own_folder(tmp_path)
+
+
 def test_own_folder_missing_or_empty(tmp_path):
     with pytest.raises(MissingData, match="images of your own"):
         own_folder(tmp_path / "nowhere")

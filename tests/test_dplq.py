@@ -510,5 +510,16 @@ def test_domain_models_that_are_not_there(clip, tmp_path, monkeypatch):
         domain_model("clip", clip=clip, normalise="mine")
 
 
+def test_domain_models_of_another_size_get_their_size(clip, tmp_path):
+    """A CLIP that reads 32 pixels, and encoders that read 224 or 48."""
+    other = domain_model("vit_tiny_patch16_224", "random", clip=clip)
+    assert (other.size, other(images()).shape) == (224, (2, 192))
+    torch.save(small_mae(image_size=48).to_official(), tmp_path / "mae.pth")
+    mae = domain_model("remote-sensing", tmp_path / "mae.pth", clip=clip)
+    assert (mae.size, mae(images()).shape) == (48, (2, 32))
+    torch.save(small_mae().to_official(), tmp_path / "mae.pth")
+    assert domain_model("remote-sensing", tmp_path / "mae.pth", clip=clip).size is None
+
+
 def test_zeros_have_the_width_they_are_given():
     assert torch.equal(NoFeatures(7)(images()), torch.zeros(2, 7))

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from timm.layers import GluMlp
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch.nn import functional as F
 
 from companion import backbones
@@ -348,6 +349,25 @@ def test_wrong_backbones():
         SA2VPSwin(small_swin(), 5, stage=4)
     with pytest.raises(BadParameter, match="timm VisionTransformer"):
         VPT(torch.nn.Linear(1, 1), 5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(pre_norm=True), dict(no_embed_class=True), dict(global_pool="avg"), dict(reg_tokens=2),
+     dict(class_token=False, global_pool="avg"), dict(pos_embed="none")],
+)  # fmt: skip
+def test_vits_of_another_form_are_refused_not_run_wrongly(changes):
+    """CLIP's ViTs have a norm before the blocks, DeiT-III's no position for the class token, ..."""
+    for kind in (SA2VP, VPT):
+        with pytest.raises(BadParameter, match="no norm before its blocks"):
+            kind(small_vit(**changes), 5)
+
+
+def test_blocks_of_another_form_are_refused():
+    for changes in (dict(block_fn=ResPostBlock), dict(mlp_layer=GluMlp)):
+        with pytest.raises(BadParameter, match="pre-norm"):
+            SA2VP(small_vit(**changes), 5)
+        VPT(small_vit(**changes), 5)(images())
 
 
 def test_vpt_without_prompts_is_the_backbone():

@@ -30,7 +30,7 @@ from struct import error as StructError
 import numpy as np
 import psutil
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset, TensorDataset
 from torchvision import datasets as tv
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
@@ -86,12 +86,19 @@ class Images(Dataset):
         return len(self.labels)
 
     def picture(self, index: int) -> Image.Image:
-        """The image as stored, in RGB, before the transform."""
+        """The image as stored, in RGB, before the transform.
+
+        One of your own is turned as its camera says; those of the public sets are not, as in the papers' code.
+        """
         source = self.sources[index]
         if isinstance(source, np.ndarray):
             return Image.fromarray(source)
         try:
             with Image.open(source) as image:
+                if image.mode.startswith("I;16"):  # Pillow would cut at 255: a white picture
+                    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+                if self.dataset.group == "own":
+                    return ImageOps.exif_transpose(image).convert("RGB")
                 return image.convert("RGB")
         except FileNotFoundError:
             raise self.dataset.missing(self.root, f"{source} is listed but not there") from None
@@ -209,7 +216,7 @@ def image_folder(
 
     Args:
         root: holds {train,val,test}/<class>/*.jpg, or <class>/*.jpg directly. Any image format that torchvision
-            reads; hidden folders are passed over.
+            reads; hidden folders and files are passed over.
         val_fraction: the share of each class that goes to val, where there is no val folder. A class with a single
             image stays in train.
         seed: of that cut; the same seed and the same files give the same cut.
@@ -239,8 +246,8 @@ def image_folder(
         licence="yours",
         citation="",
     )
-    parted = any((root / split).is_dir() for split in ("train", "val", "test"))
-    first = root / "train" if parted else root
+    split_up = parted(root)
+    first = root / "train" if split_up else root
     if not first.is_dir():
         raise own.missing(root, f"there is no folder {first}")
     names = _class_folders(first)
@@ -249,13 +256,14 @@ def image_folder(
     number = {name: label for label, name in enumerate(names)}
 
     samples = {}
-    for split in ("train", "val", "test") if parted else ("train",):
-        folder = root / split if parted else root
+    for split in ("train", "val", "test") if split_up else ("train",):
+        folder = root / split if split_up else root
         if not folder.is_dir():
             continue
         if unknown := sorted(set(_class_folders(folder)) - set(names)):
             raise CorruptFile(folder, f"it has classes that {first} lacks: {', '.join(unknown)}")
-        samples[split] = make_dataset(folder, number, IMG_EXTENSIONS, allow_empty=True)
+        found = make_dataset(folder, number, IMG_EXTENSIONS, allow_empty=True)
+        samples[split] = [(path, label) for path, label in found if not Path(path).name.startswith(".")]
         if not samples[split]:
             raise own.missing(root, f"there are no images in {folder}")
     empty = set(number.values()) - {label for _, label in samples["train"]}
@@ -269,6 +277,12 @@ def image_folder(
         split: Images(own, root, [p for p, _ in pairs], [y for _, y in pairs], len(names), transform, names)
         for split, pairs in samples.items()
     }
+
+
+def parted(root: Path) -> bool:
+    """Whether the pictures lie in train, val or test folders: one of that name has class folders in it, and is no class
+    itself."""
+    return any((root / split).is_dir() and _class_folders(root / split) for split in ("train", "val", "test"))
 
 
 # --- what `companion.data` calls ---------------------------------------------------------------------------------
@@ -545,11 +559,12 @@ def _class_folders(folder: Path) -> list[str]:
 
 def _stratified(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Indices of the rest and of the held-out share of each class, both in their first order."""
-    rng, held = np.random.default_rng(seed), set()
-    for label in sorted(set(labels)):
-        members = [index for index, other in enumerate(labels) if other == label]
-        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        held.update(rng.permutation(members)[:count].tolist())
+    rng, held, members = np.random.default_rng(seed), set(), defaultdict(list)
+    for index, label in enumerate(labels):
+        members[label].append(index)
+    for label in sorted(members):
+        count = min(max(round(fraction * len(members[label])), 1), len(members[label]) - 1)
+        held.update(rng.permutation(members[label])[:count].tolist())
     return [i for i in range(len(labels)) if i not in held], sorted(held)
 
 

@@ -39,7 +39,7 @@ from torchvision.transforms import v2
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData
 from ..files import read_json, write_json
 from . import DataSet, Status, find
-from .classification import Images, _absent, _class_folders, _inside, _normalised
+from .classification import Images, _absent, _class_folders, _inside, _normalised, image_folder, parted
 from .domains_sets import CLASSES, RELEASED_AS, TORCHGEO, WHOLE_SET_NAMES, image_folders, split_file, split_sizes
 
 SPLITS = ("train", "val", "test", "all")
@@ -84,8 +84,8 @@ def load(name: str, root: str | Path, split: str, transform: Transform | None = 
 def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str, Images]:
     """Your own pictures, as `splits` gives them: <class>/*.jpg below `root` or `root`/images.
 
-    `root`/split.json is read where it is there, otherwise each class is cut. (Pictures that lie in train/, val/ and
-    test/ already are read by `classification.image_folder`; the protocols take those too.)
+    `root`/split.json is read where it is there, otherwise each class is cut. Pictures that lie in train/<class>/ and
+    test/<class>/ already stay there; without val/<class>/ a part of train is taken for it.
 
     Raises as `splits`.
     """
@@ -99,12 +99,20 @@ def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str
         sizes={},
         folders=(".",),
         layout='<class>/*.jpg    or images/<class>/*.jpg\nsplit.json       optional: {"train": [[path, label, class '
-        'name], ...], "val": ..., "test": ...}',
+        'name], ...], "val": ..., "test": ...}\nor\n{train,val,test}/<class>/*.jpg    val cut from train where there '
+        "is none",
         source="your own pictures",
         licence="yours",
         citation="",
     )
-    return _images(own, root, transform)
+    if not parted(root) or (root / split_file(own.name)).is_file():
+        return _images(own, root, transform)
+    sets = image_folder(root, transform=transform)
+    if "test" not in sets:
+        raise own.missing(root, f"there is no folder {root / 'test'}")
+    known, test = sets.pop("trainval"), sets["test"]
+    sources, labels = [*known.sources, *test.sources], [*known.labels, *test.labels]
+    return sets | {"all": Images(own, root, sources, labels, test.classes, transform, test.class_names)}
 
 
 def write_split(name: str, root: str | Path) -> Path:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -411,7 +412,8 @@ def domain_model(
             CLIP's own feature, and "none", zeros; or any encoder that `backbones.build` knows, for instance
             "vit_base_patch16_224.mae".
         weights: "pretrained", "random", or a file.
-        clip: the CLIP that the prompts go to; images arrive normalised for it.
+        clip: the CLIP that the prompts go to; images arrive in its size and normalised for it, and are brought to the
+            domain model's size, to the nearest pixel, where that is another.
         tap: for "remote-sensing", see `MAE`.
         normalise: "clip", as released: the domain model gets the very tensor that CLIP gets; or "own".
         download: fetch weights that are not cached.
@@ -427,16 +429,17 @@ def domain_model(
         return CLIPFeatures(clip)
     if name == "none":
         return NoFeatures(clip.visual.output_dim)
-    size = None
     if name == "remote-sensing":
-        encoder, wanted = _remote_sensing(weights, tap), IMAGENET
+        encoder = _remote_sensing(weights, tap)
+        wanted = replace(IMAGENET, size=encoder.encoder.patch_embed.img_size[0])
     elif name == "medical":
-        encoder, wanted, size = _medical(weights, download), IMAGENET, 1024
+        encoder, wanted = _medical(weights, download), replace(IMAGENET, size=1024)
     else:
         encoder = backbones.build(name, weights, download=download)
         wanted = backbones.input_of(encoder)
-    given = backbones.input_of(clip) if normalise == "own" else None
-    return DomainModel(encoder, size, given, wanted)
+    seen = backbones.input_of(clip)
+    size = None if wanted.size == seen.size else wanted.size
+    return DomainModel(encoder, size, seen if normalise == "own" else None, wanted)
 
 
 def _state(path: str | Path) -> dict[str, Tensor]:

@@ -18,12 +18,14 @@ import re
 from collections.abc import Mapping
 
 import torch
+from timm.layers import Mlp
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import BadCheckpoint, BadParameter
+from .vpt import PLAIN_VIT, plain_vit
 
 ATTENTION = ("aligned", "padded")
 DIRECTIONS = ("both", "prompt to image", "image to prompt", "none")
@@ -193,7 +195,7 @@ class SA2VP(_TwoPathways):
     """SA²VP on a plain ViT: any depth divisible by 3, any width, patch grid and image size.
 
     Args:
-        backbone: a timm `VisionTransformer` with one class token; its weights are frozen.
+        backbone: a timm `VisionTransformer` of the original's form (`vpt.plain_vit`); its weights are frozen.
         classes: number of classes.
         width: r, the width of the prompt maps and of the adapters (8, 16, 32 or 64 in the released settings).
         scale: s, the weight of the fusion (0.1, 0.5 or 1.5 in the released settings).
@@ -223,12 +225,10 @@ class SA2VP(_TwoPathways):
         dropout: float = 0.1,
         frozen_dropout: bool = True,
     ):
-        if not isinstance(backbone, VisionTransformer) or backbone.num_prefix_tokens != 1 or len(backbone.blocks) % 3:
-            raise BadParameter(
-                "backbone",
-                type(backbone).__name__,
-                "a timm VisionTransformer with one class token and a depth divisible by 3",
-            )
+        blocks = getattr(backbone, "blocks", ())
+        usual = all(isinstance(block, Block) and type(block.mlp) is Mlp for block in blocks)
+        if not plain_vit(backbone) or not usual or len(blocks) % 3:
+            raise BadParameter("backbone", type(backbone).__name__, f"{PLAIN_VIT}; pre-norm, depth divisible by 3")
         if new_maps not in (0, 1, 2):
             raise BadParameter("new_maps", new_maps, (0, 1, 2))
         super().__init__(

@@ -17,6 +17,25 @@ from torch.nn import functional as F
 from ..errors import BadParameter
 
 
+def plain_vit(backbone: nn.Module) -> bool:
+    """Whether `backbone` is a timm ViT of the original's form, which the prompting methods run block by block.
+
+    That is: a class token, positions added to it and to the patches, no norm before the blocks (as CLIP's have), and
+    the class token read after the last norm.
+    """
+    return (
+        isinstance(backbone, VisionTransformer)
+        and backbone.num_prefix_tokens == 1
+        and backbone.pos_embed is not None
+        and backbone.pos_embed.shape[1] == 1 + backbone.patch_embed.num_patches
+        and backbone.global_pool == "token"
+        and all(isinstance(part, nn.Identity) for part in (backbone.norm_pre, backbone.fc_norm, backbone.patch_drop))
+    )
+
+
+PLAIN_VIT = "a timm VisionTransformer with a class token that has a position and is read, and no norm before its blocks"
+
+
 def head(dim: int, classes: int) -> nn.Linear:
     """The linear classifier that all methods share, started alike (truncated normal, 0.02)."""
     layer = nn.Linear(dim, classes)
@@ -63,8 +82,8 @@ class VPT(nn.Module):
     Swin every window gets them, and they leave before patches are merged.
 
     Args:
-        backbone: a timm `VisionTransformer` or `SwinTransformer`; frozen, and in eval mode while training, as in VPT's
-            own code.
+        backbone: a timm `VisionTransformer` (see `plain_vit`) or `SwinTransformer`; frozen, and in eval mode while
+            training, as in VPT's own code.
         classes: number of classes.
         tokens: p, the number of prompts.
         deep: VPT-Deep, else VPT-Shallow.
@@ -73,15 +92,13 @@ class VPT(nn.Module):
 
     def __init__(self, backbone: nn.Module, classes: int, tokens: int = 8, deep: bool = True, dropout: float = 0.1):
         super().__init__()
-        if isinstance(backbone, VisionTransformer) and backbone.num_prefix_tokens == 1:
+        if plain_vit(backbone):
             dims = [backbone.embed_dim] * (len(backbone.blocks) if deep else 1)
         elif isinstance(backbone, SwinTransformer):
             blocks = [block for layer in backbone.layers for block in layer.blocks]
             dims = [block.norm1.normalized_shape[0] for block in (blocks if deep else blocks[:1])]
         else:
-            raise BadParameter(
-                "backbone", type(backbone).__name__, "a timm VisionTransformer with one class token, or SwinTransformer"
-            )
+            raise BadParameter("backbone", type(backbone).__name__, f"{PLAIN_VIT}; or a SwinTransformer")
         self.backbone = backbone.requires_grad_(False)
         self.tokens, self.deep = tokens, deep
         self.dropout = nn.Dropout(dropout)

@@ -199,7 +199,7 @@ class OneByOne(nn.Module):
 
 def _domain_model(name: str, source: str | Path, clip: nn.Module) -> nn.Module:
     model = dplq.domain_model(name, source, clip=clip)
-    return OneByOne(model) if getattr(model, "size", None) else model
+    return OneByOne(model) if name == "medical" else model
 
 
 def _paper(p: SimpleNamespace) -> Setting:

@@ -56,12 +56,12 @@ def build(method: str, classes: int, seed: int) -> nn.Module:
     return METHODS[method](backbones.build("pocket_vit", "pocket"), classes)
 
 
-def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], prompt_weight: float = 0.2) -> torch.Tensor:
+def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Cross entropy; for a model with two pathways the paper's sum."""
     images, target = batch
     output = model(images)
     if isinstance(output, tuple):
-        return sa2vp.loss(*output, target, prompt_weight)
+        return sa2vp.loss(*output, target)
     return F.cross_entropy(output, target)
 
 
@@ -113,5 +113,4 @@ def train_model(model: nn.Module, method: str, data: TensorDataset, rate: float,
         # frozen features do not change: once an image, not once an epoch
         features = TensorDataset(predict(model.backbone, data, accelerator="cpu"), data.tensors[1])
         return fit(model.head, loss, features, **settings)
-    weight = 0.0 if method == "SA²VP, no prompt loss" else 0.2
-    return fit(model, functools.partial(loss, prompt_weight=weight), data, **settings)
+    return fit(model, loss, data, **settings)
