@@ -143,7 +143,7 @@ class Noisy(Dataset):
 
 
 def seen(workers: int) -> list[torch.Tensor]:
-    return [x for x, _ in loop._batches(Noisy(), 4, 0, 0, 8, 0, 1, workers)]
+    return [x for x, _ in loop._batches(Noisy(), 4, 1, 0, 0, 8, 0, 1, workers)]
 
 
 def test_augmentation_depends_on_the_item_not_on_the_process():
@@ -172,6 +172,39 @@ def test_a_part_of_a_batch_is_what_the_loss_sees():
 
     fit(nn.Linear(5, 2), loss, pairs(), epochs=1, batch=8, lr=1e-2, accumulate=3, accelerator="cpu")
     assert sizes == [3, 3, 2] * 8
+
+
+class Counted(Dataset):
+    """Keeps how many items were asked for."""
+
+    asked = 0
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int):
+        self.asked += 1
+        return torch.full((5,), float(index)), torch.zeros(2)
+
+
+def test_a_part_is_loaded_when_it_is_needed():
+    """A batch of thousands of pictures need not be in memory at once."""
+    data, asked, seen = Counted(), [], []
+
+    def loss(model, batch):
+        asked.append(data.asked)
+        seen.append(batch[0][:, 0])
+        return squared(model, batch)
+
+    fit(nn.Linear(5, 2), loss, data, epochs=1, batch=32, lr=1e-3, accumulate=4, accelerator="cpu")
+    assert asked == [8 * (i + 1) for i in range(8)]
+    assert torch.equal(torch.cat(seen).sort()[0], torch.arange(64.0))
+
+
+def test_a_long_training_begins_at_once():
+    """The order of a hundred thousand epochs is not made beforehand."""
+    stream = loop._batches(Counted(), 8, 1, 0, 0, 10**9, 0, 1, 0)
+    assert next(stream)[0].shape == (8, 5)
 
 
 def test_betas_reach_the_optimiser():
@@ -251,7 +284,7 @@ def test_sgd_is_momentum_with_the_decay_in_the_gradient():
     settings = dict(optimizer="sgd", momentum=0.9, weight_decay=0.1, decay="all", schedule="constant", warmup=0)
     history = run(model, epochs=0.5, lr=0.05, **settings)
     velocity = {name: torch.zeros_like(p) for name, p in weights.items()}
-    for row, batch in zip(history, loop._batches(pairs(), 8, 0, 0, 4, 0, 1, 0), strict=True):
+    for row, batch in zip(history, loop._batches(pairs(), 8, 1, 0, 0, 4, 0, 1, 0), strict=True):
         value = F.mse_loss(F.linear(batch[0], weights["weight"], weights["bias"]), batch[1])
         assert row["loss"] == pytest.approx(value.item(), rel=1e-5)
         for (name, p), grad in zip(weights.items(), torch.autograd.grad(value, [*weights.values()]), strict=True):

@@ -205,18 +205,19 @@ def fit(
             optim.load_state_dict(saved["optimizer"])
         wrapped.train()
         start, rank, ranks = len(history), fabric.global_rank, fabric.world_size
-        stream = _batches(data, batch, seed, start, steps, rank, ranks, workers)
-        shown = progress(stream, name, steps, start) if rank == 0 else stream
-        for step, items in enumerate(shown, start):
+        stream = _batches(data, batch, accumulate, seed, start, steps, rank, ranks, workers)
+        shown = progress(range(start, steps), name, steps, start) if rank == 0 else range(start, steps)
+        for step in shown:
+            part = next(stream)
             torch.manual_seed(_mix(seed, step, rank))
             for group in optim.param_groups:
                 group["lr"] = float(sides[group["side"]][1][step])
-            parts = list(zip(*(x.tensor_split(accumulate) for x in items), strict=True))
             mean = torch.zeros((), device=fabric.device)
-            for i, part in enumerate(parts):
-                with fabric.no_backward_sync(wrapped, enabled=i + 1 < len(parts)):
+            for i in range(accumulate):
+                part = next(stream) if i else part
+                with fabric.no_backward_sync(wrapped, enabled=i + 1 < accumulate):
                     value = loss(wrapped, tuple(x.to(fabric.device) for x in part))
-                    value = value * (len(part[0]) / len(items[0]))
+                    value = value * (len(part[0]) / (batch // ranks))
                     fabric.backward(value)
                 mean += value.detach()
             if clip is not None:
@@ -293,9 +294,13 @@ class _Seeded(Dataset):
         return item
 
 
-def _batches(data: Dataset, batch: int, seed: int, start: int, stop: int, rank: int, ranks: int,
+def _batches(data: Dataset, batch: int, parts: int, seed: int, start: int, stop: int, rank: int, ranks: int,
              workers: int) -> Iterator[tuple[Tensor, ...]]:  # fmt: skip
-    """The batches of steps `start` to `stop`: in an order that the seed fixes, new each epoch; a device's share."""
+    """The batches of steps `start` to `stop`: in an order that the seed fixes, new each epoch; a device's share.
+
+    Each comes in `parts`, one after the other: 8,192 pictures of 448 pixels at once would be 20 GB, and every worker
+    of a loader keeps two such batches ready. The indices are made as they are needed, for millions of steps.
+    """
     per_epoch = len(data) // batch
 
     def indices() -> Iterator[list[tuple[int, int]]]:
@@ -304,14 +309,15 @@ def _batches(data: Dataset, batch: int, seed: int, start: int, stop: int, rank: 
             epoch, i = divmod(step, per_epoch)
             if epoch != current:
                 order, current = np.random.default_rng((seed, epoch)).permutation(len(data)), epoch
-            yield [(epoch, int(k)) for k in order[i * batch : (i + 1) * batch][rank::ranks]]
+            for part in np.array_split(order[i * batch : (i + 1) * batch][rank::ranks], parts):
+                yield [(epoch, int(k)) for k in part]
 
     if isinstance(data, TensorDataset):
         for keys in indices():
             chosen = torch.tensor([k for _, k in keys])
             yield tuple(t[chosen] for t in data.tensors)
     else:
-        yield from DataLoader(_Seeded(data, seed), batch_sampler=list(indices()), num_workers=workers)
+        yield from DataLoader(_Seeded(data, seed), batch_sampler=indices(), num_workers=workers)
 
 
 def _plain(history: list[dict]) -> list[dict[str, float]]:
