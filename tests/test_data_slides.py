@@ -88,6 +88,13 @@ def test_folds(tmp_path):
     assert (top / "folds" / "fold-0" / "train.csv").read_text() == first
     slides.write_folds(NAME, tmp_path, folds=5, test=0.2, seed=2)
     assert (top / "folds" / "fold-0" / "train.csv").read_text() != first
+    # lists of an earlier parting do not stay beside the new ones: their test slides are trained on now
+    slides.write_folds(NAME, tmp_path, folds=3)
+    assert sorted(str(f.relative_to(top / "folds")) for f in (top / "folds").rglob("*.csv")) == [
+        f"fold-{k}/{split}.csv" for k in range(3) for split in ("train", "tune")
+    ]
+    with pytest.raises(MissingData, match=r"test\.csv.*write_folds\(.*test=0\.2\)"):
+        slides.load(NAME, tmp_path, "test")
     items = slides.load(NAME, tmp_path)
     for change in ({"folds": 1}, {"folds": 121}, {"test": 1.0}):
         with pytest.raises(BadParameter, match=next(iter(change))):

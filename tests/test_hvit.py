@@ -200,6 +200,16 @@ def test_slides_of_different_length_in_one_batch():
         model(x, present=present & False)
 
 
+@pytest.mark.parametrize("position", ["2d sine", "2d learned"])
+@torch.no_grad()
+def test_what_fills_a_short_slide_up_has_no_place(position):
+    torch.manual_seed(0)
+    level = hvit.SlideTransformer(48, position=position, dropout=0.0).eval()
+    x, places = torch.randn(1, 4, 48), torch.tensor([[[5, 7], [6, 7], [5, 8], [0, 999]]])
+    present = torch.tensor([[True, True, True, False]])
+    torch.testing.assert_close(level(x, present, places), level(x[:, :3], places=places[:, :3]))
+
+
 def test_a_bag_of_patches_knows_no_places():
     bag = PatchBag(48).eval()
     x = embeddings()

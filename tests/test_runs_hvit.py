@@ -154,29 +154,91 @@ def test_a_dry_run_takes_two_steps(method, tmp_path):
     assert set(scores) == {"kappa", "fold"} and scores["kappa"] == scores["fold"]
 
 
-def test_folds_are_trained_on_stored_features_and_vote(tmp_path, monkeypatch):
+@pytest.fixture
+def stored(tmp_path, monkeypatch):
+    """Pocket slides in two folds, with features of one to three regions of 4 x 4 patches: the parameters."""
     monkeypatch.setattr(runs, "WORKERS", 0)
     monkeypatch.setattr(runs, "check_dataset", lambda p: None)
     monkeypatch.setattr(pocket, "COUNTS", {"train": 12, "val": 6, "test": 6})
-    folder = pocket.write(tmp_path, "count", 0)
+    pocket.write(tmp_path, "count", 0)
     data.write_folds("pocket/slides-count", tmp_path, 2, test=0.25)
-    (tmp_path / "features").mkdir()
+    store(tmp_path, 16, 384)
+    return given(dry_run=False, method="mean pooling", dataset="pocket/slides-count", data_root=str(tmp_path))
+
+
+def store(root, *shape: int) -> None:
+    """Features of that shape a region, whose mean tells the grade."""
+    (root / "features").mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
-    for item in data.load("pocket/slides-count", tmp_path):
+    for item in data.load("pocket/slides-count", root):
         regions = int(rng.integers(1, 4))  # ragged
-        with h5py.File(tmp_path / "features" / f"{item.name}.h5", "w") as file:
-            values = 0.1 * rng.normal(size=(regions, 16, 384)) + item.grade / 3
+        with h5py.File(root / "features" / f"{item.name}.h5", "w") as file:
+            values = 0.1 * rng.normal(size=(regions, *shape)) + item.grade / 3
             file["features"], file["coords"] = values.astype("float32"), np.zeros((regions, 2), "int64")
             file["shares"], file.attrs["settings"] = np.ones(regions), "{}"
-    p = given(dry_run=False, method="mean pooling", dataset="pocket/slides-count", data_root=str(tmp_path))
+
+
+def test_folds_are_trained_on_stored_features_and_vote(tmp_path, stored):
+    p = stored
     found = runs.setting(p, tmp_path, {})
-    assert len(found.folds) == 2 and folder.is_dir()
+    assert len(found.folds) == 2
     models, _ = runs.train(found, p.method, epochs=30, batch=6)
     scores = runs.scores(found, p.method, models)
     assert len(models) == 2 and -100 <= scores["kappa"] <= 100
     table = runs.measured(tmp_path / "measured.csv", {"method": p.method, "dataset": p.dataset, "region": 1024,
                                                       "head": p.head, "seed": 1} | scores)  # fmt: skip
     assert list(table.kappa) == [scores["kappa"]]
+
+
+@pytest.mark.parametrize("method", ["Local", "mean pooling"])
+def test_a_fold_that_is_done_is_read_and_not_trained_again(tmp_path, stored, method, monkeypatch):
+    stored.method = method
+    found = runs.setting(stored, tmp_path, {})
+    models, history = runs.train(found, method, epochs=2, batch=6)
+    kept = sorted((tmp_path / "trained").glob("*.safetensors"))
+    assert [file.name[: len(method) + 16] for file in kept] == [f"{method}, fold {k}, seed 1" for k in range(2)]
+    if method == "Local":  # under the authors' names
+        state = hvit.read_checkpoint(kept[1])
+        ours = {n: t for n, t in models[1].state_dict().items()}
+        assert all(torch.equal(t, ours[n]) for n, t in hvit.HViT.from_official(state).state_dict().items())
+    kept[1].unlink()  # as if the run had been killed in the second fold
+    trained = []
+    fit = runs.fit
+    monkeypatch.setattr(runs, "fit", lambda *args, **options: trained.append(options["name"]) or fit(*args, **options))
+    again, same = runs.train(found, method, epochs=2, batch=6)
+    assert trained == [method] and same == history
+    for one, other in zip(models, again, strict=True):
+        assert not other.training
+        assert all(torch.equal(t, other.state_dict()[n]) for n, t in one.state_dict().items())
+    stored.sampling = "weighted"  # another training
+    runs.train(runs.setting(stored, tmp_path, {}), method, epochs=2, batch=6)
+    assert len(trained) == 3
+
+
+def test_features_that_do_not_fit_are_refused(tmp_path, stored):
+    with pytest.raises(BadParameter, match=r"region = 2048.*16 patches"):
+        runs.setting(SimpleNamespace(**vars(stored) | {"region": 2048}), tmp_path, {})
+    store(tmp_path, 192)  # of whole regions: only the slide level can be trained on them
+    for method in ("Local", "gated attention"):
+        with pytest.raises(BadParameter, match="Global alone"):
+            runs.setting(SimpleNamespace(**vars(stored) | {"method": method}), tmp_path, {})
+    assert runs.setting(SimpleNamespace(**vars(stored) | {"method": "Global"}), tmp_path, {}).folds
+    empty = SimpleNamespace(**vars(stored) | {"features": str(tmp_path / "elsewhere")})
+    with pytest.raises(MissingData, match="companion slides pocket/slides-count"):
+        runs.setting(empty, tmp_path, {})
+
+
+def test_no_slide_is_trained_and_tested_on(tmp_path, stored):
+    folds = data.find("pocket/slides-count").folder(tmp_path) / "folds"
+    tested = data.load("pocket/slides-count", tmp_path, "test", 0)
+    # the folds test on one another's slides
+    data.write_list(folds / "fold-0" / "test.csv", data.load("pocket/slides-count", tmp_path, "tune", 1)[:1])
+    with pytest.raises(BadParameter, match="none of the slides that a fold tests on"):
+        runs.setting(stored, tmp_path, {})
+    data.write_list(folds / "fold-0" / "test.csv", tested)
+    data.write_list(folds / "fold-1" / "tune.csv", data.load("pocket/slides-count", tmp_path, "train", 1)[:2])
+    with pytest.raises(BadParameter, match=r"fold 1.*and 1 more.*tunes on"):
+        runs.setting(stored, tmp_path, {})
 
 
 @pytest.fixture
@@ -215,6 +277,7 @@ def test_slides_of_ones_own_are_stored_in_parts_and_trained_on(own, tmp_path, mo
     assert dict(runs.store(p, small_patches()))["benign_0"].stat().st_mtime_ns == before
     other = hvit.PatchEncoder(64, 32, dim=384, depth=1).eval()
     assert isinstance(dict(runs.store(p, other))["benign_0"], BadParameter)
+    p.region = 512  # 2 x 2 patches
     for method in ("Local", "mean pooling"):
         p.method = method
         monkeypatch.setattr(runs, "build", lambda p, method, fold, classes: hvit.PatchBag(384, classes, p.head, "mean"))
@@ -266,6 +329,9 @@ def test_what_is_missing_is_said(tmp_path):
         runs.setting(given(dry_run=False, dataset="folder", data_root=str(tmp_path)), tmp_path, {})
     with pytest.raises(BadParameter, match="'learned'"):
         runs.setting(given(position="2d sine"), tmp_path, {})
+    for dry_run in (True, False):
+        with pytest.raises(BadParameter, match="devices = 2"):
+            runs.setting(given(devices=2, dry_run=dry_run), tmp_path, {})
 
 
 # --- where it looks ---------------------------------------------------------------------------------------------------

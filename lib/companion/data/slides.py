@@ -1,7 +1,7 @@
 """Whole slides with a grade each: PANDA, the pocket sets, or a folder of one's own.
 
     items = load("slides/panda", "data")                          # every slide of train.csv, no picture is opened
-    write_folds("slides/panda", "data")                           # once: five folds, the grades alike in each
+    write_folds("slides/panda", "data", test=0.2)                 # once: five folds, the grades alike in each
     train = load("slides/panda", "data", "train", fold=0)
     data = Features(train, "features")                            # what `companion.slides.extract` wrote
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import BadParameter, CorruptFile, MissingData
-from ..files import atomic
+from ..files import atomic, atomic_folder
 from . import DataSet, Status, find
 
 SPLITS = ("train", "tune", "test")
@@ -87,7 +87,8 @@ def load(name: str, root: str | Path, split: str = "all", fold: int = 0,
         return [item for item in every.values() if item.name not in gone]
     path = dataset.folder(root) / "folds" / f"fold-{fold}" / f"{split}.csv"
     if not path.is_file():
-        raise dataset.missing(root, f"no list {path}; `companion.data.slides.write_folds` makes it")
+        how = f'write_folds("{name}", "{root}", test=0.2)'  # without a share there is no list of test slides
+        raise dataset.missing(root, f"no list {path}; `companion.data.slides.{how}` makes five folds with all lists")
     items = []
     for line, row in _rows(path, ("slide_id", "isup_grade")):
         if row["slide_id"] not in every:
@@ -188,13 +189,17 @@ def split_folds(items: Sequence[Item], folds: int = 5, test: float = 0.0,
 
 def write_folds(name: str, root: str | Path, folds: int = 5, test: float = 0.0, seed: int = 0,
                 exclude: Iterable[str] = ()) -> Path:  # fmt: skip
-    """`split_folds` of a set, written as `folds/fold-<k>/{train,tune,test}.csv`; its folder is returned."""
+    """`split_folds` of a set, written as `folds/fold-<k>/{train,tune,test}.csv`; its folder is returned.
+
+    What was in that folder is gone: lists of two partings together would train on slides that are tested on.
+    """
     items = load(name, root, exclude=exclude)
     out = find(name, "slides").folder(root) / "folds"
-    for k, fold in enumerate(split_folds(items, folds, test, seed)):
-        for split, own in fold.items():
-            if own:
-                write_list(out / f"fold-{k}" / f"{split}.csv", own)
+    with atomic_folder(out) as new:
+        for k, fold in enumerate(split_folds(items, folds, test, seed)):
+            for split, own in fold.items():
+                if own:
+                    write_list(new / f"fold-{k}" / f"{split}.csv", own)
     return out
 
 
@@ -262,6 +267,16 @@ class Features(Dataset):
             return features.float()
         except Exception as error:  # a damaged file can raise anything
             raise CorruptFile(file, f"no tensor of features ({type(error).__name__})") from error
+
+    @property
+    def made_by(self) -> str:
+        """The settings that the first slide's features were made with, as `companion.slides.extract` wrote them."""
+        file = self._file(self.items[0])
+        if file.suffix != ".h5":
+            return file.name
+        from ..slides import read_features
+
+        return read_features(file)["settings"]
 
     def __len__(self) -> int:
         return len(self.items)

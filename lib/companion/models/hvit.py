@@ -287,15 +287,17 @@ class SlidePosition(nn.Module):
             table = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :dim]
             self.register_buffer("table", table, persistent=False)
 
-    def forward(self, x: Tensor, places: Tensor | None = None) -> Tensor:
-        """From (B, M, D); `places` (B, M, 2) are integer columns and rows, for the 2d kinds."""
+    def forward(self, x: Tensor, places: Tensor | None = None, present: Tensor | None = None) -> Tensor:
+        """From (B, M, D); `places` (B, M, 2) are integer columns and rows, for the 2d kinds, of regions `present`."""
         if not self.kind.startswith("2d"):
             index = torch.arange(x.shape[1], device=x.device)
             self._check(index)
             return self.dropout(x + (self.embedder(index) if self.kind == "learned" else self.table[index]))
         if places is None:
             raise BadParameter("places", None, f"(B, M, 2) columns and rows, which positions = {self.kind!r} need")
-        places = places - places.amin((1, 2), keepdim=True)
+        absent = torch.zeros_like(places, dtype=torch.bool) if present is None else ~present[..., None]
+        least = places.masked_fill(absent, torch.iinfo(places.dtype).max).amin((1, 2), keepdim=True)
+        places = (places - least).masked_fill(absent, 0)
         if self.kind == "2d learned":
             self._check(places)
             return x + torch.cat([self.columns(places[..., 0]), self.rows(places[..., 1])], -1)
@@ -357,7 +359,7 @@ class SlideTransformer(nn.Module):
         if present is not None and not present.any(1).all():
             raise BadParameter("present", "a slide without a region", "at least one region a slide")
         found = {"phi": self.phi(x)}
-        h = found["phi"] if self.position is None else self.position(found["phi"], places)
+        h = found["phi"] if self.position is None else self.position(found["phi"], places, present)
         found["positioned"] = h
         h = self.transformer(h, src_key_padding_mask=None if present is None else ~present)
         z, alpha = self.pool(h, present)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,13 +14,17 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from .. import heatmaps, report
+from ..backbones import read_state
 from ..data import DATASETS
 from ..data import slides as data
-from ..errors import BadParameter, CompanionError
+from ..errors import BadParameter, CompanionError, MissingData
+from ..files import atomic
 from ..fit import fit
 from ..models import hvit
 from ..pocket import slide_dino
@@ -50,6 +56,9 @@ class Setting:
         learn: (model, method, training data, tuning data, arguments of `fit`) to the history, in place.
         grades: (model, method, data) to the predicted grades (n,).
         options: arguments of `learn`.
+        kept: folder where a training of hours leaves its weights, to be read when it is asked for again; None where it
+            takes seconds.
+        facts: what a kept training depends on, besides its slides and the model that it starts from.
     """
 
     title: str
@@ -61,6 +70,8 @@ class Setting:
     learn: Callable[..., list[dict]]
     grades: Callable[[nn.Module, str, Dataset], Tensor]
     options: dict = field(default_factory=dict)
+    kept: Path | None = None
+    facts: dict = field(default_factory=dict)
 
 
 def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
@@ -79,7 +90,9 @@ def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float
     check_dataset(p)
     if p.position.startswith("2d"):
         raise BadParameter("position", p.position, ["none", "sine", "learned"])
-    return _dry(p) if p.dry_run else _paper(p)
+    if p.devices != 1:
+        raise BadParameter("devices", p.devices, "1: training on stored features, tuned after each epoch, takes one")
+    return _dry(p) if p.dry_run else _paper(p, out)
 
 
 def _pocket(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
@@ -251,7 +264,7 @@ def _tuning(p: SimpleNamespace, model: nn.Module, part: Dataset, classes: int) -
 
 
 def _full_size(p: SimpleNamespace, title: str, folds: list, test: Dataset, classes: int = pocket.GRADES,
-               **options) -> Setting:  # fmt: skip
+               **others) -> Setting:  # fmt: skip
     return Setting(
         title=title,
         folds=folds,
@@ -261,7 +274,7 @@ def _full_size(p: SimpleNamespace, title: str, folds: list, test: Dataset, class
         build=functools.partial(build, p, classes=classes),
         learn=functools.partial(learn, p, classes=classes),
         grades=lambda model, method, part: hvit.predict(p.head, _outputs(model.eval(), part)[1], classes),
-        options=options,
+        **others,
     )
 
 
@@ -277,11 +290,11 @@ def _dry(p: SimpleNamespace) -> Setting:
         return TensorDataset(features, present, torch.arange(count) % pocket.GRADES)
 
     title = "generated slides (dry run: kappas mean nothing)"
-    return _full_size(p, title, [(generated(2 * BATCH), generated(12))], generated(12), epochs=1)
+    return _full_size(p, title, [(generated(2 * BATCH), generated(12))], generated(12), options={"epochs": 1})
 
 
-def _paper(p: SimpleNamespace) -> Setting:
-    """The published recipe on stored features of real slides; test slides are those of the fold's list.
+def _paper(p: SimpleNamespace, out: Path) -> Setting:
+    """The published recipe on stored features of real slides; test slides are those of the first fold's list.
 
     Slides of one's own are parted here: a fifth is tested on, each fold tunes on another fifth of the rest.
     """
@@ -293,13 +306,43 @@ def _paper(p: SimpleNamespace) -> Setting:
     else:
         lists = [[data.load(p.dataset, p.data_root, s, fold) for s in data.SPLITS] for fold in range(p.folds)]
         classes = pocket.GRADES
+    _check_lists(lists)
     folds, test = [], None
     for fold in lists:
         longest = data.Features([item for part in fold for item in part], stored, drop=True).longest
-        train, tune, held = (data.Features(items, stored, longest, drop=True) for items in fold)
-        folds.append((train, tune))
-        test = test or held
-    return _full_size(p, f"{p.dataset}, {p.folds} folds", folds, test, classes, workers=WORKERS)
+        parts = [data.Features(items, stored, longest, drop=True) for items in fold]
+        for part, split, items in zip(parts, data.SPLITS, fold, strict=True):
+            _check_features(p, part, f"none of the {len(items)} slides of the list {split}")
+        folds.append((parts[0], parts[1]))
+        test = test or parts[2]
+    facts = {k: getattr(p, k) for k in ("head", "sampling", "patience", "seed", "precision")}
+    return _full_size(p, f"{p.dataset}, {p.folds} folds", folds, test, classes, kept=out / "trained", facts=facts,
+                      options={"workers": WORKERS})  # fmt: skip
+
+
+def _check_lists(lists: list[list[list[data.Item]]]) -> None:
+    """Raises `BadParameter` when a fold trains on slides that it tunes on, or that any fold tests on."""
+    train, tune, test = ([{item.name for item in fold[k]} for fold in lists] for k in range(3))
+    for k in range(len(lists)):
+        for seen, held, what in ((train[k], tune[k], "tunes"), (train[k] | tune[k], set().union(*test), "tests")):
+            if both := sorted(seen & held):
+                said = f"fold {k} trains or tunes on {both[0]} and {len(both) - 1} more"
+                raise BadParameter("folds", said, f"lists apart: none of the slides that a fold {what} on")
+
+
+def _check_features(p: SimpleNamespace, part: data.Features, nobody: str) -> None:
+    """Raises `MissingData` when there are none, `BadParameter` when they are of another level or size of region."""
+    if not len(part):
+        store = f"`companion slides {p.dataset} --data-root {p.data_root} --weights FILE` stores them"
+        raise MissingData("features of slides", part.path, "<slide_id>.h5    or <slide_id>.pt", store,
+                          "that of the slides", nobody + " has any")  # fmt: skip
+    patches = (p.region // 256) ** 2
+    if len(part.shape) == 1 and p.method != "Global":
+        accepted = f"patch embeddings (M, {patches}, 384): those of whole regions serve Global alone"
+        raise BadParameter("features", str(part.path), accepted)
+    if len(part.shape) == 2 and part.shape[0] != patches:
+        accepted = f"the region that the features in {part.path} are of, which have {part.shape[0]} patches each"
+        raise BadParameter("region", p.region, accepted)
 
 
 # --- features, slide by slide -----------------------------------------------------------------------------------------
@@ -407,13 +450,47 @@ def check_dataset(p: SimpleNamespace) -> None:
 
 
 def train(found: Setting, method: str, **options) -> tuple[list[nn.Module], list[dict]]:
-    """Build and train a method on every fold of a setting; the models, and the history of the first."""
+    """Build and train a method on every fold of a setting; the models, and the history of the first.
+
+    Where the setting keeps what it trains, a fold that is done is only read; the file holds the network under the
+    authors' names, for `hvit.HViT.from_official` (a bag's under ours).
+    """
     models, histories = [], []
     for fold, (part, tune) in enumerate(found.folds):
-        model = found.build(method, fold)
-        histories.append(found.learn(model, method, part, tune, **(found.options | options)))
+        model, changes = found.build(method, fold), found.options | options
+        file = None if found.kept is None else _kept_in(found, model, method, fold, changes)
+        if file is not None and file.is_file():
+            histories.append(_read_kept(model, file))
+        else:
+            histories.append(found.learn(model, method, part, tune, **changes))
+            if file is not None:
+                with atomic(file) as temporary:
+                    state = {name: model.state_dict()[ours].contiguous() for ours, name in _names(model).items()}
+                    save_file(state, temporary, {"history": json.dumps(histories[-1])})
         models.append(model)
     return models, histories[0]
+
+
+def _kept_in(found: Setting, model: nn.Module, method: str, fold: int, changes: Mapping[str, object]) -> Path:
+    """The file of a fold's trained weights; its name tells apart all that the training depends on."""
+    lists = [[(item.name, item.grade) for item in part.items] for part in found.folds[fold] if part is not None]
+    told = [found.facts, {k: v for k, v in changes.items() if k != "workers"}, fingerprint(model), lists]
+    digest = hashlib.sha256(json.dumps([*told, found.folds[fold][0].made_by]).encode()).hexdigest()[:8]
+    return found.kept / f"{method}, fold {fold}, seed {found.facts['seed']}, {digest}.safetensors"
+
+
+def _names(model: nn.Module) -> dict[str, str]:
+    """Our names of the tensors -> those in a file."""
+    return model.official_names() if isinstance(model, hvit.HViT) else {name: name for name in model.state_dict()}
+
+
+def _read_kept(model: nn.Module, file: Path) -> list[dict]:
+    """Put the kept weights into `model`; the history of their training."""
+    state = read_state(file)
+    hvit.load(model, state, _names(model), "H-ViT")
+    model.eval()
+    with safe_open(file, "pt") as opened:
+        return json.loads(opened.metadata()["history"])
 
 
 def scores(found: Setting, method: str, models: list[nn.Module]) -> dict[str, float]:
