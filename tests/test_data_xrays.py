@@ -67,6 +67,11 @@ def test_grey_values_of_8_and_16_bits(tmp_path):
     assert read_image(tmp_path / "colour.png").dtype == np.float32
 
 
+def test_grey_values_that_are_stored_as_shares_are_left(tmp_path):
+    Image.fromarray(np.array([[0.25, 1.0]], np.float32)).save(tmp_path / "a.tif")
+    assert xrays.read_image(tmp_path / "a.tif").tolist() == [[0.25, 1.0]]
+
+
 def test_dicom_says_what_white_is(tmp_path):
     values = np.arange(64).reshape(8, 8) * 65
     dicom(tmp_path / "2.dcm", values)
@@ -242,6 +247,15 @@ def test_transforms():
         assert transform(grey).shape == (3, size, size)
 
 
+def test_grey_values_stay_between_black_and_white():
+    """Bicubic interpolation overshoots at an edge, such as that of a letter that is burnt in."""
+    edge = torch.zeros(1, 40, 40)
+    edge[:, 10:20, 10:30] = 1
+    torch.manual_seed(0)
+    found = [xrays.pretrain_transform(64)(edge) * 0.3037 + 0.4721 for _ in range(4)]
+    assert all(image.min() > -1e-6 and image.max() < 1 + 1e-6 for image in found)
+
+
 def test_chestmnist(tmp_path, any_length, monkeypatch):
     monkeypatch.setitem(xrays.SIZES, ("xrays/chestmnist", "classification"), {"100": 200, "val": 3, "test": 2})
     folder = tmp_path / "xrays" / "chestmnist"
@@ -326,6 +340,32 @@ def test_a_folder_of_ones_own(tmp_path):
     assert reports(mine, tmp_path).texts == ["No mass."]
     with pytest.raises(MissingData, match=r"test_list\.txt"):
         load(mine, tmp_path, "test")
+
+
+def test_lists_as_people_write_them(tmp_path):
+    """Blanks and umlauts in names, the mark that spreadsheets put before a CSV; and what cannot be read is said."""
+    picture(tmp_path / "bücher 1.png")
+    mine = xrays.own(tmp_path, ["mass", "edema"])
+    (tmp_path / "train_list.txt").write_text(" bücher 1.png  0 1\n", encoding="utf-8")
+    image, labels = load(mine, tmp_path, "train")[0]
+    assert image.shape == (1, 16, 20) and labels.tolist() == [0, 1]
+    table(tmp_path / "pretrain.csv", ("img_path", "report"), [("bücher 1.png", "No mass.")])
+    (tmp_path / "pretrain.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "pretrain.csv").read_bytes())
+    assert reports(mine, tmp_path).texts == ["No mass."]
+    (tmp_path / "train_list.txt").write_bytes("bücher 1.png 0 1\n".encode("latin-1"))
+    with pytest.raises(CorruptFile, match="not text in UTF-8"):
+        load(mine, tmp_path, "train")
+    (tmp_path / "train_list.txt").write_text("a.png 0 1 1\n")
+    with pytest.raises(CorruptFile, match="line 1"):
+        load(mine, tmp_path, "train")
+    with pytest.raises(BadParameter, match=r"own\(root, classes\)"):
+        load(xrays.own(tmp_path), tmp_path, "train")
+    (tmp_path / "train_list.txt").write_text("\n")
+    with pytest.raises(CorruptFile, match="lists no picture"):
+        load(mine, tmp_path, "train")
+    table(tmp_path / "pretrain.csv", ("img_path", "report"), [])
+    with pytest.raises(CorruptFile, match="lists no picture"):
+        reports(mine, tmp_path)
 
 
 def test_statements_of_two_forms_and_no_other(tmp_path):

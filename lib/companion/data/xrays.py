@@ -70,6 +70,8 @@ def read_image(path: str | Path) -> np.ndarray:
                 return np.asarray(image, dtype=np.uint16).astype(np.float32) / 65535
             if image.mode in ("I", "F"):
                 values = np.asarray(image, dtype=np.float32)
+                if image.mode == "F" and values.max() <= 1:
+                    return values
                 return values / (65535 if values.max() > 255 else 255)
             return np.asarray(image.convert("L"), dtype=np.float32) / 255
     except (OSError, SyntaxError, ValueError, EOFError, StructError, Image.DecompressionBombError) as error:
@@ -118,6 +120,11 @@ def rle_mask(runs: str, side: int = RUN_SIDE) -> np.ndarray:
 # --- transforms (section 5), from a grey tensor (1, H, W) in 0 to 1 to (3, S, S) --------------------------------------
 
 
+def _clipped(image: Tensor) -> Tensor:
+    """Bicubic interpolation overshoots at sharp edges; pictures of 8 bits, which the authors cut, cannot."""
+    return image.clamp(0, 1)
+
+
 def _coloured(mean: float, std: float) -> list:
     return [v2.Normalize([mean], [std]), v2.Lambda(lambda x: x.expand(3, -1, -1))]
 
@@ -125,7 +132,7 @@ def _coloured(mean: float, std: float) -> list:
 def pretrain_transform(size: int = 448) -> v2.Transform:
     """A crop of 20 to 100 %, bicubic, flipped half of the time; as released, left and right stay in the words."""
     cut = v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
-    return v2.Compose([cut, v2.RandomHorizontalFlip(), *_coloured(PRETRAIN_MEAN, PRETRAIN_STD)])
+    return v2.Compose([cut, _clipped, v2.RandomHorizontalFlip(), *_coloured(PRETRAIN_MEAN, PRETRAIN_STD)])
 
 
 def train_transform(size: int = 224) -> v2.Transform:
@@ -327,12 +334,16 @@ def load(
     task = task or (known[0] if known else "classification")
     if task not in known:
         raise BadParameter("task", task, known or "none: this set is for pre-training, see `reports`")
+    if task == "classification" and not dataset.classes:
+        raise BadParameter("classes", (), "a name for each label of a line: own(root, classes)")
     if name == "xrays/chestmnist":
         return _chestmnist(dataset, Path(root), split, share, transform)
     path = dataset.folder(root) / lists(name, task).get(key, f"train_list_{share}")
     if not path.is_file():
         raise dataset.missing(root, f"{path.name}, the list of {split}" + (f" with {share} %" * (split == "train")))
     found = _READERS[task](dataset, root, path, transform, balanced and split == "train", seed)
+    if not len(found):
+        raise CorruptFile(path, "lists no picture")
     listed = len(set(_rows(path, "ImageId", "EncodedPixels")[0])) if name == "xrays/siim" else len(found)
     expected = SIZES.get((name, task), {}).get(key, listed)
     if listed != expected:
@@ -343,7 +354,7 @@ def load(
 def _rows(path: Path, *columns: str) -> list[list[str]]:
     """The columns of a CSV, each as a list."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin a CSV with a mark
             reader = csv.DictReader(file)
             rows, given = list(reader), reader.fieldnames or ()
     except (UnicodeDecodeError, csv.Error) as error:
@@ -355,17 +366,21 @@ def _rows(path: Path, *columns: str) -> list[list[str]]:
 
 def _labelled(dataset: DataSet, root: str | Path, path: Path, transform, balanced: bool, seed: int) -> Labelled:
     one, paths, labels = dataset.name in ONE_OF, [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        entries = line.split()
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise CorruptFile(path, f"not text in UTF-8 ({error})") from error
+    count = 1 if one else dataset.classes
+    allowed = {str(i) for i in range(dataset.classes)} if one else {"0", "1"}
+    for number, line in enumerate(lines, 1):
+        entries = line.rsplit(maxsplit=count)  # a name may have blanks in it
         if not entries:
             continue
-        count = 1 if one else dataset.classes
-        allowed = {str(i) for i in range(dataset.classes)} if one else {"0", "1"}
-        if len(entries) != 1 + count or not set(entries[1:]) <= allowed:
+        if len(entries) != 1 + count or not set(entries[1:]) <= allowed or entries[0].split()[-1].isdigit():
             raise CorruptFile(path, f"line {number} is not a path and {count} of {sorted(allowed)}: {line[:80]!r}")
-        paths.append(entries[0])
+        paths.append(entries[0].strip())
         labels.append([int(value) for value in entries[1:]])
-    table = torch.tensor(labels)
+    table = torch.tensor(labels).reshape(-1, count)
     return Labelled(dataset, root, paths, table[:, 0] if one else table.float(), transform)
 
 
@@ -503,7 +518,9 @@ def reports(name: str | DataSet, root: str | Path, transform: Transform | None =
     if path is None:
         raise dataset.missing(root, f"none of {', '.join(REPORTS)} is there")
     paths, texts = _rows(path, "img_path", "report")
-    with path.open(encoding="utf-8") as file:
+    if not paths:
+        raise CorruptFile(path, "lists no picture")
+    with path.open(encoding="utf-8-sig") as file:
         spoken = "llm_output" in next(csv.reader(file), [])
     statements = _rows(path, "llm_output")[0] if spoken else None
     windows, other = None, next((folder / file for file in WINDOWS if (folder / file).is_file()), None)
