@@ -28,7 +28,7 @@ from ..pocket import collage as pocket
 from ..pocket import teachers as taught
 
 TASK = "collage"
-RATES = [2e-3, 4e-3, 8e-3]
+RATES = [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128]
 SEEDS = [11, 12, 13, 14, 15]  # none of these pictures was seen while the world and the teachers were being chosen
 SELECTION_SEED = 100
 METRIC = "mean"

@@ -26,7 +26,7 @@ from ..pocket import slide_dino
 from ..pocket import slides as pocket
 from ..slides import Slide, tensor, tile
 
-RATES = [1e-3, 2e-3, 5e-3]
+RATES = [5e-4, 1e-3, 2e-3, 5e-3, 1e-2]
 SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 100
 METRIC = "kappa"

@@ -25,7 +25,7 @@ from ..models.metasegnet import MetaSegNet
 from ..models.metasegnet_text import Words, headless
 from ..pocket import landcover as pocket
 
-RATES = [2e-3, 4e-3, 8e-3]
+RATES = [2e-3, 4e-3, 8e-3, 1.6e-2]
 SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 107
 METRIC = "mIoU"

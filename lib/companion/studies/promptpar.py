@@ -22,7 +22,7 @@ from ..pocket import pedestrians as pocket
 from ..pocket.backbones import pixels
 from ..pocket.pedestrian_clip import tokenizer
 
-RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3]
 SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 100
 METRIC = "mA"

@@ -23,7 +23,7 @@ from ..fit import fit, predict
 from ..models import sa2vp, vpt
 from ..pocket import classification as pocket
 
-RATES = [1e-3, 3e-3, 1e-2, 3e-2]
+RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1]
 SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 100
 EPOCHS, BATCH = 8, 20
