@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ from ..pocket import classification as pocket
 from ..studies import sa2vp as study
 
 DRY_CLASSES = 10
+WORKERS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -155,17 +158,18 @@ def _paper(p: SimpleNamespace) -> Setting:
     crops = not p.dataset.startswith("vtab/")
     train_transform = classification.crop_transform(seen, True) if crops else classification.resize_transform(seen)
     test_transform = classification.crop_transform(seen, False) if crops else classification.resize_transform(seen)
-    if p.dataset == "folder":
+    published = published_settings(p.backbone, p.dataset)
+    if p.dataset == "folder":  # nothing is chosen on val: it is tested on, or trained on where there is a test part
         parts = classification.image_folder(p.data_root, seed=p.seed)
-        train, test = parts["train"], parts.get("test", parts["val"])
+        train, test = (parts["trainval"], parts["test"]) if "test" in parts else (parts["train"], parts["val"])
         train.transform, test.transform = train_transform, test_transform
         names = tuple(train.class_names)
+        published["batch"] = min(published["batch"], max(len(train) // p.devices, 1) * p.devices)
     else:
         split = "trainval" if p.dataset.startswith("vtab/") else "train"
         train = classification.load(p.dataset, p.data_root, split, train_transform)
         test = classification.load(p.dataset, p.data_root, "test", test_transform)
         names = tuple(map(str, range(train.classes)))
-    published = published_settings(p.backbone, p.dataset)
     return Setting(
         title=p.dataset,
         train=train,
@@ -174,7 +178,7 @@ def _paper(p: SimpleNamespace) -> Setting:
         methods=(p.method,),
         rates={p.method: published["lr"]},
         build=lambda method: build(p, method, len(names), p.dataset, weights),
-        fit=_options(p, published, 100) | {"workers": 8},
+        fit=_options(p, published, 100) | {"workers": WORKERS},
         input=seen,
     )
 
@@ -193,7 +197,8 @@ def train(found: Setting, method: str, **options) -> tuple[nn.Module, list[dict]
 
 def accuracy(model: nn.Module, found: Setting) -> float:
     """Top-1 accuracy on the test pictures, in percent, of the image pathway."""
-    logits = predict(model, found.test, batch=64, accelerator=found.fit["accelerator"])
+    options = {name: found.fit[name] for name in ("accelerator", "precision", "workers") if name in found.fit}
+    logits = predict(model, found.test, batch=64, **options)
     labels = found.test.tensors[1] if isinstance(found.test, TensorDataset) else torch.tensor(found.test.labels)
     return 100 * float((logits.argmax(1) == labels).float().mean())
 
@@ -204,6 +209,16 @@ def first(data: Dataset, count: int) -> tuple[Tensor, Tensor]:
     return torch.stack([x for x, _ in items]), torch.tensor([int(y) for _, y in items])
 
 
+def label(p: SimpleNamespace) -> str:
+    """The method's name in the tables, with what is not as published."""
+    changed = []
+    if p.method == "SA²VP":
+        changed += [f"{p.attention} attention"] if p.attention != "aligned" else []
+        usual = published_settings(p.backbone, p.dataset)["width"]
+        changed += [f"r = {p.width}"] if p.width not in (0, usual) else []
+    return ", ".join([p.method, *changed])
+
+
 def measured(path: Path, new: dict[str, object] | None = None) -> pd.DataFrame:
     """The real results in `path`, a row a (backbone, method, dataset, seed); `new` is added, or replaces its row."""
     return report.gather(path, ["backbone", "method", "dataset", "seed"], ["accuracy"], [new] if new else ())
@@ -212,11 +227,39 @@ def measured(path: Path, new: dict[str, object] | None = None) -> pd.DataFrame:
 def cells(rows: pd.DataFrame, backbone: str, group: str) -> dict[tuple[str, str], float]:
     """Mean accuracy over seeds by (method, column) for the data sets of a group ("vtab", "fgvc", "hta"), as
     `report.beside` takes it. The mean over a table's columns is left to `with_mean`."""
-    names = {"SA²VP": "SA2VP", "VPT-deep": "VPT-Deep", "VPT-shallow": "VPT-Shallow", "linear probing": "Linear",
-             "full fine-tuning": "Full fine-tuning"}  # fmt: skip
     chosen = rows[(rows.backbone == backbone) & rows.dataset.astype(str).str.startswith(f"{group}/")]
     means = chosen.groupby(["method", "dataset"]).accuracy.mean()
-    return {(names[method], dataset.partition("/")[2]): value for (method, dataset), value in means.items()}
+    return {(_published_name(method), dataset.partition("/")[2]): value for (method, dataset), value in means.items()}
+
+
+def _published_name(method: str) -> str:
+    names = {"SA²VP": "SA2VP", "VPT-deep": "VPT-Deep", "VPT-shallow": "VPT-Shallow", "linear probing": "Linear",
+             "full fine-tuning": "Full fine-tuning"}  # fmt: skip
+    name, comma, changed = method.partition(", ")
+    return names[name] + comma + changed
+
+
+def benchmark_means(rows: pd.DataFrame, backbone: str) -> dict[tuple[str, str], float]:
+    """Mean accuracy by (method, benchmark) of the methods that have all data sets of it: "fgvc", "hta", the three
+    groups "vtab_natural", "vtab_specialized" and "vtab_structured", and the two means over VTAB-1k that are in use."""
+    sets = defaultdict(list)
+    for name, dataset in DATASETS.items():
+        group, _, key = name.partition("/")
+        if dataset.task == "classification" and group in ("fgvc", "hta", "vtab"):
+            sets[group if group != "vtab" else dataset.group.replace("VTAB-1k ", "vtab_").lower()].append((group, key))
+    found = {}
+    for group in ("fgvc", "hta", "vtab"):
+        found |= {(method, group, key): value for (method, key), value in cells(rows, backbone, group).items()}
+    means = {}
+    parts = [benchmark for benchmark in sets if benchmark.startswith("vtab_")]
+    sets["vtab_mean_19_tasks"] = [task for part in parts for task in sets[part]]
+    for method in {method for method, *_ in found}:
+        for benchmark, known in sets.items():
+            if all((method, *one) in found for one in known):
+                means[method, benchmark] = sum(found[method, *one] for one in known) / len(known)
+        if all((method, part) in means for part in parts):
+            means[method, "vtab_mean_of_3_groups"] = sum(means[method, part] for part in parts) / len(parts)
+    return means
 
 
 def with_mean(found: dict[tuple[str, str], float], columns: list[str]) -> dict[tuple[str, str], float]:
