@@ -229,3 +229,16 @@ def test_results_gather_in_a_file_by_their_keys(tmp_path):
     report.gather(path, keys, values, [{"method": "a", "seed": 1, "accuracy": 2.0}])
     rows = report.gather(path, keys, values, [{"method": "a", "seed": 0, "accuracy": 3.0}])
     assert sorted(rows.accuracy) == [2.0, 3.0] and len(report.gather(path, keys, values)) == 2
+
+
+def test_the_study_notice_names_choices_at_an_end_of_the_grid(tmp_path):
+    rows = [
+        {"stage": "select", "task": "t", "method": method, "rate": rate, "seed": 0, "accuracy": float(rate == best)}
+        for method, best in (("inside", 2), ("outside", 3))
+        for rate in (1, 2, 3)
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "study.csv", index=False)
+    facts = {"seeds": [0], "rates": [1, 2, 3], "tasks": {"t": ["inside", "outside"]}, "seconds_of_cpu": 125, "code": "?"}
+    (tmp_path / "study.json").write_text(json.dumps(facts))
+    said = report.study_notice("sa2vp", tmp_path)
+    assert "2 minutes of one core. At an end of the grid: outside. It is OLDER" in said

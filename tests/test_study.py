@@ -125,6 +125,16 @@ def test_ties_take_the_smaller_rate():
     assert study.selected(pd.DataFrame(rows)) == {("t", "a"): 0.1}
 
 
+def test_a_choice_at_an_end_of_the_grid_is_named():
+    rates, best = [1, 2, 3], {("t", "low"): 1, ("t", "middle"): 2, ("u", "high"): 3}
+    rows = [
+        {"stage": "select", "task": task, "method": method, "rate": rate, "seed": 0, "accuracy": float(rate == at)}
+        for (task, method), at in best.items() for rate in rates
+    ]  # fmt: skip
+    rows.append({"stage": "test", "task": "t", "method": "untrained", "rate": 0.0, "seed": 0, "accuracy": 9.0})
+    assert study.at_ends(pd.DataFrame(rows)) == [("t", "low"), ("u", "high")]
+
+
 def test_a_file_that_is_no_study(tmp_path):
     (tmp_path / "study.csv").write_text("a,b\n1,2\n")
     with pytest.raises(CorruptFile, match=r"study\.csv"):

@@ -335,10 +335,14 @@ class Run:
 
 
 def study_notice(slug: str, folder: Path) -> str:
-    """One sentence on where the study's numbers come from, and whether its code has changed since."""
-    facts = read_json(folder / "study.json")
+    """Where the study's numbers come from, which learning rates lie at an end of the grid, and whether its code has
+    changed since."""
+    facts, rows = read_json(folder / "study.json"), study.read(folder)
     minutes = round(facts.get("seconds_of_cpu", 0) / 60)
     text = f"Study: seeds {facts['seeds']}, learning rates {facts['rates']}, {minutes} minutes of one core."
+    several = len(facts["tasks"]) > 1
+    ends = [f"{method} ({task})" if several else method for task, method in study.at_ends(rows)]
+    text += f" At an end of the grid: {', '.join(ends) or 'none'}."
     return text + (
         " It is OLDER than today's code: run the notebook with study = True." if study.stale(slug, folder) else ""
     )

@@ -191,6 +191,12 @@ def selected(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
     return first["rate"].to_dict()
 
 
+def at_ends(rows: pd.DataFrame) -> list[tuple[str, str]]:
+    """The (task, method) whose learning rate is the smallest or largest of the grid: a wider one might do better."""
+    rates = rows.rate[rows.stage == "select"]
+    return sorted(pair for pair, rate in selected(rows).items() if rate in (rates.min(), rates.max()))
+
+
 def summary(rows: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
     """Mean, standard deviation (n - 1) and number of seeds by task and method on test data, and the learning rate.
 
