@@ -238,7 +238,13 @@ def test_the_study_notice_names_choices_at_an_end_of_the_grid(tmp_path):
         for rate in (1, 2, 3)
     ]
     pd.DataFrame(rows).to_csv(tmp_path / "study.csv", index=False)
-    facts = {"seeds": [0], "rates": [1, 2, 3], "tasks": {"t": ["inside", "outside"]}, "seconds_of_cpu": 125, "code": "?"}
+    facts = {
+        "seeds": [0],
+        "rates": [1, 2, 3],
+        "tasks": {"t": ["inside", "outside"]},
+        "seconds_of_cpu": 125,
+        "code": "?",
+    }
     (tmp_path / "study.json").write_text(json.dumps(facts))
     said = report.study_notice("sa2vp", tmp_path)
     assert "2 minutes of one core. At an end of the grid: outside. It is OLDER" in said
