@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lightning_fabric import Fabric
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -150,6 +151,9 @@ def test_pre_training_on_a_folder(tmp_path, monkeypatch):
     assert torch.equal(found.pairs("MRM-like")[0].weights, torch.ones(256))
     with pytest.raises(MissingWeights, match=r"mae_vit_base\.pth"):
         found.build("ECAMP")
+    (folder / "mimic-cxr-2.0.0-entity-llm.csv").rename(folder / "pretrain.csv")
+    mine = runs.setting(given(task="pre-train", dataset="folder", data_root=str(folder)), tmp_path, {})
+    assert mine.title == "folder, 3 pictures" and mine.pairs("ECAMP")[0].images.shape == (3, 448, 448)
 
 
 def test_methods_are_those_that_the_parameter_offers():
@@ -215,6 +219,28 @@ def test_dry_runs(task, dataset, metric, small):
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items() if n in frozen)
     score = found.score(model, found.data["test"])
     assert 0 <= score <= 100 and not model.training
+
+
+def test_a_trained_model_is_scored_on_the_device_and_comes_back(small, monkeypatch):
+    """Twenty thousand test pictures are not left to the CPU where there is a card."""
+    sent = []
+
+    class Card(Fabric):
+        def to_device(self, obj):
+            if isinstance(obj, nn.Module):
+                sent.append(obj)
+            return super().to_device(obj)
+
+    monkeypatch.setattr(runs, "launcher", lambda **settings: Card(**settings))
+    found = runs.downstream(given(task="linear probe", dataset="xrays/covidx", dry_run=True))
+    model = found.build().eval()
+    moved = []
+    monkeypatch.setattr(model, "to", lambda *where: moved.append(*where))
+    found.score(model, found.data["test"])
+    assert sent == [model] and moved[-1] == torch.device("cpu")
+    wrapped = Fabric(accelerator="cpu").setup_module(model)
+    found.score(wrapped, found.data["test"])
+    assert sent == [model]  # in training it is where it should be
 
 
 def test_nothing_left_to_be_found_is_no_score(small):
@@ -315,8 +341,9 @@ def test_what_cannot_be_run_is_said(tmp_path):
     ):
         with pytest.raises(BadParameter, match=said):
             runs.downstream(given(**changes))
-    with pytest.raises(BadParameter, match="xrays/mimic-cxr"):
-        runs.setting(given(dataset="xrays/rsna"), tmp_path, {})
+    for dry_run in (False, True):
+        with pytest.raises(BadParameter, match="xrays/mimic-cxr"):
+            runs.setting(given(dataset="xrays/rsna", dry_run=dry_run), tmp_path, {})
     with pytest.raises(MissingData, match="COVIDx"):
         runs.downstream(given(data_root=str(tmp_path)))
 

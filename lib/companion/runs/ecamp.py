@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
+from lightning_fabric import is_wrapped
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -20,7 +21,7 @@ from .. import backbones, report
 from ..data import DATASETS, xrays
 from ..data.xrays_sets import CLASSES, ONE_OF, tasks
 from ..errors import BadParameter, MissingWeights
-from ..fit import fit
+from ..fit import fit, launcher
 from ..metrics import radiology
 from ..models import ecamp, ecamp_heads
 from ..models.ecamp import ECAMP
@@ -71,6 +72,8 @@ def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float
     """
     if p.profile == "pocket":
         return _pocket(p, out, rates)
+    if p.dataset != "folder":
+        _check(p.dataset, "pre-training")
     return _dry(p) if p.dry_run else _paper(p)
 
 
@@ -216,8 +219,6 @@ def _pretraining(p: SimpleNamespace, title: str, words: Vocabulary, pairs: Calla
 
 def _paper(p: SimpleNamespace) -> Setting:
     """The published pre-training on the set's pictures and reports; "folder": those of `data_root` itself."""
-    if p.dataset != "folder":
-        _check(p.dataset, "pre-training")
     dataset = xrays.own(p.data_root) if p.dataset == "folder" else DATASETS[p.dataset]
     found = xrays.reports(dataset, p.data_root, xrays.pretrain_transform())
     stored = dataset.folder(p.data_root) / "mimic_wordpiece.json"
@@ -507,11 +508,17 @@ def _detect(net: ecamp_heads.Detector, model: nn.Module, batch: tuple[Tensor, ..
 
 @torch.no_grad()
 def _outputs(p: SimpleNamespace, model: nn.Module, part: Dataset) -> Iterator[tuple[object, Tensor]]:
-    """Outputs and truth, batch by batch, on the CPU; the model stays where it is."""
-    device = next(model.parameters()).device
+    """Outputs and truth, batch by batch, on the CPU. A model in training is on its device already; another one is
+    sent there, and comes back."""
+    home = next(model.parameters()).device
+    net = model
+    if not is_wrapped(model):
+        net = launcher(accelerator=p.accelerator, devices=1, precision=p.precision).setup_module(model)
+    device = next(net.parameters()).device
     for images, truth in DataLoader(part, 2 if p.dry_run else 64, num_workers=0 if p.dry_run else WORKERS):
-        found = model(images.to(device))
+        found = net(images.to(device))
         yield [x.float().cpu() for x in found] if isinstance(found, (list, tuple)) else found.float().cpu(), truth
+    model.to(home)
 
 
 def _classified(p: SimpleNamespace, model: nn.Module, part: Dataset) -> float:
