@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from companion import cli, heatmaps, report
 from companion.data import slides as data
-from companion.errors import BadParameter, MissingData
+from companion.errors import BadParameter, MissingData, MissingWeights
 from companion.models import hvit
 from companion.pocket import slides as pocket
 from companion.runs import hvit as runs
@@ -24,8 +24,8 @@ from companion.studies import hvit as study
 def given(**changes) -> SimpleNamespace:
     settings = dict(profile="paper", dry_run=True, seed=1, method="Local", dataset="slides/panda", region=1024,
                     head="regression", position="none", features="", normalise="unit", folds=2, gamma=0.5,
-                    sampling="uniform", patience=0, data_root="nowhere", weights="", accelerator="cpu", devices=1,
-                    precision="32-true")  # fmt: skip
+                    sampling="uniform", noise=0.0, patience=0, data_root="nowhere", weights="", accelerator="cpu",
+                    devices=1, precision="32-true")  # fmt: skip
     return SimpleNamespace(**settings | changes)
 
 
@@ -124,6 +124,22 @@ def test_weighted_sampling_draws_grades_alike_often(monkeypatch):
         assert isinstance(used[-1], kind)
 
 
+def test_noise_is_drawn_anew_and_falls_on_regions_alone(monkeypatch):
+    features, present = torch.zeros(2, 3, 16, 384), torch.tensor([[True, True, False]] * 2)
+    noised = runs.Noised(TensorDataset(features, present, torch.tensor([2, 4])), 0.5)
+    torch.manual_seed(0)
+    (first, there, grade), again = noised[1], noised[1]
+    assert len(noised) == 2 and int(grade) == 4 and torch.equal(there, present[1])
+    assert abs(first[:2].std() - 0.5) < 0.02 and not first[2].any() and not torch.equal(first, again[0])
+    used = []
+    monkeypatch.setattr(runs, "fit", lambda model, loss, found, **options: used.append(found) or [])
+    for noise, sampling in ((0.0, "uniform"), (0.5, "uniform"), (0.5, "weighted")):
+        p = given(method="mean pooling", noise=noise, sampling=sampling)
+        runs.learn(p, runs.build(p, p.method), p.method, slides(4), slides(4), epochs=1, batch=4)
+    assert [type(found) for found in used] == [TensorDataset, runs.Noised, runs.Noised]
+    assert isinstance(used[2].data, runs.Drawn)
+
+
 @pytest.mark.parametrize(
     ("method", "count"), [("Global", 594_818), ("Local", 594_818 + 2_745_600), ("gated attention", None)]
 )
@@ -140,6 +156,25 @@ def test_hipts_region_level_is_loaded_with_its_positions_resized(tmp_path):
     model = runs.build(given(method="Global", region=2048, weights=str(tmp_path / "vit4k_xs_dino.pth")), "Global")
     assert torch.equal(model.region.blocks[0].attn.qkv.weight, saved.blocks[0].attn.qkv.weight)
     assert torch.equal(model.region.pos_embed, hvit.resize_positions(saved.pos_embed, (7, 7)))
+    # Global looks where `companion doctor` says; Local starts from random weights unless it is told
+    (tmp_path / "weights").mkdir()
+    file = tmp_path / "weights" / "vit4k_xs_dino.pth"
+    (tmp_path / "vit4k_xs_dino.pth").rename(file)
+    for method, weights, found in (
+        ("Global", "", file),
+        ("Local", "", ""),
+        ("Global", "random", ""),
+        ("Local", "x", "x"),
+    ):
+        assert runs.region_weights(given(method=method, weights=weights, data_root=str(tmp_path))) == found
+
+
+def test_global_does_not_freeze_random_weights_unasked(tmp_path, stored):
+    stored.method = "Global"
+    with pytest.raises(MissingWeights, match="vit4k_xs_dino"):
+        runs.setting(stored, tmp_path, {})
+    stored.weights = "random"
+    assert len(runs.train(runs.setting(stored, tmp_path, {}), "Global", epochs=1, batch=6)[0]) == 2
 
 
 # --- dry run and stored features --------------------------------------------------------------------------------------

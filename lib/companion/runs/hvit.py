@@ -23,7 +23,7 @@ from .. import heatmaps, report
 from ..backbones import read_state
 from ..data import DATASETS
 from ..data import slides as data
-from ..errors import BadParameter, CompanionError, MissingData
+from ..errors import BadParameter, CompanionError, MissingData, MissingWeights
 from ..files import atomic
 from ..fit import fit
 from ..models import hvit
@@ -121,7 +121,7 @@ def _pocket(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float
 def build(p: SimpleNamespace, method: str, fold: int = 0, classes: int = pocket.GRADES) -> nn.Module:
     """A method at full size on stored patch embeddings, of random weights drawn from the seed and the fold.
 
-    Global's region level is random unless `weights` names a file of HIPT's.
+    The region level is HIPT's where `region_weights` has a file of it.
     """
     torch.manual_seed(p.seed + 1000 * fold)
     if method not in KINDS:
@@ -131,12 +131,23 @@ def build(p: SimpleNamespace, method: str, fold: int = 0, classes: int = pocket.
         return hvit.PatchBag(384, classes, p.head, pooling)
     model = hvit.build("paper", KINDS[method], p.head, patches=p.region // 256, classes=classes,
                        levels=("region", "slide"), position=p.position)  # fmt: skip
-    if p.weights:
-        trained = hvit.RegionEncoder.from_official(hvit.read_checkpoint(p.weights))
+    if file := region_weights(p):
+        trained = hvit.RegionEncoder.from_official(hvit.read_checkpoint(file))
         state, side = trained.state_dict(), int(p.region // 256 * hvit.LARGEST_CROP)
         state["pos_embed"] = hvit.resize_positions(state["pos_embed"], (side, side))
         model.region.load_state_dict(state)
     return model
+
+
+def region_weights(p: SimpleNamespace) -> str | Path:
+    """The file of the region level: the parameter `weights`, for Global else HIPT's in `<data_root>/weights`.
+
+    Empty for random weights: Local's own default, and Global's only when `weights` is "random".
+    """
+    if p.weights or p.method != "Global":
+        return "" if p.weights == "random" else p.weights
+    usual = Path(p.data_root) / "weights" / "vit4k_xs_dino.pth"
+    return usual if usual.is_file() else ""
 
 
 class Drawn(Dataset):
@@ -154,6 +165,22 @@ class Drawn(Dataset):
 
     def __getitem__(self, index: int) -> tuple:
         return self.data[int(torch.multinomial(self.weights, 1))]
+
+
+class Noised(Dataset):
+    """`data` with `noise` times a standard normal number added to every feature of the regions there are, anew each
+    time: the released code's option against features that are learned by heart, off by default."""
+
+    def __init__(self, data: Dataset, noise: float):
+        self.data, self.noise = data, noise
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple:
+        features, present, grade = self.data[index]
+        there = present.view(-1, *(1,) * (features.ndim - 1))
+        return features + self.noise * there * torch.randn_like(features), present, grade
 
 
 class _Enough(Exception):
@@ -226,8 +253,8 @@ def learn(p: SimpleNamespace, model: nn.Module, method: str, train: Dataset, tun
           classes: int = pocket.GRADES, **changes) -> list[dict]:  # fmt: skip
     """Train by the authors' recipe, in place; `changes` are arguments of `fit`, `epochs` and `batch` among them.
 
-    `p.sampling` "weighted" draws grades equally often, with replacement; `p.patience` ends a training whose tuning loss
-    no longer falls (see `Tuned`).
+    `p.sampling` "weighted" draws grades equally often, with replacement; `p.noise` is added to the features (see
+    `Noised`); `p.patience` ends a training whose tuning loss no longer falls (see `Tuned`).
     """
     settings = {"epochs": EPOCHS, "batch": min(BATCH, len(train)), "seed": p.seed, "accelerator": p.accelerator,
                 "precision": p.precision, "workers": 0, "name": method, "weight_decay": 0.0} | changes  # fmt: skip
@@ -236,8 +263,9 @@ def learn(p: SimpleNamespace, model: nn.Module, method: str, train: Dataset, tun
     score = None if tune is None else (lambda one: _tuning(p, one, tune, classes))
     loss = Tuned(p.head, classes, per_epoch, score, p.patience)
     sides = {"all": ([t for t in model.parameters() if t.requires_grad], rates)}
+    shown = Drawn(train) if p.sampling == "weighted" else train
     try:
-        history = fit(model, loss, Drawn(train) if p.sampling == "weighted" else train, sides=sides, **settings)
+        history = fit(model, loss, Noised(shown, p.noise) if p.noise else shown, sides=sides, **settings)
         loss.look(model)  # at the last epoch
     except _Enough:
         history = [row | {"loss": float(row["loss"])} for row in loss.rows]
@@ -315,7 +343,7 @@ def _paper(p: SimpleNamespace, out: Path) -> Setting:
             _check_features(p, part, f"none of the {len(items)} slides of the list {split}")
         folds.append((parts[0], parts[1]))
         test = test or parts[2]
-    facts = {k: getattr(p, k) for k in ("head", "sampling", "patience", "seed", "precision")}
+    facts = {k: getattr(p, k) for k in ("head", "sampling", "noise", "patience", "seed", "precision")}
     return _full_size(p, f"{p.dataset}, {p.folds} folds", folds, test, classes, kept=out / "trained", facts=facts,
                       options={"workers": WORKERS})  # fmt: skip
 
@@ -331,12 +359,20 @@ def _check_lists(lists: list[list[list[data.Item]]]) -> None:
 
 
 def _check_features(p: SimpleNamespace, part: data.Features, nobody: str) -> None:
-    """Raises `MissingData` when there are none, `BadParameter` when they are of another level or size of region."""
+    """Raises `MissingData` when there are none, `BadParameter` when they are of another level or size of region, and
+    `MissingWeights` when Global has no region level to read them with."""
     if not len(part):
         store = f"`companion slides {p.dataset} --data-root {p.data_root} --weights FILE` stores them"
         raise MissingData("features of slides", part.path, "<slide_id>.h5    or <slide_id>.pt", store,
                           "that of the slides", nobody + " has any")  # fmt: skip
     patches = (p.region // 256) ** 2
+    if p.method == "Global" and len(part.shape) == 2 and not (p.weights or region_weights(p)):
+        ways = [
+            f"put vit4k_xs_dino.pth of github.com/mahmoodlab/HIPT (HIPT_4K/Checkpoints) into {p.data_root}/weights",
+            "give the file of a region level of your own as `weights`, such as one that DINO trained",
+            'weights = "random" freezes a random one; method = "Local" trains it',
+        ]
+        raise MissingWeights("H-ViT's region level", f"{p.data_root}/weights", ways)
     if len(part.shape) == 1 and p.method != "Global":
         accepted = f"patch embeddings (M, {patches}, 384): those of whole regions serve Global alone"
         raise BadParameter("features", str(part.path), accepted)
