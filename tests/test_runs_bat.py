@@ -57,7 +57,8 @@ def test_the_published_recipe(tmp_path, videos, monkeypatch):
     found = runs.setting(given(data_root=str(tmp_path)), tmp_path, {})
     assert asked == [("ostrack_b256", file)]
     assert len(found.train) == 60_000 and found.rates == {"BAT": 4e-4}
-    expected = {"epochs": 60, "batch": 96, "schedule": "step", "clip": 0.1, "weight_decay": 1e-4, "decay": "all"}
+    expected = {"epochs": 60, "batch": 96, "schedule": "step", "warmup": 0.0, "final_lr": 4e-5, "clip": 0.1,
+                "weight_decay": 1e-4, "decay": "all"}  # fmt: skip
     assert {k: found.fit[k] for k in expected} == expected
     # what is not trained needs no training videos
     assert runs.setting(given(data_root=str(tmp_path), method="higher peak"), tmp_path, {}).train is None
