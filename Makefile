@@ -7,8 +7,10 @@ BIN := .venv/bin/python
 INSTALLED := .venv/.installed
 # the lines of the jobs themselves are the progress; what Snakemake has to say is shown when something fails
 SNAKEMAKE := $(BIN) -m snakemake --cores all --keep-going --quiet host progress reason rules
-# tests/offline: nothing that runs under test, the notebooks' kernels included, reaches another machine
-PYTEST := COMPANION_PROGRESS=off PYTHONPATH='$(CURDIR)/tests/offline' $(BIN) -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
+# tests/offline: nothing that runs under test, the notebooks' kernels included, reaches another machine.
+# A process a core, each on one thread; a file, and so a notebook's kernel, stays with one process.
+PYTEST := COMPANION_PROGRESS=off OMP_NUM_THREADS=1 PYTHONPATH='$(CURDIR)/tests/offline' $(BIN) -m pytest \
+	--numprocesses logical --maxprocesses 4 --dist loadfile --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
 
 .DEFAULT_GOAL := help
 .PHONY: help reports study test test-slow lab bench notebooks lock clean
