@@ -446,3 +446,33 @@ def test_a_model_comes_back_from_predict_and_can_be_trained(monkeypatch):
     x = data.tensors[0].clone().requires_grad_()
     model(x).sum().backward()
     assert x.grad is not None and model.weight.grad is not None
+
+
+TWO = """
+import sys
+import torch
+from torch import nn
+from companion.fit import fit, trained_state
+
+data = torch.utils.data.TensorDataset(torch.randn(16, 50, generator=torch.Generator().manual_seed(0)))
+torch.manual_seed(0)
+model = nn.Linear(50, 4000)  # a megabyte: more than a pipe between processes holds
+history = fit(model, lambda m, b: m(b[0]).square().mean(), data, epochs=2, batch=8, lr=1e-2, accelerator="cpu",
+              devices=int(sys.argv[1]))
+torch.save({"model": trained_state(model), "history": history}, sys.argv[2])
+"""
+
+
+def test_two_devices_give_back_what_one_gives(tmp_path):
+    found = []
+    for devices in ("1", "2"):
+        path = tmp_path / f"{devices}.pt"
+        code = [sys.executable, "-c", TWO, devices, str(path)]
+        done = subprocess.run(code, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        found.append(torch.load(path, weights_only=True))
+    one, two = found
+    assert [row["step"] for row in two["history"]] == [0, 1, 2, 3]
+    np.testing.assert_allclose(*([row["loss"] for row in each["history"]] for each in found), rtol=1e-4)
+    for name, tensor in one["model"].items():
+        torch.testing.assert_close(two["model"][name], tensor, rtol=1e-3, atol=1e-4)

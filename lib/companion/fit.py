@@ -7,6 +7,7 @@ epoch and the item. So a run that was killed and resumed gives, on one machine, 
 from __future__ import annotations
 
 import random
+import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -189,7 +190,7 @@ def fit(
     strategy = "auto" if devices == 1 else DDPStrategy(start_method="fork", find_unused_parameters=True)
     fabric = launcher(accelerator=accelerator, devices=devices, precision=precision, strategy=strategy)
 
-    def train(fabric: Fabric) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
+    def train(fabric: Fabric) -> dict | None:
         groups = [
             group | {"side": side}
             for side, (parameters, _) in sides.items()
@@ -233,18 +234,25 @@ def fit(
             history.append({"step": step, "lr": optim.param_groups[0]["lr"], "loss": mean})
             if checkpoint and ((step + 1) % checkpoint_every == 0 or step + 1 == steps) and rank == 0:
                 _write(checkpoint, settings, model, optim, history)
-        # as arrays: a tensor would be shared with a process that ends before it is read
-        return {name: t.numpy() for name, t in trained_state(model).items()}, _plain(history)
+        done = {"model": trained_state(model), "history": _plain(history)}
+        if ranks == 1:
+            return done
+        # by a file: what a process gives back is read when it has ended, and with more than a pipe holds it never ends
+        if rank == 0:
+            torch.save(done, result)
+        return None
 
-    # of the CPU alone: asking the cards for their state would start CUDA, and then no process could be forked
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # the batches are dealt to the devices here, and the loader's workers are the caller's choice
-        warnings.filterwarnings("ignore", module="lightning_fabric")
-        state, history = fabric.launch(train)
-    # several devices train copies in processes of their own
-    model.load_state_dict({n: torch.from_numpy(a) for n, a in state.items()}, strict=False)
+    with tempfile.TemporaryDirectory(prefix="fit-") as folder:
+        result = Path(folder) / "result.pt"
+        # of the CPU alone: asking the cards for their state would start CUDA, and then no process could be forked
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # the batches are dealt to the devices here, and the loader's workers are the caller's choice
+            warnings.filterwarnings("ignore", module="lightning_fabric")
+            # several devices train copies in processes of their own
+            found = fabric.launch(train) or torch.load(result, weights_only=True)
+    model.load_state_dict(found["model"], strict=False)
     model.to("cpu").eval()
-    return history
+    return found["history"]
 
 
 def predict(model: nn.Module, data: Dataset, *, batch: int = 256, accelerator: str = "auto",
