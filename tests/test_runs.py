@@ -58,6 +58,33 @@ def test_the_paper_profile_says_what_is_missing(tmp_path, monkeypatch):
         runs.setting(given(data_root=str(tmp_path)), tmp_path, {})
 
 
+@pytest.mark.parametrize(
+    ("dataset", "split", "steps"),
+    [
+        ("vtab/svhn", "trainval", ["Resize"]),  # the 1,000 images, whole pictures, training and test alike
+        ("fgvc/cub200", "train", ["Resize", "RandomCrop", "RandomHorizontalFlip"]),
+        ("hta/dtd", "train", ["Resize", "RandomCrop", "RandomHorizontalFlip"]),
+    ],
+)
+def test_the_published_recipe_on_each_benchmark(dataset, split, steps, monkeypatch, tmp_path):
+    opened = {}
+
+    def load(name, root, part, transform):
+        named = [type(step).__name__ for step in transform.transforms]
+        opened[part] = named[: named.index("PILToTensor")]
+        return SimpleNamespace(classes=10)
+
+    monkeypatch.setattr(runs.classification, "load", load)
+    monkeypatch.setattr(runs.backbones, "build", lambda name, weights, **options: backbones._pocket_vit())
+    found = runs.setting(given(dataset=dataset, seed=3), tmp_path, {})
+    assert opened == {split: steps, "test": ["Resize"] if split == "trainval" else ["Resize", "CenterCrop"]}
+    recipe = {"epochs": 100, "schedule": "cosine", "warmup": 0.1, "final_lr": 1e-7, "weight_decay": 1e-4, "seed": 3}
+    assert {name: found.fit[name] for name in recipe} == recipe and found.rates == {"SA²VP": 1e-3}
+    model = found.build("SA²VP")
+    assert (model.scale, model.dropout.p, model.frozen_dropout, len(model.new_prompts)) == (
+        runs.published_settings("vit_b16", dataset)["scale"], 0.1, True, 2)  # fmt: skip
+
+
 def folder(root, counts: dict[str, int]) -> str:
     for label, (place, count) in enumerate(counts.items()):
         (root / place).mkdir(parents=True)
