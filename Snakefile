@@ -11,18 +11,22 @@ import sys
 from pathlib import Path
 
 from companion import batch
+from companion.errors import BadParameter
 from companion.provenance import sources
 
+batch.check(config)
 PROFILE = config.get("profile", "pocket")
 SLUGS = sorted(path.stem for path in Path("notebooks").glob("*.ipynb"))
 EXECUTED = expand("reports/{profile}/{slug}/{slug}.ipynb", profile=PROFILE, slug=SLUGS)
 PYTHON = sys.executable
 PARTS = int(config.get("parts", 1))
-GRID = batch.expand(config, SLUGS) if "runs" in config else {}
+GRID = batch.expand(config, {s: batch.parameters(f"notebooks/{s}.ipynb") for s in SLUGS}) if "runs" in config else {}
 REPORTS = Path("reports", PROFILE)
-STUDIED = str(config.get("papers", "")).split() or sorted(
-    path.stem for path in Path("lib/companion/studies").glob("[a-z]*.py") if f"{path.stem}" in SLUGS
-)
+STUDIES = sorted(path.stem for path in Path("lib/companion/studies").glob("[a-z]*.py") if path.stem in SLUGS)
+STUDIED = str(config.get("papers", "")).split() or STUDIES
+for slug in STUDIED:
+    if slug not in STUDIES:
+        raise BadParameter("papers", slug, STUDIES)
 # what a run of the grid asks for when its entry does not say: `resources` there
 USUAL = {"threads": 1, "gpu": 0, "mem_mb": 4000, "runtime": 30}
 if PROFILE == "paper":

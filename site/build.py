@@ -35,6 +35,8 @@ def main() -> None:
     parser.add_argument("--reports", type=Path, required=True, help="folder with one folder a notebook")
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished site")
     arguments = parser.parse_args()
+    if not list(arguments.reports.glob("*/*.ipynb")):
+        parser.error(f"no executed notebook in {arguments.reports}: its folders are <slug>/<slug>.ipynb")
     out = arguments.out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".site-", dir=out.parent) as temporary:

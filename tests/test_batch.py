@@ -14,7 +14,7 @@ import pytest
 from companion import batch
 from companion.errors import BadParameter
 
-PAPERS = ["bat", "sa2vp"]
+PAPERS = {name: ["profile", "seed", "dataset", "data_root", "out"] for name in ("bat", "sa2vp")}
 HOLDS = """
 import sys, time
 from pathlib import Path
@@ -59,11 +59,33 @@ def test_lists_are_axes_and_name_the_runs() -> None:
         ([{"paper": "bat", "seed": []}], "a value, or a list of some"),
         ([{"paper": "bat", "seed": 0}, {"paper": "bat", "seed": 1}], "different names"),
         ([{"paper": "bat", "dataset": ["a;b"]}], "letters, digits"),
+        ([{"paper": "bat", "datset": ["a"]}], "'datset' is not accepted. Accepted: 'seed', 'dataset', 'data_root'"),
+        ([{"paper": "bat", "profile": "paper"}], "parameter of a run of bat = 'profile'"),
+        ([{"paper": "bat", "resources": {"gpus": 2}}], "'gpus: 2' is not accepted. .* gpu, threads"),
+        ([{"paper": "bat", "resources": {"threads": 0}}], "threads: 0"),
+        (["bat"], "a list of {paper"),
+        (None, "a list of {paper"),
     ],
 )
 def test_a_bad_grid_says_what_is_accepted(runs: list[dict], message: str) -> None:
     with pytest.raises(BadParameter, match=message):
         batch.expand({"runs": runs}, PAPERS)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [({"run": []}, "'run' is not accepted. .*'runs'"), ({"profile": "papr"}, "'pocket', 'paper'")],
+)
+def test_a_misspelt_configuration_is_refused(config: dict, message: str) -> None:
+    with pytest.raises(BadParameter, match=message):
+        batch.check(config)
+    with pytest.raises(BadParameter, match="name: value"):
+        batch.expand({"runs": [], "parameters": "-p seed 1"}, PAPERS)
+
+
+def test_the_parameters_of_a_notebook_are_read_from_its_cell(root: Path) -> None:
+    found = batch.parameters(root / "notebooks" / "sa2vp.ipynb")
+    assert found[:4] == ["profile", "dry_run", "study", "seed"] and "precision" in found
 
 
 def test_the_seeds_of_a_study_are_read_from_its_text(root: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The `companion` command: what is missing is told, wrong calls say what is right, only honest runs are taken in."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -131,6 +132,7 @@ def test_adopt_refuses_what_is_not_as_recorded(capsys, made_elsewhere):
     for key, value, said in (
         ("code", "0" * 64, "other code"),
         ("outputs", {"../../x": "0"}, "outside"),
+        ("outputs", [1], "not a run record"),
         ("slug", "../x", "sa2vp"),
         ("profile", "../x", "pocket"),
     ):
@@ -143,3 +145,69 @@ def test_adopt_refuses_what_is_not_as_recorded(capsys, made_elsewhere):
     assert not (checkout / "reports").exists()
     code, _, err = call(capsys, "adopt", away / "tables")
     assert code == 1 and "not the output folder" in err
+
+
+def test_adopt_leaves_a_run_that_is_in_its_place(capsys, made_elsewhere):
+    checkout, away = made_elsewhere
+    target = checkout / "reports" / "paper" / "sa2vp"
+    call(capsys, "adopt", away)
+    before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
+    code, out, _ = call(capsys, "adopt", target)
+    assert code == 0 and "its place already" in out
+    assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
+
+
+def test_adopt_that_fails_leaves_what_was_there(capsys, made_elsewhere, monkeypatch):
+    checkout, away = made_elsewhere
+    target = checkout / "reports" / "paper" / "sa2vp"
+    target.mkdir(parents=True)
+    (target / "study.csv").write_text("kept")
+
+    def fails(source, new):
+        raise PermissionError(13, "Permission denied", str(new))
+
+    monkeypatch.setattr("shutil.copyfile", fails)
+    code, _, err = call(capsys, "adopt", away)
+    assert code == 1 and "Permission denied" in err and str(target.parent) in err
+    assert [path.name for path in target.parent.rglob("*")] == ["sa2vp", "study.csv"]
+
+
+def test_adopt_replaces_the_run_before_and_gathers_what_was_measured(capsys, made_elsewhere):
+    checkout, away = made_elsewhere
+    target = checkout / "reports" / "paper" / "sa2vp"
+    call(capsys, "adopt", away)
+    (target / "sa2vp.ipynb").write_text("of the run before")
+    columns = ["dataset", "seed", "accuracy"]
+    pd.DataFrame([("a", 0, 1.0), ("b", 0, 2.0)], columns=columns).to_csv(target / "measured.csv", index=False)
+    pd.DataFrame([("b", 0, 3.0), ("b", 1, 4.0)], columns=columns).to_csv(away / "measured.csv", index=False)
+    run = report.start("sa2vp", profile="paper", seed=0, out=str(away))
+    run.table("other", pd.DataFrame({"a": [1]}))
+    run.close()
+    code, out, _ = call(capsys, "adopt", away)
+    assert code == 0 and "no executed sa2vp.ipynb" in out
+    assert not (target / "sa2vp.ipynb").exists() and not (target / "tables" / "t.csv").exists()
+    assert (target / "tables" / "other.csv").exists()
+    rows = pd.read_csv(target / "measured.csv").to_records(index=False).tolist()
+    assert rows == [("a", 0, 1.0), ("b", 0, 3.0), ("b", 1, 4.0)]
+    (away / "again").mkdir()
+    shutil.copytree(target, away / "again", dirs_exist_ok=True)
+    assert call(capsys, "adopt", away / "again")[0] == 0  # its record fits its files
+
+
+def test_adopt_keeps_the_folder_of_a_run_of_a_grid(capsys, made_elsewhere):
+    checkout, away = made_elsewhere
+    source = away.parent / "sa2vp" / "dataset=vtab-svhn,seed=0"
+    shutil.copytree(away, source)
+    code, out, _ = call(capsys, "adopt", source)
+    assert code == 0 and "reports/paper/sa2vp/dataset=vtab-svhn,seed=0" in out
+    assert (checkout / "reports" / "paper" / "sa2vp" / "dataset=vtab-svhn,seed=0" / "tables" / "t.csv").is_file()
+
+
+def test_a_file_where_a_folder_belongs_and_a_reader_who_leaves(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    for words in (("doctor", "sa2vp"), ("fetch", "sa2vp"), ("data",)):
+        code, _, err = call(capsys, *words, "--data-root", tmp_path / "file")
+        assert code == 2 and "this is a file" in err
+    command = f"{sys.executable} -m companion.cli data --data-root {tmp_path} | head -1"
+    said = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert len(said.stdout.splitlines()) == 1 and said.stderr == ""

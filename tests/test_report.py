@@ -67,6 +67,36 @@ def test_start_refuses_what_does_not_go_together():
         report.start("sa2vp", sedd=1)
 
 
+def test_a_place_where_nothing_can_be_written_is_told_before_the_run(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/below"):
+        with pytest.raises(BadParameter, match="a folder that you may write to"):
+            report.start("sa2vp", profile="pocket", out=str(tmp_path / out))
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(BadParameter, match="a folder that you may write to"):
+        report.start("sa2vp", profile="pocket", out=str(tmp_path / "new"))
+
+
+def test_a_run_from_another_folder_writes_there_and_finds_the_study(tmp_path, monkeypatch):
+    checkout = record.root()
+    monkeypatch.chdir(tmp_path)
+    run = report.start("sa2vp", profile="pocket", out="mine")
+    assert run.out == tmp_path / "mine"
+    assert run.study() == checkout / "reports" / "pocket" / "sa2vp"
+    assert record.commit()
+
+
+def test_data_below_the_checkout_are_found_from_the_folder_of_the_notebooks(tmp_path, monkeypatch):
+    for folder in ("notebooks", "data"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "pyproject.toml").write_text("")
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert report.start("sa2vp", profile="pocket", data_root="data").parameters.data_root == "../data"
+    assert report.start("sa2vp", profile="pocket", data_root="none").parameters.data_root == "none"
+    (tmp_path / "notebooks" / "data").mkdir()
+    assert report.start("sa2vp", profile="pocket", data_root="data").parameters.data_root == "data"
+
+
 def test_check_prints_the_verdict_and_not_the_value(capsys):
     assert report.check("accuracy", 0.123456, 0.1, 0.2)
     assert not report.check("accuracy", 0.9, high=0.2)

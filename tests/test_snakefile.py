@@ -243,6 +243,10 @@ def test_a_bad_grid_is_told_before_anything_runs(workspace: Workspace) -> None:
     )
     assert status != 0 and started == set()
     assert "Accepted: 'good'" in text
+    for fields, said in (("run=x", "Accepted: 'profile', 'parameters', 'runs'"), ("papers=x", "papers = 'x'")):
+        words = (sys.executable, "-m", "snakemake", "--cores", "1", "--config", fields)
+        status, text, started = workspace.run(*words)
+        assert status != 0 and started == set() and said in text
 
 
 def test_a_study_chooses_rates_once_runs_its_seeds_apart_and_merges_them(workspace: Workspace) -> None:

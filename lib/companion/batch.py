@@ -28,31 +28,60 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from .errors import BadParameter
 from .files import atomic, read_json, write_json
 
 FIELDS = ("paper", "resources")  # of an entry of `runs`; every other one is a parameter of its notebook
+RESOURCES = ("gpu", "threads", "mem_mb", "runtime")
+CONFIG = ("profile", "parameters", "runs", "papers", "parts", "slides")  # all that Snakemake is configured by
+PROFILES = ("pocket", "paper")
 NAME = re.compile(r"[\w.=,+-]+")
 COLUMNS = ("paper", "run", "state", "seconds", "memory_mb", "device", "reason")
 
 
-def expand(config: Mapping, papers: list[str]) -> dict[str, dict]:
+def check(config: Mapping) -> None:
+    """Raise `BadParameter` when Snakemake's configuration has a field that nothing reads, or an unknown profile."""
+    for name in config:
+        if name not in CONFIG:
+            raise BadParameter("field of the configuration", name, CONFIG)
+    if (profile := config.get("profile", "pocket")) not in PROFILES:
+        raise BadParameter("profile", profile, PROFILES)
+
+
+def expand(config: Mapping, papers: Mapping[str, Collection[str]]) -> dict[str, dict]:
     """The runs of a grid by their folder, `<paper>/<run>`: their parameters and resources.
 
     A run is named by its values of the axes, as `dataset=vtab-svhn,seed=0`, or "run" where the entry has no axis.
 
+    Args:
+        papers: the parameters that each notebook has.
+
     Raises:
-        BadParameter: an unknown field or paper, an empty axis, or two runs of one name.
+        BadParameter: an unknown field, paper, parameter or resource, an empty axis, or two runs of one name.
     """
-    common, found = dict(config.get("parameters", {})), {}
+    common, found = config.get("parameters") or {}, {}
+    if not isinstance(common, Mapping):
+        raise BadParameter("parameters of a grid", common, "name: value, of every run")
+    if not isinstance(config["runs"], list) or not all(isinstance(entry, Mapping) for entry in config["runs"]):
+        raise BadParameter("runs", config["runs"], "a list of {paper: ..., parameter: value or [values], ...}")
     for entry in config["runs"]:
         paper = entry.get("paper")
         if paper not in papers:
-            raise BadParameter("paper of a run", paper, papers)
+            raise BadParameter("paper of a run", paper, list(papers))
         own = {name: value for name, value in entry.items() if name not in FIELDS}
+        # papermill would pass it on, and the notebook run with its default
+        accepted = [name for name in papers[paper] if name not in ("profile", "out")]
+        for name in common | own:
+            if name not in accepted:
+                raise BadParameter(f"parameter of a run of {paper}", name, accepted)
+        resources = entry.get("resources") or {}
+        for name, value in resources.items():
+            if name not in RESOURCES or type(value) is not int or value < (name != "gpu"):
+                said = f"whole numbers for {', '.join(RESOURCES)}"
+                raise BadParameter(f"resources of a run of {paper}", f"{name}: {value}", said)
         axes = {name: values for name, values in own.items() if isinstance(values, list)}
         if empty := [name for name, values in axes.items() if not values]:
             raise BadParameter(f"{empty[0]} of a run of {paper}", [], "a value, or a list of some")
@@ -64,8 +93,16 @@ def expand(config: Mapping, papers: list[str]) -> dict[str, dict]:
                 raise BadParameter(f"value of a run of {paper}", said, "letters, digits, blanks and / . - _")
             if folder in found:
                 raise BadParameter("run", folder, "runs of different names: give what differs as an axis, [value]")
-            found[folder] = {"parameters": common | own | chosen, "resources": dict(entry.get("resources", {}))}
+            found[folder] = {"parameters": common | own | chosen, "resources": dict(resources)}
     return found
+
+
+def parameters(notebook: str | Path) -> list[str]:
+    """The names that the cell tagged `parameters` sets."""
+    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+    tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
+    lines = [node for text in tagged for node in ast.parse(text).body]
+    return [node.targets[0].id for node in lines if isinstance(node, ast.Assign)]
 
 
 def seeds(study: str | Path) -> list[int]:

@@ -13,6 +13,8 @@ companion adopt DIR                           take in a run that was made elsewh
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import shutil
 import sys
 import tempfile
@@ -21,14 +23,17 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import psutil
+import torch
 
 from . import data, parity, record
 from .errors import BadParameter, CompanionError, CorruptFile, MissingWeights
-from .files import read_json, sha256
+from .files import read_json, sha256, write_json
 from .provenance import code_hash, sources
 from .report import PAPERS, paper
 
+MEASURED = "measured.csv"  # what a paper's runs on real data measured; they gather in it
 TFLOPS = 40  # sustained, what one recent data-centre card reaches in mixed precision; the doctor says so
 
 
@@ -79,11 +84,18 @@ def main(words: list[str] | None = None) -> int:
     command(adopt, "adopt", "take in the results of a run made elsewhere", "folder")
     given = parser.parse_args(words)
     try:
-        return given.run(given)
+        if Path(root := getattr(given, "data_root", ".")).is_file():
+            raise BadParameter("--data-root", root, "a folder; this is a file")
+        code = given.run(given)
+        sys.stdout.flush()
+        return code
     except BadParameter as error:
         print(f"companion: {error}", file=sys.stderr)
         return 2
-    except CompanionError as error:
+    except BrokenPipeError:  # of `companion data | head`; nothing more can be said to a reader who has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (CompanionError, OSError) as error:  # a folder that one may not write to, say; its path is in the message
         print(f"companion: {error}", file=sys.stderr)
         return 1
 
@@ -119,8 +131,11 @@ def doctor(given: argparse.Namespace) -> int:
     """Print, for each group of tables, what its run needs and lacks on this machine."""
     facts, root = paper(given.paper), Path(given.data_root)
     weights = {w["name"]: (w, lack) for w, lack in _weights(facts, root)}
-    memory = psutil.virtual_memory().total / 1e9
-    disk = shutil.disk_usage(root if root.exists() else ".").free / 1e9
+    card = torch.cuda.is_available()
+    memory = torch.cuda.get_device_properties(0).total_memory if card else psutil.virtual_memory().total
+    memory, where = memory / 1e9, torch.cuda.get_device_name() if card else "this machine, which has no GPU"
+    # the folder may not be there yet
+    disk = shutil.disk_usage(next(f for f in (root, *root.absolute().parents) if f.exists())).free / 1e9
     lacking = False
     print(f"{facts['title']}  (arXiv {facts['arxiv']})\ndata root: {root.resolve()}\n")
     for run in facts["runs"]:
@@ -153,7 +168,7 @@ def doctor(given: argparse.Namespace) -> int:
             size = f"{entry['size_mb']} MB, " if "size_mb" in entry else ""
             print(f"  weights  {entry.get('id') or entry['file']} ({size}{entry['licence']}): {lack or 'here'}")
             lacking |= bool(lack)
-        print(f"  memory   {run['memory_gb']} GB wanted, {memory:.0f} GB here")
+        print(f"  memory   {run['memory_gb']} GB wanted, {memory:.0f} GB here ({where})")
         print(f"  disk     {run['disk_gb']} GB wanted, {disk:.0f} GB free")
         hours = flop / (TFLOPS * 1e12) / 3600
         print(f"  time     about {hours:.1f} h at {TFLOPS} TFLOP/s sustained (reckoned, not run)\n")
@@ -261,14 +276,19 @@ def landcover(given: argparse.Namespace) -> int:
 
 
 def adopt(given: argparse.Namespace) -> int:
-    """Copy a run's results to `reports/` when they are what its record says, and its code is today's."""
+    """Copy a run's results to `reports/` when they are what its record says, and its code is today's.
+
+    A run of a grid, whose folder is named by its axes, keeps that folder. What the run before it left is replaced; what
+    no run writes (a study) stays.
+    """
     source = Path(given.folder)
     if not (source / "run.json").is_file():
         raise CorruptFile(source / "run.json", "there is no such file: not the output folder of a run")
     facts, root = read_json(source / "run.json"), record.root()
     try:
         slug, profile, code, outputs = (facts[k] for k in ("slug", "profile", "code", "outputs"))
-    except (KeyError, TypeError) as error:
+        outputs = dict(outputs)
+    except (KeyError, TypeError, ValueError) as error:
         raise CorruptFile(source / "run.json", f"not a run record ({error})") from error
     known = sorted(p.stem for p in PAPERS.glob("*.yaml") if p.stem != "index")
     if slug not in known:
@@ -276,7 +296,9 @@ def adopt(given: argparse.Namespace) -> int:
     if profile not in ("pocket", "paper"):
         raise BadParameter("profile", profile, ("pocket", "paper"))
     notebook = root / "notebooks" / f"{slug}.ipynb"
-    if not notebook.is_file() or code != code_hash([notebook, *sources(notebook)]):
+    if not notebook.is_file():
+        raise CorruptFile(notebook, "there is no such file: call `companion adopt` in the project's checkout")
+    if code != code_hash([notebook, *sources(notebook)]):
         raise CorruptFile(
             source / "run.json", f"made by other code than this checkout's (commit {facts.get('commit')})"
         )
@@ -286,21 +308,49 @@ def adopt(given: argparse.Namespace) -> int:
             raise CorruptFile(source / "run.json", f"{name} lies outside of the folder")
         if not path.is_file() or sha256(path) != hashed:
             raise CorruptFile(path, "missing, or not the file that the record's hash is of")
-    target = root / "reports" / profile / slug
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{slug}-", dir=target.parent) as name:
-        new = Path(name) / slug
-        # what a run does not write itself (a study) stays as it is
-        if target.exists():
-            shutil.copytree(target, new)
-            shutil.rmtree(target)
-        executed = [p.name for p in source.glob(f"{slug}.ipynb")]
-        for item in ["run.json", *executed, *outputs]:
+    here = source.resolve()
+    of_grid = here.parent.name == slug and ("=" in here.name or here.name == "run")
+    target = root / "reports" / profile / slug / (here.name if of_grid else "")
+    if target.resolve() == here:
+        print(f"{target.relative_to(root)} is its place already")
+        return 0
+    target.mkdir(parents=True, exist_ok=True)
+    executed = [p.name for p in source.glob(f"{slug}.ipynb")]
+    with tempfile.TemporaryDirectory(prefix=f".{slug}-", dir=root / "reports" / profile) as name:
+        new = Path(name)
+        for item in [*outputs, *executed]:
             (new / item).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / item, new / item)
-        new.replace(target)
+        if MEASURED in outputs and (target / MEASURED).exists():
+            _gather(target / MEASURED, new / MEASURED)
+            outputs[MEASURED] = sha256(new / MEASURED)
+        write_json(new / "run.json", facts | {"outputs": outputs})
+        # all is copied: from here on files are renamed, the record last
+        for item in [*_left(target), f"{slug}.ipynb", "failed.json"]:
+            if item != MEASURED:
+                (target / item).unlink(missing_ok=True)
+        for item in [*outputs, *executed, "run.json"]:
+            (target / item).parent.mkdir(parents=True, exist_ok=True)
+            (new / item).replace(target / item)
     print(f"adopted {len(outputs)} files into {target.relative_to(root)}")
+    if not executed:
+        print(f"there is no executed {slug}.ipynb among them, so the site cannot show the run")
     return 0
+
+
+def _left(folder: Path) -> list[str]:
+    """The outputs of the run that was in `folder` before, by its record; none where it has no sound one."""
+    with contextlib.suppress(OSError, CorruptFile, TypeError, KeyError):
+        outputs = read_json(folder / "run.json")["outputs"]
+        return [name for name in outputs if (folder / name).resolve().is_relative_to(folder.resolve())]
+    return []
+
+
+def _gather(before: Path, new: Path) -> None:
+    """Add to the measured results in `new` those of runs `before` that were of something else."""
+    rows = pd.concat([pd.read_csv(before), pd.read_csv(new)])
+    what = [column for column in rows if not pd.api.types.is_float_dtype(rows[column])]
+    rows.drop_duplicates(what, keep="last").to_csv(new, index=False)
 
 
 if __name__ == "__main__":

@@ -60,8 +60,9 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
             new = Path(name) / folder.name
             new.mkdir()
             yield new
-            if folder.exists():
-                shutil.rmtree(folder)
+            # renamed, not deleted: another run may be reading it, and a kill leaves all of it or nothing
+            with contextlib.suppress(FileNotFoundError):
+                folder.replace(Path(name) / f"{folder.name}.before")
             new.replace(folder)
     except Exception as error:
         _if_full(folder, error)
@@ -83,9 +84,11 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def read_json(path: str | Path) -> object:
-    """Read a JSON file. Raises `CorruptFile` with the path when it is not JSON."""
+    """Read a JSON file. Raises `CorruptFile` with the path when it is not JSON, or not there."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CorruptFile(path, "there is no such file") from error
     except ValueError as error:  # not JSON, or not UTF-8
         raise CorruptFile(path, f"not JSON ({error})") from error
 

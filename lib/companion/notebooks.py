@@ -14,7 +14,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from .errors import CompanionError
 from .files import atomic
@@ -39,14 +39,17 @@ def refresh(path: str | Path) -> None:
     Raises `BadNotebook`, and leaves the file as it was, when a cell fails or the result breaks a rule of `problems`.
     """
     path = Path(path)
-    notebook = nbformat.read(path, as_version=4)
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except (OSError, ValueError, nbformat.ValidationError) as error:
+        raise BadNotebook(path, [f"it cannot be read: {str(error).splitlines()[0]}"]) from error
     client = NotebookClient(
         notebook, kernel_name="python3", timeout=None, resources={"metadata": {"path": path.parent}}
     )
     client.record_timing = False
     try:
         client.execute()
-    except CellExecutionError as error:
+    except (CellExecutionError, DeadKernelError) as error:
         raise BadNotebook(path, str(error).splitlines()) from error
     strip(notebook)
     if found := problems(notebook):

@@ -25,9 +25,10 @@ OPTIONAL = ("transformers", "diffusers")  # of some papers' extras
 
 
 def root() -> Path:
-    """The checkout that the working directory lies in (the folder of its pyproject.toml); else the directory itself."""
+    """The checkout that the working directory lies in (the folder of its pyproject.toml); else the one that this
+    package is installed from; else the directory itself."""
     here = Path.cwd()
-    for folder in (here, *here.parents):
+    for folder in (here, *here.parents, Path(__file__).resolve().parents[2]):
         if (folder / "pyproject.toml").is_file() and (folder / "notebooks").is_dir():
             return folder
     return here

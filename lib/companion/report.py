@@ -13,6 +13,7 @@ import html
 import io
 import itertools
 import math
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -78,7 +79,7 @@ def convert(name: str, value: object, rule: Mapping) -> object:
         return known[text]
     if kind in ("integer", "number"):
         low, high = rule.get("low", -math.inf), rule.get("high", math.inf)
-        accepted = f"{'a whole number' if kind == 'integer' else 'a number'} from {low:g} to {high:g}"
+        accepted = f"{'a whole number' if kind == 'integer' else 'a number'} from {low:.10g} to {high:.10g}"
         try:
             number = int(text) if kind == "integer" else float(text)
         except ValueError as error:
@@ -203,9 +204,16 @@ def start(slug: str, **parameters: object) -> Run:
     if values.get("dry_run") and values.get("profile") == "pocket":
         raise BadParameter("dry_run", True, "False with profile = 'pocket', which is quick as it is")
     run = Run(slug, SimpleNamespace(**values))
+    above = next(folder for folder in (run.out, *run.out.parents) if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):  # before an hour of training, not after it
+        raise BadParameter("out", str(run.out), "a folder that you may write to, or a new one in such a folder")
     plan = pd.DataFrame([(n, "(empty)" if v == "" else str(v), rules[n]["help"]) for n, v in values.items()],
                         columns=["parameter", "value", "meaning"])  # fmt: skip
     display(show(plan))
+    # JupyterLab runs a notebook in its own folder, the shell's commands (`companion fetch`) in the checkout's
+    below = run.root / values.get("data_root", "")
+    if values.get("data_root") and not Path(values["data_root"]).exists() and below.exists():
+        run.parameters.data_root = os.path.relpath(below)
     return run
 
 
@@ -217,7 +225,8 @@ class Run:
         profile = getattr(parameters, "profile", "pocket")
         given = getattr(parameters, "out", "")
         self.root = record.root()
-        self.out = self.root / (given or Path("runs") / profile / slug)
+        base = self.root if Path.cwd().is_relative_to(self.root) else Path.cwd()
+        self.out = base / (given or Path("runs") / profile / slug)
         self.claims: dict[str, dict] = {}
         self._files: list[Path] = []
         self._began = time.monotonic()
@@ -303,6 +312,8 @@ class Run:
         ledger, given = self.ledger(), vars(self.parameters)
         write_json(self.out / "claims.json", ledger)
         self._files.append(self.out / "claims.json")
+        if (self.out / "measured.csv").exists():
+            self._files.append(self.out / "measured.csv")
         notebook = self.root / "notebooks" / f"{self.slug}.ipynb"
         facts = {
             "slug": self.slug,

@@ -62,6 +62,7 @@ def run(
     workers = workers or os.cpu_count() or 1
     folder = Path(folder)
     if start and not (folder / "study.csv").exists():
+        read(start)
         for name in ("study.csv", "study.json"):
             with atomic(folder / name) as temporary:
                 shutil.copyfile(Path(start) / name, temporary)
@@ -109,9 +110,10 @@ def merge(paper: str, parts: Sequence[str | Path], folder: str | Path) -> pd.Dat
     facts = _facts(paper, module, module.SEEDS)
     rows: dict[tuple, dict] = {}
     for part in parts:
+        new = read(part)
         if read_json(Path(part) / "study.json").get("code") != facts["code"]:
             raise BadParameter("part of a study", str(part), "one that today's code made")
-        rows |= {tuple(row[k] for k in KEYS): row for row in read(part).to_dict("records")}
+        rows |= {tuple(row[k] for k in KEYS): row for row in new.to_dict("records")}
     pairs = {(task, method, seed) for task in module.TASKS for method in module.TASKS[task] for seed in module.SEEDS}
     if lacking := sorted(pairs - {(t, m, seed) for stage, t, m, _, seed in rows if stage == "test"}):
         raise BadParameter("parts of a study", list(map(str, parts)), f"parts that hold all tests; missing: {lacking}")
@@ -173,6 +175,8 @@ def read(folder: str | Path) -> pd.DataFrame:
     """The rows of a study; `.attrs["metric"]` names what it chose by. Raises `CorruptFile` when they are not that."""
     path, record = Path(folder) / "study.csv", Path(folder) / "study.json"
     metric = read_json(record).get("metric", "accuracy") if record.exists() else "accuracy"
+    if not path.exists():
+        raise CorruptFile(path, "there is no such study")
     try:
         rows = pd.read_csv(path)
         if rows[[*KEYS, metric]].isna().any(axis=None):
@@ -227,7 +231,10 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--start", type=Path, help="folder of the study whose learning rates are taken over")
     parser.add_argument("--merge", type=Path, nargs="+", help="folders of the parts, instead of running anything")
     given = parser.parse_args(words)
+    known = sorted(p.stem for p in (Path(__file__).parent / "studies").glob("[a-z]*.py"))
     try:
+        if given.paper not in known:
+            raise BadParameter("paper", given.paper, known)
         if given.merge:
             merge(given.paper, given.merge, given.folder)
         else:
