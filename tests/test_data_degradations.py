@@ -266,6 +266,20 @@ def test_noise_of_both_kinds() -> None:
     assert abs(float(noise[ramp == 0.5].std()) - 0.1 * (0.5 / 4) ** 0.5) < 2e-3
 
 
+def test_grey_poisson_noise_counts_whole_grey_values(photo: Tensor) -> None:
+    """A mean of three channels has thousands of values between the 256, and would leave next to no noise."""
+    grey = (photo * photo.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(0)
+    whole = (grey * 255).round() / 255
+    levels = 2 ** np.ceil(np.log2(len(whole.unique())))
+    still = {"blur": 0, "sigma": (1, 2), "resize": (0, 0, 1), "factor": (1, 1)}
+    # a tenth of the noise, so that nothing is clamped
+    p = d.Pass(**still, gaussian=(1, 1), poisson=(0.1, 0.1), is_gaussian=0, grey=1)
+    noise = (d._noisy(np.random.default_rng(0), photo[None], p) - photo)[0]
+    inside = (photo.amin(0) > 0.1) & (photo.amax(0) < 0.9)
+    expected = 0.1 * (whole[inside].mean() / levels) ** 0.5
+    assert 0.95 < float(noise[0][inside].std() / expected) < 1.05
+
+
 def test_sharpened_is_sharper_where_there_is_an_edge(photo: Tensor) -> None:
     sharp = d.sharpened(photo)
     assert sharp.shape == photo.shape and float((sharp - photo).abs().mean()) > 1e-3

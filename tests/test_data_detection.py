@@ -240,6 +240,24 @@ def test_broken_pictures(coco):
         test[0]
 
 
+def test_a_photograph_that_lies_on_its_side_is_as_its_annotation_says(coco):
+    """Some tools annotate a camera's picture as it is stored, others as it is seen."""
+    test = load("detection/ov-coco", coco, "test")
+    entry, file = test.truth["images"][0], coco / "coco" / "val2017" / "1.jpg"
+    width, height = entry["width"], entry["height"]
+    assert width != height
+    stored = Image.new("RGB", (height, width))
+    stored.paste((255, 0, 0), (0, 0, height, width // 2))  # above in the file, and to the right when it is seen
+    exif = stored.getexif()
+    exif[274] = 6
+    stored.save(file, exif=exif, quality=95)
+    seen, _ = test[0]
+    assert seen.shape == (3, height, width) and seen[0, :, -1].min() > 200 and seen[0, :, 0].max() < 50
+    entry["width"], entry["height"] = height, width
+    lying, _ = test[0]
+    assert lying.shape == (3, width, height) and lying[0, 0].min() > 200 and lying[0, -1].max() < 50
+
+
 def change(where: str, number: int = 0, **fields):
     def apply(found: dict) -> None:
         found[where][number] |= fields

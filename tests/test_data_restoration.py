@@ -87,6 +87,16 @@ def test_own_folder(own: Path, tmp_path: Path) -> None:
         own_folder(tmp_path / "empty")
 
 
+def test_a_photograph_is_turned_upright(own: Path) -> None:
+    picture = Image.new("RGB", (20, 12))
+    picture.paste((255, 0, 0), (0, 0, 20, 6))  # above in the file, and to the right when it is seen
+    exif = picture.getexif()
+    exif[274] = 6
+    picture.save(own / "images" / "a.png", exif=exif)
+    seen, _ = own_folder(own)[0]
+    assert seen.shape == (3, 20, 12) and seen[0, :, -1].min() > 0.9 and seen[0, :, 0].max() < 0.1
+
+
 def test_pocket_set_has_the_layout_of_an_own_folder(own: Path, tmp_path: Path) -> None:
     for split in ("train", "val", "test"):
         shutil.copytree(own, tmp_path / "pocket" / "restoration" / split)

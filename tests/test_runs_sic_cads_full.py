@@ -179,6 +179,15 @@ def test_training_clips_each_entry_and_leaves_no_hook(small):
         full.learn(p, data, model)
 
 
+def test_the_loss_is_one_call_of_the_model(small, monkeypatch):
+    """On several devices only a forward pass of what is trained may be called, no method of it."""
+    model, items, seen = recogniser(), batch(), {}
+    monkeypatch.setattr(full, "fit", lambda model, loss, data, **options: seen.update(model=model, loss=loss) or [])
+    full.learn(given(), torch.utils.data.TensorDataset(*batch(8)), model, batch=4, epochs=1)
+    assert seen["loss"](lambda *given: given, items) == items
+    torch.testing.assert_close(seen["model"].train()(*items), full.loss(model, items))
+
+
 def test_a_recogniser_is_kept_and_taken_up_with_another_vocabulary(small, tmp_path):
     model, file = recogniser(), tmp_path / "mlr.safetensors"
     model.body.bn1.weight.data.mul_(1.5)  # of a frozen norm, which training does not change but the file must hold
@@ -219,25 +228,25 @@ def test_the_authors_names_are_taken_up(monkeypatch):
 )
 def test_parameters_that_do_not_go_together(changes, said):
     with pytest.raises(BadParameter, match=said):
-        full.parts(given(**changes))
+        full.parts(given(**changes), Path("nowhere"))
 
 
 def test_what_is_missing_is_said(tmp_path, monkeypatch, coco):  # noqa: F811
     with pytest.raises(MissingData, match="cocodataset"):
-        full.parts(given(data_root=str(tmp_path / "empty")))
+        full.parts(given(data_root=str(tmp_path / "empty")), tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(MissingWeights, match="owlvit"):
-        full.parts(given(data_root=str(coco)))
+        full.parts(given(data_root=str(coco)), tmp_path)
     monkeypatch.setattr(full.detectors, "build", lambda name, names, weights: owl("owlvit", list(names)))
     with pytest.raises(MissingWeights, match="openclip"):
-        full.parts(given(data_root=str(coco)))
+        full.parts(given(data_root=str(coco)), tmp_path)
 
 
 @pytest.mark.parametrize("branch", ["SIC-CADS", "visual+"])
-def test_real_pictures_from_end_to_end(small, coco, branch):  # noqa: F811
+def test_real_pictures_from_end_to_end(small, coco, branch, tmp_path):  # noqa: F811
     p = given(data_root=str(coco), branch=branch, pictures=1)
-    found = full.parts(p)
+    found = full.parts(p, tmp_path / "out")
     model = found["build"]()
     history = found["learn"](model, batch=1, epochs=2)
     assert len(history) == (2 if branch == "SIC-CADS" else 0)
@@ -249,6 +258,23 @@ def test_real_pictures_from_end_to_end(small, coco, branch):  # noqa: F811
     best = detectors.refined(detectors.Output(boxes, probabilities, pixels.shape[1:]), said, p.gamma)
     rows = detectors.rows(best, found["test"].image_ids[0], found["test"].categories)
     assert set(full.scores(p, found["test"], rows)) == {"novel", "base", "all"}
+    kept = sorted(path.suffix for path in (tmp_path / "out").glob("trained/*"))
+    if branch == "visual+":
+        assert not kept
+        return
+    # a second run reads what the first one trained, and the file is what `checkpoint` takes
+    assert kept == [".pt", ".safetensors"]
+    again = full.parts(p, tmp_path / "out")
+    second = again["build"]()
+    written = next((tmp_path / "out" / "trained").glob("*.pt")).stat().st_mtime_ns
+    assert again["learn"](second, batch=1, epochs=2) == history
+    assert next((tmp_path / "out" / "trained").glob("*.pt")).stat().st_mtime_ns == written
+    file = next((tmp_path / "out" / "trained").glob("*.safetensors"))
+    third = full.parts(given(**vars(p) | {"checkpoint": str(file)}), tmp_path)["build"]()
+    for name, tensor in full.kept(model).items():
+        assert torch.equal(full.kept(second)[name], tensor) and torch.equal(full.kept(third)[name], tensor), name
+    other = full.parts(given(**vars(p) | {"seed": 1}), tmp_path / "out")
+    assert other["learn"](other["build"](), batch=1, epochs=2) != history
 
 
 @pytest.mark.parametrize("dataset", ["detection/ov-coco", "detection/ov-lvis", "detection/openimages"])
@@ -256,7 +282,7 @@ def test_the_dry_run_has_as_many_classes_as_the_data_set(small, monkeypatch, dat
     p = given(dataset=dataset, dry_run=True)
     smaller = full.recipe(dataset).__class__(**vars(full.recipe(dataset)) | {"size": 64})
     monkeypatch.setattr(full, "recipe", lambda dataset, captions=False: smaller)
-    found = full.parts(p)
+    found = full.parts(p, Path("nowhere"))
     classes = {"detection/ov-coco": 80, "detection/ov-lvis": 1203, "detection/openimages": 500}[dataset]
     assert len(found["names"]) == classes
     model = found["build"]()
@@ -272,7 +298,7 @@ def test_the_dry_run_has_as_many_classes_as_the_data_set(small, monkeypatch, dat
 
 @pytest.mark.slow
 def test_the_dry_run_at_full_size():
-    found = full.parts(given(dry_run=True))
+    found = full.parts(given(dry_run=True), Path("nowhere"))
     model = found["build"]()
     assert sum(t.numel() for t in model.trained().values()) == 28_504_768
     assert len(found["learn"](model)) == 2

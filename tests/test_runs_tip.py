@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ pytest.importorskip("diffusers")
 from companion.data.degradations import BLIND
 from companion.data.restoration import TASKS, Degraded
 from companion.errors import BadCheckpoint, BadParameter, CorruptFile, MissingData, MissingWeights
+from companion.metrics.restoration import psnr, ssim
 from companion.models import tip, tip_pipeline
 from companion.models.tip_pipeline import TIPPipeline, build, load_adaptor, save_adaptor
 from companion.report import convert, paper
@@ -77,7 +79,7 @@ def test_dry_run_trains_and_restores(pocket: None, method: str, tmp_path: Path) 
     samples = [s.test[i] for i in range(2)]
     restored = s.restore(pipe, samples, runs.texts_of(method))
     assert restored.shape == (2, 3, 32, 32)
-    values, reasons = runs.score(restored, torch.stack([x.clean for x in samples]))
+    values, reasons = runs.score([(restored, torch.stack([x.clean for x in samples]))])
     assert {"PSNR", "SSIM"} <= set(values) and set(values) | set(reasons) == set(runs.SCORES)
 
 
@@ -229,18 +231,32 @@ def test_own_folder_on_a_released_model_trained_saved_and_tested(released: Path,
     pipe = s.build("TIP")
     history = s.learn(pipe, "TIP", epochs=2, batch=2)
     assert len(history) == 2
-    folder = save_adaptor(pipe.adaptor, tmp_path / "trained")
+    before = weights(pipe)
+    folder = save_adaptor(pipe.adaptor, tmp_path / "adaptor")
     with pytest.raises(BadParameter, match="not there yet"):
-        save_adaptor(pipe.adaptor, folder)
-    chosen = [s.test[i] for i in range(3)]
+        save_adaptor(pipe.adaptor, released / "images")
+    assert len(list((released / "images").iterdir())) == 3
+    # what was trained on is not tested on
+    assert len(s.test) == 1 and s.test.pictures.sources[0].endswith("0.png")
+    assert [Path(f).name for f in s.data("TIP").pictures.sources] == ["1.png", "2.png"]
+    # the run again: the training is only read, and its adaptor replaces the one that stands there
+    again = runs.setting(p, tmp_path, {})
+    second = again.build("TIP")
+    start = time.monotonic()
+    assert again.learn(second, "TIP", epochs=2, batch=2) == history and time.monotonic() - start < 5
+    assert all(torch.equal(t, before[n]) for n, t in weights(second).items())
+    assert save_adaptor(second.adaptor, folder) == folder
+    other = runs.setting(given(**vars(p) | {"size": 64}), tmp_path, {})
+    assert other.learn(other.build("TIP"), "TIP", epochs=2, batch=2) != history
+    chosen = [s.test[0]]
     restored = s.restore(pipe, chosen)
     tested = runs.setting(given(**vars(p) | {"checkpoint": str(folder)}), tmp_path, {})
-    assert tested.data is None
+    assert tested.data is None and len(tested.test) == 3
     assert torch.equal(tested.restore(tested.build("TIP"), chosen), restored)
     with pytest.raises(BadCheckpoint, match="block_out_channels"):
         load_adaptor(folder, small().unet)
     (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"cut off")
-    with pytest.raises(CorruptFile, match="trained"):
+    with pytest.raises(CorruptFile, match="adaptor"):
         load_adaptor(folder, pipe.unet)
 
 
@@ -257,6 +273,66 @@ def test_what_is_missing_is_said(released: Path, tmp_path: Path) -> None:
     for changes, said in (({"method": "SDEdit"}, "plain ControlNet"), ({"dataset": "coco"}, "restoration/coco")):
         with pytest.raises(BadParameter, match=said):
             runs.setting(given(**changes), tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"task": "test"}, "trained adaptor"),
+        ({"task": "restore"}, "trained adaptor"),
+        ({"texts": "wrong restoration prompt", "degradation": "real-esrgan"}, "the same"),
+        ({"texts": "wrong semantic prompt", "dataset": "restoration/div2k"}, "no captions"),
+    ],
+)
+def test_what_cannot_be_tested_is_said_before_training(tmp_path: Path, changes: dict, said: str) -> None:
+    with pytest.raises(BadParameter, match=said):
+        runs.setting(given(**{"dry_run": False} | changes), tmp_path, {})
+
+
+def test_one_picture_cannot_be_trained_and_tested_on(released: Path, tmp_path: Path) -> None:
+    (released / "captions.jsonl").write_text('{"file": "0.png", "caption": ""}')
+    with pytest.raises(BadParameter, match="two or more"):
+        runs.setting(given(dry_run=False, dataset="folder", data_root=str(released)), tmp_path, {})
+
+
+def test_a_test_larger_than_the_memory(pocket: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores of a set are those of all its pictures at once, and no more than twice `TOGETHER` are there at a time."""
+    s = runs.setting(given(), tmp_path, {})
+    pipe, pictures = s.build("TIP"), runs.Generated(11, 32, 5)
+    s = dataclasses.replace(s, test=Degraded(pictures, 32, **TASKS["parameterised"]))
+    every = [s.test[i] for i in range(11)]
+    at_once = s.restore(pipe, every), torch.stack([x.clean for x in every])
+    monkeypatch.setattr(runs, "TOGETHER", 3)
+    monkeypatch.setattr(runs, "AT_ONCE", 2)
+    parts = list(runs.whole_test(s, pipe))
+    assert [len(clean) for _, clean in parts] == [4, 4, 3]
+    torch.testing.assert_close(torch.cat([r for r, _ in parts]), at_once[0], atol=1e-5, rtol=1e-5)
+    assert torch.equal(torch.cat([c for _, c in parts]), at_once[1])
+    values, _ = runs.score(iter(parts))
+    assert values["PSNR"] == pytest.approx(float(psnr(*at_once).mean()), abs=1e-3)
+    assert values["SSIM"] == pytest.approx(float(ssim(*at_once).mean()), abs=1e-5)
+    assert len(list(runs.whole_test(s, pipe, "wrong restoration prompt"))) == 3
+
+
+def test_results_stand_in_the_tables_they_belong_to(tmp_path: Path) -> None:
+    scores = {"PSNR": 20.0, "SSIM": 0.5, "LPIPS": 0.25}
+    for value, changes in enumerate((
+        {}, {"method": "semantic only"}, {"method": "plain ControlNet", "mid": "add"}, {"guidance": 3.0},
+        {"texts": "blind prompt"}, {"scale": 0.5}, {"base": "sd21"}, {"degradation": "real-esrgan"},
+        {"dataset": "restoration/div2k"}, {"dataset": "restoration/div2k", "degradation": "real-esrgan"},
+    )):  # fmt: skip
+        rows = runs.results(given(**changes), tmp_path, scores | {"LPIPS": value / 100})
+    assert len(rows) == 10
+    names = {t: {m: v for (m, s), v in runs.cells(rows, t).items() if s == "LPIPS"} for t in runs.TABLES}
+    assert names["comparison-parameterised"] == {
+        "TIP": 0.0, "semantic only": 0.01, "plain ControlNet, middle: add": 0.02, "TIP, sd21": 0.06,
+    }  # fmt: skip
+    assert names["comparison-real-esrgan"] == {"TIP": 0.07}
+    assert names["comparison-div2k"] == {"TIP": 0.08, "TIP, real-esrgan": 0.09}
+    published = {t["id"]: t for t in paper("tip")["tables"]}
+    assert set(runs.TABLES) <= set(published)
+    assert set(runs.ABLATIONS.values()) == {row["method"] for row in published["ablations"]["rows"]}
+    assert names["ablations"]["without the restoration prompt"] == 0.01
 
 
 def test_modulated_middle_of_a_plain_controlnet_is_added(pocket: None, tmp_path: Path) -> None:

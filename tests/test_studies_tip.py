@@ -132,5 +132,5 @@ def test_the_pocket_run_is_the_studys(root, tmp_path):
     assert len(history) == study.STEPS
     own = study.train("TIP", "parameterised", 3e-3, SEED, root)
     restored = setting.restore(pipe, setting.test)
-    found = runs.score(restored, torch.stack([s.clean for s in setting.test]))[0]["PSNR"]
+    found = runs.score([(restored, torch.stack([s.clean for s in setting.test]))])[0]["PSNR"]
     assert found == pytest.approx(own["PSNR"], abs=1e-3)

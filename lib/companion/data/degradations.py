@@ -321,9 +321,10 @@ def _noisy(rng: np.random.Generator, y: Tensor, p: Pass) -> Tensor:
         noise = sigma * rng.standard_normal((1, *y.shape[1:]) if not grey else (1, 1, *y.shape[2:]))
         return (y + torch.from_numpy(noise).to(y)).clamp(0, 1)
     scale = rng.uniform(*p.poisson)
-    clean = (y.clamp(0, 1) * 255).round() / 255
+    clean = y.clamp(0, 1)
     if grey:
         clean = (clean * clean.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    clean = (clean * 255).round() / 255  # after the mean: the noise is the weaker the more values there are
     levels = 2.0 ** math.ceil(math.log2(max(2, len(clean.unique()))))
     counts = rng.poisson((clean * levels).double().cpu().numpy()) / levels
     return (y + scale * (torch.from_numpy(counts).to(y) - clean)).clamp(0, 1)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import ImageOps
 from torch import Tensor
 from torchvision.ops import box_convert
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -100,7 +101,10 @@ class Boxes(Images):
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         picture = self.picture(index)
         image = self.truth["images"][index]
-        if (known := (image["width"], image["height"])) != picture.size:
+        known = (image["width"], image["height"])
+        if known != picture.size:  # a photograph that lies on its side, and boxes drawn on it upright
+            picture = ImageOps.exif_transpose(picture)
+        if known != picture.size:
             raise CorruptFile(self.sources[index], f"is {picture.size} pixels, its annotation says {known}")
         return pil_to_tensor(picture), self.target(index)
 

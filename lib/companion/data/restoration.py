@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -45,6 +46,8 @@ class Captioned(Images):
     Attributes:
         captions: of the N pictures.
 
+    A photograph that lies on its side, as cameras store them, is turned upright as its EXIF says.
+
     Raises (on indexing) as `classification.Images`.
     """
 
@@ -53,7 +56,8 @@ class Captioned(Images):
         self.captions = tuple(captions)
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        return to_dtype(pil_to_tensor(self.picture(index)), torch.float32, scale=True), self.captions[index]
+        upright = ImageOps.exif_transpose(self.picture(index))
+        return to_dtype(pil_to_tensor(upright), torch.float32, scale=True), self.captions[index]
 
 
 # --- what a user calls ------------------------------------------------------------------------------------------------

@@ -117,6 +117,9 @@ def evaluate(
         entry["id"] = number[entry["id"]]
     for entry in (*truth["annotations"], *rows):
         entry["image_id"] = number[entry["image_id"]]
+    # and takes a box whose id is 0, or another's, for one that was never found; nothing else asks for the ids
+    for i, entry in enumerate(truth["annotations"], 1):
+        entry["id"] = i
     gt = COCO(truth)
     dt = gt.loadRes(rows) if rows else COCO({**truth, "annotations": []})
     run = COCOeval_faster(gt, dt, kind, lvis_style=style == "lvis", print_function=lambda *_: None)

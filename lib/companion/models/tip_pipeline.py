@@ -11,8 +11,6 @@ to two parts, and the text of the blind mode, are the paper's (figure, project p
 from __future__ import annotations
 
 import contextlib
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ..errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights
+from ..files import atomic_folder
 from ..progress import progress
 from .tip import TIP, Adaptor, Encoded, check_unet, pictures
 from .tip_text import END, WordText, clip_tokenizer, tokenize
@@ -326,18 +325,15 @@ class TIPPipeline(DiffusionPipeline):
 
 
 def save_adaptor(adaptor: Adaptor, folder: str | Path) -> Path:
-    """Write a trained adaptor, and nothing of what is frozen, into a new folder; under a temporary name first."""
+    """Write a trained adaptor, and nothing of what is frozen, into a folder; under a temporary name first.
+
+    An adaptor that stands there is replaced. Raises `BadParameter` where something else does.
+    """
     folder = Path(folder)
-    if folder.exists():
-        raise BadParameter("folder", str(folder), "a folder that is not there yet")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        adaptor.save_pretrained(temporary)
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if folder.exists() and not (folder / "diffusion_pytorch_model.safetensors").is_file():
+        raise BadParameter("folder", str(folder), "a folder that is not there yet, or that holds an adaptor")
+    with atomic_folder(folder) as new:
+        adaptor.save_pretrained(new)
     return folder
 
 

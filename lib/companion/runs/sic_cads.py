@@ -72,7 +72,7 @@ def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float
     """
     if p.profile == "pocket":
         return _pocket(p, out, rates)
-    return Setting(**full.parts(p))
+    return Setting(**full.parts(p, out))
 
 
 def _pocket(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
@@ -179,12 +179,12 @@ def detections(found: Setting, looked: Looked, branch: str = "", gamma: float | 
 
 def scores(found: Setting, looked: Looked, branch: str = "", gamma: float | None = None) -> dict[str, float]:
     """AP50 of novel and base classes and of all that are scored, over the pictures looked at, in percent."""
-    ids = found.test.image_ids[: len(looked.boxes)]
+    ids = set(found.test.image_ids[: len(looked.boxes)])
     truth = found.test.truth
     part = {
         **truth,
-        "images": [image for image in truth["images"] if image["id"] in set(ids)],
-        "annotations": [row for row in truth["annotations"] if row["image_id"] in set(ids)],
+        "images": [image for image in truth["images"] if image["id"] in ids],
+        "annotations": [row for row in truth["annotations"] if row["image_id"] in ids],
     }
     scored = evaluate(part, detections(found, looked, branch, gamma), top=found.top)
     return {

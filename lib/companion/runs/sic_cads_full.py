@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,6 +186,17 @@ def loss(model: sic_cads.MLR, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     return value
 
 
+class Learner(nn.Module):
+    """The loss of a batch of `Lessons` in one pass, which is what training on several devices asks for."""
+
+    def __init__(self, model: sic_cads.MLR):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, positives: Tensor, boxes: Tensor) -> Tensor:
+        return loss(self.model, (images, positives, boxes))
+
+
 # --- the recogniser ---------------------------------------------------------------------------------------------------
 
 
@@ -267,8 +279,12 @@ def save(model: sic_cads.MLR, path: str | Path) -> None:
         save_file(kept(model), temporary)
 
 
-def learn(p: SimpleNamespace, data: Dataset, model: Recogniser, **changes) -> list[dict]:
-    """Train by the released recipe, in place; `changes` are arguments of `fit`, `epochs` and `batch` among them."""
+def learn(p: SimpleNamespace, data: Dataset, model: Recogniser, kept: Path | None = None, **changes) -> list[dict]:
+    """Train by the released recipe, in place; `changes` are arguments of `fit`, `epochs` and `batch` among them.
+
+    In the folder `kept` a training that was stopped goes on where it was, one that is done is only read, and the
+    recogniser is left as "recogniser ....safetensors", for the parameter `checkpoint`.
+    """
     r = recipe(p.dataset, p.captions)
     if r.clip and p.precision == "16-mixed":
         raise BadParameter("precision", p.precision, "32-true or bf16-mixed: the gradient is clipped entry by entry")
@@ -281,14 +297,25 @@ def learn(p: SimpleNamespace, data: Dataset, model: Recogniser, **changes) -> li
     hooks = [t.register_hook(lambda g: g.clamp(-r.clip, r.clip)) for t in trained] if r.clip else []
     options = {"seed": p.seed, "weight_decay": 1e-4, "decay": "all", "accelerator": p.accelerator,
                "devices": p.devices, "precision": p.precision, "name": "recogniser"} | changes  # fmt: skip
+    if kept is not None:
+        name = kept / _run_name(p)
+        options |= {"checkpoint": name.with_name(f"{name.name}.pt"), "checkpoint_every": 1000, "resume": True}
     try:
-        history = fit(model, loss, data, epochs=steps / per_epoch, batch=batch,
-                      sides={"all": (trained, learning_rates(r, steps))}, **options)  # fmt: skip
+        history = fit(Learner(model), lambda learner, items: learner(*items), data, epochs=steps / per_epoch,
+                      batch=batch, sides={"all": (trained, learning_rates(r, steps))}, **options)  # fmt: skip
     finally:
         for hook in hooks:
             hook.remove()
     model.to(_device(p)).eval()
+    if kept is not None:
+        save(model, name.with_name(f"{name.name}.safetensors"))
     return history
+
+
+def _run_name(p: SimpleNamespace) -> str:
+    """What is trained, with a number for all that it depends on: another data set or CLIP goes on from no other's."""
+    known = (p.dataset, str(Path(p.data_root).resolve()), p.captions, p.clip, p.weights, p.precision, p.devices)
+    return f"recogniser {p.dataset.rpartition('/')[2]} seed {p.seed} {zlib.crc32(repr(known).encode()):08x}"
 
 
 def _device(p: SimpleNamespace) -> str:
@@ -312,8 +339,10 @@ def check(p: SimpleNamespace) -> None:
         raise BadParameter("checkpoint", p.checkpoint, accepted)
 
 
-def parts(p: SimpleNamespace) -> dict[str, object]:
+def parts(p: SimpleNamespace, out: Path) -> dict[str, object]:
     """What a setting of the paper profile is made of: the arguments of `runs.sic_cads.Setting`.
+
+    What is trained is kept below the run's folder `out` (see `learn`).
 
     The detectors here give all their boxes: the threshold is a floor, not the 0.15 or 0.2 that the released
     configurations set for theirs, and set predictors need no suppression.
@@ -322,7 +351,7 @@ def parts(p: SimpleNamespace) -> dict[str, object]:
         BadParameter, MissingData, MissingWeights, CorruptFile: with what to change or get.
     """
     check(p)
-    return _dry(p) if p.dry_run else _paper(p)
+    return _dry(p) if p.dry_run else _paper(p, out)
 
 
 def _made(p: SimpleNamespace, title: str, test: detection.Boxes, make: Callable, teach: Callable,
@@ -350,7 +379,7 @@ def _made(p: SimpleNamespace, title: str, test: detection.Boxes, make: Callable,
     }
 
 
-def _paper(p: SimpleNamespace) -> dict[str, object]:
+def _paper(p: SimpleNamespace, out: Path) -> dict[str, object]:
     test = detection.load(p.dataset, p.data_root, "test")
     if p.dataset in COLUMNS:  # nothing of a foreign vocabulary was trained on
         test.novel = test.categories
@@ -369,7 +398,7 @@ def _paper(p: SimpleNamespace) -> dict[str, object]:
     else:
         train = detection.load(p.dataset, p.data_root, "train")
         make = functools.partial(build, *arguments, p.weights or "pretrained")
-        teach = functools.partial(learn, p, lessons(p, train), workers=WORKERS)
+        teach = functools.partial(learn, p, lessons(p, train), kept=out / "trained", workers=WORKERS)
     return _made(p, DATASETS[p.dataset].title, test, make, teach, detector)
 
 

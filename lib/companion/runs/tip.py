@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -43,6 +45,7 @@ METHODS: dict[str, dict] = {
 }
 RECIPE = {"epochs": 10, "batch": 32, "lr": 1e-5, "weight_decay": 1e-2, "clip": 1.0}
 WARMUP, AT_ONCE = 500, 8  # steps of a rate that rises; pictures that go through a device together
+TOGETHER = 32  # test pictures that are in memory at a time
 WORKERS = min(16, os.cpu_count() or 1)
 BASES = {"sd15": "stable-diffusion-v1-5", "sd21": "stable-diffusion-2-1-base"}
 HUB = {
@@ -52,7 +55,7 @@ HUB = {
 SETS = ("restoration/coco", "restoration/div2k", "folder")
 DRY_SIZE, DRY_STEPS = 128, 2
 LIVE = ("TIP", "plain ControlNet")  # what a pocket run trains
-KEYS = ("base", "dataset", "degradation", "method", "texts")
+KEYS = ("base", "mid", "dataset", "degradation", "method", "texts", "guidance", "scale")
 SCORES = ("PSNR", "SSIM", "LPIPS", "FID")
 
 
@@ -98,7 +101,14 @@ def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float
         raise BadParameter("method", p.method, tuple(METHODS))
     if p.dataset not in SETS:
         raise BadParameter("dataset", p.dataset, SETS)
-    return _dry(p) if p.dry_run else _paper(p)
+    if p.task != "train" and not (p.checkpoint or p.dry_run):
+        raise BadParameter("checkpoint", p.checkpoint, f"the folder of a trained adaptor for task = {p.task!r}")
+    # said now, not after days of training
+    if p.texts == "wrong restoration prompt" and p.degradation == "real-esrgan":
+        raise BadParameter("texts", p.texts, "others: all restoration prompts of Real-ESRGAN's pictures are the same")
+    if p.texts in ("wrong semantic prompt", "prompts swapped") and p.dataset == "restoration/div2k":
+        raise BadParameter("texts", p.texts, "others: the pictures of DIV2K have no captions")
+    return _dry(p) if p.dry_run else _paper(p, out)
 
 
 def _pocket(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
@@ -177,13 +187,16 @@ class Learner(nn.Module):
 
 
 def learn(
-    p: SimpleNamespace, pipe: TIPPipeline, data: Dataset, at_once: int = AT_ONCE, **changes: object
-) -> list[dict]:
+    p: SimpleNamespace, pipe: TIPPipeline, data: Dataset, at_once: int = AT_ONCE, kept: Path | None = None,
+    **changes: object,
+) -> list[dict]:  # fmt: skip
     """Train the adaptor of a pipeline, in place; return the history.
 
     Args:
         data: `Sample`s.
         at_once: pictures that go through a device together; the gradients of a step's pictures are added up.
+        kept: folder in which a training that was stopped goes on where it was, and one that is done is only read; what
+            it depends on is in the file's name.
         changes: arguments of `fit`.
     """
     options = RECIPE | {"seed": p.seed, "accelerator": p.accelerator, "devices": p.devices, "precision": p.precision,
@@ -192,6 +205,10 @@ def learn(
     steps = max(1, round(options["epochs"] * (len(data) // options["batch"])))
     options = {"warmup": min(WARMUP, steps // 2) / steps} | options
     parts = math.ceil(options["batch"] / (options["devices"] * at_once))
+    if kept is not None:
+        known = (base(p), p.mid, p.dataset, str(Path(p.data_root).resolve()), p.size, parts)
+        file = kept / f"{options.get('name', 'adaptor')} seed {p.seed} {zlib.crc32(repr(known).encode()):08x}.pt"
+        options |= {"checkpoint": file, "checkpoint_every": 500, "resume": True}
     place = pipe.unet.device
     history = fit(Learner(pipe), lambda model, items: model(*items), Tensors(data, pipe), accumulate=parts, **options)
     pipe.to(place)  # `fit` leaves what it trained on the CPU
@@ -214,16 +231,17 @@ def cached(pipe: TIPPipeline, given: Sequence[Sample], batch: int = 32) -> Tenso
 
 
 def restore(pipe: TIPPipeline, given: Sequence[Sample], kind: str = "own", *, seed: int = 0, batch: int = 8,
-            **options) -> Tensor:  # fmt: skip
+            first: int = 0, **options) -> Tensor:  # fmt: skip
     """Restored pictures (B, 3, S, S) in [0, 1] of samples, their texts by `data.restoration.texts`.
 
-    The start noise of a sample depends on `seed` and its place alone: whatever the texts, it is the same.
+    The start noise of a sample depends on `seed` and its place alone, counted from `first`: whatever the texts, it is
+    the same.
     """
     semantic, restoration_prompts = restoration.texts(given, kind)
     found = []
     for start in range(0, len(given), batch):
         place = range(start, min(start + batch, len(given)))
-        noise = [torch.Generator().manual_seed(1_000_003 * seed + i) for i in place]
+        noise = [torch.Generator().manual_seed(1_000_003 * seed + first + i) for i in place]
         pictures = torch.stack([given[i].degraded for i in place])
         texts = [semantic[i] for i in place], [restoration_prompts[i] for i in place]
         found.append(pipe(pictures, *texts, generator=noise, **options).images.cpu())
@@ -235,25 +253,83 @@ def texts_of(method: str, kind: str = "own") -> str:
     return method if kind == "own" and method in ("no text", "semantic only", "restoration only") else kind
 
 
-def score(restored: Tensor, clean: Tensor, download: bool = False) -> tuple[dict[str, float], dict[str, str]]:
-    """PSNR and SSIM, and LPIPS and FID where their networks are here; of the others why they are not run."""
-    values = {"PSNR": float(psnr(restored, clean).mean()), "SSIM": float(ssim(restored, clean).mean())}
+def whole_test(found: Setting, pipe: TIPPipeline, kind: str = "own") -> Iterator[tuple[Tensor, Tensor]]:
+    """Restored and clean pictures of the whole test of a full-size setting, some `TOGETHER` at a time.
+
+    A wrong text is that of another sample among those of its time.
+    """
+    count = len(found.test)
+    for place in np.array_split(np.arange(count), max(1, count // TOGETHER)):
+        given = [found.test[int(i)] for i in place]
+        yield found.restore(pipe, given, kind, first=int(place[0])), torch.stack([s.clean for s in given])
+
+
+@torch.no_grad()
+def score(pictures: Iterable[tuple[Tensor, Tensor]], download: bool = False) -> tuple[dict[str, float], dict[str, str]]:
+    """PSNR and SSIM, and LPIPS and FID where their networks are here; of the others why they are not run.
+
+    Args:
+        pictures: restored and clean ones, (B, 3, H, W) in [0, 1] each; of them no more than `AT_ONCE` are looked at
+            together, and none is kept, so a test may be larger than the memory.
+    """
     metrics, reasons = perceptual(download)
-    if "LPIPS" in metrics:
-        metrics["LPIPS"].update(restored, clean)
-        values["LPIPS"] = float(metrics["LPIPS"].compute())
-    if "FID" in metrics:
-        if len(clean) < 2:
-            reasons["FID"] = "not run: it wants two pictures or more"
-        else:
-            metrics["FID"].update(clean, real=True)
-            metrics["FID"].update(restored, real=False)
-            values["FID"] = float(metrics["FID"].compute())
-    return values, reasons
+    sums, count = {"PSNR": 0.0, "SSIM": 0.0}, 0
+    for pair in pictures:
+        for restored, clean in zip(*(x.split(AT_ONCE) for x in pair), strict=True):
+            count += len(clean)
+            sums["PSNR"] += float(psnr(restored, clean).sum())
+            sums["SSIM"] += float(ssim(restored, clean).sum())
+            if "LPIPS" in metrics:
+                metrics["LPIPS"].update(restored, clean)
+            if "FID" in metrics:
+                metrics["FID"].update(clean, real=True)
+                metrics["FID"].update(restored, real=False)
+    values = {name: total / count for name, total in sums.items()}
+    if "FID" in metrics and count < 2:
+        del metrics["FID"]
+        reasons["FID"] = "not run: it wants two pictures or more"
+    return values | {name: float(metric.compute()) for name, metric in metrics.items()}, reasons
+
+
+# set and degradation of each published table; None: either
+TABLES = {
+    "comparison-parameterised": ("restoration/coco", "parameterised"),
+    "comparison-real-esrgan": ("restoration/coco", "real-esrgan"),
+    "comparison-div2k": ("restoration/div2k", None),
+    "ablations": ("restoration/coco", "parameterised"),
+}
+ABLATIONS = {
+    "plain ControlNet": "fusion by addition (ControlNet)",
+    "TIP": "fusion by modulation (TIP)",
+    "restoration only": "without the semantic prompt",
+    "semantic only": "without the restoration prompt",
+}
+"""What the rows of the table of ablations are called there."""
+
+
+def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
+    """Of the real results those of a published table, by (method, score): true texts, no guidance, the dial at 1.
+
+    A method's name says where it is not the default: the diffusion model, the middle, on DIV2K the degradation.
+    """
+    dataset, degradation = TABLES[table]
+    found = {}
+    for row in rows.to_dict("records"):
+        plain = row["texts"] == "own" and row["guidance"] == 1 and row["scale"] == 1
+        if row["dataset"] != dataset or not plain or degradation not in (None, row["degradation"]):
+            continue
+        if table == "ablations" and row["method"] not in ABLATIONS:
+            continue
+        name = ABLATIONS[row["method"]] if table == "ablations" else row["method"]
+        changed = [row["base"] * (row["base"] != "sd15"), f"middle: {row['mid']}" * (row["mid"] != "modulate")]
+        changed += [row["degradation"] * (degradation is None and row["degradation"] != "parameterised")]
+        name = ", ".join([name, *filter(None, changed)])
+        found |= {(name, score): row[score] for score in SCORES if pd.notna(row.get(score))}
+    return found
 
 
 def results(p: SimpleNamespace, out: Path, values: Mapping[str, float] | None = None) -> pd.DataFrame:
-    """The real results of all runs into `out`, one row for each set, degradation, method and kind of texts."""
+    """The real results of all runs into `out`, one row for each set, degradation, method, kind of texts and dial."""
     row = {key: getattr(p, key) for key in KEYS} | dict(values or {})
     return report.gather(out / "results.csv", KEYS, SCORES, [row] if values else [])
 
@@ -296,10 +372,23 @@ def base(p: SimpleNamespace) -> str:
     return p.weights or (str(usual) if usual.is_dir() else HUB[p.base])
 
 
-def _paper(p: SimpleNamespace) -> Setting:
+def parted(own: restoration.Captioned) -> tuple[restoration.Captioned, restoration.Captioned]:
+    """A folder of one's own in a part to train on and, every tenth picture, one to test on."""
+    if len(own) < 2:
+        raise BadParameter("data_root", f"{len(own)} picture", "two or more to train and to test on, or a `checkpoint`")
+
+    def part(chosen: Sequence[int]) -> restoration.Captioned:
+        lists = ([values[i] for i in chosen] for values in (own.sources, own.captions))
+        return restoration.Captioned(own.dataset, own.root, *lists)
+
+    return part([i for i in range(len(own)) if i % 10]), part(range(0, len(own), 10))
+
+
+def _paper(p: SimpleNamespace, out: Path) -> Setting:
     """COCO, DIV2K or a folder of one's own ("folder": `data_root` itself), on a released Stable Diffusion."""
     if p.dataset == "folder":
-        train = test = restoration.own_folder(p.data_root)
+        own = restoration.own_folder(p.data_root)
+        train, test = (None, own) if p.checkpoint else parted(own)
     else:
         test = restoration.load(p.dataset, p.data_root, "test")
         train = None if p.checkpoint else restoration.load(p.dataset, p.data_root, "train")
@@ -313,7 +402,7 @@ def _paper(p: SimpleNamespace) -> Setting:
 
     title = DATASETS[p.dataset].title if p.dataset in DATASETS else f"pictures of {p.data_root}"
     fixed = Degraded(test, p.size, seed=p.seed, **restoration.TASKS[p.degradation])
-    return _setting(p, title, make, None if p.checkpoint else train, fixed, p.size, p.steps)
+    return _setting(p, title, make, train, fixed, p.size, p.steps, kept=out / "trained")
 
 
 class Generated(Dataset):
