@@ -106,10 +106,31 @@ def test_dry_run_of_distillation(losses, small, tmp_path):
     path = runs.save(model, tmp_path / "student.safetensors")
     loaded = runs.encoder(given(weights=str(path), dry_run=False))
     images = torch.randn(1, 3, 224, 224)
-    if losses != "with relations":  # 48 wide: from tensors alone one head is read
-        loaded = dmt.ViT.from_official(dmt_teachers.read(path), 4)
-        assert torch.equal(loaded(images), model.export()(images))
+    assert torch.equal(loaded(images), model.export()(images))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["student.safetensors"]
+
+
+def test_a_student_that_learned_relations_keeps_the_heads_of_its_last_block(tmp_path):
+    """Tensors do not say them: read as a plain ViT-T it would have three there, and say something else."""
+    teachers = dmt.Teachers({"MAE": dmt.ViT(32, 8, 48, 1, 12)})
+    torch.manual_seed(0)
+    model = dmt.DMT(dmt.ViT(32, 8, 192, 2, 3, last_heads=12), teachers, relation=1.0, decoder="pocket")
+    path = runs.save(model, tmp_path / "student.safetensors")
+    loaded, images = runs.encoder(given(weights=str(path))), torch.randn(2, 3, 32, 32)
+    assert [block.attn.num_heads for block in loaded.blocks] == [3, 12]
+    assert torch.equal(loaded(images), model.export()(images))
+    assert not torch.equal(dmt.ViT.from_official(dmt_teachers.read(path))(images), loaded(images))
+    assert runs.down.like(loaded).heads == 12 and runs.down.classifier(loaded, 5).blocks[-1].attn.num_heads == 12
+
+
+def test_what_several_devices_say_of_the_losses(small, monkeypatch):
+    """Their parts are seen in other processes; the totals come back."""
+    rows = [{"step": i, "lr": 1e-3, "loss": 2.0 - i} for i in range(2)]
+    monkeypatch.setattr(runs, "fit", lambda *args, **options: rows)
+    p, terms = given(devices=2), []
+    model = runs.build(p, runs.teachers(p))
+    runs.distil(p, model, TensorDataset(torch.zeros(4, 3, 224, 224)), terms, np.full(2, 1e-3), batch=2)
+    assert terms == [[2.0], [1.0]]
 
 
 def test_dry_run_from_a_cache(small, tmp_path, monkeypatch):
@@ -144,22 +165,45 @@ def test_gradients_that_are_added_up_are_those_of_the_whole_batch(small):
     np.testing.assert_allclose(*found, rtol=1e-3)
 
 
-def test_distillation_of_a_folder(small, tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / "train" / name).mkdir(parents=True)
-        for i in range(2):
-            pixels = np.random.default_rng(i).integers(0, 255, (40, 60, 3), np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "train" / name / f"{i}.png")
-    p = given(dataset="folder", data_root=str(tmp_path), dry_run=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "released", lambda p, name: dmt.ViT(224, 16, 48, 1, 4))
-        setting = runs.setting(p, tmp_path, {})
-        history = setting.learn(setting.build("DMT"), "DMT", rates=np.full(2, 1e-3), batch=2)
-    assert len(history) == 2 and "2 pictures" in setting.title  # one of each class is kept for validation
+def test_distillation_of_a_folder_goes_on_after_a_stop_and_keeps_its_student(small, tmp_path, monkeypatch):
+    folder = tmp_path / "pictures"
+    for name in ("", "a", "b/ä"):  # any depth, no label is asked for
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(len(name)).integers(0, 255, (40, 60, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / name / "picture.PNG")
+    (folder / ".hidden.png").write_text("")
+    p = given(dataset="folder", data_root=str(folder), dry_run=False)
+    monkeypatch.setattr(runs, "released", lambda p, name: dmt.ViT(224, 16, 48, 1, 4))
+    setting, steps = runs.setting(p, tmp_path, {}), []
+    assert "3 pictures" in setting.title
+    whole = dict(rates=np.full(4, 1e-3), batch=2, checkpoint_every=1)
+
+    def stopped(*args):
+        steps.append(0)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return forward(*args)
+
+    forward = dmt.DMT.forward
+    monkeypatch.setattr(dmt.DMT, "forward", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        setting.learn(setting.build("DMT"), "DMT", **whole)
+    assert not setting.kept.exists()
+    model, terms = setting.build("DMT"), []
+    history = setting.learn(model, "DMT", terms, **whole)
+    assert len(history) == 4 and len(terms) == 2 and len(steps) == 5  # two steps were done before
+    kept = runs.encoder(given(weights=str(setting.kept), dry_run=False))
+    images = torch.randn(1, 3, 224, 224)
+    assert torch.equal(kept(images), model.export()(images))
+    others = (("fusion", "mean"), ("seed", 1), ("mask_ratio", 0.5), ("student", "base"))
+    files = {runs.setting(given(**vars(p) | {k: v}), tmp_path, {}).kept for k, v in others}
+    assert len(files | {setting.kept}) == 5
     with pytest.raises(BadParameter, match="folder"):
         runs._pictures(given(dataset="pretraining/coco"))
     with pytest.raises(MissingData, match="imagenet"):
         runs._pictures(given())
+    with pytest.raises(MissingData, match="no pictures"):
+        runs._pictures(given(dataset="folder", data_root=str(tmp_path / "trained" / "none")))
 
 
 # --- downstream -------------------------------------------------------------------------------------------------------
@@ -185,6 +229,30 @@ def test_dry_run_downstream(task, small, monkeypatch):
 
 
 GENERATED, CROPS = runs._Generated, runs.down.Crops
+
+
+@pytest.mark.parametrize("task, count", [("detect", 118_287), ("segment", 20_210)])
+def test_real_sets_are_trained_for_the_published_steps(task, count, small, monkeypatch, tmp_path):
+    """Neither set is a whole number of batches."""
+
+    class Many(GENERATED):
+        def __init__(self):
+            super().__init__(task, count, 64, 0) if task == "segment" else super().__init__(task, 1, 64, 0)
+            self.count = count
+
+    asked = []
+
+    def fit(model, loss, data, *, epochs, batch, sides, checkpoint, resume, **options):
+        steps = round(epochs * (len(data) // batch))  # as the real one reckons
+        asked.append(({len(rates) for _, rates in sides.values()}, steps, checkpoint.parent.name, resume))
+        return []
+
+    monkeypatch.setattr(runs, "fit", fit)
+    monkeypatch.setattr(runs.pretraining, "load", lambda name, root, split: Many())
+    found = runs.downstream(given(task=task, dry_run=False, encoder="random"), tmp_path)
+    found.learn(found.build())
+    steps = int(runs.recipe(task)["steps"])
+    assert asked == [({steps}, steps, "trained", True)]
 
 
 def test_bad_questions(tmp_path, small):
@@ -217,20 +285,22 @@ def test_augmentation_gives_normalised_crops():
 
 def test_results_gather_and_stand_in_rows_of_their_own(tmp_path):
     row = {"task": "fine-tune", "student": "tiny", "encoder": "distilled", "teachers": "MAE, MoCo v3, iBOT",
-           "fusion": "separate", "target_norm": "channel", "losses": "token and map", "seed": 0, "metric": "top-1",
-           "score": 70.0}  # fmt: skip
+           "teacher_view": "full", "target_norm": "channel", "fusion": "separate", "losses": "token and map",
+           "mask_ratio": 0.75, "seed": 0, "metric": "top-1", "score": 70.0}  # fmt: skip
     path = tmp_path / "measured.csv"
     runs.measured(path, row, row | {"seed": 1, "score": 72.0}, row | {"task": "linear probe", "score": 10.0})
+    runs.measured(path, row | {"fusion": "gate", "mask_ratio": 0.5, "score": 60.0})
     rows = runs.measured(path, row | {"encoder": "teacher", "score": 83.0})
-    assert isinstance(rows, pd.DataFrame) and len(rows) == 4
+    assert isinstance(rows, pd.DataFrame) and len(rows) == 5
     found = runs.cells(rows, "imagenet")
     assert found == {
         ("reconstruction (MAE, MoCo v3, iBOT), ViT-T", "imagenet_top1"): 71.0,
+        ("reconstruction (MAE, MoCo v3, iBOT; fusion gate; mask_ratio 0.5), ViT-T", "imagenet_top1"): 60.0,
         ("MAE, ViT-B", "imagenet_top1"): 83.0,
     }
     shown = runs.tables(rows)["ImageNet-1k after fine-tuning"]
     own = shown[shown.method.str.startswith("reconstruction")]
-    assert own.imagenet_top1.item() == "– / 71.00"
+    assert set(own.imagenet_top1) == {"– / 71.00", "– / 60.00"}
     assert (shown[shown.method == "DMT, ViT-T"].imagenet_top1 == "–").all()
     assert list(itertools.chain(*(t.columns[:1] for t in runs.tables(rows).values()))) == ["method"] * 3
 

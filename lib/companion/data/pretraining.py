@@ -5,7 +5,8 @@
     load("pretraining/ade20k", "data", "test")[0]           # uint8 (3, H, W), int64 (H, W), 255 where nothing counts
 
 Opening a set lists its files or reads its annotations; a picture is decoded when it is asked for. `root` is the data
-folder; `pretraining_sets` describes the sets. `instances` and `scenes` read folders of one's own in the same formats.
+folder; `pretraining_sets` describes the sets. `instances` and `scenes` read folders of one's own in the same formats,
+`pictures` one without labels.
 """
 
 from __future__ import annotations
@@ -157,6 +158,23 @@ def instances(annotations: str | Path, images: str | Path) -> Instances:
     if not file.is_file():
         raise own.missing(file.parent, f"{file} is not there")
     return _instances(own, file.parent, file, folder)
+
+
+def pictures(root: str | Path) -> Images:
+    """Your own pictures without labels: all below `root`, at any depth, or below `root`/train where there is one.
+
+    An item is (float32 (3, H, W) in [0, 1], 0). Hidden files and folders are passed over. Raises as `load`.
+    """
+    root = Path(root)
+    own = _own(root, "*.jpg    or any other picture, in folders of any depth; train/ alone where there is one")
+    folder, found = root / "train" if (root / "train").is_dir() else root, []
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        there = sorted(n for n in names if n.lower().endswith(IMG_EXTENSIONS) and not n.startswith("."))
+        found += [f"{place}/{name}" for name in there]
+    if not found:
+        raise own.missing(root, f"there are no pictures in {folder}")
+    return Images(own, root, found, [0] * len(found), 1)
 
 
 def scenes(root: str | Path, split: str, classes: int) -> Scenes:

@@ -256,11 +256,11 @@ class TinyMIM(nn.Module):
         teacher, student = _parts(state, "TinyMIM")
         first = ViT.from_official(teacher, what="TinyMIM's teacher")
         second = ViT.from_official(student, student_heads, "TinyMIM's student")
-        second.blocks[-1].attn = _reheaded(second.blocks[-1].attn, first.heads)
+        second.blocks[-1].attn = reheaded(second.blocks[-1].attn, first.heads)
         return cls(first, second).eval()
 
 
-def _reheaded(attention: nn.Module, heads: int) -> nn.Module:
+def reheaded(attention: nn.Module, heads: int) -> nn.Module:
     """The same tensors, split into other heads."""
     attention.num_heads, attention.head_dim = heads, attention.qkv.in_features // heads
     attention.scale = attention.head_dim**-0.5

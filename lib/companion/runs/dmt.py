@@ -6,20 +6,21 @@ import functools
 import os
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import InterpolationMode, v2
 
 from .. import report
-from ..data import classification, pretraining
+from ..data import pretraining
 from ..data.pretraining_sets import ADE20K, COCO, IMAGENET
 from ..errors import BadParameter, MissingWeights
 from ..files import atomic
@@ -28,6 +29,7 @@ from ..metrics import detection, landcover
 from ..models import dmt, dmt_cache, dmt_teachers
 from ..models import dmt_downstream as down
 from ..models.dmt import DMT, Teachers, ViT
+from ..models.dmt_ancestors import reheaded
 from ..pocket import collage
 from ..pocket import teachers as taught
 from ..progress import progress
@@ -57,6 +59,8 @@ class Setting:
         learn: trains a model in place: (model, method, list that receives the losses of each step, arguments of `fit`)
             to the history. A row of the list: the total, token and map loss of each head, relation of each teacher.
         parts: "train" and "test" of the pocket pictures, to probe and to look at; empty at the paper profile.
+        kept: the file that a training of many hours leaves its student in, the parameter `weights`; beside it is the
+            checkpoint that it goes on from after a stop. None where nothing is kept.
     """
 
     title: str
@@ -66,6 +70,7 @@ class Setting:
     build: Callable[[str], DMT]
     learn: Callable[..., list[dict]]
     parts: dict = field(default_factory=dict)
+    kept: Path | None = None
 
 
 def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
@@ -222,7 +227,8 @@ def distil(
 
     Args:
         data: items (picture,), or (picture, tokens of each teacher) of a cache.
-        terms: receives the losses of every step, see `Setting`.
+        terms: receives the losses of every step, see `Setting`; on several devices the total alone, and after a stop
+            those of the steps since.
         rates: of each step; the published ones without it.
         at_once: pictures that go through a device together. (Targets standardised by the running statistics do not
             depend on it.)
@@ -245,13 +251,15 @@ def distil(
     sides = {"all": ([t for t in model.parameters() if t.requires_grad], rates)}
     parts = -(-options["batch"] // (options["devices"] * at_once))
     history = fit(model, loss, data, epochs=len(rates) / per_epoch, sides=sides, accumulate=parts, **options)
-    if terms is not None:
-        terms.extend(np.reshape(seen, (len(rates), parts, -1)).mean(1).tolist())
+    if seen:
+        terms.extend(np.reshape(seen, (-1, parts, len(seen[0]))).mean(1).tolist())
+    elif terms is not None:  # seen by other processes, or before a stop
+        terms.extend([row["loss"]] for row in history)
     return history
 
 
 def _distil(p: SimpleNamespace, out: Path) -> Setting:
-    taught_by, steps = teachers(p), {}
+    taught_by, steps, kept = teachers(p), {}, None
     if p.cached and p.losses == "with relations":
         raise BadParameter("losses", p.losses, "any other with cached teachers: relations are not kept")
     if p.dry_run:
@@ -260,7 +268,7 @@ def _distil(p: SimpleNamespace, out: Path) -> Setting:
         title = "generated pictures, random teachers without a file (dry run: losses mean nothing)"
         steps = {"rates": np.full(2, recipe("distil")["lr"]), "batch": DRY_BATCH, "workers": 0}
     else:
-        raw = _pictures(p)
+        raw, kept = _pictures(p), out / "trained" / f"ViT-{p.student}, seed {p.seed}, {_fingerprint(p)}.safetensors"
         title = f"{p.dataset or USUAL['distil']}, {len(raw):,} pictures"
 
     @functools.cache
@@ -273,7 +281,11 @@ def _distil(p: SimpleNamespace, out: Path) -> Setting:
         return dmt_cache.Distilled(views, cache)
 
     def learn(model: DMT, method: str, terms: list[list[float]] | None = None, **changes: object) -> list[dict]:
-        return distil(p, model, data(), terms, **(steps | {"name": method} | changes))
+        going_on = {} if kept is None else {"checkpoint": kept.with_suffix(".pt"), "resume": True}
+        history = distil(p, model, data(), terms, **(steps | going_on | {"name": method} | changes))
+        if kept is not None:
+            save(model, kept)
+        return history
 
     return Setting(
         title=title,
@@ -282,23 +294,41 @@ def _distil(p: SimpleNamespace, out: Path) -> Setting:
         teachers=taught_by,
         build=lambda method: build(p, taught_by),
         learn=learn,
+        kept=kept,
     )
 
 
+def _fingerprint(p: SimpleNamespace) -> str:
+    """Of what decides a training: another one has another checkpoint. Files of weights count by size and date."""
+    asked = ("task", "dataset", "data_root", "encoder", "student", "teachers", "teacher_files", "teacher_view",
+             "target_norm", "fusion", "losses", "mask_ratio", "cached", "weights")  # fmt: skip
+    found = [(name, getattr(p, name)) for name in asked]
+    for path in (p.weights, *files(p.teacher_files).values()):
+        if path and Path(path).is_file():
+            found.append((Path(path).stat().st_size, Path(path).stat().st_mtime_ns))
+    return f"{zlib.crc32(repr(found).encode()):08x}"
+
+
 def _pictures(p: SimpleNamespace) -> Dataset:
-    """ImageNet's training pictures; "folder": the class folders of `data_root` itself. In [0, 1], at their own size."""
+    """ImageNet's training pictures; "folder": all below `data_root`, or below its `train` where it has one, at any
+    depth, since no label is asked for. In [0, 1], at their own size."""
     dataset = p.dataset or IMAGENET
     if dataset == "folder":
-        return classification.image_folder(p.data_root)["train"]
+        return pretraining.pictures(p.data_root)
     if dataset != IMAGENET:
         raise BadParameter("dataset", dataset, [IMAGENET, "folder"])
     return pretraining.load(dataset, p.data_root, "train")
 
 
 def save(model: DMT, path: Path) -> Path:
-    """Write the student alone, under the official names of MAE, MoCo v3, iBOT and DINO: the parameter `weights`."""
+    """Write the student alone, under the official names of MAE, MoCo v3, iBOT and DINO: the parameter `weights`.
+
+    Tensors do not say heads; the file's metadata does, in which a student that learned relations has a last block with
+    as many as its teachers."""
+    student = model.export()
+    heads = {"heads": str(student.blocks[0].attn.num_heads), "last_heads": str(student.heads)}
     with atomic(path) as temporary:
-        save_file(model.export().to_official(), temporary)
+        save_file(student.to_official(), temporary, heads)
     return path
 
 
@@ -341,11 +371,21 @@ def encoder(p: SimpleNamespace) -> ViT:
     if not Path(p.weights).is_file():
         ways = ["task = 'distil' trains one; its file, written by `runs.dmt.save`, goes into `weights`"]
         raise MissingWeights("a distilled student (none was released)", Path(p.weights or "weights"), ways)
-    return ViT.from_official(dmt_teachers.read(p.weights), what="a distilled student")
+    state, heads = dmt_teachers.read(p.weights), {}
+    if Path(p.weights).suffix == ".safetensors":
+        with safe_open(p.weights, "pt") as file:
+            heads = file.metadata() or {}
+    student = ViT.from_official(state, int(heads["heads"]) if "heads" in heads else None, "a distilled student")
+    if "last_heads" in heads:
+        reheaded(student.blocks[-1].attn, int(heads["last_heads"]))
+    return student
 
 
-def downstream(p: SimpleNamespace) -> Downstream:
+def downstream(p: SimpleNamespace, out: Path | None = None) -> Downstream:
     """What the parameters `task`, `dataset`, `encoder`, `student` and `weights` ask for.
+
+    Args:
+        out: the run's folder, where a training keeps its checkpoint and goes on after a stop; None: it does not.
 
     Raises:
         BadParameter, MissingData, MissingWeights, BadCheckpoint: with what to change or get.
@@ -362,7 +402,12 @@ def downstream(p: SimpleNamespace) -> Downstream:
     else:
         title = f"{p.task} on {dataset}, {p.encoder} encoder"
     make = {"fine-tune": _fine_tune, "linear probe": _probe, "detect": _detect, "segment": _segment}[p.task]
-    return make(p, title, numbers)
+    found = make(p, title, numbers)
+    if p.dry_run or out is None:
+        return found
+    checkpoint = out / "trained" / f"{p.task}, seed {p.seed}, {_fingerprint(p)}.pt"
+    going_on = {"checkpoint": checkpoint, "resume": True}
+    return replace(found, learn=lambda model, **changes: found.learn(model, **(going_on | changes)))
 
 
 def _options(p: SimpleNamespace, numbers: Mapping[str, float], count: int, changes: Mapping) -> dict:
@@ -370,6 +415,11 @@ def _options(p: SimpleNamespace, numbers: Mapping[str, float], count: int, chang
     return {"batch": min(int(numbers["batch"]), count), "seed": p.seed, "accelerator": p.accelerator,
             "devices": p.devices, "precision": p.precision, "workers": 0 if p.dry_run else WORKERS,
             "weight_decay": numbers["weight_decay"], "name": p.task} | changes  # fmt: skip
+
+
+def _epochs(steps: int, train: Dataset, options: Mapping) -> float:
+    """Passes that take so many steps: `fit` leaves out the last partial batch of each."""
+    return steps / (len(train) // options["batch"])
 
 
 def _images(p: SimpleNamespace, split: str, transform: Callable) -> Dataset:
@@ -495,7 +545,7 @@ def _detect(p: SimpleNamespace, title: str, numbers: Mapping[str, float]) -> Dow
             rates = rates * np.minimum(1, (step + 1) / numbers["warmup_steps"])
         sides = down.layer_rates(model, model.backbone.vit, rates, numbers["layer_decay"])
         parts = max(1, options["batch"] // (p.devices * 8))
-        return fit(model, down.detection_loss, train, epochs=steps * options["batch"] / len(train), sides=sides,
+        return fit(model, down.detection_loss, train, epochs=_epochs(steps, train, options), sides=sides,
                    accumulate=parts, **options)  # fmt: skip
 
     def score(model: nn.Module) -> dict[str, float]:
@@ -532,8 +582,7 @@ def _segment(p: SimpleNamespace, title: str, numbers: Mapping[str, float]) -> Do
         warmup = 0 if p.dry_run else int(numbers["warmup_steps"])
         rates = learning_rates("linear", numbers["lr"], steps, warmup, numbers["final_lr"])
         sides = down.layer_rates(model, model.vit, rates, numbers["layer_decay"])
-        return fit(model, down.segmentation_loss, train, epochs=steps * options["batch"] / len(train), sides=sides,
-                   **options)  # fmt: skip
+        return fit(model, down.segmentation_loss, train, epochs=_epochs(steps, train, options), sides=sides, **options)
 
     def score(model: nn.Module) -> dict[str, float]:
         test, device = data["test"], _device(p)
@@ -571,7 +620,10 @@ def _bar(name: str) -> Callable:
 
 # --- results ----------------------------------------------------------------------------------------------------------
 
-KEYS = ["task", "student", "encoder", "teachers", "fusion", "target_norm", "losses", "seed", "metric"]
+CHOICES = {"teacher_view": "full", "target_norm": "channel", "fusion": "separate", "losses": "token and map",
+           "mask_ratio": 0.75}  # fmt: skip
+"""Of the reconstruction, with what is taken unless something else is asked for."""
+KEYS = ["task", "student", "encoder", "teachers", *CHOICES, "seed", "metric"]
 TABLES = {"imagenet": {"top-1": "imagenet_top1"}, "coco": {"box AP": "box_ap", "mask AP": "mask_ap"},
           "ade20k": {"mIoU": "miou"}}  # fmt: skip
 
@@ -585,13 +637,15 @@ def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
     """Means over seeds by (row, column) of a table. Ours are rows of their own: a reconstruction reproduces nothing."""
     columns = TABLES[table]
     rows = rows[rows.metric.isin(columns) & (rows.task != "linear probe")]
-    found = {}
-    for (student, start, names, metric), group in rows.groupby(["student", "encoder", "teachers", "metric"]):
-        size = f"ViT-{student[0].upper()}"
-        name = {"distilled": f"reconstruction ({names}), {size}", "random": f"from scratch, {size}",
-                "teacher": f"{names.partition(',')[0]}, ViT-B"}[start]  # fmt: skip
-        found[name, columns[metric]] = float(group.score.mean())
-    return found
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows.to_dict("records"):
+        size = f"ViT-{row['student'][0].upper()}"
+        others = [f"{choice} {row[choice]}" for choice, usual in CHOICES.items() if row[choice] != usual]
+        name = {"distilled": f"reconstruction ({'; '.join([row['teachers'], *others])}), {size}",
+                "random": f"from scratch, {size}",
+                "teacher": f"{row['teachers'].partition(',')[0]}, ViT-B"}[row["encoder"]]  # fmt: skip
+        found.setdefault((name, columns[row["metric"]]), []).append(float(row["score"]))
+    return {cell: float(np.mean(scores)) for cell, scores in found.items()}
 
 
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
