@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from lightning_fabric import Fabric
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import TensorDataset
@@ -434,6 +435,23 @@ def test_dino_resumes_to_the_same_bits(kind, tmp_path, monkeypatch):
     path.write_bytes(b"no")
     with pytest.raises(CorruptFile):
         dino.pretrain(encoder, pictures, views, checkpoint=path, resume=True, **SMALL)
+
+
+def test_dinos_moments_are_loaded_where_the_tensors_are(tmp_path, monkeypatch):
+    """On a card that is after the move there, which a stand-in for a card notes."""
+    encoder, pictures, views = tiny("region")
+    dino.pretrain(encoder, pictures, views, checkpoint=tmp_path / "dino.pt", **SMALL)
+    order, load = [], torch.optim.AdamW.load_state_dict
+
+    class Card(Fabric):
+        def to_device(self, obj):
+            order.append("moved")
+            return super().to_device(obj)
+
+    monkeypatch.setattr(dino, "launcher", lambda **settings: Card(**settings))
+    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda *given: (order.append("loaded"), load(*given)))
+    dino.pretrain(encoder, pictures, views, checkpoint=tmp_path / "dino.pt", resume=True, **SMALL)
+    assert order == ["moved", "loaded"]
 
 
 def test_dinos_teacher_follows_by_its_momentum(monkeypatch):

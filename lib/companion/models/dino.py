@@ -237,11 +237,12 @@ def pretrain(
         optimizer = torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr)
         criterion, history = Loss(outputs), []
         parts = {"student": student, "teacher": teacher, "loss": criterion, "optimizer": optimizer}
-        if resume and checkpoint and Path(checkpoint).is_file():
-            history = _resume(checkpoint, settings, parts)
         wrapped, optimizer = fabric.setup(student, optimizer)
         for part in (teacher, criterion):
             part.to(fabric.device)
+        if resume and checkpoint and Path(checkpoint).is_file():
+            # not before: the optimiser's moments go where the tensors are
+            history = _resume(checkpoint, settings, parts)
         wrapped.train()
         for step in progress(range(len(history), steps), name, steps, len(history)):
             epoch, i = divmod(step, per_epoch)
