@@ -327,7 +327,7 @@ def accuracy(model: prompting.PromptedCLIP, data: Dataset, classes: tuple[str, .
     """Top-1 accuracy in percent on (image, label) among `classes`; `seed` is that of DPLQ's noise, the rest is for
     `companion.fit.predict`."""
     model.set_classes(classes)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         logits = predict(model, data, batch=TEST_BATCH, **options)
     labels = data.tensors[1] if isinstance(data, TensorDataset) else torch.tensor(data.labels)
