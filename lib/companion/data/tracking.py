@@ -86,7 +86,8 @@ def read_frame(visible: str | Path, infrared: str | Path) -> np.ndarray:
     first, second = _picture(Path(visible)), _picture(Path(infrared))
     if first.shape != second.shape:
         sizes = [f"{image.shape[1]}x{image.shape[0]}" for image in (second, first)]
-        raise CorruptFile(infrared, f"it has {sizes[0]} pixels, but the visible frame {visible} has {sizes[1]}")
+        said = f"it has {sizes[0]} pixels, but the visible frame {visible} has {sizes[1]}"
+        raise CorruptFile(infrared, said + ": bring both streams to the same pixels first")
     return np.concatenate([first, second], axis=2)
 
 
@@ -94,7 +95,8 @@ def _picture(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
-                raise CorruptFile(path, f"its pixels are not of 8 bits (mode {image.mode})")
+                how = "scale them to 0..255 first, all frames of a thermal video alike"
+                raise CorruptFile(path, f"its pixels are not of 8 bits (mode {image.mode}): {how}")
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, EOFError, StructError, Image.DecompressionBombError) as error:
         raise CorruptFile(path, str(error)) from error
