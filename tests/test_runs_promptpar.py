@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from companion import report
 from companion.data import DATASETS
 from companion.errors import BadParameter, CorruptFile, MissingData, MissingWeights
+from companion.models import promptpar
 from companion.models.promptpar import PromptPAR
 from companion.pocket import pedestrians as pocket
 from companion.pocket.tokens import Tokenizer
@@ -30,8 +31,8 @@ def given(**changes) -> SimpleNamespace:
 
 
 def setting(p: SimpleNamespace) -> runs.Setting:
-    """At the paper profile, which needs no study and writes no pictures."""
-    return runs.setting(p, Path("nowhere"), {})
+    """At the paper profile, which needs no study and writes no pictures; what is trained is kept with the data."""
+    return runs.setting(p, Path(p.data_root), {})
 
 
 def small_backbones(embed: int = 64) -> tuple[CLIP, VisionTransformer]:
@@ -137,16 +138,37 @@ def test_without_the_similarity_loss_its_tensors_only_decay(small, folder):
     assert with_it.temperature.item() != 1.0 and with_it.agg_bn.bias.any()
 
 
-def test_training_learns_and_a_seed_gives_the_same(small, folder):
-    found = setting(given(data_root=folder))
+def test_training_learns_and_a_seed_gives_the_same(small, folder, tmp_path):
+    found, other = setting(given(data_root=folder)), runs.setting(given(data_root=folder), tmp_path / "other", {})
     model, history = runs.train(found, "PromptPAR", epochs=24)
-    again, same = runs.train(found, "PromptPAR", epochs=24)
+    again, same = runs.train(other, "PromptPAR", epochs=24)
     assert [row["loss"] for row in history] == [row["loss"] for row in same]
     # few pictures, networks of random weights: the loss falls by an eighth to a quarter
     assert np.mean([row["loss"] for row in history[-8:]]) < 0.95 * np.mean([row["loss"] for row in history[:4]])
     assert runs.scores(model, found).totals == runs.scores(again, found).totals
     assert not torch.equal(found.parts["train"][0][0], found.parts["train"][0][0])  # cut and flipped at random
     assert torch.equal(found.parts["test"][0][0], found.parts["test"][0][0])
+
+
+def test_what_was_trained_is_kept_and_can_be_tested_elsewhere(small, folder, monkeypatch):
+    """A training of many hours: read when it is done, and its weights are a `checkpoint`."""
+    model, history = runs.train(setting(given(data_root=folder)), "PromptPAR", epochs=1)
+    monkeypatch.setattr(promptpar, "loss", lambda *given: pytest.fail("trained again"))
+    again, same = runs.train(setting(given(data_root=folder)), "PromptPAR", epochs=1)
+    assert same == history and all(torch.equal(t, again.state_dict()[n]) for n, t in model.state_dict().items())
+    file = Path(folder) / "trained" / "PromptPAR, folder, seed 0.safetensors"
+    p = given(data_root=folder, checkpoint=str(file))
+    read, none = runs.train(setting(p), "PromptPAR")
+    assert none == [] and torch.equal(read.prompts, model.prompts)
+    assert runs.scores(read, setting(p)).totals == runs.scores(model, setting(given(data_root=folder))).totals
+
+
+def test_a_small_folder_of_ones_own_is_trained(small, folder):
+    """Fewer pictures than the sixteen of a batch."""
+    lines = (Path(folder) / "labels.csv").read_text().splitlines()
+    (Path(folder) / "labels.csv").write_text("\n".join([*lines[:6], *lines[-2:]]))
+    _, history = runs.train(setting(given(data_root=folder)), "PromptPAR", epochs=2)
+    assert len(history) == 2 and all(np.isfinite(row["loss"]) for row in history)
 
 
 def test_releases_and_quirks(small, folder):
@@ -258,7 +280,7 @@ def test_what_is_not_as_published_is_in_the_name():
     assert runs.label(given()) == "PromptPAR"
     changed = given(release="2025", quirks=False, texts="phrases", clip="ViT-B-16-quickgelu/openai")
     assert runs.label(changed) == "PromptPAR, code of 2025, as meant, phrases, ViT-B-16-quickgelu/openai"
-    assert runs.label(given(checkpoint="x.pth")) == "PromptPAR, the authors' weights"
+    assert runs.label(given(checkpoint="a/x.pth")) == "PromptPAR, weights of x.pth"
 
 
 def test_facts_and_code_name_the_same_things():

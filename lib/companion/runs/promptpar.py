@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from .. import backbones, report
+from .. import backbones, kept, report
 from ..data import DATASETS, attributes
 from ..data.attributes_sets import PHRASES, SENTENCES
 from ..errors import BadParameter, MissingWeights
@@ -88,7 +88,7 @@ def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float
 
     Args:
         p: the checked parameters of the notebook.
-        out: the run's folder; pocket pictures are written below it.
+        out: the run's folder; pocket pictures, and what a training of the paper profile keeps, are written below it.
         rates: learning rates by (task, method), as the study chose them on validation.
 
     Raises:
@@ -102,7 +102,7 @@ def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float
         raise BadParameter("texts", p.texts, f"'sentences'; phrases are known of {', '.join(PHRASES)}")
     if p.checkpoint and p.method != "PromptPAR":
         raise BadParameter("method", p.method, ["PromptPAR with a checkpoint: it holds PromptPAR's weights"])
-    return _dry(p) if p.dry_run else _paper(p)
+    return _dry(p) if p.dry_run else _paper(p, out)
 
 
 def _pocket(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
@@ -152,9 +152,10 @@ def sides(model: PromptPAR, epochs: int, steps: int) -> dict[str, tuple[list[nn.
 def learn(p: SimpleNamespace, data: Dataset, ratio: Tensor, model: PromptPAR, method: str, **changes) -> list[dict]:
     """Train by the authors' recipe, in place; `changes` are arguments of `fit`, `epochs` and `batch` among them."""
     settings = recipe()["heads"]
-    options = {"epochs": int(settings["epochs"]), "batch": int(settings["batch"]), "seed": p.seed, "optimizer": "sgd",
-               "momentum": 0.9, "weight_decay": settings["weight decay"], "decay": "all",
-               "clip": settings["gradient clipping"], "accelerator": p.accelerator, "devices": p.devices,
+    # a folder of one's own may hold fewer pictures than a batch; numbers of NumPy's cannot be read from a checkpoint
+    options = {"epochs": int(settings["epochs"]), "batch": min(int(settings["batch"]), len(data)), "seed": p.seed,
+               "optimizer": "sgd", "momentum": 0.9, "weight_decay": float(settings["weight decay"]), "decay": "all",
+               "clip": float(settings["gradient clipping"]), "accelerator": p.accelerator, "devices": p.devices,
                "precision": p.precision, "name": method} | changes  # fmt: skip
     weight = METHODS[method].get("similarity", 0.5)
 
@@ -191,20 +192,27 @@ def _backbones(p: SimpleNamespace, clip: str | Path, fusion: str) -> tuple[nn.Mo
 
 
 def _released(p: SimpleNamespace, sentences: tuple[str, ...]) -> PromptPAR:
-    """The authors' trained model, from the file `checkpoint`."""
+    """A trained model from the file `checkpoint`: the authors', or what a training here kept."""
     if not Path(p.checkpoint).is_file():
         files = "PETA_Checkpoint.pth, PA100k_Checkpoint.pth or RAP1.pth"
         ways = [
             f"give the path of {files}, which the README of github.com/Event-AHU/OpenPAR links (folder PromptPAR)",
+            "or that of a training here, `trained/PromptPAR, ....safetensors` in its run's folder",
             "leave `checkpoint` empty to train",
         ]
         raise MissingWeights("PromptPAR's checkpoint", p.checkpoint, ways)
-    state, tokenizer = promptpar.read_checkpoint(p.checkpoint), open_clip.get_tokenizer(p.clip.partition("/")[0])
+    ours = Path(p.checkpoint).suffix == ".safetensors"
+    state = backbones.read_state(p.checkpoint) if ours else promptpar.read_checkpoint(p.checkpoint)
+    tokenizer = open_clip.get_tokenizer(p.clip.partition("/")[0])
     return PromptPAR.from_official(state, sentences, tokenizer, official_quirks=p.quirks)
 
 
-def _paper(p: SimpleNamespace) -> Setting:
-    """The published recipe on real pictures, trained on trainval; or the authors' weights, named by `checkpoint`."""
+def _paper(p: SimpleNamespace, out: Path) -> Setting:
+    """The published recipe on real pictures, trained on trainval; or trained weights, named by `checkpoint`.
+
+    A training leaves its checkpoint in `out`/trained, to go on from, and `<what was trained>.safetensors`, the weights
+    under the authors' names.
+    """
     own = p.dataset == "folder"
     sets = attributes.own_folder(p.data_root) if own else attributes.splits(p.dataset, p.data_root)
     train, test = sets["trainval"], sets["test"]
@@ -215,6 +223,14 @@ def _paper(p: SimpleNamespace) -> Setting:
     else:
         clip, fusion = _backbones(p, weights(p), "pretrained")
         made = functools.partial(build, p, sentences=sentences, clip=clip, fusion=fusion)
+
+    def learned(model: PromptPAR, method: str, **options) -> list[dict]:
+        folder, name = out / "trained", f"{label(p)}, {p.dataset}, seed {p.seed}"
+        resumed = kept.checkpoint(folder, name, model, train.sources, train.labels)
+        history = learn(p, train, train.ratio, model, method, **({"workers": WORKERS} | resumed | options))
+        kept.save(folder, name, model.to_official())
+        return history
+
     size = clip.visual.image_size[0]
     train.transform, test.transform = (attributes.square_transform(size, train=flag) for flag in (True, False))
     return Setting(
@@ -227,7 +243,7 @@ def _paper(p: SimpleNamespace) -> Setting:
         trained=() if p.checkpoint else (p.method,),
         rates={},
         build=made,
-        learn=functools.partial(learn, p, train, train.ratio, workers=WORKERS),
+        learn=learned,
         probabilities=functools.partial(probabilities, p, workers=WORKERS),
     )
 
@@ -264,7 +280,7 @@ def _dry(p: SimpleNamespace) -> Setting:
 
 
 def train(found: Setting, method: str, **options) -> tuple[PromptPAR, list[dict]]:
-    """Build a method of a setting and train it; the authors' weights are trained already, their history is empty."""
+    """Build a method of a setting and train it; weights of a file are trained already, their history is empty."""
     model = found.build(method)
     if method not in found.trained:
         return model.eval(), []
@@ -301,7 +317,8 @@ def first(found: Setting, part: str, count: int) -> tuple[Tensor, Tensor]:
 def label(p: SimpleNamespace) -> str:
     """The method's name in the tables, with what is not as published."""
     changed = [p.method]
-    changed += ["the authors' weights"] if p.checkpoint else [f"code of {p.release}"] if p.release != "2023" else []
+    changed += [f"weights of {Path(p.checkpoint).name}"] if p.checkpoint else []
+    changed += [f"code of {p.release}"] if p.release != "2023" and not p.checkpoint else []
     changed += [] if p.quirks else ["as meant"]
     changed += ["phrases"] if p.texts == "phrases" else []
     changed += [p.clip] if p.clip != CLIP else []
