@@ -72,6 +72,14 @@ def test_a_png_with_a_world_file(tmp_path):
         Raster(tmp_path / "a.png")
 
 
+def test_a_photograph_in_four_inks_has_its_colours(tmp_path):
+    red = np.zeros((16, 16, 3), np.uint8)
+    red[..., 0] = 220
+    Image.fromarray(red).convert("CMYK").save(tmp_path / "inks.jpg", quality=100)
+    with geotiff.Raster(tmp_path / "inks.jpg") as picture:
+        assert np.abs(picture.read().astype(int).mean((1, 2)) - [220, 0, 0]).max() < 8
+
+
 def test_a_map_lies_where_its_picture_lies(tmp_path):
     image = noise()
     image[:, :20, :30] = 7

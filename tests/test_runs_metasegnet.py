@@ -359,8 +359,43 @@ def test_potsdam(quick, tmp_path):
     anchors, ours = tables.values()
     twin = anchors[(anchors.method == "FT-UNetFormer") & (anchors["set"] == "Potsdam")].iloc[0]
     assert twin.mIoU == 87.5 and twin["mIoU here"] == pytest.approx(ours.mIoU[0])
-    assert anchors["mIoU here"].notna().sum() == 1
+    assert anchors["mIoU here"].notna().sum() == 1 and list(anchors["augmentation here"]).count("none") == 1
     assert twin["OA here"] == pytest.approx(metrics.scores(counts, (5,)).oa)
+    # with augmentation, and another seed without: what stands beside the author's is of one kind
+    perfect = counts.diag().diag()
+    for changes, found_ in (({"augmentation": "d4"}, perfect), ({"seed": 1}, counts)):
+        other = SimpleNamespace(**vars(p) | changes)
+        runs.keep(tmp_path / "results.csv", other, found, {"test": found_})
+    anchors, _ = runs.tables(tmp_path / "results.csv").values()
+    twin = anchors[(anchors.method == "FT-UNetFormer") & (anchors["set"] == "Potsdam")].iloc[0]
+    assert twin["OA here"] == 100 and twin["augmentation here"] == "d4"
+
+
+def test_a_training_goes_on_after_a_stop(quick, tmp_path, monkeypatch):
+    earth(tmp_path, ("tokyo", "kyoto", "el_rodeo", "paris"))
+    p, steps, forward = given(data_root=str(tmp_path)), [], MetaSegNet.forward
+
+    def stopped(*args):
+        steps.append(0)
+        if len(steps) == stop:
+            raise KeyboardInterrupt
+        return forward(*args)
+
+    monkeypatch.setattr(MetaSegNet, "forward", stopped)
+    weights = []
+    for name, stop in (("whole", 0), ("parts", 2)):
+        found = runs.setting(p, tmp_path / name, {})
+        steps.clear()
+        if stop:
+            with pytest.raises(KeyboardInterrupt):
+                runs.train(found, "MetaSegNet", checkpoint_every=1)
+        model, history = runs.train(found, "MetaSegNet", checkpoint_every=1)
+        assert len(history) == 2 and len(steps) == (3 if stop else 2)
+        weights.append(trained_state(model))
+    assert all(torch.equal(t, weights[1][n]) for n, t in weights[0].items())
+    for changes in ({"held_out": "Aw"}, {"seed": 1}, {"text_encoder": "clip"}):
+        runs.train(runs.setting(given(**vars(p) | changes), tmp_path / "parts", {}), "MetaSegNet")
+    assert len(list((tmp_path / "parts" / "trained").iterdir())) == 4
 
 
 def test_ones_own_folder_is_trained_kept_and_mapped(quick, tmp_path, capsys):
@@ -434,6 +469,10 @@ def test_results_of_several_runs_gather(tmp_path):
         full.measured(path, full.row(given(method=method, seed=seed), "test", part_, matrix))
     rows = full.measured(path)
     assert len(rows) == 3 and set(rows.prompt) == {"none", "full"} and (rows.mIoU == 100).all()
+    for changes in ({"text_encoder": "clip"}, {"prompts": "mine.yaml"}, {"method": "unimodal", "text_encoder": "clip"}):
+        full.measured(path, full.row(given(**changes), "test", part_, matrix))
+    rows = full.measured(path)
+    assert len(rows) == 5 and list(rows[rows.method == "unimodal"].text_encoder) == ["none"]
     assert isinstance(rows, pd.DataFrame) and set(full.KEYS) <= set(rows.columns)
 
 

@@ -115,7 +115,8 @@ class Raster:
         Raises `CorruptFile`: fewer bands, another type than uint8, or a part that cannot be decoded."""
         rasterio = _rasterio()
         if self._file.count < max(bands):
-            raise CorruptFile(self.path, f"it has {self._file.count} band(s), {max(bands)} are needed")
+            way = " (grey: gdal_translate -b 1 -b 1 -b 1; a palette: -expand rgb)" if max(bands) == 3 else ""
+            raise CorruptFile(self.path, f"it has {self._file.count} band(s), {max(bands)} are needed{way}")
         if (kind := self._file.dtypes[bands[0] - 1]) != "uint8":
             raise CorruptFile(self.path, f"its pixels are {kind}; uint8 is needed (gdal_translate -ot Byte -scale)")
         rows, columns = rows or self.size[0] - top, columns or self.size[1] - left
@@ -132,7 +133,8 @@ class Raster:
         if self._whole is None:
             try:
                 with Image.open(self.path) as image:
-                    self._whole = np.asarray(image)
+                    # four inks are no colours; GDAL says of them what they look like, too
+                    self._whole = np.asarray(image.convert("RGB") if image.mode == "CMYK" else image)
             except (OSError, SyntaxError, Image.DecompressionBombError) as error:
                 raise CorruptFile(self.path, f"it cannot be decoded ({error})") from error
         return self._whole

@@ -67,7 +67,7 @@ def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float
     """
     if p.profile == "pocket":
         return _pocket(p, out, rates)
-    return Setting(**full.parts(p))
+    return Setting(**full.parts(p, out))
 
 
 def _pocket(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:

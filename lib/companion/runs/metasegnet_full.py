@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from ..errors import BadParameter, CorruptFile, MissingWeights
 from ..files import atomic
 from ..fit import fit, trained_state
 from ..metrics import landcover as metrics
-from ..models.metasegnet import SIZES, MetaSegNet, augmented, bands, joint_loss, lookahead, swin
+from ..models.metasegnet import SIZES, MetaSegNet, augmented, bands, joint_loss, lookahead, swin, views
 from ..models.metasegnet_text import BertText, ClipText, TextEncoder, Words, headless
 from ..models.prompting import load_official
 
@@ -417,8 +418,11 @@ def maps(folder: str | Path, out: str | Path, p: SimpleNamespace) -> Iterator[tu
 # --- what a setting is made of ----------------------------------------------------------------------------------------
 
 
-def parts(p: SimpleNamespace) -> dict[str, object]:
+def parts(p: SimpleNamespace, out: Path) -> dict[str, object]:
     """What a setting of the paper profile is made of: the arguments of `runs.metasegnet.Setting`.
+
+    Args:
+        out: the run's folder; a training keeps its checkpoint in `<out>/trained`, and goes on from it after a stop.
 
     Raises:
         BadParameter, MissingData, MissingWeights, CorruptFile: with what to change or get.
@@ -447,10 +451,21 @@ def parts(p: SimpleNamespace) -> dict[str, object]:
         if model.text is not None:
             given = texts(prompts, method, zones, own=own, seed=p.seed)
             data = Prompted(data, model.text, given, DROPPED if LEVELS[method] == "full" else 0.0)
-        return learn(p, ConcatDataset([data] * r.copies), model, **changes)
+        checkpoint = out / "trained" / f"{method}, seed {p.seed}, {_fingerprint(p)}.pt"
+        going_on = {"checkpoint": checkpoint, "resume": True}
+        return learn(p, ConcatDataset([data] * r.copies), model, **(going_on | changes))
 
     title = f"{p.dataset}, {len(whole):,} images" + (f", zone {p.held_out} left out" if p.held_out else "")
     return _made(p, prompts, title, whole.classes, whole.palette, whole.left_out, teach, tested)
+
+
+def _fingerprint(p: SimpleNamespace) -> str:
+    """Of what decides a training: another one has another checkpoint. Files count by size and date."""
+    found = [getattr(p, name) for name in ("dataset", "data_root", "without_xbd", "held_out", "text_encoder")]
+    for path in (p.prompts or PROMPTS, p.weights):
+        there = Path(path).stat() if path and Path(path).is_file() else None
+        found.append((str(path), there and (there.st_size, there.st_mtime_ns)))
+    return f"{zlib.crc32(repr(found).encode()):08x}"
 
 
 def _made(p, prompts, title, classes, palette, left_out, teach, tested) -> dict[str, object]:
@@ -559,7 +574,7 @@ def _dry(p: SimpleNamespace, prompts: Prompts) -> dict[str, object]:
 
 # --- results that gather ----------------------------------------------------------------------------------------------
 
-KEYS = ["method", "dataset", "test", "prompt", "augmentation", "held_out", "seed"]
+KEYS = ["method", "dataset", "test", "prompt", "text_encoder", "texts", "augmentation", "held_out", "seed"]
 VALUES = ["mIoU", "mF1", "OA"]
 
 
@@ -570,7 +585,9 @@ def row(p: SimpleNamespace, name: str, part: Test, matrix: Tensor) -> dict[str, 
     own = {"mIoU": found.miou, "mF1": found.mf1, "OA": found.oa}
     own |= {f"IoU {c}": float(v) for c, v in zip(part.classes, found.iou, strict=True)}
     prompt = "none" if LEVELS[p.method] is None else p.prompt if p.method == "MetaSegNet" else LEVELS[p.method]
-    facts = {"method": p.method, "dataset": p.dataset, "test": name, "prompt": prompt, "augmentation": p.augmentation,
+    encoder = "none" if LEVELS[p.method] in (None, "code") else p.text_encoder
+    facts = {"method": p.method, "dataset": p.dataset, "test": name, "prompt": prompt, "text_encoder": encoder,
+             "texts": Path(p.prompts or PROMPTS).name, "augmentation": p.augmentation,
              "held_out": p.held_out or "no zone", "seed": p.seed}  # fmt: skip
     return facts | own
 
@@ -583,6 +600,8 @@ def measured(path: str | Path, *new: Mapping[str, object]) -> pd.DataFrame:
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """By title: the author's image-only results, on Potsdam with those of the unimodal twin, and all that was measured.
 
+    The twin's are means over seeds with one augmentation, the one of most views that was tested; with which one the
+    author's are is not said.
     The paper's own numbers are in none of them: the network here is a reconstruction. On LoveDA the author's are on the
     test set of a server, ours on the validation images."""
     anchors = report.published("metasegnet", "geoseg_reproduction")
@@ -590,6 +609,9 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     anchors.insert(1, "set", [r["group"] for r in facts["rows"]])
     ours = rows[(rows.method == "unimodal") & (rows.dataset == POTSDAM) & (rows.held_out == "no zone")]
     twin = (anchors.method == "FT-UNetFormer") & (anchors["set"] == "Potsdam")
+    most = max(ours.augmentation, key=lambda kind: len(views(kind)), default="–")
+    ours = ours[ours.augmentation == most]
+    anchors["augmentation here"] = np.where(twin, most, "–")
     for column, name in (("F1", "mF1"), ("OA", "OA"), ("mIoU", "mIoU")):
         anchors[f"{column} here"] = np.where(twin, ours[name].astype(float).mean(), np.nan)
     return {facts["title"]: anchors, "Measured here with the reconstruction": rows}
