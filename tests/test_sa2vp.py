@@ -345,8 +345,9 @@ def test_wrong_backbones():
         SA2VP(small_vit(depth=4), 5)
     with pytest.raises(BadParameter, match="SwinTransformer"):
         SA2VPSwin(small_vit(), 5)
-    with pytest.raises(BadParameter, match="stage"):
-        SA2VPSwin(small_swin(), 5, stage=4)
+    for stage in (4, 1):  # there is none, and one of a single block
+        with pytest.raises(BadParameter, match=r"divisible by 3: \[2\]"):
+            SA2VPSwin(small_swin(), 5, stage=stage)
     with pytest.raises(BadParameter, match="timm VisionTransformer"):
         VPT(torch.nn.Linear(1, 1), 5)
 

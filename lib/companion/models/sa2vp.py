@@ -424,7 +424,8 @@ class SA2VPSwin(_TwoPathways):
     Args:
         backbone: a timm `SwinTransformer`; its weights are frozen.
         classes, width, scale, attention, radius, direction, dropout, frozen_dropout: as in `SA2VP`.
-        stage: which stage interacts, counted from 0 (the third, 14x14 tokens, in the paper).
+        stage: which stage interacts, counted from 0 (the third, 14x14 tokens, in the paper); its number of blocks is
+            divisible by 3.
     """
 
     def __init__(
@@ -443,8 +444,9 @@ class SA2VPSwin(_TwoPathways):
     ):
         if not isinstance(backbone, SwinTransformer):
             raise BadParameter("backbone", type(backbone).__name__, "a timm SwinTransformer")
-        if not 0 <= stage < len(backbone.layers):
-            raise BadParameter("stage", stage, tuple(range(len(backbone.layers))))
+        usable = [number for number, layer in enumerate(backbone.layers) if len(layer.blocks) % 3 == 0]
+        if stage not in usable:
+            raise BadParameter("stage", stage, f"one with a number of blocks divisible by 3: {usable}")
         super().__init__(
             backbone,
             scale=scale,
