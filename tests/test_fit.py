@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import kill_when
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.precision import Precision
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
@@ -428,6 +429,17 @@ def test_the_moments_of_a_resumed_run_are_where_the_tensors_are(tmp_path, monkey
                 fit(model, loss, pairs(), **settings)
         else:
             assert len(fit(model, loss, pairs(), **settings)) == 8
+
+
+def test_the_scale_of_half_precision_is_kept(tmp_path, monkeypatch):
+    """Begun anew, it would leave out other steps than a run that was not stopped."""
+    path, given = tmp_path / "c.pt", []
+    monkeypatch.setattr(Precision, "state_dict", lambda self: {"scale": 4.0})
+    monkeypatch.setattr(Precision, "load_state_dict", lambda self, state: given.append(state))
+    settings = dict(epochs=1, batch=8, lr=1e-2, accelerator="cpu", checkpoint=path, resume=True)
+    for times in range(2):
+        fit(nn.Linear(5, 2), lambda model, b: F.mse_loss(model(b[0]), b[1]), pairs(), **settings)
+        assert given == [{"scale": 4.0}] * times
 
 
 def test_training_does_not_ask_the_cards_for_their_random_state(monkeypatch):

@@ -204,6 +204,8 @@ def fit(
         wrapped, optim = fabric.setup(model, optim)
         if saved:  # not before: the moments go where the tensors are
             optim.load_state_dict(saved["optimizer"])
+            if saved.get("precision"):  # the scale of the losses in half precision
+                fabric.strategy.precision.load_state_dict(saved["precision"])
         wrapped.train()
         start, rank, ranks = len(history), fabric.global_rank, fabric.world_size
         stream = _batches(data, batch, accumulate, seed, start, steps, rank, ranks, workers)
@@ -233,7 +235,7 @@ def fit(
                 mean = fabric.all_reduce(mean, reduce_op="mean")
             history.append({"step": step, "lr": optim.param_groups[0]["lr"], "loss": mean})
             if checkpoint and ((step + 1) % checkpoint_every == 0 or step + 1 == steps) and rank == 0:
-                _write(checkpoint, settings, model, optim, history)
+                _write(checkpoint, settings, model, optim, fabric.strategy.precision.state_dict(), history)
         done = {"model": trained_state(model), "history": _plain(history)}
         if ranks == 1:
             return done
@@ -333,10 +335,10 @@ def _plain(history: list[dict]) -> list[dict[str, float]]:
     return [{**row, "loss": float(row["loss"])} for row in history]
 
 
-def _write(path: str | Path, settings: dict, model: nn.Module, optimizer, history: list[dict]) -> None:
+def _write(path: str | Path, settings: dict, model: nn.Module, optimizer, precision: dict, history: list[dict]) -> None:
     with atomic(path) as temporary:
         torch.save({"settings": settings, "model": trained_state(model), "optimizer": optimizer.state_dict(),
-                    "history": _plain(history)}, temporary)  # fmt: skip
+                    "precision": precision, "history": _plain(history)}, temporary)  # fmt: skip
 
 
 def _read(path: str | Path, settings: dict) -> dict:
