@@ -106,7 +106,7 @@ def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float
     # said now, not after days of training
     if p.texts == "wrong restoration prompt" and p.degradation == "real-esrgan":
         raise BadParameter("texts", p.texts, "others: all restoration prompts of Real-ESRGAN's pictures are the same")
-    if p.texts in ("wrong semantic prompt", "prompts swapped") and p.dataset == "restoration/div2k":
+    if p.texts == "wrong semantic prompt" and p.dataset == "restoration/div2k":
         raise BadParameter("texts", p.texts, "others: the pictures of DIV2K have no captions")
     return _dry(p) if p.dry_run else _paper(p, out)
 
