@@ -50,6 +50,8 @@ def test_rules():
         ("A mass cannot be excluded.", "may be mass"),
         ("Lungs are clear of mass; the heart is large.", "is no mass"),
         ("The mass has resolved.", "is no mass"),
+        ("No effusion, but there is a large mass.", "is large mass"),
+        ("There is edema but no mass.", "is no mass"),
     ):
         assert Rules()(report, ["mass"]) == f"There {expected}."
 

@@ -1,6 +1,7 @@
 """ECAMP with the published settings: schedules, accumulation, downstream recipes, dry runs, results that gather."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -154,6 +155,40 @@ def test_pre_training_on_a_folder(tmp_path, monkeypatch):
     (folder / "mimic-cxr-2.0.0-entity-llm.csv").rename(folder / "pretrain.csv")
     mine = runs.setting(given(task="pre-train", dataset="folder", data_root=str(folder)), tmp_path, {})
     assert mine.title == "folder, 3 pictures" and mine.pairs("ECAMP")[0].images.shape == (3, 448, 448)
+
+
+def test_a_pre_training_is_kept_and_starts_a_downstream_task(tmp_path, monkeypatch):
+    """Hours of several cards: read when they are done; the encoder is what the downstream tasks take."""
+    monkeypatch.setitem(ecamp.SIZES, "paper", {"depth": 1, "decoder_depth": 1, "text_depth": 1, "length": 16})
+    picture = torch.zeros(3, 448, 448)
+    found = SimpleNamespace(images=Pictures([picture] * 2), texts=["There is no mass."] * 2, statements=None,
+                            windows=None)  # fmt: skip
+    monkeypatch.setattr(xrays, "reports", lambda *given: found)
+    monkeypatch.setattr(runs, "pretrain_rates", lambda steps: np.full(2, 1e-3))
+    monkeypatch.setattr(runs, "Pairs", functools.partial(ecamp_text.Pairs, length=16))
+    torch.manual_seed(0)
+    start = VisionTransformer(img_size=224, depth=1, num_classes=0, global_pool="")
+    torch.save({"model": start.state_dict()}, tmp_path / "mae.pth")
+    p = given(task="pre-train", dataset="folder", data_root=str(tmp_path), weights=str(tmp_path / "mae.pth"))
+    terms, again = [], []
+    for kept in (terms, again):
+        setting = runs.setting(p, tmp_path / "out", {})
+        model = setting.build("ECAMP")
+        history = setting.learn(model, "ECAMP", kept)
+    assert np.isfinite(terms).all() and [row["loss"] for row in history] == [row[0] for row in again]
+    assert np.allclose([row[0] for row in terms], [row[0] for row in again]) and np.isnan(np.array(again)[:, 1:]).all()
+    file = tmp_path / "out" / "trained" / "ECAMP, folder, seed 0.safetensors"
+    blank = VisionTransformer(img_size=224, depth=1, num_classes=0, global_pool="")
+    monkeypatch.setattr(runs, "VisionTransformer", lambda **options: blank)
+    read = runs.encoder(given(encoder="ECAMP", weights=str(file)))
+    assert torch.equal(read.blocks[0].mlp.fc1.weight, model.encoder.blocks[0].mlp.fc1.weight)
+    assert not torch.equal(read.blocks[0].mlp.fc1.weight, start.blocks[0].mlp.fc1.weight)
+
+
+class Pictures(list):
+    """Pictures in memory, named as on disk."""
+
+    paths = ("a.png", "b.png")
 
 
 def test_methods_are_those_that_the_parameter_offers():

@@ -134,7 +134,7 @@ def check(answer: str, report: str, entities: Sequence[str]) -> str:
 class Rules:
     """Offline: the sentence that names an entity decides whether it is there, may be there, or is not."""
 
-    name = "rules 1"
+    name = "rules 2"
 
     def __call__(self, report: str, entities: Sequence[str], attempt: int = 0) -> str:
         return " ".join(self._say(report, entity) for entity in entities)
@@ -142,7 +142,8 @@ class Rules:
     def _say(self, report: str, entity: str) -> str:
         """An entity that is named several times is there when one of the sentences says so."""
         said: dict[str, str] = {}
-        for sentence in re.split(r"[.;\n]", report.lower()):
+        # a turn ends what was denied: "no pneumothorax, but a small effusion"
+        for sentence in re.split(r"[.;\n]|\b(?:but|however|although|though|except)\b", report.lower()):
             words = re.findall(r"[a-z]+", sentence)
             at = next((i for i, word in enumerate(words) if word in _forms(entity)), None)
             if at is None:

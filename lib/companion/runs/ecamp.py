@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from .. import backbones, report
+from .. import backbones, kept, report
 from ..data import DATASETS, xrays
 from ..data.xrays_sets import CLASSES, ONE_OF, tasks
 from ..errors import BadParameter, MissingWeights
@@ -64,7 +64,7 @@ def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float
 
     Args:
         p: the checked parameters of the notebook.
-        out: the run's folder; pocket chests are written below it.
+        out: the run's folder; pocket chests, and what a training of the paper profile keeps, are written below it.
         rates: learning rates by (task, method), as the study chose them on validation.
 
     Raises:
@@ -74,7 +74,7 @@ def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float
         return _pocket(p, out, rates)
     if p.dataset != "folder":
         _check(p.dataset, "pre-training")
-    return _dry(p) if p.dry_run else _paper(p)
+    return _dry(p) if p.dry_run else _paper(p, out)
 
 
 def _pocket(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
@@ -140,7 +140,8 @@ def pretrain(
     """Pre-train by the authors' recipe, in place; return the history.
 
     Args:
-        terms: receives the four losses of every step.
+        terms: receives the four losses of every step; of a training that was resumed, or ran in several processes,
+            the total alone.
         rates: of each step; the published ones without it.
         at_once: pairs that go through a device together; the gradients of a step's pairs are added up.
         changes: arguments of `fit`.
@@ -164,7 +165,10 @@ def pretrain(
         return found.total
 
     sides = {"all": ([t for t in model.parameters() if t.requires_grad], rates)}
-    return fit(model, loss, data, epochs=len(rates) / per_epoch, accumulate=parts, sides=sides, **options)
+    history = fit(model, loss, data, epochs=len(rates) / per_epoch, accumulate=parts, sides=sides, **options)
+    if terms is not None and len(terms) != len(history):
+        terms[:] = [[row["loss"], *[float("nan")] * 3] for row in history]
+    return history
 
 
 @torch.inference_mode()
@@ -194,7 +198,9 @@ def find_windows(model: ECAMP, images: Dataset, reports: Sequence[str], words: V
 
 
 def _pretraining(p: SimpleNamespace, title: str, words: Vocabulary, pairs: Callable[[str], Dataset],
-                 **options: object) -> Setting:  # fmt: skip
+                 keep: tuple[Path, Sequence[object]] | None = None, **options: object) -> Setting:  # fmt: skip
+    """`keep`: the folder for the checkpoint and the trained weights, and what tells the data from others."""
+
     def build(method: str) -> ECAMP:
         torch.manual_seed(p.seed)
         model = ecamp.build("paper", words=len(words), **PRETRAINED[method][0])
@@ -203,7 +209,13 @@ def _pretraining(p: SimpleNamespace, title: str, words: Vocabulary, pairs: Calla
         return model
 
     def learn(model: ECAMP, method: str, terms: list[list[float]] | None = None, **changes: object) -> list[dict]:
-        return pretrain(p, model, pairs(method), terms, **(options | {"name": method} | changes))
+        if keep is None:
+            return pretrain(p, model, pairs(method), terms, **(options | {"name": method} | changes))
+        name = f"{method}, {p.dataset}, seed {p.seed}"
+        resumed = kept.checkpoint(keep[0], name, model, *keep[1])
+        history = pretrain(p, model, pairs(method), terms, **(options | {"name": method} | resumed | changes))
+        kept.save(keep[0], name, model.to_official())
+        return history
 
     return Setting(
         title=title,
@@ -217,8 +229,12 @@ def _pretraining(p: SimpleNamespace, title: str, words: Vocabulary, pairs: Calla
     )
 
 
-def _paper(p: SimpleNamespace) -> Setting:
-    """The published pre-training on the set's pictures and reports; "folder": those of `data_root` itself."""
+def _paper(p: SimpleNamespace, out: Path) -> Setting:
+    """The published pre-training on the set's pictures and reports; "folder": those of `data_root` itself.
+
+    It leaves its checkpoint in `out`/trained, to go on from, and the weights under the authors' names, which the
+    downstream tasks take as `weights`.
+    """
     dataset = xrays.own(p.data_root) if p.dataset == "folder" else DATASETS[p.dataset]
     found = xrays.reports(dataset, p.data_root, xrays.pretrain_transform())
     stored = dataset.folder(p.data_root) / "mimic_wordpiece.json"
@@ -228,7 +244,11 @@ def _paper(p: SimpleNamespace) -> Setting:
         options = {"statements": found.statements, "windows": found.windows} | PRETRAINED[method][1]
         return Pairs(found.images, found.texts, words, **options)
 
-    return _pretraining(p, f"{p.dataset}, {len(found.texts):,} pictures", words, pairs)
+    if found.windows is not None and not (found.windows.min() >= 0 and found.windows.max() <= 14 - 12):
+        corners = f"corners of {found.windows.min()} to {found.windows.max()}"
+        raise BadParameter("windows", corners, "0 to 2: a window has 12 of the 14 patches of a side")
+    keep = out / "trained", (found.images.paths, found.texts, found.statements)
+    return _pretraining(p, f"{p.dataset}, {len(found.texts):,} pictures", words, pairs, keep)
 
 
 def _dry(p: SimpleNamespace) -> Setting:
@@ -342,11 +362,10 @@ def encoder(p: SimpleNamespace) -> VisionTransformer:
     blank = VisionTransformer(img_size=224, num_classes=0, global_pool="")
     if p.encoder == "random" or p.dry_run:
         return blank
+    # the decoders of a file, which pre-training alone needs, are left out
     state = backbones.read_state(_file(p, p.encoder.lower()))
-    if p.encoder != "MAE":
-        return ECAMP.from_official(state).encoder
-    kept = {n: t for n, t in state.items() if n in blank.state_dict()}
-    ecamp.load_official(blank, kept, {n: n for n in blank.state_dict()}, "MAE's ViT-B/16")
+    own = {n: t for n, t in state.items() if n in blank.state_dict()}
+    ecamp.load_official(blank, own, {n: n for n in blank.state_dict()}, f"{p.encoder}'s ViT-B/16")
     return blank
 
 
