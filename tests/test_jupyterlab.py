@@ -9,11 +9,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nbformat
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.browser
 MINUTES = 4
@@ -71,8 +72,11 @@ class Lab:
             self.process.kill()
 
 
-def run_all(lab: Lab, browser: object, name: str, screenshot: Path) -> tuple[nbformat.NotebookNode, int]:
-    """Open `notebooks/<name>`, run all cells, save; the saved notebook, and how many knobs the page shows."""
+def run_all(
+    lab: Lab, browser: object, name: str, screenshot: Path, then: Callable[[object], None] = lambda page: None
+) -> tuple[nbformat.NotebookNode, int]:
+    """Open `notebooks/<name>`, run all cells, do `then` with the page, save; the saved notebook, and how many knobs the
+    page shows."""
     context = browser.new_context(viewport={"width": 1280, "height": 1000})
     page = context.new_page()
     try:
@@ -95,6 +99,7 @@ def run_all(lab: Lab, browser: object, name: str, screenshot: Path) -> tuple[nbf
         page.wait_for_timeout(1000)  # widgets draw themselves after their cell is done
         knobs = page.locator(".jp-OutputArea-output :is(.jupyter-widgets, input[type=range], select)")
         visible = sum(knob.is_visible() for knob in knobs.all())
+        then(page)
         page.keyboard.press("Control+s")
         page.wait_for_selector(".jp-mod-dirty", state="detached", timeout=20_000)
     except Exception:
@@ -145,3 +150,61 @@ def test_a_failing_cell_is_seen(lab: Lab, browser: object, tmp_path: Path) -> No
     with pytest.raises(AssertionError, match="the reason"):
         run_all(lab, browser, "bad.ipynb", tmp_path / "bad.png")
     assert (tmp_path / "bad.png").stat().st_size > 0
+
+
+DRAWN = """
+from types import SimpleNamespace
+p, is_pocket, main = SimpleNamespace(seed=0), True, "TIP"
+pipes = {"TIP": texture_prior.build(seed=0)}
+for conv in pipes["TIP"].adaptor.branch.controlnet_down_blocks:  # from zero it would leave every picture as it is
+    torch.nn.init.normal_(conv.weight, std=0.05)
+"""
+
+
+def test_a_picture_of_ones_own_is_dropped_into_tip(lab: Lab, browser: object, root: Path, tmp_path: Path) -> None:
+    """The notebook's own cell with an adaptor drawn at random: a file, a text, a slider, a file that is none."""
+    pytest.importorskip("diffusers")
+    code = [
+        cell.source for cell in nbformat.read(root / "notebooks" / "tip.ipynb", 4).cells if cell.cell_type == "code"
+    ]
+    box = [source for source in code if "FileUpload" in source]
+    assert len(box) == 1
+    cells = [nbformat.v4.new_code_cell(source) for source in (code[0], DRAWN, box[0])]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), lab.folder / "notebooks" / "drop.ipynb"
+    )
+    Image.new("RGB", (90, 60), (200, 40, 40)).save(tmp_path / "mine.png")
+    (tmp_path / "none.png").write_text("not a picture")
+
+    def drop(page: object) -> None:
+        shown = page.locator(".jupyter-widgets.widget-vbox .jp-OutputArea-output")
+
+        def drawn(before: str = "") -> str:
+            picture = shown.locator("img")
+            picture.wait_for(timeout=60_000)
+            deadline = time.monotonic() + 60
+            while (found := picture.get_attribute("src")) == before:
+                assert time.monotonic() < deadline, "the picture stays as it was"
+                page.wait_for_timeout(200)
+            return found
+
+        with page.expect_file_chooser() as chooser:
+            page.locator("button.jupyter-button", has_text="Upload").click()
+        chooser.value.set_files(tmp_path / "mine.png")
+        first = drawn()
+        text = page.locator(".widget-text input").first
+        text.fill("a photograph of a cat")
+        text.press("Enter")
+        second = drawn(first)
+        slider = page.locator(".widget-slider .noUi-handle")
+        slider.focus()
+        slider.press("ArrowLeft")
+        drawn(second)
+        with page.expect_file_chooser() as chooser:
+            page.locator("button.jupyter-button", has_text="Upload").click()
+        chooser.value.set_files(tmp_path / "none.png")
+        shown.get_by_text("none.png: cannot identify image file").wait_for(timeout=60_000)
+        page.screenshot(path=root / "build" / "jupyterlab-tip.png")
+
+    run_all(lab, browser, "drop.ipynb", root / "build" / "jupyterlab-tip-failed.png", drop)
