@@ -326,6 +326,17 @@ def own(root: Path, *lines: str, header: str = "image,split,A person with a hat,
     return root
 
 
+def test_own_pictures_are_upright_and_listed_once(tmp_path):
+    own(tmp_path, "anna/0.jpg,train,1,0", "anna/4.jpg,test,1,1")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned by a quarter, as phones say it
+    Image.new("RGB", (24, 10), (9, 9, 9)).save(tmp_path / "anna/0.jpg", exif=turned)
+    assert own_folder(tmp_path)["trainval"].picture(0).size == (10, 24)
+    own(tmp_path, "anna/0.jpg,train,1,0", "anna/4.jpg,test,1,1", "anna/0.jpg,test,1,0")
+    with pytest.raises(CorruptFile, match=r"line 4: anna/0\.jpg is in line 2"):
+        own_folder(tmp_path)
+
+
 def test_own_folder(tmp_path):
     own(tmp_path, "anna/0.jpg,train,1,0", "anna/1.jpg,train,0,0", "anna/4.jpg,test,1,1", "anna/3.jpg,val,0,1")
     found = own_folder(tmp_path)

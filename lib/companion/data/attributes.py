@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.io import loadmat
 from torchvision.transforms import v2
 
@@ -97,6 +97,11 @@ class Pedestrians(Images):
         self.labels = torch.from_numpy(labels)
         self.names, self.sentences = tuple(names), tuple(sentences)
         self.ratio = self.labels.mean(0)
+
+    def picture(self, index: int) -> Image.Image:
+        """See `Images`. Of your own pictures those that a phone stored as it was held are turned upright."""
+        found = super().picture(index)
+        return ImageOps.exif_transpose(found) if self.dataset.group == "own" else found
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         return (self.transform or _to_tensor)(self.picture(index)), self.labels[index]
@@ -432,10 +437,13 @@ def _csv(dataset: DataSet, root: Path) -> Listing:
     if header[:2] != ["image", "split"] or len(header) < 3:
         raise CorruptFile(path, f"expected the header 'image,split,<attributes>', found {','.join(header)[:80]!r}")
     pictures, labels, chosen = [], [], {"train": [], "val": [], "test": []}
+    lines: dict[str, int] = {}
     for number, row in enumerate(rows, 2):
         if len(row) != len(header) or row[1] not in chosen or not {*row[2:]} <= {"0", "1"}:
             expected = f"a path, {', '.join(chosen)}, and 0 or 1 for each of {len(header) - 2} attributes"
             raise CorruptFile(path, f"line {number}: expected {expected}, found {','.join(row)[:80]!r}")
+        if (first := lines.setdefault(row[0], number)) != number:
+            raise CorruptFile(path, f"line {number}: {row[0]} is in line {first} already")
         chosen[row[1]].append(len(pictures))
         pictures.append(_inside(path, f"line {number}", row[0]))
         labels.append([int(x) for x in row[2:]])
