@@ -338,3 +338,21 @@ def test_rebuilding_replaces_the_site_whole(root: Path, made_up: Path, tmp_path:
     assert (out / "index.html").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["site"]
     assert not (out / "stale.html").exists()
+
+
+def test_a_folder_without_reports_leaves_the_site_as_it_was(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "site"
+    out.mkdir()
+    (out / "index.html").write_text("built before", encoding="utf-8")
+    command = [
+        sys.executable,
+        str(root / "site" / "build.py"),
+        "--out",
+        str(out),
+        "--reports",
+        str(tmp_path / "misspelt"),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and "no executed notebook in" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["site"]
+    assert (out / "index.html").read_text(encoding="utf-8") == "built before"
