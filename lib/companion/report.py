@@ -88,7 +88,7 @@ def convert(name: str, value: object, rule: Mapping) -> object:
             raise BadParameter(name, value, accepted)
         return number
     if not isinstance(value, str):
-        raise BadParameter(name, value, "text")
+        raise BadParameter(name, value, "text, in quotes (papermill keeps a number as text with -r)")
     return text
 
 
