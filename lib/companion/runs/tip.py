@@ -331,7 +331,7 @@ def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
 def results(p: SimpleNamespace, out: Path, values: Mapping[str, float] | None = None) -> pd.DataFrame:
     """The real results of all runs into `out`, one row for each set, degradation, method, kind of texts and dial."""
     row = {key: getattr(p, key) for key in KEYS} | dict(values or {})
-    return report.gather(out / "results.csv", KEYS, SCORES, [row] if values else [])
+    return report.gather(out / "measured.csv", KEYS, SCORES, [row] if values else [])
 
 
 # --- at full size -----------------------------------------------------------------------------------------------------
