@@ -121,6 +121,14 @@ def test_resume_after_the_end_trains_no_more(tmp_path):
     assert all(torch.equal(state[n], t) for n, t in trained_state(again).items())
 
 
+def test_numbers_of_numpy_make_a_checkpoint_that_can_be_read(tmp_path):
+    numbers = {"lr": np.float64(0.01), "weight_decay": np.float32(0.5), "clip": np.int64(1), "final_lr": np.float64(0)}
+    settings = dict(epochs=1, batch=8, accelerator="cpu", checkpoint=tmp_path / "c.pt", betas=np.array([0.9, 0.99]))
+    history = fit(noisy_model(), squared, pairs(), **numbers, **settings)
+    plain = {name: number.item() for name, number in numbers.items()}
+    assert fit(noisy_model(), squared, pairs(), **plain, **settings, resume=True) == history
+
+
 def test_resume_refuses_other_settings_and_broken_files(tmp_path):
     path = tmp_path / "c.pt"
     run(noisy_model(), checkpoint=path)

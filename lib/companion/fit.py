@@ -145,6 +145,12 @@ def fit(
         BadParameter: a value outside its range, or a checkpoint to resume that was written under other settings.
         CorruptFile: the checkpoint cannot be read.
     """
+    # NumPy's numbers, of a table's cells for example, would make a checkpoint that cannot be read back
+    lr, final_lr, warmup_lr, weight_decay, momentum, clip = (
+        value.item() if isinstance(value, np.generic) else value
+        for value in (lr, final_lr, warmup_lr, weight_decay, momentum, clip)
+    )
+    betas = tuple(map(float, betas))
     if batch < 1 or batch > len(data):
         raise BadParameter("batch", batch, f"1 to {len(data)}, the images there are")
     if batch % devices:
