@@ -27,7 +27,7 @@ from ..pocket import domain_mae
 from ..pocket import domains as pocket
 from ..pocket.tokens import Tokenizer
 
-RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3]
+RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 100
 METRIC = "HM"

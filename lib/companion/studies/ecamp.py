@@ -1,8 +1,8 @@
 """ECAMP at pocket scale: the pre-trainings, and what the frozen encoder of each is worth to a probe and a segmenter.
 
 All encoders are the same small ViT, pre-trained on the same 2,000 chests and reports with the same optimiser, number of
-epochs and grid of learning rates. A rate is chosen by the probe with 50 labels on validation pictures, after trainings
-of half the length, schedule and all.
+epochs and grid of learning rates. A rate is chosen by the probe with 50 labels on validation pictures, of a seed of
+its own, after whole trainings: after shorter ones, in which the words do not look yet, all prefer too small a rate.
 
 Measures are in percent. Those of the text side compare a model with itself: how much lower the loss on hidden words is
 with the right picture than with another one, and how much more of an entity's attention lies in the lesion's box than
@@ -29,7 +29,7 @@ from ..models.ecamp_heads import MapDecoder, segmentation_loss
 from ..models.ecamp_text import Pairs, Vocabulary
 from ..pocket import chests as pocket
 
-RATES = [1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3]
+RATES = [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3]
 SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 100
 METRIC = "AUROC 50"
@@ -131,11 +131,9 @@ def train_model(
 def train(method: str, task: str, rate: float, seed: int, root: str, split: str = "test", **options) -> dict:
     """Pre-train one method, if it has anything to train, and measure it.
 
-    `split` "select": half as long, and measured on the 400 pictures of validation by the probes alone; "test": by
-    everything on 800 others. `options` go to `fit`. Returns a row.
+    `split` "select": measured on the 400 pictures of validation by the probes alone; "test": by everything on 800
+    others. `options` go to `fit`. Returns a row.
     """
-    if split == "select":
-        options = {"epochs": RECIPE["epochs"] / 2} | options
     held_out = part(str(root), seed, "val" if split == "select" else "test")
     known = vocabulary(root, seed)
     model, last = build(method, seed, len(known)), 0.0
