@@ -28,7 +28,7 @@ from ..models import sic_cads
 from ..pocket import detection as pocket
 from ..pocket import detector as made
 
-RATES = [1e-3, 3e-3, 1e-2, 3e-2, 0.1]
+RATES = [1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3]
 SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 100
 METRIC = "AP50 novel"
