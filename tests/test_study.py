@@ -1,11 +1,16 @@
 """A study goes on where it stopped, keeps rows of other code only when they come out the same, and chooses fairly."""
 
+import os
+import subprocess
 import sys
+import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
+import psutil
 import pytest
+from conftest import kill_when
 
 from companion import study
 from companion.errors import BadParameter, CorruptFile
@@ -73,6 +78,29 @@ def test_a_stopped_study_goes_on(fake, tmp_path):
     again = pd.read_csv(tmp_path / "out" / "study.csv")
     pd.testing.assert_frame_equal(again.drop(columns="seconds"), study.read(tmp_path / "out").drop(columns="seconds"))
     assert len(again) == 10
+
+
+KILLED = """
+import multiprocessing, os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from companion import study
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), study._quiet) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600).result()
+"""
+
+
+def test_the_workers_of_a_killed_study_end(tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    with (tmp_path / "pid").open("w") as out:
+        process = subprocess.Popen([sys.executable, str(tmp_path / "killed.py")], stdout=out, env=dict(os.environ))
+    kill_when(process, lambda: (tmp_path / "pid").read_text().endswith("\n"))
+    worker, deadline = int((tmp_path / "pid").read_text()), time.monotonic() + 30
+    while psutil.pid_exists(worker) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the worker goes on"
+        time.sleep(0.1)
 
 
 def test_a_larger_grid_that_chooses_another_rate_drops_what_was_tested_at_the_first(fake, tmp_path):

@@ -20,6 +20,7 @@ import platform
 import random
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
@@ -134,9 +135,16 @@ def _facts(paper: str, module: ModuleType, seeds: list[int]) -> dict:
 
 
 def _quiet() -> None:
-    """A worker has one thread, and leaves it to the study to show progress."""
+    """A worker has one thread, leaves it to the study to show progress, and ends when the study is killed."""
     torch.set_num_threads(1)
     os.environ["COMPANION_PROGRESS"] = "off"
+    threading.Thread(target=_end_with_study, daemon=True).start()
+
+
+def _end_with_study() -> None:
+    """Otherwise a worker would train on what is queued, and then wait for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _recheck(pool: Executor, paper: str, rows: list[dict], root: str | Path, folder: Path, metric: str) -> None:
