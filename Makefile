@@ -7,10 +7,10 @@ BIN := .venv/bin/python
 INSTALLED := .venv/.installed
 # the lines of the jobs themselves are the progress; what Snakemake has to say is shown when something fails
 SNAKEMAKE := $(BIN) -m snakemake --cores all --keep-going --quiet host progress reason rules
-# tests/offline: nothing that runs under test, the notebooks' kernels included, reaches another machine.
-# A process a core, each on one thread; a file, and so a notebook's kernel, stays with one process.
-PYTEST := COMPANION_PROGRESS=off OMP_NUM_THREADS=1 PYTHONPATH='$(CURDIR)/tests/offline' $(BIN) -m pytest \
-	--numprocesses logical --maxprocesses 4 --dist loadfile --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
+# tests/offline: nothing that runs under test, the notebooks' kernels included, reaches another machine
+PYTEST := COMPANION_PROGRESS=off PYTHONPATH='$(CURDIR)/tests/offline' $(BIN) -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
+# a process a core, each on one thread; a file, and so a notebook's kernel, stays with one process
+SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help reports study test test-slow lab bench notebooks lock clean
@@ -34,9 +34,9 @@ study: $(INSTALLED)  ## rerun the studies (hours; PAPERS="sa2vp bat" for some), 
 	@$(MAKE) --no-print-directory reports
 
 test: $(INSTALLED)  ## unit tests, parity, the committed notebooks, the site and JupyterLab in a browser
-	$(PYTEST) -m 'not slow' tests notebooks
+	OMP_NUM_THREADS=1 $(PYTEST) $(SIDE_BY_SIDE) -m 'not slow' tests notebooks
 
-test-slow: $(INSTALLED)  ## the rest: full-size parity and other long checks
+test-slow: $(INSTALLED)  ## the rest: full-size parity and other long checks, one at a time (up to 13 GB)
 	$(PYTEST) -m slow tests
 
 lab: $(INSTALLED)  ## open the notebooks in JupyterLab
