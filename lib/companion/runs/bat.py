@@ -10,21 +10,19 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from .. import backbones, report
+from .. import backbones, kept, report
 from ..data import tracking as data
 from ..data.tracking_sets import ATTRIBUTES
 from ..errors import BadParameter, MissingWeights
-from ..files import atomic
 from ..fit import fit
 from ..metrics.tracking import Scores, evaluate
 from ..models import bat
 from ..pocket import tracking as pocket
 from ..studies import bat as study
-from ..tracking import Frames, fingerprint, follow, run
+from ..tracking import Frames, follow, run
 
 LIVE = ("RGB only", "thermal only", "sum of features", "mean of features", "higher peak", "BAT")
 RULES = {"rgbt/lasher": "lasher", "rgbt/rgbt234": "rgbt234", "rgbt/gtot": "gtot", "rgbe/visevent": "visevent"}
@@ -221,11 +219,9 @@ def train(found: Setting, method: str, **options) -> tuple[nn.Module, list[dict]
     if found.kept is None:
         return model, fit(model, found.loss, found.train, **settings | options)
     name = _run_name(found, method)
-    # by what training starts from: adapters that were trained on another foundation are none of this one's
-    settings |= {"checkpoint": found.kept / f"{name}, {fingerprint(model)}.pt", "resume": True}
+    settings |= kept.checkpoint(found.kept, name, model)
     history = fit(model, found.loss, found.train, **settings | options)
-    with atomic(found.kept / f"{name}.safetensors") as temporary:
-        save_file({n: t.contiguous() for n, t in model.to_official().items()}, temporary)
+    kept.save(found.kept, name, model.to_official())
     return model, history
 
 
