@@ -46,7 +46,7 @@ bench: $(INSTALLED)  ## time each method beside the plain backbone passes that i
 	for script in benchmarks/*.py; do $(BIN) "$$script" || exit 1; done
 
 notebooks: $(INSTALLED)  ## run the notebooks in place and strip what churns: how their committed outputs are made
-	$(BIN) -m companion.notebooks notebooks/*.ipynb
+	$(BIN) -m companion.ops.notebooks notebooks/*.ipynb
 
 lock: $(INSTALLED)  ## write requirements.lock from what is installed now
 	$(BIN) .ci/lock.py > requirements.lock.new

@@ -10,9 +10,9 @@ import os
 import sys
 from pathlib import Path
 
-from companion import batch
 from companion.errors import BadParameter
-from companion.provenance import sources
+from companion.ops import batch
+from companion.ops.provenance import sources
 
 batch.check(config)
 PROFILE = config.get("profile", "pocket")
@@ -22,7 +22,7 @@ PYTHON = sys.executable
 PARTS = int(config.get("parts", 1))
 GRID = batch.expand(config, {s: batch.parameters(f"notebooks/{s}.ipynb") for s in SLUGS}) if "runs" in config else {}
 REPORTS = Path("reports", PROFILE)
-STUDIES = sorted(path.stem for path in Path("lib/companion/studies").glob("[a-z]*.py") if path.stem in SLUGS)
+STUDIES = sorted(path.stem for path in Path("lib/companion/toy/ablations").glob("[a-z]*.py") if path.stem in SLUGS)
 STUDIED = str(config.get("papers", "")).split() or STUDIES
 for slug in STUDIED:
     if slug not in STUDIES:
@@ -43,7 +43,7 @@ def code_of(run):
 
 
 def study_of(run):
-    return f"lib/companion/studies/{run.slug}.py"
+    return f"lib/companion/toy/ablations/{run.slug}.py"
 
 
 def code_of_study(run):
@@ -147,7 +147,7 @@ rule run:
         export OMP_NUM_THREADS={threads} COMPANION_PROGRESS={params.progress}
         unset MPLBACKEND
         echo "{wildcards.slug}/{wildcards.run}: started on {threads} thread(s)"
-        if {PYTHON:q} -m companion.batch {input.notebook} reports/{wildcards.profile}/{wildcards.slug}/{wildcards.run} \
+        if {PYTHON:q} -m companion.ops.batch {input.notebook} reports/{wildcards.profile}/{wildcards.slug}/{wildcards.run} \
             --profile {wildcards.profile} --parameters {params.given:q} --gpu {resources.gpu} \
             --draft {params.draft:q} > {log:q} 2>&1
         then
@@ -187,7 +187,7 @@ rule study_rates:
     shell:
         """
         echo "study of {wildcards.slug}, learning rates: started"
-        {PYTHON:q} -m companion.study {wildcards.slug} build/study/{wildcards.slug}/rates --seeds \
+        {PYTHON:q} -m companion.toy.ablation {wildcards.slug} build/study/{wildcards.slug}/rates --seeds \
             --data build/study/{wildcards.slug}/data --workers {threads} > {log} 2>&1 || {{ tail -n 40 {log}; exit 1; }}
         """
 
@@ -203,7 +203,7 @@ rule study_seed:
         """
         echo "study of {wildcards.slug}, seed {wildcards.seed}: started"
         folder=build/study/{wildcards.slug}
-        {PYTHON:q} -m companion.study {wildcards.slug} $folder/seed{wildcards.seed} --seeds {wildcards.seed} \
+        {PYTHON:q} -m companion.toy.ablation {wildcards.slug} $folder/seed{wildcards.seed} --seeds {wildcards.seed} \
             --start $folder/rates --data $folder/data --workers {threads} > {log} 2>&1 || {{ tail -n 40 {log}; exit 1; }}
         """
 
@@ -219,7 +219,7 @@ rule study_merged:
         parts=lambda run, input: [path.removesuffix(".done") for path in input],
     shell:
         """
-        {PYTHON:q} -m companion.study {wildcards.slug} reports/pocket/{wildcards.slug} --merge {params.parts} \
+        {PYTHON:q} -m companion.toy.ablation {wildcards.slug} reports/pocket/{wildcards.slug} --merge {params.parts} \
             > {log} 2>&1 || {{ tail -n 40 {log}; exit 1; }}
         echo "study of {wildcards.slug}: done"
         """
@@ -229,7 +229,7 @@ rule site:
     input:
         EXECUTED,
         [str(path) for path in Path("site").rglob("*") if path.is_file()],
-        [str(path) for path in Path("lib/companion/papers").glob("*.yaml")],
+        [str(path) for path in Path("lib/companion/models").rglob("*.yaml")],
     output:
         "reports/site/index.html",
     log:

@@ -19,8 +19,8 @@ import torch
 from bench import Step
 from torch import Tensor, nn
 
-from companion.files import read_json, write_json
-from companion.models import bat
+from companion.models.bat import model as bat
+from companion.ops.files import read_json, write_json
 
 POCKET_FRAMES = 20  # one takes a few milliseconds
 
@@ -156,8 +156,12 @@ def main() -> None:
         "training step / two passes": (step, step_two),
         "training step / OSTrack on two streams, forward and back": (step, least),
     }
-    bench.run("bat", "ViT-B/16, crops of 128 and 256 pixels, one pair, width 8", makers,
-              [(label, *pair) for label, pair in (frames | steps).items()])  # fmt: skip
+    bench.run(
+        "bat",
+        "ViT-B/16, crops of 128 and 256 pixels, one pair, width 8",
+        makers,
+        [(label, *pair) for label, pair in (frames | steps).items()],
+    )
     path = bench.RESULTS / "bat.json"
     facts = read_json(path)
     for row in facts["rows"]:

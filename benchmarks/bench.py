@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from companion import record
-from companion.files import atomic, write_json
+from companion.ops import record
+from companion.ops.files import atomic, write_json
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "reports" / "bench"
@@ -80,8 +80,15 @@ def run(
                 }
             )
             print(f"{threads} thread(s)  {label}: time x {rows[-1]['time_ratio']}, memory x {rows[-1]['memory_ratio']}")
-    facts = {"paper": paper, "what": what, "rows": rows, "versions": record.versions(), "commit": record.commit(),
-             "device": record.device(), "rounds": rounds}  # fmt: skip
+    facts = {
+        "paper": paper,
+        "what": what,
+        "rows": rows,
+        "versions": record.versions(),
+        "commit": record.commit(),
+        "device": record.device(),
+        "rounds": rounds,
+    }
     write_json(RESULTS / f"{paper}.json", facts)
     update_readme()
 

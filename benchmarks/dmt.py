@@ -19,7 +19,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from companion.models import dmt, dmt_cache
+from companion.models.dmt import cache as dmt_cache
+from companion.models.dmt import model as dmt
 
 PICTURES, NAMES, SEEN, DECODER = 4, ("MAE", "MoCo v3", "iBOT"), 49, (256, 4, 8)
 

@@ -23,8 +23,8 @@ from bench import Step
 from companion import backbones
 from companion.data.domains_sets import CLASSES
 from companion.data.fewshot import halves
-from companion.models.dplq import DPLQ, domain_model
-from companion.models.prompting import MaPLe, PromptedCLIP
+from companion.models.dplq.model import DPLQ, domain_model
+from companion.models.layers.clip_prompting import MaPLe, PromptedCLIP
 
 BATCH, DEPTH = 2, 9
 NAMES, _ = halves(tuple(CLASSES["remote/aid"].values()))  # the 15 base classes of AID

@@ -18,7 +18,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
-from companion.models import ecamp, ecamp_heads
+from companion.models.ecamp import heads as ecamp_heads
+from companion.models.ecamp import model as ecamp
 
 PAIRS, PATCHES, SEEN, WORDS, LENGTH = 2, 196, 49, 30_000, 256
 
@@ -75,8 +76,9 @@ class Parts(nn.Module):
         up = F.interpolate(low.clone().requires_grad_(), scale_factor=2, mode="bilinear")
         loss = pixels.square().mean() + F.relu(up + self.resolve(up)).sub(given.images).square().mean()
         z, x = self.project(z), self.words(given.ids)
-        heads = [t.unflatten(-1, (6, 128)).transpose(1, 2)
-                 for t in (self.cross[0](x), self.cross[1](z), self.cross[2](z))]  # fmt: skip
+        heads = [
+            t.unflatten(-1, (6, 128)).transpose(1, 2) for t in (self.cross[0](x), self.cross[1](z), self.cross[2](z))
+        ]
         c = F.scaled_dot_product_attention(*heads, dropout_p=0.1).transpose(1, 2).flatten(2)
         x = self.text(x + self.cross[4](c + self.cross[3](z.mean(1, keepdim=True))))
         return loss + F.cross_entropy(self.head(x).flatten(0, 1), given.labels.flatten())

@@ -13,7 +13,7 @@ from bench import Step
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from companion.models import hvit
+from companion.models.hvit import model as hvit
 
 PATCHES, REGIONS = 16, 7  # patches of one region of 1024 px; regions of 2048 px of a slide
 

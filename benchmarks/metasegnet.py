@@ -21,8 +21,8 @@ from bench import Step
 
 from companion import geotiff
 from companion.climate import Prompts
-from companion.models.metasegnet import MetaSegNet, bands, joint_loss
-from companion.models.metasegnet_text import BertText
+from companion.models.metasegnet.model import MetaSegNet, bands, joint_loss
+from companion.models.metasegnet.text import BertText
 
 SIDE, CLASSES, PICTURE, LARGE = 512, 8, 2048, 6000
 TILE, OVERLAP = 512, 64

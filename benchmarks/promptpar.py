@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 from companion import backbones
 from companion.data.attributes_sets import SENTENCES
-from companion.models.prompting import embed_texts
-from companion.models.promptpar import Output, PromptPAR, loss, region_mask
+from companion.models.layers.clip_prompting import embed_texts
+from companion.models.promptpar.model import Output, PromptPAR, loss, region_mask
 
 BATCH = 4
 SET = "par/pa100k"  # 26 sentences

@@ -16,7 +16,7 @@ from bench import Step, run
 from torch.nn import functional as F
 
 from companion import backbones
-from companion.models.sa2vp import SA2VP, loss
+from companion.models.sa2vp.model import SA2VP, loss
 
 BATCH, CLASSES = 4, 100
 

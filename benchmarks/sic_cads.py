@@ -17,7 +17,7 @@ from bench import Step
 from open_clip.transformer import QuickGELU, VisionTransformer
 from torch.nn import functional as F
 
-from companion.models.sic_cads import MLR, refine
+from companion.models.sic_cads.model import MLR, refine
 
 CLASSES, BOXES, REFINEMENTS = 1203, 300, 100
 SIDE = 480  # of a training picture

@@ -17,8 +17,8 @@ import torch
 from bench import Step
 from diffusers import ControlNetModel
 
-from companion.models import tip
-from companion.models.tip_pipeline import TIPPipeline, build
+from companion.models.tip import model as tip
+from companion.models.tip.pipeline import TIPPipeline, build
 
 NARROW = {"block_out_channels": (128, 256, 512, 512), "cross_attention_dim": 768}
 COUNT, SIDE, STEPS = 2, 16, 20

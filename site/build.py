@@ -21,10 +21,11 @@ import yaml
 from sphinx.cmd.build import main as sphinx
 
 import companion
-from companion import data, study
+from companion import data
+from companion.evaluation import ablations
 
 HERE = Path(__file__).parent
-PAPERS = Path(companion.__file__).parent / "papers"
+PAPERS = Path(companion.__file__).parent / "models"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 WIDE = "---\nhtml_theme.sidebar_secondary.remove: true\n---\n"  # of pages whose tables need the width
 STATUS = {"holds": "✓ holds", "fails": "✗ fails", "not run": "– not run"}
@@ -70,7 +71,7 @@ def load_papers() -> dict[str, dict]:
     """The ten papers by slug: the common index, and over it what a paper's own file says."""
     papers = {paper["slug"]: paper for paper in yaml.safe_load((PAPERS / "index.yaml").read_text(encoding="utf-8"))}
     for slug, paper in papers.items():
-        facts = PAPERS / f"{slug}.yaml"
+        facts = PAPERS / slug / "paper.yaml"
         if facts.exists():
             own = yaml.safe_load(facts.read_text(encoding="utf-8"))
             paper.update({key: own[key] for key in ("title", "arxiv", "task") if key in own})
@@ -158,16 +159,22 @@ def comparison_page(papers: dict[str, dict], runs: dict[str, dict], reports: Pat
             folder = reports / column["paper"]
             if column["paper"] not in runs or not (folder / "study.csv").exists():
                 continue
-            rows = study.read(folder)
-            found = study.summary(rows).set_index(["task", "method"])
+            rows = ablations.read(folder)
+            found = ablations.summary(rows).set_index(["task", "method"])
             known = [name for name in column["methods"] if name != "-" and (column["task"], name) not in found.index]
             if known:
                 raise SystemExit(f"comparisons.yaml: {folder / 'study.csv'} has no {known} on {column['task']!r}")
-            head.append(f"[{papers[column['paper']]['name']}](notebooks/{column['paper']}.ipynb), {column['task']}: "
-                        f"{rows.attrs['metric']}")  # fmt: skip
+            head.append(
+                f"[{papers[column['paper']]['name']}](notebooks/{column['paper']}.ipynb), {column['task']}: "
+                f"{rows.attrs['metric']}"
+            )
             cells = [found.loc[(column["task"], name)] if name != "-" else None for name in column["methods"]]
-            columns.append(["–" if c is None else f"{c['mean']:.1f} ± {c['std']:.1f}<br>{cell(name)}"
-                            for name, c in zip(column["methods"], cells, strict=True)])  # fmt: skip
+            columns.append(
+                [
+                    "–" if c is None else f"{c['mean']:.1f} ± {c['std']:.1f}<br>{cell(name)}"
+                    for name, c in zip(column["methods"], cells, strict=True)
+                ]
+            )
         if columns:
             rows = [[cell(name), *values] for name, *values in zip(question["rows"], *columns, strict=True)]
             parts += [
@@ -194,10 +201,15 @@ def data_page() -> str:
     for task, sets in tasks.items():
         parts.append(f"## {task.capitalize()}\n")
         rows = [
-            [f"`{found.name}`", cell(found.title), sizes(found), cell(found.licence),
-             cell(found.source) + (" (`companion fetch`)" if found.fetchable else "")]
+            [
+                f"`{found.name}`",
+                cell(found.title),
+                sizes(found),
+                cell(found.licence),
+                cell(found.source) + (" (`companion fetch`)" if found.fetchable else ""),
+            ]
             for found in sets
-        ]  # fmt: skip
+        ]
         parts.append(table("data", ["Name", "Data set", "Size", "Licence", "Where to get it"], rows))
         layouts: dict[str, list[data.DataSet]] = {}
         for found in sets:
@@ -230,9 +242,12 @@ def speed_page(papers: dict[str, dict], reports: Path) -> str:
             for row in facts["rows"]
         ]
         torch = facts["versions"]["torch"]
-        parts += [f"## {name}\n", f"{cell(facts['what'])}. {cell(facts['device'])}, torch {torch}.\n",
-                  table("bench", ["Ours / against", "Threads", "Time", "Memory"], rows),
-                  notes.get(facts["paper"], "").strip() + "\n"]  # fmt: skip
+        parts += [
+            f"## {name}\n",
+            f"{cell(facts['what'])}. {cell(facts['device'])}, torch {torch}.\n",
+            table("bench", ["Ours / against", "Threads", "Time", "Memory"], rows),
+            notes.get(facts["paper"], "").strip() + "\n",
+        ]
     cards = sorted((reports / "gpu").glob("*.json"))
     if not cards:
         parts.append("## On a GPU\n\nNo GPU was at hand so far: nothing was measured on one.\n")

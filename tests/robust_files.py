@@ -14,24 +14,27 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from test_fit import noisy_model, pairs, squared
-from test_slides import SMALL, drawn, mean_colour, written
 
-from companion import backbones, climate, detectors, slides, study, unpickle
+from companion import backbones, climate, detectors, slides
 from companion.data import attributes, classification, detection, domains, landcover, tracking, xrays
 from companion.data import slides as slide_lists
-from companion.files import read_json, write_json
-from companion.fit import fit
-from companion.models import dmt, dmt_cache
-from companion.models.ecamp_text import Vocabulary
-from companion.pocket import chests
-from companion.pocket import classification as pocket_classification
-from companion.pocket import detection as pocket_detection
-from companion.pocket import domains as pocket_domains
-from companion.pocket import landcover as pocket_landcover
-from companion.pocket import pedestrians as pocket_pedestrians
-from companion.pocket import slides as pocket_slides
-from companion.pocket import tracking as pocket_tracking
+from companion.evaluation import ablations
+from companion.models.dmt import cache as dmt_cache
+from companion.models.dmt import model as dmt
+from companion.models.ecamp.text import Vocabulary
+from companion.ops import unpickle
+from companion.ops.files import read_json, write_json
+from companion.toy.datasets import chests
+from companion.toy.datasets import classification as pocket_classification
+from companion.toy.datasets import detection as pocket_detection
+from companion.toy.datasets import domains as pocket_domains
+from companion.toy.datasets import landcover as pocket_landcover
+from companion.toy.datasets import pedestrians as pocket_pedestrians
+from companion.toy.datasets import slides as pocket_slides
+from companion.toy.datasets import tracking as pocket_tracking
+from companion.training.fit import fit
+from tests.test_slides import SMALL, drawn, mean_colour, written
+from tests.training.test_fit import noisy_model, pairs, squared
 
 Read = Callable[[], object]
 
@@ -206,7 +209,7 @@ def record(folder: Path) -> tuple[Path, Read]:
 def rows(folder: Path) -> tuple[Path, Read]:
     head = "stage,task,method,rate,seed,accuracy,loss,seconds\n"
     (folder / "study.csv").write_text(head + "".join(f"test,t,a,0.1,{i},5.0,1.0,0.1\n" for i in range(9)))
-    return folder / "study.csv", lambda: study.read(folder)
+    return folder / "study.csv", lambda: ablations.read(folder)
 
 
 def _tile(damaged: str) -> Callable[[Path], tuple[Path, Read]]:
@@ -240,8 +243,11 @@ def prompts(folder: Path) -> tuple[Path, Read]:
 def coco(folder: Path) -> tuple[Path, Read]:
     path = folder / "instances.json"
     box = {"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 1, 4, 4], "area": 16, "iscrowd": 0}
-    found = {"images": [{"id": 1, "file_name": "a.png", "width": 8, "height": 8}], "annotations": [box],
-             "categories": [{"id": 3, "name": "cat"}]}  # fmt: skip
+    found = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 8, "height": 8}],
+        "annotations": [box],
+        "categories": [{"id": 3, "name": "cat"}],
+    }
     path.write_text(json.dumps(found), encoding="utf-8")
     return path, lambda: detection.read_annotations(path)
 
@@ -288,12 +294,19 @@ FILES: dict[str, Callable[[Path], tuple[Path, Read]]] = {
 
 UNSEEN = {
     **dict.fromkeys(
-        ["classification picture", "domain picture", "picture of a pedestrian", "frame of a video",
-         "picture of a scene", "picture of a chest", "X-ray"],
+        [
+            "classification picture",
+            "domain picture",
+            "picture of a pedestrian",
+            "frame of a video",
+            "picture of a scene",
+            "picture of a chest",
+            "X-ray",
+        ],
         "zeros at the end",  # Pillow decodes zeros as pixels, and checks no sum
     ),
     "safetensors": "zeros at the end",  # the format has no sum either
     "list of videos": "cut off",  # a list that ends early is a list
     "texts of climate zones": "cut off",  # YAML that ends early is YAML
-}  # fmt: skip
+}
 """The damage that cannot be seen."""

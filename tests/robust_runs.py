@@ -16,17 +16,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from test_fit import noisy_model, pairs, squared
-from test_slides import SMALL, drawn, mean_colour, written
-from test_tracking import clip, pocket_model, sequence
 from torch import nn
 
-from companion import slides, study, tracking
+from companion import slides, tracking
 from companion.data import tracking as tracking_data
 from companion.data.tracking import read_frame
-from companion.fit import fit, trained_state
-from companion.models import dino, dmt, dmt_cache, ecamp_distil
-from companion.pocket import classification
+from companion.models.dmt import cache as dmt_cache
+from companion.models.dmt import model as dmt
+from companion.models.ecamp import distil as ecamp_distil
+from companion.models.layers import dino
+from companion.toy import ablation as study
+from companion.toy.datasets import classification
+from companion.training.fit import fit, trained_state
+from tests.test_slides import SMALL, drawn, mean_colour, written
+from tests.test_tracking import clip, pocket_model, sequence
+from tests.training.test_fit import noisy_model, pairs, squared
 
 torch.set_num_threads(1)
 
@@ -50,8 +54,18 @@ def training(folder: Path) -> str:
         return squared(model, batch)
 
     model = noisy_model()
-    history = fit(model, loss, pairs(), epochs=10, batch=8, lr=1e-2, checkpoint=folder / "training.pt",
-                  checkpoint_every=3, resume=True, accelerator="cpu")  # fmt: skip
+    history = fit(
+        model,
+        loss,
+        pairs(),
+        epochs=10,
+        batch=8,
+        lr=1e-2,
+        checkpoint=folder / "training.pt",
+        checkpoint_every=3,
+        resume=True,
+        accelerator="cpu",
+    )
     return digest([*tensors(trained_state(model)), repr(history).encode()])
 
 
@@ -69,15 +83,26 @@ def pretraining(folder: Path) -> str:
         time.sleep(0.01)
         return [batch + 0.1 * torch.randn(batch.shape) for _ in range(2)]
 
-    encoder, history = dino.pretrain(encoder, pictures, views, epochs=15, batch=8, outputs=16, hidden=16, bottleneck=8,
-                                     accelerator="cpu", checkpoint=folder / "dino.pt", checkpoint_every=3,
-                                     resume=True)  # fmt: skip
+    encoder, history = dino.pretrain(
+        encoder,
+        pictures,
+        views,
+        epochs=15,
+        batch=8,
+        outputs=16,
+        hidden=16,
+        bottleneck=8,
+        accelerator="cpu",
+        checkpoint=folder / "dino.pt",
+        checkpoint_every=3,
+        resume=True,
+    )
     return digest([*tensors(encoder.state_dict()), repr(history).encode()])
 
 
 def studies(folder: Path) -> str:
     """A study of two methods, its rows kept as they come."""
-    module = types.ModuleType("companion.studies.made_up")
+    module = types.ModuleType("companion.toy.ablations.made_up")
     module.__file__ = __file__
     module.METHODS, module.TASKS = {"a": None, "b": None}, {"t": ["a", "b"]}
     module.RATES, module.SEEDS, module.SELECTION_SEED = [0.1, 0.2, 0.3], list(range(8)), 9

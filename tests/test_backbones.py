@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from companion import backbones
 from companion.errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights
-from companion.pocket import backbones as pocket
-from companion.pocket import classification
+from companion.toy import encoders
+from companion.toy.datasets import classification
+from companion.toy.encoders import vit_and_clip as pocket
 
 SMALL = "test_vit"  # timm's own tiny ViT
 
@@ -39,14 +40,13 @@ def same(a, b):
 
 @pytest.mark.parametrize("name", ["pocket_vit", "pocket_clip"])
 def test_the_shipped_weights_load_and_are_what_the_card_says(name):
-    card, path = backbones.card(name), backbones.POCKET / f"{name}.safetensors"
+    card, path = encoders.read_card(name), encoders.WEIGHTS / f"{name}.safetensors"
     assert path.stat().st_size == card["bytes"] < 2_000_000
     assert hashlib.sha256(path.read_bytes()).hexdigest() == card["sha256"]
-    model = backbones.build(name, "pocket")
+    model = encoders.build(name)
     assert not model.training
-    assert same(model, backbones.build(name))  # "pretrained" means the same for them
     assert backbones.input_of(model) == backbones.Input(32, (0.5,) * 3, (0.5,) * 3)
-    # when this fails the tasks have changed: python -m companion.pocket.backbones <name> --measure
+    # when this fails the tasks have changed: python -m companion.toy.encoders.vit_and_clip <name> --measure
     assert card["tasks"] == classification.VERSION
     for scores in card["quality"].values():
         for score in scores.values():
@@ -54,55 +54,55 @@ def test_the_shipped_weights_load_and_are_what_the_card_says(name):
 
 
 def test_the_shipped_vit_is_as_good_as_its_card_says():
-    model = backbones.build("pocket_vit", "pocket", num_classes=16)
-    said = backbones.card("pocket_vit")["quality"]["supervised"]["object"]["accuracy"]
+    model = encoders.build("pocket_vit", num_classes=16)
+    said = encoders.read_card("pocket_vit")["quality"]["supervised"]["object"]["accuracy"]
     assert pocket.source_accuracy(model) == pytest.approx(said, abs=0.005)
 
 
 def test_the_shipped_vits_linear_probe_is_as_good_as_its_card_says():
-    said = backbones.card("pocket_vit")["quality"]["linear_probe"]["orient"]["accuracy"]
-    assert pocket.linear_probe(backbones.build("pocket_vit"), "orient") == pytest.approx(said, abs=0.01)
+    said = encoders.read_card("pocket_vit")["quality"]["linear_probe"]["orient"]["accuracy"]
+    assert pocket.linear_probe(encoders.build("pocket_vit"), "orient") == pytest.approx(said, abs=0.01)
 
 
 def test_the_shipped_clip_is_as_good_as_its_card_says():
-    scores = pocket.zero_shot(backbones.build("pocket_clip", "pocket"))
-    for name, said in backbones.card("pocket_clip")["quality"]["zero_shot"].items():
+    scores = pocket.zero_shot(encoders.build("pocket_clip"))
+    for name, said in encoders.read_card("pocket_clip")["quality"]["zero_shot"].items():
         assert scores[name] == pytest.approx(said["accuracy"], abs=0.005), name
 
 
 def test_the_pocket_vit_is_the_agreed_architecture():
-    model = backbones.build("pocket_vit", "random")
+    model = encoders.build("pocket_vit", "random")
     assert len(model.blocks) == 6 and model.embed_dim == 48 and model.patch_embed.grid_size == (8, 8)
     assert sum(p.numel() for p in model.parameters()) == 147_312
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 48)
 
 
 def test_a_classifier_of_another_size_starts_random():
-    model = backbones.build("pocket_vit", "pocket", num_classes=9)
+    model = encoders.build("pocket_vit", num_classes=9)
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 9)
-    assert torch.equal(model.pos_embed, backbones.build("pocket_vit").pos_embed)
+    assert torch.equal(model.pos_embed, encoders.build("pocket_vit").pos_embed)
 
 
 def test_changed_pocket_weights_are_refused(tmp_path, monkeypatch):
     for name in ("pocket_vit.safetensors", "pocket_vit.md"):
-        shutil.copy(backbones.POCKET / name, tmp_path)
+        shutil.copy(encoders.WEIGHTS / name, tmp_path)
     weights = tmp_path / "pocket_vit.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    monkeypatch.setattr(backbones, "POCKET", tmp_path)
+    monkeypatch.setattr(encoders, "WEIGHTS", tmp_path)
     with pytest.raises(CorruptFile, match="sha256"):
-        backbones.build("pocket_vit")
+        encoders.build("pocket_vit")
     weights.unlink()
     with pytest.raises(MissingWeights, match=r"retrain: notebooks/pocket\.ipynb"):
-        backbones.build("pocket_vit")
+        encoders.build("pocket_vit")
 
 
 def test_random_weights_follow_torchs_seed():
     models = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        models.append(backbones.build("pocket_vit", "random"))
+        models.append(encoders.build("pocket_vit", "random"))
     assert same(models[0], models[1]) and not same(models[0], models[2])
 
 
@@ -153,7 +153,7 @@ def test_weights_in_the_cache_are_used(tmp_path, monkeypatch):
         ("vit_b17", "pretrained"),
         ("vit_b16", "pocket"),
         ("vit_b16", "no/such/file.pth"),
-        ("pocket_vit", "no/such/file.pth"),
+        ("pocket_vit", "pretrained"),
         ("openclip:ViT-B-33/openai", "pretrained"),
         ("openclip:ViT-B-32/nobody", "pretrained"),
         ("openclip:ViT-B-32", "pretrained"),
@@ -252,22 +252,22 @@ def release(model):
 
 
 def test_a_mismatched_file_names_what_differs(tmp_path):
-    state = backbones.build("pocket_vit", "random").state_dict()
+    state = encoders.build("pocket_vit", "random").state_dict()
     state["norm.scale"] = state.pop("norm.weight")
     state["cls_token"] = torch.zeros(1, 1, 40)
     save_file(state, tmp_path / "a.safetensors")
     with pytest.raises(BadCheckpoint) as caught:
-        backbones.build("pocket_vit", tmp_path / "a.safetensors")
+        encoders.build("pocket_vit", tmp_path / "a.safetensors")
     assert caught.value.missing == ["norm.weight"] and caught.value.unknown == ["norm.scale"]
     assert "cls_token" in caught.value.shapes[0]
 
 
 def test_a_mismatched_clip_names_what_differs(tmp_path):
-    state = backbones.build("pocket_clip", "random").state_dict()
+    state = encoders.build("pocket_clip", "random").state_dict()
     del state["visual.proj"]
     save_file(state, tmp_path / "a.safetensors")
     with pytest.raises(BadCheckpoint, match=r"missing: visual\.proj"):
-        backbones.build("pocket_clip", tmp_path / "a.safetensors")
+        encoders.build("pocket_clip", tmp_path / "a.safetensors")
 
 
 class Hostile:
@@ -282,7 +282,7 @@ def test_files_that_are_no_weights(tmp_path, suffix, data):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(data)
     with pytest.raises(CorruptFile, match="a" + suffix):
-        backbones.build("pocket_vit", path)
+        encoders.build("pocket_vit", path)
 
 
 def test_a_file_that_wants_to_run_code_does_not(tmp_path, capsys):

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from companion import cli, record, report
-from companion.parity import Case, folder
+from companion import cli
+from companion.evaluation.parity import Case, folder
+from companion.ops import record, report
 
 
 def call(capsys, *words) -> tuple[int, str, str]:
@@ -67,8 +68,10 @@ def test_parity_of_a_good_and_a_changed_checkpoint(capsys, tmp_path):
 
 def test_parity_of_a_checkpoint_in_two_parts(capsys, tmp_path):
     case = Case(folder() / "promptpar" / "small_whole_wider")
-    clip, rest = ({n.removeprefix(f"{p}."): t for n, t in case.state.items() if n.startswith(f"{p}.")}
-                  for p in ("clip_model", "model"))  # fmt: skip
+    clip, rest = (
+        {n.removeprefix(f"{p}."): t for n, t in case.state.items() if n.startswith(f"{p}.")}
+        for p in ("clip_model", "model")
+    )
     torch.save({"ViT_model": clip, "model_state_dict": rest}, tmp_path / "PAR.pth")
     code, out, _ = call(capsys, "parity", "promptpar", "--checkpoint", tmp_path / "PAR.pth")
     assert code == 0 and "small_whole_wider: agrees" in out

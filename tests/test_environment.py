@@ -64,6 +64,6 @@ def test_citation_file(root: Path, project: dict) -> None:
     assert citation["version"] == project["version"]
     assert citation["license"] == project["license"]
     assert citation["authors"] and citation["title"] and citation["message"]
-    papers = yaml.safe_load((root / "lib" / "companion" / "papers" / "index.yaml").read_text(encoding="utf-8"))
+    papers = yaml.safe_load((root / "lib" / "companion" / "models" / "index.yaml").read_text(encoding="utf-8"))
     cited = {reference["identifiers"][0]["value"] for reference in citation["references"]}
     assert cited == {f"arXiv:{paper['arxiv']}" for paper in papers}

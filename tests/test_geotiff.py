@@ -17,7 +17,7 @@ from rasterio.transform import Affine, from_origin
 from companion import climate, geotiff
 from companion.errors import BadParameter, CompanionError, CorruptFile
 from companion.geotiff import NODATA, Raster
-from companion.models.metasegnet import bands, segment
+from companion.models.metasegnet.model import bands, segment
 
 UTM = "EPSG:32633"  # zone 33 north: Potsdam
 CORNER = from_origin(367_000, 5_806_000, 0.5, 0.5)
@@ -30,8 +30,15 @@ def noise(height: int = 70, width: int = 90, seed: int = 0) -> np.ndarray:
 
 def written(path: Path, image: np.ndarray, **profile) -> Path:
     height, width = image.shape[1:]
-    facts = {"driver": "GTiff", "height": height, "width": width, "count": len(image), "dtype": image.dtype,
-             "crs": UTM, "transform": CORNER} | profile  # fmt: skip
+    facts = {
+        "driver": "GTiff",
+        "height": height,
+        "width": width,
+        "count": len(image),
+        "dtype": image.dtype,
+        "crs": UTM,
+        "transform": CORNER,
+    } | profile
     path.parent.mkdir(parents=True, exist_ok=True)
     with geotiff.quiet(), rasterio.open(path, "w", **facts) as file:
         file.write(image)
@@ -143,7 +150,7 @@ def test_without_rasterio(tmp_path, monkeypatch):
 LARGE = """
 import functools, sys, torch
 from companion import geotiff, record
-from companion.models.metasegnet import MetaSegNet, bands
+from companion.models.metasegnet.model import MetaSegNet, bands
 torch.set_num_threads(1)
 torch.manual_seed(0)
 net = MetaSegNet.build(8, size="pocket").eval()

@@ -12,16 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import robust_runs
-from robust_files import FILES, UNSEEN
-from robust_runs import KINDS
 
 from companion.errors import CompanionError
+from tests import robust_runs
+from tests.conftest import ROOT
+from tests.robust_files import FILES, UNSEEN
+from tests.robust_runs import KINDS
 
 KILLS = 20
 BEGUN_ANEW = ("pocket pictures",)  # a set is there as a whole or not at all
 SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["robust_runs"])  # a process then starts in no time, without this one's threads
+SPAWN.set_forkserver_preload(["tests.robust_runs"])  # a process then starts in no time, without this one's threads
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     monkeypatch.setenv("COMPANION_PROGRESS", "off")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 def begin(kind: str, folder: Path) -> multiprocessing.Process:

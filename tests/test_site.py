@@ -18,6 +18,8 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from companion.evaluation import ablations
+
 CLAIMS = [
     {
         "id": "params",
@@ -65,8 +67,13 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tables" / "accuracy.csv").write_text("method,digits,a|b\nlinear,0.61,<b>\nvpt,0.72,\n", encoding="utf-8")
     (folder / "tables" / "not_run_yet.csv").write_text("method,mIoU\n", encoding="utf-8")
     (folder / "claims.json").write_text(json.dumps(CLAIMS), encoding="utf-8")
-    record = {"slug": "sa2vp", "profile": "pocket", "parameters": {"lr": 0.001, "tasks": ["a", "b"]}, "seconds": 12.345,
-              "study": {"sha256": "0", "stale": True}}  # fmt: skip
+    record = {
+        "slug": "sa2vp",
+        "profile": "pocket",
+        "parameters": {"lr": 0.001, "tasks": ["a", "b"]},
+        "seconds": 12.345,
+        "study": {"sha256": "0", "stale": True},
+    }
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
     view = {"application/vnd.jupyter.widget-view+json": {"model_id": "0"}, "text/plain": "interactive(children=())"}
     cells = [
@@ -223,7 +230,6 @@ def test_data_page_names_every_set_and_speed_page_every_benchmark(site: Site, ro
 
 
 def test_comparison_page_shows_the_means_of_the_studies(site: Site, root: Path) -> None:
-    from companion import study
 
     page = (site.folder / "comparisons.html").read_text(encoding="utf-8")
     for question in yaml.safe_load((root / "site" / "comparisons.yaml").read_text(encoding="utf-8")):
@@ -232,9 +238,9 @@ def test_comparison_page_shows_the_means_of_the_studies(site: Site, root: Path) 
             folder = site.reports / column["paper"]
             if not (folder / "study.csv").exists() or not (folder / f"{folder.name}.ipynb").exists():
                 continue
-            tested = study.read(folder).query("stage == 'test'").set_index(["task", "method"])
+            tested = ablations.read(folder).query("stage == 'test'").set_index(["task", "method"])
             for method in set(column["methods"]) - {"-"}:
-                values = tested.loc[(column["task"], method), study.read(folder).attrs["metric"]]
+                values = tested.loc[(column["task"], method), ablations.read(folder).attrs["metric"]]
                 assert f"{values.mean():.1f} ± {values.std():.1f}" in page
 
 

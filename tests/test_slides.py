@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import kill_when
 from PIL import Image
 
 from companion import slides
 from companion.errors import BadParameter, CompanionError, CorruptFile
-from companion.models import hvit
+from companion.models.hvit import model as hvit
 from companion.slides import PANDA, Slide, Tiling
+from tests.conftest import kill_when
 
 SMALL = Tiling(region=128, mpp=0.5, downsample=16, otsu=False, median=3, close=2, area=0.01, least=0.1)
 
@@ -232,8 +232,15 @@ def test_features_are_the_same_for_any_batch(path, tmp_path):
     model = hvit.build("pocket", patches=4).eval()
     read = []
     for batch in (1, 3, 50):
-        out = slides.extract(path, model.embed_patches, tmp_path / f"{batch}.h5", tiling=SMALL, batch=batch,
-                             encoder=slides.fingerprint(model.patch), normalise="half")  # fmt: skip
+        out = slides.extract(
+            path,
+            model.embed_patches,
+            tmp_path / f"{batch}.h5",
+            tiling=SMALL,
+            batch=batch,
+            encoder=slides.fingerprint(model.patch),
+            normalise="half",
+        )
         assert not list(tmp_path.glob("*.parts"))
         read.append(slides.read_features(out))
     with Slide(path) as slide:
@@ -261,7 +268,7 @@ KILLED = """
 import sys, time, torch
 from companion import slides
 sys.path.insert(0, {tests!r})
-from test_slides import SMALL, mean_colour
+from tests.test_slides import SMALL, mean_colour
 def slowly(x):
     time.sleep(0.2)
     return mean_colour(x)
@@ -273,7 +280,7 @@ def test_killed_in_the_middle_and_resumed(path, tmp_path):
     """kill -9 at some moment: no file of features is there, and the next run ends with the same one."""
     whole = slides.read_features(slides.extract(path, mean_colour, tmp_path / "whole.h5", tiling=SMALL, batch=2))
     out = tmp_path / "killed.h5"
-    code = KILLED.format(tests=str(Path(__file__).parent), path=str(path), out=str(out))
+    code = KILLED.format(tests=str(Path(__file__).parents[1]), path=str(path), out=str(out))
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
     parts = tmp_path / "killed.h5.parts"
     kill_when(process, lambda: len(list(parts.glob("[0-9]*.safetensors"))) >= 3)

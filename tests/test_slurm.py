@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_snakefile import ROOT, Workspace
+
+from tests.test_snakefile import ROOT, Workspace
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "sinfo")
 CONF = """
@@ -75,11 +76,15 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     conf = folder / "slurm.conf"
     conf.write_text(
         CONF.format(
-            host=socket.gethostname().split(".")[0], ports=free_ports(2), user="root", folder=folder,
-            cpus=len(os.sched_getaffinity(0)), memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 21,
+            host=socket.gethostname().split(".")[0],
+            ports=free_ports(2),
+            user="root",
+            folder=folder,
+            cpus=len(os.sched_getaffinity(0)),
+            memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 21,
         ),
         encoding="utf-8",
-    )  # fmt: skip
+    )
     (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n", encoding="utf-8")
     monkeypatch.setenv("SLURM_CONF", str(conf))
     # Snakemake submits jobs without SLURM's variables, and a cluster has its settings below /etc: this one does not
@@ -89,11 +94,19 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     srun.chmod(0o755)
     monkeypatch.setenv("PATH", f"{srun.parent}{os.pathsep}{os.environ['PATH']}")
     daemons = [
-        ("munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket",
-         f"--pid-file={folder}/munge.pid", f"--log-file={folder}/munge.log", f"--seed-file={folder}/munge.seed"),
+        (
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={key}",
+            f"--socket={folder}/munge.socket",
+            f"--pid-file={folder}/munge.pid",
+            f"--log-file={folder}/munge.log",
+            f"--seed-file={folder}/munge.seed",
+        ),
         ("slurmctld", "-D", "-i", "-f", str(conf)),
         ("slurmd", "-D", "-f", str(conf)),
-    ]  # fmt: skip
+    ]
     started = []
     try:
         for words in daemons:
@@ -123,9 +136,19 @@ def test_a_grid_runs_on_a_cluster(tmp_path: Path, cluster: Path) -> None:
     workspace.path("grid.yaml").write_text(GRID, encoding="utf-8")
     shutil.copytree(ROOT / "profiles", workspace.path("profiles"))
     command = (
-        sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", "--configfile", "grid.yaml",
-        "--slurm-no-account", "--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "3",
-    )  # fmt: skip
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--profile",
+        "profiles/slurm",
+        "--configfile",
+        "grid.yaml",
+        "--slurm-no-account",
+        "--slurm-status-command",
+        "squeue",
+        "--slurm-init-seconds-before-status-checks",
+        "3",
+    )
     status, text, _ = workspace.run(*command)
     assert status != 0
     assert "2 done, 1 failed" in text and "bad/run  ValueError: the reason" in text

@@ -36,8 +36,9 @@ class Workspace:
             shutil.copy(root / name, folder / name)
         package = folder / "lib" / "companion"
         package.mkdir(parents=True)
-        for name in ("__init__.py", "batch.py", "errors.py", "files.py", "provenance.py"):
-            shutil.copy(root / "lib" / "companion" / name, package / name)
+        for name in ("__init__", "errors", "ops/__init__", "ops/batch", "ops/files", "ops/provenance"):
+            (package / f"{name}.py").parent.mkdir(exist_ok=True)
+            shutil.copy(root / "lib" / "companion" / f"{name}.py", package / f"{name}.py")
         for name in ("one", "two"):
             (package / f"{name}.py").write_text("VALUE = 1\n", encoding="utf-8")
         (folder / "site").mkdir()
@@ -183,8 +184,21 @@ def test_features_of_slides_are_made_in_parts(workspace: Workspace) -> None:
     workspace.notebook("one")
     stub = "import sys\nprint(sys.argv[1:])\nsys.exit('--part 1/3' in ' '.join(sys.argv) and {fails})\n"
     workspace.path("lib/companion/cli.py").write_text(stub.format(fails="'the reason'"), encoding="utf-8")
-    words = [sys.executable, "-m", "snakemake", "--cores", "2", "--keep-going", "--quiet", "all", "--config", "parts=3",
-             "slides=slides/panda --data-root /data", "--", "features"]  # fmt: skip
+    words = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--cores",
+        "2",
+        "--keep-going",
+        "--quiet",
+        "all",
+        "--config",
+        "parts=3",
+        "slides=slides/panda --data-root /data",
+        "--",
+        "features",
+    ]
     status, text, started = workspace.run(*words)
     assert status != 0 and "the reason" in text and len(started) == 3
     assert "'slides/panda', '--data-root', '/data', '--part', '0/3'" in workspace.path(
@@ -252,17 +266,29 @@ def test_a_bad_grid_is_told_before_anything_runs(workspace: Workspace) -> None:
 def test_a_study_chooses_rates_once_runs_its_seeds_apart_and_merges_them(workspace: Workspace) -> None:
     for name in ("one", "two"):
         workspace.notebook(name)
-    studies = workspace.path("lib/companion/studies")
-    studies.mkdir()
+    studies = workspace.path("lib/companion/toy/ablations")
+    studies.mkdir(parents=True)
     for name in ("__init__", "one", "two"):
         (studies / f"{name}.py").write_text("SEEDS = [3, 8]\n", encoding="utf-8")
     stub = (
         "import sys\nwords = ' '.join(sys.argv[1:])\nopen('said', 'a').write(words + '\\n')\n"
         "sys.exit('--seeds 8' in words and {})"
     )
-    workspace.path("lib/companion/study.py").write_text(stub.format("'the reason'"), encoding="utf-8")
-    words = [sys.executable, "-m", "snakemake", "--cores", "2", "--keep-going", "--quiet", "all", "--config",
-             "papers=one", "--", "studies"]  # fmt: skip
+    workspace.path("lib/companion/toy/ablation.py").write_text(stub.format("'the reason'"), encoding="utf-8")
+    words = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--cores",
+        "2",
+        "--keep-going",
+        "--quiet",
+        "all",
+        "--config",
+        "papers=one",
+        "--",
+        "studies",
+    ]
     status, text, _ = workspace.run(*words)
     assert status != 0 and "the reason" in text
     said = workspace.path("said").read_text().splitlines()
@@ -271,10 +297,12 @@ def test_a_study_chooses_rates_once_runs_its_seeds_apart_and_merges_them(workspa
     assert sorted(said[1:]) == [f"one build/study/one/seed{seed} --seeds {seed} {part}" for seed in (3, 8)]
 
     # as in a killed run: what is done stays, the rest goes on
-    workspace.path("lib/companion/study.py").write_text(stub.format(0), encoding="utf-8")
+    workspace.path("lib/companion/toy/ablation.py").write_text(stub.format(0), encoding="utf-8")
     assert workspace.run(*words)[0] == 0
     parts = "build/study/one/seed3 build/study/one/seed8"
-    assert workspace.path("said").read_text().splitlines()[3:] == [said[1 + ("--seeds 3" in said[1])],
-        f"one reports/pocket/one --merge {parts}"]  # fmt: skip
+    assert workspace.path("said").read_text().splitlines()[3:] == [
+        said[1 + ("--seeds 3" in said[1])],
+        f"one reports/pocket/one --merge {parts}",
+    ]
     assert workspace.run(*words)[0] == 0
     assert len(workspace.path("said").read_text().splitlines()) == 5

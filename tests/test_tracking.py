@@ -13,16 +13,16 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import kill_when
 from PIL import Image
 
 from companion import tracking
 from companion.data import tracking as data
 from companion.errors import BadParameter, CompanionError, CorruptFile
-from companion.metrics.tracking import iou
-from companion.models import bat
-from companion.pocket import tracking as pocket
+from companion.evaluation.metrics.tracking import iou
+from companion.models.bat import model as bat
+from companion.toy.datasets import tracking as pocket
 from companion.tracking import Frames, Track, follow, open_video, run, track
+from tests.conftest import kill_when
 
 LENGTH = 8
 
@@ -392,7 +392,7 @@ def test_an_error_keeps_what_is_finished(tmp_path, model, sequences, read):
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from test_tracking import clip, pocket_model, sequence
+from tests.test_tracking import clip, pocket_model, sequence
 from companion import tracking
 from companion.data import tracking as data
 
@@ -417,7 +417,7 @@ tracking.run(pocket_model(), videos, root / "out")
 
 
 def test_killed_while_it_writes_leaves_no_half_file(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     victim = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path), "60"], env=environment)
     kill_when(victim, (tmp_path / "writing").exists)
     out = tmp_path / "out"
@@ -448,8 +448,10 @@ def test_models_of_the_same_tensors_are_told_apart(tmp_path, sequences):
     def one_way(directions):
         return pocket_model(directions=directions)
 
-    for kind, first, second in ((lambda i: bat.SingleStream(bat.foundation("pocket_ostrack"), i), 0, 1),
-                                (one_way, "first to second", "second to first")):  # fmt: skip
+    for kind, first, second in (
+        (lambda i: bat.SingleStream(bat.foundation("pocket_ostrack"), i), 0, 1),
+        (one_way, "first to second", "second to first"),
+    ):
         folder = tmp_path / str(first)
         run(kind(first), sequences[1:2], folder)
         run(kind(first), sequences[1:2], folder)

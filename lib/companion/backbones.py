@@ -1,9 +1,8 @@
-"""From a name to an encoder: real weights (timm, open_clip), the pocket weights that ship here, or random.
+"""From a name to an encoder: released weights (timm, open_clip), a file, or random.
 
     build("vit_b16")                         ViT-B/16 as Google released it, from the local cache
     build("vit_b16", "ViT-B_16.npz")         the same from a file
     build("swin_b", download=True)           Swin-B, fetched when it is not cached
-    build("pocket_vit", "pocket")            a 0.6 MB ViT, offline
     build("openclip:ViT-B-32/openai")        a CLIP; any other name is one of timm's
 
 Nothing is downloaded unless `download=True`.
@@ -11,7 +10,6 @@ Nothing is downloaded unless `download=True`.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import sys
 from dataclasses import dataclass
@@ -21,21 +19,18 @@ import numpy as np
 import open_clip
 import timm
 import torch
-import yaml
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from open_clip.factory import load_checkpoint
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, set_model_preprocess_cfg
+from open_clip.model import set_model_preprocess_cfg
 from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from . import unpickle
 from .errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights
+from .ops import unpickle
 
 # Our short names, and the exact releases they stand for: `.orig_in21k` is Google's original ViT
 # ("vit_base_patch16_224_in21k" now means the later `.augreg_in21k`).
 TIMM = {"vit_b16": "vit_base_patch16_224.orig_in21k", "swin_b": "swin_base_patch4_window7_224.ms_in22k"}
-POCKET = Path(__file__).parent / "pocket" / "weights"
 
 
 @dataclass(frozen=True)
@@ -51,10 +46,9 @@ def build(name: str, weights: str | Path = "pretrained", *, download: bool = Fal
     """Build an encoder in eval mode.
 
     Args:
-        name: "vit_b16", "swin_b", "pocket_vit", "pocket_clip", "pocket_pedestrian_clip", any timm model, or
-            "openclip:<model>/<tag>".
-        weights: "pretrained" (for pocket names the same as "pocket"), "pocket", "random" (torch's current seed), or a
-            file: safetensors, .pth / .bin (read with `weights_only=True`), or the .npz of the original ViT release.
+        name: "vit_b16", "swin_b", any timm model, or "openclip:<model>/<tag>".
+        weights: "pretrained", "random" (torch's current seed), or a file: safetensors, .pth / .bin (read with
+            `weights_only=True`), or the .npz of the original ViT release.
         download: fetch pretrained weights that are not in the cache.
         overrides: passed to the model, for example `drop_path_rate=0.1` or `num_classes=10`. Without `num_classes` a
             timm model has no classifier; with it, one that starts random unless the weights have one of that size.
@@ -62,13 +56,9 @@ def build(name: str, weights: str | Path = "pretrained", *, download: bool = Fal
     Raises:
         BadParameter: unknown name or `weights`.
         MissingWeights: pretrained weights that are not cached, `download` being False or the network out of reach.
-        CorruptFile: a file that cannot be read, or pocket weights that differ from the hash recorded with them.
+        CorruptFile: a file that cannot be read.
         BadCheckpoint: weights that do not fit the model, with the names at fault.
     """
-    if name in _POCKET:
-        return _build_pocket(name, weights, overrides)
-    if weights == "pocket":
-        raise BadParameter("weights", weights, f"'pretrained', 'random' or a file; 'pocket' is for {list(_POCKET)}")
     if name.startswith("openclip:"):
         return _build_openclip(name, weights, download, overrides)
     return _build_timm(name, weights, download, overrides)
@@ -126,78 +116,13 @@ def input_of(model: nn.Module) -> Input:
     raise BadParameter("model", type(model).__name__, "a model made by backbones.build")
 
 
-# --- pocket -----------------------------------------------------------------------------------------------------------
-
-
-def _pocket_vit(**overrides: object) -> VisionTransformer:
-    shape = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 6, "num_heads": 4, "mlp_ratio": 3}
-    model = VisionTransformer(**{**shape, "num_classes": 0, **overrides})
-    model.pretrained_cfg = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "classifier": "head"}
-    return model
-
-
-def _pocket_clip(**overrides: object) -> CLIP:
-    # the image tower has the pocket ViT's shape, from which its training starts
-    image = CLIPVisionCfg(image_size=32, patch_size=4, width=48, layers=6, head_width=12, mlp_ratio=3, no_ln_pre=True)
-    text = CLIPTextCfg(context_length=16, vocab_size=64, width=64, heads=4, layers=2, mlp_ratio=3)
-    model = CLIP(**{"embed_dim": 64, "vision_cfg": image, "text_cfg": text, **overrides})
-    set_model_preprocess_cfg(model, {"size": (32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3})
-    return model
-
-
-def _pocket_pedestrian_clip(**overrides: object) -> CLIP:
-    # as the released CLIPs it has a norm before its blocks; the shared space is as wide as the pocket ViT
-    image = CLIPVisionCfg(image_size=(64, 32), patch_size=8, width=64, layers=4, head_width=16, mlp_ratio=3)
-    text = CLIPTextCfg(context_length=24, vocab_size=64, width=48, heads=4, layers=2, mlp_ratio=3)
-    model = CLIP(**{"embed_dim": 48, "vision_cfg": image, "text_cfg": text, **overrides})
-    set_model_preprocess_cfg(model, {"size": (64, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3})
-    return model
-
-
-_POCKET = {
-    "pocket_vit": _pocket_vit,
-    "pocket_clip": _pocket_clip,
-    "pocket_pedestrian_clip": _pocket_pedestrian_clip,
-}
-
-
-def card(name: str) -> dict:
-    """The YAML head of a pocket backbone's model card: licence, data, command, sha256, measured quality."""
-    text = (POCKET / f"{name}.md").read_text(encoding="utf-8")
-    return yaml.safe_load(text.split("---\n")[1])
-
-
-def pocket_file(name: str) -> Path:
-    """The shipped weights of a pocket model, their hash checked.
-
-    Raises:
-        MissingWeights: they are not where the package has them.
-        CorruptFile: they differ from the hash recorded in their card.
-    """
-    path = POCKET / f"{name}.safetensors"
-    if not path.is_file():
-        raise MissingWeights(name, POCKET, ["install the package anew, or retrain: notebooks/pocket.ipynb says how"])
-    if hashlib.sha256(path.read_bytes()).hexdigest() != card(name)["sha256"]:
-        raise CorruptFile(path, f"its sha256 is not the one in {name}.md: get both files again")
-    return path
-
-
-def _build_pocket(name: str, weights: str | Path, overrides: dict) -> nn.Module:
-    model = _POCKET[name](**overrides)
-    if weights in ("pocket", "pretrained"):
-        _load(model, pocket_file(name), name)
-    elif weights != "random":
-        _load(model, _file(weights), name)
-    return model.eval()
-
-
 # --- timm -------------------------------------------------------------------------------------------------------------
 
 
 def _build_timm(name: str, weights: str | Path, download: bool, overrides: dict) -> nn.Module:
     full = TIMM.get(name, name)
     if not timm.is_model(full):
-        raise BadParameter("name", name, f"{[*TIMM, *_POCKET]}, 'openclip:<model>/<tag>', or a timm model")
+        raise BadParameter("name", name, f"{list(TIMM)}, 'openclip:<model>/<tag>', or a timm model")
     if timm.get_pretrained_cfg(full) is None and weights == "pretrained":
         raise BadParameter("weights", weights, f"'random' or a file: timm knows no released weights of {full}")
     # the path is settled before the model is built: a missing file should not cost seconds and gigabytes first
@@ -208,7 +133,7 @@ def _build_timm(name: str, weights: str | Path, download: bool, overrides: dict)
         path = _file(weights)
     model = timm.create_model(full, pretrained=False, **{"num_classes": 0, **overrides})
     if path is not None:
-        _load(model, path, full)
+        load_weights(model, path, full)
     return model.eval()
 
 
@@ -245,7 +170,7 @@ def _build_openclip(name: str, weights: str | Path, download: bool, overrides: d
     if release:
         set_model_preprocess_cfg(model, {**model.visual.preprocess_cfg, **release})
     if path is not None:
-        _load(model, path, name)
+        load_weights(model, path, name)
     return model.eval()
 
 
@@ -254,7 +179,7 @@ def _build_openclip(name: str, weights: str | Path, download: bool, overrides: d
 
 def _file(path: str | Path) -> Path:
     if not Path(path).is_file():
-        raise BadParameter("weights", str(path), "'pretrained', 'pocket', 'random' or an existing file")
+        raise BadParameter("weights", str(path), "'pretrained', 'random' or an existing file")
     return Path(path)
 
 
@@ -281,7 +206,7 @@ def hub_file(name: str, repository: str | None, files: list[str], download: bool
     raise MissingWeights(name, constants.HF_HUB_CACHE, ways)
 
 
-def _load(model: nn.Module, path: Path, name: str) -> None:
+def load_weights(model: nn.Module, path: Path, name: str) -> None:
     """Load a file into a model, strictly; only a classifier may be missing from either side."""
     if path.suffix == ".npz":
         _load_npz(model, path, name)

@@ -27,11 +27,13 @@ import pandas as pd
 import psutil
 import torch
 
-from . import data, parity, record
+from . import data
 from .errors import BadParameter, CompanionError, CorruptFile, MissingWeights
-from .files import read_json, sha256, write_json
-from .provenance import code_hash, sources
-from .report import PAPERS, paper
+from .evaluation import parity
+from .ops import record
+from .ops.files import read_json, sha256, write_json
+from .ops.papers import paper, slugs
+from .ops.provenance import code_hash, sources
 
 MEASURED = "measured.csv"  # what a paper's runs on real data measured; they gather in it
 TFLOPS = 40  # sustained, what one recent data-centre card reaches in mixed precision; the doctor says so
@@ -49,8 +51,10 @@ def main(words: list[str] | None = None) -> int:
         sub.set_defaults(run=run)
         return sub
 
-    for run, name, what in ((doctor, "doctor", "what is missing for each table of a paper"),
-                            (fetch, "fetch", "download a paper's weights and data where they are free")):  # fmt: skip
+    for run, name, what in (
+        (doctor, "doctor", "what is missing for each table of a paper"),
+        (fetch, "fetch", "download a paper's weights and data where they are free"),
+    ):
         command(run, name, what, "paper").add_argument("--data-root", default="data")
     command(show_data, "data", "all data sets and whether they are here").add_argument("--data-root", default="data")
     sub = command(check_parity, "parity", "compare our model with outputs of the authors' code", "paper")
@@ -239,8 +243,10 @@ def check_parity(given: argparse.Namespace) -> int:
         wrong = [d for d in differences if not d.agrees]
         if wrong:
             failed += 1
-            print(f"{case.name}: DIFFERS; first at {wrong[0].output} ({wrong[0].error:.1e} of its largest magnitude), "
-                  f"{len(wrong)} of {len(differences)} outputs")  # fmt: skip
+            print(
+                f"{case.name}: DIFFERS; first at {wrong[0].output} ({wrong[0].error:.1e} of its largest magnitude), "
+                f"{len(wrong)} of {len(differences)} outputs"
+            )
         else:
             print(f"{case.name}: agrees; {len(differences)} outputs, worst {worst.error:.1e} at {worst.output}")
     return int(bool(failed))
@@ -248,7 +254,7 @@ def check_parity(given: argparse.Namespace) -> int:
 
 def slides(given: argparse.Namespace) -> int:
     """Store features slide by slide, and name those that could not be read."""
-    from .runs import hvit as runs
+    from .models.hvit import recipe as runs
 
     i, _, n = given.part.partition("/")
     if not (i.isdecimal() and n.isdecimal()):
@@ -268,7 +274,7 @@ def slides(given: argparse.Namespace) -> int:
 
 def landcover(given: argparse.Namespace) -> int:
     """Write a map for each picture, and say where."""
-    from .runs import metasegnet_full as full
+    from .models.metasegnet import recipe as full
 
     for path, zone in full.maps(given.folder, given.out, SimpleNamespace(**vars(given))):
         print(f"{path}  ({zone or 'place not known'})", flush=True)
@@ -290,7 +296,7 @@ def adopt(given: argparse.Namespace) -> int:
         outputs = dict(outputs)
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFile(source / "run.json", f"not a run record ({error})") from error
-    known = sorted(p.stem for p in PAPERS.glob("*.yaml") if p.stem != "index")
+    known = slugs()
     if slug not in known:
         raise BadParameter("slug", slug, known)
     if profile not in ("pocket", "paper"):

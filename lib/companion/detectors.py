@@ -32,8 +32,8 @@ from torch.nn import functional as F
 from torchvision.ops import box_convert, clip_boxes_to_image
 
 from .errors import BadParameter, CorruptFile, MissingWeights
-from .files import read_json
-from .models.sic_cads import Detections, detect, refine
+from .models.sic_cads.model import Detections, detect, refine
+from .ops.files import read_json
 
 NAMES = (
     *("google/owlvit-base-patch32", "google/owlvit-base-patch16", "google/owlvit-large-patch14"),

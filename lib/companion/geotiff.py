@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import BadParameter, CompanionError, CorruptFile
-from .files import atomic
+from .ops.files import atomic
 
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as the author of GeoSeg normalises
@@ -108,8 +108,9 @@ class Raster:
         (longitude,), (latitude,) = transform(self.crs, "EPSG:4326", [x], [y])
         return (latitude, longitude) if math.isfinite(latitude) and math.isfinite(longitude) else None
 
-    def raw(self, bands: Sequence[int], top: int = 0, left: int = 0, rows: int | None = None,
-            columns: int | None = None) -> np.ndarray:  # fmt: skip
+    def raw(
+        self, bands: Sequence[int], top: int = 0, left: int = 0, rows: int | None = None, columns: int | None = None
+    ) -> np.ndarray:
         """A window of some bands, counted from 1, uint8 (bands, rows, columns); the whole picture without a window.
 
         Raises `CorruptFile`: fewer bands, another type than uint8, or a part that cannot be decoded."""
@@ -163,8 +164,13 @@ class Raster:
             return {}
 
 
-def write_map(path: str | Path, rows: Iterable[tuple[int, np.ndarray]], like: Raster, palette: Sequence[Sequence[int]],
-              names: Sequence[str] = ()) -> Path:  # fmt: skip
+def write_map(
+    path: str | Path,
+    rows: Iterable[tuple[int, np.ndarray]],
+    like: Raster,
+    palette: Sequence[Sequence[int]],
+    names: Sequence[str] = (),
+) -> Path:
     """Write a map of classes as a tiled GeoTIFF with a colour table and the georeference of a picture.
 
     It is written under a temporary name and renamed. `NODATA` is its no-data value, shown as nothing.
@@ -178,9 +184,20 @@ def write_map(path: str | Path, rows: Iterable[tuple[int, np.ndarray]], like: Ra
     if not 1 <= len(palette) <= NODATA:
         raise BadParameter("palette", f"{len(palette)} colours", f"1 to {NODATA}")
     height, width = like.size
-    profile = {"driver": "GTiff", "height": height, "width": width, "count": 1, "dtype": "uint8", "nodata": NODATA,
-               "crs": like.crs, "tiled": True, "blockxsize": BLOCK, "blockysize": BLOCK, "compress": "deflate",
-               "BIGTIFF": "IF_SAFER"}  # fmt: skip
+    profile = {
+        "driver": "GTiff",
+        "height": height,
+        "width": width,
+        "count": 1,
+        "dtype": "uint8",
+        "nodata": NODATA,
+        "crs": like.crs,
+        "tiled": True,
+        "blockxsize": BLOCK,
+        "blockysize": BLOCK,
+        "compress": "deflate",
+        "BIGTIFF": "IF_SAFER",
+    }
     if not like.transform.is_identity:
         profile["transform"] = like.transform
     with atomic(path) as temporary, quiet():
@@ -203,8 +220,14 @@ def pixels(raw: np.ndarray) -> Tensor:
     return (torch.from_numpy(raw).float() / 255 - mean) / std
 
 
-def label(tiles: Callable[..., Iterable], path: str | Path, out: str | Path, palette: Sequence[Sequence[int]],
-          names: Sequence[str] = (), crs: object = None) -> Path:  # fmt: skip
+def label(
+    tiles: Callable[..., Iterable],
+    path: str | Path,
+    out: str | Path,
+    palette: Sequence[Sequence[int]],
+    names: Sequence[str] = (),
+    crs: object = None,
+) -> Path:
     """The most likely class of each pixel of a picture of any size, written as `write_map` does.
 
     The picture is read and the map written by windows, so memory grows with the width of the picture at most.

@@ -30,10 +30,10 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
-from . import heatmaps
 from .errors import BadParameter, CompanionError, CorruptFile
-from .files import atomic, read_json, write_json
-from .progress import progress
+from .ops.files import atomic, read_json, write_json
+from .ops.progress import progress
+from .viz import heatmaps
 
 BACKENDS = ("openslide", "tiffslide")
 NORMALISATIONS = {
@@ -267,8 +267,9 @@ def tissue_mask(rgb: np.ndarray, tiling: Tiling) -> np.ndarray:
     return cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((tiling.close, tiling.close), np.uint8))
 
 
-def find_tiles(mask: np.ndarray, downsample: float, size: tuple[int, int], step: int, tiling: Tiling,
-               unit: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+def find_tiles(
+    mask: np.ndarray, downsample: float, size: tuple[int, int], step: int, tiling: Tiling, unit: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Regions with tissue, in the order found: coordinates (M, 2), shares and contours (M,).
 
     For each piece of tissue a grid that starts at the upper left of ITS bounding box, columns first; the grids of two
@@ -423,10 +424,17 @@ def extract(
     with Slide(path, mpp) as slide:
         tiles = tile(slide, tiling, mask)
         settings = {
-            "slide": slide.path.name, "size": list(slide.size), "mpp": slide.mpp, "encoder": encoder,
-            "normalise": normalise, "step": tiles.step, "level": tiles.level, "pixels": tiles.pixels,
-            "coords": hashlib.sha256(tiles.coords.tobytes()).hexdigest()[:16], **dataclasses.asdict(tiling),
-        }  # fmt: skip
+            "slide": slide.path.name,
+            "size": list(slide.size),
+            "mpp": slide.mpp,
+            "encoder": encoder,
+            "normalise": normalise,
+            "step": tiles.step,
+            "level": tiles.level,
+            "pixels": tiles.pixels,
+            "coords": hashlib.sha256(tiles.coords.tobytes()).hexdigest()[:16],
+            **dataclasses.asdict(tiling),
+        }
         if out.is_file():
             _same(settings, json.loads(read_features(out)["settings"]), out)
             return out
@@ -509,8 +517,14 @@ def features_shape(path: str | Path) -> tuple[int, ...]:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write_pyramid(path: str | Path, rows: Callable[[int, int], np.ndarray], size: tuple[int, int], mpp: float | None,
-                  downsamples: Sequence[int] = (1, 4, 16), tile: int = 256) -> Path:  # fmt: skip
+def write_pyramid(
+    path: str | Path,
+    rows: Callable[[int, int], np.ndarray],
+    size: tuple[int, int],
+    mpp: float | None,
+    downsamples: Sequence[int] = (1, 4, 16),
+    tile: int = 256,
+) -> Path:
     """Write a tiled pyramidal TIFF that openslide and tiffslide open, band by band.
 
     Args:
@@ -560,8 +574,9 @@ def _rows(kept: np.ndarray, y0: int, y1: int) -> np.ndarray:
     return kept[y0:y1]
 
 
-def _tiles(rows: Callable[[int, int], np.ndarray], width: int, height: int, tile: int, below: np.ndarray | None,
-           factor: int) -> Iterator[np.ndarray]:  # fmt: skip
+def _tiles(
+    rows: Callable[[int, int], np.ndarray], width: int, height: int, tile: int, below: np.ndarray | None, factor: int
+) -> Iterator[np.ndarray]:
     """The tiles of a level, row by row, white at the edges; `below` is filled with the level reduced by `factor`."""
     band = tile * factor
     for top in range(0, height, band):
@@ -573,13 +588,22 @@ def _tiles(rows: Callable[[int, int], np.ndarray], width: int, height: int, tile
             for x in range(0, width, tile):
                 piece = strip[y : y + tile, x : x + tile]
                 if piece.shape[:2] != (tile, tile):
-                    piece = np.pad(piece, ((0, tile - len(piece)), (0, tile - piece.shape[1]), (0, 0)),
-                                   constant_values=255)  # fmt: skip
+                    piece = np.pad(
+                        piece, ((0, tile - len(piece)), (0, tile - piece.shape[1]), (0, 0)), constant_values=255
+                    )
                 yield np.ascontiguousarray(piece)
 
 
-def write_heatmap(slide: Slide, tiles: Tiles, maps: Iterable[np.ndarray], stem: str | Path, *, downsample: int = 16,
-                  threshold: float | None = None, opacity: float = 0.5) -> dict[str, Path]:  # fmt: skip
+def write_heatmap(
+    slide: Slide,
+    tiles: Tiles,
+    maps: Iterable[np.ndarray],
+    stem: str | Path,
+    *,
+    downsample: int = 16,
+    threshold: float | None = None,
+    opacity: float = 0.5,
+) -> dict[str, Path]:
     """Scores stitched over a slide: `<stem>.tiff`, a pyramid that lies on the slide in a viewer, and `<stem>.png`.
 
     Args:

@@ -23,10 +23,10 @@ from torch import nn
 
 from .data.tracking import box_from_crop, clip_box, crop, normalise, read_frame, read_results, write_results
 from .errors import BadParameter, CorruptFile
-from .files import read_json, write_json
-from .fit import launcher
-from .models.bat import decode, hann
-from .progress import progress
+from .models.bat.model import decode, hann
+from .ops.files import read_json, write_json
+from .ops.progress import progress
+from .training.fit import launcher
 
 TEMPLATE_FACTOR, SEARCH_FACTOR = 2.0, 4.0
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
@@ -233,8 +233,14 @@ def run(
     return read_results(folder, [sequence.name for sequence in sequences])
 
 
-def track(visible: str | Path, infrared: str | Path, box: Sequence[float], model: nn.Module,
-          out: str | Path | None = None, **options: object) -> Track:  # fmt: skip
+def track(
+    visible: str | Path,
+    infrared: str | Path,
+    box: Sequence[float],
+    model: nn.Module,
+    out: str | Path | None = None,
+    **options: object,
+) -> Track:
     """Follow the target `box` (x, y, w, h of the first frame) through your own video; `out` is a result file to write.
 
     Args:

@@ -26,8 +26,8 @@ from PIL import Image, ImageOps
 from scipy.io import loadmat
 from torchvision.transforms import v2
 
-from .. import unpickle
 from ..errors import BadParameter, CorruptFile, MissingData
+from ..ops import unpickle
 from . import DataSet, Status, find
 from .attributes_sets import ANNOTATIONS, COLUMNS, IMAGES, SENTENCES, WIDER_FILES, ZERO_SHOT, ZERO_SHOT_FILES
 from .classification import Images, _absent, _inside, _normalised, _to_tensor
@@ -50,8 +50,9 @@ class Listing:
         self.file, self.pictures, self.names = file, list(pictures), list(names)
         self.labels = (np.asarray(labels) == 1).astype(np.float32)
         if self.labels.ndim != 2 or self.labels.shape != (len(self.pictures), len(self.names)):
-            raise CorruptFile(file, f"labels {self.labels.shape} for {len(self.pictures)} pictures and "
-                                    f"{len(self.names)} attributes")  # fmt: skip
+            raise CorruptFile(
+                file, f"labels {self.labels.shape} for {len(self.pictures)} pictures and {len(self.names)} attributes"
+            )
         self.splits = {split: self._indices(split, chosen) for split, chosen in splits.items()}
         if {"train", "val"} <= self.splits.keys():
             self.splits["trainval"] = np.concatenate([self.splits["train"], self.splits["val"]])

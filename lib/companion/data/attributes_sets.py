@@ -102,7 +102,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
         shoes leather, shoes sport, shoes boots, shoes cloth, shoes casual, attach backpack, attach shoulder
         bag, attach hand bag, attach box, attach plastic bag, attach paper bag, attach hand trunk, attach other,
         action calling, action talking, action gathering, action holding, action pushing, action pulling, action
-        carry arm, action carry hand"""),
+        carry arm, action carry hand""")
 }
 """Of RAPv1 the authors' script gives CLIP these phrases, and keeps the sentences beside them; which of the two the
 paper used was not found. `SENTENCES` has the sentences, as for all other sets and as the abstract says."""
@@ -273,7 +273,7 @@ def sets() -> Iterator[DataSet]:
         sizes={},
         folders=("pocket/pedestrians",),
         layout="as par/pa100k: annotation.mat, data/*.png",
-        source="made on this machine: `companion.pocket.pedestrians.write(root)`",
+        source="made on this machine: `companion.toy.datasets.pedestrians.write(root)`",
         licence="made here, from pictures bundled with scikit-image and scikit-learn",
         citation="this project",
     )

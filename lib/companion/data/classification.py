@@ -38,7 +38,7 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData
-from ..files import read_json, write_json
+from ..ops.files import read_json, write_json
 from . import DataSet, Status, find
 from .classification_sets import IMAGES
 

@@ -34,7 +34,7 @@ code has loaders for the first six; that the other four are these is inferred.
 * Citation: Huang et al., "Diversity-Aware Meta Visual Prompting", CVPR 2023, and the set's own.
 * Licence: one for each set.
 
-**pocket**: four small tasks in VTAB-1k's layout, made by `companion.pocket.classification` from bundled pictures.
+**pocket**: four small tasks in VTAB-1k's layout, made by `companion.toy.datasets.classification` from bundled pictures.
 """
 
 from __future__ import annotations
@@ -133,13 +133,7 @@ _HTA = {
         "gtsrb",
         "GTSRB/Training/<class>/*.ppm\nGTSRB/Final_Test/Images/*.ppm\nGT-final_test.csv",
     ),
-    "food101": (
-        "Food-101",
-        101,
-        (60600, 15150, 25250),
-        "food-101",
-        "meta/{train,test}.json\nimages/<class>/*.jpg",
-    ),
+    "food101": ("Food-101", 101, (60600, 15150, 25250), "food-101", "meta/{train,test}.json\nimages/<class>/*.jpg"),
     "cifar10": (
         "CIFAR-10",
         10,
@@ -249,7 +243,7 @@ def sets() -> Iterator[DataSet]:
             sizes=_sizes(800, 200, test),
             folders=(f"pocket/{key}",),
             layout=f"{{train800,val200,train800val200,test}}.txt    {_LISTS}\nimages/<split>/*.png",
-            source=f"made on this machine: `companion.pocket.classification.write(root, ['{key}'])`",
+            source=f"made on this machine: `companion.toy.datasets.classification.write(root, ['{key}'])`",
             licence="made here, from pictures bundled with scikit-image and scikit-learn",
             citation="this project",
         )

@@ -182,8 +182,15 @@ class Recipe:
         return tuple(ops)
 
 
-def degrade(x: Tensor, ops: Sequence[Op], seed: int | Sequence[int], *, back: str = "op", filter: str = "bicubic",
-            edge: str = "replicate") -> Tensor:  # fmt: skip
+def degrade(
+    x: Tensor,
+    ops: Sequence[Op],
+    seed: int | Sequence[int],
+    *,
+    back: str = "op",
+    filter: str = "bicubic",
+    edge: str = "replicate",
+) -> Tensor:
     """Apply degradations, one after the other, to a picture (3, H, W) in [0, 1]; the result has its size.
 
     Args:

@@ -27,7 +27,7 @@ from torchvision.ops import box_convert
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..errors import BadParameter, CorruptFile, MissingData
-from ..files import read_json
+from ..ops.files import read_json
 from . import DataSet, Status, find
 from .classification import Images, _absent, _inside
 from .detection_sets import COCO_BASE, COCO_NOVEL, FILES, IMAGES, NAMES_FIX
@@ -61,8 +61,9 @@ class Boxes(Images):
     Raises (on indexing) as `classification.Images`.
     """
 
-    def __init__(self, dataset: DataSet, root: Path, folder: Path, truth: Mapping, base: Sequence[int],
-                 novel: Sequence[int]):  # fmt: skip
+    def __init__(
+        self, dataset: DataSet, root: Path, folder: Path, truth: Mapping, base: Sequence[int], novel: Sequence[int]
+    ):
         ordered = sorted(truth["categories"], key=lambda category: category["id"])
         names = [category["name"] for category in ordered]
         sources = [str(folder / image["file_name"]) for image in truth["images"]]

@@ -52,7 +52,7 @@ FILES = {
         "test": (
             *("annotations/zhiyuan_objv2_val_fixname.json", "zhiyuan_objv2_val_fixname.json"),
             *("annotations/zhiyuan_objv2_val.json", "zhiyuan_objv2_val.json"),
-        ),
+        )
     },
     "detection/openimages": {"test": ("annotations/oid_challenge_2019_val_expanded.json",)},
     "pocket/detection": {split: (f"annotations/instances_{split}.json",) for split in ("train", "val", "test")},
@@ -140,7 +140,7 @@ def sets() -> Iterator[DataSet]:
         sizes={},
         folders=("pocket/detection",),
         layout="annotations/instances_{train,val,test}.json\n{train,val,test}/*.png",
-        source="made on this machine: `companion.pocket.detection.write(root)`",
+        source="made on this machine: `companion.toy.datasets.detection.write(root)`",
         licence="made here, from photographs bundled with scikit-image and scikit-learn",
         citation="this project",
     )

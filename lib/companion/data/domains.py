@@ -37,7 +37,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import v2
 
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData
-from ..files import read_json, write_json
+from ..ops.files import read_json, write_json
 from . import DataSet, Status, find
 from .classification import Images, _absent, _class_folders, _inside, _normalised, image_folder, parted
 from .domains_sets import CLASSES, RELEASED_AS, TORCHGEO, WHOLE_SET_NAMES, image_folders, split_file, split_sizes

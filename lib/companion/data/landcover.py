@@ -35,8 +35,8 @@ from torchvision.datasets.utils import download_and_extract_archive
 
 from .. import climate
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData
-from ..files import atomic
 from ..geotiff import SUFFIXES, Raster, quiet
+from ..ops.files import atomic
 from . import DataSet, Status, find
 from .landcover_sets import CLASSES, LEFT_OUT, LOVEDA, LOVEDA_FILES, OEM, POTSDAM, POTSDAM_TILES, XBD
 

@@ -136,7 +136,7 @@ def sets() -> Iterator[DataSet]:
         sizes={},
         folders=(POCKET,),
         layout=EARTH_LAYOUT,
-        source="made on this machine: `companion.pocket.landcover.write(root)`",
+        source="made on this machine: `companion.toy.datasets.landcover.write(root)`",
         licence="made here; its surfaces are cut from photographs bundled with scikit-image",
         citation="this project",
     )

@@ -71,8 +71,15 @@ def test_transform() -> Transform:
     return v2.Compose([v2.ToDtype(kinds, scale=True), v2.Normalize(MEAN, STD)])
 
 
-def train_transform(size: int, ignore: int, *, scales: Sequence[float] = SCALES, flip: float = 0.5,
-                    upside_down: float = 0.5, brightness: float = 0.0) -> Transform:  # fmt: skip
+def train_transform(
+    size: int,
+    ignore: int,
+    *,
+    scales: Sequence[float] = SCALES,
+    flip: float = 0.5,
+    upside_down: float = 0.5,
+    brightness: float = 0.0,
+) -> Transform:
     """A pair (Image uint8, Mask int64) to (float32 (3, size, size), int64 (size, size)).
 
     Args:

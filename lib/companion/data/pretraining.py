@@ -56,8 +56,12 @@ class Instances(Boxes):
         kept = [i for i in range(len(rows)) if not target.crowd[i] and (sides[i] > 0).all()]
         masks = [self._mask(rows[i], *image.shape[1:]) for i in kept]
         empty = torch.zeros((0, *image.shape[1:]), dtype=torch.uint8)
-        return image, {"boxes": target.boxes[kept], "labels": target.labels[kept] + 1,
-                       "masks": torch.stack(masks) if masks else empty, "image_id": target.image_id}  # fmt: skip
+        return image, {
+            "boxes": target.boxes[kept],
+            "labels": target.labels[kept] + 1,
+            "masks": torch.stack(masks) if masks else empty,
+            "image_id": target.image_id,
+        }
 
     def _mask(self, row: dict, height: int, width: int) -> Tensor:
         """One instance's mask: polygons, or run lengths."""
@@ -218,8 +222,19 @@ def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
 
 
 def _own(folder: Path, layout: str) -> DataSet:
-    return DataSet(folder.resolve().name, "pictures of your own", "own", "pretraining", None, {}, (".",), layout,
-                   "your own pictures", "yours", "")  # fmt: skip
+    return DataSet(
+        folder.resolve().name,
+        "pictures of your own",
+        "own",
+        "pretraining",
+        None,
+        {},
+        (".",),
+        layout,
+        "your own pictures",
+        "yours",
+        "",
+    )
 
 
 def _folders(dataset: DataSet, root: Path, folder: Path, transform: Callable | None) -> Images:

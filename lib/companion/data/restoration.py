@@ -33,7 +33,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_dtype
 
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData
-from ..files import read_json
+from ..ops.files import read_json
 from . import DataSet, Status, find
 from .classification import Images, _absent, _inside
 from .degradations import BLIND, Op, RealESRGAN, Recipe, blind, degrade, prompt
@@ -193,8 +193,16 @@ class Degraded(Dataset):
         return Sample(clean, degraded, "" if untold < self.no_caption else caption, restoration, ops)
 
 
-TEXTS = ("own", "no text", "semantic only", "restoration only", "blind prompt", "wrong semantic prompt",
-         "wrong restoration prompt", "prompts swapped")  # fmt: skip
+TEXTS = (
+    "own",
+    "no text",
+    "semantic only",
+    "restoration only",
+    "blind prompt",
+    "wrong semantic prompt",
+    "wrong restoration prompt",
+    "prompts swapped",
+)
 
 
 def texts(samples: Sequence[Sample], kind: str = "own") -> tuple[list[str], list[str]]:

@@ -75,7 +75,7 @@ def sets() -> Iterator[DataSet]:
         sizes={},
         folders=("pocket/restoration",),
         layout="\n".join(f"{{train,val,test}}/{line}" for line in OWN.splitlines()),
-        source="made on this machine: `companion.pocket.restoration.write(root)`",
+        source="made on this machine: `companion.toy.datasets.restoration.write(root)`",
         licence="made here",
         citation="this project",
     )

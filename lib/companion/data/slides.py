@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import BadParameter, CorruptFile, MissingData
-from ..files import atomic, atomic_folder
+from ..ops.files import atomic, atomic_folder
 from . import DataSet, Status, find
 
 SPLITS = ("train", "tune", "test")
@@ -55,15 +55,25 @@ class Item:
 
 def isup(gleason: str) -> int:
     """The ISUP grade, 0 to 5, of a Gleason score such as "4+3"; "negative" and "0+0" are 0."""
-    grades = {"negative": 0, "0+0": 0, "3+3": 1, "3+4": 2, "4+3": 3, "4+4": 4, "3+5": 4, "5+3": 4, "4+5": 5, "5+4": 5,
-              "5+5": 5}  # fmt: skip
+    grades = {
+        "negative": 0,
+        "0+0": 0,
+        "3+3": 1,
+        "3+4": 2,
+        "4+3": 3,
+        "4+4": 4,
+        "3+5": 4,
+        "5+3": 4,
+        "4+5": 5,
+        "5+4": 5,
+        "5+5": 5,
+    }
     if gleason not in grades:
         raise BadParameter("gleason", gleason, tuple(grades))
     return grades[gleason]
 
 
-def load(name: str, root: str | Path, split: str = "all", fold: int = 0,
-         exclude: Iterable[str] = ()) -> list[Item]:  # fmt: skip
+def load(name: str, root: str | Path, split: str = "all", fold: int = 0, exclude: Iterable[str] = ()) -> list[Item]:
     """The slides of one split, in the order of its list. No picture is opened.
 
     Args:
@@ -151,8 +161,7 @@ def folder(path: str | Path, labels: str | Path | None = None, column: str = "la
     return sorted((Item(name, file, numbers[label]) for name, file, label in found), key=lambda item: item.name)
 
 
-def split_folds(items: Sequence[Item], folds: int = 5, test: float = 0.0,
-                seed: int = 0) -> list[dict[str, list[Item]]]:  # fmt: skip
+def split_folds(items: Sequence[Item], folds: int = 5, test: float = 0.0, seed: int = 0) -> list[dict[str, list[Item]]]:
     """Folds in which grades and providers are as frequent as in all.
 
     Args:
@@ -187,8 +196,9 @@ def split_folds(items: Sequence[Item], folds: int = 5, test: float = 0.0,
     return found
 
 
-def write_folds(name: str, root: str | Path, folds: int = 5, test: float = 0.0, seed: int = 0,
-                exclude: Iterable[str] = ()) -> Path:  # fmt: skip
+def write_folds(
+    name: str, root: str | Path, folds: int = 5, test: float = 0.0, seed: int = 0, exclude: Iterable[str] = ()
+) -> Path:
     """`split_folds` of a set, written as `folds/fold-<k>/{train,tune,test}.csv`; its folder is returned.
 
     What was in that folder is gone: lists of two partings together would train on slides that are tested on.
@@ -234,8 +244,9 @@ class Features(Dataset):
                     what = "no features" if shape is None else "no region with tissue"
                     layout = "<slide_id>.h5    or <slide_id>.pt"
                     source = "`companion.slides.extract`, one slide after the other"
-                    raise MissingData("features of slides", self.path, layout, source, "that of the slides",
-                                      f"{what}: {item.name}")  # fmt: skip
+                    raise MissingData(
+                        "features of slides", self.path, layout, source, "that of the slides", f"{what}: {item.name}"
+                    )
                 self.dropped.append(item.name)
                 continue
             if self.items and shape[1:] != self.shape:
@@ -323,8 +334,9 @@ def _table(dataset: DataSet, root: Path) -> list[Item]:
             lost.append(name)
         mask = top / "train_label_masks" / f"{name}_mask.tiff" if f"{name}_mask.tiff" in masks else None
         grade = _grade(path, line, row["isup_grade"], dataset.classes)
-        items.append(Item(name, top / "train_images" / f"{name}.tiff", grade, mask, row["data_provider"],
-                          row["gleason_score"]))  # fmt: skip
+        items.append(
+            Item(name, top / "train_images" / f"{name}.tiff", grade, mask, row["data_provider"], row["gleason_score"])
+        )
     if lost:
         raise dataset.missing(root, f"{len(lost)} of {len(items)} slides, the first: train_images/{lost[0]}.tiff")
     expected = dataset.sizes.get("train")

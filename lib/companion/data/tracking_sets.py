@@ -126,7 +126,7 @@ def sets() -> Iterator[DataSet]:
         folders=("pocket/rgbt",),
         layout="{train,val,test}.txt                     the sequences of each split, one a line\n"
         f"attributes.txt                           the situations in each test sequence\n{_TRAINING}",
-        source="made on this machine: `companion.pocket.tracking.write(root)`",
+        source="made on this machine: `companion.toy.datasets.tracking.write(root)`",
         licence="made here, from pictures bundled with scikit-image and scikit-learn",
         citation="this project",
     )

@@ -33,7 +33,7 @@ from torchvision.datasets.utils import check_integrity, download_url
 from torchvision.transforms import v2
 
 from ..errors import BadParameter, CompanionError, CorruptFile
-from ..files import atomic, read_json
+from ..ops.files import atomic, read_json
 from . import DataSet, Status, find
 from .xrays_sets import ONE_OF, REPORTS, SIZES, TASKS, WINDOWS, lists, tasks
 
@@ -43,8 +43,11 @@ MEAN, STD = 0.4722, 0.3028  # of grey values downstream, as released
 PRETRAIN_MEAN, PRETRAIN_STD = 0.4721, 0.3037
 BOXES = 10  # rows of a picture's boxes
 BOX_UNIT, RUN_SIDE = 1024, 1024  # pixels of the square in which RSNA's boxes and SIIM's runs are given
-_CHESTMNIST = ("chestmnist_224.npz", "https://zenodo.org/records/10519652/files/chestmnist_224.npz?download=1",
-               "45bd33e6f06c3e8cdb481c74a89152aa")  # fmt: skip
+_CHESTMNIST = (
+    "chestmnist_224.npz",
+    "https://zenodo.org/records/10519652/files/chestmnist_224.npz?download=1",
+    "45bd33e6f06c3e8cdb481c74a89152aa",
+)
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -220,8 +223,14 @@ class Pictures(Dataset):
 class Labelled(Pictures):
     """Item i: (picture, labels): float32 (classes,) of 0 and 1, or a class number for sets with one class a picture."""
 
-    def __init__(self, dataset: DataSet, root: str | Path, paths: Sequence[str], labels: Tensor,
-                 transform: Transform | None = None):  # fmt: skip
+    def __init__(
+        self,
+        dataset: DataSet,
+        root: str | Path,
+        paths: Sequence[str],
+        labels: Tensor,
+        transform: Transform | None = None,
+    ):
         super().__init__(dataset, root, paths, transform)
         self.labels = labels
 
@@ -232,8 +241,14 @@ class Labelled(Pictures):
 class Boxed(Pictures):
     """Item i: (picture, boxes (10, 5)): class 0, centre and size as fractions of the picture; padded with zeros."""
 
-    def __init__(self, dataset: DataSet, root: str | Path, paths: Sequence[str], boxes: Sequence[np.ndarray],
-                 transform: Transform | None = None):  # fmt: skip
+    def __init__(
+        self,
+        dataset: DataSet,
+        root: str | Path,
+        paths: Sequence[str],
+        boxes: Sequence[np.ndarray],
+        transform: Transform | None = None,
+    ):
         super().__init__(dataset, root, paths, transform)
         self.boxes = torch.zeros(len(paths), BOXES, 5)
         for i, corners in enumerate(boxes):
@@ -253,8 +268,15 @@ class Masked(Pictures):
     `finish` makes the mask of what is left after the transform.
     """
 
-    def __init__(self, dataset: DataSet, root: str | Path, paths: Sequence[str], mask: Callable[[int], Tensor],
-                 transform: MaskTransform | None = None, finish: Transform = _same):  # fmt: skip
+    def __init__(
+        self,
+        dataset: DataSet,
+        root: str | Path,
+        paths: Sequence[str],
+        mask: Callable[[int], Tensor],
+        transform: MaskTransform | None = None,
+        finish: Transform = _same,
+    ):
         super().__init__(dataset, root, paths, transform)
         self.mask, self.finish = mask, finish
 
@@ -561,8 +583,9 @@ def write_windows(path: str | Path, windows: Tensor) -> Path:
     return Path(path)
 
 
-def write_reports(path: str | Path, paths: Sequence[str], texts: Sequence[str],
-                  statements: Mapping[str, str] | Sequence[str]) -> Path:  # fmt: skip
+def write_reports(
+    path: str | Path, paths: Sequence[str], texts: Sequence[str], statements: Mapping[str, str] | Sequence[str]
+) -> Path:
     """Write the CSV that `reports` reads, which the authors did not release; under a temporary name first.
 
     Args:

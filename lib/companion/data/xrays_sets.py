@@ -228,7 +228,7 @@ def sets() -> Iterator[DataSet]:
         sizes={},
         folders=("pocket/chests",),
         layout="{train,val,test}_list.txt, _boxes.csv, _masks.csv\npretrain.csv, attn-label.csv\nimages/, masks/",
-        source="made on this machine: `companion.pocket.chests.write(root)`",
+        source="made on this machine: `companion.toy.datasets.chests.write(root)`",
         licence="made here; nothing in it is a photograph",
         citation="this project",
     )

@@ -1,0 +1,1 @@
+"""Metrics, claims, tables, parity with the authors' code."""

@@ -1,0 +1,80 @@
+"""The committed rows of an ablation study: reading them, the learning rates they select, means over seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from ..errors import CorruptFile
+from ..ops.files import read_json
+from ..ops.provenance import PACKAGE, code_hash, sources
+
+KEYS = ["stage", "task", "method", "rate", "seed"]
+
+
+def frame(rows: list[dict] | pd.DataFrame, metric: str) -> pd.DataFrame:
+    found = pd.DataFrame(rows)
+    found.attrs["metric"] = metric
+    return found
+
+
+def read(folder: str | Path) -> pd.DataFrame:
+    """The rows of a study; `.attrs["metric"]` names what it chose by. Raises `CorruptFile` when they are not that."""
+    path, record = Path(folder) / "study.csv", Path(folder) / "study.json"
+    metric = read_json(record).get("metric", "accuracy") if record.exists() else "accuracy"
+    if not path.exists():
+        raise CorruptFile(path, "there is no such study")
+    try:
+        rows = pd.read_csv(path)
+        if rows[[*KEYS, metric]].isna().any(axis=None):
+            raise ValueError("a row is not whole")
+        pd.to_numeric(rows[metric])
+    except (KeyError, ValueError) as error:
+        raise CorruptFile(path, f"not the rows of a study ({error})") from error
+    return frame(rows, metric)
+
+
+def selected(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
+    """The learning rate of each trained (task, method): the best on validation, the smaller of two that tie."""
+    metric = rows.attrs.get("metric", "accuracy")
+    chosen = rows[rows.stage == "select"].sort_values([metric, "rate"], ascending=[False, True])
+    first = chosen.groupby(["task", "method"], sort=False).first()
+    return first["rate"].to_dict()
+
+
+def at_ends(rows: pd.DataFrame) -> list[tuple[str, str]]:
+    """The (task, method) whose learning rate is the smallest or largest of the grid: a wider one might do better."""
+    rates = rows.rate[rows.stage == "select"]
+    return sorted(pair for pair, rate in selected(rows).items() if rate in (rates.min(), rates.max()))
+
+
+def summary(rows: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
+    """Mean, standard deviation (n - 1) and number of seeds by task and method on test data, and the learning rate.
+
+    `metric` is a column of the study; without it the one that the study chose by.
+    """
+    tested = rows[rows.stage == "test"]
+    measured = tested.groupby(["task", "method"], sort=False)[metric or rows.attrs.get("metric", "accuracy")]
+    table = measured.agg(["mean", "std", "count"]).reset_index()
+    best = selected(rows)
+    table["rate"] = [best.get(key, float("nan")) for key in zip(table.task, table.method, strict=True)]
+    return table
+
+
+def stale(paper: str, folder: str | Path) -> bool:
+    """Whether the study was made by other code than today's."""
+    module = PACKAGE / "toy" / "ablations" / f"{paper}.py"
+    return read_json(Path(folder) / "study.json").get("code") != code_hash(sources(module))
+
+
+def notice(slug: str, folder: Path) -> str:
+    """Where the study's numbers come from, which learning rates lie at an end of the grid, and whether its code has
+    changed since."""
+    facts, rows = read_json(folder / "study.json"), read(folder)
+    minutes = round(facts.get("seconds_of_cpu", 0) / 60)
+    text = f"Study: seeds {facts['seeds']}, learning rates {facts['rates']}, {minutes} minutes of one core."
+    several = len(facts["tasks"]) > 1
+    ends = [f"{method} ({task})" if several else method for task, method in at_ends(rows)]
+    text += f" At an end of the grid: {', '.join(ends) or 'none'}."
+    return text + (" It is OLDER than today's code: run the notebook with study = True." if stale(slug, folder) else "")

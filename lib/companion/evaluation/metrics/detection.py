@@ -1,0 +1,222 @@
+"""Average precision of boxes as COCO and LVIS score them, by group of classes, and of image-level recognition.
+
+    scores = evaluate("instances_val2017_all_2.json", results, groups={"base": BASE, "novel": NOVEL})
+    scores.totals["AP50"], scores.mean(scores.groups["novel"])      # percent
+
+The matching and the curves are faster-coco-eval's, whose numbers are those of pycocotools and of the LVIS toolkit (the
+package `lvis` 0.5.3 does not run on today's NumPy); the numbers recorded from both are reproduced to the last digit.
+Ours is what an open-vocabulary table adds: the mean over the classes of a group. As in COCO, AP is the mean of the
+precision at 101 recalls, and a class without a box in the annotations has none: it is left out of every mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from faster_coco_eval import COCO, COCOeval_faster
+from sklearn.metrics import average_precision_score
+
+from ...errors import BadParameter, CorruptFile
+from ...ops.files import read_json
+
+STYLES = ("coco", "lvis")
+KINDS = ("bbox", "segm")
+FREQUENCIES = {"r": "APr", "c": "APc", "f": "APf"}
+ROW = ("image_id", "category_id", "score")
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What `evaluate` found; everything in percent.
+
+    Attributes:
+        categories: ids of the C classes, ascending; `names` are theirs.
+        ap: (C,) AP of each over overlaps 0.5 to 0.95; nan where the annotations have no box of it.
+        ap50: (C,) at an overlap of 0.5.
+        totals: "AP", "AP50", "AP75", "APs", "APm", "APl" and the recalls: "AR@1", "AR@10", "AR@100", "ARs", "ARm" and
+            "ARl" (style "coco"), or "AR@300", "ARs@300" ... (style "lvis", which has "APr", "APc" and "APf" too). nan
+            where no class has such boxes.
+        groups: category ids by name, as given.
+    """
+
+    categories: tuple[int, ...]
+    names: tuple[str, ...]
+    ap: np.ndarray
+    ap50: np.ndarray
+    totals: dict[str, float]
+    groups: dict[str, tuple[int, ...]]
+
+    def mean(self, categories: Iterable[int], measure: str = "ap50") -> float:
+        """The mean of "ap50" or "ap" over some category ids; nan when none of them has a box."""
+        values = getattr(self, measure)[np.isin(self.categories, list(categories))]
+        return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+
+    def by_group(self) -> pd.DataFrame:
+        """A row for each group and one for all classes: "classes" (with boxes), "AP50", "AP"."""
+        rows = []
+        for name, ids in {**self.groups, "all": self.categories}.items():
+            there = np.isin(self.categories, ids) & np.isfinite(self.ap)
+            row = {"group": name, "classes": int(there.sum())}
+            rows.append(row | {"AP50": self.mean(ids), "AP": self.mean(ids, "ap")})
+        return pd.DataFrame(rows)
+
+
+def evaluate(
+    annotations: str | Path | dict,
+    results: str | Path | Sequence[Mapping],
+    *,
+    style: str = "coco",
+    groups: Mapping[str, Iterable[int]] | None = None,
+    kind: str = "bbox",
+    top: int | None = None,
+) -> Scores:
+    """Score a list of results against annotations in COCO's or LVIS' format.
+
+    Args:
+        annotations: a file, or what is in one.
+        results: rows {"image_id", "category_id", "bbox": [x, y, width, height], "score"}, or a file with them.
+        style: "coco"; or "lvis", federated: a result of a class that the picture neither shows nor lists under
+            `neg_category_ids` is dropped, and one too many of a class under `not_exhaustive_category_ids` is no error.
+        groups: category ids by name, for the means of `Scores.by_group`. In style "lvis" the file's own frequencies
+            give APr, APc and APf.
+        kind: "bbox", or "segm" for masks, in which the tables of OV-LVIS are given; rows then hold "segmentation".
+        top: results counted for each picture, the best ones: 100 in COCO, 300 in LVIS, unless given.
+
+    Raises:
+        BadParameter: an unknown style or kind, a group without a known class, a row without a field, or of a picture
+            that the annotations do not have.
+        CorruptFile: a file that is not what it should be.
+    """
+    for name, value, accepted in (("style", style, STYLES), ("kind", kind, KINDS)):
+        if value not in accepted:
+            raise BadParameter(name, value, accepted)
+    truth, rows = _annotations(annotations), _rows(results, kind)
+    ids = sorted(category["id"] for category in truth["categories"])
+    named = {category["id"]: category["name"] for category in truth["categories"]}
+    groups = {name: tuple(group) for name, group in (groups or {}).items()}
+    for name, group in groups.items():
+        if unknown := set(group) - set(ids):
+            raise BadParameter(f"groups['{name}']", sorted(unknown), "category ids of the annotations")
+    pictures = {image["id"] for image in truth["images"]}
+    if foreign := {row["image_id"] for row in rows} - pictures:
+        some = sorted(foreign, key=str)[:5]
+        raise BadParameter("results", f"image_id {some}", f"ids of the {len(pictures)} annotated pictures")
+    known = set(ids)
+    rows = [row for row in rows if row["category_id"] in known]
+    top = top or {"coco": 100, "lvis": 300}[style]
+    # LVIS counts the best of a picture over all classes, COCO those of each class
+    rows = _best(rows, top) if style == "lvis" else rows
+
+    # the library wants numbers for pictures; OpenImages has names
+    number = {image["id"]: i for i, image in enumerate(truth["images"], 1)}
+    for entry in truth["images"]:
+        entry["id"] = number[entry["id"]]
+    for entry in (*truth["annotations"], *rows):
+        entry["image_id"] = number[entry["image_id"]]
+    # and takes a box whose id is 0, or another's, for one that was never found; nothing else asks for the ids
+    for i, entry in enumerate(truth["annotations"], 1):
+        entry["id"] = i
+    gt = COCO(truth)
+    dt = gt.loadRes(rows) if rows else COCO({**truth, "annotations": []})
+    run = COCOeval_faster(gt, dt, kind, lvis_style=style == "lvis", print_function=lambda *_: None)
+    run.params.maxDets = [top] if style == "lvis" else [*(n for n in (1, 10) if n < top), top]
+    run.evaluate()
+    run.accumulate()
+    precision, recall = run.eval["precision"], run.eval["recall"]  # [overlap, recall, class, area, top], [o, c, a, t]
+
+    def average(values: np.ndarray) -> float:
+        return 100 * float(values[values > -1].mean()) if (values > -1).any() else float("nan")
+
+    def per_class(values: np.ndarray) -> np.ndarray:
+        found = values.mean((0, 1))
+        return np.where(found > -1, 100 * found, np.nan)
+
+    totals = {"AP": average(precision[:, :, :, 0, -1])}
+    totals |= {f"AP{100 * t:.0f}": average(precision[_at(run, t), :, :, 0, -1]) for t in (0.5, 0.75)}
+    totals |= {f"AP{size}": average(precision[:, :, :, i, -1]) for i, size in enumerate("sml", 1)}
+    ap = per_class(precision[:, :, :, 0, -1])
+    if style == "lvis":
+        frequency = {category["id"]: category["frequency"] for category in truth["categories"]}
+        for letter, name in FREQUENCIES.items():
+            mine = np.array([frequency[i] == letter for i in ids])
+            totals[name] = average(precision[:, :, mine, 0, -1])
+        suffix = f"@{top}"
+        totals[f"AR{suffix}"] = average(recall[:, :, 0, -1])
+    else:
+        suffix = ""
+        totals |= {f"AR@{n}": average(recall[:, :, 0, i]) for i, n in enumerate(run.params.maxDets)}
+    totals |= {f"AR{size}{suffix}": average(recall[:, :, i, -1]) for i, size in enumerate("sml", 1)}
+    ap50 = per_class(precision[_at(run, 0.5)][None, :, :, 0, -1])
+    return Scores(tuple(ids), tuple(named[i] for i in ids), ap, ap50, totals, groups)
+
+
+def _at(run: COCOeval_faster, overlap: float) -> int:
+    return int(np.flatnonzero(np.isclose(run.params.iouThrs, overlap))[0])
+
+
+def _annotations(given: str | Path | dict) -> dict:
+    """The annotations, copied as far as the evaluation writes into them."""
+    truth = given if isinstance(given, dict) else read_json(given)
+    parts = ("images", "annotations", "categories")
+    where = "annotations" if isinstance(given, dict) else given
+    if not isinstance(truth, dict) or not all(isinstance(truth.get(part), list) for part in parts):
+        raise CorruptFile(where, f"not COCO's format: an object with the lists {', '.join(parts)}")
+    return {**truth, **{part: [dict(entry) for entry in truth[part]] for part in ("images", "annotations")}}
+
+
+def _rows(given: str | Path | Sequence[Mapping], kind: str) -> list[dict]:
+    rows = read_json(given) if isinstance(given, (str, Path)) else given
+    where = given if isinstance(given, (str, Path)) else "results"
+    if not isinstance(rows, Sequence):
+        raise CorruptFile(where, "not COCO's result format: a list of objects")
+    wanted = {*ROW, "bbox" if kind == "bbox" else "segmentation"}
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping) or (missing := wanted - row.keys()):
+            missing = sorted(missing) if isinstance(row, Mapping) else sorted(wanted)
+            raise BadParameter("results", f"row {number} without {missing}", f"rows with {sorted(wanted)}")
+    return [dict(row) for row in rows]
+
+
+def _best(rows: list[dict], top: int) -> list[dict]:
+    """The best `top` rows of each picture, of all classes together."""
+    by_picture: dict[object, list[dict]] = {}
+    for row in rows:
+        by_picture.setdefault(row["image_id"], []).append(row)
+    return [row for some in by_picture.values() for row in sorted(some, key=lambda row: -row["score"])[:top]]
+
+
+# --- image-level recognition ------------------------------------------------------------------------------------------
+
+
+def recognition_ap(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """AP of each class over images (C,), in percent, from labels and scores (n, C); nan where no image has the class.
+
+    The mean over the images with the class of the precision at their rank, not interpolated.
+    """
+    labels, scores = _both(labels, scores)
+    found = np.full(labels.shape[1], np.nan)
+    for c in np.flatnonzero(labels.any(0)):
+        found[c] = 100 * average_precision_score(labels[:, c], scores[:, c])
+    return found
+
+
+def recognition_top(labels: np.ndarray, scores: np.ndarray, k: int = 10) -> dict[str, float]:
+    """When each image is said to show its `k` best classes: "precision", hits over n k, and "recall", hits over all
+    labels, both in percent and over all images together."""
+    labels, scores = _both(labels, scores)
+    if not 1 <= k <= labels.shape[1]:
+        raise BadParameter("k", k, f"1 to {labels.shape[1]}, the classes there are")
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    hits = int(np.take_along_axis(labels, best, 1).sum())
+    return {"precision": 100 * hits / best.size, "recall": 100 * hits / max(int(labels.sum()), 1)}
+
+
+def _both(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    labels, scores = np.asarray(labels).astype(bool), np.asarray(scores, dtype=np.float64)
+    if labels.ndim != 2 or labels.shape != scores.shape or not labels.size:
+        raise BadParameter("scores", scores.shape, f"the shape of the labels, {labels.shape}: images by classes")
+    return labels, scores

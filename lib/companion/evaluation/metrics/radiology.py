@@ -1,0 +1,75 @@
+"""Metrics of ECAMP's downstream tasks, by scikit-learn and torchmetrics; its own protocols beside the plain ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from torchmetrics.detection import MeanAveragePrecision
+
+from ...errors import BadParameter
+
+IOUS = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75)
+PROTOCOLS = ("released", "plain")
+
+
+def mean_auroc(labels: np.ndarray | Tensor, scores: np.ndarray | Tensor) -> float:
+    """The plain mean of the classes' areas under the ROC curve, in percent; labels 0 or 1 and scores (n, classes).
+
+    Raises:
+        BadParameter: a class with positives only, or none: its area is not defined.
+    """
+    labels, scores = np.asarray(labels).reshape(len(labels), -1), np.asarray(scores).reshape(len(scores), -1)
+    alike = [c for c in range(labels.shape[1]) if len(set(labels[:, c].tolist())) < 2]
+    if alike:
+        raise BadParameter("labels", f"classes {alike} with one value only", "positives and negatives of each class")
+    areas = [roc_auc_score(labels[:, c], scores[:, c]) for c in range(labels.shape[1])]
+    return 100 * float(np.mean(areas))
+
+
+def dice(probability: Tensor, truth: Tensor, protocol: str = "released") -> Tensor:
+    """Dice of each picture (n,) at a threshold of 0.5; probability and truth (n, ...).
+
+    "released": a picture without truth scores 1 when nothing was predicted and 0 otherwise, so that the mean rewards
+    silence: with 78 % healthy pictures an empty prediction everywhere scores 78. "plain" leaves those pictures out
+    (nan).
+    """
+    if protocol not in PROTOCOLS:
+        raise BadParameter("protocol", protocol, PROTOCOLS)
+    p, t = ((x > 0.5).flatten(1).float() for x in (probability, truth))
+    both, sums = (p * t).sum(1), p.sum(1) + t.sum(1)
+    healthy = (p.sum(1) == 0).float() if protocol == "released" else torch.full_like(both, torch.nan)
+    return torch.where(t.sum(1) == 0, healthy, 2 * both / sums.clamp_min(1))
+
+
+def mean_precision(found: Sequence[Tensor], boxes: Tensor, size: int, protocol: str = "released") -> float:
+    """mAP over IoUs of 0.40 to 0.75, in percent.
+
+    Args:
+        found: for each picture (m, 7), as `ecamp_heads.suppress` gives them.
+        boxes: the truth (n, T, 5), class, centre and size as fractions; rows of zeros are padding.
+        size: the picture's side in pixels.
+        protocol: "released" skips pictures without truth and pictures where nothing was found, so that false alarms on
+            healthy pictures and complete misses cost nothing; "plain" counts all.
+
+    Returns:
+        -100, torchmetrics' word for it, where no box is left to be found.
+    """
+    if protocol not in PROTOCOLS:
+        raise BadParameter("protocol", protocol, PROTOCOLS)
+    metric = MeanAveragePrecision(iou_thresholds=list(IOUS), backend="faster_coco_eval")
+    metric.warn_on_many_detections = False  # as released: the hundred best of a picture count
+    for kept, truth in zip(found, boxes, strict=True):
+        truth = truth[truth[:, 3] > 0]
+        if protocol == "released" and not (len(kept) and len(truth)):
+            continue
+        half = truth[:, 3:] / 2
+        corners = torch.cat([truth[:, 1:3] - half, truth[:, 1:3] + half], 1) * size
+        metric.update(
+            [{"boxes": kept[:, :4], "scores": kept[:, 4], "labels": kept[:, 6].long()}],
+            [{"boxes": corners, "labels": truth[:, 0].long()}],
+        )
+    return 100 * float(metric.compute()["map"])

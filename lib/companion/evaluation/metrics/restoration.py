@@ -1,0 +1,72 @@
+"""Scores of restored pictures beside the clean ones (TIP, section 7), all by torchmetrics.
+
+    psnr(restored, clean)                     (B,), dB
+    ssim(restored, clean)                     (B,)
+    found, reasons = perceptual()             LPIPS and FID where their networks' weights are, else why not
+
+A summary of the paper names FID and LPIPS; which LPIPS network and how many pictures is not known: AlexNet here, the
+set's own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+from torchvision.models import AlexNet_Weights
+
+from ...errors import BadParameter
+
+PERCEPTUAL = ("LPIPS", "FID")
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's
+
+
+def psnr(restored: Tensor, clean: Tensor) -> Tensor:
+    """-10 log10 of the mean squared error of each picture (B, 3, H, W) in [0, 1]: (B,) dB, infinite where equal."""
+    _alike(restored, clean)
+    return -10 * (restored - clean).square().flatten(1).mean(1).log10()
+
+
+def ssim(restored: Tensor, clean: Tensor) -> Tensor:
+    """Structural similarity of each picture (B, 3, H, W) in [0, 1]: (B,); Gaussian windows of sigma 1.5, borders in."""
+    _alike(restored, clean)
+    return structural_similarity_index_measure(restored, clean, data_range=1.0, reduction="none").reshape(-1)
+
+
+def perceptual(download: bool = False) -> tuple[dict[str, Metric], dict[str, str]]:
+    """LPIPS (`update(restored, clean)`) and FID (`update(pictures, real=)`), both of floats in [0, 1].
+
+    Args:
+        download: fetch the weights of their networks where torch's cache has them not.
+
+    Returns:
+        The metrics there are, and for the others the reason, in words: a table says so.
+    """
+    makers = {
+        "LPIPS": (
+            Path(AlexNet_Weights.DEFAULT.url).name,
+            lambda: LearnedPerceptualImagePatchSimilarity("alex", normalize=True),
+        ),
+        "FID": (INCEPTION, lambda: FrechetInceptionDistance(2048, normalize=True)),
+    }
+    found, reasons = {}, {}
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    for name, (file, make) in makers.items():
+        if not download and not (cache / file).is_file():
+            reasons[name] = f"not run: {file} is not in {cache}; `perceptual(download=True)` fetches it"
+            continue
+        try:
+            found[name] = make()
+        except (OSError, ImportError, RuntimeError) as error:
+            reasons[name] = f"not run: {file} could not be had ({type(error).__name__})"
+    return found, reasons
+
+
+def _alike(restored: Tensor, clean: Tensor) -> None:
+    if restored.shape != clean.shape or restored.ndim != 4:
+        raise BadParameter("pictures", (tuple(restored.shape), tuple(clean.shape)), "two tensors (B, 3, H, W) alike")

@@ -1,0 +1,167 @@
+"""Our models against outputs recorded from the authors' code.
+
+A fixture is a folder `<fixtures>/<paper>/<case>/` with
+
+    names.json           the official tensors, where a case has any: name -> shape; their values come from `fill`
+    case.json            configuration, inputs (key -> shape, values from `fill`), what was recorded
+    outputs.safetensors  what the official code gave
+
+For each paper a module of this package, named by its slug, has one function `outputs(case) -> {name: tensor}` that
+loads the official names through the model's own `from_official` and gives the recorded quantities in the order of the
+forward pass; "loss" and "grad:<official name>" (a gradient, or its norm) may be among them. Where the recorded
+quantities are not simply the file's, the module has a function `recorded(case)` too; and `read(path)` where the
+authors' checkpoints are not one state dict.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..errors import BadCheckpoint, BadParameter, CompanionError, CorruptFile, MissingData
+from ..ops.files import read_json
+from ..ops.papers import MODELS
+from . import fill
+
+TOLERANCE = 1e-4  # of the largest magnitude of an output
+TOLERANCE_GRADIENT = 1e-3  # of a gradient's norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One recorded case. `given`, when there, stands for the filled weights: a checkpoint to check."""
+
+    folder: Path
+    given: Mapping[str, Tensor] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @functools.cached_property
+    def facts(self) -> dict:
+        return read_json(self.folder / "case.json")
+
+    @functools.cached_property
+    def names(self) -> dict[str, list[int]]:
+        """The official tensors: name -> shape."""
+        return read_json(self.folder / "names.json")
+
+    @property
+    def seed(self) -> int:
+        return self.facts.get("seed", 0)
+
+    @functools.cached_property
+    def state(self) -> Mapping[str, Tensor]:
+        """The official state dict. BatchNorm's counters are integers, and zero."""
+        if self.given is not None:
+            return self.given
+        counters = {n for n in self.names if n.endswith("num_batches_tracked")}
+        filled = fill.state_dict({n: s for n, s in self.names.items() if n not in counters}, self.seed)
+        return {n: torch.tensor(0) if n in counters else torch.as_tensor(filled[n]) for n in self.names}
+
+    def input(self, key: str) -> Tensor:
+        """An input by its key in case.json, which gives its shape."""
+        shape = self.facts["inputs"][key]
+        return self.values(f"input:{key}", *(shape["shape"] if isinstance(shape, dict) else shape))
+
+    def values(self, name: str, *shape: int) -> Tensor:
+        """Values of `fill` by name and shape."""
+        return torch.from_numpy(fill.values(name, shape, self.seed))
+
+    @functools.cached_property
+    def recorded(self) -> dict[str, Tensor]:
+        """What the authors' code gave: outputs, and the loss and gradient norms where case.json has them."""
+        try:
+            recorded = load_file(self.folder / "outputs.safetensors")
+        except Exception as error:
+            raise CorruptFile(self.folder / "outputs.safetensors", str(error)) from error
+        losses = [v for k, v in self.facts.items() if k.startswith("loss") and isinstance(v, float)]
+        if losses:
+            recorded["loss"] = torch.tensor(losses[0])
+        for name, norm in self.facts.get("grad_l2", {}).items():
+            recorded[f"grad:{name}"] = torch.tensor(norm)
+        return recorded
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One output: the largest difference over the largest recorded magnitude, and whether that is small enough."""
+
+    output: str
+    error: float
+    agrees: bool
+
+
+def folder() -> Path:
+    """Where the fixtures are: `tests/parity` of the checkout that this package is installed from."""
+    return Path(__file__).parents[3] / "tests" / "parity"
+
+
+def papers() -> list[str]:
+    """The slugs that can be checked."""
+    return sorted(p.parent.name for p in MODELS.glob("*/parity.py"))
+
+
+def cases(paper: str, fixtures: str | Path | None = None) -> Iterator[Case]:
+    """The fixtures of a paper in `fixtures` (default: those of the checkout), and those in `PARITY_EXTRA`.
+
+    Raises:
+        BadParameter: no such paper.
+        MissingData: no fixture was found.
+    """
+    if paper not in papers():
+        raise BadParameter("paper", paper, papers())
+    roots = [Path(fixtures) if fixtures else folder()]
+    if extra := os.environ.get("PARITY_EXTRA"):
+        roots.append(Path(extra))
+    found = [case for root in roots for case in sorted((root / paper).glob("*/outputs.safetensors"))]
+    if not found:
+        layout = f"{paper}/<case>/names.json\n{paper}/<case>/case.json\n{paper}/<case>/outputs.safetensors"
+        raise MissingData(
+            "parity fixtures",
+            roots[0],
+            layout,
+            "the project's repository, folder tests/parity",
+            "recorded outputs of the authors' code",
+        )
+    yield from (Case(path.parent) for path in found)
+
+
+def checkpoint(paper: str, path: str | Path) -> Mapping[str, Tensor]:
+    """The official tensors in a checkpoint file of `paper`. Raises `CorruptFile` for one that cannot be read."""
+    from ..backbones import read_state  # here: it imports what no other command needs
+
+    module = importlib.import_module(f"companion.models.{paper}.parity")
+    return module.read(path) if hasattr(module, "read") else read_state(path)
+
+
+def compare(paper: str, case: Case) -> list[Difference]:
+    """Every recorded output of `case` against ours, in the order of the forward pass."""
+    module = importlib.import_module(f"companion.models.{paper}.parity")
+    ours = module.outputs(case)
+    all_recorded = module.recorded(case) if hasattr(module, "recorded") else case.recorded
+    unchecked = all_recorded.keys() - ours.keys()
+    if unchecked:
+        raise CompanionError(f"parity of {paper}: {case.name} has outputs nobody computes: {sorted(unchecked)}")
+    differences = []
+    for name, value in ours.items():
+        if name not in all_recorded:
+            continue
+        recorded, value = all_recorded[name].to(torch.float64), value.detach().to(torch.float64)
+        if value.numel() != recorded.numel():
+            raise BadCheckpoint(
+                f"{paper}/{case.name}", shapes=[f"{name} {tuple(value.shape)}, recorded {tuple(recorded.shape)}"]
+            )
+        error = float((value.reshape(recorded.shape) - recorded).abs().max() / recorded.abs().max().clamp_min(1e-12))
+        limit = TOLERANCE_GRADIENT if name.startswith("grad") else TOLERANCE
+        differences.append(Difference(name, error, error <= limit))
+    return differences

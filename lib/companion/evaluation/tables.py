@@ -1,0 +1,89 @@
+"""Tables: published numbers next to the measured ones, the rows of measured results, and how a table is shown."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+from IPython.display import HTML
+
+from ..errors import BadParameter
+from ..ops.files import atomic
+from ..ops.papers import paper
+
+
+def show_table(frame: pd.DataFrame, digits: int = 2, title: str = "") -> HTML:
+    """A table as plain HTML, its title above it: the same text for the same numbers over versions of pandas."""
+
+    def cell(value: object) -> str:
+        if isinstance(value, float):
+            text = "–" if math.isnan(value) else f"{value:.{digits}f}"
+        else:
+            text = "–" if value is None else str(value)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        style = "text-align: right" if number else "text-align: left"
+        return f'<td style="{style}">{html.escape(text)}</td>'
+
+    header = "".join(f'<th scope="col" style="text-align: left">{html.escape(str(c))}</th>' for c in frame.columns)
+    rows = "".join("<tr>" + "".join(map(cell, row)) + "</tr>\n" for row in frame.itertuples(index=False))
+    caption = (
+        f'<caption style="caption-side: top; text-align: left"><b>{html.escape(title)}</b></caption>\n' if title else ""
+    )
+    table = f'<table class="dataframe">\n{caption}<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>'
+    return HTML(f'<div style="overflow-x: auto">{table}</div>')
+
+
+def published_table(slug: str, table: str) -> pd.DataFrame:
+    """A published table of the paper's YAML: one row a method, in the paper's columns; what was not found is NaN.
+
+    Its title, source and unit are in `.attrs`. Raises `BadParameter` for an unknown table.
+    """
+    tables = {t["id"]: t for t in paper(slug)["tables"]}
+    if table not in tables:
+        raise BadParameter("table", table, list(tables))
+    facts = tables[table]
+    rows = [{"method": row["method"]} | {c: row["values"].get(c) for c in facts["columns"]} for row in facts["rows"]]
+    frame = pd.DataFrame(rows, columns=["method", *facts["columns"]])
+    frame[facts["columns"]] = frame[facts["columns"]].apply(pd.to_numeric)
+    frame.attrs = {k: facts.get(k, "") for k in ("id", "title", "unit", "metric", "provenance", "status")}
+    return frame
+
+
+def compare_published(frame: pd.DataFrame, measured: Mapping[tuple[str, str], float] = {}) -> pd.DataFrame:
+    """Each published number with the one measured here behind it, "88.3 / 87.9" or "88.3 / not run".
+
+    A row of which nothing was measured keeps its published numbers, and says "not run" once, in the last column.
+    `measured` is by (method, column). Only real data at the paper profile belongs here, never a pocket number. A method
+    that was measured and is not in the published table gets a row of its own.
+    """
+    columns = [c for c in frame.columns if c != "method"]
+    rows = []
+    for method in dict.fromkeys([*frame.method, *(m for m, _ in measured)]):
+        same = frame[frame.method == method]
+        ours = {c: measured[method, c] for c in columns if (method, c) in measured}
+        row = {"method": method}
+        for column in columns:
+            value = same[column].iloc[0] if len(same) else math.nan
+            row[column] = "–" if pd.isna(value) else f"{value:g}"
+            if ours:
+                row[column] += f" / {ours[column]:.2f}" if column in ours else " / not run"
+        row["measured here"] = f"{len(ours)} of {len(columns)}" if ours else "not run"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def upsert_rows(
+    path: str | Path, keys: Sequence[str], values: Sequence[str], new: Iterable[Mapping[str, object]] = ()
+) -> pd.DataFrame:
+    """The real results in the CSV `path`: `values`, a row for each combination of `keys`; `new` rows are added, or
+    replace theirs."""
+    path, added = Path(path), pd.DataFrame(list(new))
+    rows = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*keys, *values])
+    if len(added):
+        rows = added if rows.empty else pd.concat([rows, added]).drop_duplicates(list(keys), keep="last")
+        with atomic(path) as temporary:
+            rows.to_csv(temporary, index=False)
+    return rows

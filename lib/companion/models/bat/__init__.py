@@ -1,0 +1,1 @@
+"""BAT: Bi-directional Adapter for Multi-modal Tracking."""

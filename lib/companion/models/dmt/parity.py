@@ -1,0 +1,211 @@
+"""DMT's teachers and ancestors: cases recorded from MAE, MoCo v3, iBOT, DINO, G2SD, DMAE and TinyMIM.
+
+DMT itself has no public code. What is checked is what it distils from, and the ancestors of its losses.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import BadParameter
+from ...evaluation.parity import Case
+from ..layers import dino
+from ..layers.clip_prompting import load_official
+from . import model as dmt
+from . import teachers as dmt_teachers
+from .ancestors import DMAE, G2SD, TinyMIM
+from .model import ViT
+from .teachers import MAE, SelfDistillationLoss, contrastive_loss, mlp, warm
+
+
+def outputs(case: Case) -> dict[str, Tensor]:
+    """The recorded quantities of any case, by our code, in the order of the forward pass."""
+    kinds = {
+        "dino_head": _head,
+        "dino": _dino,
+        "dmae": _dmae,
+        "g2sd": _g2sd,
+        "ibot_loss": _ibot_loss,
+        "ibot": _ibot,
+        "mae": _mae,
+        "mocov3_contrastive": _contrast,
+        "mocov3_heads": _moco_heads,
+        "mocov3": _moco,
+        "sincos": _tables,
+        "tinymim": _tinymim,
+    }
+    for start, run in kinds.items():
+        if case.name.startswith(start):
+            with torch.no_grad():
+                return run(case)
+    raise BadParameter("case", case.name, list(kinds))
+
+
+def read(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint; of a whole training run's the encoder, by its own names."""
+    state = dmt_teachers.read(path)
+    wrapped = any(name.startswith(("module.", "base_encoder.", "backbone.")) for name in state)
+    return dmt.encoder_state(state) if wrapped else state
+
+
+def _input(case: Case, key: str) -> Tensor:
+    """An input that is filled; case.json gives its shape in words."""
+    shape = re.search(r"\(((?:\d+,?)+)\)", case.facts["inputs"][key].replace(" ", ""))
+    return case.values(f"input:{key}", *map(int, shape[1].rstrip(",").split(",")))
+
+
+def _mae(case: Case) -> dict[str, Tensor]:
+    config, trace = case.facts["config"], {}
+    model = MAE.from_official(case.state, config["num_heads"], config["decoder_num_heads"])
+    images = _input(case, "image")
+    noise = _input(case, "mask_noise")
+    loss, full = model(images, noise, trace), model.encoder(images)
+    return {
+        "mask": trace["hidden"],
+        "ids_restore": noise.argsort(1).argsort(1),
+        "latent": trace["latent"][..., :64],
+        "latent_cls": trace["latent"][:, 0],
+        "pred": trace["pixels"][:, ::4, :64],
+        "loss": loss,
+        "full_tokens": full[:, 1::4, :64],
+        "full_cls": full[:, 0],
+    }
+
+
+def _moco(case: Case) -> dict[str, Tensor]:
+    tokens = ViT.from_official(case.state, case.facts["config"]["num_heads"])(_input(case, "image"))
+    return {"cls": tokens[:, 0], "tokens": tokens[:, 1::3, :96]}
+
+
+def _ibot(case: Case) -> dict[str, Tensor]:
+    model = ViT.from_official(case.state, case.facts["config"]["num_heads"])
+    images, mask = _input(case, "image"), _input(case, "mask") > 0.3
+    clean, masked, other = model(images), model(images, masked=mask), model(_input(case, "image_other"))
+    last = model.hidden(images[:1], range(-4, 0))
+    return {
+        "cls": clean[:, 0],
+        "tokens": clean[:, 1::3, :64],
+        "masked_cls": masked[:, 0],
+        "masked_tokens": masked[:, 1::3, :64],
+        "last_attention_cls": model.attention(images[:1]),
+        "other_size_cls": other[:, 0],
+        "other_size_tokens": other[:, 1:, :64],
+        "inter_cls": torch.cat([model.norm(x)[:, 0] for x in last]),
+    }
+
+
+def _dino(case: Case) -> dict[str, Tensor]:
+    model = ViT.from_official(case.state)
+    images = _input(case, "image")
+    tokens = model(images)
+    return {
+        "cls": tokens[:, 0],
+        "tokens": tokens[:, 1::3, :64],
+        "last_attention_cls": model.attention(images),
+        "other_size_cls": model(_input(case, "image_other"))[:, 0],
+    }
+
+
+def _tables(case: Case) -> dict[str, Tensor]:
+    config = case.facts["config"]
+    return {kind: dmt.position_table(config["embed_dim"], config["grid"], kind)[0, ::5] for kind in ("mae", "mocov3")}
+
+
+def _head(case: Case) -> dict[str, Tensor]:
+    return {"out": dino.Head.from_official(case.state)(_input(case, "tokens"))}
+
+
+def _moco_heads(case: Case) -> dict[str, Tensor]:
+    config = case.facts["config"]
+    heads = nn.ModuleDict(
+        {
+            "projector": mlp(config["in"], config["hidden"], config["out"], 3),
+            "predictor": mlp(config["out"], config["hidden"], config["out"], 2),
+        }
+    )
+    names = {name: name for name in heads.state_dict() if not name.endswith("num_batches_tracked")}
+    load_official(heads, case.state, names, "MoCo v3's heads")
+    projection = heads.train()["projector"](_input(case, "feature"))
+    return {"projection": projection, "prediction": heads["predictor"](projection)}
+
+
+def _contrast(case: Case) -> dict[str, Tensor]:
+    q1, q2, k1, k2 = (_input(case, key) for key in ("q1", "q2", "k1", "k2"))
+    both = [contrastive_loss(q, k, case.facts["config"]["T"]) for q, k in ((q1, k2), (q2, k1))]
+    return {"loss_q1_k2": both[0], "loss_q2_k1": both[1], "loss": both[0] + both[1]}
+
+
+def _ibot_loss(case: Case) -> dict[str, Tensor]:
+    config, temperature = case.facts["config"], warm(5, 30)
+    loss = SelfDistillationLoss(
+        64,
+        student=config["student_temp"],
+        teacher=temperature,
+        patch_teacher=temperature,
+        class_weight=config["lambda1"],
+        patch_weight=config["lambda2"],
+        momentum=config["center_momentum"],
+    )
+    loss.classes.centre = 0.1 * _input(case, "center")
+    loss.patch_centre = 0.1 * _input(case, "center2")
+    keys = ("student_cls", "student_local_cls", "teacher_cls", "student_patch", "teacher_patch")
+    student, local, teacher, own, seen = (_input(case, key) for key in keys)
+    masks = (_input(case, "mask") > 0.3).flatten(1)
+    crops = config["global_crops"] + config["local_crops"]
+    said, patch = loss(torch.cat([student, local]), teacher, crops, own, seen, masks)
+    return {
+        "cls": said,
+        "patch": patch,
+        "loss": said + patch,
+        "center_after": loss.classes.centre,
+        "center2_after": loss.patch_centre,
+    }
+
+
+def _g2sd(case: Case) -> dict[str, Tensor]:
+    model, trace = G2SD.from_official(case.state), {}
+    losses = model(_input(case, "image"), _input(case, "mask_noise"), trace, relation_heads=4)
+    return {
+        "mask": trace["hidden"],
+        "student_encoder_pred": trace["predicted_encoder"][:, ::4, :64],
+        "target_encoder": trace["target_encoder"][:, ::4, :64],
+        "loss_encoder": losses.encoder,
+        "student_decoder_pred": trace["predicted"][:, ::4, :64],
+        "target_decoder": trace["target"][:, ::4, :64],
+        "loss_decoder": losses.decoder,
+        "relation_loss": losses.relation,
+    }
+
+
+def _dmae(case: Case) -> dict[str, Tensor]:
+    config, trace = case.facts["config"], {}
+    model = DMAE.from_official(
+        case.state,
+        student_block=config["student"]["aligned_block"],
+        teacher_block=config["teacher"]["aligned_block"],
+        decoder_heads=4,
+        normalise=False,
+    )
+    pixel, embedding = model(_input(case, "image"), _input(case, "mask_noise"), trace)
+    return {
+        "ids_keep": trace["keep"],
+        "teacher_block": trace["block"],
+        "pred": trace["pixels"][:, ::4, :64],
+        "loss_pixel": pixel,
+        "loss_embedding": embedding,
+    }
+
+
+def _tinymim(case: Case) -> dict[str, Tensor]:
+    trace: dict = {}
+    qk, vv = TinyMIM.from_official(case.state, student_heads=6)(_input(case, "image"), trace)
+    rows = {
+        f"{who}_{kind}_row": maps[i][0, :, 0].softmax(-1)
+        for who, maps in trace.items()
+        for i, kind in enumerate(("qk", "vv"))
+    }
+    return rows | {"loss_qk": qk, "loss_vv": vv, "loss": qk + vv}

@@ -1,0 +1,1 @@
+"""DPLQ: Domain Prompt Learning with Quaternion Networks."""

@@ -1,0 +1,496 @@
+"""DPLQ: Domain Prompt Learning with Quaternion Networks (Cao et al., CVPR 2024, arXiv 2312.08878).
+
+A frozen foundation model of the domain (remote sensing, medical) looks at each image; a small net turns its pooled
+feature into a bias; the bias steers the prompts of a frozen CLIP through quaternion linear layers: the text's context,
+and the image tower's prompts in the deeper layers. Only the prompts, the net and those layers learn.
+
+The paper's full text was not at hand: every formula here was read from the authors' code (github caoql98/DPLQ, commit
+3d78bb5, no licence stated) and written anew; outputs are checked against ones recorded from it. The quaternion layers
+are ours (`models.quaternion`), since the package bundled there is GPL.
+
+Shapes: b images, C classes, n context tokens, J prompted layers, F the width of the domain feature, Wt and Wv the
+widths of the text and the image tower.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+from open_clip.model import CLIP
+from timm.layers import build_sincos2d_pos_embed
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ... import backbones
+from ...errors import BadCheckpoint, BadParameter, MissingWeights
+from ..layers.clip_prompting import (
+    META_NET,
+    ImageFeatures,
+    LinearStack,
+    PromptLearner,
+    Texts,
+    Tokenizer,
+    check_depth,
+    encode_image,
+    encode_text,
+    load_official,
+    meta_net,
+    official_state,
+    similarity,
+)
+from ..layers.quaternion import QuaternionLinear
+
+NOISE = ("always", "train", "off")
+LAYERS = ("quaternion", "real")
+AXES = ("jk", "ri", "i, j")
+
+
+class Prompts(NamedTuple):
+    """All that steers the two towers for a batch of images."""
+
+    bias: Tensor  # β (b, Wt), what the small net makes of the domain feature
+    context: Tensor  # (b, n, Wt), at text positions 1 to n
+    deep_text: Tensor  # P (J - 1, n, Wt), the same for every image
+    first_image: Tensor  # V_0 (n, Wv), the same for every image
+    deep_image: Tensor  # V_1 ... (J - 1, b, n, Wv)
+
+
+class DPLQ(PromptLearner):
+    """DPLQ on an open_clip CLIP of any size.
+
+        β = W2 relu(W1 f + b1) + b2             f (b, F): the domain feature
+        context = Q_L(0, ctx + β + μ ε)         ε ~ N(0, 1) (b, Wt), μ the mean of all entries of f in the batch
+        V_0 = W ctx + b                         real and unconditioned
+        V_l = Q_l(0, P_l + β), l = 1 ... J - 1  one quaternion layer each
+
+    Args: as `prompting.PromptLearner`, and
+        domain: the frozen domain model, images to (b, F) with F its `num_features` (see `domain_model`), or F when
+            every call brings the features.
+        depth: J, the prompted layers: 9 as released for base-to-novel, 3 for cross-dataset runs. Prompts deeper than
+            the text tower act on the image tower alone.
+        hidden: width of the small net; None for E / 16.
+        noise: when μ ε is added: "always", as released, which makes predictions random and dependent on the other
+            images of the batch; "train"; or "off".
+        language, vision: "quaternion", or "real" for linear layers on the unpadded sum, the control.
+        axes: which parts of a quaternion carry what: "jk", as released, has zeros and then the sum of prompt and bias;
+            "ri" the sum and then zeros; "i, j" is not the authors': the prompt on i, the bias on j, an axis each.
+
+    Raises:
+        BadParameter: an option outside its choices, or towers whose widths are no multiples of 4.
+    """
+
+    _unused = ("visual_net.",)  # left over from the authors' earlier method: in the state dict, in no forward pass
+
+    def __init__(
+        self,
+        clip: CLIP,
+        classes: Sequence[str] | Texts,
+        tokenizer: Tokenizer | None,
+        domain: nn.Module | int,
+        *,
+        tokens: int = 2,
+        depth: int = 9,
+        template: str = "a photo of a {}.",
+        hidden: int | None = None,
+        noise: str = "always",
+        language: str = "quaternion",
+        vision: str = "quaternion",
+        axes: str = "jk",
+    ):
+        super().__init__(clip, classes, tokenizer, tokens, template)
+        check_depth(clip, depth)
+        for name, value, accepted in (
+            ("noise", noise, NOISE),
+            ("language", language, LAYERS),
+            ("vision", vision, LAYERS),
+            ("axes", axes, AXES),
+        ):
+            if value not in accepted:
+                raise BadParameter(name, value, accepted)
+        known = domain if isinstance(domain, int) else getattr(domain, "num_features", 0)
+        if known < 1:
+            raise BadParameter("domain", domain, "a module with `num_features`, or the width of the features")
+        self.domain = domain.requires_grad_(False).eval() if isinstance(domain, nn.Module) else None
+        self.noise, self.language, self.vision, self.axes = noise, language, vision, axes
+        text, image = self.ctx.shape[1], clip.visual.conv1.out_channels
+        padded = text * (4 if axes == "i, j" else 2)
+        self.meta_net = meta_net(known, hidden or max(1, clip.visual.output_dim // 16), text)
+        self.mix_text = QuaternionLinear(padded, text) if language == "quaternion" else nn.Linear(text, text)
+        self.proj = nn.Linear(text, image)
+        self.deep_text = nn.Parameter(torch.randn(depth - 1, tokens, text) * 0.02)
+        if vision == "quaternion":
+            self.mix_image = QuaternionLinear(padded, image, depth - 1)
+        else:
+            self.mix_image = LinearStack(text, image, depth - 1)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.domain is not None:
+            self.domain.eval()
+        return self
+
+    def domain_features(self, images: Tensor) -> Tensor:
+        """The domain feature f (b, F) of images (b, 3, H, W), without autograd. It can be kept, once an image, with
+        `fit.predict(model.domain, data)`, and given to every call."""
+        if self.domain is None:
+            raise BadParameter("domain", None, "features (b, F) in the call: the model was made without a domain model")
+        with torch.no_grad():
+            return self.domain(images)
+
+    def _mixed(self, layer: nn.Module, prompt: Tensor, bias: Tensor) -> Tensor:
+        """Prompt and bias (..., Wt), of shapes that broadcast, through one of the layers that mix them."""
+        if not isinstance(layer, QuaternionLinear):
+            return layer(prompt + bias)
+        width = prompt.shape[-1]
+        if self.axes == "i, j":
+            return layer(F.pad(torch.cat(torch.broadcast_tensors(prompt, bias), -1), (width, width)))
+        return layer(F.pad(prompt + bias, (width, 0) if self.axes == "jk" else (0, width)))
+
+    def prompts(self, features: Tensor, eps: Tensor | None = None) -> Prompts:
+        """The prompts for a batch of domain features (b, F); `eps` (b, Wt) stands for the random draw."""
+        if features.ndim != 2 or features.shape[1] != self.meta_net.linear1.in_features:
+            accepted = f"a batch of features (b, {self.meta_net.linear1.in_features})"
+            raise BadParameter("domain", tuple(features.shape), accepted)
+        bias = noisy = self.meta_net(features)
+        if eps is None and (self.noise == "always" or (self.noise == "train" and self.training)):
+            eps = torch.randn_like(bias)
+        if eps is not None:
+            noisy = bias + features.mean() * eps
+        context = self._mixed(self.mix_text, self.ctx, noisy[:, None])
+        deep = self._mixed(self.mix_image, self.deep_text[:, None], bias[:, None])
+        return Prompts(bias, context, self.deep_text, self.proj(self.ctx), deep)
+
+    def forward(self, images: Tensor, domain: Tensor | None = None, eps: Tensor | None = None) -> Tensor:
+        """Logits (b, C) of images (b, 3, H, W). `domain` (b, F): their domain features, when they are known already."""
+        prompts = self.prompts(self.domain_features(images) if domain is None else domain, eps)
+        return similarity(self.clip, *self.encode(images, prompts))
+
+    def encode(self, images: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """Features of the images (b, E) and of the classes for each image (b, C, E), not normalised."""
+        image = encode_image(self.clip, images, prompts.first_image, prompts.deep_image)
+        return image, encode_text(self.clip, self.prompted(prompts.context), self.ends, prompts.deep_text)
+
+    def _learner_names(self) -> dict[str, str | list]:
+        if {self.language, self.vision} != {"quaternion"}:
+            raise BadParameter(
+                "language, vision",
+                (self.language, self.vision),
+                "quaternion layers both: the authors' code has no others",
+            )
+        layers, parts = range(len(self.deep_text)), [f"{part}_weight" for part in "rijk"]
+        project = "compound_prompt_projections"
+        return {name: name for name in ("ctx", "proj.weight", "proj.bias", *META_NET)} | {
+            "mix_text.weight": [f"visual_net_orthogonality.{part}" for part in parts],
+            "mix_text.bias": "visual_net_orthogonality.bias",
+            "deep_text": [f"compound_prompts_text.{i}" for i in layers],
+            "mix_image.weight": [[f"{project}.{i}.{part}" for part in parts] for i in layers],
+            "mix_image.bias": [f"{project}.{i}.bias" for i in layers],
+        }
+
+    @staticmethod
+    def _sizes(learner: Mapping[str, Tensor]) -> dict[str, int]:
+        hidden, features = learner["meta_net.linear1.weight"].shape
+        deep = sum(name.startswith("compound_prompts_text.") for name in learner)
+        return {"tokens": len(learner["ctx"]), "depth": deep + 1, "hidden": hidden, "domain": features}
+
+
+def halves_cosine(x: Tensor) -> Tensor:
+    """The cosine between the two halves of (..., W), which are the j and k parts of what a quaternion layer reads.
+
+    The authors' code logs its mean over `P_l + β` for every layer at every pass.
+    """
+    return F.cosine_similarity(*x.chunk(2, -1), dim=-1)
+
+
+# --- domain models ----------------------------------------------------------------------------------------------------
+
+
+class MAE(nn.Module):
+    """A masked autoencoder (He et al., CVPR 2022), read as DPLQ reads the remote-sensing one: nothing masked.
+
+    Args:
+        image_size, patch, width, depth, heads: the encoder, ViT-B/16 as released.
+        decoder_width, decoder_depth, decoder_heads: the decoder.
+        tap: whose tokens are the feature: "decoder", 512 wide, before the pixel head, or "encoder", 768 wide. The file
+            with this pass is missing from DPLQ's repository: "decoder" is inferred from a comment with its shape.
+
+    `num_features` is F.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 224,
+        patch: int = 16,
+        width: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        decoder_width: int = 512,
+        decoder_depth: int = 8,
+        decoder_heads: int = 16,
+        tap: str = "decoder",
+    ):
+        super().__init__()
+        if tap not in ("decoder", "encoder"):
+            raise BadParameter("tap", tap, ("decoder", "encoder"))
+        self.tap, self.num_features = tap, decoder_width if tap == "decoder" else width
+        self.encoder = VisionTransformer(
+            img_size=image_size, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads, num_classes=0
+        )
+        self.decoder_embed = nn.Linear(width, decoder_width)
+        self.mask_token = nn.Parameter(torch.randn(1, 1, decoder_width) * 0.02)
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder_width, decoder_heads, qkv_bias=True, norm_layer=norm) for _ in range(decoder_depth)
+        )
+        self.decoder_norm = norm(decoder_width)
+        self.decoder_pred = nn.Linear(decoder_width, 3 * patch**2)
+        tables = [self._positions(size) for size in (width, decoder_width)]  # fixed, as in MAE
+        self.encoder.pos_embed = nn.Parameter(tables[0], requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(tables[1], requires_grad=False)
+
+    def _positions(self, width: int) -> Tensor:
+        table = build_sincos2d_pos_embed(self.encoder.patch_embed.grid_size, width)
+        return F.pad(table, (0, 0, 1, 0))[None]
+
+    def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Tokens (b, 1 + N, D) after the encoder's norm, class token first; `keep` (b, k): which patches it sees."""
+        vit = self.encoder
+        x = vit.patch_embed(images) + vit.pos_embed[:, 1:]
+        if keep is not None:
+            x = x.take_along_dim(keep[..., None], 1)
+        x = torch.cat([(vit.cls_token + vit.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+        return vit.norm(vit.blocks(x))
+
+    def decode(self, latent: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Tokens (b, 1 + N, Dd) after the decoder's norm; where `keep` left patches out, the mask token goes in."""
+        x = self.decoder_embed(latent)
+        if keep is not None:
+            full = self.mask_token.to(x.dtype).repeat(len(x), self.decoder_pos_embed.shape[1] - 1, 1)
+            full = full.scatter(1, keep[..., None].expand(-1, -1, x.shape[-1]), x[:, 1:])
+            x = torch.cat([x[:, :1], full], dim=1)
+        x = x + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_norm(x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The domain feature (b, F): the mean over the patches' tokens at the tap."""
+        x = self.encode(images)
+        return (self.decode(x) if self.tap == "decoder" else x)[:, 1:].mean(1)
+
+    def loss(self, images: Tensor, masked: float = 0.75) -> Tensor:
+        """Pre-training: the mean squared error of the pixels of the patches left out, a share `masked` of them."""
+        grid = self.encoder.patch_embed.grid_size
+        count = grid[0] * grid[1]
+        order = torch.rand(len(images), count, device=images.device).argsort(1)
+        keep, hidden = order.split([count - round(masked * count), round(masked * count)], dim=1)
+        pixels = self.decoder_pred(self.decode(self.encode(images, keep), keep)[:, 1:])
+        p = images.shape[-1] // grid[1]
+        target = images.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 4, 5, 1).flatten(1, 2).flatten(2)
+        return F.mse_loss(*(x.take_along_dim(hidden[..., None], 1) for x in (pixels, target)))
+
+    @classmethod
+    def from_official(
+        cls, state: Mapping[str, Tensor], *, heads: int | None = None, decoder_heads: int = 16, **options
+    ):
+        """The model with a state dict of MAE's own code in it (`mae_vit_base_patch16` and its copies).
+
+        Raises:
+            BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
+        """
+        what = "a masked autoencoder (MAE's names, decoder included)"
+        if missing := {"patch_embed.proj.weight", "pos_embed", "decoder_embed.weight"} - state.keys():
+            raise BadCheckpoint(what, missing)
+        width, _, _, patch = state["patch_embed.proj.weight"].shape
+
+        def depth(start: str) -> int:
+            return len({name.removeprefix(start).partition(".")[0] for name in state if name.startswith(start)})
+
+        model = cls(
+            math.isqrt(state["pos_embed"].shape[1] - 1) * patch,
+            patch,
+            width,
+            depth("blocks."),
+            heads or width // 64,
+            len(state["decoder_embed.weight"]),
+            depth("decoder_blocks."),
+            decoder_heads,
+            **options,
+        ).eval()
+        load_official(model, state, model._names(), what)
+        return model
+
+    def to_official(self) -> dict[str, Tensor]:
+        """The state dict under MAE's own names."""
+        return official_state(self.state_dict(), self._names())
+
+    def _names(self) -> dict[str, str]:
+        return {name: name.removeprefix("encoder.") for name in self.state_dict()}
+
+
+class CLIPFeatures(ImageFeatures):
+    """A control: CLIP's own image feature in the place of the domain's, scaled to a mean square of 1."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.normalize(super().forward(images), dim=-1) * math.sqrt(self.num_features)
+
+
+class NoFeatures(nn.Module):
+    """A control: zeros (b, F). The small net's biases stay, the same for every image; the noise vanishes with μ."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.new_zeros(len(images), self.num_features)
+
+
+class DomainModel(nn.Module):
+    """A frozen encoder that is given images normalised for another model.
+
+    Args:
+        encoder: images to (b, F), with `num_features` F.
+        size: the images are brought to this size, to the nearest pixel as released; None leaves them.
+        given, wanted: how images arrive and how the encoder wants them normalised; both None leaves them.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        size: int | None = None,
+        given: backbones.Input | None = None,
+        wanted: backbones.Input | None = None,
+    ):
+        super().__init__()
+        self.encoder, self.size = encoder.requires_grad_(False).eval(), size
+        self.num_features = encoder.num_features
+        scale, shift = torch.ones(3), torch.zeros(3)
+        if given and wanted:
+            std = torch.tensor(wanted.std)
+            scale = torch.tensor(given.std) / std
+            shift = (torch.tensor(given.mean) - torch.tensor(wanted.mean)) / std
+        self.register_buffer("scale", scale.view(3, 1, 1), persistent=False)
+        self.register_buffer("shift", shift.view(3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """The feature (b, F) of images (b, 3, H, W)."""
+        x = images * self.scale + self.shift
+        return self.encoder(x if self.size is None else F.interpolate(x, self.size))
+
+
+IMAGENET = backbones.Input(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+MAE_FILE = "vit-b-checkpoint-1599.pth"
+MEDSAM = "wanglab/medsam-vit-base"
+
+
+def domain_model(
+    name: str,
+    weights: str | Path = "pretrained",
+    *,
+    clip: CLIP,
+    tap: str = "decoder",
+    normalise: str = "clip",
+    download: bool = False,
+) -> nn.Module:
+    """A frozen domain model by name, images to features (b, F), for DPLQ's `domain`.
+
+    Args:
+        name: "remote-sensing", the MAE ViT-B/16 of ViTAE-Transformer/Remote-Sensing-RVSA (F = 512; the authors' other
+            choice, its ViTAE sibling, is not here); "medical", MedSAM's image encoder (F = 256); the controls "clip",
+            CLIP's own feature, and "none", zeros; or any encoder that `backbones.build` knows, for instance
+            "vit_base_patch16_224.mae".
+        weights: "pretrained", "random", or a file.
+        clip: the CLIP that the prompts go to; images arrive in its size and normalised for it, and are brought to the
+            domain model's size, to the nearest pixel, where that is another.
+        tap: for "remote-sensing", see `MAE`.
+        normalise: "clip", as released: the domain model gets the very tensor that CLIP gets; or "own".
+        download: fetch weights that are not cached.
+
+    Raises:
+        BadParameter: an unknown name or option.
+        MissingWeights: weights that are not there, with the ways to get them.
+        CorruptFile, BadCheckpoint: a file that cannot be read, or that is another model's.
+    """
+    if normalise not in ("clip", "own"):
+        raise BadParameter("normalise", normalise, ("clip", "own"))
+    if name == "clip":
+        return CLIPFeatures(clip)
+    if name == "none":
+        return NoFeatures(clip.visual.output_dim)
+    if name == "remote-sensing":
+        encoder = _remote_sensing(weights, tap)
+        wanted = replace(IMAGENET, size=encoder.encoder.patch_embed.img_size[0])
+    elif name == "medical":
+        encoder, wanted = _medical(weights, download), replace(IMAGENET, size=1024)
+    else:
+        encoder = backbones.build(name, weights, download=download)
+        wanted = backbones.input_of(encoder)
+    seen = backbones.input_of(clip)
+    size = None if wanted.size == seen.size else wanted.size
+    return DomainModel(encoder, size, seen if normalise == "own" else None, wanted)
+
+
+def _state(path: str | Path) -> dict[str, Tensor]:
+    if not Path(path).is_file():
+        raise BadParameter("weights", str(path), "'pretrained', 'random' or an existing file")
+    return backbones.read_state(path)
+
+
+def _remote_sensing(weights: str | Path, tap: str) -> MAE:
+    if weights == "pretrained":
+        ways = [
+            f"{MAE_FILE} from the README of github.com/ViTAE-Transformer/Remote-Sensing-RVSA (MIT, on a personal cloud "
+            "drive; no copy on a hub was found), then weights='<file>'",
+            "a stand-in trained on natural images: domain_model('vit_base_patch16_224.mae', download=True, ...)",
+        ]
+        raise MissingWeights("remote-sensing MAE ViT-B/16", Path.cwd(), ways)
+    return MAE(tap=tap).eval() if weights == "random" else MAE.from_official(_state(weights), tap=tap)
+
+
+def _medical(weights: str | Path, download: bool) -> nn.Module:
+    """MedSAM's image encoder as timm has it: (b, 3, 1024, 1024) to the mean over 64x64 places, (b, 256)."""
+    if weights == "pretrained":
+        weights = backbones.hub_file(MEDSAM, MEDSAM, ["model.safetensors", "pytorch_model.bin"], download)
+    encoder = timm.create_model("samvit_base_patch16", pretrained=False, num_classes=0).eval()
+    if weights != "random":
+        state, own = sam_state(_state(weights)), encoder.state_dict()
+        load_official(encoder, state, {name: name for name in own}, "SAM ViT-B's image encoder")
+    return encoder
+
+
+def sam_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The image encoder in a state dict of SAM, of the original release or of transformers, under timm's names."""
+    original, other = "image_encoder.", "vision_encoder."
+    renames = (
+        ("patch_embed.projection", "patch_embed.proj"),
+        ("layers.", "blocks."),
+        ("neck.conv1", "neck.0"),
+        ("neck.layer_norm1", "neck.1"),
+        ("neck.conv2", "neck.2"),
+        ("neck.layer_norm2", "neck.3"),
+        (".layer_norm", ".norm"),
+        ("mlp.lin", "mlp.fc"),
+    )
+    found = {}
+    for name, value in state.items():
+        if name.startswith((original, other)):
+            name = name.removeprefix(original).removeprefix(other)
+            for old, new in renames:
+                name = name.replace(old, new)
+            found[name] = value
+    return found or dict(state)

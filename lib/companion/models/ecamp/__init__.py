@@ -1,0 +1,1 @@
+"""ECAMP: Entity-centered Context-aware Medical Vision Language Pre-training."""

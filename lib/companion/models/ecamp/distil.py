@@ -1,0 +1,272 @@
+"""Entity-centred context distillation: what a report says of each entity, one plain sentence for each (section 3.8).
+
+    There is small right pleural effusion. There may be pneumonia. There is no pneumothorax.
+
+Pre-training puts these sentences into the report (`ecamp_text.splice`). The authors had a Vicuna write them; which
+one, and the whole of its prompt, was not found. Here any text-generation model of `transformers` can, by its name, or
+`Rules`, offline. Every answer is checked: one that is not in the form, or that speaks of what the report does not, is
+asked for again, and in the end refused. Answers are kept in a file, so that a run that was stopped goes on.
+
+    cache = "distilled.sqlite"
+    found = distil(reports, Rules(), cache)                                  # or Generator("lmsys/vicuna-7b-v1.5")
+    found.statements[0], found.refused                                       # "" where no answer was accepted
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import shutil
+import sqlite3
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ...errors import CannotWrite, CompanionError, CorruptFile, MissingWeights
+from ...ops.progress import progress
+from .text import ENTITIES
+
+# The beginning is the authors' (their overview figure cuts it short); the rest is ours, in the form of their examples.
+PROMPT = """\
+Please conclude the reports for the given entities. Write one sentence for each entity, in one of these forms and \
+nothing else:
+There is X.
+There may be X.
+There is no X.
+X is the entity as it is named below, with the words beside it that describe it in the report and no others.
+
+Entities: {entities}
+Report: {report}
+"""
+FORM = re.compile(r"There (is no|may be|is) ([^.]+?)\s*\.\s*", re.IGNORECASE)
+TRIES = 3
+
+# what makes a finding absent or doubtful, when it stands before its name in the sentence, or after it
+ABSENT = (
+    r"\b(no|not|without|free of|clear of|negative for|absence of|rather than)\b",
+    r"\b(absent|resolved|not seen|not present|ruled out)\b",
+)
+DOUBTFUL = (
+    r"\b(may|might|could|possibl[ey]|probabl[ey]|likely|suspected|suspicious|suggest\w*|concern\w*|question\w*|versus)\b",
+    r"\b(possible|likely|suspected|questioned|not excluded|cannot be excluded|be considered)\b",
+)
+# words before an entity that do not describe it: a description ends at them
+_PLAIN = """
+    a an the of and or in on at to with for is are was were be been has have there this that these those no not without
+    may might could possible possibly probable probably likely suspected evidence any seen noted which as from by than
+    but however also it its represent represents reflect reflects suggest suggests suggesting indicate indicates
+    concerning question versus due consistent compatible
+"""
+_UNDESCRIBING = frozenset(_PLAIN.split())
+
+
+class Malformed(CompanionError):
+    """An answer that is refused; the message says why."""
+
+
+class BackEnd(Protocol):
+    """Whatever answers a prompt. `name` is part of the key under which answers are kept."""
+
+    name: str
+
+    def __call__(self, report: str, entities: Sequence[str], attempt: int) -> str: ...
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """Statements in the order of the reports, "" where none were accepted, and why those were refused, by position."""
+
+    statements: list[str]
+    refused: dict[int, str]
+
+
+def entities_in(report: str, entities: Sequence[str] = ENTITIES) -> list[str]:
+    """The entities that a report names, in order, each once. Plurals count: "opacities" names "opacity"."""
+    forms = {form: entity for entity in entities for form in _forms(entity)}
+    words = re.findall(r"[a-z]+", report.lower())
+    return list(dict.fromkeys(forms[word] for word in words if word in forms))
+
+
+def _forms(entity: str) -> tuple[str, ...]:
+    word = entity.lower()
+    if word.endswith("y"):
+        return (word, word[:-1] + "ies")
+    if word.endswith("is"):
+        return (word, word[:-2] + "es")
+    return (word, word + ("es" if word.endswith(("s", "x")) else "s"))
+
+
+def check(answer: str, report: str, entities: Sequence[str]) -> str:
+    """The answer with single spaces, when it is as it should be.
+
+    Raises:
+        Malformed: text that is not in the form; an entity that is left out, or named twice; a sentence about none of
+            them; describing words that the report does not have.
+    """
+    text = " ".join(answer.split())
+    if not text:
+        raise Malformed("the answer is empty")
+    rest = FORM.sub("", text)
+    if rest:
+        raise Malformed(f"not of the form 'There is X.', 'There may be X.' or 'There is no X.': {rest[:60]!r}")
+    known, said = set(re.findall(r"[a-z]+", report.lower())), []
+    for _, what in FORM.findall(text):
+        words = re.findall(r"[a-z]+", what.lower())
+        named = [entity for entity in entities if set(_forms(entity)) & set(words)]
+        if len(named) != 1:
+            raise Malformed(f"{what!r} names {len(named)} of the entities, not one")
+        invented = [w for w in words if w not in known and w not in _forms(named[0])]
+        if invented:
+            raise Malformed(f"{what!r} has words that the report has not: {', '.join(invented)}")
+        said += named
+    if twice := sorted({entity for entity in said if said.count(entity) > 1}):
+        raise Malformed(f"named twice: {', '.join(twice)}")
+    if missing := [entity for entity in entities if entity not in said]:
+        raise Malformed(f"left out: {', '.join(missing)}")
+    return text
+
+
+# --- back ends --------------------------------------------------------------------------------------------------------
+
+
+class Rules:
+    """Offline: the sentence that names an entity decides whether it is there, may be there, or is not."""
+
+    name = "rules 2"
+
+    def __call__(self, report: str, entities: Sequence[str], attempt: int = 0) -> str:
+        return " ".join(self._say(report, entity) for entity in entities)
+
+    def _say(self, report: str, entity: str) -> str:
+        """An entity that is named several times is there when one of the sentences says so."""
+        said: dict[str, str] = {}
+        # a turn ends what was denied: "no pneumothorax, but a small effusion"
+        for sentence in re.split(r"[.;\n]|\b(?:but|however|although|though|except)\b", report.lower()):
+            words = re.findall(r"[a-z]+", sentence)
+            at = next((i for i, word in enumerate(words) if word in _forms(entity)), None)
+            if at is None:
+                continue
+            first = at
+            while first and at - first < 3 and words[first - 1] not in _UNDESCRIBING:
+                first -= 1
+            sides = " ".join(words[:at]), " ".join(words[at + 1 :])
+            absent, doubtful = (
+                any(re.search(pattern, side) for pattern, side in zip(patterns, sides, strict=True))
+                for patterns in (ABSENT, DOUBTFUL)
+            )
+            # "cannot be excluded" has a "not" in it, so doubt goes first
+            kind = "may be" if doubtful else "is no" if absent else "is"
+            said.setdefault(kind, " ".join([*words[first:at], entity]))
+        kind = next(k for k in ("is", "may be", "is no") if k in said)
+        return f"There {kind} {said[kind]}."
+
+
+class Generator:
+    """A text-generation model of `transformers`: greedy at first, sampled when an answer was refused.
+
+    Args:
+        name: of the hub, or a folder.
+        download: fetch it when it is not cached.
+        tokens: longest answer.
+        device: where it runs.
+
+    Raises:
+        MissingWeights: it is not cached, and `download` is False or failed.
+    """
+
+    def __init__(self, name: str, *, download: bool = False, tokens: int = 256, device: str = "cpu"):
+        from huggingface_hub import constants
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not download)
+            self.model = AutoModelForCausalLM.from_pretrained(name, local_files_only=not download).to(device).eval()
+        except (OSError, ValueError) as error:
+            ways = [f"Generator({name!r}, download=True), on a machine with a network", "a folder that holds the model"]
+            raise MissingWeights(name, constants.HF_HUB_CACHE, ways) from error
+        self.name, self.tokens, self.device = name, tokens, device
+
+    def __call__(self, report: str, entities: Sequence[str], attempt: int = 0) -> str:
+        import torch
+
+        text = PROMPT.format(entities=", ".join(entities), report=report)
+        if self.tokenizer.chat_template:
+            chat = [{"role": "user", "content": text}]
+            text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        given = self.tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(self.device)
+        options = {"do_sample": True, "temperature": 0.7} if attempt else {"do_sample": False}
+        with torch.random.fork_rng(devices=[]), torch.inference_mode():
+            torch.manual_seed(attempt)
+            out = self.model.generate(
+                **given, max_new_tokens=self.tokens, pad_token_id=self.tokenizer.eos_token_id, **options
+            )
+        return self.tokenizer.decode(out[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+# --- all reports ------------------------------------------------------------------------------------------------------
+
+
+def distil(
+    reports: Sequence[str],
+    back_end: BackEnd,
+    cache: str | Path,
+    *,
+    entities: Sequence[str] = ENTITIES,
+    tries: int = TRIES,
+) -> Distilled:
+    """The statements of each report. A report that names no entity has none and is not asked about.
+
+    Args:
+        cache: an SQLite file, made when it is not there. A report is looked up by its text, the back end, the prompt
+            and the entities, and asked about once, however often it occurs and whatever stops the run. Refused answers
+            are kept too: another back end, or a new file, asks again.
+        tries: how often an answer is asked for before it is refused.
+
+    Raises:
+        CorruptFile: `cache` is something else.
+    """
+    statements, refused = [], {}
+    with _open(cache) as file:
+        for i, report in enumerate(progress(reports, "distilling", len(reports))):
+            named = entities_in(report, entities)
+            if not named:
+                statements.append("")
+                continue
+            key = hashlib.sha256("\0".join([back_end.name, PROMPT, *named, report]).encode()).hexdigest()
+            row = file.execute("SELECT text, why FROM answers WHERE key = ?", (key,)).fetchone()
+            if row is None:
+                row = _ask(back_end, report, named, tries)
+                with file:  # written whole, or not at all
+                    file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", (key, *row))
+            statements.append(row[0])
+            if row[1]:
+                refused[i] = row[1]
+    return Distilled(statements, refused)
+
+
+def _ask(back_end: BackEnd, report: str, entities: Sequence[str], tries: int) -> tuple[str, str]:
+    """The accepted text, or "" and why the last answer was refused."""
+    why = ""
+    for attempt in range(tries):
+        try:
+            return check(back_end(report, entities, attempt), report, entities), ""
+        except Malformed as error:
+            why = str(error)
+    return "", why
+
+
+@contextlib.contextmanager
+def _open(path: str | Path) -> Iterator[sqlite3.Connection]:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    file = sqlite3.connect(path)
+    try:
+        file.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL, why TEXT NOT NULL)")
+        yield file
+    except sqlite3.DatabaseError as error:
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+            raise CannotWrite(path, shutil.disk_usage(Path(path).parent).free) from error
+        raise CorruptFile(path, f"not a file of distilled reports ({error})") from error
+    finally:
+        file.close()

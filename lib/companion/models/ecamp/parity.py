@@ -1,0 +1,256 @@
+"""ECAMP: the cases recorded from ToniChopp/ECAMP at d02d16d."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import BadParameter
+from ...evaluation.metrics import radiology
+from ...evaluation.parity import Case
+from . import heads as ecamp_heads
+from . import model as ecamp
+from . import text as ecamp_text
+from .model import ECAMP, Batch, Fusion
+
+
+def outputs(case: Case) -> dict[str, Tensor]:
+    """The recorded quantities of any ECAMP case, by our code, in the order of the forward pass."""
+    kinds = {
+        "model": _model,
+        "fusion": _fusion,
+        "image_losses": _image,
+        "position": _positions,
+        "attention_map": _attention,
+        "text_masking": _text,
+        "classifier": _classifier,
+        "segmenter": _segmenter,
+        "detector": _detector,
+        "small_losses": _losses,
+    }
+    for start, run in kinds.items():
+        if case.name.startswith(start):
+            with torch.no_grad():
+                return _cut(case, run(case))
+    raise BadParameter("case", case.name, list(kinds))
+
+
+def recorded(case: Case) -> dict[str, Tensor]:
+    """What the case recorded; what it stored of the inputs is no output."""
+    return {name: value for name, value in case.recorded.items() if not name.startswith("in.")}
+
+
+def _cut(case: Case, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parts of `whole` that were recorded: a name like "latent[:,:,::4]" says which."""
+    names: dict[str, list[str]] = {}
+    for name in recorded(case):
+        names.setdefault(name.partition("[")[0], []).append(name)
+    found = {}
+    for base, value in whole.items():
+        for name in names.get(base, ()):
+            axes = name.partition("[")[2].rstrip("]").split(",") if "[" in name else []
+            numbers = ([int(n) if n else None for n in axis.split(":")] for axis in axes)
+            found[name] = value[tuple(slice(*n) for n in numbers)]
+    return found
+
+
+def _input(case: Case, key: str) -> Tensor:
+    """An input that is filled; case.json gives its shape in words."""
+    shape = re.search(r"\(((?:\d+,?)+)\)", case.facts["inputs"][key].replace(" ", ""))
+    return case.values(f"input:{key}", *map(int, shape[1].rstrip(",").split(",")))
+
+
+def _corners(case: Case) -> Tensor:
+    return torch.tensor([case.facts["inputs"]["column"], case.facts["inputs"]["row"]]).T
+
+
+def _model(case: Case) -> dict[str, Tensor]:
+    config, given = case.facts["config"], case.recorded
+    bert = config["bert"]
+    model = ECAMP.from_official(
+        case.state,
+        heads=config["heads"],
+        decoder_heads=config["decoder_heads"],
+        text_heads=bert.get("heads") or bert["num_attention_heads"],
+    )
+    batch = Batch(
+        _input(case, "image"),
+        given["in.ids"],
+        given["in.labels"],
+        given["in.attention_mask"],
+        given["in.weights"],
+        _input(case, "mask_noise"),
+        _corners(case),
+    )
+    trace: dict[str, Tensor] = {}
+    losses = model(batch, trace)
+    return {
+        "image224": trace["low"],
+        "ids_keep": trace["keep"],
+        "latent": trace["latent"],
+        "pred": trace["pixels"],
+        "super_res": trace["super_resolved"],
+        "text_embeddings": trace["embedded"],
+        "fusion": trace["fused"],
+        "logits": trace["logits"],
+        "mlm_per_token": trace["cross_entropy"],
+        "loss.mim": losses.mim,
+        "loss.res": losses.sr,
+        "loss.mlm": losses.mlm,
+        "loss.total": losses.total,
+    }
+
+
+def _fusion(case: Case) -> dict[str, Tensor]:
+    config = case.facts["config"]
+    sizes = config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]
+    # the layer by itself, its tensors under the names that the whole model gives them
+    start = "bert_encoder.model.bert.context_fusion_layer."
+    names = {
+        ours.removeprefix("text.fusion."): official.removeprefix(start)
+        for ours, official in ecamp.build("pocket").official_names().items()
+        if official.startswith(start)
+    }
+    layer = Fusion(*sizes, 0.1, "both").eval()
+    ecamp.load_official(layer, case.state, names, "ECAMP's fusion layer")
+    hidden, latent = _input(case, "hidden"), _input(case, "latent")
+    trace: dict[str, Tensor] = {}
+    out = layer(hidden, case.recorded["in.attention_mask"].bool()[:, None, None], latent, trace)
+    text, channel = config["stride_text"], config["stride_channel"]
+    return {
+        "self_attention": trace["attended"][:, ::text, ::channel],
+        "cross_context": trace["context"][:, ::text, ::channel],
+        "cross_probabilities": trace["attention"][:, :, ::text],
+        "global_term": trace["global"],
+        "after_mix": trace["after_mix"][:, ::text, ::channel],
+        "output": out[:, ::text, ::channel],
+    }
+
+
+def _image(case: Case) -> dict[str, Tensor]:
+    block, config = ecamp.SuperResolution(), case.facts["config"]
+    names = {name: f"super_res.{name}" for name in block.state_dict()}
+    ecamp.load_official(block, case.state, names, "ECAMP's super-resolution block")
+    images, pred, noise = _input(case, "image"), _input(case, "pred"), _input(case, "mask_noise")
+    patch, low = config["patch"], ecamp.shrink(images)
+    keep = noise.argsort(1)[:, : int(noise.shape[1] * (1 - ecamp.MASKED))]
+    hidden = torch.ones_like(noise).scatter(1, keep, 0)
+    pixels = ecamp.unpatchify(hidden[..., None].expand_as(pred), patch)
+    window = ecamp.windows(_corners(case), config["window"], 2 * patch, images.shape[-1])
+    whole = ecamp.unpatchify(pred, patch)
+    resolved = block(whole)
+    return {
+        "small_out": block(_input(case, "small")),
+        "unpatchified": whole,
+        "sr_of_pred": resolved,
+        "token_mask": hidden,
+        "pixel_mask_rowsum": pixels[:, 0].sum(-1),
+        "window_mask_rowsum": window[:, 0].sum(-1),
+        "window_mask_colsum": window[:, 0].sum(-2),
+        "loss.mim": ecamp.mim_loss(pred, ecamp.patchify(low, patch), hidden),
+        "loss.res": ecamp.sr_loss(resolved, images, window),
+        "share_of_negative_targets": (images < 0).float().mean(),
+    }
+
+
+def _positions(case: Case) -> dict[str, Tensor]:
+    found = {}
+    for name in case.recorded:
+        kind, width, side = name.partition("[")[0].split("_")
+        found[name.partition("[")[0]] = ecamp.position_table(int(width), int(side), kind)[0]
+    return found
+
+
+def _attention(case: Case) -> dict[str, Tensor]:
+    config, given = case.facts["config"], case.recorded
+    model = ECAMP.from_official(case.state, text_heads=config["heads"])
+    images = _input(case, "image")
+    maps = model.attention(images, given["in.ids"], given["in.attention_mask"])
+    raster = maps[0, :, config["token_index"]]
+    order = _input(case, "mask_noise")[0].argsort()
+    shuffled = raster[:, order]  # the encoder does not care in which order it sees the patches
+    return {
+        "attention_shuffled": shuffled,
+        "attention_raster": raster,
+        "ids_restore": order.argsort(),
+        "heat_as_in_code": ecamp.heat(shuffled),
+        "heat_raster": ecamp.heat(raster),
+        "heat_raster_up": ecamp.heat(raster, images.shape[-1]),
+    }
+
+
+def _text(case: Case) -> dict[str, Tensor]:
+    words = ecamp_text.Vocabulary.from_words(case.facts["inputs"]["vocabulary"])
+    length = case.facts["config"]["length"]
+    found: dict[str, list] = {"ids": [], "masked_ids": [], "weights": []}
+    for example in case.facts["examples"]:
+        ids = words.encode(example["text"].replace(" ##", ""), length)
+        draws = iter(example["draws_used"])
+        found["ids"].append(ids)
+        found["masked_ids"].append(ecamp_text.mask(ids, words, draws.__next__))
+        found["weights"].append(ecamp_text.weights(ids, words))
+    return {name: torch.from_numpy(np.stack(rows)) for name, rows in found.items()}
+
+
+def _classifier(case: Case) -> dict[str, Tensor]:
+    model, tokens = ecamp_heads.classifier_from_official(case.state), {}
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda module, given, out, i=i: tokens.update({f"block{i}": out}))
+    x = model.forward_features(_input(case, "image"))
+    return tokens | {"features": model.forward_head(x, pre_logits=True), "logits": model.forward_head(x)}
+
+
+def _segmenter(case: Case) -> dict[str, Tensor]:
+    model, steps = ecamp_heads.Segmenter.from_official(case.state), []
+    x = model.map(_input(case, "image"))
+    logits = model.decoders[0](x, steps)
+    mask = (_input(case, "mask") > 1).float()
+    found = {"encoder_map": x} | {f"decoder_{i}": step for i, step in enumerate(steps, 1)}
+    return found | {
+        "logits": logits,
+        "loss.mixed": ecamp_heads.segmentation_loss(logits, mask[:, None]),
+        "loss.focal": ecamp_heads.focal_loss(logits[:, 0], mask),
+        "dice_coefficient": ecamp_heads.soft_dice(logits[:, 0], mask),
+        "metric.dice": radiology.dice(logits[:, 0].sigmoid(), mask),
+    }
+
+
+def _detector(case: Case) -> dict[str, Tensor]:
+    model = ecamp_heads.Detector.from_official(case.state)
+    images, boxes, size = _input(case, "image"), case.recorded["in.targets"], model.size
+    x = model.map(images)
+    levels, heads = model.pyramid(x), model(images)
+    pairs = list(zip(heads, model.anchors(), strict=True))
+    decoded = torch.cat([ecamp_heads.yolo_decode(head, anchors, size) for head, anchors in pairs], 1)
+    found = {"encoder_map": x} | {f"pyramid{level.shape[-1]}": level for level in levels}
+    return (
+        found
+        | {f"head{head.shape[-1]}": head for head in heads}
+        | {
+            "losses": torch.stack([torch.stack(ecamp_heads.yolo_loss(x, boxes, a, size)) for x, a in pairs]),
+            "decoded": decoded,
+            "nms_counts": torch.tensor([len(kept) for kept in ecamp_heads.suppress(decoded)]),
+        }
+    )
+
+
+def _losses(case: Case) -> dict[str, Tensor]:
+    given = {name.removeprefix("in."): value for name, value in case.recorded.items() if name.startswith("in.")}
+    logits, mask, config = given["seg_logits"], given["seg_mask"], case.facts["config"]
+    anchors, size = torch.tensor(config["yolo_anchors_px"]), config["image"]
+    each = radiology.dice(given["dice_probability"], mask)
+    healthy = mask.flatten(1).sum(1) == 0  # they are recorded last
+    kept = ecamp_heads.suppress(given["nms_predictions"], config["confidence"], config["nms_iou"])
+    return {
+        "mixed": ecamp_heads.segmentation_loss(logits[:, None], mask[:, None]),
+        "focal": ecamp_heads.focal_loss(logits, mask),
+        "soft_dice": ecamp_heads.soft_dice(logits, mask),
+        "dice_per_image": torch.cat([each[~healthy], each[healthy]]),
+        "mlm_loss": ecamp.mlm_loss(given["mlm_logits"], given["mlm_labels"], given["mlm_weights"])[0],
+        "yolo_losses": torch.stack(ecamp_heads.yolo_loss(given["yolo_head"], given["yolo_targets"], anchors, size)),
+        "yolo_decoded": ecamp_heads.yolo_decode(given["yolo_head"], anchors, size),
+        "nms_output": kept[0],
+    }

@@ -1,0 +1,313 @@
+"""ECAMP's text side, which runs in the loader: words, splicing, which words are hidden, what each weighs (section 3.8).
+
+    report + statements of an LLM --splice--> text --tokenizer--> labels --mask--> ids,   labels --weights--> weights
+
+An *entity* is a word that names a finding or a place; its *descriptors* are the one or two words before it (side, size,
+"no"). Most of a report is boiler-plate ("there is no evidence of ..."): it keeps a twentieth of its loss, and the
+descriptors get what it lost.
+
+Whatever is random here comes from `draw`, a function without arguments that gives a uniform number: `Pairs` draws from
+torch's generator, which `fit` seeds by item, and tests replay recorded numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import WordPiece
+from tokenizers.trainers import WordPieceTrainer
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ...errors import BadParameter, CorruptFile
+from .model import Batch
+
+MASKINGS = ("released", "intended", "mrm")
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[MASK]", "[SEP]")
+TEMPLATES = ("there is no evidence of", "there is no")  # the first that fits
+BOILERPLATE = 0.05  # weight of a template's words
+SPLICED = 0.8  # share of reports that get the LLM's statements
+# shares that are hidden: an entity, another word, a word of a text without entities, any word of MRM's
+ENTITY, OTHER, NO_ENTITY, MRM = 0.75, 0.7, 0.75, 0.5
+
+# The released list. Matching is by whole word piece in lower case, so that plurals, "COPD" and what the vocabulary cuts
+# into pieces ("aerate", "hyperinflate") never match.
+_ENTITIES = """
+    abnormality abscess aerate aorta atelectasis bronchiectasis calcification cardiomediastinal cardiomegaly catheter
+    chf collapse congestion consolidation contour COPD deformity dilation distention edema effusion embolism emphysema
+    engorgement fibrosis fracture granuloma hernia hilar hyperinflate hemidiaphragm infiltrate mass nodule obscure
+    opacity perihilar pneumonia pneumothorax sarcoidosis silhouette thickening tuberculosis vasculature
+"""
+ENTITIES = tuple(_ENTITIES.split())
+
+Draw = Callable[[], float]
+
+
+class Vocabulary:
+    """A tokenizer, and what masking must know of its words.
+
+    Args:
+        tokenizer: WordPiece of the `tokenizers` library: `train`, `read`, or `from_words` make one.
+        entities: the words that count as such; those that are no piece of the vocabulary are left out.
+
+    `entities`: the live ones, by id.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, entities: Iterable[str] = ENTITIES):
+        self.tokenizer, ids = tokenizer, tokenizer.get_vocab()
+        if missing := [name for name in SPECIAL[:4] if name not in ids]:
+            raise BadParameter("tokenizer", missing, "a vocabulary with [PAD], [UNK], [CLS] and [MASK]")
+        self.pad, self.unknown, self.cls, self.mask = (ids[name] for name in SPECIAL[:4])
+        self.stop = ids.get(".", -1)
+        self.pieces = [""] * (max(ids.values()) + 1)
+        for piece, i in ids.items():
+            self.pieces[i] = piece
+        self.continues = frozenset(i for piece, i in ids.items() if piece.startswith("##"))
+        self.entities = {ids[word]: word for word in entities if word in ids}
+        found = [[ids.get(word, -1) for word in template.split()] for template in TEMPLATES]
+        self.templates = [template for template in found if -1 not in template]
+        self._encode = functools.lru_cache(1 << 16)(self._encoded)
+
+    @classmethod
+    def read(cls, path: str | Path, entities: Iterable[str] = ENTITIES) -> Vocabulary:
+        """From a file of the `tokenizers` library, such as MRM's `mimic_wordpiece.json`.
+
+        Raises:
+            CorruptFile: there is none, or it is something else.
+        """
+        try:
+            return cls(Tokenizer.from_file(str(path)), entities)
+        except BadParameter:
+            raise
+        except Exception as error:  # the library raises Exception itself
+            raise CorruptFile(path, f"not a tokenizer's JSON ({error})") from error
+
+    @classmethod
+    def from_words(cls, words: Mapping[str, int] | Iterable[str], entities: Iterable[str] = ENTITIES) -> Vocabulary:
+        """From pieces and their ids; or from words alone, the special ones and "." put before them."""
+        if not isinstance(words, Mapping):
+            words = {word: i for i, word in enumerate(dict.fromkeys([*SPECIAL, ".", *words]))}
+        return cls(_tokenizer(words), entities)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], size: int = 30000, entities: Iterable[str] = ENTITIES) -> Vocabulary:
+        """Learn at most `size` pieces from reports. What was learned on MIMIC is not to be shipped."""
+        tokenizer = _tokenizer(None)
+        tokenizer.train_from_iterator(
+            texts, WordPieceTrainer(vocab_size=size, special_tokens=list(SPECIAL), show_progress=False)
+        )
+        return cls(tokenizer, entities)
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def encode(self, text: str, length: int) -> np.ndarray:
+        """Ids (length,) of "[CLS] " + text, cut off or filled with padding; no [SEP]."""
+        return self._encode(text, length)
+
+    def _encoded(self, text: str, length: int) -> np.ndarray:
+        ids = self.tokenizer.encode("[CLS] " + text).ids[:length]
+        ids = np.array(ids + [self.pad] * (length - len(ids)), dtype=np.int64)
+        ids.flags.writeable = False  # it is handed out again
+        return ids
+
+    def words(self, ids: Iterable[int]) -> list[str]:
+        """The pieces of ids, padding left out."""
+        return [self.pieces[int(i)] for i in ids if int(i) != self.pad]
+
+
+def _tokenizer(words: Mapping[str, int] | None) -> Tokenizer:
+    """WordPiece as the released file has it: lower case, NFKD, no accents; cut at spaces, punctuation and digits."""
+    tokenizer = Tokenizer(WordPiece(dict(words), unk_token="[UNK]") if words else WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.NFKD(), normalizers.StripAccents()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits()])
+    if words:
+        tokenizer.add_special_tokens([name for name in SPECIAL if name in words])
+    return tokenizer
+
+
+def splice(report: str, statements: str, draw: Draw, share: float = SPLICED) -> str:
+    """The report with the LLM's statements put between two of its sentences, with probability `share`; or unchanged.
+
+    Takes one number from `draw`, and a second for the place when it inserts.
+    """
+    if draw() >= share:
+        return report
+    pieces = report.split(".")
+    place = int(draw() * (len(pieces) + 1))
+    before, after = ("".join(piece + "." for piece in part) for part in (pieces[:place], pieces[place:]))
+    return (before + statements + after).replace("..", ".")
+
+
+def descriptors(ids: Sequence[int], vocabulary: Vocabulary) -> list[int]:
+    """Positions of the descriptors, as found from left to right: the two places before an entity, full stops left out.
+
+    As released, nothing is looked for at the last position and after the first padding.
+    """
+    found: list[int] = []
+    for i in _positions(ids, vocabulary):
+        if int(ids[i]) in vocabulary.entities:
+            for j in (i - 1, i - 2):
+                if j <= 0:
+                    break
+                if ids[j] != vocabulary.stop and j not in found:
+                    found.append(j)
+    return found
+
+
+def _positions(ids: Sequence[int], vocabulary: Vocabulary) -> Iterable[int]:
+    for i in range(1, len(ids) - 1):
+        if ids[i] == vocabulary.pad:
+            return
+        yield i
+
+
+def mask(ids: np.ndarray, vocabulary: Vocabulary, draw: Draw, kind: str = "released") -> np.ndarray:
+    """The text (L,) with [MASK] for hidden words.
+
+    "released": entities hidden with 0.75, all others, descriptors among them, with 0.7; without any entity all with
+    0.75. The authors' code means to hide descriptors and never does: it tests the entity in the descriptor's place.
+    "intended": the same, and then every descriptor, always, as their figure shows it. "mrm": every word with 0.5.
+
+    A piece of a word ("##...") goes with the piece before it. Takes one number from `draw` for every other word, and
+    then one for each entity (not for "mrm").
+
+    Raises:
+        BadParameter: another kind.
+    """
+    if kind not in MASKINGS:
+        raise BadParameter("masking", kind, MASKINGS)
+    hidden, entities = ids.copy(), []
+    live = kind != "mrm" and any(int(i) in vocabulary.entities for i in ids[1:-1])
+    share = {"mrm": MRM}.get(kind, OTHER if live else NO_ENTITY)
+    for i in _positions(ids, vocabulary):
+        word = int(ids[i])
+        if word in vocabulary.continues:
+            if hidden[i - 1] == vocabulary.mask:
+                hidden[i] = vocabulary.mask
+            continue
+        entity = live and word in vocabulary.entities
+        if entity:
+            entities.append(i)
+        if draw() < share and not entity:
+            hidden[i] = vocabulary.mask
+    for i in entities:
+        if draw() < ENTITY:
+            hidden[i] = vocabulary.mask
+    if kind == "intended":
+        hidden[descriptors(ids, vocabulary)] = vocabulary.mask
+    return hidden
+
+
+def boilerplate(ids: Sequence[int], vocabulary: Vocabulary) -> np.ndarray:
+    """(L,) True on the words of templates: from left to right, the longer one first, no two of them overlapping."""
+    found, ids = np.zeros(len(ids), bool), list(map(int, ids))
+    i = 0
+    while i < len(ids) - 4:
+        length = next((len(t) for t in vocabulary.templates if ids[i : i + len(t)] == t), 0)
+        found[i : i + length] = True
+        i += length or 1
+    return found
+
+
+def weights(ids: Sequence[int], vocabulary: Vocabulary) -> np.ndarray:
+    """What each position (L,) of a text counts in the loss, float32; they sum to L whatever the text.
+
+    Templates keep 0.05. What they lose goes to the descriptors, evenly by their weight; in a text without descriptors,
+    to all positions.
+    """
+    length, template = len(ids), boilerplate(ids, vocabulary)
+    found = descriptors(ids, vocabulary)
+    w = np.where(template, BOILERPLATE, 1.0)
+    d, c, o = int(template.sum()), len(found), int(template[found].sum())
+    lost = 1 - BOILERPLATE
+    if d and c:
+        w[found] *= (lost * (d - o) + c) / (c - lost * o)
+    elif d:
+        w *= length / (length - lost * d)
+    return w.astype(np.float32)
+
+
+class Pairs(Dataset):
+    """Image-report pairs for pre-training, everything random drawn here: items are `ecamp.Batch` without the B.
+
+    Args:
+        images: item i gives the picture (3, 2 S, 2 S), normalised; alone or first in a tuple.
+        reports: a text for each picture.
+        vocabulary: see `Vocabulary`.
+        patches: N of the encoder.
+        length: L.
+        statements: what an LLM said of each report (`ecamp_distil`); None for no distillation.
+        splice_share: how often they are put in; 0 for never.
+        masking: see `mask`.
+        rebalance: False weighs all words alike.
+        window: side of the super-resolution window in patches.
+        windows: its corner for each picture, (row, column) in patches. None: in the middle. The authors' file of them
+            was never released; they speak of the whole picture and are not moved with the crop, as released.
+
+    Raises:
+        BadParameter: texts or corners that are not as many as the pictures; an unknown masking.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[Tensor] | Dataset,
+        reports: Sequence[str],
+        vocabulary: Vocabulary,
+        *,
+        patches: int = 196,
+        length: int = 256,
+        statements: Sequence[str] | None = None,
+        splice_share: float = SPLICED,
+        masking: str = "released",
+        rebalance: bool = True,
+        window: int = 12,
+        windows: Sequence[Sequence[int]] | None = None,
+    ):
+        if masking not in MASKINGS:
+            raise BadParameter("masking", masking, MASKINGS)
+        side = math.isqrt(patches)
+        for name, given in (("reports", reports), ("statements", statements), ("windows", windows)):
+            if given is not None and len(given) != len(images):
+                raise BadParameter(name, len(given), f"{len(images)}, one for each picture")
+        if not 0 <= splice_share <= 1:
+            raise BadParameter("splice_share", splice_share, "a share, 0 to 1")
+        self.images, self.reports, self.statements, self.vocabulary = images, reports, statements, vocabulary
+        self.patches, self.length, self.splice_share = patches, length, splice_share
+        self.masking, self.rebalance = masking, rebalance
+        self.windows = windows if windows is None else torch.as_tensor(windows)
+        self.middle = torch.full((2,), (side - window) // 2)
+        # a text comes back in another place, seldom in a new form
+        self._weights = functools.lru_cache(1 << 16)(lambda text: weights(self._ids(text), vocabulary))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def _ids(self, text: str) -> np.ndarray:
+        return self.vocabulary.encode(text, self.length)
+
+    def __getitem__(self, i: int) -> Batch:
+        image = self.images[i]
+        draw = iter(torch.rand(2 + 2 * self.length).tolist()).__next__
+        text = self.reports[i]
+        if self.statements is not None and self.splice_share:
+            text = splice(text, self.statements[i], draw, self.splice_share)
+        labels = self._ids(text)
+        counts = self._weights(text) if self.rebalance else np.ones(self.length, np.float32)
+        return Batch(
+            images=image[0] if isinstance(image, (tuple, list)) else image,
+            ids=torch.from_numpy(mask(labels, self.vocabulary, draw, self.masking)),
+            labels=torch.from_numpy(labels.copy()),
+            attention=torch.from_numpy((labels != self.vocabulary.pad).astype(np.int64)),
+            weights=torch.from_numpy(counts.copy()),
+            noise=torch.rand(self.patches),
+            window=self.middle if self.windows is None else self.windows[i],
+        )

@@ -1,0 +1,1 @@
+"""H-ViT: Hierarchical Vision Transformers for Context-Aware Prostate Cancer Grading."""

@@ -1,0 +1,1 @@
+"""Layers and baselines that several papers share."""

@@ -1,0 +1,573 @@
+"""Ways to prompt a frozen CLIP that CLIP-prompting papers compare with: none at all (zero-shot), CoOp, CoCoOp, MaPLe.
+
+    ZeroShot    the text "a photo of <class>."                                      (Radford et al., ICML 2021)
+    CoOp        n learned word vectors before the class name                        (Zhou et al., IJCV 2022)
+    CoCoOp      the same, moved by a small net that sees the image                  (Zhou et al., CVPR 2022)
+    MaPLe       learned tokens in both towers and J layers, the image's made from   (Khattak et al., CVPR 2023)
+                the text's
+
+Every model maps images (b, 3, H, W) to logits (b, C) over class names that can be exchanged after training, and trains
+nothing of CLIP. The CLIP is one of open_clip's, of any size; its tokenizer is any callable from texts to ids (C, L).
+
+Written from the papers' equations and checked against outputs recorded from the authors' code (KaiyangZhou/CoOp and
+muzairkhattak/multimodal-prompt-learning, both MIT, as shipped with caoql98/DCPL at 7630aa0).
+
+Shapes: b images, C classes, n context tokens, J prompted layers, L text positions, Wt and Wv the widths of the text and
+the image tower, E the width they share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...errors import BadCheckpoint, BadParameter
+
+Tokenizer = Callable[[Sequence[str]], Tensor]
+
+
+# --- the two towers, with prompts -------------------------------------------------------------------------------------
+
+
+def encode_image(clip: CLIP, images: Tensor, first: Tensor | None = None, deep: Tensor | None = None) -> Tensor:
+    """Image features (b, E), not normalised, of images (b, 3, H, W) with prompts at the END of the sequence.
+
+    Args:
+        first: tokens that enter with the patches, after positions are added: (n, Wv) or (b, n, Wv).
+        deep: what replaces them before block 1, 2, ...: (J - 1, n, Wv) or (J - 1, b, n, Wv). From block J on, those of
+            the last replacement flow on.
+    """
+    if first is None:
+        return clip.encode_image(images)
+    visual, b, n = clip.visual, len(images), first.shape[-2]
+    patches = visual.conv1(images).flatten(2).mT
+    x = torch.cat([visual.class_embedding.to(patches.dtype).expand(b, 1, -1), patches], dim=1)
+    x = visual.ln_pre(torch.cat([x + visual.positional_embedding, first.to(x.dtype).expand(b, -1, -1)], dim=1))
+    for i, block in enumerate(visual.transformer.resblocks):
+        if deep is not None and 1 <= i <= len(deep):
+            x = torch.cat([x[:, :-n], deep[i - 1].to(x.dtype).expand(b, -1, -1)], dim=1)
+        x = block(x)
+    return visual.ln_post(x[:, 0]) @ visual.proj
+
+
+def encode_text(clip: CLIP, x: Tensor, ends: Tensor, deep: Tensor | None = None) -> Tensor:
+    """Text features (..., C, E), not normalised, of embedded texts x (..., C, L, Wt) without positions.
+
+    Args:
+        ends: (C,) where each text ends; the feature is read there. The tower is causal, so x may be cut after the last
+            end, L less than CLIP's, without changing anything.
+        deep: (J - 1, n, Wt) overwrites positions 1 to n before block 1, 2, ...; what a shallower tower has no block for
+            is left out.
+    """
+    lead, length = x.shape[:-2], x.shape[-2]
+    x = (x + clip.positional_embedding[:length]).flatten(0, -3)
+    mask = clip.attn_mask[:length, :length]
+    for i, block in enumerate(clip.transformer.resblocks):
+        if deep is not None and 1 <= i <= len(deep):
+            prompt = deep[i - 1].to(x.dtype).expand(len(x), -1, -1)
+            x = torch.cat([x[:, :1], prompt, x[:, 1 + deep.shape[1] :]], dim=1)
+        x = block(x, attn_mask=mask)
+    x = x[torch.arange(len(x), device=x.device), ends.expand(lead).flatten()]
+    return (clip.ln_final(x) @ clip.text_projection).unflatten(0, lead)
+
+
+def similarity(clip: CLIP, image: Tensor, text: Tensor) -> Tensor:
+    """Logits (b, C): cosines times CLIP's own scale. image (b, E), text (C, E) or, an image its own, (b, C, E)."""
+    cosine = F.normalize(text, dim=-1) @ F.normalize(image, dim=-1)[..., None]
+    return clip.logit_scale.exp() * cosine.squeeze(-1)
+
+
+class ImageFeatures(nn.Module):
+    """CLIP's plain image features (b, E): `fit.predict(ImageFeatures(clip), data)` computes them once an image."""
+
+    def __init__(self, clip: CLIP):
+        super().__init__()
+        self.clip = clip.requires_grad_(False).eval()
+        self.num_features = clip.visual.output_dim
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        return self.clip.encode_image(images)
+
+
+def nearest_tokens(vectors: Tensor, clip: CLIP, k: int = 10) -> tuple[Tensor, Tensor]:
+    """The k words of CLIP's vocabulary nearest to learned vectors (..., Wt): distances and ids, both (..., k)."""
+    table = clip.token_embedding.weight
+    found = torch.cdist(vectors.detach().reshape(-1, table.shape[1]), table.detach()).topk(k, largest=False)
+    return tuple(t.unflatten(0, vectors.shape[:-1]) for t in found)
+
+
+# --- class names ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Class texts, embedded (C, L, Wt) without positions, and the place of each one's end-of-text token, (C,)."""
+
+    embedded: Tensor
+    ends: Tensor
+
+
+def tokenise(tokenizer: Tokenizer, clip: CLIP, texts: Sequence[str]) -> Tensor:
+    """Ids (C, L) of `texts`. Raises `BadParameter` when there is none or the tokenizer is not the CLIP's."""
+    if isinstance(texts, str) or not texts:
+        raise BadParameter("classes", texts, "a list of one or more names")
+    ids = tokenizer(texts)
+    words, length = clip.token_embedding.num_embeddings, len(clip.positional_embedding)
+    if ids.shape != (len(texts), length) or ids.max() >= words:
+        found = f"ids {tuple(ids.shape)} up to {int(ids.max())}"
+        raise BadParameter("tokenizer", found, f"one that gives ({len(texts)}, {length}) ids below {words}")
+    return ids.to(clip.token_embedding.weight.device)
+
+
+def _checked(clip: CLIP) -> CLIP:
+    if (
+        not isinstance(clip, CLIP)
+        or not isinstance(clip.visual, VisionTransformer)
+        or (clip.visual.attn_pool, clip.visual.pool_type, clip.text_pool_type) != (None, "tok", "argmax")
+        or clip.attn_mask is None
+        or not isinstance(clip.text_projection, Tensor)
+    ):
+        accepted = "an open_clip CLIP with a ViT that is read at its class token, and a causal text tower"
+        raise BadParameter("clip", type(clip).__name__, accepted)
+    return clip
+
+
+def embed_texts(tokenizer: Tokenizer, clip: CLIP, texts: Sequence[str], places: int = 0) -> Texts:
+    """Embed `texts`, with `places` positions kept free after the start."""
+    ids = tokenise(tokenizer, clip, texts)
+    if places:
+        ends = ids.argmax(1) + places
+        if ends.max() >= ids.shape[1]:
+            longest = texts[int(ends.argmax())]
+            raise BadParameter(
+                "tokens", places, f"at most {places - int(ends.max()) + ids.shape[1] - 1}: '{longest}' must fit too"
+            )
+        ids = torch.cat([ids[:, :1], ids.new_zeros(len(ids), places), ids[:, 1 : ids.shape[1] - places]], dim=1)
+    return Texts(clip.token_embedding(ids).detach(), ids.argmax(1))
+
+
+# --- what all prompted CLIPs share ------------------------------------------------------------------------------------
+
+
+class PromptedCLIP(nn.Module):
+    """A frozen CLIP and the texts of the classes.
+
+    Args:
+        clip: an open_clip `CLIP` with a ViT whose class token is the feature; it is frozen.
+        classes: the class names (underscores are read as spaces), or their embedded `Texts`.
+        tokenizer: texts to ids, as `open_clip.get_tokenizer`'s; None with `Texts`.
+        template: the text of a class, with {} for its name.
+        places: positions that every text keeps free after its start.
+
+    Raises:
+        BadParameter: a CLIP, tokenizer or option that does not fit.
+    """
+
+    def __init__(
+        self, clip: CLIP, classes: Sequence[str] | Texts, tokenizer: Tokenizer | None, template: str, places: int = 0
+    ):
+        super().__init__()
+        self.clip = _checked(clip).requires_grad_(False).eval()
+        self.tokenizer, self.template, self.places = tokenizer, template, places
+        if "{}" not in template:
+            raise BadParameter("template", template, "a text with {} where the class name goes")
+        for name in ("embedded", "ends"):
+            self.register_buffer(name, None, persistent=False)
+        self.set_classes(classes)
+
+    def set_classes(self, classes: Sequence[str] | Texts) -> None:
+        """Exchange the class names, for instance for novel ones after training; nothing learned is touched."""
+        if not isinstance(classes, Texts):
+            if self.tokenizer is None:
+                raise BadParameter("classes", classes, "embedded Texts: this model was made without a tokenizer")
+            if isinstance(classes, str):
+                raise BadParameter("classes", classes, "a list of names")
+            texts = [self.template.replace("{}", name.replace("_", " ")) for name in classes]
+            classes = embed_texts(self.tokenizer, self.clip, texts, self.places)
+        device = self.clip.positional_embedding.device
+        self.embedded, self.ends = classes.embedded.to(device), classes.ends.to(device)
+        self.length = int(classes.ends.max()) + 1
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.clip.eval()
+        return self
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained tensors by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def count(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.trained().values())
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """CLIP's plain image features (b, E), without autograd; what is (b, E) already is taken for them."""
+        if images.ndim == 2:
+            return images
+        with torch.no_grad():
+            return self.clip.encode_image(images)
+
+
+class PromptLearner(PromptedCLIP):
+    """A `PromptedCLIP` that learns n context tokens, `ctx` (n, Wt), at text positions 1 to n.
+
+    Args: as `PromptedCLIP`, and
+        tokens: n. The context starts as the first n words of the template, when it has so many before the name; else it
+            is drawn from N(0, 0.02²) and the class name follows it directly.
+    """
+
+    def __init__(
+        self, clip: CLIP, classes: Sequence[str] | Texts, tokenizer: Tokenizer | None, tokens: int, template: str
+    ):
+        if tokens < 1:
+            raise BadParameter("tokens", tokens, "1 or more")
+        start, places = None, 0
+        words, name, rest = template.partition("{}")
+        if tokenizer is not None and name:
+            known = embed_texts(tokenizer, _checked(clip), [words])
+            if tokens < known.ends[0]:
+                start = known.embedded[0, 1 : 1 + tokens].clone()
+            else:
+                template, places = name + rest, tokens
+        super().__init__(clip, classes, tokenizer, template, places)
+        width = clip.positional_embedding.shape[1]
+        self.ctx = nn.Parameter(torch.randn(tokens, width) * 0.02 if start is None else start)
+
+    def prompted(self, ctx: Tensor) -> Tensor:
+        """The class texts with a context in them, cut after the last end: ctx (n, Wt) gives (C, length, Wt), a context
+        an image (b, n, Wt) gives (b, C, length, Wt)."""
+        texts, n = self.embedded[:, : self.length], ctx.shape[-2]
+        ctx = ctx.to(texts.dtype)[..., None, :, :].expand(*ctx.shape[:-2], len(texts), -1, -1)
+        before, after = (part.expand(*ctx.shape[:-2], -1, -1) for part in (texts[:, :1], texts[:, 1 + n :]))
+        return torch.cat([before, ctx, after], dim=-2)
+
+    # --- the authors' names ---
+
+    def _learner_names(self) -> dict[str, str | list]:
+        """Our trained tensors to the names in the authors' prompt learner; a (nested) list where ours is a stack."""
+        return {"ctx": "ctx"}
+
+    @staticmethod
+    def _sizes(learner: Mapping[str, Tensor]) -> dict[str, int]:
+        """The options that a prompt learner's tensors tell; a `KeyError` names one that is missing."""
+        return {"tokens": len(learner["ctx"])}
+
+    _unused: tuple[str, ...] = ()  # official names, by how they start, that no forward pass reads
+
+    def _names(self) -> dict[str, str | list]:
+        learner = self._learner_names()
+
+        def nested(names: str | list) -> str | list:
+            return f"prompt_learner.{names}" if isinstance(names, str) else [nested(n) for n in names]
+
+        return {ours: nested(official) for ours, official in learner.items()}
+
+    @classmethod
+    def from_official(
+        cls,
+        state: Mapping[str, Tensor],
+        clip: CLIP | None = None,
+        classes: Sequence[str] | None = None,
+        tokenizer: Tokenizer | None = None,
+        *,
+        ends: Sequence[int] | None = None,
+        heads: tuple[int, int] | None = None,
+        **options: object,
+    ):
+        """The model with a state dict of the authors' code in it: the whole one, or its prompt learner's alone.
+
+        With a `clip`, the texts of `classes` are made anew, and the towers of the state dict, when it has them, replace
+        the CLIP's weights. Without one the CLIP is built from the state dict and the texts are the stored ones; what is
+        not stored are their `ends`, (C,), and the `heads` of the image and the text tower (None: 64 channels a head, as
+        OpenAI's have). The inverse is `to_official`.
+
+        Raises:
+            BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
+            BadParameter: neither `clip`, `classes` and `tokenizer`, nor `ends`.
+        """
+        prefix = "prompt_learner."
+        if "ctx" in state:  # a checkpoint of the prompt learner alone
+            state = {prefix + name: value for name, value in state.items()}
+        what = f"{cls.__name__} (the authors' names)"
+        learner = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+        try:
+            sizes = cls._sizes(learner)
+        except KeyError as error:
+            raise BadCheckpoint(what, missing=[prefix + error.args[0]]) from error
+        if clip is None:
+            if ends is None:
+                raise BadParameter(
+                    "ends",
+                    None,
+                    "the place of every class's end-of-text token, which a state dict "
+                    "does not hold; or give clip, classes and tokenizer",
+                )
+            clip = _clip_of(state, heads, what)
+            if missing := {"token_prefix", "token_suffix"} - learner.keys():
+                raise BadCheckpoint(what, missing={prefix + name for name in missing})
+            before, after = learner["token_prefix"], learner["token_suffix"]
+            middle = before.new_zeros(len(before), sizes["tokens"], before.shape[-1])
+            classes = Texts(torch.cat([before, middle, after], dim=1), torch.as_tensor(ends))
+            if len(classes.ends) != len(before):
+                raise BadParameter("ends", list(ends), f"{len(before)} places, one a class")
+        elif classes is None or tokenizer is None:
+            raise BadParameter("classes", classes, "class names, and their tokenizer, when a clip is given")
+        model = cls(clip, classes, tokenizer, **(sizes | options)).eval()
+        names = model._names()
+        if any(name.startswith(("image_encoder.", "text_encoder.")) for name in state):
+            names |= _tower_names(model)
+        ignored = (prefix + "token_", "logit_scale", *cls._unused)
+        load_official(model, state, names, what, ignored)
+        return model
+
+    def to_official(self) -> dict[str, Tensor]:
+        """The whole state dict under the authors' names, the texts of the classes among it."""
+        n = len(self.ctx)
+        texts = {"token_prefix": self.embedded[:, :1], "token_suffix": self.embedded[:, 1 + n :]}
+        own = official_state(self.state_dict(), self._names() | _tower_names(self))
+        return own | {"prompt_learner." + name: value.clone() for name, value in texts.items()}
+
+
+def load_official(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    names: Mapping[str, str | list],
+    what: str,
+    ignored: tuple[str, ...] = (),
+) -> None:
+    """Copy `state` into `model`: `names` maps ours to official ones, to a (nested) list of them where ours is a stack.
+
+    Names that start with an entry of `ignored` may be there or not. Raises `BadCheckpoint` with all that does not fit.
+    """
+    ours, groups = model.state_dict(), {name: np.array(official) for name, official in names.items()}
+    wanted = {str(n) for group in groups.values() for n in group.ravel() if group.size}
+    missing, unknown = wanted - state.keys(), {n for n in state.keys() - wanted if not n.startswith(ignored)}
+    shapes, loaded = [], {}
+    for name, group in groups.items():
+        expected = ours[name].shape[group.ndim :]
+        parts = [(str(n), state[n]) for n in group.ravel() if n in state] if group.size else []
+        wrong = [f"{n} {tuple(t.shape)}, expected {tuple(expected)}" for n, t in parts if t.shape != expected]
+        shapes += wrong
+        if parts and not wrong and missing.isdisjoint(group.ravel()):
+            loaded[name] = torch.stack([t for _, t in parts]).reshape(ours[name].shape)
+    if missing or unknown or shapes:
+        raise BadCheckpoint(what, missing, unknown, shapes)
+    model.load_state_dict(loaded, strict=False)
+
+
+def official_state(ours: Mapping[str, Tensor], names: Mapping[str, str | list]) -> dict[str, Tensor]:
+    """The inverse of `load_official`: copies of our tensors, stacks taken apart, by official name."""
+    state = {}
+    for name, official in names.items():
+        group = np.array(official)
+        if group.size:
+            parts = ours[name].reshape(group.size, *ours[name].shape[group.ndim :])
+            state |= {str(n): part.clone() for n, part in zip(group.ravel(), parts, strict=True)}
+    return state
+
+
+def _tower_names(model: nn.Module) -> dict[str, str]:
+    """The frozen towers: OpenAI's names, under the authors' two modules. The table of words is in neither."""
+    names = {}
+    for ours in model.state_dict():
+        name = ours.removeprefix("clip.")
+        if ours.startswith("clip.visual."):
+            names[ours] = "image_encoder." + name.removeprefix("visual.")
+        elif name.startswith(("positional_embedding", "text_projection", "transformer.", "ln_final.")):
+            names[ours] = "text_encoder." + name
+        elif ours == "clip.logit_scale":
+            names[ours] = name
+    return names
+
+
+def _clip_of(state: Mapping[str, Tensor], heads: tuple[int, int] | None, what: str) -> CLIP:
+    """A CLIP of the sizes that the towers in an official state dict have, without a table of words."""
+    needed = {
+        *(f"image_encoder.{name}" for name in ("conv1.weight", "positional_embedding", "proj")),
+        *("text_encoder.positional_embedding", "logit_scale"),
+    }
+    if missing := needed - state.keys():
+        raise BadCheckpoint(what, missing)
+
+    def depth(tower: str) -> int:
+        start = f"{tower}.transformer.resblocks."
+        return len({name.removeprefix(start).partition(".")[0] for name in state if name.startswith(start)})
+
+    width, _, _, patch = state["image_encoder.conv1.weight"].shape
+    side = math.isqrt(len(state["image_encoder.positional_embedding"]) - 1)
+    length, text_width = state["text_encoder.positional_embedding"].shape
+    image_heads, text_heads = heads or (width // 64, text_width // 64)
+    layers = {tower: depth(f"{tower}_encoder") for tower in ("image", "text")}
+    return CLIP(
+        state["image_encoder.proj"].shape[1],
+        CLIPVisionCfg(layers["image"], width, width // image_heads, patch_size=patch, image_size=side * patch),
+        CLIPTextCfg(length, 1, width=text_width, heads=text_heads, layers=layers["text"]),  # no table of words
+        quick_gelu=True,
+    )
+
+
+# --- the methods ------------------------------------------------------------------------------------------------------
+
+
+class ZeroShot(PromptedCLIP):
+    """CLIP as it is: nothing is trained, the classes' text features are computed once. Arguments as `PromptedCLIP`."""
+
+    def __init__(
+        self, clip: CLIP, classes: Sequence[str] | Texts, tokenizer: Tokenizer, template: str = "a photo of {}."
+    ):
+        super().__init__(clip, classes, tokenizer, template)
+
+    @torch.no_grad()
+    def set_classes(self, classes: Sequence[str] | Texts) -> None:
+        super().set_classes(classes)
+        texts = encode_text(self.clip, self.embedded[:, : self.length], self.ends)
+        self.register_buffer("text_features", texts, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (b, C) of images (b, 3, H, W), or of their features (b, E)."""
+        return similarity(self.clip, self.image_features(images), self.text_features)
+
+
+class CoOp(PromptLearner):
+    """Context optimisation: n word vectors, the same for every class and image. Arguments as `PromptLearner`."""
+
+    def __init__(
+        self,
+        clip: CLIP,
+        classes: Sequence[str] | Texts,
+        tokenizer: Tokenizer | None,
+        *,
+        tokens: int = 16,
+        template: str = "{}.",
+    ):
+        super().__init__(clip, classes, tokenizer, tokens, template)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (b, C) of images (b, 3, H, W), or of their features (b, E): the image tower has nothing to learn."""
+        return similarity(
+            self.clip, self.image_features(images), encode_text(self.clip, self.prompted(self.ctx), self.ends)
+        )
+
+
+def meta_net(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """The two-layer net W2 relu(W1 f + b1) + b2 that turns an image's feature into a bias on the context."""
+    return nn.Sequential(
+        OrderedDict(linear1=nn.Linear(inputs, hidden), relu=nn.ReLU(), linear2=nn.Linear(hidden, outputs))
+    )
+
+
+META_NET = [f"meta_net.linear{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")]
+
+
+class CoCoOp(PromptLearner):
+    """Conditional context optimisation: the context plus a bias that a small net makes of the image's own feature.
+
+    Args: as `PromptLearner`, and
+        hidden: width of the net; None for E / 16.
+    """
+
+    def __init__(
+        self,
+        clip: CLIP,
+        classes: Sequence[str] | Texts,
+        tokenizer: Tokenizer | None,
+        *,
+        tokens: int = 4,
+        template: str = "a photo of a {}.",
+        hidden: int | None = None,
+    ):
+        super().__init__(clip, classes, tokenizer, tokens, template)
+        shared = clip.visual.output_dim
+        self.meta_net = meta_net(shared, hidden or max(1, shared // 16), self.ctx.shape[1])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (b, C) of images (b, 3, H, W), or of their features (b, E). The text tower runs b · C times."""
+        features = F.normalize(self.image_features(images), dim=-1)
+        ctx = self.ctx + self.meta_net(features)[:, None]
+        return similarity(self.clip, features, encode_text(self.clip, self.prompted(ctx), self.ends))
+
+    def _learner_names(self) -> dict[str, str | list]:
+        return {"ctx": "ctx"} | {name: name for name in META_NET}
+
+    @staticmethod
+    def _sizes(learner: Mapping[str, Tensor]) -> dict[str, int]:
+        return {"tokens": len(learner["ctx"]), "hidden": len(learner["meta_net.linear1.weight"])}
+
+
+class LinearStack(nn.Module):
+    """`layers` linear layers of one size side by side, in one batched product; they all start equal.
+
+    x (layers, ..., inputs) to (layers, ..., outputs); `weight` (layers, outputs, inputs), `bias` (layers, outputs).
+    """
+
+    def __init__(self, inputs: int, outputs: int, layers: int):
+        super().__init__()
+        one = nn.Linear(inputs, outputs)
+        self.weight = nn.Parameter(one.weight.detach().repeat(layers, 1, 1))
+        self.bias = nn.Parameter(one.bias.detach().repeat(layers, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias[:, None], x.flatten(1, -2), self.weight.mT).unflatten(1, x.shape[1:-1])
+
+
+def check_depth(clip: CLIP, depth: int) -> None:
+    """J counts the prompted layers of the image tower. Raises `BadParameter` when it has not so many."""
+    layers = len(clip.visual.transformer.resblocks)
+    if not 1 <= depth <= layers:
+        raise BadParameter("depth", depth, f"1 to {layers}, the layers of the image tower")
+
+
+class MaPLe(PromptLearner):
+    """Multi-modal prompt learning: text prompts in J layers, and a linear layer each that makes the image's of them.
+
+    Args: as `PromptLearner`, and
+        depth: J, the prompted layers: 9 in the released settings, 3 for cross-dataset runs. Prompts deeper than the
+            text tower act on the image tower alone.
+    """
+
+    def __init__(
+        self,
+        clip: CLIP,
+        classes: Sequence[str] | Texts,
+        tokenizer: Tokenizer | None,
+        *,
+        tokens: int = 2,
+        depth: int = 9,
+        template: str = "a photo of a {}.",
+    ):
+        super().__init__(clip, classes, tokenizer, tokens, template)
+        check_depth(clip, depth)
+        text, image = self.ctx.shape[1], clip.visual.conv1.out_channels
+        self.proj = nn.Linear(text, image)
+        self.deep_text = nn.Parameter(torch.randn(depth - 1, tokens, text) * 0.02)
+        self.deep_proj = LinearStack(text, image, depth - 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (b, C) of images (b, 3, H, W)."""
+        image = encode_image(self.clip, images, self.proj(self.ctx), self.deep_proj(self.deep_text))
+        text = encode_text(self.clip, self.prompted(self.ctx), self.ends, self.deep_text)
+        return similarity(self.clip, image, text)
+
+    def _learner_names(self) -> dict[str, str | list]:
+        layers = range(len(self.deep_text))
+        return (
+            {name: name for name in ("ctx", "proj.weight", "proj.bias")}
+            | {"deep_text": [f"compound_prompts_text.{i}" for i in layers]}
+            | {f"deep_proj.{k}": [f"compound_prompt_projections.{i}.{k}" for i in layers] for k in ("weight", "bias")}
+        )
+
+    @staticmethod
+    def _sizes(learner: Mapping[str, Tensor]) -> dict[str, int]:
+        deep = sum(name.startswith("compound_prompts_text.") for name in learner)
+        return {"tokens": len(learner["ctx"]), "depth": deep + 1}

@@ -1,0 +1,180 @@
+"""The ways to adapt a pretrained encoder that visual prompting is compared with: full fine-tuning, linear probing and
+Visual Prompt Tuning, shallow and deep (Jia et al., ECCV 2022, arXiv 2203.12119).
+
+Every model here maps images (b, 3, H, W) to logits (b, classes).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...errors import BadParameter
+
+
+def plain_vit(backbone: nn.Module) -> bool:
+    """Whether `backbone` is a timm ViT of the original's form, which the prompting methods run block by block.
+
+    That is: a class token, positions added to it and to the patches, no norm before the blocks (as CLIP's have), and
+    the class token read after the last norm.
+    """
+    return (
+        isinstance(backbone, VisionTransformer)
+        and backbone.num_prefix_tokens == 1
+        and backbone.pos_embed is not None
+        and backbone.pos_embed.shape[1] == 1 + backbone.patch_embed.num_patches
+        and backbone.global_pool == "token"
+        and all(isinstance(part, nn.Identity) for part in (backbone.norm_pre, backbone.fc_norm, backbone.patch_drop))
+    )
+
+
+PLAIN_VIT = "a timm VisionTransformer with a class token that has a position and is read, and no norm before its blocks"
+
+
+def head(dim: int, classes: int) -> nn.Linear:
+    """The linear classifier that all methods share, started alike (truncated normal, 0.02)."""
+    layer = nn.Linear(dim, classes)
+    nn.init.trunc_normal_(layer.weight, std=0.02)
+    return layer
+
+
+class FineTuning(nn.Module):
+    """Full fine-tuning: the encoder and the head are trained. `backbone` is any timm model without classifier."""
+
+    def __init__(self, backbone: nn.Module, classes: int):
+        super().__init__()
+        self.backbone = backbone.requires_grad_(True)
+        self.head = head(backbone.num_features, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images))
+
+
+class LinearProbe(nn.Module):
+    """Linear probing: the encoder is frozen, runs without autograd and without dropout; only the head is trained."""
+
+    def __init__(self, backbone: nn.Module, classes: int):
+        super().__init__()
+        self.backbone = backbone.requires_grad_(False)
+        self.head = head(backbone.num_features, classes)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = self.backbone(images)
+        return self.head(features)
+
+
+class VPT(nn.Module):
+    """Visual Prompt Tuning on a ViT or a Swin: a few learned tokens join the sequence of the frozen encoder.
+
+    Shallow: p tokens enter before the first block and go through all of them. Deep: each block gets p tokens of its own
+    in the place of those that left the block before. On a ViT they stand between the class token and the patches; on a
+    Swin every window gets them, and they leave before patches are merged.
+
+    Args:
+        backbone: a timm `VisionTransformer` (see `plain_vit`) or `SwinTransformer`; frozen, and in eval mode while
+            training, as in VPT's own code.
+        classes: number of classes.
+        tokens: p, the number of prompts.
+        deep: VPT-Deep, else VPT-Shallow.
+        dropout: probability on the prompts while training (0.1 in VPT).
+    """
+
+    def __init__(self, backbone: nn.Module, classes: int, tokens: int = 8, deep: bool = True, dropout: float = 0.1):
+        super().__init__()
+        if plain_vit(backbone):
+            dims = [backbone.embed_dim] * (len(backbone.blocks) if deep else 1)
+        elif isinstance(backbone, SwinTransformer):
+            blocks = [block for layer in backbone.layers for block in layer.blocks]
+            dims = [block.norm1.normalized_shape[0] for block in (blocks if deep else blocks[:1])]
+        else:
+            raise BadParameter("backbone", type(backbone).__name__, f"{PLAIN_VIT}; or a SwinTransformer")
+        self.backbone = backbone.requires_grad_(False)
+        self.tokens, self.deep = tokens, deep
+        self.dropout = nn.Dropout(dropout)
+        patch = math.prod(backbone.patch_embed.patch_size)
+        bounds = [math.sqrt(6 / (3 * patch + dim)) for dim in dims]
+        self.prompts = nn.ParameterList(
+            nn.Parameter(torch.empty(1, tokens, dim).uniform_(-v, v)) for v, dim in zip(bounds, dims, strict=True)
+        )
+        self.head = head(backbone.num_features, classes)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        run = self._vit if isinstance(self.backbone, VisionTransformer) else self._swin
+        return self.head(run(images))
+
+    def _prompt(self, i: int, batch: int) -> Tensor:
+        return self.dropout(self.prompts[i].expand(batch, -1, -1))
+
+    def _vit(self, images: Tensor) -> Tensor:
+        vit, b = self.backbone, len(images)
+        x = torch.cat([vit.cls_token.expand(b, -1, -1), vit.patch_embed(images)], dim=1) + vit.pos_embed
+        for i, block in enumerate(vit.blocks):
+            if i == 0:
+                x = torch.cat([x[:, :1], self._prompt(0, b), x[:, 1:]], dim=1)
+            elif self.deep:
+                x = torch.cat([x[:, :1], self._prompt(i, b), x[:, 1 + self.tokens :]], dim=1)
+            x = block(x)
+        return vit.norm(x[:, 0])
+
+    def _swin(self, images: Tensor) -> Tensor:
+        swin, b, i = self.backbone, len(images), 0
+        x = swin.patch_embed(images)
+        prompt = self._prompt(0, b)
+        for layer in swin.layers:
+            x = layer.downsample(x)
+            if prompt is not None and prompt.shape[-1] != x.shape[-1]:
+                # merging concatenates four neighbours: a prompt of the shallow variant is its own four neighbours
+                merging = layer.downsample
+                prompt = merging.reduction(merging.norm(prompt.repeat(1, 1, 4)))
+            for block in layer.blocks:
+                if self.deep:
+                    prompt = self._prompt(i, b)
+                x, prompt = self._swin_block(block, x, prompt)
+                i += 1
+        return swin.norm(x).mean((1, 2))
+
+    @staticmethod
+    def _swin_block(block: nn.Module, x: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        """A frozen Swin block on x (b, rows, columns, D) with prompts (b, p, D) in front of every window.
+
+        Prompts have no place, so they neither get nor give a relative position bias, and no shift hides them. The
+        prompts that leave are the mean over the windows.
+        """
+        b, rows, columns, dim = x.shape
+        attn, p, (wr, wc) = block.attn, prompt.shape[1], block.window_size
+        shift = tuple(block.shift_size)
+        normed = torch.roll(block.norm1(x), (-shift[0], -shift[1]), dims=(1, 2))
+        windows = normed.view(b, rows // wr, wr, columns // wc, wc, dim).transpose(2, 3).reshape(b, -1, wr * wc, dim)
+        count = windows.shape[1]
+        tokens = torch.cat([block.norm1(prompt)[:, None].expand(-1, count, -1, -1), windows], dim=2).flatten(0, 1)
+        q, k, v = attn.qkv(tokens).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        bias = attn._get_rel_pos_bias()
+        if block.attn_mask is not None:
+            bias = (bias + block.attn_mask[:, None]).repeat(b, 1, 1, 1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=F.pad(bias, (p, 0, p, 0)))
+        y = attn.proj(y.transpose(1, 2).flatten(2)).unflatten(0, (b, count))
+        prompt = prompt + y[:, :, :p].mean(1)
+        y = (
+            y[:, :, p:]
+            .reshape(b, rows // wr, columns // wc, wr, wc, dim)
+            .transpose(2, 3)
+            .reshape(b, rows, columns, dim)
+        )
+        x = x + torch.roll(y, shift, dims=(1, 2))
+        return x + block.mlp(block.norm2(x)), prompt + block.mlp(block.norm2(prompt))

@@ -1,0 +1,1 @@
+"""MetaSegNet: Metadata-collaborative Vision-Language Segmentation."""

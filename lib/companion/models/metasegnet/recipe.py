@@ -1,0 +1,665 @@
+"""MetaSegNet at full size: the author's recipes on real land cover, the tests, the dry run, and results that gather.
+
+`parts` gives what `runs.metasegnet.Setting` is made of. The recipes are those of the first author's image-only code
+(section 5, the paper's YAML); that the paper trained so is likely, and not known. Everything on the text's side is a
+RECONSTRUCTION, and so is the zero-shot test: a climate zone is left out of training (`held_out`), or the network of one
+set is asked on another (`test_on`). No result here is set beside one of the paper's; the unimodal twin, which is the
+author's FT-UNetFormer by parity, is set beside what he reports of that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import open_clip
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
+
+from ... import backbones, geotiff
+from ...climate import OCEAN, PROMPTS, Prompts, misplaced
+from ...data import DATASETS, landcover
+from ...data.landcover_sets import CLASSES, LOVEDA, OEM, POTSDAM, TO_LOVEDA
+from ...data.landcover_transforms import SCALES, Mosaic, test_transform, train_transform
+from ...errors import BadParameter, CorruptFile, MissingWeights
+from ...evaluation.metrics import landcover as metrics
+from ...evaluation.tables import published_table, upsert_rows
+from ...ops.files import atomic
+from ...ops.papers import paper
+from ...training.fit import fit, trained_state
+from ..layers.clip_prompting import load_official
+from .model import SIZES, MetaSegNet, augmented, bands, joint_loss, lookahead, swin, views
+from .text import BertText, ClipText, TextEncoder, Words, headless
+
+SWIN = "swin_base_patch4_window7_224.ms_in22k_ft_in1k"
+CLIP = "ViT-B-16/openai"
+LEVELS = {
+    "MetaSegNet": "full",
+    "unimodal": None,
+    "constant text": "constant",
+    "zone names": "name",
+    "one-hot zone": "code",
+}
+"""Of each method the level of its texts in training; None has no text."""
+
+DROPPED = 0.5  # header dropout of full texts (section 14)
+# the parameters that a notebook may leave away
+DEFAULTS = {
+    "task": "train",
+    "dataset": OEM,
+    "method": "MetaSegNet",
+    "prompt": "full",
+    "prompts": "",
+    "weights": "",
+    "text_encoder": "bert",
+    "augmentation": "none",
+    "tile": 1024,
+    "overlap": 256,
+    "held_out": "",
+    "test_on": "",
+    "checkpoint": "",
+    "without_xbd": False,
+    "accelerator": "auto",
+    "devices": 1,
+    "precision": "32-true",
+    "data_root": "data",
+    "seed": 0,
+    "dry_run": False,
+}
+TEST_SPLIT = {OEM: "val", LOVEDA: "val", POTSDAM: "test"}  # the labels of the others' tests are held back
+WORKERS = min(8, os.cpu_count() or 1)
+DRY_SIDE, DRY_STEPS = 512, 2
+
+
+# --- the recipe -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The author's settings of a data set.
+
+    Attributes:
+        epochs, batch, lr, encoder_lr, weight_decay: of AdamW in Lookahead; biases do not decay, norms do.
+        restart: epochs of the first cosine, the next one twice as long; 0: one cosine over all epochs.
+        floor: where a cosine ends.
+        crop: side in pixels.
+        copies: how often an image is in an epoch: the author stores each tile of Potsdam and its two flips. Here flips
+            are drawn.
+        flip, upside_down, brightness, mosaic: see `landcover_transforms`; a mosaic is of one climate zone.
+    """
+
+    epochs: int
+    batch: int
+    lr: float
+    encoder_lr: float
+    weight_decay: float
+    restart: int
+    floor: float
+    crop: int
+    copies: int
+    flip: float
+    upside_down: float
+    brightness: float
+    mosaic: float
+
+
+def recipe(dataset: str) -> Recipe:
+    """The recipe of a set; OpenEarthMap's, of which none was found, is Potsdam's with smaller crops (RECONSTRUCTION),
+    and that of one's own folder is OpenEarthMap's."""
+    rows = published_table("metasegnet", "recipes").set_index("method")
+    row = rows.loc[DATASETS[dataset].title if dataset in (LOVEDA, POTSDAM) else DATASETS[OEM].title].to_dict()
+    whole = ("epochs", "batch", "restart", "crop", "copies")
+    return Recipe(**{name: int(value) if name in whole else float(value) for name, value in row.items()})
+
+
+def learning_rates(r: Recipe, base: float, per_epoch: int, epochs: int | None = None) -> np.ndarray:
+    """The rate of each step, one value an epoch, (epochs x per_epoch,).
+
+    Without restarts half a cosine from `base` to `floor`; with them half a cosine to 0, then one twice as long, ..."""
+    epochs = epochs or r.epochs
+    if not r.restart:
+        rates = r.floor + (base - r.floor) * (1 + np.cos(np.pi * np.arange(epochs) / epochs)) / 2
+        return rates.repeat(per_epoch)
+    rates, length = [], r.restart
+    while len(rates) < epochs:
+        rates += [base * (1 + np.cos(np.pi * i / length)) / 2 for i in range(length)]
+        length *= 2
+    return np.array(rates[:epochs]).repeat(per_epoch)
+
+
+@contextlib.contextmanager
+def as_released(weight_decay: float) -> Iterator[None]:
+    """Optimisers that step inside are wrapped in Lookahead, and let their sides decay unless they are biases."""
+    known = set()
+
+    def put(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if id(optimizer) in known:
+            return
+        known.add(id(optimizer))
+        lookahead(optimizer)
+        for group in optimizer.param_groups:
+            group["weight_decay"] = 0.0 if group["side"].endswith("biases") else weight_decay
+
+    handle = register_optimizer_step_pre_hook(put)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def sides(model: MetaSegNet, r: Recipe, per_epoch: int, epochs: int | None = None) -> dict:
+    """The trained tensors in four sides with their rates: encoder and the rest, each with its biases apart.
+
+    The four norms on the encoder's maps are the encoder's, as in the author's Swin."""
+    found: dict[str, tuple[list, np.ndarray]] = {}
+    for name, tensor in model.trained().items():
+        own = name.startswith(("encoder.", "norms."))
+        side = ("encoder" if own else "rest") + (" biases" if name.endswith("bias") else "")
+        if side not in found:
+            found[side] = ([], learning_rates(r, r.encoder_lr if own else r.lr, per_epoch, epochs))
+        found[side][0].append(tensor)
+    return found
+
+
+class Prompted(Dataset):
+    """Items of `data`, (image, labels), with the ids (L,) of their text behind them.
+
+    With probability `dropped` the text is without its header. Each text is turned into ids once.
+    """
+
+    def __init__(self, data: Dataset, encoder: TextEncoder, texts: Sequence[str], dropped: float = 0.0):
+        if len(texts) != len(data):
+            raise BadParameter("texts", f"{len(texts)} of them", f"{len(data)}, one for each item")
+        self.data, self.dropped = data, dropped
+        unknown = "[UNK]" if isinstance(encoder, BertText) else "unknown"
+        known = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        self.rows = [known[text] for text in texts]
+        self.ids, self.hidden = encoder.ids(list(known)), encoder.ids([headless(text, unknown) for text in known])
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        ids = self.hidden if torch.rand(()) < self.dropped else self.ids
+        return *self.data[index], ids[self.rows[index]]
+
+
+def learn(p: SimpleNamespace, data: Dataset, model: MetaSegNet, **changes) -> list[dict]:
+    """Train by the author's recipe, in place; return the history.
+
+    Args:
+        data: items (image, labels), and behind them the ids of a text where the model has one.
+        changes: arguments of `fit`, `epochs` (whole ones) and `batch` among them.
+    """
+    r = recipe(p.dataset)
+    batch = changes.pop("batch", r.batch * p.devices)  # the author's batch is per card
+    if not 1 <= batch <= len(data):
+        raise BadParameter("batch", batch, f"1 to {len(data)}, the images there are")
+    epochs, per_epoch, ignore = changes.pop("epochs", r.epochs), len(data) // batch, model.ignore
+
+    def loss(model: nn.Module, items: tuple[Tensor, ...]) -> Tensor:
+        images, labels, *ids = items
+        return joint_loss(model(images, *ids).float(), labels, ignore)
+
+    options = {
+        "seed": p.seed,
+        "weight_decay": r.weight_decay,
+        "decay": "all",
+        "accelerator": p.accelerator,
+        "devices": p.devices,
+        "precision": p.precision,
+        "workers": WORKERS,
+        "name": p.method,
+    } | changes
+    with as_released(r.weight_decay):
+        history = fit(
+            model, loss, data, epochs=epochs, batch=batch, sides=sides(model, r, per_epoch, epochs), **options
+        )
+    model.to(device(p)).eval()
+    return history
+
+
+# --- the network ------------------------------------------------------------------------------------------------------
+
+
+def device(p: SimpleNamespace) -> str:
+    """Where a trained network is asked."""
+    return "cuda" if p.accelerator in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+def text_encoder(p: SimpleNamespace, prompts: Prompts) -> TextEncoder | None:
+    """The text side of a method (RECONSTRUCTION): BERT-base or CLIP's, frozen, with random weights in a dry run; of
+    "one-hot zone" one vector a zone, trained; None for the unimodal twin.
+
+    Raises `MissingWeights`: BERT's folder is not below `<data_root>/weights`, or CLIP is not cached."""
+    level = LEVELS[p.method]
+    if level is None:
+        return None
+    if level == "code":
+        return Words.of(list(prompts.zones), layers=0, length=1)
+    if p.text_encoder == "clip":
+        clip = backbones.build(f"openclip:{CLIP}", "random" if p.dry_run else "pretrained")
+        return ClipText(clip, open_clip.get_tokenizer(CLIP.partition("/")[0]))
+    import transformers as hf  # here: it takes seconds
+
+    if p.dry_run:
+        # BERT's own list of words is a file; the words of our texts stand in for it
+        texts = [*prompts.texts([*prompts.zones, None]), prompts.constant]
+        words = sorted({word for text in texts for word in hf.BasicTokenizer().tokenize(text)})
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        tokenizer = hf.BertTokenizer(vocab={word: i for i, word in enumerate([*special, *words])})
+        return BertText(hf.BertModel(hf.BertConfig()), tokenizer)
+    entry = next(w for w in paper("metasegnet")["weights"] if w["name"] == "bert")
+    folder = (Path(p.data_root) / "weights" / entry["file"]).parent
+    if not folder.joinpath("config.json").is_file():
+        ways = [f"put the files of the hub's google-bert/bert-base-uncased into {folder}", "text_encoder = 'clip'"]
+        raise MissingWeights(entry["what"], folder, ways)
+    level = hf.utils.logging.get_verbosity()
+    hf.utils.logging.set_verbosity_error()  # it lists the heads that are not used
+    try:
+        options = {"local_files_only": True}
+        model = hf.BertModel.from_pretrained(folder, use_safetensors=True, **options)
+        return BertText(model, hf.AutoTokenizer.from_pretrained(folder, **options))
+    except Exception as error:  # the library raises many kinds: truncated, other tensors, no tokenizer
+        raise CorruptFile(folder, f"not the files of bert-base-uncased ({type(error).__name__}: {error})") from error
+    finally:
+        hf.utils.logging.set_verbosity(level)
+
+
+def build(p: SimpleNamespace, prompts: Prompts, classes: int) -> MetaSegNet:
+    """The network of the parameters: on the Swin-B of `weights`, or all of it from `checkpoint`.
+
+    `weights`: empty for timm's released Swin-B from the cache, or a file of it, or the author's `stseg_*.pth`.
+
+    Raises:
+        MissingWeights, CorruptFile, BadCheckpoint: with what to change or get.
+    """
+    torch.manual_seed(p.seed)
+    text, encoder = text_encoder(p, prompts), swin(**SIZES["paper"]["swin"])
+    official = {}
+    if not (p.dry_run or p.checkpoint):
+        state = backbones.read_state(p.weights) if p.weights else {}
+        official = {f"backbone.{name.removeprefix('backbone.')}": t for name, t in state.items()}
+        if not any(name.startswith("backbone.norm0.") for name in official):  # timm's, or Swin's own release
+            official = {}
+            encoder.load_state_dict(backbones.build(SWIN, p.weights or "pretrained").state_dict())
+    model = MetaSegNet(encoder, classes, text, **SIZES["paper"]["model"])
+    if official:
+        names = {ours: theirs for ours, theirs in model.official_names().items() if theirs.startswith("backbone.")}
+        computed = ("relative_position_index", "attn_mask")
+        official = {name: t for name, t in official.items() if not name.endswith(computed)}
+        load_official(model, official, names, "the author's Swin")
+    if p.checkpoint:
+        load(model, p.checkpoint)
+    return model.to(device(p)).eval()
+
+
+def save(model: MetaSegNet, path: str | Path) -> None:
+    """Keep a trained network as safetensors, for the parameter `checkpoint`; a frozen text encoder stays out."""
+    with atomic(path) as temporary:
+        save_file({name: t.contiguous() for name, t in trained_state(model).items()}, temporary)
+
+
+def load(model: MetaSegNet, path: str | Path) -> None:
+    """Put what `save` kept into a network built alike.
+
+    Raises `MissingWeights`, `CorruptFile`, `BadCheckpoint`."""
+    if not Path(path).is_file():
+        ways = ["train one (task = 'train', no checkpoint) and keep it: runs.save; the paper's was never released"]
+        raise MissingWeights("a trained MetaSegNet", path, ways)
+    names = {name: name for name in trained_state(model)}
+    load_official(model, backbones.read_state(path), names, "a MetaSegNet of these classes and texts")
+
+
+# --- tests ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Test:
+    """Images to be tested on.
+
+    Attributes:
+        data: items (image normalised (3, h, w), labels (h, w)).
+        zones: of each item. texts: of one's own, where there are some.
+        classes: of the labels; `left_out` of them have no part in the means.
+        into: (C,) the label that each of the network's classes stands for; None where they are the same.
+        batch: images at once; 1 where they are not of one size.
+    """
+
+    __test__ = False  # no test of pytest's
+
+    data: Dataset
+    zones: list[str | None]
+    classes: list[str]
+    left_out: tuple[int, ...] = ()
+    texts: Sequence[str | None] | None = None
+    into: Tensor | None = None
+    batch: int = 1
+
+
+def texts(
+    prompts: Prompts,
+    method: str,
+    zones: Sequence[str | None],
+    kind: str = "",
+    own: Sequence[str | None] | None = None,
+    seed: int = 0,
+) -> list[str] | None:
+    """A text for each zone, as a method has them in training or, with `kind`, other ones; None for the unimodal twin.
+
+    Args:
+        kind: a level of `climate.Prompts`; "wrong" and "shuffled" keep the method's level, and take another of the
+            zones given, or of all that have a text where only one is given.
+        own: texts that count before those of the zone where the full text of the right zone is asked for.
+    """
+    level, right = LEVELS[method], kind not in ("wrong", "shuffled")
+    if level is None:
+        return None
+    if kind == "wrong":
+        known = {zone for zone in zones if zone is not None}
+        if len(known) > 1:
+            zones = misplaced(zones, seed)
+        else:
+            others = sorted(set(prompts.zones) - known - {OCEAN})
+            other = others[np.random.default_rng(seed).integers(len(others))]
+            zones = [zone and other for zone in zones]
+    elif kind == "shuffled":
+        zones = [zones[i] for i in np.random.default_rng(seed).permutation(len(zones))]
+    elif kind:
+        level = kind
+    if level == "code":
+        return [zone or "unknown" for zone in zones]
+    found = prompts.texts(zones, level, seed)
+    if own is None or level != "full" or not right:
+        return found
+    return [mine or text for mine, text in zip(own, found, strict=True)]
+
+
+@torch.no_grad()  # not inference mode: a frozen text encoder keeps what it has once made, also for a later training
+def confusion(p: SimpleNamespace, model: MetaSegNet, part: Test, given: Sequence[str] | None) -> Tensor:
+    """The confusion matrix of a network over a test, with a text for each item, and `augmentation`."""
+    own, total, done = device(p), torch.zeros(len(part.classes), len(part.classes), dtype=torch.int64), 0
+    ids = None if given is None else model.text.ids(given)
+    for images, labels in DataLoader(part.data, part.batch, num_workers=0 if p.dry_run else WORKERS):
+        some = () if ids is None else (ids[done : done + len(images)],)
+        logits = augmented(lambda x, some=some: model(x, *some), images.to(own), p.augmentation)
+        said = logits.argmax(1).cpu()
+        total += metrics.confusion(labels, said if part.into is None else part.into[said], len(part.classes))
+        done += len(images)
+    return total
+
+
+def predict(
+    model: MetaSegNet,
+    data: landcover.LandCover,
+    given: Sequence[str] | None,
+    out: str | Path,
+    *,
+    tile: int = 1024,
+    overlap: int = 256,
+    augmentation: str = "none",
+    batch: int = 1,
+) -> list[Path]:
+    """Maps of all pictures of a set, whatever their size, as `<out>/<picture>.tif` (see `geotiff.label`).
+
+    Args:
+        data: whole pictures, without windows. given: a text for each.
+        tile, overlap, batch: see `metasegnet.bands`.
+    """
+    if data.windows is not None:
+        raise BadParameter("data", f"windows of {data.size} pixels", "whole pictures (size = None)")
+    own, files = next(model.parameters()).device, []
+    for i, picture in enumerate(data.pictures):
+        ids = () if given is None else (model.text.ids([given[i]]),)
+
+        def network(x: Tensor, ids=ids) -> Tensor:
+            return augmented(lambda y: model(y, *ids), x.to(own), augmentation)
+
+        tiles = functools.partial(bands, network, tile=tile, overlap=overlap, batch=batch)
+        target = Path(out) / f"{picture.image.stem}.tif"
+        files.append(geotiff.label(tiles, picture.image, target, data.palette, data.classes))
+    return files
+
+
+def maps(folder: str | Path, out: str | Path, p: SimpleNamespace) -> Iterator[tuple[Path, str | None]]:
+    """Label the pictures of a folder of one's own (see `landcover.own`, with its `classes.txt`), one after the other.
+
+    Args:
+        out: where the maps go; empty: `<folder>/maps`.
+        p: `checkpoint`, and what differs from `DEFAULTS`.
+
+    Yields:
+        Each map and the climate zone that its text was of.
+    """
+    p = SimpleNamespace(**(DEFAULTS | vars(p) | {"task": "predict", "dataset": "folder"}))
+    check(p)
+    data, prompts = landcover.own(folder, landcover.read_classes(folder)), Prompts.read(p.prompts or PROMPTS)
+    model, zones = build(p, prompts, len(data.classes)), data.zones()
+    given = texts(prompts, p.method, zones, own=data.texts(), seed=p.seed)
+    settings = {"tile": p.tile, "overlap": p.overlap, "augmentation": p.augmentation}
+    for i, picture in enumerate(data.pictures):
+        one = data.where([other is picture for other in data.pictures])
+        text = None if given is None else given[i : i + 1]
+        (path,) = predict(model, one, text, out or Path(folder) / "maps", **settings)
+        yield path, zones[i]
+
+
+# --- what a setting is made of ----------------------------------------------------------------------------------------
+
+
+def parts(p: SimpleNamespace, out: Path) -> dict[str, object]:
+    """What a setting of the paper profile is made of: the arguments of `runs.metasegnet.Setting`.
+
+    Args:
+        out: the run's folder; a training keeps its checkpoint in `<out>/trained`, and goes on from it after a stop.
+
+    Raises:
+        BadParameter, MissingData, MissingWeights, CorruptFile: with what to change or get.
+    """
+    p = SimpleNamespace(**(DEFAULTS | vars(p)))
+    check(p)
+    prompts = Prompts.read(p.prompts or PROMPTS)
+    if p.dry_run:
+        return _dry(p, prompts)
+    tested = _tests(p)
+    whole = _split(p, "train") if p.task == "train" else next(iter(tested.values())).data
+
+    def teach(model: MetaSegNet, method: str, **changes) -> list[dict]:
+        if p.task != "train":
+            return []
+        zones, own = whole.zones(), whole.texts()
+        if p.held_out:
+            kept = whole.where([zone != p.held_out for zone in zones])
+            zones, own = kept.zones(), kept.texts()
+        else:
+            kept = whole
+        r = recipe(p.dataset)
+        options = {"flip": r.flip, "upside_down": r.upside_down, "brightness": r.brightness}
+        transform = train_transform(r.crop, kept.ignore, scales=SCALES, **options)
+        data: Dataset = Mosaic(kept, r.mosaic, zones, transform)
+        if model.text is not None:
+            given = texts(prompts, method, zones, own=own, seed=p.seed)
+            data = Prompted(data, model.text, given, DROPPED if LEVELS[method] == "full" else 0.0)
+        checkpoint = out / "trained" / f"{method}, seed {p.seed}, {_fingerprint(p)}.pt"
+        going_on = {"checkpoint": checkpoint, "resume": True}
+        return learn(p, ConcatDataset([data] * r.copies), model, **(going_on | changes))
+
+    title = f"{p.dataset}, {len(whole):,} images" + (f", zone {p.held_out} left out" if p.held_out else "")
+    return _made(p, prompts, title, whole.classes, whole.palette, whole.left_out, teach, tested)
+
+
+def _fingerprint(p: SimpleNamespace) -> str:
+    """Of what decides a training: another one has another checkpoint. Files count by size and date."""
+    found = [getattr(p, name) for name in ("dataset", "data_root", "without_xbd", "held_out", "text_encoder")]
+    for path in (p.prompts or PROMPTS, p.weights):
+        there = Path(path).stat() if path and Path(path).is_file() else None
+        found.append((str(path), there and (there.st_size, there.st_mtime_ns)))
+    return f"{zlib.crc32(repr(found).encode()):08x}"
+
+
+def _made(p, prompts, title, classes, palette, left_out, teach, tested) -> dict[str, object]:
+    return {
+        "title": title,
+        "methods": (p.method,),
+        "rates": {p.method: recipe(p.dataset).lr},
+        "classes": tuple(classes),
+        "palette": tuple(palette),
+        "ignore": len(classes),
+        "left_out": tuple(left_out),
+        "prompts": prompts,
+        "build": lambda method: build(SimpleNamespace(**(vars(p) | {"method": method})), prompts, len(classes)),
+        "learn": teach,
+        "tests": tested,
+        "texts": functools.partial(texts, prompts, seed=p.seed),
+        "confusion": functools.partial(confusion, p),
+    }
+
+
+def check(p: SimpleNamespace) -> None:
+    """Raises `BadParameter` for parameters that do not go together."""
+    known = [name for name, found in DATASETS.items() if found.task == "landcover" and found.group != "pocket"]
+    if p.dataset not in (*known, "folder"):
+        raise BadParameter("dataset", p.dataset, [*known, "folder"])
+    if p.method not in LEVELS:
+        raise BadParameter("method", p.method, list(LEVELS))
+    if p.test_on and (p.dataset, p.test_on) != (OEM, LOVEDA):
+        raise BadParameter("test_on", p.test_on, f"'' or, with dataset = {OEM!r}, {LOVEDA!r}")
+    if p.overlap >= p.tile:
+        raise BadParameter("overlap", p.overlap, f"less than the tile, {p.tile}")
+    if p.held_out and (p.test_on or p.dataset not in (OEM, "folder")):
+        raise BadParameter("held_out", p.held_out, "'' where all images are of one zone, or with `test_on`")
+    if p.task != "train" and not (p.checkpoint or p.dry_run):
+        raise BadParameter("checkpoint", p.checkpoint, f"the file of a trained network, for task = {p.task!r}")
+    if p.task == "train" and p.checkpoint:
+        raise BadParameter(
+            "checkpoint", p.checkpoint, "'' to train; task = 'test' or 'predict' for one that is trained"
+        )
+
+
+def _split(p: SimpleNamespace, split: str, dataset: str = "", **options) -> landcover.LandCover:
+    name = dataset or p.dataset
+    if name == "folder":
+        # classes.txt: a name a line; lists of train and val are optional, without them all images are in both
+        listed = split if (Path(p.data_root) / f"{split}.txt").is_file() else None
+        return landcover.own(p.data_root, landcover.read_classes(p.data_root), listed, **({"size": 1024} | options))
+    if name == OEM:
+        options["without_xbd"] = p.without_xbd
+    return landcover.load(name, p.data_root, split, **options)
+
+
+def _tests(p: SimpleNamespace) -> dict[str, Test]:
+    """By name, what is tested: all of a set, or the zones seen and the one left out, or another set."""
+    name = p.test_on or p.dataset
+    data = _split(p, TEST_SPLIT.get(name, "val"), name, transform=test_transform())
+    into = None
+    if p.test_on:
+        into = torch.tensor([list(CLASSES[LOVEDA]).index(TO_LOVEDA[c]) for c in CLASSES[OEM]])
+    zones = data.zones() if LEVELS[p.method] or p.held_out else [None] * len(data)  # unasked, no map is needed
+
+    def of(part: landcover.LandCover, zones: list[str | None]) -> Test:
+        batch = 4 if part.windows is not None and part.pad else 1
+        return Test(part, zones, part.classes, part.left_out, part.texts(), into, batch)
+
+    if not p.held_out:
+        return {DATASETS[name].title if p.test_on else "test": of(data, zones)}
+    if p.held_out not in zones:
+        raise BadParameter("held_out", p.held_out, sorted({zone for zone in zones if zone}))
+    kept = {"seen": [zone != p.held_out for zone in zones], "left out": [zone == p.held_out for zone in zones]}
+    found = {}
+    for title, keep in kept.items():
+        part = data.where(keep)
+        found[title] = of(part, part.zones())
+    return found
+
+
+def _dry(p: SimpleNamespace, prompts: Prompts) -> dict[str, object]:
+    """The full-size network with random weights, `DRY_STEPS` steps on generated land of the recipe's crop."""
+    names = CLASSES.get(p.dataset, CLASSES[OEM])
+    gpu, r = device(p) == "cuda", recipe(p.dataset)
+    side = r.crop if gpu else min(r.crop, DRY_SIDE)
+    batch = r.batch if gpu else 1
+
+    def generated(count: int, seed: int) -> tuple[TensorDataset, list[str]]:
+        """Noise in squares of one class each; every second image is of another zone."""
+        generator = torch.Generator().manual_seed(1000 * p.seed + seed)
+        coarse = torch.randint(len(names) + 1, (count, 1, 8, 8), generator=generator)
+        labels = coarse.repeat_interleave(side // 8, 2).repeat_interleave(side // 8, 3)[:, 0]
+        images = torch.randn(count, 3, side, side, generator=generator) + labels[:, None] / len(names)
+        return TensorDataset(images, labels), [("Cfa", "Aw")[i % 2] for i in range(count)]
+
+    def teach(model: MetaSegNet, method: str, **changes) -> list[dict]:
+        data, zones = generated(DRY_STEPS * batch, 1)
+        if model.text is not None:
+            given = texts(prompts, method, zones, seed=p.seed)
+            data = Prompted(data, model.text, given, DROPPED if LEVELS[method] == "full" else 0.0)
+        return learn(p, data, model, **({"epochs": 1, "batch": batch, "workers": 0} | changes))
+
+    data, zones = generated(2, 2)
+    left_out = landcover.LEFT_OUT.get(p.dataset, ())
+    tested = {"test": Test(data, zones, list(names), left_out, batch=2)}
+    title = "generated land (dry run: the scores mean nothing)"
+    return _made(p, prompts, title, list(names), list(names.values()), left_out, teach, tested)
+
+
+# --- results that gather ----------------------------------------------------------------------------------------------
+
+KEYS = ["method", "dataset", "test", "prompt", "text_encoder", "texts", "augmentation", "held_out", "seed"]
+VALUES = ["mIoU", "mF1", "OA"]
+
+
+def row(p: SimpleNamespace, name: str, part: Test, matrix: Tensor) -> dict[str, object]:
+    """A row for `measured`: what was tested, and the scores, in percent."""
+    p = SimpleNamespace(**(DEFAULTS | vars(p)))
+    found = metrics.scores(matrix, part.left_out)
+    own = {"mIoU": found.miou, "mF1": found.mf1, "OA": found.oa}
+    own |= {f"IoU {c}": float(v) for c, v in zip(part.classes, found.iou, strict=True)}
+    prompt = "none" if LEVELS[p.method] is None else p.prompt if p.method == "MetaSegNet" else LEVELS[p.method]
+    encoder = "none" if LEVELS[p.method] in (None, "code") else p.text_encoder
+    facts = {
+        "method": p.method,
+        "dataset": p.dataset,
+        "test": name,
+        "prompt": prompt,
+        "text_encoder": encoder,
+        "texts": Path(p.prompts or PROMPTS).name,
+        "augmentation": p.augmentation,
+        "held_out": p.held_out or "no zone",
+        "seed": p.seed,
+    }
+    return facts | own
+
+
+def measured(path: str | Path, *new: Mapping[str, object]) -> pd.DataFrame:
+    """The real results in the CSV `path`; `new` rows of `row` join, or replace theirs."""
+    return upsert_rows(path, KEYS, VALUES, new)
+
+
+def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """By title: the author's image-only results, on Potsdam with those of the unimodal twin, and all that was measured.
+
+    The twin's are means over seeds with one augmentation, the one of most views that was tested; with which one the
+    author's are is not said.
+    The paper's own numbers are in none of them: the network here is a reconstruction. On LoveDA the author's are on the
+    test set of a server, ours on the validation images."""
+    anchors = published_table("metasegnet", "geoseg_reproduction")
+    facts = next(t for t in paper("metasegnet")["tables"] if t["id"] == "geoseg_reproduction")
+    anchors.insert(1, "set", [r["group"] for r in facts["rows"]])
+    ours = rows[(rows.method == "unimodal") & (rows.dataset == POTSDAM) & (rows.held_out == "no zone")]
+    twin = (anchors.method == "FT-UNetFormer") & (anchors["set"] == "Potsdam")
+    most = max(ours.augmentation, key=lambda kind: len(views(kind)), default="–")
+    ours = ours[ours.augmentation == most]
+    anchors["augmentation here"] = np.where(twin, most, "–")
+    for column, name in (("F1", "mF1"), ("OA", "OA"), ("mIoU", "mIoU")):
+        anchors[f"{column} here"] = np.where(twin, ours[name].astype(float).mean(), np.nan)
+    return {facts["title"]: anchors, "Measured here with the reconstruction": rows}

@@ -1,0 +1,230 @@
+"""MetaSegNet's text side: from prompts to one state a word. All of it is a RECONSTRUCTION (section 3.4).
+
+The paper names neither its text encoder nor its pooling, so an adapter makes any of three look the same:
+
+    encoder.ids(texts)    (n, L) int64, padded with `encoder.pad`
+    encoder.mask(ids)     (n, L) bool, where there is a word
+    encoder(ids)          (n, L, encoder.width), one state a word
+    encoder.words(text)   the words as strings, for pictures of the attention
+
+`Words` is small and learns with the rest. `ClipText` and `BertText` hold a released encoder, frozen: each text is
+encoded once and kept, since a data set has at most one text for each of the 30 climate zones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from open_clip.model import CLIP
+from torch import Tensor, nn
+
+from ...errors import BadParameter
+
+_HEADER = "climate zone "  # how `climate.Prompts` begins the text of a zone
+
+
+class TextEncoder(nn.Module):
+    """What the encoders share: texts of equal ids are encoded once a batch, and once for ever where they are frozen."""
+
+    width: int
+    pad = 0
+    frozen = False
+
+    def ids(self, texts: Sequence[str]) -> Tensor:
+        """Ids (n, L) of texts."""
+        raise NotImplementedError
+
+    def words(self, text: str) -> list[str]:
+        """The words of a text as strings, one for each id that is not padding."""
+        raise NotImplementedError
+
+    def states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """States (n, L, width) of ids (n, L)."""
+        raise NotImplementedError
+
+    def mask(self, ids: Tensor) -> Tensor:
+        """Where there is a word, (n, L) bool."""
+        return ids != self.pad
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """States (n, L, width) of ids (n, L); padding has states too, which `mask` hides from whoever reads them."""
+        unique, back = ids.unique(dim=0, return_inverse=True)
+        if not self.frozen:
+            return self.states(unique, self.mask(unique))[back]
+        rows = [tuple(row) for row in unique.tolist()]
+        new = [i for i, row in enumerate(rows) if row not in self._known]
+        if new:
+            with torch.no_grad():
+                found = self.states(unique[new], self.mask(unique[new]))
+            self._known |= {rows[i]: state.cpu() for i, state in zip(new, found, strict=True)}
+        return torch.stack([self._known[row] for row in rows]).to(ids.device)[back]
+
+    def _freeze(self) -> None:
+        self.frozen, self._known = True, {}
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True):
+        return super().train(mode and not self.frozen)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        if self.frozen:
+            self._known.clear()  # other weights, other states
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class Words(TextEncoder):
+    """A small encoder by whole words, trained with the network: embedding + position, transformer layers, norm.
+
+    Args:
+        vocabulary: the words, lower case; ids 0 and 1 are padding and unknown.
+        width: of the states.
+        length: the longest text, in words.
+        layers: pre-norm transformer layers. With 0 and one word a zone this is a one-hot zone embedding.
+        heads, hidden: of those layers.
+    """
+
+    UNKNOWN = "<unknown>"
+
+    def __init__(
+        self,
+        vocabulary: Sequence[str],
+        width: int = 48,
+        length: int = 48,
+        layers: int = 1,
+        heads: int = 4,
+        hidden: int = 96,
+    ):
+        super().__init__()
+        if isinstance(vocabulary, str) or not vocabulary or len(set(vocabulary)) != len(vocabulary):
+            raise BadParameter("vocabulary", vocabulary, "a list of one or more words, each once")
+        self.width, self.length = width, length
+        self.vocabulary = ("<padding>", self.UNKNOWN, *vocabulary)
+        self._id = {word: i for i, word in enumerate(self.vocabulary)}
+        self.embedding = nn.Embedding(len(self.vocabulary), width, padding_idx=self.pad)
+        self.positions = nn.Parameter(torch.randn(length, width) * 0.02)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, heads, hidden, 0.0, "gelu", batch_first=True, norm_first=True)
+            for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    @classmethod
+    def of(cls, texts: Sequence[str], **options) -> Words:
+        """An encoder that knows every word of `texts`."""
+        return cls(sorted({word for text in texts for word in split(text)}), **options)
+
+    def words(self, text: str) -> list[str]:
+        return [word if word in self._id else self.UNKNOWN for word in split(text) or [""]][: self.length]
+
+    def ids(self, texts: Sequence[str]) -> Tensor:
+        """Ids (n, length); a text without words is one unknown word, so that something can be attended to.
+
+        Raises `BadParameter` for a text of more than `length` words."""
+        found = torch.full((len(texts), self.length), self.pad)
+        for row, text in zip(found, _checked(texts), strict=True):
+            if len(split(text)) > self.length:
+                raise BadParameter("texts", text, f"texts of at most {self.length} words")
+            ids = [self._id[word] for word in self.words(text)]
+            row[: len(ids)] = torch.tensor(ids)
+        return found
+
+    def states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.embedding(ids) + self.positions[: ids.shape[1]]
+        for layer in self.layers:
+            x = layer(x, src_key_padding_mask=~mask)
+        return self.norm(x)
+
+
+class ClipText(TextEncoder):
+    """The text tower of an open_clip CLIP, frozen: the states of all tokens before pooling (D = 512 for ViT-B-16).
+
+    Args:
+        clip: from `backbones.build("openclip:ViT-B-16/openai")`. Its image tower is not kept.
+        tokenizer: the CLIP's own; texts to ids (n, L), with the end token the largest id, zeros after it.
+        decode: an id to its word; None: the tokenizer's own `decode`.
+    """
+
+    def __init__(self, clip: CLIP, tokenizer: Callable, decode: Callable[[int], str] | None = None):
+        super().__init__()
+        if not isinstance(clip, CLIP):
+            raise BadParameter("clip", type(clip).__name__, "an open_clip CLIP with its own text tower")
+        self.tokenizer, self.decode = tokenizer, decode or (lambda i: tokenizer.decode([i]))
+        self.embedding, self.transformer, self.norm = clip.token_embedding, clip.transformer, clip.ln_final
+        self.positions = nn.Parameter(clip.positional_embedding.detach().clone())
+        self.register_buffer("causal", clip.attn_mask, persistent=False)
+        self.width = self.embedding.embedding_dim
+        self._freeze()
+
+    def ids(self, texts: Sequence[str]) -> Tensor:
+        return self.tokenizer(list(_checked(texts)))
+
+    def mask(self, ids: Tensor) -> Tensor:
+        """Up to the end token: zeros after it are padding, a zero before it would be a word ("!")."""
+        return torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(1, keepdim=True)
+
+    def words(self, text: str) -> list[str]:
+        ids = self.ids([text])
+        return [self.decode(i).strip() for i in ids[self.mask(ids)].tolist()]
+
+    def states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.embedding(ids) + self.positions[: ids.shape[1]]
+        return self.norm(self.transformer(x, attn_mask=self.causal))
+
+
+class BertText(TextEncoder):
+    """A text encoder of `transformers`, frozen: its last hidden states (BERT-base, D = 768, at full size).
+
+    Args:
+        model: gives `last_hidden_state` for `input_ids` and `attention_mask`, such as `BertModel`.
+        tokenizer: of `transformers`, the model's own.
+        length: tokens of the longest text; what is longer is cut, as the tokenizer does it.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Callable, length: int = 128):
+        super().__init__()
+        self.model, self.tokenizer, self.length = model, tokenizer, length
+        self.width, self.pad = model.config.hidden_size, tokenizer.pad_token_id
+        self._freeze()
+
+    def ids(self, texts: Sequence[str]) -> Tensor:
+        options = {"padding": "max_length", "max_length": self.length, "truncation": True, "return_tensors": "pt"}
+        return self.tokenizer(list(_checked(texts)), **options)["input_ids"]
+
+    def words(self, text: str) -> list[str]:
+        ids = self.ids([text])
+        return self.tokenizer.convert_ids_to_tokens(ids[self.mask(ids)].tolist())
+
+    def states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+
+
+def split(text: str) -> list[str]:
+    """The words of a text in lower case; what is no letter, digit or hyphen parts them."""
+    return "".join(c if c.isalnum() or c == "-" else " " for c in text.lower()).split()
+
+
+def headless(text: str, unknown: str = "unknown") -> str:
+    """A text of `climate.Prompts` without its zone: each word of code and name becomes `unknown`, the rest stays.
+
+    "climate zone Cfa, humid subtropical. bare soil ..." -> "climate zone unknown, unknown unknown. bare soil ...".
+    In training half of the images get it (header dropout, section 14), so that the description has to be read; a text
+    that begins otherwise stays as it is.
+
+    Args:
+        unknown: a word that the encoder does not know; of BERT its own "[UNK]".
+    """
+    head, point, description = text.partition(".")
+    if not head.lower().startswith(_HEADER):
+        return text
+    zone = "".join(
+        unknown if re.match(r"[\w-]", part) else part for part in re.split(r"([\w-]+)", head[len(_HEADER) :])
+    )
+    return head[: len(_HEADER)] + zone + point + description
+
+
+def _checked(texts: Sequence[str]) -> Sequence[str]:
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise BadParameter("texts", texts, "a list of texts")
+    return texts

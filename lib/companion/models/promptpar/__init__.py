@@ -1,0 +1,1 @@
+"""PromptPAR: Pedestrian Attribute Recognition via CLIP based Prompt Vision-Language Fusion."""

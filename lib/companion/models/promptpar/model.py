@@ -1,0 +1,667 @@
+"""PromptPAR: Pedestrian Attribute Recognition via CLIP based Prompt Vision-Language Fusion.
+
+Wang et al., IEEE TCSVT 2024, arXiv 2312.10692.
+
+Each attribute is a sentence that a frozen CLIP reads; deep prompts adapt its image tower in one global group and one
+for each horizontal strip of the picture, a strip's tokens seeing nothing but themselves and their strip; one frozen ViT
+block fuses sentences and image tokens, and each attribute's token goes to a linear head of its own. A second loss
+compares the strips' class tokens with the sentences.
+
+Of the paper's text only the abstract and the figures were at hand: every formula here was read from the authors' code
+(Event-AHU/OpenPAR, folder PromptPAR, MIT, read at 210ff55; the release nearest to the paper is f3be678) and written
+anew; outputs are checked against ones recorded from it. What that code does by mistake is kept behind one argument,
+`official_quirks`.
+
+Three things are computed once, or not at all, without changing any output:
+
+* Sentences are constants. The released prompts of the text tower stand AFTER the end of the text, and the tower is
+  causal: nothing of them can reach the feature (`prompted_text` shows it). So the features are computed once.
+* A prompt that the next layer replaces is only looked at: it gives keys and values, and no token of its own.
+* Only the attributes' tokens leave the fusion block: the others give keys and values alone.
+
+Shapes: b images, A attributes, R regions (strips), P prompts a layer, J prompted layers, N = Gh · Gw patches,
+L = 1 + R + P + N tokens, W the width of the image tower, E that of the space it shares with the text, D that of the
+fusion block, Wt that of the text tower. Tokens are in the layout of the paper's figure 2,
+
+    [CLS, P_0] [LC_1, P_1] ... [LC_R, P_R] [patches, row by row]
+
+with LC_r the class token of region r and P_r its prompts.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from timm.layers import DropPath
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...errors import BadCheckpoint, BadParameter, CorruptFile
+from ...ops.unpickle import load_torch
+from ..layers.clip_prompting import (
+    Texts,
+    Tokenizer,
+    _checked,
+    check_depth,
+    embed_texts,
+    encode_text,
+    load_official,
+    official_state,
+)
+
+TUNED = ("prompts", "all")
+THRESHOLD = 0.45  # of a probability: an attribute is there above it, as in the authors' evaluation
+
+
+class Output(NamedTuple):
+    """What a batch of images gives, both before the sigmoid."""
+
+    logits: Tensor  # (b, A), the prediction
+    similarity: Tensor | None  # (b, A), of the regions with the sentences, for the loss alone; None without regions
+
+
+class Maps(NamedTuple):
+    """Where the model looks, on the grid of patches; attention is the mean over heads."""
+
+    regions: Tensor  # (b, 1 + R, Gh, Gw): CLS and each LC_r in the last layer of the image tower
+    attributes: Tensor  # (b, A, Gh, Gw): each attribute's token in the fusion block
+    cosines: Tensor  # (b, A, Gh, Gw): of each patch's token with each sentence
+
+
+# --- strips -----------------------------------------------------------------------------------------------------------
+
+
+def strips(rows: int, regions: int, overlap: int) -> list[tuple[int, int]]:
+    """First row and row after the last of each strip; neighbours share `overlap` rows, the outer edges share none.
+
+    16 rows in 4 strips with 2 shared ones: 0 to 4, 3 to 8, 7 to 12, 11 to 15, as published.
+    """
+    cuts = [r * rows // regions for r in range(regions + 1)]
+    above = overlap // 2
+    return [(max(0, low - above), min(rows, high + overlap - above)) for low, high in itertools.pairwise(cuts)]
+
+
+def group_sizes(prompts: int, regions: int) -> list[int]:
+    """How many of the P prompts each of the 1 + R groups has: as evenly as it goes, the first ones taking the rest."""
+    return [len(group) for group in np.array_split(np.arange(prompts), regions + 1)]
+
+
+def region_mask(
+    grid: tuple[int, int], prompts: int, regions: int = 4, overlap: int = 2, official_quirks: bool = False
+) -> Tensor:
+    """(L, L), True where a token (row) must not look at another (column), both in the layout of the paper.
+
+    A token of region r >= 1 sees the tokens of its own group and the patches of its strip; all others see everything.
+
+    Args:
+        grid: rows and columns of patches.
+        official_quirks: strips begin at patches 0, 48, 112 and 176 whatever the grid, and have the number of patches
+            that they have by rule, as released. Right for 16x16 patches and an overlap of 2 alone.
+    """
+    rows, columns = grid
+    patches = rows * columns
+    group = torch.tensor([r for r, size in enumerate(group_sizes(prompts, regions)) for _ in range(1 + size)])
+    if official_quirks:
+        inner = rows // 4 + 2 * (overlap // 2)
+        sizes = [inner - overlap // 2, inner, inner, inner - overlap // 2]
+        spans = [(start, start + columns * size) for start, size in zip((0, 48, 112, 176), sizes, strict=True)]
+    else:
+        spans = [(columns * low, columns * high) for low, high in strips(rows, regions, overlap)]
+    own = group[:, None] == group
+    strip = torch.zeros(regions + 1, patches, dtype=torch.bool)
+    for r, (start, stop) in enumerate(spans, 1):
+        strip[r, start:stop] = True
+    seen = torch.cat([own, strip[group]], dim=1) | (group == 0)[:, None]
+    return torch.cat([~seen, torch.zeros(patches, seen.shape[1], dtype=torch.bool)])
+
+
+# --- the text tower ---------------------------------------------------------------------------------------------------
+
+
+def prompted_text(clip: CLIP, texts: Texts, prompts: Tensor, place: str = "end") -> Tensor:
+    """Sentence features (A, E), not normalised, with prompts (layers, n, A, Wt) of their own for each sentence.
+
+    The model does not need this: with `place` "end", as released, the features are those without prompts, whatever the
+    prompts are, and the gradient is exactly zero. With "start", behind the start token, they do take part.
+    """
+    if place not in ("end", "start"):
+        raise BadParameter("place", place, ("end", "start"))
+    n, length = prompts.shape[1], texts.embedded.shape[1]
+    start, ends = (length, texts.ends) if place == "end" else (1, texts.ends + n)
+    x = texts.embedded + clip.positional_embedding
+    x = torch.cat([x[:, :start], x.new_zeros(len(x), n, x.shape[-1]), x[:, start:]], dim=1)
+    mask = torch.full((length + n, length + n), -torch.inf, device=x.device).triu(1)
+    for i, block in enumerate(clip.transformer.resblocks):
+        if i < len(prompts):
+            x = torch.cat([x[:, :start], prompts[i].transpose(0, 1), x[:, start + n :]], dim=1)
+        x = block(x, attn_mask=mask)
+    return clip.ln_final(x[torch.arange(len(x)), ends]) @ clip.text_projection
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, keep: list[Tensor] | None) -> Tensor:
+    """Attention of (b, n, W) on (b, m, W); into `keep`, when there, goes the map (b, n, m), the mean over heads."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    mask = None if mask is None else mask.to(q.dtype)
+    if keep is not None:
+        scores = q @ k.mT / math.sqrt(q.shape[-1])
+        keep.append((scores if mask is None else scores + mask).softmax(-1).mean(1))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def _clip_block(
+    block: nn.Module, x: Tensor, more: Tensor | None, mask: Tensor | None, keep: list[Tensor] | None
+) -> Tensor:
+    """One block of open_clip's on tokens (b, n, W). `more` (m, W), the same for every image, is looked at as well."""
+    attn = block.attn
+    q, k, v = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)
+    if more is not None:
+        width = x.shape[-1]
+        seen = F.linear(block.ln_1(more), attn.in_proj_weight[width:], attn.in_proj_bias[width:]).chunk(2, -1)
+        k, v = (torch.cat([own, new.expand(len(x), -1, -1)], 1) for own, new in zip((k, v), seen, strict=True))
+    x = x + block.ls_1(attn.out_proj(_attend(q, k, v, attn.num_heads, mask, keep)))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+
+def _read_first(block: Block, x: Tensor, count: int, keep: list[Tensor] | None) -> Tensor:
+    """The first `count` tokens (b, count, D) that one block of timm's gives for tokens (b, n, D)."""
+    attn, h = block.attn, block.norm1(x)
+    width, first = x.shape[-1], x[:, :count]
+    q = F.linear(h[:, :count], attn.qkv.weight[:width], attn.qkv.bias[:width])
+    k, v = F.linear(h, attn.qkv.weight[width:], attn.qkv.bias[width:]).chunk(2, -1)
+    first = first + block.drop_path1(block.ls1(attn.proj(_attend(q, k, v, attn.num_heads, None, keep))))
+    return first + block.drop_path2(block.ls2(block.mlp(block.norm2(first))))
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+class Heads(nn.Module):
+    """A linear head for each attribute, on a token of its own: (b, A, D) to (b, A). They start as `nn.Linear` does."""
+
+    def __init__(self, width: int, attributes: int):
+        super().__init__()
+        bound = width**-0.5
+        self.weight = nn.Parameter(torch.empty(attributes, 1, width).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(attributes, 1).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.weight[:, 0]).sum(-1) + self.bias[:, 0]
+
+
+class PromptPAR(nn.Module):
+    """PromptPAR on an open_clip CLIP and a timm ViT of any size.
+
+        v = tower(image, P, LC)                             L tokens; P replaced in each of the first J layers
+        x = norm(block([word_embed(T) ; v]))                T (A, E): the sentences' features, constants
+        logits_i = BN(w_i x_i + b_i)                        attribute i from its own token
+        s = softmax_A(100 cos(region, T) / tau)             (1 + R, A): row 0 global, then each region
+        similarity = BN((pick_R(s) + s_0) / 2)              pick: the largest over regions above 0.5, else the smallest
+
+    Args:
+        clip: an open_clip `CLIP` with a ViT; it is frozen, or, for `tuned` "all", copied.
+        sentences: one for each attribute, or their embedded `Texts`.
+        tokenizer: texts to ids, as `open_clip.get_tokenizer`; None with `Texts`.
+        fusion: a timm ViT, ViT-B/16 of ImageNet as published; its last `mm_layers` blocks and its norm are copied, the
+            norms of both are trained.
+        prompts: P, over all 1 + R groups together. 0 leaves the tower as it is.
+        regions: R. 0 makes all prompts global, and there is no similarity.
+        depth: J, the prompted layers; None for all of the tower's.
+        overlap: rows that neighbouring strips share.
+        masked: whether the regions' tokens are confined to their strips.
+        text_prompts: prompts a layer of the text tower and sentence. They change nothing, and are kept, frozen, so that
+            the authors' checkpoints load and can be counted.
+        mm_layers: blocks of the fusion. 0 is one linear layer over the token axis instead (the authors' ablation).
+        visual_embed: a trained linear layer on the image tokens before the fusion, which the authors added in May 2025.
+            Without it E and D must be equal.
+        drop_path: rate at which the last fusion block is skipped for an image while training.
+        threshold: see `pick` above.
+        tuned: "prompts", as published, or "all", the baseline that trains the whole image tower as well.
+        official_quirks: as released, where that is not what the method means: no last norm on the image tower's tokens;
+            row 0 of the similarity is the first global prompt, not CLS; the last image's regions count for the whole
+            batch; and strips as in `region_mask`. Needs 4 regions and prompts in groups of equal size.
+
+    Raises:
+        BadParameter: a CLIP, tokenizer, ViT or option that does not fit.
+    """
+
+    def __init__(
+        self,
+        clip: CLIP,
+        sentences: Sequence[str] | Texts,
+        tokenizer: Tokenizer | None,
+        fusion: VisionTransformer,
+        *,
+        prompts: int = 50,
+        regions: int = 4,
+        depth: int | None = None,
+        overlap: int = 2,
+        masked: bool = True,
+        text_prompts: int = 3,
+        mm_layers: int = 1,
+        visual_embed: bool = False,
+        drop_path: float = 0.1,
+        threshold: float = 0.5,
+        tuned: str = "prompts",
+        official_quirks: bool = False,
+    ):
+        super().__init__()
+        if tuned not in TUNED:
+            raise BadParameter("tuned", tuned, TUNED)
+        # what is trained is a copy: another model may stand on the same CLIP
+        clip = copy.deepcopy(_checked(clip)) if tuned == "all" else _checked(clip)
+        self.clip = clip.requires_grad_(False).eval()
+        visual, layers = clip.visual, len(clip.visual.transformer.resblocks)
+        self.grid = rows, _ = tuple(visual.grid_size)
+        if not isinstance(fusion, VisionTransformer):
+            raise BadParameter("fusion", type(fusion).__name__, "a timm VisionTransformer")
+        for name, value, low, high in (
+            ("prompts", prompts, 0, math.inf),
+            ("regions", regions, 0, rows),
+            ("overlap", overlap, 0, rows),
+            ("text_prompts", text_prompts, 0, math.inf),
+            ("mm_layers", mm_layers, 0, len(fusion.blocks)),
+            ("threshold", threshold, 0, 1),
+        ):
+            if not low <= value <= high:
+                raise BadParameter(name, value, f"{low} or more" if high == math.inf else f"{low} to {high}")
+        visual.requires_grad_(tuned == "all")
+        if official_quirks and regions and (regions != 4 or prompts % 5 or not prompts):
+            raise BadParameter(
+                "official_quirks",
+                True,
+                "4 regions, or none, and a multiple of 5 prompts: the released code has no others",
+            )
+        depth = 0 if prompts == 0 else layers if depth is None else depth
+        if prompts:
+            check_depth(clip, depth)
+        width, shared, inner = visual.conv1.out_channels, visual.output_dim, fusion.embed_dim
+        if not visual_embed and shared != inner:
+            raise BadParameter("visual_embed", False, f"True: the CLIP gives {shared} channels, the ViT has {inner}")
+        self.overlap, self.masked, self.threshold = overlap, masked, threshold
+        self.official_quirks = official_quirks
+
+        self.set_sentences(sentences, tokenizer)
+        attributes, text_width = self.text_features.shape[0], clip.positional_embedding.shape[1]
+        self.prompts = _uniform(depth, prompts, width, patch=visual.patch_size[0])
+        self.region_tokens = nn.Parameter(torch.randn(regions, width) * width**-0.5)
+        text_layers = len(clip.transformer.resblocks)
+        self.text_prompts = _uniform(
+            text_layers, text_prompts, attributes, text_width, patch=visual.patch_size[0]
+        ).requires_grad_(False)
+        self.temperature = nn.Parameter(torch.tensor(1.0)) if regions else None
+        self.agg_bn = nn.BatchNorm1d(attributes) if regions else None
+
+        self.word_embed = nn.Linear(shared, inner)
+        self.visual_embed = nn.Linear(shared, inner) if visual_embed else nn.Identity()
+        last = list(fusion.blocks)[len(fusion.blocks) - mm_layers :]
+        self.blocks = nn.ModuleList(copy.deepcopy(last)).requires_grad_(False)
+        self.norm = copy.deepcopy(fusion.norm).requires_grad_(True)
+        for block in self.blocks:
+            block.norm1.requires_grad_(True)
+            block.norm2.requires_grad_(True)
+        if mm_layers:
+            self.blocks[-1].drop_path1, self.blocks[-1].drop_path2 = DropPath(drop_path), DropPath(drop_path)
+        tokens = 1 + regions + prompts + self.grid[0] * self.grid[1]
+        self.linear_layer = None if mm_layers else nn.Linear(attributes + tokens, attributes)
+        self.heads = Heads(inner, attributes)
+        self.bn = nn.BatchNorm1d(attributes)
+        self._lay_out(prompts, regions)
+
+    def set_sentences(self, sentences: Sequence[str] | Texts, tokenizer: Tokenizer | None = None) -> None:
+        """Read the sentences, as many as before, and keep their features, `text_features` (A, E), not normalised."""
+        if not isinstance(sentences, Texts):
+            if tokenizer is None:
+                raise BadParameter("tokenizer", None, "the CLIP's tokenizer, when sentences are given as words")
+            sentences = embed_texts(tokenizer, self.clip, sentences)
+        known = getattr(self, "text_features", None)
+        if known is not None and len(known) != len(sentences.ends):
+            raise BadParameter("sentences", len(sentences.ends), f"{len(known)}, one for each attribute")
+        length = int(sentences.ends.max()) + 1
+        with torch.no_grad():
+            features = encode_text(self.clip, sentences.embedded[:, :length], sentences.ends)
+        self.register_buffer("text_features", features, persistent=False)
+
+    def _lay_out(self, prompts: int, regions: int) -> None:
+        """Where each token is: inside the tower all prompts are last, so that the others need not be moved."""
+        patches = self.grid[0] * self.grid[1]
+        sizes, before = group_sizes(prompts, regions), 1 + regions + patches
+        starts = np.cumsum([0, *sizes])
+        order = [i for r, s in enumerate(sizes) for i in (r, *range(before + starts[r], before + starts[r] + s))]
+        order = torch.tensor([*order, *range(1 + regions, before)])
+        self.register_buffer("order", order, persistent=False)
+        places = torch.tensor([r + int(starts[r]) for r in range(regions + 1)])  # of CLS and each LC_r
+        if self.official_quirks:
+            places[0] = 1
+        self.register_buffer("places", places, persistent=False)
+        mask = None
+        if regions and self.masked:
+            forbidden = region_mask(self.grid, prompts, regions, self.overlap, self.official_quirks)
+            inside = order.argsort()
+            mask = torch.zeros(forbidden.shape).masked_fill(forbidden[inside][:, inside], -torch.inf)
+        self.register_buffer("mask", mask, persistent=False)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.clip.eval()
+        return self
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained tensors by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def sides(self) -> dict[str, list[nn.Parameter]]:
+        """The trained tensors of the two optimisers that the authors use: "prompts", beside CLIP, and "heads"."""
+        own = ("clip.", "prompts", "region_tokens", "temperature", "agg_bn.")
+        sides: dict[str, list[nn.Parameter]] = {"prompts": [], "heads": []}
+        for name, p in self.trained().items():
+            sides["prompts" if name.startswith(own) else "heads"].append(p)
+        return sides
+
+    def count(self, inert: bool = False) -> int:
+        """How many numbers are trained; with `inert`, as the authors count, the text tower's prompts among them."""
+        return sum(p.numel() for p in self.trained().values()) + inert * self.text_prompts.numel()
+
+    def tower(self, x: Tensor, keep: list[Tensor] | None = None) -> Tensor:
+        """The prompted layers of the image tower: (b, 1 + R + N, W), class tokens first, after CLIP's first norm, to
+        (b, L, W) in the layout of the paper. Into `keep`, when there, goes the attention of the last one, (b, L, L)."""
+        blocks, depth = self.clip.visual.transformer.resblocks, len(self.prompts)
+        for i, block in enumerate(blocks, 1):
+            more, mask = None, self.mask
+            if i < depth:  # the next layer replaces these prompts: they are looked at, and give nothing
+                more, mask = self.prompts[i - 1], None if mask is None else mask[: x.shape[1]]
+            elif i == depth:
+                x = torch.cat([x, self.prompts[-1].expand(len(x), -1, -1)], dim=1)
+            x = _clip_block(block, x, more, mask, keep if i == len(blocks) else None)
+        if keep is not None:
+            keep[-1] = keep[-1][:, self.order][:, :, self.order]
+        return x[:, self.order]
+
+    def visual_tokens(self, images: Tensor, keep: list[Tensor] | None = None) -> Tensor:
+        """All tokens of the image tower, (b, L, E), of images (b, 3, H, W); `keep` as in `tower`.
+
+        Without prompts and regions nothing in the tower is trained: it runs without autograd, and its tokens may be
+        kept and given to every call of the model.
+        """
+        visual = self.clip.visual
+        tuned = visual.proj.requires_grad and torch.is_grad_enabled()
+        learns = len(self.prompts) > 0 or len(self.region_tokens) > 0
+        with torch.set_grad_enabled(tuned or (learns and torch.is_grad_enabled())):
+            with torch.set_grad_enabled(tuned):
+                patches = visual.conv1(images).flatten(2).mT
+                first = visual.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
+                x = visual.ln_pre(torch.cat([first, patches], dim=1) + visual.positional_embedding)
+            regions = visual.ln_pre(self.region_tokens).expand(len(images), -1, -1)
+            x = self.tower(torch.cat([x[:, :1], regions, x[:, 1:]], dim=1), keep)
+            return (x if self.official_quirks else visual.ln_post(x)) @ visual.proj
+
+    def similarities(self, regions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines times CLIP's scale, and their softmax over attributes, both (b, 1 + R, A); regions (b, 1 + R, E)."""
+        with torch.autocast(regions.device.type, enabled=False):  # a hundred times a cosine needs all its digits
+            cosines = F.normalize(regions.float(), dim=-1) @ F.normalize(self.text_features.float(), dim=-1).mT
+            logits = self.clip.logit_scale.exp() * cosines
+            return logits, (logits / self.temperature).softmax(-1)
+
+    def aggregate(self, shares: Tensor) -> Tensor:
+        """One similarity an attribute, (b, A), before the BatchNorm, of shares (b, 1 + R, A)."""
+        highest, lowest = shares[:, 1:].amax(1), shares[:, 1:].amin(1)
+        local = torch.where(highest > self.threshold, highest, lowest)
+        if self.official_quirks:
+            local = local[-1:]
+        return (local + shares[:, 0]) / 2
+
+    def fuse(self, tokens: Tensor, keep: list[Tensor] | None = None) -> Tensor:
+        """The attributes' tokens, (b, A, D), after the last norm, of image tokens (b, L, E).
+
+        Into `keep`, when there, goes the attention of the last block, (b, A, A + L).
+        """
+        text = self.word_embed(self.text_features).expand(len(tokens), -1, -1)
+        x, count = torch.cat([text, self.visual_embed(tokens)], dim=1), len(self.text_features)
+        if self.linear_layer is not None:
+            return self.norm(self.linear_layer(x.mT).mT)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return self.norm(_read_first(self.blocks[-1], x, count, keep))
+
+    def score(self, fused: Tensor) -> Tensor:
+        """The heads' outputs (b, A), before the BatchNorm, of the attributes' tokens (b, A, D)."""
+        return self.heads(fused)
+
+    def forward(self, images: Tensor) -> Output:
+        """Logits (b, A) and similarity (b, A) of images (b, 3, H, W), or of their tokens (b, L, E)."""
+        tokens = images if images.ndim == 3 else self.visual_tokens(images)
+        logits = self.bn(self.score(self.fuse(tokens)))
+        if not len(self.region_tokens):
+            return Output(logits, None)
+        _, shares = self.similarities(tokens[:, self.places])
+        return Output(logits, self.agg_bn(self.aggregate(shares)))
+
+    @torch.no_grad()
+    def maps(self, images: Tensor) -> Maps:
+        """Where the model looks in images (b, 3, H, W). Raises `BadParameter` when there is no fusion block."""
+        if self.linear_layer is not None:
+            raise BadParameter("mm_layers", 0, "1 or more: one linear layer over all tokens attends to nothing")
+        seen, fused = [], []
+        tokens = self.visual_tokens(images, seen)
+        self.fuse(tokens, fused)
+        patches = self.grid[0] * self.grid[1]
+        classes = self.places.clone()
+        classes[0] = 0  # CLS, also where the released code reads its neighbour
+        cosines = F.normalize(self.text_features, dim=-1) @ F.normalize(tokens[:, -patches:], dim=-1).mT
+        found = (seen[0][:, classes, -patches:], fused[0][:, :, -patches:], cosines)
+        return Maps(*(x.unflatten(-1, self.grid) for x in found))
+
+    # --- the authors' names ---
+
+    def _names(self) -> dict[str, str | list]:
+        """Our tensors to the names in the authors' two modules."""
+        attributes, clip = len(self.text_features), "clip_model"
+        names: dict[str, str | list] = {
+            n: f"{clip}.{n.removeprefix('clip.')}" for n in self.state_dict() if n.startswith("clip.")
+        }
+        if self.prompts.numel():
+            names["prompts"] = f"{clip}.visual.transformer.prompt_deep"
+        if self.text_prompts.numel():
+            names["text_prompts"] = f"{clip}.transformer.prompt_text_deep"
+        if len(self.region_tokens):
+            names["region_tokens"] = f"{clip}.visual.part_class_embedding"
+            names["temperature"] = f"{clip}.softmax_model.temperature"
+        for name in self.state_dict():
+            side, _, kind = name.partition(".")
+            if side == "agg_bn":
+                names[name] = f"{clip}.{name}"
+            elif side == "heads":
+                names[name] = [f"model.weight_layer.{i}.{kind}" for i in range(attributes)]
+            elif side in ("word_embed", "visual_embed", "blocks", "norm", "bn", "linear_layer"):
+                names[name] = f"model.{name}"
+        return names
+
+    @classmethod
+    def from_official(
+        cls,
+        state: Mapping[str, Tensor],
+        sentences: Sequence[str],
+        tokenizer: Tokenizer,
+        *,
+        clip: CLIP | None = None,
+        heads: tuple[int, int, int] | None = None,
+        official_quirks: bool = True,
+        **options: object,
+    ) -> PromptPAR:
+        """The model with the authors' tensors in it, all sizes read from them; the inverse is `to_official`.
+
+        Args:
+            state: "clip_model.<name>" and "model.<name>" (`read_checkpoint` makes that of their files).
+            clip: one of the right shape, whose weights are replaced; None builds it from the state, with square images.
+            heads: of the image tower, the text tower and the fusion; None: 64 channels a head, as released.
+            official_quirks: True, since the weights were trained so.
+            options: `overlap`, `masked`, `drop_path` and `threshold`, which a state dict does not tell.
+
+        Raises:
+            BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
+            BadParameter: as the class.
+        """
+        what, state = "PromptPAR (the authors' names)", dict(state)
+        own, fused = "clip_model.visual.", "model."
+        needed = {
+            f"{own}conv1.weight",
+            f"{own}positional_embedding",
+            f"{own}proj",
+            "clip_model.positional_embedding",
+            "clip_model.token_embedding.weight",
+            "model.word_embed.weight",
+            "model.bn.weight",
+        }
+        if missing := needed - state.keys():
+            raise BadCheckpoint(what, missing)
+        if len(sentences) != (attributes := len(state["model.bn.weight"])):
+            raise BadParameter("sentences", len(sentences), f"{attributes}, one for each attribute")
+        for name in [n for n in state if n.endswith("running_var")]:  # a counter that decides nothing
+            state.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0))
+        deep, texts = f"{own}transformer.prompt_deep", "clip_model.transformer.prompt_text_deep"
+        if deep in state:
+            state[deep] = state[deep].squeeze(2)
+        inner = len(state["model.word_embed.weight"])
+        depth, prompts = state[deep].shape[:2] if deep in state else (None, 0)
+        image, text, mixed = heads or (None, None, None)
+        mm_layers = _depth(state, f"{fused}blocks.")
+        fusion = VisionTransformer(
+            img_size=16, embed_dim=inner, depth=mm_layers, num_heads=mixed or inner // 64, num_classes=0
+        )
+        model = cls(
+            clip or _clip_of(state, image, text),
+            sentences,
+            tokenizer,
+            fusion,
+            prompts=prompts,
+            depth=depth,
+            regions=len(state.get(f"{own}part_class_embedding", ())),
+            text_prompts=state[texts].shape[1] if texts in state else 0,
+            mm_layers=mm_layers,
+            visual_embed="model.visual_embed.weight" in state,
+            official_quirks=official_quirks,
+            **options,
+        ).eval()
+        load_official(model, state, model._names(), what)
+        model.set_sentences(sentences, tokenizer)  # read by the weights that were just loaded
+        return model
+
+    def to_official(self) -> dict[str, Tensor]:
+        """All tensors under the authors' names, "clip_model.<name>" and "model.<name>"."""
+        state = official_state(self.state_dict(), self._names())
+        deep = "clip_model.visual.transformer.prompt_deep"
+        return state | ({deep: state[deep].unsqueeze(2)} if deep in state else {})
+
+
+def _uniform(*shape: int, patch: int) -> nn.Parameter:
+    """A prompt as Visual Prompt Tuning starts it: U(-v, v), v² = 6 / (3 patch² + width)."""
+    bound = math.sqrt(6 / (3 * patch**2 + shape[-1]))
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+
+def _depth(state: Mapping[str, Tensor], start: str) -> int:
+    """How many blocks there are in a list of them whose names begin with `start`."""
+    return len({name.removeprefix(start).partition(".")[0] for name in state if name.startswith(start)})
+
+
+def _clip_of(state: Mapping[str, Tensor], image_heads: int | None, text_heads: int | None) -> CLIP:
+    """A CLIP of the sizes that an official state dict tells."""
+    own = "clip_model.visual."
+    width, _, _, patch = state[f"{own}conv1.weight"].shape
+    side = math.isqrt(len(state[f"{own}positional_embedding"]) - 1)
+    length, text_width = state["clip_model.positional_embedding"].shape
+    return CLIP(
+        state[f"{own}proj"].shape[1],
+        CLIPVisionCfg(
+            _depth(state, f"{own}transformer.resblocks."),
+            width,
+            width // (image_heads or width // 64),
+            patch_size=patch,
+            image_size=side * patch,
+        ),
+        CLIPTextCfg(
+            length,
+            len(state["clip_model.token_embedding.weight"]),
+            width=text_width,
+            heads=text_heads or text_width // 64,
+            layers=_depth(state, "clip_model.transformer.resblocks."),
+        ),
+        quick_gelu=True,
+    )
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The tensors in a checkpoint file of the authors' code, for `from_official`, read without running what is in it.
+
+    Their files hold two state dicts: the CLIP under "ViT_model" (the released ones) or "clip_model" (what training
+    writes: the test script looks for the other name), the rest under "model_state_dict".
+
+    Raises `CorruptFile` when it is none.
+    """
+    found = load_torch(path)
+    parts = {"clip_model.": ("ViT_model", "clip_model"), "model.": ("model_state_dict",)}
+    state = {}
+    for prefix, entries in parts.items():
+        part = next((found[e] for e in entries if e in found), None) if isinstance(found, Mapping) else None
+        if not isinstance(part, Mapping):
+            raise CorruptFile(path, f"no {' or '.join(repr(e) for e in entries)} in it: not a checkpoint of PromptPAR")
+        state |= {prefix + name: value for name, value in part.items()}
+    return state
+
+
+# --- training and reading ---------------------------------------------------------------------------------------------
+
+
+def label_weights(labels: Tensor, ratio: Tensor) -> Tensor:
+    """What each label (b, A) weighs, in [1, e]: exp(1 - r) where the attribute is there, exp(r) where it is not.
+
+    `ratio` (A,) is the share r of training images that have the attribute: what is rare weighs more.
+    """
+    return torch.where(labels == 1, 1 - ratio, ratio).exp()
+
+
+def weighted_loss(logits: Tensor, labels: Tensor, ratio: Tensor) -> Tensor:
+    """Binary cross-entropy times `label_weights`, summed over attributes, the mean over images. All (b, A)."""
+    losses = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
+    return (label_weights(labels, ratio) * losses).sum(1).mean()
+
+
+def loss(output: Output, labels: Tensor, ratio: Tensor, similarity: float = 0.5) -> Tensor:
+    """The training loss: that of the heads and, `similarity` times, that of the regions' similarity."""
+    value = weighted_loss(output.logits, labels, ratio)
+    if output.similarity is None or not similarity:
+        return value
+    return value + similarity * weighted_loss(output.similarity, labels, ratio)
+
+
+def learning_rates(epochs: int, lr: float, warmup: int) -> np.ndarray:
+    """The authors' learning rate in each epoch, (epochs,): published are 100 epochs with 8e-3 and a warm-up of 5 for
+    the heads, 4e-3 and 10 for the prompts.
+
+    Linear from lr / 100 while warming up, then a cosine to lr / 500 that has been running since the first epoch.
+    """
+    epoch, low, start = np.arange(1, epochs + 1), 0.002 * lr, 0.01 * lr
+    cosine = np.where(epoch < epochs, low + (lr - low) * (1 + np.cos(np.pi * epoch / epochs)) / 2, low)
+    return np.where(epoch < warmup, start + epoch * (lr - start) / warmup, cosine)
+
+
+def decode(logits: Tensor, attributes: Sequence[str], threshold: float = THRESHOLD) -> list[list[tuple[str, float]]]:
+    """For each row of logits (b, A) the attributes whose probability is above `threshold`, the most probable first."""
+    if logits.ndim != 2 or logits.shape[1] != len(attributes):
+        raise BadParameter("attributes", len(attributes), f"a name for each column of logits {tuple(logits.shape)}")
+    found = []
+    for row in logits.detach().sigmoid().tolist():
+        there = [(name, p) for name, p in zip(attributes, row, strict=True) if p > threshold]
+        found.append(sorted(there, key=lambda item: -item[1]))
+    return found

@@ -1,0 +1,1 @@
+"""SA²VP: Spatially Aligned-and-Adapted Visual Prompt."""

@@ -1,0 +1,1 @@
+"""SIC-CADS: Simple Image-level Classification Improves Open-vocabulary Object Detection."""

@@ -1,0 +1,1 @@
+"""TIP: Text-Driven Image Processing with Semantic and Restoration Instructions."""

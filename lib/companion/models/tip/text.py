@@ -1,0 +1,134 @@
+"""TIP's text encoders: CLIP's, as the pipeline figure says, and a small frozen one for a laptop.
+
+Both are components of a diffusers pipeline and look alike:
+
+    ids = tokenize(tokenizer, texts)       (B, M) int64
+    states = encoder(ids)[0]               (B, M, d), one a token
+
+The same frozen encoder reads both prompts (inferred: the figure draws two boxes named CLIP).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from ...errors import BadParameter
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+UNKNOWN, EMPTY = "<unknown>", "<empty>"
+MARKS = tuple("0123456789.,;:-")
+
+
+class WordText(ModelMixin, ConfigMixin):
+    """Words to frozen random vectors. A choice of ours for the pocket profile, not the paper's (section 14).
+
+    Lower-case words, single digits and single marks are tokens, as in CLIP's text of numbers. The list of tokens is
+    repeated until all places are full: padding, which a cross-attention without mask would look at, there is none.
+
+    Args:
+        vocabulary: the words known; digits and marks always are. Another word is one "unknown" vector.
+        width: d of the states.
+        places: M, the tokens of every text; a list of four instructions has up to 27.
+        memory: how much of the token before each token's state keeps, shifted by one channel; 0 gives a bag of words,
+            in which "Deblur with sigma 0.9; Denoise with sigma 0.05" does not say whose number is whose.
+        seed: of the vectors.
+    """
+
+    @register_to_config
+    def __init__(
+        self, vocabulary: Sequence[str], width: int = 32, places: int = 32, memory: float = 0.0, seed: int = 0
+    ):
+        super().__init__()
+        if isinstance(vocabulary, str) or len(set(vocabulary)) != len(vocabulary):
+            raise BadParameter("vocabulary", vocabulary, "a list of words, each once")
+        if bad := [word for word in vocabulary if not re.fullmatch("[a-z]+", word)]:
+            raise BadParameter("vocabulary", bad, "words of the letters a to z")
+        if not 0 <= memory < 1:
+            raise BadParameter("memory", memory, "0 or more, less than 1")
+        self.tokens = (UNKNOWN, EMPTY, *MARKS, *vocabulary)
+        self._id = {token: i for i, token in enumerate(self.tokens)}
+        generator = torch.Generator().manual_seed(seed)
+        self.embedding = nn.Embedding(len(self.tokens), width)
+        self.embedding.weight = nn.Parameter(torch.randn(len(self.tokens), width, generator=generator))
+        self.requires_grad_(False)
+
+    @classmethod
+    def of(cls, texts: Sequence[str], **options) -> WordText:
+        """An encoder that knows every word of `texts`."""
+        return cls(sorted({token for text in texts for token in split(text) if token[0].isalpha()}), **options)
+
+    def words(self, text: str) -> list[str]:
+        """The tokens of a text, unknown ones replaced, as often as the text itself has them."""
+        return [token if token in self._id else UNKNOWN for token in split(text)] or [EMPTY]
+
+    def ids(self, texts: Sequence[str], cut: bool = False) -> Tensor:
+        """Ids (B, M) of texts. Raises `BadParameter` for a text of more tokens than there are places, if not `cut`."""
+        rows = []
+        for text in texts:
+            ids = [self._id[word] for word in self.words(text)]
+            if len(ids) > self.config.places and not cut:
+                raise BadParameter("text", text, f"at most {self.config.places} words, digits and marks")
+            rows.append((ids * self.config.places)[: self.config.places])
+        return torch.tensor(rows)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor]:
+        """States (B, M, width) of ids (B, M), in a tuple as transformers' encoders give them."""
+        x = self.embedding(ids)
+        if not self.config.memory:
+            return (x,)
+        states = [x[:, 0]]
+        for i in range(1, x.shape[1]):
+            states.append(x[:, i] + self.config.memory * states[-1].roll(1, -1))
+        return (torch.stack(states, 1),)
+
+
+def split(text: str) -> list[str]:
+    """Lower-case words, single digits and single marks of a text; what is none of these parts them."""
+    return re.findall(r"[^\W\d_]+|[0-9.,;:-]", text.lower())
+
+
+def clip_tokenizer(pad: str = END, length: int = 77) -> CLIPTokenizer:
+    """CLIP's tokenizer from the merges that ship with open_clip: offline, the ids of OpenAI's CLIP.
+
+    Args:
+        pad: the token that fills up: the end token (Stable Diffusion 1.5) or "!" (2.1).
+        length: tokens of every text, start and end included.
+    """
+    simple = SimpleTokenizer()
+    names = {"<start_of_text>": START, "<end_of_text>": END}
+    vocabulary = {names.get(token, token): i for token, i in simple.encoder.items()}
+    return CLIPTokenizer(
+        vocab=vocabulary,
+        merges=list(simple.bpe_ranks),
+        unk_token=END,
+        bos_token=START,
+        eos_token=END,
+        pad_token=pad,
+        model_max_length=length,
+    )
+
+
+def tokenize(tokenizer, texts: Sequence[str], cut: bool = False) -> Tensor:
+    """Ids (B, M) of texts, by a `WordText` or a tokenizer of transformers.
+
+    Raises `BadParameter` where a text is longer than fits: the end of an instruction that was cut off would be
+    silently ignored. With `cut` it is cut: a long caption is still one.
+    """
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise BadParameter("texts", texts, "a list of texts")
+    if isinstance(tokenizer, WordText):
+        return tokenizer.ids(texts, cut)
+    length = tokenizer.model_max_length
+    for text, ids in zip(texts, tokenizer(list(texts))["input_ids"], strict=True):
+        if len(ids) > length and not cut:
+            raise BadParameter("text", text, f"at most {length} tokens, it has {len(ids)}")
+    found = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return found["input_ids"]

@@ -1,0 +1,1 @@
+"""Running and recording: batches of runs, provenance, notebooks, files, progress."""

@@ -1,0 +1,277 @@
+"""Many runs from one small file: paper x data set x seed, on this machine's cards or a cluster's nodes.
+
+snakemake --cores all --configfile grid.yaml        # see README, "In batch"
+
+    profile: paper
+    parameters: {data_root: /data}                    # of every run
+    runs:
+    - {paper: sa2vp, dataset: [vtab/svhn, vtab/dtd], seed: [0, 1, 2]}
+    - {paper: bat, seed: 0, resources: {gpu: 1, runtime: 600}}
+
+A list is an axis of the grid. Each run has a folder of its own, `reports/<profile>/<paper>/<run>/`; one that fails
+stops no other, and says why in `failed.json`. Only the standard library is used at the top: the Snakefile must load in
+a blink.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import csv
+import fcntl
+import itertools
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+from ..errors import BadParameter
+from .files import atomic, read_json, write_json
+
+FIELDS = ("paper", "resources")  # of an entry of `runs`; every other one is a parameter of its notebook
+RESOURCES = ("gpu", "threads", "mem_mb", "runtime")
+CONFIG = ("profile", "parameters", "runs", "papers", "parts", "slides")  # all that Snakemake is configured by
+PROFILES = ("pocket", "paper")
+NAME = re.compile(r"[\w.=,+-]+")
+COLUMNS = ("paper", "run", "state", "seconds", "memory_mb", "device", "reason")
+
+
+def check(config: Mapping) -> None:
+    """Raise `BadParameter` when Snakemake's configuration has a field that nothing reads, or an unknown profile."""
+    for name in config:
+        if name not in CONFIG:
+            raise BadParameter("field of the configuration", name, CONFIG)
+    if (profile := config.get("profile", "pocket")) not in PROFILES:
+        raise BadParameter("profile", profile, PROFILES)
+
+
+def expand(config: Mapping, papers: Mapping[str, Collection[str]]) -> dict[str, dict]:
+    """The runs of a grid by their folder, `<paper>/<run>`: their parameters and resources.
+
+    A run is named by its values of the axes, as `dataset=vtab-svhn,seed=0`, or "run" where the entry has no axis.
+
+    Args:
+        papers: the parameters that each notebook has.
+
+    Raises:
+        BadParameter: an unknown field, paper, parameter or resource, an empty axis, or two runs of one name.
+    """
+    common, found = config.get("parameters") or {}, {}
+    if not isinstance(common, Mapping):
+        raise BadParameter("parameters of a grid", common, "name: value, of every run")
+    if not isinstance(config["runs"], list) or not all(isinstance(entry, Mapping) for entry in config["runs"]):
+        raise BadParameter("runs", config["runs"], "a list of {paper: ..., parameter: value or [values], ...}")
+    for entry in config["runs"]:
+        paper = entry.get("paper")
+        if paper not in papers:
+            raise BadParameter("paper of a run", paper, list(papers))
+        own = {name: value for name, value in entry.items() if name not in FIELDS}
+        # papermill would pass it on, and the notebook run with its default
+        accepted = [name for name in papers[paper] if name not in ("profile", "out")]
+        for name in common | own:
+            if name not in accepted:
+                raise BadParameter(f"parameter of a run of {paper}", name, accepted)
+        resources = entry.get("resources") or {}
+        for name, value in resources.items():
+            if name not in RESOURCES or type(value) is not int or value < (name != "gpu"):
+                said = f"whole numbers for {', '.join(RESOURCES)}"
+                raise BadParameter(f"resources of a run of {paper}", f"{name}: {value}", said)
+        axes = {name: values for name, values in own.items() if isinstance(values, list)}
+        if empty := [name for name, values in axes.items() if not values]:
+            raise BadParameter(f"{empty[0]} of a run of {paper}", [], "a value, or a list of some")
+        for values in itertools.product(*axes.values()):
+            chosen = dict(zip(axes, values, strict=True))
+            said = ",".join(f"{name}={value}" for name, value in chosen.items()).replace("/", "-").replace(" ", "+")
+            folder = f"{paper}/{said or 'run'}"
+            if not NAME.fullmatch(said or "run"):
+                raise BadParameter(f"value of a run of {paper}", said, "letters, digits, blanks and / . - _")
+            if folder in found:
+                raise BadParameter("run", folder, "runs of different names: give what differs as an axis, [value]")
+            found[folder] = {"parameters": common | own | chosen, "resources": dict(resources)}
+    return found
+
+
+def parameters(notebook: str | Path) -> list[str]:
+    """The names that the cell tagged `parameters` sets."""
+    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+    tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
+    lines = [node for text in tagged for node in ast.parse(text).body]
+    return [node.targets[0].id for node in lines if isinstance(node, ast.Assign)]
+
+
+def seeds(study: str | Path) -> list[int]:
+    """The SEEDS of a module of `companion.toy.ablations`, read without importing it."""
+    for node in ast.parse(Path(study).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and [getattr(name, "id", "") for name in node.targets] == ["SEEDS"]:
+            return ast.literal_eval(node.value)
+    raise BadParameter("study", str(study), "a module with a literal list SEEDS")
+
+
+@contextlib.contextmanager
+def devices(count: int, folder: Path, poll: float = 1.0) -> Iterator[list[str]]:
+    """Hold `count` of this machine's cards until the block ends, and show the run no others.
+
+    The cards are those of CUDA_VISIBLE_DEVICES, or all that `nvidia-smi` lists. A lock file a card in `folder` keeps
+    other runs of the same checkout off it; a killed run lets go of its own. On a cluster the scheduler deals the cards.
+
+    Raises:
+        BadParameter: the machine has fewer.
+    """
+    if not count or "SLURM_JOB_ID" in os.environ:
+        yield []
+        return
+    cards = _cards()
+    if len(cards) < count:
+        raise BadParameter("gpu", count, f"0 to {len(cards)}, the cards of this machine")
+    folder.mkdir(parents=True, exist_ok=True)
+    held: dict[str, object] = {}
+    try:
+        while len(held) < count:  # one starter at a time, so that two runs of two cards cannot wait for each other
+            with (folder / "dealing.lock").open("w") as dealing:
+                fcntl.flock(dealing, fcntl.LOCK_EX)
+                for card in cards:
+                    file = (folder / f"{re.sub(r'[^0-9A-Za-z-]', '_', card)}.lock").open("w")
+                    try:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        file.close()
+                        continue
+                    held[card] = file
+                    if len(held) == count:
+                        break
+                if len(held) < count:
+                    _let_go(held)
+            if not held:
+                time.sleep(poll)
+        yield list(held)
+    finally:
+        _let_go(held)
+
+
+def _cards() -> list[str]:
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [card for card in visible.split(",") if card]
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return listed.stdout.split()
+
+
+def _let_go(held: dict[str, object]) -> None:
+    for file in held.values():
+        file.close()
+    held.clear()
+
+
+def execute(notebook: Path, out: Path, profile: str, parameters: Mapping, gpu: int, draft: Path) -> dict:
+    """Run one notebook into `out`; return {} or, where it failed, why: {"reason", "seconds", "memory_mb"}.
+
+    The executed copy is `out`/<paper>.ipynb only when every cell ran; else what there is of it stays in `draft`.
+    """
+    import papermill
+    from papermill.exceptions import PapermillException, PapermillExecutionError
+
+    began, failure = time.monotonic(), ""
+    (out / "failed.json").unlink(missing_ok=True)
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with devices(gpu, Path("build/devices")) as cards:
+            if cards:
+                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(cards)
+            given = dict(parameters) | {"profile": profile, "out": str(out)}
+            papermill.execute_notebook(notebook, draft, given, kernel_name="python3", progress_bar=False)
+    except PapermillExecutionError as error:
+        failure = f"{error.ename}: {error.evalue}"
+    except (PapermillException, BadParameter) as error:
+        failure = str(error)
+    except RuntimeError as error:  # nbclient's, of a kernel that died
+        failure = f"{type(error).__name__}: {error}"
+    if not failure:
+        out.mkdir(parents=True, exist_ok=True)
+        draft.replace(out / notebook.name)
+        return {}
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+    facts = {"reason": failure.strip(), "seconds": round(time.monotonic() - began, 1), "memory_mb": round(peak)}
+    write_json(out / "failed.json", facts)
+    return facts
+
+
+def summarise(runs: Mapping[str, Mapping], reports: Path) -> list[dict]:
+    """Write `reports`/summary.csv, a row a run with its seconds, memory and, where it failed, the reason; return it.
+
+    What runs on real data measured (their `measured.csv`) is gathered in one file a paper, `<paper>/grid.csv`; the
+    `measured.csv` beside it belongs to runs without a grid.
+    """
+    rows, measured = [], {}
+    for name in runs:
+        paper, run = name.split("/")
+        folder = reports / name
+        row = dict.fromkeys(COLUMNS, "") | {"paper": paper, "run": run, "state": "not run"}
+        if (folder / "failed.json").exists():
+            facts = read_json(folder / "failed.json")
+            row |= {
+                "state": "failed",
+                "seconds": facts["seconds"],
+                "memory_mb": facts["memory_mb"],
+                "reason": facts["reason"].splitlines()[0],
+            }
+        elif (folder / f"{paper}.ipynb").exists():
+            row["state"] = "done"
+            if (folder / "run.json").exists():
+                facts = read_json(folder / "run.json")
+                row |= {"seconds": facts["seconds"], "memory_mb": facts["peak_memory_mb"], "device": facts["device"]}
+            if (folder / "measured.csv").exists():
+                with (folder / "measured.csv").open(encoding="utf-8", newline="") as file:
+                    measured.setdefault(paper, []).extend(csv.DictReader(file))
+        rows.append(row)
+    _write(reports / "summary.csv", rows)
+    for paper, lines in measured.items():
+        _write(reports / paper / "grid.csv", lines)
+    return rows
+
+
+def _write(path: Path, rows: list[dict]) -> None:
+    with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def report(rows: list[dict], reports: Path) -> str:
+    """The summary as a person reads it in a terminal."""
+    counts = {state: sum(row["state"] == state for row in rows) for state in ("done", "failed", "not run")}
+    lines = [", ".join(f"{number} {state}" for state, number in counts.items() if number) + f"; {reports}/summary.csv"]
+    for row in rows:
+        seconds = f"{row['seconds']:8.0f} s" if row["seconds"] != "" else " " * 10
+        memory = f"{row['memory_mb'] / 1e3:6.1f} GB" if row["memory_mb"] != "" else " " * 9
+        lines.append(f"  {row['state']:8}{seconds}{memory}  {row['paper']}/{row['run']}  {row['reason']}".rstrip())
+    return "\n".join(lines)
+
+
+def main(words: list[str] | None = None) -> int:
+    """`python -m companion.ops.batch NOTEBOOK OUT ...`: one run, as the Snakefile starts it; 1 when the run failed."""
+    parser = argparse.ArgumentParser(prog="companion.ops.batch", description=main.__doc__)
+    parser.add_argument("notebook", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--profile", required=True)
+    parser.add_argument("--parameters", type=json.loads, default={}, help="a JSON object")
+    parser.add_argument("--gpu", type=int, default=0, help="cards of this run")
+    parser.add_argument("--draft", type=Path, required=True, help="where the notebook is written as it runs")
+    given = parser.parse_args(words)
+    failed = execute(given.notebook, given.out, given.profile, given.parameters, given.gpu, given.draft)
+    if failed:
+        print(failed["reason"])
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,104 @@
+"""Writing and reading files so that a killed run leaves none half written, and so that nothing in one can run code."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import CannotWrite, CorruptFile
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+FULL = 1 << 16  # bytes free: torch does not say why it could not write
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it is renamed to `path` when the block ends well, removed when not.
+
+    Raises:
+        CannotWrite: the disk became full.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        # mkstemp makes the file private to the user; results are as readable as any other file of theirs
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    except Exception as error:
+        _if_full(path, error)
+        raise
+    finally:
+        if temporary:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder`, which takes its place when the block ends well, and is removed when not.
+
+    Raises:
+        CannotWrite: the disk became full.
+    """
+    folder = Path(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
+            new = Path(name) / folder.name
+            new.mkdir()
+            yield new
+            # renamed, not deleted: another run may be reading it, and a kill leaves all of it or nothing
+            with contextlib.suppress(FileNotFoundError):
+                folder.replace(Path(name) / f"{folder.name}.before")
+            new.replace(folder)
+    except Exception as error:
+        _if_full(folder, error)
+        raise
+
+
+def _if_full(path: Path, error: Exception) -> None:
+    """Raise `CannotWrite` when that is why `error` came."""
+    free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
+    # safetensors says it in words
+    if getattr(error, "errno", None) in NO_SPACE or "os error 28" in str(error) or free < FULL:
+        raise CannotWrite(path, free) from error
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write `value` as indented JSON, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> object:
+    """Read a JSON file. Raises `CorruptFile` with the path when it is not JSON, or not there."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CorruptFile(path, "there is no such file") from error
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise CorruptFile(path, f"not JSON ({error})") from error
+
+
+def sha256(*paths: str | Path) -> str:
+    """One SHA-256 over the names and contents of `paths`, in the order given."""
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        digest.update(path.name.encode() + b"\0")
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,72 @@
+"""Facts of the ten papers, from `models/<slug>/paper.yaml`: citation, claims, tables, and the notebook's parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from ..errors import BadParameter
+
+MODELS = Path(__file__).parents[1] / "models"
+
+# What every notebook takes. A paper's own parameters stand in its YAML, in the same form.
+COMMON = {
+    "profile": {"type": "choice", "choices": ["pocket", "paper"], "help": "pocket (laptop) or paper (as published)"},
+    "dry_run": {"type": "switch", "help": "paper profile: two steps on generated data"},
+    "study": {"type": "switch", "help": "run all baselines, learning rates and seeds of the study (resumes)"},
+    "seed": {"type": "integer", "low": 0, "high": 2**31 - 1, "help": "seed of the live run"},
+    "data_root": {"type": "text", "help": "folder of the data sets"},
+    "weights": {"type": "text", "help": "file of the backbone's weights; empty: the cache"},
+    "out": {"type": "text", "help": "where results go; empty: runs/<profile>/<paper>"},
+    "accelerator": {"type": "choice", "choices": ["auto", "cpu", "cuda", "mps"], "help": "where it runs"},
+    "devices": {"type": "integer", "low": 1, "high": 1024, "help": "how many of them"},
+    "precision": {"type": "choice", "choices": ["32-true", "16-mixed", "bf16-mixed"], "help": "arithmetic"},
+}
+
+
+def slugs() -> list[str]:
+    """The short names of the papers, sorted."""
+    return sorted(path.parent.name for path in MODELS.glob("*/paper.yaml"))
+
+
+@cache
+def paper(slug: str) -> dict:
+    """The facts of a paper, `models/<slug>/paper.yaml`. Raises `BadParameter` for an unknown slug."""
+    if slug not in slugs():
+        raise BadParameter("paper", slug, slugs())
+    return yaml.safe_load((MODELS / slug / "paper.yaml").read_text(encoding="utf-8"))
+
+
+def convert(name: str, value: object, rule: Mapping) -> object:
+    """A parameter as its rule wants it: papermill passes `-p dry_run false` as the text "false", which is true.
+
+    Raises:
+        BadParameter: with the accepted values.
+    """
+    kind, text = rule["type"], str(value).strip()
+    if kind == "switch":
+        if text.lower() in ("true", "false", "1", "0", "yes", "no"):
+            return text.lower() in ("true", "1", "yes")
+        raise BadParameter(name, value, (True, False))
+    if kind == "choice":
+        known = {str(choice): choice for choice in rule["choices"]}  # papermill passes `-p release 2025` as a number
+        if text not in known:
+            raise BadParameter(name, value, rule["choices"])
+        return known[text]
+    if kind in ("integer", "number"):
+        low, high = rule.get("low", -math.inf), rule.get("high", math.inf)
+        accepted = f"{'a whole number' if kind == 'integer' else 'a number'} from {low:.10g} to {high:.10g}"
+        try:
+            number = int(text) if kind == "integer" else float(text)
+        except ValueError as error:
+            raise BadParameter(name, value, accepted) from error
+        if isinstance(value, bool) or not (low <= number <= high or (rule.get("zero") and number == 0)):
+            raise BadParameter(name, value, accepted)
+        return number
+    if not isinstance(value, str):
+        raise BadParameter(name, value, "text, in quotes (papermill keeps a number as text with -r)")
+    return text

@@ -1,0 +1,46 @@
+"""One way to show progress: a bar for a person, a line now and then in a batch log, nothing under test.
+
+The environment variable `COMPANION_PROGRESS` chooses: "bar" (default), "lines" or "off".
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm.auto import tqdm
+
+from ..errors import BadParameter
+
+T = TypeVar("T")
+SECONDS_BETWEEN_LINES = 20.0
+
+
+def progress(items: Iterable[T], text: str, total: int | None = None, done: int = 0) -> Iterator[T]:
+    """Yield `items` while showing how far it is. `done` of `total` were finished before (a resumed run).
+
+    Raises:
+        BadParameter: `COMPANION_PROGRESS` has another value than "bar", "lines" or "off".
+    """
+    mode = os.environ.get("COMPANION_PROGRESS", "bar")
+    if mode not in ("bar", "lines", "off"):
+        raise BadParameter("COMPANION_PROGRESS", mode, ("bar", "lines", "off"))
+    if total is None and hasattr(items, "__len__"):
+        total = done + len(items)
+    if mode == "off":
+        yield from items
+    elif mode == "bar":
+        # on stdout: a notebook shows what comes on stderr as if it were an error
+        yield from tqdm(items, desc=text, total=total, initial=done, leave=False, file=sys.stdout)
+    else:
+        start = last = time.monotonic()
+        for count, item in enumerate(items, done + 1):
+            yield item
+            now = time.monotonic()
+            if now - last >= SECONDS_BETWEEN_LINES:
+                last = now
+                left = f", about {(now - start) / (count - done) * (total - count):.0f} s left" if total else ""
+                print(f"{text}: {count}{f' of {total}' if total else ''}{left}", flush=True)

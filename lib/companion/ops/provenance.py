@@ -1,0 +1,138 @@
+"""Which files a notebook or a module is made from, and one hash over them.
+
+`Snakefile` asks it for the inputs of each notebook, so that a change in one model file reruns the notebooks that use
+that file and no others; a study keeps the hash, so that a report can say when the study is older than its code. Only
+the standard library is used, and nothing is imported to find the imports: the Snakefile must load in a blink.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import json
+import re
+import tokenize
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def sources(path: str | Path, package: Path = PACKAGE) -> list[Path]:
+    """The files of the package that `path`, a notebook or a Python file, depends on, sorted.
+
+    These are all modules that it imports, directly or through others, with the `__init__.py` files that Python runs on
+    the way; the toy weights that any of these files names; and, for a notebook, the `models/<slug>/paper.yaml`
+    of its name. A file below `package` counts itself too; a notebook does not.
+
+    Imports are read from the text (functions included). One that is put together at run time cannot be seen.
+
+    Raises `SyntaxError` naming the file, or the cell of a notebook, that is not Python.
+    """
+    path, package = Path(path).resolve(), Path(package).resolve()
+    found: set[Path] = set()
+    queue = [path]
+    if path.is_relative_to(package):
+        queue += _files(".".join((package.name, *path.relative_to(package).with_suffix("").parts)), package)
+        found.update(queue)
+    while queue:
+        for module in _imports(queue.pop(), package):
+            if module not in found:
+                found.add(module)
+                queue.append(module)
+    texts = [file.read_text(encoding="utf-8") for file in {path, *found}]
+    for file in (package / "toy" / "encoders" / "weights").glob("*"):
+        if any(file.stem in text for text in texts):
+            found.add(file)
+    facts = package / "models" / path.stem / "paper.yaml"
+    if path.suffix == ".ipynb" and facts.exists():
+        found.add(facts)
+    return sorted(found)
+
+
+def code_hash(paths: Iterable[str | Path]) -> str:
+    """SHA-256 over what `paths` do, the same wherever the checkout lies.
+
+    Of Python files and of a notebook's code cells, comments, docstrings and blank lines do not count, nor do a
+    notebook's prose and outputs: putting a sentence right does not make an hour of results stale. Every other file
+    counts byte by byte.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(p).resolve() for p in paths):
+        name = path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else path.name
+        if path.suffix in (".py", ".ipynb"):
+            content = "\n".join(_bare(text) for text in _code(path)).encode()
+        else:
+            content = path.read_bytes()
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def _code(path: Path) -> list[str]:
+    """The text of a Python file, or of a notebook's code cells with its magics (`%`, `!`, `?`) turned into comments."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".ipynb":
+        return [text]
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    return [re.sub(r"(?m)^(\s*)([%!?].*)$", r"\1pass  # \2", "".join(cell["source"])) for cell in cells]
+
+
+def _imports(path: Path, package: Path) -> Iterator[Path]:
+    """The files of `package` that importing or running `path` runs in their turn."""
+    for number, text in enumerate(_code(path), 1):
+        where = f"{path}, code cell {number}" if path.suffix == ".ipynb" else str(path)
+        for node in ast.walk(ast.parse(text, filename=where)):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = _absolute(node, path, package)
+                names = [base, *(f"{base}.{alias.name}" for alias in node.names)]  # a name may be a module
+            else:
+                continue
+            for name in names:
+                yield from _files(name, package)
+
+
+def _absolute(node: ast.ImportFrom, path: Path, package: Path) -> str:
+    """The full name of the module that `from ... import` names; `level` counts its leading dots."""
+    if not node.level:
+        return node.module or ""
+    parts = (package.name, *path.parent.relative_to(package).parts)
+    parts = parts[: len(parts) - node.level + 1]
+    return ".".join((*parts, node.module) if node.module else parts)
+
+
+def _files(name: str, package: Path) -> Iterator[Path]:
+    """`a.b.c` runs `a/__init__.py`, `a/b/__init__.py` and `a/b/c.py`: those of them that exist below `package`."""
+    first, *rest = name.split(".")
+    if first != package.name:
+        return
+    place = package
+    for part in (None, *rest):
+        place = place / part if part else place
+        for file in (place / "__init__.py", place.with_suffix(".py")):
+            if file.is_file() and file.is_relative_to(package):
+                yield file
+
+
+def _bare(text: str) -> str:
+    """Python text without comments, docstrings and blank lines."""
+    tree = ast.parse(text)
+    lines = text.encode().splitlines()  # ast counts columns in bytes
+    docstrings = [
+        node.body[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        and ast.get_docstring(node, clean=False) is not None
+    ]
+    for string in docstrings:
+        first, last = string.lineno - 1, string.end_lineno - 1
+        head, tail = lines[first][: string.col_offset], lines[last][string.end_col_offset :]
+        lines[first : last + 1] = [head + tail] + [b""] * (last - first)
+    lines = [line.decode() for line in lines]
+    for token in tokenize.generate_tokens(io.StringIO("\n".join(lines) + "\n").readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return "\n".join(line.rstrip() for line in lines if line.strip())

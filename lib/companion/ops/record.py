@@ -1,0 +1,80 @@
+"""What a run was made with: versions, commit, device, time and memory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "open_clip_torch",
+    "lightning-fabric",
+    "numpy",
+    "scikit-learn",
+    "scikit-image",
+)
+OPTIONAL = ("transformers", "diffusers")  # of some papers' extras
+
+
+def root() -> Path:
+    """The checkout that the working directory lies in (the folder of its pyproject.toml); else the one that this
+    package is installed from; else the directory itself."""
+    here = Path.cwd()
+    for folder in (here, *here.parents, Path(__file__).resolve().parents[3]):
+        if (folder / "pyproject.toml").is_file() and (folder / "notebooks").is_dir():
+            return folder
+    return here
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES + OPTIONAL:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name in PACKAGES:
+                raise
+    return found
+
+
+def commit() -> str:
+    """The commit of the checkout, "+changes" behind it when files differ; "" outside of a checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root(), capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        code = ["lib", "notebooks", "pyproject.toml"]
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", *code) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def device() -> str:
+    """The card's name, or the processor's kind and how many threads are used."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def peak_memory_mb() -> int:
+    """The most memory this process has held so far, in MB (of the card, when one is used)."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 1e6)
+    if sys.platform == "win32":
+        return round(psutil.Process().memory_info().peak_wset / 1e6)
+    if sys.platform == "linux":  # getrusage would count the peak of the process that started this one
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return round(int(status.split("VmHWM:")[1].split()[0]) / 1e3)
+    import resource  # not on Windows
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)  # bytes on macOS

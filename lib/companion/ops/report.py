@@ -1,0 +1,179 @@
+"""What a notebook shows and leaves behind: checked parameters, tables beside the published ones, claims, the record.
+
+run = report.start("sa2vp", profile=profile, seed=seed, ...)     # validates, prints what this run will do
+run.table("study", frame)                                        # shows it, writes tables/study.csv
+run.figure("rollout", figure)                                    # shows it, writes figures/rollout.png
+run.claim("identity", difference == 0, f"largest difference {difference:g}")
+run.close()                                                      # shows the ledger, writes claims.json and run.json
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import PIL.Image
+from IPython.display import HTML, Image, display
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from ..errors import BadParameter
+from ..evaluation.ablations import stale
+from ..evaluation.claims import judge
+from ..evaluation.tables import show_table
+from . import record
+from .files import atomic, sha256, write_json
+from .papers import COMMON, convert, paper, slugs
+from .provenance import code_hash, sources
+
+PHOTOGRAPHIC = 40_000  # bytes of a PNG above which the notebook shows it in 256 colours
+LOUD = {"holds": "holds", "fails": "FAILS", "not run": "not run"}
+
+
+def start(slug: str, **parameters: object) -> Run:
+    """Check the notebook's parameters, print what the run will do, and return the `Run` that keeps its results.
+
+    Raises:
+        BadParameter: an unknown parameter, or a value that is not accepted.
+    """
+    rules = COMMON | (paper(slug).get("parameters", {}) if slug in slugs() else {})
+    values = {}
+    for name, value in parameters.items():
+        if name not in rules:
+            raise BadParameter("parameter", name, sorted(rules))
+        values[name] = convert(name, value, rules[name])
+    if values.get("study") and values.get("profile") == "paper":
+        raise BadParameter("study", True, "False with profile = 'paper': the study is at pocket scale")
+    if values.get("dry_run") and values.get("profile") == "pocket":
+        raise BadParameter("dry_run", True, "False with profile = 'pocket', which is quick as it is")
+    run = Run(slug, SimpleNamespace(**values))
+    above = next(folder for folder in (run.out, *run.out.parents) if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):  # before an hour of training, not after it
+        raise BadParameter("out", str(run.out), "a folder that you may write to, or a new one in such a folder")
+    plan = pd.DataFrame(
+        [(n, "(empty)" if v == "" else str(v), rules[n]["help"]) for n, v in values.items()],
+        columns=["parameter", "value", "meaning"],
+    )
+    display(show_table(plan))
+    # JupyterLab runs a notebook in its own folder, the shell's commands (`companion fetch`) in the checkout's
+    below = run.root / values.get("data_root", "")
+    if values.get("data_root") and not Path(values["data_root"]).exists() and below.exists():
+        run.parameters.data_root = os.path.relpath(below)
+    return run
+
+
+class Run:
+    """The results of one notebook run, written below `out` as they come. Made by `start`."""
+
+    def __init__(self, slug: str, parameters: SimpleNamespace):
+        self.slug, self.parameters = slug, parameters
+        profile = getattr(parameters, "profile", "pocket")
+        given = getattr(parameters, "out", "")
+        self.root = record.root()
+        base = self.root if Path.cwd().is_relative_to(self.root) else Path.cwd()
+        self.out = base / (given or Path("runs") / profile / slug)
+        self.claims: dict[str, dict] = {}
+        self._files: list[Path] = []
+        self._began = time.monotonic()
+
+    def table(self, name: str, frame: pd.DataFrame, digits: int = 2, title: str = "") -> HTML:
+        """Write `tables/<name>.csv` and return the table to show."""
+        path = self.out / "tables" / f"{name}.csv"
+        with atomic(path) as temporary:
+            frame.to_csv(temporary, index=False)
+        self._files.append(path)
+        return show_table(frame, digits, title)
+
+    def figure(self, name: str, figure: Figure) -> None:
+        """Write `figures/<name>.png` and show it."""
+        drawn, buffer = io.BytesIO(), io.BytesIO()
+        figure.savefig(drawn, format="png")
+        plt.close(figure)
+        # no alpha channel and a better packing: a committed notebook has to count its bytes
+        picture = PIL.Image.open(drawn).convert("RGB")
+        picture.save(buffer, format="png", optimize=True)
+        shown = buffer
+        if buffer.tell() > PHOTOGRAPHIC:  # the file keeps all of them
+            shown = io.BytesIO()
+            few = picture.quantize(256, PIL.Image.Quantize.MAXCOVERAGE, kmeans=4, dither=PIL.Image.Dither.NONE)
+            few.save(shown, format="png", optimize=True)
+        path = self.out / "figures" / f"{name}.png"
+        with atomic(path) as temporary:
+            temporary.write_bytes(buffer.getvalue())
+        self._files.append(path)
+        display(Image(shown.getvalue()))
+
+    def study(self) -> Path:
+        """The folder of the study: this run's when it has one, else the one that is kept in `reports/pocket`."""
+        own = self.out
+        return own if (own / "study.csv").exists() else self.root / "reports" / "pocket" / self.slug
+
+    def claim(self, name: str, holds: bool | None, value: str, seeds: Iterable[int] = (), why: str = "") -> None:
+        """Enter a claim of the paper's YAML: whether it holds here (None: not run), what was measured, and why.
+
+        Raises:
+            BadParameter: no such claim.
+        """
+        known = [c["id"] for c in paper(self.slug).get("claims", [])]
+        if name not in known:
+            raise BadParameter("claim", name, known)
+        status = "not run" if holds is None else "holds" if holds else "fails"
+        self.claims[name] = {"status": status, "value": value, "seeds": list(seeds), "why": why}
+
+    def claims_from_study(self, rows: pd.DataFrame, why: Mapping[str, str] = {}) -> None:
+        """Judge every directional claim by the rows of an ablation, see `evaluation.claims.judge`.
+
+        `why` gives the reason, by claim, where one was found for a claim that fails.
+        """
+        for claim in paper(self.slug)["claims"]:
+            if claim["kind"] == "directional":
+                wins, value, seeds = judge(claim, rows)
+                self.claim(claim["id"], wins, value, seeds, "" if wins else why.get(claim["id"], ""))
+
+    def ledger(self) -> list[dict]:
+        """All claims of the paper with what this run says of each."""
+        blank = {"status": "not run", "value": "", "seeds": [], "why": ""}
+        claims = paper(self.slug).get("claims", []) if self.slug in slugs() else []
+        return [{k: c[k] for k in ("id", "text", "kind")} | self.claims.get(c["id"], blank) for c in claims]
+
+    def close(self) -> HTML:
+        """Write `claims.json` and `run.json`; return the ledger to show."""
+        ledger, given = self.ledger(), vars(self.parameters)
+        write_json(self.out / "claims.json", ledger)
+        self._files.append(self.out / "claims.json")
+        if (self.out / "measured.csv").exists():
+            self._files.append(self.out / "measured.csv")
+        notebook = self.root / "notebooks" / f"{self.slug}.ipynb"
+        facts = {
+            "slug": self.slug,
+            "profile": given.get("profile", "pocket"),
+            "parameters": {k: v for k, v in given.items() if k != "out"},
+            "seeds": [given["seed"]] if "seed" in given else [],
+            "versions": record.versions(),
+            "commit": record.commit(),
+            "code": code_hash([notebook, *sources(notebook)]) if notebook.exists() else "",
+            "device": record.device(),
+            "seconds": round(time.monotonic() - self._began, 1),
+            "peak_memory_mb": record.peak_memory_mb(),
+            "outputs": {str(p.relative_to(self.out)): sha256(p) for p in sorted(set(self._files))},
+        }
+        folder = self.study()
+        if (folder / "study.json").exists():
+            facts["study"] = {"sha256": sha256(folder / "study.csv"), "stale": stale(self.slug, folder)}
+        write_json(self.out / "run.json", facts)
+        rows = [
+            {
+                "claim": c["text"],
+                "kind": c["kind"],
+                "here": LOUD[c["status"]],
+                "measured": c["value"] + (f" — {c['why']}" if c["why"] else ""),
+                "seeds": ", ".join(map(str, c["seeds"])),
+            }
+            for c in ledger
+        ]
+        return show_table(pd.DataFrame(rows, columns=["claim", "kind", "here", "measured", "seeds"]))

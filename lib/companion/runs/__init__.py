@@ -1,1 +1,0 @@
-"""What a notebook runs live, at pocket and at paper scale: data, models, published settings, one file a paper."""

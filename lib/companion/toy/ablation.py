@@ -1,0 +1,209 @@
+"""A study: what a paper's directional claims are judged by.
+
+Every method gets its learning rate from one grid, chosen on validation pictures, and is then trained on all training
+pictures and tested once a seed. Rows are kept in a CSV as they come, so that a study that was stopped goes on where it
+was; a record beside it says which code, versions and machine made them.
+
+A module of `toy.ablations` describes one: its METHODS, TASKS (task -> the methods run on it), RATES, SEEDS and
+SELECTION_SEED, `prepare(root)` that writes the data, and `train(method, task, rate, seed, root, split)` that returns a
+row with its METRIC in percent ("accuracy" unless the module says otherwise), the "loss", and whatever else is measured.
+Methods in its UNTRAINED have nothing to choose: they are tested only, with rate 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import multiprocessing
+import os
+import platform
+import random
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from pathlib import Path
+from types import ModuleType
+
+import pandas as pd
+import torch
+
+from ..errors import BadParameter, CompanionError
+from ..evaluation.ablations import KEYS, frame, read, selected
+from ..ops.files import atomic, read_json, write_json
+from ..ops.progress import progress
+from ..ops.provenance import code_hash, sources
+from ..ops.record import versions
+
+RECHECKED = 3  # rows run again when the code has changed since they were made
+
+
+def run(
+    paper: str,
+    folder: str | Path,
+    root: str | Path,
+    workers: int | None = None,
+    seeds: Sequence[int] | None = None,
+    start: str | Path | None = None,
+) -> pd.DataFrame:
+    """Run or finish the study of `paper`; write `folder`/study.csv and study.json; return its rows.
+
+    Args:
+        root: where the pocket pictures are written.
+        workers: processes, each on one thread; all cores by default.
+        seeds: those to test; all by default, none for the choice of learning rates alone.
+        start: folder of a study whose choice of learning rates is taken over.
+
+    Raises:
+        BadParameter: the rows of the file are not what today's code gives: move it away to start anew.
+    """
+    module = importlib.import_module(f"companion.toy.ablations.{paper}")
+    workers = workers or os.cpu_count() or 1
+    folder = Path(folder)
+    if start and not (folder / "study.csv").exists():
+        read(start)
+        for name in ("study.csv", "study.json"):
+            with atomic(folder / name) as temporary:
+                shutil.copyfile(Path(start) / name, temporary)
+    record = folder / "study.json"
+    code = code_hash(sources(module.__file__))
+    module.prepare(root)
+    pairs = [(task, method) for task, methods in module.TASKS.items() for method in methods]
+    untrained, metric = getattr(module, "UNTRAINED", ()), getattr(module, "METRIC", "accuracy")
+    rows: list[dict] = []
+    if (folder / "study.csv").exists():
+        rows = [row for row in read(folder).to_dict("records") if (row["task"], row["method"]) in pairs]
+    facts = _facts(paper, module, module.SEEDS if seeds is None else list(seeds)) | {"workers": workers}
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _quiet) as pool:
+        if rows and read_json(record).get("code") != code:
+            _recheck(pool, paper, rows, root, folder, metric)
+        for stage in ("select", "test"):
+            if stage == "select":
+                trained = [(t, m) for t, m in pairs if m not in untrained]
+                jobs = [(t, m, rate, module.SELECTION_SEED) for rate in module.RATES for t, m in trained]
+            else:
+                best = {pair: 0.0 for pair in pairs} | selected(frame(rows, metric))
+                # a larger grid may choose another rate than the one that was tested
+                chosen = {(*pair, rate) for pair, rate in best.items()}
+                rows = [r for r in rows if r["stage"] == "select" or (r["task"], r["method"], r["rate"]) in chosen]
+                jobs = [(t, m, best[t, m], seed) for seed in facts["seeds"] for t, m in pairs]
+            done = {tuple(row[k] for k in KEYS[1:]) for row in rows if row["stage"] == stage}
+            todo = [job for job in jobs if job not in done]
+            futures = {pool.submit(_job, paper, stage, *job, str(root)) for job in todo}
+            text = "choosing learning rates" if stage == "select" else "training and testing"
+            for future in progress(as_completed(futures), text, len(jobs), len(jobs) - len(todo)):
+                rows.append(future.result())
+                write_json(record, facts)
+                _write(folder / "study.csv", rows)
+    write_json(record, facts | {"seconds_of_cpu": round(sum(row["seconds"] for row in rows))})
+    return read(folder)
+
+
+def merge(paper: str, parts: Sequence[str | Path], folder: str | Path) -> pd.DataFrame:
+    """Write to `folder` the study whose seeds were run apart, each in one of the folders `parts`; return its rows.
+
+    Raises:
+        BadParameter: a part is of other code than today's, or rows are missing.
+    """
+    module = importlib.import_module(f"companion.toy.ablations.{paper}")
+    facts = _facts(paper, module, module.SEEDS)
+    rows: dict[tuple, dict] = {}
+    for part in parts:
+        new = read(part)
+        if read_json(Path(part) / "study.json").get("code") != facts["code"]:
+            raise BadParameter("part of a study", str(part), "one that today's code made")
+        rows |= {tuple(row[k] for k in KEYS): row for row in new.to_dict("records")}
+    pairs = {(task, method, seed) for task in module.TASKS for method in module.TASKS[task] for seed in module.SEEDS}
+    if lacking := sorted(pairs - {(t, m, seed) for stage, t, m, _, seed in rows if stage == "test"}):
+        raise BadParameter("parts of a study", list(map(str, parts)), f"parts that hold all tests; missing: {lacking}")
+    seconds = round(sum(row["seconds"] for row in rows.values()))
+    _write(Path(folder) / "study.csv", list(rows.values()))
+    write_json(Path(folder) / "study.json", facts | {"workers": len(parts), "seconds_of_cpu": seconds})
+    return read(folder)
+
+
+def _facts(paper: str, module: ModuleType, seeds: list[int]) -> dict:
+    """The record of a study."""
+    return {
+        "paper": paper,
+        "code": code_hash(sources(module.__file__)),
+        "rates": module.RATES,
+        "seeds": seeds,
+        "selection_seed": module.SELECTION_SEED,
+        "methods": list(module.METHODS),
+        "tasks": module.TASKS,
+        "metric": getattr(module, "METRIC", "accuracy"),
+        "versions": versions(),
+        "machine": platform.machine(),
+        "threads_each": 1,
+    }
+
+
+def _quiet() -> None:
+    """A worker has one thread, leaves it to the study to show progress, and ends when the study is killed."""
+    torch.set_num_threads(1)
+    os.environ["COMPANION_PROGRESS"] = "off"
+    threading.Thread(target=_end_with_study, daemon=True).start()
+
+
+def _end_with_study() -> None:
+    """Otherwise a worker would train on what is queued, and then wait for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _recheck(pool: Executor, paper: str, rows: list[dict], root: str | Path, folder: Path, metric: str) -> None:
+    """Rows of other code are kept when some of them, drawn at random and run again, come out the same."""
+    drawn = random.sample(rows, min(RECHECKED, len(rows)))
+    futures = [pool.submit(_job, paper, *(row[k] for k in KEYS), str(root)) for row in drawn]
+    for row, future in zip(drawn, futures, strict=True):
+        again = future.result()
+        if again[metric] != row[metric] or again["loss"] != row["loss"]:
+            what = f"{row['stage']} of {row['method']} on {row['task']}: {again[metric]}, not {row[metric]}"
+            accepted = f"rows that today's code gives too ({what}); move it away to start anew"
+            raise BadParameter("study", str(folder / "study.csv"), accepted)
+
+
+def _job(paper: str, stage: str, task: str, method: str, rate: float, seed: int, root: str) -> dict:
+    start = time.process_time()
+    module = importlib.import_module(f"companion.toy.ablations.{paper}")
+    result = module.train(method, task, rate, seed, root, "select" if stage == "select" else "test")
+    row = {"stage": stage, "task": task, "method": method, "rate": rate, "seed": seed}
+    return row | result | {"seconds": round(time.process_time() - start, 1)}
+
+
+def _write(path: Path, rows: list[dict]) -> None:
+    table = pd.DataFrame(rows).sort_values(KEYS, kind="stable")
+    with atomic(path) as temporary:
+        table.to_csv(temporary, index=False)
+
+
+def main(words: list[str] | None = None) -> int:
+    """`python -m companion.toy.ablation PAPER FOLDER`: a study, a part of it, or its parts merged (`make study`)."""
+    parser = argparse.ArgumentParser(prog="companion.toy.ablation", description=main.__doc__)
+    parser.add_argument("paper")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--data", type=Path, help="where the pocket pictures are written (default: FOLDER/data)")
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--seeds", type=int, nargs="*", help="those to test; none for learning rates alone")
+    parser.add_argument("--start", type=Path, help="folder of the study whose learning rates are taken over")
+    parser.add_argument("--merge", type=Path, nargs="+", help="folders of the parts, instead of running anything")
+    given = parser.parse_args(words)
+    known = sorted(p.stem for p in (Path(__file__).parent / "ablations").glob("[a-z]*.py"))
+    try:
+        if given.paper not in known:
+            raise BadParameter("paper", given.paper, known)
+        if given.merge:
+            merge(given.paper, given.merge, given.folder)
+        else:
+            run(given.paper, given.folder, given.data or given.folder / "data", given.workers, given.seeds, given.start)
+    except CompanionError as error:
+        print(f"companion: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

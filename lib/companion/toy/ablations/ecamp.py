@@ -1,0 +1,304 @@
+"""ECAMP at pocket scale: the pre-trainings, and what the frozen encoder of each is worth to a probe and a segmenter.
+
+All encoders are the same small ViT, pre-trained on the same 2,000 chests and reports with the same optimiser, number of
+epochs and grid of learning rates. A rate is chosen by the probe with 50 labels on validation pictures, of a seed of
+its own, after whole trainings: after shorter ones, in which the words do not look yet, all prefer too small a rate.
+
+Measures are in percent. Those of the text side compare a model with itself: how much lower the loss on hidden words is
+with the right picture than with another one, and how much more of an entity's attention lies in the lesion's box than
+of the picture does.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from ...evaluation.metrics import radiology
+from ...models.ecamp import model as ecamp
+from ...models.ecamp.heads import MapDecoder, segmentation_loss
+from ...models.ecamp.text import Pairs, Vocabulary
+from ...training.fit import fit, predict
+from ..datasets import chests as pocket
+
+RATES = [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
+SEEDS = [0, 1, 2, 3, 4]
+SELECTION_SEED = 100
+METRIC = "AUROC 50"
+# 600 steps: with fewer the words have not yet learned to look. The published decay; warm-up over a tenth, cosine to the
+# end; AdamW's second beta is torch's 0.999
+RECIPE = {"epochs": 9.68, "batch": 32, "weight_decay": 0.05, "accelerator": "cpu"}
+LENGTH, PATCHES, WINDOW = 20, 64, 6
+
+# the model's arguments, and those of the data side
+METHODS: dict[str, tuple[dict, dict]] = {
+    "raw pixels": ({}, {}),
+    "random init": ({}, {}),
+    "MIM only": ({"text": False, "super_resolution": False}, {}),
+    "MRM-like": (
+        {"fusion": "pooled", "super_resolution": False},
+        {"masking": "mrm", "rebalance": False, "splice_share": 0.0},
+    ),
+    "ECAMP": ({}, {}),
+    "ECAMP, no super-resolution": ({"super_resolution": False}, {}),
+    "ECAMP, no re-balancing": ({}, {"rebalance": False}),
+    "ECAMP, no distillation": ({}, {"splice_share": 0.0}),
+    "ECAMP, descriptors hidden": ({}, {"masking": "intended"}),
+}
+UNTRAINED = ("raw pixels", "random init")
+TASKS = {"chests": list(METHODS)}
+
+PROBES = {50: 10, 200: 5, 1500: 1}  # labels: how many draws of them the mean is over
+PROBE_C = 0.05  # of the logistic regression
+SEGMENT = {"epochs": 10, "batch": 32, "lr": 3e-3, "weight_decay": 0.05, "accelerator": "cpu"}
+SEGMENT_ON = 500  # masks
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def prepare(root: str | Path) -> None:
+    """Write the chests of every seed: each seed has its own, so that the spread holds their chance too."""
+    for seed in (SELECTION_SEED, *SEEDS):
+        pocket.write(folder(root, seed), seed)
+
+
+def folder(root: str | Path, seed: int) -> Path:
+    """The data root of a seed."""
+    return Path(root) / f"seed{seed}"
+
+
+@functools.lru_cache(maxsize=3)
+def part(root: str, seed: int, split: str) -> pocket.Part:
+    """A split, in memory."""
+    return pocket.read(folder(root, seed), split)
+
+
+def vocabulary(root: str | Path, seed: int) -> Vocabulary:
+    """The words of a seed's training reports, with ECAMP's list of entities."""
+    return Vocabulary.read(folder(root, seed) / "pocket" / "chests" / "wordpiece.json")
+
+
+def pairs(method: str, root: str, seed: int) -> Pairs:
+    """The training pictures and reports as a method is given them."""
+    data = part(str(root), seed, "train")
+    options = {"patches": PATCHES, "length": LENGTH, "window": WINDOW, "statements": data.distilled}
+    return Pairs(colours(data.images), data.reports, vocabulary(root, seed), **(options | METHODS[method][1]))
+
+
+def colours(images: Tensor) -> Tensor:
+    """Grey pictures (n, 1, H, W) as three equal channels, no copies."""
+    return images.expand(-1, 3, -1, -1)
+
+
+# --- pre-training -----------------------------------------------------------------------------------------------------
+
+
+def build(method: str, seed: int, words: int) -> ecamp.ECAMP:
+    """The model of a method for a vocabulary of `words`, with what it has of the weights drawn for the whole ECAMP."""
+    torch.manual_seed(seed)
+    whole = ecamp.build("pocket", words=words)
+    if not (options := METHODS[method][0]):
+        return whole
+    model = ecamp.build("pocket", words=words, **options)
+    own = model.state_dict()
+    model.load_state_dict({name: t for name, t in whole.state_dict().items() if name in own}, strict=False)
+    return model
+
+
+def train_model(
+    model: ecamp.ECAMP, data: Pairs, rate: float, seed: int, terms: list[list[float]] | None = None, **options
+) -> list[dict]:
+    """Pre-train `model` in place; return its history. `terms` receives the four losses of every step."""
+
+    def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        found = model(ecamp.Batch(*batch))
+        if terms is not None:
+            terms.append([float(value.detach()) for value in found])
+        return found.total
+
+    return fit(model, loss, data, **(RECIPE | {"lr": rate, "seed": seed, "name": "pre-training"} | options))
+
+
+def train(method: str, task: str, rate: float, seed: int, root: str, split: str = "test", **options) -> dict:
+    """Pre-train one method, if it has anything to train, and measure it.
+
+    `split` "select": measured on the 400 pictures of validation by the probes alone; "test": by everything on 800
+    others. `options` go to `fit`. Returns a row.
+    """
+    held_out = part(str(root), seed, "val" if split == "select" else "test")
+    known = vocabulary(root, seed)
+    model, last = build(method, seed, len(known)), 0.0
+    if method not in UNTRAINED:
+        history = train_model(model, pairs(method, root, seed), rate, seed, **options)
+        last = round(sum(row["loss"] for row in history[-20:]) / 20, 4)
+    found = probes(method, model, part(str(root), seed, "train"), held_out)
+    if split == "test" and method != "raw pixels":
+        found["Dice"] = dice(model, part(str(root), seed, "train"), held_out, seed)
+        found |= words(model, held_out, known) | lesion_share(model, held_out, known)
+    return {name: round(value, 2) for name, value in found.items()} | {"loss": last}
+
+
+# --- what the encoder is worth ----------------------------------------------------------------------------------------
+
+
+class _Tokens(nn.Module):
+    """The patch tokens (b, N, D) of whole pictures (b, 3, 2 S, 2 S)."""
+
+    def __init__(self, model: ecamp.ECAMP):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.encode(ecamp.shrink(images))[:, 1:]
+
+
+def tokens(model: ecamp.ECAMP, images: Tensor) -> Tensor:
+    """The patch tokens (n, N, D) of grey pictures (n, 1, 2 S, 2 S), nothing hidden, after the encoder's norm."""
+    return predict(_Tokens(model), TensorDataset(colours(images)), accelerator="cpu")
+
+
+def features(method: str, model: ecamp.ECAMP, images: Tensor) -> Tensor:
+    """What a probe reads: the mean patch token; of "raw pixels" the grey values, averaged over 4 x 4."""
+    return F.avg_pool2d(images, 4).flatten(1) if method == "raw pixels" else tokens(model, images).mean(1)
+
+
+def probes(method: str, model: ecamp.ECAMP, train: pocket.Part, test: pocket.Part) -> dict[str, float]:
+    """ "AUROC 50", "AUROC 200" and "AUROC 1500": of a logistic regression on frozen features with so many labels.
+
+    Each is the mean over the findings of one against the rest, and over draws of labels that share no picture.
+    """
+    known, asked = (features(method, model, p.images) for p in (train, test))
+    mean, deviation = known.mean(0), known.std(0)
+    known, asked = (((x - mean) / deviation).numpy() for x in (known, asked))
+    classes, truth = train.labels.argmax(1).numpy(), test.labels.numpy()
+    found = {}
+    for labels, draws in PROBES.items():
+        areas = []
+        for i in range(draws):
+            own = slice(i * labels, (i + 1) * labels)
+            probe = LogisticRegression(C=PROBE_C, max_iter=2000).fit(known[own], classes[own])
+            areas.append(radiology.mean_auroc(truth, probe.predict_proba(asked)))
+        found[f"AUROC {labels}"] = float(np.mean(areas))
+    return found
+
+
+class Segmenter(MapDecoder):
+    """The published progressive decoder, without skip connections, at pocket size: tokens (b, 64, D) to (b, 1, 64, 64).
+
+    Three steps double the side; the tokens are computed once and read after the encoder's norm.
+    """
+
+    def __init__(self, width: int):
+        super().__init__(width, (32, 16, 8))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens.mT.unflatten(2, (8, 8)))
+
+
+def segmenter(model: ecamp.ECAMP, train: pocket.Part, seed: int) -> Segmenter:
+    """A decoder trained on the frozen tokens and masks of the first 500 training pictures."""
+    data = TensorDataset(tokens(model, train.images[:SEGMENT_ON]), train.masks[:SEGMENT_ON])
+    torch.manual_seed(seed)
+    found = Segmenter(data.tensors[0].shape[-1])
+    fit(found, lambda m, batch: segmentation_loss(m(batch[0]), batch[1]), data, seed=seed, name="segmenting", **SEGMENT)
+    return found
+
+
+def dice(model: ecamp.ECAMP, train: pocket.Part, test: pocket.Part, seed: int) -> float:
+    """Dice of the lesion at a threshold of 0.5, the mean over pictures, each of which has one; in percent."""
+    logits = predict(segmenter(model, train, seed), TensorDataset(tokens(model, test.images)), accelerator="cpu")
+    return 100 * float(radiology.dice(logits.sigmoid(), test.masks).mean())
+
+
+# --- what the words know of the picture -------------------------------------------------------------------------------
+
+
+class Texts(NamedTuple):
+    """Reports as ids.
+
+    Attributes:
+        ids: (n, L).
+        attention: (n, L), 1, or 0 for padding.
+        side, finding: (n, L), True on the one word that names the side, and on the entity that is there.
+    """
+
+    ids: Tensor
+    attention: Tensor
+    side: Tensor
+    finding: Tensor
+
+
+def texts(reports: tuple[str, ...], words: Vocabulary) -> Texts:
+    """The reports of the pocket chests as the model reads them."""
+    ids = torch.from_numpy(np.stack([words.encode(report, LENGTH) for report in reports]))
+    sides = torch.tensor([words.tokenizer.token_to_id(side) for side in pocket.SIDES])
+    side = torch.isin(ids, sides)
+    return Texts(ids, (ids != words.pad).long(), side, side.roll(1, 1))  # the finding comes after its side
+
+
+@torch.inference_mode()
+def word_losses(model: ecamp.ECAMP, data: pocket.Part, words: Vocabulary) -> dict[str, Tensor]:
+    """Cross-entropies (n,) of the hidden side and the hidden finding of each report, both hidden at once.
+
+    "side, right", "side, other", "finding, right", "finding, other": with the report's own picture, nothing of it
+    hidden, and with that of the report before it.
+    """
+    read = texts(data.reports, words)
+    hidden = read.ids.masked_fill(read.side | read.finding, words.mask)
+    z = model.project(tokens(model, data.images))
+    found = {}
+    for picture, seen in (("right", z), ("other", z.roll(1, 0))):
+        rows = zip(hidden.split(200), read.attention.split(200), seen.split(200), strict=True)
+        logits = torch.cat([model.text(*row) for row in rows])
+        for name, place in (("side", read.side), ("finding", read.finding)):
+            found[f"{name}, {picture}"] = F.cross_entropy(logits[place], read.ids[place], reduction="none")
+    return found
+
+
+def words(model: ecamp.ECAMP, data: pocket.Part, vocabulary: Vocabulary) -> dict[str, float]:
+    """Means of `word_losses` in hundredths of a nat, and "side gain", "finding gain": by how many percent the loss with
+    the right picture is below that with another; nothing for a model without text."""
+    if model.text is None:
+        return {}
+    means = {name: 100 * float(losses.mean()) for name, losses in word_losses(model, data, vocabulary).items()}
+    gains = {f"{n} gain": 100 * (1 - means[f"{n}, right"] / means[f"{n}, other"]) for n in ("side", "finding")}
+    return means | gains
+
+
+def cells(boxes: Tensor) -> Tensor:
+    """How much of each of the 8 x 8 patches lies in a box (n, 4): (n, 64), each 0 to 1."""
+    edge = torch.arange(pocket.SIZE)
+    columns, rows = ((edge >= boxes[:, i, None]) & (edge < boxes[:, i + 2, None]) for i in (0, 1))
+    return F.avg_pool2d((rows[:, None, :, None] & columns[:, None, None]).float(), pocket.SIZE // 8).flatten(1)
+
+
+def looks(model: ecamp.ECAMP, data: pocket.Part, vocabulary: Vocabulary, hide: bool = False) -> Tensor:
+    """Where the finding's word looks, heads averaged: (n, 64), patches in raster order; `hide`: the word is [MASK]."""
+    read = texts(data.reports, vocabulary)
+    ids = read.ids.masked_fill(read.finding, vocabulary.mask) if hide else read.ids
+    rows = zip(data.images.split(100), ids.split(100), read.attention.split(100), strict=True)
+    maps = [model.attention(ecamp.shrink(colours(i)), w, a).mean(1) for i, w, a in rows]
+    return torch.cat(maps)[read.finding]
+
+
+def lesion_share(model: ecamp.ECAMP, data: pocket.Part, vocabulary: Vocabulary) -> dict[str, float]:
+    """How much of the finding's attention lies in the lesion's box, the box's share of the picture, and the first less
+    the second; with the word hidden too. Nothing for a model whose words do not attend to patches."""
+    if model.text is None or model.fusion not in ("both", "patch"):
+        return {}
+    inside = cells(data.boxes)
+    area = 100 * float(inside.mean())
+    found = {"box area": area}
+    for name, hide in (("", False), (", hidden", True)):
+        share = 100 * float((looks(model, data, vocabulary, hide) * inside).sum(1).mean())
+        found |= {f"attention in box{name}": share, f"attention lead{name}": share - area}
+    return found

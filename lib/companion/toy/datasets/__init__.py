@@ -1,0 +1,1 @@
+"""Small synthetic data sets, written in the layouts of the real ones."""

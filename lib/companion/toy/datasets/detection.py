@@ -1,0 +1,303 @@
+"""Small scenes of drawn things in places that tell which things to expect, 64x64 pixels, in COCO's layout.
+
+There are four places, each the cut of a photograph: a meadow (grass), a wall (brick), a path (gravel) and the night
+(stars). Each has four things of its own, coloured shapes: three of base classes, one of a novel class. A novel thing
+has the shape and nearly the hue of a base thing of the *next* place, as a tennis ball looks like an apple: alone it can
+hardly be told, its place tells it. Seven of eight things are where they belong, the others are anywhere.
+
+A thing is plain, or hard: small, blurred, faded, and half of the hard ones stand behind a post. Four of five novel
+things are hard, one of three base things.
+
+    <root>/pocket/detection/
+        annotations/instances_train.json  instances_val.json  instances_test.json
+        train/000001.png ...  val/...  test/...
+
+The annotations are COCO's; those of training keep the boxes of base classes only, and all pictures, as the split of
+OV-COCO has it. Two fields are ours: "place" of a picture, and "look" of an annotation, "plain", "hard" or "hidden".
+
+Backgrounds and surfaces of training, validation and test are cut from tiles of their own, as in `scenes`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from skimage.color import hsv2rgb
+
+from ...errors import BadParameter, CompanionError
+from ...ops.files import atomic_folder, read_json, write_json
+from .scenes import SPLITS, cut, photograph, quantise, tiles
+
+SIDE = 64  # of every picture, in pixels
+COUNTS = {"train": 900, "val": 200, "test": 300}
+LOOKS = ("plain", "hard", "hidden")
+PLACES = {"meadow": "grass", "wall": "brick", "path": "gravel", "night": "stars"}
+"""The places and the photographs that show them."""
+
+VERSION = 1  # raised when a change of this file or of scenes.py changes the pictures
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A class: where it belongs, and how it looks. `like` names the base class that a novel one is mistaken for."""
+
+    name: str
+    place: str
+    shape: str
+    hue: float
+    like: str = ""
+
+
+def _things() -> tuple[Thing, ...]:
+    base = {
+        "meadow": {"apple": "disc", "tent": "triangle", "daisy": "cross"},
+        "wall": {"lamp": "disc", "sign": "square", "hook": "cross"},
+        "path": {"pebble": "disc", "cone": "triangle", "crate": "square"},
+        "night": {"moon": "disc", "rocket": "triangle", "star": "cross"},
+    }
+    known, number = {}, 0
+    for place, shapes in base.items():
+        for name, shape in shapes.items():
+            # steps of the golden ratio: any few neighbours in the list are far apart in hue
+            known[name] = Thing(name, place, shape, number * 0.618034 % 1)
+            number += 1
+    novel = {
+        "ball": ("meadow", "lamp"),
+        "tile": ("wall", "crate"),
+        "flag": ("path", "rocket"),
+        "flare": ("night", "daisy"),
+    }
+    for name, (place, like) in novel.items():
+        known[name] = Thing(name, place, known[like].shape, (known[like].hue + 0.03) % 1, like)
+    return tuple(known.values())
+
+
+THINGS = _things()
+"""The 16 classes: the 12 of base, then the four novel ones. COCO's category ids are 1 to 16 in this order."""
+
+CLASSES = tuple(thing.name for thing in THINGS)
+NOVEL = tuple(index for index, thing in enumerate(THINGS) if thing.like)
+BASE = tuple(index for index, thing in enumerate(THINGS) if not thing.like)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture.
+
+    Attributes:
+        image: (64, 64, 3) uint8.
+        place: one of `PLACES`.
+        labels: the classes of its n things, indices of `CLASSES`.
+        boxes: (n, 4) x, y, w, h in pixels, of the whole thing, also where a post hides a part of it.
+        looks: of each thing, one of `LOOKS`.
+    """
+
+    image: np.ndarray
+    place: str
+    labels: tuple[int, ...]
+    boxes: np.ndarray
+    looks: tuple[str, ...]
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def backdrop(rng: np.random.Generator, place: str, split: str) -> np.ndarray:
+    """A window (64, 64, 3) in [0, 1] of one tile of `split` of the place's photograph, lower in contrast, tinted.
+
+    Raises `BadParameter` for an unknown place or split.
+    """
+    if place not in PLACES:
+        raise BadParameter("place", place, list(PLACES))
+    places = tiles(PLACES[place], split)
+    left, top, right, bottom = places[rng.integers(len(places))]
+    side = int(rng.integers(SIDE, min(right - left, bottom - top) + 1))
+    x, y = int(rng.integers(left, right - side + 1)), int(rng.integers(top, bottom - side + 1))
+    # cropped before it is scaled: a resampling filter must not reach into the neighbouring tile
+    window = Image.fromarray(photograph(PLACES[place])[y : y + side, x : x + side])
+    pixels = np.asarray(window.resize((SIDE, SIDE), Image.Resampling.BILINEAR), dtype=float).mean(-1) / 255
+    if rng.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    # the same mean and deviation everywhere, and no colour but a random tint: the texture alone tells the place
+    pixels = (pixels - pixels.mean()) / (pixels.std() + 1e-3)
+    tint = hsv2rgb(np.array([rng.random(), rng.uniform(0, 0.25), 1.0]))
+    return (rng.uniform(0.35, 0.6) + rng.uniform(0.08, 0.14) * np.clip(pixels, -2.5, 2.5))[..., None] * tint
+
+
+def coverage(shape: str, centre: tuple[float, float], radius: float) -> np.ndarray:
+    """How much of each pixel an upright shape covers, (64, 64) in [0, 1]; it reaches `radius` to every side.
+
+    Raises `BadParameter` for an unknown shape.
+    """
+    rows, columns = np.ogrid[:SIDE, :SIDE]
+    u, v = columns + 0.5 - centre[0], rows + 0.5 - centre[1]
+    wide, high, arm = abs(u) - radius, abs(v) - radius, 0.34 * radius
+    distance = {
+        "disc": lambda: np.hypot(u, v) - radius,
+        "square": lambda: np.maximum(wide, high),
+        # two slanted sides over a level one
+        "triangle": lambda: np.maximum((2 * abs(u) - v - radius) / np.sqrt(5), v - radius),
+        "cross": lambda: np.minimum(np.maximum(wide, abs(v) - arm), np.maximum(high, abs(u) - arm)),
+    }
+    if shape not in distance:
+        raise BadParameter("shape", shape, list(distance))
+    return np.clip(0.5 - distance[shape](), 0, 1)
+
+
+def _layout(rng: np.random.Generator, sides: list[float]) -> list[tuple[float, float]] | None:
+    """Centres for squares with these sides that lie in the picture and do not touch; None when they did not fit."""
+    placed: list[tuple[float, float]] = []
+    for number, side in enumerate(sides):
+        for _ in range(40):
+            x, y = rng.uniform(side / 2 + 1, SIDE - side / 2 - 1, 2)
+            apart = [max(abs(x - a), abs(y - b)) - (side + sides[i]) / 2 for i, (a, b) in enumerate(placed)]
+            if min(apart, default=9.0) >= 2:
+                placed.append((float(x), float(y)))
+                break
+        if len(placed) == number:
+            return None
+    return placed
+
+
+def _draw(
+    rng: np.random.Generator,
+    pixels: np.ndarray,
+    thing: Thing,
+    centre: tuple[float, float],
+    side: float,
+    look: str,
+    split: str,
+) -> np.ndarray:
+    """`pixels` with a thing on them."""
+    hard = look != "plain"
+    hue = (thing.hue + rng.uniform(-0.018, 0.018)) % 1
+    saturation, value = rng.uniform(0.75, 1), rng.uniform(0.7, 1)
+    if hard:
+        saturation *= rng.uniform(0.25, 0.5)
+    grain = cut(rng, PLACES[thing.place], split).pixels.mean(-1)
+    # the surface is a photograph too, of any place's: its light and dark on the thing's colour
+    grain = np.tile(grain - grain.mean(), (2, 2))[..., None]
+    surface = hsv2rgb(np.array([hue, saturation, value])) * (1 + rng.uniform(0, 0.4) * grain)
+    covered = coverage(thing.shape, centre, side / 2)
+    if hard:  # out of focus: its outline is soft, what is behind stays sharp
+        covered = gaussian_filter(covered, rng.uniform(0.8, 1.4))
+    pixels = pixels * (1 - covered[..., None]) + surface * covered[..., None]
+    if look == "hidden":
+        # a post before it, as grey as the picture, over a third of its width or so
+        wide = side * rng.uniform(0.25, 0.4)
+        left = centre[0] - side / 2 + rng.uniform(0.1, 0.9) * (side - wide)
+        columns = np.arange(SIDE)
+        post = np.clip(np.minimum(columns + 1, left + wide) - np.maximum(columns, left), 0, 1)
+        rows = np.clip(side / 2 + 3.5 - abs(columns + 0.5 - centre[1]), 0, 1)
+        mask = (rows[:, None] * post)[..., None]
+        pixels = pixels * (1 - mask) + rng.uniform(0.15, 0.85) * mask
+    return pixels
+
+
+def scene(rng: np.random.Generator, split: str, *, place: str = "", novel: bool = True, strays: float = 0.125) -> Scene:
+    """Draw one scene with two to four things.
+
+    Args:
+        rng: the only source of chance.
+        split: whose tiles everything is cut from.
+        place: one of `PLACES`; random when empty.
+        novel: whether things of novel classes may be on it.
+        strays: the share of things that are of any class, wherever they belong.
+
+    Raises:
+        BadParameter: for an unknown split or place.
+    """
+    if split not in SPLITS:
+        raise BadParameter("split", split, SPLITS)
+    place = place or list(PLACES)[rng.integers(len(PLACES))]
+    pixels = backdrop(rng, place, split)
+    allowed = BASE + NOVEL if novel else BASE
+    here = [index for index in allowed if THINGS[index].place == place]
+    centres = None
+    while centres is None:  # a crowd that does not fit is drawn anew
+        labels, looks, sides = [], [], []
+        for _ in range(int(rng.integers(2, 5))):
+            index = int(rng.choice(allowed if rng.random() < strays else here))
+            hard = rng.random() < (0.8 if index in NOVEL else 0.35)
+            labels.append(index)
+            looks.append(("hard", "hidden")[int(rng.random() < 0.5)] if hard else "plain")
+            sides.append(rng.uniform(8, 11) if hard else rng.uniform(13, 22))
+        centres = _layout(rng, sides)
+    for index, look, side, centre in zip(labels, looks, sides, centres, strict=True):
+        pixels = _draw(rng, pixels, THINGS[index], centre, side, look, split)
+    pixels = pixels + rng.normal(0, 0.02, pixels.shape)
+    boxes = np.array([(x - s / 2, y - s / 2, s, s) for (x, y), s in zip(centres, sides, strict=True)])
+    return Scene(quantise(pixels), place, tuple(labels), boxes, tuple(looks))
+
+
+def scenes(count: int, split: str, seed: int = 0, novel: bool = True) -> list[Scene]:
+    """`count` random scenes of a split; the same arguments give the same. Raises as `scene` does."""
+    rng = np.random.default_rng((seed, SPLITS.index(split) if split in SPLITS else 0, int(novel)))
+    return [scene(rng, split, novel=novel) for _ in range(count)]
+
+
+# --- on disk ----------------------------------------------------------------------------------------------------------
+
+
+def annotations(split: str, drawn: list[Scene]) -> dict:
+    """COCO's annotation file of a split, as a dict; of training, the novel classes' boxes are left out."""
+    images, boxes = [], []
+    for number, shown in enumerate(drawn, 1):
+        images.append(
+            {"id": number, "file_name": f"{number:06d}.png", "width": SIDE, "height": SIDE, "place": shown.place}
+        )
+        for index, box, look in zip(shown.labels, shown.boxes, shown.looks, strict=True):
+            if split == "train" and index in NOVEL:
+                continue
+            x, y, w, h = (round(float(value), 2) for value in box)
+            boxes.append(
+                {
+                    "id": len(boxes) + 1,
+                    "image_id": number,
+                    "category_id": index + 1,
+                    "bbox": [x, y, w, h],
+                    "area": round(w * h, 2),
+                    "iscrowd": 0,
+                    "look": look,
+                }
+            )
+    categories = [
+        {"id": index + 1, "name": thing.name, "supercategory": thing.place} for index, thing in enumerate(THINGS)
+    ]
+    return {"images": images, "annotations": boxes, "categories": categories}
+
+
+def write(root: str | Path, seed: int = 0) -> Path:
+    """Write the scenes into `<root>/pocket/detection`, unless they are there, and return that folder.
+
+    The same seed gives the same files.
+    """
+    folder = Path(root) / "pocket" / "detection"
+    record = {"seed": seed, "version": VERSION, "counts": COUNTS, "classes": list(CLASSES)}
+    if _finished(folder, record):
+        return folder
+    # in a folder beside it first: a reader never meets half a data set
+    with atomic_folder(folder) as new:
+        for split, count in COUNTS.items():
+            drawn = scenes(count, split, seed)
+            (new / split).mkdir(parents=True)
+            found = annotations(split, drawn)
+            for entry, shown in zip(found["images"], drawn, strict=True):
+                Image.fromarray(shown.image).save(new / split / entry["file_name"])
+            write_json(new / "annotations" / f"instances_{split}.json", found)
+        write_json(new / "detection.json", record)
+    return folder
+
+
+def _finished(folder: Path, record: dict) -> bool:
+    """Whether `folder` holds the whole data set, made by this version and seed."""
+    try:
+        whole = all(len(list((folder / split).glob("*.png"))) == count for split, count in COUNTS.items())
+        whole &= all((folder / "annotations" / f"instances_{split}.json").is_file() for split in COUNTS)
+        return whole and read_json(folder / "detection.json") == record
+    except (OSError, CompanionError):
+        return False

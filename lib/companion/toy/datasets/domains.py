@@ -1,0 +1,199 @@
+"""Two small domains, a "remote" and a "medical" one, whose pictures come from two sensors that CLIP cannot tell apart.
+
+    <root>/<domain>/split.json  images/<class>/<split>-<number>.png  sensors.json
+
+A picture is a drawn object on a grey cut of a photograph: seen from above in "remote", of tissue and retina in
+"medical". Each comes from one of two sensors, at random. A sensor has two properties:
+
+* how it shows colour: the first as it is, the second turned half round the colour circle (remote: a false-colour
+  composite) or as a negative (medical). What is red looks cyan in either. So the words of the class names are right for
+  one half of the pictures and wrong for the other, and no fixed prompt can be right for both.
+* its fixed pattern of lines, in a direction of its own and always at the same place, as the fixed-pattern noise of
+  real sensors is. The pocket CLIP was trained to name objects whatever is behind them, and its feature does not hold
+  the pattern; a model that learns to fill in pictures of the domain must know it.
+
+So a domain model has something to tell that CLIP does not know and that is as true of new classes: this is what DPLQ's
+mechanism needs to win anything, and the world was built to have it. A pattern that never moves is no riddle, though: an
+untrained network's feature holds it too, only less loudly (`domain_mae.measure`), and the study has that control. Base
+and novel classes are combinations of the same words: every one of them is seen in training, in other company.
+
+`data.domains.own_folder` reads a domain, `data.fewshot.base_to_novel` takes its first half of classes as base.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from skimage.color import hsv2rgb, rgb2hsv
+
+from ...errors import BadParameter, CompanionError
+from ...ops.files import atomic_folder, read_json, write_json
+from .scenes import HUES, PLACES, SHAPES, SIZE, SPLITS, canvas, coverage, cut, quantise
+
+EACH = {"train": 16, "val": 20, "test": 40}  # pictures of each class
+AMPLITUDE, PERIOD = 0.12, 8  # of the sensors' lines: of the range of pixels; in pixels
+VERSION = 1  # raised when a change of this file or of scenes.py changes the pictures
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A domain.
+
+    Attributes:
+        photographs: whose cuts are the backgrounds.
+        words: what classes combine with a hue: shapes, or places.
+        name: from a hue and a word to the name of the class, as a caption would say it.
+        second: how the second sensor shows colours, (32, 32, 3) in [0, 1] to the same.
+        lines: for each sensor the x and y component of the direction across its lines.
+    """
+
+    photographs: tuple[str, ...]
+    words: tuple[str, ...]
+    name: Callable[[str, str], str]
+    second: Callable[[np.ndarray], np.ndarray]
+    lines: tuple[tuple[int, int], tuple[int, int]]
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The hue and the word of each class: first the base half, in which each occurs with half of the others."""
+        pairs = [(h, w) for w in range(len(self.words)) for h in range(len(HUES))]
+        return [(HUES[h], self.words[w]) for h, w in sorted(pairs, key=lambda pair: sum(pair) % 2)]
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes by label."""
+        return [self.name(hue, word) for hue, word in self.pairs]
+
+
+def false_colour(pixels: np.ndarray) -> np.ndarray:
+    """Pixels (32, 32, 3) in [0, 1] with every hue turned half round the circle: red and cyan change places."""
+    hsv = rgb2hsv(pixels)
+    hsv[..., 0] = (hsv[..., 0] + 0.5) % 1
+    return hsv2rgb(hsv)
+
+
+def negative(pixels: np.ndarray) -> np.ndarray:
+    """Pixels (32, 32, 3) in [0, 1], light and dark exchanged in every channel."""
+    return 1 - pixels
+
+
+DOMAINS = {
+    "remote": Domain(("brick", "grass", "gravel", "moon"), SHAPES, "{} {}".format, false_colour, ((1, -1), (1, 1))),
+    "medical": Domain(
+        ("retina", "tissue"),
+        tuple(place for place in PLACES if place in ("top", "left", "right", "bottom")),
+        "{} object at the {}".format,
+        negative,
+        ((0, 1), (1, 0)),
+    ),
+}
+
+
+def _domain(name: str) -> Domain:
+    if name not in DOMAINS:
+        raise BadParameter("domain", name, list(DOMAINS))
+    return DOMAINS[name]
+
+
+def pattern(domain: str, sensor: int) -> np.ndarray:
+    """The lines of a sensor, (32, 32, 1) in -`AMPLITUDE`..`AMPLITUDE`. Raises `BadParameter`."""
+    lines = _domain(domain).lines
+    if sensor not in range(len(lines)):
+        raise BadParameter("sensor", sensor, list(range(len(lines))))
+    rows, columns = np.mgrid[:SIZE, :SIZE]
+    x, y = lines[sensor]
+    return AMPLITUDE * np.sin(2 * np.pi * (x * columns + y * rows) / PERIOD)[..., None]
+
+
+def picture(rng: np.random.Generator, domain: str, split: str, label: int, sensor: int) -> np.ndarray:
+    """One picture (32, 32, 3) uint8 of a class; background and surface are cut from tiles of `split`.
+
+    Raises `BadParameter` for an unknown domain, split or sensor.
+    """
+    world = _domain(domain)
+    lines = pattern(domain, sensor)
+    hue, word = world.pairs[label]
+    shape = word if word in SHAPES else SHAPES[rng.integers(len(SHAPES))]
+    radius, angle = rng.uniform(4, 7), rng.uniform(-0.3, 0.3)
+    centre = rng.uniform(6, SIZE - 6, 2)
+    if word in PLACES:
+        column, row = PLACES.index(word) % 3, PLACES.index(word) // 3
+        centre = (np.array([column, row]) + rng.uniform(0.2, 0.8, 2)) * SIZE / 3
+    covered = coverage(shape, tuple(centre), radius, angle)[..., None]
+
+    names = world.photographs
+    background = canvas(rng, split, (0.3, 0.7), names[rng.integers(len(names))]).pixels.mean(-1, keepdims=True)
+    # grey, and bright or dark by chance: neither the other colours nor a negative can be told by the background
+    background = background - background.mean() + rng.uniform(0.3, 0.7)
+    grain = cut(rng, names[rng.integers(len(names))], split).pixels.mean(-1, keepdims=True)
+    colour = np.array([(HUES.index(hue) + rng.uniform(-0.3, 0.3)) / 4 % 1, rng.uniform(0.7, 1), rng.uniform(0.6, 1)])
+    surface = hsv2rgb(colour) * (1 + rng.uniform(0, 0.6) * (grain - grain.mean()))
+    shown = np.clip(background * (1 - covered) + surface * covered, 0, 1)
+    if sensor:
+        shown = world.second(shown)
+    return quantise(shown + lines + rng.normal(0, 0.02, (SIZE, SIZE, 3)))
+
+
+def unlabelled(domain: str, count: int, split: str = "train", seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures (count, 32, 32, 3) uint8 of any class of a domain, and their sensors (count,), 0 or 1.
+
+    The sensors are for measuring; a model that is pre-trained on the pictures is not given them.
+    """
+    rng = _chance(f"unlabelled {domain}", split, seed)
+    sensors, labels = rng.integers(2, size=count), rng.integers(len(_domain(domain).classes), size=count)
+    pictures = [picture(rng, domain, split, *pair) for pair in zip(labels, sensors, strict=True)]
+    return np.stack(pictures), sensors
+
+
+def write(root: str | Path, domain: str, seed: int = 0) -> Path:
+    """Write a domain into `<root>/<domain>` and return that folder; a finished one is left alone.
+
+    The same seed gives the same files. Raises `BadParameter` for an unknown domain; nothing is written then.
+    """
+    world, folder = _domain(domain), Path(root) / domain
+    record = {"domain": domain, "seed": seed, "version": VERSION, "classes": world.classes, "each": EACH}
+    if _finished(folder, record):
+        return folder
+    # in a folder beside it first: a reader never meets half a domain
+    with atomic_folder(folder) as new:
+        listing: dict[str, list] = {split: [] for split in SPLITS}
+        sensors: dict[str, int] = {}
+        for split in SPLITS:
+            rng = _chance(domain, split, seed)
+            for label, title in enumerate(world.classes):
+                (new / "images" / title).mkdir(parents=True, exist_ok=True)
+                for index in range(EACH[split]):
+                    path, sensor = f"{title}/{split}-{index:03d}.png", int(rng.integers(2))
+                    Image.fromarray(picture(rng, domain, split, label, sensor)).save(new / "images" / path)
+                    listing[split].append([path, label, title])
+                    sensors[path] = sensor
+        write_json(new / "split.json", listing)
+        write_json(new / "sensors.json", sensors)
+        write_json(new / "domain.json", record)
+    return folder
+
+
+def _chance(what: str, split: str, seed: int) -> np.random.Generator:
+    return np.random.default_rng((seed, zlib.crc32(f"{what}/{split}".encode())))
+
+
+def _finished(folder: Path, record: dict) -> bool:
+    """Whether `folder` holds the whole domain, made by this version and seed, with every listed picture."""
+    try:
+        if read_json(folder / "domain.json") != record:
+            return False
+        listing, sensors = read_json(folder / "split.json"), read_json(folder / "sensors.json")
+        paths = [path for split in SPLITS for path, _, _ in listing[split]]
+        expected = len(record["classes"]) * sum(EACH.values())
+        return (
+            len(paths) == expected
+            and set(paths) == set(sensors)
+            and all((folder / "images" / path).stat().st_size for path in paths)
+        )
+    except (OSError, CompanionError, KeyError, TypeError, ValueError):
+        return False

@@ -1,0 +1,648 @@
+"""Small RGB-thermal videos of photographed things moving over photographs, written as LasHeR is laid out.
+
+    <root>/pocket/rgbt/
+        TrainingSet/<sequence>/visible/000000.jpg ...  infrared/000000.jpg ...  init.txt
+        TestingSet/<sequence>/visible/000000.jpg ...   infrared/000000.jpg ...  visible.txt  infrared.txt
+        TrainingSet|TestingSet/<sequence>/situation.txt
+        train.txt  val.txt  test.txt  attributes.txt  task.json
+
+* init.txt (the visible stream's boxes), visible.txt, infrared.txt: one row a frame, "x,y,w,h" in pixels with two
+  decimals; (x, y) is the box's top left corner, the picture's top left corner being (0, 0). The target is never absent.
+* situation.txt: one word a frame: clear, conjunction, dark, glare or crossover.
+* train.txt and val.txt name the sequences of TrainingSet that train and that validate, test.txt those of TestingSet:
+  one name a line.
+* attributes.txt: one line for each sequence, "name,attribute,attribute": the situations that occur in it, apart from
+  "clear".
+
+Every picture is 128x128 with three channels (equal ones in the infrared stream). A video shows three things of like
+size: the target and two distractors, cut from photographs, over another photograph that drifts slowly. No stream
+suffices, since a situation decides what each one shows:
+
+* clear: the three things differ in look (RGB) and the target differs from both others in temperature (thermal).
+* conjunction: one distractor has the target's look and another temperature, the other has the target's temperature and
+  another look: neither stream alone can tell the target from both.
+* dark, glare: the RGB picture is almost black, or washed out by a light; only the thermal one shows the things.
+* crossover: the things have the temperature of what is behind them; only the RGB picture shows them.
+
+A video starts well lit. Of the rest two thirds are conjunction or crossover and one third, the first, the middle or
+the last, is dark or glare (`KINDS`; every kind is equally frequent in each split). So the stream that can be trusted
+changes within each video, and over all videos RGB, thermal, and only both together are needed equally often.
+
+Nothing but look and temperature tells the target from the distractors: paths and sizes of the three things follow one
+law, and which of them is the target and which lies on top is left to chance.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from ...data.tracking import box_in_crop, crop
+from ...errors import BadParameter, CorruptFile, MissingData
+from ...ops.files import atomic_folder, write_json
+from .scenes import PHOTOGRAPHS, SPLITS, Cut, photograph, quantise, tiles
+
+CANVAS = 128  # side of every frame, in pixels
+OPENING, SEGMENT = 3, 7  # frames of the well-lit start and of each of the three segments that follow it
+FRAMES = OPENING + 3 * SEGMENT
+SEQUENCES = {"train": 60, "val": 12, "test": 24}
+SITUATIONS = ("clear", "conjunction", "dark", "glare", "crossover")
+# what rules two thirds of a video, what blinds the RGB stream in the other third, and which third that is
+KINDS = tuple(
+    (rule, blind, third) for rule in ("conjunction", "crossover") for blind in ("dark", "glare") for third in range(3)
+)
+SHAPES = ("disc", "square", "diamond", "blob")
+TEMPERATURES = {"cold": 0.15, "warm": 0.6, "hot": 0.95}
+MARGIN = 15  # the things' centres keep this far from the border, so that they stay inside
+APART = 18.0  # least distance between two centres: a thing is never hidden by another
+SPEED = 5.0  # greatest step of a centre, in pixels a frame
+VERSION = 1  # raised when a change of this file or of scenes.py changes the videos
+
+_PLATE = CANVAS + 32  # the background is larger than the frame, so that it can drift
+_SURFACE = 24  # side of a thing's surface in pixels, a little above the size at which it is drawn
+_FOLDERS = {"train": "TrainingSet", "val": "TrainingSet", "test": "TestingSet"}
+_ANNOTATIONS = {
+    "train": {"init.txt": "visible"},
+    "val": {"init.txt": "visible"},
+    "test": {"visible.txt": "visible", "infrared.txt": "infrared"},
+}
+_LISTS = {"train": ("train",), "val": ("val",), "trainval": ("train", "val"), "test": ("test",)}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An object without place or size.
+
+    Attributes:
+        cut: the photograph and the window of it that the surface shows.
+        surface: (24, 24, 3) float32, its colours in [0, 1].
+        shape: one of `SHAPES`.
+        bumps: amplitude and phase of the two waves in a blob's outline, (2, 2).
+        temperature: one of `TEMPERATURES`.
+        grain: (6, 6) float32, its own uneven warmth, added to the temperature.
+    """
+
+    cut: Cut
+    surface: np.ndarray
+    shape: str
+    bumps: np.ndarray
+    temperature: str
+    grain: np.ndarray
+
+
+@dataclass(frozen=True)
+class Video:
+    """Everything that a video is drawn from; T frames, three things of which `target` is the index of one.
+
+    Attributes:
+        name: of the sequence.
+        background: the photograph and the window of it behind the things, `pixels` (160, 160, 3) in [0, 1].
+        warmth: (160, 160) float32, the same seen by the thermal camera.
+        drift: (T, 2), the frame's corner (x, y) in the background.
+        things: the three things.
+        target: index of the target in `things`.
+        order: the indices of `things` in the order in which they are drawn.
+        centres, sizes: (T, 3, 2), (x, y) and (w, h) in pixels of the visible stream.
+        heat: (T, 3), the things' temperatures in [0, 1].
+        shift: (2,), how far (x, y) the infrared stream lies off the visible one, in pixels.
+        situation: T words.
+        dark, glare, crossover: (T,) in [0, 1], how far each has come in.
+    """
+
+    name: str
+    background: Cut
+    warmth: np.ndarray
+    drift: np.ndarray
+    things: tuple[Thing, Thing, Thing]
+    target: int
+    order: tuple[int, int, int]
+    centres: np.ndarray
+    sizes: np.ndarray
+    heat: np.ndarray
+    shift: np.ndarray
+    situation: tuple[str, ...]
+    dark: np.ndarray
+    glare: np.ndarray
+    crossover: np.ndarray
+
+    def boxes(self, stream: str = "visible", thing: int | None = None) -> np.ndarray:
+        """Boxes (T, 4) as x, y, w, h of a thing (the target unless given) in the "visible" or "infrared" stream."""
+        thing = self.target if thing is None else thing
+        centres = self.centres[:, thing] + (self.shift if stream == "infrared" else 0)
+        return np.concatenate([centres - self.sizes[:, thing] / 2, self.sizes[:, thing]], 1)
+
+
+# --- what a video is made of ------------------------------------------------------------------------------------------
+
+
+_tiles = functools.cache(tiles)
+
+
+def _window(rng: np.random.Generator, name: str, split: str, sides: tuple[float, float], size: int) -> Cut:
+    """A square window of one tile of a photograph, scaled to `size` pixels; `sides` is the range of its side."""
+    places = _tiles(name, split)
+    left, top, right, bottom = places[rng.integers(len(places))]
+    most = min(right - left, bottom - top)
+    side = int(min(rng.uniform(*sides), most))
+    x, y = int(rng.integers(left, right - side + 1)), int(rng.integers(top, bottom - side + 1))
+    # cropped before it is scaled: the filter must not reach into the neighbouring tile
+    window = np.ascontiguousarray(photograph(name)[y : y + side, x : x + side])
+    method = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
+    pixels = cv2.resize(window, (size, size), interpolation=method).astype(np.float32) / 255
+    return Cut(name, (x, y, x + side, y + side), pixels)
+
+
+def _things(rng: np.random.Generator, split: str, names: list[str]) -> list[Thing]:
+    """One thing for each photograph named; their hues lie about equally far apart, their temperatures are random."""
+    hues = rng.uniform() + np.arange(len(names)) / len(names) + rng.uniform(-0.07, 0.07, len(names))
+    things = []
+    for name, hue in zip(names, hues, strict=True):
+        # the more varied of two cuts, at a fixed contrast, in colours that are pushed towards the thing's own hue
+        cuts = [_window(rng, name, split, (32, 65), _SURFACE) for _ in range(2)]
+        taken = max(cuts, key=lambda each: float(cv2.meanStdDev(each.pixels)[1].sum()))
+        mean, spread = cv2.meanStdDev(taken.pixels)
+        colour = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.4, 0.75), rng.uniform(0.5, 0.85))
+        surface = np.float32(colour) + (taken.pixels - np.float32(mean[:, 0])) * np.float32(
+            0.2 / max(spread.mean(), 0.05)
+        )
+        things.append(
+            Thing(
+                cut=taken,
+                surface=np.clip(surface, 0, 1),
+                shape=SHAPES[rng.integers(len(SHAPES))],
+                bumps=np.array([rng.uniform(0.05, 0.16, 2), rng.uniform(0, 2 * np.pi, 2)]).T,
+                temperature=list(TEMPERATURES)[rng.integers(len(TEMPERATURES))],
+                grain=0.035 * rng.standard_normal((6, 6), np.float32),
+            )
+        )
+    return things
+
+
+def _other(rng: np.random.Generator, temperature: str) -> str:
+    """One of the temperatures that are not `temperature`."""
+    return [name for name in TEMPERATURES if name != temperature][rng.integers(len(TEMPERATURES) - 1)]
+
+
+def _cast(
+    rng: np.random.Generator, split: str, alike: bool
+) -> tuple[Cut, np.ndarray, tuple[Thing, Thing, Thing], int, str]:
+    """Background, its warmth, the three things, which of them is the target, and one spare temperature.
+
+    With `alike`, one distractor copies the target's look and the other its temperature; the spare temperature is what
+    the second has where it must differ. All three share a shape then, which both streams would show.
+    """
+    names = [str(name) for name in rng.choice(list(PHOTOGRAPHS), 4, replace=False)]
+    background, warmth = _background(rng, split, names[0])
+    target, first, second = _things(rng, split, names[1:])
+    first = replace(first, temperature=_other(rng, target.temperature))
+    spare = _other(rng, target.temperature)
+    if alike:
+        first = replace(first, cut=target.cut, surface=target.surface, shape=target.shape, bumps=target.bumps)
+        second = replace(
+            second, shape=target.shape, bumps=target.bumps, temperature=target.temperature, grain=target.grain
+        )
+    else:
+        second = replace(second, temperature=spare)
+    order = rng.permutation(3)
+    things = [(target, first, second)[index] for index in order]
+    return background, warmth, tuple(things), int(np.flatnonzero(order == 0)[0]), spare
+
+
+def _background(rng: np.random.Generator, split: str, name: str) -> tuple[Cut, np.ndarray]:
+    """Most of one tile of a photograph, paler and of lower contrast, and what a thermal camera sees of it."""
+    least = min(min(right - left, bottom - top) for left, top, right, bottom in _tiles(name, split))
+    taken = _window(rng, name, split, (0.7 * least, least + 1), _PLATE)
+    grey = cv2.cvtColor(taken.pixels, cv2.COLOR_RGB2GRAY)
+    middle = cv2.mean(grey)[0]
+    pixels = 0.6 * taken.pixels + (0.4 * grey)[..., None]
+    pixels = 0.25 + 0.4 * middle + np.float32(rng.uniform(0.5, 0.75)) * (pixels - middle)
+
+    # blurred at a quarter of the size, which is as good and faster
+    small = cv2.GaussianBlur(cv2.resize(grey, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA), (0, 0), 1.5)
+    mean, spread = cv2.meanStdDev(small)
+    small = np.clip((small - mean.item()) / max(spread.item(), 0.02), -2, 2)
+    warmth = cv2.resize(small, (_PLATE, _PLATE), interpolation=cv2.INTER_CUBIC)
+    warmth = np.float32(rng.uniform(0.35, 0.43)) + np.float32(0.03) * warmth
+    return replace(taken, pixels=np.float32(pixels)), np.float32(warmth)
+
+
+def _layouts(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Centres (count, 3, 2) of three things near each other, far enough apart, inside the frame."""
+    found = np.empty((0, 3, 2))
+    while len(found) < count:
+        middle = rng.uniform(MARGIN, CANVAS - MARGIN, (2 * count, 1, 2))
+        centres = middle + rng.uniform(-27, 27, (2 * count, 3, 2))
+        inside = ((centres >= MARGIN) & (centres <= CANVAS - MARGIN)).all((1, 2))
+        found = np.concatenate([found, centres[inside & (_nearest(centres) >= APART)]])
+    return found[:count]
+
+
+def _nearest(centres: np.ndarray) -> np.ndarray:
+    """The least distance between two of the three centres (..., 3, 2), as (...)."""
+    return np.linalg.norm(centres - np.roll(centres, 1, -2), axis=-1).min(-1)
+
+
+def _paths(rng: np.random.Generator) -> np.ndarray:
+    """Centres (T, 3, 2) of three things that wander as a loose group. All three follow the same law."""
+    tries = 16
+    while True:
+        at = _layouts(rng, tries)
+        angle = rng.uniform(0, 2 * np.pi, (tries, 3))
+        speed = rng.uniform(1, 4, (tries, 3, 1)) * np.stack([np.cos(angle), np.sin(angle)], -1)
+        path = [at]
+        for _ in range(FRAMES - 1):
+            gap = at[:, :, None] - at[:, None]
+            far = np.linalg.norm(gap, axis=-1, keepdims=True) + 1e-9
+            push = (gap / far * np.clip(2 - far / 18, 0, 1)).sum(2)
+            pull = 0.05 * (at.mean(1, keepdims=True) - at)
+            wall = 0.1 * (np.clip(MARGIN + 12 - at, 0, None) - np.clip(at - (CANVAS - MARGIN - 12), 0, None))
+            speed = 0.92 * speed + push + pull + wall + rng.normal(0, 0.7, speed.shape)
+            size = np.linalg.norm(speed, axis=-1, keepdims=True)
+            speed = speed * np.clip(size, 1.5, SPEED) / size
+            at = np.clip(at + speed, MARGIN, CANVAS - MARGIN)
+            path.append(at)
+        paths = np.stack(path, 1)
+        good = np.flatnonzero((_nearest(paths) >= APART).all(1))
+        if len(good):
+            return paths[good[0]]
+
+
+def _sizes(rng: np.random.Generator, frames: int) -> np.ndarray:
+    """Sizes (frames, 3, 2) of three things whose sides sqrt(w h), in 12 to 22 pixels, and aspects are much alike."""
+    side = np.log(rng.uniform(14.4, 18.3)) + rng.uniform(-0.06, 0.06, 3)
+    course = (1 - np.cos(np.pi * np.arange(frames) / (frames - 1))) / 2
+    side = side + rng.uniform(-0.12, 0.12, 3) * course[:, None]
+    aspect = rng.uniform(-0.25, 0.25) + rng.uniform(-0.05, 0.05, 3)
+    return np.exp(np.stack([side + aspect / 2, side - aspect / 2], -1))
+
+
+def _ramp(words: tuple[str, ...], word: str) -> np.ndarray:
+    """How far `word` has come in, (T,): 1 where it rules, rising and falling within two frames."""
+    rules = np.pad(np.array([name == word for name in words], float), 1, mode="edge")
+    return (rules[:-2] + rules[1:-1] + rules[2:]) / 3
+
+
+def plan(split: str, index: int, seed: int = 0) -> Video:
+    """All that is known of one video before it is drawn; its kind is `KINDS[index % 12]`.
+
+    Args:
+        split: "train", "val" or "test": whose tiles everything is cut from.
+        index: number of the video within its split.
+        seed: the same seed gives the same video.
+
+    Raises:
+        BadParameter: for an unknown split.
+    """
+    if split not in SPLITS:
+        raise BadParameter("split", split, SPLITS)
+    rng = np.random.default_rng((seed, SPLITS.index(split), index))
+    rule, blind, third = KINDS[index % len(KINDS)]
+    segments = [blind if number == third else rule for number in range(3)]
+    opening = "conjunction" if rule == "conjunction" else "clear"
+    situation = (opening,) * OPENING + tuple(word for word in segments for _ in range(SEGMENT))
+
+    background, warmth, things, target, spare = _cast(rng, split, alike=rule == "conjunction")
+    heat = np.tile([TEMPERATURES[thing.temperature] for thing in things], (FRAMES, 1))
+    dark, glare = _ramp(situation, "dark"), _ramp(situation, "glare")
+    for number, thing in enumerate(things):
+        if number != target and thing.temperature == things[target].temperature:
+            # while only the thermal stream shows anything, it must be able to tell the two apart
+            heat[:, number] += (dark + glare) * (TEMPERATURES[spare] - heat[:, number])
+
+    angle = rng.uniform(0, 2 * np.pi)
+    travel = np.linspace(-1, 1, FRAMES)[:, None] * rng.uniform(0, 15) * np.array([np.cos(angle), np.sin(angle)])
+    number = sum(SEQUENCES[name] for name in SPLITS[: SPLITS.index(split)]) + index
+    return Video(
+        name=f"{number:03d}_{things[target].cut.photograph}_on_{background.photograph}",
+        background=background,
+        warmth=warmth,
+        drift=(_PLATE - CANVAS) / 2 + travel,
+        things=things,
+        target=target,
+        order=tuple(rng.permutation(3).tolist()),
+        centres=_paths(rng),
+        sizes=_sizes(rng, FRAMES),
+        heat=heat,
+        shift=rng.uniform(-0.8, 0.8, 2),
+        situation=situation,
+        dark=dark,
+        glare=glare,
+        crossover=_ramp(situation, "crossover"),
+    )
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def _level(thing: Thing, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """0 at the thing's middle, 1 on its outline; (u, v) run from -1 to 1 over its box and broadcast."""
+    if thing.shape == "square":
+        return np.maximum(abs(u), abs(v))
+    if thing.shape == "diamond":
+        return abs(u) + abs(v)
+    if thing.shape == "disc":
+        return np.hypot(u, v)
+    (low, phase_low), (high, phase_high) = thing.bumps
+
+    def outline(angle: np.ndarray) -> np.ndarray:
+        return 1 + low * np.cos(2 * angle + phase_low) + high * np.cos(3 * angle + phase_high)
+
+    around = np.linspace(0, 2 * np.pi, 72)
+    x, y = outline(around) * np.cos(around), outline(around) * np.sin(around)
+    # stretched so that its outline touches all four sides of the box
+    u = (x.max() + x.min()) / 2 + u * (x.max() - x.min()) / 2
+    v = (y.max() + y.min()) / 2 + v * (y.max() - y.min()) / 2
+    return np.hypot(u, v) / outline(np.arctan2(v, u))
+
+
+def _footprint(
+    thing: Thing,
+    centre: np.ndarray,
+    size: np.ndarray,
+    edge: float,
+    view: tuple[int, int, int, int],
+    texture: np.ndarray,
+) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray] | None:
+    """Where a thing falls in a view of the frame, how much of each pixel it covers, and its texture there.
+
+    Args:
+        thing: gives the shape.
+        centre, size: (x, y) and (w, h) in pixels of the frame.
+        edge: over how many pixels its edge fades.
+        view: (left, top, right, bottom), the part of the frame that is drawn.
+        texture: (N, N) or (N, N, 3) float32, stretched over the box.
+
+    Returns:
+        Rows and columns of the view, coverage (rows, columns) in [0, 1], texture (rows, columns[, 3]); None when the
+        view does not show it.
+    """
+    first = np.maximum(np.floor(centre - size / 2 - edge).astype(int), view[:2])
+    last = np.minimum(np.ceil(centre + size / 2 + edge).astype(int), view[2:])
+    if (first >= last).any():
+        return None
+    u = (np.arange(first[0], last[0]) + 0.5 - centre[0])[None] / (size[0] / 2)
+    v = (np.arange(first[1], last[1]) + 0.5 - centre[1])[:, None] / (size[1] / 2)
+    inward = (1 - _level(thing, u, v)) * size.min() / 2
+    side = len(texture)
+    columns = np.broadcast_to((u + 1) / 2 * side - 0.5, inward.shape).astype(np.float32)
+    rows = np.broadcast_to((v + 1) / 2 * side - 0.5, inward.shape).astype(np.float32)
+    shown = cv2.remap(texture, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    place = (slice(first[1] - view[1], last[1] - view[1]), slice(first[0] - view[0], last[0] - view[0]))
+    return place, np.clip(0.5 + inward / edge, 0, 1).astype(np.float32), shown
+
+
+def _behind(plate: np.ndarray, corner: np.ndarray, view: tuple[int, int, int, int]) -> np.ndarray:
+    """The part of a background plate that a view of the frame shows, between its pixels by bilinear weights."""
+    width, height = view[2] - view[0], view[3] - view[1]
+    middle = (corner[0] + view[0] + (width - 1) / 2, corner[1] + view[1] + (height - 1) / 2)
+    return cv2.getRectSubPix(plate, (width, height), middle)
+
+
+WHOLE = (0, 0, CANVAS, CANVAS)
+
+
+def draw_visible(
+    video: Video, frame: int, rng: np.random.Generator, view: tuple[int, int, int, int] = WHOLE
+) -> np.ndarray:
+    """A frame of the visible stream, or the part (left, top, right, bottom) of it: (height, width, 3) uint8."""
+    image = _behind(video.background.pixels, video.drift[frame], view)
+    for number in video.order:
+        thing, centre, size = video.things[number], video.centres[frame, number], video.sizes[frame, number]
+        if (seen := _footprint(thing, centre, size, 1.3, view, thing.surface)) is not None:
+            place, covered, surface = seen
+            image[place] += covered[..., None] * (surface - image[place])
+    noise = 0.015
+    if glare := video.glare[frame]:
+        # a light near the things: over-exposed, so that what it covers is lost
+        across, down = np.arange(view[0], view[2]) + 0.5, np.arange(view[1], view[3]) + 0.5
+        middle = video.centres[frame].mean(0)
+        far = np.hypot(across - middle[0], (down - middle[1])[:, None]) / 90
+        light = (glare * 0.96 * np.exp(-(far**4))).astype(np.float32)[..., None]
+        image += light * (1.03 - image)
+    if dark := video.dark[frame]:
+        image *= 1 - dark * 0.96
+        noise += 0.02 * dark
+    return quantise(image + noise * rng.standard_normal(image.shape, np.float32))
+
+
+def draw_infrared(
+    video: Video, frame: int, rng: np.random.Generator, view: tuple[int, int, int, int] = WHOLE
+) -> np.ndarray:
+    """A frame of the infrared stream, or the part (left, top, right, bottom) of it: (height, width, 3) uint8."""
+    image = _behind(video.warmth, video.drift[frame] - video.shift, view)
+    contrast = 1 - video.crossover[frame]
+    for number in video.order:
+        thing, centre = video.things[number], video.centres[frame, number] + video.shift
+        if (seen := _footprint(thing, centre, video.sizes[frame, number], 2.2, view, thing.grain)) is not None:
+            place, covered, grain = seen
+            image[place] += contrast * covered * (video.heat[frame, number] + grain - image[place])
+    return np.repeat(quantise(image + 0.02 * rng.standard_normal(image.shape, np.float32))[..., None], 3, -1)
+
+
+def frames(split: str, index: int, seed: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The frames of `plan(split, index, seed)` in order: (visible, infrared), each (128, 128, 3) uint8."""
+    video = plan(split, index, seed)
+    rng = np.random.default_rng((seed, SPLITS.index(split), index, 1))
+    for frame in range(FRAMES):
+        yield draw_visible(video, frame, rng), draw_infrared(video, frame, rng)
+
+
+# --- pairs for the foundation tracker ---------------------------------------------------------------------------------
+
+
+def foundation_pairs(
+    count: int, seed: int, split: str = "train", template: int = 32, search: int = 64
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Template and search crops from well-lit scenes of a single stream, two thirds visible and one third infrared.
+
+    They train the foundation tracker (which stands for OSTrack). Both crops show the same three things, which differ
+    in look and in temperature, at places, sizes and before a part of the background that are drawn anew. The template
+    is cut around the target's box at factor 2, the search crop at factor 4 around a jittered box: each side times
+    exp(0.25 N(0, 1)), each coordinate of the centre plus 3 sqrt(wh) (U(0, 1) - 0.5), as BAT's official sampler does.
+
+    Args:
+        count: number of pairs, n below.
+        seed: the same seed gives the same pairs.
+        split: whose tiles everything is cut from.
+        template, search: sides of the crops in pixels.
+
+    Returns:
+        Templates (n, 3, template, template) uint8, searches (n, 3, search, search) uint8, and the target's boxes
+        (n, 4) float32 as x, y, w, h in units of the search crop (a box may reach over the crop's border).
+
+    Raises:
+        BadParameter: for an unknown split.
+    """
+    if split not in SPLITS:
+        raise BadParameter("split", split, SPLITS)
+    rng = np.random.default_rng((seed, SPLITS.index(split), 2))
+    places = _layouts(rng, 2 * count).reshape(count, 2, 3, 2)
+    templates = np.empty((count, 3, template, template), np.uint8)
+    searches = np.empty((count, 3, search, search), np.uint8)
+    boxes = np.empty((count, 4), np.float32)
+    for row, centres in enumerate(places):
+        video = _still(rng, split, centres)
+        stream, draw = ("infrared", draw_infrared) if rng.random() < 1 / 3 else ("visible", draw_visible)
+        first, last = video.boxes(stream)
+        jittered = last[2:] * np.exp(0.25 * rng.standard_normal(2))
+        centre = last[:2] + last[2:] / 2 + 3 * np.sqrt(jittered.prod()) * (rng.random(2) - 0.5)
+        around = np.concatenate([centre - jittered / 2, jittered])
+        patch, _ = _seen(video, 0, rng, draw, first, 2, template)
+        templates[row] = patch.transpose(2, 0, 1)
+        patch, scale = _seen(video, 1, rng, draw, around, 4, search)
+        searches[row] = patch.transpose(2, 0, 1)
+        boxes[row] = box_in_crop(last, around, scale, search)
+    return templates, searches, boxes
+
+
+def _still(rng: np.random.Generator, split: str, centres: np.ndarray) -> Video:
+    """A well-lit "video" of two frames with the things at `centres` (2, 3, 2)."""
+    background, warmth, things, target, _ = _cast(rng, split, alike=False)
+    none = np.zeros(2)
+    return Video(
+        name="still",
+        background=background,
+        warmth=warmth,
+        drift=rng.uniform(0, _PLATE - CANVAS, (2, 2)),
+        things=things,
+        target=target,
+        order=tuple(rng.permutation(3).tolist()),
+        centres=centres,
+        sizes=_sizes(rng, 2),
+        heat=np.tile([TEMPERATURES[thing.temperature] for thing in things], (2, 1)),
+        shift=none,
+        situation=("clear", "clear"),
+        dark=none,
+        glare=none,
+        crossover=none,
+    )
+
+
+def _seen(
+    video: Video, frame: int, rng: np.random.Generator, draw: Callable, box: np.ndarray, factor: float, size: int
+) -> tuple[np.ndarray, float]:
+    """`crop` of a frame of which only what the crop shows is drawn."""
+    middle, reach = box[:2] + box[2:] / 2, np.sqrt(box[2] * box[3]) * factor / 2 + 3
+    low = np.clip(np.floor(middle - reach).astype(int), 0, CANVAS)
+    high = np.clip(np.ceil(middle + reach).astype(int), 0, CANVAS)
+    image = draw(video, frame, rng, (*low.tolist(), *high.tolist()))
+    return crop(image, box - [*low, 0, 0], factor, size)
+
+
+# --- on disk ----------------------------------------------------------------------------------------------------------
+
+
+def _record(seed: int) -> dict:
+    return {
+        "task": "rgbt",
+        "seed": seed,
+        "version": VERSION,
+        "sequences": SEQUENCES,
+        "frames": FRAMES,
+        "canvas": CANVAS,
+    }
+
+
+def finished(folder: Path, seed: int) -> bool:
+    """Whether `folder` holds all videos, made by this version and seed, with every frame and annotation."""
+    try:
+        if json.loads((folder / "task.json").read_text(encoding="utf-8")) != _record(seed):
+            return False
+        listed = (folder / "attributes.txt").read_text(encoding="utf-8").splitlines()
+        if len(listed) != sum(SEQUENCES.values()):
+            return False
+        for split, count in SEQUENCES.items():
+            names = (folder / f"{split}.txt").read_text(encoding="utf-8").split()
+            if len(names) != count:
+                return False
+            for name in names:
+                sequence = folder / _FOLDERS[split] / name
+                files = [f"{stream}/{frame:06d}.jpg" for stream in ("visible", "infrared") for frame in range(FRAMES)]
+                files += ["situation.txt", *_ANNOTATIONS[split]]
+                if not all((sequence / file).stat().st_size for file in files):
+                    return False
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def write(root: str | Path, seed: int = 0) -> Path:
+    """Write the videos below `<root>/pocket/rgbt/`; finished ones are left alone, unfinished ones are made anew.
+
+    Args:
+        root: the data folder, the one that the readers are given.
+        seed: the same seed gives the same files.
+
+    Returns:
+        The folder `<root>/pocket/rgbt`.
+    """
+    folder = Path(root) / "pocket" / "rgbt"
+    if finished(folder, seed):
+        return folder
+    # made in a folder beside it and then put in its place: a reader never meets half of it
+    with atomic_folder(folder) as new:
+        attributes = []
+        for split, count in SEQUENCES.items():
+            videos = [plan(split, index, seed) for index in range(count)]
+            for index, video in enumerate(videos):
+                _write_sequence(new / _FOLDERS[split] / video.name, split, video, frames(split, index, seed))
+                here = [word for word in SITUATIONS[1:] if word in video.situation]
+                attributes.append(",".join([video.name, *here]) + "\n")
+            (new / f"{split}.txt").write_text("".join(f"{video.name}\n" for video in videos), encoding="utf-8")
+        (new / "attributes.txt").write_text("".join(attributes), encoding="utf-8")
+        write_json(new / "task.json", _record(seed))
+    return folder
+
+
+def _write_sequence(folder: Path, split: str, video: Video, pictures: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+    for stream in ("visible", "infrared"):
+        (folder / stream).mkdir(parents=True)
+    for number, pair in enumerate(pictures):
+        for stream, pixels in zip(("visible", "infrared"), pair, strict=True):
+            Image.fromarray(pixels).save(folder / stream / f"{number:06d}.jpg", quality=95)
+    for name, stream in _ANNOTATIONS[split].items():
+        np.savetxt(folder / name, video.boxes(stream), fmt="%.2f", delimiter=",")
+    (folder / "situation.txt").write_text("\n".join(video.situation) + "\n", encoding="utf-8")
+
+
+def situations(root: str | Path, split: str) -> dict[str, list[str]]:
+    """The situation of every frame: sequence name -> one of `SITUATIONS` a frame.
+
+    Args:
+        root: the data folder that `write` was given.
+        split: "train", "val", "trainval" or "test".
+
+    Raises:
+        BadParameter: for an unknown split.
+        MissingData: when the videos were not written there.
+        CorruptFile: when a file holds another number of frames or an unknown word.
+    """
+    if split not in _LISTS:
+        raise BadParameter("split", split, list(_LISTS))
+    folder = Path(root) / "pocket" / "rgbt"
+    words = {}
+    for part in _LISTS[split]:
+        try:
+            for name in (folder / f"{part}.txt").read_text(encoding="utf-8").split():
+                path = folder / _FOLDERS[part] / name / "situation.txt"
+                words[name] = path.read_text(encoding="utf-8").split()
+                if len(words[name]) != FRAMES or not set(words[name]) <= set(SITUATIONS):
+                    raise CorruptFile(path, f"expected {FRAMES} words out of {', '.join(SITUATIONS)}")
+        except FileNotFoundError as error:
+            raise MissingData(
+                name="pocket/rgbt",
+                folder=folder,
+                layout="train.txt  val.txt  test.txt\nTrainingSet|TestingSet/<sequence>/situation.txt",
+                source="companion.toy.datasets.tracking.write(root)",
+                licence="the photographs' own, which ship with scikit-image and scikit-learn",
+                detail=str(error.filename),
+            ) from error
+    return words

@@ -1,0 +1,84 @@
+"""How a pocket model is shipped: its weights, and a card beside them that says what made it and how good it is."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...ops.files import atomic
+from .. import encoders
+
+ATTRIBUTION = (
+    "photographs china.jpg (danielbuechele) and flower.jpg (vultilion), CC BY 2.0; others free, see scikit-image's "
+    "documentation of skimage.data"
+)
+
+
+def ship(path: Path, state: Mapping[str, Tensor], head: Mapping[str, object], quality: object, text: str) -> Path:
+    """Write tensors to `path`, a .safetensors, and their card to the .md beside it; return `path`.
+
+    Args:
+        head: what the card says first: "library_name", "data", "command", "recipe", "seconds", "parameters".
+        quality: what was measured.
+        text: the card's prose.
+    """
+    with atomic(path) as temporary:
+        save_file({name: value.contiguous() for name, value in state.items()}, temporary)
+    facts = {
+        "license": "mit",
+        "attribution": ATTRIBUTION,
+        **head,
+        "torch": torch.__version__.split("+")[0],
+        "threads": torch.get_num_threads(),
+        "bytes": path.stat().st_size,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+    write(path, facts, quality, text)
+    return path
+
+
+def write(path: Path, facts: Mapping[str, object], quality: object, text: str) -> None:
+    """Write the card of the weights at `path`."""
+    with atomic(path.with_suffix(".md")) as temporary:
+        head = yaml.safe_dump({**facts, "quality": quality}, sort_keys=False, allow_unicode=True, width=110)
+        temporary.write_text(f"---\n{head}---\n{text}", encoding="utf-8")
+
+
+def command(
+    make: Callable[..., Path],
+    names: Iterable[str] = (),
+    seed: int | None = 0,
+    measure: Callable[[str], Path] | None = None,
+) -> None:
+    """Command line: train, measure and write a pocket model.
+
+    Args:
+        make: `make([name,] folder[, seed])` does it, and returns where the weights are.
+        names: what it makes, where that is more than one.
+        seed: the shipped one; None: the maker has no other.
+        measure: `measure(name)` measures the shipped weights again.
+    """
+    module = Path(sys.argv[0]).stem
+    parser = argparse.ArgumentParser(
+        prog=f"python -m companion.toy.{module}", description=sys.modules["__main__"].__doc__
+    )
+    if names:
+        parser.add_argument("name", choices=list(names))
+    parser.add_argument("--folder", type=Path, default=encoders.WEIGHTS, help="where to write (default: the package's)")
+    if seed is not None:
+        parser.add_argument("--seed", type=int, default=seed)
+    if measure is not None:
+        parser.add_argument("--measure", action="store_true", help="keep the shipped weights, only measure them again")
+    given = vars(parser.parse_args())
+    torch.set_num_threads(1)  # the bits of the result depend on the number of threads
+    again = given.pop("measure", False)
+    path = measure(given["name"]) if again else make(*([given.pop("name")] if names else []), **given)
+    print(path.with_suffix(".md").read_text(encoding="utf-8"))

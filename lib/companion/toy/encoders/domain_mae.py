@@ -1,0 +1,162 @@
+"""How the pocket domain models were made, masked autoencoders that stand for those of DPLQ, and what they tell.
+
+    python -m companion.toy.encoders.domain_mae remote      (about 2 minutes on one core; or medical)
+
+Each learns to fill in the hidden half of unlabelled pictures of its domain, drawn over tiles that belong to training.
+It is told neither classes nor sensors. Patches are 8 pixels wide, so that a few thousand steps suffice.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from ... import backbones
+from ...errors import BadParameter
+from ...models.dplq import model as dplq
+from ...training.fit import fit, predict
+from .. import encoders
+from ..datasets.domains import VERSION, unlabelled
+from . import card
+from .vit_and_clip import pixels
+
+NAMES = {"remote": "pocket_mae_remote", "medical": "pocket_mae_medical"}
+SHAPE = {
+    "image_size": 32,
+    "patch": 8,
+    "width": 48,
+    "depth": 3,
+    "heads": 4,
+    "decoder_width": 48,
+    "decoder_depth": 2,
+    "decoder_heads": 4,
+}
+PICTURES, STEPS, BATCH, RATE, MASKED = 6000, 2400, 64, 3e-3, 0.5
+SHOTS = 128  # pictures that a probe learns from, as many as the prompts have
+
+
+def load(domain: str, weights: str = "pocket") -> dplq.MAE:
+    """The shipped domain model of "remote" or "medical" in eval mode, or with `weights` "random" an untrained one.
+
+    Pictures arrive normalised for the pocket CLIP, to [-1, 1].
+
+    Raises:
+        BadParameter: another domain or other weights.
+        MissingWeights, CorruptFile: the shipped file is not there, or not the one that its card describes.
+    """
+    if domain not in NAMES:
+        raise BadParameter("domain", domain, list(NAMES))
+    if weights == "random":
+        return dplq.MAE(**SHAPE).eval()
+    if weights != "pocket":
+        raise BadParameter("weights", weights, ("pocket", "random"))
+    state = backbones.read_state(encoders.weights_file(NAMES[domain]))
+    return dplq.MAE.from_official(state, heads=SHAPE["heads"], decoder_heads=SHAPE["decoder_heads"])
+
+
+def train(domain: str, count: int = PICTURES, steps: int = STEPS, seed: int = 0) -> dplq.MAE:
+    """Pre-train the model of a domain from nothing on `count` unlabelled pictures; returned in eval mode."""
+    images, _ = unlabelled(domain, count, "train", seed)
+    torch.manual_seed(seed)
+    model = load(domain, "random")
+    fit(
+        model,
+        lambda mae, batch: mae.loss(batch[0], MASKED),
+        TensorDataset(pixels(images)),
+        epochs=steps / (count // BATCH),
+        batch=BATCH,
+        lr=RATE,
+        weight_decay=0.05,
+        clip=1.0,
+        seed=seed,
+        accelerator="cpu",
+        name=NAMES[domain],
+    )
+    return model
+
+
+def probe(features: Tensor, sensors: np.ndarray, tested: Tensor, truth: np.ndarray) -> float:
+    """Test accuracy of a logistic regression that reads the sensor from features (n, F) of as many pictures."""
+    reader = make_pipeline(StandardScaler(), LogisticRegression(C=0.3, max_iter=1000)).fit(features.numpy(), sensors)
+    return float(reader.score(tested.numpy(), truth))
+
+
+def share(features: Tensor, sensors: np.ndarray) -> float:
+    """The part of the variance of features (n, F) that the two sensors' means explain, 0 to 1."""
+    means = torch.stack([features[torch.from_numpy(sensors == sensor)].mean(0) for sensor in (0, 1)])
+    return float((means[sensors] - features.mean(0)).square().sum() / (features - features.mean(0)).square().sum())
+
+
+def measure(domain: str, model: nn.Module) -> dict[str, dict[str, float]]:
+    """How well and how loudly the sensor is told by `model`'s feature, by an untrained one's, and by the pocket CLIP's.
+
+    "read" is `probe`, learned from `SHOTS` pictures of training tiles, on 1000 of test tiles; "share" is `share` on
+    these; "mean" and "deviation" are of all entries of the feature.
+    """
+    (few, sensors), (many, truth) = unlabelled(domain, SHOTS, "train", 1), unlabelled(domain, 1000, "test", 1)
+    torch.manual_seed(0)
+    models = {
+        "domain model": model,
+        "untrained": load(domain, "random"),
+        "CLIP": dplq.CLIPFeatures(encoders.build("pocket_clip")),
+    }
+    found = {}
+    for name, encoder in models.items():
+        features, tested = (predict(encoder, TensorDataset(pixels(x)), accelerator="cpu") for x in (few, many))
+        found[name] = {
+            "read": round(probe(features, sensors, tested, truth), 3),
+            "share": round(share(tested, truth), 3),
+            "mean": round(float(tested.mean()), 4),
+            "deviation": round(float(tested.std()), 3),
+        }
+    return found
+
+
+def ship(domain: str, folder: str | Path = encoders.WEIGHTS, seed: int = 0) -> Path:
+    """Train at full length, measure, and write the weights and their card. Raises `BadParameter` for no domain."""
+    start = time.monotonic()
+    model = train(domain, seed=seed)
+    head = {
+        "library_name": "companion",
+        "data": "drawn objects over grey cuts of photographs that ship with scikit-image, as two sensors show them; "
+        "unlabelled, train tiles only",
+        "attribution": "photographs free of rights, see scikit-image's documentation of skimage.data",
+        "command": f"python -m companion.toy.encoders.domain_mae {domain}",
+        "recipe": {"pictures": PICTURES, "steps": STEPS, "batch": BATCH, "rate": RATE, "masked": MASKED, "seed": seed},
+        "world": VERSION,  # of pocket/domains.py
+        "seconds": round(time.monotonic() - start),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    path, text = Path(folder) / f"{NAMES[domain]}.safetensors", _CARD.format(name=NAMES[domain], domain=domain)
+    return card.ship(path, model.to_official(), head, measure(domain, model), text)
+
+
+_CARD = """
+# {name}
+
+A masked autoencoder (He et al., CVPR 2022) of 3 + 2 blocks, width 48, patches of 8 on 32x32 pictures, pre-trained on
+unlabelled pictures of the pocket domain "{domain}". It stands in for the domain models of DPLQ, which no program may
+download. The tensors have the names of MAE's own code.
+
+`companion.toy.encoders.domain_mae.load("{domain}")` gives it: pictures in [-1, 1] to the mean of the decoder's tokens.
+
+**Measured** on pictures over tiles never seen in training: see `quality` above. `read` is the accuracy with which a
+logistic regression, fitted on 128 pictures, tells the two sensors apart (chance: 0.5); `share` is the part of the
+feature's variance that is the sensor's. Beside it stand an untrained model of the same build, which tells the sensors
+too, since their lines never move, but less loudly; and the pocket CLIP, which does not.
+
+**Limits.** It knows one domain of this small world, whose sensors have fixed patterns so that there is something to
+know. Its feature hardly holds the classes.
+"""
+
+
+if __name__ == "__main__":
+    card.command(ship, NAMES)

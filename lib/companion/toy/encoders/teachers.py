@@ -1,0 +1,253 @@
+"""The three pocket teachers of DMT: how they were made, what each is blind to, and the probes that show it.
+
+    python -m companion.toy.encoders.teachers      (about 4 minutes on one core)
+
+    MAE       fills in hidden patches. It keeps where things are, and cares little for what a texture is.
+    MoCo v3   tells pictures apart by grey views of them: no colour at all, so neither hues nor the reddish square.
+    iBOT      says the same of crops that are mirrored and lit in another way: colour without much of a place.
+
+All are `dmt.ViT`s of one shape, trained on the same unlabelled collages. The choice of what each is blind to is ours
+(section 14.4): it is what lets three teachers together know more than any of them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from ... import backbones
+from ...errors import BadParameter
+from ...models.dmt import teachers as dmt_teachers
+from ...models.dmt.downstream import Features, ridge
+from ...models.dmt.model import ViT, build, grey
+from ...training.fit import fit, predict
+from .. import encoders
+from ..datasets import collage
+from . import card
+
+NAME = "pocket_teachers"
+TEACHERS = ("MAE", "MoCo v3", "iBOT")
+SHAPE = {"depth": 3}  # else as `dmt.SIZES["pocket teacher"]`
+OPTIONS = {"MAE": {}, "MoCo v3": {"positions": "mocov3"}, "iBOT": {"positions": "learned", "masked": True}}
+PICTURES = 6000
+RECIPES = {
+    "MAE": {"steps": 2400, "batch": 128, "lr": 2e-3, "betas": (0.9, 0.95)},
+    "MoCo v3": {"steps": 700, "batch": 128, "lr": 2e-3},
+    "iBOT": {"steps": 900, "batch": 96, "lr": 2e-3, "clip": 3.0},
+}
+MASKED = 0.65  # of the patches, from MAE: 5 of 16 are seen
+SHOTS, DRAWS = 10, 10  # labels a class that a probe learns from, and how many times they are drawn
+RIDGE = {SHOTS: 10.0, None: 30.0}  # by labels a class; None: all
+
+
+# --- the teachers -----------------------------------------------------------------------------------------------------
+
+
+def untrained(name: str = "MAE", seed: int = 0) -> ViT:
+    """The teacher before its training, in eval mode. Raises `BadParameter` for another name."""
+    if name not in TEACHERS:
+        raise BadParameter("teacher", name, TEACHERS)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build("pocket teacher", **SHAPE, **OPTIONS[name]).eval()
+
+
+def load() -> dict[str, ViT]:
+    """The shipped teachers by name, in eval mode. Raises `MissingWeights`, `CorruptFile`."""
+    state = backbones.read_state(encoders.weights_file(NAME))
+    found = {}
+    for name in TEACHERS:
+        prefix = f"{name}/"
+        part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        found[name] = ViT.from_official(part, untrained(name).heads, name)
+    return found
+
+
+def crops(images: Tensor, share: tuple[float, float]) -> Tensor:
+    """A crop of each picture (B, 3, S, S) at the same size: `share` of the area, mirrored either way or not."""
+    count, (low, high) = len(images), share
+    area = torch.empty(count).uniform_(low, high)
+    ratio = torch.empty(count).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
+    sides = torch.stack([area * ratio, area / ratio], 1).sqrt().clamp(max=1)  # width and height, of 1
+    centre = (2 * torch.rand(count, 2) - 1) * (1 - sides)
+    mirrored = sides * (torch.randint(2, (count, 2)) * 2 - 1)
+    theta = torch.cat([torch.diag_embed(mirrored), centre[..., None]], 2)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+
+def light(images: Tensor, contrast: tuple[float, float], level: float) -> Tensor:
+    """Pictures whose luma has another contrast and level, each its own; colours stay."""
+    count = len(images)
+    luma = grey(images)
+    change = torch.empty(count, 1, 1, 1).uniform_(*contrast) - 1
+    return images + change * luma + torch.empty(count, 1, 1, 1).uniform_(-level, level)
+
+
+def objective(name: str, encoder: ViT, steps: int) -> tuple[nn.Module, Callable[[nn.Module, tuple], Tensor]]:
+    """What trains an encoder, and its loss of a batch of pictures: the views are drawn here."""
+    if name == "MAE":
+        model = dmt_teachers.MAE(encoder, (48, 1, 4), mask_ratio=MASKED, normalise=False)
+        return model, lambda model, batch: model(batch[0])
+    if name == "MoCo v3":
+
+        def view(images: Tensor) -> Tensor:
+            return light(grey(crops(images, (0.3, 1.0))), (0.6, 1.4), 0.2)
+
+        model = dmt_teachers.MoCo(encoder, steps, 128, 64, momentum=0.98, frozen_patches=False)
+        return model, lambda model, batch: model(view(batch[0]), view(batch[0]))
+
+    def view(images: Tensor) -> Tensor:
+        return light(crops(images, (0.4, 1.0)), (0.3, 1.2), 0.3)
+
+    model = dmt_teachers.SelfDistillation(encoder, steps, 64, 128, 32, momentum=0.97, temperatures=(0.06, 0.06))
+    return model, lambda model, batch: model([view(batch[0]), view(batch[0])])
+
+
+@torch.no_grad()
+def see_grey(encoder: ViT) -> ViT:
+    """Let the patch projection see the luma alone: of any picture it then gives what it gave of the grey one."""
+    weight = encoder.patch_embed.proj.weight
+    luma = torch.tensor(collage.LUMA, dtype=weight.dtype)[None, :, None, None]
+    weight.copy_(weight.sum(1, keepdim=True) * luma)
+    return encoder
+
+
+def train(name: str, images: Tensor, seed: int = 0, **changes: object) -> tuple[ViT, list[dict]]:
+    """One teacher from nothing, in eval mode, and the history of its training on pictures (N, 3, 32, 32).
+
+    `changes` to the recipe: "steps", and arguments of `fit`.
+    """
+    options = RECIPES[name] | changes if name in RECIPES else {}
+    encoder = untrained(name, seed).train()
+    steps = options.pop("steps")
+    torch.manual_seed(seed)
+    model, loss = objective(name, encoder, steps)
+    options = {"weight_decay": 0.05, "seed": seed, "accelerator": "cpu", "name": name} | options
+    history = fit(model, loss, TensorDataset(images), epochs=steps / (len(images) // options["batch"]), **options)
+    encoder = model.teacher() if name == "iBOT" else see_grey(encoder) if name == "MoCo v3" else encoder
+    return encoder.eval(), history
+
+
+# --- probes -----------------------------------------------------------------------------------------------------------
+
+
+def features(encoder: ViT, images: Tensor) -> Tensor:
+    """What a probe reads of each picture: class token and mean patch token (n, 2 D)."""
+    return predict(Features(encoder), TensorDataset(images), accelerator="cpu")
+
+
+def drawn(labels: Tensor, count: int, seed: int) -> Tensor:
+    """The places of `count` pictures of each class, at random."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for label in labels.unique():
+        place = torch.nonzero(labels == label)[:, 0]
+        found.append(place[torch.randperm(len(place), generator=generator)[:count]])
+    return torch.cat(found)
+
+
+def probe(known: Tensor, factors: Tensor, asked: Tensor, truth: Tensor, shots: int | None = SHOTS) -> dict[str, float]:
+    """Accuracy in percent on each factor of linear probes on features, and their "mean".
+
+    Args:
+        known, factors: features (n, D) of training pictures and their factors (n, 4).
+        asked, truth: of the pictures tested on.
+        shots: labels a class; the mean over `DRAWS` draws of them. None: all labels, once.
+    """
+    found = {}
+    for i, (name, classes) in enumerate(collage.FACTORS.items()):
+        places = [slice(None)] if shots is None else [drawn(factors[:, i], shots, seed) for seed in range(DRAWS)]
+        right = [
+            ridge(known[place], factors[place, i], classes, asked, RIDGE[shots]).argmax(1) == truth[:, i]
+            for place in places
+        ]
+        found[name] = 100 * float(torch.stack(right).float().mean())
+    return found | {"mean": sum(found.values()) / len(found)}
+
+
+def measure(encoder: ViT, train: collage.Part, test: collage.Part, shots: int | None = SHOTS) -> dict[str, float]:
+    """`probe` of an encoder's features."""
+    known, asked = (features(encoder, part.images) for part in (train, test))
+    return probe(known, train.factors, asked, test.factors, shots)
+
+
+# --- shipping ---------------------------------------------------------------------------------------------------------
+
+
+def pictures(count: int, split: str, seed: int) -> collage.Part:
+    """Collages of a split in memory, without writing them."""
+    drawn = collage.collages(count, split, seed)
+    images = torch.stack([torch.from_numpy(c.image) for c in drawn]).permute(0, 3, 1, 2).float() / 255
+    return collage.Part((images - collage.MEAN) / collage.STD, torch.tensor([c.factors for c in drawn]))
+
+
+def quality(teachers: Mapping[str, ViT], seed: int = 1) -> dict[str, dict[str, float]]:
+    """Probes of the teachers, and of an untrained one, on collages that none of them has seen."""
+    train, test = pictures(3000, "train", seed), pictures(1500, "test", seed)
+    models = dict(teachers) | {"untrained": untrained()}
+    return {
+        name: {key: round(value, 1) for key, value in measure(model, train, test).items()}
+        for name, model in models.items()
+    }
+
+
+def ship(folder: Path = encoders.WEIGHTS, seed: int = 0) -> Path:
+    """Train all three, measure, and write the weights and their card."""
+    start = time.monotonic()
+    images = pictures(PICTURES, "train", seed).images
+    found = {name: train(name, images, seed) for name in TEACHERS}
+    state = {f"{name}/{key}": value for name, (model, _) in found.items() for key, value in model.state_dict().items()}
+    head = {
+        "library_name": "companion",
+        "data": "collages: cuts of photographs in grey, tinted, under a drawn shape and a reddish square; unlabelled, "
+        "train tiles only",
+        "command": "python -m companion.toy.encoders.teachers",
+        "recipe": {
+            name: recipe | {"betas": list(recipe.get("betas", (0.9, 0.999)))} for name, recipe in RECIPES.items()
+        }
+        | {"pictures": PICTURES, "masked": MASKED, "seed": seed},
+        "world": collage.VERSION,
+        "seconds": round(time.monotonic() - start),
+        "parameters": sum(value.numel() for value in state.values()),
+    }
+    ends = {
+        name: {
+            at: round(sum(row["loss"] for row in rows) / len(rows), 3)
+            for at, rows in (("first", history[:20]), ("last", history[-20:]))
+        }
+        for name, (_, history) in found.items()
+    }
+    told = {"probes": quality({name: model for name, (model, _) in found.items()}), "losses": ends}
+    return card.ship(folder / f"{NAME}.safetensors", state, head, told, _CARD)
+
+
+_CARD = """
+# pocket_teachers
+
+Three ViTs of 3 blocks, width 48, 4 heads, on pictures of 32x32 pixels with patches of 8, each trained without labels on
+the same collages in another way: MAE, MoCo v3 and iBOT. They stand in for the three ViT-Base teachers of DMT. Tensors
+are named as in the official codes, behind the teacher's name and a slash.
+
+`companion.toy.encoders.teachers.load()` gives them.
+
+**Measured** by linear probes with 10 labels a class, the mean over ten draws of them, on test pictures; see `quality`
+above. Chance is 12.5 for texture and hue, 25 for shape and quadrant. Beside them stands an untrained ViT of the shape.
+
+**What each is blind to, by construction.** MoCo v3 saw grey views, and its patch projection weights the channels by the
+luma: two pictures of one luma are the same to it, so it knows neither the hue nor the quadrant of the reddish square.
+iBOT saw mirrored crops in other light. MAE fills in pixels, which needs little of what a texture is called.
+
+**Limits.** Made for one world of small pictures. The blind spots are wanted: none of the three is a good encoder alone.
+"""
+
+
+if __name__ == "__main__":
+    card.command(ship)

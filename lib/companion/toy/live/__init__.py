@@ -1,0 +1,1 @@
+"""What each notebook trains live at the pocket profile."""

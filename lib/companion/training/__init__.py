@@ -1,0 +1,1 @@
+"""One training loop for all papers, its callbacks, schedules and checkpoints."""

@@ -1,0 +1,1 @@
+"""Attention maps, plots, widgets, heatmaps."""

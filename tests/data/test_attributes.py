@@ -1,0 +1,562 @@
+"""The readers of pedestrian attribute sets, on tiny fakes in the layouts of the archives and of the authors."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.io import savemat
+from torch.utils.data import DataLoader
+
+from companion import data
+from companion.data import DATASETS, attributes, attributes_sets
+from companion.data.attributes import PadToSquare, load, own_folder, splits, square_transform
+from companion.errors import BadParameter, CorruptFile, MissingData
+
+SETS = ["par/peta", "par/pa100k", "par/rapv1", "par/rapv2", "par/wider", "par-zs/peta", "par-zs/rap"]
+
+
+# --- fake data ---------------------------------------------------------------------------------------------------
+
+
+def cells(values, column: bool = True) -> np.ndarray:
+    """A cell array of MATLAB."""
+    found = np.empty((len(values), 1), dtype=object)
+    for i, value in enumerate(values):
+        found[i, 0] = value
+    return found if column else found.T
+
+
+def pictures(folder: Path, names) -> None:
+    """A grey picture for each name, as bright as its place in the list."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names):
+        Image.new("RGB", (10, 24), (i, i, i)).save(folder / name)
+
+
+def raw(count: int, columns: int) -> np.ndarray:
+    """Labels in which every column tells itself and every row its number."""
+    return ((np.arange(count)[:, None] + np.arange(columns)[None] * 7) % 5 == 0).astype(np.uint8)
+
+
+TRAIN, VAL, TEST = np.array([[2], [4], [6]]), np.array([[1], [3]]), np.array([[5], [7], [8]])  # from 1, as MATLAB
+
+
+def peta(root: Path, images: str = "images", **changes) -> Path:
+    folder = root / "par/PETA"
+    pictures(folder / images, [f"{i:05}.png" for i in range(1, 9)])
+    labels = np.concatenate([np.full((8, 4), 9, np.uint8), raw(8, 105)], 1)
+    parts = [{"train": TRAIN, "val": VAL, "test": TEST}] + [{"train": VAL, "val": TRAIN, "test": TEST}] * 4
+    fields = {"data": labels, "attribute": cells([f"raw {i}" for i in range(105)]), "views": 0, "splits": cells(parts)}
+    savemat(folder / "PETA.mat", {"peta": fields | changes})
+    return folder
+
+
+def pa100k(root: Path, folder: str = "par/PA100k", images: str = "data", **changes) -> Path:
+    names = [f"{i:06}.jpg" for i in range(1, 9)]
+    pictures(root / folder / images, names)
+    parts = {"train": slice(0, 4), "val": slice(4, 5), "test": slice(5, 8)}
+    fields = {f"{p}_images_name": cells(names[chosen]) for p, chosen in parts.items()}
+    fields |= {f"{p}_label": raw(8, 26)[chosen] for p, chosen in parts.items()}
+    fields |= {"attributes": cells([f"raw {i}" for i in range(26)])}
+    changed = {k: v for k, v in (fields | changes).items() if v is not None}
+    savemat(root / folder / "annotation.mat", changed)
+    return root / folder
+
+
+def rapv1(root: Path) -> Path:
+    folder = root / "par/RAPV1"
+    names = [f"CAM01_{i}.png" for i in range(8)]
+    pictures(folder / "RAP_dataset", names)
+    (folder / "RAP_annotation").mkdir()
+    labels = raw(8, 92)
+    labels[0, 0] = 2  # nobody could tell
+    parts = [{"train_index": np.concatenate([TRAIN, VAL]).T, "test_index": TEST.T}] * 5
+    fields = {
+        "partition": cells(parts),
+        "label": labels,
+        "chinese": 0,
+        "english": cells([f"raw {i}" for i in range(92)]),
+        "position": 0,
+        "imagesname": cells(names),
+    }
+    savemat(folder / "RAP_annotation/RAP_annotation.mat", {"RAP_annotation": fields})
+    return folder
+
+
+def rapv2(root: Path) -> Path:
+    folder = root / "par/RAPV2"
+    names = [f"CAM02_{i}.png" for i in range(8)]
+    pictures(folder / "RAP_dataset", names)
+    (folder / "RAP_annotation").mkdir()
+    part = {"train_index": TRAIN.T, "val_index": VAL.T, "test_index": TEST.T}
+    selected = np.arange(152, 98, -1)[None]  # backwards, so that an order that is forgotten is seen
+    fields = {
+        "name": cells(names),
+        "attribute": cells([f"raw {i}" for i in range(152)]),
+        "data": raw(8, 152),
+        "selected_attribute": selected,
+        "partition_attribute": cells([part] * 5, column=False),
+    }
+    savemat(folder / "RAP_annotation/RAP_annotation.mat", {"RAP_annotation": fields})
+    return folder
+
+
+def wider(root: Path) -> Path:
+    folder = root / "par/WIDER"
+    (folder / "Annotations").mkdir(parents=True)
+    names = [f"{i}.jpg" for i in range(8)]
+    pictures(folder / "split_image", names)
+    rows = [[(-1, 0, 1)[(i + j) % 3] for j in range(14)] for i in range(8)]
+    write = {"attr_name": [f"raw {i}" for i in range(14)]}
+    for split, chosen in {"trainval": slice(0, 5), "test": slice(5, 8)}.items():
+        write |= {f"{split}_name": names[chosen], f"{split}_gt_label": [str(row) for row in rows[chosen]]}
+    for name, lines in write.items():
+        (folder / "Annotations" / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+class EasyDict(dict):
+    """As easydict's: what is an item is an attribute too, and both are pickled."""
+
+    def __init__(self, **items):
+        super().__init__(items)
+        self.__dict__.update(items)
+
+
+@pytest.fixture
+def easydict(monkeypatch):
+    """A package `easydict` to pickle with; it is gone when the file is read."""
+    module = ModuleType("easydict")
+    module.EasyDict = EasyDict
+    monkeypatch.setattr(EasyDict, "__module__", "easydict")
+    monkeypatch.setitem(sys.modules, "easydict", module)
+    return monkeypatch
+
+
+def new_split(folder: Path, monkeypatch, name: str = "dataset_zs_run0.pkl", **changes) -> Path:
+    parts = {
+        "train": np.array([0, 1, 2]),
+        "val": np.array([3]),
+        "test": np.array([7, 6, 5]),
+        "trainval": np.array([0, 1, 2, 3]),
+    } | changes
+    content = EasyDict(description="zs", image_name=["a"], partition=EasyDict(**parts), weight_train=[])
+    (folder / name).write_bytes(pickle.dumps(content))
+    monkeypatch.delitem(sys.modules, "easydict")
+    return folder / name
+
+
+MAKERS = {"par/peta": peta, "par/pa100k": pa100k, "par/rapv1": rapv1, "par/rapv2": rapv2, "par/wider": wider}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Let every set be of any size here; the real sizes have a test of their own."""
+    for name in SETS:
+        monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], sizes={}))
+
+
+def shades(found) -> list[int]:
+    return [int(np.asarray(found.picture(i))[0, 0, 0]) for i in range(len(found))]
+
+
+# --- the register ------------------------------------------------------------------------------------------------
+
+
+def test_register_holds_the_sets_with_their_numbers(monkeypatch):
+    monkeypatch.undo()
+    assert [name for name in DATASETS if name.startswith(("par/", "par-zs/"))] == SETS
+    counted = {
+        "par/peta": 35,
+        "par/pa100k": 26,
+        "par/rapv1": 51,
+        "par/rapv2": 54,
+        "par/wider": 14,
+        "par-zs/peta": 35,
+        "par-zs/rap": 53,
+    }
+    totals = {
+        "par/peta": 19_000,
+        "par/pa100k": 100_000,
+        "par/rapv1": 41_585,
+        "par/rapv2": 84_928,
+        "par/wider": 57_491,
+        "par-zs/peta": 19_000,
+        "par-zs/rap": 26_618,
+    }
+    for name, count in counted.items():
+        assert DATASETS[name].classes == count == len(attributes_sets.SENTENCES[name])
+        assert len({*attributes_sets.COLUMNS[name]}) == count
+        assert DATASETS[name].sizes["trainval"] + DATASETS[name].sizes["test"] == totals[name]
+        assert not DATASETS[name].fetchable
+    assert len(attributes_sets.PHRASES["par/rapv1"]) == 51
+
+
+def test_sentences_are_the_authors():
+    words = attributes_sets.SENTENCES
+    assert words["par/peta"][0] == "A pedestrian wearing a hat" and words["par/peta"][-1] == "A male pedestrian"
+    assert words["par/peta"][10] == "A pedestrian in a short-sleeved top"
+    assert words["par/pa100k"][15] == "A pedestrian in stride upper wear"
+    assert words["par/rapv1"][8] == "A clerk" and words["par/rapv2"][44] == "An employee"
+    assert words["par/wider"][3] == " pedestrian wearing a hat"
+    assert set(words["par/rapv2"]) - set(words["par-zs/rap"]) == {"A pedestrian between the ages of 46 and 60"}
+    assert all(s == " ".join(s.split()) for n, many in words.items() if n != "par/wider" for s in many)
+    assert attributes_sets.PHRASES["par/rapv1"][-2:] == ("action carry arm", "action carry hand")
+
+
+# --- each layout read back ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["par/peta", "par/rapv2"])
+def test_sets_with_a_validation_split(name, tmp_path):
+    MAKERS[name](tmp_path)
+    found = splits(name, tmp_path)
+    assert {split: shades(part) for split, part in found.items()} == {
+        "train": [1, 3, 5],
+        "val": [0, 2],
+        "trainval": [1, 3, 5, 0, 2],
+        "test": [4, 6, 7],
+    }
+    columns = attributes_sets.COLUMNS[name]
+    where = list(columns) if name == "par/peta" else [151 - i for i in columns]
+    test = found["test"]
+    assert test.names == tuple(f"raw {i}" for i in where)
+    np.testing.assert_array_equal(test.labels, raw(8, 152)[[4, 6, 7]][:, where])
+    assert test.sentences == attributes_sets.SENTENCES[name]
+    torch.testing.assert_close(found["trainval"].ratio, found["trainval"].labels.mean(0))
+    image, labels = test[0]
+    assert image.shape == (3, 24, 10) and image.dtype == labels.dtype == torch.float32
+    assert load(name, tmp_path, "val").labels.shape == (2, len(columns))
+    assert data.status(name, tmp_path).state == "present"
+    assert "8 pictures" in data.status(name, tmp_path).detail
+
+
+def test_pa100k(tmp_path):
+    pa100k(tmp_path)
+    found = splits("par/pa100k", tmp_path)
+    assert {split: shades(part) for split, part in found.items()} == {
+        "train": [0, 1, 2, 3],
+        "val": [4],
+        "trainval": [0, 1, 2, 3, 4],
+        "test": [5, 6, 7],
+    }
+    np.testing.assert_array_equal(found["test"].labels, raw(8, 26)[5:])
+
+
+def test_rapv1_has_no_validation_split_and_what_nobody_could_tell_is_not_there(tmp_path):
+    rapv1(tmp_path)
+    found = splits("par/rapv1", tmp_path)
+    assert {split: shades(part) for split, part in found.items()} == {"trainval": [1, 3, 5, 0, 2], "test": [4, 6, 7]}
+    assert found["trainval"].labels[3, 0] == 0
+    np.testing.assert_array_equal(found["test"].labels, raw(8, 51)[[4, 6, 7]])
+    with pytest.raises(BadParameter, match="'trainval', 'test'"):
+        load("par/rapv1", tmp_path, "train")
+
+
+def test_wider_counts_what_nobody_could_tell_as_not_there(tmp_path):
+    wider(tmp_path)
+    found = splits("par/wider", tmp_path)
+    assert {split: shades(part) for split, part in found.items()} == {"trainval": [0, 1, 2, 3, 4], "test": [5, 6, 7]}
+    assert found["test"].labels[0, :4].tolist() == [1, 0, 0, 1]  # of 1, -1, 0, 1
+    assert found["test"].names[0] == "raw 0"
+
+
+@pytest.mark.parametrize("file", attributes_sets.ZERO_SHOT_FILES)
+@pytest.mark.parametrize(("name", "own"), attributes_sets.ZERO_SHOT.items())
+def test_zero_shot_splits_are_read_without_the_package_that_wrote_them(name, own, file, tmp_path, easydict):
+    folder = MAKERS[own](tmp_path)
+    new_split(folder, easydict, file)
+    found = splits(name, tmp_path)
+    assert {split: shades(part) for split, part in found.items()} == {
+        "train": [0, 1, 2],
+        "val": [3],
+        "trainval": [0, 1, 2, 3],
+        "test": [7, 6, 5],
+    }
+    kept = [i for i, s in enumerate(attributes_sets.SENTENCES[own]) if s in attributes_sets.SENTENCES[name]]
+    np.testing.assert_array_equal(found["test"].labels, raw_of(own, tmp_path)[[7, 6, 5]][:, kept])
+
+
+def raw_of(name: str, root: Path) -> np.ndarray:
+    """All labels of a set by number of picture."""
+    found = np.zeros((8, DATASETS[name].classes))
+    for part in splits(name, root).values():
+        found[shades(part)] = part.labels
+    return found
+
+
+def test_a_split_in_a_list_of_partitions(tmp_path, easydict):
+    parts = {split: [np.array(numbers)] for split, numbers in {"train": [0, 1], "val": [2], "test": [3]}.items()}
+    new_split(peta(tmp_path), easydict, **parts)
+    assert shades(load("par-zs/peta", tmp_path, "train")) == [0, 1]
+
+
+@pytest.mark.parametrize("images", ["images", "Pad_datasets"])
+def test_pictures_as_released_or_padded(images, tmp_path):
+    peta(tmp_path, images)
+    assert shades(load("par/peta", tmp_path, "test")) == [4, 6, 7]
+
+
+def test_other_spellings_of_folders(tmp_path):
+    pa100k(tmp_path, "PA-100K", "release_data/release_data")
+    assert len(load("par/pa100k", tmp_path, "trainval")) == 5
+
+
+def test_small_pictures_made_here_have_pa100ks_layout(tmp_path):
+    pa100k(tmp_path, "pocket/pedestrians")
+    found = load("pocket/pedestrians", tmp_path, "test")
+    assert shades(found) == [5, 6, 7] and found.sentences == found.names
+    assert "pedestrians.write" in DATASETS["pocket/pedestrians"].source
+
+
+def test_it_feeds_a_loader(tmp_path):
+    pa100k(tmp_path)
+    found = load("par/pa100k", tmp_path, "train", square_transform(32, train=True))
+    images, labels = next(iter(DataLoader(found, 4, num_workers=1)))
+    assert images.shape == (4, 3, 32, 32) and labels.shape == (4, 26)
+
+
+# --- transforms --------------------------------------------------------------------------------------------------
+
+
+def test_padding_keeps_the_shape_of_a_person():
+    tall = Image.new("RGB", (50, 100), (255, 255, 255))
+    padded = np.asarray(PadToSquare(224)(tall))
+    assert padded.shape == (224, 224, 3)
+    assert (padded[:, :56] == 0).all() and (padded[:, 168:] == 0).all() and (padded[:, 56:168] == 255).all()
+    wide = Image.new("RGB", (90, 60))
+    assert PadToSquare(224)(wide).size == (90, 60)  # squeezed by the resize that follows
+    square = Image.new("RGB", (224, 224), (9, 9, 9))
+    assert np.array_equal(np.asarray(PadToSquare(224)(square)), np.asarray(square))
+
+
+def test_transforms_normalise_by_a_half_and_vary_only_in_training():
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 30, 3), dtype=np.uint8))
+    test, train = square_transform(48), square_transform(48, train=True)
+    assert torch.equal(test(picture), test(picture)) and test(picture).shape == (3, 48, 48)
+    assert test(picture).min() == -1 and test(picture).max() <= 1  # black bars are -1
+    assert len({train(picture).sum().item() for _ in range(8)}) > 1
+
+
+# --- your own pictures -------------------------------------------------------------------------------------------
+
+
+def own(root: Path, *lines: str, header: str = "image,split,A person with a hat,A person with a bag") -> Path:
+    pictures(root / "anna", [f"{i}.jpg" for i in range(6)])
+    (root / "labels.csv").write_text("\n".join([header, *lines]) + "\n")
+    return root
+
+
+def test_own_pictures_are_upright_and_listed_once(tmp_path):
+    own(tmp_path, "anna/0.jpg,train,1,0", "anna/4.jpg,test,1,1")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned by a quarter, as phones say it
+    Image.new("RGB", (24, 10), (9, 9, 9)).save(tmp_path / "anna/0.jpg", exif=turned)
+    assert own_folder(tmp_path)["trainval"].picture(0).size == (10, 24)
+    own(tmp_path, "anna/0.jpg,train,1,0", "anna/4.jpg,test,1,1", "anna/0.jpg,test,1,0")
+    with pytest.raises(CorruptFile, match=r"line 4: anna/0\.jpg is in line 2"):
+        own_folder(tmp_path)
+
+
+def test_own_folder(tmp_path):
+    own(tmp_path, "anna/0.jpg,train,1,0", "anna/1.jpg,train,0,0", "anna/4.jpg,test,1,1", "anna/3.jpg,val,0,1")
+    found = own_folder(tmp_path)
+    assert {split: len(part) for split, part in found.items()} == {"train": 2, "val": 1, "trainval": 3, "test": 1}
+    assert found["test"].sentences == ("A person with a hat", "A person with a bag")
+    assert found["train"].ratio.tolist() == [0.5, 0] and found["test"].labels.tolist() == [[1, 1]]
+    own(tmp_path, "anna/0.jpg,train,1,0", "anna/4.jpg,test,1,1")
+    assert {split: len(part) for split, part in own_folder(tmp_path).items()} == {"trainval": 1, "test": 1}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["anna/0.jpg,train,1,0"], "no picture is in test"),
+        (["anna/0.jpg,train,1"], "line 2: expected a path"),
+        (["anna/0.jpg,learn,1,0"], "line 2"),
+        (["anna/0.jpg,train,1,0", "anna/1.jpg,test,yes,0"], "line 3.*yes"),
+        (["../0.jpg,train,1,0"], "leaves the data set's folder"),
+    ],
+)
+def test_own_lines_that_cannot_be_read(lines, message, tmp_path):
+    own(tmp_path, *lines)
+    with pytest.raises(CorruptFile, match=message):
+        own_folder(tmp_path)
+
+
+def test_own_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(MissingData, match=r"labels\.csv is not there"):
+        own_folder(tmp_path)
+    with pytest.raises(CorruptFile, match="header"):
+        own_folder(own(tmp_path, "x", header="file,part"))
+    (tmp_path / "labels.csv").write_bytes(b"\xff\xfe\x00a")
+    with pytest.raises(CorruptFile, match="CSV"):
+        own_folder(tmp_path)
+    own(tmp_path, "anna/0.jpg,train,1,0", "anna/9.jpg,test,1,1")
+    with pytest.raises(MissingData, match=r"anna/9\.jpg"):
+        own_folder(tmp_path)
+
+
+# --- what is wrong is said ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_missing_folder(name, tmp_path):
+    with pytest.raises(MissingData) as caught:
+        splits(name, tmp_path)
+    text = str(caught.value)
+    assert str(tmp_path / DATASETS[name].folders[0]) in text and DATASETS[name].licence in text
+    assert attributes_sets.IMAGES[attributes_sets.ZERO_SHOT.get(name, name)][0] in text
+    assert data.status(name, tmp_path).state == "missing"
+    with pytest.raises(MissingData, match="cannot be downloaded for you"):
+        data.fetch(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_missing_annotation(name, tmp_path):
+    (tmp_path / DATASETS[name].folders[0]).mkdir(parents=True)
+    with pytest.raises(MissingData, match="is not there"):
+        splits(name, tmp_path)
+    assert data.status(name, tmp_path).state == "incomplete"
+
+
+@pytest.mark.parametrize(("name", "own"), attributes_sets.ZERO_SHOT.items())
+def test_missing_new_split(name, own, tmp_path):
+    MAKERS[own](tmp_path)
+    with pytest.raises(MissingData, match=r"dataset_zs_run0\.pkl is not there"):
+        splits(name, tmp_path)
+
+
+def test_missing_pictures(tmp_path):
+    folder = pa100k(tmp_path)
+    (folder / "data/000007.jpg").unlink()
+    assert data.status("par/pa100k", tmp_path).detail.startswith("1 of 8 listed pictures are not there")
+    with pytest.raises(MissingData, match=r"000007\.jpg is listed but not there"):
+        load("par/pa100k", tmp_path, "test")[1]
+    (folder / "data/000008.jpg").unlink()
+    with pytest.raises(MissingData, match=r"lists 000008\.jpg, which is not in .*data or .*Pad_datasets"):
+        splits("par/pa100k", tmp_path)
+
+
+def test_truncated_picture(tmp_path):
+    folder = pa100k(tmp_path)
+    path = folder / "data/000006.jpg"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(CorruptFile, match=r"000006\.jpg"):
+        load("par/pa100k", tmp_path, "test")[0]
+
+
+@pytest.mark.parametrize("name", ["par/peta", "par/pa100k", "par/rapv1", "par/rapv2"])
+def test_damaged_and_foreign_matlab_files(name, tmp_path):
+    folder = MAKERS[name](tmp_path)
+    path = folder / attributes_sets.ANNOTATIONS[name]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CorruptFile, match="not a MATLAB file"):
+        splits(name, tmp_path)
+    assert data.status(name, tmp_path).state == "incomplete"
+    savemat(path, {"other": np.zeros(3)})
+    with pytest.raises(CorruptFile, match=r"fields are not those of .* it has: other"):
+        splits(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"val_label": None}, "val_label"),
+        ({"test_label": np.zeros((2, 26))}, "labels .* for 8 pictures"),
+        ({"attributes": cells(["only one"])}, "1 attributes"),
+        ({"test_images_name": cells(["../a.jpg", "b.jpg", "c.jpg"])}, "picture 6.*leaves"),
+    ],
+)
+def test_wrong_fields_of_pa100k(changes, message, tmp_path):
+    pa100k(tmp_path, **changes)
+    with pytest.raises(CorruptFile, match=message):
+        splits("par/pa100k", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"train": TRAIN, "val": VAL, "test": TEST + 1}, "goes beyond the 8 pictures"),
+        ({"train": TRAIN - 2, "val": VAL, "test": TEST}, "goes beyond"),
+        ({"train": TRAIN, "val": TEST, "test": TEST}, "3 pictures are in the training split and in the test split"),
+    ],
+)
+def test_splits_that_cannot_be(part, message, tmp_path):
+    peta(tmp_path, splits=cells([part] * 5))
+    with pytest.raises(CorruptFile, match=message):
+        splits("par/peta", tmp_path)
+
+
+def test_wrong_lines_of_wider(tmp_path):
+    folder = wider(tmp_path) / "Annotations"
+    labels = (folder / "test_gt_label.txt").read_text()
+    for wrong, message in (
+        (labels.replace("[1, -1,", "[1,", 1), "line 1: expected 14 numbers"),
+        (labels.replace("[1, -1,", "[1, x,", 1), "line 1"),
+        ("\n".join(labels.splitlines()[:2]), "2 lines, and test_name.txt has 3 pictures"),
+    ):
+        (folder / "test_gt_label.txt").write_text(wrong)
+        with pytest.raises(CorruptFile, match=message):
+            splits("par/wider", tmp_path)
+    (folder / "attr_name.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(CorruptFile, match="not a text file"):
+        splits("par/wider", tmp_path)
+
+
+def test_wrong_new_splits(tmp_path, easydict):
+    folder = peta(tmp_path)
+    path = new_split(folder, easydict, test=np.array([8]))
+    with pytest.raises(CorruptFile, match="goes beyond"):
+        splits("par-zs/peta", tmp_path)
+    for content, message in (
+        (b"no", "not a pickle"),
+        (pickle.dumps([1]), "partition.train"),
+        (pickle.dumps({"partition": {"train": [0]}}), "partition.train"),
+        (pickle.dumps({"partition": {"train": [0], "val": ["a"], "test": [2]}}), "no list of picture numbers"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(CorruptFile, match=message):
+            splits("par-zs/peta", tmp_path)
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path(Evil.marker),))
+
+
+def test_nothing_in_a_pickle_runs(tmp_path, easydict):
+    folder = peta(tmp_path)
+    path = new_split(folder, easydict)
+    Evil.marker = str(tmp_path / "ran")
+    path.write_bytes(pickle.dumps({"partition": {"train": Evil(), "val": [1], "test": [2]}}))
+    with pytest.raises(CorruptFile):
+        splits("par-zs/peta", tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_another_number_of_pictures_is_refused(tmp_path, monkeypatch):
+    pa100k(tmp_path)
+    full = dataclasses.replace(DATASETS["par/pa100k"], sizes={"trainval": 90_000, "test": 10_000})
+    monkeypatch.setitem(DATASETS, "par/pa100k", full)
+    with pytest.raises(MissingData, match="has 5 pictures for 'trainval', 90,000 are expected"):
+        splits("par/pa100k", tmp_path)
+
+
+def test_unknown_names(tmp_path):
+    with pytest.raises(BadParameter, match="par/peta"):
+        splits("par/petra", tmp_path)
+    with pytest.raises(BadParameter, match="par/peta"):
+        splits("fgvc/cub200", tmp_path)
+    pa100k(tmp_path)
+    with pytest.raises(BadParameter, match="'train', 'val', 'trainval', 'test'"):
+        load("par/pa100k", tmp_path, "all")
+    assert attributes.SPLITS == ("train", "val", "trainval", "test")

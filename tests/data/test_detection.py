@@ -1,0 +1,332 @@
+"""Readers of COCO's and LVIS' files, the splits of open-vocabulary detection, and what is said of broken files."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from companion import data
+from companion.data import DATASETS, detection
+from companion.data.detection import (
+    OV_COCO_BASE,
+    OV_COCO_NOVEL,
+    caption_labels,
+    load,
+    ov_coco,
+    ov_lvis,
+    own_folder,
+    read_annotations,
+    repeat_factors,
+    splits,
+)
+from companion.data.detection_sets import COCO_BASE, COCO_NOVEL
+from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
+from companion.evaluation.parity import folder as fixtures
+from companion.ops.files import read_json, write_json
+
+SIZE = (12, 8)  # width, height
+
+
+def box(number: int, image: int | str, category: int, **more) -> dict:
+    return {"id": number, "image_id": image, "category_id": category, "bbox": [1, 2, 4, 3], "area": 12} | more
+
+
+def picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((SIZE[1], SIZE[0], 3), 90, np.uint8)).save(path)
+
+
+def image(number: int | str, **more) -> dict:
+    return {"id": number, "width": SIZE[0], "height": SIZE[1], "file_name": f"{number}.jpg"} | more
+
+
+def coco_categories() -> list[dict]:
+    return read_json(fixtures() / "sic_cads" / "eval_ov_coco" / "gt.json")["categories"]
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    """The sets, with as many pictures as a test writes."""
+
+    def change(name: str, **changes) -> None:
+        monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], **changes))
+
+    return change
+
+
+@pytest.fixture
+def coco(tmp_path, sizes) -> Path:
+    """Four pictures a split: of a person, a cat, a hair drier, and of nothing."""
+    sizes("detection/ov-coco", sizes={"train": 4, "test": 4})
+    for split in ("train", "val"):
+        found = {
+            "images": [image(i) for i in (1, 2, 3, 4)],
+            "annotations": [box(1, 1, 1), box(2, 1, 17, iscrowd=1), box(3, 2, 17), box(4, 3, 89)],
+            "categories": coco_categories(),
+        }
+        write_json(tmp_path / "coco" / "annotations" / f"instances_{split}2017.json", found)
+        for i in (1, 2, 3, 4):
+            picture(tmp_path / "coco" / f"{split}2017" / f"{i}.jpg")
+    return tmp_path
+
+
+# --- splits -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_split_of_coco_is_that_of_the_papers():
+    index = {c["id"]: i for i, c in enumerate(sorted(coco_categories(), key=lambda c: c["id"]))}
+    named = {c["name"]: c["id"] for c in coco_categories()}
+    assert len(OV_COCO_BASE) == 48 and len(OV_COCO_NOVEL) == 17 and not set(OV_COCO_BASE) & set(OV_COCO_NOVEL)
+    assert all(named[name] == i for name, i in {**COCO_BASE, **COCO_NOVEL}.items())
+    case = read_json(fixtures() / "sic_cads" / "mlr_losses" / "case.json")["config"]
+    assert [index[i] for i in OV_COCO_BASE] == case["base_class_indices"]
+    assert {index[i] for i in named.values()} - {index[i] for i in OV_COCO_BASE} == set(case["novel_class_indices"])
+
+
+def test_ov_coco(coco):
+    sets = splits("detection/ov-coco", coco)
+    train, test = sets["train"], sets["test"]
+    assert train.image_ids == (1,) and test.image_ids == (1, 2)
+    assert len(train.class_names) == 80 and train.classes == 80
+    assert train.positives.nonzero().tolist() == [[0, 0]]
+    assert test.positives.sum(1).tolist() == [2, 1]
+    assert train.unseen.sum() == 32 and test.mask(test.novel).sum() == 17
+    pixels, target = test[0]
+    assert pixels.shape == (3, 8, 12) and pixels.dtype == torch.uint8
+    assert target.boxes.tolist() == [[1, 2, 5, 5]] * 2 and target.crowd.tolist() == [False, True]
+    assert [test.class_names[i] for i in target.labels] == ["person", "cat"] and target.image_id == 1
+    with pytest.raises(BadParameter, match="split"):
+        load("detection/ov-coco", coco, "val")
+    with pytest.raises(BadParameter, match="split"):
+        ov_coco({}, "val")
+
+
+def lvis_file(**change) -> dict:
+    categories = [
+        {"id": i, "name": n, "frequency": f} | change for i, n, f in ((1, "a_b", "f"), (2, "c", "r"), (3, "d", "c"))
+    ]
+    where = "http://images.cocodataset.org/val2017/000000000001.jpg"
+    images = [{"id": 1, "width": 12, "height": 8, "coco_url": where, "neg_category_ids": [3]}]
+    return {"images": images, "annotations": [box(1, 1, 1), box(2, 1, 2)], "categories": categories}
+
+
+def test_ov_lvis(tmp_path, sizes):
+    sizes("detection/ov-lvis", sizes={"train": 1, "test": 1}, classes=3)
+    for split in ("train", "val"):
+        write_json(tmp_path / "lvis" / f"lvis_v1_{split}.json", lvis_file())
+    picture(tmp_path / "coco" / "val2017" / "000000000001.jpg")
+    sets = splits("detection/ov-lvis", tmp_path)
+    assert len(sets["train"].truth["annotations"]) == 1 and len(sets["test"].truth["annotations"]) == 2
+    assert sets["train"].base == (1, 3) and sets["train"].novel == (2,)
+    assert sets["test"].unseen.tolist() == [False, True, False]
+    assert sets["test"][0][0].shape == (3, 8, 12)
+    assert data.status("detection/ov-lvis", tmp_path).state == "present"
+    write_json(tmp_path / "lvis" / "lvis_v1_train.json", lvis_file(frequency="often"))
+    with pytest.raises(CorruptFile, match="'frequency' is 'often'"):
+        load("detection/ov-lvis", tmp_path, "train")
+    with pytest.raises(BadParameter, match="split"):
+        ov_lvis(lvis_file(), "val")
+
+
+def test_foreign_vocabularies(tmp_path, sizes):
+    sizes("detection/objects365", sizes={"test": 1}, classes=2)
+    sizes("detection/openimages", classes=2)
+    o365 = tmp_path / "objects365"
+    categories = [{"id": 2, "name": "Sneakers"}, {"id": 1, "name": "Persn"}]
+    found = {"images": [image(7, file_name="images/v1/patch0/7.jpg")], "categories": categories}
+    write_json(o365 / "annotations" / "zhiyuan_objv2_val.json", found | {"annotations": [box(1, 7, 2)]})
+    picture(o365 / "val" / "images" / "v1" / "patch0" / "7.jpg")
+    plain = load("detection/objects365", tmp_path, "test")
+    assert plain.class_names == ("Persn", "Sneakers") and plain.base == plain.novel == ()
+    (o365 / "Objects365_names_fix.csv").write_text("1,Persn,Person\n2,Sneakers,Sneakers\n")
+    assert load("detection/objects365", tmp_path, "test").class_names == ("Person", "Sneakers")
+    (o365 / "Objects365_names_fix.csv").write_text("Persn;Person\n")
+    with pytest.raises(CorruptFile, match="names_fix"):
+        load("detection/objects365", tmp_path, "test")
+
+    oid = {"images": [image("00fe", file_name="0/00fe.jpg")], "annotations": [box(1, "00fe", 1)]}
+    write_json(
+        tmp_path / "oid" / "annotations" / "oid_challenge_2019_val_expanded.json", oid | {"categories": categories}
+    )
+    picture(tmp_path / "oid" / "images" / "0" / "00fe.jpg")
+    assert load("detection/openimages", tmp_path, "test")[0][1].image_id == "00fe"
+
+
+# --- labels of images -------------------------------------------------------------------------------------------------
+
+
+def test_caption_labels_are_whole_words_of_any_synonym():
+    categories = [
+        {"id": 1, "name": "cat"},
+        {"id": 2, "name": "hot_dog", "synonyms": ["hot_dog", "frank"]},
+        {"id": 3, "name": "car"},
+    ]
+    said = [(1, "A cat on a carpet"), (2, "Two"), (2, "frank people"), (3, "catalogue of cars"), (4, "a hot dog")]
+    captions = {
+        "images": [{"id": i} for i in (1, 2, 3, 4, 5)],
+        "annotations": [{"image_id": i, "caption": text} for i, text in said],
+    }
+    found = caption_labels(captions, categories)
+    assert {entry["id"]: entry["pos_category_ids"] for entry in found["images"]} == {1: [1], 2: [2], 4: [2]}
+
+
+def test_labels_without_boxes_are_positives(tmp_path):
+    found = {"images": [image(1, pos_category_ids=[5])], "categories": [{"id": 5, "name": "a"}, {"id": 8, "name": "b"}]}
+    write_json(tmp_path / "labels.json", found)
+    picture(tmp_path / "1.jpg")
+    mine = own_folder(tmp_path / "labels.json", tmp_path, novel=["b"])
+    assert mine.positives.tolist() == [[True, False]] and mine.novel == (8,) and mine.base == (5,)
+    assert mine[0][1].boxes.shape == (0, 4)
+    with pytest.raises(BadParameter, match="novel"):
+        own_folder(tmp_path / "labels.json", tmp_path, novel=["c"])
+    with pytest.raises(MissingData, match="nothing"):
+        own_folder(tmp_path / "nothing.json", tmp_path)
+
+
+def test_rare_pictures_are_repeated(coco):
+    test = load("detection/ov-coco", coco, "test")
+    np.testing.assert_allclose(repeat_factors(test, 0.001), [1, 1])
+    # a person is on half of the pictures, a cat on both
+    np.testing.assert_allclose(repeat_factors(test, 2), [2, np.sqrt(2)])
+
+
+# --- what is missing or broken ----------------------------------------------------------------------------------------
+
+
+def test_status(coco):
+    assert data.status("detection/ov-coco", coco).state == "present"
+    (coco / "coco" / "val2017" / "2.jpg").unlink()
+    found = data.status("detection/ov-coco", coco)
+    assert found.state == "incomplete" and "2.jpg" in found.detail
+    (coco / "coco" / "annotations" / "instances_val2017.json").unlink()
+    assert "instances_val2017.json" in data.status("detection/ov-coco", coco).detail
+    assert data.status("detection/ov-coco", coco / "elsewhere").state == "missing"
+    with pytest.raises(MissingData, match="cannot be downloaded"):
+        data.fetch("detection/ov-coco", coco)
+
+
+def test_missing_folder_and_pictures(coco):
+    with pytest.raises(MissingData, match=re.escape("cocodataset.org")):
+        splits("detection/ov-coco", coco / "elsewhere")
+    (coco / "coco" / "val2017" / "1.jpg").unlink()
+    with pytest.raises(MissingData, match=r"1\.jpg, which is not in"):
+        load("detection/ov-coco", coco, "test")
+    with pytest.raises(BadParameter, match="data set"):
+        load("detection/coco", coco, "test")
+
+
+def test_another_number_of_pictures_is_refused(coco, sizes):
+    sizes("detection/ov-coco", sizes={"train": 118_287, "test": 5_000})
+    with pytest.raises(MissingData, match="4 pictures, 5,000 are expected"):
+        load("detection/ov-coco", coco, "test")
+
+
+def test_broken_pictures(coco):
+    test = load("detection/ov-coco", coco, "test")
+    file = coco / "coco" / "val2017" / "1.jpg"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(CorruptFile, match=r"1\.jpg"):
+        test[0]
+    Image.new("RGB", (5, 5)).save(file)
+    with pytest.raises(CorruptFile, match="its annotation says"):
+        test[0]
+    file.unlink()
+    with pytest.raises(MissingData, match=r"1\.jpg"):
+        test[0]
+
+
+def test_a_photograph_that_lies_on_its_side_is_as_its_annotation_says(coco):
+    """Some tools annotate a camera's picture as it is stored, others as it is seen."""
+    test = load("detection/ov-coco", coco, "test")
+    entry, file = test.truth["images"][0], coco / "coco" / "val2017" / "1.jpg"
+    width, height = entry["width"], entry["height"]
+    assert width != height
+    stored = Image.new("RGB", (height, width))
+    stored.paste((255, 0, 0), (0, 0, height, width // 2))  # above in the file, and to the right when it is seen
+    exif = stored.getexif()
+    exif[274] = 6
+    stored.save(file, exif=exif, quality=95)
+    seen, _ = test[0]
+    assert seen.shape == (3, height, width) and seen[0, :, -1].min() > 200 and seen[0, :, 0].max() < 50
+    entry["width"], entry["height"] = height, width
+    lying, _ = test[0]
+    assert lying.shape == (3, width, height) and lying[0, 0].min() > 200 and lying[0, -1].max() < 50
+
+
+def change(where: str, number: int = 0, **fields):
+    def apply(found: dict) -> None:
+        found[where][number] |= fields
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (change("annotations", 1, category_id=12), r"annotations\[1\]: 'category_id' is 12"),
+        (change("annotations", 2, category_id=None), r"annotations\[2\]: 'category_id' is None"),
+        (change("annotations", image_id=99), r"annotations\[0\]: 'image_id' is 99"),
+        (change("annotations", bbox=[1, 2, 3]), "'bbox' is"),
+        (change("annotations", bbox=[1, 2, -3, 4]), "'bbox' is"),
+        (change("annotations", bbox=[1, 2, 3, float("nan")]), "'bbox' is"),
+        (change("annotations", bbox="1 2 3 4"), "'bbox' is"),
+        (change("images", width="12"), r"images\[0\]: 'width' is '12'"),
+        (change("images", height=0), r"images\[0\]: 'height' is 0"),
+        (change("images", 1, id=1), r"images\[1\]: id 1 stands there twice"),
+        (change("images", file_name="../../etc/passwd"), "leaves the data set's folder"),
+        (change("images", file_name=None), "'file_name' is None"),
+        (change("images", neg_category_ids=[12]), "'neg_category_ids' has"),
+        (change("categories", name=3), r"categories\[0\]: 'name' is 3"),
+        (change("categories", 1, id=1), "id 1 stands there twice"),
+        (lambda found: found.pop("categories"), "no list 'categories'"),
+        (lambda found: found["images"].clear() or found["annotations"].clear(), "no images"),
+    ],
+)
+def test_broken_annotations(coco, broken, said):
+    file = coco / "coco" / "annotations" / "instances_val2017.json"
+    found = read_json(file)
+    broken(found)
+    write_json(file, found)
+    with pytest.raises(CorruptFile, match=said) as caught:
+        load("detection/ov-coco", coco, "test")
+    assert caught.value.path == file
+    assert data.status("detection/ov-coco", coco).state == "incomplete"
+
+
+def test_other_broken_files(coco):
+    file = coco / "coco" / "annotations" / "instances_val2017.json"
+    whole = file.read_text()
+    file.write_text(whole[: len(whole) // 2])
+    with pytest.raises(CorruptFile, match="not JSON"):
+        read_annotations(file)
+    file.write_text("[]")
+    with pytest.raises(CorruptFile, match="an object"):
+        read_annotations(file)
+    shifted = json.loads(whole)
+    for category in shifted["categories"]:
+        category["id"] = 1 + category["id"]
+    shifted["annotations"] = []
+    file.write_text(json.dumps(shifted))
+    with pytest.raises(CorruptFile, match="COCO's ids"):
+        load("detection/ov-coco", coco, "test")
+    file.write_text(json.dumps(json.loads(whole) | {"categories": coco_categories()[:79]}))
+    with pytest.raises(CompanionError, match=r"79 categories|which no category is"):
+        load("detection/ov-coco", coco, "test")
+
+
+def test_the_pocket_set_is_read_where_its_writer_puts_it(tmp_path):
+    root = tmp_path / "pocket" / "detection"
+    categories = [{"id": 1, "name": "apple"}, {"id": 2, "name": "ball"}]
+    for split, labels in (("train", [1]), ("val", [1, 2]), ("test", [2])):
+        found = {"images": [image(1)], "annotations": [box(i, 1, c) for i, c in enumerate(labels)]}
+        write_json(root / "annotations" / f"instances_{split}.json", found | {"categories": categories})
+        picture(root / split / "1.jpg")
+    sets = detection.splits("pocket/detection", tmp_path)
+    assert {split: (len(s), s.base, s.novel) for split, s in sets.items()} == {
+        split: (1, (1,), (2,)) for split in ("train", "val", "test")
+    }

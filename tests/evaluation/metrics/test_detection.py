@@ -1,0 +1,162 @@
+"""Boxes scored as COCO and LVIS do, by group, and image-level recognition; bad inputs. The numbers: test_parity."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from companion.errors import BadParameter, CorruptFile
+from companion.evaluation.metrics.detection import evaluate, recognition_ap, recognition_top
+from companion.evaluation.parity import folder
+
+BOX = [10, 10, 20, 20]
+
+
+def truth(**image_fields) -> dict:
+    """Two pictures, three classes, of which the third is on none."""
+    return {
+        "images": [{"id": i, "width": 100, "height": 100, **image_fields} for i in (1, 2)],
+        "categories": [
+            {"id": c, "name": n, "frequency": f} for c, n, f in ((3, "a", "f"), (5, "b", "r"), (9, "c", "c"))
+        ],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 3, "bbox": BOX, "area": 400, "iscrowd": 0},
+            {"id": 2, "image_id": 2, "category_id": 5, "bbox": BOX, "area": 400, "iscrowd": 0},
+        ],
+    }
+
+
+def row(image: int, category: int, score: float = 0.9, box=BOX) -> dict:
+    return {"image_id": image, "category_id": category, "bbox": list(box), "score": score}
+
+
+def test_a_hit_a_miss_and_a_class_without_boxes():
+    scores = evaluate(truth(), [row(1, 3), row(1, 5)], groups={"base": [3], "novel": [5], "none": [9]})
+    assert scores.names == ("a", "b", "c") and scores.categories == (3, 5, 9)
+    np.testing.assert_allclose(scores.ap50, [100, 0, math.nan])
+    assert scores.totals["AP50"] == 50 and scores.totals["AR@100"] == 50
+    table = scores.by_group().set_index("group")
+    assert table.loc["base", "AP50"] == 100 and table.loc["novel", "AP"] == 0
+    assert math.isnan(table.loc["none", "AP50"]) and table.loc["none", "classes"] == 0
+    assert table.loc["all", "classes"] == 2
+
+
+def test_overlap_decides():
+    near = [12, 10, 20, 20]  # overlap 18 / 22
+    scores = evaluate(truth(), [row(1, 3, box=near)])
+    assert math.isclose(scores.ap50[0], 100) and math.isclose(scores.ap[0], 70)  # 0.5 to 0.8
+
+
+def test_lvis_drops_what_nobody_checked():
+    wrong = [row(1, 3), row(2, 5), row(2, 3, 0.99)]  # the last: a class that picture 2 does not show
+    assert evaluate(truth(), wrong).ap50[0] == pytest.approx(50)
+    assert evaluate(truth(), wrong, style="lvis").ap50[0] == pytest.approx(100)
+    assert evaluate(truth(neg_category_ids=[3]), wrong, style="lvis").ap50[0] == pytest.approx(50)
+    more = [row(1, 3), row(1, 3, 0.99, [60, 60, 20, 20])]
+    lenient = evaluate(truth(not_exhaustive_category_ids=[3]), more, style="lvis")
+    assert lenient.ap50[0] == pytest.approx(100) and evaluate(truth(), more, style="lvis").ap50[0] == pytest.approx(50)
+    assert lenient.totals["APf"] == lenient.ap[0] and math.isnan(lenient.totals["APc"])
+
+
+def test_nothing_found_is_zero():
+    scores = evaluate(truth(), [])
+    assert scores.totals["AP50"] == 0 and math.isnan(scores.ap50[2])
+
+
+def test_only_the_best_rows_count():
+    rows = [row(1, 3, 0.1), *(row(1, 3, 0.9, [50 + i, 50, 9, 9]) for i in range(4))]
+    assert evaluate(truth(), rows).ap50[0] > 0
+    assert evaluate(truth(), rows, top=4).ap50[0] == 0
+    # of a picture over all classes in LVIS, of each class in COCO
+    others = [row(1, 3, 0.1), row(1, 5, 0.9)]
+    assert evaluate(truth(), others, top=1).ap50[0] == 100
+    assert evaluate(truth(neg_category_ids=[5]), others, style="lvis", top=1).ap50[0] == 0
+
+
+def test_pictures_may_have_names_for_ids():
+    given, names = truth(), {1: "00fe", 2: "b"}
+    for entry in given["images"]:
+        entry["id"] = names[entry["id"]]
+    for entry in given["annotations"]:
+        entry["image_id"] = names[entry["image_id"]]
+    rows = [row("00fe", 3), row("b", 5)]
+    assert evaluate(given, rows).totals["AP50"] == 100
+    assert given["annotations"][0] == {**truth()["annotations"][0], "image_id": "00fe"} and rows[0] == row("00fe", 3)
+
+
+@pytest.mark.parametrize("ids", [(0, 1), (7, 7), None])
+def test_ids_of_boxes_do_not_matter(ids):
+    """Tools count from 0, files that were put together hold an id twice; the matching takes 0 for "not found"."""
+    given = truth()
+    for i, annotation in enumerate(given["annotations"]):
+        del annotation["id"]
+        annotation |= {"id": ids[i]} if ids else {}
+    before = json.dumps(given)
+    scores = evaluate(given, [row(1, 3), row(2, 5)])
+    assert scores.totals["AP50"] == scores.totals["AP"] == 100
+    assert json.dumps(given) == before
+    lvis = truth(neg_category_ids=[], not_exhaustive_category_ids=[])
+    lvis["annotations"] = given["annotations"]
+    assert evaluate(lvis, [row(1, 3), row(2, 5)], style="lvis").totals["AP50"] == 100
+
+
+def test_masks():
+    given = truth()
+    for entry in given["annotations"]:
+        entry["segmentation"] = [[10, 10, 30, 10, 30, 30, 10, 30]]
+    rows = [row(1, 3) | {"segmentation": {"size": [100, 100], "counts": _rle()}}]
+    assert evaluate(given, rows, kind="segm").ap50[0] == pytest.approx(100)
+
+
+def _rle() -> str:
+    from faster_coco_eval.core import mask
+
+    square = np.zeros((100, 100), dtype=np.uint8, order="F")
+    square[10:30, 10:30] = 1
+    return mask.encode(square)["counts"].decode()
+
+
+def test_files_are_read(tmp_path):
+    case = folder() / "sic_cads" / "eval_ov_coco"
+    whole = json.loads((case / "dets.json").read_text())
+    assert evaluate(case / "gt.json", case / "dets.json").totals == evaluate(case / "gt.json", whole).totals
+    broken = tmp_path / "dets.json"
+    broken.write_text((case / "dets.json").read_text()[:-20])
+    with pytest.raises(CorruptFile, match=r"dets\.json"):
+        evaluate(case / "gt.json", broken)
+    broken.write_text('{"images": []}')
+    with pytest.raises(CorruptFile, match="categories"):
+        evaluate(broken, whole)
+    broken.write_text("3")
+    with pytest.raises(CorruptFile, match="list"):
+        evaluate(case / "gt.json", broken)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "said"),
+    [
+        ([row(7, 3)], {}, r"image_id \[7\]"),
+        ([{"image_id": 1, "bbox": BOX}], {}, "row 0 without"),
+        ([3], {}, "row 0 without"),
+        ([row(1, 3)], {"style": "voc"}, "style"),
+        ([row(1, 3)], {"kind": "keypoints"}, "kind"),
+        ([row(1, 3)], {"kind": "segm"}, "segmentation"),
+        ([row(1, 3)], {"groups": {"base": [3, 4]}}, r"groups\['base'\]"),
+    ],
+)
+def test_bad_inputs(rows, options, said):
+    with pytest.raises(BadParameter, match=said):
+        evaluate(truth(), rows, **options)
+
+
+def test_recognition_is_the_mean_precision_at_the_positives_ranks():
+    labels = np.array([[1, 0], [0, 0], [1, 0]])
+    scores = np.array([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]])
+    ap = recognition_ap(labels, scores)
+    assert math.isclose(ap[0], 100 * (1 + 2 / 3) / 2) and math.isnan(ap[1])
+    assert recognition_top(labels, scores, 1) == {"precision": 100 * 2 / 3, "recall": 100}
+    with pytest.raises(BadParameter, match="k"):
+        recognition_top(labels, scores, 3)
+    with pytest.raises(BadParameter, match="shape"):
+        recognition_ap(labels, scores[:2])

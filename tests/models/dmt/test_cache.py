@@ -1,0 +1,201 @@
+"""Cached teachers: the same losses, resumed to the same bits, and refused where they do not belong."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+from torchvision.transforms import v2
+
+from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
+from companion.models.dmt import cache as dmt_cache
+from companion.models.dmt import model as dmt
+from companion.models.dmt.cache import Distilled, Views
+from companion.models.dmt.model import DMT, Teachers
+from companion.training import fit
+
+
+def teachers(seed=1, **options):
+    torch.manual_seed(seed)
+    models = {"MAE": dmt.build("pocket teacher"), "MoCo v3": dmt.build("pocket teacher", width=64)}
+    return Teachers(models, **options)
+
+
+def student():
+    torch.manual_seed(2)
+    return dmt.build("pocket")
+
+
+@pytest.fixture
+def images():
+    return torch.rand(10, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+CROP = v2.Compose([v2.RandomResizedCrop(32, (0.5, 1.0), antialias=True), v2.RandomHorizontalFlip()])
+CPU = {"accelerator": "cpu"}
+
+
+def test_a_view_is_always_the_same_and_copies_differ(images):
+    views = Views(images, CROP, copies=3, seed=5)
+    assert len(views) == 30
+    torch.manual_seed(9)
+    first = [views[i] for i in (0, 10, 20)]
+    state = torch.random.get_rng_state()
+    assert all(torch.equal(views[i], x) for i, x in zip((0, 10, 20), first, strict=True))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
+    assert not torch.equal(Views(images, CROP, seed=6)[0], first[0])
+    assert torch.equal(Views(images)[3], images[3]) and torch.equal(Views(TensorDataset(images, images))[3], images[3])
+    with pytest.raises(IndexError):
+        views[30]
+    with pytest.raises(BadParameter, match="copies"):
+        Views(images, copies=0)
+
+
+@pytest.mark.parametrize("dtype", dmt_cache.DTYPES)
+def test_cached_losses_are_the_losses(images, tmp_path, dtype):
+    asked, views = teachers(), Views(images)
+    cache = dmt_cache.build(tmp_path, asked, views, dtype=dtype, batch=4, **CPU)
+    assert len(cache) == 10 and cache.names == ("MAE", "MoCo v3")
+    assert [t.shape for t in cache[3]] == [(17, 48), (17, 64)]
+    said = asked(images).tokens
+    limit = 1e-6 if dtype == "float32" else 2e-3
+    for kept, true in zip(cache.tensors(), said, strict=True):
+        assert str(kept.dtype) == f"torch.{dtype}" and (kept.float() - true).abs().max() < limit
+    model, noise = DMT(student(), asked, decoder="pocket", mask_ratio=0.5), torch.rand(10, 16)
+    live, read = model(images, noise=noise), model(images, cache.tensors(), noise)
+    assert torch.allclose(live.total, read.total, rtol=limit)
+    assert sum(f.stat().st_size for f in tmp_path.glob("*.npy")) == dmt_cache.size(10, 17, (48, 64), dtype) + 2 * 128
+
+
+def test_training_from_the_cache_is_training_with_the_teachers(images, tmp_path):
+    views, asked = Views(images), teachers()
+    cache = dmt_cache.build(tmp_path, asked, views, dtype="float32", batch=4, **CPU)
+    histories = []
+    for data, taught in [
+        (TensorDataset(images), asked),
+        (dmt_cache.in_memory(views, cache), asked.widths),
+        (Distilled(views, cache), asked.widths),
+    ]:
+        torch.manual_seed(3)
+        model = DMT(student(), taught, decoder="pocket", mask_ratio=0.5)
+        rows = fit.fit(model, dmt.loss, data, epochs=2, batch=5, lr=1e-3, warmup=0, **CPU)
+        histories.append([row["loss"] for row in rows])
+    assert histories[0] == pytest.approx(histories[1], rel=1e-5)
+    assert histories[0] == pytest.approx(histories[2], rel=1e-5)
+
+
+def test_items_are_any_of_a_pictures_copies(images, tmp_path):
+    views, asked = Views(images, CROP, copies=3), teachers()
+    data = Distilled(views, dmt_cache.build(tmp_path, asked, views, dtype="float32", batch=7, **CPU))
+    assert len(data) == 10
+    seen = set()
+    torch.manual_seed(0)
+    for _ in range(20):
+        picture, *tokens = data[4]
+        copy = next(c for c in range(3) if torch.equal(views[c * 10 + 4], picture))
+        assert torch.allclose(tokens[0], asked(picture[None]).tokens[0][0], atol=1e-5)
+        seen.add(copy)
+    assert seen == {0, 1, 2}
+    with pytest.raises(BadParameter, match="copies"):
+        dmt_cache.in_memory(views, data.cache)
+    with pytest.raises(BadParameter, match="rows"):
+        Distilled(Views(images), data.cache)
+
+
+def test_a_killed_build_goes_on(images, tmp_path, monkeypatch):
+    whole = dmt_cache.build(tmp_path / "whole", teachers(), Views(images), batch=2, every=1, **CPU)
+
+    class Killed(Exception):
+        pass
+
+    asked, calls, forward = teachers(), [], Teachers.forward
+
+    def stop(self, *given, **options):
+        calls.append(0)
+        if len(calls) == 4:
+            raise Killed
+        return forward(self, *given, **options)
+
+    monkeypatch.setattr(Teachers, "forward", stop)
+    with pytest.raises(Killed):
+        dmt_cache.build(tmp_path / "killed", asked, Views(images), batch=2, every=1, **CPU)
+    assert json.loads((tmp_path / "killed" / "progress.json").read_text())["done"] == 6
+    assert not list((tmp_path / "killed").glob("*.npy"))
+    with pytest.raises(MissingData, match="build"):
+        dmt_cache.load(tmp_path / "killed")
+    with pytest.raises(BadParameter, match="teachers"):
+        dmt_cache.build(tmp_path / "killed", teachers(seed=8), Views(images), batch=2, **CPU)
+    calls.extend([0] * 4)
+    cache = dmt_cache.build(tmp_path / "killed", teachers(), Views(images), batch=2, **CPU)
+    assert len(calls) == 4 + 4 + 2  # the last four pictures alone were asked about
+    assert all(torch.equal(a, b) for a, b in zip(cache.tensors(), whole.tensors(), strict=True))
+    assert {f.name for f in (tmp_path / "killed").iterdir()} == {"0.npy", "1.npy", "cache.json"}
+
+
+def test_a_finished_cache_asks_nobody(images, tmp_path, monkeypatch):
+    dmt_cache.build(tmp_path, teachers(), Views(images), **CPU)
+    monkeypatch.setattr(Teachers, "forward", None)
+    assert len(dmt_cache.build(tmp_path, teachers(), Views(images), **CPU)) == 10
+    assert len(dmt_cache.load(tmp_path)) == len(dmt_cache.load(tmp_path, teachers())) == 10
+
+
+def test_a_cache_of_something_else_is_refused(images, tmp_path):
+    dmt_cache.build(tmp_path, teachers(), Views(images), **CPU)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    for asked, views, options, word in [
+        (teachers(seed=8), Views(images), {}, "teachers"),
+        (teachers(layer=0), Views(images), {}, "teachers"),
+        (teachers(sees={"MAE": dmt.grey}), Views(images), {}, "teachers"),
+        (teachers(), Views(images + 0.01), {}, "pictures"),
+        (teachers(), Views(images, seed=1), {}, "pictures"),
+        (teachers(), Views(images, CROP), {}, "pictures"),
+        (teachers(), Views(images, copies=2), {}, "rows"),
+        (teachers(), Views(images), {"dtype": "float32"}, "dtype"),
+    ]:
+        with pytest.raises(BadParameter, match=f"cache, {word}"):
+            dmt_cache.build(tmp_path, asked, views, **options, **CPU)
+    with pytest.raises(BadParameter, match="teachers"):
+        dmt_cache.load(tmp_path, teachers(seed=8))
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+def test_bad_caches(images, tmp_path, monkeypatch):
+    with pytest.raises(BadParameter, match="teacher_view"):
+        dmt_cache.build(tmp_path / "a", teachers(view="same"), Views(images))
+    with pytest.raises(BadParameter, match="dtype"):
+        dmt_cache.build(tmp_path / "a", teachers(), Views(images), dtype="int8")
+    with pytest.raises(MissingData, match=r"cache\.json"):
+        dmt_cache.load(tmp_path / "a")
+    loud = teachers()
+    loud.models["MAE"].blocks[-1].mlp.fc2.weight.data *= 1e7
+    with pytest.raises(CompanionError, match="MAE says numbers that float16 cannot hold"):
+        dmt_cache.build(tmp_path / "loud", loud, Views(images), **CPU)
+    dmt_cache.build(tmp_path / "b", teachers(), Views(images), **CPU)
+    whole = (tmp_path / "b" / "0.npy").read_bytes()
+    (tmp_path / "b" / "0.npy").write_bytes(whole[:5000])
+    with pytest.raises(CorruptFile, match=r"0\.npy"):
+        dmt_cache.load(tmp_path / "b")
+    np.save(tmp_path / "b" / "0.npy", np.zeros((10, 17, 47), np.float16))
+    with pytest.raises(CorruptFile, match=r"0\.npy"):
+        dmt_cache.load(tmp_path / "b")
+    (tmp_path / "b" / "cache.json").write_text("{}")
+    with pytest.raises(CorruptFile, match=r"cache\.json"):
+        dmt_cache.load(tmp_path / "b")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
+    with pytest.raises(CompanionError, match="are free"):
+        dmt_cache.build(tmp_path / "c", teachers(), Views(images), **CPU)
+
+
+def test_a_cut_part_is_named(images, tmp_path, monkeypatch):
+    settings = dmt_cache.build(tmp_path / "whole", teachers(), Views(images), **CPU).settings
+    folder = tmp_path / "part"
+    dmt_cache._start(folder, settings)
+    (folder / "1.part").write_bytes(b"cut")
+    with pytest.raises(CorruptFile, match=r"1\.part"):
+        dmt_cache.build(folder, teachers(), Views(images), **CPU)
+
+
+def test_sizes_at_paper_scale():
+    assert dmt_cache.size(1, 197, (768,) * 3) == 907_776

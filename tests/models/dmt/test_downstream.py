@@ -1,0 +1,388 @@
+"""What is built on a pre-trained ViT: the same features, rates by layer, losses, crops, results, and bad options."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from companion.errors import BadParameter
+from companion.evaluation.metrics import detection as metric
+from companion.models.dmt import downstream as down
+from companion.models.dmt import model as dmt
+from companion.models.dmt.downstream import Crops, SceneCrops, Segmenter
+from companion.training import fit
+
+CPU = {"accelerator": "cpu"}
+
+
+def vit(**options):
+    torch.manual_seed(0)
+    return dmt.build("pocket", **options).eval()
+
+
+@pytest.fixture
+def images():
+    return torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+# --- rates ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer_decay", [0.65, 1.0])
+def test_rates_fall_downwards(layer_decay):
+    model = down.classifier(vit(), 5)
+    sides = down.layer_rates(model, model, np.linspace(1, 0, 10), layer_decay)
+    assert list(sides) == ["layer 0", "layer 1", "layer 2", "layer 3"]
+    scales = [rates.max() for _, rates in sides.values()]
+    assert scales == pytest.approx([layer_decay ** (3 - i) for i in range(4)])
+    own = {id(p): side for side, (group, _) in sides.items() for p in group}
+    assert len(own) == len(list(model.parameters()))
+    named = {name: own[id(p)] for name, p in model.named_parameters()}
+    assert named["cls_token"] == named["pos_embed"] == named["patch_embed.proj.weight"] == "layer 0"
+    assert named["blocks.0.mlp.fc1.weight"] == "layer 1" and named["head.weight"] == named["fc_norm.bias"] == "layer 3"
+    with pytest.raises(BadParameter, match="layer_decay"):
+        down.layer_rates(model, model, np.ones(10), 0)
+
+
+# --- classification ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positions", dmt.POSITIONS)
+@pytest.mark.parametrize("last_heads", [None, 8])
+def test_a_classifier_sees_what_the_encoder_saw(positions, last_heads, images):
+    encoder = vit(positions=positions, masked=True, last_heads=last_heads)
+    model = down.classifier(encoder, 5).eval()
+    pooled = encoder.hidden(images)[0][:, 1:].mean(1)
+    expected = F.layer_norm(pooled, (32,), eps=1e-6)
+    assert torch.allclose(model.forward_head(model.forward_features(images), pre_logits=True), expected, atol=1e-5)
+    assert model(images).shape == (4, 5) and all(p.requires_grad for p in model.parameters())
+    assert model.head.weight.abs().max() < 1e-3
+
+
+def test_parameters_of_the_fine_tuned_models_are_the_usual_ones():
+    with torch.device("meta"):
+        counts = [
+            sum(p.numel() for p in down.classifier(dmt.build(size), 1000).parameters())
+            for size in ("tiny", "small", "base")
+        ]
+    assert counts == [5_717_416, 22_050_664, 86_567_656]
+
+
+def test_mixing_is_timms_and_repeats(images):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5))
+    labels, loss = torch.tensor([0, 1, 2, 3]), down.mixed_loss(5)
+    before, state = images.clone(), np.random.get_state()[1].copy()  # noqa: NPY002
+    torch.manual_seed(4)
+    first = loss(model, (images, labels))
+    torch.manual_seed(4)
+    assert torch.equal(loss(model, (images, labels)), first)
+    assert torch.equal(images, before) and (np.random.get_state()[1] == state).all()  # noqa: NPY002
+    plain = F.cross_entropy(model(images), labels, label_smoothing=0.1)
+    assert torch.allclose(down.mixed_loss(5, 0, 0)(model, (images, labels)), plain)
+    assert torch.allclose(
+        loss(model, (images[:3], labels[:3])), F.cross_entropy(model(images[:3]), labels[:3], label_smoothing=0.1)
+    )
+
+
+def easy(count=64):
+    """Pictures whose colour is their class."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 2
+    images = torch.rand(count, 3, 32, 32, generator=generator)
+    images[:, 0] += labels[:, None, None] * 1.0
+    return images, labels
+
+
+def test_fine_tuning_learns_and_resumes(tmp_path):
+    images, labels = easy()
+    data, encoder = TensorDataset(images, labels), vit()
+    settings = {"epochs": 8, "batch": 16, "lr": 3e-3, "mixup": 0.2, "cutmix": 0.2} | CPU
+    torch.manual_seed(0)
+    model, rows = down.fine_tune(encoder, 2, data, **settings)
+    assert len(rows) == 32 and (model.eval()(images).argmax(1) == labels).float().mean() > 0.9
+
+    class Killed(Exception):
+        pass
+
+    torch.manual_seed(0)
+    calls = []
+    smooth = down.mixed_loss
+
+    def stopping(*options):
+        loss = smooth(*options)
+
+        def step(model, batch):
+            calls.append(0)
+            if len(calls) == 20:
+                raise Killed
+            return loss(model, batch)
+
+        return step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(down, "mixed_loss", stopping)
+        with pytest.raises(Killed):
+            down.fine_tune(encoder, 2, data, **settings, checkpoint=tmp_path / "k.pt", checkpoint_every=8)
+    torch.manual_seed(0)
+    again, _ = down.fine_tune(encoder, 2, data, **settings, checkpoint=tmp_path / "k.pt", resume=True)
+    for (name, p), q in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_probes_leave_the_encoder_alone():
+    images, labels = easy()
+    encoder = vit()
+    features = fit.predict(down.Features(encoder), TensorDataset(images), **CPU)
+    assert features.shape == (64, 64) and torch.allclose(features, encoder.features(images), atol=1e-5)
+    head, _ = down.probe(features, labels, 2, epochs=10, batch=16, **CPU)
+    assert (head(features).argmax(1) == labels).float().mean() > 0.9
+    said = down.ridge(features, labels, 2, features)
+    assert (said.argmax(1) == labels).float().mean() > 0.9
+    with pytest.raises(BadParameter, match="penalty"):
+        down.ridge(features, labels, 2, features, penalty=0)
+
+
+def test_ridge_is_scikit_learns():
+    from sklearn.linear_model import Ridge
+
+    torch.manual_seed(0)
+    x, y, other = torch.randn(40, 6) * 3 + 1, torch.randint(3, (40,)), torch.randn(9, 6)
+    scaled = [(t - x.mean(0)) / x.std(0, correction=0) for t in (x, other)]
+    theirs = Ridge(30.0).fit(scaled[0].numpy(), F.one_hot(y, 3).numpy()).predict(scaled[1].numpy())
+    assert np.allclose(down.ridge(x, y, 3, other).numpy(), theirs, atol=1e-4)
+
+
+def test_transforms():
+    from PIL import Image
+
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), np.uint8))
+    for transform in (down.train_transform(32), down.test_transform(32)):
+        assert transform(picture).shape == (3, 32, 32) and transform(picture).dtype == torch.float32
+    assert torch.equal(down.test_transform(32)(picture), down.test_transform(32)(picture))
+
+
+# --- detection --------------------------------------------------------------------------------------------------------
+
+
+class Squares:
+    """Pictures of 64 x 64 with a bright square each, class 1 red and class 2 green, as `pretraining.Instances` has."""
+
+    def __init__(self, count=8, side=64):
+        self.count, self.side = count, side
+        rng = np.random.default_rng(0)
+        self.places = rng.integers(4, side - 28, (count, 2))
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        if i >= self.count:
+            raise IndexError(i)
+        y, x = map(int, self.places[i])
+        image = torch.full((3, self.side, self.side), 60, dtype=torch.uint8)
+        image[i % 2, y : y + 24, x : x + 24] = 250
+        mask = torch.zeros(1, self.side, self.side, dtype=torch.uint8)
+        mask[0, y : y + 24, x : x + 24] = 1
+        boxes = torch.tensor([[x, y, x + 24, y + 24]], dtype=torch.float32)
+        return image, {"boxes": boxes, "labels": torch.tensor([1 + i % 2]), "masks": mask, "image_id": i + 1}
+
+
+def small_detector(**options):
+    torch.manual_seed(0)
+    few = {"rpn_post_nms_top_n_train": 50, "rpn_post_nms_top_n_test": 20, "box_batch_size_per_image": 32}
+    return down.detector(vit(image=64), 2, size=64, channels=16, drop_path=0.0, anchor=4.0, **few | options)
+
+
+def test_the_pyramid_has_five_scales(images):
+    pyramid = down.SimplePyramid(down.like(vit()), 16)
+    maps = pyramid(images)
+    assert list(maps) == ["0", "1", "2", "3", "pool"]
+    assert [tuple(m.shape) for m in maps.values()] == [(4, 16, s, s) for s in (16, 8, 4, 2, 1)]
+    pooled = down._maps(vit(), images, (-1,))[0]
+    assert torch.equal(pooled[0, :, 1, 2], vit().hidden(images)[0][0, 1 + 4 + 2])
+    with pytest.raises(BadParameter, match="factor"):
+        down.SimplePyramid(vit(), 16, (8, 1))
+
+
+def test_a_copy_trains_its_table_too_and_leaves_the_first_alone():
+    encoder = vit(masked=True)
+    model = down.like(encoder, 0.1)
+    assert model.pos_embed.requires_grad and not encoder.pos_embed.requires_grad
+    assert torch.equal(model.norm.weight, encoder.norm.weight) and model.masked_embed is None
+
+
+def test_crops_stack_and_unpack():
+    data = Crops(Squares(), 64, most=3, jitter=None)
+    image, boxes, labels, bits = data[1]
+    assert image.shape == (3, 64, 64) and image.max() <= 1 and labels.tolist() == [2, 0, 0]
+    assert boxes[0].tolist() == Squares()[1][1]["boxes"][0].tolist() and bits.shape == (3, 512)
+    seen = {}
+
+    def model(images, targets):
+        seen.update(images=images, targets=targets)
+        return {"a": torch.tensor(1.0), "b": torch.tensor(2.0)}
+
+    stacked = tuple(torch.stack(parts) for parts in zip(data[0], data[1], strict=True))
+    assert down.detection_loss(model, stacked) == 3
+    for i, target in enumerate(seen["targets"]):
+        truth = Squares()[i][1]
+        assert torch.equal(target["masks"], truth["masks"]) and torch.equal(target["boxes"], truth["boxes"])
+        assert torch.equal(target["labels"], truth["labels"])
+
+
+def test_jittered_crops_have_the_size_and_keep_boxes_on_masks():
+    data = Crops(Squares(), 48, most=2)
+    torch.manual_seed(0)
+    for i in range(8):
+        image, boxes, labels, bits = data[i]
+        assert image.shape == (3, 48, 48)
+        for box, mask in zip(boxes[labels > 0], bits[labels > 0], strict=True):
+            there = torch.from_numpy(np.unpackbits(mask.numpy())[: 48 * 48].reshape(48, 48)).nonzero()
+            edge = torch.cat([there.amin(0).flip(0), there.amax(0).flip(0) + 1])
+            assert (edge - box).abs().max() <= 1.5
+    with pytest.raises(BadParameter, match="size"):
+        Crops(Squares(), 32, jitter=None)[0]
+
+
+def test_a_picture_without_instances_is_trained_on_too():
+    class Empty(Squares):
+        def __getitem__(self, i):
+            image, target = super().__getitem__(i)
+            return image, {
+                **target,
+                "boxes": torch.zeros(0, 4),
+                "labels": torch.zeros(0, dtype=torch.long),
+                "masks": torch.zeros(0, 64, 64, dtype=torch.uint8),
+            }
+
+    data = Crops(Empty(), 64, most=2, jitter=None)
+    batch = tuple(torch.stack(parts) for parts in zip(data[0], data[1], strict=True))
+    assert torch.isfinite(down.detection_loss(small_detector().train(), batch))
+
+
+def test_a_detector_trains_whole_and_gives_results_that_can_be_scored():
+    model, data = small_detector(), Squares()
+    crops = Crops(data, 64, most=2, jitter=None)
+    batch = tuple(torch.stack(parts) for parts in zip(*(crops[i] for i in range(4)), strict=True))
+    torch.manual_seed(0)
+    down.detection_loss(model.train(), batch).backward()
+    untrained = {n for n, p in model.named_parameters() if p.grad is None}
+    assert untrained == {"backbone.vit.norm.weight", "backbone.vit.norm.bias"}
+    encoder = model.backbone.vit
+    sides = down.layer_rates(model, encoder, np.full(50, 2e-3), 0.9)
+    rows = fit.fit(model, down.detection_loss, crops, epochs=25, batch=4, sides=sides, **CPU)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    found = down.detections(model, data, [7, 9])
+    truth = {
+        "images": [{"id": i + 1, "width": 64, "height": 64, "file_name": ""} for i in range(8)],
+        "categories": [{"id": 7, "name": "red"}, {"id": 9, "name": "green"}],
+        "annotations": [],
+    }
+    for i in range(8):
+        x0, y0, x1, y1 = Squares()[i][1]["boxes"][0].tolist()
+        corners = [x0, y0, x1, y0, x1, y1, x0, y1]
+        truth["annotations"].append(
+            {
+                "id": i + 1,
+                "image_id": i + 1,
+                "category_id": 7 + 2 * (i % 2),
+                "iscrowd": 0,
+                "bbox": [x0, y0, 24, 24],
+                "area": 576,
+                "segmentation": [corners],
+            }
+        )
+    scores = {kind: metric.evaluate(truth, found, kind=kind).totals["AP50"] for kind in metric.KINDS}
+    assert scores["bbox"] > 20 and scores["segm"] > 10
+
+
+# --- segmentation -----------------------------------------------------------------------------------------------------
+
+
+def small_segmenter(**options):
+    torch.manual_seed(0)
+    return Segmenter(
+        vit(depth=4),
+        3,
+        **{"layers": (0, 1, 2, 3), "channels": 16, "auxiliary": 8, "drop_path": 0.0, "pools": (1, 2)} | options,
+    )
+
+
+def test_a_segmenter_gives_logits_of_every_pixel(images):
+    model = small_segmenter().eval()
+    assert model(images).shape == (4, 3, 32, 32)
+    assert [tuple(s(torch.rand(2, 32, 4, 4)).shape[1:]) for s in model.scales] == [
+        (8, 16, 16),
+        (16, 8, 8),
+        (32, 4, 4),
+        (32, 2, 2),
+    ]
+    first, second = model.train()(images)
+    assert first.shape == second.shape == (4, 3, 32, 32)
+    assert small_segmenter(auxiliary=0).train()(images).shape == (4, 3, 32, 32)
+    with pytest.raises(BadParameter, match="layers"):
+        small_segmenter(layers=(3, 5, 7, 11))
+
+
+def test_the_loss_passes_over_what_counts_for_nothing(images):
+    model = small_segmenter().train()
+    truth = torch.randint(3, (4, 32, 32))
+    truth[:, 16:] = 255
+    losses = [down.segmentation_loss(model, (images, t)) for t in (truth, truth.clone())]
+    assert torch.allclose(*losses)
+    logits = model(images)
+    expected = [F.cross_entropy(x[:, :, :16], truth[:, :16]) for x in logits]
+    assert torch.allclose(losses[0], expected[0] + 0.4 * expected[1], atol=1e-5)
+
+
+class Halves:
+    """Pictures whose bright side is class 1; a frame counts for nothing."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        image = torch.full((3, 40, 48), 40, dtype=torch.uint8)
+        truth = torch.zeros(40, 48, dtype=torch.long)
+        image[:, :, 10 + 3 * i :], truth[:, 10 + 3 * i :] = 220, 1
+        truth[:2] = 255
+        return image, truth
+
+
+def test_scene_crops():
+    data = SceneCrops(Halves(), 32, short=40)
+    torch.manual_seed(0)
+    for i in range(8):
+        image, truth = data[i]
+        assert image.shape == (3, 32, 32) and image.dtype == torch.float32
+        assert truth.shape == (32, 32) and truth.dtype == torch.long and set(truth.unique().tolist()) <= {0, 1, 255}
+    image, truth = SceneCrops(Halves(), 64, jitter=None)[0]
+    assert (truth == 255).sum() == 64 * 64 - 38 * 48  # what was added and the frame
+    bright = image[0] > 0
+    assert (bright[truth == 1]).all() and not bright[truth == 0].any()
+
+
+def test_a_segmenter_learns(tmp_path):
+    model, data = small_segmenter(), SceneCrops(Halves(), 32, jitter=None)
+    sides = down.layer_rates(model, model.vit, np.full(30, 3e-3), 0.9)
+    torch.manual_seed(0)
+    fit.fit(model, down.segmentation_loss, data, epochs=15, batch=4, sides=sides, **CPU)
+    right = total = 0
+    for i in range(8):
+        image, truth = data[i]
+        counted = truth != 255
+        right += int((model.eval()(image[None]).argmax(1)[0] == truth)[counted].sum())
+        total += int(counted.sum())
+    assert right / total > 0.85
+
+
+def test_sliding_covers_everything_once_over():
+    class Own(nn.Module):
+        def forward(self, x):
+            return x[:, :2] * 2
+
+    for shape in [(3, 32, 32), (3, 50, 71), (3, 20, 90)]:
+        image = torch.rand(shape)
+        assert torch.allclose(down.slide(Own(), image, 32, 21), image[:2] * 2, atol=1e-6)

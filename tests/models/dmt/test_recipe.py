@@ -1,0 +1,355 @@
+"""DMT with the ancestors' settings: schedules, teachers by name and file, dry runs of all tasks, results gathered."""
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import TensorDataset
+
+from companion.errors import BadCheckpoint, BadParameter, MissingData, MissingWeights
+from companion.models.dmt import model as dmt
+from companion.models.dmt import recipe as runs
+from companion.models.dmt import teachers as dmt_teachers
+from companion.ops.papers import paper
+
+
+def given(**changes) -> SimpleNamespace:
+    settings = dict(
+        profile="paper",
+        dry_run=True,
+        seed=0,
+        task="distil",
+        dataset="",
+        encoder="distilled",
+        student="tiny",
+        teachers="MAE, MoCo v3, iBOT",
+        teacher_files="",
+        teacher_view="full",
+        target_norm="channel",
+        fusion="separate",
+        losses="token and map",
+        mask_ratio=0.75,
+        cached=False,
+        data_root="nowhere",
+        weights="",
+        accelerator="cpu",
+        devices=1,
+        precision="32-true",
+    )
+    return SimpleNamespace(**settings | changes)
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setenv("COMPANION_PROGRESS", "off")
+    monkeypatch.setattr(runs, "WORKERS", 0)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Narrow encoders of 224 px in the place of ViT-T and ViT-B."""
+    depth = {"tiny": 4, "base": 2}
+
+    def build(size, **options):
+        return dmt.ViT(224, 16, 48, depth[size], 4, **options)
+
+    monkeypatch.setattr(runs.dmt, "build", build)
+    monkeypatch.setattr(dmt_teachers, "build", build)
+
+
+def test_parameters_of_the_notebook_are_those_that_runs_read():
+    known = paper("dmt")["parameters"]
+    assert set(known) <= set(vars(given()))
+    assert known["losses"]["choices"] == list(runs.LOSSES) and known["task"]["choices"] == list(runs.USUAL)
+    assert tuple(known["student"]["choices"]) == ("tiny", "small", "base")
+    assert known["teacher_view"]["choices"] == list(dmt.VIEWS) and known["fusion"]["choices"] == list(dmt.FUSIONS)
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def test_schedule_is_the_generic_stage_of_g2sd():
+    rates = runs.distil_rates(10)
+    assert len(rates) == 3000 and rates[0] == 0 and rates.max() == pytest.approx(1.5e-4 * 4096 / 256)
+    assert rates[99] == rates.max() and rates[-1] == pytest.approx(2.5e-6, rel=0.01)
+    assert runs.recipe("segment")["steps"] == 160_000 and "steps" not in runs.recipe("fine-tune")
+
+
+def test_teachers_by_name_and_file(tmp_path, small):
+    assert runs.named(" MAE , iBOT") == ["MAE", "iBOT"]
+    for text in ("", "MAE, MAE", "MAE, BEiT"):
+        with pytest.raises(BadParameter, match="teachers"):
+            runs.named(text)
+    assert runs.files("MAE=a.pth, MoCo v3 = b.pth") == {"MAE": "a.pth", "MoCo v3": "b.pth"}
+    for text in ("MAE", "BEiT=a", "MAE="):
+        with pytest.raises(BadParameter, match="teacher_files"):
+            runs.files(text)
+    with pytest.raises(BadParameter, match="teacher_files"):
+        runs.teachers(given(teachers="MAE", teacher_files="iBOT=a.pth"))
+    torch.manual_seed(5)
+    own = dmt.ViT(224, 16, 64, 1, 1)
+    torch.save({"model": own.to_official()}, tmp_path / "mae.pth")
+    found = runs.teachers(given(teacher_files=f"MAE={tmp_path / 'mae.pth'}"))
+    assert found.names == ("MAE", "MoCo v3", "iBOT") and found.widths == (64, 48, 48)
+    assert torch.equal(found.models["MAE"].norm.weight, own.norm.weight)
+    kinds = [model.positions for model in found.models.values()]
+    assert kinds == ["mae", "mocov3", "learned"]
+    first, second = (found.models[n].blocks[0].mlp.fc1.weight for n in ("MoCo v3", "iBOT"))
+    assert not torch.equal(first, second)
+
+
+def test_released_weights_are_asked_for_outside_a_dry_run(monkeypatch):
+    monkeypatch.setattr("companion.backbones.try_to_load_from_cache", lambda *a: None)
+    with pytest.raises(MissingWeights, match="mae"):
+        runs.setting(given(dry_run=False), None, {})
+
+
+# --- distillation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("losses", list(runs.LOSSES))
+def test_dry_run_of_distillation(losses, small, tmp_path):
+    setting = runs.setting(given(losses=losses, fusion="mean" if losses == "map" else "separate"), tmp_path, {})
+    model, terms = setting.build("DMT"), []
+    frozen = {n: t.clone() for n, t in model.teachers.state_dict().items()}
+    first = [t.clone() for t in model.student.parameters()]
+    history = setting.learn(model, "DMT", terms)
+    assert len(history) == len(terms) == 2 and setting.parts == {} and setting.methods == ("DMT",)
+    assert terms[0][0] == pytest.approx(history[0]["loss"], rel=1e-5)
+    assert any(not torch.equal(a, b) for a, b in zip(first, model.student.parameters(), strict=True))
+    assert all(torch.equal(t, frozen[n]) for n, t in model.teachers.state_dict().items())
+    path = runs.save(model, tmp_path / "student.safetensors")
+    loaded = runs.encoder(given(weights=str(path), dry_run=False))
+    images = torch.randn(1, 3, 224, 224)
+    assert torch.equal(loaded(images), model.export()(images))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["student.safetensors"]
+
+
+def test_a_student_that_learned_relations_keeps_the_heads_of_its_last_block(tmp_path):
+    """Tensors do not say them: read as a plain ViT-T it would have three there, and say something else."""
+    teachers = dmt.Teachers({"MAE": dmt.ViT(32, 8, 48, 1, 12)})
+    torch.manual_seed(0)
+    model = dmt.DMT(dmt.ViT(32, 8, 192, 2, 3, last_heads=12), teachers, relation=1.0, decoder="pocket")
+    path = runs.save(model, tmp_path / "student.safetensors")
+    loaded, images = runs.encoder(given(weights=str(path))), torch.randn(2, 3, 32, 32)
+    assert [block.attn.num_heads for block in loaded.blocks] == [3, 12]
+    assert torch.equal(loaded(images), model.export()(images))
+    assert not torch.equal(dmt.ViT.from_official(dmt_teachers.read(path))(images), loaded(images))
+    assert runs.down.like(loaded).heads == 12 and runs.down.classifier(loaded, 5).blocks[-1].attn.num_heads == 12
+
+
+def test_what_several_devices_say_of_the_losses(small, monkeypatch):
+    """Their parts are seen in other processes; the totals come back."""
+    rows = [{"step": i, "lr": 1e-3, "loss": 2.0 - i} for i in range(2)]
+    monkeypatch.setattr(runs, "fit", lambda *args, **options: rows)
+    p, terms = given(devices=2), []
+    model = runs.build(p, runs.teachers(p))
+    runs.distil(p, model, TensorDataset(torch.zeros(4, 3, 224, 224)), terms, np.full(2, 1e-3), batch=2)
+    assert terms == [[2.0], [1.0]]
+
+
+def test_dry_run_from_a_cache(small, tmp_path, monkeypatch):
+    setting = runs.setting(given(cached=True), tmp_path, {})
+    model = setting.build("DMT")
+    assert model.teachers is None
+    assert len(setting.learn(model, "DMT")) == 2
+    assert {f.name for f in (tmp_path / "teachers").iterdir()} == {"0.npy", "1.npy", "2.npy", "cache.json"}
+    asked = []
+    forward = dmt.Teachers.forward
+    monkeypatch.setattr(dmt.Teachers, "forward", lambda *a, **k: asked.append(0) or forward(*a, **k))
+    again = runs.setting(given(cached=True), tmp_path, {})
+    again.learn(again.build("DMT"), "DMT")
+    assert not asked
+    with pytest.raises(BadParameter, match="teachers"):
+        other = runs.setting(given(cached=True, seed=1), tmp_path, {})
+        other.learn(other.build("DMT"), "DMT")
+    with pytest.raises(BadParameter, match="losses"):
+        runs.setting(given(cached=True, losses="with relations"), tmp_path, {})
+
+
+def test_gradients_that_are_added_up_are_those_of_the_whole_batch(small):
+    generator = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(4, 3, 224, 224, generator=generator))
+    found = []
+    for at_once in (4, 2):
+        p = given(mask_ratio=0.0, target_norm="ln")  # nothing is drawn
+        model, terms = runs.build(p, runs.teachers(p)), []
+        history = runs.distil(p, model, data, terms, np.full(2, 1e-3), at_once, batch=4, workers=0)
+        np.testing.assert_allclose([t[0] for t in terms], [r["loss"] for r in history], rtol=1e-5)
+        found.append([r["loss"] for r in history])
+    np.testing.assert_allclose(*found, rtol=1e-3)
+
+
+def test_distillation_of_a_folder_goes_on_after_a_stop_and_keeps_its_student(small, tmp_path, monkeypatch):
+    folder = tmp_path / "pictures"
+    for name in ("", "a", "b/ä"):  # any depth, no label is asked for
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(len(name)).integers(0, 255, (40, 60, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / name / "picture.PNG")
+    (folder / ".hidden.png").write_text("")
+    p = given(dataset="folder", data_root=str(folder), dry_run=False)
+    monkeypatch.setattr(runs, "released", lambda p, name: dmt.ViT(224, 16, 48, 1, 4))
+    setting, steps = runs.setting(p, tmp_path, {}), []
+    assert "3 pictures" in setting.title
+    whole = dict(rates=np.full(4, 1e-3), batch=2, checkpoint_every=1)
+
+    def stopped(*args):
+        steps.append(0)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return forward(*args)
+
+    forward = dmt.DMT.forward
+    monkeypatch.setattr(dmt.DMT, "forward", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        setting.learn(setting.build("DMT"), "DMT", **whole)
+    assert not setting.kept.exists()
+    model, terms = setting.build("DMT"), []
+    history = setting.learn(model, "DMT", terms, **whole)
+    assert len(history) == 4 and len(terms) == 2 and len(steps) == 5  # two steps were done before
+    kept = runs.encoder(given(weights=str(setting.kept), dry_run=False))
+    images = torch.randn(1, 3, 224, 224)
+    assert torch.equal(kept(images), model.export()(images))
+    others = (("fusion", "mean"), ("seed", 1), ("mask_ratio", 0.5), ("student", "base"))
+    files = {runs.setting(given(**vars(p) | {k: v}), tmp_path, {}).kept for k, v in others}
+    assert len(files | {setting.kept}) == 5
+    with pytest.raises(BadParameter, match="folder"):
+        runs._pictures(given(dataset="pretraining/coco"))
+    with pytest.raises(MissingData, match="imagenet"):
+        runs._pictures(given())
+    with pytest.raises(MissingData, match="no pictures"):
+        runs._pictures(given(dataset="folder", data_root=str(tmp_path / "trained" / "none")))
+
+
+# --- downstream -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", [task for task in runs.USUAL if task != "distil"])
+def test_dry_run_downstream(task, small, monkeypatch):
+    if task == "detect":  # the full picture is what the slow test takes
+        original = runs.down.detector
+        few = {"rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 5, "box_batch_size_per_image": 16}
+        monkeypatch.setattr(
+            runs.down,
+            "detector",
+            lambda vit, classes, **o: original(vit, classes, **o | {"size": 256, "channels": 16} | few),
+        )
+        monkeypatch.setattr(runs, "_Generated", lambda task, count, side, seed: GENERATED(task, count, 256, seed))
+        monkeypatch.setattr(runs.down, "Crops", lambda data, size: CROPS(data, 256))
+    found = runs.downstream(given(task=task))
+    model = found.build()
+    history = found.learn(model)
+    assert len(history) == 2 and np.isfinite([row["loss"] for row in history]).all()
+    scores = found.score(model)
+    wanted = {"detect": {"box AP", "mask AP"}, "segment": {"mIoU"}}.get(task, {"top-1"})
+    assert set(scores) == wanted and all(0 <= v <= 100 for v in scores.values())
+    assert "dry run" in found.title
+
+
+GENERATED, CROPS = runs._Generated, runs.down.Crops
+
+
+@pytest.mark.parametrize("task, count", [("detect", 118_287), ("segment", 20_210)])
+def test_real_sets_are_trained_for_the_published_steps(task, count, small, monkeypatch, tmp_path):
+    """Neither set is a whole number of batches."""
+
+    class Many(GENERATED):
+        def __init__(self):
+            super().__init__(task, count, 64, 0) if task == "segment" else super().__init__(task, 1, 64, 0)
+            self.count = count
+
+    asked = []
+
+    def fit(model, loss, data, *, epochs, batch, sides, checkpoint, resume, **options):
+        steps = round(epochs * (len(data) // batch))  # as the real one reckons
+        asked.append(({len(rates) for _, rates in sides.values()}, steps, checkpoint.parent.name, resume))
+        return []
+
+    monkeypatch.setattr(runs, "fit", fit)
+    monkeypatch.setattr(runs.pretraining, "load", lambda name, root, split: Many())
+    found = runs.downstream(given(task=task, dry_run=False, encoder="random"), tmp_path)
+    found.learn(found.build())
+    steps = int(runs.recipe(task)["steps"])
+    assert asked == [({steps}, steps, "trained", True)]
+
+
+def test_bad_questions(tmp_path, small):
+    for changes, word in [({"task": "distil"}, "task"), ({"task": "fine-tune", "dataset": "vtab/dtd"}, "dataset")]:
+        with pytest.raises(BadParameter, match=word):
+            runs.downstream(given(**changes))
+    real = given(task="fine-tune", dry_run=False)
+    with pytest.raises(MissingData, match="imagenet"):
+        runs.downstream(real)
+    with pytest.raises(MissingWeights, match="distil"):
+        runs.encoder(real)
+    torch.save({"a": torch.ones(1)}, tmp_path / "x.pth")
+    with pytest.raises(BadCheckpoint, match="pos_embed"):
+        runs.encoder(given(dry_run=False, weights=str(tmp_path / "x.pth")))
+    assert runs.encoder(given(encoder="random", dry_run=False)).width == 48
+    assert runs.encoder(given(encoder="teacher")).positions == "mae"
+
+
+def test_augmentation_gives_normalised_crops():
+    torch.manual_seed(0)
+    out = runs.augment()(torch.rand(3, 50, 80))
+    assert out.shape == (3, 224, 224)
+    low, high = (0 - np.array(runs.down.MEAN)) / runs.down.STD, (1 - np.array(runs.down.MEAN)) / runs.down.STD
+    assert (out.amin((1, 2)).numpy() >= low - 1e-5).all() and (out.amax((1, 2)).numpy() <= high + 1e-5).all()
+    assert repr(runs.augment()) == repr(runs.augment())  # a cache is known again by it
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def test_results_gather_and_stand_in_rows_of_their_own(tmp_path):
+    row = {
+        "task": "fine-tune",
+        "student": "tiny",
+        "encoder": "distilled",
+        "teachers": "MAE, MoCo v3, iBOT",
+        "teacher_view": "full",
+        "target_norm": "channel",
+        "fusion": "separate",
+        "losses": "token and map",
+        "mask_ratio": 0.75,
+        "seed": 0,
+        "metric": "top-1",
+        "score": 70.0,
+    }
+    path = tmp_path / "measured.csv"
+    runs.measured(path, row, row | {"seed": 1, "score": 72.0}, row | {"task": "linear probe", "score": 10.0})
+    runs.measured(path, row | {"fusion": "gate", "mask_ratio": 0.5, "score": 60.0})
+    rows = runs.measured(path, row | {"encoder": "teacher", "score": 83.0})
+    assert isinstance(rows, pd.DataFrame) and len(rows) == 5
+    found = runs.cells(rows, "imagenet")
+    assert found == {
+        ("reconstruction (MAE, MoCo v3, iBOT), ViT-T", "imagenet_top1"): 71.0,
+        ("reconstruction (MAE, MoCo v3, iBOT; fusion gate; mask_ratio 0.5), ViT-T", "imagenet_top1"): 60.0,
+        ("MAE, ViT-B", "imagenet_top1"): 83.0,
+    }
+    shown = runs.tables(rows)["ImageNet-1k after fine-tuning"]
+    own = shown[shown.method.str.startswith("reconstruction")]
+    assert set(own.imagenet_top1) == {"– / 71.00", "– / 60.00"}
+    assert (shown[shown.method == "DMT, ViT-T"].imagenet_top1 == "–").all()
+    assert list(itertools.chain(*(t.columns[:1] for t in runs.tables(rows).values()))) == ["method"] * 3
+
+
+# --- full size --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", list(runs.USUAL))
+def test_dry_run_at_full_size(task, tmp_path):
+    p = given(task=task, student="small")
+    if task == "distil":
+        setting = runs.setting(p, tmp_path, {})
+        assert len(setting.learn(setting.build("DMT"), "DMT")) == 2
+    else:
+        found = runs.downstream(p)
+        model = found.build()
+        assert len(found.learn(model)) == 2
+        assert found.score(model)

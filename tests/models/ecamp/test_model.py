@@ -1,0 +1,303 @@
+"""ECAMP: counts, what the spec says is exact, gradients, variants, checkpoints, and what it says about bad input."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from companion import backbones
+from companion.errors import BadCheckpoint, BadParameter
+from companion.models.ecamp import model as ecamp
+from companion.models.ecamp.model import Batch
+
+
+def pairs(count=2, size=32, words=40, length=20, patches=64, window=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(5, words, (count, length), generator=generator)
+    labels[:, length - 4 :] = 0
+    hidden = torch.rand(count, length, generator=generator) < 0.7
+    side = round(patches**0.5)
+    return Batch(
+        images=torch.randn(count, 3, 2 * size, 2 * size, generator=generator),
+        ids=torch.where(hidden & (labels > 0), 3, labels),
+        labels=labels,
+        attention=(labels > 0).long(),
+        weights=0.5 + torch.rand(count, length, generator=generator),
+        noise=torch.rand(count, patches, generator=generator),
+        window=torch.randint(0, side - window + 1, (count, 2), generator=generator),
+    )
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return ecamp.build("pocket").eval()
+
+
+def count(module, trained=False):
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+def test_parameters_are_the_released_ones():
+    with torch.device("meta"):
+        model = ecamp.build("paper", pooler=True)
+    assert count(model) == 183_425_240
+    assert count(model, trained=True) == 183_173_080
+    assert count(model.encoder) == 85_646_592 + 151_296 + 768
+    assert count(model.decoder) == 13_398_784 + 100_864
+    assert count(model.super_resolution) == 168
+    assert count(model.project) == count(model.text.pooler) == 590_592
+    assert count(model.text.embeddings) == 23_239_680
+    assert count(model.text.fusion) == 7_681_536
+    assert count(model.text.layers) == 28_362_240
+    assert count(model.text.head) == 23_662_128
+
+
+def test_sizes_are_the_released_ones():
+    with torch.device("meta"):
+        model = ecamp.build("paper")
+    assert model.patches == 196 and int(model.patches * (1 - ecamp.MASKED)) == 49
+    assert model.window == 12 and model.text.embeddings.positions.num_embeddings == 256
+    assert model.text.pooler is None
+
+
+def test_mim_loss_is_three_quarters_of_the_error_on_hidden_patches(model):
+    batch, trace = pairs(3), {}
+    losses = model(batch, trace)
+    hidden = trace["hidden"].bool()
+    assert hidden.sum(1).tolist() == [48, 48, 48] and trace["keep"].shape == (3, 16)
+    target = ecamp.patchify(trace["low"], 4)
+    mse = F.mse_loss(trace["pixels"][hidden], target[hidden])
+    torch.testing.assert_close(losses.mim, 0.75 * mse)
+
+
+def test_total_is_the_plain_sum(model):
+    losses = model(pairs())
+    assert losses.total == losses.mim + losses.sr + losses.mlm
+    assert all(x > 0 for x in losses)
+
+
+def test_super_resolution_is_never_negative(model):
+    trace = {}
+    model(pairs(), trace)
+    assert trace["super_resolved"].shape == (2, 3, 64, 64)
+    assert trace["super_resolved"].min() >= 0
+
+
+def test_only_the_window_counts(model):
+    batch, trace = pairs(1), {}
+    before = model(batch, trace).sr
+    inside = ecamp.windows(batch.window, 6, 8, 64)
+    assert inside.sum() == 48 * 48
+    changed = torch.where(inside.bool(), trace["super_resolved"] - 1, batch.images)
+    assert ecamp.sr_loss(trace["super_resolved"], changed, inside).item() == pytest.approx(48**2 / 64**2)
+    outside = torch.where(inside.bool(), batch.images, 7.0)
+    assert ecamp.sr_loss(trace["super_resolved"], outside, inside) == before
+    whole = ecamp.build("pocket", window=None)
+    whole.load_state_dict(model.state_dict())
+    assert whole.eval()(batch).sr == ecamp.sr_loss(trace["super_resolved"], batch.images) > before
+
+
+def test_window_corner_is_row_and_column():
+    mask = ecamp.windows(torch.tensor([[2, 1]]), 12, 32, 448)[0, 0]
+    assert mask[64, 32] == 1 and mask[63, 32] == 0 and mask[64, 31] == 0 and mask[447, 415] == 1 and mask[447, 416] == 0
+    assert mask.mean() == pytest.approx((384 / 448) ** 2)
+
+
+def test_every_position_counts_in_the_text_loss(model):
+    batch, trace = pairs(), {}
+    loss = model(batch, trace).mlm
+    torch.testing.assert_close(loss, (trace["cross_entropy"] * batch.weights).sum() / batch.weights.numel())
+    assert (trace["cross_entropy"][batch.attention == 0] > 0).all()
+
+
+def test_patchify_is_undone():
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(ecamp.unpatchify(ecamp.patchify(x, 4), 4), x)
+    assert torch.equal(ecamp.patchify(x, 4)[0, 1, :3], x[0, :, 0, 4])  # channel fastest
+
+
+def test_fusion_does_not_depend_on_the_order_of_the_patches(model):
+    fusion, there = model.text.fusion, torch.ones(2, 1, 1, 20, dtype=torch.bool)
+    x, z = torch.randn(2, 20, 96), torch.randn(2, 16, 96)
+    torch.testing.assert_close(fusion(x, there, z), fusion(x, there, z[:, torch.randperm(16)]))
+
+
+def test_equal_patches_give_the_same_context_at_each_word(model):
+    fusion, there, trace = model.text.fusion, torch.ones(1, 1, 1, 20, dtype=torch.bool), {}
+    z = torch.randn(1, 1, 96).expand(-1, 16, -1)
+    fusion(torch.randn(1, 20, 96), there, z, trace)
+    torch.testing.assert_close(trace["context"], fusion.cross.value(z[:, :1]).expand(-1, 20, -1))
+
+
+def test_encoder_does_not_depend_on_the_order_of_the_patches(model):
+    images, order = torch.randn(2, 3, 32, 32), torch.rand(2, 64).argsort(1)
+    raster, shuffled = model.encode(images), model.encode(images, order)
+    torch.testing.assert_close(shuffled[:, 1:], raster[:, 1:].take_along_dim(order[..., None], 1))
+    assert model.features(images).shape == (2, 96)
+
+
+def test_padding_is_not_read(model):
+    batch, a, b = pairs(), {}, {}
+    model(batch, a)
+    model(batch._replace(ids=torch.where(batch.attention == 0, 7, batch.ids)), b)
+    there = batch.attention.bool()
+    torch.testing.assert_close(a["logits"][there], b["logits"][there])
+
+
+def test_attention_maps_are_shares_and_change_nothing(model):
+    batch = pairs()
+    torch.testing.assert_close(model(batch).mlm, model(batch, {}).mlm)
+    maps = model.attention(ecamp.shrink(batch.images), batch.ids, batch.attention)
+    assert maps.shape == (2, 4, 20, 64)
+    torch.testing.assert_close(maps.sum(-1), torch.ones(2, 4, 20))
+    heat = ecamp.heat(maps[0, :, 3])
+    assert heat.shape == (8, 8) and heat.min() == 0 and heat.max() == 1
+    assert ecamp.heat(maps[0, :, 3], 64).shape == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "absent"),
+    [
+        ({"text": False, "super_resolution": False}, {"sr", "mlm"}),
+        ({"super_resolution": False}, {"sr"}),
+        ({"text": False}, {"mlm"}),
+        ({"fusion": "patch"}, set()),
+        ({"fusion": "mean"}, set()),
+        ({"fusion": "pooled", "super_resolution": False}, {"sr"}),
+        ({"window": None}, set()),
+        ({"predict": "high-res", "super_resolution": False, "fusion": "pooled"}, {"sr"}),
+        ({"dropout": 0.1}, set()),
+        ({"positions": "mae"}, set()),
+    ],
+)
+def test_variants_train_all_they_have(options, absent):
+    torch.manual_seed(0)
+    model = ecamp.build("pocket", **options).train()
+    losses = model(pairs())
+    assert {n for n in ("mim", "sr", "mlm") if getattr(losses, n) == 0} == absent
+    losses.total.backward()
+    without = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    assert without == {"encoder.pos_embed", "decoder.pos_embed"}
+    assert without == {n for n, p in model.named_parameters() if not p.requires_grad}
+
+
+def test_what_the_words_see_comes_through_the_fusion(model):
+    batch, a, b = pairs(), {}, {}
+    model(batch, a)
+    model(batch._replace(images=batch.images.flip(0)), b)
+    assert torch.equal(a["embedded"], b["embedded"])
+    assert (a["logits"] - b["logits"]).abs().max() > 1e-3
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    model = ecamp.build("pocket")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            bound = (6 / sum(module.weight.shape)) ** 0.5
+            assert 0.9 * bound < module.weight.abs().max() <= bound, name
+            assert not module.bias.any()
+    assert not model.text.embeddings.words.weight[0].any()
+    assert model.text.embeddings.words.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    kernel = model.encoder.patch_embed.proj.weight.detach()
+    assert kernel.abs().max() <= (6 / (96 + 48)) ** 0.5 and kernel.std() > 0.1
+
+
+def test_official_names_come_back(model):
+    batch = pairs()
+    state = model.to_official()
+    again = ecamp.ECAMP.from_official(state, heads=4, decoder_heads=4, text_heads=4, window=6, dropout=0.0)
+    assert again(batch).total == model(batch).total
+    assert {n: t.shape for n, t in again.to_official().items()} == {n: t.shape for n, t in state.items()}
+    assert state["bert_encoder.model.cls.predictions.bias"] is state["bert_encoder.model.cls.predictions.decoder.bias"]
+
+
+def test_older_and_other_files_load(model):
+    batch = pairs()
+    options = {"heads": 4, "decoder_heads": 4, "text_heads": 4, "window": 6, "dropout": 0.0}
+    older = {n.replace("context_fusion_layer", "cross_attn_layer"): t for n, t in model.to_official().items()}
+    del older["bert_encoder.model.cls.predictions.decoder.bias"]  # older transformers store it once
+    older["bert_encoder.model.bert.embeddings.position_ids"] = torch.arange(20)[None]
+    assert ecamp.ECAMP.from_official(older, **options)(batch).total == model(batch).total
+    with_pooler = ecamp.build("pocket", pooler=True)
+    again = ecamp.ECAMP.from_official(with_pooler.to_official(), **options)
+    assert torch.equal(again.text.pooler.weight, with_pooler.text.pooler.weight)
+    # MRM: no fusion layer, no super-resolution, the decoder predicts the high resolution
+    mrm = ecamp.build("pocket", predict="high-res", super_resolution=False, fusion="pooled", text_width=48).eval()
+    again = ecamp.ECAMP.from_official(mrm.to_official(), **options)
+    assert again.fusion == "pooled" and again.scale == 2 and again.super_resolution is None
+    assert again(batch).total == mrm(batch).total
+
+
+def test_a_checkpoint_that_does_not_fit_is_told_by_name(model):
+    state = model.to_official()
+    state["typo"] = state.pop("blocks.1.attn.qkv.bias")
+    state["decoder_norm.weight"] = torch.ones(3)
+    with pytest.raises(BadCheckpoint) as caught:
+        ecamp.ECAMP.from_official(state, heads=4, decoder_heads=4, text_heads=4, window=6)
+    assert caught.value.missing == ["blocks.1.attn.qkv.bias"] and caught.value.unknown == ["typo"]
+    assert caught.value.shapes == ["decoder_norm.weight (3,), expected (48,)"]
+    with pytest.raises(BadCheckpoint, match="decoder_pos_embed"):
+        ecamp.ECAMP.from_official({"pos_embed": torch.zeros(1, 65, 96)})
+
+
+def test_starts_from_mae(model):
+    mae = {n: t + 1 for n, t in model.to_official().items() if not n.startswith(("bert", "super"))}
+    mae |= {"decoder_blocks.7.norm1.weight": torch.ones(48)}  # MAE's decoder is deeper
+    fresh = copy.deepcopy(model)
+    filled = fresh.load_mae(mae)
+    assert "encoder.pos_embed" in filled and "decoder.blocks.0.norm1.weight" in filled
+    assert torch.equal(fresh.encoder.pos_embed, model.encoder.pos_embed + 1)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.text.parameters(), model.text.parameters(), strict=True))
+    encoder_only = {n: t for n, t in mae.items() if not n.startswith(("decoder", "mask"))}
+    assert all(n.startswith("encoder.") for n in copy.deepcopy(model).load_mae(encoder_only))
+    del encoder_only["norm.bias"]
+    with pytest.raises(BadCheckpoint, match=r"missing: norm\.bias"):
+        model.load_mae(encoder_only)
+
+
+def test_timm_mae_fits():
+    """timm's release of MAE's ViT-B/16 has the encoder's names."""
+    with torch.device("meta"):
+        own = ecamp.build("paper").official_names().values()
+        mae = backbones.timm.create_model("vit_base_patch16_224.mae", pretrained=False, num_classes=0).state_dict()
+    assert {n for n in mae if not n.startswith("fc_norm")} <= set(own)
+
+
+def test_save_and_load_to_the_same_bits(model, tmp_path):
+    save_file(model.state_dict(), tmp_path / "x.safetensors")
+    again = ecamp.build("pocket").eval()
+    again.load_state_dict(load_file(tmp_path / "x.safetensors"))
+    assert all(torch.equal(a, b) for a, b in zip(again(pairs()), model(pairs()), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"fusion": "sum"}, "both"),
+        ({"positions": "sine"}, "mae"),
+        ({"image": 30}, "multiple"),
+        ({"window": 9}, "1 to 8"),
+        ({"predict": "high-res"}, "super_resolution"),
+        ({"predict": "both"}, "low-res"),
+        ({"text_heads": 5}, "divisor"),
+    ],
+)
+def test_bad_options(options, said):
+    with pytest.raises(BadParameter, match=said):
+        ecamp.build("pocket", **options)
+
+
+def test_bad_inputs(model):
+    with pytest.raises(BadParameter, match="paper"):
+        ecamp.build("large")
+    batch = pairs()
+    with pytest.raises(BadParameter, match="side of 64"):
+        model(batch._replace(images=batch.images[..., :32, :32]))
+    with pytest.raises(BadParameter, match="at most 20 words"):
+        model(batch._replace(ids=torch.zeros(2, 21, dtype=torch.long), attention=torch.ones(2, 21)))
+    with pytest.raises(BadParameter, match="'patch'"):
+        ecamp.build("pocket", fusion="mean").attention(torch.zeros(1, 3, 32, 32), batch.ids[:1], batch.attention[:1])

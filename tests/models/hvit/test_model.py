@@ -1,0 +1,642 @@
+"""H-ViT: counts, what is trained, what the levels see and do not see, losses, votes, names, DINO, heatmaps."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from lightning_fabric import Fabric
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch.utils.data import TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from companion.data import DATASETS
+from companion.errors import BadCheckpoint, BadParameter, CorruptFile
+from companion.evaluation.tables import published_table
+from companion.models.hvit import model as hvit
+from companion.models.hvit.model import HViT, PatchBag, PatchEncoder, RegionEncoder, SlideTransformer
+from companion.models.layers import dino
+from companion.ops.papers import paper
+from companion.training.fit import fit
+from companion.viz import heatmaps
+
+PIXELS = 32 * 4  # a pocket region
+
+
+def pocket(variant: str = "local", head: str = "regression", seed: int = 0, **options) -> HViT:
+    torch.manual_seed(seed)
+    return hvit.build("pocket", variant, head, patches=4, **options).eval()
+
+
+def embeddings(slides: int = 2, regions: int = 3, seed: int = 1) -> torch.Tensor:
+    return torch.randn(slides, regions, 16, 48, generator=torch.Generator().manual_seed(seed))
+
+
+def pixels(slides: int = 1, regions: int = 2, seed: int = 2) -> torch.Tensor:
+    return torch.randn(slides, regions, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(seed))
+
+
+def count(parameters) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+# --- counts -----------------------------------------------------------------------------------------------------------
+
+
+def test_parameters_at_paper_scale():
+    """Section 9: counted on the authors' code."""
+    with torch.device("meta"):
+        model = hvit.build("paper", "whole", "classification")
+        assert count(model.parameters()) == 25_014_727
+        assert count(model.patch.parameters()) == 21_665_664
+        assert count(model.slide.parameters()) == 595_783
+        for patches, expected in ((4, 2_745_600), (8, 2_753_280), (16, 2_781_504)):
+            region = RegionEncoder(patches)
+            assert count(region.parameters()) == expected
+            assert region.pos_embed.shape[1] == 1 + int(patches * 256 * 0.875 // 256) ** 2
+        for head, expected in (("regression", 594_818), ("ordinal", 595_590), ("coral", 594_822)):
+            assert count(SlideTransformer(head=head).parameters()) == expected
+        trained = {v: hvit.build("paper", v, "classification").trained().values() for v in ("global", "local")}
+        assert count(trained["global"]) == 595_783
+        assert count(trained["local"]) == 3_349_063
+        assert count(hvit.build().trained().values()) == 3_348_098
+    assert [round(100 * n / 25_014_727, 1) for n in (595_783, 3_349_063)] == [2.4, 13.4]
+
+
+def test_pairs_of_tokens():
+    """Claim 2: one layer over all tokens of a region against the hierarchy's two."""
+    assert (64 * 256) ** 2 // (64 * 257**2 + 65**2) == 63
+
+
+def test_the_patch_encoder_is_timms_vit_s():
+    """Same names; the same output to 2e-6 once timm is given the resized table (section 3.1)."""
+    torch.manual_seed(0)
+    ours = PatchEncoder().eval()
+    timms = VisionTransformer(img_size=256, patch_size=16, embed_dim=384, depth=12, num_heads=6, num_classes=0).eval()
+    state = ours.state_dict() | {"pos_embed": hvit.resize_positions(ours.pos_embed, (16, 16)).detach()}
+    timms.load_state_dict(state)
+    x = torch.randn(1, 3, 256, 256)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), timms(x), atol=2e-6, rtol=0)
+
+
+# --- what is trained --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variant", "levels"),
+    [("global", ["slide"]), ("local", ["region", "slide"]), ("whole", ["patch", "region", "slide"])],
+)
+def test_gradients_come_where_training_is(variant, levels):
+    model = pocket(variant).train()
+    hvit.loss("regression", model(pixels()), torch.tensor([3])).backward()
+    got = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert got == set(model.trained())
+    assert {name.split(".")[0] for name in got} == set(levels)
+    assert not any(module.training for level in model.frozen for module in getattr(model, level).modules())
+
+
+def test_positions_of_a_frozen_region_level_can_be_trained():
+    model = HViT(SlideTransformer(48), RegionEncoder(4, 48, 48, 1, 3), variant="global", positions=True)
+    assert {n for n in model.trained() if not n.startswith("slide.")} == {"region.pos_embed"}
+
+
+def test_training_leaves_what_is_frozen():
+    model = pocket("global", levels=("region", "slide"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    data = TensorDataset(embeddings(8), torch.arange(8) % 6)
+
+    def loss(model, batch):
+        return hvit.loss("regression", model(batch[0]), batch[1])
+
+    fit(model, loss, data, epochs=2, batch=4, lr=1e-2, accelerator="cpu")
+    for name, value in model.state_dict().items():
+        # the bias of the pooling's score, which a softmax does not see, has no gradient but rounding
+        if name != "slide.pool.score.bias":
+            assert torch.equal(value, before[name]) == name.startswith("region."), name
+
+
+# --- invariances ------------------------------------------------------------------------------------------------------
+
+
+def test_global_and_local_are_one_function():
+    """Claim 3."""
+    local, frozen = pocket("local"), pocket("global", seed=5)
+    frozen.load_state_dict(local.state_dict())
+    assert torch.equal(local(embeddings()), frozen(embeddings()))
+
+
+def test_every_level_starts_the_same_pass():
+    model, x, trace = pocket(), pixels(2, 3), {}
+    with torch.no_grad():
+        whole = model(x, trace=trace)
+        torch.testing.assert_close(model(trace["patches"]), whole)
+        torch.testing.assert_close(model(trace["regions"]), whole)
+    assert trace["patch_attention"].shape == (2, 3, 16, 3, 8, 8)
+    assert trace["region_attention"].shape == (2, 3, 3, 4, 4)
+    assert trace["pooling"].shape == (2, 3) and trace["slide"].shape == (2, 48)
+
+
+def test_patches_lie_row_by_row():
+    model, x, trace = pocket(), pixels(1, 1), {}
+    with torch.no_grad():
+        model(x, trace=trace)
+        alone = model.patch(x[0, :, :, 32:64, 64:96])
+    torch.testing.assert_close(trace["patches"][0, 0, 1 * 4 + 2], alone[0])
+
+
+def test_the_order_of_regions_counts_with_positions_only():
+    """Claim 4."""
+    x, order = torch.randn(1, 5, 48), [3, 1, 4, 0, 2]
+    for position, invariant in (("none", True), ("sine", False), ("learned", False)):
+        torch.manual_seed(0)
+        level = SlideTransformer(48, position=position).eval()
+        assert torch.allclose(level(x), level(x[:, order]), atol=1e-5) == invariant, position
+
+
+def test_places_on_the_slide():
+    x, places = torch.randn(1, 4, 48), torch.tensor([[[3, 1], [3, 2], [5, 1], [4, 4]]])
+    for position in ("2d sine", "2d learned"):
+        torch.manual_seed(0)
+        level = SlideTransformer(48, position=position).eval()
+        seen = level(x, places=places)
+        torch.testing.assert_close(seen, level(x, places=places + 7))  # counted from the least of them
+        assert not torch.allclose(seen, level(x, places=places.flip(-1)), atol=1e-4)
+        order = torch.tensor([2, 0, 3, 1])
+        torch.testing.assert_close(seen, level(x[:, order], places=places[:, order]))
+        with pytest.raises(BadParameter, match="places"):
+            level(x)
+    with pytest.raises(BadParameter, match="longest"):
+        SlideTransformer(48, position="learned", longest=3)(x)
+
+
+def test_masks_of_background():
+    """Claim 5: every token kept is no mask; what is masked changes nothing; no tissue at all is no NaN."""
+    model, x = pocket("whole"), pixels()
+    share = torch.rand(1, 2, 16, 64, generator=torch.Generator().manual_seed(3)) + 0.01
+    share[0, 0, 5] = 0  # a patch without tissue
+    share[0, 1, 2, 10:30] = 0
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, tissue=torch.ones_like(share)), model(x), atol=1e-5, rtol=1e-5)
+        seen = model(x, tissue=share)
+        assert not torch.allclose(seen, model(x), atol=1e-5)
+        other = x.clone()
+        other[0, 0, :, 32:64, 32:64] += 3  # patch 5 of the first region
+        assert torch.allclose(model(other, tissue=share), seen, atol=1e-5)
+        assert not torch.allclose(model(other), model(x), atol=1e-5)
+        assert model(x, tissue=torch.zeros_like(share)).isfinite().all()
+
+
+def test_slides_of_different_length_in_one_batch():
+    model, x = pocket(), embeddings(2, 4)
+    present = torch.tensor([[True, True, True, True], [True, True, False, False]])
+    changed = x.clone()
+    changed[1, 2:] = 100
+    for baseline in (model, PatchBag(48, pooling="mean").eval(), PatchBag(48).eval()):
+        both = baseline(changed, present=present)
+        torch.testing.assert_close(both[:1], baseline(x[:1]))
+        torch.testing.assert_close(both[1:], baseline(x[1:, :2]))
+    with pytest.raises(BadParameter, match="region"):
+        model(x, present=present & False)
+
+
+@pytest.mark.parametrize("position", ["2d sine", "2d learned"])
+@torch.no_grad()
+def test_what_fills_a_short_slide_up_has_no_place(position):
+    torch.manual_seed(0)
+    level = hvit.SlideTransformer(48, position=position, dropout=0.0).eval()
+    x, places = torch.randn(1, 4, 48), torch.tensor([[[5, 7], [6, 7], [5, 8], [0, 999]]])
+    present = torch.tensor([[True, True, True, False]])
+    torch.testing.assert_close(level(x, present, places), level(x[:, :3], places=places[:, :3]))
+
+
+def test_a_bag_of_patches_knows_no_places():
+    bag = PatchBag(48).eval()
+    x = embeddings()
+    torch.testing.assert_close(bag(x), bag(x.flip(2)))
+    assert not torch.allclose(pocket()(x), pocket()(x.flip(2)), atol=1e-4)
+
+
+def test_the_map_is_what_attention_does():
+    encoder, trace = RegionEncoder(4, 48, 48, 1, 3).eval(), {}
+    x = torch.randn(2, 48, 4, 4)
+    out = encoder(x, trace=trace)
+    block = encoder.blocks[0]
+    qkv = block.attn.qkv(block.norm1(trace["tokens"])).unflatten(-1, (3, 3, 16)).permute(2, 0, 3, 1, 4)
+    read = (trace["attention"][:, :, None] @ qkv[2]).transpose(1, 2).flatten(2)[:, 0]
+    cls = trace["tokens"][:, 0] + block.attn.proj(read)
+    torch.testing.assert_close(out, encoder.norm(cls + block.mlp(block.norm2(cls))))
+    torch.testing.assert_close(trace["attention"].sum(-1), torch.ones(2, 3))
+
+
+# --- losses, predictions, votes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", hvit.HEADS)
+def test_a_loss_is_least_at_its_own_grade(head):
+    outputs = {"classification": 6, "regression": 1}.get(head, 5)
+    grades = torch.arange(6)
+    logits = torch.zeros(6, outputs)
+    if head == "classification":
+        logits = 20 * torch.eye(6)
+    elif head == "regression":
+        logits = grades[:, None].float()
+    else:
+        logits = 40 * hvit.extended(grades, 6) - 20
+    assert hvit.loss(head, logits, grades) < 1e-3
+    assert hvit.predict(head, logits).tolist() == grades.tolist()
+    assert hvit.loss(head, logits, grades.flip(0)) > 1
+
+
+def test_predictions_at_their_edges():
+    assert hvit.predict("regression", torch.tensor([[-2.0], [0.5], [1.5], [2.5], [9.0]])).tolist() == [0, 0, 2, 2, 5]
+    assert hvit.predict("ordinal", torch.tensor([[1.0, -1, 1, 1, 1]])).tolist() == [1]  # only leading ones count
+    logits = torch.tensor([[0.3, 0.3, 0.3, 0.3, 0.3]])
+    assert (hvit.predict("ordinal", logits).item(), hvit.predict("corn", logits).item()) == (5, 1)
+
+
+def test_votes():
+    assert hvit.vote([3, 3, 3, 0, 1]) == 3
+    assert hvit.vote([4, 4, 1, 1, 2]) == 1  # nearer to the fifth
+    assert hvit.vote([0, 0, 3, 3, 1], isup=False) == 0
+    assert hvit.vote([0, 0, 2, 2, 1], isup=True) == 2  # 0 and 1 are 1.5 apart
+    assert {hvit.vote([0, 1, 2, 3, 4], seed=s) for s in range(50)} == {0, 1, 2, 3, 4}
+    assert {hvit.vote([1, 1, 3, 3, 2], seed=s) for s in range(50)} == {1, 3}
+    assert hvit.vote([2]) == 2
+    with pytest.raises(BadParameter):
+        hvit.vote([])
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: hvit.loss("l1", torch.zeros(1, 1), torch.zeros(1)), "classification"),
+        (lambda: hvit.loss("ordinal", torch.zeros(1, 5), torch.tensor([6])), "0 to 5"),
+        (lambda: hvit.predict("l1", torch.zeros(1, 1)), "regression"),
+        (lambda: hvit.build("huge"), "pocket"),
+        (lambda: hvit.build("pocket", "Local"), "local"),
+        (lambda: hvit.build("pocket", levels=("slides",)), "slide"),
+        (lambda: hvit.build("pocket", "local", levels=("slide",)), "levels"),
+        (lambda: SlideTransformer(head="mse"), "regression"),
+        (lambda: SlideTransformer(position="3d"), "sine"),
+        (lambda: SlideTransformer(classes=1), "2 or more"),
+        (lambda: RegionEncoder(4, 48, 50, 1, 3), "divide"),
+        (lambda: PatchEncoder(250), "tile"),
+        (lambda: HViT(SlideTransformer(), RegionEncoder(4, dim=96, heads=3)), "192"),
+        (lambda: HViT(SlideTransformer(), patch=PatchEncoder(depth=1)), "region level"),
+        (lambda: pocket()(torch.zeros(1, 2)), r"\(B, M, D\)"),
+        (lambda: pocket()(torch.zeros(1, 2, 15, 48)), "square"),
+        (lambda: pocket()(torch.zeros(1, 2, 16, 40)), "48"),
+        (lambda: pocket()(torch.zeros(1, 0, 48)), "1 or more regions"),
+        (lambda: pocket()(torch.zeros(1, 1, 3, 100, 100)), "32 px"),
+        (lambda: pocket(levels=("region", "slide"))(pixels()), "no patch level"),
+        (lambda: pocket("global", levels=("slide",))(embeddings()), "no region level"),
+        (lambda: PatchEncoder(32, 4, 48, 1, 3)(torch.zeros(1, 3, 30, 32)), "multiples of 4"),
+        (lambda: PatchEncoder(32, 4, 48, 1, 3)(torch.zeros(1, 3, 32, 32), torch.ones(1, 9)), "64"),
+        (lambda: PatchBag(pooling="max"), "attention"),
+    ],
+)
+def test_bad_values_say_what_is_accepted(call, named):
+    with pytest.raises(BadParameter, match=named):
+        call()
+
+
+# --- the authors' names -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", hvit.HEADS)
+def test_the_authors_names_there_and_back(head):
+    torch.manual_seed(0)
+    model = HViT(
+        SlideTransformer(192, head=head, position="learned", longest=8),
+        RegionEncoder(4, depth=2),
+        PatchEncoder(depth=1),
+        "local",
+    ).eval()
+    state = model.to_official()
+    again = HViT.from_official(state, head)
+    assert {name: t.shape for name, t in again.state_dict().items()} == {
+        n: t.shape for n, t in model.state_dict().items()
+    }
+    assert all(torch.equal(t, again.state_dict()[n]) for n, t in model.state_dict().items())
+    assert (again.slide.head, again.slide.classes, again.variant) == (head, 6, "local")
+
+
+def test_names_that_do_not_fit_are_listed():
+    state = hvit.build("paper", "local", "ordinal", levels=("region", "slide")).to_official()
+    state["typo"] = state.pop("global_rho.0.bias")
+    with pytest.raises(BadCheckpoint, match="typo") as caught:
+        HViT.from_official(state, "ordinal")
+    assert caught.value.missing == ["global_rho.0.bias"]
+    del state["typo"], state["classifier.weight"]
+    with pytest.raises(BadCheckpoint, match=r"classifier\.weight"):
+        HViT.from_official(state, "ordinal")
+
+
+def test_what_the_outputs_mean_must_be_said_or_be_plain():
+    state = hvit.build("paper", "global", "ordinal", levels=("slide",)).to_official()
+    with pytest.raises(BadParameter, match="head"):
+        HViT.from_official(state)
+    assert HViT.from_official(state, "corn").slide.classes == 6
+    assert HViT.from_official(state, "classification").slide.classes == 5
+    state = hvit.build("paper", "global", "regression", levels=("slide",)).to_official()
+    assert HViT.from_official(state).slide.head == "regression"
+    with pytest.raises(BadParameter, match="regression"):
+        HViT.from_official(state, "ordinal")
+    state = hvit.build("paper", "global", "coral", levels=("slide",)).to_official()
+    assert HViT.from_official(state).slide.head == "coral"
+    unknown = hvit.build("paper", "global", levels=("slide",), position="2d learned")
+    with pytest.raises(BadParameter, match="1d"):
+        unknown.to_official()
+
+
+def test_a_table_of_another_region_size_is_resized_or_refused_never_left_out():
+    """What users of HIPT complain of: "77 loaded, 1 mismatched", and a table that stays at its start."""
+    large = RegionEncoder(16, depth=1)
+    small = RegionEncoder(8, depth=1)
+    with pytest.raises(BadCheckpoint, match="pos_embed"):
+        hvit.load(small, large.state_dict(), {n: n for n in small.state_dict()}, "a region of 2048")
+    read = RegionEncoder.from_official(large.state_dict())
+    assert read.pos_embed.shape[1] == 1 + 14**2
+    trace: dict[str, torch.Tensor] = {}
+    read(torch.zeros(1, 384, 8, 8), trace=trace)
+    torch.testing.assert_close(trace["positions"], hvit.resize_positions(large.pos_embed, (8, 8)))
+    assert trace["positions"].shape[1] == 65 and trace["positions"][:, 1:].std() > 0.01
+
+
+def test_a_dino_checkpoint_gives_its_teacher(tmp_path):
+    """HIPT's files: wrapped names, a projection head, and the trainer's settings beside the tensors."""
+    torch.manual_seed(0)
+    encoder, student = PatchEncoder(depth=1), PatchEncoder(depth=1)
+    wrapped = {f"module.backbone.{n}": t for n, t in encoder.state_dict().items()}
+    wrapped["module.head.mlp.0.weight"] = torch.zeros(2, 384)
+    other = {f"module.backbone.{n}": t for n, t in student.state_dict().items()}
+    torch.save({"student": other, "teacher": wrapped, "epoch": 3, "args": object}, tmp_path / "dino.pth")
+    read = PatchEncoder.from_official(hvit.read_checkpoint(tmp_path / "dino.pth"))
+    assert all(torch.equal(t, read.state_dict()[n]) for n, t in encoder.state_dict().items())
+    assert (read.image, read.token, read.heads) == (256, 16, 6)
+
+    save_file({n: t.contiguous() for n, t in encoder.state_dict().items()}, tmp_path / "plain.safetensors")
+    assert hvit.read_checkpoint(tmp_path / "plain.safetensors").keys() == encoder.state_dict().keys()
+    (tmp_path / "bad.pth").write_bytes((tmp_path / "dino.pth").read_bytes()[:2000])
+    with pytest.raises(CorruptFile, match=r"bad\.pth"):
+        hvit.read_checkpoint(tmp_path / "bad.pth")
+    with pytest.raises(BadCheckpoint, match=r"phi\.0\.weight"):
+        RegionEncoder.from_official(encoder.state_dict())
+
+
+# --- DINO -------------------------------------------------------------------------------------------------------------
+
+SMALL = dict(epochs=3, batch=8, lr=1e-3, warmup=1, outputs=32, hidden=32, bottleneck=16, accelerator="cpu")
+
+
+def tiny(kind: str, seed: int = 0):
+    """An encoder, pictures for it, and how they are cropped."""
+    torch.manual_seed(seed)
+    if kind == "patch":
+        views = dino.ImageViews((28, 12), small=2, mean=(0.5,) * 3, std=(0.5,) * 3)
+        return PatchEncoder(32, 4, 24, 2, 3, 2, std=None), torch.randint(256, (16, 3, 32, 32)).byte(), views
+    return RegionEncoder(4, 24, 24, 2, 3, 2, std=None, drop_path=0.1), torch.randn(16, 24, 4, 4), dino.GridViews(4, 3)
+
+
+@pytest.mark.parametrize("kind", ["patch", "region"])
+def test_dino_trains_either_level(kind):
+    encoder, pictures, views = tiny(kind)
+    before = {n: t.clone() for n, t in encoder.state_dict().items()}
+    teacher, history = dino.pretrain(encoder, pictures, views, **SMALL)
+    assert len(history) == 6 and all(math.isfinite(row["loss"]) for row in history)
+    assert all(0 <= row["entropy"] <= 1.0001 for row in history)
+    assert all(torch.equal(t, before[n]) for n, t in encoder.state_dict().items())  # the caller's stays as it was
+    changed = [n for n, t in teacher.state_dict().items() if not torch.equal(t, before[n])]
+    assert len(changed) == len(before)
+    assert not teacher.training
+
+
+@pytest.mark.parametrize("kind", ["patch", "region"])
+def test_dino_resumes_to_the_same_bits(kind, tmp_path, monkeypatch):
+    encoder, pictures, views = tiny(kind)
+    whole, history = dino.pretrain(encoder, pictures, views, **SMALL)
+    path = tmp_path / "dino.pt"
+
+    class Killed(Exception): ...
+
+    def progress(items, *_):
+        for i, item in enumerate(items):
+            if i == 4:
+                raise Killed
+            yield item
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dino, "progress", progress)
+        with pytest.raises(Killed):
+            dino.pretrain(encoder, pictures, views, checkpoint=path, checkpoint_every=3, **SMALL)
+    resumed, again = dino.pretrain(encoder, pictures, views, checkpoint=path, resume=True, **SMALL)
+    assert [row["loss"] for row in again] == [row["loss"] for row in history]
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    with pytest.raises(BadParameter, match="momentum"):
+        dino.pretrain(encoder, pictures, views, checkpoint=path, resume=True, momentum=0.5, **SMALL)
+    path.write_bytes(b"no")
+    with pytest.raises(CorruptFile):
+        dino.pretrain(encoder, pictures, views, checkpoint=path, resume=True, **SMALL)
+
+
+def test_dinos_moments_are_loaded_where_the_tensors_are(tmp_path, monkeypatch):
+    """On a card that is after the move there, which a stand-in for a card notes."""
+    encoder, pictures, views = tiny("region")
+    dino.pretrain(encoder, pictures, views, checkpoint=tmp_path / "dino.pt", **SMALL)
+    order, load = [], torch.optim.AdamW.load_state_dict
+
+    class Card(Fabric):
+        def to_device(self, obj):
+            order.append("moved")
+            return super().to_device(obj)
+
+    monkeypatch.setattr(dino, "launcher", lambda **settings: Card(**settings))
+    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda *given: (order.append("loaded"), load(*given)))
+    dino.pretrain(encoder, pictures, views, checkpoint=tmp_path / "dino.pt", resume=True, **SMALL)
+    assert order == ["moved", "loaded"]
+
+
+def test_dinos_teacher_follows_by_its_momentum(monkeypatch):
+    encoder, pictures, views = tiny("region")
+    seen = []
+    original = dino.Loss.forward
+
+    def spy(self, student, teacher, crops):
+        seen.append((len(student), len(teacher), crops))
+        return original(self, student, teacher, crops)
+
+    monkeypatch.setattr(dino.Loss, "forward", spy)
+    teacher, _ = dino.pretrain(encoder, pictures, views, **SMALL | {"momentum": 1.0})
+    assert seen[0] == (5 * 8, 2 * 8, 5)
+    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), encoder.parameters(), strict=True))
+
+
+def test_views():
+    pictures = torch.rand(4, 3, 32, 32)
+    crops = dino.ImageViews((28, 12), small=3)(pictures)
+    assert [tuple(c.shape) for c in crops] == [(4, 3, 28, 28)] * 2 + [(4, 3, 12, 12)] * 3
+    grids = torch.arange(64.0).reshape(1, 1, 8, 8).expand(5, 1, 8, 8)
+    views = dino.GridViews(8)
+    assert views.sides == [7, 7] + [3] * 8
+    assert dino.GridViews(16).sides[::9] == [14, 6] and dino.GridViews(4).sides[::9] == [3, 1]
+    flips = set()
+    for crop in views(grids):
+        right, down = crop[:, 0, 0, 1] - crop[:, 0, 0, 0], crop[:, 0, 1, 0] - crop[:, 0, 0, 0]
+        assert (down == 8).all() and (right.abs() == 1).all()  # flipped left to right or not, and nothing else
+        flips |= set(right.tolist())
+    assert flips == {-1.0, 1.0}
+    with pytest.raises(BadParameter, match="8"):
+        views(grids[..., :7])
+
+
+def test_dinos_centre_and_pairs():
+    loss = dino.Loss(4)
+    said, wanted = torch.randn(3 * 2, 4), torch.randn(2 * 2, 4)
+    p = (wanted / 0.04).softmax(-1).chunk(2)
+    q = (said / 0.1).log_softmax(-1).chunk(3)
+    pairs = [(0, 1), (0, 2), (1, 0), (1, 2)]
+    expected = torch.stack([-(p[i] * q[j]).sum(-1).mean() for i, j in pairs]).mean()
+    torch.testing.assert_close(loss(said, wanted, 3), expected)
+    torch.testing.assert_close(loss.centre, 0.1 * wanted.mean(0, keepdim=True))
+
+
+@pytest.mark.parametrize("change", [{"batch": 17}, {"batch": 0}, {"warmup": 4}])
+def test_bad_settings_of_dino(change):
+    encoder, pictures, views = tiny("region")
+    with pytest.raises(BadParameter, match=next(iter(change))):
+        dino.pretrain(encoder, pictures, views, **SMALL | change)
+
+
+def test_dino_refuses_a_frozen_encoder():
+    encoder, pictures, views = tiny("region")
+    with pytest.raises(BadParameter, match="frozen"):
+        dino.pretrain(encoder.requires_grad_(False), pictures, views, **SMALL)
+
+
+def test_heads_of_the_authors_names():
+    head = dino.Head(8, 16, 12, 6)
+    state = head.state_dict()
+    official = {o: state[n] for n, o in head.official_names().items()}
+    again = dino.Head.from_official(official)
+    x = torch.randn(3, 8)
+    assert torch.equal(head(x), again(x))
+    del official["mlp.2.bias"]
+    with pytest.raises(BadCheckpoint, match=r"mlp\.2\.bias"):
+        dino.Head.from_official(official)
+    with pytest.raises(BadCheckpoint, match=r"last_layer\.weight_g"):
+        dino.Head.from_official({})
+
+
+# --- heatmaps ---------------------------------------------------------------------------------------------------------
+
+
+def test_ranks_are_shares_of_what_is_lower():
+    assert heatmaps.ranks(np.array([[3.0, 1.0], [2.0, 3.0]])).tolist() == [[0.5, 0.0], [0.25, 0.5]]
+    several = heatmaps.ranks(np.random.default_rng(0).random((5, 4, 4)))
+    assert (several.reshape(5, -1).max(1) == 15 / 16).all() and several.min() == 0
+    assert heatmaps.ranks(np.array([0.1, 0.7, 0.2]), axes=1).tolist() == [0, 2 / 3, 1 / 3]
+
+
+def test_maps_of_patches_are_laid_row_by_row():
+    attention = np.random.default_rng(0).random((4, 2, 3, 3))
+    laid = heatmaps.patch_map(attention)
+    assert laid.shape == (2, 6, 6)
+    np.testing.assert_array_equal(laid[1, :3, 3:], heatmaps.ranks(attention[1, 1]))
+    with pytest.raises(BadParameter, match="square"):
+        heatmaps.patch_map(attention[:3])
+    assert heatmaps.region_map(np.random.rand(2, 2, 2), 6).shape == (2, 6, 6)  # noqa: NPY002
+    with pytest.raises(BadParameter, match="multiple"):
+        heatmaps.region_map(attention[0], 7)
+
+
+def test_factorised_scores():
+    """Claim 6."""
+    rng = np.random.default_rng(0)
+    patch, region, other = (rng.random((8, 8)) for _ in range(3))
+    np.testing.assert_allclose(
+        heatmaps.factorised(patch, region, 0.3, 0.5, "local"), heatmaps.factorised(patch, region, 0.3, 0.5, "global")
+    )
+    np.testing.assert_array_equal(
+        heatmaps.factorised(patch, region, 0.3, 1.0, "local"), heatmaps.factorised(other, region, 0.3, 1.0, "local")
+    )
+    np.testing.assert_allclose(heatmaps.factorised(patch, region, 0.3, 0.0, "local"), patch)
+    for variant, gamma in itertools.product(("global", "local"), (0, 0.3, 0.5, 1)):
+        scores = heatmaps.factorised(patch, region, 0.3, gamma, variant)
+        assert scores.min() >= 0 and scores.max() < 1
+        np.testing.assert_allclose(heatmaps.granular([patch], [region], 0.3, 2, gamma, variant), scores)
+    for gamma, variant in ((1.5, "local"), (0.5, "mixed"), (0, "whole")):
+        with pytest.raises(BadParameter):
+            heatmaps.factorised(patch, region, 0.3, gamma, variant)
+
+
+def test_granular_maps_keep_their_scale():
+    """Scores that are the same everywhere stay so; with the released weights Global's shrink unless gamma is 0.5."""
+    flat = [np.full((8, 8), 0.6)] * 4
+    for gamma in (0.3, 0.5, 1.0):
+        fair = heatmaps.granular(flat[:2], flat, 0.6, 1, gamma, "global")
+        np.testing.assert_allclose(fair, 0.6, rtol=1e-12)
+        quirk = heatmaps.granular(flat[:2], flat, 0.6, 1, gamma, "global", official_quirks=True)
+        if gamma == 0.3:
+            np.testing.assert_allclose(quirk, 0.6 * 1.3 / 1.7)
+    np.testing.assert_allclose(heatmaps.granular(flat[:2], flat, 0.6, 1, 0.3, "local", official_quirks=True), 0.6)
+
+
+def test_stitching_and_colours():
+    maps = [((0, 0), np.full((4, 4), 0.2)), ((16, 0), np.full((4, 4), 0.8)), ((-8, 24), np.full((4, 4), 0.4))]
+    scores, there = heatmaps.stitch(maps, (8, 10), 8)
+    assert scores[0].tolist() == pytest.approx([0.2, 0.2, 0.5, 0.5, 0.8, 0.8, 0, 0, 0, 0])  # overlaps are averaged
+    assert there[:, 9].sum() == 0 and there[3, 0] and scores[3, 0] == pytest.approx(0.3)
+    tissue = np.full((8, 10, 3), 200, np.uint8)
+    coloured = heatmaps.overlay(tissue, scores, there)
+    assert (coloured[~there] == 200).all() and (coloured[there] != 200).any()
+    above = heatmaps.overlay(tissue, scores, there, threshold=0.7)
+    assert (above[scores < 0.7] == 200).all() and (above[0, 4] != 200).any()
+    faded = heatmaps.highlight(tissue, scores, there, threshold=0.7, opacity=0.4)
+    assert (faded[0, 4] == 200).all() and (faded[5, 9] == 255 - round(0.4 * 55)).all()
+    for draw in (heatmaps.overlay, heatmaps.highlight):
+        with pytest.raises(BadParameter, match="tissue"):
+            draw(tissue[:4], scores, there)
+
+
+# --- the facts --------------------------------------------------------------------------------------------------------
+
+
+def test_the_facts_name_what_there_is():
+    facts = paper("hvit")
+    tables, weights = {t["id"] for t in facts["tables"]}, {w["name"] for w in facts["weights"]}
+    for run in facts["runs"]:
+        assert set(run["tables"]) <= tables and set(run["weights"]) <= weights and run["data"] in DATASETS
+    assert set(facts["parameters"]["head"]["choices"]) == set(hvit.HEADS)
+    assert set(facts["parameters"]["position"]["choices"]) == set(hvit.POSITIONS)
+    counted = published_table("hvit", "parameters").set_index("method")
+    with torch.device("meta"):
+        for patches, column in ((4, "region_1024"), (8, "region_2048"), (16, "region_4096")):
+            whole = hvit.build("paper", "local", "classification", patches=patches)
+            assert counted.loc["all levels, 6 classes", column] == count(whole.parameters())
+            assert counted.loc["what Local trains, 6 classes", column] == count(whole.trained().values())
+            assert counted.loc["region Transformer", column] == count(whole.region.parameters())
+            assert counted.loc["patch Transformer (ViT-S/16 at 256 px)", column] == count(whole.patch.parameters())
+
+
+def test_the_cost_is_what_was_counted():
+    """The table's GFLOP, by the same counter."""
+    listed = published_table("hvit", "flops").set_index("method").gflop
+    with torch.device("meta"):
+        parts = {
+            "patch Transformer, one patch of 256 px": (PatchEncoder(), (1, 3, 256, 256)),
+            "region Transformer, 8 x 8 patches (2048 px)": (RegionEncoder(8), (1, 384, 8, 8)),
+            "region Transformer, 16 x 16 patches (4096 px)": (RegionEncoder(16), (1, 384, 16, 16)),
+            "slide level, 7 regions": (SlideTransformer(), (1, 7, 192)),
+        }
+        assert set(parts) == set(listed.index)
+        for name, (part, shape) in parts.items():
+            with FlopCounterMode(display=False) as counter:
+                part(torch.empty(shape))
+            # the few products of the slide level's attention are counted by another of torch's paths than the table's
+            near = 0.02 if name.startswith("slide") else 1e-3
+            assert counter.get_total_flops() / 1e9 == pytest.approx(listed[name], rel=near), name

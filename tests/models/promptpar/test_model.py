@@ -1,0 +1,588 @@
+"""PromptPAR: counts, the formulas one image at a time, strips, what quirks and inert prompts do, names, bad inputs."""
+
+import itertools
+
+import pytest
+import torch
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from companion.errors import BadCheckpoint, BadParameter, CorruptFile
+from companion.evaluation.parity import Case, folder
+from companion.models.layers.clip_prompting import Texts, embed_texts
+from companion.models.promptpar.model import (
+    Output,
+    PromptPAR,
+    decode,
+    group_sizes,
+    label_weights,
+    learning_rates,
+    loss,
+    prompted_text,
+    read_checkpoint,
+    region_mask,
+    strips,
+    weighted_loss,
+)
+from companion.toy.datasets.tokens import Tokenizer
+from companion.training.fit import fit, predict, trained_state
+
+SENTENCES = ["a red top", "a green disc", "a large cat", "a moon at the left", "a rocket"]
+GRID = (8, 4)
+RATIO = torch.tensor([0.5, 0.1, 0.9, 0.02, 0.3])
+
+
+def draw(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def images(count: int = 2, seed: int = 1) -> torch.Tensor:
+    return draw(count, 3, 64, 32, seed=seed)
+
+
+def small_clip(layers: int = 3, embed: int = 32) -> CLIP:
+    torch.manual_seed(3)
+    vision = CLIPVisionCfg(layers, width=32, head_width=16, patch_size=8, image_size=(64, 32))
+    return CLIP(embed, vision, CLIPTextCfg(16, 64, width=32, heads=2, layers=2), quick_gelu=True).eval()
+
+
+def build(clip: CLIP | None = None, inner: int = 48, **changes) -> PromptPAR:
+    """A model whose trained tensors are all different from their start and from each other."""
+    torch.manual_seed(0)
+    fusion = VisionTransformer(img_size=16, embed_dim=inner, depth=3, num_heads=4, num_classes=0)
+    options = {"prompts": 10, "visual_embed": True} | changes
+    model = PromptPAR(clip or small_clip(), SENTENCES, Tokenizer(), fusion, **options).eval()
+    with torch.no_grad():
+        for p in model.trained().values():
+            p.add_(0.1 * torch.randn_like(p))
+        for bn in (model.bn, model.agg_bn):
+            if bn is not None:
+                bn.running_mean.normal_()
+                bn.running_var.uniform_(0.5, 2)
+    return model
+
+
+# --- what is trained --------------------------------------------------------------------------------------------------
+
+
+def full_size(attributes: int, embed: bool, **options) -> PromptPAR:
+    """ViT-L/14 without values."""
+    with torch.device("meta"):
+        vision = CLIPVisionCfg(layers=24, width=1024, patch_size=14, image_size=224)
+        clip = CLIP(768, vision, CLIPTextCfg(77, 49408, width=768, heads=12, layers=12), quick_gelu=True)
+        texts = Texts(torch.zeros(attributes, 77, 768), torch.full((attributes,), 9, device="cpu"))
+        fusion = VisionTransformer(img_size=16, embed_dim=768, depth=1, num_heads=12, num_classes=0)
+        return PromptPAR(clip, texts, None, fusion, visual_embed=embed, **options)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "embed", "trained", "total", "percent"),
+    [
+        (35, False, 2_822_832, 437_524_145, 0.6452),  # PETA
+        (26, False, 2_567_043, 437_268_356, 0.5871),  # PA100K
+        (51, False, 3_277_568, 437_978_881, 0.7483),  # RAPv1: the 0.75 % of the abstract
+        (54, False, 3_362_831, 438_064_144, 0.7677),  # RAPv2
+        (14, False, 2_225_991, 436_927_304, 0.5095),  # WIDER
+        (35, True, 3_413_424, 438_114_737, 0.7791),
+        (51, True, 3_868_160, 438_569_473, 0.8820),
+    ],
+)
+def test_trained_parameters_at_full_size(attributes, embed, trained, total, percent):
+    model = full_size(attributes, embed)
+    assert model.count(inert=True) == trained
+    assert sum(p.numel() for p in model.parameters()) == total
+    assert round(100 * trained / total, 4) == percent
+    # the text tower's prompts are a third to a half of that, and change nothing
+    assert trained - model.count() == 12 * 3 * attributes * 768
+    sides = {side: sum(p.numel() for p in tensors) for side, tensors in model.sides().items()}
+    assert sum(sides.values()) == model.count()
+    assert sides["heads"] == (768 * 768 + 768) * (1 + embed) + 1536 + 3072 + 769 * attributes + 2 * attributes
+    if (attributes, embed) == (35, False):  # the authors' log
+        assert sides["heads"] == 622_185 and sides["prompts"] + 967_680 == 2_200_647
+    if (attributes, embed) == (51, False):
+        assert model.count() == 1_867_520
+
+
+@pytest.mark.parametrize("options", [{}, {"depth": 2}, {"regions": 0}, {"mm_layers": 0}, {"mm_layers": 2}])
+def test_gradients_reach_every_trained_tensor_and_nothing_frozen(options):
+    model = build(**options).train()
+    ratio = RATIO
+    loss(model(images(4)), (draw(4, 5) > 0).float(), ratio).backward()
+    trained = model.trained()
+    assert all(p.grad.abs().sum() > 0 for p in trained.values() if p.numel())
+    assert (model.prompts.grad.abs().sum((1, 2)) > 0).all()
+    assert all(p.grad is None for n, p in model.named_parameters() if n not in trained)
+    assert not {n for n in trained if n.startswith("clip.") or ".attn." in n or ".mlp." in n or n == "text_prompts"}
+    assert not model.clip.training
+
+
+def test_the_whole_tower_can_be_tuned_and_the_clip_of_others_stays():
+    clip = small_clip()
+    model = build(clip, prompts=0, regions=0, tuned="all").train()
+    loss(model(images(4)), (draw(4, 5) > 0).float(), RATIO).backward()
+    tower = dict(model.clip.visual.named_parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in tower.values())
+    assert {f"clip.visual.{n}" for n in tower} == {n for n in model.trained() if n.startswith("clip.")}
+    assert sum(map(torch.numel, model.sides()["prompts"])) == sum(p.numel() for p in tower.values())
+    assert model.clip is not clip and all(p.grad is None for p in clip.parameters())
+    with pytest.raises(BadParameter, match="'prompts', 'all'"):
+        build(tuned="heads")
+
+
+def test_nothing_learned_in_the_tower_needs_no_graph_and_tokens_can_be_kept():
+    model = build(prompts=0, regions=0).train()
+    tokens = model.visual_tokens(images())
+    assert not tokens.requires_grad and tokens.shape == (2, 33, 32)
+    model.eval()
+    assert torch.equal(model(tokens).logits, model(images()).logits) and model(images()).similarity is None
+    kept = predict(model, TensorDataset(tokens, torch.zeros(2)))  # fit's own passes take tokens too
+    torch.testing.assert_close(kept, model(images()).logits)
+
+
+def test_the_last_fusion_block_is_skipped_for_some_images_while_training():
+    model = build(drop_path=0.5)
+    tokens = model.visual_tokens(images(1)).detach().expand(16, -1, -1)
+    torch.testing.assert_close(model.fuse(tokens)[0], model.fuse(tokens)[1])
+    torch.manual_seed(0)
+    assert len(model.train().fuse(tokens)[:, 0, 0].unique()) > 1
+
+
+# --- the formulas -----------------------------------------------------------------------------------------------------
+
+
+def one_image(model: PromptPAR, image: torch.Tensor, options: dict) -> tuple[torch.Tensor, ...]:
+    """Section 3 for one image: all tokens through all blocks, in the paper's layout, masked pair by pair."""
+    visual, quirks = model.clip.visual, model.official_quirks
+    prompts, regions = options.get("prompts", 10), options.get("regions", 4)
+    sizes = group_sizes(prompts, regions)
+    patches = [visual.conv1(image[None])[0, :, r, c] for r in range(GRID[0]) for c in range(GRID[1])]
+    tokens = torch.stack([visual.class_embedding, *patches]) + visual.positional_embedding
+    tokens = visual.ln_pre(torch.cat([tokens[:1], model.region_tokens, tokens[1:]]))
+    classes, patches = list(tokens[: 1 + regions]), tokens[1 + regions :]
+    current = [tokens[:0]] * (1 + regions)
+    kinds = [("cls" if k == 0 else "prompt", r) for r, size in enumerate(sizes) for k in range(1 + size)]
+    kinds += [("patch", i // GRID[1]) for i in range(len(patches))]
+    spans = strips(GRID[0], regions, options.get("overlap", 2)) if regions else []
+    mask = torch.zeros(len(kinds), len(kinds))
+    for q, (kind, r) in enumerate(kinds):
+        if kind == "patch" or r == 0 or not options.get("masked", True):
+            continue
+        for k, (other, s) in enumerate(kinds):
+            seen = spans[r - 1][0] <= s < spans[r - 1][1] if other == "patch" else s == r
+            if not seen:
+                mask[q, k] = -torch.inf
+    for layer, block in enumerate(visual.transformer.resblocks):
+        if layer < len(model.prompts):
+            current = list(model.prompts[layer].split(sizes))
+        sequence = [x for r in range(1 + regions) for x in (classes[r][None], current[r])]
+        x = block(torch.cat([*sequence, patches])[None], attn_mask=mask)[0]
+        at = 0
+        for r, size in enumerate(sizes):
+            classes[r], current[r] = x[at], x[at + 1 : at + 1 + size]
+            at += 1 + size
+        patches = x[at:]
+    x = (x if quirks else visual.ln_post(x)) @ visual.proj
+    places = [sum(sizes[:r]) + r for r in range(1 + regions)]
+    fused = torch.cat([model.word_embed(model.text_features), model.visual_embed(x)])[None]
+    for block in model.blocks:
+        fused = block(fused)
+    fused = model.norm(fused)[0]
+    logits = [model.heads.weight[i, 0] @ fused[i] + model.heads.bias[i, 0] for i in range(len(SENTENCES))]
+    if quirks:
+        places[0] = 1
+    return x, torch.stack(logits), x[places]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"official_quirks": True, "masked": False},
+        {"depth": 2},
+        {"depth": 1, "prompts": 7},  # groups of 2, 2, 1, 1, 1
+        {"regions": 2, "overlap": 1},
+        {"regions": 8, "overlap": 0, "prompts": 3},
+        {"regions": 0},
+        {"prompts": 0},
+        {"masked": False},
+        {"mm_layers": 2},
+        {"visual_embed": False, "inner": 32},
+    ],
+)
+def test_one_image_at_a_time(options):
+    options = dict(options)
+    model = build(**options)
+    options.pop("inner", None)
+    tokens = model.visual_tokens(images())
+    logits = model.score(model.fuse(tokens))
+    for i, image in enumerate(images()):
+        expected = one_image(model, image, options)
+        for ours, theirs in zip((tokens[i], logits[i], tokens[i, model.places]), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(images()).logits, model.bn(logits))
+
+
+@torch.no_grad()
+def test_similarity_one_number_at_a_time():
+    model = build(threshold=0.4)
+    regions = model.visual_tokens(images(3))[:, model.places]
+    _, shares = model.similarities(regions)
+    found = model.aggregate(shares)
+    for b in range(3):
+        rows = []
+        for region in regions[b]:
+            cosines = torch.stack([F.cosine_similarity(region, text, dim=0) for text in model.text_features])
+            rows.append((cosines * model.clip.logit_scale.exp() / model.temperature).softmax(0))
+        for a in range(len(SENTENCES)):
+            local = [row[a] for row in rows[1:]]
+            picked = max(local) if max(local) > 0.4 else min(local)
+            torch.testing.assert_close(found[b, a], (picked + rows[0][a]) / 2, rtol=1e-4, atol=1e-6)
+
+
+# --- strips -----------------------------------------------------------------------------------------------------------
+
+
+def test_strips_as_published():
+    assert [(a, b - 1) for a, b in strips(16, 4, 2)] == [(0, 4), (3, 8), (7, 12), (11, 15)]
+    allowed = (~region_mask((16, 16), 50)).sum(1)
+    assert [int(allowed[i]) for i in (0, 5, 11, 22, 33, 44, 54, 55)] == [311, 311, 91, 107, 107, 91, 91, 311]
+    assert int(region_mask((16, 16), 50).sum()) == 9328
+
+
+@pytest.mark.parametrize("rows", [4, 7, 8, 14, 16])
+@pytest.mark.parametrize("overlap", [0, 1, 2, 4])
+def test_strips_cover_every_row_and_neighbours_share_what_they_should(rows, overlap):
+    for regions in (1, 2, 4):
+        spans = strips(rows, regions, overlap)
+        assert {r for a, b in spans for r in range(a, b)} == set(range(rows))
+        assert spans[0][0] == 0 and spans[-1][1] == rows
+        if overlap <= rows // regions:
+            assert all(b - c == overlap for (_, b), (c, _) in itertools.pairwise(spans))
+
+
+def test_the_released_strips_are_right_on_16x16_patches_alone():
+    assert torch.equal(region_mask((16, 16), 50, official_quirks=True), region_mask((16, 16), 50))
+    released, ours = (region_mask((14, 14), 50, official_quirks=quirks) for quirks in (True, False))
+    assert not torch.equal(released, ours)
+    assert int((~released[44, 55:]).sum()) == 20  # the fourth strip keeps 20 patches of 56
+    no_overlap = ~region_mask((16, 16), 50, overlap=0, official_quirks=True)[11:55:11, 55:]
+    assert not no_overlap[:, 240:].any()  # the last row is in no strip
+
+
+@torch.no_grad()
+def test_what_a_region_sees():
+    """In one layer a region's token sees its strip alone and CLS sees all; in the second, patches have mixed."""
+    model = build(small_clip(layers=1))
+    reached = {}
+    for row in range(GRID[0]):
+        changed = images(1)
+        changed[:, :, 8 * row : 8 * row + 8] += 1
+        difference = (model.visual_tokens(changed) - model.visual_tokens(images(1))).abs().amax(2)[0]
+        reached[row] = (difference > 1e-6)[[0, 3, 6, 9, 12]].tolist()  # CLS, LC_1 ... LC_4
+    spans = strips(8, 4, 2)
+    assert reached == {row: [True, *(a <= row < b for a, b in spans)] for row in range(8)}
+
+    deeper = build(small_clip(layers=2))
+    changed = images(1)
+    changed[:, :, -8:] += 1  # the lowest row, which the first strip does not have
+    difference = (deeper.visual_tokens(changed) - deeper.visual_tokens(images(1))).abs().amax(2)[0]
+    assert difference[3] > 1e-6
+
+
+@torch.no_grad()
+def test_maps_are_attention_and_stay_in_the_strips():
+    model = build()
+    found = model.maps(images())
+    assert found.regions.shape == (2, 5, *GRID)
+    assert found.attributes.shape == found.cosines.shape == (2, 5, *GRID)
+    for r, (a, b) in enumerate(strips(8, 4, 2), 1):
+        outside = [row for row in range(8) if not a <= row < b]
+        assert (found.regions[:, r, outside] == 0).all() and (found.regions[:, r, a:b] > 0).all()
+    assert (found.regions[:, 0] > 0).all() and (found.regions.sum((2, 3)) < 1).all()
+    seen, fused = [], []
+    tokens = model.visual_tokens(images(), seen)
+    model.fuse(tokens, fused)
+    torch.testing.assert_close(seen[0].sum(-1), torch.ones(2, 47))
+    torch.testing.assert_close(fused[0].sum(-1), torch.ones(2, 5))
+    assert (found.cosines.abs() <= 1 + 1e-6).all()
+    with pytest.raises(BadParameter, match="mm_layers"):
+        build(mm_layers=0).maps(images())
+
+
+# --- the similarity ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_at_most_one_attribute_of_a_region_passes_the_gate():
+    model = build()
+    for seed in range(5):
+        _, shares = model.similarities(draw(8, 5, 32, seed=seed))
+        torch.testing.assert_close(shares.sum(-1), torch.ones(8, 5))
+        assert (shares > 0.5).sum(-1).max() <= 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quirks", [False, True])
+def test_an_image_does_not_depend_on_its_batch_unless_as_released(quirks):
+    model, pictures = build(official_quirks=quirks), images(3)
+    torch.testing.assert_close(
+        model(pictures).logits, model(pictures.flip(0)).logits.flip(0), rtol=1e-4, atol=1e-4
+    )  # predictions never do
+    _, shares = model.similarities(draw(3, 5, 32))
+    together = model.aggregate(shares)
+    alone = torch.cat([model.aggregate(share[None]) for share in shares])
+    for other in (alone, model.aggregate(shares.flip(0)).flip(0)):
+        assert torch.allclose(together, other, atol=1e-6) == (not quirks)
+    assert torch.equal(together[-1], alone[-1])  # the last image's regions are its own
+
+
+@torch.no_grad()
+def test_quirks_read_the_first_global_prompt_and_leave_out_the_last_norm():
+    clip = small_clip()
+    ours, released = build(clip, masked=False), build(clip, masked=False, official_quirks=True)
+    assert ours.places.tolist() == [0, 3, 6, 9, 12] and released.places.tolist() == [1, 3, 6, 9, 12]
+    raw = released.tower(_embedded(released, images()))
+    torch.testing.assert_close(released.visual_tokens(images()), raw @ clip.visual.proj)
+    torch.testing.assert_close(ours.visual_tokens(images()), clip.visual.ln_post(raw) @ clip.visual.proj)
+    assert (ours.visual_tokens(images()) - released.visual_tokens(images())).abs().max() > 0.1
+
+
+def _embedded(model: PromptPAR, pictures: torch.Tensor) -> torch.Tensor:
+    """What enters the layers: CLS, the regions' class tokens, patches."""
+    visual = model.clip.visual
+    patches = visual.conv1(pictures).flatten(2).mT
+    first = visual.class_embedding.expand(len(pictures), 1, -1)
+    x = visual.ln_pre(torch.cat([first, patches], 1) + visual.positional_embedding)
+    return torch.cat([x[:, :1], visual.ln_pre(model.region_tokens).expand(len(pictures), -1, -1), x[:, 1:]], 1)
+
+
+# --- the text ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["end", "start"])
+def test_prompts_after_the_text_have_no_effect_and_no_gradient(place):
+    clip = small_clip()
+    texts = embed_texts(Tokenizer(), clip, SENTENCES)
+    prompts = draw(2, 3, len(SENTENCES), 32).requires_grad_()
+    features = prompted_text(clip, texts, prompts, place)
+    plain = clip.encode_text(Tokenizer()(SENTENCES))
+    features.square().sum().backward()
+    if place == "end":
+        torch.testing.assert_close(features, plain, rtol=0, atol=1e-5)
+        assert prompts.grad.abs().max() == 0
+    else:
+        assert (features - plain).abs().max() > 0.01
+        assert (prompts.grad.abs().sum((1, 3)) > 0).all()
+
+
+def test_sentences_are_read_once_and_can_be_replaced():
+    clip = small_clip()
+    model = build(clip)
+    torch.testing.assert_close(model.text_features, clip.encode_text(Tokenizer()(SENTENCES)), rtol=0, atol=1e-5)
+    assert not model.text_features.requires_grad and "text_features" not in model.state_dict()
+    before = model(images()).logits
+    model.set_sentences([*SENTENCES[:4], "a violet bar"], Tokenizer())
+    assert not torch.equal(model(images()).logits, before)
+    with pytest.raises(BadParameter, match="5, one for each attribute"):
+        model.set_sentences(SENTENCES[:3], Tokenizer())
+
+
+# --- loss, schedule, answers ------------------------------------------------------------------------------------------
+
+
+def test_weights_of_labels():
+    ratio = torch.tensor([0.0, 0.01, 0.5, 1.0])
+    labels = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])
+    weights = label_weights(labels, ratio)
+    assert weights.min() >= 1 and weights.max() <= torch.e + 1e-6
+    torch.testing.assert_close(weights[0], (1 - ratio).exp())
+    torch.testing.assert_close(weights[1], ratio.exp())
+    assert weights[0, 1] > 2.69  # a rare attribute that is there weighs almost e
+
+
+def test_loss_is_a_sum_over_attributes_and_a_mean_over_images():
+    logits, labels = draw(3, 5), (draw(3, 5, seed=2) > 0).float()
+    expected = 0.0
+    for z, y in zip(logits, labels, strict=True):
+        for j in range(5):
+            weight = torch.exp(1 - RATIO[j]) if y[j] else torch.exp(RATIO[j])
+            p = z[j].sigmoid()
+            expected += -weight * (y[j] * p.log() + (1 - y[j]) * (1 - p).log()) / 3
+    torch.testing.assert_close(weighted_loss(logits, labels, RATIO), expected)
+    output = Output(logits, draw(3, 5, seed=5))
+    parts = [weighted_loss(x, labels, RATIO) for x in output]
+    torch.testing.assert_close(loss(output, labels, RATIO), parts[0] + 0.5 * parts[1])
+    assert torch.equal(loss(output, labels, RATIO, similarity=0), parts[0])
+    assert torch.equal(loss(Output(logits, None), labels, RATIO), parts[0])
+
+
+def test_learning_rates_of_the_first_and_last_epochs():
+    heads, prompts = learning_rates(100, 8e-3, 5), learning_rates(100, 4e-3, 10)
+    assert (round(heads[0], 6), round(prompts[0], 6)) == (1.664e-3, 4.36e-4)  # the log in the authors' README
+    assert heads.max() < 8e-3 and heads[-1] == pytest.approx(0.002 * 8e-3)
+    assert (heads[5:-1] > heads[6:]).all() and (heads[:4] < heads[1:5]).all()
+
+
+def test_decode_names_what_is_there():
+    logits = torch.tensor([[2.0, -3.0, 0.0], [-9.0, -9.0, -9.0]])
+    found = decode(logits, ["hat", "bag", "boots"])
+    assert [[name for name, _ in row] for row in found] == [["hat", "boots"], []]
+    assert found[0][0][1] == pytest.approx(0.8808, abs=1e-4)
+    assert [name for name, _ in decode(logits, ["hat", "bag", "boots"], threshold=0.5)[0]] == ["hat"]
+    with pytest.raises(BadParameter, match="attributes"):
+        decode(logits, ["hat"])
+
+
+# --- training and loading ---------------------------------------------------------------------------------------------
+
+
+def test_training_resumes_to_the_same_bits(tmp_path):
+    data = TensorDataset(images(8), (draw(8, 5) > 0).float())
+
+    def value(m, b):
+        return loss(m(b[0]), b[1], RATIO)
+
+    settings = dict(data=data, epochs=3, batch=4, lr=0.01)
+    whole = build()
+    history = fit(whole, value, **settings)
+    assert history[-1]["loss"] < history[0]["loss"]
+    calls = iter(range(4))
+
+    def dies(m, b):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return value(m, b)
+
+    file = tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        fit(build(), dies, **settings, checkpoint=file, checkpoint_every=2)
+    again = build()
+    fit(again, value, **settings, checkpoint=file, checkpoint_every=2, resume=True)
+    assert all(torch.equal(t, trained_state(again)[name]) for name, t in trained_state(whole).items())
+    assert not {name for name in trained_state(whole) if name.startswith("clip.") or ".attn." in name}
+    fresh = build()
+    fresh.load_state_dict(trained_state(whole), strict=False)
+    assert torch.equal(fresh(images()).logits, whole(images()).logits)
+
+
+@torch.no_grad()
+def test_half_precision_runs():
+    model = build()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(images())
+    exact = model(images())
+    torch.testing.assert_close(output.logits.float(), exact.logits, rtol=0, atol=0.2)
+    assert output.similarity.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"visual_embed": False, "inner": 32}, {"mm_layers": 0}, {"regions": 0}])
+def test_official_names_round_trip(options):
+    model = build(official_quirks=True, **options)
+    state = model.to_official()
+    again = PromptPAR.from_official(state, SENTENCES, Tokenizer(), clip=small_clip(), heads=(2, 2, 4))
+    assert torch.equal(again(images()).logits, model(images()).logits)
+    assert all(torch.equal(again.to_official()[name], value) for name, value in state.items())
+    if "regions" not in options:
+        assert torch.equal(again(images()).similarity, model(images()).similarity)
+        assert state["clip_model.visual.transformer.prompt_deep"].shape == (3, 10, 1, 32)
+        assert state["clip_model.transformer.prompt_text_deep"].shape == (2, 3, 5, 32)
+        assert state["model.weight_layer.4.weight"].shape == (1, model.norm.weight.numel())
+
+
+def test_all_names_of_the_released_model_are_known():
+    """Every tensor of the authors' model, with its shape, comes back from ours at full size."""
+    case = Case(folder() / "promptpar" / "full_l14_pa100k")
+    scalars = {"clip_model.logit_scale": [], "clip_model.softmax_model.temperature": []}
+    ours = {n: list(t.shape) for n, t in full_size(26, True).to_official().items() if "num_batches" not in n}
+    assert ours == case.names | scalars
+    recorded = case.facts["trainable"]["names"]
+    trained = full_size(26, True)
+    official = {n: o for n, o in trained._names().items() if n in trained.trained()}
+    names = {x.partition(".")[2] for o in official.values() for x in ([o] if isinstance(o, str) else o)}
+    assert names | {"transformer.prompt_text_deep"} == set(recorded["model"]) | set(recorded["clip_model"])
+
+
+def test_a_checkpoint_that_does_not_fit_lists_its_names():
+    state = build().to_official()
+    state["model.extra"] = torch.zeros(1)
+    del state["model.weight_layer.3.bias"]
+    state["model.norm.bias"] = torch.zeros(3)
+    with pytest.raises(BadCheckpoint) as caught:
+        PromptPAR.from_official(state, SENTENCES, Tokenizer(), clip=small_clip(), heads=(2, 2, 4))
+    assert caught.value.missing == ["model.weight_layer.3.bias"]
+    assert caught.value.unknown == ["model.extra"]
+    assert caught.value.shapes == ["model.norm.bias (3,), expected (48,)"]
+    with pytest.raises(BadCheckpoint, match=r"model\.word_embed\.weight"):
+        PromptPAR.from_official({"clip_model.proj": torch.zeros(1)}, SENTENCES, Tokenizer())
+    with pytest.raises(BadParameter, match="5, one for each attribute"):
+        PromptPAR.from_official(build().to_official(), SENTENCES[:4], Tokenizer(), clip=small_clip(), heads=(2, 2, 4))
+
+
+class Result(dict):
+    """Stands for the EasyDict of scores that the authors' training keeps in its checkpoints."""
+
+
+@pytest.mark.parametrize("entry", ["ViT_model", "clip_model"])
+def test_a_file_of_the_authors_code(entry, tmp_path):
+    """The released files and those that training writes name the CLIP differently; both load, half precision too."""
+    model = build(official_quirks=True)
+    state = model.to_official()
+    parts = {p: {n.removeprefix(p): t for n, t in state.items() if n.startswith(p)} for p in ("clip_model.", "model.")}
+    halved = {n: t.half() if t.is_floating_point() else t for n, t in parts["clip_model."].items()}
+    saved = {"epoch": 3, entry: halved, "model_state_dict": parts["model."], "result": Result(ma=0.9)}
+    torch.save(saved, tmp_path / "PETA_Checkpoint.pth")
+    found = read_checkpoint(tmp_path / "PETA_Checkpoint.pth")
+    assert found.keys() == state.keys()
+    again = PromptPAR.from_official(found, SENTENCES, Tokenizer(), clip=small_clip(), heads=(2, 2, 4))
+    torch.testing.assert_close(again(images()).logits, model(images()).logits, rtol=0, atol=0.1)
+    torch.save({"state_dict": {}}, tmp_path / "other.pth")
+    with pytest.raises(CorruptFile, match="not a checkpoint of PromptPAR"):
+        read_checkpoint(tmp_path / "other.pth")
+    (tmp_path / "broken.pth").write_bytes((tmp_path / "PETA_Checkpoint.pth").read_bytes()[:2000])
+    with pytest.raises(CorruptFile, match=r"broken\.pth"):
+        read_checkpoint(tmp_path / "broken.pth")
+
+
+# --- bad inputs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": -1}, "prompts = -1"),
+        ({"regions": 9}, "0 to 8"),
+        ({"overlap": 9}, "overlap"),
+        ({"depth": 0}, "depth"),
+        ({"depth": 4}, "1 to 3"),
+        ({"text_prompts": -1}, "text_prompts"),
+        ({"mm_layers": 4}, "0 to 3"),
+        ({"threshold": 1.5}, "threshold"),
+        ({"visual_embed": False}, "32 channels, the ViT has 48"),
+        ({"official_quirks": True, "prompts": 7}, "multiple of 5"),
+        ({"official_quirks": True, "regions": 3}, "4 regions"),
+        ({"official_quirks": True, "prompts": 0}, "multiple of 5"),
+    ],
+)
+def test_options_that_are_not_accepted(changes, message):
+    with pytest.raises(BadParameter, match=message):
+        build(**changes)
+
+
+def test_models_and_sentences_that_do_not_fit():
+    fusion = VisionTransformer(img_size=16, embed_dim=48, depth=1, num_heads=4, num_classes=0)
+    with pytest.raises(BadParameter, match="timm VisionTransformer"):
+        PromptPAR(small_clip(), SENTENCES, Tokenizer(), nn.Identity())
+    with pytest.raises(BadParameter, match="open_clip CLIP"):
+        PromptPAR(nn.Identity(), SENTENCES, Tokenizer(), fusion)
+    with pytest.raises(BadParameter, match="tokenizer"):
+        PromptPAR(small_clip(), SENTENCES, None, fusion, visual_embed=True)
+    with pytest.raises(BadParameter, match="one or more names"):
+        PromptPAR(small_clip(), [], Tokenizer(), fusion, visual_embed=True)
+    with pytest.raises(BadParameter, match="'end', 'start'"):
+        clip = small_clip()
+        prompted_text(clip, embed_texts(Tokenizer(), clip, SENTENCES), draw(2, 1, 5, 32), "middle")

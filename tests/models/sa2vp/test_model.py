@@ -1,0 +1,392 @@
+"""SA²VP: what the paper trains, what an interaction may see, and the forms of its attention that must agree."""
+
+import math
+
+import pytest
+import torch
+from timm.layers import GluMlp
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from torch.nn import functional as F
+
+from companion import backbones
+from companion.errors import BadCheckpoint, BadParameter
+from companion.evaluation.parity import Case, folder
+from companion.models.layers.vpt import VPT, FineTuning, LinearProbe
+from companion.models.sa2vp import model as sa2vp
+from companion.models.sa2vp.model import SA2VP, SA2VPSwin, cross_attention, neighbourhood, padded_mask
+from companion.training.fit import fit, trained_state
+
+
+def small_vit(**changes) -> VisionTransformer:
+    torch.manual_seed(0)
+    settings = dict(img_size=20, patch_size=4, embed_dim=24, depth=6, num_heads=3, num_classes=0) | changes
+    return VisionTransformer(**settings).eval()
+
+
+def small_swin() -> SwinTransformer:
+    torch.manual_seed(0)
+    return SwinTransformer(
+        img_size=64, embed_dim=16, depths=(1, 1, 6, 1), num_heads=(1, 2, 4, 8), window_size=2, num_classes=0
+    ).eval()
+
+
+def images(size: int = 20, count: int = 2) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+# --- what is trained --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("width", "count", "percent"),
+    [(8, 202_200, 0.2351), (16, 372_912, 0.4328), (32, 714_336, 0.8257), (64, 1_397_184, 1.6024)],
+)
+def test_trained_parameters_of_vit_b16(width, count, percent):
+    with torch.device("meta"):
+        backbone = VisionTransformer(num_classes=0)
+        model = SA2VP(backbone, 200, width)
+    assert model.count() == count == 21_339 * width + 31_488
+    assert model.count(head=True) == count + 769 * 200
+    total = sum(p.numel() for p in backbone.parameters())
+    assert total == 85_798_656
+    assert round(100 * count / (total + count), 4) == percent
+
+
+def test_one_new_map_trains_965_r_and_1536_fewer():
+    with torch.device("meta"):
+        two, one = (SA2VP(VisionTransformer(num_classes=0), 10, 16, new_maps=n) for n in (2, 1))
+    assert two.count() - one.count() == 965 * 16 + 1_536
+
+
+def test_trained_parameters_of_swin_b():
+    with torch.device("meta"):
+        backbone = SwinTransformer(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), num_classes=0)
+        model = SA2VPSwin(backbone, 100, 8)
+    assert model.count() == 201_488 == 21_714 * 8 + 27_776
+    assert sum(p.numel() for p in backbone.parameters()) == 86_743_224
+
+
+@pytest.mark.parametrize("make", [lambda: SA2VP(small_vit(), 5, 4, dropout=0), lambda: SA2VPSwin(small_swin(), 5, 4)])
+def test_a_step_changes_everything_trained_and_nothing_frozen(make):
+    model = make()
+    size = 64 if isinstance(model, SA2VPSwin) else 20
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    data = torch.utils.data.TensorDataset(images(size, 4), torch.tensor([0, 1, 2, 3]))
+    fit(model, lambda m, b: sa2vp.loss(*m(b[0]), b[1]), data, epochs=3, batch=4, lr=1e-2, accelerator="cpu")
+    trained = set(model.trained())
+    assert not any(name.startswith("backbone.") for name in trained)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) == (name not in trained), name
+
+
+@pytest.mark.parametrize(
+    ("make", "frozen"),
+    [(FineTuning, False), (LinearProbe, True), (VPT, True), (lambda b, c: VPT(b, c, deep=False), True)],
+)
+def test_baselines_train_what_they_say(make, frozen):
+    for backbone, size in ((small_vit(), 20), (small_swin(), 64)):
+        model = make(backbone, 5).train()
+        F.cross_entropy(model(images(size)), torch.tensor([0, 1])).backward()
+        assert any(p.grad is not None for p in backbone.parameters()) != frozen
+        assert backbone.training != frozen
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+# --- exact claims -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["s = 0", "silent adapters"])
+@pytest.mark.parametrize("swin", [False, True])
+def test_without_fusion_the_prediction_is_the_frozen_backbone(how, swin):
+    backbone, size = (small_swin(), 64) if swin else (small_vit(), 20)
+    kind = SA2VPSwin if swin else SA2VP
+    model = kind(backbone, 5, 4, scale=0.0 if how == "s = 0" else 1.5).eval()
+    if how != "s = 0":
+        for adapter in model.adapters:
+            torch.nn.init.zeros_(adapter.up.weight)
+            torch.nn.init.zeros_(adapter.up.bias)
+    expected = model.head(backbone(images(size)))
+    torch.testing.assert_close(model(images(size))[0], expected, rtol=0, atol=2e-6)
+    assert not torch.allclose(model(images(size))[1], expected, atol=1e-2)
+
+
+def test_an_interaction_sees_its_neighbourhood_alone():
+    """The gradient of one place's fusion in the other pathway is zero outside of 3x3, and not inside."""
+    grid, slots = (5, 5), 26
+    mask = neighbourhood(grid)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, slots, 8, generator=generator) for _ in range(3))
+    seen = torch.zeros(slots, slots, dtype=torch.bool)
+    for slot in range(slots):
+        kv = [x.clone().requires_grad_() for x in (k, v)]
+        cross_attention(q, *kv, mask)[0, :, slot].sum().backward()
+        seen[slot] = sum(x.grad[0].abs().sum((0, 2)) for x in kv) > 0
+    assert seen[0].all(), "the class slot reads every slot"
+    assert not seen[1:, 0].any(), "no patch reads the class slot"
+    assert sorted(set(seen[1:].sum(1).tolist())) == [4, 6, 9]
+    for a in range(25):
+        for b in range(25):
+            near = abs(a // 5 - b // 5) <= 1 and abs(a % 5 - b % 5) <= 1
+            assert seen[1 + a, 1 + b] == near
+
+
+def loop_attention(q, k, v, grid):
+    """The definition, a query at a time."""
+    rows, columns = grid
+    out = torch.empty_like(q)
+    for slot in range(q.shape[2]):
+        if slot == 0:
+            keys = list(range(q.shape[2]))
+        else:
+            r, c = divmod(slot - 1, columns)
+            keys = [
+                1 + i * columns + j for i in range(rows) for j in range(columns) if abs(i - r) < 2 and abs(j - c) < 2
+            ]
+        weights = (q[:, :, slot : slot + 1] @ k[:, :, keys].transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
+        out[:, :, slot] = (weights @ v[:, :, keys])[:, :, 0]
+    return out
+
+
+def unfold_attention(q, k, v, grid, drop_padding):
+    """By unfolding into neighbourhoods; outside keys are left out, or stay as zeros (the `_acc` variant)."""
+    b, heads, _, d = q.shape
+
+    def neighbours(x):
+        planes = x[:, :, 1:].transpose(2, 3).reshape(b * heads, d, *grid)
+        return F.unfold(planes, 3, padding=1).view(b, heads, d, 9, -1).permute(0, 1, 4, 3, 2)
+
+    logits = (neighbours(k) * q[:, :, 1:, None]).sum(-1) / math.sqrt(d)
+    if drop_padding:
+        inside = neighbours(torch.ones_like(k))[..., 0] > 0
+        logits = logits.masked_fill(~inside, -math.inf)
+    patches = (logits.softmax(-1)[..., None] * neighbours(v)).sum(3)
+    weights = (q[:, :, :1] @ k.transpose(-2, -1) / math.sqrt(d)).softmax(-1)
+    return torch.cat([weights @ v, patches], dim=2)
+
+
+def test_loop_unfolding_and_mask_agree():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 31, 8, generator=generator) for _ in range(3))
+    ours = cross_attention(q, k, v, neighbourhood((5, 6)))
+    torch.testing.assert_close(loop_attention(q, k, v, (5, 6)), ours, rtol=0, atol=1e-6)
+    torch.testing.assert_close(unfold_attention(q, k, v, (5, 6), True), ours, rtol=0, atol=1e-6)
+
+
+def test_padded_variant_is_one_head_with_zero_keys_outside():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 1, 31, 24, generator=generator) for _ in range(3))
+    mask = padded_mask(neighbourhood((5, 6)), 1, class_slot=True)
+    ours = cross_attention(q, F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)), mask)
+    torch.testing.assert_close(unfold_attention(q, k, v, (5, 6), False), ours, rtol=0, atol=1e-6)
+    plain = cross_attention(q, k, v, neighbourhood((5, 6)))
+    inner = [0] + [1 + r * 6 + c for r in range(1, 4) for c in range(1, 5)]
+    torch.testing.assert_close(ours[:, :, inner], plain[:, :, inner], rtol=0, atol=1e-6)
+    edge = [s for s in range(31) if s not in inner]
+    assert (ours[:, :, edge] - plain[:, :, edge]).abs().max() > 0.1
+
+
+def naive_forward(model: SA2VP, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """3.2-3.5 line by line: own projections for the interaction, everything run for every image."""
+    vit, b = model.backbone, len(x)
+    image = torch.cat([vit.cls_token.expand(b, -1, -1), vit.patch_embed(x)], 1) + vit.pos_embed
+    prompt = (model.prompt_proj(model.prompt) + vit.pos_embed).expand(b, -1, -1)
+    for i, block in enumerate(vit.blocks):
+        attn = block.attn
+
+        def interact(kv, q, i=i, block=block, attn=attn):
+            def project(y):
+                return attn.qkv(block.norm1(y)).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+
+            attended = loop_attention(project(q)[0], *project(kv)[1:], model.grid)
+            return model.adapters[i](q + attn.proj(attended.transpose(1, 2).flatten(2)))
+
+        if i % model.period == 0:
+            fusion, new = interact(image, prompt), block(prompt)
+            if i:
+                k = i // model.period - 1
+                fresh = model.new_projs[k](model.new_prompts[k]).expand(b, -1, -1)
+                new = new + model.gains[k] * block(fresh)
+            image, prompt = block(image), new + model.scale * fusion
+        else:
+            fusion = interact(prompt, image)
+            image, prompt = block(image) + model.scale * fusion, block(prompt)
+    return tuple(model.head(vit.norm(t)[:, 0]) for t in (image, prompt))
+
+
+def test_sharing_work_changes_nothing():
+    model = SA2VP(small_vit(), 5, 4, scale=1.5).eval()
+    torch.nn.init.normal_(model.gains)
+    for ours, naive in zip(model(images()), naive_forward(model, images()), strict=True):
+        torch.testing.assert_close(ours, naive, rtol=0, atol=3e-6)
+
+
+def test_a_trace_shows_the_pass_and_does_not_change_it():
+    for model, size in ((SA2VP(small_vit(), 5, 4).eval(), 20), (SA2VPSwin(small_swin(), 5, 4).eval(), 64)):
+        trace = {}
+        with torch.no_grad():
+            for traced, plain in zip(model(images(size), trace), model(images(size)), strict=True):
+                torch.testing.assert_close(traced, plain, rtol=0, atol=2e-6)
+        assert all(len(entries) == 6 for entries in trace.values())
+        for attention in trace["cross"] + trace.get("self", []):
+            torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
+        outside = ~neighbourhood(model.grid, class_slot=isinstance(model, SA2VP))
+        assert all((attention[..., outside] == 0).all() for attention in trace["cross"])
+        assert {t.shape[0] for entries in trace.values() for t in entries} == {2}
+
+
+def test_dropout_draws_for_every_image():
+    """With dropout on, two copies of one image differ in both pathways; the pass still runs maps once where it can."""
+    model = SA2VP(small_vit(), 5, 4, dropout=0.5).train()
+    twice = images(count=1).repeat(2, 1, 1, 1)
+    image, prompt = model(twice)
+    assert not torch.equal(image[0], image[1]) and not torch.equal(prompt[0], prompt[1])
+    quiet = SA2VP(small_vit(), 5, 4, dropout=0.5, frozen_dropout=False).train()
+    assert not quiet.backbone.training and quiet.adapters[0].training
+
+
+def test_the_order_of_the_batch_does_not_matter():
+    model = SA2VP(small_vit(), 5, 4).eval()
+    x = images(count=3)
+    torch.testing.assert_close(model(x)[0].flip(0), model(x.flip(0))[0], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("direction", sa2vp.DIRECTIONS)
+def test_directions(direction):
+    model = SA2VP(small_vit(), 5, 4, scale=1.5, direction=direction).eval()
+    backbone = model.head(model.backbone(images()))
+    prompted = direction in ("both", "prompt to image")
+    assert torch.allclose(model(images())[0], backbone, atol=1e-5) != prompted
+    # only what comes from the image makes the prompt pathway differ between images
+    varies = (model(images())[1][0] - model(images())[1][1]).abs().max() > 1e-6
+    assert varies == (direction in ("both", "image to prompt"))
+
+
+def test_other_sizes_run():
+    model = SA2VP(small_vit(img_size=(12, 28)), 5, 4).eval()
+    assert model.grid == (3, 7)
+    assert model(torch.randn(1, 3, 12, 28))[0].shape == (1, 5)
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def official_state():
+    case = Case(folder() / "sa2vp" / "tiny_vit_full")
+    return dict(case.state)
+
+
+def test_official_names_round_trip():
+    state = official_state()
+    again = SA2VP.from_official(state, heads=3).to_official()
+    assert again.keys() == state.keys()
+    assert all(torch.equal(state[n], again[n]) for n in state)
+
+
+def test_official_names_round_trip_swin():
+    model = SA2VPSwin(small_swin(), 5, 4).eval()
+    official = model.to_official()
+    assert "vit_base.layers.1.downsample.reduction.weight" in official
+    again = SA2VPSwin.from_official(official, image_size=64)
+    assert all(torch.equal(a, b) for a, b in zip(model(images(64)), again(images(64)), strict=True))
+
+
+def test_frozen_copies_in_a_checkpoint_are_checked():
+    state = official_state()
+    source, copy = (f"vit_base.transformer.encoder.{x}.weight" for x in ("layer.2.attn.key", "cross_attn.2.attn.to_k"))
+    state[copy] = state[source].clone()
+    SA2VP.from_official(state, heads=3)
+    state[copy] = state[copy] + 1
+    with pytest.raises(BadCheckpoint, match="to_k"):
+        SA2VP.from_official(state, heads=3)
+
+
+def test_a_checkpoint_of_another_model_lists_its_names():
+    state = official_state()
+    state["class_head.bias"] = torch.zeros(3)
+    state["extra"] = torch.zeros(1)
+    del state["vit_base.transformer.encoder.encoder_norm.weight"]
+    with pytest.raises(BadCheckpoint) as caught:
+        SA2VP.from_official(state, heads=3)
+    assert caught.value.missing == ["vit_base.transformer.encoder.encoder_norm.weight"]
+    assert caught.value.unknown == ["extra"]
+    assert len(caught.value.shapes) == 1
+    with pytest.raises(BadCheckpoint, match="deep_ppt"):
+        SA2VP.from_official({"a": torch.zeros(1)})
+    with pytest.raises(BadCheckpoint, match="deep_ppt"):
+        SA2VPSwin.from_official({"a": torch.zeros(1)})
+
+
+def test_trained_state_is_all_that_must_be_kept(tmp_path):
+    model = SA2VP(small_vit(), 5, 4).eval()
+    torch.save(trained_state(model), tmp_path / "prompts.pt")
+    again = SA2VP(small_vit(), 5, 4).eval()
+    again.load_state_dict(torch.load(tmp_path / "prompts.pt", weights_only=True), strict=False)
+    assert torch.equal(model(images())[0], again(images())[0])
+    assert (tmp_path / "prompts.pt").stat().st_size < 60_000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(attention="fast"), "aligned"),
+        (dict(direction="sideways"), "prompt to image"),
+        (dict(new_maps=3), "0, 1, 2"),
+        (dict(attention="padded", radius=None), "whole number"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(BadParameter, match=message):
+        SA2VP(small_vit(), 5, 4, **options)
+
+
+def test_wrong_backbones():
+    with pytest.raises(BadParameter, match="depth divisible by 3"):
+        SA2VP(small_vit(depth=4), 5)
+    with pytest.raises(BadParameter, match="SwinTransformer"):
+        SA2VPSwin(small_vit(), 5)
+    for stage in (4, 1):  # there is none, and one of a single block
+        with pytest.raises(BadParameter, match=r"divisible by 3: \[2\]"):
+            SA2VPSwin(small_swin(), 5, stage=stage)
+    with pytest.raises(BadParameter, match="timm VisionTransformer"):
+        VPT(torch.nn.Linear(1, 1), 5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(pre_norm=True),
+        dict(no_embed_class=True),
+        dict(global_pool="avg"),
+        dict(reg_tokens=2),
+        dict(class_token=False, global_pool="avg"),
+        dict(pos_embed="none"),
+    ],
+)
+def test_vits_of_another_form_are_refused_not_run_wrongly(changes):
+    """CLIP's ViTs have a norm before the blocks, DeiT-III's no position for the class token, ..."""
+    for kind in (SA2VP, VPT):
+        with pytest.raises(BadParameter, match="no norm before its blocks"):
+            kind(small_vit(**changes), 5)
+
+
+def test_blocks_of_another_form_are_refused():
+    for changes in (dict(block_fn=ResPostBlock), dict(mlp_layer=GluMlp)):
+        with pytest.raises(BadParameter, match="pre-norm"):
+            SA2VP(small_vit(**changes), 5)
+        VPT(small_vit(**changes), 5)(images())
+
+
+def test_vpt_without_prompts_is_the_backbone():
+    for backbone, size in ((small_vit(), 20), (small_swin(), 64)):
+        for deep in (True, False):
+            model = VPT(backbone, 5, tokens=0, deep=deep).eval()
+            expected = model.head(backbone(images(size)))
+            torch.testing.assert_close(model(images(size)), expected, rtol=0, atol=2e-6)
+
+
+def test_vpt_counts():
+    with torch.device("meta"):
+        deep, shallow = (VPT(backbones.build("vit_b16", "random"), 10, tokens=50, deep=d) for d in (True, False))
+    assert sum(p.numel() for p in deep.prompts) == 12 * 50 * 768
+    assert sum(p.numel() for p in shallow.prompts) == 50 * 768

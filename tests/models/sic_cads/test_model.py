@@ -1,0 +1,542 @@
+"""SIC-CADS: counts, the formulas written out, what refinement can and cannot change, names, training, bad inputs."""
+
+import itertools
+import math
+import time
+
+import pytest
+import timm
+import torch
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from companion.backbones import Input
+from companion.data import DATASETS
+from companion.data.detection_sets import COCO_BASE, COCO_NOVEL
+from companion.errors import BadCheckpoint, BadParameter
+from companion.evaluation.parity import Case, compare, folder
+from companion.evaluation.tables import published_table
+from companion.models.sic_cads.model import (
+    CROSS_DATASET,
+    MLR,
+    PROMPT,
+    ZeroShotClassifier,
+    cascade_boxes,
+    detect,
+    detector_scores,
+    distillation_loss,
+    fuse,
+    normalise,
+    patches,
+    pool,
+    rank_loss,
+    refine,
+    text_share,
+    vocabulary,
+)
+from companion.ops.papers import paper
+from companion.toy.datasets.tokens import Tokenizer
+from companion.training.fit import fit, trained_state
+
+CLASSES, DIM = 10, 24
+NOVEL = torch.arange(CLASSES) % 3 == 0
+SMALL = {"image_input": Input(64, (0.5,) * 3, (0.5,) * 3), "teacher_input": Input(32, (0.5,) * 3, (0.5,) * 3)}
+
+
+def draw(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def share(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pixels(count: int = 2, height: int = 64, width: int = 96, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, height, width), generator=generator, dtype=torch.uint8)
+
+
+def boxes(count: int, seed: int = 1) -> torch.Tensor:
+    corner, size = share(count, 2, seed=seed) * 80, share(count, 2, seed=seed + 1) * 40 + 5
+    return torch.cat([corner, corner + size], 1)
+
+
+class Teacher(nn.Module):
+    """A tiny image tower that counts the crops it is shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.seen = nn.Linear(3 * 32 * 32, DIM), []
+
+    def forward(self, x):
+        assert not torch.is_grad_enabled()
+        self.seen.append(len(x))
+        return self.layer(x.flatten(1))
+
+
+class Plain(nn.Module):
+    """A body that is none of timm's: three maps of strides 4, 8, 16."""
+
+    channels = (8, 12, 16)
+
+    def __init__(self):
+        super().__init__()
+        layers = zip((3, *self.channels), self.channels, (4, 2, 2), strict=False)
+        self.layers = nn.ModuleList(nn.Conv2d(i, o, 3, stride, 1) for i, o, stride in layers)
+
+    def forward(self, x):
+        found = []
+        for layer in self.layers:
+            x = layer(x).relu()
+            found.append(x)
+        return found
+
+
+def build(**changes) -> MLR:
+    torch.manual_seed(0)
+    body = timm.create_model("resnet10t", channels=(8, 16, 24, 32), stem_width=8, num_classes=0, zero_init_last=False)
+    options = {"teacher": Teacher(), "width": 16, **SMALL, **changes}
+    return MLR(options.pop("body", body), F.normalize(draw(CLASSES, DIM), dim=-1), NOVEL, **options).eval()
+
+
+# --- counts -----------------------------------------------------------------------------------------------------------
+
+
+def full_size() -> MLR:
+    """ResNet-50 and CLIP's ViT-B/32 without values."""
+    with torch.device("meta"):
+        body = timm.create_model("resnet50", num_classes=0)
+        vision = CLIPVisionCfg(layers=12, width=768, patch_size=32, image_size=224)
+        clip = CLIP(512, vision, CLIPTextCfg(77, 49408, width=512, heads=8, layers=1), quick_gelu=True)
+        return MLR(body, torch.zeros(1203, 512), torch.zeros(1203, dtype=torch.bool), teacher=clip.visual)
+
+
+def test_counts_of_the_full_size_model():
+    model = full_size()
+
+    def count(start: str, trained: bool = True) -> int:
+        named = model.named_parameters()
+        return sum(p.numel() for n, p in named if n.startswith(start) and p.requires_grad == trained)
+
+    assert count("body.") == 23_454_912
+    assert count("pyramid.") == 3_868_672 and count("pyramid.extra_blocks.") == 1_180_160
+    assert count("heads.") == 1_181_184
+    assert sum(p.numel() for p in model.trained().values()) == 28_504_768
+    assert count("text", trained=False) == 615_936
+    assert count("teacher.", trained=False) == 87_849_216
+
+
+def test_only_what_the_paper_trains_gets_a_gradient():
+    model = build().train()
+    ranked, distilled = model.loss(pixels(), draw(2, CLASSES) > 0.5)
+    (ranked + distilled).backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert reached == set(model.trained())
+    assert {name.split(".")[0] for name in reached} == {"body", "pyramid", "heads"}
+    assert not any(".bn" in name for name in reached)
+
+
+def test_frozen_norms_stay_and_free_ones_move():
+    for frozen, changed in ((True, False), (False, True)):
+        model = build(freeze_norms=frozen).train()
+        before = {n: t.clone() for n, t in model.body.state_dict().items() if n.endswith("running_mean")}
+        model.loss(pixels(), draw(2, CLASSES) > 0.5)
+        after = model.body.state_dict()
+        assert any(not torch.equal(t, after[n]) for n, t in before.items()) == changed
+
+
+# --- what goes in -----------------------------------------------------------------------------------------------------
+
+
+def test_patches_are_the_image_and_four_overlapping_corners():
+    assert patches(1) == [(0, 1, 0, 1)]
+    near, far = (0, 2 / 3), (1 / 3, 1)
+    assert patches(2) == [(0, 1, 0, 1), *((*a, *b) for a in (near, far) for b in (near, far))]
+    assert len(patches(3)) == 1 + 4 + 9
+
+
+def test_images_are_resized_by_the_shorter_side_and_padded_with_zeros():
+    model = build()
+    x = model.prepared(pixels(1, 60, 100))
+    assert x.shape == (1, 3, 64, 128)
+    assert x[..., 106:].eq(0).all() and x[..., :106].ne(0).all()
+    assert model.prepared(pixels(1, 60, 100), resize=False).shape == (1, 3, 64, 128)
+    square = pixels(1, 64, 64)
+    torch.testing.assert_close(model.prepared(square), (square / 255 - 0.5) / 0.5)
+
+
+def test_crops_are_squeezed_without_smoothing():
+    model, smooth = build(), build(antialias=True)
+    image = pixels(1, 60, 90)
+    found = model.crops(image)
+    assert found.shape == (1, 5, 3, 32, 32)
+    corner = image[..., 20:60, 30:90].float()
+    expected = F.interpolate(corner, (32, 32), mode="bilinear", align_corners=False).round()
+    torch.testing.assert_close(found[:, 4], (expected / 255 - 0.5) / 0.5)
+    assert not torch.allclose(found, smooth.crops(image))
+
+
+def test_the_teacher_sees_all_crops_of_a_batch_once():
+    model = build()
+    model.recognise(pixels(3))
+    assert model.teacher.seen == [15]
+    model.recognise(pixels(3), student=True)
+    assert model.teacher.seen == [15]
+
+
+@torch.no_grad()
+def test_a_batch_gives_what_its_images_give():
+    model, images = build(), pixels(3)
+    together = model.recognise(images)
+    alone = [model.recognise(image[None]) for image in images]
+    torch.testing.assert_close(together.p, torch.cat([r.p for r in alone]))
+    assert together.text.shape == (3, 5, CLASSES) and together.p.shape == (3, CLASSES)
+    batch = build(over="batch").recognise(images).p
+    assert not torch.allclose(batch, together.p)
+    torch.testing.assert_close(build(over="batch").recognise(images[:1]).p, alone[0].p)
+
+
+@torch.no_grad()
+def test_one_level_is_the_cosine_of_the_whole_image():
+    model = build(levels=1)
+    found = model.recognise(pixels())
+    e_text, _ = model(model.prepared(pixels()))
+    assert e_text.shape == (2, 1, DIM)
+    torch.testing.assert_close(pool(found.text, 1), e_text[:, 0] @ model.text.mT)
+
+
+@torch.no_grad()
+def test_any_module_can_be_the_body():
+    model = build(body=Plain(), channels=Plain.channels, extra=False)
+    assert model.heads.shared.in_features == 3 * 16
+    assert [m.shape[-1] for m in model.maps(torch.zeros(1, 3, 64, 64))] == [16, 8, 4]
+    assert model.recognise(pixels(), student=True).p.isfinite().all()
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def test_pooling_is_the_mean_of_the_levels_maxima():
+    s = draw(2, 5, CLASSES)
+    torch.testing.assert_close(pool(s, 2), (s[:, 0] + s[:, 1:].max(1).values) / 2)
+
+
+def test_probabilities_forget_scale_and_shift_of_an_image():
+    s, scale, shift = draw(4, 30), share(4, 1) * 5 + 0.1, draw(4, 1, seed=5)
+    torch.testing.assert_close(normalise(scale * s + shift), normalise(s))
+    assert not torch.allclose(normalise(scale * s + shift, "none"), normalise(s, "none"))
+    z = (s[0] - s[0].mean()) / s[0].std()
+    torch.testing.assert_close(normalise(s)[0], z.sigmoid())
+
+
+def test_fusion_is_equation_6_and_one_formula_when_the_lambdas_add_up_to_one():
+    text, image = share(3, CLASSES), share(3, CLASSES, seed=2)
+    fused = fuse(text, image, text_share(NOVEL, 0.8, 0.6))
+    for b, c in itertools.product(range(3), range(CLASSES)):
+        t, i = float(text[b, c]), float(image[b, c])
+        expected = t**0.4 * i**0.6 if NOVEL[c] else t**0.8 * i**0.2
+        assert math.isclose(float(fused[b, c]), expected, rel_tol=1e-5)
+    torch.testing.assert_close(fuse(text, image, text_share(NOVEL, 0.8, 0.2)), fuse(text, image, CROSS_DATASET))
+
+
+def test_refinement_at_its_ends():
+    p, m = share(20, CLASSES), share(CLASSES, seed=2)
+    assert torch.equal(refine(p, m, 0), p)
+    assert torch.equal(refine(p, m, 1), m.expand(20, -1))
+    torch.testing.assert_close(refine(p, m, 0.5), (p * m).sqrt())
+    p[0, 0] = 0
+    assert refine(p, m, 0.5)[0, 0] == 0 and torch.equal(refine(p, m, 0), p)
+
+
+@pytest.mark.parametrize("gamma", [0.3, 0.5, 0.7, 0.95])
+def test_within_a_class_refinement_changes_no_order_and_no_suppression(gamma):
+    p, m = share(60, CLASSES), share(CLASSES, seed=2)
+    refined = refine(p, m, gamma)
+    assert torch.equal(p.argsort(0), refined.argsort(0))
+    everything = {"threshold": 0, "top": 60 * CLASSES}
+    before, after = (detect(boxes(60), scores, **everything) for scores in (p, refined))
+    pairs = [set(zip(d.rows.tolist(), d.classes.tolist(), strict=True)) for d in (before, after)]
+    assert pairs[0] == pairs[1]
+    assert not torch.equal(before.classes, after.classes)  # across classes it does
+
+
+def test_a_threshold_keeps_products_above_its_square():
+    p, m = share(50, CLASSES), share(CLASSES, seed=2)
+    kept = detect(boxes(50), refine(p, m, 0.5), 0.6, None, 500)
+    found = torch.zeros_like(p, dtype=torch.bool)
+    found[kept.rows, kept.classes] = True
+    assert torch.equal(found, p * m > 0.36)
+
+
+def test_refining_300_boxes_and_1203_classes_takes_under_2_ms_on_one_core():
+    p, m, threads = share(300, 1203), share(1203, seed=2), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        times = []
+        for _ in range(100):
+            start = time.process_time()
+            refine(p, m, 0.7)
+            times.append(time.process_time() - start)
+    finally:
+        torch.set_num_threads(threads)
+    assert min(times) < 0.002
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def written_out(scores, positives, columns):
+    total = 0.0
+    for row, labels in zip(scores, positives, strict=True):
+        labels = [p for p in range(len(row)) if labels[p] and columns[p]]
+        all_columns = [k for k in range(len(row)) if columns[k]]
+        terms = [max(0.0, 1 + float(row[k]) - float(row[p])) for p in labels for k in all_columns]
+        total += sum(terms) / len(terms) if terms else 0.0
+    return total / len(scores)
+
+
+def test_rank_loss_is_the_sum_written_out():
+    scores, positives = 3 * draw(5, CLASSES), draw(5, CLASSES, seed=2) > 0.4
+    positives[3] = False  # an image without labels counts with 0
+    everything = torch.ones(CLASSES, dtype=torch.bool)
+    for columns in (None, ~NOVEL):
+        expected = written_out(scores, positives, everything if columns is None else columns)
+        assert math.isclose(float(rank_loss(scores, positives, columns)), expected, rel_tol=1e-5)
+    assert rank_loss(scores, torch.zeros_like(positives)) == 0
+
+
+def test_floor_of_the_rank_loss():
+    positives = torch.zeros(1, CLASSES, dtype=torch.bool)
+    positives[0, :3] = True
+    assert math.isclose(float(rank_loss(2.0 * positives, positives)), 3 / CLASSES, rel_tol=1e-6)
+    uneven = 5.0 * positives + torch.tensor([0.5] + [0.0] * (CLASSES - 1))
+    assert float(rank_loss(uneven, positives)) >= 3 / CLASSES - 1e-6  # pairs of positives average 1 or more
+
+
+def test_rank_loss_moves_no_novel_class():
+    scores = draw(4, CLASSES).requires_grad_()
+    rank_loss(scores, draw(4, CLASSES, seed=3) > 0, ~NOVEL).backward()
+    assert scores.grad[:, NOVEL].eq(0).all() and scores.grad[:, ~NOVEL].any()
+
+
+def test_losses_of_the_model():
+    model, images, positives = build(tau=20.0), pixels(), draw(2, CLASSES) > 0
+    ranked, distilled = model.loss(images, positives)
+    e_text, e_image = model(model.prepared(images, resize=False))
+    scores = 20 * pool(e_text @ model.text.mT, 2)
+    torch.testing.assert_close(ranked, rank_loss(scores, positives, ~NOVEL))
+    torch.testing.assert_close(model.loss(images, positives, boxes=False)[0], rank_loss(scores, positives))
+    taught = model.teach(images)
+    torch.testing.assert_close(distilled, 0.01 * distillation_loss(e_image, taught))
+    calls = len(model.teacher.seen)
+    kept = model.loss(images, positives, teacher=taught)
+    assert torch.equal(kept[1], distilled) and len(model.teacher.seen) == calls
+
+
+# --- the detector's side ----------------------------------------------------------------------------------------------
+
+
+def test_zero_shot_classifier():
+    layer = ZeroShotClassifier(6, draw(CLASSES, DIM), scale=20, bias=-2.0)
+    logits = layer(draw(7, 6))
+    assert logits.shape == (7, CLASSES + 1) and logits[:, -1].eq(0).all()
+    x = F.normalize(layer.linear(draw(7, 6)), dim=-1)
+    torch.testing.assert_close(logits[:, :-1], 20 * x @ F.normalize(draw(CLASSES, DIM), dim=-1).mT - 2)
+    assert layer(draw(7, 6), draw(3, DIM)).shape == (7, 3)
+    assert ZeroShotClassifier(6, draw(CLASSES, DIM)).bias is None
+
+
+def test_scores_of_one_and_more_stages():
+    stages = [draw(5, CLASSES + 1, seed=s) for s in range(3)]
+    one = detector_scores(stages[:1])
+    assert torch.equal(one, stages[0].sigmoid())
+    objectness = share(5)
+    many = detector_scores(stages, objectness)
+    mean = torch.stack([s.sigmoid() for s in stages]).mean(0)
+    torch.testing.assert_close(many, (mean * objectness[:, None]).sqrt())
+    torch.testing.assert_close(detector_scores(stages[:1], activation="softmax").sum(-1), torch.ones(5))
+
+
+def test_boxes_without_offsets_stay_inside_the_image():
+    given = torch.tensor([[10.0, 5.0, 200.0, 60.0]])
+    found = cascade_boxes(given, [torch.zeros(1, 4)] * 2, [(10, 10, 5, 5)] * 2, (50, 100))
+    torch.testing.assert_close(found, torch.tensor([[10.0, 5.0, 100.0, 50.0]]))
+
+
+def test_detections_are_the_best_first():
+    given = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 9.0], [20.0, 20.0, 30.0, 30.0]])
+    p = torch.tensor([[0.9, 0.1], [0.8, 0.7], [0.3, 0.05]])
+    found = detect(given, p, 0.2)
+    assert found.rows.tolist() == [0, 1, 2] and found.classes.tolist() == [0, 1, 0]  # (1, 0) is suppressed by (0, 0)
+    assert detect(given, p, 0.2, None, 3).rows.tolist() == [0, 1, 1]
+    assert detect(given, p, 0.2, top=1).rows.tolist() == [0]
+    assert len(detect(given, p, 0.95).scores) == 0
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def tiny_clip() -> CLIP:
+    torch.manual_seed(3)
+    vision = CLIPVisionCfg(1, width=32, head_width=16, patch_size=16, image_size=32)
+    return CLIP(DIM, vision, CLIPTextCfg(16, 64, width=32, heads=2, layers=1)).eval()
+
+
+def test_vocabulary_embeds_the_released_prompt():
+    clip, names = tiny_clip(), ["cat", "moon", "rocket"]
+    found = vocabulary(clip, Tokenizer(), names, batch=2)
+    assert found.shape == (3, DIM) and not found.requires_grad
+    with torch.no_grad():
+        alone = clip.encode_text(Tokenizer()([PROMPT.format("moon")], 16))
+    torch.testing.assert_close(found[1:2], F.normalize(alone, dim=-1))
+
+
+def test_official_names_round_trip():
+    case = Case(folder() / "sic_cads" / "mlr_lvis_r50")
+    novel = torch.zeros(1203, dtype=torch.bool)
+    state = {name: torch.full(shape, float(i)) for i, (name, shape) in enumerate(case.names.items())}
+    model = MLR.from_official(state, novel)
+    again = model.to_official()
+    left = {n for n in state if n not in again}
+    assert left == {f"backbone.bottom_up.base.fc.{kind}" for kind in ("weight", "bias")}
+    assert all(torch.equal(t, state[n]) for n, t in again.items())
+    # merged with a detector, as the authors' tool does; and without CLIP's tower, so that only the student is there
+    merged = {f"ovmlr_model.{n}": t for n, t in again.items() if not n.startswith("clip_model.")}
+    student = MLR.from_official(merged | {"roi_heads.x": torch.zeros(1)}, novel)
+    assert torch.equal(student.text, model.text) and student.teacher is None
+    with pytest.raises(BadParameter, match="teacher"):
+        student.recognise(pixels())
+    wrong = dict(again) | {"typo": torch.zeros(1), "mlr_lin2.bias": torch.zeros(3)}
+    del wrong["mlr_lin.bias"]
+    with pytest.raises(BadCheckpoint) as caught:
+        MLR.from_official(wrong, novel)
+    assert caught.value.missing == ["mlr_lin.bias"] and caught.value.unknown == ["typo"]
+    assert "mlr_lin2.bias (3,)" in caught.value.shapes[0]
+    with pytest.raises(BadCheckpoint, match="text_embedding"):
+        MLR.from_official({}, novel)
+
+
+def test_the_heads_of_a_whole_checkpoint_can_be_checked():
+    case = Case(folder() / "sic_cads" / "mlr_heads")
+    more = dict(case.state) | {"backbone.fpn_lateral3.bias": torch.zeros(256)}
+    assert all(d.agrees for d in compare("sic_cads", Case(case.folder, more)))
+    more["mlr_lin2.weight"] = more["mlr_lin2.weight"] * 1.1 + 0.01
+    wrong = [d.output for d in compare("sic_cads", Case(case.folder, more)) if not d.agrees]
+    assert wrong[0] == "e_text" and "e_image" not in wrong
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_training_resumes_to_the_same_bits(tmp_path):
+    data = TensorDataset(pixels(8, 64, 64), draw(8, CLASSES) > 0.5)
+
+    def value(m, b):
+        return sum(m.loss(*b))
+
+    settings = dict(data=data, epochs=3, batch=4, lr=0.003)
+    whole = build()
+    history = fit(whole, value, **settings)
+    assert history[-1]["loss"] < history[0]["loss"]
+    calls = iter(range(4))
+
+    def dies(m, b):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return value(m, b)
+
+    file = tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        fit(build(), dies, **settings, checkpoint=file, checkpoint_every=2)
+    again = build()
+    fit(again, value, **settings, checkpoint=file, checkpoint_every=2, resume=True)
+    assert all(torch.equal(t, trained_state(again)[name]) for name, t in trained_state(whole).items())
+    fresh = build()
+    fresh.load_state_dict(trained_state(whole), strict=False)
+    assert torch.equal(fresh.eval().recognise(pixels()).p, whole.eval().recognise(pixels()).p)
+
+
+# --- bad inputs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"levels": 0}, "levels"),
+        ({"lambda_novel": 1.5}, "lambda_novel"),
+        ({"lambda_base": -1}, "lambda_base"),
+        ({"over": "class"}, "over"),
+        ({"body": nn.Conv2d(3, 3, 1)}, "body"),
+        ({"indices": (2, 3, 7)}, "body"),
+    ],
+)
+def test_bad_options(options, name):
+    with pytest.raises(BadParameter, match=name):
+        build(**options)
+
+
+def test_bad_calls():
+    text = draw(CLASSES, DIM)
+    with pytest.raises(BadParameter, match="novel"):
+        MLR(Plain(), text, NOVEL[:3], channels=Plain.channels)
+    with pytest.raises(BadParameter, match="novel"):
+        MLR(Plain(), text, NOVEL.float(), channels=Plain.channels)
+    with pytest.raises(BadParameter, match="text"):
+        MLR(Plain(), text[:1], NOVEL[:1], channels=Plain.channels)
+    model = build()
+    for images in (pixels().float(), pixels()[0]):
+        with pytest.raises(BadParameter, match="uint8"):
+            model.recognise(images)
+    with pytest.raises(BadParameter, match="gamma"):
+        refine(share(3, 4), share(4), 1.2)
+    with pytest.raises(BadParameter, match="p = "):
+        refine(share(3, 4), share(1, 4))
+    with pytest.raises(BadParameter, match="over"):
+        normalise(draw(2, 3), "class")
+    with pytest.raises(BadParameter, match="activation"):
+        detector_scores([draw(2, 3)], activation="tanh")
+
+
+# --- the facts --------------------------------------------------------------------------------------------------------
+
+
+def test_the_facts_name_what_there_is():
+    facts = paper("sic_cads")
+    tables, weights = {t["id"] for t in facts["tables"]}, {w["name"] for w in facts["weights"]}
+    for run in facts["runs"]:
+        assert set(run["tables"]) <= tables and set(run["weights"]) <= weights and run["data"] in DATASETS
+    assert all(published_table("sic_cads", name).attrs["provenance"] for name in tables)
+    found = [n for n, dataset in DATASETS.items() if dataset.task == "detection" and dataset.group != "pocket"]
+    assert facts["parameters"]["dataset"]["choices"] == found
+    model, counted = full_size(), published_table("sic_cads", "counts").set_index("method").parameters
+    assert counted["trained and used, total"] == sum(p.numel() for p in model.trained().values())
+    assert counted["CLIP ViT-B/32 visual"] == sum(p.numel() for p in model.teacher.parameters())
+    splits = published_table("sic_cads", "splits").set_index("method")
+    assert splits.loc["OV-COCO"].tolist() == [
+        len(COCO_BASE),
+        len(COCO_NOVEL),
+        65,
+        DATASETS["detection/ov-coco"].classes,
+    ]
+    assert splits.loc["OV-LVIS", "vocabulary"] == DATASETS["detection/ov-lvis"].classes
+
+
+def test_the_cost_is_what_was_counted():
+    """The GFLOP behind the runs, by the same counter; the detector's in test_detectors."""
+    model = full_size().eval()
+    with torch.device("meta"), torch.no_grad():
+        forward = gflop(lambda: model(torch.zeros(1, 3, 416, 576)))
+        crops = gflop(lambda: model.teacher(torch.zeros(5, 3, 224, 224)))
+        training = gflop(lambda: model(torch.zeros(1, 3, 480, 480)))
+    runs = {run["id"]: run["gflop"] for run in paper("sic_cads")["runs"]}
+    assert round(forward + crops + 113) == runs["training-free"]
+    assert round((3 * training + crops) / 3) == runs["ov-coco"] == runs["ov-lvis"]
+
+
+def gflop(run) -> float:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() / 1e9

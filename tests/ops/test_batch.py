@@ -1,0 +1,174 @@
+"""Grids of runs: what a small file expands to, who gets which card, what the summary says of runs that failed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from companion.errors import BadParameter
+from companion.ops import batch
+
+PAPERS = {name: ["profile", "seed", "dataset", "data_root", "out"] for name in ("bat", "sa2vp")}
+HOLDS = """
+import sys, time
+from pathlib import Path
+from companion.ops.batch import devices
+with devices(int(sys.argv[2]), Path(sys.argv[1]), poll=0.05) as cards:
+    began = time.time()
+    time.sleep(0.6)
+    print(*cards, began, time.time())
+"""
+
+
+def test_lists_are_axes_and_name_the_runs() -> None:
+    found = batch.expand(
+        {
+            "parameters": {"data_root": "/data", "seed": 9},
+            "runs": [
+                {"paper": "sa2vp", "dataset": ["vtab/svhn", "vtab/dtd"], "seed": [0, 1]},
+                {"paper": "bat", "resources": {"gpu": 2}},
+            ],
+        },
+        PAPERS,
+    )
+    assert list(found) == [
+        "sa2vp/dataset=vtab-svhn,seed=0",
+        "sa2vp/dataset=vtab-svhn,seed=1",
+        "sa2vp/dataset=vtab-dtd,seed=0",
+        "sa2vp/dataset=vtab-dtd,seed=1",
+        "bat/run",
+    ]
+    assert found["sa2vp/dataset=vtab-dtd,seed=1"] == {
+        "parameters": {"data_root": "/data", "seed": 1, "dataset": "vtab/dtd"},
+        "resources": {},
+    }
+    assert found["bat/run"] == {"parameters": {"data_root": "/data", "seed": 9}, "resources": {"gpu": 2}}
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ([{"paper": "vit"}], "'bat', 'sa2vp'"),
+        ([{"seed": 0}], "paper of a run = None"),
+        ([{"paper": "bat", "seed": []}], "a value, or a list of some"),
+        ([{"paper": "bat", "seed": 0}, {"paper": "bat", "seed": 1}], "different names"),
+        ([{"paper": "bat", "dataset": ["a;b"]}], "letters, digits"),
+        ([{"paper": "bat", "datset": ["a"]}], "'datset' is not accepted. Accepted: 'seed', 'dataset', 'data_root'"),
+        ([{"paper": "bat", "profile": "paper"}], "parameter of a run of bat = 'profile'"),
+        ([{"paper": "bat", "resources": {"gpus": 2}}], "'gpus: 2' is not accepted. .* gpu, threads"),
+        ([{"paper": "bat", "resources": {"threads": 0}}], "threads: 0"),
+        (["bat"], "a list of {paper"),
+        (None, "a list of {paper"),
+    ],
+)
+def test_a_bad_grid_says_what_is_accepted(runs: list[dict], message: str) -> None:
+    with pytest.raises(BadParameter, match=message):
+        batch.expand({"runs": runs}, PAPERS)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [({"run": []}, "'run' is not accepted. .*'runs'"), ({"profile": "papr"}, "'pocket', 'paper'")],
+)
+def test_a_misspelt_configuration_is_refused(config: dict, message: str) -> None:
+    with pytest.raises(BadParameter, match=message):
+        batch.check(config)
+    with pytest.raises(BadParameter, match="name: value"):
+        batch.expand({"runs": [], "parameters": "-p seed 1"}, PAPERS)
+
+
+def test_the_parameters_of_a_notebook_are_read_from_its_cell(root: Path) -> None:
+    found = batch.parameters(root / "notebooks" / "sa2vp.ipynb")
+    assert found[:4] == ["profile", "dry_run", "study", "seed"] and "precision" in found
+
+
+def test_the_seeds_of_a_study_are_read_from_its_text(root: Path, tmp_path: Path) -> None:
+    from companion.toy.ablations import sa2vp
+
+    assert batch.seeds(root / "lib" / "companion" / "toy" / "ablations" / "sa2vp.py") == sa2vp.SEEDS
+    (tmp_path / "none.py").write_text("RATES = [1]\n")
+    with pytest.raises(BadParameter, match="literal list SEEDS"):
+        batch.seeds(tmp_path / "none.py")
+
+
+def hold(folder: Path, counts: list[int], monkeypatch: pytest.MonkeyPatch) -> list[tuple[set[str], float, float]]:
+    """Start processes that each hold some of three cards; the cards of each, and from when to when."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,7")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    started = [
+        subprocess.Popen([sys.executable, "-c", HOLDS, folder, str(n)], stdout=subprocess.PIPE, text=True)
+        for n in counts
+    ]
+    said = [process.communicate(timeout=60)[0].split() for process in started]
+    return [(set(words[:-2]), float(words[-2]), float(words[-1])) for words in said]
+
+
+@pytest.mark.parametrize("counts", [[1] * 6, [2, 2, 1, 2, 3]])
+def test_no_card_is_dealt_twice_at_a_time(tmp_path: Path, counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    held = hold(tmp_path, counts, monkeypatch)
+    assert [len(cards) for cards, _, _ in held] == counts
+    for i, (cards, began, ended) in enumerate(held):
+        assert cards <= {"0", "1", "7"}
+        for others, began_too, ended_too in held[:i]:
+            assert not cards & others or ended <= began_too or ended_too <= began
+    if set(counts) == {1}:  # three cards: three at a time
+        assert max(end for _, _, end in held) - min(begin for _, begin, _ in held) < 0.6 * len(counts)
+
+
+def test_a_killed_run_lets_go_of_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    code = HOLDS.replace("time.sleep(0.6)", "print('held', flush=True); time.sleep(100)")
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path, "1"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    process.kill()
+    process.wait()
+    began = time.monotonic()
+    with batch.devices(1, tmp_path, poll=0.05) as cards:
+        assert cards == ["3"]
+    assert time.monotonic() - began < 5
+
+
+def test_more_cards_than_there_are_is_an_error_and_a_scheduler_deals_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(BadParameter, match="0 to 0, the cards of this machine"), batch.devices(1, tmp_path):
+        pass
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with batch.devices(1, tmp_path) as cards:
+        assert cards == []
+
+
+def test_the_summary_tells_done_failed_and_not_run_and_gathers_what_was_measured(tmp_path: Path) -> None:
+    for run, accuracy in (("seed=0", "81.5"), ("seed=1", "82.5")):
+        folder = tmp_path / "sa2vp" / run
+        folder.mkdir(parents=True)
+        (folder / "sa2vp.ipynb").write_text("{}")
+        facts = {"seconds": 61.5, "peak_memory_mb": 900, "device": "CPU"}
+        (folder / "run.json").write_text(json.dumps(facts))
+        (folder / "measured.csv").write_text(f"method,accuracy\nSA2VP,{accuracy}\n")
+    failed = tmp_path / "bat" / "run"
+    failed.mkdir(parents=True)
+    (failed / "failed.json").write_text(
+        json.dumps({"reason": "MissingData: 'rgbt/lasher'\n more", "seconds": 3.0, "memory_mb": 400})
+    )
+    runs = {name: {} for name in ("sa2vp/seed=0", "sa2vp/seed=1", "bat/run", "bat/other")}
+    single = tmp_path / "sa2vp" / "measured.csv"
+    single.write_text("method,accuracy\nVPT-deep,70.0\n")
+    rows = batch.summarise(runs, tmp_path)
+    assert single.read_text() == "method,accuracy\nVPT-deep,70.0\n", "what a run without a grid measured stays"
+    assert [row["state"] for row in rows] == ["done", "done", "failed", "not run"]
+    with (tmp_path / "summary.csv").open(encoding="utf-8") as file:
+        written = list(csv.DictReader(file))
+    assert written[0]["seconds"] == "61.5" and written[2]["reason"] == "MissingData: 'rgbt/lasher'"
+    assert (tmp_path / "sa2vp" / "grid.csv").read_text().split() == ["method,accuracy", "SA2VP,81.5", "SA2VP,82.5"]
+    text = batch.report(rows, tmp_path)
+    assert text.startswith("2 done, 1 failed, 1 not run; ") and "bat/run  MissingData" in text

@@ -1,0 +1,172 @@
+"""The committed notebooks are fit to read, and the pocket path runs without a network; what `make notebooks` keeps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from companion.ops import notebooks
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMITTED = sorted((ROOT / "notebooks").glob("*.ipynb"))
+OFFLINE = str(ROOT / "tests" / "offline")
+
+
+def test_the_notebooks_are_here() -> None:
+    assert {"sa2vp", "pocket"} <= {path.stem for path in COMMITTED}
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_committed_notebook_is_fit_to_read(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebooks.problems(notebook) == []
+    stripped = nbformat.reads(nbformat.writes(notebook), as_version=4)
+    notebooks.strip(stripped)
+    assert stripped == notebook, "written by hand: `make notebooks` writes the committed outputs"
+    first = notebook.cells[0]
+    assert first.cell_type == "markdown" and first.source.startswith("# ")
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert len(notebook.cells) - len(code) >= len(code), "more prose than code"
+    assert max(len(cell.source.splitlines()) for cell in code) <= 60
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_parameters_are_plain_literals_with_a_comment(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
+    for line in filter(None, map(str.strip, cell.source.splitlines())):
+        if line.startswith("#"):
+            continue
+        assignment, _, comment = line.partition("#")
+        name, _, literal = assignment.partition("=")
+        assert name.strip().isidentifier() and comment.strip(), line
+        json.loads(literal.strip().replace("'", '"').replace("True", "true").replace("False", "false"))
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": OFFLINE, **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+
+
+def test_the_block_blocks_and_lets_this_machine_through(tmp_path: Path) -> None:
+    log = tmp_path / "attempts"
+    local = (
+        "import socket\nserver = socket.create_server(('127.0.0.1', 0))\n"
+        "socket.create_connection(server.getsockname()).close()"
+    )
+    assert python(local, OFFLINE_LOG=str(log)).returncode == 0
+    assert not log.exists()
+    for code in (
+        "import socket; socket.create_connection(('192.0.2.1', 80), timeout=1)",
+        "import urllib.request; urllib.request.urlopen('http://example.org', timeout=1)",
+    ):
+        done = python(code, OFFLINE_LOG=str(log))
+        assert done.returncode != 0 and "run offline" in done.stderr
+    assert log.read_text().split() == ["192.0.2.1", "example.org"]
+
+
+def test_pocket_path_needs_no_network(tmp_path: Path) -> None:
+    """From papermill to the record, with empty caches: what a compute node without a network sees."""
+    log, out, executed = tmp_path / "attempts", tmp_path / "out", tmp_path / "sa2vp.ipynb"
+    caches = {name: str(tmp_path / "cache") for name in ("HF_HOME", "TORCH_HOME", "XDG_CACHE_HOME")}
+    command = [sys.executable, "-m", "papermill", "notebooks/sa2vp.ipynb", str(executed), "-k", "python3"]
+    done = subprocess.run(
+        [*command, "--no-progress-bar", "-p", "profile", "pocket", "-p", "out", str(out)],
+        env={**os.environ, **caches, "PYTHONPATH": OFFLINE, "OFFLINE_LOG": str(log), "COMPANION_PROGRESS": "off"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not log.exists(), f"tried to reach {log.read_text()}"
+    record = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert {"slug", "profile", "parameters", "versions", "commit", "device", "seconds", "peak_memory_mb"} <= set(record)
+    claims = json.loads((out / "claims.json").read_text(encoding="utf-8"))
+    assert {claim["status"] for claim in claims} <= {"holds", "fails", "not run"}
+    assert not [claim for claim in claims if claim["kind"] == "exact" and claim["status"] == "not run"]
+    assert list((out / "tables").glob("*.csv")) and list((out / "figures").glob("*.png"))
+    streams = [
+        output.name
+        for cell in nbformat.read(executed, as_version=4).cells
+        for output in cell.get("outputs", ())
+        if output.output_type == "stream"
+    ]
+    assert "stderr" not in streams
+
+
+@pytest.mark.slow
+def test_paper_profile_can_be_walked_on_a_cpu(tmp_path: Path) -> None:
+    """`dry_run`: the full-size model, two optimiser steps on generated pictures, every cell of the notebook."""
+    command = [sys.executable, "-m", "papermill", "notebooks/sa2vp.ipynb", str(tmp_path / "sa2vp.ipynb")]
+    parameters = ["-p", "profile", "paper", "-p", "dry_run", "true", "-p", "out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [*command, "-k", "python3", "--no-progress-bar", *parameters],
+        env={**os.environ, "PYTHONPATH": OFFLINE, "COMPANION_PROGRESS": "off"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
+    assert record["profile"] == "paper" and record["parameters"]["dry_run"] is True
+    assert record["peak_memory_mb"] < 12_000
+    assert not (tmp_path / "out" / "measured.csv").exists(), "a dry run measures nothing"
+
+
+def write(path: Path, *sources: str) -> Path:
+    parameters = new_code_cell("seed = 0  # of everything")
+    parameters.metadata["tags"] = ["parameters"]
+    cells = [new_markdown_cell("# Title"), parameters, *map(new_code_cell, sources)]
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "other", "display_name": "x"}}), path)
+    return path
+
+
+def test_refresh_runs_and_strips(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.ipynb", "print(seed + 41)", "import ipywidgets\nipywidgets.IntSlider()")
+    notebooks.refresh(path)
+    notebook = nbformat.read(path, as_version=4)
+    assert notebook.cells[2].outputs[0].text == "41\n"
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert notebook.cells[1].metadata == {"tags": ["parameters"]}
+    text = path.read_text(encoding="utf-8")
+    assert "widget-view" not in text and "iopub" not in text
+    notebooks.refresh(path)
+    assert path.read_text(encoding="utf-8") == text, "a second run changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("raise ValueError('the reason')", "the reason"),
+        ("import sys\nprint('careful', file=sys.stderr)", "stderr: careful"),
+        ("import os\nprint('in', os.path.join(os.sep, 'home', 'someone', 'x'))", "absolute path: /home/someone/x"),
+        ("print('x' * 1_100_000)", "the limit is"),
+    ],
+)
+def test_refresh_refuses_and_leaves_the_file(tmp_path: Path, source: str, said: str) -> None:
+    path = write(tmp_path / "a.ipynb", source)
+    before = path.read_bytes()
+    with pytest.raises(notebooks.BadNotebook, match=said):
+        notebooks.refresh(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_problems_sees_what_is_missing() -> None:
+    cell = new_code_cell("x")
+    html = new_output("display_data", data={"text/html": "<td>a</td> and/or 1/2 https://a.org/b/c"})
+    found = notebooks.problems(new_notebook(cells=[cell, new_code_cell("y", outputs=[html], execution_count=1)]))
+    assert len(found) == 3
+    assert any("tagged `parameters`" in line for line in found)
+    assert any("kernel" in line for line in found)
+    assert any("was not run" in line for line in found)

@@ -1,0 +1,119 @@
+"""Which files a notebook depends on, in a small package made for the test, and what their hash notices."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from companion.ops import provenance
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    files = {
+        "__init__.py": "",
+        "errors.py": "",
+        "backbones.py": "from .errors import X\nNAMES = ('vit',)\n",
+        "training/fit.py": "import torch\nfrom .. import errors\n",
+        "models/__init__.py": "",
+        "models/one.py": "from ..backbones import build\n",
+        "models/two.py": "def late():\n    import companion.training.fit\n",
+        "toy/__init__.py": "",
+        "toy/encoders/weights/vit.safetensors": "w",
+        "toy/encoders/weights/tracker.safetensors": "w",
+        "models/nb/paper.yaml": "title: x",
+    }
+    for name, text in files.items():
+        path = tmp_path / "companion" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return tmp_path / "companion"
+
+
+def notebook(folder: Path, *cells: str, prose: str = "# Title", name: str = "nb") -> Path:
+    path = folder / f"{name}.ipynb"
+    nbformat.write(new_notebook(cells=[new_markdown_cell(prose), *map(new_code_cell, cells)]), path)
+    return path
+
+
+def names(path: Path, package: Path) -> set[str]:
+    return {file.relative_to(package).as_posix() for file in provenance.sources(path, package)}
+
+
+def test_follows_imports_of_every_form(package: Path, tmp_path: Path) -> None:
+    path = notebook(tmp_path, "%matplotlib inline\nfrom companion.models import two\n!ls", "if True:\n    import numpy")
+    assert names(path, package) == {
+        "__init__.py",
+        "models/__init__.py",
+        "models/two.py",
+        "training/fit.py",
+        "errors.py",
+        "models/nb/paper.yaml",
+    }
+
+
+def test_pocket_weights_count_where_they_are_named(package: Path, tmp_path: Path) -> None:
+    path = notebook(tmp_path, "import companion.models.one as m", name="other")
+    assert "toy/encoders/weights/vit.safetensors" in names(path, package)
+    assert "toy/encoders/weights/tracker.safetensors" not in names(path, package)
+    assert "models/nb/paper.yaml" not in names(path, package)
+    assert "training/fit.py" not in names(path, package)
+
+
+def test_a_module_counts_itself(package: Path) -> None:
+    assert names(package / "models" / "two.py", package) == {
+        "__init__.py",
+        "models/__init__.py",
+        "models/two.py",
+        "training/fit.py",
+        "errors.py",
+    }
+
+
+def test_cell_that_is_not_python_is_named(package: Path, tmp_path: Path) -> None:
+    with pytest.raises(SyntaxError) as caught:
+        provenance.sources(notebook(tmp_path, "x = 1", "def broken("), package)
+    assert "code cell 2" in caught.value.filename
+
+
+def test_hash_ignores_what_does_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "a.py"
+
+    def hashed(text: str) -> str:
+        path.write_text(text, encoding="utf-8")
+        return provenance.code_hash([path])
+
+    before = hashed('def f():\n    """Old."""\n    return "# kept"\n')
+    assert hashed('"""New."""\n\n\ndef f():\n    """Élan,\n    new."""  # why\n\n    return "# kept"\n') == before
+    assert hashed('def f():\n    return "# kept"  # no docstring\n') == before
+    assert hashed('def f():\n    """Old."""\n    return "# other"\n') != before
+    assert hashed('def f():\n    """Old."""\nreturn_ = "# kept"\n') != before
+
+
+def test_hash_of_a_notebook_is_over_its_code(tmp_path: Path) -> None:
+    first = provenance.code_hash([notebook(tmp_path, "x = 1", prose="# One")])
+    assert first == provenance.code_hash([notebook(tmp_path, "x = 1", prose="# Two")])
+    assert first != provenance.code_hash([notebook(tmp_path, "x = 2", prose="# Two")])
+
+
+def test_hash_of_data_is_over_every_byte(tmp_path: Path) -> None:
+    path = tmp_path / "w.bin"
+    path.write_bytes(b"# a")
+    before = provenance.code_hash([path])
+    path.write_bytes(b"# b")
+    assert before != provenance.code_hash([path])
+
+
+def test_needs_only_the_standard_library() -> None:
+    """The Snakefile imports it for every run: it must not bring torch in."""
+    code = (
+        "import sys, companion.ops.provenance\n"
+        "print([m for m in ('torch', 'numpy', 'yaml', 'nbformat') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

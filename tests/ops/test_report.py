@@ -1,0 +1,285 @@
+"""Parameters that cannot be misread, tables that say what was not run, claims and the record."""
+
+import io
+import json
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from companion.errors import BadParameter
+from companion.evaluation import ablations
+from companion.evaluation.ablations import notice
+from companion.evaluation.claims import check_range, interval
+from companion.evaluation.tables import compare_published, published_table, show_table, upsert_rows
+from companion.ops import record, report
+from companion.ops.files import sha256
+from companion.ops.papers import convert, paper
+
+
+@pytest.fixture
+def run(tmp_path):
+    plt.switch_backend("agg")
+    return report.start("sa2vp", profile="pocket", seed=3, out=str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("rule", "value", "expected"),
+    [
+        ({"type": "switch"}, "false", False),
+        ({"type": "switch"}, "True", True),
+        ({"type": "switch"}, 1, True),
+        ({"type": "integer", "low": 0}, "12", 12),
+        ({"type": "number", "low": 0}, "1e-4", 1e-4),
+        ({"type": "choice", "choices": ["a", "b"]}, "a", "a"),
+        ({"type": "choice", "choices": ["2023", "2025"]}, 2025, "2025"),
+        ({"type": "choice", "choices": [1024, 2048]}, "2048", 2048),
+        ({"type": "integer", "low": 1, "zero": True}, 0, 0),
+        ({"type": "text"}, " x ", "x"),
+    ],
+)
+def test_parameters_are_converted(rule, value, expected):
+    assert convert("name", value, rule) == expected
+
+
+@pytest.mark.parametrize(
+    ("rule", "value", "message"),
+    [
+        ({"type": "switch"}, "maybe", "True, False"),
+        ({"type": "integer", "low": 0, "high": 9}, "1.5", "a whole number from 0 to 9"),
+        ({"type": "integer", "low": 0, "high": 9}, 10, "from 0 to 9"),
+        ({"type": "integer", "low": 0}, True, "a whole number"),
+        ({"type": "number", "low": 0}, "nan", "a number"),
+        ({"type": "choice", "choices": ["a", "b"]}, "c", "'a', 'b'"),
+        ({"type": "text"}, 3, "text"),
+    ],
+)
+def test_a_bad_parameter_says_what_is_accepted(rule, value, message):
+    with pytest.raises(BadParameter, match=message) as caught:
+        convert("name", value, rule)
+    assert caught.value.name == "name"
+
+
+def test_start_refuses_what_does_not_go_together():
+    with pytest.raises(BadParameter, match="profile"):
+        report.start("sa2vp", profile="paper", study=True)
+    with pytest.raises(BadParameter, match="quick as it is"):
+        report.start("sa2vp", profile="pocket", dry_run="true")
+    with pytest.raises(BadParameter, match="sedd"):
+        report.start("sa2vp", sedd=1)
+
+
+def test_a_place_where_nothing_can_be_written_is_told_before_the_run(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/below"):
+        with pytest.raises(BadParameter, match="a folder that you may write to"):
+            report.start("sa2vp", profile="pocket", out=str(tmp_path / out))
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(BadParameter, match="a folder that you may write to"):
+        report.start("sa2vp", profile="pocket", out=str(tmp_path / "new"))
+
+
+def test_a_run_from_another_folder_writes_there_and_finds_the_study(tmp_path, monkeypatch):
+    checkout = record.root()
+    monkeypatch.chdir(tmp_path)
+    run = report.start("sa2vp", profile="pocket", out="mine")
+    assert run.out == tmp_path / "mine"
+    assert run.study() == checkout / "reports" / "pocket" / "sa2vp"
+    assert record.commit()
+
+
+def test_data_below_the_checkout_are_found_from_the_folder_of_the_notebooks(tmp_path, monkeypatch):
+    for folder in ("notebooks", "data"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "pyproject.toml").write_text("")
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert report.start("sa2vp", profile="pocket", data_root="data").parameters.data_root == "../data"
+    assert report.start("sa2vp", profile="pocket", data_root="none").parameters.data_root == "none"
+    (tmp_path / "notebooks" / "data").mkdir()
+    assert report.start("sa2vp", profile="pocket", data_root="data").parameters.data_root == "data"
+
+
+def test_check_prints_the_verdict_and_not_the_value(capsys):
+    assert check_range("accuracy", 0.123456, 0.1, 0.2)
+    assert not check_range("accuracy", 0.9, high=0.2)
+    printed = capsys.readouterr().out
+    assert "accuracy: as expected (0.1 to 0.2)" in printed and "NOT as expected (at most 0.2)" in printed
+    assert "0.123456" not in printed
+
+
+def test_shown_tables_are_plain_and_safe():
+    text = show_table(pd.DataFrame({"a<b": ["<script>"], "x": [math.nan], "y": [1.239]})).data
+    assert "&lt;script&gt;" in text and "a&lt;b" in text and "–" in text and "1.24" in text
+    assert "<script>" not in text
+
+
+def test_published_numbers_have_a_source_and_gaps_stay_gaps():
+    for table in paper("sa2vp")["tables"]:
+        frame = published_table("sa2vp", table["id"])
+        assert frame.attrs["provenance"], table["id"]
+        assert len(frame) == len(table["rows"])
+    frame = published_table("sa2vp", "sa2vp_vitb_group_means")
+    assert frame.hta.isna().sum() == 2 and frame.vtab_structured.tolist() == [60.8] * 3
+    with pytest.raises(BadParameter, match="vitb_fgvc_per_task"):
+        published_table("sa2vp", "nothing")
+
+
+@pytest.mark.parametrize("part", ["natural", "specialized", "structured"])
+def test_means_of_published_tables_are_those_of_their_cells(part):
+    """A slip in copying a number would show here."""
+    frame = published_table("sa2vp", f"vitb_vtab_{part}_per_task").set_index("method")
+    off = (frame.drop(columns="mean").mean(axis=1) - frame["mean"]).abs()
+    assert (off < 0.06).all(), off
+
+
+def test_beside_says_what_was_not_run():
+    frame = pd.DataFrame({"method": ["A", "B"], "x": [1.0, np.nan], "y": [2.0, 3.0]})
+    cells = compare_published(frame, {("A", "x"): 2.345, ("C", "x"): 3.0}).set_index("method")
+    assert cells.x.to_dict() == {"A": "1 / 2.35", "B": "–", "C": "– / 3.00"}
+    assert cells.y.to_dict() == {"A": "2 / not run", "B": "3", "C": "– / not run"}
+    assert cells["measured here"].to_dict() == {"A": "1 of 2", "B": "not run", "C": "1 of 2"}
+
+
+def test_a_run_leaves_tables_figures_claims_and_a_record(run):
+    run.table("t", pd.DataFrame({"a": [1.0]}))
+    run.figure("f", plt.figure(figsize=(1, 1)))
+    run.claim("identity", True, "0", [3])
+    run.claim("locality", False, "7 slots", why="because")
+    run.claim("full-hta", None, "")
+    shown = run.close().data
+    assert "FAILS" in shown and "because" in shown
+    claims = {c["id"]: c for c in json.loads((run.out / "claims.json").read_text())}
+    assert [claims[c]["status"] for c in ("identity", "locality", "full-hta", "reuse")] == [
+        "holds",
+        "fails",
+        "not run",
+        "not run",
+    ]
+    assert len(claims) == len(paper("sa2vp")["claims"])
+    facts = json.loads((run.out / "run.json").read_text())
+    assert facts["seeds"] == [3] and facts["versions"]["torch"] and facts["peak_memory_mb"] > 0
+    assert set(facts["outputs"]) == {"tables/t.csv", "figures/f.png", "claims.json"}
+    assert all(sha256(run.out / name) == value for name, value in facts["outputs"].items())
+    assert not list(run.out.rglob(".*")), "a temporary file was left"
+    with pytest.raises(BadParameter, match="identity"):
+        run.claim("nonsense", True, "")
+
+
+def rows(lead: list[float]) -> pd.DataFrame:
+    found = []
+    for claim in paper("sa2vp")["claims"]:
+        if claim["kind"] == "directional":
+            for task in claim["tasks"]:
+                for seed, by in enumerate(lead):
+                    for name, value in ((claim["better"], 50 + by), (claim["worse"], 50)):
+                        found.append({"stage": "test", "task": task, "method": name, "seed": seed, "accuracy": value})
+    return pd.DataFrame(found).drop_duplicates(["task", "method", "seed"])
+
+
+def test_a_directional_claim_needs_every_seed(run):
+    run.claims_from_study(rows([5, 3, 4]), {"scale-natural": "reason"})
+    assert run.claims["aligned"]["status"] == "holds"
+    assert run.claims["aligned"]["value"].startswith("where +4.0 ± 1.0")
+    assert run.claims["aligned"]["seeds"] == [0, 1, 2]
+    run.claims_from_study(rows([5, -1, 4]), {"aligned": "reason"})
+    assert run.claims["aligned"]["status"] == "fails" and run.claims["aligned"]["why"] == "reason"
+
+
+def test_the_interval_of_a_mean_lead_holds_the_mean_and_shrinks_with_seeds():
+    leads = np.array([3.0, 1.0, 2.0, 6.0, 3.0])
+    low, high = interval(leads)
+    assert leads.min() < low < leads.mean() < high < leads.max()
+    assert interval(leads) == (low, high)
+    wider, narrower = interval(leads, share=0.99), interval(np.tile(leads, 20))
+    assert wider[1] - wider[0] > high - low > narrower[1] - narrower[0]
+    # of many normal leads it is the textbook's interval
+    many = np.random.default_rng(1).normal(2, 3, 400)
+    half = 1.96 * many.std() / 20
+    assert interval(many) == pytest.approx((many.mean() - half, many.mean() + half), abs=0.03)
+
+
+def test_photographs_in_a_notebook_have_few_colours_and_keep_them_in_the_file(run, monkeypatch):
+    shown = []
+    monkeypatch.setattr(report, "display", shown.append)
+    pixels = np.random.default_rng(0).integers(0, 255, (200, 300, 3), dtype=np.uint8)
+    for name, image in (("photo", pixels), ("flat", pixels * 0)):
+        figure = plt.figure(figsize=(3, 2))
+        figure.figimage(image)
+        run.figure(name, figure)
+    photo, flat = (Image.open(io.BytesIO(picture.data)) for picture in shown)
+    assert photo.mode == "P" and flat.mode == "RGB"
+    assert Image.open(run.out / "figures" / "photo.png").mode == "RGB"
+
+
+def test_a_claim_may_be_judged_by_other_measures(run, monkeypatch):
+    claim = {"id": "two", "kind": "directional", "text": "", "tasks": ["t"], "better": "a", "worse": "b"}
+    monkeypatch.setattr(report, "paper", lambda slug: {"claims": [claim | {"metrics": ["SR", "dark"]}]})
+    measured = {"a": [(51.0, 9.0), (51.0, 8.0), (51.0, 7.0)], "b": [(50.0, 9.0)] * 3}
+    rows = [
+        {"stage": "test", "task": "t", "method": method, "seed": seed, "SR": sr, "dark": dark}
+        for method, seeds in measured.items()
+        for seed, (sr, dark) in enumerate(seeds)
+    ]
+    run.claims_from_study(pd.DataFrame(rows))
+    assert run.claims["two"]["status"] == "fails"
+    assert run.claims["two"]["value"].startswith("t SR +1.0 ± 0.0 [+1.0, +1.0]; t dark -1.0 ± 1.0 [-2.0, +0.0] points")
+
+
+def test_a_measure_that_is_a_lead_is_compared_with_zero(run, monkeypatch):
+    claim = {"id": "own", "kind": "directional", "text": "", "tasks": ["t"], "better": "a", "metrics": ["gain"]}
+    monkeypatch.setattr(report, "paper", lambda slug: {"claims": [claim]})
+    for gains, status in (((2.0, 1.0, 3.0), "holds"), ((2.0, -1.0, 5.0), "fails")):
+        own = [{"stage": "test", "task": "t", "method": "a", "seed": i, "gain": g} for i, g in enumerate(gains)]
+        run.claims_from_study(pd.DataFrame(own))
+        assert run.claims["own"]["status"] == status and run.claims["own"]["value"].startswith("t gain +2.0 ±")
+
+
+STUDIES = sorted(p.parent.name for p in (record.root() / "reports" / "pocket").glob("*/study.csv"))
+
+
+@pytest.mark.parametrize("slug", STUDIES)
+def test_the_study_kept_in_the_repository_is_whole(run, slug):
+    """Every claim is judged by at least three seeds, and every learning rate was chosen on validation."""
+    folder = run.root / "reports" / "pocket" / slug
+    found = ablations.read(folder)
+    facts = json.loads((folder / "study.json").read_text())
+    tested, chosen = found[found.stage == "test"], ablations.selected(found)
+    assert (tested.groupby(["task", "method"]).seed.nunique() >= 3).all()
+    assert (found[found.stage == "select"].groupby(["task", "method"]).rate.nunique() == len(facts["rates"])).all()
+    assert all(chosen.get((row.task, row.method), 0) == row.rate for row in tested.itertuples())
+    directional = [c for c in paper(slug)["claims"] if c["kind"] == "directional"]
+    compared = {c[role] for c in directional for role in ("better", "worse") if role in c}
+    assert compared <= set(tested.method)
+    assert facts["selection_seed"] not in facts["seeds"]
+
+
+def test_results_gather_in_a_file_by_their_keys(tmp_path):
+    path, keys, values = tmp_path / "measured.csv", ["method", "seed"], ["accuracy"]
+    empty = upsert_rows(path, keys, values)
+    assert list(empty.columns) == [*keys, *values] and empty.empty and not path.exists()
+    upsert_rows(path, keys, values, [{"method": "a", "seed": 0, "accuracy": 1.0}])
+    upsert_rows(path, keys, values, [{"method": "a", "seed": 1, "accuracy": 2.0}])
+    rows = upsert_rows(path, keys, values, [{"method": "a", "seed": 0, "accuracy": 3.0}])
+    assert sorted(rows.accuracy) == [2.0, 3.0] and len(upsert_rows(path, keys, values)) == 2
+
+
+def test_the_study_notice_names_choices_at_an_end_of_the_grid(tmp_path):
+    rows = [
+        {"stage": "select", "task": "t", "method": method, "rate": rate, "seed": 0, "accuracy": float(rate == best)}
+        for method, best in (("inside", 2), ("outside", 3))
+        for rate in (1, 2, 3)
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "study.csv", index=False)
+    facts = {
+        "seeds": [0],
+        "rates": [1, 2, 3],
+        "tasks": {"t": ["inside", "outside"]},
+        "seconds_of_cpu": 125,
+        "code": "?",
+    }
+    (tmp_path / "study.json").write_text(json.dumps(facts))
+    said = notice("sa2vp", tmp_path)
+    assert "2 minutes of one core. At an end of the grid: outside. It is OLDER" in said

@@ -1,0 +1,98 @@
+"""DMT's study: all students start alike, each method trains what it says, probes and leads measure what they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from companion.models.dmt import model as dmt
+from companion.ops.papers import paper
+from companion.toy.ablations import dmt as study
+from companion.toy.datasets import collage
+from companion.toy.encoders import teachers as taught
+
+SEED = 5
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A data root with a few collages of one seed."""
+    path, kept = tmp_path_factory.mktemp("study"), dict(collage.COUNTS)
+    collage.COUNTS.update(train=320, val=60, test=60)
+    collage.write(study.folder(path, SEED), SEED)
+    yield str(path)
+    collage.COUNTS.update(kept)
+    study.part.cache_clear()
+
+
+def test_methods_are_those_of_the_claims():
+    claims = [c for c in paper("dmt")["claims"] if c["kind"] == "directional"]
+    named = {c[side] for c in claims for side in ("better", "worse") if side in c}
+    assert named <= set(study.METHODS) and {t for c in claims for t in c["tasks"]} == {study.TASK}
+    assert study.SELECTION_SEED not in study.SEEDS
+
+
+@pytest.mark.parametrize("method", [m for m in study.METHODS if m not in study.UNTRAINED])
+def test_all_students_start_alike_and_every_tensor_is_trained(root, method):
+    model = study.assemble(method, SEED, root)[0]
+    encoder = model.student if method in study.STUDENTS else model.encoder
+    first = study.student(SEED).state_dict()
+    assert all(torch.equal(first[name], value) for name, value in encoder.state_dict().items())
+    study.STEPS, kept = 3, study.STEPS
+    try:
+        trained, whole, history = study.train_model(method, 2e-3, SEED, root, 3)
+    finally:
+        study.STEPS = kept
+    assert len(history) == 3 and not trained.training
+    assert all(not torch.equal(first[name], value) for name, value in trained.named_parameters() if value.requires_grad)
+    if method == "same view":
+        for name, shipped in taught.load().items():
+            asked = whole.teachers.models[name].state_dict()
+            assert all(torch.equal(value, asked[key]) for key, value in shipped.state_dict().items())
+
+
+def test_what_the_methods_change(root):
+    models = {method: study.assemble(method, SEED, root)[0] for method in study.STUDENTS}
+    assert [len(models[m].widths) for m in ("DMT", "MAE only", "MAE + iBOT", "gate")] == [3, 1, 2, 3]
+    assert (models["gate"].fusion, models["averaged teachers"].fusion, models["DMT"].fusion) == (
+        "gate",
+        "mean",
+        "separate",
+    )
+    assert models["LN targets"].target_norms[0].kind == "ln" and models["DMT"].target_norms[0].kind == "channel"
+    assert models["token loss only"].decoder is None and models["map loss only"].adapters is None
+    assert models["same view"].teachers.view == "same" and models["DMT"].teachers is None
+
+
+def test_the_cache_says_what_the_teachers_say(root):
+    cache, data = study.said(root, SEED), study.part(root, SEED, "train")
+    asked = dmt.Teachers(taught.load())(data.images[:20]).tokens
+    for kept, said in zip(cache.tensors(), asked, strict=True):
+        assert kept.shape == (320, 17, 48) and torch.allclose(kept[:20], said, atol=1e-5)
+    pair = study.assemble("MAE + iBOT", SEED, root)[2].tensors
+    assert torch.equal(pair[1], cache.tensors()[0]) and torch.equal(pair[2], cache.tensors()[2])
+
+
+def test_rows_hold_every_measure(root):
+    row = study.train("untrained", study.TASK, 0.0, SEED, root)
+    assert row["loss"] == 0 and {*collage.FACTORS, "mean", "mean all"} <= set(row) and "own-probe lead" not in row
+    assert row["mean"] == pytest.approx(sum(row[name] for name in collage.FACTORS) / 4, abs=0.02)
+    teachers = {m: study.train(m, study.TASK, 0.0, SEED, root) for m in study.THEMSELVES}
+    for method, found in teachers.items():
+        others = [teachers[m] for m in teachers if m != method]
+        lead = max(found[name] - max(other[name] for other in others) for name in collage.FACTORS)
+        assert found["own-probe lead"] == pytest.approx(lead, abs=0.02)
+    assert study.METRIC in row
+
+
+def test_rates_are_chosen_on_validation_after_half_the_steps(root, monkeypatch):
+    asked, split_of = [], []
+    kept = study.part
+    monkeypatch.setattr(study, "STEPS", 6)
+    monkeypatch.setattr(study, "part", lambda root, seed, split: split_of.append(split) or kept(root, seed, split))
+    real = study.fit
+    monkeypatch.setattr(study, "fit", lambda *a, **o: asked.append(o["epochs"] * (320 // 128)) or real(*a, **o))
+    chosen = study.train("MAE only", study.TASK, 1e-3, SEED, root, "select")
+    assert asked == [3] and "test" not in split_of and "mean all" not in chosen
+    study.train("MAE only", study.TASK, 1e-3, SEED, root)
+    assert asked[1] == 6 and "test" in split_of

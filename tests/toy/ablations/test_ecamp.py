@@ -1,0 +1,162 @@
+"""ECAMP's study: what differs between the methods, and that each measure measures what it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from companion.models.ecamp import model as ecamp
+from companion.toy.ablations import ecamp as study
+from companion.toy.datasets import chests
+
+SEED = 5
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A data root with a few chests of one seed."""
+    path, kept = tmp_path_factory.mktemp("clinic"), dict(chests.COUNTS)
+    chests.COUNTS.update(train=160, val=60, test=60)
+    chests.write(study.folder(path, SEED), SEED)
+    yield str(path)
+    chests.COUNTS.update(kept)
+    study.part.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def words(root):
+    return study.vocabulary(root, SEED)
+
+
+@pytest.fixture
+def model(words):
+    return study.build("ECAMP", SEED, len(words)).eval()
+
+
+def some(root, method, count=40):
+    """Items of a method's training data, stacked."""
+    data = study.pairs(method, root, SEED)
+    torch.manual_seed(0)
+    return ecamp.Batch(*(torch.stack(values) for values in zip(*(data[i] for i in range(count)), strict=True)))
+
+
+def test_all_methods_start_from_the_same_encoder(words):
+    first = study.build("ECAMP", 3, len(words)).encoder.state_dict()
+    for method in study.METHODS:
+        other = study.build(method, 3, len(words)).encoder.state_dict()
+        assert all(torch.equal(first[name], other[name]) for name in first), method
+    assert study.build("MIM only", 3, len(words)).text is None
+    assert study.build("MRM-like", 3, len(words)).text.fusion is None
+    assert study.build("ECAMP, no super-resolution", 3, len(words)).super_resolution is None
+
+
+def test_what_the_methods_are_given(root, words):
+    batches = {method: some(root, method) for method in study.METHODS}
+    mask = words.mask
+    lengths = {method: int(b.attention.sum()) for method, b in batches.items()}
+    assert lengths["ECAMP"] > lengths["ECAMP, no distillation"] == lengths["MRM-like"]
+    assert (batches["ECAMP, no re-balancing"].weights == 1).all() and (batches["MRM-like"].weights == 1).all()
+    for batch in batches.values():
+        assert torch.allclose(batch.weights.sum(1), torch.tensor(20.0)) and (batch.window == 1).all()
+        assert batch.images.shape == (40, 3, 64, 64) and batch.noise.shape == (40, 64)
+    assert not torch.equal(batches["ECAMP"].weights, batches["ECAMP, no re-balancing"].weights)
+
+    def shown(batch):  # sides that can be read: descriptors of an entity, always hidden when they are meant to be
+        return (torch.isin(batch.ids, torch.tensor([words.tokenizer.token_to_id(s) for s in chests.SIDES]))).sum()
+
+    assert shown(batches["ECAMP, descriptors hidden"]) == 0 < shown(batches["ECAMP"])
+    hidden = {m: float(((b.ids == mask).sum() / (b.attention.sum() - 40)).item()) for m, b in batches.items()}
+    assert 0.4 < hidden["MRM-like"] < 0.6 < hidden["ECAMP"] < 0.8
+
+
+def test_the_words_of_a_report_are_found(root, words):
+    data = study.part(root, SEED, "test")
+    read = study.texts(data.reports, words)
+    assert read.ids.shape == (60, study.LENGTH) and (read.side.sum(1) == 1).all() and (read.finding.sum(1) == 1).all()
+    named = [chests.FINDINGS.index(words.pieces[int(i)]) for i in read.ids[read.finding]]
+    assert named == data.labels.argmax(1).tolist()
+    assert {words.pieces[int(i)] for i in read.ids[read.side]} == set(chests.SIDES)
+
+
+def test_losses_of_hidden_words_depend_on_the_picture_that_is_seen(root, words, model):
+    """With equal pictures the right one and another give the same."""
+    data = study.part(root, SEED, "test")
+    found = study.word_losses(model, data, words)
+    assert all(losses.shape == (60,) for losses in found.values())
+    assert not torch.equal(found["side, right"], found["side, other"])
+    same = study.pocket.Part(data.images[:1].expand(60, -1, -1, -1), *list(vars(data).values())[1:])
+    found = study.word_losses(model, same, words)
+    for name in ("side", "finding"):
+        assert torch.allclose(found[f"{name}, right"], found[f"{name}, other"], atol=1e-5)
+    assert study.words(study.build("MIM only", 0, 18), data, words) == {}
+
+
+def test_cells_are_the_patches_share_in_a_box():
+    boxes = torch.tensor([[0, 0, 8, 8], [4, 8, 20, 12], [0, 0, 64, 64]])
+    inside = study.cells(boxes)
+    assert inside[0].tolist() == [1.0, *[0.0] * 63] and inside[2].eq(1).all()
+    assert inside[1].unflatten(0, (8, 8))[1, :3].tolist() == [0.25, 0.5, 0.25] and float(inside[1].sum()) == 1
+
+
+def test_attention_that_is_even_has_no_lead(root, words, model):
+    data = study.part(root, SEED, "test")
+    maps = study.looks(model, data, words)
+    assert maps.shape == (60, 64) and torch.allclose(maps.sum(1), torch.ones(60), atol=1e-5)
+    torch.nn.init.zeros_(model.text.fusion.cross.query.weight)
+    found = study.lesion_share(model, data, words)
+    assert found["attention lead"] == pytest.approx(0, abs=1e-3) and 2 < found["box area"] < 10
+    assert study.lesion_share(study.build("MRM-like", 0, 18), data, words) == {}
+
+
+def test_a_perfect_feature_is_read_perfectly(root, model, monkeypatch):
+    train, test = (study.part(root, SEED, split) for split in ("train", "test"))
+    monkeypatch.setattr(study, "PROBES", {50: 2, 150: 1})
+    monkeypatch.setattr(study, "features", lambda method, model, images: next(known))
+    known = iter([train.labels.float() + torch.rand(160, 4) / 10, test.labels.float()])
+    assert study.probes("ECAMP", model, train, test) == {"AUROC 50": 100, "AUROC 150": 100}
+    known = iter([torch.rand(160, 4), torch.rand(60, 4)])
+    assert all(35 < value < 65 for value in study.probes("ECAMP", model, train, test).values())
+
+
+def test_lesions_are_segmented_at_the_pictures_size(root, model, monkeypatch):
+    monkeypatch.setattr(study, "SEGMENT", study.SEGMENT | {"epochs": 1})
+    train, test = (study.part(root, SEED, split) for split in ("train", "test"))
+    before = [t.clone() for t in model.parameters()]
+    decoder = study.segmenter(model, train, SEED)
+    with torch.no_grad():
+        assert decoder(study.tokens(model, test.images[:3])).shape == (3, 1, 64, 64)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)), "the encoder is frozen"
+    monkeypatch.setattr(study, "predict", lambda found, data, **options: 10 * test.masks - 5)
+    monkeypatch.setattr(study, "tokens", lambda model, images: torch.zeros(len(images), 64, 96))
+    assert study.dice(model, train, test, SEED) == 100
+
+
+@pytest.mark.parametrize("method", ["raw pixels", "random init", "MIM only", "ECAMP"])
+def test_a_row_holds_every_measure(root, method, monkeypatch):
+    monkeypatch.setattr(study, "PROBES", {50: 2})
+    monkeypatch.setattr(study, "SEGMENT", study.SEGMENT | {"epochs": 1})
+    row = study.train(method, "chests", 1e-3, SEED, root, epochs=0.8)
+    assert 0 < row["AUROC 50"] < 100 and ("Dice" in row) == (method != "raw pixels")
+    assert ("side gain" in row) == ("attention lead" in row) == (method in ("random init", "ECAMP"))
+    assert (row["loss"] > 0) == (method not in study.UNTRAINED)
+    chosen = study.train(method, "chests", 1e-3, SEED, root, "select", epochs=0.8)
+    assert set(chosen) == {"AUROC 50", "loss"} and chosen["loss"] == row["loss"], "the same training, another split"
+
+
+def test_rates_are_chosen_after_whole_trainings(root, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study, "PROBES", {50: 1})
+    monkeypatch.setattr(study, "fit", lambda *args, **options: asked.append(options["epochs"]) or [{"loss": 1.0}])
+    for split in ("select", "test"):
+        monkeypatch.setattr(study, "dice", lambda *args: 50.0)
+        study.train("MIM only", "chests", 1e-3, SEED, root, split)
+    assert asked == [study.RECIPE["epochs"]] * 2
+
+
+def test_the_terms_of_the_loss_are_kept(root, words):
+    terms: list[list[float]] = []
+    model = study.build("ECAMP", SEED, len(words))
+    history = study.train_model(model, study.pairs("ECAMP", root, SEED), 1e-3, SEED, terms, epochs=0.8)
+    assert len(history) == len(terms) == 4
+    for row, (total, *parts) in zip(history, terms, strict=True):
+        assert row["loss"] == pytest.approx(total) == pytest.approx(sum(parts), rel=1e-5)

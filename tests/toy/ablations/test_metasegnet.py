@@ -1,0 +1,133 @@
+"""MetaSegNet's study: what networks are given, that they start alike, that each score is of the right pictures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from companion.evaluation.metrics import landcover as metrics
+from companion.models.metasegnet.text import Words, headless
+from companion.ops.papers import paper
+from companion.toy.ablations import metasegnet as study
+from companion.toy.datasets import landcover
+
+SEED = 1
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A data root with a few pictures of one seed, and a study of three steps."""
+    path, counts, steps = tmp_path_factory.mktemp("land"), landcover.COUNTS, study.STEPS
+    landcover.COUNTS = {"train": 4, "val": 2, "test": 3}
+    study.STEPS = 3
+    landcover.write(study.folder(path, SEED), SEED)
+    yield str(path)
+    landcover.COUNTS, study.STEPS = counts, steps
+    study.part.cache_clear()
+    study.trained.cache_clear()
+
+
+def test_seeds_leave_out_different_zones():
+    assert sorted(study.ORDER) == sorted(landcover.ZONES)
+    assert len({study.left_out(seed) for seed in (*study.SEEDS, study.SELECTION_SEED)}) == len(study.SEEDS) + 1
+    for seed in range(9):
+        assert len(study.seen(seed)) == 8 and study.left_out(seed) not in study.seen(seed)
+
+
+def test_all_networks_start_from_the_same_encoder_and_decoder():
+    first = study.build("unimodal", 3).state_dict()
+    for network in study.NETWORKS:
+        other = study.build(network, 3)
+        assert all(torch.equal(first[name], t) for name, t in other.state_dict().items() if name in first), network
+    words = study.build("MetaSegNet", 3).text.state_dict()
+    for network in ("no header dropout", "fusion at stage 1"):
+        other = study.build(network, 3).text.state_dict()
+        assert all(torch.equal(words[name], other[name]) for name in words), network
+
+
+def test_what_differs_between_the_networks():
+    built = {network: study.build(network, 0) for network in study.NETWORKS}
+    assert built["unimodal"].text is None
+    stages = {network: sorted(map(int, model.fusions)) for network, model in built.items()}
+    assert stages["MetaSegNet"] == [1, 2, 3, 4] and stages["fusion at stages 3 and 4"] == [3, 4]
+    assert stages["fusion at stage 1"] == [1] and stages["fusion at stage 4"] == [4]
+    assert len(built["one-hot zone"].text.vocabulary) == 2 + 8 and not built["one-hot zone"].text.layers
+    same = (sum(p.numel() for p in built[n].decoder.parameters()) for n in built)
+    assert len(set(same)) == 1
+
+
+def test_a_word_of_the_zone_left_out_alone_is_unknown():
+    seed = study.ORDER.index("Csa")
+    encoder = study.build("MetaSegNet", seed).text
+    said = encoder.words(study.prompts().text("Csa"))
+    assert said[2:4] == [Words.UNKNOWN] * 2  # its code and "mediterranean"
+    assert Words.UNKNOWN not in said[7:]  # the description is made of words that others have
+
+
+def test_texts_at_test():
+    zones, seed = tuple(landcover.ZONES), study.ORDER.index("Csa")
+    right, wrong = (study.texts(zones, kind, seed) for kind in ("full", "wrong"))
+    known = {text: code for code, text in zip(zones, right, strict=True)}
+    assert len(known) == 9
+    for code, text in zip(zones, wrong, strict=True):
+        given = landcover.ZONES[known[text]]
+        assert given.moisture != landcover.ZONES[code].moisture and given.style != landcover.ZONES[code].style
+        assert known[text] != "Csa"
+    assert set(study.texts(zones, "empty", seed)) == {""}
+    assert sorted(study.texts(zones, "shuffled", seed)) == sorted(right)
+
+
+def test_header_dropout_hides_half_of_the_heads(root, monkeypatch):
+    model = study.build("MetaSegNet", SEED)
+    data = study.part(root, SEED, "train").of(study.seen(SEED))
+    seen, hidden = [], {tuple(row) for row in model.text.ids([headless(t) for t in _given(data)]).tolist()}
+    loss = type(model).loss
+
+    def spy(self, images, texts, labels):
+        seen.extend(tuple(row) in hidden for row in texts.tolist())
+        return loss(self, images, texts, labels)
+
+    monkeypatch.setattr(type(model), "loss", spy)
+    study.train_model("MetaSegNet", model, data, 1e-3, SEED, epochs=3)
+    assert len(seen) == 96 and 0.3 < sum(seen) / len(seen) < 0.7
+    seen.clear()
+    study.train_model("no header dropout", study.build("no header dropout", SEED), data, 1e-3, SEED)
+    assert seen and not any(seen)
+
+
+def _given(data):
+    return study.prompts().texts(data.zones)
+
+
+def test_rows_score_the_right_pictures(root):
+    seen = study.train("MetaSegNet", "seen", 1e-3, SEED, root)
+    left = study.train("MetaSegNet", "left out", 1e-3, SEED, root)
+    wrong = study.train("wrong zone's text", "seen", 1e-3, SEED, root)
+    assert study.trained.cache_info().currsize == 1  # one training serves all three
+    matrices, _ = study.trained("MetaSegNet", 1e-3, root, SEED, "test")
+    pixels = landcover.COUNTS["test"] * 64 * 64
+    assert all(int(matrix.sum()) == pixels for matrix in matrices.values())
+    zone = study.left_out(SEED)
+    assert left["zone left out"] == zone and f"mIoU {zone}" not in seen
+    assert left["mIoU"] == round(metrics.scores(matrices["right", zone]).miou, 2)
+    total = sum(matrices["wrong zone's text", z] for z in study.seen(SEED))
+    assert wrong["mIoU"] == round(metrics.scores(total).miou, 2)
+    assert seen["loss"] == left["loss"] == wrong["loss"] and seen["trained"] == wrong["trained"]
+    # by hand, on the pictures themselves
+    model = study.build("MetaSegNet", SEED)
+    data = study.part(root, SEED, "test").of(study.seen(SEED))
+    study.train_model("MetaSegNet", model, study.part(root, SEED, "train").of(study.seen(SEED)), 1e-3, SEED)
+    said = study.predict(model, data.images, _given(data))
+    assert round(100 * float((said == data.labels).float().mean()), 2) == seen["OA"]
+
+
+def test_selection_looks_at_no_zone_left_out_and_at_no_wrong_text(root):
+    rows = [study.train("MetaSegNet", task, 1e-3, SEED, root, "select") for task in study.TASKS]
+    rows.append(study.train("wrong zone's text", "left out", 1e-3, SEED, root, "select"))
+    assert rows[0] == rows[1] == rows[2]
+
+
+def test_claims_name_methods_of_the_study():
+    for claim in paper("metasegnet")["claims"]:
+        if claim["kind"] == "directional":
+            assert {claim["better"], claim["worse"]} <= set(study.METHODS) and set(claim["tasks"]) <= set(study.TASKS)

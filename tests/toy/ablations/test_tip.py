@@ -1,0 +1,138 @@
+"""TIP's study: what networks read, that they start alike, what scores are made of; the pocket run is the study's."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from companion.data.degradations import BLIND, degrade, parse
+from companion.data.restoration import TEXTS
+from companion.models.tip import recipe as runs
+from companion.ops.papers import paper
+from companion.toy.ablations import tip as study
+from companion.toy.datasets import restoration as pocket
+
+SEED = 2
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A data root with a few pictures of one seed, and a study of two steps."""
+    path, counts, steps, batch, each = (
+        tmp_path_factory.mktemp("tip"),
+        pocket.COUNTS,
+        study.STEPS,
+        study.BATCH,
+        study.EACH,
+    )
+    pocket.COUNTS = {"train": (20, 4), "val": (60, 2), "test": (60, 2)}
+    study.STEPS, study.BATCH, study.EACH, study.RECIPE["batch"] = 2, 8, 9, 8
+    pocket.write(study.folder(path, SEED), SEED)
+    yield str(path)
+    pocket.COUNTS = counts
+    study.STEPS, study.BATCH, study.EACH, study.RECIPE["batch"] = steps, batch, each, batch
+    for kept in (study.part, study.tested, study.trained, study.chosen_by):
+        kept.cache_clear()
+
+
+def test_every_claim_has_its_methods_and_tasks():
+    for claim in paper("tip")["claims"]:
+        if claim["kind"] == "directional":
+            for task in claim["tasks"]:
+                assert {claim["better"], claim.get("worse", claim["better"])} <= set(study.TASKS[task]), claim["id"]
+    assert set(map(study.asked, study.METHODS)) <= set(TEXTS)
+
+
+def test_all_networks_start_alike():
+    built = {network: study.build(network, 3).adaptor.state_dict() for network in study.NETWORKS}
+    for network, state in built.items():
+        same = [torch.equal(t, built["TIP"][n]) for n, t in state.items() if "controlnet_" not in n or "cond" in n]
+        assert all(same), network
+    sizes = {network: sum(t.numel() for t in state.values()) for network, state in built.items()}
+    assert sizes["TIP"] - sizes["plain ControlNet"] == 7872 and len(set(sizes.values())) == 2
+
+
+def test_what_the_networks_read(root):
+    given = {network: study.samples(network, study.part(root, SEED, "train"), SEED) for network in study.NETWORKS}
+    assert all(len(samples) == 24 * study.DRAWS for samples in given.values())
+    texts = {network: ({s.semantic for s in found}, {s.restoration for s in found}) for network, found in given.items()}
+    assert texts["no text"] == ({""}, {BLIND})
+    assert texts["restoration only"][0] == {""} and BLIND in texts["restoration only"][1] != {BLIND}
+    assert texts["semantic only"][1] == {BLIND} and len(texts["semantic only"][0]) > 3
+    assert all(len(s.ops) == 4 for s in given["no skipping"])
+    for other in ("semantic only", "plain ControlNet"):  # the same pictures, degraded in the same way
+        for a, b in zip(given["TIP"], given[other], strict=True):
+            assert torch.equal(a.degraded, b.degraded) and a.ops == b.ops
+    first, second = given["TIP"][0], given["TIP"][24]
+    assert torch.equal(first.clean, second.clean) and not torch.equal(first.degraded, second.degraded)
+
+
+def test_the_tasks(root):
+    heavy, found = study.tested(root, SEED, "test", "heavy")
+    assert all(s.ops == pocket.HEAVY for s in heavy) and set(found.contrasts) == {1.0} and len(heavy) == 9
+    mild, found = study.tested(root, SEED, "test", "mild")
+    assert [(c, s.ops) for s, c in zip(mild, found.contrasts, strict=True)] == list(pocket.MILD) * 3
+    drawn, found = study.tested(root, SEED, "test", "parameterised")
+    assert all(found.kinds) and all(s.ops for s in drawn) and len({s.restoration for s in drawn}) > 3
+    sample = drawn[4]
+    again = degrade(sample.clean, parse(sample.restoration), (SEED, 4), edge=pocket.EDGE)
+    assert torch.equal(again, sample.degraded), "its text and its seed rebuild it"
+    own, _ = study.tested(root, SEED, "val", "parameterised")
+    assert not any(torch.equal(a.clean, b.clean) for a in own for b in drawn)
+
+
+def test_scores_of_clean_and_of_wrong_pictures(root):
+    found = study.part(root, SEED, "test").scenes(1.0)
+    right = study.followed(found.images, found, found.captions)
+    assert right == {"texture": 100.0, "follows the text": 100.0}
+    other = [next(pocket.caption(k) for k in pocket.KINDS if k != kind) for kind in found.kinds]
+    assert study.followed(found.images, found, other)["follows the text"] == 0
+    assert "follows the text" not in study.followed(found.images, found, ["Deblur with sigma 0.6"] * len(found))
+    different = study.part(root, SEED, "test").scenes().images
+    assert (
+        study.layout_lead(different + 0.01, different) > 0 > study.layout_lead(different.roll(-1, 0) + 0.01, different)
+    )
+
+
+def test_untrained_adaptors_are_the_frozen_model_and_texts_reach_their_part(root):
+    pipe = study.build("TIP", SEED)
+    given, _ = study.tested(root, SEED, "test", "mild")
+    own, blind = (study.restore(pipe, given, kind, SEED) for kind in ("own", "blind prompt"))
+    assert torch.equal(own, blind), "what reads the restoration prompt is zero at the start"
+    assert not torch.equal(own, study.restore(pipe, given, "wrong semantic prompt", SEED))
+    assert study.held_out(pipe, given, "own", SEED) == study.held_out(pipe, given, "own", SEED, scale=0.0)
+
+
+def test_rows_are_the_same_again_and_select_asks_validation_alone(root):
+    row = study.train("TIP", "mild", 3e-3, SEED, root)
+    names = {"PSNR", "SSIM", "layout lead", "loss gain", "smallest rise", "texture", "loss", "trained"}
+    assert names <= set(row)
+    assert "smallest rise" not in study.train("wrong semantic prompt", "mild", 3e-3, SEED, root)
+    blind = study.train("blind prompt", "mild", 3e-3, SEED, root)
+    assert blind["loss"] == row["loss"] and blind["PSNR"] != row["PSNR"], "one training, asked twice"
+    chosen = [
+        study.train(method, task, 3e-3, SEED, root, "select")
+        for method, task in (("TIP", "mild"), ("TIP", "heavy"), ("blind prompt", "mild"))
+    ]
+    assert chosen[0] == chosen[1] == chosen[2] and set(chosen[0]) == {"PSNR", "loss", "trained"}
+    study.trained.cache_clear()
+    study.chosen_by.cache_clear()
+    assert study.train("TIP", "mild", 3e-3, SEED, root) == row
+
+
+def test_the_pocket_run_is_the_studys(root, tmp_path):
+    p = SimpleNamespace(profile="pocket", seed=SEED, guidance=1.0, scale=1.0)
+    rates = {("parameterised", method): 3e-3 for method in study.NETWORKS}
+    setting = runs.setting(p, tmp_path, rates)
+    assert setting.methods == ("TIP", "plain ControlNet") and setting.rates["TIP"] == 3e-3
+    pipe = setting.build("TIP")
+    history = setting.learn(pipe, "TIP")
+    assert len(history) == study.STEPS
+    own = study.train("TIP", "parameterised", 3e-3, SEED, root)
+    restored = setting.restore(pipe, setting.test)
+    found = runs.score([(restored, torch.stack([s.clean for s in setting.test]))])[0]["PSNR"]
+    assert found == pytest.approx(own["PSNR"], abs=1e-3)

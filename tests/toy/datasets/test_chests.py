@@ -1,0 +1,180 @@
+"""The pocket chests: a report says what is drawn, the box holds the lesion, splits share nothing; they are read."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from companion.errors import BadParameter, CorruptFile, MissingData
+from companion.toy.datasets import chests
+
+SEED = 7
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A data root with the chests of one seed."""
+    path = tmp_path_factory.mktemp("clinic")
+    chests.write(path, SEED)
+    return path
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return chests.chests(400, "val", SEED)
+
+
+@pytest.fixture
+def few(tmp_path, monkeypatch):
+    """A small data root of its own, to be damaged."""
+    monkeypatch.setattr(chests, "COUNTS", {"train": 3, "val": 2, "test": 2})
+    chests.write(tmp_path, SEED)
+    return tmp_path
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- what is drawn ----------------------------------------------------------------------------------------------------
+
+
+def test_a_report_says_what_is_there_and_one_thing_that_is_not(drawn):
+    for chest in drawn:
+        sentences = {part.strip() for part in chest.report.split(".") if part.strip()}
+        negations = {f"there is no {chest.absent}", f"there is no evidence of {chest.absent}"}
+        assert len(sentences) == 2 and f"there is a {chest.side} {chest.finding}" in sentences and sentences & negations
+        assert chest.finding != chest.absent and chest.labels.index(1) == chests.FINDINGS.index(chest.finding)
+        assert chest.distilled == f"there is {chest.finding} ."
+        assert len(chest.report.split()) + len(chest.distilled.split()) < 20  # with a [CLS] in front: the text's length
+    for words in (("left", "right"), ("no evidence", "no ")):
+        assert all(any(word in chest.report for chest in drawn) for word in words)
+    first = np.mean(["no" in chest.report.split()[:3] for chest in drawn])
+    assert 0.4 < first < 0.6  # the order of the sentences says nothing
+
+
+def test_the_lesion_lies_on_the_side_that_the_report_names(drawn):
+    """The patient's left is the right of the picture."""
+    columns = {side: [] for side in chests.SIDES}
+    for chest in drawn:
+        left, top, right, bottom = chest.box
+        assert chest.mask[top:bottom, left:right].sum() == chest.mask.sum() > 4
+        assert chest.mask[top].any() and chest.mask[:, left].any() and chest.mask[bottom - 1].any()
+        columns[chest.side].append((left + right) / 2)
+    assert np.mean(np.array(columns["left"]) > 32) > 0.97 and np.mean(np.array(columns["right"]) < 32) > 0.97
+
+
+@pytest.mark.parametrize(
+    ("finding", "brighter", "rows"),
+    [
+        ("nodule", True, (4, 60)),
+        ("effusion", True, (22, 64)),
+        ("pneumothorax", False, (2, 34)),
+        ("opacity", True, (0, 64)),
+    ],
+)
+def test_each_finding_is_drawn_as_it_is(drawn, finding, brighter, rows):
+    """Brighter or darker than the same place of the other lung's pictures, and at its height."""
+    own = [chest for chest in drawn if chest.finding == finding]
+    lead = []
+    for chest in own:
+        other = [c for c in drawn if c.side != chest.side][:40]
+        here = chest.image[chest.mask].mean()
+        lead.append(here - np.mean([c.image[chest.mask].mean() for c in other]))
+    assert np.mean(np.array(lead) > 0) > 0.8 if brighter else np.mean(np.array(lead) < 0) > 0.8
+    heights = np.sum([chest.mask.any(1) for chest in own], axis=0)
+    assert heights[slice(*rows)].sum() > 0.99 * heights.sum()
+
+
+def test_the_same_seed_gives_the_same_chests_and_splits_differ():
+    first, again = (chests.chests(5, "test", 4) for _ in range(2))
+    assert all(np.array_equal(a.image, b.image) and a.report == b.report for a, b in zip(first, again, strict=True))
+    for arguments in [(5, "test", 5), (5, "val", 4), (5, "train", 4)]:
+        others = chests.chests(*arguments)
+        assert not any(np.array_equal(a.image, b.image) for a in first for b in others)
+    with pytest.raises(BadParameter, match="'val'"):
+        chests.chests(1, "holdout")
+
+
+# --- on disk ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_read_is_what_was_drawn(root):
+    parts = {split: chests.read(root, split) for split in chests.COUNTS}
+    assert {split: len(part.images) for split, part in parts.items()} == chests.COUNTS
+    drawn = chests.chests(chests.COUNTS["test"], "test", SEED)
+    part = parts["test"]
+    assert part.images.shape == (800, 1, 64, 64) and part.images.dtype == torch.float32
+    assert abs(float(part.images.mean())) < 0.05 and abs(float(part.images.std()) - 1) < 0.05
+    for i in (0, 17, 799):
+        exact = torch.from_numpy((drawn[i].image / 65535 - chests.MEAN) / chests.STD).float()
+        assert torch.allclose(part.images[i, 0], exact, atol=1e-5)
+        assert np.array_equal(part.masks[i, 0].numpy() > 0, drawn[i].mask)
+        assert part.boxes[i].tolist() == list(drawn[i].box) and part.labels[i].tolist() == drawn[i].labels
+        assert part.reports[i] == drawn[i].report and part.distilled[i] == drawn[i].distilled
+
+
+def test_the_vocabulary_is_that_of_the_reports(root):
+    tokenizer = Tokenizer.from_file(str(root / "pocket" / "chests" / "wordpiece.json"))
+    assert [tokenizer.token_to_id(word) for word in chests.SPECIAL] == [0, 1, 2, 3, 4]
+    for split in chests.COUNTS:
+        part = chests.read(root, split)
+        for text in {*part.reports, *part.distilled}:
+            assert tokenizer.encode(f"[CLS] {text}").tokens == ["[CLS]", *text.split()]
+    assert tokenizer.encode("there is a fracture").tokens == ["there", "is", "a", "[UNK]"]
+
+
+def test_the_lists_are_in_the_layouts_of_the_real_sets(root):
+    folder = root / "pocket" / "chests"
+    line = (folder / "train_list.txt").read_text().splitlines()[0].split()
+    assert (folder / line[0]).is_file() and sorted(line[1:]) == ["0", "0", "0", "1"]
+    assert (folder / "pretrain.csv").read_text().startswith("img_path,report,llm_output\n")
+    assert len((folder / "attn-label.csv").read_text().splitlines()) == 1 + chests.COUNTS["train"]
+    assert (folder / "test_boxes.csv").read_text().splitlines()[1].endswith(']]"')
+
+
+def test_a_finished_set_is_left_alone_and_a_damaged_one_made_anew(few):
+    folder = few / "pocket" / "chests"
+    before, times = contents(folder), {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert chests.write(few, SEED) == folder
+    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    (folder / "images" / "000001.png").unlink()
+    (folder / "chests.json").write_text("{")
+    chests.write(few, SEED)
+    assert contents(folder) == before and [path.name for path in folder.parent.iterdir()] == ["chests"]
+    picture = next(path for path in before if path.suffix == ".png")
+    assert contents(chests.write(few, SEED + 1))[picture] != before[picture]  # another seed, written anew
+
+
+def test_a_stopped_writing_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(chests, "COUNTS", {"train": 2, "val": 1, "test": 1})
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chests, "_lists", stop)
+    with pytest.raises(KeyboardInterrupt):
+        chests.write(tmp_path, 0)
+    assert list((tmp_path / "pocket").iterdir()) == []
+
+
+def test_what_cannot_be_read_is_named(few, tmp_path):
+    folder = few / "pocket" / "chests"
+    with pytest.raises(MissingData, match=r"chests\.write"):
+        chests.read(tmp_path / "elsewhere", "train")
+    with pytest.raises(BadParameter, match="'val'"):
+        chests.read(few, "holdout")
+    kept = few / "kept"
+    shutil.copytree(folder, kept)
+    picture = folder / "images" / "000002.png"
+    picture.write_bytes(picture.read_bytes()[:100])
+    with pytest.raises(CorruptFile, match=r"000002\.png"):
+        chests.read(few, "train")
+    picture.write_bytes((kept / "images" / "000002.png").read_bytes())
+    (folder / "train_list.txt").write_text("images/000001.png 1 0\n")
+    with pytest.raises(CorruptFile, match=r"train_list\.txt"):
+        chests.read(few, "train")

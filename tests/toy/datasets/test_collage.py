@@ -1,0 +1,128 @@
+"""The pocket collages: what is drawn is what the list says, grey hides colour, splits are apart; they are read."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from companion.data.classification import image_folder
+from companion.errors import BadParameter, CorruptFile, MissingData
+from companion.models.dmt.model import grey
+from companion.toy.datasets import collage
+
+SEED = 7
+
+
+@pytest.fixture
+def few(tmp_path, monkeypatch):
+    """A small data root of its own."""
+    monkeypatch.setattr(collage, "COUNTS", {"train": 40, "val": 40, "test": 40})
+    monkeypatch.setattr(collage, "TEXTURES", ("brick", "page"))
+    monkeypatch.setitem(collage.FACTORS, "texture", 2)
+    collage.write(tmp_path, SEED)
+    return tmp_path
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def draw(shape=0, hue=0, quadrant=0, seed=0):
+    return collage.collage(np.random.default_rng(seed), "train", (1, shape, hue, quadrant)).image.astype(float) / 255
+
+
+def test_all_factors_are_drawn_evenly_and_apart():
+    drawn = np.array([c.factors for c in collage.collages(800, "train", SEED)])
+    for i, (name, count) in enumerate(collage.FACTORS.items()):
+        shares = np.bincount(drawn[:, i], minlength=count) / len(drawn)
+        assert abs(shares - 1 / count).max() < 0.06, name
+    assert abs(np.corrcoef(drawn.T) - np.eye(4)).max() < 0.12
+
+
+def test_a_tint_leaves_the_luma_alone():
+    colours = collage.tint(np.linspace(0, 1, 50), 0.6)
+    assert np.allclose(colours @ collage.LUMA, 1) and colours.std(0).min() > 0.1
+    assert np.allclose(collage.tint(0.3, 0.0), 1)
+
+
+def test_grey_hides_the_hue_and_the_square_but_not_the_shape():
+    def as_grey(**factors):
+        pixels = torch.from_numpy(draw(**factors)).permute(2, 0, 1)[None]
+        return grey(pixels)[0, 0].numpy()
+
+    first = as_grey()
+    # what is left of the colours is what rounding and clipping do to them
+    for other in ({"hue": 4}, {"quadrant": 3}):
+        assert abs(first - as_grey(**other)).mean() < 0.001
+        assert abs(draw() - draw(**other)).mean() > 0.02
+    assert abs(first - as_grey(shape=1)).mean() > 0.003
+
+
+def test_the_square_lies_in_its_quadrant():
+    for quadrant in range(4):
+        mean = np.mean(
+            [draw(quadrant=quadrant, seed=s) - draw(quadrant=(quadrant + 1) % 4, seed=s) for s in range(20)], 0
+        )
+        red = mean[..., 0] - mean[..., 1]
+        at = np.array([[red[:16, :16].mean(), red[:16, 16:].mean()], [red[16:, :16].mean(), red[16:, 16:].mean()]])
+        assert at.argmax() == quadrant
+
+
+def test_the_object_has_its_hue_whatever_the_ground():
+    middle = [np.array([draw(0, hue, seed=s)[14:18, 14:18].mean((0, 1)) for s in range(12)]) for hue in (0, 4)]
+    assert (middle[0][:, 0] - middle[0][:, 1]).min() > 0 > (middle[1][:, 0] - middle[1][:, 1]).max()
+
+
+def test_the_same_seed_gives_the_same_files_and_others_do_not(few, tmp_path):
+    folder = few / "pocket" / "collage"
+    before = contents(folder)
+    assert collage.write(few, SEED) == folder and contents(folder) == before
+    again = collage.write(tmp_path / "again", SEED)
+    assert contents(again) == before
+    assert contents(collage.write(tmp_path / "other", SEED + 1)) != before
+    assert collage.collages(1, "test", SEED)[0].factors != collage.collages(1, "test", SEED + 1)[0].factors
+
+
+def test_an_unfinished_one_is_made_anew(few):
+    folder = few / "pocket" / "collage"
+    before = contents(folder)
+    next(iter(sorted(folder.glob("val/*/*.png")))).unlink()
+    collage.write(few, SEED)
+    assert contents(folder) == before
+
+
+def test_it_is_read_in_the_order_drawn_with_the_pixels_drawn(few):
+    for split in collage.SPLITS:
+        part, drawn = collage.read(few, split), collage.collages(40, split, SEED)
+        assert part.factors.tolist() == [list(c.factors) for c in drawn]
+        pixels = ((part.images + 1) / 2 * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        assert np.array_equal(pixels, np.stack([c.image for c in drawn]))
+    sets = image_folder(few / "pocket" / "collage")
+    assert sets["train"].class_names == ("brick", "page") and len(sets["test"]) == 40
+
+
+def test_bad_input_says_what_and_where(few, tmp_path):
+    with pytest.raises(BadParameter, match="train"):
+        collage.collages(1, "all")
+    with pytest.raises(BadParameter, match="train"):
+        collage.read(few, "all")
+    with pytest.raises(MissingData, match=r"factors\.csv"):
+        collage.read(tmp_path / "nowhere", "train")
+    folder = few / "pocket" / "collage"
+    listing = folder / "factors.csv"
+    whole = listing.read_text()
+    for text, words in ((whole.replace(",hue", ",tone", 1), "factors"), (whole[: len(whole) // 2], "pictures of")):
+        listing.write_text(text)
+        with pytest.raises(CorruptFile, match=words):
+            collage.read(few, "test")
+    listing.write_text(whole)
+    picture = next(folder.glob("train/*/*.png"))
+    picture.write_bytes(picture.read_bytes()[:60])
+    with pytest.raises(CorruptFile, match=picture.name):
+        collage.read(few, "train")
+    shutil.rmtree(folder / "val")
+    with pytest.raises(CorruptFile, match=r"factors\.csv"):
+        collage.read(few, "val")

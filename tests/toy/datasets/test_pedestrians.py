@@ -1,0 +1,230 @@
+"""The pocket pedestrians: labels follow from what is drawn, height tells them, splits share nothing; they are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+from skimage.color import rgb2hsv
+
+from companion.data import attributes as reader
+from companion.errors import BadParameter
+from companion.toy.datasets import pedestrians, scenes
+from companion.toy.datasets.tokens import UNKNOWN
+from companion.toy.encoders.pedestrian_clip import tokenizer
+
+SEED = 7
+PLAIN = pedestrians.Pedestrian("", "short", "grey", "plain", "trousers", "grey", "grey", "")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A data root with the pictures of one seed."""
+    path = tmp_path_factory.mktemp("street")
+    pedestrians.write(path, SEED)
+    return path
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def wearing(**changes) -> pedestrians.Pedestrian:
+    return dataclasses.replace(PLAIN, **changes)
+
+
+def drawn(person, seed=0, camera="clear") -> np.ndarray:
+    return pedestrians.draw(np.random.default_rng(seed), person, "train", camera).astype(float)
+
+
+# --- who is on a picture ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, set()),
+        ({"hat": "red"}, {"hat"}),
+        ({"hair": "long"}, {"long hair"}),
+        ({"top": "red"}, {"red top"}),
+        ({"top": "blue", "pattern": "striped"}, {"blue top", "striped top"}),
+        ({"lower": "red"}, {"red trousers"}),
+        ({"lower": "blue", "legs": "shorts"}, {"shorts"}),
+        ({"shoes": "blue"}, {"blue shoes"}),
+        ({"shoes": "green", "top": "green", "lower": "green", "hat": "green"}, {"hat"}),
+        ({"bag": "backpack"}, {"backpack"}),
+        ({"bag": "handbag", "shoes": "red"}, {"handbag", "red shoes"}),
+    ],
+)
+def test_labels_follow_from_what_is_worn(changes, expected):
+    labels = wearing(**changes).labels
+    assert {name for name, there in zip(pedestrians.ATTRIBUTES, labels, strict=True) if there} == expected
+
+
+def test_parts_hold_each_attribute_once():
+    assert sum(pedestrians.PARTS.values(), ()) == pedestrians.ATTRIBUTES and len(pedestrians.ATTRIBUTES) == 12
+
+
+def test_a_colour_says_little_and_its_place_everything():
+    """Red is somewhere on most pictures, about as often where it is asked for as not."""
+    _, persons = pedestrians.people(400, "train", "clear", 2)
+    anywhere = ["red" in (p.hat, p.top, p.lower, p.shoes) for p in persons]
+    assert 0.55 < np.mean(anywhere) < 0.8  # bags, drawn in a colour of their own, come on top
+    labels = np.array([p.labels for p in persons])
+    share = dict(zip(pedestrians.ATTRIBUTES, labels.mean(0), strict=True))
+    assert all(0.08 < value < 0.5 for value in share.values())
+    # parts are dressed independently of one another: the trousers' colour tells nothing of the shoes'
+    apart = [name for name in pedestrians.ATTRIBUTES if name.startswith(("red", "blue"))]
+    columns = {name: labels[:, i] for i, name in enumerate(pedestrians.ATTRIBUTES)}
+    for one in apart:
+        for other in apart:
+            if one.split()[-1] != other.split()[-1]:
+                assert abs(np.corrcoef(columns[one], columns[other])[0, 1]) < 0.2
+
+
+def test_captions_are_in_words_that_the_clip_knows():
+    said = wearing(hat="red", top="blue", bag="handbag").captions()
+    assert said["top"] == "a pedestrian in a blue top" and said["bag"] == "a pedestrian with a handbag"
+    assert said["all"].startswith("a pedestrian with short hair and a hat in a plain blue top and grey trousers")
+    _, persons = pedestrians.people(20, "val", "clear", 0)
+    texts = [text for person in persons for text in person.captions().values()]
+    assert (tokenizer()([*texts, *pedestrians.SENTENCES.values()]) != UNKNOWN).all()
+
+
+# --- what is drawn ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "low", "high"),
+    [
+        ({"hat": "red"}, 0, 14),
+        ({"hair": "long"}, 2, 24),
+        ({"top": "red"}, 8, 38),
+        ({"pattern": "striped"}, 8, 38),
+        ({"legs": "shorts"}, 34, 62),
+        ({"lower": "red"}, 26, 62),
+        ({"shoes": "red"}, 50, 64),
+        ({"bag": "backpack"}, 8, 36),
+        ({"bag": "handbag"}, 24, 46),
+    ],
+)
+def test_each_thing_is_drawn_at_its_height(changes, low, high, monkeypatch):
+    """Two persons who differ in one thing alone, drawn from the same random numbers."""
+    paints = {"red": [1, 0, 0], "blue": [0, 0, 1], "green": [0, 1, 0], "grey": [0.5, 0.5, 0.5]}
+    monkeypatch.setattr(pedestrians, "_paint", lambda rng, colour: np.array(paints[colour]))  # draws no numbers
+    changed = [np.abs(drawn(wearing(**changes), seed) - drawn(PLAIN, seed)).max(2) > 30 for seed in range(12)]
+    heat = np.sum(changed, axis=(0, 2))
+    assert heat[low:high].sum() > 0.98 * heat.sum() and heat.sum() > 12 * 8
+
+
+@pytest.mark.parametrize(("part", "rows"), [("top", (18, 28)), ("lower", (36, 48))])
+@pytest.mark.parametrize("colour", ["red", "blue", "green"])
+def test_colours_are_what_they_are_called(part, rows, colour):
+    hues = []
+    for seed in range(20):
+        shown = drawn(wearing(**{part: colour}), seed)[slice(*rows), 12:20] / 255
+        hue, saturation, _ = np.moveaxis(rgb2hsv(shown), -1, 0)
+        hues += [hue[saturation > 0.4]]
+    hue = np.concatenate(hues)
+    expected = {"red": 0.0, "blue": 0.62, "green": 0.36}[colour]
+    assert len(hue) > 500 and np.mean(np.abs((hue - expected + 0.5) % 1 - 0.5) < 0.06) > 0.9
+
+
+def test_the_street_is_darker_noisier_and_coarser():
+    clear, street = (pedestrians.people(60, "train", camera, 1)[0].astype(float) for camera in pedestrians.CAMERAS)
+    assert street.mean() < 0.85 * clear.mean()
+
+    def fine(images):  # what neighbours three pixels apart share, and direct ones do not
+        return np.abs(np.diff(images, axis=1)).mean() / np.abs(images[:, 3:] - images[:, :-3]).mean()
+
+    assert fine(street) > fine(clear)  # noise: neighbours differ nearly as much as distant pixels
+
+
+def test_pictures_are_cut_from_their_split(monkeypatch):
+    cuts, corners = [], []
+    whole, places = scenes.cut, scenes.tiles
+
+    def cut(rng, name, split):
+        cuts.append(split)
+        return whole(rng, name, split)
+
+    def tiles(name, split):
+        corners.append(split)
+        return places(name, split)
+
+    monkeypatch.setattr(pedestrians, "cut", cut)
+    monkeypatch.setattr(pedestrians, "tiles", tiles)
+    rng = np.random.default_rng(0)
+    for split in scenes.SPLITS:
+        cuts.clear()
+        corners.clear()
+        for _ in range(8):
+            pedestrians.draw(rng, pedestrians.dressed(rng), split)
+        assert cuts == corners == [split] * 8
+    for name in pedestrians._LARGE:
+        taken = [set(map(tuple, places(name, split))) for split in scenes.SPLITS]
+        assert not taken[0] & taken[1] and not taken[0] & taken[2] and not taken[1] & taken[2]
+
+
+def test_the_same_seed_gives_the_same_people():
+    (first, who), (again, same) = (pedestrians.people(6, "test", "street", 4) for _ in range(2))
+    assert np.array_equal(first, again) and who == same
+    assert first.shape == (6, 64, 32, 3) and first.dtype == np.uint8
+    for arguments in [(6, "test", "street", 5), (6, "val", "street", 4), (6, "test", "clear", 4)]:
+        assert not np.array_equal(first, pedestrians.people(*arguments)[0])
+
+
+@pytest.mark.parametrize(("split", "camera"), [("trainval", "clear"), ("train", "night")])
+def test_unknown_names_are_refused_with_the_known_ones(split, camera):
+    with pytest.raises(BadParameter, match="Accepted"):
+        pedestrians.people(1, split, camera)
+
+
+# --- on disk ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_reader_of_pa100k_reads_them(root):
+    sets = reader.splits("pocket/pedestrians", root)
+    assert {split: len(part) for split, part in sets.items()} == pedestrians.COUNTS | {"trainval": 700}
+    assert sets["train"].sentences == tuple(pedestrians.SENTENCES.values())
+    shown, named = pedestrians.people(pedestrians.COUNTS["val"], "val", "street", SEED)
+    image, labels = sets["val"][17]
+    assert np.array_equal((255 * image).round().numpy().astype(np.uint8).transpose(1, 2, 0), shown[17])
+    assert labels.tolist() == named[17].labels
+    pictures = [source for split in pedestrians.COUNTS for source in sets[split].sources]
+    assert len(set(pictures)) == sum(pedestrians.COUNTS.values())
+
+
+def test_a_finished_set_is_left_alone_and_a_damaged_one_made_anew(root, tmp_path):
+    folder = tmp_path / "pocket" / "pedestrians"
+    shutil.copytree(root / "pocket" / "pedestrians", folder)
+    before, times = contents(folder), {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert pedestrians.write(tmp_path, SEED) == folder
+    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    next((folder / "data").glob("*.png")).unlink()
+    (folder / "pedestrians.json").write_text("{")
+    pedestrians.write(tmp_path, SEED)
+    # a MATLAB file begins with the time of its making
+    assert {k: v[116 * k.name.endswith(".mat") :] for k, v in contents(folder).items()} == {
+        k: v[116 * k.name.endswith(".mat") :] for k, v in before.items()
+    }
+    assert [path.name for path in folder.parent.iterdir()] == ["pedestrians"]  # nothing temporary is left
+
+
+def test_another_seed_makes_another_set_and_a_stopped_one_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(pedestrians, "COUNTS", {"train": 2, "val": 2, "test": 2})
+    first, other = (contents(pedestrians.write(tmp_path / str(seed), seed)) for seed in (0, 1))
+    pictures = [path for path in first if path.suffix == ".png"]
+    assert len(pictures) == 6 and all(first[path] != other[path] for path in pictures)
+    # the same folder, another seed: written anew
+    assert contents(pedestrians.write(tmp_path / "0", 1))[pictures[0]] == other[pictures[0]]
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pedestrians, "draw", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pedestrians.write(tmp_path / "stopped", 0)
+    assert list((tmp_path / "stopped" / "pocket").iterdir()) == []

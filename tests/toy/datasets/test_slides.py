@@ -1,0 +1,189 @@
+"""The pocket slides: the grade follows from what is drawn, splits share no cut, tiling finds what was drawn."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+
+import numpy as np
+import pytest
+
+from companion.data import slides as reader
+from companion.errors import BadParameter
+from companion.slides import Slide, label_mask, tile
+from companion.toy.datasets import scenes
+from companion.toy.datasets import slides as pocket
+
+SEED = 7
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Few slides are enough here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pocket, "COUNTS", {"train": 12, "val": 6, "test": 6})
+        yield
+
+
+@pytest.fixture(scope="module", params=pocket.TASKS)
+def written(request, small, tmp_path_factory):
+    """The folder of a task's slides."""
+    return pocket.write(tmp_path_factory.mktemp("slides"), request.param, SEED)
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- what is drawn ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grade", range(pocket.GRADES))
+def test_the_place_gives_the_grade_and_the_count_does_not(grade):
+    rng = np.random.default_rng(grade)
+    counts = set()
+    for _ in range(60):
+        cells = pocket.arrangement(rng, "place", grade)
+        assert sum(map(pocket.is_core, cells)) == grade
+        tumour, benign = ((cells == kind).sum(1) for kind in (pocket.TUMOUR, pocket.BENIGN))
+        assert set(tumour) <= {0, 4} and set(benign) == {4}
+        for region in cells:
+            inner = (region.reshape(4, 4)[1:3, 1:3] == pocket.TUMOUR).sum()
+            assert inner in ((3,) if pocket.is_core(region) else (0,))
+        counts.add(int(tumour.sum()))
+    assert len(counts) == pocket.REGIONS - grade + 1, "as many rim regions as there is room for"
+
+
+@pytest.mark.parametrize("grade", range(pocket.GRADES))
+def test_the_count_gives_the_grade_and_the_place_does_not(grade):
+    rng = np.random.default_rng(grade)
+    drawn = [pocket.arrangement(rng, "count", grade) for _ in range(300)]
+    counts = {int((cells == pocket.TUMOUR).sum()) for cells in drawn}
+    assert counts == ({4 * grade - 1, 4 * grade, 4 * grade + 1} if grade else {0})
+    if grade:
+        share = np.mean([cells == pocket.TUMOUR for cells in drawn], (0, 1))
+        assert share.std() < 0.2 * share.mean()
+
+
+def test_a_bag_knows_little_of_the_place():
+    """The best guess from the number of tumour patches alone, against the one from the number of core regions."""
+    rng = np.random.default_rng(0)
+    grades = np.arange(600) % 6
+    counts = np.array([(pocket.arrangement(rng, "place", g) == pocket.TUMOUR).sum() for g in grades.tolist()])
+    apart = [grades[counts == c].std() for c in np.unique(counts)]
+    assert np.corrcoef(grades, counts)[0, 1] ** 2 < 0.5 and max(apart) > 1
+
+
+@pytest.mark.parametrize("task", pocket.TASKS)
+def test_a_slide_is_tissue_between_white_margins(task):
+    slide = pocket.draw(np.random.default_rng(3), task, 2, "train")
+    assert slide.image.shape[:2] == slide.labels.shape and slide.image.dtype == np.uint8
+    glass = slide.labels == 0
+    assert (slide.image[glass] == pocket.GLASS).all() and glass[:32].all() and glass[:, -32:].all()
+    for (x, y), cells in zip(slide.corners, slide.cells, strict=True):
+        for index, kind in enumerate(cells):
+            row, column = (32 * i for i in divmod(index, 4))
+            said = set(slide.labels[y + row :, x + column :][:32, :32].ravel().tolist())
+            assert said <= {0, pocket.STROMA, kind} and kind in said
+    # walls of tumour are the darkest thing there is
+    light = {kind: slide.image[slide.labels == kind].mean() for kind in (pocket.STROMA, pocket.BENIGN, pocket.TUMOUR)}
+    assert light[pocket.TUMOUR] < light[pocket.STROMA]
+
+
+def test_stroma_is_cut_from_its_split(monkeypatch):
+    asked, places = [], scenes.tiles
+    monkeypatch.setattr(pocket, "tiles", lambda name, split: asked.append((name, split)) or places(name, split))
+    for split in scenes.SPLITS:
+        asked.clear()
+        pocket.slides(2, "place", split)
+        assert asked == [("tissue", split)] * 10
+    taken = [set(places("tissue", split)) for split in scenes.SPLITS]
+    assert not taken[0] & taken[1] and not taken[0] & taken[2] and not taken[1] & taken[2]
+
+
+def test_the_same_seed_gives_the_same_slides():
+    first, again = (pocket.slides(3, "place", "val", 1) for _ in range(2))
+    assert all(np.array_equal(a.image, b.image) and a.grade == b.grade for a, b in zip(first, again, strict=True))
+    for arguments in [(3, "place", "val", 2), (3, "count", "val", 1), (3, "place", "test", 1)]:
+        assert first[0].image.tobytes() != pocket.slides(*arguments)[0].image.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("task", "grade", "split"), [("where", 0, "train"), ("place", 6, "train"), ("place", 0, "tune")]
+)
+def test_unknown_names_and_grades_are_refused_with_the_known_ones(task, grade, split):
+    with pytest.raises(BadParameter, match="Accepted"):
+        pocket.draw(np.random.default_rng(0), task, grade, split)
+    if split == "train" and grade == 0:
+        with pytest.raises(BadParameter, match="Accepted"):
+            pocket.write("nowhere", task)
+
+
+# --- on disk ----------------------------------------------------------------------------------------------------------
+
+
+def test_tiling_by_spacing_finds_the_regions_that_were_drawn(written):
+    drawn = pocket.drawn_cells(written)
+    assert len(drawn) == 24
+    for name, regions in drawn.items():
+        with Slide(written / "train_images" / f"{name}.tiff") as slide:
+            assert slide.mpp == pytest.approx(pocket.MPP, rel=1e-3) and len(slide.levels) == 2
+            found = tile(slide, pocket.TILING)
+            assert sorted(map(tuple, found.coords.tolist())) == sorted(regions)
+            x, y = found.coords[0]
+            pixels = slide.region(x, y, found)
+        assert pixels.shape == (128, 128, 3)
+        labels = label_mask(written / "train_label_masks" / f"{name}_mask.tiff", [pocket.TUMOUR], 1)
+        for (x, y), cells in regions.items():
+            there = labels[y : y + 128, x : x + 128].reshape(4, 32, 4, 32).any((1, 3)).ravel()
+            assert there.tolist() == [kind == pocket.TUMOUR for kind in cells]
+
+
+def test_lists_are_pandas(written):
+    with (written / "train.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["image_id", "data_provider", "isup_grade", "gleason_score"] and len(rows) == 24
+    grades = {row["image_id"]: row["isup_grade"] for row in rows}
+    listed = {}
+    for name, count in (("train", 12), ("tune", 6), ("test", 6)):
+        with (written / "folds" / "fold-0" / f"{name}.csv").open(encoding="utf-8") as file:
+            part = {row["slide_id"]: row["isup_grade"] for row in csv.DictReader(file)}
+        assert len(part) == count and sorted(part.values()) == sorted(str(i % 6) for i in range(count))
+        listed |= part
+    assert listed == grades
+
+
+def test_a_finished_set_is_left_alone_and_a_damaged_one_made_anew(written, tmp_path):
+    task = written.name.removeprefix("slides-")
+    folder = tmp_path / "pocket" / written.name
+    shutil.copytree(written, folder)
+    before, times = contents(folder), {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert pocket.write(tmp_path, task, SEED) == folder
+    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    next((folder / "train_images").glob("*.tiff")).unlink()
+    pocket.write(tmp_path, task, SEED)
+    assert contents(folder) == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name], "nothing temporary is left"
+
+
+def test_a_stopped_one_leaves_nothing(tmp_path, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pocket, "write_slide", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pocket.write(tmp_path, "place", 0)
+    assert list((tmp_path / "pocket").iterdir()) == []
+
+
+def test_the_reader_of_panda_reads_them(written):
+    name, root = f"pocket/{written.name}", written.parent.parent
+    assert len(reader.load(name, root)) == 24 and reader.status(reader.find(name), root).state == "present"
+    splits = {split: reader.load(name, root, split) for split in reader.SPLITS}
+    assert [len(items) for items in splits.values()] == [12, 6, 6]
+    drawn = pocket.drawn_cells(written)
+    for item in splits["train"]:
+        cells = np.array(list(drawn[item.name].values()))
+        cores, tumour = sum(map(pocket.is_core, cells)), int((cells == pocket.TUMOUR).sum())
+        assert item.grade == (cores if "place" in name else round(tumour / 4)) and item.mask.is_file()
+    assert reader.disagreements(reader.load(name, root)) == []

@@ -1,0 +1,103 @@
+"""ECAMP at pocket scale: what the notebook trains live, the shipped model, and what the committed record says."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from companion import backbones
+from companion.models.ecamp import recipe as runs
+from companion.ops import record
+from companion.ops.files import read_json
+from companion.ops.papers import paper
+from companion.toy import encoders
+from companion.toy.ablations import ecamp as study
+from companion.toy.datasets import chests
+from companion.toy.encoders import chest_ecamp
+
+RATES = {(runs.TASK, method): 1e-3 for method in study.METHODS}
+TRAIN = chest_ecamp.train
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Few chests, few steps."""
+    monkeypatch.setattr(chests, "COUNTS", {"train": 96, "val": 20, "test": 30})
+    monkeypatch.setattr(runs, "STEPS", 3)
+    study.part.cache_clear()
+    yield
+    study.part.cache_clear()
+
+
+def test_the_pocket_setting_is_the_studys(tmp_path, few):
+    found = runs.setting(SimpleNamespace(profile="pocket", seed=3), tmp_path, RATES)
+    assert found.methods == runs.LIVE and found.rates == {"MIM only": 1e-3, "ECAMP": 1e-3}
+    assert {split: len(part.images) for split, part in found.parts.items()} == {"train": 96, "test": 30}
+    for method in found.methods:
+        model, terms = found.build(method), []
+        history = found.learn(model, method, terms)
+        assert len(history) == len(terms) == 3 and history[-1]["loss"] == pytest.approx(terms[-1][0])
+        again = found.build(method)
+        assert found.learn(again, method) == history, "the same seed gives the same bits"
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+        assert (terms[0][3] > 0) == (method == "ECAMP")
+
+
+# --- the shipped model ------------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_model_is_that_of_its_card():
+    model, card = chest_ecamp.build(), encoders.read_card(chest_ecamp.NAME)
+    assert sum(t.numel() for t in model.parameters()) == card["parameters"] and not model.training
+    assert card["world"] == chests.VERSION and card["recipe"]["epochs"] == chest_ecamp.EPOCHS
+    assert chest_ecamp.SEED not in (*study.SEEDS, study.SELECTION_SEED)
+    trained, untrained = card["quality"]["ECAMP"], card["quality"]["untrained"]
+    assert trained["AUROC 50"] > untrained["AUROC 50"] + 5 and trained["Dice"] > untrained["Dice"]
+    assert trained["side gain"] > 50 and trained["finding gain"] > 30 and trained["attention lead, hidden"] > 10
+    assert abs(untrained["side gain"]) < 5
+
+
+def test_it_has_the_words_of_every_seed(tmp_path, few):
+    chests.write(tmp_path, 4)
+    words = study.Vocabulary.read(tmp_path / "pocket" / "chests" / "wordpiece.json")
+    assert len(words) == chest_ecamp.WORDS and words.pieces[5:] == sorted(words.pieces[5:])
+    assert {words.pieces[i] for i in words.entities} == set(chests.FINDINGS)
+
+
+def test_it_can_be_made_again(tmp_path, few, monkeypatch):
+    monkeypatch.setattr(study, "PROBES", {50: 1})
+    monkeypatch.setattr(study, "SEGMENT", study.SEGMENT | {"epochs": 1})
+    monkeypatch.setattr(chest_ecamp, "train", lambda root: TRAIN(root, epochs=0.7))
+    path = chest_ecamp.ship(tmp_path)
+    state = backbones.read_state(path)
+    assert set(state) == set(chest_ecamp.build().state_dict())
+    text = path.with_suffix(".md").read_text()
+    assert "# pocket_ecamp" in text and "sha256" in text
+
+
+# --- the facts and the record -----------------------------------------------------------------------------------------
+
+
+def test_claims_name_what_the_study_measures():
+    facts = paper("ecamp")
+    for claim in facts["claims"]:
+        if claim["kind"] == "directional":
+            assert set(claim["tasks"]) <= set(study.TASKS)
+            assert {claim["better"], claim.get("worse", claim["better"])} <= set(study.METHODS)
+
+
+def test_the_committed_record_says_of_every_claim_what_came_out():
+    """Exact claims hold, every directional one was judged on all seeds, and one that fails gives its reason."""
+    facts = paper("ecamp")
+    ledger = {c["id"]: c for c in read_json(record.root() / "reports" / "pocket" / "ecamp" / "claims.json")}
+    assert list(ledger) == [c["id"] for c in facts["claims"]]
+    for claim in ledger.values():
+        if claim["kind"] == "exact":
+            assert claim["status"] == "holds", claim["id"]
+        elif claim["kind"] == "directional":
+            assert claim["status"] in ("holds", "fails") and claim["seeds"] == study.SEEDS
+            assert bool(claim["why"]) == (claim["status"] == "fails"), claim["id"]
+        else:
+            assert claim["status"] == "not run"

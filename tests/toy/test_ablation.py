@@ -1,0 +1,174 @@
+"""A study goes on where it stopped, keeps rows of other code only when they come out the same, and chooses fairly."""
+
+import os
+import subprocess
+import sys
+import time
+import types
+from concurrent.futures import ThreadPoolExecutor
+
+import pandas as pd
+import psutil
+import pytest
+
+from companion.errors import BadParameter, CorruptFile
+from companion.evaluation import ablations
+from companion.ops.files import read_json
+from companion.toy import ablation as study
+from tests.conftest import kill_when
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """A study of two methods that takes no time; `calls` lists what was trained."""
+    module = types.ModuleType("companion.toy.ablations.fake")
+    module.__file__ = str(tmp_path / "fake.py")
+    module.code = "one"
+    for part in (study, ablations):
+        monkeypatch.setattr(part, "sources", lambda path: [])
+        monkeypatch.setattr(part, "code_hash", lambda paths: module.code)
+    module.METHODS, module.TASKS = {"a": None, "b": None}, {"t": ["a", "b"]}
+    module.RATES, module.SEEDS, module.SELECTION_SEED = [0.1, 0.2], [0, 1, 2], 9
+    module.calls, module.offset = [], 0.0
+    module.prepare = lambda root: None
+
+    def train(method, task, rate, seed, root, split):
+        module.calls.append((split, task, method, rate, seed))
+        return {"accuracy": 10 * rate + (method == "a") + seed + module.offset, "loss": 1.0}
+
+    module.train = train
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda workers, context, start: ThreadPoolExecutor(1))
+    return module
+
+
+def test_every_rate_is_tried_once_and_the_best_tested_with_every_seed(fake, tmp_path):
+    rows = study.run("fake", tmp_path / "out", tmp_path, workers=1)
+    assert len(fake.calls) == 2 * 2 + 2 * 3 == len(rows)
+    assert ablations.selected(rows) == {("t", "a"): 0.2, ("t", "b"): 0.2}
+    assert {c[3] for c in fake.calls if c[0] == "test"} == {0.2}
+    table = ablations.summary(rows).set_index("method")
+    assert table.loc["a", "mean"] - table.loc["b", "mean"] == pytest.approx(1)
+    assert table["count"].tolist() == [3, 3] and table["std"].tolist() == pytest.approx([1, 1])
+
+
+def test_a_study_may_judge_by_another_measure_and_hold_what_is_not_trained(fake, tmp_path):
+    fake.METRIC, fake.UNTRAINED = "SR", ["b"]
+    train = fake.train
+
+    def measured(*job):
+        row = train(*job)
+        return {"SR": -row.pop("accuracy"), "PR": 1.0} | row
+
+    fake.train = measured
+    rows = study.run("fake", tmp_path / "out", tmp_path, workers=1)
+    assert len(fake.calls) == 2 + 2 * 3
+    assert ablations.selected(rows) == {("t", "a"): 0.1}  # the smaller rate: SR falls with it here
+    table = ablations.summary(ablations.read(tmp_path / "out")).set_index("method")
+    assert table.loc["a", "mean"] == pytest.approx(-3) and pd.isna(table.loc["b", "rate"])
+    assert ablations.summary(rows, "PR")["mean"].tolist() == [1, 1]
+
+
+def test_a_stopped_study_goes_on(fake, tmp_path):
+    study.run("fake", tmp_path / "out", tmp_path, workers=1)
+    whole = (tmp_path / "out" / "study.csv").read_text()
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "out" / "study.csv").write_text("".join(lines[:4]))
+    fake.calls.clear()
+    study.run("fake", tmp_path / "out", tmp_path, workers=1)
+    assert len(fake.calls) == 10 - 3
+    again = pd.read_csv(tmp_path / "out" / "study.csv")
+    pd.testing.assert_frame_equal(
+        again.drop(columns="seconds"), ablations.read(tmp_path / "out").drop(columns="seconds")
+    )
+    assert len(again) == 10
+
+
+KILLED = """
+import multiprocessing, os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from companion.toy import ablation as study
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), study._quiet) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600).result()
+"""
+
+
+def test_the_workers_of_a_killed_study_end(tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    with (tmp_path / "pid").open("w") as out:
+        process = subprocess.Popen([sys.executable, str(tmp_path / "killed.py")], stdout=out, env=dict(os.environ))
+    kill_when(process, lambda: (tmp_path / "pid").read_text().endswith("\n"))
+    worker, deadline = int((tmp_path / "pid").read_text()), time.monotonic() + 30
+    while psutil.pid_exists(worker) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the worker goes on"
+        time.sleep(0.1)
+
+
+def test_a_larger_grid_that_chooses_another_rate_drops_what_was_tested_at_the_first(fake, tmp_path):
+    study.run("fake", tmp_path / "out", tmp_path, workers=1)
+    fake.RATES = [0.1, 0.2, 0.3]
+    rows = study.run("fake", tmp_path / "out", tmp_path, workers=1)
+    tested = rows[rows.stage == "test"]
+    assert len(tested) == 2 * 3 and set(tested.rate) == {0.3}
+    assert ablations.summary(rows)["count"].tolist() == [3, 3]
+
+
+def test_rows_of_other_code_are_checked_before_they_are_kept(fake, tmp_path):
+    study.run("fake", tmp_path / "out", tmp_path, workers=1)
+    fake.code = "two"
+    fake.calls.clear()
+    study.run("fake", tmp_path / "out", tmp_path, workers=1)
+    assert len(fake.calls) == study.RECHECKED
+    assert not ablations.stale("fake", tmp_path / "out")
+    fake.code = "three"
+    assert ablations.stale("fake", tmp_path / "out")
+    fake.offset = 1.0
+    with pytest.raises(BadParameter, match="move it away"):
+        study.run("fake", tmp_path / "out", tmp_path, workers=1)
+
+
+def test_seeds_run_apart_and_merged_are_the_study(fake, tmp_path):
+    whole = study.run("fake", tmp_path / "whole", tmp_path, workers=1)
+    fake.calls.clear()
+    study.run("fake", tmp_path / "rates", tmp_path, workers=1, seeds=[])
+    assert {call[0] for call in fake.calls} == {"select"}
+    parts = [tmp_path / f"seed{seed}" for seed in fake.SEEDS]
+    for part, seed in zip(parts, fake.SEEDS, strict=True):
+        study.run("fake", part, tmp_path, workers=1, seeds=[seed], start=tmp_path / "rates")
+    assert len(fake.calls) == len(whole), "rates were chosen once"
+    merged = study.merge("fake", parts, tmp_path / "merged")
+    pd.testing.assert_frame_equal(merged.drop(columns="seconds"), whole.drop(columns="seconds"))
+    assert not ablations.stale("fake", tmp_path / "merged")
+    assert read_json(tmp_path / "merged" / "study.json")["seeds"] == fake.SEEDS
+
+    with pytest.raises(BadParameter, match=r"missing: \[\('t', 'a', 0\), \('t', 'b', 0\)\]"):
+        study.merge("fake", parts[1:], tmp_path / "less")
+    fake.code = "two"
+    with pytest.raises(BadParameter, match="today's code"):
+        study.merge("fake", parts, tmp_path / "less")
+    assert not (tmp_path / "less").exists()
+
+
+def test_ties_take_the_smaller_rate():
+    rows = [{"stage": "select", "task": "t", "method": "a", "rate": r, "seed": 9, "accuracy": 50.0} for r in (0.3, 0.1)]
+    assert ablations.selected(pd.DataFrame(rows)) == {("t", "a"): 0.1}
+
+
+def test_a_choice_at_an_end_of_the_grid_is_named():
+    rates, best = [1, 2, 3], {("t", "low"): 1, ("t", "middle"): 2, ("u", "high"): 3}
+    rows = [
+        {"stage": "select", "task": task, "method": method, "rate": rate, "seed": 0, "accuracy": float(rate == at)}
+        for (task, method), at in best.items()
+        for rate in rates
+    ]
+    rows.append({"stage": "test", "task": "t", "method": "untrained", "rate": 0.0, "seed": 0, "accuracy": 9.0})
+    assert ablations.at_ends(pd.DataFrame(rows)) == [("t", "low"), ("u", "high")]
+
+
+def test_a_file_that_is_no_study(tmp_path):
+    (tmp_path / "study.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(CorruptFile, match=r"study\.csv"):
+        ablations.read(tmp_path)

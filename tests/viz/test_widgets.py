@@ -1,0 +1,238 @@
+"""The explorer is alive without a kernel, small, and the same each time."""
+
+import base64
+import html.parser
+import io
+import itertools
+import re
+import shutil
+
+import ipywidgets
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from PIL import Image
+
+from companion.errors import BadParameter
+from companion.viz import figures, widgets
+
+CONTROLS = {"layer": [1, 2, 3, 4], "method": ["VPT-Deep", "SA²VP"]}
+COLOURS = {key: (40 * key[0], 200 * (key[1] == "SA²VP"), 90) for key in itertools.product(*CONTROLS.values())}
+
+
+def flat_frames():
+    return {key: np.full((30, 40, 3), colour, dtype=np.uint8) for key, colour in COLOURS.items()}
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags = []
+        self.feed(text)
+
+    def all(self, name):
+        return [attributes for tag, attributes in self.tags if tag == name]
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+
+def colour_of(uri):
+    return Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))).convert("RGB").getpixel((5, 5))
+
+
+def test_frames_stand_in_the_order_of_the_controls():
+    page = widgets.explorer(flat_frames(), CONTROLS, "Where the class token looks").data
+    uris = re.findall(r'"(data:image/png;base64,[^"]+)"', page)
+    assert [colour_of(uri) for uri in uris] == list(COLOURS.values())
+    (image,) = Page(page).all("img")
+    assert image["src"] == uris[0]
+    assert image["alt"] == "Where the class token looks: layer 1, method VPT-Deep"
+
+
+def test_controls_are_native_and_labelled():
+    page = Page(widgets.explorer(flat_frames(), CONTROLS, "t").data)
+    assert [a["type"] for a in page.all("input")] == ["range"]
+    assert page.all("input")[0]["max"] == "3" and len(page.all("option")) == 2 and len(page.all("select")) == 1
+    order = [tag for tag, _ in page.tags if tag in ("label", "input", "select")]
+    assert order == ["label", "input", "label", "select"]  # each inside its label
+    # JupyterLab in command mode takes the arrow keys unless the focused field itself says no
+    assert all(a["data-lm-suppress-shortcuts"] == "true" for tag in ("input", "select") for a in page.all(tag))
+
+
+def test_nothing_is_loaded_from_elsewhere():
+    page = widgets.explorer(flat_frames(), CONTROLS, "t").data
+    assert "http" not in page and "//" not in re.sub(r"base64,[^\"]+", "", page) and "import" not in page
+    assert all(a.get("src", "data:").startswith("data:") for _, a in Page(page).tags)
+
+
+def test_the_same_twice_and_one_identity_for_other_pictures():
+    one, two = (widgets.explorer(flat_frames(), CONTROLS, "t").data for _ in range(2))
+    assert one == two
+    darker = widgets.explorer({k: f // 2 for k, f in flat_frames().items()}, CONTROLS, "t").data
+    clean = [re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "PNG", page) for page in (one, darker)]
+    assert one != darker and clean[0] == clean[1]
+
+    def drawn():
+        with figures.style():
+            figure, ax = plt.subplots(figsize=(2, 2))
+            ax.plot([1, 2])
+        return figure
+
+    assert len({widgets.explorer({1: drawn()}, {"step": [1]}).data for _ in range(2)}) == 1
+    assert plt.get_fignums() == []  # closed: they would be shown a second time below the cell
+
+
+def test_text_cannot_break_out():
+    bad = "</script><b>&\"'"
+    page = widgets.explorer({(bad,): np.zeros((8, 8, 3))}, {bad: [bad]}, bad).data
+    assert page.count("</script>") == 1 and Page(page).all("b") == []
+    assert Page(page).all("img")[0]["alt"] == f"{bad}: {bad} {bad}"
+
+
+def test_photographs_fit_and_too_many_are_refused():
+    photo = skimage.data.astronaut()[::2, ::2]
+    page = widgets.explorer({i: np.roll(photo, i, 0) for i in range(6)}, {"shift": list(range(6))}).data
+    assert 100_000 < len(page) <= 300_000
+    noise = np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8)
+    with pytest.raises(BadParameter, match=r"6 pictures, \d+ kB.*at most 300 kB"):
+        widgets.explorer({i: noise for i in range(6)}, {"shift": list(range(6))})
+
+
+def test_small_arrays_grow_and_wrong_ones_are_told():
+    page = widgets.explorer({0: torch.rand(14, 14, 3)}, {"block": [0]}).data
+    picture = Image.open(io.BytesIO(base64.b64decode(Page(page).all("img")[0]["src"].split(",")[1])))
+    assert picture.size == (224, 224)
+    with pytest.raises(BadParameter, match=r"shape \(14, 14\)"):
+        widgets.explorer({0: np.zeros((14, 14))}, {"block": [0]})
+    frames = flat_frames()
+    del frames[3, "SA²VP"]
+    with pytest.raises(BadParameter, match=r"no picture for \(3, 'SA²VP'\)"):
+        widgets.explorer(frames, CONTROLS)
+    with pytest.raises(BadParameter, match=r"no such values \(9, 'SA²VP'\)"):
+        widgets.explorer(flat_frames() | {(9, "SA²VP"): np.zeros((8, 8, 3))}, CONTROLS)
+    with pytest.raises(BadParameter, match="controls"):
+        widgets.explorer({}, {})
+
+
+def test_a_film_moves_and_stands_still_for_who_asks():
+    frames = [np.full((40, 60, 3), 20 * i, np.uint8) for i in range(5)]
+    page = widgets.animation(frames, "a <film>", seconds=0.5).data
+    image, source = Page(page).all("img")[0], Page(page).all("source")[0]
+    film = Image.open(io.BytesIO(base64.b64decode(image["src"].split(",")[1])))
+    assert film.n_frames == 5
+    film.seek(1)
+    film.load()
+    assert film.info["timestamp"] == 500 and film.size == (240, 160)
+    assert image["alt"] == "a <film>" and "prefers-reduced-motion" in source["media"]
+    with pytest.raises(BadParameter, match="at least one"):
+        widgets.animation([], "nothing")
+
+
+def test_a_film_of_large_pictures_shrinks_until_it_fits(monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 255, (9, 256, 256, 3), dtype=np.uint8)
+    page = widgets.animation(noise, "noise").data
+    assert len(page) < 170_000
+    film = Image.open(io.BytesIO(base64.b64decode(Page(page).all("img")[0]["src"].split(",")[1])))
+    assert film.n_frames == 9 and film.size[0] == film.size[1] < 256
+    monkeypatch.setattr(widgets, "FILM", 3_000)
+    with pytest.raises(BadParameter, match="at most 3 kB"):
+        widgets.animation(noise, "noise")
+
+
+def test_live_draws_everything_where_no_one_turns_a_knob(monkeypatch):
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    frames = flat_frames()
+    shown = widgets.live(lambda layer, method: frames[layer, method], "t", **CONTROLS)
+    assert shown.data == widgets.explorer(frames, CONTROLS, "t").data
+
+
+def test_live_computes_on_demand_in_jupyterlab(monkeypatch):
+    monkeypatch.setenv("JPY_SESSION_NAME", "notebooks/sa2vp.ipynb")
+    calls, shown = [], []
+    monkeypatch.setattr(widgets, "display", shown.append)
+
+    def draw(layer, method):
+        calls.append((layer, method))
+        return flat_frames()[layer, method]
+
+    box = widgets.live(draw, "t", **CONTROLS)
+    heading, controls, _ = box.children
+    assert heading.value == "t" and calls == [(1, "VPT-Deep")]
+    slider, choice = controls.children
+    assert isinstance(slider, ipywidgets.SelectionSlider) and isinstance(choice, ipywidgets.Dropdown)
+    slider.value = 3
+    choice.value = "SA²VP"
+    assert calls == [(1, "VPT-Deep"), (3, "VPT-Deep"), (3, "SA²VP")]
+    assert Image.open(io.BytesIO(shown[-1].data)).convert("RGB").getpixel((5, 5)) == COLOURS[3, "SA²VP"]
+
+
+# ---------------------------------------------------------------------------------------------------------- a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install -e '.[test]'")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs Chromium: apt install chromium")
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.mark.browser
+def test_keyboard_turns_the_knobs(browser):
+    # twice the same widget on one page: each keeps its own state
+    text = widgets.explorer(flat_frames(), CONTROLS, "t").data
+    page = browser.new_page()
+    errors = []
+    page.on("pageerror", lambda error: errors.append(error))
+    page.set_content(f"<html><body>{text}{text}</body></html>")
+    first, second = page.locator("img").all()
+
+    def colours():
+        return [colour_of(image.get_attribute("src")) for image in (first, second)]
+
+    start = COLOURS[1, "VPT-Deep"]
+    assert colours() == [start, start]
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert colours() == [COLOURS[3, "VPT-Deep"], start]
+    assert page.locator("output").first.text_content() == "3"
+    assert page.get_by_label("layer").first.get_attribute("aria-valuetext") == "3"
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowDown")
+    assert colours() == [COLOURS[3, "SA²VP"], start]
+    assert first.get_attribute("alt") == "t: layer 3, method SA²VP"
+    page.get_by_label("method").last.select_option("SA²VP")
+    assert colours() == [COLOURS[3, "SA²VP"], COLOURS[1, "SA²VP"]]
+    assert errors == []
+    page.close()
+
+
+@pytest.mark.browser
+def test_without_scripts_the_first_picture_stands_alone(browser):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.set_content(widgets.explorer(flat_frames(), CONTROLS, "t").data)
+    assert page.locator("img").is_visible() and not page.locator("select").is_visible()
+    assert "only the first picture" in page.locator("noscript").inner_text()
+    context.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("ink", "paper"), [("rgb(230, 230, 230)", "rgb(20, 20, 20)"), ("rgb(20, 20, 20)", "white")])
+def test_text_takes_the_colour_of_the_theme(browser, ink, paper):
+    page = browser.new_page()
+    page.set_content(
+        f'<body style="color: {ink}; background: {paper}">{widgets.explorer(flat_frames(), CONTROLS, "t").data}'
+    )
+    for place in ("p", "label", "output", "select"):
+        assert page.locator(place).first.evaluate("e => getComputedStyle(e).color") == ink
+    assert page.locator("select").evaluate("e => getComputedStyle(e).backgroundColor") == "rgba(0, 0, 0, 0)"
+    page.close()
