@@ -32,7 +32,9 @@ from companion.toy.datasets import landcover as pocket_landcover
 from companion.toy.datasets import pedestrians as pocket_pedestrians
 from companion.toy.datasets import slides as pocket_slides
 from companion.toy.datasets import tracking as pocket_tracking
-from companion.training.fit import fit
+from companion.training.checkpoints import Checkpoint
+from companion.training.fit import CPU, fit
+from companion.training.schedules import adamw
 from tests.test_slides import SMALL, drawn, mean_colour, written
 from tests.training.test_fit import noisy_model, pairs, squared
 
@@ -172,9 +174,8 @@ def checkpoint(folder: Path) -> tuple[Path, Read]:
     path = folder / "c.pt"
 
     def run() -> None:
-        fit(
-            noisy_model(), squared, pairs(), epochs=1, batch=8, lr=1e-2, checkpoint=path, resume=True, accelerator="cpu"
-        )
+        settings = dict(epochs=1, batch=8, optimizer=adamw(1e-2), hardware=CPU)
+        fit(noisy_model(), squared, pairs(), **settings, checkpoint=Checkpoint(path))
 
     run()
     return path, run

@@ -27,7 +27,9 @@ from companion.models.ecamp import distil as ecamp_distil
 from companion.models.layers import dino
 from companion.toy import ablation as study
 from companion.toy.datasets import classification
-from companion.training.fit import fit, trained_state
+from companion.training.checkpoints import Checkpoint, trained_state
+from companion.training.fit import CPU, fit
+from companion.training.schedules import adamw
 from tests.test_slides import SMALL, drawn, mean_colour, written
 from tests.test_tracking import clip, pocket_model, sequence
 from tests.training.test_fit import noisy_model, pairs, squared
@@ -60,11 +62,9 @@ def training(folder: Path) -> str:
         pairs(),
         epochs=10,
         batch=8,
-        lr=1e-2,
-        checkpoint=folder / "training.pt",
-        checkpoint_every=3,
-        resume=True,
-        accelerator="cpu",
+        optimizer=adamw(1e-2),
+        checkpoint=Checkpoint(folder / "training.pt", every=3),
+        hardware=CPU,
     )
     return digest([*tensors(trained_state(model)), repr(history).encode()])
 

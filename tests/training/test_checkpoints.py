@@ -1,5 +1,7 @@
 """Checkpoints and weights that a run keeps: found again by what was trained on what, and by nothing else."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -7,8 +9,9 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from companion import backbones
-from companion.training import checkpoints as kept
-from companion.training.fit import fit
+from companion.training.checkpoints import Checkpoint, checkpoint_key, save
+from companion.training.fit import CPU, fit
+from companion.training.schedules import adamw
 
 
 def model(seed: int = 0) -> nn.Module:
@@ -28,39 +31,45 @@ def test_a_stopped_training_goes_on_and_a_finished_one_is_read(tmp_path):
 
     def train(**options):
         one = model()
-        fit(one, loss, data, epochs=3, batch=8, lr=1e-2, accelerator="cpu", checkpoint_every=2, **options)
+        fit(one, loss, data, epochs=3, batch=8, optimizer=adamw(1e-2), hardware=CPU, **options)
         return one.state_dict()
 
     def where():
-        return kept.checkpoint(tmp_path, "par/peta, seed 0", model(), ["a.png"], data.tensors[1])
+        facts = {"model": model(), "images": ["a.png"], "labels": data.tensors[1]}
+        return Checkpoint.of(tmp_path, "par/peta, seed 0", every=2, **facts)
 
     with pytest.raises(KeyboardInterrupt):
-        train(**where())
-    (file,) = tmp_path.iterdir()
-    assert file == where()["checkpoint"] and file.name.startswith("par-peta, seed 0, ")
-    again = train(**where())
+        train(checkpoint=where())
+    assert set(tmp_path.iterdir()) == {where().path, where().history}
+    assert where().path.name.startswith("par-peta, seed 0, ")
+    again = train(checkpoint=where())
     assert len(asked) == 8  # two of six were kept
-    once_more = train(**where())
+    once_more = train(checkpoint=where())
     assert len(asked) == 8
     whole = train()
     for found in (again, once_more):
         assert all(torch.equal(t, whole[n]) for n, t in found.items())
 
 
-def test_other_weights_or_data_are_another_training(tmp_path):
-    labels = torch.zeros(3)
-    one = kept.checkpoint(tmp_path, "x", model(), ["a.png"], labels)
-    assert kept.checkpoint(tmp_path, "x", model(), ["a.png"], labels.clone()) == one
-    others = (model(1), ["a.png"], labels), (model(), ["b.png"], labels), (model(), ["a.png"], labels + 1)
-    assert all(kept.checkpoint(tmp_path, "x", *other) != one for other in others)
+def test_a_key_is_the_same_for_the_same_facts_alone(tmp_path, monkeypatch):
+    facts = {"model": model(), "images": ["a.png"], "labels": torch.zeros(3), "root": tmp_path / "data", "width": 8}
+    one = checkpoint_key(**facts)
+    assert checkpoint_key(**dict(reversed(facts.items()))) == one
+    monkeypatch.chdir(tmp_path)  # a path is where it is, whatever folder the run was started in
+    assert checkpoint_key(**facts | {"model": model(), "labels": torch.zeros(3), "root": Path("data")}) == one
+    others = {"model": model(1), "images": ["b.png"], "labels": torch.ones(3), "root": tmp_path, "width": 8.5}
+    assert len({one} | {checkpoint_key(**facts | {name: value}) for name, value in others.items()}) == 6
+    assert checkpoint_key(**facts | {"labels": torch.zeros(3, dtype=torch.int32)}) != one
+    with pytest.raises(TypeError, match="object"):
+        checkpoint_key(fact=object())
 
 
 def test_weights_are_whole_or_not_there(tmp_path):
     tensor = torch.arange(6.0).view(2, 3)
-    path = kept.save(tmp_path / "trained", "ViT-L/14", {"a": tensor.mT, "b": tensor, "also b": tensor})
+    path = save(tmp_path / "trained", "ViT-L/14", {"a": tensor.mT, "b": tensor, "also b": tensor})
     assert path.name == "ViT-L-14.safetensors"
     found = backbones.read_state(path)
     assert torch.equal(found["a"], tensor.mT) and torch.equal(found["also b"], found["b"])
     with pytest.raises(AttributeError):
-        kept.save(tmp_path / "trained", "x", {"a": 1})
+        save(tmp_path / "trained", "x", {"a": 1})
     assert [file.name for file in path.parent.iterdir()] == [path.name]

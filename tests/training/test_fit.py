@@ -17,22 +17,27 @@ from torch.utils.data import Dataset, TensorDataset
 
 from companion.errors import BadParameter, CorruptFile
 from companion.training import fit as loop
-from companion.training.fit import fit, learning_rates, predict, trained_state
+from companion.training.callbacks import EMA, Callback, ClipNorm, ClipValue, EarlyStop, Lookahead, ema_copy
+from companion.training.checkpoints import Checkpoint, trained_state
+from companion.training.fit import CPU, Hardware, fit, predict
+from companion.training.schedules import adamw, given, learning_rates, param_groups, schedule, sgd
 from tests.conftest import kill_when
 
 SCRIPT = """
 import sys, time
 import torch
 from tests.training.test_fit import noisy_model, pairs, squared
-from companion.training.fit import fit, trained_state
+from companion.training.checkpoints import Checkpoint, trained_state
+from companion.training.fit import CPU, fit
+from companion.training.schedules import adamw
 
 model = noisy_model()
 slow = float(sys.argv[3])
 def loss(model, batch):
     time.sleep(slow)
     return squared(model, batch)
-fit(model, loss, pairs(), epochs=10, batch=8, lr=1e-2, checkpoint=sys.argv[1], checkpoint_every=7, resume=True,
-    accelerator="cpu")
+fit(model, loss, pairs(), epochs=10, batch=8, optimizer=adamw(1e-2), checkpoint=Checkpoint(sys.argv[1], 7),
+    hardware=CPU)
 torch.save(trained_state(model), sys.argv[2])
 """
 
@@ -53,13 +58,13 @@ def squared(model, batch):
 
 
 def run(model, **changes):
-    settings = dict(epochs=5, batch=8, lr=1e-2, accelerator="cpu") | changes
+    settings = dict(epochs=5, batch=8, optimizer=adamw(1e-2), hardware=CPU) | changes
     return fit(model, squared, pairs(), **settings)
 
 
 def test_learns_and_reports_every_step():
     model = nn.Linear(5, 2)
-    history = run(model, epochs=20, lr=5e-2)
+    history = run(model, epochs=20, optimizer=adamw(5e-2))
     assert [row["step"] for row in history] == list(range(160))
     assert history[-1]["loss"] < 0.05 * history[0]["loss"]
     assert not model.training
@@ -87,7 +92,7 @@ def test_frozen_tensors_stay_and_are_not_stored(tmp_path):
     model = noisy_model()
     model[0].requires_grad_(False)
     before = model[0].weight.clone()
-    run(model, checkpoint=tmp_path / "c.pt")
+    run(model, checkpoint=Checkpoint(tmp_path / "c.pt"))
     assert torch.equal(model[0].weight, before)
     assert "0.weight" not in torch.load(tmp_path / "c.pt", weights_only=True)["model"]
 
@@ -102,7 +107,7 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path):
     victim = subprocess.Popen(command("killed", 0.05), env=environment)
     kill_when(victim, (tmp_path / "killed.pt").exists)
     assert not (tmp_path / "killed.out").exists(), "the run finished before it was killed"
-    reached = len(torch.load(tmp_path / "killed.pt", weights_only=True)["history"])
+    reached = torch.load(tmp_path / "killed.pt", weights_only=True)["step"]
     assert 0 < reached < 80
     subprocess.run(command("killed", 0), env=environment, check=True)
     subprocess.run(command("whole", 0), env=environment, check=True)
@@ -114,31 +119,57 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path):
 
 def test_resume_after_the_end_trains_no_more(tmp_path):
     model = noisy_model()
-    history = run(model, checkpoint=tmp_path / "c.pt")
+    history = run(model, checkpoint=Checkpoint(tmp_path / "c.pt"))
     state = trained_state(model)
     again = noisy_model()
-    assert run(again, checkpoint=tmp_path / "c.pt", resume=True) == history
+    assert run(again, checkpoint=Checkpoint(tmp_path / "c.pt")) == history
     assert all(torch.equal(state[n], t) for n, t in trained_state(again).items())
 
 
 def test_numbers_of_numpy_make_a_checkpoint_that_can_be_read(tmp_path):
-    numbers = {"lr": np.float64(0.01), "weight_decay": np.float32(0.5), "clip": np.int64(1), "final_lr": np.float64(0)}
-    settings = dict(epochs=1, batch=8, accelerator="cpu", checkpoint=tmp_path / "c.pt", betas=np.array([0.9, 0.99]))
-    history = fit(noisy_model(), squared, pairs(), **numbers, **settings)
-    plain = {name: number.item() for name, number in numbers.items()}
-    assert fit(noisy_model(), squared, pairs(), **plain, **settings, resume=True) == history
+    def train(number):
+        optimizer = adamw(number(0.01), number(0.5), betas=(number(0.9), number(0.99)))
+        callbacks = [ClipNorm(number(1))]
+        return run(noisy_model(), epochs=1, optimizer=optimizer, callbacks=callbacks, checkpoint=checkpoint)
+
+    checkpoint = Checkpoint(tmp_path / "c.pt")
+    assert train(np.float64) == train(float)
 
 
 def test_resume_refuses_other_settings_and_broken_files(tmp_path):
-    path = tmp_path / "c.pt"
-    run(noisy_model(), checkpoint=path)
+    checkpoint = Checkpoint(tmp_path / "c.pt")
+    run(noisy_model(), checkpoint=checkpoint)
     with pytest.raises(BadParameter, match=r"lr = 0\.5 .*0\.01"):
-        run(noisy_model(), checkpoint=path, resume=True, lr=0.5)
-    path.write_bytes(path.read_bytes()[:100])
+        run(noisy_model(), checkpoint=checkpoint, optimizer=adamw(0.5))
+    with pytest.raises(BadParameter, match=r"optimizer = 'SGD' .*'AdamW'"):
+        run(noisy_model(), checkpoint=checkpoint, optimizer=sgd(1e-2))
+    with pytest.raises(BadParameter, match="schedule"):
+        run(noisy_model(), checkpoint=checkpoint, schedule=schedule("linear"))
+    checkpoint.path.write_bytes(checkpoint.path.read_bytes()[:100])
     with pytest.raises(CorruptFile, match=r"c\.pt"):
-        run(noisy_model(), checkpoint=path, resume=True)
-    with pytest.raises(BadParameter, match="resume"):
-        run(noisy_model(), resume=True)
+        run(noisy_model(), checkpoint=checkpoint)
+
+
+def test_the_history_is_appended_and_cut_to_the_checkpoint(tmp_path):
+    """The cost of a checkpoint does not grow with the steps; rows after the last checkpoint of a killed run go."""
+    checkpoint = Checkpoint(tmp_path / "c.pt", every=4)
+    sizes = []
+
+    class Watch(Callback):
+        def on_step_end(self, loop):
+            sizes.append(len(checkpoint.history.read_text().splitlines()) if checkpoint.history.exists() else 0)
+
+    history = run(noisy_model(), checkpoint=checkpoint, callbacks=[Watch()])
+    assert sizes[3:9] == [0, 5, 5, 5, 5, 9]
+    lines = checkpoint.history.read_text().splitlines()
+    assert len(lines) == 41 and lines[0] == "step,lr,loss"
+    with checkpoint.history.open("a") as file:
+        file.write("40,0.1,3.0\n41,0.")
+    assert run(noisy_model(), checkpoint=Checkpoint(checkpoint.path), callbacks=[Watch()]) == history
+    assert checkpoint.history.read_text().splitlines() == lines
+    checkpoint.history.write_text("\n".join(lines[:9]))
+    with pytest.raises(CorruptFile, match=r"8 rows, and c\.pt is at step 40"):
+        run(noisy_model(), checkpoint=checkpoint, callbacks=[Watch()])
 
 
 class Noisy(Dataset):
@@ -167,7 +198,7 @@ def test_augmentation_depends_on_the_item_not_on_the_process():
 def test_a_batch_in_parts_gives_the_training_of_a_whole_one(parts):
     whole, split = nn.Linear(5, 2), nn.Linear(5, 2)
     split.load_state_dict(whole.state_dict())
-    history = run(whole), run(split, accumulate=parts)
+    history = run(whole), run(split, hardware=Hardware("cpu", accumulate=parts))
     np.testing.assert_allclose(*([row["loss"] for row in rows] for rows in history), rtol=1e-5)
     torch.testing.assert_close(split.weight, whole.weight, rtol=1e-5, atol=1e-6)
 
@@ -179,7 +210,8 @@ def test_a_part_of_a_batch_is_what_the_loss_sees():
         sizes.append(len(batch[0]))
         return squared(model, batch)
 
-    fit(nn.Linear(5, 2), loss, pairs(), epochs=1, batch=8, lr=1e-2, accumulate=3, accelerator="cpu")
+    hardware = Hardware("cpu", accumulate=3)
+    fit(nn.Linear(5, 2), loss, pairs(), epochs=1, batch=8, optimizer=adamw(1e-2), hardware=hardware)
     assert sizes == [3, 3, 2] * 8
 
 
@@ -205,7 +237,8 @@ def test_a_part_is_loaded_when_it_is_needed():
         seen.append(batch[0][:, 0])
         return squared(model, batch)
 
-    fit(nn.Linear(5, 2), loss, data, epochs=1, batch=32, lr=1e-3, accumulate=4, accelerator="cpu")
+    hardware = Hardware("cpu", accumulate=4)
+    fit(nn.Linear(5, 2), loss, data, epochs=1, batch=32, optimizer=adamw(1e-3), hardware=hardware)
     assert asked == [8 * (i + 1) for i in range(8)]
     assert torch.equal(torch.cat(seen).sort()[0], torch.arange(64.0))
 
@@ -225,8 +258,8 @@ def test_betas_reach_the_optimiser():
     def loss(model, batch):  # gradients of 1, then 3
         return model.weight.sum() * (1.0 if not model.weight.any() else 3.0)
 
-    settings = dict(epochs=2, batch=1, lr=0.1, schedule="constant", warmup=0, weight_decay=0, accelerator="cpu")
-    fit(model, loss, data, betas=(0.5, 0.8), **settings)
+    optimizer = adamw(0.1, 0.0, betas=(0.5, 0.8))
+    fit(model, loss, data, epochs=2, batch=1, optimizer=optimizer, schedule=schedule("constant", 0), hardware=CPU)
     mean = (0.5 * 0.5 * 1 + 0.5 * 3) / (1 - 0.5**2)
     square = (0.8 * 0.2 * 1 + 0.2 * 9) / (1 - 0.8**2)
     assert model.weight.item() == pytest.approx(-0.1 - 0.1 * mean / square**0.5, rel=1e-5)
@@ -235,11 +268,11 @@ def test_betas_reach_the_optimiser():
 def test_two_processes_give_the_losses_of_one():
     """The same global batch on two devices (gloo) and on one, to rounding."""
     script = (
-        "import json, torch; from torch import nn; from tests.training.test_fit import run\n"
+        "import json, torch; from torch import nn; from tests.training.test_fit import ClipNorm, Hardware, run\n"
         "out = []\n"
         "for devices in (1, 2):\n"
         "    torch.manual_seed(0); model = nn.Linear(5, 2)\n"
-        "    history = run(model, devices=devices, clip=1.0)\n"
+        "    history = run(model, hardware=Hardware('cpu', devices), callbacks=[ClipNorm(1.0)])\n"
         "    out.append([[row['loss'] for row in history], model.weight.flatten().tolist()])\n"
         "print(json.dumps(out))\n"
     )
@@ -255,7 +288,7 @@ def test_two_processes_give_the_losses_of_one():
 
 def test_mixed_precision_trains():
     model = nn.Linear(5, 2)
-    history = run(model, precision="bf16-mixed", epochs=20, lr=5e-2)
+    history = run(model, hardware=Hardware("cpu", precision="bf16-mixed"), epochs=20, optimizer=adamw(5e-2))
     assert model.weight.dtype == torch.float32
     assert history[-1]["loss"] < 0.2 * history[0]["loss"]
 
@@ -280,7 +313,7 @@ def test_cosine_by_epoch_is_the_schedule_of_coops_code():
     np.testing.assert_allclose(rates[:, 0], expected)
     assert rates[1, 0] == 3.5e-3 and rates[-1, 0] == pytest.approx(1.5e-4, abs=1e-5), "it does not come to 0"
     # in `fit`, the warm-up is a fraction of the steps and an epoch is a pass over the data
-    history = run(nn.Linear(5, 2), epochs=15, schedule="cosine by epoch", warmup=1 / 15, warmup_lr=1e-5, final_lr=0.0)
+    history = run(nn.Linear(5, 2), epochs=15, schedule=schedule("cosine by epoch", 1 / 15, 0.0, 1e-5))
     assert [row["lr"] for row in history] == list(
         learning_rates("cosine by epoch", 1e-2, 120, 8, warmup_lr=1e-5, epoch=8)
     )
@@ -290,8 +323,8 @@ def test_sgd_is_momentum_with_the_decay_in_the_gradient():
     torch.manual_seed(0)
     model = nn.Linear(5, 2)
     weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    settings = dict(optimizer="sgd", momentum=0.9, weight_decay=0.1, decay="all", schedule="constant", warmup=0)
-    history = run(model, epochs=0.5, lr=0.05, **settings)
+    optimizer = sgd(0.05, 0.1, decay="all")
+    history = run(model, epochs=0.5, optimizer=optimizer, schedule=schedule("constant", 0))
     velocity = {name: torch.zeros_like(p) for name, p in weights.items()}
     for row, batch in zip(history, loop._batches(pairs(), 8, 1, 0, 0, 4, 0, 1, 0), strict=True):
         value = F.mse_loss(F.linear(batch[0], weights["weight"], weights["bias"]), batch[1])
@@ -313,68 +346,207 @@ def test_sgd_resumes_to_the_same_bits(tmp_path):
             raise Stopped
         return squared(model, batch)
 
-    settings = dict(epochs=5, batch=8, lr=1e-2, optimizer="sgd", accelerator="cpu")
+    settings = dict(epochs=5, batch=8, optimizer=sgd(1e-2), hardware=CPU)
     whole, cut = noisy_model(), noisy_model()
     fit(whole, squared, pairs(), **settings)
-    kept = dict(checkpoint=tmp_path / "c.pt", checkpoint_every=7)
     with pytest.raises(Stopped):
-        fit(cut, interrupted, pairs(), **settings, **kept)
+        fit(cut, interrupted, pairs(), **settings, checkpoint=Checkpoint(tmp_path / "c.pt", every=7))
     cut = noisy_model()
-    fit(cut, squared, pairs(), **settings, **kept, resume=True)
+    fit(cut, squared, pairs(), **settings, checkpoint=Checkpoint(tmp_path / "c.pt", every=7))
     assert all(torch.equal(t, trained_state(cut)[name]) for name, t in trained_state(whole).items())
-    with pytest.raises(BadParameter, match=r"optimizer = 'adamw' .*'sgd'"):
-        fit(noisy_model(), squared, pairs(), **(settings | {"optimizer": "adamw"}), **kept, resume=True)
 
 
 def test_decay_spares_vectors_unless_all_is_asked():
     model = nn.Linear(3, 2)
-    two, one = loop.decay_groups(model.parameters(), 0.1), loop.decay_groups(model.parameters(), 0.1, "all")
+    two, one = param_groups(model.parameters(), 0.1), param_groups(model.parameters(), 0.1, "all")
     assert [(len(g["params"]), g["weight_decay"]) for g in two] == [(1, 0.1), (1, 0.0)]
     assert [(len(g["params"]), g["weight_decay"]) for g in one] == [(2, 0.1)]
 
 
-def test_sides_have_rates_of_their_own_and_are_clipped_apart(tmp_path):
+def test_parameter_groups_have_schedules_of_their_own_and_are_clipped_apart(tmp_path):
+    def groups(model):
+        first, last = model[0].parameters(), model[4].parameters()
+        return [*param_groups(first, decay="all", name="rests"), *param_groups(last, decay="all", name="learns")]
+
     models = [noisy_model() for _ in range(2)]
     for model in models:  # the first layer rests, and the last one makes steps of known size
-        sides = {
-            "rests": (list(model[0].parameters()), np.zeros(8)),
-            "learns": (list(model[4].parameters()), np.ones(8)),
-        }
-        kept = dict(checkpoint=tmp_path / "c.pt", resume=model is models[1])
-        run(model, lr=None, sides=sides, epochs=1, optimizer="sgd", momentum=0.0, weight_decay=0.0, clip=1e-3, **kept)
+        run(
+            model,
+            epochs=1,
+            optimizer=sgd(1.0, momentum=0.0, groups=groups),
+            callbacks=[ClipNorm(1e-3)],
+            schedule={"rests": given(np.zeros(8)), "learns": given(np.ones(8))},
+            checkpoint=Checkpoint(tmp_path / "c.pt"),
+        )
     before, after = noisy_model(), models[0]
     assert torch.equal(before[0].weight, after[0].weight)
     moved = [(a - b).norm() for a, b in zip(after[4].parameters(), before[4].parameters(), strict=True)]
     assert 0 < torch.stack(moved).norm() <= 8e-3 + 1e-6
     assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True)), "resumed when done"
     one, two = noisy_model(), noisy_model()
-    run(one, clip=0.5)
-    rates = learning_rates("cosine", 1e-2, 40, 4, 1e-7)
-    run(two, lr=None, sides={"all": (list(two.parameters()), rates)}, clip=0.5)
+    run(one, callbacks=[ClipNorm(0.5)])
+    run(two, schedule=given(learning_rates("cosine", 1e-2, 40, 4, 1e-7)), callbacks=[ClipNorm(0.5)])
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(lr=None), "or `sides` in its place"),
-        (dict(lr=None, sides={"all": ([], np.ones(3))}), "40, one for each step"),
-        (dict(batch=65), "1 to 64"),
-        (dict(batch=0), "1 to 64"),
-        (dict(schedule="exponential"), "'cosine'"),
-        (dict(precision="8"), "'bf16-mixed'"),
-        (dict(warmup=2), "0 to 1"),
-        (dict(optimizer="lion"), "'adamw', 'sgd'"),
-        (dict(optimizer="sgd", momentum=1.0), "less than 1"),
-        (dict(decay="biases"), "'matrices', 'all'"),
-        (dict(batch=9, devices=2), "multiple of devices"),
-        (dict(accumulate=9), "1 to 8"),
-        (dict(betas=(0.9, 1.0)), "less than 1"),
+        (lambda: dict(schedule=given(np.ones(3))), "40, one for each step"),
+        (lambda: dict(batch=65), "1 to 64"),
+        (lambda: dict(batch=0), "1 to 64"),
+        (lambda: dict(schedule=schedule("exponential")), "'cosine'"),
+        (lambda: dict(schedule=schedule(warmup=2)), "0 to 1"),
+        (lambda: dict(hardware=Hardware("cpu", precision="8")), "'bf16-mixed'"),
+        (lambda: dict(optimizer=adamw(1e-2, decay="biases")), "'matrices', 'all'"),
+        (lambda: dict(batch=9, hardware=Hardware("cpu", devices=2)), "multiple of devices"),
+        (lambda: dict(hardware=Hardware("cpu", accumulate=9)), "1 to 8"),
+        (lambda: dict(callbacks=[Lookahead(0)]), "1 or more steps"),
     ],
 )
 def test_bad_settings_name_the_accepted_ones(changes, message):
     with pytest.raises(BadParameter, match=message):
-        run(noisy_model(), **changes)
+        run(noisy_model(), **changes())
+
+
+# --- callbacks --------------------------------------------------------------------------------------------------------
+
+
+class Score:
+    """A score by epoch, and the first weight of the model when it was asked for."""
+
+    def __init__(self, *scores):
+        self.scores, self.weights = list(scores), []
+
+    def __call__(self, model):
+        assert not model.training and not torch.is_grad_enabled()
+        self.weights.append(model[0].weight.detach().clone())
+        return self.scores[len(self.weights) - 1]
+
+
+@pytest.mark.parametrize(("ties", "best"), [(False, 1), (True, 3)])
+def test_early_stopping_ends_with_the_best_weights(ties, best):
+    score, model = Score(1.0, 3.0, 2.0, 3.0, 0.0), noisy_model()
+    stop = EarlyStop(score, patience=3, ties=ties)
+    history = run(model, epochs=10, callbacks=[stop])
+    assert len(history) == 5 * 8 and [row[0] for row in stop.scores] == [8, 16, 24, 32, 40]
+    assert torch.equal(model[0].weight, score.weights[best])
+
+
+def test_early_stopping_may_choose_by_one_score_and_stop_by_another():
+    score, model = Score((1.0, -1.0), (2.0, -3.0), (5.0, -2.0), (0.0, -4.0)), noisy_model()
+    assert len(run(model, epochs=4, callbacks=[EarlyStop(score, patience=2)])) == 3 * 8
+    assert torch.equal(model[0].weight, score.weights[2])
+    score = Score((1.0, -1.0), (2.0, -3.0), (5.0, -2.0), (0.0, -4.0))
+    assert len(run(noisy_model(), epochs=4, callbacks=[EarlyStop(score, patience=2, earliest=4)])) == 4 * 8
+    score = Score(9.0, 2.0)
+    run(noisy_model(), epochs=4, callbacks=[EarlyStop(score, first_step=24)])
+    assert len(score.weights) == 2
+
+
+def test_lookahead_by_hand():
+    """slow += alpha (fast - slow); fast = slow, after steps k + 1, 2 k + 1, ..."""
+    fast, slow, plain = [], None, nn.Linear(5, 2)
+    model = nn.Linear(5, 2)
+    model.load_state_dict(plain.state_dict())
+
+    class Record(Callback):
+        def on_step_end(self, loop):
+            fast.append(loop.model.weight.detach().clone())
+
+    settings = dict(epochs=1, optimizer=sgd(0.05, momentum=0.0), schedule=schedule("constant", 0))
+    run(model, callbacks=[Record(), Lookahead(k=2, alpha=0.25)], **settings)
+    weight = plain.weight.detach().clone()
+    bias = plain.bias.detach().clone()
+    for step, batch in enumerate(loop._batches(pairs(), 8, 1, 0, 0, 8, 0, 1, 0)):
+        w, b = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+        gradients = torch.autograd.grad(F.mse_loss(F.linear(batch[0], w, b), batch[1]), [w, b])
+        weight, bias = weight - 0.05 * gradients[0], bias - 0.05 * gradients[1]
+        torch.testing.assert_close(fast[step], weight, rtol=1e-5, atol=1e-6)
+        if step == 0:
+            slow = weight.clone(), bias.clone()
+        elif step % 2 == 0:
+            slow = tuple(s + 0.25 * (f - s) for s, f in zip(slow, (weight, bias), strict=True))
+            weight, bias = slow
+    torch.testing.assert_close(model.weight.detach(), weight, rtol=1e-5, atol=1e-6)
+
+
+def test_a_moving_average_follows_and_is_part_of_the_model():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.student = nn.Linear(5, 2)
+            self.teacher = ema_copy(self.student)
+
+        def forward(self, x):
+            return self.student(x)
+
+    model = Pair()
+    assert not list(model.teacher.parameters()) and "teacher.weight" in trained_state(model)
+    seen, start = [], model.student.weight.detach().clone()
+
+    class Record(Callback):
+        def on_step_end(self, loop):
+            seen.append(loop.model.student.weight.detach().clone())
+
+    ema = EMA([(model.teacher, model.student)], momentum=lambda step: 1 - 1 / step)
+    callbacks = [Record(), ema]
+    fit(
+        model,
+        lambda m, b: squared(m, b),
+        pairs(),
+        epochs=1,
+        batch=8,
+        optimizer=adamw(1e-2),
+        callbacks=callbacks,
+        hardware=CPU,
+    )
+    torch.testing.assert_close(model.teacher.weight, torch.stack(seen).mean(0))  # momentum 1 - 1/n: the mean
+    assert not torch.equal(model.teacher.weight, start)
+
+
+def test_gradients_are_clipped_by_value_and_by_tensor():
+    class Largest(Callback):
+        def on_gradients(self, loop):
+            found.append([p.grad.abs().max().item() for p in loop.model.parameters()])
+            norms.append([p.grad.norm().item() for p in loop.model.parameters()])
+
+    found, norms = [], []
+    run(noisy_model(), epochs=1, callbacks=[ClipValue(1e-3), Largest()])
+    assert max(map(max, found)) == pytest.approx(1e-3)
+    found, norms = [], []
+    run(noisy_model(), epochs=1, callbacks=[ClipNorm(1e-2, per_tensor=True), Largest()])
+    assert sum(norm == pytest.approx(1e-2, rel=1e-3) for row in norms for norm in row) > 8
+
+
+@pytest.mark.parametrize("make", [lambda: Lookahead(2), lambda: EarlyStop(lambda model: -float(model[0].bias.sum()))])
+def test_a_killed_training_with_callbacks_resumes_to_the_same_bits(make, tmp_path):
+    class Killed(Callback):
+        def on_step_end(self, loop):
+            if loop.step == 21:
+                raise KeyboardInterrupt
+
+    whole, cut = noisy_model(), noisy_model()
+    history = run(whole, callbacks=[make(), Callback()])
+    with pytest.raises(KeyboardInterrupt):
+        run(cut, callbacks=[make(), Killed()], checkpoint=Checkpoint(tmp_path / "c.pt", every=5))
+    cut = noisy_model()
+    assert run(cut, callbacks=[make(), Callback()], checkpoint=Checkpoint(tmp_path / "c.pt", every=5)) == history
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), cut.state_dict().values(), strict=True))
+
+
+def test_the_parts_of_a_loss_are_recorded(tmp_path):
+    def loss(model, batch):
+        value = squared(model, batch)
+        return {"loss": value, "half": value / 2}
+
+    for accumulate in (1, 2):
+        checkpoint = Checkpoint(tmp_path / f"{accumulate}.pt")
+        hardware = Hardware("cpu", accumulate=accumulate)
+        settings = dict(epochs=1, batch=8, optimizer=adamw(1e-2), hardware=hardware, checkpoint=checkpoint)
+        history = fit(nn.Linear(5, 2), loss, pairs(), **settings)
+        assert all(row["half"] == pytest.approx(row["loss"] / 2) for row in history)
+        assert fit(nn.Linear(5, 2), loss, pairs(), **settings) == history
 
 
 def test_a_login_node_with_srun_is_no_warning(tmp_path, monkeypatch, recwarn):
@@ -383,7 +555,7 @@ def test_a_login_node_with_srun_is_no_warning(tmp_path, monkeypatch, recwarn):
     srun.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     data = pairs()
-    predict(nn.Identity(), data, accelerator="cpu")
+    predict(nn.Identity(), data, hardware=CPU)
     run(noisy_model())
     assert not [str(warning.message) for warning in recwarn if "srun" in str(warning.message)]
 
@@ -394,7 +566,7 @@ def test_predict_takes_the_first_output_in_order():
             return x * 2, x * 3
 
     data = pairs()
-    assert torch.equal(predict(Two(), data, batch=7, accelerator="cpu"), data.tensors[0] * 2)
+    assert torch.equal(predict(Two(), data, batch=7, hardware=CPU), data.tensors[0] * 2)
 
 
 # --- what a card needs, tried without one -----------------------------------------------------------------------------
@@ -428,7 +600,7 @@ def test_the_moments_of_a_resumed_run_are_where_the_tensors_are(tmp_path, monkey
         return F.mse_loss(model(batch[0]), batch[1].double())
 
     monkeypatch.setattr(loop, "launcher", lambda **settings: Card(**settings))
-    settings = dict(epochs=1, batch=8, lr=1e-2, accelerator="cpu", checkpoint=path, checkpoint_every=2, resume=True)
+    settings = dict(epochs=1, batch=8, optimizer=adamw(1e-2), hardware=CPU, checkpoint=Checkpoint(path, 2))
     for done in ([], [1] * 6):
         torch.manual_seed(0)
         model = Doubled(5, 2)
@@ -444,7 +616,7 @@ def test_the_scale_of_half_precision_is_kept(tmp_path, monkeypatch):
     path, given = tmp_path / "c.pt", []
     monkeypatch.setattr(Precision, "state_dict", lambda self: {"scale": 4.0})
     monkeypatch.setattr(Precision, "load_state_dict", lambda self, state: given.append(state))
-    settings = dict(epochs=1, batch=8, lr=1e-2, accelerator="cpu", checkpoint=path, resume=True)
+    settings = dict(epochs=1, batch=8, optimizer=adamw(1e-2), hardware=CPU, checkpoint=Checkpoint(path))
     for times in range(2):
         fit(nn.Linear(5, 2), lambda model, b: F.mse_loss(model(b[0]), b[1]), pairs(), **settings)
         assert given == [{"scale": 4.0}] * times
@@ -460,7 +632,7 @@ def test_training_does_not_ask_the_cards_for_their_random_state(monkeypatch):
 def test_a_model_comes_back_from_predict_and_can_be_trained(monkeypatch):
     monkeypatch.setattr(loop, "launcher", lambda **settings: Card(**settings))
     model, data = Doubled(5, 2), pairs()
-    said = predict(model, data, accelerator="cpu")
+    said = predict(model, data, hardware=CPU)
     assert said.dtype == torch.float32 and not said.is_inference() and not said.requires_grad
     assert model.sent[-1] == "cpu" and not model.weight.is_inference()
     x = data.tensors[0].clone().requires_grad_()
@@ -472,13 +644,15 @@ TWO = """
 import sys
 import torch
 from torch import nn
-from companion.training.fit import fit, trained_state
+from companion.training.checkpoints import trained_state
+from companion.training.fit import Hardware, fit
+from companion.training.schedules import adamw
 
 data = torch.utils.data.TensorDataset(torch.randn(16, 50, generator=torch.Generator().manual_seed(0)))
 torch.manual_seed(0)
 model = nn.Linear(50, 4000)  # a megabyte: more than a pipe between processes holds
-history = fit(model, lambda m, b: m(b[0]).square().mean(), data, epochs=2, batch=8, lr=1e-2, accelerator="cpu",
-              devices=int(sys.argv[1]))
+history = fit(model, lambda m, b: m(b[0]).square().mean(), data, epochs=2, batch=8, optimizer=adamw(1e-2),
+              hardware=Hardware("cpu", int(sys.argv[1])))
 torch.save({"model": trained_state(model), "history": history}, sys.argv[2])
 """
 

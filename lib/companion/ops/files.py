@@ -69,6 +69,16 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def full_disk_is_said(path: Path) -> Iterator[None]:
+    """Raise `CannotWrite` when the block fails because the disk is full."""
+    try:
+        yield
+    except Exception as error:
+        _if_full(path, error)
+        raise
+
+
 def _if_full(path: Path, error: Exception) -> None:
     """Raise `CannotWrite` when that is why `error` came."""
     free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free

@@ -1,49 +1,170 @@
-"""What a training of many hours leaves in its run's folder: a checkpoint to go on from, and the trained weights."""
+"""Checkpoints and final weights of trainings: one key from named facts, one atomic save, resume."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
-from collections.abc import Mapping
+import json
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..ops.files import atomic
+from ..errors import BadParameter, CorruptFile
+from ..ops.files import atomic, full_disk_is_said
+
+if TYPE_CHECKING:
+    from .callbacks import Callback
+    from .fit import Loop
 
 
-def checkpoint(folder: str | Path, name: str, model: nn.Module, *data: object) -> dict[str, object]:
-    """Arguments of `fit` by which a training that was stopped goes on where it was, and a finished one is only read.
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that training changes, by name, on the CPU: parameters that require a gradient, and buffers."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: t.detach().cpu().clone() for name, t in model.state_dict().items() if name not in frozen}
 
-    Args:
-        folder: where the file is, or comes to be.
-        name: of the training, the beginning of the file's name.
-        model: before training. What it starts from is part of the file's name, so that what was trained on other
-            weights is not taken for this one's.
-        data: what tells the training data from others, such as names of files and labels.
+
+def plain(history: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """The history with losses as numbers, in place; those of a GPU are all read at once."""
+    cells = [(row, name) for row in history for name, value in row.items() if isinstance(value, Tensor)]
+    values = torch.stack([row[name].double() for row, name in cells]).tolist() if cells else []
+    for (row, name), value in zip(cells, values, strict=True):
+        row[name] = value
+    return history
+
+
+def checkpoint_key(**facts: object) -> str:
+    """A short hash of named facts: two trainings whose facts differ never share a checkpoint.
+
+    A model counts by its tensors (its weights before training), a path by where it really is, everything else by its
+    value; the order of the names does not matter.
     """
-    digest = hashlib.sha256()
-    for key, tensor in model.state_dict().items():
-        digest.update(key.encode() + _bytes(tensor))
-    for part in data:
-        digest.update(_bytes(part) if isinstance(part, Tensor) else repr(part).encode())
-    return {"checkpoint": _path(folder, f"{name}, {digest.hexdigest()[:16]}.pt"), "resume": True}
+    return hashlib.sha256(json.dumps(_plain(facts), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _plain(fact: object) -> object:
+    """A fact as JSON; tensors by their hash."""
+    if isinstance(fact, nn.Module):
+        return _plain(fact.state_dict())
+    if isinstance(fact, Tensor):
+        data = fact.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return [str(fact.dtype), list(fact.shape), hashlib.sha256(data.tobytes()).hexdigest()]
+    if isinstance(fact, Path):
+        return str(fact.resolve())
+    if isinstance(fact, np.generic):
+        return fact.item()
+    if isinstance(fact, Mapping):
+        return {str(name): _plain(value) for name, value in fact.items()}
+    if isinstance(fact, (list, tuple)):
+        return [_plain(value) for value in fact]
+    if fact is None or isinstance(fact, (bool, int, float, str)):
+        return fact
+    raise TypeError(f"a fact of a checkpoint key is a {type(fact).__name__}: not a value that a hash can name")
+
+
+def file(folder: str | Path, name: str, suffix: str) -> Path:
+    """`folder`/`name``suffix`; the names of datasets and models have slashes in them, file names do not."""
+    return Path(folder) / f"{name.replace('/', '-')}{suffix}"
 
 
 def save(folder: str | Path, name: str, state: Mapping[str, Tensor]) -> Path:
-    """Write `state` as `folder`/`name`.safetensors, under a temporary name first."""
-    path = _path(folder, f"{name}.safetensors")
+    """Write trained weights as `folder`/`name`.safetensors, under a temporary name first; return the path."""
+    path = file(folder, name, ".safetensors")
     with atomic(path) as temporary:
-        # copies: a tensor under two names is none that safetensors takes
+        # copies: safetensors refuses a tensor that has two names
         save_file({key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}, temporary)
     return path
 
 
-def _path(folder: str | Path, name: str) -> Path:
-    """Names of sets and models have strokes in them."""
-    return Path(folder) / name.replace("/", "-")
+class Checkpoint:
+    """The file of a training in progress. Beside it, `<file>.csv` holds the history, a line a step, appended.
 
+    Args:
+        path: of the file.
+        every: steps after which it is written; it is written at the end of the training too.
+    """
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    def __init__(self, path: str | Path, every: int = 200):
+        self.path, self.every = Path(path), every
+        self._written = 0  # rows of the history that are in the file
+
+    @classmethod
+    def of(cls, folder: str | Path, name: str, every: int = 200, **facts: object) -> Checkpoint:
+        """The checkpoint of a training that `facts` tell from others, see `checkpoint_key`."""
+        return cls(file(folder, f"{name}, {checkpoint_key(**facts)}", ".pt"), every)
+
+    @property
+    def history(self) -> Path:
+        """The file of the history."""
+        return self.path.with_name(f"{self.path.name}.csv")
+
+    def read(self, model: nn.Module, settings: Mapping[str, object]) -> dict[str, Any] | None:
+        """What was saved, its history included; None when nothing was.
+
+        Raises:
+            BadParameter: it was saved under other settings, or of another model.
+            CorruptFile: it cannot be read, or its history is shorter than the training.
+        """
+        if not self.path.is_file():
+            return None
+        try:
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            written, step = saved["settings"], saved["step"]
+        except Exception as error:
+            raise CorruptFile(self.path, f"not a checkpoint of fit ({type(error).__name__})") from error
+        for key in dict.fromkeys([*settings, *written]):
+            if written.get(key) != settings.get(key):
+                accepted = f"{written.get(key)!r}, as in the checkpoint to resume ({self.path})"
+                raise BadParameter(key, settings.get(key), accepted)
+        if saved["model"].keys() != trained_state(model).keys():
+            raise BadParameter("model", type(model).__name__, f"the model of the checkpoint to resume ({self.path})")
+        saved["history"] = self._read_history(step)
+        self._written = step
+        return saved
+
+    def write(self, loop: Loop, settings: Mapping[str, object], callbacks: Sequence[Callback]) -> None:
+        """Append the new rows of the history, then save the rest, under a temporary name first."""
+        new = plain(loop.history[self._written :])
+        if self._written == 0:
+            with atomic(self.history) as temporary:
+                temporary.write_text(",".join(new[0]) + "\n", encoding="utf-8")
+        with full_disk_is_said(self.history), self.history.open("a", encoding="utf-8") as lines:
+            lines.writelines(",".join(repr(value) for value in row.values()) + "\n" for row in new)
+            lines.flush()
+            os.fsync(lines.fileno())
+        self._written = loop.step
+        with atomic(self.path) as temporary:
+            torch.save(
+                {
+                    "settings": dict(settings),
+                    "step": loop.step,
+                    "stopped": loop.stopped,
+                    "model": trained_state(loop.model),
+                    "optimizer": loop.optimizer.state_dict(),
+                    "scaler": loop.fabric.strategy.precision.state_dict(),
+                    "callbacks": [callback.state_dict() for callback in callbacks],
+                },
+                temporary,
+            )
+
+    def _read_history(self, step: int) -> list[dict[str, float]]:
+        """The first `step` rows; what a killed run wrote after its last checkpoint is cut off."""
+        try:
+            lines = self.history.read_text(encoding="utf-8").splitlines(keepends=True)
+            rows = [
+                {name: int(value) if name == "step" else float(value) for name, value in row.items()}
+                for row in csv.DictReader(lines[: step + 1])
+            ]
+        except (OSError, ValueError, TypeError) as error:
+            raise CorruptFile(self.history, f"not the history of {self.path.name} ({error})") from error
+        if len(rows) != step:
+            raise CorruptFile(self.history, f"{len(rows)} rows, and {self.path.name} is at step {step}")
+        if len(lines) > step + 1:
+            with atomic(self.history) as temporary:
+                temporary.write_text("".join(lines[: step + 1]), encoding="utf-8")
+        return rows

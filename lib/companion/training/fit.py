@@ -1,7 +1,10 @@
 """One training loop for all papers, on Lightning Fabric: CPU or GPU, any precision, one device or several.
 
+    fit(model, loss, data, epochs=100, batch=40, optimizer=adamw(1e-3), schedule=schedule("cosine"),
+        callbacks=[ClipNorm(1.0)], checkpoint=Checkpoint("run.pt"))
+
 The random numbers of a step depend only on the seed and the step, those of an item's augmentation only on the seed, the
-epoch and the item. So a run that was killed and resumed gives, on one machine, the bits of one that was not.
+epoch and the item. A run that was killed and resumed therefore gives, on one machine, the bits of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -10,8 +13,10 @@ import random
 import tempfile
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,69 +25,70 @@ from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from ..errors import BadParameter, CorruptFile
-from ..ops.files import atomic
+from ..errors import BadParameter
 from ..ops.progress import progress
+from .callbacks import Callback
+from .checkpoints import Checkpoint, plain, trained_state
+from .schedules import MakeOptimizer, Schedule
+from .schedules import schedule as scheduled
 
-SCHEDULES = ("constant", "linear", "cosine", "step", "cosine by epoch")
-OPTIMIZERS = ("adamw", "sgd")
-DECAYS = ("matrices", "all")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
+Batch = tuple[Tensor, ...]
+Loss = Callable[[nn.Module, Batch], "Tensor | Mapping[str, Tensor]"]
+History = list[dict[str, float]]
 
-def learning_rates(
-    schedule: str,
-    base: float,
-    steps: int,
-    warmup: int = 0,
-    final: float = 0.0,
-    *,
-    warmup_lr: float | None = None,
-    epoch: int = 1,
-) -> np.ndarray:
-    """The learning rate of each step, (steps,).
 
-    A warm-up over `warmup` steps, linear from exactly 0 to `base`, both ends included, or constant at `warmup_lr`. Then
-    `schedule`: "constant", "linear" or "cosine" (half a period) from `base` towards `final`; "step": `final` for the
-    last fifth; or "cosine by epoch": one rate for each `epoch` steps, on half a period as long as the whole training
-    that begins after the warm-up, so it ends above `final` (CoOp's code and what is built on it).
+@dataclass(frozen=True)
+class Hardware:
+    """Where and how a training or a prediction runs.
+
+    Attributes:
+        accelerator, devices, precision: as in `lightning_fabric.Fabric`.
+        workers: processes that load data.
+        accumulate: micro-batches in which a device takes its share of a batch, their gradients added up; a loss that is
+            a mean over images comes out the same, in less memory.
     """
-    if schedule not in SCHEDULES:
-        raise BadParameter("schedule", schedule, SCHEDULES)
-    if not 0 <= warmup <= steps:
-        raise BadParameter("warmup", warmup, f"0 to {steps} steps")
-    after = np.arange(steps - warmup)
-    done = after / max(steps - warmup, 1)
-    left = {
-        "constant": np.ones_like(done),
-        "linear": 1 - done,
-        "cosine": (1 + np.cos(np.pi * done)) / 2,
-        "step": np.where(done < 0.8, 1.0, 0.0),
-        "cosine by epoch": (1 + np.cos(np.pi * (after // epoch * epoch) / steps)) / 2,
-    }[schedule]
-    rising = np.linspace(0, base, warmup) if warmup_lr is None else np.full(warmup, warmup_lr)
-    return np.concatenate([rising, final + (base - final) * left])
+
+    accelerator: str = "auto"
+    devices: int = 1
+    precision: str = "32-true"
+    workers: int = 0
+    accumulate: int = 1
 
 
-def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float, decay: str = "matrices") -> list[dict]:
-    """The trained tensors in groups: those with two axes or more decay, vectors and biases only with `decay` "all"."""
-    trained = [p for p in parameters if p.requires_grad]
-    if decay == "all":
-        return [{"params": trained, "weight_decay": weight_decay}]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+CPU = Hardware("cpu")
 
 
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes: the trained tensors and the stored buffers, by name, on the CPU."""
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    return {name: t.detach().cpu().clone() for name, t in model.state_dict().items() if name not in frozen}
+@dataclass
+class Loop:
+    """The state of a training, as callbacks see it.
+
+    Attributes:
+        model: on its device, without Fabric's wrapper.
+        step: finished optimiser steps; `steps` of the whole training, `per_epoch` of an epoch.
+        precision: of `Hardware`.
+        stopped: set to True to end the training after this step.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    fabric: Fabric
+    steps: int
+    per_epoch: int
+    precision: str
+    step: int = 0
+    stopped: bool = False
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def epoch(self) -> int:
+        """Finished epochs."""
+        return self.step // self.per_epoch
 
 
-def launcher(**settings) -> Fabric:
-    """A `Fabric` that keeps to itself that `srun` is there but was not used: true of every notebook on a cluster."""
+def launcher(**settings: Any) -> Fabric:
+    """`Fabric` with the warning that `srun` is available silenced."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The `srun` command is available")
         return Fabric(**settings)
@@ -90,67 +96,41 @@ def launcher(**settings) -> Fabric:
 
 def fit(
     model: nn.Module,
-    loss: Callable[[nn.Module, tuple[Tensor, ...]], Tensor],
+    loss: Loss,
     data: Dataset,
     *,
     epochs: float,
     batch: int,
-    accumulate: int = 1,
-    lr: float | None = None,
-    sides: Mapping[str, tuple[Sequence[nn.Parameter], np.ndarray]] | None = None,
-    optimizer: str = "adamw",
-    momentum: float = 0.9,
-    betas: tuple[float, float] = (0.9, 0.999),
-    weight_decay: float = 1e-4,
-    decay: str = "matrices",
-    schedule: str = "cosine",
-    warmup: float = 0.1,
-    warmup_lr: float | None = None,
-    final_lr: float = 1e-7,
-    clip: float | None = None,
+    optimizer: MakeOptimizer,
+    schedule: Schedule | Mapping[str, Schedule] | None = None,
+    callbacks: Sequence[Callback] = (),
+    checkpoint: Checkpoint | None = None,
     seed: int = 0,
-    accelerator: str = "auto",
-    devices: int = 1,
-    precision: str = "32-true",
-    workers: int = 0,
-    checkpoint: str | Path | None = None,
-    checkpoint_every: int = 200,
-    resume: bool = False,
+    hardware: Hardware = Hardware(),
     name: str = "training",
-) -> list[dict[str, float]]:
-    """Train the tensors of `model` that require a gradient, in place; return its history.
+) -> History:
+    """Train the parameters of `model` that require a gradient, in place; return the history.
 
     Args:
-        loss: from the model and a batch (the tuple that `data` gives, stacked) to a scalar.
+        loss: from the model and a batch (the tuple that `data` gives, stacked) to a scalar, or to named scalars of
+            which "loss" is minimised and the others are recorded.
         data: map-style; a `TensorDataset` is indexed directly, without a loader.
         epochs: passes over the data, a fraction allowed; the last partial batch of a pass is left out.
         batch: images a step, over all devices together.
-        accumulate: parts in which a device takes its share of a batch, one after another, their gradients added up; a
-            loss that is a mean over images comes out the same, in less memory.
-        optimizer: "adamw" (with `betas`, decay apart from the gradient), or "sgd": with `momentum`, not Nesterov's, the
-            decay added to the gradient.
-        weight_decay, decay: see `decay_groups`.
-        lr, final_lr, schedule, warmup, warmup_lr: see `learning_rates`; `warmup` is a fraction of all steps.
-        sides: instead of `lr` and its schedule: by name, tensors and their learning rate at each step, (steps,).
-        clip: largest norm of the gradient, of each side's by itself; None for no clipping.
-        accelerator, devices, precision: as in `lightning_fabric.Fabric`.
-        workers: processes that load data.
-        checkpoint: file written every `checkpoint_every` steps and at the end, under a temporary name first.
-        resume: go on from `checkpoint` when there is one.
+        optimizer: from the model to its optimiser, see `schedules.adamw` and `schedules.sgd`.
+        schedule: learning rates, see `schedules`; by the `name` of the parameter groups where they differ. None: a
+            cosine after a warm-up of a tenth of the steps.
+        callbacks: called in this order, see `callbacks`.
+        checkpoint: where the training is saved, and resumed from when the file exists.
 
     Returns:
-        One row a step: {"step", "lr", "loss"}; with `sides` the rate of the first.
+        One row a step: {"step", "lr" of the first parameter group, "loss", and the other scalars of `loss`}.
 
     Raises:
-        BadParameter: a value outside its range, or a checkpoint to resume that was written under other settings.
+        BadParameter: a value outside its range, or a checkpoint that was written under other settings.
         CorruptFile: the checkpoint cannot be read.
     """
-    # NumPy's numbers, of a table's cells for example, would make a checkpoint that cannot be read back
-    lr, final_lr, warmup_lr, weight_decay, momentum, clip = (
-        value.item() if isinstance(value, np.generic) else value
-        for value in (lr, final_lr, warmup_lr, weight_decay, momentum, clip)
-    )
-    betas = tuple(map(float, betas))
+    devices, accumulate, precision = hardware.devices, hardware.accumulate, hardware.precision
     if batch < 1 or batch > len(data):
         raise BadParameter("batch", batch, f"1 to {len(data)}, the images there are")
     if batch % devices:
@@ -159,113 +139,83 @@ def fit(
         raise BadParameter("accumulate", accumulate, f"1 to {batch // devices}, a device's images of a step")
     if precision not in PRECISIONS:
         raise BadParameter("precision", precision, PRECISIONS)
-    if decay not in DECAYS:
-        raise BadParameter("decay", decay, DECAYS)
-    if optimizer not in OPTIMIZERS:
-        raise BadParameter("optimizer", optimizer, OPTIMIZERS)
-    if not 0 <= momentum < 1:
-        raise BadParameter("momentum", momentum, "0 or more and less than 1")
-    if not all(0 <= beta < 1 for beta in betas):
-        raise BadParameter("betas", betas, "0 or more and less than 1")
-    if not 0 <= warmup <= 1:
-        raise BadParameter("warmup", warmup, "a fraction of the steps, 0 to 1")
-    if resume and checkpoint is None:
-        raise BadParameter("resume", resume, "True only with a checkpoint file")
     per_epoch = len(data) // batch
     steps = max(1, round(epochs * per_epoch))
-    if (lr is None) == (sides is None):
-        raise BadParameter("lr", lr, "a number, or `sides` in its place")
-    if sides is None:
-        schedules = (schedule, lr, steps, round(warmup * steps), final_lr)
-        rates = learning_rates(*schedules, warmup_lr=warmup_lr, epoch=per_epoch)
-        sides = {"all": ([p for p in model.parameters() if p.requires_grad], rates)}
-    for side, (_, rates) in sides.items():
-        if len(rates) != steps:
-            raise BadParameter("sides", f"{len(rates)} rates of {side!r}", f"{steps}, one for each step")
-    settings = {
-        "steps": steps,
-        "batch": batch,
-        "lr": lr,
-        "final_lr": final_lr,
-        "schedule": schedule,
-        "warmup": warmup,
-        "warmup_lr": warmup_lr,
-        "optimizer": optimizer,
-        "momentum": momentum,
-        "betas": list(betas),
-        "weight_decay": weight_decay,
-        "accumulate": accumulate,
-        "decay": decay,
-        "clip": clip,
-        "seed": seed,
-        "images": len(data),
-        "precision": precision,
-        "sides": {side: zlib.crc32(np.asarray(rates, float).tobytes()) for side, (_, rates) in sides.items()},
-        "tensors": zlib.crc32(repr([(n, tuple(t.shape)) for n, t in trained_state(model).items()]).encode()),
-    }
-    saved = _read(checkpoint, settings) if resume and Path(checkpoint).is_file() else None
+    optim = optimizer(model)
+    rates = _learning_rates(optim, schedule or scheduled(), steps, per_epoch)
+    settings = {"steps": steps, "batch": batch, "images": len(data), "seed": seed, "accumulate": accumulate}
+    settings |= {"precision": precision} | _settings(optim, rates)
+    saved = checkpoint.read(model, settings) if checkpoint else None
 
     # processes are forked, so that what a notebook defines can be trained on several devices
     strategy = "auto" if devices == 1 else DDPStrategy(start_method="fork", find_unused_parameters=True)
-    fabric = launcher(accelerator=accelerator, devices=devices, precision=precision, strategy=strategy)
+    fabric = launcher(accelerator=hardware.accelerator, devices=devices, precision=precision, strategy=strategy)
 
     def train(fabric: Fabric) -> dict | None:
-        groups = [
-            group | {"side": side}
-            for side, (parameters, _) in sides.items()
-            for group in decay_groups(parameters, weight_decay, decay)
-        ]
-        sgd = optimizer == "sgd"
-        optim = torch.optim.SGD(groups, 0.0, momentum) if sgd else torch.optim.AdamW(groups, 0.0, betas)
         if saved:
             model.load_state_dict(saved["model"], strict=False)
-        history = list(saved["history"]) if saved else []
-        wrapped, optim = fabric.setup(model, optim)
-        if saved:  # not before: the moments go where the tensors are
+        wrapped, wrapped_optim = fabric.setup(model, optim)
+        loop = Loop(model, optim, fabric, steps, per_epoch, precision)
+        if saved:  # after setup: the moments go to the parameters' device
             optim.load_state_dict(saved["optimizer"])
-            if saved.get("precision"):  # the scale of the losses in half precision
-                fabric.strategy.precision.load_state_dict(saved["precision"])
+            if saved["scaler"]:
+                fabric.strategy.precision.load_state_dict(saved["scaler"])
+            for callback, state in zip(callbacks, saved["callbacks"], strict=True):
+                callback.load_state_dict(state)
+            loop.history, loop.step, loop.stopped = saved["history"], saved["step"], saved["stopped"]
         wrapped.train()
-        start, rank, ranks = len(history), fabric.global_rank, fabric.world_size
-        stream = _batches(data, batch, accumulate, seed, start, steps, rank, ranks, workers)
-        shown = progress(range(start, steps), name, steps, start) if rank == 0 else range(start, steps)
-        for step in shown:
+        rank, ranks, start = fabric.global_rank, fabric.world_size, loop.step
+        stream = _batches(data, batch, accumulate, seed, start, steps, rank, ranks, hardware.workers)
+        remaining = range(start, start if loop.stopped else steps)
+        for step in progress(remaining, name, steps, start) if rank == 0 else remaining:
             part = next(stream)
             torch.manual_seed(_mix(seed, step, rank))
-            for group in optim.param_groups:
-                group["lr"] = float(sides[group["side"]][1][step])
-            mean = torch.zeros((), device=fabric.device)
+            for group, lrs in zip(optim.param_groups, rates, strict=True):
+                group["lr"] = float(lrs[step])
+            row: dict[str, Any] = {"step": step, "lr": float(rates[0][step])}
             for i in range(accumulate):
                 part = next(stream) if i else part
+                share = len(part[0]) / (batch // ranks)
                 with fabric.no_backward_sync(wrapped, enabled=i + 1 < accumulate):
-                    value = loss(wrapped, tuple(x.to(fabric.device) for x in part))
-                    value = value * (len(part[0]) / (batch // ranks))
+                    found = loss(wrapped, tuple(x.to(fabric.device) for x in part))
+                    terms = found if isinstance(found, Mapping) else {"loss": found}
+                    value = terms["loss"] * share
                     fabric.backward(value)
-                mean += value.detach()
-            if clip is not None:
-                fabric.strategy.precision.unscale_gradients(optim.optimizer)
-                for side in sides:
-                    own = [p for group in optim.param_groups if group["side"] == side for p in group["params"]]
-                    # half precision begins with steps that overflow, which its scaler leaves out
-                    nn.utils.clip_grad_norm_(own, clip, error_if_nonfinite=precision != "16-mixed")
-            optim.step()
+                for term, number in terms.items():
+                    row[term] = row.get(term, 0) + (value if term == "loss" else number * share).detach()
+            if callbacks:
+                fabric.strategy.precision.unscale_gradients(optim)
+                for callback in callbacks:
+                    callback.on_gradients(loop)
+            wrapped_optim.step()
             optim.zero_grad(set_to_none=True)
             if ranks > 1:
-                mean = fabric.all_reduce(mean, reduce_op="mean")
-            history.append({"step": step, "lr": optim.param_groups[0]["lr"], "loss": mean})
-            if checkpoint and ((step + 1) % checkpoint_every == 0 or step + 1 == steps) and rank == 0:
-                _write(checkpoint, settings, model, optim, fabric.strategy.precision.state_dict(), history)
-        done = {"model": trained_state(model), "history": _plain(history)}
+                row |= {k: fabric.all_reduce(v, reduce_op="mean") for k, v in row.items() if isinstance(v, Tensor)}
+            loop.history.append(row)  # losses stay tensors: a GPU is not waited for at each step
+            loop.step += 1
+            for callback in callbacks:
+                callback.on_step_end(loop)
+            if loop.step % per_epoch == 0 or loop.step == steps:
+                for callback in callbacks:
+                    callback.on_epoch_end(loop)
+            ended = loop.stopped or loop.step == steps
+            if checkpoint and rank == 0 and (ended or loop.step % checkpoint.every == 0):
+                checkpoint.write(loop, settings, callbacks)
+            if ended:
+                break
+        for callback in callbacks:
+            callback.on_fit_end(loop)
+        done = {"model": trained_state(model), "history": plain(loop.history)}
         if ranks == 1:
             return done
-        # by a file: what a process gives back is read when it has ended, and with more than a pipe holds it never ends
+        # by a file: a process that returns more than a pipe holds never ends
         if rank == 0:
             torch.save(done, result)
         return None
 
     with tempfile.TemporaryDirectory(prefix="fit-") as folder:
         result = Path(folder) / "result.pt"
-        # of the CPU alone: asking the cards for their state would start CUDA, and then no process could be forked
+        # of the CPU alone: asking GPUs for their state would start CUDA, and then no process could be forked
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # the batches are dealt to the devices here, and the loader's workers are the caller's choice
             warnings.filterwarnings("ignore", module="lightning_fabric")
@@ -276,26 +226,18 @@ def fit(
     return found["history"]
 
 
-def predict(
-    model: nn.Module,
-    data: Dataset,
-    *,
-    batch: int = 256,
-    accelerator: str = "auto",
-    precision: str = "32-true",
-    workers: int = 0,
-) -> Tensor:
-    """What `model`, in eval mode, gives for the first entry of every item, stacked, on the CPU as float32.
+def predict(model: nn.Module, data: Dataset, *, batch: int = 256, hardware: Hardware = Hardware()) -> Tensor:
+    """The outputs of `model`, in eval mode, for the first entry of every item, stacked, on the CPU as float32.
 
-    A model with several outputs (a tuple) gives the first. The model is on the CPU afterwards, as after `fit`.
+    Of a model with several outputs (a tuple), the first. The model is on the CPU afterwards, as after `fit`.
     """
-    fabric = launcher(accelerator=accelerator, devices=1, precision=precision)
+    fabric = launcher(accelerator=hardware.accelerator, devices=1, precision=hardware.precision)
     # moved outside of inference mode: tensors that are moved within it cannot be trained any more
     wrapped = fabric.setup_module(model.eval())
     if isinstance(data, TensorDataset):
         stream = data.tensors[0].split(batch)
     else:
-        stream = (items[0] for items in DataLoader(data, batch, num_workers=workers))
+        stream = (items[0] for items in DataLoader(data, batch, num_workers=hardware.workers))
     outputs = []
     with torch.inference_mode():
         for images in stream:
@@ -303,6 +245,36 @@ def predict(
             outputs.append((output[0] if isinstance(output, tuple) else output).float().cpu())
     model.to("cpu")
     return torch.cat(outputs)
+
+
+def _learning_rates(
+    optimizer: torch.optim.Optimizer, schedule: Schedule | Mapping[str, Schedule], steps: int, per_epoch: int
+) -> list[np.ndarray]:
+    """The learning rate of each step, for each parameter group."""
+    found = []
+    for group in optimizer.param_groups:
+        of = schedule[group["name"]] if isinstance(schedule, Mapping) else schedule
+        rates = of(group["lr"], steps, per_epoch)
+        if len(rates) != steps:
+            where = f"{len(rates)} learning rates of parameter group {group.get('name', 0)!r}"
+            raise BadParameter("schedule", where, f"{steps}, one for each step")
+        found.append(rates)
+    return found
+
+
+def _settings(optimizer: torch.optim.Optimizer, rates: Sequence[np.ndarray]) -> dict[str, object]:
+    """What tells an optimiser from another: its class, and the options, learning rates and shapes of each group."""
+    found: dict[str, object] = {"optimizer": type(optimizer).__name__}
+    for i, (group, lrs) in enumerate(zip(optimizer.param_groups, rates, strict=True)):
+        options = {key: value for key, value in group.items() if key != "params"}
+        options |= {"lr": float(max(lrs)), "schedule": zlib.crc32(np.asarray(lrs, float).tobytes())}
+        options["shapes"] = [list(p.shape) for p in group["params"]]
+        for key, value in options.items():
+            value = (
+                value.item() if isinstance(value, np.generic) else list(value) if isinstance(value, tuple) else value
+            )
+            found[key if i == 0 else f"{key} of group {i}"] = value
+    return found
 
 
 def _mix(*numbers: int) -> int:
@@ -332,10 +304,10 @@ class _Seeded(Dataset):
 
 def _batches(
     data: Dataset, batch: int, parts: int, seed: int, start: int, stop: int, rank: int, ranks: int, workers: int
-) -> Iterator[tuple[Tensor, ...]]:
+) -> Iterator[Batch]:
     """The batches of steps `start` to `stop`: in an order that the seed fixes, new each epoch; a device's share.
 
-    Each comes in `parts`, one after the other: 8,192 pictures of 448 pixels at once would be 20 GB, and every worker
+    Each comes in `parts`, one after the other: 8,192 images of 448 pixels at once would be 20 GB, and every worker
     of a loader keeps two such batches ready. The indices are made as they are needed, for millions of steps.
     """
     per_epoch = len(data) // batch
@@ -355,34 +327,3 @@ def _batches(
             yield tuple(t[chosen] for t in data.tensors)
     else:
         yield from DataLoader(_Seeded(data, seed), batch_sampler=indices(), num_workers=workers)
-
-
-def _plain(history: list[dict]) -> list[dict[str, float]]:
-    """Losses stay tensors while training, so that a GPU is not waited for at each step."""
-    return [{**row, "loss": float(row["loss"])} for row in history]
-
-
-def _write(path: str | Path, settings: dict, model: nn.Module, optimizer, precision: dict, history: list[dict]) -> None:
-    with atomic(path) as temporary:
-        torch.save(
-            {
-                "settings": settings,
-                "model": trained_state(model),
-                "optimizer": optimizer.state_dict(),
-                "precision": precision,
-                "history": _plain(history),
-            },
-            temporary,
-        )
-
-
-def _read(path: str | Path, settings: dict) -> dict:
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        written = saved["settings"]
-    except Exception as error:
-        raise CorruptFile(path, f"not a checkpoint of fit ({type(error).__name__})") from error
-    for key, value in settings.items():
-        if written.get(key) != value:
-            raise BadParameter(key, value, f"{written.get(key)!r}, as in the checkpoint to resume ({path})")
-    return saved

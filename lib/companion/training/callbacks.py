@@ -1,0 +1,208 @@
+"""Callbacks of `fit`: gradient clipping, early stopping, moving averages of weights, Lookahead.
+
+A callback of your own overrides the hooks that it needs. Its `state_dict` is part of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import BadParameter
+from .checkpoints import trained_state
+
+if TYPE_CHECKING:
+    from .fit import Loop
+
+
+class Callback:
+    """A callback that does nothing.
+
+    Hooks: `on_gradients` after the backward pass, gradients unscaled, before the optimiser's step; `on_step_end`;
+    `on_epoch_end`, also at the end of a training that ends within an epoch; `on_fit_end`. Setting `loop.stopped` in any
+    of them ends the training.
+    """
+
+    def on_gradients(self, loop: Loop) -> None:
+        """Before the optimiser's step."""
+
+    def on_step_end(self, loop: Loop) -> None:
+        """After the optimiser's step; `loop.step` counts it."""
+
+    def on_epoch_end(self, loop: Loop) -> None:
+        """After the last step of an epoch."""
+
+    def on_fit_end(self, loop: Loop) -> None:
+        """After the last step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs; tensors and plain Python values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a `state_dict`."""
+
+
+class ClipNorm(Callback):
+    """Clip the gradient to a largest norm: of all parameter groups of one `name` together, or of each tensor by itself.
+
+    Args:
+        max_norm: the largest norm.
+        per_tensor: clip each tensor by itself, as DINO's code does.
+    """
+
+    def __init__(self, max_norm: float, *, per_tensor: bool = False):
+        self.max_norm, self.per_tensor = float(max_norm), per_tensor
+
+    def on_gradients(self, loop: Loop) -> None:
+        """Clip."""
+        # half precision begins with steps that overflow, which its scaler leaves out
+        strict = loop.precision != "16-mixed"
+        groups: dict[object, list[nn.Parameter]] = {}
+        for group in loop.optimizer.param_groups:
+            groups.setdefault(group.get("name"), []).extend(group["params"])
+        for parameters in groups.values():
+            for one in [[p] for p in parameters] if self.per_tensor else [parameters]:
+                nn.utils.clip_grad_norm_(one, self.max_norm, error_if_nonfinite=strict)
+
+
+class ClipValue(Callback):
+    """Clip every entry of the gradient to [-max_value, max_value]."""
+
+    def __init__(self, max_value: float):
+        self.max_value = float(max_value)
+
+    def on_gradients(self, loop: Loop) -> None:
+        """Clip."""
+        for group in loop.optimizer.param_groups:
+            nn.utils.clip_grad_value_(group["params"], self.max_value)
+
+
+class EarlyStop(Callback):
+    """Score the model after each epoch; end with its best weights, and end early when the score stops rising.
+
+    Args:
+        score: from the model, in eval mode and without autograd, to its score (higher is better); or to two numbers: by
+            the first the best weights are chosen, by the second the training is stopped.
+        patience: epochs without a new best after which training stops; 0: never.
+        earliest: epoch before which it does not stop.
+        first_step: steps before which nothing is scored.
+        ties: of equal scores the later weights are taken.
+
+    Attributes:
+        scores: one for each epoch scored, (step, score, stopping score).
+    """
+
+    def __init__(
+        self,
+        score: Callable[[nn.Module], float | tuple[float, float]],
+        patience: int = 0,
+        *,
+        earliest: int = 0,
+        first_step: int = 0,
+        ties: bool = False,
+    ):
+        self.score, self.patience, self.earliest = score, patience, earliest
+        self.first_step, self.ties = first_step, ties
+        self.scores: list[tuple[int, float, float]] = []
+        self.best: dict[str, Tensor] = {}
+
+    def on_epoch_end(self, loop: Loop) -> None:
+        """Score, keep, maybe stop."""
+        if loop.step < self.first_step:
+            return
+        loop.model.eval()
+        with torch.no_grad():
+            found = self.score(loop.model)
+        loop.model.train()
+        value, other = found if isinstance(found, tuple) else (found, found)
+        before = max((row[1] for row in self.scores), default=-np.inf)
+        self.scores.append((loop.step, float(value), float(other)))
+        if value > before or (self.ties and value == before) or not self.best:
+            self.best = trained_state(loop.model)
+        waited = len(self.scores) - 1 - int(np.argmax([row[2] for row in self.scores]))
+        if self.patience and loop.epoch >= self.earliest and waited >= self.patience:
+            loop.stopped = True
+
+    def on_fit_end(self, loop: Loop) -> None:
+        """Put the best weights back."""
+        loop.model.load_state_dict(self.best, strict=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Scores and best weights."""
+        return {"scores": self.scores, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over."""
+        self.scores, self.best = [tuple(row) for row in state["scores"]], state["best"]
+
+
+class Lookahead(Callback):
+    """Pull the parameters towards slow copies of them (Zhang et al., 2019): slow += alpha (fast - slow); fast = slow.
+
+    The copies are taken after the first step, and the pulls follow after steps k + 1, 2 k + 1, ...
+    """
+
+    def __init__(self, k: int = 5, alpha: float = 0.5):
+        if k < 1 or not 0 < alpha <= 1:
+            raise BadParameter("k, alpha", (k, alpha), "1 or more steps, and a share above 0, at most 1")
+        self.k, self.alpha, self.slow = k, alpha, []
+
+    @torch.no_grad()
+    def on_step_end(self, loop: Loop) -> None:
+        """Copy or pull."""
+        fast = [p for group in loop.optimizer.param_groups for p in group["params"]]
+        if not self.slow:
+            self.slow = [p.detach().clone() for p in fast]
+        elif (loop.step - 1) % self.k == 0:
+            self.slow = [slow.to(p.device) for slow, p in zip(self.slow, fast, strict=True)]
+            for slow, p in zip(self.slow, fast, strict=True):
+                p.copy_(slow.lerp_(p, self.alpha))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The slow copies."""
+        return {"slow": self.slow}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over."""
+        self.slow = state["slow"]
+
+
+class EMA(Callback):
+    """Exponential moving averages of modules, updated after each step.
+
+    Args:
+        pairs: of an average (see `ema_copy`), which is a part of the model, and the module that it follows.
+        momentum: from the number of finished steps to the share of the average that stays.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[nn.Module, nn.Module]], momentum: Callable[[int], float]):
+        self.pairs, self.momentum = list(pairs), momentum
+
+    def on_step_end(self, loop: Loop) -> None:
+        """Update the averages."""
+        for average, module in self.pairs:
+            ema_update(average, module, self.momentum(loop.step))
+
+
+def ema_copy(module: nn.Module) -> nn.Module:
+    """A copy of a module whose parameters are buffers: stored with a checkpoint, and without gradients."""
+    twin = copy.deepcopy(module)
+    for part in twin.modules():
+        for name, value in list(part.named_parameters(recurse=False)):
+            del part._parameters[name]
+            part.register_buffer(name, value.detach().clone())
+    return twin
+
+
+@torch.no_grad()
+def ema_update(average: nn.Module, module: nn.Module, momentum: float) -> None:
+    """Move an average towards the parameters of a module: `momentum` of the average stays."""
+    own = dict(average.named_buffers())
+    for name, value in module.named_parameters():
+        own[name].lerp_(value, 1 - momentum)

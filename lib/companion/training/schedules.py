@@ -1,0 +1,131 @@
+"""Learning rate schedules, and optimisers with the parameter groups that the papers use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import BadParameter
+
+Schedule = Callable[[float, int, int], np.ndarray]
+"""From a base learning rate, the steps of the training and those of an epoch to the learning rate of each step."""
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+
+SCHEDULES = ("constant", "linear", "cosine", "step", "cosine by epoch")
+DECAYS = ("matrices", "all")
+
+
+def learning_rates(
+    schedule: str,
+    base: float,
+    steps: int,
+    warmup: int = 0,
+    final: float = 0.0,
+    *,
+    warmup_lr: float | None = None,
+    epoch: int = 1,
+) -> np.ndarray:
+    """The learning rate of each step, (steps,).
+
+    A warm-up over `warmup` steps, linear from exactly 0 to `base`, both ends included, or constant at `warmup_lr`. Then
+    `schedule`: "constant", "linear" or "cosine" (half a period) from `base` towards `final`; "step": `final` for the
+    last fifth; or "cosine by epoch": one learning rate for each `epoch` steps, on half a period as long as the whole
+    training that begins after the warm-up, so it ends above `final` (CoOp's code and what is built on it).
+    """
+    if schedule not in SCHEDULES:
+        raise BadParameter("schedule", schedule, SCHEDULES)
+    if not 0 <= warmup <= steps:
+        raise BadParameter("warmup", warmup, f"0 to {steps} steps")
+    after = np.arange(steps - warmup)
+    done = after / max(steps - warmup, 1)
+    left = {
+        "constant": np.ones_like(done),
+        "linear": 1 - done,
+        "cosine": (1 + np.cos(np.pi * done)) / 2,
+        "step": np.where(done < 0.8, 1.0, 0.0),
+        "cosine by epoch": (1 + np.cos(np.pi * (after // epoch * epoch) / steps)) / 2,
+    }[schedule]
+    rising = np.linspace(0, base, warmup) if warmup_lr is None else np.full(warmup, warmup_lr)
+    return np.concatenate([rising, final + (base - final) * left])
+
+
+def schedule(
+    kind: str = "cosine", warmup: float = 0.1, final_lr: float = 1e-7, warmup_lr: float | None = None
+) -> Schedule:
+    """A schedule of `learning_rates` for `fit`; `warmup` is a fraction of all steps, 0 to 1.
+
+    Raises:
+        BadParameter: an unknown kind, or a fraction out of range.
+    """
+    if kind not in SCHEDULES:
+        raise BadParameter("schedule", kind, SCHEDULES)
+    if not 0 <= warmup <= 1:
+        raise BadParameter("warmup", warmup, "a fraction of the steps, 0 to 1")
+
+    def of(base: float, steps: int, per_epoch: int) -> np.ndarray:
+        return learning_rates(kind, base, steps, round(warmup * steps), final_lr, warmup_lr=warmup_lr, epoch=per_epoch)
+
+    return of
+
+
+def given(learning_rates: np.ndarray) -> Schedule:
+    """A schedule of explicit learning rates, one a step, whatever the base learning rate."""
+    return lambda base, steps, per_epoch: np.asarray(learning_rates, float)
+
+
+def param_groups(
+    parameters: Iterable[nn.Parameter], weight_decay: float = 0.0, decay: str = "matrices", **options: Any
+) -> list[dict[str, Any]]:
+    """Parameter groups of the tensors that require a gradient.
+
+    Args:
+        decay: "matrices": tensors with two axes or more decay, vectors and biases do not; "all": everything decays.
+        options: of each group, such as `name`, `lr` or `clip` (see `callbacks.ClipNorm`).
+    """
+    if decay not in DECAYS:
+        raise BadParameter("decay", decay, DECAYS)
+    trained = [p for p in parameters if p.requires_grad]
+    if decay == "all":
+        return [{"params": trained, "weight_decay": float(weight_decay)} | options]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": float(weight_decay)} | options,
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0} | options,
+    ]
+
+
+def adamw(
+    lr: float,
+    weight_decay: float = 1e-4,
+    *,
+    decay: str = "matrices",
+    betas: tuple[float, float] = (0.9, 0.999),
+    groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
+) -> MakeOptimizer:
+    """AdamW of a model's trainable parameters, in `param_groups` or in the groups that `groups` makes of the model."""
+
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        found = param_groups(model.parameters(), weight_decay, decay) if groups is None else groups(model)
+        return torch.optim.AdamW(found, float(lr), tuple(map(float, betas)), weight_decay=float(weight_decay))
+
+    return make
+
+
+def sgd(
+    lr: float,
+    weight_decay: float = 0.0,
+    *,
+    momentum: float = 0.9,
+    decay: str = "matrices",
+    groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
+) -> MakeOptimizer:
+    """SGD with momentum (not Nesterov's) and the weight decay added to the gradient; groups as in `adamw`."""
+
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        found = param_groups(model.parameters(), weight_decay, decay) if groups is None else groups(model)
+        return torch.optim.SGD(found, float(lr), float(momentum), weight_decay=float(weight_decay))
+
+    return make
