@@ -92,7 +92,7 @@ def test_the_seeds_of_a_study_are_read_from_its_text(root: Path, tmp_path: Path)
     from companion.toy.ablations import sa2vp
 
     assert batch.seeds(root / "lib" / "companion" / "toy" / "ablations" / "sa2vp.py") == sa2vp.SEEDS
-    (tmp_path / "none.py").write_text("RATES = [1]\n")
+    (tmp_path / "none.py").write_text("LEARNING_RATES = [1]\n")
     with pytest.raises(BadParameter, match="literal list SEEDS"):
         batch.seeds(tmp_path / "none.py")
 

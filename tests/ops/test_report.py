@@ -248,8 +248,11 @@ def test_the_study_kept_in_the_repository_is_whole(run, slug):
     facts = json.loads((folder / "study.json").read_text())
     tested, chosen = found[found.stage == "test"], ablations.selected(found)
     assert (tested.groupby(["task", "method"]).seed.nunique() >= 3).all()
-    assert (found[found.stage == "select"].groupby(["task", "method"]).rate.nunique() == len(facts["rates"])).all()
-    assert all(chosen.get((row.task, row.method), 0) == row.rate for row in tested.itertuples())
+    assert (
+        found[found.stage == "select"].groupby(["task", "method"]).learning_rate.nunique()
+        == len(facts["learning_rates"])
+    ).all()
+    assert all(chosen.get((row.task, row.method), 0) == row.learning_rate for row in tested.itertuples())
     directional = [c for c in paper(slug)["claims"] if c["kind"] == "directional"]
     compared = {c[role] for c in directional for role in ("better", "worse") if role in c}
     assert compared <= set(tested.method)
@@ -268,14 +271,21 @@ def test_results_gather_in_a_file_by_their_keys(tmp_path):
 
 def test_the_study_notice_names_choices_at_an_end_of_the_grid(tmp_path):
     rows = [
-        {"stage": "select", "task": "t", "method": method, "rate": rate, "seed": 0, "accuracy": float(rate == best)}
+        {
+            "stage": "select",
+            "task": "t",
+            "method": method,
+            "learning_rate": rate,
+            "seed": 0,
+            "accuracy": float(rate == best),
+        }
         for method, best in (("inside", 2), ("outside", 3))
         for rate in (1, 2, 3)
     ]
     pd.DataFrame(rows).to_csv(tmp_path / "study.csv", index=False)
     facts = {
         "seeds": [0],
-        "rates": [1, 2, 3],
+        "learning_rates": [1, 2, 3],
         "tasks": {"t": ["inside", "outside"]},
         "seconds_of_cpu": 125,
         "code": "?",

@@ -28,7 +28,7 @@ def fake(monkeypatch, tmp_path):
         monkeypatch.setattr(part, "sources", lambda path: [])
         monkeypatch.setattr(part, "code_hash", lambda paths: module.code)
     module.METHODS, module.TASKS = {"a": None, "b": None}, {"t": ["a", "b"]}
-    module.RATES, module.SEEDS, module.SELECTION_SEED = [0.1, 0.2], [0, 1, 2], 9
+    module.LEARNING_RATES, module.SEEDS, module.SELECTION_SEED = [0.1, 0.2], [0, 1, 2], 9
     module.calls, module.offset = [], 0.0
     module.prepare = lambda root: None
 
@@ -65,7 +65,7 @@ def test_a_study_may_judge_by_another_measure_and_hold_what_is_not_trained(fake,
     assert len(fake.calls) == 2 + 2 * 3
     assert ablations.selected(rows) == {("t", "a"): 0.1}  # the smaller rate: SR falls with it here
     table = ablations.summary(ablations.read(tmp_path / "out")).set_index("method")
-    assert table.loc["a", "mean"] == pytest.approx(-3) and pd.isna(table.loc["b", "rate"])
+    assert table.loc["a", "mean"] == pytest.approx(-3) and pd.isna(table.loc["b", "learning_rate"])
     assert ablations.summary(rows, "PR")["mean"].tolist() == [1, 1]
 
 
@@ -109,10 +109,10 @@ def test_the_workers_of_a_killed_study_end(tmp_path):
 
 def test_a_larger_grid_that_chooses_another_rate_drops_what_was_tested_at_the_first(fake, tmp_path):
     study.run("fake", tmp_path / "out", tmp_path, workers=1)
-    fake.RATES = [0.1, 0.2, 0.3]
+    fake.LEARNING_RATES = [0.1, 0.2, 0.3]
     rows = study.run("fake", tmp_path / "out", tmp_path, workers=1)
     tested = rows[rows.stage == "test"]
-    assert len(tested) == 2 * 3 and set(tested.rate) == {0.3}
+    assert len(tested) == 2 * 3 and set(tested.learning_rate) == {0.3}
     assert ablations.summary(rows)["count"].tolist() == [3, 3]
 
 
@@ -153,18 +153,28 @@ def test_seeds_run_apart_and_merged_are_the_study(fake, tmp_path):
 
 
 def test_ties_take_the_smaller_rate():
-    rows = [{"stage": "select", "task": "t", "method": "a", "rate": r, "seed": 9, "accuracy": 50.0} for r in (0.3, 0.1)]
+    rows = [
+        {"stage": "select", "task": "t", "method": "a", "learning_rate": r, "seed": 9, "accuracy": 50.0}
+        for r in (0.3, 0.1)
+    ]
     assert ablations.selected(pd.DataFrame(rows)) == {("t", "a"): 0.1}
 
 
 def test_a_choice_at_an_end_of_the_grid_is_named():
     rates, best = [1, 2, 3], {("t", "low"): 1, ("t", "middle"): 2, ("u", "high"): 3}
     rows = [
-        {"stage": "select", "task": task, "method": method, "rate": rate, "seed": 0, "accuracy": float(rate == at)}
+        {
+            "stage": "select",
+            "task": task,
+            "method": method,
+            "learning_rate": rate,
+            "seed": 0,
+            "accuracy": float(rate == at),
+        }
         for (task, method), at in best.items()
         for rate in rates
     ]
-    rows.append({"stage": "test", "task": "t", "method": "untrained", "rate": 0.0, "seed": 0, "accuracy": 9.0})
+    rows.append({"stage": "test", "task": "t", "method": "untrained", "learning_rate": 0.0, "seed": 0, "accuracy": 9.0})
     assert ablations.at_ends(pd.DataFrame(rows)) == [("t", "low"), ("u", "high")]
 
 

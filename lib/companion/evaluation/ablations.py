@@ -10,7 +10,7 @@ from ..errors import CorruptFile
 from ..ops.files import read_json
 from ..ops.provenance import PACKAGE, code_hash, sources
 
-KEYS = ["stage", "task", "method", "rate", "seed"]
+KEYS = ["stage", "task", "method", "learning_rate", "seed"]
 
 
 def frame(rows: list[dict] | pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -38,14 +38,14 @@ def read(folder: str | Path) -> pd.DataFrame:
 def selected(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
     """The learning rate of each trained (task, method): the best on validation, the smaller of two that tie."""
     metric = rows.attrs.get("metric", "accuracy")
-    chosen = rows[rows.stage == "select"].sort_values([metric, "rate"], ascending=[False, True])
+    chosen = rows[rows.stage == "select"].sort_values([metric, "learning_rate"], ascending=[False, True])
     first = chosen.groupby(["task", "method"], sort=False).first()
-    return first["rate"].to_dict()
+    return first["learning_rate"].to_dict()
 
 
 def at_ends(rows: pd.DataFrame) -> list[tuple[str, str]]:
     """The (task, method) whose learning rate is the smallest or largest of the grid: a wider one might do better."""
-    rates = rows.rate[rows.stage == "select"]
+    rates = rows.learning_rate[rows.stage == "select"]
     return sorted(pair for pair, rate in selected(rows).items() if rate in (rates.min(), rates.max()))
 
 
@@ -58,7 +58,7 @@ def summary(rows: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
     measured = tested.groupby(["task", "method"], sort=False)[metric or rows.attrs.get("metric", "accuracy")]
     table = measured.agg(["mean", "std", "count"]).reset_index()
     best = selected(rows)
-    table["rate"] = [best.get(key, float("nan")) for key in zip(table.task, table.method, strict=True)]
+    table["learning_rate"] = [best.get(key, float("nan")) for key in zip(table.task, table.method, strict=True)]
     return table
 
 
@@ -73,7 +73,7 @@ def notice(slug: str, folder: Path) -> str:
     changed since."""
     facts, rows = read_json(folder / "study.json"), read(folder)
     minutes = round(facts.get("seconds_of_cpu", 0) / 60)
-    text = f"Study: seeds {facts['seeds']}, learning rates {facts['rates']}, {minutes} minutes of one core."
+    text = f"Study: seeds {facts['seeds']}, learning rates {facts['learning_rates']}, {minutes} minutes of one core."
     several = len(facts["tasks"]) > 1
     ends = [f"{method} ({task})" if several else method for task, method in at_ends(rows)]
     text += f" At an end of the grid: {', '.join(ends) or 'none'}."

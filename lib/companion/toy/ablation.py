@@ -4,7 +4,7 @@ Every method gets its learning rate from one grid, chosen on validation pictures
 pictures and tested once a seed. Rows are kept in a CSV as they come, so that a study that was stopped goes on where it
 was; a record beside it says which code, versions and machine made them.
 
-A module of `toy.ablations` describes one: its METHODS, TASKS (task -> the methods run on it), RATES, SEEDS and
+A module of `toy.ablations` describes one: its METHODS, TASKS (task -> the methods run on it), LEARNING_RATES, SEEDS and
 SELECTION_SEED, `prepare(root)` that writes the data, and `train(method, task, rate, seed, root, split)` that returns a
 row with its METRIC in percent ("accuracy" unless the module says otherwise), the "loss", and whatever else is measured.
 Methods in its UNTRAINED have nothing to choose: they are tested only, with rate 0.
@@ -82,12 +82,14 @@ def run(
         for stage in ("select", "test"):
             if stage == "select":
                 trained = [(t, m) for t, m in pairs if m not in untrained]
-                jobs = [(t, m, rate, module.SELECTION_SEED) for rate in module.RATES for t, m in trained]
+                jobs = [(t, m, rate, module.SELECTION_SEED) for rate in module.LEARNING_RATES for t, m in trained]
             else:
                 best = {pair: 0.0 for pair in pairs} | selected(frame(rows, metric))
                 # a larger grid may choose another rate than the one that was tested
                 chosen = {(*pair, rate) for pair, rate in best.items()}
-                rows = [r for r in rows if r["stage"] == "select" or (r["task"], r["method"], r["rate"]) in chosen]
+                rows = [
+                    r for r in rows if r["stage"] == "select" or (r["task"], r["method"], r["learning_rate"]) in chosen
+                ]
                 jobs = [(t, m, best[t, m], seed) for seed in facts["seeds"] for t, m in pairs]
             done = {tuple(row[k] for k in KEYS[1:]) for row in rows if row["stage"] == stage}
             todo = [job for job in jobs if job not in done]
@@ -129,7 +131,7 @@ def _facts(paper: str, module: ModuleType, seeds: list[int]) -> dict:
     return {
         "paper": paper,
         "code": code_hash(sources(module.__file__)),
-        "rates": module.RATES,
+        "learning_rates": module.LEARNING_RATES,
         "seeds": seeds,
         "selection_seed": module.SELECTION_SEED,
         "methods": list(module.METHODS),
@@ -170,7 +172,7 @@ def _job(paper: str, stage: str, task: str, method: str, rate: float, seed: int,
     start = time.process_time()
     module = importlib.import_module(f"companion.toy.ablations.{paper}")
     result = module.train(method, task, rate, seed, root, "select" if stage == "select" else "test")
-    row = {"stage": stage, "task": task, "method": method, "rate": rate, "seed": seed}
+    row = {"stage": stage, "task": task, "method": method, "learning_rate": rate, "seed": seed}
     return row | result | {"seconds": round(time.process_time() - start, 1)}
 
 

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from companion import backbones
 from companion.data import DATASETS
 from companion.errors import BadParameter, MissingData, MissingWeights
 from companion.models.sa2vp import recipe as runs

@@ -12,7 +12,6 @@ import yaml
 from skimage.color import rgb2hsv
 from torch import nn
 
-from companion import backbones
 from companion.data import domains as reader
 from companion.data import fewshot
 from companion.errors import BadParameter, CorruptFile, MissingWeights

@@ -10,7 +10,6 @@ import yaml
 from torch.nn import functional as F
 from torchvision.ops import box_iou
 
-from companion import backbones
 from companion.errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights
 from companion.toy import encoders
 from companion.toy.datasets.detection import BASE, CLASSES, NOVEL, scenes

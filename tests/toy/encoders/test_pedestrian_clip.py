@@ -10,7 +10,6 @@ import torch
 import yaml
 from torch.nn import functional as F
 
-from companion import backbones
 from companion.errors import CorruptFile, MissingWeights
 from companion.toy import encoders
 from companion.toy.datasets.pedestrians import ATTRIBUTES, SENTENCES, people

@@ -11,7 +11,7 @@ from companion.models.dmt import recipe as runs
 from companion.toy.ablations import dmt as study
 from companion.toy.datasets import collage
 
-RATES = {(study.TASK, method): 1e-3 for method in study.METHODS}
+LEARNING_RATES = {(study.TASK, method): 1e-3 for method in study.METHODS}
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def few(monkeypatch):
 
 
 def test_the_pocket_setting_is_the_studys(tmp_path, few):
-    found = runs.setting(SimpleNamespace(profile="pocket", seed=3), tmp_path, RATES)
+    found = runs.setting(SimpleNamespace(profile="pocket", seed=3), tmp_path, LEARNING_RATES)
     assert found.methods == runs.LIVE and found.rates == dict.fromkeys(runs.LIVE, 1e-3)
     assert {split: len(part.images) for split, part in found.parts.items()} == {"train": 160, "test": 30}
     assert found.teachers.names == study.taught.TEACHERS

@@ -17,7 +17,7 @@ from companion.toy.ablations import ecamp as study
 from companion.toy.datasets import chests
 from companion.toy.encoders import chest_ecamp
 
-RATES = {(runs.TASK, method): 1e-3 for method in study.METHODS}
+LEARNING_RATES = {(runs.TASK, method): 1e-3 for method in study.METHODS}
 TRAIN = chest_ecamp.train
 
 
@@ -32,7 +32,7 @@ def few(monkeypatch):
 
 
 def test_the_pocket_setting_is_the_studys(tmp_path, few):
-    found = runs.setting(SimpleNamespace(profile="pocket", seed=3), tmp_path, RATES)
+    found = runs.setting(SimpleNamespace(profile="pocket", seed=3), tmp_path, LEARNING_RATES)
     assert found.methods == runs.LIVE and found.rates == {"MIM only": 1e-3, "ECAMP": 1e-3}
     assert {split: len(part.images) for split, part in found.parts.items()} == {"train": 96, "test": 30}
     for method in found.methods:

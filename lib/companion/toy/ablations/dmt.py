@@ -30,7 +30,7 @@ from ..datasets import collage as pocket
 from ..encoders import teachers as taught
 
 TASK = "collage"
-RATES = [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128]
+LEARNING_RATES = [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128]
 SEEDS = [11, 12, 13, 14, 15]  # none of these pictures was seen while the world and the teachers were being chosen
 SELECTION_SEED = 100
 METRIC = "mean"

@@ -29,7 +29,7 @@ from ..datasets import domains as pocket
 from ..datasets.tokens import Tokenizer
 from ..encoders import domain_mae
 
-RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+LEARNING_RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 100
 METRIC = "HM"

@@ -29,7 +29,7 @@ from ...models.ecamp.text import Pairs, Vocabulary
 from ...training.fit import fit, predict
 from ..datasets import chests as pocket
 
-RATES = [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
+LEARNING_RATES = [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
 SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 100
 METRIC = "AUROC 50"

@@ -26,7 +26,7 @@ from ...training.fit import fit, predict
 from ..datasets import slides as pocket
 from ..encoders import slide_dino
 
-RATES = [5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2]
+LEARNING_RATES = [5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2]
 SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 100
 METRIC = "kappa"

@@ -25,7 +25,7 @@ from ...models.metasegnet.text import Words, headless
 from ...training.fit import fit
 from ..datasets import landcover as pocket
 
-RATES = [2e-3, 4e-3, 8e-3, 1.6e-2]
+LEARNING_RATES = [2e-3, 4e-3, 8e-3, 1.6e-2]
 SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 107
 METRIC = "mIoU"

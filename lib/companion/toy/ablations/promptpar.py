@@ -22,7 +22,7 @@ from ..datasets import pedestrians as pocket
 from ..encoders.pedestrian_clip import tokenizer
 from ..encoders.vit_and_clip import pixels
 
-RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3]
+LEARNING_RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3]
 SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 100
 METRIC = "mA"

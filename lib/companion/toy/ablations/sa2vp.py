@@ -25,7 +25,7 @@ from ...training.fit import fit, predict
 from .. import encoders
 from ..datasets import classification as pocket
 
-RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1]
+LEARNING_RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1]
 SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 100
 EPOCHS, BATCH = 8, 20

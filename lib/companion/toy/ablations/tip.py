@@ -31,7 +31,7 @@ from ...training.fit import fit
 from ..datasets import restoration as pocket
 from ..encoders import texture_prior as prior
 
-RATES = [1e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2]
+LEARNING_RATES = [1e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2]
 SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 100
 METRIC = "PSNR"
