@@ -23,7 +23,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from open_clip.transformer import VisionTransformer
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import BadCheckpoint, BadParameter
+from .state_dicts import load_official, official_state
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
 
@@ -337,44 +337,6 @@ class PromptLearner(PromptedCLIP):
         texts = {"token_prefix": self.embedded[:, :1], "token_suffix": self.embedded[:, 1 + n :]}
         own = official_state(self.state_dict(), self._names() | _tower_names(self))
         return own | {"prompt_learner." + name: value.clone() for name, value in texts.items()}
-
-
-def load_official(
-    model: nn.Module,
-    state: Mapping[str, Tensor],
-    names: Mapping[str, str | list],
-    what: str,
-    ignored: tuple[str, ...] = (),
-) -> None:
-    """Copy `state` into `model`: `names` maps ours to official ones, to a (nested) list of them where ours is a stack.
-
-    Names that start with an entry of `ignored` may be there or not. Raises `BadCheckpoint` with all that does not fit.
-    """
-    ours, groups = model.state_dict(), {name: np.array(official) for name, official in names.items()}
-    wanted = {str(n) for group in groups.values() for n in group.ravel() if group.size}
-    missing, unknown = wanted - state.keys(), {n for n in state.keys() - wanted if not n.startswith(ignored)}
-    shapes, loaded = [], {}
-    for name, group in groups.items():
-        expected = ours[name].shape[group.ndim :]
-        parts = [(str(n), state[n]) for n in group.ravel() if n in state] if group.size else []
-        wrong = [f"{n} {tuple(t.shape)}, expected {tuple(expected)}" for n, t in parts if t.shape != expected]
-        shapes += wrong
-        if parts and not wrong and missing.isdisjoint(group.ravel()):
-            loaded[name] = torch.stack([t for _, t in parts]).reshape(ours[name].shape)
-    if missing or unknown or shapes:
-        raise BadCheckpoint(what, missing, unknown, shapes)
-    model.load_state_dict(loaded, strict=False)
-
-
-def official_state(ours: Mapping[str, Tensor], names: Mapping[str, str | list]) -> dict[str, Tensor]:
-    """The inverse of `load_official`: copies of our tensors, stacks taken apart, by official name."""
-    state = {}
-    for name, official in names.items():
-        group = np.array(official)
-        if group.size:
-            parts = ours[name].reshape(group.size, *ours[name].shape[group.ndim :])
-            state |= {str(n): part.clone() for n, part in zip(group.ravel(), parts, strict=True)}
-    return state
 
 
 def _tower_names(model: nn.Module) -> dict[str, str]:

@@ -1,0 +1,76 @@
+"""State dicts under the authors' names: one loader for all papers, with a complete list of misfits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...errors import BadCheckpoint
+
+Names = Mapping[str, "str | list"]
+"""Our tensor names to the official ones; to a (nested) list of them where ours holds several."""
+
+
+def _part_shape(ours: Tensor, names: np.ndarray) -> tuple[int, ...]:
+    """The shape of one official tensor of ours: ours is a stack of them, or they are concatenated along the first axis.
+
+    A stack has the shape of the list of names in front.
+    """
+    if ours.shape[: names.ndim] == names.shape:
+        return tuple(ours.shape[names.ndim :])
+    return (ours.shape[0] // names.size, *ours.shape[1:])
+
+
+def load_official(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    names: Names,
+    what: str,
+    ignored: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
+) -> None:
+    """Copy a state dict into a model, strictly.
+
+    Args:
+        names: our tensor names to the official ones.
+        what: the model, for the error.
+        ignored: official names that start with one of these may be there or not, and are not read.
+        optional: official names that end with one of these may be missing: ours keep their values.
+
+    Raises:
+        BadCheckpoint: with every name that is missing, unknown or of another shape; nothing is loaded then.
+    """
+    ours, groups = model.state_dict(), {name: np.array(official) for name, official in names.items()}
+    wanted = {str(n) for group in groups.values() for n in group.ravel() if group.size}
+    missing = {n for n in wanted - state.keys() if not n.endswith(optional)}
+    unknown = {n for n in state.keys() - wanted if not n.startswith(ignored)}
+    shapes, loaded = [], {}
+    for name, group in groups.items():
+        expected = _part_shape(ours[name], group) if group.size else ()
+        parts = [(str(n), state[n]) for n in group.ravel() if n in state] if group.size else []
+        wrong = [f"{n} {tuple(t.shape)}, expected {expected}" for n, t in parts if tuple(t.shape) != expected]
+        shapes += wrong
+        if len(parts) == group.size and parts and not wrong:
+            loaded[name] = torch.stack([t for _, t in parts]).reshape(ours[name].shape)
+    if missing or unknown or shapes:
+        raise BadCheckpoint(what, missing, unknown, shapes)
+    model.load_state_dict(loaded, strict=False)
+
+
+def official_state(ours: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
+    """Copies of our tensors by official name: the inverse of `load_official`."""
+    state = {}
+    for name, official in names.items():
+        group = np.array(official)
+        if group.size:
+            parts = ours[name].reshape(group.size, *_part_shape(ours[name], group))
+            state |= {str(n): part.clone() for n, part in zip(group.ravel(), parts, strict=True)}
+    return state
+
+
+def depth(names: Iterable[str], prefix: str) -> int:
+    """The number of different entries after `prefix` in the names of a state dict: of blocks for "blocks."."""
+    return len({name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)})

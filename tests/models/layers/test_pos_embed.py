@@ -1,0 +1,55 @@
+"""Position embeddings and the parts of masked autoencoders that several papers share."""
+
+import pytest
+import torch
+
+from companion.errors import BadParameter
+from companion.models.layers.mae import masked_pixel_loss, normalised, patchify, random_mask, unpatchify
+from companion.models.layers.pos_embed import KINDS, resize_pos_embed, sincos_table
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tables_code_columns_and_rows_apart(kind):
+    table = sincos_table(16, 3, kind)
+    assert table.shape == (1, 10, 16) and not table[:, 0].any()
+    grid = table[0, 1:].view(3, 3, 16)
+    column, row = (grid[..., 8:], grid[..., :8]) if kind == "mocov3" else (grid[..., :8], grid[..., 8:])
+    assert torch.equal(column[0], column[2]) and torch.equal(row[:, 0], row[:, 2])
+    slowest = 10000 ** (-3 / (16 if kind == "ecamp" else 4))
+    torch.testing.assert_close(row[1, 0, 3], torch.tensor(slowest).sin())
+    with pytest.raises(BadParameter, match="multiple of 4"):
+        sincos_table(18, 3)
+    with pytest.raises(BadParameter, match="mocov3"):
+        sincos_table(16, 3, "learned")
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.1])
+def test_a_resized_table_keeps_the_cls_token_and_what_is_linear(offset):
+    table = torch.zeros(1, 1 + 64, 2)
+    table[0, 0] = 5.0
+    table[0, 1:, 0] = torch.arange(8.0).repeat_interleave(8)
+    assert resize_pos_embed(table, (8, 8), offset=offset) is table
+    found = resize_pos_embed(table, (16, 4), offset=offset)
+    assert found.shape == (1, 65, 2) and (found[0, 0] == 5).all()
+    rows = found[0, 1:, 0].view(16, 4)
+    assert torch.equal(rows[:, 0], rows[:, 3]) and (rows[2:-2:2, 0].diff() - 1).abs().max() < 0.08
+
+
+def test_patches_round_trip_and_their_order():
+    images = torch.randn(2, 3, 8, 8)
+    patches = patchify(images, 4)
+    assert patches.shape == (2, 4, 48) and torch.equal(unpatchify(patches, 4), images)
+    assert torch.equal(patches[0, 1].view(4, 4, 3), images[0, :, :4, 4:].permute(1, 2, 0))
+
+
+def test_the_loss_reads_hidden_patches_alone():
+    noise = torch.rand(2, 6)
+    keep, hidden = random_mask(noise, 2)
+    assert hidden.sum(1).tolist() == [4, 4] and not hidden.gather(1, keep).any()
+    assert (noise.gather(1, keep).amax(1) < (noise + 2 * (1 - hidden)).amin(1)).all()
+    pixels, target = torch.randn(2, 6, 12), normalised(torch.randn(2, 6, 12))
+    expected = (pixels - target)[hidden.bool()].square().mean()
+    torch.testing.assert_close(masked_pixel_loss(pixels, target, hidden), expected)
+    torch.testing.assert_close(target.mean(-1), torch.zeros(2, 6), atol=1e-6, rtol=0)
+    pixels[~hidden.bool()] += 9
+    torch.testing.assert_close(masked_pixel_loss(pixels, target, hidden), expected)
