@@ -1,14 +1,17 @@
-"""What several test files share: the repository's root, a real browser, and how a process is killed."""
+"""What several test files share: the repository's root, a notebook's parameters, a real browser, killed processes."""
 
 from __future__ import annotations
 
+import ast
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,6 +21,21 @@ ROOT = Path(__file__).resolve().parent.parent
 def root() -> Path:
     """The folder of the checkout."""
     return ROOT
+
+
+def parameters(slug: str, **changes: object) -> SimpleNamespace:
+    """The default parameters of a paper's notebook (its cell tagged `parameters`), with `changes`.
+
+    Raises:
+        TypeError: a change of a parameter that the notebook does not have.
+    """
+    notebook = nbformat.read(ROOT / "notebooks" / f"{slug}.ipynb", as_version=4)
+    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    assignments = ast.parse(cell.source).body
+    defaults = {statement.targets[0].id: ast.literal_eval(statement.value) for statement in assignments}
+    if unknown := changes.keys() - defaults.keys():
+        raise TypeError(f"notebooks/{slug}.ipynb has no parameter {', '.join(sorted(unknown))}")
+    return SimpleNamespace(**defaults | changes)
 
 
 def kill_when(process: subprocess.Popen, reached: Callable[[], object], seconds: float = 60) -> None:
