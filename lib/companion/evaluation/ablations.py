@@ -14,13 +14,14 @@ KEYS = ["stage", "task", "method", "learning_rate", "seed"]
 
 
 def frame(rows: list[dict] | pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The rows as a table whose `.attrs["metric"]` names the column that learning rates are selected by."""
     found = pd.DataFrame(rows)
     found.attrs["metric"] = metric
     return found
 
 
 def read(folder: str | Path) -> pd.DataFrame:
-    """The rows of a study; `.attrs["metric"]` names what it chose by. Raises `CorruptFile` when they are not that."""
+    """The rows of a study as `frame` gives them. Raises `CorruptFile` when the file is missing or holds something else."""
     path, record = Path(folder) / "study.csv", Path(folder) / "study.json"
     metric = read_json(record).get("metric", "accuracy") if record.exists() else "accuracy"
     if not path.exists():
@@ -28,7 +29,7 @@ def read(folder: str | Path) -> pd.DataFrame:
     try:
         rows = pd.read_csv(path)
         if rows[[*KEYS, metric]].isna().any(axis=None):
-            raise ValueError("a row is not whole")
+            raise ValueError("an incomplete row")
         pd.to_numeric(rows[metric])
     except (KeyError, ValueError) as error:
         raise CorruptFile(path, f"not the rows of a study ({error})") from error
@@ -36,7 +37,7 @@ def read(folder: str | Path) -> pd.DataFrame:
 
 
 def selected(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
-    """The learning rate of each trained (task, method): the best on validation, the smaller of two that tie."""
+    """The learning rate of each trained (task, method): the best on validation, of equal ones the smaller."""
     metric = rows.attrs.get("metric", "accuracy")
     chosen = rows[rows.stage == "select"].sort_values([metric, "learning_rate"], ascending=[False, True])
     first = chosen.groupby(["task", "method"], sort=False).first()
@@ -44,7 +45,7 @@ def selected(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
 
 
 def at_ends(rows: pd.DataFrame) -> list[tuple[str, str]]:
-    """The (task, method) whose learning rate is the smallest or largest of the grid: a wider one might do better."""
+    """The (task, method) whose learning rate is the smallest or largest of the grid: a wider grid might do better."""
     rates = rows.learning_rate[rows.stage == "select"]
     return sorted(pair for pair, rate in selected(rows).items() if rate in (rates.min(), rates.max()))
 
@@ -52,7 +53,8 @@ def at_ends(rows: pd.DataFrame) -> list[tuple[str, str]]:
 def summary(rows: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
     """Mean, standard deviation (n - 1) and number of seeds by task and method on test data, and the learning rate.
 
-    `metric` is a column of the study; without it the one that the study chose by.
+    Args:
+        metric: a column of the study; None: the column that learning rates are selected by.
     """
     tested = rows[rows.stage == "test"]
     measured = tested.groupby(["task", "method"], sort=False)[metric or rows.attrs.get("metric", "accuracy")]
@@ -63,14 +65,13 @@ def summary(rows: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
 
 
 def stale(paper: str, folder: str | Path) -> bool:
-    """Whether the study was made by other code than today's."""
+    """Whether the study was run by other code than today's."""
     module = PACKAGE / "toy" / "ablations" / f"{paper}.py"
     return read_json(Path(folder) / "study.json").get("code") != code_hash(sources(module))
 
 
 def notice(slug: str, folder: Path) -> str:
-    """Where the study's numbers come from, which learning rates lie at an end of the grid, and whether its code has
-    changed since."""
+    """One sentence each on a study's seeds and grid, the methods at an end of the grid, and changed code."""
     facts, rows = read_json(folder / "study.json"), read(folder)
     minutes = round(facts.get("seconds_of_cpu", 0) / 60)
     text = f"Study: seeds {facts['seeds']}, learning rates {facts['learning_rates']}, {minutes} minutes of one core."

@@ -1,4 +1,4 @@
-"""How a claim is judged: a directional one by the test rows of an ablation, a number by its bounds."""
+"""Judging claims: directional ones by the test rows of an ablation study, numbers by their bounds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pandas as pd
 
 
 def check_range(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> bool:
-    """Print whether `value` lies in [low, high], and not the value, which differs between machines; return it."""
+    """Whether `value` lies in [low, high]; also printed, without the value, which varies between machines."""
     inside = low <= value <= high
     bounds = (
         f"at least {low:g}" if high == math.inf else f"at most {high:g}" if low == -math.inf else f"{low:g} to {high:g}"
@@ -21,10 +21,10 @@ def check_range(name: str, value: float, low: float = -math.inf, high: float = m
 
 
 def interval(leads: np.ndarray, share: float = 0.95, draws: int = 10_000) -> tuple[float, float]:
-    """The interval that holds `share` of the means of seeds drawn again with replacement (paired bootstrap).
+    """The paired bootstrap interval of a mean lead: it holds `share` of the means of resampled seeds.
 
     Args:
-        leads: of one method over the other, one a seed: both saw that seed's data.
+        leads: of one method over the other, one a seed; both were tested on that seed's data.
     """
     drawn = np.random.default_rng(0).integers(len(leads), size=(draws, len(leads)))
     low, high = np.quantile(leads[drawn].mean(1), [(1 - share) / 2, (1 + share) / 2])
@@ -34,7 +34,7 @@ def interval(leads: np.ndarray, share: float = 0.95, draws: int = 10_000) -> tup
 def judge(claim: Mapping, rows: pd.DataFrame) -> tuple[bool, str, list[int]]:
     """Whether a directional claim holds, the measured leads as text, and the test seeds.
 
-    It holds when `better` beats `worse` on every task with every seed: with few seeds a mean alone says little.
+    It holds when `better` beats `worse` on every task with every seed: a mean over few seeds is weak evidence.
     Without `worse`, `better` alone has to be above zero: for metrics that are a lead already.
 
     Args:

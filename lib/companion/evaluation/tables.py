@@ -53,11 +53,13 @@ def published_table(slug: str, table: str) -> pd.DataFrame:
 
 
 def compare_published(frame: pd.DataFrame, measured: Mapping[tuple[str, str], float] = {}) -> pd.DataFrame:
-    """Each published number with the one measured here behind it, "88.3 / 87.9" or "88.3 / not run".
+    """Each published number and, after the slash, our measurement: "88.3 / 87.9" or "88.3 / not run".
 
-    A row of which nothing was measured keeps its published numbers, and says "not run" once, in the last column.
-    `measured` is by (method, column). Only real data at the paper profile belongs here, never a pocket number. A method
-    that was measured and is not in the published table gets a row of its own.
+    A row without measurements keeps its published numbers and has "not run" once, in the last column. A measured method
+    that is not in the published table gets a row of its own.
+
+    Args:
+        measured: by (method, column), on real data at the paper profile, never at pocket scale.
     """
     columns = [c for c in frame.columns if c != "method"]
     rows = []
@@ -78,8 +80,7 @@ def compare_published(frame: pd.DataFrame, measured: Mapping[tuple[str, str], fl
 def upsert_rows(
     path: str | Path, keys: Sequence[str], values: Sequence[str], new: Iterable[Mapping[str, object]] = ()
 ) -> pd.DataFrame:
-    """The real results in the CSV `path`: `values`, a row for each combination of `keys`; `new` rows are added, or
-    replace theirs."""
+    """The measured results in the CSV `path`, one row for each combination of `keys`, after adding or replacing `new`."""
     path, added = Path(path), pd.DataFrame(list(new))
     rows = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*keys, *values])
     if len(added):
