@@ -21,7 +21,7 @@ def frame(rows: list[dict] | pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def read(folder: str | Path) -> pd.DataFrame:
-    """The rows of a study as `frame` gives them. Raises `CorruptFile` when the file is missing or holds something else."""
+    """The rows of a study as `frame` gives them. Raises `CorruptFile` when the file is missing or is no study."""
     path, record = Path(folder) / "study.csv", Path(folder) / "study.json"
     metric = read_json(record).get("metric", "accuracy") if record.exists() else "accuracy"
     if not path.exists():

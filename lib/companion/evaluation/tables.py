@@ -80,7 +80,7 @@ def compare_published(frame: pd.DataFrame, measured: Mapping[tuple[str, str], fl
 def upsert_rows(
     path: str | Path, keys: Sequence[str], values: Sequence[str], new: Iterable[Mapping[str, object]] = ()
 ) -> pd.DataFrame:
-    """The measured results in the CSV `path`, one row for each combination of `keys`, after adding or replacing `new`."""
+    """The measured results in the CSV `path`, a row for each combination of `keys`, with `new` added or replaced."""
     path, added = Path(path), pd.DataFrame(list(new))
     rows = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*keys, *values])
     if len(added):
