@@ -45,7 +45,7 @@ lab: $(INSTALLED)  ## open the notebooks in JupyterLab
 bench: $(INSTALLED)  ## time each method beside the plain backbone passes that it cannot avoid
 	for script in benchmarks/*.py; do $(BIN) "$$script" || exit 1; done
 
-notebooks: $(INSTALLED)  ## run the notebooks in place and strip what churns: how their committed outputs are made
+notebooks: $(INSTALLED)  ## run the notebooks in place: writes their committed outputs, tables, claims and run records
 	$(BIN) -m companion.ops.notebooks notebooks/*.ipynb
 
 lock: $(INSTALLED)  ## write requirements.lock from what is installed now
@@ -54,4 +54,4 @@ lock: $(INSTALLED)  ## write requirements.lock from what is installed now
 	touch $(INSTALLED)
 
 clean:  ## remove what can be made again; the committed tables, claims and records stay
-	rm -rf .venv .snakemake .pytest_cache .ruff_cache build dist reports/site reports/*/*/*.ipynb reports/*/*/figures reports/*/*/results
+	rm -rf .venv .snakemake .pytest_cache .ruff_cache .mypy_cache .coverage* build dist reports/site reports/pocket/*/*.ipynb reports/pocket/*/figures

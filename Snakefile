@@ -17,7 +17,9 @@ from companion.ops.provenance import sources
 batch.check(config)
 PROFILE = config.get("profile", "pocket")
 SLUGS = sorted(path.stem for path in Path("notebooks").glob("*.ipynb"))
-EXECUTED = expand("reports/{profile}/{slug}/{slug}.ipynb", profile=PROFILE, slug=SLUGS)
+# git ignores build/: `make reports` changes no committed record, `make notebooks` writes those
+RUNS = "build/reports" if PROFILE == "pocket" else "reports"
+EXECUTED = expand(RUNS + "/{profile}/{slug}/{slug}.ipynb", profile=PROFILE, slug=SLUGS)
 PYTHON = sys.executable
 PARTS = int(config.get("parts", 1))
 GRID = batch.expand(config, {s: batch.parameters(f"notebooks/{s}.ipynb") for s in SLUGS}) if "runs" in config else {}
@@ -62,15 +64,15 @@ rule all:
         [f"{REPORTS}/{name}/{name.split('/')[0]}.ipynb" for name in GRID] or [*EXECUTED, "reports/site/index.html"],
 
 
-# Tables, claims and the run record are written by the notebook itself and are kept in git, so they are no outputs here:
-# Snakemake deletes the outputs of a job that fails, and a failed run must not take the committed record with it.
+# Tables, claims and the run record are written by the notebook itself and are no outputs here: Snakemake deletes the
+# outputs of a job that fails, and a failed run must not take the record of the one before with it.
 rule notebook:
     input:
         notebook="notebooks/{slug}.ipynb",
         code=code_of,
         study=lambda run: [str(path) for path in Path("reports/pocket", run.slug).glob("study.*")],
     output:
-        "reports/{profile}/{slug}/{slug}.ipynb",
+        RUNS + "/{profile}/{slug}/{slug}.ipynb",
     log:
         "build/{profile}/{slug}.log",
     params:
@@ -86,7 +88,7 @@ rule notebook:
         unset MPLBACKEND  # the kernel's own backend puts figures into the notebook
         echo "{wildcards.slug}: started on {threads} thread(s)"
         if {PYTHON:q} -m papermill {input.notebook} {params.draft} -k python3 --no-progress-bar \
-            -p profile {wildcards.profile} -p out reports/{wildcards.profile}/{wildcards.slug} {params.more} > {log} 2>&1
+            -p profile {wildcards.profile} -p out {RUNS}/{wildcards.profile}/{wildcards.slug} {params.more} > {log} 2>&1
         then
             mv {params.draft} {output}
             echo "{wildcards.slug}: done in $SECONDS s"
@@ -237,7 +239,7 @@ rule site:
     shell:
         """
         echo "site: started"
-        if {PYTHON:q} site/build.py --reports reports/{PROFILE} --out reports/site > {log} 2>&1
+        if {PYTHON:q} site/build.py --reports {RUNS}/{PROFILE} --out reports/site > {log} 2>&1
         then
             echo "site: done in $SECONDS s: {output}"
         else

@@ -1,6 +1,6 @@
 """Build the site from a folder of reports: the ten papers, the claims ledger, each executed notebook and its record.
 
-    python site/build.py --reports reports/pocket --out reports/site
+    python site/build.py --reports build/reports/pocket --out reports/site
 
 Sphinx needs all sources in one tree, so they are first written to a temporary folder; the finished site is renamed into
 place, so that `--out` is never half a site.
@@ -156,7 +156,7 @@ def comparison_page(papers: dict[str, dict], runs: dict[str, dict], reports: Pat
     for question in yaml.safe_load((HERE / "comparisons.yaml").read_text(encoding="utf-8")):
         head, columns = [], []
         for column in question["columns"]:
-            folder = reports / column["paper"]
+            folder = study_folder(reports, column["paper"])
             if column["paper"] not in runs or not (folder / "study.csv").exists():
                 continue
             rows = ablations.read(folder)
@@ -183,6 +183,12 @@ def comparison_page(papers: dict[str, dict], runs: dict[str, dict], reports: Pat
                 table("comparison", ["Methods", *head], rows),
             ]
     return "\n".join(parts)
+
+
+def study_folder(reports: Path, slug: str) -> Path:
+    """The folder of a paper's study: the run's own when it has one, else the committed one."""
+    own = reports / slug
+    return own if (own / "study.csv").exists() else HERE.parent / "reports" / "pocket" / slug
 
 
 def data_page() -> str:

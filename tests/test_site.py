@@ -98,9 +98,9 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", params=["made-up", "real"])
 def site(request: pytest.FixtureRequest, root: Path, made_up: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
     """A built site behind a server on this machine."""
-    reports = made_up if request.param == "made-up" else root / "reports" / "pocket"
+    reports = made_up if request.param == "made-up" else root / "build" / "reports" / "pocket"
     if not list(reports.glob("*/*.ipynb")):
-        pytest.skip("no executed notebook in reports/pocket: run `make reports` first")
+        pytest.skip("no executed notebook in build/reports/pocket: run `make reports` first")
     out = tmp_path_factory.mktemp("built") / "site"
     build(root, reports, out)
 
@@ -111,12 +111,12 @@ def site(request: pytest.FixtureRequest, root: Path, made_up: Path, tmp_path_fac
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(out)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     request.addfinalizer(server.shutdown)
-    return Site(reports, out, f"http://127.0.0.1:{server.server_address[1]}")
+    return Site(request.param == "real", reports, out, f"http://127.0.0.1:{server.server_address[1]}")
 
 
 class Site:
-    def __init__(self, reports: Path, folder: Path, url: str):
-        self.reports, self.folder, self.url = reports, folder, url
+    def __init__(self, real: bool, reports: Path, folder: Path, url: str):
+        self.real, self.reports, self.folder, self.url = real, reports, folder, url
         pages = (path.relative_to(folder) for path in folder.rglob("*.html"))
         self.pages = sorted(page.as_posix() for page in pages if page.parts[0] != "_static")
 
@@ -230,13 +230,12 @@ def test_data_page_names_every_set_and_speed_page_every_benchmark(site: Site, ro
 
 
 def test_comparison_page_shows_the_means_of_the_studies(site: Site, root: Path) -> None:
-
     page = (site.folder / "comparisons.html").read_text(encoding="utf-8")
     for question in yaml.safe_load((root / "site" / "comparisons.yaml").read_text(encoding="utf-8")):
         for column in question["columns"]:
             assert len(column["methods"]) == len(question["rows"])
-            folder = site.reports / column["paper"]
-            if not (folder / "study.csv").exists() or not (folder / f"{folder.name}.ipynb").exists():
+            folder = root / "reports" / "pocket" / column["paper"]
+            if not (site.reports / folder.name / f"{folder.name}.ipynb").exists():
                 continue
             tested = ablations.read(folder).query("stage == 'test'").set_index(["task", "method"])
             for method in set(column["methods"]) - {"-"}:
@@ -272,7 +271,7 @@ def test_every_widget_is_a_picture_without_scripts_and_turns_with_them(site: Sit
                         dead.append(f"{name}, widget {i}: {control.evaluate('e => e.outerHTML')[:80]} does nothing")
         context.close()
     assert not dead
-    if (site.reports / "sa2vp" / "study.json").exists():  # the real reports: every paper has one
+    if site.real:
         assert seen == set(papers) - {"notebooks/pocket.html"}
 
 
@@ -306,9 +305,7 @@ def test_ledger_is_the_claims(site: Site, browser: object) -> None:
 @pytest.mark.browser
 def test_made_up_page_shows_all_of_it(site: Site, browser: object) -> None:
     """Formulas are drawn, the knob works without a kernel, the dead widget is gone, odd characters stay text."""
-    if (site.reports / "sa2vp" / "study.json").exists() or not (
-        site.reports / "sa2vp" / "tables" / "accuracy.csv"
-    ).exists():
+    if site.real:
         pytest.skip("this test is about the made-up report")
     page = browser.new_page()
     page.goto(f"{site.url}/notebooks/sa2vp.html")

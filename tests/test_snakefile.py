@@ -32,7 +32,7 @@ class Workspace:
 
     def __init__(self, folder: Path, root: Path):
         self.folder = folder
-        for name in ("Makefile", "Snakefile", "pyproject.toml"):
+        for name in (".gitignore", "Makefile", "Snakefile", "pyproject.toml"):
             shutil.copy(root / name, folder / name)
         package = folder / "lib" / "companion"
         package.mkdir(parents=True)
@@ -91,14 +91,22 @@ def workspace(tmp_path: Path, root: Path) -> Workspace:
 def test_only_what_changed_reruns(workspace: Workspace) -> None:
     workspace.notebook("first", "import companion.one\nprint(companion.one.VALUE)")
     workspace.notebook("second", "from companion import two")
+    committed = workspace.path("reports/pocket/first/claims.json")
+    committed.parent.mkdir(parents=True)
+    committed.write_text("[]", encoding="utf-8")
+    author = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+    for words in (("init", "-q"), ("add", "."), (*author, "commit", "-q", "-m", "a checkout")):
+        subprocess.run(["git", *words], cwd=workspace.folder, check=True)
     status, text, started = workspace.run()
     assert status == 0, text
     assert started == {"first", "second", "site"}
+    status = subprocess.run(["git", "status", "--short"], cwd=workspace.folder, capture_output=True, text=True)
+    assert (status.stdout, status.stderr) == ("", "")
     assert len([line for line in text.splitlines() if "first" in line]) == 2, text  # started, done in N s
-    executed = workspace.path("reports/pocket/first/first.ipynb").read_text(encoding="utf-8")
+    executed = workspace.path("build/reports/pocket/first/first.ipynb").read_text(encoding="utf-8")
     assert str(workspace.folder) not in executed
     threads = min(4, max(1, len(os.sched_getaffinity(0)) // 2))  # two notebooks share the cores
-    assert json.loads(workspace.path("reports/pocket/first/claims.json").read_text()) == ["pocket", str(threads)]
+    assert json.loads(workspace.path("build/reports/pocket/first/claims.json").read_text()) == ["pocket", str(threads)]
 
     status, text, started = workspace.run()
     assert (status, text, started) == (0, "reports/site/index.html is up to date\n", set())
@@ -107,10 +115,11 @@ def test_only_what_changed_reruns(workspace: Workspace) -> None:
     assert workspace.run()[2] == {"first", "site"}
 
     # as in a fresh clone, where the records are there but no executed notebook
-    workspace.path("reports/pocket/second/second.ipynb").unlink()
+    workspace.path("build/reports/pocket/second/second.ipynb").unlink()
     assert workspace.run()[2] == {"second", "site"}
 
     study = workspace.path("reports/pocket/second/study.csv")
+    study.parent.mkdir(parents=True)
     study.write_text("method,seed\n", encoding="utf-8")
     assert workspace.run()[2] == {"second", "site"}
     assert study.exists()
@@ -119,15 +128,15 @@ def test_only_what_changed_reruns(workspace: Workspace) -> None:
 def test_one_failure_stops_neither_the_others_nor_takes_the_record(workspace: Workspace) -> None:
     workspace.notebook("bad", "import companion.one", "raise ValueError('the reason')")
     workspace.notebook("good", "import companion.two")
-    record = workspace.path("reports/pocket/bad/run.json")
+    record = workspace.path("build/reports/pocket/bad/run.json")
     record.parent.mkdir(parents=True)
     record.write_text("{}", encoding="utf-8")
     status, text, _ = workspace.run()
     assert status != 0
     assert "ValueError: the reason" in text
     assert "bad: FAILED" in text
-    assert workspace.path("reports/pocket/good/good.ipynb").exists()
-    assert not workspace.path("reports/pocket/bad/bad.ipynb").exists()
+    assert workspace.path("build/reports/pocket/good/good.ipynb").exists()
+    assert not workspace.path("build/reports/pocket/bad/bad.ipynb").exists()
     assert "the reason" in workspace.path("build/pocket/bad.ipynb").read_text(encoding="utf-8")
     assert not workspace.path("reports/site/index.html").exists()
     assert record.exists()
@@ -147,7 +156,7 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(workspace: Workspace, h
         time.sleep(0.1)
     os.killpg(process.pid, how)
     process.communicate(timeout=60)
-    assert not workspace.path("reports/pocket/long/long.ipynb").exists()
+    assert not workspace.path("build/reports/pocket/long/long.ipynb").exists()
 
     workspace.notebook("long", "x = 1")
     status, text, started = workspace.run()

@@ -13,29 +13,23 @@ companion adopt DIR                           take in a run that was made elsewh
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shutil
 import sys
-import tempfile
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import pandas as pd
 import psutil
 import torch
 
 from . import data
 from .errors import BadParameter, CompanionError, CorruptFile, MissingWeights
 from .evaluation import parity
-from .ops import record
-from .ops.files import read_json, sha256, write_json
-from .ops.papers import paper, slugs
-from .ops.provenance import code_hash, sources
+from .ops.adopt import adopt as adopt_run
+from .ops.papers import paper
 
-MEASURED = "measured.csv"  # what a paper's runs on real data measured; they gather in it
 TFLOPS = 40  # sustained, what one recent data-centre card reaches in mixed precision; the doctor says so
 
 
@@ -282,81 +276,9 @@ def landcover(given: argparse.Namespace) -> int:
 
 
 def adopt(given: argparse.Namespace) -> int:
-    """Copy a run's results to `reports/` when they are what its record says, and its code is today's.
-
-    A run of a grid, whose folder is named by its axes, keeps that folder. What the run before it left is replaced; what
-    no run writes (a study) stays.
-    """
-    source = Path(given.folder)
-    if not (source / "run.json").is_file():
-        raise CorruptFile(source / "run.json", "there is no such file: not the output folder of a run")
-    facts, root = read_json(source / "run.json"), record.root()
-    try:
-        slug, profile, code, outputs = (facts[k] for k in ("slug", "profile", "code", "outputs"))
-        outputs = dict(outputs)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptFile(source / "run.json", f"not a run record ({error})") from error
-    known = slugs()
-    if slug not in known:
-        raise BadParameter("slug", slug, known)
-    if profile not in ("pocket", "paper"):
-        raise BadParameter("profile", profile, ("pocket", "paper"))
-    notebook = root / "notebooks" / f"{slug}.ipynb"
-    if not notebook.is_file():
-        raise CorruptFile(notebook, "there is no such file: call `companion adopt` in the project's checkout")
-    if code != code_hash([notebook, *sources(notebook)]):
-        raise CorruptFile(
-            source / "run.json", f"made by other code than this checkout's (commit {facts.get('commit')})"
-        )
-    for name, hashed in outputs.items():
-        path = source / name
-        if not path.resolve().is_relative_to(source.resolve()):
-            raise CorruptFile(source / "run.json", f"{name} lies outside of the folder")
-        if not path.is_file() or sha256(path) != hashed:
-            raise CorruptFile(path, "missing, or not the file that the record's hash is of")
-    here = source.resolve()
-    of_grid = here.parent.name == slug and ("=" in here.name or here.name == "run")
-    target = root / "reports" / profile / slug / (here.name if of_grid else "")
-    if target.resolve() == here:
-        print(f"{target.relative_to(root)} is its place already")
-        return 0
-    target.mkdir(parents=True, exist_ok=True)
-    executed = [p.name for p in source.glob(f"{slug}.ipynb")]
-    with tempfile.TemporaryDirectory(prefix=f".{slug}-", dir=root / "reports" / profile) as name:
-        new = Path(name)
-        for item in [*outputs, *executed]:
-            (new / item).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / item, new / item)
-        if MEASURED in outputs and (target / MEASURED).exists():
-            _gather(target / MEASURED, new / MEASURED)
-            outputs[MEASURED] = sha256(new / MEASURED)
-        write_json(new / "run.json", facts | {"outputs": outputs})
-        # all is copied: from here on files are renamed, the record last
-        for item in [*_left(target), f"{slug}.ipynb", "failed.json"]:
-            if item != MEASURED:
-                (target / item).unlink(missing_ok=True)
-        for item in [*outputs, *executed, "run.json"]:
-            (target / item).parent.mkdir(parents=True, exist_ok=True)
-            (new / item).replace(target / item)
-    print(f"adopted {len(outputs)} files into {target.relative_to(root)}")
-    if not executed:
-        print(f"there is no executed {slug}.ipynb among them, so the site cannot show the run")
+    """Copy a run's results to `reports/`, see `ops.adopt`."""
+    print(adopt_run(given.folder))
     return 0
-
-
-def _left(folder: Path) -> list[str]:
-    """The outputs of the run that was in `folder` before, by its record; none where it has no sound one."""
-    with contextlib.suppress(OSError, CorruptFile, TypeError, KeyError):
-        outputs = read_json(folder / "run.json")["outputs"]
-        return [name for name in outputs if (folder / name).resolve().is_relative_to(folder.resolve())]
-    return []
-
-
-def _gather(before: Path, new: Path) -> None:
-    """Add to the measured results in `new` those of runs `before` that were of something else."""
-    rows = pd.concat([pd.read_csv(before), pd.read_csv(new)])
-    what = [column for column in rows if not pd.api.types.is_float_dtype(rows[column])]
-    rows.drop_duplicates(what, keep="last").to_csv(new, index=False)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,7 @@ def test_the_notebooks_are_here() -> None:
 def test_committed_notebook_is_fit_to_read(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    assert notebooks.problems(notebook) == []
-    stripped = nbformat.reads(nbformat.writes(notebook), as_version=4)
-    notebooks.strip(stripped)
-    assert stripped == notebook, "written by hand: `make notebooks` writes the committed outputs"
+    notebooks.check(path)
     first = notebook.cells[0]
     assert first.cell_type == "markdown" and first.source.startswith("# ")
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -142,6 +139,36 @@ def test_refresh_runs_and_strips(tmp_path: Path) -> None:
     assert "widget-view" not in text and "iopub" not in text
     notebooks.refresh(path)
     assert path.read_text(encoding="utf-8") == text, "a second run changes nothing"
+
+
+def test_the_committed_record_is_that_of_the_refreshed_notebook(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run before it in `runs/` has no part in it; a notebook that fails changes no record."""
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "runs" / "pocket" / "sa2vp").mkdir(parents=True)
+    (tmp_path / "runs" / "pocket" / "sa2vp" / "study.csv").touch()
+    monkeypatch.chdir(tmp_path)
+    for name in ("COMPANION_PROGRESS", "COMPANION_RUNS"):
+        monkeypatch.setenv(name, "")
+    report = (
+        "import pandas as pd\nfrom companion.ops import report\nrun = report.start('sa2vp', seed=seed)\n"
+        "run.table('own', pd.DataFrame({'a': [1]}))\nprint(run.study().relative_to(run.root))\nrun.close();"
+    )
+    path = write(tmp_path / "notebooks" / "sa2vp.ipynb", report)
+    with pytest.raises(notebooks.BadNotebook, match="was not run"):
+        notebooks.check(path)
+    assert notebooks.main([str(path)]) == 0, capsys.readouterr()
+    notebooks.check(path)
+    assert "reports/pocket/sa2vp\n" in [o.get("text") for o in nbformat.read(path, as_version=4).cells[2].outputs]
+    record = tmp_path / "reports" / "pocket" / "sa2vp"
+    assert sorted(p.name for p in record.iterdir()) == ["claims.json", "run.json", "tables"]
+    assert (record / "tables" / "own.csv").read_text() == "a\n1\n"
+    before = (record / "run.json").read_bytes()
+    path = write(path, report, "raise ValueError('the reason')")
+    assert notebooks.main([str(path)]) == 1 and "the reason" in capsys.readouterr().err
+    assert (record / "run.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,18 @@
-"""Run notebooks in place and keep of them what belongs in git: `python -m companion.ops.notebooks notebooks/*.ipynb`.
+"""Run notebooks in place and write their committed records: `python -m companion.ops.notebooks notebooks/*.ipynb`.
 
 A notebook is rewritten only when its run was clean: every cell ran, nothing was written to stderr, no output names a
-folder of this machine, and the file stays below `LIMIT`.
+folder of this machine, and the file stays below `LIMIT`. Its tables, claims and run record then replace those in
+`reports/pocket/<slug>/`. With `--check` nothing is run: the notebooks as they are must fit these rules.
 """
 
 from __future__ import annotations
 
+import argparse
+import copy
 import os
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,6 +21,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from ..errors import CompanionError
+from .adopt import adopt
 from .files import atomic
 
 LIMIT = 1_000_000  # bytes; GitHub shows no larger notebook
@@ -39,10 +44,7 @@ def refresh(path: str | Path) -> None:
     Raises `BadNotebook`, and leaves the file as it was, when a cell fails or the result breaks a rule of `problems`.
     """
     path = Path(path)
-    try:
-        notebook = nbformat.read(path, as_version=4)
-    except (OSError, ValueError, nbformat.ValidationError) as error:
-        raise BadNotebook(path, [f"it cannot be read: {str(error).splitlines()[0]}"]) from error
+    notebook = _read(path)
     client = NotebookClient(
         notebook, kernel_name="python3", timeout=None, resources={"metadata": {"path": path.parent}}
     )
@@ -56,6 +58,24 @@ def refresh(path: str | Path) -> None:
         raise BadNotebook(path, found)
     with atomic(path) as temporary:
         nbformat.write(notebook, temporary)
+
+
+def check(path: str | Path) -> None:
+    """Raise `BadNotebook` when the notebook at `path` breaks a rule of `problems` or holds what `strip` removes."""
+    notebook = _read(path)
+    found, stripped = problems(notebook), copy.deepcopy(notebook)
+    strip(stripped)
+    if stripped != notebook:
+        found.append("it holds metadata of one run: `make notebooks` writes the committed outputs")
+    if found:
+        raise BadNotebook(path, found)
+
+
+def _read(path: str | Path) -> nbformat.NotebookNode:
+    try:
+        return nbformat.read(path, as_version=4)
+    except (OSError, ValueError, nbformat.ValidationError) as error:
+        raise BadNotebook(path, [f"it cannot be read: {str(error).splitlines()[0]}"]) from error
 
 
 def strip(notebook: nbformat.NotebookNode) -> None:
@@ -97,21 +117,32 @@ def problems(notebook: nbformat.NotebookNode) -> list[str]:
     return found
 
 
-def main(paths: list[str]) -> int:
-    os.environ["COMPANION_PROGRESS"] = "off"  # a bar in a committed output would churn
+def main(words: list[str] | None = None) -> int:
+    """Refresh or check the notebooks that are named; return 1 when one of them is not fit to be committed."""
+    parser = argparse.ArgumentParser(prog="companion.ops.notebooks", description=main.__doc__)
+    parser.add_argument("notebooks", nargs="+", type=Path)
+    parser.add_argument("--check", action="store_true", help="run nothing; look at the notebooks as they are")
+    given = parser.parse_args(words)
     failed = 0
-    for path in paths:
-        start = time.monotonic()
-        print(f"{path}: started", flush=True)
-        try:
-            refresh(path)
-        except BadNotebook as error:
-            failed += 1
-            print(error, file=sys.stderr)
-        else:
-            print(f"{path}: done in {time.monotonic() - start:.0f} s", flush=True)
-    return 1 if failed else 0
+    with tempfile.TemporaryDirectory() as runs:
+        # a bar in a committed output would churn; an earlier run's files must not reach a committed record
+        os.environ.update(COMPANION_PROGRESS="off", COMPANION_RUNS=runs)
+        for path in given.notebooks:
+            try:
+                if given.check:
+                    check(path)
+                    continue
+                start = time.monotonic()
+                print(f"{path}: started", flush=True)
+                refresh(path)
+                if (out := Path(runs, "pocket", path.stem)).exists():
+                    adopt(out)
+                print(f"{path}: done in {time.monotonic() - start:.0f} s", flush=True)
+            except CompanionError as error:
+                failed += 1
+                print(error, file=sys.stderr)
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(main())

@@ -76,7 +76,7 @@ class Run:
         given = getattr(parameters, "out", "")
         self.root = record.root()
         base = self.root if Path.cwd().is_relative_to(self.root) else Path.cwd()
-        self.out = base / (given or Path("runs") / profile / slug)
+        self.out = base / (given or Path(os.environ.get("COMPANION_RUNS") or "runs", profile, slug))
         self.claims: dict[str, dict] = {}
         self._files: list[Path] = []
         self._began = time.monotonic()

@@ -1,0 +1,99 @@
+"""Take the results of a run into `reports/`, where git keeps them."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+
+from ..errors import BadParameter, CorruptFile
+from . import record
+from .files import read_json, sha256, write_json
+from .papers import slugs
+from .provenance import code_hash, sources
+
+MEASURED = "measured.csv"  # the results on real data, of all runs of a paper
+
+
+def adopt(folder: str | Path) -> str:
+    """Copy a run's results to `reports/` and return a message that says where they are.
+
+    The files must have the hashes of the run's record, and the record the code of this checkout. A run of a grid, whose
+    folder is named by its axes, keeps that folder. The files of the previous run are replaced; a study stays.
+
+    Raises:
+        BadParameter: the record is of an unknown paper or profile.
+        CorruptFile: a file is missing, or is not the one that the record describes.
+    """
+    source = Path(folder)
+    if not (source / "run.json").is_file():
+        raise CorruptFile(source / "run.json", "there is no such file: not the output folder of a run")
+    facts, root = read_json(source / "run.json"), record.root()
+    try:
+        slug, profile, code, outputs = (facts[k] for k in ("slug", "profile", "code", "outputs"))
+        outputs = dict(outputs)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptFile(source / "run.json", f"not a run record ({error})") from error
+    known = {*slugs(), *(path.stem for path in (root / "notebooks").glob("*.ipynb"))}
+    if slug not in known:
+        raise BadParameter("slug", slug, sorted(known))
+    if profile not in ("pocket", "paper"):
+        raise BadParameter("profile", profile, ("pocket", "paper"))
+    notebook = root / "notebooks" / f"{slug}.ipynb"
+    if not notebook.is_file():
+        raise CorruptFile(notebook, "there is no such file: call `companion adopt` in the project's checkout")
+    if code != code_hash([notebook, *sources(notebook)]):
+        raise CorruptFile(
+            source / "run.json", f"made by other code than this checkout's (commit {facts.get('commit')})"
+        )
+    for name, hashed in outputs.items():
+        path = source / name
+        if not path.resolve().is_relative_to(source.resolve()):
+            raise CorruptFile(source / "run.json", f"{name} lies outside of the folder")
+        if not path.is_file() or sha256(path) != hashed:
+            raise CorruptFile(path, "missing, or not the file that the record's hash is of")
+    here = source.resolve()
+    of_grid = here.parent.name == slug and ("=" in here.name or here.name == "run")
+    target = root / "reports" / profile / slug / (here.name if of_grid else "")
+    if target.resolve() == here:
+        return f"{target.relative_to(root)} is its place already"
+    target.mkdir(parents=True, exist_ok=True)
+    executed = [p.name for p in source.glob(f"{slug}.ipynb")]
+    with tempfile.TemporaryDirectory(prefix=f".{slug}-", dir=root / "reports" / profile) as name:
+        new = Path(name)
+        for item in [*outputs, *executed]:
+            (new / item).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / item, new / item)
+        if MEASURED in outputs and (target / MEASURED).exists():
+            _gather(target / MEASURED, new / MEASURED)
+            outputs[MEASURED] = sha256(new / MEASURED)
+        write_json(new / "run.json", facts | {"outputs": outputs})
+        # all is copied: from here on files are renamed, the record last
+        for item in [*_left(target), f"{slug}.ipynb", "failed.json"]:
+            if item != MEASURED:
+                (target / item).unlink(missing_ok=True)
+        for item in [*outputs, *executed, "run.json"]:
+            (target / item).parent.mkdir(parents=True, exist_ok=True)
+            (new / item).replace(target / item)
+    message = f"adopted {len(outputs)} files into {target.relative_to(root)}"
+    if not executed:
+        message += f"\nthere is no executed {slug}.ipynb among them, so the site cannot show the run"
+    return message
+
+
+def _left(folder: Path) -> list[str]:
+    """The outputs of the run that was in `folder` before, by its record; none where it has no sound one."""
+    with contextlib.suppress(OSError, CorruptFile, TypeError, KeyError):
+        outputs = read_json(folder / "run.json")["outputs"]
+        return [name for name in outputs if (folder / name).resolve().is_relative_to(folder.resolve())]
+    return []
+
+
+def _gather(before: Path, new: Path) -> None:
+    """Add to the measured results in `new` those of runs `before` that were of something else."""
+    rows = pd.concat([pd.read_csv(before), pd.read_csv(new)])
+    what = [column for column in rows if not pd.api.types.is_float_dtype(rows[column])]
+    rows.drop_duplicates(what, keep="last").to_csv(new, index=False)
