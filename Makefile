@@ -9,11 +9,13 @@ INSTALLED := .venv/.installed
 SNAKEMAKE := $(BIN) -m snakemake --cores all --keep-going --quiet host progress reason rules
 # tests/offline: nothing that runs under test, the notebooks' kernels included, reaches another machine
 PYTEST := COMPANION_PROGRESS=off PYTHONPATH='$(CURDIR)/tests/offline' $(BIN) -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
+# the lines of the package that the tests run; of other processes, notebooks' kernels among them, nothing is counted
+COVERAGE := --cov --cov-report term --cov-report html:build/coverage
 # a process a core, each on one thread; a file, and so a notebook's kernel, stays with one process
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help reports study test test-slow lab bench notebooks lock clean
+.PHONY: help reports study lint test test-slow lab bench notebooks lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -33,8 +35,16 @@ study: $(INSTALLED)  ## rerun the studies (hours; PAPERS="sa2vp bat" for some), 
 	@$(SNAKEMAKE) --config papers='$(PAPERS)' -- studies
 	@$(MAKE) --no-print-directory reports
 
+lint: $(INSTALLED)  ## ruff, formatting, types, import rules, and the committed notebooks as they are
+	$(BIN) -m ruff check .
+	$(BIN) -m ruff format --check .
+	$(BIN) -m mypy
+	$(BIN) -m pytest -q tests/test_imports.py
+	$(BIN) -m companion.ops.notebooks --check notebooks/*.ipynb
+
+TESTED := tests notebooks
 test: $(INSTALLED)  ## unit tests, parity, the committed notebooks, the site and JupyterLab in a browser
-	OMP_NUM_THREADS=1 $(PYTEST) $(SIDE_BY_SIDE) -m 'not slow' tests notebooks
+	OMP_NUM_THREADS=1 $(PYTEST) $(COVERAGE) $(SIDE_BY_SIDE) -m 'not slow' $(TESTED)
 
 test-slow: $(INSTALLED)  ## the rest: full-size parity and other long checks, one at a time (up to 13 GB)
 	$(PYTEST) -m slow tests
@@ -54,4 +64,4 @@ lock: $(INSTALLED)  ## write requirements.lock from what is installed now
 	touch $(INSTALLED)
 
 clean:  ## remove what can be made again; the committed tables, claims and records stay
-	rm -rf .venv .snakemake .pytest_cache .ruff_cache .mypy_cache .coverage* build dist reports/site reports/pocket/*/*.ipynb reports/pocket/*/figures
+	rm -rf .venv .snakemake .pytest_cache .ruff_cache .mypy_cache build dist reports/site reports/pocket/*/*.ipynb reports/pocket/*/figures

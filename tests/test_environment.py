@@ -12,6 +12,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from companion import __version__
+
 
 @pytest.fixture
 def project(root: Path) -> dict:
@@ -61,7 +63,7 @@ def test_lock_is_closed(locked: dict[str, str]) -> None:
 def test_citation_file(root: Path, project: dict) -> None:
     citation = yaml.safe_load((root / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["cff-version"] == "1.2.0"
-    assert citation["version"] == project["version"]
+    assert citation["version"] == __version__
     assert citation["license"] == project["license"]
     assert citation["authors"] and citation["title"] and citation["message"]
     papers = yaml.safe_load((root / "lib" / "companion" / "models" / "index.yaml").read_text(encoding="utf-8"))

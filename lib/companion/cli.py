@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import psutil
 import torch
 
-from . import data
+from . import __version__, data
 from .errors import BadParameter, CompanionError, CorruptFile, MissingWeights
 from .evaluation import parity
 from .ops.adopt import adopt as adopt_run
@@ -36,6 +36,7 @@ TFLOPS = 40  # sustained, what one recent data-centre card reaches in mixed prec
 def main(words: list[str] | None = None) -> int:
     """Run one command; 0 when all is well, 1 when something is missing or differs, 2 for a wrong call."""
     parser = argparse.ArgumentParser(prog="companion", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--version", action="version", version=f"companion {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(run: Callable[[argparse.Namespace], int], name: str, what: str, *positional: str):
