@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def write_sources(reports: Path, source: Path) -> None:
-    """Write the pages that Sphinx reads: `index`, `notebooks/<slug>`, `records/<slug>`."""
+    """Write the pages that Sphinx reads: `index`, `notebooks/<slug>`, `records/<slug>`, `api/<part>` and others."""
     papers = load_papers()
     runs = {folder.name: load_run(folder) for folder in sorted(reports.glob("*")) if folder.is_dir()}
     runs = {slug: run for slug, run in runs.items() if run["notebook"].exists()}
@@ -64,6 +64,8 @@ def write_sources(reports: Path, source: Path) -> None:
     page(source / "data.md", data_page())
     page(source / "comparisons.md", comparison_page(papers, runs, reports))
     page(source / "speed.md", speed_page(papers, HERE.parent / "reports"))
+    for name, text in api_pages(papers).items():
+        page(source / "api" / f"{name}.md", text)
     page(source / "index.md", front_page(papers, runs))
 
 
@@ -136,7 +138,7 @@ def front_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
             table("ledger", ["Paper", "Claim", "Kind", "Status", "Value", "Seeds", "Run"], ledger)
             if ledger
             else "No notebook has been run yet.\n",
-            toctree("Beside the papers", [(None, "comparisons"), (None, "data"), (None, "speed")]),
+            toctree("Beside the papers", [(None, "comparisons"), (None, "data"), (None, "speed"), (None, "api/index")]),
             toctree("Papers", [(papers[slug]["name"], f"notebooks/{slug}") for slug in papers if slug in runs]),
             toctree("How it was made", [(None, f"notebooks/{slug}") for slug in extra]),
             toctree("Run records", [(papers.get(slug, {}).get("name", slug), f"records/{slug}") for slug in runs]),
@@ -183,6 +185,31 @@ def comparison_page(papers: dict[str, dict], runs: dict[str, dict], reports: Pat
                 table("comparison", ["Methods", *head], rows),
             ]
     return "\n".join(parts)
+
+
+def api_pages(papers: dict[str, dict]) -> dict[str, str]:
+    """The API reference: one page for each paper and each other part of the package, from the docstrings."""
+    titles = {slug: f"{paper['name']}: companion.models.{slug}" for slug, paper in papers.items()}
+    folders = {slug: PAPERS / slug for slug in papers} | {"layers": PAPERS / "layers"}
+    for part in ("training", "data", "evaluation", "viz", "ops"):
+        folders[part] = PAPERS.parent / part
+    modules = {name: sorted(folder.rglob("*.py")) for name, folder in folders.items()}
+    modules["tools"] = sorted(PAPERS.parent.glob("[a-z]*.py"))
+    titles |= {"tools": "Field tools: companion.backbones and others", "layers": "companion.models.layers"}
+    pages = {}
+    for name, files in modules.items():
+        parts = [f"# {titles.get(name, f'companion.{name}')}\n"]
+        for file in files:
+            if file.stem in ("parity", "cli") and name != "evaluation" or file.stem.endswith("_sets"):
+                continue
+            path = file.relative_to(PAPERS.parent.parent).with_suffix("")
+            module = ".".join(path.parts).removesuffix(".__init__")
+            parts.append(f"## `{module}`\n\n```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n```\n")
+        pages[name] = "\n".join(parts)
+    links = [(titles.get(name, f"companion.{name}"), name) for name in pages]
+    listed = "\n".join(f"- [{title}]({name}.md)" for title, name in links)
+    text = "From the docstrings of the package, in the order of the source. Names that start with `_` are internal.\n"
+    return pages | {"index": f"# API reference\n\n{text}\n{listed}\n\n{toctree('API', links)}"}
 
 
 def study_folder(reports: Path, slug: str) -> Path:

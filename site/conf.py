@@ -21,7 +21,13 @@ html_css_files = ["companion.css"]
 html_show_copyright = False
 smartquotes = False  # claims stand as they were written
 
-extensions = ["myst_nb"]  # brings sphinx.ext.mathjax
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]  # myst_nb brings sphinx.ext.mathjax
+autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False  # `forward` would show that of torch.nn.Module
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 100
+default_role = "code"  # docstrings put code between single backticks
 mathjax_path = MATHJAX.name  # one file with the glyphs as SVG: no fonts and no extensions to load
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
