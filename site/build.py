@@ -200,7 +200,7 @@ def api_pages(papers: dict[str, dict]) -> dict[str, str]:
     for name, files in modules.items():
         parts = [f"# {titles.get(name, f'companion.{name}')}\n"]
         for file in files:
-            if file.stem in ("parity", "cli") and name != "evaluation" or file.stem.endswith("_sets"):
+            if (file.stem in ("parity", "cli") and name != "evaluation") or file.stem.endswith("_sets"):
                 continue
             path = file.relative_to(PAPERS.parent.parent).with_suffix("")
             module = ".".join(path.parts).removesuffix(".__init__")

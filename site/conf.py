@@ -1,5 +1,6 @@
 """Sphinx settings of the site. Everything it shows is read from disk: no page asks the network for anything."""
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,10 +28,39 @@ autodoc_inherit_docstrings = False  # `forward` would show that of torch.nn.Modu
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
-default_role = "code"  # docstrings put code between single backticks
+napoleon_use_ivar = True  # the fields of a tuple are listed once
+suppress_warnings = [
+    "docutils",  # an odd indentation in a docstring is no reason to have no site
+    "ref.python",  # several classes have a field `size`
+]
 mathjax_path = MATHJAX.name  # one file with the glyphs as SVG: no fonts and no extensions to load
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the pages are the executed copies
 nb_merge_streams = True
 nb_ipywidgets_js = {}  # widgets need a kernel; what stands beside them in the output is shown instead
+
+
+def restructured(app, what, name, obj, options, lines) -> None:
+    """Turn a docstring into reStructuredText in place: code between backticks, indented blocks as they stand."""
+    parts, literal = [""], False  # prose and literal blocks by turns
+    section = re.compile(r"[A-Z]\w+:( .*)?$")
+    above = ""  # the last line at the margin
+    for before, line in zip(["", *lines], lines, strict=False):
+        if line.strip() and literal != (
+            line[:4] == "    " and (literal or not before.strip()) and not section.match(above)
+        ):
+            literal = not literal
+            parts.append("::\n\n" if literal else "\n")
+        above = line if line[:1].strip() else above
+        parts[-1] += line + "\n"
+    for i in range(0, len(parts), 2):
+        words = re.split(r"(`[^`]+`)", parts[i])  # every second one is code
+        words[::2] = [re.sub(r"([*|\\]|_\b)", r"\\\1", word) for word in words[::2]]
+        words[1::2] = [f"\\ `{word}`\\ " for word in words[1::2]]
+        parts[i] = "".join(words)
+    lines[:] = "".join(parts).splitlines()
+
+
+def setup(app) -> None:
+    app.connect("autodoc-process-docstring", restructured, priority=400)  # before napoleon
