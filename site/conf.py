@@ -56,7 +56,7 @@ def restructured(app, what, name, obj, options, lines) -> None:
         parts[-1] += line + "\n"
     for i in range(0, len(parts), 2):
         words = re.split(r"(`[^`]+`)", parts[i])  # every second one is code
-        words[::2] = [re.sub(r"([*|\\]|_\b)", r"\\\1", word) for word in words[::2]]
+        words[::2] = [re.sub(r"(?m)(?!^\* )([*|\\]|_\b)", r"\\\1", word) for word in words[::2]]
         words[1::2] = [f"\\ `{word}`\\ " for word in words[1::2]]
         parts[i] = "".join(words)
     lines[:] = "".join(parts).splitlines()
