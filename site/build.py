@@ -206,7 +206,8 @@ def api_pages(papers: dict[str, dict]) -> dict[str, str]:
             module = ".".join(path.parts).removesuffix(".__init__")
             parts.append(f"## `{module}`\n\n```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n```\n")
         pages[name] = "\n".join(parts)
-    links = [(titles.get(name, f"companion.{name}"), name) for name in pages]
+    short = {slug: paper["name"] for slug, paper in papers.items()} | {"tools": "field tools"}
+    links = [(short.get(name, name), name) for name in pages]
     listed = "\n".join(f"- [{title}]({name}.md)" for title, name in links)
     text = "From the docstrings of the package, in the order of the source. Names that start with `_` are internal.\n"
     return pages | {"index": f"# API reference\n\n{text}\n{listed}\n\n{toctree('API', links)}"}
