@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from companion import cli
+from companion import __version__, cli
 from companion.evaluation.parity import Case, folder
 from companion.ops import record, report
 
@@ -91,6 +91,8 @@ def test_help_is_there():
         [sys.executable, "-m", "companion.cli", "--help"], capture_output=True, text=True, check=True
     )
     assert all(word in result.stdout for word in ("doctor", "fetch", "data", "parity", "adopt"))
+    version = subprocess.run([sys.executable, "-m", "companion.cli", "--version"], capture_output=True, text=True)
+    assert version.stdout == f"companion {__version__}\n"
 
 
 # --- adopt ------------------------------------------------------------------------------------------------------------

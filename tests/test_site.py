@@ -229,6 +229,15 @@ def test_data_page_names_every_set_and_speed_page_every_benchmark(site: Site, ro
     assert ("No GPU was at hand" in page) != any((root / "reports" / "gpu").glob("*.json"))
 
 
+def test_api_reference_has_a_page_for_each_part(site: Site) -> None:
+    from companion.ops.papers import slugs
+
+    parts = {path.stem for path in (site.folder / "api").glob("*.html")}
+    assert parts == {*slugs(), "layers", "training", "data", "evaluation", "viz", "ops", "tools", "index"}
+    page = (site.folder / "api" / "training.html").read_text(encoding="utf-8")
+    assert 'id="companion.training.fit.fit"' in page and "Parameters" in page and "Args:" not in page
+
+
 def test_comparison_page_shows_the_means_of_the_studies(site: Site, root: Path) -> None:
     page = (site.folder / "comparisons.html").read_text(encoding="utf-8")
     for question in yaml.safe_load((root / "site" / "comparisons.yaml").read_text(encoding="utf-8")):
