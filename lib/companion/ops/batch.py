@@ -97,7 +97,8 @@ def expand(config: Mapping, papers: Mapping[str, Collection[str]]) -> dict[str, 
             if folder in found:
                 raise BadParameter("run", folder, "runs of different names: give what differs as an axis, [value]")
             for name, value in (common | own | chosen).items():
-                convert(name, value, known[name])
+                if name in known:
+                    convert(name, value, known[name])
             found[folder] = {"parameters": common | own | chosen, "resources": dict(resources)}
     return found
 

@@ -389,8 +389,6 @@ def test_pocket_slides_have_their_own_tiling(tmp_path, monkeypatch):
 def test_what_is_missing_is_said(tmp_path):
     with pytest.raises(MissingData, match="kaggle"):
         runs.setting(given(dry_run=False, data_root=str(tmp_path)), tmp_path, {})
-    with pytest.raises(BadParameter, match="slides/panda"):
-        runs.setting(given(dataset="rgbt/lasher"), tmp_path, {})
     with pytest.raises(MissingData, match="no slide"):
         runs.setting(given(dry_run=False, dataset="folder", data_root=str(tmp_path)), tmp_path, {})
     with pytest.raises(BadParameter, match="'learned'"):
