@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from companion import __version__, cli
 from companion.evaluation.parity import Case, folder
 from companion.ops import record, report
+from companion.ops.papers import slugs
 
 
 def call(capsys, *words) -> tuple[int, str, str]:
@@ -28,6 +29,7 @@ def test_doctor_names_what_is_missing(capsys, tmp_path, monkeypatch):
     assert "0 of 19 sets are here" in out and "0 of 5 sets" in out and "0 of 10 sets" in out
     assert "vit_base_patch16_224.orig_in21k" in out and "never released" in out
     assert "train800val200" in out and "licence" in out and "TFLOP/s" in out
+    assert "  attention       aligned | padded\n" in out and "  dataset         fgvc/cub200 | fgvc/nabirds" in out
 
 
 def test_doctor_knows_weights_that_only_a_person_can_get(capsys, tmp_path):
@@ -86,13 +88,19 @@ def test_parity_refuses_other_files(capsys, tmp_path):
     assert code == 1 and "broken.pth" in err
 
 
-def test_help_is_there():
-    result = subprocess.run(
-        [sys.executable, "-m", "companion.cli", "--help"], capture_output=True, text=True, check=True
-    )
-    assert all(word in result.stdout for word in ("doctor", "fetch", "data", "parity", "adopt"))
-    version = subprocess.run([sys.executable, "-m", "companion.cli", "--version"], capture_output=True, text=True)
-    assert version.stdout == f"companion {__version__}\n"
+@pytest.mark.parametrize("words", [[], ["doctor"], ["fetch"], ["parity"]])
+def test_help_names_commands_and_papers(capsys, words):
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--help"])
+    said = capsys.readouterr().out
+    assert words or all(word in said for word in ("doctor", "fetch", "data", "parity", "adopt"))
+    assert all(slug in said for slug in slugs())
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"companion {__version__}\n"
 
 
 # --- adopt ------------------------------------------------------------------------------------------------------------

@@ -205,9 +205,7 @@ def test_tissue_can_be_given(path, tmp_path):
     labels = np.zeros((768, 1024, 3), np.uint8)
     labels[256:512, 128:384, 0] = 2
     labels[0:64, 0:64, 0] = 1
-    written(tmp_path / "labels.tiff", labels)
-    mask = slides.label_mask(tmp_path / "labels.tiff", [2])
-    assert mask.shape == (48, 64) and mask.sum() == 16 * 16
+    mask = labels[::16, ::16, 0] == 2
     with Slide(path) as slide:
         tiles = slides.tile(slide, SMALL, mask)
         assert sorted(map(tuple, tiles.coords)) == [(128, 256), (128, 384), (256, 256), (256, 384)]

@@ -36,7 +36,7 @@ class Workspace:
             shutil.copy(root / name, folder / name)
         package = folder / "lib" / "companion"
         package.mkdir(parents=True)
-        for name in ("__init__", "errors", "ops/__init__", "ops/batch", "ops/files", "ops/provenance"):
+        for name in ("__init__", "errors", "ops/__init__", "ops/batch", "ops/files", "ops/papers", "ops/provenance"):
             (package / f"{name}.py").parent.mkdir(exist_ok=True)
             shutil.copy(root / "lib" / "companion" / f"{name}.py", package / f"{name}.py")
         for name in ("one", "two"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -84,9 +85,20 @@ class BadCheckpoint(CompanionError):
 
 
 class BadParameter(CompanionError, ValueError):
-    """A parameter has a value that is not accepted; the message says which ones are."""
+    """A parameter has a value that is not accepted; the message lists the accepted ones, of many the nearest first."""
 
     def __init__(self, name: str, value: object, accepted: object):
         self.name, self.value, self.accepted = name, value, accepted
-        said = ", ".join(repr(a) for a in accepted) if isinstance(accepted, (list, tuple, set, frozenset)) else accepted
-        super().__init__(f"{name} = {value!r} is not accepted. Accepted: {said}")
+        if isinstance(accepted, (list, tuple, set, frozenset)):
+            accepted = ", ".join(repr(choice) for choice in _nearest_first(value, list(accepted)))
+        super().__init__(f"{name} = {value!r} is not accepted. Accepted: {accepted}")
+
+
+def _nearest_first(value: object, choices: Sequence[object]) -> Sequence[object]:
+    """The choices, when there are more than eight with those that resemble `value` first."""
+    if len(choices) <= 8:
+        return choices
+    by_text = {str(choice): choice for choice in choices}
+    near = [text for text in by_text if text.rpartition("/")[2] == str(value).rpartition("/")[2]]
+    near += difflib.get_close_matches(str(value), by_text, n=4, cutoff=0.5)
+    return [by_text[text] for text in dict.fromkeys([*near, *by_text])]

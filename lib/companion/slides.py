@@ -353,14 +353,6 @@ def tile(slide: Slide, tiling: Tiling, mask: np.ndarray | None = None) -> Tiles:
     return Tiles(coords[order], shares[order], contours[order], step, level, pixels, tiling.region)
 
 
-def label_mask(path: str | Path, values: Sequence[int], downsample: float = 16) -> np.ndarray:
-    """Where a label mask (a pyramid such as PANDA's, labels in its red channel) has one of `values`: bool (h, w)."""
-    with Slide(path, mpp=1.0) as slide:
-        level = slide.level(downsample)
-        labels = slide.read(0, 0, level, *slide.levels[level])[..., 0]
-    return np.isin(labels, list(values))
-
-
 def _opencv():
     if importlib.util.find_spec("cv2") is None:
         raise CompanionError(f"tissue is found with OpenCV, which is not installed: {EXTRA}")

@@ -18,7 +18,7 @@ from torchvision import transforms as v1
 
 from companion import data
 from companion.data import DATASETS, DataSet, domains, domains_sets
-from companion.data.domains import clip_transform, load, own_folder, splits, write_split
+from companion.data.domains import clip_transform, load, own_folder, splits
 from companion.data.fewshot import base_to_novel, halves
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
 
@@ -287,25 +287,6 @@ def test_the_authors_spelling_of_the_list_of_nwpu():
     assert domains_sets.split_file("remote/ucm") == "split_cao_UCM.json"
 
 
-def test_written_splits_are_those_of_the_cut(btmri, tmp_path):
-    before = splits("medical/btmri", tmp_path)
-    path = write_split("medical/btmri", tmp_path)
-    assert path == btmri / "split_cao_BTMRI.json"
-    content = json.loads(path.read_text())
-    assert set(content) == {"train", "val", "test"} and len(content["train"]) == 20
-    relative, label, name = content["train"][0]
-    assert (btmri / "BTMRI" / relative).is_file() and (label, name) == (0, "glioma")
-    picture(btmri / "BTMRI/glioma/new.jpg")
-    after = splits("medical/btmri", tmp_path)
-    for part in domains.SPLITS:
-        assert list(after[part].sources) == list(before[part].sources)
-        assert list(after[part].labels) == list(before[part].labels)
-        assert after[part].class_names == before[part].class_names
-    kept = path.read_text()
-    write_split("medical/btmri", tmp_path)
-    assert path.read_text() == kept
-
-
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
@@ -450,8 +431,6 @@ def test_names_and_splits_that_do_not_exist(btmri, tmp_path):
         splits("fgvc/cub200", tmp_path)
     with pytest.raises(BadParameter, match="'train', 'val', 'test', 'all'"):
         load("medical/btmri", tmp_path, "trainval")
-    with pytest.raises(BadParameter, match=r"Accepted: .remote/mlrsnet"):
-        write_split("vtab/cifar100", tmp_path)
 
 
 # --- sets of one's own -------------------------------------------------------------------------------------------

@@ -51,7 +51,6 @@ def test_the_table(tmp_path):
     assert len(slides.load(NAME, tmp_path, exclude=["0007ab"])) == 29
     found = data.status(NAME, tmp_path)
     assert (found.state, found.detail) == ("present", "30 slides, 20 with a label mask")
-    assert not slides.disagreements(items)
     assert {row["name"] for row in data.table(tmp_path)} >= {"slides/panda", NAME, "pocket/slides-count"}
 
 
@@ -69,8 +68,6 @@ def test_isup_of_gleason():
     assert [slides.isup(s) for s in ("0+0", "3+5", "5+3", "5+4", "5+5")] == [0, 4, 4, 5, 5]
     with pytest.raises(BadParameter, match="4\\+3"):
         slides.isup("7")
-    wrong = slides.Item("a", Path("a.tiff"), 2, gleason="4+3")
-    assert slides.disagreements([wrong]) == [wrong]
 
 
 def test_folds(tmp_path):
@@ -199,8 +196,3 @@ def test_stored_features(tmp_path):
     (tmp_path / "b.pt").write_bytes(b"no")
     with pytest.raises(CorruptFile, match=r"b\.pt"):
         slides.Features(items[:2], tmp_path)
-
-
-def test_weights_of_a_sampler():
-    items = [slides.Item(str(i), Path("x"), grade) for i, grade in enumerate([0, 0, 0, 1])]
-    assert slides.class_weights(items).tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1])

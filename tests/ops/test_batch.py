@@ -59,6 +59,11 @@ def test_lists_are_axes_and_name_the_runs() -> None:
         ([{"paper": "bat", "seed": []}], "a value, or a list of some"),
         ([{"paper": "bat", "seed": 0}, {"paper": "bat", "seed": 1}], "different names"),
         ([{"paper": "bat", "dataset": ["a;b"]}], "letters, digits"),
+        (
+            [{"paper": "sa2vp", "dataset": ["vtab/svhn", "svhn"]}],
+            "dataset = 'svhn'.* Accepted: 'vtab/svhn', 'hta/svhn'",
+        ),
+        ([{"paper": "bat", "seed": "first"}], "a whole number from 0"),
         ([{"paper": "bat", "datset": ["a"]}], "'datset' is not accepted. Accepted: 'seed', 'dataset', 'data_root'"),
         ([{"paper": "bat", "profile": "paper"}], "parameter of a run of bat = 'profile'"),
         ([{"paper": "bat", "resources": {"gpus": 2}}], "'gpus: 2' is not accepted. .* gpu, threads"),

@@ -17,50 +17,13 @@ from companion.evaluation.claims import check_range, interval
 from companion.evaluation.tables import compare_published, published_table, show_table, upsert_rows
 from companion.ops import record, report
 from companion.ops.files import sha256
-from companion.ops.papers import convert, paper
+from companion.ops.papers import paper
 
 
 @pytest.fixture
 def run(tmp_path):
     plt.switch_backend("agg")
     return report.start("sa2vp", profile="pocket", seed=3, out=str(tmp_path / "out"))
-
-
-@pytest.mark.parametrize(
-    ("rule", "value", "expected"),
-    [
-        ({"type": "switch"}, "false", False),
-        ({"type": "switch"}, "True", True),
-        ({"type": "switch"}, 1, True),
-        ({"type": "integer", "low": 0}, "12", 12),
-        ({"type": "number", "low": 0}, "1e-4", 1e-4),
-        ({"type": "choice", "choices": ["a", "b"]}, "a", "a"),
-        ({"type": "choice", "choices": ["2023", "2025"]}, 2025, "2025"),
-        ({"type": "choice", "choices": [1024, 2048]}, "2048", 2048),
-        ({"type": "integer", "low": 1, "zero": True}, 0, 0),
-        ({"type": "text"}, " x ", "x"),
-    ],
-)
-def test_parameters_are_converted(rule, value, expected):
-    assert convert("name", value, rule) == expected
-
-
-@pytest.mark.parametrize(
-    ("rule", "value", "message"),
-    [
-        ({"type": "switch"}, "maybe", "True, False"),
-        ({"type": "integer", "low": 0, "high": 9}, "1.5", "a whole number from 0 to 9"),
-        ({"type": "integer", "low": 0, "high": 9}, 10, "from 0 to 9"),
-        ({"type": "integer", "low": 0}, True, "a whole number"),
-        ({"type": "number", "low": 0}, "nan", "a number"),
-        ({"type": "choice", "choices": ["a", "b"]}, "c", "'a', 'b'"),
-        ({"type": "text"}, 3, "text"),
-    ],
-)
-def test_a_bad_parameter_says_what_is_accepted(rule, value, message):
-    with pytest.raises(BadParameter, match=message) as caught:
-        convert("name", value, rule)
-    assert caught.value.name == "name"
 
 
 def test_start_refuses_what_does_not_go_together():

@@ -1,11 +1,10 @@
-"""The explorer is alive without a kernel, small, and the same each time."""
+"""The explorer works without a kernel, is small, and is deterministic."""
 
 import base64
 import html.parser
 import io
 import itertools
 import re
-import shutil
 
 import ipywidgets
 import matplotlib.pyplot as plt
@@ -16,7 +15,8 @@ import torch
 from PIL import Image
 
 from companion.errors import BadParameter
-from companion.viz import figures, widgets
+from companion.viz import widgets
+from companion.viz.style import style
 
 CONTROLS = {"layer": [1, 2, 3, 4], "method": ["VPT-Deep", "SA²VP"]}
 COLOURS = {key: (40 * key[0], 200 * (key[1] == "SA²VP"), 90) for key in itertools.product(*CONTROLS.values())}
@@ -68,7 +68,7 @@ def test_nothing_is_loaded_from_elsewhere():
     assert all(a.get("src", "data:").startswith("data:") for _, a in Page(page).tags)
 
 
-def test_the_same_twice_and_one_identity_for_other_pictures():
+def test_equal_images_give_equal_html_and_other_images_the_same_id():
     one, two = (widgets.explorer(flat_frames(), CONTROLS, "t").data for _ in range(2))
     assert one == two
     darker = widgets.explorer({k: f // 2 for k, f in flat_frames().items()}, CONTROLS, "t").data
@@ -76,7 +76,7 @@ def test_the_same_twice_and_one_identity_for_other_pictures():
     assert one != darker and clean[0] == clean[1]
 
     def drawn():
-        with figures.style():
+        with style():
             figure, ax = plt.subplots(figsize=(2, 2))
             ax.plot([1, 2])
         return figure
@@ -97,11 +97,11 @@ def test_photographs_fit_and_too_many_are_refused():
     page = widgets.explorer({i: np.roll(photo, i, 0) for i in range(6)}, {"shift": list(range(6))}).data
     assert 100_000 < len(page) <= 300_000
     noise = np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8)
-    with pytest.raises(BadParameter, match=r"6 pictures, \d+ kB.*at most 300 kB"):
+    with pytest.raises(BadParameter, match=r"6 images, \d+ kB.*at most 300 kB"):
         widgets.explorer({i: noise for i in range(6)}, {"shift": list(range(6))})
 
 
-def test_small_arrays_grow_and_wrong_ones_are_told():
+def test_small_arrays_are_enlarged_and_wrong_ones_refused():
     page = widgets.explorer({0: torch.rand(14, 14, 3)}, {"block": [0]}).data
     picture = Image.open(io.BytesIO(base64.b64decode(Page(page).all("img")[0]["src"].split(",")[1])))
     assert picture.size == (224, 224)
@@ -109,7 +109,7 @@ def test_small_arrays_grow_and_wrong_ones_are_told():
         widgets.explorer({0: np.zeros((14, 14))}, {"block": [0]})
     frames = flat_frames()
     del frames[3, "SA²VP"]
-    with pytest.raises(BadParameter, match=r"no picture for \(3, 'SA²VP'\)"):
+    with pytest.raises(BadParameter, match=r"no image for \(3, 'SA²VP'\)"):
         widgets.explorer(frames, CONTROLS)
     with pytest.raises(BadParameter, match=r"no such values \(9, 'SA²VP'\)"):
         widgets.explorer(flat_frames() | {(9, "SA²VP"): np.zeros((8, 8, 3))}, CONTROLS)
@@ -117,7 +117,7 @@ def test_small_arrays_grow_and_wrong_ones_are_told():
         widgets.explorer({}, {})
 
 
-def test_a_film_moves_and_stands_still_for_who_asks():
+def test_an_animation_has_a_still_image_for_reduced_motion():
     frames = [np.full((40, 60, 3), 20 * i, np.uint8) for i in range(5)]
     page = widgets.animation(frames, "a <film>", seconds=0.5).data
     image, source = Page(page).all("img")[0], Page(page).all("source")[0]
@@ -131,18 +131,18 @@ def test_a_film_moves_and_stands_still_for_who_asks():
         widgets.animation([], "nothing")
 
 
-def test_a_film_of_large_pictures_shrinks_until_it_fits(monkeypatch):
+def test_an_animation_of_large_images_shrinks_until_it_fits(monkeypatch):
     noise = np.random.default_rng(0).integers(0, 255, (9, 256, 256, 3), dtype=np.uint8)
     page = widgets.animation(noise, "noise").data
     assert len(page) < 170_000
     film = Image.open(io.BytesIO(base64.b64decode(Page(page).all("img")[0]["src"].split(",")[1])))
     assert film.n_frames == 9 and film.size[0] == film.size[1] < 256
-    monkeypatch.setattr(widgets, "FILM", 3_000)
+    monkeypatch.setattr(widgets, "ANIMATION_LIMIT", 3_000)
     with pytest.raises(BadParameter, match="at most 3 kB"):
         widgets.animation(noise, "noise")
 
 
-def test_live_draws_everything_where_no_one_turns_a_knob(monkeypatch):
+def test_live_is_an_explorer_outside_jupyterlab(monkeypatch):
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
     frames = flat_frames()
     shown = widgets.live(lambda layer, method: frames[layer, method], "t", **CONTROLS)
@@ -169,23 +169,8 @@ def test_live_computes_on_demand_in_jupyterlab(monkeypatch):
     assert Image.open(io.BytesIO(shown[-1].data)).convert("RGB").getpixel((5, 5)) == COLOURS[3, "SA²VP"]
 
 
-# ---------------------------------------------------------------------------------------------------------- a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install -e '.[test]'")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("needs Chromium: apt install chromium")
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
 @pytest.mark.browser
-def test_keyboard_turns_the_knobs(browser):
+def test_keyboard_moves_the_controls(browser):
     # twice the same widget on one page: each keeps its own state
     text = widgets.explorer(flat_frames(), CONTROLS, "t").data
     page = browser.new_page()
@@ -216,12 +201,12 @@ def test_keyboard_turns_the_knobs(browser):
 
 
 @pytest.mark.browser
-def test_without_scripts_the_first_picture_stands_alone(browser):
+def test_without_scripts_the_first_image_is_shown_alone(browser):
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.set_content(widgets.explorer(flat_frames(), CONTROLS, "t").data)
     assert page.locator("img").is_visible() and not page.locator("select").is_visible()
-    assert "only the first picture" in page.locator("noscript").inner_text()
+    assert "only the first image" in page.locator("noscript").inner_text()
     context.close()
 
 

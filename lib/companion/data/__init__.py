@@ -7,7 +7,6 @@ machine, `fetch` downloads what is free and has a checksum, `table` gives all of
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -75,15 +74,12 @@ DATASETS: dict[str, DataSet] = {}
 def find(name: str, task: str | None = None) -> DataSet:
     """The data set called `name`, of `task` when that is given.
 
-    Raises `BadParameter`, the nearest names first, when there is none.
+    Raises `BadParameter` when there is none.
     """
     names = [known for known, dataset in DATASETS.items() if task in (None, dataset.task)]
     if name in names:
         return DATASETS[name]
-    text = str(name)
-    near = [known for known in names if known.rpartition("/")[2] == text.rpartition("/")[2]]
-    near += difflib.get_close_matches(text, names, n=4, cutoff=0.5)
-    raise BadParameter("data set", name, list(dict.fromkeys([*near, *names])))
+    raise BadParameter("data set", name, names)
 
 
 def _reader(dataset: DataSet):

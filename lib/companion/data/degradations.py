@@ -225,13 +225,6 @@ def degrade(
     return (_resized(y, size, filter).clamp(0, 1) if y.shape[-2:] != size else y)[0]
 
 
-def degrade_batch(x: Tensor, ops: Sequence[Sequence[Op]], seeds: Sequence[int | Sequence[int]], **options) -> Tensor:
-    """`degrade` of pictures (B, 3, H, W), each with its own operations and seed: as each alone, bit for bit."""
-    if not len(x) == len(ops) == len(seeds):
-        raise BadParameter("ops, seeds", (len(ops), len(seeds)), f"{len(x)} each, as many as pictures")
-    return torch.stack([degrade(*each, **options) for each in zip(x, ops, seeds, strict=True)])
-
-
 # --- the blind pipeline -----------------------------------------------------------------------------------------------
 
 
@@ -309,15 +302,6 @@ def blind(x: Tensor, seed: int | Sequence[int], settings: RealESRGAN | None = No
     y = _jpeg(filtered(y), quality) if rng.random() < s.sinc_first else filtered(_jpeg(y, quality))
     y = (y.clamp(0, 1) * 255).round() / 255
     return (_resized(y, (height, width), "bicubic").clamp(0, 1) if restore else y)[0]
-
-
-def sharpened(x: Tensor, weight: float = 0.5, threshold: float = 10.0) -> Tensor:
-    """A picture (3, H, W) by unsharp masking as Real-ESRGAN's targets: radius 51, where it differs by > 10 / 255."""
-    sigma = 0.3 * ((51 - 1) * 0.5 - 1) + 0.8  # OpenCV's for that radius
-    x = _checked(x)[None]
-    rest = x - _blurred(x, sigma, "replicate", 25)
-    soft = _blurred((rest.abs() * 255 > threshold).to(x), sigma, "replicate", 25)
-    return (soft * (x + weight * rest).clamp(0, 1) + (1 - soft) * x)[0]
 
 
 def _noisy(rng: np.random.Generator, y: Tensor, p: Pass) -> Tensor:

@@ -37,7 +37,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import v2
 
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData
-from ..ops.files import read_json, write_json
+from ..ops.files import read_json
 from . import DataSet, Status, find
 from .classification import Images, _absent, _class_folders, _inside, _normalised, image_folder, parted
 from .domains_sets import CLASSES, RELEASED_AS, TORCHGEO, WHOLE_SET_NAMES, image_folders, split_file, split_sizes
@@ -113,21 +113,6 @@ def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str
     known, test = sets.pop("trainval"), sets["test"]
     sources, labels = [*known.sources, *test.sources], [*known.labels, *test.labels]
     return sets | {"all": Images(own, root, sources, labels, test.classes, transform, test.class_names)}
-
-
-def write_split(name: str, root: str | Path) -> Path:
-    """Write the splits of a set beside its images, in the authors' format and under their name; returns the file.
-
-    The authors' own code, run on the same folder, then uses the same splits. A list that is there already is kept.
-
-    Raises as `splits`.
-    """
-    dataset, root = find(name, "domains"), Path(root)
-    names, parts = _read(dataset, root)
-    listing = dataset.folder(root) / split_file(name)
-    if not listing.is_file():
-        write_json(listing, {part: [[path, label, names[label]] for path, label in parts[part]] for part in _PARTS})
-    return listing
 
 
 def clip_transform(input, train: bool = False) -> v2.Transform:

@@ -372,14 +372,3 @@ def _rows(path: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]
             raise CorruptFile(path, f"line {line}: {name!r} is there twice")
         seen.add(name)
     return rows
-
-
-def class_weights(items: Sequence[Item]) -> Tensor:
-    """For each slide one over how many have its grade: the weights of a sampler that draws grades alike often."""
-    counts = Counter(item.grade for item in items)
-    return torch.tensor([1 / counts[item.grade] for item in items], dtype=torch.float64)
-
-
-def disagreements(items: Sequence[Item]) -> list[Item]:
-    """Slides whose grade is not that of their Gleason score: PANDA has at least one."""
-    return [item for item in items if item.gleason and isup(item.gleason) != item.grade]

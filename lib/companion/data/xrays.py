@@ -573,16 +573,6 @@ def _openi(dataset: DataSet, root: str | Path, transform: Transform | None) -> R
     return Reports(Pictures(dataset, root, paths, transform), [text for _, text in kept], None, None)
 
 
-def write_windows(path: str | Path, windows: Tensor) -> Path:
-    """Write the corners (n, 2) of super-resolution's windows as the file that the authors never released; under a
-    temporary name first."""
-    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["label_i", "label_j"])
-        writer.writerows(windows.tolist())
-    return Path(path)
-
-
 def write_reports(
     path: str | Path, paths: Sequence[str], texts: Sequence[str], statements: Mapping[str, str] | Sequence[str]
 ) -> Path:

@@ -60,8 +60,11 @@ def expand(config: Mapping, papers: Mapping[str, Collection[str]]) -> dict[str, 
         papers: the parameters that each notebook has.
 
     Raises:
-        BadParameter: an unknown field, paper, parameter or resource, an empty axis, or two runs of one name.
+        BadParameter: an unknown field, paper, parameter or resource, a value that the paper does not accept, an empty
+            axis, or two runs of one name.
     """
+    from .papers import convert, rules
+
     common, found = config.get("parameters") or {}, {}
     if not isinstance(common, Mapping):
         raise BadParameter("parameters of a grid", common, "name: value, of every run")
@@ -77,7 +80,7 @@ def expand(config: Mapping, papers: Mapping[str, Collection[str]]) -> dict[str, 
         for name in common | own:
             if name not in accepted:
                 raise BadParameter(f"parameter of a run of {paper}", name, accepted)
-        resources = entry.get("resources") or {}
+        known, resources = rules(paper), entry.get("resources") or {}
         for name, value in resources.items():
             if name not in RESOURCES or type(value) is not int or value < (name != "gpu"):
                 said = f"whole numbers for {', '.join(RESOURCES)}"
@@ -93,6 +96,9 @@ def expand(config: Mapping, papers: Mapping[str, Collection[str]]) -> dict[str, 
                 raise BadParameter(f"value of a run of {paper}", said, "letters, digits, blanks and / . - _")
             if folder in found:
                 raise BadParameter("run", folder, "runs of different names: give what differs as an axis, [value]")
+            for name, value in (common | own | chosen).items():
+                if name in known:
+                    convert(name, value, known[name])
             found[folder] = {"parameters": common | own | chosen, "resources": dict(resources)}
     return found
 

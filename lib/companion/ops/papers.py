@@ -41,6 +41,30 @@ def paper(slug: str) -> dict:
     return yaml.safe_load((MODELS / slug / "paper.yaml").read_text(encoding="utf-8"))
 
 
+def rules(slug: str) -> dict[str, dict]:
+    """The rule of each parameter of a notebook: its type and accepted values; the common ones, then the paper's own.
+
+    Types: `switch`; `integer` and `number` (from `low` to `high`; `zero`: or 0); `choice` (one of `choices`); `list`
+    (some of `choices`, between commas); `text` (anything; `examples` names usual values).
+    """
+    return COMMON | (paper(slug).get("parameters", {}) if slug in slugs() else {})
+
+
+def accepted(rule: Mapping) -> str:
+    """The accepted values of a rule, in words."""
+    kind = rule["type"]
+    if kind == "switch":
+        return "true | false"
+    if kind in ("integer", "number"):
+        low, high = rule.get("low", -math.inf), rule.get("high", math.inf)
+        zero = ", or 0" if rule.get("zero") else ""
+        return f"{'a whole number' if kind == 'integer' else 'a number'} from {low:.10g} to {high:.10g}{zero}"
+    if kind == "text":
+        return f"text, such as {' | '.join(rule['examples'])}" if "examples" in rule else "text"
+    names = " | ".join(str(choice) or "(empty)" for choice in rule["choices"])
+    return f"some, between commas, of {names}" if kind == "list" else names
+
+
 def convert(name: str, value: object, rule: Mapping) -> object:
     """A parameter as its rule wants it: papermill passes `-p dry_run false` as the text "false", which is true.
 
@@ -59,14 +83,19 @@ def convert(name: str, value: object, rule: Mapping) -> object:
         return known[text]
     if kind in ("integer", "number"):
         low, high = rule.get("low", -math.inf), rule.get("high", math.inf)
-        accepted = f"{'a whole number' if kind == 'integer' else 'a number'} from {low:.10g} to {high:.10g}"
         try:
             number = int(text) if kind == "integer" else float(text)
         except ValueError as error:
-            raise BadParameter(name, value, accepted) from error
+            raise BadParameter(name, value, accepted(rule)) from error
         if isinstance(value, bool) or not (low <= number <= high or (rule.get("zero") and number == 0)):
-            raise BadParameter(name, value, accepted)
+            raise BadParameter(name, value, accepted(rule))
         return number
     if not isinstance(value, str):
         raise BadParameter(name, value, "text, in quotes (papermill keeps a number as text with -r)")
+    if kind == "list":
+        names = [part.strip() for part in text.split(",") if part.strip()]
+        for part in names:
+            if part not in rule["choices"]:
+                raise BadParameter(name, part, rule["choices"])
+        return ", ".join(names)
     return text

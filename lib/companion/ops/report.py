@@ -28,7 +28,7 @@ from ..evaluation.claims import judge
 from ..evaluation.tables import show_table
 from . import record
 from .files import atomic, sha256, write_json
-from .papers import COMMON, convert, paper, slugs
+from .papers import convert, paper, rules, slugs
 from .provenance import code_hash, sources
 
 PHOTOGRAPHIC = 40_000  # bytes of a PNG above which the notebook shows it in 256 colours
@@ -41,12 +41,11 @@ def start(slug: str, **parameters: object) -> Run:
     Raises:
         BadParameter: an unknown parameter, or a value that is not accepted.
     """
-    rules = COMMON | (paper(slug).get("parameters", {}) if slug in slugs() else {})
-    values = {}
+    known, values = rules(slug), {}
     for name, value in parameters.items():
-        if name not in rules:
-            raise BadParameter("parameter", name, sorted(rules))
-        values[name] = convert(name, value, rules[name])
+        if name not in known:
+            raise BadParameter("parameter", name, sorted(known))
+        values[name] = convert(name, value, known[name])
     if values.get("study") and values.get("profile") == "paper":
         raise BadParameter("study", True, "False with profile = 'paper': the study is at pocket scale")
     if values.get("dry_run") and values.get("profile") == "pocket":
@@ -56,7 +55,7 @@ def start(slug: str, **parameters: object) -> Run:
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):  # before an hour of training, not after it
         raise BadParameter("out", str(run.out), "a folder that you may write to, or a new one in such a folder")
     plan = pd.DataFrame(
-        [(n, "(empty)" if v == "" else str(v), rules[n]["help"]) for n, v in values.items()],
+        [(n, "(empty)" if v == "" else str(v), known[n]["help"]) for n, v in values.items()],
         columns=["parameter", "value", "meaning"],
     )
     display(show_table(plan))

@@ -154,13 +154,3 @@ def overlay(
     coloured = there if threshold is None else there & (scores >= threshold)
     mixed = np.where(coloured[..., None], (1 - opacity) * tissue + opacity * colours, tissue)
     return np.round(mixed).astype(np.uint8)
-
-
-def highlight(
-    tissue: np.ndarray, scores: np.ndarray, there: np.ndarray, *, threshold: float = 0.5, opacity: float = 0.3
-) -> np.ndarray:
-    """The tissue where scores reach the threshold, and the rest faded towards white to `opacity`: uint8 (h, w, 3)."""
-    if tissue.shape[:2] != scores.shape:
-        raise BadParameter("scores", scores.shape, f"{tissue.shape[:2]}, as the tissue")
-    kept = (there & (scores >= threshold))[..., None]
-    return np.round(np.where(kept, tissue, 255 + opacity * (tissue.astype(float) - 255))).astype(np.uint8)

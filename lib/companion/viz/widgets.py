@@ -1,9 +1,9 @@
-"""Knobs that turn in a live notebook and on a page without a kernel.
+"""Controls (sliders, drop-down lists) that work in a live notebook and on a page without a kernel.
 
-`explorer` takes pictures drawn beforehand and gives plain HTML: the browser's own sliders and lists, a few lines of
-script, the pictures inside. The same output is alive in JupyterLab and on the static site, works from the keyboard, and
-shows its first picture where scripts are off. `live` computes each picture when it is asked for, by ipywidgets; where
-nobody can turn a knob (papermill, nbval) it draws all of them and gives the explorer.
+`explorer` takes images drawn beforehand and returns plain HTML: the browser's own sliders and lists, a short script,
+the images embedded. The same output works in JupyterLab and on the static site and from the keyboard, and shows its
+first image where scripts are off. `live` computes each image on demand, by ipywidgets; where no one can move a slider
+(papermill, nbval) it draws all of them and returns the explorer.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ import numpy as np
 import torch
 from IPython.display import HTML, Image, display
 from matplotlib.figure import Figure
-from PIL import Image as Pictures
+from PIL import Image as PILImage
 from torch import Tensor
 
 from ..errors import BadParameter
 
 LIMIT = 300_000  # bytes of one explorer: a notebook with three stays below 1 MB
-FILM = 160_000  # of one animation
+ANIMATION_LIMIT = 160_000  # bytes of one animation
 
 Frame = Figure | np.ndarray | Tensor
 
-# every colour is the page's own, so that the widget is readable in dark and light themes; pictures keep white paper
+# every colour is the page's own, so that the widget is readable in dark and light themes; images stay on white
 _CSS = """
 .companion-explorer { color: inherit; margin: 0.5em 0; }
 .companion-explorer .controls:not([hidden]) { display: flex; flex-wrap: wrap; gap: 0.3em 1.5em; margin: 0.4em 0; }
@@ -58,18 +58,18 @@ _SCRIPT = """
   const image = root.querySelector("img"), inputs = [...root.querySelectorAll("input, select")];
   frames[0] = image.src;
   const show = () => {
-    let place = 0;
-    const said = inputs.map((input, i) => {
+    let index = 0;
+    const labels = inputs.map((input, i) => {
       const at = Number(input.value), value = values[i][at];
-      place = place * values[i].length + at;
+      index = index * values[i].length + at;
       if (input.type === "range") {
         input.setAttribute("aria-valuetext", value);
         input.nextElementSibling.textContent = value;
       }
       return `${names[i]} ${value}`;
     });
-    image.src = frames[place];
-    image.alt = title + said.join(", ");
+    image.src = frames[index];
+    image.alt = title + labels.join(", ");
   };
   inputs.forEach((input) => input.addEventListener("input", show));
   root.querySelector(".controls").hidden = false;
@@ -79,20 +79,20 @@ _SCRIPT = """
 
 
 def explorer(frames: Mapping[Any, Frame], controls: Mapping[str, Sequence[Any]], title: str = "") -> HTML:
-    """Pictures with a knob for each thing that varies, as HTML that needs no kernel.
+    """Images with a control for each parameter that varies, as HTML that needs no kernel.
 
-    Numbers get a slider, anything else a list to choose from. The HTML depends on the arguments alone, so that equal
-    pictures give equal outputs.
+    Numbers get a slider, anything else a drop-down list. The HTML depends on the arguments alone, so that equal images
+    give equal outputs.
 
     Args:
-        frames: a picture for every combination of values: the key is the tuple of values in the order of `controls`
-            (with one control the value itself will do). A picture is a matplotlib figure, which is closed, or (H, W, 3)
-            as bytes or as numbers in 0 to 1; small ones are enlarged with square pixels.
-        controls: the name of each knob and its values; the first ones are shown first.
-        title: said above the picture.
+        frames: an image for every combination of values: the key is the tuple of values in the order of `controls`
+            (with one control the value itself will do). An image is a matplotlib figure, which is closed, or an array
+            (H, W, 3) of bytes or of floats in 0 to 1; small ones are enlarged with square pixels.
+        controls: the name of each control and its values; the first ones are shown first.
+        title: shown above the image.
 
     Raises:
-        BadParameter: a combination without a picture, or more than 300 kB in all, even with 64 colours a picture.
+        BadParameter: a combination without an image, or more than 300 kB in all, even with 64 colours an image.
     """
     if not controls or not all(len(values) for values in controls.values()):
         raise BadParameter("controls", dict(controls), "at least one name, each with at least one value")
@@ -102,56 +102,56 @@ def explorer(frames: Mapping[Any, Frame], controls: Mapping[str, Sequence[Any]],
     missing = [key for key in wanted if key not in given]
     unknown = [key for key in given if key not in set(wanted)]
     if missing or unknown:
-        said = [f"no picture for {key}" for key in missing] + [f"no such values {key}" for key in unknown]
-        raise BadParameter("frames", "; ".join(said[:4]), f"one picture for each of {len(wanted)} combinations")
-    pictures = [_picture(given[key]) for key in wanted]
+        wrong = [f"no image for {key}" for key in missing] + [f"no such values {key}" for key in unknown]
+        raise BadParameter("frames", "; ".join(wrong[:4]), f"one image for each of {len(wanted)} combinations")
+    images = [_image(given[key]) for key in wanted]
     for colours in (256, 128, 64):
-        page = _page([_uri(picture, colours) for picture in pictures], controls, title)
+        page = _page([_uri(image, colours) for image in images], controls, title)
         if len(page) <= LIMIT:
             return HTML(page)
     raise BadParameter(
         "frames",
-        f"{len(pictures)} pictures, {len(page) / 1000:.0f} kB",
-        f"at most {LIMIT // 1000} kB in all: fewer or smaller pictures, or figures at a lower dpi",
+        f"{len(images)} images, {len(page) / 1000:.0f} kB",
+        f"at most {LIMIT // 1000} kB in all: fewer or smaller images, or figures at a lower dpi",
     )
 
 
 def animation(frames: Sequence[Frame], title: str, seconds: float = 0.25) -> HTML:
-    """A short film as HTML that needs no kernel: it stands still for readers who ask for less motion.
+    """An animated image as HTML that needs no kernel; a still one for readers who prefer reduced motion.
 
     Args:
-        frames: pictures of one size, as in `explorer`.
-        title: said above it, and to those who cannot see it.
-        seconds: how long each picture stays.
+        frames: images of one size, as in `explorer`.
+        title: shown above it, and its alternative text.
+        seconds: duration of each frame.
 
     Raises:
         BadParameter: no frames, or more than 160 kB even small and at a low quality.
     """
     if not len(frames):
-        raise BadParameter("frames", "none", "at least one picture")
-    given = [_picture(frame) for frame in frames]
-    # a loss of quality first; pictures of real cameras must shrink too
+        raise BadParameter("frames", "none", "at least one image")
+    given = [_image(frame) for frame in frames]
+    # a loss of quality first; photographs must shrink too
     for shrink, quality in [(1, 80), (1, 60), (1, 40), (1, 25), (2, 40), (2, 25), (4, 40), (4, 25)]:
-        pictures = [picture.reduce(shrink) for picture in given] if shrink > 1 else given
+        images = [image.reduce(shrink) for image in given] if shrink > 1 else given
         file = io.BytesIO()
         options = {"quality": quality, "method": 6, "duration": round(1000 * seconds), "loop": 0}
-        pictures[0].save(file, "webp", save_all=True, append_images=pictures[1:], **options)
-        film, still = base64.b64encode(file.getvalue()).decode(), _uri(pictures[0], 256)
-        if len(film) + len(still) <= FILM:
-            said = html.escape(title)
+        images[0].save(file, "webp", save_all=True, append_images=images[1:], **options)
+        moving, still = base64.b64encode(file.getvalue()).decode(), _uri(images[0], 256)
+        if len(moving) + len(still) <= ANIMATION_LIMIT:
+            label = html.escape(title)
             return HTML(
-                f'<figure style="margin: 0.5em 0"><figcaption><strong>{said}</strong></figcaption>\n<picture>'
+                f'<figure style="margin: 0.5em 0"><figcaption><strong>{label}</strong></figcaption>\n<picture>'
                 f'<source media="(prefers-reduced-motion: reduce)" srcset="{still}">'
-                f'<img class="dark-light" style="max-width: 100%; height: auto" alt="{said}" '
-                f'src="data:image/webp;base64,{film}"></picture></figure>'
+                f'<img class="dark-light" style="max-width: 100%; height: auto" alt="{label}" '
+                f'src="data:image/webp;base64,{moving}"></picture></figure>'
             )
-    raise BadParameter("frames", f"{len(film) / 1000:.0f} kB", f"at most {FILM // 1000} kB: fewer pictures")
+    raise BadParameter("frames", f"{len(moving) / 1000:.0f} kB", f"at most {ANIMATION_LIMIT // 1000} kB: fewer images")
 
 
 def live(function: Callable[..., Frame], title: str = "", **choices: Sequence[Any]) -> HTML | ipywidgets.VBox:
-    """A knob for each argument of `function`, which draws a picture (as in `explorer`).
+    """A control for each argument of `function`, which draws an image (as in `explorer`).
 
-    In a kernel that JupyterLab started, the picture is computed when a knob is turned. Elsewhere (papermill, nbval, a
+    In a kernel that JupyterLab started, the image is computed when a control is changed. Elsewhere (papermill, nbval, a
     script) every combination is drawn at once, and the result is an `explorer`.
     """
     # the server sets this for the kernels of its notebooks; nbclient, which papermill and nbval use, does not
@@ -159,67 +159,69 @@ def live(function: Callable[..., Frame], title: str = "", **choices: Sequence[An
         combinations = list(itertools.product(*choices.values()))
         frames = {key: function(**dict(zip(choices, key, strict=True))) for key in combinations}
         return explorer(frames, choices, title)
-    knobs = {name: _knob(name, values) for name, values in choices.items()}
+    controls = {name: _widget(name, values) for name, values in choices.items()}
 
     def show(**values: Any) -> None:
         file = io.BytesIO()
-        _picture(function(**values)).save(file, "png")
+        _image(function(**values)).save(file, "png")
         display(Image(file.getvalue()))
 
     heading = [ipywidgets.Label(title)] if title else []
-    controls = ipywidgets.HBox(list(knobs.values()), layout={"flex_flow": "row wrap"})
-    return ipywidgets.VBox([*heading, controls, ipywidgets.interactive_output(show, knobs)])
+    row = ipywidgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap"})
+    return ipywidgets.VBox([*heading, row, ipywidgets.interactive_output(show, controls)])
 
 
 def _is_scale(values: Sequence[Any]) -> bool:
     return len(values) > 2 and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
 
 
-def _knob(name: str, values: Sequence[Any]) -> ipywidgets.Widget:
+def _widget(name: str, values: Sequence[Any]) -> ipywidgets.Widget:
+    """A slider or a drop-down list of ipywidgets."""
     kind = ipywidgets.SelectionSlider if _is_scale(values) else ipywidgets.Dropdown
     return kind(
         options=[(str(value), value) for value in values], description=name, style={"description_width": "auto"}
     )
 
 
-def _picture(frame: Frame) -> Pictures.Image:
-    """The frame as an RGB picture. A figure is closed: it is shown here, not once more below the cell."""
+def _image(frame: Frame) -> PILImage.Image:
+    """The frame as an RGB image. A figure is closed, so that it is not shown a second time below the cell."""
     if isinstance(frame, Figure):
         file = io.BytesIO()
         frame.savefig(file, format="png", dpi=frame.dpi, facecolor="white")
         plt.close(frame)
-        return Pictures.open(file).convert("RGB")
+        return PILImage.open(file).convert("RGB")
     array = frame.detach().cpu().numpy() if isinstance(frame, torch.Tensor) else np.asarray(frame)
     if array.ndim != 3 or array.shape[2] != 3:
         raise BadParameter("frames", f"an array of shape {array.shape}", "a matplotlib figure or an array (H, W, 3)")
     if array.dtype != np.uint8:
         array = (np.clip(array, 0, 1) * 255).round().astype(np.uint8)
-    picture = Pictures.fromarray(array)
-    factor = math.ceil(224 / max(picture.size)) if max(picture.size) < 112 else 1
-    return picture.resize((picture.width * factor, picture.height * factor), Pictures.Resampling.NEAREST)
+    image = PILImage.fromarray(array)
+    factor = math.ceil(224 / max(image.size)) if max(image.size) < 112 else 1
+    return image.resize((image.width * factor, image.height * factor), PILImage.Resampling.NEAREST)
 
 
-def _uri(picture: Pictures.Image, colours: int) -> str:
-    """The picture inside the page, as PNG of few colours (lines, flat areas) or WebP (photographs): the smaller one."""
+def _uri(image: PILImage.Image, colours: int) -> str:
+    """The image as a data URI: PNG of few colours (lines, flat areas) or WebP (photographs), whichever is smaller."""
     png, webp = io.BytesIO(), io.BytesIO()
-    picture.quantize(colours, dither=Pictures.Dither.NONE).save(png, "png", optimize=True)
-    picture.save(webp, "webp", quality=85, method=6)
+    image.quantize(colours, dither=PILImage.Dither.NONE).save(png, "png", optimize=True)
+    image.save(webp, "webp", quality=85, method=6)
     kind, file = min(("png", png), ("webp", webp), key=lambda pair: len(pair[1].getvalue()))
     return f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _control(name: str, values: Sequence[Any]) -> str:
-    said = [html.escape(str(value)) for value in values]
+    """The HTML of one control: a slider for numbers, else a drop-down list."""
+    labels = [html.escape(str(value)) for value in values]
     # without the first attribute JupyterLab takes the arrow keys for itself; without the second a browser that reloads
-    # the page sets the knob back to where it was, and the picture not
+    # the page restores the control's value, and not the image
     common = 'data-lm-suppress-shortcuts="true" autocomplete="off"'
     if _is_scale(values):
         field = (
-            f'<input type="range" min="0" max="{len(values) - 1}" step="1" value="0" aria-valuetext="{said[0]}" '
-            f"{common}><output>{said[0]}</output>"
+            f'<input type="range" min="0" max="{len(values) - 1}" step="1" value="0" aria-valuetext="{labels[0]}" '
+            f"{common}><output>{labels[0]}</output>"
         )
     else:
-        options = "".join(f'<option value="{i}">{value}</option>' for i, value in enumerate(said))
+        options = "".join(f'<option value="{i}">{value}</option>' for i, value in enumerate(labels))
         field = f"<select {common}>{options}</select>"
     return f"<label>{html.escape(name)} {field}</label>"
 
@@ -228,7 +230,7 @@ def _page(uris: Sequence[str], controls: Mapping[str, Sequence[Any]], title: str
     values = [[str(value) for value in some] for some in controls.values()]
     named = json.dumps([title, list(controls), values])
     parts = {
-        # of the knobs, not of the pictures: these may differ in a bit from machine to machine
+        # of the controls, not of the images, which may vary in a bit between machines
         "id": hashlib.sha256(named.encode()).hexdigest()[:12],
         "names": list(controls),
         "values": values,
@@ -240,12 +242,12 @@ def _page(uris: Sequence[str], controls: Mapping[str, Sequence[Any]], title: str
     first = ", ".join(f"{name} {some[0]}" for name, some in zip(controls, values, strict=True))
     heading = f"<p><strong>{html.escape(title)}</strong></p>" if title else ""
     fields = "".join(_control(*item) for item in controls.items())
-    # hidden until the script runs: knobs that do nothing would mislead. `dark-light` keeps the site's dark theme from
-    # dimming the picture
+    # hidden until the script runs: controls without effect would mislead. `dark-light` keeps the site's dark theme from
+    # dimming the image
     return f"""<div class="companion-explorer" data-explorer="{parts["id"]}">
 <style>{_CSS}</style>
 {heading}<div class="controls" hidden>{fields}</div>
 <img class="dark-light" src="{uris[0]}" alt="{html.escape(parts["title"] + first)}">
-<noscript><p>With scripts switched off only the first picture is shown ({html.escape(first)}).</p></noscript>
+<noscript><p>With scripts switched off only the first image is shown ({html.escape(first)}).</p></noscript>
 <script>{script}</script>
 </div>"""

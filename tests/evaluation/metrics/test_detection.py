@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from companion.errors import BadParameter, CorruptFile
-from companion.evaluation.metrics.detection import evaluate, recognition_ap, recognition_top
+from companion.evaluation.metrics.detection import evaluate, recognition_ap
 from companion.evaluation.parity import folder
 
 BOX = [10, 10, 20, 20]
@@ -155,8 +155,5 @@ def test_recognition_is_the_mean_precision_at_the_positives_ranks():
     scores = np.array([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]])
     ap = recognition_ap(labels, scores)
     assert math.isclose(ap[0], 100 * (1 + 2 / 3) / 2) and math.isnan(ap[1])
-    assert recognition_top(labels, scores, 1) == {"precision": 100 * 2 / 3, "recall": 100}
-    with pytest.raises(BadParameter, match="k"):
-        recognition_top(labels, scores, 3)
     with pytest.raises(BadParameter, match="shape"):
         recognition_ap(labels, scores[:2])

@@ -210,9 +210,7 @@ def test_the_clip_and_the_data_are_asked_for(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(dataset="btmri"), "dataset = 'btmri'.*'medical/btmri'"),
         (dict(targets="medical/ccbtm"), "nothing with the protocol 'base to novel'"),
-        (dict(protocol="cross-dataset", targets="remote/nowhere"), "targets = 'remote/nowhere'.*'remote/aid'"),
         (dict(protocol="cross-dataset", targets="medical/btmri"), "targets = 'medical/btmri'"),
         (dict(protocol="cross-dataset", dataset="folder"), "targets = ''"),
         (dict(clip="roberta-ViT-B-32/laion2b_s12b_b32k"), "OpenAI's vocabulary"),
@@ -329,7 +327,6 @@ def test_the_facts_name_what_there_is():
     for protocol in ("cross-dataset", "domain-generalisation"):
         named = [set(published_table("dplq", f"{protocol}-{d}").columns) - {"method"} for d in runs.DOMAINS]
         assert set.union(*named) == set(columns.values())
-    assert set(facts["parameters"]["protocol"]["choices"]) == {"base to novel", *runs.TRANSFERS}
 
 
 def test_every_method_is_built_at_the_published_depth():

@@ -141,21 +141,6 @@ def test_betas_are_the_published_ones(monkeypatch):
     assert asked["betas"] == (0.9, 0.95) and asked["accumulate"] == 1
 
 
-def test_windows_are_where_the_entities_look(monkeypatch):
-    words = ecamp_text.Vocabulary.from_words(["effusion", "left", "lungs", "clear"])
-    torch.manual_seed(0)
-    model, images = ecamp.build("pocket", words=len(words)).eval(), torch.randn(2, 3, 64, 64)
-    maps = torch.zeros(1, 4, 20, 8, 8)
-    maps[..., 1, 0] = 1  # what other words look at
-    maps[:, :, 2] = 0
-    maps[:, :, 2, 7, 3] = 1  # the entity, third of "[CLS] left effusion"
-    monkeypatch.setattr(model, "attention", lambda *given: maps.flatten(-2))
-    found = runs.find_windows(model, images, ["left effusion", "lungs clear"], words, window=6)
-    assert found[1].tolist() == [1, 1]  # no entity: the middle
-    row, column = found[0].tolist()
-    assert row == 2 and column <= 3 < column + 6
-
-
 def test_pre_training_on_a_folder(tmp_path, monkeypatch):
     folder = tmp_path / "xrays" / "mimic-cxr"
     paths = [f"files/s{i}/a.png" for i in range(3)]

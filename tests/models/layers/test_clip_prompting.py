@@ -221,13 +221,6 @@ def test_underscores_are_spaces(clip):
     assert torch.equal(build(CoOp, clip, ["red_disc"]).embedded, build(CoOp, clip, ["red disc"]).embedded)
 
 
-def test_nearest_tokens_finds_the_words_a_context_started_from(clip):
-    model = build(CoCoOp, clip)
-    distances, ids = prompting.nearest_tokens(model.ctx, clip, k=3)
-    assert ids.shape == (4, 3) and distances[:, 0].abs().max() < 1e-3
-    assert Tokenizer().decode(ids[:, 0]) == "a photo of a"
-
-
 # --- training and loading ---------------------------------------------------------------------------------------------
 
 

@@ -455,9 +455,6 @@ def test_ones_own_folder_is_trained_kept_and_mapped(quick, tmp_path, capsys):
 
 def test_what_cannot_be_run_is_said(tmp_path):
     wrong = [
-        ({"dataset": "landcover/vaihingen"}, "dataset"),
-        ({"dataset": "pocket/landcover"}, "dataset"),
-        ({"method": "fusion at stage 1"}, "method"),
         ({"test_on": POTSDAM}, "test_on"),
         ({"tile": 256, "overlap": 256}, "overlap"),
         ({"dataset": POTSDAM, "held_out": "Cfb"}, "held_out"),

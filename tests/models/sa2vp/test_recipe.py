@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from companion.data import DATASETS
-from companion.errors import BadParameter, MissingData, MissingWeights
+from companion.errors import MissingData, MissingWeights
 from companion.models.sa2vp import recipe as runs
 from companion.toy import encoders
 
@@ -52,13 +52,6 @@ def given(**changes) -> SimpleNamespace:
         precision="32-true",
     )
     return SimpleNamespace(**settings | changes)
-
-
-def test_names_of_data_sets_are_checked():
-    runs.check_dataset(given())
-    runs.check_dataset(given(dataset="folder"))
-    with pytest.raises(BadParameter, match="vtab/svhn"):
-        runs.check_dataset(given(dataset="svhn"))
 
 
 def test_the_paper_profile_says_what_is_missing(tmp_path, monkeypatch):

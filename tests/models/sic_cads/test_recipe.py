@@ -238,7 +238,6 @@ def test_the_authors_names_are_taken_up(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"dataset": "detection/coco"}, "detection/ov-coco"),
         ({"dataset": "detection/ov-lvis", "captions": True}, "captions"),
         ({"dry_run": True, "detector": "IDEA-Research/grounding-dino-tiny"}, "OWL"),
         ({"dataset": "detection/objects365"}, "checkpoint"),

@@ -204,17 +204,6 @@ def recognition_ap(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return found
 
 
-def recognition_top(labels: np.ndarray, scores: np.ndarray, k: int = 10) -> dict[str, float]:
-    """When each image is said to show its `k` best classes: "precision", hits over n k, and "recall", hits over all
-    labels, both in percent and over all images together."""
-    labels, scores = _both(labels, scores)
-    if not 1 <= k <= labels.shape[1]:
-        raise BadParameter("k", k, f"1 to {labels.shape[1]}, the classes there are")
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    hits = int(np.take_along_axis(labels, best, 1).sum())
-    return {"precision": 100 * hits / best.size, "recall": 100 * hits / max(int(labels.sum()), 1)}
-
-
 def _both(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     labels, scores = np.asarray(labels).astype(bool), np.asarray(scores, dtype=np.float64)
     if labels.ndim != 2 or labels.shape != scores.shape or not labels.size:

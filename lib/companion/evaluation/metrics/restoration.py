@@ -22,7 +22,6 @@ from torchvision.models import AlexNet_Weights
 
 from ...errors import BadParameter
 
-PERCEPTUAL = ("LPIPS", "FID")
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's
 
 

@@ -184,19 +184,6 @@ def build(p: SimpleNamespace, taught_by: Teachers) -> DMT:
     )
 
 
-class Pictures(Dataset):
-    """Items (picture,) of a data set whose items begin with one: what the teachers are asked about has no labels."""
-
-    def __init__(self, data: Dataset):
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> tuple[Tensor]:
-        return (self.data[index][0],)
-
-
 def augment(size: int = 224) -> v2.Transform:
     """G2SD's, of tensors in [0, 1]: a crop of 20 to 100 %, bicubic, a flip, ImageNet's mean and deviation."""
     cut = v2.RandomResizedCrop(size, (0.2, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True)

@@ -183,32 +183,6 @@ def pretrain(
     return history
 
 
-@torch.inference_mode()
-def find_windows(model: ECAMP, images: Dataset, reports: Sequence[str], words: Vocabulary, window: int = 12) -> Tensor:
-    """The corner (n, 2), row and column in patches, of the window that a trained model's entities look at most.
-
-    For each pair the entities' attention to the patches, heads averaged, is added up in every window; the middle where
-    no entity is named. How the authors made theirs is not in their code; this is the reading of section 3.6.
-
-    Args:
-        images: item i the whole picture (3, 2 S, 2 S), normalised and not cropped.
-        reports: a text for each.
-    """
-    side, found = model.encoder.patch_embed.grid_size[0], []
-    length = model.text.embeddings.positions.num_embeddings
-    for image, text in zip((images[i] for i in range(len(images))), reports, strict=True):
-        ids = torch.from_numpy(words.encode(text, length).copy())
-        entity = torch.isin(ids, torch.tensor(list(words.entities), dtype=torch.long))
-        if not entity.any():
-            found.append([(side - window) // 2] * 2)
-            continue
-        maps = model.attention(ecamp.shrink(image[None]), ids[None], (ids != words.pad)[None])[0]
-        seen = maps[:, entity].mean(0).sum(0).unflatten(0, (1, side, side))
-        sums = nn.functional.avg_pool2d(seen, window, 1)[0]
-        found.append(list(divmod(int(sums.argmax()), sums.shape[1])))
-    return torch.tensor(found)
-
-
 def _pretraining(
     p: SimpleNamespace,
     title: str,

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ...backbones import read_state
-from ...data import DATASETS
 from ...data import slides as data
 from ...errors import BadParameter, CompanionError, MissingData, MissingWeights
 from ...evaluation.tables import upsert_rows
@@ -88,7 +87,6 @@ def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float
     """
     if p.profile == "pocket":
         return _pocket(p, out, rates)
-    check_dataset(p)
     if p.position.startswith("2d"):
         raise BadParameter("position", p.position, ["none", "sine", "learned"])
     if p.devices != 1:
@@ -529,13 +527,6 @@ def look(model: hvit.HViT, patch: hvit.PatchEncoder, slide: Slide, tiles: Tiles,
     output = whole.slide(torch.cat(embedded)[None], trace=trace)
     alpha = trace["pooling"][0].numpy()
     return Look(np.stack(low), np.stack(high), heatmaps.ranks(alpha, axes=1), alpha, output)
-
-
-def check_dataset(p: SimpleNamespace) -> None:
-    """Raises `BadParameter` when `dataset` is no set of slides that the paper profile trains on."""
-    known = [n for n, found in DATASETS.items() if found.task == "slides" and not n.startswith("pocket/")]
-    if p.dataset not in (*known, "folder"):
-        raise BadParameter("dataset", p.dataset, [*known, "folder"])
 
 
 # --- training and testing ---------------------------------------------------------------------------------------------

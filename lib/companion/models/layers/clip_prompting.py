@@ -99,13 +99,6 @@ class ImageFeatures(nn.Module):
         return self.clip.encode_image(images)
 
 
-def nearest_tokens(vectors: Tensor, clip: CLIP, k: int = 10) -> tuple[Tensor, Tensor]:
-    """The k words of CLIP's vocabulary nearest to learned vectors (..., Wt): distances and ids, both (..., k)."""
-    table = clip.token_embedding.weight
-    found = torch.cdist(vectors.detach().reshape(-1, table.shape[1]), table.detach()).topk(k, largest=False)
-    return tuple(t.unflatten(0, vectors.shape[:-1]) for t in found)
-
-
 # --- class names ------------------------------------------------------------------------------------------------------
 
 

@@ -528,11 +528,6 @@ def _made(p, prompts, title, classes, palette, left_out, teach, tested) -> dict[
 
 def check(p: SimpleNamespace) -> None:
     """Raises `BadParameter` for parameters that do not go together."""
-    known = [name for name, found in DATASETS.items() if found.task == "landcover" and found.group != "pocket"]
-    if p.dataset not in (*known, "folder"):
-        raise BadParameter("dataset", p.dataset, [*known, "folder"])
-    if p.method not in LEVELS:
-        raise BadParameter("method", p.method, list(LEVELS))
     if p.test_on and (p.dataset, p.test_on) != (OEM, LOVEDA):
         raise BadParameter("test_on", p.test_on, f"'' or, with dataset = {OEM!r}, {LOVEDA!r}")
     if p.overlap >= p.tile:

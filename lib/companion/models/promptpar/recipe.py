@@ -99,8 +99,6 @@ def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float
     """
     if p.profile == "pocket":
         return _pocket(p, out, rates)
-    if p.dataset not in (*COLUMNS, "folder"):
-        raise BadParameter("dataset", p.dataset, [*COLUMNS, "folder"])
     if p.texts == "phrases" and p.dataset not in PHRASES:
         raise BadParameter("texts", p.texts, f"'sentences'; phrases are known of {', '.join(PHRASES)}")
     if p.checkpoint and p.method != "PromptPAR":

@@ -16,7 +16,6 @@ from torch.utils.data import Dataset, TensorDataset
 
 from ... import backbones
 from ...data import DATASETS, classification
-from ...errors import BadParameter
 from ...evaluation.tables import upsert_rows
 from ...ops.papers import paper
 from ...toy import encoders
@@ -288,10 +287,3 @@ def with_mean(found: dict[tuple[str, str], float], columns: list[str]) -> dict[t
     sets = [c for c in columns if c not in ("mean", "method")]
     complete = [m for m in {m for m, _ in found} if all((m, c) in found for c in sets)]
     return found | {(m, "mean"): sum(found[m, c] for c in sets) / len(sets) for m in complete}
-
-
-def check_dataset(p: SimpleNamespace) -> None:
-    """Raises `BadParameter` when `dataset` is no data set that can be trained on at the paper profile."""
-    known = [n for n, found in DATASETS.items() if found.task == "classification" and not n.startswith("pocket/")]
-    if p.dataset not in (*known, "folder"):
-        raise BadParameter("dataset", p.dataset, [*known, "folder"])

@@ -344,9 +344,6 @@ def _device(p: SimpleNamespace) -> str:
 
 def check(p: SimpleNamespace) -> None:
     """Raises `BadParameter` for parameters that do not go together."""
-    known = [name for name, found in DATASETS.items() if found.task == "detection" and found.group != "pocket"]
-    if p.dataset not in known:
-        raise BadParameter("dataset", p.dataset, known)
     if p.captions and p.dataset != "detection/ov-coco":
         raise BadParameter("captions", True, "False: captions are known of detection/ov-coco alone")
     if p.dry_run and "owl" not in p.detector:

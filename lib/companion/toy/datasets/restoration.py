@@ -42,7 +42,6 @@ KINDS = ("rows", "columns", "checks")
 CONTRASTS = (0.15, 0.4, 0.7, 1.0)
 COLOURS = ((0.90, 0.30, 0.25), (0.25, 0.75, 0.35), (0.30, 0.40, 0.95), (0.95, 0.85, 0.30))
 COUNTS = {"train": (2400, 600), "val": (192, 48), "test": (384, 96)}  # scenes and photographs
-LARGE = 64  # side of the photographs that `photograph` cuts for pictures
 VERSION = 1  # raised when a change of this file changes the pictures
 
 # One pass, the values of the prototype (section 14). 16 pixels leave no room for more than one of each kind.

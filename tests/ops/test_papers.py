@@ -1,0 +1,111 @@
+"""Parameters are converted by their rules in paper.yaml, and the rules name what the code has."""
+
+import pytest
+
+from companion import climate
+from companion.data import DATASETS
+from companion.errors import BadParameter
+from companion.models.dmt import model as dmt
+from companion.models.dmt import recipe as dmt_recipe
+from companion.models.dmt import teachers as dmt_teachers
+from companion.models.dplq import recipe as dplq_recipe
+from companion.models.hvit import model as hvit
+from companion.models.hvit import recipe as hvit_recipe
+from companion.models.metasegnet import model as metasegnet
+from companion.models.metasegnet import recipe as metasegnet_recipe
+from companion.models.promptpar import recipe as promptpar_recipe
+from companion.models.tip import recipe as tip_recipe
+from companion.ops.papers import accepted, convert, paper, rules, slugs
+from companion.ops.report import start
+
+
+@pytest.mark.parametrize(
+    ("rule", "value", "expected"),
+    [
+        ({"type": "switch"}, "false", False),
+        ({"type": "switch"}, "True", True),
+        ({"type": "switch"}, 1, True),
+        ({"type": "integer", "low": 0}, "12", 12),
+        ({"type": "number", "low": 0}, "1e-4", 1e-4),
+        ({"type": "choice", "choices": ["a", "b"]}, "a", "a"),
+        ({"type": "choice", "choices": ["2023", "2025"]}, 2025, "2025"),
+        ({"type": "choice", "choices": [1024, 2048]}, "2048", 2048),
+        ({"type": "integer", "low": 1, "zero": True}, 0, 0),
+        ({"type": "text"}, " x ", "x"),
+        ({"type": "text", "examples": ["a"]}, "b", "b"),
+        ({"type": "list", "choices": ["a", "b"]}, "b,a ", "b, a"),
+        ({"type": "list", "choices": ["a", "b"]}, "", ""),
+    ],
+)
+def test_parameters_are_converted(rule, value, expected):
+    assert convert("name", value, rule) == expected
+
+
+@pytest.mark.parametrize(
+    ("rule", "value", "message"),
+    [
+        ({"type": "switch"}, "maybe", "True, False"),
+        ({"type": "integer", "low": 0, "high": 9}, "1.5", "a whole number from 0 to 9"),
+        ({"type": "integer", "low": 0, "high": 9}, 10, "from 0 to 9"),
+        ({"type": "integer", "low": 0}, True, "a whole number"),
+        ({"type": "number", "low": 0}, "nan", "a number"),
+        ({"type": "choice", "choices": ["a", "b"]}, "c", "'a', 'b'"),
+        ({"type": "text"}, 3, "text"),
+        ({"type": "list", "choices": ["a", "b"]}, "a, c", "name = 'c' is not accepted. Accepted: 'a', 'b'"),
+        ({"type": "choice", "choices": [*"abcdefgh", "i/svhn", "svh"]}, "svhn", "Accepted: 'i/svhn', 'svh', 'a'"),
+    ],
+)
+def test_a_bad_parameter_says_what_is_accepted(rule, value, message):
+    with pytest.raises(BadParameter, match=message) as caught:
+        convert("name", value, rule)
+    assert caught.value.name == "name"
+
+
+def sets(task):
+    """The names of a task's real data sets, in the order of the register."""
+    return [name for name, found in DATASETS.items() if found.task == task and found.group != "pocket"]
+
+
+IN_CODE = {
+    ("bat", "dataset"): sets("tracking"),
+    ("dmt", "dataset"): ["", *sets("pretraining"), "folder"],
+    ("dmt", "teachers"): dmt_teachers.RELEASED,
+    ("dmt", "losses"): dmt_recipe.LOSSES,
+    ("dmt", "task"): dmt_recipe.USUAL,
+    ("dmt", "teacher_view"): dmt.VIEWS,
+    ("dmt", "fusion"): dmt.FUSIONS,
+    ("dplq", "dataset"): [*sets("domains"), "folder"],
+    ("dplq", "targets"): sets("domains"),
+    ("dplq", "protocol"): ["base to novel", *dplq_recipe.TRANSFERS],
+    ("ecamp", "dataset"): [*sets("xrays"), "folder"],
+    ("hvit", "dataset"): [*sets("slides"), "folder"],
+    ("hvit", "method"): hvit_recipe.KINDS,
+    ("hvit", "head"): hvit.HEADS,
+    ("hvit", "position"): hvit.POSITIONS,
+    ("metasegnet", "dataset"): [*sets("landcover"), "folder"],
+    ("metasegnet", "method"): metasegnet_recipe.LEVELS,
+    ("metasegnet", "prompt"): climate.LEVELS,
+    ("metasegnet", "held_out"): ["", *climate.Prompts.read().zones],
+    ("metasegnet", "augmentation"): metasegnet.AUGMENTATIONS,
+    ("promptpar", "dataset"): [*sets("attributes"), "folder"],
+    ("promptpar", "method"): promptpar_recipe.METHODS,
+    ("sa2vp", "dataset"): [*sets("classification"), "folder"],
+    ("sic_cads", "dataset"): sets("detection"),
+    ("tip", "dataset"): [*sets("restoration"), "folder"],
+    ("tip", "method"): tip_recipe.METHODS,
+}
+
+
+@pytest.mark.parametrize(("slug", "name"), IN_CODE)
+def test_accepted_values_are_those_of_the_code(slug, name):
+    assert sorted(paper(slug)["parameters"][name]["choices"]) == sorted(IN_CODE[slug, name])
+
+
+@pytest.mark.parametrize("slug", slugs())
+def test_an_unknown_data_set_is_refused_with_the_accepted_ones(slug):
+    rule = rules(slug)["dataset"]
+    assert rule["type"] == "choice" and accepted(rule)
+    for wrong in ("nowhere", "pocket/where"):
+        with pytest.raises(BadParameter, match=f"dataset = '{wrong}' is not accepted. Accepted: '") as caught:
+            start(slug, profile="paper", dataset=wrong)
+        assert caught.value.accepted == rule["choices"]

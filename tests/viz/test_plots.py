@@ -1,0 +1,203 @@
+"""The house figures are legible and show their values."""
+
+import io
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import skimage.data
+import skimage.transform
+import torch
+from matplotlib.text import Text
+
+from companion.errors import BadParameter
+from companion.viz import plots
+
+
+def visible_texts(figure):
+    """The laid-out texts that a reader sees: `get_window_extent()` gives their boxes in pixels."""
+    figure.draw_without_rendering()
+    hidden = set()
+    for ax in figure.axes:
+        for axis, (low, high) in ((ax.xaxis, sorted(ax.get_xlim())), (ax.yaxis, sorted(ax.get_ylim()))):
+            for tick in axis.get_major_ticks() + axis.get_minor_ticks():
+                # a tick outside the limits keeps its text but is not drawn
+                if not ax.axison or not low <= tick.get_loc() <= high:
+                    hidden |= {tick.label1, tick.label2}
+    texts = figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_text().strip())
+    return [text for text in texts if text.get_visible() and text not in hidden]
+
+
+def overlapping_text(figure):
+    """The pairs of texts that cover each other by more than a pixel each way."""
+    boxes = [(text.get_text(), text.get_window_extent()) for text in visible_texts(figure)]
+    pairs = [((one, a), (other, b)) for i, (one, a) in enumerate(boxes) for other, b in boxes[i + 1 :]]
+    return [
+        (one, other)
+        for (one, a), (other, b) in pairs
+        if min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1
+    ]
+
+
+def photographs(number, size=224):
+    names = ["astronaut", "chelsea", "coffee", "rocket", "retina", "immunohistochemistry"]
+    arrays = [skimage.transform.resize(getattr(skimage.data, n)(), (size, size), anti_aliasing=True) for n in names]
+    images = torch.tensor(np.stack(arrays[:number]), dtype=torch.float32).permute(0, 3, 1, 2)
+    return (images - 0.5) / 0.5
+
+
+HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+METHODS = ["linear probing", "full fine-tuning", "VPT-shallow", "VPT-deep", "SA²VP", "SA²VP, global attention"]
+TASKS = ["CIFAR-100", "Oxford-IIIT Pets", "CLEVR distance", "dSprites orientation", "Diabetic Retinopathy", "where"]
+
+
+def table(tasks=TASKS, methods=METHODS):
+    rng = np.random.default_rng(0)
+    values = pd.DataFrame(rng.uniform(5, 100, (len(tasks), len(methods))), index=tasks, columns=methods)
+    return values, pd.DataFrame(rng.uniform(0.2, 8, values.shape), index=tasks, columns=methods)
+
+
+def histories():
+    steps, rng = np.linspace(0, 3, 20), np.random.default_rng(0)
+    return {
+        m: {
+            "training loss": np.exp(-steps) + rng.uniform(0, 0.2, (3, 20)),
+            "validation accuracy (%)": 90 - 60 * np.exp(-steps) + rng.uniform(0, 5, (3, 20)),
+        }
+        for m in METHODS
+    }
+
+
+def grid_figure():
+    rows = {name: torch.rand(5, 14, 14) ** 3 for name in METHODS[2:5]}
+    titles = ["astronaut", "tabby cat", "a cup of coffee", "rocket on its pad", "retina, left eye"]
+    return plots.attention_grid(photographs(5), rows, titles, **HALF)
+
+
+HOUSE_FIGURES = {
+    "grid": grid_figure,
+    "grid, shared": lambda: plots.attention_grid(
+        photographs(2), {"Rollout, last layer": torch.rand(2, 14, 14) / 196}, shared=True, mode="nearest", **HALF
+    ),
+    "images": lambda: plots.show_images(
+        photographs(6), ["true: tabby cat, predicted: Egyptian cat"] * 6, columns=3, **HALF
+    ),
+    "small images": lambda: plots.show_images(photographs(6, 32), [f"class {i}" for i in range(6)], **HALF),
+    "bars": lambda: plots.bars(*table()),
+    "bars of one method": lambda: plots.bars(table(methods=["SA²VP"])[0]),
+    "bars of a benchmark": lambda: plots.bars(*table([f"{t} {i}" for i in range(3) for t in TASKS], METHODS[:4])),
+    "curves": lambda: plots.curves(histories()),
+    "threshold curves": lambda: plots.threshold_curves(
+        {
+            "centre error (pixels)": {m: (np.arange(51), np.linspace(0, 1, 51)) for m in METHODS},
+            "overlap (IoU)": {m: (np.linspace(0, 1, 21), np.linspace(1, 0, 21)) for m in METHODS},
+        },
+        dict.fromkeys(METHODS, "99.9 / 88.8"),
+    ),
+    "radar": lambda: plots.radar(
+        {name: {f"A{i}": 50 + 2.0 * i for i in range(count)} for name, count in (("LasHeR", 19), ("RGBT234", 12))},
+        30,
+        90,
+    ),
+    "curves of one method": lambda: plots.curves({"SA²VP": {"loss": [3.0, 2, 1]}}),
+}
+
+
+@pytest.mark.parametrize("name", HOUSE_FIGURES)
+def test_house_figures_are_legible_and_small(name):
+    figure = HOUSE_FIGURES[name]()
+    assert isinstance(figure, plt.Figure)
+    assert overlapping_text(figure) == []
+    for text in visible_texts(figure):
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, text.get_text()
+        assert text.get_fontsize() >= 8  # 11 pixels at 100 dpi
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    assert len(file.getvalue()) <= 300_000
+    assert figure.dpi == 100
+
+
+def test_overlapping_text_finds_overlaps():
+    figure, ax = plt.subplots()
+    ax.text(0.5, 0.5, "one")
+    ax.text(0.51, 0.5, "two")
+    assert overlapping_text(figure) == [("one", "two")]
+
+
+def test_denormalise_and_overlay_show_the_numbers():
+    image = torch.rand(3, 20, 30)
+    normalised = (image - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
+    shown = plots.denormalise(normalised, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    np.testing.assert_allclose(shown, image.permute(1, 2, 0).numpy(), atol=1e-6)
+    _, ax = plt.subplots()
+    heat = torch.arange(6.0).view(2, 3)
+    drawn = plots.overlay(ax, image, heat, mode="nearest")
+    np.testing.assert_array_equal(drawn.get_array(), heat.numpy())
+    assert drawn.get_extent() == [-0.5, 29.5, 19.5, -0.5] and drawn.get_clim() == (0, 5)
+    assert plots.overlay(ax, image, heat, limits=(0, 10)).get_clim() == (0, 10)
+    with pytest.raises(BadParameter, match="bicubic"):
+        plots.overlay(ax, image, heat, mode="bicubic")
+
+
+def test_bars_and_curves_show_the_numbers():
+    values, spread = table(TASKS[:2], METHODS[:2])
+    values.iloc[0, 1] = math.nan
+    figure = plots.bars(values, spread)
+    texts = {t.get_text() for t in figure.axes[0].texts}
+    expected = {f"{values.iloc[i, j]:.1f} ± {spread.iloc[i, j]:.1f}" for i, j in ((0, 0), (1, 0), (1, 1))}
+    assert texts == expected
+    with pytest.raises(BadParameter):
+        plots.bars(values, spread.iloc[:1])
+    frame = pd.DataFrame({"epoch": [2, 4, 6], "loss": [3.0, 2.0, 1.0]})
+    (line,) = plots.curves({"SA²VP": frame}).axes[0].lines
+    np.testing.assert_array_equal(line.get_xydata(), [[2, 3], [4, 2], [6, 1]])
+    runs = np.array([[1.0, 2.0], [3.0, 6.0]])
+    ax = plots.curves({"SA²VP": {"loss": runs}}).axes[0]
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), [2, 4])
+    with pytest.raises(BadParameter):
+        plots.curves({"SA²VP": {}})
+
+
+def test_boxes_are_drawn_at_their_positions():
+    image = np.zeros((20, 30, 3), np.uint8)
+    drawn = plots.boxed(image, {"white": (4, 5, 10, 8), "red": (6, 7, 4, 4)}, scale=2)
+    assert drawn.shape == (40, 60, 3)
+    rows, columns = np.nonzero((drawn == 255).all(-1))
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (10, 26, 8, 28)
+    red = (drawn == (255, 0, 0)).all(-1)
+    assert red[14, 12] and not red[18, 16]
+    ax = plt.subplots()[1]
+    plots.boxes(ax, image, {"white": (4, 5, 10, 8)})
+    assert ax.patches[0].get_bbox().bounds == (3.5, 4.5, 10, 8)
+    assert ax.get_xlim() == (-0.5, 29.5) and ax.get_ylim() == (19.5, -0.5)
+
+
+def test_radar_closes_its_line():
+    figure = plots.radar({"x": {"a": 10.0, "b": 20.0, "c": 30.0}}, 0, 40)
+    assert figure.axes[0].lines[0].get_ydata().tolist() == [10, 20, 30, 10]
+
+
+def test_wrong_numbers_of_images_are_refused():
+    images = torch.rand(3, 3, 8, 8)
+    with pytest.raises(BadParameter, match="2 titles"):
+        plots.show_images(images, ["a", "b"])
+    with pytest.raises(BadParameter, match="VPT: 2 maps"):
+        plots.attention_grid(images, {"VPT": torch.rand(2, 4, 4)})
+
+
+def test_tsne_keeps_clusters_apart_and_repeats():
+    centres = torch.eye(3, 8) * 20
+    labels = torch.arange(60) % 3
+    features = centres[labels] + torch.randn(60, 8)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    points = plots.tsne(features, labels, axes[0], seed=1, names=["disc", "cross", "bar"])
+    again = plots.tsne(features, labels, axes[1], seed=1)
+    np.testing.assert_array_equal(points, again)
+    means = np.stack([points[labels == c].mean(0) for c in range(3)])
+    nearest = np.linalg.norm(points[:, None] - means, axis=-1).argmin(1)
+    np.testing.assert_array_equal(nearest, labels.numpy())
+    assert [t.get_text() for t in axes[0].get_legend().get_texts()] == ["disc", "cross", "bar"]
+    assert overlapping_text(figure) == []
