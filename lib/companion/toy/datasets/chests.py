@@ -39,8 +39,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from ...errors import BadParameter, CompanionError, CorruptFile, MissingData
-from ...ops.files import atomic_folder, read_json, write_json
+from ...errors import BadParameter, CorruptFile, MissingData
+from . import write_once
 from .scenes import SPLITS
 
 SIZE = 64  # side of every picture, in pixels
@@ -171,12 +171,8 @@ def write(root: str | Path, seed: int = 0) -> Path:
 
     The same seed gives the same files.
     """
-    folder = Path(root) / "pocket" / "chests"
-    record = {"seed": seed, "version": VERSION, "counts": COUNTS, "findings": list(FINDINGS)}
-    if _finished(folder, record):
-        return folder
-    # in a folder beside it first: a reader never meets half a data set
-    with atomic_folder(folder) as new:
+
+    def fill(new: Path) -> None:
         number = 0
         for part in ("images", "masks"):
             (new / part).mkdir(parents=True)
@@ -190,8 +186,11 @@ def write(root: str | Path, seed: int = 0) -> Path:
             _lists(new, split, files, drawn)
             if split == "train":
                 vocabulary(chest.report for chest in drawn).save(str(new / "wordpiece.json"))
-        write_json(new / "chests.json", record)
-    return folder
+
+    record = {"seed": seed, "version": VERSION, "counts": COUNTS, "findings": list(FINDINGS)}
+    # four lists a split, and of training the attention labels and the vocabulary
+    files = 2 * sum(COUNTS.values()) + 4 * len(COUNTS) + 3
+    return write_once(Path(root) / "pocket" / "chests", record, files, fill)
 
 
 def _lists(folder: Path, split: str, files: Sequence[str], drawn: Sequence[Chest]) -> None:
@@ -224,15 +223,6 @@ def vocabulary(reports: Iterable[str]) -> Tokenizer:
     found.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     found.add_special_tokens(list(SPECIAL))
     return found
-
-
-def _finished(folder: Path, record: dict) -> bool:
-    """Whether `folder` holds the whole data set, made by this version and seed."""
-    try:
-        pictures = len(list((folder / "images").glob("*.png")))
-        return read_json(folder / "chests.json") == record and pictures == sum(COUNTS.values())
-    except (OSError, CompanionError):
-        return False
 
 
 # --- read again -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ Each line of a list is "relative/path label", one space, labels from 0.
 from __future__ import annotations
 
 import functools
-import json
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from skimage.color import hsv2rgb
 from sklearn.datasets import load_digits
 
 from ...errors import BadParameter
-from ...ops.files import atomic_folder, write_json
+from . import write_once
 from .scenes import PLACES, SIZE, SPLITS, canvas, cut, quantise, scene
 
 TEXTURES = (
@@ -126,33 +125,6 @@ def examples(task: str, split: str, seed: int = 0) -> Iterable[tuple[np.ndarray,
     return (TASKS[task].make(rng, split, index) for index in range(TASKS[task].sizes[split]))
 
 
-def finished(folder: Path, task: str, seed: int) -> bool:
-    """Whether `folder` holds the whole task, made by this version and seed, with every listed picture."""
-    record = folder / "task.json"
-    try:
-        if json.loads(record.read_text(encoding="utf-8")) != _record(task, seed):
-            return False
-        for name, splits in LISTS.items():
-            lines = (folder / name).read_text(encoding="utf-8").splitlines()
-            if len(lines) != sum(TASKS[task].sizes[split] for split in splits):
-                return False
-            if not all((folder / line.split(" ")[0]).stat().st_size for line in lines):
-                return False
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _record(task: str, seed: int) -> dict:
-    return {
-        "task": task,
-        "seed": seed,
-        "version": VERSION,
-        "classes": list(TASKS[task].classes),
-        "sizes": TASKS[task].sizes,
-    }
-
-
 def write(root: str | Path, tasks: Iterable[str] = tuple(TASKS), seed: int = 0) -> list[Path]:
     """Write pocket tasks below `<root>/pocket/`; a finished one is left alone, an unfinished one is made anew.
 
@@ -173,24 +145,22 @@ def write(root: str | Path, tasks: Iterable[str] = tuple(TASKS), seed: int = 0) 
             raise BadParameter("tasks", task, list(TASKS))
     folders = []
     for task in tasks:
+        sizes = TASKS[task].sizes
+        record = {"task": task, "seed": seed, "version": VERSION, "classes": list(TASKS[task].classes), "sizes": sizes}
+        write = functools.partial(_write_task, task=task, seed=seed)
         folder = Path(root) / "pocket" / task
-        if not finished(folder, task, seed):
-            _write_task(folder, task, seed)
-        folders.append(folder)
+        folders.append(write_once(folder, record, sum(sizes.values()) + len(LISTS) + 1, write, "task.json"))
     return folders
 
 
-def _write_task(folder: Path, task: str, seed: int) -> None:
-    """Make a task in a folder beside `folder`, then put it in its place: a reader never meets half a task."""
-    with atomic_folder(folder) as new:
-        lines: dict[str, list[str]] = {}
-        for split in SPLITS:
-            (new / "images" / split).mkdir(parents=True)
-            lines[split] = []
-            for index, (pixels, label) in enumerate(examples(task, split, seed)):
-                path = f"images/{split}/{index:04d}.png"
-                Image.fromarray(pixels).save(new / path)
-                lines[split].append(f"{path} {label}\n")
-        for listing, splits in LISTS.items():
-            (new / listing).write_text("".join(line for split in splits for line in lines[split]), encoding="utf-8")
-        write_json(new / "task.json", _record(task, seed))
+def _write_task(new: Path, task: str, seed: int) -> None:
+    lines: dict[str, list[str]] = {}
+    for split in SPLITS:
+        (new / "images" / split).mkdir(parents=True)
+        lines[split] = []
+        for index, (pixels, label) in enumerate(examples(task, split, seed)):
+            path = f"images/{split}/{index:04d}.png"
+            Image.fromarray(pixels).save(new / path)
+            lines[split].append(f"{path} {label}\n")
+    for listing, splits in LISTS.items():
+        (new / listing).write_text("".join(line for split in splits for line in lines[split]), encoding="utf-8")

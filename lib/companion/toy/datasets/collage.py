@@ -27,9 +27,8 @@ from PIL import Image
 from torch import Tensor
 
 from ...data.classification import image_folder, in_memory
-from ...errors import BadParameter, CompanionError, CorruptFile, MissingData
-from ...ops.files import atomic_folder, read_json, write_json
-from . import scenes
+from ...errors import BadParameter, CorruptFile, MissingData
+from . import scenes, write_once
 from .scenes import SIZE, SPLITS, quantise
 
 TEXTURES = ("brick", "coins", "grass", "gravel", "page", "stars", "temple", "tissue")
@@ -130,31 +129,21 @@ def collages(count: int, split: str, seed: int = 0) -> list[Collage]:
 
 def write(root: str | Path, seed: int = 0) -> Path:
     """Write the three splits to `<root>/pocket/collage` and return it; a finished one is left alone."""
-    folder = Path(root) / "pocket" / "collage"
+
+    def fill(new: Path) -> None:
+        with (new / "factors.csv").open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(["path", *FACTORS])
+            for split in SPLITS:
+                for name in TEXTURES:
+                    (new / split / name).mkdir(parents=True)
+                for i, drawn in enumerate(collages(COUNTS[split], split, seed)):
+                    path = f"{split}/{TEXTURES[drawn.factors[0]]}/{i:05d}.png"
+                    Image.fromarray(drawn.image).save(new / path)
+                    table.writerow([path, *drawn.factors])
+
     record = {"seed": seed, "version": VERSION, "counts": COUNTS}
-    if _finished(folder, record):
-        return folder
-    with atomic_folder(folder) as new, (new / "factors.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["path", *FACTORS])
-        for split in SPLITS:
-            for name in TEXTURES:
-                (new / split / name).mkdir(parents=True)
-            for i, drawn in enumerate(collages(COUNTS[split], split, seed)):
-                path = f"{split}/{TEXTURES[drawn.factors[0]]}/{i:05d}.png"
-                Image.fromarray(drawn.image).save(new / path)
-                table.writerow([path, *drawn.factors])
-        write_json(new / "collage.json", record)
-    return folder
-
-
-def _finished(folder: Path, record: dict) -> bool:
-    """Whether `folder` holds all pictures, made by this version and seed."""
-    try:
-        pictures = sum(1 for _ in folder.glob("*/*/*.png"))
-        return read_json(folder / "collage.json") == record and pictures == sum(record["counts"].values())
-    except (OSError, CompanionError):
-        return False
+    return write_once(Path(root) / "pocket" / "collage", record, sum(COUNTS.values()) + 2, fill)
 
 
 @dataclass(frozen=True)

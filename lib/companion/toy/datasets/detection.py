@@ -28,8 +28,9 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from skimage.color import hsv2rgb
 
-from ...errors import BadParameter, CompanionError
-from ...ops.files import atomic_folder, read_json, write_json
+from ...errors import BadParameter
+from ...ops.files import write_json
+from . import write_once
 from .scenes import SPLITS, cut, photograph, quantise, tiles
 
 SIDE = 64  # of every picture, in pixels
@@ -276,12 +277,8 @@ def write(root: str | Path, seed: int = 0) -> Path:
 
     The same seed gives the same files.
     """
-    folder = Path(root) / "pocket" / "detection"
-    record = {"seed": seed, "version": VERSION, "counts": COUNTS, "classes": list(CLASSES)}
-    if _finished(folder, record):
-        return folder
-    # in a folder beside it first: a reader never meets half a data set
-    with atomic_folder(folder) as new:
+
+    def fill(new: Path) -> None:
         for split, count in COUNTS.items():
             drawn = scenes(count, split, seed)
             (new / split).mkdir(parents=True)
@@ -289,15 +286,6 @@ def write(root: str | Path, seed: int = 0) -> Path:
             for entry, shown in zip(found["images"], drawn, strict=True):
                 Image.fromarray(shown.image).save(new / split / entry["file_name"])
             write_json(new / "annotations" / f"instances_{split}.json", found)
-        write_json(new / "detection.json", record)
-    return folder
 
-
-def _finished(folder: Path, record: dict) -> bool:
-    """Whether `folder` holds the whole data set, made by this version and seed."""
-    try:
-        whole = all(len(list((folder / split).glob("*.png"))) == count for split, count in COUNTS.items())
-        whole &= all((folder / "annotations" / f"instances_{split}.json").is_file() for split in COUNTS)
-        return whole and read_json(folder / "detection.json") == record
-    except (OSError, CompanionError):
-        return False
+    record = {"seed": seed, "version": VERSION, "counts": COUNTS, "classes": list(CLASSES)}
+    return write_once(Path(root) / "pocket" / "detection", record, sum(COUNTS.values()) + len(COUNTS) + 1, fill)

@@ -31,8 +31,9 @@ import numpy as np
 from PIL import Image
 from skimage.color import hsv2rgb, rgb2hsv
 
-from ...errors import BadParameter, CompanionError
-from ...ops.files import atomic_folder, read_json, write_json
+from ...errors import BadParameter
+from ...ops.files import write_json
+from . import write_once
 from .scenes import HUES, PLACES, SHAPES, SIZE, SPLITS, canvas, coverage, cut, quantise
 
 EACH = {"train": 16, "val": 20, "test": 40}  # pictures of each class
@@ -155,17 +156,14 @@ def write(root: str | Path, domain: str, seed: int = 0) -> Path:
 
     The same seed gives the same files. Raises `BadParameter` for an unknown domain; nothing is written then.
     """
-    world, folder = _domain(domain), Path(root) / domain
-    record = {"domain": domain, "seed": seed, "version": VERSION, "classes": world.classes, "each": EACH}
-    if _finished(folder, record):
-        return folder
-    # in a folder beside it first: a reader never meets half a domain
-    with atomic_folder(folder) as new:
+    classes = _domain(domain).classes
+
+    def fill(new: Path) -> None:
         listing: dict[str, list] = {split: [] for split in SPLITS}
         sensors: dict[str, int] = {}
         for split in SPLITS:
             rng = _chance(domain, split, seed)
-            for label, title in enumerate(world.classes):
+            for label, title in enumerate(classes):
                 (new / "images" / title).mkdir(parents=True, exist_ok=True)
                 for index in range(EACH[split]):
                     path, sensor = f"{title}/{split}-{index:03d}.png", int(rng.integers(2))
@@ -174,26 +172,10 @@ def write(root: str | Path, domain: str, seed: int = 0) -> Path:
                     sensors[path] = sensor
         write_json(new / "split.json", listing)
         write_json(new / "sensors.json", sensors)
-        write_json(new / "domain.json", record)
-    return folder
+
+    record = {"domain": domain, "seed": seed, "version": VERSION, "classes": classes, "each": EACH}
+    return write_once(Path(root) / domain, record, len(classes) * sum(EACH.values()) + 3, fill, "domain.json")
 
 
 def _chance(what: str, split: str, seed: int) -> np.random.Generator:
     return np.random.default_rng((seed, zlib.crc32(f"{what}/{split}".encode())))
-
-
-def _finished(folder: Path, record: dict) -> bool:
-    """Whether `folder` holds the whole domain, made by this version and seed, with every listed picture."""
-    try:
-        if read_json(folder / "domain.json") != record:
-            return False
-        listing, sensors = read_json(folder / "split.json"), read_json(folder / "sensors.json")
-        paths = [path for split in SPLITS for path, _, _ in listing[split]]
-        expected = len(record["classes"]) * sum(EACH.values())
-        return (
-            len(paths) == expected
-            and set(paths) == set(sensors)
-            and all((folder / "images" / path).stat().st_size for path in paths)
-        )
-    except (OSError, CompanionError, KeyError, TypeError, ValueError):
-        return False

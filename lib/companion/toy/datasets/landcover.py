@@ -41,9 +41,8 @@ import torch
 from PIL import Image, TiffImagePlugin
 from torch import Tensor
 
-from ...errors import BadParameter, CompanionError, CorruptFile, MissingData
-from ...ops.files import atomic_folder, read_json, write_json
-from . import scenes
+from ...errors import BadParameter, CorruptFile, MissingData
+from . import scenes, write_once
 from .scenes import SPLITS
 
 SIZE = 64  # side of every picture, in pixels
@@ -206,11 +205,8 @@ def write(root: str | Path, seed: int = 0) -> Path:
 
     The same seed gives the same files.
     """
-    folder = Path(root) / "pocket" / "landcover"
-    record = {"seed": seed, "version": VERSION, "counts": COUNTS, "zones": list(ZONES)}
-    if _finished(folder, record):
-        return folder
-    with atomic_folder(folder) as new:
+
+    def fill(new: Path) -> None:
         listed: dict[str, list[str]] = {split: [] for split in COUNTS}
         for zone in ZONES:
             for part in ("images", "labels"):
@@ -228,8 +224,10 @@ def write(root: str | Path, seed: int = 0) -> Path:
         with (new / "places.csv").open("w", newline="", encoding="utf-8") as file:
             rows = [(region(code), zone.latitude, zone.longitude, code) for code, zone in ZONES.items()]
             csv.writer(file).writerows([("region", "latitude", "longitude", "zone"), *rows])
-        write_json(new / "landcover.json", record)
-    return folder
+
+    record = {"seed": seed, "version": VERSION, "counts": COUNTS, "zones": list(ZONES)}
+    files = 2 * len(ZONES) * sum(COUNTS.values()) + len(COUNTS) + 2
+    return write_once(Path(root) / "pocket" / "landcover", record, files, fill)
 
 
 def save(path: str | Path, pixels: np.ndarray, zone: str, number: int = 0) -> None:
@@ -251,15 +249,6 @@ def save(path: str | Path, pixels: np.ndarray, zone: str, number: int = 0) -> No
         tags.tagtype[tag] = kind
         tags[tag] = values
     Image.fromarray(pixels).save(path, format="TIFF", compression="tiff_deflate", tiffinfo=tags)
-
-
-def _finished(folder: Path, record: dict) -> bool:
-    """Whether `folder` holds the whole data set, made by this version and seed."""
-    try:
-        written = len(list(folder.glob("*/*/*.tif")))
-        return read_json(folder / "landcover.json") == record and written == 2 * len(ZONES) * sum(COUNTS.values())
-    except (OSError, CompanionError):
-        return False
 
 
 # --- read again -------------------------------------------------------------------------------------------------------

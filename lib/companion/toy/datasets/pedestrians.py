@@ -26,8 +26,8 @@ from PIL import Image
 from scipy.io import savemat
 from skimage.color import hsv2rgb
 
-from ...errors import BadParameter, CompanionError
-from ...ops.files import atomic_folder, read_json, write_json
+from ...errors import BadParameter
+from . import write_once
 from .scenes import PHOTOGRAPHS, SPLITS, cut, photograph, quantise, tiles
 
 HEIGHT, WIDTH = 64, 32  # of every picture, in pixels
@@ -277,12 +277,8 @@ def write(root: str | Path, seed: int = 0) -> Path:
 
     The same seed gives the same files.
     """
-    folder = Path(root) / "pocket" / "pedestrians"
-    record = {"seed": seed, "version": VERSION, "counts": COUNTS, "attributes": list(ATTRIBUTES)}
-    if _finished(folder, record):
-        return folder
-    # in a folder beside it first: a reader never meets half a data set
-    with atomic_folder(folder) as new:
+
+    def fill(new: Path) -> None:
         number = 0
         (new / "data").mkdir(parents=True)
         facts = {"attributes": _cells(SENTENCES.values())}
@@ -295,8 +291,9 @@ def write(root: str | Path, seed: int = 0) -> Path:
             facts[f"{split}_images_name"] = _cells(names)
             facts[f"{split}_label"] = np.array([person.labels for person in persons], np.uint8)
         savemat(new / "annotation.mat", facts)
-        write_json(new / "pedestrians.json", record)
-    return folder
+
+    record = {"seed": seed, "version": VERSION, "counts": COUNTS, "attributes": list(ATTRIBUTES)}
+    return write_once(Path(root) / "pocket" / "pedestrians", record, sum(COUNTS.values()) + 2, fill)
 
 
 def _cells(words: Iterable[str]) -> np.ndarray:
@@ -305,12 +302,3 @@ def _cells(words: Iterable[str]) -> np.ndarray:
     column = np.empty((len(words), 1), dtype=object)
     column[:, 0] = words
     return column
-
-
-def _finished(folder: Path, record: dict) -> bool:
-    """Whether `folder` holds the whole data set, made by this version and seed."""
-    try:
-        pictures = len(list((folder / "data").glob("*.png")))
-        return read_json(folder / "pedestrians.json") == record and pictures == sum(COUNTS.values())
-    except (OSError, CompanionError):
-        return False

@@ -32,9 +32,8 @@ from torch import Tensor
 
 from ...data import restoration
 from ...data.degradations import Op, Recipe
-from ...errors import BadParameter, CompanionError, CorruptFile
-from ...ops.files import atomic_folder, read_json, write_json
-from . import scenes
+from ...errors import BadParameter, CorruptFile
+from . import scenes, write_once
 from .scenes import SPLITS
 
 SIZE = 16  # side of every picture, in pixels
@@ -156,11 +155,8 @@ def pictures(split: str, seed: int = 0, counts: tuple[int, int] | None = None) -
 
 def write(root: str | Path, seed: int = 0) -> Path:
     """Write the pictures of a seed into `<root>/pocket/restoration`, unless they are there, and return that folder."""
-    folder = Path(root) / "pocket" / "restoration"
-    record = {"seed": seed, "version": VERSION, "counts": {split: list(counts) for split, counts in COUNTS.items()}}
-    if _finished(folder, record):
-        return folder
-    with atomic_folder(folder) as new:
+
+    def fill(new: Path) -> None:
         for split in SPLITS:
             (new / split / "images").mkdir(parents=True)
             lines = []
@@ -170,17 +166,10 @@ def write(root: str | Path, seed: int = 0) -> Path:
                 row = {"file": file, "caption": found.caption, "kind": found.kind, "contrast": found.contrast}
                 lines.append(json.dumps(row))
             (new / split / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        write_json(new / "restoration.json", record)
-    return folder
 
-
-def _finished(folder: Path, record: dict) -> bool:
-    """Whether `folder` holds the whole set, made by this version and seed."""
-    try:
-        written = len(list(folder.glob("*/images/*.png")))
-        return read_json(folder / "restoration.json") == record and written == sum(map(sum, COUNTS.values()))
-    except (OSError, CompanionError):
-        return False
+    record = {"seed": seed, "version": VERSION, "counts": {split: list(counts) for split, counts in COUNTS.items()}}
+    files = sum(map(sum, COUNTS.values())) + len(SPLITS) + 1
+    return write_once(Path(root) / "pocket" / "restoration", record, files, fill)
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...errors import BadParameter, CompanionError
-from ...ops.files import atomic_folder, read_json, write_json
+from ...errors import BadParameter
+from ...ops.files import read_json
 from ...slides import Tiling, write_pyramid
+from . import write_once
 from .scenes import SPLITS, photograph, quantise, tiles
 
 TASKS = ("place", "count")
@@ -239,12 +240,8 @@ def write(root: str | Path, task: str, seed: int = 0) -> Path:
 
     The same seed gives the same files. Raises `BadParameter` for an unknown task.
     """
-    final = folder(root, task)
-    record = {"task": task, "seed": seed, "version": VERSION, "counts": COUNTS}
-    if _finished(final, record):
-        return final
-    # in a folder beside it first: a reader never meets half a data set
-    with atomic_folder(final) as new:
+
+    def fill(new: Path) -> dict[str, object]:
         lists, drawn = {split: [] for split in COUNTS}, {}
         for split, count in COUNTS.items():
             for number, slide in enumerate(slides(count, task, split, seed)):
@@ -256,8 +253,11 @@ def write(root: str | Path, task: str, seed: int = 0) -> Path:
         _csv(new / "train.csv", ("image_id", "data_provider", "isup_grade", "gleason_score"), rows)
         for split, pairs in lists.items():
             _csv(new / "folds" / "fold-0" / f"{FILES[split]}.csv", ("slide_id", "isup_grade"), pairs)
-        write_json(new / "drawn.json", record | {"slides": drawn})
-    return final
+        return {"slides": drawn}
+
+    record = {"task": task, "seed": seed, "version": VERSION, "counts": COUNTS}
+    files = 2 * sum(COUNTS.values()) + len(COUNTS) + 2
+    return write_once(folder(root, task), record, files, fill, "drawn.json")
 
 
 def write_slide(root: Path, image_id: str, slide: Drawn) -> None:
@@ -290,14 +290,3 @@ def drawn_cells(data: str | Path) -> dict[str, dict[tuple[int, int], list[int]]]
         name: {tuple(corner): cells for corner, cells in zip(slide["corners"], slide["cells"], strict=True)}
         for name, slide in found.items()
     }
-
-
-def _finished(data: Path, record: dict) -> bool:
-    """Whether `data` holds the whole data set, made by this version and seed."""
-    try:
-        written = read_json(data / "drawn.json")
-        names = written.pop("slides")
-        tiffs = [len(list((data / part).glob("*.tiff"))) for part in ("train_images", "train_label_masks")]
-        return written == record and tiffs == [len(names)] * 2 and len(names) == sum(record["counts"].values())
-    except (OSError, CompanionError, KeyError):
-        return False

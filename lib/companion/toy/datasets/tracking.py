@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import colorsys
 import functools
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,7 +46,7 @@ from PIL import Image
 
 from ...data.tracking import box_in_crop, crop
 from ...errors import BadParameter, CorruptFile, MissingData
-from ...ops.files import atomic_folder, write_json
+from . import write_once
 from .scenes import PHOTOGRAPHS, SPLITS, Cut, photograph, quantise, tiles
 
 CANVAS = 128  # side of every frame, in pixels
@@ -540,40 +539,6 @@ def _seen(
 # --- on disk ----------------------------------------------------------------------------------------------------------
 
 
-def _record(seed: int) -> dict:
-    return {
-        "task": "rgbt",
-        "seed": seed,
-        "version": VERSION,
-        "sequences": SEQUENCES,
-        "frames": FRAMES,
-        "canvas": CANVAS,
-    }
-
-
-def finished(folder: Path, seed: int) -> bool:
-    """Whether `folder` holds all videos, made by this version and seed, with every frame and annotation."""
-    try:
-        if json.loads((folder / "task.json").read_text(encoding="utf-8")) != _record(seed):
-            return False
-        listed = (folder / "attributes.txt").read_text(encoding="utf-8").splitlines()
-        if len(listed) != sum(SEQUENCES.values()):
-            return False
-        for split, count in SEQUENCES.items():
-            names = (folder / f"{split}.txt").read_text(encoding="utf-8").split()
-            if len(names) != count:
-                return False
-            for name in names:
-                sequence = folder / _FOLDERS[split] / name
-                files = [f"{stream}/{frame:06d}.jpg" for stream in ("visible", "infrared") for frame in range(FRAMES)]
-                files += ["situation.txt", *_ANNOTATIONS[split]]
-                if not all((sequence / file).stat().st_size for file in files):
-                    return False
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 def write(root: str | Path, seed: int = 0) -> Path:
     """Write the videos below `<root>/pocket/rgbt/`; finished ones are left alone, unfinished ones are made anew.
 
@@ -584,11 +549,8 @@ def write(root: str | Path, seed: int = 0) -> Path:
     Returns:
         The folder `<root>/pocket/rgbt`.
     """
-    folder = Path(root) / "pocket" / "rgbt"
-    if finished(folder, seed):
-        return folder
-    # made in a folder beside it and then put in its place: a reader never meets half of it
-    with atomic_folder(folder) as new:
+
+    def fill(new: Path) -> None:
         attributes = []
         for split, count in SEQUENCES.items():
             videos = [plan(split, index, seed) for index in range(count)]
@@ -598,8 +560,12 @@ def write(root: str | Path, seed: int = 0) -> Path:
                 attributes.append(",".join([video.name, *here]) + "\n")
             (new / f"{split}.txt").write_text("".join(f"{video.name}\n" for video in videos), encoding="utf-8")
         (new / "attributes.txt").write_text("".join(attributes), encoding="utf-8")
-        write_json(new / "task.json", _record(seed))
-    return folder
+
+    record = {"task": "rgbt", "seed": seed, "version": VERSION, "sequences": SEQUENCES}
+    record |= {"frames": FRAMES, "canvas": CANVAS}
+    each = {split: 2 * FRAMES + len(_ANNOTATIONS[split]) + 1 for split in SEQUENCES}
+    files = sum(count * each[split] for split, count in SEQUENCES.items()) + len(SEQUENCES) + 2
+    return write_once(Path(root) / "pocket" / "rgbt", record, files, fill, "task.json")
 
 
 def _write_sequence(folder: Path, split: str, video: Video, pictures: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
