@@ -1,1 +1,19 @@
 """TIP: Text-Driven Image Processing with Semantic and Restoration Instructions."""
+
+from .model import TIP, Adaptor, fuse, loss
+from .pipeline import TIPPipeline, build, load_adaptor, save_adaptor
+from .text import WordText, clip_tokenizer, tokenize
+
+__all__ = [
+    "TIP",
+    "Adaptor",
+    "TIPPipeline",
+    "WordText",
+    "build",
+    "clip_tokenizer",
+    "fuse",
+    "load_adaptor",
+    "loss",
+    "save_adaptor",
+    "tokenize",
+]

@@ -1,11 +1,11 @@
-"""TIP as a pipeline of diffusers: pictures and two texts in, restored pictures out; sizes, saving, loading.
+"""TIP as a diffusers pipeline: degraded images and two prompts to restored images; sizes, saving, loading.
 
     pipe = build("pocket", vocabulary)                   or TIPPipeline.from_stable_diffusion()
     pipe(image, "A zebra on grass", "Deblur with sigma 3.0; Denoise with sigma 0.08").images
     pipe.save_pretrained("tip"); TIPPipeline.from_pretrained("tip")
 
-`tip` holds the model and its loss. Sampler, guidance and sizes are choices of ours (section 5.1); that the two texts go
-to two parts, and the text of the blind mode, are the paper's (figure, project page).
+Sampler, guidance and sizes are choices of ours (section 5.1); the routing of the two prompts and the prompt of the
+blind mode are the paper's (figure, project page).
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from transformers.utils import logging as transformers_logging
 from ...errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights
 from ...ops.files import atomic_folder
 from ...ops.progress import progress
-from .model import TIP, Adaptor, Encoded, check_unet, pictures
+from .model import TIP, Adaptor, Encoded, check_unet, frozen, to_images
 from .text import END, WordText, clip_tokenizer, tokenize
 
 ROUTES = ("decoupled", "swapped", "joined")
-BLIND = "Remove all degradation"  # figure: the restoration prompt that names nothing
+BLIND = "Remove all degradation"  # figure: the restoration prompt that names no degradation
 
 # --- sizes: from configurations, without weights ----------------------------------------------------------------------
 
@@ -61,7 +61,7 @@ SIZES = {
         "vae": _SD_VAE,
         "text": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
         "scheduler": _SD_NOISE,
-        "hint": (16, 32, 96, 256),
+        "conditioning_channels": (16, 32, 96, 256),
         "pad": END,
     },
     "sd21": {
@@ -76,10 +76,10 @@ SIZES = {
             "hidden_act": "gelu",
         },
         "scheduler": _SD_NOISE,
-        "hint": (16, 32, 96, 256),
+        "conditioning_channels": (16, 32, 96, 256),
         "pad": "!",
     },
-    # ours, section 3.6: what two CPU cores train in a minute
+    # ours, section 3.6: trains in a minute on two CPU cores
     "pocket": {
         "unet": {
             "in_channels": 4,
@@ -100,7 +100,7 @@ SIZES = {
             "latent_channels": 4,
             "norm_num_groups": 8,
         },
-        "text": {"width": 32, "places": 32},
+        "text": {"width": 32, "length": 32},
         # x0 prediction and a last step of pure noise learn faster at this size (section 14)
         "scheduler": {
             "beta_schedule": "scaled_linear",
@@ -111,7 +111,7 @@ SIZES = {
             "rescale_betas_zero_snr": True,
             "timestep_spacing": "trailing",
         },
-        "hint": (16, 24, 32),
+        "conditioning_channels": (16, 24, 32),
     },
 }
 
@@ -120,10 +120,10 @@ SIZES = {
 
 
 def routed(semantic: str, restoration: str, route: str = "decoupled") -> tuple[str, str]:
-    """The texts that the UNet and the adaptor read.
+    """The prompts of the UNet and of the adaptor.
 
-    "decoupled": c_s and c_r (figure). Controls of ours: "swapped", the other way round; "joined": both read both, as a
-    stock ControlNet pipeline with one prompt does.
+    "decoupled": c_s and c_r (figure). Controls of ours: "swapped", c_r and c_s; "joined": both get both, as in a stock
+    ControlNet pipeline with one prompt.
     """
     if route not in ROUTES:
         raise BadParameter("route", route, ROUTES)
@@ -133,14 +133,14 @@ def routed(semantic: str, restoration: str, route: str = "decoupled") -> tuple[s
 
 @dataclass
 class Restored(BaseOutput):
-    """What the pipeline gives: `images`, as asked for by `output`."""
+    """The output of the pipeline: `images`, in the format of its argument `output`."""
 
     images: Tensor | list
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars of the libraries, and no warning about what diffusers passes and the hub's client no longer takes."""
+    """Silence the progress bars of the libraries and a warning about an argument that diffusers passes to the hub."""
     loud = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
     for log in loud:
         log.disable_progress_bar()
@@ -154,13 +154,15 @@ def _quiet() -> Iterator[None]:
 
 
 class TIPPipeline(DiffusionPipeline):
-    """Restores pictures. Saves and loads with `save_pretrained` and `from_pretrained`, safetensors only.
+    """Restores images. Saves and loads with `save_pretrained` and `from_pretrained`, safetensors only.
+
+    Modules of the caller stay as they are: see `model.frozen`.
 
     Args:
         vae: `AutoencoderKL`.
         text_encoder: CLIP's of transformers, or a `WordText`.
         tokenizer: CLIP's; None with a `WordText`, which has its own.
-        unet: `UNet2DConditionModel`, frozen.
+        unet: `UNet2DConditionModel`.
         adaptor: the `Adaptor` of that UNet.
         scheduler: `DDIMScheduler`.
     """
@@ -170,22 +172,15 @@ class TIPPipeline(DiffusionPipeline):
     def __init__(self, vae, text_encoder, unet, adaptor, scheduler, tokenizer=None):
         super().__init__()
         check_unet(unet)
-        self.register_modules(
-            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, adaptor=adaptor, scheduler=scheduler
-        )
+        parts = {"vae": frozen(vae), "text_encoder": frozen(text_encoder), "unet": frozen(unet)}
+        self.register_modules(**parts, tokenizer=tokenizer, adaptor=adaptor.eval(), scheduler=scheduler)
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         if factor != adaptor.factor:
-            raise BadParameter(
-                "adaptor", f"pictures reduced {adaptor.factor} times", f"{factor} times, as the VAE does"
-            )
-        for part in (vae, text_encoder, unet, adaptor):
-            part.eval()
-        for part in (vae, text_encoder, unet):
-            part.requires_grad_(False)
+            raise BadParameter("adaptor", f"images reduced {adaptor.factor} times", f"{factor} times, as by the VAE")
 
     @classmethod
     def from_pretrained(cls, path, **options) -> TIPPipeline:
-        """A pipeline that `save_pretrained` wrote; options as diffusers'. Safetensors only, nothing on the screen."""
+        """A pipeline that `save_pretrained` wrote; options as in diffusers. Safetensors only, without progress bars."""
         options = {"use_safetensors": True, "low_cpu_mem_usage": False, **options}
         with _quiet():
             return super().from_pretrained(path, **options)
@@ -200,7 +195,7 @@ class TIPPipeline(DiffusionPipeline):
         download: bool = False,
         **options: object,
     ) -> TIPPipeline:
-        """The released parts of a Stable Diffusion 1.x or 2.x, and an adaptor that starts from its UNet.
+        """The released parts of a Stable Diffusion 1.x or 2.x, and an adaptor initialised from its UNet.
 
         Args:
             name: id on the hub, or a folder in diffusers' layout.
@@ -208,11 +203,11 @@ class TIPPipeline(DiffusionPipeline):
             download: fetch what is not cached.
             options: to `from_pretrained` of every part, for instance `variant="fp16"`.
 
-        Raises `MissingWeights` when it is neither cached nor to be had.
+        Raises `MissingWeights` when it is neither cached nor available.
         """
         here = {"local_files_only": not download}
         given = {"use_safetensors": True, **here, **options}
-        whole = {"low_cpu_mem_usage": False, **given}  # what accelerate would do, which nothing else here needs
+        whole = {"low_cpu_mem_usage": False, **given}  # accelerate is not a dependency
         try:
             with _quiet():
                 vae = AutoencoderKL.from_pretrained(name, subfolder="vae", **whole)
@@ -230,18 +225,18 @@ class TIPPipeline(DiffusionPipeline):
 
     @property
     def model(self) -> TIP:
-        """The network to train, with this pipeline's own parts; only the adaptor learns."""
+        """The network to train, which shares this pipeline's parts; only the adaptor has gradients."""
         self.adaptor.requires_grad_(True)
         return TIP(self.unet, self.adaptor, self.text_encoder)
 
     @property
     def multiple(self) -> int:
-        """Height and width that are no multiple of this are padded."""
+        """Height and width are padded to a multiple of this."""
         return self.adaptor.factor
 
-    def ids(self, texts: Sequence[str], cut: bool = False) -> Tensor:
-        """Ids (B, M) of texts, for `TIP`; see `tip_text.tokenize`."""
-        return tokenize(self.text_encoder if self.tokenizer is None else self.tokenizer, texts, cut)
+    def ids(self, texts: Sequence[str], truncate: bool = False) -> Tensor:
+        """Ids (B, M) of texts, see `text.tokenize`."""
+        return tokenize(self.text_encoder if self.tokenizer is None else self.tokenizer, texts, truncate)
 
     @torch.no_grad()
     def states(self, texts: Sequence[str]) -> Tensor:
@@ -269,21 +264,21 @@ class TIPPipeline(DiffusionPipeline):
         output: str = "pt",
         trace: list[dict] | None = None,
     ) -> Restored:
-        """Restore pictures, from pure noise, in `steps` steps of DDIM (ours; the paper's sampler is not known).
+        """Restore images, from pure noise, in `steps` steps of DDIM (ours; the paper's sampler is not known).
 
         Args:
             image: degraded, (B, 3, H, W) in [0, 1].
-            prompt: c_s, what the clean picture shows; one text, or one a picture.
-            restoration: c_r, what to undo. The defaults are the blind mode of the project's page.
-            scale: the dial s on the adaptor; 0 is the frozen model, which does not see `image`.
+            prompt: c_s, the content of the clean image; one prompt, or one per image.
+            restoration: c_r, the degradations to undo. The defaults are the blind mode of the project's page.
+            scale: s of the fusion; 0 is the frozen model, which does not depend on `image`.
             guidance: w of c_s: prediction(negative) + w (prediction(c_s) - prediction(negative)); 1 is off.
-            restoration_guidance: the same of c_r, against `negative_restoration`. With both, the two differences add
-                up. In any case the adaptor is called once a step, and so is each half of the UNet.
-            negative, negative_restoration: the texts that guidance leads away from.
+            restoration_guidance: the same for c_r, against `negative_restoration`. With both, the two differences are
+                added. In any case the adaptor and each half of the UNet are called once per step.
+            negative, negative_restoration: negative prompts of the two guidances.
             route: see `routed`.
-            generator: of the start noise; a list has one for each picture.
-            latents: the start noise (B, L, h, w), to hold it fixed; (1, L, h, w) is the same for all pictures.
-            output: "pt", (B, 3, H, W) in [0, 1]; "pil", a list of pictures; or "latent".
+            generator: of the initial noise; a list has one for each image.
+            latents: the initial noise (B, L, h, w); (1, L, h, w) is the same for all images.
+            output: "pt", (B, 3, H, W) in [0, 1]; "pil", a list of PIL images; or "latent".
             trace: a list that gets a row for each step and site: {"step", "t", "site", "gamma", "beta"}, the mean
                 magnitudes of the maps, gamma None where it is added.
 
@@ -315,7 +310,7 @@ class TIPPipeline(DiffusionPipeline):
         if latents is None:
             z = randn_tensor(size, generator=generator, device=device, dtype=self.adaptor.dtype)
         elif tuple(latents.shape[1:]) != size[1:] or len(latents) not in (1, count):
-            raise BadParameter("latents", tuple(latents.shape), f"{size}, or one for all pictures")
+            raise BadParameter("latents", tuple(latents.shape), f"{size}, or one for all images")
         else:
             z = latents.to(device, self.adaptor.dtype).expand(size)
         z = z * self.scheduler.init_noise_sigma
@@ -330,30 +325,30 @@ class TIPPipeline(DiffusionPipeline):
             z = self.scheduler.step(found.to(z.dtype), t, z).prev_sample
         if output == "latent":
             return Restored(z)
-        restored = (pictures(self.vae, z)[..., :height, :width] / 2 + 0.5).float()
+        restored = (to_images(self.vae, z)[..., :height, :width] / 2 + 0.5).float()
         if output == "pt":
             return Restored(restored)
-        return Restored([to_pil_image(picture.cpu()) for picture in restored])
+        return Restored([to_pil_image(x.cpu()) for x in restored])
 
 
 def save_adaptor(adaptor: Adaptor, folder: str | Path) -> Path:
-    """Write a trained adaptor, and nothing of what is frozen, into a folder; under a temporary name first.
+    """Write a trained adaptor, without the frozen parts, into a folder, under a temporary name first; return it.
 
-    An adaptor that stands there is replaced. Raises `BadParameter` where something else does.
+    An adaptor in that folder is replaced. Raises `BadParameter` when the folder holds anything else.
     """
     folder = Path(folder)
     if folder.exists() and not (folder / "diffusion_pytorch_model.safetensors").is_file():
-        raise BadParameter("folder", str(folder), "a folder that is not there yet, or that holds an adaptor")
+        raise BadParameter("folder", str(folder), "a folder that does not exist yet, or that holds an adaptor")
     with atomic_folder(folder) as new:
         adaptor.save_pretrained(new)
     return folder
 
 
 def load_adaptor(folder: str | Path, unet: UNet2DConditionModel) -> Adaptor:
-    """The adaptor that `save_adaptor` wrote, or that stands below a saved pipeline, for a UNet.
+    """The adaptor that `save_adaptor` wrote, or that of a saved pipeline, for a UNet.
 
     Raises:
-        MissingWeights: there is none in the folder.
+        MissingWeights: the folder has none.
         CorruptFile: its file cannot be read.
         BadCheckpoint: it was made for another UNet.
     """
@@ -380,10 +375,10 @@ def _plain(value: object) -> object:
 
 
 def _each(name: str, text: str | Sequence[str], count: int) -> list[str]:
-    """One text a picture."""
+    """A list of one text per image."""
     texts = [text] * count if isinstance(text, str) else list(text)
     if len(texts) != count or not all(isinstance(t, str) for t in texts):
-        raise BadParameter(name, text, f"a text, or a list of {count}, one a picture")
+        raise BadParameter(name, text, f"a text, or a list of {count}, one per image")
     return texts
 
 
@@ -401,7 +396,7 @@ def _guided(
     guidance: float,
     restoration_guidance: float,
 ) -> Tensor:
-    """The prediction, led away from the negative texts; the decoder runs once on all pairs of texts that it takes."""
+    """The prediction with guidance; the decoder runs once on all pairs of prompts."""
     first = torch.arange(count, device=semantic.device)
     from_unet, from_adaptor = [first], [first]
     if guidance != 1:
@@ -440,21 +435,21 @@ def build(
     unet: dict | None = None,
     vae: dict | None = None,
     text: dict | None = None,
-    hint: Sequence[int] | None = None,
+    conditioning_channels: Sequence[int] | None = None,
     unshuffle: int = 1,
-    hint_zero: bool = True,
+    conditioning_zero: bool = True,
 ) -> TIPPipeline:
     """A pipeline of a size, with random weights (torch's current seed), offline.
 
     Args:
-        size: one of `SIZES`: "sd15" and "sd21", the stand-ins for the paper's unknown model; "pocket".
-        vocabulary: the words that the pocket text encoder knows.
-        fusion, mid, unshuffle, hint_zero: of the `Adaptor`.
+        size: one of `SIZES`: "sd15" and "sd21", substitutes for the paper's unknown model; "pocket".
+        vocabulary: of the pocket text encoder.
+        fusion, mid, unshuffle, conditioning_zero: of the `Adaptor`.
         prediction: "epsilon", "sample" or "v_prediction"; None: the size's own.
         unet, vae, text: entries of their configurations to change.
-        hint: widths of the picture's network; None: the size's own.
+        conditioning_channels: widths of the image's network; None: the size's own.
 
-    On torch's meta device (`with torch.device("meta")`) it costs nothing, and its parameters can be counted.
+    Works on torch's meta device (`with torch.device("meta")`), to count parameters.
     """
     if size not in SIZES:
         raise BadParameter("size", size, tuple(SIZES))
@@ -467,18 +462,13 @@ def build(
         encoder = CLIPTextModel(CLIPTextConfig(max_position_embeddings=77, vocab_size=49408, **words))
         tokenizer = clip_tokenizer(sizes["pad"])
     changes = {} if prediction is None else {"prediction_type": prediction}
+    channels = sizes["conditioning_channels"] if conditioning_channels is None else conditioning_channels
+    options = {"fusion": fusion, "mid": mid, "unshuffle": unshuffle, "conditioning_zero": conditioning_zero}
     return TIPPipeline(
         AutoencoderKL(**{**sizes["vae"], **(vae or {})}),
         encoder,
         net,
-        Adaptor.of(
-            net,
-            sizes["hint"] if hint is None else hint,
-            fusion=fusion,
-            mid=mid,
-            unshuffle=unshuffle,
-            hint_zero=hint_zero,
-        ),
+        Adaptor.of(net, channels, **options),
         DDIMScheduler(**{**sizes["scheduler"], **changes}),
         tokenizer,
     )

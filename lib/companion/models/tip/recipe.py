@@ -1,6 +1,6 @@
-"""TIP: what the notebook trains live, at pocket scale or at the size of Stable Diffusion.
+"""TIP: training and evaluation of the `paper` profile, on Stable Diffusion.
 
-The paper's recipe is not known; the one here is ours (section 5 of the spec), `RECIPE` and the arguments of
+The paper's recipe is not known; the one here is ours (section 5 of the spec): the constants below, and the arguments of
 `data.restoration.Degraded`.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +26,15 @@ from ...data.restoration import Degraded, Sample
 from ...errors import BadParameter
 from ...evaluation.metrics.restoration import perceptual, psnr, ssim
 from ...evaluation.tables import upsert_rows
-from ...toy.ablations import tip as study
-from ...toy.datasets import restoration as pocket
-from ...training.fit import fit
+from ...training.callbacks import ClipNorm
+from ...training.checkpoints import Checkpoint
+from ...training.fit import Hardware, History, fit
+from ...training.schedules import adamw, schedule
 from . import model as tip
-from .pipeline import TIPPipeline, build, load_adaptor
+from .pipeline import TIPPipeline, build, load_adaptor, save_adaptor
 
-# what differs from TIP in training: the fusion, which texts are read, what is skipped. The texts that are never read in
-# training are not read in the test either.
+# differences to TIP in training: the fusion, the prompts that are read, the share of skipped degradations. Prompts that
+# are never read in training are not read in the test either
 METHODS: dict[str, dict] = {
     "TIP": {},
     "plain ControlNet": {"fusion": "add"},
@@ -43,110 +43,150 @@ METHODS: dict[str, dict] = {
     "restoration only": {"no_caption": 1.0},
     "no skipping": {"skip": 0.0},
 }
-RECIPE = {"epochs": 10, "batch": 32, "lr": 1e-5, "weight_decay": 1e-2, "clip": 1.0}
-WARMUP, AT_ONCE = 500, 8  # steps of a rate that rises; pictures that go through a device together
-TOGETHER = 32  # test pictures that are in memory at a time
+EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY, MAX_NORM = 10, 32, 1e-5, 1e-2, 1.0
+WARMUP = 500  # steps
+MICRO_BATCH = 8  # images in a forward pass of a device
+TEST_BATCH = 32  # test images in memory at a time
 WORKERS = min(16, os.cpu_count() or 1)
 BASES = {"sd15": "stable-diffusion-v1-5", "sd21": "stable-diffusion-2-1-base"}
 HUB = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sd21": "stabilityai/stable-diffusion-2-1-base"}
 DRY_SIZE, DRY_STEPS = 128, 2
-LIVE = ("TIP", "plain ControlNet")  # what a pocket run trains
 KEYS = ("base", "mid", "dataset", "degradation", "method", "texts", "guidance", "scale")
 SCORES = ("PSNR", "SSIM", "LPIPS", "FID")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained on what, and tested on what.
+    """The methods, the training and the test of a run.
 
     Attributes:
         title: of the data.
-        methods: what is trained.
-        rates: their learning rates.
-        build: the pipeline of a method, before training.
-        data: the training samples of a method; None where nothing is trained.
-        learn: trains the adaptor of a pipeline in place: (pipeline, method, arguments of `fit`) to the history.
+        learning_rates: of each method that is trained.
+        build: from a method to its pipeline, before training.
+        train: trains the adaptor of a pipeline in place: (pipeline, method, arguments of the training) to the history;
+            None where nothing is trained.
         test: the samples of the test.
-        restore: (pipeline, samples, kind of texts, arguments of the pipeline) to pictures (B, 3, S, S) in [0, 1].
+        restore: (pipeline, samples, kind of prompts, arguments of the pipeline) to images (B, 3, S, S) in [0, 1].
     """
 
     title: str
-    methods: tuple[str, ...]
-    rates: dict[str, float]
+    learning_rates: dict[str, float]
     build: Callable[[str], TIPPipeline]
-    data: Callable[[str], Dataset] | None
-    learn: Callable[..., list[dict]]
+    train: Callable[..., History] | None
     test: Dataset
     restore: Callable[..., Tensor]
 
 
-def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
-    """The setting that the notebook's parameters ask for.
+def setting(p: SimpleNamespace, out: Path) -> Setting:
+    """The setting of the `paper` profile for the notebook's parameters, which are checked.
+
+    COCO, DIV2K or a folder of one's own ("folder": `data_root` itself), on a released Stable Diffusion. A dry run
+    trains a full-size model with random weights on generated images of 128 pixels; its UNet is in bfloat16, to fit in
+    a laptop's memory.
 
     Args:
-        p: the checked parameters of the notebook.
-        out: the run's folder; pocket pictures are written below it.
-        rates: learning rates by (task, method), as the study chose them on validation.
+        out: the run's folder, for checkpoints and trained adaptors.
 
     Raises:
         BadParameter, MissingData, MissingWeights, CorruptFile, BadCheckpoint: with what to change or get.
     """
-    if p.profile == "pocket":
-        return _pocket(p, out, rates)
     if p.task != "train" and not (p.checkpoint or p.dry_run):
         raise BadParameter("checkpoint", p.checkpoint, f"the folder of a trained adaptor for task = {p.task!r}")
-    # said now, not after days of training
+    # before, not after, days of training
     if p.texts == "wrong restoration prompt" and p.degradation == "real-esrgan":
-        raise BadParameter("texts", p.texts, "others: all restoration prompts of Real-ESRGAN's pictures are the same")
+        raise BadParameter("texts", p.texts, "others: all restoration prompts of Real-ESRGAN's images are the same")
     if p.texts == "wrong semantic prompt" and p.dataset == "restoration/div2k":
-        raise BadParameter("texts", p.texts, "others: the pictures of DIV2K have no captions")
-    return _dry(p) if p.dry_run else _paper(p, out)
+        raise BadParameter("texts", p.texts, "others: the images of DIV2K have no captions")
+    if p.dry_run:
+        title, size, steps = "generated images (dry run: losses and scores mean nothing)", DRY_SIZE, DRY_STEPS
+        images, test = Generated(4, size, p.seed), Generated(2, size, p.seed + 1)
+    else:
+        (title, images, test), size, steps = _datasets(p), p.size, p.steps
 
-
-def _pocket(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
-    """The pocket pictures of the run's seed, and the study's trainings on its shipped, frozen prior.
-
-    The test is the study's "parameterised" one. Size, sampling steps, base and data set are the pocket's own.
-    """
-    root = str(out / "data")
-    pocket.write(study.folder(root, p.seed), p.seed)
-    train, chosen = study.part(root, p.seed, "train"), {m: rates["parameterised", m] for m in LIVE}
-
-    def data(method: str) -> list[Sample]:
-        return study.samples(method, train, p.seed)
-
-    def taught(pipe: TIPPipeline, method: str, **changes: object) -> list[dict]:
-        return study.train_model(pipe, data(method), chosen[method], p.seed, **({"name": method} | changes))
-
-    def restored(pipe: TIPPipeline, given: Sequence[Sample], kind: str = "own", **changes: object) -> Tensor:
-        return study.restore(pipe, given, kind, p.seed, **({"guidance": p.guidance, "scale": p.scale} | changes))
+    def learn(pipe: TIPPipeline, method: str, **changes: object) -> History:
+        return train(p, pipe, samples(images, size, method, p.seed), None if p.dry_run else out, name=method, **changes)
 
     return Setting(
-        title="pocket pictures",
-        methods=LIVE,
-        rates=chosen,
-        build=functools.partial(study.build, seed=p.seed),
-        data=data,
-        learn=taught,
-        test=study.tested(root, p.seed, "test", "parameterised")[0],
-        restore=restored,
+        title=title,
+        learning_rates={p.method: LEARNING_RATE},
+        build=functools.partial(_pipeline, p),
+        train=None if images is None else learn,
+        test=Degraded(test, size, seed=p.seed, **restoration.TASKS[p.degradation]),
+        restore=functools.partial(restore, steps=steps, guidance=p.guidance, scale=p.scale, seed=p.seed),
     )
+
+
+def base(p: SimpleNamespace) -> str:
+    """Where the frozen model is: the parameter `weights`, the usual folder below `data_root`, or the hub's cache."""
+    usual = Path(p.data_root) / "weights" / BASES[p.base]
+    return p.weights or (str(usual) if usual.is_dir() else HUB[p.base])
+
+
+def _pipeline(p: SimpleNamespace, method: str) -> TIPPipeline:
+    fusion = METHODS[method].get("fusion", "modulate")
+    options = {"fusion": fusion, "mid": "add" if fusion == "add" and p.mid == "modulate" else p.mid}
+    torch.manual_seed(p.seed)
+    if p.dry_run:
+        pipe = build(p.base, **options)
+        pipe.unet.bfloat16()
+        return pipe
+    pipe = TIPPipeline.from_stable_diffusion(base(p), **options)
+    if p.checkpoint:
+        pipe.register_modules(adaptor=load_adaptor(p.checkpoint, pipe.unet))
+    return pipe.to("cuda" if p.accelerator in ("auto", "cuda") and torch.cuda.is_available() else "cpu")
+
+
+def _datasets(p: SimpleNamespace) -> tuple[str, restoration.Captioned | None, restoration.Captioned]:
+    """Title, training images (None with a trained adaptor) and test images."""
+    if p.dataset == "folder":
+        own = restoration.own_folder(p.data_root)
+        return f"images of {p.data_root}", *((None, own) if p.checkpoint else halves(own))
+    test = restoration.load(p.dataset, p.data_root, "test")
+    train = None if p.checkpoint else restoration.load(p.dataset, p.data_root, "train")
+    return DATASETS[p.dataset].title, train, test
+
+
+def halves(own: restoration.Captioned) -> tuple[restoration.Captioned, restoration.Captioned]:
+    """The training images of a folder of one's own and, every tenth image, its test images."""
+    if len(own) < 2:
+        raise BadParameter("data_root", f"{len(own)} image", "two or more to train and to test on, or a `checkpoint`")
+
+    def subset(indices: Sequence[int]) -> restoration.Captioned:
+        lists = ([values[i] for i in indices] for values in (own.sources, own.captions))
+        return restoration.Captioned(own.dataset, own.root, *lists)
+
+    return subset([i for i in range(len(own)) if i % 10]), subset(range(0, len(own), 10))
+
+
+class Generated(Dataset):
+    """Smooth random images with captions, for a dry run."""
+
+    def __init__(self, count: int, size: int, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        small = torch.rand(count, 3, 8, 8, generator=generator)
+        self.images = nn.functional.interpolate(small, (size, size), mode="bicubic").clamp(0, 1)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        return self.images[index], f"generated image number {index}"
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def samples(pictures: Dataset, size: int, method: str, seed: int, **options) -> Degraded:
-    """The training samples of a method: `Degraded` with the two dice, or without those that it never reads."""
+def samples(images: Dataset, size: int, method: str, seed: int, **options) -> Degraded:
+    """The training samples of a method: `Degraded`, whose prompts are dropped at random, or always."""
     changed = {k: v for k, v in METHODS[method].items() if k in ("no_caption", "blind_prompt")}
     recipe = Recipe(skip=METHODS[method].get("skip", 0.5))
-    return Degraded(pictures, size, recipe, seed=seed, **(changed | options))
+    return Degraded(images, size, recipe, seed=seed, **(changed | options))
 
 
 class Tensors(Dataset):
-    """`Sample`s as training reads them: clean and degraded picture in [-1, 1], ids (M,) of c_s and c_r.
+    """`Sample`s as training reads them: clean and degraded image in [-1, 1], ids (M,) of c_s and c_r.
 
-    A caption that is longer than the text encoder reads is cut; a restoration prompt is refused.
+    A caption that is longer than the text encoder reads is truncated; such a restoration prompt is refused.
     """
 
     def __init__(self, data: Dataset, pipe: TIPPipeline):
@@ -157,12 +197,12 @@ class Tensors(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sample = self.data[index]
-        semantic = self.pipe.ids([sample.semantic], cut=True)[0]
+        semantic = self.pipe.ids([sample.semantic], truncate=True)[0]
         return 2 * sample.clean - 1, 2 * sample.degraded - 1, semantic, self.pipe.ids([sample.restoration])[0]
 
 
 class Learner(nn.Module):
-    """The loss of a batch of `Tensors`: the VAE, which is frozen too, encodes on the way."""
+    """From a batch of `Tensors` to the loss; the frozen VAE encodes the images."""
 
     def __init__(self, pipe: TIPPipeline):
         super().__init__()
@@ -174,62 +214,72 @@ class Learner(nn.Module):
         return self
 
     def forward(self, clean: Tensor, degraded: Tensor, semantic: Tensor, restoration: Tensor) -> Tensor:
-        z = tip.latents(self.vae, clean).to(degraded.dtype)
+        z = tip.to_latents(self.vae, clean).to(degraded.dtype)
         return tip.loss(self.model, (z, degraded, semantic, restoration), self.scheduler)
 
 
-def learn(
+def train(
     p: SimpleNamespace,
     pipe: TIPPipeline,
     data: Dataset,
-    at_once: int = AT_ONCE,
-    kept: Path | None = None,
-    **changes: object,
-) -> list[dict]:
+    out: Path | None = None,
+    *,
+    name: str = "TIP",
+    epochs: float | None = None,
+    batch: int | None = None,
+    micro_batch: int = MICRO_BATCH,
+    warmup: int | None = None,
+) -> History:
     """Train the adaptor of a pipeline, in place; return the history.
 
     Args:
         data: `Sample`s.
-        at_once: pictures that go through a device together; the gradients of a step's pictures are added up.
-        kept: folder in which a training that was stopped goes on where it was, and one that is done is only read; what
-            it depends on is in the file's name.
-        changes: arguments of `fit`.
+        out: the run's folder. `out`/checkpoints has the training in progress, from which the same call resumes;
+            `out`/trained/`name` the trained adaptor, see `pipeline.load_adaptor`.
+        epochs, batch, warmup: None: `EPOCHS`, at most `BATCH`, at most `WARMUP` steps; in a dry run 1, 2 and 0.
+        micro_batch: images in a forward pass of a device; the gradients of a step's micro-batches are added up.
     """
-    options = (
-        RECIPE
-        | {
-            "seed": p.seed,
-            "accelerator": p.accelerator,
-            "devices": p.devices,
-            "precision": p.precision,
-            "workers": WORKERS,
-            "schedule": "constant",
-            "decay": "all",
-        }
-        | changes
+    epochs = epochs or (1 if p.dry_run else EPOCHS)
+    batch = batch or min(2 if p.dry_run else BATCH, len(data))
+    steps = max(1, round(epochs * (len(data) // batch)))
+    warmup = (0 if p.dry_run else min(WARMUP, steps // 2)) if warmup is None else warmup
+    devices = 1 if p.dry_run else p.devices
+    parts = math.ceil(batch / (devices * micro_batch))
+    hardware = Hardware("cpu") if p.dry_run else Hardware(p.accelerator, devices, p.precision, WORKERS, parts)
+    checkpoint = None
+    if out is not None:
+        where = {"weights": base(p), "dataset": p.dataset, "data_root": Path(p.data_root), "size": p.size}
+        facts = where | {"adaptor": pipe.adaptor, "micro-batches": parts}
+        checkpoint = Checkpoint.of(out / "checkpoints", f"{name}, seed {p.seed}", 500, **facts)
+    device = pipe.unet.device
+    history = fit(
+        Learner(pipe),
+        lambda model, items: model(*items),
+        Tensors(data, pipe),
+        epochs=epochs,
+        batch=batch,
+        optimizer=adamw(LEARNING_RATE, WEIGHT_DECAY, decay="all"),
+        schedule=schedule("constant", warmup / steps),
+        callbacks=[ClipNorm(MAX_NORM)],
+        checkpoint=checkpoint,
+        seed=p.seed,
+        hardware=hardware,
+        name=name,
     )
-    options["batch"] = min(options["batch"], len(data))
-    steps = max(1, round(options["epochs"] * (len(data) // options["batch"])))
-    options = {"warmup": min(WARMUP, steps // 2) / steps} | options
-    parts = math.ceil(options["batch"] / (options["devices"] * at_once))
-    if kept is not None:
-        known = (base(p), p.mid, p.dataset, str(Path(p.data_root).resolve()), p.size, parts)
-        file = kept / f"{options.get('name', 'adaptor')} seed {p.seed} {zlib.crc32(repr(known).encode()):08x}.pt"
-        options |= {"checkpoint": file, "checkpoint_every": 500, "resume": True}
-    place = pipe.unet.device
-    history = fit(Learner(pipe), lambda model, items: model(*items), Tensors(data, pipe), accumulate=parts, **options)
-    pipe.to(place)  # `fit` leaves what it trained on the CPU
+    pipe.to(device)  # `fit` leaves the model on the CPU
+    if out is not None:
+        save_adaptor(pipe.adaptor, out / "trained" / name.replace(" ", "-"))
     return history
 
 
 @torch.no_grad()
-def cached(pipe: TIPPipeline, given: Sequence[Sample], batch: int = 32) -> TensorDataset:
-    """Samples as `tip.loss` reads them, encoded once and kept: latents, degraded pictures in [-1, 1], both states."""
+def cached(pipe: TIPPipeline, data: Sequence[Sample], batch: int = 32) -> TensorDataset:
+    """Samples encoded in advance, as `tip.loss` reads them: latents, degraded images in [-1, 1], states of c_s, c_r."""
     parts = []
-    for start in range(0, len(given), batch):
-        some = [given[i] for i in range(start, min(start + batch, len(given)))]
+    for start in range(0, len(data), batch):
+        some = [data[i] for i in range(start, min(start + batch, len(data)))]
         clean, degraded = (2 * torch.stack([s[i] for s in some]) - 1 for i in (0, 1))
-        z = tip.latents(pipe.vae, clean.to(pipe.vae.device)).cpu()
+        z = tip.to_latents(pipe.vae, clean.to(pipe.vae.device)).cpu()
         parts.append((z, degraded, pipe.states([s.semantic for s in some]), pipe.states([s.restoration for s in some])))
     return TensorDataset(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
@@ -239,7 +289,7 @@ def cached(pipe: TIPPipeline, given: Sequence[Sample], batch: int = 32) -> Tenso
 
 def restore(
     pipe: TIPPipeline,
-    given: Sequence[Sample],
+    data: Sequence[Sample],
     kind: str = "own",
     *,
     seed: int = 0,
@@ -247,50 +297,49 @@ def restore(
     first: int = 0,
     **options,
 ) -> Tensor:
-    """Restored pictures (B, 3, S, S) in [0, 1] of samples, their texts by `data.restoration.texts`.
+    """Restored images (B, 3, S, S) in [0, 1] of samples, their prompts by `data.restoration.texts`.
 
-    The start noise of a sample depends on `seed` and its place alone, counted from `first`: whatever the texts, it is
-    the same.
+    The initial noise of a sample depends only on `seed` and its index, counted from `first`, not on the prompts.
     """
-    semantic, restoration_prompts = restoration.texts(given, kind)
-    found = []
-    for start in range(0, len(given), batch):
-        place = range(start, min(start + batch, len(given)))
-        noise = [torch.Generator().manual_seed(1_000_003 * seed + first + i) for i in place]
-        pictures = torch.stack([given[i].degraded for i in place])
-        texts = [semantic[i] for i in place], [restoration_prompts[i] for i in place]
-        found.append(pipe(pictures, *texts, generator=noise, **options).images.cpu())
-    return torch.cat(found)
+    semantic, prompts = restoration.texts(data, kind)
+    restored = []
+    for start in range(0, len(data), batch):
+        indices = range(start, min(start + batch, len(data)))
+        noise = [torch.Generator().manual_seed(1_000_003 * seed + first + i) for i in indices]
+        degraded = torch.stack([data[i].degraded for i in indices])
+        texts = [semantic[i] for i in indices], [prompts[i] for i in indices]
+        restored.append(pipe(degraded, *texts, generator=noise, **options).images.cpu())
+    return torch.cat(restored)
 
 
 def texts_of(method: str, kind: str = "own") -> str:
-    """The kind of texts that a method is tested with: one trained without a text is not given it."""
+    """The kind of prompts that a method is tested with: prompts never read in training are not read in the test."""
     return method if kind == "own" and method in ("no text", "semantic only", "restoration only") else kind
 
 
 def whole_test(found: Setting, pipe: TIPPipeline, kind: str = "own") -> Iterator[tuple[Tensor, Tensor]]:
-    """Restored and clean pictures of the whole test of a full-size setting, some `TOGETHER` at a time.
+    """Restored and clean images of the whole test of a full-size setting, about `TEST_BATCH` at a time.
 
-    A wrong text is that of another sample among those of its time.
+    A wrong prompt is that of another sample of the same batch.
     """
     count = len(found.test)
-    for place in np.array_split(np.arange(count), max(1, count // TOGETHER)):
-        given = [found.test[int(i)] for i in place]
-        yield found.restore(pipe, given, kind, first=int(place[0])), torch.stack([s.clean for s in given])
+    for indices in np.array_split(np.arange(count), max(1, count // TEST_BATCH)):
+        data = [found.test[int(i)] for i in indices]
+        yield found.restore(pipe, data, kind, first=int(indices[0])), torch.stack([s.clean for s in data])
 
 
 @torch.no_grad()
-def score(pictures: Iterable[tuple[Tensor, Tensor]], download: bool = False) -> tuple[dict[str, float], dict[str, str]]:
-    """PSNR and SSIM, and LPIPS and FID where their networks are here; of the others why they are not run.
+def score(pairs: Iterable[tuple[Tensor, Tensor]], download: bool = False) -> tuple[dict[str, float], dict[str, str]]:
+    """PSNR, SSIM, and LPIPS and FID where their networks are available; the reasons why the others were not run.
 
     Args:
-        pictures: restored and clean ones, (B, 3, H, W) in [0, 1] each; of them no more than `AT_ONCE` are looked at
-            together, and none is kept, so a test may be larger than the memory.
+        pairs: restored and clean images, (B, 3, H, W) in [0, 1] each. They are read once, and scored in batches of
+            `MICRO_BATCH`, so a test may be larger than the memory.
     """
     metrics, reasons = perceptual(download)
     sums, count = {"PSNR": 0.0, "SSIM": 0.0}, 0
-    for pair in pictures:
-        for restored, clean in zip(*(x.split(AT_ONCE) for x in pair), strict=True):
+    for pair in pairs:
+        for restored, clean in zip(*(x.split(MICRO_BATCH) for x in pair), strict=True):
             count += len(clean)
             sums["PSNR"] += float(psnr(restored, clean).sum())
             sums["SSIM"] += float(ssim(restored, clean).sum())
@@ -302,30 +351,30 @@ def score(pictures: Iterable[tuple[Tensor, Tensor]], download: bool = False) -> 
     values = {name: total / count for name, total in sums.items()}
     if "FID" in metrics and count < 2:
         del metrics["FID"]
-        reasons["FID"] = "not run: it wants two pictures or more"
+        reasons["FID"] = "not run: it needs two images or more"
     return values | {name: float(metric.compute()) for name, metric in metrics.items()}, reasons
 
 
-# set and degradation of each published table; None: either
+# dataset and degradation of each published table; None: any
 TABLES = {
     "comparison-parameterised": ("restoration/coco", "parameterised"),
     "comparison-real-esrgan": ("restoration/coco", "real-esrgan"),
     "comparison-div2k": ("restoration/div2k", None),
     "ablations": ("restoration/coco", "parameterised"),
 }
+# methods as the rows of the table of ablations name them
 ABLATIONS = {
     "plain ControlNet": "fusion by addition (ControlNet)",
     "TIP": "fusion by modulation (TIP)",
     "restoration only": "without the semantic prompt",
     "semantic only": "without the restoration prompt",
 }
-"""What the rows of the table of ablations are called there."""
 
 
 def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
-    """Of the real results those of a published table, by (method, score): true texts, no guidance, the dial at 1.
+    """The real results that belong in a published table, by (method, score): own prompts, no guidance, scale 1.
 
-    A method's name says where it is not the default: the diffusion model, the middle, on DIV2K the degradation.
+    A method's name includes what is not the default: the diffusion model, the middle, on DIV2K the degradation.
     """
     dataset, degradation = TABLES[table]
     found = {}
@@ -344,120 +393,6 @@ def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
 
 
 def results(p: SimpleNamespace, out: Path, values: Mapping[str, float] | None = None) -> pd.DataFrame:
-    """The real results of all runs into `out`, one row for each set, degradation, method, kind of texts and dial."""
+    """The real results of all runs into `out`, one row for each dataset, degradation, method, prompts and scale."""
     row = {key: getattr(p, key) for key in KEYS} | dict(values or {})
     return upsert_rows(out / "measured.csv", KEYS, SCORES, [row] if values else [])
-
-
-# --- at full size -----------------------------------------------------------------------------------------------------
-
-
-def _setting(
-    p: SimpleNamespace,
-    title: str,
-    make: Callable[[str], TIPPipeline],
-    train: Dataset | None,
-    test: Degraded,
-    size: int,
-    steps: int,
-    **options: object,
-) -> Setting:
-    def data(method: str) -> Degraded:
-        return samples(train, size, method, p.seed)
-
-    def taught(pipe: TIPPipeline, method: str, **changes: object) -> list[dict]:
-        return learn(p, pipe, data(method), **({"name": method} | options | changes))
-
-    def restored(pipe: TIPPipeline, given: Sequence[Sample], kind: str = "own", **changes: object) -> Tensor:
-        return restore(
-            pipe, given, kind, **({"steps": steps, "guidance": p.guidance, "scale": p.scale, "seed": p.seed} | changes)
-        )
-
-    return Setting(
-        title=title,
-        methods=(p.method,),
-        rates={p.method: RECIPE["lr"]},
-        build=make,
-        data=None if train is None else data,
-        learn=taught,
-        test=test,
-        restore=restored,
-    )
-
-
-def _fusion(p: SimpleNamespace, method: str) -> dict[str, str]:
-    fusion = METHODS[method].get("fusion", "modulate")
-    return {"fusion": fusion, "mid": "add" if fusion == "add" and p.mid == "modulate" else p.mid}
-
-
-def base(p: SimpleNamespace) -> str:
-    """Where the frozen model is: the parameter `weights`, the usual folder below `data_root`, or the hub's cache."""
-    usual = Path(p.data_root) / "weights" / BASES[p.base]
-    return p.weights or (str(usual) if usual.is_dir() else HUB[p.base])
-
-
-def parted(own: restoration.Captioned) -> tuple[restoration.Captioned, restoration.Captioned]:
-    """A folder of one's own in a part to train on and, every tenth picture, one to test on."""
-    if len(own) < 2:
-        raise BadParameter("data_root", f"{len(own)} picture", "two or more to train and to test on, or a `checkpoint`")
-
-    def part(chosen: Sequence[int]) -> restoration.Captioned:
-        lists = ([values[i] for i in chosen] for values in (own.sources, own.captions))
-        return restoration.Captioned(own.dataset, own.root, *lists)
-
-    return part([i for i in range(len(own)) if i % 10]), part(range(0, len(own), 10))
-
-
-def _paper(p: SimpleNamespace, out: Path) -> Setting:
-    """COCO, DIV2K or a folder of one's own ("folder": `data_root` itself), on a released Stable Diffusion."""
-    if p.dataset == "folder":
-        own = restoration.own_folder(p.data_root)
-        train, test = (None, own) if p.checkpoint else parted(own)
-    else:
-        test = restoration.load(p.dataset, p.data_root, "test")
-        train = None if p.checkpoint else restoration.load(p.dataset, p.data_root, "train")
-
-    def make(method: str) -> TIPPipeline:
-        pipe = TIPPipeline.from_stable_diffusion(base(p), **_fusion(p, method))
-        if p.checkpoint:
-            pipe.register_modules(adaptor=load_adaptor(p.checkpoint, pipe.unet))
-        device = "cuda" if p.accelerator in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
-        return pipe.to(device)
-
-    title = DATASETS[p.dataset].title if p.dataset in DATASETS else f"pictures of {p.data_root}"
-    fixed = Degraded(test, p.size, seed=p.seed, **restoration.TASKS[p.degradation])
-    return _setting(p, title, make, train, fixed, p.size, p.steps, kept=out / "trained")
-
-
-class Generated(Dataset):
-    """Pictures that are no photographs, with captions, for a dry run."""
-
-    def __init__(self, count: int, size: int, seed: int):
-        generator = torch.Generator().manual_seed(seed)
-        small = torch.rand(count, 3, 8, 8, generator=generator)
-        self.pictures = nn.functional.interpolate(small, (size, size), mode="bicubic").clamp(0, 1)
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        return self.pictures[index], f"generated picture number {index}"
-
-
-def _dry(p: SimpleNamespace) -> Setting:
-    """The full-size model with random weights and two optimiser steps of two generated pictures each.
-
-    To fit a laptop's memory the frozen UNet is held in bfloat16, and pictures are 128 pixels a side (latents of 16).
-    """
-    pictures = Generated(4, DRY_SIZE, p.seed)
-
-    def make(method: str) -> TIPPipeline:
-        torch.manual_seed(p.seed)
-        pipe = build(p.base, **_fusion(p, method))
-        pipe.unet.bfloat16()
-        return pipe
-
-    test = Degraded(Generated(2, DRY_SIZE, p.seed + 1), DRY_SIZE, seed=p.seed, **restoration.TASKS[p.degradation])
-    title = "generated pictures (dry run: losses and scores mean nothing)"
-    options = {"epochs": 1, "batch": 2, "warmup": 0.0, "workers": 0, "accelerator": "cpu", "precision": "32-true"}
-    return _setting(p, title, make, pictures, test, DRY_SIZE, DRY_STEPS, **options)

@@ -1,9 +1,9 @@
-"""TIP's text encoders: CLIP's, as the pipeline figure says, and a small frozen one for a laptop.
+"""TIP's text encoders: CLIP's, as in the pipeline figure, and a small frozen one for the `pocket` profile.
 
-Both are components of a diffusers pipeline and look alike:
+Both are components of a diffusers pipeline with one interface:
 
     ids = tokenize(tokenizer, texts)       (B, M) int64
-    states = encoder(ids)[0]               (B, M, d), one a token
+    states = encoder(ids)[0]               (B, M, d), one per token
 
 The same frozen encoder reads both prompts (inferred: the figure draws two boxes named CLIP).
 """
@@ -28,23 +28,23 @@ MARKS = tuple("0123456789.,;:-")
 
 
 class WordText(ModelMixin, ConfigMixin):
-    """Words to frozen random vectors. A choice of ours for the pocket profile, not the paper's (section 14).
+    """Frozen random word embeddings. A choice of ours for the `pocket` profile, not the paper's (section 14).
 
-    Lower-case words, single digits and single marks are tokens, as in CLIP's text of numbers. The list of tokens is
-    repeated until all places are full: padding, which a cross-attention without mask would look at, there is none.
+    Lower-case words, single digits and single marks are tokens, as CLIP tokenizes numbers. The tokens are repeated up
+    to `length` instead of padded: a cross-attention without mask would attend to padding.
 
     Args:
-        vocabulary: the words known; digits and marks always are. Another word is one "unknown" vector.
+        vocabulary: known words; digits and marks are always known. All other words share one "unknown" embedding.
         width: d of the states.
-        places: M, the tokens of every text; a list of four instructions has up to 27.
-        memory: how much of the token before each token's state keeps, shifted by one channel; 0 gives a bag of words,
-            in which "Deblur with sigma 0.9; Denoise with sigma 0.05" does not say whose number is whose.
-        seed: of the vectors.
+        length: M, tokens of every text; a list of four instructions has up to 27.
+        memory: share of the previous token's state, shifted by one channel, in each state; 0 gives a bag of words, in
+            which the numbers of "Deblur with sigma 0.9; Denoise with sigma 0.05" cannot be told apart.
+        seed: of the embeddings.
     """
 
     @register_to_config
     def __init__(
-        self, vocabulary: Sequence[str], width: int = 32, places: int = 32, memory: float = 0.0, seed: int = 0
+        self, vocabulary: Sequence[str], width: int = 32, length: int = 32, memory: float = 0.0, seed: int = 0
     ):
         super().__init__()
         if isinstance(vocabulary, str) or len(set(vocabulary)) != len(vocabulary):
@@ -62,25 +62,25 @@ class WordText(ModelMixin, ConfigMixin):
 
     @classmethod
     def of(cls, texts: Sequence[str], **options) -> WordText:
-        """An encoder that knows every word of `texts`."""
+        """An encoder with every word of `texts` in its vocabulary."""
         return cls(sorted({token for text in texts for token in split(text) if token[0].isalpha()}), **options)
 
     def words(self, text: str) -> list[str]:
-        """The tokens of a text, unknown ones replaced, as often as the text itself has them."""
+        """The tokens of a text, unknown ones replaced, not repeated."""
         return [token if token in self._id else UNKNOWN for token in split(text)] or [EMPTY]
 
-    def ids(self, texts: Sequence[str], cut: bool = False) -> Tensor:
-        """Ids (B, M) of texts. Raises `BadParameter` for a text of more tokens than there are places, if not `cut`."""
+    def ids(self, texts: Sequence[str], truncate: bool = False) -> Tensor:
+        """Ids (B, M) of texts. Raises `BadParameter` for a text of more than `length` tokens, unless `truncate`."""
         rows = []
         for text in texts:
             ids = [self._id[word] for word in self.words(text)]
-            if len(ids) > self.config.places and not cut:
-                raise BadParameter("text", text, f"at most {self.config.places} words, digits and marks")
-            rows.append((ids * self.config.places)[: self.config.places])
+            if len(ids) > self.config.length and not truncate:
+                raise BadParameter("text", text, f"at most {self.config.length} words, digits and marks")
+            rows.append((ids * self.config.length)[: self.config.length])
         return torch.tensor(rows)
 
     def forward(self, ids: Tensor) -> tuple[Tensor]:
-        """States (B, M, width) of ids (B, M), in a tuple as transformers' encoders give them."""
+        """States (B, M, width) of ids (B, M), in a tuple as transformers' encoders return them."""
         x = self.embedding(ids)
         if not self.config.memory:
             return (x,)
@@ -91,15 +91,15 @@ class WordText(ModelMixin, ConfigMixin):
 
 
 def split(text: str) -> list[str]:
-    """Lower-case words, single digits and single marks of a text; what is none of these parts them."""
+    """Lower-case words, single digits and single marks of a text; all other characters separate them."""
     return re.findall(r"[^\W\d_]+|[0-9.,;:-]", text.lower())
 
 
 def clip_tokenizer(pad: str = END, length: int = 77) -> CLIPTokenizer:
-    """CLIP's tokenizer from the merges that ship with open_clip: offline, the ids of OpenAI's CLIP.
+    """CLIP's tokenizer from the merges that ship with open_clip: offline, with the ids of OpenAI's CLIP.
 
     Args:
-        pad: the token that fills up: the end token (Stable Diffusion 1.5) or "!" (2.1).
+        pad: the padding token: the end token (Stable Diffusion 1.5) or "!" (2.1).
         length: tokens of every text, start and end included.
     """
     simple = SimpleTokenizer()
@@ -116,19 +116,19 @@ def clip_tokenizer(pad: str = END, length: int = 77) -> CLIPTokenizer:
     )
 
 
-def tokenize(tokenizer, texts: Sequence[str], cut: bool = False) -> Tensor:
+def tokenize(tokenizer, texts: Sequence[str], truncate: bool = False) -> Tensor:
     """Ids (B, M) of texts, by a `WordText` or a tokenizer of transformers.
 
-    Raises `BadParameter` where a text is longer than fits: the end of an instruction that was cut off would be
-    silently ignored. With `cut` it is cut: a long caption is still one.
+    Raises `BadParameter` for a text that is too long, unless `truncate`: a truncated caption is still a caption, but
+    the end of a truncated instruction would be ignored silently.
     """
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         raise BadParameter("texts", texts, "a list of texts")
     if isinstance(tokenizer, WordText):
-        return tokenizer.ids(texts, cut)
+        return tokenizer.ids(texts, truncate)
     length = tokenizer.model_max_length
     for text, ids in zip(texts, tokenizer(list(texts))["input_ids"], strict=True):
-        if len(ids) > length and not cut:
+        if len(ids) > length and not truncate:
             raise BadParameter("text", text, f"at most {length} tokens, it has {len(ids)}")
     found = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return found["input_ids"]

@@ -1,4 +1,7 @@
-"""How a pocket model is shipped: its weights, and a card beside them that says what made it and how good it is."""
+"""Weights and model card of a small encoder, and the command line that makes them.
+
+The prose of a card, its licence, attribution, library, data and command stand in the shipped .md file only.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,50 @@ ATTRIBUTION = (
     "photographs china.jpg (danielbuechele) and flower.jpg (vultilion), CC BY 2.0; others free, see scikit-image's "
     "documentation of skimage.data"
 )
+
+
+def save(
+    folder: str | Path,
+    name: str,
+    state: Mapping[str, Tensor],
+    quality: object,
+    recipe: Mapping[str, object],
+    seconds: float,
+    **facts: object,
+) -> Path:
+    """Write tensors to `folder`/`name`.safetensors and their card to the .md next to it; return the former's path.
+
+    Args:
+        quality: measured, for the card.
+        recipe: settings of the training.
+        seconds: of the training.
+        facts: further entries of the card's head, such as "parameters" (default: entries of all tensors).
+    """
+    path = Path(folder) / f"{name}.safetensors"
+    with atomic(path) as temporary:
+        save_file({key: value.contiguous() for key, value in state.items()}, temporary)
+    facts = {
+        "recipe": dict(recipe),
+        "seconds": round(seconds),
+        "parameters": sum(tensor.numel() for tensor in state.values()),
+        **facts,
+        "torch": torch.__version__.split("+")[0],
+        "threads": torch.get_num_threads(),
+        "bytes": path.stat().st_size,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+    update(path, name, quality, **facts)
+    return path
+
+
+def update(path: Path, name: str, quality: object, **facts: object) -> None:
+    """Write the card of the weights at `path`: the shipped card of `name` with other facts and quality."""
+    _, head, text = (encoders.WEIGHTS / f"{name}.md").read_text(encoding="utf-8").split("---\n", 2)
+    head = {**yaml.safe_load(head), **facts}
+    head["quality"] = quality
+    with atomic(path.with_suffix(".md")) as temporary:
+        head = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=110)
+        temporary.write_text(f"---\n{head}---\n{text}", encoding="utf-8")
 
 
 def ship(path: Path, state: Mapping[str, Tensor], head: Mapping[str, object], quality: object, text: str) -> Path:
@@ -58,17 +105,17 @@ def command(
     seed: int | None = 0,
     measure: Callable[[str], Path] | None = None,
 ) -> None:
-    """Command line: train, measure and write a pocket model.
+    """Command line of a module: train, measure and write an encoder.
 
     Args:
-        make: `make([name,] folder[, seed])` does it, and returns where the weights are.
-        names: what it makes, where that is more than one.
-        seed: the shipped one; None: the maker has no other.
+        make: `make([name,] folder[, seed])` does so and returns the path of the weights.
+        names: of the encoders, where there are several.
+        seed: of the shipped weights; None: there is no other.
         measure: `measure(name)` measures the shipped weights again.
     """
     module = Path(sys.argv[0]).stem
     parser = argparse.ArgumentParser(
-        prog=f"python -m companion.toy.{module}", description=sys.modules["__main__"].__doc__
+        prog=f"python -m companion.toy.encoders.{module}", description=sys.modules["__main__"].__doc__
     )
     if names:
         parser.add_argument("name", choices=list(names))
@@ -76,7 +123,7 @@ def command(
     if seed is not None:
         parser.add_argument("--seed", type=int, default=seed)
     if measure is not None:
-        parser.add_argument("--measure", action="store_true", help="keep the shipped weights, only measure them again")
+        parser.add_argument("--measure", action="store_true", help="only measure the shipped weights again")
     given = vars(parser.parse_args())
     torch.set_num_threads(1)  # the bits of the result depend on the number of threads
     again = given.pop("measure", False)
