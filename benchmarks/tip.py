@@ -1,9 +1,9 @@
-"""TIP's training step, denoising pass and sampling beside the plain passes of UNet and ControlNet that it cannot avoid.
+"""TIP's training step, denoising pass and sampling compared with plain passes of UNet and ControlNet.
 
 The reference is diffusers' own: `ControlNetModel` and `UNet2DConditionModel.forward` with added residuals, the UNet
 frozen. The network is Stable Diffusion 1.5's at two fifths of its width, so that all that is compared fits in memory at
 once. Modulation adds 1x1 convolutions of twice the width and one product a skip. With guidance TIP calls its adaptor
-once for both texts, which a stock pipeline calls for each. Last, the pocket size: 8 pictures of 64 pixels, 20 steps.
+once for both prompts, which a stock pipeline calls for each. Last, the pocket size: 8 images of 64 pixels, 20 steps.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ import torch
 from bench import Step
 from diffusers import ControlNetModel
 
-from companion.models.tip import model as tip
-from companion.models.tip.pipeline import TIPPipeline, build
+from companion.models.tip import TIP, TIPPipeline, build
 
 NARROW = {"block_out_channels": (128, 256, 512, 512), "cross_attention_dim": 768}
 COUNT, SIDE, STEPS = 2, 16, 20
 
 
 def given() -> dict[str, torch.Tensor]:
-    """A batch at 128 pixels: latents, times, states of both texts, the picture."""
+    """A batch at 128 pixels: latents, times, states of both prompts, the degraded image."""
     generator = torch.Generator().manual_seed(0)
     return {
         "z": torch.randn(COUNT, 4, SIDE, SIDE, generator=generator),
         "t": torch.tensor([100, 800]),
         "semantic": torch.randn(COUNT, 77, 768, generator=generator),
         "restoration": torch.randn(COUNT, 77, 768, generator=generator),
-        "picture": torch.rand(COUNT, 3, 8 * SIDE, 8 * SIDE, generator=generator) * 2 - 1,
+        "degraded": torch.rand(COUNT, 3, 8 * SIDE, 8 * SIDE, generator=generator) * 2 - 1,
     }
 
 
@@ -42,7 +41,7 @@ def pipeline() -> TIPPipeline:
     return build("sd15", unet=NARROW, text=small, vae={"block_out_channels": (32,) * 4, "layers_per_block": 1})
 
 
-def ours() -> tip.TIP:
+def ours() -> TIP:
     return pipeline().model.train()
 
 
@@ -54,8 +53,8 @@ class Plain(torch.nn.Module):
         self.unet = pipeline().unet.requires_grad_(False)
         self.controlnet = ControlNetModel.from_unet(self.unet)
 
-    def forward(self, z, t, semantic, restoration, picture) -> torch.Tensor:
-        down, mid = self.controlnet(z, t, restoration, picture, return_dict=False)
+    def forward(self, z, t, semantic, restoration, degraded) -> torch.Tensor:
+        down, mid = self.controlnet(z, t, restoration, degraded, return_dict=False)
         return self.unet(z, t, semantic, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
 
 
@@ -96,14 +95,14 @@ def plain_forward() -> Step:
 
 
 def our_guided() -> Step:
-    """One step of the pipeline with guidance on c_s, without VAE and texts."""
+    """One step of the pipeline with guidance on c_s, without VAE and text encoder."""
     model, x = ours(), given()
     both = torch.cat([x["semantic"], torch.zeros_like(x["semantic"])])
 
     def step() -> None:
         with torch.no_grad():
             z, t = x["z"].repeat(2, 1, 1, 1), x["t"].repeat(2)
-            maps = model.adaptor(x["z"], x["t"], x["restoration"], x["picture"])
+            maps = model.adaptor(x["z"], x["t"], x["restoration"], x["degraded"])
             model.fused(model.encode(z, t, both), [m.repeat(2, 1, 1, 1) for m in maps], 1.0, both)
 
     return step
@@ -123,21 +122,21 @@ def plain_guided() -> Step:
 def our_pocket() -> Step:
     """Sampling at pocket size, texts and VAE included."""
     torch.manual_seed(0)
-    pipe, pictures = build("pocket", ["a", "picture"]), torch.rand(8, 3, 64, 64)
-    return lambda: pipe(pictures, "a picture", steps=STEPS)
+    pipe, images = build("pocket", ["a", "picture"]), torch.rand(8, 3, 64, 64)
+    return lambda: pipe(images, "a picture", steps=STEPS)
 
 
 def plain_pocket() -> Step:
     """As many passes of UNet and ControlNet of that size."""
     torch.manual_seed(0)
-    pipe, pictures = build("pocket", ["a", "picture"]), torch.rand(8, 3, 64, 64) * 2 - 1
+    pipe, images = build("pocket", ["a", "picture"]), torch.rand(8, 3, 64, 64) * 2 - 1
     controlnet = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 24, 32))
     z, states = torch.randn(8, 4, 16, 16), pipe.states(["a picture"] * 8)
 
     def step() -> None:
         with torch.no_grad():
             for t in torch.linspace(999, 49, STEPS):
-                down, mid = controlnet(z, t, states, pictures, return_dict=False)
+                down, mid = controlnet(z, t, states, images, return_dict=False)
                 pipe.unet(z, t, states, down_block_additional_residuals=down, mid_block_additional_residual=mid)
 
     return step
@@ -151,19 +150,19 @@ def main() -> None:
         "UNet and ControlNet, forward": plain_forward,
         "denoising pass with guidance": our_guided,
         "UNet and ControlNet on both texts": plain_guided,
-        "pocket: 8 pictures of 64 px, 20 steps": our_pocket,
+        "pocket: 8 images of 64 px, 20 steps": our_pocket,
         "pocket: UNet and ControlNet, 20 times": plain_pocket,
     }
     names = list(makers)
     bench.run(
         "tip",
-        f"Stable Diffusion 1.5 at two fifths of its width, {COUNT} pictures of {8 * SIDE} px; pocket size",
+        f"Stable Diffusion 1.5 at two fifths of its width, {COUNT} images of {8 * SIDE} px; pocket size",
         makers,
         [
             ("training step / plain UNet and ControlNet", names[0], names[1]),
             ("denoising pass / plain UNet and ControlNet", names[2], names[3]),
             ("with guidance / plain UNet and ControlNet on both texts", names[4], names[5]),
-            ("pocket, 8 pictures of 64 px in 20 steps / plain UNet and ControlNet", names[6], names[7]),
+            ("pocket, 8 images of 64 px in 20 steps / plain UNet and ControlNet", names[6], names[7]),
         ],
         rounds=3,
     )

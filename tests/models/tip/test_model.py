@@ -21,10 +21,11 @@ from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
 
 from companion.errors import BadParameter, MissingWeights
 from companion.evaluation.tables import published_table
+from companion.models.tip import TIPPipeline, WordText, build, clip_tokenizer, tokenize
 from companion.models.tip import model as tip
 from companion.models.tip import pipeline as tip_pipeline
-from companion.models.tip.pipeline import BLIND, TIPPipeline, build
-from companion.models.tip.text import WordText, clip_tokenizer, split, tokenize
+from companion.models.tip.pipeline import BLIND
+from companion.models.tip.text import split
 
 WORDS = ["a", "picture", "with", "rows", "columns", "remove", "all", "degradation", "deblur", "denoise", "sigma"]
 
@@ -59,22 +60,23 @@ def numbers(model: nn.Module) -> int:
 
 # --- the UNet in two halves -------------------------------------------------------------------------------------------
 
+NARROW = {"block_out_channels": (8, 16, 32, 32), "cross_attention_dim": 16, "norm_num_groups": 4}
 LEVELS = {  # as Stable Diffusion 1 and 2 are built, narrow
-    "sd15": {
-        "block_out_channels": (8, 16, 32, 32),
-        "cross_attention_dim": 16,
-        "attention_head_dim": 4,
-        "norm_num_groups": 4,
-    },
-    "sd21": {
-        "block_out_channels": (8, 16, 32, 32),
-        "cross_attention_dim": 16,
-        "attention_head_dim": (1, 2, 4, 4),
-        "norm_num_groups": 4,
-        "use_linear_projection": True,
-    },
+    "sd15": NARROW | {"attention_head_dim": 4},
+    "sd21": NARROW | {"attention_head_dim": (1, 2, 4, 4), "use_linear_projection": True},
     "pocket": tip_pipeline.SIZES["pocket"]["unet"],
 }
+
+
+def save_narrow(folder: Path) -> TIPPipeline:
+    """A narrow Stable Diffusion 1.5, whose parts are saved in the hub's layout."""
+    torch.manual_seed(0)
+    vae = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    made = build("sd15", unet=LEVELS["sd15"], vae=vae, text=text)
+    for name in ("vae", "unet", "text_encoder", "tokenizer", "scheduler"):
+        getattr(made, name).save_pretrained(folder / name)
+    return made
 
 
 @pytest.mark.parametrize("size", [(16, 16), (8, 24), (9, 7)])
@@ -98,7 +100,9 @@ def test_unets_with_other_inputs_are_refused() -> None:
 # --- the start, and the plain ControlNet ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"fusion": "add"}, {"mid": "add"}, {"mid": "none"}, {"hint_zero": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"fusion": "add"}, {"mid": "add"}, {"mid": "none"}, {"conditioning_zero": False}]
+)
 def test_starts_as_the_frozen_unet(options: dict) -> None:
     pipe = pocket(**options)
     z, t, semantic, restoration, y = batch(pipe)
@@ -161,6 +165,30 @@ def test_fusion_by_hand() -> None:
     assert tip.fuse(f, None) is f
 
 
+def test_the_callers_modules_stay_as_they_are_and_share_their_tensors() -> None:
+    pipe, unet, text = pocket(), UNet2DConditionModel(**LEVELS["pocket"]), nn.Embedding(5, 32)
+    model = tip.TIP(unet, pipe.adaptor, text)
+    assert unet.training and text.training and all(p.requires_grad for m in (unet, text) for p in m.parameters())
+    assert not model.unet.training and not any(
+        p.requires_grad for m in (model.unet, model.text) for p in m.parameters()
+    )
+    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(model.unet.parameters(), unet.parameters(), strict=True))
+    assert pipe.model.unet is pipe.unet, "what is frozen already is not copied"
+
+
+def test_checkpointed_gradients_are_the_same() -> None:
+    pipe = shaken(pocket())
+    model, inputs, found = pipe.model.train(), batch(pipe), []
+    for enable in (True, False):
+        model.set_grad_checkpointing(enable)
+        assert pipe.adaptor.is_gradient_checkpointing == enable
+        model(*inputs).square().mean().backward()
+        found.append([p.grad.clone() for p in pipe.adaptor.parameters()])
+        model.zero_grad()
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 # --- counts -----------------------------------------------------------------------------------------------------------
 
 
@@ -210,7 +238,7 @@ def test_counts_of_the_pocket_sizes() -> None:
     assert (numbers(pipe.unet), numbers(pipe.vae)) == (546_724, 242_327)
     assert (numbers(pipe.adaptor), numbers(plain.adaptor)) == (309_168, 301_296)
     channels = {"in_channels": 12, "out_channels": 12}
-    folded = pocket(unet=channels, hint=(48,), unshuffle=4, hint_zero=False)
+    folded = pocket(unet=channels, conditioning_channels=(48,), unshuffle=4, conditioning_zero=False)
     assert (numbers(folded.unet), numbers(folded.adaptor)) == (551_340, 318_464)
     z, t, semantic, restoration, y = batch(folded)
     assert folded.model(z, t, semantic, restoration, y).shape == z.shape
@@ -420,7 +448,7 @@ def test_outputs_and_trace(image: Tensor) -> None:
     assert [(row["site"], row["gamma"]) for row in rows] == [(k, None) for k in range(4)]
 
 
-@pytest.mark.parametrize("options", [{}, {"fusion": "add", "mid": "none"}, {"hint_zero": False}])
+@pytest.mark.parametrize("options", [{}, {"fusion": "add", "mid": "none"}, {"conditioning_zero": False}])
 def test_saved_and_loaded(tmp_path: Path, image: Tensor, options: dict, capfd: pytest.CaptureFixture) -> None:
     pipe = shaken(pocket(**options))
     pipe.save_pretrained(tmp_path)
@@ -443,12 +471,7 @@ def test_pickles_are_not_read(tmp_path: Path) -> None:
 
 
 def test_from_the_layout_of_stable_diffusion(tmp_path: Path, image: Tensor, capfd: pytest.CaptureFixture) -> None:
-    torch.manual_seed(0)
-    vae = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1}
-    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    made = build("sd15", unet=LEVELS["sd15"], vae=vae, text=text)
-    for name in ("vae", "unet", "text_encoder", "tokenizer", "scheduler"):
-        getattr(made, name).save_pretrained(tmp_path / name)
+    made = save_narrow(tmp_path)
     capfd.readouterr()
     pipe = TIPPipeline.from_stable_diffusion(str(tmp_path))
     assert capfd.readouterr().err == ""
@@ -483,8 +506,8 @@ def test_weights_that_are_not_there(
         ({"image": torch.full((1, 3, 32, 32), 1.5)}, r"\[0, 1\]"),
         ({"image": torch.full((1, 3, 32, 32), float("nan"))}, r"\[0, 1\]"),
         ({"image": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)}, "float"),
-        ({"prompt": ["a", "b"]}, "one a picture"),
-        ({"restoration": ["a", "b"]}, "one a picture"),
+        ({"prompt": ["a", "b"]}, "one per image"),
+        ({"restoration": ["a", "b"]}, "one per image"),
         ({"steps": 0}, "1 to 1000"),
         ({"output": "numpy"}, "'pil'"),
         ({"latents": torch.zeros(1, 4, 4, 4)}, r"1, 4, 8, 8"),
@@ -503,7 +526,7 @@ def test_bad_arguments(options: dict, said: str) -> None:
     [
         ({"fusion": "scale"}, "modulate"),
         ({"mid": "all"}, "none"),
-        ({"hint": (16, 24)}, "4 times"),
+        ({"conditioning_channels": (16, 24)}, "4 times"),
         ({"fusion": "add", "mid": "modulate"}, "'add', 'none'"),
     ],
 )
@@ -537,7 +560,7 @@ def test_texts_that_do_not_fit_are_refused() -> None:
 
 def test_words_are_repeated_and_digits_apart() -> None:
     assert split("Deblur with sigma 3.05; Dejpeg!") == ["deblur", "with", "sigma", "3", ".", "0", "5", ";", "dejpeg"]
-    encoder = WordText.of(["a picture with rows", "Deblur with sigma 0.9"], width=8, places=10)
+    encoder = WordText.of(["a picture with rows", "Deblur with sigma 0.9"], width=8, length=10)
     assert encoder.words("A zebra") == ["a", "<unknown>"] and encoder.words("") == ["<empty>"]
     ids = encoder.ids(["a picture with rows", ""])
     assert ids.shape == (2, 10) and torch.equal(ids[0, :4], ids[0, 4:8]) and len(ids[1].unique()) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -19,62 +20,43 @@ from companion.data.degradations import BLIND
 from companion.data.restoration import TASKS, Degraded
 from companion.errors import BadCheckpoint, BadParameter, CorruptFile, MissingData, MissingWeights
 from companion.evaluation.metrics.restoration import psnr, ssim
+from companion.models.tip import TIPPipeline, build, load_adaptor, recipe, save_adaptor
 from companion.models.tip import model as tip
 from companion.models.tip import pipeline as tip_pipeline
-from companion.models.tip import recipe as runs
-from companion.models.tip.pipeline import TIPPipeline, build, load_adaptor, save_adaptor
 from companion.ops.papers import convert, paper
+from companion.training.checkpoints import Checkpoint
+from tests.conftest import parameters
+from tests.models.tip.test_model import save_narrow
 
-WORDS = ["generated", "picture", "number", "deblur", "denoise", "dejpeg", "upsample", "to", "with", "sigma", "quality"]
+WORDS = ["generated", "image", "number", "deblur", "denoise", "dejpeg", "upsample", "to", "with", "sigma", "quality"]
 
 
 def given(**changes) -> SimpleNamespace:
-    settings = dict(
-        profile="paper",
-        dry_run=True,
-        seed=0,
-        task="train",
-        dataset="restoration/coco",
-        degradation="parameterised",
-        method="TIP",
-        texts="own",
-        base="sd15",
-        mid="modulate",
-        checkpoint="",
-        size=32,
-        steps=3,
-        guidance=1.0,
-        scale=1.0,
-        data_root="nowhere",
-        weights="",
-        accelerator="cpu",
-        devices=1,
-        precision="32-true",
-    )
-    return SimpleNamespace(**settings | changes)
+    settings = dict(profile="paper", dry_run=True, size=32, steps=3, data_root="nowhere", accelerator="cpu")
+    return parameters("tip", **settings | changes)
 
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMPANION_PROGRESS", "off")
-    monkeypatch.setattr(runs, "WORKERS", 0)
+    monkeypatch.setattr(recipe, "WORKERS", 0)
 
 
 def small(size: str = "pocket", **options) -> TIPPipeline:
     torch.manual_seed(0)
-    return build("pocket", WORDS, text={"places": 96}, **options)
+    return build("pocket", WORDS, text={"length": 96}, **options)
 
 
 @pytest.fixture
 def pocket(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pocket models in the place of Stable Diffusion."""
-    monkeypatch.setattr(runs, "build", small)
-    monkeypatch.setattr(runs, "DRY_SIZE", 32)
+    monkeypatch.setattr(recipe, "build", small)
+    monkeypatch.setattr(recipe, "DRY_SIZE", 32)
 
 
 @pytest.fixture(scope="module")
 def data() -> Degraded:
-    return Degraded(runs.Generated(6, 32, 0), 32, fresh=True)
+    return Degraded(recipe.Generated(6, 32, 0), 32, fresh=True)
 
 
 def weights(pipe: TIPPipeline) -> dict[str, torch.Tensor]:
@@ -84,22 +66,23 @@ def weights(pipe: TIPPipeline) -> dict[str, torch.Tensor]:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", runs.METHODS)
+@pytest.mark.parametrize("method", recipe.METHODS)
 def test_dry_run_trains_and_restores(pocket: None, method: str, tmp_path: Path) -> None:
-    s = runs.setting(given(method=method), tmp_path, {})
+    s = recipe.setting(given(method=method), tmp_path)
     pipe = s.build(method)
     before, frozen = weights(pipe), {n: t.clone() for n, t in pipe.unet.state_dict().items()}
-    history = s.learn(pipe, method)
+    history = s.train(pipe, method)
+    assert list(s.learning_rates) == [method] and not list(tmp_path.iterdir())
     assert [row["lr"] for row in history] == [1e-5, 1e-5]
     assert all(row["loss"] == row["loss"] for row in history)
     assert any(not torch.equal(t, before[n]) for n, t in pipe.adaptor.state_dict().items())
     assert all(torch.equal(t, frozen[n]) for n, t in pipe.unet.state_dict().items())
     assert pipe.adaptor.config.fusion == ("add" if method == "plain ControlNet" else "modulate")
     samples = [s.test[i] for i in range(2)]
-    restored = s.restore(pipe, samples, runs.texts_of(method))
+    restored = s.restore(pipe, samples, recipe.texts_of(method))
     assert restored.shape == (2, 3, 32, 32)
-    values, reasons = runs.score([(restored, torch.stack([x.clean for x in samples]))])
-    assert {"PSNR", "SSIM"} <= set(values) and set(values) | set(reasons) == set(runs.SCORES)
+    values, reasons = recipe.score([(restored, torch.stack([x.clean for x in samples]))])
+    assert {"PSNR", "SSIM"} <= set(values) and set(values) | set(reasons) == set(recipe.SCORES)
 
 
 def test_methods_read_what_they_are_said_to(data: Degraded) -> None:
@@ -111,14 +94,14 @@ def test_methods_read_what_they_are_said_to(data: Degraded) -> None:
         "no skipping": (True, True),
     }.items():
         torch.manual_seed(0)
-        found = runs.samples(data.pictures, 16, method, 0)
+        found = recipe.samples(data.pictures, 16, method, 0)
         drawn = [found[i % 6] for i in range(60)]
         assert any(s.semantic for s in drawn) == semantic
         assert any(s.restoration != BLIND for s in drawn) == restoration
         if method == "no skipping":
             assert all(len(s.ops) >= 6 for s in drawn if s.ops is not None)
-    assert runs.texts_of("no text") == "no text" and runs.texts_of("TIP") == "own"
-    assert runs.texts_of("semantic only", "prompts swapped") == "prompts swapped"
+    assert recipe.texts_of("no text") == "no text" and recipe.texts_of("TIP") == "own"
+    assert recipe.texts_of("semantic only", "prompts swapped") == "prompts swapped"
 
 
 def test_methods_and_texts_are_those_of_the_papers_file() -> None:
@@ -126,7 +109,7 @@ def test_methods_and_texts_are_those_of_the_papers_file() -> None:
     for kind in facts["texts"]["choices"]:
         convert("texts", kind, facts["texts"])
     named = {c[k] for c in paper("tip")["claims"] for k in ("better", "worse") if k in c}
-    assert named <= {*runs.METHODS, *facts["texts"]["choices"]}
+    assert named <= {*recipe.METHODS, *facts["texts"]["choices"]}
 
 
 def test_gradients_that_are_added_up_are_those_of_the_whole_batch(data: Degraded, monkeypatch) -> None:
@@ -137,57 +120,61 @@ def test_gradients_that_are_added_up_are_those_of_the_whole_batch(data: Degraded
         z = batch[0]
         return plain(model, batch, scheduler, t=torch.full((len(z),), 500), noise=z.flip(-1))
 
-    def trained(at_once: int) -> tuple[dict[str, torch.Tensor], list[float]]:
-        pipe = small()
-        history = runs.learn(given(), pipe, fixed, at_once, epochs=3, batch=4, warmup=0.0)
+    def trained(micro_batch: int) -> tuple[dict[str, torch.Tensor], list[float]]:
+        pipe, p = small(), given(dry_run=False)
+        history = recipe.train(p, pipe, fixed, epochs=3, batch=4, warmup=0, micro_batch=micro_batch)
         return weights(pipe), [row["loss"] for row in history]
 
     with monkeypatch.context() as patch:
         patch.setattr(tip, "loss", still)
         (whole, first), (parts, second) = trained(4), trained(2)
     assert first == pytest.approx(second, rel=1e-5)
-    # Adam divides by the gradient's size, so a rounding of a tiny one moves a weight by at most a rate each step
+    # Adam divides by the gradient's size: rounding of a tiny one moves a weight by at most a learning rate each step
     assert all((whole[n] - t).abs().max() <= 3 * 2e-5 for n, t in parts.items())
     torch.testing.assert_close(parts["branch.controlnet_mid_block.bias"], whole["branch.controlnet_mid_block.bias"])
 
 
-class _Killed(Exception):
-    pass
-
-
-def test_a_killed_training_goes_on_to_the_same_bits(data: Degraded, tmp_path: Path, monkeypatch) -> None:
-    options = {"epochs": 2, "batch": 2, "checkpoint_every": 2}
-    whole = small()
-    runs.learn(given(), whole, data, **options)
+def test_a_killed_training_resumes_to_the_same_bits_and_its_adaptor_is_saved(released: Path, tmp_path, monkeypatch):
+    p = given(dry_run=False, dataset="folder", data_root=str(released))
     plain, calls = tip.loss, []
 
     def killed(*args, **more):
         calls.append(1)
         if len(calls) == 4:
-            raise _Killed
+            raise KeyboardInterrupt
         return plain(*args, **more)
 
-    options |= {"checkpoint": tmp_path / "fit.pt", "resume": True}
+    def run(out: Path) -> TIPPipeline:
+        s = recipe.setting(p, out)
+        pipe = s.build("TIP")
+        s.train(pipe, "TIP", epochs=5, batch=2)
+        return pipe
+
+    whole = weights(run(tmp_path / "whole"))
+    of = functools.partial(Checkpoint.of, every=2)
     with monkeypatch.context() as patch:
         patch.setattr(tip, "loss", killed)
-        with pytest.raises(_Killed):
-            runs.learn(given(), small(), data, **options)
-    again = small()
-    runs.learn(given(), again, data, **options)
-    assert all(torch.equal(t, whole.adaptor.state_dict()[n]) for n, t in again.adaptor.state_dict().items())
-    saved = torch.load(tmp_path / "fit.pt", weights_only=True)["model"]
-    assert saved and all(name.startswith("model.adaptor.") for name in saved)  # nothing of what is frozen
+        patch.setattr(recipe.Checkpoint, "of", lambda folder, name, every, **facts: of(folder, name, **facts))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "cut")
+    (file,) = (tmp_path / "cut" / "checkpoints").glob("*.pt")
+    saved = torch.load(file, weights_only=True)
+    assert saved["step"] == 2 and all(name.startswith("model.adaptor.") for name in saved["model"]), "nothing frozen"
+    pipe = run(tmp_path / "cut")
+    assert all(torch.equal(t, whole[n]) for n, t in weights(pipe).items())
+    final = load_adaptor(tmp_path / "cut" / "trained" / "TIP", pipe.unet).state_dict()
+    assert all(torch.equal(t, whole[n]) for n, t in final.items())
 
 
-def test_kept_encodings_give_the_same_loss(data: Degraded) -> None:
+def test_cached_encodings_give_the_same_loss(data: Degraded) -> None:
     pipe = small()
     fixed = Degraded(data.pictures, 32, **TASKS["parameterised"])
     chosen = [fixed[i] for i in range(5)]
-    kept = runs.cached(pipe, chosen, batch=2)
-    assert [len(t) for t in kept.tensors] == [5] * 4
-    z, y, semantic, restoration = kept.tensors
+    cached = recipe.cached(pipe, chosen, batch=2)
+    assert [len(t) for t in cached.tensors] == [5] * 4
+    z, y, semantic, restoration = cached.tensors
     assert z.shape == (5, 4, 8, 8) and semantic.shape == restoration.shape == (5, 96, 32)
-    items = [runs.Tensors(chosen, pipe)[i] for i in range(5)]
+    items = [recipe.Tensors(chosen, pipe)[i] for i in range(5)]
     clean, degraded, c_s, c_r = (torch.stack([item[k] for item in items]) for k in range(4))
     assert torch.equal(degraded, y)
     torch.testing.assert_close(tip.latents(pipe.vae, clean), z)
@@ -204,19 +191,19 @@ def test_start_noise_is_the_samples_own(data: Degraded) -> None:
     pipe = small()
     fixed = Degraded(data.pictures, 32, **TASKS["parameterised"])
     chosen = [fixed[i] for i in range(3)]
-    together = runs.restore(pipe, chosen, steps=2)
-    torch.testing.assert_close(together, runs.restore(pipe, chosen, steps=2, batch=1), atol=1e-5, rtol=1e-5)
+    together = recipe.restore(pipe, chosen, steps=2)
+    torch.testing.assert_close(together, recipe.restore(pipe, chosen, steps=2, batch=1), atol=1e-5, rtol=1e-5)
     # before training the texts of the adaptor do nothing: only the noise could differ
-    torch.testing.assert_close(together, runs.restore(pipe, chosen, "blind prompt", steps=2), atol=1e-6, rtol=0)
-    assert not torch.allclose(together, runs.restore(pipe, chosen, steps=2, seed=1), atol=1e-3)
+    torch.testing.assert_close(together, recipe.restore(pipe, chosen, "blind prompt", steps=2), atol=1e-6, rtol=0)
+    assert not torch.allclose(together, recipe.restore(pipe, chosen, steps=2, seed=1), atol=1e-3)
 
 
 def test_results_gather(tmp_path: Path) -> None:
-    runs.results(given(), tmp_path, {"PSNR": 20.0, "SSIM": 0.5})
-    runs.results(given(texts="blind prompt"), tmp_path, {"PSNR": 19.0, "SSIM": 0.4})
-    rows = runs.results(given(), tmp_path, {"PSNR": 21.0, "SSIM": 0.6})
+    recipe.results(given(), tmp_path, {"PSNR": 20.0, "SSIM": 0.5})
+    recipe.results(given(texts="blind prompt"), tmp_path, {"PSNR": 19.0, "SSIM": 0.4})
+    rows = recipe.results(given(), tmp_path, {"PSNR": 21.0, "SSIM": 0.6})
     assert sorted(rows.PSNR) == [19.0, 21.0]
-    assert len(runs.results(given(), tmp_path)) == 2
+    assert len(recipe.results(given(), tmp_path)) == 2
 
 
 # --- at full size -----------------------------------------------------------------------------------------------------
@@ -225,26 +212,12 @@ def test_results_gather(tmp_path: Path) -> None:
 @pytest.fixture
 def released(tmp_path: Path) -> Path:
     """A narrow Stable Diffusion in the layout of the hub, below <data_root>/weights; pictures of one's own."""
-    torch.manual_seed(0)
-    made = build(
-        "sd15",
-        unet={
-            "block_out_channels": (8, 16, 32, 32),
-            "cross_attention_dim": 16,
-            "attention_head_dim": 4,
-            "norm_num_groups": 4,
-        },
-        vae={"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1},
-        text={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
-    )
-    folder = tmp_path / "weights" / runs.BASES["sd15"]
-    for name in ("vae", "unet", "text_encoder", "tokenizer", "scheduler"):
-        getattr(made, name).save_pretrained(folder / name)
+    save_narrow(tmp_path / "weights" / recipe.BASES["sd15"])
     from torchvision.utils import save_image
 
     (tmp_path / "images").mkdir()
     for i in range(3):
-        save_image(runs.Generated(1, 40, i)[0][0], tmp_path / "images" / f"{i}.png")
+        save_image(recipe.Generated(1, 40, i)[0][0], tmp_path / "images" / f"{i}.png")
     lines = [json.dumps({"file": f"{i}.png", "caption": f"a zebra, number {i}"}) for i in range(3)]
     (tmp_path / "captions.jsonl").write_text("\n".join(lines))
     return tmp_path
@@ -252,31 +225,31 @@ def released(tmp_path: Path) -> Path:
 
 def test_own_folder_on_a_released_model_trained_saved_and_tested(released: Path, tmp_path: Path) -> None:
     p = given(dry_run=False, dataset="folder", data_root=str(released), degradation="real-esrgan")
-    s = runs.setting(p, tmp_path, {})
+    s = recipe.setting(p, tmp_path)
     pipe = s.build("TIP")
-    history = s.learn(pipe, "TIP", epochs=2, batch=2)
+    history = s.train(pipe, "TIP", epochs=2, batch=2)
     assert len(history) == 2
-    before = weights(pipe)
-    folder = save_adaptor(pipe.adaptor, tmp_path / "adaptor")
-    with pytest.raises(BadParameter, match="not there yet"):
+    before, folder = weights(pipe), tmp_path / "trained" / "TIP"
+    with pytest.raises(BadParameter, match="not exist yet"):
         save_adaptor(pipe.adaptor, released / "images")
     assert len(list((released / "images").iterdir())) == 3
-    # what was trained on is not tested on
-    assert len(s.test) == 1 and s.test.pictures.sources[0].endswith("0.png")
-    assert [Path(f).name for f in s.data("TIP").pictures.sources] == ["1.png", "2.png"]
-    # the run again: the training is only read, and its adaptor replaces the one that stands there
-    again = runs.setting(p, tmp_path, {})
+    # training and test images are disjoint
+    _, train, test = recipe._datasets(p)
+    assert [Path(f).name for f in train.sources] == ["1.png", "2.png"]
+    assert [Path(f).name for f in s.test.pictures.sources] == ["0.png"] == [Path(f).name for f in test.sources]
+    # the same run again: the training is only read, and its adaptor replaces the saved one
+    again = recipe.setting(p, tmp_path)
     second = again.build("TIP")
     start = time.monotonic()
-    assert again.learn(second, "TIP", epochs=2, batch=2) == history and time.monotonic() - start < 5
+    assert again.train(second, "TIP", epochs=2, batch=2) == history and time.monotonic() - start < 5
     assert all(torch.equal(t, before[n]) for n, t in weights(second).items())
-    assert save_adaptor(second.adaptor, folder) == folder
-    other = runs.setting(given(**vars(p) | {"size": 64}), tmp_path, {})
-    assert other.learn(other.build("TIP"), "TIP", epochs=2, batch=2) != history
+    other = recipe.setting(given(**vars(p) | {"size": 64}), tmp_path)
+    assert other.train(other.build("TIP"), "TIP", epochs=2, batch=2) != history
+    save_adaptor(pipe.adaptor, folder)
     chosen = [s.test[0]]
     restored = s.restore(pipe, chosen)
-    tested = runs.setting(given(**vars(p) | {"checkpoint": str(folder)}), tmp_path, {})
-    assert tested.data is None and len(tested.test) == 3
+    tested = recipe.setting(given(**vars(p) | {"checkpoint": str(folder)}), tmp_path)
+    assert tested.train is None and len(tested.test) == 3
     assert torch.equal(tested.restore(tested.build("TIP"), chosen), restored)
     with pytest.raises(BadCheckpoint, match="block_out_channels"):
         load_adaptor(folder, small().unet)
@@ -287,14 +260,14 @@ def test_own_folder_on_a_released_model_trained_saved_and_tested(released: Path,
 
 def test_what_is_missing_is_said(released: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="COCO 2017"):
-        runs.setting(given(dry_run=False), tmp_path, {})
+        recipe.setting(given(dry_run=False), tmp_path)
     p = given(dry_run=False, dataset="folder", data_root=str(released / "images"))
-    assert runs.base(p) == runs.HUB["sd15"]
-    assert runs.base(given(weights="x")) == "x"
+    assert recipe.base(p) == recipe.HUB["sd15"]
+    assert recipe.base(given(weights="x")) == "x"
     with pytest.raises(MissingWeights, match="adaptor"):
         load_adaptor(tmp_path / "nowhere", small().unet)
     with pytest.raises(MissingWeights):
-        runs.setting(given(**vars(p) | {"weights": str(tmp_path / "no")}), tmp_path, {}).build("TIP")
+        recipe.setting(given(**vars(p) | {"weights": str(tmp_path / "no")}), tmp_path).build("TIP")
 
 
 @pytest.mark.parametrize(
@@ -308,32 +281,32 @@ def test_what_is_missing_is_said(released: Path, tmp_path: Path) -> None:
 )
 def test_what_cannot_be_tested_is_said_before_training(tmp_path: Path, changes: dict, said: str) -> None:
     with pytest.raises(BadParameter, match=said):
-        runs.setting(given(**{"dry_run": False} | changes), tmp_path, {})
+        recipe.setting(given(**{"dry_run": False} | changes), tmp_path)
 
 
 def test_one_picture_cannot_be_trained_and_tested_on(released: Path, tmp_path: Path) -> None:
     (released / "captions.jsonl").write_text('{"file": "0.png", "caption": ""}')
     with pytest.raises(BadParameter, match="two or more"):
-        runs.setting(given(dry_run=False, dataset="folder", data_root=str(released)), tmp_path, {})
+        recipe.setting(given(dry_run=False, dataset="folder", data_root=str(released)), tmp_path)
 
 
 def test_a_test_larger_than_the_memory(pocket: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores of a set are those of all its pictures at once, and no more than twice `TOGETHER` are there at a time."""
-    s = runs.setting(given(), tmp_path, {})
-    pipe, pictures = s.build("TIP"), runs.Generated(11, 32, 5)
-    s = dataclasses.replace(s, test=Degraded(pictures, 32, **TASKS["parameterised"]))
+    """Scores are those of all images at once, and at most twice `TEST_BATCH` are in memory."""
+    s = recipe.setting(given(), tmp_path)
+    pipe, images = s.build("TIP"), recipe.Generated(11, 32, 5)
+    s = dataclasses.replace(s, test=Degraded(images, 32, **TASKS["parameterised"]))
     every = [s.test[i] for i in range(11)]
     at_once = s.restore(pipe, every), torch.stack([x.clean for x in every])
-    monkeypatch.setattr(runs, "TOGETHER", 3)
-    monkeypatch.setattr(runs, "AT_ONCE", 2)
-    parts = list(runs.whole_test(s, pipe))
+    monkeypatch.setattr(recipe, "TEST_BATCH", 3)
+    monkeypatch.setattr(recipe, "MICRO_BATCH", 2)
+    parts = list(recipe.whole_test(s, pipe))
     assert [len(clean) for _, clean in parts] == [4, 4, 3]
     torch.testing.assert_close(torch.cat([r for r, _ in parts]), at_once[0], atol=1e-5, rtol=1e-5)
     assert torch.equal(torch.cat([c for _, c in parts]), at_once[1])
-    values, _ = runs.score(iter(parts))
+    values, _ = recipe.score(iter(parts))
     assert values["PSNR"] == pytest.approx(float(psnr(*at_once).mean()), abs=1e-3)
     assert values["SSIM"] == pytest.approx(float(ssim(*at_once).mean()), abs=1e-5)
-    assert len(list(runs.whole_test(s, pipe, "wrong restoration prompt"))) == 3
+    assert len(list(recipe.whole_test(s, pipe, "wrong restoration prompt"))) == 3
 
 
 def test_results_stand_in_the_tables_they_belong_to(tmp_path: Path) -> None:
@@ -352,9 +325,9 @@ def test_results_stand_in_the_tables_they_belong_to(tmp_path: Path) -> None:
             {"dataset": "restoration/div2k", "degradation": "real-esrgan"},
         )
     ):
-        rows = runs.results(given(**changes), tmp_path, scores | {"LPIPS": value / 100})
+        rows = recipe.results(given(**changes), tmp_path, scores | {"LPIPS": value / 100})
     assert len(rows) == 10
-    names = {t: {m: v for (m, s), v in runs.cells(rows, t).items() if s == "LPIPS"} for t in runs.TABLES}
+    names = {t: {m: v for (m, s), v in recipe.cells(rows, t).items() if s == "LPIPS"} for t in recipe.TABLES}
     assert names["comparison-parameterised"] == {
         "TIP": 0.0,
         "semantic only": 0.01,
@@ -364,30 +337,30 @@ def test_results_stand_in_the_tables_they_belong_to(tmp_path: Path) -> None:
     assert names["comparison-real-esrgan"] == {"TIP": 0.07}
     assert names["comparison-div2k"] == {"TIP": 0.08, "TIP, real-esrgan": 0.09}
     published = {t["id"]: t for t in paper("tip")["tables"]}
-    assert set(runs.TABLES) <= set(published)
-    assert set(runs.ABLATIONS.values()) == {row["method"] for row in published["ablations"]["rows"]}
+    assert set(recipe.TABLES) <= set(published)
+    assert set(recipe.ABLATIONS.values()) == {row["method"] for row in published["ablations"]["rows"]}
     assert names["ablations"]["without the restoration prompt"] == 0.01
 
 
 def test_modulated_middle_of_a_plain_controlnet_is_added(pocket: None, tmp_path: Path) -> None:
     p = given(method="plain ControlNet")
-    assert runs.setting(p, tmp_path, {}).build("plain ControlNet").adaptor.config.mid == "add"
+    assert recipe.setting(p, tmp_path).build("plain ControlNet").adaptor.config.mid == "add"
     p = given(mid="none")
-    assert runs.setting(p, tmp_path, {}).build("TIP").adaptor.config.mid == "none"
+    assert recipe.setting(p, tmp_path).build("TIP").adaptor.config.mid == "none"
 
 
 FULL = """
-from types import SimpleNamespace
 from pathlib import Path
-from companion import record
-from companion.runs import tip
+from types import SimpleNamespace
+from companion.models.tip import recipe
+from companion.ops import record
 p = SimpleNamespace(**{settings!r})
-s = tip.setting(p, Path("."), {{}})
+s = recipe.setting(p, Path("."))
 pipe = s.build(p.method)
-history = s.learn(pipe, p.method)
+history = s.train(pipe, p.method)
 assert sum(t.numel() for t in pipe.adaptor.parameters()) == 372_758_800
 assert len(history) == 2
-assert s.restore(pipe, [s.test[0]]).shape == (1, 3, tip.DRY_SIZE, tip.DRY_SIZE)
+assert s.restore(pipe, [s.test[0]]).shape == (1, 3, recipe.DRY_SIZE, recipe.DRY_SIZE)
 print(record.peak_memory_mb())
 """
 
@@ -403,4 +376,4 @@ def test_dry_run_at_the_size_of_stable_diffusion() -> None:
 
 
 def test_sizes_are_those_of_the_spec() -> None:
-    assert set(runs.BASES) == set(runs.HUB) == set(tip_pipeline.SIZES) - {"pocket"}
+    assert set(recipe.BASES) == set(recipe.HUB) == set(tip_pipeline.SIZES) - {"pocket"}

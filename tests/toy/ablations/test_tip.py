@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -11,32 +9,29 @@ pytest.importorskip("diffusers")
 
 from companion.data.degradations import BLIND, degrade, parse
 from companion.data.restoration import TEXTS
-from companion.models.tip import recipe as runs
+from companion.errors import BadParameter
+from companion.models.tip import recipe
 from companion.ops.papers import paper
 from companion.toy.ablations import tip as study
 from companion.toy.datasets import restoration as pocket
+from companion.toy.live import tip as live
+from tests.conftest import parameters
 
 SEED = 2
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A data root with a few pictures of one seed, and a study of two steps."""
-    path, counts, steps, batch, each = (
-        tmp_path_factory.mktemp("tip"),
-        pocket.COUNTS,
-        study.STEPS,
-        study.BATCH,
-        study.EACH,
-    )
-    pocket.COUNTS = {"train": (20, 4), "val": (60, 2), "test": (60, 2)}
-    study.STEPS, study.BATCH, study.EACH, study.RECIPE["batch"] = 2, 8, 9, 8
-    pocket.write(study.folder(path, SEED), SEED)
-    yield str(path)
-    pocket.COUNTS = counts
-    study.STEPS, study.BATCH, study.EACH, study.RECIPE["batch"] = steps, batch, each, batch
-    for kept in (study.part, study.tested, study.trained, study.chosen_by):
-        kept.cache_clear()
+    """A data root with a few images of one seed, and ablations of two steps."""
+    path = tmp_path_factory.mktemp("tip")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pocket, "COUNTS", {"train": (20, 4), "val": (60, 2), "test": (60, 2)})
+        for name, value in {"STEPS": 2, "BATCH": 8, "EACH": 9}.items():
+            patch.setattr(study, name, value)
+        study.prepare(path, SEED)
+        yield str(path)
+    for cached in (study.part, study.tested, study.trained, study.validation_psnr):
+        cached.cache_clear()
 
 
 def test_every_claim_has_its_methods_and_tasks():
@@ -44,7 +39,7 @@ def test_every_claim_has_its_methods_and_tasks():
         if claim["kind"] == "directional":
             for task in claim["tasks"]:
                 assert {claim["better"], claim.get("worse", claim["better"])} <= set(study.TASKS[task]), claim["id"]
-    assert set(map(study.asked, study.METHODS)) <= set(TEXTS)
+    assert set(map(study.texts_of, study.METHODS)) <= set(TEXTS)
 
 
 def test_all_networks_start_alike():
@@ -101,9 +96,9 @@ def test_scores_of_clean_and_of_wrong_pictures(root):
 def test_untrained_adaptors_are_the_frozen_model_and_texts_reach_their_part(root):
     pipe = study.build("TIP", SEED)
     given, _ = study.tested(root, SEED, "test", "mild")
-    own, blind = (study.restore(pipe, given, kind, SEED) for kind in ("own", "blind prompt"))
+    own, blind = (study.restore(pipe, given, kind, seed=SEED) for kind in ("own", "blind prompt"))
     assert torch.equal(own, blind), "what reads the restoration prompt is zero at the start"
-    assert not torch.equal(own, study.restore(pipe, given, "wrong semantic prompt", SEED))
+    assert not torch.equal(own, study.restore(pipe, given, "wrong semantic prompt", seed=SEED))
     assert study.held_out(pipe, given, "own", SEED) == study.held_out(pipe, given, "own", SEED, scale=0.0)
 
 
@@ -120,19 +115,19 @@ def test_rows_are_the_same_again_and_select_asks_validation_alone(root):
     ]
     assert chosen[0] == chosen[1] == chosen[2] and set(chosen[0]) == {"PSNR", "loss", "trained"}
     study.trained.cache_clear()
-    study.chosen_by.cache_clear()
+    study.validation_psnr.cache_clear()
     assert study.train("TIP", "mild", 3e-3, SEED, root) == row
 
 
 def test_the_pocket_run_is_the_studys(root, tmp_path):
-    p = SimpleNamespace(profile="pocket", seed=SEED, guidance=1.0, scale=1.0)
-    rates = {("parameterised", method): 3e-3 for method in study.NETWORKS}
-    setting = runs.setting(p, tmp_path, rates)
-    assert setting.methods == ("TIP", "plain ControlNet") and setting.rates["TIP"] == 3e-3
+    p, rates = parameters("tip", seed=SEED), {("parameterised", method): 3e-3 for method in study.NETWORKS}
+    setting = live.setting(p, tmp_path, rates)
+    assert setting.learning_rates == {"TIP": 3e-3, "plain ControlNet": 3e-3}
     pipe = setting.build("TIP")
-    history = setting.learn(pipe, "TIP")
-    assert len(history) == study.STEPS
+    assert len(setting.train(pipe, "TIP")) == study.STEPS
     own = study.train("TIP", "parameterised", 3e-3, SEED, root)
     restored = setting.restore(pipe, setting.test)
-    found = runs.score([(restored, torch.stack([s.clean for s in setting.test]))])[0]["PSNR"]
+    found = recipe.score([(restored, torch.stack([s.clean for s in setting.test]))])[0]["PSNR"]
     assert found == pytest.approx(own["PSNR"], abs=1e-3)
+    with pytest.raises(BadParameter, match="plain ControlNet"):
+        live.setting(parameters("tip", profile="paper", method="SDEdit"), tmp_path, {})
