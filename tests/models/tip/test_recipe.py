@@ -177,7 +177,7 @@ def test_cached_encodings_give_the_same_loss(data: Degraded) -> None:
     items = [recipe.Tensors(chosen, pipe)[i] for i in range(5)]
     clean, degraded, c_s, c_r = (torch.stack([item[k] for item in items]) for k in range(4))
     assert torch.equal(degraded, y)
-    torch.testing.assert_close(tip.latents(pipe.vae, clean), z)
+    torch.testing.assert_close(tip.to_latents(pipe.vae, clean), z)
     drawn = {"t": torch.tensor([0, 100, 500, 700, 999]), "noise": torch.randn_like(z)}
     one = tip.loss(pipe.model, (z, y, semantic, restoration), pipe.scheduler, **drawn)
     two = tip.loss(pipe.model, (z, y, c_s, c_r), pipe.scheduler, **drawn)

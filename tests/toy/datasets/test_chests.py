@@ -36,10 +36,6 @@ def few(tmp_path, monkeypatch):
     return tmp_path
 
 
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 # --- what is drawn ----------------------------------------------------------------------------------------------------
 
 
@@ -90,16 +86,6 @@ def test_each_finding_is_drawn_as_it_is(drawn, finding, brighter, rows):
     assert heights[slice(*rows)].sum() > 0.99 * heights.sum()
 
 
-def test_the_same_seed_gives_the_same_chests_and_splits_differ():
-    first, again = (chests.chests(5, "test", 4) for _ in range(2))
-    assert all(np.array_equal(a.image, b.image) and a.report == b.report for a, b in zip(first, again, strict=True))
-    for arguments in [(5, "test", 5), (5, "val", 4), (5, "train", 4)]:
-        others = chests.chests(*arguments)
-        assert not any(np.array_equal(a.image, b.image) for a in first for b in others)
-    with pytest.raises(BadParameter, match="'val'"):
-        chests.chests(1, "holdout")
-
-
 # --- on disk ----------------------------------------------------------------------------------------------------------
 
 
@@ -135,31 +121,6 @@ def test_the_lists_are_in_the_layouts_of_the_real_sets(root):
     assert (folder / "pretrain.csv").read_text().startswith("img_path,report,llm_output\n")
     assert len((folder / "attn-label.csv").read_text().splitlines()) == 1 + chests.COUNTS["train"]
     assert (folder / "test_boxes.csv").read_text().splitlines()[1].endswith(']]"')
-
-
-def test_a_finished_set_is_left_alone_and_a_damaged_one_made_anew(few):
-    folder = few / "pocket" / "chests"
-    before, times = contents(folder), {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert chests.write(few, SEED) == folder
-    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    (folder / "images" / "000001.png").unlink()
-    (folder / "chests.json").write_text("{")
-    chests.write(few, SEED)
-    assert contents(folder) == before and [path.name for path in folder.parent.iterdir()] == ["chests"]
-    picture = next(path for path in before if path.suffix == ".png")
-    assert contents(chests.write(few, SEED + 1))[picture] != before[picture]  # another seed, written anew
-
-
-def test_a_stopped_writing_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(chests, "COUNTS", {"train": 2, "val": 1, "test": 1})
-
-    def stop(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(chests, "_lists", stop)
-    with pytest.raises(KeyboardInterrupt):
-        chests.write(tmp_path, 0)
-    assert list((tmp_path / "pocket").iterdir()) == []
 
 
 def test_what_cannot_be_read_is_named(few, tmp_path):

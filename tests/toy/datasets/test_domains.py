@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 
 import numpy as np
@@ -34,10 +33,6 @@ def root(tmp_path_factory):
     for domain in DOMAINS:
         domains.write(study.folder(path, SEED), domain, SEED)
     return str(path)
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def angle(images: np.ndarray) -> np.ndarray:
@@ -110,45 +105,9 @@ def test_brightness_does_not_tell_the_sensors(domain):
     assert abs(means[sensors == 0].mean() - means[sensors == 1].mean()) < 0.5 * means.std()
 
 
-@pytest.mark.parametrize("domain", DOMAINS)
-def test_pictures_are_cut_from_their_split_and_the_domains_photographs(domain, monkeypatch):
-    cuts = []
-
-    def cut(rng, name, split):
-        cuts.append((name, split))
-        return whole(rng, name, split)
-
-    whole = scenes.cut
-    monkeypatch.setattr(scenes, "cut", cut)
-    monkeypatch.setattr(domains, "cut", cut)
-    rng = np.random.default_rng(0)
-    for split in scenes.SPLITS:
-        cuts.clear()
-        for label in range(16):
-            domains.picture(rng, domain, split, label, label % 2)
-        assert len(cuts) == 32 and {used for _, used in cuts} == {split}
-        assert {name for name, _ in cuts} <= set(domains.DOMAINS[domain].photographs)
-
-
-def test_the_same_seed_gives_the_same_pictures():
-    first, again, other = (domains.unlabelled("medical", 5, seed=seed) for seed in (0, 0, 1))
-    assert np.array_equal(first[0], again[0]) and np.array_equal(first[1], again[1])
-    assert not np.array_equal(first[0], other[0])
-    assert not np.array_equal(first[0], domains.unlabelled("medical", 5, "test", 0)[0])
-    assert first[0].shape == (5, 32, 32, 3) and first[0].dtype == np.uint8 and set(first[1]) <= {0, 1}
-
-
 @pytest.mark.parametrize(
     "call",
-    [
-        lambda: domains.write("nowhere", "radar"),
-        lambda: domains.unlabelled("radar", 1),
-        lambda: domains.unlabelled("remote", 1, "dev"),
-        lambda: domains.pattern("remote", 2),
-        lambda: domain_mae.load("radar"),
-        lambda: domain_mae.load("remote", "imagenet"),
-        lambda: domain_mae.ship("radar"),
-    ],
+    [lambda: domain_mae.load("radar"), lambda: domain_mae.load("remote", "imagenet"), lambda: domain_mae.ship("radar")],
 )
 def test_unknown_names_are_refused_with_the_known_ones(call):
     with pytest.raises(BadParameter, match="Accepted"):
@@ -166,40 +125,6 @@ def test_the_reader_of_ones_own_folder_reads_a_domain(root, domain):
         assert Counter(sets[split].labels) == Counter({label: each for label in range(16)})
     image, label = sets["test"][0]
     assert image.shape == (3, 32, 32) and label == 0
-
-
-def test_a_finished_domain_is_left_alone_and_a_damaged_one_made_anew(root, tmp_path):
-    folder = tmp_path / "remote"
-    shutil.copytree(study.folder(root, SEED) / "remote", folder)
-    before = contents(folder)
-    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert domains.write(tmp_path, "remote", SEED) == folder
-    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    damages = (
-        lambda: next((folder / "images").rglob("*.png")).unlink(),
-        lambda: next((folder / "images").rglob("*.png")).write_bytes(b""),
-        lambda: (folder / "sensors.json").write_text("{"),
-    )
-    for damage in damages:
-        damage()
-        domains.write(tmp_path, "remote", SEED)
-        assert contents(folder) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["remote"]  # nothing temporary is left
-
-
-def test_another_seed_makes_another_domain_and_a_stopped_one_leaves_nothing(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(domains, "EACH", dict.fromkeys(domains.EACH, 1))
-    first, other = (contents(domains.write(tmp_path / str(seed), "medical", seed)) for seed in (0, 1))
-    pictures = [path for path in first if path.suffix == ".png"]
-    assert len(pictures) == 48 and all(first[path] != other[path] for path in pictures)
-
-    def stop(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(domains, "picture", stop)
-    with pytest.raises(KeyboardInterrupt):
-        domains.write(tmp_path / "stopped", "medical", 0)
-    assert list((tmp_path / "stopped").iterdir()) == []
 
 
 # --- the domain models ------------------------------------------------------------------------------------------------

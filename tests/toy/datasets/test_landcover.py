@@ -27,10 +27,6 @@ def few(tmp_path, monkeypatch):
     return tmp_path
 
 
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 # --- what is drawn ----------------------------------------------------------------------------------------------------
 
 
@@ -84,18 +80,6 @@ def test_a_layout_has_what_it_should():
         assert labels.shape == (64, 64) and {"road", "building", "developed"} <= there
     road = [(landcover.layout(np.random.default_rng(s)) == landcover.CLASSES.index("road")).sum() for s in range(50)]
     assert 60 < np.mean(road) < 64 * 1.4 * 4.4  # a straight band 4.4 pixels wide, partly built over
-
-
-def test_seeds_and_splits():
-    first = landcover.pictures("Csa", 3, "train", 1)
-    again = landcover.pictures("Csa", 3, "train", 1)
-    assert all(np.array_equal(x, y) for a, b in zip(first, again, strict=True) for x, y in zip(a, b, strict=True))
-    for other in (("Csa", 3, "train", 2), ("Csa", 3, "val", 1), ("Cfa", 3, "train", 1)):
-        assert not np.array_equal(first[0][1], landcover.pictures(*other)[0][1])
-    with pytest.raises(BadParameter, match="Dfb"):
-        landcover.pictures("Dfb", 1, "train")
-    with pytest.raises(BadParameter, match="dev"):
-        landcover.pictures("Csa", 1, "dev")
 
 
 def test_surfaces_tell_no_class_from_another_that_swaps_colours(monkeypatch):
@@ -192,18 +176,6 @@ def test_pictures_lie_at_their_town(few):
     tags = Image.open(few / "pocket" / "landcover" / "pocket_af" / "images" / "pocket_af_1.tif").tag_v2
     assert abs(tags[33922][3] - 103.82) < 0.01 and abs(tags[33922][4] - 1.35) < 0.01
     assert tags[34735][-1] == 4326 and 2.6e-6 < tags[33550][1] < 2.8e-6
-
-
-def test_writing_again_changes_nothing_and_repairs(few):
-    folder = few / "pocket" / "landcover"
-    before = contents(folder)
-    landcover.write(few, SEED)
-    assert contents(folder) == before
-    (folder / "pocket_am" / "images" / "pocket_am_1.tif").unlink()
-    landcover.write(few, SEED)
-    assert contents(folder) == before
-    landcover.write(few, SEED + 1)
-    assert contents(folder) != before
 
 
 def test_bad_folders_are_said(few, tmp_path):

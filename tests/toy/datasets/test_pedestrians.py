@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 
 import numpy as np
 import pytest
 from skimage.color import rgb2hsv
 
 from companion.data import attributes as reader
-from companion.errors import BadParameter
-from companion.toy.datasets import pedestrians, scenes
+from companion.toy.datasets import pedestrians
 from companion.toy.datasets.tokens import UNKNOWN
 from companion.toy.encoders.pedestrian_clip import tokenizer
 
@@ -25,10 +23,6 @@ def root(tmp_path_factory):
     path = tmp_path_factory.mktemp("street")
     pedestrians.write(path, SEED)
     return path
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def wearing(**changes) -> pedestrians.Pedestrian:
@@ -142,46 +136,6 @@ def test_the_street_is_darker_noisier_and_coarser():
     assert fine(street) > fine(clear)  # noise: neighbours differ nearly as much as distant pixels
 
 
-def test_pictures_are_cut_from_their_split(monkeypatch):
-    cuts, corners = [], []
-    whole, places = scenes.cut, scenes.tiles
-
-    def cut(rng, name, split):
-        cuts.append(split)
-        return whole(rng, name, split)
-
-    def tiles(name, split):
-        corners.append(split)
-        return places(name, split)
-
-    monkeypatch.setattr(pedestrians, "cut", cut)
-    monkeypatch.setattr(pedestrians, "tiles", tiles)
-    rng = np.random.default_rng(0)
-    for split in scenes.SPLITS:
-        cuts.clear()
-        corners.clear()
-        for _ in range(8):
-            pedestrians.draw(rng, pedestrians.dressed(rng), split)
-        assert cuts == corners == [split] * 8
-    for name in pedestrians._LARGE:
-        taken = [set(map(tuple, places(name, split))) for split in scenes.SPLITS]
-        assert not taken[0] & taken[1] and not taken[0] & taken[2] and not taken[1] & taken[2]
-
-
-def test_the_same_seed_gives_the_same_people():
-    (first, who), (again, same) = (pedestrians.people(6, "test", "street", 4) for _ in range(2))
-    assert np.array_equal(first, again) and who == same
-    assert first.shape == (6, 64, 32, 3) and first.dtype == np.uint8
-    for arguments in [(6, "test", "street", 5), (6, "val", "street", 4), (6, "test", "clear", 4)]:
-        assert not np.array_equal(first, pedestrians.people(*arguments)[0])
-
-
-@pytest.mark.parametrize(("split", "camera"), [("trainval", "clear"), ("train", "night")])
-def test_unknown_names_are_refused_with_the_known_ones(split, camera):
-    with pytest.raises(BadParameter, match="Accepted"):
-        pedestrians.people(1, split, camera)
-
-
 # --- on disk ----------------------------------------------------------------------------------------------------------
 
 
@@ -195,36 +149,3 @@ def test_the_reader_of_pa100k_reads_them(root):
     assert labels.tolist() == named[17].labels
     pictures = [source for split in pedestrians.COUNTS for source in sets[split].sources]
     assert len(set(pictures)) == sum(pedestrians.COUNTS.values())
-
-
-def test_a_finished_set_is_left_alone_and_a_damaged_one_made_anew(root, tmp_path):
-    folder = tmp_path / "pocket" / "pedestrians"
-    shutil.copytree(root / "pocket" / "pedestrians", folder)
-    before, times = contents(folder), {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert pedestrians.write(tmp_path, SEED) == folder
-    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    next((folder / "data").glob("*.png")).unlink()
-    (folder / "pedestrians.json").write_text("{")
-    pedestrians.write(tmp_path, SEED)
-    # a MATLAB file begins with the time of its making
-    assert {k: v[116 * k.name.endswith(".mat") :] for k, v in contents(folder).items()} == {
-        k: v[116 * k.name.endswith(".mat") :] for k, v in before.items()
-    }
-    assert [path.name for path in folder.parent.iterdir()] == ["pedestrians"]  # nothing temporary is left
-
-
-def test_another_seed_makes_another_set_and_a_stopped_one_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(pedestrians, "COUNTS", {"train": 2, "val": 2, "test": 2})
-    first, other = (contents(pedestrians.write(tmp_path / str(seed), seed)) for seed in (0, 1))
-    pictures = [path for path in first if path.suffix == ".png"]
-    assert len(pictures) == 6 and all(first[path] != other[path] for path in pictures)
-    # the same folder, another seed: written anew
-    assert contents(pedestrians.write(tmp_path / "0", 1))[pictures[0]] == other[pictures[0]]
-
-    def stop(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pedestrians, "draw", stop)
-    with pytest.raises(KeyboardInterrupt):
-        pedestrians.write(tmp_path / "stopped", 0)
-    assert list((tmp_path / "stopped" / "pocket").iterdir()) == []

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import csv
-import shutil
 
 import numpy as np
 import pytest
 
 from companion.data import slides as reader
-from companion.errors import BadParameter
 from companion.slides import Slide, tile
-from companion.toy.datasets import scenes
 from companion.toy.datasets import slides as pocket
 
 SEED = 7
@@ -29,10 +26,6 @@ def small():
 def written(request, small, tmp_path_factory):
     """The folder of a task's slides."""
     return pocket.write(tmp_path_factory.mktemp("slides"), request.param, SEED)
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # --- what is drawn ----------------------------------------------------------------------------------------------------
@@ -90,35 +83,6 @@ def test_a_slide_is_tissue_between_white_margins(task):
     assert light[pocket.TUMOUR] < light[pocket.STROMA]
 
 
-def test_stroma_is_cut_from_its_split(monkeypatch):
-    asked, places = [], scenes.tiles
-    monkeypatch.setattr(pocket, "tiles", lambda name, split: asked.append((name, split)) or places(name, split))
-    for split in scenes.SPLITS:
-        asked.clear()
-        pocket.slides(2, "place", split)
-        assert asked == [("tissue", split)] * 10
-    taken = [set(places("tissue", split)) for split in scenes.SPLITS]
-    assert not taken[0] & taken[1] and not taken[0] & taken[2] and not taken[1] & taken[2]
-
-
-def test_the_same_seed_gives_the_same_slides():
-    first, again = (pocket.slides(3, "place", "val", 1) for _ in range(2))
-    assert all(np.array_equal(a.image, b.image) and a.grade == b.grade for a, b in zip(first, again, strict=True))
-    for arguments in [(3, "place", "val", 2), (3, "count", "val", 1), (3, "place", "test", 1)]:
-        assert first[0].image.tobytes() != pocket.slides(*arguments)[0].image.tobytes()
-
-
-@pytest.mark.parametrize(
-    ("task", "grade", "split"), [("where", 0, "train"), ("place", 6, "train"), ("place", 0, "tune")]
-)
-def test_unknown_names_and_grades_are_refused_with_the_known_ones(task, grade, split):
-    with pytest.raises(BadParameter, match="Accepted"):
-        pocket.draw(np.random.default_rng(0), task, grade, split)
-    if split == "train" and grade == 0:
-        with pytest.raises(BadParameter, match="Accepted"):
-            pocket.write("nowhere", task)
-
-
 # --- on disk ----------------------------------------------------------------------------------------------------------
 
 
@@ -152,29 +116,6 @@ def test_lists_are_pandas(written):
         assert len(part) == count and sorted(part.values()) == sorted(str(i % 6) for i in range(count))
         listed |= part
     assert listed == grades
-
-
-def test_a_finished_set_is_left_alone_and_a_damaged_one_made_anew(written, tmp_path):
-    task = written.name.removeprefix("slides-")
-    folder = tmp_path / "pocket" / written.name
-    shutil.copytree(written, folder)
-    before, times = contents(folder), {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert pocket.write(tmp_path, task, SEED) == folder
-    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    next((folder / "train_images").glob("*.tiff")).unlink()
-    pocket.write(tmp_path, task, SEED)
-    assert contents(folder) == before
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name], "nothing temporary is left"
-
-
-def test_a_stopped_one_leaves_nothing(tmp_path, monkeypatch):
-    def stop(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pocket, "write_slide", stop)
-    with pytest.raises(KeyboardInterrupt):
-        pocket.write(tmp_path, "place", 0)
-    assert list((tmp_path / "pocket").iterdir()) == []
 
 
 def test_the_reader_of_panda_reads_them(written):

@@ -1,14 +1,49 @@
-"""The command line that all makers of pocket weights share."""
+"""Model cards of the shipped encoders, how they are written, and the command line of all encoders."""
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from companion.errors import CorruptFile, MissingWeights
+from companion.toy import encoders
 from companion.toy.encoders import card
+
+SHIPPED = sorted(path.stem for path in encoders.WEIGHTS.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_card_of_shipped_weights_describes_them(name):
+    head, path = encoders.read_card(name), encoders.WEIGHTS / f"{name}.safetensors"
+    assert encoders.weights_file(name) == path and head["bytes"] == path.stat().st_size < 4_000_000
+    assert head["license"] == "mit" and head["quality"] and head["recipe"]
+    assert head["parameters"] <= sum(tensor.numel() for tensor in load_file(path).values())
+    module = head["command"].removeprefix("python -m companion.toy.encoders.").split()[0]
+    assert (Path(encoders.__file__).parent / f"{module}.py").is_file()
+
+
+def test_saved_weights_have_a_card_and_a_damaged_file_is_refused(tmp_path, monkeypatch):
+    before, prose = encoders.read_card("pocket_vit"), (encoders.WEIGHTS / "pocket_vit.md").read_text().split("---\n")[2]
+    path = card.save(tmp_path, "pocket_vit", {"a": torch.ones(2, 3).T}, {"x": 1}, {"steps": 2}, 3.4, tasks=7)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pocket_vit.md", "pocket_vit.safetensors"]
+    monkeypatch.setattr(encoders, "WEIGHTS", tmp_path)
+    head = encoders.read_card("pocket_vit")
+    assert path.with_suffix(".md").read_text().endswith(f"---\n{prose}") and list(head) == list(before)
+    own = {"recipe": {"steps": 2}, "seconds": 3, "parameters": 6, "quality": {"x": 1}, "tasks": 7}
+    own |= {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert {key: head[key] for key in own} == own and head["data"] == before["data"]
+    assert encoders.weights_file("pocket_vit") == path
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CorruptFile):
+        encoders.weights_file("pocket_vit")
+    path.unlink()
+    with pytest.raises(MissingWeights):
+        encoders.weights_file("pocket_vit")
 
 
 @pytest.fixture
@@ -56,4 +91,4 @@ def test_shipped_weights_are_measured_and_not_made(monkeypatch, tmp_path, capsys
 def test_a_wrong_word_is_refused_with_what_is_accepted(monkeypatch, words, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, words, ["first", "second"])
-    assert "usage: python -m companion.toy.maker" in capsys.readouterr().err
+    assert "usage: python -m companion.toy.encoders.maker" in capsys.readouterr().err
