@@ -1,14 +1,14 @@
-"""DPLQ's training step and forward pass beside the plain passes that they cannot avoid.
+"""DPLQ's training step and forward pass compared with the plain passes that they cannot avoid.
 
 Every image has text prompts of its own, so the text tower reads images x classes texts. Both towers carry a gradient
 from their first block on (to the context and to the first image prompts), and the domain model runs forward. The
-reference is that and nothing else: CLIP's own blocks on tokens that ask for a gradient, as many and as long as DPLQ's,
+reference is that and nothing else: CLIP's own blocks on tokens that require a gradient, as many and as long as DPLQ's,
 and the domain model. The second reference is DPLQ with texts of 77 positions, as released: the text tower is causal, so
 what comes after the end of a text cannot matter, and ours cuts it off. The third is MaPLe, whose texts are the same for
 all images: it reads the classes' texts once a step.
 
 What a cached domain feature saves depends on the domain model, so both are timed: the MAE ViT-B/16 of remote sensing,
-and the SAM ViT-B of the medical sets, which reads 1024 x 1024 pixels (one picture a step here, to spare memory).
+and the SAM ViT-B of the medical sets, which reads 1024 x 1024 pixels (one image a step here, to save memory).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bench import Step
 from companion import backbones
 from companion.data.domains_sets import CLASSES
 from companion.data.fewshot import halves
-from companion.models.dplq.model import DPLQ, domain_model
+from companion.models.dplq import DPLQ, domain_model
 from companion.models.layers.clip_prompting import MaPLe, PromptedCLIP
 
 BATCH, DEPTH = 2, 9
@@ -43,7 +43,7 @@ def images(count: int = BATCH) -> torch.Tensor:
 
 
 def training(model: PromptedCLIP, *inputs: torch.Tensor) -> Step:
-    """A step of the authors' optimiser on `inputs`, the first of them the pictures."""
+    """A step of the authors' optimiser on `inputs`, the first of them the images."""
     model.train()
     target = torch.arange(len(inputs[0]))
     optimizer = torch.optim.SGD(model.trained().values(), lr=3.5e-3, momentum=0.9, weight_decay=5e-4)
@@ -57,17 +57,17 @@ def training(model: PromptedCLIP, *inputs: torch.Tensor) -> Step:
 
 
 def ours(train: bool, whole_texts: bool = False) -> Step:
-    model, pictures = build(), images()
+    model, batch = build(), images()
     if whole_texts:
         model.length = model.embedded.shape[1]
-    return training(model, pictures) if train else torch.inference_mode()(lambda: model(pictures))
+    return training(model, batch) if train else torch.inference_mode()(lambda: model(batch))
 
 
 def cached(domain: str, count: int) -> Step:
     """A training step that is given the domain features."""
-    model, pictures = build(domain), images(count)
+    model, batch = build(domain), images(count)
     width = model.meta_net.linear1.in_features
-    return training(model, pictures, torch.randn(count, width, generator=torch.Generator().manual_seed(2)))
+    return training(model, batch, torch.randn(count, width, generator=torch.Generator().manual_seed(2)))
 
 
 def computed(domain: str, count: int) -> Step:
@@ -86,7 +86,7 @@ def maple(whole_texts: bool = False) -> Step:
 
 def plain(train: bool) -> Step:
     """Both towers' blocks on as many tokens, and the domain model; with `train` back to the tokens too."""
-    model, pictures = build(), images()
+    model, batch = build(), images()
     clip, length = model.clip, model.length
     patches = clip.visual.positional_embedding.shape[0]
     seen = torch.randn(BATCH, patches + len(model.ctx), clip.visual.conv1.out_channels)
@@ -95,7 +95,7 @@ def plain(train: bool) -> Step:
 
     def step() -> None:
         with torch.no_grad():
-            model.domain(pictures)
+            model.domain(batch)
         outputs = clip.visual.transformer(seen)[:, 0].sum() + clip.transformer(read, attn_mask=mask)[:, -1].sum()
         if train:
             outputs.backward()
@@ -111,10 +111,10 @@ def plain(train: bool) -> Step:
 @torch.inference_mode()
 def check() -> None:
     """Raises when cutting the texts after their ends changes a logit by more than float32 rounds."""
-    model, pictures, noise = build(), images(), torch.zeros(BATCH, 512)
-    cut = model(pictures, eps=noise)
+    model, batch, noise = build(), images(), torch.zeros(BATCH, 512)
+    cut = model(batch, eps=noise)
     model.length = model.embedded.shape[1]
-    torch.testing.assert_close(cut, model(pictures, eps=noise), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cut, model(batch, eps=noise), rtol=1e-4, atol=1e-4)
 
 
 def main() -> None:
@@ -128,9 +128,9 @@ def main() -> None:
         "plain towers and domain model, forward": functools.partial(plain, False),
         "MaPLe, training step": maple,
         "MaPLe, training step, texts of 77 positions": functools.partial(maple, True),
-        "DPLQ, training step, domain feature kept": functools.partial(cached, "remote-sensing", BATCH),
-        "DPLQ, training step, one picture, medical model": functools.partial(computed, "medical", 1),
-        "DPLQ, training step, one picture, medical feature kept": functools.partial(cached, "medical", 1),
+        "DPLQ, training step, domain feature cached": functools.partial(cached, "remote-sensing", BATCH),
+        "DPLQ, training step, one image, medical model": functools.partial(computed, "medical", 1),
+        "DPLQ, training step, one image, medical feature cached": functools.partial(cached, "medical", 1),
     }
     step, step_77, least_step, forward, forward_77, least, maple_step, maple_77, kept, medical, medical_kept = makers
     bench.run(
@@ -142,10 +142,10 @@ def main() -> None:
             ("training step / the same with texts of 77 positions, as released", step, step_77),
             ("forward / plain passes", forward, least),
             ("forward / the same with texts of 77 positions, as released", forward, forward_77),
-            ("training step / MaPLe's, which reads the texts once for all pictures", step, maple_step),
+            ("training step / MaPLe's, which reads the texts once for all images", step, maple_step),
             ("training step / MaPLe's with texts of 77 positions, as released", step, maple_77),
-            ("training step, MAE feature kept / computed", kept, step),
-            ("training step, SAM feature kept / computed", medical_kept, medical),
+            ("training step, MAE feature cached / computed", kept, step),
+            ("training step, SAM feature cached / computed", medical_kept, medical),
         ],
         rounds=2,
     )

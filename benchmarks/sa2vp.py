@@ -1,9 +1,9 @@
-"""SA²VP's training step and forward pass beside the plain ViT-B/16 passes that it cannot avoid.
+"""SA²VP's training step and forward pass compared with the plain ViT-B/16 passes that it cannot avoid.
 
 Two pathways go through the frozen encoder, so two forward passes are the least. From the second block on both carry a
 gradient (the image pathway through the adapters, the prompt pathway through the maps), so the least backward pass goes
 through both, for the tokens alone: the frozen weights get no gradient. The reference is that: the plain timm encoder
-on twice the batch, its tokens asking for a gradient. The narrower reference, one backward through the prompt pathway
+on twice the batch, its tokens requiring a gradient. The narrower reference, one backward through the prompt pathway
 alone, is printed too: no exact training step can reach it.
 """
 
@@ -16,7 +16,7 @@ from bench import Step, run
 from torch.nn import functional as F
 
 from companion import backbones
-from companion.models.sa2vp.model import SA2VP, loss
+from companion.models.sa2vp import SA2VP, two_pathway_loss
 
 BATCH, CLASSES = 4, 100
 
@@ -39,7 +39,7 @@ def ours(train: bool, dropout: float = 0.0) -> Step:
     optimizer = torch.optim.AdamW(model.trained().values(), lr=1e-3)
 
     def step():
-        loss(*model(images), target).backward()
+        two_pathway_loss(*model(images), target).backward()
         optimizer.step()
         optimizer.zero_grad()
 

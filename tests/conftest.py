@@ -1,4 +1,4 @@
-"""What several test files share: the repository's root, a notebook's parameters, a real browser, killed processes."""
+"""What several test files share: the repository's root, a notebook's parameters, a real browser, killed trainings."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import nbformat
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from companion.training.checkpoints import Checkpoint, trained_state
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,3 +64,34 @@ def browser() -> Iterator[object]:
         chromium = driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         yield chromium
         chromium.close()
+
+
+def assert_resumes(train: Callable, recipe: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed training resumes to the same bits, and its final weights are saved.
+
+    `train(out)` trains with the output folder `out` and returns the model and the history; it takes `recipe.loss`. The
+    second training in a folder is killed in its fourth step, after a checkpoint at the second.
+    """
+    whole, history = train(folder / "whole")
+    plain, calls, limit = recipe.loss, [], 3
+
+    def loss(*args):
+        if len(calls) == limit:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return plain(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "loss", loss)
+        patch.setattr(Checkpoint.of.__func__, "__defaults__", (2,))
+        with pytest.raises(KeyboardInterrupt):
+            train(folder / "killed")
+        calls, limit = [], len(history)
+        resumed, again = train(folder / "killed")
+    assert len(history) > 3 and len(calls) == len(history) - 2
+    assert again == history
+    expected = trained_state(whole)
+    (saved,) = (folder / "killed" / "trained").iterdir()
+    for state in (trained_state(resumed), load_file(saved)):
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())

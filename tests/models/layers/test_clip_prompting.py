@@ -1,4 +1,4 @@
-"""Prompted CLIPs: what is trained, what must equal the plain CLIP, class names, the authors' names, bad inputs."""
+"""Prompted CLIPs: trainable parameters, equality with the plain CLIP, class names, the authors' names, bad inputs."""
 
 import open_clip
 import pytest
@@ -13,7 +13,7 @@ from companion.models.layers import clip_prompting as prompting
 from companion.models.layers.clip_prompting import CoCoOp, CoOp, ImageFeatures, LinearStack, MaPLe, Texts, ZeroShot
 from companion.toy import encoders
 from companion.toy.datasets.tokens import Tokenizer
-from companion.training.fit import fit, predict, trained_state
+from companion.training.fit import CPU, predict
 
 CLASSES = ["red disc", "green ring", "large violet cross"]
 OPTIONS = {CoOp: {"tokens": 4}, CoCoOp: {}, MaPLe: {"depth": 4}}
@@ -34,7 +34,7 @@ def build(kind, clip, classes=CLASSES, **changes):
 
 
 def moved(model):
-    """The model with every trained tensor moved, so that nothing is zero or equal to another by its start."""
+    """The model with every parameter perturbed, so that none is zero or equal to another by its initialisation."""
     torch.manual_seed(1)
     with torch.no_grad():
         for p in model.trained().values():
@@ -78,15 +78,27 @@ def test_trained_parameters_at_full_size(kind, options, count):
 
 @pytest.mark.parametrize("kind", [CoOp, CoCoOp, MaPLe])
 def test_gradients_reach_every_trained_tensor_and_nothing_of_clip(kind, clip):
-    model = build(kind, clip).train()
+    model = build(kind, clip.train()).train()
     F.cross_entropy(model(images()), torch.tensor([0, 2])).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.trained().values())
-    assert all(p.grad is None and not p.requires_grad for p in clip.parameters())
-    assert not clip.training
+    assert all(p.grad is None and not p.requires_grad for p in model.clip.parameters())
+    assert not model.clip.training and build(ZeroShot, clip).count() == 0
+    # the CLIP that was given is left alone, and gets no weights of a checkpoint either
+    before = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
+    state = {name: tensor + 1 for name, tensor in model.to_official().items()}
+    kind.from_official(state, clip, CLASSES, Tokenizer())
+    assert clip.training and all(p.requires_grad for p in clip.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in clip.state_dict().items())
 
 
-def test_zero_shot_trains_nothing(clip):
-    assert build(ZeroShot, clip).count() == 0
+def test_gradient_checkpointing_changes_nothing(clip):
+    gradients = []
+    for enable in (False, True):
+        model = build(MaPLe, clip)
+        model.set_grad_checkpointing(enable)
+        F.cross_entropy(model(images()), torch.tensor([0, 2])).backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 # --- what must be equal -----------------------------------------------------------------------------------------------
@@ -101,7 +113,7 @@ def test_zero_shot_is_the_plain_clip(clip):
 
 @pytest.mark.parametrize("kind", [CoOp, MaPLe])
 def test_a_context_that_starts_from_words_is_those_words(kind, clip):
-    """Untrained, the texts are the template's; MaPLe's image tokens must be silenced to see it."""
+    """Untrained, the texts are the template's; of MaPLe, whose image tokens change the logits, only the texts."""
     template = "a photo of a {}."
     model = build(kind, clip, tokens=4, template=template, **({"depth": 1} if kind is MaPLe else {}))
     words = build(ZeroShot, clip, template=template)
@@ -163,7 +175,7 @@ def test_cocoop_with_a_silent_net_is_coop(clip):
 @pytest.mark.parametrize("kind", [ZeroShot, CoOp, CoCoOp])
 def test_features_may_stand_for_images(kind, clip):
     model = moved(build(kind, clip))
-    features = predict(ImageFeatures(clip), TensorDataset(images(3)))
+    features = predict(ImageFeatures(clip), TensorDataset(images(3)), hardware=CPU)
     torch.testing.assert_close(model(features), model(images(3)), rtol=0, atol=1e-5)
 
 
@@ -221,31 +233,7 @@ def test_underscores_are_spaces(clip):
     assert torch.equal(build(CoOp, clip, ["red_disc"]).embedded, build(CoOp, clip, ["red disc"]).embedded)
 
 
-# --- training and loading ---------------------------------------------------------------------------------------------
-
-
-def test_training_resumes_to_the_same_bits(clip, tmp_path):
-    data = TensorDataset(images(8), torch.arange(8) % 3)
-
-    def train(model, **options):
-        history = fit(model, lambda m, b: F.cross_entropy(m(b[0]), b[1]), data, epochs=3, batch=4, lr=0.01, **options)
-        return trained_state(model), history
-
-    whole, history = train(build(MaPLe, clip))
-    assert set(whole) == set(build(MaPLe, clip).trained())
-    assert history[-1]["loss"] < history[0]["loss"]
-    file = tmp_path / "run.pt"
-    with pytest.raises(KeyboardInterrupt):
-        calls = iter(range(4))
-
-        def dies(m, b):
-            if next(calls, None) is None:
-                raise KeyboardInterrupt
-            return F.cross_entropy(m(b[0]), b[1])
-
-        fit(build(MaPLe, clip), dies, data, epochs=3, batch=4, lr=0.01, checkpoint=file, checkpoint_every=2)
-    again, _ = train(build(MaPLe, clip), checkpoint=file, checkpoint_every=2, resume=True)
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
+# --- loading ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [CoOp, CoCoOp, MaPLe])

@@ -1,4 +1,4 @@
-"""SA²VP: what the paper trains, what an interaction may see, and the forms of its attention that must agree."""
+"""SA²VP: trainable parameters, the reach of an interaction, equivalent forms of its attention, loading."""
 
 import math
 
@@ -13,9 +13,12 @@ from companion import backbones
 from companion.errors import BadCheckpoint, BadParameter
 from companion.evaluation.parity import Case, folder
 from companion.models.layers.vpt import VPT, FineTuning, LinearProbe
-from companion.models.sa2vp import model as sa2vp
-from companion.models.sa2vp.model import SA2VP, SA2VPSwin, cross_attention, neighbourhood, padded_mask
-from companion.training.fit import fit, trained_state
+from companion.models.sa2vp import SA2VP, SA2VPSwin, loss
+from companion.models.sa2vp.model import DIRECTIONS, AlignedAttention, neighbourhood, padded_mask
+from companion.training.checkpoints import trained_state
+from companion.training.fit import CPU, fit
+from companion.training.schedules import adamw
+from companion.viz.attention import Recorder
 
 
 def small_vit(**changes) -> VisionTransformer:
@@ -31,6 +34,12 @@ def small_swin() -> SwinTransformer:
     ).eval()
 
 
+def small(swin: bool = False, **options) -> tuple[SA2VP | SA2VPSwin, torch.Tensor]:
+    """A small model in eval mode, and two images for it."""
+    kind, backbone, size = (SA2VPSwin, small_swin(), 64) if swin else (SA2VP, small_vit(), 20)
+    return kind(backbone, 5, 4, **options).eval(), images(size)
+
+
 def images(size: int = 20, count: int = 2) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
@@ -42,24 +51,19 @@ def images(size: int = 20, count: int = 2) -> torch.Tensor:
     ("width", "count", "percent"),
     [(8, 202_200, 0.2351), (16, 372_912, 0.4328), (32, 714_336, 0.8257), (64, 1_397_184, 1.6024)],
 )
-def test_trained_parameters_of_vit_b16(width, count, percent):
+def test_trainable_parameters_of_vit_b16(width, count, percent):
     with torch.device("meta"):
         backbone = VisionTransformer(num_classes=0)
-        model = SA2VP(backbone, 200, width)
+        model, one_map = SA2VP(backbone, 200, width), SA2VP(backbone, 200, width, new_maps=1)
     assert model.count() == count == 21_339 * width + 31_488
     assert model.count(head=True) == count + 769 * 200
+    assert count - one_map.count() == 965 * width + 1_536
     total = sum(p.numel() for p in backbone.parameters())
     assert total == 85_798_656
     assert round(100 * count / (total + count), 4) == percent
 
 
-def test_one_new_map_trains_965_r_and_1536_fewer():
-    with torch.device("meta"):
-        two, one = (SA2VP(VisionTransformer(num_classes=0), 10, 16, new_maps=n) for n in (2, 1))
-    assert two.count() - one.count() == 965 * 16 + 1_536
-
-
-def test_trained_parameters_of_swin_b():
+def test_trainable_parameters_of_swin_b():
     with torch.device("meta"):
         backbone = SwinTransformer(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), num_classes=0)
         model = SA2VPSwin(backbone, 100, 8)
@@ -67,17 +71,36 @@ def test_trained_parameters_of_swin_b():
     assert sum(p.numel() for p in backbone.parameters()) == 86_743_224
 
 
-@pytest.mark.parametrize("make", [lambda: SA2VP(small_vit(), 5, 4, dropout=0), lambda: SA2VPSwin(small_swin(), 5, 4)])
-def test_a_step_changes_everything_trained_and_nothing_frozen(make):
-    model = make()
-    size = 64 if isinstance(model, SA2VPSwin) else 20
+@pytest.mark.parametrize("swin", [False, True])
+def test_a_step_changes_everything_trained_and_nothing_frozen(swin):
+    model, x = small(swin, dropout=0.0)
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    data = torch.utils.data.TensorDataset(images(size, 4), torch.tensor([0, 1, 2, 3]))
-    fit(model, lambda m, b: sa2vp.loss(*m(b[0]), b[1]), data, epochs=3, batch=4, lr=1e-2, accelerator="cpu")
+    data = torch.utils.data.TensorDataset(x.repeat(2, 1, 1, 1), torch.tensor([0, 1, 2, 3]))
+    fit(model, loss, data, epochs=3, batch=4, optimizer=adamw(1e-2), hardware=CPU)
     trained = set(model.trained())
     assert not any(name.startswith("backbone.") for name in trained)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]) == (name not in trained), name
+
+
+@pytest.mark.parametrize("kind", [SA2VP, SA2VPSwin, FineTuning, LinearProbe, VPT])
+def test_the_backbone_of_the_caller_is_left_alone(kind):
+    backbone = (small_swin() if kind is SA2VPSwin else small_vit()).train()
+    before = {name: t.clone() for name, t in backbone.state_dict().items()}
+    model = kind(backbone, 5).eval()
+    torch.nn.init.zeros_(model.backbone.patch_embed.proj.weight)
+    assert all(p.requires_grad for p in backbone.parameters()) and backbone.training
+    assert all(m.p == 0 for m in backbone.modules() if isinstance(m, torch.nn.Dropout))
+    assert all(torch.equal(t, before[name]) for name, t in backbone.state_dict().items())
+
+
+def test_dropout_is_where_the_docstrings_say():
+    """In the interactions of both; in the embeddings and the MLPs of the ViT alone, as in the authors' code."""
+    for swin, frozen in ((False, 2 * 6), (True, 0)):
+        model, _ = small(swin, dropout=0.3)
+        assert model.dropout.p == 0.3 and all(adapter.dropout.p == 0.3 for adapter in model.adapters)
+        dropping = [m for m in model.backbone.modules() if isinstance(m, torch.nn.Dropout) and m.p]
+        assert len(dropping) == frozen and all(m.p == 0.3 for m in dropping)
 
 
 @pytest.mark.parametrize(
@@ -88,42 +111,42 @@ def test_baselines_train_what_they_say(make, frozen):
     for backbone, size in ((small_vit(), 20), (small_swin(), 64)):
         model = make(backbone, 5).train()
         F.cross_entropy(model(images(size)), torch.tensor([0, 1])).backward()
-        assert any(p.grad is not None for p in backbone.parameters()) != frozen
-        assert backbone.training != frozen
+        assert any(p.grad is not None for p in model.backbone.parameters()) != frozen
+        assert model.backbone.training != frozen
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 # --- exact claims -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["s = 0", "silent adapters"])
+@pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("swin", [False, True])
-def test_without_fusion_the_prediction_is_the_frozen_backbone(how, swin):
-    backbone, size = (small_swin(), 64) if swin else (small_vit(), 20)
-    kind = SA2VPSwin if swin else SA2VP
-    model = kind(backbone, 5, 4, scale=0.0 if how == "s = 0" else 1.5).eval()
-    if how != "s = 0":
-        for adapter in model.adapters:
-            torch.nn.init.zeros_(adapter.up.weight)
-            torch.nn.init.zeros_(adapter.up.bias)
-    expected = model.head(backbone(images(size)))
-    torch.testing.assert_close(model(images(size))[0], expected, rtol=0, atol=2e-6)
-    assert not torch.allclose(model(images(size))[1], expected, atol=1e-2)
+def test_without_fusion_the_prediction_is_the_frozen_backbone(zeros, swin):
+    """With s = 0, and with zero-initialised adapters."""
+    model, x = small(swin, scale=1.5 if zeros else 0.0)
+    for tensor in [t for adapter in model.adapters if zeros for t in adapter.up.parameters()]:
+        torch.nn.init.zeros_(tensor)
+    expected = model.head(model.backbone(x))
+    torch.testing.assert_close(model(x)[0], expected, rtol=0, atol=2e-6)
+    assert not torch.allclose(model(x)[1], expected, atol=1e-2)
+
+
+def queries(*shape: int) -> tuple[torch.Tensor, ...]:
+    """q, k, v (b, heads, N, d)."""
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(*shape, generator=generator) for _ in range(3))
 
 
 def test_an_interaction_sees_its_neighbourhood_alone():
-    """The gradient of one place's fusion in the other pathway is zero outside of 3x3, and not inside."""
-    grid, slots = (5, 5), 26
-    mask = neighbourhood(grid)
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 2, slots, 8, generator=generator) for _ in range(3))
-    seen = torch.zeros(slots, slots, dtype=torch.bool)
-    for slot in range(slots):
+    """The gradient of one position's fusion in the other pathway is zero outside of 3x3, and not inside."""
+    attention, (q, k, v) = AlignedAttention(neighbourhood((5, 5))), queries(1, 2, 26, 8)
+    seen = torch.zeros(26, 26, dtype=torch.bool)
+    for token in range(26):
         kv = [x.clone().requires_grad_() for x in (k, v)]
-        cross_attention(q, *kv, mask)[0, :, slot].sum().backward()
-        seen[slot] = sum(x.grad[0].abs().sum((0, 2)) for x in kv) > 0
-    assert seen[0].all(), "the class slot reads every slot"
-    assert not seen[1:, 0].any(), "no patch reads the class slot"
+        attention(q, *kv)[0, token].sum().backward()
+        seen[token] = sum(x.grad[0].abs().sum((0, 2)) for x in kv) > 0
+    assert seen[0].all(), "the [CLS] token attends to every token"
+    assert not seen[1:, 0].any(), "no patch attends to the [CLS] token"
     assert sorted(set(seen[1:].sum(1).tolist())) == [4, 6, 9]
     for a in range(25):
         for b in range(25):
@@ -135,17 +158,13 @@ def loop_attention(q, k, v, grid):
     """The definition, a query at a time."""
     rows, columns = grid
     out = torch.empty_like(q)
-    for slot in range(q.shape[2]):
-        if slot == 0:
-            keys = list(range(q.shape[2]))
-        else:
-            r, c = divmod(slot - 1, columns)
-            keys = [
-                1 + i * columns + j for i in range(rows) for j in range(columns) if abs(i - r) < 2 and abs(j - c) < 2
-            ]
-        weights = (q[:, :, slot : slot + 1] @ k[:, :, keys].transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
-        out[:, :, slot] = (weights @ v[:, :, keys])[:, :, 0]
-    return out
+    for token in range(q.shape[2]):
+        r, c = divmod(token - 1, columns)
+        near = [1 + i * columns + j for i in range(rows) for j in range(columns) if abs(i - r) < 2 and abs(j - c) < 2]
+        keys = near if token else list(range(q.shape[2]))
+        weights = (q[:, :, token : token + 1] @ k[:, :, keys].transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
+        out[:, :, token] = (weights @ v[:, :, keys])[:, :, 0]
+    return out.transpose(1, 2).flatten(2)
 
 
 def unfold_attention(q, k, v, grid, drop_padding):
@@ -162,28 +181,28 @@ def unfold_attention(q, k, v, grid, drop_padding):
         logits = logits.masked_fill(~inside, -math.inf)
     patches = (logits.softmax(-1)[..., None] * neighbours(v)).sum(3)
     weights = (q[:, :, :1] @ k.transpose(-2, -1) / math.sqrt(d)).softmax(-1)
-    return torch.cat([weights @ v, patches], dim=2)
+    return torch.cat([weights @ v, patches], dim=2).transpose(1, 2).flatten(2)
 
 
 def test_loop_unfolding_and_mask_agree():
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 31, 8, generator=generator) for _ in range(3))
-    ours = cross_attention(q, k, v, neighbourhood((5, 6)))
+    q, k, v = queries(2, 3, 31, 8)
+    ours = AlignedAttention(neighbourhood((5, 6)))(q, k, v)
     torch.testing.assert_close(loop_attention(q, k, v, (5, 6)), ours, rtol=0, atol=1e-6)
     torch.testing.assert_close(unfold_attention(q, k, v, (5, 6), True), ours, rtol=0, atol=1e-6)
 
 
 def test_padded_variant_is_one_head_with_zero_keys_outside():
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 1, 31, 24, generator=generator) for _ in range(3))
-    mask = padded_mask(neighbourhood((5, 6)), 1, class_slot=True)
-    ours = cross_attention(q, F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)), mask)
+    q, k, v = queries(2, 1, 31, 24)
+    mask = neighbourhood((5, 6))
+    ours = AlignedAttention(padded_mask(mask, 1, class_token=True))(q, k, v)
     torch.testing.assert_close(unfold_attention(q, k, v, (5, 6), False), ours, rtol=0, atol=1e-6)
-    plain = cross_attention(q, k, v, neighbourhood((5, 6)))
+    split = (x.unflatten(-1, (3, 8)).squeeze(1).transpose(1, 2) for x in (q, k, v))  # the same, as three heads
+    torch.testing.assert_close(AlignedAttention(padded_mask(mask, 1, class_token=True))(*split), ours)
+    plain = AlignedAttention(mask)(q, k, v)
     inner = [0] + [1 + r * 6 + c for r in range(1, 4) for c in range(1, 5)]
-    torch.testing.assert_close(ours[:, :, inner], plain[:, :, inner], rtol=0, atol=1e-6)
-    edge = [s for s in range(31) if s not in inner]
-    assert (ours[:, :, edge] - plain[:, :, edge]).abs().max() > 0.1
+    torch.testing.assert_close(ours[:, inner], plain[:, inner], rtol=0, atol=1e-6)
+    edge = [token for token in range(31) if token not in inner]
+    assert (ours[:, edge] - plain[:, edge]).abs().max() > 0.1
 
 
 def naive_forward(model: SA2VP, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,7 +218,7 @@ def naive_forward(model: SA2VP, x: torch.Tensor) -> tuple[torch.Tensor, torch.Te
                 return attn.qkv(block.norm1(y)).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
 
             attended = loop_attention(project(q)[0], *project(kv)[1:], model.grid)
-            return model.adapters[i](q + attn.proj(attended.transpose(1, 2).flatten(2)))
+            return model.adapters[i](q + attn.proj(attended))
 
         if i % model.period == 0:
             fusion, new = interact(image, prompt), block(prompt)
@@ -215,24 +234,48 @@ def naive_forward(model: SA2VP, x: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 
 def test_sharing_work_changes_nothing():
-    model = SA2VP(small_vit(), 5, 4, scale=1.5).eval()
+    model, x = small(scale=1.5)
     torch.nn.init.normal_(model.gains)
-    for ours, naive in zip(model(images()), naive_forward(model, images()), strict=True):
+    for ours, naive in zip(model(x), naive_forward(model, x), strict=True):
         torch.testing.assert_close(ours, naive, rtol=0, atol=3e-6)
 
 
-def test_a_trace_shows_the_pass_and_does_not_change_it():
-    for model, size in ((SA2VP(small_vit(), 5, 4).eval(), 20), (SA2VPSwin(small_swin(), 5, 4).eval(), 64)):
-        trace = {}
-        with torch.no_grad():
-            for traced, plain in zip(model(images(size), trace), model(images(size)), strict=True):
-                torch.testing.assert_close(traced, plain, rtol=0, atol=2e-6)
-        assert all(len(entries) == 6 for entries in trace.values())
-        for attention in trace["cross"] + trace.get("self", []):
-            torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
-        outside = ~neighbourhood(model.grid, class_slot=isinstance(model, SA2VP))
-        assert all((attention[..., outside] == 0).all() for attention in trace["cross"])
-        assert {t.shape[0] for entries in trace.values() for t in entries} == {2}
+@pytest.mark.parametrize("attention", ["aligned", "padded"])
+@pytest.mark.parametrize("swin", [False, True])
+def test_attention_maps_are_recorded_by_hooks(swin, attention):
+    """Of every block, the last one too, and of every interaction; the outputs stay the same."""
+    model, x = small(swin, attention=attention)
+    with torch.no_grad():
+        plain = model(x)
+        with Recorder(model, also={AlignedAttention: AlignedAttention.read}) as record:
+            for recorded, output in zip(model(x), plain, strict=True):
+                torch.testing.assert_close(recorded, output, rtol=0, atol=2e-6)
+    cross = [m for name, m in zip(record.names, record.maps, strict=True) if name == "cross"]
+    blocks = {name.removeprefix("backbone.") for name in record.names} - {"cross"}
+    assert len(cross) == 6 and blocks == {n for n, _ in model.backbone.named_modules() if n.endswith(".attn")}
+    outside = ~neighbourhood(model.grid, class_token=not swin)
+    for weights in cross:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+        assert weights.shape[:2] == (2, {"aligned": 4 if swin else 3, "padded": 1}[attention])
+        assert (weights[..., : outside.shape[1]][..., outside[: weights.shape[2]]] == 0).all()
+    tokens = model.forward_intermediates(x)
+    assert {t.shape for pair in tokens for t in pair} == {(2, len(outside), 64 if swin else 24)} and len(tokens) == 6
+    if not swin:
+        for last, features in zip(tokens[-1], model.forward_features(x), strict=True):
+            torch.testing.assert_close(model.backbone.norm(last)[:, 0], features, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("swin", [False, True])
+def test_gradient_checkpointing_changes_nothing(swin):
+    gradients = []
+    for enable in (False, True):
+        torch.manual_seed(0)
+        model, x = small(swin)
+        model.train().set_grad_checkpointing(enable)
+        torch.manual_seed(1)  # of the dropout
+        loss(model, (x, torch.tensor([0, 1]))).backward()
+        gradients.append({name: p.grad for name, p in model.trained().items()})
+    assert all(torch.equal(g, gradients[1][name]) for name, g in gradients[0].items())
 
 
 def test_dropout_draws_for_every_image():
@@ -251,14 +294,15 @@ def test_the_order_of_the_batch_does_not_matter():
     torch.testing.assert_close(model(x)[0].flip(0), model(x.flip(0))[0], rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("direction", sa2vp.DIRECTIONS)
-def test_directions(direction):
-    model = SA2VP(small_vit(), 5, 4, scale=1.5, direction=direction).eval()
-    backbone = model.head(model.backbone(images()))
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("swin", [False, True])
+def test_directions(direction, swin):
+    model, x = small(swin, scale=1.5, direction=direction)
     prompted = direction in ("both", "prompt to image")
-    assert torch.allclose(model(images())[0], backbone, atol=1e-5) != prompted
-    # only what comes from the image makes the prompt pathway differ between images
-    varies = (model(images())[1][0] - model(images())[1][1]).abs().max() > 1e-6
+    assert torch.allclose(model(x)[0], model.head(model.backbone(x)), atol=1e-5) != prompted
+    # the prompt pathway differs between images only where the image informs it
+    prompt = model(x)[1]
+    varies = (prompt[0] - prompt[1]).abs().max() > 1e-6
     assert varies == (direction in ("both", "image to prompt"))
 
 
@@ -284,11 +328,14 @@ def test_official_names_round_trip():
 
 
 def test_official_names_round_trip_swin():
-    model = SA2VPSwin(small_swin(), 5, 4).eval()
+    model, x = small(swin=True)
     official = model.to_official()
     assert "vit_base.layers.1.downsample.reduction.weight" in official
     again = SA2VPSwin.from_official(official, image_size=64)
-    assert all(torch.equal(a, b) for a, b in zip(model(images(64)), again(images(64)), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(model(x), again(x), strict=True))
+    source, copy = (f"vit_base.layers.2.{name}.weight" for name in ("blocks.3.attn.proj", "cross_attn.3.attn.to_out"))
+    with pytest.raises(BadCheckpoint, match="to_out"):
+        SA2VPSwin.from_official(official | {copy: official[source] + 1}, image_size=64)
 
 
 def test_frozen_copies_in_a_checkpoint_are_checked():
@@ -311,13 +358,18 @@ def test_a_checkpoint_of_another_model_lists_its_names():
     assert caught.value.missing == ["vit_base.transformer.encoder.encoder_norm.weight"]
     assert caught.value.unknown == ["extra"]
     assert len(caught.value.shapes) == 1
+    state = official_state()
+    del state["vit_base.transformer.encoder.layer.3.attn.key.weight"]  # a third of a tensor of ours
+    with pytest.raises(BadCheckpoint) as caught:
+        SA2VP.from_official(state, heads=3)
+    assert caught.value.missing == ["vit_base.transformer.encoder.layer.3.attn.key.weight"]
     with pytest.raises(BadCheckpoint, match="deep_ppt"):
         SA2VP.from_official({"a": torch.zeros(1)})
     with pytest.raises(BadCheckpoint, match="deep_ppt"):
         SA2VPSwin.from_official({"a": torch.zeros(1)})
 
 
-def test_trained_state_is_all_that_must_be_kept(tmp_path):
+def test_trained_state_is_all_that_must_be_saved(tmp_path):
     model = SA2VP(small_vit(), 5, 4).eval()
     torch.save(trained_state(model), tmp_path / "prompts.pt")
     again = SA2VP(small_vit(), 5, 4).eval()

@@ -1,5 +1,6 @@
-"""The settings that the notebook trains with: published ones by data set, checked names, results that gather."""
+"""The recipe of the paper profile: published settings, checked names, checkpoints and weights, tables of results."""
 
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,11 +9,16 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from companion.data import DATASETS
 from companion.errors import MissingData, MissingWeights
-from companion.models.sa2vp import recipe as runs
+from companion.models.sa2vp import recipe
 from companion.toy import encoders
+from companion.training.callbacks import Callback
+from companion.training.fit import Hardware
+from companion.training.schedules import learning_rates
+from tests.conftest import assert_resumes, parameters
 
 
 @pytest.mark.parametrize(
@@ -32,48 +38,39 @@ from companion.toy import encoders
 )
 def test_published_settings(backbone, dataset, width, scale, lr, batch):
     expected = {"width": width, "scale": scale, "lr": lr, "batch": batch}
-    assert runs.published_settings(backbone, dataset) == expected
+    assert recipe.published_settings(backbone, dataset) == expected
 
 
-def given(**changes) -> SimpleNamespace:
-    settings = dict(
-        profile="paper",
-        dry_run=False,
-        seed=0,
-        method="SA²VP",
-        backbone="vit_b16",
-        dataset="vtab/svhn",
-        attention="aligned",
-        width=0,
-        data_root="nowhere",
-        weights="",
-        accelerator="cpu",
-        devices=1,
-        precision="32-true",
-    )
-    return SimpleNamespace(**settings | changes)
+given = functools.partial(parameters, "sa2vp", profile="paper", accelerator="cpu", data_root="nowhere")
 
 
-def test_the_paper_profile_says_what_is_missing(tmp_path, monkeypatch):
+@pytest.fixture
+def tiny(monkeypatch) -> None:
+    """The toy ViT instead of the real one, and no processes that load data."""
+    monkeypatch.setattr(recipe.backbones, "build", lambda *_, **__: encoders.build("pocket_vit"))
+    monkeypatch.setattr(recipe, "WORKERS", 0)
+
+
+def test_the_paper_profile_says_which_weights_are_missing(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(MissingWeights, match="companion fetch"):
-        runs.setting(given(), tmp_path, {})
-    monkeypatch.setattr(
-        runs.backbones, "build", lambda name, weights, **options: encoders.build("pocket_vit", "random")
-    )
+        recipe.setting(given(), tmp_path)
+
+
+def test_the_paper_profile_says_which_data_are_missing(tmp_path, tiny):
     with pytest.raises(MissingData, match="svhn"):
-        runs.setting(given(data_root=str(tmp_path)), tmp_path, {})
+        recipe.setting(given(data_root=str(tmp_path)), tmp_path)
 
 
 @pytest.mark.parametrize(
     ("dataset", "split", "steps"),
     [
-        ("vtab/svhn", "trainval", ["Resize"]),  # the 1,000 images, whole pictures, training and test alike
+        ("vtab/svhn", "trainval", ["Resize"]),  # the 1,000 images, whole images, training and test alike
         ("fgvc/cub200", "train", ["Resize", "RandomCrop", "RandomHorizontalFlip"]),
         ("hta/dtd", "train", ["Resize", "RandomCrop", "RandomHorizontalFlip"]),
     ],
 )
-def test_the_published_recipe_on_each_benchmark(dataset, split, steps, monkeypatch, tmp_path):
+def test_the_published_recipe_on_each_benchmark(dataset, split, steps, monkeypatch, tmp_path, tiny):
     opened = {}
 
     def load(name, root, part, transform):
@@ -81,21 +78,27 @@ def test_the_published_recipe_on_each_benchmark(dataset, split, steps, monkeypat
         opened[part] = named[: named.index("PILToTensor")]
         return SimpleNamespace(classes=10)
 
-    monkeypatch.setattr(runs.classification, "load", load)
-    monkeypatch.setattr(
-        runs.backbones, "build", lambda name, weights, **options: encoders.build("pocket_vit", "random")
-    )
-    found = runs.setting(given(dataset=dataset, seed=3), tmp_path, {})
+    monkeypatch.setattr(recipe.classification, "load", load)
+    found = recipe.setting(given(dataset=dataset, seed=3), tmp_path)
     assert opened == {split: steps, "test": ["Resize"] if split == "trainval" else ["Resize", "CenterCrop"]}
-    recipe = {"epochs": 100, "schedule": "cosine", "warmup": 0.1, "final_lr": 1e-7, "weight_decay": 1e-4, "seed": 3}
-    assert {name: found.fit[name] for name in recipe} == recipe and found.rates == {"SA²VP": 1e-3}
-    model = found.build("SA²VP")
-    assert (model.scale, model.dropout.p, model.frozen_dropout, len(model.new_prompts)) == (
-        runs.published_settings("vit_b16", dataset)["scale"],
-        0.1,
-        True,
-        2,
-    )
+    assert (found.options["epochs"], found.options["seed"], found.learning_rates) == (100, 3, {"SA²VP": 1e-3})
+    model, scale = found.build("SA²VP"), recipe.published_settings("vit_b16", dataset)["scale"]
+    assert (model.scale, model.dropout.p, model.frozen_dropout, len(model.new_prompts)) == (scale, 0.1, True, 2)
+
+
+def test_the_schedule_of_a_training_is_the_authors():
+    """A warm-up from 0 over a tenth of the steps, half a cosine towards 1e-7; decay 1e-4 on matrices alone."""
+    data, model = TensorDataset(torch.randn(20, 3), torch.zeros(20, dtype=torch.long)), nn.Linear(3, 2)
+    groups = []
+
+    class Watch(Callback):
+        def on_step_end(self, loop):
+            groups.append([(len(g["params"]), g["weight_decay"]) for g in loop.optimizer.param_groups])
+
+    options = {"epochs": 20, "batch": 10, "seed": 0, "hardware": Hardware("cpu"), "callbacks": [Watch()]}
+    history = recipe.train_model(model, data, 1e-3, **options)
+    np.testing.assert_allclose([row["lr"] for row in history], learning_rates("cosine", 1e-3, 40, 4, 1e-7))
+    assert groups[0] == [(1, 1e-4), (1, 0.0)]
 
 
 def folder(root, counts: dict[str, int]) -> str:
@@ -107,51 +110,54 @@ def folder(root, counts: dict[str, int]) -> str:
     return str(root)
 
 
-def test_a_small_folder_of_ones_own_trains_on_all_that_is_not_tested(tmp_path, monkeypatch):
-    """Fewer pictures than the published batch; a val part is only held back where there is nothing else to test on."""
-    monkeypatch.setattr(
-        runs.backbones, "build", lambda name, weights, **options: encoders.build("pocket_vit", "random")
-    )
-    monkeypatch.setattr(runs, "WORKERS", 0)
+def test_a_small_folder_of_ones_own_trains_on_all_that_is_not_tested(tmp_path, tiny):
+    """Fewer images than the published batch; a val split is only held back where there is nothing else to test on."""
     whole = folder(tmp_path / "whole", {"a": 10, "b": 10})
-    found = runs.setting(given(dataset="folder", data_root=whole), tmp_path, {})
-    assert (len(found.train), len(found.test), found.fit["batch"]) == (16, 4, 16)
+    found = recipe.setting(given(dataset="folder", data_root=whole), tmp_path)
+    assert (len(found.train), len(found.test), found.options["batch"]) == (16, 4, 16)
     split = folder(tmp_path / "split", {"train/a": 30, "train/b": 30, "test/a": 3, "test/b": 3})
-    found = runs.setting(given(dataset="folder", data_root=split), tmp_path, {})
-    assert (len(found.train), len(found.test), found.fit["batch"]) == (60, 6, 40)
-    model, history = runs.train(found, "SA²VP", epochs=1)
-    assert len(history) == 1 and 0 <= runs.accuracy(model, found) <= 100
-    assert runs.label(given(dataset="folder")) == "SA²VP"
+    found = recipe.setting(given(dataset="folder", data_root=split), tmp_path)
+    assert (len(found.train), len(found.test), found.options["batch"]) == (60, 6, 40)
+    model, history = recipe.train(found, "SA²VP", epochs=1)
+    assert len(history) == 1 and 0 <= recipe.accuracy(model, found.test, found.options["hardware"]) <= 100
 
 
-def test_testing_takes_the_precision_and_the_loaders_of_the_training(monkeypatch):
-    given_to = {}
+@pytest.mark.parametrize("method", ["SA²VP", "linear probing"])
+def test_a_killed_training_resumes_to_the_same_bits_and_keeps_its_weights(method, tmp_path, tiny, monkeypatch):
+    images = folder(tmp_path / "images", {"a": 10, "b": 10})
 
-    def predict(model, data, **options):
-        given_to.update(options)
-        return torch.tensor([[0.0, 1.0]])
+    def setting(out, **changes):
+        return recipe.setting(given(dataset="folder", data_root=images, method=method, **changes), out)
 
-    monkeypatch.setattr(runs, "predict", predict)
-    test = torch.utils.data.TensorDataset(torch.zeros(1, 1), torch.tensor([1]))
-    options = {"epochs": 3, "accelerator": "cuda", "precision": "bf16-mixed", "workers": 5}
-    found = runs.Setting("t", test, test, ("a", "b"), (), {}, lambda method: nn.Identity(), options)
-    assert runs.accuracy(nn.Identity(), found) == 100
-    assert given_to == {"batch": 64, "accelerator": "cuda", "precision": "bf16-mixed", "workers": 5}
+    assert_resumes(lambda out: recipe.train(setting(out), method, epochs=5), recipe, tmp_path, monkeypatch)
+    # a training with another attention, which no tensor tells, does not take over its checkpoint
+    assert setting(tmp_path, attention="padded").facts != setting(tmp_path).facts
+
+
+def test_a_linear_probe_on_images_in_memory_is_trained_on_their_features(tmp_path, tiny):
+    """The dry run, whose images are in memory: the encoder runs once, and only the head is trained."""
+    found = recipe.setting(given(dry_run=True, method="linear probing"), tmp_path)
+    model, history = recipe.train(found, "linear probing")
+    assert len(history) == 2 and not model.training and list(tmp_path.iterdir()) == []
+    again = found.build("linear probing")
+    features = TensorDataset(again.backbone(found.train.tensors[0]).detach(), found.train.tensors[1])
+    recipe.train_model(again.head, features, found.learning_rates["linear probing"], **found.options)
+    torch.testing.assert_close(again.head.weight, model.head.weight)
 
 
 def test_what_is_not_as_published_has_a_row_of_its_own():
-    assert runs.label(given()) == runs.label(given(width=16)) == "SA²VP"
-    assert runs.label(given(attention="padded", width=8)) == "SA²VP, padded attention, r = 8"
-    assert runs.label(given(method="VPT-deep", attention="padded", width=8)) == "VPT-deep"
+    assert recipe.label(given()) == recipe.label(given(width=16)) == "SA²VP"
+    assert recipe.label(given(attention="padded", width=8)) == "SA²VP, padded attention, r = 8"
+    assert recipe.label(given(method="VPT-deep", attention="padded", width=8)) == "VPT-deep"
     row = {"backbone": "vit_b16", "dataset": "vtab/svhn", "seed": 0}
     rows = pd.DataFrame(
         [
-            row | {"method": runs.label(given(attention=a)), "accuracy": v}
+            row | {"method": recipe.label(given(attention=a)), "accuracy": v}
             for a, v in (("aligned", 80.0), ("padded", 70.0))
         ]
     )
     expected = {("SA2VP", "svhn"): 80.0, ("SA2VP, padded attention", "svhn"): 70.0}
-    assert runs.cells(rows, "vit_b16", "vtab") == expected
+    assert recipe.cells(rows, "vit_b16", "vtab") == expected
 
 
 def test_benchmark_means_are_of_whole_benchmarks():
@@ -170,7 +176,7 @@ def test_benchmark_means_are_of_whole_benchmarks():
             if found.group in (*accuracy, "FGVC")
         ]
     )
-    found = runs.benchmark_means(rows[rows.dataset != "fgvc/cars196"], "vit_b16")
+    found = recipe.benchmark_means(rows[rows.dataset != "fgvc/cars196"], "vit_b16")
     expected = {
         "hta": 90.0,
         "vtab_natural": 80.0,
@@ -180,20 +186,20 @@ def test_benchmark_means_are_of_whole_benchmarks():
         "vtab_mean_of_3_groups": 50.0,
     }
     assert found == {("SA2VP", benchmark): pytest.approx(value) for benchmark, value in expected.items()}
-    assert runs.benchmark_means(rows, "vit_b16")["SA2VP", "fgvc"] == 0
-    assert runs.benchmark_means(rows, "swin_b") == {}
+    assert recipe.benchmark_means(rows, "vit_b16")["SA2VP", "fgvc"] == 0
+    assert recipe.benchmark_means(rows, "swin_b") == {}
 
 
 def test_results_gather_and_are_replaced(tmp_path):
     path = tmp_path / "measured.csv"
-    assert runs.measured(path).empty
+    assert recipe.measured(path).empty
     row = {"backbone": "vit_b16", "method": "SA²VP", "dataset": "fgvc/cub200", "seed": 0, "accuracy": 80.0}
-    runs.measured(path, row)
-    runs.measured(path, row | {"seed": 1, "accuracy": 82.0})
-    rows = runs.measured(path, row | {"accuracy": 84.0})
+    recipe.measured(path, row)
+    recipe.measured(path, row | {"seed": 1, "accuracy": 82.0})
+    rows = recipe.measured(path, row | {"accuracy": 84.0})
     assert len(rows) == 2
-    found = runs.cells(rows, "vit_b16", "fgvc")
+    found = recipe.cells(rows, "vit_b16", "fgvc")
     assert found == {("SA2VP", "cub200"): 83.0}
-    assert runs.with_mean(found, ["method", "cub200", "mean"])["SA2VP", "mean"] == 83.0
-    assert ("SA2VP", "mean") not in runs.with_mean(found, ["method", "cub200", "nabirds", "mean"])
+    assert recipe.with_mean(found, ["method", "cub200", "mean"])["SA2VP", "mean"] == 83.0
+    assert ("SA2VP", "mean") not in recipe.with_mean(found, ["method", "cub200", "nabirds", "mean"])
     pd.testing.assert_frame_equal(pd.read_csv(path), rows.reset_index(drop=True))

@@ -21,6 +21,7 @@ from companion.toy.datasets import domains, scenes
 from companion.toy.datasets.tokens import UNKNOWN, Tokenizer
 from companion.toy.encoders import domain_mae
 from companion.toy.encoders.vit_and_clip import pixels
+from companion.training.schedules import schedule
 
 DOMAINS = list(domains.DOMAINS)
 SEED = 7
@@ -160,7 +161,7 @@ def test_a_short_training_learns_and_follows_the_seed():
     def error(model):
         torch.manual_seed(0)
         with torch.inference_mode():
-            return float(model.loss(images, domain_mae.MASKED))
+            return float(model.loss(images, domain_mae.RECIPE["masked"]))
 
     one, again, other = (domain_mae.train("medical", 256, 60, seed) for seed in (0, 0, 1))
     torch.manual_seed(0)
@@ -170,8 +171,7 @@ def test_a_short_training_learns_and_follows_the_seed():
 
 
 def test_what_is_shipped_loads_and_its_card_describes_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(domain_mae, "PICTURES", 128)
-    monkeypatch.setattr(domain_mae, "STEPS", 2)
+    monkeypatch.setitem(domain_mae.RECIPE, "steps", 2)
     monkeypatch.setattr(domain_mae.train, "__defaults__", (128, 2, 0))
     path = domain_mae.ship("remote", tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pocket_mae_remote.md", "pocket_mae_remote.safetensors"]
@@ -191,19 +191,19 @@ def test_what_is_shipped_loads_and_its_card_describes_it(tmp_path, monkeypatch):
 
 def test_the_parts_are_what_they_say(root):
     base, novel = fewshot.halves(domains.DOMAINS["remote"].classes)
-    images, labels, names = study.pictures("remote", root, SEED, "train")
+    images, labels, names = study.images("remote", root, SEED, "train")
     assert images.shape == (128, 3, 32, 32) and images.min() >= -1 and images.max() <= 1 and names == base
     assert Counter(labels.tolist()) == Counter({label: study.SHOTS for label in range(8)})
     seen = {image.numpy().tobytes() for image in images}
     for part, expected in (("val base", 160), ("val novel", 160), ("test base", 320), ("test novel", 320)):
-        images, labels, names = study.pictures("remote", root, SEED, part)
+        images, labels, names = study.images("remote", root, SEED, part)
         assert len(images) == expected and names == (novel if "novel" in part else base) and labels.max() == 7
         assert not seen & {image.numpy().tobytes() for image in images}
 
 
 @pytest.mark.parametrize("part", ["train", "test novel"])
 def test_the_sensors_belong_to_the_pictures(root, part):
-    images, labels, names = study.pictures("remote", root, SEED, part)
+    images, labels, names = study.images("remote", root, SEED, part)
     sensors = study.sensors("remote", root, SEED, part)
     shown = angle(((images + 1) / 2).permute(0, 2, 3, 1).numpy())
     named = np.array([scenes.HUES.index(names[label].split()[0]) for label in labels])
@@ -235,12 +235,12 @@ def test_what_each_method_reads_of_a_picture(root):
 @pytest.mark.parametrize("method", [m for m in study.METHODS if m not in study.UNTRAINED])
 def test_a_method_trains_its_prompts_and_nothing_of_clip(root, method):
     data = study.inputs(method, "remote", root, SEED, "train")
-    classes = study.pictures("remote", root, SEED, "train")[2]
+    classes = study.images("remote", root, SEED, "train")[2]
     model = study.build(method, classes, SEED, data.tensors[-1].shape[-1])
     assert isinstance(model, prompting.PromptedCLIP)
     trained = set(model.trained())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    history = study.train_model(model, method, data, 1e-2, SEED, epochs=1, warmup=0.0)
+    history = study.train_model(model, data, 1e-2, seed=SEED, epochs=1, schedule=schedule(warmup=0.0))
     assert len(history) == 8 and all(np.isfinite(row["loss"]) for row in history)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     # a domain feature of zeros leaves the small net its biases

@@ -1,12 +1,12 @@
 """DPLQ: Domain Prompt Learning with Quaternion Networks (Cao et al., CVPR 2024, arXiv 2312.08878).
 
-A frozen foundation model of the domain (remote sensing, medical) looks at each image; a small net turns its pooled
-feature into a bias; the bias steers the prompts of a frozen CLIP through quaternion linear layers: the text's context,
-and the image tower's prompts in the deeper layers. Only the prompts, the net and those layers learn.
+A frozen foundation model of the domain (remote sensing, medical) encodes each image; a small net maps its pooled
+feature to a bias; the bias is added to the prompts of a frozen CLIP before quaternion linear layers: to the context of
+the text, and to the deep prompts of the image tower. Only the prompts, the net and those layers are trained.
 
-The paper's full text was not at hand: every formula here was read from the authors' code (github caoql98/DPLQ, commit
-3d78bb5, no licence stated) and written anew; outputs are checked against ones recorded from it. The quaternion layers
-are ours (`models.quaternion`), since the package bundled there is GPL.
+The paper's full text was not available: every formula here was read from the authors' code (github caoql98/DPLQ, commit
+3d78bb5, no licence stated) and written from scratch; outputs are checked against ones recorded from it. The quaternion
+layers are ours (`models.layers.quaternion`), since the package bundled there is GPL.
 
 Shapes: b images, C classes, n context tokens, J prompted layers, F the width of the domain feature, Wt and Wv the
 widths of the text and the image tower.
@@ -14,8 +14,9 @@ widths of the text and the image tower.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,30 +34,37 @@ from ... import backbones
 from ...errors import BadCheckpoint, BadParameter, MissingWeights
 from ..layers.clip_prompting import (
     META_NET,
+    Classes,
     ImageFeatures,
     LinearStack,
     PromptLearner,
-    Texts,
     Tokenizer,
     check_depth,
     encode_image,
     encode_text,
-    load_official,
     meta_net,
-    official_state,
     similarity,
 )
+from ..layers.mae import masked_pixel_loss, patchify, random_mask
 from ..layers.quaternion import QuaternionLinear
+from ..layers.state_dicts import depth as depth_of
+from ..layers.state_dicts import load_official, official_state
 
 NOISE = ("always", "train", "off")
 LAYERS = ("quaternion", "real")
 AXES = ("jk", "ri", "i, j")
 
 
-class Prompts(NamedTuple):
-    """All that steers the two towers for a batch of images."""
+def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+    """Loss for `fit`: cross-entropy. batch: images or their features, labels, and domain features where cached."""
+    images, labels, *domain = batch
+    return F.cross_entropy(model(images, *domain), labels)
 
-    bias: Tensor  # β (b, Wt), what the small net makes of the domain feature
+
+class Prompts(NamedTuple):
+    """The prompts of both towers for a batch of images."""
+
+    bias: Tensor  # β (b, Wt), of the small net
     context: Tensor  # (b, n, Wt), at text positions 1 to n
     deep_text: Tensor  # P (J - 1, n, Wt), the same for every image
     first_image: Tensor  # V_0 (n, Wv), the same for every image
@@ -71,16 +79,16 @@ class DPLQ(PromptLearner):
         V_0 = W ctx + b                         real and unconditioned
         V_l = Q_l(0, P_l + β), l = 1 ... J - 1  one quaternion layer each
 
-    Args: as `prompting.PromptLearner`, and
-        domain: the frozen domain model, images to (b, F) with F its `num_features` (see `domain_model`), or F when
-            every call brings the features.
+    Args: as `clip_prompting.PromptLearner`, and
+        domain: the domain model, images to (b, F) with F its `num_features` (see `domain_model`), of which a frozen
+            copy is kept; or F when the features are given in every call.
         depth: J, the prompted layers: 9 as released for base-to-novel, 3 for cross-dataset runs. Prompts deeper than
             the text tower act on the image tower alone.
         hidden: width of the small net; None for E / 16.
         noise: when μ ε is added: "always", as released, which makes predictions random and dependent on the other
             images of the batch; "train"; or "off".
         language, vision: "quaternion", or "real" for linear layers on the unpadded sum, the control.
-        axes: which parts of a quaternion carry what: "jk", as released, has zeros and then the sum of prompt and bias;
+        axes: the components of the quaternions: "jk", as released, has zeros and then the sum of prompt and bias;
             "ri" the sum and then zeros; "i, j" is not the authors': the prompt on i, the bias on j, an axis each.
 
     Raises:
@@ -92,7 +100,7 @@ class DPLQ(PromptLearner):
     def __init__(
         self,
         clip: CLIP,
-        classes: Sequence[str] | Texts,
+        classes: Classes,
         tokenizer: Tokenizer | None,
         domain: nn.Module | int,
         *,
@@ -118,7 +126,7 @@ class DPLQ(PromptLearner):
         known = domain if isinstance(domain, int) else getattr(domain, "num_features", 0)
         if known < 1:
             raise BadParameter("domain", domain, "a module with `num_features`, or the width of the features")
-        self.domain = domain.requires_grad_(False).eval() if isinstance(domain, nn.Module) else None
+        self.domain = copy.deepcopy(domain).requires_grad_(False).eval() if isinstance(domain, nn.Module) else None
         self.noise, self.language, self.vision, self.axes = noise, language, vision, axes
         text, image = self.ctx.shape[1], clip.visual.conv1.out_channels
         padded = text * (4 if axes == "i, j" else 2)
@@ -138,8 +146,10 @@ class DPLQ(PromptLearner):
         return self
 
     def domain_features(self, images: Tensor) -> Tensor:
-        """The domain feature f (b, F) of images (b, 3, H, W), without autograd. It can be kept, once an image, with
-        `fit.predict(model.domain, data)`, and given to every call."""
+        """The domain feature f (b, F) of images (b, 3, H, W), without autograd.
+
+        It does not change in training: `fit.predict(model.domain, data)` computes it once, for every call.
+        """
         if self.domain is None:
             raise BadParameter("domain", None, "features (b, F) in the call: the model was made without a domain model")
         with torch.no_grad():
@@ -155,7 +165,7 @@ class DPLQ(PromptLearner):
         return layer(F.pad(prompt + bias, (width, 0) if self.axes == "jk" else (0, width)))
 
     def prompts(self, features: Tensor, eps: Tensor | None = None) -> Prompts:
-        """The prompts for a batch of domain features (b, F); `eps` (b, Wt) stands for the random draw."""
+        """The prompts for a batch of domain features (b, F); `eps` (b, Wt) replaces the random draw."""
         if features.ndim != 2 or features.shape[1] != self.meta_net.linear1.in_features:
             accepted = f"a batch of features (b, {self.meta_net.linear1.in_features})"
             raise BadParameter("domain", tuple(features.shape), accepted)
@@ -169,7 +179,7 @@ class DPLQ(PromptLearner):
         return Prompts(bias, context, self.deep_text, self.proj(self.ctx), deep)
 
     def forward(self, images: Tensor, domain: Tensor | None = None, eps: Tensor | None = None) -> Tensor:
-        """Logits (b, C) of images (b, 3, H, W). `domain` (b, F): their domain features, when they are known already."""
+        """Logits (b, C) of images (b, 3, H, W). `domain` (b, F): their domain features, where they are cached."""
         prompts = self.prompts(self.domain_features(images) if domain is None else domain, eps)
         return similarity(self.clip, *self.encode(images, prompts))
 
@@ -180,11 +190,8 @@ class DPLQ(PromptLearner):
 
     def _learner_names(self) -> dict[str, str | list]:
         if {self.language, self.vision} != {"quaternion"}:
-            raise BadParameter(
-                "language, vision",
-                (self.language, self.vision),
-                "quaternion layers both: the authors' code has no others",
-            )
+            accepted = "quaternion layers both: the authors' code has no others"
+            raise BadParameter("language, vision", (self.language, self.vision), accepted)
         layers, parts = range(len(self.deep_text)), [f"{part}_weight" for part in "rijk"]
         project = "compound_prompt_projections"
         return {name: name for name in ("ctx", "proj.weight", "proj.bias", *META_NET)} | {
@@ -203,7 +210,7 @@ class DPLQ(PromptLearner):
 
 
 def halves_cosine(x: Tensor) -> Tensor:
-    """The cosine between the two halves of (..., W), which are the j and k parts of what a quaternion layer reads.
+    """The cosine between the two halves of (..., W), the j and k components of the input of a quaternion layer.
 
     The authors' code logs its mean over `P_l + β` for every layer at every pass.
     """
@@ -214,13 +221,14 @@ def halves_cosine(x: Tensor) -> Tensor:
 
 
 class MAE(nn.Module):
-    """A masked autoencoder (He et al., CVPR 2022), read as DPLQ reads the remote-sensing one: nothing masked.
+    """A masked autoencoder (He et al., CVPR 2022), whose feature DPLQ reads with nothing masked.
 
     Args:
         image_size, patch, width, depth, heads: the encoder, ViT-B/16 as released.
         decoder_width, decoder_depth, decoder_heads: the decoder.
-        tap: whose tokens are the feature: "decoder", 512 wide, before the pixel head, or "encoder", 768 wide. The file
-            with this pass is missing from DPLQ's repository: "decoder" is inferred from a comment with its shape.
+        tap: the tokens that the feature is the mean of: "decoder", 512 wide, before the pixel head, or "encoder", 768
+            wide. The file with this pass is missing from DPLQ's repository: "decoder" is inferred from a comment with
+            its shape.
 
     `num_features` is F.
     """
@@ -261,7 +269,7 @@ class MAE(nn.Module):
         return F.pad(table, (0, 0, 1, 0))[None]
 
     def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Tokens (b, 1 + N, D) after the encoder's norm, class token first; `keep` (b, k): which patches it sees."""
+        """Tokens (b, 1 + N, D) after the encoder's norm, [CLS] token first; `keep` (b, k): the visible patches."""
         vit = self.encoder
         x = vit.patch_embed(images) + vit.pos_embed[:, 1:]
         if keep is not None:
@@ -270,7 +278,7 @@ class MAE(nn.Module):
         return vit.norm(vit.blocks(x))
 
     def decode(self, latent: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Tokens (b, 1 + N, Dd) after the decoder's norm; where `keep` left patches out, the mask token goes in."""
+        """Tokens (b, 1 + N, Dd) after the decoder's norm; the mask token replaces the patches that `keep` left out."""
         x = self.decoder_embed(latent)
         if keep is not None:
             full = self.mask_token.to(x.dtype).repeat(len(x), self.decoder_pos_embed.shape[1] - 1, 1)
@@ -287,15 +295,12 @@ class MAE(nn.Module):
         return (self.decode(x) if self.tap == "decoder" else x)[:, 1:].mean(1)
 
     def loss(self, images: Tensor, masked: float = 0.75) -> Tensor:
-        """Pre-training: the mean squared error of the pixels of the patches left out, a share `masked` of them."""
-        grid = self.encoder.patch_embed.grid_size
-        count = grid[0] * grid[1]
-        order = torch.rand(len(images), count, device=images.device).argsort(1)
-        keep, hidden = order.split([count - round(masked * count), round(masked * count)], dim=1)
+        """Pre-training loss: the mean squared error of the pixels of the masked patches, a fraction `masked` of all."""
+        count = self.encoder.patch_embed.num_patches
+        noise = torch.rand(len(images), count, device=images.device)
+        keep, hidden = random_mask(noise, count - round(masked * count))
         pixels = self.decoder_pred(self.decode(self.encode(images, keep), keep)[:, 1:])
-        p = images.shape[-1] // grid[1]
-        target = images.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 4, 5, 1).flatten(1, 2).flatten(2)
-        return F.mse_loss(*(x.take_along_dim(hidden[..., None], 1) for x in (pixels, target)))
+        return masked_pixel_loss(pixels, patchify(images, self.encoder.patch_embed.patch_size[0]), hidden)
 
     @classmethod
     def from_official(
@@ -311,17 +316,14 @@ class MAE(nn.Module):
             raise BadCheckpoint(what, missing)
         width, _, _, patch = state["patch_embed.proj.weight"].shape
 
-        def depth(start: str) -> int:
-            return len({name.removeprefix(start).partition(".")[0] for name in state if name.startswith(start)})
-
         model = cls(
             math.isqrt(state["pos_embed"].shape[1] - 1) * patch,
             patch,
             width,
-            depth("blocks."),
+            depth_of(state, "blocks."),
             heads or width // 64,
             len(state["decoder_embed.weight"]),
-            depth("decoder_blocks."),
+            depth_of(state, "decoder_blocks."),
             decoder_heads,
             **options,
         ).eval()
@@ -337,14 +339,14 @@ class MAE(nn.Module):
 
 
 class CLIPFeatures(ImageFeatures):
-    """A control: CLIP's own image feature in the place of the domain's, scaled to a mean square of 1."""
+    """A control: CLIP's own image feature instead of the domain's, scaled to a mean square of 1."""
 
     def forward(self, images: Tensor) -> Tensor:
         return F.normalize(super().forward(images), dim=-1) * math.sqrt(self.num_features)
 
 
 class NoFeatures(nn.Module):
-    """A control: zeros (b, F). The small net's biases stay, the same for every image; the noise vanishes with μ."""
+    """A control: zeros (b, F). The small net gives its biases for every image, and the noise vanishes with μ."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -355,12 +357,12 @@ class NoFeatures(nn.Module):
 
 
 class DomainModel(nn.Module):
-    """A frozen encoder that is given images normalised for another model.
+    """A frozen encoder for images that are normalised for another model.
 
     Args:
-        encoder: images to (b, F), with `num_features` F.
-        size: the images are brought to this size, to the nearest pixel as released; None leaves them.
-        given, wanted: how images arrive and how the encoder wants them normalised; both None leaves them.
+        encoder: images to (b, F), with `num_features` F; a frozen copy is kept.
+        size: images are resized to this (nearest neighbour, as released); None leaves them.
+        given, wanted: the normalisation of the images and of the encoder; with None images stay as they are.
     """
 
     def __init__(
@@ -371,7 +373,7 @@ class DomainModel(nn.Module):
         wanted: backbones.Input | None = None,
     ):
         super().__init__()
-        self.encoder, self.size = encoder.requires_grad_(False).eval(), size
+        self.encoder, self.size = copy.deepcopy(encoder).requires_grad_(False).eval(), size
         self.num_features = encoder.num_features
         scale, shift = torch.ones(3), torch.zeros(3)
         if given and wanted:
@@ -415,16 +417,16 @@ def domain_model(
             CLIP's own feature, and "none", zeros; or any encoder that `backbones.build` knows, for instance
             "vit_base_patch16_224.mae".
         weights: "pretrained", "random", or a file.
-        clip: the CLIP that the prompts go to; images arrive in its size and normalised for it, and are brought to the
-            domain model's size, to the nearest pixel, where that is another.
+        clip: the CLIP that is prompted; images have its size and its normalisation, and are resized (nearest neighbour)
+            where the domain model has another size.
         tap: for "remote-sensing", see `MAE`.
         normalise: "clip", as released: the domain model gets the very tensor that CLIP gets; or "own".
         download: fetch weights that are not cached.
 
     Raises:
         BadParameter: an unknown name or option.
-        MissingWeights: weights that are not there, with the ways to get them.
-        CorruptFile, BadCheckpoint: a file that cannot be read, or that is another model's.
+        MissingWeights: weights that are not found, with the ways to get them.
+        CorruptFile, BadCheckpoint: a file that cannot be read, or that is of another model.
     """
     if normalise not in ("clip", "own"):
         raise BadParameter("normalise", normalise, ("clip", "own"))

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from ...errors import BadParameter
 from ...evaluation import fill
 from ...evaluation.parity import Case
-from ..layers.clip_prompting import CoCoOp, CoOp, MaPLe, PromptLearner, official_state
+from ..layers.clip_prompting import CoCoOp, CoOp, MaPLe, PromptLearner
 from ..layers.quaternion import QuaternionLinear, hamilton, real_matrix
+from ..layers.state_dicts import official_state
 from .model import DPLQ, MAE
 
 
@@ -34,7 +35,7 @@ def outputs(case: Case) -> dict[str, Tensor]:
 
 
 def recorded(case: Case) -> dict[str, Tensor]:
-    """What the case recorded: the outputs, and from case.json the norm of the gradient of every trained tensor."""
+    """The recorded outputs, and from case.json the gradient norm of every trainable parameter."""
     norms = case.facts.get("train_mode_grad_norms", {})
     return case.recorded | {f"grad:{name}": torch.tensor(norm) for name, norm in norms.items()}
 

@@ -1,11 +1,11 @@
-"""DPLQ: what the notebook trains live, at pocket scale or with the published settings."""
+"""DPLQ with the published settings: what the `paper` profile trains, the protocols, and the tables of results."""
 
 from __future__ import annotations
 
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +14,6 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
-from torchmetrics.functional.classification import multiclass_accuracy
 
 from ... import backbones
 from ...data import DATASETS, domains, fewshot
@@ -22,15 +21,15 @@ from ...data.domains_sets import CLASSES
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.tables import compare_published, published_table, upsert_rows
 from ...ops.papers import paper
-from ...toy.ablations import dplq as study
-from ...toy.datasets import domains as pocket
-from ...training.fit import fit, predict
+from ...training import checkpoints
+from ...training.fit import Hardware, History, fit, predict
+from ...training.schedules import MakeOptimizer, schedule, sgd
 from ..layers import clip_prompting as prompting
-from . import model as dplq
+from .model import DPLQ, domain_model, loss
 
-TASK, LIVE = "remote", ("zero-shot CLIP", "MaPLe", "DPLQ")
 DOMAINS = {"remote": "remote-sensing", "medical": "medical"}
 TRANSFERS = {"cross-dataset": fewshot.cross_dataset, "domain generalisation": fewshot.domain_generalisation}
+UNTRAINED = ("zero-shot CLIP",)
 TEST_BATCH = 24  # as released: the noise of an image's prompts depends on its batch, at test time too
 WORKERS = min(8, os.cpu_count() or 1)
 
@@ -42,68 +41,39 @@ class Setting:
     Attributes:
         classes: the names of the classes that are trained on, by label.
         test_classes: the same of every test set, by its name.
-        rates: learning rates of the methods that are trained.
+        methods: in the order of the tables; learning_rates: of those that are trained.
         build: the model of a method, before training.
-        inputs: of a method and "train" or the name of a test set: items (image, label), or what the method reads of an
-            image (see `toy.ablations.dplq.INPUTS`), its label, and the domain feature when it is known already.
-        learn: trains a model in place: (model, method, its training inputs, arguments of `fit`) to the history.
+        inputs: of a method and "train" or the name of a test set: items (image, label), or (features or image, label,
+            maybe domain feature) where features are cached.
+        optimizer: of a learning rate.
+        options: the other arguments of `fit`.
         accuracy: of a model, test inputs and their class names; top-1, in percent.
+        folder: of the run, below which checkpoints and final weights are saved; None: they are not.
+        facts: what tells the training from others, for the checkpoint's key.
     """
 
     title: str
     classes: tuple[str, ...]
     test_classes: dict[str, tuple[str, ...]]
     methods: tuple[str, ...]
-    rates: dict[str, float]
+    learning_rates: dict[str, float]
     build: Callable[[str], prompting.PromptedCLIP]
     inputs: Callable[[str, str], Dataset]
-    learn: Callable[..., list[dict]]
+    optimizer: Callable[[float], MakeOptimizer]
+    options: dict
     accuracy: Callable[[prompting.PromptedCLIP, Dataset, tuple[str, ...]], float]
+    folder: Path | None = None
+    facts: dict = field(default_factory=dict)
 
 
-def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
-    """The setting that the notebook's parameters ask for.
-
-    Args:
-        p: the checked parameters of the notebook.
-        out: the run's folder; pocket pictures are written below it.
-        rates: learning rates by (task, method), as the study chose them on validation.
+def setting(p: SimpleNamespace, out: Path) -> Setting:
+    """The setting of the `paper` profile that the notebook's parameters ask for; results go below `out`.
 
     Raises:
         BadParameter, MissingData, MissingWeights: with what to change or get.
     """
-    if p.profile == "pocket":
-        return _pocket(p, out, rates)
     check_targets(p)
-    return _dry(p) if p.dry_run else _paper(p)
-
-
-def _pocket(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
-    root = str(out / "data")
-    pocket.write(study.folder(root, p.seed), TASK, p.seed)
-    classes = {part: study.pictures(TASK, root, p.seed, part)[2] for part in ("train", "test base", "test novel")}
-    chosen = {method: rates[TASK, method] for method in LIVE if method not in study.UNTRAINED}
-
-    def inputs(method: str, part: str) -> TensorDataset:
-        return study.inputs(method, TASK, root, p.seed, part if part == "train" else f"test {part}")
-
-    def build(method: str) -> prompting.PromptedCLIP:
-        return study.build(method, classes["train"], p.seed, inputs(method, "train").tensors[-1].shape[-1])
-
-    def learn(model: nn.Module, method: str, data: TensorDataset, **options) -> list[dict]:
-        return study.train_model(model, method, data, chosen[method], p.seed, **options)
-
-    return Setting(
-        title=f"{TASK} (pocket), base to novel",
-        classes=classes["train"],
-        test_classes={half: classes[f"test {half}"] for half in ("base", "novel")},
-        methods=LIVE,
-        rates=chosen,
-        build=build,
-        inputs=inputs,
-        learn=learn,
-        accuracy=functools.partial(study.accuracy, seed=p.seed),
-    )
+    return _dry(p) if p.dry_run else _paper(p, out)
 
 
 # --- the published recipe ---------------------------------------------------------------------------------------------
@@ -118,33 +88,29 @@ def published_settings(protocol: str) -> dict[str, float]:
     return published_table("dplq", "code-recipe").set_index("method")[column].to_dict()
 
 
+def optimizer(learning_rate: float) -> MakeOptimizer:
+    """The authors': SGD with momentum 0.9, weight decay 5e-4 on everything."""
+    return sgd(learning_rate, 5e-4, decay="all")
+
+
 def _options(p: SimpleNamespace, workers: int = 0) -> dict:
-    """The authors' optimiser for `fit`: SGD, one rate an epoch, the first epoch at a small constant one."""
+    """The other arguments of `fit`: one learning rate an epoch, the first epoch at a small constant one."""
     recipe = published_settings(p.protocol)
     epochs = int(recipe["epochs"])
+    warmup = recipe["warm-up epochs"] / epochs
     return {
         "epochs": epochs,
         "batch": int(recipe["train batch"]),
+        "schedule": schedule("cosine by epoch", warmup, 0.0, recipe["warm-up learning rate"]),
         "seed": p.seed,
-        "accelerator": p.accelerator,
-        "devices": p.devices,
-        "precision": p.precision,
-        "optimizer": "sgd",
-        "momentum": 0.9,
-        "weight_decay": 5e-4,
-        "decay": "all",
-        "schedule": "cosine by epoch",
-        "warmup": recipe["warm-up epochs"] / epochs,
-        "warmup_lr": recipe["warm-up learning rate"],
-        "final_lr": 0.0,
-        "workers": workers,
+        "hardware": Hardware(p.accelerator, p.devices, p.precision, workers),
     }
 
 
 def build(
     p: SimpleNamespace, method: str, classes: tuple[str, ...], clip: nn.Module, domain: nn.Module | None
 ) -> prompting.PromptedCLIP:
-    """A method at full size on a frozen CLIP; only DPLQ reads the domain model."""
+    """A method at full size on a frozen CLIP; only DPLQ uses the domain model."""
     torch.manual_seed(p.seed)
     recipe = published_settings(p.protocol)
     tokens, depth = int(recipe["context tokens"]), int(recipe["prompt depth"])
@@ -155,7 +121,7 @@ def build(
         "CoOp": lambda: prompting.CoOp(*given),
         "CoCoOp": lambda: prompting.CoCoOp(*given),
         "MaPLe": lambda: prompting.MaPLe(*given, tokens=tokens, depth=depth),
-        "DPLQ": lambda: dplq.DPLQ(*given, domain, tokens=tokens, depth=depth, noise=p.noise),
+        "DPLQ": lambda: DPLQ(*given, domain, tokens=tokens, depth=depth, noise=p.noise),
     }
     return kinds[method]()
 
@@ -168,7 +134,7 @@ def _clip(p: SimpleNamespace, weights: str | Path) -> nn.Module:
 
 
 def domain_name(p: SimpleNamespace) -> str:
-    """The domain model that the parameters ask for, by the data set when they leave it open."""
+    """The domain model that the parameters name; by default the one of the dataset's domain."""
     found = p.domain or DOMAINS.get(p.dataset.partition("/")[0])
     if not found:
         raise BadParameter("domain", p.domain, [*DOMAINS.values(), "clip", "none", "an encoder of timm"])
@@ -176,8 +142,8 @@ def domain_name(p: SimpleNamespace) -> str:
 
 
 def weights(p: SimpleNamespace, name: str, given: str) -> str | Path:
-    """What is loaded for "clip", "remote-sensing" or "medical": the parameter, the usual file below
-    `<data_root>/weights`, or what the cache has."""
+    """The weights of "clip", "remote-sensing" or "medical": the parameter, the usual file below
+    `<data_root>/weights`, or the cached ones."""
     file = next(w["file"] for w in paper("dplq")["weights"] if w["name"] == name)
     usual = Path(p.data_root) / "weights" / file
     if given or usual.is_file() or name != "remote-sensing":
@@ -200,9 +166,9 @@ def _domain(p: SimpleNamespace, clip: nn.Module) -> nn.Module | None:
 
 
 class OneByOne(nn.Module):
-    """A frozen encoder that is given its images one after the other: (b, 3, H, W) to (b, F), with `num_features` F.
+    """A frozen encoder that runs on one image at a time: (b, 3, H, W) to (b, F), with `num_features` F.
 
-    For pictures so large that one of them is work enough: at 1024 pixels SAM's attention takes gigabytes an image.
+    For large images: at 1024 pixels SAM's attention takes gigabytes per image.
     """
 
     def __init__(self, encoder: nn.Module):
@@ -214,12 +180,12 @@ class OneByOne(nn.Module):
 
 
 def _domain_model(name: str, source: str | Path, clip: nn.Module) -> nn.Module:
-    model = dplq.domain_model(name, source, clip=clip)
+    model = domain_model(name, source, clip=clip)
     return OneByOne(model) if name == "medical" else model
 
 
-def _paper(p: SimpleNamespace) -> Setting:
-    """The published recipe on real pictures: 16 images a class, tested as the protocol says."""
+def _paper(p: SimpleNamespace, out: Path) -> Setting:
+    """The published recipe on real images: 16 images a class, tested as the protocol says."""
     clip = _clip(p, weights(p, "clip", p.weights))
     domain = _domain(p, clip)
     seen = backbones.input_of(clip)
@@ -234,7 +200,10 @@ def _paper(p: SimpleNamespace) -> Setting:
         protocol = TRANSFERS[p.protocol](source, others, shots, p.seed)
     parts = {"train": protocol.train, **protocol.tests}
     names = {name: tuple(part.class_names) for name, part in parts.items()}
-    return _full_size(p, f"{p.dataset}, {p.protocol}", parts, names, clip, domain, _options(p, WORKERS))
+    facts = {name: getattr(p, name) for name in ("dataset", "protocol", "noise", "seed", "precision")}
+    facts["data_root"] = Path(p.data_root)
+    saved = {"folder": Path(out), "facts": facts}
+    return _full_size(p, f"{p.dataset}, {p.protocol}", parts, names, clip, domain, _options(p, WORKERS), **saved)
 
 
 def _full_size(
@@ -245,34 +214,27 @@ def _full_size(
     clip: nn.Module,
     domain: nn.Module | None,
     options: dict,
+    **saved: object,
 ) -> Setting:
     """A setting of `parts`, "train" and the test sets, whose classes are `names`."""
-    rates = _rates(p)
-
-    def learn(model: nn.Module, method: str, data: Dataset, **changes) -> list[dict]:
-        return fit(model, study.loss, data, **(options | {"lr": rates[method], "name": method} | changes))
-
+    trained = {} if p.method in UNTRAINED else {p.method: published_settings(p.protocol)["learning rate"]}
     return Setting(
         title=title,
         classes=names["train"],
         test_classes={name: classes for name, classes in names.items() if name != "train"},
         methods=(p.method,),
-        rates=rates,
+        learning_rates=trained,
         build=lambda method: build(p, method, names["train"], clip, domain),
         inputs=lambda method, part: parts[part],
-        learn=learn,
-        accuracy=functools.partial(
-            accuracy, seed=p.seed, accelerator=p.accelerator, precision=p.precision, workers=options["workers"]
-        ),
+        optimizer=optimizer,
+        options=options,
+        accuracy=functools.partial(accuracy, seed=p.seed, hardware=options["hardware"]),
+        **saved,
     )
 
 
-def _rates(p: SimpleNamespace) -> dict[str, float]:
-    return {} if p.method in study.UNTRAINED else {p.method: published_settings(p.protocol)["learning rate"]}
-
-
 def _dry(p: SimpleNamespace) -> Setting:
-    """Full-size models with random weights, two optimiser steps on generated pictures of the real shape."""
+    """Full-size models with random weights, two optimiser steps on generated images of the real shape."""
     known = tuple(CLASSES.get(p.dataset, CLASSES["remote/aid"]).values())
     base, novel = fewshot.halves(known)
     transfer = p.protocol != "base to novel"
@@ -285,21 +247,21 @@ def _dry(p: SimpleNamespace) -> Setting:
     def generated(count: int, classes: int) -> TensorDataset:
         return TensorDataset(torch.randn(count, 3, size, size, generator=generator), torch.arange(count) % classes)
 
-    # a single epoch has nothing after its warm-up: it gets the rate of the second published one
-    options = _options(p) | {"epochs": 1, "warmup": 0.0}
+    # a single epoch has nothing after its warm-up: it gets the learning rate of the second published one
+    options = _options(p) | {"epochs": 1, "schedule": schedule("cosine by epoch", 0.0, 0.0)}
     tests = ("source", "generated") if transfer else ("base", "novel")
     named = {"train": names, tests[0]: names, tests[1]: others}
-    # two test pictures: on a CPU the medical domain model takes many seconds for each
+    # two test images: on a CPU the medical domain model takes many seconds for each
     parts = {part: generated(2, len(classes)) for part, classes in named.items()}
     parts["train"] = generated(2 * options["batch"], len(names))
-    return _full_size(p, "generated pictures (dry run: accuracies mean nothing)", parts, named, clip, domain, options)
+    return _full_size(p, "generated images (dry run: accuracies mean nothing)", parts, named, clip, domain, options)
 
 
-# --- data sets --------------------------------------------------------------------------------------------------------
+# --- datasets --------------------------------------------------------------------------------------------------------
 
 
 def check_targets(p: SimpleNamespace) -> None:
-    """Raises `BadParameter` when `targets` does not go together with `protocol` and `dataset`."""
+    """Raise `BadParameter` when `targets` does not go together with `protocol` and `dataset`."""
     known, named = list(CLASSES), _named(p)
     if p.protocol == "base to novel" and named:
         raise BadParameter("targets", p.targets, "nothing with the protocol 'base to novel': it tests on the same set")
@@ -314,13 +276,13 @@ def _named(p: SimpleNamespace) -> list[str]:
 
 
 def targets(p: SimpleNamespace) -> list[str]:
-    """The sets that a model is carried over to: those named, or all others of the same domain."""
+    """The datasets that a model is transferred to: those named, or all others of the same domain."""
     domain = p.dataset.partition("/")[0]
     return _named(p) or [name for name in CLASSES if name.startswith(f"{domain}/") and name != p.dataset]
 
 
 def splits(p: SimpleNamespace, name: str, transform: Callable) -> dict[str, Dataset]:
-    """The splits of a data set below `data_root`; "folder" is that folder itself."""
+    """The splits of a dataset below `data_root`; "folder" is that folder itself."""
     return (
         domains.own_folder(p.data_root, transform) if name == "folder" else domains.splits(name, p.data_root, transform)
     )
@@ -329,23 +291,35 @@ def splits(p: SimpleNamespace, name: str, transform: Callable) -> dict[str, Data
 # --- training and testing ---------------------------------------------------------------------------------------------
 
 
-def train(found: Setting, method: str, **options) -> tuple[prompting.PromptedCLIP, list[dict]]:
-    """Build a method of a setting and train it; zero-shot CLIP has nothing to train, its history is empty."""
-    model = found.build(method)
-    if method not in found.rates:
+def train(found: Setting, method: str, **changes: object) -> tuple[prompting.PromptedCLIP, History]:
+    """Build a method of a setting and train it; the history of a method without training is empty.
+
+    `changes` go to `fit`. With a folder, a training that was stopped is resumed, and the final weights are saved.
+    """
+    model, name = found.build(method), f"{found.title}, {method}"
+    if method not in found.learning_rates:
         return model.eval(), []
-    return model, found.learn(model, method, found.inputs(method, "train"), **options)
+    options = found.options | {"name": method} | changes
+    if found.folder:
+        facts = found.facts | {"model": model}
+        options["checkpoint"] = checkpoints.Checkpoint.of(found.folder / "checkpoints", name, **facts)
+    made = found.optimizer(found.learning_rates[method])
+    history = fit(model, loss, found.inputs(method, "train"), optimizer=made, **options)
+    if found.folder:
+        checkpoints.save(found.folder / "trained", name, checkpoints.trained_state(model))
+    return model, history
 
 
-def accuracy(model: prompting.PromptedCLIP, data: Dataset, classes: tuple[str, ...], seed: int = 0, **options) -> float:
-    """Top-1 accuracy in percent on (image, label) among `classes`; `seed` is that of DPLQ's noise, the rest is for
-    `companion.training.fit.predict`."""
+def accuracy(
+    model: prompting.PromptedCLIP, data: Dataset, classes: tuple[str, ...], seed: int, hardware: Hardware
+) -> float:
+    """Top-1 accuracy in percent on (image, label) among `classes`; `seed` is that of DPLQ's noise."""
     model.set_classes(classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        logits = predict(model, data, batch=TEST_BATCH, **options)
+        predicted = predict(model, data, batch=TEST_BATCH, hardware=hardware).argmax(1)
     labels = data.tensors[1] if isinstance(data, TensorDataset) else torch.tensor(data.labels)
-    return 100 * float(multiclass_accuracy(logits, labels, num_classes=len(classes), average="micro"))
+    return 100 * float((predicted == labels).double().mean())
 
 
 def scores(model: prompting.PromptedCLIP, found: Setting, method: str) -> dict[str, float]:
@@ -363,7 +337,7 @@ def scores(model: prompting.PromptedCLIP, found: Setting, method: str) -> dict[s
 
 
 def first(found: Setting, method: str, part: str, count: int) -> tuple[Tensor, ...]:
-    """The first items of `inputs`, stacked: what the model reads (n, ...), labels (n,), maybe domain features (n, F).
+    """The first items of `inputs`, stacked: inputs of the model (n, ...), labels (n,), maybe domain features (n, F).
 
     `images, labels, *domain = first(found, "DPLQ", "base", 24)`, then `model(images, *domain)`.
     """
@@ -372,11 +346,11 @@ def first(found: Setting, method: str, part: str, count: int) -> tuple[Tensor, .
     return tuple(torch.stack([torch.as_tensor(x) for x in column]) for column in zip(*items, strict=True))
 
 
-# --- results that gather ----------------------------------------------------------------------------------------------
+# --- results ----------------------------------------------------------------------------------------------
 
 
 def label(p: SimpleNamespace) -> str:
-    """The method's name in the tables, with what is not as published."""
+    """The method's name in the tables, with its deviations from the published setting."""
     changed = []
     if p.method == "DPLQ":
         usual = DOMAINS.get(p.dataset.partition("/")[0])
@@ -387,7 +361,7 @@ def label(p: SimpleNamespace) -> str:
 
 
 def rows(p: SimpleNamespace, found: Mapping[str, float]) -> list[dict[str, object]]:
-    """What `scores` gave as rows for `measured`, one a test set."""
+    """The result of `scores` as rows for `measured`, one a test set."""
     same = {"method": label(p), "protocol": p.protocol, "dataset": p.dataset}
     return [same | {"test": n, "seed": p.seed, "accuracy": a} for n, a in found.items() if n != "HM"]
 
@@ -398,7 +372,7 @@ def measured(path: Path, new: Iterable[Mapping[str, object]] = ()) -> pd.DataFra
 
 
 def cells(table: pd.DataFrame, protocol: str) -> dict[tuple[str, str], float]:
-    """Means over seeds by (method, column) of the protocol's tables, as `report.beside` takes them.
+    """Means over seeds by (method, column) of the protocol's tables, as `tables.compare_published` takes them.
 
     Base to novel has the columns "AID base", "AID novel" and "AID HM" for every set; HM is taken for each seed. The
     other protocols have a column a set, and a row for each set that was trained on.
@@ -419,12 +393,13 @@ def cells(table: pd.DataFrame, protocol: str) -> dict[tuple[str, str], float]:
 
 
 def _column(dataset: str) -> str:
-    """A data set as the authors call it, which is how the tables do."""
+    """The authors' name of a dataset, which the tables use."""
     return DATASETS[dataset].folders[-1] if dataset in DATASETS else dataset
 
 
 def tables(table: pd.DataFrame, protocol: str) -> dict[str, pd.DataFrame]:
-    """Published beside measured, by title: for base to novel a table a set that has a number, the others in one."""
+    """Published and measured numbers, by title: for base to novel one table for each set with a number, one for the
+    others."""
     measured_here, found = cells(table, protocol), {}
     for domain in DOMAINS:
         frame = published_table("dplq", f"{protocol.replace(' ', '-')}-{domain}")

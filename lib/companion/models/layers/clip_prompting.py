@@ -1,13 +1,14 @@
-"""Ways to prompt a frozen CLIP that CLIP-prompting papers compare with: none at all (zero-shot), CoOp, CoCoOp, MaPLe.
+"""The baselines of CLIP-prompting papers, on a frozen CLIP: zero-shot, CoOp, CoCoOp, MaPLe.
 
-    ZeroShot    the text "a photo of <class>."                                      (Radford et al., ICML 2021)
-    CoOp        n learned word vectors before the class name                        (Zhou et al., IJCV 2022)
-    CoCoOp      the same, moved by a small net that sees the image                  (Zhou et al., CVPR 2022)
-    MaPLe       learned tokens in both towers and J layers, the image's made from   (Khattak et al., CVPR 2023)
-                the text's
+    ZeroShot    the prompt "a photo of <class>."                                        (Radford et al., ICML 2021)
+    CoOp        n learned token embeddings before the class name                        (Zhou et al., IJCV 2022)
+    CoCoOp      the same, plus a bias that a small net computes from the image feature  (Zhou et al., CVPR 2022)
+    MaPLe       learned tokens in J layers of both towers; those of the image tower     (Khattak et al., CVPR 2023)
+                are projections of those of the text tower
 
 Every model maps images (b, 3, H, W) to logits (b, C) over class names that can be exchanged after training, and trains
-nothing of CLIP. The CLIP is one of open_clip's, of any size; its tokenizer is any callable from texts to ids (C, L).
+nothing of CLIP, of which it keeps a frozen copy. The CLIP is one of open_clip's, of any size; its tokenizer is any
+callable from texts to ids (C, L).
 
 Written from the papers' equations and checked against outputs recorded from the authors' code (KaiyangZhou/CoOp and
 muzairkhattak/multimodal-prompt-learning, both MIT, as shipped with caoql98/DCPL at 7630aa0).
@@ -18,6 +19,7 @@ the image tower, E the width they share.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -28,8 +30,10 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ...errors import BadCheckpoint, BadParameter
+from .state_dicts import depth as depth_of
 from .state_dicts import load_official, official_state
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
@@ -38,13 +42,19 @@ Tokenizer = Callable[[Sequence[str]], Tensor]
 # --- the two towers, with prompts -------------------------------------------------------------------------------------
 
 
+def _run(tower: nn.Module, block: nn.Module, x: Tensor, **options: Tensor) -> Tensor:
+    if tower.grad_checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, x, use_reentrant=False, **options)
+    return block(x, **options)
+
+
 def encode_image(clip: CLIP, images: Tensor, first: Tensor | None = None, deep: Tensor | None = None) -> Tensor:
     """Image features (b, E), not normalised, of images (b, 3, H, W) with prompts at the END of the sequence.
 
     Args:
         first: tokens that enter with the patches, after positions are added: (n, Wv) or (b, n, Wv).
-        deep: what replaces them before block 1, 2, ...: (J - 1, n, Wv) or (J - 1, b, n, Wv). From block J on, those of
-            the last replacement flow on.
+        deep: the tokens that replace them before block 1, 2, ...: (J - 1, n, Wv) or (J - 1, b, n, Wv). After the last
+            replacement they stay.
     """
     if first is None:
         return clip.encode_image(images)
@@ -55,7 +65,7 @@ def encode_image(clip: CLIP, images: Tensor, first: Tensor | None = None, deep: 
     for i, block in enumerate(visual.transformer.resblocks):
         if deep is not None and 1 <= i <= len(deep):
             x = torch.cat([x[:, :-n], deep[i - 1].to(x.dtype).expand(b, -1, -1)], dim=1)
-        x = block(x)
+        x = _run(visual.transformer, block, x)
     return visual.ln_post(x[:, 0]) @ visual.proj
 
 
@@ -65,8 +75,8 @@ def encode_text(clip: CLIP, x: Tensor, ends: Tensor, deep: Tensor | None = None)
     Args:
         ends: (C,) where each text ends; the feature is read there. The tower is causal, so x may be cut after the last
             end, L less than CLIP's, without changing anything.
-        deep: (J - 1, n, Wt) overwrites positions 1 to n before block 1, 2, ...; what a shallower tower has no block for
-            is left out.
+        deep: (J - 1, n, Wt) overwrites positions 1 to n before block 1, 2, ...; those beyond the last block of a
+            shallower tower are left out.
     """
     lead, length = x.shape[:-2], x.shape[-2]
     x = (x + clip.positional_embedding[:length]).flatten(0, -3)
@@ -75,7 +85,7 @@ def encode_text(clip: CLIP, x: Tensor, ends: Tensor, deep: Tensor | None = None)
         if deep is not None and 1 <= i <= len(deep):
             prompt = deep[i - 1].to(x.dtype).expand(len(x), -1, -1)
             x = torch.cat([x[:, :1], prompt, x[:, 1 + deep.shape[1] :]], dim=1)
-        x = block(x, attn_mask=mask)
+        x = _run(clip.transformer, block, x, attn_mask=mask)
     x = x[torch.arange(len(x), device=x.device), ends.expand(lead).flatten()]
     return (clip.ln_final(x) @ clip.text_projection).unflatten(0, lead)
 
@@ -87,11 +97,11 @@ def similarity(clip: CLIP, image: Tensor, text: Tensor) -> Tensor:
 
 
 class ImageFeatures(nn.Module):
-    """CLIP's plain image features (b, E): `fit.predict(ImageFeatures(clip), data)` computes them once an image."""
+    """CLIP's plain image features (b, E), for `fit.predict(ImageFeatures(clip), data)`, once an image."""
 
     def __init__(self, clip: CLIP):
         super().__init__()
-        self.clip = clip.requires_grad_(False).eval()
+        self.clip = clip
         self.num_features = clip.visual.output_dim
 
     @torch.no_grad()
@@ -104,14 +114,17 @@ class ImageFeatures(nn.Module):
 
 @dataclass(frozen=True)
 class Texts:
-    """Class texts, embedded (C, L, Wt) without positions, and the place of each one's end-of-text token, (C,)."""
+    """Class texts, embedded (C, L, Wt) without positions, and the position of each one's end-of-text token, (C,)."""
 
     embedded: Tensor
     ends: Tensor
 
 
+Classes = Sequence[str] | Texts
+
+
 def tokenise(tokenizer: Tokenizer, clip: CLIP, texts: Sequence[str]) -> Tensor:
-    """Ids (C, L) of `texts`. Raises `BadParameter` when there is none or the tokenizer is not the CLIP's."""
+    """Token ids (C, L) of `texts`. Raises `BadParameter` when there is none or the tokenizer is not the CLIP's."""
     if isinstance(texts, str) or not texts:
         raise BadParameter("classes", texts, "a list of one or more names")
     ids = tokenizer(texts)
@@ -122,7 +135,8 @@ def tokenise(tokenizer: Tokenizer, clip: CLIP, texts: Sequence[str]) -> Tensor:
     return ids.to(clip.token_embedding.weight.device)
 
 
-def _checked(clip: CLIP) -> CLIP:
+def checked_clip(clip: CLIP) -> CLIP:
+    """`clip`. Raises `BadParameter` when it is not one that the functions above can run."""
     if (
         not isinstance(clip, CLIP)
         or not isinstance(clip.visual, VisionTransformer)
@@ -130,63 +144,58 @@ def _checked(clip: CLIP) -> CLIP:
         or clip.attn_mask is None
         or not isinstance(clip.text_projection, Tensor)
     ):
-        accepted = "an open_clip CLIP with a ViT that is read at its class token, and a causal text tower"
+        accepted = "an open_clip CLIP with a ViT whose feature is its class token, and a causal text tower"
         raise BadParameter("clip", type(clip).__name__, accepted)
     return clip
 
 
-def embed_texts(tokenizer: Tokenizer, clip: CLIP, texts: Sequence[str], places: int = 0) -> Texts:
-    """Embed `texts`, with `places` positions kept free after the start."""
+def embed_texts(tokenizer: Tokenizer, clip: CLIP, texts: Sequence[str], free: int = 0) -> Texts:
+    """Embed `texts`, with `free` positions after the start token left for a learned context."""
     ids = tokenise(tokenizer, clip, texts)
-    if places:
-        ends = ids.argmax(1) + places
-        if ends.max() >= ids.shape[1]:
-            longest = texts[int(ends.argmax())]
-            raise BadParameter(
-                "tokens", places, f"at most {places - int(ends.max()) + ids.shape[1] - 1}: '{longest}' must fit too"
-            )
-        ids = torch.cat([ids[:, :1], ids.new_zeros(len(ids), places), ids[:, 1 : ids.shape[1] - places]], dim=1)
+    if free:
+        most, longest = ids.shape[1] - 1 - int(ids.argmax(1).max()), texts[int(ids.argmax(1).argmax())]
+        if free > most:
+            raise BadParameter("tokens", free, f"at most {most}: '{longest}' must fit too")
+        ids = torch.cat([ids[:, :1], ids.new_zeros(len(ids), free), ids[:, 1 : ids.shape[1] - free]], dim=1)
     return Texts(clip.token_embedding(ids).detach(), ids.argmax(1))
 
 
-# --- what all prompted CLIPs share ------------------------------------------------------------------------------------
+# --- prompted CLIPs ------------------------------------------------------------------------------------
 
 
 class PromptedCLIP(nn.Module):
     """A frozen CLIP and the texts of the classes.
 
     Args:
-        clip: an open_clip `CLIP` with a ViT whose class token is the feature; it is frozen.
+        clip: an open_clip `CLIP` with a ViT whose class token is the feature; a frozen copy is kept.
         classes: the class names (underscores are read as spaces), or their embedded `Texts`.
         tokenizer: texts to ids, as `open_clip.get_tokenizer`'s; None with `Texts`.
-        template: the text of a class, with {} for its name.
-        places: positions that every text keeps free after its start.
+        template: the prompt of a class, with {} for its name.
+        free: positions after the start of every text that are left for a learned context.
 
     Raises:
         BadParameter: a CLIP, tokenizer or option that does not fit.
     """
 
-    def __init__(
-        self, clip: CLIP, classes: Sequence[str] | Texts, tokenizer: Tokenizer | None, template: str, places: int = 0
-    ):
+    def __init__(self, clip: CLIP, classes: Classes, tokenizer: Tokenizer | None, template: str, free: int = 0):
         super().__init__()
-        self.clip = _checked(clip).requires_grad_(False).eval()
-        self.tokenizer, self.template, self.places = tokenizer, template, places
+        self.clip = copy.deepcopy(checked_clip(clip)).requires_grad_(False).eval()
+        self.tokenizer, self.template, self.free = tokenizer, template, free
         if "{}" not in template:
-            raise BadParameter("template", template, "a text with {} where the class name goes")
+            raise BadParameter("template", template, "a text with {} for the class name")
         for name in ("embedded", "ends"):
             self.register_buffer(name, None, persistent=False)
         self.set_classes(classes)
 
-    def set_classes(self, classes: Sequence[str] | Texts) -> None:
-        """Exchange the class names, for instance for novel ones after training; nothing learned is touched."""
+    def set_classes(self, classes: Classes) -> None:
+        """Exchange the class names, for instance for novel ones after training; the parameters stay."""
         if not isinstance(classes, Texts):
             if self.tokenizer is None:
                 raise BadParameter("classes", classes, "embedded Texts: this model was made without a tokenizer")
             if isinstance(classes, str):
                 raise BadParameter("classes", classes, "a list of names")
             texts = [self.template.replace("{}", name.replace("_", " ")) for name in classes]
-            classes = embed_texts(self.tokenizer, self.clip, texts, self.places)
+            classes = embed_texts(self.tokenizer, self.clip, texts, self.free)
         device = self.clip.positional_embedding.device
         self.embedded, self.ends = classes.embedded.to(device), classes.ends.to(device)
         self.length = int(classes.ends.max()) + 1
@@ -196,16 +205,20 @@ class PromptedCLIP(nn.Module):
         self.clip.eval()
         return self
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the activations of each block in the backward pass, to save memory."""
+        self.clip.set_grad_checkpointing(enable)
+
     def trained(self) -> dict[str, nn.Parameter]:
-        """The trained tensors by name."""
+        """The trainable parameters by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def count(self) -> int:
-        """How many numbers are trained."""
+        """The number of trainable parameters."""
         return sum(p.numel() for p in self.trained().values())
 
     def image_features(self, images: Tensor) -> Tensor:
-        """CLIP's plain image features (b, E), without autograd; what is (b, E) already is taken for them."""
+        """CLIP's plain image features (b, E), without autograd; an input (b, E) is returned as it is."""
         if images.ndim == 2:
             return images
         with torch.no_grad():
@@ -216,30 +229,28 @@ class PromptLearner(PromptedCLIP):
     """A `PromptedCLIP` that learns n context tokens, `ctx` (n, Wt), at text positions 1 to n.
 
     Args: as `PromptedCLIP`, and
-        tokens: n. The context starts as the first n words of the template, when it has so many before the name; else it
-            is drawn from N(0, 0.02²) and the class name follows it directly.
+        tokens: n. The context is initialised with the first n tokens of the template, when it has so many before the
+            name; else from N(0, 0.02²), and the class name follows it directly.
     """
 
-    def __init__(
-        self, clip: CLIP, classes: Sequence[str] | Texts, tokenizer: Tokenizer | None, tokens: int, template: str
-    ):
+    def __init__(self, clip: CLIP, classes: Classes, tokenizer: Tokenizer | None, tokens: int, template: str):
         if tokens < 1:
             raise BadParameter("tokens", tokens, "1 or more")
-        start, places = None, 0
+        start, free = None, 0
         words, name, rest = template.partition("{}")
         if tokenizer is not None and name:
-            known = embed_texts(tokenizer, _checked(clip), [words])
+            known = embed_texts(tokenizer, checked_clip(clip), [words])
             if tokens < known.ends[0]:
                 start = known.embedded[0, 1 : 1 + tokens].clone()
             else:
-                template, places = name + rest, tokens
-        super().__init__(clip, classes, tokenizer, template, places)
+                template, free = name + rest, tokens
+        super().__init__(clip, classes, tokenizer, template, free)
         width = clip.positional_embedding.shape[1]
         self.ctx = nn.Parameter(torch.randn(tokens, width) * 0.02 if start is None else start)
 
     def prompted(self, ctx: Tensor) -> Tensor:
-        """The class texts with a context in them, cut after the last end: ctx (n, Wt) gives (C, length, Wt), a context
-        an image (b, n, Wt) gives (b, C, length, Wt)."""
+        """The class texts with a context in them, cut after the last end: ctx (n, Wt) to (C, length, Wt), one context
+        per image (b, n, Wt) to (b, C, length, Wt)."""
         texts, n = self.embedded[:, : self.length], ctx.shape[-2]
         ctx = ctx.to(texts.dtype)[..., None, :, :].expand(*ctx.shape[:-2], len(texts), -1, -1)
         before, after = (part.expand(*ctx.shape[:-2], -1, -1) for part in (texts[:, :1], texts[:, 1 + n :]))
@@ -248,12 +259,12 @@ class PromptLearner(PromptedCLIP):
     # --- the authors' names ---
 
     def _learner_names(self) -> dict[str, str | list]:
-        """Our trained tensors to the names in the authors' prompt learner; a (nested) list where ours is a stack."""
+        """Our parameters to the names in the authors' prompt learner; a (nested) list where ours is a stack."""
         return {"ctx": "ctx"}
 
     @staticmethod
     def _sizes(learner: Mapping[str, Tensor]) -> dict[str, int]:
-        """The options that a prompt learner's tensors tell; a `KeyError` names one that is missing."""
+        """The options of the class, from the shapes of a prompt learner; a `KeyError` names a missing tensor."""
         return {"tokens": len(learner["ctx"])}
 
     _unused: tuple[str, ...] = ()  # official names, by how they start, that no forward pass reads
@@ -280,10 +291,10 @@ class PromptLearner(PromptedCLIP):
     ):
         """The model with a state dict of the authors' code in it: the whole one, or its prompt learner's alone.
 
-        With a `clip`, the texts of `classes` are made anew, and the towers of the state dict, when it has them, replace
-        the CLIP's weights. Without one the CLIP is built from the state dict and the texts are the stored ones; what is
-        not stored are their `ends`, (C,), and the `heads` of the image and the text tower (None: 64 channels a head, as
-        OpenAI's have). The inverse is `to_official`.
+        With a `clip`, the texts of `classes` are embedded, and the towers of the state dict, when it has them, replace
+        the weights of the copy. Without one the CLIP is built from the state dict and the texts are the stored ones;
+        their `ends`, (C,), and the `heads` of the image and the text tower are not stored (None: 64 channels a head, as
+        in OpenAI's). The inverse is `to_official`.
 
         Raises:
             BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
@@ -300,12 +311,8 @@ class PromptLearner(PromptedCLIP):
             raise BadCheckpoint(what, missing=[prefix + error.args[0]]) from error
         if clip is None:
             if ends is None:
-                raise BadParameter(
-                    "ends",
-                    None,
-                    "the place of every class's end-of-text token, which a state dict "
-                    "does not hold; or give clip, classes and tokenizer",
-                )
+                accepted = "the position of every class's end-of-text token, which is not in a state dict"
+                raise BadParameter("ends", None, f"{accepted}; or give clip, classes and tokenizer")
             clip = _clip_of(state, heads, what)
             if missing := {"token_prefix", "token_suffix"} - learner.keys():
                 raise BadCheckpoint(what, missing={prefix + name for name in missing})
@@ -313,7 +320,7 @@ class PromptLearner(PromptedCLIP):
             middle = before.new_zeros(len(before), sizes["tokens"], before.shape[-1])
             classes = Texts(torch.cat([before, middle, after], dim=1), torch.as_tensor(ends))
             if len(classes.ends) != len(before):
-                raise BadParameter("ends", list(ends), f"{len(before)} places, one a class")
+                raise BadParameter("ends", list(ends), f"{len(before)} positions, one a class")
         elif classes is None or tokenizer is None:
             raise BadParameter("classes", classes, "class names, and their tokenizer, when a clip is given")
         model = cls(clip, classes, tokenizer, **(sizes | options)).eval()
@@ -333,7 +340,7 @@ class PromptLearner(PromptedCLIP):
 
 
 def _tower_names(model: nn.Module) -> dict[str, str]:
-    """The frozen towers: OpenAI's names, under the authors' two modules. The table of words is in neither."""
+    """The frozen towers: OpenAI's names, under the authors' two modules. The token embedding is in neither."""
     names = {}
     for ours in model.state_dict():
         name = ours.removeprefix("clip.")
@@ -347,27 +354,22 @@ def _tower_names(model: nn.Module) -> dict[str, str]:
 
 
 def _clip_of(state: Mapping[str, Tensor], heads: tuple[int, int] | None, what: str) -> CLIP:
-    """A CLIP of the sizes that the towers in an official state dict have, without a table of words."""
+    """A CLIP of the sizes that the towers in an official state dict have, without a token embedding."""
     needed = {
         *(f"image_encoder.{name}" for name in ("conv1.weight", "positional_embedding", "proj")),
         *("text_encoder.positional_embedding", "logit_scale"),
     }
     if missing := needed - state.keys():
         raise BadCheckpoint(what, missing)
-
-    def depth(tower: str) -> int:
-        start = f"{tower}.transformer.resblocks."
-        return len({name.removeprefix(start).partition(".")[0] for name in state if name.startswith(start)})
-
     width, _, _, patch = state["image_encoder.conv1.weight"].shape
     side = math.isqrt(len(state["image_encoder.positional_embedding"]) - 1)
     length, text_width = state["text_encoder.positional_embedding"].shape
     image_heads, text_heads = heads or (width // 64, text_width // 64)
-    layers = {tower: depth(f"{tower}_encoder") for tower in ("image", "text")}
+    layers = {tower: depth_of(state, f"{tower}_encoder.transformer.resblocks.") for tower in ("image", "text")}
     return CLIP(
         state["image_encoder.proj"].shape[1],
         CLIPVisionCfg(layers["image"], width, width // image_heads, patch_size=patch, image_size=side * patch),
-        CLIPTextCfg(length, 1, width=text_width, heads=text_heads, layers=layers["text"]),  # no table of words
+        CLIPTextCfg(length, 1, width=text_width, heads=text_heads, layers=layers["text"]),
         quick_gelu=True,
     )
 
@@ -378,13 +380,11 @@ def _clip_of(state: Mapping[str, Tensor], heads: tuple[int, int] | None, what: s
 class ZeroShot(PromptedCLIP):
     """CLIP as it is: nothing is trained, the classes' text features are computed once. Arguments as `PromptedCLIP`."""
 
-    def __init__(
-        self, clip: CLIP, classes: Sequence[str] | Texts, tokenizer: Tokenizer, template: str = "a photo of {}."
-    ):
+    def __init__(self, clip: CLIP, classes: Classes, tokenizer: Tokenizer, template: str = "a photo of {}."):
         super().__init__(clip, classes, tokenizer, template)
 
     @torch.no_grad()
-    def set_classes(self, classes: Sequence[str] | Texts) -> None:
+    def set_classes(self, classes: Classes) -> None:
         super().set_classes(classes)
         texts = encode_text(self.clip, self.embedded[:, : self.length], self.ends)
         self.register_buffer("text_features", texts, persistent=False)
@@ -395,28 +395,21 @@ class ZeroShot(PromptedCLIP):
 
 
 class CoOp(PromptLearner):
-    """Context optimisation: n word vectors, the same for every class and image. Arguments as `PromptLearner`."""
+    """Context optimisation: n learned tokens, the same for every class and image. Arguments as `PromptLearner`."""
 
     def __init__(
-        self,
-        clip: CLIP,
-        classes: Sequence[str] | Texts,
-        tokenizer: Tokenizer | None,
-        *,
-        tokens: int = 16,
-        template: str = "{}.",
+        self, clip: CLIP, classes: Classes, tokenizer: Tokenizer | None, *, tokens: int = 16, template: str = "{}."
     ):
         super().__init__(clip, classes, tokenizer, tokens, template)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (b, C) of images (b, 3, H, W), or of their features (b, E): the image tower has nothing to learn."""
-        return similarity(
-            self.clip, self.image_features(images), encode_text(self.clip, self.prompted(self.ctx), self.ends)
-        )
+        """Logits (b, C) of images (b, 3, H, W), or of their features (b, E): nothing in the image tower is trained."""
+        text = encode_text(self.clip, self.prompted(self.ctx), self.ends)
+        return similarity(self.clip, self.image_features(images), text)
 
 
 def meta_net(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """The two-layer net W2 relu(W1 f + b1) + b2 that turns an image's feature into a bias on the context."""
+    """The two-layer net W2 relu(W1 f + b1) + b2 from an image feature to a bias on the context."""
     return nn.Sequential(
         OrderedDict(linear1=nn.Linear(inputs, hidden), relu=nn.ReLU(), linear2=nn.Linear(hidden, outputs))
     )
@@ -426,7 +419,7 @@ META_NET = [f"meta_net.linear{i}.{kind}" for i in (1, 2) for kind in ("weight", 
 
 
 class CoCoOp(PromptLearner):
-    """Conditional context optimisation: the context plus a bias that a small net makes of the image's own feature.
+    """Conditional context optimisation: the context plus a bias that a small net computes from the image feature.
 
     Args: as `PromptLearner`, and
         hidden: width of the net; None for E / 16.
@@ -435,7 +428,7 @@ class CoCoOp(PromptLearner):
     def __init__(
         self,
         clip: CLIP,
-        classes: Sequence[str] | Texts,
+        classes: Classes,
         tokenizer: Tokenizer | None,
         *,
         tokens: int = 4,
@@ -461,7 +454,7 @@ class CoCoOp(PromptLearner):
 
 
 class LinearStack(nn.Module):
-    """`layers` linear layers of one size side by side, in one batched product; they all start equal.
+    """`layers` linear layers of one size in parallel, in one batched product; they are initialised equally.
 
     x (layers, ..., inputs) to (layers, ..., outputs); `weight` (layers, outputs, inputs), `bias` (layers, outputs).
     """
@@ -477,14 +470,15 @@ class LinearStack(nn.Module):
 
 
 def check_depth(clip: CLIP, depth: int) -> None:
-    """J counts the prompted layers of the image tower. Raises `BadParameter` when it has not so many."""
+    """Raise `BadParameter` when the image tower has fewer layers than the J = `depth` that are prompted."""
     layers = len(clip.visual.transformer.resblocks)
     if not 1 <= depth <= layers:
         raise BadParameter("depth", depth, f"1 to {layers}, the layers of the image tower")
 
 
 class MaPLe(PromptLearner):
-    """Multi-modal prompt learning: text prompts in J layers, and a linear layer each that makes the image's of them.
+    """Multi-modal prompt learning: text prompts in J layers, and for each a linear layer that projects them to image
+    prompts.
 
     Args: as `PromptLearner`, and
         depth: J, the prompted layers: 9 in the released settings, 3 for cross-dataset runs. Prompts deeper than the
@@ -494,7 +488,7 @@ class MaPLe(PromptLearner):
     def __init__(
         self,
         clip: CLIP,
-        classes: Sequence[str] | Texts,
+        classes: Classes,
         tokenizer: Tokenizer | None,
         *,
         tokens: int = 2,

@@ -1,11 +1,11 @@
 """Quaternion linear layers: the Hamilton product of a matrix of quaternions with a vector of them.
 
 A tensor of D real channels is read as D / 4 quaternions r + i·**i** + j·**j** + k·**k** whose components are four equal
-blocks of the last axis, in the order r, i, j, k. The product stands for one real matrix with four times as many entries
+blocks of the last axis, in the order r, i, j, k. The product equals one real matrix with four times as many entries
 as it has parameters, so a layer is one matrix product, and a stack of layers one batched matrix product.
 
-Written from the algebra; the order of the blocks, the weight on the left and the start are those of the layers that
-DPLQ uses (`models.dplq`), and checked against outputs recorded from them.
+Written from the algebra; the order of the blocks, the weight on the left and the initialisation are those of the layers
+that DPLQ uses (`models.dplq`), and checked against outputs recorded from them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def hamilton(p: Tensor, q: Tensor) -> Tensor:
 
 
 def modulus(q: Tensor) -> Tensor:
-    """The length of every quaternion: (..., 4 d) to (..., d)."""
+    """The norm of every quaternion: (..., 4 d) to (..., d)."""
     return q.unflatten(-1, (4, -1)).norm(dim=-2)
 
 
@@ -58,7 +58,7 @@ class QuaternionLinear(nn.Module):
 
     Args:
         inputs, outputs: real channels, multiples of 4; they need not be equal.
-        layers: None for one layer, else that many layers of one size, applied side by side. They all start equal.
+        layers: None for one layer, else that many layers of one size, applied in parallel and initialised equally.
 
     Shapes: x (..., inputs) to (..., outputs), or with `layers` x (layers, ..., inputs) to (layers, ..., outputs).
     `weight` (4, inputs / 4, outputs / 4), components r, i, j, k first; `bias` (outputs,); with `layers` a leading axis.
@@ -79,11 +79,11 @@ class QuaternionLinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The start of the released layers, Glorot's scale in quaternions.
+        """The initialisation of the released layers, Glorot's scale in quaternions.
 
         A weight is |w| (cos φ + v sin φ) with φ uniform on the circle and |w| = s χ₄, s = 1 / sqrt(2 (p + q)), so
-        E|w|² = 4 s². v has three uniform entries in (-1, 1), divided by its length (1e-4 under the root): so it leans
-        towards the corners of the cube instead of being uniform on the sphere. The bias is 0.
+        E|w|² = 4 s². v has three uniform entries in (-1, 1), divided by its norm (1e-4 under the root): so it is denser
+        towards the corners of the cube instead of uniform on the sphere. The bias is 0.
         """
         shape = self.weight.shape[-2:]
         s = 1 / math.sqrt(2 * sum(shape))

@@ -1,11 +1,12 @@
-"""The ways to adapt a pretrained encoder that visual prompting is compared with: full fine-tuning, linear probing and
-Visual Prompt Tuning, shallow and deep (Jia et al., ECCV 2022, arXiv 2203.12119).
+"""The baselines of visual prompting: full fine-tuning, linear probing and Visual Prompt Tuning, shallow and deep
+(Jia et al., ECCV 2022, arXiv 2203.12119).
 
-Every model here maps images (b, 3, H, W) to logits (b, classes).
+Every model maps images (b, 3, H, W) to logits (b, classes), and keeps a copy of the encoder that it is given.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -20,8 +21,8 @@ from ...errors import BadParameter
 def plain_vit(backbone: nn.Module) -> bool:
     """Whether `backbone` is a timm ViT of the original's form, which the prompting methods run block by block.
 
-    That is: a class token, positions added to it and to the patches, no norm before the blocks (as CLIP's have), and
-    the class token read after the last norm.
+    That is: a [CLS] token, position embeddings added to it and to the patches, no norm before the blocks (as CLIP's
+    have), and the [CLS] token read after the last norm.
     """
     return (
         isinstance(backbone, VisionTransformer)
@@ -33,11 +34,11 @@ def plain_vit(backbone: nn.Module) -> bool:
     )
 
 
-PLAIN_VIT = "a timm VisionTransformer with a class token that has a position and is read, and no norm before its blocks"
+PLAIN_VIT = "a timm VisionTransformer with a [CLS] token that has a position and is read, and no norm before its blocks"
 
 
 def head(dim: int, classes: int) -> nn.Linear:
-    """The linear classifier that all methods share, started alike (truncated normal, 0.02)."""
+    """The linear classifier of all methods, initialised alike (truncated normal, 0.02)."""
     layer = nn.Linear(dim, classes)
     nn.init.trunc_normal_(layer.weight, std=0.02)
     return layer
@@ -48,25 +49,32 @@ class FineTuning(nn.Module):
 
     def __init__(self, backbone: nn.Module, classes: int):
         super().__init__()
-        self.backbone = backbone.requires_grad_(True)
+        self.backbone = copy.deepcopy(backbone).requires_grad_(True)
         self.head = head(backbone.num_features, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images))
 
 
-class LinearProbe(nn.Module):
-    """Linear probing: the encoder is frozen, runs without autograd and without dropout; only the head is trained."""
+class _Frozen(nn.Module):
+    """A head on a frozen copy of the encoder, which stays in eval mode."""
 
-    def __init__(self, backbone: nn.Module, classes: int):
+    def __init__(self, backbone: nn.Module):
         super().__init__()
-        self.backbone = backbone.requires_grad_(False)
-        self.head = head(backbone.num_features, classes)
+        self.backbone = copy.deepcopy(backbone).requires_grad_(False).eval()
 
     def train(self, mode: bool = True):
         super().train(mode)
         self.backbone.eval()
         return self
+
+
+class LinearProbe(_Frozen):
+    """Linear probing: the encoder is frozen, runs without autograd and without dropout; only the head is trained."""
+
+    def __init__(self, backbone: nn.Module, classes: int):
+        super().__init__(backbone)
+        self.head = head(backbone.num_features, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.no_grad():
@@ -74,24 +82,24 @@ class LinearProbe(nn.Module):
         return self.head(features)
 
 
-class VPT(nn.Module):
+class VPT(_Frozen):
     """Visual Prompt Tuning on a ViT or a Swin: a few learned tokens join the sequence of the frozen encoder.
 
-    Shallow: p tokens enter before the first block and go through all of them. Deep: each block gets p tokens of its own
-    in the place of those that left the block before. On a ViT they stand between the class token and the patches; on a
-    Swin every window gets them, and they leave before patches are merged.
+    Shallow: p tokens enter before the first block and go through all of them. Deep: each block gets p tokens of its
+    own, which replace those of the block before. On a ViT they are between the [CLS] token and the patches; on a Swin
+    every window gets them, and they leave before patches are merged.
 
     Args:
-        backbone: a timm `VisionTransformer` (see `plain_vit`) or `SwinTransformer`; frozen, and in eval mode while
-            training, as in VPT's own code.
+        backbone: a timm `VisionTransformer` (see `plain_vit`) or `SwinTransformer`; its copy is frozen, and in eval
+            mode while training, as in VPT's own code.
         classes: number of classes.
-        tokens: p, the number of prompts.
+        tokens: p, the number of prompt tokens.
         deep: VPT-Deep, else VPT-Shallow.
         dropout: probability on the prompts while training (0.1 in VPT).
     """
 
     def __init__(self, backbone: nn.Module, classes: int, tokens: int = 8, deep: bool = True, dropout: float = 0.1):
-        super().__init__()
+        super().__init__(backbone)
         if plain_vit(backbone):
             dims = [backbone.embed_dim] * (len(backbone.blocks) if deep else 1)
         elif isinstance(backbone, SwinTransformer):
@@ -99,7 +107,6 @@ class VPT(nn.Module):
             dims = [block.norm1.normalized_shape[0] for block in (blocks if deep else blocks[:1])]
         else:
             raise BadParameter("backbone", type(backbone).__name__, f"{PLAIN_VIT}; or a SwinTransformer")
-        self.backbone = backbone.requires_grad_(False)
         self.tokens, self.deep = tokens, deep
         self.dropout = nn.Dropout(dropout)
         patch = math.prod(backbone.patch_embed.patch_size)
@@ -108,11 +115,6 @@ class VPT(nn.Module):
             nn.Parameter(torch.empty(1, tokens, dim).uniform_(-v, v)) for v, dim in zip(bounds, dims, strict=True)
         )
         self.head = head(backbone.num_features, classes)
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        self.backbone.eval()
-        return self
 
     def forward(self, images: Tensor) -> Tensor:
         run = self._vit if isinstance(self.backbone, VisionTransformer) else self._swin
@@ -153,8 +155,8 @@ class VPT(nn.Module):
     def _swin_block(block: nn.Module, x: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
         """A frozen Swin block on x (b, rows, columns, D) with prompts (b, p, D) in front of every window.
 
-        Prompts have no place, so they neither get nor give a relative position bias, and no shift hides them. The
-        prompts that leave are the mean over the windows.
+        Prompts have no position, so they neither get nor give a relative position bias, and no shift hides them. Their
+        output is the mean over the windows.
         """
         b, rows, columns, dim = x.shape
         attn, p, (wr, wc) = block.attn, prompt.shape[1], block.window_size

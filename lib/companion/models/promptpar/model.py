@@ -50,8 +50,8 @@ from ...ops.unpickle import load_torch
 from ..layers.clip_prompting import (
     Texts,
     Tokenizer,
-    _checked,
     check_depth,
+    checked_clip,
     embed_texts,
     encode_text,
     load_official,
@@ -260,7 +260,7 @@ class PromptPAR(nn.Module):
         if tuned not in TUNED:
             raise BadParameter("tuned", tuned, TUNED)
         # what is trained is a copy: another model may stand on the same CLIP
-        clip = copy.deepcopy(_checked(clip)) if tuned == "all" else _checked(clip)
+        clip = copy.deepcopy(checked_clip(clip)) if tuned == "all" else checked_clip(clip)
         self.clip = clip.requires_grad_(False).eval()
         visual, layers = clip.visual, len(clip.visual.transformer.resblocks)
         self.grid = rows, _ = tuple(visual.grid_size)

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from ...errors import BadParameter
 from ...evaluation.parity import Case
-from ...training.fit import learning_rates
-from .model import SA2VP, SA2VPSwin, loss
+from ...training.schedules import learning_rates
+from .model import SA2VP, SA2VPSwin, two_pathway_loss
 
-ROWS = [0, 1, 14, 15, 98, 105, 183, 196]  # the class slot, corners, edges and inner patches of a 14x14 grid
+ROWS = [0, 1, 14, 15, 98, 105, 183, 196]  # [CLS], corners, edges and inner patches of a 14x14 grid
 SWIN_ROWS = [0, 13, 14, 97, 104, 182, 195]
 DEEP_ROWS = [0, 1, 105, 196]
 
@@ -40,7 +40,7 @@ def _attention(case: Case) -> str:
 
 
 def _single_block(case: Case, swin: bool) -> nn.Module:
-    """A model of one interaction at full width, with the official tensors of one cross block in it."""
+    """A model at full width with the official tensors of one interaction in its first block."""
     config, state = case.facts["config"], case.state
     dim, heads = config["dim"], config["heads"]
     options = dict(width=config.get("inter_dim", 1), attention=_attention(case))
@@ -49,12 +49,11 @@ def _single_block(case: Case, swin: bool) -> nn.Module:
             img_size=56, embed_dim=dim, depths=(3,), num_heads=(heads,), window_size=7, num_classes=0
         )
         model = SA2VPSwin(backbone, 1, stage=0, **options)
-        block = backbone.layers[0].blocks[0]
     else:
         heads = dim // 64 if heads == 1 else heads  # the padded variant joins the heads itself
         backbone = VisionTransformer(img_size=224, embed_dim=dim, depth=3, num_heads=heads, num_classes=0)
         model = SA2VP(backbone, 1, **options)
-        block = backbone.blocks[0]
+    block = _first_block(model)
     prefix = "attn." if "attn.to_out.weight" in state else ""
     for kind in ("weight", "bias"):
         if f"{prefix}qkv.{kind}" in state:
@@ -70,21 +69,25 @@ def _single_block(case: Case, swin: bool) -> nn.Module:
     return model.eval()
 
 
-def _attended(model: nn.Module, block: nn.Module, kv: Tensor, q: Tensor) -> Tensor:
-    """The cross attention of q on kv, both already normed, through the block's projections."""
-    attn = block.attn
+def _first_block(model: SA2VP | SA2VPSwin) -> nn.Module:
+    return (model.backbone.layers[0] if isinstance(model, SA2VPSwin) else model.backbone).blocks[0]
+
+
+def _attended(model: nn.Module, kv: Tensor, q: Tensor) -> Tensor:
+    """The cross-attention of q on kv, both already normed, through the first block's projections."""
+    attn = _first_block(model).attn
 
     def split(x: Tensor) -> Tensor:
         return attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
 
     _, k, v = split(kv)
-    return attn.proj(model._attend(split(q)[0], k, v, None))
+    return attn.proj(model.cross(split(q)[0], k, v))
 
 
 @torch.no_grad()
 def _cross_attention(case: Case) -> dict[str, Tensor]:
     model = _single_block(case, swin=False)
-    return {"out_rows": _attended(model, model.backbone.blocks[0], case.input("kv"), case.input("q"))[:, ROWS]}
+    return {"out_rows": _attended(model, case.input("kv"), case.input("q"))[:, ROWS]}
 
 
 @torch.no_grad()
@@ -92,9 +95,8 @@ def _cross_block(case: Case) -> dict[str, Tensor]:
     swin = "swin" in case.facts["module"]
     rows = SWIN_ROWS if swin else ROWS
     model, kv, q = _single_block(case, swin), case.input("kv"), case.input("q")
-    block = model.backbone.layers[0].blocks[0] if swin else model.backbone.blocks[0]
-    normed = [F.layer_norm(x, x.shape[-1:], block.norm1.weight, block.norm1.bias, 1e-6) for x in (kv, q)]
-    attended = _attended(model, block, *normed)
+    norm = _first_block(model).norm1
+    attended = _attended(model, *(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, 1e-6) for x in (kv, q)))
     recorded = attended[: len(case.recorded["attn_rows"]), rows]
     return {"attn_rows": recorded, "out_rows": model.adapters[0](q + attended)[:, rows]}
 
@@ -107,6 +109,7 @@ def _embeddings(case: Case) -> dict[str, Tensor]:
         img_size=config["image"], patch_size=config["patch"], embed_dim=dim, depth=3, num_heads=dim // 64, num_classes=0
     )
     model = SA2VP(backbone, 1, config["inter_dim"]).eval()
+    backbone = model.backbone
     backbone.pos_embed.data, backbone.cls_token.data = state["position_embeddings"], state["cls_token"]
     model.prompt.data = state["ppt"]
     for kind in ("weight", "bias"):
@@ -119,7 +122,7 @@ def _embeddings(case: Case) -> dict[str, Tensor]:
 def _loss_and_schedule(case: Case) -> dict[str, Tensor]:
     """The loss for given logits; the schedules are compared in the test, since case.json holds them as numbers."""
     target = torch.tensor(case.facts["targets"])
-    return {"loss": loss(case.input("logits_image"), case.input("logits_prompt"), target)}
+    return {"loss": two_pathway_loss(case.input("logits_image"), case.input("logits_prompt"), target)}
 
 
 def schedules(case: Case) -> dict[str, tuple[list[float], list[float]]]:
@@ -137,10 +140,10 @@ def schedules(case: Case) -> dict[str, tuple[list[float], list[float]]]:
 
 def _gradients(model: nn.Module, case: Case, logits_image: Tensor, logits_prompt: Tensor) -> dict[str, Tensor]:
     """The loss and the norm of its gradient for every trained tensor, by official name."""
-    value = loss(logits_image, logits_prompt, torch.tensor(case.facts["targets"]))
+    value = two_pathway_loss(logits_image, logits_prompt, torch.tensor(case.facts["targets"]))
     value.backward()
-    official = model._official_names()[0]
-    grads = {f"grad:{official[n][0]}": p.grad.norm() for n, p in model.trained().items() if p.grad is not None}
+    official = model._official_names()
+    grads = {f"grad:{official[n]}": p.grad.norm() for n, p in model.trained().items() if p.grad is not None}
     return {"logits_image": logits_image, "logits_prompt": logits_prompt, "loss": value} | grads
 
 
@@ -149,16 +152,24 @@ def _vit(case: Case) -> dict[str, Tensor]:
     model = SA2VP.from_official(
         case.state, heads=config["heads"], patch=config["patch"], scale=config["add_scale"], attention=_attention(case)
     )
-    trace, images = {}, case.input("image")
+    images, found = case.input("image"), {}
+    fusion = _outputs(dict(enumerate(model.adapters)))
     with torch.no_grad():
-        model(images, trace)
-    found = {}
-    for i in range(config["depth"]):
-        found[f"fusion_block{i}"] = trace["fusion"][i][:1, DEEP_ROWS]
+        tokens = model.forward_intermediates(images)
+    for i, pathways in enumerate(tokens):
+        found[f"fusion_block{i}"] = fusion[i][0][:1, DEEP_ROWS]
         after = f"into_block{i + 1}" if i + 1 < config["depth"] else "last"
-        for pathway in ("image", "prompt"):
-            found[f"{pathway}_tokens_{after}"] = trace[pathway][i][:1, DEEP_ROWS]
+        for pathway, x in zip(("image", "prompt"), pathways, strict=True):
+            found[f"{pathway}_tokens_{after}"] = x[:1, DEEP_ROWS]
     return found | _gradients(model, case, *model(images))
+
+
+def _outputs(modules: dict) -> dict[object, list[Tensor]]:
+    """The outputs of `modules` from here on, by name, one a call."""
+    found: dict[object, list[Tensor]] = {name: [] for name in modules}
+    for name, module in modules.items():
+        module.register_forward_hook(lambda _, __, out, name=name: found[name].append(out.detach()))
+    return found
 
 
 def _swin(case: Case) -> dict[str, Tensor]:
@@ -167,20 +178,15 @@ def _swin(case: Case) -> dict[str, Tensor]:
         case.state, image_size=config["image"], heads=tuple(config["heads"]), scale=config["add_scale"]
     )
     swin, images = model.backbone, case.input("image")
-    seen: dict[str, list[Tensor]] = {}
-    watched = {
-        "embed": swin.patch_embed.norm,
-        "after_stage2": swin.layers[2].downsample,
-        "after_stage3": swin.layers[3].downsample,
-        "after_stage4": swin.layers[3],
-    }
-    hooks = [
-        module.register_forward_hook(lambda _, __, out, name=name: seen.setdefault(name, []).append(out.detach()))
-        for name, module in watched.items()
-    ]
+    seen = _outputs(
+        {
+            "embed": swin.patch_embed.norm,
+            "after_stage2": swin.layers[2].downsample,
+            "after_stage3": swin.layers[3].downsample,
+            "after_stage4": swin.layers[3],
+        }
+    )
     logits = model(images)
-    for hook in hooks:
-        hook.remove()
     found = {}
     for name, parts in seen.items():
         # the pathways pass one after the other, or as the halves of one batch

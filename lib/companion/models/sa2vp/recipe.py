@@ -1,4 +1,4 @@
-"""SA²VP: what the notebook trains live, at pocket scale or with the published settings."""
+"""SA²VP with the published settings: what the `paper` profile trains, how it is tested, and the tables of results."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from ... import backbones
 from ...data import DATASETS, classification
 from ...evaluation.tables import upsert_rows
 from ...ops.papers import paper
-from ...toy import encoders
-from ...toy.ablations import sa2vp as study
-from ...toy.datasets import classification as pocket
-from ...training.fit import fit, predict
+from ...training import checkpoints
+from ...training.fit import Hardware, History, fit, predict
+from ...training.schedules import adamw
 from ..layers import vpt
-from . import model as sa2vp
+from .model import SA2VP, SA2VPSwin, loss
 
 DRY_CLASSES = 10
 WORKERS = min(8, os.cpu_count() or 1)
@@ -31,56 +30,44 @@ WORKERS = min(8, os.cpu_count() or 1)
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained on what. `fit` holds the arguments of `companion.training.fit.fit` besides the learning rate."""
+    """What is trained on what.
+
+    Attributes:
+        train, test: items (image, label).
+        classes: names by label.
+        input: size and normalisation of the images.
+        learning_rates: of the methods that are trained.
+        build: the model of a method, before training.
+        options: arguments of `fit`: epochs, batch, seed, hardware.
+        folder: of the run, below which checkpoints and final weights are saved; None: they are not.
+        facts: what tells the training from others, for the checkpoint's key.
+    """
 
     title: str
     train: Dataset
     test: Dataset
     classes: tuple[str, ...]
-    methods: tuple[str, ...]
-    rates: dict[str, float]
+    input: backbones.Input
+    learning_rates: dict[str, float]
     build: Callable[[str], nn.Module]
-    fit: dict = field(default_factory=dict)
-    input: backbones.Input | None = None
+    options: dict
+    folder: Path | None = None
+    facts: dict = field(default_factory=dict)
 
 
-def setting(p: SimpleNamespace, out: Path, rates: dict[tuple[str, str], float]) -> Setting:
-    """The setting that the notebook's parameters ask for.
-
-    Args:
-        p: the checked parameters of the notebook.
-        out: the run's folder; pocket pictures are written below it.
-        rates: learning rates by (task, method), as the study chose them on validation.
+def setting(p: SimpleNamespace, out: Path) -> Setting:
+    """The setting of the `paper` profile that the notebook's parameters ask for; results go below `out`.
 
     Raises:
         BadParameter, MissingData, MissingWeights: with what to change or get.
     """
-    if p.profile == "pocket":
-        return _pocket(p, out, rates)
-    return _dry(p) if p.dry_run else _paper(p)
-
-
-def _pocket(p: SimpleNamespace, out: Path, rates: dict[tuple[str, str], float]) -> Setting:
-    task, root = "textures", str(out / "data")
-    pocket.write(study.folder(root, p.seed), list(study.TASKS), p.seed)
-    methods = ("linear probing", "VPT-deep", "SA²VP")
-    return Setting(
-        title="which photograph a cut comes from (pocket)",
-        train=study.pictures(task, root, p.seed, "trainval"),
-        test=study.pictures(task, root, p.seed, "test"),
-        classes=pocket.TASKS[task].classes,
-        methods=methods,
-        rates={method: rates[task, method] for method in methods},
-        build=lambda method: study.build(method, len(pocket.TASKS[task].classes), p.seed),
-        fit={"epochs": study.EPOCHS, "batch": study.BATCH, "seed": p.seed, "accelerator": "cpu"},
-        input=backbones.input_of(encoders.build("pocket_vit", "random")),
-    )
+    return _dry(p) if p.dry_run else _paper(p, out)
 
 
 def published_settings(backbone: str, dataset: str) -> dict[str, float]:
-    """Width r, scale s, learning rate and batch of a data set, from the authors' README (the paper's YAML).
+    """Width r, scale s, learning rate and batch of a dataset, from the authors' README (the paper's YAML).
 
-    A data set without a row of its own takes its group's. Where the README gives two values, the first is taken for the
+    A dataset without a row of its own takes its group's. Where the README gives two values, the first is taken for the
     batch and the larger for s of Swin (0.5 is what its code has).
     """
     group, _, name = dataset.partition("/")
@@ -107,43 +94,34 @@ def published_settings(backbone: str, dataset: str) -> dict[str, float]:
     }
 
 
-def build(p: SimpleNamespace, method: str, classes: int, dataset: str, weights: str | Path) -> nn.Module:
+def build(p: SimpleNamespace, method: str, classes: int, weights: str | Path) -> nn.Module:
     """A method at full size on the backbone that the parameters name."""
-    # Swin's stochastic depth is the released 0.2; frozen VPT and probing never see it (they keep eval mode)
+    # Swin's stochastic depth is the released 0.2; frozen VPT and probing never see it (they stay in eval mode)
     options = {"drop_path_rate": 0.2} if p.backbone == "swin_b" else {}
+    torch.manual_seed(p.seed)  # of random weights in a dry run
     backbone = backbones.build(p.backbone, weights, **options)
     torch.manual_seed(p.seed)
     if method == "SA²VP":
-        published = published_settings(p.backbone, dataset)
-        kind = sa2vp.SA2VP if p.backbone == "vit_b16" else sa2vp.SA2VPSwin
-        width = p.width or published["width"]
-        maps = {"new_maps": 1} if dataset == "fgvc/cars196" and p.backbone == "vit_b16" else {}
-        return kind(backbone, classes, width, published["scale"], attention=p.attention, **maps)
+        published = published_settings(p.backbone, p.dataset)
+        kind = SA2VP if p.backbone == "vit_b16" else SA2VPSwin
+        maps = {"new_maps": 1} if p.dataset == "fgvc/cars196" and p.backbone == "vit_b16" else {}
+        return kind(backbone, classes, p.width or published["width"], published["scale"], attention=p.attention, **maps)
     if method.startswith("VPT"):
         return vpt.VPT(backbone, classes, tokens=50, deep=method == "VPT-deep")
     return {"linear probing": vpt.LinearProbe, "full fine-tuning": vpt.FineTuning}[method](backbone, classes)
 
 
-def _options(p: SimpleNamespace, published: dict[str, float], epochs: float) -> dict:
-    return {
-        "epochs": epochs,
-        "batch": published["batch"],
-        "seed": p.seed,
-        "accelerator": p.accelerator,
-        "devices": p.devices,
-        "precision": p.precision,
-        "schedule": "cosine",
-        "warmup": 0.1,
-        "final_lr": 1e-7,
-        "weight_decay": 1e-4,
-    }
+def _options(p: SimpleNamespace, epochs: int, batch: int, workers: int = 0) -> dict:
+    """The published recipe but for the optimiser; schedule and weight decay are the defaults of `fit` and `adamw`."""
+    hardware = Hardware(p.accelerator, p.devices, p.precision, workers)
+    return {"epochs": epochs, "batch": batch, "seed": p.seed, "hardware": hardware}
 
 
 def _dry(p: SimpleNamespace) -> Setting:
-    """Full-size model with random weights, two optimiser steps on generated pictures of the real shape."""
+    """Full-size model with random weights, two optimiser steps on generated images of the real shape."""
     published = published_settings(p.backbone, p.dataset)
-    if p.accelerator == "cpu" or not torch.cuda.is_available():
-        published["batch"] = 8  # the published batch wants the memory of a card
+    # the published batch needs the memory of a GPU
+    batch = 8 if p.accelerator == "cpu" or not torch.cuda.is_available() else published["batch"]
     seen = backbones.input_of(backbones.build(p.backbone, "random"))
     generator = torch.Generator().manual_seed(p.seed)
 
@@ -151,81 +129,97 @@ def _dry(p: SimpleNamespace) -> Setting:
         images = torch.randn(count, 3, seen.size, seen.size, generator=generator)
         return TensorDataset(images, torch.arange(count) % DRY_CLASSES)
 
-    torch.manual_seed(p.seed)
     return Setting(
-        title="generated pictures (dry run: accuracies mean nothing)",
-        train=generated(2 * published["batch"]),
+        title="generated images (dry run: accuracies mean nothing)",
+        train=generated(2 * batch),
         test=generated(16),
         classes=tuple(f"class {i}" for i in range(DRY_CLASSES)),
-        methods=(p.method,),
-        rates={p.method: published["lr"]},
-        build=lambda method: build(p, method, DRY_CLASSES, p.dataset, "random"),
-        fit=_options(p, published, 1),
         input=seen,
+        learning_rates={p.method: published["lr"]},
+        build=lambda method: build(p, method, DRY_CLASSES, "random"),
+        options=_options(p, 1, batch),
     )
 
 
-def _paper(p: SimpleNamespace) -> Setting:
-    """The published recipe on real pictures: 100 epochs; train and validation pictures together where VTAB does so."""
+def _paper(p: SimpleNamespace, out: Path) -> Setting:
+    """The published recipe on real images: 100 epochs; training and validation images together where VTAB does so."""
     weights = p.weights or "pretrained"
     seen = backbones.input_of(backbones.build(p.backbone, weights))
     # the released code normalises with 0.5 whatever the backbone; here each gets what it was trained with
     crops = not p.dataset.startswith("vtab/")
-    train_transform = classification.crop_transform(seen, True) if crops else classification.resize_transform(seen)
-    test_transform = classification.crop_transform(seen, False) if crops else classification.resize_transform(seen)
+    resize = classification.resize_transform(seen)
+    transforms = [classification.crop_transform(seen, training) if crops else resize for training in (True, False)]
     published = published_settings(p.backbone, p.dataset)
-    if p.dataset == "folder":  # nothing is chosen on val: it is tested on, or trained on where there is a test part
+    batch = published["batch"]
+    if p.dataset == "folder":  # nothing is chosen on val: it is tested on, or trained on where there is a test split
         parts = classification.image_folder(p.data_root, seed=p.seed)
         train, test = (parts["trainval"], parts["test"]) if "test" in parts else (parts["train"], parts["val"])
-        train.transform, test.transform = train_transform, test_transform
+        train.transform, test.transform = transforms
         names = tuple(train.class_names)
-        published["batch"] = min(published["batch"], max(len(train) // p.devices, 1) * p.devices)
+        batch = min(batch, max(len(train) // p.devices, 1) * p.devices)
     else:
-        split = "trainval" if p.dataset.startswith("vtab/") else "train"
-        train = classification.load(p.dataset, p.data_root, split, train_transform)
-        test = classification.load(p.dataset, p.data_root, "test", test_transform)
+        train = classification.load(p.dataset, p.data_root, "train" if crops else "trainval", transforms[0])
+        test = classification.load(p.dataset, p.data_root, "test", transforms[1])
         names = tuple(map(str, range(train.classes)))
     return Setting(
         title=p.dataset,
         train=train,
         test=test,
         classes=names,
-        methods=(p.method,),
-        rates={p.method: published["lr"]},
-        build=lambda method: build(p, method, len(names), p.dataset, weights),
-        fit=_options(p, published, 100) | {"workers": WORKERS},
         input=seen,
+        learning_rates={p.method: published["lr"]},
+        build=lambda method: build(p, method, len(names), weights),
+        options=_options(p, 100, batch, WORKERS),
+        folder=Path(out),
+        facts={"data_root": Path(p.data_root), "attention": p.attention, "precision": p.precision},
     )
 
 
-def train(found: Setting, method: str, **options) -> tuple[nn.Module, list[dict]]:
-    """Build and train a method of a setting; returns the model, in eval mode, and the history of its training."""
-    model = found.build(method)
-    settings = found.fit | {"lr": found.rates[method], "name": method} | options
-    if isinstance(model, vpt.LinearProbe) and isinstance(found.train, TensorDataset):
-        # frozen features do not change: once an image, not once an epoch
-        features = predict(model.backbone, found.train, batch=64, accelerator=settings["accelerator"])
-        history = fit(model.head, study.loss, TensorDataset(features, found.train.tensors[1]), **settings)
-        return model.eval(), history
-    return model, fit(model, study.loss, found.train, **settings)
+def train(found: Setting, method: str, **changes: object) -> tuple[nn.Module, History]:
+    """Build and train a method of a setting; return the model, in eval mode, and the history of its training.
+
+    `changes` go to `fit`. With a folder, a training that was stopped is resumed, and the final weights are saved.
+    """
+    model, name = found.build(method), f"{found.title}, {method}"
+    options = found.options | {"name": method} | changes
+    if found.folder:
+        facts = found.facts | {"model": model}
+        options["checkpoint"] = checkpoints.Checkpoint.of(found.folder / "checkpoints", name, **facts)
+    history = train_model(model, found.train, found.learning_rates[method], **options)
+    if found.folder:
+        checkpoints.save(found.folder / "trained", name, checkpoints.trained_state(model))
+    return model, history
 
 
-def accuracy(model: nn.Module, found: Setting) -> float:
-    """Top-1 accuracy on the test pictures, in percent, of the image pathway."""
-    options = {name: found.fit[name] for name in ("accelerator", "precision", "workers") if name in found.fit}
-    logits = predict(model, found.test, batch=64, **options)
-    labels = found.test.tensors[1] if isinstance(found.test, TensorDataset) else torch.tensor(found.test.labels)
-    return 100 * float((logits.argmax(1) == labels).float().mean())
+def train_model(model: nn.Module, data: Dataset, learning_rate: float, **options) -> History:
+    """Train `model` in place with the published optimiser; `options` go to `fit`.
+
+    A linear probe on images in memory is trained on their features, computed once: the encoder is frozen.
+    """
+    trained = model
+    if isinstance(model, vpt.LinearProbe) and isinstance(data, TensorDataset):
+        features = predict(model.backbone, data, hardware=Hardware(options["hardware"].accelerator))
+        trained, data = model.head, TensorDataset(features, data.tensors[1])
+    history = fit(trained, loss, data, optimizer=adamw(learning_rate), **options)
+    model.eval()
+    return history
+
+
+def accuracy(model: nn.Module, data: Dataset, hardware: Hardware, batch: int = 64) -> float:
+    """Top-1 accuracy in percent, of the image pathway where there are two."""
+    predicted = predict(model, data, batch=batch, hardware=hardware).argmax(1)
+    labels = data.tensors[1] if isinstance(data, TensorDataset) else torch.tensor(data.labels)
+    return 100 * float((predicted == labels).float().mean())
 
 
 def first(data: Dataset, count: int) -> tuple[Tensor, Tensor]:
-    """The first items of a data set: images (n, 3, H, W), labels (n,)."""
+    """The first items of a dataset: images (n, 3, H, W), labels (n,)."""
     items = [data[i] for i in range(min(count, len(data)))]
     return torch.stack([x for x, _ in items]), torch.tensor([int(y) for _, y in items])
 
 
 def label(p: SimpleNamespace) -> str:
-    """The method's name in the tables, with what is not as published."""
+    """The method's name in the tables, with its deviations from the published setting."""
     changed = []
     if p.method == "SA²VP":
         changed += [f"{p.attention} attention"] if p.attention != "aligned" else []
@@ -240,8 +234,8 @@ def measured(path: Path, new: dict[str, object] | None = None) -> pd.DataFrame:
 
 
 def cells(rows: pd.DataFrame, backbone: str, group: str) -> dict[tuple[str, str], float]:
-    """Mean accuracy over seeds by (method, column) for the data sets of a group ("vtab", "fgvc", "hta"), as
-    `report.beside` takes it. The mean over a table's columns is left to `with_mean`."""
+    """Mean accuracy over seeds by (method, column) for the datasets of a group ("vtab", "fgvc", "hta"), as
+    `tables.compare_published` takes it. The mean over a table's columns is left to `with_mean`."""
     chosen = rows[(rows.backbone == backbone) & rows.dataset.astype(str).str.startswith(f"{group}/")]
     means = chosen.groupby(["method", "dataset"]).accuracy.mean()
     return {(_published_name(method), dataset.partition("/")[2]): value for (method, dataset), value in means.items()}
@@ -260,7 +254,7 @@ def _published_name(method: str) -> str:
 
 
 def benchmark_means(rows: pd.DataFrame, backbone: str) -> dict[tuple[str, str], float]:
-    """Mean accuracy by (method, benchmark) of the methods that have all data sets of it: "fgvc", "hta", the three
+    """Mean accuracy by (method, benchmark) of the methods that have all datasets of it: "fgvc", "hta", the three
     groups "vtab_natural", "vtab_specialized" and "vtab_structured", and the two means over VTAB-1k that are in use."""
     sets = defaultdict(list)
     for name, dataset in DATASETS.items():

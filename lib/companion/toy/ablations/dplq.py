@@ -1,11 +1,11 @@
-"""DPLQ at pocket scale: the methods, the two domains, and one training run of any method, from base to novel classes.
+"""DPLQ at toy scale: the methods, the two domains, and one training run of any method, from base to novel classes.
 
-All methods prompt the same frozen pocket CLIP with 16 pictures of each base class, the same optimiser, number of
-epochs and grid of learning rates. What does not change is computed once a picture: the domain model's feature, and
-CLIP's image feature for the methods that leave the image tower alone.
+All methods prompt the same small frozen CLIP with 16 images of each base class, the same optimiser, number of epochs
+and grid of learning rates. Features that do not change are computed once per image: the domain model's, and CLIP's
+image feature for the methods without prompts in the image tower.
 
-Learning rates are chosen by the harmonic mean on validation pictures, those of novel classes among them, for every
-method alike: so no method's rate is one that ruins what CLIP knows of other classes.
+Learning rates are chosen by the harmonic mean on validation images, those of novel classes among them, for every
+method alike: so no method gets a learning rate that ruins CLIP's knowledge of other classes.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 from ... import backbones
 from ...data import domains, fewshot
-from ...models.dplq import model as dplq
+from ...models.dplq import DPLQ
+from ...models.dplq.model import CLIPFeatures, NoFeatures, loss
+from ...models.dplq.recipe import TEST_BATCH, UNTRAINED
 from ...models.layers import clip_prompting as prompting
 from ...ops.files import read_json
-from ...training.fit import fit, predict
+from ...training.fit import CPU, History, fit, predict
+from ...training.schedules import MakeOptimizer, adamw
 from .. import encoders
 from ..datasets import domains as pocket
 from ..datasets.tokens import Tokenizer
@@ -33,12 +35,12 @@ LEARNING_RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 100
 METRIC = "HM"
-SHOTS, EPOCHS, BATCH = 16, 40, 16
-DEPTH, HIDDEN = 6, 16  # all six layers of the image tower; the small net's width, where the papers' E / 16 would be 4
+SHOTS, TRAINING = 16, {"epochs": 40, "batch": 16, "hardware": CPU}  # of `fit`
+DEPTH, HIDDEN = 6, 16  # all six layers of the image tower; the width of the small net, for which E / 16 would be 4
 TEMPLATE = "a photo of a {}"
 SENSORS = ("first sensor", "second sensor")
 
-# what is computed of a picture before training; "images" are the pictures themselves
+# features that are computed before training; "images" are the images themselves
 INPUTS = {
     "zero-shot CLIP": ("CLIP",),
     "CoOp": ("CLIP",),
@@ -62,14 +64,13 @@ OPTIONS = {
     "DPLQ, mean 1, noise off": {"noise": "off"},
 }
 METHODS = tuple(INPUTS)
-UNTRAINED = ("zero-shot CLIP",)
 TASKS = {"remote": list(METHODS), "medical": list(METHODS)[: METHODS.index("DPLQ, real layers") + 1]}
 
 
 @functools.cache
 def clip() -> nn.Module:
-    """The pocket CLIP, frozen; one for all methods, which only read it."""
-    return encoders.build("pocket_clip").requires_grad_(False)
+    """The small CLIP; the methods keep copies of it."""
+    return encoders.build("pocket_clip")
 
 
 def build(method: str, classes: tuple[str, ...], seed: int, features: int) -> prompting.PromptedCLIP:
@@ -77,7 +78,7 @@ def build(method: str, classes: tuple[str, ...], seed: int, features: int) -> pr
     torch.manual_seed(seed)
     common = (clip(), classes, Tokenizer())
     if method == "zero-shot CLIP":
-        return prompting.ZeroShot(*common, template="a {}")  # as the captions that the pocket CLIP was trained on
+        return prompting.ZeroShot(*common, template="a {}")  # as the captions that the small CLIP was trained on
     if method == "CoOp":
         return prompting.CoOp(*common, tokens=4, template=TEMPLATE)
     if method == "CoCoOp":
@@ -85,17 +86,17 @@ def build(method: str, classes: tuple[str, ...], seed: int, features: int) -> pr
     if method == "MaPLe":
         return prompting.MaPLe(*common, depth=DEPTH, template=TEMPLATE)
     options = OPTIONS.get(method, {})
-    return dplq.DPLQ(*common, features, depth=DEPTH, template=TEMPLATE, hidden=HIDDEN, **options)
+    return DPLQ(*common, features, depth=DEPTH, template=TEMPLATE, hidden=HIDDEN, **options)
 
 
 def encoder(what: str, task: str, seed: int) -> nn.Module:
-    """The frozen model behind one of `INPUTS`, from pictures to features (b, F)."""
+    """The model of one of `INPUTS`, from images to features (b, F)."""
     if what == "CLIP":
         return prompting.ImageFeatures(clip())
     if what == "CLIP, scaled":
-        return dplq.CLIPFeatures(clip())
+        return CLIPFeatures(clip())
     if what == "none":
-        return dplq.NoFeatures(clip().visual.output_dim)
+        return NoFeatures(clip().visual.output_dim)
     if what == "untrained":
         torch.manual_seed(seed)
         return domain_mae.load(task, "random")
@@ -103,7 +104,7 @@ def encoder(what: str, task: str, seed: int) -> nn.Module:
 
 
 def prepare(root: str | Path) -> None:
-    """Write the pictures of every seed: each seed has its own, so that the spread holds their chance too."""
+    """Write the images of every seed: each seed has its own, so that the spread over seeds includes theirs."""
     for seed in (SELECTION_SEED, *SEEDS):
         for task in TASKS:
             pocket.write(folder(root, seed), task, seed)
@@ -124,10 +125,10 @@ def _part(task: str, root: str, seed: int, part: str) -> fewshot.Part:
 
 
 @functools.lru_cache(maxsize=16)
-def pictures(task: str, root: str, seed: int, part: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+def images(task: str, root: str, seed: int, part: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Images (n, 3, 32, 32), labels (n,) and names of the classes of "train", "val base", "val novel", "test base" ...
 
-    "train" has `SHOTS` pictures of each base class.
+    "train" has `SHOTS` images of each base class.
     """
     chosen = _part(task, root, seed, part)
     return torch.stack([image for image, _ in chosen]), torch.tensor(chosen.labels), chosen.class_names
@@ -135,7 +136,7 @@ def pictures(task: str, root: str, seed: int, part: str) -> tuple[Tensor, Tensor
 
 @functools.lru_cache(maxsize=16)
 def sensors(task: str, root: str, seed: int, part: str) -> Tensor:
-    """Which sensor took each picture of a part, (n,), 0 or 1. No method is given it."""
+    """The sensor of each image of a part, (n,), 0 or 1. No method is given it."""
     known = read_json(folder(root, seed) / task / "sensors.json")
     files = map(Path, _files(_part(task, root, seed, part)))
     return torch.tensor([known[f"{file.parent.name}/{file.name}"] for file in files])
@@ -150,45 +151,35 @@ def _files(data: Dataset) -> list[str]:
 
 @functools.lru_cache(maxsize=64)
 def features(what: str, task: str, root: str, seed: int, part: str) -> Tensor:
-    """What the model behind one of `INPUTS` gives for the pictures of a part, or the pictures themselves.
+    """One of `INPUTS` for the images of a part: features, or the images themselves.
 
-    The pocket domain models' features have a mean near 0, and the noise is as large as the mean. "domain, mean 1" says
-    the same with a mean of 1, so that the noise is as large as the feature's own deviation.
+    The features of the small domain models have a mean near 0, and the noise is as large as the mean. "domain, mean 1"
+    is the same feature with a mean of 1, so that the noise is as large as its standard deviation.
     """
     if what == "domain, mean 1":
         return features("domain", task, root, seed, part) + 1
-    images = pictures(task, root, seed, part)[0]
+    found = images(task, root, seed, part)[0]
     if what == "images":
-        return images
-    return predict(encoder(what, task, seed), TensorDataset(images), accelerator="cpu")
+        return found
+    return predict(encoder(what, task, seed), TensorDataset(found), hardware=CPU)
 
 
 def inputs(method: str, task: str, root: str, seed: int, part: str) -> TensorDataset:
-    """A part as a method reads it: what `INPUTS` says first, the labels, and the domain feature where it has one."""
+    """A part as input of a method: images or CLIP features, labels, and the domain feature where it has one."""
     first, *others = (features(what, task, str(root), seed, part) for what in INPUTS[method])
-    return TensorDataset(first, pictures(task, str(root), seed, part)[1], *others)
-
-
-def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-    """Cross entropy over the classes."""
-    first, labels, *domain = batch
-    return F.cross_entropy(model(first, *domain), labels)
+    return TensorDataset(first, images(task, str(root), seed, part)[1], *others)
 
 
 @torch.inference_mode()
 def hits(model: prompting.PromptedCLIP, data: TensorDataset, classes: tuple[str, ...], seed: int = 0) -> Tensor:
-    """Whether each picture is named right among `classes`, whose names the model is given: (n,) of 0 and 1.
-
-    `seed` is that of DPLQ's noise.
-    """
+    """Whether each image is classified correctly among `classes`: (n,) of 0 and 1. `seed` is that of DPLQ's noise."""
     model.eval().set_classes(classes)
     first, labels, *domain = data.tensors
-    # the published batch of the test: the noise's size is a mean over a batch
-    parts = zip(*(x.split(24) for x in (first, *domain)), strict=True)
+    parts = zip(*(x.split(TEST_BATCH) for x in (first, *domain)), strict=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        said = torch.cat([model(*part).argmax(-1) for part in parts])
-    return (said == labels).double()
+        predicted = torch.cat([model(*part).argmax(-1) for part in parts])
+    return (predicted == labels).double()
 
 
 def accuracy(model: prompting.PromptedCLIP, data: TensorDataset, classes: tuple[str, ...], seed: int = 0) -> float:
@@ -196,24 +187,26 @@ def accuracy(model: prompting.PromptedCLIP, data: TensorDataset, classes: tuple[
     return 100 * float(hits(model, data, classes, seed).mean())
 
 
-def train(method: str, task: str, rate: float, seed: int, root: str, split: str = "test", **options) -> dict:
+def train(
+    method: str, task: str, learning_rate: float, seed: int, root: str, split: str = "test", **options: object
+) -> dict:
     """Train one method on the base classes of one domain, if it has anything to train, and test it on both halves.
 
-    `split` "select": tested on the pictures of validation, 20 a class; "test": on 40 others. `options` go to `fit`.
-    Returns a row: the accuracies of base and of novel classes and their harmonic mean, and the accuracy on all pictures
-    of each sensor, in percent; the last loss; how many numbers were trained.
+    `split` "select": tested on the validation images, 20 a class; "test": on 40 others. `options` go to `fit`.
+    Returns a row: the accuracies of base and of novel classes and their harmonic mean, and the accuracy on all images
+    of each sensor, in percent; the last loss; the number of trainable parameters.
     """
     data = inputs(method, task, root, seed, "train")
-    classes = pictures(task, str(root), seed, "train")[2]
+    classes = images(task, str(root), seed, "train")[2]
     model, last = build(method, classes, seed, data.tensors[-1].shape[-1]), 0.0
     if method not in UNTRAINED:
-        history = train_model(model, method, data, rate, seed, **options)
+        history = train_model(model, data, learning_rate, **{"seed": seed, "name": method} | options)
         last = round(sum(row["loss"] for row in history[-20:]) / 20, 4)
     held_out = "val" if split == "select" else "test"
     right, took, found = [], [], {}
     for half in ("base", "novel"):
         part = f"{held_out} {half}"
-        classes = pictures(task, str(root), seed, part)[2]
+        classes = images(task, str(root), seed, part)[2]
         right.append(hits(model, inputs(method, task, root, seed, part), classes, seed))
         took.append(sensors(task, str(root), seed, part))
         found[half] = 100 * float(right[-1].mean())
@@ -224,7 +217,11 @@ def train(method: str, task: str, rate: float, seed: int, root: str, split: str 
     return row | {"loss": last, "trained": 0 if method in UNTRAINED else model.count()}
 
 
-def train_model(model: nn.Module, method: str, data: TensorDataset, rate: float, seed: int, **options) -> list[dict]:
-    """Train `model` in place on what `inputs` gives; return its history."""
-    settings = dict(epochs=EPOCHS, batch=BATCH, lr=rate, weight_decay=5e-4, seed=seed, accelerator="cpu", name=method)
-    return fit(model, loss, data, **(settings | options))
+def optimizer(learning_rate: float) -> MakeOptimizer:
+    """AdamW with the published weight decay."""
+    return adamw(learning_rate, 5e-4)
+
+
+def train_model(model: nn.Module, data: TensorDataset, learning_rate: float, **options: object) -> History:
+    """Train `model` in place on what `inputs` gives; `options` go to `fit`."""
+    return fit(model, loss, data, optimizer=optimizer(learning_rate), **TRAINING | options)

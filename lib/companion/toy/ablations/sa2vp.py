@@ -1,7 +1,7 @@
-"""SA²VP at pocket scale: the methods, the tasks, and one training run of any of them.
+"""SA²VP at toy scale: the methods, the tasks, and one training run of any of them.
 
-Three tasks: "where" needs place, "digits" and "textures" are real pictures. All methods share the frozen (or
-fine-tuned) pocket ViT, the optimiser, the number of epochs and the grid of learning rates. Dropout is off for all:
+Three tasks: "where" needs the position, "digits" and "textures" are real images. All methods share the frozen (or
+fine-tuned) small ViT, the optimiser, the number of epochs and the grid of learning rates. Dropout is off for all:
 the released code lets the frozen blocks drop while training and VPT's does not, so either way would favour one.
 """
 
@@ -13,28 +13,26 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import TensorDataset
-from torchmetrics.functional.classification import multiclass_accuracy
 
 from ... import backbones
 from ...data import classification
 from ...models.layers import vpt
-from ...models.sa2vp import model as sa2vp
-from ...training.fit import fit, predict
+from ...models.sa2vp import SA2VP, recipe
+from ...training.fit import CPU
 from .. import encoders
 from ..datasets import classification as pocket
 
 LEARNING_RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1]
 SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 100
-EPOCHS, BATCH = 8, 20
+OPTIONS = {"epochs": 8, "batch": 20, "hardware": CPU}  # of `fit`
 WIDTH, SCALE, TOKENS = 8, 1.5, 8
 
 
 def _ours(**changes) -> Callable[[nn.Module, int], nn.Module]:
     options = dict(width=WIDTH, scale=SCALE, dropout=0.0) | changes
-    return lambda backbone, classes: sa2vp.SA2VP(backbone, classes, **options)
+    return lambda backbone, classes: SA2VP(backbone, classes, **options)
 
 
 METHODS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
@@ -53,22 +51,13 @@ TASKS = {"where": list(METHODS), "digits": MAIN, "textures": MAIN}
 
 
 def build(method: str, classes: int, seed: int) -> nn.Module:
-    """The model of a method on the pocket ViT; its new tensors are drawn from `seed`."""
+    """The model of a method on the small ViT; its new tensors are drawn from `seed`."""
     torch.manual_seed(seed)
     return METHODS[method](encoders.build("pocket_vit"), classes)
 
 
-def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Cross entropy; for a model with two pathways the paper's sum."""
-    images, target = batch
-    output = model(images)
-    if isinstance(output, tuple):
-        return sa2vp.loss(*output, target)
-    return F.cross_entropy(output, target)
-
-
 def prepare(root: str | Path) -> None:
-    """Write the pictures of every seed: each seed has its own, so that the spread holds their chance too."""
+    """Write the images of every seed: each seed has its own, so that the spread over seeds includes theirs."""
     for seed in (SELECTION_SEED, *SEEDS):
         pocket.write(folder(root, seed), TASKS, seed)
 
@@ -79,40 +68,26 @@ def folder(root: str | Path, seed: int) -> Path:
 
 
 @functools.lru_cache(maxsize=8)
-def pictures(task: str, root: str, seed: int, split: str) -> TensorDataset:
-    """A split of a pocket task in memory: images (n, 3, 32, 32), labels (n,)."""
+def images(task: str, root: str, seed: int, split: str) -> TensorDataset:
+    """A split of a task in memory: images (n, 3, 32, 32), labels (n,)."""
     seen = backbones.input_of(encoders.build("pocket_vit", "random"))
     transform = classification.resize_transform(seen)
     return classification.in_memory(classification.load(f"pocket/{task}", folder(root, seed), split, transform))
 
 
-def accuracy(model: nn.Module, data: TensorDataset) -> float:
-    """Top-1 accuracy in percent."""
-    logits, target = predict(model, data), data.tensors[1]
-    return 100 * float(multiclass_accuracy(logits, target, num_classes=logits.shape[1], average="micro"))
+def train(
+    method: str, task: str, learning_rate: float, seed: int, root: str, split: str = "test", **options: object
+) -> dict:
+    """Train one method on one task. `split` "select": on 800 images, validated on 200; "test": on 1000, tested.
 
-
-def train(method: str, task: str, rate: float, seed: int, root: str, split: str = "test", **options) -> dict:
-    """Train one method on one task. `split` "select": on 800 pictures, validated on 200; "test": on 1000, tested.
-
-    `options` go to `fit`. Returns a row: accuracy in percent, the last loss, how many numbers were trained (no head).
+    `options` go to `fit`. Returns a row: accuracy in percent, the last loss, the trainable parameters (no head).
     """
     train_on, test_on = ("train", "val") if split == "select" else ("trainval", "test")
-    data, held_out = (pictures(task, str(root), seed, name) for name in (train_on, test_on))
+    data, held_out = (images(task, str(root), seed, name) for name in (train_on, test_on))
     model = build(method, len(pocket.TASKS[task].classes), seed)
-    history = train_model(model, method, data, rate, seed, **options)
+    history = recipe.train_model(model, data, learning_rate, **OPTIONS | {"seed": seed, "name": method} | options)
     return {
-        "accuracy": round(accuracy(model, held_out), 2),
+        "accuracy": round(recipe.accuracy(model, held_out, CPU, batch=256), 2),
         "loss": round(sum(row["loss"] for row in history[-10:]) / 10, 4),
         "trained": sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and not n.startswith("head.")),
     }
-
-
-def train_model(model: nn.Module, method: str, data: TensorDataset, rate: float, seed: int, **options) -> list[dict]:
-    """Train `model` in place; return its history."""
-    settings = dict(epochs=EPOCHS, batch=BATCH, lr=rate, seed=seed, accelerator="cpu", name=method) | options
-    if isinstance(model, vpt.LinearProbe):
-        # frozen features do not change: once an image, not once an epoch
-        features = TensorDataset(predict(model.backbone, data, accelerator="cpu"), data.tensors[1])
-        return fit(model.head, loss, features, **settings)
-    return fit(model, loss, data, **settings)

@@ -1,9 +1,9 @@
-"""How the pocket domain models were made, masked autoencoders that stand for those of DPLQ, and what they tell.
+"""Pre-training of the toy domain models, masked autoencoders that replace those of DPLQ, and probes of their features.
 
     python -m companion.toy.encoders.domain_mae remote      (about 2 minutes on one core; or medical)
 
-Each learns to fill in the hidden half of unlabelled pictures of its domain, drawn over tiles that belong to training.
-It is told neither classes nor sensors. Patches are 8 pixels wide, so that a few thousand steps suffice.
+Each reconstructs the masked half of unlabelled images of its domain, drawn over training tiles, without labels of
+classes or sensors. Patches are 8 pixels wide, so that a few thousand steps suffice.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from torch.utils.data import TensorDataset
 
 from ... import backbones
 from ...errors import BadParameter
-from ...models.dplq import model as dplq
-from ...training.fit import fit, predict
+from ...models.dplq import MAE
+from ...models.dplq.model import CLIPFeatures
+from ...training.callbacks import ClipNorm
+from ...training.fit import CPU, fit, predict
+from ...training.schedules import adamw
 from .. import encoders
 from ..datasets.domains import VERSION, unlabelled
 from . import card
@@ -39,78 +42,77 @@ SHAPE = {
     "decoder_depth": 2,
     "decoder_heads": 4,
 }
-PICTURES, STEPS, BATCH, RATE, MASKED = 6000, 2400, 64, 3e-3, 0.5
-SHOTS = 128  # pictures that a probe learns from, as many as the prompts have
+RECIPE = {"images": 6000, "steps": 2400, "batch": 64, "learning_rate": 3e-3, "masked": 0.5}
+SHOTS = 128  # images that a probe is fitted on, as many as the prompts have
 
 
-def load(domain: str, weights: str = "pocket") -> dplq.MAE:
+def load(domain: str, weights: str = "pocket") -> MAE:
     """The shipped domain model of "remote" or "medical" in eval mode, or with `weights` "random" an untrained one.
 
-    Pictures arrive normalised for the pocket CLIP, to [-1, 1].
+    Images are normalised for the small CLIP, to [-1, 1].
 
     Raises:
         BadParameter: another domain or other weights.
-        MissingWeights, CorruptFile: the shipped file is not there, or not the one that its card describes.
+        MissingWeights, CorruptFile: the shipped file is missing, or not the one that its model card describes.
     """
     if domain not in NAMES:
         raise BadParameter("domain", domain, list(NAMES))
     if weights == "random":
-        return dplq.MAE(**SHAPE).eval()
+        return MAE(**SHAPE).eval()
     if weights != "pocket":
         raise BadParameter("weights", weights, ("pocket", "random"))
     state = backbones.read_state(encoders.weights_file(NAMES[domain]))
-    return dplq.MAE.from_official(state, heads=SHAPE["heads"], decoder_heads=SHAPE["decoder_heads"])
+    return MAE.from_official(state, heads=SHAPE["heads"], decoder_heads=SHAPE["decoder_heads"])
 
 
-def train(domain: str, count: int = PICTURES, steps: int = STEPS, seed: int = 0) -> dplq.MAE:
-    """Pre-train the model of a domain from nothing on `count` unlabelled pictures; returned in eval mode."""
+def train(domain: str, count: int = RECIPE["images"], steps: int = RECIPE["steps"], seed: int = 0) -> MAE:
+    """Pre-train the model of a domain from scratch on `count` unlabelled images; returned in eval mode."""
     images, _ = unlabelled(domain, count, "train", seed)
     torch.manual_seed(seed)
     model = load(domain, "random")
     fit(
         model,
-        lambda mae, batch: mae.loss(batch[0], MASKED),
+        lambda mae, batch: mae.loss(batch[0], RECIPE["masked"]),
         TensorDataset(pixels(images)),
-        epochs=steps / (count // BATCH),
-        batch=BATCH,
-        lr=RATE,
-        weight_decay=0.05,
-        clip=1.0,
+        epochs=steps / (count // RECIPE["batch"]),
+        batch=RECIPE["batch"],
+        optimizer=adamw(RECIPE["learning_rate"], 0.05),
+        callbacks=[ClipNorm(1.0)],
         seed=seed,
-        accelerator="cpu",
+        hardware=CPU,
         name=NAMES[domain],
     )
     return model
 
 
 def probe(features: Tensor, sensors: np.ndarray, tested: Tensor, truth: np.ndarray) -> float:
-    """Test accuracy of a logistic regression that reads the sensor from features (n, F) of as many pictures."""
+    """Test accuracy of a logistic regression that predicts the sensor from features (n, F)."""
     reader = make_pipeline(StandardScaler(), LogisticRegression(C=0.3, max_iter=1000)).fit(features.numpy(), sensors)
     return float(reader.score(tested.numpy(), truth))
 
 
 def share(features: Tensor, sensors: np.ndarray) -> float:
-    """The part of the variance of features (n, F) that the two sensors' means explain, 0 to 1."""
+    """The fraction of the variance of features (n, F) that the means of the two sensors explain, 0 to 1."""
     means = torch.stack([features[torch.from_numpy(sensors == sensor)].mean(0) for sensor in (0, 1)])
     return float((means[sensors] - features.mean(0)).square().sum() / (features - features.mean(0)).square().sum())
 
 
 def measure(domain: str, model: nn.Module) -> dict[str, dict[str, float]]:
-    """How well and how loudly the sensor is told by `model`'s feature, by an untrained one's, and by the pocket CLIP's.
+    """How much the features of `model`, of an untrained one, and of the small CLIP contain of the sensor.
 
-    "read" is `probe`, learned from `SHOTS` pictures of training tiles, on 1000 of test tiles; "share" is `share` on
-    these; "mean" and "deviation" are of all entries of the feature.
+    "read" is `probe`, fitted on `SHOTS` images of training tiles, on 1000 of test tiles; "share" is `share` on these;
+    "mean" and "deviation" (standard) are of all entries of the feature.
     """
     (few, sensors), (many, truth) = unlabelled(domain, SHOTS, "train", 1), unlabelled(domain, 1000, "test", 1)
     torch.manual_seed(0)
     models = {
         "domain model": model,
         "untrained": load(domain, "random"),
-        "CLIP": dplq.CLIPFeatures(encoders.build("pocket_clip")),
+        "CLIP": CLIPFeatures(encoders.build("pocket_clip")),
     }
     found = {}
     for name, encoder in models.items():
-        features, tested = (predict(encoder, TensorDataset(pixels(x)), accelerator="cpu") for x in (few, many))
+        features, tested = (predict(encoder, TensorDataset(pixels(x)), hardware=CPU) for x in (few, many))
         found[name] = {
             "read": round(probe(features, sensors, tested, truth), 3),
             "share": round(share(tested, truth), 3),
@@ -130,7 +132,7 @@ def ship(domain: str, folder: str | Path = encoders.WEIGHTS, seed: int = 0) -> P
         "unlabelled, train tiles only",
         "attribution": "photographs free of rights, see scikit-image's documentation of skimage.data",
         "command": f"python -m companion.toy.encoders.domain_mae {domain}",
-        "recipe": {"pictures": PICTURES, "steps": STEPS, "batch": BATCH, "rate": RATE, "masked": MASKED, "seed": seed},
+        "recipe": RECIPE | {"seed": seed},
         "world": VERSION,  # of pocket/domains.py
         "seconds": round(time.monotonic() - start),
         "parameters": sum(p.numel() for p in model.parameters()),
