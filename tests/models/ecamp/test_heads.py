@@ -195,7 +195,7 @@ def test_mean_auroc():
 
 
 def test_mean_precision_of_both_protocols():
-    """One hit, one miss, one false alarm on a healthy picture: as released only the hit counts."""
+    """One hit, one miss, one false alarm on a healthy image: as released only the hit counts."""
     boxes = torch.zeros(3, 10, 5)
     boxes[:2, 0] = torch.tensor([0, 0.5, 0.5, 0.25, 0.25])
     hit = torch.tensor([[84, 84, 140, 140, 0.9, 0.9, 0]])

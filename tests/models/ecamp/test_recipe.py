@@ -158,15 +158,15 @@ def test_pre_training_on_a_folder(tmp_path, monkeypatch):
         found.build("ECAMP")
     (folder / "mimic-cxr-2.0.0-entity-llm.csv").rename(folder / "pretrain.csv")
     mine = runs.setting(given(task="pre-train", dataset="folder", data_root=str(folder)), tmp_path, {})
-    assert mine.title == "folder, 3 pictures" and mine.pairs("ECAMP")[0].images.shape == (3, 448, 448)
+    assert mine.title == "folder, 3 images" and mine.pairs("ECAMP")[0].images.shape == (3, 448, 448)
 
 
 def test_a_pre_training_is_kept_and_starts_a_downstream_task(tmp_path, monkeypatch):
     """Hours of several cards: read when they are done; the encoder is what the downstream tasks take."""
     monkeypatch.setitem(ecamp.SIZES, "paper", {"depth": 1, "decoder_depth": 1, "text_depth": 1, "length": 16})
-    picture = torch.zeros(3, 448, 448)
+    image = torch.zeros(3, 448, 448)
     found = SimpleNamespace(
-        images=Pictures([picture] * 2), texts=["There is no mass."] * 2, statements=None, windows=None
+        images=Images([image] * 2), texts=["There is no mass."] * 2, statements=None, windows=None
     )
     monkeypatch.setattr(xrays, "reports", lambda *given: found)
     monkeypatch.setattr(runs, "pretrain_rates", lambda steps: np.full(2, 1e-3))
@@ -190,8 +190,8 @@ def test_a_pre_training_is_kept_and_starts_a_downstream_task(tmp_path, monkeypat
     assert not torch.equal(read.blocks[0].mlp.fc1.weight, start.blocks[0].mlp.fc1.weight)
 
 
-class Pictures(list):
-    """Pictures in memory, named as on disk."""
+class Images(list):
+    """Images in memory, named as on disk."""
 
     paths = ("a.png", "b.png")
 
@@ -262,7 +262,7 @@ def test_dry_runs(task, dataset, metric, small):
 
 
 def test_a_trained_model_is_scored_on_the_device_and_comes_back(small, monkeypatch):
-    """Twenty thousand test pictures are not left to the CPU where there is a card."""
+    """Twenty thousand test images are not left to the CPU where there is a card."""
     sent = []
 
     class Card(Fabric):
@@ -284,7 +284,7 @@ def test_a_trained_model_is_scored_on_the_device_and_comes_back(small, monkeypat
 
 
 def test_nothing_left_to_be_found_is_no_score(small):
-    """As released, pictures where nothing was found are left out; here those are all."""
+    """As released, images where nothing was found are left out; here those are all."""
     for protocol, expected in (("released", np.nan), ("plain", 0.0)):
         found = runs.downstream(given(task="detect", dataset="xrays/rsna", dry_run=True, protocol=protocol))
         model = found.build().eval()

@@ -79,7 +79,7 @@ def test_the_words_of_a_report_are_found(root, words):
 
 
 def test_losses_of_hidden_words_depend_on_the_picture_that_is_seen(root, words, model):
-    """With equal pictures the right one and another give the same."""
+    """With equal images the right one and another give the same."""
     data = study.part(root, SEED, "test")
     found = study.word_losses(model, data, words)
     assert all(losses.shape == (60,) for losses in found.values())

@@ -1,4 +1,4 @@
-"""What MetaSegNet's notebook trains at pocket scale is what the study trains, on the pictures of the run's seed."""
+"""What MetaSegNet's notebook trains at pocket scale is what the study trains, on the images of the run's seed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SEED, RATE = 1, 1e-3
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """A setting with a few pictures and three steps, and its folder."""
+    """A setting with a few images and three steps, and its folder."""
     path, counts, steps = tmp_path_factory.mktemp("run"), landcover.COUNTS, study.STEPS
     landcover.COUNTS = {"train": 4, "val": 2, "test": 3}
     study.STEPS = 3

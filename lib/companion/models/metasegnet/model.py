@@ -1,4 +1,4 @@
-"""MetaSegNet: land cover from a picture and a text on the place where it was taken (Wang et al., TGRS 2024).
+"""MetaSegNet: land cover from an image and a text on the place where it was taken (Wang et al., TGRS 2024).
 
 The same class looks different in different climates. The climate zone comes free with an image's coordinates; a text
 that describes the zone meets the image's features in cross-modal attention, and a decoder draws the map.

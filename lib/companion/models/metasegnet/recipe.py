@@ -411,14 +411,14 @@ def predict(
     augmentation: str = "none",
     batch: int = 1,
 ) -> list[Path]:
-    """Maps of all pictures of a set, whatever their size, as `<out>/<picture>.tif` (see `geotiff.label`).
+    """Maps of all images of a set, whatever their size, as `<out>/<image>.tif` (see `geotiff.label`).
 
     Args:
-        data: whole pictures, without windows. given: a text for each.
+        data: whole images, without windows. given: a text for each.
         tile, overlap, batch: see `metasegnet.bands`.
     """
     if data.windows is not None:
-        raise BadParameter("data", f"windows of {data.size} pixels", "whole pictures (size = None)")
+        raise BadParameter("data", f"windows of {data.size} pixels", "whole images (size = None)")
     own, files = next(model.parameters()).device, []
     for i, picture in enumerate(data.pictures):
         ids = () if given is None else (model.text.ids([given[i]]),)
@@ -433,7 +433,7 @@ def predict(
 
 
 def maps(folder: str | Path, out: str | Path, p: SimpleNamespace) -> Iterator[tuple[Path, str | None]]:
-    """Label the pictures of a folder of one's own (see `landcover.own`, with its `classes.txt`), one after the other.
+    """Label the images of a folder of one's own (see `landcover.own`, with its `classes.txt`), one after the other.
 
     Args:
         out: where the maps go; empty: `<folder>/maps`.

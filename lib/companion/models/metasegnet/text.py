@@ -5,7 +5,7 @@ The paper names neither its text encoder nor its pooling, so an adapter makes an
     encoder.ids(texts)    (n, L) int64, padded with `encoder.pad`
     encoder.mask(ids)     (n, L) bool, where there is a word
     encoder(ids)          (n, L, encoder.width), one state a word
-    encoder.words(text)   the words as strings, for pictures of the attention
+    encoder.words(text)   the words as strings, for images of the attention
 
 `Words` is small and learns with the rest. `ClipText` and `BertText` hold a released encoder, frozen: each text is
 encoded once and kept, since a data set has at most one text for each of the 30 climate zones.

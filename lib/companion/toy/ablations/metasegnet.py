@@ -1,11 +1,11 @@
 """MetaSegNet at pocket scale: what a text of the zone is worth, beside the same network without it, and the controls.
 
 The network is the full one at pocket width: Swin, fusion, the author's decoder, his losses. All networks are trained on
-the same pictures of eight of nine zones with the same optimiser, number of steps and grid of learning rates; the ninth
-zone is left out, another one for each seed. A rate is chosen on validation pictures of the eight zones with their right
+the same images of eight of nine zones with the same optimiser, number of steps and grid of learning rates; the ninth
+zone is left out, another one for each seed. A rate is chosen on validation images of the eight zones with their right
 texts, for both tasks alike: nothing is chosen by the zone that was left out, or by a wrong text.
 
-Task "seen" scores test pictures of the eight zones, "left out" those of the ninth. Both tasks, and all texts at test,
+Task "seen" scores test images of the eight zones, "left out" those of the ninth. Both tasks, and all texts at test,
 are asked of one trained network: it is trained once and its answers are kept.
 """
 
@@ -58,7 +58,7 @@ TASKS = {"seen": METHODS, "left out": METHODS}
 
 
 def prepare(root: str | Path) -> None:
-    """Write the pictures of every seed: each seed has its own, so that the spread holds their chance too."""
+    """Write the images of every seed: each seed has its own, so that the spread holds their chance too."""
     for seed in (SELECTION_SEED, *SEEDS):
         pocket.write(folder(root, seed), seed)
 
@@ -96,8 +96,8 @@ def level(network: str) -> str:
 
 
 def texts(zones: tuple[str, ...], kind: str, seed: int) -> list[str]:
-    """A text for each picture's zone: a level of `climate.Prompts`, or "wrong": of a zone that differs in moisture and
-    in style, and is not the one left out (unless the picture's own is)."""
+    """A text for each image's zone: a level of `climate.Prompts`, or "wrong": of a zone that differs in moisture and
+    in style, and is not the one left out (unless the image's own is)."""
     if kind == "wrong":
         return [prompts().text(pocket.other_zone(zone, avoid=left_out(seed))) for zone in zones]
     return prompts().texts(zones, kind, seed)
@@ -177,8 +177,8 @@ def trained(network: str, rate: float, root: str, seed: int, split: str) -> tupl
 def train(method: str, task: str, rate: float, seed: int, root: str, split: str = "test") -> dict:
     """Train the network of a method, unless that was done, and score it.
 
-    `split` "select": on validation pictures of the zones that were seen, with their right texts, whatever the task and
-    the method's texts at test; "test": on the task's test pictures. Returns a row, in percent: mIoU, mean F1, OA, the
+    `split` "select": on validation images of the zones that were seen, with their right texts, whatever the task and
+    the method's texts at test; "test": on the task's test images. Returns a row, in percent: mIoU, mean F1, OA, the
     IoU of each class and of task "seen" the mIoU of each zone, from one confusion matrix each; loss and parameters
     trained.
     """

@@ -59,7 +59,7 @@ def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float
 
     Args:
         p: the checked parameters of the notebook.
-        out: the run's folder; pocket pictures are written below it.
+        out: the run's folder; pocket images are written below it.
         rates: learning rates by (task, method), as the study chose them on validation.
 
     Raises:
