@@ -1,6 +1,6 @@
 """Classifier, segmenter and detector on ECAMP's pre-trained ViT (sections 5.2 to 5.4), and their losses.
 
-    classifier   mean of the patch tokens -> a new LayerNorm -> linear; fine-tuned, or the last layer alone (linear probe)
+    classifier   mean of the patch tokens -> a new LayerNorm -> linear; fine-tuned, or the last layer only (linear probe)
     segmenter    patch tokens -> linear -> 14 x 14 map -> four times conv, norm, ReLU, x2 -> logits at 224
     detector     the same map -> three levels, 28, 14 and 7 cells a side -> YOLOv3's heads, three anchors a cell
 
@@ -24,10 +24,11 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
 from ...errors import BadCheckpoint, BadParameter
-from ..layers.clip_prompting import load_official, official_state
+from ..layers.state_dicts import depth, load_official, official_state
 
 # pixels at 416, three for each level, coarse to fine (YOLOv3's)
 ANCHORS = (((116, 90), (156, 198), (373, 326)), ((30, 61), (62, 45), (59, 119)), ((10, 13), (16, 30), (33, 23)))
+COUNTERS = ("num_batches_tracked",)  # of BatchNorm, which some files lack
 
 
 # --- the encoder ------------------------------------------------------------------------------------------------------
@@ -56,12 +57,11 @@ def encoder_like(state: Mapping[str, Tensor], heads: int | None = None) -> Visio
     if missing := {"patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"} - state.keys():
         raise BadCheckpoint("a ViT", missing)
     width, _, _, patch = state["patch_embed.proj.weight"].shape
-    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     return VisionTransformer(
         img_size=math.isqrt(state["pos_embed"].shape[1] - 1) * patch,
         patch_size=patch,
         embed_dim=width,
-        depth=depth,
+        depth=depth(state, "blocks."),
         num_heads=heads or max(1, width // 64),
         mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / width,
         num_classes=0,
@@ -208,18 +208,12 @@ class Segmenter(nn.Module):
         if 2 ** len(channels) != encoder.patch_embed.patch_size[0]:
             raise BadCheckpoint("ECAMP's segmenter", [f"{start}decoder_{len(channels) + 1}.0.weight"])
         model = cls(encoder, 2 if two else 1, channels).eval()
-        load_official(model, _counted(model, state), model.official_names(), "ECAMP's segmenter")
+        load_official(model, state, model.official_names(), "ECAMP's segmenter", optional=COUNTERS)
         return model
 
     def to_official(self) -> dict[str, Tensor]:
         """The state dict under the authors' names."""
         return official_state(self.state_dict(), self.official_names())
-
-
-def _counted(model: Segmenter | Detector, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` with zeros for the counters of BatchNorm that a file lacks."""
-    counters = {t: torch.tensor(0) for t in model.official_names().values() if t.endswith("num_batches_tracked")}
-    return counters | dict(state)
 
 
 def focal_loss(logits: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
@@ -402,7 +396,7 @@ class Detector(nn.Module):
         )
         classes = len(state["embedding0.conv_out.weight"]) // 3 - 5
         model = cls(encoder_like(inner, heads), classes, middle // narrow, channels).eval()
-        load_official(model, _counted(model, state), model.official_names(), "ECAMP's detector")
+        load_official(model, state, model.official_names(), "ECAMP's detector", optional=COUNTERS)
         return model
 
     def to_official(self) -> dict[str, Tensor]:

@@ -32,7 +32,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import BadCheckpoint, BadParameter
-from ..layers.clip_prompting import load_official, official_state
+from ..layers.mae import patchify, random_mask, unpatchify
+from ..layers.pos_embed import sincos_table
+from ..layers.state_dicts import depth, load_official, official_state
 
 FUSIONS = ("both", "patch", "mean", "pooled")
 POSITIONS = ("ecamp", "mae")
@@ -203,7 +205,7 @@ class ECAMP(nn.Module):
             num_classes=0,
             global_pool="",
         )
-        self.encoder.pos_embed = nn.Parameter(position_table(width, side, positions), requires_grad=False)
+        self.encoder.pos_embed = nn.Parameter(sincos_table(width, side, positions), requires_grad=False)
         self.decoder = ImageDecoder(
             width, decoder_width, decoder_depth, decoder_heads, side, positions, 3 * (self.scale * patch) ** 2
         )
@@ -242,7 +244,7 @@ class ECAMP(nn.Module):
         return vit.norm(checkpoint_seq(vit.blocks, x) if vit.grad_checkpointing else vit.blocks(x))
 
     def forward(self, batch: Batch, trace: dict[str, Tensor] | None = None) -> Losses:
-        """The losses of a batch; `trace` receives intermediate tensors by name, "attention" of the fusion among them."""
+        """The losses of a batch; `trace` receives intermediate tensors by name, the fusion's "attention" among them."""
         seen = {} if trace is None else trace
         images = batch.images
         if images.shape[-1] != 2 * self.image:
@@ -250,9 +252,7 @@ class ECAMP(nn.Module):
                 "images", tuple(images.shape), f"a side of {2 * self.image}, twice what the encoder sees"
             )
         low = shrink(images)
-        order = batch.noise.argsort(1)
-        keep = order[:, : int(self.patches * (1 - MASKED))]
-        hidden = torch.ones_like(batch.noise).scatter(1, keep, 0)
+        keep, hidden = random_mask(batch.noise, int(self.patches * (1 - MASKED)))
         latent = self.forward_features(low, keep)
         pixels = self.decoder(latent, keep)  # (B, N, 3 p p), in raster order
 
@@ -347,22 +347,19 @@ class ECAMP(nn.Module):
         fused = any("context_fusion_layer" in name for name in state)
         high = state["decoder_pred.weight"].shape[0] == 3 * (2 * patch) ** 2
 
-        def depth(start: str) -> int:
-            return len({name.removeprefix(start).partition(".")[0] for name in state if name.startswith(start)})
-
         model = cls(
             image=math.isqrt(state["pos_embed"].shape[1] - 1) * patch,
             patch=patch,
             width=width,
-            depth=depth("blocks."),
+            depth=depth(state, "blocks."),
             heads=heads or max(1, width // 64),
             decoder_width=state["decoder_pos_embed"].shape[2],
-            decoder_depth=depth("decoder_blocks."),
+            decoder_depth=depth(state, "decoder_blocks."),
             decoder_heads=decoder_heads or (6 if high else 16),
             words=len(state[words]),
             length=len(state[bert + "bert.embeddings.position_embeddings.weight"]),
             text_width=state[words].shape[1],
-            text_depth=depth(bert + "bert.encoder.layer."),
+            text_depth=depth(state, bert + "bert.encoder.layer."),
             text_heads=text_heads,
             text_hidden=len(state[wide]),
             dropout=dropout,
@@ -387,7 +384,7 @@ class ECAMP(nn.Module):
         """Initialise from a masked autoencoder's state dict, as the paper does; return our names of the loaded tensors.
 
         Every tensor of the same name and shape is loaded, position embeddings included; BERT keeps its initialisation.
-        MAE's image decoder has eight blocks, of which the first ones fit; without a decoder the encoder alone is loaded.
+        MAE's image decoder has eight blocks, of which the first ones fit; without a decoder only the encoder is loaded.
 
         Raises:
             BadCheckpoint: tensors of the encoder that are missing or of another shape.
@@ -438,36 +435,9 @@ def _initialise(module: nn.Module) -> None:
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-def position_table(width: int, side: int, kind: str = "ecamp") -> Tensor:
-    """Sine-cosine position embeddings (1, 1 + side², width), zeros for [CLS]: first half columns, second half rows.
-
-    MAE's frequencies are 10000^(-k / (width / 4)); those of ECAMP and MRM are 10000^(-k / width): the lowest is about
-    0.1 in place of 0.0001 (section 3.2).
-    """
-    count = width // 4
-    steps = torch.arange(count, dtype=torch.float64) / (count if kind == "mae" else width)
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * 10000.0**-steps
-    axis = torch.cat([angles.sin(), angles.cos()], 1)  # (side, width / 2)
-    row, column = axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)
-    return F.pad(torch.cat([column, row], 2).flatten(0, 1).float(), (0, 0, 1, 0))[None]
-
-
 def shrink(images: Tensor) -> Tensor:
-    """Images at half the size, bicubic, without antialiasing, as the authors' version of torchvision resizes tensors."""
+    """Images at half the size, bicubic, not antialiased, as the authors' version of torchvision resizes tensors."""
     return F.interpolate(images, scale_factor=0.5, mode="bicubic", align_corners=False, antialias=False)
-
-
-def patchify(images: Tensor, patch: int) -> Tensor:
-    """Patches (B, h w, p p 3) of images (B, 3, h p, w p); within a patch by row, column, channel, as in MAE."""
-    x = images.unfold(2, patch, patch).unfold(3, patch, patch)
-    return x.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
-
-
-def unpatchify(patches: Tensor, patch: int) -> Tensor:
-    """The inverse of `patchify`, for square images."""
-    side = math.isqrt(patches.shape[1])
-    x = patches.reshape(-1, side, side, patch, patch, 3).permute(0, 5, 1, 3, 2, 4)
-    return x.reshape(-1, 3, side * patch, side * patch)
 
 
 def windows(corners: Tensor, side: int, cell: int, size: int) -> Tensor:
@@ -512,7 +482,7 @@ class ImageDecoder(nn.Module):
         super().__init__()
         self.embed = nn.Linear(inputs, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(position_table(width, side, positions), requires_grad=False)
+        self.pos_embed = nn.Parameter(sincos_table(width, side, positions), requires_grad=False)
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
         self.norm = norm(width)
@@ -530,7 +500,7 @@ class ImageDecoder(nn.Module):
 
 
 class SuperResolution(nn.Module):
-    """Images of twice the size: y = ReLU(u + conv(ReLU(conv(u)))), u upsampled bilinearly (section 3.4). 168 parameters.
+    """Images of twice the size: y = ReLU(u + conv(ReLU(conv(u)))), u bilinear (section 3.4), 168 parameters.
 
     As released the output is never negative, so the negative half of a normalised image cannot be fitted.
     """
@@ -548,7 +518,7 @@ class SuperResolution(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention without an output projection: in BERT `AddNorm` has it, in the fusion layer there is none."""
+    """Multi-head attention without an output projection: in BERT `AddNorm` has it, the fusion layer has none."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +32,7 @@ from ...training.callbacks import ClipNorm, EarlyStop
 from ...training.checkpoints import Checkpoint
 from ...training.fit import Hardware, History, fit, launcher
 from ...training.schedules import adamw, given, sgd
+from ..layers.state_dicts import load_official
 from . import heads
 from . import model as ecamp
 from .model import ECAMP, METHODS
@@ -295,7 +296,7 @@ def encoder(p: SimpleNamespace) -> VisionTransformer:
     # decoders in the file belong to pre-training
     state = backbones.read_state(_file(p, p.encoder.lower()))
     own = {n: t for n, t in state.items() if n in blank.state_dict()}
-    ecamp.load_official(blank, own, {n: n for n in blank.state_dict()}, f"{p.encoder}'s ViT-B/16")
+    load_official(blank, own, {n: n for n in blank.state_dict()}, f"{p.encoder}'s ViT-B/16")
     return blank
 
 

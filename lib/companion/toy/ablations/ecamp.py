@@ -272,7 +272,7 @@ def cells(boxes: Tensor) -> Tensor:
 
 
 def looks(model: ecamp.ECAMP, data: pocket.Part, vocabulary: Vocabulary, hide: bool = False) -> Tensor:
-    """Cross-attention of the finding's word, averaged over heads: (n, 64) in raster order; `hide`: the word is [MASK]."""
+    """Cross-attention of the finding's word, averaged over heads, (n, 64) in raster order; `hide`: it is [MASK]."""
     read = texts(data.reports, vocabulary)
     ids = read.ids.masked_fill(read.finding, vocabulary.mask) if hide else read.ids
     rows = zip(data.images.split(100), ids.split(100), read.attention.split(100), strict=True)
