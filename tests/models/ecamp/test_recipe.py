@@ -19,7 +19,7 @@ from companion.data import xrays
 from companion.errors import BadCheckpoint, BadParameter, MissingData, MissingWeights
 from companion.models.ecamp import model as ecamp
 from companion.models.ecamp import recipe
-from companion.models.ecamp.text import Pairs, Vocabulary
+from companion.models.ecamp.text import Pairs
 from companion.ops.papers import paper
 from companion.training.checkpoints import Checkpoint
 from tests.conftest import interrupted, parameters

@@ -48,8 +48,8 @@ def test_masking_as_recorded(case):
 def test_splicing_as_recorded(case):
     for example in case.facts["insertion_examples"]:
         draws = iter(example["draws"])
-        text = text.splice(example["report"], example["llm_output"], draws.__next__)
-        assert "[CLS] " + text == example["sentence_given_to_tokenizer"]
+        spliced = text.splice(example["report"], example["llm_output"], draws.__next__)
+        assert "[CLS] " + spliced == example["sentence_given_to_tokenizer"]
         assert next(draws, None) is None
 
 
