@@ -149,7 +149,8 @@ def test_without_rasterio(tmp_path, monkeypatch):
 
 LARGE = """
 import functools, sys, torch
-from companion import geotiff, record
+from companion import geotiff
+from companion.ops import record
 from companion.models.metasegnet.model import MetaSegNet, bands
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -88,7 +88,7 @@ def test_header_dropout_hides_half_of_the_heads(root, monkeypatch):
         return loss(self, images, texts, labels)
 
     monkeypatch.setattr(type(model), "loss", spy)
-    study.train_model("MetaSegNet", model, data, 1e-3, SEED, epochs=3)
+    study.train_model("MetaSegNet", model, data, 1e-3, SEED, steps=6)
     assert len(seen) == 96 and 0.3 < sum(seen) / len(seen) < 0.7
     seen.clear()
     study.train_model("no header dropout", study.build("no header dropout", SEED), data, 1e-3, SEED)

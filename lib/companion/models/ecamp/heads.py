@@ -1,6 +1,6 @@
 """Classifier, segmenter and detector on ECAMP's pre-trained ViT (sections 5.2 to 5.4), and their losses.
 
-    classifier   mean of the patch tokens -> a new LayerNorm -> linear; fine-tuned, or the last layer only (linear probe)
+    classifier   mean of the patch tokens -> a new LayerNorm -> linear; all trained, or the last layer (linear probe)
     segmenter    patch tokens -> linear -> 14 x 14 map -> four times conv, norm, ReLU, x2 -> logits at 224
     detector     the same map -> three levels, 28, 14 and 7 cells a side -> YOLOv3's heads, three anchors a cell
 

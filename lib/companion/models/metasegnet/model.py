@@ -482,7 +482,7 @@ class MetaSegNet(nn.Module):
     ) -> MetaSegNet:
         """The network of a state dict of GeoSeg's FT-UNetFormer (Swin of any size) or UNetFormer (ResNet-18).
 
-        With `text` a newly initialised fusion is added, see `options`. `encoder`: for a UNetFormer on another timm model.
+        With `text` a new fusion is added, see `options`. `encoder`: for a UNetFormer on another timm model.
 
         Raises:
             BadCheckpoint: missing and unknown names and other shapes, all of them listed.

@@ -155,23 +155,20 @@ def _metrics(case: Case) -> dict[str, Tensor]:
 
 def _lookahead(case: Case) -> dict[str, Tensor]:
     config = case.facts["config"]
-    model = nn.ParameterDict({name: nn.Parameter(case.input(name)) for name in ("theta", "beta")})
+    theta, beta = parameters = nn.ParameterList(nn.Parameter(case.input(name)) for name in ("theta", "beta"))
     groups = [
         {"params": [p], "lr": g["lr"], "weight_decay": g["weight_decay"]}
-        for p, g in zip(model.values(), config["groups"], strict=True)
+        for p, g in zip(parameters, config["groups"], strict=True)
     ]
     steps = []
 
     class Record(Callback):
         def on_step_end(self, loop: Loop) -> None:
-            steps.append(torch.cat([p.detach() for p in model.values()]))
-
-    def loss(wrapped: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-        return (model["theta"] - 1).square().sum() + (model["theta"] * model["beta"]).square().sum()
+            steps.append(torch.cat([theta, beta]).detach())
 
     fit(
-        model,
-        loss,
+        parameters,
+        lambda *_: (theta - 1).square().sum() + (theta * beta).square().sum(),
         TensorDataset(torch.zeros(1)),
         epochs=config["steps"],
         batch=1,

@@ -1,9 +1,10 @@
 """MetaSegNet's `paper` profile: the author's recipes on real land cover, the tests, the dry run, the tables of results.
 
 The recipes are those of the first author's image-only code (section 5, the paper's YAML); that the paper trained so is
-likely, and not known. Text encoder and fusion are a RECONSTRUCTION, and so is the zero-shot test: a climate zone is left
-out of training (`held_out`), or the network of one set is tested on another (`test_on`). No result here is compared with
-one of the paper's; the unimodal twin, which is the author's FT-UNetFormer by parity, is compared with his results of it.
+likely, and not known. Text encoder and fusion are a RECONSTRUCTION, and so is the zero-shot test: a climate zone is
+left out of training (`held_out`), or the network of one set is tested on another (`test_on`). No result here is
+compared with one of the paper's; the unimodal twin, which is the author's FT-UNetFormer by parity, is compared with his
+results of it.
 
 A training writes its checkpoint below `<out>/checkpoints`, from which it resumes, and its weights to `<out>/trained`.
 """
@@ -625,6 +626,11 @@ def row(p: SimpleNamespace, name: str, part: Test, matrix: Tensor) -> dict[str, 
 def measured(path: str | Path, *new: Mapping[str, object]) -> pd.DataFrame:
     """The scores on real data in the CSV `path`; `new` rows of `row` are added or replace equal ones."""
     return upsert_rows(path, KEYS, VALUES, new)
+
+
+def record(path: Path, p: SimpleNamespace, setting: Setting, matrices: Mapping[str, Tensor]) -> None:
+    """Add the scores of the tests, from one confusion matrix each, to those in the CSV `path`."""
+    measured(path, *(row(p, name, setting.tests[name], counts) for name, counts in matrices.items()))
 
 
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
