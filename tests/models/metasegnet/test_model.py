@@ -307,9 +307,8 @@ def test_frozen_texts_are_encoded_once():
     shape = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     bert = BertModel(BertConfig(**shape, intermediate_size=32), add_pooling_layer=False)
     encoder, rows = BertText(bert, BertTokens(), 10), []
-    encoder.model.register_forward_pre_hook(
-        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
+    count = lambda _, args, kwargs: rows.append(len(kwargs["input_ids"]))  # noqa: E731
+    encoder.model.register_forward_pre_hook(count, with_kwargs=True)
     model = build(encoder).train()
     assert bert.training and not encoder.model.training and model.training
     assert all(t.requires_grad for t in bert.parameters()), "the caller's model is not changed"

@@ -265,10 +265,10 @@ def quick(small, monkeypatch):
     """One epoch, small crops."""
     plain = recipe.recipe
 
-    def recipe(dataset):
+    def shortened(dataset):
         return recipe.Recipe(**(vars(plain(dataset)) | {"epochs": 1, "batch": 2, "crop": 32}))
 
-    monkeypatch.setattr(recipe, "recipe", recipe)
+    monkeypatch.setattr(recipe, "recipe", shortened)
 
 
 def test_openearthmap_with_a_zone_left_out(quick, tmp_path):
