@@ -1,7 +1,7 @@
 """`companion`: what a run would need, getting what is free, checking against the authors' outputs, taking in a run,
 the features of whole slides, and maps of land cover.
 
-companion doctor sa2vp [--data-root DIR]      what is missing for each table
+companion doctor sa2vp [--data-root DIR]      what is missing for each table; the parameters and their accepted values
 companion fetch sa2vp [--data-root DIR]       weights and data that are free and have a checksum
 companion data [--data-root DIR]              all data sets: present, missing or incomplete
 companion parity sa2vp [--checkpoint FILE]    our model against outputs of the authors' code
@@ -13,46 +13,43 @@ companion adopt DIR                           take in a run that was made elsewh
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shutil
 import sys
-import tempfile
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import pandas as pd
 import psutil
 import torch
 
-from . import data
+from . import __version__, data
 from .errors import BadParameter, CompanionError, CorruptFile, MissingWeights
 from .evaluation import parity
-from .ops import record
-from .ops.files import read_json, sha256, write_json
-from .ops.papers import paper, slugs
-from .ops.provenance import code_hash, sources
+from .ops.adopt import adopt as adopt_run
+from .ops.papers import accepted, paper, rules, slugs
 
-MEASURED = "measured.csv"  # what a paper's runs on real data measured; they gather in it
 TFLOPS = 40  # sustained, what one recent data-centre card reaches in mixed precision; the doctor says so
 
 
 def main(words: list[str] | None = None) -> int:
     """Run one command; 0 when all is well, 1 when something is missing or differs, 2 for a wrong call."""
-    parser = argparse.ArgumentParser(prog="companion", description=__doc__.split("\n\n")[0])
+    papers = f"papers: {', '.join(slugs())}"
+    parser = argparse.ArgumentParser(prog="companion", description=__doc__.split("\n\n")[0], epilog=papers)
+    parser.add_argument("--version", action="version", version=f"companion {__version__}")
+    hvit, metasegnet = rules("hvit"), rules("metasegnet")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(run: Callable[[argparse.Namespace], int], name: str, what: str, *positional: str):
-        sub = commands.add_parser(name, help=what, description=what)
+        sub = commands.add_parser(name, help=what, description=what, epilog=papers if "paper" in positional else None)
         for argument in positional:
             sub.add_argument(argument)
         sub.set_defaults(run=run)
         return sub
 
     for run, name, what in (
-        (doctor, "doctor", "what is missing for each table of a paper"),
+        (doctor, "doctor", "what is missing for each table of a paper, and which parameters its notebook accepts"),
         (fetch, "fetch", "download a paper's weights and data where they are free"),
     ):
         command(run, name, what, "paper").add_argument("--data-root", default="data")
@@ -68,22 +65,24 @@ def main(words: list[str] | None = None) -> int:
     sub.add_argument("--data-root", default="data", help="folder of the data sets; of the slides, for dataset `folder`")
     sub.add_argument("--features", default="", help="where they go (default: DATA_ROOT/features)")
     sub.add_argument("--region", type=int, default=2048, help="side of a region in pixels")
-    sub.add_argument("--normalise", default="unit", choices=["unit", "half", "imagenet"], help="of the pixels")
+    sub.add_argument("--normalise", default="unit", choices=hvit["normalise"]["choices"], help="of the pixels")
     sub.add_argument("--part", default="0/1", help="I/N: every N-th slide from the I-th on, for N jobs side by side")
     sub.add_argument("--batch", type=int, default=1, help="regions a step")
     sub.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda"])
     sub = command(landcover, "landcover", "label the GeoTIFFs of a folder, whatever their size", "folder")
     sub.add_argument("--checkpoint", required=True, help="trained weights, <out>/trained/<name>.safetensors")
-    sub.add_argument("--method", default="MetaSegNet", help="what it was trained as")
-    sub.add_argument("--text-encoder", default="bert", choices=["bert", "clip"], help="what it was trained with")
+    for name, default, what in (
+        ("method", "MetaSegNet", "what it was trained as"),
+        ("text_encoder", "bert", "what it was trained with"),
+        ("augmentation", "none", "views of a tile"),
+    ):
+        choices = metasegnet[name]["choices"]
+        sub.add_argument(f"--{name.replace('_', '-')}", default=default, choices=choices, help=what)
     sub.add_argument("--data-root", default="data", help="folder of the weights: <data root>/weights/bert-base-uncased")
     sub.add_argument("--prompts", default="", help="a file of texts by climate zone (default: the one that ships here)")
     sub.add_argument("--out", default="", help="where the maps go (default: FOLDER/maps)")
     sub.add_argument("--tile", type=int, default=1024, help="side of a tile in pixels")
     sub.add_argument("--overlap", type=int, default=256, help="pixels that tiles share")
-    sub.add_argument(
-        "--augmentation", default="none", choices=["none", "lr", "d4", "d4 loveda"], help="views of a tile"
-    )
     sub.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda"])
     command(adopt, "adopt", "take in the results of a run made elsewhere", "folder")
     given = parser.parse_args(words)
@@ -132,7 +131,7 @@ def _weights(facts: dict, root: str | Path) -> list[tuple[dict, str]]:
 
 
 def doctor(given: argparse.Namespace) -> int:
-    """Print, for each group of tables, what its run needs and lacks on this machine."""
+    """Print, for each group of tables, what its run needs and lacks here; then the notebook's accepted parameters."""
     facts, root = paper(given.paper), Path(given.data_root)
     weights = {w["name"]: (w, lack) for w, lack in _weights(facts, root)}
     card = torch.cuda.is_available()
@@ -177,6 +176,11 @@ def doctor(given: argparse.Namespace) -> int:
         hours = flop / (TFLOPS * 1e12) / 3600
         print(f"  time     about {hours:.1f} h at {TFLOPS} TFLOP/s sustained (reckoned, not run)\n")
         lacking |= bool(absent) or memory < run["memory_gb"] or disk < run["disk_gb"]
+    print(f"Parameters of notebooks/{given.paper}.ipynb and their accepted values")
+    wrap = textwrap.TextWrapper(110, subsequent_indent=" " * 18, break_long_words=False, break_on_hyphens=False)
+    for name, rule in rules(given.paper).items():
+        print(wrap.fill(f"  {name:14}  {accepted(rule)}"))
+    print()
     for entry in facts["weights"]:
         if entry.get("released") == "never":
             print(f"{entry['name']}: never released")
@@ -282,81 +286,9 @@ def landcover(given: argparse.Namespace) -> int:
 
 
 def adopt(given: argparse.Namespace) -> int:
-    """Copy a run's results to `reports/` when they are what its record says, and its code is today's.
-
-    A run of a grid, whose folder is named by its axes, keeps that folder. What the run before it left is replaced; what
-    no run writes (a study) stays.
-    """
-    source = Path(given.folder)
-    if not (source / "run.json").is_file():
-        raise CorruptFile(source / "run.json", "there is no such file: not the output folder of a run")
-    facts, root = read_json(source / "run.json"), record.root()
-    try:
-        slug, profile, code, outputs = (facts[k] for k in ("slug", "profile", "code", "outputs"))
-        outputs = dict(outputs)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptFile(source / "run.json", f"not a run record ({error})") from error
-    known = slugs()
-    if slug not in known:
-        raise BadParameter("slug", slug, known)
-    if profile not in ("pocket", "paper"):
-        raise BadParameter("profile", profile, ("pocket", "paper"))
-    notebook = root / "notebooks" / f"{slug}.ipynb"
-    if not notebook.is_file():
-        raise CorruptFile(notebook, "there is no such file: call `companion adopt` in the project's checkout")
-    if code != code_hash([notebook, *sources(notebook)]):
-        raise CorruptFile(
-            source / "run.json", f"made by other code than this checkout's (commit {facts.get('commit')})"
-        )
-    for name, hashed in outputs.items():
-        path = source / name
-        if not path.resolve().is_relative_to(source.resolve()):
-            raise CorruptFile(source / "run.json", f"{name} lies outside of the folder")
-        if not path.is_file() or sha256(path) != hashed:
-            raise CorruptFile(path, "missing, or not the file that the record's hash is of")
-    here = source.resolve()
-    of_grid = here.parent.name == slug and ("=" in here.name or here.name == "run")
-    target = root / "reports" / profile / slug / (here.name if of_grid else "")
-    if target.resolve() == here:
-        print(f"{target.relative_to(root)} is its place already")
-        return 0
-    target.mkdir(parents=True, exist_ok=True)
-    executed = [p.name for p in source.glob(f"{slug}.ipynb")]
-    with tempfile.TemporaryDirectory(prefix=f".{slug}-", dir=root / "reports" / profile) as name:
-        new = Path(name)
-        for item in [*outputs, *executed]:
-            (new / item).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / item, new / item)
-        if MEASURED in outputs and (target / MEASURED).exists():
-            _gather(target / MEASURED, new / MEASURED)
-            outputs[MEASURED] = sha256(new / MEASURED)
-        write_json(new / "run.json", facts | {"outputs": outputs})
-        # all is copied: from here on files are renamed, the record last
-        for item in [*_left(target), f"{slug}.ipynb", "failed.json"]:
-            if item != MEASURED:
-                (target / item).unlink(missing_ok=True)
-        for item in [*outputs, *executed, "run.json"]:
-            (target / item).parent.mkdir(parents=True, exist_ok=True)
-            (new / item).replace(target / item)
-    print(f"adopted {len(outputs)} files into {target.relative_to(root)}")
-    if not executed:
-        print(f"there is no executed {slug}.ipynb among them, so the site cannot show the run")
+    """Copy a run's results to `reports/`, see `ops.adopt`."""
+    print(adopt_run(given.folder))
     return 0
-
-
-def _left(folder: Path) -> list[str]:
-    """The outputs of the run that was in `folder` before, by its record; none where it has no sound one."""
-    with contextlib.suppress(OSError, CorruptFile, TypeError, KeyError):
-        outputs = read_json(folder / "run.json")["outputs"]
-        return [name for name in outputs if (folder / name).resolve().is_relative_to(folder.resolve())]
-    return []
-
-
-def _gather(before: Path, new: Path) -> None:
-    """Add to the measured results in `new` those of runs `before` that were of something else."""
-    rows = pd.concat([pd.read_csv(before), pd.read_csv(new)])
-    what = [column for column in rows if not pd.api.types.is_float_dtype(rows[column])]
-    rows.drop_duplicates(what, keep="last").to_csv(new, index=False)
 
 
 if __name__ == "__main__":
