@@ -72,7 +72,7 @@ class Parts(nn.Module):
         low = F.interpolate(given.images, scale_factor=0.5, mode="bicubic")
         z = self.norm(self.encoder(self.embed(low)[:, : SEEN + 1]))
         pixels = self.decoder(F.pad(z, (0, 0, 0, PATCHES - SEEN)))
-        # the decoded picture goes into super-resolution: gradients pass through it
+        # the decoded image goes into super-resolution: gradients pass through it
         up = F.interpolate(low.clone().requires_grad_(), scale_factor=2, mode="bilinear")
         loss = pixels.square().mean() + F.relu(up + self.resolve(up)).sub(given.images).square().mean()
         z, x = self.project(z), self.words(given.ids)

@@ -1,9 +1,9 @@
-"""MetaSegNet beside its unimodal twin, and a large picture beside the forward passes that it cannot avoid.
+"""MetaSegNet beside its unimodal twin, and a large image beside the forward passes that it cannot avoid.
 
 At full size (Swin-B, crops of 512 px, 8 classes, 128 words of BERT-base) the reference is the twin: the same Swin and
-decoder, no text. The text is encoded once and kept; the reference to that encodes it anew for each pass. A picture of
+decoder, no text. The text is encoded once and kept; the reference to that encodes it anew for each pass. An image of
 2,048 x 2,048 is labelled at pocket size from its file to a map with a georeference; the reference is the network on as
-many tiles that lie in memory. Peak memory of a 6,000 x 6,000 picture is printed apart, since it takes minutes.
+many tiles that lie in memory. Peak memory of a 6,000 x 6,000 image is printed apart, since it takes minutes.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def training(text: bool) -> Step:
     return step
 
 
-def picture(folder: str, side: int) -> Path:
+def image(folder: str, side: int) -> Path:
     """A GeoTIFF of noise, written strip by strip."""
-    path, rng = Path(folder) / "picture.tif", np.random.default_rng(0)
+    path, rng = Path(folder) / "image.tif", np.random.default_rng(0)
     strip = rng.integers(0, 256, (3, 250, side), dtype=np.uint8)
     transform = rasterio.transform.from_origin(367_000, 5_806_000, 0.5, 0.5)
     facts = {"driver": "GTiff", "height": side, "width": side, "count": 3, "dtype": "uint8", "crs": "EPSG:32633"}
@@ -96,16 +96,16 @@ def pocket() -> MetaSegNet:
 
 
 def labelled(side: int = PICTURE) -> Step:
-    """A picture from its file to a map."""
+    """An image from its file to a map."""
     folder = tempfile.TemporaryDirectory()
-    path, model = picture(folder.name, side), pocket()
+    path, model = image(folder.name, side), pocket()
     tiles = functools.partial(bands, model, tile=TILE, overlap=OVERLAP)
     palette = [(i, i, i) for i in range(CLASSES)]
     return lambda: geotiff.label(tiles, path, Path(folder.name) / "map.tif", palette)
 
 
 def labelled_once() -> Step:
-    """The large picture, the first time it is asked for: its memory is what is looked for."""
+    """The large image, the first time it is asked for: its memory is what is looked for."""
     step, done = labelled(LARGE), []
 
     def once() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import shutil
 import signal
 import subprocess
@@ -51,6 +52,22 @@ def kill_when(process: subprocess.Popen, reached: Callable[[], object], seconds:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
+
+
+@contextlib.contextmanager
+def interrupted(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, calls: int) -> Iterator[None]:
+    """Within the block the function `owner.name` works `calls` times; then it raises KeyboardInterrupt, as it must."""
+    function, done = getattr(owner, name), []
+
+    def stopping(*args: object, **options: object) -> object:
+        if len(done) == calls:
+            raise KeyboardInterrupt
+        done.append(1)
+        return function(*args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, name, stopping)
+        yield
 
 
 @pytest.fixture(scope="module")  # Playwright allows one driver at a time, and a test file may start its own

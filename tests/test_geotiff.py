@@ -1,4 +1,4 @@
-"""GeoTIFF in and out: windows, places, no-data, colour tables, broken files, large pictures in bounded memory."""
+"""GeoTIFF in and out: windows, places, no-data, colour tables, broken files, large images in bounded memory."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def test_a_photograph_in_four_inks_has_its_colours(tmp_path):
     red = np.zeros((16, 16, 3), np.uint8)
     red[..., 0] = 220
     Image.fromarray(red).convert("CMYK").save(tmp_path / "inks.jpg", quality=100)
-    with geotiff.Raster(tmp_path / "inks.jpg") as picture:
-        assert np.abs(picture.read().astype(int).mean((1, 2)) - [220, 0, 0]).max() < 8
+    with geotiff.Raster(tmp_path / "inks.jpg") as image:
+        assert np.abs(image.read().astype(int).mean((1, 2)) - [220, 0, 0]).max() < 8
 
 
 def test_a_map_lies_where_its_picture_lies(tmp_path):
@@ -115,7 +115,7 @@ def test_a_picture_without_georeference_stays_without(tmp_path):
 def test_what_cannot_be_read(tmp_path):
     with pytest.raises(CorruptFile, match=r"nowhere\.tif"):
         Raster(tmp_path / "nowhere.tif")
-    (tmp_path / "text.tif").write_text("no picture")
+    (tmp_path / "text.tif").write_text("no image")
     with pytest.raises(CorruptFile, match=r"text\.tif"):
         Raster(tmp_path / "text.tif")
     with Raster(written(tmp_path / "grey.tif", noise()[:1])) as raster, pytest.raises(CorruptFile, match="1 band"):
@@ -149,7 +149,8 @@ def test_without_rasterio(tmp_path, monkeypatch):
 
 LARGE = """
 import functools, sys, torch
-from companion import geotiff, record
+from companion import geotiff
+from companion.ops import record
 from companion.models.metasegnet.model import MetaSegNet, bands
 torch.set_num_threads(1)
 torch.manual_seed(0)

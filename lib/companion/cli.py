@@ -70,7 +70,7 @@ def main(words: list[str] | None = None) -> int:
     sub.add_argument("--batch", type=int, default=1, help="regions a step")
     sub.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda"])
     sub = command(landcover, "landcover", "label the GeoTIFFs of a folder, whatever their size", "folder")
-    sub.add_argument("--checkpoint", required=True, help="a network that runs.metasegnet trained and saved")
+    sub.add_argument("--checkpoint", required=True, help="trained weights, <out>/trained/<name>.safetensors")
     for name, default, what in (
         ("method", "MetaSegNet", "what it was trained as"),
         ("text_encoder", "bert", "what it was trained with"),
@@ -278,9 +278,9 @@ def slides(given: argparse.Namespace) -> int:
 
 def landcover(given: argparse.Namespace) -> int:
     """Write a map for each picture, and say where."""
-    from .models.metasegnet import recipe as full
+    from .models.metasegnet import recipe
 
-    for path, zone in full.maps(given.folder, given.out, SimpleNamespace(**vars(given))):
+    for path, zone in recipe.maps(given.folder, given.out, SimpleNamespace(**vars(given))):
         print(f"{path}  ({zone or 'place not known'})", flush=True)
     return 0
 

@@ -1,4 +1,4 @@
-"""Pictures of the land with a georeference: read by windows, labelled by windows, written so that a GIS opens them.
+"""Images of the land with a georeference: read by windows, labelled by windows, written so that a GIS opens them.
 
     with Raster("area.tif") as area:
         area.size, area.place                    (H, W); latitude and longitude of its middle, or None
@@ -30,7 +30,7 @@ from .ops.files import atomic
 
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as the author of GeoSeg normalises
-NODATA = 255  # of a written map: where the picture has none
+NODATA = 255  # of a written map: where the image has none
 BLOCK = 512  # side of a written map's tiles
 CACHE_MB = 256  # of GDAL's decoded blocks; its own default is a share of the machine's memory
 
@@ -45,7 +45,7 @@ def _rasterio():
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """GDAL with a bounded cache, without files of its own beside the pictures and without words on plain ones."""
+    """GDAL with a bounded cache, without files of its own beside the images and without words on plain ones."""
     rasterio = _rasterio()
     with rasterio.Env(GDAL_CACHEMAX=CACHE_MB, GDAL_PAM_ENABLED="NO"), warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
@@ -53,7 +53,7 @@ def quiet() -> Iterator[None]:
 
 
 class Raster:
-    """A picture on disk.
+    """An image on disk.
 
     Attributes:
         path, size: (H, W) in pixels.
@@ -64,7 +64,7 @@ class Raster:
         crs: for a file that does not say it, such as a PNG with a world file: anything rasterio takes ("EPSG:32633").
 
     Raises:
-        CorruptFile: it is missing, or no picture that GDAL reads.
+        CorruptFile: it is missing, or no image that GDAL reads.
         CompanionError: rasterio is not installed.
     """
 
@@ -74,13 +74,13 @@ class Raster:
             try:
                 self._file = rasterio.open(self.path)
             except rasterio.errors.RasterioError as error:
-                raise CorruptFile(path, f"no picture that GDAL reads ({error})") from error
+                raise CorruptFile(path, f"no image that GDAL reads ({error})") from error
             self.size, self.transform = (self._file.height, self._file.width), self._file.transform
             self.crs = self._file.crs or self._beside() or (rasterio.crs.CRS.from_user_input(crs) if crs else None)
         self._whole = None  # of a PNG or JPEG, (H, W) or (H, W, bands), once it is asked for
 
     def _beside(self):
-        """The system of coordinates of a .prj with the picture's name."""
+        """The system of coordinates of a .prj with the image's name."""
         rasterio, path = _rasterio(), self.path.with_suffix(".prj")
         if not path.is_file():
             return None
@@ -111,7 +111,7 @@ class Raster:
     def raw(
         self, bands: Sequence[int], top: int = 0, left: int = 0, rows: int | None = None, columns: int | None = None
     ) -> np.ndarray:
-        """A window of some bands, counted from 1, uint8 (bands, rows, columns); the whole picture without a window.
+        """A window of some bands, counted from 1, uint8 (bands, rows, columns); the whole image without a window.
 
         Raises `CorruptFile`: fewer bands, another type than uint8, or a part that cannot be decoded."""
         rasterio = _rasterio()
@@ -171,7 +171,7 @@ def write_map(
     palette: Sequence[Sequence[int]],
     names: Sequence[str] = (),
 ) -> Path:
-    """Write a map of classes as a tiled GeoTIFF with a colour table and the georeference of a picture.
+    """Write a map of classes as a tiled GeoTIFF with a colour table and the georeference of an image.
 
     It is written under a temporary name and renamed. `NODATA` is its no-data value, shown as nothing.
 
@@ -228,9 +228,9 @@ def label(
     names: Sequence[str] = (),
     crs: object = None,
 ) -> Path:
-    """The most likely class of each pixel of a picture of any size, written as `write_map` does.
+    """The most likely class of each pixel of an image of any size, written as `write_map` does.
 
-    The picture is read and the map written by windows, so memory grows with the width of the picture at most.
+    The image is read and the map written by windows, so memory grows with the width of the image at most.
 
     Args:
         tiles: (source, size) -> parts from the top to the bottom with `top` and `logits` (C, n, W); `source` is a
@@ -239,7 +239,7 @@ def label(
         crs: see `Raster`.
 
     Raises:
-        CorruptFile: the picture cannot be read.
+        CorruptFile: the image cannot be read.
     """
     with Raster(path, crs) as raster:
 

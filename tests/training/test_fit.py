@@ -444,6 +444,12 @@ def test_early_stopping_may_choose_by_one_score_and_stop_by_another():
     assert len(score.weights) == 2
 
 
+def test_a_score_that_is_nan_is_the_lowest():
+    score, model = Score(np.nan, 1.0, np.nan, np.nan), noisy_model()
+    assert len(run(model, epochs=9, callbacks=[EarlyStop(score, patience=2)])) == 4 * 8
+    assert torch.equal(model[0].weight, score.weights[1])
+
+
 def test_lookahead_by_hand():
     """slow += alpha (fast - slow); fast = slow, after steps k + 1, 2 k + 1, ..."""
     fast, slow, plain = [], None, nn.Linear(5, 2)

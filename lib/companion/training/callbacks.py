@@ -87,8 +87,8 @@ class EarlyStop(Callback):
     """Score the model after each epoch; end with its best weights, and end early when the score stops rising.
 
     Args:
-        score: from the model, in eval mode and without autograd, to its score (higher is better); or to two numbers: by
-            the first the best weights are chosen, by the second the training is stopped.
+        score: from the model, in eval mode and without autograd, to its score (higher is better, nan is the lowest); or
+            to two numbers: by the first the best weights are chosen, by the second the training is stopped.
         patience: epochs without a new best after which training stops; 0: never.
         earliest: epoch before which it does not stop.
         first_step: steps before which nothing is scored.
@@ -122,7 +122,8 @@ class EarlyStop(Callback):
         loop.model.train()
         value, other = found if isinstance(found, tuple) else (found, found)
         before = max((row[1] for row in self.scores), default=-np.inf)
-        self.scores.append((loop.step, float(value), float(other)))
+        value, other = (-np.inf if np.isnan(number) else float(number) for number in (value, other))
+        self.scores.append((loop.step, value, other))
         if value > before or (self.ties and value == before) or not self.best:
             self.best = trained_state(loop.model)
         waited = len(self.scores) - 1 - int(np.argmax([row[2] for row in self.scores]))

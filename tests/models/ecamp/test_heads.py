@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from companion.errors import BadCheckpoint, BadParameter
 from companion.evaluation.metrics import radiology
-from companion.models.ecamp import heads as ecamp_heads
+from companion.models.ecamp import heads
 from companion.models.ecamp import model as ecamp
 from companion.models.ecamp.heads import Detector, Segmenter
 
@@ -28,8 +28,8 @@ def test_parameters_are_the_released_ones():
     with torch.device("meta"):
         vit = VisionTransformer(img_size=224, num_classes=0)
         counts = {
-            "classifier": ecamp_heads.classifier(vit, 14, drop_path=0.0),
-            "probe": ecamp_heads.classifier(vit, 14, probe=True),
+            "classifier": heads.classifier(vit, 14, drop_path=0.0),
+            "probe": heads.classifier(vit, 14, probe=True),
             "segmenter": Segmenter(vit),
             "RIGA": Segmenter(vit, outputs=2),
             "detector 4": Detector(vit, expansion=4),
@@ -46,19 +46,19 @@ def test_parameters_are_the_released_ones():
 
 
 def test_classifier_starts_from_the_encoder(encoder):
-    model = ecamp_heads.classifier(encoder, 4, drop_path=0.0).eval()
+    model = heads.classifier(encoder, 4, drop_path=0.0).eval()
     images = torch.randn(2, 3, 32, 32)
     whole = ecamp.build("pocket").eval()
     whole.encoder.load_state_dict(encoder.state_dict())
     whole.encoder.norm = torch.nn.Identity()  # it is dropped
-    features = F.layer_norm(whole.encode(images)[:, 1:].mean(1), (96,), eps=1e-6)
+    features = F.layer_norm(whole.forward_features(images)[:, 1:].mean(1), (96,), eps=1e-6)
     torch.testing.assert_close(model.forward_head(model.forward_features(images), pre_logits=True), features)
     assert model(images).shape == (2, 4) and model.head.weight.abs().max() < 1e-3
 
 
 def test_probe_trains_the_last_layer_alone(encoder):
-    model = ecamp_heads.classifier(encoder, 4, probe=True)
-    ecamp_heads.classification_loss(model(torch.randn(2, 3, 32, 32)), torch.tensor([0, 3])).backward()
+    model = heads.classifier(encoder, 4, probe=True)
+    heads.classification_loss(model(torch.randn(2, 3, 32, 32)), torch.tensor([0, 3])).backward()
     assert {n for n, p in model.named_parameters() if p.grad is not None} == {"head.weight", "head.bias"}
 
 
@@ -67,7 +67,7 @@ def test_segmenter_trains_what_it_says(encoder, frozen):
     model = Segmenter(encoder, outputs=2, frozen=frozen)
     logits = model(torch.randn(2, 3, 32, 32))
     assert logits.shape == (2, 2, 32, 32)
-    ecamp_heads.segmentation_loss(logits, torch.rand(2, 2, 32, 32)).backward()
+    heads.segmentation_loss(logits, torch.rand(2, 2, 32, 32)).backward()
     without = {n for n, p in model.named_parameters() if p.grad is None}
     assert without == ({n for n, _ in model.named_parameters() if n.startswith("map.encoder.")} if frozen else set())
 
@@ -87,7 +87,7 @@ def test_frozen_is_frozen(encoder):
     model = Segmenter(encoder)
     before = {n: p.clone() for n, p in model.map.encoder.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.5)
-    ecamp_heads.segmentation_loss(model(torch.randn(1, 3, 32, 32)), torch.rand(1, 1, 32, 32)).backward()
+    heads.segmentation_loss(model(torch.randn(1, 3, 32, 32)), torch.rand(1, 1, 32, 32)).backward()
     optimizer.step()
     assert all(torch.equal(p, before[n]) for n, p in model.map.encoder.state_dict().items())
     assert encoder.blocks[0].mlp.fc1.weight.requires_grad  # the one that was copied is as it was
@@ -103,8 +103,8 @@ def test_official_names_come_back(encoder):
     model = Detector(encoder, expansion=8, channels=(64, 32, 16)).eval()
     again = Detector.from_official(model.to_official(), heads=4)
     assert all(torch.equal(a, b) for a, b in zip(again(images), model(images), strict=True))
-    model = ecamp_heads.classifier(encoder, 4).eval()
-    again = ecamp_heads.classifier_from_official(model.state_dict(), heads=4)
+    model = heads.classifier(encoder, 4).eval()
+    again = heads.classifier_from_official(model.state_dict(), heads=4)
     assert torch.equal(again(images), model(images))
 
 
@@ -120,9 +120,9 @@ def test_checkpoints_that_do_not_fit(encoder):
     with pytest.raises(BadCheckpoint, match=r"layer1\.conv1"):
         Detector.from_official(state)
     with pytest.raises(BadCheckpoint, match=r"head\.weight"):
-        ecamp_heads.classifier_from_official({})
+        heads.classifier_from_official({})
     with pytest.raises(BadCheckpoint, match="pos_embed"):
-        ecamp_heads.encoder_like({})
+        heads.encoder_like({})
     with pytest.raises(BadParameter, match="2, which double"):
         Segmenter(encoder, channels=(8,))
 
@@ -130,9 +130,9 @@ def test_checkpoints_that_do_not_fit(encoder):
 def test_classification_loss():
     logits = torch.randn(3, 4)
     kinds = torch.tensor([0, 3, 1])
-    assert ecamp_heads.classification_loss(logits, kinds) == F.cross_entropy(logits, kinds)
+    assert heads.classification_loss(logits, kinds) == F.cross_entropy(logits, kinds)
     many = torch.eye(4)[kinds].int()
-    assert ecamp_heads.classification_loss(logits, many) == F.binary_cross_entropy_with_logits(logits, many.float())
+    assert heads.classification_loss(logits, many) == F.binary_cross_entropy_with_logits(logits, many.float())
 
 
 def test_boxes_that_fit_are_found_again():
@@ -148,10 +148,10 @@ def test_boxes_that_fit_are_found_again():
         numbers[:2] = torch.logit(centre - centre.long())
         numbers[2:4] = (box[3:] * 224 / anchors[anchor]).log()
         numbers[4:] = 12
-    total, x, y, w, h, confidence, kind = ecamp_heads.yolo_loss(head, boxes, anchors, 224)
+    total, x, y, w, h, confidence, kind = heads.yolo_loss(head, boxes, anchors, 224)
     assert w < 1e-10 and h < 1e-10 and confidence < 1e-4 and kind < 1e-4
     assert total.item() == pytest.approx((2.5 * (x + y) + confidence + kind).item(), abs=1e-6)
-    (found,) = ecamp_heads.suppress(ecamp_heads.yolo_decode(head, anchors, 224))
+    (found,) = heads.suppress(heads.yolo_decode(head, anchors, 224))
     corners = torch.cat([boxes[0, :2, 1:3] - boxes[0, :2, 3:] / 2, boxes[0, :2, 1:3] + boxes[0, :2, 3:] / 2], 1) * 224
     order = found[:, 0].argsort()
     torch.testing.assert_close(found[order, :4], corners[corners[:, 0].argsort()], atol=1e-3, rtol=0)
@@ -159,7 +159,7 @@ def test_boxes_that_fit_are_found_again():
 
 def test_loss_without_boxes_asks_for_emptiness():
     head = torch.randn(2, 18, 7, 7)
-    total, *rest = ecamp_heads.yolo_loss(head, torch.zeros(2, 10, 5), torch.ones(3, 2), 224)
+    total, *rest = heads.yolo_loss(head, torch.zeros(2, 10, 5), torch.ones(3, 2), 224)
     logits = head.unflatten(1, (3, 6))[:, :, 4]
     torch.testing.assert_close(total, 0.5 * F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits)))
     assert [x.item() for x in rest[:4]] == [0, 0, 0, 0]
@@ -167,7 +167,7 @@ def test_loss_without_boxes_asks_for_emptiness():
 
 def test_a_box_on_the_border_stays_inside():
     boxes = torch.tensor([[[0, 1.0, 1.0, 0.1, 0.1]]])
-    assert torch.isfinite(ecamp_heads.yolo_loss(torch.randn(1, 18, 7, 7), boxes, torch.ones(3, 2) * 20, 224)[0])
+    assert torch.isfinite(heads.yolo_loss(torch.randn(1, 18, 7, 7), boxes, torch.ones(3, 2) * 20, 224)[0])
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def test_mean_auroc():
 
 
 def test_mean_precision_of_both_protocols():
-    """One hit, one miss, one false alarm on a healthy picture: as released only the hit counts."""
+    """One hit, one miss, one false alarm on a healthy image: as released only the hit counts."""
     boxes = torch.zeros(3, 10, 5)
     boxes[:2, 0] = torch.tensor([0, 0.5, 0.5, 0.25, 0.25])
     hit = torch.tensor([[84, 84, 140, 140, 0.9, 0.9, 0]])

@@ -1,6 +1,6 @@
 """ECAMP with the published settings: schedules, accumulation, downstream recipes, dry runs, results that gather."""
 
-import dataclasses
+import copy
 import functools
 from types import SimpleNamespace
 
@@ -14,38 +14,30 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from companion import backbones
 from companion.data import xrays
 from companion.errors import BadCheckpoint, BadParameter, MissingData, MissingWeights
 from companion.models.ecamp import model as ecamp
-from companion.models.ecamp import recipe as runs
-from companion.models.ecamp import text as ecamp_text
+from companion.models.ecamp import recipe
+from companion.models.ecamp.text import Pairs
 from companion.ops.papers import paper
+from companion.training.checkpoints import Checkpoint
+from tests.conftest import interrupted, parameters
 
 
 def given(**changes) -> SimpleNamespace:
-    settings = dict(
-        profile="paper",
-        dry_run=False,
-        seed=0,
-        task="fine-tune",
-        dataset="xrays/covidx",
-        labels="1",
-        encoder="random",
-        method="ECAMP",
-        protocol="released",
-        data_root="nowhere",
-        weights="",
-        accelerator="cpu",
-        devices=1,
-        precision="32-true",
-    )
-    return SimpleNamespace(**settings | changes)
+    defaults = {"profile": "paper", "task": "fine-tune", "dataset": "xrays/covidx", "labels": "1", "encoder": "random"}
+    return parameters("ecamp", **defaults | {"data_root": "nowhere", "accelerator": "cpu"} | changes)
+
+
+def pretraining(**changes) -> SimpleNamespace:
+    return given(**{"task": "pre-train", "dataset": "folder", "encoder": "ECAMP", "labels": "100"} | changes)
 
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     monkeypatch.setenv("COMPANION_PROGRESS", "off")
-    monkeypatch.setattr(runs, "WORKERS", 0)
+    monkeypatch.setattr(recipe, "WORKERS", 0)
 
 
 @pytest.fixture
@@ -56,7 +48,7 @@ def small(monkeypatch):
         torch.manual_seed(p.seed)
         return VisionTransformer(img_size=224, embed_dim=48, depth=1, num_heads=2, num_classes=0, global_pool="")
 
-    monkeypatch.setattr(runs, "encoder", encoder)
+    monkeypatch.setattr(recipe, "encoder", encoder)
 
 
 # --- pre-training -----------------------------------------------------------------------------------------------------
@@ -64,14 +56,14 @@ def small(monkeypatch):
 
 def test_schedule_is_left_at_half_of_the_peak():
     """Claim 6: the cosine would end at epoch 200, training stops at 120."""
-    rates = runs.pretrain_rates(10)
-    assert len(rates) == 1200 and rates[0] == 0
-    assert rates[400] == rates.max() == pytest.approx(1.5e-4)
-    assert rates[200] == pytest.approx(0.75e-4)
-    assert rates[1199] == pytest.approx(7.5e-5, rel=0.01)
+    learning_rates = recipe.pretraining_learning_rates(10)
+    assert len(learning_rates) == 1200 and learning_rates[0] == 0
+    assert learning_rates[400] == learning_rates.max() == pytest.approx(1.5e-4)
+    assert learning_rates[200] == pytest.approx(0.75e-4)
+    assert learning_rates[1199] == pytest.approx(7.5e-5, rel=0.01)
 
 
-def pocket_pairs(count=8):
+def toy_pairs(count=8):
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(5, 40, (count, 20), generator=generator)
     return TensorDataset(
@@ -85,133 +77,107 @@ def pocket_pairs(count=8):
     )
 
 
-def trained(at_once):
-    torch.manual_seed(0)
-    model, terms = ecamp.build("pocket"), []
-    history = runs.pretrain(given(), model, pocket_pairs(), terms, np.full(3, 1e-3), at_once, batch=8)
-    return model, history, terms
-
-
-def test_gradients_that_are_added_up_are_those_of_the_whole_batch():
-    whole, first, terms = trained(8)
-    parts, second, others = trained(3)
-    np.testing.assert_allclose([r["loss"] for r in first], [r["loss"] for r in second], rtol=1e-4)
-    np.testing.assert_allclose(terms, others, rtol=1e-4)
-    np.testing.assert_allclose([t[0] for t in terms], [r["loss"] for r in first], rtol=1e-6)
-    assert all(t[0] == pytest.approx(sum(t[1:]), rel=1e-6) for t in terms)
-    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
-        # Adam divides by the gradient's size, so a rounding of a tiny one moves a weight
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    models, histories = [], []
+    for micro_batch in (8, 3):
+        torch.manual_seed(0)
+        models.append(ecamp.build("pocket"))
+        options = {"learning_rates": np.full(3, 1e-3), "micro_batch": micro_batch, "batch": 8}
+        histories.append(pd.DataFrame(recipe.pretrain(given(), models[-1], toy_pairs(), **options)))
+    np.testing.assert_allclose(*histories, rtol=1e-4)
+    assert list(histories[0]) == ["step", "lr", "loss", "mim", "sr", "mlm"]
+    np.testing.assert_allclose(histories[0].loss, histories[0][["mim", "sr", "mlm"]].sum(axis=1), rtol=1e-6)
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        # Adam divides by the size of a gradient, so the rounding of a tiny one moves a weight
         torch.testing.assert_close(a, b, atol=2e-3, rtol=0)
 
 
-class Stops(list):
-    """A list that takes three entries."""
-
-    def append(self, entry):
-        if len(self) == 3:
-            raise KeyboardInterrupt
-        super().append(entry)
-
-
-def test_a_killed_pre_training_goes_on_to_the_same_bits(tmp_path):
-    """Words and patches are hidden anew each step, by the loader, from the item's seed."""
-    words = ecamp_text.Vocabulary.train(["There is a small effusion. There is no mass."] * 3, 40)
-    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    reports = ["There is a small effusion.", "There is no mass.", "No effusion.", "A small mass."]
-    data = ecamp_text.Pairs(images, reports, words, patches=64, length=20, window=6, statements=["There is X."] * 4)
-
-    def run(terms=None, **options):
-        torch.manual_seed(0)
-        model = ecamp.build("pocket", dropout=0.1)
-        runs.pretrain(given(), model, data, terms, np.full(6, 1e-3), batch=2, **options)
-        return model
-
-    whole = run()
-    options = {"checkpoint": tmp_path / "x.pt", "checkpoint_every": 2, "resume": True}
-    with pytest.raises(KeyboardInterrupt):
-        run(Stops(), **options)
-    again = run(**options)
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+def test_the_optimiser_is_the_published_one(monkeypatch):
+    called = {}
+    monkeypatch.setattr(recipe, "fit", lambda *_, **options: called.update(options))
+    recipe.pretrain(given(), model := ecamp.build("pocket"), toy_pairs(), batch=8)
+    matrices, vectors = called["optimizer"](model).param_groups
+    assert matrices["betas"] == (0.9, 0.95) and (matrices["weight_decay"], vectors["weight_decay"]) == (0.05, 0)
+    assert called["hardware"].accumulate == 1
 
 
-def test_betas_are_the_published_ones(monkeypatch):
-    asked = {}
-    monkeypatch.setattr(runs, "fit", lambda *_, **options: asked.update(options))
-    runs.pretrain(given(), ecamp.build("pocket"), pocket_pairs(), batch=8)
-    assert asked["betas"] == (0.9, 0.95) and asked["accumulate"] == 1
-
-
-def test_pre_training_on_a_folder(tmp_path, monkeypatch):
+def test_pre_training_on_a_folder(tmp_path):
     folder = tmp_path / "xrays" / "mimic-cxr"
     paths = [f"files/s{i}/a.png" for i in range(3)]
     for path in paths:
         (folder / path).parent.mkdir(parents=True)
         Image.new("L", (500, 480), 90).save(folder / path)
     xrays.write_reports(folder / "mimic-cxr-2.0.0-entity-llm.csv", paths, ["There is no mass."] * 3, ["X."] * 3)
-    p = given(task="pre-train", dataset="xrays/mimic-cxr", data_root=str(tmp_path))
-    found = runs.setting(p, tmp_path, {})
-    assert found.methods == ("ECAMP",) and found.rates == {"ECAMP": 1.5e-4}
+    found = recipe.setting(pretraining(dataset="xrays/mimic-cxr", data_root=str(tmp_path)), tmp_path)
+    assert found.learning_rates == {"ECAMP": 1.5e-4}
     item = found.pairs("ECAMP")[0]
     assert item.images.shape == (3, 448, 448) and item.ids.shape == (256,) and item.window.tolist() == [1, 1]
     assert torch.equal(found.pairs("MRM-like")[0].weights, torch.ones(256))
     with pytest.raises(MissingWeights, match=r"mae_vit_base\.pth"):
         found.build("ECAMP")
     (folder / "mimic-cxr-2.0.0-entity-llm.csv").rename(folder / "pretrain.csv")
-    mine = runs.setting(given(task="pre-train", dataset="folder", data_root=str(folder)), tmp_path, {})
-    assert mine.title == "folder, 3 pictures" and mine.pairs("ECAMP")[0].images.shape == (3, 448, 448)
+    mine = recipe.setting(pretraining(data_root=str(folder)), tmp_path)
+    assert mine.title == "folder, 3 images" and mine.pairs("ECAMP")[0].images.shape == (3, 448, 448)
 
 
-def test_a_pre_training_is_kept_and_starts_a_downstream_task(tmp_path, monkeypatch):
-    """Hours of several cards: read when they are done; the encoder is what the downstream tasks take."""
-    monkeypatch.setitem(ecamp.SIZES, "paper", {"depth": 1, "decoder_depth": 1, "text_depth": 1, "length": 16})
-    picture = torch.zeros(3, 448, 448)
-    found = SimpleNamespace(
-        images=Pictures([picture] * 2), texts=["There is no mass."] * 2, statements=None, windows=None
-    )
-    monkeypatch.setattr(xrays, "reports", lambda *given: found)
-    monkeypatch.setattr(runs, "pretrain_rates", lambda steps: np.full(2, 1e-3))
-    monkeypatch.setattr(runs, "Pairs", functools.partial(ecamp_text.Pairs, length=16))
-    torch.manual_seed(0)
-    start = VisionTransformer(img_size=224, depth=1, num_classes=0, global_pool="")
-    torch.save({"model": start.state_dict()}, tmp_path / "mae.pth")
-    p = given(task="pre-train", dataset="folder", data_root=str(tmp_path), weights=str(tmp_path / "mae.pth"))
-    terms, again = [], []
-    for kept in (terms, again):
-        setting = runs.setting(p, tmp_path / "out", {})
-        model = setting.build("ECAMP")
-        history = setting.learn(model, "ECAMP", kept)
-    assert np.isfinite(terms).all() and [row["loss"] for row in history] == [row[0] for row in again]
-    assert np.allclose([row[0] for row in terms], [row[0] for row in again]) and np.isnan(np.array(again)[:, 1:]).all()
-    file = tmp_path / "out" / "trained" / "ECAMP, folder, seed 0.safetensors"
-    blank = VisionTransformer(img_size=224, depth=1, num_classes=0, global_pool="")
-    monkeypatch.setattr(runs, "VisionTransformer", lambda **options: blank)
-    read = runs.encoder(given(encoder="ECAMP", weights=str(file)))
-    assert torch.equal(read.blocks[0].mlp.fc1.weight, model.encoder.blocks[0].mlp.fc1.weight)
-    assert not torch.equal(read.blocks[0].mlp.fc1.weight, start.blocks[0].mlp.fc1.weight)
-
-
-class Pictures(list):
-    """Pictures in memory, named as on disk."""
+class Images(list):
+    """Images in memory, named as on disk."""
 
     paths = ("a.png", "b.png")
 
 
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """A small model at the `paper` size, two pairs, six steps, and a MAE file; returns the MAE."""
+    monkeypatch.setitem(ecamp.SIZES, "paper", {"depth": 1, "decoder_depth": 1, "text_depth": 1, "length": 16})
+    images = Images(torch.zeros(2, 3, 448, 448))
+    found = SimpleNamespace(images=images, texts=["There is no mass."] * 2, statements=None, windows=None)
+    monkeypatch.setattr(xrays, "reports", lambda *given: found)
+    monkeypatch.setattr(recipe, "pretraining_learning_rates", lambda per_epoch: np.full(6, 1e-3))
+    monkeypatch.setattr(recipe, "Pairs", functools.partial(Pairs, length=16))
+    monkeypatch.setattr(Checkpoint.of.__func__, "__defaults__", (2,))
+    torch.manual_seed(0)
+    mae = VisionTransformer(img_size=224, depth=1, num_classes=0, global_pool="")
+    torch.save({"model": mae.state_dict()}, tmp_path / "mae.pth")
+    return mae
+
+
+def test_a_killed_pre_training_resumes_and_its_encoder_starts_a_downstream_task(tmp_path, monkeypatch, start):
+    """Masks of words and patches are drawn again each step, by the loader, from the item's seed."""
+    p = pretraining(data_root=str(tmp_path), weights=str(tmp_path / "mae.pth"))
+
+    def train(out):
+        setting = recipe.setting(p, tmp_path / out)
+        model = setting.build("ECAMP")
+        return model, setting.learn(model, "ECAMP")
+
+    whole, history = train("whole")
+    with interrupted(monkeypatch, ecamp, "pretraining_loss", 3):
+        train("killed")
+    assert not (tmp_path / "killed" / "trained").exists()
+    resumed, again = train("killed")
+    assert again == history and len(history) == 6 and all(row["mlm"] > 0 for row in history)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    (file,) = (tmp_path / "killed" / "trained").iterdir()
+    monkeypatch.setattr(recipe, "VisionTransformer", lambda **options: copy.deepcopy(start))
+    encoder = recipe.encoder(given(encoder="ECAMP", weights=str(file)))
+    assert torch.equal(encoder.blocks[0].mlp.fc1.weight, whole.encoder.blocks[0].mlp.fc1.weight)
+    assert not torch.equal(encoder.blocks[0].mlp.fc1.weight, start.blocks[0].mlp.fc1.weight)
+
+
 def test_methods_are_those_that_the_parameter_offers():
-    offered = paper("ecamp")["parameters"]["method"]["choices"]
-    assert set(offered) == set(runs.PRETRAINED)
-    for method, (options, _) in runs.PRETRAINED.items():
+    assert set(paper("ecamp")["parameters"]["method"]["choices"]) == set(ecamp.METHODS)
+    for method, (options, _) in ecamp.METHODS.items():
         assert ecamp.build("pocket", **options), method
 
 
 @pytest.mark.slow
 def test_dry_run_at_full_size(tmp_path):
-    p = given(task="pre-train", dataset="xrays/mimic-cxr", dry_run=True)
-    found = runs.setting(p, tmp_path, {})
+    found = recipe.setting(pretraining(dataset="xrays/mimic-cxr", dry_run=True), tmp_path)
     model = found.build("ECAMP")
     assert sum(t.numel() for t in model.parameters()) == 183_425_240 - 590_592
-    terms = []
-    history = found.learn(model, "ECAMP", terms)
-    assert len(history) == len(terms) == 2 and np.isfinite(terms).all()
+    history = found.learn(model, "ECAMP")
+    assert len(history) == 2 and np.isfinite([row["mlm"] for row in history]).all() and not list(tmp_path.iterdir())
 
 
 # --- downstream -------------------------------------------------------------------------------------------------------
@@ -229,12 +195,12 @@ def test_dry_run_at_full_size(tmp_path):
     ],
 )
 def test_published_recipes(task, dataset, labels, expected):
-    assert tuple(runs.downstream_recipe(task, dataset, labels).values()) == expected
+    assert tuple(recipe.downstream_recipe(task, dataset, labels).values()) == expected
 
 
 def test_a_recipe_that_was_not_found():
     with pytest.raises(BadParameter, match=r"CheXpert, 100%"):
-        runs.downstream_recipe("fine-tune", "fundus/odir", "10")
+        recipe.downstream_recipe("fine-tune", "fundus/odir", "10")
 
 
 @pytest.mark.parametrize(
@@ -247,8 +213,8 @@ def test_a_recipe_that_was_not_found():
         ("detect", "xrays/rsna", "mAP (plain)"),
     ],
 )
-def test_dry_runs(task, dataset, metric, small):
-    found = runs.downstream(given(task=task, dataset=dataset, dry_run=True, protocol="plain"))
+def test_dry_runs(task, dataset, metric, small, tmp_path):
+    found = recipe.downstream(given(task=task, dataset=dataset, dry_run=True, protocol="plain"), tmp_path)
     assert found.metric == metric
     model = found.build()
     frozen = [n for n, t in model.named_parameters() if not t.requires_grad]
@@ -261,32 +227,29 @@ def test_dry_runs(task, dataset, metric, small):
     assert 0 <= score <= 100 and not model.training
 
 
-def test_a_trained_model_is_scored_on_the_device_and_comes_back(small, monkeypatch):
-    """Twenty thousand test pictures are not left to the CPU where there is a card."""
+def test_a_trained_model_is_scored_on_the_device_and_comes_back(small, monkeypatch, tmp_path):
+    """Twenty thousand test images are not scored on the CPU where there is a GPU."""
     sent = []
 
-    class Card(Fabric):
+    class Device(Fabric):
         def to_device(self, obj):
             if isinstance(obj, nn.Module):
                 sent.append(obj)
             return super().to_device(obj)
 
-    monkeypatch.setattr(runs, "launcher", lambda **settings: Card(**settings))
-    found = runs.downstream(given(task="linear probe", dataset="xrays/covidx", dry_run=True))
+    monkeypatch.setattr(recipe, "launcher", lambda **settings: Device(**settings))
+    found = recipe.downstream(given(task="linear probe", dry_run=True), tmp_path)
     model = found.build().eval()
     moved = []
     monkeypatch.setattr(model, "to", lambda *where: moved.append(*where))
     found.score(model, found.data["test"])
     assert sent == [model] and moved[-1] == torch.device("cpu")
-    wrapped = Fabric(accelerator="cpu").setup_module(model)
-    found.score(wrapped, found.data["test"])
-    assert sent == [model]  # in training it is where it should be
 
 
-def test_nothing_left_to_be_found_is_no_score(small):
-    """As released, pictures where nothing was found are left out; here those are all."""
+def test_nothing_left_to_be_found_is_no_score(small, tmp_path):
+    """As released, images where nothing was found are left out; here those are all."""
     for protocol, expected in (("released", np.nan), ("plain", 0.0)):
-        found = runs.downstream(given(task="detect", dataset="xrays/rsna", dry_run=True, protocol=protocol))
+        found = recipe.downstream(given(task="detect", dataset="xrays/rsna", dry_run=True, protocol=protocol), tmp_path)
         model = found.build().eval()
         for output in model.outputs:
             nn.init.constant_(output.bias, -20.0)
@@ -297,8 +260,8 @@ def test_nothing_left_to_be_found_is_no_score(small):
 @pytest.mark.parametrize(
     ("task", "dataset"), [("fine-tune", "xrays/chestx-ray14"), ("segment", "xrays/siim"), ("detect", "xrays/rsna")]
 )
-def test_dry_runs_at_full_size(task, dataset):
-    found = runs.downstream(given(task=task, dataset=dataset, dry_run=True, labels="10"))
+def test_dry_runs_at_full_size(task, dataset, tmp_path):
+    found = recipe.downstream(given(task=task, dataset=dataset, dry_run=True, labels="10"), tmp_path)
     assert len(found.learn(found.build())) == 2
 
 
@@ -316,59 +279,74 @@ def covidx(root, monkeypatch):
 
 def test_a_real_layout_is_trained_until_patience_ends(tmp_path, monkeypatch, small):
     covidx(tmp_path, monkeypatch)
-    monkeypatch.setattr(runs, "PATIENCE", {"fine-tune": 2})
-    found = runs.downstream(given(data_root=str(tmp_path)))
+    monkeypatch.setattr(recipe, "PATIENCE", {"fine-tune": 2})
+    found = recipe.downstream(given(data_root=str(tmp_path)), tmp_path / "out")
     assert found.title == "fine-tune on xrays/covidx, 1 % of the labels" and found.recipe["batch"] == 256
-    history = found.learn(found.build())
+    history = found.learn(model := found.build())
     assert 3 <= len(history) < 300 and history[0]["lr"] == 0  # the published warm-up begins at 0
     assert {"step", "lr", "loss"} <= set(history[0])
+    (file,) = (tmp_path / "out" / "trained").iterdir()
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in backbones.read_state(file).items())
 
 
-def test_patience_and_the_best_state(monkeypatch):
-    scores = iter([1.0, 3.0, 2.0, 2.5, 9.0])
-    model, seen = nn.Linear(1, 1), []
+@pytest.mark.parametrize("kill", ["in training", "in validation"])
+def test_a_killed_downstream_training_resumes_to_the_same_bits(tmp_path, monkeypatch, small, kill):
+    """The best weights and the epochs without a new best are in the checkpoint; drop path draws at each step."""
+    covidx(tmp_path, monkeypatch)
+    monkeypatch.setattr(recipe, "PATIENCE", {"fine-tune": 4})
+    monkeypatch.setattr(recipe, "downstream_recipe", lambda *_: {"lr": 0.1, "warmup_steps": 1, "steps": 60, "batch": 3})
+    monkeypatch.setattr(Checkpoint.of.__func__, "__defaults__", (2,))
+    scores = {3: 40.0, 6: 70.0, 9: 60.0, 12: 65.0, 15: 66.0, 18: 67.0}  # by step, which the weights cannot tell
+    monkeypatch.setattr(recipe, "_classified", lambda *_: scores[step[0]])
+    step, on_epoch_end = [0], recipe.EarlyStop.on_epoch_end
 
-    def score(one):
-        seen.append(one.weight.detach().clone())
-        return next(scores)
+    def counted(self, loop):
+        step[0] = loop.step
+        on_epoch_end(self, loop)
 
-    watched = runs.Watched(lambda m, b: m(b[0]).mean(), score, per_epoch=1, steps=100, patience=2)
-    with pytest.raises(runs._Enough):
-        for step in range(10):
-            with torch.no_grad():
-                model.weight.fill_(step)
-            watched(model, (torch.ones(1, 1),))
-    watched.finish(model)
-    assert [s for _, s in watched.scores] == [1, 3, 2, 2.5]
-    assert watched.best == 3 and torch.equal(model.weight, seen[1])
-    late = runs.Watched(lambda m, b: m(b[0]).mean(), score, per_epoch=1, steps=100, patience=2, first=50)
-    late.look(model, 1)
-    assert not late.scores
+    monkeypatch.setattr(recipe.EarlyStop, "on_epoch_end", counted)
+
+    def train(out):
+        found = recipe.downstream(given(data_root=str(tmp_path)), tmp_path / out)
+        model = found.build()
+        return model, found.learn(model)
+
+    whole, history = train("whole")
+    assert len(history) == 6 * 3, "the best was the second of six epochs"
+    where = (recipe.heads, "classification_loss", 13) if kill == "in training" else (recipe, "_classified", 4)
+    with interrupted(monkeypatch, *where):
+        train("killed")
+    resumed, again = train("killed")
+    assert again == history
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
-def test_a_training_that_ends_on_the_published_step():
-    watched = runs.Watched(lambda m, b: m(b[0]).mean(), lambda m: 0.0, per_epoch=3, steps=6, patience=100)
-    model, steps = nn.Linear(1, 1), 0
-    with pytest.raises(runs._Enough):
-        for _ in range(20):
-            watched(model, (torch.ones(1, 1),))
-            steps += 1
-    assert steps == 6
+@pytest.mark.parametrize(("steps", "expected"), [(6, 6), (4, 12), (5, 15), (1, 3)])
+def test_a_training_ends_with_the_epoch_that_is_a_multiple_of_the_published_steps(
+    steps, expected, tmp_path, monkeypatch, small
+):
+    """Three steps an epoch; beyond the published steps the learning rate rises again."""
+    covidx(tmp_path, monkeypatch)
+    numbers = {"lr": 0.01, "warmup_steps": 0, "steps": steps, "batch": 3}
+    monkeypatch.setattr(recipe, "downstream_recipe", lambda *_: numbers)
+    found = recipe.downstream(given(data_root=str(tmp_path)), tmp_path / "out")
+    learning_rates = [row["lr"] for row in found.learn(found.build())]
+    np.testing.assert_allclose(learning_rates, 0.005 * (1 + np.cos(np.pi * np.arange(expected) / steps)), atol=1e-9)
 
 
 def test_encoders(tmp_path, monkeypatch):
     """An authors' file gives its encoder; MAE's by its own names; what is missing is said."""
     with pytest.raises(MissingWeights, match=r"ECAMP_ViT_Base_16\.pth"):
-        runs.encoder(given(encoder="ECAMP", data_root=str(tmp_path)))
+        recipe.encoder(given(encoder="ECAMP", data_root=str(tmp_path)))
     torch.manual_seed(1)
     trained = VisionTransformer(img_size=224, num_classes=0, global_pool="")
     torch.save({"model": trained.state_dict() | {"mask_token": torch.ones(1, 1, 512)}}, tmp_path / "mae.pth")
-    found = runs.encoder(given(encoder="MAE", weights=str(tmp_path / "mae.pth")))
+    found = recipe.encoder(given(encoder="MAE", weights=str(tmp_path / "mae.pth")))
     assert torch.equal(found.blocks[3].mlp.fc1.weight, trained.blocks[3].mlp.fc1.weight)
     torch.save({"model": {"pos_embed": torch.zeros(1, 2, 2)}}, tmp_path / "bad.pth")
     for name in ("MAE", "ECAMP"):
         with pytest.raises(BadCheckpoint):
-            runs.encoder(given(encoder=name, weights=str(tmp_path / "bad.pth")))
+            recipe.encoder(given(encoder=name, weights=str(tmp_path / "bad.pth")))
 
 
 def test_what_cannot_be_run_is_said(tmp_path):
@@ -379,20 +357,20 @@ def test_what_cannot_be_run_is_said(tmp_path):
         ({"dataset": "xrays/mimic-cxr"}, "xrays/chexpert"),
     ):
         with pytest.raises(BadParameter, match=said):
-            runs.downstream(given(**changes))
+            recipe.downstream(given(**changes), tmp_path)
     for dry_run in (False, True):
         with pytest.raises(BadParameter, match="xrays/mimic-cxr"):
-            runs.setting(given(dataset="xrays/rsna", dry_run=dry_run), tmp_path, {})
+            recipe.setting(given(dataset="xrays/rsna", dry_run=dry_run), tmp_path)
     with pytest.raises(MissingData, match="COVIDx"):
-        runs.downstream(given(data_root=str(tmp_path)))
+        recipe.downstream(given(data_root=str(tmp_path)), tmp_path)
 
 
-def test_detection_is_tested_on_the_validation_list_as_released(monkeypatch):
+def test_detection_is_tested_on_the_validation_list_as_released(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(xrays, "load", lambda *a, **o: asked.append(a[2]))
     for protocol, last in (("released", "val"), ("plain", "test")):
         asked.clear()
-        runs.downstream(given(task="detect", dataset="xrays/rsna", protocol=protocol))
+        recipe.downstream(given(task="detect", dataset="xrays/rsna", protocol=protocol), tmp_path)
         assert asked == ["train", "val", last]
 
 
@@ -410,8 +388,8 @@ def test_results_gather_and_stand_beside_the_published_ones(tmp_path):
         "seed": 0,
         "score": 80.0,
     }
-    runs.measured(path, row)
-    rows = runs.measured(
+    recipe.measured(path, row)
+    rows = recipe.measured(
         path,
         row | {"seed": 1, "score": 82.0},
         row | {"encoder": "random", "score": 60.0},
@@ -419,16 +397,12 @@ def test_results_gather_and_stand_beside_the_published_ones(tmp_path):
         row | {"protocol": "plain", "score": 1.0},
         row | {"dataset": "xrays/chestmnist", "score": 2.0},
     )
-    assert runs.cells(rows, "classification-finetune") == {
+    assert recipe.cells(rows, "classification-finetune") == {
         ("ECAMP", "RSNA 10 %"): 81.0,
         ("random init", "RSNA 10 %"): 60.0,
     }
-    assert runs.cells(rows, "fundus") == {("ECAMP", "MuReD 10 %"): 70.0}
-    assert runs.cells(rows, "detection") == {}
-    found = runs.tables(pd.read_csv(path))
+    assert recipe.cells(rows, "fundus") == {("ECAMP", "MuReD 10 %"): 70.0}
+    assert recipe.cells(rows, "detection") == {}
+    found = recipe.tables(pd.read_csv(path))
     shown = found["Classification, fine-tuned"].set_index("method")
     assert shown.loc["ECAMP", "RSNA 10 %"] == "– / 81.00" and shown.loc["MRM", "measured here"] == "not run"
-
-
-def test_setting_is_a_plain_record():
-    assert {f.name for f in dataclasses.fields(runs.Downstream)} >= {"data", "build", "learn", "score"}

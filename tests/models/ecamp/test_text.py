@@ -10,7 +10,7 @@ from torch.utils.data import default_collate
 from companion.errors import BadParameter, CorruptFile
 from companion.evaluation import parity
 from companion.models.ecamp import model as ecamp
-from companion.models.ecamp import text as ecamp_text
+from companion.models.ecamp import text
 from companion.models.ecamp.text import Pairs, Vocabulary
 
 REPORTS = [
@@ -39,17 +39,17 @@ def test_masking_as_recorded(case):
     known = Vocabulary.from_words(case.facts["inputs"]["vocabulary"])
     for example in case.facts["examples"]:
         ids, draws = np.array(example["ids"]), iter(example["draws_used"])
-        assert ecamp_text.mask(ids, known, draws.__next__).tolist() == example["masked_ids"]
+        assert text.mask(ids, known, draws.__next__).tolist() == example["masked_ids"]
         assert next(draws, None) is None
-        assert ecamp_text.descriptors(ids, known) == example["descriptor_positions"]
+        assert text.descriptors(ids, known) == example["descriptor_positions"]
         assert known.words(ids) == example["tokens"]
 
 
 def test_splicing_as_recorded(case):
     for example in case.facts["insertion_examples"]:
         draws = iter(example["draws"])
-        text = ecamp_text.splice(example["report"], example["llm_output"], draws.__next__)
-        assert "[CLS] " + text == example["sentence_given_to_tokenizer"]
+        spliced = text.splice(example["report"], example["llm_output"], draws.__next__)
+        assert "[CLS] " + spliced == example["sentence_given_to_tokenizer"]
         assert next(draws, None) is None
 
 
@@ -62,13 +62,13 @@ def test_weights_sum_to_the_length(vocabulary):
         for at in rng.integers(1, 56, rng.integers(0, 4)):
             ids[at : at + 5] = there
         ids[rng.integers(8, 65) :] = vocabulary.pad
-        w = ecamp_text.weights(ids, vocabulary)
+        w = text.weights(ids, vocabulary)
         assert w.sum() == pytest.approx(64, rel=1e-5) and (w > 0).all()
 
 
 def test_weights_move_from_boilerplate_to_descriptors(vocabulary):
     ids = vocabulary.encode("there is no evidence of mass. there is a small nodule.", 20)
-    found, w = ecamp_text.descriptors(ids, vocabulary), ecamp_text.weights(ids, vocabulary)
+    found, w = text.descriptors(ids, vocabulary), text.weights(ids, vocabulary)
     words = vocabulary.words(ids)
     assert "small" in [words[i] for i in found]
     assert w[words.index("small")] > 1 and w[words.index("there")] == pytest.approx(0.05)
@@ -79,14 +79,14 @@ def test_masking_rates(vocabulary, kind, descriptor):
     """Claim 5: entity 0.75, descriptor 0.70 as released and always as intended, other words 0.70."""
     ids = vocabulary.encode(REPORTS[0], 32)
     entities = [i for i, word in enumerate(ids) if int(word) in vocabulary.entities]
-    described = [i for i in ecamp_text.descriptors(ids, vocabulary) if int(ids[i]) not in vocabulary.continues]
+    described = [i for i in text.descriptors(ids, vocabulary) if int(ids[i]) not in vocabulary.continues]
     others = [
         i
         for i, word in enumerate(ids)
         if 0 < i < 31 and word > 3 and int(word) not in vocabulary.continues and i not in entities + described
     ]
     draw = uniform(0)
-    hidden = np.mean([ecamp_text.mask(ids, vocabulary, draw, kind) == 3 for _ in range(4000)], 0)
+    hidden = np.mean([text.mask(ids, vocabulary, draw, kind) == 3 for _ in range(4000)], 0)
     for places, share in ((entities, 0.75), (described, descriptor), (others, 0.70)):
         assert places and hidden[places] == pytest.approx(share, abs=0.03)
     assert hidden[0] == 0 and not hidden[ids == 0].any()
@@ -96,11 +96,11 @@ def test_masking_rates_without_entities_and_of_mrm(vocabulary):
     draw = uniform(1)
     plain = vocabulary.encode("the lungs are clear", 16)
     words = [i for i, w in enumerate(plain) if i and w and int(w) not in vocabulary.continues]
-    hidden = np.mean([ecamp_text.mask(plain, vocabulary, draw) == 3 for _ in range(4000)], 0)
+    hidden = np.mean([text.mask(plain, vocabulary, draw) == 3 for _ in range(4000)], 0)
     assert hidden[words] == pytest.approx(0.75, abs=0.03)
     ids = vocabulary.encode(REPORTS[0], 32)
     words = [i for i, w in enumerate(ids) if i and w and int(w) not in vocabulary.continues]
-    hidden = np.mean([ecamp_text.mask(ids, vocabulary, draw, "mrm") == 3 for _ in range(4000)], 0)
+    hidden = np.mean([text.mask(ids, vocabulary, draw, "mrm") == 3 for _ in range(4000)], 0)
     assert hidden[words] == pytest.approx(0.5, abs=0.03)
 
 
@@ -109,14 +109,14 @@ def test_pieces_go_with_their_word():
     ids = known.encode("cardiographic film", 8)
     assert known.words(ids) == ["[CLS]", "cardio", "##graph", "##ic", "film"]
     for draws in itertools.product((0.1, 0.9), repeat=2):
-        hidden = ecamp_text.mask(ids, known, iter(draws).__next__) == known.mask
+        hidden = text.mask(ids, known, iter(draws).__next__) == known.mask
         assert hidden[1:5].tolist() == [draws[0] < 0.75] * 3 + [draws[1] < 0.75]
 
 
 def test_entities():
     """44 in the list; "COPD" is upper case, and the released vocabulary has no "aerate" and no "hyperinflate"."""
-    assert len(ecamp_text.ENTITIES) == len(set(ecamp_text.ENTITIES)) == 44
-    pieces = {word.lower() for word in ecamp_text.ENTITIES} - {"aerate", "hyperinflate"}
+    assert len(text.ENTITIES) == len(set(text.ENTITIES)) == 44
+    pieces = {word.lower() for word in text.ENTITIES} - {"aerate", "hyperinflate"}
     assert len(Vocabulary.from_words(pieces).entities) == 41
     known = Vocabulary.from_words(["opacity", "opacities"])
     assert [known.pieces[i] for i in known.entities] == ["opacity"]  # plurals do not match
@@ -188,6 +188,6 @@ def test_bad_parameters(vocabulary):
         with pytest.raises(BadParameter, match=said):
             pairs(vocabulary, **options)
     with pytest.raises(BadParameter, match="released"):
-        ecamp_text.mask(vocabulary.encode("x", 4), vocabulary, uniform(0), "half")
+        text.mask(vocabulary.encode("x", 4), vocabulary, uniform(0), "half")
     with pytest.raises(BadParameter, match=r"\[CLS\]"):
         Vocabulary.from_words({"a": 0, "[UNK]": 1})

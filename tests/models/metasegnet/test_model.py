@@ -31,7 +31,6 @@ from companion.models.metasegnet.model import (
     bands,
     dice_loss,
     joint_loss,
-    lookahead,
     segment,
     soft_cross_entropy,
     swin,
@@ -39,7 +38,9 @@ from companion.models.metasegnet.model import (
 )
 from companion.models.metasegnet.text import BertText, ClipText, Words, headless
 from companion.ops.papers import paper
-from companion.training.fit import fit, trained_state
+from companion.training.checkpoints import trained_state
+from companion.training.fit import CPU, fit
+from companion.training.schedules import adamw
 
 TEXTS = ["bare land is pale sand", "bare land is red laterite; towns use clay tiles"]
 CLASSES = 8
@@ -190,6 +191,23 @@ def test_timm_encoders_of_other_kinds():
         assert model(draw(1, 3, 64, 48), TEXTS[:1]).shape == (1, 3, 64, 48)
 
 
+def test_a_callers_encoder_is_not_changed_and_can_be_checkpointed():
+    encoder = timm.create_model("resnet10t", pretrained=False)
+    before = encoder(draw(1, 3, 64, 64)).shape
+    torch.manual_seed(0)
+    model = MetaSegNet(encoder, 3, norms=False, width=16, heads=2, window=2)
+    assert encoder(draw(1, 3, 64, 64)).shape == before, "its head is still there"
+    model, gradients = build().train(), []
+    labels = torch.zeros(2, 32, 32, dtype=torch.long)
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(0)
+        model.loss(draw(2, 3, 32, 32), None, labels).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    torch.testing.assert_close(*gradients)
+
+
 def test_swin_is_timms_where_maps_are_whole_windows():
     sizes = metasegnet.SIZES["pocket"]["swin"] | {"depths": (2, 2, 2, 2)}
     ours = swin(**sizes).eval()
@@ -258,6 +276,7 @@ def test_clip_is_frozen_and_its_states_are_its_own():
         pooled = states[torch.arange(2), ids.argmax(1)] @ clip.text_projection
         torch.testing.assert_close(pooled, clip.encode_text(ids))
     assert not any(p.requires_grad for p in encoder.parameters())
+    assert all(p.requires_grad for p in clip.parameters()), "the caller's CLIP is not changed"
     with pytest.raises(BadParameter, match="clip"):
         ClipText(nn.Linear(2, 2), ClipTokens())
 
@@ -288,16 +307,17 @@ def test_frozen_texts_are_encoded_once():
     shape = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     bert = BertModel(BertConfig(**shape, intermediate_size=32), add_pooling_layer=False)
     encoder, rows = BertText(bert, BertTokens(), 10), []
-    bert.register_forward_pre_hook(lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+    count = lambda _, args, kwargs: rows.append(len(kwargs["input_ids"]))  # noqa: E731
+    encoder.model.register_forward_pre_hook(count, with_kwargs=True)
     model = build(encoder).train()
-    assert not bert.training and model.training
+    assert bert.training and not encoder.model.training and model.training
+    assert all(t.requires_grad for t in bert.parameters()), "the caller's model is not changed"
     x = draw(3, 3, 32, 32)
     model(x, ["a bb", "ccc", "a bb"])
     model(x, ["ccc", "d", "a bb"])
     assert rows == [2, 1]
     assert encoder.words("a bb") == ["t1", "t3", "t4", "t2"]
     first = encoder(encoder.ids(["ccc"]))
-    bert.load_state_dict(bert.state_dict())
     encoder.load_state_dict({n: t + 0.1 for n, t in encoder.state_dict().items()})
     assert not torch.allclose(encoder(encoder.ids(["ccc"])), first)
     assert not any(name.startswith("text.") for name in model.trained())
@@ -345,29 +365,11 @@ def test_soft_cross_entropy_and_dice():
     assert torch.equal(soft_cross_entropy(moved, labels, 4), soft_cross_entropy(logits, labels, 4))
 
 
-def test_lookahead_goes_on_from_a_checkpoint():
-    def run(steps, saved=None):
-        p = nn.Parameter(torch.ones(3) if saved is None else saved["p"].clone())
-        optimizer = lookahead(torch.optim.AdamW([p], 0.1))
-        if saved is not None:
-            optimizer.load_state_dict(saved["optimizer"])
-        for _ in range(steps):
-            optimizer.zero_grad()
-            p.square().sum().backward()
-            optimizer.step()
-        return {"p": p.detach(), "optimizer": optimizer.state_dict()}
-
-    assert torch.equal(run(4, run(9))["p"], run(13)["p"])
-    for wrong in ((0, 0.5), (5, 0.0), (5, 1.5)):
-        with pytest.raises(BadParameter, match="alpha"):
-            lookahead(torch.optim.AdamW([nn.Parameter(torch.ones(1))]), *wrong)
-
-
 def test_training_is_kept_in_a_file(tmp_path):
     model, encoder = build(text()), text()
     ids = encoder.ids([TEXTS[i % 2] for i in range(8)])
     data = TensorDataset(draw(8, 3, 32, 32), ids, torch.randint(0, CLASSES, (8, 32, 32)))
-    history = fit(model, lambda m, b: m.loss(*b), data, epochs=4, batch=4, lr=0.003)
+    history = fit(model, lambda m, b: m.loss(*b), data, epochs=4, batch=4, optimizer=adamw(0.003), hardware=CPU)
     assert history[-1]["loss"] < history[0]["loss"]
     torch.save(trained_state(model), tmp_path / "model.pt")
     again = build(text())
@@ -479,7 +481,7 @@ def test_blending_is_smooth_where_tiles_disagree():
 
 LARGE = """
 import sys, torch
-from companion import record  # getrusage would count the test process, which may be large
+from companion.ops import record  # getrusage would count the test process, which may be large
 from companion.models.metasegnet.model import MetaSegNet, bands
 from companion.models.metasegnet.text import Words
 text = Words.of(["pale sand"])

@@ -79,7 +79,7 @@ def test_the_words_of_a_report_are_found(root, words):
 
 
 def test_losses_of_hidden_words_depend_on_the_picture_that_is_seen(root, words, model):
-    """With equal pictures the right one and another give the same."""
+    """With equal images the right one and another give the same."""
     data = study.part(root, SEED, "test")
     found = study.word_losses(model, data, words)
     assert all(losses.shape == (60,) for losses in found.values())
@@ -151,12 +151,3 @@ def test_rates_are_chosen_after_whole_trainings(root, monkeypatch):
         monkeypatch.setattr(study, "dice", lambda *args: 50.0)
         study.train("MIM only", "chests", 1e-3, SEED, root, split)
     assert asked == [study.RECIPE["epochs"]] * 2
-
-
-def test_the_terms_of_the_loss_are_kept(root, words):
-    terms: list[list[float]] = []
-    model = study.build("ECAMP", SEED, len(words))
-    history = study.train_model(model, study.pairs("ECAMP", root, SEED), 1e-3, SEED, terms, epochs=0.8)
-    assert len(history) == len(terms) == 4
-    for row, (total, *parts) in zip(history, terms, strict=True):
-        assert row["loss"] == pytest.approx(total) == pytest.approx(sum(parts), rel=1e-5)

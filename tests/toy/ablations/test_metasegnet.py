@@ -1,4 +1,4 @@
-"""MetaSegNet's study: what networks are given, that they start alike, that each score is of the right pictures."""
+"""MetaSegNet's study: what networks are given, that they start alike, that each score is of the right images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SEED = 1
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A data root with a few pictures of one seed, and a study of three steps."""
+    """A data root with a few images of one seed, and a study of three steps."""
     path, counts, steps = tmp_path_factory.mktemp("land"), landcover.COUNTS, study.STEPS
     landcover.COUNTS = {"train": 4, "val": 2, "test": 3}
     study.STEPS = 3
@@ -88,7 +88,7 @@ def test_header_dropout_hides_half_of_the_heads(root, monkeypatch):
         return loss(self, images, texts, labels)
 
     monkeypatch.setattr(type(model), "loss", spy)
-    study.train_model("MetaSegNet", model, data, 1e-3, SEED, epochs=3)
+    study.train_model("MetaSegNet", model, data, 1e-3, SEED, steps=6)
     assert len(seen) == 96 and 0.3 < sum(seen) / len(seen) < 0.7
     seen.clear()
     study.train_model("no header dropout", study.build("no header dropout", SEED), data, 1e-3, SEED)
@@ -113,7 +113,7 @@ def test_rows_score_the_right_pictures(root):
     total = sum(matrices["wrong zone's text", z] for z in study.seen(SEED))
     assert wrong["mIoU"] == round(metrics.scores(total).miou, 2)
     assert seen["loss"] == left["loss"] == wrong["loss"] and seen["trained"] == wrong["trained"]
-    # by hand, on the pictures themselves
+    # by hand, on the images themselves
     model = study.build("MetaSegNet", SEED)
     data = study.part(root, SEED, "test").of(study.seen(SEED))
     study.train_model("MetaSegNet", model, study.part(root, SEED, "train").of(study.seen(SEED)), 1e-3, SEED)

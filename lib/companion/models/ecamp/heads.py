@@ -1,13 +1,13 @@
-"""What is built on ECAMP's trained ViT: a classifier, a segmenter, a detector (sections 5.2 to 5.4), and their losses.
+"""Classifier, segmenter and detector on ECAMP's pre-trained ViT (sections 5.2 to 5.4), and their losses.
 
-    classifier   mean of the patch tokens -> a fresh LayerNorm -> linear; whole, or only the last layer (linear probe)
+    classifier   mean of the patch tokens -> a new LayerNorm -> linear; all trained, or the last layer (linear probe)
     segmenter    patch tokens -> linear -> 14 x 14 map -> four times conv, norm, ReLU, x2 -> logits at 224
     detector     the same map -> three levels, 28, 14 and 7 cells a side -> YOLOv3's heads, three anchors a cell
 
-Segmenter and detector keep the encoder frozen, though the authors' README speaks of fine-tuning, and take its tokens
-without the last norm. They are the authors' (who have them from MGCA), not UNETR or ViTDet: there are no skips.
+In segmenter and detector the encoder is frozen, though the authors' README speaks of fine-tuning, and its last norm is
+left out. They are the authors' own (after MGCA), not UNETR or ViTDet: there are no skip connections.
 
-Shapes: B pictures of S x S pixels, D the ViT's width, g = S / patch.
+Shapes: B images of S x S pixels, D the ViT's width, g = S / patch.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
 from ...errors import BadCheckpoint, BadParameter
-from ..layers.clip_prompting import load_official, official_state
+from ..layers.state_dicts import depth, load_official, official_state
 
 # pixels at 416, three for each level, coarse to fine (YOLOv3's)
 ANCHORS = (((116, 90), (156, 198), (373, 326)), ((30, 61), (62, 45), (59, 119)), ((10, 13), (16, 30), (33, 23)))
+COUNTERS = ("num_batches_tracked",)  # of BatchNorm, which some files lack
 
 
 # --- the encoder ------------------------------------------------------------------------------------------------------
 
 
 def like(encoder: VisionTransformer, **options: object) -> VisionTransformer:
-    """A ViT of the sizes of `encoder`, random; `options` go to timm, for instance `num_classes`."""
+    """A ViT with random weights and the sizes of `encoder`; `options` go to timm, for instance `num_classes`."""
     block, embed = encoder.blocks[0], encoder.patch_embed
     return VisionTransformer(
         img_size=embed.img_size,
@@ -48,7 +49,7 @@ def like(encoder: VisionTransformer, **options: object) -> VisionTransformer:
 
 
 def encoder_like(state: Mapping[str, Tensor], heads: int | None = None) -> VisionTransformer:
-    """A random ViT of the sizes that the encoder in a state dict has; `heads`: as many as 64 channels each when None.
+    """A ViT with random weights and the sizes of the encoder in a state dict; `heads` None: 64 channels a head.
 
     Raises:
         BadCheckpoint: the state dict has no encoder.
@@ -56,12 +57,11 @@ def encoder_like(state: Mapping[str, Tensor], heads: int | None = None) -> Visio
     if missing := {"patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"} - state.keys():
         raise BadCheckpoint("a ViT", missing)
     width, _, _, patch = state["patch_embed.proj.weight"].shape
-    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     return VisionTransformer(
         img_size=math.isqrt(state["pos_embed"].shape[1] - 1) * patch,
         patch_size=patch,
         embed_dim=width,
-        depth=depth,
+        depth=depth(state, "blocks."),
         num_heads=heads or max(1, width // 64),
         mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / width,
         num_classes=0,
@@ -71,14 +71,14 @@ def encoder_like(state: Mapping[str, Tensor], heads: int | None = None) -> Visio
 def classifier(
     encoder: VisionTransformer, classes: int, *, probe: bool = False, drop_path: float = 0.1
 ) -> VisionTransformer:
-    """The classifier: timm's ViT pooled by the mean of its patch tokens, (B, 3, S, S) to logits (B, classes).
+    """The classifier: timm's ViT with mean pooling of the patch tokens, images (B, 3, S, S) to logits (B, classes).
 
-    The trained encoder's own norm is dropped; `fc_norm` starts at 1 and 0, the last layer at N(0, 2e-5).
+    The encoder's own last norm is dropped; `fc_norm` starts at 1 and 0, the last layer at N(0, 2e-5).
 
     Args:
         encoder: `ECAMP.encoder`, or any ViT of timm; it is copied.
-        probe: train the last layer alone. (`fc_norm` then stays 1 and 0: the tokens are normalised, no more.)
-        drop_path: stochastic depth, rising to this share in the last block.
+        probe: train the last layer alone; `fc_norm` then keeps 1 and 0.
+        drop_path: stochastic depth, rising linearly to this rate in the last block.
     """
     model = like(encoder, num_classes=classes, global_pool="avg", drop_path_rate=drop_path)
     state = {n: t for n, t in encoder.state_dict().items() if n in model.state_dict() and not n.startswith("head.")}
@@ -93,7 +93,7 @@ def classifier(
 
 
 def classifier_from_official(state: Mapping[str, Tensor], heads: int | None = None) -> VisionTransformer:
-    """A classifier with an authors' state dict in it: their names are timm's. In eval mode.
+    """The classifier of a state dict of the authors, whose names are timm's; in eval mode.
 
     Raises:
         BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
@@ -106,7 +106,7 @@ def classifier_from_official(state: Mapping[str, Tensor], heads: int | None = No
 
 
 class PatchMap(nn.Module):
-    """Pictures (B, 3, S, S) to a map (B, D, g, g): a frozen encoder's tokens, without its last norm, through W."""
+    """From images (B, 3, S, S) to a map (B, D, g, g): a linear layer on an encoder's tokens before its last norm."""
 
     def __init__(self, encoder: VisionTransformer, frozen: bool = True):
         super().__init__()
@@ -154,15 +154,14 @@ class MapDecoder(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """Pictures (B, 3, S, S) to logits (B, outputs, S, S).
+    """Images (B, 3, S, S) to logits (B, outputs, S, S).
 
     Args:
         encoder: `ECAMP.encoder`, or any ViT of timm; it is copied.
         outputs: decoders, one for each thing to segment: 1, or 2 for RIGA's disc and cup.
-        channels: of the decoder's steps, each of which doubles the side. None: 512, 256, 128, 64, as many as the patch
-            needs (the last ones of them).
-        frozen: keep the encoder as it is, as released; False is what the README says. (The authors' random encoder is
-            trained, too.)
+        channels: of the decoder's steps, each of which doubles the side. None: of 512, 256, 128, 64 the last ones, as
+            many as the patch needs.
+        frozen: as released; False is what the README says, and what the authors do with a random encoder.
     """
 
     def __init__(
@@ -173,7 +172,7 @@ class Segmenter(nn.Module):
         if channels is None:
             channels = (512, 256, 128, 64)[-steps:]
         if len(channels) != steps:
-            raise BadParameter("channels", tuple(channels), f"{steps}, which double the side back to the picture's")
+            raise BadParameter("channels", tuple(channels), f"{steps}, which double the side back to the image's")
         self.map = PatchMap(encoder, frozen)
         self.decoders = nn.ModuleList(MapDecoder(encoder.embed_dim, channels) for _ in range(outputs))
 
@@ -195,7 +194,7 @@ class Segmenter(nn.Module):
 
     @classmethod
     def from_official(cls, state: Mapping[str, Tensor], heads: int | None = None) -> Segmenter:
-        """With a state dict of the authors' in it, in eval mode: one decoder, or RIGA's two.
+        """The segmenter of a state dict of the authors, in eval mode: with one decoder, or RIGA's two.
 
         Raises:
             BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
@@ -209,7 +208,7 @@ class Segmenter(nn.Module):
         if 2 ** len(channels) != encoder.patch_embed.patch_size[0]:
             raise BadCheckpoint("ECAMP's segmenter", [f"{start}decoder_{len(channels) + 1}.0.weight"])
         model = cls(encoder, 2 if two else 1, channels).eval()
-        load_official(model, _counted(model, state), model.official_names(), "ECAMP's segmenter")
+        load_official(model, state, model.official_names(), "ECAMP's segmenter", optional=COUNTERS)
         return model
 
     def to_official(self) -> dict[str, Tensor]:
@@ -217,20 +216,14 @@ class Segmenter(nn.Module):
         return official_state(self.state_dict(), self.official_names())
 
 
-def _counted(model: Segmenter | Detector, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` with BatchNorm's counters, which say nothing, where a file lacks them."""
-    counters = {t: torch.tensor(0) for t in model.official_names().values() if t.endswith("num_batches_tracked")}
-    return counters | dict(state)
-
-
 def focal_loss(logits: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
-    """Mean of (1 - p_t)^gamma BCE, for a target that may be soft: p_t = sigmoid(x (2 t - 1))."""
+    """Mean of (1 - p_t)^gamma BCE with p_t = sigmoid(x (2 t - 1)); the target may be soft."""
     easy = F.logsigmoid(-logits * (2 * target - 1))
     return ((gamma * easy).exp() * F.binary_cross_entropy_with_logits(logits, target, reduction="none")).mean()
 
 
 def soft_dice(logits: Tensor, target: Tensor) -> Tensor:
-    """(2 sum(p t) + 1) / (sum(p) + sum(t) + 1), sums over the whole batch at once."""
+    """(2 sum(p t) + 1) / (sum(p) + sum(t) + 1), with sums over the whole batch."""
     p = logits.sigmoid()
     return (2 * (p * target).sum() + 1) / (p.sum() + target.sum() + 1)
 
@@ -244,7 +237,7 @@ def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def classification_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """BCE for labels of 0 and 1 for each class (B, classes), cross-entropy for one class number a picture (B,)."""
+    """BCE for multi-label targets (B, classes), cross-entropy for class indices (B,)."""
     if target.ndim == 1 and logits.ndim == 2:
         return F.cross_entropy(logits, target)
     return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
@@ -297,14 +290,14 @@ class Pyramid(nn.Module):
 
 
 class Detector(nn.Module):
-    """Pictures (B, 3, S, S) to three heads' numbers, coarse to fine, each (B, 3 (5 + classes), h, h).
+    """Images (B, 3, S, S) to the raw outputs of three heads, coarse to fine, each (B, 3 (5 + classes), h, h).
 
     Args:
-        encoder: `ECAMP.encoder`, or any ViT of timm; it is copied and frozen.
-        classes: kinds of boxes.
+        encoder: `ECAMP.encoder`, or any ViT of timm; it is copied.
+        classes: of boxes.
         expansion: e of the bottlenecks: 4 with all labels, 8 with 1 or 10 % of them.
         channels: of the three levels; the heads' widths follow.
-        frozen: keep the encoder as it is, as released.
+        frozen: do not train the encoder, as released.
     """
 
     def __init__(
@@ -336,7 +329,7 @@ class Detector(nn.Module):
                 x = torch.cat([F.interpolate(_run(self.branches[i - 1], below), scale_factor=2), x], 1)
             for j, step in enumerate(self.heads[i]):
                 x = _run(step, x)
-                if j == 4:  # what the next level sees
+                if j == 4:  # input of the next level
                     below = x
             found.append(self.outputs[i](x))
         return found
@@ -349,10 +342,8 @@ class Detector(nn.Module):
         """The sum over the heads of `yolo_loss`; boxes (B, T, 5) as there."""
         return sum(yolo_loss(x, boxes, a, self.size)[0] for x, a in zip(heads, self.anchors(), strict=True))
 
-    @torch.no_grad()
-    def detect(self, images: Tensor, confidence: float = 0.5, overlap: float = 0.5) -> list[Tensor]:
-        """For each picture its boxes (n, 7), see `suppress`."""
-        heads = self(images)
+    def decode(self, heads: Sequence[Tensor], confidence: float = 0.5, overlap: float = 0.5) -> list[Tensor]:
+        """The boxes (n, 7) of each image from the outputs of `forward`, see `suppress`."""
         decoded = [yolo_decode(x, a, self.size) for x, a in zip(heads, self.anchors(), strict=True)]
         return suppress(torch.cat(decoded, 1), confidence, overlap)
 
@@ -382,7 +373,7 @@ class Detector(nn.Module):
 
     @classmethod
     def from_official(cls, state: Mapping[str, Tensor], heads: int | None = None) -> Detector:
-        """With a state dict of the authors' in it, in eval mode.
+        """The detector of a state dict of the authors, in eval mode.
 
         Raises:
             BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
@@ -405,7 +396,7 @@ class Detector(nn.Module):
         )
         classes = len(state["embedding0.conv_out.weight"]) // 3 - 5
         model = cls(encoder_like(inner, heads), classes, middle // narrow, channels).eval()
-        load_official(model, _counted(model, state), model.official_names(), "ECAMP's detector")
+        load_official(model, state, model.official_names(), "ECAMP's detector", optional=COUNTERS)
         return model
 
     def to_official(self) -> dict[str, Tensor]:
@@ -414,7 +405,7 @@ class Detector(nn.Module):
 
 
 def _cells(head: Tensor, anchors: Tensor, size: int) -> tuple[Tensor, Tensor, float]:
-    """A head's numbers as (B, anchors, h, h, 5 + classes), its anchors in cells, and a cell's pixels."""
+    """A head's output as (B, anchors, h, h, 5 + classes), its anchors in cells, and the side of a cell in pixels."""
     cell = size / head.shape[-1]
     return head.unflatten(1, (len(anchors), -1)).permute(0, 1, 3, 4, 2), anchors.to(head.device) / cell, cell
 
@@ -424,12 +415,12 @@ def yolo_loss(head: Tensor, boxes: Tensor, anchors: Tensor, size: int) -> tuple[
 
         total = 2.5 (x + y + w + h) + confidence + class        all of them means over ALL cells, empty ones too
 
-    Every box is given to the best anchor of every head; cells whose anchor has an IoU above 0.5 with it are not asked
-    to be empty. That IoU is of corners one cell apart ("+ 1", in cells), as released.
+    Every box is assigned to the best anchor of every head. Anchors with an IoU above 0.5 with a box have no objectness
+    loss. That IoU adds 1 to all extents, in cells, as released.
 
     Args:
         head: (B, 3 (5 + classes), h, h), raw.
-        boxes: (B, T, 5) class, centre and size as fractions of the picture; rows of zeros are padding.
+        boxes: (B, T, 5) class, centre and size as fractions of the image; rows of zeros are padding.
         anchors: (3, 2) in pixels.
         size: S.
     """
@@ -437,7 +428,7 @@ def yolo_loss(head: Tensor, boxes: Tensor, anchors: Tensor, size: int) -> tuple[
     cells = head.shape[-1]
     mask, empty = torch.zeros_like(p[..., 0]), torch.ones_like(p[..., 0])
     target = torch.zeros_like(p)
-    for t in range(boxes.shape[1]):  # one after the other: of two boxes in one cell the later one counts
+    for t in range(boxes.shape[1]):  # in order: of two boxes in one cell the later one counts
         b = boxes[:, t].abs().sum(-1).nonzero()[:, 0]
         kind, centre, extent = boxes[b, t, 0].long(), boxes[b, t, 1:3] * cells, boxes[b, t, 3:] * cells
         i, j = centre.long().clamp(max=cells - 1).unbind(1)
@@ -447,11 +438,11 @@ def yolo_loss(head: Tensor, boxes: Tensor, anchors: Tensor, size: int) -> tuple[
         k, a = near.nonzero().unbind(1)
         empty[b[k], a, j[k], i[k]] = 0
         mask[b, best, j, i] = 1
-        place = target[b, best, j, i]
-        place[:, :2] = (centre - torch.stack([i, j], 1)).to(place.dtype)
-        place[:, 2:4] = (extent / anchors[best]).log().to(place.dtype)
-        place[:, 5:] = F.one_hot(kind, p.shape[-1] - 5).to(place.dtype)
-        target[b, best, j, i] = place
+        box = target[b, best, j, i]
+        box[:, :2] = (centre - torch.stack([i, j], 1)).to(box.dtype)
+        box[:, 2:4] = (extent / anchors[best]).log().to(box.dtype)
+        box[:, 5:] = F.one_hot(kind, p.shape[-1] - 5).to(box.dtype)
+        target[b, best, j, i] = box
 
     def bce(n: slice | int) -> Tensor:
         each = F.binary_cross_entropy_with_logits(p[..., n], target[..., n], reduction="none")
@@ -467,19 +458,19 @@ def yolo_loss(head: Tensor, boxes: Tensor, anchors: Tensor, size: int) -> tuple[
 def yolo_decode(head: Tensor, anchors: Tensor, size: int) -> Tensor:
     """Boxes (B, 3 h h, 5 + classes) of one head: centre and size in pixels, objectness, the classes' probabilities."""
     p, anchors, cell = _cells(head, anchors, size)
-    place = torch.arange(head.shape[-1], device=head.device)
-    grid = torch.stack(torch.meshgrid(place, place, indexing="xy"), -1)  # (h, h, 2): x, y
+    position = torch.arange(head.shape[-1], device=head.device)
+    grid = torch.stack(torch.meshgrid(position, position, indexing="xy"), -1)  # (h, h, 2): x, y
     centre = (p[..., :2].sigmoid() + grid) * cell
     extent = p[..., 2:4].exp() * anchors[:, None, None] * cell
     return torch.cat([centre, extent, p[..., 4:].sigmoid()], -1).flatten(1, 3)
 
 
 def suppress(decoded: Tensor, confidence: float = 0.5, overlap: float = 0.5) -> list[Tensor]:
-    """The boxes that are left of (B, n, 5 + classes): objectness of at least `confidence`, then suppression by class.
+    """Non-maximum suppression, by class, of boxes (B, n, 5 + classes) with an objectness of at least `confidence`.
 
     Returns:
-        For each picture (m, 7), best first: x1, y1, x2, y2 in pixels, objectness, the class's probability, the class.
-        The IoU counts a box as one pixel wider, as released.
+        For each image (m, 7), best first: x1, y1, x2, y2 in pixels, objectness, the class's probability, the class.
+        The IoU takes a box as one pixel wider and higher, as released.
     """
     found = []
     for boxes in decoded:

@@ -1,18 +1,18 @@
 """ECAMP: entity-centred, context-aware medical vision-language pre-training (Wang, Yao et al., MedIA 2025).
 
-A ViT learns from chest X-rays and their reports, without labels. Three quarters of the picture's patches are hidden,
-and so are most of the report's words; both must be filled in, and the words see the picture through its visible patches
-only. After that the ViT is kept and the rest is thrown away.
+A ViT is pre-trained on chest X-rays and their reports, without labels. Three quarters of the image's patches and most
+of the report's words are masked; both are predicted, the words from the report and the tokens of the visible patches.
+Downstream tasks use the ViT alone.
 
     pixels  (B, 3, 448, 448) --bicubic--> 224 --49 of 196 patches--> ViT --> z (B, 49, 768)
     z --image decoder--> all patches, L_mim   --super-resolution--> 448, inside an attention window, L_sr
     z, words --context fusion, BERT layers--> the hidden words, weighted, L_mlm        loss = L_mim + L_sr + L_mlm
 
-Which words are hidden, and what each weighs, is the data's side: `ecamp_text`. The classifier, segmenter and detector
-that are built on the trained ViT: `ecamp_heads`.
+Masking and weights of the words are drawn by the data set, `text.Pairs`. Classifier, segmenter and detector on the
+pre-trained ViT: `heads`.
 
-The paper's text was not at hand: all of it was read from the authors' code (github ToniChopp/ECAMP at d02d16d, MIT) and
-written anew; outputs are checked against ones recorded from it. Sections named here are those of that reading.
+The paper's text could not be read: everything is from the authors' code (github ToniChopp/ECAMP at d02d16d, MIT), read
+and reimplemented; outputs agree with ones recorded from it. Section numbers are those of our notes on it.
 
 Shapes: B pairs, N patches (K of them visible), L text tokens, V words, D the ViT's width, H the text's width.
 """
@@ -26,20 +26,23 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import BadCheckpoint, BadParameter
-from ..layers.clip_prompting import load_official, official_state
+from ..layers.mae import patchify, random_mask, unpatchify
+from ..layers.pos_embed import sincos_table
+from ..layers.state_dicts import depth, load_official, official_state
 
 FUSIONS = ("both", "patch", "mean", "pooled")
 POSITIONS = ("ecamp", "mae")
 PREDICTIONS = ("low-res", "high-res")
-MASKED = 0.75  # share of hidden patches
+MASKED = 0.75  # fraction of hidden patches
 OFFICIAL = "ECAMP (or MRM): the pre-training model, decoders and BERT included"
 
-# sizes: the paper's; those that a CPU trains in a minute (section 14)
+# the paper's sizes, and those of the pocket profile (section 14)
 SIZES = {
     "paper": {},
     "pocket": {
@@ -62,8 +65,24 @@ SIZES = {
     },
 }
 
+METHODS: dict[str, tuple[dict, dict]] = {
+    "MIM only": ({"text": False, "super_resolution": False}, {}),
+    "MRM-like": (
+        {"fusion": "pooled", "super_resolution": False},
+        {"masking": "mrm", "rebalance": False, "splice_share": 0.0},
+    ),
+    "ECAMP": ({}, {}),
+    "ECAMP, no super-resolution": ({"super_resolution": False}, {}),
+    "ECAMP, no re-balancing": ({}, {"rebalance": False}),
+    "ECAMP, no distillation": ({}, {"splice_share": 0.0}),
+    "ECAMP, descriptors hidden": ({}, {"masking": "intended"}),
+    "ECAMP, whole image": ({"window": None}, {}),
+    "ECAMP, mean token": ({"fusion": "mean"}, {}),
+    "ECAMP, patch attention": ({"fusion": "patch"}, {}),
+}
+"""The pre-trainings, by name: arguments of `ECAMP`, and of `text.Pairs`."""
 
-# our names -> the authors', one after the other
+# our names -> the authors'; the patterns are applied in order
 _RENAMES = (
     (r"^encoder\.", ""),
     (r"^decoder\.mask_token", "mask_token"),
@@ -90,19 +109,19 @@ _RENAMES = (
 
 
 class Batch(NamedTuple):
-    """B image-report pairs with all that is drawn at random, as `ecamp_text.Pairs` gives them (without the B)."""
+    """B image-report pairs with everything that is drawn at random; `text.Pairs` returns them one by one."""
 
     images: Tensor  # (B, 3, 2 S, 2 S), normalised; the encoder sees them at S
     ids: Tensor  # (B, L) words, some of them [MASK]
     labels: Tensor  # (B, L) the same without [MASK]
     attention: Tensor  # (B, L) 1, or 0 for padding
-    weights: Tensor  # (B, L) what each position counts in the loss
-    noise: Tensor  # (B, N) the K patches with the least of it are visible
+    weights: Tensor  # (B, L) weight of each position in the text loss
+    noise: Tensor  # (B, N) the K patches of the lowest noise are visible
     window: Tensor  # (B, 2) row and column of the window's corner, in patches
 
 
 class Losses(NamedTuple):
-    """The three losses and their sum, scalars; a loss that the variant lacks is zero."""
+    """The sum of the losses and the three losses, scalars; a loss that a variant does not have is zero."""
 
     total: Tensor
     mim: Tensor
@@ -111,24 +130,24 @@ class Losses(NamedTuple):
 
 
 class ECAMP(nn.Module):
-    """The pre-training model; a batch to its losses.
+    """The pre-training model: from a `Batch` to its `Losses`.
 
     Args:
-        image: S, the pixels that the encoder sees; the data's pictures have twice as many a side.
+        image: S, side of the encoder's input in pixels; the images of a batch have side 2 S.
         patch, width, depth, heads: the encoder, ViT-B/16.
         decoder_width, decoder_depth, decoder_heads: the image decoder.
         words, length: the vocabulary and the longest text.
         text_width, text_depth, text_heads, text_hidden, dropout: the text decoder.
         text: False for masked image modelling alone.
         super_resolution: False leaves the super-resolution loss out.
-        window: side of the window in patches that super-resolution is judged in; None for the whole picture.
-        fusion: how words see the picture. "both": each attends to the visible patches, and receives their mean too;
-            "patch" or "mean": one of the two; "pooled": the mean is added to the word embeddings and there is no fusion
-            layer, as in MRM, on which ECAMP builds.
-        positions: the encoder's and decoder's fixed table, "ecamp" as released or "mae" (section 3.2).
-        predict: what the image decoder gives, "low-res" patches, or "high-res" ones as in MRM, which has no
+        window: side in patches of the window inside which the super-resolution loss is computed; None: the whole image.
+        fusion: how image tokens enter the text. "both": cross-attention of the words to the visible patches, plus the
+            mean of these; "patch" or "mean": one of the two; "pooled": the mean is added to the word embeddings and
+            there is no fusion layer, as in MRM, on which ECAMP builds.
+        positions: the fixed position embeddings, "ecamp" as released or "mae" (section 3.2).
+        predict: output of the image decoder, "low-res" patches, or "high-res" ones as in MRM, which has no
             super-resolution block.
-        pooler: build the released model's BERT pooler too: 590,592 numbers that no loss sees.
+        pooler: build the released model's BERT pooler too: 590,592 parameters that receive no gradient.
 
     Raises:
         BadParameter: an option outside its choices.
@@ -186,7 +205,7 @@ class ECAMP(nn.Module):
             num_classes=0,
             global_pool="",
         )
-        self.encoder.pos_embed = nn.Parameter(position_table(width, side, positions), requires_grad=False)
+        self.encoder.pos_embed = nn.Parameter(sincos_table(width, side, positions), requires_grad=False)
         self.decoder = ImageDecoder(
             width, decoder_width, decoder_depth, decoder_heads, side, positions, 3 * (self.scale * patch) ** 2
         )
@@ -208,21 +227,24 @@ class ECAMP(nn.Module):
         """N."""
         return self.encoder.patch_embed.num_patches
 
-    def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Tokens (B, 1 + K, D) of pictures (B, 3, S, S), class token first; `keep` (B, K): the visible patches."""
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the encoder's activations in the backward pass: less memory, more time."""
+        self.encoder.set_grad_checkpointing(enable)
+
+    def forward_features(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Encoder tokens (B, 1 + K, D) of images (B, 3, S, S), [CLS] first.
+
+        `keep` (B, K): indices of the visible patches; None: all N of them.
+        """
         vit = self.encoder
         x = vit.patch_embed(images) + vit.pos_embed[:, 1:]
         if keep is not None:
             x = x.take_along_dim(keep[..., None], 1)
         x = torch.cat([(vit.cls_token + vit.pos_embed[:, :1]).expand(len(x), -1, -1), x], 1)
-        return vit.norm(vit.blocks(x))
-
-    def features(self, images: Tensor) -> Tensor:
-        """What a probe reads: the mean patch token (B, D) of whole pictures (B, 3, S, S), after the encoder's norm."""
-        return self.encode(images)[:, 1:].mean(1)
+        return vit.norm(checkpoint_seq(vit.blocks, x) if vit.grad_checkpointing else vit.blocks(x))
 
     def forward(self, batch: Batch, trace: dict[str, Tensor] | None = None) -> Losses:
-        """The losses of a batch; `trace` receives the steps of the forward pass, cross-attention among them."""
+        """The losses of a batch; `trace` receives intermediate tensors by name, the fusion's "attention" among them."""
         seen = {} if trace is None else trace
         images = batch.images
         if images.shape[-1] != 2 * self.image:
@@ -230,10 +252,8 @@ class ECAMP(nn.Module):
                 "images", tuple(images.shape), f"a side of {2 * self.image}, twice what the encoder sees"
             )
         low = shrink(images)
-        order = batch.noise.argsort(1)
-        keep = order[:, : int(self.patches * (1 - MASKED))]
-        hidden = torch.ones_like(batch.noise).scatter(1, keep, 0)
-        latent = self.encode(low, keep)
+        keep, hidden = random_mask(batch.noise, int(self.patches * (1 - MASKED)))
+        latent = self.forward_features(low, keep)
         pixels = self.decoder(latent, keep)  # (B, N, 3 p p), in raster order
 
         target = patchify(images if self.scale == 2 else low, self.scale * self.patch)
@@ -255,16 +275,16 @@ class ECAMP(nn.Module):
 
     @torch.no_grad()
     def attention(self, images: Tensor, ids: Tensor, attention: Tensor) -> Tensor:
-        """Where each word looks: (B, heads, L, N), shares of the whole picture's patches in raster order.
+        """Cross-attention of the words, (B, heads, L, N), over all patches of whole images, in raster order.
 
         Args:
             images: (B, 3, S, S).
             ids, attention: (B, L).
         """
         if self.text is None or self.fusion not in ("both", "patch"):
-            raise BadParameter("fusion", self.fusion, "'both' or 'patch': other words do not attend to patches")
+            raise BadParameter("fusion", self.fusion, "'both' or 'patch': in others no word attends to patches")
         trace: dict[str, Tensor] = {}
-        self.text(ids, attention, self.project(self.encode(images)[:, 1:]), trace)
+        self.text(ids, attention, self.project(self.forward_features(images)[:, 1:]), trace)
         return trace["attention"]
 
     # --- the authors' names ---
@@ -290,22 +310,22 @@ class ECAMP(nn.Module):
         window: int | None = 12,
         dropout: float = 0.1,
     ) -> ECAMP:
-        """The model with a state dict of the authors' code in it, in eval mode; its sizes are read from the tensors.
+        """The model of a state dict of the authors' code, in eval mode; its sizes are read from the tensors.
 
         Files of MRM (github RL4M/MRM-pytorch), and older ones that call the fusion layer `cross_attn_layer`, load too.
         The inverse is `to_official`.
 
         Args:
-            heads, decoder_heads, text_heads: tensors do not say them. None: a head for 64 channels of the encoder;
+            heads, decoder_heads, text_heads: not readable from tensors. None: one head for 64 channels of the encoder;
                 16 in the decoder, 6 for MRM's.
 
         Raises:
-            BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
+            BadCheckpoint: missing and unknown names and other shapes, all of them listed.
         """
         state = {n.replace("cross_attn_layer", "context_fusion_layer"): t for n, t in state.items()}
         bert = "bert_encoder.model."
         head, words = bert + "cls.predictions.", bert + "bert.embeddings.word_embeddings.weight"
-        # one tensor under two names, as transformers has it; position_ids: a counter in files of older releases
+        # transformers stores one tensor under two names; position_ids is a counter in files of older releases
         bias = state.pop(head + "bias", None)
         if bias is not None:
             state.setdefault(head + "decoder.bias", bias)
@@ -327,22 +347,19 @@ class ECAMP(nn.Module):
         fused = any("context_fusion_layer" in name for name in state)
         high = state["decoder_pred.weight"].shape[0] == 3 * (2 * patch) ** 2
 
-        def depth(start: str) -> int:
-            return len({name.removeprefix(start).partition(".")[0] for name in state if name.startswith(start)})
-
         model = cls(
             image=math.isqrt(state["pos_embed"].shape[1] - 1) * patch,
             patch=patch,
             width=width,
-            depth=depth("blocks."),
+            depth=depth(state, "blocks."),
             heads=heads or max(1, width // 64),
             decoder_width=state["decoder_pos_embed"].shape[2],
-            decoder_depth=depth("decoder_blocks."),
+            decoder_depth=depth(state, "decoder_blocks."),
             decoder_heads=decoder_heads or (6 if high else 16),
             words=len(state[words]),
             length=len(state[bert + "bert.embeddings.position_embeddings.weight"]),
             text_width=state[words].shape[1],
-            text_depth=depth(bert + "bert.encoder.layer."),
+            text_depth=depth(state, bert + "bert.encoder.layer."),
             text_heads=text_heads,
             text_hidden=len(state[wide]),
             dropout=dropout,
@@ -364,10 +381,10 @@ class ECAMP(nn.Module):
         return state
 
     def load_mae(self, state: Mapping[str, Tensor]) -> list[str]:
-        """Start from a masked autoencoder's file, as the paper does; the tensors that it filled, by our names.
+        """Initialise from a masked autoencoder's state dict, as the paper does; return our names of the loaded tensors.
 
-        Every tensor of the same name and shape is taken, the tables of positions too; BERT stays as it is. MAE's image
-        decoder has eight blocks, of which the first ones fit; a file without a decoder fills the encoder alone.
+        Every tensor of the same name and shape is loaded, position embeddings included; BERT keeps its initialisation.
+        MAE's image decoder has eight blocks, of which the first ones fit; without a decoder only the encoder is loaded.
 
         Raises:
             BadCheckpoint: tensors of the encoder that are missing or of another shape.
@@ -388,14 +405,20 @@ class ECAMP(nn.Module):
 
 
 def build(size: str = "paper", **options: object) -> ECAMP:
-    """An ECAMP of random weights (torch's current seed), at one of `SIZES`; `options` as in `ECAMP`."""
+    """An ECAMP with random weights (torch's current seed), of one of `SIZES`; `options` as in `ECAMP`."""
     if size not in SIZES:
         raise BadParameter("size", size, tuple(SIZES))
     return ECAMP(**{**SIZES[size], **options})
 
 
+def pretraining_loss(model: nn.Module, items: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """The losses of a batch by name, for `fit`: "loss" is the sum of "mim", "sr" and "mlm"."""
+    total, *terms = model(Batch(*items))
+    return {"loss": total} | dict(zip(Losses._fields[1:], terms, strict=True))
+
+
 def _initialise(module: nn.Module) -> None:
-    """Section 3.7: every linear layer Xavier-uniform, every norm 1 and 0, embeddings N(0, 0.02)."""
+    """Section 3.7: linear layers Xavier-uniform, norms 1 and 0, embeddings N(0, 0.02)."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -409,53 +432,26 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.weight.data[module.padding_idx])
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
-
-
-def position_table(width: int, side: int, kind: str = "ecamp") -> Tensor:
-    """Fixed sines and cosines (1, 1 + side², width), zeros for the class token: the column's half, then the row's.
-
-    MAE's frequencies are 10000^(-k / (width / 4)); ECAMP's, as MRM's, 10000^(-k / width), so that the slowest is about
-    0.1 in place of 0.0001 (section 3.2).
-    """
-    count = width // 4
-    steps = torch.arange(count, dtype=torch.float64) / (count if kind == "mae" else width)
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * 10000.0**-steps
-    axis = torch.cat([angles.sin(), angles.cos()], 1)  # (side, width / 2)
-    row, column = axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)
-    return F.pad(torch.cat([column, row], 2).flatten(0, 1).float(), (0, 0, 1, 0))[None]
+# --- images -----------------------------------------------------------------------------------------------------------
 
 
 def shrink(images: Tensor) -> Tensor:
-    """Half the size, bicubic, not antialiased: what a resize of tensors did in the pinned torchvision."""
+    """Images at half the size, bicubic, not antialiased, as the authors' version of torchvision resizes tensors."""
     return F.interpolate(images, scale_factor=0.5, mode="bicubic", align_corners=False, antialias=False)
-
-
-def patchify(images: Tensor, patch: int) -> Tensor:
-    """(B, 3, h p, w p) to (B, h w, p p 3): row, column, channel, as in MAE."""
-    x = images.unfold(2, patch, patch).unfold(3, patch, patch)
-    return x.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
-
-
-def unpatchify(patches: Tensor, patch: int) -> Tensor:
-    """The inverse of `patchify`, for square pictures."""
-    side = math.isqrt(patches.shape[1])
-    x = patches.reshape(-1, side, side, patch, patch, 3).permute(0, 5, 1, 3, 2, 4)
-    return x.reshape(-1, 3, side * patch, side * patch)
 
 
 def windows(corners: Tensor, side: int, cell: int, size: int) -> Tensor:
     """(B, 1, size, size): 1 inside the window of side x side cells of `cell` pixels, whose corners (B, 2) are in cells.
 
-    A corner's first number is the row: the released code calls it a column, and uses it as a row.
+    A corner is (row, column): the released code names the first a column, and uses it as a row.
     """
-    place = torch.arange(size, device=corners.device) // cell
-    rows, columns = ((place >= c[:, None]) & (place < c[:, None] + side) for c in corners.T)
+    position = torch.arange(size, device=corners.device) // cell
+    rows, columns = ((position >= c[:, None]) & (position < c[:, None] + side) for c in corners.T)
     return (rows[:, None, :, None] & columns[:, None, None, :]).float()
 
 
 def mim_loss(pixels: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
-    """The mean over ALL pixels of the squared error on hidden patches: three quarters of MAE's loss.
+    """Squared error on hidden patches, averaged over ALL pixels: 0.75 times MAE's loss.
 
     Args:
         pixels, target: (B, N, p p 3).
@@ -465,28 +461,28 @@ def mim_loss(pixels: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
 
 
 def sr_loss(resolved: Tensor, images: Tensor, window: Tensor | None = None) -> Tensor:
-    """The mean over ALL pixels of the squared error inside the window (B, 1, 2 S, 2 S), or of all of it."""
+    """Squared error inside the window (B, 1, 2 S, 2 S; None: everywhere), averaged over ALL pixels."""
     error = F.mse_loss(resolved, images, reduction="none")
     return (error if window is None else error * window).mean()
 
 
 def mlm_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean over ALL positions of weight times cross-entropy, and the cross-entropies (B, L).
+    """Weighted cross-entropy averaged over ALL positions, and the unweighted cross-entropies (B, L).
 
-    Words that can be read and padding count too; it is divided by the count, not by the weights' sum (which is equal).
+    Visible words and padding count too; the divisor is the number of positions, which the weights sum to.
     """
     each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
     return (weights * each).mean(), each
 
 
 class ImageDecoder(nn.Module):
-    """From the visible patches' tokens to the pixels of all patches (section 3.3)."""
+    """MAE's decoder: from the tokens of the visible patches to the pixels of all patches (section 3.3)."""
 
     def __init__(self, inputs: int, width: int, depth: int, heads: int, side: int, positions: str, outputs: int):
         super().__init__()
         self.embed = nn.Linear(inputs, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(position_table(width, side, positions), requires_grad=False)
+        self.pos_embed = nn.Parameter(sincos_table(width, side, positions), requires_grad=False)
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
         self.norm = norm(width)
@@ -504,9 +500,9 @@ class ImageDecoder(nn.Module):
 
 
 class SuperResolution(nn.Module):
-    """Twice the size: y = ReLU(u + conv(ReLU(conv(u)))), u bilinear (section 3.4). 168 parameters.
+    """Images of twice the size: y = ReLU(u + conv(ReLU(conv(u)))), u bilinear (section 3.4), 168 parameters.
 
-    Its output is never negative, while half of a normalised picture is: those pixels cannot be fitted, as released.
+    As released the output is never negative, so the negative half of a normalised image cannot be fitted.
     """
 
     def __init__(self):
@@ -522,7 +518,7 @@ class SuperResolution(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention without an output projection: BERT has its own after it, the fusion layer none."""
+    """Multi-head attention without an output projection: in BERT `AddNorm` has it, the fusion layer has none."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -534,14 +530,14 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, y: Tensor, there: Tensor | None = None, trace: dict[str, Tensor] | None = None
     ) -> Tensor:
-        """(B, L, H): x (B, L, H) asks y (B, M, H); `there` (B, 1, 1, M): what may be looked at."""
+        """Attention (B, L, H) of queries x (B, L, H) to keys and values y (B, M, H); `there` (B, 1, 1, M): the mask."""
         q, k, v = (
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.query(x), self.key(y), self.value(y))
         )
         dropout = self.dropout if self.training else 0.0
         if trace is None:
             out = F.scaled_dot_product_attention(q, k, v, there, dropout)
-        else:  # the probabilities are wanted, so they are made: (B, heads, L, M)
+        else:  # with the probabilities (B, heads, L, M)
             scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
             if there is not None:
                 scores = scores.masked_fill(~there, -torch.inf)
@@ -551,7 +547,7 @@ class Attention(nn.Module):
 
 
 class AddNorm(nn.Module):
-    """LN(dropout(W x) + residual), the end of BERT's half layers."""
+    """LN(dropout(W x) + residual), the end of both halves of a BERT layer."""
 
     def __init__(self, inputs: int, width: int, dropout: float):
         super().__init__()
@@ -562,7 +558,7 @@ class AddNorm(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """Self-attention, then two linear layers, each with a residual and the norm after it."""
+    """Post-norm transformer layer: self-attention, then an MLP."""
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float):
         super().__init__()
@@ -575,11 +571,11 @@ class BertLayer(nn.Module):
 
 
 class Fusion(BertLayer):
-    """Multi-scale context fusion: a BERT layer between whose halves the words look at the picture (section 3.5).
+    """Multi-scale context fusion: a BERT layer with cross-attention to the image tokens in its middle (section 3.5).
 
     a = LN(W_o SelfAttention(x) + x)
-    c = CrossAttention(a, z)                 fine: each word weighs the visible patches, no output projection
-    m = LN(W_m (c + W_g mean(z)) + a)        coarse: all words receive the patches' mean
+    c = CrossAttention(a, z)                 fine: each word attends to the visible patches, no output projection
+    m = LN(W_m (c + W_g mean(z)) + a)        coarse: every word receives the mean of the patches
     f = LN(W_2 GELU(W_1 m) + m)
     """
 
@@ -603,7 +599,7 @@ class Fusion(BertLayer):
 
 
 class Embeddings(nn.Module):
-    """Words, their places, and one type for all of them (the table has two, as BERT's)."""
+    """BERT's embeddings: word, position and type (always the first of the two types)."""
 
     def __init__(self, words: int, length: int, width: int, dropout: float):
         super().__init__()
@@ -616,7 +612,7 @@ class Embeddings(nn.Module):
 
 
 class WordHead(nn.Module):
-    """From a word's token to the scores of all words. Its matrix is not tied to the embeddings, as released."""
+    """BERT's prediction head: from tokens to logits of words. As released it is not tied to the embeddings."""
 
     def __init__(self, width: int, words: int):
         super().__init__()
@@ -628,7 +624,7 @@ class WordHead(nn.Module):
 
 
 class TextDecoder(nn.Module):
-    """Words, some of them hidden, and the picture's tokens, to scores of words at each position. It reads both ways."""
+    """Bidirectional text decoder: from words, some masked, and image tokens to logits of words at each position."""
 
     def __init__(
         self,
@@ -646,7 +642,7 @@ class TextDecoder(nn.Module):
         self.embeddings = Embeddings(words, length, width, dropout)
         self.fusion = None if fusion == "pooled" else Fusion(width, heads, hidden, dropout, fusion)
         self.layers = nn.ModuleList(BertLayer(width, heads, hidden, dropout) for _ in range(depth))
-        self.pooler = nn.Linear(width, width) if pooler else None  # dead, as released
+        self.pooler = nn.Linear(width, width) if pooler else None  # not used, as released
         self.head = WordHead(width, words)
 
     def forward(self, ids: Tensor, attention: Tensor, z: Tensor, trace: dict[str, Tensor] | None = None) -> Tensor:
@@ -664,12 +660,12 @@ class TextDecoder(nn.Module):
 
 
 def heat(attention: Tensor, size: int | None = None) -> Tensor:
-    """The released picture of a word's attention (heads, N): largest of the heads, power 0.25, stretched to 0 ... 1.
+    """The authors' heat map of a word's attention (heads, N): maximum over heads, power 0.25, scaled to 0 ... 1.
 
     Args:
-        attention: of one word, over patches in raster order (`ECAMP.attention` gives them so; the released script
-            leaves them as they were shuffled, so its picture is scrambled).
-        size: enlarge to (size, size), bilinear; without it (sqrt N, sqrt N).
+        attention: of one word, over patches in raster order, as `ECAMP.attention` returns it. (The released script
+            leaves the patches in their shuffled order, so its maps are scrambled.)
+        size: upsample to (size, size), bilinear; None: (sqrt N, sqrt N).
     """
     x = attention.amax(0).pow(0.25)
     x = ((x - x.min()) / (x.max() - x.min()).clamp_min(1e-12)).unflatten(0, (math.isqrt(len(x)), -1))

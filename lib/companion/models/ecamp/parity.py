@@ -11,9 +11,11 @@ from torch import Tensor
 from ...errors import BadParameter
 from ...evaluation.metrics import radiology
 from ...evaluation.parity import Case
-from . import heads as ecamp_heads
+from ..layers.mae import patchify, random_mask, unpatchify
+from ..layers.pos_embed import sincos_table
+from ..layers.state_dicts import load_official
+from . import heads, text
 from . import model as ecamp
-from . import text as ecamp_text
 from .model import ECAMP, Batch, Fusion
 
 
@@ -115,7 +117,7 @@ def _fusion(case: Case) -> dict[str, Tensor]:
         if official.startswith(start)
     }
     layer = Fusion(*sizes, 0.1, "both").eval()
-    ecamp.load_official(layer, case.state, names, "ECAMP's fusion layer")
+    load_official(layer, case.state, names, "ECAMP's fusion layer")
     hidden, latent = _input(case, "hidden"), _input(case, "latent")
     trace: dict[str, Tensor] = {}
     out = layer(hidden, case.recorded["in.attention_mask"].bool()[:, None, None], latent, trace)
@@ -133,14 +135,13 @@ def _fusion(case: Case) -> dict[str, Tensor]:
 def _image(case: Case) -> dict[str, Tensor]:
     block, config = ecamp.SuperResolution(), case.facts["config"]
     names = {name: f"super_res.{name}" for name in block.state_dict()}
-    ecamp.load_official(block, case.state, names, "ECAMP's super-resolution block")
+    load_official(block, case.state, names, "ECAMP's super-resolution block")
     images, pred, noise = _input(case, "image"), _input(case, "pred"), _input(case, "mask_noise")
     patch, low = config["patch"], ecamp.shrink(images)
-    keep = noise.argsort(1)[:, : int(noise.shape[1] * (1 - ecamp.MASKED))]
-    hidden = torch.ones_like(noise).scatter(1, keep, 0)
-    pixels = ecamp.unpatchify(hidden[..., None].expand_as(pred), patch)
+    hidden = random_mask(noise, int(noise.shape[1] * (1 - ecamp.MASKED)))[1]
+    pixels = unpatchify(hidden[..., None].expand_as(pred), patch)
     window = ecamp.windows(_corners(case), config["window"], 2 * patch, images.shape[-1])
-    whole = ecamp.unpatchify(pred, patch)
+    whole = unpatchify(pred, patch)
     resolved = block(whole)
     return {
         "small_out": block(_input(case, "small")),
@@ -150,7 +151,7 @@ def _image(case: Case) -> dict[str, Tensor]:
         "pixel_mask_rowsum": pixels[:, 0].sum(-1),
         "window_mask_rowsum": window[:, 0].sum(-1),
         "window_mask_colsum": window[:, 0].sum(-2),
-        "loss.mim": ecamp.mim_loss(pred, ecamp.patchify(low, patch), hidden),
+        "loss.mim": ecamp.mim_loss(pred, patchify(low, patch), hidden),
         "loss.res": ecamp.sr_loss(resolved, images, window),
         "share_of_negative_targets": (images < 0).float().mean(),
     }
@@ -160,7 +161,7 @@ def _positions(case: Case) -> dict[str, Tensor]:
     found = {}
     for name in case.recorded:
         kind, width, side = name.partition("[")[0].split("_")
-        found[name.partition("[")[0]] = ecamp.position_table(int(width), int(side), kind)[0]
+        found[name.partition("[")[0]] = sincos_table(int(width), int(side), kind)[0]
     return found
 
 
@@ -183,20 +184,20 @@ def _attention(case: Case) -> dict[str, Tensor]:
 
 
 def _text(case: Case) -> dict[str, Tensor]:
-    words = ecamp_text.Vocabulary.from_words(case.facts["inputs"]["vocabulary"])
+    words = text.Vocabulary.from_words(case.facts["inputs"]["vocabulary"])
     length = case.facts["config"]["length"]
     found: dict[str, list] = {"ids": [], "masked_ids": [], "weights": []}
     for example in case.facts["examples"]:
         ids = words.encode(example["text"].replace(" ##", ""), length)
         draws = iter(example["draws_used"])
         found["ids"].append(ids)
-        found["masked_ids"].append(ecamp_text.mask(ids, words, draws.__next__))
-        found["weights"].append(ecamp_text.weights(ids, words))
+        found["masked_ids"].append(text.mask(ids, words, draws.__next__))
+        found["weights"].append(text.weights(ids, words))
     return {name: torch.from_numpy(np.stack(rows)) for name, rows in found.items()}
 
 
 def _classifier(case: Case) -> dict[str, Tensor]:
-    model, tokens = ecamp_heads.classifier_from_official(case.state), {}
+    model, tokens = heads.classifier_from_official(case.state), {}
     for i, block in enumerate(model.blocks):
         block.register_forward_hook(lambda module, given, out, i=i: tokens.update({f"block{i}": out}))
     x = model.forward_features(_input(case, "image"))
@@ -204,35 +205,35 @@ def _classifier(case: Case) -> dict[str, Tensor]:
 
 
 def _segmenter(case: Case) -> dict[str, Tensor]:
-    model, steps = ecamp_heads.Segmenter.from_official(case.state), []
+    model, steps = heads.Segmenter.from_official(case.state), []
     x = model.map(_input(case, "image"))
     logits = model.decoders[0](x, steps)
     mask = (_input(case, "mask") > 1).float()
     found = {"encoder_map": x} | {f"decoder_{i}": step for i, step in enumerate(steps, 1)}
     return found | {
         "logits": logits,
-        "loss.mixed": ecamp_heads.segmentation_loss(logits, mask[:, None]),
-        "loss.focal": ecamp_heads.focal_loss(logits[:, 0], mask),
-        "dice_coefficient": ecamp_heads.soft_dice(logits[:, 0], mask),
+        "loss.mixed": heads.segmentation_loss(logits, mask[:, None]),
+        "loss.focal": heads.focal_loss(logits[:, 0], mask),
+        "dice_coefficient": heads.soft_dice(logits[:, 0], mask),
         "metric.dice": radiology.dice(logits[:, 0].sigmoid(), mask),
     }
 
 
 def _detector(case: Case) -> dict[str, Tensor]:
-    model = ecamp_heads.Detector.from_official(case.state)
+    model = heads.Detector.from_official(case.state)
     images, boxes, size = _input(case, "image"), case.recorded["in.targets"], model.size
     x = model.map(images)
-    levels, heads = model.pyramid(x), model(images)
-    pairs = list(zip(heads, model.anchors(), strict=True))
-    decoded = torch.cat([ecamp_heads.yolo_decode(head, anchors, size) for head, anchors in pairs], 1)
+    levels, outputs = model.pyramid(x), model(images)
+    pairs = list(zip(outputs, model.anchors(), strict=True))
+    decoded = torch.cat([heads.yolo_decode(head, anchors, size) for head, anchors in pairs], 1)
     found = {"encoder_map": x} | {f"pyramid{level.shape[-1]}": level for level in levels}
     return (
         found
-        | {f"head{head.shape[-1]}": head for head in heads}
+        | {f"head{head.shape[-1]}": head for head in outputs}
         | {
-            "losses": torch.stack([torch.stack(ecamp_heads.yolo_loss(x, boxes, a, size)) for x, a in pairs]),
+            "losses": torch.stack([torch.stack(heads.yolo_loss(x, boxes, a, size)) for x, a in pairs]),
             "decoded": decoded,
-            "nms_counts": torch.tensor([len(kept) for kept in ecamp_heads.suppress(decoded)]),
+            "nms_counts": torch.tensor([len(kept) for kept in heads.suppress(decoded)]),
         }
     )
 
@@ -243,14 +244,14 @@ def _losses(case: Case) -> dict[str, Tensor]:
     anchors, size = torch.tensor(config["yolo_anchors_px"]), config["image"]
     each = radiology.dice(given["dice_probability"], mask)
     healthy = mask.flatten(1).sum(1) == 0  # they are recorded last
-    kept = ecamp_heads.suppress(given["nms_predictions"], config["confidence"], config["nms_iou"])
+    kept = heads.suppress(given["nms_predictions"], config["confidence"], config["nms_iou"])
     return {
-        "mixed": ecamp_heads.segmentation_loss(logits[:, None], mask[:, None]),
-        "focal": ecamp_heads.focal_loss(logits, mask),
-        "soft_dice": ecamp_heads.soft_dice(logits, mask),
+        "mixed": heads.segmentation_loss(logits[:, None], mask[:, None]),
+        "focal": heads.focal_loss(logits, mask),
+        "soft_dice": heads.soft_dice(logits, mask),
         "dice_per_image": torch.cat([each[~healthy], each[healthy]]),
         "mlm_loss": ecamp.mlm_loss(given["mlm_logits"], given["mlm_labels"], given["mlm_weights"])[0],
-        "yolo_losses": torch.stack(ecamp_heads.yolo_loss(given["yolo_head"], given["yolo_targets"], anchors, size)),
-        "yolo_decoded": ecamp_heads.yolo_decode(given["yolo_head"], anchors, size),
+        "yolo_losses": torch.stack(heads.yolo_loss(given["yolo_head"], given["yolo_targets"], anchors, size)),
+        "yolo_decoded": heads.yolo_decode(given["yolo_head"], anchors, size),
         "nms_output": kept[0],
     }

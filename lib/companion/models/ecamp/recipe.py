@@ -1,10 +1,14 @@
-"""ECAMP: what the notebook trains live, at pocket scale or with the published settings."""
+"""ECAMP's `paper` profile: pre-training and the downstream tasks by the authors' recipes, and the tables of results.
+
+A training writes its checkpoint below `<out>/checkpoints`, from which it resumes, and its weights to `<out>/trained`.
+"""
 
 from __future__ import annotations
 
 import functools
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +16,6 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
-from lightning_fabric import is_wrapped
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -24,110 +27,85 @@ from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics import radiology
 from ...evaluation.tables import compare_published, published_table, upsert_rows
 from ...ops.papers import paper
-from ...toy.ablations import ecamp as study
-from ...toy.datasets import chests as pocket
-from ...training import checkpoints as kept
-from ...training.fit import fit, launcher
-from . import heads as ecamp_heads
+from ...training import checkpoints
+from ...training.callbacks import ClipNorm, EarlyStop
+from ...training.checkpoints import Checkpoint
+from ...training.fit import Hardware, History, fit, launcher
+from ...training.schedules import adamw, given, sgd
+from ..layers.state_dicts import load_official
+from . import heads
 from . import model as ecamp
-from .model import ECAMP
+from .model import ECAMP, METHODS
 from .text import Pairs, Vocabulary
 
-TASK, LIVE = "chests", ("MIM only", "ECAMP")
-STEPS = 150  # of a live pocket training: the losses are seen to fall; the study's have four times as many
+WORKERS = min(16, os.cpu_count() or 1)
+DRY_BATCH = 2
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is pre-trained on what.
+    """A pre-training.
 
     Attributes:
         title: of the data.
-        methods: what is trained.
-        rates: their learning rates.
-        vocabulary: the words of the reports.
-        pairs: of a method, its training data: items are `ecamp.Batch` without the B.
+        learning_rates: of each method that is trained.
+        pairs: of a method, its training data: items are `model.Batch` without the B.
         build: the model of a method, before training.
-        learn: trains a model in place: (model, method, list that receives the four losses of each step, arguments of
-            `fit`) to the history.
-        parts: "train" and "test" of the pocket chests, to probe and to look at; empty at the paper profile.
+        learn: trains a model in place: (model, method) to the history, with the losses "mim", "sr" and "mlm".
     """
 
     title: str
-    methods: tuple[str, ...]
-    rates: dict[str, float]
-    vocabulary: Vocabulary
+    learning_rates: dict[str, float]
     pairs: Callable[[str], Pairs]
     build: Callable[[str], ECAMP]
-    learn: Callable[..., list[dict]]
-    parts: dict[str, pocket.Part]
+    learn: Callable[[ECAMP, str], History]
 
 
-def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
-    """The setting that the notebook's parameters ask for.
+def setting(p: SimpleNamespace, out: Path) -> Setting:
+    """The pre-training of the notebook's checked parameters `p`; in a dry run two steps on generated pairs.
 
     Args:
-        p: the checked parameters of the notebook.
-        out: the run's folder; pocket chests, and what a training of the paper profile keeps, are written below it.
-        rates: learning rates by (task, method), as the study chose them on validation.
+        out: the run's folder.
 
     Raises:
         BadParameter, MissingData, MissingWeights: with what to change or get.
     """
-    if p.profile == "pocket":
-        return _pocket(p, out, rates)
     if p.dataset != "folder":
         _check(p.dataset, "pre-training")
-    return _dry(p) if p.dry_run else _paper(p, out)
+    title, words, pairs, facts = _generated_pairs(p) if p.dry_run else _pairs(p)
+
+    def build(method: str) -> ECAMP:
+        torch.manual_seed(p.seed)
+        model = ecamp.build("paper", words=len(words), **METHODS[method][0])
+        if not p.dry_run:
+            model.load_mae(backbones.read_state(_file(p, "mae")))
+        return model
+
+    def learn(model: ECAMP, method: str) -> History:
+        data, name = pairs(method), f"{method}, {p.dataset}, seed {p.seed}"
+        if p.dry_run:
+            learning_rates = np.full(2, recipe("recipe-pretraining")["lr"])
+            return pretrain(p, model, data, learning_rates=learning_rates, batch=DRY_BATCH, name=method)
+        checkpoint = Checkpoint.of(out / "checkpoints", name, model=model, method=method, **facts)
+        history = pretrain(p, model, data, checkpoint=checkpoint, name=method)
+        checkpoints.save(out / "trained", name, model.to_official())
+        return history
+
+    return Setting(title, {p.method: recipe("recipe-pretraining")["lr"]}, pairs, build, learn)
 
 
-def _pocket(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
-    """The chests of the run's seed, and the study's trainings, cut to `STEPS`."""
-    root = str(out / "data")
-    pocket.write(study.folder(root, p.seed), p.seed)
-    words = study.vocabulary(root, p.seed)
-    chosen = {method: rates[TASK, method] for method in LIVE}
-    per_epoch = pocket.COUNTS["train"] // study.RECIPE["batch"]
-
-    def learn(model: ECAMP, method: str, terms: list[list[float]] | None = None, **options) -> list[dict]:
-        data = study.pairs(method, root, p.seed)
-        return study.train_model(
-            model, data, chosen[method], p.seed, terms, **({"epochs": STEPS / per_epoch, "name": method} | options)
-        )
-
-    return Setting(
-        title="pocket chests",
-        methods=LIVE,
-        rates=chosen,
-        vocabulary=words,
-        pairs=functools.partial(study.pairs, root=root, seed=p.seed),
-        build=functools.partial(study.build, seed=p.seed, words=len(words)),
-        learn=learn,
-        parts={split: study.part(root, p.seed, split) for split in ("train", "test")},
-    )
-
-
-# --- pre-training as published ----------------------------------------------------------------------------------------
-
-WORKERS = min(16, os.cpu_count() or 1)
-PRETRAINED: dict[str, tuple[dict, dict]] = {
-    **{name: found for name, found in study.METHODS.items() if name not in study.UNTRAINED},
-    "ECAMP, whole picture": ({"window": None}, {}),
-    "ECAMP, mean token": ({"fusion": "mean"}, {}),
-    "ECAMP, patch attention": ({"fusion": "patch"}, {}),
-}
-"""By method the model's arguments and those of its pairs."""
+# --- pre-training -----------------------------------------------------------------------------------------------------
 
 
 def recipe(table: str) -> dict[str, float]:
-    """The numbers of pre-training in the authors' scripts (the paper's YAML)."""
+    """The hyper-parameters of pre-training in the authors' scripts (the paper's YAML)."""
     return published_table("ecamp", table).set_index("method")["value"].to_dict()
 
 
-def pretrain_rates(steps_an_epoch: int) -> np.ndarray:
-    """The learning rate at each step: linear warm-up, then a cosine that would end at epoch 200 and is left at 120."""
+def pretraining_learning_rates(per_epoch: int) -> np.ndarray:
+    """The learning rate of each step: linear warm-up, then a cosine to epoch 200 that stops at epoch 120."""
     r = recipe("recipe-pretraining")
-    epoch = np.arange(int(r["stop_epoch"]) * steps_an_epoch) / steps_an_epoch
+    epoch = np.arange(int(r["stop_epoch"]) * per_epoch) / per_epoch
     falling = 0.5 * (1 + np.cos(np.pi * (epoch - r["warmup_epochs"]) / (r["cosine_end_epoch"] - r["warmup_epochs"])))
     return r["lr"] * np.where(epoch < r["warmup_epochs"], epoch / r["warmup_epochs"], falling)
 
@@ -136,135 +114,77 @@ def pretrain(
     p: SimpleNamespace,
     model: ECAMP,
     data: Dataset,
-    terms: list[list[float]] | None = None,
-    rates: np.ndarray | None = None,
-    at_once: int = 256,
-    **changes: object,
-) -> list[dict]:
-    """Pre-train by the authors' recipe, in place; return the history.
+    *,
+    learning_rates: np.ndarray | None = None,
+    batch: int | None = None,
+    micro_batch: int = 256,
+    checkpoint: Checkpoint | None = None,
+    name: str = "pre-training",
+) -> History:
+    """Pre-train by the authors' recipe, in place.
 
     Args:
-        terms: receives the four losses of every step; of a training that was resumed, or ran in several processes,
-            the total alone.
-        rates: of each step; the published ones without it.
-        at_once: pairs that go through a device together; the gradients of a step's pairs are added up.
-        changes: arguments of `fit`.
+        learning_rates: of each step; None: the published ones.
+        batch: pairs a step; None: the published number, or all there are.
+        micro_batch: pairs that a device processes at once; the gradients of a step are accumulated.
     """
     r = recipe("recipe-pretraining")
-    options = {
-        "batch": min(int(r["effective_batch"]), len(data)),
-        "seed": p.seed,
-        "accelerator": p.accelerator,
-        "devices": p.devices,
-        "precision": p.precision,
-        "workers": WORKERS,
-        "name": "pre-training",
-        "weight_decay": r["weight_decay"],
-        "betas": (r["beta1"], r["beta2"]),
-    } | changes
-    per_epoch = len(data) // options["batch"]
-    rates = pretrain_rates(per_epoch) if rates is None else rates
-    parts, of_parts = -(-options["batch"] // (options["devices"] * at_once)), []
-
-    def loss(model: nn.Module, items: tuple[Tensor, ...]) -> Tensor:
-        found = model(ecamp.Batch(*items))
-        if terms is not None:
-            of_parts.append([len(items[0]), *(float(x.detach()) for x in found)])
-            if len(of_parts) == parts:
-                count, *values = np.transpose(of_parts)
-                terms.append(np.average(values, axis=1, weights=count).tolist())
-                of_parts.clear()
-        return found.total
-
-    sides = {"all": ([t for t in model.parameters() if t.requires_grad], rates)}
-    history = fit(model, loss, data, epochs=len(rates) / per_epoch, accumulate=parts, sides=sides, **options)
-    if terms is not None and len(terms) != len(history):
-        terms[:] = [[row["loss"], *[float("nan")] * 3] for row in history]
-    return history
-
-
-def _pretraining(
-    p: SimpleNamespace,
-    title: str,
-    words: Vocabulary,
-    pairs: Callable[[str], Dataset],
-    keep: tuple[Path, Sequence[object]] | None = None,
-    **options: object,
-) -> Setting:
-    """`keep`: the folder for the checkpoint and the trained weights, and what tells the data from others."""
-
-    def build(method: str) -> ECAMP:
-        torch.manual_seed(p.seed)
-        model = ecamp.build("paper", words=len(words), **PRETRAINED[method][0])
-        if not p.dry_run:
-            model.load_mae(backbones.read_state(_file(p, "mae")))
-        return model
-
-    def learn(model: ECAMP, method: str, terms: list[list[float]] | None = None, **changes: object) -> list[dict]:
-        if keep is None:
-            return pretrain(p, model, pairs(method), terms, **(options | {"name": method} | changes))
-        name = f"{method}, {p.dataset}, seed {p.seed}"
-        resumed = kept.checkpoint(keep[0], name, model, *keep[1])
-        history = pretrain(p, model, pairs(method), terms, **(options | {"name": method} | resumed | changes))
-        kept.save(keep[0], name, model.to_official())
-        return history
-
-    return Setting(
-        title=title,
-        methods=(p.method,),
-        rates={p.method: recipe("recipe-pretraining")["lr"]},
-        vocabulary=words,
-        pairs=pairs,
-        build=build,
-        learn=learn,
-        parts={},
+    batch = batch or min(int(r["effective_batch"]), len(data))
+    per_epoch = len(data) // batch
+    learning_rates = pretraining_learning_rates(per_epoch) if learning_rates is None else learning_rates
+    accumulate = math.ceil(batch / (p.devices * micro_batch))
+    return fit(
+        model,
+        ecamp.pretraining_loss,
+        data,
+        epochs=len(learning_rates) / per_epoch,
+        batch=batch,
+        optimizer=adamw(r["lr"], r["weight_decay"], betas=(r["beta1"], r["beta2"])),
+        schedule=given(learning_rates),
+        checkpoint=checkpoint,
+        seed=p.seed,
+        hardware=Hardware(p.accelerator, p.devices, p.precision, 0 if p.dry_run else WORKERS, accumulate),
+        name=name,
     )
 
 
-def _paper(p: SimpleNamespace, out: Path) -> Setting:
-    """The published pre-training on the set's pictures and reports; "folder": those of `data_root` itself.
-
-    It leaves its checkpoint in `out`/trained, to go on from, and the weights under the authors' names, which the
-    downstream tasks take as `weights`.
-    """
+def _pairs(p: SimpleNamespace) -> tuple[str, Vocabulary, Callable[[str], Pairs], dict[str, object]]:
+    """Title, vocabulary, pairs by method, and what tells this data from other data; "folder": `data_root` itself."""
     dataset = xrays.own(p.data_root) if p.dataset == "folder" else DATASETS[p.dataset]
     found = xrays.reports(dataset, p.data_root, xrays.pretrain_transform())
     stored = dataset.folder(p.data_root) / "mimic_wordpiece.json"
     words = Vocabulary.read(stored) if stored.is_file() else Vocabulary.train(found.texts)
-
-    def pairs(method: str) -> Pairs:
-        options = {"statements": found.statements, "windows": found.windows} | PRETRAINED[method][1]
-        return Pairs(found.images, found.texts, words, **options)
-
     if found.windows is not None and not (found.windows.min() >= 0 and found.windows.max() <= 14 - 12):
         corners = f"corners of {found.windows.min()} to {found.windows.max()}"
         raise BadParameter("windows", corners, "0 to 2: a window has 12 of the 14 patches of a side")
-    keep = out / "trained", (found.images.paths, found.texts, found.statements)
-    return _pretraining(p, f"{p.dataset}, {len(found.texts):,} pictures", words, pairs, keep)
+
+    def pairs(method: str) -> Pairs:
+        options = {"statements": found.statements, "windows": found.windows} | METHODS[method][1]
+        return Pairs(found.images, found.texts, words, **options)
+
+    facts = {"data_root": Path(p.data_root), "images": found.images.paths, "vocabulary": words.pieces}
+    facts |= {"texts": found.texts, "statements": found.statements, "windows": found.windows}
+    return f"{p.dataset}, {len(found.texts):,} images", words, pairs, facts
 
 
-def _dry(p: SimpleNamespace) -> Setting:
-    """The full-size model with random weights, two optimiser steps on generated pairs of the real shape."""
+def _generated_pairs(p: SimpleNamespace) -> tuple[str, Vocabulary, Callable[[str], Pairs], dict[str, object]]:
+    """As `_pairs`, of the real shape, with as many words as MIMIC's vocabulary: the model has the published size."""
     generator = torch.Generator().manual_seed(p.seed)
     images = torch.randn(2 * DRY_BATCH, 3, 448, 448, generator=generator)
     reports = ["There is a small right effusion. There is no evidence of pneumothorax."] * len(images)
     words = Vocabulary.train(reports, 200)
-    # as many words as MIMIC's vocabulary: the model's size is the published one
     words.pieces += ["[UNK]"] * (30_000 - len(words))
 
     def pairs(method: str) -> Pairs:
-        options = {"statements": ["There is effusion."] * len(images)} | PRETRAINED[method][1]
+        options = {"statements": ["There is effusion."] * len(images)} | METHODS[method][1]
         return Pairs(images, reports, words, **options)
 
-    rates = np.full(2, recipe("recipe-pretraining")["lr"])
-    title = "generated pairs (dry run: losses mean nothing)"
-    return _pretraining(p, title, words, pairs, rates=rates, batch=DRY_BATCH, workers=0)
+    return "generated pairs (dry run: the losses mean nothing)", words, pairs, {}
 
 
-# --- downstream, as published -----------------------------------------------------------------------------------------
+# --- downstream -------------------------------------------------------------------------------------------------------
 
-DRY_BATCH = 2
-# what a set is called in the tables, and the share of labels there
+# names of the sets in the tables
 TITLES = {
     "xrays/chestx-ray14": "ChestX-ray14",
     "xrays/chestmnist": "ChestX-ray14",
@@ -290,20 +210,20 @@ KINDS = {
     "detect": "detection",
 }
 PATIENCE = {"segment": 40}  # epochs without a new best; 20 for the others
-FIRST = {"1": 60, "10": 100, "100": 50}  # step of the first look at validation in detection
-LONGEST = 4  # times the published steps, where patience has not ended a training before
+FIRST = {"1": 60, "10": 100, "100": 50}  # step of the first validation in detection
+LONGEST = 4  # times the published steps: the most that a training may take
 
 
 @dataclass(frozen=True)
 class Downstream:
-    """A task on a set, what it is trained on and how it is scored.
+    """A downstream task on a data set.
 
     Attributes:
-        title: of task, set and share of labels.
-        metric: what `score` gives, in percent.
+        title: task, set and share of labels.
+        metric: name of the `score`, which is in percent.
         data: "train", "val" and "test".
         build: the model, before training.
-        learn: trains a model in place: (model, arguments of `fit`) to the history; the best state on "val" is kept.
+        learn: trains a model in place, returns the history; the model ends with its best weights on "val".
         score: of a model and a split.
         recipe: lr, warmup_steps, steps, batch.
     """
@@ -312,16 +232,16 @@ class Downstream:
     metric: str
     data: dict[str, Dataset]
     build: Callable[[], nn.Module]
-    learn: Callable[..., list[dict]]
+    learn: Callable[[nn.Module], History]
     score: Callable[[nn.Module, Dataset], float]
     recipe: dict[str, float]
 
 
 def downstream_recipe(task: str, dataset: str, labels: str) -> dict[str, float]:
-    """lr, warmup_steps, steps and batch of the authors' scripts. ChestMNIST takes ChestX-ray14's.
+    """lr, warmup_steps, steps and batch in the authors' scripts; of ChestMNIST those of ChestX-ray14.
 
     Raises:
-        BadParameter: a task, set and share that they have none for, the fundus sets' classification among them.
+        BadParameter: no script for this task, set and share of labels, as for classification on the fundus sets.
     """
     rows = published_table("ecamp", RECIPES[task]).set_index("method").to_dict("index")
     name = f"{TITLES.get(dataset, dataset)}, {labels}%"
@@ -330,8 +250,11 @@ def downstream_recipe(task: str, dataset: str, labels: str) -> dict[str, float]:
     return rows[name]
 
 
-def downstream(p: SimpleNamespace) -> Downstream:
-    """What the parameters `task`, `dataset`, `labels`, `encoder`, `weights` and `protocol` ask for.
+def downstream(p: SimpleNamespace, out: Path) -> Downstream:
+    """The downstream task of the parameters `task`, `dataset`, `labels`, `encoder`, `weights` and `protocol`.
+
+    Args:
+        out: the run's folder.
 
     Raises:
         BadParameter, MissingData, MissingWeights, BadCheckpoint: with what to change or get.
@@ -344,7 +267,7 @@ def downstream(p: SimpleNamespace) -> Downstream:
     if p.dry_run:
         data = _generated(p, kind)
         numbers = numbers | {"batch": DRY_BATCH, "steps": 2, "warmup_steps": 0}
-        title = f"{p.task}, generated pictures of {p.dataset} (dry run: the score means nothing)"
+        title = f"{p.task}, generated images for {p.dataset} (dry run: the score means nothing)"
     else:
         data = _splits(p, kind)
         title = f"{p.task} on {p.dataset}, {p.labels} % of the labels"
@@ -358,28 +281,27 @@ def downstream(p: SimpleNamespace) -> Downstream:
         metric=metric,
         data=data,
         build=functools.partial(_head, p, kind),
-        learn=functools.partial(_learn, p, data=data, score=score, numbers=numbers),
+        learn=functools.partial(_learn, p, out, data=data, score=score, numbers=numbers),
         score=score,
         recipe=numbers,
     )
 
 
 def encoder(p: SimpleNamespace) -> VisionTransformer:
-    """The ViT-B/16 that `encoder` names: from the file of `weights`, from the usual one below `<data_root>/weights`, or
-    random."""
+    """The ViT-B/16 of the parameter `encoder`, with the weights of `weights` or of `<data_root>/weights`, or random."""
     torch.manual_seed(p.seed)
     blank = VisionTransformer(img_size=224, num_classes=0, global_pool="")
     if p.encoder == "random" or p.dry_run:
         return blank
-    # the decoders of a file, which pre-training alone needs, are left out
+    # decoders in the file belong to pre-training
     state = backbones.read_state(_file(p, p.encoder.lower()))
     own = {n: t for n, t in state.items() if n in blank.state_dict()}
-    ecamp.load_official(blank, own, {n: n for n in blank.state_dict()}, f"{p.encoder}'s ViT-B/16")
+    load_official(blank, own, {n: n for n in blank.state_dict()}, f"{p.encoder}'s ViT-B/16")
     return blank
 
 
 def _file(p: SimpleNamespace, name: str) -> Path:
-    """A file of the paper's weights: the parameter, or the usual place."""
+    """A file of the paper's weights: the parameter `weights`, or the file's default path."""
     entry = next(w for w in paper("ecamp")["weights"] if w["name"] == name)
     path = Path(p.weights) if p.weights else Path(p.data_root) / "weights" / entry["file"]
     if not path.is_file():
@@ -391,7 +313,7 @@ def _file(p: SimpleNamespace, name: str) -> Path:
 
 
 def _check(dataset: str, kind: str) -> None:
-    """Raises `BadParameter` for a set that cannot be used so."""
+    """Raises `BadParameter` for a data set without this kind of task."""
     known = [name for name, d in DATASETS.items() if d.task == "xrays" and d.group != "pocket" and kind in tasks(name)]
     if dataset not in known:
         raise BadParameter("dataset", dataset, [*known, "folder"] if kind == "pre-training" else known)
@@ -400,7 +322,7 @@ def _check(dataset: str, kind: str) -> None:
 def _splits(p: SimpleNamespace, kind: str) -> dict[str, Dataset]:
     transforms = {
         "classification": lambda train: xrays.train_transform() if train else xrays.test_transform(),
-        # on SIIM the picture is warped and the mask is not, as released
+        # on SIIM the image is warped and the mask is not, as released
         "segmentation": lambda train: xrays.MaskTransform(train=train, warp_mask=p.dataset != "xrays/siim"),
         "detection": lambda train: xrays.squeeze_transform(),
     }[kind]
@@ -408,15 +330,8 @@ def _splits(p: SimpleNamespace, kind: str) -> dict[str, Dataset]:
     for split in xrays.SPLITS:
         # for detection the authors test on the validation list
         listed = "val" if (kind, split, p.protocol) == ("detection", "test", "released") else split
-        found[split] = xrays.load(
-            p.dataset,
-            p.data_root,
-            listed,
-            task=kind,
-            share=p.labels,
-            transform=transforms(split == "train"),
-            seed=p.seed,
-        )
+        options = {"task": kind, "share": p.labels, "transform": transforms(split == "train"), "seed": p.seed}
+        found[split] = xrays.load(p.dataset, p.data_root, listed, **options)
     return found
 
 
@@ -442,144 +357,77 @@ def _generated(p: SimpleNamespace, kind: str) -> dict[str, Dataset]:
 
 
 def _head(p: SimpleNamespace, kind: str) -> nn.Module:
-    """The model of a task on its encoder. The authors' segmenter freezes a trained encoder, and trains a random one."""
+    """The model of a task on its encoder. The authors' segmenter freezes a pre-trained encoder, not a random one."""
     base, classes = encoder(p), len(CLASSES[p.dataset])
     if kind == "classification":
-        return ecamp_heads.classifier(base, classes, probe=p.task == "linear probe")
+        return heads.classifier(base, classes, probe=p.task == "linear probe")
     if kind == "segmentation":
-        return ecamp_heads.Segmenter(base, classes, frozen=p.encoder != "random")
-    return ecamp_heads.Detector(base, expansion=4 if p.labels == "100" else 8)
-
-
-class _Enough(Exception):
-    """No new best for long enough: no error, but how training is ended from inside its loss."""
-
-
-class Watched:
-    """A loss that scores the validation pictures after each epoch, and gives the model its best state back at the end.
-
-    As in the authors' code a training ends after `patience` epochs without a new best, or when an epoch ends on a
-    multiple of `steps`.
-    """
-
-    def __init__(
-        self,
-        loss: Callable[[nn.Module, tuple[Tensor, ...]], Tensor],
-        score: Callable[[nn.Module], float],
-        per_epoch: int,
-        steps: int,
-        patience: int,
-        first: int = 0,
-    ):
-        self.loss, self.score, self.per_epoch, self.steps = loss, score, per_epoch, steps
-        self.patience, self.first = patience, first
-        self.scores: list[tuple[int, float]] = []
-        self.best, self.state, self.waited, self.rows = -np.inf, None, 0, []
-
-    def __call__(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-        step = len(self.rows)
-        if step and step % self.per_epoch == 0:
-            self.look(model, step)
-            if self.waited >= self.patience or step % self.steps == 0:
-                raise _Enough
-        value = self.loss(model, batch)
-        self.rows.append({"step": step, "loss": value.detach()})
-        return value
-
-    def look(self, model: nn.Module, step: int) -> None:
-        """Score the model; keep its state when it is the best so far."""
-        if step < self.first:
-            return
-        model.eval()
-        found = self.score(model)
-        model.train()
-        self.scores.append((step, found))
-        self.waited += 1
-        if found > self.best:
-            self.best, self.waited = found, 0
-            self.state = {n: t.detach().cpu().clone() for n, t in model.state_dict().items()}
-
-    def finish(self, model: nn.Module) -> None:
-        """Put the best state back."""
-        if self.state is not None:
-            model.load_state_dict({n.removeprefix("_forward_module."): t for n, t in self.state.items()})
-        model.to("cpu").eval()
+        return heads.Segmenter(base, classes, frozen=p.encoder != "random")
+    return heads.Detector(base, expansion=4 if p.labels == "100" else 8)
 
 
 def _learn(
     p: SimpleNamespace,
+    out: Path,
     model: nn.Module,
     *,
     data: Mapping[str, Dataset],
     score: Callable[[nn.Module, Dataset], float],
     numbers: Mapping[str, float],
-    **changes: object,
-) -> list[dict]:
-    """Train by the authors' recipe, in place; the best state on validation is kept. One device."""
-    train, steps = data["train"], int(numbers["steps"])
-    classifies = KINDS[p.task] == "classification"
-    options = {
-        "batch": min(int(numbers["batch"]), len(train)),
-        "seed": p.seed,
-        "accelerator": p.accelerator,
-        "precision": p.precision,
-        "workers": 0 if p.dry_run else WORKERS,
-        "clip": 1.0,
-        "name": p.task,
-        "optimizer": "sgd" if classifies else "adamw",
-        "momentum": 0.9,
-        "decay": "all",
-        "weight_decay": 0.0 if classifies else 0.05,
-    } | changes
-    per_epoch = len(train) // options["batch"]
-    longest = steps if p.dry_run else LONGEST * steps
-    step, warm = np.arange(longest), int(numbers["warmup_steps"])
+) -> History:
+    """Train by the authors' recipe, in place, on one device; the model ends with its best weights on validation.
+
+    As in the authors' code a training ends after `PATIENCE` epochs without a new best, or when an epoch ends on a
+    multiple of the published steps. Beyond these the cosine rises again.
+    """
+    train, steps, warm = data["train"], int(numbers["steps"]), int(numbers["warmup_steps"])
+    batch = min(int(numbers["batch"]), len(train))
+    per_epoch = len(train) // batch
+    longest = min(math.lcm(per_epoch, steps), LONGEST * steps)
+    step = np.arange(longest)
     done = (step - warm) / max(1, steps - warm)
-    # beyond the published steps the cosine rises again, as released
-    rates = numbers["lr"] * np.where(step < warm, step / max(1, warm), 0.5 * (1 + np.cos(np.pi * done)))
-    loss = {"classification": _classify, "segmentation": _segment, "detection": _detect}[KINDS[p.task]]
+    lr = numbers["lr"]
+    learning_rates = lr * np.where(step < warm, step / max(1, warm), 0.5 * (1 + np.cos(np.pi * done)))
+    classifies = KINDS[p.task] == "classification"
+    losses = {
+        "classification": lambda net, batch: heads.classification_loss(net(batch[0]), batch[1]),
+        "segmentation": lambda net, batch: heads.segmentation_loss(net(batch[0]).float(), batch[1]),
+        "detection": lambda net, batch: model.loss([head.float() for head in net(batch[0])], batch[1]),
+    }
     first = FIRST[p.labels] if p.task == "detect" and not p.dry_run else 0
-    watched = Watched(
-        functools.partial(loss, model),
-        lambda one: score(one, data["val"]),
-        per_epoch,
-        steps,
-        PATIENCE.get(p.task, 20),
-        first,
+    best = EarlyStop(lambda one: score(one, data["val"]), PATIENCE.get(p.task, 20), first_step=first)
+    name, checkpoint = f"{p.task}, {p.dataset}, {p.labels} %, {p.encoder}, seed {p.seed}", None
+    if not p.dry_run:
+        facts = {key: getattr(p, key) for key in ("task", "dataset", "labels", "protocol", "encoder")}
+        checkpoint = Checkpoint.of(out / "checkpoints", name, model=model, data_root=Path(p.data_root), **facts)
+    history = fit(
+        model,
+        losses[KINDS[p.task]],
+        train,
+        epochs=longest / per_epoch,
+        batch=batch,
+        optimizer=sgd(lr, decay="all") if classifies else adamw(lr, 0.05, decay="all"),
+        schedule=given(learning_rates),
+        callbacks=[ClipNorm(1.0), best],
+        checkpoint=checkpoint,
+        seed=p.seed,
+        hardware=Hardware(p.accelerator, 1, p.precision, 0 if p.dry_run else WORKERS),
+        name=p.task,
     )
-    sides = {"all": ([t for t in model.parameters() if t.requires_grad], rates)}
-    try:
-        history = fit(model, watched, train, epochs=longest / per_epoch, sides=sides, **options)
-        watched.look(model, len(history))
-    except _Enough:
-        history = [row | {"lr": float(rates[row["step"]]), "loss": float(row["loss"])} for row in watched.rows]
-    watched.finish(model)
+    if not p.dry_run:
+        official = getattr(model, "to_official", model.state_dict)
+        checkpoints.save(out / "trained", name, official())
     return history
-
-
-def _classify(net: nn.Module, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-    return ecamp_heads.classification_loss(model(batch[0]), batch[1])
-
-
-def _segment(net: nn.Module, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-    return ecamp_heads.segmentation_loss(model(batch[0]).float(), batch[1])
-
-
-def _detect(net: ecamp_heads.Detector, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-    return net.loss([head.float() for head in model(batch[0])], batch[1])
 
 
 @torch.no_grad()
 def _outputs(p: SimpleNamespace, model: nn.Module, part: Dataset) -> Iterator[tuple[object, Tensor]]:
-    """Outputs and truth, batch by batch, on the CPU. A model in training is on its device already; another one is
-    sent there, and comes back."""
+    """Outputs and labels, batch by batch, on the CPU. The model is on its own device afterwards."""
     home = next(model.parameters()).device
-    net = model
-    if not is_wrapped(model):
-        net = launcher(accelerator=p.accelerator, devices=1, precision=p.precision).setup_module(model)
-    device = next(net.parameters()).device
+    fabric = launcher(accelerator=p.accelerator, devices=1, precision=p.precision)
+    net = fabric.setup_module(model)
     for images, truth in DataLoader(part, 2 if p.dry_run else 64, num_workers=0 if p.dry_run else WORKERS):
-        found = net(images.to(device))
+        found = net(images.to(fabric.device))
         yield [x.float().cpu() for x in found] if isinstance(found, (list, tuple)) else found.float().cpu(), truth
     model.to(home)
 
@@ -593,7 +441,7 @@ def _classified(p: SimpleNamespace, model: nn.Module, part: Dataset) -> float:
 
 
 def _segmented(p: SimpleNamespace, model: nn.Module, part: Dataset) -> float:
-    """Dice, the mean over pictures and then over things to segment, in percent."""
+    """Dice in percent, averaged over images, then over the structures to segment."""
     each = [
         torch.stack(
             [radiology.dice(x, t, p.protocol) for x, t in zip(logits.sigmoid().unbind(1), truth.unbind(1), strict=True)]
@@ -603,19 +451,17 @@ def _segmented(p: SimpleNamespace, model: nn.Module, part: Dataset) -> float:
     return 100 * float(torch.cat(each, 1).nanmean(1).mean())
 
 
-def _detected(p: SimpleNamespace, model: nn.Module, part: Dataset) -> float:
-    """mAP in percent; nan where the protocol leaves no box to be found."""
+def _detected(p: SimpleNamespace, model: heads.Detector, part: Dataset) -> float:
+    """mAP in percent; nan where the protocol leaves no image to be scored."""
     found, boxes = [], []
-    size, anchors = 224, torch.tensor(ecamp_heads.ANCHORS, dtype=torch.float32) * 224 / 416
-    for heads, truth in _outputs(p, model, part):
-        decoded = [ecamp_heads.yolo_decode(x, a, size) for x, a in zip(heads, anchors, strict=True)]
-        found += ecamp_heads.suppress(torch.cat(decoded, 1))
+    for outputs, truth in _outputs(p, model, part):
+        found += model.decode(outputs)
         boxes.append(truth)
     truth = torch.cat(boxes)
-    left = (truth[..., 3] > 0).any(1)
+    scored = (truth[..., 3] > 0).any(1)
     if p.protocol == "released":
-        left &= torch.tensor([len(kept) > 0 for kept in found])
-    return radiology.mean_precision(found, truth, size, p.protocol) if left.any() else float("nan")
+        scored &= torch.tensor([len(image) > 0 for image in found])
+    return radiology.mean_precision(found, truth, model.size, p.protocol) if scored.any() else float("nan")
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -630,13 +476,13 @@ _TABLES = {
 
 
 def measured(path: Path, *new: Mapping[str, object]) -> pd.DataFrame:
-    """The scores on real data in the CSV `path`; `new` rows, `KEYS` and "score", are added, or replace theirs."""
-    # a CSV gives "10" back as a number
+    """The scores on real data in the CSV `path`; `new` rows, `KEYS` and "score", are added or replace equal ones."""
+    # a CSV reads "10" as a number
     return upsert_rows(path, KEYS, ["score"], [{**row, "labels": int(row["labels"])} for row in new])
 
 
 def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
-    """Means over seeds by (row, column) of a published table: only the published protocol is set beside it."""
+    """Means over seeds by (row, column) of a published table; of the published protocol only."""
     found = {}
     own = {title: name for name, title in TITLES.items() if name != "xrays/chestmnist"}
     rows = rows[rows.protocol == "released"]
@@ -652,7 +498,7 @@ def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
 
 
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """By title, the paper's tables with what was measured behind each number."""
+    """The paper's tables by title, each cell with the published number and, after the slash, our measurement."""
     found = {}
     for table in ("classification-finetune", "classification-linear", "segmentation", "detection", "fundus"):
         frame = published_table("ecamp", table)

@@ -240,8 +240,8 @@ class Pairs(Dataset):
     """Image-report pairs for pre-training, everything random drawn here: items are `ecamp.Batch` without the B.
 
     Args:
-        images: item i gives the picture (3, 2 S, 2 S), normalised; alone or first in a tuple.
-        reports: a text for each picture.
+        images: item i gives the image (3, 2 S, 2 S), normalised; alone or first in a tuple.
+        reports: a text for each image.
         vocabulary: see `Vocabulary`.
         patches: N of the encoder.
         length: L.
@@ -250,11 +250,11 @@ class Pairs(Dataset):
         masking: see `mask`.
         rebalance: False weighs all words alike.
         window: side of the super-resolution window in patches.
-        windows: its corner for each picture, (row, column) in patches. None: in the middle. The authors' file of them
-            was never released; they speak of the whole picture and are not moved with the crop, as released.
+        windows: its corner for each image, (row, column) in patches. None: in the middle. The authors' file of them
+            was never released; they speak of the whole image and are not moved with the crop, as released.
 
     Raises:
-        BadParameter: texts or corners that are not as many as the pictures; an unknown masking.
+        BadParameter: texts or corners that are not as many as the images; an unknown masking.
     """
 
     def __init__(
@@ -277,7 +277,7 @@ class Pairs(Dataset):
         side = math.isqrt(patches)
         for name, given in (("reports", reports), ("statements", statements), ("windows", windows)):
             if given is not None and len(given) != len(images):
-                raise BadParameter(name, len(given), f"{len(images)}, one for each picture")
+                raise BadParameter(name, len(given), f"{len(images)}, one for each image")
         if not 0 <= splice_share <= 1:
             raise BadParameter("splice_share", splice_share, "a share, 0 to 1")
         self.images, self.reports, self.statements, self.vocabulary = images, reports, statements, vocabulary

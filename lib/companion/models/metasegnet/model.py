@@ -1,24 +1,25 @@
-"""MetaSegNet: land cover from a picture and a text on the place where it was taken (Wang et al., TGRS 2024).
+"""MetaSegNet: land-cover segmentation of an image with a text on its climate zone (Wang et al., TGRS 2024).
 
-The same class looks different in different climates. The climate zone comes free with an image's coordinates; a text
-that describes the zone meets the image's features in cross-modal attention, and a decoder draws the map.
+The same class looks different in different climates. The climate zone follows from an image's coordinates; the image's
+features attend to a text that describes the zone, and a decoder predicts the map.
 
     image (B, 3, H, W) --Swin--> four maps X_k --LayerNorm each--> fusion(X_k, words) --decoder--> logits (B, C, H, W)
     text of the zone   --text encoder--> one state a word --------------^
 
-Neither the paper's text nor its code could be had (section 1). So this is in two parts:
+Neither the paper's text nor its code is available (section 1). So this has two parts:
 
-* read from the first author's own image-only code (WangLibo1995/GeoSeg at 9453fe4, GPL-3.0: read, written anew, nothing
+* read from the first author's image-only code (WangLibo1995/GeoSeg at 9453fe4, GPL-3.0: read and reimplemented, nothing
   copied) and checked against outputs recorded from it: Swin, decoder, losses, optimiser, test-time augmentation. That
-  MetaSegNet used them is likely, and not known.
-* RECONSTRUCTION, each choice an argument with that word in its help: the text side (`metasegnet_text`), the fusion, and
-  what is trained.
+  MetaSegNet uses them is likely, and not known.
+* RECONSTRUCTION, each choice an argument with that word in its help: the text encoders (`text`), the fusion, and which
+  parameters are trained.
 
 Shapes: B images, C classes, L words; k = 1 ... 4 the stages, finest first, of width C_k and stride 4, 8, 16, 32.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import BadCheckpoint, BadParameter
-from ..layers.clip_prompting import load_official, official_state
+from ..layers.state_dicts import load_official, official_state
 from .text import TextEncoder
 
 DECODERS = ("ft_unetformer", "unetformer")
@@ -39,7 +40,7 @@ SCALES = (0.75, 1.0, 1.25, 1.5)
 AUGMENTATIONS = ("none", "lr", "d4", "d4 loveda")  # 1, 4, 16, 8 views
 AUXILIARY = 0.4  # weight of the auxiliary head's loss
 
-# sizes of the Swin and of what is built on it: the author's largest network; one that a CPU trains in half a minute
+# of the Swin and the rest of the network: the author's largest one, and that of the pocket profile
 SIZES = {
     "paper": {
         "swin": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), "drop_path_rate": 0.3},
@@ -62,16 +63,16 @@ SIZES = {
 
 
 def soft_cross_entropy(logits: Tensor, labels: Tensor, ignore: int, smoothing: float = 0.05) -> Tensor:
-    """Cross entropy with smoothed labels; ignored pixels cost nothing, and the mean is over ALL pixels, them included.
+    """Cross-entropy with label smoothing; ignored pixels count 0, and the mean is over ALL pixels, ignored ones too.
 
     logits (B, C, H, W), labels (B, H, W) int64."""
     return F.cross_entropy(logits, labels, ignore_index=ignore, label_smoothing=smoothing, reduction="none").mean()
 
 
 def dice_loss(logits: Tensor, labels: Tensor, ignore: int, smooth: float = 0.05) -> Tensor:
-    """1 - Dice of the softmax, each class over the whole batch, averaged over all classes.
+    """1 - Dice of the softmax, of each class over the whole batch, averaged over all classes.
 
-    A class without a true pixel counts with 0, and stays in the divisor."""
+    A class without a true pixel counts 0 in this mean."""
     classes, valid = logits.shape[1], (labels != ignore)[:, None]
     p = logits.softmax(1) * valid
     truth = F.one_hot(labels.where(valid[:, 0], 0), classes).movedim(-1, 1) * valid
@@ -81,49 +82,24 @@ def dice_loss(logits: Tensor, labels: Tensor, ignore: int, smooth: float = 0.05)
 
 
 def joint_loss(logits: Tensor, labels: Tensor, ignore: int, auxiliary: Tensor | None = None) -> Tensor:
-    """Soft cross entropy + Dice (section 4), and with the auxiliary head's logits 0.4 of its cross entropy.
+    """Soft cross-entropy + Dice (section 4) + 0.4 times the soft cross-entropy of an auxiliary head's logits.
 
-    MetaSegNet's own losses are not known; these are the author's for his other networks."""
+    MetaSegNet's own losses are not known; these are those of the author's other networks."""
     loss = soft_cross_entropy(logits, labels, ignore) + dice_loss(logits, labels, ignore)
     return loss if auxiliary is None else loss + AUXILIARY * soft_cross_entropy(auxiliary, labels, ignore)
-
-
-def lookahead(optimizer: torch.optim.Optimizer, k: int = 5, alpha: float = 0.5) -> torch.optim.Optimizer:
-    """Pull an optimiser's tensors towards slow copies of them: slow += alpha (fast - slow); fast = slow.
-
-    As released, the copy is taken after the first step and the pulls follow after steps k + 1, 2k + 1, ... The copies
-    live in the optimiser's state, so that a checkpoint has them. The optimiser must count its steps (Adam, AdamW do).
-    """
-    if k < 1 or not 0 < alpha <= 1:
-        raise BadParameter("k, alpha", (k, alpha), "1 or more steps, and a share above 0, at most 1")
-
-    @torch.no_grad()
-    def pull(optimizer: torch.optim.Optimizer, *_: object) -> None:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                state = optimizer.state.get(p)
-                if not state:
-                    continue
-                if "slow" not in state:
-                    state["slow"] = p.detach().clone()
-                elif (int(state["step"]) - 1) % k == 0:
-                    p.copy_(state["slow"].lerp_(p, alpha))
-
-    optimizer.register_step_post_hook(pull)
-    return optimizer
 
 
 # --- the decoder ------------------------------------------------------------------------------------------------------
 
 
 def _conv(inputs: int, outputs: int, kernel: int = 1, *, norm: bool = True, act: bool = False) -> nn.Sequential:
-    """Convolution without bias, and BatchNorm and ReLU6 where asked."""
+    """Convolution without bias, optionally with BatchNorm and ReLU6."""
     layers: list[nn.Module] = [nn.Conv2d(inputs, outputs, kernel, padding=(kernel - 1) // 2, bias=False)]
     return nn.Sequential(*layers, *([nn.BatchNorm2d(outputs)] if norm else []), *([nn.ReLU6()] if act else []))
 
 
 def _separable(width: int, kernel: int, kind: str) -> nn.Sequential:
-    """Depthwise and pointwise convolution and BatchNorm, which stands last or between by the decoder's kind."""
+    """Depthwise convolution, pointwise convolution, and BatchNorm at the end or, in UNetFormer, between the two."""
     depthwise = nn.Conv2d(width, width, kernel, padding=(kernel - 1) // 2, groups=width, bias=False)
     pointwise, norm = nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width)
     ft = kind == "ft_unetformer"
@@ -135,19 +111,19 @@ def _resized(x: Tensor, size: Sequence[int], corners: bool = False) -> Tensor:
 
 
 def _reflected(x: Tensor, bottom: int, right: int) -> Tensor:
-    """`x` mirrored at its lower and right edges, however small it is (`F.pad` needs the padding to be smaller)."""
+    """`x` with reflection padding below and right, which may be larger than `x` (with `F.pad` it may not)."""
     for dim, more in ((-2, bottom), (-1, right)):
         if more:
             n = x.shape[dim]
-            place = torch.arange(n + more, device=x.device) % max(2 * n - 2, 1)
-            x = x.index_select(dim, torch.minimum(place, (2 * n - 2 - place).abs()))
+            position = torch.arange(n + more, device=x.device) % max(2 * n - 2, 1)
+            x = x.index_select(dim, torch.minimum(position, (2 * n - 2 - position).abs()))
     return x
 
 
 class GlobalLocalAttention(nn.Module):
-    """Attention inside windows, spread by two strips of pooling, plus a 1x1 and a 3x3 convolution beside it.
+    """Window attention, pooled along rows and along columns, plus a parallel 1x1 and 3x3 convolution.
 
-    Maps (B, D, H, W) of any size: what the windows do not cover is mirrored (the released code mirrors rows only).
+    Maps (B, D, H, W) of any size are padded to whole windows by reflection (in the released code along rows only).
     """
 
     def __init__(self, width: int, heads: int, window: int, kind: str):
@@ -202,7 +178,7 @@ class Block(nn.Module):
 
 
 class WeightedFusion(nn.Module):
-    """A coarse map (B, D, h, w) and an encoder's finer one, weighted by two learned shares that add up to 1."""
+    """A weighted sum of a coarse map (B, D, h, w) and an encoder's finer one; the two learned weights sum to 1."""
 
     def __init__(self, inputs: int, width: int, kind: str):
         super().__init__()
@@ -218,7 +194,7 @@ class WeightedFusion(nn.Module):
 
 
 class Refinement(WeightedFusion):
-    """The fusion of the finest map, then refined: gates by pixel and by channel, and a convolution past them."""
+    """Weighted fusion of the finest map, then spatial and channel gates with a convolutional shortcut."""
 
     def __init__(self, inputs: int, width: int, kind: str):
         super().__init__(inputs, width, kind)
@@ -234,14 +210,14 @@ class Refinement(WeightedFusion):
 
 
 class Decoder(nn.Module):
-    """Four maps, finest first, to logits: the author's FT-UNetFormer or UNetFormer (section 3.3).
+    """From four maps, finest first, to logits: the author's FT-UNetFormer or UNetFormer (section 3.3).
 
     Args:
         channels: widths of the four maps.
         classes: how many.
         width, heads, window: of the blocks; the window even.
         kind: one of `DECODERS`; they differ in lateral convolutions, order of norms and dropout.
-        auxiliary: a second head that training alone looks at. None: as released, UNetFormer has one.
+        auxiliary: add a second head, for training only. None: as released, UNetFormer has one.
     """
 
     def __init__(
@@ -278,7 +254,7 @@ class Decoder(nn.Module):
             self.auxiliary = nn.Sequential(_conv(width, width, 3, act=True), *final)
 
     def forward(self, maps: Sequence[Tensor], size: Sequence[int], trace: dict | None = None) -> Tensor:
-        """Logits (B, C, *size). `trace` takes "b4", "b3", "b2", "p1" and, with an auxiliary head, "auxiliary"."""
+        """Logits (B, C, *size). `trace` receives "b4", "b3", "b2", "p1" and, with an auxiliary head, "auxiliary"."""
         x4 = self.blocks[0](self.squeeze(maps[3]))
         x3 = self.blocks[1](self.fusions[0](x4, maps[2]))
         x2 = self.blocks[2](self.fusions[1](x3, maps[1]))
@@ -286,7 +262,7 @@ class Decoder(nn.Module):
         if trace is not None:
             trace |= {"b4": x4, "b3": x3, "b2": x2, "p1": x1}
             if self.auxiliary is not None:
-                # as released: corners aligned here, and here alone
+                # as released: aligned corners here, and only here
                 x = _resized(x4, x2.shape[-2:], corners=True) + _resized(x3, x2.shape[-2:], corners=True) + x2
                 trace["auxiliary"] = _resized(self.auxiliary(x), size)
         return _resized(self.head(x1), size)
@@ -296,7 +272,7 @@ class Decoder(nn.Module):
 
 
 class _PadFirst(SwinTransformerBlock):
-    """timm's block, with the map padded to whole windows BEFORE it is shifted (timm: after), as the author's Swin."""
+    """timm's block with padding to whole windows BEFORE the shift (timm: after), as in the author's Swin."""
 
     def _attn(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
@@ -305,16 +281,16 @@ class _PadFirst(SwinTransformerBlock):
 
 
 def swin(**sizes: object) -> SwinTransformer:
-    """A timm Swin without classifier that takes images of any size and computes as the author's does (section 3.2).
+    """A timm Swin without classifier, for images of any size, which computes what the author's does (section 3.2).
 
-    Windows are always whole and always shifted, and padding comes before the shift. `sizes` go to timm:
-    `embed_dim`, `depths`, `num_heads`, `window_size`, `drop_path_rate`. Weights start random; timm's released ones fit
-    (`load_state_dict` of a model of the same sizes), and give timm's own outputs where all maps are whole windows.
+    Windows are always whole and always shifted, and padding precedes the shift. `sizes` go to timm: `embed_dim`,
+    `depths`, `num_heads`, `window_size`, `drop_path_rate`. timm's released weights fit, and give timm's own outputs
+    where all maps are whole windows.
     """
     model = SwinTransformer(num_classes=0, always_partition=True, strict_img_size=False, **sizes)
     for block in model.modules():
         if isinstance(block, SwinTransformerBlock):
-            block.__class__ = _PadFirst  # the stage builds its blocks itself, and takes no class for them
+            block.__class__ = _PadFirst  # the stage builds its blocks itself, the class is no argument
     return model
 
 
@@ -322,14 +298,14 @@ def swin(**sizes: object) -> SwinTransformer:
 
 
 class Fusion(nn.Module):
-    """RECONSTRUCTION (section 3.5). Pixels ask words: X + g · attention(LN X, T, T), then + g' · MLP(LN X).
+    """RECONSTRUCTION (section 3.5). Cross-attention: X + g · attention(LN X, T, T), then + g' · MLP(LN X).
 
     Args:
         channels: width of the image's map.
-        text_width: of the words' states.
+        text_width: of the states of the words.
         heads: of the attention.
-        zero_init: g = g' = 0 at the start, where the network is then the image-only one. Otherwise 1.
-        two_way: the words ask the pixels too, T + attention(LN T, X, X), before the next stage.
+        zero_init: initialise g = g' = 0, so that the network starts as the image-only one; otherwise 1.
+        two_way: the words attend to the image too, T + attention(LN T, X, X), before the next stage.
     """
 
     def __init__(self, channels: int, text_width: int, heads: int, *, zero_init: bool, two_way: bool):
@@ -354,8 +330,8 @@ class Fusion(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The map (B, C_k, h, w) and the words (B, L, D) after the fusion.
 
-        `mask` (B, L), True where there is a word. With `attention` also (B, h, w, L): how much each pixel took of each
-        word, averaged over the heads."""
+        `mask` (B, L): True where there is a word. With `attention` also the attention of each pixel to each word,
+        (B, h, w, L), averaged over the heads."""
         height, width = x.shape[-2:]
         x = x.flatten(2).mT
         q, k, v = (
@@ -378,19 +354,19 @@ class Fusion(nn.Module):
 
 
 class MetaSegNet(nn.Module):
-    """The network, and with `text` None its unimodal twin: the same encoder and decoder, nothing between them.
+    """The network; with `text` None its unimodal twin, the same encoder and decoder without text and fusion.
 
     Args:
-        encoder: a timm model with four or more maps; `swin(**sizes)` for the author's.
-        classes: how many; labels of this number are ignored, as in the author's code, unless `ignore` says otherwise.
-        text: a `TextEncoder`; `metasegnet_text` has three. RECONSTRUCTION.
-        norms: each map goes through its own LayerNorm, as in the author's Swin; not in UNetFormer's ResNet.
+        encoder: a timm model with four or more maps, which is copied; `swin(**sizes)` for the author's.
+        classes: how many; labels of this number are ignored, as in the author's code, unless `ignore` is given.
+        text: a `TextEncoder`; `text` has three. RECONSTRUCTION.
+        norms: a LayerNorm on each map, as in the author's Swin; not in UNetFormer's ResNet.
         width, heads, window, decoder, auxiliary: see `Decoder`.
-        fusion_stages: which of the stages 1 to 4 meet the text. RECONSTRUCTION: all.
+        fusion_stages: of the stages 1 to 4, those with a fusion. RECONSTRUCTION: all.
         fusion_heads: heads of the fusion; None: C_k / 32. RECONSTRUCTION.
         zero_init: see `Fusion`. RECONSTRUCTION: False, which trains faster.
         two_way: see `Fusion`. RECONSTRUCTION: False.
-        ignore: the label that is not learned; None: `classes`.
+        ignore: label of pixels without a loss; None: `classes`.
     """
 
     def __init__(
@@ -419,8 +395,8 @@ class MetaSegNet(nn.Module):
         self.indices = list(range(len(encoder.feature_info)))[-4:]
         info = [encoder.feature_info[i] for i in self.indices]
         channels, self.stride = [i["num_chs"] for i in info], info[0]["reduction"]
-        encoder.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
-        self.encoder = encoder
+        self.encoder = copy.deepcopy(encoder)
+        self.encoder.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in channels) if norms else None
         self.text = text
         self.fusions = nn.ModuleDict(
@@ -435,17 +411,21 @@ class MetaSegNet(nn.Module):
 
     @classmethod
     def build(cls, classes: int, text: TextEncoder | None = None, size: str = "paper", **options) -> MetaSegNet:
-        """A network with random weights of one of `SIZES`; `options` go before the size's own."""
+        """A network with random weights, of one of `SIZES`; `options` override those of the size."""
         if size not in SIZES:
             raise BadParameter("size", size, SIZES)
         return cls(swin(**SIZES[size]["swin"]), classes, text, **(SIZES[size]["model"] | options))
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the image encoder's activations in the backward pass: less memory, more time."""
+        self.encoder.set_grad_checkpointing(enable)
+
     def trained(self) -> dict[str, nn.Parameter]:
-        """What training changes: all but a frozen text encoder."""
+        """The trainable parameters by name: all but those of a frozen text encoder."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """The encoder's four maps (B, C_k, h, w), finest first, of images padded below and right to whole patches."""
+        """The encoder's four maps (B, C_k, h, w), finest first; images are padded below and right to whole patches."""
         height, width = images.shape[-2:]
         x = F.pad(images, (0, -width % self.stride, 0, -height % self.stride))
         options = {"indices": self.indices, "intermediates_only": True, "output_fmt": "NCHW"}
@@ -459,9 +439,9 @@ class MetaSegNet(nn.Module):
 
         Args:
             texts: one for each image, or one for all: strings, or their ids (B or 1, L) by `self.text.ids`. None for
-                the unimodal twin, and for it alone.
-            trace: takes the maps before ("maps") and after ("fused") the fusion, the pixels' attention to the words
-                ("attention": stage -> (B, h, w, L)) and what `Decoder` puts there.
+                the unimodal twin only.
+            trace: receives the maps before ("maps") and after ("fused") the fusion, the attention of the pixels to the
+                words ("attention": stage -> (B, h, w, L)) and the entries of `Decoder`.
         """
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise BadParameter(
@@ -489,7 +469,7 @@ class MetaSegNet(nn.Module):
         return self.decoder(maps, images.shape[-2:], trace)
 
     def loss(self, images: Tensor, texts: Sequence[str] | Tensor | None, labels: Tensor) -> Tensor:
-        """`joint_loss` of a batch, labels (B, H, W) int64; the auxiliary head, where there is one, in training only."""
+        """`joint_loss` of a batch, labels (B, H, W) int64; with an auxiliary head only in training."""
         trace = {} if self.training and self.decoder.auxiliary is not None else None
         logits = self(images, texts, trace)
         return joint_loss(logits, labels, self.ignore, trace and trace["auxiliary"])
@@ -500,12 +480,12 @@ class MetaSegNet(nn.Module):
     def from_official(
         cls, state: Mapping[str, Tensor], text: TextEncoder | None = None, encoder: nn.Module | None = None, **options
     ) -> MetaSegNet:
-        """The network with a state dict of GeoSeg's FT-UNetFormer (Swin of any size) or UNetFormer (ResNet-18) in it.
+        """The network of a state dict of GeoSeg's FT-UNetFormer (Swin of any size) or UNetFormer (ResNet-18).
 
-        With `text` the fusion starts as `options` say. `encoder`: for a UNetFormer on another timm model.
+        With `text` a new fusion is added, see `options`. `encoder`: for a UNetFormer on another timm model.
 
         Raises:
-            BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
+            BadCheckpoint: missing and unknown names and other shapes, all of them listed.
         """
         state, what = _without_counters(state), "GeoSeg's FT-UNetFormer or UNetFormer"
         sizes = decoder_sizes({n.removeprefix("decoder."): t for n, t in state.items() if n.startswith("decoder.")})
@@ -521,7 +501,7 @@ class MetaSegNet(nn.Module):
         return model
 
     def official_names(self) -> dict[str, str]:
-        """Our name -> GeoSeg's, of the encoder, its norms and the decoder; the text side has none."""
+        """Our name -> GeoSeg's, of the encoder, its norms and the decoder; text encoder and fusion have none."""
         names = {}
         for name in self.state_dict():
             if name.endswith("num_batches_tracked"):
@@ -579,14 +559,14 @@ def decoder_name(name: str) -> str:
 
 
 def load_part(part: nn.Module, state: Mapping[str, Tensor], what: str = "GeoSeg's decoder") -> nn.Module:
-    """Copy the tensors of GeoSeg's decoder, or of one of its parts, into ours; raises `BadCheckpoint`."""
+    """Load the tensors of GeoSeg's decoder, or of one of its parts, into ours; raises `BadCheckpoint`."""
     names = {name: decoder_name(name) for name in part.state_dict() if not name.endswith("num_batches_tracked")}
     load_official(part, _without_counters(state), names, what)
     return part.eval()
 
 
 def decoder_sizes(state: Mapping[str, Tensor]) -> dict:
-    """The arguments of `MetaSegNet` that the official tensors of a decoder tell."""
+    """The arguments of `MetaSegNet` that follow from the official tensors of a decoder."""
     need = {"pre_conv.0.weight", "b4.attn.relative_position_bias_table", "segmentation_head.2.0.weight"}
     if missing := need - state.keys():
         raise BadCheckpoint("GeoSeg's FT-UNetFormer or UNetFormer", {f"decoder.{name}" for name in missing})
@@ -623,7 +603,7 @@ def _swin_sizes(state: Mapping[str, Tensor]) -> dict:
 
 
 def _without_counters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` without what modules compute themselves: tables of indices, masks, counters of batches."""
+    """`state` without computed buffers: index tables, masks, counters of batches."""
     computed = ("relative_position_index", "attn_mask", "num_batches_tracked")
     return {name: t for name, t in state.items() if not name.endswith(computed)}
 
@@ -636,8 +616,8 @@ Predict = Callable[[Tensor], Tensor]
 def views(kind: str) -> list[tuple[bool, bool, float]]:
     """The views of a test-time augmentation: (flipped left-right, flipped upside down, scale).
 
-    "lr" is both flips, "d4" those at four scales (Potsdam), "d4 loveda" left-right at four scales. None turns the
-    image, in spite of the name.
+    "lr": both flips; "d4": both flips at four scales (Potsdam); "d4 loveda": left-right flips at four scales. There are
+    no rotations, in spite of the name.
     """
     if kind not in AUGMENTATIONS:
         raise BadParameter("augmentation", kind, AUGMENTATIONS)
@@ -647,9 +627,9 @@ def views(kind: str) -> list[tuple[bool, bool, float]]:
 
 
 def augmented(predict: Predict, images: Tensor, kind: str = "lr") -> Tensor:
-    """The mean of the logits (B, C, H, W) over the `views` of images (B, 3, H, W); a text stays as it is.
+    """The mean of the logits (B, C, H, W) over the `views` of images (B, 3, H, W).
 
-    Scaling is bicubic, both ways."""
+    Images and logits are scaled bicubically."""
     size, total = images.shape[-2:], 0
     found = views(kind)
     for left_right, upside_down, scale in found:
@@ -672,14 +652,14 @@ class Band(NamedTuple):
 
 
 def _starts(length: int, tile: int, step: int) -> list[int]:
-    """Where tiles begin on one axis; the last one ends with the image."""
+    """First pixels of the tiles along one axis; the last tile ends with the image."""
     return [*range(0, max(length - tile, 0), step), max(length - tile, 0)]
 
 
 def _ramp(length: int, overlap: int) -> Tensor:
     """Weights of a tile along one axis: rising over the overlap, 1 inside, falling again."""
-    place = torch.arange(1.0, length + 1)
-    return torch.minimum(place, place.flip(0)).div(overlap + 1).clamp_max(1)
+    position = torch.arange(1.0, length + 1)
+    return torch.minimum(position, position.flip(0)).div(overlap + 1).clamp_max(1)
 
 
 @torch.no_grad()
@@ -692,16 +672,16 @@ def bands(
     overlap: int = 128,
     batch: int = 4,
 ) -> Iterator[Band]:
-    """Logits of an image of any size by tiles that overlap, blended, top to bottom.
+    """Logits of an image of any size from overlapping, blended tiles, from top to bottom.
 
-    Only the rows that further tiles can still reach are held: memory grows with the image's width, not its height. An
-    image not larger than a tile is one tile, and its logits are those of `predict`.
+    Only the rows that further tiles overlap are in memory: it grows with the image's width, not with its height. The
+    logits of an image not larger than a tile are those of `predict`.
 
     Args:
         predict: images (b, 3, h, w) to logits (b, C, h, w).
-        source: an image (3, H, W), or a function (top, left, height, width) -> (3, height, width) that reads a part of
-            one, whose `size` (H, W) is then needed.
-        tile: pixels a side.
+        source: an image (3, H, W), or a function (top, left, height, width) -> (3, height, width) that reads a window
+            of an image of `size` (H, W).
+        tile: side in pixels.
         overlap: pixels that neighbours share, less than a tile; the last tile of a row or column shares more.
         batch: tiles at once.
     """

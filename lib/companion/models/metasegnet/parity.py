@@ -9,10 +9,14 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from ...errors import BadParameter
 from ...evaluation.metrics import landcover
 from ...evaluation.parity import Case
+from ...training.callbacks import Callback, Lookahead
+from ...training.fit import CPU, Loop, fit
+from ...training.schedules import schedule
 from . import model as metasegnet
 from .model import Block, Decoder, GlobalLocalAttention, MetaSegNet, Refinement, WeightedFusion
 
@@ -151,18 +155,28 @@ def _metrics(case: Case) -> dict[str, Tensor]:
 
 def _lookahead(case: Case) -> dict[str, Tensor]:
     config = case.facts["config"]
-    theta, beta = (nn.Parameter(case.input(name)) for name in ("theta", "beta"))
+    theta, beta = parameters = nn.ParameterList(nn.Parameter(case.input(name)) for name in ("theta", "beta"))
     groups = [
         {"params": [p], "lr": g["lr"], "weight_decay": g["weight_decay"]}
-        for p, g in zip((theta, beta), config["groups"], strict=True)
+        for p, g in zip(parameters, config["groups"], strict=True)
     ]
-    optimizer = metasegnet.lookahead(torch.optim.AdamW(groups), config["k"], config["alpha"])
     steps = []
-    for _ in range(config["steps"]):
-        optimizer.zero_grad()
-        ((theta - 1).square().sum() + (theta * beta).square().sum()).backward()
-        optimizer.step()
-        steps.append(torch.cat([theta, beta]).detach().clone())
+
+    class Record(Callback):
+        def on_step_end(self, loop: Loop) -> None:
+            steps.append(torch.cat([theta, beta]).detach())
+
+    fit(
+        parameters,
+        lambda *_: (theta - 1).square().sum() + (theta * beta).square().sum(),
+        TensorDataset(torch.zeros(1)),
+        epochs=config["steps"],
+        batch=1,
+        optimizer=lambda _: torch.optim.AdamW(groups),
+        schedule=schedule("constant", 0),
+        callbacks=[Lookahead(config["k"], config["alpha"]), Record()],
+        hardware=CPU,
+    )
     return {"trajectory": torch.stack(steps)}
 
 

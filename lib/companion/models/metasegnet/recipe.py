@@ -1,19 +1,19 @@
-"""MetaSegNet at full size: the author's recipes on real land cover, the tests, the dry run, and results that gather.
+"""MetaSegNet's `paper` profile: the author's recipes on real land cover, the tests, the dry run, the tables of results.
 
-`parts` gives what `runs.metasegnet.Setting` is made of. The recipes are those of the first author's image-only code
-(section 5, the paper's YAML); that the paper trained so is likely, and not known. Everything on the text's side is a
-RECONSTRUCTION, and so is the zero-shot test: a climate zone is left out of training (`held_out`), or the network of one
-set is asked on another (`test_on`). No result here is set beside one of the paper's; the unimodal twin, which is the
-author's FT-UNetFormer by parity, is set beside what he reports of that.
+The recipes are those of the first author's image-only code (section 5, the paper's YAML); that the paper trained so is
+likely, and not known. Text encoder and fusion are a RECONSTRUCTION, and so is the zero-shot test: a climate zone is
+left out of training (`held_out`), or the network of one set is tested on another (`test_on`). No result here is
+compared with one of the paper's; the unimodal twin, which is the author's FT-UNetFormer by parity, is compared with his
+results of it.
+
+A training writes its checkpoint below `<out>/checkpoints`, from which it resumes, and its weights to `<out>/trained`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,9 +22,7 @@ import numpy as np
 import open_clip
 import pandas as pd
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
 
 from ... import backbones, geotiff
@@ -35,11 +33,14 @@ from ...data.landcover_transforms import SCALES, Mosaic, test_transform, train_t
 from ...errors import BadParameter, CorruptFile, MissingWeights
 from ...evaluation.metrics import landcover as metrics
 from ...evaluation.tables import published_table, upsert_rows
-from ...ops.files import atomic
 from ...ops.papers import paper
-from ...training.fit import fit, trained_state
-from ..layers.clip_prompting import load_official
-from .model import SIZES, MetaSegNet, augmented, bands, joint_loss, lookahead, swin, views
+from ...training import checkpoints, schedules
+from ...training.callbacks import Lookahead
+from ...training.checkpoints import Checkpoint, trained_state
+from ...training.fit import Hardware, History, fit
+from ...training.schedules import adamw
+from ..layers.state_dicts import load_official
+from .model import SIZES, MetaSegNet, augmented, bands, joint_loss, swin, views
 from .text import BertText, ClipText, TextEncoder, Words, headless
 
 SWIN = "swin_base_patch4_window7_224.ms_in22k_ft_in1k"
@@ -51,33 +52,10 @@ LEVELS = {
     "zone names": "name",
     "one-hot zone": "code",
 }
-"""Of each method the level of its texts in training; None has no text."""
+"""Of each method the level of its texts in training; None: no text."""
 
 DROPPED = 0.5  # header dropout of full texts (section 14)
-# the parameters that a notebook may leave away
-DEFAULTS = {
-    "task": "train",
-    "dataset": OEM,
-    "method": "MetaSegNet",
-    "prompt": "full",
-    "prompts": "",
-    "weights": "",
-    "text_encoder": "bert",
-    "augmentation": "none",
-    "tile": 1024,
-    "overlap": 256,
-    "held_out": "",
-    "test_on": "",
-    "checkpoint": "",
-    "without_xbd": False,
-    "accelerator": "auto",
-    "devices": 1,
-    "precision": "32-true",
-    "data_root": "data",
-    "seed": 0,
-    "dry_run": False,
-}
-TEST_SPLIT = {OEM: "val", LOVEDA: "val", POTSDAM: "test"}  # the labels of the others' tests are held back
+TEST_SPLIT = {OEM: "val", LOVEDA: "val", POTSDAM: "test"}  # other test labels are not public
 WORKERS = min(8, os.cpu_count() or 1)
 DRY_SIDE, DRY_STEPS = 512, 2
 
@@ -91,11 +69,10 @@ class Recipe:
 
     Attributes:
         epochs, batch, lr, encoder_lr, weight_decay: of AdamW in Lookahead; biases do not decay, norms do.
-        restart: epochs of the first cosine, the next one twice as long; 0: one cosine over all epochs.
-        floor: where a cosine ends.
+        restart: epochs of the first cosine, the next one is twice as long; 0: one cosine over all epochs.
+        floor: final learning rate of a cosine.
         crop: side in pixels.
-        copies: how often an image is in an epoch: the author stores each tile of Potsdam and its two flips. Here flips
-            are drawn.
+        copies: of an image in an epoch: the author stores each tile of Potsdam and its two flips; here flips are drawn.
         flip, upside_down, brightness, mosaic: see `landcover_transforms`; a mosaic is of one climate zone.
     """
 
@@ -115,19 +92,18 @@ class Recipe:
 
 
 def recipe(dataset: str) -> Recipe:
-    """The recipe of a set; OpenEarthMap's, of which none was found, is Potsdam's with smaller crops (RECONSTRUCTION),
-    and that of one's own folder is OpenEarthMap's."""
+    """The recipe of a data set. OpenEarthMap's, which was not found, is Potsdam's with smaller crops (RECONSTRUCTION);
+    it is also that of one's own folder."""
     rows = published_table("metasegnet", "recipes").set_index("method")
     row = rows.loc[DATASETS[dataset].title if dataset in (LOVEDA, POTSDAM) else DATASETS[OEM].title].to_dict()
     whole = ("epochs", "batch", "restart", "crop", "copies")
     return Recipe(**{name: int(value) if name in whole else float(value) for name, value in row.items()})
 
 
-def learning_rates(r: Recipe, base: float, per_epoch: int, epochs: int | None = None) -> np.ndarray:
-    """The rate of each step, one value an epoch, (epochs x per_epoch,).
+def learning_rates(r: Recipe, base: float, per_epoch: int, epochs: int) -> np.ndarray:
+    """The learning rate of each step, constant within an epoch, (epochs x per_epoch,).
 
     Without restarts half a cosine from `base` to `floor`; with them half a cosine to 0, then one twice as long, ..."""
-    epochs = epochs or r.epochs
     if not r.restart:
         rates = r.floor + (base - r.floor) * (1 + np.cos(np.pi * np.arange(epochs) / epochs)) / 2
         return rates.repeat(per_epoch)
@@ -138,44 +114,25 @@ def learning_rates(r: Recipe, base: float, per_epoch: int, epochs: int | None = 
     return np.array(rates[:epochs]).repeat(per_epoch)
 
 
-@contextlib.contextmanager
-def as_released(weight_decay: float) -> Iterator[None]:
-    """Optimisers that step inside are wrapped in Lookahead, and let their sides decay unless they are biases."""
-    known = set()
+def param_groups(model: MetaSegNet, r: Recipe) -> list[dict]:
+    """The trainable parameters in four groups: encoder and the rest, each with its biases apart, which do not decay.
 
-    def put(optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if id(optimizer) in known:
-            return
-        known.add(id(optimizer))
-        lookahead(optimizer)
-        for group in optimizer.param_groups:
-            group["weight_decay"] = 0.0 if group["side"].endswith("biases") else weight_decay
-
-    handle = register_optimizer_step_pre_hook(put)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def sides(model: MetaSegNet, r: Recipe, per_epoch: int, epochs: int | None = None) -> dict:
-    """The trained tensors in four sides with their rates: encoder and the rest, each with its biases apart.
-
-    The four norms on the encoder's maps are the encoder's, as in the author's Swin."""
-    found: dict[str, tuple[list, np.ndarray]] = {}
+    The four norms on the encoder's maps belong to the encoder, as in the author's Swin."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, tensor in model.trained().items():
-        own = name.startswith(("encoder.", "norms."))
-        side = ("encoder" if own else "rest") + (" biases" if name.endswith("bias") else "")
-        if side not in found:
-            found[side] = ([], learning_rates(r, r.encoder_lr if own else r.lr, per_epoch, epochs))
-        found[side][0].append(tensor)
+        encoder, bias = name.startswith(("encoder.", "norms.")), name.endswith("bias")
+        groups.setdefault((encoder, bias), []).append(tensor)
+    found = []
+    for (encoder, bias), tensors in groups.items():
+        options = {"lr": r.encoder_lr, "name": "encoder"} if encoder else {"lr": r.lr, "name": "rest"}
+        found += schedules.param_groups(tensors, 0.0 if bias else r.weight_decay, "all", **options)
     return found
 
 
 class Prompted(Dataset):
-    """Items of `data`, (image, labels), with the ids (L,) of their text behind them.
+    """Items of `data`, (image, labels), with the ids (L,) of their text appended.
 
-    With probability `dropped` the text is without its header. Each text is turned into ids once.
+    With probability `dropped` the text is without its header. Each text is tokenised once.
     """
 
     def __init__(self, data: Dataset, encoder: TextEncoder, texts: Sequence[str], dropped: float = 0.0):
@@ -195,37 +152,42 @@ class Prompted(Dataset):
         return *self.data[index], ids[self.rows[index]]
 
 
-def learn(p: SimpleNamespace, data: Dataset, model: MetaSegNet, **changes) -> list[dict]:
-    """Train by the author's recipe, in place; return the history.
+def learn(
+    p: SimpleNamespace,
+    data: Dataset,
+    model: MetaSegNet,
+    *,
+    epochs: int | None = None,
+    batch: int | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> History:
+    """Train by the author's recipe, in place: AdamW in Lookahead, two learning rates, no decay of biases.
 
     Args:
-        data: items (image, labels), and behind them the ids of a text where the model has one.
-        changes: arguments of `fit`, `epochs` (whole ones) and `batch` among them.
+        data: items (image, labels), and the ids of a text where the model has one.
+        epochs, batch: None: those of the recipe; its batch is per GPU.
     """
     r = recipe(p.dataset)
-    batch = changes.pop("batch", r.batch * p.devices)  # the author's batch is per card
-    if not 1 <= batch <= len(data):
-        raise BadParameter("batch", batch, f"1 to {len(data)}, the images there are")
-    epochs, per_epoch, ignore = changes.pop("epochs", r.epochs), len(data) // batch, model.ignore
+    batch, epochs, ignore = batch or r.batch * p.devices, epochs or r.epochs, model.ignore
 
     def loss(model: nn.Module, items: tuple[Tensor, ...]) -> Tensor:
         images, labels, *ids = items
         return joint_loss(model(images, *ids).float(), labels, ignore)
 
-    options = {
-        "seed": p.seed,
-        "weight_decay": r.weight_decay,
-        "decay": "all",
-        "accelerator": p.accelerator,
-        "devices": p.devices,
-        "precision": p.precision,
-        "workers": WORKERS,
-        "name": p.method,
-    } | changes
-    with as_released(r.weight_decay):
-        history = fit(
-            model, loss, data, epochs=epochs, batch=batch, sides=sides(model, r, per_epoch, epochs), **options
-        )
+    history = fit(
+        model,
+        loss,
+        data,
+        epochs=epochs,
+        batch=batch,
+        optimizer=adamw(r.lr, groups=functools.partial(param_groups, r=r)),
+        schedule=lambda base, steps, per_epoch: learning_rates(r, base, per_epoch, epochs),
+        callbacks=[Lookahead(k=5, alpha=0.5)],
+        checkpoint=checkpoint,
+        seed=p.seed,
+        hardware=Hardware(p.accelerator, p.devices, p.precision, 0 if p.dry_run else WORKERS),
+        name=p.method,
+    )
     model.to(device(p)).eval()
     return history
 
@@ -234,13 +196,13 @@ def learn(p: SimpleNamespace, data: Dataset, model: MetaSegNet, **changes) -> li
 
 
 def device(p: SimpleNamespace) -> str:
-    """Where a trained network is asked."""
+    """The device of a trained network."""
     return "cuda" if p.accelerator in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 def text_encoder(p: SimpleNamespace, prompts: Prompts) -> TextEncoder | None:
-    """The text side of a method (RECONSTRUCTION): BERT-base or CLIP's, frozen, with random weights in a dry run; of
-    "one-hot zone" one vector a zone, trained; None for the unimodal twin.
+    """The text encoder of a method (RECONSTRUCTION): BERT-base or CLIP's, frozen, with random weights in a dry run; for
+    "one-hot zone" a trained vector for each zone; None for the unimodal twin.
 
     Raises `MissingWeights`: BERT's folder is not below `<data_root>/weights`, or CLIP is not cached."""
     level = LEVELS[p.method]
@@ -254,7 +216,7 @@ def text_encoder(p: SimpleNamespace, prompts: Prompts) -> TextEncoder | None:
     import transformers as hf  # here: it takes seconds
 
     if p.dry_run:
-        # BERT's own list of words is a file; the words of our texts stand in for it
+        # BERT's vocabulary is a file; here that of our texts
         texts = [*prompts.texts([*prompts.zones, None]), prompts.constant]
         words = sorted({word for text in texts for word in hf.BasicTokenizer().tokenize(text)})
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -266,12 +228,12 @@ def text_encoder(p: SimpleNamespace, prompts: Prompts) -> TextEncoder | None:
         ways = [f"put the files of the hub's google-bert/bert-base-uncased into {folder}", "text_encoder = 'clip'"]
         raise MissingWeights(entry["what"], folder, ways)
     level = hf.utils.logging.get_verbosity()
-    hf.utils.logging.set_verbosity_error()  # it lists the heads that are not used
+    hf.utils.logging.set_verbosity_error()  # without the list of unused heads
     try:
         options = {"local_files_only": True}
         model = hf.BertModel.from_pretrained(folder, use_safetensors=True, **options)
         return BertText(model, hf.AutoTokenizer.from_pretrained(folder, **options))
-    except Exception as error:  # the library raises many kinds: truncated, other tensors, no tokenizer
+    except Exception as error:  # the library raises many kinds: truncated file, other tensors, no tokenizer
         raise CorruptFile(folder, f"not the files of bert-base-uncased ({type(error).__name__}: {error})") from error
     finally:
         hf.utils.logging.set_verbosity(level)
@@ -305,18 +267,12 @@ def build(p: SimpleNamespace, prompts: Prompts, classes: int) -> MetaSegNet:
     return model.to(device(p)).eval()
 
 
-def save(model: MetaSegNet, path: str | Path) -> None:
-    """Keep a trained network as safetensors, for the parameter `checkpoint`; a frozen text encoder stays out."""
-    with atomic(path) as temporary:
-        save_file({name: t.contiguous() for name, t in trained_state(model).items()}, temporary)
-
-
 def load(model: MetaSegNet, path: str | Path) -> None:
-    """Put what `save` kept into a network built alike.
+    """Load the weights that a training saved; a frozen text encoder is not among them.
 
     Raises `MissingWeights`, `CorruptFile`, `BadCheckpoint`."""
     if not Path(path).is_file():
-        ways = ["train one (task = 'train', no checkpoint) and keep it: runs.save; the paper's was never released"]
+        ways = ["train one (task = 'train', no checkpoint); the paper's was never released"]
         raise MissingWeights("a trained MetaSegNet", path, ways)
     names = {name: name for name in trained_state(model)}
     load_official(model, backbones.read_state(path), names, "a MetaSegNet of these classes and texts")
@@ -327,14 +283,14 @@ def load(model: MetaSegNet, path: str | Path) -> None:
 
 @dataclass(frozen=True)
 class Test:
-    """Images to be tested on.
+    """A test set.
 
     Attributes:
         data: items (image normalised (3, h, w), labels (h, w)).
-        zones: of each item. texts: of one's own, where there are some.
-        classes: of the labels; `left_out` of them have no part in the means.
-        into: (C,) the label that each of the network's classes stands for; None where they are the same.
-        batch: images at once; 1 where they are not of one size.
+        zones: of each item. texts: one's own, where there are some.
+        classes: of the labels; `left_out` of them are excluded from the means.
+        into: (C,) the label of each of the network's classes; None where they are the same.
+        batch: images at once; 1 where they differ in size.
     """
 
     __test__ = False  # no test of pytest's
@@ -356,12 +312,12 @@ def texts(
     own: Sequence[str | None] | None = None,
     seed: int = 0,
 ) -> list[str] | None:
-    """A text for each zone, as a method has them in training or, with `kind`, other ones; None for the unimodal twin.
+    """A text for each zone, as a method has them in training or of another `kind`; None for the unimodal twin.
 
     Args:
-        kind: a level of `climate.Prompts`; "wrong" and "shuffled" keep the method's level, and take another of the
-            zones given, or of all that have a text where only one is given.
-        own: texts that count before those of the zone where the full text of the right zone is asked for.
+        kind: a level of `climate.Prompts`; "wrong" and "shuffled": texts of the method's level of another zone of
+            `zones`, or, where there is only one, of all zones with a text.
+        own: texts that replace the full text of the right zone.
     """
     level, right = LEVELS[method], kind not in ("wrong", "shuffled")
     if level is None:
@@ -386,16 +342,18 @@ def texts(
     return [mine or text for mine, text in zip(own, found, strict=True)]
 
 
-@torch.no_grad()  # not inference mode: a frozen text encoder keeps what it has once made, also for a later training
-def confusion(p: SimpleNamespace, model: MetaSegNet, part: Test, given: Sequence[str] | None) -> Tensor:
-    """The confusion matrix of a network over a test, with a text for each item, and `augmentation`."""
-    own, total, done = device(p), torch.zeros(len(part.classes), len(part.classes), dtype=torch.int64), 0
+@torch.no_grad()  # not inference mode: a frozen text encoder caches states that a later training uses
+def confusion(model: MetaSegNet, part: Test, given: Sequence[str] | None, augmentation: str = "none") -> Tensor:
+    """The confusion matrix (C, C) of a network on a test, with a text for each item."""
+    own, total, done = next(model.parameters()).device, 0, 0
     ids = None if given is None else model.text.ids(given)
-    for images, labels in DataLoader(part.data, part.batch, num_workers=0 if p.dry_run else WORKERS):
+    workers = 0 if isinstance(part.data, TensorDataset) else WORKERS
+    for images, labels in DataLoader(part.data, part.batch, num_workers=workers):
         some = () if ids is None else (ids[done : done + len(images)],)
-        logits = augmented(lambda x, some=some: model(x, *some), images.to(own), p.augmentation)
-        said = logits.argmax(1).cpu()
-        total += metrics.confusion(labels, said if part.into is None else part.into[said], len(part.classes))
+        logits = augmented(lambda x, some=some: model(x, *some), images.to(own), augmentation)
+        predicted = logits.argmax(1).cpu()
+        predicted = predicted if part.into is None else part.into[predicted]
+        total = total + metrics.confusion(labels, predicted, len(part.classes))
         done += len(images)
     return total
 
@@ -411,14 +369,14 @@ def predict(
     augmentation: str = "none",
     batch: int = 1,
 ) -> list[Path]:
-    """Maps of all pictures of a set, whatever their size, as `<out>/<picture>.tif` (see `geotiff.label`).
+    """Maps of all images of a set, of any size, as `<out>/<image>.tif` (see `geotiff.label`).
 
     Args:
-        data: whole pictures, without windows. given: a text for each.
+        data: whole images, not windows. given: a text for each.
         tile, overlap, batch: see `metasegnet.bands`.
     """
     if data.windows is not None:
-        raise BadParameter("data", f"windows of {data.size} pixels", "whole pictures (size = None)")
+        raise BadParameter("data", f"windows of {data.size} pixels", "whole images (size = None)")
     own, files = next(model.parameters()).device, []
     for i, picture in enumerate(data.pictures):
         ids = () if given is None else (model.text.ids([given[i]]),)
@@ -433,16 +391,17 @@ def predict(
 
 
 def maps(folder: str | Path, out: str | Path, p: SimpleNamespace) -> Iterator[tuple[Path, str | None]]:
-    """Label the pictures of a folder of one's own (see `landcover.own`, with its `classes.txt`), one after the other.
+    """Segment the images of one's own folder (see `landcover.own`, with its `classes.txt`), one after the other.
 
     Args:
-        out: where the maps go; empty: `<folder>/maps`.
-        p: `checkpoint`, and what differs from `DEFAULTS`.
+        out: folder of the maps; empty: `<folder>/maps`.
+        p: the options of `companion landcover`: `checkpoint`, `method`, `tile`, ...
 
     Yields:
-        Each map and the climate zone that its text was of.
+        The path of each map and the climate zone of its text.
     """
-    p = SimpleNamespace(**(DEFAULTS | vars(p) | {"task": "predict", "dataset": "folder"}))
+    others = {"task": "predict", "dataset": "folder", "weights": "", "held_out": "", "test_on": ""}
+    p = SimpleNamespace(**(vars(p) | others | {"seed": 0, "dry_run": False}))
     check(p)
     data, prompts = landcover.own(folder, landcover.read_classes(folder)), Prompts.read(p.prompts or PROMPTS)
     model, zones = build(p, prompts, len(data.classes)), data.zones()
@@ -455,75 +414,107 @@ def maps(folder: str | Path, out: str | Path, p: SimpleNamespace) -> Iterator[tu
         yield path, zones[i]
 
 
-# --- what a setting is made of ----------------------------------------------------------------------------------------
+# --- the setting ------------------------------------------------------------------------------------------------------
 
 
-def parts(p: SimpleNamespace, out: Path) -> dict[str, object]:
-    """What a setting of the paper profile is made of: the arguments of `runs.metasegnet.Setting`.
+@dataclass(frozen=True)
+class Setting:
+    """A training and its tests.
+
+    Attributes:
+        title: of the data.
+        learning_rates: of each method that is trained.
+        tests: by name.
+        texts: (method, zones, kind, own texts) to a text for each zone, see `texts`.
+        build: the network of a method, before training.
+        learn: trains a network in place: (network, method) to the history; empty where none is trained.
+        augmentation: at test.
+    """
+
+    title: str
+    learning_rates: dict[str, float]
+    tests: dict[str, Test]
+    texts: Callable[..., list[str] | None]
+    build: Callable[[str], MetaSegNet]
+    learn: Callable[[MetaSegNet, str], History]
+    augmentation: str = "none"
+
+
+def train(setting: Setting, method: str) -> tuple[MetaSegNet, History]:
+    """The network of a method, trained, and the history, which is empty where nothing is trained."""
+    model = setting.build(method)
+    history = setting.learn(model, method)
+    return model.eval(), history
+
+
+def matrix(setting: Setting, model: MetaSegNet, method: str, test: str, kind: str = "") -> Tensor:
+    """The confusion matrix (C, C) of a network on a test, with the texts of its method or those of `kind`."""
+    part = setting.tests[test]
+    return confusion(model, part, setting.texts(method, part.zones, kind, part.texts), setting.augmentation)
+
+
+def setting(p: SimpleNamespace, out: Path) -> Setting:
+    """The training and the tests of the notebook's checked parameters `p`.
 
     Args:
-        out: the run's folder; a training keeps its checkpoint in `<out>/trained`, and goes on from it after a stop.
+        out: the run's folder.
 
     Raises:
         BadParameter, MissingData, MissingWeights, CorruptFile: with what to change or get.
     """
-    p = SimpleNamespace(**(DEFAULTS | vars(p)))
     check(p)
     prompts = Prompts.read(p.prompts or PROMPTS)
     if p.dry_run:
         return _dry(p, prompts)
-    tested = _tests(p)
-    whole = _split(p, "train") if p.task == "train" else next(iter(tested.values())).data
+    tests = _tests(p)
+    whole = _split(p, "train") if p.task == "train" else next(iter(tests.values())).data
 
-    def teach(model: MetaSegNet, method: str, **changes) -> list[dict]:
+    def fit_method(model: MetaSegNet, method: str) -> History:
         if p.task != "train":
             return []
-        zones, own = whole.zones(), whole.texts()
-        if p.held_out:
-            kept = whole.where([zone != p.held_out for zone in zones])
-            zones, own = kept.zones(), kept.texts()
-        else:
-            kept = whole
-        r = recipe(p.dataset)
+        data = whole.where([zone != p.held_out for zone in whole.zones()]) if p.held_out else whole
+        r, zones = recipe(p.dataset), data.zones()
         options = {"flip": r.flip, "upside_down": r.upside_down, "brightness": r.brightness}
-        transform = train_transform(r.crop, kept.ignore, scales=SCALES, **options)
-        data: Dataset = Mosaic(kept, r.mosaic, zones, transform)
-        if model.text is not None:
-            given = texts(prompts, method, zones, own=own, seed=p.seed)
-            data = Prompted(data, model.text, given, DROPPED if LEVELS[method] == "full" else 0.0)
-        checkpoint = out / "trained" / f"{method}, seed {p.seed}, {_fingerprint(p)}.pt"
-        going_on = {"checkpoint": checkpoint, "resume": True}
-        return learn(p, ConcatDataset([data] * r.copies), model, **(going_on | changes))
+        transform = train_transform(r.crop, data.ignore, scales=SCALES, **options)
+        given = texts(prompts, method, zones, own=data.texts(), seed=p.seed)
+        items = _prompted(Mosaic(data, r.mosaic, zones, transform), model, method, given)
+        without = [f"without {p.held_out}"] if p.held_out else []
+        name = ", ".join([method, p.dataset, *without, f"seed {p.seed}"])
+        facts = {key: getattr(p, key) for key in ("dataset", "without_xbd", "held_out", "text_encoder")}
+        facts |= {"data_root": Path(p.data_root), "texts": given}
+        checkpoint = Checkpoint.of(out / "checkpoints", name, model=model, **facts)
+        history = learn(p, ConcatDataset([items] * r.copies), model, checkpoint=checkpoint)
+        checkpoints.save(out / "trained", name, trained_state(model))
+        return history
 
     title = f"{p.dataset}, {len(whole):,} images" + (f", zone {p.held_out} left out" if p.held_out else "")
-    return _made(p, prompts, title, whole.classes, whole.palette, whole.left_out, teach, tested)
+    return _setting(p, prompts, title, len(whole.classes), fit_method, tests)
 
 
-def _fingerprint(p: SimpleNamespace) -> str:
-    """Of what decides a training: another one has another checkpoint. Files count by size and date."""
-    found = [getattr(p, name) for name in ("dataset", "data_root", "without_xbd", "held_out", "text_encoder")]
-    for path in (p.prompts or PROMPTS, p.weights):
-        there = Path(path).stat() if path and Path(path).is_file() else None
-        found.append((str(path), there and (there.st_size, there.st_mtime_ns)))
-    return f"{zlib.crc32(repr(found).encode()):08x}"
+def _prompted(data: Dataset, model: MetaSegNet, method: str, given: Sequence[str] | None) -> Dataset:
+    """Training items of a method, with the ids of their texts where the model has a text encoder."""
+    if model.text is None:
+        return data
+    return Prompted(data, model.text, given, DROPPED if LEVELS[method] == "full" else 0.0)
 
 
-def _made(p, prompts, title, classes, palette, left_out, teach, tested) -> dict[str, object]:
-    return {
-        "title": title,
-        "methods": (p.method,),
-        "rates": {p.method: recipe(p.dataset).lr},
-        "classes": tuple(classes),
-        "palette": tuple(palette),
-        "ignore": len(classes),
-        "left_out": tuple(left_out),
-        "prompts": prompts,
-        "build": lambda method: build(SimpleNamespace(**(vars(p) | {"method": method})), prompts, len(classes)),
-        "learn": teach,
-        "tests": tested,
-        "texts": functools.partial(texts, prompts, seed=p.seed),
-        "confusion": functools.partial(confusion, p),
-    }
+def _setting(
+    p: SimpleNamespace,
+    prompts: Prompts,
+    title: str,
+    classes: int,
+    fit_method: Callable[[MetaSegNet, str], History],
+    tests: dict[str, Test],
+) -> Setting:
+    return Setting(
+        title=title,
+        learning_rates={p.method: recipe(p.dataset).lr},
+        tests=tests,
+        texts=functools.partial(texts, prompts, seed=p.seed),
+        build=lambda method: build(SimpleNamespace(**(vars(p) | {"method": method})), prompts, classes),
+        learn=fit_method,
+        augmentation=p.augmentation,
+    )
 
 
 def check(p: SimpleNamespace) -> None:
@@ -554,13 +545,14 @@ def _split(p: SimpleNamespace, split: str, dataset: str = "", **options) -> land
 
 
 def _tests(p: SimpleNamespace) -> dict[str, Test]:
-    """By name, what is tested: all of a set, or the zones seen and the one left out, or another set."""
+    """The tests by name: all of a set, or the zones seen and the one left out, or another set."""
     name = p.test_on or p.dataset
     data = _split(p, TEST_SPLIT.get(name, "val"), name, transform=test_transform())
     into = None
     if p.test_on:
         into = torch.tensor([list(CLASSES[LOVEDA]).index(TO_LOVEDA[c]) for c in CLASSES[OEM]])
-    zones = data.zones() if LEVELS[p.method] or p.held_out else [None] * len(data)  # unasked, no map is needed
+    # without a text the map of climate zones is not needed
+    zones = data.zones() if LEVELS[p.method] or p.held_out else [None] * len(data)
 
     def of(part: landcover.LandCover, zones: list[str | None]) -> Test:
         batch = 4 if part.windows is not None and part.pad else 1
@@ -578,12 +570,11 @@ def _tests(p: SimpleNamespace) -> dict[str, Test]:
     return found
 
 
-def _dry(p: SimpleNamespace, prompts: Prompts) -> dict[str, object]:
+def _dry(p: SimpleNamespace, prompts: Prompts) -> Setting:
     """The full-size network with random weights, `DRY_STEPS` steps on generated land of the recipe's crop."""
     names = CLASSES.get(p.dataset, CLASSES[OEM])
     gpu, r = device(p) == "cuda", recipe(p.dataset)
-    side = r.crop if gpu else min(r.crop, DRY_SIDE)
-    batch = r.batch if gpu else 1
+    side, batch = (r.crop, r.batch) if gpu else (min(r.crop, DRY_SIDE), 1)
 
     def generated(count: int, seed: int) -> tuple[TensorDataset, list[str]]:
         """Noise in squares of one class each; every second image is of another zone."""
@@ -593,29 +584,26 @@ def _dry(p: SimpleNamespace, prompts: Prompts) -> dict[str, object]:
         images = torch.randn(count, 3, side, side, generator=generator) + labels[:, None] / len(names)
         return TensorDataset(images, labels), [("Cfa", "Aw")[i % 2] for i in range(count)]
 
-    def teach(model: MetaSegNet, method: str, **changes) -> list[dict]:
+    def fit_method(model: MetaSegNet, method: str) -> History:
         data, zones = generated(DRY_STEPS * batch, 1)
-        if model.text is not None:
-            given = texts(prompts, method, zones, seed=p.seed)
-            data = Prompted(data, model.text, given, DROPPED if LEVELS[method] == "full" else 0.0)
-        return learn(p, data, model, **({"epochs": 1, "batch": batch, "workers": 0} | changes))
+        items = _prompted(data, model, method, texts(prompts, method, zones, seed=p.seed))
+        return learn(p, items, model, epochs=1, batch=batch)
 
     data, zones = generated(2, 2)
-    left_out = landcover.LEFT_OUT.get(p.dataset, ())
-    tested = {"test": Test(data, zones, list(names), left_out, batch=2)}
-    title = "generated land (dry run: the scores mean nothing)"
-    return _made(p, prompts, title, list(names), list(names.values()), left_out, teach, tested)
+    test = Test(data, zones, list(names), landcover.LEFT_OUT.get(p.dataset, ()), batch=2)
+    return _setting(
+        p, prompts, "generated land (dry run: the scores mean nothing)", len(names), fit_method, {"test": test}
+    )
 
 
-# --- results that gather ----------------------------------------------------------------------------------------------
+# --- results ----------------------------------------------------------------------------------------------------------
 
 KEYS = ["method", "dataset", "test", "prompt", "text_encoder", "texts", "augmentation", "held_out", "seed"]
 VALUES = ["mIoU", "mF1", "OA"]
 
 
 def row(p: SimpleNamespace, name: str, part: Test, matrix: Tensor) -> dict[str, object]:
-    """A row for `measured`: what was tested, and the scores, in percent."""
-    p = SimpleNamespace(**(DEFAULTS | vars(p)))
+    """A row for `measured`: the settings of a test, and the scores in percent."""
     found = metrics.scores(matrix, part.left_out)
     own = {"mIoU": found.miou, "mF1": found.mf1, "OA": found.oa}
     own |= {f"IoU {c}": float(v) for c, v in zip(part.classes, found.iou, strict=True)}
@@ -636,16 +624,20 @@ def row(p: SimpleNamespace, name: str, part: Test, matrix: Tensor) -> dict[str, 
 
 
 def measured(path: str | Path, *new: Mapping[str, object]) -> pd.DataFrame:
-    """The real results in the CSV `path`; `new` rows of `row` join, or replace theirs."""
+    """The scores on real data in the CSV `path`; `new` rows of `row` are added or replace equal ones."""
     return upsert_rows(path, KEYS, VALUES, new)
 
 
-def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """By title: the author's image-only results, on Potsdam with those of the unimodal twin, and all that was measured.
+def record(path: Path, p: SimpleNamespace, setting: Setting, matrices: Mapping[str, Tensor]) -> None:
+    """Add the scores of the tests, from one confusion matrix each, to those in the CSV `path`."""
+    measured(path, *(row(p, name, setting.tests[name], counts) for name, counts in matrices.items()))
 
-    The twin's are means over seeds with one augmentation, the one of most views that was tested; with which one the
-    author's are is not said.
-    The paper's own numbers are in none of them: the network here is a reconstruction. On LoveDA the author's are on the
+
+def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """By title: the author's image-only results, on Potsdam with ours of the unimodal twin, and all our measurements.
+
+    The twin's are means over seeds, with the tested augmentation of most views; that of the author's is not known. No
+    table has the paper's own numbers, since the network here is a reconstruction. On LoveDA the author's are on the
     test set of a server, ours on the validation images."""
     anchors = published_table("metasegnet", "geoseg_reproduction")
     facts = next(t for t in paper("metasegnet")["tables"] if t["id"] == "geoseg_reproduction")

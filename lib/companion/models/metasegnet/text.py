@@ -1,18 +1,19 @@
-"""MetaSegNet's text side: from prompts to one state a word. All of it is a RECONSTRUCTION (section 3.4).
+"""MetaSegNet's text encoders: from prompts to one state a word. All of it is a RECONSTRUCTION (section 3.4).
 
-The paper names neither its text encoder nor its pooling, so an adapter makes any of three look the same:
+The paper names neither its text encoder nor its pooling, so three encoders share one interface:
 
     encoder.ids(texts)    (n, L) int64, padded with `encoder.pad`
     encoder.mask(ids)     (n, L) bool, where there is a word
     encoder(ids)          (n, L, encoder.width), one state a word
-    encoder.words(text)   the words as strings, for pictures of the attention
+    encoder.words(text)   the words as strings, for attention maps
 
-`Words` is small and learns with the rest. `ClipText` and `BertText` hold a released encoder, frozen: each text is
-encoded once and kept, since a data set has at most one text for each of the 30 climate zones.
+`Words` is small and trained with the network. `ClipText` and `BertText` hold a frozen copy of a released encoder; the
+states of each text are cached, since a data set has at most one text for each of the 30 climate zones.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Sequence
 
@@ -26,7 +27,7 @@ _HEADER = "climate zone "  # how `climate.Prompts` begins the text of a zone
 
 
 class TextEncoder(nn.Module):
-    """What the encoders share: texts of equal ids are encoded once a batch, and once for ever where they are frozen."""
+    """The shared interface: equal texts are encoded once a batch; the states of a frozen encoder are cached."""
 
     width: int
     pad = 0
@@ -49,7 +50,7 @@ class TextEncoder(nn.Module):
         return ids != self.pad
 
     def forward(self, ids: Tensor) -> Tensor:
-        """States (n, L, width) of ids (n, L); padding has states too, which `mask` hides from whoever reads them."""
+        """States (n, L, width) of ids (n, L); those of padding are to be masked with `mask`."""
         unique, back = ids.unique(dim=0, return_inverse=True)
         if not self.frozen:
             return self.states(unique, self.mask(unique))[back]
@@ -70,12 +71,12 @@ class TextEncoder(nn.Module):
 
     def _load_from_state_dict(self, *args, **kwargs):
         if self.frozen:
-            self._known.clear()  # other weights, other states
+            self._known.clear()  # the cached states are those of the old weights
         super()._load_from_state_dict(*args, **kwargs)
 
 
 class Words(TextEncoder):
-    """A small encoder by whole words, trained with the network: embedding + position, transformer layers, norm.
+    """A small encoder of whole words, trained with the network: embedding + position, transformer layers, norm.
 
     Args:
         vocabulary: the words, lower case; ids 0 and 1 are padding and unknown.
@@ -119,7 +120,7 @@ class Words(TextEncoder):
         return [word if word in self._id else self.UNKNOWN for word in split(text) or [""]][: self.length]
 
     def ids(self, texts: Sequence[str]) -> Tensor:
-        """Ids (n, length); a text without words is one unknown word, so that something can be attended to.
+        """Ids (n, length); a text without words is one unknown word, since attention needs at least one.
 
         Raises `BadParameter` for a text of more than `length` words."""
         found = torch.full((len(texts), self.length), self.pad)
@@ -138,12 +139,12 @@ class Words(TextEncoder):
 
 
 class ClipText(TextEncoder):
-    """The text tower of an open_clip CLIP, frozen: the states of all tokens before pooling (D = 512 for ViT-B-16).
+    """A frozen copy of the text tower of an open_clip CLIP: states of all tokens before pooling (ViT-B-16: D = 512).
 
     Args:
-        clip: from `backbones.build("openclip:ViT-B-16/openai")`. Its image tower is not kept.
-        tokenizer: the CLIP's own; texts to ids (n, L), with the end token the largest id, zeros after it.
-        decode: an id to its word; None: the tokenizer's own `decode`.
+        clip: from `backbones.build("openclip:ViT-B-16/openai")`.
+        tokenizer: the CLIP's own; from texts to ids (n, L): the end token has the largest id, zeros follow it.
+        decode: from an id to its word; None: the tokenizer's own `decode`.
     """
 
     def __init__(self, clip: CLIP, tokenizer: Callable, decode: Callable[[int], str] | None = None):
@@ -151,7 +152,8 @@ class ClipText(TextEncoder):
         if not isinstance(clip, CLIP):
             raise BadParameter("clip", type(clip).__name__, "an open_clip CLIP with its own text tower")
         self.tokenizer, self.decode = tokenizer, decode or (lambda i: tokenizer.decode([i]))
-        self.embedding, self.transformer, self.norm = clip.token_embedding, clip.transformer, clip.ln_final
+        parts = (clip.token_embedding, clip.transformer, clip.ln_final)
+        self.embedding, self.transformer, self.norm = (copy.deepcopy(part) for part in parts)
         self.positions = nn.Parameter(clip.positional_embedding.detach().clone())
         self.register_buffer("causal", clip.attn_mask, persistent=False)
         self.width = self.embedding.embedding_dim
@@ -161,7 +163,7 @@ class ClipText(TextEncoder):
         return self.tokenizer(list(_checked(texts)))
 
     def mask(self, ids: Tensor) -> Tensor:
-        """Up to the end token: zeros after it are padding, a zero before it would be a word ("!")."""
+        """True up to the end token: zeros after it are padding, a zero before it is a word ("!")."""
         return torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(1, keepdim=True)
 
     def words(self, text: str) -> list[str]:
@@ -174,17 +176,17 @@ class ClipText(TextEncoder):
 
 
 class BertText(TextEncoder):
-    """A text encoder of `transformers`, frozen: its last hidden states (BERT-base, D = 768, at full size).
+    """A frozen copy of a text encoder of `transformers`: its last hidden states (BERT-base: D = 768).
 
     Args:
-        model: gives `last_hidden_state` for `input_ids` and `attention_mask`, such as `BertModel`.
+        model: returns `last_hidden_state` for `input_ids` and `attention_mask`, such as `BertModel`.
         tokenizer: of `transformers`, the model's own.
-        length: tokens of the longest text; what is longer is cut, as the tokenizer does it.
+        length: tokens of the longest text; longer ones are truncated.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Callable, length: int = 128):
         super().__init__()
-        self.model, self.tokenizer, self.length = model, tokenizer, length
+        self.model, self.tokenizer, self.length = copy.deepcopy(model), tokenizer, length
         self.width, self.pad = model.config.hidden_size, tokenizer.pad_token_id
         self._freeze()
 
@@ -201,19 +203,19 @@ class BertText(TextEncoder):
 
 
 def split(text: str) -> list[str]:
-    """The words of a text in lower case; what is no letter, digit or hyphen parts them."""
+    """The words of a text in lower case; everything but letters, digits and hyphens separates them."""
     return "".join(c if c.isalnum() or c == "-" else " " for c in text.lower()).split()
 
 
 def headless(text: str, unknown: str = "unknown") -> str:
-    """A text of `climate.Prompts` without its zone: each word of code and name becomes `unknown`, the rest stays.
+    """A text of `climate.Prompts` with every word of the zone's code and name replaced by `unknown`.
 
     "climate zone Cfa, humid subtropical. bare soil ..." -> "climate zone unknown, unknown unknown. bare soil ...".
-    In training half of the images get it (header dropout, section 14), so that the description has to be read; a text
-    that begins otherwise stays as it is.
+    Half of the training images have such a text (header dropout, section 14), so that the description has to be used.
+    Texts that begin otherwise are not changed.
 
     Args:
-        unknown: a word that the encoder does not know; of BERT its own "[UNK]".
+        unknown: a word outside the encoder's vocabulary; for BERT its "[UNK]".
     """
     head, point, description = text.partition(".")
     if not head.lower().startswith(_HEADER):

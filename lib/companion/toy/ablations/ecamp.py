@@ -1,12 +1,13 @@
-"""ECAMP at pocket scale: the pre-trainings, and what the frozen encoder of each is worth to a probe and a segmenter.
+"""ECAMP's ablations at toy scale: pre-trainings compared by a linear probe and a segmenter on the frozen encoder.
 
 All encoders are the same small ViT, pre-trained on the same 2,000 chests and reports with the same optimiser, number of
-epochs and grid of learning rates. A rate is chosen by the probe with 50 labels on validation pictures, of a seed of
-its own, after whole trainings: after shorter ones, in which the words do not look yet, all prefer too small a rate.
+epochs and grid of learning rates. A learning rate is chosen by the probe with 50 labels on validation images, of a seed
+of its own, after full trainings: after shorter ones, in which words do not attend to the image yet, all methods prefer
+too low a learning rate.
 
-Measures are in percent. Those of the text side compare a model with itself: how much lower the loss on hidden words is
-with the right picture than with another one, and how much more of an entity's attention lies in the lesion's box than
-of the picture does.
+Measures are in percent. Those of the text side compare a model with itself: how much lower the loss on masked words is
+with the right image than with another one, and by how much the share of an entity's attention inside the lesion's box
+exceeds the box's share of the image.
 """
 
 from __future__ import annotations
@@ -26,39 +27,31 @@ from ...evaluation.metrics import radiology
 from ...models.ecamp import model as ecamp
 from ...models.ecamp.heads import MapDecoder, segmentation_loss
 from ...models.ecamp.text import Pairs, Vocabulary
-from ...training.fit import fit, predict
+from ...training.fit import CPU, History, fit, predict
+from ...training.schedules import adamw
 from ..datasets import chests as pocket
 
 LEARNING_RATES = [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
 SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 100
 METRIC = "AUROC 50"
-# 600 steps: with fewer the words have not yet learned to look. The published decay; warm-up over a tenth, cosine to the
-# end; AdamW's second beta is torch's 0.999
-RECIPE = {"epochs": 9.68, "batch": 32, "weight_decay": 0.05, "accelerator": "cpu"}
+# 600 steps: with fewer the words do not attend to the image yet. The published weight decay; warm-up over a tenth,
+# cosine to the end; AdamW's second beta is torch's 0.999
+RECIPE = {"epochs": 9.68, "batch": 32, "weight_decay": 0.05}
 LENGTH, PATCHES, WINDOW = 20, 64, 6
 
-# the model's arguments, and those of the data side
+NOT_HERE = ("ECAMP, whole image", "ECAMP, mean token", "ECAMP, patch attention")  # full size only
 METHODS: dict[str, tuple[dict, dict]] = {
     "raw pixels": ({}, {}),
     "random init": ({}, {}),
-    "MIM only": ({"text": False, "super_resolution": False}, {}),
-    "MRM-like": (
-        {"fusion": "pooled", "super_resolution": False},
-        {"masking": "mrm", "rebalance": False, "splice_share": 0.0},
-    ),
-    "ECAMP": ({}, {}),
-    "ECAMP, no super-resolution": ({"super_resolution": False}, {}),
-    "ECAMP, no re-balancing": ({}, {"rebalance": False}),
-    "ECAMP, no distillation": ({}, {"splice_share": 0.0}),
-    "ECAMP, descriptors hidden": ({}, {"masking": "intended"}),
+    **{name: options for name, options in ecamp.METHODS.items() if name not in NOT_HERE},
 }
 UNTRAINED = ("raw pixels", "random init")
 TASKS = {"chests": list(METHODS)}
 
-PROBES = {50: 10, 200: 5, 1500: 1}  # labels: how many draws of them the mean is over
+PROBES = {50: 10, 200: 5, 1500: 1}  # number of labels: draws that the mean is over
 PROBE_C = 0.05  # of the logistic regression
-SEGMENT = {"epochs": 10, "batch": 32, "lr": 3e-3, "weight_decay": 0.05, "accelerator": "cpu"}
+SEGMENT = {"epochs": 10, "batch": 32, "optimizer": adamw(3e-3, 0.05)}
 SEGMENT_ON = 500  # masks
 
 
@@ -66,7 +59,7 @@ SEGMENT_ON = 500  # masks
 
 
 def prepare(root: str | Path) -> None:
-    """Write the chests of every seed: each seed has its own, so that the spread holds their chance too."""
+    """Write the chests of every seed: each has its own, so that the spread contains the variation of the data."""
     for seed in (SELECTION_SEED, *SEEDS):
         pocket.write(folder(root, seed), seed)
 
@@ -88,14 +81,14 @@ def vocabulary(root: str | Path, seed: int) -> Vocabulary:
 
 
 def pairs(method: str, root: str, seed: int) -> Pairs:
-    """The training pictures and reports as a method is given them."""
+    """The training pairs of a method."""
     data = part(str(root), seed, "train")
     options = {"patches": PATCHES, "length": LENGTH, "window": WINDOW, "statements": data.distilled}
     return Pairs(colours(data.images), data.reports, vocabulary(root, seed), **(options | METHODS[method][1]))
 
 
 def colours(images: Tensor) -> Tensor:
-    """Grey pictures (n, 1, H, W) as three equal channels, no copies."""
+    """Grey images (n, 1, H, W) as three equal channels, not copied."""
     return images.expand(-1, 3, -1, -1)
 
 
@@ -103,7 +96,7 @@ def colours(images: Tensor) -> Tensor:
 
 
 def build(method: str, seed: int, words: int) -> ecamp.ECAMP:
-    """The model of a method for a vocabulary of `words`, with what it has of the weights drawn for the whole ECAMP."""
+    """The model of a method for a vocabulary of `words`; its initial weights are those of the full ECAMP."""
     torch.manual_seed(seed)
     whole = ecamp.build("pocket", words=words)
     if not (options := METHODS[method][0]):
@@ -115,30 +108,26 @@ def build(method: str, seed: int, words: int) -> ecamp.ECAMP:
 
 
 def train_model(
-    model: ecamp.ECAMP, data: Pairs, rate: float, seed: int, terms: list[list[float]] | None = None, **options
-) -> list[dict]:
-    """Pre-train `model` in place; return its history. `terms` receives the four losses of every step."""
-
-    def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-        found = model(ecamp.Batch(*batch))
-        if terms is not None:
-            terms.append([float(value.detach()) for value in found])
-        return found.total
-
-    return fit(model, loss, data, **(RECIPE | {"lr": rate, "seed": seed, "name": "pre-training"} | options))
+    model: ecamp.ECAMP, data: Pairs, lr: float, seed: int, epochs: float = RECIPE["epochs"], name: str = "pre-training"
+) -> History:
+    """Pre-train `model` in place; the history has the losses "mim", "sr" and "mlm"."""
+    optimizer = adamw(lr, RECIPE["weight_decay"])
+    settings = {"epochs": epochs, "batch": RECIPE["batch"], "seed": seed, "hardware": CPU, "name": name}
+    return fit(model, ecamp.pretraining_loss, data, optimizer=optimizer, **settings)
 
 
-def train(method: str, task: str, rate: float, seed: int, root: str, split: str = "test", **options) -> dict:
-    """Pre-train one method, if it has anything to train, and measure it.
+def train(
+    method: str, task: str, lr: float, seed: int, root: str, split: str = "test", epochs: float = RECIPE["epochs"]
+) -> dict:
+    """Pre-train one method, unless it is one of `UNTRAINED`, and measure it; returns a row.
 
-    `split` "select": measured on the 400 pictures of validation by the probes alone; "test": by everything on 800
-    others. `options` go to `fit`. Returns a row.
+    `split` "select": measured on the 400 validation images by the probes alone; "test": by everything on 800 others.
     """
     held_out = part(str(root), seed, "val" if split == "select" else "test")
     known = vocabulary(root, seed)
     model, last = build(method, seed, len(known)), 0.0
     if method not in UNTRAINED:
-        history = train_model(model, pairs(method, root, seed), rate, seed, **options)
+        history = train_model(model, pairs(method, root, seed), lr, seed, epochs)
         last = round(sum(row["loss"] for row in history[-20:]) / 20, 4)
     found = probes(method, model, part(str(root), seed, "train"), held_out)
     if split == "test" and method != "raw pixels":
@@ -147,38 +136,38 @@ def train(method: str, task: str, rate: float, seed: int, root: str, split: str 
     return {name: round(value, 2) for name, value in found.items()} | {"loss": last}
 
 
-# --- what the encoder is worth ----------------------------------------------------------------------------------------
+# --- probes of the frozen encoder -------------------------------------------------------------------------------------
 
 
 class _Tokens(nn.Module):
-    """The patch tokens (b, N, D) of whole pictures (b, 3, 2 S, 2 S)."""
+    """The patch tokens (b, N, D) of whole images (b, 3, 2 S, 2 S)."""
 
     def __init__(self, model: ecamp.ECAMP):
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model.encode(ecamp.shrink(images))[:, 1:]
+        return self.model.forward_features(ecamp.shrink(images))[:, 1:]
 
 
 def tokens(model: ecamp.ECAMP, images: Tensor) -> Tensor:
-    """The patch tokens (n, N, D) of grey pictures (n, 1, 2 S, 2 S), nothing hidden, after the encoder's norm."""
-    return predict(_Tokens(model), TensorDataset(colours(images)), accelerator="cpu")
+    """The patch tokens (n, N, D) of grey images (n, 1, 2 S, 2 S), none masked, after the encoder's norm."""
+    return predict(_Tokens(model), TensorDataset(colours(images)), hardware=CPU)
 
 
 def features(method: str, model: ecamp.ECAMP, images: Tensor) -> Tensor:
-    """What a probe reads: the mean patch token; of "raw pixels" the grey values, averaged over 4 x 4."""
+    """Input of a probe: the mean patch token; of "raw pixels" the grey values, averaged over 4 x 4."""
     return F.avg_pool2d(images, 4).flatten(1) if method == "raw pixels" else tokens(model, images).mean(1)
 
 
 def probes(method: str, model: ecamp.ECAMP, train: pocket.Part, test: pocket.Part) -> dict[str, float]:
-    """ "AUROC 50", "AUROC 200" and "AUROC 1500": of a logistic regression on frozen features with so many labels.
+    """AUROC of a logistic regression on frozen features with 50, 200 and 1,500 labels, by name ("AUROC 50", ...).
 
-    Each is the mean over the findings of one against the rest, and over draws of labels that share no picture.
+    Each is the mean over findings, one against the rest, and over draws of labels that share no image.
     """
     known, asked = (features(method, model, p.images) for p in (train, test))
-    mean, deviation = known.mean(0), known.std(0)
-    known, asked = (((x - mean) / deviation).numpy() for x in (known, asked))
+    mean, std = known.mean(0), known.std(0)
+    known, asked = (((x - mean) / std).numpy() for x in (known, asked))
     classes, truth = train.labels.argmax(1).numpy(), test.labels.numpy()
     found = {}
     for labels, draws in PROBES.items():
@@ -192,9 +181,9 @@ def probes(method: str, model: ecamp.ECAMP, train: pocket.Part, test: pocket.Par
 
 
 class Segmenter(MapDecoder):
-    """The published progressive decoder, without skip connections, at pocket size: tokens (b, 64, D) to (b, 1, 64, 64).
+    """The published progressive decoder at toy scale: tokens (b, 64, D), after the encoder's norm, to (b, 1, 64, 64).
 
-    Three steps double the side; the tokens are computed once and read after the encoder's norm.
+    Each of three steps doubles the side.
     """
 
     def __init__(self, width: int):
@@ -205,21 +194,22 @@ class Segmenter(MapDecoder):
 
 
 def segmenter(model: ecamp.ECAMP, train: pocket.Part, seed: int) -> Segmenter:
-    """A decoder trained on the frozen tokens and masks of the first 500 training pictures."""
+    """A decoder trained on frozen tokens and masks of the first 500 training images."""
     data = TensorDataset(tokens(model, train.images[:SEGMENT_ON]), train.masks[:SEGMENT_ON])
     torch.manual_seed(seed)
     found = Segmenter(data.tensors[0].shape[-1])
-    fit(found, lambda m, batch: segmentation_loss(m(batch[0]), batch[1]), data, seed=seed, name="segmenting", **SEGMENT)
+    settings = SEGMENT | {"seed": seed, "hardware": CPU, "name": "segmenting"}
+    fit(found, lambda m, batch: segmentation_loss(m(batch[0]), batch[1]), data, **settings)
     return found
 
 
 def dice(model: ecamp.ECAMP, train: pocket.Part, test: pocket.Part, seed: int) -> float:
-    """Dice of the lesion at a threshold of 0.5, the mean over pictures, each of which has one; in percent."""
-    logits = predict(segmenter(model, train, seed), TensorDataset(tokens(model, test.images)), accelerator="cpu")
+    """Dice of the lesion in percent at a threshold of 0.5, averaged over images, each of which has a lesion."""
+    logits = predict(segmenter(model, train, seed), TensorDataset(tokens(model, test.images)), hardware=CPU)
     return 100 * float(radiology.dice(logits.sigmoid(), test.masks).mean())
 
 
-# --- what the words know of the picture -------------------------------------------------------------------------------
+# --- use of the image by the text decoder -----------------------------------------------------------------------------
 
 
 class Texts(NamedTuple):
@@ -228,7 +218,7 @@ class Texts(NamedTuple):
     Attributes:
         ids: (n, L).
         attention: (n, L), 1, or 0 for padding.
-        side, finding: (n, L), True on the one word that names the side, and on the entity that is there.
+        side, finding: (n, L), True on the one word that names the side, and on the present entity.
     """
 
     ids: Tensor
@@ -238,7 +228,7 @@ class Texts(NamedTuple):
 
 
 def texts(reports: tuple[str, ...], words: Vocabulary) -> Texts:
-    """The reports of the pocket chests as the model reads them."""
+    """The reports of the toy chests as model input."""
     ids = torch.from_numpy(np.stack([words.encode(report, LENGTH) for report in reports]))
     sides = torch.tensor([words.tokenizer.token_to_id(side) for side in pocket.SIDES])
     side = torch.isin(ids, sides)
@@ -247,26 +237,26 @@ def texts(reports: tuple[str, ...], words: Vocabulary) -> Texts:
 
 @torch.inference_mode()
 def word_losses(model: ecamp.ECAMP, data: pocket.Part, words: Vocabulary) -> dict[str, Tensor]:
-    """Cross-entropies (n,) of the hidden side and the hidden finding of each report, both hidden at once.
+    """Cross-entropies (n,) of the masked side and the masked finding of each report, both masked at once.
 
-    "side, right", "side, other", "finding, right", "finding, other": with the report's own picture, nothing of it
-    hidden, and with that of the report before it.
+    "side, right", "side, other", "finding, right", "finding, other": with the report's own image, no patch masked, and
+    with the image of the report before it.
     """
     read = texts(data.reports, words)
     hidden = read.ids.masked_fill(read.side | read.finding, words.mask)
     z = model.project(tokens(model, data.images))
     found = {}
-    for picture, seen in (("right", z), ("other", z.roll(1, 0))):
+    for image, seen in (("right", z), ("other", z.roll(1, 0))):
         rows = zip(hidden.split(200), read.attention.split(200), seen.split(200), strict=True)
         logits = torch.cat([model.text(*row) for row in rows])
-        for name, place in (("side", read.side), ("finding", read.finding)):
-            found[f"{name}, {picture}"] = F.cross_entropy(logits[place], read.ids[place], reduction="none")
+        for name, at in (("side", read.side), ("finding", read.finding)):
+            found[f"{name}, {image}"] = F.cross_entropy(logits[at], read.ids[at], reduction="none")
     return found
 
 
 def words(model: ecamp.ECAMP, data: pocket.Part, vocabulary: Vocabulary) -> dict[str, float]:
-    """Means of `word_losses` in hundredths of a nat, and "side gain", "finding gain": by how many percent the loss with
-    the right picture is below that with another; nothing for a model without text."""
+    """Means of `word_losses` in hundredths of a nat, and "side gain" and "finding gain": by how many percent the loss
+    with the right image is below that with another; empty for a model without text."""
     if model.text is None:
         return {}
     means = {name: 100 * float(losses.mean()) for name, losses in word_losses(model, data, vocabulary).items()}
@@ -275,14 +265,14 @@ def words(model: ecamp.ECAMP, data: pocket.Part, vocabulary: Vocabulary) -> dict
 
 
 def cells(boxes: Tensor) -> Tensor:
-    """How much of each of the 8 x 8 patches lies in a box (n, 4): (n, 64), each 0 to 1."""
+    """The fraction of each of the 8 x 8 patches that lies inside a box (n, 4): (n, 64)."""
     edge = torch.arange(pocket.SIZE)
     columns, rows = ((edge >= boxes[:, i, None]) & (edge < boxes[:, i + 2, None]) for i in (0, 1))
     return F.avg_pool2d((rows[:, None, :, None] & columns[:, None, None]).float(), pocket.SIZE // 8).flatten(1)
 
 
 def looks(model: ecamp.ECAMP, data: pocket.Part, vocabulary: Vocabulary, hide: bool = False) -> Tensor:
-    """Where the finding's word looks, heads averaged: (n, 64), patches in raster order; `hide`: the word is [MASK]."""
+    """Cross-attention of the finding's word, averaged over heads, (n, 64) in raster order; `hide`: it is [MASK]."""
     read = texts(data.reports, vocabulary)
     ids = read.ids.masked_fill(read.finding, vocabulary.mask) if hide else read.ids
     rows = zip(data.images.split(100), ids.split(100), read.attention.split(100), strict=True)
@@ -291,8 +281,8 @@ def looks(model: ecamp.ECAMP, data: pocket.Part, vocabulary: Vocabulary, hide: b
 
 
 def lesion_share(model: ecamp.ECAMP, data: pocket.Part, vocabulary: Vocabulary) -> dict[str, float]:
-    """How much of the finding's attention lies in the lesion's box, the box's share of the picture, and the first less
-    the second; with the word hidden too. Nothing for a model whose words do not attend to patches."""
+    """The share of the finding's attention inside the lesion's box, the box's share of the image, and the difference,
+    with the word visible and masked; empty for a model whose words do not attend to patches."""
     if model.text is None or model.fusion not in ("both", "patch"):
         return {}
     inside = cells(data.boxes)

@@ -1,12 +1,12 @@
-"""MetaSegNet at pocket scale: what a text of the zone is worth, beside the same network without it, and the controls.
+"""MetaSegNet's ablations at toy scale: a text of the climate zone compared with no text, and with control texts.
 
-The network is the full one at pocket width: Swin, fusion, the author's decoder, his losses. All networks are trained on
-the same pictures of eight of nine zones with the same optimiser, number of steps and grid of learning rates; the ninth
-zone is left out, another one for each seed. A rate is chosen on validation pictures of the eight zones with their right
-texts, for both tasks alike: nothing is chosen by the zone that was left out, or by a wrong text.
+The network is the full one at a small width: Swin, fusion, the author's decoder and losses. All networks are trained on
+the same images of eight of nine zones with the same optimiser, number of steps and grid of learning rates; the ninth
+zone is left out, another one for each seed. A learning rate is chosen on validation images of the eight zones with
+their right texts, for both tasks: nothing is chosen by the zone that was left out, or by a wrong text.
 
-Task "seen" scores test pictures of the eight zones, "left out" those of the ninth. Both tasks, and all texts at test,
-are asked of one trained network: it is trained once and its answers are kept.
+Task "seen" scores test images of the eight zones, "left out" those of the ninth. Both tasks and all texts at test use
+one trained network, whose confusion matrices are cached.
 """
 
 from __future__ import annotations
@@ -22,21 +22,23 @@ from ...climate import Prompts
 from ...evaluation.metrics import landcover as metrics
 from ...models.metasegnet.model import MetaSegNet
 from ...models.metasegnet.text import Words, headless
-from ...training.fit import fit
+from ...training.fit import CPU, History, fit
+from ...training.schedules import adamw
 from ..datasets import landcover as pocket
 
 LEARNING_RATES = [2e-3, 4e-3, 8e-3, 1.6e-2]
 SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 107
 METRIC = "mIoU"
-STEPS = 300  # with 250 at 2e-3 the fields are told apart and the buildings not yet
-RECIPE = {"batch": 16, "weight_decay": 0.01, "accelerator": "cpu"}
-DROPPED = 0.5  # header dropout: the share of training texts whose code and name are hidden
+STEPS = 300  # after 250 steps at 2e-3 fields are distinguished, buildings not yet
+RECIPE = {"batch": 16, "weight_decay": 0.01}
+TEST_BATCH = 60
+DROPPED = 0.5  # header dropout: the fraction of training texts whose code and name are hidden
 LENGTH = 48  # words of the longest text
-# which zone a seed leaves out: seed 0 the first, seed 1 the second, ...; the selection seed the last
+# the zone that a seed leaves out: seed 0 the first, seed 1 the second, ...; the selection seed the last
 ORDER = ("Csa", "Af", "BSk", "Cfb", "Aw", "BWh", "Am", "BSh", "Cfa")
 
-# what is trained: the level of its texts, and what differs from MetaSegNet; None has no text
+# the trained networks: what differs from MetaSegNet, such as the level of the texts; None: no text
 NETWORKS: dict[str, dict | None] = {
     "unimodal": None,
     "MetaSegNet": {},
@@ -48,7 +50,7 @@ NETWORKS: dict[str, dict | None] = {
     "fusion at stage 4": {"stages": (4,)},
     "fusion at stages 3 and 4": {"stages": (3, 4)},
 }
-# a trained MetaSegNet that is given other texts at test
+# a trained MetaSegNet with other texts at test
 MISLED = {"wrong zone's text": "wrong", "shuffled texts": "shuffled", "empty text": "empty"}
 METHODS = [*NETWORKS, *MISLED]
 TASKS = {"seen": METHODS, "left out": METHODS}
@@ -58,7 +60,7 @@ TASKS = {"seen": METHODS, "left out": METHODS}
 
 
 def prepare(root: str | Path) -> None:
-    """Write the pictures of every seed: each seed has its own, so that the spread holds their chance too."""
+    """Write the images of every seed: each has its own, so that the spread contains the variation of the data."""
     for seed in (SELECTION_SEED, *SEEDS):
         pocket.write(folder(root, seed), seed)
 
@@ -86,18 +88,18 @@ def seen(seed: int) -> tuple[str, ...]:
 
 @functools.cache
 def prompts() -> Prompts:
-    """The texts of the pocket world."""
+    """The texts of the toy zones."""
     return Prompts.read(pocket.PROMPTS)
 
 
 def level(network: str) -> str:
-    """The level of a network's texts in training, and at test unless something else is asked."""
+    """The level of a network's texts in training, and by default at test."""
     return (NETWORKS[network] or {}).get("level", "full")
 
 
 def texts(zones: tuple[str, ...], kind: str, seed: int) -> list[str]:
-    """A text for each picture's zone: a level of `climate.Prompts`, or "wrong": of a zone that differs in moisture and
-    in style, and is not the one left out (unless the picture's own is)."""
+    """A text for each zone: of a level of `climate.Prompts`, or "wrong": of a zone of another moisture and style, which
+    is not the one left out (unless the image's own is)."""
     if kind == "wrong":
         return [prompts().text(pocket.other_zone(zone, avoid=left_out(seed))) for zone in zones]
     return prompts().texts(zones, kind, seed)
@@ -107,9 +109,9 @@ def texts(zones: tuple[str, ...], kind: str, seed: int) -> list[str]:
 
 
 def build(network: str, seed: int) -> MetaSegNet:
-    """A network before training. All of a seed begin with the same encoder and decoder, and the same words.
+    """A network before training. All networks of a seed have the same initial encoder, decoder and word embeddings.
 
-    The vocabulary is that of the training texts: a word that only the text of the zone left out has is unknown.
+    The vocabulary is that of the training texts: words that occur only in the text of the zone left out are unknown.
     """
     torch.manual_seed(seed)
     twin = MetaSegNet.build(len(pocket.CLASSES), size="pocket")
@@ -124,8 +126,10 @@ def build(network: str, seed: int) -> MetaSegNet:
     return model
 
 
-def train_model(network: str, model: MetaSegNet, data: pocket.Part, rate: float, seed: int, **options) -> list[dict]:
-    """Train a network in place; return its history. `options` go to `fit`."""
+def train_model(
+    network: str, model: MetaSegNet, data: pocket.Part, lr: float, seed: int, steps: int | None = None
+) -> History:
+    """Train a network in place, for `STEPS` unless `steps` are given."""
     tensors = [data.images, data.labels]
     if model.text is not None:
         given = prompts().texts(data.zones, level(network))
@@ -139,14 +143,15 @@ def train_model(network: str, model: MetaSegNet, data: pocket.Part, rate: float,
         hidden = torch.rand(len(images), 1) < dropped
         return model.loss(images, torch.where(hidden, ids[1], ids[0]), labels)
 
-    epochs = STEPS / (len(data) // RECIPE["batch"])
-    settings = RECIPE | {"epochs": epochs, "lr": rate, "seed": seed, "name": network} | options
-    return fit(model, loss, TensorDataset(*tensors), **settings)
+    batch, optimizer = RECIPE["batch"], adamw(lr, RECIPE["weight_decay"])
+    epochs = (steps or STEPS) / (len(data) // batch)
+    settings = {"epochs": epochs, "batch": batch, "seed": seed, "hardware": CPU, "name": network}
+    return fit(model, loss, TensorDataset(*tensors), optimizer=optimizer, **settings)
 
 
 @torch.inference_mode()
-def predict(model: MetaSegNet, images: Tensor, given: list[str] | None = None, batch: int = 60) -> Tensor:
-    """The most likely class of each pixel, (n, H, W), of images with a text each (None: the unimodal twin)."""
+def predict(model: MetaSegNet, images: Tensor, given: list[str] | None = None, batch: int = TEST_BATCH) -> Tensor:
+    """The predicted class of each pixel, (n, H, W), of images with a text each (None: the unimodal twin)."""
     model.eval()
     ids = [None] * len(images) if given is None else model.text.ids(given)
     return torch.cat(
@@ -158,36 +163,35 @@ def predict(model: MetaSegNet, images: Tensor, given: list[str] | None = None, b
 
 
 @functools.cache
-def trained(network: str, rate: float, root: str, seed: int, split: str) -> tuple[dict[tuple[str, str], Tensor], dict]:
+def trained(network: str, lr: float, root: str, seed: int, split: str) -> tuple[dict[tuple[str, str], Tensor], dict]:
     """Train a network; return its confusion matrices (8, 8) by text at test and zone, and facts of the training."""
     model = build(network, seed)
-    history = train_model(network, model, part(root, seed, "train").of(seen(seed)), rate, seed)
+    history = train_model(network, model, part(root, seed, "train").of(seen(seed)), lr, seed)
     asked = {"right": level(network)} | (MISLED if network == "MetaSegNet" and split == "test" else {})
     held_out, matrices = part(root, seed, split), {}
     for name, kind in asked.items():
         given = None if model.text is None else texts(held_out.zones, kind, seed)
-        said = predict(model, held_out.images, given)
+        predicted = predict(model, held_out.images, given)
         for zone in pocket.ZONES:
             own = torch.tensor([z == zone for z in held_out.zones])
-            matrices[name, zone] = metrics.confusion(held_out.labels[own], said[own], len(pocket.CLASSES))
+            matrices[name, zone] = metrics.confusion(held_out.labels[own], predicted[own], len(pocket.CLASSES))
     loss = sum(row["loss"] for row in history[-20:]) / 20
     return matrices, {"loss": round(loss, 4), "trained": sum(p.numel() for p in model.trained().values())}
 
 
-def train(method: str, task: str, rate: float, seed: int, root: str, split: str = "test") -> dict:
-    """Train the network of a method, unless that was done, and score it.
+def train(method: str, task: str, lr: float, seed: int, root: str, split: str = "test") -> dict:
+    """Train the network of a method, unless it is cached, and score it; returns a row.
 
-    `split` "select": on validation pictures of the zones that were seen, with their right texts, whatever the task and
-    the method's texts at test; "test": on the task's test pictures. Returns a row, in percent: mIoU, mean F1, OA, the
-    IoU of each class and of task "seen" the mIoU of each zone, from one confusion matrix each; loss and parameters
-    trained.
+    `split` "select": on validation images of the zones that were seen, with their right texts, for every task and
+    method; "test": on the task's test images. The row has, in percent, mIoU, mean F1, OA, the IoU of each class and,
+    for task "seen", the mIoU of each zone, from one confusion matrix each; loss and number of trainable parameters.
     """
     network, asked = ("MetaSegNet", method) if method in MISLED else (method, "right")
     if split == "select":
-        matrices, facts = trained(network, rate, str(root), seed, "val")
+        matrices, facts = trained(network, lr, str(root), seed, "val")
         zones, asked = seen(seed), "right"
     else:
-        matrices, facts = trained(network, rate, str(root), seed, "test")
+        matrices, facts = trained(network, lr, str(root), seed, "test")
         zones = seen(seed) if task == "seen" else (left_out(seed),)
     found = metrics.scores(sum(matrices[asked, zone] for zone in zones))
     row = {"mIoU": found.miou, "mF1": found.mf1, "OA": found.oa}
