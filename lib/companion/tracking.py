@@ -1,16 +1,15 @@
 """Tracking through a video: the test-time loop of the OSTrack family, on folders, video files or frames in memory.
 
     track = follow(model, [video], [box])[0]                 one video, or several as one batch
-    run(model, sequences, "results/BAT")                     a benchmark: one text file a sequence, resumes
+    run(model, sequences, "results/BAT")                     a benchmark: one text file a sequence; resumes
     track("visible.mp4", "thermal.mp4", box, model)          your own pair of files or folders
 
-The first frame's box is given. Each next frame is searched around the last box only, four times as wide as it; the
-score map is weighted by a Hann window; the template is never renewed (SparkTempest/BAT, lib/test/tracker).
+The first frame's box is given. In each next frame the tracker searches around the last box, in a crop of four times its
+width; the score map is weighted by a Hann window; the template is never updated (SparkTempest/BAT, lib/test/tracker).
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,14 +25,15 @@ from .errors import BadParameter, CorruptFile
 from .models.bat.model import decode, hann
 from .ops.files import read_json, write_json
 from .ops.progress import progress
-from .training.fit import launcher
+from .training.checkpoints import checkpoint_key
+from .training.fit import Hardware, launcher
 
 TEMPLATE_FACTOR, SEARCH_FACTOR = 2.0, 4.0
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 
 
 class Video(Protocol):
-    """What can be followed: frames (H, W, 6) uint8, RGB and then the second stream, asked for in order."""
+    """A video to track in: frames (H, W, 6) uint8, RGB and then the second stream, read in order."""
 
     def __len__(self) -> int: ...
 
@@ -41,7 +41,7 @@ class Video(Protocol):
 
 
 class Track(NamedTuple):
-    """Boxes (n, 4) x, y, w, h in pixels, the first as given, and scores (n,): the highest windowed one, 1 at first."""
+    """Boxes (n, 4) x, y, w, h in pixels, the first as given, and scores (n,): the windowed peaks, 1 at first."""
 
     boxes: np.ndarray
     scores: np.ndarray
@@ -62,7 +62,7 @@ class Frames:
 
 
 class Folders:
-    """Two folders of images as a `Video`; sorted by the numbers in their names, the n-th ones belong together."""
+    """Two folders of images as a `Video`, paired in the order of the numbers in their names."""
 
     def __init__(self, visible: str | Path, infrared: str | Path):
         first, second = _images(visible), _images(infrared)
@@ -82,7 +82,7 @@ class Folders:
 
 
 class Files:
-    """Two video files as a `Video`. They are decoded as they come, so frames are asked for in order."""
+    """Two video files as a `Video`, decoded frame by frame, so frames are read in order."""
 
     def __init__(self, visible: str | Path, infrared: str | Path):
         self.paths = Path(visible), Path(infrared)
@@ -90,19 +90,19 @@ class Files:
         for path, capture in zip(self.paths, self._open, strict=True):
             if not capture.isOpened():
                 raise CorruptFile(path, "not a video that OpenCV can decode")
-        # what the container says may be off by a few: the shorter stream ends the video
+        # the container's count may be off by a few: the shorter stream ends the video
         counts = [int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) for capture in self._open]
         self.count = min(counts)
         if self.count < 1:
             path = self.paths[counts.index(self.count)]
-            raise CorruptFile(path, "it does not say how many frames it has: put it into another container")
+            raise CorruptFile(path, "its container has no number of frames: convert it to another one")
         self._next, self._last = 0, None
 
     def __len__(self) -> int:
         return self.count
 
     def frame(self, i: int) -> np.ndarray:
-        """Frame `i`, (H, W, 6) uint8; `i` may only grow, and the last frame may be asked for again."""
+        """Frame `i`, (H, W, 6) uint8: the last one that was read, or a later one."""
         if i < self._next - 1:
             raise BadParameter("frame", i, f"{self._next - 1} or later: a file is decoded forwards")
         while self._next <= i:
@@ -142,30 +142,30 @@ def follow(
     boxes: Sequence[Sequence[float]],
     *,
     window: bool = True,
-    accelerator: str = "auto",
-    precision: str = "32-true",
-    text: str = "tracking",
+    hardware: Hardware = Hardware(),
+    name: str = "tracking",
 ) -> list[Track]:
-    """Follow one target through each video; the videos go through the network as one batch a frame.
+    """Track one target through each video; frame by frame, the videos are one batch.
 
-    The tokens of the templates are computed once a video.
+    The tokens of a template are computed once a video.
 
     Args:
         model: `BAT`, or a baseline with the same `embed_template` and `locate`.
         videos: of any lengths.
         boxes: the target in the first frame of each, (x, y, w, h) in pixels.
         window: weight the score map by a Hann window, as released.
-        text: of the progress bar, which counts frames.
+        hardware: accelerator and precision.
+        name: of the progress bar, which counts frames.
 
     Raises:
-        BadParameter: a first box without area, outside the picture, or not four finite numbers; not a box a video.
+        BadParameter: a first box without area, outside the image, or not four finite numbers; not one box a video.
         CorruptFile: a frame that cannot be read.
     """
-    fabric = launcher(accelerator=accelerator, devices=1, precision=precision)
+    fabric = launcher(accelerator=hardware.accelerator, devices=1, precision=hardware.precision)
     tracker = model.tracker
     wrapped = fabric.setup_module(model.eval())
-    for name in ("embed_template", "locate"):
-        wrapped.mark_forward_method(name)
+    for method in ("embed_template", "locate"):
+        wrapped.mark_forward_method(method)
     response = (hann(tracker.f) if window else torch.ones(1, 1, tracker.f, tracker.f)).to(fabric.device)
 
     def batch(patches: list[np.ndarray]) -> torch.Tensor:
@@ -181,15 +181,15 @@ def follow(
             for video, track in zip(videos, found, strict=True)
         ]
         tokens = wrapped.embed_template(batch(templates)).unflatten(0, (-1, len(videos)))
-        for t in progress(range(1, max(map(len, videos))), text):
+        for t in progress(range(1, max(map(len, videos))), name):
             active = [i for i, video in enumerate(videos) if t < len(video)]
             frames = [videos[i].frame(t) for i in active]
-            cut = [crop(f, found[i][-1], SEARCH_FACTOR, tracker.search) for f, i in zip(frames, active, strict=True)]
-            said = wrapped.locate(tokens[:, active].flatten(0, 1), batch([patch for patch, _ in cut]))
-            weighted = said.score.float() * response
-            decoded = decode(weighted, said.size.float(), said.offset.float()).double().cpu().numpy()
+            crops = [crop(f, found[i][-1], SEARCH_FACTOR, tracker.search) for f, i in zip(frames, active, strict=True)]
+            output = wrapped.locate(tokens[:, active].flatten(0, 1), batch([patch for patch, _ in crops]))
+            weighted = output.score.float() * response
+            decoded = decode(weighted, output.size.float(), output.offset.float()).double().cpu().numpy()
             peaks = weighted.flatten(1).amax(1).tolist()
-            for i, image, (_, scale), box, peak in zip(active, frames, cut, decoded, peaks, strict=True):
+            for i, image, (_, scale), box, peak in zip(active, frames, crops, decoded, peaks, strict=True):
                 there = box_from_crop(box, found[i][-1], scale, tracker.search)
                 found[i].append(clip_box(there, *image.shape[:2]))
                 scores[i].append(peak)
@@ -199,10 +199,10 @@ def follow(
 def run(
     model: nn.Module, sequences: Sequence, folder: str | Path, *, together: int = 1, **options: object
 ) -> dict[str, np.ndarray]:
-    """Track the sequences of a benchmark; results in `folder` as `<name>.txt`, the toolkits' text format.
+    """Track the sequences of a benchmark; write `folder`/<name>.txt in the toolkits' text format.
 
-    A sequence whose file is complete is not tracked again; one whose file lacks rows is. `tracker.json` in the folder
-    says which weights made the results, so that those of another model are never taken for this one's.
+    A sequence whose file is complete is not tracked again. `tracker.json` in the folder identifies the weights, so that
+    the results of another model are never taken for this one's.
 
     Args:
         sequences: of `companion.data.tracking`; each starts from its first RGB box.
@@ -226,8 +226,8 @@ def run(
     for start in range(0, len(todo), together):
         part = todo[start : start + together]
         done = len(sequences) - len(todo) + start + len(part)
-        text = f"{part[0].name} ({done} of {len(sequences)})"
-        tracks = follow(model, part, [sequence.boxes[0] for sequence in part], text=text, **options)
+        name = f"{part[0].name} ({done} of {len(sequences)})"
+        tracks = follow(model, part, [sequence.boxes[0] for sequence in part], name=name, **options)
         for sequence, one in zip(part, tracks, strict=True):
             write_results(folder / f"{sequence.name}.txt", one.boxes)
     return read_results(folder, [sequence.name for sequence in sequences])
@@ -241,7 +241,7 @@ def track(
     out: str | Path | None = None,
     **options: object,
 ) -> Track:
-    """Follow the target `box` (x, y, w, h of the first frame) through your own video; `out` is a result file to write.
+    """Track the target `box` (x, y, w, h in the first frame) through your own video; write a result file `out`.
 
     Args:
         visible, infrared: two folders of images, or two video files, aligned in time and space.
@@ -269,7 +269,7 @@ def _checked(box: Sequence[float], video: Video) -> np.ndarray:
         given = np.asarray(box, dtype=np.float64)
     except (TypeError, ValueError):
         given = np.empty(0)
-    accepted = f"x, y, w, h in pixels, w and h above 0, meeting the {width} x {height} picture"
+    accepted = f"x, y, w, h in pixels, w and h above 0, meeting the {width} x {height} image"
     if given.shape != (4,) or not np.isfinite(given).all() or (given[2:] <= 0).any():
         raise BadParameter(name, box, accepted)
     x, y, w, h = given
@@ -284,14 +284,14 @@ def _complete(folder: Path, sequence: object) -> bool:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of a model's tensors and settings: RGB alone and thermal alone are the same tensors."""
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for module in model.modules():
-        if type(module).__module__ == type(model).__module__:
-            own = {name: value for name, value in vars(module).items() if isinstance(value, str | int | float | dict)}
-            shown = sorted(item for item in own.items() if not item[0].startswith("_") and item[0] != "training")
-            digest.update(repr(shown).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """A hash of a model's tensors and settings: RGB alone and thermal alone have the same tensors."""
+    settings = {
+        name or "model": {
+            k: v for k, v in vars(module).items() if k[0] != "_" and isinstance(v, str | int | float | dict)
+        }
+        for name, module in model.named_modules()
+        if type(module).__module__ == type(model).__module__
+    }
+    for own in settings.values():
+        own.pop("training")
+    return checkpoint_key(kind=type(model).__name__, settings=settings, weights=model)

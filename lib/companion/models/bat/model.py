@@ -1,18 +1,19 @@
 """BAT: Bi-directional Adapter for Multi-modal Tracking (Cao, Guo, Zhu, Hu; AAAI 2024, arXiv 2312.10611).
 
-A tracker made for one camera, OSTrack, runs on two aligned streams: RGB, and thermal or event images. Its weights are
-shared by the streams and frozen. Per block two bottleneck adapters pass features across, from either stream to the
-other, and only they are trained. No stream is the main one: swapping them changes nothing.
+A tracker for one camera, OSTrack, runs on two aligned streams: RGB, and thermal or event images. Its weights are shared
+by the streams and frozen. Two bottleneck adapters in each block pass features from either stream to the other; only
+they are trained. Neither stream is the main one: swapping them changes nothing.
 
     X'  = X  + MHSA(LN1(X )) + A1(LN1(Xi))        X"  = X'  + MLP(LN2(X' )) + A2(LN2(Xi'))
     Xi' = Xi + MHSA(LN1(Xi)) + A1(LN1(X ))        Xi" = Xi' + MLP(LN2(Xi')) + A2(LN2(X' ))
 
-Both streams are the two halves of ONE batch, so that every frozen layer is called once.
+The streams are the two halves of one batch, so that every frozen layer is called once.
 Written from SparkTempest/BAT at ccf9b2f and botaoye/OSTrack; their tensors load by `from_official`.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -24,24 +25,28 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
 from ... import backbones
 from ...errors import BadCheckpoint, BadParameter, MissingWeights
-from ...toy import encoders
+from ..layers import state_dicts
+from ..layers.frozen import frozen_copy
+from ..layers.pos_embed import resize_pos_embed
 
 DIRECTIONS = ("both", "first to second", "second to first")
 STAGES = ("attention", "mlp")
 FUSIONS = ("sum", "mean")
 BRANCHES = ("ctr", "offset", "size")
+COUNTERS = ("num_batches_tracked",)  # of BatchNorms; nothing reads them, and they may be absent
 
 
 class Prediction(NamedTuple):
-    """What the head says of a search crop of f x f tokens; coordinates are fractions of the crop.
+    """The head's prediction on a search crop of f x f tokens; coordinates are fractions of the crop.
 
     Attributes:
-        score: (B, 1, f, f) how likely the target's centre is in each cell, in (0, 1).
-        size: (B, 2, f, f) width and height, were the centre here.
+        score: (B, 1, f, f) probability that the target's centre is in each cell, in (0, 1).
+        size: (B, 2, f, f) width and height of the box if its centre is in the cell.
         offset: (B, 2, f, f) of the centre from the cell's corner, in cells.
         box: (B, 4) cx, cy, w, h at the highest score.
     """
@@ -53,11 +58,11 @@ class Prediction(NamedTuple):
 
 
 class CentreHead(nn.Module):
-    """OSTrack's head: where the centre is, its offset and the box's size, each by five convolutions.
+    """OSTrack's head: centre score, offset and size of the box, each by five convolutions.
 
     Args:
         dim: channels of the features.
-        channels: width of the first convolution; each further one has half of it.
+        channels: width of the first convolution; each further one has half as many.
     """
 
     def __init__(self, dim: int, channels: int = 256):
@@ -87,9 +92,9 @@ class CentreHead(nn.Module):
 
 
 def decode(score: Tensor, size: Tensor, offset: Tensor) -> Tensor:
-    """The box (B, 4), cx, cy, w, h, at the highest score; of equal ones the first in reading order.
+    """The box (B, 4), cx, cy, w, h, at the highest score; of equal scores the first, row by row.
 
-    `score` may be weighted by a window (`hann`): the box is still read from the same maps.
+    `score` may be weighted by a window (`hann`).
     """
     f = score.shape[-1]
     best = score.flatten(1).argmax(1)
@@ -100,7 +105,7 @@ def decode(score: Tensor, size: Tensor, offset: Tensor) -> Tensor:
 
 
 def hann(f: int) -> Tensor:
-    """The Hann window (1, 1, f, f) that holds a tracker near the last place; nowhere zero (section 5.1)."""
+    """The Hann window (1, 1, f, f) that prefers positions near the last one; nowhere zero (section 5.1)."""
     window = torch.hann_window(f + 2, periodic=False)[1:-1]
     return (window[:, None] * window)[None, None]
 
@@ -109,7 +114,7 @@ class OSTrack(nn.Module):
     """The one-stream tracker that BAT freezes: template and search tokens attend to one another in a plain ViT.
 
     Args:
-        vit: a timm ViT; its blocks, patch embedding and last norm are used, its class token and table are not.
+        vit: a timm ViT, which becomes a part of the tracker; its [CLS] token and position embedding are not used.
         template, search: sides of the two crops, in pixels.
         head_channels: see `CentreHead`.
     """
@@ -128,7 +133,7 @@ class OSTrack(nn.Module):
         self.head = CentreHead(vit.embed_dim, head_channels)
 
     def embed_template(self, images: Tensor) -> Tensor:
-        """Tokens (B, n, D) of template crops (B, 3, t, t): they are the same for a whole video."""
+        """Tokens (B, n, D) of template crops (B, 3, t, t); they are the same for a whole video."""
         return self._patches(images, self.template) + self.position_template
 
     def embed_search(self, images: Tensor) -> Tensor:
@@ -141,17 +146,21 @@ class OSTrack(nn.Module):
         return self.vit.patch_embed.proj(images).flatten(2).transpose(1, 2)
 
     def forward(self, template: Tensor, search: Tensor) -> Prediction:
-        """Track one stream: template (B, 3, t, t), search (B, 3, s, s)."""
-        return self.locate(self.features(template, search))
+        """The prediction on one stream: template crops (B, 3, t, t), search crops (B, 3, s, s)."""
+        return self.locate(self.embed_template(template), search)
 
-    def features(self, template: Tensor, search: Tensor) -> Tensor:
-        """Normed tokens (B, n + m, D), template first."""
-        x = torch.cat([self.embed_template(template), self.embed_search(search)], 1)
+    def locate(self, template_tokens: Tensor, search: Tensor) -> Prediction:
+        """The prediction on search crops (B, 3, s, s), with the tokens of `embed_template`."""
+        return self.forward_head(self.forward_features(template_tokens, search))
+
+    def forward_features(self, template_tokens: Tensor, search: Tensor) -> Tensor:
+        """Tokens (B, n + m, D) after the last norm, template first."""
+        x = torch.cat([template_tokens, self.embed_search(search)], 1)
         for block in self.vit.blocks:
             x = block(x)
         return self.vit.norm(x)
 
-    def locate(self, tokens: Tensor) -> Prediction:
+    def forward_head(self, tokens: Tensor) -> Prediction:
         """The head on the last f x f tokens of (B, n + m, D)."""
         return self.head(tokens[:, -(self.f**2) :].mT.unflatten(2, (self.f, self.f)))
 
@@ -171,8 +180,12 @@ class OSTrack(nn.Module):
             BadCheckpoint: names that are missing, unknown, or of another shape.
         """
         tracker = _ostrack_of(state, heads)
-        _load(tracker, state, tracker.official_names(), "OSTrack")
+        tracker.load_official(state)
         return tracker
+
+    def load_official(self, state: Mapping[str, Tensor]) -> None:
+        """Copy the authors' tensors into this tracker. Raises `BadCheckpoint` when one does not fit."""
+        state_dicts.load_official(self, state, self.official_names(), "OSTrack", optional=COUNTERS)
 
     def official_names(self) -> dict[str, str]:
         """Our name -> the authors', for every tensor."""
@@ -188,50 +201,26 @@ class OSTrack(nn.Module):
 
     def to_official(self) -> dict[str, Tensor]:
         """The tensors under the authors' names."""
-        state = self.state_dict()
-        return {official: state[name] for name, official in self.official_names().items()}
+        return state_dicts.official_state(self.state_dict(), self.official_names())
 
 
-def foundation(name: str, weights: str | Path = "pretrained") -> OSTrack:
-    """The tracker that BAT stands on.
+def foundation(weights: str | Path = "pretrained") -> OSTrack:
+    """OSTrack-256, the tracker that BAT adapts: ViT-B/16, crops of 128 and 256 pixels; in eval mode.
 
     Args:
-        name: "ostrack_b256" (ViT-B/16, crops of 128 and 256 pixels) or "pocket_ostrack" (crops of 32 and 64).
-        weights: "pretrained" (pocket: the shipped weights), "random" (torch's current seed), or a file: OSTrack's
-            checkpoint under its authors' names. For "ostrack_b256" also "mae": the ViT that OSTrack started from, with
-            its position table resized, and an untrained head; it runs, and does not track.
+        weights: "random" (torch's current seed), or a file: OSTrack's checkpoint under its authors' names, whose sizes
+            are then the model's. "mae": the ViT that OSTrack was initialised from, with resized position embeddings and
+            a random head; it runs, and does not track.
 
     Raises:
-        BadParameter: another name.
-        MissingWeights: no pretrained weights are at hand.
+        MissingWeights: "pretrained", which cannot be downloaded, with what to do.
         CorruptFile, BadCheckpoint: a file that cannot be read, or does not fit.
     """
-    if name == "pocket_ostrack":
-        vit = VisionTransformer(
-            img_size=64,
-            patch_size=8,
-            embed_dim=64,
-            depth=4,
-            num_heads=4,
-            mlp_ratio=2,
-            num_classes=0,
-            class_token=False,
-            pos_embed="none",
-            global_pool="",
-        )
-        tracker = OSTrack(vit, template=32, search=64, head_channels=64)
-        if weights in ("pretrained", "pocket"):
-            weights = encoders.weights_file(name)
-        if weights != "random":
-            _load(tracker, backbones.read_state(weights), tracker.official_names(), name)
-        return tracker.eval()
-    if name != "ostrack_b256":
-        raise BadParameter("name", name, ("ostrack_b256", "pocket_ostrack"))
     if weights == "pretrained":
         ways = [
             "download OSTrack_ep0300.pth.tar (vitb_256_mae_ce_32x4_ep300) by the links in the README of "
             "github.com/botaoye/OSTrack and give its path as weights",
-            "weights = 'mae' starts from the ViT that OSTrack started from (it runs, and does not track)",
+            "weights = 'mae' starts from the ViT that OSTrack was initialised from (it runs, and does not track)",
         ]
         raise MissingWeights("OSTrack-256", "nowhere: the authors put it on a drive that no program may fetch", ways)
     if weights not in ("random", "mae"):
@@ -240,21 +229,19 @@ def foundation(name: str, weights: str | Path = "pretrained") -> OSTrack:
     vit = backbones.build("vit_base_patch16_224.mae", "pretrained" if mae else "random", drop_path_rate=0.1)
     tracker = OSTrack(vit)
     if mae:
-        table = vit.pos_embed[:, 1:].unflatten(1, (14, 14)).permute(0, 3, 1, 2)
         for own, f in ((tracker.position_template, tracker.f_template), (tracker.position_search, tracker.f)):
-            resized = F.interpolate(table, (f, f), mode="bicubic", align_corners=False)
-            own.data = resized.flatten(2).mT.contiguous()
+            own.data = resize_pos_embed(vit.pos_embed, (f, f))[:, 1:].contiguous()
     return tracker.eval()
 
 
 class Adapter(nn.Module):
     """The universal adapter A(h) = W_up . Dropout(W_mid (W_down h + b_down) + b_mid) + b_up (section 3.3).
 
-    There is no nonlinearity in it: in eval mode it is one affine map of rank at most `width`.
+    It has no activation function: in eval mode it is one affine map of rank at most `width`.
 
     Args:
-        std: of the truncated normal that the weights start from. The released constructor writes zeros, but the ViT's
-            initialiser runs afterwards and overwrites them with 0.02; 0 gives the zeros, from which it never learns.
+        std: of the truncated normal that initialises the weights. The released constructor writes zeros, but the ViT's
+            initialiser runs afterwards and overwrites them with 0.02; 0 gives the zeros, which never learn.
     """
 
     def __init__(self, dim: int, width: int = 8, dropout: float = 0.1, std: float = 0.02):
@@ -274,7 +261,7 @@ class Adapter(nn.Module):
 
 
 class Exchange(nn.Module):
-    """The adapters at one place of one block: what each stream receives from the other.
+    """The adapters of one stage of one block: what each stream receives from the other.
 
     Args:
         directions: one of `DIRECTIONS`; with one direction the other stream receives nothing.
@@ -288,7 +275,7 @@ class Exchange(nn.Module):
         self.adapters = nn.ModuleList(Adapter(dim, width, dropout, std) for _ in range(1 + two))
 
     def forward(self, h: Tensor) -> Tensor:
-        """From the normed tokens (2B, N, D) of both streams, the first in the first half, to what is added to each."""
+        """What is added to each stream, from the normed tokens (2B, N, D) of both, the first stream first."""
         first, second = h.chunk(2)
         if self.directions == "first to second":
             return torch.cat([torch.zeros_like(first), self.adapters[0](first)])
@@ -303,15 +290,15 @@ class BAT(nn.Module):
     """OSTrack on two streams with bi-directional adapters.
 
     Args:
-        tracker: the foundation, frozen here and shared by both streams.
+        tracker: the foundation; the model shares its tensors, frozen (or, for `tuned` "all", copies them).
         width: of the adapters' bottleneck; 0 for no adapters at all.
         dropout, std: see `Adapter`.
         directions, shared: see `Exchange`.
-        stages: where adapters stand in a block, of `STAGES`.
-        fusion: how the streams' last features meet: their sum, as released, or their mean.
+        stages: the sublayers of a block that have adapters, of `STAGES`.
+        fusion: of the streams' last features: their sum, as released, or their mean.
         elimination: candidate elimination, block -> share of search tokens kept (section 3.5). OSTrack has
-            {3: 0.7, 6: 0.7, 9: 0.7}; BAT's released configurations have none: each stream keeps its own tokens, and the
-            MLP's adapters then mix different places.
+            {3: 0.7, 6: 0.7, 9: 0.7}, BAT's released configurations none: each stream keeps its own tokens, so that the
+            MLP's adapters mix different positions.
         tuned: "adapters" (the paper) or "all" (full fine-tuning of the same network).
     """
 
@@ -346,7 +333,8 @@ class BAT(nn.Module):
         for i, keep in self.elimination.items():
             if not (0 <= i < depth and 0 < keep <= 1):
                 raise BadParameter("elimination", {i: keep}, f"blocks 0 to {depth - 1}, shares above 0 and up to 1")
-        self.tracker, self.fusion, self.tuned = tracker, fusion, tuned
+        self.tracker = frozen_copy(tracker) if tuned == "adapters" else copy.deepcopy(tracker).requires_grad_(True)
+        self.fusion, self.tuned, self.grad_checkpointing = fusion, tuned, False
         self.exchanges = nn.ModuleList(
             nn.ModuleDict(
                 {
@@ -357,52 +345,58 @@ class BAT(nn.Module):
             )
             for _ in range(depth)
         )
-        tracker.requires_grad_(tuned == "all")
-        # kept from the released checkpoints, never used: they get no gradient
-        for name in ("cls_token", "pos_embed"):
-            if getattr(tracker.vit, name, None) is not None:
-                getattr(tracker.vit, name).requires_grad_(False)
+        for name in ("cls_token", "pos_embed"):  # in the released checkpoints, and never used
+            if getattr(self.tracker.vit, name, None) is not None:
+                getattr(self.tracker.vit, name).requires_grad_(False)
 
     def train(self, mode: bool = True) -> BAT:
-        """As usual, but the head's BatchNorms keep the statistics of the foundation (FIX_BN in the released code)."""
+        """As `nn.Module.train`, but the head's BatchNorms keep their statistics (FIX_BN in the released code)."""
         super().train(mode)
         self.tracker.head.eval()
         return self
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The tensors that training changes, by name."""
+        """The trainable parameters by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def forward(self, template: Tensor, search: Tensor, trace: dict | None = None) -> Prediction:
-        """Track: template (B, 6, t, t) and search (B, 6, s, s), channels 0-2 the first stream, 3-5 the second.
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the activations of each block in the backward pass: less memory, more time."""
+        self.grad_checkpointing = enable
 
-        `trace`, when given, is filled with what the pictures show (see `features`).
+    def forward(self, template: Tensor, search: Tensor, trace: dict | None = None) -> Prediction:
+        """The prediction on template (B, 6, t, t) and search (B, 6, s, s) crops.
+
+        Channels 0-2 are the first stream, 3-5 the second. For `trace` see `forward_features`.
         """
         return self.locate(self.embed_template(template), search, trace)
 
     def embed_template(self, template: Tensor) -> Tensor:
-        """Template tokens (2B, n, D) of crops (B, 6, t, t), for `locate`: once a video."""
+        """Template tokens (2B, n, D) of crops (B, 6, t, t), for `locate`; computed once a video."""
         return self.tracker.embed_template(streams(template))
 
     def locate(self, template_tokens: Tensor, search: Tensor, trace: dict | None = None) -> Prediction:
-        """The target in search crops (B, 6, s, s), with the tokens of `embed_template`."""
-        return self.tracker.locate(self.features(template_tokens, search, trace))
+        """The prediction on search crops (B, 6, s, s), with the tokens of `embed_template`."""
+        return self.tracker.forward_head(self.forward_features(template_tokens, search, trace))
 
-    def features(self, template_tokens: Tensor, search: Tensor, trace: dict | None = None) -> Tensor:
+    def forward_features(self, template_tokens: Tensor, search: Tensor, trace: dict | None = None) -> Tensor:
         """The fused tokens F (B, n + m, D), template first.
 
         `trace` receives lists, one entry a block: "tokens" (2B, N, D); "attention" (2B, heads, m), from the template's
-        central token to the search tokens; "traffic" {stage: (2B, N)}, the norm of what the adapter brings over the
-        norm of the frozen term that it stands beside; "kept" (2B, k), indices of the search tokens still there.
+        central token to the search tokens; "traffic" {stage: (2B, N)}, the norm of the adapter's output over the norm
+        of the frozen term next to it; "kept" (2B, k), indices of the remaining search tokens.
         """
         tracker = self.tracker
         x = torch.cat([template_tokens, tracker.embed_search(streams(search))], 1)
         n, m = tracker.f_template**2, tracker.f**2
         kept = torch.arange(m, device=x.device).expand(len(x), m)
         for i, (block, exchange) in enumerate(zip(tracker.vit.blocks, self.exchanges, strict=True)):
-            x, kept = self._block(block, exchange, x, kept, self.elimination.get(i, 1.0), trace)
+            arguments = block, exchange, x, kept, self.elimination.get(i, 1.0), trace
+            if self.grad_checkpointing and torch.is_grad_enabled() and trace is None:
+                x, kept = checkpoint(self._block, *arguments, use_reentrant=False)
+            else:
+                x, kept = self._block(*arguments)
         x = tracker.vit.norm(x)
-        if self.elimination:  # what was eliminated comes back as zeros, everything at its own place
+        if self.elimination:  # eliminated tokens become zeros, all others return to their positions
             whole = x.new_zeros(len(x), m, x.shape[-1])
             x = torch.cat([x[:, :n], whole.scatter(1, kept[..., None].expand(-1, -1, x.shape[-1]), x[:, n:])], 1)
         first, second = x.chunk(2)
@@ -411,12 +405,12 @@ class BAT(nn.Module):
     def _block(
         self, block: nn.Module, exchange: nn.ModuleDict, x: Tensor, kept: Tensor, keep: float, trace: dict | None
     ) -> tuple[Tensor, Tensor]:
-        """One frozen block on both streams (2B, N, D), and what they pass to one another."""
-        n, asked = self.tracker.f_template**2, trace is not None
+        """One frozen block on both streams (2B, N, D), and the adapters between them."""
+        n, traced = self.tracker.f_template**2, trace is not None
         h = block.norm1(x)
-        term, row = attend(block.attn, h, self.tracker.centre if keep < 1 or asked else None)
+        term, row = attend(block.attn, h, self.tracker.centre if keep < 1 or traced else None)
         passed = {"attention": exchange["attention"](h)} if "attention" in exchange else {}
-        traffic = {s: p.norm(dim=-1) / term.norm(dim=-1) for s, p in passed.items()} if asked else {}
+        traffic = {s: p.norm(dim=-1) / term.norm(dim=-1) for s, p in passed.items()} if traced else {}
         x = x + block.drop_path1(term) + sum(map(block.drop_path1, passed.values()))
         if keep < 1:
             x, kept = eliminate(x, row[..., n:].mean(1), kept, keep, n)
@@ -424,10 +418,10 @@ class BAT(nn.Module):
         h = block.norm2(x)
         term = block.mlp(h)
         passed = {"mlp": exchange["mlp"](h)} if "mlp" in exchange else {}
-        if asked:
+        if traced:
             traffic |= {s: p.norm(dim=-1) / term.norm(dim=-1) for s, p in passed.items()}
         x = x + block.drop_path2(term) + sum(map(block.drop_path2, passed.values()))
-        if asked:
+        if traced:
             for key, value in (("tokens", x), ("attention", row[..., n:]), ("traffic", traffic), ("kept", kept)):
                 trace.setdefault(key, []).append(value)
         return x, kept
@@ -447,7 +441,7 @@ class BAT(nn.Module):
         if first not in state:
             raise BadCheckpoint("BAT (an OSTrack checkpoint has no adapters: OSTrack.from_official)", missing=[first])
         model = cls(_ostrack_of(state, heads), len(state[first]), **options)
-        _load(model, state, model.official_names(), "BAT")
+        state_dicts.load_official(model, state, model.official_names(), "BAT", optional=COUNTERS)
         return model.eval()
 
     def official_names(self) -> dict[str, str]:
@@ -457,19 +451,18 @@ class BAT(nn.Module):
             BadParameter: one adapter for each direction, for which the authors have no names.
         """
         names = {f"tracker.{ours}": official for ours, official in self.tracker.official_names().items()}
-        place = {"attention": "adap_t", "mlp": "adap2_t"}
+        adapter = {"attention": "adap_t", "mlp": "adap2_t"}
         for name in self.state_dict():
             if ".adapters.1." in name:
                 raise BadParameter("shared", False, "True: the released network has one adapter for both directions")
             if found := re.fullmatch(r"exchanges\.(\d+)\.(\w+)\.adapters\.0\.(\w+)\.(\w+)", name):
                 block, stage, layer, kind = found.groups()
-                names[name] = f"backbone.blocks.{block}.{place[stage]}.adapter_{layer}.{kind}"
+                names[name] = f"backbone.blocks.{block}.{adapter[stage]}.adapter_{layer}.{kind}"
         return names
 
     def to_official(self) -> dict[str, Tensor]:
         """The tensors under the authors' names."""
-        state = self.state_dict()
-        return {official: state[name] for name, official in self.official_names().items()}
+        return state_dicts.official_state(self.state_dict(), self.official_names())
 
 
 def streams(images: Tensor) -> Tensor:
@@ -506,27 +499,29 @@ def eliminate(x: Tensor, attention: Tensor, kept: Tensor, keep: float, n: int) -
     return torch.cat([x[:, :n], search], 1), kept.gather(1, order)
 
 
-def keep_rate(epoch: int, start: int, stop: int, ratio: float) -> float:
-    """OSTrack's schedule of elimination: all tokens before epoch `start`, `ratio` from `stop` on, a cosine between."""
-    done = min(max((epoch - start) / (stop - start), 0.0), 1.0)
-    return ratio + (1 - ratio) * (1 + math.cos(math.pi * done)) / 2
-
-
 # --- baselines --------------------------------------------------------------------------------------------------------
 
 
-class SingleStream(nn.Module):
-    """The foundation on one stream of the pair, nothing trained. `stream` is 0 (RGB) or 1 (thermal, events)."""
+class _Baseline(nn.Module):
+    """A frozen tracker on the two streams, called as `BAT`: subclasses have `embed_template` and `locate`."""
 
-    def __init__(self, tracker: OSTrack, stream: int):
+    def __init__(self, tracker: OSTrack):
         super().__init__()
-        if stream not in (0, 1):
-            raise BadParameter("stream", stream, (0, 1))
-        self.tracker, self.stream = tracker.requires_grad_(False), stream
+        self.tracker = frozen_copy(tracker)
 
     def forward(self, template: Tensor, search: Tensor) -> Prediction:
         """As `BAT.forward`."""
         return self.locate(self.embed_template(template), search)
+
+
+class SingleStream(_Baseline):
+    """The frozen foundation on one stream of the pair. `stream` is 0 (RGB) or 1 (thermal, events)."""
+
+    def __init__(self, tracker: OSTrack, stream: int):
+        super().__init__(tracker)
+        if stream not in (0, 1):
+            raise BadParameter("stream", stream, (0, 1))
+        self.stream = stream
 
     def embed_template(self, template: Tensor) -> Tensor:
         """Template tokens (B, n, D)."""
@@ -534,19 +529,11 @@ class SingleStream(nn.Module):
 
     def locate(self, template_tokens: Tensor, search: Tensor) -> Prediction:
         """As `BAT.locate`."""
-        return _whole(self.tracker, template_tokens, search.chunk(2, 1)[self.stream])
+        return self.tracker.locate(template_tokens, search.chunk(2, 1)[self.stream])
 
 
-class HigherPeak(nn.Module):
-    """The foundation on each stream by itself; for each sample the stream whose highest score is higher is believed."""
-
-    def __init__(self, tracker: OSTrack):
-        super().__init__()
-        self.tracker = tracker.requires_grad_(False)
-
-    def forward(self, template: Tensor, search: Tensor) -> Prediction:
-        """As `BAT.forward`."""
-        return self.locate(self.embed_template(template), search)
+class HigherPeak(_Baseline):
+    """The frozen foundation on each stream; for each sample the prediction of the stream with the higher peak score."""
 
     def embed_template(self, template: Tensor) -> Tensor:
         """Template tokens (2B, n, D)."""
@@ -554,17 +541,10 @@ class HigherPeak(nn.Module):
 
     def locate(self, template_tokens: Tensor, search: Tensor) -> Prediction:
         """As `BAT.locate`."""
-        both = _whole(self.tracker, template_tokens, streams(search))
+        both = self.tracker.locate(template_tokens, streams(search))
         first, second = both.score.flatten(1).amax(1).chunk(2)
         chosen = torch.arange(len(first), device=first.device) + len(first) * (second > first)
         return Prediction(*(part[chosen] for part in both))
-
-
-def _whole(tracker: OSTrack, template_tokens: Tensor, images: Tensor) -> Prediction:
-    x = torch.cat([template_tokens, tracker.embed_search(images)], 1)
-    for block in tracker.vit.blocks:
-        x = block(x)
-    return tracker.locate(tracker.vit.norm(x))
 
 
 # --- losses (section 4) -----------------------------------------------------------------------------------------------
@@ -573,8 +553,8 @@ def _whole(tracker: OSTrack, template_tokens: Tensor, images: Tensor) -> Predict
 def centre_map(boxes: Tensor, f: int, overlap: float = 0.7) -> Tensor:
     """The target score map (B, 1, f, f): a Gaussian around the centre's cell, 1 at the centre.
 
-    Its radius is CornerNet's: the largest shift of a box's corners that leaves the IoU above `overlap`, in the
-    well-known variant that divides by 2 throughout.
+    Its radius is CornerNet's, the largest shift of a box's corners that leaves the IoU above `overlap`, in the variant
+    that divides by 2 throughout.
 
     Args:
         boxes: (B, 4) x, y, w, h as fractions of the crop.
@@ -600,7 +580,7 @@ def centre_map(boxes: Tensor, f: int, overlap: float = 0.7) -> Tensor:
 
 
 def focal(score: Tensor, target: Tensor) -> Tensor:
-    """CenterNet's focal loss (alpha 2, beta 4) of a score map against `centre_map`, by the number of centres."""
+    """CenterNet's focal loss (alpha 2, beta 4) of a score map and `centre_map`, over the number of centres."""
     p, centre = score.clamp_min(1e-12), target == 1
     positive = (p.log() * (1 - p) ** 2)[centre].sum()
     negative = ((1 - p).log() * p**2 * (1 - target) ** 4)[~centre].sum()
@@ -608,19 +588,19 @@ def focal(score: Tensor, target: Tensor) -> Tensor:
 
 
 def losses(prediction: Prediction, boxes: Tensor) -> dict[str, Tensor]:
-    """The three terms and their sum "total" = focal + 2 GIoU + 5 L1.
+    """The terms "focal", "giou" and "l1", and their sum "loss" = focal + 2 GIoU + 5 L1.
 
     Args:
         boxes: (B, 4) x, y, w, h as fractions of the search crop.
     """
     predicted = box_convert(prediction.box, "cxcywh", "xyxy")
-    wanted = box_convert(boxes, "xywh", "xyxy").clamp(0, 1)
+    target = box_convert(boxes, "xywh", "xyxy").clamp(0, 1)
     terms = {
         "focal": focal(prediction.score, centre_map(boxes, prediction.score.shape[-1])),
-        "giou": generalized_box_iou_loss(predicted, wanted, reduction="mean"),
-        "l1": F.l1_loss(predicted, wanted),
+        "giou": generalized_box_iou_loss(predicted, target, reduction="mean"),
+        "l1": F.l1_loss(predicted, target),
     }
-    return terms | {"total": terms["focal"] + 2 * terms["giou"] + 5 * terms["l1"]}
+    return terms | {"loss": terms["focal"] + 2 * terms["giou"] + 5 * terms["l1"]}
 
 
 # --- the authors' names -----------------------------------------------------------------------------------------------
@@ -646,7 +626,7 @@ def _ostrack_of(state: Mapping[str, Tensor], heads: int | None) -> OSTrack:
         img_size=image,
         patch_size=patch,
         embed_dim=dim,
-        depth=1 + max(int(name.split(".")[2]) for name in state if name.startswith("backbone.blocks.")),
+        depth=state_dicts.depth(state, "backbone.blocks."),
         num_heads=heads or dim // 64,
         mlp_ratio=len(fc1) / dim,
         num_classes=0,
@@ -657,19 +637,3 @@ def _ostrack_of(state: Mapping[str, Tensor], heads: int | None) -> OSTrack:
     )
     sides = (patch * math.isqrt(table.shape[1]) for table in (z, x))
     return OSTrack(vit, *sides, head_channels=len(conv)).eval()
-
-
-def _load(model: nn.Module, state: Mapping[str, Tensor], names: Mapping[str, str], what: str) -> None:
-    """Load official tensors strictly; BatchNorm's counters, which nothing reads, may be absent."""
-    own = model.state_dict()
-    wanted = {official: ours for ours, official in names.items()}
-    missing = [o for o in wanted if o not in state and not o.endswith("num_batches_tracked")]
-    unknown = [o for o in state if o not in wanted]
-    shapes = [
-        f"{o} {tuple(state[o].shape)}, expected {tuple(own[wanted[o]].shape)}"
-        for o in state
-        if o in wanted and state[o].shape != own[wanted[o]].shape
-    ]
-    if missing or unknown or shapes:
-        raise BadCheckpoint(what, missing=missing, unknown=unknown, shapes=shapes)
-    model.load_state_dict({wanted[o]: value for o, value in state.items()}, strict=False)

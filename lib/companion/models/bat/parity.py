@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -13,6 +15,7 @@ from ...errors import BadParameter
 from ...evaluation.metrics import tracking as metrics
 from ...evaluation.parity import Case
 from ...tracking import Frames, follow
+from ...training.fit import CPU
 from . import model as bat
 
 
@@ -44,8 +47,8 @@ def recorded(case: Case) -> dict[str, Tensor]:
     return totals | {"per_sequence": 100 * torch.tensor(list(facts["per_sequence_RGBT234_MPR_MSR"].values()))}
 
 
-def _given(module: torch.nn.Module, case: Case, names: dict[str, str]) -> None:
-    """The official tensors of a part of the model, our name -> theirs, put into ours."""
+def _load(module: torch.nn.Module, case: Case, names: dict[str, str]) -> None:
+    """Copy the official tensors of a part of the model, our name -> theirs, into ours."""
     module.load_state_dict({ours: case.state[official] for ours, official in names.items()})
 
 
@@ -57,7 +60,7 @@ def _adapter_names(official: str, ours: str = "") -> dict[str, str]:
 @torch.no_grad()
 def _adapter(case: Case) -> dict[str, Tensor]:
     adapter = bat.Adapter(768).eval()
-    _given(adapter, case, _adapter_names(""))
+    _load(adapter, case, _adapter_names(""))
     x = case.input("x")
     down = adapter.down(x)
     return {"down": down, "mid": adapter.mid(down), "y": adapter(x)[:, ::16]}
@@ -69,10 +72,10 @@ def _block(case: Case) -> dict[str, Tensor]:
     vit = VisionTransformer(img_size=16, embed_dim=config["dim"], depth=1, num_heads=config["heads"], num_classes=0)
     keep = config["keep_ratio_search"]
     model = bat.BAT(bat.OSTrack(vit), elimination={0: keep} if keep < 1 else {}).eval()
-    block, exchange = vit.blocks[0], model.exchanges[0]
-    _given(block, case, {name: name for name in block.state_dict()})
+    block, exchange = model.tracker.vit.blocks[0], model.exchanges[0]
+    _load(block, case, {name: name for name in block.state_dict()})
     for stage, official in (("attention", "adap_t."), ("mlp", "adap2_t.")):
-        _given(exchange[stage], case, _adapter_names(official, "adapters.0."))
+        _load(exchange[stage], case, _adapter_names(official, "adapters.0."))
     x, trace = torch.cat([case.input("x"), case.input("xi")]), {}
     start = torch.arange(256).expand(2, 256)
     out, kept = model._block(block, exchange, x, start, keep, trace)
@@ -97,15 +100,9 @@ def _head(case: Case) -> dict[str, Tensor]:
     for name in head.state_dict():
         branch, i, *rest = name.split(".")
         names[name] = ".".join([f"conv{int(i) + 1}_{branch}", *rest])
-    _given(head, case, names)
-    said = head(case.input("feat"))
-    return {
-        "score": said.score,
-        "size": said.size,
-        "offset": said.offset,
-        "bbox": said.box,
-        "max_score": said.score.flatten(1).amax(1),
-    }
+    _load(head, case, names)
+    score, size, offset, box = head(case.input("feat"))
+    return {"score": score, "size": size, "offset": offset, "bbox": box, "max_score": score.flatten(1).amax(1)}
 
 
 def _losses(case: Case) -> dict[str, Tensor]:
@@ -113,7 +110,7 @@ def _losses(case: Case) -> dict[str, Tensor]:
     score = case.values("input:score_logit", 6, 1, 16, 16).sigmoid().clamp(1e-4, 1 - 1e-4)
     terms = bat.losses(bat.Prediction(score, score, score, box), truth)
     pairs = box_convert(box, "cxcywh", "xyxy"), box_convert(truth, "xywh", "xyxy").clamp(0, 1)
-    rates = [[epoch, bat.keep_rate(int(epoch), 4, 4 + 16, 0.7)] for epoch, _ in case.recorded["keep_rate"].tolist()]
+    kept = [[epoch, keep_rate(int(epoch), 4, 4 + 16, 0.7)] for epoch, _ in case.recorded["keep_rate"].tolist()]
     return {
         "gt_xywh": truth,
         "pred_cxcywh": box,
@@ -122,9 +119,15 @@ def _losses(case: Case) -> dict[str, Tensor]:
         "giou_loss": terms["giou"],
         "l1_loss": terms["l1"],
         "focal_loss": terms["focal"],
-        "total_loss": terms["total"],
-        "keep_rate": torch.tensor(rates),
+        "total_loss": terms["loss"],
+        "keep_rate": torch.tensor(kept),
     }
+
+
+def keep_rate(epoch: int, start: int, stop: int, ratio: float) -> float:
+    """OSTrack's schedule of elimination: all tokens before epoch `start`, `ratio` from `stop` on, a cosine between."""
+    done = min(max((epoch - start) / (stop - start), 0.0), 1.0)
+    return ratio + (1 - ratio) * (1 + math.cos(math.pi * done)) / 2
 
 
 def frame(case: Case, t: int) -> np.ndarray:
@@ -142,7 +145,7 @@ def _crops(case: Case) -> dict[str, Tensor]:
         patch, _ = data.crop(image, facts["box"], facts["factor"], facts["size"])
         mask, _ = data.crop(inside, facts["box"], facts["factor"], facts["size"])
         found[f"crop{i}_{facts['size']}"] = torch.from_numpy(patch[::8, ::8].copy())
-        # the authors resize the mask of what is padding, and any trace of it counts
+        # the authors resize the padding mask and threshold it above 0
         found[f"pad{i}_{facts['size']}"] = torch.from_numpy(mask.reshape(mask.shape[:2])[::8, ::8] < 255)
     return found | {"hann16": bat.hann(16)}
 
@@ -152,8 +155,8 @@ def _model(case: Case) -> dict[str, Tensor]:
     template, search = case.input("template"), case.input("search")
     with torch.no_grad():
         tokens = model.embed_template(template)
-        features = model.features(tokens, search, trace)
-    said = model(template, search)
+        features = model.forward_features(tokens, search, trace)
+    prediction = model(template, search)
     found, depth = {}, len(model.exchanges)
     for i in (0, 1, 3, 5, 11):
         if i < depth:
@@ -163,13 +166,13 @@ def _model(case: Case) -> dict[str, Tensor]:
         found[f"last_attn_{stream}_center_to_search"] = row
     found |= {
         "backbone_feat": features[:, ::8, ::3],
-        "score_map": said.score,
-        "size_map": said.size,
-        "offset_map": said.offset,
-        "pred_boxes": said.box,
+        "score_map": prediction.score,
+        "size_map": prediction.size,
+        "offset_map": prediction.offset,
+        "pred_boxes": prediction.box,
     }
     boxes = torch.tensor([[0.3 + 0.1 * b, 0.35, 0.25, 0.2] for b in range(len(template))])
-    value = bat.losses(said, boxes)["total"]
+    value = bat.losses(prediction, boxes)["loss"]
     value.backward()
     official = model.official_names()
     trained = model.trained()
@@ -180,7 +183,7 @@ def _model(case: Case) -> dict[str, Tensor]:
     torch.optim.AdamW(trained.values(), lr=4e-4, weight_decay=1e-4).step()
     found |= {f"after_step:{official[n]}": p.detach() for n, p in trained.items()}
     with torch.no_grad():
-        found["loss_after_step"] = bat.losses(model(template, search), boxes)["total"]
+        found["loss_after_step"] = bat.losses(model(template, search), boxes)["loss"]
     return found
 
 
@@ -188,7 +191,7 @@ def _track_loop(case: Case) -> dict[str, Tensor]:
     whole = Case(case.folder.parent / "model_256", case.given)  # its weights are this case's
     model = bat.BAT.from_official(whole.state)
     video = Frames([frame(case, t) for t in range(5)])
-    track = follow(model, [video], [case.facts["inputs"]["init_box_xywh"]], accelerator="cpu")[0]
+    track = follow(model, [video], [case.facts["inputs"]["init_box_xywh"]], hardware=CPU)[0]
     return {"boxes": torch.from_numpy(track.boxes), "best_score": torch.from_numpy(track.scores[1:])}
 
 

@@ -1,9 +1,9 @@
-"""How the pocket tracker was made, the one-stream foundation that stands for OSTrack, and how good it is.
+"""The pocket tracker, a one-stream tracker that stands in for OSTrack: its builder, training and measured quality.
 
     python -m companion.toy.encoders.tracker      (about 5 minutes on one core)
 
-It is trained on clear pairs of pictures of one stream, two thirds RGB and one third thermal, whose distractors differ
-from the target: it learns to match, and nothing of darkness, glare, crossover, or of two streams.
+It is trained on clear pairs of crops of one stream, two thirds RGB and one third thermal, whose distractors differ from
+the target: it learns to match, and has seen no darkness, glare or crossover, and no second stream.
 """
 
 from __future__ import annotations
@@ -13,82 +13,102 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.utils.data import TensorDataset
 from torchvision.ops import box_convert
 
+from ...backbones import read_state
 from ...data.tracking import MEAN, STD
 from ...evaluation.metrics.tracking import centre_distance, iou
-from ...models.bat import model as bat
-from ...training.fit import fit
+from ...models.bat import OSTrack, losses
+from ...training.callbacks import ClipNorm
+from ...training.fit import CPU, Batch, fit
+from ...training.schedules import adamw
 from ..datasets.tracking import foundation_pairs
-from . import card
+from . import card, weights_file
 
 NAME = "pocket_ostrack"
-PAIRS, EPOCHS, BATCH, RATE = 16_000, 6, 32, 2e-3
-TESTED = 1000  # pairs of tiles that training never saw
+PAIRS, EPOCHS, BATCH, LEARNING_RATE = 16_000, 6, 32, 2e-3
+TESTED = 1000  # pairs of tiles that are not in training
+
+
+def build(weights: str | Path = "shipped") -> OSTrack:
+    """The pocket tracker in eval mode: 4 blocks of width 64, crops of 32 and 64 pixels.
+
+    Args:
+        weights: "shipped", "random" (torch's current seed), or a file under the names of OSTrack's authors.
+
+    Raises:
+        CorruptFile, BadCheckpoint: a file that cannot be read, or does not fit.
+    """
+    size = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2}
+    unused = {"num_classes": 0, "class_token": False, "pos_embed": "none", "global_pool": ""}
+    tracker = OSTrack(VisionTransformer(**size, **unused), template=32, search=64, head_channels=64)
+    if weights != "random":
+        tracker.load_official(read_state(weights_file(NAME) if weights == "shipped" else weights))
+    return tracker.eval()
 
 
 def pixels(patches: Tensor) -> Tensor:
-    """uint8 patches (n, 3, H, W) of one stream, normalised as the tracker wants them."""
+    """Normalised input of the tracker, from uint8 crops (n, 3, H, W) of one stream."""
     mean, std = (torch.tensor(v, device=patches.device)[:, None, None] for v in (MEAN, STD))
     return (patches.float() / 255 - mean) / std
 
 
-def loss(tracker: bat.OSTrack, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def loss(tracker: OSTrack, batch: Batch) -> dict[str, Tensor]:
     """OSTrack's loss on uint8 templates (B, 3, 32, 32), searches (B, 3, 64, 64) and boxes (B, 4)."""
     template, search, boxes = batch
-    return bat.losses(tracker(pixels(template), pixels(search)), boxes)["total"]
+    return losses(tracker(pixels(template), pixels(search)), boxes)
 
 
-def pairs(count: int, seed: int, split: str) -> torch.utils.data.TensorDataset:
-    """Foundation pairs as a data set: uint8 templates, uint8 searches, boxes x, y, w, h as fractions of the crop."""
-    return torch.utils.data.TensorDataset(*map(torch.from_numpy, foundation_pairs(count, seed, split)))
+def pairs(count: int, seed: int, split: str) -> TensorDataset:
+    """Training pairs as a dataset: uint8 templates, uint8 searches, boxes x, y, w, h as fractions of the crop."""
+    return TensorDataset(*map(torch.from_numpy, foundation_pairs(count, seed, split)))
 
 
-def train(count: int = PAIRS, epochs: float = EPOCHS, seed: int = 0) -> bat.OSTrack:
-    """Train the pocket tracker from nothing; returned in eval mode."""
+def train(count: int = PAIRS, epochs: float = EPOCHS, seed: int = 0) -> OSTrack:
+    """The pocket tracker, trained from scratch, in eval mode."""
     torch.manual_seed(seed)
-    tracker = bat.foundation(NAME, "random")
+    tracker = build("random")
     fit(
         tracker,
         loss,
         pairs(count, seed, "train"),
         epochs=epochs,
         batch=BATCH,
-        lr=RATE,
-        weight_decay=0.05,
-        clip=1.0,
-        warmup=0.1,
+        optimizer=adamw(LEARNING_RATE, 0.05),
+        callbacks=[ClipNorm(1.0)],
         seed=seed,
-        accelerator="cpu",
+        hardware=CPU,
         name=NAME,
     )
     return tracker
 
 
 @torch.inference_mode()
-def measure(tracker: bat.OSTrack, count: int = TESTED, seed: int = 1) -> dict[str, dict[str, float]]:
-    """Mean IoU and precision (centre at most 5 of the 64 pixels off) on test pairs, by stream, and of no answer at all.
+def measure(tracker: OSTrack, count: int = TESTED, seed: int = 1) -> dict[str, dict[str, float]]:
+    """Mean IoU and precision (centre at most 5 of the 64 pixels off) on test pairs, by stream, and at chance level.
 
-    "chance" gives every target a box of average size in the middle of the crop.
+    "chance" predicts a box of average size in the middle of every crop.
     """
     template, search, truth = pairs(count, seed, "test").tensors
     parts = zip(template.split(250), search.split(250), strict=True)
-    said = torch.cat([box_convert(tracker(pixels(z), pixels(x)).box, "cxcywh", "xywh") for z, x in parts]).numpy()
+    predicted = torch.cat([box_convert(tracker(pixels(z), pixels(x)).box, "cxcywh", "xywh") for z, x in parts]).numpy()
     truth, everywhere = truth.numpy(), np.ones(count, bool)
     grey = (template.float().amax(1) - template.float().amin(1)).mean((1, 2)).numpy() < 4  # JPEG leaves a little colour
     size = truth[:, 2:].mean(0)
     middle = np.tile(np.concatenate([0.5 - size / 2, size]), (count, 1))
     found = {}
-    for what, boxes, rows in (("RGB", said, ~grey), ("thermal", said, grey), ("chance", middle, everywhere)):
+    for name, boxes, rows in (("RGB", predicted, ~grey), ("thermal", predicted, grey), ("chance", middle, everywhere)):
         pair = 64 * boxes[rows], 64 * truth[rows]
         near = centre_distance(*pair, inclusive=False) <= 5
-        found[what] = {"IoU": round(float(iou(*pair).mean()), 3), "precision": round(float(near.mean()), 3)}
+        found[name] = {"IoU": round(float(iou(*pair).mean()), 3), "precision": round(float(near.mean()), 3)}
     return found
 
 
 def ship(folder: Path, seed: int = 0) -> Path:
-    """Train, measure, and write the weights and their card."""
+    """Train, measure, and write the weights and their model card."""
     start = time.monotonic()
     tracker = train(seed=seed)
     head = {
@@ -96,7 +116,7 @@ def ship(folder: Path, seed: int = 0) -> Path:
         "data": "drawn objects with surfaces cut from photographs that ship with scikit-image and scikit-learn, over "
         "such photographs; train tiles only",
         "command": "python -m companion.toy.encoders.tracker",
-        "recipe": {"pairs": PAIRS, "epochs": EPOCHS, "batch": BATCH, "rate": RATE, "seed": seed},
+        "recipe": {"pairs": PAIRS, "epochs": EPOCHS, "batch": BATCH, "learning_rate": LEARNING_RATE, "seed": seed},
         "seconds": round(time.monotonic() - start),
         "parameters": sum(p.numel() for p in tracker.parameters()),
     }
@@ -106,16 +126,16 @@ def ship(folder: Path, seed: int = 0) -> Path:
 _CARD = """
 # pocket_ostrack
 
-A one-stream tracker of OSTrack's build at pocket size: 4 blocks of width 64, patches of 8, templates of 32x32 and
+A small one-stream tracker of OSTrack's architecture: 4 blocks of width 64, patches of 8, templates of 32x32 and
 searches of 64x64 pixels, a centre head of width 64. It stands in for OSTrack-256, which no program may download.
 
-`companion.models.bat.model.foundation("pocket_ostrack")` loads it; the tensors have OSTrack's names.
+`companion.toy.encoders.tracker.build()` loads it; the tensors have OSTrack's names.
 
-**Measured** on pairs cut from tiles of the photographs never seen in training: see `quality` above. `chance` is a box
-of average size in the middle of every crop.
+**Measured** on pairs cropped from tiles of the photographs that are not in training: see `quality` above. `chance` is a
+box of average size in the middle of every crop.
 
-**Limits.** It knows clear pictures of this small world, where distractors differ from the target. It has seen no
-darkness, no glare, no thermal crossover, and never two streams at once: that is what the adapters are for.
+**Limits.** It was trained on clear synthetic images, where distractors differ from the target. It has seen no darkness,
+no glare, no thermal crossover, and never two streams at once: that is left to the adapters.
 """
 
 
