@@ -1,13 +1,13 @@
-"""BAT's frame and training step beside the two passes of the paper's formulas.
+"""BAT's time for a frame and for a training step, compared with the two passes of the paper's formulas.
 
 The reference runs the network as the released code does (section 3.2 of the method, line by line): each stream by
-itself, attention by two matrix products and a softmax, the norms computed anew for the adapters, the template embedded
-anew with every frame. Ours takes both streams as one batch, calls PyTorch's fused attention, reads each norm once and
-keeps the template's tokens. Both are checked to give the same box before anything is timed.
+itself, attention by two matrix products and a softmax, the norms computed again for the adapters, the template embedded
+with every frame. Ours takes both streams as one batch, calls PyTorch's fused attention, computes each norm once and
+caches the template's tokens. Both are checked to give the same box before anything is timed.
 
-A frame is the network's work on one search crop; cutting crops and reading files are the same for both. In float32 the
-frozen layers' matrix products are more than four fifths of it and neither form can save any of them, so little is left
-to gain; bfloat16 halves them, on processors that have it.
+A frame is one forward pass on one search crop; cropping and reading files are the same for both. In float32 the frozen
+layers' matrix products are more than four fifths of it, and neither form can save any of them; bfloat16 halves their
+time on processors that have it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch
 from bench import Step
 from torch import Tensor, nn
 
-from companion.models.bat import model as bat
+from companion.models import bat
 from companion.ops.files import read_json, write_json
+from companion.toy.encoders import tracker as pocket_tracker
 
 POCKET_FRAMES = 20  # one takes a few milliseconds
 
@@ -33,7 +34,8 @@ def inputs(tracker: bat.OSTrack) -> tuple[Tensor, Tensor]:
 
 def build(name: str) -> bat.BAT:
     torch.manual_seed(0)
-    return bat.BAT(bat.foundation(name, "random")).eval()
+    builder = pocket_tracker.build if name == "pocket_ostrack" else bat.foundation
+    return bat.BAT(builder("random")).eval()
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------
@@ -46,7 +48,7 @@ def attention(attn: nn.Module, h: Tensor) -> Tensor:
 
 
 def two_passes(model: bat.BAT, template: Tensor, search: Tensor) -> bat.Prediction:
-    """What `model(template, search)` gives, as the released code computes it."""
+    """The output of `model(template, search)`, computed as in the released code."""
     tracker, embedded = model.tracker, []
     for z, x in zip(template.chunk(2, 1), search.chunk(2, 1), strict=True):
         embedded.append(torch.cat([tracker.embed_template(z), tracker.embed_search(x)], 1))
@@ -60,7 +62,7 @@ def two_passes(model: bat.BAT, template: Tensor, search: Tensor) -> bat.Predicti
         before = x
         x = x + drop2(block.mlp(block.norm2(x))) + drop2(pass2(block.norm2(xi)))
         xi = xi + drop2(block.mlp(block.norm2(xi))) + drop2(pass2(block.norm2(before)))
-    return tracker.locate(tracker.vit.norm(x) + tracker.vit.norm(xi))
+    return tracker.forward_head(tracker.vit.norm(x) + tracker.vit.norm(xi))
 
 
 # --- what is timed ----------------------------------------------------------------------------------------------------
@@ -94,8 +96,8 @@ def training(ours: bool) -> Step:
     optimizer = torch.optim.AdamW(model.trained().values(), lr=4e-4)
 
     def step() -> None:
-        said = model(*crops) if ours else two_passes(model, *crops)
-        bat.losses(said, boxes)["total"].backward()
+        prediction = model(*crops) if ours else two_passes(model, *crops)
+        bat.losses(prediction, boxes)["loss"].backward()
         nn.utils.clip_grad_norm_(model.trained().values(), 0.1)
         optimizer.step()
         optimizer.zero_grad()
@@ -104,7 +106,7 @@ def training(ours: bool) -> Step:
 
 
 def plain() -> Step:
-    """OSTrack on both streams, forward and back to its tokens: what no exact training of the adapters can avoid."""
+    """OSTrack on both streams, forward and backward to its tokens: a lower bound of any exact training step."""
     tracker = build("ostrack_b256").tracker
     template, search = inputs(tracker)
     with torch.no_grad():
@@ -115,7 +117,7 @@ def plain() -> Step:
 
     def step() -> None:
         first, second = tracker.vit.norm(tracker.vit.blocks(tokens)).chunk(2)
-        bat.losses(tracker.locate(first + second), boxes)["total"].backward()
+        bat.losses(tracker.forward_head(first + second), boxes)["loss"].backward()
         tokens.grad = None
 
     return step

@@ -101,7 +101,8 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
             return model.eval(), []
         videos = [sequence.name for sequence in pairs.sequences]
         checkpoint = Checkpoint.of(out / "checkpoints", name, model=model, videos=videos)
-        history = learn(model, pairs, p.seed, hardware, checkpoint=checkpoint, name=method)
+        settings = {"epochs": EPOCHS, "batch": BATCH, "checkpoint": checkpoint, "name": method}
+        history = learn(model, pairs, p.seed, hardware, **settings)
         checkpoints.save(out / "trained", name, model.to_official())
         return model, history
 
@@ -129,8 +130,8 @@ def learn(
     seed: int,
     hardware: Hardware,
     *,
-    epochs: int = EPOCHS,
-    batch: int = BATCH,
+    epochs: int,
+    batch: int,
     checkpoint: Checkpoint | None = None,
     name: str = "BAT",
 ) -> History:
