@@ -28,6 +28,7 @@ import pandas as pd
 
 from ...errors import BadParameter
 
+THRESHOLD = 0.45  # of a probability, above which an attribute is predicted, in the authors' evaluation
 _TINY = 1e-20  # the authors': so that 0 / 0 is 0
 
 
@@ -56,7 +57,7 @@ class Scores:
         return pd.DataFrame({"attribute": list(names), "positives": self.positives, "mA": self.balanced, "F1": self.f1})
 
 
-def evaluate(labels: np.ndarray, probabilities: np.ndarray, threshold: float = 0.45) -> Scores:
+def evaluate(labels: np.ndarray, probabilities: np.ndarray, threshold: float = THRESHOLD) -> Scores:
     """Score probabilities (n, A) against labels (n, A): 1 where the attribute is there, 0 where it is not.
 
     Any other label, -1 for one that nobody could tell, counts in neither sum of mA and is no positive of its image.
@@ -97,3 +98,15 @@ def evaluate(labels: np.ndarray, probabilities: np.ndarray, threshold: float = 0
         100 * there.mean(0),
         threshold,
     )
+
+
+def decode(probabilities: np.ndarray, names: Sequence[str], threshold: float = THRESHOLD) -> list[dict[str, float]]:
+    """The attributes predicted for each row of probabilities (n, A), by name, the most probable first.
+
+    Raises:
+        BadParameter: not one name for each column.
+    """
+    rows = np.asarray(probabilities)
+    if rows.ndim != 2 or rows.shape[1] != len(names):
+        raise BadParameter("names", len(names), f"one for each attribute of probabilities {rows.shape}")
+    return [{names[i]: float(row[i]) for i in np.argsort(-row, kind="stable") if row[i] > threshold} for row in rows]

@@ -2,22 +2,22 @@
 
 Wang et al., IEEE TCSVT 2024, arXiv 2312.10692.
 
-Each attribute is a sentence that a frozen CLIP reads; deep prompts adapt its image tower in one global group and one
-for each horizontal strip of the picture, a strip's tokens seeing nothing but themselves and their strip; one frozen ViT
-block fuses sentences and image tokens, and each attribute's token goes to a linear head of its own. A second loss
+A frozen CLIP encodes one sentence for each attribute. Deep prompts adapt its image tower in one global group and one
+group for each horizontal strip of the image; the tokens of a strip's group attend to their group and their strip only.
+One frozen ViT block fuses sentences and image tokens, and each attribute's token has its own linear head. A second loss
 compares the strips' class tokens with the sentences.
 
-Of the paper's text only the abstract and the figures were at hand: every formula here was read from the authors' code
-(Event-AHU/OpenPAR, folder PromptPAR, MIT, read at 210ff55; the release nearest to the paper is f3be678) and written
-anew; outputs are checked against ones recorded from it. What that code does by mistake is kept behind one argument,
+Of the paper's text only the abstract and the figures were available: every formula here was read from the authors' code
+(Event-AHU/OpenPAR, folder PromptPAR, MIT, read at 210ff55; the release nearest to the paper is f3be678) and implemented
+independently; outputs are checked against recorded ones. The mistakes of that code are behind one argument,
 `official_quirks`.
 
-Three things are computed once, or not at all, without changing any output:
+Three computations are saved without changing any output:
 
-* Sentences are constants. The released prompts of the text tower stand AFTER the end of the text, and the tower is
-  causal: nothing of them can reach the feature (`prompted_text` shows it). So the features are computed once.
-* A prompt that the next layer replaces is only looked at: it gives keys and values, and no token of its own.
-* Only the attributes' tokens leave the fusion block: the others give keys and values alone.
+* Sentences are constants. The released prompts of the text tower come after the end of the text, and the tower is
+  causal: they cannot reach the feature (`prompted_text` shows it). So the features are computed once.
+* A prompt that the next layer replaces gives keys and values only, and no token of its own.
+* Only the attributes' tokens leave the fusion block; the others give keys and values only.
 
 Shapes: b images, A attributes, R regions (strips), P prompts a layer, J prompted layers, N = Gh · Gw patches,
 L = 1 + R + P + N tokens, W the width of the image tower, E that of the space it shares with the text, D that of the
@@ -44,35 +44,28 @@ from timm.layers import DropPath
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ...errors import BadCheckpoint, BadParameter, CorruptFile
 from ...ops.unpickle import load_torch
-from ..layers.clip_prompting import (
-    Texts,
-    Tokenizer,
-    check_depth,
-    checked_clip,
-    embed_texts,
-    encode_text,
-    load_official,
-    official_state,
-)
+from ..layers import state_dicts
+from ..layers.clip_prompting import Texts, Tokenizer, check_depth, checked_clip, embed_texts, encode_text
+from ..layers.frozen import frozen_copy
 
 TUNED = ("prompts", "all")
-THRESHOLD = 0.45  # of a probability: an attribute is there above it, as in the authors' evaluation
 
 
 class Output(NamedTuple):
-    """What a batch of images gives, both before the sigmoid."""
+    """The outputs for a batch of images, before the sigmoid."""
 
     logits: Tensor  # (b, A), the prediction
-    similarity: Tensor | None  # (b, A), of the regions with the sentences, for the loss alone; None without regions
+    similarity: Tensor | None  # (b, A), of the regions and the sentences, for the loss only; None without regions
 
 
 class Maps(NamedTuple):
-    """Where the model looks, on the grid of patches; attention is the mean over heads."""
+    """Attention (mean over heads) and similarity maps on the grid of patches."""
 
-    regions: Tensor  # (b, 1 + R, Gh, Gw): CLS and each LC_r in the last layer of the image tower
+    regions: Tensor  # (b, 1 + R, Gh, Gw): [CLS] and each LC_r in the last layer of the image tower
     attributes: Tensor  # (b, A, Gh, Gw): each attribute's token in the fusion block
     cosines: Tensor  # (b, A, Gh, Gw): of each patch's token with each sentence
 
@@ -81,7 +74,7 @@ class Maps(NamedTuple):
 
 
 def strips(rows: int, regions: int, overlap: int) -> list[tuple[int, int]]:
-    """First row and row after the last of each strip; neighbours share `overlap` rows, the outer edges share none.
+    """The first row and the row after the last of each strip; neighbours share `overlap` rows.
 
     16 rows in 4 strips with 2 shared ones: 0 to 4, 3 to 8, 7 to 12, 11 to 15, as published.
     """
@@ -91,21 +84,21 @@ def strips(rows: int, regions: int, overlap: int) -> list[tuple[int, int]]:
 
 
 def group_sizes(prompts: int, regions: int) -> list[int]:
-    """How many of the P prompts each of the 1 + R groups has: as evenly as it goes, the first ones taking the rest."""
+    """The number of prompts, of P, in each of the 1 + R groups: as even as possible, larger groups first."""
     return [len(group) for group in np.array_split(np.arange(prompts), regions + 1)]
 
 
 def region_mask(
     grid: tuple[int, int], prompts: int, regions: int = 4, overlap: int = 2, official_quirks: bool = False
 ) -> Tensor:
-    """(L, L), True where a token (row) must not look at another (column), both in the layout of the paper.
+    """(L, L), True where a token (row) must not attend to another (column), both in the layout of the paper.
 
-    A token of region r >= 1 sees the tokens of its own group and the patches of its strip; all others see everything.
+    A token of region r >= 1 attends to its own group and the patches of its strip; all others attend to everything.
 
     Args:
         grid: rows and columns of patches.
-        official_quirks: strips begin at patches 0, 48, 112 and 176 whatever the grid, and have the number of patches
-            that they have by rule, as released. Right for 16x16 patches and an overlap of 2 alone.
+        official_quirks: strips begin at patches 0, 48, 112 and 176 for every grid, as released, and have the correct
+            number of patches. Right only for 16x16 patches and an overlap of 2.
     """
     rows, columns = grid
     patches = rows * columns
@@ -128,10 +121,10 @@ def region_mask(
 
 
 def prompted_text(clip: CLIP, texts: Texts, prompts: Tensor, place: str = "end") -> Tensor:
-    """Sentence features (A, E), not normalised, with prompts (layers, n, A, Wt) of their own for each sentence.
+    """Sentence features (A, E), not normalised, with prompts (layers, n, A, Wt): n for each sentence and layer.
 
-    The model does not need this: with `place` "end", as released, the features are those without prompts, whatever the
-    prompts are, and the gradient is exactly zero. With "start", behind the start token, they do take part.
+    The model does not need this: with `place` "end", as released, any prompts give the features without prompts, and
+    the gradient is exactly zero. With "start", after the start token, they have an effect.
     """
     if place not in ("end", "start"):
         raise BadParameter("place", place, ("end", "start"))
@@ -150,37 +143,37 @@ def prompted_text(clip: CLIP, texts: Texts, prompts: Tensor, place: str = "end")
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, keep: list[Tensor] | None) -> Tensor:
-    """Attention of (b, n, W) on (b, m, W); into `keep`, when there, goes the map (b, n, m), the mean over heads."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, maps: list[Tensor] | None) -> Tensor:
+    """Attention of (b, n, W) to (b, m, W); the attention map (b, n, m), the mean over heads, is appended to `maps`."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     mask = None if mask is None else mask.to(q.dtype)
-    if keep is not None:
+    if maps is not None:
         scores = q @ k.mT / math.sqrt(q.shape[-1])
-        keep.append((scores if mask is None else scores + mask).softmax(-1).mean(1))
+        maps.append((scores if mask is None else scores + mask).softmax(-1).mean(1))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 def _clip_block(
-    block: nn.Module, x: Tensor, more: Tensor | None, mask: Tensor | None, keep: list[Tensor] | None
+    block: nn.Module, x: Tensor, more: Tensor | None, mask: Tensor | None, maps: list[Tensor] | None
 ) -> Tensor:
-    """One block of open_clip's on tokens (b, n, W). `more` (m, W), the same for every image, is looked at as well."""
+    """One block of open_clip's on tokens (b, n, W), which also attend to `more` (m, W), the same for every image."""
     attn = block.attn
     q, k, v = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)
     if more is not None:
         width = x.shape[-1]
         seen = F.linear(block.ln_1(more), attn.in_proj_weight[width:], attn.in_proj_bias[width:]).chunk(2, -1)
         k, v = (torch.cat([own, new.expand(len(x), -1, -1)], 1) for own, new in zip((k, v), seen, strict=True))
-    x = x + block.ls_1(attn.out_proj(_attend(q, k, v, attn.num_heads, mask, keep)))
+    x = x + block.ls_1(attn.out_proj(_attend(q, k, v, attn.num_heads, mask, maps)))
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
-def _read_first(block: Block, x: Tensor, count: int, keep: list[Tensor] | None) -> Tensor:
-    """The first `count` tokens (b, count, D) that one block of timm's gives for tokens (b, n, D)."""
+def _first_tokens(block: Block, x: Tensor, count: int, maps: list[Tensor] | None) -> Tensor:
+    """The first `count` output tokens (b, count, D) of one of timm's blocks, from tokens (b, n, D)."""
     attn, h = block.attn, block.norm1(x)
     width, first = x.shape[-1], x[:, :count]
     q = F.linear(h[:, :count], attn.qkv.weight[:width], attn.qkv.bias[:width])
     k, v = F.linear(h, attn.qkv.weight[width:], attn.qkv.bias[width:]).chunk(2, -1)
-    first = first + block.drop_path1(block.ls1(attn.proj(_attend(q, k, v, attn.num_heads, None, keep))))
+    first = first + block.drop_path1(block.ls1(attn.proj(_attend(q, k, v, attn.num_heads, None, maps))))
     return first + block.drop_path2(block.ls2(block.mlp(block.norm2(first))))
 
 
@@ -188,7 +181,7 @@ def _read_first(block: Block, x: Tensor, count: int, keep: list[Tensor] | None) 
 
 
 class Heads(nn.Module):
-    """A linear head for each attribute, on a token of its own: (b, A, D) to (b, A). They start as `nn.Linear` does."""
+    """One linear head for each attribute on its own token: (b, A, D) to (b, A), initialised as `nn.Linear`."""
 
     def __init__(self, width: int, attributes: int):
         super().__init__()
@@ -203,34 +196,34 @@ class Heads(nn.Module):
 class PromptPAR(nn.Module):
     """PromptPAR on an open_clip CLIP and a timm ViT of any size.
 
-        v = tower(image, P, LC)                             L tokens; P replaced in each of the first J layers
+        v = tower(image, P, LC)                             L tokens; P replaced at each of the first J layers
         x = norm(block([word_embed(T) ; v]))                T (A, E): the sentences' features, constants
         logits_i = BN(w_i x_i + b_i)                        attribute i from its own token
         s = softmax_A(100 cos(region, T) / tau)             (1 + R, A): row 0 global, then each region
         similarity = BN((pick_R(s) + s_0) / 2)              pick: the largest over regions above 0.5, else the smallest
 
     Args:
-        clip: an open_clip `CLIP` with a ViT; it is frozen, or, for `tuned` "all", copied.
+        clip: an open_clip `CLIP` with a ViT; the model shares its tensors, frozen (or, for `tuned` "all", copies them).
         sentences: one for each attribute, or their embedded `Texts`.
         tokenizer: texts to ids, as `open_clip.get_tokenizer`; None with `Texts`.
-        fusion: a timm ViT, ViT-B/16 of ImageNet as published; its last `mm_layers` blocks and its norm are copied, the
-            norms of both are trained.
-        prompts: P, over all 1 + R groups together. 0 leaves the tower as it is.
-        regions: R. 0 makes all prompts global, and there is no similarity.
-        depth: J, the prompted layers; None for all of the tower's.
+        fusion: a timm ViT, ViT-B/16 of ImageNet as published; its last `mm_layers` blocks and its norm are copied, and
+            the norms of both are trained.
+        prompts: P, the number of prompts in all 1 + R groups together. 0: the tower without prompts.
+        regions: R. 0: all prompts are global, and there is no similarity.
+        depth: J, the prompted layers; None: all layers of the tower.
         overlap: rows that neighbouring strips share.
-        masked: whether the regions' tokens are confined to their strips.
-        text_prompts: prompts a layer of the text tower and sentence. They change nothing, and are kept, frozen, so that
-            the authors' checkpoints load and can be counted.
-        mm_layers: blocks of the fusion. 0 is one linear layer over the token axis instead (the authors' ablation).
+        masked: whether the regions' tokens attend to their strips only.
+        text_prompts: prompts of the text tower a layer and sentence. They have no effect, and exist, frozen, so that
+            the authors' checkpoints load and their parameters are counted.
+        mm_layers: blocks of the fusion. 0: one linear layer over the token axis (the authors' ablation).
         visual_embed: a trained linear layer on the image tokens before the fusion, which the authors added in May 2025.
             Without it E and D must be equal.
-        drop_path: rate at which the last fusion block is skipped for an image while training.
+        drop_path: probability that the last fusion block is skipped for an image during training.
         threshold: see `pick` above.
         tuned: "prompts", as published, or "all", the baseline that trains the whole image tower as well.
-        official_quirks: as released, where that is not what the method means: no last norm on the image tower's tokens;
-            row 0 of the similarity is the first global prompt, not CLS; the last image's regions count for the whole
-            batch; and strips as in `region_mask`. Needs 4 regions and prompts in groups of equal size.
+        official_quirks: as released, where the code differs from the method: no last norm on the image tower's tokens;
+            row 0 of the similarity is the first global prompt, not [CLS]; the last image's regions count for the whole
+            batch; and strips as in `region_mask`. Requires 4 regions and groups of equal size.
 
     Raises:
         BadParameter: a CLIP, tokenizer, ViT or option that does not fit.
@@ -259,9 +252,9 @@ class PromptPAR(nn.Module):
         super().__init__()
         if tuned not in TUNED:
             raise BadParameter("tuned", tuned, TUNED)
-        # what is trained is a copy: another model may stand on the same CLIP
-        clip = copy.deepcopy(checked_clip(clip)) if tuned == "all" else checked_clip(clip)
-        self.clip = clip.requires_grad_(False).eval()
+        checked_clip(clip)
+        self.clip = clip = frozen_copy(copy.deepcopy(clip) if tuned == "all" else clip)
+        self.grad_checkpointing = False
         visual, layers = clip.visual, len(clip.visual.transformer.resblocks)
         self.grid = rows, _ = tuple(visual.grid_size)
         if not isinstance(fusion, VisionTransformer):
@@ -320,10 +313,10 @@ class PromptPAR(nn.Module):
         self._lay_out(prompts, regions)
 
     def set_sentences(self, sentences: Sequence[str] | Texts, tokenizer: Tokenizer | None = None) -> None:
-        """Read the sentences, as many as before, and keep their features, `text_features` (A, E), not normalised."""
+        """Encode the sentences, as many as before; store their features, `text_features` (A, E), not normalised."""
         if not isinstance(sentences, Texts):
             if tokenizer is None:
-                raise BadParameter("tokenizer", None, "the CLIP's tokenizer, when sentences are given as words")
+                raise BadParameter("tokenizer", None, "the CLIP's tokenizer, when sentences are given as text")
             sentences = embed_texts(tokenizer, self.clip, sentences)
         known = getattr(self, "text_features", None)
         if known is not None and len(known) != len(sentences.ends):
@@ -334,17 +327,17 @@ class PromptPAR(nn.Module):
         self.register_buffer("text_features", features, persistent=False)
 
     def _lay_out(self, prompts: int, regions: int) -> None:
-        """Where each token is: inside the tower all prompts are last, so that the others need not be moved."""
+        """Set the order of tokens: inside the tower the prompts are last, so that no other token is moved."""
         patches = self.grid[0] * self.grid[1]
         sizes, before = group_sizes(prompts, regions), 1 + regions + patches
         starts = np.cumsum([0, *sizes])
         order = [i for r, s in enumerate(sizes) for i in (r, *range(before + starts[r], before + starts[r] + s))]
         order = torch.tensor([*order, *range(1 + regions, before)])
         self.register_buffer("order", order, persistent=False)
-        places = torch.tensor([r + int(starts[r]) for r in range(regions + 1)])  # of CLS and each LC_r
+        positions = torch.tensor([r + int(starts[r]) for r in range(regions + 1)])  # of [CLS] and each LC_r
         if self.official_quirks:
-            places[0] = 1
-        self.register_buffer("places", places, persistent=False)
+            positions[0] = 1
+        self.register_buffer("class_positions", positions, persistent=False)
         mask = None
         if regions and self.masked:
             forbidden = region_mask(self.grid, prompts, regions, self.overlap, self.official_quirks)
@@ -352,79 +345,88 @@ class PromptPAR(nn.Module):
             mask = torch.zeros(forbidden.shape).masked_fill(forbidden[inside][:, inside], -torch.inf)
         self.register_buffer("mask", mask, persistent=False)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> PromptPAR:
+        """As `nn.Module.train`, but the CLIP stays in eval mode."""
         super().train(mode)
         self.clip.eval()
         return self
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the activations of each layer of the image tower in the backward pass: less memory, more time."""
+        self.grad_checkpointing = enable
+
     def trained(self) -> dict[str, nn.Parameter]:
-        """The trained tensors by name."""
+        """The trainable parameters by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def sides(self) -> dict[str, list[nn.Parameter]]:
-        """The trained tensors of the two optimisers that the authors use: "prompts", beside CLIP, and "heads"."""
+    def param_groups(self) -> list[dict[str, object]]:
+        """The parameter groups of the authors' two optimisers: "prompts", of the image tower, and "heads"."""
         own = ("clip.", "prompts", "region_tokens", "temperature", "agg_bn.")
-        sides: dict[str, list[nn.Parameter]] = {"prompts": [], "heads": []}
+        groups: dict[str, list[nn.Parameter]] = {"prompts": [], "heads": []}
         for name, p in self.trained().items():
-            sides["prompts" if name.startswith(own) else "heads"].append(p)
-        return sides
+            groups["prompts" if name.startswith(own) else "heads"].append(p)
+        return [{"name": name, "params": parameters} for name, parameters in groups.items() if parameters]
 
     def count(self, inert: bool = False) -> int:
-        """How many numbers are trained; with `inert`, as the authors count, the text tower's prompts among them."""
+        """The number of trainable parameters; `inert`: including the text tower's prompts, as the authors count."""
         return sum(p.numel() for p in self.trained().values()) + inert * self.text_prompts.numel()
 
-    def tower(self, x: Tensor, keep: list[Tensor] | None = None) -> Tensor:
+    def tower(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
         """The prompted layers of the image tower: (b, 1 + R + N, W), class tokens first, after CLIP's first norm, to
-        (b, L, W) in the layout of the paper. Into `keep`, when there, goes the attention of the last one, (b, L, L)."""
+        (b, L, W) in the layout of the paper. The attention map of the last layer, (b, L, L), is appended to `maps`."""
         blocks, depth = self.clip.visual.transformer.resblocks, len(self.prompts)
         for i, block in enumerate(blocks, 1):
             more, mask = None, self.mask
-            if i < depth:  # the next layer replaces these prompts: they are looked at, and give nothing
+            if i < depth:  # the next layer replaces these prompts: they give keys and values only
                 more, mask = self.prompts[i - 1], None if mask is None else mask[: x.shape[1]]
             elif i == depth:
                 x = torch.cat([x, self.prompts[-1].expand(len(x), -1, -1)], dim=1)
-            x = _clip_block(block, x, more, mask, keep if i == len(blocks) else None)
-        if keep is not None:
-            keep[-1] = keep[-1][:, self.order][:, :, self.order]
+            arguments = block, x, more, mask, maps if i == len(blocks) else None
+            if self.grad_checkpointing and torch.is_grad_enabled() and maps is None:
+                x = checkpoint(_clip_block, *arguments, use_reentrant=False)
+            else:
+                x = _clip_block(*arguments)
+        if maps is not None:
+            maps[-1] = maps[-1][:, self.order][:, :, self.order]
         return x[:, self.order]
 
-    def visual_tokens(self, images: Tensor, keep: list[Tensor] | None = None) -> Tensor:
-        """All tokens of the image tower, (b, L, E), of images (b, 3, H, W); `keep` as in `tower`.
+    def forward_features(self, images: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+        """All tokens of the image tower, (b, L, E), of images (b, 3, H, W); `maps` as in `tower`.
 
         Without prompts and regions nothing in the tower is trained: it runs without autograd, and its tokens may be
-        kept and given to every call of the model.
+        cached for `forward_head`.
         """
         visual = self.clip.visual
         tuned = visual.proj.requires_grad and torch.is_grad_enabled()
-        learns = len(self.prompts) > 0 or len(self.region_tokens) > 0
-        with torch.set_grad_enabled(tuned or (learns and torch.is_grad_enabled())):
+        prompted = len(self.prompts) > 0 or len(self.region_tokens) > 0
+        with torch.set_grad_enabled(tuned or (prompted and torch.is_grad_enabled())):
             with torch.set_grad_enabled(tuned):
                 patches = visual.conv1(images).flatten(2).mT
                 first = visual.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
                 x = visual.ln_pre(torch.cat([first, patches], dim=1) + visual.positional_embedding)
             regions = visual.ln_pre(self.region_tokens).expand(len(images), -1, -1)
-            x = self.tower(torch.cat([x[:, :1], regions, x[:, 1:]], dim=1), keep)
+            x = self.tower(torch.cat([x[:, :1], regions, x[:, 1:]], dim=1), maps)
             return (x if self.official_quirks else visual.ln_post(x)) @ visual.proj
 
     def similarities(self, regions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines times CLIP's scale, and their softmax over attributes, both (b, 1 + R, A); regions (b, 1 + R, E)."""
-        with torch.autocast(regions.device.type, enabled=False):  # a hundred times a cosine needs all its digits
+        with torch.autocast(regions.device.type, enabled=False):  # 100 times a cosine needs full precision
             cosines = F.normalize(regions.float(), dim=-1) @ F.normalize(self.text_features.float(), dim=-1).mT
             logits = self.clip.logit_scale.exp() * cosines
             return logits, (logits / self.temperature).softmax(-1)
 
     def aggregate(self, shares: Tensor) -> Tensor:
-        """One similarity an attribute, (b, A), before the BatchNorm, of shares (b, 1 + R, A)."""
+        """The similarity of each attribute, (b, A), before the BatchNorm, from softmax scores (b, 1 + R, A)."""
         highest, lowest = shares[:, 1:].amax(1), shares[:, 1:].amin(1)
         local = torch.where(highest > self.threshold, highest, lowest)
         if self.official_quirks:
             local = local[-1:]
         return (local + shares[:, 0]) / 2
 
-    def fuse(self, tokens: Tensor, keep: list[Tensor] | None = None) -> Tensor:
-        """The attributes' tokens, (b, A, D), after the last norm, of image tokens (b, L, E).
+    def fuse(self, tokens: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+        """The attributes' tokens, (b, A, D), after the last norm, from image tokens (b, L, E).
 
-        Into `keep`, when there, goes the attention of the last block, (b, A, A + L).
+        The attention map of the last block, (b, A, A + L), is appended to `maps`.
         """
         text = self.word_embed(self.text_features).expand(len(tokens), -1, -1)
         x, count = torch.cat([text, self.visual_embed(tokens)], dim=1), len(self.text_features)
@@ -432,40 +434,39 @@ class PromptPAR(nn.Module):
             return self.norm(self.linear_layer(x.mT).mT)
         for block in self.blocks[:-1]:
             x = block(x)
-        return self.norm(_read_first(self.blocks[-1], x, count, keep))
+        return self.norm(_first_tokens(self.blocks[-1], x, count, maps))
 
-    def score(self, fused: Tensor) -> Tensor:
-        """The heads' outputs (b, A), before the BatchNorm, of the attributes' tokens (b, A, D)."""
-        return self.heads(fused)
-
-    def forward(self, images: Tensor) -> Output:
-        """Logits (b, A) and similarity (b, A) of images (b, 3, H, W), or of their tokens (b, L, E)."""
-        tokens = images if images.ndim == 3 else self.visual_tokens(images)
-        logits = self.bn(self.score(self.fuse(tokens)))
+    def forward_head(self, tokens: Tensor) -> Output:
+        """Logits (b, A) and similarity (b, A) from the tokens (b, L, E) of `forward_features`."""
+        logits = self.bn(self.heads(self.fuse(tokens)))
         if not len(self.region_tokens):
             return Output(logits, None)
-        _, shares = self.similarities(tokens[:, self.places])
+        _, shares = self.similarities(tokens[:, self.class_positions])
         return Output(logits, self.agg_bn(self.aggregate(shares)))
+
+    def forward(self, images: Tensor) -> Output:
+        """Logits (b, A) and similarity (b, A) of images (b, 3, H, W)."""
+        return self.forward_head(self.forward_features(images))
 
     @torch.no_grad()
     def maps(self, images: Tensor) -> Maps:
-        """Where the model looks in images (b, 3, H, W). Raises `BadParameter` when there is no fusion block."""
+        """Attention and similarity maps of images (b, 3, H, W). Raises `BadParameter` without a fusion block."""
         if self.linear_layer is not None:
-            raise BadParameter("mm_layers", 0, "1 or more: one linear layer over all tokens attends to nothing")
-        seen, fused = [], []
-        tokens = self.visual_tokens(images, seen)
+            raise BadParameter("mm_layers", 0, "1 or more: one linear layer over all tokens has no attention")
+        tower, fused = [], []
+        tokens = self.forward_features(images, tower)
         self.fuse(tokens, fused)
         patches = self.grid[0] * self.grid[1]
-        classes = self.places.clone()
-        classes[0] = 0  # CLS, also where the released code reads its neighbour
+        classes = self.class_positions.clone()
+        classes[0] = 0  # [CLS], also where the released code reads its neighbour
         cosines = F.normalize(self.text_features, dim=-1) @ F.normalize(tokens[:, -patches:], dim=-1).mT
-        found = (seen[0][:, classes, -patches:], fused[0][:, :, -patches:], cosines)
+        found = (tower[0][:, classes, -patches:], fused[0][:, :, -patches:], cosines)
         return Maps(*(x.unflatten(-1, self.grid) for x in found))
 
     # --- the authors' names ---
 
     def _names(self) -> dict[str, str | list]:
-        """Our tensors to the names in the authors' two modules."""
+        """Our tensor names to those in the authors' two modules."""
         attributes, clip = len(self.text_features), "clip_model"
         names: dict[str, str | list] = {
             n: f"{clip}.{n.removeprefix('clip.')}" for n in self.state_dict() if n.startswith("clip.")
@@ -478,12 +479,12 @@ class PromptPAR(nn.Module):
             names["region_tokens"] = f"{clip}.visual.part_class_embedding"
             names["temperature"] = f"{clip}.softmax_model.temperature"
         for name in self.state_dict():
-            side, _, kind = name.partition(".")
-            if side == "agg_bn":
+            part, _, kind = name.partition(".")
+            if part == "agg_bn":
                 names[name] = f"{clip}.{name}"
-            elif side == "heads":
+            elif part == "heads":
                 names[name] = [f"model.weight_layer.{i}.{kind}" for i in range(attributes)]
-            elif side in ("word_embed", "visual_embed", "blocks", "norm", "bn", "linear_layer"):
+            elif part in ("word_embed", "visual_embed", "blocks", "norm", "bn", "linear_layer"):
                 names[name] = f"model.{name}"
         return names
 
@@ -499,14 +500,14 @@ class PromptPAR(nn.Module):
         official_quirks: bool = True,
         **options: object,
     ) -> PromptPAR:
-        """The model with the authors' tensors in it, all sizes read from them; the inverse is `to_official`.
+        """The model with the authors' tensors, all sizes read from them; the inverse is `to_official`.
 
         Args:
-            state: "clip_model.<name>" and "model.<name>" (`read_checkpoint` makes that of their files).
-            clip: one of the right shape, whose weights are replaced; None builds it from the state, with square images.
+            state: "clip_model.<name>" and "model.<name>", as `read_checkpoint` returns it.
+            clip: one of the right shape, of which a copy gets the weights; None: built for square images.
             heads: of the image tower, the text tower and the fusion; None: 64 channels a head, as released.
-            official_quirks: True, since the weights were trained so.
-            options: `overlap`, `masked`, `drop_path` and `threshold`, which a state dict does not tell.
+            official_quirks: True, as the weights were trained.
+            options: `overlap`, `masked`, `drop_path` and `threshold`, which a state dict does not contain.
 
         Raises:
             BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
@@ -527,20 +528,18 @@ class PromptPAR(nn.Module):
             raise BadCheckpoint(what, missing)
         if len(sentences) != (attributes := len(state["model.bn.weight"])):
             raise BadParameter("sentences", len(sentences), f"{attributes}, one for each attribute")
-        for name in [n for n in state if n.endswith("running_var")]:  # a counter that decides nothing
-            state.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0))
         deep, texts = f"{own}transformer.prompt_deep", "clip_model.transformer.prompt_text_deep"
         if deep in state:
             state[deep] = state[deep].squeeze(2)
         inner = len(state["model.word_embed.weight"])
         depth, prompts = state[deep].shape[:2] if deep in state else (None, 0)
         image, text, mixed = heads or (None, None, None)
-        mm_layers = _depth(state, f"{fused}blocks.")
+        mm_layers = state_dicts.depth(state, f"{fused}blocks.")
         fusion = VisionTransformer(
             img_size=16, embed_dim=inner, depth=mm_layers, num_heads=mixed or inner // 64, num_classes=0
         )
         model = cls(
-            clip or _clip_of(state, image, text),
+            copy.deepcopy(clip) or _clip_of(state, image, text),
             sentences,
             tokenizer,
             fusion,
@@ -553,30 +552,25 @@ class PromptPAR(nn.Module):
             official_quirks=official_quirks,
             **options,
         ).eval()
-        load_official(model, state, model._names(), what)
-        model.set_sentences(sentences, tokenizer)  # read by the weights that were just loaded
+        state_dicts.load_official(model, state, model._names(), what, optional=("num_batches_tracked",))
+        model.set_sentences(sentences, tokenizer)  # by the weights that were just loaded
         return model
 
     def to_official(self) -> dict[str, Tensor]:
         """All tensors under the authors' names, "clip_model.<name>" and "model.<name>"."""
-        state = official_state(self.state_dict(), self._names())
+        state = state_dicts.official_state(self.state_dict(), self._names())
         deep = "clip_model.visual.transformer.prompt_deep"
         return state | ({deep: state[deep].unsqueeze(2)} if deep in state else {})
 
 
 def _uniform(*shape: int, patch: int) -> nn.Parameter:
-    """A prompt as Visual Prompt Tuning starts it: U(-v, v), v² = 6 / (3 patch² + width)."""
+    """A prompt initialised as in Visual Prompt Tuning: U(-v, v), v² = 6 / (3 patch² + width)."""
     bound = math.sqrt(6 / (3 * patch**2 + shape[-1]))
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
 
-def _depth(state: Mapping[str, Tensor], start: str) -> int:
-    """How many blocks there are in a list of them whose names begin with `start`."""
-    return len({name.removeprefix(start).partition(".")[0] for name in state if name.startswith(start)})
-
-
 def _clip_of(state: Mapping[str, Tensor], image_heads: int | None, text_heads: int | None) -> CLIP:
-    """A CLIP of the sizes that an official state dict tells."""
+    """A CLIP of the sizes in an official state dict."""
     own = "clip_model.visual."
     width, _, _, patch = state[f"{own}conv1.weight"].shape
     side = math.isqrt(len(state[f"{own}positional_embedding"]) - 1)
@@ -584,7 +578,7 @@ def _clip_of(state: Mapping[str, Tensor], image_heads: int | None, text_heads: i
     return CLIP(
         state[f"{own}proj"].shape[1],
         CLIPVisionCfg(
-            _depth(state, f"{own}transformer.resblocks."),
+            state_dicts.depth(state, f"{own}transformer.resblocks."),
             width,
             width // (image_heads or width // 64),
             patch_size=patch,
@@ -595,19 +589,19 @@ def _clip_of(state: Mapping[str, Tensor], image_heads: int | None, text_heads: i
             len(state["clip_model.token_embedding.weight"]),
             width=text_width,
             heads=text_heads or text_width // 64,
-            layers=_depth(state, "clip_model.transformer.resblocks."),
+            layers=state_dicts.depth(state, "clip_model.transformer.resblocks."),
         ),
         quick_gelu=True,
     )
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The tensors in a checkpoint file of the authors' code, for `from_official`, read without running what is in it.
+    """The tensors in a checkpoint file of the authors' code, for `from_official`; no code in the file is run.
 
-    Their files hold two state dicts: the CLIP under "ViT_model" (the released ones) or "clip_model" (what training
-    writes: the test script looks for the other name), the rest under "model_state_dict".
+    Their files have two state dicts: the CLIP under "ViT_model" (released) or "clip_model" (as their training writes
+    it; their test script expects the other name), the rest under "model_state_dict".
 
-    Raises `CorruptFile` when it is none.
+    Raises `CorruptFile` for any other file.
     """
     found = load_torch(path)
     parts = {"clip_model.": ("ViT_model", "clip_model"), "model.": ("model_state_dict",)}
@@ -620,48 +614,26 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-# --- training and reading ---------------------------------------------------------------------------------------------
+# --- losses -----------------------------------------------------------------------------------------------------------
 
 
 def label_weights(labels: Tensor, ratio: Tensor) -> Tensor:
-    """What each label (b, A) weighs, in [1, e]: exp(1 - r) where the attribute is there, exp(r) where it is not.
+    """The weight of each label (b, A), in [1, e]: exp(1 - r) where the attribute is present, else exp(r).
 
-    `ratio` (A,) is the share r of training images that have the attribute: what is rare weighs more.
+    `ratio` (A,) is the share r of training images with the attribute: rare attributes have large weights.
     """
     return torch.where(labels == 1, 1 - ratio, ratio).exp()
 
 
 def weighted_loss(logits: Tensor, labels: Tensor, ratio: Tensor) -> Tensor:
-    """Binary cross-entropy times `label_weights`, summed over attributes, the mean over images. All (b, A)."""
+    """Binary cross-entropy times `label_weights`, summed over attributes, mean over images. All (b, A)."""
     losses = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
     return (label_weights(labels, ratio) * losses).sum(1).mean()
 
 
 def loss(output: Output, labels: Tensor, ratio: Tensor, similarity: float = 0.5) -> Tensor:
-    """The training loss: that of the heads and, `similarity` times, that of the regions' similarity."""
+    """The training loss: that of the logits plus `similarity` times that of the regions' similarity."""
     value = weighted_loss(output.logits, labels, ratio)
     if output.similarity is None or not similarity:
         return value
     return value + similarity * weighted_loss(output.similarity, labels, ratio)
-
-
-def learning_rates(epochs: int, lr: float, warmup: int) -> np.ndarray:
-    """The authors' learning rate in each epoch, (epochs,): published are 100 epochs with 8e-3 and a warm-up of 5 for
-    the heads, 4e-3 and 10 for the prompts.
-
-    Linear from lr / 100 while warming up, then a cosine to lr / 500 that has been running since the first epoch.
-    """
-    epoch, low, start = np.arange(1, epochs + 1), 0.002 * lr, 0.01 * lr
-    cosine = np.where(epoch < epochs, low + (lr - low) * (1 + np.cos(np.pi * epoch / epochs)) / 2, low)
-    return np.where(epoch < warmup, start + epoch * (lr - start) / warmup, cosine)
-
-
-def decode(logits: Tensor, attributes: Sequence[str], threshold: float = THRESHOLD) -> list[list[tuple[str, float]]]:
-    """For each row of logits (b, A) the attributes whose probability is above `threshold`, the most probable first."""
-    if logits.ndim != 2 or logits.shape[1] != len(attributes):
-        raise BadParameter("attributes", len(attributes), f"a name for each column of logits {tuple(logits.shape)}")
-    found = []
-    for row in logits.detach().sigmoid().tolist():
-        there = [(name, p) for name, p in zip(attributes, row, strict=True) if p > threshold]
-        found.append(sorted(there, key=lambda item: -item[1]))
-    return found

@@ -14,18 +14,10 @@ from ...backbones import read_state
 from ...errors import BadParameter
 from ...evaluation.metrics.attributes import evaluate
 from ...evaluation.parity import Case
-from ..layers.clip_prompting import Texts, embed_texts, load_official, official_state
-from .model import (
-    Output,
-    PromptPAR,
-    label_weights,
-    learning_rates,
-    loss,
-    prompted_text,
-    read_checkpoint,
-    region_mask,
-    weighted_loss,
-)
+from ..layers.clip_prompting import Texts, embed_texts
+from ..layers.state_dicts import load_official, official_state
+from .model import Output, PromptPAR, label_weights, loss, prompted_text, read_checkpoint, region_mask, weighted_loss
+from .recipe import by_epoch
 
 ROWS = [0, 1, 3, 6, 9, 12, 15, 16, 270]  # tokens of visual_transformer_small
 PLAIN_ROWS = [0, 1, 10, 11, 266]  # and of the same without regions
@@ -64,7 +56,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
 
 
 def _small(attributes: int, *, embed: int = 8, width: int = 8, layers: int = 1, heads: int = 1, **options) -> PromptPAR:
-    """A model of random weights whose CLIP is as small as the case allows, on 16x16 patches."""
+    """A model with random weights whose CLIP is as small as the case allows, on 16x16 patches."""
     vision = CLIPVisionCfg(layers, width, width // heads, patch_size=14, image_size=224)
     clip = CLIP(embed, vision, CLIPTextCfg(2, 1, width=8, heads=1, layers=1), quick_gelu=True)
     inner = embed if embed >= 64 else 64
@@ -120,7 +112,7 @@ def _tower(case: Case) -> dict[str, Tensor]:
         found[f"tokens{ending}"] = x[:, rows].transpose(0, 1)
         found[f"rows_norm{ending}"] = x.norm(dim=-1).mT
         if ending != "_nodiv":
-            found[f"all_class{ending}"] = x[:, model.places]
+            found[f"all_class{ending}"] = x[:, model.class_positions]
         found[f"attention{ending}"] = seen[0][:, rows]
     return found
 
@@ -155,7 +147,7 @@ def _fusion(case: Case) -> dict[str, Tensor]:
         model.text_features = case.values("input:text_features", attributes, embed)
         seen = []
         fused = model.fuse(tokens, seen)
-        logits = model.score(fused)
+        logits = model.heads(fused)
         if not ending:
             found |= {"attention": seen[0], "normed_attribute_tokens": fused, "pre_bn_logits": logits}
         found[f"bn_logits{ending}"] = model.bn(logits)
@@ -192,7 +184,7 @@ def _metrics(case: Case) -> dict[str, Tensor]:
 
 def _schedules() -> dict[str, Tensor]:
     published = {"heads": (8e-3, 5), "prompts": (4e-3, 10)}
-    return {side: torch.from_numpy(learning_rates(100, lr, warmup)) for side, (lr, warmup) in published.items()}
+    return {name: torch.from_numpy(by_epoch(warmup)(lr, 100, 1)) for name, (lr, warmup) in published.items()}
 
 
 # --- the whole model --------------------------------------------------------------------------------------------------
@@ -204,11 +196,11 @@ def _model(case: Case) -> dict[str, Tensor]:
     ids = torch.tensor([row + [0] * (77 - len(row)) for row in rows])
     state = dict(case.state) | {name: torch.tensor(value) for name, value in facts["scalars"].items()}
     heads = (config["vision_heads"], config["text_heads"], 12) if "vision_heads" in config else None
-    words = facts["sentences"]
-    model = PromptPAR.from_official(state, words, lambda _: ids, heads=heads)
+    sentences = facts["sentences"]
+    model = PromptPAR.from_official(state, sentences, lambda _: ids, heads=heads)
     del state
 
-    texts = embed_texts(lambda _: ids, model.clip, words)
+    texts = embed_texts(lambda _: ids, model.clip, sentences)
     cached = model.text_features
     with torch.no_grad():
         other = prompted_text(model.clip, texts, torch.randn(model.text_prompts.shape))
@@ -216,13 +208,13 @@ def _model(case: Case) -> dict[str, Tensor]:
     prompts = model.text_prompts.requires_grad_()
     model.text_features = prompted_text(model.clip, texts, prompts)
 
-    tokens = model.visual_tokens(case.input("images"), seen := [])
-    regions = tokens[:, model.places]
+    tokens = model.forward_features(case.input("images"), maps := [])
+    regions = tokens[:, model.class_positions]
     similarity, shares = model.similarities(regions)
     found = {
         "text_features": cached,
         "text_features_other_prompts": other,
-        "last_attention_rows": seen[0][:, CLASS_ROWS],
+        "last_attention_rows": maps[0][:, CLASS_ROWS],
         "visual_tokens_slice": tokens[:, [i for i in TOKEN_ROWS if i < tokens.shape[1]]],
         "visual_tokens_mean_std": torch.stack([tokens.mean((1, 2)), tokens.std((1, 2))], -1),
         "all_class": regions,
@@ -230,17 +222,17 @@ def _model(case: Case) -> dict[str, Tensor]:
         **_final(model, shares),
     }
     fused = model.fuse(tokens, mixed := [])
-    logits = model.score(fused)
+    logits = model.heads(fused)
     released = model.bn(logits)
     found |= {"mm_attention_headmean": mixed[0], "pre_bn_logits": logits, "bn_logits": released}
     with torch.no_grad():
         if tokens.shape[-1] == len(model.norm.weight):
             embed, model.visual_embed = model.visual_embed, nn.Identity()
-            found["bn_logits_2023"] = model.bn(model.score(model.fuse(tokens)))
+            found["bn_logits_2023"] = model.bn(model.heads(model.fuse(tokens)))
             model.visual_embed = embed
 
-    ratio = 0.05 + 0.9 * case.values("input:ratio", len(words)).sigmoid()
-    labels = (case.values("input:targets", len(tokens), len(words)) > 0).float()
+    ratio = 0.05 + 0.9 * case.values("input:ratio", len(sentences)).sigmoid()
+    labels = (case.values("input:targets", len(tokens), len(sentences)) > 0).float()
     final = model.agg_bn(model.aggregate(shares))
     heads_loss, region_loss = weighted_loss(released, labels, ratio), weighted_loss(final, labels, ratio)
     total = loss(Output(released, final), labels, ratio)

@@ -1,8 +1,7 @@
-"""PromptPAR: what the notebook trains live, at pocket scale or with the published settings."""
+"""PromptPAR's published training and its tests on the pedestrian attribute datasets; or a dry run on noise."""
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,17 +19,16 @@ from ... import backbones
 from ...data import DATASETS, attributes
 from ...data.attributes_sets import PHRASES, SENTENCES
 from ...errors import BadParameter, MissingWeights
-from ...evaluation.metrics.attributes import Scores, evaluate
+from ...evaluation.metrics.attributes import THRESHOLD, Scores, evaluate
 from ...evaluation.tables import compare_published, published_table, upsert_rows
 from ...ops.papers import paper
-from ...toy.ablations import promptpar as study
-from ...toy.datasets import pedestrians as pocket
-from ...training import checkpoints as kept
-from ...training.fit import fit, predict
-from . import model as promptpar
-from .model import THRESHOLD, PromptPAR
+from ...training import checkpoints
+from ...training.callbacks import ClipNorm
+from ...training.checkpoints import Checkpoint
+from ...training.fit import Batch, Hardware, History, fit, predict
+from ...training.schedules import Schedule, sgd
+from .model import PromptPAR, loss, read_checkpoint
 
-TASK, LIVE = "street", ("heads only", "PromptPAR, not masked", "PromptPAR")
 # what differs from PromptPAR: arguments of the model, and the weight of the similarity in the loss
 METHODS: dict[str, dict] = {
     "PromptPAR": {},
@@ -49,9 +47,9 @@ COLUMNS = {
     "par-zs/peta": "PETA-ZS",
     "par-zs/rap": "RAP-ZS",
 }
-"""The sets that can be trained on, and what the tables call them."""
+"""The datasets of the training, and their names in the tables."""
 
-RESULTS = ("sota_peta_pa100k_rapv1", "rapv2_promptpar", "jgel_rerun_zs")  # tables that measured numbers go into
+RESULTS = ("sota_peta_pa100k_rapv1", "rapv2_promptpar", "jgel_rerun_zs")  # tables that have a column of measurements
 CLIP, FUSION = "ViT-L-14-quickgelu/openai", "vit_base_patch16_224.orig_in21k_ft_in1k"
 TEST_BATCH = 64
 WORKERS = min(8, os.cpu_count() or 1)
@@ -59,151 +57,147 @@ WORKERS = min(8, os.cpu_count() or 1)
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained on what, and tested on what.
+    """The data and methods of a run, their training and prediction.
 
     Attributes:
         names: the attributes, as tables show them.
-        sentences: the attributes, as CLIP reads them.
-        ratio: (A,) the share of training pictures with each attribute.
-        parts: "train" and "test": items (picture (3, H, W), labels (A,)).
-        methods: the methods to run; those in `trained` are trained.
-        rates: their learning rates at pocket scale; the published recipe has two for every method.
-        build: the model of a method, before training.
-        learn: trains a model in place: (model, method, arguments of `fit`) to the history.
-        probabilities: of a model and a part, (n, A).
+        parts: "train" and "test": items (image (3, H, W), labels (A,)).
+        build: from a method's name to its model before training.
+        train: builds a method and trains it: from its name to the model and the history, empty where nothing is
+            trained.
+        probabilities: from a model and a part to (n, A).
     """
 
     title: str
     names: tuple[str, ...]
-    sentences: tuple[str, ...]
-    ratio: Tensor
-    parts: dict[str, Dataset]
+    parts: Mapping[str, Dataset]
     methods: tuple[str, ...]
-    trained: tuple[str, ...]
-    rates: dict[str, float]
     build: Callable[[str], PromptPAR]
-    learn: Callable[..., list[dict]]
+    train: Callable[[str], tuple[PromptPAR, History]]
     probabilities: Callable[[PromptPAR, Dataset], Tensor]
 
+    def scores(self, model: PromptPAR, part: str = "test", threshold: float = THRESHOLD) -> Scores:
+        """A model's scores on a part."""
+        data = self.parts[part]
+        labels = data.tensors[1] if isinstance(data, TensorDataset) else data.labels
+        return evaluate(labels.numpy(), self.probabilities(model, data).numpy(), threshold)
 
-def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
-    """The setting that the notebook's parameters ask for.
+    def first(self, part: str, count: int) -> tuple[Tensor, Tensor]:
+        """The first images of a part, (n, 3, H, W), and their labels, (n, A)."""
+        data = self.parts[part]
+        images, labels = zip(*(data[i] for i in range(min(count, len(data)))), strict=True)
+        return torch.stack(images), torch.stack([torch.as_tensor(row) for row in labels])
+
+
+def setting(p: SimpleNamespace, out: Path) -> Setting:
+    """The setting of the `paper` profile: the published training on trainval, trained weights, or a dry run.
+
+    A training resumes from its checkpoint in `out`/checkpoints; its weights are saved under the authors' names as
+    `out`/trained/<method, dataset, seed>.safetensors, for the parameter `checkpoint`.
 
     Args:
         p: the checked parameters of the notebook.
-        out: the run's folder; pocket pictures, and what a training of the paper profile keeps, are written below it.
-        rates: learning rates by (task, method), as the study chose them on validation.
+        out: the run's folder.
 
     Raises:
         BadParameter, MissingData, MissingWeights, CorruptFile: with what to change or get.
     """
-    if p.profile == "pocket":
-        return _pocket(p, out, rates)
     if p.texts == "phrases" and p.dataset not in PHRASES:
         raise BadParameter("texts", p.texts, f"'sentences'; phrases are known of {', '.join(PHRASES)}")
     if p.checkpoint and p.method != "PromptPAR":
         raise BadParameter("method", p.method, ["PromptPAR with a checkpoint: it holds PromptPAR's weights"])
-    return _dry(p) if p.dry_run else _paper(p, out)
-
-
-def _pocket(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
-    """The street's pedestrians of the run's seed, trained on training and validation pictures as the study does."""
-    root = str(out / "data")
-    pocket.write(study.folder(root, p.seed), p.seed)
-    parts = {part: study.pictures(root, p.seed, part) for part in ("trainval", "test")}
-    train, chosen = parts.pop("trainval"), {method: rates[TASK, method] for method in LIVE}
-
-    def learn(model: PromptPAR, method: str, **options) -> list[dict]:
-        return study.train_model(model, method, train, chosen[method], p.seed, **options)
-
-    return Setting(
-        title="pocket pedestrians",
-        names=pocket.ATTRIBUTES,
-        sentences=tuple(pocket.SENTENCES.values()),
-        ratio=train.tensors[1].mean(0),
-        parts={"train": train} | parts,
-        methods=LIVE,
-        trained=LIVE,
-        rates=chosen,
-        build=functools.partial(study.build, seed=p.seed),
-        learn=learn,
-        probabilities=lambda model, data: study.probabilities(model, data.tensors[0]),
-    )
+    return _dry_run(p) if p.dry_run else _paper(p, out)
 
 
 # --- the published recipe ---------------------------------------------------------------------------------------------
 
 
 def recipe() -> pd.DataFrame:
-    """The authors' settings of the two sides, "heads" and "prompts" (the paper's YAML)."""
+    """The authors' settings of the parameter groups "heads" and "prompts" (the paper's YAML)."""
     return published_table("promptpar", "code-recipe").set_index("method")
 
 
-def sides(model: PromptPAR, epochs: int, steps: int) -> dict[str, tuple[list[nn.Parameter], np.ndarray]]:
-    """For `fit`: the tensors of each side, and their rate at each of `steps` steps an epoch."""
-    found = {}
-    for side, parameters in model.sides().items():
-        settings = recipe()[side]
-        rates = promptpar.learning_rates(epochs, settings["learning rate"], int(settings["warm-up epochs"]))
-        if parameters:
-            found[side] = (parameters, np.repeat(rates, steps))
-    return found
+def by_epoch(warmup: int) -> Schedule:
+    """The authors' schedule: one learning rate for each epoch, with a linear warm-up of `warmup` epochs.
+
+    From lr / 100 during the warm-up, then a cosine to lr / 500 that runs since the first epoch. Published are 100
+    epochs: heads 8e-3 with a warm-up of 5, prompts 4e-3 with 10.
+    """
+
+    def of(base: float, steps: int, per_epoch: int) -> np.ndarray:
+        epochs = steps // per_epoch
+        epoch, low, start = np.arange(1, epochs + 1), 0.002 * base, 0.01 * base
+        cosine = np.where(epoch < epochs, low + (base - low) * (1 + np.cos(np.pi * epoch / epochs)) / 2, low)
+        return np.repeat(np.where(epoch < warmup, start + epoch * (base - start) / warmup, cosine), per_epoch)
+
+    return of
 
 
-def learn(p: SimpleNamespace, data: Dataset, ratio: Tensor, model: PromptPAR, method: str, **changes) -> list[dict]:
-    """Train by the authors' recipe, in place; `changes` are arguments of `fit`, `epochs` and `batch` among them."""
-    settings = recipe()["heads"]
-    # a folder of one's own may hold fewer pictures than a batch; numbers of NumPy's cannot be read from a checkpoint
-    options = {
-        "epochs": int(settings["epochs"]),
-        "batch": min(int(settings["batch"]), len(data)),
-        "seed": p.seed,
-        "optimizer": "sgd",
-        "momentum": 0.9,
-        "weight_decay": float(settings["weight decay"]),
-        "decay": "all",
-        "clip": float(settings["gradient clipping"]),
-        "accelerator": p.accelerator,
-        "devices": p.devices,
-        "precision": p.precision,
-        "name": method,
-    } | changes
-    weight = METHODS[method].get("similarity", 0.5)
+def learn(
+    p: SimpleNamespace,
+    model: PromptPAR,
+    data: Dataset,
+    ratio: Tensor,
+    *,
+    epochs: int,
+    batch: int,
+    workers: int = 0,
+    checkpoint: Checkpoint | None = None,
+) -> History:
+    """Train a model of `p.method` in place by the authors' settings; `ratio` (A,) as in `loss`."""
+    settings, weight = recipe(), METHODS[p.method].get("similarity", 0.5)
+    decay = float(settings["heads"]["weight decay"])
 
-    def value(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def groups(model: PromptPAR) -> list[dict]:
+        rates = settings.loc["learning rate"]
+        return [group | {"lr": float(rates[group["name"]]), "weight_decay": decay} for group in model.param_groups()]
+
+    def value(model: nn.Module, batch: Batch) -> Tensor:
         images, labels = batch
-        return promptpar.loss(model(images), labels, ratio.to(labels.device), weight)
+        return loss(model(images), labels, ratio.to(labels.device), weight)
 
-    steps = len(data) // options["batch"]
-    return fit(model, value, data, sides=sides(model, options["epochs"], steps), **options)
+    return fit(
+        model,
+        value,
+        data,
+        epochs=epochs,
+        batch=batch,
+        optimizer=sgd(float(settings["heads"]["learning rate"]), decay, groups=groups),
+        schedule={name: by_epoch(int(settings[name]["warm-up epochs"])) for name in ("heads", "prompts")},
+        callbacks=[ClipNorm(float(settings["heads"]["gradient clipping"]))],
+        checkpoint=checkpoint,
+        seed=p.seed,
+        hardware=Hardware(p.accelerator, p.devices, p.precision, workers),
+        name=p.method,
+    )
 
 
-def build(p: SimpleNamespace, method: str, sentences: tuple[str, ...], clip: nn.Module, fusion: nn.Module) -> PromptPAR:
-    """A method at full size."""
+def build(p: SimpleNamespace, sentences: tuple[str, ...], clip: nn.Module, fusion: nn.Module) -> PromptPAR:
+    """The method `p.method` at full size."""
     torch.manual_seed(p.seed)
     if p.release == "2023" and clip.visual.output_dim != fusion.embed_dim:
         accepted = f"'2025' with {p.clip}, whose {clip.visual.output_dim} channels the fusion of {fusion.embed_dim} "
         raise BadParameter("release", p.release, accepted + "cannot take as they are")
     tokenizer = open_clip.get_tokenizer(p.clip.partition("/")[0])
-    options = {"visual_embed": p.release == "2025", "official_quirks": p.quirks} | METHODS[method]
+    options = {"visual_embed": p.release == "2025", "official_quirks": p.quirks} | METHODS[p.method]
     options.pop("similarity", None)
     return PromptPAR(clip, sentences, tokenizer, fusion, **options)
 
 
 def weights(p: SimpleNamespace) -> str | Path:
-    """What CLIP is loaded from: the parameter, the usual file below `<data_root>/weights`, or what the cache has."""
+    """What CLIP is loaded from: the parameter, the usual file below `<data_root>/weights`, or the cache."""
     file = next(w["file"] for w in paper("promptpar")["weights"] if w["name"] == "clip")
     usual = Path(p.data_root) / "weights" / file
     return p.weights or (usual if p.clip == CLIP and usual.is_file() else "pretrained")
 
 
 def _backbones(p: SimpleNamespace, clip: str | Path, fusion: str) -> tuple[nn.Module, nn.Module]:
-    """The CLIP that is prompted and the ViT of the fusion, each from what it is to be loaded from."""
+    """The CLIP and the ViT of the fusion, each with the named weights."""
     return backbones.build(f"openclip:{p.clip}", clip), backbones.build(FUSION, fusion)
 
 
 def _released(p: SimpleNamespace, sentences: tuple[str, ...]) -> PromptPAR:
-    """A trained model from the file `checkpoint`: the authors', or what a training here kept."""
+    """A trained model from the file `checkpoint`: the authors', or the weights of a training here."""
     if not Path(p.checkpoint).is_file():
         files = "PETA_Checkpoint.pth, PA100k_Checkpoint.pth or RAP1.pth"
         ways = [
@@ -213,54 +207,54 @@ def _released(p: SimpleNamespace, sentences: tuple[str, ...]) -> PromptPAR:
         ]
         raise MissingWeights("PromptPAR's checkpoint", p.checkpoint, ways)
     ours = Path(p.checkpoint).suffix == ".safetensors"
-    state = backbones.read_state(p.checkpoint) if ours else promptpar.read_checkpoint(p.checkpoint)
+    state = backbones.read_state(p.checkpoint) if ours else read_checkpoint(p.checkpoint)
     tokenizer = open_clip.get_tokenizer(p.clip.partition("/")[0])
-    return PromptPAR.from_official(state, sentences, tokenizer, official_quirks=p.quirks)
+    return PromptPAR.from_official(state, sentences, tokenizer, official_quirks=p.quirks).eval()
 
 
 def _paper(p: SimpleNamespace, out: Path) -> Setting:
-    """The published recipe on real pictures, trained on trainval; or trained weights, named by `checkpoint`.
-
-    A training leaves its checkpoint in `out`/trained, to go on from, and `<what was trained>.safetensors`, the weights
-    under the authors' names.
-    """
     own = p.dataset == "folder"
-    sets = attributes.own_folder(p.data_root) if own else attributes.splits(p.dataset, p.data_root)
-    train, test = sets["trainval"], sets["test"]
-    sentences = PHRASES[p.dataset] if p.texts == "phrases" else train.sentences
-    if p.checkpoint:
-        released = _released(p, sentences)
-        clip, made = released.clip, lambda method: released
-    else:
-        clip, fusion = _backbones(p, weights(p), "pretrained")
-        made = functools.partial(build, p, sentences=sentences, clip=clip, fusion=fusion)
-
-    def learned(model: PromptPAR, method: str, **options) -> list[dict]:
-        folder, name = out / "trained", f"{label(p)}, {p.dataset}, seed {p.seed}"
-        resumed = kept.checkpoint(folder, name, model, train.sources, train.labels)
-        history = learn(p, train, train.ratio, model, method, **({"workers": WORKERS} | resumed | options))
-        kept.save(folder, name, model.to_official())
-        return history
-
+    splits = attributes.own_folder(p.data_root) if own else attributes.splits(p.dataset, p.data_root)
+    data, test = splits["trainval"], splits["test"]
+    sentences = PHRASES[p.dataset] if p.texts == "phrases" else data.sentences
+    released = _released(p, sentences) if p.checkpoint else None
+    clip, fusion = (released.clip, None) if released else _backbones(p, weights(p), "pretrained")
     size = clip.visual.image_size[0]
-    train.transform, test.transform = (attributes.square_transform(size, train=flag) for flag in (True, False))
+    data.transform, test.transform = (attributes.square_transform(size, train=flag) for flag in (True, False))
+
+    def made(method: str) -> PromptPAR:
+        return released or build(p, sentences, clip, fusion)
+
+    def train(method: str) -> tuple[PromptPAR, History]:
+        if released:
+            return released, []
+        model, name = made(method), f"{label(p)}, {p.dataset}, seed {p.seed}"
+        published = recipe()["heads"]
+        settings = {
+            "epochs": int(published["epochs"]),
+            "batch": min(int(published["batch"]), len(data)),  # your own folder may have fewer images
+            "workers": WORKERS,
+            "checkpoint": Checkpoint.of(
+                out / "checkpoints", name, model=model, images=data.sources, labels=data.labels, method=method
+            ),
+        }
+        history = learn(p, model, data, data.ratio, **settings)
+        checkpoints.save(out / "trained", name, model.to_official())
+        return model, history
+
     return Setting(
-        title=COLUMNS.get(p.dataset, train.name),
-        names=train.names,
-        sentences=sentences,
-        ratio=train.ratio,
-        parts={"train": train, "test": test},
+        title=COLUMNS.get(p.dataset, data.name),
+        names=data.names,
+        parts={"train": data, "test": test},
         methods=(p.method,),
-        trained=() if p.checkpoint else (p.method,),
-        rates={},
         build=made,
-        learn=learned,
-        probabilities=functools.partial(probabilities, p, workers=WORKERS),
+        train=train,
+        probabilities=lambda model, part: _probabilities(p, model, part, WORKERS),
     )
 
 
-def _dry(p: SimpleNamespace) -> Setting:
-    """Full-size models with random weights, two optimiser steps on generated pictures of the real shape."""
+def _dry_run(p: SimpleNamespace) -> Setting:
+    """Full-size models with random weights, two optimiser steps on generated images of the real shape."""
     sentences = PHRASES[p.dataset] if p.texts == "phrases" else SENTENCES.get(p.dataset, SENTENCES["par/peta"])
     torch.manual_seed(p.seed)
     clip, fusion = _backbones(p, "random", "random")
@@ -268,65 +262,39 @@ def _dry(p: SimpleNamespace) -> Setting:
     size, generator = clip.visual.image_size[0], torch.Generator().manual_seed(p.seed)
 
     def generated(count: int) -> TensorDataset:
-        pictures = torch.randn(count, 3, size, size, generator=generator)
-        return TensorDataset(pictures, (torch.rand(count, len(sentences), generator=generator) < 0.3).float())
+        images = torch.randn(count, 3, size, size, generator=generator)
+        return TensorDataset(images, (torch.rand(count, len(sentences), generator=generator) < 0.3).float())
 
-    train, ratio = generated(2 * batch), torch.full((len(sentences),), 0.3)
+    def made(method: str) -> PromptPAR:
+        return build(p, sentences, clip, fusion)
+
+    def train(method: str) -> tuple[PromptPAR, History]:
+        model = made(method)
+        return model, learn(p, model, parts["train"], torch.full((len(sentences),), 0.3), epochs=1, batch=batch)
+
+    parts = {"train": generated(2 * batch), "test": generated(4)}
     return Setting(
-        title="generated pictures (dry run: the scores mean nothing)",
+        title="generated images (dry run: the scores mean nothing)",
         names=sentences,
-        sentences=sentences,
-        ratio=ratio,
-        parts={"train": train, "test": generated(4)},
+        parts=parts,
         methods=(p.method,),
-        trained=(p.method,),
-        rates={},
-        build=functools.partial(build, p, sentences=sentences, clip=clip, fusion=fusion),
-        learn=functools.partial(learn, p, train, ratio, batch=batch, epochs=1),
-        probabilities=functools.partial(probabilities, p),
+        build=made,
+        train=train,
+        probabilities=lambda model, part: _probabilities(p, model, part, 0),
     )
 
 
-# --- training and testing ---------------------------------------------------------------------------------------------
+def _probabilities(p: SimpleNamespace, model: PromptPAR, data: Dataset, workers: int) -> Tensor:
+    """The probability of each attribute in each image, (n, A)."""
+    hardware = Hardware(p.accelerator, precision=p.precision, workers=workers)
+    return predict(model, data, batch=TEST_BATCH, hardware=hardware).sigmoid()
 
 
-def train(found: Setting, method: str, **options) -> tuple[PromptPAR, list[dict]]:
-    """Build a method of a setting and train it; weights of a file are trained already, their history is empty."""
-    model = found.build(method)
-    if method not in found.trained:
-        return model.eval(), []
-    return model, found.learn(model, method, **options)
-
-
-def probabilities(p: SimpleNamespace, model: PromptPAR, data: Dataset, **options) -> Tensor:
-    """(n, A), what a model says of each picture; `options` are for `companion.training.fit.predict`."""
-    usual = {"batch": TEST_BATCH, "accelerator": p.accelerator, "precision": p.precision}
-    return predict(model, data, **(usual | options)).sigmoid()
-
-
-def scores(model: PromptPAR, found: Setting, part: str = "test", threshold: float = THRESHOLD) -> Scores:
-    """A model's scores on a part of a setting."""
-    data = found.parts[part]
-    return evaluate(labels(data).numpy(), found.probabilities(model, data).numpy(), threshold)
-
-
-def labels(data: Dataset) -> Tensor:
-    """Those of all pictures of a part, (n, A)."""
-    return data.tensors[1] if isinstance(data, TensorDataset) else data.labels
-
-
-def first(found: Setting, part: str, count: int) -> tuple[Tensor, Tensor]:
-    """The first pictures of a part, (n, 3, H, W), and their labels, (n, A)."""
-    data = found.parts[part]
-    images, truth = zip(*(data[i] for i in range(min(count, len(data)))), strict=True)
-    return torch.stack(images), torch.stack([torch.as_tensor(labels) for labels in truth])
-
-
-# --- results that gather ----------------------------------------------------------------------------------------------
+# --- tables of results ------------------------------------------------------------------------------------------------
 
 
 def label(p: SimpleNamespace) -> str:
-    """The method's name in the tables, with what is not as published."""
+    """The method's name in the tables, with every deviation from the published settings."""
     changed = [p.method]
     changed += [f"weights of {Path(p.checkpoint).name}"] if p.checkpoint else []
     changed += [f"code of {p.release}"] if p.release != "2023" and not p.checkpoint else []
@@ -342,14 +310,14 @@ def measured(path: Path, new: Mapping[str, object] | None = None) -> pd.DataFram
 
 
 def row(p: SimpleNamespace, found: Scores) -> dict[str, object]:
-    """What `scores` gave as a row for `measured`."""
+    """Scores as a row for `measured`."""
     return {"method": label(p), "dataset": p.dataset, "seed": p.seed} | found.totals
 
 
 def cells(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
-    """Means over seeds by (method, column), as `report.beside` takes them: columns are "PETA mA", "PETA Recall", ...
+    """Means over seeds by (method, column), as `compare_published` takes them: "PETA mA", "PETA Recall", ...
 
-    F1 is the mean of the images', which PromptPAR reports; "PETA F1 of means" has a column of its own nowhere.
+    F1 is the mean over images, which PromptPAR reports; no table has a column for "F1 of means".
     """
     found = {}
     for (method, dataset), group in rows.groupby(["method", "dataset"]):
@@ -360,7 +328,7 @@ def cells(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
 
 
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Published beside measured, by title, in the layout of each published table of results."""
+    """Published and measured results, by title, in the layout of each published table."""
     here, found = cells(rows), {}
     for name in RESULTS:
         frame = published_table("promptpar", name)

@@ -1,7 +1,7 @@
-"""PromptPAR at pocket scale: the methods, and one training run of any of them on the street's pedestrians.
+"""PromptPAR's ablations at toy scale: the methods, and one training of any of them on the street camera's pedestrians.
 
-All methods stand on the same pocket CLIP, which has seen clear pictures alone, and on the same fusion block, the last
-of the pocket ViT. All are trained on the same pictures with the same loss, optimiser, number of epochs and grid.
+All methods build on the same pocket CLIP, trained on clear images only, and on the same fusion block, the last of the
+pocket ViT. All are trained on the same images with the same loss, optimiser, number of epochs and grid.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from torch.utils.data import TensorDataset
 
 from ...data import attributes as data
 from ...evaluation.metrics.attributes import evaluate
-from ...models.promptpar import model as promptpar
-from ...training.fit import fit, predict
+from ...models.promptpar import PromptPAR, loss
+from ...training.callbacks import ClipNorm
+from ...training.fit import CPU, Batch, History, fit, predict
+from ...training.schedules import adamw
 from .. import encoders
-from ..datasets import pedestrians as pocket
+from ..datasets import pedestrians as toy
 from ..encoders.pedestrian_clip import tokenizer
 from ..encoders.vit_and_clip import pixels
 
@@ -26,8 +28,7 @@ LEARNING_RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3]
 SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 100
 METRIC = "mA"
-# the published decay and clipping; AdamW in place of SGD, and one rate for prompts and heads
-RECIPE = {"epochs": 30, "batch": 32, "accelerator": "cpu", "weight_decay": 1e-4, "clip": 10.0}
+EPOCHS, BATCH = 30, 32
 PROMPTS = 10  # two for each of the five groups, ten as published
 # the model's arguments, and the weight of the similarity in the loss
 METHODS: dict[str, dict] = {
@@ -46,19 +47,19 @@ METHODS: dict[str, dict] = {
 TASKS = {"street": list(METHODS)}
 
 
-def build(method: str, seed: int) -> promptpar.PromptPAR:
-    """The model of a method on the pocket CLIP; its new tensors are drawn from `seed`."""
+def build(method: str, seed: int) -> PromptPAR:
+    """A method on the pocket CLIP; its new parameters are drawn from `seed`."""
     torch.manual_seed(seed)
     options = {"prompts": PROMPTS, "text_prompts": 0} | METHODS[method]
     options.pop("similarity", None)
     clip, fusion = encoders.build("pocket_pedestrian_clip"), encoders.build("pocket_vit")
-    return promptpar.PromptPAR(clip, list(pocket.SENTENCES.values()), tokenizer(), fusion, **options)
+    return PromptPAR(clip, list(toy.SENTENCES.values()), tokenizer(), fusion, **options)
 
 
 def prepare(root: str | Path) -> None:
-    """Write the pictures of every seed: each seed has its own, so that the spread holds their chance too."""
+    """Write the images of every seed; each seed has its own, so that the spread includes that of the data."""
     for seed in (SELECTION_SEED, *SEEDS):
-        pocket.write(folder(root, seed), seed)
+        toy.write(folder(root, seed), seed)
 
 
 def folder(root: str | Path, seed: int) -> Path:
@@ -67,65 +68,78 @@ def folder(root: str | Path, seed: int) -> Path:
 
 
 @functools.lru_cache(maxsize=4)
-def pictures(root: str, seed: int, split: str) -> TensorDataset:
+def images(root: str, seed: int, split: str) -> TensorDataset:
     """Images (n, 3, 64, 32) in [-1, 1] and labels (n, 12) of a split."""
-    found = data.load("pocket/pedestrians", folder(root, seed), split, lambda picture: pixels([picture])[0])
+    found = data.load("pocket/pedestrians", folder(root, seed), split, lambda image: pixels([image])[0])
     return TensorDataset(torch.stack([image for image, _ in found]), found.labels)
 
 
-def inputs(model: promptpar.PromptPAR, images: Tensor) -> Tensor:
-    """What the model is given: its image tokens (n, L, E), once, when nothing in its tower is trained, else images."""
-    if len(model.prompts) or len(model.region_tokens) or model.clip.visual.proj.requires_grad:
-        return images
-    return predict(_Tower(model), TensorDataset(images), accelerator="cpu")
+class Head(nn.Module):
+    """PromptPAR on the cached tokens (n, L, E) of its image tower."""
 
-
-class _Tower(nn.Module):
-    def __init__(self, model: promptpar.PromptPAR):
+    def __init__(self, model: PromptPAR):
         super().__init__()
         self.model = model
 
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model.forward_head(tokens)
+
+
+class Tower(Head):
+    """The image tower of a PromptPAR: from images to tokens (n, L, E)."""
+
     def forward(self, images: Tensor) -> Tensor:
-        return self.model.visual_tokens(images)
+        return self.model.forward_features(images)
 
 
-def train(method: str, task: str, rate: float, seed: int, root: str, split: str = "test", **options) -> dict:
+def cached(model: PromptPAR, images: Tensor) -> tuple[nn.Module, Tensor]:
+    """A model to train or test and its inputs: `Head` and tokens when nothing in the tower is trained, else images."""
+    if len(model.prompts) or len(model.region_tokens) or model.clip.visual.proj.requires_grad:
+        return model, images
+    return Head(model), predict(Tower(model), TensorDataset(images), hardware=CPU)
+
+
+def train(method: str, task: str, learning_rate: float, seed: int, root: str, split: str = "test", **changes) -> dict:
     """Train one method and test it.
 
-    `split` "select": trained on 400 pictures, tested on 300 of validation; "test": trained on those 700, tested on 600.
-    `options` go to `fit`. Returns a row: the scores of `metrics.attributes`, mA of the attributes of each part of the
-    body, the last loss, how many numbers were trained.
+    `split` "select": trained on 400 images, tested on 300 of validation; "test": trained on those 700, tested on 600.
+    `changes` are arguments of `fit`. Returns a row: the scores of `metrics.attributes`, mA of the attributes of each
+    part of the body, the last loss, the number of trainable parameters.
     """
     train_on, held_out = ("train", "val") if split == "select" else ("trainval", "test")
     model = build(method, seed)
-    history = train_model(model, method, pictures(str(root), seed, train_on), rate, seed, **options)
-    scores = measure(model, pictures(str(root), seed, held_out))
+    history = train_model(model, method, images(str(root), seed, train_on), learning_rate, seed, **changes)
+    scores = measure(model, images(str(root), seed, held_out))
     return scores | {"loss": round(sum(row["loss"] for row in history[-20:]) / 20, 4), "trained": model.count()}
 
 
 def train_model(
-    model: promptpar.PromptPAR, method: str, data: TensorDataset, rate: float, seed: int, **options
-) -> list[dict]:
-    """Train `model` in place on `pictures`; return its history."""
+    model: PromptPAR, method: str, data: TensorDataset, learning_rate: float, seed: int, **changes
+) -> History:
+    """Train `model` in place on `images`, with the published weight decay and clipping; return its history."""
     images, labels = data.tensors
     ratio, weight = labels.mean(0), METHODS[method].get("similarity", 0.5)
 
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return promptpar.loss(model(batch[0]), batch[1], ratio, weight)
+    def value(model: nn.Module, batch: Batch) -> Tensor:
+        return loss(model(batch[0]), batch[1], ratio, weight)
 
-    settings = RECIPE | {"lr": rate, "seed": seed, "name": method} | options
-    return fit(model, loss, TensorDataset(inputs(model, images), labels), **settings)
+    # AdamW in place of SGD, and one learning rate for prompts and heads
+    settings = {"epochs": EPOCHS, "batch": BATCH, "optimizer": adamw(learning_rate, 1e-4), "callbacks": [ClipNorm(10)]}
+    trained, inputs = cached(model, images)
+    settings |= {"seed": seed, "hardware": CPU, "name": method} | changes
+    return fit(trained, value, TensorDataset(inputs, labels), **settings)
 
 
-def probabilities(model: promptpar.PromptPAR, images: Tensor) -> Tensor:
+def probabilities(model: PromptPAR, images: Tensor) -> Tensor:
     """The probability of each attribute, (n, A)."""
-    return predict(model, TensorDataset(inputs(model, images)), accelerator="cpu").sigmoid()
+    tested, inputs = cached(model, images)
+    return predict(tested, TensorDataset(inputs), hardware=CPU).sigmoid()
 
 
-def measure(model: promptpar.PromptPAR, data: TensorDataset) -> dict[str, float]:
-    """mA, Acc, Prec, Rec and both F1, and mA of the attributes of each part of the body; in percent."""
+def measure(model: PromptPAR, data: TensorDataset) -> dict[str, float]:
+    """mA, Acc, Prec, Rec and both F1, and mA of the attributes of each part of the body, in percent."""
     images, labels = data.tensors
     found = evaluate(labels.numpy(), probabilities(model, images).numpy())
-    by_name = dict(zip(pocket.ATTRIBUTES, found.balanced, strict=True))
-    parts = {part: sum(by_name[name] for name in names) / len(names) for part, names in pocket.PARTS.items()}
+    by_name = dict(zip(toy.ATTRIBUTES, found.balanced, strict=True))
+    parts = {part: sum(by_name[name] for name in names) / len(names) for part, names in toy.PARTS.items()}
     return {name: round(float(value), 2) for name, value in (found.totals | parts).items()}
