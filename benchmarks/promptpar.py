@@ -1,14 +1,14 @@
-"""PromptPAR's training step and forward pass beside the released formulation, and beside CLIP's own passes.
+"""PromptPAR's training step and forward pass, compared with the released formulation and with CLIP's own passes.
 
 The reference runs the network as the released code does (section 3 of the method, line by line): the sentences go
-through the text tower at every step, with prompts that change nothing; prompts are put in group by group at each layer
-and run through the block like any token; attention gives its map, which nobody reads; the similarity loops over the
-images, the heads over the attributes; and all tokens leave the fusion block, of which the attributes' alone are read.
-Ours is checked to give the same outputs and gradients before anything is timed.
+through the text tower at every step, with prompts that have no effect; prompts are inserted group by group at each
+layer and run through the block like any token; attention returns its unused map; the similarity loops over the images,
+the heads over the attributes; and all tokens leave the fusion block, though only the attributes' are used. Ours is
+checked to give the same outputs and gradients before anything is timed.
 
-How much the sentences weigh depends on the batch, 16 as published and 4 here. So there is a second reference: the
-released formulation with the sentences read once, which is what a very large batch would come to. The third is the pass
-that the method cannot avoid: CLIP's own blocks, on as many tokens without prompts, forward and back.
+The share of the sentences depends on the batch, 16 as published and 4 here. So there is a second reference: the
+released formulation with the sentences encoded once, the limit of a very large batch. The third is a lower bound:
+CLIP's own blocks, on as many tokens without prompts, forward and backward.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from companion import backbones
 from companion.data.attributes_sets import SENTENCES
 from companion.models.layers.clip_prompting import embed_texts
-from companion.models.promptpar.model import Output, PromptPAR, loss, region_mask
+from companion.models.promptpar import Output, PromptPAR, loss
+from companion.models.promptpar.model import region_mask
 
 BATCH = 4
 SET = "par/pa100k"  # 26 sentences
@@ -45,7 +46,7 @@ def build() -> PromptPAR:
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
-    """Images, labels, and the share of pictures with each attribute."""
+    """Images, labels, and the share of images with each attribute."""
     generator, count = torch.Generator().manual_seed(1), len(SENTENCES[SET])
     images = torch.randn(BATCH, 3, 224, 224, generator=generator)
     labels = (torch.rand(BATCH, count, generator=generator) < 0.3).float()
@@ -88,10 +89,10 @@ def image_tokens(model: PromptPAR, images: Tensor, mask: Tensor) -> Tensor:
 
 
 def released(model: PromptPAR, images: Tensor, mask: Tensor, text: Tensor | None) -> Output:
-    """What `model(images)` gives, as the released code computes it; `text`: the sentences' features, when known."""
+    """The output of `model(images)`, computed as in the released code; `text`: cached features of the sentences."""
     tokens = image_tokens(model, images, mask)
     text = sentence_features(model) if text is None else text
-    _, shares = model.similarities(tokens[:, model.places])
+    _, shares = model.similarities(tokens[:, model.class_positions])
     for share in shares[:, 1:]:
         highest, lowest = share.amax(0), share.amin(0)
         gate = (highest > model.threshold).float()
@@ -119,17 +120,15 @@ def step(how: str, train: bool) -> Step:
     model, (images, labels, ratio) = build(), inputs()
     if not train:
         return torch.inference_mode()(lambda: forward(how, model.eval(), images))
-    rates = {"heads": 8e-3, "prompts": 4e-3}
-    optimizers = {
-        side: torch.optim.SGD(own, rates[side], 0.9, weight_decay=1e-4) for side, own in model.sides().items()
-    }
+    learning_rates, groups = {"heads": 8e-3, "prompts": 4e-3}, model.param_groups()
+    optimizers = [torch.optim.SGD(g["params"], learning_rates[g["name"]], 0.9, weight_decay=1e-4) for g in groups]
 
     def run() -> None:
         loss(forward(how, model.train(), images), labels, ratio).backward()
-        for side, own in model.sides().items():
-            torch.nn.utils.clip_grad_norm_(own, 10.0)
-            optimizers[side].step()
-            optimizers[side].zero_grad()
+        for group, optimizer in zip(groups, optimizers, strict=True):
+            torch.nn.utils.clip_grad_norm_(group["params"], 10.0)
+            optimizer.step()
+            optimizer.zero_grad()
 
     return run
 

@@ -5,7 +5,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from companion.errors import BadParameter
-from companion.evaluation.metrics.attributes import evaluate
+from companion.evaluation.metrics.attributes import decode, evaluate
 from companion.evaluation.parity import folder
 from companion.ops.files import read_json
 
@@ -70,6 +70,14 @@ def test_the_threshold_is_exclusive_and_an_attribute_without_positives_has_half(
     assert evaluate(y, p).totals["Rec"] == 0
     assert evaluate(y, p, 0.449).totals["Rec"] == 50  # the second image has none to recall
     assert evaluate(y, p).balanced.tolist() == [50, 50]
+
+
+def test_decode_names_the_predicted_attributes():
+    found = decode(np.array([[0.88, 0.05, 0.5], [0.1, 0.1, 0.1]]), ["hat", "bag", "boots"])
+    assert [list(row) for row in found] == [["hat", "boots"], []] and found[0]["hat"] == 0.88
+    assert decode(np.array([[0.6, 0.9]]), ["hat", "bag"], 0.5) == [{"bag": 0.9, "hat": 0.6}]
+    with pytest.raises(BadParameter, match="one for each attribute"):
+        decode(np.array([[0.88, 0.05]]), ["hat"])
 
 
 def test_a_row_for_each_attribute():

@@ -8,27 +8,20 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
 
 from companion.errors import BadCheckpoint, BadParameter, CorruptFile
 from companion.evaluation.parity import Case, folder
 from companion.models.layers.clip_prompting import Texts, embed_texts
+from companion.models.promptpar import Output, PromptPAR, loss, read_checkpoint
 from companion.models.promptpar.model import (
-    Output,
-    PromptPAR,
-    decode,
     group_sizes,
     label_weights,
-    learning_rates,
-    loss,
     prompted_text,
-    read_checkpoint,
     region_mask,
     strips,
     weighted_loss,
 )
 from companion.toy.datasets.tokens import Tokenizer
-from companion.training.fit import fit, predict, trained_state
 
 SENTENCES = ["a red top", "a green disc", "a large cat", "a moon at the left", "a rocket"]
 GRID = (8, 4)
@@ -97,11 +90,11 @@ def test_trained_parameters_at_full_size(attributes, embed, trained, total, perc
     assert round(100 * trained / total, 4) == percent
     # the text tower's prompts are a third to a half of that, and change nothing
     assert trained - model.count() == 12 * 3 * attributes * 768
-    sides = {side: sum(p.numel() for p in tensors) for side, tensors in model.sides().items()}
-    assert sum(sides.values()) == model.count()
-    assert sides["heads"] == (768 * 768 + 768) * (1 + embed) + 1536 + 3072 + 769 * attributes + 2 * attributes
+    groups = {group["name"]: sum(p.numel() for p in group["params"]) for group in model.param_groups()}
+    assert sum(groups.values()) == model.count()
+    assert groups["heads"] == (768 * 768 + 768) * (1 + embed) + 1536 + 3072 + 769 * attributes + 2 * attributes
     if (attributes, embed) == (35, False):  # the authors' log
-        assert sides["heads"] == 622_185 and sides["prompts"] + 967_680 == 2_200_647
+        assert groups["heads"] == 622_185 and groups["prompts"] + 967_680 == 2_200_647
     if (attributes, embed) == (51, False):
         assert model.count() == 1_867_520
 
@@ -119,32 +112,53 @@ def test_gradients_reach_every_trained_tensor_and_nothing_frozen(options):
     assert not model.clip.training
 
 
-def test_the_whole_tower_can_be_tuned_and_the_clip_of_others_stays():
-    clip = small_clip()
-    model = build(clip, prompts=0, regions=0, tuned="all").train()
+def test_the_whole_tower_can_be_tuned():
+    model = build(prompts=0, regions=0, tuned="all").train()
     loss(model(images(4)), (draw(4, 5) > 0).float(), RATIO).backward()
     tower = dict(model.clip.visual.named_parameters())
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in tower.values())
     assert {f"clip.visual.{n}" for n in tower} == {n for n in model.trained() if n.startswith("clip.")}
-    assert sum(map(torch.numel, model.sides()["prompts"])) == sum(p.numel() for p in tower.values())
-    assert model.clip is not clip and all(p.grad is None for p in clip.parameters())
+    prompts, _ = model.param_groups()
+    assert sum(map(torch.numel, prompts["params"])) == sum(p.numel() for p in tower.values())
     with pytest.raises(BadParameter, match="'prompts', 'all'"):
         build(tuned="heads")
 
 
-def test_nothing_learned_in_the_tower_needs_no_graph_and_tokens_can_be_kept():
-    model = build(prompts=0, regions=0).train()
-    tokens = model.visual_tokens(images())
+@pytest.mark.parametrize("options", [{}, {"prompts": 0, "regions": 0, "tuned": "all"}])
+def test_the_callers_clip_stays_as_it_was(options):
+    clip = small_clip().train()
+    before = {name: t.clone() for name, t in clip.state_dict().items()}
+    model = build(clip, **options).train()
+    loss(model(images(4)), (draw(4, 5) > 0).float(), RATIO).backward()
+    torch.optim.SGD(model.trained().values(), lr=1.0).step()
+    assert clip.visual.training and all(p.requires_grad and p.grad is None for p in clip.parameters())
+    assert all(torch.equal(t, before[name]) for name, t in clip.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{}, {"depth": 2}, {"prompts": 0, "regions": 0, "tuned": "all"}])
+def test_gradient_checkpointing_gives_the_same_gradients(options):
+    gradients = []
+    for enable in (False, True):
+        model = build(**options).train()
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(0)  # drop path
+        loss(model(images(4)), (draw(4, 5) > 0).float(), RATIO).backward()
+        gradients.append([p.grad for p in model.trained().values() if p.numel()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_tower_without_trained_tensors_needs_no_graph_and_its_tokens_can_be_cached():
+    model = build(prompts=0, regions=0)
+    tokens = model.train().forward_features(images())
     assert not tokens.requires_grad and tokens.shape == (2, 33, 32)
     model.eval()
-    assert torch.equal(model(tokens).logits, model(images()).logits) and model(images()).similarity is None
-    kept = predict(model, TensorDataset(tokens, torch.zeros(2)))  # fit's own passes take tokens too
-    torch.testing.assert_close(kept, model(images()).logits)
+    assert torch.equal(model.forward_head(tokens).logits, model(images()).logits)
+    assert model(images()).similarity is None
 
 
 def test_the_last_fusion_block_is_skipped_for_some_images_while_training():
     model = build(drop_path=0.5)
-    tokens = model.visual_tokens(images(1)).detach().expand(16, -1, -1)
+    tokens = model.forward_features(images(1)).detach().expand(16, -1, -1)
     torch.testing.assert_close(model.fuse(tokens)[0], model.fuse(tokens)[1])
     torch.manual_seed(0)
     assert len(model.train().fuse(tokens)[:, 0, 0].unique()) > 1
@@ -154,7 +168,7 @@ def test_the_last_fusion_block_is_skipped_for_some_images_while_training():
 
 
 def one_image(model: PromptPAR, image: torch.Tensor, options: dict) -> tuple[torch.Tensor, ...]:
-    """Section 3 for one image: all tokens through all blocks, in the paper's layout, masked pair by pair."""
+    """Section 3 for one image: all tokens in all blocks, in the paper's layout, masked pair by pair."""
     visual, quirks = model.clip.visual, model.official_quirks
     prompts, regions = options.get("prompts", 10), options.get("regions", 4)
     sizes = group_sizes(prompts, regions)
@@ -217,11 +231,11 @@ def test_one_image_at_a_time(options):
     options = dict(options)
     model = build(**options)
     options.pop("inner", None)
-    tokens = model.visual_tokens(images())
-    logits = model.score(model.fuse(tokens))
+    tokens = model.forward_features(images())
+    logits = model.heads(model.fuse(tokens))
     for i, image in enumerate(images()):
         expected = one_image(model, image, options)
-        for ours, theirs in zip((tokens[i], logits[i], tokens[i, model.places]), expected, strict=True):
+        for ours, theirs in zip((tokens[i], logits[i], tokens[i, model.class_positions]), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model(images()).logits, model.bn(logits))
 
@@ -229,7 +243,7 @@ def test_one_image_at_a_time(options):
 @torch.no_grad()
 def test_similarity_one_number_at_a_time():
     model = build(threshold=0.4)
-    regions = model.visual_tokens(images(3))[:, model.places]
+    regions = model.forward_features(images(3))[:, model.class_positions]
     _, shares = model.similarities(regions)
     found = model.aggregate(shares)
     for b in range(3):
@@ -281,7 +295,7 @@ def test_what_a_region_sees():
     for row in range(GRID[0]):
         changed = images(1)
         changed[:, :, 8 * row : 8 * row + 8] += 1
-        difference = (model.visual_tokens(changed) - model.visual_tokens(images(1))).abs().amax(2)[0]
+        difference = (model.forward_features(changed) - model.forward_features(images(1))).abs().amax(2)[0]
         reached[row] = (difference > 1e-6)[[0, 3, 6, 9, 12]].tolist()  # CLS, LC_1 ... LC_4
     spans = strips(8, 4, 2)
     assert reached == {row: [True, *(a <= row < b for a, b in spans)] for row in range(8)}
@@ -289,7 +303,7 @@ def test_what_a_region_sees():
     deeper = build(small_clip(layers=2))
     changed = images(1)
     changed[:, :, -8:] += 1  # the lowest row, which the first strip does not have
-    difference = (deeper.visual_tokens(changed) - deeper.visual_tokens(images(1))).abs().amax(2)[0]
+    difference = (deeper.forward_features(changed) - deeper.forward_features(images(1))).abs().amax(2)[0]
     assert difference[3] > 1e-6
 
 
@@ -304,7 +318,7 @@ def test_maps_are_attention_and_stay_in_the_strips():
         assert (found.regions[:, r, outside] == 0).all() and (found.regions[:, r, a:b] > 0).all()
     assert (found.regions[:, 0] > 0).all() and (found.regions.sum((2, 3)) < 1).all()
     seen, fused = [], []
-    tokens = model.visual_tokens(images(), seen)
+    tokens = model.forward_features(images(), seen)
     model.fuse(tokens, fused)
     torch.testing.assert_close(seen[0].sum(-1), torch.ones(2, 47))
     torch.testing.assert_close(fused[0].sum(-1), torch.ones(2, 5))
@@ -328,9 +342,9 @@ def test_at_most_one_attribute_of_a_region_passes_the_gate():
 @torch.no_grad()
 @pytest.mark.parametrize("quirks", [False, True])
 def test_an_image_does_not_depend_on_its_batch_unless_as_released(quirks):
-    model, pictures = build(official_quirks=quirks), images(3)
+    model, batch = build(official_quirks=quirks), images(3)
     torch.testing.assert_close(
-        model(pictures).logits, model(pictures.flip(0)).logits.flip(0), rtol=1e-4, atol=1e-4
+        model(batch).logits, model(batch.flip(0)).logits.flip(0), rtol=1e-4, atol=1e-4
     )  # predictions never do
     _, shares = model.similarities(draw(3, 5, 32))
     together = model.aggregate(shares)
@@ -344,20 +358,20 @@ def test_an_image_does_not_depend_on_its_batch_unless_as_released(quirks):
 def test_quirks_read_the_first_global_prompt_and_leave_out_the_last_norm():
     clip = small_clip()
     ours, released = build(clip, masked=False), build(clip, masked=False, official_quirks=True)
-    assert ours.places.tolist() == [0, 3, 6, 9, 12] and released.places.tolist() == [1, 3, 6, 9, 12]
+    assert ours.class_positions.tolist() == [0, 3, 6, 9, 12] and released.class_positions.tolist() == [1, 3, 6, 9, 12]
     raw = released.tower(_embedded(released, images()))
-    torch.testing.assert_close(released.visual_tokens(images()), raw @ clip.visual.proj)
-    torch.testing.assert_close(ours.visual_tokens(images()), clip.visual.ln_post(raw) @ clip.visual.proj)
-    assert (ours.visual_tokens(images()) - released.visual_tokens(images())).abs().max() > 0.1
+    torch.testing.assert_close(released.forward_features(images()), raw @ clip.visual.proj)
+    torch.testing.assert_close(ours.forward_features(images()), clip.visual.ln_post(raw) @ clip.visual.proj)
+    assert (ours.forward_features(images()) - released.forward_features(images())).abs().max() > 0.1
 
 
-def _embedded(model: PromptPAR, pictures: torch.Tensor) -> torch.Tensor:
+def _embedded(model: PromptPAR, batch: torch.Tensor) -> torch.Tensor:
     """What enters the layers: CLS, the regions' class tokens, patches."""
     visual = model.clip.visual
-    patches = visual.conv1(pictures).flatten(2).mT
-    first = visual.class_embedding.expand(len(pictures), 1, -1)
+    patches = visual.conv1(batch).flatten(2).mT
+    first = visual.class_embedding.expand(len(batch), 1, -1)
     x = visual.ln_pre(torch.cat([first, patches], 1) + visual.positional_embedding)
-    return torch.cat([x[:, :1], visual.ln_pre(model.region_tokens).expand(len(pictures), -1, -1), x[:, 1:]], 1)
+    return torch.cat([x[:, :1], visual.ln_pre(model.region_tokens).expand(len(batch), -1, -1), x[:, 1:]], 1)
 
 
 # --- the text ---------------------------------------------------------------------------------------------------------
@@ -391,7 +405,7 @@ def test_sentences_are_read_once_and_can_be_replaced():
         model.set_sentences(SENTENCES[:3], Tokenizer())
 
 
-# --- loss, schedule, answers ------------------------------------------------------------------------------------------
+# --- loss -------------------------------------------------------------------------------------------------------------
 
 
 def test_weights_of_labels():
@@ -420,53 +434,7 @@ def test_loss_is_a_sum_over_attributes_and_a_mean_over_images():
     assert torch.equal(loss(Output(logits, None), labels, RATIO), parts[0])
 
 
-def test_learning_rates_of_the_first_and_last_epochs():
-    heads, prompts = learning_rates(100, 8e-3, 5), learning_rates(100, 4e-3, 10)
-    assert (round(heads[0], 6), round(prompts[0], 6)) == (1.664e-3, 4.36e-4)  # the log in the authors' README
-    assert heads.max() < 8e-3 and heads[-1] == pytest.approx(0.002 * 8e-3)
-    assert (heads[5:-1] > heads[6:]).all() and (heads[:4] < heads[1:5]).all()
-
-
-def test_decode_names_what_is_there():
-    logits = torch.tensor([[2.0, -3.0, 0.0], [-9.0, -9.0, -9.0]])
-    found = decode(logits, ["hat", "bag", "boots"])
-    assert [[name for name, _ in row] for row in found] == [["hat", "boots"], []]
-    assert found[0][0][1] == pytest.approx(0.8808, abs=1e-4)
-    assert [name for name, _ in decode(logits, ["hat", "bag", "boots"], threshold=0.5)[0]] == ["hat"]
-    with pytest.raises(BadParameter, match="attributes"):
-        decode(logits, ["hat"])
-
-
-# --- training and loading ---------------------------------------------------------------------------------------------
-
-
-def test_training_resumes_to_the_same_bits(tmp_path):
-    data = TensorDataset(images(8), (draw(8, 5) > 0).float())
-
-    def value(m, b):
-        return loss(m(b[0]), b[1], RATIO)
-
-    settings = dict(data=data, epochs=3, batch=4, lr=0.01)
-    whole = build()
-    history = fit(whole, value, **settings)
-    assert history[-1]["loss"] < history[0]["loss"]
-    calls = iter(range(4))
-
-    def dies(m, b):
-        if next(calls, None) is None:
-            raise KeyboardInterrupt
-        return value(m, b)
-
-    file = tmp_path / "run.pt"
-    with pytest.raises(KeyboardInterrupt):
-        fit(build(), dies, **settings, checkpoint=file, checkpoint_every=2)
-    again = build()
-    fit(again, value, **settings, checkpoint=file, checkpoint_every=2, resume=True)
-    assert all(torch.equal(t, trained_state(again)[name]) for name, t in trained_state(whole).items())
-    assert not {name for name in trained_state(whole) if name.startswith("clip.") or ".attn." in name}
-    fresh = build()
-    fresh.load_state_dict(trained_state(whole), strict=False)
-    assert torch.equal(fresh(images()).logits, whole(images()).logits)
+# --- loading ----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

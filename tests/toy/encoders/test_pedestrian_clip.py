@@ -1,4 +1,4 @@
-"""The pocket CLIP of pedestrians: what ships is what its card says, it names what it knows, its training learns."""
+"""The pocket CLIP of pedestrians: the shipped weights have the quality of their model card, its training learns."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def test_the_shipped_clip_is_as_good_as_its_card_says():
     assert hashlib.sha256(FILE.read_bytes()).hexdigest() == card["sha256"]
     found = pocket.measure(model, 500, seed=7)
     for camera, quality in card["quality"].items():
-        for name, said in quality.items():
-            assert found[camera][name] == pytest.approx(said, abs=0.07)
+        for name, value in quality.items():
+            assert found[camera][name] == pytest.approx(value, abs=0.07)
         assert np.mean(list(found[camera].values())) == pytest.approx(np.mean(list(quality.values())), abs=0.02)
-    # there is something to adapt to: the street's camera is strange to it
+    # there is something to adapt to: it has not seen the street camera
     assert np.mean(list(found["clear"].values())) > np.mean(list(found["street"].values())) + 0.05
     assert min(found["clear"].values()) > 0.6
 
@@ -58,17 +58,16 @@ def test_its_words_are_ids_in_the_order_of_the_weights():
 
 
 def test_equal_sentences_in_a_batch_are_all_right_answers():
-    """The loss does not punish a picture for being near another one's equal sentence."""
     torch.manual_seed(0)
     clip = encoders.build(pocket.NAME)
     images = pixels(people(4, "val", "clear", 0)[0])
     read = pocket.tokenizer()
-    said = read(["a pedestrian with a hat"] * 4)[:, None]
-    # one distinct sentence: every picture's row is uniform, and the loss is the logarithm of the batch at least
+    sentences = read(["a pedestrian with a hat"] * 4)[:, None]
+    # one distinct sentence: every image's target is uniform, and the loss at least the logarithm of the batch
     with torch.no_grad():
-        value = pocket._contrast(clip, (images, said))
+        value = pocket._contrastive_loss(clip, (images, sentences))
         image = clip.encode_image(images, normalize=True)
-        logits = clip.logit_scale.exp() * image @ clip.encode_text(said[:, 0], normalize=True).T
+        logits = clip.logit_scale.exp() * image @ clip.encode_text(sentences[:, 0], normalize=True).T
         target = torch.full((4, 4), 0.25)
         expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     assert float(value) == pytest.approx(float(expected), rel=1e-5) and float(value) >= np.log(4) - 1e-4
@@ -78,9 +77,9 @@ def test_a_short_training_learns_and_follows_the_seed(monkeypatch):
     losses, fit = [], pocket.fit
     monkeypatch.setattr(pocket, "fit", lambda *args, **options: losses.append(fit(*args, **options)))
     one, again, other = (pocket.train(256, 40, 20, seed) for seed in (0, 0, 1))
-    naming = [row["loss"] for row in losses[0]]
-    assert len(naming) == 40 and len(losses[1]) == 20
-    assert np.mean(naming[-8:]) < 0.95 * np.mean(naming[:8])
+    classifying = [row["loss"] for row in losses[0]]
+    assert len(classifying) == 40 and len(losses[1]) == 20
+    assert np.mean(classifying[-8:]) < 0.95 * np.mean(classifying[:8])
     images = pixels(people(2, "val", "clear", 0)[0])
     with torch.inference_mode():
         found = [model.encode_image(images) for model in (one, again, other)]

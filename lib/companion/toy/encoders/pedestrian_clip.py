@@ -1,11 +1,11 @@
-"""How the pocket CLIP of pedestrians was made, which PromptPAR prompts, and how good it is.
+"""The pocket CLIP of pedestrians, which PromptPAR prompts: its training and measured quality.
 
     python -m companion.toy.encoders.pedestrian_clip      (about 5 minutes on one core)
 
-It learns from clear pictures of people and sentences about them; of the street's camera it has seen nothing. First the
-image tower learns to tell the parts' words apart as classes, then both towers contrastively: from nothing, the second
-step alone leaves hats, hair and bags at chance for thousands of steps. open_clip's own classes, 64x32 pictures in
-patches of 8: a grid of 8 rows and 4 columns.
+It is trained on clear images of people and sentences about them, and has seen no image of the street camera. First the
+image tower is trained to classify the attributes of each body part, then both towers contrastively: from scratch, the
+second step alone leaves hats, hair and bags at chance level for thousands of steps. open_clip's own classes, images of
+64x32 pixels in patches of 8: a grid of 8 rows and 4 columns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 from torchmetrics.functional.classification import multilabel_auroc
 
-from ...training.fit import fit
+from ...training.callbacks import ClipNorm
+from ...training.fit import CPU, Batch, fit
+from ...training.schedules import adamw
 from .. import encoders
 from ..datasets.pedestrians import ATTRIBUTES, CAMERAS, SENTENCES, people
 from ..datasets.tokens import Tokenizer
@@ -28,8 +30,8 @@ from . import card
 from .vit_and_clip import pixels
 
 NAME = "pocket_pedestrian_clip"
-PICTURES, BATCH, RATE = 8000, 64, 1e-3
-NAMING, STEPS = 1500, 1000  # of the two steps
+IMAGES, BATCH, LEARNING_RATE = 8000, 64, 1e-3
+CLASSIFYING, CONTRASTIVE = 1500, 1000  # optimiser steps
 TESTED = 1000
 
 # The order is part of the shipped weights: append only.
@@ -40,12 +42,12 @@ WORDS = (
 
 
 def tokenizer() -> Tokenizer:
-    """The words that this CLIP knows."""
+    """The tokenizer of this CLIP's vocabulary."""
     return Tokenizer(WORDS, context_length=24)
 
 
-class _Naming(nn.Module):
-    """The image tower with a linear layer for each part of the person, which are dropped afterwards."""
+class _Classifier(nn.Module):
+    """The image tower with a linear head for each part of the person; the heads are discarded afterwards."""
 
     def __init__(self, clip: nn.Module, classes: list[int]):
         super().__init__()
@@ -57,20 +59,20 @@ class _Naming(nn.Module):
         return [head(features) for head in self.heads]
 
 
-def _naming_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+def _classification_loss(model: nn.Module, batch: Batch) -> Tensor:
     images, labels = batch
-    return sum(F.cross_entropy(said, right) for said, right in zip(model(images), labels.unbind(1), strict=True))
+    return sum(F.cross_entropy(logits, label) for logits, label in zip(model(images), labels.unbind(1), strict=True))
 
 
-def _contrast(clip: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """The mean over the sentences of a picture, (b, parts, tokens), of CLIP's loss.
+def _contrastive_loss(clip: nn.Module, batch: Batch) -> Tensor:
+    """CLIP's loss, the mean over the sentences of an image, (b, parts, tokens).
 
-    Equal sentences in a batch are all right answers. Were only full sentences used, two or three words would tell
-    almost any two pictures apart, and the others would hardly be learned.
+    Equal sentences in a batch are all correct. With full sentences only, two or three words would distinguish almost
+    any two images, and the others would hardly be learned.
     """
-    images, said = batch
+    images, sentences = batch
     image, losses = clip.encode_image(images, normalize=True), []
-    for column in said.unbind(1):
+    for column in sentences.unbind(1):
         distinct, which = column.unique(dim=0, return_inverse=True)
         text = clip.encode_text(distinct, normalize=True)[which]
         logits = clip.logit_scale.exp().clamp(max=100) * image @ text.T
@@ -80,8 +82,10 @@ def _contrast(clip: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def train(count: int = PICTURES, naming: int = NAMING, steps: int = STEPS, seed: int = 0) -> nn.Module:
-    """Train the CLIP from nothing, `naming` and `steps` steps of the two kinds; returned in eval mode."""
+def train(
+    count: int = IMAGES, classifying: int = CLASSIFYING, contrastive: int = CONTRASTIVE, seed: int = 0
+) -> nn.Module:
+    """The CLIP, trained from scratch by steps of the two kinds, in eval mode."""
     images, persons = people(count, "train", "clear", seed)
     read, inputs = tokenizer(), pixels(images)
     captions = [person.captions() for person in persons]
@@ -90,18 +94,21 @@ def train(count: int = PICTURES, naming: int = NAMING, steps: int = STEPS, seed:
     labels = torch.stack([texts[:, i].unique(dim=0, return_inverse=True)[1] for i in range(len(parts) - 1)], dim=1)
     torch.manual_seed(seed)
     model = encoders.build(NAME, "random")
-    settings = dict(batch=BATCH, lr=RATE, weight_decay=0.05, clip=1.0, warmup=0.1, seed=seed, accelerator="cpu")
-    names = _Naming(model, [int(column.max()) + 1 for column in labels.unbind(1)])
-    fit(names, _naming_loss, TensorDataset(inputs, labels), epochs=naming / (count // BATCH), name="naming", **settings)
-    fit(model, _contrast, TensorDataset(inputs, texts), epochs=steps / (count // BATCH), name=NAME, **settings)
+    settings = {"batch": BATCH, "optimizer": adamw(LEARNING_RATE, 0.05), "callbacks": [ClipNorm(1.0)], "seed": seed}
+    classifier, epoch = _Classifier(model, [int(c.max()) + 1 for c in labels.unbind(1)]), count // BATCH
+    for trained, loss, targets, steps in (
+        (classifier, _classification_loss, labels, classifying),
+        (model, _contrastive_loss, texts, contrastive),
+    ):
+        fit(trained, loss, TensorDataset(inputs, targets), epochs=steps / epoch, hardware=CPU, name=NAME, **settings)
     return model.eval()
 
 
 @torch.inference_mode()
 def measure(model: nn.Module, count: int = TESTED, seed: int = 1) -> dict[str, dict[str, float]]:
-    """How well the cosine of picture and sentence ranks pictures by each attribute, on test tiles, by camera.
+    """The area under the ROC curve of each attribute by camera, from the cosine of image and sentence, on test tiles.
 
-    The area under the ROC curve: 0.5 is chance.
+    0.5 is the chance level.
     """
     text = model.encode_text(tokenizer()(list(SENTENCES.values())), normalize=True)
     found = {}
@@ -115,7 +122,7 @@ def measure(model: nn.Module, count: int = TESTED, seed: int = 1) -> dict[str, d
 
 
 def ship(folder: Path, seed: int = 0) -> Path:
-    """Train, measure, and write the weights and their card."""
+    """Train, measure, and write the weights and their model card."""
     start = time.monotonic()
     model = train(seed=seed)
     head = {
@@ -123,7 +130,14 @@ def ship(folder: Path, seed: int = 0) -> Path:
         "data": "drawn pedestrians with cloth cut from photographs that ship with scikit-image and scikit-learn, over "
         "such photographs, as the clear camera shows them; train tiles only",
         "command": "python -m companion.toy.encoders.pedestrian_clip",
-        "recipe": {"pictures": PICTURES, "naming": NAMING, "steps": STEPS, "batch": BATCH, "rate": RATE, "seed": seed},
+        "recipe": {
+            "images": IMAGES,
+            "classifying": CLASSIFYING,
+            "contrastive": CONTRASTIVE,
+            "batch": BATCH,
+            "learning_rate": LEARNING_RATE,
+            "seed": seed,
+        },
         "seconds": round(time.monotonic() - start),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
@@ -133,17 +147,18 @@ def ship(folder: Path, seed: int = 0) -> Path:
 _CARD = """
 # pocket_pedestrian_clip
 
-A CLIP of open_clip's own classes: an image tower of 4 blocks and width 64 (64x32 pictures, patches of 8) and a text
-tower of 2 blocks and width 48, trained on drawn pedestrians and sentences about them: first to name, then
+A CLIP of open_clip's own classes: an image tower of 4 blocks and width 64 (64x32 pixels, patches of 8) and a text tower
+of 2 blocks and width 48, trained on drawn pedestrians and sentences about them: first by classification, then
 contrastively. It stands in for CLIP ViT-L/14 in PromptPAR where none can be downloaded.
 
-`encoders.build("pocket_pedestrian_clip")` loads it,
-`companion.toy.encoders.pedestrian_clip.tokenizer()` reads its words.
+`encoders.build("pocket_pedestrian_clip")` loads it, `companion.toy.encoders.pedestrian_clip.tokenizer()` is its
+tokenizer.
 
-**Measured** on pictures cut from tiles of the photographs never seen in training: see `quality` above, the area under
-the ROC curve of the cosine between picture and sentence (chance: 0.5). It was trained on the clear camera alone.
+**Measured** on images cropped from tiles of the photographs that are not in training: see `quality` above, the area
+under the ROC curve of the cosine between image and sentence (chance level: 0.5). It was trained on the clear camera
+only.
 
-**Limits.** It knows 23 words and this small world only.
+**Limits.** Its vocabulary has 23 words, and it was trained on synthetic images only.
 """
 
 
