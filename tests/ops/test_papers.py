@@ -5,6 +5,7 @@ import pytest
 from companion import climate
 from companion.data import DATASETS
 from companion.errors import BadParameter
+from companion.models.bat import recipe as bat_recipe
 from companion.models.dmt import model as dmt
 from companion.models.dmt import recipe as dmt_recipe
 from companion.models.dmt import teachers as dmt_teachers
@@ -68,6 +69,7 @@ def sets(task):
 
 IN_CODE = {
     ("bat", "dataset"): sets("tracking"),
+    ("bat", "method"): bat_recipe.METHODS,
     ("dmt", "dataset"): ["", *sets("pretraining"), "folder"],
     ("dmt", "teachers"): dmt_teachers.RELEASED,
     ("dmt", "losses"): dmt_recipe.LOSSES,

@@ -25,6 +25,7 @@ from ...training.fit import CPU, Batch, History, fit
 from ...training.schedules import adamw
 from ..datasets import tracking as toy
 from ..encoders import tracker
+from . import study_root
 
 LEARNING_RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1]
 SEEDS = [0, 1, 2, 3, 4]
@@ -77,29 +78,24 @@ def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
 def prepare(root: str | Path) -> None:
     """Write the videos of every seed; each seed has its own, so that the spread includes that of the data."""
     for seed in (SELECTION_SEED, *SEEDS):
-        toy.write(folder(root, seed), seed)
-
-
-def folder(root: str | Path, seed: int) -> Path:
-    """The data root of a seed."""
-    return Path(root) / f"seed{seed}"
+        toy.write(study_root(root, seed), seed)
 
 
 @functools.lru_cache(maxsize=2)
 def pairs(root: str, seed: int, split: str) -> TensorDataset:
     """Training pairs of a split: uint8 (n, 6, 32, 32), uint8 (n, 6, 64, 64), boxes (n, 4)."""
-    videos = data.load("pocket/rgbt", folder(root, seed), split)
+    videos = data.load("pocket/rgbt", study_root(root, seed), split)
     return data.Pairs(videos, PAIRS, template=(2, 32), search=(4, 64)).draw(seed, PAIRS)
 
 
 def measure(results: Mapping[str, np.ndarray], root: str, seed: int, split: str) -> dict[str, float]:
     """PR, NPR, SR by LasHeR's rules, MPR and MSR by RGBT234's, and SR of the frames of each situation, in percent."""
-    videos = data.load("pocket/rgbt", folder(root, seed), split)
+    videos = data.load("pocket/rgbt", study_root(root, seed), split)
     found = dict(evaluate(results, videos, "lasher", PIXELS).totals)
     # only the test videos are annotated in both streams, as in LasHeR
     if all(video.boxes_infrared is not None for video in videos):
         found |= evaluate(results, videos, "rgbt234", PIXELS).totals
-    situations = toy.situations(folder(root, seed), split)
+    situations = toy.situations(study_root(root, seed), split)
     # the box of the first frame is given, so it does not count here
     overlap = np.concatenate([iou(results[video.name], video.boxes)[1:] for video in videos])
     situation = np.concatenate([np.array(situations[video.name][1:]) for video in videos])
@@ -120,7 +116,7 @@ def train(method: str, task: str, learning_rate: float, seed: int, root: str, sp
         history = train_model(model, method, pairs(str(root), seed, train_on), learning_rate, seed, **changes)
         last = round(sum(row["loss"] for row in history[-20:]) / 20, 4)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    videos = data.load("pocket/rgbt", folder(root, seed), held_out)
+    videos = data.load("pocket/rgbt", study_root(root, seed), held_out)
     boxes = recipe.follow_in_memory(model, videos, method, CPU)
     return measure(boxes, str(root), seed, held_out) | {"loss": last, "trained": trained}
 

@@ -23,6 +23,7 @@ from .. import encoders
 from ..datasets import pedestrians as toy
 from ..encoders.pedestrian_clip import tokenizer
 from ..encoders.vit_and_clip import pixels
+from . import study_root
 
 LEARNING_RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3]
 SEEDS = [0, 1, 2, 3, 4]
@@ -59,18 +60,13 @@ def build(method: str, seed: int) -> PromptPAR:
 def prepare(root: str | Path) -> None:
     """Write the images of every seed; each seed has its own, so that the spread includes that of the data."""
     for seed in (SELECTION_SEED, *SEEDS):
-        toy.write(folder(root, seed), seed)
-
-
-def folder(root: str | Path, seed: int) -> Path:
-    """The data root of a seed."""
-    return Path(root) / f"seed{seed}"
+        toy.write(study_root(root, seed), seed)
 
 
 @functools.lru_cache(maxsize=4)
 def images(root: str, seed: int, split: str) -> TensorDataset:
     """Images (n, 3, 64, 32) in [-1, 1] and labels (n, 12) of a split."""
-    found = data.load("pocket/pedestrians", folder(root, seed), split, lambda image: pixels([image])[0])
+    found = data.load("pocket/pedestrians", study_root(root, seed), split, lambda image: pixels([image])[0])
     return TensorDataset(torch.stack([image for image, _ in found]), found.labels)
 
 

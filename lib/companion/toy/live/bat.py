@@ -13,6 +13,7 @@ from ...data import tracking as data
 from ...models.bat import recipe
 from ...training.fit import CPU, History
 from ..ablations import bat as ablation
+from ..ablations import study_root
 from ..datasets import tracking as toy
 
 METHODS = ("RGB only", "thermal only", "sum of features", "mean of features", "higher peak", "BAT")
@@ -27,8 +28,8 @@ def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, st
     if p.profile != "pocket":
         return recipe.setting(p, out)
     root = str(out / "data")
-    toy.write(ablation.folder(root, p.seed), p.seed)
-    videos = data.load("pocket/rgbt", ablation.folder(root, p.seed), "test")
+    toy.write(study_root(root, p.seed), p.seed)
+    videos = data.load("pocket/rgbt", study_root(root, p.seed), "test")
 
     def train(method: str) -> tuple[nn.Module, History]:
         model = ablation.build(method, p.seed)

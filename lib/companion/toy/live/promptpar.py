@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from ...models.promptpar import PromptPAR, recipe
 from ...training.fit import History
 from ..ablations import promptpar as ablation
+from ..ablations import study_root
 from ..datasets import pedestrians as toy
 
 TASK, METHODS = "street", ("heads only", "PromptPAR, not masked", "PromptPAR")
@@ -24,7 +25,7 @@ def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, st
     if p.profile != "pocket":
         return recipe.setting(p, out)
     root = str(out / "data")
-    toy.write(ablation.folder(root, p.seed), p.seed)
+    toy.write(study_root(root, p.seed), p.seed)
     parts = {name: ablation.images(root, p.seed, split) for name, split in (("train", "trainval"), ("test", "test"))}
 
     def train(method: str) -> tuple[PromptPAR, History]:
