@@ -14,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from companion.models.hvit import model as hvit
+from companion.models.layers.pos_embed import resize_pos_embed
 
 PATCHES, REGIONS = 16, 7  # patches of one region of 1024 px; regions of 2048 px of a slide
 
@@ -32,7 +33,7 @@ def timms() -> VisionTransformer:
     """timm's ViT-S/16 at 256 px, with the same weights: its table resized beforehand."""
     encoder = level()
     vit = VisionTransformer(img_size=256, embed_dim=384, depth=12, num_heads=6, num_classes=0).eval()
-    positions = hvit.resize_positions(encoder.pos_embed, (16, 16)).detach()
+    positions = resize_pos_embed(encoder.pos_embed, (16, 16)).detach()
     vit.load_state_dict(encoder.state_dict() | {"pos_embed": positions})
     return vit
 
