@@ -373,11 +373,7 @@ def patch_encoder(weights: str | Path, heads: int | None = None) -> hvit.PatchEn
 
 
 def store(
-    p: SimpleNamespace,
-    patch: hvit.PatchEncoder,
-    part: tuple[int, int] = (0, 1),
-    batch: int = 1,
-    tiling: Tiling = PANDA,
+    p: SimpleNamespace, patch: hvit.PatchEncoder, part: tuple[int, int] = (0, 1), batch: int = 1, tiling: Tiling = PANDA
 ) -> Iterator[tuple[str, Path | CompanionError]]:
     """Patch embeddings of the slides of `dataset`, as the paper profile reads them; a killed run is resumed.
 

@@ -15,9 +15,7 @@ from ..ablations import hvit as ablation
 TASK = "place"
 
 
-def setting(
-    p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, str], float]
-) -> recipe.Setting:
+def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, str], float]) -> recipe.Setting:
     """The setting of the notebook's parameters.
 
     Args:
