@@ -267,7 +267,7 @@ def test_a_killed_training_resumes_to_the_same_bits_and_its_weights_are_saved(
     whole, history = recipe.train(recipe.setting(p, tmp_path / "whole"), **steps)
     of = recipe.Checkpoint.of
     monkeypatch.setattr(recipe.Checkpoint, "of", lambda *args, every, **facts: of(*args, every=2, **facts))
-    with interrupted(monkeypatch, recipe, "loss", len(history) - 2):
+    with interrupted(monkeypatch, recipe, "loss", len(history) - 1):
         recipe.train(recipe.setting(p, tmp_path), **steps)
     calls, loss = [], recipe.loss
     monkeypatch.setattr(recipe, "loss", lambda *args: calls.append(1) or loss(*args))
@@ -291,9 +291,9 @@ def test_the_dry_run_has_as_many_classes_as_the_dataset(small, monkeypatch, data
     classes = {"detection/ov-coco": 80, "detection/ov-lvis": 1203, "detection/openimages": 500}[dataset]
     model, history = recipe.train(found)
     assert len(history) == 2 and len(found.names) == classes and found.test[0][0].shape == (3, 480, 640)
-    outputs = recipe.predict(found, model, 1)
-    assert outputs.probabilities[0].shape[1] == classes and outputs.p["SIC-CADS"].shape == (1, classes)
-    scores = recipe.benchmark(p, recipe.first(found.test, 1), recipe.detections(found, outputs))
+    outputs = recipe.predict(found, model)
+    assert outputs.probabilities[0].shape[1] == classes and outputs.p["SIC-CADS"].shape == (2, classes)
+    scores = recipe.benchmark(p, found.test, recipe.detections(found, outputs))
     assert all(np.isfinite(value) for value in scores.values())
 
 
