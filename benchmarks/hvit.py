@@ -1,8 +1,8 @@
-"""H-ViT's patch level beside timm's ViT-S of the same weights, and its region level beside plain blocks.
+"""H-ViT's patch level compared with timm's ViT-S of the same weights, and its region level with plain blocks.
 
 Nearly all of a slide's cost is the patch level, run once: it has to be as fast as timm's own ViT, and does on top what
-the method needs (position tables resized on every pass, patches cut out of regions). Training Local H-ViT is its region
-level, forward and back: the reference is the bare blocks on as many tokens.
+the method needs (position embeddings resized on every pass, patches cut out of regions). Training Local H-ViT is its
+region level, forward and back: the reference is the bare blocks on as many tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from bench import Step
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from companion.models.hvit import model as hvit
+from companion.models import hvit
+from companion.models.layers.pos_embed import resize_pos_embed
 
 PATCHES, REGIONS = 16, 7  # patches of one region of 1024 px; regions of 2048 px of a slide
 
@@ -29,10 +30,10 @@ def region() -> torch.Tensor:
 
 
 def timms() -> VisionTransformer:
-    """timm's ViT-S/16 at 256 px, with the same weights: its table resized beforehand."""
+    """timm's ViT-S/16 at 256 px, with the same weights: its position embedding resized beforehand."""
     encoder = level()
     vit = VisionTransformer(img_size=256, embed_dim=384, depth=12, num_heads=6, num_classes=0).eval()
-    positions = hvit.resize_positions(encoder.pos_embed, (16, 16)).detach()
+    positions = resize_pos_embed(encoder.pos_embed, (16, 16)).detach()
     vit.load_state_dict(encoder.state_dict() | {"pos_embed": positions})
     return vit
 

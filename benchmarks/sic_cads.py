@@ -1,6 +1,6 @@
-"""SIC-CADS' image-level branch beside the passes that it cannot avoid, and what the refinement costs.
+"""SIC-CADS' image-level branch compared with the passes that it cannot avoid, and what the refinement costs.
 
-A picture of 640 x 480, already of the detector's size, goes through CLIP's ViT-B/32 as five crops and through a
+An image of 640 x 480, already of the detector's size, goes through CLIP's ViT-B/32 as five crops and through a
 ResNet-50 at 416 px: the reference is those two passes alone, their inputs made beforehand. The branch does the crops,
 the pyramid, the heads and the scores of 1,203 classes on top. In training the reference is the ResNet forward and back
 and the five crops forward.
@@ -17,10 +17,10 @@ from bench import Step
 from open_clip.transformer import QuickGELU, VisionTransformer
 from torch.nn import functional as F
 
-from companion.models.sic_cads.model import MLR, refine
+from companion.models.sic_cads import MLR, refine
 
 CLASSES, BOXES, REFINEMENTS = 1203, 300, 100
-SIDE = 480  # of a training picture
+SIDE = 480  # of a training image
 
 
 def build() -> MLR:
@@ -32,20 +32,20 @@ def build() -> MLR:
     return MLR(body, text, novel, teacher=teacher).eval()
 
 
-def picture(height: int = 480, width: int = 640) -> torch.Tensor:
+def image(height: int = 480, width: int = 640) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, 256, (1, 3, height, width), generator=generator, dtype=torch.uint8)
 
 
 def branch(student: bool = False) -> Step:
-    model, image = build(), picture()
-    return lambda: model.recognise(image, student=student)
+    model, x = build(), image()
+    return lambda: model.recognise(x, student=student)
 
 
 def passes(student: bool = False) -> Step:
-    """ResNet-50 and, unless the student is asked, CLIP on five crops."""
+    """ResNet-50 and, unless the student is used, CLIP on five crops."""
     model = build()
-    x, crops = model.prepared(picture()), model.crops(picture())[0]
+    x, crops = model.prepared(image()), model.crops(image())[0]
 
     @torch.no_grad()
     def step() -> None:
@@ -69,14 +69,14 @@ def refinements() -> Step:
 
 
 def training() -> Step:
-    """A training step of the recogniser on one picture."""
-    model, image = build().train(), picture(SIDE, SIDE)
+    """A training step of the recogniser on one image."""
+    model, x = build().train(), image(SIDE, SIDE)
     positives = torch.zeros(1, CLASSES, dtype=torch.bool)
     positives[0, [1, 2, 1201]] = True
     optimizer = torch.optim.AdamW(model.trained().values(), lr=1e-4)
 
     def step() -> None:
-        sum(model.loss(image, positives)).backward()
+        sum(model.loss(x, positives)).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -86,8 +86,8 @@ def training() -> Step:
 def training_passes() -> Step:
     """ResNet-50 forward and back with the same optimiser, CLIP's crops forward."""
     model = build().train()
-    image = picture(SIDE, SIDE)
-    x, crops = model.prepared(image, resize=False), model.crops(image)[0]
+    pixels = image(SIDE, SIDE)
+    x, crops = model.prepared(pixels, resize=False), model.crops(pixels)[0]
     optimizer = torch.optim.AdamW([p for p in model.body.parameters() if p.requires_grad], lr=1e-4)
 
     def step() -> None:
@@ -113,7 +113,7 @@ def main() -> None:
     plus, both, student, resnet, refined, trained, plain = makers
     bench.run(
         "sic_cads",
-        f"ResNet-50 at 416 px and CLIP ViT-B/32, a picture of 640 x 480, {CLASSES} classes; training at {SIDE} px",
+        f"ResNet-50 at 416 px and CLIP ViT-B/32, an image of 640 x 480, {CLASSES} classes; training at {SIDE} px",
         makers,
         [
             ("image-level branch / CLIP's crops and ResNet-50", plus, both),

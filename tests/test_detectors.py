@@ -11,7 +11,7 @@ from torchvision.ops import clip_boxes_to_image
 from companion import detectors
 from companion.detectors import GroundingDino, Output, Owl, build, limits, read_results, refine_results, refined, rows
 from companion.errors import BadParameter, CorruptFile, MissingWeights
-from companion.models.sic_cads.model import refine
+from companion.models.sic_cads import refine
 from companion.ops.papers import paper
 
 NAMES = ["cat", "hot_dog", "moon"]
@@ -22,7 +22,7 @@ OWLS = {
 }
 
 
-def picture(height: int = 48, width: int = 80) -> torch.Tensor:
+def image_of(height: int = 48, width: int = 80) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
 
@@ -34,6 +34,13 @@ def owl_model(kind: str) -> torch.nn.Module:
     return family(config(text_config=text, vision_config=vision, projection_dim=32)).eval()
 
 
+@pytest.mark.parametrize("kind", list(OWLS))
+def test_the_callers_model_is_not_changed(kind):
+    model = owl_model(kind).train()
+    detector = Owl(model, OWLS[kind][2](size={"height": 64, "width": 64}), NAMES)
+    assert model.training and all(p.requires_grad for p in model.parameters()) and not detector.model.training
+
+
 def owl(kind: str, names=NAMES) -> Owl:
     return Owl(owl_model(kind), OWLS[kind][2](size={"height": 64, "width": 64}), names)
 
@@ -41,7 +48,7 @@ def owl(kind: str, names=NAMES) -> Owl:
 @pytest.mark.parametrize("kind", list(OWLS))
 @pytest.mark.parametrize("shape", [(48, 80), (80, 48)])
 def test_owl_gives_the_librarys_boxes_and_scores_of_all_classes(kind, shape):
-    detector, image = owl(kind), picture(*shape)
+    detector, image = owl(kind), image_of(*shape)
     found = detector(image)
     assert found.size == shape and found.boxes.shape == (16, 4) and found.probabilities.shape == (16, 3)
     ids = detectors.SimpleTokenizer(context_length=16)([f"a photo of a {n.replace('_', ' ')}" for n in NAMES])
@@ -58,7 +65,7 @@ def test_owl_reads_its_names_once():
     detector = owl("owlvit")
     calls = []
     detector.tower.text_model.register_forward_hook(lambda *_: calls.append(1))
-    detector(picture())
+    detector(image_of())
     assert not calls and detector.queries.shape == (3, 32)
     assert not any(p.requires_grad for p in detector.parameters())
 
@@ -93,7 +100,7 @@ def dino(names=NAMES, length: int = 12, **options) -> GroundingDino:
 
 @torch.no_grad()
 def test_grounding_dino_takes_the_best_token_of_each_name():
-    detector, image = dino(), picture()
+    detector, image = dino(), image_of()
     found = detector(image)
     given = detector.processor(images=image, return_tensors="pt")
     whole = detector.model(**given, **bert()("cat. hot dog. moon.", return_tensors="pt"))
@@ -109,9 +116,9 @@ def test_grounding_dino_takes_the_best_token_of_each_name():
 
 def test_many_names_take_several_passes():
     detector = dino(["cat", "hot_dog", "moon", "ball", "dog"])
-    assert [list(places) for _, places in detector.chunks] == [[0, 1, 2, 3], [4]]
+    assert [list(spans) for _, spans in detector.chunks] == [[0, 1, 2, 3], [4]]
     assert all(len(ids) + 2 <= 12 for ids, _ in detector.chunks)
-    found = detector(picture())
+    found = detector(image_of())
     assert found.boxes.shape == (40, 4) and found.probabilities.shape == (40, 5)
     assert found.probabilities[:20, 4].eq(0).all() and found.probabilities[20:, :4].eq(0).all()
     p = torch.full((5,), 0.5)
@@ -174,9 +181,11 @@ def test_limits_say_what_was_cut():
     found = output()
     one = found.probabilities == found.probabilities.amax(1, keepdim=True)
     finished = rows(refined(found._replace(probabilities=found.probabilities * one), nms=None, top=5), 1, [1, 2, 3])
-    said = limits([*finished, finished[0] | {"image_id": 2}])
-    assert said["most rows a picture"] == 5 and said["pictures with that many"] == 50
-    assert said["boxes with one class"] == 100 and said["lowest score"] == min(r["score"] for r in finished)
+    found_limits = limits([*finished, finished[0] | {"image_id": 2}])
+    assert found_limits["most rows an image"] == 5 and found_limits["images with that many"] == 50
+    assert found_limits["boxes with one class"] == 100 and found_limits["lowest score"] == min(
+        r["score"] for r in finished
+    )
     assert limits(rows(refined(found, nms=None, top=36), 1, [1, 2, 3]))["boxes with one class"] == 0
     with pytest.raises(BadParameter, match="no rows"):
         limits([])
@@ -215,7 +224,7 @@ def test_weights_from_a_folder(tmp_path):
         build("google/owlvit-base-patch32", NAMES, tmp_path)
     model.save_pretrained(tmp_path)
     again = build("google/owlvit-base-patch32", NAMES, tmp_path)
-    torch.testing.assert_close(again(picture()).probabilities, owl("owlvit")(picture()).probabilities)
+    torch.testing.assert_close(again(image_of()).probabilities, owl("owlvit")(image_of()).probabilities)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CorruptFile, match="owlvit"):
@@ -240,7 +249,7 @@ def test_names_that_are_not_there(monkeypatch):
     with pytest.raises(BadParameter, match="tokens"):
         dino(tokens="first")
     with pytest.raises(BadParameter, match="uint8"):
-        owl("owlvit")(picture().float())
+        owl("owlvit")(image_of().float())
     with pytest.raises(MissingWeights, match="grounding-dino-base"):
         build("IDEA-Research/grounding-dino-base", NAMES)
 

@@ -17,8 +17,9 @@ from PIL import Image
 
 from companion import slides
 from companion.errors import BadParameter, CompanionError, CorruptFile
-from companion.models.hvit import model as hvit
+from companion.models import hvit
 from companion.slides import PANDA, Slide, Tiling
+from companion.training.checkpoints import checkpoint_key
 from tests.conftest import kill_when
 
 SMALL = Tiling(region=128, mpp=0.5, downsample=16, otsu=False, median=3, close=2, area=0.01, least=0.1)
@@ -236,7 +237,7 @@ def test_features_are_the_same_for_any_batch(path, tmp_path):
             tmp_path / f"{batch}.h5",
             tiling=SMALL,
             batch=batch,
-            encoder=slides.fingerprint(model.patch),
+            encoder=model.patch,
             normalise="half",
         )
         assert not list(tmp_path.glob("*.parts"))
@@ -250,7 +251,7 @@ def test_features_are_the_same_for_any_batch(path, tmp_path):
         assert (found["coords"].numpy() == tiles.coords).all()
         with torch.no_grad():
             torch.testing.assert_close(found["features"][4], model.embed_patches(x[None])[0], atol=1e-5, rtol=1e-5)
-    assert json.loads(read[0]["settings"])["encoder"] == slides.fingerprint(model.patch)
+    assert json.loads(read[0]["settings"])["encoder"] == checkpoint_key(encoder=model.patch)
 
 
 def test_normalisations():
@@ -300,13 +301,14 @@ def test_killed_in_the_middle_and_resumed(path, tmp_path):
 
 LARGE = """
 import sys, torch
-from companion import record, slides
+from companion import slides
 from companion.models import hvit
+from companion.ops import record
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = hvit.build("pocket", patches=4).eval()
 tiling = slides.Tiling(region=1024, mpp=0.5, otsu=True, area=4)
-slides.extract({path!r}, model.embed_patches, sys.argv[1], tiling=tiling, encoder=slides.fingerprint(model.patch))
+slides.extract({path!r}, model.embed_patches, sys.argv[1], tiling=tiling, encoder=model.patch)
 print(record.peak_memory_mb())  # getrusage would count the test process, which may be large
 """
 
@@ -344,11 +346,12 @@ def test_a_slide_of_50_000_pixels_a_side(tmp_path):
 
 
 def test_features_of_two_encoders_are_not_mixed(path, tmp_path):
-    out = slides.extract(path, mean_colour, tmp_path / "a.h5", tiling=SMALL, encoder="one")
+    one, two = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    out = slides.extract(path, mean_colour, tmp_path / "a.h5", tiling=SMALL, encoder=one)
     before = out.read_bytes()
-    assert slides.extract(path, None, out, tiling=SMALL, encoder="one") == out  # there already: nothing is encoded
-    with pytest.raises(BadParameter, match=r"encoder.*one"):
-        slides.extract(path, mean_colour, out, tiling=SMALL, encoder="two")
+    assert slides.extract(path, None, out, tiling=SMALL, encoder=one) == out  # there already: nothing is encoded
+    with pytest.raises(BadParameter, match=f"encoder.*{checkpoint_key(encoder=one)}"):
+        slides.extract(path, mean_colour, out, tiling=SMALL, encoder=two)
     assert out.read_bytes() == before
     with pytest.raises(BadParameter, match="batch"):
         slides.extract(path, mean_colour, out, tiling=SMALL, batch=0)

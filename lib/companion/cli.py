@@ -59,9 +59,8 @@ def main(words: list[str] | None = None) -> int:
     sub.add_argument("--fixtures", help="folder <paper>/<case>/ (default: the project's)")
     sub.add_argument("--case", help="run this case only")
     sub = command(slides, "slides", "store the patch embeddings of slides, one HDF5 each; resumes", "dataset")
-    sub.add_argument(
-        "--weights", required=True, help="file of the patch level (HIPT's vit256_small_dino.pth), or: pocket"
-    )
+    sub.add_argument("--weights", required=True, help="file of the patch level, such as HIPT's vit256_small_dino.pth")
+    sub.add_argument("--heads", type=int, help="attention heads of the patch level (default: one for 64 channels)")
     sub.add_argument("--data-root", default="data", help="folder of the data sets; of the slides, for dataset `folder`")
     sub.add_argument("--features", default="", help="where they go (default: DATA_ROOT/features)")
     sub.add_argument("--region", type=int, default=2048, help="side of a region in pixels")
@@ -258,14 +257,13 @@ def check_parity(given: argparse.Namespace) -> int:
 
 def slides(given: argparse.Namespace) -> int:
     """Store features slide by slide, and name those that could not be read."""
-    from .models.hvit import recipe as runs
+    from .models.hvit import recipe
 
     i, _, n = given.part.partition("/")
     if not (i.isdecimal() and n.isdecimal()):
         raise BadParameter("--part", given.part, "I/N, such as 0/8")
-    p = SimpleNamespace(**{k: v for k, v in vars(given).items() if k not in ("run", "weights", "part", "batch")})
-    patch, bad = runs.patch_level(given.weights), []
-    for name, found in runs.store(p, patch, (int(i), int(n)), given.batch):
+    patch, bad = recipe.patch_encoder(given.weights, given.heads), []
+    for name, found in recipe.store(given, patch, (int(i), int(n)), given.batch):
         if isinstance(found, CompanionError):
             bad.append(name)
             print(f"{name}: {found}", file=sys.stderr, flush=True)

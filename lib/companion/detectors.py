@@ -4,21 +4,22 @@
     found = detector(image)                     # boxes (R, 4), probabilities (R, C), nothing cut off
     best = refined(found, p, gamma=0.5)         # p (C,): the image-level scores of this image
 
-Any callable from a picture to an `Output` is a detector: to plug one in, return its boxes and the whole matrix of
+Any callable from an image to an `Output` is a detector: to plug one in, return its boxes and the whole matrix of
 probabilities *before* its own threshold, suppression and top-k. The `post_process` functions of the libraries keep one
-class a box, which is too late.
+class a box: their results cannot be refined.
 
 `google/owlvit-*`, `google/owlv2-*` and `IDEA-Research/grounding-dino-*` are transformers' (Apache-2.0 by their cards).
-They saw boxes with the names of many of COCO's "novel" classes in training: what they reach is not zero-shot in the
-sense of OV-COCO, only the difference that refinement makes says something.
+Their training data had boxes with the names of many of COCO's "novel" classes: their results are not zero-shot in the
+sense of OV-COCO, and only the gain by refinement is meaningful.
 
-Of a detector that cannot be run here, `read_results` takes finished results in COCO's format, and `refine_results`
-rescales them; `limits` says what that cannot bring back.
+Of a detector that cannot be run here, `read_results` reads finished results in COCO's format, and `refine_results`
+rescales them; `limits` measures what has been cut from them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,22 +41,22 @@ NAMES = (
     *("google/owlv2-base-patch16", "google/owlv2-base-patch16-ensemble", "google/owlv2-large-patch14-ensemble"),
     *("IDEA-Research/grounding-dino-tiny", "IDEA-Research/grounding-dino-base"),
 )
-"""Those that were thought of; others of the three families load too."""
+"""Usual names; others of the three families load too."""
 
 TOKENS = ("max", "mean")
-FLOOR = 1e-3  # scores below are not looked at: a set predictor has R · C of them
+FLOOR = 1e-3  # lower bound of scores: a set predictor has R · C of them
 
 
 class Output(NamedTuple):
-    """What a detector says of one picture, nothing cut off."""
+    """A detector's output for one image, before threshold, suppression and top-k."""
 
-    boxes: Tensor  # (R, 4) xyxy, pixels of the picture
+    boxes: Tensor  # (R, 4) xyxy, pixels of the image
     probabilities: Tensor  # (R, C), each in 0 to 1: every class of every box
-    size: tuple[int, int]  # height and width of the picture
+    size: tuple[int, int]  # height and width of the image
 
 
 class Detector(Protocol):
-    """A picture (3, H, W), uint8, RGB, to an `Output`."""
+    """An image (3, H, W), uint8, RGB, to an `Output`."""
 
     def __call__(self, image: Tensor) -> Output: ...
 
@@ -69,13 +70,13 @@ def refined(
     nms: float | None = 0.5,
     top: int = 300,
 ) -> Detections:
-    """The best boxes of a picture: refinement by p (C,), then threshold, suppression within each class, top-k.
+    """The best boxes of an image: refinement by p (C,), then threshold, suppression within each class, top-k.
 
     Args:
         found: of the detector.
-        p: the image-level scores of the same picture; None for the detector alone.
+        p: the image-level scores of the same image; None for the detector alone.
         gamma, threshold, nms, top: see `models.sic_cads.refine` and `detect`. Set predictors (the three families here)
-            need no suppression; at 0.5 it does no harm.
+            need no suppression, and 0.5 changes little.
 
     Raises:
         BadParameter: shapes that do not fit, or probabilities outside 0 to 1.
@@ -107,22 +108,22 @@ def rows(found: Detections, image_id: int | str, categories: Sequence[int]) -> l
 class Owl(nn.Module):
     """OWL-ViT and OWLv2 (Minderer et al., ECCV 2022 and NeurIPS 2023): a sigmoid for every box and class.
 
-    The class names are embedded once, so that a picture costs one pass of the image tower whatever C is.
+    The class names are embedded once, so that an image costs one pass of the image tower whatever C is.
 
     Args:
-        model: `OwlViTForObjectDetection` or `Owlv2ForObjectDetection` of transformers.
+        model: `OwlViTForObjectDetection` or `Owlv2ForObjectDetection` of transformers; it is copied.
         processor: the image processor of the same family.
         names: of the classes; underscores are read as spaces.
-        prompt: OWL's own templates are many; this one is its default.
+        prompt: template of the text; OWL's default of many.
     """
 
     def __init__(self, model: nn.Module, processor: object, names: Sequence[str], prompt: str = "a photo of a {}"):
         super().__init__()
-        self.model, self.processor = model.requires_grad_(False).eval(), processor
-        self.square = model.config.model_type == "owlv2"  # it pads the picture to a square first
-        self.tower = model.owlv2 if self.square else model.owlvit
+        self.model, self.processor = copy.deepcopy(model).requires_grad_(False).eval(), processor
+        self.square = model.config.model_type == "owlv2"  # it pads the image to a square first
+        self.tower = self.model.owlv2 if self.square else self.model.owlvit
         length = model.config.text_config.max_position_embeddings
-        texts = [prompt.format(_spoken(name)) for name in _checked(names)]
+        texts = [prompt.format(_spaced(name)) for name in _checked(names)]
         ids = SimpleTokenizer(context_length=length)(texts)  # CLIP's, as OWL's own is
         if ids.max() >= model.config.text_config.vocab_size:
             raise BadParameter("model", model.config.text_config.vocab_size, "a vocabulary of CLIP's 49,408 words")
@@ -136,7 +137,7 @@ class Owl(nn.Module):
 
     @torch.inference_mode()
     def forward(self, image: Tensor) -> Output:
-        """All boxes of a picture (3, H, W), uint8."""
+        """All boxes of an image (3, H, W), uint8."""
         height, width = _size(image)
         pixels = self.processor(images=image, return_tensors="pt")["pixel_values"].to(self.queries.device)
         maps, _ = self.model.image_embedder(pixels)
@@ -155,7 +156,7 @@ class GroundingDino(nn.Module):
     take several passes, each with boxes of its own: R is 900 a pass, with probability 0 for the classes of the others.
 
     Args:
-        model: `GroundingDinoForObjectDetection` of transformers.
+        model: `GroundingDinoForObjectDetection` of transformers; it is copied.
         processor: its image processor.
         tokenizer: its BERT tokenizer.
         names: of the classes; underscores are read as spaces.
@@ -168,38 +169,39 @@ class GroundingDino(nn.Module):
         super().__init__()
         if tokens not in TOKENS:
             raise BadParameter("tokens", tokens, TOKENS)
-        self.model, self.processor, self.tokens = model.requires_grad_(False).eval(), processor, tokens
+        self.model, self.processor = copy.deepcopy(model).requires_grad_(False).eval(), processor
+        self.tokens = tokens
         self.classes = len(_checked(names))
         stop = tokenizer.convert_tokens_to_ids(".")
         self.chunks: list[tuple[list[int], dict[int, range]]] = []
-        ids, places = [], {}
+        ids, spans = [], {}
         for number, name in enumerate(names):
-            own = tokenizer(_spoken(name).lower(), add_special_tokens=False)["input_ids"]
+            own = tokenizer(_spaced(name).lower(), add_special_tokens=False)["input_ids"]
             if len(own) + 3 > model.config.max_text_len:
                 raise BadParameter("names", name, f"a name of at most {model.config.max_text_len - 3} tokens")
             if len(ids) + len(own) + 3 > model.config.max_text_len:  # the two ends and the stop after the name
-                self.chunks.append((ids, places))
-                ids, places = [], {}
-            places[number] = range(len(ids) + 1, len(ids) + 1 + len(own))
+                self.chunks.append((ids, spans))
+                ids, spans = [], {}
+            spans[number] = range(len(ids) + 1, len(ids) + 1 + len(own))
             ids = [*ids, *own, stop]
-        self.chunks.append((ids, places))
+        self.chunks.append((ids, spans))
         self.ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
 
     @torch.inference_mode()
     def forward(self, image: Tensor) -> Output:
-        """All boxes of a picture (3, H, W), uint8, of all passes."""
+        """All boxes of an image (3, H, W), uint8, of all passes."""
         height, width = _size(image)
         device, boxes, scores = self.model.device, [], []
         given = self.processor(images=image, return_tensors="pt").to(device)
-        for ids, places in self.chunks:
+        for ids, spans in self.chunks:
             text = torch.tensor([[self.ends[0], *ids, self.ends[1]]], device=device)
             found = self.model(pixel_values=given["pixel_values"], pixel_mask=given["pixel_mask"], input_ids=text)
-            said = found.logits[0].float().sigmoid()
-            own = said.new_zeros(len(said), self.classes)
-            for number, place in places.items():
-                part = said[:, place.start : place.stop]
+            each = found.logits[0].float().sigmoid()
+            own = each.new_zeros(len(each), self.classes)
+            for number, span in spans.items():
+                part = each[:, span.start : span.stop]
                 own[:, number] = part.amax(1) if self.tokens == "max" else part.mean(1)
-            sides = said.new_tensor([width, height, width, height])
+            sides = each.new_tensor([width, height, width, height])
             boxes.append(
                 clip_boxes_to_image(box_convert(found.pred_boxes[0], "cxcywh", "xyxy") * sides, (height, width))
             )
@@ -289,13 +291,13 @@ def _checked(names: Sequence[str]) -> Sequence[str]:
     return names
 
 
-def _spoken(name: str) -> str:
+def _spaced(name: str) -> str:
     return name.replace("_", " ")
 
 
 def _size(image: Tensor) -> tuple[int, int]:
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-        raise BadParameter("image", (tuple(image.shape), image.dtype), "one picture (3, H, W) of uint8, RGB")
+        raise BadParameter("image", (tuple(image.shape), image.dtype), "one image (3, H, W) of uint8, RGB")
     return image.shape[1], image.shape[2]
 
 
@@ -326,11 +328,11 @@ def refine_results(
 
     Args:
         results: rows as of `read_results`.
-        p: the image-level scores (C,) of each picture, by image_id.
+        p: the image-level scores (C,) of each image, by image_id.
         categories: the id of each class.
 
     Raises:
-        BadParameter: a picture without scores, or a class that is not among `categories`.
+        BadParameter: an image without scores, or a class that is not among `categories`.
     """
     if not 0 <= gamma <= 1:
         raise BadParameter("gamma", gamma, "0 to 1")
@@ -339,9 +341,7 @@ def refine_results(
     new = []
     for number, row in enumerate(results):
         if row["image_id"] not in values:
-            raise BadParameter(
-                "p", f"nothing for image_id {row['image_id']!r} of row {number}", "scores of all pictures"
-            )
+            raise BadParameter("p", f"nothing for image_id {row['image_id']!r} of row {number}", "scores of all images")
         if row["category_id"] not in index:
             raise BadParameter("categories", f"without {row['category_id']!r} of row {number}", "ids of all classes")
         scale = values[row["image_id"]][index[row["category_id"]]]
@@ -350,12 +350,12 @@ def refine_results(
 
 
 def limits(results: Sequence[Mapping]) -> dict[str, float]:
-    """What was cut from finished results, and so cannot come back when they are refined.
+    """What was cut from finished results, which refinement cannot bring back.
 
     Returns:
-        "lowest score": a threshold; refinement can lift what lay below it, but that is gone. "most rows a picture": a
-        top-k, when "pictures with that many" (%) is not small. "boxes with one class" (%): at 100 the other classes
-        of each box were dropped, so a box can lose its name's score but not change its name.
+        "lowest score": a threshold. "most rows an image": a top-k, when "images with that many" (%) is not small.
+        "boxes with one class" (%): at 100 the other classes of each box were dropped, so refinement can lower the score
+        of a box but not change its class.
     """
     if not results:
         raise BadParameter("results", "no rows", "one row or more")
@@ -364,7 +364,7 @@ def limits(results: Sequence[Mapping]) -> dict[str, float]:
     most = max(counts.values())
     return {
         "lowest score": min(row["score"] for row in results),
-        "most rows a picture": most,
-        "pictures with that many": 100 * float(np.mean([n == most for n in counts.values()])),
+        "most rows an image": most,
+        "images with that many": 100 * float(np.mean([n == most for n in counts.values()])),
         "boxes with one class": 100 * float(np.mean([n == 1 for n in boxes.values()])),
     }

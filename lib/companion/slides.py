@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from .errors import BadParameter, CompanionError, CorruptFile
 from .ops.files import atomic, read_json, write_json
 from .ops.progress import progress
+from .training.checkpoints import checkpoint_key
 from .viz import heatmaps
 
 BACKENDS = ("openslide", "tiffslide")
@@ -372,14 +373,6 @@ def tensor(pixels: np.ndarray, normalise: str = "unit") -> Tensor:
     return (torch.from_numpy(np.ascontiguousarray(pixels)).movedim(-1, -3).float() / 255 - mean) / std
 
 
-def fingerprint(module: nn.Module) -> str:
-    """A hash of a module's tensors: whether features were made by it."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode() + np.ascontiguousarray(value.detach().cpu().float().numpy()).tobytes())
-    return digest.hexdigest()[:16]
-
-
 @torch.inference_mode()
 def extract(
     path: str | Path,
@@ -387,7 +380,7 @@ def extract(
     out: str | Path,
     *,
     tiling: Tiling = PANDA,
-    encoder: str = "",
+    encoder: nn.Module | None = None,
     normalise: str = "unit",
     batch: int = 1,
     mpp: float | None = None,
@@ -402,7 +395,7 @@ def extract(
 
     Args:
         encode: regions (b, 3, R, R) to features (b, ...): of H-ViT, `embed_patches`, or `embed_regions` after it.
-        encoder: what made them (`fingerprint`): features of two encoders are not mixed.
+        encoder: the module behind `encode`; its key, a hash of its tensors, keeps features of two encoders apart.
         batch: regions a step.
         mpp, mask: see `Slide` and `tile`.
 
@@ -419,7 +412,7 @@ def extract(
             "slide": slide.path.name,
             "size": list(slide.size),
             "mpp": slide.mpp,
-            "encoder": encoder,
+            "encoder": "" if encoder is None else checkpoint_key(encoder=encoder),
             "normalise": normalise,
             "step": tiles.step,
             "level": tiles.level,

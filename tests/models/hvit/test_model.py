@@ -20,8 +20,11 @@ from companion.evaluation.tables import published_table
 from companion.models.hvit import model as hvit
 from companion.models.hvit.model import HViT, PatchBag, PatchEncoder, RegionEncoder, SlideTransformer
 from companion.models.layers import dino
+from companion.models.layers.pos_embed import resize_pos_embed
+from companion.models.layers.state_dicts import load_official
 from companion.ops.papers import paper
-from companion.training.fit import fit
+from companion.training.fit import CPU, fit
+from companion.training.schedules import adamw
 from companion.viz import heatmaps
 
 PIXELS = 32 * 4  # a pocket region
@@ -77,7 +80,7 @@ def test_the_patch_encoder_is_timms_vit_s():
     torch.manual_seed(0)
     ours = PatchEncoder().eval()
     timms = VisionTransformer(img_size=256, patch_size=16, embed_dim=384, depth=12, num_heads=6, num_classes=0).eval()
-    state = ours.state_dict() | {"pos_embed": hvit.resize_positions(ours.pos_embed, (16, 16)).detach()}
+    state = ours.state_dict() | {"pos_embed": resize_pos_embed(ours.pos_embed, (16, 16)).detach()}
     timms.load_state_dict(state)
     x = torch.randn(1, 3, 256, 256)
     with torch.no_grad():
@@ -101,8 +104,31 @@ def test_gradients_come_where_training_is(variant, levels):
 
 
 def test_positions_of_a_frozen_region_level_can_be_trained():
-    model = HViT(SlideTransformer(48), RegionEncoder(4, 48, 48, 1, 3), variant="global", positions=True)
+    slide, region = SlideTransformer(48), RegionEncoder(4, 48, 48, 1, 3)
+    model = HViT(slide, region, variant="global", positions=True)
     assert {n for n in model.trained() if not n.startswith("slide.")} == {"region.pos_embed"}
+    # the caller's levels are neither frozen nor set to eval mode
+    assert slide.training and region.training and all(p.requires_grad for p in region.parameters())
+
+
+def test_what_timm_users_look_for():
+    model, x = pocket("whole").train(), pixels()
+    assert model.no_weight_decay() == {
+        f"{level}.{n}" for level in ("patch", "region") for n in ("pos_embed", "cls_token")
+    }
+    tokens = model.patch.forward_features(x[0, :, :, :32, :32])
+    assert tokens.shape == (2, 65, 48)
+    torch.testing.assert_close(tokens[:, 0], model.patch(x[0, :, :, :32, :32]))
+    gradients = []
+    for enable in (False, True):  # recomputed, and the same
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        torch.manual_seed(0)
+        hvit.loss("regression", model(x), torch.tensor([3])).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(block.grad_checkpointing for block in (model.patch, model.region))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_training_leaves_what_is_frozen():
@@ -113,7 +139,7 @@ def test_training_leaves_what_is_frozen():
     def loss(model, batch):
         return hvit.loss("regression", model(batch[0]), batch[1])
 
-    fit(model, loss, data, epochs=2, batch=4, lr=1e-2, accelerator="cpu")
+    fit(model, loss, data, epochs=2, batch=4, optimizer=adamw(1e-2), hardware=CPU)
     for name, value in model.state_dict().items():
         # the bias of the pooling's score, which a softmax does not see, has no gradient but rounding
         if name != "slide.pool.score.bias":
@@ -158,17 +184,17 @@ def test_the_order_of_regions_counts_with_positions_only():
         assert torch.allclose(level(x), level(x[:, order]), atol=1e-5) == invariant, position
 
 
-def test_places_on_the_slide():
-    x, places = torch.randn(1, 4, 48), torch.tensor([[[3, 1], [3, 2], [5, 1], [4, 4]]])
+def test_positions_on_the_slide():
+    x, coords = torch.randn(1, 4, 48), torch.tensor([[[3, 1], [3, 2], [5, 1], [4, 4]]])
     for position in ("2d sine", "2d learned"):
         torch.manual_seed(0)
         level = SlideTransformer(48, position=position).eval()
-        seen = level(x, places=places)
-        torch.testing.assert_close(seen, level(x, places=places + 7))  # counted from the least of them
-        assert not torch.allclose(seen, level(x, places=places.flip(-1)), atol=1e-4)
+        seen = level(x, coords=coords)
+        torch.testing.assert_close(seen, level(x, coords=coords + 7))  # counted from the smallest
+        assert not torch.allclose(seen, level(x, coords=coords.flip(-1)), atol=1e-4)
         order = torch.tensor([2, 0, 3, 1])
-        torch.testing.assert_close(seen, level(x[:, order], places=places[:, order]))
-        with pytest.raises(BadParameter, match="places"):
+        torch.testing.assert_close(seen, level(x[:, order], coords=coords[:, order]))
+        with pytest.raises(BadParameter, match="coords"):
             level(x)
     with pytest.raises(BadParameter, match="longest"):
         SlideTransformer(48, position="learned", longest=3)(x)
@@ -206,15 +232,15 @@ def test_slides_of_different_length_in_one_batch():
 
 @pytest.mark.parametrize("position", ["2d sine", "2d learned"])
 @torch.no_grad()
-def test_what_fills_a_short_slide_up_has_no_place(position):
+def test_padding_of_a_short_slide_has_no_position(position):
     torch.manual_seed(0)
     level = hvit.SlideTransformer(48, position=position, dropout=0.0).eval()
-    x, places = torch.randn(1, 4, 48), torch.tensor([[[5, 7], [6, 7], [5, 8], [0, 999]]])
+    x, coords = torch.randn(1, 4, 48), torch.tensor([[[5, 7], [6, 7], [5, 8], [0, 999]]])
     present = torch.tensor([[True, True, True, False]])
-    torch.testing.assert_close(level(x, present, places), level(x[:, :3], places=places[:, :3]))
+    torch.testing.assert_close(level(x, present, coords), level(x[:, :3], coords=coords[:, :3]))
 
 
-def test_a_bag_of_patches_knows_no_places():
+def test_a_bag_of_patches_has_no_order():
     bag = PatchBag(48).eval()
     x = embeddings()
     torch.testing.assert_close(bag(x), bag(x.flip(2)))
@@ -359,12 +385,12 @@ def test_a_table_of_another_region_size_is_resized_or_refused_never_left_out():
     large = RegionEncoder(16, depth=1)
     small = RegionEncoder(8, depth=1)
     with pytest.raises(BadCheckpoint, match="pos_embed"):
-        hvit.load(small, large.state_dict(), {n: n for n in small.state_dict()}, "a region of 2048")
+        load_official(small, large.state_dict(), {n: n for n in small.state_dict()}, "a region of 2048")
     read = RegionEncoder.from_official(large.state_dict())
     assert read.pos_embed.shape[1] == 1 + 14**2
     trace: dict[str, torch.Tensor] = {}
     read(torch.zeros(1, 384, 8, 8), trace=trace)
-    torch.testing.assert_close(trace["positions"], hvit.resize_positions(large.pos_embed, (8, 8)))
+    torch.testing.assert_close(trace["positions"], resize_pos_embed(large.pos_embed, (8, 8)))
     assert trace["positions"].shape[1] == 65 and trace["positions"][:, 1:].std() > 0.01
 
 

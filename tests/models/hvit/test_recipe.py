@@ -1,4 +1,4 @@
-"""H-ViT's runs and study: the published recipe, folds that vote, pocket slides, what is missing."""
+"""H-ViT's published recipe: training, folds that vote, stored features, what is missing, attention maps."""
 
 from __future__ import annotations
 
@@ -14,67 +14,61 @@ from torch.utils.data import TensorDataset
 from companion import cli
 from companion.data import slides as data
 from companion.errors import BadParameter, MissingData, MissingWeights
-from companion.models.hvit import model as hvit
-from companion.models.hvit import recipe as runs
-from companion.ops.papers import paper
-from companion.slides import Slide, read_features, tile, write_pyramid
-from companion.toy.ablations import hvit as study
-from companion.toy.datasets import slides as pocket
+from companion.models import hvit
+from companion.models.hvit import recipe
+from companion.models.layers.pos_embed import resize_pos_embed
+from companion.ops.papers import convert, paper
+from companion.slides import PANDA, Slide, read_features, tensor, tile, write_pyramid
+from companion.toy import encoders
+from companion.toy.datasets import slides as synthetic
+from companion.toy.encoders import slide_dino
+from companion.training.checkpoints import Checkpoint
 from companion.viz import heatmaps
+from tests.conftest import interrupted, parameters
 
 
 def given(**changes) -> SimpleNamespace:
-    settings = dict(
-        profile="paper",
-        dry_run=True,
-        seed=1,
-        method="Local",
-        dataset="slides/panda",
-        region=1024,
-        head="regression",
-        position="none",
-        features="",
-        normalise="unit",
-        folds=2,
-        gamma=0.5,
-        sampling="uniform",
-        noise=0.0,
-        patience=0,
-        data_root="nowhere",
-        weights="",
-        accelerator="cpu",
-        devices=1,
-        precision="32-true",
-    )
-    return SimpleNamespace(**settings | changes)
+    few = {"profile": "paper", "dry_run": True, "seed": 1, "method": "mean pooling", "region": 1024, "folds": 2}
+    plain = {"sampling": "uniform", "patience": 0, "data_root": "nowhere", "accelerator": "cpu"}
+    return parameters("hvit", **few | plain | changes)
 
 
 def slides(count: int, seed: int = 0) -> TensorDataset:
-    """Slides whose grade is told by the mean of their embeddings."""
+    """Slides whose grade is the mean of their embeddings."""
     generator = torch.Generator().manual_seed(seed)
     grades = torch.arange(count) % 6
     features = 0.1 * torch.randn(count, 2, 16, 384, generator=generator) + grades[:, None, None, None] / 3
     return TensorDataset(features, torch.ones(count, 2, dtype=torch.bool), grades)
 
 
-# --- the recipe -------------------------------------------------------------------------------------------------------
+def trained(p: SimpleNamespace, epochs: int, tuned: bool = False) -> tuple[torch.nn.Module, list[dict]]:
+    """A bag of patches trained on four slides, one step an epoch."""
+    return recipe.train_fold(p, [(slides(4), slides(4) if tuned else None)], 6, None, p.method, 0, epochs, 4)
 
 
-def test_the_rate_is_halved_every_20_epochs():
-    p = given(method="mean pooling")
-    history = runs.learn(p, runs.build(p, p.method), p.method, slides(4), None, epochs=41, batch=4)
-    rates = [row["lr"] for row in history]
-    assert rates[0] == rates[19] == 2e-4 and rates[20] == rates[39] == 1e-4 and rates[40] == 5e-5
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_decay_is_adams_not_adamws():
+def test_the_learning_rate_is_halved_every_20_epochs():
+    found = recipe.halved(2e-4, 41 * 3, 3)
+    assert found[0] == found[59] == 2e-4 and found[60] == found[119] == 1e-4 and found[120] == 5e-5
+    assert [row["lr"] for row in trained(given(), 2)[1]] == [2e-4] * 2
+
+
+def test_the_decay_is_adams_not_adamws(monkeypatch):
     """One step by hand with torch's Adam, which adds the decay to the gradient."""
-    p, part = given(method="mean pooling"), slides(4)
-    model, other = runs.build(p, p.method).eval(), runs.build(p, p.method).eval()
-    for module in (*model.modules(), *other.modules()):
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    runs.learn(p, model, p.method, part, None, epochs=1, batch=4)
+    build = recipe.build
+
+    def without_dropout(*args):
+        model = build(*args)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        return model
+
+    monkeypatch.setattr(recipe, "build", without_dropout)
+    p, part = given(), slides(4)
+    (model, _), other = trained(p, 1), recipe.build(p, p.method).eval()
     optimizer = torch.optim.Adam(other.parameters(), 2e-4, weight_decay=1e-5)
     hvit.loss("regression", other(part.tensors[0], part.tensors[1]), part.tensors[2]).backward()
     optimizer.step()
@@ -84,99 +78,99 @@ def test_the_decay_is_adams_not_adamws():
 
 @pytest.fixture
 def tuning(monkeypatch):
-    """Kappas and losses that the tuning slides give, one an epoch, and what was trained until then."""
+    """Sets kappas and losses of the tuning slides, one pair an epoch; returns the weights that were scored."""
 
     def plan(*values):
         given, seen = iter(values), []
 
-        def score(p, model, part, classes):
+        def score(head, classes, part, model):
             seen.append([t.detach().clone() for t in model.parameters()])
-            return next(given)
+            kappa, loss = next(given)
+            return kappa, -loss
 
-        monkeypatch.setattr(runs, "_tuning", score)
+        monkeypatch.setattr(recipe, "tuning_scores", score)
         return seen
 
     return plan
 
 
-def test_the_epoch_that_is_best_on_the_tuning_slides_is_kept(tuning):
-    p, seen = given(method="mean pooling"), tuning((1.0, 3.0), (5.0, 2.0), (3.0, 1.0))
-    model = runs.build(p, p.method)
-    runs.learn(p, model, p.method, slides(4), slides(4), epochs=3, batch=4)
-    assert len(seen) == 3
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), seen[1], strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), seen[2], strict=True))
+@pytest.mark.parametrize(("last", "best"), [(3.0, 1), (5.0, 2)])
+def test_the_epoch_with_the_best_tuning_kappa_is_taken_the_later_of_two(tuning, last, best):
+    seen = tuning((1.0, 3.0), (5.0, 2.0), (last, 1.0))
+    model, _ = trained(given(), 3, tuned=True)
+    assert len(seen) == 3 and not torch.equal(seen[1][0], seen[2][0])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), seen[best], strict=True))
 
 
-def test_training_ends_when_the_tuning_loss_has_not_fallen_for_long(tuning, monkeypatch):
-    monkeypatch.setattr(runs, "EARLIEST", 4)
-    falls = [(float(k), 9.0 - k) for k in range(3)]
-    seen = tuning(*falls, *[(0.0, 8.0)] * 20)
-    p = given(method="mean pooling", patience=3)
-    model = runs.build(p, p.method)
-    history = runs.learn(p, model, p.method, slides(4), slides(4), epochs=20, batch=4)
-    # the third epoch was the best; three more bring no better one
-    assert len(history) == len(seen) == 6 and set(history[0]) == {"step", "lr", "loss"}
+@pytest.mark.parametrize(("patience", "earliest", "epochs"), [(3, 4, 6), (3, 10, 10), (0, 4, 20)])
+def test_training_ends_when_the_tuning_loss_has_not_fallen_for_long(tuning, monkeypatch, patience, earliest, epochs):
+    monkeypatch.setattr(recipe, "EARLIEST", earliest)
+    seen = tuning(*[(float(k), 9.0 - k) for k in range(3)], *[(0.0, 8.0)] * 20)
+    model, history = trained(given(patience=patience), 20, tuned=True)
+    assert len(history) == len(seen) == epochs and set(history[0]) == {"step", "lr", "loss"}
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), seen[2], strict=True))
     assert not model.training
-    monkeypatch.setattr(runs, "EARLIEST", 10)
-    tuning(*falls, *[(0.0, 8.0)] * 20)
-    assert len(runs.learn(p, runs.build(p, p.method), p.method, slides(4), slides(4), epochs=20, batch=4)) == 10
-    tuning(*falls, *[(0.0, 8.0)] * 20)
-    p.patience = 0
-    assert len(runs.learn(p, runs.build(p, p.method), p.method, slides(4), slides(4), epochs=20, batch=4)) == 20
 
 
-def test_weighted_sampling_draws_grades_alike_often(monkeypatch):
+def test_weighted_sampling_draws_every_grade_equally_often():
     grades = torch.tensor([0] * 90 + [1] * 9 + [5])
-    part = TensorDataset(torch.arange(100.0), torch.ones(100), grades)
-    drawn, seen = runs.Drawn(part), {}
+    balanced = recipe.ClassBalanced(TensorDataset(torch.arange(100.0), torch.ones(100), grades))
     torch.manual_seed(0)
-    for i in range(1500):
-        grade = int(drawn[i % 100][2])
-        seen[grade] = seen.get(grade, 0) + 1
-    assert len(drawn) == 100 and all(400 < count < 600 for count in seen.values())
-    used = []
-    monkeypatch.setattr(runs, "fit", lambda model, loss, found, **options: used.append(found) or [])
-    for sampling, kind in (("weighted", runs.Drawn), ("uniform", TensorDataset)):
-        p = given(method="mean pooling", sampling=sampling)
-        runs.learn(p, runs.build(p, p.method), p.method, slides(4), None, epochs=1, batch=4)
-        assert isinstance(used[-1], kind)
+    counts = torch.bincount(torch.tensor([int(balanced[i % 100][2]) for i in range(1500)]))[[0, 1, 5]]
+    assert len(balanced) == 100 and counts.min() > 400 and counts.max() < 600
 
 
-def test_noise_is_drawn_anew_and_falls_on_regions_alone(monkeypatch):
+def test_noise_is_drawn_for_each_access_and_spares_the_padding():
     features, present = torch.zeros(2, 3, 16, 384), torch.tensor([[True, True, False]] * 2)
-    noised = runs.Noised(TensorDataset(features, present, torch.tensor([2, 4])), 0.5)
+    noised = recipe.Noised(TensorDataset(features, present, torch.tensor([2, 4])), 0.5)
     torch.manual_seed(0)
     (first, there, grade), again = noised[1], noised[1]
     assert len(noised) == 2 and int(grade) == 4 and torch.equal(there, present[1])
     assert abs(first[:2].std() - 0.5) < 0.02 and not first[2].any() and not torch.equal(first, again[0])
+
+
+@pytest.mark.parametrize(
+    ("noise", "sampling", "kinds"),
+    [
+        (0.0, "uniform", [TensorDataset]),
+        (0.0, "weighted", [recipe.ClassBalanced, TensorDataset]),
+        (0.5, "weighted", [recipe.Noised, recipe.ClassBalanced, TensorDataset]),
+    ],
+)
+def test_sampling_and_noise_are_what_the_parameters_say(monkeypatch, noise, sampling, kinds):
     used = []
-    monkeypatch.setattr(runs, "fit", lambda model, loss, found, **options: used.append(found) or [])
-    for noise, sampling in ((0.0, "uniform"), (0.5, "uniform"), (0.5, "weighted")):
-        p = given(method="mean pooling", noise=noise, sampling=sampling)
-        runs.learn(p, runs.build(p, p.method), p.method, slides(4), slides(4), epochs=1, batch=4)
-    assert [type(found) for found in used] == [TensorDataset, runs.Noised, runs.Noised]
-    assert isinstance(used[2].data, runs.Drawn)
+    monkeypatch.setattr(recipe, "fit", lambda model, loss, data, **options: used.append(data) or [])
+    trained(given(noise=noise, sampling=sampling), 1)
+    while isinstance(used[-1], (recipe.Noised, recipe.ClassBalanced)):
+        used.append(used[-1].data)
+    assert [type(one) for one in used] == kinds
+
+
+def test_kappa_is_quadratic_and_0_for_a_constant():
+    truth = torch.arange(6)
+    assert recipe.kappa(truth, truth) == 100 and recipe.kappa(truth, torch.zeros(6, dtype=torch.long)) == 0
+    assert recipe.kappa(truth, 5 - truth) == -100
+    seven = torch.arange(8)  # more grades than PANDA's
+    assert recipe.kappa(seven, 7 - seven) == -100
 
 
 @pytest.mark.parametrize(
     ("method", "count"), [("Global", 594_818), ("Local", 594_818 + 2_745_600), ("gated attention", None)]
 )
 def test_what_is_trained_at_full_size(method, count):
-    model = runs.build(given(), method)
-    trained = sum(t.numel() for t in model.parameters() if t.requires_grad)
-    assert trained == (count or sum(t.numel() for t in model.parameters()))
+    model = recipe.build(given(), method)
+    trainable = sum(t.numel() for t in model.parameters() if t.requires_grad)
+    assert trainable == (count or sum(t.numel() for t in model.parameters()))
 
 
 def test_hipts_region_level_is_loaded_with_its_positions_resized(tmp_path):
     torch.manual_seed(0)
     saved = hvit.RegionEncoder(16)
     torch.save({"teacher": {f"backbone.{n}": t for n, t in saved.state_dict().items()}}, tmp_path / "vit4k_xs_dino.pth")
-    model = runs.build(given(method="Global", region=2048, weights=str(tmp_path / "vit4k_xs_dino.pth")), "Global")
+    model = recipe.build(given(method="Global", region=2048, weights=str(tmp_path / "vit4k_xs_dino.pth")), "Global")
     assert torch.equal(model.region.blocks[0].attn.qkv.weight, saved.blocks[0].attn.qkv.weight)
-    assert torch.equal(model.region.pos_embed, hvit.resize_positions(saved.pos_embed, (7, 7)))
-    # Global looks where `companion doctor` says; Local starts from random weights unless it is told
+    assert torch.equal(model.region.pos_embed, resize_pos_embed(saved.pos_embed, (7, 7)))
+    # Global reads the file that `companion doctor` names; Local starts from random weights unless a file is given
     (tmp_path / "weights").mkdir()
     file = tmp_path / "weights" / "vit4k_xs_dino.pth"
     (tmp_path / "vit4k_xs_dino.pth").rename(file)
@@ -186,42 +180,43 @@ def test_hipts_region_level_is_loaded_with_its_positions_resized(tmp_path):
         ("Global", "random", ""),
         ("Local", "x", "x"),
     ):
-        assert runs.region_weights(given(method=method, weights=weights, data_root=str(tmp_path))) == found
+        assert recipe.region_weights(given(method=method, weights=weights, data_root=str(tmp_path))) == found
 
 
 def test_global_does_not_freeze_random_weights_unasked(tmp_path, stored):
     stored.method = "Global"
     with pytest.raises(MissingWeights, match="vit4k_xs_dino"):
-        runs.setting(stored, tmp_path, {})
+        recipe.setting(stored, tmp_path)
     stored.weights = "random"
-    assert len(runs.train(runs.setting(stored, tmp_path, {}), "Global", epochs=1, batch=6)[0]) == 2
+    assert len(recipe.train(recipe.setting(stored, tmp_path), "Global", epochs=1, batch=6)[0]) == 2
 
 
 # --- dry run and stored features --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", list(runs.KINDS))
+@pytest.mark.parametrize("method", list(recipe.METHODS))
 def test_a_dry_run_takes_two_steps(method, tmp_path):
-    found = runs.setting(given(method=method, sampling="weighted", patience=20), tmp_path, {})
-    models, history = runs.train(found, method)
+    found = recipe.setting(given(method=method, sampling="weighted", patience=20), tmp_path)
+    models, history = recipe.train(found, method)
     assert len(history) == 2 and all(np.isfinite(row["loss"]) for row in history)
-    scores = runs.scores(found, method, models)
+    assert not list(tmp_path.iterdir())  # nothing is saved: a second dry run trains again
+    scores = recipe.scores(found, method, models)
     assert set(scores) == {"kappa", "fold"} and scores["kappa"] == scores["fold"]
 
 
 @pytest.fixture
 def stored(tmp_path, monkeypatch):
-    """Pocket slides in two folds, with features of one to three regions of 4 x 4 patches: the parameters."""
-    monkeypatch.setattr(runs, "WORKERS", 0)
-    monkeypatch.setattr(pocket, "COUNTS", {"train": 12, "val": 6, "test": 6})
-    pocket.write(tmp_path, "count", 0)
+    """Synthetic slides in two folds, with features of one to three regions of 4 x 4 patches: the parameters."""
+    monkeypatch.setattr(recipe, "WORKERS", 0)
+    monkeypatch.setattr(synthetic, "COUNTS", {"train": 12, "val": 6, "test": 6})
+    synthetic.write(tmp_path, "count", 0)
     data.write_folds("pocket/slides-count", tmp_path, 2, test=0.25)
     store(tmp_path, 16, 384)
-    return given(dry_run=False, method="mean pooling", dataset="pocket/slides-count", data_root=str(tmp_path))
+    return given(dry_run=False, dataset="pocket/slides-count", data_root=str(tmp_path))
 
 
 def store(root, *shape: int) -> None:
-    """Features of that shape a region, whose mean tells the grade."""
+    """Write features of that shape a region, whose mean follows the grade."""
     (root / "features").mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     for item in data.load("pocket/slides-count", root):
@@ -234,12 +229,12 @@ def store(root, *shape: int) -> None:
 
 def test_folds_are_trained_on_stored_features_and_vote(tmp_path, stored):
     p = stored
-    found = runs.setting(p, tmp_path, {})
+    found = recipe.setting(p, tmp_path)
     assert len(found.folds) == 2
-    models, _ = runs.train(found, p.method, epochs=30, batch=6)
-    scores = runs.scores(found, p.method, models)
+    models, _ = recipe.train(found, p.method, epochs=30, batch=6)
+    scores = recipe.scores(found, p.method, models)
     assert len(models) == 2 and -100 <= scores["kappa"] <= 100
-    table = runs.measured(
+    table = recipe.measured(
         tmp_path / "measured.csv",
         {"method": p.method, "dataset": p.dataset, "region": 1024, "head": p.head, "seed": 1} | scores,
     )
@@ -247,41 +242,41 @@ def test_folds_are_trained_on_stored_features_and_vote(tmp_path, stored):
 
 
 @pytest.mark.parametrize("method", ["Local", "mean pooling"])
-def test_a_fold_that_is_done_is_read_and_not_trained_again(tmp_path, stored, method, monkeypatch):
-    stored.method = method
-    found = runs.setting(stored, tmp_path, {})
-    models, history = runs.train(found, method, epochs=2, batch=6)
-    kept = sorted((tmp_path / "trained").glob("*.safetensors"))
-    assert [file.name[: len(method) + 16] for file in kept] == [f"{method}, fold {k}, seed 1" for k in range(2)]
-    if method == "Local":  # under the authors' names
-        state = hvit.read_checkpoint(kept[1])
-        ours = {n: t for n, t in models[1].state_dict().items()}
-        assert all(torch.equal(t, ours[n]) for n, t in hvit.HViT.from_official(state).state_dict().items())
-    kept[1].unlink()  # as if the run had been killed in the second fold
-    trained = []
-    fit = runs.fit
-    monkeypatch.setattr(runs, "fit", lambda *args, **options: trained.append(options["name"]) or fit(*args, **options))
-    again, same = runs.train(found, method, epochs=2, batch=6)
-    assert trained == [method] and same == history
-    for one, other in zip(models, again, strict=True):
+def test_a_killed_training_resumes_to_the_same_bits_and_its_weights_are_saved(tmp_path, stored, method, monkeypatch):
+    stored.method, steps = method, {"epochs": 3, "batch": 3}
+    monkeypatch.setattr(Checkpoint.of.__func__, "__defaults__", (2,))  # every second step
+    whole, history = recipe.train(recipe.setting(stored, tmp_path / "whole"), method, **steps)
+    with interrupted(monkeypatch, recipe, "decayed_loss", len(history) + 5):  # in the second fold
+        recipe.train(recipe.setting(stored, tmp_path), method, **steps)
+    names = [path.stem for path in sorted((tmp_path / "checkpoints").glob("*.pt"))]
+    assert [name[: len(method) + 16] for name in names] == [f"{method}, fold {k}, seed 1" for k in range(2)]
+    calls, loss = [], recipe.decayed_loss
+    monkeypatch.setattr(recipe, "decayed_loss", lambda *args: calls.append(1) or loss(*args))
+    again, same = recipe.train(recipe.setting(stored, tmp_path), method, **steps)
+    assert same == history and 0 < len(calls) < len(history) - 2
+    for one, other in zip(whole, again, strict=True):
         assert not other.training
         assert all(torch.equal(t, other.state_dict()[n]) for n, t in one.state_dict().items())
+    saved = [hvit.read_checkpoint(tmp_path / "trained" / f"{name}.safetensors") for name in names]
+    if method == "Local":  # under the authors' names
+        saved = [hvit.HViT.from_official(state).state_dict() for state in saved]
+    assert all(torch.equal(t, saved[1][n]) for n, t in again[1].state_dict().items())
     stored.sampling = "weighted"  # another training
-    runs.train(runs.setting(stored, tmp_path, {}), method, epochs=2, batch=6)
-    assert len(trained) == 3
+    recipe.train(recipe.setting(stored, tmp_path), method, **steps)
+    assert len(list((tmp_path / "trained").iterdir())) == 4
 
 
 def test_features_that_do_not_fit_are_refused(tmp_path, stored):
     with pytest.raises(BadParameter, match=r"region = 2048.*16 patches"):
-        runs.setting(SimpleNamespace(**vars(stored) | {"region": 2048}), tmp_path, {})
+        recipe.setting(SimpleNamespace(**vars(stored) | {"region": 2048}), tmp_path)
     store(tmp_path, 192)  # of whole regions: only the slide level can be trained on them
     for method in ("Local", "gated attention"):
         with pytest.raises(BadParameter, match="Global alone"):
-            runs.setting(SimpleNamespace(**vars(stored) | {"method": method}), tmp_path, {})
-    assert runs.setting(SimpleNamespace(**vars(stored) | {"method": "Global"}), tmp_path, {}).folds
+            recipe.setting(SimpleNamespace(**vars(stored) | {"method": method}), tmp_path)
+    assert recipe.setting(SimpleNamespace(**vars(stored) | {"method": "Global"}), tmp_path).folds
     empty = SimpleNamespace(**vars(stored) | {"features": str(tmp_path / "elsewhere")})
     with pytest.raises(MissingData, match="companion slides pocket/slides-count"):
-        runs.setting(empty, tmp_path, {})
+        recipe.setting(empty, tmp_path)
 
 
 def test_no_slide_is_trained_and_tested_on(tmp_path, stored):
@@ -290,11 +285,11 @@ def test_no_slide_is_trained_and_tested_on(tmp_path, stored):
     # the folds test on one another's slides
     data.write_list(folds / "fold-0" / "test.csv", data.load("pocket/slides-count", tmp_path, "tune", 1)[:1])
     with pytest.raises(BadParameter, match="none of the slides that a fold tests on"):
-        runs.setting(stored, tmp_path, {})
+        recipe.setting(stored, tmp_path)
     data.write_list(folds / "fold-0" / "test.csv", tested)
     data.write_list(folds / "fold-1" / "tune.csv", data.load("pocket/slides-count", tmp_path, "train", 1)[:2])
     with pytest.raises(BadParameter, match=r"fold 1.*and 1 more.*tunes on"):
-        runs.setting(stored, tmp_path, {})
+        recipe.setting(stored, tmp_path)
 
 
 @pytest.fixture
@@ -316,36 +311,39 @@ def small_patches() -> hvit.PatchEncoder:
 
 
 def test_slides_of_ones_own_are_stored_in_parts_and_trained_on(own, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "WORKERS", 0)
-    monkeypatch.setattr(runs, "PANDA", replace(runs.PANDA, area=0.1, hole_area=0.05, close=3, median=3))
-    p = given(dry_run=False, dataset="folder", data_root=str(own), features=str(tmp_path / "f"), region=128, folds=2)
-    done = [dict(runs.store(p, small_patches(), (i, 3))) for i in range(3)]
+    monkeypatch.setattr(recipe, "WORKERS", 0)
+    tiling = replace(PANDA, area=0.1, hole_area=0.05, close=3, median=3)
+    p = given(dry_run=False, dataset="folder", data_root=str(own), features=str(tmp_path / "f"), region=128)
+    done = [dict(recipe.store(p, small_patches(), (i, 3), tiling=tiling)) for i in range(3)]
     assert [len(part) for part in done] == [4, 3, 3]
     found = {name: path for part in done for name, path in part.items()}
     assert sorted(found) == sorted(item.name for item in data.folder(own))
     features = read_features(found["benign_0"])
     assert features["features"].shape == (4, 4, 384)  # 2 x 2 regions of 2 x 2 patches
     # the same in one go, and with more regions a step
-    again = dict(runs.store(SimpleNamespace(**vars(p) | {"features": str(tmp_path / "g")}), small_patches(), batch=3))
+    other = SimpleNamespace(**vars(p) | {"features": str(tmp_path / "g")})
+    again = dict(recipe.store(other, small_patches(), batch=3, tiling=tiling))
     torch.testing.assert_close(read_features(again["benign_0"])["features"], features["features"])
-    # what is there is kept, unless another encoder made it
+    # a file that is there stays, and features of another encoder are refused
     before = found["benign_0"].stat().st_mtime_ns
-    assert dict(runs.store(p, small_patches()))["benign_0"].stat().st_mtime_ns == before
+    assert dict(recipe.store(p, small_patches(), tiling=tiling))["benign_0"].stat().st_mtime_ns == before
     other = hvit.PatchEncoder(64, 32, dim=384, depth=1).eval()
-    assert isinstance(dict(runs.store(p, other))["benign_0"], BadParameter)
+    assert isinstance(dict(recipe.store(p, other, tiling=tiling))["benign_0"], BadParameter)
     p.region = 512  # 2 x 2 patches
     for method in ("Local", "mean pooling"):
         p.method = method
-        monkeypatch.setattr(runs, "build", lambda p, method, fold, classes: hvit.PatchBag(384, classes, p.head, "mean"))
-        setting = runs.setting(p, tmp_path, {})
+        monkeypatch.setattr(
+            recipe, "build", lambda p, method, fold, classes: hvit.PatchBag(384, classes, p.head, "mean")
+        )
+        setting = recipe.setting(p, tmp_path)
         sizes = [(len(train), len(tune)) for train, tune in setting.folds]
         assert len(setting.test) == 2 and len(sizes) == 2 and all(sum(pair) == 8 for pair in sizes)
-        models, _ = runs.train(setting, method, epochs=2, batch=4)
-        assert set(runs.scores(setting, method, models)) == {"kappa", "fold"}
+        models, _ = recipe.train(setting, method, epochs=2, batch=4)
+        assert set(recipe.scores(setting, method, models)) == {"kappa", "fold"}
         assert models[0].classes == 2
 
 
-def test_one_bad_slide_does_not_keep_the_others_back(own, tmp_path, capsys):
+def test_one_bad_slide_does_not_stop_the_others(own, tmp_path, capsys):
     (own / "benign" / "benign_1.tiff").write_bytes(b"no slide")
     torch.save(hvit.PatchEncoder(64, 16, dim=64, depth=1, heads=1).state_dict(), tmp_path / "patch.pth")
     words = ["slides", "folder", "--data-root", str(own), "--weights", str(tmp_path / "patch.pth"), "--region", "128"]
@@ -363,57 +361,57 @@ def test_one_bad_slide_does_not_keep_the_others_back(own, tmp_path, capsys):
     assert "multiple of the 64 pixels" in capsys.readouterr().err
 
 
-def test_pocket_slides_have_their_own_tiling(tmp_path, monkeypatch):
-    monkeypatch.setattr(pocket, "COUNTS", {"train": 1, "val": 1, "test": 1})
-    pocket.write(tmp_path, "count", 0)
-    words = [
-        "slides",
-        "pocket/slides-count",
-        "--data-root",
-        str(tmp_path),
-        "--weights",
-        "pocket",
-        "--region",
-        "128",
-        "--normalise",
-        "half",
-    ]
-    assert cli.main(words) == 0
+def test_the_patch_level_of_a_file_of_several_levels(tmp_path, monkeypatch):
+    """Such as the shipped toy encoders, or a model of the authors'."""
+    monkeypatch.setattr(synthetic, "COUNTS", {"train": 1, "val": 1, "test": 1})
+    synthetic.write(tmp_path, "count", 0)
+    p = given(dataset="pocket/slides-count", data_root=str(tmp_path), region=128, normalise="half")
+    patch = recipe.patch_encoder(encoders.weights_file(slide_dino.NAME), heads=3)
+    files = dict(recipe.store(p, patch, tiling=synthetic.TILING))
     item = data.load("pocket/slides-count", tmp_path)[0]
-    found = read_features(tmp_path / "features" / f"{item.name}.h5")["features"]
-    pixels, _ = study.regions(item)
-    expected = study.slide_dino.embed(study.encoders("dino")[0], study.tensor(pixels, "half"))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    with Slide(item.path) as slide:
+        tiles = tile(slide, synthetic.TILING)
+        pixels = np.stack([slide.region(x, y, tiles) for x, y in tiles.coords])
+    expected = slide_dino.embed(slide_dino.build()[0], tensor(pixels, "half"))
+    torch.testing.assert_close(read_features(files[item.name])["features"], expected, atol=1e-5, rtol=1e-4)
+    torch.manual_seed(0)
+    theirs = hvit.HViT(
+        hvit.SlideTransformer(48), hvit.RegionEncoder(4, 64, 48, 1, 3), hvit.PatchEncoder(64, 32, 64, 1, 1)
+    )
+    torch.save(theirs.to_official(), tmp_path / "local.pt")
+    found = recipe.patch_encoder(tmp_path / "local.pt").state_dict()
+    assert all(torch.equal(t, found[name]) for name, t in theirs.patch.state_dict().items())
 
 
 def test_what_is_missing_is_said(tmp_path):
     with pytest.raises(MissingData, match="kaggle"):
-        runs.setting(given(dry_run=False, data_root=str(tmp_path)), tmp_path, {})
+        recipe.setting(given(dry_run=False, data_root=str(tmp_path)), tmp_path)
     with pytest.raises(MissingData, match="no slide"):
-        runs.setting(given(dry_run=False, dataset="folder", data_root=str(tmp_path)), tmp_path, {})
-    with pytest.raises(BadParameter, match="'learned'"):
-        runs.setting(given(position="2d sine"), tmp_path, {})
+        recipe.setting(given(dry_run=False, dataset="folder", data_root=str(tmp_path)), tmp_path)
+    for name, value in (("dataset", "rgbt/lasher"), ("position", "2d sine"), ("method", "global")):
+        with pytest.raises(BadParameter, match=name):
+            convert(name, value, paper("hvit")["parameters"][name])
     for dry_run in (True, False):
         with pytest.raises(BadParameter, match="devices = 2"):
-            runs.setting(given(devices=2, dry_run=dry_run), tmp_path, {})
+            recipe.setting(given(devices=2, dry_run=dry_run), tmp_path)
 
 
-# --- where it looks ---------------------------------------------------------------------------------------------------
+# --- attention maps ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", ["local", "global"])
 def test_attention_of_all_levels_is_read_region_by_region(variant, tmp_path, monkeypatch):
-    monkeypatch.setattr(pocket, "COUNTS", {"train": 1, "val": 1, "test": 1})
-    pocket.write(tmp_path, "place", 0)
+    monkeypatch.setattr(synthetic, "COUNTS", {"train": 1, "val": 1, "test": 1})
+    synthetic.write(tmp_path, "place", 0)
     item = data.load("pocket/slides-place", tmp_path, "test")[0]
     torch.manual_seed(0)
     model = hvit.build("pocket", variant, "regression", patches=4, levels=("region", "slide"))
-    patch, before = study.encoders("dino")[0], set(model.trained())
+    patch, before = slide_dino.standardise(slide_dino.build()[0]).requires_grad_(True), set(model.trained())
     with Slide(item.path) as slide:
-        tiles = tile(slide, pocket.TILING)
-        found = runs.look(model, patch, slide, tiles, "half")
-        pixels = study.tensor(np.stack([slide.region(x, y, tiles) for x, y in tiles.coords]), "half")
-    assert set(model.trained()) == before  # what is trained stays so
+        tiles = tile(slide, synthetic.TILING)
+        found = recipe.attention_maps(model, patch, slide, tiles, "half")
+        pixels = tensor(np.stack([slide.region(x, y, tiles) for x, y in tiles.coords]), "half")
+    assert set(model.trained()) == before and all(t.requires_grad for t in patch.parameters())  # nothing is frozen
     trace, whole = {}, hvit.HViT(model.slide, model.region, patch, variant)
     with torch.no_grad():
         torch.testing.assert_close(found.output, whole(pixels[None], trace=trace), atol=1e-5, rtol=1e-4)
@@ -427,69 +425,3 @@ def test_attention_of_all_levels_is_read_region_by_region(variant, tmp_path, mon
     np.testing.assert_allclose(
         found.factorised(0.5, variant), (found.patch + found.region + found.slide[:, None, None]) / 3, atol=1e-6
     )
-
-
-# --- the study --------------------------------------------------------------------------------------------------------
-
-
-def test_the_facts_name_what_there_is():
-    """Claims name methods and tasks of the study."""
-    for claim in paper("hvit")["claims"]:
-        if claim["kind"] == "directional":
-            for task in claim["tasks"]:
-                assert {claim["better"], claim["worse"]} <= set(study.TASKS[task])
-
-
-@pytest.fixture
-def few(tmp_path, monkeypatch) -> str:
-    """Embeddings of random slides in the place of those of the pocket slides; the study's root."""
-    generator = torch.Generator().manual_seed(0)
-
-    def embeddings(root, seed, task, split, levels="dino"):
-        count = {"train": 20, "val": 8, "trainval": 28, "test": 12}[split]
-        return TensorDataset(torch.randn(count, 5, 16, 48, generator=generator), torch.arange(count) % 6)
-
-    monkeypatch.setattr(study, "embeddings", embeddings)
-    monkeypatch.setattr(study, "RECIPE", study.RECIPE | {"epochs": 1, "batch": 8})
-    return str(tmp_path)
-
-
-@pytest.mark.parametrize("method", list(study.METHODS))
-def test_every_method_trains_what_its_name_says(method, few):
-    model = study.build(method, 0)
-    row = study.train(method, "place", 1e-3, 0, few, "select")
-    assert -100 <= row["kappa"] <= 100 and row["trained"] == sum(
-        p.numel() for p in model.parameters() if p.requires_grad
-    )
-    if isinstance(model, hvit.HViT):
-        kept = study.slide_dino.build()[1].state_dict()
-        same = all(torch.equal(t, kept[n]) for n, t in model.region.state_dict().items())
-        assert same == ("random" not in method or "patch" in method)
-        assert any(n.startswith("region") for n in model.trained()) == method.startswith("Local")
-    assert ("fold" in row) == ("vote" in method)
-
-
-def test_shuffling_moves_patches_within_their_region_alone(few, monkeypatch):
-    place = torch.arange(2 * 5 * 16, dtype=torch.float).reshape(2, 5, 16, 1).expand(-1, -1, -1, 48)
-    whole = TensorDataset(place, torch.tensor([0, 1]))
-    monkeypatch.setattr(study, "embeddings", lambda *given: whole)
-    moved = study.pictures("Local, places shuffled", "place", few, 0, "train").tensors[0]
-    assert not torch.equal(moved, place) and torch.equal(moved.sort(2).values, place)
-    assert torch.equal(study.pictures("Local", "place", few, 0, "train").tensors[0], place)
-
-
-def test_kappa_is_quadratic_and_0_for_a_constant():
-    truth = torch.arange(6)
-    assert study.kappa(truth, truth) == 100 and study.kappa(truth, torch.zeros(6, dtype=torch.long)) == 0
-    assert study.kappa(truth, 5 - truth) == -100
-
-
-def test_slides_go_the_real_way_into_the_study(tmp_path, monkeypatch):
-    monkeypatch.setattr(pocket, "COUNTS", {"train": 3, "val": 2, "test": 2})
-    found = study.embeddings(str(tmp_path), 0, "place", "trainval")
-    assert found.tensors[0].shape == (5, 5, 16, 48) and len(found.tensors[1]) == 5
-    item = data.load("pocket/slides-place", study.folder(tmp_path, 0), "train")[0]
-    pixels, corners = study.regions(item)
-    assert pixels.shape == (5, 128, 128, 3) and len(corners) == 5
-    tensors = study.tensor(pixels, study.slide_dino.NORMALISE)
-    torch.testing.assert_close(study.slide_dino.embed(study.encoders("dino")[0], tensors), found.tensors[0][0])

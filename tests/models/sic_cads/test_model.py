@@ -1,4 +1,4 @@
-"""SIC-CADS: counts, the formulas written out, what refinement can and cannot change, names, training, bad inputs."""
+"""SIC-CADS: counts, the formulas written out, invariances of refinement, official names, bad inputs."""
 
 import itertools
 import math
@@ -10,7 +10,6 @@ import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from companion.backbones import Input
@@ -39,7 +38,6 @@ from companion.models.sic_cads.model import (
 )
 from companion.ops.papers import paper
 from companion.toy.datasets.tokens import Tokenizer
-from companion.training.fit import fit, trained_state
 
 CLASSES, DIM = 10, 24
 NOVEL = torch.arange(CLASSES) % 3 == 0
@@ -95,11 +93,14 @@ class Plain(nn.Module):
         return found
 
 
+def body() -> nn.Module:
+    return timm.create_model("resnet10t", channels=(8, 16, 24, 32), stem_width=8, num_classes=0, zero_init_last=False)
+
+
 def build(**changes) -> MLR:
     torch.manual_seed(0)
-    body = timm.create_model("resnet10t", channels=(8, 16, 24, 32), stem_width=8, num_classes=0, zero_init_last=False)
-    options = {"teacher": Teacher(), "width": 16, **SMALL, **changes}
-    return MLR(options.pop("body", body), F.normalize(draw(CLASSES, DIM), dim=-1), NOVEL, **options).eval()
+    options = {"body": body(), "teacher": Teacher(), "width": 16, **SMALL, **changes}
+    return MLR(options.pop("body"), F.normalize(draw(CLASSES, DIM), dim=-1), NOVEL, **options).eval()
 
 
 # --- counts -----------------------------------------------------------------------------------------------------------
@@ -139,6 +140,15 @@ def test_only_what_the_paper_trains_gets_a_gradient():
     assert not any(".bn" in name for name in reached)
 
 
+def test_body_and_teacher_of_the_caller_are_not_changed():
+    own, teacher = body(), Teacher()
+    model = build(body=own, teacher=teacher)
+    assert own.training and teacher.training
+    assert all(p.requires_grad for module in (own, teacher) for p in module.parameters())
+    model.set_grad_checkpointing()
+    assert model.body.grad_checkpointing and not own.grad_checkpointing
+
+
 def test_frozen_norms_stay_and_free_ones_move():
     for frozen, changed in ((True, False), (False, True)):
         model = build(freeze_norms=frozen).train()
@@ -148,7 +158,7 @@ def test_frozen_norms_stay_and_free_ones_move():
         assert any(not torch.equal(t, after[n]) for n, t in before.items()) == changed
 
 
-# --- what goes in -----------------------------------------------------------------------------------------------------
+# --- inputs -----------------------------------------------------------------------------------------------------------
 
 
 def test_patches_are_the_image_and_four_overlapping_corners():
@@ -212,7 +222,7 @@ def test_one_level_is_the_cosine_of_the_whole_image():
 def test_any_module_can_be_the_body():
     model = build(body=Plain(), channels=Plain.channels, extra=False)
     assert model.heads.shared.in_features == 3 * 16
-    assert [m.shape[-1] for m in model.maps(torch.zeros(1, 3, 64, 64))] == [16, 8, 4]
+    assert [m.shape[-1] for m in model.forward_features(torch.zeros(1, 3, 64, 64))] == [16, 8, 4]
     assert model.recognise(pixels(), student=True).p.isfinite().all()
 
 
@@ -224,7 +234,7 @@ def test_pooling_is_the_mean_of_the_levels_maxima():
     torch.testing.assert_close(pool(s, 2), (s[:, 0] + s[:, 1:].max(1).values) / 2)
 
 
-def test_probabilities_forget_scale_and_shift_of_an_image():
+def test_probabilities_do_not_depend_on_scale_and_shift_of_an_image():
     s, scale, shift = draw(4, 30), share(4, 1) * 5 + 0.1, draw(4, 1, seed=5)
     torch.testing.assert_close(normalise(scale * s + shift), normalise(s))
     assert not torch.allclose(normalise(scale * s + shift, "none"), normalise(s, "none"))
@@ -308,7 +318,7 @@ def test_rank_loss_is_the_sum_written_out():
     assert rank_loss(scores, torch.zeros_like(positives)) == 0
 
 
-def test_floor_of_the_rank_loss():
+def test_lower_bound_of_the_rank_loss():
     positives = torch.zeros(1, CLASSES, dtype=torch.bool)
     positives[0, :3] = True
     assert math.isclose(float(rank_loss(2.0 * positives, positives)), 3 / CLASSES, rel_tol=1e-6)
@@ -329,14 +339,14 @@ def test_losses_of_the_model():
     scores = 20 * pool(e_text @ model.text.mT, 2)
     torch.testing.assert_close(ranked, rank_loss(scores, positives, ~NOVEL))
     torch.testing.assert_close(model.loss(images, positives, boxes=False)[0], rank_loss(scores, positives))
-    taught = model.teach(images)
+    taught = model.teacher_embeddings(images)
     torch.testing.assert_close(distilled, 0.01 * distillation_loss(e_image, taught))
     calls = len(model.teacher.seen)
     kept = model.loss(images, positives, teacher=taught)
     assert torch.equal(kept[1], distilled) and len(model.teacher.seen) == calls
 
 
-# --- the detector's side ----------------------------------------------------------------------------------------------
+# --- the detector -----------------------------------------------------------------------------------------------------
 
 
 def test_zero_shot_classifier():
@@ -426,37 +436,6 @@ def test_the_heads_of_a_whole_checkpoint_can_be_checked():
     more["mlr_lin2.weight"] = more["mlr_lin2.weight"] * 1.1 + 0.01
     wrong = [d.output for d in compare("sic_cads", Case(case.folder, more)) if not d.agrees]
     assert wrong[0] == "e_text" and "e_image" not in wrong
-
-
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
-def test_training_resumes_to_the_same_bits(tmp_path):
-    data = TensorDataset(pixels(8, 64, 64), draw(8, CLASSES) > 0.5)
-
-    def value(m, b):
-        return sum(m.loss(*b))
-
-    settings = dict(data=data, epochs=3, batch=4, lr=0.003)
-    whole = build()
-    history = fit(whole, value, **settings)
-    assert history[-1]["loss"] < history[0]["loss"]
-    calls = iter(range(4))
-
-    def dies(m, b):
-        if next(calls, None) is None:
-            raise KeyboardInterrupt
-        return value(m, b)
-
-    file = tmp_path / "run.pt"
-    with pytest.raises(KeyboardInterrupt):
-        fit(build(), dies, **settings, checkpoint=file, checkpoint_every=2)
-    again = build()
-    fit(again, value, **settings, checkpoint=file, checkpoint_every=2, resume=True)
-    assert all(torch.equal(t, trained_state(again)[name]) for name, t in trained_state(whole).items())
-    fresh = build()
-    fresh.load_state_dict(trained_state(whole), strict=False)
-    assert torch.equal(fresh.eval().recognise(pixels()).p, whole.eval().recognise(pixels()).p)
 
 
 # --- bad inputs -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""SIC-CADS' study and the settings that its notebook runs with."""
+"""SIC-CADS' ablations on the synthetic scenes, and the live run of the notebook."""
 
 from types import SimpleNamespace
 
@@ -8,57 +8,58 @@ import torch
 from torchvision.ops import box_iou
 
 from companion.errors import BadParameter
-from companion.models.sic_cads import model as sic_cads
+from companion.models.sic_cads import recipe, refine
 from companion.ops.papers import paper
-from companion.toy.ablations import sic_cads as study
-from companion.toy.datasets import detection as pocket
-from companion.toy.live import sic_cads as runs
+from companion.toy.ablations import sic_cads as ablation
+from companion.toy.datasets import detection as synthetic
+from companion.toy.live import sic_cads as live_run
+from tests.conftest import parameters
 
 COUNTS = {"train": 96, "val": 24, "test": 40}
 SEED = 5
 
 
 def given(**changes) -> SimpleNamespace:
-    return SimpleNamespace(**dict(profile="pocket", dry_run=False, seed=SEED, branch="SIC-CADS", gamma=0.5) | changes)
+    return parameters("sic_cads", **{"seed": SEED} | changes)
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """A run's folder with few pictures; what is kept in memory between tests is forgotten after."""
+    """A run's folder with few images; the caches of the ablation are cleared after."""
     path = tmp_path_factory.mktemp("run")
-    kept = (study.pictures, study.foundation, study.detected, study.trained)
+    caches = (ablation.images_of, ablation.foundation, ablation.detected, ablation.trained)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pocket, "COUNTS", COUNTS)
-        patch.setitem(study.RECIPE, "epochs", 6)
-        pocket.write(study.folder(path / "data", SEED), SEED)
+        patch.setattr(synthetic, "COUNTS", COUNTS)
+        patch.setattr(ablation, "EPOCHS", 6)
+        synthetic.write(ablation.folder(path / "data", SEED), SEED)
         yield path
-    for function in kept:
+    for function in caches:
         function.cache_clear()
 
 
 @pytest.fixture(scope="module")
 def live(out):
-    """A setting, its recogniser, its history, and what both say of the test pictures."""
-    found = runs.setting(given(), out, {("shipped", "SIC-CADS"): 3e-3})
-    model, history = runs.train(found)
-    return found, model, history, runs.look(found, model)
+    """A setting, its recogniser, its history, and the predictions for the test images."""
+    found = live_run.setting(given(), out, {("shipped", "SIC-CADS"): 3e-3})
+    model, history = recipe.train(found)
+    return found, model, history, recipe.predict(found, model)
 
 
-# --- at pocket scale --------------------------------------------------------------------------------------------------
+# --- the live run ---------------------------------------------------------------------------------------------------
 
 
-def test_the_live_run_is_the_studys(out, live):
-    """The same pictures, start and steps as the row of the study with this seed and rate."""
-    found, model, history, looked = live
-    row = study.train("SIC-CADS", "shipped", 3e-3, SEED, str(out / "data"))
-    scores = runs.scores(found, looked)
-    # pictures one by one against batches: the last bits may differ, and with them a rank
+def test_the_live_run_is_the_ablations(out, live):
+    """The same images, initial weights and steps as the ablation's row of this seed and learning rate."""
+    found, model, history, outputs = live
+    row = ablation.train("SIC-CADS", "shipped", 3e-3, SEED, str(out / "data"))
+    scores = recipe.ap50(found, outputs)
+    # images one by one against batches: the last bits may differ, and with them a rank
     assert scores["novel"] == pytest.approx(row["AP50 novel"], abs=0.5)
     assert scores["base"] == pytest.approx(row["AP50 base"], abs=0.5)
     assert len(history) == 12 and sum(p.numel() for p in model.parameters() if p.requires_grad) == row["trained"]
-    assert runs.recognition(found, looked, "SIC-CADS")["novel"] == pytest.approx(row["mAP novel"], abs=0.5)
-    plain = study.train("no refinement", "shipped", 0.0, SEED, str(out / "data"))
-    assert runs.scores(found, looked, gamma=0.0)["novel"] == pytest.approx(plain["AP50 novel"], abs=0.01)
+    assert recipe.recognition(found.test, outputs.p["SIC-CADS"])["novel"] == pytest.approx(row["mAP novel"], abs=0.5)
+    plain = ablation.train("no refinement", "shipped", 0.0, SEED, str(out / "data"))
+    assert recipe.ap50(found, outputs, gamma=0.0)["novel"] == pytest.approx(plain["AP50 novel"], abs=0.01)
     assert row["novel gain"] == pytest.approx(row["AP50 novel"] - plain["AP50 novel"], abs=0.02)
     assert row["novel gain beyond base gain"] == pytest.approx(row["novel gain"] - row["base gain"], abs=0.02)
 
@@ -67,7 +68,7 @@ def test_training_learns_and_touches_nothing_frozen(live):
     found, model, history, _ = live
     losses = [row["loss"] for row in history]
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
-    again, same = runs.train(found)
+    again, same = recipe.train(found)
     assert [row["loss"] for row in same] == losses
     start = found.build()
     assert torch.equal(model.text, start.text)
@@ -78,18 +79,18 @@ def test_training_learns_and_touches_nothing_frozen(live):
 
 
 def test_branches_and_their_ends(live):
-    found, model, _, looked = live
-    assert tuple(looked.p) == runs.BRANCHES and all(p.shape == (40, 16) for p in looked.p.values())
-    assert torch.equal(runs.refined(found, looked, 3, gamma=0.0), looked.probabilities[3])
-    assert torch.equal(runs.refined(found, looked, 3, "text", 1.0), looked.p["text"][3].expand(30, 16))
+    found, model, _, outputs = live
+    assert tuple(outputs.p) == recipe.BRANCHES and all(p.shape == (40, 16) for p in outputs.p.values())
+    assert torch.equal(recipe.refined(found, outputs, 3, gamma=0.0), outputs.probabilities[3])
+    assert torch.equal(recipe.refined(found, outputs, 3, "text", 1.0), outputs.p["text"][3].expand(30, 16))
     image, _ = found.test[7]
     own = model.recognise(image[None])
-    torch.testing.assert_close(own.p[0], looked.p["SIC-CADS"][7])
-    torch.testing.assert_close(model.recognise(image[None], student=True).p[0], looked.p["fused"][7])
-    torch.testing.assert_close(own.p_image[0], looked.p["visual+"][7])
-    few = runs.look(found, model, 5)
-    assert len(few.boxes) == 5 and set(runs.scores(found, few)) == {"novel", "base", "all"}
-    rows = runs.detections(found, few)
+    torch.testing.assert_close(own.p[0], outputs.p["SIC-CADS"][7])
+    torch.testing.assert_close(model.recognise(image[None], student=True).p[0], outputs.p["fused"][7])
+    torch.testing.assert_close(own.p_image[0], outputs.p["visual+"][7])
+    few = recipe.predict(found, model, 5)
+    assert len(few.boxes) == 5 and set(recipe.ap50(found, few)) == {"novel", "base", "all"}
+    rows = recipe.detections(found, few)
     assert {row["image_id"] for row in rows} <= set(found.test.image_ids[:5])
     assert min(row["score"] for row in rows) > found.threshold
 
@@ -98,73 +99,75 @@ def test_a_model_without_a_teacher_has_the_learned_branches(live):
     found, model, _, _ = live
     teacher, model.teacher = model.teacher, None
     try:
-        assert tuple(runs.branches(model, found.test[0][0])) == ("text", "visual", "fused")
+        assert tuple(recipe.branch_scores(model, found.test[0][0])) == ("text", "visual", "fused")
     finally:
         model.teacher = teacher
 
 
 def test_real_results_join_those_that_the_tables_show(live, tmp_path):
-    found, _, _, looked = live
-    p = given(profile="paper", dataset="detection/ov-coco", detector="google/owlvit-base-patch32", pictures=0)
+    found, _, _, outputs = live
+    p = given(profile="paper", dataset="detection/ov-coco", detector="google/owlvit-base-patch32", images=0)
     for seed in (0, 1):
         p.seed = seed
-        runs.keep(tmp_path / "measured.csv", p, found, looked)
-    table = runs.tables(tmp_path / "measured.csv")["OV-COCO, generalised"].set_index("method")
-    ours = runs.scores(found, looked)
+        recipe.record(tmp_path / "measured.csv", p, found, outputs)
+    table = recipe.tables(tmp_path / "measured.csv")["OV-COCO, generalised"].set_index("method")
+    ours = recipe.ap50(found, outputs)
     assert table.loc["owlvit-base-patch32 + SIC-CADS, gamma 0.5", "novel"] == f"– / {ours['novel']:.2f}"
-    assert table.loc["owlvit-base-patch32", "base"] == f"– / {runs.scores(found, looked, gamma=0.0)['base']:.2f}"
+    assert table.loc["owlvit-base-patch32", "base"] == f"– / {recipe.ap50(found, outputs, gamma=0.0)['base']:.2f}"
 
 
-# --- the study --------------------------------------------------------------------------------------------------------
+# --- the ablation -----------------------------------------------------------------------------------------------------
 
 
 def test_every_method_gives_a_row(out):
-    """Columns of the test stage: scores, gains, things named right by look; curves where they are measured."""
-    for method in study.METHODS:
-        rate = 0.0 if method in study.UNTRAINED else 3e-3
-        row = study.train(method, "shipped", rate, SEED, str(out / "data"))
-        assert 0 <= row[study.METRIC] <= 100 and (row["trained"] > 0) == (rate > 0) == (row["loss"] > 0)
-        assert {f"right {g} {look}" for g in ("base", "novel") for look in pocket.LOOKS} <= set(row)
+    """Columns of the test stage: scores, gains, objects named right by look; curves where they are measured."""
+    for method in ablation.METHODS:
+        learning_rate = 0.0 if method in ablation.UNTRAINED else 3e-3
+        row = ablation.train(method, "shipped", learning_rate, SEED, str(out / "data"))
+        assert 0 <= row[ablation.METRIC] <= 100 and (row["trained"] > 0) == (learning_rate > 0) == (row["loss"] > 0)
+        assert {f"right {g} {look}" for g in ("base", "novel") for look in synthetic.LOOKS} <= set(row)
         assert ("mAP novel" in row) == (method != "no refinement")
-        assert (f"novel, gamma {study.GAMMAS[3]}" in row) == (method in study.BRANCHES)
+        assert (f"novel, gamma {ablation.GAMMAS[3]}" in row) == (method in ablation.BRANCHES)
         assert ("base, lambda_novel 0.4" in row) == (method == "SIC-CADS")
-        if method in study.BRANCHES:
+        if method in ablation.BRANCHES:
             assert row["novel, gamma 0.0"] == pytest.approx(row["AP50 novel"] - row["novel gain"], abs=0.02)
-    assert set(study.TASKS["anew"]) <= set(study.METHODS) and set(study.UNTRAINED) <= set(study.METHODS)
+    assert set(ablation.TASKS["anew"]) <= set(ablation.METHODS) and set(ablation.UNTRAINED) <= set(ablation.METHODS)
 
 
-def test_the_average_scores_of_all_pictures_change_no_ap(out):
-    """One factor a class for all pictures keeps every order within the class, so all gain is the picture's own."""
+def test_the_average_scores_of_all_images_change_no_ap(out):
+    """One factor a class for all images keeps every order within the class: the gain is the image's own scores'."""
     root = str(out / "data")
-    plain = study.train("no refinement", "shipped", 0.0, SEED, root, "select")
-    average = study.train("average scores", "shipped", 3e-3, SEED, root, "select")
+    plain = ablation.train("no refinement", "shipped", 0.0, SEED, root, "select")
+    average = ablation.train("average scores", "shipped", 3e-3, SEED, root, "select")
     for group in ("novel", "base"):
         assert average[f"AP50 {group}"] == pytest.approx(plain[f"AP50 {group}"], abs=1.0)  # the threshold still bites
 
 
 def test_the_sweeps_meet_the_methods(out):
     root = str(out / "data")
-    row = study.train("SIC-CADS", "shipped", 3e-3, SEED, root)
+    row = ablation.train("SIC-CADS", "shipped", 3e-3, SEED, root)
     assert row["novel, gamma 0.5"] == row["AP50 novel"]
-    other = study.train("SIC-CADS, gamma 0.7", "shipped", 3e-3, SEED, root)
+    other = ablation.train("SIC-CADS, gamma 0.7", "shipped", 3e-3, SEED, root)
     assert row["novel, gamma 0.7"] == other["AP50 novel"] and row["base, gamma 0.7"] == other["AP50 base"]
-    lvis = study.train("SIC-CADS, lambdas of LVIS", "shipped", 3e-3, SEED, root)
+    lvis = ablation.train("SIC-CADS, lambdas of LVIS", "shipped", 3e-3, SEED, root)
     assert row["novel, lambda_novel 0.8"] == lvis["AP50 novel"]
     assert row["base, lambda_base 0.8"] == row["AP50 base"]
 
 
 def test_scores_by_branch_and_control(out):
     root = str(out / "data")
-    embedded, _, _ = study.trained("shipped", 3e-3, 2, root, SEED, "test")
-    text, plus = study.scores(embedded, "text"), study.scores(embedded, "visual+")
+    embedded, _, _ = ablation.trained("shipped", 3e-3, 2, root, SEED, "test")
+    text, plus = ablation.scores(embedded, "text"), ablation.scores(embedded, "visual+")
     # lambda_N = 1 - lambda_B: one formula for all classes
-    torch.testing.assert_close(study.scores(embedded, lambda_base=0.3, lambda_novel=0.7), text**0.3 * plus**0.7)
-    torch.testing.assert_close(study.scores(embedded, lambda_base=1.0, lambda_novel=0.0), text)
-    other = study.scores(embedded, control="other")
-    assert torch.equal(other[1:], study.scores(embedded)[:-1]) and torch.equal(other[0], study.scores(embedded)[-1])
-    average = study.scores(embedded, control="average")
+    torch.testing.assert_close(ablation.scores(embedded, lambda_base=0.3, lambda_novel=0.7), text**0.3 * plus**0.7)
+    torch.testing.assert_close(ablation.scores(embedded, lambda_base=1.0, lambda_novel=0.0), text)
+    other = ablation.scores(embedded, control="other")
+    assert torch.equal(other[1:], ablation.scores(embedded)[:-1]) and torch.equal(
+        other[0], ablation.scores(embedded)[-1]
+    )
+    average = ablation.scores(embedded, control="average")
     assert torch.equal(average[0], average[1]) and average.shape == other.shape
-    single, _, _ = study.trained("shipped", 3e-3, 1, root, SEED, "test")
+    single, _, _ = ablation.trained("shipped", 3e-3, 1, root, SEED, "test")
     assert single.teacher.shape[1] == 1 and embedded.teacher.shape[1] == 5
     torch.testing.assert_close(single.teacher[:, 0], embedded.teacher[:, 0])
 
@@ -173,11 +176,11 @@ def test_where_in_the_detector_refinement_acts():
     """One box, two classes: finished results and one class a box have lost the weaker one, Eq. 7 has not."""
     probabilities = torch.zeros(1, 1, 16)
     probabilities[0, 0, 0], probabilities[0, 0, 4] = 0.7, 0.04
-    detected = study.Detected(torch.tensor([[[10.0, 10, 20, 20]]]), probabilities)
+    detected = ablation.Detected(torch.tensor([[[10.0, 10, 20, 20]]]), probabilities)
     p = torch.full((1, 16), 0.1)
     p[0, 4] = 0.9
     found = {
-        method: {row["category_id"]: row["score"] for row in study.rows_of(method, detected, p, (7,))}
+        method: {row["category_id"]: row["score"] for row in ablation.rows_of(method, detected, p, (7,))}
         for method in ("SIC-CADS", "SIC-CADS, on finished results", "SIC-CADS, one class a box", "no refinement")
     }
     assert found["no refinement"] == pytest.approx({1: 0.7, 5: 0.04})
@@ -185,28 +188,28 @@ def test_where_in_the_detector_refinement_acts():
     assert set(found["SIC-CADS, on finished results"]) == {1} == set(found["SIC-CADS, one class a box"])
 
 
-def test_named_right_counts_every_thing_once(out):
+def test_named_right_counts_every_object_once(out):
     root = str(out / "data")
-    found, _ = study.pictures(root, SEED, "test")
-    detected = study.detected("shipped", root, SEED, "test")
+    found, _ = ablation.images_of(root, SEED, "test")
+    detected = ablation.detected("shipped", root, SEED, "test")
     perfect = torch.zeros_like(detected.probabilities)
     for number in range(len(found)):
         target = found.target(number)
         best = box_iou(target.boxes, detected.boxes[number]).argmax(1)
         perfect[number, best, target.labels] = 1
-    shares = study.named_right(detected, perfect, found)
-    assert set(shares) == {f"{g} {look}" for g in ("base", "novel") for look in pocket.LOOKS}
-    assert min(shares.values()) > 90  # two things may share their best box
+    shares = ablation.named_right(detected, perfect, found)
+    assert set(shares) == {f"{g} {look}" for g in ("base", "novel") for look in synthetic.LOOKS}
+    assert min(shares.values()) > 90  # two objects may share their best box
 
 
 def test_detector_and_clip_trained_anew_are_the_seeds_own(monkeypatch):
-    monkeypatch.setattr(study.made.train_clip, "__defaults__", (64, 2, 0))
-    monkeypatch.setattr(study.made.train_detector, "__defaults__", (32, 2, 0, None))
-    study.foundation.cache_clear()
-    (one, first), (other, second) = (study.foundation("anew", seed) for seed in (0, 1))
+    monkeypatch.setattr(ablation.made.train_clip, "__defaults__", (64, 2, 0))
+    monkeypatch.setattr(ablation.made.train_detector, "__defaults__", (32, 2, 0, None))
+    ablation.foundation.cache_clear()
+    (one, first), (other, second) = (ablation.foundation("anew", seed) for seed in (0, 1))
     assert not torch.equal(one.text_projection.weight, other.text_projection.weight)
     assert not torch.equal(first.dense.weight, second.dense.weight)
-    study.foundation.cache_clear()
+    ablation.foundation.cache_clear()
 
 
 def test_facts_and_code_name_the_same_things():
@@ -214,14 +217,14 @@ def test_facts_and_code_name_the_same_things():
     directional = [claim for claim in facts["claims"] if claim["kind"] == "directional"]
     for claim in directional:
         for task in claim["tasks"]:
-            assert {claim[role] for role in ("better", "worse") if role in claim} <= set(study.TASKS[task])
-    assert set(facts["parameters"]["branch"]["choices"]) == set(runs.BRANCHES)
+            assert {claim[role] for role in ("better", "worse") if role in claim} <= set(ablation.TASKS[task])
+    assert set(facts["parameters"]["branch"]["choices"]) == set(recipe.BRANCHES)
 
 
 def test_what_is_not_accepted(live, out):
     with pytest.raises(KeyError):
-        runs.setting(given(), out, {})
+        live_run.setting(given(), out, {})
     with pytest.raises(BadParameter, match="gamma"):
-        runs.refined(live[0], live[3], 0, gamma=1.5)
+        recipe.refined(live[0], live[3], 0, gamma=1.5)
     with pytest.raises(BadParameter, match="one score for each class"):
-        sic_cads.refine(torch.rand(3, 16), torch.rand(15))
+        refine(torch.rand(3, 16), torch.rand(15))

@@ -1,7 +1,7 @@
 """H-ViT: hierarchical Vision Transformers on whole slides (Grisi, Litjens, van der Laak; 2023, arXiv 2312.12619).
 
-A slide has gigapixels and one label. Three Transformers are stacked, as words make sentences and sentences a document:
-tokens of 16 px make a patch of 256 px, n x n patches make a region of 1024, 2048 or 4096 px, M regions make the slide.
+A slide has gigapixels and one label. Three Transformers are stacked: tokens of 16 px make a patch of 256 px, n x n
+patches make a region of 1024, 2048 or 4096 px, M regions make the slide.
 
     pixels  (M, 3, R, R)   --patch encoder-->    patch embeddings   (M, n n, 384)
                            --region encoder-->   region embeddings  (M, 192)
@@ -18,6 +18,7 @@ Shapes: B slides, M regions a slide, P = n n patches a region, T tokens a patch,
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import re
@@ -31,19 +32,20 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ...backbones import read_state
 from ...errors import BadCheckpoint, BadParameter
 from ...ops import unpickle
+from ..layers.pos_embed import resize_pos_embed
+from ..layers.state_dicts import depth, load_official
 
 VARIANTS = ("global", "local", "whole")
 HEADS = ("classification", "regression", "ordinal", "coral", "corn")
 POSITIONS = ("none", "sine", "learned", "2d sine", "2d learned")
-LARGEST_CROP = (
-    0.875  # of the side: DINO's global crops, for which both encoders' position tables are made (section 3.1)
-)
+LARGEST_CROP = 0.875  # of the side: DINO's global crops, for which both encoders' position embeddings are made
 
-# widths of the three levels: the paper's, and those that a CPU trains in seconds (section 14)
+# sizes of the three levels: the paper's, and those that a CPU trains in seconds
 SIZES = {
     "paper": {
         "patch": {"image": 256, "token": 16, "dim": 384, "depth": 12, "heads": 6},
@@ -62,13 +64,13 @@ SIZES = {
 
 
 class Encoder(nn.Module):
-    """A plain ViT over a grid of tokens, read out at its class token. `PatchEncoder` and `RegionEncoder` say of what.
+    """A ViT over a grid of tokens, read out at its [CLS] token: the base of `PatchEncoder` and `RegionEncoder`.
 
     Args:
-        side: tokens a side of the position table; it is resized to the grid that comes in, on every forward pass.
-        std: of the truncated normal that weights, class token and positions start from. None: weights 1/sqrt(fan in),
-            class token and positions 0.3, which a small width needs to depend on the picture at all.
-        drop_path: largest rate of stochastic depth, reached in the last block.
+        side: tokens a side of the position embedding, which is resized to the input's grid on every forward pass.
+        std: of the truncated normal that weights, [CLS] token and positions are drawn from. None: 1/sqrt(fan in) for
+            weights, 0.3 for [CLS] token and positions: a small width needs it for outputs that depend on the input.
+        drop_path: largest drop probability of stochastic depth, that of the last block.
     """
 
     def __init__(
@@ -85,18 +87,18 @@ class Encoder(nn.Module):
         super().__init__()
         if dim % heads:
             raise BadParameter("dim, heads", (dim, heads), "a width that the heads divide")
-        self.dim, self.heads, self.std = dim, heads, std
+        self.dim, self.heads, self.std, self.grad_checkpointing = dim, heads, std, False
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side**2, dim))
-        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.blocks = nn.ModuleList(
-            Block(dim, heads, mlp_ratio, qkv_bias=True, norm_layer=norm, drop_path=rate) for rate in rates
+            Block(dim, heads, mlp_ratio, qkv_bias=True, norm_layer=norm, drop_path=drop_path * i / max(depth - 1, 1))
+            for i in range(depth)
         )
         self.norm = norm(dim)
 
     def _start(self) -> None:
-        """The initial values (section 3.4); biases 0."""
+        """Draw the initial values; biases 0."""
         for table in (self.cls_token, self.pos_embed):
             nn.init.trunc_normal_(table, std=self.std or 0.3)
         for module in self.modules():
@@ -108,19 +110,34 @@ class Encoder(nn.Module):
         """Tokens (B, D, h, w) without positions."""
         raise NotImplementedError
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks' activations in the backward pass, which takes less memory."""
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """The parameters that timm's recipes do not decay."""
+        return {"pos_embed", "cls_token"}
+
     def forward(self, x: Tensor, keep: Tensor | None = None, trace: dict | None = None) -> Tensor:
-        """The class token (B, D) after the last norm.
+        """The [CLS] token (B, D) after the last norm.
 
         Args:
             x: (B, 3, H, W) pixels, or (B, D_in, n, n) embeddings.
-            keep: (B, h w) bool, row by row: tokens that show tissue. The others are no keys in any block; the class
-                token always is one, so a picture without tissue attends to it alone.
+            keep: (B, h w) bool, row by row: tokens that show tissue. The others are keys in no block. The [CLS] token
+                always is a key, so in an image without tissue it attends to itself alone.
             trace: receives "positions" (1, 1 + h w, D), "tokens" and "block0" (B, 1 + h w, D), and "attention"
-                (B, heads, 1 + h w): the last block's weights with the class token as query. No other part of the map
-                is ever formed.
+                (B, heads, 1 + h w): the last block's weights with the [CLS] token as query. No other part of the
+                attention map is formed.
         """
+        return self.norm(self._encode(x, keep, trace)[:, 0])
+
+    def forward_features(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """All tokens (B, 1 + h w, D) after the last norm, [CLS] first; arguments as in `forward`."""
+        return self.norm(self._encode(x, keep))
+
+    def _encode(self, x: Tensor, keep: Tensor | None, trace: dict | None = None) -> Tensor:
         tokens = self.embed(x)
-        positions = resize_positions(self.pos_embed, tokens.shape[-2:])
+        positions = resize_pos_embed(self.pos_embed, tokens.shape[-2:])
         x = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens.flatten(2).mT], 1) + positions
         mask = None
         if keep is not None:
@@ -132,13 +149,16 @@ class Encoder(nn.Module):
         for i, block in enumerate(self.blocks):
             if trace is not None and i == len(self.blocks) - 1:
                 trace["attention"] = self._row(block, x, mask)
-            x = block(x, attn_mask=mask)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, attn_mask=mask, use_reentrant=False)
+            else:
+                x = block(x, attn_mask=mask)
             if trace is not None and i == 0:
                 trace["block0"] = x
-        return self.norm(x[:, 0])
+        return x
 
     def _row(self, block: Block, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The attention of the class token (B, heads, N) in a block."""
+        """The attention of the [CLS] token (B, heads, N) in a block."""
         q, k, _ = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         scores = (q[:, :, 0, None] @ k.mT) * block.attn.scale
         if mask is not None:
@@ -149,7 +169,7 @@ class Encoder(nn.Module):
     def from_official(cls, state: Mapping[str, Tensor], heads: int | None = None) -> Encoder:
         """The encoder of HIPT's or the authors' tensors (see `read_checkpoint`); all sizes but `heads` are theirs.
 
-        A DINO checkpoint's projection head is passed over.
+        A DINO checkpoint's projection head is not read.
 
         Raises:
             BadCheckpoint: names that are missing, unknown, or of another shape.
@@ -163,11 +183,11 @@ class Encoder(nn.Module):
             state,
             side=math.isqrt(table.shape[1] - 1),
             dim=dim,
-            depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+            depth=depth(state, "blocks."),
             heads=heads or max(dim // cls._HEAD_WIDTH, 1),
             mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / dim,
         )
-        load(model, state, {name: name for name in model.state_dict()}, f"H-ViT's {cls.__name__}")
+        load_official(model, state, {name: name for name in model.state_dict()}, f"H-ViT's {cls.__name__}")
         return model.eval()
 
 
@@ -177,7 +197,7 @@ class PatchEncoder(Encoder):
     Args:
         image: side of a patch in pixels.
         token: side of a token in pixels.
-        side: of the position table, in tokens; by default that of DINO's largest crop.
+        side: of the position embedding, in tokens; by default that of DINO's largest crop.
         others: see `Encoder`.
     """
 
@@ -211,7 +231,7 @@ class PatchEncoder(Encoder):
     @classmethod
     def _sized(cls, state: Mapping[str, Tensor], **sizes: object) -> PatchEncoder:
         token = state[cls._FIRST].shape[-1]
-        # a table of 14 x 14 stands for patches of 16 x 16 tokens
+        # a position embedding of 14 x 14 is made for patches of 16 x 16 tokens
         return cls(math.ceil(sizes["side"] / LARGEST_CROP) * token, token, **sizes)
 
 
@@ -219,9 +239,9 @@ class RegionEncoder(Encoder):
     """The region level: a ViT of width 192 over the grid of a region's patch embeddings.
 
     Args:
-        patches: patches a side of the region that the position table is made for: 4, 8 or 16 for 1024, 2048, 4096 px.
+        patches: patches a side of the region that the position embedding is made for: 4, 8, 16 for 1024, 2048, 4096 px.
         inputs: width of the patch embeddings.
-        side: of the position table, in patches; by default that of DINO's largest crop: 3, 7, 14.
+        side: of the position embedding, in patches; by default that of DINO's largest crop: 3, 7, 14.
         others: see `Encoder`.
     """
 
@@ -255,27 +275,13 @@ class RegionEncoder(Encoder):
         return cls(inputs=state[cls._FIRST].shape[1], **sizes)
 
 
-def resize_positions(table: Tensor, grid: Sequence[int]) -> Tensor:
-    """A position table (1, 1 + s s, D) for a grid of (h, w) tokens, as the authors resize it (section 3.1).
-
-    Bicubic with aligned corners and antialiasing off; timm's own resizing has another kernel. The class token's entry
-    is kept.
-    """
-    side = math.isqrt(table.shape[1] - 1)
-    if tuple(grid) == (side, side):
-        return table
-    square = table[:, 1:].mT.unflatten(2, (side, side))
-    resized = F.interpolate(square, size=tuple(grid), mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1], resized.flatten(2).mT], 1)
-
-
 # --- the slide level --------------------------------------------------------------------------------------------------
 
 
 class GatedPool(nn.Module):
-    """Gated attention pooling: alpha = softmax(w . (tanh(V h) * sigmoid(U h)) + c), z = sum alpha h (section 3.3).
+    """Gated attention pooling: alpha = softmax(w . (tanh(V h) * sigmoid(U h)) + c), z = sum alpha h.
 
-    `dropout` is 0.25 in the released code whatever else is set, or none at all.
+    The released code's `dropout` is 0.25 whatever else is set, or none at all.
     """
 
     def __init__(self, dim: int, dropout: float = 0.25):
@@ -285,7 +291,7 @@ class GatedPool(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, h: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """From (B, M, D), and which of the M are there (B, M), to z (B, D) and alpha (B, M)."""
+        """From h (B, M, D), and which of the M are not padding (B, M) bool, to z (B, D) and alpha (B, M)."""
         gated = self.dropout(self.content(h).tanh()) * self.dropout(self.gate(h).sigmoid())
         score = self.score(gated)[..., 0]
         if present is not None:
@@ -295,11 +301,11 @@ class GatedPool(nn.Module):
 
 
 class SlidePosition(nn.Module):
-    """Where a region lies, added to its embedding (section 3.5; off in the released configurations).
+    """A position embedding added to each region's embedding; off in the released configurations.
 
     Args:
-        kind: one of `POSITIONS` but "none". The 1d kinds count regions in the order of their file names; the 2d kinds
-            take their columns and rows, counted from the least of them.
+        kind: one of `POSITIONS` but "none". The 1d kinds number the regions in the order of their file names; the 2d
+            kinds take their columns and rows, counted from the smallest.
         longest: entries of the table.
     """
 
@@ -316,22 +322,22 @@ class SlidePosition(nn.Module):
             table = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :dim]
             self.register_buffer("table", table, persistent=False)
 
-    def forward(self, x: Tensor, places: Tensor | None = None, present: Tensor | None = None) -> Tensor:
-        """From (B, M, D); `places` (B, M, 2) are integer columns and rows, for the 2d kinds, of regions `present`."""
+    def forward(self, x: Tensor, coords: Tensor | None = None, present: Tensor | None = None) -> Tensor:
+        """From (B, M, D); `coords` (B, M, 2), for the 2d kinds: integer columns and rows of the regions `present`."""
         if not self.kind.startswith("2d"):
             index = torch.arange(x.shape[1], device=x.device)
             self._check(index)
             return self.dropout(x + (self.embedder(index) if self.kind == "learned" else self.table[index]))
-        if places is None:
-            raise BadParameter("places", None, f"(B, M, 2) columns and rows, which positions = {self.kind!r} need")
-        absent = torch.zeros_like(places, dtype=torch.bool) if present is None else ~present[..., None]
-        least = places.masked_fill(absent, torch.iinfo(places.dtype).max).amin((1, 2), keepdim=True)
-        places = (places - least).masked_fill(absent, 0)
+        if coords is None:
+            raise BadParameter("coords", None, f"(B, M, 2) columns and rows, which positions = {self.kind!r} need")
+        absent = torch.zeros_like(coords, dtype=torch.bool) if present is None else ~present[..., None]
+        least = coords.masked_fill(absent, torch.iinfo(coords.dtype).max).amin((1, 2), keepdim=True)
+        coords = (coords - least).masked_fill(absent, 0)
         if self.kind == "2d learned":
-            self._check(places)
-            return x + torch.cat([self.columns(places[..., 0]), self.rows(places[..., 1])], -1)
-        column, row = places.unbind(-1)
-        index = (column + row) * (column + row + 1) // 2 + row  # Cantor's pairing: one number for each place
+            self._check(coords)
+            return x + torch.cat([self.columns(coords[..., 0]), self.rows(coords[..., 1])], -1)
+        column, row = coords.unbind(-1)
+        index = (column + row) * (column + row + 1) // 2 + row  # Cantor's pairing function
         self._check(index)
         return self.dropout(x + self.table[index])
 
@@ -345,7 +351,7 @@ class SlideTransformer(nn.Module):
 
     Args:
         inputs: width of the region embeddings.
-        dim: of everything here; that of `inputs` by default.
+        dim: width; `inputs` by default.
         classes: grades K.
         head: what the outputs mean, one of `HEADS`; see `loss` and `predict`.
         position, longest: see `SlidePosition`.
@@ -384,14 +390,14 @@ class SlideTransformer(nn.Module):
             self.thresholds = nn.Parameter(torch.zeros(classes - 1))
 
     def forward(
-        self, x: Tensor, present: Tensor | None = None, places: Tensor | None = None, trace: dict | None = None
+        self, x: Tensor, present: Tensor | None = None, coords: Tensor | None = None, trace: dict | None = None
     ) -> Tensor:
         """Outputs (B, K), (B, 1) or (B, K - 1), by the head.
 
         Args:
             x: (B, M, D) region embeddings.
-            present: (B, M) bool where slides of fewer regions were filled up; what fills them changes nothing.
-            places: see `SlidePosition`.
+            present: (B, M) bool, False where slides of fewer regions were padded; the padding changes nothing.
+            coords: see `SlidePosition`.
             trace: receives "phi", "positioned", "transformer" (B, M, D), "pooling" (B, M), "slide" (B, D).
         """
         if x.ndim != 3 or x.shape[2] != self.inputs or not x.shape[1]:
@@ -399,7 +405,7 @@ class SlideTransformer(nn.Module):
         if present is not None and not present.any(1).all():
             raise BadParameter("present", "a slide without a region", "at least one region a slide")
         found = {"phi": self.phi(x)}
-        h = found["phi"] if self.position is None else self.position(found["phi"], places, present)
+        h = found["phi"] if self.position is None else self.position(found["phi"], coords, present)
         found["positioned"] = h
         h = self.transformer(h, src_key_padding_mask=None if present is None else ~present)
         z, alpha = self.pool(h, present)
@@ -414,13 +420,15 @@ class SlideTransformer(nn.Module):
 
 
 class HViT(nn.Module):
-    """The hierarchy. It reads what its lowest level reads, or what an upper level does (see `forward`).
+    """The hierarchy of three levels. Its input is that of its lowest level or of an upper one (see `forward`).
+
+    The levels are copied: what the caller hands over is neither frozen nor moved.
 
     Args:
         slide: the slide level.
         region, patch: the levels below; None where their embeddings are on disk.
         variant: what is trained: "global" the slide level, "local" the region level too, "whole" everything.
-        positions: train the region level's position table also where that level is frozen.
+        positions: train the region level's position embedding also where that level is frozen.
     """
 
     def __init__(
@@ -441,25 +449,37 @@ class HViT(nn.Module):
             raise BadParameter("region", f"width {region.dim}", f"{slide.inputs}, what the slide level reads")
         if patch is not None and (region is None or patch.dim != region.inputs):
             raise BadParameter("patch", f"width {patch.dim}", "a region level that reads it")
-        self.patch, self.region, self.slide, self.variant = patch, region, slide, variant
+        self.patch, self.region, self.slide = (copy.deepcopy(level) for level in (patch, region, slide))
+        self.variant = variant
         frozen = {"global": ("patch", "region"), "local": ("patch",), "whole": ()}[variant]
         self.frozen = [level for level in frozen if getattr(self, level) is not None]
         for level in self.frozen:
             getattr(self, level).requires_grad_(False)
-        if positions and region is not None:
-            region.pos_embed.requires_grad_(True)
+        if positions and self.region is not None:
+            self.region.pos_embed.requires_grad_(True)
         self.train(False)
 
     def train(self, mode: bool = True) -> HViT:
-        """As usual, but frozen levels stay in eval mode: features on disk know no stochastic depth."""
+        """As usual, but frozen levels stay in eval mode: features on disk were made without stochastic depth."""
         super().train(mode)
         for level in self.frozen:
             getattr(self, level).eval()
         return self
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The tensors that training changes, by name."""
+        """The trainable parameters by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As in `Encoder`, for both encoders."""
+        for level in (self.patch, self.region):
+            if level is not None:
+                level.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """As in `Encoder`, for both encoders."""
+        levels = (name for name in ("patch", "region") if getattr(self, name) is not None)
+        return {f"{name}.{tensor}" for name in levels for tensor in getattr(self, name).no_weight_decay()}
 
     def forward(
         self,
@@ -467,17 +487,17 @@ class HViT(nn.Module):
         *,
         tissue: Tensor | None = None,
         present: Tensor | None = None,
-        places: Tensor | None = None,
+        coords: Tensor | None = None,
         trace: dict | None = None,
     ) -> Tensor:
         """Outputs of the slide level (B, ...).
 
         Args:
             x: (B, M, 3, R, R) pixels, (B, M, P, D) patch embeddings row by row, or (B, M, D) region embeddings.
-            tissue: (B, M, P, T) share of tissue in each token, where the background is masked (section 3.6).
-            present, places: see `SlideTransformer.forward`.
+            tissue: (B, M, P, T) share of tissue in each token, where the background is masked.
+            present, coords: see `SlideTransformer.forward`.
             trace: receives, besides the slide level's, "patches" (B, M, P, D), "regions" (B, M, D), and the attention
-                of the encoders' class tokens: "patch_attention" (B, M, P, heads, t, t), "region_attention"
+                of the encoders' [CLS] tokens: "patch_attention" (B, M, P, heads, t, t), "region_attention"
                 (B, M, heads, n, n).
         """
         if x.ndim not in (3, 4, 5):
@@ -493,7 +513,7 @@ class HViT(nn.Module):
             for key in ("patch_attention", "region_attention", "patches", "regions"):
                 if key in trace:
                     trace[key] = trace[key].unflatten(0, (b, m))
-        return self.slide(x, present, places, trace)
+        return self.slide(x, present, coords, trace)
 
     def embed_patches(
         self, regions: Tensor, tissue: Tensor | None = None, trace: dict | None = None, batch: int = 128
@@ -536,11 +556,11 @@ class HViT(nn.Module):
     def from_official(
         cls, state: Mapping[str, Tensor], head: str | None = None, *, position: str | None = None, **options: object
     ) -> HViT:
-        """H-ViT from the authors' tensors: whichever levels they hold, at the sizes that they have.
+        """H-ViT from the authors' tensors, with the levels and the sizes that they have.
 
         Args:
-            head: what the outputs mean. One output is a regression, and free biases are CORAL's; of more outputs the
-                tensors cannot say it.
+            head: what the outputs mean. Inferred for one output (a regression) and for free biases (CORAL); needed for
+                several outputs.
             position: of `POSITIONS`; by default "learned" where the tensors hold that table, else "none". The sine
                 table is computed, and need not be in a checkpoint.
             options: `variant`, by default "local" where there is a region level, else "global"; `positions`.
@@ -572,7 +592,7 @@ class HViT(nn.Module):
             {"regression": 6, "classification": outputs}.get(kind, outputs + 1),
             kind,
             dim=dim,
-            depth=1 + max(int(n.split(".")[2]) for n in state if n.startswith("global_transformer.layers.")),
+            depth=depth(state, "global_transformer.layers."),
             heads=3,
             position=position or ("none" if learned is None else "learned"),
             longest=512 if learned is None else len(learned),
@@ -581,11 +601,11 @@ class HViT(nn.Module):
         patch = PatchEncoder.from_official(parts["patch"]) if parts["patch"] else None
         variant = options.pop("variant", "global" if region is None else "local")
         model = cls(slide, region, patch, variant, **options)
-        load(model, {n: t for n, t in state.items() if n != "pos_encoder.pe"}, model.official_names(), "H-ViT")
+        load_official(model, state, model.official_names(), "H-ViT", ignored=("pos_encoder.pe",))
         return model
 
     def official_names(self) -> dict[str, str]:
-        """Our name -> the authors', for every tensor. For "2d learned" positions theirs are not known."""
+        """Our tensor names to the authors'; those of "2d learned" positions are not known."""
         rules = (
             (r"(patch|region)\.", r"vit_\1."),
             (r"slide\.(phi|rho)\.", r"global_\1."),
@@ -612,7 +632,7 @@ class HViT(nn.Module):
 
 
 def _square(attention: Tensor) -> Tensor:
-    """From (B, heads, 1 + s s) to (B, heads, s, s): without the class token, which keeps its share."""
+    """From (B, heads, 1 + s s) to (B, heads, s, s): the [CLS] token left out, nothing renormalised."""
     side = math.isqrt(attention.shape[-1] - 1)
     return attention[..., 1:].unflatten(-1, (side, side))
 
@@ -631,7 +651,7 @@ def build(
 
     Args:
         patches: a side of the region: 4, 8 or 16 for 1024, 2048 or 4096 px; 4 at pocket size.
-        levels: those that are built; the others' embeddings are what the model reads.
+        levels: those that are built; the embeddings of the others are the model's input.
         slide: further options of `SlideTransformer`.
     """
     if size not in SIZES:
@@ -649,7 +669,7 @@ def build(
 
 
 class PatchBag(nn.Module):
-    """A slide as a bag of patch embeddings, without places: their mean, or gated attention over them (ABMIL).
+    """A slide as a bag of patch embeddings, without positions: their mean, or gated attention over them (ABMIL).
 
     Args:
         pooling: "mean" or "attention".
@@ -687,11 +707,11 @@ class PatchBag(nn.Module):
         return self.classifier((weight[..., None] * h).sum(1) / weight.sum(1, keepdim=True))
 
 
-# --- losses, predictions, votes (sections 4 and 5.4) ------------------------------------------------------------------
+# --- losses, predictions, votes ---------------------------------------------------------------------------------------
 
 
 def extended(grades: Tensor, classes: int) -> Tensor:
-    """Grades (B,) as (B, K - 1) answers to "is it above k?": the first y entries are 1."""
+    """Grades y (B,) as K - 1 binary targets "the grade is above k" (B, K - 1): the first y entries are 1."""
     return (torch.arange(classes - 1, device=grades.device) < grades[:, None]).float()
 
 
@@ -706,22 +726,22 @@ def loss(head: str, outputs: Tensor, grades: Tensor, classes: int = 6) -> Tensor
         return F.cross_entropy(outputs, grades)
     if head == "regression":
         return F.mse_loss(outputs[:, 0], grades.to(outputs.dtype))
-    answers = extended(grades, classes).to(outputs.dtype)
-    each = F.binary_cross_entropy_with_logits(outputs, answers, reduction="none")
+    targets = extended(grades, classes).to(outputs.dtype)
+    each = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
     if head == "ordinal":
         return each.mean()
     if head == "coral":
         return each.sum(1).mean()
-    # CORN: question k is put only to slides whose grade is at least k
-    asked = torch.arange(classes - 1, device=grades.device) <= grades[:, None]
-    return each[asked].sum() / asked.sum()
+    # CORN: target k counts only for slides whose grade is at least k
+    counted = torch.arange(classes - 1, device=grades.device) <= grades[:, None]
+    return each[counted].sum() / counted.sum()
 
 
 def predict(head: str, outputs: Tensor, classes: int = 6) -> Tensor:
-    """The grades (B,) that outputs (B, ...) stand for.
+    """The predicted grades (B,) of outputs (B, ...).
 
-    Ordinal heads count leading answers above one half; CORN's are multiplied up first. (The released code leaves that
-    product out while it trains and tunes: `predict("ordinal", ...)` gives what it saw.)
+    Ordinal heads count the leading probabilities above one half; CORN multiplies them up first. (The released code
+    leaves that product out in training and tuning: `predict("ordinal", ...)` gives what it computes there.)
     """
     if head not in HEADS:
         raise BadParameter("head", head, HEADS)
@@ -729,20 +749,20 @@ def predict(head: str, outputs: Tensor, classes: int = 6) -> Tensor:
         return outputs.argmax(1)
     if head == "regression":  # torch rounds halves to even
         return outputs[:, 0].round().clamp(0, classes - 1).long()
-    answers = outputs.sigmoid()
+    probabilities = outputs.sigmoid()
     if head == "corn":
-        answers = answers.cumprod(1)
-    return (answers > 0.5).long().cumprod(1).sum(1)
+        probabilities = probabilities.cumprod(1)
+    return (probabilities > 0.5).long().cumprod(1).sum(1)
 
 
 def vote(grades: Sequence[int], *, isup: bool = True, seed: int = 0) -> int:
-    """One grade from those of the folds (section 5.4): a sole most common one wins.
+    """One grade from those of the folds: the most common one.
 
-    Of two that are equally common, the one nearer to the remaining vote does; what is still equal is drawn by lot.
+    Of two that are equally common, the one nearer to the remaining vote; of what is still equal, a random one.
 
     Args:
         isup: count the step between grades 0 and 1, no cancer and cancer, as 1.5.
-        seed: of the lot.
+        seed: of the random choice.
     """
     if not len(grades):
         raise BadParameter("grades", list(grades), "the grade of one fold or more")
@@ -767,29 +787,11 @@ def vote(grades: Sequence[int], *, isup: bool = True, seed: int = 0) -> int:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of HIPT's or the authors' file, without the wrappers' prefixes.
+    """The tensors of HIPT's or the authors' file without the prefixes of wrappers; of a DINO checkpoint, the teacher.
 
-    Of a DINO checkpoint the teacher is taken. Raises `CorruptFile` for a file that cannot be read.
+    Raises `CorruptFile` for a file that cannot be read.
     """
     saved = None if Path(path).suffix == ".safetensors" else unpickle.load_torch(path)
     teacher = isinstance(saved, dict) and isinstance(saved.get("teacher"), dict)
     state = saved["teacher"] if teacher else read_state(path)
     return {re.sub(r"^(module\.)?(backbone\.)?", "", name): value for name, value in state.items()}
-
-
-def load(model: nn.Module, state: Mapping[str, Tensor], names: Mapping[str, str], what: str) -> None:
-    """Load official tensors strictly, `names` being ours -> theirs.
-
-    Raises `BadCheckpoint` with every name that is missing, unknown, or of another shape; nothing is loaded then.
-    """
-    own = model.state_dict()
-    wanted = {official: ours for ours, official in names.items()}
-    missing, unknown = wanted.keys() - state.keys(), state.keys() - wanted.keys()
-    shapes = [
-        f"{o} {tuple(t.shape)}, expected {tuple(own[wanted[o]].shape)}"
-        for o, t in state.items()
-        if o in wanted and t.shape != own[wanted[o]].shape
-    ]
-    if missing or unknown or shapes:
-        raise BadCheckpoint(what, missing=missing, unknown=unknown, shapes=shapes)
-    model.load_state_dict({wanted[o]: t for o, t in state.items()})

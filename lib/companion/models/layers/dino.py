@@ -23,8 +23,10 @@ from torchvision.transforms import InterpolationMode, v2
 from ...errors import BadParameter, CorruptFile
 from ...ops.files import atomic
 from ...ops.progress import progress
-from ...training.fit import launcher, learning_rates
-from ..hvit.model import Encoder, load
+from ...training.fit import launcher
+from ...training.schedules import learning_rates
+from ..hvit.model import Encoder
+from .state_dicts import load_official
 
 Views = Callable[[Tensor], list[Tensor]]
 
@@ -68,7 +70,7 @@ class Head(nn.Module):
         }
         hidden, dim = sizes.get("first", (1, 1))
         head = cls(dim, len(state.get("last_layer.weight_g", [0])), hidden, sizes.get("last", (1, 1))[0])
-        load(head, state, head.official_names(), "DINO's head")
+        load_official(head, state, head.official_names(), "DINO's head")
         return head
 
 

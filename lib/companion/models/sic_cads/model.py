@@ -1,23 +1,24 @@
 """SIC-CADS: image-level classes refine open-vocabulary detection (Fang, Pang, Bai; AAAI 2024, arXiv 2312.10439).
 
-A detector of any vocabulary scores each box from its own pixels; what the rest of the scene says is lost. Here a small
-multi-label classifier looks at the whole image and says how likely each class is in it, p (C,), from two branches on
-one trained ResNet: the **text** branch learns from labels of the base classes, the **visual** branch imitates CLIP's
-image encoder and so knows the novel ones ("visual MLR+" asks that encoder itself). The detector stays as it is: its
-probabilities (R, C) of R boxes and all classes become
+An open-vocabulary detector scores each box from its own pixels and ignores the rest of the scene. Here a small
+multi-label classifier (MLR) predicts the probability of each class in the whole image, p (C,), from two branches on one
+trained ResNet: the **text** branch learns from labels of the base classes, the **visual** branch is distilled from
+CLIP's image encoder, which covers the novel ones ("visual MLR+" uses that encoder itself). The detector is unchanged:
+its probabilities (R, C) of R boxes and all classes become
 
     p_refined = p ** gamma * p_detector ** (1 - gamma)
 
 before any threshold, non-maximum suppression or top-k. Boxes never move.
 
-The paper's experiments could not be read. The formulas are those of its method section and of the authors' code
-(mala-lab/SIC-CADS at c9f28e1, without a licence: nothing is copied); where the two differ the code is followed.
+The formulas are those of the paper's method section and of the authors' code (mala-lab/SIC-CADS at c9f28e1, without a
+licence: nothing is copied); where the two differ the code is followed. The paper's experiments could not be read.
 
 Shapes: B images, C classes, P patches (1, or 1 + 4 on two levels), D CLIP's shared width, R boxes.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -33,7 +34,8 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from ...backbones import Input
 from ...errors import BadCheckpoint, BadParameter
-from ..layers.clip_prompting import Tokenizer, load_official, official_state, tokenise
+from ..layers.clip_prompting import Tokenizer, tokenise
+from ..layers.state_dicts import depth, load_official, official_state
 
 PROMPT = "There is a {}"  # as released: no article choice, no stop, the class name exactly as in the annotation file
 IMAGENET = Input(416, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # 416: the shorter side at test
@@ -66,11 +68,11 @@ def pool(cosines: Tensor, levels: int) -> Tensor:
 
 
 def normalise(scores: Tensor, over: str = "image", scale: float = 1.0) -> Tensor:
-    """Probabilities sigmoid((s - mean) / std) of scores (B, C); the deviation is the unbiased one.
+    """Probabilities sigmoid((s - mean) / std) of scores (B, C), with the unbiased std.
 
     Args:
-        over: "image", the paper's formula; "batch", mean and deviation over all B · C scores, as the released code
-            (which tests one image at a time, where the two are equal); "none", sigmoid(scale · s), a control of ours.
+        over: "image", the paper's formula; "batch", mean and std over all B · C scores, as in the released code (which
+            tests one image at a time, where the two are equal); "none", sigmoid(scale · s), a control of ours.
     """
     if over not in OVER:
         raise BadParameter("over", over, OVER)
@@ -95,10 +97,10 @@ def fuse(p_text: Tensor, p_image: Tensor, share: Tensor | float) -> Tensor:
 
 
 def refine(probabilities: Tensor, p: Tensor, gamma: float = 0.5) -> Tensor:
-    """Eq. 7: the detector's probabilities (R, C) with the image-level ones (C,) taken in.
+    """Eq. 7: the detector's probabilities (R, C) refined by the image-level ones (C,).
 
-    `gamma` 0 leaves the detector's, 1 gives every box the image's. Call it on the full matrix, background column
-    dropped, before threshold, non-maximum suppression and top-k: within one image and one class it changes no order.
+    `gamma` 0 gives the detector's, 1 the image's for every box. Call it on the full matrix, background column dropped,
+    before threshold, non-maximum suppression and top-k: within one image and one class it changes no order.
     """
     if not 0 <= gamma <= 1:
         raise BadParameter("gamma", gamma, "0 to 1")
@@ -113,13 +115,13 @@ def refine(probabilities: Tensor, p: Tensor, gamma: float = 0.5) -> Tensor:
 def rank_loss(scores: Tensor, positives: Tensor, columns: Tensor | None = None) -> Tensor:
     """Mean of max(0, 1 + s_k - s_p) over an image's positives p and all classes k, then over the images.
 
-    As released, k runs over the positives as well, p itself among them, which sets a floor of |p| / |k|; an image
-    without positives counts with 0.
+    As released, k runs over the positives as well, p itself among them, which gives a lower bound of |p| / |k|; an
+    image without positives counts with 0.
 
     Args:
         scores: (B, C), cosines times the logit scale.
         positives: (B, C) bool.
-        columns: (C,) bool, the classes that take part, as positives too: the base ones for boxes. None: all.
+        columns: (C,) bool, the classes that are used, as positives too: the base ones for boxes. None: all.
     """
     if columns is not None:
         scores, positives = scores[:, columns], positives[:, columns]
@@ -139,8 +141,8 @@ def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
 class Heads(nn.Module):
     """Feature maps to the embeddings of each patch in both branches.
 
-    Level l takes the maximum of every map over a grid of (l + 1)²: quarters that do not overlap, unlike the crops that
-    the teacher sees. One shared linear layer, then one a branch, no non-linearity.
+    Level l takes the maximum of every map over a grid of (l + 1)²: quarters that do not overlap, unlike the teacher's
+    crops. One shared linear layer, then one a branch, no non-linearity.
     """
 
     def __init__(self, inputs: int, dim: int, levels: int = 2):
@@ -151,7 +153,7 @@ class Heads(nn.Module):
         self.to_image = nn.Linear(dim, dim)
 
     def pooled(self, maps: Sequence[Tensor]) -> Tensor:
-        """The maxima (B, P, sum of widths) of maps (B, width, h, w), one or more, side by side on the channels."""
+        """The maxima (B, P, sum of widths) of maps (B, width, h, w), one or more, concatenated on the channels."""
         levels = [
             torch.cat([F.adaptive_max_pool2d(m, level + 1).flatten(2).mT for m in maps], -1)
             for level in range(self.levels)
@@ -168,17 +170,17 @@ _HEADS = {"shared": "mlr_lin", "to_text": "mlr_lin2", "to_image": "image_embeddi
 
 
 class Recognition(NamedTuple):
-    """What the image-level branch says of B images."""
+    """The image-level scores of B images."""
 
     text: Tensor  # (B, P, C) cosines of each patch
     image: Tensor  # (B, P, C)
     p_text: Tensor  # (B, C) probabilities of each branch
     p_image: Tensor  # (B, C)
-    p: Tensor  # (B, C) both fused: what `refine` wants, one row an image
+    p: Tensor  # (B, C) both fused: the input of `refine`, one row an image
 
 
 class MLR(nn.Module):
-    """Multi-modal multi-label recognition on a backbone of any size.
+    """Multi-modal multi-label recognition on a backbone of any size. Body and teacher are copied, not changed in place.
 
         maps = FPN(body(image))                      P3 ... P7
         e_text, e_image = heads(maps)                (B, P, D), or for the second CLIP's own embedding of the P crops
@@ -186,26 +188,26 @@ class MLR(nn.Module):
         p = fuse(normalise(s_text), normalise(s_image))
 
     Args:
-        body: a timm model that gives intermediate maps, ResNet-50 as published; with `channels`, any module that maps
-            images to a list of maps. A detector's own backbone can stand here too.
+        body: a timm model with intermediate feature maps, ResNet-50 as published; with `channels`, any module from
+            images to a list of maps, such as a detector's own backbone.
         text: embedded class names (C, D), from `vocabulary`; used as they are, and frozen.
         novel: (C,) bool: classes without boxes in training.
-        teacher: CLIP's image tower, crops (N, 3, s, s) to (N, D). It is frozen, and never seen by autograd. None: only
-            the student can be asked, and the distillation needs embeddings that were kept.
+        teacher: CLIP's image tower, crops (N, 3, s, s) to (N, D), frozen. None: only the student's scores are
+            available, and the distillation needs cached embeddings.
         channels: of the body's maps, when it is not timm's.
         indices: which of a timm body's maps; 2, 3, 4 are strides 8, 16, 32 of a ResNet.
         width: of the pyramid.
         extra: P6 and P7 on top of the pyramid.
         levels: of patches; 1 is the whole image alone, as the paper says, 2 what all released configurations use.
         lambda_base, lambda_novel: see `text_share`. 0.8 and 0.8 for LVIS, 0.8 and 0.5 for COCO.
-        tau: logit scale of the rank loss: 50 for LVIS, 20 for COCO. It plays no part in testing.
+        tau: logit scale of the rank loss: 50 for LVIS, 20 for COCO. Not used in testing.
         distill: weight of the distillation loss.
         over: see `normalise`.
-        image_input: how the body wants its images, `size` being the shorter side at test; sides are padded to
+        image_input: normalisation of the body's input, `size` being the shorter side at test; sides are padded to
             multiples of 32.
-        teacher_input: how the teacher wants its crops.
+        teacher_input: size and normalisation of the teacher's crops.
         antialias: of the resizing of crops. False as released; newer torchvision would smooth, which changes scores.
-        freeze_norms: the body's batch norms keep their statistics, gains and biases. A body that starts random needs
+        freeze_norms: the body's batch norms keep their statistics, weights and biases. A body of random weights needs
             them trained.
     """
 
@@ -247,12 +249,12 @@ class MLR(nn.Module):
                     "body", type(body).__name__, f"a timm model with maps {tuple(indices)}, or `channels`"
                 )
             channels = [body.feature_info[i]["num_chs"] for i in indices]
-        self.body, self.freeze_norms = body, freeze_norms
+        self.body, self.freeze_norms = copy.deepcopy(body), freeze_norms
         self.pyramid = FeaturePyramidNetwork(list(channels), width, LastLevelP6P7(width, width) if extra else None)
         self.heads = Heads(width * (len(channels) + 2 * extra), text.shape[1], levels)
         self.text = nn.Parameter(text.detach().float().clone(), requires_grad=False)
         self.register_buffer("novel", novel.clone(), persistent=False)
-        self.teacher = None if teacher is None else teacher.requires_grad_(False)
+        self.teacher = None if teacher is None else copy.deepcopy(teacher).requires_grad_(False)
         self.lambda_base, self.lambda_novel = lambda_base, lambda_novel
         text_share(novel, lambda_base, lambda_novel)  # refuses values outside 0 to 1 now, not at the first image
         self.tau, self.distill, self.over = tau, distill, over
@@ -267,8 +269,12 @@ class MLR(nn.Module):
         return self.heads.levels
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """What training changes: the body (its norms unless frozen), the pyramid, the heads."""
+        """The trainable parameters by name: of the body (its norms unless frozen), the pyramid, the heads."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As in timm, for the body."""
+        self.body.set_grad_checkpointing(enable)
 
     def _norms(self) -> list[nn.Module]:
         return [m for m in self.body.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -282,11 +288,11 @@ class MLR(nn.Module):
             self.teacher.eval()
         return self
 
-    # --- what goes in
+    # --- inputs
 
     def prepared(self, images: Tensor, resize: bool = True) -> Tensor:
-        """Images (B, 3, H, W), uint8, RGB, as the body wants them: normalised, then resized to the nearest pixel so
-        that the shorter side is `image_input.size` (not in training), then padded right and below with zeros."""
+        """The body's input from images (B, 3, H, W), uint8, RGB: resized to the nearest pixel so that the shorter side
+        is `image_input.size` (not in training), normalised, padded right and below with zeros."""
         _check_pixels(images)
         if resize:
             scale = self.image_input.size / min(images.shape[-2:])
@@ -295,8 +301,8 @@ class MLR(nn.Module):
         return F.pad(_standardised(images, self.image_input), (0, -width % 32, 0, -height % 32))
 
     def crops(self, images: Tensor) -> Tensor:
-        """The teacher's crops (B, P, 3, s, s) of images (B, 3, H, W), uint8: squeezed to a square, bilinear, rounded
-        to whole grey values as released, normalised."""
+        """The teacher's crops (B, P, 3, s, s) of images (B, 3, H, W), uint8: resized to a square, bilinear, rounded to
+        whole grey values as released, normalised."""
         _check_pixels(images)
         height, width = images.shape[-2:]
         size, found = self.teacher_input.size, []
@@ -310,15 +316,15 @@ class MLR(nn.Module):
         return _standardised(torch.stack(found, 1).round_(), self.teacher_input)
 
     @torch.no_grad()
-    def teach(self, images: Tensor) -> Tensor:
+    def teacher_embeddings(self, images: Tensor) -> Tensor:
         """CLIP's embeddings (B, P, D), of length 1, of the crops of images (B, 3, H, W), in one pass of the tower."""
         if self.teacher is None:
             raise BadParameter("teacher", None, "CLIP's image tower: the model was made without one")
         return F.normalize(self.teacher(self.crops(images).flatten(0, 1)), dim=-1).unflatten(0, (len(images), -1))
 
-    # --- what comes out
+    # --- outputs
 
-    def maps(self, x: Tensor) -> list[Tensor]:
+    def forward_features(self, x: Tensor) -> list[Tensor]:
         """The pyramid's maps, finest first, of prepared images."""
         if self.indices is None:
             found = self.body(x)
@@ -328,7 +334,7 @@ class MLR(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The embeddings e_text and e_image, (B, P, D) each, of prepared images."""
-        return self.heads(self.maps(x))
+        return self.heads(self.forward_features(x))
 
     def recognised(self, e_text: Tensor, e_image: Tensor, share: Tensor | float | None = None) -> Recognition:
         """Both branches' embeddings (B, P, D) to scores. `share`: see `fuse`; `CROSS_DATASET` for a vocabulary that
@@ -341,41 +347,42 @@ class MLR(nn.Module):
 
     @torch.no_grad()
     def recognise(self, images: Tensor, student: bool = False, share: Tensor | float | None = None) -> Recognition:
-        """What is in images (B, 3, H, W), uint8, RGB, of one size.
+        """The image-level scores of images (B, 3, H, W), uint8, RGB, of one size.
 
         Args:
-            student: False asks CLIP's own image tower for the visual branch (visual MLR+, as all released
-                configurations test); True the learned embedding (visual MLR).
+            student: of the visual branch, False takes the embeddings of CLIP's own image tower (visual MLR+, as all
+                released configurations test), True the learned ones (visual MLR).
             share: as in `recognised`.
         """
         e_text, e_image = self(self.prepared(images))
-        return self.recognised(e_text, e_image if student else self.teach(images), share)
+        return self.recognised(e_text, e_image if student else self.teacher_embeddings(images), share)
 
     def loss(
         self, images: Tensor, positives: Tensor, *, boxes: bool = True, teacher: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The rank and the distillation loss of one batch, weighted: their sum is what is trained.
+        """The rank and the distillation loss of one batch, weighted; training minimises their sum.
 
         Args:
             images: (B, 3, H, W) uint8, augmented, of the training size.
             positives: (B, C) bool.
-            boxes: whether the labels are those of boxes: then only base classes take part. Image labels (captions,
-                ImageNet) rank over all classes, novel names included, as in the released configurations with them.
-            teacher: the teacher's embeddings (B, P, D) of these images, where they were kept.
+            boxes: whether the labels are those of boxes, which rank over the base classes alone. Image labels
+                (captions, ImageNet) rank over all classes, novel names included, as in the released configurations.
+            teacher: the teacher's embeddings (B, P, D) of these images, where they were cached.
         """
         e_text, e_image = self(self.prepared(images, resize=False))
         scores = self.tau * pool(e_text @ self.text.mT, self.levels)
         ranked = rank_loss(scores, positives, ~self.novel if boxes else None)
-        return ranked, self.distill * distillation_loss(e_image, self.teach(images) if teacher is None else teacher)
+        teacher = self.teacher_embeddings(images) if teacher is None else teacher
+        return ranked, self.distill * distillation_loss(e_image, teacher)
 
     # --- the authors' files
 
     @classmethod
     def from_official(cls, state: Mapping[str, Tensor], novel: Tensor, **options):
-        """The model with a state dict of the authors' code in it (ResNet-50, CLIP's image tower when it is there).
+        """The model of a state dict of the authors' code (ResNet-50, CLIP's image tower when it is there).
 
-        A merged file, in which the names start with "ovmlr_model.", is accepted; the detector in it is passed over.
-        The text table comes as stored: call `F.normalize` on a raw one.
+        A merged file, in which the names start with "ovmlr_model.", is accepted; the detector in it is not read. The
+        text embeddings are those stored: call `F.normalize` on raw ones.
 
         Raises:
             BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
@@ -392,7 +399,7 @@ class MLR(nn.Module):
         return model
 
     def to_official(self) -> dict[str, Tensor]:
-        """The state dict under the authors' names, without the classifier `fc` that their files carry and never use."""
+        """The state dict under the authors' names, without the classifier `fc` of their files, which is never used."""
         return official_state(self.state_dict(), self._names())
 
     def _names(self) -> dict[str, str]:
@@ -402,9 +409,9 @@ class MLR(nn.Module):
             if part == "body" and not rest.endswith("num_batches_tracked"):
                 names[name] = f"backbone.bottom_up.base.{rest}"
             elif part == "pyramid":
-                kind, place, *_, value = rest.split(".")
+                kind, index, *_, value = rest.split(".")
                 kinds = {"inner_blocks": "fpn_lateral", "layer_blocks": "fpn_output"}
-                official = f"top_block.{place}" if kind == "extra_blocks" else f"{kinds[kind]}{int(place) + 3}"
+                official = f"top_block.{index}" if kind == "extra_blocks" else f"{kinds[kind]}{int(index) + 3}"
                 names[name] = f"backbone.{official}.{value}"
             elif part == "heads":
                 layer, value = rest.split(".")
@@ -419,8 +426,8 @@ def _check_pixels(images: Tensor) -> None:
         raise BadParameter("images", (tuple(images.shape), images.dtype), "a batch (B, 3, H, W) of uint8, RGB")
 
 
-def _standardised(pixels: Tensor, wanted: Input) -> Tensor:
-    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (wanted.mean, wanted.std))
+def _standardised(pixels: Tensor, target: Input) -> Tensor:
+    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (target.mean, target.std))
     return (pixels / 255 - mean) / std
 
 
@@ -432,7 +439,7 @@ def _tower(state: Mapping[str, Tensor]) -> VisionTransformer:
         image_size=side * patch,
         patch_size=patch,
         width=width,
-        layers=len({name.split(".")[2] for name in state if name.startswith("transformer.resblocks.")}),
+        layers=depth(state, "transformer.resblocks."),
         heads=width // 64,
         mlp_ratio=len(state["transformer.resblocks.0.mlp.c_fc.weight"]) / width,
         output_dim=state["proj"].shape[1],
@@ -450,7 +457,7 @@ def vocabulary(clip: CLIP, tokenizer: Tokenizer, names: Sequence[str], prompt: s
     return F.normalize(torch.cat([clip.encode_text(part) for part in ids.split(batch)]), dim=-1)
 
 
-# --- the detector's side ----------------------------------------------------------------------------------------------
+# --- the detector -----------------------------------------------------------------------------------------------------
 
 
 class ZeroShotClassifier(nn.Module):
@@ -460,7 +467,7 @@ class ZeroShotClassifier(nn.Module):
         inputs: width of a box's feature.
         classes: (C, D), any length.
         scale: of the cosines; 50 in Detic.
-        bias: where a learned bias on all logits starts; None for no bias, as released.
+        bias: initial value of a learned bias on all logits; None for no bias, as released.
     """
 
     def __init__(self, inputs: int, classes: Tensor, scale: float = 50.0, bias: float | None = None):
@@ -507,7 +514,7 @@ def cascade_boxes(
 
 
 class Detections(NamedTuple):
-    """The boxes that are left of one image, best first."""
+    """The detections of one image, best first."""
 
     boxes: Tensor  # (n, 4) xyxy, pixels
     scores: Tensor  # (n,)
@@ -518,19 +525,19 @@ class Detections(NamedTuple):
 def detect(
     boxes: Tensor, probabilities: Tensor, threshold: float = 0.0, nms: float | None = 0.5, top: int = 100
 ) -> Detections:
-    """Threshold, non-maximum suppression within each class, top-k: what comes after the refinement, not before it.
+    """Threshold, non-maximum suppression within each class, top-k: the steps after the refinement.
 
     Args:
         boxes: (R, 4), shared by all classes. probabilities: (R, C), refined or not.
-        threshold: lowest score, itself excluded. Refinement lifts low scores, since p is near 0.5 for most classes: at
+        threshold: lowest score, itself excluded. Refinement raises low scores, since p is near 0.5 for most classes: at
             gamma 0.5 a threshold T keeps p_detector · p > T².
-        nms: the overlap from which a box is dropped; None keeps all, for detectors that predict sets.
-        top: how many are kept.
+        nms: IoU from which a box is suppressed; None for no suppression, for detectors that predict sets.
+        top: largest number of detections.
     """
     rows, classes = (probabilities > threshold).nonzero(as_tuple=True)
     scores = probabilities[rows, classes]
     if nms is None:
-        kept = scores.argsort(descending=True, stable=True)[:top]
+        best = scores.argsort(descending=True, stable=True)[:top]
     else:
-        kept = batched_nms(boxes[rows], scores, classes, nms)[:top]
-    return Detections(boxes[rows[kept]], scores[kept], classes[kept], rows[kept])
+        best = batched_nms(boxes[rows], scores, classes, nms)[:top]
+    return Detections(boxes[rows[best]], scores[best], classes[best], rows[best])

@@ -11,7 +11,7 @@ from ...data.detection import OV_COCO_BASE, OV_COCO_NOVEL
 from ...errors import BadParameter
 from ...evaluation.metrics.detection import evaluate, recognition_ap
 from ...evaluation.parity import Case
-from ..layers.clip_prompting import load_official
+from ..layers.state_dicts import load_official
 from .model import (
     CROSS_DATASET,
     MLR,
@@ -50,7 +50,7 @@ def outputs(case: Case) -> dict[str, Tensor]:
 
 
 def _pixels(case: Case, name: str) -> Tensor:
-    shape = (3, 480, 640) if name == "image" else (3, 480, 480)  # case.json says the second in words
+    shape = (3, 480, 640) if name == "image" else (3, 480, 480)  # case.json describes the second in prose
     values = case.values(f"input:{name}", *shape)
     return (127.5 + 50 * values).round().clamp(0, 255).to(torch.uint8)[None]
 
@@ -62,7 +62,7 @@ def _novel(case: Case) -> Tensor:
 
 
 def _statistics(maps: list[Tensor]) -> Tensor:
-    """Mean, unbiased deviation, largest magnitude, first and last value of each map."""
+    """Mean, unbiased std, largest magnitude, first and last value of each map."""
     return torch.stack([torch.stack([m.mean(), m.std(), m.abs().max(), m.flatten()[0], m.flatten()[-1]]) for m in maps])
 
 
@@ -75,7 +75,7 @@ def _model(case: Case) -> dict[str, Tensor]:
         x, crops = model.prepared(image), model.crops(image)
         found = {"backbone_input_corner": x[0, :, :8, :8], "clip_input_corner": crops[0, :, :, :8, :8]}
         bottom_up = model.body.forward_intermediates(x, indices=[2, 3, 4], intermediates_only=True)
-        maps = model.maps(x)
+        maps = model.forward_features(x)
         pooled = model.heads.pooled(maps)
         e_text, e_image = model.heads(maps)
         embedded = model.teacher(crops[0])
@@ -121,7 +121,7 @@ def _heads(case: Case) -> dict[str, Tensor]:
     heads = Heads(sum(m.shape[1] for m in maps), text.shape[1], config["levels"])
     layers = {"shared": "mlr_lin", "to_text": "mlr_lin2", "to_image": "image_embedding"}
     names = {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in layers.items() for kind in ("weight", "bias")}
-    # of a whole checkpoint only these are looked at here
+    # of a whole checkpoint only these are read
     load_official(heads, {name: case.state[name] for name in names.values()}, names, "the heads")
     e_text, e_image = heads(maps)
     s_text, s_image = (pool(e @ text.mT, config["levels"]) for e in (e_text, e_image))

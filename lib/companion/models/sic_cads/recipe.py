@@ -1,16 +1,15 @@
-"""SIC-CADS at full size: the published recipe on real pictures, the dry run, and results that gather.
+"""SIC-CADS with the published settings: training the recogniser, refining a detector, tables of results.
 
-`parts` gives what `runs.sic_cads.Setting` is made of. Of the released recipes two are here, OV-LVIS on base classes and
-OV-COCO on base classes with or without captions; the third adds pictures of ImageNet-21k. Two things differ from the
-released code and are not of the method: boxes and captions share each batch instead of taking turns, and pictures
-that `repeat_factors` shows more than once are drawn once a run, not once an epoch.
+Of the released recipes two are here, OV-LVIS on base classes and OV-COCO on base classes with or without captions; the
+third adds images of ImageNet-21k. Two things differ from the released code and are not part of the method: each batch
+has both boxes and captions, where the released code alternates, and images that `repeat_factors` repeats are drawn once
+a run, not once an epoch.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ import numpy as np
 import open_clip
 import pandas as pd
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, Dataset, Subset
@@ -30,18 +28,24 @@ from ... import backbones, detectors
 from ...data import DATASETS, detection
 from ...data.detection_sets import COCO_BASE, COCO_NOVEL
 from ...errors import BadParameter, MissingWeights
-from ...evaluation.metrics.detection import evaluate
+from ...evaluation.metrics.detection import evaluate, recognition_ap
 from ...evaluation.tables import compare_published, published_table, upsert_rows
-from ...ops.files import atomic, read_json
+from ...ops.files import read_json
 from ...ops.papers import paper
-from ...training.fit import fit
-from ..layers.clip_prompting import load_official
+from ...ops.progress import progress
+from ...training.callbacks import ClipValue
+from ...training.checkpoints import Checkpoint, save
+from ...training.fit import Hardware, History, fit
+from ...training.schedules import adamw
+from ..layers.state_dicts import load_official
 from . import model as sic_cads
 
 CLIP, BODY = "ViT-B-32-quickgelu/openai", "resnet50.a1_in1k"
 OWLVIT = "google/owlvit-base-patch32"
+BRANCHES = ("text", "visual", "visual+", "fused", "SIC-CADS")
+"""Image-level scores: the text branch, the student, CLIP's own crops, and the two fusions."""
 COLUMNS = {"detection/objects365": "Objects365", "detection/openimages": "OpenImages"}
-SHORTER, LONGER = 800, 1333  # sides that the authors' detectors bring pictures to, before the recogniser sees them
+SHORTER, LONGER = 800, 1333  # sides to which the authors' detectors resize images before the recogniser's own resizing
 WORKERS = min(8, os.cpu_count() or 1)
 NAMED = 80  # classes of the dry run whose names go through the text towers; the others get random vectors
 
@@ -53,8 +57,8 @@ class Recipe:
     Attributes:
         options: of the recogniser: both lambdas, the logit scale, the weight of the distillation.
         iterations, batch, lr, warmup, factor: of the training.
-        size, crop: side of a training picture, and the least share of each side that a crop keeps.
-        clip: of each entry of the gradient; None for none.
+        size, crop: side of a training image, and the smallest share of each side that is cropped.
+        clip: largest magnitude of an entry of the gradient; None for no clipping.
         repeat: threshold of the repeat-factor sampling; None for none.
         threshold, top: of the detections.
     """
@@ -74,12 +78,10 @@ class Recipe:
 
 
 def recipe(dataset: str, captions: bool = False) -> Recipe:
-    """The recipe of "detection/ov-coco"; for all others that of OV-LVIS, which is carried over to other vocabularies.
+    """The recipe of "detection/ov-coco"; for all others that of OV-LVIS, which is transferred to other vocabularies.
 
-    With `captions` a batch holds as many pictures with captions as with boxes.
-
-    The thresholds of the released configurations, 0.15 and 0.2, belong to their detectors: they are not those here
-    (see `parts`).
+    With `captions` a batch has as many images with captions as with boxes. The thresholds of the released
+    configurations, 0.15 and 0.2, belong to their detectors and are not used here (see `setting`).
     """
     coco = dataset == "detection/ov-coco"
     training = published_table("sic_cads", "training-recipes").set_index("method")
@@ -112,23 +114,23 @@ def recipe(dataset: str, captions: bool = False) -> Recipe:
 
 
 def learning_rates(r: Recipe, steps: int) -> np.ndarray:
-    """The rate of each step, (steps,): half a cosine to 0, times a line from `factor` to 1 over the warm-up.
+    """The learning rate of each step (steps,): half a cosine to 0, times a line from `factor` to 1 over the warm-up.
 
-    A shorter run keeps the shares: its warm-up is as large a part of it.
+    The warm-up is the same fraction of a shorter run.
     """
     done, warm = np.arange(steps) / steps, r.warmup / r.iterations
     rising = np.minimum(r.factor + (1 - r.factor) * done / warm, 1)
     return r.lr * (1 + np.cos(np.pi * done)) / 2 * rising
 
 
-# --- pictures to learn from -------------------------------------------------------------------------------------------
+# --- training data ----------------------------------------------------------------------------------------------------
 
 
-class Lessons(Dataset):
-    """Random crops of pictures with the classes that are still on them: (uint8 (3, s, s), (C,) bool, boxes or not).
+class Crops(Dataset):
+    """Random crops of images with the classes that they show: (uint8 (3, s, s), (C,) bool, boxes or not).
 
-    A crop keeps a share between `crop` and 1 of each side, is squeezed to a square and flipped half of the time. With
-    boxes a class stays when a part of one of its boxes does; labels without boxes stay.
+    A crop has a share between `crop` and 1 of each side, is resized to a square and flipped with probability 1/2. With
+    boxes a class is a positive when a part of one of its boxes is in the crop; labels without boxes stay.
     """
 
     def __init__(self, data: detection.Boxes, size: int, crop: float, boxes: bool = True):
@@ -143,20 +145,20 @@ class Lessons(Dataset):
         share = self.crop + (1 - self.crop) * torch.rand(2)
         h, w = max(1, int(share[0] * height)), max(1, int(share[1] * width))
         top, left = int(torch.randint(height - h + 1, ())), int(torch.randint(width - w + 1, ()))
-        cut = resize(image[:, top : top + h, left : left + w], [self.size, self.size], antialias=True)
+        cropped = resize(image[:, top : top + h, left : left + w], [self.size, self.size], antialias=True)
         positives = self.data.positives[index].clone()
         if self.boxes:
             x1, y1, x2, y2 = target.boxes.unbind(-1)
             seen = (x2.clamp(max=left + w) > x1.clamp(min=left)) & (y2.clamp(max=top + h) > y1.clamp(min=top))
             positives[:] = False
             positives[target.labels[seen & ~target.crowd]] = True
-        return (cut.flip(-1) if torch.rand(()) < 0.5 else cut), positives, self.boxes
+        return (cropped.flip(-1) if torch.rand(()) < 0.5 else cropped), positives, self.boxes
 
 
-def lessons(p: SimpleNamespace, train: detection.Boxes) -> Dataset:
-    """What the paper profile trains on: boxes, repeated where classes are rare (OV-LVIS), and captions if asked."""
+def training_data(p: SimpleNamespace, train: detection.Boxes) -> Dataset:
+    """Crops of images with boxes, repeated where classes are rare (OV-LVIS), and with `p.captions` of captions too."""
     r = recipe(p.dataset)
-    found: Dataset = Lessons(train, r.size, r.crop)
+    found: Dataset = Crops(train, r.size, r.crop)
     if r.repeat is not None:
         factors = detection.repeat_factors(train, r.repeat)
         rng = np.random.default_rng(p.seed)
@@ -171,25 +173,25 @@ def lessons(p: SimpleNamespace, train: detection.Boxes) -> Dataset:
     captioned = detection.Boxes(
         train.dataset, train.root, Path(train.sources[0]).parent, labels, train.base, train.novel
     )
-    # as many of the one as of the other
+    # as many images with boxes as with captions
     times = max(1, round(len(captioned) / len(found)))
-    return ConcatDataset([*[found] * times, Lessons(captioned, r.size, r.crop, boxes=False)])
+    return ConcatDataset([*[found] * times, Crops(captioned, r.size, r.crop, boxes=False)])
 
 
 def loss(model: sic_cads.MLR, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """The loss of a batch; pictures with boxes rank the base classes, those with labels alone all classes."""
+    """The loss of a batch; images with boxes rank the base classes, those with labels alone all classes."""
     images, positives, boxes = batch
     e_text, e_image = model(images, raw=True)
     scores = model.tau * sic_cads.pool(e_text @ model.text.mT, model.levels)
-    value = model.distill * sic_cads.distillation_loss(e_image, model.teach(images))
+    value = model.distill * sic_cads.distillation_loss(e_image, model.teacher_embeddings(images))
     for kind, columns in ((boxes, ~model.novel), (~boxes, None)):
         if kind.any():
             value = value + kind.float().mean() * sic_cads.rank_loss(scores[kind], positives[kind], columns)
     return value
 
 
-class Learner(nn.Module):
-    """The loss of a batch of `Lessons` in one pass, which is what training on several devices asks for."""
+class BatchLoss(nn.Module):
+    """The loss of a batch of `Crops` as one forward pass, which training on several devices requires."""
 
     def __init__(self, model: sic_cads.MLR):
         super().__init__()
@@ -203,22 +205,22 @@ class Learner(nn.Module):
 
 
 class Recogniser(sic_cads.MLR):
-    """The recogniser where it stands in the authors' detectors: pictures are brought to their size first.
+    """The recogniser as part of the authors' detectors: images are resized to the detector's input size first.
 
-    It takes pictures from any device, and answers on the CPU, where the detections are.
+    Images may be on any device; scores are returned on the CPU, where the detections are.
     """
 
     def forward(self, x: Tensor, raw: bool = False) -> tuple[Tensor, Tensor]:
-        """As `MLR.forward`; with `raw`, of augmented training pictures, (B, 3, s, s) uint8."""
+        """As `MLR.forward`; with `raw`, of augmented training images (B, 3, s, s), uint8."""
         return super().forward(self.prepared(x, resize=False) if raw else x)
 
     def prepared(self, images: Tensor, resize: bool = True) -> Tensor:
-        return super().prepared(self._placed(images), resize)
+        return super().prepared(self._resized(images), resize)
 
     def crops(self, images: Tensor) -> Tensor:
-        return super().crops(self._placed(images))
+        return super().crops(self._resized(images))
 
-    def _placed(self, images: Tensor) -> Tensor:
+    def _resized(self, images: Tensor) -> Tensor:
         images = images.to(self.text.device)
         return images if self.training else resize(images, [SHORTER], max_size=LONGER, antialias=True)
 
@@ -226,16 +228,16 @@ class Recogniser(sic_cads.MLR):
         return sic_cads.Recognition(*(t.cpu() for t in super().recognised(*args, **options)))
 
 
-def file_of(p: SimpleNamespace, name: str) -> Path:
-    """Where a file of the paper's weights usually is: `<data_root>/weights`."""
+def weights_file(p: SimpleNamespace, name: str) -> Path:
+    """The default path of a file of the paper's weights, below `<data_root>/weights`."""
     entry = next(w for w in paper("sic_cads")["weights"] if w["name"] == name)
     return Path(p.data_root) / "weights" / entry["file"]
 
 
 def clip_model(p: SimpleNamespace) -> nn.Module:
-    """The frozen CLIP: the usual file, or what the cache has."""
-    usual = file_of(p, "clip")
-    return backbones.build(f"openclip:{p.clip}", usual if p.clip == CLIP and usual.is_file() else "pretrained")
+    """The frozen CLIP, of its file below `data_root` or of the cache."""
+    file = weights_file(p, "clip")
+    return backbones.build(f"openclip:{p.clip}", file if p.clip == CLIP and file.is_file() else "pretrained")
 
 
 def build(p: SimpleNamespace, clip: nn.Module, text: Tensor, novel: Tensor, weights: str | Path) -> Recogniser:
@@ -249,7 +251,7 @@ def build(p: SimpleNamespace, clip: nn.Module, text: Tensor, novel: Tensor, weig
 
 
 def load(p: SimpleNamespace, clip: nn.Module, text: Tensor, novel: Tensor) -> Recogniser:
-    """The trained recogniser of the file `checkpoint`, ours (`save`) or the authors', with this vocabulary.
+    """The trained recogniser of the file `checkpoint`, ours (`train_model`) or the authors', with this vocabulary.
 
     Raises:
         MissingWeights: no such file.
@@ -257,7 +259,7 @@ def load(p: SimpleNamespace, clip: nn.Module, text: Tensor, novel: Tensor) -> Re
     """
     if not Path(p.checkpoint).is_file():
         ways = [
-            "the authors never released theirs; train one (leave `checkpoint` empty) and keep it: runs.save",
+            "the authors never released theirs; train one (leave `checkpoint` empty): its weights are in `trained`",
             "set branch = 'visual+', which needs no training",
         ]
         raise MissingWeights("SIC-CADS' recogniser", p.checkpoint, ways)
@@ -265,85 +267,116 @@ def load(p: SimpleNamespace, clip: nn.Module, text: Tensor, novel: Tensor) -> Re
     model = build(p, clip, text, novel, "random")
     if rows := [len(t) for name, t in state.items() if name.endswith("text_embedding.weight")]:  # the authors' names
         theirs = sic_cads.MLR.from_official(state, torch.zeros(rows[0], dtype=torch.bool))
-        state = kept(theirs)
-    load_official(model, state, {name: name for name in kept(model)}, "SIC-CADS' recogniser on a ResNet-50")
+        state = trained_weights(theirs)
+    load_official(model, state, {name: name for name in trained_weights(model)}, "SIC-CADS' recogniser on a ResNet-50")
     return model.eval()
 
 
-def kept(model: sic_cads.MLR) -> dict[str, Tensor]:
-    """What of a recogniser is neither its vocabulary nor its teacher: ResNet with its frozen norms, pyramid, heads."""
-    state = model.state_dict()
-    return {n: t.detach().cpu().contiguous() for n, t in state.items() if n != "text" and not n.startswith("teacher.")}
+def trained_weights(model: sic_cads.MLR) -> dict[str, Tensor]:
+    """The tensors of a recogniser without vocabulary and teacher: ResNet with its frozen norms, pyramid, heads."""
+    return {n: t for n, t in model.state_dict().items() if n != "text" and not n.startswith("teacher.")}
 
 
-def save(model: sic_cads.MLR, path: str | Path) -> None:
-    """Keep a recogniser as safetensors, for the parameter `checkpoint`."""
-    with atomic(path) as temporary:
-        save_file(kept(model), temporary)
+def train_model(
+    p: SimpleNamespace,
+    data: Dataset,
+    out: Path | None,
+    model: Recogniser,
+    *,
+    epochs: float | None = None,
+    batch: int | None = None,
+    workers: int = 0,
+) -> History:
+    """Train by the released recipe, in place; the history.
 
-
-def learn(p: SimpleNamespace, data: Dataset, model: Recogniser, kept: Path | None = None, **changes) -> list[dict]:
-    """Train by the released recipe, in place; `changes` are arguments of `fit`, `epochs` and `batch` among them.
-
-    In the folder `kept` a training that was stopped goes on where it was, one that is done is only read, and the
-    recogniser is left as "recogniser ....safetensors", for the parameter `checkpoint`.
+    With `out` a killed training is resumed, one that is done is only read, and the trained weights are written as
+    `out`/trained/*.safetensors, for the parameter `checkpoint`.
     """
     r = recipe(p.dataset, p.captions)
-    if r.clip and p.precision == "16-mixed":
-        raise BadParameter("precision", p.precision, "32-true or bf16-mixed: the gradient is clipped entry by entry")
-    batch = changes.pop("batch", r.batch)
-    if batch > len(data):
-        raise BadParameter("batch", batch, f"1 to {len(data)}, the pictures there are")
-    per_epoch = len(data) // batch
-    steps = round(changes.pop("epochs", r.iterations / per_epoch) * per_epoch)
-    trained = list(model.trained().values())
-    hooks = [t.register_hook(lambda g: g.clamp(-r.clip, r.clip)) for t in trained] if r.clip else []
-    options = {
-        "seed": p.seed,
-        "weight_decay": 1e-4,
-        "decay": "all",
-        "accelerator": p.accelerator,
-        "devices": p.devices,
-        "precision": p.precision,
-        "name": "recogniser",
-    } | changes
-    if kept is not None:
-        name = kept / _run_name(p)
-        options |= {"checkpoint": name.with_name(f"{name.name}.pt"), "checkpoint_every": 1000, "resume": True}
-    try:
-        history = fit(
-            Learner(model),
-            lambda learner, items: learner(*items),
-            data,
-            epochs=steps / per_epoch,
-            batch=batch,
-            sides={"all": (trained, learning_rates(r, steps))},
-            **options,
-        )
-    finally:
-        for hook in hooks:
-            hook.remove()
+    batch = batch or r.batch
+    epochs = epochs or r.iterations / max(len(data) // batch, 1)
+    checkpoint = None
+    if out is not None:
+        facts = {k: getattr(p, k) for k in ("dataset", "captions", "seed", "precision", "devices")}
+        facts |= {"data_root": Path(p.data_root), "model": model, "epochs": epochs, "batch": batch}
+        name = f"recogniser {p.dataset.rpartition('/')[2]} seed {p.seed}"
+        checkpoint = Checkpoint.of(out / "checkpoints", name, every=1000, **facts)
+    history = fit(
+        BatchLoss(model),
+        lambda module, items: module(*items),
+        data,
+        epochs=epochs,
+        batch=batch,
+        optimizer=adamw(r.lr, 1e-4, decay="all"),
+        schedule=lambda lr, steps, per_epoch: learning_rates(r, steps),
+        callbacks=[ClipValue(r.clip)] if r.clip else [],
+        checkpoint=checkpoint,
+        seed=p.seed,
+        hardware=Hardware(p.accelerator, p.devices, p.precision, workers),
+        name="recogniser",
+    )
     model.to(_device(p)).eval()
-    if kept is not None:
-        save(model, name.with_name(f"{name.name}.safetensors"))
+    if out is not None:
+        save(out / "trained", checkpoint.path.stem, trained_weights(model))
     return history
-
-
-def _run_name(p: SimpleNamespace) -> str:
-    """What is trained, with a number for all that it depends on: another data set or CLIP goes on from no other's."""
-    known = (p.dataset, str(Path(p.data_root).resolve()), p.captions, p.clip, p.weights, p.precision, p.devices)
-    return f"recogniser {p.dataset.rpartition('/')[2]} seed {p.seed} {zlib.crc32(repr(known).encode()):08x}"
 
 
 def _device(p: SimpleNamespace) -> str:
     return "cuda" if p.accelerator in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
 
 
-# --- what a setting is made of ----------------------------------------------------------------------------------------
+# --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def check(p: SimpleNamespace) -> None:
-    """Raises `BadParameter` for parameters that do not go together."""
+@dataclass(frozen=True)
+class Setting:
+    """The recogniser of a run, the detector that it refines, and the test images.
+
+    Attributes:
+        test: the test images and their boxes.
+        build: the recogniser, before training.
+        train: (model, arguments of `fit` that differ) to the history, in place; empty where nothing is trained.
+        detect: one image (3, H, W), uint8, to all boxes (R, 4), xyxy, and their probabilities (R, C).
+        branch, gamma: the image-level scores that refine, and their weight.
+        threshold, nms, top: of the detections, after the refinement.
+    """
+
+    title: str
+    test: detection.Boxes
+    build: Callable[[], sic_cads.MLR]
+    train: Callable[..., History]
+    detect: Callable[[Tensor], tuple[Tensor, Tensor]]
+    branch: str
+    gamma: float
+    threshold: float
+    nms: float | None
+    top: int
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """Of the C classes."""
+        return tuple(self.test.class_names)
+
+    @functools.cached_property
+    def base(self) -> Tensor:
+        """Which classes are base classes (C,) bool; classes that are neither base nor novel are not scored."""
+        return self.test.mask(self.test.base)
+
+    @functools.cached_property
+    def novel(self) -> Tensor:
+        """Which classes are novel (C,) bool."""
+        return self.test.mask(self.test.novel)
+
+
+def setting(p: SimpleNamespace, out: Path) -> Setting:
+    """The setting of the checked parameters of the notebook; checkpoints and trained weights go below `out`.
+
+    The detectors here return all their boxes: the threshold is a lower bound, not the 0.15 or 0.2 that the released
+    configurations set for theirs, and set predictors need no suppression.
+
+    Raises:
+        BadParameter, MissingData, MissingWeights, CorruptFile: with what to change or get.
+    """
     if p.captions and p.dataset != "detection/ov-coco":
         raise BadParameter("captions", True, "False: captions are known of detection/ov-coco alone")
     if p.dry_run and "owl" not in p.detector:
@@ -351,89 +384,80 @@ def check(p: SimpleNamespace) -> None:
     if p.dataset in COLUMNS and p.branch != "visual+" and not (p.checkpoint or p.dry_run):
         accepted = "a recogniser trained with dataset = 'detection/ov-lvis', or branch = 'visual+', which needs none"
         raise BadParameter("checkpoint", p.checkpoint, accepted)
+    return _dry_run(p) if p.dry_run else _paper(p, out)
 
 
-def parts(p: SimpleNamespace, out: Path) -> dict[str, object]:
-    """What a setting of the paper profile is made of: the arguments of `runs.sic_cads.Setting`.
-
-    What is trained is kept below the run's folder `out` (see `learn`).
-
-    The detectors here give all their boxes: the threshold is a floor, not the 0.15 or 0.2 that the released
-    configurations set for theirs, and set predictors need no suppression.
-
-    Raises:
-        BadParameter, MissingData, MissingWeights, CorruptFile: with what to change or get.
-    """
-    check(p)
-    return _dry(p) if p.dry_run else _paper(p, out)
-
-
-def _made(
-    p: SimpleNamespace, title: str, test: detection.Boxes, make: Callable, teach: Callable, detector: nn.Module
-) -> dict[str, object]:
+def _setting(
+    p: SimpleNamespace, title: str, test: detection.Boxes, make: Callable, train: Callable, detector: nn.Module
+) -> Setting:
     detector = detector.to(_device(p))
 
     def detect(image: Tensor) -> tuple[Tensor, Tensor]:
         found = detector(image)
         return found.boxes.cpu(), found.probabilities.cpu()
 
-    return {
-        "title": title,
-        "names": test.class_names,
-        "base": test.mask(test.base),
-        "novel": test.mask(test.novel),
-        "test": test,
-        "build": make,
-        "learn": teach,
-        "detect": detect,
-        "branch": p.branch,
-        "gamma": p.gamma,
-        "threshold": detectors.FLOOR,
-        "nms": None,
-        "top": recipe(p.dataset).top,
-    }
+    return Setting(
+        title=title,
+        test=test,
+        build=make,
+        train=train,
+        detect=detect,
+        branch=p.branch,
+        gamma=p.gamma,
+        threshold=detectors.FLOOR,
+        nms=None,
+        top=recipe(p.dataset).top,
+    )
 
 
-def _paper(p: SimpleNamespace, out: Path) -> dict[str, object]:
+def _paper(p: SimpleNamespace, out: Path) -> Setting:
     test = detection.load(p.dataset, p.data_root, "test")
     if p.dataset in COLUMNS:  # nothing of a foreign vocabulary was trained on
         test.novel = test.categories
-    if p.pictures:
-        test = first(test, p.pictures)
-    folder = file_of(p, "detector").parent
+    if p.images:
+        test = first(test, p.images)
+    folder = weights_file(p, "detector").parent
     weights = folder if p.detector == OWLVIT and folder.is_dir() else "pretrained"
     detector = detectors.build(p.detector, test.class_names, weights)
     clip = clip_model(p)
     text = sic_cads.vocabulary(clip, open_clip.get_tokenizer(p.clip.partition("/")[0]), test.class_names)
     arguments = (p, clip, text, test.unseen)
     if p.checkpoint:
-        make, teach = functools.partial(load, *arguments), lambda model, **options: []
-    elif p.branch == "visual+":  # its ResNet and heads are asked for nothing
-        make, teach = functools.partial(build, *arguments, "random"), lambda model, **options: []
+        make, train = functools.partial(load, *arguments), untrained
+    elif p.branch == "visual+":  # its ResNet and heads are not used
+        make, train = functools.partial(build, *arguments, "random"), untrained
     else:
-        train = detection.load(p.dataset, p.data_root, "train")
+        data = training_data(p, detection.load(p.dataset, p.data_root, "train"))
         make = functools.partial(build, *arguments, p.weights or "pretrained")
-        teach = functools.partial(learn, p, lessons(p, train), kept=out / "trained", workers=WORKERS)
-    return _made(p, DATASETS[p.dataset].title, test, make, teach, detector)
+        train = functools.partial(train_model, p, data, out, workers=WORKERS)
+    return _setting(p, DATASETS[p.dataset].title, test, make, train, detector)
+
+
+def untrained(model: sic_cads.MLR, **changes: object) -> History:
+    """No training: an empty history."""
+    return []
 
 
 def first(data: detection.Boxes, count: int) -> detection.Boxes:
-    """The first `count` pictures of a set."""
-    truth = data.truth
-    images = truth["images"][:count]
-    kept = {image["id"] for image in images}
-    rows = [row for row in truth["annotations"] if row["image_id"] in kept]
+    """The first `count` images of a dataset."""
+    truth = _truth_of(data, count)
     folder = Path(data.sources[0].removesuffix(truth["images"][0]["file_name"]))
-    return detection.Boxes(
-        data.dataset, data.root, folder, truth | {"images": images, "annotations": rows}, data.base, data.novel
-    )
+    return detection.Boxes(data.dataset, data.root, folder, truth, data.base, data.novel)
+
+
+def _truth_of(data: detection.Boxes, count: int) -> dict:
+    """The annotations of the first `count` images."""
+    images = data.truth["images"][:count]
+    ids = {image["id"] for image in images}
+    rows = [row for row in data.truth["annotations"] if row["image_id"] in ids]
+    return data.truth | {"images": images, "annotations": rows}
 
 
 # --- the dry run ------------------------------------------------------------------------------------------------------
 
 
 def generated(p: SimpleNamespace, count: int, height: int = 480, width: int = 640) -> detection.Boxes:
-    """Pictures of noise with boxes at random, in as many classes as the data set has; names not known are numbers."""
+    """Images of noise with random boxes, in as many classes as the dataset has; unknown class names are numbers."""
     dataset, rng = DATASETS[p.dataset], np.random.default_rng(p.seed)
     names = {i: name for name, i in (COCO_BASE | COCO_NOVEL).items()} if p.dataset == "detection/ov-coco" else {}
     names |= {i: f"class {i}" for i in range(100, 100 + dataset.classes - len(names))}
@@ -461,8 +485,8 @@ def generated(p: SimpleNamespace, count: int, height: int = 480, width: int = 64
     return found
 
 
-def _dry(p: SimpleNamespace) -> dict[str, object]:
-    """Full-size models with random weights, two optimiser steps on generated pictures of the real shape."""
+def _dry_run(p: SimpleNamespace) -> Setting:
+    """Full-size models with random weights, two optimiser steps on generated images of the real shape."""
     torch.manual_seed(p.seed)
     gpu = _device(p) == "cuda"
     r, test = recipe(p.dataset, p.captions), generated(p, 2)
@@ -476,19 +500,100 @@ def _dry(p: SimpleNamespace) -> dict[str, object]:
     )
     detector.queries = queries
     make = functools.partial(build, p, clip, text, test.unseen, "random")
-    teach = functools.partial(learn, p, Lessons(generated(p, 2 * batch), r.size, r.crop), batch=batch, epochs=1)
-    return _made(p, "generated pictures (dry run: the scores mean nothing)", test, make, teach, detector)
+    data = Crops(generated(p, 2 * batch), r.size, r.crop)
+    train = functools.partial(train_model, p, data, None, batch=batch, epochs=1)
+    return _setting(p, "generated images (dry run: the scores mean nothing)", test, make, train, detector)
 
 
-# --- results that gather ----------------------------------------------------------------------------------------------
+# --- refinement of a setting's detector -------------------------------------------------------------------------------
 
 
-def scores(p: SimpleNamespace, test: detection.Boxes, rows: list[dict]) -> dict[str, float]:
-    """What the benchmark of a data set reports, in percent, of finished detections of all pictures of `test`.
+def train(found: Setting, **changes: object) -> tuple[sic_cads.MLR, History]:
+    """Build the recogniser of a setting and train it; the history is empty where nothing is trained."""
+    model = found.build()
+    history = found.train(model, **changes)
+    return model.eval(), history
+
+
+@torch.no_grad()
+def branch_scores(model: sic_cads.MLR, image: Tensor) -> dict[str, Tensor]:
+    """The image-level probabilities (C,) of one image (3, H, W), uint8, by branch; without a teacher only the learned
+    branches of `BRANCHES`."""
+    e_text, e_image = model(model.prepared(image[None]))
+    student = model.recognised(e_text, e_image)
+    found = {"text": student.p_text[0], "visual": student.p_image[0], "fused": student.p[0]}
+    if model.teacher is not None:
+        plus = model.recognised(e_text, model.teacher_embeddings(image[None]))
+        found |= {"visual+": plus.p_image[0], "SIC-CADS": plus.p[0]}
+    return {name: found[name] for name in BRANCHES if name in found}
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The outputs of detector and recogniser for the first n test images.
+
+    Attributes:
+        boxes, probabilities: of each image, (R, 4) and (R, C), before threshold, suppression and top-k.
+        p: by branch, (n, C).
+    """
+
+    boxes: list[Tensor]
+    probabilities: list[Tensor]
+    p: dict[str, Tensor]
+
+
+def predict(found: Setting, model: sic_cads.MLR, count: int = 0) -> Predictions:
+    """Run detector and recogniser on the first `count` test images, 0 for all."""
+    boxes, probabilities, rows = [], [], []
+    for index in progress(range(min(count or len(found.test), len(found.test))), "test images"):
+        image, _ = found.test[index]
+        for outputs, output in zip((boxes, probabilities), found.detect(image), strict=True):
+            outputs.append(output)
+        rows.append(branch_scores(model, image))
+    return Predictions(boxes, probabilities, {name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+
+
+def refined(found: Setting, outputs: Predictions, index: int, branch: str = "", gamma: float | None = None) -> Tensor:
+    """One image's probabilities (R, C) after Eq. 7; `branch` and `gamma` are the setting's unless given."""
+    gamma = found.gamma if gamma is None else gamma
+    return sic_cads.refine(outputs.probabilities[index], outputs.p[branch or found.branch][index], gamma)
+
+
+def detections(found: Setting, outputs: Predictions, branch: str = "", gamma: float | None = None) -> list[dict]:
+    """Detections of all predicted images, rows in COCO's result format."""
+    rows = []
+    for index, boxes in enumerate(outputs.boxes):
+        matrix = refined(found, outputs, index, branch, gamma)
+        best = sic_cads.detect(boxes, matrix, found.threshold, found.nms, found.top)
+        rows += detectors.rows(best, found.test.image_ids[index], found.test.categories)
+    return rows
+
+
+def ap50(found: Setting, outputs: Predictions, branch: str = "", gamma: float | None = None) -> dict[str, float]:
+    """AP50 of novel and base classes and of all that are scored, over the predicted images, in percent."""
+    scored = evaluate(
+        _truth_of(found.test, len(outputs.boxes)), detections(found, outputs, branch, gamma), top=found.top
+    )
+    groups = {"novel": found.test.novel, "base": found.test.base, "all": (*found.test.novel, *found.test.base)}
+    return {name: scored.mean(group) for name, group in groups.items()}
+
+
+def recognition(test: detection.Boxes, p: Tensor) -> dict[str, float]:
+    """mAP of image-level scores (n, C) of the first n images, over the base and the novel classes, in percent."""
+    each = recognition_ap(test.positives[: len(p)].numpy(), p.numpy())
+    groups = {"base": test.base, "novel": test.novel}
+    return {name: float(np.nanmean(each[test.mask(group).numpy()])) for name, group in groups.items()}
+
+
+# --- tables of results ------------------------------------------------------------------------------------------------
+
+
+def benchmark(p: SimpleNamespace, test: detection.Boxes, rows: list[dict]) -> dict[str, float]:
+    """The metrics of a dataset's benchmark, in percent, for detections of all images of `test`.
 
     OV-LVIS: "APr", "APc", "APf", "AP" of boxes, federated. OV-COCO: AP50 "novel", "base", "all", the 65 classes.
-    Others: AP50 by the data set's column; of OpenImages without its hierarchy and its group boxes, which the
-    official evaluator knows.
+    Others: AP50 by the dataset's column; of OpenImages without the hierarchy and the group boxes of the official
+    evaluator.
     """
     if p.dataset == "detection/ov-lvis":
         totals = evaluate(test.truth, rows, style="lvis").totals
@@ -505,29 +610,37 @@ TABLES = {"ov-coco": "detection/ov-coco", "ov-lvis": "detection/ov-lvis"}
 
 
 def label(p: SimpleNamespace, refined: bool = True) -> str:
-    """The method's name in the tables: the detector, and with what it was refined."""
+    """The method's name in the tables: the detector, and the scores that refine it."""
     return p.detector.rpartition("/")[2] + (f" + {p.branch}, gamma {p.gamma:g}" if refined else "")
 
 
 def measured(path: Path, new: Mapping[str, object] | None = None) -> pd.DataFrame:
-    """The real results in `path`, a row a (method, dataset, pictures, seed); `new` joins or replaces its row."""
-    return upsert_rows(path, ["method", "dataset", "pictures", "seed"], VALUES, [new] if new else ())
+    """The real results in `path`, a row a (method, dataset, images, seed); `new` joins or replaces its row."""
+    return upsert_rows(path, ["method", "dataset", "images", "seed"], VALUES, [new] if new else ())
+
+
+def record(path: Path, p: SimpleNamespace, found: Setting, outputs: Predictions) -> None:
+    """Add the results of a run, with and without refinement, to those in `path`."""
+    for gamma in (0.0, found.gamma):
+        values = benchmark(p, found.test, detections(found, outputs, gamma=gamma))
+        row = {"method": label(p, gamma > 0), "dataset": p.dataset, "images": p.images, "seed": p.seed}
+        measured(path, row | values)
 
 
 def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
-    """Means over seeds by (method, column) for a published table, of runs on all its pictures."""
-    wanted = [TABLES[table]] if table in TABLES else list(COLUMNS)
+    """Means over seeds by (method, column) for a published table, of runs on all test images."""
+    datasets = [TABLES[table]] if table in TABLES else list(COLUMNS)
     found = {}
-    for (method, _), group in rows[rows.dataset.isin(wanted) & (rows.pictures == 0)].groupby(["method", "dataset"]):
+    for (method, _), group in rows[rows.dataset.isin(datasets) & (rows.images == 0)].groupby(["method", "dataset"]):
         for column in VALUES:
             if column in group and group[column].notna().any():
                 found[method, column] = float(group[column].mean())
     return found
 
 
-def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Published beside measured, by title, in the layout of each table of results."""
-    found = {}
+def tables(path: Path) -> dict[str, pd.DataFrame]:
+    """The paper's tables of results by title, the published values next to those measured in `path`."""
+    found, rows = {}, measured(path)
     for name in (*TABLES, "cross-dataset"):
         frame = published_table("sic_cads", name)
         found[frame.attrs["title"]] = compare_published(frame, cells(rows, name))

@@ -1,28 +1,28 @@
-"""H-ViT at pocket scale: the methods, and one training run of any of them on the two tasks of the pocket slides.
+"""H-ViT on the synthetic slides: the methods, and one training of any of them on either task.
 
-Slides go the real way: pyramids in PANDA's layout, tissue, tiling by spacing, the frozen patch level. Its embeddings
-are stored once for each seed. All methods read them, and are trained by the same loss (but where the name says
-another), optimiser, number of epochs and grid.
+Slides are read as real ones: pyramids in PANDA's layout, tissue, tiling by spacing, the frozen patch level. Its
+embeddings are stored once for each seed. All methods are trained on them with one loss (unless the name has another),
+one optimiser, one number of epochs and one grid of learning rates.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from sklearn.metrics import cohen_kappa_score
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ...data import slides as data
 from ...models.hvit import model as hvit
+from ...models.hvit.recipe import kappa, voted
 from ...ops.files import atomic
 from ...slides import Slide, tensor, tile
-from ...training.fit import fit, predict
+from ...training.fit import CPU, History, fit, predict
+from ...training.schedules import adamw
 from ..datasets import slides as pocket
 from ..encoders import slide_dino
 
@@ -31,10 +31,10 @@ SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 100
 METRIC = "kappa"
 # AdamW in place of Adam, and a cosine in place of steps: at this length they hardly differ
-RECIPE = {"epochs": 40, "batch": 16, "accelerator": "cpu", "weight_decay": 1e-5, "warmup": 0.1}
+EPOCHS, BATCH, WEIGHT_DECAY = 40, 16, 1e-5
 FOLDS = 5
-# kind: what is trained. head: what its output means. patch, region: how the level begins. shuffled: patches of each
-# region in a random order. folds: models that vote
+# kind: what is trained. head: what its output means. patch, region: initial weights of the level. shuffled: patches of
+# each region in a random order. folds: models that vote
 METHODS: dict[str, dict] = {
     "mean pooling": {"kind": "mean"},
     "gated attention": {"kind": "attention"},
@@ -83,7 +83,7 @@ def regions(item: data.Item) -> tuple[np.ndarray, np.ndarray]:
 
 
 def store(root: str | Path, seed: int, task: str, levels: str = "dino") -> Path:
-    """The file of a seed's patch embeddings (n, 5, 16, 48) and grades (n,) by split; made when it is not there."""
+    """The file of a seed's patch embeddings (n, 5, 16, 48) and grades (n,) by split; written when it is not there."""
     path = folder(root, seed) / f"features-{task}-{levels}.safetensors"
     if path.is_file():
         return path
@@ -124,8 +124,8 @@ def head(method: str) -> str:
     return METHODS[method].get("head", "regression")
 
 
-def pictures(method: str, task: str, root: str, seed: int, split: str) -> TensorDataset:
-    """What a method reads of a split, and the grades."""
+def inputs_of(method: str, task: str, root: str, seed: int, split: str) -> TensorDataset:
+    """A method's patch embeddings of a split, and the grades."""
     options = METHODS[method]
     found = embeddings(str(root), seed, task, split, options.get("patch", "dino"))
     if not options.get("shuffled"):
@@ -137,64 +137,63 @@ def pictures(method: str, task: str, root: str, seed: int, split: str) -> Tensor
 
 
 def inputs(model: nn.Module, features: Tensor) -> Tensor:
-    """What the model is given: its region embeddings, once, where that level is frozen; else patch embeddings."""
+    """The input of a training: the region embeddings, computed once, where that level is frozen; else `features`."""
     if not isinstance(model, hvit.HViT) or model.variant != "global":
         return features
     with torch.inference_mode():
         return model.embed_regions(features.flatten(0, 1)).unflatten(0, features.shape[:2]).clone()
 
 
-def train_model(model: nn.Module, method: str, found: TensorDataset, rate: float, seed: int, **options) -> list[dict]:
-    """Train `model` in place; return its history."""
-    features, grades = found.tensors
+def train_model(
+    model: nn.Module, method: str, data: TensorDataset, learning_rate: float, seed: int, **changes: object
+) -> History:
+    """Train `model` in place; return its history. `changes`: arguments of `fit` that differ."""
+    features, grades = data.tensors
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return hvit.loss(head(method), model(batch[0]), batch[1], pocket.GRADES)
 
-    settings = RECIPE | {"lr": rate, "seed": seed, "name": method} | options
-    return fit(model, loss, TensorDataset(inputs(model, features), grades), **settings)
+    settings = {"epochs": EPOCHS, "batch": BATCH, "optimizer": adamw(learning_rate, WEIGHT_DECAY)} | changes
+    data = TensorDataset(inputs(model, features), grades)
+    return fit(model, loss, data, seed=seed, hardware=CPU, name=method, **settings)
 
 
 def grades(model: nn.Module, method: str, features: Tensor) -> Tensor:
     """The predicted grades (n,)."""
-    outputs = predict(model, TensorDataset(inputs(model, features)), accelerator="cpu")
+    outputs = predict(model, TensorDataset(inputs(model, features)), hardware=CPU)
     return hvit.predict(head(method), outputs, pocket.GRADES)
-
-
-def kappa(truth: Tensor, said: Tensor) -> float:
-    """Quadratic weighted kappa in percent; predictions that are all the same give 0."""
-    value = cohen_kappa_score(truth.numpy(), said.numpy(), weights="quadratic", labels=list(range(pocket.GRADES)))
-    return 0.0 if math.isnan(value) else round(100 * float(value), 2)
 
 
 def without_fold(found: TensorDataset, fold: int, seed: int) -> TensorDataset:
     """The slides that fold `fold` of five trains on: all but one in five."""
     order = torch.from_numpy(np.random.default_rng((seed, 5)).permutation(len(found)))
-    kept = order[torch.arange(len(found)) % FOLDS != fold]
-    return TensorDataset(*(t[kept] for t in found.tensors))
+    others = order[torch.arange(len(found)) % FOLDS != fold]
+    return TensorDataset(*(t[others] for t in found.tensors))
 
 
-def train(method: str, task: str, rate: float, seed: int, root: str, split: str = "test", **options) -> dict:
+def train(method: str, task: str, learning_rate: float, seed: int, root: str, split: str = "test") -> dict:
     """Train one method and test it.
 
     `split` "select": trained on 160 slides, tested on 40 of tuning; "test": trained on those 200, tested on 80.
-    `options` go to `fit`. Returns a row: the quadratic kappa and the accuracy in percent, the last loss, how many
-    numbers were trained; where folds vote, "fold", the mean kappa of a single one.
+
+    Returns:
+        A row: the quadratic kappa and the accuracy in percent, the last loss, the number of trainable parameters; where
+        folds vote, "fold", the mean kappa of a single one.
     """
     train_on, held_out = ("train", "val") if split == "select" else ("trainval", "test")
-    found = pictures(method, task, root, seed, train_on)
-    features, truth = pictures(method, task, root, seed, held_out).tensors
-    folds, said, losses = METHODS[method].get("folds", 1), [], []
+    found = inputs_of(method, task, root, seed, train_on)
+    features, truth = inputs_of(method, task, root, seed, held_out).tensors
+    folds, each, losses = METHODS[method].get("folds", 1), [], []
     for fold in range(folds):
         model = build(method, seed + 1000 * fold)
         part = found if folds == 1 else without_fold(found, fold, seed)
-        history = train_model(model, method, part, rate, seed + 1000 * fold, **options)
+        history = train_model(model, method, part, learning_rate, seed + 1000 * fold)
         losses += [row["loss"] for row in history[-10:]]
-        said.append(grades(model, method, features))
-    voted = torch.tensor([hvit.vote(slide, seed=i) for i, slide in enumerate(torch.stack(said, 1).tolist())])
-    row = {"kappa": kappa(truth, voted), "accuracy": round(100 * float((voted == truth).float().mean()), 2)}
+        each.append(grades(model, method, features))
+    vote = voted(each)
+    row = {"kappa": kappa(truth, vote), "accuracy": round(100 * float((vote == truth).float().mean()), 2)}
     row |= {
         "loss": round(sum(losses) / len(losses), 4),
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
-    return row | ({"fold": round(float(np.mean([kappa(truth, one) for one in said])), 2)} if folds > 1 else {})
+    return row | ({"fold": round(float(np.mean([kappa(truth, one) for one in each])), 2)} if folds > 1 else {})

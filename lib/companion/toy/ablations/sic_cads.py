@@ -1,10 +1,10 @@
-"""SIC-CADS at pocket scale: the image-level branches, what each does to a frozen detector, and the controls.
+"""SIC-CADS on the synthetic scenes: the image-level branches, their effect on a frozen detector, and the controls.
 
-Detector and CLIP are trained once. Each seed has pictures of its own and a recogniser (MLR) of its own, trained on the
-labels of base classes; task "anew" trains detector and CLIP too, so that its spread holds the chance of all three.
-Nothing is chosen but the recogniser's learning rate, by the metric on validation pictures, novel classes among them,
-for every method alike. Gamma and both lambdas are the released values of OV-COCO, gamma 0.5 the one of OV-LVIS; the
-sweeps over them are shown as measured on test pictures, and nothing is picked from them.
+Detector and CLIP are trained once. Each seed has its own images and its own recogniser (MLR), trained on the labels of
+base classes; task "anew" trains detector and CLIP for each seed too, so that its spread includes all three. Only the
+recogniser's learning rate is chosen, by the metric on validation images, novel classes among them, for every method
+alike. Gamma and both lambdas are the released values of OV-COCO, gamma 0.5 that of OV-LVIS; the sweeps over them are
+measured on test images, and nothing is chosen by them.
 """
 
 from __future__ import annotations
@@ -18,31 +18,34 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
-from torchvision.ops import box_convert, box_iou
+from torchvision.ops import box_iou
 
 from ...backbones import Input
 from ...data import detection as data
-from ...evaluation.metrics.detection import evaluate, recognition_ap
+from ...detectors import rows as coco_rows
+from ...evaluation.metrics.detection import evaluate
 from ...models.sic_cads import model as sic_cads
-from ...training.fit import fit
+from ...models.sic_cads.recipe import BRANCHES, recognition
+from ...training.fit import CPU, History, fit
+from ...training.schedules import adamw
 from ..datasets import detection as pocket
 from ..encoders import detector as made
 
 # not larger: at 0.1 and 0.3 training fails (its loss ends half as high again, and twice as high), and yet the metric
-# rises: a recogniser that says nothing leaves CLIP's own view alone, which novel classes like best
+# rises: an untrained recogniser leaves the fused scores to CLIP's own, which are best for novel classes
 LEARNING_RATES = [1e-3, 3e-3, 1e-2, 3e-2]
 SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 100
 METRIC = "AP50 novel"
-RECIPE = {"epochs": 12, "batch": 48, "accelerator": "cpu", "weight_decay": 1e-4, "decay": "all"}
+EPOCHS, BATCH, WEIGHT_DECAY = 12, 48, 1e-4
 # lambdas and gamma as released for OV-COCO and OV-LVIS; tau as for OV-COCO. The released weight of the distillation,
 # 0.01, belongs to 180,000 steps and 512 dimensions: here there are 216 and 64
 LAMBDA_BASE, LAMBDA_NOVEL, GAMMA, TAU, DISTILL, WIDTH = 0.8, 0.5, 0.5, 20.0, 0.2, 32
 INPUT = Input(pocket.SIDE, (0.5,) * 3, (0.5,) * 3)
 THRESHOLD, NMS, TOP = 0.01, 0.5, 50
-FINISHED = 0.05  # below it a detector's own results usually end (detectron2)
+FINISHED = 0.05  # the usual threshold of a detector's own results (detectron2)
 
-# what is taken for the image-level scores: the branches, and what is changed
+# the image-level scores: the branches, and what a method changes
 METHODS: dict[str, dict] = {
     "no refinement": {"gamma": 0.0},
     "text": {"branch": "text"},
@@ -66,11 +69,10 @@ TASKS = {
 }
 GAMMAS = tuple(round(0.1 * i, 1) for i in range(11))
 LAMBDAS = tuple(round(0.2 * i, 1) for i in range(6))
-BRANCHES = ("text", "visual", "visual+", "fused", "SIC-CADS")  # whose curve over gamma is measured
 
 
 def prepare(root: str | Path) -> None:
-    """Write the pictures of every seed: each seed has its own, so that the spread holds their chance too."""
+    """Write the images of every seed: each seed has its own, so that the spread includes theirs."""
     for seed in (SELECTION_SEED, *SEEDS):
         pocket.write(folder(root, seed), seed)
 
@@ -81,15 +83,15 @@ def folder(root: str | Path, seed: int) -> Path:
 
 
 @functools.lru_cache(maxsize=8)
-def pictures(root: str, seed: int, split: str) -> tuple[data.Boxes, Tensor]:
-    """A split as the reader has it, and all its pictures, (n, 3, 64, 64) uint8."""
+def images_of(root: str, seed: int, split: str) -> tuple[data.Boxes, Tensor]:
+    """A split as the reader returns it, and all its images (n, 3, 64, 64), uint8."""
     found = data.load("pocket/detection", folder(root, seed), split)
     return found, torch.stack([image for image, _ in found])
 
 
 @functools.lru_cache(maxsize=2)
 def foundation(task: str, seed: int) -> tuple[made.SceneCLIP, made.Detector]:
-    """The frozen CLIP and detector of a task: the shipped ones, or two that are trained anew for this seed."""
+    """The frozen CLIP and detector of a task: the shipped ones, or two that are trained for this seed."""
     if task == "shipped":
         return made.clip(), made.detector()
     teacher = made.train_clip(seed=1 + seed)
@@ -98,7 +100,7 @@ def foundation(task: str, seed: int) -> tuple[made.SceneCLIP, made.Detector]:
 
 @dataclass(frozen=True)
 class Detected:
-    """What the detector says of n pictures, before anything is cut off.
+    """The detector's outputs for n images, before threshold, suppression and top-k.
 
     Attributes:
         boxes: (n, R, 4) xyxy, pixels.
@@ -113,14 +115,14 @@ class Detected:
 def detected(task: str, root: str, seed: int, split: str) -> Detected:
     """The detector's boxes on a split."""
     clip, detector = foundation(task, seed)
-    _, images = pictures(root, seed, split)
+    _, images = images_of(root, seed, split)
     text = made.texts(clip)
     parts = [detector(pixels(part), text) for part in images.split(100)]
     return Detected(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def pixels(images: Tensor) -> Tensor:
-    """uint8 pictures as the pocket detector and CLIP want them, in [-1, 1]."""
+    """The input of the toy detector and CLIP, in [-1, 1], of uint8 images."""
     return images.float() / 127.5 - 1
 
 
@@ -128,7 +130,7 @@ def pixels(images: Tensor) -> Tensor:
 
 
 def build(task: str, seed: int, levels: int = 2) -> sic_cads.MLR:
-    """The recogniser of a task on a small body; its tensors are drawn from `seed`."""
+    """The recogniser of a task on a small body, its initial weights drawn from `seed`."""
     clip, _ = foundation(task, seed)
     novel = torch.tensor([index in pocket.NOVEL for index in range(len(pocket.CLASSES))])
     with torch.random.fork_rng(devices=[]):
@@ -152,29 +154,37 @@ def build(task: str, seed: int, levels: int = 2) -> sic_cads.MLR:
         )
 
 
-def lessons(model: sic_cads.MLR, found: data.Boxes, images: Tensor) -> TensorDataset:
-    """What is trained on: pictures, which base classes they show, and the teacher's embeddings of their crops."""
-    taught = torch.cat([model.teach(part) for part in images.split(100)])
-    return TensorDataset(images, found.positives, taught)
+def training_data(model: sic_cads.MLR, found: data.Boxes, images: Tensor) -> TensorDataset:
+    """Images, the base classes that they show, and the teacher's embeddings of their crops."""
+    return TensorDataset(images, found.positives, teacher_embeddings(model, images))
 
 
-def train_model(model: sic_cads.MLR, lesson: TensorDataset, rate: float, seed: int, **options) -> list[dict]:
-    """Train the recogniser in place; return its history."""
+def teacher_embeddings(model: sic_cads.MLR, images: Tensor) -> Tensor:
+    """CLIP's embeddings (n, P, D) of the crops of all images."""
+    return torch.cat([model.teacher_embeddings(part) for part in images.split(100)])
+
+
+def train_model(
+    model: sic_cads.MLR, dataset: TensorDataset, learning_rate: float, seed: int, **changes: object
+) -> History:
+    """Train the recogniser in place; return its history. `changes`: arguments of `fit` that differ."""
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        images, positives, taught = batch
-        return sum(model.loss(images, positives, teacher=taught))
+        images, positives, teacher = batch
+        return sum(model.loss(images, positives, teacher=teacher))
 
-    return fit(model, loss, lesson, **(RECIPE | {"lr": rate, "seed": seed, "name": "MLR"} | options))
+    optimizer = adamw(learning_rate, WEIGHT_DECAY, decay="all")
+    settings = {"epochs": EPOCHS, "batch": BATCH, "optimizer": optimizer} | changes
+    return fit(model, loss, dataset, seed=seed, hardware=CPU, name="MLR", **settings)
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """What the recogniser says of n pictures.
+    """The recogniser's embeddings of n images.
 
     Attributes:
         text, visual, teacher: (n, P, D), the learned embeddings of both branches, and CLIP's own of the crops.
-        table: (C, D), the classes' texts.
+        table: (C, D), the embedded class names.
         novel: (C,) bool.
         levels: of patches.
     """
@@ -189,23 +199,29 @@ class Embedded:
 
 @torch.no_grad()
 def embed(model: sic_cads.MLR, images: Tensor) -> Embedded:
-    """The embeddings of pictures, (n, 3, 64, 64) uint8."""
+    """The embeddings of images (n, 3, 64, 64), uint8."""
     model.eval()
     learned = [model(model.prepared(part)) for part in images.split(100)]
     text, visual = (torch.cat(column) for column in zip(*learned, strict=True))
-    taught = torch.cat([model.teach(part) for part in images.split(100)])
-    return Embedded(text, visual, taught, model.text.detach(), model.novel, model.levels)
+    teacher = teacher_embeddings(model, images)
+    return Embedded(text, visual, teacher, model.text.detach(), model.novel, model.levels)
 
 
 @functools.lru_cache(maxsize=4)
-def trained(task: str, rate: float, levels: int, root: str, seed: int, split: str) -> tuple[Embedded, float, int]:
-    """Of a recogniser trained at `rate` (0: not at all): its embeddings of a split, last loss, how much it trains."""
-    model, last = build(task, seed, levels), 0.0
-    if rate:
-        history = train_model(model, lessons(model, *pictures(root, seed, "train")), rate, seed)
+def trained(
+    task: str, learning_rate: float, levels: int, root: str, seed: int, split: str
+) -> tuple[Embedded, float, int]:
+    """A trained recogniser's embeddings of a split, its last loss and its number of trainable parameters.
+
+    With learning rate 0 it is not trained, and the last two are 0.
+    """
+    model, last, count = build(task, seed, levels), 0.0, 0
+    if learning_rate:
+        dataset = training_data(model, *images_of(root, seed, "train"))
+        history = train_model(model, dataset, learning_rate, seed)
         last = round(sum(row["loss"] for row in history[-20:]) / 20, 4)
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad) if rate else 0
-    return embed(model, pictures(root, seed, split)[1]), last, count
+        count = sum(p.numel() for p in model.trained().values())
+    return embed(model, images_of(root, seed, split)[1]), last, count
 
 
 def scores(
@@ -222,7 +238,7 @@ def scores(
         branch: "text", "visual" (the student), "visual+" (CLIP's own crops), "fused" (text and student) or "SIC-CADS"
             (text and CLIP's own).
         lambda_base, lambda_novel, over: see `models.sic_cads`.
-        control: "other", those of the picture that comes next; "average", the mean of all pictures; "" for none.
+        control: "other", those of the next image; "average", the mean over all images; "" for none.
     """
 
     def p(embedding: Tensor) -> Tensor:
@@ -238,11 +254,11 @@ def scores(
     return found.roll(1, 0) if control else found
 
 
-# --- refinement and what it gives -------------------------------------------------------------------------------------
+# --- refinement -------------------------------------------------------------------------------------------------------
 
 
 def refined(given: Detected, p: Tensor, gamma: float) -> Tensor:
-    """Refined probabilities (n, R, C) of all boxes and classes: Eq. 7 on the full matrix of each picture."""
+    """Refined probabilities (n, R, C) of all boxes and classes: Eq. 7 on the full matrix of each image."""
     return torch.stack([sic_cads.refine(one, row, gamma) for one, row in zip(given.probabilities, p, strict=True)])
 
 
@@ -254,19 +270,16 @@ def results(
     p: Tensor | None = None,
     gamma: float = 0.0,
 ) -> list[dict]:
-    """Rows in COCO's format of n pictures: threshold, suppression within each class, the best `TOP`.
+    """Rows in COCO's format for n images: threshold, suppression within each class, the best `TOP`.
 
-    `p` and `gamma` rescale the scores of the rows that are left: what can be done to finished results.
+    `p` and `gamma` rescale the scores of these rows: the refinement of finished results.
     """
     rows = []
     for number, image_id in enumerate(ids):
         found = sic_cads.detect(boxes[number], probabilities[number], threshold, NMS, TOP)
-        values = found.scores
         if p is not None:
-            values = p[number, found.classes] ** gamma * values ** (1 - gamma)
-        shown = box_convert(found.boxes, "xyxy", "xywh").tolist()
-        for box, score, index in zip(shown, values.tolist(), found.classes.tolist(), strict=True):
-            rows.append({"image_id": image_id, "category_id": index + 1, "bbox": box, "score": score})
+            found = found._replace(scores=p[number, found.classes] ** gamma * found.scores ** (1 - gamma))
+        rows += coco_rows(found, image_id, range(1, 1 + len(pocket.CLASSES)))
     return rows
 
 
@@ -289,35 +302,35 @@ def ap50(found: data.Boxes, rows: list[dict]) -> dict[str, float]:
 
 
 def named_right(given: Detected, probabilities: Tensor, found: data.Boxes) -> dict[str, float]:
-    """The share of things whose best overlapping box has its largest probability for their class, in percent.
+    """The share of objects whose best overlapping box has its largest probability for their class, in percent.
 
-    By group and look: "base plain", "novel hidden", ... What no box overlaps by half counts as not named.
+    By group and look: "base plain", "novel hidden", ... An object without a box of IoU 0.5 counts as wrong.
     """
     looks, hits = iter(annotation["look"] for annotation in found.truth["annotations"]), {}
     for number in range(len(found)):
         target = found.target(number)
         overlap, best = box_iou(target.boxes, given.boxes[number]).max(1)
-        said = probabilities[number, best].argmax(-1)
-        for hit, label in zip(
-            ((said == target.labels) & (overlap >= 0.5)).tolist(), target.labels.tolist(), strict=True
-        ):
+        correct = (probabilities[number, best].argmax(-1) == target.labels) & (overlap >= 0.5)
+        for hit, label in zip(correct.tolist(), target.labels.tolist(), strict=True):
             group = "novel" if label in pocket.NOVEL else "base"
             hits.setdefault(f"{group} {next(looks)}", []).append(hit)
     return {key: 100 * float(np.mean(values)) for key, values in sorted(hits.items())}
 
 
-def train(method: str, task: str, rate: float, seed: int, root: str, split: str = "test") -> dict:
+def train(method: str, task: str, learning_rate: float, seed: int, root: str, split: str = "test") -> dict:
     """Train the recogniser of a method, where it has one, and test the detector that it refines.
 
-    `split` "select": tested on 200 pictures of validation; "test": on 300 others, with the curves over gamma and the
-    lambdas. Returns a row, in percent: AP50 of novel and base classes and all; how much each is above the same
-    detector without refinement; the image-level scores' own mAP; how many things are named right, by look; the last
-    loss; how many numbers were trained.
+    `split` "select": tested on 200 validation images; "test": on 300 others, with curves over gamma and the lambdas.
+
+    Returns:
+        A row, in percent: AP50 of novel and base classes and all; the gain over the same detector without refinement;
+        the image-level scores' own mAP; the share of objects named right, by look; the last loss; the number of
+        trainable parameters.
     """
     part, options = "val" if split == "select" else "test", METHODS[method]
-    found, _ = pictures(str(root), seed, part)
+    found, _ = images_of(str(root), seed, part)
     given = detected(task, str(root), seed, part)
-    embedded, last, count = trained(task, rate, options.get("levels", 2), str(root), seed, part)
+    embedded, last, count = trained(task, learning_rate, options.get("levels", 2), str(root), seed, part)
     p = scores(embedded, **_choice(options))
     own = ap50(found, rows_of(method, given, p, found.image_ids))
     plain = ap50(found, results(given.boxes, given.probabilities, found.image_ids))
@@ -325,7 +338,7 @@ def train(method: str, task: str, rate: float, seed: int, root: str, split: str 
     row |= {f"{group} gain": own[group] - plain[group] for group in ("novel", "base")}
     row["novel gain beyond base gain"] = row["novel gain"] - row["base gain"]
     if options.get("gamma", GAMMA):
-        row |= recognition(found, p)
+        row |= {f"mAP {group}": value for group, value in recognition(found, p).items()}
     if split != "select":
         matrix = refined(given, p, options.get("gamma", GAMMA))
         row |= {f"right {what}": value for what, value in named_right(given, matrix, found).items()}
@@ -336,15 +349,6 @@ def train(method: str, task: str, rate: float, seed: int, root: str, split: str 
 def _choice(options: Mapping) -> dict:
     """The part of a method's options that `scores` takes."""
     return {k: v for k, v in options.items() if k in ("branch", "lambda_base", "lambda_novel", "over", "control")}
-
-
-def recognition(found: data.Boxes, p: Tensor) -> dict[str, float]:
-    """mAP of the image-level scores by themselves, over the base and the novel classes, in percent."""
-    each = recognition_ap(found.positives.numpy(), p.numpy())
-    return {
-        f"mAP {group}": float(np.nanmean(each[found.mask(ids).numpy()]))
-        for group, ids in (("base", found.base), ("novel", found.novel))
-    }
 
 
 def curves(method: str, given: Detected, embedded: Embedded, found: data.Boxes) -> dict[str, float]:

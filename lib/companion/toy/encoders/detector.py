@@ -1,14 +1,13 @@
-"""How the two pocket models of open-vocabulary detection were made: a CLIP of scenes, and a detector.
+"""The two toy models of open-vocabulary detection and their trainings: a CLIP of scenes, and a detector.
 
     python -m companion.toy.encoders.detector pocket_scene_clip
-    python -m companion.toy.encoders.detector pocket_ov_detector     (its classifier is the former's texts)
+    python -m companion.toy.encoders.detector pocket_ov_detector     (its classifier is the former's text embeddings)
 
 Each takes about two minutes on one core.
 
-The CLIP learns from pictures and the names of what is on them, novel classes among them, as captions would say: it
-knows the world, and no boxes. The detector learns from boxes of base classes alone, on pictures without novel things
-(zero-shot splits remove those pictures): it finds things of any kind, and names each by the text nearest to what it
-sees in the box.
+The CLIP learns from images and the names of the objects on them, novel classes among them, as in captions, and from no
+boxes. The detector learns from boxes of base classes alone, on images without novel objects (zero-shot splits remove
+those images): it proposes boxes for objects of any class, and the class of a box is the one with the nearest text.
 """
 
 from __future__ import annotations
@@ -27,9 +26,11 @@ from torchvision.ops import box_convert, box_iou, complete_box_iou_loss, nms, ro
 
 from ... import backbones
 from ...errors import BadParameter
-from ...models.layers.clip_prompting import load_official
+from ...models.layers.state_dicts import load_official
 from ...models.sic_cads.model import PROMPT, ZeroShotClassifier
-from ...training.fit import fit
+from ...training.callbacks import ClipNorm
+from ...training.fit import CPU, fit
+from ...training.schedules import adamw, schedule
 from .. import encoders
 from ..datasets.detection import BASE, CLASSES, NOVEL, SIDE, THINGS, VERSION, Scene, scenes
 from ..datasets.tokens import END, UNKNOWN, Tokenizer
@@ -37,8 +38,8 @@ from . import card
 from .vit_and_clip import pixels
 
 CLIP, DETECTOR = "pocket_scene_clip", "pocket_ov_detector"
-WIDTH = 64  # of the space that pictures, texts and regions share
-PROPOSALS = 30  # boxes of a picture
+WIDTH = 64  # of the space that images, texts and regions share
+PROPOSALS = 30  # boxes of an image
 CLIP_RECIPE = {"pictures": 3000, "steps": 480, "batch": 64, "rate": 3e-3}
 DETECTOR_RECIPE = {"pictures": 2000, "steps": 600, "batch": 16, "rate": 2e-3}
 TESTED = 400
@@ -48,7 +49,7 @@ WORDS, CONTEXT = CLASSES, 12
 
 
 def tokenizer() -> Tokenizer:
-    """The words that this CLIP knows; all others share one id, which it does not read."""
+    """The vocabulary of this CLIP; all other words share one id, which is ignored."""
     return Tokenizer(WORDS, context_length=CONTEXT)
 
 
@@ -58,7 +59,7 @@ def _stage(inputs: int, outputs: int, stride: int = 2) -> nn.Sequential:
 
 
 class Stages(nn.Module):
-    """Four stages of one convolution each, which halve the picture: maps of strides 2, 4, 8 and 16."""
+    """Four stages of one convolution each, which halve the image: maps of strides 2, 4, 8 and 16."""
 
     channels = (24, 48, 72, 96)
 
@@ -67,7 +68,7 @@ class Stages(nn.Module):
         self.stages = nn.ModuleList(_stage(a, b) for a, b in zip((3, *self.channels), self.channels, strict=False))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Pictures (b, 3, H, W) to the maps of the last three stages, (b, C, H / s, W / s) for s in 4, 8, 16."""
+        """Images (b, 3, H, W) to the maps of the last three stages, (b, C, H / s, W / s) for s in 4, 8, 16."""
         maps = []
         for stage in self.stages:
             images = stage(images)
@@ -76,7 +77,7 @@ class Stages(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """Pictures (b, 3, 64, 64) in [-1, 1] to (b, WIDTH): the maximum of each map over the picture, and one layer."""
+    """Images (b, 3, 64, 64) in [-1, 1] to (b, WIDTH): the maximum of each map over the image, and one layer."""
 
     image_size, output_dim = (SIDE, SIDE), WIDTH
     image_mean = image_std = (0.5, 0.5, 0.5)
@@ -91,9 +92,9 @@ class ImageTower(nn.Module):
 
 
 class SceneCLIP(nn.Module):
-    """A CLIP with the calls of open_clip's: `encode_image`, `encode_text`, `visual`, `logit_scale`.
+    """A CLIP with the methods of open_clip's: `encode_image`, `encode_text`, `visual`, `logit_scale`.
 
-    A text is the mean of the vectors of its known words, and one layer: names in any order, with any words between.
+    A text embedding is the mean over the known words and one layer: names in any order, with any words between.
     """
 
     def __init__(self):
@@ -104,7 +105,7 @@ class SceneCLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
-        """Pictures (b, 3, 64, 64) in [-1, 1] to (b, WIDTH)."""
+        """Images (b, 3, 64, 64) in [-1, 1] to (b, WIDTH)."""
         features = self.visual(images)
         return F.normalize(features, dim=-1) if normalize else features
 
@@ -143,7 +144,7 @@ def _load(model: nn.Module, name: str, weights: str | Path) -> nn.Module:
 
 
 def stack(drawn: Sequence[Scene]) -> Tensor:
-    """The pictures of scenes, (n, 3, 64, 64) in [-1, 1]."""
+    """The images of scenes (n, 3, 64, 64), in [-1, 1]."""
     return pixels([shown.image for shown in drawn])
 
 
@@ -156,24 +157,24 @@ def named(drawn: Sequence[Scene]) -> Tensor:
 
 
 def contrast(model: SceneCLIP, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """CLIP's loss between pictures and the names of what is on them, a fifth of the names left out at random.
+    """CLIP's loss between images and the names of their objects, a fifth of the names left out at random.
 
-    Equal texts in a batch are all right answers.
+    Equal texts in a batch are all positives.
     """
     images, there = batch
-    kept = there * (torch.rand_like(there) > 0.2)
-    # a picture is never left without a name
-    kept = torch.where(kept.any(1, keepdim=True), kept, there)
-    said = [" ".join(CLASSES[index] for index in row.nonzero()[:, 0].tolist()) for row in kept]
-    text = model.encode_text(tokenizer()(said).to(images.device), normalize=True)
+    named = there * (torch.rand_like(there) > 0.2)
+    # every image has a name
+    named = torch.where(named.any(1, keepdim=True), named, there)
+    captions = [" ".join(CLASSES[index] for index in row.nonzero()[:, 0].tolist()) for row in named]
+    text = model.encode_text(tokenizer()(captions).to(images.device), normalize=True)
     logits = model.logit_scale.exp().clamp(max=100) * model.encode_image(images, normalize=True) @ text.T
-    same = (kept @ kept.T == kept.sum(1)) & (kept.sum(1)[:, None] == kept.sum(1))
+    same = (named @ named.T == named.sum(1)) & (named.sum(1)[:, None] == named.sum(1))
     target = same.float() / same.sum(1, keepdim=True)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def train_clip(pictures: int = CLIP_RECIPE["pictures"], steps: int = CLIP_RECIPE["steps"], seed: int = 0) -> SceneCLIP:
-    """Train the CLIP of scenes from nothing; returned in eval mode."""
+    """Train the CLIP of scenes from scratch; returned in eval mode."""
     drawn = scenes(pictures, "train", _own(seed))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -185,27 +186,26 @@ def train_clip(pictures: int = CLIP_RECIPE["pictures"], steps: int = CLIP_RECIPE
         TensorDataset(stack(drawn), named(drawn)),
         epochs=steps / (pictures // batch),
         batch=batch,
-        lr=CLIP_RECIPE["rate"],
-        weight_decay=0.05,
-        clip=1.0,
-        warmup=0.2,
+        optimizer=adamw(CLIP_RECIPE["rate"], 0.05),
+        schedule=schedule("cosine", warmup=0.2),
+        callbacks=[ClipNorm(1.0)],
         seed=seed,
-        accelerator="cpu",
+        hardware=CPU,
         name=CLIP,
     )
     return model.eval()
 
 
 def _own(seed: int) -> int:
-    """The pocket models see scenes of their own, whatever seed a run has."""
+    """The seed of the scenes of the toy models, which no run with seed `seed` has."""
     return 1_000_000 + seed
 
 
 @torch.inference_mode()
 def measure_clip(model: SceneCLIP, count: int = TESTED, seed: int = 1) -> dict[str, float]:
-    """How well the cosine of picture and text ranks test pictures by each class: mean average precision, in percent.
+    """Mean average precision, in percent, of test images ranked by the cosine of image and text of each class.
 
-    "chance" is that of a random order, the share of pictures with the class.
+    "chance" is that of a random order, the share of images with the class.
     """
     drawn = scenes(count, "test", _own(seed))
     truth = named(drawn).long()
@@ -239,35 +239,35 @@ class Detector(nn.Module):
         self.classifier = ZeroShotClassifier(128, torch.zeros(len(CLASSES), WIDTH), scale=20.0, bias=-5.0)
 
     def propose(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """From maps (b, 64, h, w): logits (b, h w) of "a thing's middle is here", and boxes (b, h w, 4), xyxy."""
+        """From maps (b, 64, h, w): logits (b, h w) of "an object's centre is here", and boxes (b, h w, 4), xyxy."""
         found = self.dense(maps).flatten(2).mT
         rows, columns = torch.meshgrid(*(torch.arange(n, device=maps.device) for n in maps.shape[2:]), indexing="ij")
         centre = (torch.stack([columns, rows], -1).flatten(0, 1) + 0.5) * self.stride
-        # distances to the four sides, 8 pixels each where the head says 0
+        # distances to the four sides, 8 pixels each where the head's output is 0
         sides = 8 * found[..., 1:].clamp(-4, 2).exp()
         return found[..., 0], torch.cat([centre - sides[..., :2], centre + sides[..., 2:]], dim=-1)
 
     def classify(self, maps: Tensor, boxes: Sequence[Tensor], text: Tensor) -> Tensor:
-        """Logits of the boxes (R, 4) of each map against texts (C, WIDTH), all pictures' one after the other."""
-        cut = roi_align(maps, list(boxes), 3, 1 / self.stride, sampling_ratio=2, aligned=True)
-        return self.classifier(self.region(cut), text)
+        """Logits of the boxes (R, 4) of each map against texts (C, WIDTH), those of all images concatenated."""
+        pooled = roi_align(maps, list(boxes), 3, 1 / self.stride, sampling_ratio=2, aligned=True)
+        return self.classifier(self.region(pooled), text)
 
     @torch.inference_mode()
     def forward(self, images: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """All boxes (b, PROPOSALS, 4) as x1 y1 x2 y2 in pixels, and each one's probability of each class (b, ., C).
 
-        Nothing is cut off by its score: that is what refinement needs.
+        There is no threshold: refinement needs all scores.
         """
         maps = self.trunk(images)
         logits, boxes = self.propose(maps)
         boxes = boxes.clamp(0, images.shape[-1])
         chosen = []
         for score, candidates in zip(logits, boxes, strict=True):
-            kept = nms(candidates, score, 0.6)[:PROPOSALS]
+            best = nms(candidates, score, 0.6)[:PROPOSALS]
             # few are left where the head is untrained: the others are the next best
             rest = score.argsort(descending=True)
-            rest = rest[~torch.isin(rest, kept)][: PROPOSALS - len(kept)]
-            chosen.append(candidates[torch.cat([kept, rest])])
+            rest = rest[~torch.isin(rest, best)][: PROPOSALS - len(best)]
+            chosen.append(candidates[torch.cat([best, rest])])
         found = self.classify(maps, chosen, text).sigmoid()
         return torch.stack(chosen), found.unflatten(0, (len(images), -1))
 
@@ -278,7 +278,7 @@ def detector(weights: str | Path = "pocket") -> Detector:
 
 
 def boxes_of(drawn: Sequence[Scene]) -> tuple[Tensor, Tensor]:
-    """Boxes (n, 4, 4) as x1 y1 x2 y2 and labels (n, 4) of scenes with at most four things; label -1: no thing."""
+    """Boxes (n, 4, 4) as x1 y1 x2 y2 and labels (n, 4) of scenes with at most four objects; label -1: none."""
     boxes, labels = torch.zeros(len(drawn), 4, 4), torch.full((len(drawn), 4), -1)
     for i, shown in enumerate(drawn):
         boxes[i, : len(shown.labels)] = box_convert(torch.from_numpy(shown.boxes).float(), "xywh", "xyxy")
@@ -287,7 +287,7 @@ def boxes_of(drawn: Sequence[Scene]) -> tuple[Tensor, Tensor]:
 
 
 def _samples(boxes: Tensor, own: Tensor) -> Tensor:
-    """Boxes to learn from: the true ones moved and resized a little, random ones, and the detector's own."""
+    """Training boxes: the true ones moved and resized slightly, random ones, and the detector's own."""
     copies = boxes.repeat(3, 1)
     size = (copies[:, 2:] - copies[:, :2]).repeat(1, 2)
     jittered = copies + size * (torch.rand_like(copies) - 0.5) * 0.35
@@ -296,7 +296,7 @@ def _samples(boxes: Tensor, own: Tensor) -> Tensor:
 
 
 def detector_loss(text: Tensor, model: Detector, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Where things are, where their sides are, and which base class each region is; `text` (12, WIDTH)."""
+    """The losses of centres, boxes and base classes of a batch, added; `text` (12, WIDTH)."""
     images, boxes, labels = batch
     maps = model.trunk(images)
     logits, proposed = model.propose(maps)
@@ -307,12 +307,12 @@ def detector_loss(text: Tensor, model: Detector, batch: tuple[Tensor, Tensor, Te
     for score, candidates, true, label in zip(logits, proposed, boxes, labels, strict=True):
         true, label = true[label >= 0], label[label >= 0]
         middle, half = (true[:, :2] + true[:, 2:]) / 2, (true[:, 2:] - true[:, :2]) / 2
-        # a cell answers for a thing when it lies in the inner half of its box, and at least within half a cell
+        # a cell is a positive of an object when it lies in the inner half of its box, or within half a cell
         near = (centre[:, None] - middle).abs() <= (half / 2).clamp_min(model.stride / 2)
         inside = near.all(-1)
         where.append(F.binary_cross_entropy_with_logits(score, inside.any(1).float(), reduction="sum") / len(true))
-        cell, thing = inside.nonzero(as_tuple=True)
-        sides.append(complete_box_iou_loss(candidates[cell], true[thing], reduction="mean"))
+        cell, target = inside.nonzero(as_tuple=True)
+        sides.append(complete_box_iou_loss(candidates[cell], true[target], reduction="mean"))
         best = score.detach().topk(8).indices
         taken = _samples(true, candidates[best].detach())
         overlap, owner = box_iou(taken, true).max(1)
@@ -320,9 +320,9 @@ def detector_loss(text: Tensor, model: Detector, batch: tuple[Tensor, Tensor, Te
         answer[overlap >= 0.5, label[owner[overlap >= 0.5]]] = 1
         regions.append(taken)
         answers.append(answer)
-    said = model.classify(maps, regions, text)
-    named = F.binary_cross_entropy_with_logits(said, torch.cat(answers), reduction="sum") / len(said)
-    return torch.stack(where).mean() + torch.stack(sides).mean() + 2 * named
+    logits = model.classify(maps, regions, text)
+    classes = F.binary_cross_entropy_with_logits(logits, torch.cat(answers), reduction="sum") / len(logits)
+    return torch.stack(where).mean() + torch.stack(sides).mean() + 2 * classes
 
 
 def train_detector(
@@ -331,9 +331,9 @@ def train_detector(
     seed: int = 0,
     teacher: SceneCLIP | None = None,
 ) -> Detector:
-    """Train the detector from nothing, on pictures with base things alone; returned in eval mode.
+    """Train the detector from scratch, on images with base objects alone; returned in eval mode.
 
-    `teacher`: whose texts it learns to name regions by; the shipped CLIP's when None.
+    `teacher`: the CLIP of its text embeddings; the shipped one when None.
     """
     drawn = scenes(pictures, "train", _own(seed), novel=False)
     text = texts(teacher or clip())[list(BASE)]
@@ -348,12 +348,10 @@ def train_detector(
         data,
         epochs=steps / (pictures // batch),
         batch=batch,
-        lr=DETECTOR_RECIPE["rate"],
-        weight_decay=0.05,
-        clip=5.0,
-        warmup=0.1,
+        optimizer=adamw(DETECTOR_RECIPE["rate"], 0.05),
+        callbacks=[ClipNorm(5.0)],
         seed=seed,
-        accelerator="cpu",
+        hardware=CPU,
         name=DETECTOR,
     )
     return model.eval()
@@ -363,15 +361,15 @@ def train_detector(
 def measure_detector(
     model: Detector, count: int = TESTED, seed: int = 1, text: Tensor | None = None
 ) -> dict[str, float]:
-    """On test pictures, novel things among them, in percent: how many things have a box with an overlap of 0.5, and how
-    many of those boxes are named right; and how often a novel thing is taken for the base one that it looks like."""
+    """On test images, novel objects among them, in percent: the share of objects with a box of IoU 0.5, the accuracy of
+    those boxes' classes, and how often a novel object is classified as the base class that it looks like."""
     drawn, text = scenes(count, "test", _own(seed)), texts(clip()) if text is None else text
     boxes, labels = boxes_of(drawn)
     found: dict[str, list[float]] = {key: [] for key in _QUALITY}
     for start in range(0, count, 100):
         part = slice(start, start + 100)
-        proposed, said = model(stack(drawn[part]), text)
-        for true, label, near, score in zip(boxes[part], labels[part], proposed, said, strict=True):
+        proposed, scores = model(stack(drawn[part]), text)
+        for true, label, near, score in zip(boxes[part], labels[part], proposed, scores, strict=True):
             overlap, best = box_iou(true[label >= 0], near).max(1)
             for value, row, index in zip(overlap.tolist(), best.tolist(), label[label >= 0].tolist(), strict=True):
                 half, named = "novel" if index in NOVEL else "base", int(score[row].argmax())

@@ -21,6 +21,7 @@ from ... import backbones
 from ...errors import BadParameter
 from ...models.hvit import model as hvit
 from ...models.layers import dino
+from ...models.layers.state_dicts import load_official
 from ...slides import tensor
 from .. import encoders
 from ..datasets import slides as pocket
@@ -68,7 +69,7 @@ def build(levels: str = "dino", seed: int = 0) -> tuple[hvit.PatchEncoder, hvit.
         for level in ("patch", "region"):
             encoder = getattr(model, level)
             part = {name.removeprefix(f"{level}."): t for name, t in state.items() if name.startswith(f"{level}.")}
-            hvit.load(encoder, part, {name: name for name in encoder.state_dict()}, NAME)
+            load_official(encoder, part, {name: name for name in encoder.state_dict()}, NAME)
     return model.patch.eval(), model.region.eval()
 
 

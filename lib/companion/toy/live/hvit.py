@@ -1,0 +1,46 @@
+"""H-ViT: what the notebook trains live, on the synthetic slides or with the published settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+from torch import nn
+
+from ...models.hvit import recipe
+from ...training.fit import History
+from ..ablations import hvit as ablation
+
+TASK = "place"
+
+
+def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, str], float]) -> recipe.Setting:
+    """The setting of the notebook's parameters.
+
+    Args:
+        p: the checked parameters of the notebook.
+        out: the run's folder; synthetic slides are written below it.
+        learning_rates: by (task, method), as the ablation chose them on tuning slides.
+
+    Raises:
+        BadParameter, MissingData, MissingWeights: with what to change or get.
+    """
+    if p.profile != "pocket":
+        return recipe.setting(p, out)
+    root = str(out / "data")
+    data, test = (ablation.embeddings(root, p.seed, TASK, split) for split in ("trainval", "test"))
+    chosen = {method: learning_rates[TASK, method] for method in ablation.MAIN}
+
+    def train(method: str, fold: int, **changes: object) -> tuple[nn.Module, History]:
+        model = ablation.build(method, p.seed)
+        return model, ablation.train_model(model, method, data, chosen[method], p.seed, **changes)
+
+    return recipe.Setting(
+        title=f"synthetic slides, {TASK}",
+        folds=[(data, None)],
+        test=test,
+        learning_rates=chosen,
+        train=train,
+        grades=lambda model, method, part: ablation.grades(model, method, part.tensors[0]),
+    )
