@@ -18,7 +18,7 @@ def package(tmp_path: Path) -> Path:
     files = {
         "__init__.py": "",
         "errors.py": "",
-        "backbones.py": "from .errors import X\nNAMES = ('vit',)\n",
+        "backbones.py": "from .errors import X\nNAMES = ('vit', 'vit_sets.yaml')\n",
         "training/fit.py": "import torch\nfrom .. import errors\n",
         "models/__init__.py": "",
         "models/one.py": "from ..backbones import build\n",
@@ -26,6 +26,8 @@ def package(tmp_path: Path) -> Path:
         "toy/__init__.py": "",
         "toy/encoders/weights/vit.safetensors": "w",
         "toy/encoders/weights/tracker.safetensors": "w",
+        "data/vit_sets.yaml": "sets: []",
+        "data/other_sets.yaml": "sets: []",
         "models/nb/paper.yaml": "title: x",
     }
     for name, text in files.items():
@@ -61,6 +63,7 @@ def test_pocket_weights_count_where_they_are_named(package: Path, tmp_path: Path
     path = notebook(tmp_path, "import companion.models.one as m", name="other")
     assert "toy/encoders/weights/vit.safetensors" in names(path, package)
     assert "toy/encoders/weights/tracker.safetensors" not in names(path, package)
+    assert "data/vit_sets.yaml" in names(path, package) and "data/other_sets.yaml" not in names(path, package)
     assert "models/nb/paper.yaml" not in names(path, package)
     assert "training/fit.py" not in names(path, package)
 

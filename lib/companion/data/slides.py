@@ -5,7 +5,7 @@
     train = load("slides/panda", "data", "train", fold=0)
     data = Features(train, "features")                            # what `companion.slides.extract` wrote
 
-`slides_sets` describes the sets. Pixels are read by `companion.slides`; nothing here needs its extra but `Features`,
+slides_sets.yaml describes the sets. Pixels are read by `companion.slides`; nothing here needs its extra but `Features`,
 which reads HDF5.
 """
 

@@ -23,7 +23,7 @@ def sources(path: str | Path, package: Path = PACKAGE) -> list[Path]:
     """The files of the package that `path`, a notebook or a Python file, depends on, sorted.
 
     These are all modules that it imports, directly or through others, with the `__init__.py` files that Python runs on
-    the way; the toy weights that any of these files names; and, for a notebook, the `models/<slug>/paper.yaml`
+    the way; the toy weights and the data files (YAML, CSV, text) that any of these files names; and, for a notebook, the `models/<slug>/paper.yaml`
     of its name. A file below `package` counts itself too; a notebook does not.
 
     Imports are read from the text (functions included). One that is put together at run time cannot be seen.
@@ -42,9 +42,11 @@ def sources(path: str | Path, package: Path = PACKAGE) -> list[Path]:
                 found.add(module)
                 queue.append(module)
     texts = [file.read_text(encoding="utf-8") for file in {path, *found}]
-    for file in (package / "toy" / "encoders" / "weights").glob("*"):
-        if any(file.stem in text for text in texts):
-            found.add(file)
+    shipped = [(file, file.stem) for file in (package / "toy" / "encoders" / "weights").glob("*")]
+    shipped += [
+        (file, file.name) for folder in ("data", "toy/datasets") for file in (package / folder).glob("*.[yct]*")
+    ]
+    found.update(file for file, name in shipped if any(name in text for text in texts))
     facts = package / "models" / path.stem / "paper.yaml"
     if path.suffix == ".ipynb" and facts.exists():
         found.add(facts)
