@@ -158,8 +158,8 @@ def facts(task: str) -> dict:
     return _read(task)["facts"]
 
 
-# Facts, not readers: a notebook depends on the readers that it imports, not on every task there is, and a new task makes
-# no other paper's results stale.
+# Facts, not readers: a notebook depends on the readers that it imports, not on every task there is, and a new task
+# makes no other paper's results stale.
 for _file in sorted(_HERE.glob("*_sets.yaml")):
     _task = _file.stem.removesuffix("_sets")
     for _entry in _read(_task)["sets"]:

@@ -23,8 +23,8 @@ def sources(path: str | Path, package: Path = PACKAGE) -> list[Path]:
     """The files of the package that `path`, a notebook or a Python file, depends on, sorted.
 
     These are all modules that it imports, directly or through others, with the `__init__.py` files that Python runs on
-    the way; the toy weights and the data files (YAML, CSV, text) that any of these files names; and, for a notebook, the `models/<slug>/paper.yaml`
-    of its name. A file below `package` counts itself too; a notebook does not.
+    the way; the toy weights and the data files (YAML, CSV, text) that any of these files names; and, for a notebook,
+    the `models/<slug>/paper.yaml` of its name. A file below `package` counts itself too; a notebook does not.
 
     Imports are read from the text (functions included). One that is put together at run time cannot be seen.
 
