@@ -26,7 +26,7 @@ from ...errors import BadParameter, CompanionError, CorruptFile, MissingData
 from ...ops.files import read_json, write_json
 from ...ops.progress import progress
 from ...training.checkpoints import checkpoint_key
-from ...training.fit import Hardware, launcher
+from ...training.fit import AUTO, Hardware, launcher
 from .model import Teachers
 
 DTYPES = ("float16", "float32")
@@ -148,7 +148,7 @@ def build(
     dtype: str = "float16",
     batch: int = 64,
     every: int = 20,
-    hardware: Hardware = Hardware(),
+    hardware: Hardware = AUTO,
 ) -> Cache:
     """The cache in `folder`: opened when it is there, otherwise made, or resumed.
 

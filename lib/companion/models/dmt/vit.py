@@ -131,7 +131,9 @@ class ViT(nn.Module):
         x = self.patch_embed(images)
         if masked is not None:
             if self.masked_embed is None:
-                raise BadParameter("masked", "given", "only for a ViT(masked=True), which has a token for masked patches")
+                raise BadParameter(
+                    "masked", "given", "only for a ViT(masked=True), which has a token for masked patches"
+                )
             x = torch.where(masked.flatten(1)[..., None], self.masked_embed.to(x.dtype), x)
         # the offset of 0.1 is iBOT's and DINO's
         table = resize_pos_embed(self.pos_embed, [n // self.patch for n in images.shape[2:]], offset=0.1)

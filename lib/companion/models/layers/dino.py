@@ -31,7 +31,7 @@ from torchvision.transforms import InterpolationMode, v2
 from ...errors import BadParameter
 from ...training.callbacks import EMA, Callback, ClipNorm, ema_copy
 from ...training.checkpoints import Checkpoint
-from ...training.fit import Hardware, History, Loop, fit
+from ...training.fit import AUTO, Hardware, History, Loop, fit
 from ...training.schedules import adamw, learning_rates
 from .state_dicts import load_official
 
@@ -169,7 +169,9 @@ class SelfDistillation(nn.Module):
         super().__init__()
         width = getattr(encoder, "dim", None) or getattr(encoder, "width", None)
         if width is None:
-            raise BadParameter("encoder", type(encoder).__name__, "a module whose `dim` or `width` is that of its output")
+            raise BadParameter(
+                "encoder", type(encoder).__name__, "a module whose `dim` or `width` is that of its output"
+            )
         if patch_weight and getattr(encoder, "masked_embed", None) is None:
             raise BadParameter("encoder", "without masked_embed", "ViT(masked=True), or patch_weight = 0 for DINO")
         if patch_weight and not 0 < mask_ratio < 1:
@@ -364,7 +366,7 @@ def pretrain(
     frozen_epochs: int = 1,
     seed: int = 0,
     checkpoint: Checkpoint | None = None,
-    hardware: Hardware = Hardware(),
+    hardware: Hardware = AUTO,
     name: str = "DINO",
     **head: int,
 ) -> tuple[nn.Module, History]:
