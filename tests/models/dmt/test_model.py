@@ -172,7 +172,7 @@ def test_the_gate_prefers_the_teacher_that_the_student_agrees_with(images):
     assert torch.allclose(distil.fuse([a, b], a), (a + b) / 2)
 
 
-@pytest.mark.parametrize(("view", "fusion", "relation"), itertools.product(dmt.VIEWS, dmt.FUSIONS, (0, 1)))
+@pytest.mark.parametrize(("view", "fusion", "relation"), [*itertools.product(dmt.VIEWS, dmt.FUSIONS, (0, 1))])
 def test_every_variant_trains_the_student_and_its_heads(view, fusion, relation, images):
     distil = model(taught_by=teachers(view=view), fusion=fusion, relation_weight=relation)
     losses = distil(images)

@@ -54,7 +54,7 @@ def g2sd(case: Case, given: Inputs) -> dict[str, Tensor]:
     teacher = MAE.from_official(_named(case.state, "teacher."), decoder_heads=16)
     student = MAE.from_official(_without(_without(own, heads[0]), heads[1]), decoder_heads=8)
     widths = [(m.encoder.width, m.decoder.embed.out_features) for m in (student, teacher)]
-    predict = [_mlp(*pair, _named(own, f"{head}.")) for pair, head in zip(zip(*widths, strict=True), heads, strict=True)]
+    predict = [_mlp(*sizes, _named(own, f"{head}.")) for *sizes, head in zip(*widths, heads, strict=True)]
     images, noise = given("image"), given("mask_noise")
     keep, hidden = random_mask(noise, visible(student.encoder.patches, student.mask_ratio))
 
@@ -109,9 +109,8 @@ def tinymim(case: Case, given: Inputs) -> dict[str, Tensor]:
     """Nothing is masked; the student's last block learns the relations of the teacher's, with as many heads."""
     teacher = ViT.from_official(_named(case.state, "teacher."))
     student = ViT.from_official(_named(case.state, "student."), 6, last_heads=teacher.heads)
-    qkv = {
-        name: vit.qkv(vit.hidden(given("image"), (-2,))[0]) for name, vit in (("teacher", teacher), ("student", student))
-    }
+    vits = {"teacher": teacher, "student": student}
+    qkv = {name: vit.qkv(vit.hidden(given("image"), (-2,))[0]) for name, vit in vits.items()}
     rows = {
         f"{name}_{kind}_row": maps[0, :, 0].softmax(-1)
         for name, own in qkv.items()

@@ -1,5 +1,7 @@
 """DMT: Comprehensive Distillation with Multiple Self-supervised Teachers.
 
+Several frozen self-supervised ViTs distilled into one student:
+
     from companion.models.dmt import DMT, Teachers, build, loss, released
 
     teachers = Teachers({"MAE": released("MAE"), "MoCo v3": released("MoCo v3", "vit-b-300ep.pth.tar")})
