@@ -14,7 +14,7 @@ from companion.models.dmt import cache as dmt_cache
 from companion.models.dmt.cache import Distilled, Views
 from companion.training import fit
 from companion.training.schedules import adamw, schedule
-from tests.conftest import interrupting
+from tests.conftest import interrupted
 
 
 def teachers(seed=1, **options):
@@ -108,8 +108,7 @@ def test_items_are_any_of_an_images_copies(images, tmp_path):
 def test_a_killed_build_resumes(images, tmp_path, monkeypatch):
     whole = dmt_cache.build(tmp_path / "whole", teachers(), Views(images), batch=2, every=1, **CPU)
     folder, calls = tmp_path / "killed", []
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Teachers, "forward", interrupting(Teachers.forward, 4))
+    with interrupted(monkeypatch, Teachers, "forward", 3):
         dmt_cache.build(folder, teachers(), Views(images), batch=2, every=1, **CPU)
     assert json.loads((folder / "progress.json").read_text())["done"] == 6
     assert not list(folder.glob("*.npy"))

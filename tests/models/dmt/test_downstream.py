@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -14,7 +15,7 @@ from companion.models.dmt.downstream import Crops, SceneCrops, Segmenter
 from companion.models.dmt.vit import POSITIONS, build
 from companion.training import fit
 from companion.training.checkpoints import Checkpoint
-from tests.conftest import interrupting
+from tests.conftest import interrupted
 
 CPU = {"hardware": fit.CPU}
 
@@ -110,9 +111,8 @@ def test_fine_tuning_learns_and_resumes(tmp_path, monkeypatch):
 
     model, rows = tune()
     assert len(rows) == 32 and (model.eval()(images).argmax(1) == labels).float().mean() > 0.9
-    checkpoint, loss = Checkpoint(tmp_path / "k.pt", 8), down.mixed_loss(2, 0.2, 0.2)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(down, "mixed_loss", lambda *options: interrupting(loss, 20))
+    checkpoint = Checkpoint(tmp_path / "k.pt", 8)
+    with interrupted(monkeypatch, VisionTransformer, "forward", 19):
         tune(checkpoint=checkpoint)
     again, _ = tune(checkpoint=checkpoint)
     for (name, p), q in zip(model.state_dict().items(), again.state_dict().values(), strict=True):

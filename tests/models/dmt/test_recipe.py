@@ -17,7 +17,7 @@ from companion.models.dmt import teachers as dmt_teachers
 from companion.models.dmt.model import DMT, Teachers
 from companion.models.dmt.vit import ViT
 from companion.ops.papers import paper
-from tests.conftest import interrupting, parameters
+from tests.conftest import interrupted, parameters
 
 given = partial(
     parameters, "dmt", profile="paper", dry_run=True, student="tiny", data_root="nowhere", accelerator="cpu"
@@ -128,7 +128,7 @@ def test_dry_run_from_a_cache(small, tmp_path, monkeypatch):
     assert model.teachers is None
     assert len(setting.learn(model, "DMT")) == 2
     assert {f.name for f in (tmp_path / "teachers").iterdir()} == {"0.npy", "1.npy", "2.npy", "cache.json"}
-    monkeypatch.setattr(Teachers, "forward", interrupting(Teachers.forward, 1))
+    monkeypatch.setattr(Teachers, "forward", None)
     again = runs.setting(given(cached=True), tmp_path)
     again.learn(again.build("DMT"), "DMT")
     with pytest.raises(BadParameter, match="teachers"):
@@ -170,8 +170,7 @@ def test_a_killed_distillation_resumes_to_the_same_bits_and_saves_its_student(sm
     assert "3 images" in killed.title
     expected = whole.build("DMT")
     history = whole.learn(expected, "DMT", **options)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(DMT, "forward", interrupting(DMT.forward, 3))
+    with interrupted(monkeypatch, DMT, "forward", 2):
         killed.learn(killed.build("DMT"), "DMT", **options)
     assert not killed.trained.exists() and list((tmp_path / "killed" / "checkpoints").glob("*.pt"))
     model = killed.build("DMT")
@@ -261,21 +260,20 @@ def test_a_killed_task_resumes_to_the_same_bits_and_saves_its_weights(task, smal
     monkeypatch.setattr(runs, "_images", lambda p, split, transform: data)
     monkeypatch.setattr(runs, "recipe", lambda name, real=runs.recipe: real(name) | few)
     monkeypatch.setattr(runs.down, "mixed_loss", lambda classes, real=runs.down.mixed_loss: real(classes, 0, 0))
-    states = []
-    for name, call in (("whole", 0), ("killed", 3), ("killed", 0)):  # killed in the third of four steps
+
+    def learn(name):
         found = runs.downstream(given(task=task, dry_run=False, encoder="random"), tmp_path / name)
         model = found.build()
-        with monkeypatch.context() as patch:
-            patch.setattr(runs.down.F, "cross_entropy", interrupting(runs.down.F.cross_entropy, call))
-            if call:
-                with pytest.raises(KeyboardInterrupt):
-                    found.learn(model)
-            else:
-                assert len(found.learn(model)) == 4
-                states.append(model.state_dict())
-    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+        assert len(found.learn(model)) == 4
+        return model.state_dict()
+
+    whole = learn("whole")
+    with interrupted(monkeypatch, runs.down.F, "cross_entropy", 2):
+        learn("killed")
+    assert not (tmp_path / "killed" / "trained").exists()
+    assert all(torch.equal(value, whole[name]) for name, value in learn("killed").items())
     (file,) = (tmp_path / "killed" / "trained").iterdir()
-    assert load_file(file).keys() == states[0].keys()
+    assert load_file(file).keys() == whole.keys()
 
 
 def test_bad_parameters(tmp_path, small):

@@ -29,6 +29,7 @@ from ...training.schedules import adamw
 from .. import encoders
 from ..datasets import collage as pocket
 from ..encoders import teachers as taught
+from . import study_root
 
 TASK = "collage"
 LEARNING_RATES = [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128]
@@ -73,20 +74,15 @@ def prepare(root: str | Path) -> None:
         cached_tokens(str(root), seed)
 
 
-def folder(root: str | Path, seed: int) -> Path:
-    """The data root of a seed: each seed has its own collages, so that the spread includes theirs."""
-    return Path(root) / f"seed{seed}"
-
-
 def write(root: str | Path, seed: int) -> None:
     """Write the collages of a seed."""
-    pocket.write(folder(root, seed), seed)
+    pocket.write(study_root(root, seed), seed)
 
 
 @functools.lru_cache(maxsize=6)
 def part(root: str, seed: int, split: str) -> pocket.Part:
     """A split, in memory."""
-    return pocket.read(folder(root, seed), split)
+    return pocket.read(study_root(root, seed), split)
 
 
 def cached_tokens(root: str, seed: int) -> dmt_cache.Cache:
@@ -94,7 +90,7 @@ def cached_tokens(root: str, seed: int) -> dmt_cache.Cache:
     # other weights have another cache: one of other teachers would be refused
     name = f"tokens-{encoders.read_card(taught.NAME)['sha256'][:8]}"
     views = dmt_cache.Views(part(root, seed, "train").images)
-    return dmt_cache.build(folder(root, seed) / name, Teachers(taught.load()), views, dtype="float32", hardware=CPU)
+    return dmt_cache.build(study_root(root, seed) / name, Teachers(taught.load()), views, dtype="float32", hardware=CPU)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -120,7 +116,7 @@ class Supervised(nn.Module):
 
 
 def assemble(method: str, seed: int, root: str) -> tuple[nn.Module, Callable, TensorDataset]:
-    """The model that a method trains, its loss of a batch, and the data; the student is its `.student` or `.encoder`."""
+    """The model that a method trains, its loss of a batch, and the data; its `.student` or `.encoder` is the student."""
     data = part(root, seed, "train")
     if method in UNTAUGHT:
         encoder = student(seed)

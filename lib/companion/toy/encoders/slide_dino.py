@@ -82,7 +82,7 @@ def embed(patch: hvit.PatchEncoder, regions: Tensor) -> Tensor:
 
 
 def standardise(patch: hvit.PatchEncoder, seed: int = 0) -> hvit.PatchEncoder:
-    """Set the last norm of `patch`, in place, so that outputs have mean 0 and std 1 over training patches; return it."""
+    """Set the last norm of `patch` in place, so that outputs have mean 0 and std 1 over training patches; return it."""
     found = embed(patch, unlabelled(100, "train", seed)[0]).flatten(0, 1)
     mean, std = found.mean(0), found.std(0).clamp_min(1e-6)
     with torch.no_grad():
