@@ -1,9 +1,9 @@
-"""DMT's step beside its parts, an epoch from cached teachers beside one that asks them, and our ViT beside timm's.
+"""DMT's step next to its parts, an epoch from cached teachers next to one that runs them, our ViT next to timm's.
 
 A step of three teachers costs what it cannot avoid, three teacher forwards and a student's step, and what comes on top:
-norms of targets, adapters, fusion, losses. That is to cost at most a tenth. The student's step beside it is a whole
-one, the decoder included, without targets. An epoch of cached teachers is to be at least twice as fast as one that asks
-them: that ratio is to be at most 0.5.
+norms of targets, adapters, fusion, losses. That is to cost at most a tenth. The student's step that it is compared with
+is a whole one, the decoder included, without targets. An epoch of cached teachers is to be at least twice as fast as
+one that runs them: that ratio is to be at most 0.5.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from companion.models.dmt import DMT, Teachers, build, loss
 from companion.models.dmt import cache as dmt_cache
-from companion.models.dmt import model as dmt
 
-PICTURES, NAMES, SEEN, DECODER = 4, ("MAE", "MoCo v3", "iBOT"), 49, (256, 4, 8)
+IMAGES, NAMES, SEEN, DECODER = 4, ("MAE", "MoCo v3", "iBOT"), 49, (256, 4, 8)
 
 
-def teachers() -> dmt.Teachers:
+def teachers() -> Teachers:
     """Three ViT-B/16 with random weights."""
     torch.manual_seed(0)
-    return dmt.Teachers({name: dmt.build("base") for name in NAMES})
+    return Teachers({name: build("base") for name in NAMES})
 
 
-def pictures() -> torch.Tensor:
-    return torch.randn(PICTURES, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+def images_of_a_batch() -> torch.Tensor:
+    return torch.randn(IMAGES, 3, 224, 224, generator=torch.Generator().manual_seed(0))
 
 
 def step() -> Step:
     """A training step of ViT-S under three teachers, targets standardised by channel with running statistics."""
-    model, images = dmt.DMT(dmt.build("small"), teachers(), statistics="running").train(), pictures()
+    model, images = DMT(build("small"), teachers(), statistics="running").train(), images_of_a_batch()
 
     def run() -> None:
         model(images).total.backward()
@@ -70,7 +70,7 @@ def parts() -> Step:
     """timm's ViT-B three times forward without gradients, and the plain student forward and back."""
     torch.manual_seed(0)
     found = [VisionTransformer(img_size=224, num_classes=0).eval() for _ in NAMES]
-    student, images = Student().train(), pictures()
+    student, images = Student().train(), images_of_a_batch()
 
     def run() -> None:
         with torch.no_grad():
@@ -83,26 +83,26 @@ def parts() -> Step:
 
 
 def epoch(cached: bool) -> Step:
-    """Eight pictures in two batches, from the loader on: tokens are read from the disk's cache, or asked for."""
-    taught_by = teachers()
+    """Eight images in two batches, from the loader on: tokens are read from the disk's cache, or computed."""
+    found = teachers()
     generator = torch.Generator().manual_seed(0)
-    views = dmt_cache.Views(torch.randn(2 * PICTURES, 3, 224, 224, generator=generator))
-    model = dmt.DMT(dmt.build("small"), taught_by.widths if cached else taught_by, statistics="running").train()
-    data = TensorDataset(views.pictures)
+    views = dmt_cache.Views(torch.randn(2 * IMAGES, 3, 224, 224, generator=generator))
+    model = DMT(build("small"), found.widths if cached else found, statistics="running").train()
+    data = TensorDataset(views.images)
     if cached:
         folder = tempfile.TemporaryDirectory()
-        data = dmt_cache.Distilled(views, dmt_cache.build(Path(folder.name), taught_by, views, batch=PICTURES))
+        data = dmt_cache.Distilled(views, dmt_cache.build(Path(folder.name), found, views, batch=IMAGES))
         data.folder = folder  # it goes when the data goes
 
     def run() -> None:
-        for batch in DataLoader(data, PICTURES):
-            dmt.loss(model, batch).backward()
+        for batch in DataLoader(data, IMAGES):
+            loss(model, batch)["loss"].backward()
             model.zero_grad()
 
     return run
 
 
-def asked() -> Step:
+def uncached() -> Step:
     return epoch(cached=False)
 
 
@@ -111,10 +111,10 @@ def cached() -> Step:
 
 
 def forward(ours: bool) -> Step:
-    """ViT-B/16 on whole pictures, without gradients."""
+    """ViT-B/16 on whole images, without gradients."""
     torch.manual_seed(0)
-    images = pictures()
-    model = (dmt.build("base") if ours else VisionTransformer(img_size=224, num_classes=0)).eval()
+    images = images_of_a_batch()
+    model = (build("base") if ours else VisionTransformer(img_size=224, num_classes=0)).eval()
     call = model if ours else model.forward_features
 
     def run() -> None:
@@ -136,7 +136,7 @@ def main() -> None:
     makers = {
         "three teachers, training step": step,
         "three ViT-B forward, student forward and back": parts,
-        "epoch that asks the teachers": asked,
+        "epoch that runs the teachers": uncached,
         "epoch from the cache": cached,
         "our ViT-B, forward": ours,
         "timm's ViT-B, forward": timms,
@@ -144,11 +144,11 @@ def main() -> None:
     whole, alone, slow, quick, first, second = makers
     bench.run(
         "dmt",
-        f"three ViT-B/16 teach ViT-S/16, {PICTURES} pictures of 224 px",
+        f"three ViT-B/16 teach ViT-S/16, {IMAGES} images of 224 px",
         makers,
         [
             ("training step / three teacher forwards and the student's step alone", whole, alone),
-            ("epoch from cached teachers / epoch that asks them", quick, slow),
+            ("epoch from cached teachers / epoch that runs the teachers", quick, slow),
             ("our ViT-B / timm's ViT-B, forward", first, second),
         ],
         rounds=3,

@@ -19,8 +19,9 @@ from companion import backbones, climate, detectors, slides
 from companion.data import attributes, classification, detection, domains, landcover, tracking, xrays
 from companion.data import slides as slide_lists
 from companion.evaluation import ablations
+from companion.models.dmt import Teachers
+from companion.models.dmt import build as dmt_vit
 from companion.models.dmt import cache as dmt_cache
-from companion.models.dmt import model as dmt
 from companion.models.ecamp.text import Vocabulary
 from companion.ops import unpickle
 from companion.ops.files import read_json, write_json
@@ -230,9 +231,9 @@ def _tile(damaged: str) -> Callable[[Path], tuple[Path, Read]]:
 
 def said(folder: Path) -> tuple[Path, Read]:
     torch.manual_seed(1)
-    asked = dmt.Teachers({"MAE": dmt.build("pocket teacher")})
-    dmt_cache.build(folder / "said", asked, dmt_cache.Views(torch.rand(4, 3, 32, 32)), accelerator="cpu")
-    return folder / "said" / "cache.json", lambda: dmt_cache.load(folder / "said", asked)
+    teachers, folder = Teachers({"MAE": dmt_vit("pocket teacher")}), folder / "tokens"
+    dmt_cache.build(folder, teachers, dmt_cache.Views(torch.rand(4, 3, 32, 32)), hardware=CPU)
+    return folder / "cache.json", lambda: dmt_cache.load(folder, teachers)
 
 
 def prompts(folder: Path) -> tuple[Path, Read]:

@@ -21,8 +21,8 @@ from torch import nn
 from companion import slides, tracking
 from companion.data import tracking as tracking_data
 from companion.data.tracking import read_frame
+from companion.models.dmt import Teachers, build
 from companion.models.dmt import cache as dmt_cache
-from companion.models.dmt import model as dmt
 from companion.models.ecamp import distil as ecamp_distil
 from companion.models.layers import dino
 from companion.toy import ablation as study
@@ -70,14 +70,14 @@ def training(folder: Path) -> str:
 
 
 def pretraining(folder: Path) -> str:
-    """DINO, whose loop has a teacher and a centre to keep."""
+    """DINO, whose checkpoint has a teacher and a centre too."""
 
     class Encoder(nn.Sequential):
-        blocks, dim = (), 8
+        dim = 8
 
     torch.manual_seed(0)
     encoder = Encoder(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 8))
-    pictures = torch.rand(32, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    images = torch.rand(32, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
     def views(batch: torch.Tensor) -> list[torch.Tensor]:
         time.sleep(0.01)
@@ -85,17 +85,15 @@ def pretraining(folder: Path) -> str:
 
     encoder, history = dino.pretrain(
         encoder,
-        pictures,
+        images,
         views,
         epochs=15,
         batch=8,
         outputs=16,
         hidden=16,
         bottleneck=8,
-        accelerator="cpu",
-        checkpoint=folder / "dino.pt",
-        checkpoint_every=3,
-        resume=True,
+        checkpoint=Checkpoint(folder / "dino.pt", every=3),
+        hardware=CPU,
     )
     return digest([*tensors(encoder.state_dict()), repr(history).encode()])
 
@@ -162,16 +160,16 @@ def distillation(folder: Path) -> str:
 
 
 def cached_teachers(folder: Path) -> str:
-    """What two teachers say of pictures, kept on disk."""
+    """Two teachers' tokens of images, on disk."""
 
-    def slowly(picture: torch.Tensor) -> torch.Tensor:
+    def slowly(image: torch.Tensor) -> torch.Tensor:
         time.sleep(0.01)
-        return picture
+        return image
 
     torch.manual_seed(1)
-    asked = dmt.Teachers({"MAE": dmt.build("pocket teacher"), "iBOT": dmt.build("pocket teacher", width=64)})
+    teachers = Teachers({"MAE": build("pocket teacher"), "iBOT": build("pocket teacher", width=64)})
     views = dmt_cache.Views(torch.rand(96, 3, 32, 32, generator=torch.Generator().manual_seed(0)), slowly)
-    cache = dmt_cache.build(folder / "said", asked, views, batch=2, every=3, accelerator="cpu")
+    cache = dmt_cache.build(folder / "tokens", teachers, views, batch=2, every=3, hardware=CPU)
     return digest(tokens.contiguous().numpy().tobytes() for tokens in cache.tensors())
 
 

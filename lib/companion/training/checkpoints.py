@@ -72,12 +72,15 @@ def file(folder: str | Path, name: str, suffix: str) -> Path:
     return Path(folder) / f"{name.replace('/', '-')}{suffix}"
 
 
-def save(folder: str | Path, name: str, state: Mapping[str, Tensor]) -> Path:
+def save(
+    folder: str | Path, name: str, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Path:
     """Write trained weights as `folder`/`name`.safetensors, under a temporary name first; return the path."""
     path = file(folder, name, ".safetensors")
     with atomic(path) as temporary:
         # copies: safetensors refuses a tensor that has two names
-        save_file({key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}, temporary)
+        copies = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
+        save_file(copies, temporary, metadata)
     return path
 
 

@@ -57,7 +57,7 @@ class Hardware:
     accumulate: int = 1
 
 
-CPU = Hardware("cpu")
+AUTO, CPU = Hardware(), Hardware("cpu")
 
 
 @dataclass

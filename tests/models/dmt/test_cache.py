@@ -9,22 +9,23 @@ from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
+from companion.models.dmt import DMT, Teachers, build, loss
 from companion.models.dmt import cache as dmt_cache
-from companion.models.dmt import model as dmt
 from companion.models.dmt.cache import Distilled, Views
-from companion.models.dmt.model import DMT, Teachers
 from companion.training import fit
+from companion.training.schedules import adamw, schedule
+from tests.conftest import interrupted
 
 
 def teachers(seed=1, **options):
     torch.manual_seed(seed)
-    models = {"MAE": dmt.build("pocket teacher"), "MoCo v3": dmt.build("pocket teacher", width=64)}
+    models = {"MAE": build("pocket teacher"), "MoCo v3": build("pocket teacher", width=64)}
     return Teachers(models, **options)
 
 
 def student():
     torch.manual_seed(2)
-    return dmt.build("pocket")
+    return build("pocket")
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def images():
 
 
 CROP = v2.Compose([v2.RandomResizedCrop(32, (0.5, 1.0), antialias=True), v2.RandomHorizontalFlip()])
-CPU = {"accelerator": "cpu"}
+CPU = {"hardware": fit.CPU}
 
 
 def test_a_view_is_always_the_same_and_copies_differ(images):
@@ -59,10 +60,9 @@ def test_cached_losses_are_the_losses(images, tmp_path, dtype):
     cache = dmt_cache.build(tmp_path, asked, views, dtype=dtype, batch=4, **CPU)
     assert len(cache) == 10 and cache.names == ("MAE", "MoCo v3")
     assert [t.shape for t in cache[3]] == [(17, 48), (17, 64)]
-    said = asked(images).tokens
     limit = 1e-6 if dtype == "float32" else 2e-3
-    for kept, true in zip(cache.tensors(), said, strict=True):
-        assert str(kept.dtype) == f"torch.{dtype}" and (kept.float() - true).abs().max() < limit
+    for tokens, true in zip(cache.tensors(), asked(images).tokens, strict=True):
+        assert str(tokens.dtype) == f"torch.{dtype}" and (tokens.float() - true).abs().max() < limit
     model, noise = DMT(student(), asked, decoder="pocket", mask_ratio=0.5), torch.rand(10, 16)
     live, read = model(images, noise=noise), model(images, cache.tensors(), noise)
     assert torch.allclose(live.total, read.total, rtol=limit)
@@ -73,29 +73,30 @@ def test_training_from_the_cache_is_training_with_the_teachers(images, tmp_path)
     views, asked = Views(images), teachers()
     cache = dmt_cache.build(tmp_path, asked, views, dtype="float32", batch=4, **CPU)
     histories = []
-    for data, taught in [
+    for data, found in [
         (TensorDataset(images), asked),
         (dmt_cache.in_memory(views, cache), asked.widths),
         (Distilled(views, cache), asked.widths),
     ]:
         torch.manual_seed(3)
-        model = DMT(student(), taught, decoder="pocket", mask_ratio=0.5)
-        rows = fit.fit(model, dmt.loss, data, epochs=2, batch=5, lr=1e-3, warmup=0, **CPU)
+        model = DMT(student(), found, decoder="pocket", mask_ratio=0.5)
+        options = {"optimizer": adamw(1e-3), "schedule": schedule("cosine", 0)} | CPU
+        rows = fit.fit(model, loss, data, epochs=2, batch=5, **options)
         histories.append([row["loss"] for row in rows])
     assert histories[0] == pytest.approx(histories[1], rel=1e-5)
     assert histories[0] == pytest.approx(histories[2], rel=1e-5)
 
 
-def test_items_are_any_of_a_pictures_copies(images, tmp_path):
+def test_items_are_any_of_an_images_copies(images, tmp_path):
     views, asked = Views(images, CROP, copies=3), teachers()
     data = Distilled(views, dmt_cache.build(tmp_path, asked, views, dtype="float32", batch=7, **CPU))
     assert len(data) == 10
     seen = set()
     torch.manual_seed(0)
     for _ in range(20):
-        picture, *tokens = data[4]
-        copy = next(c for c in range(3) if torch.equal(views[c * 10 + 4], picture))
-        assert torch.allclose(tokens[0], asked(picture[None]).tokens[0][0], atol=1e-5)
+        image, *tokens = data[4]
+        copy = next(c for c in range(3) if torch.equal(views[c * 10 + 4], image))
+        assert torch.allclose(tokens[0], asked(image[None]).tokens[0][0], atol=1e-5)
         seen.add(copy)
     assert seen == {0, 1, 2}
     with pytest.raises(BadParameter, match="copies"):
@@ -104,34 +105,23 @@ def test_items_are_any_of_a_pictures_copies(images, tmp_path):
         Distilled(Views(images), data.cache)
 
 
-def test_a_killed_build_goes_on(images, tmp_path, monkeypatch):
+def test_a_killed_build_resumes(images, tmp_path, monkeypatch):
     whole = dmt_cache.build(tmp_path / "whole", teachers(), Views(images), batch=2, every=1, **CPU)
-
-    class Killed(Exception):
-        pass
-
-    asked, calls, forward = teachers(), [], Teachers.forward
-
-    def stop(self, *given, **options):
-        calls.append(0)
-        if len(calls) == 4:
-            raise Killed
-        return forward(self, *given, **options)
-
-    monkeypatch.setattr(Teachers, "forward", stop)
-    with pytest.raises(Killed):
-        dmt_cache.build(tmp_path / "killed", asked, Views(images), batch=2, every=1, **CPU)
-    assert json.loads((tmp_path / "killed" / "progress.json").read_text())["done"] == 6
-    assert not list((tmp_path / "killed").glob("*.npy"))
+    folder, calls = tmp_path / "killed", []
+    with interrupted(monkeypatch, Teachers, "forward", 3):
+        dmt_cache.build(folder, teachers(), Views(images), batch=2, every=1, **CPU)
+    assert json.loads((folder / "progress.json").read_text())["done"] == 6
+    assert not list(folder.glob("*.npy"))
     with pytest.raises(MissingData, match="build"):
-        dmt_cache.load(tmp_path / "killed")
+        dmt_cache.load(folder)
     with pytest.raises(BadParameter, match="teachers"):
-        dmt_cache.build(tmp_path / "killed", teachers(seed=8), Views(images), batch=2, **CPU)
-    calls.extend([0] * 4)
-    cache = dmt_cache.build(tmp_path / "killed", teachers(), Views(images), batch=2, **CPU)
-    assert len(calls) == 4 + 4 + 2  # the last four pictures alone were asked about
+        dmt_cache.build(folder, teachers(seed=8), Views(images), batch=2, **CPU)
+    asked = teachers()
+    asked.register_forward_pre_hook(lambda module, given: calls.append(0))
+    cache = dmt_cache.build(folder, asked, Views(images), batch=2, **CPU)
+    assert len(calls) == 2, "the last four images alone"
     assert all(torch.equal(a, b) for a, b in zip(cache.tensors(), whole.tensors(), strict=True))
-    assert {f.name for f in (tmp_path / "killed").iterdir()} == {"0.npy", "1.npy", "cache.json"}
+    assert {f.name for f in folder.iterdir()} == {"0.npy", "1.npy", "cache.json"}
 
 
 def test_a_finished_cache_asks_nobody(images, tmp_path, monkeypatch):
@@ -143,14 +133,14 @@ def test_a_finished_cache_asks_nobody(images, tmp_path, monkeypatch):
 
 def test_a_cache_of_something_else_is_refused(images, tmp_path):
     dmt_cache.build(tmp_path, teachers(), Views(images), **CPU)
-    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    before, reheaded = {f.name: f.read_bytes() for f in tmp_path.iterdir()}, teachers()
+    reheaded.models["MAE"].blocks[0].attn.num_heads = 8
     for asked, views, options, word in [
         (teachers(seed=8), Views(images), {}, "teachers"),
-        (teachers(layer=0), Views(images), {}, "teachers"),
-        (teachers(sees={"MAE": dmt.grey}), Views(images), {}, "teachers"),
-        (teachers(), Views(images + 0.01), {}, "pictures"),
-        (teachers(), Views(images, seed=1), {}, "pictures"),
-        (teachers(), Views(images, CROP), {}, "pictures"),
+        (reheaded, Views(images), {}, "teachers"),
+        (teachers(), Views(images + 0.01), {}, "images"),
+        (teachers(), Views(images, seed=1), {}, "images"),
+        (teachers(), Views(images, CROP), {}, "images"),
         (teachers(), Views(images, copies=2), {}, "rows"),
         (teachers(), Views(images), {"dtype": "float32"}, "dtype"),
     ]:
@@ -170,7 +160,7 @@ def test_bad_caches(images, tmp_path, monkeypatch):
         dmt_cache.load(tmp_path / "a")
     loud = teachers()
     loud.models["MAE"].blocks[-1].mlp.fc2.weight.data *= 1e7
-    with pytest.raises(CompanionError, match="MAE says numbers that float16 cannot hold"):
+    with pytest.raises(CompanionError, match="MAE returns values that float16 cannot hold"):
         dmt_cache.build(tmp_path / "loud", loud, Views(images), **CPU)
     dmt_cache.build(tmp_path / "b", teachers(), Views(images), **CPU)
     whole = (tmp_path / "b" / "0.npy").read_bytes()

@@ -1,8 +1,9 @@
-"""What is built on a pre-trained ViT: the same features, rates by layer, losses, crops, results, and bad options."""
+"""Downstream tasks of a pre-trained ViT: equal features, layer decay, losses, crops, results, and bad options."""
 
 import numpy as np
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -10,16 +11,18 @@ from torch.utils.data import TensorDataset
 from companion.errors import BadParameter
 from companion.evaluation.metrics import detection as metric
 from companion.models.dmt import downstream as down
-from companion.models.dmt import model as dmt
 from companion.models.dmt.downstream import Crops, SceneCrops, Segmenter
+from companion.models.dmt.vit import POSITIONS, build
 from companion.training import fit
+from companion.training.checkpoints import Checkpoint
+from tests.conftest import interrupted
 
-CPU = {"accelerator": "cpu"}
+CPU = {"hardware": fit.CPU}
 
 
 def vit(**options):
     torch.manual_seed(0)
-    return dmt.build("pocket", **options).eval()
+    return build("pocket", **options).eval()
 
 
 @pytest.fixture
@@ -27,29 +30,31 @@ def images():
     return torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-# --- rates ------------------------------------------------------------------------------------------------------------
+# --- layer decay ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layer_decay", [0.65, 1.0])
-def test_rates_fall_downwards(layer_decay):
+def test_learning_rates_fall_downwards(layer_decay):
     model = down.classifier(vit(), 5)
-    sides = down.layer_rates(model, model, np.linspace(1, 0, 10), layer_decay)
-    assert list(sides) == ["layer 0", "layer 1", "layer 2", "layer 3"]
-    scales = [rates.max() for _, rates in sides.values()]
-    assert scales == pytest.approx([layer_decay ** (3 - i) for i in range(4)])
-    own = {id(p): side for side, (group, _) in sides.items() for p in group}
+    found = down.layer_decayed(model, model, np.linspace(1, 0, 10), layer_decay, 0.3)
+    scales = {name: schedule(0.0, 10, 1).max() for name, schedule in found["schedule"].items()}
+    assert scales == {f"layer {i}": pytest.approx(layer_decay ** (3 - i)) for i in range(4)}
+    groups = found["optimizer"](model).param_groups
+    own = {id(p): group for group in groups for p in group["params"]}
     assert len(own) == len(list(model.parameters()))
-    named = {name: own[id(p)] for name, p in model.named_parameters()}
-    assert named["cls_token"] == named["pos_embed"] == named["patch_embed.proj.weight"] == "layer 0"
-    assert named["blocks.0.mlp.fc1.weight"] == "layer 1" and named["head.weight"] == named["fc_norm.bias"] == "layer 3"
+    assert all(own[id(p)]["weight_decay"] == (0.3 if p.ndim >= 2 else 0) for p in model.parameters())
+    layers = {name: own[id(p)]["name"] for name, p in model.named_parameters()}
+    assert layers["cls_token"] == layers["pos_embed"] == layers["patch_embed.proj.weight"] == "layer 0"
+    assert layers["blocks.0.mlp.fc1.weight"] == "layer 1"
+    assert layers["head.weight"] == layers["fc_norm.bias"] == "layer 3"
     with pytest.raises(BadParameter, match="layer_decay"):
-        down.layer_rates(model, model, np.ones(10), 0)
+        down.layer_decayed(model, model, np.ones(10), 0)
 
 
 # --- classification ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("positions", dmt.POSITIONS)
+@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("last_heads", [None, 8])
 def test_a_classifier_sees_what_the_encoder_saw(positions, last_heads, images):
     encoder = vit(positions=positions, masked=True, last_heads=last_heads)
@@ -64,7 +69,7 @@ def test_a_classifier_sees_what_the_encoder_saw(positions, last_heads, images):
 def test_parameters_of_the_fine_tuned_models_are_the_usual_ones():
     with torch.device("meta"):
         counts = [
-            sum(p.numel() for p in down.classifier(dmt.build(size), 1000).parameters())
+            sum(p.numel() for p in down.classifier(build(size), 1000).parameters())
             for size in ("tiny", "small", "base")
         ]
     assert counts == [5_717_416, 22_050_664, 86_567_656]
@@ -87,7 +92,7 @@ def test_mixing_is_timms_and_repeats(images):
 
 
 def easy(count=64):
-    """Pictures whose colour is their class."""
+    """Images whose colour is their class."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(count) % 2
     images = torch.rand(count, 3, 32, 32, generator=generator)
@@ -95,51 +100,35 @@ def easy(count=64):
     return images, labels
 
 
-def test_fine_tuning_learns_and_resumes(tmp_path):
+def test_fine_tuning_learns_and_resumes(tmp_path, monkeypatch):
     images, labels = easy()
     data, encoder = TensorDataset(images, labels), vit()
     settings = {"epochs": 8, "batch": 16, "lr": 3e-3, "mixup": 0.2, "cutmix": 0.2} | CPU
-    torch.manual_seed(0)
-    model, rows = down.fine_tune(encoder, 2, data, **settings)
+
+    def tune(**options):
+        torch.manual_seed(0)
+        return down.fine_tune(encoder, 2, data, **settings, **options)
+
+    model, rows = tune()
     assert len(rows) == 32 and (model.eval()(images).argmax(1) == labels).float().mean() > 0.9
-
-    class Killed(Exception):
-        pass
-
-    torch.manual_seed(0)
-    calls = []
-    smooth = down.mixed_loss
-
-    def stopping(*options):
-        loss = smooth(*options)
-
-        def step(model, batch):
-            calls.append(0)
-            if len(calls) == 20:
-                raise Killed
-            return loss(model, batch)
-
-        return step
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(down, "mixed_loss", stopping)
-        with pytest.raises(Killed):
-            down.fine_tune(encoder, 2, data, **settings, checkpoint=tmp_path / "k.pt", checkpoint_every=8)
-    torch.manual_seed(0)
-    again, _ = down.fine_tune(encoder, 2, data, **settings, checkpoint=tmp_path / "k.pt", resume=True)
+    checkpoint = Checkpoint(tmp_path / "k.pt", 8)
+    with interrupted(monkeypatch, VisionTransformer, "forward", 19):
+        tune(checkpoint=checkpoint)
+    again, _ = tune(checkpoint=checkpoint)
     for (name, p), q in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(p, q), name
 
 
 def test_probes_leave_the_encoder_alone():
     images, labels = easy()
-    encoder = vit()
+    encoder = vit().train()
     features = fit.predict(down.Features(encoder), TensorDataset(images), **CPU)
     assert features.shape == (64, 64) and torch.allclose(features, encoder.features(images), atol=1e-5)
+    assert encoder.training, "the caller's encoder is unchanged"
     head, _ = down.probe(features, labels, 2, epochs=10, batch=16, **CPU)
     assert (head(features).argmax(1) == labels).float().mean() > 0.9
-    said = down.ridge(features, labels, 2, features)
-    assert (said.argmax(1) == labels).float().mean() > 0.9
+    outputs = down.ridge(features, labels, 2, features)
+    assert (outputs.argmax(1) == labels).float().mean() > 0.9
     with pytest.raises(BadParameter, match="penalty"):
         down.ridge(features, labels, 2, features, penalty=0)
 
@@ -167,12 +156,12 @@ def test_transforms():
 
 
 class Squares:
-    """Pictures of 64 x 64 with a bright square each, class 1 red and class 2 green, as `pretraining.Instances` has."""
+    """Images of 64 x 64 with a bright square each, class 1 red and class 2 green, as `pretraining.Instances` has."""
 
     def __init__(self, count=8, side=64):
         self.count, self.side = count, side
         rng = np.random.default_rng(0)
-        self.places = rng.integers(4, side - 28, (count, 2))
+        self.corners = rng.integers(4, side - 28, (count, 2))
 
     def __len__(self):
         return self.count
@@ -180,7 +169,7 @@ class Squares:
     def __getitem__(self, i):
         if i >= self.count:
             raise IndexError(i)
-        y, x = map(int, self.places[i])
+        y, x = map(int, self.corners[i])
         image = torch.full((3, self.side, self.side), 60, dtype=torch.uint8)
         image[i % 2, y : y + 24, x : x + 24] = 250
         mask = torch.zeros(1, self.side, self.side, dtype=torch.uint8)
@@ -196,7 +185,7 @@ def small_detector(**options):
 
 
 def test_the_pyramid_has_five_scales(images):
-    pyramid = down.SimplePyramid(down.like(vit()), 16)
+    pyramid = down.SimplePyramid(vit(), 16)
     maps = pyramid(images)
     assert list(maps) == ["0", "1", "2", "3", "pool"]
     assert [tuple(m.shape) for m in maps.values()] == [(4, 16, s, s) for s in (16, 8, 4, 2, 1)]
@@ -246,7 +235,7 @@ def test_jittered_crops_have_the_size_and_keep_boxes_on_masks():
         Crops(Squares(), 32, jitter=None)[0]
 
 
-def test_a_picture_without_instances_is_trained_on_too():
+def test_an_image_without_instances_is_trained_on_too():
     class Empty(Squares):
         def __getitem__(self, i):
             image, target = super().__getitem__(i)
@@ -270,9 +259,8 @@ def test_a_detector_trains_whole_and_gives_results_that_can_be_scored():
     down.detection_loss(model.train(), batch).backward()
     untrained = {n for n, p in model.named_parameters() if p.grad is None}
     assert untrained == {"backbone.vit.norm.weight", "backbone.vit.norm.bias"}
-    encoder = model.backbone.vit
-    sides = down.layer_rates(model, encoder, np.full(50, 2e-3), 0.9)
-    rows = fit.fit(model, down.detection_loss, crops, epochs=25, batch=4, sides=sides, **CPU)
+    decayed = down.layer_decayed(model, model.backbone.vit, np.full(50, 2e-3), 0.9, 1e-4)
+    rows = fit.fit(model, down.detection_loss, crops, epochs=25, batch=4, **decayed, **CPU)
     assert rows[-1]["loss"] < rows[0]["loss"]
     found = down.detections(model, data, [7, 9])
     truth = {
@@ -338,7 +326,7 @@ def test_the_loss_passes_over_what_counts_for_nothing(images):
 
 
 class Halves:
-    """Pictures whose bright side is class 1; a frame counts for nothing."""
+    """Images whose bright side is class 1; a frame counts for nothing."""
 
     def __len__(self):
         return 8
@@ -366,9 +354,9 @@ def test_scene_crops():
 
 def test_a_segmenter_learns(tmp_path):
     model, data = small_segmenter(), SceneCrops(Halves(), 32, jitter=None)
-    sides = down.layer_rates(model, model.vit, np.full(30, 3e-3), 0.9)
+    decayed = down.layer_decayed(model, model.vit, np.full(30, 3e-3), 0.9, 1e-4)
     torch.manual_seed(0)
-    fit.fit(model, down.segmentation_loss, data, epochs=15, batch=4, sides=sides, **CPU)
+    fit.fit(model, down.segmentation_loss, data, epochs=15, batch=4, **decayed, **CPU)
     right = total = 0
     for i in range(8):
         image, truth = data[i]

@@ -1,46 +1,27 @@
-"""DMT with the ancestors' settings: schedules, teachers by name and file, dry runs of all tasks, results gathered."""
+"""DMT with the ancestors' settings: schedules, teachers by name and file, dry runs of all tasks, collected results."""
 
 import itertools
-from types import SimpleNamespace
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
 
 from companion.errors import BadCheckpoint, BadParameter, MissingData, MissingWeights
-from companion.models.dmt import model as dmt
 from companion.models.dmt import recipe as runs
 from companion.models.dmt import teachers as dmt_teachers
+from companion.models.dmt.model import DMT, Teachers
+from companion.models.dmt.vit import ViT
 from companion.ops.papers import paper
+from tests.conftest import interrupted, parameters
 
-
-def given(**changes) -> SimpleNamespace:
-    settings = dict(
-        profile="paper",
-        dry_run=True,
-        seed=0,
-        task="distil",
-        dataset="",
-        encoder="distilled",
-        student="tiny",
-        teachers="MAE, MoCo v3, iBOT",
-        teacher_files="",
-        teacher_view="full",
-        target_norm="channel",
-        fusion="separate",
-        losses="token and map",
-        mask_ratio=0.75,
-        cached=False,
-        data_root="nowhere",
-        weights="",
-        accelerator="cpu",
-        devices=1,
-        precision="32-true",
-    )
-    return SimpleNamespace(**settings | changes)
+given = partial(
+    parameters, "dmt", profile="paper", dry_run=True, student="tiny", data_root="nowhere", accelerator="cpu"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -55,13 +36,13 @@ def small(monkeypatch):
     depth = {"tiny": 4, "base": 2}
 
     def build(size, **options):
-        return dmt.ViT(224, 16, 48, depth[size], 4, **options)
+        return ViT(224, 16, 48, depth[size], 4, **options)
 
-    monkeypatch.setattr(runs.dmt, "build", build)
+    monkeypatch.setattr(runs.vit, "build", build)
     monkeypatch.setattr(dmt_teachers, "build", build)
 
 
-def test_parameters_of_the_notebook_are_those_that_runs_read():
+def test_parameters_of_the_notebook_are_those_of_the_recipe():
     known = paper("dmt")["parameters"]
     assert set(known) <= set(vars(given()))
 
@@ -88,7 +69,7 @@ def test_teachers_by_name_and_file(tmp_path, small):
     with pytest.raises(BadParameter, match="teacher_files"):
         runs.teachers(given(teachers="MAE", teacher_files="iBOT=a.pth"))
     torch.manual_seed(5)
-    own = dmt.ViT(224, 16, 64, 1, 1)
+    own = ViT(224, 16, 64, 1, 1)
     torch.save({"model": own.to_official()}, tmp_path / "mae.pth")
     found = runs.teachers(given(teacher_files=f"MAE={tmp_path / 'mae.pth'}"))
     assert found.names == ("MAE", "MoCo v3", "iBOT") and found.widths == (64, 48, 48)
@@ -102,7 +83,7 @@ def test_teachers_by_name_and_file(tmp_path, small):
 def test_released_weights_are_asked_for_outside_a_dry_run(monkeypatch):
     monkeypatch.setattr("companion.backbones.try_to_load_from_cache", lambda *a: None)
     with pytest.raises(MissingWeights, match="mae"):
-        runs.setting(given(dry_run=False), None, {})
+        runs.setting(given(dry_run=False), None)
 
 
 # --- distillation -----------------------------------------------------------------------------------------------------
@@ -110,116 +91,112 @@ def test_released_weights_are_asked_for_outside_a_dry_run(monkeypatch):
 
 @pytest.mark.parametrize("losses", list(runs.LOSSES))
 def test_dry_run_of_distillation(losses, small, tmp_path):
-    setting = runs.setting(given(losses=losses, fusion="mean" if losses == "map" else "separate"), tmp_path, {})
-    model, terms = setting.build("DMT"), []
+    setting = runs.setting(given(losses=losses, fusion="mean" if losses == "map" else "separate"), tmp_path)
+    model = setting.build("DMT")
     frozen = {n: t.clone() for n, t in model.teachers.state_dict().items()}
     first = [t.clone() for t in model.student.parameters()]
-    history = setting.learn(model, "DMT", terms)
-    assert len(history) == len(terms) == 2 and setting.parts == {} and setting.methods == ("DMT",)
-    assert terms[0][0] == pytest.approx(history[0]["loss"], rel=1e-5)
+    history = setting.learn(model, "DMT")
+    assert [row["step"] for row in history] == [0, 1] and list(setting.learning_rates) == ["DMT"]
+    weights = dict(zip(("token loss", "map loss", "relation loss"), runs.LOSSES[losses], strict=True))
+    assert history[0]["loss"] == pytest.approx(sum(history[0][name] for name in weights), rel=1e-5)
+    assert all((history[0][name] > 0) == bool(weight) for name, weight in weights.items())
     assert any(not torch.equal(a, b) for a, b in zip(first, model.student.parameters(), strict=True))
     assert all(torch.equal(t, frozen[n]) for n, t in model.teachers.state_dict().items())
-    path = runs.save(model, tmp_path / "student.safetensors")
+    path = runs.save_student(model, tmp_path / "student.safetensors")
     loaded = runs.encoder(given(weights=str(path), dry_run=False))
     images = torch.randn(1, 3, 224, 224)
     assert torch.equal(loaded(images), model.export()(images))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["student.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["student.safetensors"] and setting.trained is None
 
 
-def test_a_student_that_learned_relations_keeps_the_heads_of_its_last_block(tmp_path):
-    """Tensors do not say them: read as a plain ViT-T it would have three there, and say something else."""
-    teachers = dmt.Teachers({"MAE": dmt.ViT(32, 8, 48, 1, 12)})
+def test_the_heads_of_a_student_that_learned_relations_are_saved(tmp_path):
+    """They are not in the tensors: a plain ViT-T has three in the last block, and other outputs."""
+    teachers = Teachers({"MAE": ViT(32, 8, 48, 1, 12)})
     torch.manual_seed(0)
-    model = dmt.DMT(dmt.ViT(32, 8, 192, 2, 3, last_heads=12), teachers, relation=1.0, decoder="pocket")
-    path = runs.save(model, tmp_path / "student.safetensors")
+    model = DMT(ViT(32, 8, 192, 2, 3, last_heads=12), teachers, relation_weight=1.0, decoder="pocket")
+    path = runs.save_student(model, tmp_path / "student.safetensors")
     loaded, images = runs.encoder(given(weights=str(path))), torch.randn(2, 3, 32, 32)
     assert [block.attn.num_heads for block in loaded.blocks] == [3, 12]
     assert torch.equal(loaded(images), model.export()(images))
-    assert not torch.equal(dmt.ViT.from_official(dmt_teachers.read(path))(images), loaded(images))
+    assert not torch.equal(ViT.from_official(dmt_teachers.read(path))(images), loaded(images))
     assert runs.down.like(loaded).heads == 12 and runs.down.classifier(loaded, 5).blocks[-1].attn.num_heads == 12
 
 
-def test_what_several_devices_say_of_the_losses(small, monkeypatch):
-    """Their parts are seen in other processes; the totals come back."""
-    rows = [{"step": i, "lr": 1e-3, "loss": 2.0 - i} for i in range(2)]
-    monkeypatch.setattr(runs, "fit", lambda *args, **options: rows)
-    p, terms = given(devices=2), []
-    model = runs.build(p, runs.teachers(p))
-    runs.distil(p, model, TensorDataset(torch.zeros(4, 3, 224, 224)), terms, np.full(2, 1e-3), batch=2)
-    assert terms == [[2.0], [1.0]]
-
-
 def test_dry_run_from_a_cache(small, tmp_path, monkeypatch):
-    setting = runs.setting(given(cached=True), tmp_path, {})
+    setting = runs.setting(given(cached=True), tmp_path)
     model = setting.build("DMT")
     assert model.teachers is None
     assert len(setting.learn(model, "DMT")) == 2
     assert {f.name for f in (tmp_path / "teachers").iterdir()} == {"0.npy", "1.npy", "2.npy", "cache.json"}
-    asked = []
-    forward = dmt.Teachers.forward
-    monkeypatch.setattr(dmt.Teachers, "forward", lambda *a, **k: asked.append(0) or forward(*a, **k))
-    again = runs.setting(given(cached=True), tmp_path, {})
+    monkeypatch.setattr(Teachers, "forward", None)
+    again = runs.setting(given(cached=True), tmp_path)
     again.learn(again.build("DMT"), "DMT")
-    assert not asked
     with pytest.raises(BadParameter, match="teachers"):
-        other = runs.setting(given(cached=True, seed=1), tmp_path, {})
+        other = runs.setting(given(cached=True, seed=1), tmp_path)
         other.learn(other.build("DMT"), "DMT")
     with pytest.raises(BadParameter, match="losses"):
-        runs.setting(given(cached=True, losses="with relations"), tmp_path, {})
+        runs.setting(given(cached=True, losses="with relations"), tmp_path)
 
 
-def test_gradients_that_are_added_up_are_those_of_the_whole_batch(small):
+def test_gradients_of_micro_batches_are_those_of_the_whole_batch(small):
     generator = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randn(4, 3, 224, 224, generator=generator))
     found = []
-    for at_once in (4, 2):
+    for micro_batch in (4, 2):
         p = given(mask_ratio=0.0, target_norm="ln")  # nothing is drawn
-        model, terms = runs.build(p, runs.teachers(p)), []
-        history = runs.distil(p, model, data, terms, np.full(2, 1e-3), at_once, batch=4, workers=0)
-        np.testing.assert_allclose([t[0] for t in terms], [r["loss"] for r in history], rtol=1e-5)
-        found.append([r["loss"] for r in history])
+        model = runs.build(p, runs.teachers(p))
+        history = runs.distil(p, model, data, rates=np.full(2, 1e-3), micro_batch=micro_batch, batch=4)
+        found.append([[row[name] for name in ("loss", "token loss", "map loss")] for row in history])
     np.testing.assert_allclose(*found, rtol=1e-3)
 
 
-def test_distillation_of_a_folder_goes_on_after_a_stop_and_keeps_its_student(small, tmp_path, monkeypatch):
-    folder = tmp_path / "pictures"
-    for name in ("", "a", "b/ä"):  # any depth, no label is asked for
-        (folder / name).mkdir(parents=True, exist_ok=True)
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Parameters that distil from a folder of three images, with a checkpoint after each step."""
+    root = tmp_path / "images"
+    for name in ("", "a", "b/ä"):  # any depth, no label is needed
+        (root / name).mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(len(name)).integers(0, 255, (40, 60, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / name / "picture.PNG")
-    (folder / ".hidden.png").write_text("")
-    p = given(dataset="folder", data_root=str(folder), dry_run=False)
-    monkeypatch.setattr(runs, "released", lambda p, name: dmt.ViT(224, 16, 48, 1, 4))
-    setting, steps = runs.setting(p, tmp_path, {}), []
-    assert "3 pictures" in setting.title
-    whole = dict(rates=np.full(4, 1e-3), batch=2, checkpoint_every=1)
+        Image.fromarray(pixels).save(root / name / "image.PNG")
+    (root / ".hidden.png").write_text("")
+    monkeypatch.setattr(runs, "EVERY", 1)
+    monkeypatch.setattr(runs, "released", lambda p, name: torch.manual_seed(0) and ViT(224, 16, 48, 1, 4))
+    return given(dataset="folder", data_root=str(root), dry_run=False)
 
-    def stopped(*args):
-        steps.append(0)
-        if len(steps) == 3:
-            raise KeyboardInterrupt
-        return forward(*args)
 
-    forward = dmt.DMT.forward
-    monkeypatch.setattr(dmt.DMT, "forward", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        setting.learn(setting.build("DMT"), "DMT", **whole)
-    assert not setting.kept.exists()
-    model, terms = setting.build("DMT"), []
-    history = setting.learn(model, "DMT", terms, **whole)
-    assert len(history) == 4 and len(terms) == 2 and len(steps) == 5  # two steps were done before
-    kept = runs.encoder(given(weights=str(setting.kept), dry_run=False))
+def test_a_killed_distillation_resumes_to_the_same_bits_and_saves_its_student(small, folder, tmp_path, monkeypatch):
+    options = dict(rates=np.full(4, 1e-3), batch=2)
+    killed, whole = (runs.setting(folder, tmp_path / name) for name in ("killed", "whole"))
+    assert "3 images" in killed.title
+    expected = whole.build("DMT")
+    history = whole.learn(expected, "DMT", **options)
+    with interrupted(monkeypatch, DMT, "forward", 2):
+        killed.learn(killed.build("DMT"), "DMT", **options)
+    assert not killed.trained.exists() and list((tmp_path / "killed" / "checkpoints").glob("*.pt"))
+    model = killed.build("DMT")
+    assert killed.learn(model, "DMT", **options) == history
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    saved = runs.encoder(given(weights=str(killed.trained), dry_run=False))
     images = torch.randn(1, 3, 224, 224)
-    assert torch.equal(kept(images), model.export()(images))
-    others = (("fusion", "mean"), ("seed", 1), ("mask_ratio", 0.5), ("student", "base"))
-    files = {runs.setting(given(**vars(p) | {k: v}), tmp_path, {}).kept for k, v in others}
-    assert len(files | {setting.kept}) == 5
+    assert torch.equal(saved(images), model.export()(images))
+    assert killed.trained.parent == tmp_path / "killed" / "trained"
+
+
+def test_another_distillation_has_another_checkpoint_wherever_it_is_started(small, folder, tmp_path, monkeypatch):
+    def trained(**changes):
+        return runs.setting(type(folder)(**vars(folder) | changes), tmp_path).trained
+
+    first = trained()
+    others = {trained(fusion="mean"), trained(seed=1), trained(mask_ratio=0.5), trained(student="base"), first}
+    assert len(others) == 5
+    monkeypatch.chdir(tmp_path)
+    assert trained(data_root="images") == first
     with pytest.raises(BadParameter, match="folder"):
-        runs._pictures(given(dataset="pretraining/coco"))
+        runs._images_to_distil(given(dataset="pretraining/coco"))
     with pytest.raises(MissingData, match="imagenet"):
-        runs._pictures(given())
+        runs._images_to_distil(given())
     with pytest.raises(MissingData, match="no pictures"):
-        runs._pictures(given(dataset="folder", data_root=str(tmp_path / "trained" / "none")))
+        runs._images_to_distil(given(dataset="folder", data_root=str(tmp_path / "none")))
 
 
 # --- downstream -------------------------------------------------------------------------------------------------------
@@ -227,7 +204,7 @@ def test_distillation_of_a_folder_goes_on_after_a_stop_and_keeps_its_student(sma
 
 @pytest.mark.parametrize("task", [task for task in runs.USUAL if task != "distil"])
 def test_dry_run_downstream(task, small, monkeypatch):
-    if task == "detect":  # the full picture is what the slow test takes
+    if task == "detect":  # the slow test takes the full size
         original = runs.down.detector
         few = {"rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 5, "box_batch_size_per_image": 16}
         monkeypatch.setattr(
@@ -252,7 +229,7 @@ GENERATED, CROPS = runs._Generated, runs.down.Crops
 
 @pytest.mark.parametrize("task, count", [("detect", 118_287), ("segment", 20_210)])
 def test_real_sets_are_trained_for_the_published_steps(task, count, small, monkeypatch, tmp_path):
-    """Neither set is a whole number of batches."""
+    """Neither dataset is a whole number of batches."""
 
     class Many(GENERATED):
         def __init__(self):
@@ -261,9 +238,9 @@ def test_real_sets_are_trained_for_the_published_steps(task, count, small, monke
 
     asked = []
 
-    def fit(model, loss, data, *, epochs, batch, sides, checkpoint, resume, **options):
-        steps = round(epochs * (len(data) // batch))  # as the real one reckons
-        asked.append(({len(rates) for _, rates in sides.values()}, steps, checkpoint.parent.name, resume))
+    def fit(model, loss, data, *, epochs, batch, schedule, checkpoint, **options):
+        steps = round(epochs * (len(data) // batch))
+        asked.append(({len(rates(0.0, steps, 1)) for rates in schedule.values()}, steps, checkpoint.path.parent.name))
         return []
 
     monkeypatch.setattr(runs, "fit", fit)
@@ -271,10 +248,35 @@ def test_real_sets_are_trained_for_the_published_steps(task, count, small, monke
     found = runs.downstream(given(task=task, dry_run=False, encoder="random"), tmp_path)
     found.learn(found.build())
     steps = int(runs.recipe(task)["steps"])
-    assert asked == [({steps}, steps, "trained", True)]
+    assert asked == [({steps}, steps, "checkpoints")]
 
 
-def test_bad_questions(tmp_path, small):
+@pytest.mark.parametrize("task", ["fine-tune", "linear probe"])
+def test_a_killed_task_resumes_to_the_same_bits_and_saves_its_weights(task, small, monkeypatch, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(4, 3, 224, 224, generator=generator), torch.arange(4))
+    few = {"batch": 2, "epochs": 2, "warmup_epochs": 0}
+    monkeypatch.setattr(runs, "EVERY", 1)
+    monkeypatch.setattr(runs, "_images", lambda p, split, transform: data)
+    monkeypatch.setattr(runs, "recipe", lambda name, real=runs.recipe: real(name) | few)
+    monkeypatch.setattr(runs.down, "mixed_loss", lambda classes, real=runs.down.mixed_loss: real(classes, 0, 0))
+
+    def learn(name):
+        found = runs.downstream(given(task=task, dry_run=False, encoder="random"), tmp_path / name)
+        model = found.build()
+        assert len(found.learn(model)) == 4
+        return model.state_dict()
+
+    whole = learn("whole")
+    with interrupted(monkeypatch, runs.down.F, "cross_entropy", 2):
+        learn("killed")
+    assert not (tmp_path / "killed" / "trained").exists()
+    assert all(torch.equal(value, whole[name]) for name, value in learn("killed").items())
+    (file,) = (tmp_path / "killed" / "trained").iterdir()
+    assert load_file(file).keys() == whole.keys()
+
+
+def test_bad_parameters(tmp_path, small):
     for changes, word in [({"task": "distil"}, "task"), ({"task": "fine-tune", "dataset": "vtab/dtd"}, "dataset")]:
         with pytest.raises(BadParameter, match=word):
             runs.downstream(given(**changes))
@@ -296,13 +298,13 @@ def test_augmentation_gives_normalised_crops():
     assert out.shape == (3, 224, 224)
     low, high = (0 - np.array(runs.down.MEAN)) / runs.down.STD, (1 - np.array(runs.down.MEAN)) / runs.down.STD
     assert (out.amin((1, 2)).numpy() >= low - 1e-5).all() and (out.amax((1, 2)).numpy() <= high + 1e-5).all()
-    assert repr(runs.augment()) == repr(runs.augment())  # a cache is known again by it
+    assert repr(runs.augment()) == repr(runs.augment())  # a cache's key
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def test_results_gather_and_stand_in_rows_of_their_own(tmp_path):
+def test_results_are_collected_in_rows_of_their_own(tmp_path):
     row = {
         "task": "fine-tune",
         "student": "tiny",
@@ -343,7 +345,7 @@ def test_results_gather_and_stand_in_rows_of_their_own(tmp_path):
 def test_dry_run_at_full_size(task, tmp_path):
     p = given(task=task, student="small")
     if task == "distil":
-        setting = runs.setting(p, tmp_path, {})
+        setting = runs.setting(p, tmp_path)
         assert len(setting.learn(setting.build("DMT"), "DMT")) == 2
     else:
         found = runs.downstream(p)

@@ -1,14 +1,12 @@
-"""H-ViT: counts, what is trained, what the levels see and do not see, losses, votes, names, DINO, heatmaps."""
+"""H-ViT: counts, what is trained, what the levels see and do not see, losses, votes, names, heatmaps."""
 
 from __future__ import annotations
 
 import itertools
-import math
 
 import numpy as np
 import pytest
 import torch
-from lightning_fabric import Fabric
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import TensorDataset
@@ -19,7 +17,6 @@ from companion.errors import BadCheckpoint, BadParameter, CorruptFile
 from companion.evaluation.tables import published_table
 from companion.models.hvit import model as hvit
 from companion.models.hvit.model import HViT, PatchBag, PatchEncoder, RegionEncoder, SlideTransformer
-from companion.models.layers import dino
 from companion.models.layers.pos_embed import resize_pos_embed
 from companion.models.layers.state_dicts import load_official
 from companion.ops.papers import paper
@@ -413,149 +410,6 @@ def test_a_dino_checkpoint_gives_its_teacher(tmp_path):
         hvit.read_checkpoint(tmp_path / "bad.pth")
     with pytest.raises(BadCheckpoint, match=r"phi\.0\.weight"):
         RegionEncoder.from_official(encoder.state_dict())
-
-
-# --- DINO -------------------------------------------------------------------------------------------------------------
-
-SMALL = dict(epochs=3, batch=8, lr=1e-3, warmup=1, outputs=32, hidden=32, bottleneck=16, accelerator="cpu")
-
-
-def tiny(kind: str, seed: int = 0):
-    """An encoder, pictures for it, and how they are cropped."""
-    torch.manual_seed(seed)
-    if kind == "patch":
-        views = dino.ImageViews((28, 12), small=2, mean=(0.5,) * 3, std=(0.5,) * 3)
-        return PatchEncoder(32, 4, 24, 2, 3, 2, std=None), torch.randint(256, (16, 3, 32, 32)).byte(), views
-    return RegionEncoder(4, 24, 24, 2, 3, 2, std=None, drop_path=0.1), torch.randn(16, 24, 4, 4), dino.GridViews(4, 3)
-
-
-@pytest.mark.parametrize("kind", ["patch", "region"])
-def test_dino_trains_either_level(kind):
-    encoder, pictures, views = tiny(kind)
-    before = {n: t.clone() for n, t in encoder.state_dict().items()}
-    teacher, history = dino.pretrain(encoder, pictures, views, **SMALL)
-    assert len(history) == 6 and all(math.isfinite(row["loss"]) for row in history)
-    assert all(0 <= row["entropy"] <= 1.0001 for row in history)
-    assert all(torch.equal(t, before[n]) for n, t in encoder.state_dict().items())  # the caller's stays as it was
-    changed = [n for n, t in teacher.state_dict().items() if not torch.equal(t, before[n])]
-    assert len(changed) == len(before)
-    assert not teacher.training
-
-
-@pytest.mark.parametrize("kind", ["patch", "region"])
-def test_dino_resumes_to_the_same_bits(kind, tmp_path, monkeypatch):
-    encoder, pictures, views = tiny(kind)
-    whole, history = dino.pretrain(encoder, pictures, views, **SMALL)
-    path = tmp_path / "dino.pt"
-
-    class Killed(Exception): ...
-
-    def progress(items, *_):
-        for i, item in enumerate(items):
-            if i == 4:
-                raise Killed
-            yield item
-
-    with monkeypatch.context() as patch:
-        patch.setattr(dino, "progress", progress)
-        with pytest.raises(Killed):
-            dino.pretrain(encoder, pictures, views, checkpoint=path, checkpoint_every=3, **SMALL)
-    resumed, again = dino.pretrain(encoder, pictures, views, checkpoint=path, resume=True, **SMALL)
-    assert [row["loss"] for row in again] == [row["loss"] for row in history]
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
-    with pytest.raises(BadParameter, match="momentum"):
-        dino.pretrain(encoder, pictures, views, checkpoint=path, resume=True, momentum=0.5, **SMALL)
-    path.write_bytes(b"no")
-    with pytest.raises(CorruptFile):
-        dino.pretrain(encoder, pictures, views, checkpoint=path, resume=True, **SMALL)
-
-
-def test_dinos_moments_are_loaded_where_the_tensors_are(tmp_path, monkeypatch):
-    """On a card that is after the move there, which a stand-in for a card notes."""
-    encoder, pictures, views = tiny("region")
-    dino.pretrain(encoder, pictures, views, checkpoint=tmp_path / "dino.pt", **SMALL)
-    order, load = [], torch.optim.AdamW.load_state_dict
-
-    class Card(Fabric):
-        def to_device(self, obj):
-            order.append("moved")
-            return super().to_device(obj)
-
-    monkeypatch.setattr(dino, "launcher", lambda **settings: Card(**settings))
-    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda *given: (order.append("loaded"), load(*given)))
-    dino.pretrain(encoder, pictures, views, checkpoint=tmp_path / "dino.pt", resume=True, **SMALL)
-    assert order == ["moved", "loaded"]
-
-
-def test_dinos_teacher_follows_by_its_momentum(monkeypatch):
-    encoder, pictures, views = tiny("region")
-    seen = []
-    original = dino.Loss.forward
-
-    def spy(self, student, teacher, crops):
-        seen.append((len(student), len(teacher), crops))
-        return original(self, student, teacher, crops)
-
-    monkeypatch.setattr(dino.Loss, "forward", spy)
-    teacher, _ = dino.pretrain(encoder, pictures, views, **SMALL | {"momentum": 1.0})
-    assert seen[0] == (5 * 8, 2 * 8, 5)
-    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), encoder.parameters(), strict=True))
-
-
-def test_views():
-    pictures = torch.rand(4, 3, 32, 32)
-    crops = dino.ImageViews((28, 12), small=3)(pictures)
-    assert [tuple(c.shape) for c in crops] == [(4, 3, 28, 28)] * 2 + [(4, 3, 12, 12)] * 3
-    grids = torch.arange(64.0).reshape(1, 1, 8, 8).expand(5, 1, 8, 8)
-    views = dino.GridViews(8)
-    assert views.sides == [7, 7] + [3] * 8
-    assert dino.GridViews(16).sides[::9] == [14, 6] and dino.GridViews(4).sides[::9] == [3, 1]
-    flips = set()
-    for crop in views(grids):
-        right, down = crop[:, 0, 0, 1] - crop[:, 0, 0, 0], crop[:, 0, 1, 0] - crop[:, 0, 0, 0]
-        assert (down == 8).all() and (right.abs() == 1).all()  # flipped left to right or not, and nothing else
-        flips |= set(right.tolist())
-    assert flips == {-1.0, 1.0}
-    with pytest.raises(BadParameter, match="8"):
-        views(grids[..., :7])
-
-
-def test_dinos_centre_and_pairs():
-    loss = dino.Loss(4)
-    said, wanted = torch.randn(3 * 2, 4), torch.randn(2 * 2, 4)
-    p = (wanted / 0.04).softmax(-1).chunk(2)
-    q = (said / 0.1).log_softmax(-1).chunk(3)
-    pairs = [(0, 1), (0, 2), (1, 0), (1, 2)]
-    expected = torch.stack([-(p[i] * q[j]).sum(-1).mean() for i, j in pairs]).mean()
-    torch.testing.assert_close(loss(said, wanted, 3), expected)
-    torch.testing.assert_close(loss.centre, 0.1 * wanted.mean(0, keepdim=True))
-
-
-@pytest.mark.parametrize("change", [{"batch": 17}, {"batch": 0}, {"warmup": 4}])
-def test_bad_settings_of_dino(change):
-    encoder, pictures, views = tiny("region")
-    with pytest.raises(BadParameter, match=next(iter(change))):
-        dino.pretrain(encoder, pictures, views, **SMALL | change)
-
-
-def test_dino_refuses_a_frozen_encoder():
-    encoder, pictures, views = tiny("region")
-    with pytest.raises(BadParameter, match="frozen"):
-        dino.pretrain(encoder.requires_grad_(False), pictures, views, **SMALL)
-
-
-def test_heads_of_the_authors_names():
-    head = dino.Head(8, 16, 12, 6)
-    state = head.state_dict()
-    official = {o: state[n] for n, o in head.official_names().items()}
-    again = dino.Head.from_official(official)
-    x = torch.randn(3, 8)
-    assert torch.equal(head(x), again(x))
-    del official["mlp.2.bias"]
-    with pytest.raises(BadCheckpoint, match=r"mlp\.2\.bias"):
-        dino.Head.from_official(official)
-    with pytest.raises(BadCheckpoint, match=r"last_layer\.weight_g"):
-        dino.Head.from_official({})
 
 
 # --- heatmaps ---------------------------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
-"""DMT's study: all students start alike, each method trains what it says, probes and leads measure what they say."""
+"""DMT's ablations: equal initial students, the tensors that each method trains, probes and leads."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from companion.models.dmt import model as dmt
+from companion.models.dmt import Teachers
 from companion.ops.papers import paper
 from companion.toy.ablations import dmt as study
 from companion.toy.datasets import collage
@@ -17,11 +17,11 @@ SEED = 5
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A data root with a few collages of one seed."""
-    path, kept = tmp_path_factory.mktemp("study"), dict(collage.COUNTS)
+    path, counts = tmp_path_factory.mktemp("study"), dict(collage.COUNTS)
     collage.COUNTS.update(train=320, val=60, test=60)
-    collage.write(study.folder(path, SEED), SEED)
+    study.write(path, SEED)
     yield str(path)
-    collage.COUNTS.update(kept)
+    collage.COUNTS.update(counts)
     study.part.cache_clear()
 
 
@@ -38,17 +38,13 @@ def test_all_students_start_alike_and_every_tensor_is_trained(root, method):
     encoder = model.student if method in study.STUDENTS else model.encoder
     first = study.student(SEED).state_dict()
     assert all(torch.equal(first[name], value) for name, value in encoder.state_dict().items())
-    study.STEPS, kept = 3, study.STEPS
-    try:
-        trained, whole, history = study.train_model(method, 2e-3, SEED, root, 3)
-    finally:
-        study.STEPS = kept
+    trained, whole, history = study.train_model(method, 2e-3, SEED, root, 3)
     assert len(history) == 3 and not trained.training
     assert all(not torch.equal(first[name], value) for name, value in trained.named_parameters() if value.requires_grad)
     if method == "same view":
         for name, shipped in taught.load().items():
-            asked = whole.teachers.models[name].state_dict()
-            assert all(torch.equal(value, asked[key]) for key, value in shipped.state_dict().items())
+            found = whole.teachers.models[name].state_dict()
+            assert all(torch.equal(value, found[key]) for key, value in shipped.state_dict().items())
 
 
 def test_what_the_methods_change(root):
@@ -64,11 +60,11 @@ def test_what_the_methods_change(root):
     assert models["same view"].teachers.view == "same" and models["DMT"].teachers is None
 
 
-def test_the_cache_says_what_the_teachers_say(root):
-    cache, data = study.said(root, SEED), study.part(root, SEED, "train")
-    asked = dmt.Teachers(taught.load())(data.images[:20]).tokens
-    for kept, said in zip(cache.tensors(), asked, strict=True):
-        assert kept.shape == (320, 17, 48) and torch.allclose(kept[:20], said, atol=1e-5)
+def test_cached_tokens_are_those_of_the_teachers(root):
+    cache, data = study.cached_tokens(root, SEED), study.part(root, SEED, "train")
+    expected = Teachers(taught.load())(data.images[:20]).tokens
+    for cached, tokens in zip(cache.tensors(), expected, strict=True):
+        assert cached.shape == (320, 17, 48) and torch.allclose(cached[:20], tokens, atol=1e-5)
     pair = study.assemble("MAE + iBOT", SEED, root)[2].tensors
     assert torch.equal(pair[1], cache.tensors()[0]) and torch.equal(pair[2], cache.tensors()[2])
 
@@ -85,11 +81,11 @@ def test_rows_hold_every_measure(root):
     assert study.METRIC in row
 
 
-def test_rates_are_chosen_on_validation_after_half_the_steps(root, monkeypatch):
+def test_learning_rates_are_chosen_on_validation_after_half_the_steps(root, monkeypatch):
     asked, split_of = [], []
-    kept = study.part
+    real_part = study.part
     monkeypatch.setattr(study, "STEPS", 6)
-    monkeypatch.setattr(study, "part", lambda root, seed, split: split_of.append(split) or kept(root, seed, split))
+    monkeypatch.setattr(study, "part", lambda root, seed, split: split_of.append(split) or real_part(root, seed, split))
     real = study.fit
     monkeypatch.setattr(study, "fit", lambda *a, **o: asked.append(o["epochs"] * (320 // 128)) or real(*a, **o))
     chosen = study.train("MAE only", study.TASK, 1e-3, SEED, root, "select")

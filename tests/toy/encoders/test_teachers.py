@@ -1,4 +1,4 @@
-"""The pocket teachers: what is shipped, what each is blind to, views, and probes."""
+"""The shipped teachers: their card, the factor that each cannot see, views, and probes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from companion.toy.encoders import teachers as taught
 
 @pytest.fixture(scope="module")
 def images():
-    return taught.pictures(48, "train", 3).images
+    return taught.collages(48, "train", 3).images
 
 
 def test_the_shipped_teachers_are_those_of_the_card():
@@ -58,7 +58,7 @@ def test_views(images):
     torch.manual_seed(0)
     cut = taught.crops(images, (0.3, 1.0))
     assert cut.shape == images.shape and not torch.allclose(cut, images, atol=0.1)
-    # crops of the whole picture are the picture, mirrored or not
+    # crops of the whole image are the image, mirrored or not
     whole = taught.crops(images, (1.0, 1.0))
     assert whole.shape == images.shape
     lit = taught.light(images, (0.5, 1.5), 0.2)

@@ -1,18 +1,17 @@
-"""What DMT's teachers say of every picture, kept on disk, so that epochs after the first cost the student alone.
+"""The tokens of DMT's teachers for every image, on disk, so that epochs after the first cost the student alone.
 
-    views = Views(pictures, augment, copies=4, seed=0)       # four fixed augmentations of each picture
-    cache = build("cache", teachers, views)                  # asks the teachers; goes on where it was stopped
-    fit.fit(DMT(student, teachers.widths), dmt.loss, Distilled(views, cache), ...)
+    views = Views(images, augment, copies=4, seed=0)         # four fixed augmentations of each image
+    cache = build("cache", teachers, views)                  # runs the teachers; resumes where it was stopped
+    fit(DMT(student, teachers.widths), loss, Distilled(views, cache), ...)
 
-Tokens are kept before they are normalised, one memory-mapped file a teacher, in the row `copy * pictures + picture`. At
-paper size a picture takes 0.9 MB in float16 for three ViT-B (197 x 768 numbers each), ImageNet-1k 1.2 TB a copy.
+Tokens are stored before they are normalised, one memory-mapped file a teacher, in the row `copy * images + image`. At
+paper size an image takes 0.9 MB in float16 for three ViT-B (197 x 768 values each), ImageNet-1k 1.2 TB a copy.
 
-A cache that was made with other teachers, pictures, augmentations or settings is refused; nothing of it is overwritten.
+A cache that was made with other teachers, images, augmentations or settings is refused; nothing of it is overwritten.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -26,73 +25,67 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from ...errors import BadParameter, CompanionError, CorruptFile, MissingData
 from ...ops.files import read_json, write_json
 from ...ops.progress import progress
-from ...training.fit import launcher
+from ...training.checkpoints import checkpoint_key
+from ...training.fit import AUTO, Hardware, launcher
 from .model import Teachers
 
 DTYPES = ("float16", "float32")
 
 
 class Views(Dataset):
-    """Pictures under fixed random augmentations: view `copy * len(pictures) + i` is always the same.
+    """Images under fixed random augmentations: view `copy * len(images) + i` is always the same.
 
     Args:
-        pictures: (N, 3, H, W), or a data set whose items are pictures or begin with one.
-        augment: from one to what the student and the teachers see; it draws from torch's generator. None: as it is.
-        copies: augmentations of each picture.
+        images: (N, 3, H, W), or a dataset whose items are images or begin with one.
+        augment: from an image to the input of student and teachers; it draws from torch's generator. None: unchanged.
+        copies: augmentations of each image.
         seed: of all of them.
     """
 
-    def __init__(self, pictures: Tensor | Dataset, augment: Callable | None = None, copies: int = 1, seed: int = 0):
+    def __init__(self, images: Tensor | Dataset, augment: Callable | None = None, copies: int = 1, seed: int = 0):
         if copies < 1:
             raise BadParameter("copies", copies, "1 or more")
-        self.pictures, self.augment, self.copies, self.seed = pictures, augment, copies, seed
+        self.images, self.augment, self.copies, self.seed = images, augment, copies, seed
 
     def __len__(self) -> int:
-        return len(self.pictures) * self.copies
+        return len(self.images) * self.copies
 
     def __getitem__(self, row: int) -> Tensor:
-        copy, index = divmod(row, len(self.pictures))
+        copy, index = divmod(row, len(self.images))
         if not 0 <= copy < self.copies:
             raise IndexError(row)
         seed = int(np.random.SeedSequence((self.seed, copy, index)).generate_state(1, np.uint64)[0] >> 1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            item = self.pictures[index]
-            picture = item[0] if isinstance(item, (tuple, list)) else item
-            return picture if self.augment is None else self.augment(picture)
+            item = self.images[index]
+            image = item[0] if isinstance(item, (tuple, list)) else item
+            return image if self.augment is None else self.augment(image)
 
-    def identity(self) -> str:
-        """A hash of what the views are made of: all pictures when they are tensors, their paths when they have some
-        (`sources` or `samples`), otherwise their number and the first and the last one."""
-        augment = getattr(self.augment, "__qualname__", repr(self.augment))  # a function's repr has its address
-        digest = hashlib.sha256(repr((len(self.pictures), augment, self.copies, self.seed)).encode())
-        tensors = self.pictures if isinstance(self.pictures, Tensor) else getattr(self.pictures, "tensors", [None])[0]
-        listed = getattr(self.pictures, "sources", getattr(self.pictures, "samples", None))
-        if tensors is not None:
-            digest.update(tensors.contiguous().cpu().numpy().tobytes())
-        elif listed is not None and not isinstance(listed, np.ndarray):
-            digest.update("\n".join(map(str, listed)).encode())
-        else:
-            for row in (0, len(self) - 1):
-                digest.update(np.ascontiguousarray(self[row]).tobytes())
-        return digest.hexdigest()
+    def key(self) -> str:
+        """A hash of what the views are made of: of all images when they are tensors, of their paths when they have some
+        (`sources` or `samples`), otherwise of their number and of the first and the last view."""
+        content = self.images if isinstance(self.images, Tensor) else getattr(self.images, "tensors", [None])[0]
+        if content is None:
+            listed = getattr(self.images, "sources", getattr(self.images, "samples", None))
+            known = listed is not None and not isinstance(listed, np.ndarray)
+            content = [str(path) for path in listed] if known else [self[0], self[len(self) - 1]]
+        # a function's repr has its address
+        augment = getattr(self.augment, "__qualname__", repr(self.augment))
+        return checkpoint_key(
+            images=len(self.images), augment=augment, copies=self.copies, seed=self.seed, content=content
+        )
 
 
-def teachers_identity(teachers: Teachers) -> dict[str, str]:
-    """A hash of each teacher's tensors, and of what it is asked."""
-    found = {}
-    for name, model in teachers.models.items():
-        sees = getattr(teachers.sees.get(name), "__qualname__", repr(teachers.sees.get(name)))
-        heads = [block.attn.num_heads for block in model.blocks]
-        digest = hashlib.sha256(repr((name, teachers.layer, sees, heads)).encode())
-        for key, value in model.state_dict().items():
-            digest.update(key.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
-        found[name] = digest.hexdigest()
-    return found
+def _keys(teachers: Teachers) -> dict[str, str]:
+    """A hash of each teacher: of its tensors, and of the heads of its blocks, which no tensor shows."""
+    return {
+        name: checkpoint_key(model=model, heads=[block.attn.num_heads for block in model.blocks])
+        for name, model in teachers.models.items()
+    }
 
 
 class Cache:
-    """A finished cache: `cache[row]` is a list of K tensors (N, D_k), in the type they are stored in."""
+    """A finished cache: `cache[row]` is a list of K tensors (N, D_k), in the dtype they are stored in."""
 
     def __init__(self, folder: str | Path, settings: dict):
         self.folder, self.settings = Path(folder), settings
@@ -112,15 +105,15 @@ class Cache:
         return self.rows
 
     def __getitem__(self, row: int) -> list[Tensor]:
-        return [torch.from_numpy(np.array(kept[row])) for kept in self.maps]
+        return [torch.from_numpy(np.array(tokens[row])) for tokens in self.maps]
 
     def tensors(self) -> list[Tensor]:
         """All rows, (rows, N, D_k) each, still on disk: read where they are indexed."""
-        return [torch.from_numpy(kept) for kept in self.maps]
+        return [torch.from_numpy(tokens) for tokens in self.maps]
 
 
 class Distilled(Dataset):
-    """Items (picture, tokens of teacher 1, ..., K) for `dmt.loss`: each epoch another of a picture's copies, by chance.
+    """Items (image, tokens of teacher 1, ..., K) for `model.loss`: each epoch a random one of an image's copies.
 
     Args:
         views, cache: as given to, and by, `build`.
@@ -132,7 +125,7 @@ class Distilled(Dataset):
         self.views, self.cache = views, cache
 
     def __len__(self) -> int:
-        return len(self.views.pictures)
+        return len(self.views.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         copy = int(torch.randint(self.views.copies, ())) if self.views.copies > 1 else 0
@@ -141,9 +134,9 @@ class Distilled(Dataset):
 
 
 def in_memory(views: Views, cache: Cache) -> TensorDataset:
-    """`Distilled` for small pictures of a single copy: `fit.fit` indexes it without a loader."""
+    """`Distilled` for small images of a single copy: `fit` indexes it without a loader."""
     if views.copies != 1:
-        raise BadParameter("copies", views.copies, "1: a tensor has one row a picture")
+        raise BadParameter("copies", views.copies, "1: a tensor has one row an image")
     return TensorDataset(torch.stack([views[i] for i in range(len(views))]), *cache.tensors())
 
 
@@ -155,26 +148,24 @@ def build(
     dtype: str = "float16",
     batch: int = 64,
     every: int = 20,
-    workers: int = 0,
-    accelerator: str = "auto",
-    precision: str = "32-true",
+    hardware: Hardware = AUTO,
 ) -> Cache:
-    """The cache in `folder`: opened when it is there, otherwise made, or finished from where it was stopped.
+    """The cache in `folder`: opened when it is there, otherwise made, or resumed.
 
     Args:
-        teachers: with the whole picture as their view: others depend on what the student sees.
-        dtype: that tokens are stored in, float16 or float32.
-        batch: pictures that the teachers are asked about at once.
-        every: batches after which what was done is noted.
-        workers: processes that load pictures. accelerator, precision: as in `fit.fit`.
+        teachers: with the whole image as their view: others depend on the student's masks.
+        dtype: of the stored tokens, float16 or float32.
+        batch: images that go through the teachers at once.
+        every: batches after which the progress is written.
+        hardware: as in `fit`, of one device.
 
     Raises:
-        BadParameter: another view or type, or a cache of other teachers, pictures or settings: it says which.
-        CompanionError: not enough room on the disk, or numbers that the type cannot hold.
+        BadParameter: another view or dtype, or a cache of other teachers, images or settings: it names which.
+        CompanionError: not enough room on the disk, or values that the dtype cannot hold.
         CorruptFile: a file of the cache cannot be read.
     """
     if teachers.view != "full":
-        raise BadParameter("teacher_view", teachers.view, "'full': what a teacher says of a random part changes anew")
+        raise BadParameter("teacher_view", teachers.view, "'full': tokens of a random part differ each time")
     if dtype not in DTYPES:
         raise BadParameter("dtype", dtype, DTYPES)
     folder, first = Path(folder), views[0][None]
@@ -185,29 +176,29 @@ def build(
         "tokens": tokens,
         "widths": list(teachers.widths),
         "dtype": dtype,
-        "pictures": views.identity(),
-        "teachers": teachers_identity(teachers),
+        "images": views.key(),
+        "teachers": _keys(teachers),
     }
     if (folder / "cache.json").is_file():
         _check(folder / "cache.json", settings)
         return Cache(folder, settings)
     done = _start(folder, settings)
 
-    kept = [np.lib.format.open_memmap(folder / f"{k}.part", mode="r+") for k in range(len(settings["widths"]))]
-    fabric = launcher(accelerator=accelerator, devices=1, precision=precision)
-    asked = fabric.setup_module(teachers)
-    stream = DataLoader(Subset(views, range(done, len(views))), batch, num_workers=workers)
-    for number, pictures in enumerate(progress(stream, "teachers", len(stream)), 1):
-        for name, array, said in zip(teachers.names, kept, asked(pictures.to(fabric.device)).tokens, strict=True):
-            said = said.float().cpu()
-            if not said.isfinite().all() or said.abs().max() > np.finfo(dtype).max:
-                raise CompanionError(f"{name} says numbers that {dtype} cannot hold: dtype = 'float32'")
-            array[done : done + len(said)] = said.numpy()
-        done += len(pictures)
+    files = [np.lib.format.open_memmap(folder / f"{k}.part", mode="r+") for k in range(len(settings["widths"]))]
+    fabric = launcher(accelerator=hardware.accelerator, devices=1, precision=hardware.precision)
+    wrapped = fabric.setup_module(teachers)
+    stream = DataLoader(Subset(views, range(done, len(views))), batch, num_workers=hardware.workers)
+    for number, images in enumerate(progress(stream, "teachers", len(stream)), 1):
+        for name, file, output in zip(teachers.names, files, wrapped(images.to(fabric.device)).tokens, strict=True):
+            output = output.float().cpu()
+            if not output.isfinite().all() or output.abs().max() > np.finfo(dtype).max:
+                raise CompanionError(f"{name} returns values that {dtype} cannot hold: dtype = 'float32'")
+            file[done : done + len(output)] = output.numpy()
+        done += len(images)
         if number % every == 0:
-            _note(folder, settings, kept, done)
-    _note(folder, settings, kept, done)
-    del kept
+            _write_progress(folder, settings, files, done)
+    _write_progress(folder, settings, files, done)
+    del files
     for k in range(len(settings["widths"])):
         (folder / f"{k}.part").replace(folder / f"{k}.npy")
     write_json(folder / "cache.json", settings)
@@ -225,31 +216,29 @@ def load(folder: str | Path, teachers: Teachers | None = None) -> Cache:
     """
     path = Path(folder) / "cache.json"
     if not path.is_file():
-        layout = "cache.json    settings\n<k>.npy       tokens of teacher k, (rows, tokens, width)"
-        detail = "it was not finished: `build` goes on" if (Path(folder) / "progress.json").is_file() else ""
         raise MissingData(
             "cached teachers",
             folder,
-            layout,
-            "`dmt_cache.build`, which asks the teachers",
-            "that of the pictures and the teachers",
-            detail,
+            "cache.json    settings\n<k>.npy       tokens of teacher k, (rows, tokens, width)",
+            "`dmt.cache.build`, which runs the teachers",
+            "that of the images and the teachers",
+            "it was not finished: `build` resumes it" if (Path(folder) / "progress.json").is_file() else "",
         )
     settings = read_json(path)
     if not isinstance(settings, dict) or not {"rows", "tokens", "widths", "dtype", "teachers"} <= settings.keys():
         raise CorruptFile(path, "not the settings of cached teachers")
     if teachers is not None:
-        _check(path, {"teachers": teachers_identity(teachers)})
+        _check(path, {"teachers": _keys(teachers)})
     return Cache(folder, settings)
 
 
 def size(rows: int, tokens: int, widths: Sequence[int], dtype: str = "float16") -> int:
-    """The bytes that a cache takes."""
+    """The size of a cache in bytes."""
     return rows * tokens * sum(widths) * np.dtype(dtype).itemsize
 
 
 def _check(path: Path, settings: dict) -> dict:
-    """What the file says, when it agrees with `settings`."""
+    """The settings in the file, when they agree with `settings`."""
     written = read_json(path)
     if not isinstance(written, dict):
         raise CorruptFile(path, "not the settings of cached teachers")
@@ -261,7 +250,7 @@ def _check(path: Path, settings: dict) -> dict:
 
 
 def _start(folder: Path, settings: dict) -> int:
-    """How many rows are there already; files for all of them are made when there are none."""
+    """The number of finished rows; files for all of them are made when there are none."""
     note = folder / "progress.json"
     if note.is_file():
         written = _check(note, settings)
@@ -293,8 +282,8 @@ def _start(folder: Path, settings: dict) -> int:
     return 0
 
 
-def _note(folder: Path, settings: dict, kept: Sequence[np.memmap], done: int) -> None:
+def _write_progress(folder: Path, settings: dict, files: Sequence[np.memmap], done: int) -> None:
     """Rows first, then how many there are: a stop in between repeats some."""
-    for array in kept:
-        array.flush()
+    for file in files:
+        file.flush()
     write_json(folder / "progress.json", settings | {"done": done})

@@ -1,18 +1,19 @@
-"""What a pre-trained ViT is good for: fine-tuning, a linear probe, Mask R-CNN on a simple pyramid, UPerNet.
+"""Downstream tasks of a pre-trained ViT: fine-tuning, a linear probe, Mask R-CNN on a simple pyramid, UPerNet.
 
-    classifier, fine_tune     mean of the patch tokens -> fresh norm -> linear, all trained, deep layers faster (MAE)
-    probe, ridge              frozen features -> linear; by steps (MAE) or in closed form (pocket)
+    classifier, fine_tune     mean of the patch tokens -> new norm -> linear, all trained, with layer decay (MAE)
+    probe, ridge              frozen features -> linear; by SGD (MAE) or in closed form (pocket)
     detector, Crops           blocks -> pyramid of four scales -> torchvision's Mask R-CNN (ViTDet)
     segmenter, SceneCrops     blocks 3, 5, 7, 11 -> four scales -> transformers' UPerNet head (MAE, BEiT)
 
 DMT's own recipes could not be found: these are those of MAE and G2SD [anc], and each function says where it differs.
-Every one takes a `dmt.ViT` of any size, and trains through `fit.fit`.
+Every one takes a `ViT` of any size, copies it, and trains through `fit`.
 
-Shapes: B pictures of S x S pixels, D the ViT's width, g = S / patch.
+Shapes: B images of S x S pixels, D the ViT's width, g = S / patch.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -31,15 +32,16 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.transforms import InterpolationMode, v2
 
 from ...errors import BadParameter
-from ...training.fit import fit, learning_rates
-from .model import ViT
+from ...training.fit import History, fit
+from ...training.schedules import adamw, given, learning_rates, param_groups, sgd
+from .vit import ViT
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of all released teachers
 IGNORED = 255
 
 
 def like(vit: ViT, drop_path: float = 0.0) -> ViT:
-    """A copy with stochastic depth, all of it trained, the table of positions too."""
+    """A copy with stochastic depth, all of it trained, the position embedding too."""
     block = vit.blocks[0]
     model = ViT(
         vit.image,
@@ -56,26 +58,32 @@ def like(vit: ViT, drop_path: float = 0.0) -> ViT:
     return model.requires_grad_(True)
 
 
-def layer_rates(model: nn.Module, encoder: nn.Module, rates: np.ndarray, layer_decay: float = 0.65) -> dict:
-    """Learning rates by layer for `fit.fit(sides=...)`: those of the encoder fall by `layer_decay` a block downwards.
+def layer_decayed(
+    model: nn.Module, encoder: nn.Module, rates: np.ndarray, layer_decay: float = 0.65, weight_decay: float = 0.05
+) -> dict:
+    """AdamW and learning rates by layer, `optimizer` and `schedule` of `fit`: `layer_decay` a block downwards.
 
-    As in MAE, BEiT and ViTDet: patches, class token and positions are layer 0, block i is layer i + 1, everything after
-    has the full rate. (There tokens and positions have no weight decay; `fit` spares vectors and biases alone.)
+    As in MAE, BEiT and ViTDet: patches, [CLS] token and positions are layer 0, block i is layer i + 1, everything after
+    has the full learning rate. (There [CLS] token and positions have no weight decay; ours spares vectors and biases.)
 
     Args:
         encoder: the ViT inside `model`, ours or timm's.
-        rates: the full rate at each step, (steps,).
+        rates: the full learning rate at each step, (steps,).
     """
     if not 0 < layer_decay <= 1:
         raise BadParameter("layer_decay", layer_decay, "above 0, up to 1")
     depth = len(encoder.blocks)
     layer = {id(p): 0 for p in (encoder.cls_token, encoder.pos_embed, *encoder.patch_embed.parameters())}
     layer |= {id(p): i + 1 for i, block in enumerate(encoder.blocks) for p in block.parameters()}
-    groups: dict[int, list[nn.Parameter]] = {}
+    layers: dict[int, list[nn.Parameter]] = {}
     for p in model.parameters():
         if p.requires_grad:
-            groups.setdefault(layer.get(id(p), depth + 1), []).append(p)
-    return {f"layer {i}": (groups[i], rates * layer_decay ** (depth + 1 - i)) for i in sorted(groups)}
+            layers.setdefault(layer.get(id(p), depth + 1), []).append(p)
+    groups = [g for i in sorted(layers) for g in param_groups(layers[i], weight_decay, name=f"layer {i}")]
+    return {
+        "optimizer": adamw(max(rates), weight_decay, groups=lambda model: groups),
+        "schedule": {f"layer {i}": given(rates * layer_decay ** (depth + 1 - i)) for i in layers},
+    }
 
 
 # --- classification ---------------------------------------------------------------------------------------------------
@@ -124,16 +132,16 @@ def train_transform(size: int = 224, mean: Sequence[float] = MEAN, std: Sequence
 
 
 def test_transform(size: int = 224, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> v2.Transform:
-    """The centre of a picture whose short side is size x 256 / 224, bicubic."""
+    """The centre of an image whose short side is size x 256 / 224, bicubic."""
     cubic = InterpolationMode.BICUBIC
     steps = [v2.Resize(round(size * 256 / 224), cubic, antialias=True), v2.CenterCrop(size), v2.PILToTensor()]
     return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))])
 
 
 def mixed_loss(classes: int, mixup: float = 0.8, cutmix: float = 1.0, smoothing: float = 0.1) -> Callable:
-    """For `fit.fit`: cross-entropy of smoothed labels, pictures mixed in pairs by timm; 0 and 0 mix nothing.
+    """For `fit`: cross-entropy of smoothed labels, images mixed in pairs by timm; 0 and 0 mix nothing.
 
-    Which way is drawn anew for each batch, from torch's generator, so that a resumed run mixes alike.
+    The mix is drawn for each batch from torch's generator, so that a resumed run mixes alike.
     """
     mix = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=classes) if mixup or cutmix else None
 
@@ -167,39 +175,29 @@ def fine_tune(
     smoothing: float = 0.1,
     weight_decay: float = 0.05,
     **options: object,
-) -> tuple[VisionTransformer, list[dict]]:
+) -> tuple[VisionTransformer, History]:
     """A trained classifier and its history. Defaults are MAE's for ViT-B.
 
     Args:
-        data: of (picture, label).
-        lr: by default 5e-4 for each 256 pictures of a batch.
+        data: of (image, label).
+        lr: by default 5e-4 for each 256 images of a batch.
         warmup: a share of the steps (MAE: 5 of 100 epochs).
-        options: of `fit.fit`.
+        options: of `fit`.
     """
     model = classifier(vit, classes, drop_path=drop_path)
     steps = max(1, round(epochs * (len(data) // batch)))
-    lr = 5e-4 * batch / 256 if lr is None else lr
-    rates = learning_rates("cosine", lr, steps, round(warmup * steps), 1e-6)
-    sides = layer_rates(model, model, rates, layer_decay)
-    history = fit(
-        model,
-        mixed_loss(classes, mixup, cutmix, smoothing),
-        data,
-        epochs=epochs,
-        batch=batch,
-        sides=sides,
-        weight_decay=weight_decay,
-        **options,
-    )
-    return model, history
+    rates = learning_rates("cosine", 5e-4 * batch / 256 if lr is None else lr, steps, round(warmup * steps), 1e-6)
+    decayed = layer_decayed(model, model, rates, layer_decay, weight_decay)
+    loss = mixed_loss(classes, mixup, cutmix, smoothing)
+    return model, fit(model, loss, data, epochs=epochs, batch=batch, **decayed, **options)
 
 
 class Features(nn.Module):
-    """A frozen encoder's features (B, 2 D): class token and mean patch token, after its norm."""
+    """A frozen encoder's features (B, 2 D): [CLS] token and mean patch token, after its norm."""
 
     def __init__(self, vit: ViT):
         super().__init__()
-        self.vit = vit.eval()
+        self.vit = copy.deepcopy(vit).eval()
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -215,10 +213,13 @@ def probe(
     batch: int = 256,
     lr: float = 0.1,
     **options: object,
-) -> tuple[nn.Module, list[dict]]:
-    """A linear probe on features (n, F) by steps, and its history: batch norm without affine, then linear (MAE).
+) -> tuple[nn.Module, History]:
+    """A linear probe on features (n, F) by SGD, and its history: batch norm without affine, then linear (MAE).
 
     MAE's optimiser is LARS, for batches of 16,384; here it is SGD with momentum, and batches are small.
+
+    Args:
+        options: of `fit`.
     """
     model = nn.Sequential(
         nn.BatchNorm1d(features.shape[1], affine=False, eps=1e-6), nn.Linear(features.shape[1], classes)
@@ -226,24 +227,17 @@ def probe(
     nn.init.trunc_normal_(model[1].weight, std=0.01)
     nn.init.zeros_(model[1].bias)
     data = TensorDataset(features, labels)
-    history = fit(
-        model,
-        lambda m, b: F.cross_entropy(m(b[0]), b[1]),
-        data,
-        epochs=epochs,
-        batch=batch,
-        lr=lr,
-        optimizer="sgd",
-        weight_decay=0.0,
-        **options,
-    )
-    return model, history
+
+    def loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    return model, fit(model, loss, data, epochs=epochs, batch=batch, optimizer=sgd(lr), **options)
 
 
 def ridge(features: Tensor, labels: Tensor, classes: int, others: Tensor, penalty: float = 30.0) -> Tensor:
-    """A linear probe in closed form: what it says, (m, classes), of the features `others` (m, F) [house, section 14.2].
+    """The outputs (m, classes) of a linear probe in closed form for the features `others` (m, F) [house, section 14.2].
 
-    One-hot labels by ridge regression on features (n, F) that are standardised by their own mean and deviation.
+    One-hot labels by ridge regression on features (n, F) that are standardised by their own mean and std.
     """
     if penalty <= 0:
         raise BadParameter("penalty", penalty, "above 0")
@@ -286,13 +280,15 @@ def _maps(vit: ViT, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
 class SimplePyramid(nn.Module):
     """ViTDet's: the last block's map at 4, 2, 1 and 1/2 times its side, each by itself, and a coarser one by pooling.
 
-    ViTDet's blocks attend within windows but for four of them, to save memory; ours attend to everything.
+    The encoder is copied. All but four of ViTDet's blocks attend within windows, to save memory; ours attend globally.
     """
 
-    def __init__(self, vit: ViT, channels: int = 256, factors: Sequence[float] = (4, 2, 1, 0.5)):
+    def __init__(
+        self, vit: ViT, channels: int = 256, factors: Sequence[float] = (4, 2, 1, 0.5), drop_path: float = 0.0
+    ):
         super().__init__()
-        self.vit, self.out_channels = vit, channels
-        vit.norm.requires_grad_(False)  # the maps are taken before it
+        self.vit, self.out_channels = like(vit, drop_path), channels
+        self.vit.norm.requires_grad_(False)  # the maps are taken before it
         self.levels = nn.ModuleList()
         for factor in factors:
             scale, width = _rescale(vit.width, factor)
@@ -336,11 +332,11 @@ def detector(
 
     Args:
         classes: without the background.
-        size: pictures are brought to this side, in training and at test.
+        size: images are resized to this side, in training and at test.
         anchor: side of a level's anchors over its stride.
         options: of torchvision's `MaskRCNN`.
     """
-    pyramid = SimplePyramid(like(vit, drop_path), channels, factors)
+    pyramid = SimplePyramid(vit, channels, factors, drop_path)
     strides = [vit.patch / f for f in factors]
     strides.append(2 * strides[-1])
     anchors = AnchorGenerator(tuple((anchor * s,) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
@@ -361,16 +357,16 @@ def detector(
 
 
 class Crops(Dataset):
-    """Instances under large-scale jitter (0.1 to 2, ViTDet's), cut to size x size, in tensors that stack for `fit.fit`.
+    """Instances under large-scale jitter (0.1 to 2, ViTDet's), cropped to size x size, in tensors that stack.
 
-    An item is (picture float in [0, 1], boxes (most, 4), labels (most,), masks packed to bits), rows beyond a picture's
+    An item is (image float in [0, 1], boxes (most, 4), labels (most,), masks packed to bits), rows beyond an image's
     instances with label 0.
 
     Args:
-        data: items (uint8 picture, target) as `data.pretraining.Instances`.
+        data: items (uint8 image, target) as `data.pretraining.Instances`.
         size: of the crop.
-        most: instances kept; the smallest go first.
-        jitter: range of the scale; None: pictures are taken as they are, which must be size x size.
+        most: largest number of instances; the smallest are left out.
+        jitter: range of the scale; None: images are left unchanged and must be size x size.
     """
 
     def __init__(
@@ -395,19 +391,19 @@ class Crops(Dataset):
         given = {"boxes": boxes, "labels": target["labels"], "masks": tv_tensors.Mask(target["masks"])}
         image, found = self.transform(tv_tensors.Image(image), given)
         if image.shape[1:] != (self.size, self.size):
-            raise BadParameter("size", self.size, f"{tuple(image.shape[1:])}, as the pictures; or a jitter")
+            raise BadParameter("size", self.size, f"{tuple(image.shape[1:])}, as the images; or a jitter")
         area = found["masks"].flatten(1).sum(1)
-        kept = torch.argsort(area, descending=True)[: self.most]
-        kept = kept[area[kept] > 0]
+        largest = torch.argsort(area, descending=True)[: self.most]
+        largest = largest[area[largest] > 0]
         boxes, labels = torch.zeros(self.most, 4), torch.zeros(self.most, dtype=torch.long)
         bits = np.zeros((self.most, -(-(self.size**2) // 8)), np.uint8)
-        boxes[: len(kept)], labels[: len(kept)] = found["boxes"][kept], found["labels"][kept]
-        bits[: len(kept)] = np.packbits(found["masks"][kept].flatten(1).numpy(), 1)
+        boxes[: len(largest)], labels[: len(largest)] = found["boxes"][largest], found["labels"][largest]
+        bits[: len(largest)] = np.packbits(found["masks"][largest].flatten(1).numpy(), 1)
         return image.as_subclass(Tensor).float() / 255, boxes, labels, torch.from_numpy(bits)
 
 
 def detection_loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
-    """For `fit.fit` on `Crops`: the sum of Mask R-CNN's losses."""
+    """For `fit` on `Crops`: the sum of Mask R-CNN's losses."""
     images, boxes, labels, bits = batch
     size, targets = images.shape[-1], []
     shifts = torch.arange(7, -1, -1, device=bits.device, dtype=torch.uint8)
@@ -423,7 +419,7 @@ def detection_loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
 def detections(
     model: MaskRCNN, data: Dataset, categories: Sequence[int], *, device: str = "cpu", progress: Callable = iter
 ) -> list[dict]:
-    """Rows for `metrics.detection.evaluate`, kinds "bbox" and "segm", of all pictures of `data.pretraining.Instances`.
+    """Rows for `metrics.detection.evaluate`, kinds "bbox" and "segm", of all images of `data.pretraining.Instances`.
 
     Args:
         categories: category ids in the order of the labels.
@@ -457,7 +453,7 @@ class Segmenter(nn.Module):
     """UPerNet: four blocks' maps at 4, 2, 1 and 1/2 times the grid's side, pooled, added up, to logits (B, C, H, W).
 
     Args:
-        vit: the encoder; it is copied.
+        vit: the encoder; copied.
         classes: C.
         layers: the blocks, counted from 0 (3, 5, 7, 11 of 12).
         channels: of the head; None: the encoder's width, as in G2SD.
@@ -505,7 +501,7 @@ class Segmenter(nn.Module):
 
 
 def segmentation_loss(model: nn.Module, batch: Sequence[Tensor], auxiliary: float = 0.4) -> Tensor:
-    """For `fit.fit` on `SceneCrops`: cross-entropy, and 0.4 of the auxiliary head's."""
+    """For `fit` on `SceneCrops`: cross-entropy, and 0.4 of the auxiliary head's."""
     images, truth = batch
     logits = model(images)
     parts = logits if isinstance(logits, tuple) else (logits,)
@@ -516,12 +512,12 @@ def segmentation_loss(model: nn.Module, batch: Sequence[Tensor], auxiliary: floa
 class SceneCrops(Dataset):
     """Scenes under mmseg's augmentation: scaled by 0.5 to 2 of `short`, a crop of size x size, flips, colours.
 
-    Items are (picture, labels), normalised. mmseg also draws again where one class fills three quarters of a crop; ours
-    does not.
+    Items are (image, labels), normalised. mmseg also draws another crop where one class fills three quarters of it;
+    ours does not.
 
     Args:
-        data: items (uint8 picture, labels) as `data.pretraining.Scenes`.
-        jitter: range of the scale; None: neither scale nor colours, the crop alone.
+        data: items (uint8 image, labels) as `data.pretraining.Scenes`.
+        jitter: range of the scale; None: neither scale nor colour jitter, the crop alone.
     """
 
     def __init__(
@@ -534,10 +530,10 @@ class SceneCrops(Dataset):
         std: Sequence[float] = STD,
     ):
         self.data, self.short, self.jitter = data, short, jitter
-        cut = v2.RandomCrop((size, size), pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: IGNORED})
+        crop = v2.RandomCrop((size, size), pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: IGNORED})
         colours = [] if jitter is None else [v2.RandomPhotometricDistort()]
         steps = [
-            cut,
+            crop,
             v2.RandomHorizontalFlip(),
             *colours,
             v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
@@ -562,7 +558,7 @@ class SceneCrops(Dataset):
 
 @torch.no_grad()
 def slide(model: nn.Module, image: Tensor, size: int = 512, stride: int = 341) -> Tensor:
-    """Logits (C, H, W) of one normalised picture (3, H, W) of any size, the mean over overlapping windows."""
+    """Logits (C, H, W) of one normalised image (3, H, W) of any size, the mean over overlapping windows."""
     height, width = (max(n, size) for n in image.shape[1:])
     padded = F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1]))
     starts = [sorted({min(i, n - size) for i in range(0, n - size + stride, stride)}) for n in (height, width)]

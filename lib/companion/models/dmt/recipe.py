@@ -1,4 +1,4 @@
-"""DMT (a reconstruction): what the notebook trains live, at pocket scale or with the ancestors' published settings."""
+"""DMT (a reconstruction): the `paper` profile, distillation and downstream tasks with the ancestors' settings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import os
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import InterpolationMode, v2
@@ -24,26 +23,23 @@ from ...data.pretraining_sets import ADE20K, COCO, IMAGENET
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics import detection, landcover
 from ...evaluation.tables import compare_published, published_table, upsert_rows
-from ...ops.files import atomic
 from ...ops.progress import progress
-from ...toy.ablations import dmt as study
-from ...toy.datasets import collage
-from ...toy.encoders import teachers as taught
-from ...training.fit import fit, learning_rates, predict
+from ...training.checkpoints import Checkpoint, checkpoint_key, save
+from ...training.fit import Hardware, History, fit, predict
+from ...training.schedules import adamw, given, learning_rates, schedule
 from . import cache as dmt_cache
 from . import downstream as down
-from . import model as dmt
 from . import teachers as dmt_teachers
-from .ancestors import reheaded
-from .model import DMT, Teachers, ViT
+from . import vit
+from .model import DMT, Teachers, loss
+from .vit import ViT
 
 WORKERS = min(16, os.cpu_count() or 1)
-AT_ONCE = 256  # pictures that go through a device together; the gradients of a step's pictures are added up
-# a, b, c: token, feature-map and relation loss
+MICRO_BATCH = 256  # images that go through a device together; the gradients of a step's images are added up
+EVERY = 200  # steps between checkpoints
+# weights of token, feature-map and relation loss
 LOSSES = {"token and map": (1, 1, 0), "token": (1, 0, 0), "map": (0, 1, 0), "with relations": (1, 1, 1)}
 USUAL = {"distil": IMAGENET, "fine-tune": IMAGENET, "linear probe": IMAGENET, "detect": COCO, "segment": ADE20K}
-LIVE = ("DMT", "iBOT only")  # of the pocket run: three teachers, and the one whose student does best alone
-LIVE_STEPS = 250  # the losses are seen to fall; the study's students take twice as many
 DRY_BATCH = 2
 DRY_CLASSES = {"fine-tune": 1000, "linear probe": 10, "detect": 80, "segment": 150}  # ten can be probed on twenty
 
@@ -54,78 +50,24 @@ class Setting:
 
     Attributes:
         title: of the data.
-        methods: what is trained.
-        rates: their learning rates.
-        teachers: by name; asked, or cached before.
+        learning_rates: by method.
         build: the model of a method, before training.
-        learn: trains a model in place: (model, method, list that receives the losses of each step, arguments of `fit`)
-            to the history. A row of the list: the total, token and map loss of each head, relation of each teacher.
-        parts: "train" and "test" of the pocket pictures, to probe and to look at; empty at the paper profile.
-        kept: the file that a training of many hours leaves its student in, the parameter `weights`; beside it is the
-            checkpoint that it goes on from after a stop. None where nothing is kept.
+        learn: trains a model in place: (model, method, arguments of `fit`) to the history.
+        trained: file of the student after a `paper` training, the parameter `weights`; None where none is written.
     """
 
     title: str
-    methods: tuple[str, ...]
-    rates: dict[str, float]
-    teachers: Teachers
+    learning_rates: dict[str, float]
     build: Callable[[str], DMT]
-    learn: Callable[..., list[dict]]
-    parts: dict = field(default_factory=dict)
-    kept: Path | None = None
-
-
-def setting(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
-    """The setting that the notebook's parameters ask for.
-
-    Args:
-        p: the checked parameters of the notebook.
-        out: the run's folder; what is generated or cached is written below it.
-        rates: learning rates by (task, method), as the study chose them on validation.
-
-    Raises:
-        BadParameter, MissingData, MissingWeights: with what to change or get.
-    """
-    if p.profile == "pocket":
-        return _pocket(p, out, rates)
-    return _distil(p, out)
-
-
-def _pocket(p: SimpleNamespace, out: Path, rates: Mapping[tuple[str, str], float]) -> Setting:
-    """The collages of the run's seed, and the study's trainings of two methods, cut to `LIVE_STEPS`."""
-    root = str(out / "data")
-    collage.write(study.folder(root, p.seed), p.seed)
-    chosen = {method: rates[study.TASK, method] for method in LIVE}
-
-    def learn(model: DMT, method: str, terms: list[list[float]] | None = None, **changes: object) -> list[dict]:
-        data = study.assemble(method, p.seed, root)[2]
-
-        def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-            found = model(batch[0], batch[1:])
-            if terms is not None:
-                terms.append(torch.cat([found.total.detach()[None], *(t.detach() for t in found[1:])]).tolist())
-            return found.total
-
-        epochs = LIVE_STEPS / (len(data) // study.RECIPE["batch"])
-        options = {"epochs": epochs, "lr": chosen[method], "seed": p.seed, "name": method}
-        return fit(model, loss, data, **(study.RECIPE | options | changes))
-
-    return Setting(
-        title="pocket collages",
-        methods=LIVE,
-        rates=chosen,
-        teachers=Teachers(taught.load()),
-        build=lambda method: study.assemble(method, p.seed, root)[0],
-        learn=learn,
-        parts={split: study.part(root, p.seed, split) for split in ("train", "test")},
-    )
+    learn: Callable[..., History]
+    trained: Path | None = None
 
 
 # --- distillation by the ancestors' settings --------------------------------------------------------------------------
 
 
 def recipe(task: str) -> dict[str, float]:
-    """The numbers of a task in the paper's YAML, G2SD's and MAE's; those that it has."""
+    """The settings of a task in the paper's YAML, G2SD's and MAE's; those that it has."""
     row = published_table("dmt", "recipe").set_index("method").loc[task]
     return {name: float(value) for name, value in row.items() if not np.isnan(value)}
 
@@ -150,50 +92,48 @@ def files(text: str) -> dict[str, str]:
 
 
 def released(p: SimpleNamespace, name: str) -> ViT:
-    """A teacher as the parameters have it: from its file, from the cache, or random in a dry run without a file."""
-    given = files(p.teacher_files)
+    """A teacher of the parameters: from its file, from the cache, or random in a dry run without a file."""
     torch.manual_seed(p.seed + zlib.crc32(name.encode()))  # random ones differ from each other
-    return dmt_teachers.released(name, given.get(name, "random" if p.dry_run else "pretrained"))
+    return dmt_teachers.released(name, files(p.teacher_files).get(name, "random" if p.dry_run else "pretrained"))
 
 
 def teachers(p: SimpleNamespace) -> Teachers:
-    """The teachers that `teachers`, `teacher_files` and `teacher_view` ask for."""
+    """The teachers of the parameters `teachers`, `teacher_files` and `teacher_view`."""
     names = named(p.teachers)
     if spare := set(files(p.teacher_files)) - set(names):
-        raise BadParameter("teacher_files", sorted(spare), f"files of {names}, which are asked for")
+        raise BadParameter("teacher_files", sorted(spare), f"files of {names}, the parameter `teachers`")
     return Teachers({name: released(p, name) for name in names}, view=p.teacher_view)
 
 
-def build(p: SimpleNamespace, taught_by: Teachers) -> DMT:
+def build(p: SimpleNamespace, found: Teachers) -> DMT:
     """Student, adapters and decoder of random weights, drawn from the seed."""
     torch.manual_seed(p.seed)
     token, mapped, related = LOSSES[p.losses]
-    heads = set(taught_by.heads)
-    student = dmt.build(p.student, last_heads=max(heads) if related else None)
+    student = vit.build(p.student, last_heads=max(found.heads) if related else None)
     return DMT(
         student,
-        taught_by.widths if p.cached else taught_by,
+        found.widths if p.cached else found,
         mask_ratio=p.mask_ratio,
         statistics="running",
         target_norm=p.target_norm,
         fusion=p.fusion,
-        token=token,
-        map=mapped,
-        relation=related,
+        token_weight=token,
+        map_weight=mapped,
+        relation_weight=related,
         decoder=p.student,
     )
 
 
 def augment(size: int = 224) -> v2.Transform:
-    """G2SD's, of tensors in [0, 1]: a crop of 20 to 100 %, bicubic, a flip, ImageNet's mean and deviation."""
-    cut = v2.RandomResizedCrop(size, (0.2, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True)
+    """G2SD's, of tensors in [0, 1]: a crop of 20 to 100 %, bicubic, a flip, ImageNet's mean and std."""
+    crop = v2.RandomResizedCrop(size, (0.2, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True)
     # bicubic overshoots a little
     inside = v2.Lambda(functools.partial(torch.clamp, min=0, max=1))
-    return v2.Compose([cut, inside, v2.RandomHorizontalFlip(), v2.Normalize(list(down.MEAN), list(down.STD))])
+    return v2.Compose([crop, inside, v2.RandomHorizontalFlip(), v2.Normalize(list(down.MEAN), list(down.STD))])
 
 
 class Augmented(Dataset):
-    """The same pictures, augmented anew each time."""
+    """Items (image,) of a dataset whose items begin with one, with a random augmentation each time."""
 
     def __init__(self, data: Dataset, transform: Callable[[Tensor], Tensor]):
         self.data, self.transform = data, transform
@@ -205,10 +145,10 @@ class Augmented(Dataset):
         return (self.transform(self.data[index][0]),)
 
 
-def distil_rates(steps_an_epoch: int) -> np.ndarray:
+def distil_rates(per_epoch: int) -> np.ndarray:
     """The learning rate at each step of G2SD's generic stage."""
     r = recipe("distil")
-    steps, warmup = int(r["epochs"]) * steps_an_epoch, int(r["warmup_epochs"]) * steps_an_epoch
+    steps, warmup = int(r["epochs"]) * per_epoch, int(r["warmup_epochs"]) * per_epoch
     return learning_rates("cosine", r["lr"], steps, warmup, r["final_lr"])
 
 
@@ -216,128 +156,86 @@ def distil(
     p: SimpleNamespace,
     model: DMT,
     data: Dataset,
-    terms: list[list[float]] | None = None,
+    *,
     rates: np.ndarray | None = None,
-    at_once: int = AT_ONCE,
+    micro_batch: int = MICRO_BATCH,
     **changes: object,
-) -> list[dict]:
+) -> History:
     """Train by G2SD's recipe, in place; return the history.
 
     Args:
-        data: items (picture,), or (picture, tokens of each teacher) of a cache.
-        terms: receives the losses of every step, see `Setting`; on several devices the total alone, and after a stop
-            those of the steps since.
-        rates: of each step; the published ones without it.
-        at_once: pictures that go through a device together. (Targets standardised by the running statistics do not
+        data: items (image,), or (image, tokens of each teacher) of a cache.
+        rates: the learning rate of each step; None: the published ones.
+        micro_batch: images that go through a device together. (Targets standardised by the running statistics do not
             depend on it.)
         changes: arguments of `fit`.
     """
     r = recipe("distil")
-    options = {
-        "batch": min(int(r["batch"]), len(data)),
-        "seed": p.seed,
-        "accelerator": p.accelerator,
-        "devices": p.devices,
-        "precision": p.precision,
-        "workers": WORKERS,
-        "name": "distillation",
-        "weight_decay": r["weight_decay"],
-        "betas": (0.9, r["beta2"]),
-    } | changes
+    options = {"batch": min(int(r["batch"]), len(data)), "seed": p.seed, "name": "distillation"} | changes
     per_epoch = len(data) // options["batch"]
     rates = distil_rates(per_epoch) if rates is None else rates
-    seen = []
-
-    def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-        found = model(batch[0], batch[1:] or None)
-        if terms is not None:
-            seen.append(torch.cat([found.total.detach()[None], *(part.detach() for part in found[1:])]).tolist())
-        return found.total
-
-    sides = {"all": ([t for t in model.parameters() if t.requires_grad], rates)}
-    parts = -(-options["batch"] // (options["devices"] * at_once))
-    history = fit(model, loss, data, epochs=len(rates) / per_epoch, sides=sides, accumulate=parts, **options)
-    if seen:
-        terms.extend(np.reshape(seen, (-1, parts, len(seen[0]))).mean(1).tolist())
-    elif terms is not None:  # seen by other processes, or before a stop
-        terms.extend([row["loss"]] for row in history)
-    return history
+    hardware = _hardware(p, -(-options["batch"] // (p.devices * micro_batch)))
+    optimizer = adamw(r["lr"], r["weight_decay"], betas=(0.9, r["beta2"]))
+    options = {"epochs": len(rates) / per_epoch, "optimizer": optimizer, "schedule": given(rates)} | options
+    return fit(model, loss, data, **{"hardware": hardware} | options)
 
 
-def _distil(p: SimpleNamespace, out: Path) -> Setting:
-    taught_by, steps, kept = teachers(p), {}, None
+def _hardware(p: SimpleNamespace, accumulate: int = 1) -> Hardware:
+    return Hardware(p.accelerator, p.devices, p.precision, 0 if p.dry_run else WORKERS, accumulate)
+
+
+def _facts(p: SimpleNamespace) -> dict[str, object]:
+    """The parameters that decide a training, for its checkpoint's key; files of weights count by their tensors."""
+    names = ("seed", "dataset", "student", "teachers", "teacher_view", "target_norm", "fusion", "losses", "mask_ratio")
+    return {name: getattr(p, name) for name in (*names, "cached")} | {"data_root": Path(p.data_root)}
+
+
+def setting(p: SimpleNamespace, out: Path) -> Setting:
+    """The distillation of the notebook's parameters.
+
+    Args:
+        p: the checked parameters of the notebook.
+        out: the run's folder, for a cache, checkpoints and the trained student.
+
+    Raises:
+        BadParameter, MissingData, MissingWeights: with what to change or get.
+    """
+    found, options = teachers(p), {}
     if p.cached and p.losses == "with relations":
-        raise BadParameter("losses", p.losses, "any other with cached teachers: relations are not kept")
+        raise BadParameter("losses", p.losses, "any other with cached teachers: relations are not stored")
     if p.dry_run:
         generator = torch.Generator().manual_seed(p.seed)
         raw: Dataset = TensorDataset(torch.rand(2 * DRY_BATCH, 3, 224, 224, generator=generator))
-        title = "generated pictures, random teachers without a file (dry run: losses mean nothing)"
-        steps = {"rates": np.full(2, recipe("distil")["lr"]), "batch": DRY_BATCH, "workers": 0}
+        title = "generated images, random teachers without a file (dry run: losses mean nothing)"
+        options = {"rates": np.full(2, recipe("distil")["lr"]), "batch": DRY_BATCH}
+        trained = None
     else:
-        raw, kept = _pictures(p), out / "trained" / f"ViT-{p.student}, seed {p.seed}, {_fingerprint(p)}.safetensors"
-        title = f"{p.dataset or USUAL['distil']}, {len(raw):,} pictures"
+        raw = _images_to_distil(p)
+        title = f"{p.dataset or USUAL['distil']}, {len(raw):,} images"
+        facts = _facts(p) | {"models": found}
+        name = f"ViT-{p.student}, seed {p.seed}"
+        options["checkpoint"] = Checkpoint.of(out / "checkpoints", name, EVERY, **facts)
+        trained = out / "trained" / f"{name}, {checkpoint_key(**facts)}.safetensors"
 
     @functools.cache
     def data() -> Dataset:
         if not p.cached:
             return Augmented(raw, augment())
         views = dmt_cache.Views(raw, augment(), seed=p.seed)
-        cache = dmt_cache.build(
-            out / "teachers",
-            taught_by,
-            views,
-            workers=0 if p.dry_run else WORKERS,
-            accelerator=p.accelerator,
-            precision=p.precision,
-        )
-        return dmt_cache.Distilled(views, cache)
+        return dmt_cache.Distilled(views, dmt_cache.build(out / "teachers", found, views, hardware=_hardware(p)))
 
-    def learn(model: DMT, method: str, terms: list[list[float]] | None = None, **changes: object) -> list[dict]:
-        going_on = {} if kept is None else {"checkpoint": kept.with_suffix(".pt"), "resume": True}
-        history = distil(p, model, data(), terms, **(steps | going_on | {"name": method} | changes))
-        if kept is not None:
-            save(model, kept)
+    def learn(model: DMT, method: str, **changes: object) -> History:
+        history = distil(p, model, data(), **options | {"name": method} | changes)
+        if trained is not None:
+            save_student(model, trained)
         return history
 
-    return Setting(
-        title=title,
-        methods=("DMT",),
-        rates={"DMT": recipe("distil")["lr"]},
-        teachers=taught_by,
-        build=lambda method: build(p, taught_by),
-        learn=learn,
-        kept=kept,
-    )
+    return Setting(title, {"DMT": recipe("distil")["lr"]}, lambda method: build(p, found), learn, trained)
 
 
-def _fingerprint(p: SimpleNamespace) -> str:
-    """Of what decides a training: another one has another checkpoint. Files of weights count by size and date."""
-    asked = (
-        "task",
-        "dataset",
-        "data_root",
-        "encoder",
-        "student",
-        "teachers",
-        "teacher_files",
-        "teacher_view",
-        "target_norm",
-        "fusion",
-        "losses",
-        "mask_ratio",
-        "cached",
-        "weights",
-    )
-    found = [(name, getattr(p, name)) for name in asked]
-    for path in (p.weights, *files(p.teacher_files).values()):
-        if path and Path(path).is_file():
-            found.append((Path(path).stat().st_size, Path(path).stat().st_mtime_ns))
-    return f"{zlib.crc32(repr(found).encode()):08x}"
-
-
-def _pictures(p: SimpleNamespace) -> Dataset:
-    """ImageNet's training pictures; "folder": all below `data_root`, or below its `train` where it has one, at any
-    depth, since no label is asked for. In [0, 1], at their own size."""
+def _images_to_distil(p: SimpleNamespace) -> Dataset:
+    """ImageNet's training images; "folder": all below `data_root`, or below its `train` where it has one, at any
+    depth, since no label is needed. In [0, 1], at their own size."""
     dataset = p.dataset or IMAGENET
     if dataset == "folder":
         return pretraining.pictures(p.data_root)
@@ -346,16 +244,14 @@ def _pictures(p: SimpleNamespace) -> Dataset:
     return pretraining.load(dataset, p.data_root, "train")
 
 
-def save(model: DMT, path: Path) -> Path:
+def save_student(model: DMT, path: str | Path) -> Path:
     """Write the student alone, under the official names of MAE, MoCo v3, iBOT and DINO: the parameter `weights`.
 
-    Tensors do not say heads; the file's metadata does, in which a student that learned relations has a last block with
-    as many as its teachers."""
-    student = model.export()
+    Heads are not in the tensors but in the file's metadata; after a relation loss the last block has as many as the
+    teachers."""
+    student, path = model.export(), Path(path)
     heads = {"heads": str(student.blocks[0].attn.num_heads), "last_heads": str(student.heads)}
-    with atomic(path) as temporary:
-        save_file(student.to_official(), temporary, heads)
-    return path
+    return save(path.parent, path.stem, student.to_official(), heads)
 
 
 # --- downstream -------------------------------------------------------------------------------------------------------
@@ -363,27 +259,23 @@ def save(model: DMT, path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Downstream:
-    """A task on a set, what it is trained on and how it is scored.
+    """A task on a dataset.
 
     Attributes:
-        title: of task, set and encoder.
-        data: "train" and "test".
+        title: of task, dataset and encoder.
         build: the model, before training.
         learn: trains a model in place: (model, arguments of `fit`) to the history.
-        score: of a model on "test": by metric, in percent.
-        recipe: the numbers of the training.
+        score: of a model on the test split: by metric, in percent.
     """
 
     title: str
-    data: dict[str, Dataset]
     build: Callable[[], nn.Module]
-    learn: Callable[..., list[dict]]
+    learn: Callable[..., History]
     score: Callable[[nn.Module], dict[str, float]]
-    recipe: dict[str, float]
 
 
 def encoder(p: SimpleNamespace) -> ViT:
-    """What a task starts from: `weights`, the first teacher, or a random ViT of the student's size.
+    """The encoder of a task before training: `weights`, the first teacher, or a random ViT of the student's size.
 
     Raises:
         MissingWeights: a distilled student was never released: train one first.
@@ -393,25 +285,23 @@ def encoder(p: SimpleNamespace) -> ViT:
         return released(p, named(p.teachers)[0])
     if p.encoder == "random" or (p.dry_run and not p.weights):
         torch.manual_seed(p.seed)
-        return dmt.build(p.student)
+        return vit.build(p.student)
     if not Path(p.weights).is_file():
-        ways = ["task = 'distil' trains one; its file, written by `runs.dmt.save`, goes into `weights`"]
+        ways = ["task = 'distil' trains one and writes it below `trained`; the parameter `weights` is its file"]
         raise MissingWeights("a distilled student (none was released)", Path(p.weights or "weights"), ways)
-    state, heads = dmt_teachers.read(p.weights), {}
+    state, metadata = dmt_teachers.read(p.weights), {}
     if Path(p.weights).suffix == ".safetensors":
         with safe_open(p.weights, "pt") as file:
-            heads = file.metadata() or {}
-    student = ViT.from_official(state, int(heads["heads"]) if "heads" in heads else None, "a distilled student")
-    if "last_heads" in heads:
-        reheaded(student.blocks[-1].attn, int(heads["last_heads"]))
-    return student
+            metadata = file.metadata() or {}
+    heads = {name: int(metadata[name]) for name in ("heads", "last_heads") if name in metadata}
+    return ViT.from_official(state, what="a distilled student", **heads)
 
 
 def downstream(p: SimpleNamespace, out: Path | None = None) -> Downstream:
-    """What the parameters `task`, `dataset`, `encoder`, `student` and `weights` ask for.
+    """The task of the parameters `task`, `dataset`, `encoder`, `student` and `weights`.
 
     Args:
-        out: the run's folder, where a training keeps its checkpoint and goes on after a stop; None: it does not.
+        out: the run's folder, for checkpoints and trained weights; None: none are written.
 
     Raises:
         BadParameter, MissingData, MissingWeights, BadCheckpoint: with what to change or get.
@@ -421,38 +311,59 @@ def downstream(p: SimpleNamespace, out: Path | None = None) -> Downstream:
     dataset = p.dataset or USUAL[p.task]
     if dataset != USUAL[p.task]:
         raise BadParameter("dataset", dataset, [USUAL[p.task], "empty"])
-    numbers = recipe(p.task)
+    r = recipe(p.task)
     if p.dry_run:
-        numbers = numbers | {"batch": 1 if p.task == "detect" else DRY_BATCH}
-        title = f"{p.task}, generated pictures in the shape of {dataset} (dry run: scores mean nothing)"
+        r |= {"batch": 1 if p.task == "detect" else DRY_BATCH}
+        title = f"{p.task}, generated images in the shape of {dataset} (dry run: scores mean nothing)"
     else:
         title = f"{p.task} on {dataset}, {p.encoder} encoder"
     make = {"fine-tune": _fine_tune, "linear probe": _probe, "detect": _detect, "segment": _segment}[p.task]
-    found = make(p, title, numbers)
-    if p.dry_run or out is None:
-        return found
-    checkpoint = out / "trained" / f"{p.task}, seed {p.seed}, {_fingerprint(p)}.pt"
-    going_on = {"checkpoint": checkpoint, "resume": True}
-    return replace(found, learn=lambda model, **changes: found.learn(model, **(going_on | changes)))
+    make_model, train, score = make(p, r)
+
+    def build() -> nn.Module:
+        start = encoder(p)
+        torch.manual_seed(p.seed)
+        return make_model(start)
+
+    def learn(model: nn.Module, **changes: object) -> History:
+        torch.manual_seed(p.seed)
+        if p.dry_run or out is None:
+            return train(model, **changes)
+        name, facts = f"{p.task}, seed {p.seed}", _facts(p) | {"task": p.task, "encoder": p.encoder, "model": model}
+        path = f"{name}, {checkpoint_key(**facts)}"
+        checkpoint = Checkpoint.of(out / "checkpoints", name, EVERY, **facts)
+        history = train(model, **{"checkpoint": checkpoint} | changes)
+        save(out / "trained", path, model.state_dict())
+        return history
+
+    return Downstream(title, build, learn, score)
 
 
-def _options(p: SimpleNamespace, numbers: Mapping[str, float], count: int, changes: Mapping) -> dict:
-    """Arguments of `fit` that all tasks share."""
-    return {
-        "batch": min(int(numbers["batch"]), count),
-        "seed": p.seed,
-        "accelerator": p.accelerator,
-        "devices": p.devices,
-        "precision": p.precision,
-        "workers": 0 if p.dry_run else WORKERS,
-        "weight_decay": numbers["weight_decay"],
-        "name": p.task,
-    } | changes
+Task = tuple[Callable[[ViT], nn.Module], Callable[..., History], Callable[[nn.Module], dict[str, float]]]
+"""The model of an encoder, its training, and its scores."""
 
 
-def _epochs(steps: int, train: Dataset, options: Mapping) -> float:
-    """Passes that take so many steps: `fit` leaves out the last partial batch of each."""
-    return steps / (len(train) // options["batch"])
+def _train(
+    p: SimpleNamespace,
+    r: Mapping[str, float],
+    model: nn.Module,
+    vit: nn.Module,
+    loss: Callable,
+    data: Dataset,
+    rates: Callable[[int], np.ndarray],
+    micro_batch: int,
+    **changes: object,
+) -> History:
+    """Train by AdamW with layer decay. `rates`: the learning rate of each step, from the steps of an epoch.
+
+    A dataset need not be a whole number of batches: `fit` leaves out the last partial batch of each pass.
+    """
+    batch = min(int(r["batch"]), len(data))
+    per_epoch = len(data) // batch
+    rates = rates(per_epoch)
+    options = down.layer_decayed(model, vit, rates, r["layer_decay"], r["weight_decay"])
+    options |= {"hardware": _hardware(p, -(-batch // (p.devices * micro_batch))), "seed": p.seed, "name": p.task}
+    return fit(model, loss, data, epochs=len(rates) / per_epoch, batch=batch, **options | changes)
 
 
 def _images(p: SimpleNamespace, split: str, transform: Callable) -> Dataset:
@@ -464,83 +375,57 @@ def _images(p: SimpleNamespace, split: str, transform: Callable) -> Dataset:
     return TensorDataset(images, torch.arange(count) % classes)
 
 
+def _labels(data: Dataset) -> Tensor:
+    return data.tensors[1] if isinstance(data, TensorDataset) else torch.tensor(data.labels)
+
+
+def _predict(p: SimpleNamespace, model: nn.Module, data: Dataset) -> Tensor:
+    return predict(model, data, batch=DRY_BATCH if p.dry_run else 256, hardware=_hardware(p))
+
+
 def _top1(p: SimpleNamespace, model: nn.Module, data: Dataset) -> dict[str, float]:
-    batch, workers = (DRY_BATCH, 0) if p.dry_run else (256, WORKERS)
-    logits = predict(model, data, batch=batch, accelerator=p.accelerator, precision=p.precision, workers=workers)
-    labels = data.tensors[1] if isinstance(data, TensorDataset) else torch.tensor(data.labels)
-    return {"top-1": 100 * float((logits.argmax(1) == labels).float().mean())}
+    right = _predict(p, model, data).argmax(1) == _labels(data)
+    return {"top-1": 100 * float(right.float().mean())}
 
 
-def _fine_tune(p: SimpleNamespace, title: str, numbers: Mapping[str, float]) -> Downstream:
-    data = {"train": _images(p, "train", down.train_transform()), "test": _images(p, "test", down.test_transform())}
+def _fine_tune(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
+    data, test = _images(p, "train", down.train_transform()), _images(p, "test", down.test_transform())
     classes = DRY_CLASSES["fine-tune"]
 
-    def learn(model: nn.Module, **changes: object) -> list[dict]:
-        train, loss = data["train"], down.mixed_loss(classes)
-        options = _options(p, numbers, len(train), changes)
-        per_epoch = len(train) // options["batch"]
-        steps = 2 if p.dry_run else int(numbers["epochs"]) * per_epoch
-        warmup = 0 if p.dry_run else int(numbers["warmup_epochs"]) * per_epoch
-        rates = learning_rates("cosine", numbers["lr"], steps, warmup, numbers["final_lr"])
-        sides = down.layer_rates(model, model, rates, numbers["layer_decay"])
-        parts = -(-options["batch"] // (p.devices * AT_ONCE))
-        return fit(model, loss, train, epochs=steps / per_epoch, sides=sides, accumulate=parts, **options)
+    def rates(per_epoch: int) -> np.ndarray:
+        steps, warmup = (2, 0) if p.dry_run else (int(r[name]) * per_epoch for name in ("epochs", "warmup_epochs"))
+        return learning_rates("cosine", r["lr"], steps, warmup, r["final_lr"])
 
-    return Downstream(
-        title=title,
-        data=data,
-        build=lambda: down.classifier(encoder(p), classes, drop_path=numbers["drop_path"]),
-        learn=learn,
-        score=lambda model: _top1(p, model, data["test"]),
-        recipe=dict(numbers),
-    )
+    def learn(model: nn.Module, **changes: object) -> History:
+        return _train(p, r, model, model, down.mixed_loss(classes), data, rates, MICRO_BATCH, **changes)
+
+    def build(vit: ViT) -> nn.Module:
+        return down.classifier(vit, classes, drop_path=r["drop_path"])
+
+    return build, learn, lambda model: _top1(p, model, test)
 
 
-def _probe(p: SimpleNamespace, title: str, numbers: Mapping[str, float]) -> Downstream:
-    """Features are computed once, of whole pictures without augmentation."""
-    data = {split: _images(p, split, down.test_transform()) for split in ("train", "test")}
+def _probe(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
+    """Features are computed once, of whole images without augmentation; `learn` puts the probe after them."""
+    data, test = (_images(p, split, down.test_transform()) for split in ("train", "test"))
     classes = DRY_CLASSES["linear probe"] if p.dry_run else 1000
 
-    def learn(model: nn.Sequential, **changes: object) -> list[dict]:
-        train = data["train"]
-        options = _options(p, numbers, len(train), changes)
-        features = predict(
-            model[0],
-            train,
-            batch=DRY_BATCH if p.dry_run else 256,
-            accelerator=p.accelerator,
-            precision=p.precision,
-            workers=options["workers"],
-        )
-        labels = train.tensors[1] if isinstance(train, TensorDataset) else torch.tensor(train.labels)
-        per_epoch = len(features) // options["batch"]
-        epochs = 2 / per_epoch if p.dry_run else numbers["epochs"]
-        warmup = 0.0 if p.dry_run else numbers["warmup_epochs"] / numbers["epochs"]
-        del options["weight_decay"]
-        model[1], history = down.probe(
-            features,
-            labels,
-            classes,
-            epochs=epochs,
-            lr=numbers["lr"],
-            warmup=warmup,
-            final_lr=numbers["final_lr"],
-            **options | {"workers": 0},
-        )
+    def learn(model: nn.Sequential, **changes: object) -> History:
+        features, batch = _predict(p, model[0], data), min(int(r["batch"]), len(data))
+        options = {"batch": batch, "seed": p.seed, "hardware": replace(_hardware(p), workers=0), "name": p.task}
+        options |= {"epochs": 2 / (len(data) // batch) if p.dry_run else r["epochs"]}
+        options |= {"schedule": schedule("cosine", 0 if p.dry_run else r["warmup_epochs"] / r["epochs"], r["final_lr"])}
+        model[1], history = down.probe(features, _labels(data), classes, lr=r["lr"], **options | changes)
         return history
 
-    return Downstream(
-        title=title,
-        data=data,
-        build=lambda: nn.Sequential(down.Features(encoder(p)), nn.Identity()),  # `learn` puts the probe there
-        learn=learn,
-        score=lambda model: _top1(p, model, data["test"]),
-        recipe=dict(numbers),
-    )
+    def build(vit: ViT) -> nn.Module:
+        return nn.Sequential(down.Features(vit), nn.Identity())
+
+    return build, learn, lambda model: _top1(p, model, test)
 
 
 class _Generated(Dataset):
-    """Pictures of COCO's or ADE20K's kind: noise, with a box in it, or with two halves."""
+    """Images of COCO's or ADE20K's kind: noise, with a box in it, or with two halves."""
 
     def __init__(self, task: str, count: int, side: int, seed: int):
         self.task, self.count, self.side, self.seed = task, count, side, seed
@@ -583,80 +468,60 @@ class _Generated(Dataset):
         return image, {"boxes": box, "labels": torch.tensor([1]), "masks": mask, "image_id": index}
 
 
-def _detect(p: SimpleNamespace, title: str, numbers: Mapping[str, float]) -> Downstream:
+def _detect(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
     size = 1024
     if p.dry_run:
-        data: dict = {"train": _Generated("detect", 2, size, p.seed), "test": _Generated("detect", 1, size, p.seed + 9)}
+        data, test = _Generated("detect", 2, size, p.seed), _Generated("detect", 1, size, p.seed + 9)
     else:
-        data = {split: pretraining.load(COCO, p.data_root, split) for split in ("train", "test")}
+        data, test = (pretraining.load(COCO, p.data_root, split) for split in ("train", "test"))
 
-    def learn(model: nn.Module, **changes: object) -> list[dict]:
-        train = down.Crops(data["train"], size)
-        options = _options(p, numbers, len(train), changes)
-        steps = 2 if p.dry_run else int(numbers["steps"])
-        step = np.arange(steps)
+    def rates(per_epoch: int) -> np.ndarray:
+        step = np.arange(2 if p.dry_run else int(r["steps"]))
         # x 0.1 twice, and a linear warm-up, as in the script
-        rates = numbers["lr"] * np.where(step < DROPS[0], 1.0, np.where(step < DROPS[1], 0.1, 0.01))
-        if not p.dry_run:
-            rates = rates * np.minimum(1, (step + 1) / numbers["warmup_steps"])
-        sides = down.layer_rates(model, model.backbone.vit, rates, numbers["layer_decay"])
-        parts = max(1, options["batch"] // (p.devices * 8))
-        return fit(
-            model,
-            down.detection_loss,
-            train,
-            epochs=_epochs(steps, train, options),
-            sides=sides,
-            accumulate=parts,
-            **options,
-        )
+        found = r["lr"] * np.where(step < DROPS[0], 1.0, np.where(step < DROPS[1], 0.1, 0.01))
+        return found if p.dry_run else found * np.minimum(1, (step + 1) / r["warmup_steps"])
+
+    def learn(model: nn.Module, **changes: object) -> History:
+        crops = down.Crops(data, size)
+        return _train(p, r, model, model.backbone.vit, down.detection_loss, crops, rates, 8, **changes)
 
     def score(model: nn.Module) -> dict[str, float]:
-        test, device = data["test"], _device(p)
-        rows = down.detections(model, test, test.categories, device=device, progress=_bar("detection"))
+        rows = down.detections(model, test, test.categories, device=_device(p), progress=_bar("detection"))
         found = {kind: detection.evaluate(test.truth, rows, kind=kind).totals for kind in detection.KINDS}
         return {"box AP": found["bbox"]["AP"], "mask AP": found["segm"]["AP"]}
 
-    return Downstream(
-        title=title,
-        data=data,
-        build=lambda: down.detector(encoder(p), DRY_CLASSES["detect"], size=size, drop_path=numbers["drop_path"]),
-        learn=learn,
-        score=score,
-        recipe=dict(numbers),
-    )
+    def build(vit: ViT) -> nn.Module:
+        return down.detector(vit, DRY_CLASSES["detect"], size=size, drop_path=r["drop_path"])
+
+    return build, learn, score
 
 
-DROPS = (163_889, 177_546)  # steps of 184,375 at which the rate falls to a tenth
+DROPS = (163_889, 177_546)  # steps of 184,375 at which the learning rate falls to a tenth
 
 
-def _segment(p: SimpleNamespace, title: str, numbers: Mapping[str, float]) -> Downstream:
+def _segment(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
     size, classes = 512, DRY_CLASSES["segment"]
     if p.dry_run:
-        data: dict = {
-            "train": _Generated("segment", 2 * DRY_BATCH, size, p.seed),
-            "test": _Generated("segment", 1, size, p.seed + 9),
-        }
+        data, test = _Generated("segment", 2 * DRY_BATCH, size, p.seed), _Generated("segment", 1, size, p.seed + 9)
     else:
-        data = {split: pretraining.load(ADE20K, p.data_root, split) for split in ("train", "test")}
+        data, test = (pretraining.load(ADE20K, p.data_root, split) for split in ("train", "test"))
 
-    def learn(model: nn.Module, **changes: object) -> list[dict]:
-        train = down.SceneCrops(data["train"], size)
-        options = _options(p, numbers, len(train), changes)
-        steps = 2 if p.dry_run else int(numbers["steps"])
-        warmup = 0 if p.dry_run else int(numbers["warmup_steps"])
-        rates = learning_rates("linear", numbers["lr"], steps, warmup, numbers["final_lr"])
-        sides = down.layer_rates(model, model.vit, rates, numbers["layer_decay"])
-        return fit(model, down.segmentation_loss, train, epochs=_epochs(steps, train, options), sides=sides, **options)
+    def rates(per_epoch: int) -> np.ndarray:
+        steps, warmup = (2, 0) if p.dry_run else (int(r["steps"]), int(r["warmup_steps"]))
+        return learning_rates("linear", r["lr"], steps, warmup, r["final_lr"])
+
+    def learn(model: nn.Module, **changes: object) -> History:
+        crops = down.SceneCrops(data, size)
+        return _train(p, r, model, model.vit, down.segmentation_loss, crops, rates, 16, **changes)
 
     def score(model: nn.Module) -> dict[str, float]:
-        test, device = data["test"], _device(p)
+        device = _device(p)
         model = model.to(device).eval()
         normalise = v2.Normalize(list(down.MEAN), list(down.STD))
         matrix = torch.zeros(classes, classes, dtype=torch.long)
         for i in _bar("segmentation")(range(len(test))):
             image, truth = test[i]
-            # the short side to 512, as mmseg tests; the answer back to the picture's own size
+            # the short side to 512, as mmseg tests; the prediction back to the image's own size
             factor = size / min(image.shape[1:])
             side = [max(1, round(n * factor)) for n in image.shape[1:]]
             resized = normalise(v2.functional.resize(image, side, antialias=True).float() / 255)
@@ -665,13 +530,11 @@ def _segment(p: SimpleNamespace, title: str, numbers: Mapping[str, float]) -> Do
             matrix += landcover.confusion(truth, whole[0].argmax(0).cpu(), classes)
         return {"mIoU": landcover.scores(matrix).miou}
 
-    def build() -> down.Segmenter:
-        vit = encoder(p)
-        depth = len(vit.blocks)
-        layers = tuple(depth * i // 12 - 1 for i in (4, 6, 8, 12))
-        return down.Segmenter(vit, classes, layers=layers, drop_path=numbers["drop_path"])
+    def build(vit: ViT) -> nn.Module:
+        layers = tuple(len(vit.blocks) * i // 12 - 1 for i in (4, 6, 8, 12))
+        return down.Segmenter(vit, classes, layers=layers, drop_path=r["drop_path"])
 
-    return Downstream(title=title, data=data, build=build, learn=learn, score=score, recipe=dict(numbers))
+    return build, learn, score
 
 
 def _device(p: SimpleNamespace) -> str:
@@ -680,7 +543,7 @@ def _device(p: SimpleNamespace) -> str:
 
 
 def _bar(name: str) -> Callable:
-    return lambda numbers: progress(numbers, name, len(numbers))
+    return lambda items: progress(items, name, len(items))
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -692,7 +555,7 @@ CHOICES = {
     "losses": "token and map",
     "mask_ratio": 0.75,
 }
-"""Of the reconstruction, with what is taken unless something else is asked for."""
+"""Choices of the reconstruction, with their defaults."""
 KEYS = ["task", "student", "encoder", "teachers", *CHOICES, "seed", "metric"]
 TABLES = {
     "imagenet": {"top-1": "imagenet_top1"},
@@ -724,7 +587,7 @@ def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
 
 
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """By title, the paper's tables as far as they are known, with what was measured in rows of its own."""
+    """By title, the paper's tables as far as they are known, with our measurements in rows of their own."""
     found = {}
     for table in TABLES:
         frame = published_table("dmt", table)

@@ -1,10 +1,18 @@
-"""DINO (Caron et al., ICCV 2021): a ViT learns without labels that crops of one picture belong together.
+"""DINO (Caron et al., ICCV 2021) and iBOT (Zhou et al., ICLR 2022): self-distillation of a ViT without labels.
 
-A student sees all crops, a teacher only the large ones; the student has to say what the teacher said of another crop.
-The teacher's weights are a running mean of the student's. H-ViT pre-trains two levels so: patches of pixels, and then
-regions, which are grids of patch embeddings. `pretrain` does both; only the crops differ (`ImageViews`, `GridViews`).
+A student sees all crops of an image, its EMA teacher the large ones; the student's prototype distribution of one crop
+must match the teacher's of another. iBOT also masks patches of the student's large crops and matches their
+distributions with those of the teacher, which sees them. One module holds student, teacher and loss; `training.fit`
+trains it, with the callbacks of this file.
 
-Written from the facts of computationalpathologygroup/hvit at 444bb72 (section 4 and 5 of its description).
+    model = SelfDistillation(encoder, outputs=65_536)
+    fit(model, lambda model, batch: model(views(batch[0])), data, callbacks=[model.ema(steps), ...], ...)
+
+`pretrain` is DINO's whole recipe. H-ViT's two lower levels (ViTs on patches of pixels, and on grids of patch
+embeddings) are trained by it; only the crops differ (`ImageViews`, `GridViews`).
+
+Written from the facts of facebookresearch/dino at 7c446df, bytedance/ibot at da316d8 and computationalpathologygroup/
+hvit at 444bb72 (sections 4 and 5 of its description), and checked against outputs recorded from them.
 """
 
 from __future__ import annotations
@@ -12,34 +20,36 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 from torchvision.transforms import InterpolationMode, v2
 
-from ...errors import BadParameter, CorruptFile
-from ...ops.files import atomic
-from ...ops.progress import progress
-from ...training.fit import launcher
-from ...training.schedules import learning_rates
-from ..hvit.model import Encoder
+from ...errors import BadParameter
+from ...training.callbacks import EMA, Callback, ClipNorm, ema_copy
+from ...training.checkpoints import Checkpoint
+from ...training.fit import AUTO, Hardware, History, Loop, fit
+from ...training.schedules import adamw, learning_rates
 from .state_dicts import load_official
 
 Views = Callable[[Tensor], list[Tensor]]
 
 
+# --- head and loss ----------------------------------------------------------------------------------------------------
+
+
 class Head(nn.Module):
-    """The projection head: three layers to a bottleneck of unit length, then weight-normed outputs without bias.
+    """The projection head: a three-layer MLP to a bottleneck of unit length, then a weight-normed layer without bias.
 
     Args:
-        fixed_norm: keep the length of each output's weights at 1 (norm_last_layer; off in the released settings).
+        norm_last_layer: keep the norm of each prototype's weights at 1 (off in HIPT's released settings, on in iBOT's).
     """
 
     def __init__(
-        self, dim: int, outputs: int = 65_536, hidden: int = 2048, bottleneck: int = 256, fixed_norm: bool = False
+        self, dim: int, outputs: int = 65_536, hidden: int = 2048, bottleneck: int = 256, norm_last_layer: bool = False
     ):
         super().__init__()
         self.mlp = nn.Sequential(
@@ -49,11 +59,16 @@ class Head(nn.Module):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
         self.direction = nn.Parameter(nn.Linear(bottleneck, outputs, bias=False).weight.detach().clone())
-        self.length = nn.Parameter(torch.ones(outputs, 1), requires_grad=not fixed_norm)
+        self.length = nn.Parameter(torch.ones(outputs, 1), requires_grad=not norm_last_layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        """From (B, D) to (B, outputs)."""
+        """Prototype logits (..., outputs) of tokens (..., D)."""
         return F.linear(F.normalize(self.mlp(x), dim=-1), self.length * F.normalize(self.direction, dim=1))
+
+    @property
+    def last_layer(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The parameters of the last layer, see `FreezeLastLayer`."""
+        return self.direction, self.length
 
     def official_names(self) -> dict[str, str]:
         """Our name -> the authors', for every tensor."""
@@ -63,37 +78,168 @@ class Head(nn.Module):
     @classmethod
     def from_official(cls, state: Mapping[str, Tensor]) -> Head:
         """The head of the authors' tensors. Raises `BadCheckpoint` with the names that do not fit."""
-        sizes = {
-            key: state[name].shape
-            for key, name in (("first", "mlp.0.weight"), ("last", "mlp.4.weight"))
-            if name in state
-        }
-        hidden, dim = sizes.get("first", (1, 1))
-        head = cls(dim, len(state.get("last_layer.weight_g", [0])), hidden, sizes.get("last", (1, 1))[0])
+        empty = torch.zeros(1, 1)
+        (hidden, dim), bottleneck = state.get("mlp.0.weight", empty).shape, len(state.get("mlp.4.weight", empty))
+        head = cls(dim, len(state.get("last_layer.weight_g", empty)), hidden, bottleneck)
         load_official(head, state, head.official_names(), "DINO's head")
         return head
 
 
 class Loss(nn.Module):
-    """Cross-entropy of the teacher's and the student's words over all pairs of different crops.
+    """Cross-entropy between teacher and student prototype distributions, on [CLS] tokens and on masked patch tokens.
 
-    The teacher's outputs are centred by a running mean, which is updated after the loss, and sharpened by a low
-    temperature: without either all pictures would soon get the same word.
+    The teacher's logits are centred by a running mean and sharpened by a low temperature: without either, all images
+    would soon get the same distribution. The centres are moved after each loss in training mode.
+
+    Args:
+        outputs: number of prototypes.
+        student, teacher: temperatures.
+        momentum: of the centres.
     """
 
     def __init__(self, outputs: int, *, student: float = 0.1, teacher: float = 0.04, momentum: float = 0.9):
         super().__init__()
         self.student, self.teacher, self.momentum = student, teacher, momentum
         self.register_buffer("centre", torch.zeros(1, outputs))
+        self.register_buffer("patch_centre", torch.zeros(1, 1, outputs))
 
-    def forward(self, student: Tensor, teacher: Tensor, crops: int) -> Tensor:
-        """The loss of student outputs (crops B, N) and teacher outputs (2 B, N), crop after crop."""
-        said = (student / self.student).log_softmax(-1).chunk(crops)
-        wanted = ((teacher.detach() - self.centre) / self.teacher).softmax(-1).chunk(2)
-        pairs = [-(w * s).sum(-1).mean() for i, w in enumerate(wanted) for j, s in enumerate(said) if i != j]
-        mean = teacher.detach().mean(0, keepdim=True)
-        self.centre = self.centre * self.momentum + mean * (1 - self.momentum)
+    def teacher_probs(self, logits: Tensor, centre: Tensor) -> Tensor:
+        """The teacher's centred and sharpened distributions, without gradient."""
+        return ((logits.detach().float() - centre) / self.teacher).softmax(-1)
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, crops: int) -> Tensor:
+        """DINO's loss: the mean over all pairs of different crops.
+
+        Args:
+            student_logits: (crops B, W), crop after crop, the two large ones first.
+            teacher_logits: (2 B, W), of the large ones.
+        """
+        student = (student_logits.float() / self.student).log_softmax(-1).chunk(crops)
+        teacher = self.teacher_probs(teacher_logits, self.centre).chunk(2)
+        pairs = [-(t * s).sum(-1).mean() for i, t in enumerate(teacher) for j, s in enumerate(student) if i != j]
+        self.centre = self._moved(self.centre, teacher_logits, 0)
         return torch.stack(pairs).mean()
+
+    def patches(self, student_logits: Tensor, teacher_logits: Tensor, masks: Tensor) -> Tensor:
+        """iBOT's loss on patches: the mean over an image's masked patches, then over images.
+
+        Args:
+            student_logits, teacher_logits: (2 B, L, W), of the large crops.
+            masks: (2 B, L) bool, the patches that were masked for the student.
+        """
+        masked = masks.flatten(1).float()
+        teacher = self.teacher_probs(teacher_logits, self.patch_centre)
+        each = -(teacher * (student_logits.float() / self.student).log_softmax(-1)).sum(-1)
+        self.patch_centre = self._moved(self.patch_centre, teacher_logits, (0, 1))
+        return ((each * masked).sum(1) / masked.sum(1).clamp_min(1)).mean()
+
+    @torch.no_grad()
+    def _moved(self, centre: Tensor, teacher_logits: Tensor, over: int | tuple[int, ...]) -> Tensor:
+        if not self.training:
+            return centre
+        return centre * self.momentum + teacher_logits.float().mean(over, keepdim=True) * (1 - self.momentum)
+
+
+class SelfDistillation(nn.Module):
+    """Student, EMA teacher and loss of DINO, or with `patch_weight` of iBOT: crops of each image to the loss.
+
+    Args:
+        encoder: copied as the student. From images, or grids, to an embedding (B, D) or to tokens (B, N, D) with the
+            [CLS] token first. It names D `dim` or `width`; iBOT's also has `patches` and takes `masked`, see `ViT`.
+        outputs, hidden, bottleneck, norm_last_layer: of the head, one for [CLS] and patch tokens. (iBOT: 8192
+            prototypes and a normed last layer; DINO: 65,536.)
+        patch_weight: of the loss on masked patches; 0: DINO.
+        mask_ratio: share of a large crop's patches that are masked for the student (random masks).
+        student, teacher: temperatures, see `Loss`.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        outputs: int = 65_536,
+        hidden: int = 2048,
+        bottleneck: int = 256,
+        *,
+        norm_last_layer: bool = False,
+        patch_weight: float = 0.0,
+        mask_ratio: float = 0.3,
+        student: float = 0.1,
+        teacher: float = 0.04,
+    ):
+        super().__init__()
+        width = getattr(encoder, "dim", None) or getattr(encoder, "width", None)
+        if width is None:
+            raise BadParameter(
+                "encoder", type(encoder).__name__, "a module whose `dim` or `width` is that of its output"
+            )
+        if patch_weight and getattr(encoder, "masked_embed", None) is None:
+            raise BadParameter("encoder", "without masked_embed", "ViT(masked=True), or patch_weight = 0 for DINO")
+        if patch_weight and not 0 < mask_ratio < 1:
+            raise BadParameter("mask_ratio", mask_ratio, "above 0, less than 1")
+        self.patch_weight, self.mask_ratio = patch_weight, mask_ratio
+        head = Head(width, outputs, hidden, bottleneck, norm_last_layer)
+        self.student = nn.ModuleDict({"encoder": copy.deepcopy(encoder), "head": head})
+        self.teacher = ema_copy(self.student)
+        self.loss = Loss(outputs, student=student, teacher=teacher)
+
+    def train(self, mode: bool = True) -> SelfDistillation:
+        """The teacher stays in eval mode: stochastic depth is the student's alone."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, crops: Sequence[Tensor], masks: Tensor | None = None) -> dict[str, Tensor]:
+        """Named losses of crops, each (B, 3, s, s), the two large ones first, the others of one size.
+
+        Args:
+            masks: (2 B, L) bool, the masked patches of the large crops; None: drawn.
+
+        Returns:
+            "loss"; of iBOT also its parts "class loss" and "patch loss"; and "entropy", that of the teacher's mean
+            distribution over the batch, divided by its largest value: near 0 or 1 the training has collapsed.
+        """
+        large = torch.cat(list(crops[:2]))
+        student, teacher, masked = self.student, self.teacher, {}
+        if self.patch_weight:
+            if masks is None:
+                patches = student["encoder"].patches
+                noise = torch.rand(len(large), patches, device=large.device)
+                chosen = noise.argsort(1)[:, : round(self.mask_ratio * patches)]
+                masks = torch.zeros_like(noise, dtype=torch.bool).scatter(1, chosen, True)
+            masked = {"masked": masks}
+        with torch.no_grad():
+            seen = teacher["encoder"](large)
+            teacher_logits = teacher["head"](_cls(seen))
+            probs = self.loss.teacher_probs(teacher_logits, self.loss.centre).mean(0)
+            entropy = -(probs * probs.clamp_min(1e-12).log()).sum() / math.log(len(probs))
+        tokens = student["encoder"](large, **masked)
+        small = [_cls(student["encoder"](torch.cat(list(crops[2:]))))] if len(crops) > 2 else []
+        student_logits = student["head"](torch.cat([_cls(tokens), *small]))
+        loss = self.loss(student_logits, teacher_logits, len(crops))
+        if not self.patch_weight:
+            return {"loss": loss, "entropy": entropy}
+        with torch.no_grad():
+            teacher_patches = teacher["head"](seen[:, 1:])
+        patch = self.loss.patches(student["head"](tokens[:, 1:]), teacher_patches, masks) * self.patch_weight
+        return {"loss": loss + patch, "class loss": loss, "patch loss": patch, "entropy": entropy}
+
+    def ema(self, steps: int, momentum: float = 0.996) -> EMA:
+        """The callback that moves the teacher after the student's step, its momentum rising to 1 over `steps`."""
+        return EMA([(self.teacher, self.student)], lambda step: half_cosine(momentum, 1.0, step - 1, steps))
+
+    def export(self) -> nn.Module:
+        """The teacher's encoder, with parameters of its own, in eval mode: what is released."""
+        encoder = copy.deepcopy(self.student["encoder"])
+        encoder.load_state_dict(self.teacher["encoder"].state_dict())
+        return encoder.eval()
+
+
+def _cls(output: Tensor) -> Tensor:
+    """The [CLS] token (B, D) of tokens, or the embedding."""
+    return output[:, 0] if output.ndim == 3 else output
+
+
+# --- schedules --------------------------------------------------------------------------------------------------------
 
 
 def cosine(base: float, final: float, epochs: int, steps: int, warmup: int = 0) -> np.ndarray:
@@ -101,17 +247,48 @@ def cosine(base: float, final: float, epochs: int, steps: int, warmup: int = 0) 
     return learning_rates("cosine", base, epochs * steps, warmup * steps, final)
 
 
+def half_cosine(start: float, end: float, step: int, steps: int) -> float:
+    """The value at a step of half a cosine from `start` to `end`, which it keeps after `steps`."""
+    return end - (end - start) * (1 + math.cos(math.pi * min(step / max(steps, 1), 1))) / 2
+
+
+class WeightDecay(Callback):
+    """Schedule the weight decay by half a cosine; parameter groups without weight decay keep none."""
+
+    def __init__(self, start: float, end: float):
+        self.start, self.end = start, end
+
+    def on_gradients(self, loop: Loop) -> None:
+        """Set that of the step."""
+        for group in loop.optimizer.param_groups:
+            if group["weight_decay"]:
+                group["weight_decay"] = half_cosine(self.start, self.end, loop.step, loop.steps)
+
+
+class FreezeLastLayer(Callback):
+    """Leave the last layer of a `Head` as it is during the first epochs."""
+
+    def __init__(self, head: Head, epochs: int = 1):
+        self.head, self.epochs = head, epochs
+
+    def on_gradients(self, loop: Loop) -> None:
+        """Drop its gradient: the optimiser passes over a tensor without one."""
+        if loop.epoch < self.epochs:
+            for parameter in self.head.last_layer:
+                parameter.grad = None
+
+
 # --- crops ------------------------------------------------------------------------------------------------------------
 
 
 class ImageViews:
-    """Two large crops and some small ones of each picture, in other colours (section 5.1).
+    """Two large crops and some small ones of each image, with colour jitter (section 5.1).
 
     Args:
         sizes: sides of the large and the small crops, in pixels.
-        scales: shares of the picture's area that each may show.
+        scales: shares of the image's area that each may show.
         small: how many small crops.
-        colours: strength of the changes of colour; 1 is DINO's.
+        colours: strength of the colour jitter; 1 is DINO's.
         mean, std: what the encoder's pixels are normalised with.
     """
 
@@ -138,17 +315,17 @@ class ImageViews:
         large = [crop(sizes[0], scales[0], 1.0, 0.0), crop(sizes[0], scales[0], 0.1, 0.2)]
         self.crops = [*large, *[crop(sizes[1], scales[1], 0.5, 0.0)] * small]
 
-    def __call__(self, pictures: Tensor) -> list[Tensor]:
-        """From pictures (B, 3, H, W) in [0, 1] to a list of (B, 3, s, s), the two large ones first."""
-        return [torch.stack([crop(x) for x in pictures]) for crop in self.crops]
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """From images (B, 3, H, W) in [0, 1] to a list of (B, 3, s, s), the two large ones first."""
+        return [torch.stack([crop(x) for x in images]) for crop in self.crops]
 
 
 class GridViews:
-    """Two large square cuts of each grid and some small ones, flipped left to right or not (section 5.2).
+    """Two large square crops of each grid and some small ones, flipped left to right or not (section 5.2).
 
     Args:
         patches: side n of the grids.
-        small: how many small cuts.
+        small: how many small crops.
         shares: of the side: 7 and 3 of 8, 14 and 6 of 16, 3 and 1 of 4.
     """
 
@@ -166,17 +343,17 @@ class GridViews:
             y, x = torch.randint(self.patches - side + 1, (2, len(grids), 1))
             columns = torch.where(torch.rand(len(grids), 1) < 0.5, line, line.flip(0)) + x
             rows = line + y
-            cut = grids[image, :, rows[:, :, None].to(grids.device), columns[:, None].to(grids.device)]
-            views.append(cut.movedim(-1, 1))
+            crop = grids[image, :, rows[:, :, None].to(grids.device), columns[:, None].to(grids.device)]
+            views.append(crop.movedim(-1, 1))
         return views
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
+# --- DINO's recipe ----------------------------------------------------------------------------------------------------
 
 
 def pretrain(
-    encoder: Encoder,
-    pictures: Tensor,
+    encoder: nn.Module,
+    images: Tensor,
     views: Views,
     *,
     epochs: int = 100,
@@ -185,154 +362,58 @@ def pretrain(
     warmup: int = 10,
     weight_decay: tuple[float, float] = (0.04, 0.4),
     momentum: float = 0.996,
-    clip: float | None = 3.0,
-    outputs: int = 65_536,
-    hidden: int = 2048,
-    bottleneck: int = 256,
+    clip: float = 3.0,
     frozen_epochs: int = 1,
     seed: int = 0,
-    accelerator: str = "auto",
-    precision: str = "32-true",
-    checkpoint: str | Path | None = None,
-    checkpoint_every: int = 200,
-    resume: bool = False,
+    checkpoint: Checkpoint | None = None,
+    hardware: Hardware = AUTO,
     name: str = "DINO",
-) -> tuple[Encoder, list[dict[str, float]]]:
-    """Train `encoder` without labels; return the teacher, which is what is kept, and the history.
+    **head: int,
+) -> tuple[nn.Module, History]:
+    """Train a copy of `encoder` by DINO; return the teacher's encoder, in eval mode on the CPU, and the history.
 
     Args:
-        encoder: the student; a patch or a region encoder, with stochastic depth as it was built.
-        pictures: (N, 3, H, W) uint8 or float in [0, 1], or (N, D, n, n) grids of patch embeddings.
+        encoder: the student, see `SelfDistillation`, with stochastic depth as it was built.
+        images: (N, 3, H, W) uint8 or float in [0, 1], or (N, D, n, n) grids of patch embeddings.
         views: from a batch of them to crops, the two large ones first.
-        epochs, batch: passes, and pictures a step; the last partial batch is left out.
-        lr: by default 5e-4 for each 256 pictures of a batch. Warmed up over `warmup` epochs, then a cosine to 1e-6.
+        epochs, batch: passes, and images a step; the last partial batch is left out.
+        lr: by default 5e-4 for each 256 images of a batch. Warmed up over `warmup` epochs, then a cosine to 1e-6.
         weight_decay: at the start and the end of a cosine; vectors and biases do not decay.
         momentum: of the teacher, rising to 1 by a cosine.
         clip: largest norm of each tensor's gradient.
-        frozen_epochs: in which the head's last layer is not changed.
-        checkpoint, checkpoint_every, resume: as in `fit.fit`; a resumed run gives the bits of one that was not killed.
-
-    Returns:
-        The teacher's encoder in eval mode on the CPU, and one row a step: {"step", "lr", "loss", "entropy"}. Entropy
-        is that of the teacher's words over the batch, divided by its largest value: near 0 or 1 the training has
-        collapsed.
+        frozen_epochs: in which the head's last layer does not change.
+        checkpoint, hardware: as in `fit`.
+        head: `outputs`, `hidden` and `bottleneck` of the head.
 
     Raises:
-        BadParameter: a value outside its range, or a checkpoint written under other settings.
-        CorruptFile: the checkpoint cannot be read.
+        BadParameter, CorruptFile: as `fit`; or an encoder without a parameter that requires a gradient.
     """
-    if not all(p.requires_grad for p in encoder.parameters()):
-        raise BadParameter("encoder", "frozen tensors in it", "one whose tensors all ask for a gradient")
-    if not 1 <= batch <= len(pictures):
-        raise BadParameter("batch", batch, f"1 to {len(pictures)}, the pictures there are")
-    if not 0 <= warmup <= epochs:
-        raise BadParameter("warmup", warmup, f"0 to {epochs} epochs")
-    per_epoch = len(pictures) // batch
-    steps = epochs * per_epoch
-    lr = 5e-4 * batch / 256 if lr is None else lr
-    rates = cosine(lr, 1e-6, epochs, per_epoch, warmup)
-    decays, momenta = cosine(*weight_decay, epochs, per_epoch), cosine(momentum, 1.0, epochs, per_epoch)
-    settings = {
-        "steps": steps,
-        "batch": batch,
-        "lr": lr,
-        "warmup": warmup,
-        "weight_decay": list(weight_decay),
-        "momentum": momentum,
-        "clip": clip,
-        "outputs": outputs,
-        "hidden": hidden,
-        "bottleneck": bottleneck,
-        "frozen_epochs": frozen_epochs,
-        "seed": seed,
-        "pictures": list(pictures.shape),
-    }
-
-    with torch.random.fork_rng():
+    if not any(p.requires_grad for p in encoder.parameters()):
+        raise BadParameter("encoder", "a frozen one", "one with parameters that require a gradient")
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = Head(encoder.dim, outputs, hidden, bottleneck)
-        student = nn.ModuleDict({"encoder": copy.deepcopy(encoder), "head": head})
-        teacher = copy.deepcopy(student).requires_grad_(False)
-        for block in teacher["encoder"].blocks:  # stochastic depth is the student's alone
-            block.drop_path1 = block.drop_path2 = nn.Identity()
-        fabric = launcher(accelerator=accelerator, devices=1, precision=precision)
-        matrices = [p for p in student.parameters() if p.ndim >= 2 and p.requires_grad]
-        vectors = [p for p in student.parameters() if p.ndim < 2 and p.requires_grad]
-        optimizer = torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr)
-        criterion, history = Loss(outputs), []
-        parts = {"student": student, "teacher": teacher, "loss": criterion, "optimizer": optimizer}
-        wrapped, optimizer = fabric.setup(student, optimizer)
-        for part in (teacher, criterion):
-            part.to(fabric.device)
-        if resume and checkpoint and Path(checkpoint).is_file():
-            # not before: the optimiser's moments go where the tensors are
-            history = _resume(checkpoint, settings, parts)
-        wrapped.train()
-        for step in progress(range(len(history), steps), name, steps, len(history)):
-            epoch, i = divmod(step, per_epoch)
-            order = np.random.default_rng((seed, epoch)).permutation(len(pictures))[i * batch : (i + 1) * batch]
-            torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1))
-            chosen = pictures[torch.from_numpy(order)]
-            crops = views(chosen.float() / 255 if chosen.dtype == torch.uint8 else chosen)
-            crops = [crop.to(fabric.device) for crop in crops]
-            for group, decay in zip(optimizer.param_groups, (decays[step], 0.0), strict=True):
-                group["lr"], group["weight_decay"] = float(rates[step]), float(decay)
-            with fabric.autocast():
-                with torch.no_grad():
-                    wanted = teacher["head"](teacher["encoder"](torch.cat(crops[:2])))
-                said = student["head"](torch.cat([student["encoder"](x) for x in _by_size(crops)]))
-                value = criterion(said.float(), wanted.float(), len(crops))
-            fabric.backward(value)
-            if epoch < frozen_epochs:
-                head.direction.grad = head.length.grad = None
-            if clip is not None:
-                for p in student.parameters():
-                    if p.grad is not None:
-                        nn.utils.clip_grad_norm_([p], clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for mine, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
-                    mine.lerp_(theirs, 1 - float(momenta[step]))
-            words = ((wanted.float() - criterion.centre) / criterion.teacher).softmax(-1).mean(0)
-            entropy = -(words * words.clamp_min(1e-12).log()).sum() / math.log(outputs)
-            history.append({"step": step, "lr": float(rates[step]), "loss": value.detach(), "entropy": entropy})
-            if checkpoint and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
-                _save(checkpoint, settings, parts, history)
-    return teacher["encoder"].cpu().eval(), _plain(history)
+        model = SelfDistillation(encoder, **head)
 
+    def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
+        return model(views(batch[0].float() / 255 if batch[0].dtype == torch.uint8 else batch[0]))
 
-def _by_size(crops: list[Tensor]) -> list[Tensor]:
-    """Neighbouring crops of one size as one batch; the order stays."""
-    groups: list[list[Tensor]] = []
-    for crop in crops:
-        if groups and groups[-1][0].shape == crop.shape:
-            groups[-1].append(crop)
-        else:
-            groups.append([crop])
-    return [torch.cat(group) for group in groups]
-
-
-def _plain(history: list[dict]) -> list[dict[str, float]]:
-    return [{key: float(value) if key != "step" else value for key, value in row.items()} for row in history]
-
-
-def _save(path: str | Path, settings: dict, parts: dict, history: list[dict]) -> None:
-    with atomic(path) as temporary:
-        states = {key: part.state_dict() for key, part in parts.items()}
-        torch.save(states | {"settings": settings, "history": _plain(history)}, temporary)
-
-
-def _resume(path: str | Path, settings: dict, parts: dict) -> list[dict]:
-    """Put a checkpoint back into `parts`; its history."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        written = saved["settings"]
-    except Exception as error:
-        raise CorruptFile(path, f"not a checkpoint of DINO ({type(error).__name__})") from error
-    for key, value in settings.items():
-        if written.get(key) != value:
-            raise BadParameter(key, value, f"{written.get(key)!r}, as in the checkpoint to resume ({path})")
-    for key, part in parts.items():
-        part.load_state_dict(saved[key])
-    return saved["history"]
+    history = fit(
+        model,
+        loss,
+        TensorDataset(images),
+        epochs=epochs,
+        batch=batch,
+        optimizer=adamw(5e-4 * batch / 256 if lr is None else lr, weight_decay[0]),
+        schedule=lambda base, steps, per_epoch: cosine(base, 1e-6, epochs, per_epoch, warmup),
+        callbacks=[
+            WeightDecay(*weight_decay),
+            FreezeLastLayer(model.student["head"], frozen_epochs),
+            ClipNorm(clip, per_tensor=True),
+            model.ema(epochs * (len(images) // max(batch, 1)), momentum),
+        ],
+        checkpoint=checkpoint,
+        seed=seed,
+        hardware=hardware,
+        name=name,
+    )
+    return model.export(), history

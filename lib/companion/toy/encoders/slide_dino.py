@@ -1,10 +1,10 @@
-"""How the two lower levels of the pocket H-ViT were made, by DINO on unlabelled regions, and what they tell.
+"""The two lower levels of the small H-ViT, trained by DINO on unlabelled regions, and linear probes of their features.
 
     python -m companion.toy.encoders.slide_dino      (about a minute on one core)
 
-The patch level learns from crops of patches, the region level from cuts of regions, which are grids of the patch
-level's embeddings. Nothing is told of glands, tumour or grades. Both trainings are short: at this size DINO goes on to
-say the same of every picture (the loss reaches the logarithm of the number of outputs), as it did in every trial.
+The patch level learns from crops of patches, the region level from crops of regions, which are grids of the patch
+level's embeddings. No label of glands, tumour or grades is used. Both trainings are short: at this size DINO later
+collapses (the loss reaches the logarithm of the number of outputs), as it did in every trial.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ...models.hvit import model as hvit
 from ...models.layers import dino
 from ...models.layers.state_dicts import load_official
 from ...slides import tensor
+from ...training.fit import CPU, History
 from .. import encoders
 from ..datasets import slides as pocket
 from . import card
@@ -30,15 +31,15 @@ from . import card
 NAME = "pocket_slide_dino"
 NORMALISE = "half"  # of the pixels, as HIPT's
 REGIONS, TESTED = 400, 200
-STEPS, BATCH, RATE, OUTPUTS = {"patch": 40, "region": 60}, 64, 1e-3, 64
-# the teacher follows faster than the published 0.996: there are few steps
+STEPS, BATCH, LEARNING_RATE, OUTPUTS = {"patch": 40, "region": 60}, 64, 1e-3, 64
+# a lower momentum than the published 0.996: there are few steps
 HEAD = {"outputs": OUTPUTS, "hidden": 128, "bottleneck": 32, "frozen_epochs": 0, "momentum": 0.95}
 
 
 def unlabelled(count: int, split: str, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Regions of slides of both tasks, normalised (count, 3, 128, 128), and what their patches hold (count, 16).
+    """Regions of slides of both tasks, normalised (count, 3, 128, 128), and the kinds of their patches (count, 16).
 
-    What they hold is for measuring; DINO is not given it.
+    The kinds are for measuring; DINO does not get them.
     """
     rng = np.random.default_rng((seed, pocket.SPLITS.index(split), 11))
     pixels, cells = [], []
@@ -81,26 +82,26 @@ def embed(patch: hvit.PatchEncoder, regions: Tensor) -> Tensor:
 
 
 def standardise(patch: hvit.PatchEncoder, seed: int = 0) -> hvit.PatchEncoder:
-    """Let every output of `patch` have mean 0 and deviation 1 over training patches, in its last norm; return it."""
+    """Set the last norm of `patch` in place, so that outputs have mean 0 and std 1 over training patches; return it."""
     found = embed(patch, unlabelled(100, "train", seed)[0]).flatten(0, 1)
-    mean, deviation = found.mean(0), found.std(0).clamp_min(1e-6)
+    mean, std = found.mean(0), found.std(0).clamp_min(1e-6)
     with torch.no_grad():
-        patch.norm.weight.div_(deviation)
-        patch.norm.bias.sub_(mean).div_(deviation)
+        patch.norm.weight.div_(std)
+        patch.norm.bias.sub_(mean).div_(std)
     return patch
 
 
-def train(seed: int = 0) -> tuple[hvit.PatchEncoder, hvit.RegionEncoder, dict[str, list[dict]]]:
-    """Both encoders from nothing, the patch level standardised, and the histories of the two trainings."""
+def train(seed: int = 0) -> tuple[hvit.PatchEncoder, hvit.RegionEncoder, dict[str, History]]:
+    """Both encoders trained from scratch, the patch level standardised, and the histories of the two trainings."""
     patch, region = (encoder.requires_grad_(True) for encoder in build("random", seed))
     regions, _ = unlabelled(REGIONS, "train", seed)
     side, each = pocket.PATCH, STEPS["patch"] * BATCH
     patches = regions.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(patches))[:each])
-    options = HEAD | {"batch": BATCH, "lr": RATE, "warmup": 0, "seed": seed, "accelerator": "cpu"}
+    options = HEAD | {"batch": BATCH, "lr": LEARNING_RATE, "warmup": 0, "seed": seed, "hardware": CPU}
     views = dino.ImageViews((28, 12), ((0.5, 1.0), (0.15, 0.5)), 4, 0.5, (0.5,) * 3, (0.5,) * 3)
     histories = {}
-    # crops are cut from pixels in [0, 1] and normalised then
+    # crops are taken of pixels in [0, 1] and then normalised
     pixels = patches[order] * 0.5 + 0.5
     patch, histories["patch"] = dino.pretrain(patch, pixels, views, epochs=1, name="DINO, patches", **options)
     standardise(patch, seed)
@@ -113,14 +114,14 @@ def train(seed: int = 0) -> tuple[hvit.PatchEncoder, hvit.RegionEncoder, dict[st
 
 def probe(features: Tensor, labels: Tensor, tested: Tensor, truth: Tensor) -> float:
     """Test accuracy of a logistic regression on standardised features."""
-    mean, deviation = features.mean(0), features.std(0) + 1e-6
-    reader = LogisticRegression(max_iter=500).fit(((features - mean) / deviation).numpy(), labels.numpy())
-    return round(float(reader.score(((tested - mean) / deviation).numpy(), truth.numpy())), 3)
+    mean, std = features.mean(0), features.std(0) + 1e-6
+    classifier = LogisticRegression(max_iter=500).fit(((features - mean) / std).numpy(), labels.numpy())
+    return round(float(classifier.score(((tested - mean) / std).numpy(), truth.numpy())), 3)
 
 
 @torch.inference_mode()
 def measure(patch: hvit.PatchEncoder, region: hvit.RegionEncoder) -> dict[str, float]:
-    """What a linear probe reads on test tiles: "patch", which of the three kinds a patch is; "core", whether a region
+    """Accuracy of linear probes on test tiles: "patch", which of the three kinds a patch is; "core", whether a region
     with three or more tumour patches has them in its middle."""
     (seen, cells), (unseen, truth) = unlabelled(REGIONS, "train", 1), unlabelled(TESTED, "test", 1)
     below, tested = embed(patch, seen), embed(patch, unseen)
@@ -128,9 +129,10 @@ def measure(patch: hvit.PatchEncoder, region: hvit.RegionEncoder) -> dict[str, f
     above = [region(part.mT.unflatten(2, (pocket.SIDE, pocket.SIDE))) for part in (below, tested)]
     full = [(part == pocket.TUMOUR).sum(1) >= 3 for part in (cells, truth)]
     core = [torch.tensor([pocket.is_core(row) for row in part.tolist()]) for part in (cells, truth)]
-    kept = [(a[f], c[f].long()) for a, f, c in zip(above, full, core, strict=True)]
-    found["core"] = probe(*kept[0], *kept[1])
-    found["chance"] = round(float(max(kept[1][1].float().mean(), 1 - kept[1][1].float().mean())), 3)
+    train, test = [(a[f], c[f].long()) for a, f, c in zip(above, full, core, strict=True)]
+    found["core"] = probe(*train, *test)
+    share = float(test[1].float().mean())
+    found["chance"] = round(max(share, 1 - share), 3)
     return found
 
 
@@ -150,7 +152,14 @@ def ship(folder: Path = encoders.WEIGHTS, seed: int = 0) -> Path:
         "train tiles only",
         "attribution": "the photograph is free of rights, see scikit-image's documentation of skimage.data",
         "command": "python -m companion.toy.encoders.slide_dino",
-        "recipe": {"regions": REGIONS, "steps": STEPS, "batch": BATCH, "rate": RATE, "outputs": OUTPUTS, "seed": seed},
+        "recipe": {
+            "regions": REGIONS,
+            "steps": STEPS,
+            "batch": BATCH,
+            "learning_rate": LEARNING_RATE,
+            "outputs": OUTPUTS,
+            "seed": seed,
+        },
         "world": pocket.VERSION,
         "seconds": round(time.monotonic() - start),
         "parameters": sum(t.numel() for t in state.values()),

@@ -1,13 +1,13 @@
-"""The three pocket teachers of DMT: how they were made, what each is blind to, and the probes that show it.
+"""The three small teachers of DMT: their training, the factor that each cannot see, and the probes that show it.
 
     python -m companion.toy.encoders.teachers      (about 4 minutes on one core)
 
-    MAE       fills in hidden patches. It keeps where things are, and cares little for what a texture is.
-    MoCo v3   tells pictures apart by grey views of them: no colour at all, so neither hues nor the reddish square.
-    iBOT      says the same of crops that are mirrored and lit in another way: colour without much of a place.
+    MAE       predicts masked patches: positions, and little of textures.
+    MoCo v3   contrasts grey views: no colour, so neither hues nor the reddish square.
+    iBOT      matches crops that are mirrored and of another contrast: colour, and little of positions.
 
-All are `dmt.ViT`s of one shape, trained on the same unlabelled collages. The choice of what each is blind to is ours
-(section 14.4): it is what lets three teachers together know more than any of them.
+All are ViTs of one shape, trained on the same unlabelled collages. The factor that each cannot see is our choice
+(section 14.4): so three teachers together can know more than any of them.
 """
 
 from __future__ import annotations
@@ -24,19 +24,23 @@ from torch.utils.data import TensorDataset
 
 from ... import backbones
 from ...errors import BadParameter
-from ...models.dmt import teachers as dmt_teachers
 from ...models.dmt.downstream import Features, ridge
-from ...models.dmt.model import ViT, build, grey
-from ...training.fit import fit, predict
+from ...models.dmt.model import grey
+from ...models.dmt.teachers import MAE, MoCo
+from ...models.dmt.vit import ViT, build
+from ...models.layers.dino import SelfDistillation
+from ...training.callbacks import Callback, ClipNorm
+from ...training.fit import CPU, History, fit, predict
+from ...training.schedules import adamw
 from .. import encoders
 from ..datasets import collage
 from . import card
 
 NAME = "pocket_teachers"
 TEACHERS = ("MAE", "MoCo v3", "iBOT")
-SHAPE = {"depth": 3}  # else as `dmt.SIZES["pocket teacher"]`
+SHAPE = {"depth": 3}  # else as `vit.SIZES["pocket teacher"]`
 OPTIONS = {"MAE": {}, "MoCo v3": {"positions": "mocov3"}, "iBOT": {"positions": "learned", "masked": True}}
-PICTURES = 6000
+IMAGES = 6000
 RECIPES = {
     "MAE": {"steps": 2400, "batch": 128, "lr": 2e-3, "betas": (0.9, 0.95)},
     "MoCo v3": {"steps": 700, "batch": 128, "lr": 2e-3},
@@ -71,7 +75,7 @@ def load() -> dict[str, ViT]:
 
 
 def crops(images: Tensor, share: tuple[float, float]) -> Tensor:
-    """A crop of each picture (B, 3, S, S) at the same size: `share` of the area, mirrored either way or not."""
+    """A crop of each image (B, 3, S, S) at the same size: `share` of the area, mirrored either way or not."""
     count, (low, high) = len(images), share
     area = torch.empty(count).uniform_(low, high)
     ratio = torch.empty(count).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
@@ -84,90 +88,99 @@ def crops(images: Tensor, share: tuple[float, float]) -> Tensor:
 
 
 def light(images: Tensor, contrast: tuple[float, float], level: float) -> Tensor:
-    """Pictures whose luma has another contrast and level, each its own; colours stay."""
+    """Images whose luma has another contrast and level, each its own; colours stay."""
     count = len(images)
     luma = grey(images)
     change = torch.empty(count, 1, 1, 1).uniform_(*contrast) - 1
     return images + change * luma + torch.empty(count, 1, 1, 1).uniform_(-level, level)
 
 
-def objective(name: str, encoder: ViT, steps: int) -> tuple[nn.Module, Callable[[nn.Module, tuple], Tensor]]:
-    """What trains an encoder, and its loss of a batch of pictures: the views are drawn here."""
+def objective(name: str, encoder: ViT, steps: int) -> tuple[nn.Module, Callable, list[Callback]]:
+    """The model that trains an encoder, its loss of a batch of images (the views are drawn here), and its callbacks."""
     if name == "MAE":
-        model = dmt_teachers.MAE(encoder, (48, 1, 4), mask_ratio=MASKED, normalise=False)
-        return model, lambda model, batch: model(batch[0])
+        model = MAE(encoder, (48, 1, 4), mask_ratio=MASKED, normalise=False)
+        return model, lambda model, batch: model(batch[0]), []
     if name == "MoCo v3":
 
         def view(images: Tensor) -> Tensor:
             return light(grey(crops(images, (0.3, 1.0))), (0.6, 1.4), 0.2)
 
-        model = dmt_teachers.MoCo(encoder, steps, 128, 64, momentum=0.98, frozen_patches=False)
-        return model, lambda model, batch: model(view(batch[0]), view(batch[0]))
+        model = MoCo(encoder, 128, 64, frozen_patches=False)
+        return model, lambda model, batch: model(view(batch[0]), view(batch[0])), [model.ema(steps, 0.98)]
 
     def view(images: Tensor) -> Tensor:
         return light(crops(images, (0.4, 1.0)), (0.3, 1.2), 0.3)
 
-    model = dmt_teachers.SelfDistillation(encoder, steps, 64, 128, 32, momentum=0.97, temperatures=(0.06, 0.06))
-    return model, lambda model, batch: model([view(batch[0]), view(batch[0])])
+    model = SelfDistillation(encoder, 64, 128, 32, norm_last_layer=True, patch_weight=1.0, teacher=0.06)
+    return model, lambda model, batch: model([view(batch[0]), view(batch[0])]), [model.ema(steps, 0.97)]
 
 
 @torch.no_grad()
 def see_grey(encoder: ViT) -> ViT:
-    """Let the patch projection see the luma alone: of any picture it then gives what it gave of the grey one."""
+    """Make the patch projection see the luma alone, in place: its output for any image is that for the grey one."""
     weight = encoder.patch_embed.proj.weight
     luma = torch.tensor(collage.LUMA, dtype=weight.dtype)[None, :, None, None]
     weight.copy_(weight.sum(1, keepdim=True) * luma)
     return encoder
 
 
-def train(name: str, images: Tensor, seed: int = 0, **changes: object) -> tuple[ViT, list[dict]]:
-    """One teacher from nothing, in eval mode, and the history of its training on pictures (N, 3, 32, 32).
+def train(name: str, images: Tensor, seed: int = 0, **changes: int) -> tuple[ViT, History]:
+    """One teacher trained from scratch, in eval mode, and the history of its training on images (N, 3, 32, 32).
 
-    `changes` to the recipe: "steps", and arguments of `fit`.
+    `changes` to its recipe: "steps", "batch" and others of `RECIPES`.
     """
-    options = RECIPES[name] | changes if name in RECIPES else {}
     encoder = untrained(name, seed).train()
-    steps = options.pop("steps")
+    recipe = RECIPES[name] | changes
     torch.manual_seed(seed)
-    model, loss = objective(name, encoder, steps)
-    options = {"weight_decay": 0.05, "seed": seed, "accelerator": "cpu", "name": name} | options
-    history = fit(model, loss, TensorDataset(images), epochs=steps / (len(images) // options["batch"]), **options)
-    encoder = model.teacher() if name == "iBOT" else see_grey(encoder) if name == "MoCo v3" else encoder
-    return encoder.eval(), history
+    model, loss, callbacks = objective(name, encoder, recipe["steps"])
+    history = fit(
+        model,
+        loss,
+        TensorDataset(images),
+        epochs=recipe["steps"] / (len(images) // recipe["batch"]),
+        batch=recipe["batch"],
+        optimizer=adamw(recipe["lr"], 0.05, betas=recipe.get("betas", (0.9, 0.999))),
+        callbacks=[ClipNorm(recipe["clip"]), *callbacks] if "clip" in recipe else callbacks,
+        seed=seed,
+        hardware=CPU,
+        name=name,
+    )
+    encoder = model.export() if name == "iBOT" else model.encoder
+    return (see_grey(encoder) if name == "MoCo v3" else encoder).eval(), history
 
 
 # --- probes -----------------------------------------------------------------------------------------------------------
 
 
 def features(encoder: ViT, images: Tensor) -> Tensor:
-    """What a probe reads of each picture: class token and mean patch token (n, 2 D)."""
-    return predict(Features(encoder), TensorDataset(images), accelerator="cpu")
+    """The input of a probe for each image: [CLS] token and mean patch token (n, 2 D)."""
+    return predict(Features(encoder), TensorDataset(images), hardware=CPU)
 
 
 def drawn(labels: Tensor, count: int, seed: int) -> Tensor:
-    """The places of `count` pictures of each class, at random."""
+    """The indices of `count` random images of each class."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for label in labels.unique():
-        place = torch.nonzero(labels == label)[:, 0]
-        found.append(place[torch.randperm(len(place), generator=generator)[:count]])
+        indices = torch.nonzero(labels == label)[:, 0]
+        found.append(indices[torch.randperm(len(indices), generator=generator)[:count]])
     return torch.cat(found)
 
 
-def probe(known: Tensor, factors: Tensor, asked: Tensor, truth: Tensor, shots: int | None = SHOTS) -> dict[str, float]:
+def probe(known: Tensor, factors: Tensor, tested: Tensor, truth: Tensor, shots: int | None = SHOTS) -> dict[str, float]:
     """Accuracy in percent on each factor of linear probes on features, and their "mean".
 
     Args:
-        known, factors: features (n, D) of training pictures and their factors (n, 4).
-        asked, truth: of the pictures tested on.
+        known, factors: features (n, D) of training images and their factors (n, 4).
+        tested, truth: those of test images.
         shots: labels a class; the mean over `DRAWS` draws of them. None: all labels, once.
     """
     found = {}
     for i, (name, classes) in enumerate(collage.FACTORS.items()):
-        places = [slice(None)] if shots is None else [drawn(factors[:, i], shots, seed) for seed in range(DRAWS)]
+        draws = [slice(None)] if shots is None else [drawn(factors[:, i], shots, seed) for seed in range(DRAWS)]
         right = [
-            ridge(known[place], factors[place, i], classes, asked, RIDGE[shots]).argmax(1) == truth[:, i]
-            for place in places
+            ridge(known[draw], factors[draw, i], classes, tested, RIDGE[shots]).argmax(1) == truth[:, i]
+            for draw in draws
         ]
         found[name] = 100 * float(torch.stack(right).float().mean())
     return found | {"mean": sum(found.values()) / len(found)}
@@ -175,14 +188,14 @@ def probe(known: Tensor, factors: Tensor, asked: Tensor, truth: Tensor, shots: i
 
 def measure(encoder: ViT, train: collage.Part, test: collage.Part, shots: int | None = SHOTS) -> dict[str, float]:
     """`probe` of an encoder's features."""
-    known, asked = (features(encoder, part.images) for part in (train, test))
-    return probe(known, train.factors, asked, test.factors, shots)
+    known, tested = (features(encoder, part.images) for part in (train, test))
+    return probe(known, train.factors, tested, test.factors, shots)
 
 
 # --- shipping ---------------------------------------------------------------------------------------------------------
 
 
-def pictures(count: int, split: str, seed: int) -> collage.Part:
+def collages(count: int, split: str, seed: int) -> collage.Part:
     """Collages of a split in memory, without writing them."""
     drawn = collage.collages(count, split, seed)
     images = torch.stack([torch.from_numpy(c.image) for c in drawn]).permute(0, 3, 1, 2).float() / 255
@@ -191,7 +204,7 @@ def pictures(count: int, split: str, seed: int) -> collage.Part:
 
 def quality(teachers: Mapping[str, ViT], seed: int = 1) -> dict[str, dict[str, float]]:
     """Probes of the teachers, and of an untrained one, on collages that none of them has seen."""
-    train, test = pictures(3000, "train", seed), pictures(1500, "test", seed)
+    train, test = collages(3000, "train", seed), collages(1500, "test", seed)
     models = dict(teachers) | {"untrained": untrained()}
     return {
         name: {key: round(value, 1) for key, value in measure(model, train, test).items()}
@@ -202,7 +215,7 @@ def quality(teachers: Mapping[str, ViT], seed: int = 1) -> dict[str, dict[str, f
 def ship(folder: Path = encoders.WEIGHTS, seed: int = 0) -> Path:
     """Train all three, measure, and write the weights and their card."""
     start = time.monotonic()
-    images = pictures(PICTURES, "train", seed).images
+    images = collages(IMAGES, "train", seed).images
     found = {name: train(name, images, seed) for name in TEACHERS}
     state = {f"{name}/{key}": value for name, (model, _) in found.items() for key, value in model.state_dict().items()}
     head = {
@@ -213,7 +226,7 @@ def ship(folder: Path = encoders.WEIGHTS, seed: int = 0) -> Path:
         "recipe": {
             name: recipe | {"betas": list(recipe.get("betas", (0.9, 0.999)))} for name, recipe in RECIPES.items()
         }
-        | {"pictures": PICTURES, "masked": MASKED, "seed": seed},
+        | {"images": IMAGES, "masked": MASKED, "seed": seed},
         "world": collage.VERSION,
         "seconds": round(time.monotonic() - start),
         "parameters": sum(value.numel() for value in state.values()),
@@ -225,8 +238,8 @@ def ship(folder: Path = encoders.WEIGHTS, seed: int = 0) -> Path:
         }
         for name, (_, history) in found.items()
     }
-    told = {"probes": quality({name: model for name, (model, _) in found.items()}), "losses": ends}
-    return card.ship(folder / f"{NAME}.safetensors", state, head, told, _CARD)
+    measured = {"probes": quality({name: model for name, (model, _) in found.items()}), "losses": ends}
+    return card.ship(folder / f"{NAME}.safetensors", state, head, measured, _CARD)
 
 
 _CARD = """

@@ -1,0 +1,159 @@
+"""The ViT of DMT's teachers and students: counts, masking, position embeddings, released names, and bad input."""
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch.nn import functional as F
+
+from companion.errors import BadCheckpoint, BadParameter
+from companion.models.dmt.vit import POSITIONS, ViT, build, visible
+
+
+def student(**options):
+    torch.manual_seed(2)
+    return build("pocket", **options)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def noise():
+    return torch.rand(4, 16, generator=torch.Generator().manual_seed(1))
+
+
+def total(module, trained=False):
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+# --- counts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "whole", "headed", "trained"),
+    [
+        ("tiny", 5_524_416, 5_717_416, 5_486_592),
+        ("small", 21_665_664, 22_050_664, 21_590_016),
+        ("base", 85_798_656, 86_567_656, 85_647_360),
+    ],
+)
+def test_sizes(size, whole, headed, trained):
+    with torch.device("meta"):
+        vit = build(size, positions="learned")
+        assert total(vit) == whole and total(vit) + 1000 * (vit.width + 1) == headed
+        assert total(build(size), trained=True) == trained  # without the fixed table
+
+
+def test_a_quarter_of_the_patches_is_seen():
+    assert visible(196, 0.75) == 49
+    with pytest.raises(BadParameter, match="mask_ratio"):
+        visible(196, 1.0)
+    with pytest.raises(BadParameter, match="leaves a patch"):
+        visible(4, 0.9)
+
+
+# --- one ViT ----------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_timms_vit(images):
+    vit = student(positions="learned").eval()
+    theirs = VisionTransformer(32, 8, embed_dim=32, depth=2, num_heads=4, num_classes=0, global_pool="").eval()
+    theirs.load_state_dict(vit.state_dict())
+    assert torch.allclose(vit(images), theirs(images), atol=1e-6)
+
+
+def test_dropped_patches_do_not_matter_and_their_order_does_not_either(images, noise):
+    vit, keep = student().eval(), noise.argsort(1)[:, :8]
+    seen = vit(images, keep)
+    changed = images.clone()
+    gone = torch.ones(4, 16).scatter(1, keep, 0).unflatten(1, (4, 4))
+    changed += 10 * F.interpolate(gone[:, None], scale_factor=8)
+    assert torch.equal(vit(changed, keep), seen)
+    other = torch.randperm(8)
+    assert torch.allclose(vit(images, keep[:, other])[:, 1:], seen[:, 1:][:, other], atol=1e-5)
+    everything = torch.arange(16).expand(4, -1)
+    assert torch.allclose(vit(images, everything), vit(images), atol=1e-6)
+
+
+def test_masked_patches_are_replaced(images):
+    vit = student(masked=True).eval()
+    masked = torch.zeros(4, 16, dtype=torch.bool)
+    assert torch.equal(vit(images, masked=masked), vit(images))
+    masked[:, 3] = True
+    changed = images.clone()
+    changed[:, :, :8, 24:] = 7.0  # patch 3, the last of the first row
+    assert torch.equal(vit(images, masked=masked), vit(changed, masked=masked))
+    assert not torch.allclose(vit(images), vit(changed))
+    with pytest.raises(BadParameter, match="masked"):
+        student()(images, masked=masked)
+
+
+def test_hidden_layers_and_attention(images):
+    vit = student().eval()
+    first, last = vit.hidden(images, (0, 1))
+    assert torch.equal(vit.hidden(images, (-2,))[0], first) and torch.equal(vit.norm(last), vit(images))
+    rows = vit.attention(images)
+    assert rows.shape == (4, 4, 16) and (rows.sum(-1) < 1).all()
+    q, k, _ = vit.qkv(first)
+    assert torch.allclose(rows, (q @ k.mT / 8**0.5).softmax(-1)[:, :, 0, 1:])
+    assert vit.attention(images, 0).shape == (4, 4, 16)
+    assert vit.features(images).shape == (4, 64)
+    with pytest.raises(BadParameter, match="layers"):
+        vit.hidden(images, (2,))
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_other_sizes(positions):
+    vit = student(positions=positions)
+    assert vit(torch.rand(2, 3, 48, 64)).shape == (2, 1 + 6 * 8, 32)
+    for shape in [(2, 3, 30, 32), (2, 1, 32, 32), (3, 32, 32)]:
+        with pytest.raises(BadParameter, match="images"):
+            vit(torch.rand(shape))
+
+
+def test_gradient_checkpointing_changes_no_gradient(images):
+    found = []
+    for enable in (False, True):
+        vit = student()
+        vit.set_grad_checkpointing(enable)
+        vit.forward_features(images).square().mean().backward()
+        found.append([p.grad for p in vit.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert vit.no_weight_decay() <= {n for n, _ in student(masked=True).named_parameters()}
+
+
+def test_bad_sizes():
+    for name, value in [("image", 33), ("heads", 5), ("last_heads", 5), ("positions", "x")]:
+        with pytest.raises(BadParameter, match=name.removeprefix("last_")):
+            student(**{name: value})
+    with pytest.raises(BadParameter, match="size"):
+        build("huge")
+
+
+# --- released names ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
+@pytest.mark.parametrize("prefix", ["", "module.", "module.base_encoder.", "backbone.", "module.backbone."])
+def test_official_names_there_and_back(prefix, kind, images):
+    vit = student(positions=kind, masked=kind == "learned").eval()
+    state = vit.to_official(prefix)
+    others = {"head.0.weight": torch.ones(2), "head.mlp.0.weight": torch.ones(2, 2)}
+    state |= {prefix + name: value for name, value in others.items()}
+    if "base_encoder" in prefix:
+        state["module.momentum_encoder.cls_token"] = state["module.predictor.0.weight"] = torch.ones(2)
+    loaded = ViT.from_official(state, heads=4)
+    assert loaded.positions == kind and not loaded.training
+    assert torch.equal(loaded(images), vit(images))
+
+
+def test_a_checkpoint_that_does_not_fit():
+    state = student().to_official()
+    with pytest.raises(BadCheckpoint, match="pos_embed"):
+        ViT.from_official({name: value for name, value in state.items() if name != "pos_embed"})
+    state["blocks.1.attn.typo"] = state.pop("blocks.1.attn.proj.bias")
+    with pytest.raises(BadCheckpoint) as caught:
+        ViT.from_official(state, heads=4)
+    assert caught.value.missing == ["blocks.1.attn.proj.bias"] and caught.value.unknown == ["blocks.1.attn.typo"]
