@@ -16,6 +16,7 @@ from companion.data import slides as data
 from companion.errors import BadParameter, MissingData, MissingWeights
 from companion.models import hvit
 from companion.models.hvit import recipe
+from companion.models.hvit.model import read_checkpoint
 from companion.models.layers.pos_embed import resize_pos_embed
 from companion.ops.papers import convert, paper
 from companion.slides import PANDA, Slide, read_features, tensor, tile, write_pyramid
@@ -257,7 +258,7 @@ def test_a_killed_training_resumes_to_the_same_bits_and_its_weights_are_saved(tm
     for one, other in zip(whole, again, strict=True):
         assert not other.training
         assert all(torch.equal(t, other.state_dict()[n]) for n, t in one.state_dict().items())
-    saved = [hvit.read_checkpoint(tmp_path / "trained" / f"{name}.safetensors") for name in names]
+    saved = [read_checkpoint(tmp_path / "trained" / f"{name}.safetensors") for name in names]
     if method == "Local":  # under the authors' names
         saved = [hvit.HViT.from_official(state).state_dict() for state in saved]
     assert all(torch.equal(t, saved[1][n]) for n, t in again[1].state_dict().items())
