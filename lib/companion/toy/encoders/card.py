@@ -43,8 +43,7 @@ def save(
         quality: measured, for the card.
         recipe: settings of the training.
         seconds: of the training.
-        facts: further entries of the card's head, or other ones; "parameters" is the size of all tensors but the running
-            statistics of batch norms.
+        facts: further entries of the card's head. "parameters" counts all tensors but the statistics of batch norms.
     """
     path = Path(folder) / f"{name}.safetensors"
     with atomic(path) as temporary:
