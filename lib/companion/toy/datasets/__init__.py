@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import csv
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ...errors import CompanionError
+import numpy as np
+from PIL import Image
+
+from ...errors import CompanionError, CorruptFile
 from ...ops.files import atomic_folder, read_json, write_json
 
 
@@ -38,3 +42,19 @@ def write_once(
     with atomic_folder(folder) as new:
         write_json(new / name, dict(record) | dict(write(new) or {}))
     return folder
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Write a CSV file with a header."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([columns, *rows])
+
+
+def read_image(path: Path) -> np.ndarray:
+    """The pixels of an image file. Raises `CorruptFile` when it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise CorruptFile(path, f"not an image ({error})") from error

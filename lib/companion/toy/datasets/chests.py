@@ -40,7 +40,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from ...errors import BadParameter, CorruptFile, MissingData
-from . import write_once
+from . import read_image, write_once, write_table
 from .scenes import SPLITS
 
 SIZE = 64  # side of every picture, in pixels
@@ -200,19 +200,14 @@ def _lists(folder: Path, split: str, files: Sequence[str], drawn: Sequence[Chest
     (folder / f"{split}_list.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     unit = BOX_UNIT // SIZE
     boxes = [str([[side * unit for side in chest.box]]) for chest in drawn]
-    _table(folder / f"{split}_boxes.csv", ("image_path", "bbox"), zip(images, boxes, strict=True))
+    write_table(folder / f"{split}_boxes.csv", ("image_path", "bbox"), zip(images, boxes, strict=True))
     masks = [f"masks/{file}" for file in files]
-    _table(folder / f"{split}_masks.csv", ("img_path", "mask_path"), zip(images, masks, strict=True))
+    write_table(folder / f"{split}_masks.csv", ("img_path", "mask_path"), zip(images, masks, strict=True))
     texts = [(path, chest.report, chest.distilled) for path, chest in zip(images, drawn, strict=True)]
     name = "pretrain" if split == "train" else f"{split}_reports"
-    _table(folder / f"{name}.csv", ("img_path", "report", "llm_output"), texts)
+    write_table(folder / f"{name}.csv", ("img_path", "report", "llm_output"), texts)
     if split == "train":
-        _table(folder / "attn-label.csv", ("label_i", "label_j"), [(1, 1)] * len(files))
-
-
-def _table(path: Path, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([columns, *rows])
+        write_table(folder / "attn-label.csv", ("label_i", "label_j"), [(1, 1)] * len(files))
 
 
 def vocabulary(reports: Iterable[str]) -> Tokenizer:
@@ -278,8 +273,10 @@ def read(root: str | Path, split: str) -> Part:
         boxes = torch.tensor([ast.literal_eval(text)[0] for (text,) in _rows(boxes_file, "bbox")]).reshape(-1, 4)
     except (ValueError, SyntaxError, TypeError, RuntimeError) as error:
         raise CorruptFile(boxes_file, f"a box is not four numbers ({error})") from error
-    grey = np.stack([_picture(folder / line[0]) for line in lines]).astype(np.float32) / 65535
-    lesions = np.stack([_picture(folder / path) for (path,) in _rows(folder / f"{split}_masks.csv", "mask_path")]) > 127
+    grey = np.stack([read_image(folder / line[0]) for line in lines]).astype(np.float32) / 65535
+    lesions = (
+        np.stack([read_image(folder / path) for (path,) in _rows(folder / f"{split}_masks.csv", "mask_path")]) > 127
+    )
     return Part(
         torch.from_numpy((grey - MEAN) / STD)[:, None],
         labels,
@@ -300,11 +297,3 @@ def _rows(path: Path, *columns: str) -> list[tuple[str, ...]]:
     if not rows or any(value is None or "\0" in value for row in rows for value in row):
         raise CorruptFile(path, "a line is not whole")
     return rows
-
-
-def _picture(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as picture:
-            return np.asarray(picture)
-    except (OSError, ValueError) as error:
-        raise CorruptFile(path, f"not a picture ({error})") from error

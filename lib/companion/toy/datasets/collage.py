@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ...data.classification import image_folder, in_memory
 from ...errors import BadParameter, CorruptFile, MissingData
-from . import scenes, write_once
+from . import scenes, write_once, write_table
 from .scenes import SIZE, SPLITS, quantise
 
 TEXTURES = ("brick", "coins", "grass", "gravel", "page", "stars", "temple", "tissue")
@@ -131,16 +131,15 @@ def write(root: str | Path, seed: int = 0) -> Path:
     """Write the three splits to `<root>/pocket/collage` and return it; a finished one is left alone."""
 
     def fill(new: Path) -> None:
-        with (new / "factors.csv").open("w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
-            table.writerow(["path", *FACTORS])
-            for split in SPLITS:
-                for name in TEXTURES:
-                    (new / split / name).mkdir(parents=True)
-                for i, drawn in enumerate(collages(COUNTS[split], split, seed)):
-                    path = f"{split}/{TEXTURES[drawn.factors[0]]}/{i:05d}.png"
-                    Image.fromarray(drawn.image).save(new / path)
-                    table.writerow([path, *drawn.factors])
+        rows = []
+        for split in SPLITS:
+            for name in TEXTURES:
+                (new / split / name).mkdir(parents=True)
+            for i, drawn in enumerate(collages(COUNTS[split], split, seed)):
+                path = f"{split}/{TEXTURES[drawn.factors[0]]}/{i:05d}.png"
+                Image.fromarray(drawn.image).save(new / path)
+                rows.append([path, *drawn.factors])
+        write_table(new / "factors.csv", ["path", *FACTORS], rows)
 
     record = {"seed": seed, "version": VERSION, "counts": COUNTS}
     return write_once(Path(root) / "pocket" / "collage", record, sum(COUNTS.values()) + 2, fill)

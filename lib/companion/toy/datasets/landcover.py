@@ -42,7 +42,7 @@ from PIL import Image, TiffImagePlugin
 from torch import Tensor
 
 from ...errors import BadParameter, CorruptFile, MissingData
-from . import scenes, write_once
+from . import read_image, scenes, write_once, write_table
 from .scenes import SPLITS
 
 SIZE = 64  # side of every picture, in pixels
@@ -221,9 +221,8 @@ def write(root: str | Path, seed: int = 0) -> Path:
                     listed[split].append(file)
         for split, files in listed.items():
             (new / f"{split}.txt").write_text("\n".join(files) + "\n", encoding="utf-8")
-        with (new / "places.csv").open("w", newline="", encoding="utf-8") as file:
-            rows = [(region(code), zone.latitude, zone.longitude, code) for code, zone in ZONES.items()]
-            csv.writer(file).writerows([("region", "latitude", "longitude", "zone"), *rows])
+        rows = [(region(code), zone.latitude, zone.longitude, code) for code, zone in ZONES.items()]
+        write_table(new / "places.csv", ("region", "latitude", "longitude", "zone"), rows)
 
     record = {"seed": seed, "version": VERSION, "counts": COUNTS, "zones": list(ZONES)}
     files = 2 * len(ZONES) * sum(COUNTS.values()) + len(COUNTS) + 2
@@ -308,8 +307,8 @@ def read(root: str | Path, split: str) -> Part:
     files = [(name.rpartition("_")[0], name) for name in listed.read_text(encoding="utf-8").split()]
     if unknown := sorted({where for where, _ in files} - zones.keys()):
         raise CorruptFile(listed, f"regions that places.csv lacks: {', '.join(unknown)}")
-    images = np.stack([_picture(folder / where / "images" / name) for where, name in files])
-    stored = np.stack([_picture(folder / where / "labels" / name) for where, name in files]).astype(np.int64)
+    images = np.stack([read_image(folder / where / "images" / name) for where, name in files])
+    stored = np.stack([read_image(folder / where / "labels" / name) for where, name in files]).astype(np.int64)
     labels = torch.from_numpy(np.where(stored == 0, IGNORE, stored - 1))
     return Part(normalise(images), labels, tuple(zones[where] for where, _ in files))
 
@@ -317,11 +316,3 @@ def read(root: str | Path, split: str) -> Part:
 def _zones(path: Path) -> dict[str, str]:
     with path.open(newline="", encoding="utf-8") as file:
         return {row["region"]: row["zone"] for row in csv.DictReader(file)}
-
-
-def _picture(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as picture:
-            return np.asarray(picture)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise CorruptFile(path, f"not a picture ({error})") from error

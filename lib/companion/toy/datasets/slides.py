@@ -20,7 +20,6 @@ own, as in `scenes`. `data.slides` reads them as PANDA.
 
 from __future__ import annotations
 
-import csv
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from PIL import Image
 from ...errors import BadParameter
 from ...ops.files import read_json
 from ...slides import Tiling, write_pyramid
-from . import write_once
+from . import write_once, write_table
 from .scenes import SPLITS, photograph, quantise, tiles
 
 TASKS = ("place", "count")
@@ -250,9 +249,9 @@ def write(root: str | Path, task: str, seed: int = 0) -> Path:
                 lists[split].append((image_id, slide.grade))
                 drawn[image_id] = {"corners": slide.corners.tolist(), "cells": slide.cells.tolist()}
         rows = [(i, "radboud", grade, _gleason(grade)) for split in COUNTS for i, grade in lists[split]]
-        _csv(new / "train.csv", ("image_id", "data_provider", "isup_grade", "gleason_score"), rows)
+        write_table(new / "train.csv", ("image_id", "data_provider", "isup_grade", "gleason_score"), rows)
         for split, pairs in lists.items():
-            _csv(new / "folds" / "fold-0" / f"{FILES[split]}.csv", ("slide_id", "isup_grade"), pairs)
+            write_table(new / "folds" / "fold-0" / f"{FILES[split]}.csv", ("slide_id", "isup_grade"), pairs)
         return {"slides": drawn}
 
     record = {"task": task, "seed": seed, "version": VERSION, "counts": COUNTS}
@@ -275,12 +274,6 @@ def write_slide(root: Path, image_id: str, slide: Drawn) -> None:
 def _gleason(grade: int) -> str:
     """A Gleason score that PANDA gives this grade."""
     return ("negative", "3+3", "3+4", "4+3", "4+4", "4+5")[grade]
-
-
-def _csv(path: Path, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([head, *rows])
 
 
 def drawn_cells(data: str | Path) -> dict[str, dict[tuple[int, int], list[int]]]:

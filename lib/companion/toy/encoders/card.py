@@ -25,6 +25,9 @@ ATTRIBUTION = (
 )
 
 
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
 def save(
     folder: str | Path,
     name: str,
@@ -40,7 +43,7 @@ def save(
         quality: measured, for the card.
         recipe: settings of the training.
         seconds: of the training.
-        facts: further entries of the card's head, such as "parameters" (default: entries of all tensors).
+        facts: further entries of the card's head. "parameters" counts all tensors but the statistics of batch norms.
     """
     path = Path(folder) / f"{name}.safetensors"
     with atomic(path) as temporary:
@@ -48,7 +51,7 @@ def save(
     facts = {
         "recipe": dict(recipe),
         "seconds": round(seconds),
-        "parameters": sum(tensor.numel() for tensor in state.values()),
+        "parameters": sum(value.numel() for key, value in state.items() if not key.endswith(_STATISTICS)),
         **facts,
         "torch": torch.__version__.split("+")[0],
         "threads": torch.get_num_threads(),

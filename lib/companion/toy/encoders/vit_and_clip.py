@@ -282,9 +282,8 @@ def ship(name: str, folder: str | Path = encoders.WEIGHTS, seed: int = 0) -> Pat
         raise BadParameter("name", name, list(TRAIN))
     start = time.monotonic()
     model = TRAIN[name](**RECIPE[name], seed=seed)
-    seconds, recipe = time.monotonic() - start, {**RECIPE[name], "seed": seed}
-    facts = {"parameters": sum(p.numel() for p in model.parameters()), "tasks": classification.VERSION}
-    return card.save(folder, name, model.state_dict(), quality(name, model), recipe, seconds, **facts)
+    seconds, recipe, measured = time.monotonic() - start, {**RECIPE[name], "seed": seed}, quality(name, model)
+    return card.save(folder, name, model.state_dict(), measured, recipe, seconds, tasks=classification.VERSION)
 
 
 def remeasure(name: str) -> Path:
