@@ -128,10 +128,10 @@ def tokenise(tokenizer: Tokenizer, clip: CLIP, texts: Sequence[str]) -> Tensor:
     if isinstance(texts, str) or not texts:
         raise BadParameter("classes", texts, "a list of one or more names")
     ids = tokenizer(texts)
-    words, length = clip.token_embedding.num_embeddings, len(clip.positional_embedding)
-    if ids.shape != (len(texts), length) or ids.max() >= words:
+    vocabulary, length = clip.token_embedding.num_embeddings, len(clip.positional_embedding)
+    if ids.shape != (len(texts), length) or ids.max() >= vocabulary:
         found = f"ids {tuple(ids.shape)} up to {int(ids.max())}"
-        raise BadParameter("tokenizer", found, f"one that gives ({len(texts)}, {length}) ids below {words}")
+        raise BadParameter("tokenizer", found, f"one that gives ({len(texts)}, {length}) ids below {vocabulary}")
     return ids.to(clip.token_embedding.weight.device)
 
 
@@ -237,9 +237,9 @@ class PromptLearner(PromptedCLIP):
         if tokens < 1:
             raise BadParameter("tokens", tokens, "1 or more")
         start, free = None, 0
-        words, name, rest = template.partition("{}")
+        before, name, rest = template.partition("{}")
         if tokenizer is not None and name:
-            known = embed_texts(tokenizer, checked_clip(clip), [words])
+            known = embed_texts(tokenizer, checked_clip(clip), [before])
             if tokens < known.ends[0]:
                 start = known.embedded[0, 1 : 1 + tokens].clone()
             else:

@@ -144,19 +144,19 @@ def ship(domain: str, folder: str | Path = encoders.WEIGHTS, seed: int = 0) -> P
 _CARD = """
 # {name}
 
-A masked autoencoder (He et al., CVPR 2022) of 3 + 2 blocks, width 48, patches of 8 on 32x32 pictures, pre-trained on
-unlabelled pictures of the pocket domain "{domain}". It stands in for the domain models of DPLQ, which no program may
+A masked autoencoder (He et al., CVPR 2022) of 3 + 2 blocks, width 48, patches of 8 on 32x32 images, pre-trained on
+unlabelled images of the synthetic domain "{domain}". It replaces the domain models of DPLQ, which no program may
 download. The tensors have the names of MAE's own code.
 
-`companion.toy.encoders.domain_mae.load("{domain}")` gives it: pictures in [-1, 1] to the mean of the decoder's tokens.
+`companion.toy.encoders.domain_mae.load("{domain}")` gives it: images in [-1, 1] to the mean of the decoder's tokens.
 
-**Measured** on pictures over tiles never seen in training: see `quality` above. `read` is the accuracy with which a
-logistic regression, fitted on 128 pictures, tells the two sensors apart (chance: 0.5); `share` is the part of the
-feature's variance that is the sensor's. Beside it stand an untrained model of the same build, which tells the sensors
-too, since their lines never move, but less loudly; and the pocket CLIP, which does not.
+**Measured** on images over tiles never seen in training: see `quality` above. `read` is the accuracy of a logistic
+regression, fitted on 128 images, that predicts the sensor (chance level: 0.5); `share` is the fraction of the feature's
+variance that the sensor explains. For comparison: an untrained model of the same architecture, whose feature contains
+the sensor too, since its patterns are fixed, but at a smaller scale; and the small CLIP, whose feature does not.
 
-**Limits.** It knows one domain of this small world, whose sensors have fixed patterns so that there is something to
-know. Its feature hardly holds the classes.
+**Limits.** It knows one synthetic domain, whose sensors have fixed patterns so that there is something to learn. Its
+feature contains little of the classes.
 """
 
 
