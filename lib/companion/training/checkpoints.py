@@ -72,9 +72,7 @@ def file(folder: str | Path, name: str, suffix: str) -> Path:
     return Path(folder) / f"{name.replace('/', '-')}{suffix}"
 
 
-def save(
-    folder: str | Path, name: str, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> Path:
+def save(folder: str | Path, name: str, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
     """Write trained weights as `folder`/`name`.safetensors, under a temporary name first; return the path."""
     path = file(folder, name, ".safetensors")
     with atomic(path) as temporary:

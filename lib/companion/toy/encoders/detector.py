@@ -392,59 +392,16 @@ def ship(name: str, folder: str | Path = encoders.WEIGHTS, seed: int = 0) -> Pat
 
     Raises `BadParameter` for another name.
     """
-    if name not in _CARDS:
-        raise BadParameter("name", name, list(_CARDS))
+    if name not in (CLIP, DETECTOR):
+        raise BadParameter("name", name, [CLIP, DETECTOR])
     start = time.monotonic()
     model, recipe = (
         (train_clip(seed=seed), CLIP_RECIPE) if name == CLIP else (train_detector(seed=seed), DETECTOR_RECIPE)
     )
+    seconds = time.monotonic() - start
     quality = measure_clip(model) if name == CLIP else measure_detector(model)
-    head = {
-        "library_name": "companion",
-        "data": "drawn things with surfaces cut from photographs that ship with scikit-image and scikit-learn, over "
-        "such photographs; train tiles only",
-        "attribution": "the photographs are free of rights, see scikit-image's documentation of skimage.data",
-        "command": f"python -m companion.toy.encoders.detector {name}",
-        "recipe": {**recipe, "seed": seed},
-        "world": VERSION,
-        "seconds": round(time.monotonic() - start),
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
-    return card.ship(Path(folder) / f"{name}.safetensors", model.state_dict(), head, quality, _CARDS[name])
-
-
-_CARDS = {
-    CLIP: """
-# pocket_scene_clip
-
-A CLIP of small scenes: four convolutions with the maximum over the picture, and texts as the mean of their words,
-trained contrastively on pictures and the names of what is on them, novel classes among them. It stands in for CLIP
-ViT-B/32 in SIC-CADS where none can be downloaded.
-
-`companion.toy.encoders.detector.clip()` loads it, `tokenizer()` reads its words, `texts(clip)` embeds the classes.
-
-**Measured** on pictures cut from tiles of the photographs never seen in training: see `quality` above, the mean average
-precision of the cosine between picture and text, in percent.
-
-**Limits.** It knows 16 words and this small world only; a text has no order.
-""",
-    DETECTOR: """
-# pocket_ov_detector
-
-An open-vocabulary detector: five convolutions, a dense head that proposes 30 boxes, RoIAlign, and the cosine with the
-texts of `pocket_scene_clip`, scaled, as Detic's classifier has it. Trained on boxes of the 12 base classes alone, on
-pictures without novel things. It stands in for Detic in SIC-CADS.
-
-`companion.toy.encoders.detector.detector()` loads it.
-
-**Measured** on pictures cut from tiles of the photographs never seen in training, novel things among them: see
-`quality` above, in percent.
-
-**Limits.** It knows this small world only. It sees each box and little around it: telling a novel thing from the base
-thing that it looks like is what the rest of the scene is for.
-""",
-}
+    return card.save(folder, name, model.state_dict(), quality, recipe | {"seed": seed}, seconds, world=VERSION)
 
 
 if __name__ == "__main__":
-    card.command(ship, _CARDS)
+    card.command(ship, (CLIP, DETECTOR))

@@ -126,38 +126,8 @@ def ship(domain: str, folder: str | Path = encoders.WEIGHTS, seed: int = 0) -> P
     """Train at full length, measure, and write the weights and their card. Raises `BadParameter` for no domain."""
     start = time.monotonic()
     model = train(domain, seed=seed)
-    head = {
-        "library_name": "companion",
-        "data": "drawn objects over grey cuts of photographs that ship with scikit-image, as two sensors show them; "
-        "unlabelled, train tiles only",
-        "attribution": "photographs free of rights, see scikit-image's documentation of skimage.data",
-        "command": f"python -m companion.toy.encoders.domain_mae {domain}",
-        "recipe": RECIPE | {"seed": seed},
-        "world": VERSION,  # of pocket/domains.py
-        "seconds": round(time.monotonic() - start),
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
-    path, text = Path(folder) / f"{NAMES[domain]}.safetensors", _CARD.format(name=NAMES[domain], domain=domain)
-    return card.ship(path, model.to_official(), head, measure(domain, model), text)
-
-
-_CARD = """
-# {name}
-
-A masked autoencoder (He et al., CVPR 2022) of 3 + 2 blocks, width 48, patches of 8 on 32x32 images, pre-trained on
-unlabelled images of the synthetic domain "{domain}". It replaces the domain models of DPLQ, which no program may
-download. The tensors have the names of MAE's own code.
-
-`companion.toy.encoders.domain_mae.load("{domain}")` gives it: images in [-1, 1] to the mean of the decoder's tokens.
-
-**Measured** on images over tiles never seen in training: see `quality` above. `read` is the accuracy of a logistic
-regression, fitted on 128 images, that predicts the sensor (chance level: 0.5); `share` is the fraction of the feature's
-variance that the sensor explains. For comparison: an untrained model of the same architecture, whose feature contains
-the sensor too, since its patterns are fixed, but at a smaller scale; and the small CLIP, whose feature does not.
-
-**Limits.** It knows one synthetic domain, whose sensors have fixed patterns so that there is something to learn. Its
-feature contains little of the classes.
-"""
+    seconds, recipe = time.monotonic() - start, RECIPE | {"seed": seed}
+    return card.save(folder, NAMES[domain], model.to_official(), measure(domain, model), recipe, seconds, world=VERSION)
 
 
 if __name__ == "__main__":

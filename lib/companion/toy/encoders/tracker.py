@@ -111,32 +111,9 @@ def ship(folder: Path, seed: int = 0) -> Path:
     """Train, measure, and write the weights and their model card."""
     start = time.monotonic()
     tracker = train(seed=seed)
-    head = {
-        "library_name": "companion",
-        "data": "drawn objects with surfaces cut from photographs that ship with scikit-image and scikit-learn, over "
-        "such photographs; train tiles only",
-        "command": "python -m companion.toy.encoders.tracker",
-        "recipe": {"pairs": PAIRS, "epochs": EPOCHS, "batch": BATCH, "learning_rate": LEARNING_RATE, "seed": seed},
-        "seconds": round(time.monotonic() - start),
-        "parameters": sum(p.numel() for p in tracker.parameters()),
-    }
-    return card.ship(folder / f"{NAME}.safetensors", tracker.to_official(), head, measure(tracker), _CARD)
-
-
-_CARD = """
-# pocket_ostrack
-
-A small one-stream tracker of OSTrack's architecture: 4 blocks of width 64, patches of 8, templates of 32x32 and
-searches of 64x64 pixels, a centre head of width 64. It stands in for OSTrack-256, which no program may download.
-
-`companion.toy.encoders.tracker.build()` loads it; the tensors have OSTrack's names.
-
-**Measured** on pairs cropped from tiles of the photographs that are not in training: see `quality` above. `chance` is a
-box of average size in the middle of every crop.
-
-**Limits.** It was trained on clear synthetic images, where distractors differ from the target. It has seen no darkness,
-no glare, no thermal crossover, and never two streams at once: that is left to the adapters.
-"""
+    seconds = time.monotonic() - start
+    recipe = {"pairs": PAIRS, "epochs": EPOCHS, "batch": BATCH, "learning_rate": LEARNING_RATE, "seed": seed}
+    return card.save(folder, NAME, tracker.to_official(), measure(tracker), recipe, seconds)
 
 
 if __name__ == "__main__":
