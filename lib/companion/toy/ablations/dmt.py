@@ -116,7 +116,7 @@ class Supervised(nn.Module):
 
 
 def assemble(method: str, seed: int, root: str) -> tuple[nn.Module, Callable, TensorDataset]:
-    """The model that a method trains (the student is its `.student` or `.encoder`), its loss of a batch, and the data."""
+    """The model of a method (its `.student` or `.encoder` is the student), its loss of a batch, and the data."""
     data = part(root, seed, "train")
     if method in UNTAUGHT:
         encoder = student(seed)
