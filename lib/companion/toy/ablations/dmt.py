@@ -116,7 +116,7 @@ class Supervised(nn.Module):
 
 
 def assemble(method: str, seed: int, root: str) -> tuple[nn.Module, Callable, TensorDataset]:
-    """The model that a method trains (with the student as `.student` or `.encoder`), the loss of a batch, the data."""
+    """The model of a method (its `.student` or `.encoder` is the student), its loss of a batch, and the data."""
     data = part(root, seed, "train")
     if method in UNTAUGHT:
         encoder = student(seed)
