@@ -70,6 +70,28 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, calls
         yield
 
 
+def assert_resumes(train: Callable, recipe: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed training resumes to the same bits, and its final weights are saved.
+
+    `train(out)` trains with the output folder `out` and returns the model and the history; it takes `recipe.loss`. The
+    second training is killed in its fourth step, after a checkpoint at the second.
+    """
+    whole, history = train(folder / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint.of.__func__, "__defaults__", (2,))
+        with interrupted(monkeypatch, recipe, "loss", 3):
+            train(folder / "killed")
+    (rows,) = (folder / "killed" / "checkpoints").glob("*.csv")
+    assert len(rows.read_text().splitlines()) == 1 + 2 < 1 + len(history)
+    resumed, again = train(folder / "killed")
+    assert again == history
+    expected = trained_state(whole)
+    (saved,) = (folder / "killed" / "trained").iterdir()
+    for state in (trained_state(resumed), load_file(saved)):
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+
+
 @pytest.fixture(scope="module")  # Playwright allows one driver at a time, and a test file may start its own
 def browser() -> Iterator[object]:
     """A headless Chromium driven by Playwright; the test is skipped where none is installed."""
@@ -81,34 +103,3 @@ def browser() -> Iterator[object]:
         chromium = driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         yield chromium
         chromium.close()
-
-
-def assert_resumes(train: Callable, recipe: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A killed training resumes to the same bits, and its final weights are saved.
-
-    `train(out)` trains with the output folder `out` and returns the model and the history; it takes `recipe.loss`. The
-    second training in a folder is killed in its fourth step, after a checkpoint at the second.
-    """
-    whole, history = train(folder / "whole")
-    plain, calls, limit = recipe.loss, [], 3
-
-    def loss(*args):
-        if len(calls) == limit:
-            raise KeyboardInterrupt
-        calls.append(args)
-        return plain(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(recipe, "loss", loss)
-        patch.setattr(Checkpoint.of.__func__, "__defaults__", (2,))
-        with pytest.raises(KeyboardInterrupt):
-            train(folder / "killed")
-        calls, limit = [], len(history)
-        resumed, again = train(folder / "killed")
-    assert len(history) > 3 and len(calls) == len(history) - 2
-    assert again == history
-    expected = trained_state(whole)
-    (saved,) = (folder / "killed" / "trained").iterdir()
-    for state in (trained_state(resumed), load_file(saved)):
-        assert state.keys() == expected.keys()
-        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())

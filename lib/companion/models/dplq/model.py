@@ -14,7 +14,6 @@ widths of the text and the image tower.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -45,6 +44,7 @@ from ..layers.clip_prompting import (
     meta_net,
     similarity,
 )
+from ..layers.frozen import frozen_copy
 from ..layers.mae import masked_pixel_loss, patchify, random_mask
 from ..layers.quaternion import QuaternionLinear
 from ..layers.state_dicts import depth as depth_of
@@ -126,7 +126,7 @@ class DPLQ(PromptLearner):
         known = domain if isinstance(domain, int) else getattr(domain, "num_features", 0)
         if known < 1:
             raise BadParameter("domain", domain, "a module with `num_features`, or the width of the features")
-        self.domain = copy.deepcopy(domain).requires_grad_(False).eval() if isinstance(domain, nn.Module) else None
+        self.domain = frozen_copy(domain) if isinstance(domain, nn.Module) else None
         self.noise, self.language, self.vision, self.axes = noise, language, vision, axes
         text, image = self.ctx.shape[1], clip.visual.conv1.out_channels
         padded = text * (4 if axes == "i, j" else 2)
@@ -373,7 +373,7 @@ class DomainModel(nn.Module):
         wanted: backbones.Input | None = None,
     ):
         super().__init__()
-        self.encoder, self.size = copy.deepcopy(encoder).requires_grad_(False).eval(), size
+        self.encoder, self.size = frozen_copy(encoder), size
         self.num_features = encoder.num_features
         scale, shift = torch.ones(3), torch.zeros(3)
         if given and wanted:

@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import BadCheckpoint, BadParameter
+from .frozen import frozen_copy
 from .state_dicts import depth as depth_of
 from .state_dicts import load_official, official_state
 
@@ -179,7 +180,7 @@ class PromptedCLIP(nn.Module):
 
     def __init__(self, clip: CLIP, classes: Classes, tokenizer: Tokenizer | None, template: str, free: int = 0):
         super().__init__()
-        self.clip = copy.deepcopy(checked_clip(clip)).requires_grad_(False).eval()
+        self.clip = frozen_copy(checked_clip(clip))
         self.tokenizer, self.template, self.free = tokenizer, template, free
         if "{}" not in template:
             raise BadParameter("template", template, "a text with {} for the class name")
@@ -323,9 +324,11 @@ class PromptLearner(PromptedCLIP):
                 raise BadParameter("ends", list(ends), f"{len(before)} positions, one a class")
         elif classes is None or tokenizer is None:
             raise BadParameter("classes", classes, "class names, and their tokenizer, when a clip is given")
-        model = cls(clip, classes, tokenizer, **(sizes | options)).eval()
+        towers = any(name.startswith(("image_encoder.", "text_encoder.")) for name in state)
+        # the model shares the tensors of the CLIP, which keeps its weights
+        model = cls(copy.deepcopy(clip) if towers else clip, classes, tokenizer, **(sizes | options)).eval()
         names = model._names()
-        if any(name.startswith(("image_encoder.", "text_encoder.")) for name in state):
+        if towers:
             names |= _tower_names(model)
         ignored = (prefix + "token_", "logit_scale", *cls._unused)
         load_official(model, state, names, what, ignored)

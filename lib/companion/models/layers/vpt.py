@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import BadParameter
+from .frozen import frozen_copy
 
 
 def plain_vit(backbone: nn.Module) -> bool:
@@ -61,7 +62,7 @@ class _Frozen(nn.Module):
 
     def __init__(self, backbone: nn.Module):
         super().__init__()
-        self.backbone = copy.deepcopy(backbone).requires_grad_(False).eval()
+        self.backbone = frozen_copy(backbone)
 
     def train(self, mode: bool = True):
         super().train(mode)

@@ -14,7 +14,6 @@ width of the bottleneck, s the weight of the fusion.
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections import deque
@@ -30,6 +29,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import BadCheckpoint, BadParameter
+from ..layers.frozen import frozen_copy
 from ..layers.state_dicts import Names, depth, load_official, official_state
 from ..layers.vpt import PLAIN_VIT, plain_vit
 
@@ -165,7 +165,7 @@ class TwoPathways(nn.Module):
             raise BadParameter("direction", direction, DIRECTIONS)
         if attention == "padded" and radius is None:
             raise BadParameter("radius", radius, "a whole number when attention = 'padded'")
-        self.backbone = copy.deepcopy(backbone).requires_grad_(False)
+        self.backbone = frozen_copy(backbone)
         self.scale, self.direction, self.grid = scale, direction, tuple(grid)
         self.frozen_dropout, self.grad_checkpointing = frozen_dropout, False
         self.dropout = nn.Dropout(dropout)

@@ -13,6 +13,7 @@ from ...models.dplq import recipe
 from ...models.dplq.recipe import Setting
 from ...models.layers.clip_prompting import PromptedCLIP
 from ..ablations import dplq as study
+from ..ablations import study_root
 from ..datasets import domains as pocket
 
 TASK, LIVE = "remote", ("zero-shot CLIP", "MaPLe", "DPLQ")
@@ -32,7 +33,7 @@ def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, st
     if p.profile == "paper":
         return recipe.setting(p, out)
     root = str(out / "data")
-    pocket.write(study.folder(root, p.seed), TASK, p.seed)
+    pocket.write(study_root(root, p.seed), TASK, p.seed)
     classes = {part: study.images(TASK, root, p.seed, part)[2] for part in ("train", "test base", "test novel")}
 
     def inputs(method: str, part: str) -> TensorDataset:

@@ -11,6 +11,7 @@ from ...models.sa2vp import recipe
 from ...models.sa2vp.recipe import Setting
 from .. import encoders
 from ..ablations import sa2vp as study
+from ..ablations import study_root
 from ..datasets import classification as pocket
 
 TASK, LIVE = "textures", ("linear probing", "VPT-deep", "SA²VP")
@@ -30,7 +31,7 @@ def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, st
     if p.profile == "paper":
         return recipe.setting(p, out)
     root, classes = str(out / "data"), pocket.TASKS[TASK].classes
-    pocket.write(study.folder(root, p.seed), list(study.TASKS), p.seed)
+    pocket.write(study_root(root, p.seed), list(study.TASKS), p.seed)
     return Setting(
         title="which photograph a crop comes from (synthetic task)",
         train=study.images(TASK, root, p.seed, "trainval"),
