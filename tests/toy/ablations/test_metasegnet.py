@@ -20,7 +20,7 @@ def root(tmp_path_factory):
     path, counts, steps = tmp_path_factory.mktemp("land"), landcover.COUNTS, study.STEPS
     landcover.COUNTS = {"train": 4, "val": 2, "test": 3}
     study.STEPS = 3
-    landcover.write(study.folder(path, SEED), SEED)
+    landcover.write(study.study_root(path, SEED), SEED)
     yield str(path)
     landcover.COUNTS, study.STEPS = counts, steps
     study.part.cache_clear()

@@ -1,11 +1,11 @@
-"""Entity-centred context distillation: what a report says of each entity, one plain sentence for each (section 3.8).
+"""Entity-centred context distillation: one plain statement for each entity of a report (section 3.8).
 
     There is small right pleural effusion. There may be pneumonia. There is no pneumothorax.
 
-Pre-training puts these sentences into the report (`ecamp_text.splice`). The authors had a Vicuna write them; which
-one, and the whole of its prompt, was not found. Here any text-generation model of `transformers` can, by its name, or
-`Rules`, offline. Every answer is checked: one that is not in the form, or that speaks of what the report does not, is
-asked for again, and in the end refused. Answers are kept in a file, so that a run that was stopped goes on.
+Pre-training inserts these sentences into the report (`text.splice`). The authors generated them with a Vicuna; which
+one, and its full prompt, was not found. Here any text-generation model of `transformers` can be used, or `Rules`,
+offline. Every answer is checked: one of another form, or with words that are not in the report, is generated again, and
+in the end refused. Answers are cached in a file, so that a killed run resumes.
 
     cache = "distilled.sqlite"
     found = distil(reports, Rules(), cache)                                  # or Generator("lmsys/vicuna-7b-v1.5")
@@ -67,7 +67,7 @@ class Malformed(CompanionError):
 
 
 class BackEnd(Protocol):
-    """Whatever answers a prompt. `name` is part of the key under which answers are kept."""
+    """A generator of statements; `name` is part of the key of a cached answer."""
 
     name: str
 
@@ -76,7 +76,7 @@ class BackEnd(Protocol):
 
 @dataclass(frozen=True)
 class Distilled:
-    """Statements in the order of the reports, "" where none were accepted, and why those were refused, by position."""
+    """Statements in the order of the reports, "" where none were accepted, and the reasons of refusal by position."""
 
     statements: list[str]
     refused: dict[int, str]
@@ -99,11 +99,11 @@ def _forms(entity: str) -> tuple[str, ...]:
 
 
 def check(answer: str, report: str, entities: Sequence[str]) -> str:
-    """The answer with single spaces, when it is as it should be.
+    """The answer with single spaces, if it is valid.
 
     Raises:
-        Malformed: text that is not in the form; an entity that is left out, or named twice; a sentence about none of
-            them; describing words that the report does not have.
+        Malformed: text of another form; an entity that is missing or named twice; a sentence without an entity;
+            descriptions with words that are not in the report.
     """
     text = " ".join(answer.split())
     if not text:
@@ -111,7 +111,7 @@ def check(answer: str, report: str, entities: Sequence[str]) -> str:
     rest = FORM.sub("", text)
     if rest:
         raise Malformed(f"not of the form 'There is X.', 'There may be X.' or 'There is no X.': {rest[:60]!r}")
-    known, said = set(re.findall(r"[a-z]+", report.lower())), []
+    known, found = set(re.findall(r"[a-z]+", report.lower())), []
     for _, what in FORM.findall(text):
         words = re.findall(r"[a-z]+", what.lower())
         named = [entity for entity in entities if set(_forms(entity)) & set(words)]
@@ -120,10 +120,10 @@ def check(answer: str, report: str, entities: Sequence[str]) -> str:
         invented = [w for w in words if w not in known and w not in _forms(named[0])]
         if invented:
             raise Malformed(f"{what!r} has words that the report has not: {', '.join(invented)}")
-        said += named
-    if twice := sorted({entity for entity in said if said.count(entity) > 1}):
+        found += named
+    if twice := sorted({entity for entity in found if found.count(entity) > 1}):
         raise Malformed(f"named twice: {', '.join(twice)}")
-    if missing := [entity for entity in entities if entity not in said]:
+    if missing := [entity for entity in entities if entity not in found]:
         raise Malformed(f"left out: {', '.join(missing)}")
     return text
 
@@ -132,17 +132,17 @@ def check(answer: str, report: str, entities: Sequence[str]) -> str:
 
 
 class Rules:
-    """Offline: the sentence that names an entity decides whether it is there, may be there, or is not."""
+    """Statements by rules, offline: the sentence of an entity decides whether it is present, possible or absent."""
 
     name = "rules 2"
 
     def __call__(self, report: str, entities: Sequence[str], attempt: int = 0) -> str:
-        return " ".join(self._say(report, entity) for entity in entities)
+        return " ".join(self._statement(report, entity) for entity in entities)
 
-    def _say(self, report: str, entity: str) -> str:
-        """An entity that is named several times is there when one of the sentences says so."""
-        said: dict[str, str] = {}
-        # a turn ends what was denied: "no pneumothorax, but a small effusion"
+    def _statement(self, report: str, entity: str) -> str:
+        """An entity in several sentences is present if it is in one of them."""
+        found: dict[str, str] = {}
+        # a conjunction ends a negation: "no pneumothorax, but a small effusion"
         for sentence in re.split(r"[.;\n]|\b(?:but|however|although|though|except)\b", report.lower()):
             words = re.findall(r"[a-z]+", sentence)
             at = next((i for i, word in enumerate(words) if word in _forms(entity)), None)
@@ -156,21 +156,21 @@ class Rules:
                 any(re.search(pattern, side) for pattern, side in zip(patterns, sides, strict=True))
                 for patterns in (ABSENT, DOUBTFUL)
             )
-            # "cannot be excluded" has a "not" in it, so doubt goes first
+            # "cannot be excluded" has a "not" in it, so doubt precedes absence
             kind = "may be" if doubtful else "is no" if absent else "is"
-            said.setdefault(kind, " ".join([*words[first:at], entity]))
-        kind = next(k for k in ("is", "may be", "is no") if k in said)
-        return f"There {kind} {said[kind]}."
+            found.setdefault(kind, " ".join([*words[first:at], entity]))
+        kind = next(k for k in ("is", "may be", "is no") if k in found)
+        return f"There {kind} {found[kind]}."
 
 
 class Generator:
-    """A text-generation model of `transformers`: greedy at first, sampled when an answer was refused.
+    """A text-generation model of `transformers`: greedy decoding, and sampling after a refused answer.
 
     Args:
         name: of the hub, or a folder.
-        download: fetch it when it is not cached.
+        download: download it when it is not cached.
         tokens: longest answer.
-        device: where it runs.
+        device: of the model.
 
     Raises:
         MissingWeights: it is not cached, and `download` is False or failed.
@@ -216,16 +216,15 @@ def distil(
     entities: Sequence[str] = ENTITIES,
     tries: int = TRIES,
 ) -> Distilled:
-    """The statements of each report. A report that names no entity has none and is not asked about.
+    """The statements of each report; of a report without entities there are none.
 
     Args:
-        cache: an SQLite file, made when it is not there. A report is looked up by its text, the back end, the prompt
-            and the entities, and asked about once, however often it occurs and whatever stops the run. Refused answers
-            are kept too: another back end, or a new file, asks again.
-        tries: how often an answer is asked for before it is refused.
+        cache: an SQLite file, created when it does not exist. Answers, refused ones too, are cached by the report's
+            text, the back end, the prompt and the entities.
+        tries: answers that are generated before the last one is refused.
 
     Raises:
-        CorruptFile: `cache` is something else.
+        CorruptFile: `cache` is another kind of file.
     """
     statements, refused = [], {}
     with _open(cache) as file:
@@ -247,7 +246,7 @@ def distil(
 
 
 def _ask(back_end: BackEnd, report: str, entities: Sequence[str], tries: int) -> tuple[str, str]:
-    """The accepted text, or "" and why the last answer was refused."""
+    """The accepted text and "", or "" and the reason why the last answer was refused."""
     why = ""
     for attempt in range(tries):
         try:

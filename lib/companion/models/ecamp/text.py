@@ -1,13 +1,13 @@
-"""ECAMP's text side, which runs in the loader: words, splicing, which words are hidden, what each weighs (section 3.8).
+"""ECAMP's text preprocessing, in the data loader: tokens, splicing, masking, and the weights of words (section 3.8).
 
     report + statements of an LLM --splice--> text --tokenizer--> labels --mask--> ids,   labels --weights--> weights
 
-An *entity* is a word that names a finding or a place; its *descriptors* are the one or two words before it (side, size,
-"no"). Most of a report is boiler-plate ("there is no evidence of ..."): it keeps a twentieth of its loss, and the
-descriptors get what it lost.
+An *entity* is a word that names a finding or a location; its *descriptors* are the one or two words before it (side,
+size, "no"). Most of a report is boiler-plate ("there is no evidence of ..."): its loss has a weight of 0.05, and the
+weight that it loses is added to the descriptors.
 
-Whatever is random here comes from `draw`, a function without arguments that gives a uniform number: `Pairs` draws from
-torch's generator, which `fit` seeds by item, and tests replay recorded numbers.
+All randomness comes from `draw`, a function without arguments that returns a uniform number: `Pairs` draws from torch's
+generator, which `fit` seeds by item, and tests replay recorded numbers.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ MASKINGS = ("released", "intended", "mrm")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[MASK]", "[SEP]")
 TEMPLATES = ("there is no evidence of", "there is no")  # the first that fits
 BOILERPLATE = 0.05  # weight of a template's words
-SPLICED = 0.8  # share of reports that get the LLM's statements
-# shares that are hidden: an entity, another word, a word of a text without entities, any word of MRM's
+SPLICED = 0.8  # fraction of reports with the LLM's statements
+# masking rates: of an entity, another word, a word of a text without entities, any word in MRM
 ENTITY, OTHER, NO_ENTITY, MRM = 0.75, 0.7, 0.75, 0.5
 
-# The released list. Matching is by whole word piece in lower case, so that plurals, "COPD" and what the vocabulary cuts
-# into pieces ("aerate", "hyperinflate") never match.
+# The released list. Matching is by whole word piece in lower case, so that plurals, "COPD" and words that the
+# vocabulary splits ("aerate", "hyperinflate") never match.
 _ENTITIES = """
     abnormality abscess aerate aorta atelectasis bronchiectasis calcification cardiomediastinal cardiomegaly catheter
     chf collapse congestion consolidation contour COPD deformity dilation distention edema effusion embolism emphysema
@@ -50,13 +50,14 @@ Draw = Callable[[], float]
 
 
 class Vocabulary:
-    """A tokenizer, and what masking must know of its words.
+    """A tokenizer, with the ids of special tokens, continuation pieces, entities and templates.
 
     Args:
         tokenizer: WordPiece of the `tokenizers` library: `train`, `read`, or `from_words` make one.
-        entities: the words that count as such; those that are no piece of the vocabulary are left out.
+        entities: words; those that are no piece of the vocabulary are left out.
 
-    `entities`: the live ones, by id.
+    Attributes:
+        entities: id -> word.
     """
 
     def __init__(self, tokenizer: Tokenizer, entities: Iterable[str] = ENTITIES):
@@ -76,10 +77,10 @@ class Vocabulary:
 
     @classmethod
     def read(cls, path: str | Path, entities: Iterable[str] = ENTITIES) -> Vocabulary:
-        """From a file of the `tokenizers` library, such as MRM's `mimic_wordpiece.json`.
+        """The vocabulary of a file of the `tokenizers` library, such as MRM's `mimic_wordpiece.json`.
 
         Raises:
-            CorruptFile: there is none, or it is something else.
+            CorruptFile: it is missing, or another kind of file.
         """
         try:
             return cls(Tokenizer.from_file(str(path)), entities)
@@ -90,14 +91,14 @@ class Vocabulary:
 
     @classmethod
     def from_words(cls, words: Mapping[str, int] | Iterable[str], entities: Iterable[str] = ENTITIES) -> Vocabulary:
-        """From pieces and their ids; or from words alone, the special ones and "." put before them."""
+        """The vocabulary of pieces and their ids; or of words, with the special tokens and "." put in front."""
         if not isinstance(words, Mapping):
             words = {word: i for i, word in enumerate(dict.fromkeys([*SPECIAL, ".", *words]))}
         return cls(_tokenizer(words), entities)
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int = 30000, entities: Iterable[str] = ENTITIES) -> Vocabulary:
-        """Learn at most `size` pieces from reports. What was learned on MIMIC is not to be shipped."""
+        """A vocabulary of at most `size` pieces, learned from reports. One learned on MIMIC must not be shipped."""
         tokenizer = _tokenizer(None)
         tokenizer.train_from_iterator(
             texts, WordPieceTrainer(vocab_size=size, special_tokens=list(SPECIAL), show_progress=False)
@@ -108,22 +109,22 @@ class Vocabulary:
         return len(self.pieces)
 
     def encode(self, text: str, length: int) -> np.ndarray:
-        """Ids (length,) of "[CLS] " + text, cut off or filled with padding; no [SEP]."""
+        """Ids (length,) of "[CLS] " + text, truncated or padded; without [SEP]."""
         return self._encode(text, length)
 
     def _encoded(self, text: str, length: int) -> np.ndarray:
         ids = self.tokenizer.encode("[CLS] " + text).ids[:length]
         ids = np.array(ids + [self.pad] * (length - len(ids)), dtype=np.int64)
-        ids.flags.writeable = False  # it is handed out again
+        ids.flags.writeable = False  # it is cached
         return ids
 
     def words(self, ids: Iterable[int]) -> list[str]:
-        """The pieces of ids, padding left out."""
+        """The pieces of ids, without padding."""
         return [self.pieces[int(i)] for i in ids if int(i) != self.pad]
 
 
 def _tokenizer(words: Mapping[str, int] | None) -> Tokenizer:
-    """WordPiece as the released file has it: lower case, NFKD, no accents; cut at spaces, punctuation and digits."""
+    """WordPiece as in the released file: lower case, NFKD, no accents; split at spaces, punctuation and digits."""
     tokenizer = Tokenizer(WordPiece(dict(words), unk_token="[UNK]") if words else WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), normalizers.NFKD(), normalizers.StripAccents()]
@@ -135,22 +136,22 @@ def _tokenizer(words: Mapping[str, int] | None) -> Tokenizer:
 
 
 def splice(report: str, statements: str, draw: Draw, share: float = SPLICED) -> str:
-    """The report with the LLM's statements put between two of its sentences, with probability `share`; or unchanged.
+    """The report with the LLM's statements between two of its sentences, with probability `share`; or unchanged.
 
-    Takes one number from `draw`, and a second for the place when it inserts.
+    Draws one number, and with an insertion a second one for its position.
     """
     if draw() >= share:
         return report
     pieces = report.split(".")
-    place = int(draw() * (len(pieces) + 1))
-    before, after = ("".join(piece + "." for piece in part) for part in (pieces[:place], pieces[place:]))
+    position = int(draw() * (len(pieces) + 1))
+    before, after = ("".join(piece + "." for piece in part) for part in (pieces[:position], pieces[position:]))
     return (before + statements + after).replace("..", ".")
 
 
 def descriptors(ids: Sequence[int], vocabulary: Vocabulary) -> list[int]:
-    """Positions of the descriptors, as found from left to right: the two places before an entity, full stops left out.
+    """Positions of the descriptors, in the order of the entities: the two before each entity, without full stops.
 
-    As released, nothing is looked for at the last position and after the first padding.
+    As released, an entity at the last position or after the first padding is ignored.
     """
     found: list[int] = []
     for i in _positions(ids, vocabulary):
@@ -173,12 +174,12 @@ def _positions(ids: Sequence[int], vocabulary: Vocabulary) -> Iterable[int]:
 def mask(ids: np.ndarray, vocabulary: Vocabulary, draw: Draw, kind: str = "released") -> np.ndarray:
     """The text (L,) with [MASK] for hidden words.
 
-    "released": entities hidden with 0.75, all others, descriptors among them, with 0.7; without any entity all with
-    0.75. The authors' code means to hide descriptors and never does: it tests the entity in the descriptor's place.
-    "intended": the same, and then every descriptor, always, as their figure shows it. "mrm": every word with 0.5.
+    "released": entities are masked with probability 0.75, all others, descriptors too, with 0.7; in a text without
+    entities all with 0.75. The authors' code is meant to mask descriptors and never does: it tests the entity, not the
+    descriptor. "intended": as "released", and every descriptor, as in their figure. "mrm": every word with 0.5.
 
-    A piece of a word ("##...") goes with the piece before it. Takes one number from `draw` for every other word, and
-    then one for each entity (not for "mrm").
+    Continuation pieces ("##...") are masked with the piece before them. Draws one number for every other word, and then
+    one for each entity (not for "mrm").
 
     Raises:
         BadParameter: another kind.
@@ -208,7 +209,7 @@ def mask(ids: np.ndarray, vocabulary: Vocabulary, draw: Draw, kind: str = "relea
 
 
 def boilerplate(ids: Sequence[int], vocabulary: Vocabulary) -> np.ndarray:
-    """(L,) True on the words of templates: from left to right, the longer one first, no two of them overlapping."""
+    """(L,) True on the words of templates, found from left to right, longer ones first, without overlap."""
     found, ids = np.zeros(len(ids), bool), list(map(int, ids))
     i = 0
     while i < len(ids) - 4:
@@ -219,10 +220,10 @@ def boilerplate(ids: Sequence[int], vocabulary: Vocabulary) -> np.ndarray:
 
 
 def weights(ids: Sequence[int], vocabulary: Vocabulary) -> np.ndarray:
-    """What each position (L,) of a text counts in the loss, float32; they sum to L whatever the text.
+    """The weight of each position (L,) of a text in the loss, float32; the weights of any text sum to L.
 
-    Templates keep 0.05. What they lose goes to the descriptors, evenly by their weight; in a text without descriptors,
-    to all positions.
+    Words of templates have 0.05. The weight that they lose is added to the descriptors, in proportion to theirs; in a
+    text without descriptors, to all positions.
     """
     length, template = len(ids), boilerplate(ids, vocabulary)
     found = descriptors(ids, vocabulary)
@@ -237,24 +238,24 @@ def weights(ids: Sequence[int], vocabulary: Vocabulary) -> np.ndarray:
 
 
 class Pairs(Dataset):
-    """Image-report pairs for pre-training, everything random drawn here: items are `ecamp.Batch` without the B.
+    """Image-report pairs for pre-training, with all random numbers: items are `model.Batch` without the B.
 
     Args:
-        images: item i gives the image (3, 2 S, 2 S), normalised; alone or first in a tuple.
+        images: item i is an image (3, 2 S, 2 S), normalised; alone or first in a tuple.
         reports: a text for each image.
         vocabulary: see `Vocabulary`.
         patches: N of the encoder.
         length: L.
-        statements: what an LLM said of each report (`ecamp_distil`); None for no distillation.
-        splice_share: how often they are put in; 0 for never.
+        statements: an LLM's statements on each report (see `distil`); None: no distillation.
+        splice_share: probability that they are inserted.
         masking: see `mask`.
-        rebalance: False weighs all words alike.
+        rebalance: False: all words have the same weight.
         window: side of the super-resolution window in patches.
-        windows: its corner for each image, (row, column) in patches. None: in the middle. The authors' file of them
-            was never released; they speak of the whole image and are not moved with the crop, as released.
+        windows: its corner for each image, (row, column) in patches; None: in the middle. The authors' file of them was
+            never released; as released, they refer to the whole image and are not moved with the crop.
 
     Raises:
-        BadParameter: texts or corners that are not as many as the images; an unknown masking.
+        BadParameter: other numbers of texts or corners than of images; an unknown masking.
     """
 
     def __init__(
@@ -285,7 +286,7 @@ class Pairs(Dataset):
         self.masking, self.rebalance = masking, rebalance
         self.windows = windows if windows is None else torch.as_tensor(windows)
         self.middle = torch.full((2,), (side - window) // 2)
-        # a text comes back in another place, seldom in a new form
+        # the same texts occur again
         self._weights = functools.lru_cache(1 << 16)(lambda text: weights(self._ids(text), vocabulary))
 
     def __len__(self) -> int:

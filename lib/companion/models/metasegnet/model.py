@@ -305,10 +305,9 @@ class Fusion(nn.Module):
         text_width: of the states of the words.
         heads: of the attention.
         zero_init: initialise g = g' = 0, so that the network starts as the image-only one; otherwise 1.
-        two_way: the words attend to the image too, T + attention(LN T, X, X), before the next stage.
     """
 
-    def __init__(self, channels: int, text_width: int, heads: int, *, zero_init: bool, two_way: bool):
+    def __init__(self, channels: int, text_width: int, heads: int, *, zero_init: bool = False):
         super().__init__()
         if channels % heads:
             raise BadParameter("fusion_heads", heads, f"a divisor of the stage's width {channels}")
@@ -318,20 +317,11 @@ class Fusion(nn.Module):
         self.key, self.value = nn.Linear(text_width, channels), nn.Linear(text_width, channels)
         self.mlp = nn.Sequential(nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels))
         self.gates = nn.Parameter(torch.full((2,), 0.0 if zero_init else 1.0))
-        self.back = None
-        if two_way:
-            self.back = nn.MultiheadAttention(
-                text_width, 4 if text_width % 4 == 0 else 1, kdim=channels, vdim=channels, batch_first=True
-            )
-            self.norm_text = nn.LayerNorm(text_width)
 
-    def forward(
-        self, x: Tensor, text: Tensor, mask: Tensor, attention: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The map (B, C_k, h, w) and the words (B, L, D) after the fusion.
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor, attention: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The map (B, C_k, h, w) after the fusion with words (B, L, D); `mask` (B, L): True where there is a word.
 
-        `mask` (B, L): True where there is a word. With `attention` also the attention of each pixel to each word,
-        (B, h, w, L), averaged over the heads."""
+        With `attention` also the attention of each pixel to each word, (B, h, w, L), averaged over the heads."""
         height, width = x.shape[-2:]
         x = x.flatten(2).mT
         q, k, v = (
@@ -345,9 +335,7 @@ class Fusion(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
         x = x + self.gates[0] * self.out(y.transpose(1, 2).flatten(2))
         x = x + self.gates[1] * self.mlp(self.norm2(x))
-        if self.back is not None:
-            text = text + self.back(self.norm_text(text), x, x, need_weights=False)[0]
-        return x.mT.unflatten(-1, (height, width)), text, shown
+        return x.mT.unflatten(-1, (height, width)), shown
 
 
 # --- the network ------------------------------------------------------------------------------------------------------
@@ -365,7 +353,6 @@ class MetaSegNet(nn.Module):
         fusion_stages: of the stages 1 to 4, those with a fusion. RECONSTRUCTION: all.
         fusion_heads: heads of the fusion; None: C_k / 32. RECONSTRUCTION.
         zero_init: see `Fusion`. RECONSTRUCTION: False, which trains faster.
-        two_way: see `Fusion`. RECONSTRUCTION: False.
         ignore: label of pixels without a loss; None: `classes`.
     """
 
@@ -384,7 +371,6 @@ class MetaSegNet(nn.Module):
         fusion_stages: Sequence[int] = (1, 2, 3, 4),
         fusion_heads: int | None = None,
         zero_init: bool = False,
-        two_way: bool = False,
         ignore: int | None = None,
     ):
         super().__init__()
@@ -401,7 +387,7 @@ class MetaSegNet(nn.Module):
         self.text = text
         self.fusions = nn.ModuleDict(
             {
-                str(k): Fusion(c, text.width, fusion_heads or max(1, c // 32), zero_init=zero_init, two_way=two_way)
+                str(k): Fusion(c, text.width, fusion_heads or max(1, c // 32), zero_init=zero_init)
                 for k, c in enumerate(channels, 1)
                 if text is not None and k in fusion_stages
             }
@@ -460,8 +446,7 @@ class MetaSegNet(nn.Module):
             ids = ids.to(images.device).expand(len(images), -1)
             states, mask = self.text(ids), self.text.mask(ids)
             for k, fusion in self.fusions.items():
-                fused = fusion(maps[int(k) - 1], states, mask, trace is not None)
-                maps[int(k) - 1], states, shown = fused
+                maps[int(k) - 1], shown = fusion(maps[int(k) - 1], states, mask, trace is not None)
                 if trace is not None:
                     trace["attention"][int(k)] = shown
         if trace is not None:

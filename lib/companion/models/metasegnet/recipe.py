@@ -464,55 +464,33 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
     """
     check(p)
     prompts = Prompts.read(p.prompts or PROMPTS)
-    if p.dry_run:
-        return _dry(p, prompts)
-    tests = _tests(p)
-    whole = _split(p, "train") if p.task == "train" else next(iter(tests.values())).data
+    title, classes, tests, training = _generated(p) if p.dry_run else _real(p)
 
-    def fit_method(model: MetaSegNet, method: str) -> History:
-        if p.task != "train":
+    def learn_method(model: MetaSegNet, method: str) -> History:
+        if p.task != "train" and not p.dry_run:
             return []
-        data = whole.where([zone != p.held_out for zone in whole.zones()]) if p.held_out else whole
-        r, zones = recipe(p.dataset), data.zones()
-        options = {"flip": r.flip, "upside_down": r.upside_down, "brightness": r.brightness}
-        transform = train_transform(r.crop, data.ignore, scales=SCALES, **options)
-        given = texts(prompts, method, zones, own=data.texts(), seed=p.seed)
-        items = _prompted(Mosaic(data, r.mosaic, zones, transform), model, method, given)
+        data, zones, own = training()
+        given, r = texts(prompts, method, zones, own=own, seed=p.seed), recipe(p.dataset)
+        if model.text is not None:
+            data = Prompted(data, model.text, given, DROPPED if LEVELS[method] == "full" else 0.0)
+        if p.dry_run:
+            return learn(p, data, model, epochs=1, batch=len(data) // DRY_STEPS)
         without = [f"without {p.held_out}"] if p.held_out else []
         name = ", ".join([method, p.dataset, *without, f"seed {p.seed}"])
         facts = {key: getattr(p, key) for key in ("dataset", "without_xbd", "held_out", "text_encoder")}
         facts |= {"data_root": Path(p.data_root), "texts": given}
         checkpoint = Checkpoint.of(out / "checkpoints", name, model=model, **facts)
-        history = learn(p, ConcatDataset([items] * r.copies), model, checkpoint=checkpoint)
+        history = learn(p, ConcatDataset([data] * r.copies), model, checkpoint=checkpoint)
         checkpoints.save(out / "trained", name, trained_state(model))
         return history
 
-    title = f"{p.dataset}, {len(whole):,} images" + (f", zone {p.held_out} left out" if p.held_out else "")
-    return _setting(p, prompts, title, len(whole.classes), fit_method, tests)
-
-
-def _prompted(data: Dataset, model: MetaSegNet, method: str, given: Sequence[str] | None) -> Dataset:
-    """Training items of a method, with the ids of their texts where the model has a text encoder."""
-    if model.text is None:
-        return data
-    return Prompted(data, model.text, given, DROPPED if LEVELS[method] == "full" else 0.0)
-
-
-def _setting(
-    p: SimpleNamespace,
-    prompts: Prompts,
-    title: str,
-    classes: int,
-    fit_method: Callable[[MetaSegNet, str], History],
-    tests: dict[str, Test],
-) -> Setting:
     return Setting(
         title=title,
         learning_rates={p.method: recipe(p.dataset).lr},
         tests=tests,
         texts=functools.partial(texts, prompts, seed=p.seed),
         build=lambda method: build(SimpleNamespace(**(vars(p) | {"method": method})), prompts, classes),
-        learn=fit_method,
+        learn=learn_method,
         augmentation=p.augmentation,
     )
 
@@ -544,6 +522,26 @@ def _split(p: SimpleNamespace, split: str, dataset: str = "", **options) -> land
     return landcover.load(name, p.data_root, split, **options)
 
 
+Items = tuple[Dataset, Sequence[str | None], Sequence[str | None] | None]
+"""Training items (image, labels), their zones, and one's own texts."""
+
+
+def _real(p: SimpleNamespace) -> tuple[str, int, dict[str, Test], Callable[[], Items]]:
+    """Title, number of classes, tests and training items of the parameters."""
+    tests = _tests(p)
+    whole = _split(p, "train") if p.task == "train" else next(iter(tests.values())).data
+
+    def training() -> Items:
+        data = whole.where([zone != p.held_out for zone in whole.zones()]) if p.held_out else whole
+        r, zones = recipe(p.dataset), data.zones()
+        options = {"flip": r.flip, "upside_down": r.upside_down, "brightness": r.brightness}
+        transform = train_transform(r.crop, data.ignore, scales=SCALES, **options)
+        return Mosaic(data, r.mosaic, zones, transform), zones, data.texts()
+
+    title = f"{p.dataset}, {len(whole):,} images" + (f", zone {p.held_out} left out" if p.held_out else "")
+    return title, len(whole.classes), tests, training
+
+
 def _tests(p: SimpleNamespace) -> dict[str, Test]:
     """The tests by name: all of a set, or the zones seen and the one left out, or another set."""
     name = p.test_on or p.dataset
@@ -570,30 +568,23 @@ def _tests(p: SimpleNamespace) -> dict[str, Test]:
     return found
 
 
-def _dry(p: SimpleNamespace, prompts: Prompts) -> Setting:
-    """The full-size network with random weights, `DRY_STEPS` steps on generated land of the recipe's crop."""
+def _generated(p: SimpleNamespace) -> tuple[str, int, dict[str, Test], Callable[[], Items]]:
+    """As `_real`, of a dry run: noise in squares of one class each, of the recipe's crop, in two zones by turns."""
     names = CLASSES.get(p.dataset, CLASSES[OEM])
     gpu, r = device(p) == "cuda", recipe(p.dataset)
     side, batch = (r.crop, r.batch) if gpu else (min(r.crop, DRY_SIDE), 1)
 
-    def generated(count: int, seed: int) -> tuple[TensorDataset, list[str]]:
-        """Noise in squares of one class each; every second image is of another zone."""
+    def generated(count: int, seed: int) -> Items:
         generator = torch.Generator().manual_seed(1000 * p.seed + seed)
         coarse = torch.randint(len(names) + 1, (count, 1, 8, 8), generator=generator)
         labels = coarse.repeat_interleave(side // 8, 2).repeat_interleave(side // 8, 3)[:, 0]
         images = torch.randn(count, 3, side, side, generator=generator) + labels[:, None] / len(names)
-        return TensorDataset(images, labels), [("Cfa", "Aw")[i % 2] for i in range(count)]
+        return TensorDataset(images, labels), [("Cfa", "Aw")[i % 2] for i in range(count)], None
 
-    def fit_method(model: MetaSegNet, method: str) -> History:
-        data, zones = generated(DRY_STEPS * batch, 1)
-        items = _prompted(data, model, method, texts(prompts, method, zones, seed=p.seed))
-        return learn(p, items, model, epochs=1, batch=batch)
-
-    data, zones = generated(2, 2)
+    data, zones, _ = generated(2, 2)
     test = Test(data, zones, list(names), landcover.LEFT_OUT.get(p.dataset, ()), batch=2)
-    return _setting(
-        p, prompts, "generated land (dry run: the scores mean nothing)", len(names), fit_method, {"test": test}
-    )
+    title = "generated land (dry run: the scores mean nothing)"
+    return title, len(names), {"test": test}, lambda: generated(DRY_STEPS * batch, 1)
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, st
     if p.profile != "pocket":
         return recipe.setting(p, out)
     root = str(out / "data")
-    chests.write(study.folder(root, p.seed), p.seed)
+    chests.write(study.study_root(root, p.seed), p.seed)
     chosen = {method: learning_rates[TASK, method] for method in LIVE}
     epochs = STEPS / (chests.COUNTS["train"] // study.RECIPE["batch"])
 

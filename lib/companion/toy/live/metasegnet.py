@@ -32,7 +32,7 @@ def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, st
     if p.profile != "pocket":
         return recipe.setting(p, out)
     root = str(out / "data")
-    landcover.write(study.folder(root, p.seed), p.seed)
+    landcover.write(study.study_root(root, p.seed), p.seed)
     train, test = (study.part(root, p.seed, split) for split in ("train", "test"))
     train, chosen = train.of(study.seen(p.seed)), {method: learning_rates["seen", method] for method in LIVE}
 
