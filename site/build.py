@@ -138,9 +138,13 @@ def front_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
             table("ledger", ["Paper", "Claim", "Kind", "Status", "Value", "Seeds", "Run"], ledger)
             if ledger
             else "No notebook has been run yet.\n",
-            toctree("Beside the papers", [(None, "comparisons"), (None, "data"), (None, "speed"), (None, "api/index")]),
+            toctree("Beside the papers", [(None, "comparisons"), (None, "data"), (None, "speed")]),
             toctree("Papers", [(papers[slug]["name"], f"notebooks/{slug}") for slug in papers if slug in runs]),
             toctree("How it was made", [(None, f"notebooks/{slug}") for slug in extra]),
+            toctree(
+                "API reference",
+                [(None, "api/index"), *((title, f"api/{name}") for name, title in api_menu(papers).items())],
+            ),
             toctree("Run records", [(papers.get(slug, {}).get("name", slug), f"records/{slug}") for slug in runs]),
         ]
     )
@@ -187,30 +191,29 @@ def comparison_page(papers: dict[str, dict], runs: dict[str, dict], reports: Pat
     return "\n".join(parts)
 
 
+def api_menu(papers: dict[str, dict]) -> dict[str, str]:
+    """The pages of the API reference and their titles in the menu."""
+    parts = ("layers", "training", "data", "evaluation", "viz", "ops")
+    return {slug: paper["name"] for slug, paper in papers.items()} | {p: p for p in parts} | {"tools": "field tools"}
+
+
 def api_pages(papers: dict[str, dict]) -> dict[str, str]:
     """The API reference: one page for each paper and each other part of the package, from the docstrings."""
-    titles = {slug: f"{paper['name']}: companion.models.{slug}" for slug, paper in papers.items()}
-    folders = {slug: PAPERS / slug for slug in papers} | {"layers": PAPERS / "layers"}
-    for part in ("training", "data", "evaluation", "viz", "ops"):
-        folders[part] = PAPERS.parent / part
-    modules = {name: sorted(folder.rglob("*.py")) for name, folder in folders.items()}
-    modules["tools"] = sorted(PAPERS.parent.glob("[a-z]*.py"))
-    titles |= {"tools": "Field tools: companion.backbones and others", "layers": "companion.models.layers"}
-    pages = {}
-    for name, files in modules.items():
-        parts = [f"# {titles.get(name, f'companion.{name}')}\n"]
+    package, pages = PAPERS.parent, {}
+    menu = api_menu(papers)
+    for name, title in menu.items():
+        folder = PAPERS / name if (PAPERS / name).is_dir() else package / name
+        files = sorted(package.glob("[a-z]*.py") if name == "tools" else folder.rglob("*.py"))
+        parts = [f"# {title[0].upper()}{title[1:]}: API\n"]
         for file in files:
             if (file.stem in ("parity", "cli") and name != "evaluation") or file.stem.endswith("_sets"):
                 continue
-            path = file.relative_to(PAPERS.parent.parent).with_suffix("")
-            module = ".".join(path.parts).removesuffix(".__init__")
+            module = ".".join(file.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
             parts.append(f"## `{module}`\n\n```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n```\n")
         pages[name] = "\n".join(parts)
-    short = {slug: paper["name"] for slug, paper in papers.items()} | {"tools": "field tools"}
-    links = [(short.get(name, name), name) for name in pages]
-    listed = "\n".join(f"- [{title}]({name}.md)" for title, name in links)
+    listed = "\n".join(f"- [{title}]({name}.md)" for name, title in menu.items())
     text = "From the docstrings of the package, in the order of the source. Names that start with `_` are internal.\n"
-    return pages | {"index": f"# API reference\n\n{text}\n{listed}\n\n{toctree('API', links)}"}
+    return pages | {"index": f"# API reference\n\n{text}\n{listed}\n"}
 
 
 def study_folder(reports: Path, slug: str) -> Path:

@@ -27,7 +27,7 @@ autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False  # `forward` would show that of torch.nn.Module
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
-python_maximum_signature_line_length = 100
+add_module_names = False
 napoleon_use_ivar = True  # the fields of a tuple are listed once
 suppress_warnings = [
     "docutils",  # an odd indentation in a docstring is no reason to have no site

@@ -118,7 +118,9 @@ class Site:
     def __init__(self, real: bool, reports: Path, folder: Path, url: str):
         self.real, self.reports, self.folder, self.url = real, reports, folder, url
         pages = (path.relative_to(folder) for path in folder.rglob("*.html"))
-        self.pages = sorted(page.as_posix() for page in pages if page.parts[0] != "_static")
+        # the API reference is the same in both sites
+        left_out = {"_static", "api"} if real else {"_static"}
+        self.pages = sorted(page.as_posix() for page in pages if page.parts[0] not in left_out)
 
 
 class Links(HTMLParser):
