@@ -17,6 +17,7 @@ from companion.errors import BadParameter, CorruptFile, MissingWeights
 from companion.models.layers import clip_prompting as prompting
 from companion.toy import encoders
 from companion.toy.ablations import dplq as study
+from companion.toy.ablations import study_root
 from companion.toy.datasets import domains, scenes
 from companion.toy.datasets.tokens import UNKNOWN, Tokenizer
 from companion.toy.encoders import domain_mae
@@ -32,7 +33,7 @@ def root(tmp_path_factory):
     """A study's root with both domains of one seed."""
     path = tmp_path_factory.mktemp("study")
     for domain in DOMAINS:
-        domains.write(study.folder(path, SEED), domain, SEED)
+        domains.write(study_root(path, SEED), domain, SEED)
     return str(path)
 
 
@@ -120,7 +121,7 @@ def test_unknown_names_are_refused_with_the_known_ones(call):
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_the_reader_of_ones_own_folder_reads_a_domain(root, domain):
-    sets = reader.own_folder(study.folder(root, SEED) / domain)
+    sets = reader.own_folder(study_root(root, SEED) / domain)
     assert sets["train"].class_names == tuple(domains.DOMAINS[domain].classes)
     for split, each in domains.EACH.items():
         assert Counter(sets[split].labels) == Counter({label: each for label in range(16)})
@@ -273,8 +274,9 @@ def test_a_row_is_the_same_again_and_holds_what_was_measured(root):
 
 def test_every_seed_has_pictures_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(domains, "EACH", dict.fromkeys(domains.EACH, 1))
-    study.prepare(tmp_path)
-    folders = [study.folder(tmp_path, seed) / "remote" for seed in (study.SELECTION_SEED, *study.SEEDS)]
+    for seed in (study.SELECTION_SEED, *study.SEEDS):
+        study.prepare(tmp_path, seed)
+    folders = [study_root(tmp_path, seed) / "remote" for seed in (study.SELECTION_SEED, *study.SEEDS)]
     assert len({(folder / "split.json").read_bytes() for folder in folders}) == 1
     pictures = [next(iter(sorted((folder / "images").rglob("*.png")))).read_bytes() for folder in folders]
     assert len(set(pictures)) == len(folders) == 6

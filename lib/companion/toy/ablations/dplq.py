@@ -30,6 +30,7 @@ from .. import encoders
 from ..datasets import domains as pocket
 from ..datasets.tokens import Tokenizer
 from ..encoders import domain_mae
+from . import study_root
 
 LEARNING_RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 SEEDS = [0, 1, 2, 3, 4]
@@ -103,21 +104,15 @@ def encoder(what: str, task: str, seed: int) -> nn.Module:
     return domain_mae.load(task if what == "domain" else next(name for name in pocket.DOMAINS if name != task))
 
 
-def prepare(root: str | Path) -> None:
-    """Write the images of every seed: each seed has its own, so that the spread over seeds includes theirs."""
-    for seed in (SELECTION_SEED, *SEEDS):
-        for task in TASKS:
-            pocket.write(folder(root, seed), task, seed)
-
-
-def folder(root: str | Path, seed: int) -> Path:
-    """The data root of a seed."""
-    return Path(root) / f"seed{seed}"
+def prepare(root: str | Path, seed: int) -> None:
+    """Write the images of a seed."""
+    for task in TASKS:
+        pocket.write(study_root(root, seed), task, seed)
 
 
 def _part(task: str, root: str, seed: int, part: str) -> fewshot.Part:
     split, _, half = part.partition(" ")
-    sets = domains.own_folder(folder(root, seed) / task, domains.clip_transform(backbones.input_of(clip())))
+    sets = domains.own_folder(study_root(root, seed) / task, domains.clip_transform(backbones.input_of(clip())))
     base = len(fewshot.halves(sets[split].class_names)[0])
     classes = range(base, sets[split].classes) if half == "novel" else range(base)
     chosen = fewshot.select(sets[split], classes)
@@ -137,7 +132,7 @@ def images(task: str, root: str, seed: int, part: str) -> tuple[Tensor, Tensor, 
 @functools.lru_cache(maxsize=16)
 def sensors(task: str, root: str, seed: int, part: str) -> Tensor:
     """The sensor of each image of a part, (n,), 0 or 1. No method is given it."""
-    known = read_json(folder(root, seed) / task / "sensors.json")
+    known = read_json(study_root(root, seed) / task / "sensors.json")
     files = map(Path, _files(_part(task, root, seed, part)))
     return torch.tensor([known[f"{file.parent.name}/{file.name}"] for file in files])
 

@@ -30,6 +30,7 @@ from ...models.ecamp.text import Pairs, Vocabulary
 from ...training.fit import CPU, History, fit, predict
 from ...training.schedules import adamw
 from ..datasets import chests as pocket
+from . import study_root
 
 LEARNING_RATES = [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
 SEEDS = [0, 1, 2, 3, 4]
@@ -58,26 +59,20 @@ SEGMENT_ON = 500  # masks
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def prepare(root: str | Path) -> None:
-    """Write the chests of every seed: each has its own, so that the spread contains the variation of the data."""
-    for seed in (SELECTION_SEED, *SEEDS):
-        pocket.write(folder(root, seed), seed)
-
-
-def folder(root: str | Path, seed: int) -> Path:
-    """The data root of a seed."""
-    return Path(root) / f"seed{seed}"
+def prepare(root: str | Path, seed: int) -> None:
+    """Write the chests of a seed."""
+    pocket.write(study_root(root, seed), seed)
 
 
 @functools.lru_cache(maxsize=3)
 def part(root: str, seed: int, split: str) -> pocket.Part:
     """A split, in memory."""
-    return pocket.read(folder(root, seed), split)
+    return pocket.read(study_root(root, seed), split)
 
 
 def vocabulary(root: str | Path, seed: int) -> Vocabulary:
     """The words of a seed's training reports, with ECAMP's list of entities."""
-    return Vocabulary.read(folder(root, seed) / "pocket" / "chests" / "wordpiece.json")
+    return Vocabulary.read(study_root(root, seed) / "pocket" / "chests" / "wordpiece.json")
 
 
 def pairs(method: str, root: str, seed: int) -> Pairs:

@@ -25,6 +25,7 @@ from ...models.metasegnet.text import Words, headless
 from ...training.fit import CPU, History, fit
 from ...training.schedules import adamw
 from ..datasets import landcover as pocket
+from . import study_root
 
 LEARNING_RATES = [2e-3, 4e-3, 8e-3, 1.6e-2]
 SEEDS = [0, 1, 2, 3, 4]
@@ -59,21 +60,15 @@ TASKS = {"seen": METHODS, "left out": METHODS}
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def prepare(root: str | Path) -> None:
-    """Write the images of every seed: each has its own, so that the spread contains the variation of the data."""
-    for seed in (SELECTION_SEED, *SEEDS):
-        pocket.write(folder(root, seed), seed)
-
-
-def folder(root: str | Path, seed: int) -> Path:
-    """The data root of a seed."""
-    return Path(root) / f"seed{seed}"
+def prepare(root: str | Path, seed: int) -> None:
+    """Write the images of a seed."""
+    pocket.write(study_root(root, seed), seed)
 
 
 @functools.lru_cache(maxsize=4)
 def part(root: str, seed: int, split: str) -> pocket.Part:
     """A split, all nine zones of it, in memory."""
-    return pocket.read(folder(root, seed), split)
+    return pocket.read(study_root(root, seed), split)
 
 
 def left_out(seed: int) -> str:

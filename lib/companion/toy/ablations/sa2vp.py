@@ -22,6 +22,7 @@ from ...models.sa2vp import SA2VP, recipe
 from ...training.fit import CPU
 from .. import encoders
 from ..datasets import classification as pocket
+from . import study_root
 
 LEARNING_RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1]
 SEEDS = [0, 1, 2, 3, 4]
@@ -56,15 +57,9 @@ def build(method: str, classes: int, seed: int) -> nn.Module:
     return METHODS[method](encoders.build("pocket_vit"), classes)
 
 
-def prepare(root: str | Path) -> None:
-    """Write the images of every seed: each seed has its own, so that the spread over seeds includes theirs."""
-    for seed in (SELECTION_SEED, *SEEDS):
-        pocket.write(folder(root, seed), TASKS, seed)
-
-
-def folder(root: str | Path, seed: int) -> Path:
-    """The data root of a seed."""
-    return Path(root) / f"seed{seed}"
+def prepare(root: str | Path, seed: int) -> None:
+    """Write the images of a seed."""
+    pocket.write(study_root(root, seed), TASKS, seed)
 
 
 @functools.lru_cache(maxsize=8)
@@ -72,7 +67,7 @@ def images(task: str, root: str, seed: int, split: str) -> TensorDataset:
     """A split of a task in memory: images (n, 3, 32, 32), labels (n,)."""
     seen = backbones.input_of(encoders.build("pocket_vit", "random"))
     transform = classification.resize_transform(seen)
-    return classification.in_memory(classification.load(f"pocket/{task}", folder(root, seed), split, transform))
+    return classification.in_memory(classification.load(f"pocket/{task}", study_root(root, seed), split, transform))
 
 
 def train(

@@ -12,6 +12,7 @@ those images): it proposes boxes for objects of any class, and the class of a bo
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,16 +29,16 @@ from ... import backbones
 from ...errors import BadParameter
 from ...models.layers.state_dicts import load_official
 from ...models.sic_cads.model import PROMPT, ZeroShotClassifier
-from ...training.callbacks import ClipNorm
-from ...training.fit import CPU, fit
-from ...training.schedules import adamw, schedule
+from ...training.schedules import schedule
 from .. import encoders
 from ..datasets.detection import BASE, CLASSES, NOVEL, SIDE, THINGS, VERSION, Scene, scenes
 from ..datasets.tokens import END, UNKNOWN, Tokenizer
 from . import card
+from .training import fit_steps
 from .vit_and_clip import pixels
 
 CLIP, DETECTOR = "pocket_scene_clip", "pocket_ov_detector"
+NAMES = (CLIP, DETECTOR)
 WIDTH = 64  # of the space that images, texts and regions share
 PROPOSALS = 30  # boxes of an image
 CLIP_RECIPE = {"pictures": 3000, "steps": 480, "batch": 64, "rate": 3e-3}
@@ -179,20 +180,8 @@ def train_clip(pictures: int = CLIP_RECIPE["pictures"], steps: int = CLIP_RECIPE
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = SceneCLIP()
-    batch = CLIP_RECIPE["batch"]
-    fit(
-        model,
-        contrast,
-        TensorDataset(stack(drawn), named(drawn)),
-        epochs=steps / (pictures // batch),
-        batch=batch,
-        optimizer=adamw(CLIP_RECIPE["rate"], 0.05),
-        schedule=schedule("cosine", warmup=0.2),
-        callbacks=[ClipNorm(1.0)],
-        seed=seed,
-        hardware=CPU,
-        name=CLIP,
-    )
+    data, options = TensorDataset(stack(drawn), named(drawn)), (CLIP_RECIPE["batch"], CLIP_RECIPE["rate"], seed, CLIP)
+    fit_steps(model, contrast, data, steps, *options, schedule=schedule("cosine", warmup=0.2))
     return model.eval()
 
 
@@ -340,20 +329,8 @@ def train_detector(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Detector()
-    batch = DETECTOR_RECIPE["batch"]
-    data = TensorDataset(stack(drawn), *boxes_of(drawn))
-    fit(
-        model,
-        lambda m, b: detector_loss(text, m, b),
-        data,
-        epochs=steps / (pictures // batch),
-        batch=batch,
-        optimizer=adamw(DETECTOR_RECIPE["rate"], 0.05),
-        callbacks=[ClipNorm(5.0)],
-        seed=seed,
-        hardware=CPU,
-        name=DETECTOR,
-    )
+    data, loss = TensorDataset(stack(drawn), *boxes_of(drawn)), functools.partial(detector_loss, text)
+    fit_steps(model, loss, data, steps, DETECTOR_RECIPE["batch"], DETECTOR_RECIPE["rate"], seed, DETECTOR, clip=5.0)
     return model.eval()
 
 
@@ -392,59 +369,21 @@ def ship(name: str, folder: str | Path = encoders.WEIGHTS, seed: int = 0) -> Pat
 
     Raises `BadParameter` for another name.
     """
-    if name not in _CARDS:
-        raise BadParameter("name", name, list(_CARDS))
-    start = time.monotonic()
-    model, recipe = (
-        (train_clip(seed=seed), CLIP_RECIPE) if name == CLIP else (train_detector(seed=seed), DETECTOR_RECIPE)
-    )
-    quality = measure_clip(model) if name == CLIP else measure_detector(model)
-    head = {
-        "library_name": "companion",
-        "data": "drawn things with surfaces cut from photographs that ship with scikit-image and scikit-learn, over "
-        "such photographs; train tiles only",
-        "attribution": "the photographs are free of rights, see scikit-image's documentation of skimage.data",
-        "command": f"python -m companion.toy.encoders.detector {name}",
-        "recipe": {**recipe, "seed": seed},
-        "world": VERSION,
-        "seconds": round(time.monotonic() - start),
-        "parameters": sum(p.numel() for p in model.parameters()),
+    makers = {
+        CLIP: (train_clip, measure_clip, CLIP_RECIPE),
+        DETECTOR: (train_detector, measure_detector, DETECTOR_RECIPE),
     }
-    return card.ship(Path(folder) / f"{name}.safetensors", model.state_dict(), head, quality, _CARDS[name])
-
-
-_CARDS = {
-    CLIP: """
-# pocket_scene_clip
-
-A CLIP of small scenes: four convolutions with the maximum over the picture, and texts as the mean of their words,
-trained contrastively on pictures and the names of what is on them, novel classes among them. It stands in for CLIP
-ViT-B/32 in SIC-CADS where none can be downloaded.
-
-`companion.toy.encoders.detector.clip()` loads it, `tokenizer()` reads its words, `texts(clip)` embeds the classes.
-
-**Measured** on pictures cut from tiles of the photographs never seen in training: see `quality` above, the mean average
-precision of the cosine between picture and text, in percent.
-
-**Limits.** It knows 16 words and this small world only; a text has no order.
-""",
-    DETECTOR: """
-# pocket_ov_detector
-
-An open-vocabulary detector: five convolutions, a dense head that proposes 30 boxes, RoIAlign, and the cosine with the
-texts of `pocket_scene_clip`, scaled, as Detic's classifier has it. Trained on boxes of the 12 base classes alone, on
-pictures without novel things. It stands in for Detic in SIC-CADS.
-
-`companion.toy.encoders.detector.detector()` loads it.
-
-**Measured** on pictures cut from tiles of the photographs never seen in training, novel things among them: see
-`quality` above, in percent.
-
-**Limits.** It knows this small world only. It sees each box and little around it: telling a novel thing from the base
-thing that it looks like is what the rest of the scene is for.
-""",
-}
+    if name not in makers:
+        raise BadParameter("name", name, NAMES)
+    train, measure, recipe = makers[name]
+    start = time.monotonic()
+    model = train(seed=seed)
+    seconds, facts = (
+        time.monotonic() - start,
+        {"world": VERSION, "parameters": sum(p.numel() for p in model.parameters())},
+    )
+    return card.save(folder, name, model.state_dict(), measure(model), recipe | {"seed": seed}, seconds, **facts)
 
 
 if __name__ == "__main__":
-    card.command(ship, _CARDS)
+    card.command(ship, NAMES)

@@ -23,12 +23,11 @@ from ... import backbones
 from ...errors import BadParameter
 from ...models.dplq import MAE
 from ...models.dplq.model import CLIPFeatures
-from ...training.callbacks import ClipNorm
-from ...training.fit import CPU, fit, predict
-from ...training.schedules import adamw
+from ...training.fit import CPU, predict
 from .. import encoders
 from ..datasets.domains import VERSION, unlabelled
 from . import card
+from .training import fit_steps
 from .vit_and_clip import pixels
 
 NAMES = {"remote": "pocket_mae_remote", "medical": "pocket_mae_medical"}
@@ -70,18 +69,12 @@ def train(domain: str, count: int = RECIPE["images"], steps: int = RECIPE["steps
     images, _ = unlabelled(domain, count, "train", seed)
     torch.manual_seed(seed)
     model = load(domain, "random")
-    fit(
-        model,
-        lambda mae, batch: mae.loss(batch[0], RECIPE["masked"]),
-        TensorDataset(pixels(images)),
-        epochs=steps / (count // RECIPE["batch"]),
-        batch=RECIPE["batch"],
-        optimizer=adamw(RECIPE["learning_rate"], 0.05),
-        callbacks=[ClipNorm(1.0)],
-        seed=seed,
-        hardware=CPU,
-        name=NAMES[domain],
-    )
+
+    def loss(model: nn.Module, batch: tuple[Tensor]) -> Tensor:
+        return model.loss(batch[0], RECIPE["masked"])
+
+    data, options = TensorDataset(pixels(images)), (RECIPE["batch"], RECIPE["learning_rate"], seed, NAMES[domain])
+    fit_steps(model, loss, data, steps, *options)
     return model
 
 
@@ -126,38 +119,9 @@ def ship(domain: str, folder: str | Path = encoders.WEIGHTS, seed: int = 0) -> P
     """Train at full length, measure, and write the weights and their card. Raises `BadParameter` for no domain."""
     start = time.monotonic()
     model = train(domain, seed=seed)
-    head = {
-        "library_name": "companion",
-        "data": "drawn objects over grey cuts of photographs that ship with scikit-image, as two sensors show them; "
-        "unlabelled, train tiles only",
-        "attribution": "photographs free of rights, see scikit-image's documentation of skimage.data",
-        "command": f"python -m companion.toy.encoders.domain_mae {domain}",
-        "recipe": RECIPE | {"seed": seed},
-        "world": VERSION,  # of pocket/domains.py
-        "seconds": round(time.monotonic() - start),
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
-    path, text = Path(folder) / f"{NAMES[domain]}.safetensors", _CARD.format(name=NAMES[domain], domain=domain)
-    return card.ship(path, model.to_official(), head, measure(domain, model), text)
-
-
-_CARD = """
-# {name}
-
-A masked autoencoder (He et al., CVPR 2022) of 3 + 2 blocks, width 48, patches of 8 on 32x32 images, pre-trained on
-unlabelled images of the synthetic domain "{domain}". It replaces the domain models of DPLQ, which no program may
-download. The tensors have the names of MAE's own code.
-
-`companion.toy.encoders.domain_mae.load("{domain}")` gives it: images in [-1, 1] to the mean of the decoder's tokens.
-
-**Measured** on images over tiles never seen in training: see `quality` above. `read` is the accuracy of a logistic
-regression, fitted on 128 images, that predicts the sensor (chance level: 0.5); `share` is the fraction of the feature's
-variance that the sensor explains. For comparison: an untrained model of the same architecture, whose feature contains
-the sensor too, since its patterns are fixed, but at a smaller scale; and the small CLIP, whose feature does not.
-
-**Limits.** It knows one synthetic domain, whose sensors have fixed patterns so that there is something to learn. Its
-feature contains little of the classes.
-"""
+    seconds = time.monotonic() - start
+    recipe = RECIPE | {"seed": seed}
+    return card.save(folder, NAMES[domain], model.to_official(), measure(domain, model), recipe, seconds, world=VERSION)
 
 
 if __name__ == "__main__":

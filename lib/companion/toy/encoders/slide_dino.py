@@ -146,24 +146,8 @@ def ship(folder: Path = encoders.WEIGHTS, seed: int = 0) -> Path:
         for name, t in encoder.state_dict().items()
     }
     plain = build("random", seed)
-    head = {
-        "library_name": "companion",
-        "data": "drawn glands over cuts of the photograph of stained tissue that ships with scikit-image; unlabelled, "
-        "train tiles only",
-        "attribution": "the photograph is free of rights, see scikit-image's documentation of skimage.data",
-        "command": "python -m companion.toy.encoders.slide_dino",
-        "recipe": {
-            "regions": REGIONS,
-            "steps": STEPS,
-            "batch": BATCH,
-            "learning_rate": LEARNING_RATE,
-            "outputs": OUTPUTS,
-            "seed": seed,
-        },
-        "world": pocket.VERSION,
-        "seconds": round(time.monotonic() - start),
-        "parameters": sum(t.numel() for t in state.values()),
-    }
+    seconds = time.monotonic() - start
+    recipe = dict(regions=REGIONS, steps=STEPS, batch=BATCH, learning_rate=LEARNING_RATE, outputs=OUTPUTS, seed=seed)
     ends = {level: round(rows[-1]["loss"], 2) for level, rows in histories.items()}
     quality = {
         "DINO": measure(patch, region),
@@ -171,27 +155,7 @@ def ship(folder: Path = encoders.WEIGHTS, seed: int = 0) -> Path:
         "last loss": ends,
         "loss of no word": round(float(np.log(OUTPUTS)), 2),
     }
-    return card.ship(folder / f"{NAME}.safetensors", state, head, quality, _CARD)
-
-
-_CARD = """
-# pocket_slide_dino
-
-The two lower levels of the pocket H-ViT: a ViT of 3 blocks, width 48, on patches of 32x32 pixels with tokens of 4, and
-one of 2 blocks, width 48, on grids of 4x4 patches. Pre-trained by DINO on unlabelled regions. They stand in for HIPT's.
-The patch level's last norm is set so that every output has mean 0 and deviation 1 over training patches.
-
-`companion.toy.encoders.slide_dino.build()` gives them.
-
-**Measured** by linear probes on tiles never seen in training: see `quality` above. `patch`: which of stroma, benign
-gland and tumour a patch holds. `core`: whether the tumour of a region lies in its middle. Beside them stand untrained
-encoders of the same build.
-
-**Limits.** DINO does not help at this size: an untrained patch level tells the patches as well. The patch level's loss
-first falls and then rises above that of saying the same of every picture (`last loss` against `loss of no word`): it
-collapses, though its features still hold the kinds of patches. These encoders are here so that the whole recipe is
-walked, and so that the comparison can be made.
-"""
+    return card.save(folder, NAME, state, quality, recipe, seconds, world=pocket.VERSION)
 
 
 if __name__ == "__main__":

@@ -218,19 +218,9 @@ def ship(folder: Path = encoders.WEIGHTS, seed: int = 0) -> Path:
     images = collages(IMAGES, "train", seed).images
     found = {name: train(name, images, seed) for name in TEACHERS}
     state = {f"{name}/{key}": value for name, (model, _) in found.items() for key, value in model.state_dict().items()}
-    head = {
-        "library_name": "companion",
-        "data": "collages: cuts of photographs in grey, tinted, under a drawn shape and a reddish square; unlabelled, "
-        "train tiles only",
-        "command": "python -m companion.toy.encoders.teachers",
-        "recipe": {
-            name: recipe | {"betas": list(recipe.get("betas", (0.9, 0.999)))} for name, recipe in RECIPES.items()
-        }
-        | {"images": IMAGES, "masked": MASKED, "seed": seed},
-        "world": collage.VERSION,
-        "seconds": round(time.monotonic() - start),
-        "parameters": sum(value.numel() for value in state.values()),
-    }
+    seconds = time.monotonic() - start
+    recipe = {name: each | {"betas": list(each.get("betas", (0.9, 0.999)))} for name, each in RECIPES.items()}
+    recipe |= {"images": IMAGES, "masked": MASKED, "seed": seed}
     ends = {
         name: {
             at: round(sum(row["loss"] for row in rows) / len(rows), 3)
@@ -239,27 +229,7 @@ def ship(folder: Path = encoders.WEIGHTS, seed: int = 0) -> Path:
         for name, (_, history) in found.items()
     }
     measured = {"probes": quality({name: model for name, (model, _) in found.items()}), "losses": ends}
-    return card.ship(folder / f"{NAME}.safetensors", state, head, measured, _CARD)
-
-
-_CARD = """
-# pocket_teachers
-
-Three ViTs of 3 blocks, width 48, 4 heads, on pictures of 32x32 pixels with patches of 8, each trained without labels on
-the same collages in another way: MAE, MoCo v3 and iBOT. They stand in for the three ViT-Base teachers of DMT. Tensors
-are named as in the official codes, behind the teacher's name and a slash.
-
-`companion.toy.encoders.teachers.load()` gives them.
-
-**Measured** by linear probes with 10 labels a class, the mean over ten draws of them, on test pictures; see `quality`
-above. Chance is 12.5 for texture and hue, 25 for shape and quadrant. Beside them stands an untrained ViT of the shape.
-
-**What each is blind to, by construction.** MoCo v3 saw grey views, and its patch projection weights the channels by the
-luma: two pictures of one luma are the same to it, so it knows neither the hue nor the quadrant of the reddish square.
-iBOT saw mirrored crops in other light. MAE fills in pixels, which needs little of what a texture is called.
-
-**Limits.** Made for one world of small pictures. The blind spots are wanted: none of the three is a good encoder alone.
-"""
+    return card.save(folder, NAME, state, measured, recipe, seconds, world=collage.VERSION)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,10 @@ from ...backbones import read_state
 from ...data.tracking import MEAN, STD
 from ...evaluation.metrics.tracking import centre_distance, iou
 from ...models.bat import OSTrack, losses
-from ...training.callbacks import ClipNorm
-from ...training.fit import CPU, Batch, fit
-from ...training.schedules import adamw
+from ...training.fit import Batch
 from ..datasets.tracking import foundation_pairs
 from . import card, weights_file
+from .training import fit_steps
 
 NAME = "pocket_ostrack"
 PAIRS, EPOCHS, BATCH, LEARNING_RATE = 16_000, 6, 32, 2e-3
@@ -71,18 +70,8 @@ def train(count: int = PAIRS, epochs: float = EPOCHS, seed: int = 0) -> OSTrack:
     """The pocket tracker, trained from scratch, in eval mode."""
     torch.manual_seed(seed)
     tracker = build("random")
-    fit(
-        tracker,
-        loss,
-        pairs(count, seed, "train"),
-        epochs=epochs,
-        batch=BATCH,
-        optimizer=adamw(LEARNING_RATE, 0.05),
-        callbacks=[ClipNorm(1.0)],
-        seed=seed,
-        hardware=CPU,
-        name=NAME,
-    )
+    data = pairs(count, seed, "train")
+    fit_steps(tracker, loss, data, epochs * (count // BATCH), BATCH, LEARNING_RATE, seed, NAME)
     return tracker
 
 
@@ -111,32 +100,9 @@ def ship(folder: Path, seed: int = 0) -> Path:
     """Train, measure, and write the weights and their model card."""
     start = time.monotonic()
     tracker = train(seed=seed)
-    head = {
-        "library_name": "companion",
-        "data": "drawn objects with surfaces cut from photographs that ship with scikit-image and scikit-learn, over "
-        "such photographs; train tiles only",
-        "command": "python -m companion.toy.encoders.tracker",
-        "recipe": {"pairs": PAIRS, "epochs": EPOCHS, "batch": BATCH, "learning_rate": LEARNING_RATE, "seed": seed},
-        "seconds": round(time.monotonic() - start),
-        "parameters": sum(p.numel() for p in tracker.parameters()),
-    }
-    return card.ship(folder / f"{NAME}.safetensors", tracker.to_official(), head, measure(tracker), _CARD)
-
-
-_CARD = """
-# pocket_ostrack
-
-A small one-stream tracker of OSTrack's architecture: 4 blocks of width 64, patches of 8, templates of 32x32 and
-searches of 64x64 pixels, a centre head of width 64. It stands in for OSTrack-256, which no program may download.
-
-`companion.toy.encoders.tracker.build()` loads it; the tensors have OSTrack's names.
-
-**Measured** on pairs cropped from tiles of the photographs that are not in training: see `quality` above. `chance` is a
-box of average size in the middle of every crop.
-
-**Limits.** It was trained on clear synthetic images, where distractors differ from the target. It has seen no darkness,
-no glare, no thermal crossover, and never two streams at once: that is left to the adapters.
-"""
+    seconds = time.monotonic() - start
+    recipe = {"pairs": PAIRS, "epochs": EPOCHS, "batch": BATCH, "learning_rate": LEARNING_RATE, "seed": seed}
+    return card.save(folder, NAME, tracker.to_official(), measure(tracker), recipe, seconds)
 
 
 if __name__ == "__main__":

@@ -13,26 +13,18 @@ from ...models.dplq import recipe
 from ...models.dplq.recipe import Setting
 from ...models.layers.clip_prompting import PromptedCLIP
 from ..ablations import dplq as study
+from ..ablations import study_root
 from ..datasets import domains as pocket
 
 TASK, LIVE = "remote", ("zero-shot CLIP", "MaPLe", "DPLQ")
 
 
 def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, str], float]) -> Setting:
-    """The setting that the notebook's parameters ask for: at toy scale, or the `paper` profile's.
-
-    Args:
-        p: the checked parameters of the notebook.
-        out: the run's folder; toy images are written below it.
-        learning_rates: by (task, method), as the ablation chose them on validation.
-
-    Raises:
-        BadParameter, MissingData, MissingWeights: with what to change or get.
-    """
+    """The setting that the notebook's parameters ask for: at toy scale, or the `paper` profile's."""
     if p.profile == "paper":
         return recipe.setting(p, out)
     root = str(out / "data")
-    pocket.write(study.folder(root, p.seed), TASK, p.seed)
+    pocket.write(study_root(root, p.seed), TASK, p.seed)
     classes = {part: study.images(TASK, root, p.seed, part)[2] for part in ("train", "test base", "test novel")}
 
     def inputs(method: str, part: str) -> TensorDataset:

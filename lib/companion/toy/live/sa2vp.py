@@ -11,26 +11,18 @@ from ...models.sa2vp import recipe
 from ...models.sa2vp.recipe import Setting
 from .. import encoders
 from ..ablations import sa2vp as study
+from ..ablations import study_root
 from ..datasets import classification as pocket
 
 TASK, LIVE = "textures", ("linear probing", "VPT-deep", "SA²VP")
 
 
 def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, str], float]) -> Setting:
-    """The setting that the notebook's parameters ask for: at toy scale, or the `paper` profile's.
-
-    Args:
-        p: the checked parameters of the notebook.
-        out: the run's folder; toy images are written below it.
-        learning_rates: by (task, method), as the ablation chose them on validation.
-
-    Raises:
-        BadParameter, MissingData, MissingWeights: with what to change or get.
-    """
+    """The setting that the notebook's parameters ask for: at toy scale, or the `paper` profile's."""
     if p.profile == "paper":
         return recipe.setting(p, out)
     root, classes = str(out / "data"), pocket.TASKS[TASK].classes
-    pocket.write(study.folder(root, p.seed), list(study.TASKS), p.seed)
+    pocket.write(study_root(root, p.seed), list(study.TASKS), p.seed)
     return Setting(
         title="which photograph a crop comes from (synthetic task)",
         train=study.images(TASK, root, p.seed, "trainval"),
