@@ -104,7 +104,7 @@ def studies(folder: Path) -> str:
     module.__file__ = __file__
     module.METHODS, module.TASKS = {"a": None, "b": None}, {"t": ["a", "b"]}
     module.LEARNING_RATES, module.SEEDS, module.SELECTION_SEED = [0.1, 0.2, 0.3], list(range(8)), 9
-    module.prepare = lambda root: None
+    module.prepare = lambda root, seed: None
 
     def train(method: str, task: str, rate: float, seed: int, root: str, split: str) -> dict[str, float]:
         time.sleep(0.15)

@@ -30,7 +30,7 @@ def fake(monkeypatch, tmp_path):
     module.METHODS, module.TASKS = {"a": None, "b": None}, {"t": ["a", "b"]}
     module.LEARNING_RATES, module.SEEDS, module.SELECTION_SEED = [0.1, 0.2], [0, 1, 2], 9
     module.calls, module.offset = [], 0.0
-    module.prepare = lambda root: None
+    module.prepare = lambda root, seed: None
 
     def train(method, task, rate, seed, root, split):
         module.calls.append((split, task, method, rate, seed))

@@ -4,10 +4,10 @@ Every method gets its learning rate from one grid, chosen on validation pictures
 pictures and tested once a seed. Rows are kept in a CSV as they come, so that a study that was stopped goes on where it
 was; a record beside it says which code, versions and machine made them.
 
-A module of `toy.ablations` describes one: its METHODS, TASKS (task -> the methods run on it), LEARNING_RATES, SEEDS and
-SELECTION_SEED, `prepare(root)` that writes the data, and `train(method, task, rate, seed, root, split)` that returns a
-row with its METRIC in percent ("accuracy" unless the module says otherwise), the "loss", and whatever else is measured.
-Methods in its UNTRAINED have nothing to choose: they are tested only, with rate 0.
+A module of `toy.ablations` describes one: its METHODS, TASKS (task -> its methods), LEARNING_RATES, SEEDS and
+SELECTION_SEED, `prepare(root, seed)` that writes the data of a seed, and `train(method, task, learning_rate, seed,
+root, split)` that returns a row with its METRIC in percent ("accuracy" unless the module says otherwise), the "loss"
+and other measures. Methods in its UNTRAINED are only tested, with learning rate 0.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def run(
                 shutil.copyfile(Path(start) / name, temporary)
     record = folder / "study.json"
     code = code_hash(sources(module.__file__))
-    module.prepare(root)
+    for seed in (module.SELECTION_SEED, *module.SEEDS):
+        module.prepare(root, seed)
     pairs = [(task, method) for task, methods in module.TASKS.items() for method in methods]
     untrained, metric = getattr(module, "UNTRAINED", ()), getattr(module, "METRIC", "accuracy")
     rows: list[dict] = []

@@ -7,6 +7,7 @@ import torch
 
 from companion.models.ecamp import model as ecamp
 from companion.toy.ablations import ecamp as study
+from companion.toy.ablations import study_root
 from companion.toy.datasets import chests
 
 SEED = 5
@@ -17,7 +18,7 @@ def root(tmp_path_factory):
     """A data root with a few chests of one seed."""
     path, kept = tmp_path_factory.mktemp("clinic"), dict(chests.COUNTS)
     chests.COUNTS.update(train=160, val=60, test=60)
-    chests.write(study.study_root(path, SEED), SEED)
+    chests.write(study_root(path, SEED), SEED)
     yield str(path)
     chests.COUNTS.update(kept)
     study.part.cache_clear()

@@ -11,6 +11,7 @@ from companion.models.hvit import HViT, recipe
 from companion.ops.papers import paper
 from companion.slides import tensor
 from companion.toy.ablations import hvit as ablation
+from companion.toy.ablations import study_root
 from companion.toy.datasets import slides as synthetic
 from companion.toy.encoders import slide_dino
 from companion.toy.live import hvit as live
@@ -82,7 +83,7 @@ def test_slides_are_read_as_real_ones_are(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "COUNTS", {"train": 3, "val": 2, "test": 2})
     found = ablation.embeddings(str(tmp_path), 0, "place", "trainval")
     assert found.tensors[0].shape == (5, 5, 16, 48) and len(found.tensors[1]) == 5
-    item = data.load("pocket/slides-place", ablation.folder(tmp_path, 0), "train")[0]
+    item = data.load("pocket/slides-place", study_root(tmp_path, 0), "train")[0]
     pixels, corners = ablation.regions(item)
     assert pixels.shape == (5, 128, 128, 3) and len(corners) == 5
     tensors = tensor(pixels, slide_dino.NORMALISE)

@@ -9,6 +9,7 @@ from companion.evaluation.metrics import landcover as metrics
 from companion.models.metasegnet.text import Words, headless
 from companion.ops.papers import paper
 from companion.toy.ablations import metasegnet as study
+from companion.toy.ablations import study_root
 from companion.toy.datasets import landcover
 
 SEED = 1
@@ -20,7 +21,7 @@ def root(tmp_path_factory):
     path, counts, steps = tmp_path_factory.mktemp("land"), landcover.COUNTS, study.STEPS
     landcover.COUNTS = {"train": 4, "val": 2, "test": 3}
     study.STEPS = 3
-    landcover.write(study.study_root(path, SEED), SEED)
+    landcover.write(study_root(path, SEED), SEED)
     yield str(path)
     landcover.COUNTS, study.STEPS = counts, steps
     study.part.cache_clear()

@@ -274,7 +274,8 @@ def test_a_row_is_the_same_again_and_holds_what_was_measured(root):
 
 def test_every_seed_has_pictures_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(domains, "EACH", dict.fromkeys(domains.EACH, 1))
-    study.prepare(tmp_path)
+    for seed in (study.SELECTION_SEED, *study.SEEDS):
+        study.prepare(tmp_path, seed)
     folders = [study_root(tmp_path, seed) / "remote" for seed in (study.SELECTION_SEED, *study.SEEDS)]
     assert len({(folder / "split.json").read_bytes() for folder in folders}) == 1
     pictures = [next(iter(sorted((folder / "images").rglob("*.png")))).read_bytes() for folder in folders]

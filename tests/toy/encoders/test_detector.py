@@ -101,8 +101,8 @@ def test_all_boxes_have_all_classes(detector, clip):
 
 
 def test_a_short_training_learns_and_follows_the_seed(monkeypatch, clip):
-    losses, fit = [], pocket.fit
-    monkeypatch.setattr(pocket, "fit", lambda *args, **options: losses.append(fit(*args, **options)))
+    losses, fit = [], pocket.fit_steps
+    monkeypatch.setattr(pocket, "fit_steps", lambda *args, **options: losses.append(fit(*args, **options)))
     one, again, other = (pocket.train_clip(128, 12, seed) for seed in (0, 0, 1))
     found = [pocket.train_detector(64, 12, seed, clip) for seed in (0, 0, 1)]
     for history in losses:

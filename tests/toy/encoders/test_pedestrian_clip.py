@@ -65,7 +65,7 @@ def test_equal_sentences_in_a_batch_are_all_right_answers():
     sentences = read(["a pedestrian with a hat"] * 4)[:, None]
     # one distinct sentence: every image's target is uniform, and the loss at least the logarithm of the batch
     with torch.no_grad():
-        value = pocket._contrastive_loss(clip, (images, sentences))
+        value = pocket.contrast(clip, (images, sentences))
         image = clip.encode_image(images, normalize=True)
         logits = clip.logit_scale.exp() * image @ clip.encode_text(sentences[:, 0], normalize=True).T
         target = torch.full((4, 4), 0.25)
@@ -74,8 +74,8 @@ def test_equal_sentences_in_a_batch_are_all_right_answers():
 
 
 def test_a_short_training_learns_and_follows_the_seed(monkeypatch):
-    losses, fit = [], pocket.fit
-    monkeypatch.setattr(pocket, "fit", lambda *args, **options: losses.append(fit(*args, **options)))
+    losses, fit = [], pocket.fit_steps
+    monkeypatch.setattr(pocket, "fit_steps", lambda *args, **options: losses.append(fit(*args, **options)))
     one, again, other = (pocket.train(256, 40, 20, seed) for seed in (0, 0, 1))
     classifying = [row["loss"] for row in losses[0]]
     assert len(classifying) == 40 and len(losses[1]) == 20

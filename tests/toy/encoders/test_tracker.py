@@ -23,8 +23,8 @@ def test_streams_come_two_to_one():
 
 
 def test_a_short_training_learns(monkeypatch):
-    histories, fit = [], tracker.fit
-    monkeypatch.setattr(tracker, "fit", lambda *args, **options: histories.append(fit(*args, **options)))
+    histories, fit = [], tracker.fit_steps
+    monkeypatch.setattr(tracker, "fit_steps", lambda *args, **options: histories.append(fit(*args, **options)))
     assert not tracker.train(256, 5).training
     losses = [row["loss"] for row in histories[0]]
     assert len(losses) == 40 and sum(losses[-5:]) < 0.5 * sum(losses[:5])

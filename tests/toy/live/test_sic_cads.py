@@ -11,6 +11,7 @@ from companion.errors import BadParameter
 from companion.models.sic_cads import recipe, refine
 from companion.ops.papers import paper
 from companion.toy.ablations import sic_cads as ablation
+from companion.toy.ablations import study_root
 from companion.toy.datasets import detection as synthetic
 from companion.toy.live import sic_cads as live_run
 from tests.conftest import parameters
@@ -31,7 +32,7 @@ def out(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(synthetic, "COUNTS", COUNTS)
         patch.setattr(ablation, "EPOCHS", 6)
-        synthetic.write(ablation.folder(path / "data", SEED), SEED)
+        synthetic.write(study_root(path / "data", SEED), SEED)
         yield path
     for function in caches:
         function.cache_clear()

@@ -75,10 +75,9 @@ def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
     return losses(model(data.normalise(template), data.normalise(search)), boxes)
 
 
-def prepare(root: str | Path) -> None:
-    """Write the videos of every seed; each seed has its own, so that the spread includes that of the data."""
-    for seed in (SELECTION_SEED, *SEEDS):
-        toy.write(study_root(root, seed), seed)
+def prepare(root: str | Path, seed: int) -> None:
+    """Write the videos of a seed."""
+    toy.write(study_root(root, seed), seed)
 
 
 @functools.lru_cache(maxsize=2)

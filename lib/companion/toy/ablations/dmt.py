@@ -67,11 +67,10 @@ TASKS = {TASK: list(METHODS)}
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def prepare(root: str | Path) -> None:
-    """Write the collages of every seed, and the teachers' tokens of them."""
-    for seed in (SELECTION_SEED, *SEEDS):
-        write(root, seed)
-        cached_tokens(str(root), seed)
+def prepare(root: str | Path, seed: int) -> None:
+    """Write the collages of a seed, and the teachers' tokens of them."""
+    write(root, seed)
+    cached_tokens(str(root), seed)
 
 
 def write(root: str | Path, seed: int) -> None:
@@ -116,7 +115,7 @@ class Supervised(nn.Module):
 
 
 def assemble(method: str, seed: int, root: str) -> tuple[nn.Module, Callable, TensorDataset]:
-    """The model of a method (its `.student` or `.encoder` is the student), its loss of a batch, and the data."""
+    """The model of a method (the student is its `.student` or `.encoder`), the loss of a batch, and the data."""
     data = part(root, seed, "train")
     if method in UNTAUGHT:
         encoder = student(seed)

@@ -104,11 +104,10 @@ def encoder(what: str, task: str, seed: int) -> nn.Module:
     return domain_mae.load(task if what == "domain" else next(name for name in pocket.DOMAINS if name != task))
 
 
-def prepare(root: str | Path) -> None:
-    """Write the images of every seed: each seed has its own, so that the spread over seeds includes theirs."""
-    for seed in (SELECTION_SEED, *SEEDS):
-        for task in TASKS:
-            pocket.write(study_root(root, seed), task, seed)
+def prepare(root: str | Path, seed: int) -> None:
+    """Write the images of a seed."""
+    for task in TASKS:
+        pocket.write(study_root(root, seed), task, seed)
 
 
 def _part(task: str, root: str, seed: int, part: str) -> fewshot.Part:

@@ -59,10 +59,9 @@ SEGMENT_ON = 500  # masks
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def prepare(root: str | Path) -> None:
-    """Write the chests of every seed: each has its own, so that the spread contains the variation of the data."""
-    for seed in (SELECTION_SEED, *SEEDS):
-        pocket.write(study_root(root, seed), seed)
+def prepare(root: str | Path, seed: int) -> None:
+    """Write the chests of a seed."""
+    pocket.write(study_root(root, seed), seed)
 
 
 @functools.lru_cache(maxsize=3)

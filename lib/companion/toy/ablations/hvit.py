@@ -25,6 +25,7 @@ from ...training.fit import CPU, History, fit, predict
 from ...training.schedules import adamw
 from ..datasets import slides as pocket
 from ..encoders import slide_dino
+from . import study_root
 
 LEARNING_RATES = [5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2]
 SEEDS = [0, 1, 2, 3, 4]
@@ -55,17 +56,11 @@ TASKS = {"place": list(METHODS), "count": [*MAIN, "Local, cross-entropy"]}
 SPLITS = {"train": ("train",), "val": ("tune",), "trainval": ("train", "tune"), "test": ("test",)}
 
 
-def folder(root: str | Path, seed: int) -> Path:
-    """The data root of a seed."""
-    return Path(root) / f"seed{seed}"
-
-
-def prepare(root: str | Path) -> None:
-    """Write the slides of every seed and store their patch embeddings: each seed has slides of its own."""
-    for seed in (SELECTION_SEED, *SEEDS):
-        for task in TASKS:
-            store(root, seed, task)
-        store(root, seed, "place", "random")
+def prepare(root: str | Path, seed: int) -> None:
+    """Write the slides of a seed and store their patch embeddings."""
+    for task in TASKS:
+        store(root, seed, task)
+    store(root, seed, "place", "random")
 
 
 @functools.lru_cache(maxsize=4)
@@ -84,13 +79,13 @@ def regions(item: data.Item) -> tuple[np.ndarray, np.ndarray]:
 
 def store(root: str | Path, seed: int, task: str, levels: str = "dino") -> Path:
     """The file of a seed's patch embeddings (n, 5, 16, 48) and grades (n,) by split; written when it is not there."""
-    path = folder(root, seed) / f"features-{task}-{levels}.safetensors"
+    path = study_root(root, seed) / f"features-{task}-{levels}.safetensors"
     if path.is_file():
         return path
-    pocket.write(folder(root, seed), task, seed)
+    pocket.write(study_root(root, seed), task, seed)
     patch, found = encoders(levels)[0], {}
     for split in data.SPLITS:
-        items = data.load(f"pocket/slides-{task}", folder(root, seed), split)
+        items = data.load(f"pocket/slides-{task}", study_root(root, seed), split)
         pixels = [tensor(regions(item)[0], slide_dino.NORMALISE) for item in items]
         found[f"{split}.features"] = slide_dino.embed(patch, torch.cat(pixels)).unflatten(0, (len(items), -1))
         found[f"{split}.grades"] = torch.tensor([item.grade for item in items])

@@ -57,10 +57,9 @@ def build(method: str, seed: int) -> PromptPAR:
     return PromptPAR(clip, list(toy.SENTENCES.values()), tokenizer(), fusion, **options)
 
 
-def prepare(root: str | Path) -> None:
-    """Write the images of every seed; each seed has its own, so that the spread includes that of the data."""
-    for seed in (SELECTION_SEED, *SEEDS):
-        toy.write(study_root(root, seed), seed)
+def prepare(root: str | Path, seed: int) -> None:
+    """Write the images of a seed."""
+    toy.write(study_root(root, seed), seed)
 
 
 @functools.lru_cache(maxsize=4)

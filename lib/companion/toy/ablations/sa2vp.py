@@ -57,10 +57,9 @@ def build(method: str, classes: int, seed: int) -> nn.Module:
     return METHODS[method](encoders.build("pocket_vit"), classes)
 
 
-def prepare(root: str | Path) -> None:
-    """Write the images of every seed: each seed has its own, so that the spread over seeds includes theirs."""
-    for seed in (SELECTION_SEED, *SEEDS):
-        pocket.write(study_root(root, seed), TASKS, seed)
+def prepare(root: str | Path, seed: int) -> None:
+    """Write the images of a seed."""
+    pocket.write(study_root(root, seed), TASKS, seed)
 
 
 @functools.lru_cache(maxsize=8)

@@ -30,6 +30,7 @@ from ...training.fit import CPU, History, fit
 from ...training.schedules import adamw
 from ..datasets import detection as pocket
 from ..encoders import detector as made
+from . import study_root
 
 # not larger: at 0.1 and 0.3 training fails (its loss ends half as high again, and twice as high), and yet the metric
 # rises: an untrained recogniser leaves the fused scores to CLIP's own, which are best for novel classes
@@ -71,21 +72,15 @@ GAMMAS = tuple(round(0.1 * i, 1) for i in range(11))
 LAMBDAS = tuple(round(0.2 * i, 1) for i in range(6))
 
 
-def prepare(root: str | Path) -> None:
-    """Write the images of every seed: each seed has its own, so that the spread includes theirs."""
-    for seed in (SELECTION_SEED, *SEEDS):
-        pocket.write(folder(root, seed), seed)
-
-
-def folder(root: str | Path, seed: int) -> Path:
-    """The data root of a seed."""
-    return Path(root) / f"seed{seed}"
+def prepare(root: str | Path, seed: int) -> None:
+    """Write the images of a seed."""
+    pocket.write(study_root(root, seed), seed)
 
 
 @functools.lru_cache(maxsize=8)
 def images_of(root: str, seed: int, split: str) -> tuple[data.Boxes, Tensor]:
     """A split as the reader returns it, and all its images (n, 3, 64, 64), uint8."""
-    found = data.load("pocket/detection", folder(root, seed), split)
+    found = data.load("pocket/detection", study_root(root, seed), split)
     return found, torch.stack([image for image, _ in found])
 
 

@@ -16,6 +16,7 @@ from ... import backbones
 from ...models.ecamp import model as ecamp
 from .. import encoders
 from ..ablations import ecamp as study
+from ..ablations import study_root
 from ..datasets import chests as pocket
 from . import card
 
@@ -37,7 +38,7 @@ def build() -> ecamp.ECAMP:
 
 def train(root: str | Path, epochs: float = EPOCHS, seed: int = SEED) -> ecamp.ECAMP:
     """Pre-train it from scratch on chests that are written below `root`; returned in eval mode."""
-    pocket.write(study.study_root(root, seed), seed)
+    pocket.write(study_root(root, seed), seed)
     model = study.build(METHOD, seed, len(study.vocabulary(root, seed)))
     study.train_model(model, study.pairs(METHOD, str(root), seed), LR, seed, epochs, NAME)
     return model
@@ -45,7 +46,7 @@ def train(root: str | Path, epochs: float = EPOCHS, seed: int = SEED) -> ecamp.E
 
 def measure(model: ecamp.ECAMP, root: str | Path, seed: int = SEED) -> dict[str, float]:
     """The ablation's measures of a model on test chests of `seed`, which are written below `root`."""
-    pocket.write(study.study_root(root, seed), seed)
+    pocket.write(study_root(root, seed), seed)
     known, test = (study.part(str(root), seed, split) for split in ("train", "test"))
     words = study.vocabulary(root, seed)
     found = study.probes(METHOD, model, known, test) | {"Dice": study.dice(model, known, test, seed)}

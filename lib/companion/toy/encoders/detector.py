@@ -12,6 +12,7 @@ those images): it proposes boxes for objects of any class, and the class of a bo
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,16 +29,16 @@ from ... import backbones
 from ...errors import BadParameter
 from ...models.layers.state_dicts import load_official
 from ...models.sic_cads.model import PROMPT, ZeroShotClassifier
-from ...training.callbacks import ClipNorm
-from ...training.fit import CPU, fit
-from ...training.schedules import adamw, schedule
+from ...training.schedules import schedule
 from .. import encoders
 from ..datasets.detection import BASE, CLASSES, NOVEL, SIDE, THINGS, VERSION, Scene, scenes
 from ..datasets.tokens import END, UNKNOWN, Tokenizer
 from . import card
+from .training import fit_steps
 from .vit_and_clip import pixels
 
 CLIP, DETECTOR = "pocket_scene_clip", "pocket_ov_detector"
+NAMES = (CLIP, DETECTOR)
 WIDTH = 64  # of the space that images, texts and regions share
 PROPOSALS = 30  # boxes of an image
 CLIP_RECIPE = {"pictures": 3000, "steps": 480, "batch": 64, "rate": 3e-3}
@@ -179,20 +180,8 @@ def train_clip(pictures: int = CLIP_RECIPE["pictures"], steps: int = CLIP_RECIPE
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = SceneCLIP()
-    batch = CLIP_RECIPE["batch"]
-    fit(
-        model,
-        contrast,
-        TensorDataset(stack(drawn), named(drawn)),
-        epochs=steps / (pictures // batch),
-        batch=batch,
-        optimizer=adamw(CLIP_RECIPE["rate"], 0.05),
-        schedule=schedule("cosine", warmup=0.2),
-        callbacks=[ClipNorm(1.0)],
-        seed=seed,
-        hardware=CPU,
-        name=CLIP,
-    )
+    data, options = TensorDataset(stack(drawn), named(drawn)), (CLIP_RECIPE["batch"], CLIP_RECIPE["rate"], seed, CLIP)
+    fit_steps(model, contrast, data, steps, *options, schedule=schedule("cosine", warmup=0.2))
     return model.eval()
 
 
@@ -340,20 +329,8 @@ def train_detector(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Detector()
-    batch = DETECTOR_RECIPE["batch"]
-    data = TensorDataset(stack(drawn), *boxes_of(drawn))
-    fit(
-        model,
-        lambda m, b: detector_loss(text, m, b),
-        data,
-        epochs=steps / (pictures // batch),
-        batch=batch,
-        optimizer=adamw(DETECTOR_RECIPE["rate"], 0.05),
-        callbacks=[ClipNorm(5.0)],
-        seed=seed,
-        hardware=CPU,
-        name=DETECTOR,
-    )
+    data, loss = TensorDataset(stack(drawn), *boxes_of(drawn)), functools.partial(detector_loss, text)
+    fit_steps(model, loss, data, steps, DETECTOR_RECIPE["batch"], DETECTOR_RECIPE["rate"], seed, DETECTOR, clip=5.0)
     return model.eval()
 
 
@@ -392,16 +369,21 @@ def ship(name: str, folder: str | Path = encoders.WEIGHTS, seed: int = 0) -> Pat
 
     Raises `BadParameter` for another name.
     """
-    if name not in (CLIP, DETECTOR):
-        raise BadParameter("name", name, [CLIP, DETECTOR])
+    makers = {
+        CLIP: (train_clip, measure_clip, CLIP_RECIPE),
+        DETECTOR: (train_detector, measure_detector, DETECTOR_RECIPE),
+    }
+    if name not in makers:
+        raise BadParameter("name", name, NAMES)
+    train, measure, recipe = makers[name]
     start = time.monotonic()
-    model, recipe = (
-        (train_clip(seed=seed), CLIP_RECIPE) if name == CLIP else (train_detector(seed=seed), DETECTOR_RECIPE)
+    model = train(seed=seed)
+    seconds, facts = (
+        time.monotonic() - start,
+        {"world": VERSION, "parameters": sum(p.numel() for p in model.parameters())},
     )
-    seconds = time.monotonic() - start
-    quality = measure_clip(model) if name == CLIP else measure_detector(model)
-    return card.save(folder, name, model.state_dict(), quality, recipe | {"seed": seed}, seconds, world=VERSION)
+    return card.save(folder, name, model.state_dict(), measure(model), recipe | {"seed": seed}, seconds, **facts)
 
 
 if __name__ == "__main__":
-    card.command(ship, (CLIP, DETECTOR))
+    card.command(ship, NAMES)

@@ -23,12 +23,11 @@ from ... import backbones
 from ...errors import BadParameter
 from ...models.dplq import MAE
 from ...models.dplq.model import CLIPFeatures
-from ...training.callbacks import ClipNorm
-from ...training.fit import CPU, fit, predict
-from ...training.schedules import adamw
+from ...training.fit import CPU, predict
 from .. import encoders
 from ..datasets.domains import VERSION, unlabelled
 from . import card
+from .training import fit_steps
 from .vit_and_clip import pixels
 
 NAMES = {"remote": "pocket_mae_remote", "medical": "pocket_mae_medical"}
@@ -70,18 +69,12 @@ def train(domain: str, count: int = RECIPE["images"], steps: int = RECIPE["steps
     images, _ = unlabelled(domain, count, "train", seed)
     torch.manual_seed(seed)
     model = load(domain, "random")
-    fit(
-        model,
-        lambda mae, batch: mae.loss(batch[0], RECIPE["masked"]),
-        TensorDataset(pixels(images)),
-        epochs=steps / (count // RECIPE["batch"]),
-        batch=RECIPE["batch"],
-        optimizer=adamw(RECIPE["learning_rate"], 0.05),
-        callbacks=[ClipNorm(1.0)],
-        seed=seed,
-        hardware=CPU,
-        name=NAMES[domain],
-    )
+
+    def loss(model: nn.Module, batch: tuple[Tensor]) -> Tensor:
+        return model.loss(batch[0], RECIPE["masked"])
+
+    data, options = TensorDataset(pixels(images)), (RECIPE["batch"], RECIPE["learning_rate"], seed, NAMES[domain])
+    fit_steps(model, loss, data, steps, *options)
     return model
 
 
@@ -126,7 +119,8 @@ def ship(domain: str, folder: str | Path = encoders.WEIGHTS, seed: int = 0) -> P
     """Train at full length, measure, and write the weights and their card. Raises `BadParameter` for no domain."""
     start = time.monotonic()
     model = train(domain, seed=seed)
-    seconds, recipe = time.monotonic() - start, RECIPE | {"seed": seed}
+    seconds = time.monotonic() - start
+    recipe = RECIPE | {"seed": seed}
     return card.save(folder, NAMES[domain], model.to_official(), measure(domain, model), recipe, seconds, world=VERSION)
 
 

@@ -20,14 +20,13 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 from torchmetrics.functional.classification import multilabel_auroc
 
-from ...training.callbacks import ClipNorm
-from ...training.fit import CPU, Batch, fit
-from ...training.schedules import adamw
+from ...training.fit import Batch
 from .. import encoders
 from ..datasets.pedestrians import ATTRIBUTES, CAMERAS, SENTENCES, people
 from ..datasets.tokens import Tokenizer
 from . import card
-from .vit_and_clip import pixels
+from .training import fit_steps
+from .vit_and_clip import contrast, pixels
 
 NAME = "pocket_pedestrian_clip"
 IMAGES, BATCH, LEARNING_RATE = 8000, 64, 1e-3
@@ -64,24 +63,6 @@ def _classification_loss(model: nn.Module, batch: Batch) -> Tensor:
     return sum(F.cross_entropy(logits, label) for logits, label in zip(model(images), labels.unbind(1), strict=True))
 
 
-def _contrastive_loss(clip: nn.Module, batch: Batch) -> Tensor:
-    """CLIP's loss, the mean over the sentences of an image, (b, parts, tokens).
-
-    Equal sentences in a batch are all correct. With full sentences only, two or three words would distinguish almost
-    any two images, and the others would hardly be learned.
-    """
-    images, sentences = batch
-    image, losses = clip.encode_image(images, normalize=True), []
-    for column in sentences.unbind(1):
-        distinct, which = column.unique(dim=0, return_inverse=True)
-        text = clip.encode_text(distinct, normalize=True)[which]
-        logits = clip.logit_scale.exp().clamp(max=100) * image @ text.T
-        same = (which[:, None] == which[None]).float()
-        target = same / same.sum(-1, keepdim=True)
-        losses.append((F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2)
-    return torch.stack(losses).mean()
-
-
 def train(
     count: int = IMAGES, classifying: int = CLASSIFYING, contrastive: int = CONTRASTIVE, seed: int = 0
 ) -> nn.Module:
@@ -94,13 +75,10 @@ def train(
     labels = torch.stack([texts[:, i].unique(dim=0, return_inverse=True)[1] for i in range(len(parts) - 1)], dim=1)
     torch.manual_seed(seed)
     model = encoders.build(NAME, "random")
-    settings = {"batch": BATCH, "optimizer": adamw(LEARNING_RATE, 0.05), "callbacks": [ClipNorm(1.0)], "seed": seed}
-    classifier, epoch = _Classifier(model, [int(c.max()) + 1 for c in labels.unbind(1)]), count // BATCH
-    for trained, loss, targets, steps in (
-        (classifier, _classification_loss, labels, classifying),
-        (model, _contrastive_loss, texts, contrastive),
-    ):
-        fit(trained, loss, TensorDataset(inputs, targets), epochs=steps / epoch, hardware=CPU, name=NAME, **settings)
+    classifier = _Classifier(model, [int(c.max()) + 1 for c in labels.unbind(1)])
+    settings = (BATCH, LEARNING_RATE, seed, NAME)
+    fit_steps(classifier, _classification_loss, TensorDataset(inputs, labels), classifying, *settings)
+    fit_steps(model, contrast, TensorDataset(inputs, texts), contrastive, *settings)
     return model.eval()
 
 
@@ -126,14 +104,8 @@ def ship(folder: Path, seed: int = 0) -> Path:
     start = time.monotonic()
     model = train(seed=seed)
     seconds = time.monotonic() - start
-    recipe = {
-        "images": IMAGES,
-        "classifying": CLASSIFYING,
-        "contrastive": CONTRASTIVE,
-        "batch": BATCH,
-        "learning_rate": LEARNING_RATE,
-        "seed": seed,
-    }
+    recipe = dict(images=IMAGES, classifying=CLASSIFYING, contrastive=CONTRASTIVE, batch=BATCH)
+    recipe |= {"learning_rate": LEARNING_RATE, "seed": seed}
     return card.save(folder, NAME, model.state_dict(), measure(model), recipe, seconds)
 
 

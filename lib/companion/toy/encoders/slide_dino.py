@@ -147,14 +147,7 @@ def ship(folder: Path = encoders.WEIGHTS, seed: int = 0) -> Path:
     }
     plain = build("random", seed)
     seconds = time.monotonic() - start
-    recipe = {
-        "regions": REGIONS,
-        "steps": STEPS,
-        "batch": BATCH,
-        "learning_rate": LEARNING_RATE,
-        "outputs": OUTPUTS,
-        "seed": seed,
-    }
+    recipe = dict(regions=REGIONS, steps=STEPS, batch=BATCH, learning_rate=LEARNING_RATE, outputs=OUTPUTS, seed=seed)
     ends = {level: round(rows[-1]["loss"], 2) for level, rows in histories.items()}
     quality = {
         "DINO": measure(patch, region),

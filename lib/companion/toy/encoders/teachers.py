@@ -219,7 +219,7 @@ def ship(folder: Path = encoders.WEIGHTS, seed: int = 0) -> Path:
     found = {name: train(name, images, seed) for name in TEACHERS}
     state = {f"{name}/{key}": value for name, (model, _) in found.items() for key, value in model.state_dict().items()}
     seconds = time.monotonic() - start
-    recipe = {name: r | {"betas": list(r.get("betas", (0.9, 0.999)))} for name, r in RECIPES.items()}
+    recipe = {name: each | {"betas": list(each.get("betas", (0.9, 0.999)))} for name, each in RECIPES.items()}
     recipe |= {"images": IMAGES, "masked": MASKED, "seed": seed}
     ends = {
         name: {

@@ -22,11 +22,10 @@ from ...backbones import read_state
 from ...data.tracking import MEAN, STD
 from ...evaluation.metrics.tracking import centre_distance, iou
 from ...models.bat import OSTrack, losses
-from ...training.callbacks import ClipNorm
-from ...training.fit import CPU, Batch, fit
-from ...training.schedules import adamw
+from ...training.fit import Batch
 from ..datasets.tracking import foundation_pairs
 from . import card, weights_file
+from .training import fit_steps
 
 NAME = "pocket_ostrack"
 PAIRS, EPOCHS, BATCH, LEARNING_RATE = 16_000, 6, 32, 2e-3
@@ -71,18 +70,8 @@ def train(count: int = PAIRS, epochs: float = EPOCHS, seed: int = 0) -> OSTrack:
     """The pocket tracker, trained from scratch, in eval mode."""
     torch.manual_seed(seed)
     tracker = build("random")
-    fit(
-        tracker,
-        loss,
-        pairs(count, seed, "train"),
-        epochs=epochs,
-        batch=BATCH,
-        optimizer=adamw(LEARNING_RATE, 0.05),
-        callbacks=[ClipNorm(1.0)],
-        seed=seed,
-        hardware=CPU,
-        name=NAME,
-    )
+    data = pairs(count, seed, "train")
+    fit_steps(tracker, loss, data, epochs * (count // BATCH), BATCH, LEARNING_RATE, seed, NAME)
     return tracker
 
 

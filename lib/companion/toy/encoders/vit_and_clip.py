@@ -25,14 +25,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ...errors import BadParameter
-from ...training.callbacks import ClipNorm
-from ...training.fit import CPU, Loss, fit
-from ...training.schedules import adamw
 from .. import encoders
 from ..datasets import classification
 from ..datasets.scenes import CLASSES, HUES, PHOTOGRAPHS, PLACES, SHAPES, SIZES, Scene, scenes
 from ..datasets.tokens import Tokenizer
 from . import card
+from .training import fit_steps
 
 VIT = {"images": 8000, "steps": 1600}
 CLIP = {"images": 12000, "steps": 1000}
@@ -58,22 +56,6 @@ def augment(images: Tensor, flips: bool) -> Tensor:
     return images
 
 
-def _fit(model: nn.Module, loss: Loss, data: TensorDataset, steps: int, learning_rate: float, seed: int, name: str):
-    fit(
-        model,
-        loss,
-        data,
-        epochs=steps / (len(data) // BATCH),
-        batch=BATCH,
-        optimizer=adamw(learning_rate, 0.05),
-        callbacks=[ClipNorm(1.0)],
-        seed=seed,
-        hardware=CPU,
-        name=name,
-    )
-    return model
-
-
 # --- the supervised ViT -----------------------------------------------------------------------------------------------
 
 
@@ -95,7 +77,8 @@ def train_vit(images: int = VIT["images"], steps: int = VIT["steps"], seed: int 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(model(augment(batch[0], flips=True)), batch[1], label_smoothing=0.05)
 
-    return _fit(model, loss, TensorDataset(inputs, labels), steps, 3e-3, seed, "pocket_vit")
+    fit_steps(model, loss, TensorDataset(inputs, labels), steps, BATCH, 3e-3, seed, "pocket_vit")
+    return model
 
 
 @torch.inference_mode()
@@ -215,7 +198,8 @@ def train_clip(images: int = CLIP["images"], steps: int = CLIP["steps"], seed: i
         return contrast(model, (augment(batch[0], flips=False), batch[1][:, chosen]))
 
     data = TensorDataset(pixels([s.image for s in world]), captions)
-    return _fit(model, loss, data, steps, 2e-3, seed, "pocket_clip")
+    fit_steps(model, loss, data, steps, BATCH, 2e-3, seed, "pocket_clip")
+    return model
 
 
 # Zero-shot prompts of each attribute: a template and its words. "object" is the pair of hue and shape.

@@ -20,11 +20,7 @@ METHODS = ("RGB only", "thermal only", "sum of features", "mean of features", "h
 
 
 def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, str], float]) -> recipe.Setting:
-    """The setting of the notebook's parameters; at `pocket` the videos are written below `out`.
-
-    Args:
-        learning_rates: by (task, method), as the ablations chose them on validation videos.
-    """
+    """The setting of the notebook's parameters; at `pocket` the videos are written below `out`."""
     if p.profile != "pocket":
         return recipe.setting(p, out)
     root = str(out / "data")

@@ -17,16 +17,7 @@ STEPS = 250  # the losses are seen to fall; the ablation's students take twice a
 
 
 def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, str], float]) -> Setting:
-    """The setting of the notebook's parameters.
-
-    Args:
-        p: the checked parameters of the notebook.
-        out: the run's folder; generated or cached data are written below it.
-        learning_rates: by (task, method), as the ablation chose them on validation.
-
-    Raises:
-        BadParameter, MissingData, MissingWeights: with what to change or get.
-    """
+    """The setting of the notebook's parameters."""
     if p.profile != "pocket":
         return recipe.setting(p, out)
     root = str(out / "data")

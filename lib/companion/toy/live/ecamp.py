@@ -12,6 +12,7 @@ from ...models.ecamp.model import ECAMP
 from ...models.ecamp.recipe import Setting
 from ...training.fit import History
 from ..ablations import ecamp as study
+from ..ablations import study_root
 from ..datasets import chests
 
 TASK, LIVE = "chests", ("MIM only", "ECAMP")
@@ -19,19 +20,11 @@ STEPS = 150  # enough to see the losses fall; the ablations take four times as m
 
 
 def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, str], float]) -> Setting:
-    """The pre-training of the notebook's checked parameters.
-
-    Args:
-        out: the run's folder.
-        learning_rates: by (task, method), as the ablations chose them on validation; of the `pocket` profile.
-
-    Raises:
-        BadParameter, MissingData, MissingWeights: with what to change or get.
-    """
+    """The pre-training of the notebook's checked parameters."""
     if p.profile != "pocket":
         return recipe.setting(p, out)
     root = str(out / "data")
-    chests.write(study.study_root(root, p.seed), p.seed)
+    chests.write(study_root(root, p.seed), p.seed)
     chosen = {method: learning_rates[TASK, method] for method in LIVE}
     epochs = STEPS / (chests.COUNTS["train"] // study.RECIPE["batch"])
 

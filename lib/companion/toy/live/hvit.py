@@ -16,16 +16,7 @@ TASK = "place"
 
 
 def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, str], float]) -> recipe.Setting:
-    """The setting of the notebook's parameters.
-
-    Args:
-        p: the checked parameters of the notebook.
-        out: the run's folder; synthetic slides are written below it.
-        learning_rates: by (task, method), as the ablation chose them on tuning slides.
-
-    Raises:
-        BadParameter, MissingData, MissingWeights: with what to change or get.
-    """
+    """The setting of the notebook's parameters."""
     if p.profile != "pocket":
         return recipe.setting(p, out)
     root = str(out / "data")

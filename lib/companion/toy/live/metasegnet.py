@@ -14,25 +14,18 @@ from ...models.metasegnet.model import MetaSegNet
 from ...models.metasegnet.recipe import Setting, Test
 from ...training.fit import History
 from ..ablations import metasegnet as study
+from ..ablations import study_root
 from ..datasets import landcover
 
 LIVE = ("unimodal", "MetaSegNet")
 
 
 def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, str], float]) -> Setting:
-    """The training and the tests of the notebook's checked parameters.
-
-    Args:
-        out: the run's folder.
-        learning_rates: by (task, method), as the ablations chose them on validation; of the `pocket` profile.
-
-    Raises:
-        BadParameter, MissingData, MissingWeights, CorruptFile: with what to change or get.
-    """
+    """The training and the tests of the notebook's checked parameters."""
     if p.profile != "pocket":
         return recipe.setting(p, out)
     root = str(out / "data")
-    landcover.write(study.study_root(root, p.seed), p.seed)
+    landcover.write(study_root(root, p.seed), p.seed)
     train, test = (study.part(root, p.seed, split) for split in ("train", "test"))
     train, chosen = train.of(study.seen(p.seed)), {method: learning_rates["seen", method] for method in LIVE}
 

@@ -17,11 +17,7 @@ TASK, METHODS = "street", ("heads only", "PromptPAR, not masked", "PromptPAR")
 
 
 def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, str], float]) -> recipe.Setting:
-    """The setting of the notebook's parameters; at `pocket` the images are written below `out`.
-
-    Args:
-        learning_rates: by (task, method), as the ablations chose them on validation.
-    """
+    """The setting of the notebook's parameters; at `pocket` the images are written below `out`."""
     if p.profile != "pocket":
         return recipe.setting(p, out)
     root = str(out / "data")

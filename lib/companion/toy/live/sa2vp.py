@@ -18,16 +18,7 @@ TASK, LIVE = "textures", ("linear probing", "VPT-deep", "SA²VP")
 
 
 def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, str], float]) -> Setting:
-    """The setting that the notebook's parameters ask for: at toy scale, or the `paper` profile's.
-
-    Args:
-        p: the checked parameters of the notebook.
-        out: the run's folder; toy images are written below it.
-        learning_rates: by (task, method), as the ablation chose them on validation.
-
-    Raises:
-        BadParameter, MissingData, MissingWeights: with what to change or get.
-    """
+    """The setting that the notebook's parameters ask for: at toy scale, or the `paper` profile's."""
     if p.profile == "paper":
         return recipe.setting(p, out)
     root, classes = str(out / "data"), pocket.TASKS[TASK].classes

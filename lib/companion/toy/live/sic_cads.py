@@ -12,6 +12,7 @@ from torch import Tensor
 from ...models.sic_cads import MLR, recipe
 from ...training.fit import History
 from ..ablations import sic_cads as ablation
+from ..ablations import study_root
 from ..datasets import detection as synthetic
 from ..encoders import detector as encoders
 
@@ -19,20 +20,11 @@ TASK, METHOD = "shipped", "SIC-CADS"
 
 
 def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, str], float]) -> recipe.Setting:
-    """The setting of the notebook's parameters.
-
-    Args:
-        p: the checked parameters of the notebook.
-        out: the run's folder; synthetic images are written below it.
-        learning_rates: by (task, method), as the ablation chose them on validation.
-
-    Raises:
-        BadParameter, MissingData, MissingWeights, CorruptFile: with what to change or get.
-    """
+    """The setting of the notebook's parameters."""
     if p.profile != "pocket":
         return recipe.setting(p, out)
     root, learning_rate = str(out / "data"), learning_rates[TASK, METHOD]
-    synthetic.write(ablation.folder(root, p.seed), p.seed)
+    synthetic.write(study_root(root, p.seed), p.seed)
     clip, detector = ablation.foundation(TASK, p.seed)
     text = encoders.texts(clip)
 

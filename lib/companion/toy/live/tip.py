@@ -22,11 +22,6 @@ def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, st
     """The setting of the notebook's parameters: the study's synthetic images and trainings, or `recipe.setting`.
 
     The test is the study's "parameterised" one. Size, sampling steps, base model and dataset are fixed.
-
-    Args:
-        p: the checked parameters of the notebook.
-        out: the run's folder; synthetic images are written below it.
-        learning_rates: by (task, method), as the study chose them on validation.
     """
     if p.profile != "pocket":
         return recipe.setting(p, out)
