@@ -9,7 +9,7 @@ pytest.importorskip("diffusers")
 
 from companion.data.degradations import BLIND, degrade, parse
 from companion.data.restoration import TEXTS
-from companion.errors import BadParameter
+from companion.errors import MissingData
 from companion.models.tip import recipe
 from companion.ops.papers import paper
 from companion.toy.ablations import tip as study
@@ -129,5 +129,5 @@ def test_the_pocket_run_is_the_studys(root, tmp_path):
     restored = setting.restore(pipe, setting.test)
     found = recipe.score([(restored, torch.stack([s.clean for s in setting.test]))])[0]["PSNR"]
     assert found == pytest.approx(own["PSNR"], abs=1e-3)
-    with pytest.raises(BadParameter, match="plain ControlNet"):
-        live.setting(parameters("tip", profile="paper", method="SDEdit"), tmp_path, {})
+    with pytest.raises(MissingData, match="COCO 2017"):
+        live.setting(parameters("tip", profile="paper", data_root=str(tmp_path / "none")), tmp_path, {})
