@@ -134,7 +134,7 @@ def step(how: str, train: bool) -> Step:
 
 
 def plain(train: bool) -> Step:
-    """CLIP's own blocks on CLS, the regions' class tokens and the patches; with `train` back to the tokens too."""
+    """CLIP's own blocks on CLS, the regions' [CLS] tokens and the patches; with `train` back to the tokens too."""
     tower = build().clip.visual.transformer
     tokens = torch.randn(BATCH, 1 + 4 + 256, 1024, generator=torch.Generator().manual_seed(2))
 

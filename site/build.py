@@ -320,7 +320,7 @@ def record(slug: str, run: dict) -> str:
 
 
 def write_notebook(slug: str, run: dict, folder: Path) -> None:
-    """Copy the executed notebook: widgets give way to the picture beside them, claims get an anchor, tables a list."""
+    """Copy the executed notebook: widgets give way to the image next to them, claims get an anchor, tables a list."""
     notebook = nbformat.read(run["notebook"], as_version=4)
     notebook.metadata.pop("widgets", None)
     waiting = [claim["id"] for claim in run["claims"]]

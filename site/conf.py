@@ -38,7 +38,7 @@ myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the pages are the executed copies
 nb_merge_streams = True
-nb_ipywidgets_js = {}  # widgets need a kernel; what stands beside them in the output is shown instead
+nb_ipywidgets_js = {}  # widgets need a kernel; what stands next to them in the output is shown instead
 
 
 def restructured(app, what, name, obj, options, lines) -> None:

@@ -1,6 +1,6 @@
 """A whole small input of each kind that a reader takes, and what reads it: for test_robustness.py.
 
-Each maker writes into a folder, and gives the file that is then damaged and what reads it, pictures and all.
+Each maker writes into a folder, and gives the file that is then damaged and what reads it, images and all.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Each kind of run that can be resumed, small and slow enough to be killed in the middle: for test_robustness.py.
 
-A kind is a function of a folder. Called again on the same folder, it goes on; it returns a digest of what came out.
+A kind is a function of a folder. Called again on the same folder, it continues; it returns a digest of what came out.
 """
 
 from __future__ import annotations

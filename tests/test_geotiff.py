@@ -93,7 +93,7 @@ def test_a_map_lies_where_its_picture_lies(tmp_path):
     source = written(tmp_path / "a.tif", image, nodata=7)
     tiles = functools.partial(bands, brightest, tile=32, overlap=8)
     out = geotiff.label(tiles, source, tmp_path / "out" / "map.tif", PALETTE, ["red", "green", "blue"])
-    assert [p.name for p in out.parent.iterdir()] == ["map.tif"]  # nothing temporary, nothing beside it
+    assert [p.name for p in out.parent.iterdir()] == ["map.tif"]  # nothing temporary, nothing next to it
     with rasterio.open(out) as found, rasterio.open(source) as given:
         assert (found.crs, found.transform, found.shape) == (given.crs, given.transform, given.shape)
         assert found.nodata == NODATA and found.profile["tiled"] and found.tags()["CLASS_2"] == "blue"

@@ -156,7 +156,7 @@ DRAWN = """
 from types import SimpleNamespace
 p, is_pocket, main = SimpleNamespace(seed=0), True, "TIP"
 pipes = {"TIP": texture_prior.build(seed=0)}
-for conv in pipes["TIP"].adaptor.branch.controlnet_down_blocks:  # from zero it would leave every picture as it is
+for conv in pipes["TIP"].adaptor.branch.controlnet_down_blocks:  # from zero it would leave every image as it is
     torch.nn.init.normal_(conv.weight, std=0.05)
 """
 

@@ -305,7 +305,7 @@ def test_a_study_chooses_rates_once_runs_its_seeds_apart_and_merges_them(workspa
     part = "--start build/study/one/rates --data build/study/one/data --workers 1"
     assert sorted(said[1:]) == [f"one build/study/one/seed{seed} --seeds {seed} {part}" for seed in (3, 8)]
 
-    # as in a killed run: what is done stays, the rest goes on
+    # as in a killed run: what is done stays, the rest continues
     workspace.path("lib/companion/toy/ablation.py").write_text(stub.format(0), encoding="utf-8")
     assert workspace.run(*words)[0] == 0
     parts = "build/study/one/seed3 build/study/one/seed8"

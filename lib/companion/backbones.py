@@ -219,7 +219,7 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
             _compare(model.state_dict(), state, name)
             raise BadCheckpoint(f"{name} ({error})") from error
         return
-    # timm keeps the renaming of other releases (Swin's own .pth, MAE's, CLIP's) beside each model
+    # timm keeps the renaming of other releases (Swin's own .pth, MAE's, CLIP's) next to each model
     renames = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
         state = renames(state, model) if renames else state

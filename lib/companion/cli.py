@@ -5,7 +5,7 @@ companion doctor sa2vp [--data-root DIR]      what is missing for each table; th
 companion fetch sa2vp [--data-root DIR]       weights and data that are free and have a checksum
 companion data [--data-root DIR]              all data sets: present, missing or incomplete
 companion parity sa2vp [--checkpoint FILE]    our model against outputs of the authors' code
-companion slides slides/panda --weights FILE [--part I/N]    patch embeddings, slide by slide; goes on where it was
+companion slides slides/panda --weights FILE [--part I/N]    patch embeddings, slide by slide; continues where it was
 companion landcover DIR --checkpoint FILE     a map of every GeoTIFF in DIR/images, by a network that you trained
 companion adopt DIR                           take in a run that was made elsewhere
 """
@@ -173,7 +173,7 @@ def doctor(given: argparse.Namespace) -> int:
         print(f"  memory   {run['memory_gb']} GB wanted, {memory:.0f} GB here ({where})")
         print(f"  disk     {run['disk_gb']} GB wanted, {disk:.0f} GB free")
         hours = flop / (TFLOPS * 1e12) / 3600
-        print(f"  time     about {hours:.1f} h at {TFLOPS} TFLOP/s sustained (reckoned, not run)\n")
+        print(f"  time     about {hours:.1f} h at {TFLOPS} TFLOP/s sustained (estimateed, not run)\n")
         lacking |= bool(absent) or memory < run["memory_gb"] or disk < run["disk_gb"]
     print(f"Parameters of notebooks/{given.paper}.ipynb and their accepted values")
     wrap = textwrap.TextWrapper(110, subsequent_indent=" " * 18, break_long_words=False, break_on_hyphens=False)
@@ -235,7 +235,7 @@ def check_parity(given: argparse.Namespace) -> int:
     if given.checkpoint:
         state = parity.checkpoint(given.paper, given.checkpoint)
         shapes = {name: list(tensor.shape) for name, tensor in state.items()}
-        # the cases whose model has these tensors; the frozen copies that the authors store may stand beside them
+        # the cases whose model has these tensors; the frozen copies that the authors store may stand next to them
         cases = [parity.Case(c.folder, state) for c in cases if c.names and c.names.items() <= shapes.items()]
         if not cases:
             raise CorruptFile(given.checkpoint, f"no case of {given.paper} has its tensor names and shapes")
@@ -275,7 +275,7 @@ def slides(given: argparse.Namespace) -> int:
 
 
 def landcover(given: argparse.Namespace) -> int:
-    """Write a map for each picture, and say where."""
+    """Write a map for each image, and say where."""
     from .models.metasegnet import recipe
 
     for path, zone in recipe.maps(given.folder, given.out, SimpleNamespace(**vars(given))):

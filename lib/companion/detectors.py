@@ -8,7 +8,7 @@ Any callable from an image to an `Output` is a detector: to plug one in, return 
 probabilities *before* its own threshold, suppression and top-k. The `post_process` functions of the libraries keep one
 class a box: their results cannot be refined.
 
-`google/owlvit-*`, `google/owlv2-*` and `IDEA-Research/grounding-dino-*` are transformers' (Apache-2.0 by their cards).
+`google/owlvit-*`, `google/owlv2-*` and `IDEA-Research/grounding-dino-*` are transformers' (Apache-2.0 by their GPUs).
 Their training data had boxes with the names of many of COCO's "novel" classes: their results are not zero-shot in the
 sense of OV-COCO, and only the gain by refinement is meaningful.
 

@@ -64,7 +64,7 @@ class CannotWrite(CompanionError, OSError):
         self.path, self.free = Path(path), free
         super().__init__(
             f"cannot write {path}: no space is left ({free / 1e6:.1f} MB free). Make room, or choose another folder; "
-            "what was there before is untouched, and a run that can be resumed goes on from it"
+            "what was there before is untouched, and a run that can be resumed continues from it"
         )
 
     def __str__(self) -> str:

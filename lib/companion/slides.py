@@ -1,9 +1,9 @@
-"""Whole slides: a pyramid on disk, where its tissue is, regions cut by microns per pixel, features, pictures of scores.
+"""Whole slides: a pyramid on disk, where its tissue is, regions cut by microns per pixel, features, images of scores.
 
     with Slide("slide.tiff") as slide:
         tiles = tile(slide, PANDA)                       # regions with tissue, in the order of their file names
         region = slide.region(*tiles.coords[0], tiles)   # uint8 (2048, 2048, 3)
-    extract("slide.tiff", encode, "slide.h5", tiling=PANDA)    # one region after the other; goes on where it was killed
+    extract("slide.tiff", encode, "slide.h5", tiling=PANDA)    # one region after the other; resumes after a kill
 
 openslide reads; where it is not installed, or refuses a file, tiffslide does. Both, h5py and OpenCV come with the extra
 `slides`. Tiling follows HS2P at f51b276, which H-ViT's authors use (section 6.3 of its description): the same tissue,
@@ -389,8 +389,8 @@ def extract(
 ) -> Path:
     """Features of a slide's regions, as HDF5: `features` (M, ...) float32, `coords` (M, 2), the settings as attributes.
 
-    Regions are read by a thread while the ones before are encoded. Each step's features are written to a folder beside
-    `out`, and put together at the end: a run that was killed, at any moment, goes on where it was and gives the same
+    Regions are read by a thread while the ones before are encoded. Each step's features are written to a folder next to
+    `out`, and put together at the end: a run that was killed, at any moment, continues where it was and gives the same
     file. A slide without tissue gives a file without rows.
 
     Args:
@@ -593,7 +593,7 @@ def write_heatmap(
 
     Args:
         maps: one square map (s, s) for each region, in the order of `tiles`; brought to size by nearest neighbour.
-        downsample: of the picture.
+        downsample: of the image.
         threshold, opacity: see `heatmaps.overlay`.
 
     Returns:

@@ -35,7 +35,7 @@ def cells(values, column: bool = True) -> np.ndarray:
 
 
 def pictures(folder: Path, names) -> None:
-    """A grey picture for each name, as bright as its place in the list."""
+    """A grey image for each name, as bright as its place in the list."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(names):
         Image.new("RGB", (10, 24), (i, i, i)).save(folder / name)
@@ -236,7 +236,7 @@ def test_sets_with_a_validation_split(name, tmp_path):
     assert image.shape == (3, 24, 10) and image.dtype == labels.dtype == torch.float32
     assert load(name, tmp_path, "val").labels.shape == (2, len(columns))
     assert data.status(name, tmp_path).state == "present"
-    assert "8 pictures" in data.status(name, tmp_path).detail
+    assert "8 images" in data.status(name, tmp_path).detail
 
 
 def test_pa100k(tmp_path):
@@ -286,7 +286,7 @@ def test_zero_shot_splits_are_read_without_the_package_that_wrote_them(name, own
 
 
 def raw_of(name: str, root: Path) -> np.ndarray:
-    """All labels of a set by number of picture."""
+    """All labels of a set by number of image."""
     found = np.zeros((8, DATASETS[name].classes))
     for part in splits(name, root).values():
         found[shades(part)] = part.labels
@@ -346,7 +346,7 @@ def test_transforms_normalise_by_a_half_and_vary_only_in_training():
     assert len({train(picture).sum().item() for _ in range(8)}) > 1
 
 
-# --- your own pictures -------------------------------------------------------------------------------------------
+# --- your own images -------------------------------------------------------------------------------------------
 
 
 def own(root: Path, *lines: str, header: str = "image,split,A person with a hat,A person with a bag") -> Path:
@@ -379,7 +379,7 @@ def test_own_folder(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["anna/0.jpg,train,1,0"], "no picture is in test"),
+        (["anna/0.jpg,train,1,0"], "no image is in test"),
         (["anna/0.jpg,train,1"], "line 2: expected a path"),
         (["anna/0.jpg,learn,1,0"], "line 2"),
         (["anna/0.jpg,train,1,0", "anna/1.jpg,test,yes,0"], "line 3.*yes"),
@@ -438,7 +438,7 @@ def test_missing_new_split(name, own, tmp_path):
 def test_missing_pictures(tmp_path):
     folder = pa100k(tmp_path)
     (folder / "data/000007.jpg").unlink()
-    assert data.status("par/pa100k", tmp_path).detail.startswith("1 of 8 listed pictures are not there")
+    assert data.status("par/pa100k", tmp_path).detail.startswith("1 of 8 listed images are not there")
     with pytest.raises(MissingData, match=r"000007\.jpg is listed but not there"):
         load("par/pa100k", tmp_path, "test")[1]
     (folder / "data/000008.jpg").unlink()
@@ -471,9 +471,9 @@ def test_damaged_and_foreign_matlab_files(name, tmp_path):
     ("changes", "message"),
     [
         ({"val_label": None}, "val_label"),
-        ({"test_label": np.zeros((2, 26))}, "labels .* for 8 pictures"),
+        ({"test_label": np.zeros((2, 26))}, "labels .* for 8 images"),
         ({"attributes": cells(["only one"])}, "1 attributes"),
-        ({"test_images_name": cells(["../a.jpg", "b.jpg", "c.jpg"])}, "picture 6.*leaves"),
+        ({"test_images_name": cells(["../a.jpg", "b.jpg", "c.jpg"])}, "image 6.*leaves"),
     ],
 )
 def test_wrong_fields_of_pa100k(changes, message, tmp_path):
@@ -485,9 +485,9 @@ def test_wrong_fields_of_pa100k(changes, message, tmp_path):
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ({"train": TRAIN, "val": VAL, "test": TEST + 1}, "goes beyond the 8 pictures"),
+        ({"train": TRAIN, "val": VAL, "test": TEST + 1}, "goes beyond the 8 images"),
         ({"train": TRAIN - 2, "val": VAL, "test": TEST}, "goes beyond"),
-        ({"train": TRAIN, "val": TEST, "test": TEST}, "3 pictures are in the training split and in the test split"),
+        ({"train": TRAIN, "val": TEST, "test": TEST}, "3 images are in the training split and in the test split"),
     ],
 )
 def test_splits_that_cannot_be(part, message, tmp_path):
@@ -502,7 +502,7 @@ def test_wrong_lines_of_wider(tmp_path):
     for wrong, message in (
         (labels.replace("[1, -1,", "[1,", 1), "line 1: expected 14 numbers"),
         (labels.replace("[1, -1,", "[1, x,", 1), "line 1"),
-        ("\n".join(labels.splitlines()[:2]), "2 lines, and test_name.txt has 3 pictures"),
+        ("\n".join(labels.splitlines()[:2]), "2 lines, and test_name.txt has 3 images"),
     ):
         (folder / "test_gt_label.txt").write_text(wrong)
         with pytest.raises(CorruptFile, match=message):
@@ -521,7 +521,7 @@ def test_wrong_new_splits(tmp_path, easydict):
         (b"no", "not a pickle"),
         (pickle.dumps([1]), "partition.train"),
         (pickle.dumps({"partition": {"train": [0]}}), "partition.train"),
-        (pickle.dumps({"partition": {"train": [0], "val": ["a"], "test": [2]}}), "no list of picture numbers"),
+        (pickle.dumps({"partition": {"train": [0], "val": ["a"], "test": [2]}}), "no list of image numbers"),
     ):
         path.write_bytes(content)
         with pytest.raises(CorruptFile, match=message):
@@ -547,7 +547,7 @@ def test_another_number_of_pictures_is_refused(tmp_path, monkeypatch):
     pa100k(tmp_path)
     full = dataclasses.replace(DATASETS["par/pa100k"], sizes={"trainval": 90_000, "test": 10_000})
     monkeypatch.setitem(DATASETS, "par/pa100k", full)
-    with pytest.raises(MissingData, match="has 5 pictures for 'trainval', 90,000 are expected"):
+    with pytest.raises(MissingData, match="has 5 images for 'trainval', 90,000 are expected"):
         splits("par/pa100k", tmp_path)
 
 

@@ -654,7 +654,7 @@ def test_opening_a_long_list_does_not_look_at_every_file(tmp_path, monkeypatch):
     assert len(images) == 73728 and images[-1][1] == 15
 
 
-# --- one's own pictures ------------------------------------------------------------------------------------------
+# --- one's own images ------------------------------------------------------------------------------------------
 
 
 def own(root: Path, counts: dict[str, int], first: int = 0) -> None:

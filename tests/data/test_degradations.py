@@ -1,4 +1,4 @@
-"""Degradations: the text says what was done, a seed says it again, and each picture is by itself."""
+"""Degradations: the text says what was done, a seed says it again, and each image is by itself."""
 
 from __future__ import annotations
 

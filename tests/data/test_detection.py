@@ -51,7 +51,7 @@ def coco_categories() -> list[dict]:
 
 @pytest.fixture
 def sizes(monkeypatch):
-    """The sets, with as many pictures as a test writes."""
+    """The sets, with as many images as a test writes."""
 
     def change(name: str, **changes) -> None:
         monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], **changes))
@@ -61,7 +61,7 @@ def sizes(monkeypatch):
 
 @pytest.fixture
 def coco(tmp_path, sizes) -> Path:
-    """Four pictures a split: of a person, a cat, a hair drier, and of nothing."""
+    """Four images a split: of a person, a cat, a hair drier, and of nothing."""
     sizes("detection/ov-coco", sizes={"train": 4, "test": 4})
     for split in ("train", "val"):
         found = {
@@ -191,7 +191,7 @@ def test_labels_without_boxes_are_positives(tmp_path):
 def test_rare_pictures_are_repeated(coco):
     test = load("detection/ov-coco", coco, "test")
     np.testing.assert_allclose(repeat_factors(test, 0.001), [1, 1])
-    # a person is on half of the pictures, a cat on both
+    # a person is on half of the images, a cat on both
     np.testing.assert_allclose(repeat_factors(test, 2), [2, np.sqrt(2)])
 
 
@@ -222,7 +222,7 @@ def test_missing_folder_and_pictures(coco):
 
 def test_another_number_of_pictures_is_refused(coco, sizes):
     sizes("detection/ov-coco", sizes={"train": 118_287, "test": 5_000})
-    with pytest.raises(MissingData, match="4 pictures, 5,000 are expected"):
+    with pytest.raises(MissingData, match="4 images, 5,000 are expected"):
         load("detection/ov-coco", coco, "test")
 
 
@@ -241,7 +241,7 @@ def test_broken_pictures(coco):
 
 
 def test_a_photograph_that_lies_on_its_side_is_as_its_annotation_says(coco):
-    """Some tools annotate a camera's picture as it is stored, others as it is seen."""
+    """Some tools annotate a camera's image as it is stored, others as it is seen."""
     test = load("detection/ov-coco", coco, "test")
     entry, file = test.truth["images"][0], coco / "coco" / "val2017" / "1.jpg"
     width, height = entry["width"], entry["height"]

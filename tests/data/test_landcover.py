@@ -1,4 +1,4 @@
-"""Land cover in its real layouts: codes, windows, padding, places and zones, xBD compiled in, one's own pictures."""
+"""Land cover in its real layouts: codes, windows, padding, places and zones, xBD compiled in, one's own images."""
 
 from __future__ import annotations
 
@@ -396,7 +396,7 @@ def test_ones_own(tmp_path):
     (tmp_path / "test.txt").write_text("d.tif\n")
     with pytest.raises(MissingData, match=r"d\.tif"):
         landcover.own(tmp_path, ["field"], "test")
-    with pytest.raises(MissingData, match="no pictures"):
+    with pytest.raises(MissingData, match="no images"):
         landcover.own(tmp_path / "labels", ["field"])
     with pytest.raises(BadParameter, match="classes"):
         landcover.own(tmp_path, [])

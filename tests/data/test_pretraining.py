@@ -27,7 +27,7 @@ def labels(path, array):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Sets of a few pictures pass for whole."""
+    """Sets of a few images pass for whole."""
     for name, classes in ((IMAGENET, 2), (COCO, 2), (ADE20K, 150)):
         known = dataclasses.replace(DATASETS[name], sizes={"train": 2, "test": 1}, classes=classes)
         monkeypatch.setitem(DATASETS, name, known)
@@ -177,7 +177,7 @@ def test_incomplete_sets(imagenet, coco, ade, monkeypatch):
     with pytest.raises(MissingData, match="2 class folders, 3 are expected"):
         load(IMAGENET, imagenet, "train")
     (ade / "ade/ADEChallengeData2016/annotations/training/b.png").unlink()
-    with pytest.raises(MissingData, match=r"1 of 2 pictures have no labels.*b\.png"):
+    with pytest.raises(MissingData, match=r"1 of 2 images have no labels.*b\.png"):
         load(ADE20K, ade, "train")
     (coco / "coco/annotations/instances_val2017.json").unlink()
     with pytest.raises(MissingData, match="instances_val2017"):
@@ -193,7 +193,7 @@ def test_broken_files(imagenet, coco, ade):
     for array, word in [
         (np.full((8, 12), 151), "up to 151"),
         (np.zeros((8, 12, 3)), "one label"),
-        (np.zeros((8, 11)), "its picture"),
+        (np.zeros((8, 11)), "its image"),
     ]:
         labels(marked, array)
         with pytest.raises(CorruptFile, match=rf"a\.png.*{word}"):

@@ -1,4 +1,4 @@
-"""Readers of pictures with captions, the degraded samples, and what is said of broken files."""
+"""Readers of images with captions, the degraded samples, and what is said of broken files."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_own_folder(own: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingData, match=r"captions\.jsonl"):
         own_folder(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(MissingData, match="no pictures"):
+    with pytest.raises(MissingData, match="no images"):
         own_folder(tmp_path / "empty")
 
 
@@ -115,7 +115,7 @@ def test_pocket_set_has_the_layout_of_an_own_folder(own: Path, tmp_path: Path) -
         ('{"file": 3, "caption": ""}', "line 1"),
         ("[]", "line 1"),
         ('{"file": "../a.png", "caption": ""}', "leaves"),
-        ("", "no pictures"),
+        ("", "no images"),
     ],
 )
 def test_broken_captions_of_an_own_folder(own: Path, line: str, said: str) -> None:
@@ -175,7 +175,7 @@ def test_missing_sets_say_what_is_missing(tmp_path: Path) -> None:
 def test_wrong_number_of_pictures(coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changed = dataclasses.replace(DATASETS["restoration/coco"], sizes={"train": 2, "test": 5000})
     monkeypatch.setitem(DATASETS, "restoration/coco", changed)
-    with pytest.raises(MissingData, match="has 2 pictures, 5,000 are expected"):
+    with pytest.raises(MissingData, match="has 2 images, 5,000 are expected"):
         load("restoration/coco", coco, "test")
 
 
@@ -184,7 +184,7 @@ def test_wrong_number_of_pictures(coco: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """DIV2K with two pictures a split, handed out by a web server on this machine."""
+    """DIV2K with two images a split, handed out by a web server on this machine."""
     numbers = {"train": range(1, 3), "test": range(801, 803)}
     server, facts = tmp_path / "server", {}
     for split, name in restoration_sets.FOLDERS["restoration/div2k"].items():
@@ -254,7 +254,7 @@ def test_samples_have_what_their_texts_say(pictures: Captioned) -> None:
 
 def test_real_esrgans_samples_have_no_words(pictures: Captioned) -> None:
     sample = Degraded(pictures, 16, **TASKS["real-esrgan"])[0]
-    assert sample.restoration == BLIND and sample.ops is None and sample.semantic == "picture 0"
+    assert sample.restoration == BLIND and sample.ops is None and sample.semantic == "image 0"
 
 
 def test_all_skipped_means_change_nothing(pictures: Captioned) -> None:

@@ -91,7 +91,7 @@ def test_folds(tmp_path):
     assert (top / "folds" / "fold-0" / "train.csv").read_text() == first
     slides.write_folds(NAME, tmp_path, folds=5, test=0.2, seed=2)
     assert (top / "folds" / "fold-0" / "train.csv").read_text() != first
-    # lists of an earlier parting do not stay beside the new ones: their test slides are trained on now
+    # lists of an earlier parting do not stay next to the new ones: their test slides are trained on now
     slides.write_folds(NAME, tmp_path, folds=3)
     assert sorted(str(f.relative_to(top / "folds")) for f in (top / "folds").rglob("*.csv")) == [
         f"fold-{k}/{split}.csv" for k in range(3) for split in ("train", "tune")

@@ -51,7 +51,7 @@ def dicom(path, values, bits=12, photometric="MONOCHROME2", signed=0):
     file.save_as(path, enforce_file_format=True)
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------------
 
 
 def test_grey_values_of_8_and_16_bits(tmp_path):
@@ -144,7 +144,7 @@ def test_lists_of_another_length_are_refused(tmp_path):
     folder = tmp_path / "xrays" / "covidx"
     folder.mkdir(parents=True)
     (folder / "test_list.txt").write_text("test/a.png 1\n")
-    with pytest.raises(MissingData, match="has 1 pictures, 400 are known"):
+    with pytest.raises(MissingData, match="has 1 images, 400 are known"):
         load("xrays/covidx", tmp_path, "test")
 
 
@@ -298,7 +298,7 @@ def test_reports(tmp_path):
     table(folder / xrays_sets.WINDOWS[0], ("label_i", "label_j"), [(0, 1), (2, 2), (1, 1)])
     assert reports("xrays/mimic-cxr", tmp_path).windows.tolist() == [[0, 1], [2, 2], [1, 1]]
     table(folder / xrays_sets.WINDOWS[0], ("label_i", "label_j"), [(0, 1)])
-    with pytest.raises(CorruptFile, match="1 windows for 3 pictures"):
+    with pytest.raises(CorruptFile, match="1 windows for 3 images"):
         reports("xrays/mimic-cxr", tmp_path)
     (folder / xrays_sets.WINDOWS[0]).unlink()
     table(written, ("img_path", "report"), [(paths[0], "Edema.")])
@@ -365,10 +365,10 @@ def test_lists_as_people_write_them(tmp_path):
     with pytest.raises(BadParameter, match=r"own\(root, classes\)"):
         load(xrays.own(tmp_path), tmp_path, "train")
     (tmp_path / "train_list.txt").write_text("\n")
-    with pytest.raises(CorruptFile, match="lists no picture"):
+    with pytest.raises(CorruptFile, match="lists no image"):
         load(mine, tmp_path, "train")
     table(tmp_path / "pretrain.csv", ("img_path", "report"), [])
-    with pytest.raises(CorruptFile, match="lists no picture"):
+    with pytest.raises(CorruptFile, match="lists no image"):
         reports(mine, tmp_path)
 
 
@@ -432,7 +432,7 @@ def test_pictures_that_are_not_there_are_counted(tmp_path, monkeypatch):
     picture(folder / "test" / "a.png")
     (folder / "test_list.txt").write_text("test/a.png 1\ntest/b.png 0\n")
     found = data.status("xrays/covidx", tmp_path)
-    assert found.state == "incomplete" and found.detail == "1 listed pictures are not there, the first is test/b.png"
+    assert found.state == "incomplete" and found.detail == "1 listed images are not there, the first is test/b.png"
 
 
 def test_bad_parameters(tmp_path):

@@ -19,10 +19,10 @@ HOLDS = """
 import sys, time
 from pathlib import Path
 from companion.ops.batch import devices
-with devices(int(sys.argv[2]), Path(sys.argv[1]), poll=0.05) as cards:
+with devices(int(sys.argv[2]), Path(sys.argv[1]), poll=0.05) as GPUs:
     began = time.time()
     time.sleep(0.6)
-    print(*cards, began, time.time())
+    print(*GPUs, began, time.time())
 """
 
 
@@ -103,7 +103,7 @@ def test_the_seeds_of_a_study_are_read_from_its_text(root: Path, tmp_path: Path)
 
 
 def hold(folder: Path, counts: list[int], monkeypatch: pytest.MonkeyPatch) -> list[tuple[set[str], float, float]]:
-    """Start processes that each hold some of three cards; the cards of each, and from when to when."""
+    """Start processes that each hold some of three GPUs; the cards of each, and from when to when."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,7")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     started = [
@@ -122,7 +122,7 @@ def test_no_card_is_dealt_twice_at_a_time(tmp_path: Path, counts: list[int], mon
         assert cards <= {"0", "1", "7"}
         for others, began_too, ended_too in held[:i]:
             assert not cards & others or ended <= began_too or ended_too <= began
-    if set(counts) == {1}:  # three cards: three at a time
+    if set(counts) == {1}:  # three GPUs: three at a time
         assert max(end for _, _, end in held) - min(begin for _, begin, _ in held) < 0.6 * len(counts)
 
 

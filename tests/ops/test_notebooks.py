@@ -102,7 +102,7 @@ def test_pocket_path_needs_no_network(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_paper_profile_can_be_walked_on_a_cpu(tmp_path: Path) -> None:
-    """`dry_run`: the full-size model, two optimiser steps on generated pictures, every cell of the notebook."""
+    """`dry_run`: the full-size model, two optimiser steps on generated images, every cell of the notebook."""
     command = [sys.executable, "-m", "papermill", "notebooks/sa2vp.ipynb", str(tmp_path / "sa2vp.ipynb")]
     parameters = ["-p", "profile", "paper", "-p", "dry_run", "true", "-p", "out", str(tmp_path / "out")]
     done = subprocess.run(

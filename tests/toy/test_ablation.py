@@ -1,4 +1,4 @@
-"""A study goes on where it stopped, keeps rows of other code only when they come out the same, and chooses fairly."""
+"""A study resumes, keeps rows of other code only when they come out the same, and chooses fairly."""
 
 import os
 import subprocess

@@ -229,7 +229,7 @@ class Counted(Dataset):
 
 
 def test_a_part_is_loaded_when_it_is_needed():
-    """A batch of thousands of pictures need not be in memory at once."""
+    """A batch of thousands of images need not be in memory at once."""
     data, asked, seen = Counted(), [], []
 
     def loss(model, batch):
@@ -575,7 +575,7 @@ def test_predict_takes_the_first_output_in_order():
     assert torch.equal(predict(Two(), data, batch=7, hardware=CPU), data.tensors[0] * 2)
 
 
-# --- what a card needs, tried without one -----------------------------------------------------------------------------
+# --- what a GPU needs, tried without one -----------------------------------------------------------------------------
 
 
 class Card(Fabric):
@@ -629,7 +629,7 @@ def test_the_scale_of_half_precision_is_kept(tmp_path, monkeypatch):
 
 
 def test_training_does_not_ask_the_cards_for_their_random_state(monkeypatch):
-    """That would start CUDA in this process, and processes for several cards could not be forked any more."""
+    """That would start CUDA in this process, and processes for several GPUs could not be forked any more."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *args: pytest.fail("CUDA was started"))
     run(noisy_model())

@@ -154,7 +154,7 @@ def _read(task: str) -> dict:
 
 
 def facts(task: str) -> dict:
-    """The facts of a task's sets that its reader needs beside those of `DataSet`, from `<task>_sets.yaml`."""
+    """The facts of a task's sets that its reader needs next to those of `DataSet`, from `<task>_sets.yaml`."""
     return _read(task)["facts"]
 
 

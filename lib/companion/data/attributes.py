@@ -1,11 +1,11 @@
-"""Pictures of pedestrians with attributes, in the sets' own files and splits.
+"""Images of pedestrians with attributes, in the sets' own files and splits.
 
     sets = splits("par/pa100k", "data", square_transform(224))
     image, labels = sets["test"][0]        # float32 (3, 224, 224), float32 (26,) of 0 and 1
-    sets["trainval"].ratio                 # (26,) the share of pictures with each attribute
+    sets["trainval"].ratio                 # (26,) the share of images with each attribute
     sets["trainval"].sentences             # what CLIP reads, by attribute
 
-Opening a set reads its annotation; a picture is decoded when it is asked for. `root` is the data folder (`data`).
+Opening a set reads its annotation; an image is decoded when it is asked for. `root` is the data folder (`data`).
 `attributes_sets` describes the sets. Labels are 1 where the annotation says 1 and 0 elsewhere: in WIDER -1 is "not
 there" and 0 "nobody could tell"; in the RAP sets 2 is the latter.
 
@@ -37,7 +37,7 @@ Transform = Callable[[Image.Image], torch.Tensor]
 
 
 class Listing:
-    """What an annotation says: pictures (n), labels (n, A) of 0 and 1, names of attributes (A), members of splits."""
+    """What an annotation says: images (n), labels (n, A) of 0 and 1, names of attributes (A), members of splits."""
 
     def __init__(
         self,
@@ -51,35 +51,35 @@ class Listing:
         self.labels = (np.asarray(labels) == 1).astype(np.float32)
         if self.labels.ndim != 2 or self.labels.shape != (len(self.pictures), len(self.names)):
             raise CorruptFile(
-                file, f"labels {self.labels.shape} for {len(self.pictures)} pictures and {len(self.names)} attributes"
+                file, f"labels {self.labels.shape} for {len(self.pictures)} images and {len(self.names)} attributes"
             )
         self.splits = {split: self._indices(split, chosen) for split, chosen in splits.items()}
         if {"train", "val"} <= self.splits.keys():
             self.splits["trainval"] = np.concatenate([self.splits["train"], self.splits["val"]])
         learned = self.splits.get("trainval", self.splits.get("train"))
         if common := np.intersect1d(learned, self.splits["test"]).size:
-            raise CorruptFile(file, f"{common} pictures are in the training split and in the test split")
+            raise CorruptFile(file, f"{common} images are in the training split and in the test split")
 
     def _indices(self, split: str, chosen: np.ndarray) -> np.ndarray:
         found = np.asarray(chosen)
         if found.ndim != 1 or not np.issubdtype(found.dtype, np.number) or not (found == found.astype(np.int64)).all():
-            raise CorruptFile(self.file, f"the split '{split}' is no list of picture numbers")
+            raise CorruptFile(self.file, f"the split '{split}' is no list of image numbers")
         found = found.astype(np.int64)
         if not found.size or found.min() < 0 or found.max() >= len(self.pictures):
             raise CorruptFile(
-                self.file, f"the split '{split}' is empty, or goes beyond the {len(self.pictures)} pictures"
+                self.file, f"the split '{split}' is empty, or goes beyond the {len(self.pictures)} images"
             )
         return found
 
 
 class Pedestrians(Images):
-    """Pictures with attributes, decoded when asked for: `pedestrians[i]` is (float32 (3, H, W), float32 (A,) of 0, 1).
+    """Images with attributes, decoded when asked for: `pedestrians[i]` is (float32 (3, H, W), float32 (A,) of 0, 1).
 
     Attributes:
         labels: (n, A), float32.
         names: the attributes as the annotation has them.
         sentences: the attributes as CLIP reads them.
-        ratio: (A,) the share of pictures with each attribute, as the loss wants it.
+        ratio: (A,) the share of images with each attribute, as the loss wants it.
 
     Raises (on indexing) as `classification.Images`.
     """
@@ -100,7 +100,7 @@ class Pedestrians(Images):
         self.ratio = self.labels.mean(0)
 
     def picture(self, index: int) -> Image.Image:
-        """See `Images`. Of your own pictures those that a phone stored as it was held are turned upright."""
+        """See `Images`. Of your own images those that a phone stored as it was held are turned upright."""
         found = super().picture(index)
         return ImageOps.exif_transpose(found) if self.dataset.group == "own" else found
 
@@ -126,7 +126,7 @@ def splits(name: str, root: str | Path, transform: Transform | None = None) -> d
 
     Raises:
         BadParameter: unknown name.
-        MissingData: the folder, a file or pictures are not there, or they are not as many as is known.
+        MissingData: the folder, a file or images are not there, or they are not as many as is known.
         CorruptFile: an annotation that is truncated, or has other fields, sizes or numbers than it should have.
     """
     dataset = find(name, "attributes")
@@ -142,7 +142,7 @@ def load(name: str, root: str | Path, split: str, transform: Transform | None = 
 
 
 def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str, Pedestrians]:
-    """Your own pictures, as `splits` gives them: `root`/labels.csv says of each picture its split and its attributes.
+    """Your own images, as `splits` gives them: `root`/labels.csv says of each image its split and its attributes.
 
         image,split,A pedestrian wearing a hat,A pedestrian with a backpack
         anna/0001.jpg,train,1,0
@@ -154,15 +154,15 @@ def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str
     root = Path(root)
     own = DataSet(
         name=root.resolve().name,
-        title="pictures of your own",
+        title="images of your own",
         group="own",
         task="attributes",
         classes=None,
         sizes={},
         folders=(".",),
-        layout='labels.csv    "image,split,<a sentence for each attribute>", then a line for each picture: its path\n'
+        layout='labels.csv    "image,split,<a sentence for each attribute>", then a line for each image: its path\n'
         "              below this folder; train, val or test; 0 or 1 for each attribute",
-        source="your own pictures",
+        source="your own images",
         licence="yours",
         citation="",
     )
@@ -170,7 +170,7 @@ def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str
 
 
 class PadToSquare:
-    """Scales a picture to `size` rows and puts it in the middle of a black square, as the authors of PromptPAR do.
+    """Scales an image to `size` rows and puts it in the middle of a black square, as the authors of PromptPAR do.
 
     One that would be wider than it is high is left as it is (and squeezed by what comes after).
     """
@@ -205,7 +205,7 @@ def square_transform(size: int = 224, train: bool = False) -> v2.Transform:
 
 
 def status(dataset: DataSet, root: Path) -> Status:
-    """See `companion.data.status`: annotations are read, no picture is opened."""
+    """See `companion.data.status`: annotations are read, no image is opened."""
     folder = dataset.folder(root)
     if not folder.is_dir():
         return Status("missing", f"no folder {folder}")
@@ -220,9 +220,9 @@ def status(dataset: DataSet, root: Path) -> Status:
     wanted = {f"{base}/{listing.pictures[i]}" for i in chosen}
     if absent := _absent(wanted):
         return Status(
-            "incomplete", f"{len(absent)} of {len(wanted)} listed pictures are not there, the first: {min(absent)}"
+            "incomplete", f"{len(absent)} of {len(wanted)} listed images are not there, the first: {min(absent)}"
         )
-    return Status("present", f"{len(wanted):,} pictures in {base}, {len(listing.names)} attributes")
+    return Status("present", f"{len(wanted):,} images in {base}, {len(listing.names)} attributes")
 
 
 def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
@@ -246,7 +246,7 @@ def _pedestrians(dataset: DataSet, root: Path, transform: Transform | None) -> d
 
 
 def _base(dataset: DataSet, root: Path, listing: Listing) -> Path:
-    """The folder of the pictures: the first of those known that has the first and the last one."""
+    """The folder of the images: the first of those known that has the first and the last one."""
     folder = dataset.folder(root)
     places = IMAGES.get(ZERO_SHOT.get(dataset.name, dataset.name), ("data", ""))
     ends = [listing.pictures[listing.splits["test"][i]] for i in (0, -1)]
@@ -273,7 +273,7 @@ def _read(dataset: DataSet, root: Path) -> Listing:
     for split, count in dataset.sizes.items():
         found = len(listing.splits.get(split, ()))
         if found != count:
-            raise dataset.missing(root, f"{listing.file} has {found:,} pictures for '{split}', {count:,} are expected")
+            raise dataset.missing(root, f"{listing.file} has {found:,} images for '{split}', {count:,} are expected")
     return listing
 
 
@@ -285,7 +285,7 @@ def _file(dataset: DataSet, root: Path, name: str) -> Path:
 
 
 def _mat(dataset: DataSet, root: Path, read: Callable[[dict], tuple], file: str = "") -> Listing:
-    """A MATLAB file through `read`, from its variables to (pictures, labels, names, splits)."""
+    """A MATLAB file through `read`, from its variables to (images, labels, names, splits)."""
     path = _file(dataset, root, file or ANNOTATIONS[ZERO_SHOT.get(dataset.name, dataset.name)])
     try:
         variables = loadmat(path)
@@ -311,7 +311,7 @@ def _words(cells: np.ndarray) -> list[str]:
 
 
 def _numbers(field: np.ndarray) -> np.ndarray:
-    """Picture numbers, from 1 in MATLAB, from 0 here."""
+    """Image numbers, from 1 in MATLAB, from 0 here."""
     return np.asarray(field).ravel().astype(np.int64) - 1
 
 
@@ -397,7 +397,7 @@ def _lines(path: Path) -> list[str]:
 
 
 class _Record(dict):
-    """Stands for easydict's EasyDict, a dict, without its attributes: what the pickle sets beside the items is left."""
+    """Stands for easydict's EasyDict, a dict, without its attributes: what the pickle sets besides items is left."""
 
     def __setstate__(self, _: object) -> None: ...
 
@@ -410,7 +410,7 @@ class _Unpickler(unpickle.Unpickler):
 
 
 def _new_split(dataset: DataSet, root: Path) -> dict[str, np.ndarray]:
-    """The partition in the pickle of a zero-shot split: picture numbers, from 0."""
+    """The partition in the pickle of a zero-shot split: image numbers, from 0."""
     folder = dataset.folder(root)
     path = next((folder / name for name in ZERO_SHOT_FILES if (folder / name).is_file()), None)
     if path is None:
@@ -452,5 +452,5 @@ def _csv(dataset: DataSet, root: Path) -> Listing:
         chosen["trainval"] = chosen.pop("train")
         del chosen["val"]
     if empty := [split for split, members in chosen.items() if not members]:
-        raise CorruptFile(path, f"no picture is in {' or '.join(empty)}")
+        raise CorruptFile(path, f"no image is in {' or '.join(empty)}")
     return Listing(path, pictures, np.array(labels), header[2:], {s: np.array(m) for s, m in chosen.items()})

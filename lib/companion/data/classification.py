@@ -95,7 +95,7 @@ class Images(Dataset):
             return Image.fromarray(source)
         try:
             with Image.open(source) as image:
-                if image.mode.startswith("I;16"):  # Pillow would cut at 255: a white picture
+                if image.mode.startswith("I;16"):  # Pillow would cut at 255: a white image
                     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
                 if self.dataset.group == "own":
                     return ImageOps.exif_transpose(image).convert("RGB")
@@ -212,7 +212,7 @@ def image_folder(
     seed: int = 0,
     transform: Callable[[Image.Image], torch.Tensor] | None = None,
 ) -> dict[str, Images]:
-    """Your own pictures, one folder a class.
+    """Your own images, one folder a class.
 
     Args:
         root: holds {train,val,test}/<class>/*.jpg, or <class>/*.jpg directly. Any image format that torchvision
@@ -242,7 +242,7 @@ def image_folder(
         sizes={},
         folders=(".",),
         layout=_OWN_LAYOUT,
-        source="your own pictures",
+        source="your own images",
         licence="yours",
         citation="",
     )
@@ -280,7 +280,7 @@ def image_folder(
 
 
 def parted(root: Path) -> bool:
-    """Whether the pictures lie in train, val or test folders: one of that name has class folders in it, and is no class
+    """Whether the images lie in train, val or test folders: one of that name has class folders in it, and is no class
     itself."""
     return any((root / split).is_dir() and _class_folders(root / split) for split in ("train", "val", "test"))
 

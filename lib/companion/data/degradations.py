@@ -1,4 +1,4 @@
-"""Pictures made worse, and the text that says how: what TIP trains on. A RECONSTRUCTION (section 3.7 of its spec).
+"""Images made worse, and the text that says how: what TIP trains on. A RECONSTRUCTION (section 3.7 of its spec).
 
     recipe = Recipe()
     ops = recipe.draw(seed)                    (Op("blur", 0.4), Op("noise", 0.08))
@@ -9,10 +9,10 @@
 
 Tags: figure, the pipeline figure: two passes of blur, resize, noise, JPEG, P(skip) = 0.5, the verbs, "with sigma", one
 decimal for blur and two for noise. Relative: the blind pipeline, Real-ESRGAN's published settings (BSD-3-Clause: read,
-written anew). Ours, each an argument: ranges, what is skipped, when a small picture is brought back and by which
+written anew). Ours, each an argument: ranges, what is skipped, when a small image is brought back and by which
 filter, edges, and the words of Upsample and Dejpeg.
 
-Everything depends on the seed and the picture alone, not on the batch, the device or what was drawn before.
+Everything depends on the seed and the image alone, not on the batch, the device or what was drawn before.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class Recipe:
         return self.skip if isinstance(self.skip, (int, float)) else self.skip.get(kind, -1)
 
     def draw(self, seed: int | Sequence[int]) -> tuple[Op, ...]:
-        """The operations of one picture, numbers rounded as their text has them; those that do nothing are left out."""
+        """The operations of one image, numbers rounded as their text has them; those that do nothing are left out."""
         rng, ops = np.random.default_rng([1, *_numbers(seed)]), []
         for number in range(self.passes):
             for kind in KINDS:
@@ -191,12 +191,12 @@ def degrade(
     filter: str = "bicubic",
     edge: str = "replicate",
 ) -> Tensor:
-    """Apply degradations, one after the other, to a picture (3, H, W) in [0, 1]; the result has its size.
+    """Apply degradations, one after the other, to an image (3, H, W) in [0, 1]; the result has its size.
 
     Args:
         ops: rounded first, as their text is.
         seed: of the noise.
-        back: when a picture that was made smaller is brought back to its size: "op", at once, or "end", after the last
+        back: when an image that was made smaller is brought back to its size: "op", at once, or "end", after the last
             operation, so that noise and JPEG see the small one, and factors of two passes multiply.
         filter: "bicubic", "bilinear" or "nearest", for both ways.
         edge: beyond the border a blur sees the border's pixels ("replicate"), or the other side's ("circular").
@@ -266,7 +266,7 @@ class RealESRGAN:
 
 
 def blind(x: Tensor, seed: int | Sequence[int], settings: RealESRGAN | None = None, *, restore: bool = True) -> Tensor:
-    """Real-ESRGAN's second-order degradation of a picture (3, H, W) in [0, 1].
+    """Real-ESRGAN's second-order degradation of an image (3, H, W) in [0, 1].
 
     Args:
         restore: bring the result, 1 / scale of the side, back to the size of x by bicubic (ours: TIP's inputs have the

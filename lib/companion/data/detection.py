@@ -1,12 +1,12 @@
-"""Pictures with boxes in COCO's and LVIS' files, in the splits of open-vocabulary detection.
+"""Images with boxes in COCO's and LVIS' files, in the splits of open-vocabulary detection.
 
     sets = splits("detection/ov-coco", "data")
     image, target = sets["test"][0]        # uint8 (3, H, W); target.boxes (n, 4) xyxy, target.labels (n,)
-    sets["train"].positives                # (N, C) bool: which classes each picture shows
+    sets["train"].positives                # (N, C) bool: which classes each image shows
     sets["test"].truth                     # the annotations, as `metrics.detection.evaluate` wants them
 
 A class has an index, its place among the categories in order of their ids, and a category id. Opening a set reads its
-annotations and checks them; a picture is decoded when it is asked for. `root` is the data folder; `detection_sets`
+annotations and checks them; an image is decoded when it is asked for. `root` is the data folder; `detection_sets`
 describes the sets and says how the splits are made.
 """
 
@@ -39,7 +39,7 @@ FREQUENCIES = ("r", "c", "f")
 
 
 class Target(NamedTuple):
-    """What is known of a picture."""
+    """What is known of an image."""
 
     boxes: Tensor  # (n, 4) float32, xyxy, pixels
     labels: Tensor  # (n,) indices of classes
@@ -48,15 +48,15 @@ class Target(NamedTuple):
 
 
 class Boxes(Images):
-    """Pictures with boxes, decoded when asked for: `boxes[i]` is (uint8 (3, H, W), `Target`).
+    """Images with boxes, decoded when asked for: `boxes[i]` is (uint8 (3, H, W), `Target`).
 
     Attributes:
         truth: {"images", "annotations", "categories"} of this split, in COCO's format.
-        image_ids: of the N pictures.
+        image_ids: of the N images.
         categories: ids of the C classes; `class_names` are theirs.
         base, novel: category ids: with boxes in training, and without but scored. In a foreign vocabulary both are
             empty.
-        positives: (N, C) bool, from the boxes, or from `pos_category_ids` where pictures have labels only.
+        positives: (N, C) bool, from the boxes, or from `pos_category_ids` where images have labels only.
 
     Raises (on indexing) as `classification.Images`.
     """
@@ -92,7 +92,7 @@ class Boxes(Images):
         return ~self.mask(self.base)
 
     def target(self, index: int) -> Target:
-        """What is known of a picture, without opening it."""
+        """What is known of an image, without opening it."""
         rows = self._rows[self.image_ids[index]]
         boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float32).view(-1, 4)
         labels = torch.tensor([self.index[row["category_id"]] for row in rows], dtype=torch.long)
@@ -119,7 +119,7 @@ def splits(name: str, root: str | Path) -> dict[str, Boxes]:
 
     Raises:
         BadParameter: unknown name.
-        MissingData: the folder, an annotation file or the pictures are not there, or not as many as is known.
+        MissingData: the folder, an annotation file or the images are not there, or not as many as is known.
         CorruptFile: an annotation file that is truncated, or with a wrong or missing field: it says which.
     """
     dataset = find(name, "detection")
@@ -136,7 +136,7 @@ def load(name: str, root: str | Path, split: str) -> Boxes:
 
 
 def own_folder(annotations: str | Path, images: str | Path, novel: Sequence[str] = ()) -> Boxes:
-    """Your own pictures: an annotation file in COCO's format, and the folder that its file names start from.
+    """Your own images: an annotation file in COCO's format, and the folder that its file names start from.
 
     Args:
         novel: names of classes that count as novel; all others are base.
@@ -146,14 +146,14 @@ def own_folder(annotations: str | Path, images: str | Path, novel: Sequence[str]
     file, folder = Path(annotations), Path(images)
     own = DataSet(
         name=folder.resolve().name,
-        title="pictures of your own",
+        title="images of your own",
         group="own",
         task="detection",
         classes=None,
         sizes={},
         folders=(".",),
-        layout=f"{file.name}    in COCO's format\n{folder}/    the pictures",
-        source="your own pictures",
+        layout=f"{file.name}    in COCO's format\n{folder}/    the images",
+        source="your own images",
         licence="yours",
         citation="",
     )
@@ -232,7 +232,7 @@ def read_annotations(path: str | Path) -> dict:
 
 
 def ov_coco(instances: Mapping, split: str) -> dict:
-    """OV-COCO from COCO's instances: boxes of the 48 base classes in "train", of all 65 in "test", and only pictures
+    """OV-COCO from COCO's instances: boxes of the 48 base classes in "train", of all 65 in "test", and only images
     that still have one. All 80 categories stay."""
     if split not in ("train", "test"):
         raise BadParameter("split", split, ("train", "test"))
@@ -244,7 +244,7 @@ def ov_coco(instances: Mapping, split: str) -> dict:
 
 
 def ov_lvis(annotations: Mapping, split: str) -> dict:
-    """OV-LVIS from LVIS v1: "train" without the boxes of rare classes, all pictures kept; "test" as it is."""
+    """OV-LVIS from LVIS v1: "train" without the boxes of rare classes, all images kept; "test" as it is."""
     if split not in ("train", "test"):
         raise BadParameter("split", split, ("train", "test"))
     if split == "test":
@@ -258,8 +258,8 @@ def caption_labels(captions: Mapping, categories: Sequence[Mapping]) -> dict:
     """Image labels from COCO's captions, as Detic and SIC-CADS train on them for OV-COCO.
 
     A class counts where its name, or one of its "synonyms" when the category has some (underscores read as spaces),
-    stands between spaces, at the start or at the end of the lower-case captions of a picture, one after the other.
-    Pictures without any are dropped.
+    stands between spaces, at the start or at the end of the lower-case captions of an image, one after the other.
+    Images without any are dropped.
 
     Args:
         captions: COCO's captions file: "images", "annotations" with "image_id" and "caption".
@@ -282,9 +282,9 @@ def caption_labels(captions: Mapping, categories: Sequence[Mapping]) -> dict:
 
 
 def repeat_factors(boxes: Boxes, threshold: float = 0.001) -> np.ndarray:
-    """How often each picture is shown in an epoch (N,): LVIS' repeat-factor sampling.
+    """How often each image is shown in an epoch (N,): LVIS' repeat-factor sampling.
 
-    max(1, sqrt(threshold / f_c)) of its rarest class c, f_c being the share of pictures that show it.
+    max(1, sqrt(threshold / f_c)) of its rarest class c, f_c being the share of images that show it.
     """
     share = boxes.positives.float().mean(0)
     each = (threshold / share.clamp_min(1e-12)).sqrt().clamp_min(1)
@@ -295,7 +295,7 @@ def repeat_factors(boxes: Boxes, threshold: float = 0.001) -> np.ndarray:
 
 
 def status(dataset: DataSet, root: Path) -> Status:
-    """See `companion.data.status`: annotations are read, no picture is opened."""
+    """See `companion.data.status`: annotations are read, no image is opened."""
     folder, counts = dataset.folder(root), []
     files = [any((folder / file).is_file() for file in names) for names in FILES[dataset.name].values()]
     if not any(files):
@@ -311,7 +311,7 @@ def status(dataset: DataSet, root: Path) -> Status:
         wanted = {str(place / image["file_name"]) for image in truth["images"]}
         if absent := _absent(wanted):
             first = min(absent)
-            return Status("incomplete", f"{len(absent)} of {len(wanted)} listed pictures are not there, first {first}")
+            return Status("incomplete", f"{len(absent)} of {len(wanted)} listed images are not there, first {first}")
         counts.append(f"{len(wanted):,} in {split}")
     return Status("present", f"pictures: {', '.join(counts)}")
 
@@ -334,7 +334,7 @@ def _read(dataset: DataSet, root: Path, split: str) -> tuple[dict, Sequence[int]
         raise dataset.missing(root, f"{folder / names[0]} is not there")
     found = read_annotations(file)
     if (known := dataset.sizes.get(split)) and len(found["images"]) != known:
-        raise dataset.missing(root, f"{file} has {len(found['images']):,} pictures, {known:,} are expected")
+        raise dataset.missing(root, f"{file} has {len(found['images']):,} images, {known:,} are expected")
     ids = [category["id"] for category in found["categories"]]
     if dataset.classes and len(ids) != dataset.classes:
         raise CorruptFile(file, f"{len(ids)} categories, {dataset.classes} are expected")
@@ -382,7 +382,7 @@ def _renamed(found: Mapping, folder: Path, file: Path) -> dict:
 
 
 def _folder(dataset: DataSet, root: Path, split: str, truth: Mapping) -> Path:
-    """Where the pictures are: the first place known that has the first and the last one."""
+    """Where the images are: the first place known that has the first and the last one."""
     folder = dataset.folder(root)
     places = [folder / place for place in IMAGES[dataset.name][split]]
     ends = [truth["images"][i]["file_name"] for i in (0, -1)]

@@ -7,13 +7,13 @@
 Opening a set lists its folders; an image is decoded when it is asked for. `root` is the data folder (`data`).
 `domains_sets` describes the sets; `fewshot` makes the protocols of prompt learning from what `splits` returns.
 
-A set is a folder with one folder a class, and beside it, if there is one, a list of its splits:
+A set is a folder with one folder a class, and next to it, if there is one, a list of its splits:
 
     {"train": [[path below the parent of the class folders, label, class name], ...], "val": [...], "test": [...]}
 
 Labels follow the sorted names of the folders (upper case before lower case), as in the authors' code, whatever the
 spelling on disk, so that the same classes are "base" everywhere. Without a list each class is cut by a fixed shuffle.
-Another set needs a `DataSet` with task "domains" in `DATASETS`, and `split.json` beside its class folders (in `images/`
+Another set needs a `DataSet` with task "domains" in `DATASETS`, and `split.json` by its class folders (in `images/`
 or directly).
 """
 
@@ -82,9 +82,9 @@ def load(name: str, root: str | Path, split: str, transform: Transform | None = 
 
 
 def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str, Images]:
-    """Your own pictures, as `splits` gives them: <class>/*.jpg below `root` or `root`/images.
+    """Your own images, as `splits` gives them: <class>/*.jpg below `root` or `root`/images.
 
-    `root`/split.json is read where it is there, otherwise each class is cut. Pictures that lie in train/<class>/ and
+    `root`/split.json is read where it is there, otherwise each class is cut. Images that lie in train/<class>/ and
     test/<class>/ already stay there; without val/<class>/ a part of train is taken for it.
 
     Raises as `splits`.
@@ -101,7 +101,7 @@ def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str
         layout='<class>/*.jpg    or images/<class>/*.jpg\nsplit.json       optional: {"train": [[path, label, class '
         'name], ...], "val": ..., "test": ...}\nor\n{train,val,test}/<class>/*.jpg    val cut from train where there '
         "is none",
-        source="your own pictures",
+        source="your own images",
         licence="yours",
         citation="",
     )

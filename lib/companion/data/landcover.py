@@ -1,11 +1,11 @@
-"""Pictures of the land with a class for each pixel and the place where they were taken.
+"""Images of the land with a class for each pixel and the place where they were taken.
 
     train = load("landcover/openearthmap", "data", "train")
     image, labels = train[0]          uint8 (3, H, W); int64 (H, W), 0 ... C - 1, and C where it is not known
     train.zones()[0]                  "Cfb"; None for a place that is not known
     own("my_area", ["field", "wood"]) GeoTIFFs of one's own
 
-Opening a set lists its files; a picture is decoded when it is asked for, a window of a large one without the rest. The
+Opening a set lists its files; an image is decoded when it is asked for, a window of a large one without the rest. The
 labels are those of training, whatever the codes on disk are; what is unknown, border or padding is ignored, in training
 and in scores. `landcover_sets` describes the sets, `landcover_transforms` what training does with an image.
 """
@@ -70,15 +70,15 @@ class LandCover(Dataset):
     """Map-style: images and labels, whole or by windows.
 
     Attributes:
-        pictures, places: the files, and the table by region (of one's own by file name too).
+        images, places: the files, and the table by region (of one's own by file name too).
         classes: their names; `ignore` is the label after the last one. `palette`: a colour each.
         left_out: classes that the means of the scores leave out.
         absent: regions that were left out because xBD's images are not there.
-        windows: (picture, top, left) of each item where `size` is given.
+        windows: (image, top, left) of each item where `size` is given.
 
     Args:
         decode: labels as on disk, and the image, to training labels (see `earth`, `loveda`, `colours`, `plain`).
-        size: side of the windows in pixels, which follow each other at `stride` (None: `size`). None: whole pictures.
+        size: side of the windows in pixels, which follow each other at `stride` (None: `size`). None: whole images.
         pad: what of a window sticks out is black and ignored; otherwise the last ones are smaller.
         transform: of the pair; None leaves it.
     """
@@ -253,11 +253,11 @@ def own(
     stride: int | None = None,
     transform: Transform | None = None,
 ) -> LandCover:
-    """Pictures of one's own: images/*.tif (or .png, .jpg with a world file), uint8, and labels/ with the same names.
+    """Images of one's own: images/*.tif (or .png, .jpg with a world file), uint8, and labels/ with the same names.
 
     A label file has one band: 0 is the first of `classes`, a code beyond the last is ignored; an image without one has
     no label, and where an image has no data its labels are ignored. The place is the image's georeference;
-    `places.csv` beside the folders says it where there is none, with the column `image` (a name without its ending)
+    `places.csv` next to the folders says it where there is none, with the column `image` (a name without its ending)
     and any of latitude, longitude, zone, text.
 
     Args:
@@ -270,7 +270,7 @@ def own(
     root = Path(root)
     dataset = DataSet(
         name=root.resolve().name,
-        title="pictures of your own",
+        title="images of your own",
         group="own",
         task="landcover",
         classes=len(classes),
@@ -278,7 +278,7 @@ def own(
         folders=(".",),
         layout="images/*.tif    uint8, red, green, blue\nlabels/*.tif    optional: one band, the same names\n"
         "places.csv      optional: image,latitude,longitude,zone,text\n{train,val,test}.txt    optional: file names",
-        source="your own pictures",
+        source="your own images",
         licence="yours",
         citation="",
     )
@@ -287,7 +287,7 @@ def own(
     files = {path.name: path for path in _files(root / "images")}
     names = list(files) if split is None else _listed(dataset, root, root / f"{split}.txt")
     if not files or (lost := [name for name in names if name not in files]):
-        raise dataset.missing(root, f"images/{lost[0]} is not there" if files else "no pictures in images/")
+        raise dataset.missing(root, f"images/{lost[0]} is not there" if files else "no images in images/")
     labels = {path.stem: path for path in _files(root / "labels")}
     pictures = [Picture(files[name], labels.get(files[name].stem), files[name].stem) for name in names]
     colours = classes if isinstance(classes, Mapping) else {name: _colour(i) for i, name in enumerate(classes)}
@@ -326,7 +326,7 @@ def read_places(path: str | Path = PLACES) -> dict[str, Place]:
 
 
 def read_classes(root: str | Path) -> dict[str, tuple[int, int, int]]:
-    """The classes of one's own pictures from `classes.txt`: a name a line, and maybe its colour, "field 75 181 73".
+    """The classes of one's own images from `classes.txt`: a name a line, and maybe its colour, "field 75 181 73".
 
     Raises `CorruptFile` with the line at fault."""
     path, found = Path(root) / "classes.txt", {}
@@ -348,9 +348,9 @@ def compile_xbd(root: str | Path, xbd: str | Path) -> int:
     """Put xBD's images into OpenEarthMap, as GeoTIFF with the georeference of their labels; returns how many were new.
 
     `xbd_files.csv` pairs the names; region names may have underscores of their own, so they end at the last one. (The
-    script beside OpenEarthMap, in the version that could be read, takes what is before the FIRST one as the folder of
+    script next to OpenEarthMap, in the version that could be read, takes what is before the FIRST one as the folder of
     such names, does not find it, and passes over el_rodeo, mexico_city and their like without a word.) What is there
-    already stays. Each file is written under a temporary name: a killed run goes on where it was.
+    already stays. Each file is written under a temporary name: a killed run continues where it was.
 
     Args:
         root: the data folder. xbd: a folder below which xBD's `*_pre_disaster.png` are, at any depth.
@@ -521,7 +521,7 @@ def _listed(dataset: DataSet, root: Path, listing: Path) -> list[str]:
 
 
 def _earth(dataset: DataSet, root: Path, split: str, without_xbd: bool) -> tuple[list[Picture], list[str]]:
-    """The pictures of a split, and the regions left out."""
+    """The images of a split, and the regions left out."""
     folder, pictures, lost, bare = dataset.folder(root), [], [], []
     for name in _listed(dataset, root, folder / f"{split}.txt"):
         region = name.rpartition("_")[0]
@@ -609,5 +609,5 @@ def _colour(index: int) -> tuple[int, int, int]:
 
 
 def regions(data: LandCover) -> Counter[str]:
-    """How many pictures of each region there are."""
+    """How many images of each region there are."""
     return Counter(picture.region for picture in data.pictures)

@@ -1,12 +1,12 @@
-"""What pre-trained ViTs are judged on: classes of pictures, instances with boxes and masks, classes of pixels.
+"""What pre-trained ViTs are judged on: classes of images, instances with boxes and masks, classes of pixels.
 
     load("pretraining/imagenet-1k", "data", "test")[0]      # float32 (3, H, W), int
     load("pretraining/coco", "data", "train")[0]            # uint8 (3, H, W), {"boxes", "labels", "masks", ...}
     load("pretraining/ade20k", "data", "test")[0]           # uint8 (3, H, W), int64 (H, W), 255 where nothing counts
 
-Opening a set lists its files or reads its annotations; a picture is decoded when it is asked for. `root` is the data
+Opening a set lists its files or reads its annotations; an image is decoded when it is asked for. `root` is the data
 folder; `pretraining_sets` describes the sets. `instances` and `scenes` read folders of one's own in the same formats,
-`pictures` one without labels.
+`images` one without labels.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _PICTURES = (".jpg", ".jpeg", ".png")
 
 
 class Instances(Boxes):
-    """Pictures with boxes and masks: `instances[i]` is (uint8 (3, H, W), target), as torchvision's Mask R-CNN wants it.
+    """Images with boxes and masks: `instances[i]` is (uint8 (3, H, W), target), as torchvision's Mask R-CNN wants it.
 
     A target has "boxes" (n, 4) float32 xyxy, "labels" (n,) int64 counted from 1 (0 is the background), "masks"
     (n, H, W) uint8, and "image_id". Crowds, and boxes without width or height, are left out of it.
 
     Attributes:
-        file: the annotations, beside what `Boxes` has.
+        file: the annotations, next to what `Boxes` has.
     """
 
     def __init__(self, dataset: DataSet, root: Path, file: Path, folder: Path, truth: Mapping):
@@ -76,13 +76,13 @@ class Instances(Boxes):
             what = f"annotation {row.get('id')}: 'segmentation' is no polygon and no run lengths ({error})"
             raise CorruptFile(self.file, what) from error
         if found.shape != (height, width):
-            sizes = f"its mask is {tuple(found.shape)}, its picture {(height, width)}"
+            sizes = f"its mask is {tuple(found.shape)}, its image {(height, width)}"
             raise CorruptFile(self.file, f"annotation {row.get('id')}: {sizes}")
         return found
 
 
 class Scenes(Images):
-    """Pictures of which each pixel has a class: `scenes[i]` is (uint8 (3, H, W), int64 (H, W)), 255 where none counts.
+    """Images of which each pixel has a class: `scenes[i]` is (uint8 (3, H, W), int64 (H, W)), 255 where none counts.
 
     Stored labels count from 1, with 0 for what is none of the classes (`reduce_zero_label` of mmseg).
     """
@@ -109,7 +109,7 @@ class Scenes(Images):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, truth = pil_to_tensor(self.picture(index)), self.truth(index)
         if image.shape[1:] != truth.shape:
-            size = f"{tuple(truth.shape)}, its picture {tuple(image.shape[1:])}"
+            size = f"{tuple(truth.shape)}, its image {tuple(image.shape[1:])}"
             raise CorruptFile(self.labels[index], f"the labels are {size}")
         return image, truth
 
@@ -123,11 +123,11 @@ def load(
     """One split, "train" or "test" (the sets call it val), of one of the three sets.
 
     Args:
-        transform: of ImageNet's pictures: from a PIL image (RGB) to a tensor.
+        transform: of ImageNet's images: from a PIL image (RGB) to a tensor.
 
     Raises:
         BadParameter: unknown name or split, or a transform for another set than ImageNet.
-        MissingData: the folder, a file or pictures are not there, or not as many as is known.
+        MissingData: the folder, a file or images are not there, or not as many as is known.
         CorruptFile: annotations that are not as they should be.
     """
     dataset, root = find(name, "pretraining"), Path(root)
@@ -148,41 +148,41 @@ def load(
     else:
         found = _scenes(dataset, root, folder, {"train": "training", "test": "validation"}[split])
     if len(found) != (known := dataset.sizes.get(split, len(found))):
-        raise dataset.missing(root, f"{len(found):,} pictures for '{split}' in {folder}, {known:,} are expected")
+        raise dataset.missing(root, f"{len(found):,} images for '{split}' in {folder}, {known:,} are expected")
     return found
 
 
 def instances(annotations: str | Path, images: str | Path) -> Instances:
-    """Your own pictures with boxes and masks: an annotation file in COCO's format, and where its file names start from.
+    """Your own images with boxes and masks: an annotation file in COCO's format, and where its file names start from.
 
     Raises as `load`.
     """
     file, folder = Path(annotations), Path(images)
-    own = _own(folder, f"{file.name}    in COCO's format\n{folder.name}/    the pictures")
+    own = _own(folder, f"{file.name}    in COCO's format\n{folder.name}/    the images")
     if not file.is_file():
         raise own.missing(file.parent, f"{file} is not there")
     return _instances(own, file.parent, file, folder)
 
 
 def pictures(root: str | Path) -> Images:
-    """Your own pictures without labels: all below `root`, at any depth, or below `root`/train where there is one.
+    """Your own images without labels: all below `root`, at any depth, or below `root`/train where there is one.
 
     An item is (float32 (3, H, W) in [0, 1], 0). Hidden files and folders are passed over. Raises as `load`.
     """
     root = Path(root)
-    own = _own(root, "*.jpg    or any other picture, in folders of any depth; train/ alone where there is one")
+    own = _own(root, "*.jpg    or any other image, in folders of any depth; train/ alone where there is one")
     folder, found = root / "train" if (root / "train").is_dir() else root, []
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         there = sorted(n for n in names if n.lower().endswith(IMG_EXTENSIONS) and not n.startswith("."))
         found += [f"{place}/{name}" for name in there]
     if not found:
-        raise own.missing(root, f"there are no pictures in {folder}")
+        raise own.missing(root, f"there are no images in {folder}")
     return Images(own, root, found, [0] * len(found), 1)
 
 
 def scenes(root: str | Path, split: str, classes: int) -> Scenes:
-    """Your own pictures and labels, in ADE20K's layout: images/<split>/*.jpg or png, annotations/<split>/*.png.
+    """Your own images and labels, in ADE20K's layout: images/<split>/*.jpg or png, annotations/<split>/*.png.
 
     Raises as `load`.
     """
@@ -195,7 +195,7 @@ def scenes(root: str | Path, split: str, classes: int) -> Scenes:
 
 
 def status(dataset: DataSet, root: Path) -> Status:
-    """See `companion.data.status`: files are listed and annotations read, no picture is opened."""
+    """See `companion.data.status`: files are listed and annotations read, no image is opened."""
     folder, counts = dataset.folder(root), []
     if not folder.is_dir():
         return Status("missing", f"no folder {folder}")
@@ -207,7 +207,7 @@ def status(dataset: DataSet, root: Path) -> Status:
         except CorruptFile as error:
             return Status("incomplete", str(error))
         if dataset.name == COCO and (absent := _absent(set(map(str, found.sources)))):
-            text = f"{len(absent)} of {len(found)} listed pictures are not there, the first: {min(absent)}"
+            text = f"{len(absent)} of {len(found)} listed images are not there, the first: {min(absent)}"
             return Status("incomplete", text)
         counts.append(f"{len(found):,} in {split}")
     return Status("present", f"pictures: {', '.join(counts)}")
@@ -224,14 +224,14 @@ def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
 def _own(folder: Path, layout: str) -> DataSet:
     return DataSet(
         folder.resolve().name,
-        "pictures of your own",
+        "images of your own",
         "own",
         "pretraining",
         None,
         {},
         (".",),
         layout,
-        "your own pictures",
+        "your own images",
         "yours",
         "",
     )
@@ -265,8 +265,8 @@ def _scenes(dataset: DataSet, root: Path, folder: Path, split: str, classes: int
     there = (entry.name for entry in os.scandir(pictures))
     names = sorted(name for name in there if name.lower().endswith(_PICTURES) and not name.startswith("."))
     if not names:
-        raise dataset.missing(root, f"{pictures} has no pictures")
+        raise dataset.missing(root, f"{pictures} has no images")
     marked = [f"{labels}/{Path(name).stem}.png" for name in names]
     if absent := _absent(set(marked)):
-        raise dataset.missing(root, f"{len(absent)} of {len(names)} pictures have no labels, the first: {min(absent)}")
+        raise dataset.missing(root, f"{len(absent)} of {len(names)} images have no labels, the first: {min(absent)}")
     return Scenes(dataset, root, [f"{pictures}/{name}" for name in names], marked, classes or dataset.classes)

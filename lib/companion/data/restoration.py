@@ -1,12 +1,12 @@
-"""Pictures with captions, and the same degraded, with the text that says how: what TIP reads.
+"""Images with captions, and the same degraded, with the text that says how: what TIP reads.
 
-    pictures = load("restoration/coco", "data", "train")        or own_folder("mine")
-    image, caption = pictures[0]                                float32 (3, H, W) in [0, 1], str
-    train = Degraded(pictures, 512)
+    images = load("restoration/coco", "data", "train")        or own_folder("mine")
+    image, caption = images[0]                                float32 (3, H, W) in [0, 1], str
+    train = Degraded(images, 512)
     train[0]                                                    Sample(clean, degraded, semantic, restoration, ops)
-    test = Degraded(pictures, 512, **TASKS["parameterised"])    no dice, the same every time
+    test = Degraded(images, 512, **TASKS["parameterised"])    no dice, the same every time
 
-Opening a set reads its lists only; a picture is decoded, and degraded, when it is asked for. `root` is the data folder;
+Opening a set reads its lists only; an image is decoded, and degraded, when it is asked for. `root` is the data folder;
 `restoration_sets` describes the sets.
 """
 
@@ -41,10 +41,10 @@ from .restoration_sets import CAPTIONS, DIV2K, DIV2K_URL, FOLDERS, OWN
 
 
 class Captioned(Images):
-    """Pictures with captions: `pictures[i]` is (float32 (3, H, W) in [0, 1], the caption, "" where there is none).
+    """Images with captions: `images[i]` is (float32 (3, H, W) in [0, 1], the caption, "" where there is none).
 
     Attributes:
-        captions: of the N pictures.
+        captions: of the N images.
 
     A photograph that lies on its side, as cameras store them, is turned upright as its EXIF says.
 
@@ -69,7 +69,7 @@ def load(name: str, root: str | Path, split: str) -> Captioned:
 
     Raises:
         BadParameter: unknown name or split.
-        MissingData: the folder, the captions or pictures are not there, or not as many as is known.
+        MissingData: the folder, the captions or images are not there, or not as many as is known.
         CorruptFile: captions that are truncated, or have a wrong or missing field: it says which.
     """
     dataset, root = find(name, "restoration"), Path(root)
@@ -78,39 +78,39 @@ def load(name: str, root: str | Path, split: str) -> Captioned:
     sources, captions = _read(dataset, root, split)
     for path in (sources[0], sources[-1]):  # a look at two files, not at all: opening must stay instant
         if not Path(path).is_file():
-            raise dataset.missing(root, f"the picture {path} is not there")
+            raise dataset.missing(root, f"the image {path} is not there")
     return Captioned(dataset, root, sources, captions)
 
 
 def own_folder(folder: str | Path) -> Captioned:
-    """Your own pictures: `images/` and `captions.jsonl` beside it, or a folder of pictures alone, without captions.
+    """Your own images: `images/` and `captions.jsonl` next to it, or a folder of images alone, without captions.
 
     Raises:
-        MissingData: no such folder, no pictures, or a picture with a caption that is not there.
+        MissingData: no such folder, no images, or an image with a caption that is not there.
         CorruptFile: a line of `captions.jsonl` that is none.
     """
     folder = Path(folder)
     own = DataSet(
         name=folder.resolve().name,
-        title="pictures of your own",
+        title="images of your own",
         group="own",
         task="restoration",
         classes=None,
         sizes={},
         folders=(".",),
-        layout=OWN + "\nor pictures alone, without captions",
-        source="your own pictures",
+        layout=OWN + "\nor images alone, without captions",
+        source="your own images",
         licence="yours",
         citation="",
     )
     sources, captions = _own(own, folder, folder)
     if absent := _absent(set(sources)):
-        raise own.missing(folder, f"{len(absent)} listed pictures are not there, the first: {min(absent)}")
+        raise own.missing(folder, f"{len(absent)} listed images are not there, the first: {min(absent)}")
     return Captioned(own, folder, sources, captions)
 
 
 class Sample(NamedTuple):
-    """A clean picture, the same degraded, and the two texts."""
+    """A clean image, the same degraded, and the two texts."""
 
     clean: Tensor  # (3, S, S) in [0, 1]
     degraded: Tensor  # (3, S, S) in [0, 1]
@@ -127,14 +127,14 @@ TASKS = {
 
 
 class Degraded(Dataset):
-    """Square pictures and the same degraded: `samples[i]` is a `Sample`.
+    """Square images and the same degraded: `samples[i]` is a `Sample`.
 
     The figure has two dice: whether c_r says what was done or `BLIND`, and whether c_s is the caption or empty; their
     probabilities are not in it. All numbers here are ours (section 5); a sample depends on `seed` and its index.
 
     Args:
-        pictures: with captions.
-        size: S. A picture's shorter side is brought to S, then a square is cut: a random one where `fresh` is set, the
+        images: with captions.
+        size: S. An image's shorter side is brought to S, then a square is cut: a random one where `fresh` is set, the
             middle one where not. So the caption stays true of most of what is seen.
         recipe: of the parameterised pipeline.
         settings: of Real-ESRGAN's.
@@ -237,7 +237,7 @@ def texts(samples: Sequence[Sample], kind: str = "own") -> tuple[list[str], list
 
 
 def read_captions(path: str | Path) -> dict[str, str]:
-    """File name to caption, the first by id, from a file of COCO's captions, in the order of the pictures' ids.
+    """File name to caption, the first by id, from a file of COCO's captions, in the order of the images' ids.
 
     Raises `CorruptFile` with the path, the entry and the field.
     """
@@ -273,10 +273,10 @@ def read_captions(path: str | Path) -> dict[str, str]:
 
 
 def status(dataset: DataSet, root: Path) -> Status:
-    """See `companion.data.status`: captions are read, no picture is opened."""
+    """See `companion.data.status`: captions are read, no image is opened."""
     folder, counts = dataset.folder(root), []
     if not any((folder / name).exists() for name in (*FOLDERS[dataset.name].values(), *_lists(dataset))):
-        return Status("missing", f"no captions and no pictures in {folder}")
+        return Status("missing", f"no captions and no images in {folder}")
     for split in FOLDERS[dataset.name]:
         try:
             sources, _ = _read(dataset, root, split)
@@ -286,7 +286,7 @@ def status(dataset: DataSet, root: Path) -> Status:
             return Status("incomplete", str(error))
         if absent := _absent(set(sources)):
             first = min(absent)
-            return Status("incomplete", f"{len(absent)} of {len(sources)} pictures are not there, first {first}")
+            return Status("incomplete", f"{len(absent)} of {len(sources)} images are not there, first {first}")
         counts.append(f"{len(sources):,} in {split}")
     return Status("present", f"pictures: {', '.join(counts)}")
 
@@ -334,12 +334,12 @@ def _read(dataset: DataSet, root: Path, split: str) -> tuple[list[str], list[str
         raise dataset.missing(root, f"{file} is not there")
     found = read_captions(file)
     if (known := dataset.sizes[split]) != len(found):
-        raise dataset.missing(root, f"{file} has {len(found):,} pictures, {known:,} are expected")
+        raise dataset.missing(root, f"{file} has {len(found):,} images, {known:,} are expected")
     return [f"{pictures}/{name}" for name in found], list(found.values())
 
 
 def _own(dataset: DataSet, root: Path, folder: Path) -> tuple[list[str], list[str]]:
-    """Paths and captions of a folder in the companion's own layout, or of one of pictures alone."""
+    """Paths and captions of a folder in the companion's own layout, or of one of images alone."""
     if not folder.is_dir():
         raise dataset.missing(root, f"no folder {folder}")
     listing = folder / "captions.jsonl"
@@ -347,7 +347,7 @@ def _own(dataset: DataSet, root: Path, folder: Path) -> tuple[list[str], list[st
         place = folder / "images" if (folder / "images").is_dir() else folder
         found = sorted(str(path) for path in place.iterdir() if path.suffix.lower() in IMG_EXTENSIONS)
         if not found:
-            raise dataset.missing(root, f"no pictures in {place}")
+            raise dataset.missing(root, f"no images in {place}")
         return found, [""] * len(found)
     sources, captions = [], []
     try:
@@ -368,7 +368,7 @@ def _own(dataset: DataSet, root: Path, folder: Path) -> tuple[list[str], list[st
         sources.append(f"{folder}/images/{_inside(listing, f'line {number}', file)}")
         captions.append(" ".join(caption.split()))
     if not sources:
-        raise CorruptFile(listing, "no pictures in it")
+        raise CorruptFile(listing, "no images in it")
     return sources, captions
 
 

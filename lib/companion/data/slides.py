@@ -1,6 +1,6 @@
 """Whole slides with a grade each: PANDA, the pocket sets, or a folder of one's own.
 
-    items = load("slides/panda", "data")                          # every slide of train.csv, no picture is opened
+    items = load("slides/panda", "data")                          # every slide of train.csv, no image is opened
     write_folds("slides/panda", "data", test=0.2)                 # once: five folds, the grades alike in each
     train = load("slides/panda", "data", "train", fold=0)
     data = Features(train, "features")                            # what `companion.slides.extract` wrote
@@ -74,7 +74,7 @@ def isup(gleason: str) -> int:
 
 
 def load(name: str, root: str | Path, split: str = "all", fold: int = 0, exclude: Iterable[str] = ()) -> list[Item]:
-    """The slides of one split, in the order of its list. No picture is opened.
+    """The slides of one split, in the order of its list. No image is opened.
 
     Args:
         name: "slides/panda", "pocket/slides-place" or "pocket/slides-count".
@@ -186,7 +186,7 @@ def split_folds(items: Sequence[Item], folds: int = 5, test: float = 0.0, seed: 
         members = [members[k] for k in rng.permutation(len(members))]
         cut = round(test * len(members))
         held |= set(members[:cut])
-        for i in members[cut:]:  # dealt out like cards, on from one group to the next
+        for i in members[cut:]:  # dealt out like GPUs, on from one group to the next
             part[i] = dealt % folds
             dealt += 1
     found = []

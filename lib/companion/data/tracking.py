@@ -663,7 +663,7 @@ class Pairs(Dataset):
 
 
 def _flipped(box: np.ndarray, width: float) -> np.ndarray:
-    """A box in the mirrored picture. As officially, `width` is the number of columns - 1 in a frame and 1 in a crop."""
+    """A box in the mirrored image. As officially, `width` is the number of columns - 1 in a frame and 1 in a crop."""
     return np.array([width - box[0] - box[2], *box[1:]])
 
 

@@ -1,15 +1,15 @@
-"""Radiographs and fundus pictures: classes, masks, boxes, reports; PNG, JPEG, TIFF and DICOM.
+"""Radiographs and fundus images: classes, masks, boxes, reports; PNG, JPEG, TIFF and DICOM.
 
     test = load("xrays/chestx-ray14", "data", "test", transform=test_transform())
     image, labels = test[0]                      # float32 (3, 224, 224), float32 (14,)
     load("xrays/rsna", "data", "train", task="detection", share="10")[0]     # image, boxes (10, 5)
     reports("xrays/mimic-cxr", "data").texts[0]
 
-`root` is the data folder (`data`). Opening a set reads its list; a picture is decoded when it is asked for.
+`root` is the data folder (`data`). Opening a set reads its list; an image is decoded when it is asked for.
 `xrays_sets` describes the sets.
 
-Pictures come as one grey channel in 0 to 1: 8 and 16 bits of a pixel are kept apart, colours are weighed as PIL does
-(the authors' code makes fundus pictures grey, too), and in a DICOM what says MONOCHROME1, white meaning less, is
+Images come as one grey channel in 0 to 1: 8 and 16 bits of a pixel are kept apart, colours are weighed as PIL does
+(the authors' code makes fundus images grey, too), and in a DICOM what says MONOCHROME1, white meaning less, is
 inverted. (The authors' loaders turn 16 bits into 8 by cutting them off at 255.)
 """
 
@@ -41,7 +41,7 @@ SPLITS = ("train", "val", "test")
 SHARES = ("1", "10", "100")
 MEAN, STD = 0.4722, 0.3028  # of grey values downstream, as released
 PRETRAIN_MEAN, PRETRAIN_STD = 0.4721, 0.3037
-BOXES = 10  # rows of a picture's boxes
+BOXES = 10  # rows of an image's boxes
 BOX_UNIT, RUN_SIDE = 1024, 1024  # pixels of the square in which RSNA's boxes and SIIM's runs are given
 _CHESTMNIST = (
     "chestmnist_224.npz",
@@ -52,15 +52,15 @@ _CHESTMNIST = (
 Transform = Callable[[Tensor], Tensor]
 
 
-# --- one picture ------------------------------------------------------------------------------------------------------
+# --- one image ------------------------------------------------------------------------------------------------------
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """A picture as float32 (H, W) in 0 to 1.
+    """An image as float32 (H, W) in 0 to 1.
 
     Raises:
         FileNotFoundError: it is not there.
-        CorruptFile: it is truncated, or no picture; the path is in the message.
+        CorruptFile: it is truncated, or no image; the path is in the message.
     """
     path = Path(path)
     if not path.is_file():
@@ -102,7 +102,7 @@ def rle_mask(runs: str, side: int = RUN_SIDE) -> np.ndarray:
     run; the mask is filled column by column. "-1" is an empty mask.
 
     Raises:
-        ValueError: not pairs of whole numbers, or a run beyond the picture.
+        ValueError: not pairs of whole numbers, or a run beyond the image.
     """
     flat = np.zeros(side * side, bool)
     numbers = [int(n) for n in runs.split()]
@@ -124,7 +124,7 @@ def rle_mask(runs: str, side: int = RUN_SIDE) -> np.ndarray:
 
 
 def _clipped(image: Tensor) -> Tensor:
-    """Bicubic interpolation overshoots at sharp edges; pictures of 8 bits, which the authors cut, cannot."""
+    """Bicubic interpolation overshoots at sharp edges; images of 8 bits, which the authors cut, cannot."""
     return image.clamp(0, 1)
 
 
@@ -154,12 +154,12 @@ def squeeze_transform(size: int = 224) -> v2.Transform:
 
 
 class MaskTransform:
-    """Segmentation: picture and mask to a square; in training scaled and turned by up to 10 %, half of the time.
+    """Segmentation: image and mask to a square; in training scaled and turned by up to 10 %, half of the time.
 
     Args:
         size: of the square.
         train: warp at random.
-        warp_mask: False warps the picture and leaves the mask, as released for SIIM.
+        warp_mask: False warps the image and leaves the mask, as released for SIIM.
     """
 
     def __init__(self, size: int = 224, train: bool = False, warp_mask: bool = True):
@@ -189,7 +189,7 @@ def _same(x: Tensor) -> Tensor:
 
 
 class Pictures(Dataset):
-    """Pictures that are decoded when asked for: item i is what the transform makes of picture i, alone.
+    """Images that are decoded when asked for: item i is what the transform makes of image i, alone.
 
     Args:
         dataset: what they are part of, for the words when a file has gone.
@@ -221,7 +221,7 @@ class Pictures(Dataset):
 
 
 class Labelled(Pictures):
-    """Item i: (picture, labels): float32 (classes,) of 0 and 1, or a class number for sets with one class a picture."""
+    """Item i: (image, labels): float32 (classes,) of 0 and 1, or a class number for sets with one class an image."""
 
     def __init__(
         self,
@@ -239,7 +239,7 @@ class Labelled(Pictures):
 
 
 class Boxed(Pictures):
-    """Item i: (picture, boxes (10, 5)): class 0, centre and size as fractions of the picture; padded with zeros."""
+    """Item i: (image, boxes (10, 5)): class 0, centre and size as fractions of the image; padded with zeros."""
 
     def __init__(
         self,
@@ -258,12 +258,12 @@ class Boxed(Pictures):
             self.boxes[i, : len(corners), 1:] = torch.cat([centre, extent], 1)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        # the authors' loader divides the stored boxes by the picture's side each time an item is asked for
+        # the authors' loader divides the stored boxes by the image's side each time an item is asked for
         return super().__getitem__(i), self.boxes[i].clone()
 
 
 class Masked(Pictures):
-    """Item i: (picture, mask (k, S, S) in 0 to 1). `mask(i)` reads it, at any size; see `MaskTransform`.
+    """Item i: (image, mask (k, S, S) in 0 to 1). `mask(i)` reads it, at any size; see `MaskTransform`.
 
     `finish` makes the mask of what is left after the transform.
     """
@@ -296,12 +296,12 @@ def own(root: str | Path, classes: Sequence[str] = ()) -> DataSet:
     """A folder of one's own, for `load` and `reports` in the place of a name; their `root` is then the folder itself.
 
     The lists have the authors' forms: train_list.txt (a path, then 0 or 1 for each class), train_list.csv with
-    img_path,mask_path or image_path,bbox (of a picture of 1024 pixels), val_list and test_list alike; and pretrain.csv
+    img_path,mask_path or image_path,bbox (of an image of 1024 pixels), val_list and test_list alike; and pretrain.csv
     with img_path,report and maybe llm_output.
     """
     return DataSet(
         name=Path(root).resolve().name,
-        title="pictures of your own",
+        title="images of your own",
         group="own",
         task="xrays",
         classes=len(classes),
@@ -309,7 +309,7 @@ def own(root: str | Path, classes: Sequence[str] = ()) -> DataSet:
         folders=(".",),
         layout="{train,val,test}_list.txt    a line: path, then 0 or 1 for each class\n{train,val,test}_list.csv    "
         "img_path,mask_path or image_path,bbox\npretrain.csv                 img_path,report,llm_output",
-        source="your own pictures",
+        source="your own images",
         licence="yours",
         citation="",
     )
@@ -343,7 +343,7 @@ def load(
 
     Raises:
         BadParameter: an unknown name, split, task or share.
-        MissingData: the folder or a list is not there, or has another number of pictures than is known.
+        MissingData: the folder or a list is not there, or has another number of images than is known.
         CorruptFile: a line of a list is not as it should be; the list and the line are in the message.
     """
     dataset = name if isinstance(name, DataSet) else find(name, "xrays")
@@ -365,11 +365,11 @@ def load(
         raise dataset.missing(root, f"{path.name}, the list of {split}" + (f" with {share} %" * (split == "train")))
     found = _READERS[task](dataset, root, path, transform, balanced and split == "train", seed)
     if not len(found):
-        raise CorruptFile(path, "lists no picture")
+        raise CorruptFile(path, "lists no image")
     listed = len(set(_rows(path, "ImageId", "EncodedPixels")[0])) if name == "xrays/siim" else len(found)
     expected = SIZES.get((name, task), {}).get(key, listed)
     if listed != expected:
-        raise dataset.missing(root, f"{path.name} has {listed} pictures, {expected} are known")
+        raise dataset.missing(root, f"{path.name} has {listed} images, {expected} are known")
     return found
 
 
@@ -440,7 +440,7 @@ def _box_masks(dataset: DataSet, root: str | Path, path: Path, transform, balanc
 
 
 def _run_masks(dataset: DataSet, root: str | Path, path: Path, transform, balanced: bool, seed: int) -> Masked:
-    """SIIM: several lines of runs a picture; positives, and as many negatives drawn at random."""
+    """SIIM: several lines of runs an image; positives, and as many negatives drawn at random."""
     runs: dict[str, list[str]] = {}
     for name, text in zip(*_rows(path, "ImageId", "EncodedPixels"), strict=True):
         runs.setdefault(name, []).append(text.strip())
@@ -477,7 +477,7 @@ _READERS = {"classification": _labelled, "segmentation": _masked, "detection": _
 
 
 class _Stacked(Labelled):
-    """ChestMNIST: the pictures are one array."""
+    """ChestMNIST: the images are one array."""
 
     def __init__(self, dataset: DataSet, root: Path, pictures: np.ndarray, labels: Tensor, transform):
         super().__init__(dataset, root, [f"{i}" for i in range(len(pictures))], labels, transform)
@@ -488,7 +488,7 @@ class _Stacked(Labelled):
 
 
 def _chestmnist(dataset: DataSet, root: Path, split: str, share: str, transform) -> Labelled:
-    """MedMNIST's file. Its share of 1 or 10 % of the training pictures is every hundredth or tenth: it has no lists."""
+    """MedMNIST's file. Its share of 1 or 10 % of the training images is every hundredth or tenth: it has no lists."""
     path = dataset.folder(root) / _CHESTMNIST[0]
     if not path.is_file():
         raise dataset.missing(root, f"{path.name} is not there")
@@ -499,7 +499,7 @@ def _chestmnist(dataset: DataSet, root: Path, split: str, share: str, transform)
         raise CorruptFile(path, f"not MedMNIST's file ({type(error).__name__}: {error})") from error
     known = SIZES[dataset.name, "classification"]["100" if split == "train" else split]
     if len(pictures) != known:
-        raise dataset.missing(root, f"{split} has {len(pictures)} pictures, {known} are known")
+        raise dataset.missing(root, f"{split} has {len(pictures)} images, {known} are known")
     step = {"1": 100, "10": 10, "100": 1}[share] if split == "train" else 1
     return _Stacked(dataset, root, pictures[::step], torch.from_numpy(labels[::step].astype(np.float32)), transform)
 
@@ -509,10 +509,10 @@ def _chestmnist(dataset: DataSet, root: Path, split: str, share: str, transform)
 
 @dataclass(frozen=True)
 class Reports:
-    """Pictures and what was written about them, in the same order.
+    """Images and what was written about them, in the same order.
 
     Attributes:
-        images: item i is the picture.
+        images: item i is the image.
         texts: the reports.
         statements: what a language model made of them; None where the file has no such column.
         windows: (n, 2) row and column of super-resolution's window; None without the file (it was never released).
@@ -530,7 +530,7 @@ def reports(name: str | DataSet, root: str | Path, transform: Transform | None =
     Raises:
         BadParameter: an unknown name.
         MissingData: no such CSV.
-        CorruptFile: columns that are not there, or windows that are not as many as the pictures.
+        CorruptFile: columns that are not there, or windows that are not as many as the images.
     """
     dataset = name if isinstance(name, DataSet) else find(name, "xrays")
     folder = dataset.folder(root)
@@ -541,7 +541,7 @@ def reports(name: str | DataSet, root: str | Path, transform: Transform | None =
         raise dataset.missing(root, f"none of {', '.join(REPORTS)} is there")
     paths, texts = _rows(path, "img_path", "report")
     if not paths:
-        raise CorruptFile(path, "lists no picture")
+        raise CorruptFile(path, "lists no image")
     with path.open(encoding="utf-8-sig") as file:
         spoken = "llm_output" in next(csv.reader(file), [])
     statements = _rows(path, "llm_output")[0] if spoken else None
@@ -553,12 +553,12 @@ def reports(name: str | DataSet, root: str | Path, transform: Transform | None =
             raise CorruptFile(other, f"not whole numbers ({error})") from error
         windows = torch.tensor(numbers).T
         if len(windows) != len(paths):
-            raise CorruptFile(other, f"{len(windows)} windows for {len(paths)} pictures of {path.name}")
+            raise CorruptFile(other, f"{len(windows)} windows for {len(paths)} images of {path.name}")
     return Reports(Pictures(dataset, root, paths, transform), texts, statements, windows)
 
 
 def _openi(dataset: DataSet, root: str | Path, transform: Transform | None) -> Reports:
-    """Findings, then impression, of every frontal picture; patients without either are left out."""
+    """Findings, then impression, of every frontal image; patients without either are left out."""
     folder = dataset.folder(root)
     for name in ("indiana_reports.csv", "indiana_projections.csv"):
         if not (folder / name).is_file():
@@ -579,7 +579,7 @@ def write_reports(
     """Write the CSV that `reports` reads, which the authors did not release; under a temporary name first.
 
     Args:
-        paths: of the pictures, relative to the set's folder; MIMIC's say the study, .../s<study_id>/<id>.jpg.
+        paths: of the images, relative to the set's folder; MIMIC's say the study, .../s<study_id>/<id>.jpg.
         texts: a report for each.
         statements: for each, or by study_id: what `read_statements` gives.
 
@@ -620,7 +620,7 @@ def read_statements(path: str | Path) -> dict[str, str]:
 
 
 def status(dataset: DataSet, root: Path) -> Status:
-    """What `data.status` says: lists, their lengths, and that each listed picture is there (none is opened)."""
+    """What `data.status` says: lists, their lengths, and that each listed image is there (none is opened)."""
     folder = dataset.folder(root)
     if not folder.is_dir():
         return Status("missing", f"{folder} is not there")
@@ -641,7 +641,7 @@ def status(dataset: DataSet, root: Path) -> Status:
     except CompanionError as error:
         return Status("incomplete", getattr(error, "detail", "") or str(error))
     if absent:
-        return Status("incomplete", f"{len(absent)} listed pictures are not there, the first is {absent[0]}")
+        return Status("incomplete", f"{len(absent)} listed images are not there, the first is {absent[0]}")
     return Status("present", "")
 
 

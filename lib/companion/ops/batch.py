@@ -1,4 +1,4 @@
-"""Many runs from one small file: paper x data set x seed, on this machine's cards or a cluster's nodes.
+"""Many runs from one small file: paper x data set x seed, on this machine's GPUs or a cluster's nodes.
 
 snakemake --cores all --configfile grid.yaml        # see README, "In batch"
 
@@ -121,9 +121,9 @@ def seeds(study: str | Path) -> list[int]:
 
 @contextlib.contextmanager
 def devices(count: int, folder: Path, poll: float = 1.0) -> Iterator[list[str]]:
-    """Hold `count` of this machine's cards until the block ends, and show the run no others.
+    """Hold `count` of this machine's GPUs until the block ends, and show the run no others.
 
-    The cards are those of CUDA_VISIBLE_DEVICES, or all that `nvidia-smi` lists. A lock file a card in `folder` keeps
+    The GPUs are those of CUDA_VISIBLE_DEVICES, or all that `nvidia-smi` lists. A lock file a GPU in `folder` keeps
     other runs of the same checkout off it; a killed run lets go of its own. On a cluster the scheduler deals the cards.
 
     Raises:
@@ -138,7 +138,7 @@ def devices(count: int, folder: Path, poll: float = 1.0) -> Iterator[list[str]]:
     folder.mkdir(parents=True, exist_ok=True)
     held: dict[str, object] = {}
     try:
-        while len(held) < count:  # one starter at a time, so that two runs of two cards cannot wait for each other
+        while len(held) < count:  # one starter at a time, so that two runs of two GPUs cannot wait for each other
             with (folder / "dealing.lock").open("w") as dealing:
                 fcntl.flock(dealing, fcntl.LOCK_EX)
                 for card in cards:
@@ -215,7 +215,7 @@ def summarise(runs: Mapping[str, Mapping], reports: Path) -> list[dict]:
     """Write `reports`/summary.csv, a row a run with its seconds, memory and, where it failed, the reason; return it.
 
     What runs on real data measured (their `measured.csv`) is gathered in one file a paper, `<paper>/grid.csv`; the
-    `measured.csv` beside it belongs to runs without a grid.
+    `measured.csv` next to it belongs to runs without a grid.
     """
     rows, measured = [], {}
     for name in runs:

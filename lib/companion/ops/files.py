@@ -20,7 +20,7 @@ FULL = 1 << 16  # bytes free: torch does not say why it could not write
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it is renamed to `path` when the block ends well, removed when not.
+    """Yield a temporary path next to `path`; it is renamed to `path` when the block ends well, removed when not.
 
     Raises:
         CannotWrite: the disk became full.
@@ -48,7 +48,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder`, which takes its place when the block ends well, and is removed when not.
+    """Yield an empty folder next to `folder`, which takes its place when the block ends well, and is removed when not.
 
     Raises:
         CannotWrite: the disk became full.

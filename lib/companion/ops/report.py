@@ -1,4 +1,4 @@
-"""What a notebook shows and leaves behind: checked parameters, tables beside the published ones, claims, the record.
+"""What a notebook shows and leaves behind: checked parameters, tables next to the published ones, claims, the record.
 
 run = report.start("sa2vp", profile=profile, seed=seed, ...)     # validates, prints what this run will do
 run.table("study", frame)                                        # shows it, writes tables/study.csv

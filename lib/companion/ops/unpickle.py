@@ -1,6 +1,6 @@
 """Reading pickles of other projects without running what is in them.
 
-Trainers pickle their own classes (settings, statistics) beside the weights, so `weights_only=True` refuses the file.
+Trainers pickle their own classes (settings, statistics) next to the weights, so `weights_only=True` refuses the file.
 Here every class or function that is not on a short list is replaced by an inert stand-in: nothing is imported, nothing
 runs, and the tensors come out.
 """

@@ -1,8 +1,8 @@
 """A study: what a paper's directional claims are judged by.
 
-Every method gets its learning rate from one grid, chosen on validation pictures, and is then trained on all training
-pictures and tested once a seed. Rows are kept in a CSV as they come, so that a study that was stopped goes on where it
-was; a record beside it says which code, versions and machine made them.
+Every method gets its learning rate from one grid, chosen on validation images, and is then trained on all training
+images and tested once a seed. Rows are kept in a CSV as they come, so that a study that was stopped continues where it
+was; a record next to it says which code, versions and machine made them.
 
 A module of `toy.ablations` describes one: its METHODS, TASKS (task -> its methods), LEARNING_RATES, SEEDS and
 SELECTION_SEED, `prepare(root, seed)` that writes the data of a seed, and `train(method, task, learning_rate, seed,
@@ -51,7 +51,7 @@ def run(
     """Run or finish the study of `paper`; write `folder`/study.csv and study.json; return its rows.
 
     Args:
-        root: where the pocket pictures are written.
+        root: where the pocket images are written.
         workers: processes, each on one thread; all cores by default.
         seeds: those to test; all by default, none for the choice of learning rates alone.
         start: folder of a study whose choice of learning rates is taken over.

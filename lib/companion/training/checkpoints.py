@@ -83,7 +83,7 @@ def save(folder: str | Path, name: str, state: Mapping[str, Tensor], metadata: M
 
 
 class Checkpoint:
-    """The file of a training in progress. Beside it, `<file>.csv` holds the history, a line a step, appended.
+    """The file of a training in progress. Next to it, `<file>.csv` holds the history, a line a step, appended.
 
     Args:
         path: of the file.

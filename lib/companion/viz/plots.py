@@ -238,7 +238,7 @@ def bars(table: pd.DataFrame, error: pd.DataFrame | None = None, value: str = "a
     if error is not None and not (table.index.equals(error.index) and table.columns.equals(error.columns)):
         raise BadParameter("error", list(error.columns), f"the rows and columns of the table: {list(table.columns)}")
     groups, methods = len(table.index), len(table.columns)
-    thick = 0.19  # inches a bar: a number at 8 points fits beside it
+    thick = 0.19  # inches a bar: a number at 8 points fits next to it
     figure, ax = plt.subplots(figsize=(6.4, groups * (methods * thick + 0.14) + 0.75 + 0.2 * math.ceil(methods / 4)))
     step = 1 / (methods + 0.14 / thick)
     colours = method_colours(map(str, table.columns))

@@ -14,7 +14,7 @@ BOX = [10, 10, 20, 20]
 
 
 def truth(**image_fields) -> dict:
-    """Two pictures, three classes, of which the third is on none."""
+    """Two images, three classes, of which the third is on none."""
     return {
         "images": [{"id": i, "width": 100, "height": 100, **image_fields} for i in (1, 2)],
         "categories": [
@@ -49,7 +49,7 @@ def test_overlap_decides():
 
 
 def test_lvis_drops_what_nobody_checked():
-    wrong = [row(1, 3), row(2, 5), row(2, 3, 0.99)]  # the last: a class that picture 2 does not show
+    wrong = [row(1, 3), row(2, 5), row(2, 3, 0.99)]  # the last: a class that image 2 does not show
     assert evaluate(truth(), wrong).ap50[0] == pytest.approx(50)
     assert evaluate(truth(), wrong, style="lvis").ap50[0] == pytest.approx(100)
     assert evaluate(truth(neg_category_ids=[3]), wrong, style="lvis").ap50[0] == pytest.approx(50)
@@ -68,7 +68,7 @@ def test_only_the_best_rows_count():
     rows = [row(1, 3, 0.1), *(row(1, 3, 0.9, [50 + i, 50, 9, 9]) for i in range(4))]
     assert evaluate(truth(), rows).ap50[0] > 0
     assert evaluate(truth(), rows, top=4).ap50[0] == 0
-    # of a picture over all classes in LVIS, of each class in COCO
+    # of an image over all classes in LVIS, of each class in COCO
     others = [row(1, 3, 0.1), row(1, 5, 0.9)]
     assert evaluate(truth(), others, top=1).ap50[0] == 100
     assert evaluate(truth(neg_category_ids=[5]), others, style="lvis", top=1).ap50[0] == 0

@@ -195,7 +195,7 @@ def test_another_distillation_has_another_checkpoint_wherever_it_is_started(smal
         runs._images_to_distil(given(dataset="pretraining/coco"))
     with pytest.raises(MissingData, match="imagenet"):
         runs._images_to_distil(given())
-    with pytest.raises(MissingData, match="no pictures"):
+    with pytest.raises(MissingData, match="no images"):
         runs._images_to_distil(given(dataset="folder", data_root=str(tmp_path / "none")))
 
 

@@ -105,7 +105,7 @@ def test_moco_trains_the_query_side(images):
     model(images, images.flip(-1)).backward()
     frozen = {"encoder.pos_embed", *(f"encoder.patch_embed.proj.{n}" for n in ("weight", "bias"))}
     names = {n for n, _ in model.named_parameters()}
-    # the patch tokens of the last block reach no loss but through the class token; the norm's bias shifts all alike,
+    # the patch tokens of the last block reach no loss but through the [CLS] token; the norm's bias shifts all alike,
     # which the projector's batch norm takes off again
     assert names - trained(model) <= frozen | {"encoder.norm.bias"}
     assert not any(n.startswith("key_") for n in names)

@@ -430,7 +430,7 @@ def test_a_file_of_the_remote_sensing_model(clip, tmp_path):
     assert {"cls_token", "blocks.1.attn.qkv.weight", "decoder_blocks.0.mlp.fc2.bias", "mask_token"} <= state.keys()
     again = MAE.from_official(state, decoder_heads=2)
     assert torch.equal(again(images()), mae(images()))
-    # as MAE's code saves it: beside the optimiser's state, an argparse.Namespace among it
+    # as MAE's code saves it: next to the optimiser's state, an argparse.Namespace among it
     torch.save(
         {"model": MAE(depth=1, decoder_depth=1).to_official(), "args": argparse.Namespace(lr=1)}, tmp_path / "m.pth"
     )

@@ -391,7 +391,7 @@ def test_a_table_of_another_region_size_is_resized_or_refused_never_left_out():
 
 
 def test_a_dino_checkpoint_gives_its_teacher(tmp_path):
-    """HIPT's files: wrapped names, a projection head, and the trainer's settings beside the tensors."""
+    """HIPT's files: wrapped names, a projection head, and the trainer's settings next to the tensors."""
     torch.manual_seed(0)
     encoder, student = PatchEncoder(depth=1), PatchEncoder(depth=1)
     wrapped = {f"module.backbone.{n}": t for n, t in encoder.state_dict().items()}

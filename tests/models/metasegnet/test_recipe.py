@@ -319,7 +319,7 @@ def test_potsdam(quick, tmp_path):
     assert twin.mIoU == 87.5 and twin["mIoU here"] == pytest.approx(ours.mIoU[0])
     assert anchors["mIoU here"].notna().sum() == 1 and list(anchors["augmentation here"]).count("none") == 1
     assert twin["OA here"] == pytest.approx(metrics.scores(counts, (5,)).oa)
-    # with augmentation, and another seed without: what stands beside the author's is of one kind
+    # with augmentation, and another seed without: what stands next to the author's is of one kind
     perfect = counts.diag().diag()
     for changes, found_ in (({"augmentation": "d4"}, perfect), ({"seed": 1}, counts)):
         other = SimpleNamespace(**vars(p) | changes)

@@ -366,7 +366,7 @@ def test_quirks_read_the_first_global_prompt_and_leave_out_the_last_norm():
 
 
 def _embedded(model: PromptPAR, batch: torch.Tensor) -> torch.Tensor:
-    """What enters the layers: CLS, the regions' class tokens, patches."""
+    """What enters the layers: CLS, the regions' [CLS] tokens, patches."""
     visual = model.clip.visual
     patches = visual.conv1(batch).flatten(2).mT
     first = visual.class_embedding.expand(len(batch), 1, -1)

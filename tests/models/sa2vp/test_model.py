@@ -416,7 +416,7 @@ def test_wrong_backbones():
     ],
 )
 def test_vits_of_another_form_are_refused_not_run_wrongly(changes):
-    """CLIP's ViTs have a norm before the blocks, DeiT-III's no position for the class token, ..."""
+    """CLIP's ViTs have a norm before the blocks, DeiT-III's no position for the [CLS] token, ..."""
     for kind in (SA2VP, VPT):
         with pytest.raises(BadParameter, match="no norm before its blocks"):
             kind(small_vit(**changes), 5)

@@ -45,7 +45,7 @@ def shaken(pipe: TIPPipeline) -> TIPPipeline:
 
 
 def batch(pipe: TIPPipeline, count: int = 2, size: int = 32) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """z_t, t, states of c_s and c_r, the degraded picture."""
+    """z_t, t, states of c_s and c_r, the degraded image."""
     torch.manual_seed(2)
     side, channels = size // pipe.multiple, pipe.unet.config.in_channels
     texts = ["a picture with rows", "Deblur with sigma 0.9"]
@@ -296,7 +296,7 @@ def test_gradients_are_those_with_the_whole_graph() -> None:
 
 
 def test_training_reaches_the_parts_in_order_and_leaves_the_rest_alone() -> None:
-    """From zero: the fusion alone, then the copied blocks and the end of the picture's network, then its start."""
+    """From zero: the fusion alone, then the copied blocks and the end of the image's network, then its start."""
     pipe = pocket()
     frozen = {
         n: {k: t.clone() for k, t in getattr(pipe, n).state_dict().items()} for n in ("unet", "vae", "text_encoder")

@@ -211,7 +211,7 @@ def test_results_gather(tmp_path: Path) -> None:
 
 @pytest.fixture
 def released(tmp_path: Path) -> Path:
-    """A narrow Stable Diffusion in the layout of the hub, below <data_root>/weights; pictures of one's own."""
+    """A narrow Stable Diffusion in the layout of the hub, below <data_root>/weights; images of one's own."""
     save_narrow(tmp_path / "weights" / recipe.BASES["sd15"])
     from torchvision.utils import save_image
 

@@ -59,7 +59,7 @@ def test_what_the_networks_read(root):
     assert texts["restoration only"][0] == {""} and BLIND in texts["restoration only"][1] != {BLIND}
     assert texts["semantic only"][1] == {BLIND} and len(texts["semantic only"][0]) > 3
     assert all(len(s.ops) == 4 for s in given["no skipping"])
-    for other in ("semantic only", "plain ControlNet"):  # the same pictures, degraded in the same way
+    for other in ("semantic only", "plain ControlNet"):  # the same images, degraded in the same way
         for a, b in zip(given["TIP"], given[other], strict=True):
             assert torch.equal(a.degraded, b.degraded) and a.ops == b.ops
     first, second = given["TIP"][0], given["TIP"][24]

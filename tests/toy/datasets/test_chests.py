@@ -54,7 +54,7 @@ def test_a_report_says_what_is_there_and_one_thing_that_is_not(drawn):
 
 
 def test_the_lesion_lies_on_the_side_that_the_report_names(drawn):
-    """The patient's left is the right of the picture."""
+    """The patient's left is the right of the image."""
     columns = {side: [] for side in chests.SIDES}
     for chest in drawn:
         left, top, right, bottom = chest.box
@@ -74,7 +74,7 @@ def test_the_lesion_lies_on_the_side_that_the_report_names(drawn):
     ],
 )
 def test_each_finding_is_drawn_as_it_is(drawn, finding, brighter, rows):
-    """Brighter or darker than the same place of the other lung's pictures, and at its height."""
+    """Brighter or darker than the same place of the other lung's images, and at its height."""
     own = [chest for chest in drawn if chest.finding == finding]
     lead = []
     for chest in own:

@@ -38,7 +38,7 @@ def root(tmp_path_factory):
 
 
 def angle(images: np.ndarray) -> np.ndarray:
-    """The hue of the most coloured pixels of each picture (n, 32, 32, 3), in quarters of the circle."""
+    """The hue of the most coloured pixels of each image (n, 32, 32, 3), in quarters of the circle."""
     found = []
     for image in images:
         hue, saturation, _ = np.moveaxis(rgb2hsv(image), -1, 0)
@@ -92,7 +92,7 @@ def test_the_lines_of_the_sensors_are_apart_and_fixed(domain):
         assert abs(pattern).max() == pytest.approx(domains.AMPLITUDE, rel=0.05) and abs(pattern.mean()) < 1e-9
         np.testing.assert_allclose(np.roll(pattern, domains.PERIOD, (0, 1)), pattern, atol=1e-9)
     assert abs((lines[0] * lines[1]).sum()) < 1e-9
-    # an average over many pictures has the sensor's own lines and not the other's
+    # an average over many images has the sensor's own lines and not the other's
     pictures, sensors = domains.unlabelled(domain, 400, seed=3)
     for sensor in (0, 1):
         mean = pictures[sensors == sensor].mean((0, 3)) / 255

@@ -65,7 +65,7 @@ def test_the_layout_does_not_know_the_zone(monkeypatch):
         drawn = np.stack([labels for _, labels in landcover.pictures(zone, 60, "train", SEED)])
         shares[zone] = np.bincount(drawn.ravel(), minlength=8) / drawn.size
     spread = np.ptp(list(shares.values()), axis=0)
-    assert (spread < 0.08).all()  # means of 60 pictures
+    assert (spread < 0.08).all()  # means of 60 images
     # other looks, the same labels
     monkeypatch.setattr(landcover, "FIELDS", landcover.FIELDS[::-1])
     monkeypatch.setattr(landcover, "TINTED", 1.0)
@@ -167,7 +167,7 @@ def test_the_reader_of_real_sets_reads_them(few):
         image, labels = found[i]
         assert torch.equal(labels, mine.labels[i])
         torch.testing.assert_close(geotiff.pixels(image.numpy()), mine.images[i])
-    # where the table is empty the picture's own georeference gives the zone
+    # where the table is empty the image's own georeference gives the zone
     (few / "pocket" / "landcover" / "places.csv").write_text("region\n")
     assert data.load("pocket/landcover", few, "test").zones() == list(mine.zones)
 

@@ -19,7 +19,7 @@ PLAIN = pedestrians.Pedestrian("", "short", "grey", "plain", "trousers", "grey",
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A data root with the pictures of one seed."""
+    """A data root with the images of one seed."""
     path = tmp_path_factory.mktemp("street")
     pedestrians.write(path, SEED)
     return path
@@ -33,7 +33,7 @@ def drawn(person, seed=0, camera="clear") -> np.ndarray:
     return pedestrians.draw(np.random.default_rng(seed), person, "train", camera).astype(float)
 
 
-# --- who is on a picture ----------------------------------------------------------------------------------------------
+# --- who is on an image ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_parts_hold_each_attribute_once():
 
 
 def test_a_colour_says_little_and_its_place_everything():
-    """Red is somewhere on most pictures, about as often where it is asked for as not."""
+    """Red is somewhere on most images, about as often where it is asked for as not."""
     _, persons = pedestrians.people(400, "train", "clear", 2)
     anywhere = ["red" in (p.hat, p.top, p.lower, p.shoes) for p in persons]
     assert 0.55 < np.mean(anywhere) < 0.8  # bags, drawn in a colour of their own, come on top

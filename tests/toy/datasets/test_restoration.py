@@ -1,4 +1,4 @@
-"""TIP's pocket pictures: from a seed, kind and contrast apart, splits apart, what a degradation takes away."""
+"""TIP's pocket images: from a seed, kind and contrast apart, splits apart, what a degradation takes away."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Silence:
 
 @pytest.mark.parametrize("stream", ["visible", "infrared"])
 def test_the_boxes_cover_the_things(plans, stream):
-    """What changes in the picture when a thing is left out fills its box and does not leave it."""
+    """What changes in the image when a thing is left out fills its box and does not leave it."""
     draw = {"visible": tracking.draw_visible, "infrared": tracking.draw_infrared}[stream]
     for video in plans["train"][:12]:
         for thing in range(3):

@@ -58,7 +58,7 @@ def test_its_texts_are_the_names_in_the_prompt_of_the_code(clip):
 
 
 def test_a_novel_thing_is_told_by_its_place(clip):
-    """The cosine of a whole picture with the right novel class is above that with the base class it looks like."""
+    """The cosine of a whole image with the right novel class is above that with the base class it looks like."""
     drawn = [s for s in scenes(300, "test", 3) if sum(label in NOVEL for label in s.labels) == 1]
     table = pocket.texts(clip)
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_equal_names_in_a_batch_are_all_right_answers(clip):
 
 
 def test_all_boxes_have_all_classes(detector, clip):
-    """Nothing is cut off by its score, whatever the vocabulary; equal pictures give the same in any batch."""
+    """Nothing is cut off by its score, whatever the vocabulary; equal images give the same in any batch."""
     images, text = pocket.stack(scenes(5, "val", 0)), pocket.texts(clip)
     boxes, said = detector(images, text)
     assert boxes.shape == (5, pocket.PROPOSALS, 4) and said.shape == (5, pocket.PROPOSALS, 16)

@@ -79,15 +79,15 @@ def evaluate(
     Args:
         annotations: a file, or what is in one.
         results: rows {"image_id", "category_id", "bbox": [x, y, width, height], "score"}, or a file with them.
-        style: "coco"; or "lvis", federated: a result of a class that the picture neither shows nor lists under
+        style: "coco"; or "lvis", federated: a result of a class that the image neither shows nor lists under
             `neg_category_ids` is dropped, and one too many of a class under `not_exhaustive_category_ids` is no error.
         groups: category ids by name, for the means of `Scores.by_group`. In style "lvis" the file's own frequencies
             give APr, APc and APf.
         kind: "bbox", or "segm" for masks, in which the tables of OV-LVIS are given; rows then hold "segmentation".
-        top: results counted for each picture, the best ones: 100 in COCO, 300 in LVIS, unless given.
+        top: results counted for each image, the best ones: 100 in COCO, 300 in LVIS, unless given.
 
     Raises:
-        BadParameter: an unknown style or kind, a group without a known class, a row without a field, or of a picture
+        BadParameter: an unknown style or kind, a group without a known class, a row without a field, or of an image
             that the annotations do not have.
         CorruptFile: a file that is not what it should be.
     """
@@ -104,14 +104,14 @@ def evaluate(
     pictures = {image["id"] for image in truth["images"]}
     if foreign := {row["image_id"] for row in rows} - pictures:
         some = sorted(foreign, key=str)[:5]
-        raise BadParameter("results", f"image_id {some}", f"ids of the {len(pictures)} annotated pictures")
+        raise BadParameter("results", f"image_id {some}", f"ids of the {len(pictures)} annotated images")
     known = set(ids)
     rows = [row for row in rows if row["category_id"] in known]
     top = top or {"coco": 100, "lvis": 300}[style]
-    # LVIS counts the best of a picture over all classes, COCO those of each class
+    # LVIS counts the best of an image over all classes, COCO those of each class
     rows = _best(rows, top) if style == "lvis" else rows
 
-    # the library wants numbers for pictures; OpenImages has names
+    # the library wants numbers for images; OpenImages has names
     number = {image["id"]: i for i, image in enumerate(truth["images"], 1)}
     for entry in truth["images"]:
         entry["id"] = number[entry["id"]]
@@ -182,7 +182,7 @@ def _rows(given: str | Path | Sequence[Mapping], kind: str) -> list[dict]:
 
 
 def _best(rows: list[dict], top: int) -> list[dict]:
-    """The best `top` rows of each picture, of all classes together."""
+    """The best `top` rows of each image, of all classes together."""
     by_picture: dict[object, list[dict]] = {}
     for row in rows:
         by_picture.setdefault(row["image_id"], []).append(row)

@@ -1,4 +1,4 @@
-"""Metrics of ECAMP's downstream tasks, by scikit-learn and torchmetrics; its own protocols beside the plain ones."""
+"""Metrics of ECAMP's downstream tasks, by scikit-learn and torchmetrics; its own protocols next to the plain ones."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def mean_auroc(labels: np.ndarray | Tensor, scores: np.ndarray | Tensor) -> floa
 
 
 def dice(probability: Tensor, truth: Tensor, protocol: str = "released") -> Tensor:
-    """Dice of each picture (n,) at a threshold of 0.5; probability and truth (n, ...).
+    """Dice of each image (n,) at a threshold of 0.5; probability and truth (n, ...).
 
-    "released": a picture without truth scores 1 when nothing was predicted and 0 otherwise, so that the mean rewards
-    silence: with 78 % healthy pictures an empty prediction everywhere scores 78. "plain" leaves those pictures out
+    "released": an image without truth scores 1 when nothing was predicted and 0 otherwise, so that the mean rewards
+    silence: with 78 % healthy images an empty prediction everywhere scores 78. "plain" leaves those images out
     (nan).
     """
     if protocol not in PROTOCOLS:
@@ -49,11 +49,11 @@ def mean_precision(found: Sequence[Tensor], boxes: Tensor, size: int, protocol: 
     """mAP over IoUs of 0.40 to 0.75, in percent.
 
     Args:
-        found: for each picture (m, 7), as `ecamp_heads.suppress` gives them.
+        found: for each image (m, 7), as `ecamp_heads.suppress` gives them.
         boxes: the truth (n, T, 5), class, centre and size as fractions; rows of zeros are padding.
-        size: the picture's side in pixels.
-        protocol: "released" skips pictures without truth and pictures where nothing was found, so that false alarms on
-            healthy pictures and complete misses cost nothing; "plain" counts all.
+        size: the image's side in pixels.
+        protocol: "released" skips images without truth and images where nothing was found, so that false alarms on
+            healthy images and complete misses cost nothing; "plain" counts all.
 
     Returns:
         -100, torchmetrics' word for it, where no box is left to be found.
@@ -61,7 +61,7 @@ def mean_precision(found: Sequence[Tensor], boxes: Tensor, size: int, protocol: 
     if protocol not in PROTOCOLS:
         raise BadParameter("protocol", protocol, PROTOCOLS)
     metric = MeanAveragePrecision(iou_thresholds=list(IOUS), backend="faster_coco_eval")
-    metric.warn_on_many_detections = False  # as released: the hundred best of a picture count
+    metric.warn_on_many_detections = False  # as released: the hundred best of an image count
     for kept, truth in zip(found, boxes, strict=True):
         truth = truth[truth[:, 3] > 0]
         if protocol == "released" and not (len(kept) and len(truth)):

@@ -1,10 +1,10 @@
-"""Scores of restored pictures beside the clean ones (TIP, section 7), all by torchmetrics.
+"""Scores of restored images next to the clean ones (TIP, section 7), all by torchmetrics.
 
     psnr(restored, clean)                     (B,), dB
     ssim(restored, clean)                     (B,)
     found, reasons = perceptual()             LPIPS and FID where their networks' weights are, else why not
 
-A summary of the paper names FID and LPIPS; which LPIPS network and how many pictures is not known: AlexNet here, the
+A summary of the paper names FID and LPIPS; which LPIPS network and how many images is not known: AlexNet here, the
 set's own.
 """
 
@@ -26,19 +26,19 @@ INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's
 
 
 def psnr(restored: Tensor, clean: Tensor) -> Tensor:
-    """-10 log10 of the mean squared error of each picture (B, 3, H, W) in [0, 1]: (B,) dB, infinite where equal."""
+    """-10 log10 of the mean squared error of each image (B, 3, H, W) in [0, 1]: (B,) dB, infinite where equal."""
     _alike(restored, clean)
     return -10 * (restored - clean).square().flatten(1).mean(1).log10()
 
 
 def ssim(restored: Tensor, clean: Tensor) -> Tensor:
-    """Structural similarity of each picture (B, 3, H, W) in [0, 1]: (B,); Gaussian windows of sigma 1.5, borders in."""
+    """Structural similarity of each image (B, 3, H, W) in [0, 1]: (B,); Gaussian windows of sigma 1.5, borders in."""
     _alike(restored, clean)
     return structural_similarity_index_measure(restored, clean, data_range=1.0, reduction="none").reshape(-1)
 
 
 def perceptual(download: bool = False) -> tuple[dict[str, Metric], dict[str, str]]:
-    """LPIPS (`update(restored, clean)`) and FID (`update(pictures, real=)`), both of floats in [0, 1].
+    """LPIPS (`update(restored, clean)`) and FID (`update(images, real=)`), both of floats in [0, 1].
 
     Args:
         download: fetch the weights of their networks where torch's cache has them not.

@@ -14,7 +14,7 @@ Two quantities decide on each frame: the distance of the centres and the overlap
 
 The rules differ from set to set, in what they make of frames without the object above all; `RULES` says how. The
 numbers agree with the benchmarks' own toolkits: PyPI `rgbt` 1.0.1, and the MATLAB toolkit of VisEvent as far as a port
-of it was to be had. Like `rgbt` this reckons in float32: boxes of whole pixels often meet a threshold exactly, and in
+of it was to be had. Like `rgbt` this estimates in float32: boxes of whole pixels often meet a threshold exactly, and in
 float64 MSR on RGBT234 moves by 0.01.
 """
 

@@ -492,7 +492,7 @@ class Segmenter(nn.Module):
         self.auxiliary = UperNetFCNHead(config, widths) if auxiliary else None
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits (B, C, H, W); in training, with an auxiliary head, its logits beside them."""
+        """Logits (B, C, H, W); in training, with an auxiliary head, its logits next to them."""
         maps = _maps(self.vit, images, self.layers)
         levels = [scale(x) for scale, x in zip(self.scales, maps, strict=True)]
         heads = [self.head, self.auxiliary] if self.training and self.auxiliary is not None else [self.head]

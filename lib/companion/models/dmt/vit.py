@@ -111,7 +111,7 @@ class ViT(nn.Module):
         return self.blocks[-1].attn.num_heads
 
     def no_weight_decay(self) -> set[str]:
-        """Tensors that MAE's and DINO's code leave without weight decay, beside vectors and biases, as timm has it."""
+        """Tensors that MAE's and DINO's code leave without weight decay, next to vectors and biases, as timm has it."""
         return {"cls_token", "pos_embed", "masked_embed"}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -35,7 +35,7 @@ nothing else:
 There is X.
 There may be X.
 There is no X.
-X is the entity as it is named below, with the words beside it that describe it in the report and no others.
+X is the entity as it is named below, with the words next to it that describe it in the report and no others.
 
 Entities: {entities}
 Report: {report}

@@ -5,7 +5,7 @@ Wang et al., IEEE TCSVT 2024, arXiv 2312.10692.
 A frozen CLIP encodes one sentence for each attribute. Deep prompts adapt its image tower in one global group and one
 group for each horizontal strip of the image; the tokens of a strip's group attend to their group and their strip only.
 One frozen ViT block fuses sentences and image tokens, and each attribute's token has its own linear head. A second loss
-compares the strips' class tokens with the sentences.
+compares the strips' [CLS] tokens with the sentences.
 
 Of the paper's text only the abstract and the figures were available: every formula here was read from the authors' code
 (Event-AHU/OpenPAR, folder PromptPAR, MIT, read at 210ff55; the release nearest to the paper is f3be678) and implemented
@@ -25,7 +25,7 @@ fusion block, Wt that of the text tower. Tokens are in the layout of the paper's
 
     [CLS, P_0] [LC_1, P_1] ... [LC_R, P_R] [patches, row by row]
 
-with LC_r the class token of region r and P_r its prompts.
+with LC_r the [CLS] token of region r and P_r its prompts.
 """
 
 from __future__ import annotations
@@ -372,7 +372,7 @@ class PromptPAR(nn.Module):
         return sum(p.numel() for p in self.trained().values()) + inert * self.text_prompts.numel()
 
     def tower(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
-        """The prompted layers of the image tower: (b, 1 + R + N, W), class tokens first, after CLIP's first norm, to
+        """The prompted layers of the image tower: (b, 1 + R + N, W), [CLS] tokens first, after CLIP's first norm, to
         (b, L, W) in the layout of the paper. The attention map of the last layer, (b, L, L), is appended to `maps`."""
         blocks, depth = self.clip.visual.transformer.resblocks, len(self.prompts)
         for i, block in enumerate(blocks, 1):

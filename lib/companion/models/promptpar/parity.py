@@ -21,7 +21,7 @@ from .recipe import by_epoch
 
 ROWS = [0, 1, 3, 6, 9, 12, 15, 16, 270]  # tokens of visual_transformer_small
 PLAIN_ROWS = [0, 1, 10, 11, 266]  # and of the same without regions
-CLASS_ROWS = [0, 1, 11, 22, 33, 44]  # of the full size: CLS, the first global prompt, the regions' class tokens
+CLASS_ROWS = [0, 1, 11, 22, 33, 44]  # of the full size: CLS, the first global prompt, the regions' [CLS] tokens
 TOKEN_ROWS = [*CLASS_ROWS, 55, 183, 310]  # and three patches
 
 

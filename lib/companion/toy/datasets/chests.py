@@ -6,22 +6,22 @@ finding is absent; the two come in random order:
 
     there is a left nodule . there is no evidence of effusion .
 
-As on a radiograph, "left" is the patient's left and the right of the picture. The size of a finding is drawn and not
-said. Where words were many and findings small, a text decoder of this size learned the language and not the picture
+As on a radiograph, "left" is the patient's left and the right of the image. The size of a finding is drawn and not
+said. Where words were many and findings small, a text decoder of this size learned the language and not the image
 (the specification, section 14); so the world says little, and what it says can be seen: with a quarter of the patches
 visible, a nodule still shows in two of three views.
 
     <root>/pocket/chests/images/000001.png      16 bit, grey
                          masks/000001.png       the lesion
-                         pretrain.csv           img_path,report,llm_output of the training pictures, as ECAMP's loader
+                         pretrain.csv           img_path,report,llm_output of the training images, as ECAMP's loader
                          attn-label.csv         label_i,label_j, same order: the window of super-resolution, the centre
                          wordpiece.json         the words of the training reports, in the form of `tokenizers`
                          {train,val,test}_list.txt       path and 0 or 1 for each of FINDINGS, as ChestX-ray14's lists
-                         {train,val,test}_boxes.csv      image_path,bbox in 1/1024 of the picture, as RSNA's
+                         {train,val,test}_boxes.csv      image_path,bbox in 1/1024 of the image, as RSNA's
                          {train,val,test}_masks.csv      img_path,mask_path, as RIGA's
                          {val,test}_reports.csv          as pretrain.csv
 
-Every picture is drawn, none is a photograph; the splits draw from random streams of their own.
+Every image is drawn, none is a photograph; the splits draw from random streams of their own.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from ...errors import BadParameter, CorruptFile, MissingData
 from . import read_image, write_once, write_table
 from .scenes import SPLITS
 
-SIZE = 64  # side of every picture, in pixels
+SIZE = 64  # side of every image, in pixels
 FINDINGS = ("nodule", "effusion", "pneumothorax", "opacity")
 SIDES = ("left", "right")  # the patient's
 COUNTS = {"train": 2000, "val": 400, "test": 800}
 MEAN, STD = 0.5, 0.15  # of the grey values on disk, in 0 to 1
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[MASK]", "[SEP]")  # ids 0 to 4, as ECAMP's vocabulary has them
-BOX_UNIT = 1024  # the side of the picture in which RSNA gives its boxes
-VERSION = 2  # raised when a change of this file changes the pictures
+BOX_UNIT = 1024  # the side of the image in which RSNA gives its boxes
+VERSION = 2  # raised when a change of this file changes the images
 
 _LUNG_X = {"left": 0.7, "right": 0.3}
 _LUNG_Y, _HALF_X, _HALF_Y = 0.45, 0.16, 0.33
@@ -60,7 +60,7 @@ _ROWS, _COLUMNS = (np.mgrid[:SIZE, :SIZE] + 0.5) / SIZE
 
 @dataclass(frozen=True)
 class Chest:
-    """A picture as it was drawn.
+    """An image as it was drawn.
 
     Attributes:
         image: (64, 64) uint16.
@@ -105,7 +105,7 @@ def _oval(x: float, y: float, half_x: float, half_y: float) -> np.ndarray:
 
 
 def _step(distance: np.ndarray) -> np.ndarray:
-    """From 0 to 1 where `distance`, in sides of the picture, passes 0, over about a pixel."""
+    """From 0 to 1 where `distance`, in sides of the image, passes 0, over about a pixel."""
     return np.clip(0.5 + distance * SIZE, 0, 1)
 
 
@@ -146,7 +146,7 @@ def draw(rng: np.random.Generator) -> Chest:
     grey += 0.25 * _oval(*(np.array([0.55, 0.66, 0.14, 0.16]) + rng.normal(0, 0.02, 4)))
     where, added = _lesion(rng, finding, lungs[side])
     grey += added + rng.normal(0, 0.04, grey.shape)
-    # each picture at its own exposure
+    # each image at its own exposure
     grey = (grey - grey.mean()) / grey.std() * rng.uniform(0.9, 1.1) + rng.normal(0, 0.1)
     image = np.round(np.clip(MEAN + STD * grey, 0, 1) * 65535).astype(np.uint16)
     negation = ("there is no", "there is no evidence of")[rng.integers(2)]
@@ -249,7 +249,7 @@ def read(root: str | Path, split: str) -> Part:
     Raises:
         BadParameter: an unknown split.
         MissingData: the folder is not there.
-        CorruptFile: a picture or a list cannot be read; its path is said.
+        CorruptFile: an image or a list cannot be read; its path is said.
     """
     if split not in SPLITS:
         raise BadParameter("split", split, SPLITS)

@@ -48,7 +48,7 @@ LISTS = {
     "train800val200.txt": ("train", "val"),
     "test.txt": ("test",),
 }
-VERSION = 2  # raised when a change of this file or of scenes.py changes the pictures
+VERSION = 2  # raised when a change of this file or of scenes.py changes the images
 
 
 def _where(rng: np.random.Generator, split: str, index: int) -> tuple[np.ndarray, int]:
@@ -92,7 +92,7 @@ def _textures(rng: np.random.Generator, split: str, index: int) -> tuple[np.ndar
 
 @dataclass(frozen=True)
 class Task:
-    """A pocket task: its class names, how many test pictures it has, and how one picture is made."""
+    """A pocket task: its class names, how many test images it has, and how one image is made."""
 
     classes: tuple[str, ...]
     test: int
@@ -100,7 +100,7 @@ class Task:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Pictures per split."""
+        """Images per split."""
         return {"train": 800, "val": 200, "test": self.test}
 
 
@@ -113,7 +113,7 @@ TASKS = {
 
 
 def examples(task: str, split: str, seed: int = 0) -> Iterable[tuple[np.ndarray, int]]:
-    """The pictures (32, 32, 3) uint8 and labels of one split of a task, in order, without writing them.
+    """The images (32, 32, 3) uint8 and labels of one split of a task, in order, without writing them.
 
     Raises `BadParameter` for an unknown task or split.
     """
@@ -126,7 +126,7 @@ def examples(task: str, split: str, seed: int = 0) -> Iterable[tuple[np.ndarray,
 
 
 def write(root: str | Path, tasks: Iterable[str] = tuple(TASKS), seed: int = 0) -> list[Path]:
-    """Write pocket tasks below `<root>/pocket/`; a finished one is left alone, an unfinished one is made anew.
+    """Write pocket tasks below `<root>/pocket/`; a finished one is left alone, an unfinished one is made again.
 
     Args:
         root: the data folder, the one that the readers are given.

@@ -1,8 +1,8 @@
-"""Collages: 32x32 pictures of four factors that are drawn apart, for teachers that are each blind to one of them.
+"""Collages: 32x32 images of four factors that are drawn apart, for teachers that are each blind to one of them.
 
     <root>/pocket/collage/{train,val,test}/<texture>/00000.png   factors.csv   collage.json
 
-* texture: the background is a cut of one of eight photographs that ship with scikit-image and scikit-learn, in grey,
+* texture: the background is a crop of one of eight photographs that ship with scikit-image and scikit-learn, in grey,
   tinted through all hues of the colour circle.
 * shape: a disc, ring, cross or square near the middle.
 * hue: the shape's, one of eight. The tint of the background has every hue, so that the object must be looked at.
@@ -37,17 +37,17 @@ HUES, QUADRANTS = 8, ("top left", "top right", "bottom left", "bottom right")
 FACTORS = {"texture": len(TEXTURES), "shape": len(SHAPES), "hue": HUES, "quadrant": len(QUADRANTS)}
 COUNTS = {"train": 3000, "val": 800, "test": 1500}
 MEAN, STD = 0.5, 0.5  # what pixels in 0..1 are normalised with
-VERSION = 1  # raised when a change of this file or of scenes.py changes the pictures
+VERSION = 1  # raised when a change of this file or of scenes.py changes the images
 
 WINDOW = 44  # largest side of a cut, in pixels of the photograph
-MARKER, RANGE = 8, 4  # side of the reddish square, and its distances 1 to 4 from the picture's edge
+MARKER, RANGE = 8, 4  # side of the reddish square, and its distances 1 to 4 from the image's edge
 STRENGTH, MARKED = 0.6, 0.9  # of the tint, and of the square's
 LUMA = np.array([0.299, 0.587, 0.114])
 
 
 @dataclass(frozen=True)
 class Collage:
-    """A picture (32, 32, 3) uint8, and its factors in the order of `FACTORS`."""
+    """An image (32, 32, 3) uint8, and its factors in the order of `FACTORS`."""
 
     image: np.ndarray
     factors: tuple[int, int, int, int]
@@ -74,7 +74,7 @@ def _photograph(name: str) -> Image.Image:
 
 
 def texture(rng: np.random.Generator, name: str, split: str) -> np.ndarray:
-    """A cut of a photograph (32, 32) from the tiles of `split`, mean 0, deviation 1, clipped at 2.5."""
+    """A crop of a photograph (32, 32) from the tiles of `split`, mean 0, deviation 1, clipped at 2.5."""
     places = scenes.tiles(name, split)
     left, top, right, bottom = places[rng.integers(len(places))]
     side = min(WINDOW, right - left, bottom - top)
@@ -95,12 +95,12 @@ def coverage(shape: str, centre: tuple[float, float], radius: float, angle: floa
 
 
 def collage(rng: np.random.Generator, split: str, factors: tuple[int, int, int, int] | None = None) -> Collage:
-    """Draw one picture; factors that are not given are random."""
+    """Draw one image; factors that are not given are random."""
     kind, shape, hue, quadrant = factors or [int(rng.integers(n)) for n in FACTORS.values()]
     grain = texture(rng, TEXTURES[kind], split)
     rows, columns = np.mgrid[:SIZE, :SIZE] + 0.5 - SIZE / 2
     turn = rng.uniform(0, 2 * np.pi)
-    # the tint goes once round the colour circle along one side of the picture
+    # the tint goes once round the colour circle along one side of the image
     around = rng.uniform() + rng.choice((-1, 1)) * (columns * np.cos(turn) + rows * np.sin(turn)) / SIZE
     strength = np.full((SIZE, SIZE), STRENGTH * rng.uniform(0.8, 1))
     y, x = (int(n) for n in rng.integers(1, RANGE + 1, 2))
@@ -154,12 +154,12 @@ class Part:
 
 
 def read(root: str | Path, split: str) -> Part:
-    """Read a split that `write` wrote below `root`, pictures by the reader of class folders, in the order drawn.
+    """Read a split that `write` wrote below `root`, images by the reader of class folders, in the order drawn.
 
     Raises:
         BadParameter: an unknown split.
         MissingData: the folder is not there.
-        CorruptFile: a picture or the list cannot be read; its path is said.
+        CorruptFile: an image or the list cannot be read; its path is said.
     """
     if split not in SPLITS:
         raise BadParameter("split", split, SPLITS)

@@ -12,8 +12,8 @@ things are hard, one of three base things.
         annotations/instances_train.json  instances_val.json  instances_test.json
         train/000001.png ...  val/...  test/...
 
-The annotations are COCO's; those of training keep the boxes of base classes only, and all pictures, as the split of
-OV-COCO has it. Two fields are ours: "place" of a picture, and "look" of an annotation, "plain", "hard" or "hidden".
+The annotations are COCO's; those of training keep the boxes of base classes only, and all images, as the split of
+OV-COCO has it. Two fields are ours: "place" of an image, and "look" of an annotation, "plain", "hard" or "hidden".
 
 Backgrounds and surfaces of training, validation and test are cut from tiles of their own, as in `scenes`.
 """
@@ -33,13 +33,13 @@ from ...ops.files import write_json
 from . import write_once
 from .scenes import SPLITS, cut, photograph, quantise, tiles
 
-SIDE = 64  # of every picture, in pixels
+SIDE = 64  # of every image, in pixels
 COUNTS = {"train": 900, "val": 200, "test": 300}
 LOOKS = ("plain", "hard", "hidden")
 PLACES = {"meadow": "grass", "wall": "brick", "path": "gravel", "night": "stars"}
 """The places and the photographs that show them."""
 
-VERSION = 1  # raised when a change of this file or of scenes.py changes the pictures
+VERSION = 1  # raised when a change of this file or of scenes.py changes the images
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ BASE = tuple(index for index, thing in enumerate(THINGS) if not thing.like)
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture.
+    """One image.
 
     Attributes:
         image: (64, 64, 3) uint8.
@@ -123,7 +123,7 @@ def backdrop(rng: np.random.Generator, place: str, split: str) -> np.ndarray:
     pixels = np.asarray(window.resize((SIDE, SIDE), Image.Resampling.BILINEAR), dtype=float).mean(-1) / 255
     if rng.random() < 0.5:
         pixels = pixels[:, ::-1]
-    # the same mean and deviation everywhere, and no colour but a random tint: the texture alone tells the place
+    # one mean and standard deviation everywhere, and no colour but a random tint: the texture alone tells the place
     pixels = (pixels - pixels.mean()) / (pixels.std() + 1e-3)
     tint = hsv2rgb(np.array([rng.random(), rng.uniform(0, 0.25), 1.0]))
     return (rng.uniform(0.35, 0.6) + rng.uniform(0.08, 0.14) * np.clip(pixels, -2.5, 2.5))[..., None] * tint
@@ -150,7 +150,7 @@ def coverage(shape: str, centre: tuple[float, float], radius: float) -> np.ndarr
 
 
 def _layout(rng: np.random.Generator, sides: list[float]) -> list[tuple[float, float]] | None:
-    """Centres for squares with these sides that lie in the picture and do not touch; None when they did not fit."""
+    """Centres for squares with these sides that lie in the image and do not touch; None when they did not fit."""
     placed: list[tuple[float, float]] = []
     for number, side in enumerate(sides):
         for _ in range(40):
@@ -188,7 +188,7 @@ def _draw(
         covered = gaussian_filter(covered, rng.uniform(0.8, 1.4))
     pixels = pixels * (1 - covered[..., None]) + surface * covered[..., None]
     if look == "hidden":
-        # a post before it, as grey as the picture, over a third of its width or so
+        # a post before it, as grey as the image, over a third of its width or so
         wide = side * rng.uniform(0.25, 0.4)
         left = centre[0] - side / 2 + rng.uniform(0.1, 0.9) * (side - wide)
         columns = np.arange(SIDE)

@@ -1,16 +1,16 @@
-"""Two small domains, a "remote" and a "medical" one, whose pictures come from two sensors that CLIP cannot tell apart.
+"""Two small domains, a "remote" and a "medical" one, whose images come from two sensors that CLIP cannot tell apart.
 
     <root>/<domain>/split.json  images/<class>/<split>-<number>.png  sensors.json
 
-A picture is a drawn object on a grey cut of a photograph: seen from above in "remote", of tissue and retina in
+An image is a drawn object on a grey cut of a photograph: seen from above in "remote", of tissue and retina in
 "medical". Each comes from one of two sensors, at random. A sensor has two properties:
 
 * how it shows colour: the first as it is, the second turned half round the colour circle (remote: a false-colour
   composite) or as a negative (medical). What is red looks cyan in either. So the words of the class names are right for
-  one half of the pictures and wrong for the other, and no fixed prompt can be right for both.
+  one half of the images and wrong for the other, and no fixed prompt can be right for both.
 * its fixed pattern of lines, in a direction of its own and always at the same place, as the fixed-pattern noise of
   real sensors is. The pocket CLIP was trained to name objects whatever is behind them, and its feature does not hold
-  the pattern; a model that learns to fill in pictures of the domain must know it.
+  the pattern; a model that learns to fill in images of the domain must know it.
 
 So a domain model has something to tell that CLIP does not know and that is as true of new classes: this is what DPLQ's
 mechanism needs to win anything, and the world was built to have it. A pattern that never moves is no riddle, though: an
@@ -36,9 +36,9 @@ from ...ops.files import write_json
 from . import write_once
 from .scenes import HUES, PLACES, SHAPES, SIZE, SPLITS, canvas, coverage, cut, quantise
 
-EACH = {"train": 16, "val": 20, "test": 40}  # pictures of each class
+EACH = {"train": 16, "val": 20, "test": 40}  # images of each class
 AMPLITUDE, PERIOD = 0.12, 8  # of the sensors' lines: of the range of pixels; in pixels
-VERSION = 1  # raised when a change of this file or of scenes.py changes the pictures
+VERSION = 1  # raised when a change of this file or of scenes.py changes the images
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def pattern(domain: str, sensor: int) -> np.ndarray:
 
 
 def picture(rng: np.random.Generator, domain: str, split: str, label: int, sensor: int) -> np.ndarray:
-    """One picture (32, 32, 3) uint8 of a class; background and surface are cut from tiles of `split`.
+    """One image (32, 32, 3) uint8 of a class; background and surface are cut from tiles of `split`.
 
     Raises `BadParameter` for an unknown domain, split or sensor.
     """
@@ -141,9 +141,9 @@ def picture(rng: np.random.Generator, domain: str, split: str, label: int, senso
 
 
 def unlabelled(domain: str, count: int, split: str = "train", seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures (count, 32, 32, 3) uint8 of any class of a domain, and their sensors (count,), 0 or 1.
+    """Images (count, 32, 32, 3) uint8 of any class of a domain, and their sensors (count,), 0 or 1.
 
-    The sensors are for measuring; a model that is pre-trained on the pictures is not given them.
+    The sensors are for measuring; a model that is pre-trained on the images is not given them.
     """
     rng = _chance(f"unlabelled {domain}", split, seed)
     sensors, labels = rng.integers(2, size=count), rng.integers(len(_domain(domain).classes), size=count)

@@ -9,7 +9,7 @@ and three of what people build (pale, terracotta, metal) are dealt to the classe
     wet         red-brown   green       straw              2       metal        pale
 
 The layout of the land is drawn without knowing the zone, and all colours of fields occur in every zone: who does not
-know where a picture was taken cannot tell the three fields apart, but for one weak cue: in 30% of the pictures trees
+know where an image was taken cannot tell the three fields apart, but for one weak cue: in 30% of the images trees
 are tinted by moisture. What is built has two colours of three, and which two tells the style, to who finds that out;
 no single roof does. Trees, roads and water look the same everywhere. THE LOOKS ARE INVENTED: the zones' codes and names
 are Koeppen's and Geiger's, what grows and stands there is not (section 14).
@@ -22,7 +22,7 @@ that is built, so that they tell no class from another of its kind. Each split h
                             {train,val,test}.txt                   file names, without folders
                             places.csv                             region, latitude, longitude, zone
 
-That is OpenEarthMap's layout, with the region table that ours has. The pictures are georeferenced at a real town of
+That is OpenEarthMap's layout, with the region table that ours has. The images are georeferenced at a real town of
 their zone, which has nothing to do with what they show: it takes them through the path from coordinates to a text.
 """
 
@@ -45,20 +45,20 @@ from ...errors import BadParameter, CorruptFile, MissingData
 from . import read_image, scenes, write_once, write_table
 from .scenes import SPLITS
 
-SIZE = 64  # side of every picture, in pixels
+SIZE = 64  # side of every image, in pixels
 CLASSES = ("bareland", "rangeland", "developed", "road", "tree", "water", "agriculture", "building")
 IGNORE = len(CLASSES)  # the label of a pixel that nobody labelled
 PAINT = ("#800000", "#00ff24", "#949494", "#ffffff", "#226126", "#0045ff", "#4bb549", "#de1f07")  # OpenEarthMap's
 COUNTS = {"train": 30, "val": 10, "test": 40}  # of each zone
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as the author normalises (ImageNet's)
 PROMPTS = Path(__file__).with_name("climate_prompts.yaml")
-VERSION = 1  # raised when a change of this file changes the pictures
+VERSION = 1  # raised when a change of this file changes the images
 
 MOISTURES = ("dry", "temperate", "wet")
 
 
 class Zone(NamedTuple):
-    """A zone: its place in the two invented rules, and the town where its pictures are said to be."""
+    """A zone: its place in the two invented rules, and the town where its images are said to be."""
 
     moisture: int  # of MOISTURES
     style: int  # 0, 1 or 2
@@ -93,7 +93,7 @@ COLOURS = {
 FIELDS = (("straw", "red-brown", "green"), ("red-brown", "straw", "green"), ("red-brown", "green", "straw"))
 BUILT = (("pale", "terracotta"), ("terracotta", "metal"), ("metal", "pale"))
 TINTS = ((0.10, 0.06, 0.08), (0.0, 0.04, 0.0), (-0.06, 0.04, -0.04))  # of trees, by moisture
-TINTED = 0.3  # of the pictures
+TINTED = 0.3  # of the images
 # whose light and dark lies on which classes: never another photograph for two classes that swap their colours
 SURFACES = {
     "grass": ("bareland", "rangeland", "agriculture"),
@@ -162,7 +162,7 @@ def _surface(rng: np.random.Generator, name: str, split: str) -> np.ndarray:
 
 
 def paint(labels: np.ndarray, zone: str, rng: np.random.Generator, split: str) -> np.ndarray:
-    """The picture (64, 64, 3) uint8 of a layout in a zone; raises `BadParameter` for an unknown zone or split."""
+    """The image (64, 64, 3) uint8 of a layout in a zone; raises `BadParameter` for an unknown zone or split."""
     palette = np.array([COLOURS[name] for name in look(zone).values()])
     if rng.random() < TINTED:
         palette[CLASSES.index("tree")] += TINTS[ZONES[zone].moisture]
@@ -171,12 +171,12 @@ def paint(labels: np.ndarray, zone: str, rng: np.random.Generator, split: str) -
         here = np.isin(labels, [CLASSES.index(c) for c in classes])
         pixels = pixels + np.where(here, ROUGHNESS * _surface(rng, name, split), 0)[..., None]
     pixels = pixels + rng.normal(0, 0.03, pixels.shape)
-    pixels = pixels * rng.uniform(0.88, 1.12) + rng.normal(0, 0.02, 3)  # each picture at its own light
+    pixels = pixels * rng.uniform(0.88, 1.12) + rng.normal(0, 0.02, 3)  # each image at its own light
     return scenes.quantise(pixels)
 
 
 def pictures(zone: str, count: int, split: str, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
-    """`count` pairs of a picture (64, 64, 3) uint8 and its labels (64, 64) uint8; the same arguments give the same.
+    """`count` pairs of an image (64, 64, 3) uint8 and its labels (64, 64) uint8; the same arguments give the same.
 
     Layouts come from a random stream that does not know the zone's looks."""
     if split not in SPLITS:
@@ -232,7 +232,7 @@ def write(root: str | Path, seed: int = 0) -> Path:
 def save(path: str | Path, pixels: np.ndarray, zone: str, number: int = 0) -> None:
     """Write pixels (H, W) or (H, W, 3) uint8 as a GeoTIFF in longitude and latitude (EPSG:4326) near the zone's town.
 
-    `number` moves it, so that pictures of a zone lie beside each other."""
+    `number` moves it, so that images of a zone lie next to each other."""
     entry = ZONES[zone]
     up = PIXEL / 111_320  # degrees a pixel
     across = up / math.cos(math.radians(entry.latitude))
@@ -255,12 +255,12 @@ def save(path: str | Path, pixels: np.ndarray, zone: str, number: int = 0) -> No
 
 @dataclass(frozen=True)
 class Part:
-    """Pictures in memory.
+    """Images in memory.
 
     Attributes:
         images: (n, 3, 64, 64), normalised by `MEAN` and `STD`.
         labels: (n, 64, 64) int64, places in `CLASSES`, `IGNORE` where nobody labelled.
-        zones: the code of each picture's zone.
+        zones: the code of each image's zone.
     """
 
     images: Tensor
@@ -271,13 +271,13 @@ class Part:
         return len(self.zones)
 
     def of(self, zones: Sequence[str]) -> Part:
-        """The pictures of some zones."""
+        """The images of some zones."""
         keep = [i for i, zone in enumerate(self.zones) if zone in zones]
         return Part(self.images[keep], self.labels[keep], tuple(self.zones[i] for i in keep))
 
 
 def normalise(pixels: np.ndarray) -> Tensor:
-    """Pictures (..., H, W, 3) uint8 as the network wants them, (..., 3, H, W)."""
+    """Images (..., H, W, 3) uint8 as the network wants them, (..., 3, H, W)."""
     mean, std = torch.tensor(MEAN), torch.tensor(STD)
     return ((torch.from_numpy(pixels).float() / 255 - mean) / std).movedim(-1, -3).contiguous()
 
@@ -288,7 +288,7 @@ def read(root: str | Path, split: str) -> Part:
     Raises:
         BadParameter: an unknown split.
         MissingData: the folder is not there.
-        CorruptFile: a picture or a table cannot be read; its path is said.
+        CorruptFile: an image or a table cannot be read; its path is said.
     """
     if split not in SPLITS:
         raise BadParameter("split", split, SPLITS)

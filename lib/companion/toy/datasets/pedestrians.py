@@ -1,10 +1,10 @@
 """Small pedestrians, 64x32 pixels, whose attributes are told by height: the same colours occur on every part.
 
-A person stands before a cut of a real photograph and wears a top, trousers or shorts, and shoes, each red, blue, green
+A person stands before a crop of a real photograph and wears a top, trousers or shorts, and shoes, each red, blue, green
 or grey, whose cloth is cut from photographs too; maybe a hat, maybe a bag, whose colours are any of the four. "Red" is
-in nine of ten pictures: what counts is where. So a model that looks at strips has something to win.
+in nine of ten images: what counts is where. So a model that looks at strips has something to win.
 
-Two cameras show them. The clear one makes the pictures that the pocket CLIP learns from. The street's is dim, has a
+Two cameras show them. The clear one makes the images that the pocket CLIP learns from. The street's is dim, has a
 colour cast, few pixels and much noise: it makes the data set that prompts are learned on.
 
     <root>/pocket/pedestrians/annotation.mat  data/000001.png
@@ -30,11 +30,11 @@ from ...errors import BadParameter
 from . import write_once
 from .scenes import PHOTOGRAPHS, SPLITS, cut, photograph, quantise, tiles
 
-HEIGHT, WIDTH = 64, 32  # of every picture, in pixels
+HEIGHT, WIDTH = 64, 32  # of every image, in pixels
 COLOURS = ("red", "blue", "green", "grey")
 CAMERAS = ("clear", "street")
 COUNTS = {"train": 400, "val": 300, "test": 600}
-VERSION = 1  # raised when a change of this file or of scenes.py changes the pictures
+VERSION = 1  # raised when a change of this file or of scenes.py changes the images
 
 # by label: which attributes there are, and the sentence that asks for each
 SENTENCES = {
@@ -185,7 +185,7 @@ def backdrop(rng: np.random.Generator, split: str) -> np.ndarray:
 
 
 def draw(rng: np.random.Generator, person: Pedestrian, split: str, camera: str = "street") -> np.ndarray:
-    """A picture (64, 32, 3) uint8 of a person; background and cloth are cut from tiles of `split`.
+    """An image (64, 32, 3) uint8 of a person; background and cloth are cut from tiles of `split`.
 
     Raises `BadParameter` for an unknown split or camera.
     """
@@ -212,7 +212,7 @@ def draw(rng: np.random.Generator, person: Pedestrian, split: str, camera: str =
     hair = np.array([0.25, 0.16, 0.1]) * rng.uniform(0.4, 2.2)
     side = (-1, 1)[rng.integers(2)]
     bag = _paint(rng, COLOURS[rng.integers(len(COLOURS))])
-    if person.bag == "backpack":  # behind the body: it is seen beside the shoulders
+    if person.bag == "backpack":  # behind the body: it is seen next to the shoulders
         left, right = sorted((x + side * (wide - 1), x + side * (wide + 5.5)))
         wear(_box(left, at(0.18), right, at(0.48)), bag)
     if person.hair == "long":
@@ -251,7 +251,7 @@ def draw(rng: np.random.Generator, person: Pedestrian, split: str, camera: str =
 
 
 def _seen(rng: np.random.Generator, pixels: np.ndarray, camera: str) -> np.ndarray:
-    """What a camera makes of a clear picture (64, 32, 3) in [0, 1]."""
+    """What a camera makes of a clear image (64, 32, 3) in [0, 1]."""
     if camera == "clear":
         return pixels + rng.normal(0, 0.02, pixels.shape)
     cast = rng.uniform(0.6, 1, 3)
@@ -263,7 +263,7 @@ def _seen(rng: np.random.Generator, pixels: np.ndarray, camera: str) -> np.ndarr
 
 
 def people(count: int, split: str, camera: str, seed: int = 0) -> tuple[np.ndarray, list[Pedestrian]]:
-    """Pictures (count, 64, 32, 3) uint8 and who is on them; the same arguments give the same. As `draw` raises."""
+    """Images (count, 64, 32, 3) uint8 and who is on them; the same arguments give the same. As `draw` raises."""
     rng = np.random.default_rng((seed, zlib.crc32(f"{camera}/{split}".encode())))
     persons = [dressed(rng) for _ in range(count)]
     return np.stack([draw(rng, person, split, camera) for person in persons]), persons
@@ -273,7 +273,7 @@ def people(count: int, split: str, camera: str, seed: int = 0) -> tuple[np.ndarr
 
 
 def write(root: str | Path, seed: int = 0) -> Path:
-    """Write the street's pictures into `<root>/pocket/pedestrians`, unless they are there, and return that folder.
+    """Write the street's images into `<root>/pocket/pedestrians`, unless they are there, and return that folder.
 
     The same seed gives the same files.
     """

@@ -1,15 +1,15 @@
-"""Small pictures with captions for TIP, 16x16 pixels: what a degraded picture has lost, its two texts know.
+"""Small images with captions for TIP, 16x16 pixels: what a degraded image has lost, its two texts know.
 
 A scene is two halves of colour under a texture of a period of 4 pixels, rows, columns or checks, of one of four
 contrasts. Two things are in doubt once it is degraded, one for each text (section 14):
 
-* A picture made four times smaller has lost which texture it was. The caption says it: "a picture with rows".
+* An image made four times smaller has lost which texture it was. The caption says it: "an image with rows".
 * A faint texture, and a strong one that was blurred, look alike. The restoration prompt says which it is: "Deblur with
   sigma 0.9" names a blur to undo, "Dejpeg with quality 80" says that there was none.
 
 Kind, contrast and layout are drawn apart from each other, and a layout (two colours, where they meet, and which way)
-belongs to one split. Beside the scenes lie cuts of the photographs that ship with scikit-image and scikit-learn, "a
-photograph of a cat", for pictures that somebody took; no two splits share a tile of one.
+belongs to one split. Next to the scenes lie cuts of the photographs that ship with scikit-image and scikit-learn, "a
+photograph of a cat", for images that somebody took; no two splits share a tile of one.
 
     <root>/pocket/restoration/{train,val,test}/captions.jsonl    {"file", "caption", "kind", "contrast"}
                                                images/0000.png   uint8 RGB
@@ -36,12 +36,12 @@ from ...errors import BadParameter, CorruptFile
 from . import scenes, write_once
 from .scenes import SPLITS
 
-SIZE = 16  # side of every picture, in pixels
+SIZE = 16  # side of every image, in pixels
 KINDS = ("rows", "columns", "checks")
 CONTRASTS = (0.15, 0.4, 0.7, 1.0)
 COLOURS = ((0.90, 0.30, 0.25), (0.25, 0.75, 0.35), (0.30, 0.40, 0.95), (0.95, 0.85, 0.30))
 COUNTS = {"train": (2400, 600), "val": (192, 48), "test": (384, 96)}  # scenes and photographs
-VERSION = 1  # raised when a change of this file changes the pictures
+VERSION = 1  # raised when a change of this file changes the images
 
 # One pass, the values of the prototype (section 14). 16 pixels leave no room for more than one of each kind.
 RECIPE = Recipe(
@@ -53,7 +53,7 @@ RECIPE = Recipe(
     listed=True,
     skip={"blur": 0.5, "resize": 0.75, "noise": 0.5, "jpeg": 0.5},
 )
-EDGE = "circular"  # the textures go on beyond the border
+EDGE = "circular"  # the textures continue beyond the border
 HEAVY = (Op("resize", 4.0), Op("noise", 0.10))
 MILD = ((1.0, (Op("blur", 0.9),)), (0.15, (Op("jpeg", 80),)), (0.4, (Op("noise", 0.05),)))
 """Contrast and what was done: without the restoration prompt each could be another."""
@@ -113,7 +113,7 @@ CAPTIONS = (*map(caption, KINDS), *(caption(photograph=name) for name in scenes.
 
 
 def photograph(rng: np.random.Generator, name: str, split: str, side: int = SIZE) -> np.ndarray:
-    """A cut of a photograph, (side, side, 3) uint8, inside one of the split's tiles, as it is or at half its size."""
+    """A crop of a photograph, (side, side, 3) uint8, inside one of the split's tiles, as it is or at half its size."""
     places = scenes.tiles(name, split)
     left, top, right, bottom = places[rng.integers(len(places))]
     wide = side * int(rng.integers(1, 3)) if min(right - left, bottom - top) >= 2 * side else side
@@ -126,7 +126,7 @@ def photograph(rng: np.random.Generator, name: str, split: str, side: int = SIZE
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture (16, 16, 3) uint8 and what is known of it: kind and contrast are "" and 0 of a photograph."""
+    """An image (16, 16, 3) uint8 and what is known of it: kind and contrast are "" and 0 of a photograph."""
 
     image: np.ndarray
     caption: str
@@ -154,7 +154,7 @@ def pictures(split: str, seed: int = 0, counts: tuple[int, int] | None = None) -
 
 
 def write(root: str | Path, seed: int = 0) -> Path:
-    """Write the pictures of a seed into `<root>/pocket/restoration`, unless they are there, and return that folder."""
+    """Write the images of a seed into `<root>/pocket/restoration`, unless they are there, and return that folder."""
 
     def fill(new: Path) -> None:
         for split in SPLITS:
@@ -178,7 +178,7 @@ class Part:
 
     Attributes:
         images: (n, 3, 16, 16) in [0, 1].
-        captions: of each picture.
+        captions: of each image.
         kinds, contrasts: of each; "" and 0 of photographs.
     """
 
@@ -195,7 +195,7 @@ class Part:
         return self.images[index], self.captions[index]
 
     def where(self, keep: list[int]) -> Part:
-        """The pictures of some places."""
+        """The images of some places."""
         return Part(
             self.images[keep], *(tuple(a[i] for i in keep) for a in (self.captions, self.kinds, self.contrasts))
         )
@@ -213,7 +213,7 @@ def read(root: str | Path, split: str) -> Part:
     Raises:
         BadParameter: an unknown split.
         MissingData: it is not there.
-        CorruptFile: a picture or the captions cannot be read; the path is said.
+        CorruptFile: an image or the captions cannot be read; the path is said.
     """
     found = restoration.load("pocket/restoration", root, split)
     listing = Path(root) / "pocket" / "restoration" / split / "captions.jsonl"
@@ -225,11 +225,11 @@ def read(root: str | Path, split: str) -> Part:
     return Part(torch.stack([image for image, _ in found]), found.captions, kinds, contrasts)
 
 
-# --- what is read off a restored picture ------------------------------------------------------------------------------
+# --- what is read off a restored image ------------------------------------------------------------------------------
 
 
 def seen_kind(pictures: Tensor) -> list[str]:
-    """The texture that each picture (n, 3, 16, 16) shows most: the largest |mean(grey pattern)|."""
+    """The texture that each image (n, 3, 16, 16) shows most: the largest |mean(grey pattern)|."""
     patterns = torch.from_numpy(np.stack([pattern(kind, pictures.shape[-1]) for kind in KINDS])).to(pictures)
     strength = torch.einsum("nhw,khw->nk", pictures.mean(1), patterns).abs()
     return [KINDS[i] for i in strength.argmax(1).tolist()]

@@ -2,7 +2,7 @@
 
 The photographs are the ones that ship inside scikit-image and scikit-learn, so nothing is downloaded. Each is divided
 into a 4x4 grid of tiles, every tile belongs to one split, and a cut never leaves its tile: training, validation and
-test pictures share no pixel of any photograph.
+test images share no pixel of any photograph.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sklearn.datasets import load_sample_image
 
 from ...errors import BadParameter
 
-SIZE = 32  # side of every pocket picture, in pixels
+SIZE = 32  # side of every pocket image, in pixels
 SPLITS = ("train", "val", "test")
 SHAPES = ("disc", "ring", "cross", "bar")
 HUES = ("red", "green", "cyan", "violet")  # a quarter of the colour circle apart
@@ -54,7 +54,7 @@ PHOTOGRAPHS = {
     "moon": Photograph(data.moon),
     "motorcycle": Photograph(lambda: data.stereo_motorcycle()[0]),
     "page": Photograph(data.page),
-    "retina": Photograph(data.retina, (slice(205, 1205), slice(205, 1205)), 2),  # the square inside the round picture
+    "retina": Photograph(data.retina, (slice(205, 1205), slice(205, 1205)), 2),  # the square inside the round image
     "rocket": Photograph(data.rocket),
     "stars": Photograph(data.hubble_deep_field, reduce=2),
     "temple": Photograph(lambda: load_sample_image("china.jpg")),
@@ -73,7 +73,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture of the pocket world and everything that is known about it.
+    """One image of the pocket world and everything that is known about it.
 
     Attributes:
         image: (32, 32, 3) uint8.
@@ -138,7 +138,7 @@ def coverage(shape: str, centre: tuple[float, float], radius: float, angle: floa
 
     Args:
         shape: one of `SHAPES`.
-        centre: (x, y) in pixels, the picture's corner being (0, 0).
+        centre: (x, y) in pixels, the image's corner being (0, 0).
         radius: half of the longest extent, in pixels.
         angle: rotation in radians, counted from the x axis towards the y axis (which points down).
     """
@@ -159,12 +159,12 @@ def coverage(shape: str, centre: tuple[float, float], radius: float, angle: floa
 
 
 def cell(x: float, y: float) -> int:
-    """Which of the 3x3 cells, in reading order, holds a point of the picture: 0..8."""
+    """Which of the 3x3 cells, in reading order, holds a point of the image: 0..8."""
     return 3 * min(int(3 * y / SIZE), 2) + min(int(3 * x / SIZE), 2)
 
 
 def canvas(rng: np.random.Generator, split: str, contrast: tuple[float, float], background: str | None = None) -> Cut:
-    """A cut of a photograph (a random one unless named) whose contrast is lowered to a random factor in `contrast`."""
+    """A crop of a photograph (a random one unless named) whose contrast is lowered to a random factor in `contrast`."""
     names = list(PHOTOGRAPHS)
     taken = cut(rng, background or names[rng.integers(len(names))], split)
     mean = taken.pixels.mean((0, 1))
@@ -193,7 +193,7 @@ def scene(
         rng: the only source of chance: equal generators give equal scenes.
         split: "train", "val" or "test": whose tiles the background and the object's texture are cut from.
         shape, hue: one of `SHAPES`, one of `HUES`.
-        centre: (x, y) in pixels; random ones keep half of the object inside the picture.
+        centre: (x, y) in pixels; random ones keep half of the object inside the image.
         radius: range of the object's radius in pixels; "large" is above 5.5.
         angle: rotation in radians; random ones are within 0.3 of upright.
         contrast: range of the factor on the background's contrast.

@@ -7,22 +7,22 @@
         train.txt  val.txt  test.txt  attributes.txt  task.json
 
 * init.txt (the visible stream's boxes), visible.txt, infrared.txt: one row a frame, "x,y,w,h" in pixels with two
-  decimals; (x, y) is the box's top left corner, the picture's top left corner being (0, 0). The target is never absent.
+  decimals; (x, y) is the box's top left corner, the image's top left corner being (0, 0). The target is never absent.
 * situation.txt: one word a frame: clear, conjunction, dark, glare or crossover.
 * train.txt and val.txt name the sequences of TrainingSet that train and that validate, test.txt those of TestingSet:
   one name a line.
 * attributes.txt: one line for each sequence, "name,attribute,attribute": the situations that occur in it, apart from
   "clear".
 
-Every picture is 128x128 with three channels (equal ones in the infrared stream). A video shows three things of like
+Every image is 128x128 with three channels (equal ones in the infrared stream). A video shows three things of like
 size: the target and two distractors, cut from photographs, over another photograph that drifts slowly. No stream
 suffices, since a situation decides what each one shows:
 
 * clear: the three things differ in look (RGB) and the target differs from both others in temperature (thermal).
 * conjunction: one distractor has the target's look and another temperature, the other has the target's temperature and
   another look: neither stream alone can tell the target from both.
-* dark, glare: the RGB picture is almost black, or washed out by a light; only the thermal one shows the things.
-* crossover: the things have the temperature of what is behind them; only the RGB picture shows them.
+* dark, glare: the RGB image is almost black, or washed out by a light; only the thermal one shows the things.
+* crossover: the things have the temperature of what is behind them; only the RGB image shows them.
 
 A video starts well lit. Of the rest two thirds are conjunction or crossover and one third, the first, the middle or
 the last, is dark or glare (`KINDS`; every kind is equally frequent in each split). So the stream that can be trusted
@@ -540,7 +540,7 @@ def _seen(
 
 
 def write(root: str | Path, seed: int = 0) -> Path:
-    """Write the videos below `<root>/pocket/rgbt/`; finished ones are left alone, unfinished ones are made anew.
+    """Write the videos below `<root>/pocket/rgbt/`; finished ones are left alone, unfinished ones are made again.
 
     Args:
         root: the data folder, the one that the readers are given.

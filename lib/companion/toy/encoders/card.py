@@ -1,6 +1,6 @@
 """Weights and model card of a small encoder, and the command line that makes them.
 
-The prose of a card, its licence, attribution, library, data and command stand in the shipped .md file only.
+The prose of a GPU, its licence, attribution, library, data and command stand in the shipped .md file only.
 """
 
 from __future__ import annotations
