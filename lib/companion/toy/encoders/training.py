@@ -24,6 +24,16 @@ def fit_steps(
     schedule: Schedule | None = None,
 ) -> History:
     """`fit` for a number of steps on the CPU: AdamW with weight decay 0.05, gradients clipped to the norm `clip`."""
-    options = {"optimizer": adamw(learning_rate, 0.05), "schedule": schedule, "callbacks": [ClipNorm(clip)]}
-    epochs = steps / (len(data) // batch)
-    return fit(model, loss, data, epochs=epochs, batch=batch, seed=seed, hardware=CPU, name=name, **options)
+    return fit(
+        model,
+        loss,
+        data,
+        epochs=steps / (len(data) // batch),
+        batch=batch,
+        optimizer=adamw(learning_rate, 0.05),
+        schedule=schedule,
+        callbacks=[ClipNorm(clip)],
+        seed=seed,
+        hardware=CPU,
+        name=name,
+    )
