@@ -20,6 +20,7 @@ html_context = {"default_mode": "auto"}  # light or dark as the reader's system 
 html_static_path = [str(HERE / "static"), str(MATHJAX)]
 html_css_files = ["companion.css"]
 html_show_copyright = False
+html_use_index = html_domain_indices = False  # thousands of signatures, which no phone shows; search finds names
 smartquotes = False  # claims stand as they were written
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]  # myst_nb brings sphinx.ext.mathjax

@@ -254,7 +254,7 @@ def test_samples_have_what_their_texts_say(pictures: Captioned) -> None:
 
 def test_real_esrgans_samples_have_no_words(pictures: Captioned) -> None:
     sample = Degraded(pictures, 16, **TASKS["real-esrgan"])[0]
-    assert sample.restoration == BLIND and sample.ops is None and sample.semantic == "image 0"
+    assert sample.restoration == BLIND and sample.ops is None and sample.semantic == "picture 0"
 
 
 def test_all_skipped_means_change_nothing(pictures: Captioned) -> None:

@@ -81,7 +81,7 @@ def test_it_is_read_as_any_folder_of_pictures(root):
 
 
 def test_what_is_not_there_or_broken_is_said(root, tmp_path):
-    with pytest.raises(MissingData, match="pocket pictures with captions"):
+    with pytest.raises(MissingData, match="pocket images with captions"):
         pocket.read(tmp_path, "train")
     folder = tmp_path / "pocket" / "restoration" / "val"
     (folder / "images").mkdir(parents=True)
