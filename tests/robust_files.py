@@ -209,7 +209,7 @@ def record(folder: Path) -> tuple[Path, Read]:
 
 
 def rows(folder: Path) -> tuple[Path, Read]:
-    head = "stage,task,method,rate,seed,accuracy,loss,seconds\n"
+    head = "stage,task,method,learning_rate,seed,accuracy,loss,seconds\n"
     (folder / "study.csv").write_text(head + "".join(f"test,t,a,0.1,{i},5.0,1.0,0.1\n" for i in range(9)))
     return folder / "study.csv", lambda: ablations.read(folder)
 
