@@ -8,14 +8,12 @@ INSTALLED := .venv/.installed
 # the lines of the jobs themselves are the progress; what Snakemake has to say is shown when something fails
 SNAKEMAKE := $(BIN) -m snakemake --cores all --keep-going --quiet host progress reason rules
 # tests/offline: nothing that runs under test, the notebooks' kernels included, reaches another machine
-PYTEST := COMPANION_PROGRESS=off PYTHONPATH='$(CURDIR)/tests/offline' $(BIN) -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
-# the lines of the package that the tests run; of other processes, notebooks' kernels among them, nothing is counted
-COVERAGE := --cov --cov-report term --cov-report html:build/coverage
+PYTEST := COMPANION_PROGRESS=off PYTHONPATH='$(CURDIR)/tests/offline' $(BIN) -m pytest
 # a process a core, each on one thread; a file, and so a notebook's kernel, stays with one process
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help reports study lint test test-slow lab bench notebooks lock clean
+.PHONY: help reports study lint test unit nbval test-slow lab bench notebooks lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -42,9 +40,15 @@ lint: $(INSTALLED)  ## ruff, formatting, types, import rules, and the committed 
 	$(BIN) -m pytest -q tests/test_imports.py
 	$(BIN) -m companion.ops.notebooks --check notebooks/*.ipynb
 
-TESTED := tests notebooks
-test: $(INSTALLED)  ## unit tests, parity, the committed notebooks, the site and JupyterLab in a browser
-	OMP_NUM_THREADS=1 $(PYTEST) $(COVERAGE) $(SIDE_BY_SIDE) -m 'not slow' $(TESTED)
+test: unit nbval  ## unit tests, parity, the site and JupyterLab in a browser; then the committed notebooks
+
+# coverage is of the lines that the tests run themselves; of other processes nothing is counted
+unit: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(PYTEST) --cov --cov-report term --cov-report html:build/coverage $(SIDE_BY_SIDE) -m 'not slow' tests
+
+# apart: with --cov, nbval sets coverage up in every kernel, which times out
+nbval: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(PYTEST) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg $(SIDE_BY_SIDE) notebooks
 
 test-slow: $(INSTALLED)  ## the rest: full-size parity and other long checks, one at a time (up to 13 GB)
 	$(PYTEST) -m slow tests
