@@ -10,6 +10,7 @@ Nothing is downloaded unless `download=True`.
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from dataclasses import dataclass
@@ -40,6 +41,13 @@ class Input:
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+
+@functools.cache
+@torch.inference_mode(False)
+def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A value for each channel, (channels, 1, 1), sent to a device once."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def build(name: str, weights: str | Path = "pretrained", *, download: bool = False, **overrides: object) -> nn.Module:

@@ -26,7 +26,7 @@ from .models.bat.model import decode, hann
 from .ops.files import read_json, write_json
 from .ops.progress import progress
 from .training.checkpoints import checkpoint_key
-from .training.fit import Hardware, launcher
+from .training.fit import Hardware, evaluating
 
 TEMPLATE_FACTOR, SEARCH_FACTOR = 2.0, 4.0
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
@@ -161,38 +161,39 @@ def follow(
         BadParameter: a first box without area, outside the image, or not four finite numbers; not one box a video.
         CorruptFile: a frame that cannot be read.
     """
-    fabric = launcher(accelerator=hardware.accelerator, devices=1, precision=hardware.precision)
     tracker = model.tracker
-    wrapped = fabric.setup_module(model.eval())
-    for method in ("embed_template", "locate"):
-        wrapped.mark_forward_method(method)
-    response = (hann(tracker.f) if window else torch.ones(1, 1, tracker.f, tracker.f)).to(fabric.device)
-
-    def batch(patches: list[np.ndarray]) -> torch.Tensor:
-        return torch.stack([normalise(patch) for patch in patches]).to(fabric.device)
-
     if len(videos) != len(boxes) or not videos:
         raise BadParameter("boxes", f"{len(boxes)} for {len(videos)} videos", "a box for each of one or more videos")
     found = [[_checked(box, video)] for video, box in zip(videos, boxes, strict=True)]
     scores = [[1.0] for _ in videos]
-    with torch.inference_mode():
+    # inference mode inside: what is moved in it cannot be trained any more
+    with evaluating(hardware, model) as device, torch.inference_mode():
+        response = (hann(tracker.f) if window else torch.ones(1, 1, tracker.f, tracker.f)).to(device)
+
+        def batch(patches: list[np.ndarray]) -> torch.Tensor:
+            return normalise(torch.from_numpy(np.stack(patches)).movedim(-1, 1).contiguous().to(device))
+
         templates = [
             crop(video.frame(0), track[0], TEMPLATE_FACTOR, tracker.template)[0]
             for video, track in zip(videos, found, strict=True)
         ]
-        tokens = wrapped.embed_template(batch(templates)).unflatten(0, (-1, len(videos)))
+        tokens = model.embed_template(batch(templates)).unflatten(0, (-1, len(videos)))
+        before: list[int] = []
         for t in progress(range(1, max(map(len, videos))), name):
             active = [i for i, video in enumerate(videos) if t < len(video)]
+            if active != before:
+                before, shown = active, tokens[:, active].flatten(0, 1)
             frames = [videos[i].frame(t) for i in active]
             crops = [crop(f, found[i][-1], SEARCH_FACTOR, tracker.search) for f, i in zip(frames, active, strict=True)]
-            output = wrapped.locate(tokens[:, active].flatten(0, 1), batch([patch for patch, _ in crops]))
+            output = model.locate(shown, batch([patch for patch, _ in crops]))
             weighted = output.score.float() * response
-            decoded = decode(weighted, output.size.float(), output.offset.float()).double().cpu().numpy()
-            peaks = weighted.flatten(1).amax(1).tolist()
-            for i, image, (_, scale), box, peak in zip(active, frames, crops, decoded, peaks, strict=True):
-                there = box_from_crop(box, found[i][-1], scale, tracker.search)
+            decoded = decode(weighted, output.size.float(), output.offset.float())
+            # the host waits for the GPU here, once a frame
+            rows = torch.cat([decoded, weighted.flatten(1).amax(1, keepdim=True)], 1).double().cpu().numpy()
+            for i, image, (_, scale), row in zip(active, frames, crops, rows, strict=True):
+                there = box_from_crop(row[:4], found[i][-1], scale, tracker.search)
                 found[i].append(clip_box(there, *image.shape[:2]))
-                scores[i].append(peak)
+                scores[i].append(float(row[4]))
     return [Track(np.array(b, dtype=np.float64), np.array(s)) for b, s in zip(found, scores, strict=True)]
 
 

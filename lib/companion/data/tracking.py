@@ -15,7 +15,6 @@ Crops and pairs follow BAT (Cao et al., AAAI 2024), which keeps those of OSTrack
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import io
 import math
@@ -29,8 +28,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset, get_worker_info
 
+from ..backbones import per_channel
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData
 from ..ops.files import atomic
 from . import DataSet, Status, find
@@ -464,7 +464,6 @@ def crop(image: np.ndarray, box: Iterable[float], factor: float, size: int) -> t
     return _opencv().resize(square, (size, size)), size / side
 
 
-@functools.cache
 def _opencv():
     try:
         import cv2
@@ -472,6 +471,8 @@ def _opencv():
         raise CompanionError(
             'crops are resized by OpenCV, which is not installed: `pip install -e ".[tracking]"`'
         ) from error
+    if get_worker_info():
+        cv2.setNumThreads(0)  # a loader has a process for each core already
     return cv2
 
 
@@ -520,7 +521,7 @@ def normalise(patches: np.ndarray | Tensor) -> Tensor:
     """
     if isinstance(patches, np.ndarray):
         patches = torch.from_numpy(np.ascontiguousarray(np.moveaxis(patches, -1, -3)))
-    mean, std = (torch.tensor(v * 2, device=patches.device).view(6, 1, 1) for v in (MEAN, STD))
+    mean, std = (per_channel(values * 2, patches.device) for values in (MEAN, STD))
     return (patches.to(torch.float32) / 255 - mean) / std
 
 

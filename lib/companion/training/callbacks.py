@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadParameter
+from ..errors import BadParameter, CompanionError
 from .checkpoints import trained_state
 
 if TYPE_CHECKING:
@@ -58,17 +58,29 @@ class ClipNorm(Callback):
 
     def __init__(self, max_norm: float, *, per_tensor: bool = False):
         self.max_norm, self.per_tensor = float(max_norm), per_tensor
+        self._norm = torch.zeros(())  # the sum of all norms so far: a GPU is asked only now and then if it is finite
 
     def on_gradients(self, loop: Loop) -> None:
         """Clip."""
-        # half precision begins with steps that overflow, which its scaler leaves out
-        strict = loop.precision != "16-mixed"
         groups: dict[object, list[nn.Parameter]] = {}
         for group in loop.optimizer.param_groups:
             groups.setdefault(group.get("name"), []).extend(group["params"])
         for parameters in groups.values():
             for one in [[p] for p in parameters] if self.per_tensor else [parameters]:
-                nn.utils.clip_grad_norm_(one, self.max_norm, error_if_nonfinite=strict)
+                norm = nn.utils.clip_grad_norm_(one, self.max_norm)
+                # half precision begins with steps that overflow, which its scaler leaves out
+                if loop.precision != "16-mixed":
+                    self._norm = self._norm.to(norm.device, non_blocking=True) + norm
+
+    def on_epoch_end(self, loop: Loop) -> None:
+        """Raise `CompanionError` when a gradient so far was not finite."""
+        self.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing; but no checkpoint is written after a gradient that was not finite: this raises too."""
+        if not self._norm.isfinite():
+            raise CompanionError("the training diverged: a gradient is not finite; a lower learning rate may help")
+        return {}
 
 
 class ClipValue(Callback):

@@ -9,6 +9,8 @@ epoch and the item. A run that was killed and resumed therefore gives, on one ma
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import random
 import tempfile
 import warnings
@@ -87,11 +89,48 @@ class Loop:
         return self.step // self.per_epoch
 
 
-def launcher(**settings: Any) -> Fabric:
-    """`Fabric` with the warning that `srun` is available silenced."""
+def launcher(hardware: Hardware, devices: int = 1, **settings: Any) -> Fabric:
+    """The `Fabric` of `hardware`, of one device unless more are asked for."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The `srun` command is available")
-        return Fabric(**settings)
+        fabric = Fabric(accelerator=hardware.accelerator, devices=devices, precision=hardware.precision, **settings)
+    # inputs stay float32, as under a plain `torch.autocast`: boxes and positions would lose digits
+    fabric.strategy.precision.convert_input = lambda data: data
+    return fabric
+
+
+@contextlib.contextmanager
+def on_device(fabric: Fabric, *models: nn.Module) -> Iterator[None]:
+    """Models are moved inside the block; after it, also after an error, they are on the devices where they were.
+
+    On a GPU, matrix products inside the block may use TF32, and cuDNN chooses its convolutions by timing them.
+    """
+    homes = [next(itertools.chain(m.parameters(), m.buffers()), torch.empty(0)).device for m in models]
+    precision, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    if fabric.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.benchmark = benchmark
+        for model, home in zip(models, homes, strict=True):
+            model.to(home)
+
+
+@contextlib.contextmanager
+def evaluating(hardware: Hardware, *models: nn.Module) -> Iterator[torch.device]:
+    """Models are in eval mode on the device of `hardware` inside the block, at its precision; the device is yielded.
+
+    They stay in eval mode, and go back to the devices where they were.
+    """
+    fabric = launcher(hardware)
+    with on_device(fabric, *models):
+        for model in models:
+            model.eval().to(fabric.device)
+        with fabric.autocast():
+            yield fabric.device
 
 
 def fit(
@@ -110,6 +149,8 @@ def fit(
     name: str = "training",
 ) -> History:
     """Train the parameters of `model` that require a gradient, in place; return the history.
+
+    The model is in eval mode afterwards, on the device where it was.
 
     Args:
         loss: from the model and a batch (the tuple that `data` gives, stacked) to a scalar, or to named scalars of
@@ -139,6 +180,8 @@ def fit(
         raise BadParameter("accumulate", accumulate, f"1 to {batch // devices}, a device's images of a step")
     if precision not in PRECISIONS:
         raise BadParameter("precision", precision, PRECISIONS)
+    if devices > 1 and hardware.accelerator != "cpu" and torch.cuda.is_initialized():
+        raise BadParameter("devices", devices, "1: this process has used a GPU already, and cannot be forked any more")
     per_epoch = len(data) // batch
     steps = max(1, round(epochs * per_epoch))
     optim = optimizer(model)
@@ -149,7 +192,7 @@ def fit(
 
     # processes are forked, so that what a notebook defines can be trained on several devices
     strategy = "auto" if devices == 1 else DDPStrategy(start_method="fork", find_unused_parameters=True)
-    fabric = launcher(accelerator=hardware.accelerator, devices=devices, precision=precision, strategy=strategy)
+    fabric = launcher(hardware, devices, strategy=strategy)
 
     def train(fabric: Fabric) -> dict | None:
         if saved:
@@ -165,7 +208,8 @@ def fit(
             loop.history, loop.step, loop.stopped = saved["history"], saved["step"], saved["stopped"]
         wrapped.train()
         rank, ranks, start = fabric.global_rank, fabric.world_size, loop.step
-        stream = _batches(data, batch, accumulate, seed, start, steps, rank, ranks, hardware.workers)
+        pin = fabric.device.type == "cuda"
+        stream = _batches(data, batch, accumulate, seed, start, steps, rank, ranks, hardware.workers, pin)
         remaining = range(start, start if loop.stopped else steps)
         for step in progress(remaining, name, steps, start) if rank == 0 else remaining:
             part = next(stream)
@@ -177,7 +221,7 @@ def fit(
                 part = next(stream) if i else part
                 share = len(part[0]) / (batch // ranks)
                 with fabric.no_backward_sync(wrapped, enabled=i + 1 < accumulate):
-                    found = loss(wrapped, tuple(x.to(fabric.device) for x in part))
+                    found = loss(wrapped, tuple(x.to(fabric.device, non_blocking=True) for x in part))
                     terms = found if isinstance(found, Mapping) else {"loss": found}
                     value = terms["loss"] * share
                     fabric.backward(value)
@@ -216,34 +260,32 @@ def fit(
     with tempfile.TemporaryDirectory(prefix="fit-") as folder:
         result = Path(folder) / "result.pt"
         # of the CPU alone: asking GPUs for their state would start CUDA, and then no process could be forked
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with on_device(fabric, model), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # the batches are dealt to the devices here, and the loader's workers are the caller's choice
             warnings.filterwarnings("ignore", module="lightning_fabric")
             # several devices train copies in processes of their own
             found = fabric.launch(train) or torch.load(result, weights_only=True)
     model.load_state_dict(found["model"], strict=False)
-    model.to("cpu").eval()
+    model.eval()
     return found["history"]
 
 
 def predict(model: nn.Module, data: Dataset, *, batch: int = 256, hardware: Hardware = Hardware()) -> Tensor:
     """The outputs of `model`, in eval mode, for the first entry of every item, stacked, on the CPU as float32.
 
-    Of a model with several outputs (a tuple), the first. The model is on the CPU afterwards, as after `fit`.
+    Of a model with several outputs (a tuple), the first. The model is afterwards on the device where it was.
     """
-    fabric = launcher(accelerator=hardware.accelerator, devices=1, precision=hardware.precision)
-    # moved outside of inference mode: tensors that are moved within it cannot be trained any more
-    wrapped = fabric.setup_module(model.eval())
-    if isinstance(data, TensorDataset):
-        stream = data.tensors[0].split(batch)
-    else:
-        stream = (items[0] for items in DataLoader(data, batch, num_workers=hardware.workers))
     outputs = []
-    with torch.inference_mode():
+    # inference mode inside: what is moved in it cannot be trained any more
+    with evaluating(hardware, model) as device, torch.inference_mode():
+        if isinstance(data, TensorDataset):
+            stream = data.tensors[0].split(batch)
+        else:
+            loader = DataLoader(data, batch, num_workers=hardware.workers, pin_memory=device.type == "cuda")
+            stream = (items[0] for items in loader)
         for images in stream:
-            output = wrapped(images.to(fabric.device))
+            output = model(images.to(device, non_blocking=True))
             outputs.append((output[0] if isinstance(output, tuple) else output).float().cpu())
-    model.to("cpu")
     return torch.cat(outputs)
 
 
@@ -303,12 +345,22 @@ class _Seeded(Dataset):
 
 
 def _batches(
-    data: Dataset, batch: int, parts: int, seed: int, start: int, stop: int, rank: int, ranks: int, workers: int
+    data: Dataset,
+    batch: int,
+    parts: int,
+    seed: int,
+    start: int,
+    stop: int,
+    rank: int,
+    ranks: int,
+    workers: int,
+    pin: bool = False,
 ) -> Iterator[Batch]:
     """The batches of steps `start` to `stop`: in an order that the seed fixes, new each epoch; a device's share.
 
     Each comes in `parts`, one after the other: 8,192 images of 448 pixels at once would be 20 GB, and every worker
-    of a loader keeps two such batches ready. The indices are made as they are needed, for millions of steps.
+    of a loader keeps two such batches ready. The indices are made as they are needed, for millions of steps. Batches in
+    pinned memory (`pin`) are copied to a GPU while it computes.
     """
     per_epoch = len(data) // batch
 
@@ -324,6 +376,6 @@ def _batches(
     if isinstance(data, TensorDataset):
         for keys in indices():
             chosen = torch.tensor([k for _, k in keys])
-            yield tuple(t[chosen] for t in data.tensors)
+            yield tuple(t[chosen].pin_memory() if pin else t[chosen] for t in data.tensors)
     else:
-        yield from DataLoader(_Seeded(data, seed), batch_sampler=indices(), num_workers=workers)
+        yield from DataLoader(_Seeded(data, seed), batch_sampler=indices(), num_workers=workers, pin_memory=pin)

@@ -584,7 +584,7 @@ def focal(score: Tensor, target: Tensor) -> Tensor:
     p, centre = score.clamp_min(1e-12), target == 1
     positive = (p.log() * (1 - p) ** 2)[centre].sum()
     negative = ((1 - p).log() * p**2 * (1 - target) ** 4)[~centre].sum()
-    return -(positive + negative) / max(int(centre.sum()), 1)
+    return -(positive + negative) / centre.sum().clamp_min(1)
 
 
 def losses(prediction: Prediction, boxes: Tensor) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from ...errors import BadParameter, CompanionError, CorruptFile, MissingData
 from ...ops.files import read_json, write_json
 from ...ops.progress import progress
 from ...training.checkpoints import checkpoint_key
-from ...training.fit import AUTO, Hardware, launcher
+from ...training.fit import AUTO, Hardware, evaluating
 from .model import Teachers
 
 DTYPES = ("float16", "float32")
@@ -185,25 +185,25 @@ def build(
     done = _start(folder, settings)
 
     files = [np.lib.format.open_memmap(folder / f"{k}.part", mode="r+") for k in range(len(settings["widths"]))]
-    fabric = launcher(accelerator=hardware.accelerator, devices=1, precision=hardware.precision)
-    wrapped = fabric.setup_module(teachers)
-    stream = DataLoader(Subset(views, range(done, len(views))), batch, num_workers=hardware.workers)
-    for number, images in enumerate(progress(stream, "teachers", len(stream)), 1):
-        for name, file, output in zip(teachers.names, files, wrapped(images.to(fabric.device)).tokens, strict=True):
-            output = output.float().cpu()
-            if not output.isfinite().all() or output.abs().max() > np.finfo(dtype).max:
-                raise CompanionError(f"{name} returns values that {dtype} cannot hold: dtype = 'float32'")
-            file[done : done + len(output)] = output.numpy()
-        done += len(images)
-        if number % every == 0:
-            _write_progress(folder, settings, files, done)
+    remaining = Subset(views, range(done, len(views)))
+    with evaluating(hardware, teachers) as device:
+        stream = DataLoader(remaining, batch, num_workers=hardware.workers, pin_memory=device.type == "cuda")
+        for number, images in enumerate(progress(stream, "teachers", len(stream)), 1):
+            outputs = teachers(images.to(device, non_blocking=True)).tokens
+            for name, file, output in zip(teachers.names, files, outputs, strict=True):
+                output = output.float().cpu()
+                if not output.isfinite().all() or output.abs().max() > np.finfo(dtype).max:
+                    raise CompanionError(f"{name} returns values that {dtype} cannot hold: dtype = 'float32'")
+                file[done : done + len(output)] = output.numpy()
+            done += len(images)
+            if number % every == 0:
+                _write_progress(folder, settings, files, done)
     _write_progress(folder, settings, files, done)
     del files
     for k in range(len(settings["widths"])):
         (folder / f"{k}.part").replace(folder / f"{k}.npy")
     write_json(folder / "cache.json", settings)
     (folder / "progress.json").unlink()
-    teachers.to("cpu")
     return Cache(folder, settings)
 
 

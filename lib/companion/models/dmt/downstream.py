@@ -32,7 +32,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.transforms import InterpolationMode, v2
 
 from ...errors import BadParameter
-from ...training.fit import History, fit
+from ...training.fit import AUTO, Hardware, History, evaluating, fit
 from ...training.schedules import adamw, given, learning_rates, param_groups, sgd
 from .vit import ViT
 
@@ -417,7 +417,7 @@ def detection_loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def detections(
-    model: MaskRCNN, data: Dataset, categories: Sequence[int], *, device: str = "cpu", progress: Callable = iter
+    model: MaskRCNN, data: Dataset, categories: Sequence[int], *, hardware: Hardware = AUTO, progress: Callable = iter
 ) -> list[dict]:
     """Rows for `metrics.detection.evaluate`, kinds "bbox" and "segm", of all images of `data.pretraining.Instances`.
 
@@ -426,23 +426,24 @@ def detections(
     """
     from faster_coco_eval.core import mask as rle  # the extra "detection"
 
-    model, rows = model.to(device).eval(), []
-    for i in progress(range(len(data))):
-        image, target = data[i]
-        found = {name: t.cpu() for name, t in model([image.to(device).float() / 255])[0].items()}
-        sides = torch.cat([found["boxes"][:, :2], found["boxes"][:, 2:] - found["boxes"][:, :2]], 1)
-        masks = (found["masks"][:, 0] > 0.5).numpy().astype(np.uint8)
-        for box, label, score, mask in zip(sides, found["labels"], found["scores"], masks, strict=True):
-            run = rle.encode(np.asfortranarray(mask))
-            rows.append(
-                {
-                    "image_id": target["image_id"],
-                    "category_id": categories[int(label) - 1],
-                    "score": float(score),
-                    "bbox": box.tolist(),
-                    "segmentation": {**run, "counts": run["counts"].decode()},
-                }
-            )
+    rows = []
+    with evaluating(hardware, model) as device:
+        for i in progress(range(len(data))):
+            image, target = data[i]
+            found = {name: t.cpu() for name, t in model([image.to(device).float() / 255])[0].items()}
+            sides = torch.cat([found["boxes"][:, :2], found["boxes"][:, 2:] - found["boxes"][:, :2]], 1)
+            masks = (found["masks"][:, 0] > 0.5).numpy().astype(np.uint8)
+            for box, label, score, mask in zip(sides, found["labels"], found["scores"], masks, strict=True):
+                run = rle.encode(np.asfortranarray(mask))
+                rows.append(
+                    {
+                        "image_id": target["image_id"],
+                        "category_id": categories[int(label) - 1],
+                        "score": float(score),
+                        "bbox": box.tolist(),
+                        "segmentation": {**run, "counts": run["counts"].decode()},
+                    }
+                )
     return rows
 
 

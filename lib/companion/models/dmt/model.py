@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...backbones import per_channel
 from ...errors import BadParameter
 from .vit import DECODERS, Decoder, ViT, initialise, take, visible
 
@@ -129,7 +130,7 @@ class Teachers(nn.Module):
 
 def grey(images: Tensor) -> Tensor:
     """Images (B, 3, H, W) without their colour: the weighted mean of the channels (ITU-R 601), three times."""
-    weights = images.new_tensor([0.299, 0.587, 0.114])
+    weights = per_channel((0.299, 0.587, 0.114), images.device).flatten().to(images.dtype)
     return torch.einsum("bchw,c->bhw", images, weights)[:, None].expand_as(images)
 
 
@@ -179,9 +180,13 @@ class TargetNorm(nn.Module):
 
 
 def relation_maps(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    """Relations of queries with keys and of values with values: logits (B, heads, N, N), over the root of d."""
-    q, k, v = qkv.float()
-    return q @ k.mT / math.sqrt(q.shape[-1]), v @ v.mT / math.sqrt(v.shape[-1])
+    """Relations of queries with keys and of values with values: logits (B, heads, N, N), over the root of d.
+
+    In float32 also under autocast.
+    """
+    with torch.autocast(qkv.device.type, enabled=False):
+        q, k, v = qkv.float()
+        return q @ k.mT / math.sqrt(q.shape[-1]), v @ v.mT / math.sqrt(v.shape[-1])
 
 
 def relation_loss(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

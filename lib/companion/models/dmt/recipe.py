@@ -25,7 +25,7 @@ from ...evaluation.metrics import detection, landcover
 from ...evaluation.tables import compare_published, published_table, upsert_rows
 from ...ops.progress import progress
 from ...training.checkpoints import Checkpoint, checkpoint_key, save
-from ...training.fit import Hardware, History, fit, predict
+from ...training.fit import Hardware, History, evaluating, fit, predict
 from ...training.schedules import adamw, given, learning_rates, schedule
 from . import cache as dmt_cache
 from . import downstream as down
@@ -486,7 +486,7 @@ def _detect(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
         return _train(p, r, model, model.backbone.vit, down.detection_loss, crops, rates, 8, **changes)
 
     def score(model: nn.Module) -> dict[str, float]:
-        rows = down.detections(model, test, test.categories, device=_device(p), progress=_bar("detection"))
+        rows = down.detections(model, test, test.categories, hardware=_hardware(p), progress=_bar("detection"))
         found = {kind: detection.evaluate(test.truth, rows, kind=kind).totals for kind in detection.KINDS}
         return {"box AP": found["bbox"]["AP"], "mask AP": found["segm"]["AP"]}
 
@@ -515,19 +515,18 @@ def _segment(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
         return _train(p, r, model, model.vit, down.segmentation_loss, crops, rates, 16, **changes)
 
     def score(model: nn.Module) -> dict[str, float]:
-        device = _device(p)
-        model = model.to(device).eval()
         normalise = v2.Normalize(list(down.MEAN), list(down.STD))
         matrix = torch.zeros(classes, classes, dtype=torch.long)
-        for i in _bar("segmentation")(range(len(test))):
-            image, truth = test[i]
-            # the short side to 512, as mmseg tests; the prediction back to the image's own size
-            factor = size / min(image.shape[1:])
-            side = [max(1, round(n * factor)) for n in image.shape[1:]]
-            resized = normalise(v2.functional.resize(image, side, antialias=True).float() / 255)
-            logits = down.slide(model, resized.to(device), size)
-            whole = nn.functional.interpolate(logits[None], image.shape[1:], mode="bilinear", align_corners=False)
-            matrix += landcover.confusion(truth, whole[0].argmax(0).cpu(), classes)
+        with evaluating(_hardware(p), model) as device:
+            for i in _bar("segmentation")(range(len(test))):
+                image, truth = test[i]
+                # the short side to 512, as mmseg tests; the prediction back to the image's own size
+                factor = size / min(image.shape[1:])
+                side = [max(1, round(n * factor)) for n in image.shape[1:]]
+                resized = normalise(v2.functional.resize(image, side, antialias=True).float() / 255)
+                logits = down.slide(model, resized.to(device), size)
+                whole = nn.functional.interpolate(logits[None], image.shape[1:], mode="bilinear", align_corners=False)
+                matrix += landcover.confusion(truth, whole[0].argmax(0).cpu(), classes)
         return {"mIoU": landcover.scores(matrix).miou}
 
     def build(vit: ViT) -> nn.Module:
@@ -535,11 +534,6 @@ def _segment(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
         return down.Segmenter(vit, classes, layers=layers, drop_path=r["drop_path"])
 
     return build, learn, score
-
-
-def _device(p: SimpleNamespace) -> str:
-    found = p.accelerator
-    return ("cuda" if torch.cuda.is_available() else "cpu") if found == "auto" else found
 
 
 def _bar(name: str) -> Callable:

@@ -30,7 +30,7 @@ from ...ops.papers import paper
 from ...training import checkpoints
 from ...training.callbacks import ClipNorm, EarlyStop
 from ...training.checkpoints import Checkpoint
-from ...training.fit import Hardware, History, fit, launcher
+from ...training.fit import Hardware, History, evaluating, fit
 from ...training.schedules import adamw, given, sgd
 from ..layers.state_dicts import load_official
 from . import heads
@@ -423,13 +423,11 @@ def _learn(
 @torch.no_grad()
 def _outputs(p: SimpleNamespace, model: nn.Module, part: Dataset) -> Iterator[tuple[object, Tensor]]:
     """Outputs and labels, batch by batch, on the CPU. The model is on its own device afterwards."""
-    home = next(model.parameters()).device
-    fabric = launcher(accelerator=p.accelerator, devices=1, precision=p.precision)
-    net = fabric.setup_module(model)
-    for images, truth in DataLoader(part, 2 if p.dry_run else 64, num_workers=0 if p.dry_run else WORKERS):
-        found = net(images.to(fabric.device))
-        yield [x.float().cpu() for x in found] if isinstance(found, (list, tuple)) else found.float().cpu(), truth
-    model.to(home)
+    batch, workers = (2, 0) if p.dry_run else (64, WORKERS)
+    with evaluating(Hardware(p.accelerator, precision=p.precision), model) as device:
+        for images, truth in DataLoader(part, batch, num_workers=workers, pin_memory=device.type == "cuda"):
+            found = model(images.to(device, non_blocking=True))
+            yield [x.float().cpu() for x in found] if isinstance(found, (list, tuple)) else found.float().cpu(), truth
 
 
 def _classified(p: SimpleNamespace, model: nn.Module, part: Dataset) -> float:

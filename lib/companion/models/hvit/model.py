@@ -326,7 +326,7 @@ class SlidePosition(nn.Module):
         """From (B, M, D); `coords` (B, M, 2), for the 2d kinds: integer columns and rows of the regions `present`."""
         if not self.kind.startswith("2d"):
             index = torch.arange(x.shape[1], device=x.device)
-            self._check(index)
+            self._check(len(index) - 1)
             return self.dropout(x + (self.embedder(index) if self.kind == "learned" else self.table[index]))
         if coords is None:
             raise BadParameter("coords", None, f"(B, M, 2) columns and rows, which positions = {self.kind!r} need")
@@ -334,16 +334,16 @@ class SlidePosition(nn.Module):
         least = coords.masked_fill(absent, torch.iinfo(coords.dtype).max).amin((1, 2), keepdim=True)
         coords = (coords - least).masked_fill(absent, 0)
         if self.kind == "2d learned":
-            self._check(coords)
+            self._check(int(coords.max()))
             return x + torch.cat([self.columns(coords[..., 0]), self.rows(coords[..., 1])], -1)
         column, row = coords.unbind(-1)
         index = (column + row) * (column + row + 1) // 2 + row  # Cantor's pairing function
-        self._check(index)
+        self._check(int(index.max()))
         return self.dropout(x + self.table[index])
 
-    def _check(self, index: Tensor) -> None:
-        if index.max() >= self.longest:
-            raise BadParameter("regions", int(index.max()) + 1, f"at most {self.longest} positions (`longest`)")
+    def _check(self, last: int) -> None:
+        if last >= self.longest:
+            raise BadParameter("regions", last + 1, f"at most {self.longest} positions (`longest`)")
 
 
 class SlideTransformer(nn.Module):
@@ -402,7 +402,8 @@ class SlideTransformer(nn.Module):
         """
         if x.ndim != 3 or x.shape[2] != self.inputs or not x.shape[1]:
             raise BadParameter("regions", tuple(x.shape), f"(slides, 1 or more regions, {self.inputs})")
-        if present is not None and not present.any(1).all():
+        # looked at where no GPU has to be waited for in a training step
+        if present is not None and (present.is_cpu or not self.training) and not present.any(1).all():
             raise BadParameter("present", "a slide without a region", "at least one region a slide")
         found = {"phi": self.phi(x)}
         h = found["phi"] if self.position is None else self.position(found["phi"], coords, present)
@@ -720,7 +721,7 @@ def loss(head: str, outputs: Tensor, grades: Tensor, classes: int = 6) -> Tensor
     if head not in HEADS:
         raise BadParameter("head", head, HEADS)
     grades = grades.long()
-    if grades.numel() and (grades.min() < 0 or grades.max() >= classes):
+    if grades.is_cpu and grades.numel() and (grades.min() < 0 or grades.max() >= classes):  # a GPU is not waited for
         raise BadParameter("grades", grades.tolist(), f"0 to {classes - 1}")
     if head == "classification":
         return F.cross_entropy(outputs, grades)

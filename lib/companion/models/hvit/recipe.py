@@ -27,7 +27,7 @@ from ...evaluation.tables import upsert_rows
 from ...slides import PANDA, Slide, Tiles, Tiling, extract, tensor
 from ...training.callbacks import EarlyStop
 from ...training.checkpoints import Checkpoint, save
-from ...training.fit import Hardware, History, fit
+from ...training.fit import AUTO, Hardware, History, evaluating, fit
 from ...training.schedules import adamw
 from ...viz import heatmaps
 from ..layers.pos_embed import resize_pos_embed
@@ -222,7 +222,8 @@ def train_fold(
         facts |= {"model": model, "slides": slides, "features": part.made_by, "epochs": epochs, "batch": batch}
         checkpoint = Checkpoint.of(out / "checkpoints", name, **facts)
     shown = ClassBalanced(part) if p.sampling == "weighted" else part
-    score = functools.partial(tuning_scores, p.head, classes, tuning)
+    hardware = Hardware(p.accelerator, precision=p.precision, workers=workers)
+    score = functools.partial(tuning_scores, p.head, classes, tuning, hardware=hardware)
     stop = EarlyStop(score, p.patience, earliest=EARLIEST, ties=True)
     history = fit(
         model,
@@ -235,7 +236,7 @@ def train_fold(
         callbacks=[] if tuning is None else [stop],
         checkpoint=checkpoint,
         seed=p.seed,
-        hardware=Hardware(p.accelerator, precision=p.precision, workers=workers),
+        hardware=hardware,
         name=method,
     )
     if out is not None:
@@ -245,32 +246,41 @@ def train_fold(
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, part: Dataset) -> tuple[Tensor, Tensor]:
-    """True grades (n,) and outputs (n, ...) of slides (features, present, grade)."""
-    device = next(model.parameters()).device
+def outputs(model: nn.Module, part: Dataset, hardware: Hardware = AUTO) -> tuple[Tensor, Tensor]:
+    """True grades (n,) and outputs (n, ...) of slides (features, present, grade), on the CPU."""
     truth, found = [], []
-    for features, present, grade in DataLoader(part, 8):
-        found.append(model(features.to(device), present=present.to(device)).float().cpu())
-        truth.append(torch.as_tensor(grade))
+    with evaluating(hardware, model) as device:
+        loader = DataLoader(part, 8, num_workers=hardware.workers, pin_memory=device.type == "cuda")
+        for features, present, grade in loader:
+            features, present = (x.to(device, non_blocking=True) for x in (features, present))
+            found.append(model(features, present=present).float().cpu())
+            truth.append(torch.as_tensor(grade))
     return torch.cat(truth), torch.cat(found)
 
 
-def tuning_scores(head: str, classes: int, part: Dataset, model: nn.Module) -> tuple[float, float]:
+def tuning_scores(
+    head: str, classes: int, part: Dataset, model: nn.Module, hardware: Hardware = AUTO
+) -> tuple[float, float]:
     """Kappa in percent, which chooses the epoch, and minus the loss, which ends the training."""
-    truth, found = outputs(model, part)
+    truth, found = outputs(model, part, hardware)
     return kappa(truth, hvit.predict(head, found, classes)), -float(hvit.loss(head, found, truth, classes))
 
 
 def _setting(
     p: SimpleNamespace, title: str, folds: list, test: Dataset, classes: int, out: Path | None, **changes: object
 ) -> Setting:
+    hardware = Hardware(p.accelerator, precision=p.precision)
+
+    def grades(model: nn.Module, method: str, part: Dataset) -> Tensor:
+        return hvit.predict(p.head, outputs(model, part, hardware)[1], classes)
+
     return Setting(
         title=title,
         folds=folds,
         test=test,
         learning_rates={p.method: LEARNING_RATE},
         train=functools.partial(train_fold, p, folds, classes, out, **changes),
-        grades=lambda model, method, part: hvit.predict(p.head, outputs(model.eval(), part)[1], classes),
+        grades=grades,
     )
 
 
@@ -396,15 +406,15 @@ def store(
     items = data.folder(p.data_root) if p.dataset == "folder" else data.load(p.dataset, p.data_root)
     # `embed_patches` belongs to the whole model; the levels above are not run
     whole = hvit.HViT(hvit.SlideTransformer(192), hvit.RegionEncoder(p.region // patch.image, patch.dim), patch)
-    device = "cuda" if p.accelerator in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
     options = {"tiling": replace(tiling, region=p.region), "encoder": patch, "normalise": p.normalise}
-    options |= {"batch": batch, "device": device}
-    whole.to(device)
-    for item in items[i::n]:
-        try:
-            yield item.name, extract(item.path, whole.embed_patches, stored_in(p) / f"{item.name}.h5", **options)
-        except CompanionError as error:
-            yield item.name, error
+    options["batch"] = batch
+    with evaluating(Hardware(p.accelerator), whole) as device:
+        for item in items[i::n]:
+            target = stored_in(p) / f"{item.name}.h5"
+            try:
+                yield item.name, extract(item.path, whole.embed_patches, target, device=device, **options)
+            except CompanionError as error:
+                yield item.name, error
 
 
 # --- attention maps ---------------------------------------------------------------------------------------------------

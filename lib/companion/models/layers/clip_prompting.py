@@ -92,9 +92,13 @@ def encode_text(clip: CLIP, x: Tensor, ends: Tensor, deep: Tensor | None = None)
 
 
 def similarity(clip: CLIP, image: Tensor, text: Tensor) -> Tensor:
-    """Logits (b, C): cosines times CLIP's own scale. image (b, E), text (C, E) or, an image its own, (b, C, E)."""
-    cosine = F.normalize(text, dim=-1) @ F.normalize(image, dim=-1)[..., None]
-    return clip.logit_scale.exp() * cosine.squeeze(-1)
+    """Logits (b, C): cosines times CLIP's own scale. image (b, E), text (C, E) or, an image its own, (b, C, E).
+
+    In float32 also under autocast: a hundred times a cosine of three digits changes which class is the largest.
+    """
+    with torch.autocast(image.device.type, enabled=False):
+        cosine = F.normalize(text.float(), dim=-1) @ F.normalize(image.float(), dim=-1)[..., None]
+        return clip.logit_scale.exp() * cosine.squeeze(-1)
 
 
 class ImageFeatures(nn.Module):

@@ -164,7 +164,7 @@ def _lookahead(case: Case) -> dict[str, Tensor]:
 
     class Record(Callback):
         def on_step_end(self, loop: Loop) -> None:
-            steps.append(torch.cat([theta, beta]).detach())
+            steps.append(torch.cat([theta, beta]).detach().cpu())
 
     fit(
         parameters,

@@ -37,7 +37,7 @@ from ...ops.papers import paper
 from ...training import checkpoints, schedules
 from ...training.callbacks import Lookahead
 from ...training.checkpoints import Checkpoint, trained_state
-from ...training.fit import Hardware, History, fit
+from ...training.fit import AUTO, Hardware, History, evaluating, fit
 from ...training.schedules import adamw
 from ..layers.state_dicts import load_official
 from .model import SIZES, MetaSegNet, augmented, bands, joint_loss, swin, views
@@ -188,16 +188,10 @@ def learn(
         hardware=Hardware(p.accelerator, p.devices, p.precision, 0 if p.dry_run else WORKERS),
         name=p.method,
     )
-    model.to(device(p)).eval()
     return history
 
 
 # --- the network ------------------------------------------------------------------------------------------------------
-
-
-def device(p: SimpleNamespace) -> str:
-    """The device of a trained network."""
-    return "cuda" if p.accelerator in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 def text_encoder(p: SimpleNamespace, prompts: Prompts) -> TextEncoder | None:
@@ -264,7 +258,7 @@ def build(p: SimpleNamespace, prompts: Prompts, classes: int) -> MetaSegNet:
         load_official(model, official, names, "the author's Swin")
     if p.checkpoint:
         load(model, p.checkpoint)
-    return model.to(device(p)).eval()
+    return model.eval()
 
 
 def load(model: MetaSegNet, path: str | Path) -> None:
@@ -343,18 +337,22 @@ def texts(
 
 
 @torch.no_grad()  # not inference mode: a frozen text encoder caches states that a later training uses
-def confusion(model: MetaSegNet, part: Test, given: Sequence[str] | None, augmentation: str = "none") -> Tensor:
+def confusion(
+    model: MetaSegNet, part: Test, given: Sequence[str] | None, augmentation: str = "none", hardware: Hardware = AUTO
+) -> Tensor:
     """The confusion matrix (C, C) of a network on a test, with a text for each item."""
-    own, total, done = next(model.parameters()).device, 0, 0
+    total, done = 0, 0
     ids = None if given is None else model.text.ids(given)
     workers = 0 if isinstance(part.data, TensorDataset) else WORKERS
-    for images, labels in DataLoader(part.data, part.batch, num_workers=workers):
-        some = () if ids is None else (ids[done : done + len(images)],)
-        logits = augmented(lambda x, some=some: model(x, *some), images.to(own), augmentation)
-        predicted = logits.argmax(1).cpu()
-        predicted = predicted if part.into is None else part.into[predicted]
-        total = total + metrics.confusion(labels, predicted, len(part.classes))
-        done += len(images)
+    with evaluating(hardware, model) as device:
+        for images, labels in DataLoader(part.data, part.batch, num_workers=workers, pin_memory=device.type == "cuda"):
+            some = () if ids is None else (ids[done : done + len(images)].to(device),)
+            x = images.to(device, non_blocking=True)
+            logits = augmented(lambda x, some=some: model(x, *some), x, augmentation)
+            predicted = logits.argmax(1).cpu()
+            predicted = predicted if part.into is None else part.into[predicted]
+            total = total + metrics.confusion(labels, predicted, len(part.classes))
+            done += len(images)
     return total
 
 
@@ -368,6 +366,7 @@ def predict(
     overlap: int = 256,
     augmentation: str = "none",
     batch: int = 1,
+    hardware: Hardware = AUTO,
 ) -> list[Path]:
     """Maps of all images of a set, of any size, as `<out>/<image>.tif` (see `geotiff.label`).
 
@@ -377,16 +376,17 @@ def predict(
     """
     if data.windows is not None:
         raise BadParameter("data", f"windows of {data.size} pixels", "whole images (size = None)")
-    own, files = next(model.parameters()).device, []
-    for i, picture in enumerate(data.pictures):
-        ids = () if given is None else (model.text.ids([given[i]]),)
+    files = []
+    with evaluating(hardware, model) as device:
+        for i, picture in enumerate(data.pictures):
+            ids = () if given is None else (model.text.ids([given[i]]).to(device),)
 
-        def network(x: Tensor, ids=ids) -> Tensor:
-            return augmented(lambda y: model(y, *ids), x.to(own), augmentation)
+            def network(x: Tensor, ids=ids) -> Tensor:
+                return augmented(lambda y: model(y, *ids), x.to(device), augmentation)
 
-        tiles = functools.partial(bands, network, tile=tile, overlap=overlap, batch=batch)
-        target = Path(out) / f"{picture.image.stem}.tif"
-        files.append(geotiff.label(tiles, picture.image, target, data.palette, data.classes))
+            tiles = functools.partial(bands, network, tile=tile, overlap=overlap, batch=batch)
+            target = Path(out) / f"{picture.image.stem}.tif"
+            files.append(geotiff.label(tiles, picture.image, target, data.palette, data.classes))
     return files
 
 
@@ -407,6 +407,7 @@ def maps(folder: str | Path, out: str | Path, p: SimpleNamespace) -> Iterator[tu
     model, zones = build(p, prompts, len(data.classes)), data.zones()
     given = texts(prompts, p.method, zones, own=data.texts(), seed=p.seed)
     settings = {"tile": p.tile, "overlap": p.overlap, "augmentation": p.augmentation}
+    settings["hardware"] = Hardware(p.accelerator)
     for i, picture in enumerate(data.pictures):
         one = data.where([other is picture for other in data.pictures])
         text = None if given is None else given[i : i + 1]
@@ -428,7 +429,7 @@ class Setting:
         texts: (method, zones, kind, own texts) to a text for each zone, see `texts`.
         build: the network of a method, before training.
         learn: trains a network in place: (network, method) to the history; empty where none is trained.
-        augmentation: at test.
+        augmentation, hardware: at test.
     """
 
     title: str
@@ -438,6 +439,7 @@ class Setting:
     build: Callable[[str], MetaSegNet]
     learn: Callable[[MetaSegNet, str], History]
     augmentation: str = "none"
+    hardware: Hardware = AUTO
 
 
 def train(setting: Setting, method: str) -> tuple[MetaSegNet, History]:
@@ -450,7 +452,8 @@ def train(setting: Setting, method: str) -> tuple[MetaSegNet, History]:
 def matrix(setting: Setting, model: MetaSegNet, method: str, test: str, kind: str = "") -> Tensor:
     """The confusion matrix (C, C) of a network on a test, with the texts of its method or those of `kind`."""
     part = setting.tests[test]
-    return confusion(model, part, setting.texts(method, part.zones, kind, part.texts), setting.augmentation)
+    given = setting.texts(method, part.zones, kind, part.texts)
+    return confusion(model, part, given, setting.augmentation, setting.hardware)
 
 
 def setting(p: SimpleNamespace, out: Path) -> Setting:
@@ -492,6 +495,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         build=lambda method: build(SimpleNamespace(**(vars(p) | {"method": method})), prompts, classes),
         learn=learn_method,
         augmentation=p.augmentation,
+        hardware=Hardware(p.accelerator, precision=p.precision),
     )
 
 
@@ -571,7 +575,7 @@ def _tests(p: SimpleNamespace) -> dict[str, Test]:
 def _generated(p: SimpleNamespace) -> tuple[str, int, dict[str, Test], Callable[[], Items]]:
     """As `_real`, of a dry run: noise in squares of one class each, of the recipe's crop, in two zones by turns."""
     names = CLASSES.get(p.dataset, CLASSES[OEM])
-    gpu, r = device(p) == "cuda", recipe(p.dataset)
+    gpu, r = p.accelerator != "cpu" and torch.cuda.is_available(), recipe(p.dataset)
     side, batch = (r.crop, r.batch) if gpu else (min(r.crop, DRY_SIDE), 1)
 
     def generated(count: int, seed: int) -> Items:

@@ -51,16 +51,15 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """States (n, L, width) of ids (n, L); those of padding are to be masked with `mask`."""
-        unique, back = ids.unique(dim=0, return_inverse=True)
         if not self.frozen:
+            unique, back = ids.unique(dim=0, return_inverse=True)
             return self.states(unique, self.mask(unique))[back]
-        rows = [tuple(row) for row in unique.tolist()]
-        new = [i for i, row in enumerate(rows) if row not in self._known]
-        if new:
+        rows = [tuple(row) for row in ids.tolist()]  # the only place where a GPU is waited for
+        if new := list({row: i for i, row in enumerate(rows) if row not in self._known}.values()):
             with torch.no_grad():
-                found = self.states(unique[new], self.mask(unique[new]))
-            self._known |= {rows[i]: state.cpu() for i, state in zip(new, found, strict=True)}
-        return torch.stack([self._known[row] for row in rows]).to(ids.device)[back]
+                found = self.states(ids[new], self.mask(ids[new]))
+            self._known |= {rows[i]: state for i, state in zip(new, found, strict=True)}
+        return torch.stack([self._known[row].to(ids.device) for row in rows])
 
     def _freeze(self) -> None:
         self.frozen, self._known = True, {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -152,9 +153,11 @@ def learn(
         rates = settings.loc["learning rate"]
         return [group | {"lr": float(rates[group["name"]]), "weight_decay": decay} for group in model.param_groups()]
 
+    shares = functools.cache(ratio.to)  # to a GPU once, not at each step
+
     def value(model: nn.Module, batch: Batch) -> Tensor:
         images, labels = batch
-        return loss(model(images), labels, ratio.to(labels.device), weight)
+        return loss(model(images), labels, shares(labels.device), weight)
 
     return fit(
         model,

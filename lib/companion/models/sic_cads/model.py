@@ -32,7 +32,7 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import FeaturePyramidNetwork, batched_nms, clip_boxes_to_image
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from ...backbones import Input
+from ...backbones import Input, per_channel
 from ...errors import BadCheckpoint, BadParameter
 from ..layers.clip_prompting import Tokenizer, tokenise
 from ..layers.state_dicts import depth, load_official, official_state
@@ -121,7 +121,7 @@ def rank_loss(scores: Tensor, positives: Tensor, columns: Tensor | None = None) 
     Args:
         scores: (B, C), cosines times the logit scale.
         positives: (B, C) bool.
-        columns: (C,) bool, the classes that are used, as positives too: the base ones for boxes. None: all.
+        columns: (C,) bool or indices, the classes used, as positives too: the base ones for boxes. None: all.
     """
     if columns is not None:
         scores, positives = scores[:, columns], positives[:, columns]
@@ -142,7 +142,7 @@ class Heads(nn.Module):
     """Feature maps to the embeddings of each patch in both branches.
 
     Level l takes the maximum of every map over a grid of (l + 1)²: quarters that do not overlap, unlike the teacher's
-    crops. One shared linear layer, then one a branch, no non-linearity.
+    crops. One shared linear layer, then one a branch, no non-linearity; in float32 also under autocast.
     """
 
     def __init__(self, inputs: int, dim: int, levels: int = 2):
@@ -162,8 +162,10 @@ class Heads(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The embeddings e_text and e_image, (B, P, D) each, of length 1."""
-        x = self.shared(self.pooled(maps))
-        return F.normalize(self.to_text(x), dim=-1), F.normalize(self.to_image(x), dim=-1)
+        pooled = self.pooled(maps)
+        with torch.autocast(pooled.device.type, enabled=False):
+            x = self.shared(pooled.float())
+            return F.normalize(self.to_text(x), dim=-1), F.normalize(self.to_image(x), dim=-1)
 
 
 _HEADS = {"shared": "mlr_lin", "to_text": "mlr_lin2", "to_image": "image_embedding"}
@@ -254,6 +256,7 @@ class MLR(nn.Module):
         self.heads = Heads(width * (len(channels) + 2 * extra), text.shape[1], levels)
         self.text = nn.Parameter(text.detach().float().clone(), requires_grad=False)
         self.register_buffer("novel", novel.clone(), persistent=False)
+        self.register_buffer("base", (~novel).nonzero().flatten(), persistent=False)  # as indices: no wait for a GPU
         self.teacher = None if teacher is None else copy.deepcopy(teacher).requires_grad_(False)
         self.lambda_base, self.lambda_novel = lambda_base, lambda_novel
         text_share(novel, lambda_base, lambda_novel)  # refuses values outside 0 to 1 now, not at the first image
@@ -336,10 +339,15 @@ class MLR(nn.Module):
         """The embeddings e_text and e_image, (B, P, D) each, of prepared images."""
         return self.heads(self.forward_features(x))
 
+    def cosines(self, embeddings: Tensor) -> Tensor:
+        """The cosines (B, P, C) of embeddings (B, P, D) and the texts, in float32 also under autocast."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return embeddings.float() @ self.text.mT
+
     def recognised(self, e_text: Tensor, e_image: Tensor, share: Tensor | float | None = None) -> Recognition:
         """Both branches' embeddings (B, P, D) to scores. `share`: see `fuse`; `CROSS_DATASET` for a vocabulary that
         the text branch was not trained for; None: `text_share` with the model's lambdas."""
-        text, image = e_text @ self.text.mT, e_image @ self.text.mT
+        text, image = self.cosines(e_text), self.cosines(e_image)
         p_text, p_image = (normalise(pool(s, self.levels), self.over, self.tau) for s in (text, image))
         if share is None:
             share = text_share(self.novel, self.lambda_base, self.lambda_novel)
@@ -370,8 +378,8 @@ class MLR(nn.Module):
             teacher: the teacher's embeddings (B, P, D) of these images, where they were cached.
         """
         e_text, e_image = self(self.prepared(images, resize=False))
-        scores = self.tau * pool(e_text @ self.text.mT, self.levels)
-        ranked = rank_loss(scores, positives, ~self.novel if boxes else None)
+        scores = self.tau * pool(self.cosines(e_text), self.levels)
+        ranked = rank_loss(scores, positives, self.base if boxes else None)
         teacher = self.teacher_embeddings(images) if teacher is None else teacher
         return ranked, self.distill * distillation_loss(e_image, teacher)
 
@@ -427,7 +435,7 @@ def _check_pixels(images: Tensor) -> None:
 
 
 def _standardised(pixels: Tensor, target: Input) -> Tensor:
-    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (target.mean, target.std))
+    mean, std = (per_channel(values, pixels.device) for values in (target.mean, target.std))
     return (pixels / 255 - mean) / std
 
 

@@ -35,7 +35,7 @@ from ...ops.papers import paper
 from ...ops.progress import progress
 from ...training.callbacks import ClipValue
 from ...training.checkpoints import Checkpoint, save
-from ...training.fit import Hardware, History, fit
+from ...training.fit import CPU, Hardware, History, evaluating, fit, launcher
 from ...training.schedules import adamw
 from ..layers.state_dicts import load_official
 from . import model as sic_cads
@@ -182,11 +182,10 @@ def loss(model: sic_cads.MLR, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """The loss of a batch; images with boxes rank the base classes, those with labels alone all classes."""
     images, positives, boxes = batch
     e_text, e_image = model(images, raw=True)
-    scores = model.tau * sic_cads.pool(e_text @ model.text.mT, model.levels)
+    scores = model.tau * sic_cads.pool(model.cosines(e_text), model.levels)
     value = model.distill * sic_cads.distillation_loss(e_image, model.teacher_embeddings(images))
-    for kind, columns in ((boxes, ~model.novel), (~boxes, None)):
-        if kind.any():
-            value = value + kind.float().mean() * sic_cads.rank_loss(scores[kind], positives[kind], columns)
+    for kind, columns in ((boxes, model.base), (~boxes, None)):  # an image without positives counts with 0
+        value = value + sic_cads.rank_loss(scores, positives & kind[:, None], columns)
     return value
 
 
@@ -205,10 +204,7 @@ class BatchLoss(nn.Module):
 
 
 class Recogniser(sic_cads.MLR):
-    """The recogniser as part of the authors' detectors: images are resized to the detector's input size first.
-
-    Images may be on any device; scores are returned on the CPU, where the detections are.
-    """
+    """The recogniser as part of the authors' detectors: images are resized to the detector's input size first."""
 
     def forward(self, x: Tensor, raw: bool = False) -> tuple[Tensor, Tensor]:
         """As `MLR.forward`; with `raw`, of augmented training images (B, 3, s, s), uint8."""
@@ -221,11 +217,7 @@ class Recogniser(sic_cads.MLR):
         return super().crops(self._resized(images))
 
     def _resized(self, images: Tensor) -> Tensor:
-        images = images.to(self.text.device)
         return images if self.training else resize(images, [SHORTER], max_size=LONGER, antialias=True)
-
-    def recognised(self, *args, **options) -> sic_cads.Recognition:
-        return sic_cads.Recognition(*(t.cpu() for t in super().recognised(*args, **options)))
 
 
 def weights_file(p: SimpleNamespace, name: str) -> Path:
@@ -247,7 +239,7 @@ def build(p: SimpleNamespace, clip: nn.Module, text: Tensor, novel: Tensor, weig
     model = Recogniser(
         body, text, novel, teacher=clip.visual, teacher_input=backbones.input_of(clip), **recipe(p.dataset).options
     )
-    return model.to(_device(p))
+    return model
 
 
 def load(p: SimpleNamespace, clip: nn.Module, text: Tensor, novel: Tensor) -> Recogniser:
@@ -315,14 +307,9 @@ def train_model(
         hardware=Hardware(p.accelerator, p.devices, p.precision, workers),
         name="recogniser",
     )
-    model.to(_device(p)).eval()
     if out is not None:
         save(out / "trained", checkpoint.path.stem, trained_weights(model))
     return history
-
-
-def _device(p: SimpleNamespace) -> str:
-    return "cuda" if p.accelerator in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -339,6 +326,7 @@ class Setting:
         detect: one image (3, H, W), uint8, to all boxes (R, 4), xyxy, and their probabilities (R, C).
         branch, gamma: the image-level scores that refine, and their weight.
         threshold, nms, top: of the detections, after the refinement.
+        hardware: of the recogniser at test.
     """
 
     title: str
@@ -351,6 +339,7 @@ class Setting:
     threshold: float
     nms: float | None
     top: int
+    hardware: Hardware = CPU
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
@@ -390,10 +379,11 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
 def _setting(
     p: SimpleNamespace, title: str, test: detection.Boxes, make: Callable, train: Callable, detector: nn.Module
 ) -> Setting:
-    detector = detector.to(_device(p))
+    hardware = Hardware(p.accelerator, precision=p.precision)
+    device = launcher(hardware).device
 
     def detect(image: Tensor) -> tuple[Tensor, Tensor]:
-        found = detector(image)
+        found = detector.to(device)(image)  # moved at the first image, not before processes for training are forked
         return found.boxes.cpu(), found.probabilities.cpu()
 
     return Setting(
@@ -407,6 +397,7 @@ def _setting(
         threshold=detectors.FLOOR,
         nms=None,
         top=recipe(p.dataset).top,
+        hardware=hardware,
     )
 
 
@@ -488,7 +479,7 @@ def generated(p: SimpleNamespace, count: int, height: int = 480, width: int = 64
 def _dry_run(p: SimpleNamespace) -> Setting:
     """Full-size models with random weights, two optimiser steps on generated images of the real shape."""
     torch.manual_seed(p.seed)
-    gpu = _device(p) == "cuda"
+    gpu = p.accelerator != "cpu" and torch.cuda.is_available()
     r, test = recipe(p.dataset, p.captions), generated(p, 2)
     batch = r.batch if gpu else 2
     clip = backbones.build(f"openclip:{p.clip}", "random")
@@ -545,11 +536,12 @@ class Predictions:
 def predict(found: Setting, model: sic_cads.MLR, count: int = 0) -> Predictions:
     """Run detector and recogniser on the first `count` test images, 0 for all."""
     boxes, probabilities, rows = [], [], []
-    for index in progress(range(min(count or len(found.test), len(found.test))), "test images"):
-        image, _ = found.test[index]
-        for outputs, output in zip((boxes, probabilities), found.detect(image), strict=True):
-            outputs.append(output)
-        rows.append(branch_scores(model, image))
+    with evaluating(found.hardware, model) as device:
+        for index in progress(range(min(count or len(found.test), len(found.test))), "test images"):
+            image, _ = found.test[index]
+            for outputs, output in zip((boxes, probabilities), found.detect(image), strict=True):
+                outputs.append(output)
+            rows.append({name: p.cpu() for name, p in branch_scores(model, image.to(device)).items()})
     return Predictions(boxes, probabilities, {name: torch.stack([row[name] for row in rows]) for name in rows[0]})
 
 

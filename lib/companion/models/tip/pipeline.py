@@ -315,6 +315,7 @@ class TIPPipeline(DiffusionPipeline):
             z = latents.to(device, self.adaptor.dtype).expand(size)
         z = z * self.scheduler.init_noise_sigma
         self.scheduler.set_timesteps(steps, device=device)
+        self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)  # it may have trained on another
         for step, t in enumerate(progress(self.scheduler.timesteps, "restoring")):
             seen = self.scheduler.scale_model_input(z, t)
             x = model.encode(_repeat(seen, len(semantic)), t, semantic)

@@ -28,7 +28,7 @@ from ...evaluation.metrics.restoration import perceptual, psnr, ssim
 from ...evaluation.tables import upsert_rows
 from ...training.callbacks import ClipNorm
 from ...training.checkpoints import Checkpoint
-from ...training.fit import Hardware, History, fit
+from ...training.fit import CPU, Hardware, History, evaluating, fit, launcher
 from ...training.schedules import adamw, schedule
 from . import model as tip
 from .pipeline import TIPPipeline, build, load_adaptor, save_adaptor
@@ -103,6 +103,9 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
     else:
         (title, images, test), size, steps = _datasets(p), p.size, p.steps
 
+    # a dry run's UNet is in bfloat16 already
+    hardware = CPU if p.dry_run else Hardware(p.accelerator, precision=p.precision)
+
     def learn(pipe: TIPPipeline, method: str, **changes: object) -> History:
         return train(p, pipe, samples(images, size, method, p.seed), None if p.dry_run else out, name=method, **changes)
 
@@ -112,7 +115,9 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         build=functools.partial(_pipeline, p),
         train=None if images is None else learn,
         test=Degraded(test, size, seed=p.seed, **restoration.TASKS[p.degradation]),
-        restore=functools.partial(restore, steps=steps, guidance=p.guidance, scale=p.scale, seed=p.seed),
+        restore=functools.partial(
+            restore, steps=steps, guidance=p.guidance, scale=p.scale, seed=p.seed, hardware=hardware
+        ),
     )
 
 
@@ -133,7 +138,8 @@ def _pipeline(p: SimpleNamespace, method: str) -> TIPPipeline:
     pipe = TIPPipeline.from_stable_diffusion(base(p), **options)
     if p.checkpoint:
         pipe.register_modules(adaptor=load_adaptor(p.checkpoint, pipe.unet))
-    return pipe.to("cuda" if p.accelerator in ("auto", "cuda") and torch.cuda.is_available() else "cpu")
+    # a training moves it itself: processes for several devices must be forked before a GPU is used
+    return pipe if p.task == "train" else pipe.to(launcher(Hardware(p.accelerator)).device)
 
 
 def _datasets(p: SimpleNamespace) -> tuple[str, restoration.Captioned | None, restoration.Captioned]:
@@ -251,7 +257,6 @@ def train(
         where = {"weights": base(p), "dataset": p.dataset, "data_root": Path(p.data_root), "size": p.size}
         facts = where | {"adaptor": pipe.adaptor, "micro-batches": parts}
         checkpoint = Checkpoint.of(out / "checkpoints", f"{name}, seed {p.seed}", 500, **facts)
-    device = pipe.unet.device
     history = fit(
         Learner(pipe),
         lambda model, items: model(*items),
@@ -266,7 +271,7 @@ def train(
         hardware=hardware,
         name=name,
     )
-    pipe.to(device)  # `fit` leaves the model on the CPU
+    pipe.to(launcher(hardware).device)  # for the test
     if out is not None:
         save_adaptor(pipe.adaptor, out / "trained" / name.replace(" ", "-"))
     return history
@@ -295,6 +300,7 @@ def restore(
     seed: int = 0,
     batch: int = 8,
     first: int = 0,
+    hardware: Hardware = CPU,
     **options,
 ) -> Tensor:
     """Restored images (B, 3, S, S) in [0, 1] of samples, their prompts by `data.restoration.texts`.
@@ -303,12 +309,13 @@ def restore(
     """
     semantic, prompts = restoration.texts(data, kind)
     restored = []
-    for start in range(0, len(data), batch):
-        indices = range(start, min(start + batch, len(data)))
-        noise = [torch.Generator().manual_seed(1_000_003 * seed + first + i) for i in indices]
-        degraded = torch.stack([data[i].degraded for i in indices])
-        texts = [semantic[i] for i in indices], [prompts[i] for i in indices]
-        restored.append(pipe(degraded, *texts, generator=noise, **options).images.cpu())
+    with evaluating(hardware, pipe.vae, pipe.text_encoder, pipe.unet, pipe.adaptor):
+        for start in range(0, len(data), batch):
+            indices = range(start, min(start + batch, len(data)))
+            noise = [torch.Generator().manual_seed(1_000_003 * seed + first + i) for i in indices]
+            degraded = torch.stack([data[i].degraded for i in indices])
+            texts = [semantic[i] for i in indices], [prompts[i] for i in indices]
+            restored.append(pipe(degraded, *texts, generator=noise, **options).images.cpu())
     return torch.cat(restored)
 
 

@@ -135,7 +135,7 @@ def train_model(
         images, labels, *ids = batch
         if not ids:
             return model.loss(images, None, labels)
-        hidden = torch.rand(len(images), 1) < dropped
+        hidden = torch.rand(len(images), 1, device=images.device) < dropped
         return model.loss(images, torch.where(hidden, ids[1], ids[0]), labels)
 
     batch, optimizer = RECIPE["batch"], adamw(lr, RECIPE["weight_decay"])

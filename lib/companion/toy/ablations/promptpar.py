@@ -113,10 +113,10 @@ def train_model(
 ) -> History:
     """Train `model` in place on `images`, with the published weight decay and clipping; return its history."""
     images, labels = data.tensors
-    ratio, weight = labels.mean(0), METHODS[method].get("similarity", 0.5)
+    ratio, weight = functools.cache(labels.mean(0).to), METHODS[method].get("similarity", 0.5)
 
     def value(model: nn.Module, batch: Batch) -> Tensor:
-        return loss(model(batch[0]), batch[1], ratio, weight)
+        return loss(model(batch[0]), batch[1], ratio(batch[1].device), weight)
 
     # AdamW in place of SGD, and one learning rate for prompts and heads
     settings = {"epochs": EPOCHS, "batch": BATCH, "optimizer": adamw(learning_rate, 1e-4), "callbacks": [ClipNorm(10)]}

@@ -177,7 +177,7 @@ def contrast(model: SceneCLIP, batch: tuple[Tensor, Tensor]) -> Tensor:
 def train_clip(pictures: int = CLIP_RECIPE["pictures"], steps: int = CLIP_RECIPE["steps"], seed: int = 0) -> SceneCLIP:
     """Train the CLIP of scenes from scratch; returned in eval mode."""
     drawn = scenes(pictures, "train", _own(seed))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SceneCLIP()
     data, options = TensorDataset(stack(drawn), named(drawn)), (CLIP_RECIPE["batch"], CLIP_RECIPE["rate"], seed, CLIP)
@@ -289,7 +289,7 @@ def detector_loss(text: Tensor, model: Detector, batch: tuple[Tensor, Tensor, Te
     images, boxes, labels = batch
     maps = model.trunk(images)
     logits, proposed = model.propose(maps)
-    rows = torch.arange(logits.shape[1])
+    rows, text = torch.arange(logits.shape[1], device=images.device), text.to(images.device)
     across = images.shape[-1] // model.stride
     centre = torch.stack([rows % across, rows // across], 1) * model.stride + model.stride / 2
     where, sides, regions, answers = [], [], [], []
@@ -305,7 +305,7 @@ def detector_loss(text: Tensor, model: Detector, batch: tuple[Tensor, Tensor, Te
         best = score.detach().topk(8).indices
         taken = _samples(true, candidates[best].detach())
         overlap, owner = box_iou(taken, true).max(1)
-        answer = torch.zeros(len(taken), len(text))
+        answer = torch.zeros(len(taken), len(text), device=images.device)
         answer[overlap >= 0.5, label[owner[overlap >= 0.5]]] = 1
         regions.append(taken)
         answers.append(answer)
@@ -326,7 +326,7 @@ def train_detector(
     """
     drawn = scenes(pictures, "train", _own(seed), novel=False)
     text = texts(teacher or clip())[list(BASE)]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Detector()
     data, loss = TensorDataset(stack(drawn), *boxes_of(drawn)), functools.partial(detector_loss, text)

@@ -62,7 +62,7 @@ def build(levels: str = "dino", seed: int = 0) -> tuple[hvit.PatchEncoder, hvit.
     """
     if levels not in ("dino", "random"):
         raise BadParameter("levels", levels, ("dino", "random"))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = hvit.build("pocket", "global", patches=pocket.SIDE)
     if levels == "dino":

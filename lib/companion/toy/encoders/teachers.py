@@ -58,7 +58,7 @@ def untrained(name: str = "MAE", seed: int = 0) -> ViT:
     """The teacher before its training, in eval mode. Raises `BadParameter` for another name."""
     if name not in TEACHERS:
         raise BadParameter("teacher", name, TEACHERS)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build("pocket teacher", **SHAPE, **OPTIONS[name]).eval()
 
@@ -76,12 +76,12 @@ def load() -> dict[str, ViT]:
 
 def crops(images: Tensor, share: tuple[float, float]) -> Tensor:
     """A crop of each image (B, 3, S, S) at the same size: `share` of the area, mirrored either way or not."""
-    count, (low, high) = len(images), share
-    area = torch.empty(count).uniform_(low, high)
-    ratio = torch.empty(count).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
+    count, (low, high), device = len(images), share, images.device
+    area = torch.empty(count, device=device).uniform_(low, high)
+    ratio = torch.empty(count, device=device).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
     sides = torch.stack([area * ratio, area / ratio], 1).sqrt().clamp(max=1)  # width and height, of 1
-    centre = (2 * torch.rand(count, 2) - 1) * (1 - sides)
-    mirrored = sides * (torch.randint(2, (count, 2)) * 2 - 1)
+    centre = (2 * torch.rand(count, 2, device=device) - 1) * (1 - sides)
+    mirrored = sides * (torch.randint(2, (count, 2), device=device) * 2 - 1)
     theta = torch.cat([torch.diag_embed(mirrored), centre[..., None]], 2)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
@@ -89,10 +89,9 @@ def crops(images: Tensor, share: tuple[float, float]) -> Tensor:
 
 def light(images: Tensor, contrast: tuple[float, float], level: float) -> Tensor:
     """Images whose luma has another contrast and level, each its own; colours stay."""
-    count = len(images)
-    luma = grey(images)
-    change = torch.empty(count, 1, 1, 1).uniform_(*contrast) - 1
-    return images + change * luma + torch.empty(count, 1, 1, 1).uniform_(-level, level)
+    each = images.new_empty(len(images), 1, 1, 1)
+    change = each.uniform_(*contrast) - 1
+    return images + change * grey(images) + each.uniform_(-level, level)
 
 
 def objective(name: str, encoder: ViT, steps: int) -> tuple[nn.Module, Callable, list[Callback]]:

@@ -105,7 +105,7 @@ class PatchPCA(ModelMixin, ConfigMixin):
 def text() -> WordText:
     """The frozen text encoder: every word of the pocket captions and of the restoration prompts."""
     every = prompt([Op("blur", 1), Op("resize", 2), Op("noise", 0.1), Op("jpeg", 50)])
-    with torch.random.fork_rng():  # its vectors have a seed of their own
+    with torch.random.fork_rng(devices=[]):  # its vectors have a seed of their own
         return WordText.of([*pocket.CAPTIONS, every, BLIND])
 
 
@@ -138,7 +138,7 @@ def build(fusion: str = "modulate", mid: str | None = None, seed: int = 0, prior
     """
     if prior not in ("trained", "untrained"):
         raise BadParameter("prior", prior, ("trained", "untrained"))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = {"vae": PatchPCA(), "unet": unet()}
         if prior == "trained":
@@ -185,7 +185,7 @@ def train(seed: int = SEED, steps: int = STEPS) -> tuple[PatchPCA, UNet2DConditi
     images, captions = shown("train", seed)
     vae, words = PatchPCA(), text()
     share = vae.learn(images)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = unet().requires_grad_(True)
     states = words(words.ids(captions))[0]
@@ -193,7 +193,7 @@ def train(seed: int = SEED, steps: int = STEPS) -> tuple[PatchPCA, UNet2DConditi
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         z, semantic = batch
-        semantic = torch.where(torch.rand(len(z), 1, 1) < NO_CAPTION, empty, semantic)
+        semantic = torch.where(torch.rand(len(z), 1, 1, device=z.device) < NO_CAPTION, empty.to(z.device), semantic)
         return tip.loss(model, (z, z, semantic, semantic), noise, POWER)
 
     data, optimizer = TensorDataset(tip.to_latents(vae, images), states), adamw(LEARNING_RATE, WEIGHT_DECAY)
@@ -203,7 +203,7 @@ def train(seed: int = SEED, steps: int = STEPS) -> tuple[PatchPCA, UNet2DConditi
 def train_kl(seed: int = SEED, steps: int = STEPS) -> AutoencoderKL:
     """diffusers' small KL autoencoder (section 3.6) on the same images, for comparison: squared error, KL by 1e-6."""
     images, _ = shown("train", seed)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = AutoencoderKL(**SIZES["pocket"]["vae"])
 
@@ -257,7 +257,7 @@ def ship(folder: Path = encoders.WEIGHTS, seed: int = SEED) -> Path:
     seconds = time.monotonic() - start
     state = {f"{name}.{n}": t for name, part in (("vae", vae), ("unet", net)) for n, t in part.state_dict().items()}
     recipe = {"steps": STEPS, "batch": BATCH, "learning_rate": LEARNING_RATE, "captions left out": NO_CAPTION}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         plain = unet()
     quality = {

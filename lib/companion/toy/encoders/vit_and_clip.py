@@ -70,7 +70,7 @@ def train_vit(images: int = VIT["images"], steps: int = VIT["steps"], seed: int 
     """
     world = scenes(images, "train", seed)
     inputs, labels = pixels([s.image for s in world]), torch.tensor([s.label for s in world])
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = encoders.build("pocket_vit", "random", num_classes=len(CLASSES))
 
@@ -186,7 +186,7 @@ def train_clip(images: int = CLIP["images"], steps: int = CLIP["steps"], seed: i
     subsets = [list(itertools.compress(attributes, bits)) for bits in itertools.product((0, 1), repeat=len(attributes))]
     always = [i for i, names in enumerate(subsets) if len(names) in (1, len(attributes))]
     captions = torch.stack([tokenizer([short_caption(scene, names) for scene in world]) for names in subsets], 1)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = encoders.build("pocket_clip", "random")
     start = image_tower_from(encoders.build("pocket_vit"))

@@ -1,0 +1,104 @@
+"""Run the code cells of a notebook on the simulated GPU: `python -m tests.simulated.notebook SLUG OUT [name=value]`.
+
+Every training of `fit` ends after twelve steps, and Fabric gets the GPU also where the pocket settings ask for the CPU.
+Writes OUT/found.json: the cells that failed, and what each optimiser's step waited for. A mix of devices fails as on a
+GPU; a cell after one that failed runs all the same, so that one run shows everything.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import json
+import linecache
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import nbformat
+
+from tests.simulated import simdevice
+
+STEPS = 12
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def execute(source: str, name: str, space: dict) -> None:
+    """A cell as Jupyter runs it: what its last line gives is displayed."""
+    linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+    tree, last = ast.parse(source, name), None
+    if tree.body and isinstance(tree.body[-1], ast.Expr):
+        last = ast.Expression(tree.body.pop().value)
+    exec(compile(tree, name, "exec"), space)
+    if last is not None:
+        display(eval(compile(last, name, "eval"), space))
+
+
+def display(*objects: object, **_: object) -> None:
+    """Made, not shown: figures, tables and widgets must be made without an error."""
+    for thing in objects:
+        for way in ("_repr_html_", "_repr_mimebundle_"):
+            if callable(getattr(thing, way, None)):
+                getattr(thing, way)()
+                break
+        else:
+            repr(thing)
+
+
+def force() -> None:
+    """Fabric gets the GPU also where "cpu" was asked for, and no training of `fit` is longer than STEPS."""
+    from companion.training import fit as module
+    from companion.training.schedules import Schedule
+
+    launch, train = module.Fabric, module.fit
+
+    def fit(model, loss, data, *, epochs, batch, schedule=None, **settings):  # type: ignore[no-untyped-def]
+        per_epoch = max(1, len(data) // batch)
+        whole = schedule or module.scheduled()
+
+        def begun(of: Schedule) -> Schedule:
+            return lambda lr, steps, each: of(lr, max(1, round(epochs * per_epoch)), each)[:steps]
+
+        settings["schedule"] = {k: begun(v) for k, v in whole.items()} if isinstance(whole, dict) else begun(whole)
+        return train(model, loss, data, epochs=min(epochs, STEPS / per_epoch), batch=batch, **settings)
+
+    module.Fabric = lambda **settings: launch(**settings | {"accelerator": "cuda"})
+    module.fit = fit
+
+
+def main(slug: str, out: Path, changes: dict[str, object]) -> None:
+    """Run the notebook and write `found.json`."""
+    os.environ |= {"MPLBACKEND": "Agg", "COMPANION_PROGRESS": "off"}
+    import torch
+
+    torch.set_num_threads(1)
+    sim = simdevice.install()
+    force()
+    import matplotlib.pyplot as plt
+
+    builtins.display = display  # type: ignore[attr-defined]
+    space: dict = {"__name__": "__main__", "get_ipython": lambda: None}
+    failures = []
+    cells = [
+        c for c in nbformat.read(ROOT / "notebooks" / f"{slug}.ipynb", as_version=4).cells if c.cell_type == "code"
+    ]
+    for i, cell in enumerate(cells):
+        try:
+            execute(cell.source, f"<cell {i} of {slug}>", space)
+        except Exception as error:
+            failures.append({"cell": i, "error": "".join(traceback.format_exception(error))[-4000:]})
+        if "parameters" in cell.metadata.get("tags", ()):
+            space |= {"out": str(out), "accelerator": "cuda"} | changes
+        plt.close("all")
+    trainings = [
+        {"where": place, "steps": steps, "waits": [[times, *what] for what, times in waits.items()]}
+        for place, steps, waits in sim.trainings()
+    ]
+    found = {"failures": failures, "trainings": trainings}
+    (out / "found.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    slug, out, *changes = sys.argv[1:]
+    main(slug, Path(out), {k: ast.literal_eval(v) for k, _, v in (change.partition("=") for change in changes)})

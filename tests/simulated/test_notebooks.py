@@ -1,0 +1,47 @@
+"""Every notebook on the simulated GPU: no mix of devices, no wait for the GPU in a training step but those listed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from companion.ops.papers import slugs
+
+ALLOWED: dict[str, dict[str, int]] = {}
+"""Waits of a training step, by paper: the file where the host waits, and how often at most."""
+
+pytestmark = pytest.mark.simulated
+
+
+def run(slug: str, out: Path, *changes: str) -> dict:
+    """What `tests.simulated.notebook` found, in a process of its own."""
+    command = [sys.executable, "-m", "tests.simulated.notebook", slug, str(out), *changes]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((out / "found.json").read_text(encoding="utf-8"))
+
+
+def waits(found: dict) -> dict[str, int]:
+    """The most waits of a step, by file, over all trainings."""
+    most: dict[str, int] = {}
+    for training in found["trainings"]:
+        each: dict[str, int] = {}
+        for times, _, where in training["waits"]:
+            file = where.partition(":")[0]
+            each[file] = each.get(file, 0) + times
+        most |= {file: max(times, most.get(file, 0)) for file, times in each.items()}
+    return most
+
+
+@pytest.mark.parametrize("slug", slugs())
+def test_pocket(slug, tmp_path):
+    found = run(slug, tmp_path)
+    assert not found["failures"], found["failures"][0]["error"]
+    assert max(training["steps"] for training in found["trainings"]) > 2
+    too_many = {file: n for file, n in waits(found).items() if n > ALLOWED.get(slug, {}).get(file, 0)}
+    assert not too_many, too_many
