@@ -45,7 +45,7 @@ class Input:
 
 @functools.cache
 @torch.inference_mode(False)
-def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+def per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """A value for each channel, (channels, 1, 1), sent to a device once."""
     return torch.tensor(values, device=device).view(-1, 1, 1)
 

@@ -1,4 +1,4 @@
-"""Every notebook on the simulated GPU: no mix of devices, no wait for the GPU in a training step but those listed."""
+"""On the simulated GPU: training, and every notebook, without a mix of devices or a wait that is not listed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,19 @@ from pathlib import Path
 import pytest
 
 from companion.ops.papers import slugs
+from tests.conftest import ROOT
 
 ALLOWED: dict[str, dict[str, int]] = {}
 """Waits of a training step, by paper: the file where the host waits, and how often at most."""
 
 pytestmark = pytest.mark.simulated
+
+
+def test_training():
+    """The tests of on_gpu.py."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/simulated/on_gpu.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-6000:]
 
 
 def run(slug: str, out: Path, *changes: str) -> dict:
