@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pickle
 import sys
 from pathlib import Path
@@ -16,9 +15,10 @@ from scipy.io import savemat
 from torch.utils.data import DataLoader
 
 from companion import data
-from companion.data import DATASETS, attributes, attributes_sets
+from companion.data import DATASETS, attributes_sets
 from companion.data.attributes import PadToSquare, load, own_folder, splits, square_transform
 from companion.errors import BadParameter, CorruptFile, MissingData
+from tests.data.conftest import expect
 
 SETS = ["par/peta", "par/pa100k", "par/rapv1", "par/rapv2", "par/wider", "par-zs/peta", "par-zs/rap"]
 
@@ -159,9 +159,8 @@ MAKERS = {"par/peta": peta, "par/pa100k": pa100k, "par/rapv1": rapv1, "par/rapv2
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Let every set be of any size here; the real sizes have a test of their own."""
     for name in SETS:
-        monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], sizes={}))
+        expect(monkeypatch, name, sizes={})
 
 
 def shades(found) -> list[int]:
@@ -171,32 +170,11 @@ def shades(found) -> list[int]:
 # --- the register ------------------------------------------------------------------------------------------------
 
 
-def test_register_holds_the_sets_with_their_numbers(monkeypatch):
-    monkeypatch.undo()
+def test_every_attribute_of_the_register_has_a_sentence_and_a_column():
     assert [name for name in DATASETS if name.startswith(("par/", "par-zs/"))] == SETS
-    counted = {
-        "par/peta": 35,
-        "par/pa100k": 26,
-        "par/rapv1": 51,
-        "par/rapv2": 54,
-        "par/wider": 14,
-        "par-zs/peta": 35,
-        "par-zs/rap": 53,
-    }
-    totals = {
-        "par/peta": 19_000,
-        "par/pa100k": 100_000,
-        "par/rapv1": 41_585,
-        "par/rapv2": 84_928,
-        "par/wider": 57_491,
-        "par-zs/peta": 19_000,
-        "par-zs/rap": 26_618,
-    }
-    for name, count in counted.items():
-        assert DATASETS[name].classes == count == len(attributes_sets.SENTENCES[name])
-        assert len({*attributes_sets.COLUMNS[name]}) == count
-        assert DATASETS[name].sizes["trainval"] + DATASETS[name].sizes["test"] == totals[name]
-        assert not DATASETS[name].fetchable
+    for name in SETS:
+        count = DATASETS[name].classes
+        assert len(attributes_sets.SENTENCES[name]) == len({*attributes_sets.COLUMNS[name]}) == count
     assert len(attributes_sets.PHRASES["par/rapv1"]) == 51
 
 
@@ -249,6 +227,18 @@ def test_pa100k(tmp_path):
         "test": [5, 6, 7],
     }
     np.testing.assert_array_equal(found["test"].labels, raw(8, 26)[5:])
+    with pytest.raises(BadParameter, match="'train', 'val', 'trainval', 'test'"):
+        load("par/pa100k", tmp_path, "all")
+    found = load("par/pa100k", tmp_path, "train", square_transform(32, train=True))
+    images, labels = next(iter(DataLoader(found, 4, num_workers=1)))
+    assert images.shape == (4, 3, 32, 32) and labels.shape == (4, 26)
+
+
+def test_other_spellings_of_folders(tmp_path):
+    pa100k(tmp_path, "PA-100K", "release_data/release_data")
+    assert len(load("par/pa100k", tmp_path, "trainval")) == 5
+    peta(tmp_path, "Pad_datasets")
+    assert shades(load("par/peta", tmp_path, "test")) == [4, 6, 7]
 
 
 def test_rapv1_has_no_validation_split_and_what_nobody_could_tell_is_not_there(tmp_path):
@@ -299,31 +289,6 @@ def test_a_split_in_a_list_of_partitions(tmp_path, easydict):
     assert shades(load("par-zs/peta", tmp_path, "train")) == [0, 1]
 
 
-@pytest.mark.parametrize("images", ["images", "Pad_datasets"])
-def test_pictures_as_released_or_padded(images, tmp_path):
-    peta(tmp_path, images)
-    assert shades(load("par/peta", tmp_path, "test")) == [4, 6, 7]
-
-
-def test_other_spellings_of_folders(tmp_path):
-    pa100k(tmp_path, "PA-100K", "release_data/release_data")
-    assert len(load("par/pa100k", tmp_path, "trainval")) == 5
-
-
-def test_small_pictures_made_here_have_pa100ks_layout(tmp_path):
-    pa100k(tmp_path, "pocket/pedestrians")
-    found = load("pocket/pedestrians", tmp_path, "test")
-    assert shades(found) == [5, 6, 7] and found.sentences == found.names
-    assert "pedestrians.write" in DATASETS["pocket/pedestrians"].source
-
-
-def test_it_feeds_a_loader(tmp_path):
-    pa100k(tmp_path)
-    found = load("par/pa100k", tmp_path, "train", square_transform(32, train=True))
-    images, labels = next(iter(DataLoader(found, 4, num_workers=1)))
-    assert images.shape == (4, 3, 32, 32) and labels.shape == (4, 26)
-
-
 # --- transforms --------------------------------------------------------------------------------------------------
 
 
@@ -349,7 +314,10 @@ def test_transforms_normalise_by_a_half_and_vary_only_in_training():
 # --- your own images -------------------------------------------------------------------------------------------
 
 
-def own(root: Path, *lines: str, header: str = "image,split,A person with a hat,A person with a bag") -> Path:
+HEADER = "image,split,A person with a hat,A person with a bag"
+
+
+def own(root: Path, *lines: str, header: str = HEADER) -> Path:
     pictures(root / "anna", [f"{i}.jpg" for i in range(6)])
     (root / "labels.csv").write_text("\n".join([header, *lines]) + "\n")
     return root
@@ -377,55 +345,31 @@ def test_own_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lines", "message"),
+    ("lines", "header", "error", "message"),
     [
-        (["anna/0.jpg,train,1,0"], "no image is in test"),
-        (["anna/0.jpg,train,1"], "line 2: expected a path"),
-        (["anna/0.jpg,learn,1,0"], "line 2"),
-        (["anna/0.jpg,train,1,0", "anna/1.jpg,test,yes,0"], "line 3.*yes"),
-        (["../0.jpg,train,1,0"], "leaves the data set's folder"),
+        (["anna/0.jpg,train,1,0"], HEADER, CorruptFile, "no image is in test"),
+        (["anna/0.jpg,train,1"], HEADER, CorruptFile, "line 2: expected a path"),
+        (["anna/0.jpg,learn,1,0"], HEADER, CorruptFile, "line 2"),
+        (["anna/0.jpg,train,1,0", "anna/1.jpg,test,yes,0"], HEADER, CorruptFile, "line 3.*yes"),
+        (["../0.jpg,train,1,0"], HEADER, CorruptFile, "leaves the data set's folder"),
+        (["x"], "file,part", CorruptFile, "header"),
+        (["anna/0.jpg,train,1,0", "anna/9.jpg,test,1,1"], HEADER, MissingData, r"anna/9\.jpg"),
     ],
 )
-def test_own_lines_that_cannot_be_read(lines, message, tmp_path):
-    own(tmp_path, *lines)
-    with pytest.raises(CorruptFile, match=message):
-        own_folder(tmp_path)
+def test_own_lists_that_cannot_be_read(lines, header, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        own_folder(own(tmp_path, *lines, header=header))
 
 
-def test_own_files_that_cannot_be_read(tmp_path):
+def test_an_own_list_that_is_not_there_or_no_text(tmp_path):
     with pytest.raises(MissingData, match=r"labels\.csv is not there"):
         own_folder(tmp_path)
-    with pytest.raises(CorruptFile, match="header"):
-        own_folder(own(tmp_path, "x", header="file,part"))
     (tmp_path / "labels.csv").write_bytes(b"\xff\xfe\x00a")
     with pytest.raises(CorruptFile, match="CSV"):
-        own_folder(tmp_path)
-    own(tmp_path, "anna/0.jpg,train,1,0", "anna/9.jpg,test,1,1")
-    with pytest.raises(MissingData, match=r"anna/9\.jpg"):
         own_folder(tmp_path)
 
 
 # --- what is wrong is said ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", SETS)
-def test_missing_folder(name, tmp_path):
-    with pytest.raises(MissingData) as caught:
-        splits(name, tmp_path)
-    text = str(caught.value)
-    assert str(tmp_path / DATASETS[name].folders[0]) in text and DATASETS[name].licence in text
-    assert attributes_sets.IMAGES[attributes_sets.ZERO_SHOT.get(name, name)][0] in text
-    assert data.status(name, tmp_path).state == "missing"
-    with pytest.raises(MissingData, match="cannot be downloaded for you"):
-        data.fetch(name, tmp_path)
-
-
-@pytest.mark.parametrize("name", SETS)
-def test_missing_annotation(name, tmp_path):
-    (tmp_path / DATASETS[name].folders[0]).mkdir(parents=True)
-    with pytest.raises(MissingData, match="is not there"):
-        splits(name, tmp_path)
-    assert data.status(name, tmp_path).state == "incomplete"
 
 
 @pytest.mark.parametrize(("name", "own"), attributes_sets.ZERO_SHOT.items())
@@ -444,14 +388,6 @@ def test_missing_pictures(tmp_path):
     (folder / "data/000008.jpg").unlink()
     with pytest.raises(MissingData, match=r"lists 000008\.jpg, which is not in .*data or .*Pad_datasets"):
         splits("par/pa100k", tmp_path)
-
-
-def test_truncated_picture(tmp_path):
-    folder = pa100k(tmp_path)
-    path = folder / "data/000006.jpg"
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(CorruptFile, match=r"000006\.jpg"):
-        load("par/pa100k", tmp_path, "test")[0]
 
 
 @pytest.mark.parametrize("name", ["par/peta", "par/pa100k", "par/rapv1", "par/rapv2"])
@@ -545,18 +481,6 @@ def test_nothing_in_a_pickle_runs(tmp_path, easydict):
 
 def test_another_number_of_pictures_is_refused(tmp_path, monkeypatch):
     pa100k(tmp_path)
-    full = dataclasses.replace(DATASETS["par/pa100k"], sizes={"trainval": 90_000, "test": 10_000})
-    monkeypatch.setitem(DATASETS, "par/pa100k", full)
+    expect(monkeypatch, "par/pa100k", sizes={"trainval": 90_000, "test": 10_000})
     with pytest.raises(MissingData, match="has 5 images for 'trainval', 90,000 are expected"):
         splits("par/pa100k", tmp_path)
-
-
-def test_unknown_names(tmp_path):
-    with pytest.raises(BadParameter, match="par/peta"):
-        splits("par/petra", tmp_path)
-    with pytest.raises(BadParameter, match="par/peta"):
-        splits("fgvc/cub200", tmp_path)
-    pa100k(tmp_path)
-    with pytest.raises(BadParameter, match="'train', 'val', 'trainval', 'test'"):
-        load("par/pa100k", tmp_path, "all")
-    assert attributes.SPLITS == ("train", "val", "trainval", "test")

@@ -17,22 +17,17 @@ from PIL import Image
 from torchvision import transforms as v1
 
 from companion import data
-from companion.data import DATASETS, DataSet, domains, domains_sets
+from companion.data import DATASETS, domains, domains_sets
 from companion.data.domains import clip_transform, load, own_folder, splits
 from companion.data.fewshot import base_to_novel, halves
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
+from tests.data.conftest import expect, picture, values
 
 SETS = list(domains_sets.CLASSES)
 INPUT = SimpleNamespace(size=28, mean=(0.5, 0.4, 0.3), std=(0.5, 0.6, 0.7))
 
 
 # --- fake data ---------------------------------------------------------------------------------------------------
-
-
-def picture(path: Path, value: int = 0) -> None:
-    """A flat grey image of brightness `value`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (12, 10), (value,) * 3).save(path)
 
 
 def tree(folder: Path, classes, each: int = 4, ending: str = "jpg") -> Path:
@@ -43,15 +38,10 @@ def tree(folder: Path, classes, each: int = 4, ending: str = "jpg") -> Path:
     return folder
 
 
-def values(images) -> list[int]:
-    return [int(np.asarray(images.picture(i))[0, 0, 0]) for i in range(len(images))]
-
-
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Let every set be of any size here; the real sizes have a test of their own."""
     for name in SETS:
-        monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], sizes={}))
+        expect(monkeypatch, name, sizes={})
 
 
 @pytest.fixture
@@ -76,50 +66,26 @@ def listed(folder: Path, **changes) -> Path:
 # --- the register ------------------------------------------------------------------------------------------------
 
 
-def test_register_holds_the_authors_sets(monkeypatch):
-    """Classes, and base and novel ones, as counted in the authors' loaders."""
-    monkeypatch.undo()
-    counted = {
-        "remote/mlrsnet": (46, 23, 23),
-        "remote/patternnet": (38, 19, 19),
-        "remote/rsscn7": (7, 4, 3),
-        "remote/aid": (30, 15, 15),
-        "remote/rsicd": (31, 16, 15),
-        "remote/ucm": (21, 11, 10),
-        "remote/whurs19": (19, 10, 9),
-        "remote/nwpu": (45, 23, 22),
-        "medical/btmri": (4, 2, 2),
-        "medical/chmnist": (8, 4, 4),
-        "medical/ccbtm": (4, 2, 2),
-    }
-    assert [name for name in DATASETS if name.partition("/")[0] in ("remote", "medical")] == list(counted)
-    for name, (classes, base, novel) in counted.items():
-        assert DATASETS[name].classes == len(domains_sets.CLASSES[name]) == classes
-        assert [len(half) for half in halves(list(domains_sets.CLASSES[name]))] == [base, novel]
-        assert all(half and not half.startswith(" ") for half in domains_sets.CLASSES[name].values())
-    sizes = {
-        "remote/mlrsnet": {"all": 109161},
-        "remote/patternnet": {"train": 15200, "val": 6080, "test": 9120, "all": 30400},
-        "remote/rsscn7": {"train": 1400, "val": 560, "test": 840, "all": 2800},
-        "remote/aid": {"all": 10000},
-        "remote/ucm": {"train": 1050, "val": 420, "test": 630, "all": 2100},
-        "remote/nwpu": {"train": 15750, "val": 6300, "test": 9450, "all": 31500},
-        "medical/chmnist": {"train": 2496, "val": 1000, "test": 1504, "all": 5000},
-    }
-    for name in counted:
-        assert DATASETS[name].sizes == sizes.get(name, {})
+def test_every_class_of_the_register_has_a_word():
+    assert [name for name in DATASETS if name.partition("/")[0] in ("remote", "medical")] == SETS
+    for name in SETS:
+        assert DATASETS[name].classes == len(domains_sets.CLASSES[name])
+        assert all(word and not word.startswith(" ") for word in domains_sets.CLASSES[name].values())
 
 
 def test_prompts_are_the_authors_words():
     words = domains_sets.CLASSES
-    assert words["remote/mlrsnet"]["harbor&port"] == "harbor and port"
-    assert words["remote/patternnet"]["intersection"] == "inter section"
-    assert words["remote/aid"]["Dense Residential"] == "Dense Residential Area"
+    for name, key, word in [
+        ("remote/mlrsnet", "harbor&port", "harbor and port"),
+        ("remote/patternnet", "intersection", "inter section"),
+        ("remote/aid", "Dense Residential", "Dense Residential Area"),
+        ("remote/rsscn7", "RiverLake", "River or Lake"),
+        ("remote/whurs19", "Commerical", "Commerical Area"),
+        ("remote/nwpu", "thermal_power_station", "thermal power station"),
+        ("medical/btmri", "notumor", "no brain tumor"),
+    ]:
+        assert words[name][key] == word
     assert set(words["remote/rsicd"]) - set(words["remote/aid"]) == {"Playfields"}
-    assert words["remote/rsscn7"]["RiverLake"] == "River or Lake"
-    assert words["remote/whurs19"]["Commerical"] == "Commerical Area"
-    assert words["remote/nwpu"]["thermal_power_station"] == "thermal power station"
-    assert words["medical/btmri"]["notumor"] == "no brain tumor"
     for name, renamed in domains_sets.WHOLE_SET_NAMES.items():
         assert set(renamed) <= set(words[name].values())
 
@@ -143,8 +109,7 @@ def test_the_authors_layout(name, below, tmp_path):
     assert sets["train"].class_names == tuple(domains_sets.CLASSES[name][key] for key in classes)
     assert sets["train"].classes == len(classes) and sets["train"].name == name
     for images in sets.values():
-        for source, label in zip(images.sources, images.labels, strict=True):
-            assert Path(source).parent.name == classes[label]
+        assert [Path(source).parent.name for source in images.sources] == [classes[label] for label in images.labels]
     together = [source for part in ("train", "val", "test") for source in sets[part].sources]
     assert sorted(together) == sorted(sets["all"].sources) and len(set(together)) == len(together)
     assert data.status(name, tmp_path).state == "present"
@@ -183,6 +148,7 @@ def test_released_folders_get_the_authors_words_and_other_spellings_keep_theirs(
     tree(tmp_path / "remote/RSSCN7", domains_sets.RELEASED_AS["remote/rsscn7"])
     words = ("Field", "Forest", "Grass", "Industrial Area", "Parking", "Residential Area", "River or Lake")
     assert load("remote/rsscn7", tmp_path, "test").class_names == words
+    assert load("remote/rsscn7", tmp_path, "all").class_names[-1] == "River Lake"  # as for domain generalisation
     keys = [key.replace("Dense Residential", "DenseResidential") for key in domains_sets.CLASSES["remote/aid"]]
     tree(tmp_path / "remote/AID", keys)
     names = load("remote/aid", tmp_path, "test").class_names
@@ -209,23 +175,12 @@ def test_capitals_come_first_in_the_order_of_classes(tmp_path):
     assert "Football Field" in halves(names)[1]
 
 
-def test_the_whole_set_is_named_as_for_domain_generalisation(tmp_path):
-    tree(tmp_path / "RSSCN7/RSSCN7", domains_sets.CLASSES["remote/rsscn7"])
-    sets = splits("remote/rsscn7", tmp_path)
-    assert sets["test"].class_names[-1] == "River or Lake" and sets["all"].class_names[-1] == "River Lake"
-
-
 def test_transform_is_applied(btmri, tmp_path):
     image, label = load("medical/btmri", str(tmp_path), "train", clip_transform(INPUT))[0]
     assert image.shape == (3, 28, 28) and image.dtype == torch.float32 and type(label) is int
     assert load("medical/btmri", tmp_path, "train")[0][0].shape == (3, 10, 12)
-
-
-def test_protocols_take_the_splits(btmri, tmp_path):
-    protocol = base_to_novel(splits("medical/btmri", tmp_path), shots=4, seed=1)
-    assert protocol.train.class_names == ("glioma", "meningioma")
-    assert protocol.tests["novel"].class_names == ("no brain tumor", "pituitary")
-    assert Counter(protocol.tests["novel"].labels) == {0: 3, 1: 3}
+    with pytest.raises(BadParameter, match="'train', 'val', 'test', 'all'"):
+        load("medical/btmri", tmp_path, "trainval")
 
 
 # --- the cut -----------------------------------------------------------------------------------------------------
@@ -246,10 +201,11 @@ def test_cut_is_per_class_shuffled_and_the_same_every_time(btmri, tmp_path):
     drawn = [[Path(s).name for s in sets["train"].sources if f"/{name}/" in s] for name in ("glioma", "pituitary")]
     assert drawn[0] != sorted(drawn[0]) and drawn[0] != drawn[1]
     picture(btmri / "BTMRI/pituitary/x.jpg")  # an image more changes nothing in the other classes
-    again = load("medical/btmri", tmp_path, "train")
-    assert [s for s in again.sources if "pituitary" not in s] == [
-        s for s in sets["train"].sources if "pituitary" not in s
-    ]
+    before, after = (
+        [s for s in images.sources if "pituitary" not in s]
+        for images in (sets["train"], load("medical/btmri", tmp_path, "train"))
+    )
+    assert before == after
 
 
 def test_the_cut_is_pinned(tmp_path):
@@ -280,24 +236,20 @@ def test_a_list_of_splits_is_followed(btmri, tmp_path):
     assert sets["val"].class_names == ("glioma", "meningioma", "no brain tumor", "pituitary")
     assert len(sets["all"]) == 16
     assert "split by split_cao_BTMRI.json" in data.status("medical/btmri", tmp_path).detail
-
-
-def test_the_authors_spelling_of_the_list_of_nwpu():
+    listed(btmri, val=[["glioma/1.jpg", "0", "glioma"]])  # a label as text
+    assert list(load("medical/btmri", tmp_path, "val").labels) == [0]
     assert domains_sets.split_file("remote/nwpu") == "split_cao_NWPU.json"
-    assert domains_sets.split_file("remote/ucm") == "split_cao_UCM.json"
 
 
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
         (["glioma/0.jpg", 0], "expected [path, label, class name], found ['glioma/0.jpg', 0]"),
-        ("glioma/0.jpg", "expected [path, label, class name]"),
-        ({"path": "x"}, "expected [path, label, class name]"),
-        (["", 0, "glioma"], "expected [path, label, class name]"),
-        (["glioma/0.jpg", "zero", "glioma"], "expected [path, label, class name]"),
-        (["glioma/0.jpg", -1, "glioma"], "expected [path, label, class name]"),
-        (["glioma/0.jpg", True, "glioma"], "expected [path, label, class name]"),
-        (["glioma/0.jpg", 0.5, "glioma"], "expected [path, label, class name]"),
+        *(
+            (entry, "expected [path, label, class name]")
+            for entry in ("glioma/0.jpg", {"path": "x"}, ["", 0, "glioma"])
+        ),
+        *((["glioma/0.jpg", k, "glioma"], "expected [path, label, class name]") for k in ("zero", -1, True, 0.5)),
         (["glioma/0.jpg", 0, None], "expected [path, label, class name]"),
         (["glioma/0.jpg", 4, "glioma"], "label 4 is not in 0..3"),
         (["glioma/0.jpg", 0, "tumour"], "label 0 is 'tumour' here, and 'glioma' further up"),
@@ -337,23 +289,7 @@ def test_lists_that_are_refused(content, reason, btmri, tmp_path):
     assert error.value.path == btmri / "split_cao_BTMRI.json" and reason in str(error.value)
 
 
-def test_labels_written_as_text_are_read_as_the_authors_do(btmri, tmp_path):
-    listed(btmri, val=[["glioma/1.jpg", "0", "glioma"]])
-    assert list(load("medical/btmri", tmp_path, "val").labels) == [0]
-
-
 # --- missing and damaged -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", SETS)
-def test_missing_folder_says_where_what_and_how(name, tmp_path):
-    found = DATASETS[name]
-    with pytest.raises(MissingData) as error:
-        splits(name, tmp_path)
-    message = str(error.value)
-    assert str(tmp_path / found.folders[0]) in message and f"(also accepted: {found.folders[1]})" in message
-    assert found.source in message and found.licence in message and domains_sets.split_file(name) in message
-    assert data.status(name, tmp_path) == data.Status("missing", f"no folder {tmp_path / found.folders[0]}")
 
 
 def test_folder_without_class_folders(tmp_path):
@@ -389,7 +325,7 @@ def test_too_few_images_to_cut(btmri, tmp_path):
 
 def test_another_number_of_images_than_is_known(btmri, tmp_path, monkeypatch):
     sizes = {"train": 20, "val": 8, "test": 12, "all": 40}
-    monkeypatch.setitem(DATASETS, "medical/btmri", dataclasses.replace(DATASETS["medical/btmri"], sizes=sizes))
+    expect(monkeypatch, "medical/btmri", sizes=sizes)
     assert len(load("medical/btmri", tmp_path, "train")) == 20
     (btmri / "BTMRI/glioma/0.jpg").unlink()
     with pytest.raises(MissingData, match=r"has \d+ images for '\w+', \d+ are expected"):
@@ -410,29 +346,6 @@ def test_listed_images_missing(btmri, tmp_path):
         load("medical/btmri", tmp_path, "train")
 
 
-@pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: b"no image at all"])
-@pytest.mark.parametrize("ending", ["jpg", "png", "tif"])
-def test_image_truncated_or_no_image(damage, ending, btmri, tmp_path):
-    path = btmri / f"BTMRI/glioma/0.{ending}"
-    (btmri / "BTMRI/glioma/0.jpg").unlink()
-    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    path.write_bytes(damage(path.read_bytes()))
-    images = load("medical/btmri", tmp_path, "all")
-    with pytest.raises(CorruptFile) as error:
-        images[list(images.sources).index(str(path))]
-    assert error.value.path == path
-
-
-def test_names_and_splits_that_do_not_exist(btmri, tmp_path):
-    with pytest.raises(BadParameter, match="Accepted: 'medical/btmri'"):
-        splits("btmri", tmp_path)
-    with pytest.raises(BadParameter, match=r"data set = 'fgvc/cub200' is not accepted\. Accepted: 'remote/mlrsnet'"):
-        splits("fgvc/cub200", tmp_path)
-    with pytest.raises(BadParameter, match="'train', 'val', 'test', 'all'"):
-        load("medical/btmri", tmp_path, "trainval")
-
-
 # --- sets of one's own -------------------------------------------------------------------------------------------
 
 
@@ -448,6 +361,8 @@ def test_own_folder(place, tmp_path):
 
 def test_own_folder_with_its_list(tmp_path):
     tree(tmp_path, ("b", "a"), 3)
+    with pytest.raises(MissingData, match="images of your own"):
+        own_folder(tmp_path / "nowhere")
     content = {
         part: [[f"{name}/{number}.jpg", label, f"a {name}"] for label, name in enumerate("ba")]
         for number, part in enumerate(("train", "val", "test"))
@@ -472,29 +387,14 @@ def test_own_folder_that_is_split_already(tmp_path):
     (tmp_path / "test").rename(tmp_path / "unused")
     with pytest.raises(MissingData, match=r"there is no folder .*test"):
         own_folder(tmp_path)
-
-
-def test_own_folder_missing_or_empty(tmp_path):
-    with pytest.raises(MissingData, match="images of your own"):
-        own_folder(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(MissingData, match="has no class folders"):
-        own_folder(tmp_path)
+        own_folder(tmp_path / "empty")
 
 
 def test_a_set_made_here_can_be_registered(tmp_path, monkeypatch):
-    made = DataSet(
-        name="pocket/far",
-        title="far away",
-        group="pocket",
-        task="domains",
-        classes=2,
-        sizes={"train": 4, "test": 2},
-        folders=("pocket/far",),
-        layout="images/<class>/*.png\nsplit.json",
-        source="made here",
-        licence="ours",
-        citation="this project",
-    )
+    changes = {"name": "pocket/far", "group": "pocket", "classes": 2, "folders": ("pocket/far",)}
+    made = dataclasses.replace(DATASETS["remote/ucm"], sizes={"train": 4, "test": 2}, **changes)
     monkeypatch.setitem(DATASETS, "pocket/far", made)
     tree(tmp_path / "pocket/far/images", ("moon", "sun"), 4, "png")
     with pytest.raises(MissingData, match=r"split\.json is not there"):  # its splits are not for us to invent
@@ -586,9 +486,4 @@ def test_without_torchgeo_fetch_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchgeo", None)
     with pytest.raises(CompanionError, match="pip install torchgeo"):
         data.fetch("remote/nwpu", tmp_path)
-
-
-def test_sets_behind_an_account_are_not_fetched(tmp_path):
-    with pytest.raises(MissingData, match="it cannot be downloaded for you"):
-        data.fetch("medical/btmri", tmp_path)
     assert [name for name in SETS if DATASETS[name].fetchable] == list(domains_sets.TORCHGEO)
