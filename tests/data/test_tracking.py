@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from companion.data.tracking_sets import ATTRIBUTES
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
 from companion.evaluation import fill
 from companion.ops.files import read_json
+from tests.data.conftest import expect, picture
 
 PARITY = Path(__file__).parents[1] / "parity" / "bat"
 BOXES = [[4, 3, 8, 6], [5, 3, 8, 6], [0, 0, 0, 0], [7, 4, 8, 6]]
@@ -40,10 +42,7 @@ BOXES = [[4, 3, 8, 6], [5, 3, 8, 6], [0, 0, 0, 0], [7, 4, 8, 6]]
 # --- fake data ---------------------------------------------------------------------------------------------------
 
 
-def picture(path: Path, value: int, size: tuple[int, int] = (32, 24), mode: str = "RGB") -> None:
-    """A flat image of brightness `value`, by which a test recognises it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, value if mode == "L" else (value,) * 3).save(path)
+picture = partial(picture, size=(32, 24))
 
 
 def rows(path: Path, boxes, delimiter: str = ",") -> None:
@@ -69,7 +68,7 @@ def values(sequence: Sequence) -> list[tuple[int, int]]:
 
 
 def sizes(monkeypatch, name: str, **splits: int) -> None:
-    monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], sizes=splits))
+    expect(monkeypatch, name, sizes=splits)
 
 
 STREAMS = {"visible": "v{:03d}.png", "infrared": "i{:03d}.png"}
@@ -209,17 +208,18 @@ def test_pocket_lists_and_attributes(tmp_path):
     for split, name in {"train": "a", "val": "b", "test": "c"}.items():
         rows(root / f"{split}.txt", [[name]])
     (root / "attributes.txt").write_text("c,dark,crossover\n")
-    assert [[s.name for s in load("pocket/rgbt", tmp_path, split)] for split in tracking.SPLITS["pocket/rgbt"]] == [
-        ["a"],
-        ["b"],
-        ["a", "b"],
-        ["c"],
-    ]
+    found = {
+        split: "".join(s.name for s in load("pocket/rgbt", tmp_path, split)) for split in tracking.SPLITS["pocket/rgbt"]
+    }
+    assert found == {"train": "a", "val": "b", "trainval": "ab", "test": "c"}
     assert [s.attributes for s in load("pocket/rgbt", tmp_path, attribute="dark")] == [{"dark", "crossover"}]
     with pytest.raises(MissingData, match="no file says"):
         load("pocket/rgbt", tmp_path, "train", attribute="dark")
     (root / "attributes.txt").write_text("c,foggy\n")
     with pytest.raises(CorruptFile, match="'foggy' is none of conjunction"):
+        load("pocket/rgbt", tmp_path)
+    (root / "test.txt").write_text("../../secret\n")
+    with pytest.raises(CorruptFile, match="not the name of a sequence"):
         load("pocket/rgbt", tmp_path)
     (root / "val.txt").unlink()
     with pytest.raises(MissingData, match=r"no list .*val\.txt"):
@@ -229,53 +229,35 @@ def test_pocket_lists_and_attributes(tmp_path):
 # --- what can be wrong -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(tracking.SPLITS))
-def test_missing_sets_say_where_to_get_them(tmp_path, name):
-    found = DATASETS[name]
-    for split in tracking.SPLITS[name]:
-        with pytest.raises(MissingData) as caught:
-            load(name, tmp_path, split)
-        for part in (str(tmp_path / found.folders[0]), found.layout.splitlines()[0], found.source, found.licence):
-            assert part in str(caught.value)
-    assert data.status(name, tmp_path).state == "missing"
-    with pytest.raises(MissingData, match="cannot be downloaded"):
-        data.fetch(name, tmp_path)
-    (tmp_path / found.folders[0]).mkdir(parents=True)
-    assert data.status(name, tmp_path).state == "incomplete"
-
-
 def test_unknown_names_list_what_there_is(lasher, tmp_path):
-    with pytest.raises(BadParameter, match="'rgbt/lasher'"):
-        load("lasher", tmp_path)
-    with pytest.raises(BadParameter, match=r"'rgbt/lasher', .*'pocket/rgbt'"):
-        load("vtab/cifar100", tmp_path)
-    with pytest.raises(BadParameter, match="'train', 'val', 'trainval', 'test'"):
-        load("rgbt/lasher", tmp_path, "testing")
-    with pytest.raises(BadParameter, match="Accepted: 'test'"):
-        load("rgbt/rgbt234", tmp_path, "train")
-    with pytest.raises(BadParameter, match="'NO', 'PO', 'TO'"):
-        load("rgbt/lasher", tmp_path, attribute="dark")
+    for options, said in (
+        (("rgbt/lasher", tmp_path, "testing"), "'train', 'val', 'trainval', 'test'"),
+        (("rgbt/rgbt234", tmp_path, "train"), "Accepted: 'test'"),
+        (("rgbt/lasher", tmp_path, "test", "dark"), "'NO', 'PO', 'TO'"),
+    ):
+        with pytest.raises(BadParameter, match=said):
+            load(*options)
     with pytest.raises(BadParameter, match="'rgbt/lasher', 'rgbt/rgbt234', 'rgbt/gtot'"):
         ground_truth("rgbe/visevent")
 
 
 def test_parts_that_are_missing_are_named(lasher, tmp_path, monkeypatch):
-    (lasher / "TestingSet/bike/visible.txt").unlink()
-    with pytest.raises(MissingData, match=r"bike/visible\.txt"):
-        load("rgbt/lasher", tmp_path)
-    for path in (lasher / "TestingSet/bike/infrared").iterdir():
+    def refused(said, split="test"):
+        with pytest.raises(MissingData, match=said):
+            load("rgbt/lasher", tmp_path, split)
+
+    bike = lasher / "TestingSet/bike"
+    (bike / "visible.txt").unlink()
+    refused(r"bike/visible\.txt")
+    for path in (bike / "infrared").iterdir():
         path.unlink()
-    with pytest.raises(MissingData, match=r"no frames in .*bike/infrared"):
-        load("rgbt/lasher", tmp_path)
-    (lasher / "TestingSet/bike/infrared").rmdir()
-    with pytest.raises(MissingData, match=r"no folder .*bike/infrared"):
-        load("rgbt/lasher", tmp_path)
-    (lasher / "TestingSet/bike").rename(lasher / "bike")
-    with pytest.raises(MissingData, match=r"1 of 2 sequences below .*the first: bike"):
-        load("rgbt/lasher", tmp_path)
+    refused(r"no frames in .*bike/infrared")
+    (bike / "infrared").rmdir()
+    refused(r"no folder .*bike/infrared")
+    bike.rename(lasher / "bike")
+    refused(r"1 of 2 sequences below .*the first: bike")
     sizes(monkeypatch, "rgbt/lasher", train=5, val=1, trainval=6, test=2)
-    with pytest.raises(MissingData, match="has 1 sequences, 5 are expected"):
-        load("rgbt/lasher", tmp_path, "train")
+    refused("has 1 sequences, 5 are expected", "train")
     found = data.status("rgbt/lasher", tmp_path)
     assert found.state == "incomplete" and "bike" in found.detail and "5 are expected" in found.detail
 
@@ -310,33 +292,23 @@ def test_lengths_that_differ(lasher, tmp_path):
         load("rgbt/lasher", tmp_path)
 
 
-def test_a_list_cannot_lead_out_of_the_folder(tmp_path):
-    root = tmp_path / "pocket" / "rgbt"
-    video(root / "TestingSet" / "c", STREAMS, TEST_FILES)
-    (root / "test.txt").write_text("../../secret\n")
-    with pytest.raises(CorruptFile, match="not the name of a sequence"):
-        load("pocket/rgbt", tmp_path)
-
-
 def test_bad_frames(tmp_path):
-    good, small, deep = (tmp_path / name for name in ("good.jpg", "small.jpg", "deep.png"))
+    good, other, small, deep = (tmp_path / name for name in ("good.jpg", "other.jpg", "small.jpg", "deep.png"))
     picture(good, 7)
-    picture(small, 7, (30, 24))
-    with pytest.raises(CorruptFile, match=r"small.jpg: it has 30x24 pixels.* has 32x24: bring both"):
-        read_frame(good, small)
-    with pytest.raises(CorruptFile, match=r"gone\.jpg"):
-        read_frame(good, tmp_path / "gone.jpg")
+    picture(small, 7, size=(30, 24))
     Image.fromarray(np.full((24, 32), 40000, np.uint16)).save(deep)
-    with pytest.raises(CorruptFile, match=r"not of 8 bits.*scale them"):
-        read_frame(good, deep)
-    noise = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
-    Image.fromarray(noise).save(good)
-    good.write_bytes(good.read_bytes()[:900])
-    with pytest.raises(CorruptFile, match=r"good\.jpg"):
-        read_frame(good, good)
-    good.write_text("no image")
-    with pytest.raises(CorruptFile, match=r"good\.jpg"):
-        read_frame(good, good)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)).save(other)
+    other.write_bytes(other.read_bytes()[:900])
+    (tmp_path / "text.jpg").write_text("no image")
+    for path, said in (
+        (small, r"small.jpg: it has 30x24 pixels.* has 32x24: bring both"),
+        (tmp_path / "gone.jpg", r"gone\.jpg"),
+        (deep, r"not of 8 bits.*scale them"),
+        (other, r"other\.jpg"),
+        (tmp_path / "text.jpg", r"text\.jpg"),
+    ):
+        with pytest.raises(CorruptFile, match=said):
+            read_frame(good, path)
 
 
 # --- the ground truth of rgbt ------------------------------------------------------------------------------------
@@ -579,16 +551,14 @@ def test_formats_of_results(tmp_path, delimiter):
 
 
 def test_results_that_cannot_be_read(tmp_path):
-    with pytest.raises(CompanionError, match="no folder of results"):
-        read_results(tmp_path / "none")
-    with pytest.raises(CompanionError, match="has no results"):
-        read_results(tmp_path)
+    def refused(error, said, *names, folder=tmp_path, **options):
+        with pytest.raises(error, match=said):
+            read_results(folder, *names, **options)
+
+    refused(CompanionError, "no folder of results", folder=tmp_path / "none")
+    refused(CompanionError, "has no results")
     rows(tmp_path / "a.txt", [[1, 2, 3, 4], [1, 2, "x", 4]])
-    with pytest.raises(CompanionError, match=r"2 of 3 results are not in .*: b\.txt, c\.txt"):
-        read_results(tmp_path, ["a", "b", "c"])
-    with pytest.raises(CorruptFile, match=r"a\.txt: line 2: '1 2 x 4' is not 4 numbers"):
-        read_results(tmp_path)
-    with pytest.raises(BadParameter, match="'ltwh', 'ltrb', 'corner'"):
-        read_results(tmp_path, box_type="xywh")
-    with pytest.raises(CorruptFile, match="is not 8 numbers"):
-        read_results(tmp_path, ["a"], box_type="corner")
+    refused(CompanionError, r"2 of 3 results are not in .*: b\.txt, c\.txt", ["a", "b", "c"])
+    refused(CorruptFile, r"a\.txt: line 2: '1 2 x 4' is not 4 numbers")
+    refused(BadParameter, "'ltwh', 'ltrb', 'corner'", box_type="xywh")
+    refused(CorruptFile, "is not 8 numbers", ["a"], box_type="corner")
