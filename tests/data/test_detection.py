@@ -1,8 +1,7 @@
 """Readers of COCO's and LVIS' files, the splits of open-vocabulary detection, and what is said of broken files."""
 
-import dataclasses
 import json
-import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 from PIL import Image
 
 from companion import data
-from companion.data import DATASETS, detection
 from companion.data.detection import (
     OV_COCO_BASE,
     OV_COCO_NOVEL,
@@ -28,6 +26,7 @@ from companion.data.detection_sets import COCO_BASE, COCO_NOVEL
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
 from companion.evaluation.parity import folder as fixtures
 from companion.ops.files import read_json, write_json
+from tests.data.conftest import expect, picture
 
 SIZE = (12, 8)  # width, height
 
@@ -36,9 +35,7 @@ def box(number: int, image: int | str, category: int, **more) -> dict:
     return {"id": number, "image_id": image, "category_id": category, "bbox": [1, 2, 4, 3], "area": 12} | more
 
 
-def picture(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((SIZE[1], SIZE[0], 3), 90, np.uint8)).save(path)
+picture = partial(picture, value=90, size=SIZE)
 
 
 def image(number: int | str, **more) -> dict:
@@ -52,11 +49,7 @@ def coco_categories() -> list[dict]:
 @pytest.fixture
 def sizes(monkeypatch):
     """The sets, with as many images as a test writes."""
-
-    def change(name: str, **changes) -> None:
-        monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], **changes))
-
-    return change
+    return partial(expect, monkeypatch)
 
 
 @pytest.fixture
@@ -198,46 +191,29 @@ def test_rare_pictures_are_repeated(coco):
 # --- what is missing or broken ----------------------------------------------------------------------------------------
 
 
-def test_status(coco):
+def test_pictures_that_are_broken_or_missing(coco, sizes):
     assert data.status("detection/ov-coco", coco).state == "present"
-    (coco / "coco" / "val2017" / "2.jpg").unlink()
-    found = data.status("detection/ov-coco", coco)
-    assert found.state == "incomplete" and "2.jpg" in found.detail
-    (coco / "coco" / "annotations" / "instances_val2017.json").unlink()
-    assert "instances_val2017.json" in data.status("detection/ov-coco", coco).detail
-    assert data.status("detection/ov-coco", coco / "elsewhere").state == "missing"
-    with pytest.raises(MissingData, match="cannot be downloaded"):
-        data.fetch("detection/ov-coco", coco)
-
-
-def test_missing_folder_and_pictures(coco):
-    with pytest.raises(MissingData, match=re.escape("cocodataset.org")):
-        splits("detection/ov-coco", coco / "elsewhere")
-    (coco / "coco" / "val2017" / "1.jpg").unlink()
-    with pytest.raises(MissingData, match=r"1\.jpg, which is not in"):
-        load("detection/ov-coco", coco, "test")
-    with pytest.raises(BadParameter, match="data set"):
-        load("detection/coco", coco, "test")
-
-
-def test_another_number_of_pictures_is_refused(coco, sizes):
-    sizes("detection/ov-coco", sizes={"train": 118_287, "test": 5_000})
-    with pytest.raises(MissingData, match="4 images, 5,000 are expected"):
-        load("detection/ov-coco", coco, "test")
-
-
-def test_broken_pictures(coco):
     test = load("detection/ov-coco", coco, "test")
-    file = coco / "coco" / "val2017" / "1.jpg"
+    folder, file = coco / "coco" / "val2017", coco / "coco" / "val2017" / "1.jpg"
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(CorruptFile, match=r"1\.jpg"):
         test[0]
     Image.new("RGB", (5, 5)).save(file)
     with pytest.raises(CorruptFile, match="its annotation says"):
         test[0]
+    (folder / "2.jpg").unlink()
+    found = data.status("detection/ov-coco", coco)
+    assert found.state == "incomplete" and "2.jpg" in found.detail
     file.unlink()
     with pytest.raises(MissingData, match=r"1\.jpg"):
         test[0]
+    with pytest.raises(MissingData, match=r"1\.jpg, which is not in"):
+        load("detection/ov-coco", coco, "test")
+    sizes("detection/ov-coco", sizes={"train": 4, "test": 5_000})
+    with pytest.raises(MissingData, match="4 images, 5,000 are expected"):
+        load("detection/ov-coco", coco, "test")
+    (coco / "coco" / "annotations" / "instances_val2017.json").unlink()
+    assert "instances_val2017.json" in data.status("detection/ov-coco", coco).detail
 
 
 def test_a_photograph_that_lies_on_its_side_is_as_its_annotation_says(coco):
@@ -317,16 +293,3 @@ def test_other_broken_files(coco):
     file.write_text(json.dumps(json.loads(whole) | {"categories": coco_categories()[:79]}))
     with pytest.raises(CompanionError, match=r"79 categories|which no category is"):
         load("detection/ov-coco", coco, "test")
-
-
-def test_the_pocket_set_is_read_where_its_writer_puts_it(tmp_path):
-    root = tmp_path / "pocket" / "detection"
-    categories = [{"id": 1, "name": "apple"}, {"id": 2, "name": "ball"}]
-    for split, labels in (("train", [1]), ("val", [1, 2]), ("test", [2])):
-        found = {"images": [image(1)], "annotations": [box(i, 1, c) for i, c in enumerate(labels)]}
-        write_json(root / "annotations" / f"instances_{split}.json", found | {"categories": categories})
-        picture(root / split / "1.jpg")
-    sets = detection.splits("pocket/detection", tmp_path)
-    assert {split: (len(s), s.base, s.novel) for split, s in sets.items()} == {
-        split: (1, (1,), (2,)) for split in ("train", "val", "test")
-    }
