@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 
@@ -24,6 +23,7 @@ from companion.data.fewshot import (
     select,
 )
 from companion.errors import BadParameter
+from tests.data.conftest import picture
 
 NAMES = ("bog", "city", "dune", "farm", "ice")
 
@@ -68,15 +68,14 @@ def test_few_shot_draws_so_many_of_each_class():
     assert len(numbers(few)) == 20  # without replacement
 
 
-def test_few_shot_is_decided_by_its_seed():
+def test_few_shot_is_decided_by_its_seed_and_pinned():
     full = Plain(20)
-    assert few_shot(full, 4, 1).indices == few_shot(full, 4, 1).indices
-    assert few_shot(full, 4, 1).indices != few_shot(full, 4, 2).indices
-
-
-def test_fewer_shots_are_some_of_the_more():
-    full = Plain(20)
+    assert few_shot(full, 4, 1).indices == few_shot(full, 4, 1).indices != few_shot(full, 4, 2).indices
+    # fewer shots are some of the more
     assert set(few_shot(full, 2, 3).indices) < set(few_shot(full, 4, 3).indices) < set(few_shot(full, 16, 3).indices)
+    # if another NumPy drew otherwise, results would no longer be on the same training images
+    order = ",".join(map(str, few_shot(Plain(50), 16, 1).indices))
+    assert hashlib.sha256(order.encode()).hexdigest()[:16] == "6093f0b7e308b518"
 
 
 def test_few_shot_and_selection_of_classes_can_be_exchanged():
@@ -88,13 +87,8 @@ def test_few_shot_and_selection_of_classes_can_be_exchanged():
 
 def test_all_images_of_a_class_can_be_asked_for_and_no_more():
     assert few_shot(Plain(4), 4, 0).indices == list(range(20))
-    with pytest.raises(
-        BadParameter, match=r"shots = 5 is not accepted\. Accepted: up to 4, as many images as 'bog' has"
-    ):
+    with pytest.raises(BadParameter, match=r"shots = 5 .*\. Accepted: up to 4, as many images as 'bog' has"):
         few_shot(Plain(4), 5, 0)
-
-
-def test_a_class_without_images_is_named():
     empty = Plain(4)
     empty.labels = [label for label in empty.labels if label != 2]
     with pytest.raises(BadParameter, match="up to 0, as many images as 'dune' has"):
@@ -105,12 +99,6 @@ def test_a_class_without_images_is_named():
 def test_shots_and_seeds_that_are_refused(shots, seed):
     with pytest.raises(BadParameter, match="a whole number from"):
         few_shot(Plain(20), shots, seed)
-
-
-def test_the_draw_is_pinned():
-    """If another NumPy drew otherwise, results would no longer be on the same training images."""
-    order = ",".join(map(str, few_shot(Plain(50), 16, 1).indices))
-    assert hashlib.sha256(order.encode()).hexdigest()[:16] == "6093f0b7e308b518"
 
 
 # --- classes -----------------------------------------------------------------------------------------------------
@@ -209,11 +197,6 @@ def test_splits_that_do_not_serve(call):
         call(made() | {"test": Plain(4, ("x", "y"))})
 
 
-def test_too_few_training_images_for_the_protocol():
-    with pytest.raises(BadParameter, match="up to 10, as many images as 'bog' has"):
-        base_to_novel(made(10), shots=16)
-
-
 # --- what counts as a data set -----------------------------------------------------------------------------------
 
 
@@ -222,10 +205,8 @@ def folder(tmp_path) -> Path:
     """{train,val,test}/<class>/*.png of three classes, six images each."""
     for split in ("train", "val", "test"):
         for label, name in enumerate(("ash", "elm", "oak")):
-            (tmp_path / split / name).mkdir(parents=True)
             for number in range(6):
-                value = 40 * label + number
-                Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / split / name / f"{number}.png")
+                picture(tmp_path / split / name / f"{number}.png", 40 * label + number, size=(8, 8))
     return tmp_path
 
 
@@ -245,13 +226,8 @@ def test_the_readers_folders_serve_and_can_be_kept_in_memory(folder):
     images, labels = next(iter(DataLoader(protocol.train, batch_size=6)))
     assert images.shape == (6, 3, 8, 8) and sorted(labels.tolist()) == [0, 0, 0, 1, 1, 1]
     assert len(domain_generalisation(sets, {"again": sets}, shots=3).tests["again"]) == 3 * 3 * 6
-
-
-def test_the_transform_is_that_of_the_data_set(folder):
-    sets = image_folder(folder)
-    part = base_to_novel(sets, shots=3).train
     sets["train"].transform = lambda picture: torch.zeros(1)
-    assert part.dataset.transform is sets["train"].transform and part[0][0].shape == (1,)
+    assert protocol.train.dataset.transform is sets["train"].transform and protocol.train[0][0].shape == (1,)
 
 
 @pytest.mark.parametrize(
