@@ -7,7 +7,6 @@ import torch
 
 from companion.evaluation.metrics import landcover as metrics
 from companion.models.metasegnet.text import Words, headless
-from companion.ops.papers import paper
 from companion.toy.ablations import metasegnet as study
 from companion.toy.ablations import study_root
 from companion.toy.datasets import landcover
@@ -126,9 +125,3 @@ def test_selection_looks_at_no_zone_left_out_and_at_no_wrong_text(root):
     rows = [study.train("MetaSegNet", task, 1e-3, SEED, root, "select") for task in study.TASKS]
     rows.append(study.train("wrong zone's text", "left out", 1e-3, SEED, root, "select"))
     assert rows[0] == rows[1] == rows[2]
-
-
-def test_claims_name_methods_of_the_study():
-    for claim in paper("metasegnet")["claims"]:
-        if claim["kind"] == "directional":
-            assert {claim["better"], claim["worse"]} <= set(study.METHODS) and set(claim["tasks"]) <= set(study.TASKS)

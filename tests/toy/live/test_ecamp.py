@@ -8,9 +8,6 @@ import pytest
 import torch
 
 from companion import backbones
-from companion.ops import record
-from companion.ops.files import read_json
-from companion.ops.papers import paper
 from companion.toy import encoders
 from companion.toy.ablations import ecamp as study
 from companion.toy.datasets import chests
@@ -42,9 +39,6 @@ def test_the_live_training_is_that_of_the_ablations(tmp_path, few):
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-# --- the shipped model ------------------------------------------------------------------------------------------------
-
-
 def test_the_shipped_model_is_that_of_its_card():
     model, card = chest_ecamp.build(), encoders.read_card(chest_ecamp.NAME)
     assert sum(t.numel() for t in model.parameters()) == card["parameters"] and not model.training
@@ -72,29 +66,3 @@ def test_it_can_be_made_again(tmp_path, few, monkeypatch):
     assert set(state) == set(chest_ecamp.build().state_dict())
     text = path.with_suffix(".md").read_text()
     assert "# pocket_ecamp" in text and "sha256" in text
-
-
-# --- the facts and the record -----------------------------------------------------------------------------------------
-
-
-def test_claims_name_what_the_study_measures():
-    facts = paper("ecamp")
-    for claim in facts["claims"]:
-        if claim["kind"] == "directional":
-            assert set(claim["tasks"]) <= set(study.TASKS)
-            assert {claim["better"], claim.get("worse", claim["better"])} <= set(study.METHODS)
-
-
-def test_the_committed_record_says_of_every_claim_what_came_out():
-    """Exact claims hold, every directional one was judged on all seeds, and one that fails gives its reason."""
-    facts = paper("ecamp")
-    ledger = {c["id"]: c for c in read_json(record.root() / "reports" / "pocket" / "ecamp" / "claims.json")}
-    assert list(ledger) == [c["id"] for c in facts["claims"]]
-    for claim in ledger.values():
-        if claim["kind"] == "exact":
-            assert claim["status"] == "holds", claim["id"]
-        elif claim["kind"] == "directional":
-            assert claim["status"] in ("holds", "fails") and claim["seeds"] == study.SEEDS
-            assert bool(claim["why"]) == (claim["status"] == "fails"), claim["id"]
-        else:
-            assert claim["status"] == "not run"

@@ -213,13 +213,8 @@ def test_detector_and_clip_trained_anew_are_the_seeds_own(monkeypatch):
     ablation.foundation.cache_clear()
 
 
-def test_facts_and_code_name_the_same_things():
-    facts = paper("sic_cads")
-    directional = [claim for claim in facts["claims"] if claim["kind"] == "directional"]
-    for claim in directional:
-        for task in claim["tasks"]:
-            assert {claim[role] for role in ("better", "worse") if role in claim} <= set(ablation.TASKS[task])
-    assert set(facts["parameters"]["branch"]["choices"]) == set(recipe.BRANCHES)
+def test_facts_and_code_name_the_same_branches():
+    assert set(paper("sic_cads")["parameters"]["branch"]["choices"]) == set(recipe.BRANCHES)
 
 
 def test_what_is_not_accepted(live, out):
