@@ -23,9 +23,6 @@ from tests.data.conftest import expect
 SETS = ["par/peta", "par/pa100k", "par/rapv1", "par/rapv2", "par/wider", "par-zs/peta", "par-zs/rap"]
 
 
-# --- fake data ---------------------------------------------------------------------------------------------------
-
-
 def cells(values, column: bool = True) -> np.ndarray:
     """A cell array of MATLAB."""
     found = np.empty((len(values), 1), dtype=object)
@@ -167,9 +164,6 @@ def shades(found) -> list[int]:
     return [int(np.asarray(found.picture(i))[0, 0, 0]) for i in range(len(found))]
 
 
-# --- the register ------------------------------------------------------------------------------------------------
-
-
 def test_every_attribute_of_the_register_has_a_sentence_and_a_column():
     assert [name for name in DATASETS if name.startswith(("par/", "par-zs/"))] == SETS
     for name in SETS:
@@ -188,9 +182,6 @@ def test_sentences_are_the_authors():
     assert set(words["par/rapv2"]) - set(words["par-zs/rap"]) == {"A pedestrian between the ages of 46 and 60"}
     assert all(s == " ".join(s.split()) for n, many in words.items() if n != "par/wider" for s in many)
     assert attributes_sets.PHRASES["par/rapv1"][-2:] == ("action carry arm", "action carry hand")
-
-
-# --- each layout read back ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["par/peta", "par/rapv2"])
@@ -289,9 +280,6 @@ def test_a_split_in_a_list_of_partitions(tmp_path, easydict):
     assert shades(load("par-zs/peta", tmp_path, "train")) == [0, 1]
 
 
-# --- transforms --------------------------------------------------------------------------------------------------
-
-
 def test_padding_keeps_the_shape_of_a_person():
     tall = Image.new("RGB", (50, 100), (255, 255, 255))
     padded = np.asarray(PadToSquare(224)(tall))
@@ -309,9 +297,6 @@ def test_transforms_normalise_by_a_half_and_vary_only_in_training():
     assert torch.equal(test(picture), test(picture)) and test(picture).shape == (3, 48, 48)
     assert test(picture).min() == -1 and test(picture).max() <= 1  # black bars are -1
     assert len({train(picture).sum().item() for _ in range(8)}) > 1
-
-
-# --- your own images -------------------------------------------------------------------------------------------
 
 
 HEADER = "image,split,A person with a hat,A person with a bag"
@@ -367,9 +352,6 @@ def test_an_own_list_that_is_not_there_or_no_text(tmp_path):
     (tmp_path / "labels.csv").write_bytes(b"\xff\xfe\x00a")
     with pytest.raises(CorruptFile, match="CSV"):
         own_folder(tmp_path)
-
-
-# --- what is wrong is said ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "own"), attributes_sets.ZERO_SHOT.items())

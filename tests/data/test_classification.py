@@ -30,9 +30,6 @@ from tests.data.conftest import expect, picture, values
 INPUT = SimpleNamespace(size=28, mean=(0.5, 0.4, 0.3), std=(0.5, 0.6, 0.7))
 
 
-# --- fake data ---------------------------------------------------------------------------------------------------
-
-
 def shrink(monkeypatch, name: str, classes: int | None, train: int, val: int, test: int) -> None:
     """Let `name` expect a set of this size."""
     sizes = {"train": train, "val": val, "trainval": train + val, "test": test}
@@ -172,9 +169,6 @@ def svhn(root: Path, monkeypatch) -> Path:
     return folder
 
 
-# --- each layout read back ---------------------------------------------------------------------------------------
-
-
 def test_vtab_lists(small_vtab, tmp_path):
     expected = {"train": [0, 1, 2], "val": [2, 0], "trainval": [0, 1, 2, 2, 0], "test": [1, 1, 0, 2]}
     for offset, (split, labels) in enumerate(expected.items()):
@@ -279,9 +273,6 @@ def test_hta_arrays_are_cut_in_file_order(name, make, tmp_path, monkeypatch):
     assert data.status(name, tmp_path).state == "present"
 
 
-# --- missing and incomplete --------------------------------------------------------------------------------------
-
-
 def test_images_or_a_list_missing(small_vtab, tmp_path):
     (small_vtab / "images/train800/000001.png").unlink()
     images = load("vtab/cifar100", tmp_path, "train")  # opening looks at the first and last image only
@@ -356,9 +347,6 @@ def test_hta_archive_missing_or_damaged(tmp_path, monkeypatch):
     with pytest.raises(MissingData, match=r"data_batch_2 is not there"):
         load("hta/cifar10", tmp_path, "test")
     assert "data_batch_2 is not there" in data.status("hta/cifar10", tmp_path).detail
-
-
-# --- damaged and hostile files -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: b"no image at all"])
@@ -458,9 +446,6 @@ def test_hta_lists_that_are_refused(make, name, listing, content, tmp_path, monk
     assert error.value.path == folder / listing
 
 
-# --- transforms and memory ---------------------------------------------------------------------------------------
-
-
 def test_transforms_are_those_of_the_released_code():
     """Against torchvision's first transforms, written as the authors have them, at 224 with mean = std = 0.5."""
     given = SimpleNamespace(size=224, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -518,9 +503,6 @@ def test_opening_a_long_list_does_not_look_at_every_file(tmp_path, monkeypatch):
     (folder / "test.txt").write_text("\n".join(rows) + "\n")
     images = load("vtab/dsprites_location", tmp_path, "test")
     assert len(images) == 73728 and images[-1][1] == 15
-
-
-# --- one's own images ------------------------------------------------------------------------------------------
 
 
 def own(root: Path, counts: dict[str, int], first: int = 0) -> None:
@@ -601,9 +583,6 @@ def test_sixteen_bits_become_eight(ending, tmp_path):
     (index,) = [i for i, path in enumerate(images.sources) if path.endswith(ending)]
     expected = np.arange(256).reshape(16, 16, 1).repeat(3, 2)
     assert np.array_equal(np.asarray(images.picture(index)), expected)
-
-
-# --- downloads ---------------------------------------------------------------------------------------------------
 
 
 def files(root: Path) -> list[str]:

@@ -22,9 +22,6 @@ def photo() -> Tensor:
     return torch.from_numpy(photographs.astronaut()[:128, 160:288].copy()).movedim(-1, 0) / 255
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
-
-
 def test_words_of_the_figures() -> None:
     assert prompt([Op("blur", 0.4), Op("noise", 0.08)]) == "Deblur with sigma 0.4; Denoise with sigma 0.08"
     assert prompt([Op("blur", 3), Op("resize", 6), Op("jpeg", 50)]) == (
@@ -85,9 +82,6 @@ def test_a_part_of_what_was_asked() -> None:
     for wrong in (BLIND, "", "Deblur with sigma 1.0"):
         with pytest.raises(BadParameter, match="noise"):
             scaled(wrong, "noise", 0.5)
-
-
-# --- the parameterised pipeline ---------------------------------------------------------------------------------------
 
 
 def test_nothing_skipped_and_everything_skipped(photo: Tensor) -> None:
@@ -192,9 +186,6 @@ def test_edges_and_tiny_pictures() -> None:
 def test_bad_parameters(call, said: str) -> None:
     with pytest.raises(BadParameter, match=said):
         call()
-
-
-# --- the blind pipeline -----------------------------------------------------------------------------------------------
 
 
 def test_blind_is_the_seeds_and_its_size(photo: Tensor) -> None:

@@ -68,9 +68,6 @@ def coco(tmp_path, sizes) -> Path:
     return tmp_path
 
 
-# --- splits -----------------------------------------------------------------------------------------------------------
-
-
 def test_the_split_of_coco_is_that_of_the_papers():
     index = {c["id"]: i for i, c in enumerate(sorted(coco_categories(), key=lambda c: c["id"]))}
     named = {c["name"]: c["id"] for c in coco_categories()}
@@ -150,9 +147,6 @@ def test_foreign_vocabularies(tmp_path, sizes):
     assert load("detection/openimages", tmp_path, "test")[0][1].image_id == "00fe"
 
 
-# --- labels of images -------------------------------------------------------------------------------------------------
-
-
 def test_caption_labels_are_whole_words_of_any_synonym():
     categories = [
         {"id": 1, "name": "cat"},
@@ -186,9 +180,6 @@ def test_rare_pictures_are_repeated(coco):
     np.testing.assert_allclose(repeat_factors(test, 0.001), [1, 1])
     # a person is on half of the images, a cat on both
     np.testing.assert_allclose(repeat_factors(test, 2), [2, np.sqrt(2)])
-
-
-# --- what is missing or broken ----------------------------------------------------------------------------------------
 
 
 def test_pictures_that_are_broken_or_missing(coco, sizes):

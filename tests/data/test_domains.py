@@ -27,9 +27,6 @@ SETS = list(domains_sets.CLASSES)
 INPUT = SimpleNamespace(size=28, mean=(0.5, 0.4, 0.3), std=(0.5, 0.6, 0.7))
 
 
-# --- fake data ---------------------------------------------------------------------------------------------------
-
-
 def tree(folder: Path, classes, each: int = 4, ending: str = "jpg") -> Path:
     """`each` images in each class folder; every image is 10 x its class + its number bright (modulo 250)."""
     for label, name in enumerate(classes):
@@ -63,9 +60,6 @@ def listed(folder: Path, **changes) -> Path:
     return path
 
 
-# --- the register ------------------------------------------------------------------------------------------------
-
-
 def test_every_class_of_the_register_has_a_word():
     assert [name for name in DATASETS if name.partition("/")[0] in ("remote", "medical")] == SETS
     for name in SETS:
@@ -88,9 +82,6 @@ def test_prompts_are_the_authors_words():
     assert set(words["remote/rsicd"]) - set(words["remote/aid"]) == {"Playfields"}
     for name, renamed in domains_sets.WHOLE_SET_NAMES.items():
         assert set(renamed) <= set(words[name].values())
-
-
-# --- each layout read back ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("below", ["{folder}", "{own}"])
@@ -183,9 +174,6 @@ def test_transform_is_applied(btmri, tmp_path):
         load("medical/btmri", tmp_path, "trainval")
 
 
-# --- the cut -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("count", "expected"), [(10, (5, 2, 3)), (5, (2, 1, 2)), (7, (4, 1, 2)), (625, (312, 125, 188))]
 )
@@ -222,9 +210,6 @@ def test_hidden_files_and_other_files_are_no_images(btmri, tmp_path):
         (btmri / name).write_bytes(b"nothing")
     (btmri / "split_fewshot").mkdir()  # the authors' code leaves it there
     assert len(load("medical/btmri", tmp_path, "all")) == 40
-
-
-# --- the list of splits ------------------------------------------------------------------------------------------
 
 
 def test_a_list_of_splits_is_followed(btmri, tmp_path):
@@ -289,9 +274,6 @@ def test_lists_that_are_refused(content, reason, btmri, tmp_path):
     assert error.value.path == btmri / "split_cao_BTMRI.json" and reason in str(error.value)
 
 
-# --- missing and damaged -----------------------------------------------------------------------------------------
-
-
 def test_folder_without_class_folders(tmp_path):
     (tmp_path / "remote/AID/something").mkdir(parents=True)
     with pytest.raises(MissingData, match="has no class folders"):
@@ -344,9 +326,6 @@ def test_listed_images_missing(btmri, tmp_path):
     (btmri / "BTMRI/glioma/7.jpg").unlink()
     with pytest.raises(MissingData, match=r"split_cao_BTMRI\.json lists glioma/7\.jpg, but .* is not there"):
         load("medical/btmri", tmp_path, "train")
-
-
-# --- sets of one's own -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", ["", "images"])
@@ -413,9 +392,6 @@ def test_a_set_made_here_can_be_registered(tmp_path, monkeypatch):
         splits("pocket/far", tmp_path)
 
 
-# --- transforms --------------------------------------------------------------------------------------------------
-
-
 def test_transforms_are_clips():
     """Against torchvision's first transforms, written as CLIP and Dassl have them."""
     given = SimpleNamespace(size=224, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
@@ -433,9 +409,6 @@ def test_transforms_are_clips():
         ours = clip_transform(given, train=True)(photograph)
         torch.manual_seed(seed)
         torch.testing.assert_close(ours, train(photograph))
-
-
-# --- fetching ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

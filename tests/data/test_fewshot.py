@@ -55,9 +55,6 @@ def numbers(dataset: Dataset) -> set[float]:
     return {dataset[i][0].item() for i in range(len(dataset))}
 
 
-# --- few shots ---------------------------------------------------------------------------------------------------
-
-
 def test_few_shot_draws_so_many_of_each_class():
     full = Plain(20)
     few = few_shot(full, 4, seed=1)
@@ -101,9 +98,6 @@ def test_shots_and_seeds_that_are_refused(shots, seed):
         few_shot(Plain(20), shots, seed)
 
 
-# --- classes -----------------------------------------------------------------------------------------------------
-
-
 def test_halves_give_the_odd_class_to_base():
     assert halves(NAMES) == (("bog", "city", "dune"), ("farm", "ice"))
     assert halves(["a", "b"]) == (("a",), ("b",))
@@ -121,9 +115,6 @@ def test_selected_classes_are_numbered_anew():
 def test_classes_that_are_not_there(classes):
     with pytest.raises(BadParameter, match=r"different labels in 0\.\.4"):
         select(Plain(2), classes)
-
-
-# --- protocols ---------------------------------------------------------------------------------------------------
 
 
 def test_base_to_novel():
@@ -197,9 +188,6 @@ def test_splits_that_do_not_serve(call):
         call(made() | {"test": Plain(4, ("x", "y"))})
 
 
-# --- what counts as a data set -----------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """{train,val,test}/<class>/*.png of three classes, six images each."""
@@ -247,9 +235,6 @@ def test_data_sets_that_do_not_say_what_is_in_them(change, message):
         setattr(broken, name, value)
     with pytest.raises(BadParameter, match=message):
         few_shot(broken, 1, 0)
-
-
-# --- the mean ----------------------------------------------------------------------------------------------------
 
 
 def test_harmonic_mean():

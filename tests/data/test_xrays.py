@@ -49,9 +49,6 @@ def dicom(path, values, bits=12, photometric="MONOCHROME2", signed=0):
     file.save_as(path, enforce_file_format=True)
 
 
-# --- images ---------------------------------------------------------------------------------------------------------
-
-
 def test_grey_values_of_8_and_16_bits(tmp_path):
     ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
     Image.fromarray(ramp).save(tmp_path / "16.png")
@@ -96,9 +93,6 @@ def test_runs_as_siim_has_them():
     for text in ("1", "a b", "24 5", "-3 2"):
         with pytest.raises(ValueError):
             rle_mask(text, 5)
-
-
-# --- lists ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["xrays/chestx-ray14", "xrays/chexpert", "xrays/rsna", "fundus/odir", "fundus/mured"])
@@ -256,9 +250,6 @@ def test_chestmnist(tmp_path, any_length, monkeypatch):
         load("xrays/chestmnist", tmp_path, "test")
 
 
-# --- reports ----------------------------------------------------------------------------------------------------------
-
-
 def test_reports(tmp_path):
     folder = tmp_path / "xrays" / "mimic-cxr"
     paths = [f"files/p10/p1000/s{study}/{i}.jpg" for study, i in ((77, 0), (77, 1), (88, 2))]
@@ -355,9 +346,6 @@ def test_statements_of_two_forms_and_no_other(tmp_path):
     with pytest.raises(BadParameter, match="1, one for each path"):
         xrays.write_reports(tmp_path / "y.csv", ["a"], ["t"], [])
     assert not list(tmp_path.glob("*y*"))
-
-
-# --- the whole register -----------------------------------------------------------------------------------------------
 
 
 def test_pocket_chests_are_read_by_the_same_readers(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from skimage.color import rgb2hsv
 
 from companion.data import classification as reader
 from companion.toy.datasets import classification, scenes
@@ -20,9 +21,6 @@ def written(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     classification.write(root)
     return root
-
-
-# --- cuts and scenes --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", scenes.PHOTOGRAPHS)
@@ -66,8 +64,6 @@ def test_a_scene_agrees_with_its_annotations():
 
 def test_the_object_is_where_the_mask_says():
     """The hue inside the mask is the named one; angles on the colour circle, so that red has no seam."""
-    from skimage.color import rgb2hsv
-
     for scene in scenes.scenes(100, "val"):
         angles = rgb2hsv(scene.image)[..., 0][scene.mask] * 2 * np.pi
         mean = np.angle(np.exp(1j * angles).mean()) / (2 * np.pi) % 1
@@ -78,9 +74,6 @@ def test_scenes_follow_the_seed():
     first, again, other = scenes.scenes(5, "train", 0), scenes.scenes(5, "train", 0), scenes.scenes(5, "train", 1)
     assert all(np.array_equal(a.image, b.image) and a.caption == b.caption for a, b in zip(first, again, strict=True))
     assert not any(np.array_equal(a.image, b.image) for a, b in zip(first, other, strict=True))
-
-
-# --- tasks on disk ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", classification.TASKS)
@@ -104,9 +97,6 @@ def test_every_digit_is_in_one_split_only(monkeypatch):
     monkeypatch.setattr(classification, "_originals", lambda: (images, labels))
     drawn = {split: [label for _, label in classification.examples("digits", split)] for split in scenes.SPLITS}
     assert sorted(itertools.chain(*drawn.values())) == list(range(1797))
-
-
-# --- tokens -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_tokenizer_knows_every_word_of_the_world():

@@ -16,16 +16,6 @@ from companion.toy.datasets import collage
 SEED = 7
 
 
-@pytest.fixture
-def few(tmp_path, monkeypatch):
-    """A small data root of its own."""
-    monkeypatch.setattr(collage, "COUNTS", {"train": 40, "val": 40, "test": 40})
-    monkeypatch.setattr(collage, "TEXTURES", ("brick", "page"))
-    monkeypatch.setitem(collage.FACTORS, "texture", 2)
-    collage.write(tmp_path, SEED)
-    return tmp_path
-
-
 def draw(shape=0, hue=0, quadrant=0, seed=0):
     return collage.collage(np.random.default_rng(seed), "train", (1, shape, hue, quadrant)).image.astype(float) / 255
 
@@ -70,6 +60,16 @@ def test_the_square_lies_in_its_quadrant():
 def test_the_object_has_its_hue_whatever_the_ground():
     middle = [np.array([draw(0, hue, seed=s)[14:18, 14:18].mean((0, 1)) for s in range(12)]) for hue in (0, 4)]
     assert (middle[0][:, 0] - middle[0][:, 1]).min() > 0 > (middle[1][:, 0] - middle[1][:, 1]).max()
+
+
+@pytest.fixture
+def few(tmp_path, monkeypatch):
+    """A small data root of its own."""
+    monkeypatch.setattr(collage, "COUNTS", {"train": 40, "val": 40, "test": 40})
+    monkeypatch.setattr(collage, "TEXTURES", ("brick", "page"))
+    monkeypatch.setitem(collage.FACTORS, "texture", 2)
+    collage.write(tmp_path, SEED)
+    return tmp_path
 
 
 def test_it_is_read_in_the_order_drawn_with_the_pixels_drawn(few):

@@ -33,9 +33,6 @@ def drawn():
     return pocket.scenes(400, "test", SEED)
 
 
-# --- the world --------------------------------------------------------------------------------------------------------
-
-
 def test_every_place_has_three_base_things_and_a_novel_one_with_a_double_in_the_next():
     places, by_name = list(pocket.PLACES), {thing.name: thing for thing in pocket.THINGS}
     assert len(pocket.CLASSES) == len(set(pocket.CLASSES)) == 16
@@ -115,17 +112,13 @@ def test_the_texture_alone_tells_the_place():
     assert (between < within / 2).all()
 
 
-# --- on disk ----------------------------------------------------------------------------------------------------------
-
-
 def test_cocos_own_reader_reads_it_and_training_holds_no_novel_box(root):
     folder = root / "pocket" / "detection"
     for split, count in (("train", 60), ("val", 8), ("test", 12)):
         with contextlib.redirect_stdout(io.StringIO()):
             truth = COCO(folder / "annotations" / f"instances_{split}.json")
-        assert len(truth.getImgIds()) == count and [c["name"] for c in truth.loadCats(range(1, 17))] == [
-            *pocket.CLASSES
-        ]
+        assert len(truth.getImgIds()) == count
+        assert [c["name"] for c in truth.loadCats(range(1, 17))] == [*pocket.CLASSES]
         seen = {row["category_id"] for row in truth.loadAnns(truth.getAnnIds())}
         assert (split == "train") == (not seen & {13, 14, 15, 16})
         shown = pocket.scenes(count, split, SEED)

@@ -13,7 +13,7 @@ from torch import nn
 
 from companion.data import domains as reader
 from companion.data import fewshot
-from companion.errors import BadParameter, CorruptFile, MissingWeights
+from companion.errors import BadParameter
 from companion.models.layers import clip_prompting as prompting
 from companion.toy import encoders
 from companion.toy.ablations import dplq as study
@@ -47,9 +47,6 @@ def angle(images: np.ndarray) -> np.ndarray:
     return np.array(found)
 
 
-# --- the world --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_every_word_is_seen_in_training_in_half_of_its_company(domain):
     world = domains.DOMAINS[domain]
@@ -74,17 +71,6 @@ def test_the_second_sensor_shows_the_opposite_colour():
     np.testing.assert_allclose(domains.negative(grey), 1 - grey)
 
 
-def test_the_sensors_turn_what_the_labels_say():
-    rng = np.random.default_rng(0)
-    world = domains.DOMAINS["remote"]
-    for sensor in (0, 1):
-        labels = rng.integers(16, size=60)
-        shown = angle(np.stack([domains.picture(rng, "remote", "train", label, sensor) for label in labels]))
-        named = np.array([scenes.HUES.index(world.pairs[label][0]) for label in labels])
-        turned = (shown - named - 2 * sensor + 2) % 4 - 2  # quarters of the circle off, -2 to 2
-        assert np.mean(abs(turned) < 0.6) > 0.9
-
-
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_the_lines_of_the_sensors_are_apart_and_fixed(domain):
     lines = [domains.pattern(domain, sensor)[..., 0] for sensor in (0, 1)]
@@ -107,16 +93,14 @@ def test_brightness_does_not_tell_the_sensors(domain):
     assert abs(means[sensors == 0].mean() - means[sensors == 1].mean()) < 0.5 * means.std()
 
 
-@pytest.mark.parametrize(
-    "call",
-    [lambda: domain_mae.load("radar"), lambda: domain_mae.load("remote", "imagenet"), lambda: domain_mae.ship("radar")],
-)
-def test_unknown_names_are_refused_with_the_known_ones(call):
-    with pytest.raises(BadParameter, match="Accepted"):
-        call()
-
-
-# --- on disk ----------------------------------------------------------------------------------------------------------
+def test_unknown_names_are_refused_with_the_known_ones():
+    for function, names in (
+        (domain_mae.load, ["radar"]),
+        (domain_mae.load, ["remote", "imagenet"]),
+        (domain_mae.ship, ["radar"]),
+    ):
+        with pytest.raises(BadParameter, match="Accepted"):
+            function(*names)
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -129,16 +113,12 @@ def test_the_reader_of_ones_own_folder_reads_a_domain(root, domain):
     assert image.shape == (3, 32, 32) and label == 0
 
 
-# --- the domain models ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_the_shipped_model_is_as_good_as_its_card_says(domain):
     card = encoders.read_card(domain_mae.NAMES[domain])
     model = domain_mae.load(domain)
     assert sum(p.numel() for p in model.parameters()) == card["parameters"]
-    file = encoders.WEIGHTS / f"{domain_mae.NAMES[domain]}.safetensors"
-    assert file.stat().st_size == card["bytes"] < 1_000_000 and card["world"] == domains.VERSION
+    assert card["world"] == domains.VERSION
     found = domain_mae.measure(domain, model)
     for name, said in card["quality"].items():
         assert found[name] == pytest.approx(said, abs=0.02)
@@ -180,14 +160,6 @@ def test_what_is_shipped_loads_and_its_card_describes_it(tmp_path, monkeypatch):
     assert head["bytes"] == path.stat().st_size and head["recipe"]["steps"] == 2
     monkeypatch.setattr(encoders, "WEIGHTS", tmp_path)
     assert domain_mae.load("remote").num_features == domain_mae.SHAPE["decoder_width"]
-    with pytest.raises(MissingWeights):
-        domain_mae.load("medical")
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CorruptFile):
-        domain_mae.load("remote")
-
-
-# --- the study --------------------------------------------------------------------------------------------------------
 
 
 def test_the_parts_are_what_they_say(root):
@@ -208,6 +180,7 @@ def test_the_sensors_belong_to_the_pictures(root, part):
     sensors = study.sensors("remote", root, SEED, part)
     shown = angle(((images + 1) / 2).permute(0, 2, 3, 1).numpy())
     named = np.array([scenes.HUES.index(names[label].split()[0]) for label in labels])
+    # quarters of the circle off, -2 to 2; the second sensor shows the opposite hue
     assert 0.3 < sensors.double().mean() < 0.7
     assert np.mean(abs((shown - named - 2 * sensors.numpy() + 2) % 4 - 2) < 0.6) > 0.9
 

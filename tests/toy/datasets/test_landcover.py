@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import itertools
-import shutil
 
 import numpy as np
 import pytest
@@ -25,9 +24,6 @@ def few(tmp_path, monkeypatch):
     monkeypatch.setattr(landcover, "COUNTS", {"train": 3, "val": 1, "test": 2})
     landcover.write(tmp_path, SEED)
     return tmp_path
-
-
-# --- what is drawn ----------------------------------------------------------------------------------------------------
 
 
 def test_every_zone_has_its_own_pair_of_moisture_and_style():
@@ -105,9 +101,6 @@ def test_the_wrong_zone_differs_in_moisture_and_style():
         assert zones[code].moisture != zones[third].moisture and zones[code].style != zones[third].style
 
 
-# --- texts ------------------------------------------------------------------------------------------------------------
-
-
 def test_texts_describe_the_looks_and_recombine():
     prompts = climate.Prompts.read(landcover.PROMPTS)
     assert set(prompts.zones) == set(landcover.ZONES)
@@ -130,9 +123,6 @@ def test_towns_lie_in_their_zones():
         assert climate.zone(zone.latitude, zone.longitude) == code
 
 
-# --- on disk ----------------------------------------------------------------------------------------------------------
-
-
 def test_files_are_in_the_layout_and_come_back(few):
     folder = few / "pocket" / "landcover"
     names = (folder / "train.txt").read_text().split()
@@ -147,10 +137,11 @@ def test_files_are_in_the_layout_and_come_back(few):
     stored = np.asarray(Image.open(folder / "pocket_csa" / "labels" / "pocket_csa_2.tif"))
     assert np.array_equal(stored, labels + 1)
     assert set(train.of(["Csa", "Am"]).zones) == {"Csa", "Am"} and len(train.of(["Csa"])) == 3
-
-
-def test_pixels_without_a_label_are_ignored(few):
-    path = few / "pocket" / "landcover" / "pocket_bwh" / "labels" / "pocket_bwh_1.tif"
+    # images lie at their town; pixels without a label are ignored
+    tags = Image.open(folder / "pocket_af" / "images" / "pocket_af_1.tif").tag_v2
+    assert abs(tags[33922][3] - 103.82) < 0.01 and abs(tags[33922][4] - 1.35) < 0.01
+    assert tags[34735][-1] == 4326 and 2.6e-6 < tags[33550][1] < 2.8e-6
+    path = folder / "pocket_bwh" / "labels" / "pocket_bwh_1.tif"
     stored = np.array(Image.open(path))
     stored[:4] = 0
     landcover.save(path, stored, "BWh")
@@ -172,12 +163,6 @@ def test_the_reader_of_real_sets_reads_them(few):
     assert data.load("pocket/landcover", few, "test").zones() == list(mine.zones)
 
 
-def test_pictures_lie_at_their_town(few):
-    tags = Image.open(few / "pocket" / "landcover" / "pocket_af" / "images" / "pocket_af_1.tif").tag_v2
-    assert abs(tags[33922][3] - 103.82) < 0.01 and abs(tags[33922][4] - 1.35) < 0.01
-    assert tags[34735][-1] == 4326 and 2.6e-6 < tags[33550][1] < 2.8e-6
-
-
 def test_bad_folders_are_said(few, tmp_path):
     with pytest.raises(BadParameter, match="dev"):
         landcover.read(few, "dev")
@@ -194,4 +179,3 @@ def test_bad_folders_are_said(few, tmp_path):
         file.write("elsewhere_1.tif\n")
     with pytest.raises(CorruptFile, match="elsewhere"):
         landcover.read(few, "train")
-    shutil.rmtree(folder)

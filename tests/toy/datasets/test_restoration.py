@@ -17,11 +17,11 @@ from companion.toy.datasets import scenes
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    path, counts = tmp_path_factory.mktemp("pocket"), pocket.COUNTS
-    pocket.COUNTS = {"train": (40, 8), "val": (12, 4), "test": (24, 6)}
-    pocket.write(path, 3)
-    yield path
-    pocket.COUNTS = counts
+    path = tmp_path_factory.mktemp("pocket")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pocket, "COUNTS", {"train": (40, 8), "val": (12, 4), "test": (24, 6)})
+        pocket.write(path, 3)
+        yield path
 
 
 def test_no_layout_and_no_tile_is_in_two_splits():

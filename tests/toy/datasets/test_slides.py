@@ -28,9 +28,6 @@ def written(request, small, tmp_path_factory):
     return pocket.write(tmp_path_factory.mktemp("slides"), request.param, SEED)
 
 
-# --- what is drawn ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("grade", range(pocket.GRADES))
 def test_the_place_gives_the_grade_and_the_count_does_not(grade):
     rng = np.random.default_rng(grade)
@@ -81,9 +78,6 @@ def test_a_slide_is_tissue_between_white_margins(task):
     # walls of tumour are the darkest thing there is
     light = {kind: slide.image[slide.labels == kind].mean() for kind in (pocket.STROMA, pocket.BENIGN, pocket.TUMOUR)}
     assert light[pocket.TUMOUR] < light[pocket.STROMA]
-
-
-# --- on disk ----------------------------------------------------------------------------------------------------------
 
 
 def test_tiling_by_spacing_finds_the_regions_that_were_drawn(written):

@@ -46,9 +46,6 @@ def live(out):
     return found, model, history, recipe.predict(found, model)
 
 
-# --- the live run ---------------------------------------------------------------------------------------------------
-
-
 def test_the_live_run_is_the_ablations(out, live):
     """The same images, initial weights and steps as the ablation's row of this seed and learning rate."""
     found, model, history, outputs = live
@@ -115,9 +112,6 @@ def test_real_results_join_those_that_the_tables_show(live, tmp_path):
     ours = recipe.ap50(found, outputs)
     assert table.loc["owlvit-base-patch32 + SIC-CADS, gamma 0.5", "novel"] == f"– / {ours['novel']:.2f}"
     assert table.loc["owlvit-base-patch32", "base"] == f"– / {recipe.ap50(found, outputs, gamma=0.0)['base']:.2f}"
-
-
-# --- the ablation -----------------------------------------------------------------------------------------------------
 
 
 def test_every_method_gives_a_row(out):
