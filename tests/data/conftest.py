@@ -1,7 +1,5 @@
 """What the readers' tests share: flat images, sets of other sizes, a web server on this machine."""
 
-from __future__ import annotations
-
 import dataclasses
 import http.server
 import threading

@@ -1,7 +1,5 @@
 """The readers of pedestrian attribute sets, on tiny fakes in the layouts of the archives and of the authors."""
 
-from __future__ import annotations
-
 import pickle
 import sys
 from pathlib import Path

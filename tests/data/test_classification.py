@@ -1,7 +1,5 @@
 """The classification readers, on fake data in the real layouts: a few tiny images, sizes made to fit."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

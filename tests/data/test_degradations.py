@@ -1,7 +1,5 @@
 """Degradations: the text says what was done, a seed says it again, and each image is by itself."""
 
-from __future__ import annotations
-
 import numpy as np
 import open_clip
 import pytest

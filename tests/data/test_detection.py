@@ -10,18 +10,8 @@ import torch
 from PIL import Image
 
 from companion import data
-from companion.data.detection import (
-    OV_COCO_BASE,
-    OV_COCO_NOVEL,
-    caption_labels,
-    load,
-    ov_coco,
-    ov_lvis,
-    own_folder,
-    read_annotations,
-    repeat_factors,
-    splits,
-)
+from companion.data import detection
+from companion.data.detection import OV_COCO_BASE, OV_COCO_NOVEL, load, ov_coco, ov_lvis, own_folder, splits
 from companion.data.detection_sets import COCO_BASE, COCO_NOVEL
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
 from companion.evaluation.parity import folder as fixtures
@@ -158,7 +148,7 @@ def test_caption_labels_are_whole_words_of_any_synonym():
         "images": [{"id": i} for i in (1, 2, 3, 4, 5)],
         "annotations": [{"image_id": i, "caption": text} for i, text in said],
     }
-    found = caption_labels(captions, categories)
+    found = detection.caption_labels(captions, categories)
     assert {entry["id"]: entry["pos_category_ids"] for entry in found["images"]} == {1: [1], 2: [2], 4: [2]}
 
 
@@ -177,9 +167,9 @@ def test_labels_without_boxes_are_positives(tmp_path):
 
 def test_rare_pictures_are_repeated(coco):
     test = load("detection/ov-coco", coco, "test")
-    np.testing.assert_allclose(repeat_factors(test, 0.001), [1, 1])
+    np.testing.assert_allclose(detection.repeat_factors(test, 0.001), [1, 1])
     # a person is on half of the images, a cat on both
-    np.testing.assert_allclose(repeat_factors(test, 2), [2, np.sqrt(2)])
+    np.testing.assert_allclose(detection.repeat_factors(test, 2), [2, np.sqrt(2)])
 
 
 def test_pictures_that_are_broken_or_missing(coco, sizes):
@@ -270,10 +260,10 @@ def test_other_broken_files(coco):
     whole = file.read_text()
     file.write_text(whole[: len(whole) // 2])
     with pytest.raises(CorruptFile, match="not JSON"):
-        read_annotations(file)
+        detection.read_annotations(file)
     file.write_text("[]")
     with pytest.raises(CorruptFile, match="an object"):
-        read_annotations(file)
+        detection.read_annotations(file)
     shifted = json.loads(whole)
     for category in shifted["categories"]:
         category["id"] = 1 + category["id"]

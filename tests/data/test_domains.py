@@ -1,7 +1,5 @@
 """The readers of remote-sensing and medical sets, on tiny trees in the layouts of the authors and of the archives."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

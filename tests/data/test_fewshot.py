@@ -1,7 +1,5 @@
 """The protocols of prompt learning, on data sets of plain labels and on torchvision's ImageFolder."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from pathlib import Path
@@ -11,17 +9,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 
+from companion.data import fewshot
 from companion.data.classification import image_folder, in_memory
-from companion.data.fewshot import (
-    Protocol,
-    base_to_novel,
-    cross_dataset,
-    domain_generalisation,
-    few_shot,
-    halves,
-    harmonic_mean,
-    select,
-)
+from companion.data.fewshot import base_to_novel, cross_dataset, domain_generalisation, few_shot, halves, select
 from companion.errors import BadParameter
 from tests.data.conftest import picture
 
@@ -120,7 +110,7 @@ def test_classes_that_are_not_there(classes):
 def test_base_to_novel():
     sets = made()
     protocol = base_to_novel(sets, shots=8, seed=2)
-    assert isinstance(protocol, Protocol)
+    assert isinstance(protocol, fewshot.Protocol)
     assert protocol.train.class_names == protocol.val.class_names == ("bog", "city", "dune")
     assert Counter(protocol.train.labels) == dict.fromkeys(range(3), 8)
     assert Counter(protocol.val.labels) == dict.fromkeys(range(3), 4)  # four, as the shots are more
@@ -238,11 +228,11 @@ def test_data_sets_that_do_not_say_what_is_in_them(change, message):
 
 
 def test_harmonic_mean():
-    assert harmonic_mean(60, 40) == pytest.approx(48)
-    assert harmonic_mean(0.5, 0.5) == 0.5
-    assert harmonic_mean(0, 0) == harmonic_mean(80, 0) == harmonic_mean(0, 80) == 0
+    assert fewshot.harmonic_mean(60, 40) == pytest.approx(48)
+    assert fewshot.harmonic_mean(0.5, 0.5) == 0.5
+    assert fewshot.harmonic_mean(0, 0) == fewshot.harmonic_mean(80, 0) == fewshot.harmonic_mean(0, 80) == 0
     for bad in (-1, float("nan")):
         with pytest.raises(BadParameter, match="an accuracy from 0 on"):
-            harmonic_mean(bad, 50)
+            fewshot.harmonic_mean(bad, 50)
         with pytest.raises(BadParameter, match="novel"):
-            harmonic_mean(50, bad)
+            fewshot.harmonic_mean(50, bad)

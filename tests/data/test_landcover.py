@@ -1,7 +1,5 @@
 """Land cover in its real layouts: codes, windows, padding, places and zones, xBD compiled in, one's own images."""
 
-from __future__ import annotations
-
 import zipfile
 from collections import Counter
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Scales, crops with several classes, flips, mosaics within a zone."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torchvision import tv_tensors

@@ -1,7 +1,5 @@
 """What holds for every set of the register: one that is not there says where to get it, a wrong name what there is."""
 
-from __future__ import annotations
-
 import importlib
 
 import pytest

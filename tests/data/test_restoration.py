@@ -1,7 +1,5 @@
 """Readers of images with captions, the degraded samples, and what is said of broken files."""
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from pathlib import Path

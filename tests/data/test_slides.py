@@ -1,7 +1,5 @@
 """Slides with grades: PANDA's layout, folds, one's own folder, stored features, and what is wrong with them."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The tracking readers, on fake videos in the real layouts: a few tiny frames, sizes made to fit."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from functools import partial
@@ -15,20 +13,7 @@ from safetensors.numpy import load_file
 
 from companion import data
 from companion.data import DATASETS, tracking
-from companion.data.tracking import (
-    Pairs,
-    Sequence,
-    box_from_crop,
-    box_in_crop,
-    clip_box,
-    crop,
-    ground_truth,
-    load,
-    normalise,
-    read_frame,
-    read_results,
-    write_results,
-)
+from companion.data.tracking import Pairs, Sequence, crop, ground_truth, load, read_frame, read_results
 from companion.data.tracking_sets import ATTRIBUTES
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
 from companion.evaluation import fill
@@ -345,22 +330,22 @@ def test_crops_are_the_authors(frame, index):
     assert np.abs(patch[::8, ::8].astype(int) - recorded).max() <= 1
     assert scale == pytest.approx(facts["resize_factor"], abs=1e-12)
     x, y, w, h = facts["box"]
-    inside = box_in_crop(facts["box"], [x + 3, y - 2, w, h], scale, facts["size"])
+    inside = tracking.box_in_crop(facts["box"], [x + 3, y - 2, w, h], scale, facts["size"])
     np.testing.assert_allclose(inside, facts["box_in_crop_of_box_shifted_by_+3_-2"], atol=1e-6)
 
 
 @pytest.mark.parametrize("facts", CROPS["clip_box"])
 def test_clipping_is_the_authors(facts):
-    assert clip_box(facts["box"], facts["H"], facts["W"], facts["margin"]).tolist() == facts["out"]
+    assert tracking.clip_box(facts["box"], facts["H"], facts["W"], facts["margin"]).tolist() == facts["out"]
 
 
 def test_a_box_comes_back_from_its_crop_up_to_half_a_pixel_of_it():
     box, around, size = np.array([60.0, 50, 40, 30]), [55, 52, 44, 28], 128
     scale = 1.7
-    x, y, w, h = box_in_crop(box, around, scale, size)
-    back = box_from_crop([x + w / 2, y + h / 2, w, h], around, scale, size)
+    x, y, w, h = tracking.box_in_crop(box, around, scale, size)
+    back = tracking.box_from_crop([x + w / 2, y + h / 2, w, h], around, scale, size)
     np.testing.assert_allclose(back, box - [0.5 / scale, 0.5 / scale, 0, 0])
-    assert box_from_crop([0.5, 0.5, 0.25, 0.25], [10, 20, 6, 4], 2, 128).tolist() == [5, 14, 16, 16]
+    assert tracking.box_from_crop([0.5, 0.5, 0.25, 0.25], [10, 20, 6, 4], 2, 128).tolist() == [5, 14, 16, 16]
 
 
 def test_degenerate_boxes_are_refused(frame):
@@ -380,12 +365,12 @@ def test_without_opencv_the_extra_is_named(frame, monkeypatch):
 
 
 def test_normalise_takes_images_and_batches(frame):
-    one = normalise(frame)
+    one = tracking.normalise(frame)
     assert one.shape == (6, 180, 240) and one.dtype == torch.float32
     expected = (frame[7, 9] / 255 - np.tile(tracking.MEAN, 2)) / np.tile(tracking.STD, 2)
     np.testing.assert_allclose(one[:, 7, 9], expected, atol=1e-6)
     batch = torch.from_numpy(frame).permute(2, 0, 1).expand(3, -1, -1, -1)
-    assert torch.equal(normalise(batch)[1], one)
+    assert torch.equal(tracking.normalise(batch)[1], one)
 
 
 class Painted(Sequence):
@@ -508,16 +493,16 @@ def test_crops_that_miss_are_drawn_again_and_not_for_ever():
 
 def test_results_come_back(tmp_path):
     boxes = np.random.default_rng(0).uniform(-5, 300, (7, 4))
-    write_results(tmp_path / "new" / "boy`shead.txt", boxes)
-    write_results(tmp_path / "new" / "one.txt", boxes[:1])
+    tracking.write_results(tmp_path / "new" / "boy`shead.txt", boxes)
+    tracking.write_results(tmp_path / "new" / "one.txt", boxes[:1])
     found = read_results(tmp_path / "new")
     assert list(found) == ["boy`shead", "one"] and found["one"].shape == (1, 4)
     np.testing.assert_allclose(found["boy`shead"], boxes, atol=5e-5)
     assert [p.name for p in sorted((tmp_path / "new").iterdir())] == ["boy`shead.txt", "one.txt"]
     with pytest.raises(BadParameter, match=r"\(n, 4\)"):
-        write_results(tmp_path / "x.txt", boxes[:, :3])
+        tracking.write_results(tmp_path / "x.txt", boxes[:, :3])
     with pytest.raises(BadParameter, match="finite"):
-        write_results(tmp_path / "x.txt", boxes * np.nan)
+        tracking.write_results(tmp_path / "x.txt", boxes * np.nan)
 
 
 @pytest.mark.parametrize("delimiter", [",", " ", "\t", ", "])

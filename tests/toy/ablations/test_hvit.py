@@ -1,7 +1,5 @@
 """H-ViT's ablations on the synthetic slides, and the live run of the notebook."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.utils.data import TensorDataset

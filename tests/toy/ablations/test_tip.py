@@ -1,7 +1,5 @@
 """TIP's study: what networks read, that they start alike, what scores are made of; the pocket run is the study's."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

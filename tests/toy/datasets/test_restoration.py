@@ -1,7 +1,5 @@
 """TIP's pocket images: from a seed, kind and contrast apart, splits apart, what a degradation takes away."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The pocket RGB-thermal videos: what they show, that nothing gives the target away, and how they lie on disk."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -65,10 +63,7 @@ def test_the_target_stays_inside_and_within_the_search_window(plans):
         assert abs(video.boxes("visible") - video.boxes("infrared")).max() <= 1
         far = [np.linalg.norm(video.centres[:, a] - video.centres[:, b], axis=1) for a, b in ((0, 1), (1, 2), (0, 2))]
         assert np.min(far) >= tracking.APART
-
-
-def test_distractors_are_where_a_tracker_looks(plans):
-    """In most frames both lie in the search window around the target."""
+    # in most frames both distractors lie where a tracker looks, in the search window around the target
     shown = []
     for video in plans["train"]:
         reach = 2 * np.sqrt(video.boxes()[:, 2:].prod(1))

@@ -1,7 +1,5 @@
 """Model cards of the shipped encoders, how they are written, and the command line of all encoders."""
 
-from __future__ import annotations
-
 import hashlib
 import sys
 from pathlib import Path

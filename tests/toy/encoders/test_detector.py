@@ -1,7 +1,5 @@
 """The pocket CLIP of scenes and the pocket detector: what ships is what cards say, training learns, no box is cut."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import yaml

@@ -1,7 +1,5 @@
 """The pocket CLIP of pedestrians: the shipped weights have the quality of their model card, its training learns."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """The shipped teachers: their card, the factor that each cannot see, views, and probes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

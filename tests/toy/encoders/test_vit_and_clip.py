@@ -1,7 +1,5 @@
 """The training of the small ViT and CLIP."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
