@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from companion import data
 from companion.data import DATASETS, attributes_sets
-from companion.data.attributes import PadToSquare, load, own_folder, splits, square_transform
+from companion.data.attributes import SPLITS, PadToSquare, load, own_folder, splits, square_transform
 from companion.errors import BadParameter, CorruptFile, MissingData
 from tests.data.conftest import expect
 
@@ -74,14 +74,8 @@ def rapv1(root: Path) -> Path:
     labels = raw(8, 92)
     labels[0, 0] = 2  # nobody could tell
     parts = [{"train_index": np.concatenate([TRAIN, VAL]).T, "test_index": TEST.T}] * 5
-    fields = {
-        "partition": cells(parts),
-        "label": labels,
-        "chinese": 0,
-        "english": cells([f"raw {i}" for i in range(92)]),
-        "position": 0,
-        "imagesname": cells(names),
-    }
+    fields = {"partition": cells(parts), "label": labels, "chinese": 0}
+    fields |= {"english": cells([f"raw {i}" for i in range(92)]), "position": 0, "imagesname": cells(names)}
     savemat(folder / "RAP_annotation/RAP_annotation.mat", {"RAP_annotation": fields})
     return folder
 
@@ -93,13 +87,8 @@ def rapv2(root: Path) -> Path:
     (folder / "RAP_annotation").mkdir()
     part = {"train_index": TRAIN.T, "val_index": VAL.T, "test_index": TEST.T}
     selected = np.arange(152, 98, -1)[None]  # backwards, so that an order that is forgotten is seen
-    fields = {
-        "name": cells(names),
-        "attribute": cells([f"raw {i}" for i in range(152)]),
-        "data": raw(8, 152),
-        "selected_attribute": selected,
-        "partition_attribute": cells([part] * 5, column=False),
-    }
+    fields = {"name": cells(names), "attribute": cells([f"raw {i}" for i in range(152)]), "data": raw(8, 152)}
+    fields |= {"selected_attribute": selected, "partition_attribute": cells([part] * 5, column=False)}
     savemat(folder / "RAP_annotation/RAP_annotation.mat", {"RAP_annotation": fields})
     return folder
 
@@ -137,12 +126,8 @@ def easydict(monkeypatch):
 
 
 def new_split(folder: Path, monkeypatch, name: str = "dataset_zs_run0.pkl", **changes) -> Path:
-    parts = {
-        "train": np.array([0, 1, 2]),
-        "val": np.array([3]),
-        "test": np.array([7, 6, 5]),
-        "trainval": np.array([0, 1, 2, 3]),
-    } | changes
+    parts = {"train": [0, 1, 2], "val": [3], "test": [7, 6, 5], "trainval": [0, 1, 2, 3]}
+    parts = {split: np.array(numbers) for split, numbers in parts.items()} | changes
     content = EasyDict(description="zs", image_name=["a"], partition=EasyDict(**parts), weight_train=[])
     (folder / name).write_bytes(pickle.dumps(content))
     monkeypatch.delitem(sys.modules, "easydict")
@@ -186,12 +171,7 @@ def test_sentences_are_the_authors():
 def test_sets_with_a_validation_split(name, tmp_path):
     MAKERS[name](tmp_path)
     found = splits(name, tmp_path)
-    assert {split: shades(part) for split, part in found.items()} == {
-        "train": [1, 3, 5],
-        "val": [0, 2],
-        "trainval": [1, 3, 5, 0, 2],
-        "test": [4, 6, 7],
-    }
+    assert [shades(found[split]) for split in SPLITS] == [[1, 3, 5], [0, 2], [1, 3, 5, 0, 2], [4, 6, 7]]
     columns = attributes_sets.COLUMNS[name]
     where = list(columns) if name == "par/peta" else [151 - i for i in columns]
     test = found["test"]
@@ -209,12 +189,7 @@ def test_sets_with_a_validation_split(name, tmp_path):
 def test_pa100k(tmp_path):
     pa100k(tmp_path)
     found = splits("par/pa100k", tmp_path)
-    assert {split: shades(part) for split, part in found.items()} == {
-        "train": [0, 1, 2, 3],
-        "val": [4],
-        "trainval": [0, 1, 2, 3, 4],
-        "test": [5, 6, 7],
-    }
+    assert [shades(found[split]) for split in SPLITS] == [[0, 1, 2, 3], [4], [0, 1, 2, 3, 4], [5, 6, 7]]
     np.testing.assert_array_equal(found["test"].labels, raw(8, 26)[5:])
     with pytest.raises(BadParameter, match="'train', 'val', 'trainval', 'test'"):
         load("par/pa100k", tmp_path, "all")
@@ -252,14 +227,11 @@ def test_wider_counts_what_nobody_could_tell_as_not_there(tmp_path):
 @pytest.mark.parametrize(("name", "own"), attributes_sets.ZERO_SHOT.items())
 def test_zero_shot_splits_are_read_without_the_package_that_wrote_them(name, own, file, tmp_path, easydict):
     folder = MAKERS[own](tmp_path)
+    with pytest.raises(MissingData, match=r"dataset_zs_run0\.pkl is not there"):
+        splits(name, tmp_path)
     new_split(folder, easydict, file)
     found = splits(name, tmp_path)
-    assert {split: shades(part) for split, part in found.items()} == {
-        "train": [0, 1, 2],
-        "val": [3],
-        "trainval": [0, 1, 2, 3],
-        "test": [7, 6, 5],
-    }
+    assert [shades(found[split]) for split in SPLITS] == [[0, 1, 2], [3], [0, 1, 2, 3], [7, 6, 5]]
     kept = [i for i, s in enumerate(attributes_sets.SENTENCES[own]) if s in attributes_sets.SENTENCES[name]]
     np.testing.assert_array_equal(found["test"].labels, raw_of(own, tmp_path)[[7, 6, 5]][:, kept])
 
@@ -270,12 +242,6 @@ def raw_of(name: str, root: Path) -> np.ndarray:
     for part in splits(name, root).values():
         found[shades(part)] = part.labels
     return found
-
-
-def test_a_split_in_a_list_of_partitions(tmp_path, easydict):
-    parts = {split: [np.array(numbers)] for split, numbers in {"train": [0, 1], "val": [2], "test": [3]}.items()}
-    new_split(peta(tmp_path), easydict, **parts)
-    assert shades(load("par-zs/peta", tmp_path, "train")) == [0, 1]
 
 
 def test_padding_keeps_the_shape_of_a_person():
@@ -352,13 +318,6 @@ def test_an_own_list_that_is_not_there_or_no_text(tmp_path):
         own_folder(tmp_path)
 
 
-@pytest.mark.parametrize(("name", "own"), attributes_sets.ZERO_SHOT.items())
-def test_missing_new_split(name, own, tmp_path):
-    MAKERS[own](tmp_path)
-    with pytest.raises(MissingData, match=r"dataset_zs_run0\.pkl is not there"):
-        splits(name, tmp_path)
-
-
 def test_missing_pictures(tmp_path):
     folder = pa100k(tmp_path)
     (folder / "data/000007.jpg").unlink()
@@ -428,8 +387,12 @@ def test_wrong_lines_of_wider(tmp_path):
         splits("par/wider", tmp_path)
 
 
-def test_wrong_new_splits(tmp_path, easydict):
+def test_new_splits_in_a_list_of_partitions_and_wrong_ones(tmp_path, easydict):
     folder = peta(tmp_path)
+    parts = {split: [np.array(numbers)] for split, numbers in {"train": [0, 1], "val": [2], "test": [3]}.items()}
+    with easydict.context() as patch:
+        new_split(folder, patch, **parts)
+        assert shades(load("par-zs/peta", tmp_path, "train")) == [0, 1]
     path = new_split(folder, easydict, test=np.array([8]))
     with pytest.raises(CorruptFile, match="goes beyond"):
         splits("par-zs/peta", tmp_path)
@@ -449,11 +412,10 @@ class Evil:
         return (Path.touch, (Path(Evil.marker),))
 
 
-def test_nothing_in_a_pickle_runs(tmp_path, easydict):
-    folder = peta(tmp_path)
-    path = new_split(folder, easydict)
+def test_nothing_in_a_pickle_runs(tmp_path):
     Evil.marker = str(tmp_path / "ran")
-    path.write_bytes(pickle.dumps({"partition": {"train": Evil(), "val": [1], "test": [2]}}))
+    partition = {"train": Evil(), "val": [1], "test": [2]}
+    (peta(tmp_path) / "dataset_zs_run0.pkl").write_bytes(pickle.dumps({"partition": partition}))
     with pytest.raises(CorruptFile):
         splits("par-zs/peta", tmp_path)
     assert not (tmp_path / "ran").exists()

