@@ -22,7 +22,6 @@ SETS = ["par/peta", "par/pa100k", "par/rapv1", "par/rapv2", "par/wider", "par-zs
 
 
 def cells(values, column: bool = True) -> np.ndarray:
-    """A cell array of MATLAB."""
     found = np.empty((len(values), 1), dtype=object)
     for i, value in enumerate(values):
         found[i, 0] = value
@@ -291,6 +290,12 @@ def test_own_folder(tmp_path):
     assert found["train"].ratio.tolist() == [0.5, 0] and found["test"].labels.tolist() == [[1, 1]]
     own(tmp_path, "anna/0.jpg,train,1,0", "anna/4.jpg,test,1,1")
     assert {split: len(part) for split, part in own_folder(tmp_path).items()} == {"trainval": 1, "test": 1}
+    (tmp_path / "labels.csv").write_bytes(b"\xff\xfe\x00a")
+    with pytest.raises(CorruptFile, match="CSV"):
+        own_folder(tmp_path)
+    (tmp_path / "labels.csv").unlink()
+    with pytest.raises(MissingData, match=r"labels\.csv is not there"):
+        own_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -308,14 +313,6 @@ def test_own_folder(tmp_path):
 def test_own_lists_that_cannot_be_read(lines, header, error, message, tmp_path):
     with pytest.raises(error, match=message):
         own_folder(own(tmp_path, *lines, header=header))
-
-
-def test_an_own_list_that_is_not_there_or_no_text(tmp_path):
-    with pytest.raises(MissingData, match=r"labels\.csv is not there"):
-        own_folder(tmp_path)
-    (tmp_path / "labels.csv").write_bytes(b"\xff\xfe\x00a")
-    with pytest.raises(CorruptFile, match="CSV"):
-        own_folder(tmp_path)
 
 
 def test_missing_pictures(tmp_path):

@@ -38,7 +38,6 @@ def coco_categories() -> list[dict]:
 
 @pytest.fixture
 def sizes(monkeypatch):
-    """The sets, with as many images as a test writes."""
     return partial(expect, monkeypatch)
 
 
@@ -47,11 +46,8 @@ def coco(tmp_path, sizes) -> Path:
     """Four images a split: of a person, a cat, a hair drier, and of nothing."""
     sizes("detection/ov-coco", sizes={"train": 4, "test": 4})
     for split in ("train", "val"):
-        found = {
-            "images": [image(i) for i in (1, 2, 3, 4)],
-            "annotations": [box(1, 1, 1), box(2, 1, 17, iscrowd=1), box(3, 2, 17), box(4, 3, 89)],
-            "categories": coco_categories(),
-        }
+        boxes = [box(1, 1, 1), box(2, 1, 17, iscrowd=1), box(3, 2, 17), box(4, 3, 89)]
+        found = {"images": [image(i) for i in (1, 2, 3, 4)], "annotations": boxes, "categories": coco_categories()}
         write_json(tmp_path / "coco" / "annotations" / f"instances_{split}2017.json", found)
         for i in (1, 2, 3, 4):
             picture(tmp_path / "coco" / f"{split}2017" / f"{i}.jpg")
@@ -80,6 +76,9 @@ def test_ov_coco(coco):
     assert pixels.shape == (3, 8, 12) and pixels.dtype == torch.uint8
     assert target.boxes.tolist() == [[1, 2, 5, 5]] * 2 and target.crowd.tolist() == [False, True]
     assert [test.class_names[i] for i in target.labels] == ["person", "cat"] and target.image_id == 1
+    # images of rare classes are repeated: a person is on half of the images, a cat on both
+    np.testing.assert_allclose(detection.repeat_factors(test, 0.001), [1, 1])
+    np.testing.assert_allclose(detection.repeat_factors(test, 2), [2, np.sqrt(2)])
     with pytest.raises(BadParameter, match="split"):
         load("detection/ov-coco", coco, "val")
     with pytest.raises(BadParameter, match="split"):
@@ -87,9 +86,8 @@ def test_ov_coco(coco):
 
 
 def lvis_file(**change) -> dict:
-    categories = [
-        {"id": i, "name": n, "frequency": f} | change for i, n, f in ((1, "a_b", "f"), (2, "c", "r"), (3, "d", "c"))
-    ]
+    told = (1, "a_b", "f"), (2, "c", "r"), (3, "d", "c")
+    categories = [{"id": i, "name": name, "frequency": often} | change for i, name, often in told]
     where = "http://images.cocodataset.org/val2017/000000000001.jpg"
     images = [{"id": 1, "width": 12, "height": 8, "coco_url": where, "neg_category_ids": [3]}]
     return {"images": images, "annotations": [box(1, 1, 1), box(2, 1, 2)], "categories": categories}
@@ -130,24 +128,18 @@ def test_foreign_vocabularies(tmp_path, sizes):
         load("detection/objects365", tmp_path, "test")
 
     oid = {"images": [image("00fe", file_name="0/00fe.jpg")], "annotations": [box(1, "00fe", 1)]}
-    write_json(
-        tmp_path / "oid" / "annotations" / "oid_challenge_2019_val_expanded.json", oid | {"categories": categories}
-    )
+    file = tmp_path / "oid" / "annotations" / "oid_challenge_2019_val_expanded.json"
+    write_json(file, oid | {"categories": categories})
     picture(tmp_path / "oid" / "images" / "0" / "00fe.jpg")
     assert load("detection/openimages", tmp_path, "test")[0][1].image_id == "00fe"
 
 
 def test_caption_labels_are_whole_words_of_any_synonym():
-    categories = [
-        {"id": 1, "name": "cat"},
-        {"id": 2, "name": "hot_dog", "synonyms": ["hot_dog", "frank"]},
-        {"id": 3, "name": "car"},
-    ]
+    dog = {"id": 2, "name": "hot_dog", "synonyms": ["hot_dog", "frank"]}
+    categories = [{"id": 1, "name": "cat"}, dog, {"id": 3, "name": "car"}]
     said = [(1, "A cat on a carpet"), (2, "Two"), (2, "frank people"), (3, "catalogue of cars"), (4, "a hot dog")]
-    captions = {
-        "images": [{"id": i} for i in (1, 2, 3, 4, 5)],
-        "annotations": [{"image_id": i, "caption": text} for i, text in said],
-    }
+    annotations = [{"image_id": i, "caption": text} for i, text in said]
+    captions = {"images": [{"id": i} for i in (1, 2, 3, 4, 5)], "annotations": annotations}
     found = detection.caption_labels(captions, categories)
     assert {entry["id"]: entry["pos_category_ids"] for entry in found["images"]} == {1: [1], 2: [2], 4: [2]}
 
@@ -163,13 +155,6 @@ def test_labels_without_boxes_are_positives(tmp_path):
         own_folder(tmp_path / "labels.json", tmp_path, novel=["c"])
     with pytest.raises(MissingData, match="nothing"):
         own_folder(tmp_path / "nothing.json", tmp_path)
-
-
-def test_rare_pictures_are_repeated(coco):
-    test = load("detection/ov-coco", coco, "test")
-    np.testing.assert_allclose(detection.repeat_factors(test, 0.001), [1, 1])
-    # a person is on half of the images, a cat on both
-    np.testing.assert_allclose(detection.repeat_factors(test, 2), [2, np.sqrt(2)])
 
 
 def test_pictures_that_are_broken_or_missing(coco, sizes):

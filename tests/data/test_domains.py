@@ -49,10 +49,9 @@ def btmri(tmp_path) -> Path:
 def listed(folder: Path, **changes) -> Path:
     """A list of splits for `btmri`, 2 + 1 + 1 images of each class; `changes` replace one of its lists."""
     names = list(domains_sets.CLASSES["medical/btmri"].items())
-    content = {
-        part: [[f"{key}/{n}.jpg", label, name] for label, (key, name) in enumerate(names) for n in images]
-        for part, images in {"train": (7, 3), "val": (1,), "test": (0,)}.items()
-    }
+    content = {}
+    for part, images in {"train": (7, 3), "val": (1,), "test": (0,)}.items():
+        content[part] = [[f"{key}/{n}.jpg", label, name] for label, (key, name) in enumerate(names) for n in images]
     path = folder / "split_cao_BTMRI.json"
     path.write_text(json.dumps(content | changes))
     return path
@@ -178,6 +177,11 @@ def test_cut_is_per_class_shuffled_and_the_same_every_time(btmri, tmp_path):
         assert list(sets[part].sources) == list(load("medical/btmri", tmp_path, part).sources)
     drawn = [[Path(s).name for s in sets["train"].sources if f"/{name}/" in s] for name in ("glioma", "pituitary")]
     assert drawn[0] != sorted(drawn[0]) and drawn[0] != drawn[1]
+    for name in ("BTMRI/glioma/._0.jpg", "BTMRI/glioma/Thumbs.db", "BTMRI/readme.txt", "BTMRI/.cache/x.jpg"):
+        (btmri / name).parent.mkdir(exist_ok=True)
+        (btmri / name).write_bytes(b"nothing")  # hidden files and other files are no images
+    (btmri / "split_fewshot").mkdir()  # the authors' code leaves it there
+    assert len(load("medical/btmri", tmp_path, "all")) == 40
     picture(btmri / "BTMRI/pituitary/x.jpg")  # an image more changes nothing in the other classes
     before, after = (
         [s for s in images.sources if "pituitary" not in s]
@@ -191,14 +195,6 @@ def test_the_cut_is_pinned(tmp_path):
     base = tree(tmp_path / "medical/BTMRI/BTMRI", sorted(domains_sets.CLASSES["medical/btmri"]), 20)
     order = ",".join(str(Path(s).relative_to(base)) for s in load("medical/btmri", tmp_path, "test").sources)
     assert hashlib.sha256(order.encode()).hexdigest()[:16] == "2f2a93532d3c216a"
-
-
-def test_hidden_files_and_other_files_are_no_images(btmri, tmp_path):
-    for name in ("BTMRI/glioma/._0.jpg", "BTMRI/glioma/Thumbs.db", "BTMRI/readme.txt", "BTMRI/.cache/x.jpg"):
-        (btmri / name).parent.mkdir(exist_ok=True)
-        (btmri / name).write_bytes(b"nothing")
-    (btmri / "split_fewshot").mkdir()  # the authors' code leaves it there
-    assert len(load("medical/btmri", tmp_path, "all")) == 40
 
 
 def test_a_list_of_splits_is_followed(btmri, tmp_path):
@@ -422,12 +418,11 @@ def test_fetch_through_torchgeo(name, torchgeo, tmp_path):
     assert len(torchgeo.calls) == 1  # what is there is left alone
 
 
-@pytest.mark.parametrize("failure", [OSError("no route"), RuntimeError("File not found or corrupted.")])
-def test_a_failed_download_leaves_nothing(failure, torchgeo, tmp_path):
-    torchgeo.fail = failure
-    with pytest.raises(CompanionError, match=rf"UC Merced land use could not be downloaded \({failure}\)"):
-        data.fetch("remote/ucm", tmp_path, progress=False)
-    assert not list(tmp_path.iterdir())
+def test_a_failed_download_leaves_nothing(torchgeo, tmp_path):
+    for torchgeo.fail in (OSError("no route"), RuntimeError("File not found or corrupted.")):
+        with pytest.raises(CompanionError, match=rf"UC Merced land use could not be downloaded \({torchgeo.fail}\)"):
+            data.fetch("remote/ucm", tmp_path, progress=False)
+        assert not list(tmp_path.iterdir())
 
 
 def test_without_torchgeo_fetch_says_what_to_install(tmp_path, monkeypatch):

@@ -137,7 +137,7 @@ def test_the_table_of_97_regions():
 
 
 def test_loveda(tmp_path, monkeypatch):
-    loveda(tmp_path, monkeypatch)
+    top = loveda(tmp_path, monkeypatch)
     train = landcover.load(LOVEDA, tmp_path, "train")
     assert train.classes == ["background", "building", "road", "water", "barren", "forest", "agriculture"]
     raw = labels(7, 64, 64, 0)[0]
@@ -146,6 +146,13 @@ def test_loveda(tmp_path, monkeypatch):
     assert (landcover.load(LOVEDA, tmp_path, "test")[1][1] == 7).all()
     assert data.status(LOVEDA, tmp_path).state == "present"
     assert set(TO_LOVEDA) == set(CLASSES[OEM]) and set(TO_LOVEDA.values()) == set(CLASSES[LOVEDA])
+    path = top / "Train" / "Rural" / "images_png" / "0.png"
+    path.write_bytes(path.read_bytes()[:4000])
+    with pytest.raises(CorruptFile, match=r"Rural.images_png.0\.png"):
+        train[0]
+    path.unlink()
+    with pytest.raises(MissingData, match="1 images, 2 are expected"):
+        landcover.load(LOVEDA, tmp_path, "train")
 
 
 def test_loveda_and_torchgeo_give_the_same(tmp_path, monkeypatch):
@@ -274,18 +281,6 @@ def test_missing_xbd_is_named_and_compiled(tmp_path):
     with pytest.raises(CorruptFile, match="pair"):
         landcover.compile_xbd(tmp_path, tmp_path / "xbd")
     assert not [p for p in top.rglob(".*")]
-
-
-def test_a_truncated_image_is_named(tmp_path, monkeypatch):
-    top = loveda(tmp_path, monkeypatch)
-    path = top / "Train" / "Rural" / "images_png" / "0.png"
-    path.write_bytes(path.read_bytes()[:4000])
-    train = landcover.load(LOVEDA, tmp_path, "train")
-    with pytest.raises(CorruptFile, match=r"Rural.images_png.0\.png"):
-        train[0]
-    path.unlink()
-    with pytest.raises(MissingData, match="1 images, 2 are expected"):
-        landcover.load(LOVEDA, tmp_path, "train")
 
 
 def test_fetching(tmp_path, monkeypatch):

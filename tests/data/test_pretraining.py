@@ -24,7 +24,6 @@ def labels(path, array):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Sets of a few images pass for whole."""
     for name, classes in ((IMAGENET, 2), (COCO, 2), (ADE20K, 150)):
         expect(monkeypatch, name, sizes={"train": 2, "test": 1}, classes=classes)
 
@@ -87,6 +86,10 @@ def test_imagenet(imagenet):
     small = load(IMAGENET, imagenet, "train", lambda picture: torch.tensor(picture.size))
     assert small[0][0].tolist() == [12, 8]
     assert data.status(IMAGENET, imagenet).state == "present"
+    with pytest.raises(BadParameter, match="split"):
+        load(IMAGENET, imagenet, "val")
+    with pytest.raises(BadParameter, match="transform"):
+        load(COCO, imagenet, "train", lambda x: x)
 
 
 def test_coco(coco):
@@ -124,13 +127,6 @@ def test_own_folders(coco, ade):
         scenes(ade / "ade/ADEChallengeData2016", "test", 150)
 
 
-def test_bad_questions(imagenet):
-    with pytest.raises(BadParameter, match="split"):
-        load(IMAGENET, imagenet, "val")
-    with pytest.raises(BadParameter, match="transform"):
-        load(COCO, imagenet, "train", lambda x: x)
-
-
 def test_incomplete_sets(imagenet, coco, ade, monkeypatch):
     for name in (IMAGENET, COCO, ADE20K):
         with monkeypatch.context() as patch:
@@ -157,11 +153,8 @@ def test_broken_files(imagenet, coco, ade):
     with pytest.raises(CorruptFile, match=r"n01_1\.JPEG"):
         load(IMAGENET, imagenet, "train")[0]
     marked = ade / "ade/ADEChallengeData2016/annotations/training/a.png"
-    for array, word in [
-        (np.full((8, 12), 151), "up to 151"),
-        (np.zeros((8, 12, 3)), "one label"),
-        (np.zeros((8, 11)), "its image"),
-    ]:
+    wrong = {"up to 151": np.full((8, 12), 151), "one label": np.zeros((8, 12, 3)), "its image": np.zeros((8, 11))}
+    for word, array in wrong.items():
         labels(marked, array)
         with pytest.raises(CorruptFile, match=rf"a\.png.*{word}"):
             load(ADE20K, ade, "train")[0]

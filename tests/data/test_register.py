@@ -8,6 +8,7 @@ from companion import data
 from companion.data import DATASETS, classification, xrays
 from companion.errors import BadParameter, MissingData
 
+SPLITS = ("train", "val", "trainval", "test", "all")
 TASKS = sorted({dataset.task for dataset in DATASETS.values()})
 # of each group: how many sets, and the sums of their classes and of their images (sequences) in each split, as counted
 # in public copies and in the authors' loaders
@@ -34,7 +35,6 @@ NUMBERS = {
 
 
 def load(name: str, root) -> object:
-    """The set, by the reader of its task."""
     reader = importlib.import_module(f"companion.data.{DATASETS[name].task}")
     if name in ("xrays/mimic-cxr", "xrays/openi"):
         return xrays.reports(name, root)
@@ -46,9 +46,7 @@ def load(name: str, root) -> object:
 def test_the_register_holds_the_numbers_of_the_papers():
     for group, numbers in NUMBERS.items():
         sets = [dataset for dataset in DATASETS.values() if dataset.group == group]
-        rows = [
-            (s.classes or 0, *(s.sizes.get(p, 0) for p in ("train", "val", "trainval", "test", "all"))) for s in sets
-        ]
+        rows = [(s.classes or 0, *(s.sizes.get(p, 0) for p in SPLITS)) for s in sets]
         assert (len(sets), *map(sum, zip(*rows, strict=True))) == numbers, group
     assert {dataset.group for dataset in DATASETS.values()} == set(NUMBERS)
 
@@ -69,9 +67,8 @@ def test_a_set_that_is_not_there_says_where_it_is_looked_for_and_where_to_get_it
     with pytest.raises(MissingData):
         load(name, tmp_path)
     # the folder of COCO is also that of other sets: nothing says that this one was begun
-    assert data.status(name, tmp_path).state == (
-        "missing" if found.task in ("detection", "restoration") else "incomplete"
-    )
+    begun = found.task not in ("detection", "restoration")
+    assert data.status(name, tmp_path).state == ("incomplete" if begun else "missing")
 
 
 @pytest.mark.parametrize("task", TASKS)

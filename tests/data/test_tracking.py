@@ -329,6 +329,14 @@ def test_crops_are_the_authors(frame, index):
     np.testing.assert_allclose(inside, facts["box_in_crop_of_box_shifted_by_+3_-2"], atol=1e-6)
 
 
+def test_normalise_takes_images_and_batches(frame):
+    one = tracking.normalise(frame)
+    assert one.shape == (6, 180, 240) and one.dtype == torch.float32
+    expected = (frame[7, 9] / 255 - np.tile(tracking.MEAN, 2)) / np.tile(tracking.STD, 2)
+    np.testing.assert_allclose(one[:, 7, 9], expected, atol=1e-6)
+    assert torch.equal(tracking.normalise(torch.from_numpy(frame).permute(2, 0, 1).expand(3, -1, -1, -1))[1], one)
+
+
 @pytest.mark.parametrize("facts", CROPS["clip_box"])
 def test_clipping_is_the_authors(facts):
     assert tracking.clip_box(facts["box"], facts["H"], facts["W"], facts["margin"]).tolist() == facts["out"]
@@ -356,15 +364,6 @@ def test_degenerate_boxes_are_refused_and_without_opencv_the_extra_is_named(fram
     tracking._opencv.cache_clear()
 
 
-def test_normalise_takes_images_and_batches(frame):
-    one = tracking.normalise(frame)
-    assert one.shape == (6, 180, 240) and one.dtype == torch.float32
-    expected = (frame[7, 9] / 255 - np.tile(tracking.MEAN, 2)) / np.tile(tracking.STD, 2)
-    np.testing.assert_allclose(one[:, 7, 9], expected, atol=1e-6)
-    batch = torch.from_numpy(frame).permute(2, 0, 1).expand(3, -1, -1, -1)
-    assert torch.equal(tracking.normalise(batch)[1], one)
-
-
 class Painted(Sequence):
     """A video without files: frame i is of brightness i + 20 (second stream 10 more), a white object in its box."""
 
@@ -376,11 +375,11 @@ class Painted(Sequence):
         return image
 
 
-def painted(length: int = 40, absent=(), name: str = "painted", boxes=None) -> Painted:
+def painted(length: int = 40, absent=(), boxes=None) -> Painted:
     if boxes is None:
         boxes = np.stack([50 + np.arange(length), 40 + np.arange(length) // 2, [24] * length, [16] * length], 1)
-    gone = np.isin(np.arange(length), list(absent))
-    return Painted(name, (Path("x"),) * length, (Path("x"),) * length, boxes.astype(float), None, gone)
+    gone, paths = np.isin(np.arange(length), list(absent)), (Path("x"),) * length
+    return Painted("painted", paths, paths, boxes.astype(float), None, gone)
 
 
 def test_the_box_is_where_the_object_is_whatever_the_augmentation():

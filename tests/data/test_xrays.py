@@ -54,9 +54,8 @@ def test_grey_values_of_8_and_16_bits(tmp_path):
     Image.fromarray(ramp).save(tmp_path / "16.png")
     Image.fromarray(ramp).save(tmp_path / "16.tif")
     Image.fromarray((ramp >> 8).astype(np.uint8)).save(tmp_path / "8.png")
-    for name in ("16.png", "16.tif"):
-        np.testing.assert_allclose(read_image(tmp_path / name), ramp / 65535, atol=1e-6)
-    np.testing.assert_allclose(read_image(tmp_path / "8.png"), (ramp >> 8) / 255, atol=1e-6)
+    for name, expected in {"16.png": ramp / 65535, "16.tif": ramp / 65535, "8.png": (ramp >> 8) / 255}.items():
+        np.testing.assert_allclose(read_image(tmp_path / name), expected, atol=1e-6)
     picture(tmp_path / "colour.png", (255, 0, 0), mode="RGB")
     assert read_image(tmp_path / "colour.png").mean() == pytest.approx(76 / 255)
     assert read_image(tmp_path / "colour.png").dtype == np.float32
@@ -264,6 +263,19 @@ def test_reports(tmp_path):
         reports("xrays/mimic-cxr", tmp_path)
 
 
+def test_statements_of_two_forms_and_no_other(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps([{"study_id": 5, "llm_output": "There is edema."}]))
+    assert xrays.read_statements(path) == {"5": "There is edema."}
+    for bad in ([1], {"a": 2}, [{"study_id": 1}]):
+        path.write_text(json.dumps(bad))
+        with pytest.raises(CorruptFile, match=r"x\.json"):
+            xrays.read_statements(path)
+    with pytest.raises(BadParameter, match="1, one for each path"):
+        xrays.write_reports(tmp_path / "y.csv", ["a"], ["t"], [])
+    assert not list(tmp_path.glob("*y*"))
+
+
 def test_openi(tmp_path):
     folder = tmp_path / "xrays" / "openi"
     with pytest.raises(MissingData, match=r"indiana_reports\.csv is not there"):
@@ -323,19 +335,6 @@ def test_lists_as_people_write_them(tmp_path):
         reports(mine, tmp_path)
 
 
-def test_statements_of_two_forms_and_no_other(tmp_path):
-    path = tmp_path / "x.json"
-    path.write_text(json.dumps([{"study_id": 5, "llm_output": "There is edema."}]))
-    assert xrays.read_statements(path) == {"5": "There is edema."}
-    for bad in ([1], {"a": 2}, [{"study_id": 1}]):
-        path.write_text(json.dumps(bad))
-        with pytest.raises(CorruptFile, match=r"x\.json"):
-            xrays.read_statements(path)
-    with pytest.raises(BadParameter, match="1, one for each path"):
-        xrays.write_reports(tmp_path / "y.csv", ["a"], ["t"], [])
-    assert not list(tmp_path.glob("*y*"))
-
-
 def test_pocket_chests_are_read_by_the_same_readers(tmp_path, monkeypatch):
     pocket = pytest.importorskip("companion.toy.datasets.chests")
     monkeypatch.setattr(pocket, "COUNTS", {"train": 12, "val": 6, "test": 8})
@@ -360,7 +359,7 @@ def test_pocket_chests_are_read_by_the_same_readers(tmp_path, monkeypatch):
     assert data.status("pocket/chests", tmp_path).state == "present"
 
 
-def test_lists_of_another_length_and_pictures_that_are_not_there(tmp_path, monkeypatch):
+def test_bad_parameters_and_lists_of_another_length(tmp_path, monkeypatch):
     folder = tmp_path / "xrays" / "covidx"
     picture(folder / "test" / "a.png")
     (folder / "test_list.txt").write_text("test/a.png 1\ntest/b.png 0\n")
@@ -369,9 +368,6 @@ def test_lists_of_another_length_and_pictures_that_are_not_there(tmp_path, monke
     monkeypatch.setitem(xrays.SIZES, ("xrays/covidx", "classification"), {"test": 2})
     found = data.status("xrays/covidx", tmp_path)
     assert found.state == "incomplete" and found.detail == "1 listed images are not there, the first is test/b.png"
-
-
-def test_bad_parameters(tmp_path):
     for options, said in (
         ({"split": "trainval"}, "'train', 'val', 'test'"),
         ({"split": "test", "task": "detection"}, "classification"),

@@ -15,7 +15,6 @@ SEED = 5
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A data root with a few collages of one seed."""
     path = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collage, "COUNTS", {"train": 320, "val": 60, "test": 60})

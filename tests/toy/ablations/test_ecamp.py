@@ -18,7 +18,6 @@ SEED = 5
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A data root with a few chests of one seed."""
     path = tmp_path_factory.mktemp("clinic")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chests, "COUNTS", {"train": 160, "val": 60, "test": 60})
@@ -38,7 +37,6 @@ def model(words):
 
 
 def some(root, method, count=40):
-    """Items of a method's training data, stacked."""
     data = study.pairs(method, root, SEED)
     torch.manual_seed(0)
     return ecamp.Batch(*(torch.stack(values) for values in zip(*(data[i] for i in range(count)), strict=True)))

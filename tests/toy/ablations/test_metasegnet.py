@@ -17,7 +17,6 @@ SEED = 1
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A data root with a few images of one seed, and a study of three steps."""
     path = tmp_path_factory.mktemp("land")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(landcover, "COUNTS", {"train": 4, "val": 2, "test": 3})
@@ -81,10 +80,8 @@ def test_texts_at_test():
 def test_header_dropout_hides_half_of_the_heads(root, monkeypatch):
     model = study.build("MetaSegNet", SEED)
     data = study.part(root, SEED, "train").of(study.seen(SEED))
-    seen, hidden = (
-        [],
-        {tuple(row) for row in model.text.ids([headless(t) for t in study.prompts().texts(data.zones)]).tolist()},
-    )
+    headers = [headless(text) for text in study.prompts().texts(data.zones)]
+    seen, hidden = [], set(map(tuple, model.text.ids(headers).tolist()))
     loss = type(model).loss
 
     def spy(self, images, texts, labels):

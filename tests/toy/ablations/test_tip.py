@@ -19,7 +19,6 @@ SEED = 2
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A data root with a few images of one seed, and ablations of two steps."""
     path = tmp_path_factory.mktemp("tip")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pocket, "COUNTS", {"train": (20, 4), "val": (60, 2), "test": (60, 2)})
@@ -77,10 +76,8 @@ def test_scores_of_clean_and_of_wrong_pictures(root):
     other = [next(pocket.caption(k) for k in pocket.KINDS if k != kind) for kind in found.kinds]
     assert study.followed(found.images, found, other)["follows the text"] == 0
     assert "follows the text" not in study.followed(found.images, found, ["Deblur with sigma 0.6"] * len(found))
-    different = study.part(root, SEED, "test").scenes().images
-    assert (
-        study.layout_lead(different + 0.01, different) > 0 > study.layout_lead(different.roll(-1, 0) + 0.01, different)
-    )
+    other = study.part(root, SEED, "test").scenes().images
+    assert study.layout_lead(other + 0.01, other) > 0 > study.layout_lead(other.roll(-1, 0) + 0.01, other)
 
 
 def test_untrained_adaptors_are_the_frozen_model_and_texts_reach_their_part(root):
@@ -99,10 +96,8 @@ def test_rows_are_the_same_again_and_select_asks_validation_alone(root):
     assert "smallest rise" not in study.train("wrong semantic prompt", "mild", 3e-3, SEED, root)
     blind = study.train("blind prompt", "mild", 3e-3, SEED, root)
     assert blind["loss"] == row["loss"] and blind["PSNR"] != row["PSNR"], "one training, asked twice"
-    chosen = [
-        study.train(method, task, 3e-3, SEED, root, "select")
-        for method, task in (("TIP", "mild"), ("TIP", "heavy"), ("blind prompt", "mild"))
-    ]
+    asked = ("TIP", "mild"), ("TIP", "heavy"), ("blind prompt", "mild")
+    chosen = [study.train(*both, 3e-3, SEED, root, "select") for both in asked]
     assert chosen[0] == chosen[1] == chosen[2] and set(chosen[0]) == {"PSNR", "loss", "trained"}
     study.trained.cache_clear()
     study.validation_psnr.cache_clear()

@@ -13,7 +13,6 @@ SEED = 7
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A data root with the chests of one seed."""
     path = tmp_path_factory.mktemp("clinic")
     chests.write(path, SEED)
     return path

@@ -57,7 +57,6 @@ def test_the_square_lies_in_its_quadrant_and_the_object_has_its_hue():
 
 @pytest.fixture
 def few(tmp_path, monkeypatch):
-    """A small data root of its own."""
     monkeypatch.setattr(collage, "COUNTS", {"train": 40, "val": 40, "test": 40})
     monkeypatch.setattr(collage, "TEXTURES", ("brick", "page"))
     monkeypatch.setitem(collage.FACTORS, "texture", 2)

@@ -19,7 +19,6 @@ SEED = 7
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A data root with the scenes of one seed, few of them."""
     path = tmp_path_factory.mktemp("scenes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pocket, "COUNTS", {"train": 60, "val": 8, "test": 12})

@@ -28,7 +28,6 @@ SEED = 7
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A study's root with both domains of one seed."""
     path = tmp_path_factory.mktemp("study")
     for domain in DOMAINS:
         domains.write(study_root(path, SEED), domain, SEED)
@@ -88,11 +87,8 @@ def test_the_lines_of_the_sensors_are_apart_and_fixed(domain):
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
-    for function, names in (
-        (domain_mae.load, ["radar"]),
-        (domain_mae.load, ["remote", "imagenet"]),
-        (domain_mae.ship, ["radar"]),
-    ):
+    load, ship = domain_mae.load, domain_mae.ship
+    for function, *names in ((load, "radar"), (load, "remote", "imagenet"), (ship, "radar")):
         with pytest.raises(BadParameter, match="Accepted"):
             function(*names)
 

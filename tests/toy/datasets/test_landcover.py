@@ -18,7 +18,6 @@ SEED = 7
 
 @pytest.fixture
 def few(tmp_path, monkeypatch):
-    """A small data root."""
     monkeypatch.setattr(landcover, "COUNTS", {"train": 3, "val": 1, "test": 2})
     landcover.write(tmp_path, SEED)
     return tmp_path

@@ -18,7 +18,6 @@ PLAIN = pedestrians.Pedestrian("", "short", "grey", "plain", "trousers", "grey",
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A data root with the images of one seed."""
     path = tmp_path_factory.mktemp("street")
     pedestrians.write(path, SEED)
     return path

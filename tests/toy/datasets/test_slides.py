@@ -12,7 +12,6 @@ SEED = 7
 
 @pytest.fixture(scope="module")
 def small():
-    """Few slides are enough here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pocket, "COUNTS", {"train": 12, "val": 6, "test": 6})
         yield
@@ -20,7 +19,6 @@ def small():
 
 @pytest.fixture(scope="module", params=pocket.TASKS)
 def written(request, small, tmp_path_factory):
-    """The folder of a task's slides."""
     return pocket.write(tmp_path_factory.mktemp("slides"), request.param, SEED)
 
 
