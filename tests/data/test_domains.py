@@ -419,8 +419,9 @@ def test_fetch_through_torchgeo(name, torchgeo, tmp_path):
 
 
 def test_a_failed_download_leaves_nothing(torchgeo, tmp_path):
-    for torchgeo.fail in (OSError("no route"), RuntimeError("File not found or corrupted.")):
-        with pytest.raises(CompanionError, match=rf"UC Merced land use could not be downloaded \({torchgeo.fail}\)"):
+    for failure in (OSError("no route"), RuntimeError("File not found or corrupted.")):
+        torchgeo.fail = failure
+        with pytest.raises(CompanionError, match=rf"UC Merced land use could not be downloaded \({failure}\)"):
             data.fetch("remote/ucm", tmp_path, progress=False)
         assert not list(tmp_path.iterdir())
 
