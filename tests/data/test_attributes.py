@@ -1,8 +1,5 @@
 """The readers of pedestrian attribute sets, on tiny fakes in the layouts of the archives and of the authors."""
 
-from __future__ import annotations
-
-import dataclasses
 import pickle
 import sys
 from pathlib import Path
@@ -16,18 +13,15 @@ from scipy.io import savemat
 from torch.utils.data import DataLoader
 
 from companion import data
-from companion.data import DATASETS, attributes, attributes_sets
-from companion.data.attributes import PadToSquare, load, own_folder, splits, square_transform
+from companion.data import DATASETS, attributes_sets
+from companion.data.attributes import SPLITS, PadToSquare, load, own_folder, splits, square_transform
 from companion.errors import BadParameter, CorruptFile, MissingData
+from tests.data.conftest import expect
 
 SETS = ["par/peta", "par/pa100k", "par/rapv1", "par/rapv2", "par/wider", "par-zs/peta", "par-zs/rap"]
 
 
-# --- fake data ---------------------------------------------------------------------------------------------------
-
-
 def cells(values, column: bool = True) -> np.ndarray:
-    """A cell array of MATLAB."""
     found = np.empty((len(values), 1), dtype=object)
     for i, value in enumerate(values):
         found[i, 0] = value
@@ -79,14 +73,8 @@ def rapv1(root: Path) -> Path:
     labels = raw(8, 92)
     labels[0, 0] = 2  # nobody could tell
     parts = [{"train_index": np.concatenate([TRAIN, VAL]).T, "test_index": TEST.T}] * 5
-    fields = {
-        "partition": cells(parts),
-        "label": labels,
-        "chinese": 0,
-        "english": cells([f"raw {i}" for i in range(92)]),
-        "position": 0,
-        "imagesname": cells(names),
-    }
+    fields = {"partition": cells(parts), "label": labels, "chinese": 0}
+    fields |= {"english": cells([f"raw {i}" for i in range(92)]), "position": 0, "imagesname": cells(names)}
     savemat(folder / "RAP_annotation/RAP_annotation.mat", {"RAP_annotation": fields})
     return folder
 
@@ -98,13 +86,8 @@ def rapv2(root: Path) -> Path:
     (folder / "RAP_annotation").mkdir()
     part = {"train_index": TRAIN.T, "val_index": VAL.T, "test_index": TEST.T}
     selected = np.arange(152, 98, -1)[None]  # backwards, so that an order that is forgotten is seen
-    fields = {
-        "name": cells(names),
-        "attribute": cells([f"raw {i}" for i in range(152)]),
-        "data": raw(8, 152),
-        "selected_attribute": selected,
-        "partition_attribute": cells([part] * 5, column=False),
-    }
+    fields = {"name": cells(names), "attribute": cells([f"raw {i}" for i in range(152)]), "data": raw(8, 152)}
+    fields |= {"selected_attribute": selected, "partition_attribute": cells([part] * 5, column=False)}
     savemat(folder / "RAP_annotation/RAP_annotation.mat", {"RAP_annotation": fields})
     return folder
 
@@ -142,12 +125,8 @@ def easydict(monkeypatch):
 
 
 def new_split(folder: Path, monkeypatch, name: str = "dataset_zs_run0.pkl", **changes) -> Path:
-    parts = {
-        "train": np.array([0, 1, 2]),
-        "val": np.array([3]),
-        "test": np.array([7, 6, 5]),
-        "trainval": np.array([0, 1, 2, 3]),
-    } | changes
+    parts = {"train": [0, 1, 2], "val": [3], "test": [7, 6, 5], "trainval": [0, 1, 2, 3]}
+    parts = {split: np.array(numbers) for split, numbers in parts.items()} | changes
     content = EasyDict(description="zs", image_name=["a"], partition=EasyDict(**parts), weight_train=[])
     (folder / name).write_bytes(pickle.dumps(content))
     monkeypatch.delitem(sys.modules, "easydict")
@@ -159,44 +138,19 @@ MAKERS = {"par/peta": peta, "par/pa100k": pa100k, "par/rapv1": rapv1, "par/rapv2
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Let every set be of any size here; the real sizes have a test of their own."""
     for name in SETS:
-        monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], sizes={}))
+        expect(monkeypatch, name, sizes={})
 
 
 def shades(found) -> list[int]:
     return [int(np.asarray(found.picture(i))[0, 0, 0]) for i in range(len(found))]
 
 
-# --- the register ------------------------------------------------------------------------------------------------
-
-
-def test_register_holds_the_sets_with_their_numbers(monkeypatch):
-    monkeypatch.undo()
+def test_every_attribute_of_the_register_has_a_sentence_and_a_column():
     assert [name for name in DATASETS if name.startswith(("par/", "par-zs/"))] == SETS
-    counted = {
-        "par/peta": 35,
-        "par/pa100k": 26,
-        "par/rapv1": 51,
-        "par/rapv2": 54,
-        "par/wider": 14,
-        "par-zs/peta": 35,
-        "par-zs/rap": 53,
-    }
-    totals = {
-        "par/peta": 19_000,
-        "par/pa100k": 100_000,
-        "par/rapv1": 41_585,
-        "par/rapv2": 84_928,
-        "par/wider": 57_491,
-        "par-zs/peta": 19_000,
-        "par-zs/rap": 26_618,
-    }
-    for name, count in counted.items():
-        assert DATASETS[name].classes == count == len(attributes_sets.SENTENCES[name])
-        assert len({*attributes_sets.COLUMNS[name]}) == count
-        assert DATASETS[name].sizes["trainval"] + DATASETS[name].sizes["test"] == totals[name]
-        assert not DATASETS[name].fetchable
+    for name in SETS:
+        count = DATASETS[name].classes
+        assert len(attributes_sets.SENTENCES[name]) == len({*attributes_sets.COLUMNS[name]}) == count
     assert len(attributes_sets.PHRASES["par/rapv1"]) == 51
 
 
@@ -212,19 +166,11 @@ def test_sentences_are_the_authors():
     assert attributes_sets.PHRASES["par/rapv1"][-2:] == ("action carry arm", "action carry hand")
 
 
-# --- each layout read back ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["par/peta", "par/rapv2"])
 def test_sets_with_a_validation_split(name, tmp_path):
     MAKERS[name](tmp_path)
     found = splits(name, tmp_path)
-    assert {split: shades(part) for split, part in found.items()} == {
-        "train": [1, 3, 5],
-        "val": [0, 2],
-        "trainval": [1, 3, 5, 0, 2],
-        "test": [4, 6, 7],
-    }
+    assert [shades(found[split]) for split in SPLITS] == [[1, 3, 5], [0, 2], [1, 3, 5, 0, 2], [4, 6, 7]]
     columns = attributes_sets.COLUMNS[name]
     where = list(columns) if name == "par/peta" else [151 - i for i in columns]
     test = found["test"]
@@ -242,13 +188,20 @@ def test_sets_with_a_validation_split(name, tmp_path):
 def test_pa100k(tmp_path):
     pa100k(tmp_path)
     found = splits("par/pa100k", tmp_path)
-    assert {split: shades(part) for split, part in found.items()} == {
-        "train": [0, 1, 2, 3],
-        "val": [4],
-        "trainval": [0, 1, 2, 3, 4],
-        "test": [5, 6, 7],
-    }
+    assert [shades(found[split]) for split in SPLITS] == [[0, 1, 2, 3], [4], [0, 1, 2, 3, 4], [5, 6, 7]]
     np.testing.assert_array_equal(found["test"].labels, raw(8, 26)[5:])
+    with pytest.raises(BadParameter, match="'train', 'val', 'trainval', 'test'"):
+        load("par/pa100k", tmp_path, "all")
+    found = load("par/pa100k", tmp_path, "train", square_transform(32, train=True))
+    images, labels = next(iter(DataLoader(found, 4, num_workers=1)))
+    assert images.shape == (4, 3, 32, 32) and labels.shape == (4, 26)
+
+
+def test_other_spellings_of_folders(tmp_path):
+    pa100k(tmp_path, "PA-100K", "release_data/release_data")
+    assert len(load("par/pa100k", tmp_path, "trainval")) == 5
+    peta(tmp_path, "Pad_datasets")
+    assert shades(load("par/peta", tmp_path, "test")) == [4, 6, 7]
 
 
 def test_rapv1_has_no_validation_split_and_what_nobody_could_tell_is_not_there(tmp_path):
@@ -273,14 +226,11 @@ def test_wider_counts_what_nobody_could_tell_as_not_there(tmp_path):
 @pytest.mark.parametrize(("name", "own"), attributes_sets.ZERO_SHOT.items())
 def test_zero_shot_splits_are_read_without_the_package_that_wrote_them(name, own, file, tmp_path, easydict):
     folder = MAKERS[own](tmp_path)
+    with pytest.raises(MissingData, match=r"dataset_zs_run0\.pkl is not there"):
+        splits(name, tmp_path)
     new_split(folder, easydict, file)
     found = splits(name, tmp_path)
-    assert {split: shades(part) for split, part in found.items()} == {
-        "train": [0, 1, 2],
-        "val": [3],
-        "trainval": [0, 1, 2, 3],
-        "test": [7, 6, 5],
-    }
+    assert [shades(found[split]) for split in SPLITS] == [[0, 1, 2], [3], [0, 1, 2, 3], [7, 6, 5]]
     kept = [i for i, s in enumerate(attributes_sets.SENTENCES[own]) if s in attributes_sets.SENTENCES[name]]
     np.testing.assert_array_equal(found["test"].labels, raw_of(own, tmp_path)[[7, 6, 5]][:, kept])
 
@@ -291,40 +241,6 @@ def raw_of(name: str, root: Path) -> np.ndarray:
     for part in splits(name, root).values():
         found[shades(part)] = part.labels
     return found
-
-
-def test_a_split_in_a_list_of_partitions(tmp_path, easydict):
-    parts = {split: [np.array(numbers)] for split, numbers in {"train": [0, 1], "val": [2], "test": [3]}.items()}
-    new_split(peta(tmp_path), easydict, **parts)
-    assert shades(load("par-zs/peta", tmp_path, "train")) == [0, 1]
-
-
-@pytest.mark.parametrize("images", ["images", "Pad_datasets"])
-def test_pictures_as_released_or_padded(images, tmp_path):
-    peta(tmp_path, images)
-    assert shades(load("par/peta", tmp_path, "test")) == [4, 6, 7]
-
-
-def test_other_spellings_of_folders(tmp_path):
-    pa100k(tmp_path, "PA-100K", "release_data/release_data")
-    assert len(load("par/pa100k", tmp_path, "trainval")) == 5
-
-
-def test_small_pictures_made_here_have_pa100ks_layout(tmp_path):
-    pa100k(tmp_path, "pocket/pedestrians")
-    found = load("pocket/pedestrians", tmp_path, "test")
-    assert shades(found) == [5, 6, 7] and found.sentences == found.names
-    assert "pedestrians.write" in DATASETS["pocket/pedestrians"].source
-
-
-def test_it_feeds_a_loader(tmp_path):
-    pa100k(tmp_path)
-    found = load("par/pa100k", tmp_path, "train", square_transform(32, train=True))
-    images, labels = next(iter(DataLoader(found, 4, num_workers=1)))
-    assert images.shape == (4, 3, 32, 32) and labels.shape == (4, 26)
-
-
-# --- transforms --------------------------------------------------------------------------------------------------
 
 
 def test_padding_keeps_the_shape_of_a_person():
@@ -346,10 +262,10 @@ def test_transforms_normalise_by_a_half_and_vary_only_in_training():
     assert len({train(picture).sum().item() for _ in range(8)}) > 1
 
 
-# --- your own images -------------------------------------------------------------------------------------------
+HEADER = "image,split,A person with a hat,A person with a bag"
 
 
-def own(root: Path, *lines: str, header: str = "image,split,A person with a hat,A person with a bag") -> Path:
+def own(root: Path, *lines: str, header: str = HEADER) -> Path:
     pictures(root / "anna", [f"{i}.jpg" for i in range(6)])
     (root / "labels.csv").write_text("\n".join([header, *lines]) + "\n")
     return root
@@ -374,65 +290,29 @@ def test_own_folder(tmp_path):
     assert found["train"].ratio.tolist() == [0.5, 0] and found["test"].labels.tolist() == [[1, 1]]
     own(tmp_path, "anna/0.jpg,train,1,0", "anna/4.jpg,test,1,1")
     assert {split: len(part) for split, part in own_folder(tmp_path).items()} == {"trainval": 1, "test": 1}
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        (["anna/0.jpg,train,1,0"], "no image is in test"),
-        (["anna/0.jpg,train,1"], "line 2: expected a path"),
-        (["anna/0.jpg,learn,1,0"], "line 2"),
-        (["anna/0.jpg,train,1,0", "anna/1.jpg,test,yes,0"], "line 3.*yes"),
-        (["../0.jpg,train,1,0"], "leaves the data set's folder"),
-    ],
-)
-def test_own_lines_that_cannot_be_read(lines, message, tmp_path):
-    own(tmp_path, *lines)
-    with pytest.raises(CorruptFile, match=message):
-        own_folder(tmp_path)
-
-
-def test_own_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(MissingData, match=r"labels\.csv is not there"):
-        own_folder(tmp_path)
-    with pytest.raises(CorruptFile, match="header"):
-        own_folder(own(tmp_path, "x", header="file,part"))
     (tmp_path / "labels.csv").write_bytes(b"\xff\xfe\x00a")
     with pytest.raises(CorruptFile, match="CSV"):
         own_folder(tmp_path)
-    own(tmp_path, "anna/0.jpg,train,1,0", "anna/9.jpg,test,1,1")
-    with pytest.raises(MissingData, match=r"anna/9\.jpg"):
+    (tmp_path / "labels.csv").unlink()
+    with pytest.raises(MissingData, match=r"labels\.csv is not there"):
         own_folder(tmp_path)
 
 
-# --- what is wrong is said ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", SETS)
-def test_missing_folder(name, tmp_path):
-    with pytest.raises(MissingData) as caught:
-        splits(name, tmp_path)
-    text = str(caught.value)
-    assert str(tmp_path / DATASETS[name].folders[0]) in text and DATASETS[name].licence in text
-    assert attributes_sets.IMAGES[attributes_sets.ZERO_SHOT.get(name, name)][0] in text
-    assert data.status(name, tmp_path).state == "missing"
-    with pytest.raises(MissingData, match="cannot be downloaded for you"):
-        data.fetch(name, tmp_path)
-
-
-@pytest.mark.parametrize("name", SETS)
-def test_missing_annotation(name, tmp_path):
-    (tmp_path / DATASETS[name].folders[0]).mkdir(parents=True)
-    with pytest.raises(MissingData, match="is not there"):
-        splits(name, tmp_path)
-    assert data.status(name, tmp_path).state == "incomplete"
-
-
-@pytest.mark.parametrize(("name", "own"), attributes_sets.ZERO_SHOT.items())
-def test_missing_new_split(name, own, tmp_path):
-    MAKERS[own](tmp_path)
-    with pytest.raises(MissingData, match=r"dataset_zs_run0\.pkl is not there"):
-        splits(name, tmp_path)
+@pytest.mark.parametrize(
+    ("lines", "header", "error", "message"),
+    [
+        (["anna/0.jpg,train,1,0"], HEADER, CorruptFile, "no image is in test"),
+        (["anna/0.jpg,train,1"], HEADER, CorruptFile, "line 2: expected a path"),
+        (["anna/0.jpg,learn,1,0"], HEADER, CorruptFile, "line 2"),
+        (["anna/0.jpg,train,1,0", "anna/1.jpg,test,yes,0"], HEADER, CorruptFile, "line 3.*yes"),
+        (["../0.jpg,train,1,0"], HEADER, CorruptFile, "leaves the data set's folder"),
+        (["x"], "file,part", CorruptFile, "header"),
+        (["anna/0.jpg,train,1,0", "anna/9.jpg,test,1,1"], HEADER, MissingData, r"anna/9\.jpg"),
+    ],
+)
+def test_own_lists_that_cannot_be_read(lines, header, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        own_folder(own(tmp_path, *lines, header=header))
 
 
 def test_missing_pictures(tmp_path):
@@ -444,14 +324,6 @@ def test_missing_pictures(tmp_path):
     (folder / "data/000008.jpg").unlink()
     with pytest.raises(MissingData, match=r"lists 000008\.jpg, which is not in .*data or .*Pad_datasets"):
         splits("par/pa100k", tmp_path)
-
-
-def test_truncated_picture(tmp_path):
-    folder = pa100k(tmp_path)
-    path = folder / "data/000006.jpg"
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(CorruptFile, match=r"000006\.jpg"):
-        load("par/pa100k", tmp_path, "test")[0]
 
 
 @pytest.mark.parametrize("name", ["par/peta", "par/pa100k", "par/rapv1", "par/rapv2"])
@@ -512,8 +384,12 @@ def test_wrong_lines_of_wider(tmp_path):
         splits("par/wider", tmp_path)
 
 
-def test_wrong_new_splits(tmp_path, easydict):
+def test_new_splits_in_a_list_of_partitions_and_wrong_ones(tmp_path, easydict):
     folder = peta(tmp_path)
+    parts = {split: [np.array(numbers)] for split, numbers in {"train": [0, 1], "val": [2], "test": [3]}.items()}
+    with easydict.context() as patch:
+        new_split(folder, patch, **parts)
+        assert shades(load("par-zs/peta", tmp_path, "train")) == [0, 1]
     path = new_split(folder, easydict, test=np.array([8]))
     with pytest.raises(CorruptFile, match="goes beyond"):
         splits("par-zs/peta", tmp_path)
@@ -533,11 +409,10 @@ class Evil:
         return (Path.touch, (Path(Evil.marker),))
 
 
-def test_nothing_in_a_pickle_runs(tmp_path, easydict):
-    folder = peta(tmp_path)
-    path = new_split(folder, easydict)
+def test_nothing_in_a_pickle_runs(tmp_path):
     Evil.marker = str(tmp_path / "ran")
-    path.write_bytes(pickle.dumps({"partition": {"train": Evil(), "val": [1], "test": [2]}}))
+    partition = {"train": Evil(), "val": [1], "test": [2]}
+    (peta(tmp_path) / "dataset_zs_run0.pkl").write_bytes(pickle.dumps({"partition": partition}))
     with pytest.raises(CorruptFile):
         splits("par-zs/peta", tmp_path)
     assert not (tmp_path / "ran").exists()
@@ -545,18 +420,6 @@ def test_nothing_in_a_pickle_runs(tmp_path, easydict):
 
 def test_another_number_of_pictures_is_refused(tmp_path, monkeypatch):
     pa100k(tmp_path)
-    full = dataclasses.replace(DATASETS["par/pa100k"], sizes={"trainval": 90_000, "test": 10_000})
-    monkeypatch.setitem(DATASETS, "par/pa100k", full)
+    expect(monkeypatch, "par/pa100k", sizes={"trainval": 90_000, "test": 10_000})
     with pytest.raises(MissingData, match="has 5 images for 'trainval', 90,000 are expected"):
         splits("par/pa100k", tmp_path)
-
-
-def test_unknown_names(tmp_path):
-    with pytest.raises(BadParameter, match="par/peta"):
-        splits("par/petra", tmp_path)
-    with pytest.raises(BadParameter, match="par/peta"):
-        splits("fgvc/cub200", tmp_path)
-    pa100k(tmp_path)
-    with pytest.raises(BadParameter, match="'train', 'val', 'trainval', 'test'"):
-        load("par/pa100k", tmp_path, "all")
-    assert attributes.SPLITS == ("train", "val", "trainval", "test")

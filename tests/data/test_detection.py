@@ -1,8 +1,7 @@
 """Readers of COCO's and LVIS' files, the splits of open-vocabulary detection, and what is said of broken files."""
 
-import dataclasses
 import json
-import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,23 +10,13 @@ import torch
 from PIL import Image
 
 from companion import data
-from companion.data import DATASETS, detection
-from companion.data.detection import (
-    OV_COCO_BASE,
-    OV_COCO_NOVEL,
-    caption_labels,
-    load,
-    ov_coco,
-    ov_lvis,
-    own_folder,
-    read_annotations,
-    repeat_factors,
-    splits,
-)
+from companion.data import detection
+from companion.data.detection import OV_COCO_BASE, OV_COCO_NOVEL, load, ov_coco, ov_lvis, own_folder, splits
 from companion.data.detection_sets import COCO_BASE, COCO_NOVEL
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
 from companion.evaluation.parity import folder as fixtures
 from companion.ops.files import read_json, write_json
+from tests.data.conftest import expect, picture
 
 SIZE = (12, 8)  # width, height
 
@@ -36,9 +25,7 @@ def box(number: int, image: int | str, category: int, **more) -> dict:
     return {"id": number, "image_id": image, "category_id": category, "bbox": [1, 2, 4, 3], "area": 12} | more
 
 
-def picture(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((SIZE[1], SIZE[0], 3), 90, np.uint8)).save(path)
+picture = partial(picture, value=90, size=SIZE)
 
 
 def image(number: int | str, **more) -> dict:
@@ -51,12 +38,7 @@ def coco_categories() -> list[dict]:
 
 @pytest.fixture
 def sizes(monkeypatch):
-    """The sets, with as many images as a test writes."""
-
-    def change(name: str, **changes) -> None:
-        monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], **changes))
-
-    return change
+    return partial(expect, monkeypatch)
 
 
 @pytest.fixture
@@ -64,18 +46,12 @@ def coco(tmp_path, sizes) -> Path:
     """Four images a split: of a person, a cat, a hair drier, and of nothing."""
     sizes("detection/ov-coco", sizes={"train": 4, "test": 4})
     for split in ("train", "val"):
-        found = {
-            "images": [image(i) for i in (1, 2, 3, 4)],
-            "annotations": [box(1, 1, 1), box(2, 1, 17, iscrowd=1), box(3, 2, 17), box(4, 3, 89)],
-            "categories": coco_categories(),
-        }
+        boxes = [box(1, 1, 1), box(2, 1, 17, iscrowd=1), box(3, 2, 17), box(4, 3, 89)]
+        found = {"images": [image(i) for i in (1, 2, 3, 4)], "annotations": boxes, "categories": coco_categories()}
         write_json(tmp_path / "coco" / "annotations" / f"instances_{split}2017.json", found)
         for i in (1, 2, 3, 4):
             picture(tmp_path / "coco" / f"{split}2017" / f"{i}.jpg")
     return tmp_path
-
-
-# --- splits -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_split_of_coco_is_that_of_the_papers():
@@ -100,6 +76,9 @@ def test_ov_coco(coco):
     assert pixels.shape == (3, 8, 12) and pixels.dtype == torch.uint8
     assert target.boxes.tolist() == [[1, 2, 5, 5]] * 2 and target.crowd.tolist() == [False, True]
     assert [test.class_names[i] for i in target.labels] == ["person", "cat"] and target.image_id == 1
+    # images of rare classes are repeated: a person is on half of the images, a cat on both
+    np.testing.assert_allclose(detection.repeat_factors(test, 0.001), [1, 1])
+    np.testing.assert_allclose(detection.repeat_factors(test, 2), [2, np.sqrt(2)])
     with pytest.raises(BadParameter, match="split"):
         load("detection/ov-coco", coco, "val")
     with pytest.raises(BadParameter, match="split"):
@@ -107,9 +86,8 @@ def test_ov_coco(coco):
 
 
 def lvis_file(**change) -> dict:
-    categories = [
-        {"id": i, "name": n, "frequency": f} | change for i, n, f in ((1, "a_b", "f"), (2, "c", "r"), (3, "d", "c"))
-    ]
+    told = (1, "a_b", "f"), (2, "c", "r"), (3, "d", "c")
+    categories = [{"id": i, "name": name, "frequency": often} | change for i, name, often in told]
     where = "http://images.cocodataset.org/val2017/000000000001.jpg"
     images = [{"id": 1, "width": 12, "height": 8, "coco_url": where, "neg_category_ids": [3]}]
     return {"images": images, "annotations": [box(1, 1, 1), box(2, 1, 2)], "categories": categories}
@@ -150,28 +128,19 @@ def test_foreign_vocabularies(tmp_path, sizes):
         load("detection/objects365", tmp_path, "test")
 
     oid = {"images": [image("00fe", file_name="0/00fe.jpg")], "annotations": [box(1, "00fe", 1)]}
-    write_json(
-        tmp_path / "oid" / "annotations" / "oid_challenge_2019_val_expanded.json", oid | {"categories": categories}
-    )
+    file = tmp_path / "oid" / "annotations" / "oid_challenge_2019_val_expanded.json"
+    write_json(file, oid | {"categories": categories})
     picture(tmp_path / "oid" / "images" / "0" / "00fe.jpg")
     assert load("detection/openimages", tmp_path, "test")[0][1].image_id == "00fe"
 
 
-# --- labels of images -------------------------------------------------------------------------------------------------
-
-
 def test_caption_labels_are_whole_words_of_any_synonym():
-    categories = [
-        {"id": 1, "name": "cat"},
-        {"id": 2, "name": "hot_dog", "synonyms": ["hot_dog", "frank"]},
-        {"id": 3, "name": "car"},
-    ]
+    dog = {"id": 2, "name": "hot_dog", "synonyms": ["hot_dog", "frank"]}
+    categories = [{"id": 1, "name": "cat"}, dog, {"id": 3, "name": "car"}]
     said = [(1, "A cat on a carpet"), (2, "Two"), (2, "frank people"), (3, "catalogue of cars"), (4, "a hot dog")]
-    captions = {
-        "images": [{"id": i} for i in (1, 2, 3, 4, 5)],
-        "annotations": [{"image_id": i, "caption": text} for i, text in said],
-    }
-    found = caption_labels(captions, categories)
+    annotations = [{"image_id": i, "caption": text} for i, text in said]
+    captions = {"images": [{"id": i} for i in (1, 2, 3, 4, 5)], "annotations": annotations}
+    found = detection.caption_labels(captions, categories)
     assert {entry["id"]: entry["pos_category_ids"] for entry in found["images"]} == {1: [1], 2: [2], 4: [2]}
 
 
@@ -188,56 +157,29 @@ def test_labels_without_boxes_are_positives(tmp_path):
         own_folder(tmp_path / "nothing.json", tmp_path)
 
 
-def test_rare_pictures_are_repeated(coco):
-    test = load("detection/ov-coco", coco, "test")
-    np.testing.assert_allclose(repeat_factors(test, 0.001), [1, 1])
-    # a person is on half of the images, a cat on both
-    np.testing.assert_allclose(repeat_factors(test, 2), [2, np.sqrt(2)])
-
-
-# --- what is missing or broken ----------------------------------------------------------------------------------------
-
-
-def test_status(coco):
+def test_pictures_that_are_broken_or_missing(coco, sizes):
     assert data.status("detection/ov-coco", coco).state == "present"
-    (coco / "coco" / "val2017" / "2.jpg").unlink()
-    found = data.status("detection/ov-coco", coco)
-    assert found.state == "incomplete" and "2.jpg" in found.detail
-    (coco / "coco" / "annotations" / "instances_val2017.json").unlink()
-    assert "instances_val2017.json" in data.status("detection/ov-coco", coco).detail
-    assert data.status("detection/ov-coco", coco / "elsewhere").state == "missing"
-    with pytest.raises(MissingData, match="cannot be downloaded"):
-        data.fetch("detection/ov-coco", coco)
-
-
-def test_missing_folder_and_pictures(coco):
-    with pytest.raises(MissingData, match=re.escape("cocodataset.org")):
-        splits("detection/ov-coco", coco / "elsewhere")
-    (coco / "coco" / "val2017" / "1.jpg").unlink()
-    with pytest.raises(MissingData, match=r"1\.jpg, which is not in"):
-        load("detection/ov-coco", coco, "test")
-    with pytest.raises(BadParameter, match="data set"):
-        load("detection/coco", coco, "test")
-
-
-def test_another_number_of_pictures_is_refused(coco, sizes):
-    sizes("detection/ov-coco", sizes={"train": 118_287, "test": 5_000})
-    with pytest.raises(MissingData, match="4 images, 5,000 are expected"):
-        load("detection/ov-coco", coco, "test")
-
-
-def test_broken_pictures(coco):
     test = load("detection/ov-coco", coco, "test")
-    file = coco / "coco" / "val2017" / "1.jpg"
+    folder, file = coco / "coco" / "val2017", coco / "coco" / "val2017" / "1.jpg"
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(CorruptFile, match=r"1\.jpg"):
         test[0]
     Image.new("RGB", (5, 5)).save(file)
     with pytest.raises(CorruptFile, match="its annotation says"):
         test[0]
+    (folder / "2.jpg").unlink()
+    found = data.status("detection/ov-coco", coco)
+    assert found.state == "incomplete" and "2.jpg" in found.detail
     file.unlink()
     with pytest.raises(MissingData, match=r"1\.jpg"):
         test[0]
+    with pytest.raises(MissingData, match=r"1\.jpg, which is not in"):
+        load("detection/ov-coco", coco, "test")
+    sizes("detection/ov-coco", sizes={"train": 4, "test": 5_000})
+    with pytest.raises(MissingData, match="4 images, 5,000 are expected"):
+        load("detection/ov-coco", coco, "test")
+    (coco / "coco" / "annotations" / "instances_val2017.json").unlink()
+    assert "instances_val2017.json" in data.status("detection/ov-coco", coco).detail
 
 
 def test_a_photograph_that_lies_on_its_side_is_as_its_annotation_says(coco):
@@ -303,10 +245,10 @@ def test_other_broken_files(coco):
     whole = file.read_text()
     file.write_text(whole[: len(whole) // 2])
     with pytest.raises(CorruptFile, match="not JSON"):
-        read_annotations(file)
+        detection.read_annotations(file)
     file.write_text("[]")
     with pytest.raises(CorruptFile, match="an object"):
-        read_annotations(file)
+        detection.read_annotations(file)
     shifted = json.loads(whole)
     for category in shifted["categories"]:
         category["id"] = 1 + category["id"]
@@ -317,16 +259,3 @@ def test_other_broken_files(coco):
     file.write_text(json.dumps(json.loads(whole) | {"categories": coco_categories()[:79]}))
     with pytest.raises(CompanionError, match=r"79 categories|which no category is"):
         load("detection/ov-coco", coco, "test")
-
-
-def test_the_pocket_set_is_read_where_its_writer_puts_it(tmp_path):
-    root = tmp_path / "pocket" / "detection"
-    categories = [{"id": 1, "name": "apple"}, {"id": 2, "name": "ball"}]
-    for split, labels in (("train", [1]), ("val", [1, 2]), ("test", [2])):
-        found = {"images": [image(1)], "annotations": [box(i, 1, c) for i, c in enumerate(labels)]}
-        write_json(root / "annotations" / f"instances_{split}.json", found | {"categories": categories})
-        picture(root / split / "1.jpg")
-    sets = detection.splits("pocket/detection", tmp_path)
-    assert {split: (len(s), s.base, s.novel) for split, s in sets.items()} == {
-        split: (1, (1,), (2,)) for split in ("train", "val", "test")
-    }

@@ -1,8 +1,5 @@
 """Land cover in its real layouts: codes, windows, padding, places and zones, xBD compiled in, one's own images."""
 
-from __future__ import annotations
-
-import dataclasses
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -15,9 +12,10 @@ from PIL import Image
 
 from companion import climate, data
 from companion.data import landcover
-from companion.data.landcover_sets import CLASSES, LOVEDA, OEM, POCKET, POTSDAM, POTSDAM_TILES, TO_LOVEDA, XBD
+from companion.data.landcover_sets import CLASSES, LOVEDA, OEM, POTSDAM, POTSDAM_TILES, TO_LOVEDA, XBD
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
 from companion.geotiff import Raster
+from tests.data.conftest import expect
 from tests.test_geotiff import CORNER, UTM, noise, written
 
 NOWHERE = {"crs": None, "transform": rasterio.transform.Affine.identity()}
@@ -55,8 +53,7 @@ def loveda(root: Path, monkeypatch) -> Path:
             png(top / split.capitalize() / scene / "images_png" / f"{i}.png", noise(64, 64, i))
             if split != "test":
                 png(top / split.capitalize() / scene / "masks_png" / f"{i}.png", labels(7, 64, 64, i)[0])
-    small = dataclasses.replace(data.find(LOVEDA), sizes=dict.fromkeys(landcover.SPLITS, 2))
-    monkeypatch.setitem(data.DATASETS, LOVEDA, small)
+    expect(monkeypatch, LOVEDA, sizes=dict.fromkeys(landcover.SPLITS, 2))
     return top
 
 
@@ -85,9 +82,6 @@ def potsdam(root: Path, side: int = 60, geoseg: bool = False, bands: str = "RGB"
     return truth
 
 
-# --- codes ------------------------------------------------------------------------------------------------------------
-
-
 def test_openearthmap(tmp_path):
     top = earth(tmp_path)
     train, test = landcover.load(OEM, tmp_path, "train"), landcover.load(OEM, tmp_path, "test")
@@ -100,6 +94,8 @@ def test_openearthmap(tmp_path):
     assert landcover.regions(train) == Counter({"tokyo": 1, "el_rodeo": 1})
     assert (test[0][1] == 8).all()  # held back: nothing to learn or to score
     assert train.zones() == ["Cfa", "Aw"]
+    turned = landcover.load(OEM, tmp_path, "train", transform=lambda image, mask: (image.flip(-1), mask.flip(-1)))[0]
+    assert all(torch.equal(a.flip(-1), b) and type(b) is torch.Tensor for a, b in zip(train[0], turned, strict=True))
     assert data.status(OEM, tmp_path) == data.Status("present", "2 train, 2 val, 2 test")
     written(top / "tokyo" / "labels" / "tokyo_1.tif", np.full((1, 70, 90), 9, np.uint8), **NOWHERE)
     with pytest.raises(CorruptFile, match=r"tokyo_1\.tif.*code 9"):
@@ -107,15 +103,17 @@ def test_openearthmap(tmp_path):
     written(top / "tokyo" / "labels" / "tokyo_1.tif", labels(8, 60, 60), **NOWHERE)
     with pytest.raises(CorruptFile, match=r"tokyo_1\.tif.*60"):
         train[0]
+    (top / "tokyo" / "labels" / "tokyo_1.tif").unlink()
+    with pytest.raises(MissingData, match=r"1 labels of 'train', the first: tokyo_1\.tif"):
+        landcover.load(OEM, tmp_path, "train")
+    (top / "train.txt").write_text("images/tokyo_1.tif\n")
+    with pytest.raises(CorruptFile, match=r"train\.txt"):
+        landcover.load(OEM, tmp_path, "train")
 
 
-def test_a_georeference_counts_before_the_table(tmp_path):
-    earth(tmp_path, ("tokyo",), crs=UTM, transform=CORNER)
-    assert landcover.load(OEM, tmp_path, "train").zones() == ["Cfb"]  # in the Potsdam of the georeference
-
-
-def test_a_table_with_the_pictures_counts_first(tmp_path):
+def test_a_table_with_the_pictures_counts_before_their_georeference_and_that_before_the_table_of_regions(tmp_path):
     top = earth(tmp_path, ("tokyo", "here_now", "far"), crs=UTM, transform=CORNER)
+    assert landcover.load(OEM, tmp_path, "train").zones() == ["Cfb"] * 3  # in the Potsdam of the georeference
     (top / "places.csv").write_text("region,latitude,longitude,zone\ntokyo,,,Aw\nhere_now,35.7,139.7,\n")
     assert landcover.load(OEM, tmp_path, "train").zones() == ["Aw", "Cfb", "Cfb"]
     (top / "places.csv").write_text("region,latitude,longitude\ntokyo,139.7,35.7\n")
@@ -131,17 +129,7 @@ def test_the_table_of_97_regions():
     assert len(places) == 97 and set(XBD) <= set(places)
     zones = {name: climate.zone(p.latitude, p.longitude, landcover.COAST) for name, p in places.items()}
     assert {name for name, zone in zones.items() if zone is None} == {"lohur", "rosario", "santiago", "western"}
-    known = {
-        "adelaide": "Csb",
-        "palu": "Af",
-        "mexico_city": "Cwb",
-        "gorakhpur": "Cwa",
-        "tokyo": "Cfa",
-        "houston": "Cfa",
-        "santa_rosa": "Csb",
-        "paris": "Cfb",
-        "panama_city": "Cfa",
-    }
+    known = {"adelaide": "Csb", "palu": "Af", "mexico_city": "Cwb", "gorakhpur": "Cwa", "tokyo": "Cfa", "paris": "Cfb"}
     assert {name: zones[name] for name in known} == known
     # three islands are too small for the map; their zone is not known either
     assert {name for name, zone in zones.items() if zone == climate.OCEAN} == {"leilane_estates", "mahe", "tonga"}
@@ -149,7 +137,7 @@ def test_the_table_of_97_regions():
 
 
 def test_loveda(tmp_path, monkeypatch):
-    loveda(tmp_path, monkeypatch)
+    top = loveda(tmp_path, monkeypatch)
     train = landcover.load(LOVEDA, tmp_path, "train")
     assert train.classes == ["background", "building", "road", "water", "barren", "forest", "agriculture"]
     raw = labels(7, 64, 64, 0)[0]
@@ -158,6 +146,13 @@ def test_loveda(tmp_path, monkeypatch):
     assert (landcover.load(LOVEDA, tmp_path, "test")[1][1] == 7).all()
     assert data.status(LOVEDA, tmp_path).state == "present"
     assert set(TO_LOVEDA) == set(CLASSES[OEM]) and set(TO_LOVEDA.values()) == set(CLASSES[LOVEDA])
+    path = top / "Train" / "Rural" / "images_png" / "0.png"
+    path.write_bytes(path.read_bytes()[:4000])
+    with pytest.raises(CorruptFile, match=r"Rural.images_png.0\.png"):
+        train[0]
+    path.unlink()
+    with pytest.raises(MissingData, match="1 images, 2 are expected"):
+        landcover.load(LOVEDA, tmp_path, "train")
 
 
 def test_loveda_and_torchgeo_give_the_same(tmp_path, monkeypatch):
@@ -183,9 +178,8 @@ def test_potsdam(tmp_path, geoseg, bands):
         assert found.picture(7).image.stem == f"top_potsdam_{name}_{bands}"
         assert np.array_equal(last[:20, :20].numpy(), ids[40:, 40:])
         assert (last[20:] == 6).all() and (last[:, 20:] == 6).all()  # ignored; in GeoSeg's tools impervious surface
-        assert not image[:, 20:].any() and torch.equal(
-            image[:, :20, :20], torch.from_numpy(noise(60, 60, 1)[:, 40:, 40:])
-        )
+        assert not image[:, 20:].any()
+        assert torch.equal(image[:, :20, :20], torch.from_numpy(noise(60, 60, 1)[:, 40:, 40:]))
     assert set(train.zones()) == set(test.zones()) == {"Cfb"}
     assert data.status(POTSDAM, tmp_path) == data.Status("present", "24 train, 14 test")
     if not geoseg:
@@ -248,31 +242,11 @@ def test_geosegs_patches_are_padded_with_ignore(tmp_path):
         landcover.load(POTSDAM, tmp_path, "train")
 
 
-# --- missing and broken -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", [OEM, LOVEDA, POTSDAM, POCKET])
-def test_nothing_there(tmp_path, name):
-    with pytest.raises(MissingData) as error:
-        landcover.load(name, tmp_path)
-    assert data.find(name).licence in str(error.value) and data.find(name).source in str(error.value)
-    assert data.status(name, tmp_path).state == "missing"
-    data.find(name).folder(tmp_path).mkdir(parents=True)
-    with pytest.raises(MissingData):
-        landcover.load(name, tmp_path)
-    assert data.status(name, tmp_path).state == "incomplete"
-
-
 def test_bad_parameters(tmp_path):
-    with pytest.raises(BadParameter, match="openearthmap"):
-        landcover.load("landcover/openearth", tmp_path)
-    with pytest.raises(BadParameter, match="split"):
-        landcover.load(OEM, tmp_path, "all")
-    with pytest.raises(BadParameter, match="labels"):
-        landcover.load(OEM, tmp_path, labels="eroded")
     earth(tmp_path)
-    with pytest.raises(BadParameter, match="size"):
-        landcover.load(OEM, tmp_path, size=0)
+    for split, options in (("all", {}), ("train", {"labels": "eroded"}), ("train", {"size": 0})):
+        with pytest.raises(BadParameter, match=next(iter(options), "split")):
+            landcover.load(OEM, tmp_path, split, **options)
 
 
 def test_missing_xbd_is_named_and_compiled(tmp_path):
@@ -286,11 +260,8 @@ def test_missing_xbd_is_named_and_compiled(tmp_path):
     assert rest.absent == ["el_rodeo", "palu"] and [p.region for p in rest.pictures] == ["tokyo"]
     with pytest.raises(MissingData, match=r"xbd_files\.csv"):
         landcover.compile_xbd(tmp_path, tmp_path / "xbd")
-    pairs = [
-        (f"{region}_{i:08d}_pre_disaster.png", f"{region}_{i}.tif")
-        for region in ("el_rodeo", "palu")
-        for i in (1, 2, 3)
-    ]
+    numbered = [(region, i) for region in ("el_rodeo", "palu") for i in (1, 2, 3)]
+    pairs = [(f"{region}_{i:08d}_pre_disaster.png", f"{region}_{i}.tif") for region, i in numbered]
     (top / "xbd_files.csv").write_text("".join(f"{theirs},{name}\n" for theirs, name in pairs))
     for i, (theirs, _) in enumerate(pairs[:5]):
         png(tmp_path / "xbd" / "tier1" / "images" / theirs, noise(seed=i))
@@ -312,63 +283,27 @@ def test_missing_xbd_is_named_and_compiled(tmp_path):
     assert not [p for p in top.rglob(".*")]
 
 
-def test_labels_of_training_must_be_there(tmp_path):
-    top = earth(tmp_path)
-    (top / "tokyo" / "labels" / "tokyo_1.tif").unlink()
-    with pytest.raises(MissingData, match=r"1 labels of 'train', the first: tokyo_1\.tif"):
-        landcover.load(OEM, tmp_path, "train")
-    (top / "train.txt").write_text("images/tokyo_1.tif\n")
-    with pytest.raises(CorruptFile, match=r"train\.txt"):
-        landcover.load(OEM, tmp_path, "train")
-
-
-def test_a_truncated_image_is_named(tmp_path, monkeypatch):
-    top = loveda(tmp_path, monkeypatch)
-    path = top / "Train" / "Rural" / "images_png" / "0.png"
-    path.write_bytes(path.read_bytes()[:4000])
-    train = landcover.load(LOVEDA, tmp_path, "train")
-    with pytest.raises(CorruptFile, match=r"Rural.images_png.0\.png"):
-        train[0]
-    path.unlink()
-    with pytest.raises(MissingData, match="1 images, 2 are expected"):
-        landcover.load(LOVEDA, tmp_path, "train")
-
-
 def test_fetching(tmp_path, monkeypatch):
     source = loveda(tmp_path / "elsewhere", monkeypatch)
 
     def download(url, root, filename, md5, remove_finished):
         assert url.endswith(filename) and len(md5) == 32
         part = filename.removesuffix(".zip")
-        if part == "Test" and not fetched:
-            raise OSError("no route to host")
+        if part == "Test" and failures:
+            raise failures.pop()
         for path in (source / part).rglob("*.png"):
             target = Path(root) / part / path.relative_to(source / part)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
 
-    fetched = []
+    failures = [zipfile.BadZipFile("not a zip"), OSError("no route to host")]
     monkeypatch.setattr(landcover, "download_and_extract_archive", download)
-    with pytest.raises(CompanionError, match="no route"):
-        data.fetch(LOVEDA, tmp_path / "data")
-    folder = data.find(LOVEDA).folder(tmp_path / "data")
-    assert sorted(path.name for path in folder.iterdir()) == ["Train", "Val"]  # whole ones stay, nothing half
-    fetched.append(True)
+    for said in ("no route", "not a zip"):
+        with pytest.raises(CompanionError, match=said):
+            data.fetch(LOVEDA, tmp_path / "data")
+        folder = data.find(LOVEDA).folder(tmp_path / "data")
+        assert sorted(path.name for path in folder.iterdir()) == ["Train", "Val"]  # whole ones stay, nothing half
     assert data.fetch(LOVEDA, tmp_path / "data") == folder
-    with pytest.raises(MissingData, match="zenodo"):
-        data.fetch(OEM, tmp_path / "data")
-
-
-def test_a_broken_download(tmp_path, monkeypatch):
-    def download(*_, **__):
-        raise zipfile.BadZipFile("not a zip")
-
-    monkeypatch.setattr(landcover, "download_and_extract_archive", download)
-    with pytest.raises(CompanionError, match="not a zip"):
-        data.fetch(LOVEDA, tmp_path)
-
-
-# --- one's own --------------------------------------------------------------------------------------------------------
 
 
 def test_ones_own(tmp_path):
@@ -423,10 +358,3 @@ def test_a_part_of_a_set(tmp_path):
         assert torch.equal(part[0][0], whole[times][0]) and part.picture(0).region == "el_rodeo"
         with pytest.raises(BadParameter, match="keep"):
             whole.where([False] * len(whole))
-
-
-def test_a_transform_gets_both(tmp_path):
-    earth(tmp_path)
-    plain = landcover.load(OEM, tmp_path, "train")
-    turned = landcover.load(OEM, tmp_path, "train", transform=lambda image, mask: (image.flip(-1), mask.flip(-1)))
-    assert all(torch.equal(a.flip(-1), b) and type(b) is torch.Tensor for a, b in zip(plain[0], turned[0], strict=True))

@@ -1,6 +1,6 @@
 """Readers of ImageNet-1k, COCO's instances and ADE20K in their layouts, and what is said of broken files."""
 
-import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,16 +8,13 @@ import torch
 from PIL import Image
 
 from companion import data
-from companion.data import DATASETS, pretraining
 from companion.data.pretraining import instances, load, scenes
 from companion.data.pretraining_sets import ADE20K, COCO, IMAGENET
 from companion.errors import BadParameter, CorruptFile, MissingData
 from companion.ops.files import write_json
+from tests.data.conftest import expect, picture
 
-
-def picture(path, size=(12, 8), value=100):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (value, 0, 0)).save(path)
+picture = partial(picture, size=(12, 8))
 
 
 def labels(path, array):
@@ -27,10 +24,8 @@ def labels(path, array):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Sets of a few images pass for whole."""
     for name, classes in ((IMAGENET, 2), (COCO, 2), (ADE20K, 150)):
-        known = dataclasses.replace(DATASETS[name], sizes={"train": 2, "test": 1}, classes=classes)
-        monkeypatch.setitem(DATASETS, name, known)
+        expect(monkeypatch, name, sizes={"train": 2, "test": 1}, classes=classes)
 
 
 @pytest.fixture
@@ -42,15 +37,14 @@ def imagenet(tmp_path, small):
 
 
 def annotation(number, image, category, segmentation, box=(1, 2, 4, 3), **more):
-    return {
-        "id": number,
-        "image_id": image,
-        "category_id": category,
-        "bbox": list(box),
-        "area": 12,
-        "iscrowd": 0,
-        "segmentation": segmentation,
-    } | more
+    ids = {"id": number, "image_id": image, "category_id": category}
+    return ids | {"bbox": list(box), "area": 12, "iscrowd": 0, "segmentation": segmentation} | more
+
+
+def annotated(file, images, annotations):
+    listed = [{"id": i, "file_name": f"{i}.jpg", "width": 12, "height": 8} for i in images]
+    categories = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
+    write_json(file, {"images": listed, "annotations": annotations, "categories": categories})
 
 
 SQUARE = [[1, 2, 5, 2, 5, 5, 1, 5]]
@@ -68,14 +62,7 @@ def coco(tmp_path, small):
         ]
         for i in images:
             picture(tmp_path / "coco" / f"{split}2017" / f"{i}.jpg")
-        write_json(
-            tmp_path / "coco" / "annotations" / f"instances_{split}2017.json",
-            {
-                "images": [{"id": i, "file_name": f"{i}.jpg", "width": 12, "height": 8} for i in images],
-                "annotations": found,
-                "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
-            },
-        )
+        annotated(tmp_path / "coco" / "annotations" / f"instances_{split}2017.json", images, found)
     return tmp_path
 
 
@@ -90,13 +77,6 @@ def ade(tmp_path, small):
     return tmp_path
 
 
-def test_facts():
-    assert DATASETS[IMAGENET].sizes == {"train": 1_281_167, "test": 50_000} and DATASETS[IMAGENET].classes == 1000
-    assert DATASETS[COCO].sizes == {"train": 118_287, "test": 5_000} and DATASETS[COCO].classes == 80
-    assert DATASETS[ADE20K].sizes == {"train": 20_210, "test": 2_000} and DATASETS[ADE20K].classes == 150
-    assert not any(DATASETS[name].fetchable for name in (IMAGENET, COCO, ADE20K))
-
-
 def test_imagenet(imagenet):
     train, test = (load(IMAGENET, imagenet, split) for split in ("train", "test"))
     assert len(train) == 2 and train.labels == [0, 1] and test.labels == [1]
@@ -106,6 +86,10 @@ def test_imagenet(imagenet):
     small = load(IMAGENET, imagenet, "train", lambda picture: torch.tensor(picture.size))
     assert small[0][0].tolist() == [12, 8]
     assert data.status(IMAGENET, imagenet).state == "present"
+    with pytest.raises(BadParameter, match="split"):
+        load(IMAGENET, imagenet, "val")
+    with pytest.raises(BadParameter, match="transform"):
+        load(COCO, imagenet, "train", lambda x: x)
 
 
 def test_coco(coco):
@@ -143,37 +127,16 @@ def test_own_folders(coco, ade):
         scenes(ade / "ade/ADEChallengeData2016", "test", 150)
 
 
-def test_bad_questions(imagenet):
-    with pytest.raises(BadParameter, match="split"):
-        load(IMAGENET, imagenet, "val")
-    with pytest.raises(BadParameter, match="transform"):
-        load(COCO, imagenet, "train", lambda x: x)
-    with pytest.raises(BadParameter, match="pretraining/coco"):
-        load("pretraining/cocoa", imagenet, "train")
-    for name in (IMAGENET, COCO, ADE20K):
-        with pytest.raises(MissingData, match="cannot be downloaded"):
-            data.fetch(name, imagenet / "empty")
-
-
-@pytest.mark.parametrize("name", [IMAGENET, COCO, ADE20K])
-def test_a_missing_folder_is_named_with_layout_source_and_licence(name, tmp_path):
-    with pytest.raises(MissingData) as caught:
-        load(name, tmp_path, "train")
-    text = str(caught.value)
-    for part in (DATASETS[name].folders[0], DATASETS[name].source, DATASETS[name].licence, "layout"):
-        assert part in text
-    assert data.status(name, tmp_path).state == "missing"
-
-
 def test_incomplete_sets(imagenet, coco, ade, monkeypatch):
     for name in (IMAGENET, COCO, ADE20K):
-        more = dataclasses.replace(DATASETS[name], sizes={"train": 3, "test": 1})
         with monkeypatch.context() as patch:
-            patch.setitem(DATASETS, name, more)
+            expect(patch, name, sizes={"train": 3, "test": 1})
             with pytest.raises(MissingData, match="3 are expected"):
                 load(name, imagenet, "train")
             assert data.status(name, imagenet).state == "incomplete"
-    monkeypatch.setitem(DATASETS, IMAGENET, dataclasses.replace(DATASETS[IMAGENET], classes=3))
+    for name in (IMAGENET, COCO):
+        expect(monkeypatch, name, classes=3)
+    assert "2 categories, 3 are expected" in data.status(COCO, coco).detail
     with pytest.raises(MissingData, match="2 class folders, 3 are expected"):
         load(IMAGENET, imagenet, "train")
     (ade / "ade/ADEChallengeData2016/annotations/training/b.png").unlink()
@@ -190,11 +153,8 @@ def test_broken_files(imagenet, coco, ade):
     with pytest.raises(CorruptFile, match=r"n01_1\.JPEG"):
         load(IMAGENET, imagenet, "train")[0]
     marked = ade / "ade/ADEChallengeData2016/annotations/training/a.png"
-    for array, word in [
-        (np.full((8, 12), 151), "up to 151"),
-        (np.zeros((8, 12, 3)), "one label"),
-        (np.zeros((8, 11)), "its image"),
-    ]:
+    wrong = {"up to 151": np.full((8, 12), 151), "one label": np.zeros((8, 12, 3)), "its image": np.zeros((8, 11))}
+    for word, array in wrong.items():
         labels(marked, array)
         with pytest.raises(CorruptFile, match=rf"a\.png.*{word}"):
             load(ADE20K, ade, "train")[0]
@@ -203,23 +163,10 @@ def test_broken_files(imagenet, coco, ade):
         load(ADE20K, ade, "train")[0]
     file = coco / "coco/annotations/instances_train2017.json"
     for shape in ("somewhere", {"size": [8, 12]}, {"size": [8, 13], "counts": [0, 104]}):
-        write_json(
-            file,
-            {
-                "images": [{"id": i, "file_name": f"{i}.jpg", "width": 12, "height": 8} for i in (1, 2)],
-                "annotations": [annotation(5, 1, 3, shape)],
-                "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
-            },
-        )
+        annotated(file, (1, 2), [annotation(5, 1, 3, shape)])
         with pytest.raises(CorruptFile, match=r"instances_train2017\.json: annotation 5"):
             load(COCO, coco, "train")[0]
     file.write_text("{")
     assert data.status(COCO, coco).state == "incomplete"
     with pytest.raises(CorruptFile, match=r"instances_train2017\.json"):
         load(COCO, coco, "train")
-
-
-def test_status_of_a_set_whose_categories_are_others(coco, monkeypatch):
-    monkeypatch.setitem(DATASETS, COCO, dataclasses.replace(DATASETS[COCO], classes=3))
-    assert "2 categories, 3 are expected" in data.status(COCO, coco).detail
-    assert pretraining.SPLITS == {"train": "train", "test": "val"}

@@ -1,14 +1,7 @@
 """Readers of images with captions, the degraded samples, and what is said of broken files."""
 
-from __future__ import annotations
-
-import dataclasses
 import hashlib
-import http.server
 import shutil
-import threading
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +11,15 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from companion import data
-from companion.data import DATASETS, restoration, restoration_sets
+from companion.data import restoration, restoration_sets
 from companion.data.degradations import BLIND, Recipe, degrade, parse
 from companion.data.restoration import TASKS, TEXTS, Captioned, Degraded, load, own_folder, read_captions, texts
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
 from companion.ops.files import write_json
 from companion.training import fit
+from tests.data.conftest import expect
 
+ONE = [{"id": 1, "file_name": "a"}]
 LINES = '{"file": "a.png", "caption": "a zebra  on grass"}\n\n{"file": "b.jpg", "caption": ""}\n'
 
 
@@ -44,27 +39,19 @@ def own(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def coco(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    changed = dataclasses.replace(DATASETS["restoration/coco"], sizes={"train": 2, "test": 2})
-    monkeypatch.setitem(DATASETS, "restoration/coco", changed)
+    expect(monkeypatch, "restoration/coco", sizes={"train": 2, "test": 2})
     for split in ("train", "val"):
-        found = {
-            "images": [{"id": i, "file_name": f"{i:012d}.jpg", "height": 12, "width": 20} for i in (9, 3)],
-            "annotations": [
-                {"id": 7, "image_id": 9, "caption": "a later one"},
-                {"id": 5, "image_id": 9, "caption": "A zebra\n on  grass."},
-                {"id": 8, "image_id": 3, "caption": "Oranges."},
-            ],
-        }
-        write_json(tmp_path / "coco" / "annotations" / f"captions_{split}2017.json", found)
+        images = [{"id": i, "file_name": f"{i:012d}.jpg", "height": 12, "width": 20} for i in (9, 3)]
+        said = (7, 9, "a later one"), (5, 9, "A zebra\n on  grass."), (8, 3, "Oranges.")
+        captions = [{"id": number, "image_id": i, "caption": text} for number, i, text in said]
+        file = tmp_path / "coco" / "annotations" / f"captions_{split}2017.json"
+        write_json(file, {"images": images, "annotations": captions})
         for i in (9, 3):
             picture(tmp_path / "coco" / f"{split}2017" / f"{i:012d}.jpg")
     return tmp_path
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def test_coco_gives_the_first_caption_by_id(coco: Path) -> None:
+def test_coco_gives_the_first_caption_by_id(coco: Path, monkeypatch) -> None:
     pictures = load("restoration/coco", coco, "test")
     assert pictures.captions == ("Oranges.", "A zebra on grass.") and len(pictures) == 2
     image, caption = pictures[1]
@@ -75,6 +62,11 @@ def test_coco_gives_the_first_caption_by_id(coco: Path) -> None:
     assert data.status("restoration/coco", coco).state == "incomplete"
     with pytest.raises(MissingData, match=r"000000000003\.jpg is not there"):
         load("restoration/coco", coco, "test")
+    expect(monkeypatch, "restoration/coco", sizes={"train": 2, "test": 5000})
+    with pytest.raises(MissingData, match="has 2 images, 5,000 are expected"):
+        load("restoration/coco", coco, "test")
+    with pytest.raises(BadParameter, match="split"):
+        load("restoration/coco", coco, "val")
 
 
 def test_own_folder(own: Path, tmp_path: Path) -> None:
@@ -83,28 +75,15 @@ def test_own_folder(own: Path, tmp_path: Path) -> None:
     (own / "captions.jsonl").unlink()
     assert own_folder(own).captions == ("", "")
     assert len(own_folder(own / "images")) == 2
+    (own / "captions.jsonl").write_text(LINES)
+    (own / "images" / "a.png").unlink()
+    with pytest.raises(MissingData, match=r"a\.png"):
+        own_folder(own)
     with pytest.raises(MissingData, match=r"captions\.jsonl"):
         own_folder(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(MissingData, match="no images"):
         own_folder(tmp_path / "empty")
-
-
-def test_a_photograph_is_turned_upright(own: Path) -> None:
-    picture = Image.new("RGB", (20, 12))
-    picture.paste((255, 0, 0), (0, 0, 20, 6))  # above in the file, and to the right when it is seen
-    exif = picture.getexif()
-    exif[274] = 6
-    picture.save(own / "images" / "a.png", exif=exif)
-    seen, _ = own_folder(own)[0]
-    assert seen.shape == (3, 20, 12) and seen[0, :, -1].min() > 0.9 and seen[0, :, 0].max() < 0.1
-
-
-def test_pocket_set_has_the_layout_of_an_own_folder(own: Path, tmp_path: Path) -> None:
-    for split in ("train", "val", "test"):
-        shutil.copytree(own, tmp_path / "pocket" / "restoration" / split)
-    assert load("pocket/restoration", tmp_path, "val").captions == ("a zebra on grass", "")
-    assert data.status("pocket/restoration", tmp_path).state == "present"
 
 
 @pytest.mark.parametrize(
@@ -124,19 +103,6 @@ def test_broken_captions_of_an_own_folder(own: Path, line: str, said: str) -> No
         own_folder(own)
 
 
-def test_pictures_that_are_gone_or_broken(own: Path) -> None:
-    pictures = own_folder(own)
-    file = own / "images" / "a.png"
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(CorruptFile, match=r"a\.png"):
-        pictures[0]
-    file.unlink()
-    with pytest.raises(MissingData, match=r"a\.png is listed but not there"):
-        pictures[0]
-    with pytest.raises(MissingData, match=r"a\.png"):
-        own_folder(own)
-
-
 @pytest.mark.parametrize(
     ("found", "said"),
     [
@@ -145,14 +111,8 @@ def test_pictures_that_are_gone_or_broken(own: Path) -> None:
         ({"images": [{"id": 1}], "annotations": []}, r"images\[0\]: 'file_name'"),
         ({"images": [{"id": "1", "file_name": "a"}], "annotations": []}, r"images\[0\]: 'id'"),
         ({"images": [{"id": 1, "file_name": "/etc/passwd"}], "annotations": []}, "leaves"),
-        (
-            {"images": [{"id": 1, "file_name": "a"}], "annotations": [{"id": 1, "image_id": 1}]},
-            r"annotations\[0\]: 'cap",
-        ),
-        (
-            {"images": [{"id": 1, "file_name": "a"}], "annotations": [{"id": 1, "image_id": 2, "caption": ""}]},
-            "no image",
-        ),
+        ({"images": ONE, "annotations": [{"id": 1, "image_id": 1}]}, r"annotations\[0\]: 'cap"),
+        ({"images": ONE, "annotations": [{"id": 1, "image_id": 2, "caption": ""}]}, "no image"),
     ],
 )
 def test_broken_captions_of_coco(tmp_path: Path, found: object, said: str) -> None:
@@ -161,73 +121,27 @@ def test_broken_captions_of_coco(tmp_path: Path, found: object, said: str) -> No
         read_captions(tmp_path / "captions.json")
 
 
-def test_missing_sets_say_what_is_missing(tmp_path: Path) -> None:
-    for name in ("restoration/coco", "restoration/div2k", "pocket/restoration"):
-        assert data.status(name, tmp_path).state == "missing"
-        with pytest.raises(MissingData, match="licence"):
-            load(name, tmp_path, "train")
-    with pytest.raises(BadParameter, match="split"):
-        load("restoration/coco", tmp_path, "val")
-    with pytest.raises(BadParameter, match="restoration/coco"):
-        load("restoration/cocoa", tmp_path, "test")
-
-
-def test_wrong_number_of_pictures(coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    changed = dataclasses.replace(DATASETS["restoration/coco"], sizes={"train": 2, "test": 5000})
-    monkeypatch.setitem(DATASETS, "restoration/coco", changed)
-    with pytest.raises(MissingData, match="has 2 images, 5,000 are expected"):
-        load("restoration/coco", coco, "test")
-
-
-# --- fetching ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """DIV2K with two images a split, handed out by a web server on this machine."""
-    numbers = {"train": range(1, 3), "test": range(801, 803)}
-    server, facts = tmp_path / "server", {}
+def test_fetch_verifies_and_unpacks(served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DIV2K with two images a split; of a damaged archive nothing is kept."""
+    (server, address), root = served, tmp_path / "data"
+    numbers, facts = {"train": range(1, 3), "test": range(801, 803)}, {}
     for split, name in restoration_sets.FOLDERS["restoration/div2k"].items():
         for i in numbers[split]:
             picture(server / name / f"{i:04d}.png")
-        archive = shutil.make_archive(str(server / name), "zip", server, name)
-        facts[split] = numbers[split], hashlib.md5(Path(archive).read_bytes()).hexdigest()
+        archive = Path(shutil.make_archive(str(server / name), "zip", server, name))
+        facts[split] = numbers[split], hashlib.md5(archive.read_bytes()).hexdigest()
     monkeypatch.setattr(restoration, "DIV2K", facts)
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args) -> None:
-            pass
-
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=server)) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        monkeypatch.setattr(restoration, "DIV2K_URL", f"http://127.0.0.1:{running.server_address[1]}/")
-        yield server
-        running.shutdown()
-
-
-def test_fetch_verifies_and_unpacks(served: Path, tmp_path: Path) -> None:
-    root = tmp_path / "data"
-    assert data.fetch("restoration/div2k", root, progress=False) == root / "div2k"
+    monkeypatch.setattr(restoration, "DIV2K_URL", f"{address}/")
+    whole = (server / "DIV2K_train_HR.zip").read_bytes()
+    (server / "DIV2K_train_HR.zip").write_bytes(whole[:-10])
+    with pytest.raises(CompanionError, match="could not be downloaded"):
+        data.fetch("restoration/div2k", root, progress=False)
+    assert list(root.iterdir()) == []
+    (server / "DIV2K_train_HR.zip").write_bytes(whole)
+    for _ in range(2):  # what is there is left alone
+        assert data.fetch("restoration/div2k", root, progress=False) == root / "div2k"
     assert load("restoration/div2k", root, "test").captions == ("", "")
     assert sorted(p.name for p in root.iterdir()) == ["div2k"]
-    assert data.fetch("restoration/div2k", root, progress=False) == root / "div2k"  # it is left alone
-
-
-def test_fetch_of_a_damaged_archive_keeps_nothing(served: Path, tmp_path: Path) -> None:
-    archive = served / "DIV2K_train_HR.zip"
-    archive.write_bytes(archive.read_bytes()[:-10])
-    with pytest.raises(CompanionError, match="could not be downloaded"):
-        data.fetch("restoration/div2k", tmp_path / "data", progress=False)
-    assert list((tmp_path / "data").iterdir()) == []
-
-
-def test_fetch_of_coco_says_where_to_get_it(tmp_path: Path) -> None:
-    with pytest.raises(MissingData, match=r"cocodataset\.org"):
-        data.fetch("restoration/coco", tmp_path)
-
-
-# --- degraded samples -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -250,14 +164,14 @@ def test_samples_have_what_their_texts_say(pictures: Captioned) -> None:
         again = test[i]
         assert torch.equal(again.degraded, sample.degraded) and again[2:] == sample[2:]
     assert not torch.equal(Degraded(pictures, 16, seed=1, **TASKS["parameterised"])[0].degraded, test[0].degraded)
+    batch = default_collate([test[i][:4] for i in range(3)])
+    assert batch[0].shape == (3, 3, 16, 16) and batch[2] == tuple(f"picture {i}" for i in range(3))
 
 
-def test_real_esrgans_samples_have_no_words(pictures: Captioned) -> None:
+def test_samples_without_instructions(pictures: Captioned) -> None:
+    """Real-ESRGAN's have no words; where all is skipped nothing is changed."""
     sample = Degraded(pictures, 16, **TASKS["real-esrgan"])[0]
     assert sample.restoration == BLIND and sample.ops is None and sample.semantic == "picture 0"
-
-
-def test_all_skipped_means_change_nothing(pictures: Captioned) -> None:
     sample = Degraded(pictures, 16, Recipe(skip=1.0), **TASKS["parameterised"])[0]
     assert torch.equal(sample.clean, sample.degraded) and sample.restoration == "" and sample.ops == ()
 
@@ -274,9 +188,7 @@ def test_dice_of_training(pictures: Captioned) -> None:
     torch.manual_seed(0)
     again = [train[i % 12] for i in range(600)]
     assert all(torch.equal(a.degraded, b.degraded) and a[2:] == b[2:] for a, b in zip(found, again, strict=True))
-
-
-def test_training_sees_other_numbers_each_epoch_and_the_same_again(pictures: Captioned) -> None:
+    # other numbers in each epoch, and the same again
     seeded = fit._Seeded(Degraded(pictures, 8), 3)
     a, b, c = seeded[0, 5], seeded[1, 5], seeded[0, 5]
     assert torch.equal(a.degraded, c.degraded) and not torch.equal(a.degraded, b.degraded)
@@ -301,12 +213,6 @@ def test_texts_of_a_test(pictures: Captioned) -> None:
         texts(found, "wrong")
     with pytest.raises(BadParameter, match="with another"):
         texts(found[:1], "wrong semantic prompt")
-
-
-def test_samples_make_a_batch(pictures: Captioned) -> None:
-    test = Degraded(pictures, 16, **TASKS["parameterised"])
-    batch = default_collate([test[i][:4] for i in range(3)])
-    assert batch[0].shape == (3, 3, 16, 16) and batch[2] == tuple(f"picture {i}" for i in range(3))
 
 
 def test_squares_are_the_middle_or_anywhere() -> None:

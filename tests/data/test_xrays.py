@@ -2,6 +2,7 @@
 
 import csv
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,8 +14,7 @@ from companion import data
 from companion.data import DATASETS, xrays, xrays_sets
 from companion.data.xrays import MaskTransform, load, read_image, reports, rle_mask
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
-
-NAMES = sorted(name for name, dataset in DATASETS.items() if dataset.task == "xrays")
+from tests.data.conftest import picture
 
 
 @pytest.fixture
@@ -23,9 +23,7 @@ def any_length(monkeypatch):
     monkeypatch.setattr(xrays, "SIZES", {key: {} for key in xrays_sets.SIZES})
 
 
-def picture(path, value=100, size=(20, 16), mode="L"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, value).save(path)
+picture = partial(picture, size=(20, 16), mode="L")
 
 
 def table(path, columns, rows):
@@ -51,25 +49,24 @@ def dicom(path, values, bits=12, photometric="MONOCHROME2", signed=0):
     file.save_as(path, enforce_file_format=True)
 
 
-# --- images ---------------------------------------------------------------------------------------------------------
-
-
 def test_grey_values_of_8_and_16_bits(tmp_path):
     ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
     Image.fromarray(ramp).save(tmp_path / "16.png")
     Image.fromarray(ramp).save(tmp_path / "16.tif")
     Image.fromarray((ramp >> 8).astype(np.uint8)).save(tmp_path / "8.png")
-    for name in ("16.png", "16.tif"):
-        np.testing.assert_allclose(read_image(tmp_path / name), ramp / 65535, atol=1e-6)
-    np.testing.assert_allclose(read_image(tmp_path / "8.png"), (ramp >> 8) / 255, atol=1e-6)
+    for name, expected in {"16.png": ramp / 65535, "16.tif": ramp / 65535, "8.png": (ramp >> 8) / 255}.items():
+        np.testing.assert_allclose(read_image(tmp_path / name), expected, atol=1e-6)
     picture(tmp_path / "colour.png", (255, 0, 0), mode="RGB")
     assert read_image(tmp_path / "colour.png").mean() == pytest.approx(76 / 255)
     assert read_image(tmp_path / "colour.png").dtype == np.float32
-
-
-def test_grey_values_that_are_stored_as_shares_are_left(tmp_path):
-    Image.fromarray(np.array([[0.25, 1.0]], np.float32)).save(tmp_path / "a.tif")
-    assert xrays.read_image(tmp_path / "a.tif").tolist() == [[0.25, 1.0]]
+    Image.fromarray(np.array([[0.25, 1.0]], np.float32)).save(tmp_path / "a.tif")  # stored as shares: left
+    assert read_image(tmp_path / "a.tif").tolist() == [[0.25, 1.0]]
+    for name in ("cut.png", "cut.dcm"):
+        (tmp_path / name).write_bytes((tmp_path / "8.png").read_bytes()[:50])
+        with pytest.raises(CorruptFile, match=name):
+            read_image(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        read_image(tmp_path / "none.png")
 
 
 def test_dicom_says_what_white_is(tmp_path):
@@ -82,16 +79,6 @@ def test_dicom_says_what_white_is(tmp_path):
     np.testing.assert_allclose(read_image(tmp_path / "signed.dcm"), values / 4095, atol=1e-6)
 
 
-def test_files_that_are_no_pictures(tmp_path):
-    picture(tmp_path / "whole.png", size=(200, 200))
-    for name in ("cut.png", "cut.dcm"):
-        (tmp_path / name).write_bytes((tmp_path / "whole.png").read_bytes()[:60])
-        with pytest.raises(CorruptFile, match=name):
-            read_image(tmp_path / name)
-    with pytest.raises(FileNotFoundError):
-        read_image(tmp_path / "none.png")
-
-
 def test_runs_as_siim_has_them():
     mask = rle_mask("2 3 4 1", 5)
     expected = np.zeros(25, bool)
@@ -101,9 +88,6 @@ def test_runs_as_siim_has_them():
     for text in ("1", "a b", "24 5", "-3 2"):
         with pytest.raises(ValueError):
             rle_mask(text, 5)
-
-
-# --- lists ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["xrays/chestx-ray14", "xrays/chexpert", "xrays/rsna", "fundus/odir", "fundus/mured"])
@@ -131,21 +115,12 @@ def test_labels_of_several_classes(name, tmp_path, any_length):
 def test_labels_of_one_class(name, tmp_path, any_length):
     folder = tmp_path / name
     picture(folder / "train" / "COVID(163).png")
-    (folder / "train_list.txt").parent.mkdir(parents=True, exist_ok=True)
     (folder / "train_list.txt").write_text("train/COVID(163).png 2\n")
     image, label = load(name, tmp_path, "train")[0]
     assert image.shape == (1, 16, 20) and label == 2 and label.ndim == 0
     (folder / "train_list.txt").write_text("train/COVID(163).png 9\n")
     with pytest.raises(CorruptFile, match="line 1"):
         load(name, tmp_path, "train")
-
-
-def test_lists_of_another_length_are_refused(tmp_path):
-    folder = tmp_path / "xrays" / "covidx"
-    folder.mkdir(parents=True)
-    (folder / "test_list.txt").write_text("test/a.png 1\n")
-    with pytest.raises(MissingData, match="has 1 images, 400 are known"):
-        load("xrays/covidx", tmp_path, "test")
 
 
 def rsna(folder):
@@ -159,7 +134,7 @@ def rsna(folder):
         table(folder / f"{file}.csv", ("image_path", "bbox"), rows)
 
 
-def test_boxes(tmp_path, any_length):
+def test_boxes_and_their_masks(tmp_path, any_length):
     rsna(tmp_path / "xrays" / "rsna")
     images = load("xrays/rsna", tmp_path, "test", task="detection", transform=xrays.squeeze_transform(64))
     image, boxes = images[0]
@@ -170,17 +145,13 @@ def test_boxes(tmp_path, any_length):
     assert torch.equal(images[0][1][0], torch.tensor([0, 0.375, 0.75, 0.25, 0.5]))  # asked for again it is the same
     image, boxes = images[1]  # listed as PNG, there as DICOM
     assert image.shape == (3, 64, 64) and not boxes.any()
-    table(tmp_path / "xrays" / "rsna" / "val_list.csv", ("image_path", "bbox"), [("a.png", "[[1, 2")])
-    with pytest.raises(CorruptFile, match=r"val_list\.csv.*line 2"):
-        load("xrays/rsna", tmp_path, "val", task="detection")
-
-
-def test_masks_of_boxes(tmp_path, any_length):
-    rsna(tmp_path / "xrays" / "rsna")
     image, mask = load("xrays/rsna", tmp_path, "test", task="segmentation", transform=MaskTransform(64))[0]
     assert image.shape == (3, 64, 64) and mask.shape == (1, 64, 64)
     assert mask[0, 33:63, 17:31].min() == 1 and mask[0, 0:7, 0:7].min() == 1
     assert mask.sum().item() == pytest.approx(16 * 32 + 8 * 8, rel=0.02)
+    table(tmp_path / "xrays" / "rsna" / "val_list.csv", ("image_path", "bbox"), [("a.png", "[[1, 2")])
+    with pytest.raises(CorruptFile, match=r"val_list\.csv.*line 2"):
+        load("xrays/rsna", tmp_path, "val", task="detection")
 
 
 def siim(folder, negatives=5):
@@ -190,8 +161,9 @@ def siim(folder, negatives=5):
         picture(folder / "train" / "images" / "1024" / "dicom" / f"{name}.png")
 
 
-def test_masks_of_runs(tmp_path, any_length):
+def test_masks_of_runs(tmp_path, any_length, monkeypatch):
     siim(tmp_path / "xrays" / "siim")
+    monkeypatch.setitem(xrays.SIZES, ("xrays/siim", "segmentation"), {"10": 7})  # before the draw
     images = load("xrays/siim", tmp_path, "train", share="10", transform=MaskTransform(64))
     assert len(images) == 4  # two with a mask, and two of the five without
     mask = images[0][1]
@@ -207,18 +179,12 @@ def test_masks_of_runs(tmp_path, any_length):
         load("xrays/siim", tmp_path, "train", share="1")[0]
 
 
-def test_the_known_length_of_siim_counts_pictures_before_the_draw(tmp_path, monkeypatch):
-    siim(tmp_path / "xrays" / "siim")
-    monkeypatch.setitem(xrays.SIZES, ("xrays/siim", "segmentation"), {"10": 7})
-    assert len(load("xrays/siim", tmp_path, "train", share="10")) == 4
-
-
 def test_disc_and_cup(tmp_path, any_length):
     folder = tmp_path / "fundus" / "riga"
     values = np.zeros((64, 64), np.uint8)
     values[16:48, 16:48] = 128
     values[24:40, 24:40] = 255
-    picture(folder / "Image" / "a.tif", (90, 60, 30), (64, 64), "RGB")
+    picture(folder / "Image" / "a.tif", (90, 60, 30), size=(64, 64), mode="RGB")
     (folder / "FinalLabel").mkdir()
     Image.fromarray(values).save(folder / "FinalLabel" / "a.tif")
     table(folder / "test_list.csv", ("img_path", "mask_path"), [("Image/a.tif", "FinalLabel/a.tif")])
@@ -244,17 +210,10 @@ def test_warping():
 
 def test_transforms():
     grey = torch.rand(1, 300, 200)
-    for transform, size in (
-        (xrays.pretrain_transform(64), 64),
-        (xrays.train_transform(), 224),
-        (xrays.test_transform(), 224),
-        (xrays.squeeze_transform(), 224),
-    ):
-        assert transform(grey).shape == (3, size, size)
-
-
-def test_grey_values_stay_between_black_and_white():
-    """Bicubic interpolation overshoots at an edge, such as that of a letter that is burnt in."""
+    assert xrays.pretrain_transform(64)(grey).shape == (3, 64, 64)
+    for transform in (xrays.train_transform(), xrays.test_transform(), xrays.squeeze_transform()):
+        assert transform(grey).shape == (3, 224, 224)
+    # bicubic interpolation overshoots at an edge, such as that of a letter that is burnt in: values are clamped
     edge = torch.zeros(1, 40, 40)
     edge[:, 10:20, 10:30] = 1
     torch.manual_seed(0)
@@ -266,10 +225,9 @@ def test_chestmnist(tmp_path, any_length, monkeypatch):
     monkeypatch.setitem(xrays.SIZES, ("xrays/chestmnist", "classification"), {"100": 200, "val": 3, "test": 2})
     folder = tmp_path / "xrays" / "chestmnist"
     folder.mkdir(parents=True)
-    arrays = {}
-    for split, count in (("train", 200), ("val", 3), ("test", 2)):
-        arrays[f"{split}_images"] = np.full((count, 8, 8), 51, np.uint8)
-        arrays[f"{split}_labels"] = np.zeros((count, 14), np.uint8)
+    counts = {"train": 200, "val": 3, "test": 2}
+    arrays = {f"{split}_images": np.full((count, 8, 8), 51, np.uint8) for split, count in counts.items()}
+    arrays |= {f"{split}_labels": np.zeros((count, 14), np.uint8) for split, count in counts.items()}
     np.savez(folder / "chestmnist_224.npz", **arrays)
     images = load("xrays/chestmnist", tmp_path, "train", share="1")
     assert len(images) == 2 and images[0][0].mean() == pytest.approx(0.2) and images[0][1].shape == (14,)
@@ -277,9 +235,6 @@ def test_chestmnist(tmp_path, any_length, monkeypatch):
     (folder / "chestmnist_224.npz").write_bytes(b"PK")
     with pytest.raises(CorruptFile, match=r"chestmnist_224\.npz"):
         load("xrays/chestmnist", tmp_path, "test")
-
-
-# --- reports ----------------------------------------------------------------------------------------------------------
 
 
 def test_reports(tmp_path):
@@ -308,18 +263,26 @@ def test_reports(tmp_path):
         reports("xrays/mimic-cxr", tmp_path)
 
 
+def test_statements_of_two_forms_and_no_other(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps([{"study_id": 5, "llm_output": "There is edema."}]))
+    assert xrays.read_statements(path) == {"5": "There is edema."}
+    for bad in ([1], {"a": 2}, [{"study_id": 1}]):
+        path.write_text(json.dumps(bad))
+        with pytest.raises(CorruptFile, match=r"x\.json"):
+            xrays.read_statements(path)
+    with pytest.raises(BadParameter, match="1, one for each path"):
+        xrays.write_reports(tmp_path / "y.csv", ["a"], ["t"], [])
+    assert not list(tmp_path.glob("*y*"))
+
+
 def test_openi(tmp_path):
     folder = tmp_path / "xrays" / "openi"
     with pytest.raises(MissingData, match=r"indiana_reports\.csv is not there"):
         reports("xrays/openi", tmp_path)
     rows = [("1", "The heart is large. ", "Cardiomegaly."), ("2", "", ""), ("3", "", "No mass.")]
     table(folder / "indiana_reports.csv", ("uid", "findings", "impression"), rows)
-    views = [
-        ("1", "1_a.png", "Frontal"),
-        ("1", "1_b.png", "Lateral"),
-        ("2", "2.png", "Frontal"),
-        ("3", "3.png", "Frontal"),
-    ]
+    views = [("1", "1_a.png", "Frontal"), ("1", "1_b.png", "Lateral"), *((i, f"{i}.png", "Frontal") for i in "23")]
     table(folder / "indiana_projections.csv", ("uid", "filename", "projection"), views)
     for name in ("1_a.png", "3.png"):
         picture(folder / "images" / "images_normalized" / name)
@@ -372,22 +335,6 @@ def test_lists_as_people_write_them(tmp_path):
         reports(mine, tmp_path)
 
 
-def test_statements_of_two_forms_and_no_other(tmp_path):
-    path = tmp_path / "x.json"
-    path.write_text(json.dumps([{"study_id": 5, "llm_output": "There is edema."}]))
-    assert xrays.read_statements(path) == {"5": "There is edema."}
-    for bad in ([1], {"a": 2}, [{"study_id": 1}]):
-        path.write_text(json.dumps(bad))
-        with pytest.raises(CorruptFile, match=r"x\.json"):
-            xrays.read_statements(path)
-    with pytest.raises(BadParameter, match="1, one for each path"):
-        xrays.write_reports(tmp_path / "y.csv", ["a"], ["t"], [])
-    assert not list(tmp_path.glob("*y*"))
-
-
-# --- the whole register -----------------------------------------------------------------------------------------------
-
-
 def test_pocket_chests_are_read_by_the_same_readers(tmp_path, monkeypatch):
     pocket = pytest.importorskip("companion.toy.datasets.chests")
     monkeypatch.setattr(pocket, "COUNTS", {"train": 12, "val": 6, "test": 8})
@@ -412,30 +359,15 @@ def test_pocket_chests_are_read_by_the_same_readers(tmp_path, monkeypatch):
     assert data.status("pocket/chests", tmp_path).state == "present"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_what_is_not_there_is_said(name, tmp_path):
-    assert data.status(name, tmp_path).state == "missing"
-    dataset = DATASETS[name]
-    assert dataset.layout and dataset.source and dataset.licence and dataset.citation
-    with pytest.raises(MissingData, match="get it"):
-        if name in ("xrays/mimic-cxr", "xrays/openi"):
-            reports(name, tmp_path)
-        else:
-            load(name, tmp_path, "test")
-    (tmp_path / name).mkdir(parents=True)
-    assert data.status(name, tmp_path).state == "incomplete"
-
-
-def test_pictures_that_are_not_there_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setitem(xrays.SIZES, ("xrays/covidx", "classification"), {"test": 2})
+def test_bad_parameters_and_lists_of_another_length(tmp_path, monkeypatch):
     folder = tmp_path / "xrays" / "covidx"
     picture(folder / "test" / "a.png")
     (folder / "test_list.txt").write_text("test/a.png 1\ntest/b.png 0\n")
+    with pytest.raises(MissingData, match="has 2 images, 400 are known"):
+        load("xrays/covidx", tmp_path, "test")
+    monkeypatch.setitem(xrays.SIZES, ("xrays/covidx", "classification"), {"test": 2})
     found = data.status("xrays/covidx", tmp_path)
     assert found.state == "incomplete" and found.detail == "1 listed images are not there, the first is test/b.png"
-
-
-def test_bad_parameters(tmp_path):
     for options, said in (
         ({"split": "trainval"}, "'train', 'val', 'test'"),
         ({"split": "test", "task": "detection"}, "classification"),
@@ -445,8 +377,6 @@ def test_bad_parameters(tmp_path):
             load("xrays/covidx", tmp_path, **options)
     with pytest.raises(BadParameter, match="see `reports`"):
         load("xrays/mimic-cxr", tmp_path, "train")
-    with pytest.raises(BadParameter, match="xrays/covidx"):
-        load("covidx", tmp_path, "train")
 
 
 def test_a_download_that_fails_leaves_nothing(tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """A study resumes, keeps rows of other code only when they come out the same, and chooses fairly."""
 
+import importlib
 import os
 import subprocess
 import sys
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pandas as pd
 import psutil
@@ -13,9 +15,13 @@ import pytest
 
 from companion.errors import BadParameter, CorruptFile
 from companion.evaluation import ablations
+from companion.ops import record
 from companion.ops.files import read_json
+from companion.ops.papers import paper
 from companion.toy import ablation as study
 from tests.conftest import kill_when
+
+STUDIES = sorted(path.stem for path in Path(study.__file__).parent.glob("ablations/[!_]*.py"))
 
 
 @pytest.fixture
@@ -78,10 +84,12 @@ def test_a_stopped_study_goes_on(fake, tmp_path):
     study.run("fake", tmp_path / "out", tmp_path, workers=1)
     assert len(fake.calls) == 10 - 3
     again = pd.read_csv(tmp_path / "out" / "study.csv")
-    pd.testing.assert_frame_equal(
-        again.drop(columns="seconds"), ablations.read(tmp_path / "out").drop(columns="seconds")
-    )
+    read = ablations.read(tmp_path / "out")
+    pd.testing.assert_frame_equal(again.drop(columns="seconds"), read.drop(columns="seconds"))
     assert len(again) == 10
+    (tmp_path / "out" / "study.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(CorruptFile, match=r"study\.csv"):
+        ablations.read(tmp_path / "out")
 
 
 KILLED = """
@@ -152,33 +160,41 @@ def test_seeds_run_apart_and_merged_are_the_study(fake, tmp_path):
     assert not (tmp_path / "less").exists()
 
 
-def test_ties_take_the_smaller_rate():
-    rows = [
-        {"stage": "select", "task": "t", "method": "a", "learning_rate": r, "seed": 9, "accuracy": 50.0}
-        for r in (0.3, 0.1)
+def rows_of(found: dict[tuple[str, str, float], float], stage: str = "select") -> list[dict]:
+    return [
+        {"stage": stage, "task": task, "method": method, "learning_rate": rate, "seed": 0, "accuracy": float(accuracy)}
+        for (task, method, rate), accuracy in found.items()
     ]
+
+
+def test_ties_take_the_smaller_rate_and_a_choice_at_an_end_of_the_grid_is_named():
+    rows = rows_of({("t", "a", 0.3): 50, ("t", "a", 0.1): 50})
     assert ablations.selected(pd.DataFrame(rows)) == {("t", "a"): 0.1}
-
-
-def test_a_choice_at_an_end_of_the_grid_is_named():
-    rates, best = [1, 2, 3], {("t", "low"): 1, ("t", "middle"): 2, ("u", "high"): 3}
-    rows = [
-        {
-            "stage": "select",
-            "task": task,
-            "method": method,
-            "learning_rate": rate,
-            "seed": 0,
-            "accuracy": float(rate == at),
-        }
-        for (task, method), at in best.items()
-        for rate in rates
-    ]
-    rows.append({"stage": "test", "task": "t", "method": "untrained", "learning_rate": 0.0, "seed": 0, "accuracy": 9.0})
+    best = {("t", "low"): 1, ("t", "middle"): 2, ("u", "high"): 3}
+    rows = rows_of({(*key, rate): rate == at for key, at in best.items() for rate in (1, 2, 3)})
+    rows += rows_of({("t", "untrained", 0.0): 9}, "test")
     assert ablations.at_ends(pd.DataFrame(rows)) == [("t", "low"), ("u", "high")]
 
 
-def test_a_file_that_is_no_study(tmp_path):
-    (tmp_path / "study.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(CorruptFile, match=r"study\.csv"):
-        ablations.read(tmp_path)
+@pytest.mark.parametrize("slug", STUDIES)
+def test_claims_name_methods_and_tasks_of_the_study(slug):
+    module = importlib.import_module(f"companion.toy.ablations.{slug}")
+    for claim in paper(slug)["claims"]:
+        if claim["kind"] == "directional":
+            for task in claim["tasks"]:
+                assert {claim["better"], claim.get("worse", claim["better"])} <= set(module.TASKS[task]), claim["id"]
+    assert module.SELECTION_SEED not in module.SEEDS
+
+
+@pytest.mark.parametrize("slug", STUDIES)
+def test_the_committed_record_says_of_every_claim_what_came_out(slug):
+    """Exact claims hold, every directional one was judged on all seeds, and one that fails gives its reason."""
+    ledger = read_json(record.root() / "reports" / "pocket" / slug / "claims.json")
+    assert [claim["id"] for claim in ledger] == [claim["id"] for claim in paper(slug)["claims"]]
+    for claim in ledger:
+        if claim["kind"] == "directional":
+            assert claim["status"] in ("holds", "fails"), claim["id"]
+            assert claim["seeds"] == importlib.import_module(f"companion.toy.ablations.{slug}").SEEDS
+            assert bool(claim["why"]) == (claim["status"] == "fails"), claim["id"]
+        else:
+            assert claim["status"] == ("holds" if claim["kind"] == "exact" else "not run"), claim["id"]

@@ -1,35 +1,26 @@
 """DMT's ablations: equal initial students, the tensors that each method trains, probes and leads."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
 from companion.models.dmt import Teachers
-from companion.ops.papers import paper
 from companion.toy.ablations import dmt as study
 from companion.toy.datasets import collage
 from companion.toy.encoders import teachers as taught
+from companion.toy.live import dmt as live
+from tests.conftest import parameters
 
 SEED = 5
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A data root with a few collages of one seed."""
-    path, counts = tmp_path_factory.mktemp("study"), dict(collage.COUNTS)
-    collage.COUNTS.update(train=320, val=60, test=60)
-    study.write(path, SEED)
-    yield str(path)
-    collage.COUNTS.update(counts)
+    path = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collage, "COUNTS", {"train": 320, "val": 60, "test": 60})
+        study.write(path, SEED)
+        yield str(path)
     study.part.cache_clear()
-
-
-def test_methods_are_those_of_the_claims():
-    claims = [c for c in paper("dmt")["claims"] if c["kind"] == "directional"]
-    named = {c[side] for c in claims for side in ("better", "worse") if side in c}
-    assert named <= set(study.METHODS) and {t for c in claims for t in c["tasks"]} == {study.TASK}
-    assert study.SELECTION_SEED not in study.SEEDS
 
 
 @pytest.mark.parametrize("method", [m for m in study.METHODS if m not in study.UNTRAINED])
@@ -50,11 +41,8 @@ def test_all_students_start_alike_and_every_tensor_is_trained(root, method):
 def test_what_the_methods_change(root):
     models = {method: study.assemble(method, SEED, root)[0] for method in study.STUDENTS}
     assert [len(models[m].widths) for m in ("DMT", "MAE only", "MAE + iBOT", "gate")] == [3, 1, 2, 3]
-    assert (models["gate"].fusion, models["averaged teachers"].fusion, models["DMT"].fusion) == (
-        "gate",
-        "mean",
-        "separate",
-    )
+    fusions = [models[m].fusion for m in ("gate", "averaged teachers", "DMT")]
+    assert fusions == ["gate", "mean", "separate"]
     assert models["LN targets"].target_norms[0].kind == "ln" and models["DMT"].target_norms[0].kind == "channel"
     assert models["token loss only"].decoder is None and models["map loss only"].adapters is None
     assert models["same view"].teachers.view == "same" and models["DMT"].teachers is None
@@ -92,3 +80,16 @@ def test_learning_rates_are_chosen_on_validation_after_half_the_steps(root, monk
     assert asked == [3] and "test" not in split_of and "mean all" not in chosen
     study.train("MAE only", study.TASK, 1e-3, SEED, root)
     assert asked[1] == 6 and "test" in split_of
+
+
+def test_the_live_run_is_the_studys(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(live, "STEPS", 3)
+    found = live.setting(parameters("dmt", seed=3), tmp_path, {(study.TASK, method): 1e-3 for method in study.METHODS})
+    assert found.learning_rates == dict.fromkeys(live.METHODS, 1e-3) and found.trained is None
+    for method in found.learning_rates:
+        model, again = found.build(method), found.build(method)
+        history = found.learn(model, method)
+        assert len(history) == 3 and len(model.widths) == len(study.STUDENTS[method][0])
+        assert history[0]["loss"] == pytest.approx(history[0]["token loss"] + history[0]["map loss"], rel=1e-5)
+        assert found.learn(again, method) == history, "the same seed gives the same bits"
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))

@@ -1,26 +1,28 @@
 """ECAMP's study: what differs between the methods, and that each measure measures what it says."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
+from companion import backbones
 from companion.models.ecamp import model as ecamp
+from companion.toy import encoders
 from companion.toy.ablations import ecamp as study
 from companion.toy.ablations import study_root
 from companion.toy.datasets import chests
+from companion.toy.encoders import chest_ecamp
+from companion.toy.live import ecamp as live
+from tests.conftest import parameters
 
 SEED = 5
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A data root with a few chests of one seed."""
-    path, kept = tmp_path_factory.mktemp("clinic"), dict(chests.COUNTS)
-    chests.COUNTS.update(train=160, val=60, test=60)
-    chests.write(study_root(path, SEED), SEED)
-    yield str(path)
-    chests.COUNTS.update(kept)
+    path = tmp_path_factory.mktemp("clinic")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chests, "COUNTS", {"train": 160, "val": 60, "test": 60})
+        chests.write(study_root(path, SEED), SEED)
+        yield str(path)
     study.part.cache_clear()
 
 
@@ -35,7 +37,6 @@ def model(words):
 
 
 def some(root, method, count=40):
-    """Items of a method's training data, stacked."""
     data = study.pairs(method, root, SEED)
     torch.manual_seed(0)
     return ecamp.Batch(*(torch.stack(values) for values in zip(*(data[i] for i in range(count)), strict=True)))
@@ -144,11 +145,42 @@ def test_a_row_holds_every_measure(root, method, monkeypatch):
     assert set(chosen) == {"AUROC 50", "loss"} and chosen["loss"] == row["loss"], "the same training, another split"
 
 
-def test_rates_are_chosen_after_whole_trainings(root, monkeypatch):
-    asked = []
+def test_the_live_training_is_that_of_the_ablations(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(live, "STEPS", 3)
+    found = live.setting(parameters("ecamp", seed=3), tmp_path, {(live.TASK, method): 1e-3 for method in study.METHODS})
+    assert found.learning_rates == {"MIM only": 1e-3, "ECAMP": 1e-3}
+    for method in found.learning_rates:
+        model, again = found.build(method), found.build(method)
+        history = found.learn(model, method)
+        assert len(history) == 3 and (history[0]["mlm"] > 0) == (method == "ECAMP")
+        assert found.learn(again, method) == history, "the same seed gives the same bits"
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_the_shipped_model_is_that_of_its_card():
+    model, card = chest_ecamp.build(), encoders.read_card(chest_ecamp.NAME)
+    assert sum(t.numel() for t in model.parameters()) == card["parameters"] and not model.training
+    assert card["world"] == chests.VERSION and card["recipe"]["epochs"] == chest_ecamp.EPOCHS
+    assert chest_ecamp.SEED not in (*study.SEEDS, study.SELECTION_SEED)
+    trained, untrained = card["quality"]["ECAMP"], card["quality"]["untrained"]
+    assert trained["AUROC 50"] > untrained["AUROC 50"] + 5 and trained["Dice"] > untrained["Dice"]
+    assert trained["side gain"] > 50 and trained["finding gain"] > 30 and trained["attention lead, hidden"] > 10
+    assert abs(untrained["side gain"]) < 5
+
+
+def test_the_shipped_model_has_the_words_of_every_seed(root, tmp_path):
+    chests.write(tmp_path, 4)
+    words = study.Vocabulary.read(tmp_path / "pocket" / "chests" / "wordpiece.json")
+    assert len(words) == chest_ecamp.WORDS and words.pieces[5:] == sorted(words.pieces[5:])
+    assert {words.pieces[i] for i in words.entities} == set(chests.FINDINGS)
+
+
+def test_the_shipped_model_can_be_made_again(root, tmp_path, monkeypatch):
+    train = chest_ecamp.train
     monkeypatch.setattr(study, "PROBES", {50: 1})
-    monkeypatch.setattr(study, "fit", lambda *args, **options: asked.append(options["epochs"]) or [{"loss": 1.0}])
-    for split in ("select", "test"):
-        monkeypatch.setattr(study, "dice", lambda *args: 50.0)
-        study.train("MIM only", "chests", 1e-3, SEED, root, split)
-    assert asked == [study.RECIPE["epochs"]] * 2
+    monkeypatch.setattr(study, "SEGMENT", study.SEGMENT | {"epochs": 1})
+    monkeypatch.setattr(chest_ecamp, "train", lambda root: train(root, epochs=0.7))
+    path = chest_ecamp.ship(tmp_path)
+    state = backbones.read_state(path)
+    assert set(state) == set(chest_ecamp.build().state_dict())
+    assert "# pocket_ecamp" in path.with_suffix(".md").read_text()

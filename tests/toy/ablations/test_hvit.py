@@ -1,14 +1,11 @@
 """H-ViT's ablations on the synthetic slides, and the live run of the notebook."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.utils.data import TensorDataset
 
 from companion.data import slides as data
 from companion.models.hvit import HViT, recipe
-from companion.ops.papers import paper
 from companion.slides import tensor
 from companion.toy.ablations import hvit as ablation
 from companion.toy.ablations import study_root
@@ -16,14 +13,6 @@ from companion.toy.datasets import slides as synthetic
 from companion.toy.encoders import slide_dino
 from companion.toy.live import hvit as live
 from tests.conftest import parameters
-
-
-def test_the_facts_name_what_there_is():
-    """Claims name methods and tasks of the ablation."""
-    for claim in paper("hvit")["claims"]:
-        if claim["kind"] == "directional":
-            for task in claim["tasks"]:
-                assert {claim["better"], claim["worse"]} <= set(ablation.TASKS[task])
 
 
 @pytest.fixture
@@ -45,9 +34,8 @@ def few(tmp_path, monkeypatch) -> str:
 def test_every_method_trains_what_its_name_says(method, few):
     model = ablation.build(method, 0)
     row = ablation.train(method, "place", 1e-3, 0, few, "select")
-    assert -100 <= row["kappa"] <= 100 and row["trained"] == sum(
-        p.numel() for p in model.parameters() if p.requires_grad
-    )
+    assert -100 <= row["kappa"] <= 100
+    assert row["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     if isinstance(model, HViT):
         shipped = slide_dino.build()[1].state_dict()
         same = all(torch.equal(t, shipped[n]) for n, t in model.region.state_dict().items())

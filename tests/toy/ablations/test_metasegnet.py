@@ -1,29 +1,28 @@
 """MetaSegNet's study: what networks are given, that they start alike, that each score is of the right images."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
 from companion.evaluation.metrics import landcover as metrics
+from companion.models.metasegnet import recipe
 from companion.models.metasegnet.text import Words, headless
-from companion.ops.papers import paper
 from companion.toy.ablations import metasegnet as study
 from companion.toy.ablations import study_root
 from companion.toy.datasets import landcover
+from companion.toy.live import metasegnet as live
+from tests.conftest import parameters
 
 SEED = 1
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A data root with a few images of one seed, and a study of three steps."""
-    path, counts, steps = tmp_path_factory.mktemp("land"), landcover.COUNTS, study.STEPS
-    landcover.COUNTS = {"train": 4, "val": 2, "test": 3}
-    study.STEPS = 3
-    landcover.write(study_root(path, SEED), SEED)
-    yield str(path)
-    landcover.COUNTS, study.STEPS = counts, steps
+    path = tmp_path_factory.mktemp("land")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(landcover, "COUNTS", {"train": 4, "val": 2, "test": 3})
+        patch.setattr(study, "STEPS", 3)
+        landcover.write(study_root(path, SEED), SEED)
+        yield str(path)
     study.part.cache_clear()
     study.trained.cache_clear()
 
@@ -50,8 +49,8 @@ def test_what_differs_between_the_networks():
     built = {network: study.build(network, 0) for network in study.NETWORKS}
     assert built["unimodal"].text is None
     stages = {network: sorted(map(int, model.fusions)) for network, model in built.items()}
-    assert stages["MetaSegNet"] == [1, 2, 3, 4] and stages["fusion at stages 3 and 4"] == [3, 4]
-    assert stages["fusion at stage 1"] == [1] and stages["fusion at stage 4"] == [4]
+    names = ("MetaSegNet", "fusion at stages 3 and 4", "fusion at stage 1", "fusion at stage 4")
+    assert [stages[name] for name in names] == [[1, 2, 3, 4], [3, 4], [1], [4]]
     assert len(built["one-hot zone"].text.vocabulary) == 2 + 8 and not built["one-hot zone"].text.layers
     same = (sum(p.numel() for p in built[n].decoder.parameters()) for n in built)
     assert len(set(same)) == 1
@@ -81,7 +80,8 @@ def test_texts_at_test():
 def test_header_dropout_hides_half_of_the_heads(root, monkeypatch):
     model = study.build("MetaSegNet", SEED)
     data = study.part(root, SEED, "train").of(study.seen(SEED))
-    seen, hidden = [], {tuple(row) for row in model.text.ids([headless(t) for t in _given(data)]).tolist()}
+    headers = [headless(text) for text in study.prompts().texts(data.zones)]
+    seen, hidden = [], set(map(tuple, model.text.ids(headers).tolist()))
     loss = type(model).loss
 
     def spy(self, images, texts, labels):
@@ -94,10 +94,6 @@ def test_header_dropout_hides_half_of_the_heads(root, monkeypatch):
     seen.clear()
     study.train_model("no header dropout", study.build("no header dropout", SEED), data, 1e-3, SEED)
     assert seen and not any(seen)
-
-
-def _given(data):
-    return study.prompts().texts(data.zones)
 
 
 def test_rows_score_the_right_pictures(root):
@@ -118,7 +114,7 @@ def test_rows_score_the_right_pictures(root):
     model = study.build("MetaSegNet", SEED)
     data = study.part(root, SEED, "test").of(study.seen(SEED))
     study.train_model("MetaSegNet", model, study.part(root, SEED, "train").of(study.seen(SEED)), 1e-3, SEED)
-    said = study.predict(model, data.images, _given(data))
+    said = study.predict(model, data.images, study.prompts().texts(data.zones))
     assert round(100 * float((said == data.labels).float().mean()), 2) == seen["OA"]
 
 
@@ -128,7 +124,17 @@ def test_selection_looks_at_no_zone_left_out_and_at_no_wrong_text(root):
     assert rows[0] == rows[1] == rows[2]
 
 
-def test_claims_name_methods_of_the_study():
-    for claim in paper("metasegnet")["claims"]:
-        if claim["kind"] == "directional":
-            assert {claim["better"], claim["worse"]} <= set(study.METHODS) and set(claim["tasks"]) <= set(study.TASKS)
+def test_the_live_run_is_the_studys(root, tmp_path):
+    rates = {("seen", method): 1e-3 for method in study.METHODS}
+    found = live.setting(parameters("metasegnet", seed=SEED), tmp_path, rates)
+    assert set(found.tests["left out"].zones) == {study.left_out(SEED)}
+    assert set(found.tests["seen"].zones) == set(study.seen(SEED))
+    assert found.learning_rates == {"unimodal": 1e-3, "MetaSegNet": 1e-3}
+    texts = (found.texts("MetaSegNet", ["Csa"], kind)[0] for kind in ("", "wrong"))
+    assert next(texts) == study.prompts().text("Csa") != next(texts) and found.texts("unimodal", ["Csa"]) is None
+    for method in live.LIVE:
+        model, history = recipe.train(found, method)
+        assert len(history) == 3
+        for task in study.TASKS:
+            row = study.train(method, task, 1e-3, SEED, str(tmp_path / "data"))
+            assert round(metrics.scores(recipe.matrix(found, model, method, task)).miou, 2) == row["mIoU"]

@@ -1,7 +1,5 @@
 """What all synthetic datasets share: written once, whole, from a seed; splits share no image and no tile."""
 
-from __future__ import annotations
-
 import re
 import shutil
 
@@ -94,9 +92,8 @@ def test_a_damaged_dataset_is_written_again(write, copied, damage):
     before = contents(folder)
     files = sorted(before, key=str)
     image = next(folder / path for path in files if path.suffix in IMAGES)
-    *lists, record = sorted(
-        (folder / path for path in files if path.suffix not in IMAGES), key=lambda path: b'"seed"' in path.read_bytes()
-    )
+    others = (folder / path for path in files if path.suffix not in IMAGES)
+    *lists, record = sorted(others, key=lambda path: b'"seed"' in path.read_bytes())
     if damage == "empty image":
         image.write_bytes(b"")
     elif damage == "broken record":

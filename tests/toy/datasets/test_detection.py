@@ -1,9 +1,8 @@
 """The pocket scenes with boxes: places tell the things, novel ones have doubles next door, COCO's tools read them."""
 
-from __future__ import annotations
-
 import contextlib
 import io
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -20,7 +19,6 @@ SEED = 7
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A data root with the scenes of one seed, few of them."""
     path = tmp_path_factory.mktemp("scenes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pocket, "COUNTS", {"train": 60, "val": 8, "test": 12})
@@ -31,9 +29,6 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def drawn():
     return pocket.scenes(400, "test", SEED)
-
-
-# --- the world --------------------------------------------------------------------------------------------------------
 
 
 def test_every_place_has_three_base_things_and_a_novel_one_with_a_double_in_the_next():
@@ -47,11 +42,10 @@ def test_every_place_has_three_base_things_and_a_novel_one_with_a_double_in_the_
         assert double.place == places[(number + 1) % 4] and double.shape == novel.shape and not double.like
         assert (novel.hue - double.hue) % 1 == pytest.approx(0.03)
     # any two base things of one shape differ in hue by far more
-    for one in pocket.THINGS[:12]:
-        for other in pocket.THINGS[:12]:
-            if one.shape == other.shape and one is not other:
-                apart = abs(one.hue - other.hue) % 1
-                assert min(apart, 1 - apart) > 0.08
+    for one, other in itertools.combinations(pocket.THINGS[:12], 2):
+        if one.shape == other.shape:
+            apart = abs(one.hue - other.hue) % 1
+            assert min(apart, 1 - apart) > 0.08
 
 
 def test_things_are_where_they_belong_and_novel_ones_are_hard(drawn):
@@ -75,10 +69,9 @@ def test_boxes_lie_in_the_picture_and_do_not_touch(drawn):
     for shown in drawn:
         x, y, w, h = shown.boxes.T
         assert (x > 0).all() and (y > 0).all() and (x + w < 64).all() and (y + h < 64).all()
-        for i in range(len(x)):
-            for j in range(i):
-                apart = max(x[i] - x[j] - w[j], x[j] - x[i] - w[i], y[i] - y[j] - h[j], y[j] - y[i] - h[i])
-                assert apart >= 2 - 1e-9
+        for i, j in itertools.combinations(range(len(x)), 2):
+            apart = max(x[i] - x[j] - w[j], x[j] - x[i] - w[i], y[i] - y[j] - h[j], y[j] - y[i] - h[i])
+            assert apart >= 2 - 1e-9
 
 
 @pytest.mark.parametrize("shape", ["disc", "square", "triangle", "cross"])
@@ -115,17 +108,13 @@ def test_the_texture_alone_tells_the_place():
     assert (between < within / 2).all()
 
 
-# --- on disk ----------------------------------------------------------------------------------------------------------
-
-
 def test_cocos_own_reader_reads_it_and_training_holds_no_novel_box(root):
     folder = root / "pocket" / "detection"
     for split, count in (("train", 60), ("val", 8), ("test", 12)):
         with contextlib.redirect_stdout(io.StringIO()):
             truth = COCO(folder / "annotations" / f"instances_{split}.json")
-        assert len(truth.getImgIds()) == count and [c["name"] for c in truth.loadCats(range(1, 17))] == [
-            *pocket.CLASSES
-        ]
+        assert len(truth.getImgIds()) == count
+        assert [c["name"] for c in truth.loadCats(range(1, 17))] == [*pocket.CLASSES]
         seen = {row["category_id"] for row in truth.loadAnns(truth.getAnnIds())}
         assert (split == "train") == (not seen & {13, 14, 15, 16})
         shown = pocket.scenes(count, split, SEED)

@@ -1,7 +1,5 @@
 """The pocket domains: what their sensors do, how they lie on disk, what their models tell, and the study on them."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import numpy as np
@@ -13,7 +11,7 @@ from torch import nn
 
 from companion.data import domains as reader
 from companion.data import fewshot
-from companion.errors import BadParameter, CorruptFile, MissingWeights
+from companion.errors import BadParameter
 from companion.models.layers import clip_prompting as prompting
 from companion.toy import encoders
 from companion.toy.ablations import dplq as study
@@ -30,7 +28,6 @@ SEED = 7
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A study's root with both domains of one seed."""
     path = tmp_path_factory.mktemp("study")
     for domain in DOMAINS:
         domains.write(study_root(path, SEED), domain, SEED)
@@ -45,9 +42,6 @@ def angle(images: np.ndarray) -> np.ndarray:
         object_ = saturation >= np.quantile(saturation, 0.97)
         found.append(np.angle(np.exp(2j * np.pi * hue[object_]).mean()) / (np.pi / 2) % 4)
     return np.array(found)
-
-
-# --- the world --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -74,17 +68,6 @@ def test_the_second_sensor_shows_the_opposite_colour():
     np.testing.assert_allclose(domains.negative(grey), 1 - grey)
 
 
-def test_the_sensors_turn_what_the_labels_say():
-    rng = np.random.default_rng(0)
-    world = domains.DOMAINS["remote"]
-    for sensor in (0, 1):
-        labels = rng.integers(16, size=60)
-        shown = angle(np.stack([domains.picture(rng, "remote", "train", label, sensor) for label in labels]))
-        named = np.array([scenes.HUES.index(world.pairs[label][0]) for label in labels])
-        turned = (shown - named - 2 * sensor + 2) % 4 - 2  # quarters of the circle off, -2 to 2
-        assert np.mean(abs(turned) < 0.6) > 0.9
-
-
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_the_lines_of_the_sensors_are_apart_and_fixed(domain):
     lines = [domains.pattern(domain, sensor)[..., 0] for sensor in (0, 1)]
@@ -98,25 +81,16 @@ def test_the_lines_of_the_sensors_are_apart_and_fixed(domain):
         mean = pictures[sensors == sensor].mean((0, 3)) / 255
         own, other = ((mean * lines[i]).sum() / np.square(lines[i]).sum() for i in (sensor, 1 - sensor))
         assert 0.8 < own < 1.1 and abs(other) < 0.2
-
-
-@pytest.mark.parametrize("domain", DOMAINS)
-def test_brightness_does_not_tell_the_sensors(domain):
-    pictures, sensors = domains.unlabelled(domain, 400, seed=4)
+    # brightness does not tell the sensors
     means = pictures.mean((1, 2, 3))
     assert abs(means[sensors == 0].mean() - means[sensors == 1].mean()) < 0.5 * means.std()
 
 
-@pytest.mark.parametrize(
-    "call",
-    [lambda: domain_mae.load("radar"), lambda: domain_mae.load("remote", "imagenet"), lambda: domain_mae.ship("radar")],
-)
-def test_unknown_names_are_refused_with_the_known_ones(call):
-    with pytest.raises(BadParameter, match="Accepted"):
-        call()
-
-
-# --- on disk ----------------------------------------------------------------------------------------------------------
+def test_unknown_names_are_refused_with_the_known_ones():
+    load, ship = domain_mae.load, domain_mae.ship
+    for function, *names in ((load, "radar"), (load, "remote", "imagenet"), (ship, "radar")):
+        with pytest.raises(BadParameter, match="Accepted"):
+            function(*names)
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -129,16 +103,12 @@ def test_the_reader_of_ones_own_folder_reads_a_domain(root, domain):
     assert image.shape == (3, 32, 32) and label == 0
 
 
-# --- the domain models ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_the_shipped_model_is_as_good_as_its_card_says(domain):
     card = encoders.read_card(domain_mae.NAMES[domain])
     model = domain_mae.load(domain)
     assert sum(p.numel() for p in model.parameters()) == card["parameters"]
-    file = encoders.WEIGHTS / f"{domain_mae.NAMES[domain]}.safetensors"
-    assert file.stat().st_size == card["bytes"] < 1_000_000 and card["world"] == domains.VERSION
+    assert card["world"] == domains.VERSION
     found = domain_mae.measure(domain, model)
     for name, said in card["quality"].items():
         assert found[name] == pytest.approx(said, abs=0.02)
@@ -180,14 +150,6 @@ def test_what_is_shipped_loads_and_its_card_describes_it(tmp_path, monkeypatch):
     assert head["bytes"] == path.stat().st_size and head["recipe"]["steps"] == 2
     monkeypatch.setattr(encoders, "WEIGHTS", tmp_path)
     assert domain_mae.load("remote").num_features == domain_mae.SHAPE["decoder_width"]
-    with pytest.raises(MissingWeights):
-        domain_mae.load("medical")
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CorruptFile):
-        domain_mae.load("remote")
-
-
-# --- the study --------------------------------------------------------------------------------------------------------
 
 
 def test_the_parts_are_what_they_say(root):
@@ -208,6 +170,7 @@ def test_the_sensors_belong_to_the_pictures(root, part):
     sensors = study.sensors("remote", root, SEED, part)
     shown = angle(((images + 1) / 2).permute(0, 2, 3, 1).numpy())
     named = np.array([scenes.HUES.index(names[label].split()[0]) for label in labels])
+    # quarters of the circle off, -2 to 2; the second sensor shows the opposite hue
     assert 0.3 < sensors.double().mean() < 0.7
     assert np.mean(abs((shown - named - 2 * sensors.numpy() + 2) % 4 - 2) < 0.6) > 0.9
 
@@ -253,9 +216,8 @@ def test_quaternions_have_the_fewer_parameters(root):
     counts = {m: study.build(m, ("a disc",), 0, 48).count() for m in ("DPLQ", "DPLQ, real layers", "MaPLe")}
     real = nn.Linear(64, 64), *(nn.Linear(64, 48) for _ in range(5))
     quaternion = 128 * 64 // 4 + 64 + 5 * (128 * 48 // 4 + 48)
-    assert counts["DPLQ, real layers"] - counts["DPLQ"] == (
-        sum(p.numel() for layer in real for p in layer.parameters()) - quaternion
-    )
+    more = sum(p.numel() for layer in real for p in layer.parameters()) - quaternion
+    assert counts["DPLQ, real layers"] - counts["DPLQ"] == more
     assert counts["DPLQ"] < counts["MaPLe"]
 
 

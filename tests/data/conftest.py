@@ -1,0 +1,46 @@
+"""What the readers' tests share: flat images, sets of other sizes, a web server on this machine."""
+
+import dataclasses
+import http.server
+import threading
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from companion.data import DATASETS
+
+
+def picture(path: Path, value: int | tuple = 100, size: tuple[int, int] = (12, 10), mode: str = "RGB") -> None:
+    """A flat image of brightness `value`, by which a test recognises it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, (value,) * 3 if mode == "RGB" and isinstance(value, int) else value).save(path)
+
+
+def values(images) -> list[int]:
+    """The brightness of each image: which file it came from (JPEG keeps a flat grey)."""
+    return [int(np.asarray(images.picture(i))[0, 0, 0]) for i in range(len(images))]
+
+
+def expect(monkeypatch: pytest.MonkeyPatch, name: str, **changes) -> None:
+    """Let the register say `changes` of the set `name`, such as other `sizes`."""
+    monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], **changes))
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A folder, and the address at which a web server on this machine hands it out."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{running.server_address[1]}"
+        running.shutdown()
