@@ -67,12 +67,9 @@ def test_a_classifier_sees_what_the_encoder_saw(positions, last_heads, images):
 
 
 def test_parameters_of_the_fine_tuned_models_are_the_usual_ones():
-    with torch.device("meta"):
-        counts = [
-            sum(p.numel() for p in down.classifier(build(size), 1000).parameters())
-            for size in ("tiny", "small", "base")
-        ]
-    assert counts == [5_717_416, 22_050_664, 86_567_656]
+    for size, count in (("tiny", 5_717_416), ("small", 22_050_664), ("base", 86_567_656)):
+        with torch.device("meta"):
+            assert sum(p.numel() for p in down.classifier(build(size), 1000).parameters()) == count
 
 
 def test_mixing_is_timms_and_repeats(images):
@@ -115,8 +112,7 @@ def test_fine_tuning_learns_and_resumes(tmp_path, monkeypatch):
     with interrupted(monkeypatch, VisionTransformer, "forward", 19):
         tune(checkpoint=checkpoint)
     again, _ = tune(checkpoint=checkpoint)
-    for (name, p), q in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
-        assert torch.equal(p, q), name
+    torch.testing.assert_close(model.state_dict(), again.state_dict(), rtol=0, atol=0)
 
 
 def test_probes_leave_the_encoder_alone():
@@ -216,9 +212,7 @@ def test_crops_stack_and_unpack():
     stacked = tuple(torch.stack(parts) for parts in zip(data[0], data[1], strict=True))
     assert down.detection_loss(model, stacked) == 3
     for i, target in enumerate(seen["targets"]):
-        truth = Squares()[i][1]
-        assert torch.equal(target["masks"], truth["masks"]) and torch.equal(target["boxes"], truth["boxes"])
-        assert torch.equal(target["labels"], truth["labels"])
+        assert all(torch.equal(target[name], Squares()[i][1][name]) for name in ("masks", "boxes", "labels"))
 
 
 def test_jittered_crops_have_the_size_and_keep_boxes_on_masks():
@@ -236,18 +230,8 @@ def test_jittered_crops_have_the_size_and_keep_boxes_on_masks():
 
 
 def test_an_image_without_instances_is_trained_on_too():
-    class Empty(Squares):
-        def __getitem__(self, i):
-            image, target = super().__getitem__(i)
-            return image, {
-                **target,
-                "boxes": torch.zeros(0, 4),
-                "labels": torch.zeros(0, dtype=torch.long),
-                "masks": torch.zeros(0, 64, 64, dtype=torch.uint8),
-            }
-
-    data = Crops(Empty(), 64, most=2, jitter=None)
-    batch = tuple(torch.stack(parts) for parts in zip(data[0], data[1], strict=True))
+    items = [(image, {k: v[:0] for k, v in target.items() if k != "image_id"}) for image, target in Squares(2)]
+    batch = tuple(map(torch.stack, zip(*Crops(items, 64, most=2, jitter=None), strict=True)))
     assert torch.isfinite(down.detection_loss(small_detector().train(), batch))
 
 
@@ -270,18 +254,9 @@ def test_a_detector_trains_whole_and_gives_results_that_can_be_scored():
     }
     for i in range(8):
         x0, y0, x1, y1 = Squares()[i][1]["boxes"][0].tolist()
-        corners = [x0, y0, x1, y0, x1, y1, x0, y1]
-        truth["annotations"].append(
-            {
-                "id": i + 1,
-                "image_id": i + 1,
-                "category_id": 7 + 2 * (i % 2),
-                "iscrowd": 0,
-                "bbox": [x0, y0, 24, 24],
-                "area": 576,
-                "segmentation": [corners],
-            }
-        )
+        shape = {"bbox": [x0, y0, 24, 24], "area": 576, "segmentation": [[x0, y0, x1, y0, x1, y1, x0, y1]]}
+        shape |= {"id": i + 1, "image_id": i + 1, "category_id": 7 + 2 * (i % 2), "iscrowd": 0}
+        truth["annotations"].append(shape)
     scores = {kind: metric.evaluate(truth, found, kind=kind).totals["AP50"] for kind in metric.KINDS}
     assert scores["bbox"] > 20 and scores["segm"] > 10
 
@@ -291,22 +266,15 @@ def test_a_detector_trains_whole_and_gives_results_that_can_be_scored():
 
 def small_segmenter(**options):
     torch.manual_seed(0)
-    return Segmenter(
-        vit(depth=4),
-        3,
-        **{"layers": (0, 1, 2, 3), "channels": 16, "auxiliary": 8, "drop_path": 0.0, "pools": (1, 2)} | options,
-    )
+    usual = {"layers": (0, 1, 2, 3), "channels": 16, "auxiliary": 8, "drop_path": 0.0, "pools": (1, 2)}
+    return Segmenter(vit(depth=4), 3, **usual | options)
 
 
 def test_a_segmenter_gives_logits_of_every_pixel(images):
     model = small_segmenter().eval()
     assert model(images).shape == (4, 3, 32, 32)
-    assert [tuple(s(torch.rand(2, 32, 4, 4)).shape[1:]) for s in model.scales] == [
-        (8, 16, 16),
-        (16, 8, 8),
-        (32, 4, 4),
-        (32, 2, 2),
-    ]
+    scales = [tuple(s(torch.rand(2, 32, 4, 4)).shape[1:]) for s in model.scales]
+    assert scales == [(8, 16, 16), (16, 8, 8), (32, 4, 4), (32, 2, 2)]
     first, second = model.train()(images)
     assert first.shape == second.shape == (4, 3, 32, 32)
     assert small_segmenter(auxiliary=0).train()(images).shape == (4, 3, 32, 32)
@@ -357,13 +325,8 @@ def test_a_segmenter_learns(tmp_path):
     decayed = down.layer_decayed(model, model.vit, np.full(30, 3e-3), 0.9, 1e-4)
     torch.manual_seed(0)
     fit.fit(model, down.segmentation_loss, data, epochs=15, batch=4, **decayed, **CPU)
-    right = total = 0
-    for i in range(8):
-        image, truth = data[i]
-        counted = truth != 255
-        right += int((model.eval()(image[None]).argmax(1)[0] == truth)[counted].sum())
-        total += int(counted.sum())
-    assert right / total > 0.85
+    images, truth = (torch.stack(part) for part in zip(*(data[i] for i in range(8)), strict=True))
+    assert (model.eval()(images).argmax(1) == truth)[truth != 255].float().mean() > 0.85
 
 
 def test_sliding_covers_everything_once_over():

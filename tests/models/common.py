@@ -1,0 +1,38 @@
+"""What the tests of several models share: refusals, misfits of a checkpoint, gradients of a recomputed pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from companion.errors import BadCheckpoint, BadParameter
+
+
+def refuses(*cases: tuple[Callable[[], object], str], error: type[Exception] = BadParameter) -> None:
+    """Each call raises `error`, and the message matches the words next to it."""
+    for call, words in cases:
+        print(words)  # pytest shows it where a case fails
+        with pytest.raises(error, match=words):
+            call()
+
+
+def misfits(load: Callable, *args: object, **options: object) -> tuple[list[str], list[str], list[str]]:
+    """The names, missing, unknown and of another shape, that `load` lists when it refuses a checkpoint."""
+    with pytest.raises(BadCheckpoint) as caught:
+        load(*args, **options)
+    return caught.value.missing, caught.value.unknown, caught.value.shapes
+
+
+def assert_recomputed_gradients_are_equal(make: Callable[[], nn.Module], loss: Callable) -> None:
+    """`set_grad_checkpointing` changes no bit of the gradients of `loss(model)`, dropout included."""
+    found = []
+    for enable in (False, True):
+        model = make().train()
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(0)
+        loss(model).backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert found[0] and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
