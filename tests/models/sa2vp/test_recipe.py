@@ -140,13 +140,14 @@ def test_a_linear_probe_on_images_in_memory_is_trained_on_their_features(tmp_pat
     torch.testing.assert_close(again.head.weight, model.head.weight)
 
 
-def test_what_is_not_as_published_has_a_row_of_its_own():
+def test_what_is_not_as_published_has_a_row_of_its_own(tmp_path):
     assert recipe.label(given()) == recipe.label(given(width=16)) == "SA²VP"
     padded = recipe.label(given(attention="padded", width=8))
     assert padded == "SA²VP, padded attention, r = 8"
     assert recipe.label(given(method="VPT-deep", attention="padded", width=8)) == "VPT-deep"
-    row = {"backbone": "vit_b16", "dataset": "fgvc/cub200", "method": "SA²VP", "accuracy": 84.0}
-    rows = pd.DataFrame([row, row | {"accuracy": 82.0}, row | {"method": padded, "accuracy": 70.0}])
+    row = {"backbone": "vit_b16", "dataset": "fgvc/cub200", "method": "SA²VP", "seed": 0, "accuracy": 84.0}
+    for changes in ({"accuracy": 1.0}, {}, {"seed": 1, "accuracy": 82.0}, {"method": padded, "accuracy": 70.0}):
+        rows = recipe.measured(tmp_path / "measured.csv", row | changes)
     found = recipe.cells(rows, "vit_b16", "fgvc")
     assert found == {("SA2VP", "cub200"): 83.0, ("SA2VP, padded attention, r = 8", "cub200"): 70.0}
     assert recipe.with_mean(found, ["method", "cub200", "mean"])["SA2VP", "mean"] == 83.0
