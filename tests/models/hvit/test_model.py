@@ -12,17 +12,16 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from companion.data import DATASETS
 from companion.errors import BadCheckpoint, BadParameter, CorruptFile
 from companion.evaluation.tables import published_table
 from companion.models.hvit import model as hvit
 from companion.models.hvit.model import HViT, PatchBag, PatchEncoder, RegionEncoder, SlideTransformer
 from companion.models.layers.pos_embed import resize_pos_embed
 from companion.models.layers.state_dicts import load_official
-from companion.ops.papers import paper
 from companion.training.fit import CPU, fit
 from companion.training.schedules import adamw
 from companion.viz import heatmaps
+from tests.models.common import assert_recomputed_gradients_are_equal, misfits, refuses
 
 PIXELS = 32 * 4  # a pocket region
 
@@ -97,34 +96,24 @@ def test_gradients_come_where_training_is(variant, levels):
     assert got == set(model.trained())
     assert {name.split(".")[0] for name in got} == set(levels)
     assert not any(module.training for level in model.frozen for module in getattr(model, level).modules())
-
-
-def test_positions_of_a_frozen_region_level_can_be_trained():
+    # the positions of a frozen level can be trained; the caller's levels are neither frozen nor set to eval mode
     slide, region = SlideTransformer(48), RegionEncoder(4, 48, 48, 1, 3)
     model = HViT(slide, region, variant="global", positions=True)
     assert {n for n in model.trained() if not n.startswith("slide.")} == {"region.pos_embed"}
-    # the caller's levels are neither frozen nor set to eval mode
     assert slide.training and region.training and all(p.requires_grad for p in region.parameters())
 
 
 def test_what_timm_users_look_for():
     model, x = pocket("whole").train(), pixels()
-    assert model.no_weight_decay() == {
-        f"{level}.{n}" for level in ("patch", "region") for n in ("pos_embed", "cls_token")
-    }
+    tables = {f"{level}.{n}" for level in ("patch", "region") for n in ("pos_embed", "cls_token")}
+    assert model.no_weight_decay() == tables
     tokens = model.patch.forward_features(x[0, :, :, :32, :32])
     assert tokens.shape == (2, 65, 48)
     torch.testing.assert_close(tokens[:, 0], model.patch(x[0, :, :, :32, :32]))
-    gradients = []
-    for enable in (False, True):  # recomputed, and the same
-        model.set_grad_checkpointing(enable)
-        model.zero_grad()
-        torch.manual_seed(0)
-        hvit.loss("regression", model(x), torch.tensor([3])).backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
+    grade = torch.tensor([3])
+    assert_recomputed_gradients_are_equal(lambda: pocket("whole"), lambda m: hvit.loss("regression", m(x), grade))
+    model.set_grad_checkpointing()
     assert all(block.grad_checkpointing for block in (model.patch, model.region))
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
 
 
 def test_training_leaves_what_is_frozen():
@@ -289,14 +278,12 @@ def test_votes():
     assert {hvit.vote([0, 1, 2, 3, 4], seed=s) for s in range(50)} == {0, 1, 2, 3, 4}
     assert {hvit.vote([1, 1, 3, 3, 2], seed=s) for s in range(50)} == {1, 3}
     assert hvit.vote([2]) == 2
-    with pytest.raises(BadParameter):
-        hvit.vote([])
 
 
-@pytest.mark.parametrize(
-    ("call", "named"),
-    [
+def test_bad_values_say_what_is_accepted():
+    refuses(
         (lambda: hvit.loss("l1", torch.zeros(1, 1), torch.zeros(1)), "classification"),
+        (lambda: hvit.vote([]), "votes"),
         (lambda: hvit.loss("ordinal", torch.zeros(1, 5), torch.tensor([6])), "0 to 5"),
         (lambda: hvit.predict("l1", torch.zeros(1, 1)), "regression"),
         (lambda: hvit.build("huge"), "pocket"),
@@ -320,11 +307,7 @@ def test_votes():
         (lambda: PatchEncoder(32, 4, 48, 1, 3)(torch.zeros(1, 3, 30, 32)), "multiples of 4"),
         (lambda: PatchEncoder(32, 4, 48, 1, 3)(torch.zeros(1, 3, 32, 32), torch.ones(1, 9)), "64"),
         (lambda: PatchBag(pooling="max"), "attention"),
-    ],
-)
-def test_bad_values_say_what_is_accepted(call, named):
-    with pytest.raises(BadParameter, match=named):
-        call()
+    )
 
 
 # --- the authors' names -----------------------------------------------------------------------------------------------
@@ -333,30 +316,18 @@ def test_bad_values_say_what_is_accepted(call, named):
 @pytest.mark.parametrize("head", hvit.HEADS)
 def test_the_authors_names_there_and_back(head):
     torch.manual_seed(0)
-    model = HViT(
-        SlideTransformer(192, head=head, position="learned", longest=8),
-        RegionEncoder(4, depth=2),
-        PatchEncoder(depth=1),
-        "local",
-    ).eval()
-    state = model.to_official()
+    slide = SlideTransformer(192, head=head, position="learned", longest=8)
+    model = HViT(slide, RegionEncoder(4, depth=2), PatchEncoder(depth=1), "local").eval()
+    state, ours = model.to_official(), model.state_dict()
     again = HViT.from_official(state, head)
-    assert {name: t.shape for name, t in again.state_dict().items()} == {
-        n: t.shape for n, t in model.state_dict().items()
-    }
-    assert all(torch.equal(t, again.state_dict()[n]) for n, t in model.state_dict().items())
+    assert again.state_dict().keys() == ours.keys()
+    assert all(torch.equal(t, ours[n]) for n, t in again.state_dict().items())
     assert (again.slide.head, again.slide.classes, again.variant) == (head, 6, "local")
-
-
-def test_names_that_do_not_fit_are_listed():
-    state = hvit.build("paper", "local", "ordinal", levels=("region", "slide")).to_official()
     state["typo"] = state.pop("global_rho.0.bias")
-    with pytest.raises(BadCheckpoint, match="typo") as caught:
-        HViT.from_official(state, "ordinal")
-    assert caught.value.missing == ["global_rho.0.bias"]
+    assert misfits(HViT.from_official, state, head) == (["global_rho.0.bias"], ["typo"], [])
     del state["typo"], state["classifier.weight"]
     with pytest.raises(BadCheckpoint, match=r"classifier\.weight"):
-        HViT.from_official(state, "ordinal")
+        HViT.from_official(state, head)
 
 
 def test_what_the_outputs_mean_must_be_said_or_be_plain():
@@ -437,20 +408,20 @@ def test_factorised_scores():
     """Claim 6."""
     rng = np.random.default_rng(0)
     patch, region, other = (rng.random((8, 8)) for _ in range(3))
-    np.testing.assert_allclose(
-        heatmaps.factorised(patch, region, 0.3, 0.5, "local"), heatmaps.factorised(patch, region, 0.3, 0.5, "global")
-    )
-    np.testing.assert_array_equal(
-        heatmaps.factorised(patch, region, 0.3, 1.0, "local"), heatmaps.factorised(other, region, 0.3, 1.0, "local")
-    )
-    np.testing.assert_allclose(heatmaps.factorised(patch, region, 0.3, 0.0, "local"), patch)
+
+    def scores(gamma, variant="local", patch=patch):
+        return heatmaps.factorised(patch, region, 0.3, gamma, variant)
+
+    np.testing.assert_allclose(scores(0.5), scores(0.5, "global"))
+    np.testing.assert_array_equal(scores(1.0), scores(1.0, patch=other))
+    np.testing.assert_allclose(scores(0.0), patch)
     for variant, gamma in itertools.product(("global", "local"), (0, 0.3, 0.5, 1)):
-        scores = heatmaps.factorised(patch, region, 0.3, gamma, variant)
-        assert scores.min() >= 0 and scores.max() < 1
-        np.testing.assert_allclose(heatmaps.granular([patch], [region], 0.3, 2, gamma, variant), scores)
-    for gamma, variant in ((1.5, "local"), (0.5, "mixed"), (0, "whole")):
-        with pytest.raises(BadParameter):
-            heatmaps.factorised(patch, region, 0.3, gamma, variant)
+        found = scores(gamma, variant)
+        assert found.min() >= 0 and found.max() < 1
+        np.testing.assert_allclose(heatmaps.granular([patch], [region], 0.3, 2, gamma, variant), found)
+    refuses(
+        *((lambda given=given: scores(*given), "is not accepted") for given in ((1.5,), (0.5, "mixed"), (0, "whole")))
+    )
 
 
 def test_granular_maps_keep_their_scale():
@@ -480,13 +451,6 @@ def test_stitching_and_colours():
 
 
 # --- the facts --------------------------------------------------------------------------------------------------------
-
-
-def test_the_facts_name_what_there_is():
-    facts = paper("hvit")
-    tables, weights = {t["id"] for t in facts["tables"]}, {w["name"] for w in facts["weights"]}
-    for run in facts["runs"]:
-        assert set(run["tables"]) <= tables and set(run["weights"]) <= weights and run["data"] in DATASETS
 
 
 def test_the_cost_is_what_was_counted():
