@@ -283,7 +283,7 @@ def test_votes():
 def test_bad_values_say_what_is_accepted():
     refuses(
         (lambda: hvit.loss("l1", torch.zeros(1, 1), torch.zeros(1)), "classification"),
-        (lambda: hvit.vote([]), "votes"),
+        (lambda: hvit.vote([]), "one fold or more"),
         (lambda: hvit.loss("ordinal", torch.zeros(1, 5), torch.tensor([6])), "0 to 5"),
         (lambda: hvit.predict("l1", torch.zeros(1, 1)), "regression"),
         (lambda: hvit.build("huge"), "pocket"),
@@ -420,7 +420,9 @@ def test_factorised_scores():
         assert found.min() >= 0 and found.max() < 1
         np.testing.assert_allclose(heatmaps.granular([patch], [region], 0.3, 2, gamma, variant), found)
     refuses(
-        *((lambda given=given: scores(*given), "is not accepted") for given in ((1.5,), (0.5, "mixed"), (0, "whole")))
+        (lambda: scores(1.5), "0 to 1"),
+        (lambda: scores(0.5, "mixed"), "'global', 'local'"),
+        (lambda: scores(0, "whole"), "more than 0"),
     )
 
 
