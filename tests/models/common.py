@@ -1,4 +1,4 @@
-"""What the tests of several models share: refusals, misfits of a checkpoint, gradients of a recomputed pass."""
+"""What the tests of several models share: refusals, misfits of a checkpoint, recomputed gradients, operations."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from companion.errors import BadCheckpoint, BadParameter
 
@@ -36,3 +37,10 @@ def assert_recomputed_gradients_are_equal(make: Callable[[], nn.Module], loss: C
         loss(model).backward()
         found.append([p.grad for p in model.parameters() if p.grad is not None])
     assert found[0] and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def gflop(run: Callable[[], object]) -> float:
+    """The floating point operations of a call, in billions, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() / 1e9
