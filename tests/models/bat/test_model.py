@@ -1,7 +1,5 @@
 """BAT: what is trained, what passes between the streams, the losses, the baselines, and the authors' names."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest
@@ -67,9 +65,6 @@ BOXES = torch.tensor([[0.3, 0.35, 0.25, 0.2], [0.1, 0.5, 0.3, 0.3]])
 def loss(model, batch):
     template, search, boxes = batch
     return bat.losses(model(template, search), boxes)["loss"]
-
-
-# --- what is trained --------------------------------------------------------------------------------------------------
 
 
 def test_trained_parameters_at_paper_scale():
@@ -177,11 +172,9 @@ def test_the_callers_tracker_stays_as_it_was(tuned):
     assert not any(p.requires_grad for model in models[1:] for p in model.parameters())
 
 
+@pytest.mark.parametrize("options", [{}, dict(elimination={0: 0.7}), dict(tuned="all")], ids=str)
 def test_gradient_checkpointing_gives_the_same_gradients(options):
     assert_recomputed_gradients_are_equal(lambda: small(**options), lambda m: loss(m, (*crops(), BOXES)))
-
-
-# --- exact claims -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, dict(fusion="mean"), dict(stages=("mlp",)), dict(tuned="all")], ids=str)
@@ -228,9 +221,6 @@ def test_an_adapter_is_affine_and_of_low_rank():
     torch.testing.assert_close(adapter(0.3 * a + 0.7 * b), 0.3 * adapter(a) + 0.7 * adapter(b))
     linear = adapter(torch.eye(96, dtype=torch.float64)) - adapter(torch.zeros(96, dtype=torch.float64))
     assert torch.linalg.matrix_rank(linear) == 8
-
-
-# --- one batch, or two passes as the paper writes them ----------------------------------------------------------------
 
 
 def two_passes(model: BAT, template: Tensor, search: Tensor) -> Tensor:
@@ -318,9 +308,6 @@ def test_the_template_centre():
             assert OSTrack(vit, template=side, search=64).centre == index
 
 
-# --- candidate elimination --------------------------------------------------------------------------------------------
-
-
 def test_eliminated_tokens_leave_in_the_order_of_attention():
     x = torch.arange(2.0 * 7).view(2, 7, 1)
     attention = torch.tensor([[0.1, 0.5, 0.2, 0.4], [0.4, 0.3, 0.2, 0.1]])
@@ -359,9 +346,6 @@ def test_both_settings_of_elimination_run():
     found = small(elimination={0: 0.7, 1: 0.7, 2: 0.7})(template, search, trace)
     assert [entry.shape for entry in trace["kept"]] == [(4, 45), (4, 32), (4, 23)]
     assert found.score.shape == (2, 1, 8, 8) and torch.isfinite(found.box).all()
-
-
-# --- head, losses, boxes ----------------------------------------------------------------------------------------------
 
 
 def maps_of(boxes: Tensor, f: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -454,9 +438,6 @@ def test_predictions_are_within_their_ranges():
     assert torch.equal(found.box, bat.decode(*found[:3]))
 
 
-# --- baselines --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("stream", [0, 1])
 @torch.no_grad()
 def test_a_single_stream_sees_its_own_alone(stream):
@@ -487,9 +468,6 @@ def test_the_higher_peak_is_chosen_for_each_sample():
     for i, stream in enumerate(chosen.tolist()):
         for found, expected in zip(prediction, each[stream], strict=True):
             torch.testing.assert_close(found[i], expected[i], rtol=0, atol=1e-6)
-
-
-# --- the authors' names, files ----------------------------------------------------------------------------------------
 
 
 def test_official_names_round_trip():
@@ -568,9 +546,6 @@ def test_foundation_names_what_is_missing(tmp_path):
     torch.save({"net": {"fc.weight": torch.zeros(2)}}, tmp_path / "resnet.pth")
     with pytest.raises(BadCheckpoint, match="pos_embed_z"):
         bat.foundation(tmp_path / "resnet.pth")
-
-
-# --- bad inputs -------------------------------------------------------------------------------------------------------
 
 
 def test_bad_options():

@@ -30,9 +30,6 @@ def images():
     return torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-# --- layer decay ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("layer_decay", [0.65, 1.0])
 def test_learning_rates_fall_downwards(layer_decay):
     model = down.classifier(vit(), 5)
@@ -49,9 +46,6 @@ def test_learning_rates_fall_downwards(layer_decay):
     assert layers["head.weight"] == layers["fc_norm.bias"] == "layer 3"
     with pytest.raises(BadParameter, match="layer_decay"):
         down.layer_decayed(model, model, np.ones(10), 0)
-
-
-# --- classification ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -146,9 +140,6 @@ def test_transforms():
     for transform in (down.train_transform(32), down.test_transform(32)):
         assert transform(picture).shape == (3, 32, 32) and transform(picture).dtype == torch.float32
     assert torch.equal(down.test_transform(32)(picture), down.test_transform(32)(picture))
-
-
-# --- detection --------------------------------------------------------------------------------------------------------
 
 
 class Squares:
@@ -259,9 +250,6 @@ def test_a_detector_trains_whole_and_gives_results_that_can_be_scored():
         truth["annotations"].append(shape)
     scores = {kind: metric.evaluate(truth, found, kind=kind).totals["AP50"] for kind in metric.KINDS}
     assert scores["bbox"] > 20 and scores["segm"] > 10
-
-
-# --- segmentation -----------------------------------------------------------------------------------------------------
 
 
 def small_segmenter(**options):

@@ -45,9 +45,6 @@ def noise():
     return torch.rand(4, 16, generator=torch.Generator().manual_seed(1))
 
 
-# --- targets ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("norm", ["ln", "channel"])
 @pytest.mark.parametrize("fusion", dmt.FUSIONS)
 @pytest.mark.parametrize("scale", [0.01, 1000.0])
@@ -80,9 +77,6 @@ def test_running_statistics_reach_those_of_the_data_and_are_used_in_eval(images)
     assert torch.equal(norm(tokens[:1]), norm(tokens)[:1])  # nothing depends on other images
     assert set(norm.state_dict()) == {"mean", "square", "batches"}
     assert not dmt.TargetNorm(8, "channel").state_dict()
-
-
-# --- losses -----------------------------------------------------------------------------------------------------------
 
 
 def test_by_hand(images, noise):

@@ -42,9 +42,6 @@ def small(monkeypatch):
     monkeypatch.setattr(dmt_teachers, "build", build)
 
 
-# --- recipes ----------------------------------------------------------------------------------------------------------
-
-
 def test_schedule_is_the_generic_stage_of_g2sd():
     rates = runs.distil_rates(10)
     assert len(rates) == 3000 and rates[0] == 0 and rates.max() == pytest.approx(1.5e-4 * 4096 / 256)
@@ -65,9 +62,6 @@ def test_teachers_by_name_and_file(tmp_path, small):
     assert kinds == ["mae", "mocov3", "learned"]
     first, second = (found.models[n].blocks[0].mlp.fc1.weight for n in ("MoCo v3", "iBOT"))
     assert not torch.equal(first, second)
-
-
-# --- distillation -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("losses", list(runs.LOSSES))
@@ -173,9 +167,6 @@ def test_another_distillation_has_another_checkpoint_wherever_it_is_started(smal
     assert len(others) == 5
     monkeypatch.chdir(tmp_path)
     assert trained(data_root="images") == first
-
-
-# --- downstream -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", [task for task in runs.USUAL if task != "distil"])
@@ -291,9 +282,6 @@ def test_augmentation_gives_normalised_crops():
     assert repr(runs.augment()) == repr(runs.augment())  # a cache's key
 
 
-# --- results ----------------------------------------------------------------------------------------------------------
-
-
 def test_results_are_collected_in_rows_of_their_own(tmp_path):
     row = {"task": "fine-tune", "student": "tiny", "encoder": "distilled", "teachers": "MAE, MoCo v3, iBOT"}
     row |= runs.CHOICES | {"seed": 0, "metric": "top-1", "score": 70.0}
@@ -313,9 +301,6 @@ def test_results_are_collected_in_rows_of_their_own(tmp_path):
     assert set(own.imagenet_top1) == {"– / 71.00", "– / 60.00"}
     assert (shown[shown.method == "DMT, ViT-T"].imagenet_top1 == "–").all()
     assert list(itertools.chain(*(t.columns[:1] for t in runs.tables(rows).values()))) == ["method"] * 3
-
-
-# --- full size --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -43,9 +43,6 @@ def trained(model):
     return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 
 
-# --- masked modelling -------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def test_mae_by_hand(images):
     model, trace = mae().eval(), {}
@@ -79,9 +76,6 @@ def test_mae_trains_all_but_its_tables_and_its_names_go_there_and_back(images):
         MAE.from_official(model.encoder.to_official(), 4)
     with pytest.raises(BadParameter, match="mask_ratio"):
         mae(mask_ratio=1.0)
-
-
-# --- contrast ---------------------------------------------------------------------------------------------------------
 
 
 def test_contrast_by_hand():
@@ -151,9 +145,6 @@ def test_bfloat16(make, loss, images):
         for precision in ("32-true", "bf16-mixed")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=0.1)
-
-
-# --- released files ---------------------------------------------------------------------------------------------------
 
 
 def test_released_files(tmp_path, images):

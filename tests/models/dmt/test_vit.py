@@ -25,9 +25,6 @@ def noise():
     return torch.rand(4, 16, generator=torch.Generator().manual_seed(1))
 
 
-# --- counts -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("size", "whole", "trained"),
     [
@@ -53,9 +50,6 @@ def test_a_quarter_of_the_patches_is_seen_and_bad_sizes_are_refused():
         (lambda: student(positions="x"), "positions"),
         (lambda: build("huge"), "size"),
     )
-
-
-# --- one ViT ----------------------------------------------------------------------------------------------------------
 
 
 def test_it_is_timms_vit(images):
@@ -117,9 +111,6 @@ def test_other_sizes(positions):
 def test_gradient_checkpointing_changes_no_gradient(images):
     assert_recomputed_gradients_are_equal(student, lambda vit: vit.forward_features(images).square().mean())
     assert student().no_weight_decay() <= {n for n, _ in student(masked=True).named_parameters()}
-
-
-# --- released names ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", POSITIONS)

@@ -60,9 +60,6 @@ def small_mae(**changes) -> MAE:
     return MAE(**(sizes | changes)).eval()
 
 
-# --- what is trained --------------------------------------------------------------------------------------------------
-
-
 def full_size() -> tuple[CLIP, Texts]:
     """A CLIP of ViT-B/16's sizes and texts, shapes only."""
     with torch.device("meta"):
@@ -108,9 +105,6 @@ def test_deep_quaternion_layers_start_equal(clip):
     model = DPLQ(clip, CLASSES, Tokenizer(), WIDTH, depth=4)
     assert torch.equal(model.mix_image.weight[0], model.mix_image.weight[2])
     assert torch.equal(model.ctx, clip.token_embedding(Tokenizer()("a photo"))[0, 1:3])  # the first two words
-
-
-# --- the formulas -----------------------------------------------------------------------------------------------------
 
 
 def one_image(model: DPLQ, image: torch.Tensor, f: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -191,9 +185,6 @@ def test_halves_cosine():
     torch.testing.assert_close(halves_cosine(torch.cat([a, -a], -1)), -torch.ones(3))
 
 
-# --- noise ------------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def test_noise_as_released_makes_predictions_random_and_dependent_on_the_batch(clip):
     model, x, f = build(clip), images(3), features(3)
@@ -233,9 +224,6 @@ def test_noise_is_as_large_as_the_mean_of_all_features_and_spares_the_image_towe
     torch.testing.assert_close(noisy.context, wanted)
     centred = f - f.mean()
     torch.testing.assert_close(model.prompts(centred, eps).context, model.prompts(centred, 0 * eps).context)
-
-
-# --- domain features and controls -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -348,9 +336,6 @@ def test_the_medical_feature_has_256_channels_and_so_has_the_net(clip):
     assert model.meta_net.linear1.in_features == 256
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def test_half_precision_runs(clip):
     model = build(clip, noise="off")
@@ -423,9 +408,6 @@ def test_a_file_of_the_remote_sensing_model(clip, tmp_path):
     (tmp_path / "broken.pth").write_bytes((tmp_path / "m.pth").read_bytes()[:1000])
     with pytest.raises(CorruptFile, match=r"broken\.pth"):
         domain_model("remote-sensing", tmp_path / "broken.pth", clip=clip)
-
-
-# --- bad inputs -------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_not_accepted(clip, tmp_path, monkeypatch):

@@ -58,9 +58,6 @@ def sets(tmp_path, monkeypatch) -> str:
     return str(tmp_path)
 
 
-# --- the recipe -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("protocol", "lr", "epochs", "depth"),
     [("base to novel", 3.5e-3, 15, 9), ("cross-dataset", 2.6e-3, 25, 3), ("domain generalisation", 2.6e-3, 25, 3)],
@@ -82,9 +79,6 @@ def test_the_learning_rates_of_a_training_are_the_authors():
     history = fit(nn.Linear(3, 2), loss, data, optimizer=optimizer, **recipe._options(p))
     expected = [1e-5] + [2.6e-3 * (1 + np.cos(np.pi * (e - 1) / 25)) / 2 for e in range(1, 25)]
     np.testing.assert_allclose([row["lr"] for row in history], np.repeat(expected, 16))
-
-
-# --- protocols, end to end --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("protocol", ["cross-dataset", "domain generalisation"])
@@ -153,9 +147,6 @@ def test_a_folder_of_ones_own(pocket, tmp_path, sets):
         recipe.setting(given(dataset="folder", data_root=str(mine)), tmp_path)
 
 
-# --- what is missing --------------------------------------------------------------------------------------------------
-
-
 def test_the_domain_model_by_name_by_set_and_by_file(pocket, sets, tmp_path, monkeypatch):
     assert recipe.domain_name(given(dataset="remote/aid")) == "remote-sensing"
     assert recipe.domain_name(given()) == "medical"
@@ -206,9 +197,6 @@ def test_targets_are_the_other_sets_of_the_domain():
     assert recipe.targets(given(targets=" remote/aid, remote/ucm")) == ["remote/aid", "remote/ucm"]
 
 
-# --- the dry run ------------------------------------------------------------------------------------------------------
-
-
 def test_the_dry_run_takes_two_steps_and_writes_nothing(pocket, tmp_path):
     p = given(dry_run=True, protocol="cross-dataset", domain="clip")
     found = recipe.setting(p, tmp_path)
@@ -240,9 +228,6 @@ def test_the_dry_run_at_full_size(method, tmp_path):
     assert len(history) == 2 and all(np.isfinite(row["loss"]) for row in history)
     assert model.count() == (3_555_072 if isinstance(model, MaPLe) else 2_147_104)
     assert set(recipe.scores(model, found, p.method)) == {"base", "novel", "HM"}
-
-
-# --- results that gather ----------------------------------------------------------------------------------------------
 
 
 def test_results_gather_and_are_replaced(tmp_path, monkeypatch):
@@ -279,9 +264,6 @@ def test_what_is_not_as_published_has_a_row_of_its_own():
     changed = given(domain="none", noise="off", clip="ViT-L-14/openai")
     assert recipe.label(changed) == "DPLQ, domain model none, noise off, ViT-L-14/openai"
     assert recipe.label(given(method="MaPLe", noise="off")) == "MaPLe"
-
-
-# --- the facts --------------------------------------------------------------------------------------------------------
 
 
 def test_the_facts_name_what_there_is():

@@ -163,9 +163,6 @@ def test_a_box_on_the_border_stays_inside():
     assert torch.isfinite(heads.yolo_loss(torch.randn(1, 18, 7, 7), boxes, torch.ones(3, 2) * 20, 224)[0])
 
 
-# --- metrics ----------------------------------------------------------------------------------------------------------
-
-
 def test_dice_of_both_protocols():
     truth = torch.zeros(4, 4, 4)
     truth[0, :2] = 1

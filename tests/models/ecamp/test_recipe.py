@@ -52,9 +52,6 @@ def small(monkeypatch):
     monkeypatch.setattr(recipe, "encoder", encoder)
 
 
-# --- pre-training -----------------------------------------------------------------------------------------------------
-
-
 def test_schedule_is_left_at_half_of_the_peak():
     """Claim 6: the cosine would end at epoch 200, training stops at 120."""
     learning_rates = recipe.pretraining_learning_rates(10)
@@ -172,9 +169,6 @@ def test_dry_run_at_full_size(tmp_path):
     assert sum(t.numel() for t in model.parameters()) == 183_425_240 - 590_592
     history = found.learn(model, "ECAMP")
     assert len(history) == 2 and np.isfinite([row["mlm"] for row in history]).all() and not list(tmp_path.iterdir())
-
-
-# --- downstream -------------------------------------------------------------------------------------------------------
 
 
 def test_published_recipes():
@@ -355,9 +349,6 @@ def test_what_cannot_be_run_is_said(tmp_path, monkeypatch):
     for protocol in ("released", "plain"):
         downstream(task="detect", dataset="xrays/rsna", protocol=protocol)()
     assert asked == ["train", "val", "val", "train", "val", "test"]
-
-
-# --- results ----------------------------------------------------------------------------------------------------------
 
 
 def test_results_stand_beside_the_published_ones(tmp_path):

@@ -1,7 +1,5 @@
 """H-ViT: counts, what is trained, what the levels see and do not see, losses, votes, names, heatmaps."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np
@@ -43,9 +41,6 @@ def count(parameters) -> int:
     return sum(p.numel() for p in parameters)
 
 
-# --- counts -----------------------------------------------------------------------------------------------------------
-
-
 def test_parameters_at_paper_scale():
     """Those of the table, which were counted on the authors' code."""
     counted = published_table("hvit", "parameters").set_index("method")
@@ -80,9 +75,6 @@ def test_the_patch_encoder_is_timms_vit_s():
     x = torch.randn(1, 3, 256, 256)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), timms(x), atol=2e-6, rtol=0)
-
-
-# --- what is trained --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -129,9 +121,6 @@ def test_training_leaves_what_is_frozen():
         # the bias of the pooling's score, which a softmax does not see, has no gradient but rounding
         if name != "slide.pool.score.bias":
             assert torch.equal(value, before[name]) == name.startswith("region."), name
-
-
-# --- invariances ------------------------------------------------------------------------------------------------------
 
 
 def test_global_and_local_are_one_function():
@@ -244,9 +233,6 @@ def test_the_map_is_what_attention_does():
     torch.testing.assert_close(trace["attention"].sum(-1), torch.ones(2, 3))
 
 
-# --- losses, predictions, votes ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("head", hvit.HEADS)
 def test_a_loss_is_least_at_its_own_grade(head):
     outputs = {"classification": 6, "regression": 1}.get(head, 5)
@@ -308,9 +294,6 @@ def test_bad_values_say_what_is_accepted():
         (lambda: PatchEncoder(32, 4, 48, 1, 3)(torch.zeros(1, 3, 32, 32), torch.ones(1, 9)), "64"),
         (lambda: PatchBag(pooling="max"), "attention"),
     )
-
-
-# --- the authors' names -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("head", hvit.HEADS)
@@ -382,9 +365,6 @@ def test_a_dino_checkpoint_gives_its_teacher(tmp_path):
         RegionEncoder.from_official(encoder.state_dict())
 
 
-# --- heatmaps ---------------------------------------------------------------------------------------------------------
-
-
 def test_ranks_are_shares_of_what_is_lower():
     assert heatmaps.ranks(np.array([[3.0, 1.0], [2.0, 3.0]])).tolist() == [[0.5, 0.0], [0.25, 0.5]]
     several = heatmaps.ranks(np.random.default_rng(0).random((5, 4, 4)))
@@ -450,9 +430,6 @@ def test_stitching_and_colours():
     assert (above[scores < 0.7] == 200).all() and (above[0, 4] != 200).any()
     with pytest.raises(BadParameter, match="tissue"):
         heatmaps.overlay(tissue[:4], scores, there)
-
-
-# --- the facts --------------------------------------------------------------------------------------------------------
 
 
 def test_the_cost_is_what_was_counted():

@@ -1,7 +1,5 @@
 """H-ViT's published recipe: training, folds that vote, stored features, what is missing, attention maps."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -45,9 +43,6 @@ def slides(count: int, seed: int = 0) -> TensorDataset:
 def trained(p: SimpleNamespace, epochs: int, tuned: bool = False) -> tuple[torch.nn.Module, list[dict]]:
     """A bag of patches trained on four slides, one step an epoch."""
     return recipe.train_fold(p, [(slides(4), slides(4) if tuned else None)], 6, None, p.method, 0, epochs, 4)
-
-
-# --- training ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_learning_rate_is_halved_every_20_epochs():
@@ -167,9 +162,6 @@ def test_hipts_region_level_is_loaded_with_its_positions_resized(tmp_path):
         ("x", "Local", "x"),
     ):
         assert recipe.region_weights(given(method=method, weights=weights, data_root=str(tmp_path))) == found
-
-
-# --- dry run and stored features --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", list(recipe.METHODS))
@@ -364,9 +356,6 @@ def test_what_is_missing_is_said(tmp_path):
         (setting(data_root=root), "kaggle"), (setting(dataset="folder", data_root=root), "no slide"), error=MissingData
     )
     refuses((setting(devices=2), "devices = 2"), (setting(devices=2, dry_run=True), "devices = 2"))
-
-
-# --- attention maps ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", ["local", "global"])

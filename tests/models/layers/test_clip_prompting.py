@@ -43,9 +43,6 @@ def moved(model):
     return model
 
 
-# --- what is trained --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", [CoOp, CoCoOp, MaPLe])
 def test_gradients_reach_every_trained_tensor_and_nothing_of_clip(kind, clip):
     model = build(kind, clip.train()).train()
@@ -64,9 +61,6 @@ def test_gradients_reach_every_trained_tensor_and_nothing_of_clip(kind, clip):
 def test_gradient_checkpointing_changes_nothing(clip):
     labels = torch.tensor([0, 2])
     assert_recomputed_gradients_are_equal(lambda: build(MaPLe, clip), lambda m: F.cross_entropy(m(images()), labels))
-
-
-# --- what must be equal -----------------------------------------------------------------------------------------------
 
 
 def test_zero_shot_is_the_plain_clip(clip):
@@ -166,9 +160,6 @@ def test_a_stack_is_its_layers_one_by_one():
         torch.testing.assert_close(stack(x)[n], F.linear(x[n], stack.weight[n], stack.bias[n]))
 
 
-# --- class names and real CLIPs ---------------------------------------------------------------------------------------
-
-
 def test_texts_of_a_real_clip_are_the_authors():
     """The ids and ends that the authors' code made of its class names, with open_clip's tokenizer."""
     torch.manual_seed(0)  # OpenAI's context and vocabulary, small towers
@@ -188,9 +179,6 @@ def test_texts_of_a_real_clip_are_the_authors():
             expected = clip.token_embedding(torch.tensor(facts["token_ids"]))
             assert torch.equal(model.embedded[:, :16], expected)
         assert model(torch.randn(3, 3, 16, 16)).shape == (3, len(facts["config"]["class_names"]))
-
-
-# --- loading ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [CoOp, CoCoOp, MaPLe])
@@ -243,9 +231,6 @@ def test_a_checkpoint_that_does_not_fit_lists_its_names(clip):
             kind.from_official({"a": torch.zeros(1)}, clip, CLASSES, Tokenizer())
     with pytest.raises(BadCheckpoint, match=r"conv1\.weight"):
         CoOp.from_official({"ctx": torch.zeros(4, 64)}, ends=[3])
-
-
-# --- bad inputs -------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_not_accepted(clip):

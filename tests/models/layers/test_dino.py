@@ -1,7 +1,5 @@
 """DINO and iBOT: losses by hand, the EMA teacher, schedules, resuming, crops, released names, bad input."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -59,9 +57,6 @@ def train(model, images, *callbacks, steps=2, **options):
     options = dict(epochs=steps, batch=len(images), optimizer=adamw(1e-3), hardware=CPU) | options
     options |= {"callbacks": callbacks, "schedule": schedule("constant", 0)}
     return fit(model, options.pop("loss", mirrored), TensorDataset(images), **options)
-
-
-# --- losses -----------------------------------------------------------------------------------------------------------
 
 
 def test_class_loss_by_hand_and_its_centre():
@@ -124,9 +119,6 @@ def test_given_masks_are_used(images):
     hook(lambda m, a, k: seen.append(k.get("masked")), with_kwargs=True)
     model(crops(images), masks)
     assert torch.equal(seen[0], masks) and seen[1] is None
-
-
-# --- training ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -224,9 +216,6 @@ def test_bad_encoders_and_settings():
         (lambda: ibot(masked=False), "masked_embed"),
         (lambda: ibot(mask_ratio=0), "mask_ratio"),
     )
-
-
-# --- crops and names --------------------------------------------------------------------------------------------------
 
 
 def test_views():

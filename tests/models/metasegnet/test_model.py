@@ -21,20 +21,7 @@ from companion.evaluation.metrics import landcover
 from companion.evaluation.parity import Case, compare, folder
 from companion.evaluation.tables import published_table
 from companion.models.metasegnet import model as metasegnet
-from companion.models.metasegnet.model import (
-    Block,
-    Decoder,
-    Fusion,
-    MetaSegNet,
-    augmented,
-    bands,
-    dice_loss,
-    joint_loss,
-    segment,
-    soft_cross_entropy,
-    swin,
-    views,
-)
+from companion.models.metasegnet.model import Decoder, Fusion, MetaSegNet, bands, joint_loss, views
 from companion.models.metasegnet.text import BertText, ClipText, Words, headless
 from companion.ops.papers import paper
 from companion.training.checkpoints import trained_state
@@ -67,9 +54,6 @@ def settled(model):
             module.running_mean.copy_(0.1 * draw(module.num_features))
             module.running_var.copy_(1 + draw(module.num_features, seed=1).abs())
     return model
-
-
-# --- counts -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("classes", [6, 7, 8])
@@ -110,9 +94,6 @@ def test_a_fusion_has_the_size_of_the_formula(c, d=48):
     assert numbers(Fusion(c, d, 4)) == 2 * c**2 + 2 * c * d + 4 * c + 4 * c + 4 * c**2 + 3 * c + 2
 
 
-# --- the network ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (50, 37), (32, 96), (9, 5)])
 def test_any_size(height, width):
     model = build(text())
@@ -121,7 +102,7 @@ def test_any_size(height, width):
 
 def test_padding_of_width_is_that_of_height():
     """The released decoder cannot mirror columns; turned by 90 degrees, ours does to columns what it does to rows."""
-    block = settled(Block(16, 4, 4, "ft_unetformer")).eval()
+    block = settled(metasegnet.Block(16, 4, 4, "ft_unetformer")).eval()
     for module in block.modules():
         if isinstance(module, nn.Conv2d):  # kernels that look the same along both axes
             module.weight.data = (module.weight.data + module.weight.data.mT) / 2
@@ -205,7 +186,7 @@ def test_a_callers_encoder_is_not_changed_and_can_be_checkpointed():
 
 def test_swin_is_timms_where_maps_are_whole_windows():
     sizes = metasegnet.SIZES["pocket"]["swin"] | {"depths": (2, 2, 2, 2)}
-    ours = swin(**sizes).eval()
+    ours = metasegnet.swin(**sizes).eval()
     for p in ours.parameters():  # weights of a size that lets a difference through
         p.data += 0.2 * draw(*p.shape)
     options = {"num_classes": 0, "always_partition": True, "strict_img_size": False}
@@ -215,9 +196,6 @@ def test_swin_is_timms_where_maps_are_whole_windows():
     torch.testing.assert_close(ours(x), theirs(x))
     x = draw(1, 3, 96, 96)  # 24, 12, 6 and 3 tokens a side: the last two are padded
     assert not torch.allclose(ours(x), theirs(x), atol=1e-4)
-
-
-# --- texts ------------------------------------------------------------------------------------------------------------
 
 
 def test_words():
@@ -315,9 +293,6 @@ def test_frozen_texts_are_encoded_once():
     assert not any(name.startswith("text.") for name in model.trained())
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
 def test_gradients_reach_what_is_trained_and_nothing_else():
     model = build(ClipText(tiny_clip(), ClipTokens())).train()
     model.loss(draw(2, 3, 64, 64), ["a bb", "ccc"], torch.randint(0, CLASSES + 1, (2, 64, 64))).backward()
@@ -343,14 +318,14 @@ def test_soft_cross_entropy_and_dice():
     labels[0, :2] = 4
     valid = (labels != 4).float().mean()
     expected = F.cross_entropy(logits, labels, ignore_index=4, label_smoothing=0.05) * valid
-    torch.testing.assert_close(soft_cross_entropy(logits, labels, 4), expected)
-    assert dice_loss(logits, torch.full_like(labels, 4), 4) == 0  # nothing to find, nothing to lose
+    torch.testing.assert_close(metasegnet.soft_cross_entropy(logits, labels, 4), expected)
+    assert metasegnet.dice_loss(logits, torch.full_like(labels, 4), 4) == 0  # nothing to find, nothing to lose
     perfect = 100.0 * F.one_hot(labels.clamp_max(3), 5)[..., :4].movedim(-1, 1)
-    assert dice_loss(perfect, labels, 4) < 1e-6
+    assert metasegnet.dice_loss(perfect, labels, 4) < 1e-6
     moved = logits.clone()
     moved[0, :, :2] += draw(4, 2, 5)  # where the label is to be ignored
-    assert torch.equal(dice_loss(moved, labels, 4), dice_loss(logits, labels, 4))
-    assert torch.equal(soft_cross_entropy(moved, labels, 4), soft_cross_entropy(logits, labels, 4))
+    for loss in (metasegnet.dice_loss, metasegnet.soft_cross_entropy):
+        assert torch.equal(loss(moved, labels, 4), loss(logits, labels, 4))
 
 
 def test_training_is_kept_in_a_file(tmp_path):
@@ -364,9 +339,6 @@ def test_training_is_kept_in_a_file(tmp_path):
     again.load_state_dict(read_state(tmp_path / "model.pt"), strict=True)
     x = draw(2, 3, 32, 32)
     assert torch.equal(again.eval()(x, TEXTS), model.eval()(x, TEXTS))
-
-
-# --- the author's names -----------------------------------------------------------------------------------------------
 
 
 def test_official_names_round_trip():
@@ -410,9 +382,6 @@ def test_a_wrong_weight_is_found():
     assert [d.output for d in compare("metasegnet", Case(case.folder, state)) if not d.agrees] == ["out"]
 
 
-# --- augmentation and tiles -------------------------------------------------------------------------------------------
-
-
 def test_views():
     assert [len(views(kind)) for kind in ("none", "lr", "d4", "d4 loveda")] == [1, 4, 16, 8]
 
@@ -420,9 +389,9 @@ def test_views():
 def test_augmentation_of_what_does_not_mind_flips_is_nothing():
     torch.manual_seed(0)
     pixelwise, x = nn.Conv2d(3, 4, 1), draw(2, 3, 24, 16)
-    torch.testing.assert_close(augmented(pixelwise, x, "lr"), pixelwise(x))
+    torch.testing.assert_close(metasegnet.augmented(pixelwise, x, "lr"), pixelwise(x))
     seen = []
-    augmented(lambda x: seen.append(x.shape[-2:]) or pixelwise(x), x, "d4")
+    metasegnet.augmented(lambda x: seen.append(x.shape[-2:]) or pixelwise(x), x, "d4")
     assert {tuple(s) for s in seen} == {(18, 12), (24, 16), (30, 20), (36, 24)}
 
 
@@ -445,8 +414,9 @@ def test_tiles_of_a_local_network_give_the_whole_image(size, tile, overlap):
     found = list(bands(pixelwise, x, tile=tile, overlap=overlap, batch=3))
     tops = [band.top for band in found]
     assert tops == sorted(set(tops)) and tops[0] == 0
-    torch.testing.assert_close(torch.cat([band.logits for band in found], 1), pixelwise(x[None])[0].detach())
-    assert torch.equal(segment(pixelwise, x, tile=tile, overlap=overlap), pixelwise(x[None])[0].argmax(0).byte())
+    logits = pixelwise(x[None])[0].detach()
+    torch.testing.assert_close(torch.cat([band.logits for band in found], 1), logits)
+    assert torch.equal(metasegnet.segment(pixelwise, x, tile=tile, overlap=overlap), logits.argmax(0).byte())
 
 
 def test_blending_is_smooth_where_tiles_disagree():
@@ -493,9 +463,6 @@ def test_metrics_leave_out_and_nan():
         landcover.scores(matrix, [0, 1, 2])
 
 
-# --- bad inputs -------------------------------------------------------------------------------------------------------
-
-
 def test_bad_options_and_calls():
     model, twin, x = build(text()), build(), draw(2, 3, 32, 32)
 
@@ -525,9 +492,6 @@ def test_bad_options_and_calls():
         (lambda: ClipText(nn.Linear(2, 2), ClipTokens()), "clip"),
         (lambda: views("rotate"), "augmentation"),
     )
-
-
-# --- the facts --------------------------------------------------------------------------------------------------------
 
 
 def test_the_claims_name_methods_and_tasks():

@@ -1,7 +1,5 @@
 """MetaSegNet's runs at full size: recipes, texts, zones left out, other sets, maps, results; small networks."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,9 +54,6 @@ def part(count: int = 4, classes: int = 3, side: int = 32) -> TensorDataset:
     return TensorDataset(torch.randn(count, 3, side, side, generator=generator), labels)
 
 
-# --- the recipe -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("dataset", "expected"),
     [(POTSDAM, (45, 4, 768, 3, 15)), (LOVEDA, (30, 8, 512, 1, 0)), ("folder", (30, 8, 512, 1, 0))],
@@ -98,9 +93,6 @@ def test_training_is_adamw_in_lookahead_with_two_learning_rates_and_no_decay_of_
     assert {decay for name, (_, decay) in options.items() if name.endswith("bias")} == {0}
     half = (1 + np.cos(np.pi * np.arange(7) / 7)) / 2
     np.testing.assert_allclose(seen["schedule"](1e-3, 7, 1), 1e-3 * half)
-
-
-# --- texts ------------------------------------------------------------------------------------------------------------
 
 
 def test_texts_of_each_method():
@@ -165,9 +157,6 @@ def test_berts_folder(tmp_path):
         recipe.text_encoder(given(data_root=str(tmp_path)), prompts)
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
-
-
 def test_the_authors_swin_and_timms(small, tmp_path, monkeypatch):
     torch.manual_seed(3)
     theirs = MetaSegNet.build(3, size="pocket")
@@ -203,9 +192,6 @@ def test_a_trained_network_is_saved_and_loaded(small, tmp_path):
     path.write_bytes(b"1234")
     with pytest.raises(CorruptFile, match=r"net\.safetensors"):
         recipe.build(p, prompts, 3)
-
-
-# --- whole runs -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", list(recipe.LEVELS))

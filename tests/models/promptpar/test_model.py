@@ -52,9 +52,6 @@ def build(clip: CLIP | None = None, inner: int = 48, **changes) -> PromptPAR:
     return model
 
 
-# --- what is trained --------------------------------------------------------------------------------------------------
-
-
 def full_size(attributes: int, embed: bool, **options) -> PromptPAR:
     """ViT-L/14 without values."""
     with torch.device("meta"):
@@ -126,6 +123,7 @@ def test_the_callers_clip_stays_as_it_was(options):
     assert all(torch.equal(t, before[name]) for name, t in clip.state_dict().items())
 
 
+@pytest.mark.parametrize("options", [{}, {"depth": 2}, {"prompts": 0, "regions": 0, "tuned": "all"}])
 def test_gradient_checkpointing_gives_the_same_gradients(options):
     labels = (draw(4, 5) > 0).float()
     assert_recomputed_gradients_are_equal(lambda: build(**options), lambda m: loss(m(images(4)), labels, RATIO))
@@ -146,9 +144,6 @@ def test_the_last_fusion_block_is_skipped_for_some_images_while_training():
     torch.testing.assert_close(model.fuse(tokens)[0], model.fuse(tokens)[1])
     torch.manual_seed(0)
     assert len(model.train().fuse(tokens)[:, 0, 0].unique()) > 1
-
-
-# --- the formulas -----------------------------------------------------------------------------------------------------
 
 
 def one_image(model: PromptPAR, image: torch.Tensor, options: dict) -> tuple[torch.Tensor, ...]:
@@ -241,9 +236,6 @@ def test_similarity_one_number_at_a_time():
             torch.testing.assert_close(found[b, a], (picked + rows[0][a]) / 2, rtol=1e-4, atol=1e-6)
 
 
-# --- strips -----------------------------------------------------------------------------------------------------------
-
-
 def test_strips_as_published():
     assert [(a, b - 1) for a, b in strips(16, 4, 2)] == [(0, 4), (3, 8), (7, 12), (11, 15)]
     allowed = (~region_mask((16, 16), 50)).sum(1)
@@ -289,9 +281,6 @@ def test_maps_are_attention_and_stay_in_the_strips():
     assert (found.cosines.abs() <= 1 + 1e-6).all()
 
 
-# --- the similarity ---------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("quirks", [False, True])
 def test_an_image_does_not_depend_on_its_batch_unless_as_released(quirks):
@@ -304,9 +293,6 @@ def test_an_image_does_not_depend_on_its_batch_unless_as_released(quirks):
     for other in (alone, model.aggregate(shares.flip(0)).flip(0)):
         assert torch.allclose(together, other, atol=1e-6) == (not quirks)
     assert torch.equal(together[-1], alone[-1])  # the last image's regions are its own
-
-
-# --- the text ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", ["end", "start"])
@@ -335,9 +321,6 @@ def test_sentences_are_read_once_and_can_be_replaced():
     assert not torch.equal(model(images()).logits, before)
 
 
-# --- loss -------------------------------------------------------------------------------------------------------------
-
-
 def test_loss_is_a_sum_over_attributes_and_a_mean_over_images():
     logits, labels = draw(3, 5), (draw(3, 5, seed=2) > 0).float()
     expected = 0.0
@@ -352,9 +335,6 @@ def test_loss_is_a_sum_over_attributes_and_a_mean_over_images():
     torch.testing.assert_close(loss(output, labels, RATIO), parts[0] + 0.5 * parts[1])
     assert torch.equal(loss(output, labels, RATIO, similarity=0), parts[0])
     assert torch.equal(loss(Output(logits, None), labels, RATIO), parts[0])
-
-
-# --- loading ----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -433,9 +413,6 @@ def test_a_file_of_the_authors_code(entry, tmp_path):
     for name, words in (("other.pth", "not a checkpoint of PromptPAR"), ("broken.pth", r"broken\.pth")):
         with pytest.raises(CorruptFile, match=words):
             read_checkpoint(tmp_path / name)
-
-
-# --- bad inputs -------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_not_accepted():

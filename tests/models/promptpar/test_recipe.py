@@ -78,9 +78,6 @@ def folder(tmp_path) -> str:
     return str(tmp_path)
 
 
-# --- the recipe -------------------------------------------------------------------------------------------------------
-
-
 def test_the_published_settings(networks, folder, monkeypatch):
     """Two parameter groups with their own learning rates and clipping; 100 epochs of 2 batches of 16."""
     seen = {}
@@ -177,9 +174,6 @@ def test_the_authors_weights_are_tested_without_training(small, folder, tmp_path
     assert images.shape == (3, 3, 64, 64) and torch.equal(truth, found.parts["test"].labels[:3])
 
 
-# --- the dry run ------------------------------------------------------------------------------------------------------
-
-
 def test_the_dry_run_takes_two_steps(small):
     found = setting(dataset="par/pa100k", dry_run=True)
     assert len(found.names) == 26 and "dry run" in found.title
@@ -196,9 +190,6 @@ def test_the_dry_run_at_full_size():
     model, history = found.train("PromptPAR")
     assert len(history) == 2 and model.count(inert=True) == 2_567_043
     assert list(found.scores(model).totals)
-
-
-# --- what is missing --------------------------------------------------------------------------------------------------
 
 
 def test_what_is_missing_or_does_not_fit_is_said(folder, tmp_path, monkeypatch):
@@ -232,9 +223,6 @@ def test_clip_is_looked_for_in_the_data_root(tmp_path):
     assert recipe.weights(given(data_root=str(tmp_path))) == file
     assert recipe.weights(given(data_root=str(tmp_path), clip="ViT-B-16-quickgelu/openai")) == "pretrained"
     assert recipe.weights(given(weights="mine.pt")) == "mine.pt"
-
-
-# --- results ----------------------------------------------------------------------------------------------------------
 
 
 def test_results_stand_beside_the_published_ones(tmp_path):

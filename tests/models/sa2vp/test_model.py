@@ -44,9 +44,6 @@ def images(size: int = 20, count: int = 2) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-# --- what is trained --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("width", "count", "percent"),
     [(8, 202_200, 0.2351), (16, 372_912, 0.4328), (32, 714_336, 0.8257), (64, 1_397_184, 1.6024)],
@@ -114,9 +111,6 @@ def test_baselines_train_what_they_say(make, frozen):
         assert any(p.grad is not None for p in model.backbone.parameters()) != frozen
         assert model.backbone.training != frozen
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-
-
-# --- exact claims -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("zeros", [False, True])
@@ -282,9 +276,6 @@ def test_other_sizes_run():
     assert model(torch.randn(1, 3, 12, 28))[0].shape == (1, 5)
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
-
-
 def test_official_names_round_trip_swin():
     model, x = small(swin=True)
     official = model.to_official()
@@ -317,6 +308,17 @@ def test_official_names_round_trip_and_misfits_are_listed():
             kind.from_official({"a": torch.zeros(1)})
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(pre_norm=True),
+        dict(no_embed_class=True),
+        dict(global_pool="avg"),
+        dict(reg_tokens=2),
+        dict(class_token=False, global_pool="avg"),
+        dict(pos_embed="none"),
+    ],
+)
 def test_vits_of_another_form_are_refused_not_run_wrongly(changes):
     """CLIP's ViTs have a norm before the blocks, DeiT-III's no position for the [CLS] token, ..."""
     for kind in (SA2VP, VPT):

@@ -18,24 +18,8 @@ from companion.data.detection_sets import COCO_BASE, COCO_NOVEL
 from companion.errors import BadCheckpoint, BadParameter
 from companion.evaluation.parity import Case, compare, folder
 from companion.evaluation.tables import published_table
-from companion.models.sic_cads.model import (
-    CROSS_DATASET,
-    MLR,
-    PROMPT,
-    ZeroShotClassifier,
-    cascade_boxes,
-    detect,
-    detector_scores,
-    distillation_loss,
-    fuse,
-    normalise,
-    patches,
-    pool,
-    rank_loss,
-    refine,
-    text_share,
-    vocabulary,
-)
+from companion.models.sic_cads import model as sic_cads
+from companion.models.sic_cads.model import MLR, detect, detector_scores, fuse, normalise, pool, rank_loss, refine
 from companion.ops.papers import paper
 from companion.toy.datasets.tokens import Tokenizer
 from tests.models.common import gflop, misfits, refuses
@@ -104,9 +88,6 @@ def build(**changes) -> MLR:
     return MLR(options.pop("body"), F.normalize(draw(CLASSES, DIM), dim=-1), NOVEL, **options).eval()
 
 
-# --- counts -----------------------------------------------------------------------------------------------------------
-
-
 def full_size() -> MLR:
     """ResNet-50 and CLIP's ViT-B/32 without values."""
     with torch.device("meta"):
@@ -163,14 +144,11 @@ def test_frozen_norms_stay_and_free_ones_move():
         assert any(not torch.equal(t, after[n]) for n, t in before.items()) == changed
 
 
-# --- inputs -----------------------------------------------------------------------------------------------------------
-
-
 def test_patches_are_the_image_and_four_overlapping_corners():
-    assert patches(1) == [(0, 1, 0, 1)]
+    assert sic_cads.patches(1) == [(0, 1, 0, 1)]
     near, far = (0, 2 / 3), (1 / 3, 1)
-    assert patches(2) == [(0, 1, 0, 1), *((*a, *b) for a in (near, far) for b in (near, far))]
-    assert len(patches(3)) == 1 + 4 + 9
+    assert sic_cads.patches(2) == [(0, 1, 0, 1), *((*a, *b) for a in (near, far) for b in (near, far))]
+    assert len(sic_cads.patches(3)) == 1 + 4 + 9
 
 
 def test_images_are_resized_by_the_shorter_side_and_padded_with_zeros():
@@ -225,9 +203,6 @@ def test_any_module_can_be_the_body():
     assert model.recognise(pixels(), student=True).p.isfinite().all()
 
 
-# --- scores -----------------------------------------------------------------------------------------------------------
-
-
 def test_pooling_is_the_mean_of_the_levels_maxima():
     s = draw(2, 5, CLASSES)
     torch.testing.assert_close(pool(s, 2), (s[:, 0] + s[:, 1:].max(1).values) / 2)
@@ -243,12 +218,13 @@ def test_probabilities_do_not_depend_on_scale_and_shift_of_an_image():
 
 def test_fusion_is_equation_6_and_one_formula_when_the_lambdas_add_up_to_one():
     text, image = share(3, CLASSES), share(3, CLASSES, seed=2)
-    fused = fuse(text, image, text_share(NOVEL, 0.8, 0.6))
+    fused = fuse(text, image, sic_cads.text_share(NOVEL, 0.8, 0.6))
     for b, c in itertools.product(range(3), range(CLASSES)):
         t, i = float(text[b, c]), float(image[b, c])
         expected = t**0.4 * i**0.6 if NOVEL[c] else t**0.8 * i**0.2
         assert math.isclose(float(fused[b, c]), expected, rel_tol=1e-5)
-    torch.testing.assert_close(fuse(text, image, text_share(NOVEL, 0.8, 0.2)), fuse(text, image, CROSS_DATASET))
+    one = fuse(text, image, sic_cads.CROSS_DATASET)
+    torch.testing.assert_close(fuse(text, image, sic_cads.text_share(NOVEL, 0.8, 0.2)), one)
 
 
 def test_refinement_at_its_ends():
@@ -288,9 +264,6 @@ def test_refining_300_boxes_and_1203_classes_takes_under_2_ms_on_one_core():
     assert min(times) < 0.002
 
 
-# --- losses -----------------------------------------------------------------------------------------------------------
-
-
 def written_out(scores, positives, columns):
     total = 0.0
     for row, labels in zip(scores, positives, strict=True):
@@ -319,23 +292,20 @@ def test_losses_of_the_model():
     torch.testing.assert_close(ranked, rank_loss(scores, positives, ~NOVEL))
     torch.testing.assert_close(model.loss(images, positives, boxes=False)[0], rank_loss(scores, positives))
     taught = model.teacher_embeddings(images)
-    torch.testing.assert_close(distilled, 0.01 * distillation_loss(e_image, taught))
+    torch.testing.assert_close(distilled, 0.01 * sic_cads.distillation_loss(e_image, taught))
     calls = len(model.teacher.seen)
     kept = model.loss(images, positives, teacher=taught)
     assert torch.equal(kept[1], distilled) and len(model.teacher.seen) == calls
 
 
-# --- the detector -----------------------------------------------------------------------------------------------------
-
-
 def test_zero_shot_classifier():
-    layer = ZeroShotClassifier(6, draw(CLASSES, DIM), scale=20, bias=-2.0)
+    layer = sic_cads.ZeroShotClassifier(6, draw(CLASSES, DIM), scale=20, bias=-2.0)
     logits = layer(draw(7, 6))
     assert logits.shape == (7, CLASSES + 1) and logits[:, -1].eq(0).all()
     x = F.normalize(layer.linear(draw(7, 6)), dim=-1)
     torch.testing.assert_close(logits[:, :-1], 20 * x @ F.normalize(draw(CLASSES, DIM), dim=-1).mT - 2)
     assert layer(draw(7, 6), draw(3, DIM)).shape == (7, 3)
-    assert ZeroShotClassifier(6, draw(CLASSES, DIM)).bias is None
+    assert sic_cads.ZeroShotClassifier(6, draw(CLASSES, DIM)).bias is None
 
 
 def test_scores_of_one_and_more_stages():
@@ -351,7 +321,7 @@ def test_scores_of_one_and_more_stages():
 
 def test_boxes_without_offsets_stay_inside_the_image():
     given = torch.tensor([[10.0, 5.0, 200.0, 60.0]])
-    found = cascade_boxes(given, [torch.zeros(1, 4)] * 2, [(10, 10, 5, 5)] * 2, (50, 100))
+    found = sic_cads.cascade_boxes(given, [torch.zeros(1, 4)] * 2, [(10, 10, 5, 5)] * 2, (50, 100))
     torch.testing.assert_close(found, torch.tensor([[10.0, 5.0, 100.0, 50.0]]))
 
 
@@ -365,9 +335,6 @@ def test_detections_are_the_best_first():
     assert len(detect(given, p, 0.95).scores) == 0
 
 
-# --- names ------------------------------------------------------------------------------------------------------------
-
-
 def tiny_clip() -> CLIP:
     torch.manual_seed(3)
     vision = CLIPVisionCfg(1, width=32, head_width=16, patch_size=16, image_size=32)
@@ -376,10 +343,10 @@ def tiny_clip() -> CLIP:
 
 def test_vocabulary_embeds_the_released_prompt():
     clip, names = tiny_clip(), ["cat", "moon", "rocket"]
-    found = vocabulary(clip, Tokenizer(), names, batch=2)
+    found = sic_cads.vocabulary(clip, Tokenizer(), names, batch=2)
     assert found.shape == (3, DIM) and not found.requires_grad
     with torch.no_grad():
-        alone = clip.encode_text(Tokenizer()([PROMPT.format("moon")], 16))
+        alone = clip.encode_text(Tokenizer()([sic_cads.PROMPT.format("moon")], 16))
     torch.testing.assert_close(found[1:2], F.normalize(alone, dim=-1))
 
 
@@ -415,9 +382,6 @@ def test_the_heads_of_a_whole_checkpoint_can_be_checked():
     assert wrong[0] == "e_text" and "e_image" not in wrong
 
 
-# --- bad inputs -------------------------------------------------------------------------------------------------------
-
-
 def test_bad_options_and_calls():
     text, model, plain = draw(CLASSES, DIM), build(), {"channels": Plain.channels}
     refuses(
@@ -437,9 +401,6 @@ def test_bad_options_and_calls():
         (lambda: normalise(draw(2, 3), "class"), "over"),
         (lambda: detector_scores([draw(2, 3)], activation="tanh"), "activation"),
     )
-
-
-# --- the facts --------------------------------------------------------------------------------------------------------
 
 
 def test_the_facts_count_the_splits_of_the_code():

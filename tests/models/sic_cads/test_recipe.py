@@ -53,9 +53,6 @@ def small(monkeypatch):
     monkeypatch.setattr(recipe, "WORKERS", 0)
 
 
-# --- the recipe -------------------------------------------------------------------------------------------------------
-
-
 def test_the_recipes_are_the_released_ones():
     lvis, both = recipe.recipe("detection/ov-lvis"), recipe.recipe("detection/ov-coco", captions=True)
     assert (lvis.iterations, lvis.batch, lvis.lr, lvis.size, lvis.crop) == (90_000, 64, 2e-4, 480, 0.7)
@@ -78,9 +75,6 @@ def test_learning_rates_rise_linearly_and_fall_on_a_cosine():
     assert found[half] == pytest.approx(r.lr * cosine * (1e-4 + (1 - 1e-4) / 2))
     assert found[r.warmup] == pytest.approx(r.lr * (1 + np.cos(np.pi / 9)) / 2)
     assert recipe.learning_rates(r, 90).argmax() == 10
-
-
-# --- training data ----------------------------------------------------------------------------------------------------
 
 
 def test_a_class_stays_while_a_part_of_a_box_does(tmp_path):
@@ -124,9 +118,6 @@ def test_images_of_rare_classes_are_repeated(tmp_path, sizes):  # noqa: F811
     train = detection.load("detection/ov-lvis", tmp_path, "train")
     found = recipe.training_data(given(dataset="detection/ov-lvis"), train)
     assert isinstance(found, Subset) and len(found) == 1
-
-
-# --- the recogniser ---------------------------------------------------------------------------------------------------
 
 
 def recogniser(seed: int = 0) -> recipe.Recogniser:
@@ -208,9 +199,6 @@ def test_the_authors_names_are_taken_up(monkeypatch):
     assert torch.equal(found.heads.shared.weight, state["ovmlr_model.mlr_lin.weight"]) and len(found.text) == 9
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------
-
-
 def test_what_does_not_go_together_or_is_missing_is_said(tmp_path, monkeypatch, coco):  # noqa: F811
     def setting(**changes):
         return lambda: recipe.setting(given(**changes), tmp_path)
@@ -282,9 +270,6 @@ def test_the_dry_run_at_full_size():
     assert sum(t.numel() for t in model.trained().values()) == 28_504_768 and len(history) == 2
     boxes, probabilities = found.detect(found.test[0][0])
     assert boxes.shape == (576, 4) and probabilities.shape == (576, 80)
-
-
-# --- results ----------------------------------------------------------------------------------------------------------
 
 
 def test_results_are_shown_next_to_the_published(tmp_path):

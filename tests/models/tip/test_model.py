@@ -3,8 +3,6 @@
 No code of the authors exists; what is checked against is diffusers itself.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable
@@ -60,8 +58,6 @@ def numbers(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-# --- the UNet in two halves -------------------------------------------------------------------------------------------
-
 NARROW = {"block_out_channels": (8, 16, 32, 32), "cross_attention_dim": 16, "norm_num_groups": 4}
 LEVELS = {  # as Stable Diffusion 1 and 2 are built, narrow
     "sd15": NARROW | {"attention_head_dim": 4},
@@ -90,9 +86,6 @@ def test_halves_are_the_unet_bit_for_bit(name: str, size: tuple[int, int]) -> No
     states = torch.randn(2, 5, unet.config.cross_attention_dim)
     with torch.no_grad():
         assert torch.equal(tip.decode(unet, tip.encode(unet, z, t, states), states), unet(z, t, states).sample)
-
-
-# --- the start, and the plain ControlNet ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -163,9 +156,6 @@ def test_checkpointed_gradients_are_the_same() -> None:
     assert pipe.adaptor.is_gradient_checkpointing
 
 
-# --- counts -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("size", "unet", "text", "controlnet"),
     [("sd15", 859_520_964, 123_060_480, 361_279_120), ("sd21", 865_910_724, 340_387_840, 364_228_240)],
@@ -212,9 +202,6 @@ def test_counts_of_the_pocket_sizes() -> None:
     assert [numbers(part) for part in (plain.adaptor, folded.unet, folded.adaptor)] == [301_296, 551_340, 318_464]
     inputs = batch(folded)
     assert folded.model(*inputs).shape == inputs[0].shape
-
-
-# --- what reads what, and what learns ---------------------------------------------------------------------------------
 
 
 def test_each_text_reaches_one_part() -> None:
@@ -309,9 +296,6 @@ def test_frozen_half_in_bfloat16() -> None:
     assert found.dtype == torch.bfloat16
     found.float().square().mean().backward()
     assert pipe.adaptor.branch.controlnet_mid_block.weight.grad.dtype == torch.float32
-
-
-# --- the pipeline -----------------------------------------------------------------------------------------------------
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -485,9 +469,6 @@ def test_bad_models_and_texts() -> None:
         (lambda: WordText(["A"]), "a to z"),
         (lambda: WordText([], memory=1.0), "less than 1"),
     )
-
-
-# --- texts ------------------------------------------------------------------------------------------------------------
 
 
 def test_clip_tokenizer_is_open_clips() -> None:

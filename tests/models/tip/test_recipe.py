@@ -1,7 +1,5 @@
 """TIP's runs: the recipe on small models, resuming, what the test gives to whom, the dry run at full size."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import subprocess
@@ -62,9 +60,6 @@ def data() -> Degraded:
 
 def weights(pipe: TIPPipeline) -> dict[str, torch.Tensor]:
     return {n: t.clone() for n, t in pipe.adaptor.state_dict().items()}
-
-
-# --- training ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", recipe.METHODS)
@@ -166,9 +161,6 @@ def test_cached_encodings_give_the_same_loss(data: Degraded) -> None:
     torch.testing.assert_close(one, two)
 
 
-# --- the test ---------------------------------------------------------------------------------------------------------
-
-
 def test_start_noise_is_the_samples_own(data: Degraded) -> None:
     pipe = small()
     chosen = [Degraded(data.pictures, 32, **TASKS["parameterised"])[i] for i in range(3)]
@@ -177,9 +169,6 @@ def test_start_noise_is_the_samples_own(data: Degraded) -> None:
     # before training the texts of the adaptor do nothing: only the noise could differ
     torch.testing.assert_close(together, recipe.restore(pipe, chosen, "blind prompt", steps=2), atol=1e-6, rtol=0)
     assert not torch.allclose(together, recipe.restore(pipe, chosen, steps=2, seed=1), atol=1e-3)
-
-
-# --- at full size -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
