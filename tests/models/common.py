@@ -1,8 +1,9 @@
-"""What the tests of several models share: refusals, misfits of a checkpoint, recomputed gradients, operations."""
+"""What the tests of several models share: refusals, misfits, recomputed gradients, resumed trainings, operations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from companion.errors import BadCheckpoint, BadParameter
+from tests.conftest import interrupted
 
 
 def refuses(*cases: tuple[Callable[[], object], str], error: type[Exception] = BadParameter) -> None:
@@ -37,6 +39,27 @@ def assert_recomputed_gradients_are_equal(make: Callable[[], nn.Module], loss: C
         loss(model).backward()
         found.append([p.grad for p in model.parameters() if p.grad is not None])
     assert found[0] and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def assert_goes_on(
+    train: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, calls: int
+) -> tuple[nn.Module, Path]:
+    """A training killed after some calls of `owner.name` goes on from there, to the same bits.
+
+    `train(out)` trains with the output folder `out` and returns the model and the history. Returns those of the second
+    start: the model and its folder.
+    """
+    whole, history = train(folder / "whole")
+    with interrupted(monkeypatch, owner, name, calls):
+        train(folder / "killed")
+    assert not (folder / "killed" / "trained").exists()
+    counted, function = [], getattr(owner, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, lambda *args, **options: counted.append(1) or function(*args, **options))
+        model, again = train(folder / "killed")
+    assert again == history and 0 < len(counted) < len(history)
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in whole.state_dict().items())
+    return model, folder / "killed"
 
 
 def gflop(run: Callable[[], object]) -> float:

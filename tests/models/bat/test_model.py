@@ -7,16 +7,12 @@ import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from torch.utils.data import TensorDataset
 from torchvision.ops import box_convert
 
 from companion.errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights
 from companion.models.bat import BAT, HigherPeak, OSTrack, Prediction, SingleStream
 from companion.models.bat import model as bat
 from companion.toy.encoders import tracker as pocket
-from companion.training.callbacks import ClipNorm
-from companion.training.fit import CPU, fit
-from companion.training.schedules import adamw
 from tests.models.common import assert_recomputed_gradients_are_equal, misfits, refuses
 
 DEPTH = 3
@@ -118,20 +114,6 @@ def test_start_of_the_adapters():
         assert not layer.bias.any()
         assert abs(layer.weight.std() - 0.02) < 0.003
     assert not any(p.any() for p in bat.Adapter(768, std=0).parameters())
-
-
-@pytest.mark.parametrize("tuned", ["adapters", "all"])
-def test_training_leaves_what_is_frozen(tuned):
-    """Claim 6: bit for bit, and the statistics of the head's BatchNorms with it."""
-    model = small(tuned=tuned)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    boxes = torch.rand(8, 4, generator=torch.Generator().manual_seed(4)) * 0.3 + 0.2
-    settings = {"optimizer": adamw(1e-2, decay="all"), "callbacks": [ClipNorm(0.1)], "hardware": CPU}
-    fit(model, loss, TensorDataset(*crops(8, 5), boxes), epochs=3, batch=4, **settings)
-    trained = set(model.trained())
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]) == (name not in trained), name
-    assert any(name.endswith("running_mean") for name in before)
 
 
 def test_training_mode_keeps_the_heads_statistics_and_draws_dropout():
@@ -424,18 +406,14 @@ def test_losses_add_up_and_boxes_are_cut_to_the_crop():
     torch.testing.assert_close(off["l1"], torch.tensor((0.6 + 0.6) / 4))
 
 
-def test_boxes_without_a_centre_in_the_crop_give_a_finite_loss():
-    found = small()(*crops(1))
-    terms = bat.losses(found, torch.tensor([[1.2, 1.2, 0.2, 0.2]]))
-    assert all(torch.isfinite(value) for value in terms.values())
-
-
 def test_predictions_are_within_their_ranges():
     found = small()(*crops())
     assert found.score.shape == (2, 1, 8, 8) and found.size.shape == found.offset.shape == (2, 2, 8, 8)
     for part in (found.score, found.size):
         assert part.min() >= 1e-4 and part.max() <= 1 - 1e-4
     assert torch.equal(found.box, bat.decode(*found[:3]))
+    terms = bat.losses(found, torch.tensor([[1.2, 1.2, 0.2, 0.2]] * 2))  # no centre in the crop
+    assert all(torch.isfinite(value) for value in terms.values())
 
 
 @pytest.mark.parametrize("stream", [0, 1])

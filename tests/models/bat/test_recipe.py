@@ -11,8 +11,8 @@ from companion.models.bat import BAT, OSTrack, recipe
 from companion.models.bat import model as bat
 from companion.toy.encoders import tracker as pocket
 from companion.training.checkpoints import Checkpoint
-from tests.conftest import interrupted, parameters
-from tests.models.common import refuses
+from tests.conftest import parameters
+from tests.models.common import assert_goes_on, refuses
 
 
 def given(**changes):
@@ -101,22 +101,16 @@ def test_the_dry_run_takes_two_steps(tmp_path, small):
 
 
 def test_a_killed_training_resumes_and_its_weights_are_a_checkpoint(tmp_path, small, monkeypatch):
-    whole, history = recipe.setting(given(), tmp_path / "whole").train("BAT")
-    out = tmp_path / "killed"
-    with interrupted(monkeypatch, recipe, "loss", 3):
-        recipe.setting(given(), out).train("BAT")
-    assert not (out / "trained").exists()
-    seen, loss = [], recipe.loss
-    monkeypatch.setattr(recipe, "loss", lambda *args: (seen.append(1), loss(*args))[1])
-    for _ in range(2):  # from the second step on; and a finished training is only read
-        model, again = recipe.setting(given(), out).train("BAT")
-        assert len(seen) == 4 and again == history
-        assert all(torch.equal(t, model.state_dict()[n]) for n, t in whole.state_dict().items())
-    file = out / "trained" / "BAT, seed 0.safetensors"
-    official = BAT.from_official
+    def train(out, **changes):
+        return recipe.setting(given(**changes), out).train("BAT")
+
+    model, out = assert_goes_on(train, tmp_path, monkeypatch, recipe, "loss", 3)
+    monkeypatch.setattr(recipe, "loss", None)  # a finished training is only read
+    official, file = BAT.from_official, out / "trained" / "BAT, seed 0.safetensors"
     monkeypatch.setattr(BAT, "from_official", lambda state: official(state, heads=4))
-    read, none = recipe.setting(given(checkpoint=str(file)), tmp_path).train("BAT")
-    assert none == [] and all(torch.equal(t, read.state_dict()[n]) for n, t in whole.state_dict().items())
+    assert train(tmp_path, checkpoint=str(file))[1] == []
+    for read in (train(out)[0], train(tmp_path, checkpoint=str(file))[0]):
+        assert all(torch.equal(t, read.state_dict()[n]) for n, t in model.state_dict().items())
     assert backbones.read_state(file).keys() == model.to_official().keys()
 
 

@@ -16,8 +16,8 @@ from companion.models.dmt import recipe as runs
 from companion.models.dmt import teachers as dmt_teachers
 from companion.models.dmt.model import DMT, Teachers
 from companion.models.dmt.vit import ViT
-from tests.conftest import interrupted, parameters
-from tests.models.common import refuses
+from tests.conftest import parameters
+from tests.models.common import assert_goes_on, refuses
 
 given = partial(
     parameters, "dmt", profile="paper", dry_run=True, student="tiny", data_root="nowhere", accelerator="cpu"
@@ -141,21 +141,16 @@ def folder(tmp_path, monkeypatch):
 
 def test_a_killed_distillation_resumes_to_the_same_bits_and_saves_its_student(small, folder, tmp_path, monkeypatch):
     """The running statistics of the targets too."""
-    options = dict(rates=np.full(4, 1e-3), batch=2)
-    killed, whole = (runs.setting(folder, tmp_path / name) for name in ("killed", "whole"))
-    assert "3 images" in killed.title
-    expected = whole.build("DMT")
-    history = whole.learn(expected, "DMT", **options)
-    with interrupted(monkeypatch, DMT, "forward", 2):
-        killed.learn(killed.build("DMT"), "DMT", **options)
-    assert not killed.trained.exists() and list((tmp_path / "killed" / "checkpoints").glob("*.pt"))
-    model = killed.build("DMT")
-    assert killed.learn(model, "DMT", **options) == history
-    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
-    saved = runs.encoder(given(weights=str(killed.trained), dry_run=False))
-    images = torch.randn(1, 3, 224, 224)
-    assert torch.equal(saved(images), model.export()(images))
-    assert killed.trained.parent == tmp_path / "killed" / "trained"
+
+    def train(out):
+        found = runs.setting(folder, out)
+        assert "3 images" in found.title
+        model = found.build("DMT")
+        return model, found.learn(model, "DMT", rates=np.full(4, 1e-3), batch=2)
+
+    model, out = assert_goes_on(train, tmp_path, monkeypatch, DMT, "forward", 2)
+    (file,), images = (out / "trained").iterdir(), torch.randn(1, 3, 224, 224)
+    assert torch.equal(runs.encoder(given(weights=str(file), dry_run=False))(images), model.export()(images))
 
 
 def test_another_distillation_has_another_checkpoint_wherever_it_is_started(small, folder, tmp_path, monkeypatch):
@@ -224,19 +219,14 @@ def test_a_killed_task_resumes_to_the_same_bits_and_saves_its_weights(task, smal
     monkeypatch.setattr(runs, "recipe", lambda name, real=runs.recipe: real(name) | few)
     monkeypatch.setattr(runs.down, "mixed_loss", lambda classes, real=runs.down.mixed_loss: real(classes, 0, 0))
 
-    def learn(name):
-        found = runs.downstream(given(task=task, dry_run=False, encoder="random"), tmp_path / name)
+    def train(out):
+        found = runs.downstream(given(task=task, dry_run=False, encoder="random"), out)
         model = found.build()
-        assert len(found.learn(model)) == 4
-        return model.state_dict()
+        return model, found.learn(model)
 
-    whole = learn("whole")
-    with interrupted(monkeypatch, runs.down.F, "cross_entropy", 2):
-        learn("killed")
-    assert not (tmp_path / "killed" / "trained").exists()
-    assert all(torch.equal(value, whole[name]) for name, value in learn("killed").items())
-    (file,) = (tmp_path / "killed" / "trained").iterdir()
-    assert load_file(file).keys() == whole.keys()
+    model, out = assert_goes_on(train, tmp_path, monkeypatch, runs.down.F, "cross_entropy", 2)
+    (file,) = (out / "trained").iterdir()
+    assert load_file(file).keys() == model.state_dict().keys()
 
 
 def test_bad_parameters(tmp_path, small, monkeypatch):

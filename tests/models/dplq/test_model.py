@@ -99,12 +99,8 @@ def test_gradients_reach_every_trained_tensor_and_nothing_frozen(options, clip):
     assert clip.training and mae.training and all(p.requires_grad for p in mae.encoder.blocks.parameters())
     if model.deep_text.numel():
         assert (model.deep_text.grad.abs().sum((1, 2)) > 0).all()
-
-
-def test_deep_quaternion_layers_start_equal(clip):
-    model = DPLQ(clip, CLASSES, Tokenizer(), WIDTH, depth=4)
-    assert torch.equal(model.mix_image.weight[0], model.mix_image.weight[2])
-    assert torch.equal(model.ctx, clip.token_embedding(Tokenizer()("a photo"))[0, 1:3])  # the first two words
+    fresh = DPLQ(clip, CLASSES, Tokenizer(), WIDTH, depth=4)
+    assert torch.equal(fresh.ctx, clip.token_embedding(Tokenizer()("a photo"))[0, 1:3])  # the first two words
 
 
 def one_image(model: DPLQ, image: torch.Tensor, f: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -146,18 +142,6 @@ def test_a_batch_is_the_formulas_one_image_and_one_class_at_a_time(clip):
     model, f, eps = build(clip), features(), draw(2, 64, seed=3)
     expected = [one_image(model, x, y, f.mean() * e) for x, y, e in zip(images(), f, eps, strict=True)]
     torch.testing.assert_close(model(images(), f, eps), torch.stack(expected), rtol=0, atol=2e-5)
-
-
-def test_a_silent_net_without_noise_leaves_prompts_that_no_image_moves(clip):
-    model = build(clip, noise="off")
-    for p in model.meta_net.linear2.parameters():
-        torch.nn.init.zeros_(p)
-    prompts = model.prompts(features(3))
-    for per_image in (prompts.context, prompts.deep_image.transpose(0, 1)):
-        torch.testing.assert_close(per_image[0], per_image[2], rtol=0, atol=1e-6)
-    moved = build(clip, noise="off").prompts(features(3))
-    assert (moved.context[0] - moved.context[2]).abs().max() > 1e-2
-    assert (moved.deep_image[:, 0] - moved.deep_image[:, 2]).abs().max() > 1e-2
 
 
 def test_axes_and_real_layers_mix_what_they_say(clip):

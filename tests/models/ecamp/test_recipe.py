@@ -22,8 +22,8 @@ from companion.models.ecamp import recipe
 from companion.models.ecamp.text import Pairs
 from companion.ops.papers import paper
 from companion.training.checkpoints import Checkpoint
-from tests.conftest import interrupted, parameters
-from tests.models.common import refuses
+from tests.conftest import parameters
+from tests.models.common import assert_goes_on, refuses
 
 
 def given(**changes) -> SimpleNamespace:
@@ -144,21 +144,17 @@ def test_a_killed_pre_training_resumes_and_its_encoder_starts_a_downstream_task(
     p = pretraining(data_root=str(tmp_path), weights=str(tmp_path / "mae.pth"))
 
     def train(out):
-        setting = recipe.setting(p, tmp_path / out)
+        setting = recipe.setting(p, out)
         model = setting.build("ECAMP")
-        return model, setting.learn(model, "ECAMP")
+        history = setting.learn(model, "ECAMP")
+        assert len(history) == 6 and all(row["mlm"] > 0 for row in history)
+        return model, history
 
-    whole, history = train("whole")
-    with interrupted(monkeypatch, ecamp, "pretraining_loss", 3):
-        train("killed")
-    assert not (tmp_path / "killed" / "trained").exists()
-    resumed, again = train("killed")
-    assert again == history and len(history) == 6 and all(row["mlm"] > 0 for row in history)
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
-    (file,) = (tmp_path / "killed" / "trained").iterdir()
+    model, out = assert_goes_on(train, tmp_path, monkeypatch, ecamp, "pretraining_loss", 3)
+    (file,) = (out / "trained").iterdir()
     monkeypatch.setattr(recipe, "VisionTransformer", lambda **options: copy.deepcopy(start))
     encoder = recipe.encoder(given(encoder="ECAMP", weights=str(file)))
-    assert torch.equal(encoder.blocks[0].mlp.fc1.weight, whole.encoder.blocks[0].mlp.fc1.weight)
+    assert torch.equal(encoder.blocks[0].mlp.fc1.weight, model.encoder.blocks[0].mlp.fc1.weight)
     assert not torch.equal(encoder.blocks[0].mlp.fc1.weight, start.blocks[0].mlp.fc1.weight)
 
 
@@ -248,13 +244,11 @@ def test_dry_runs_at_full_size(task, dataset, tmp_path):
 def covidx(root, monkeypatch):
     monkeypatch.setattr(xrays, "SIZES", {("xrays/covidx", "classification"): {}})
     folder = root / "xrays" / "covidx"
-    lines = []
+    (folder / "train").mkdir(parents=True)
     for i in range(9):
-        (folder / "train").mkdir(parents=True, exist_ok=True)
         Image.new("L", (230, 224), 30 + 80 * (i % 3)).save(folder / "train" / f"{i}.png")
-        lines.append(f"train/{i}.png {i % 3}")
     for name in ("train_list_1", "val_list", "test_list"):
-        (folder / f"{name}.txt").write_text("\n".join(lines))
+        (folder / f"{name}.txt").write_text("\n".join(f"train/{i}.png {i % 3}" for i in range(9)))
 
 
 def test_a_real_layout_is_trained_until_patience_ends(tmp_path, monkeypatch, small):
@@ -287,18 +281,14 @@ def test_a_killed_downstream_training_resumes_to_the_same_bits(tmp_path, monkeyp
     monkeypatch.setattr(recipe.EarlyStop, "on_epoch_end", counted)
 
     def train(out):
-        found = recipe.downstream(given(data_root=str(tmp_path)), tmp_path / out)
+        found = recipe.downstream(given(data_root=str(tmp_path)), out)
         model = found.build()
-        return model, found.learn(model)
+        history = found.learn(model)
+        assert len(history) == 6 * 3, "the best was the second of six epochs"
+        return model, history
 
-    whole, history = train("whole")
-    assert len(history) == 6 * 3, "the best was the second of six epochs"
     where = (recipe.heads, "classification_loss", 13) if kill == "in training" else (recipe, "_classified", 4)
-    with interrupted(monkeypatch, *where):
-        train("killed")
-    resumed, again = train("killed")
-    assert again == history
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert_goes_on(train, tmp_path, monkeypatch, *where)
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(6, 6), (4, 12), (5, 15), (1, 3)])

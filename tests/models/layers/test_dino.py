@@ -191,12 +191,6 @@ def test_a_killed_pretraining_resumes_to_the_same_bits(kind, tmp_path, monkeypat
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
-def test_momentum_1_leaves_the_teacher():
-    encoder, images, views = level("region")
-    teacher, _ = dino.pretrain(encoder, images, views, **SMALL | {"momentum": 1.0})
-    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), encoder.parameters(), strict=True))
-
-
 def test_bfloat16(images):
     losses = [
         [row["loss"] for row in train(ibot(), images, hardware=Hardware("cpu", precision=precision))]

@@ -23,9 +23,9 @@ from companion.models.metasegnet.model import SIZES, MetaSegNet, swin
 from companion.models.metasegnet.text import BertText, ClipText, Words
 from companion.training import callbacks, checkpoints
 from companion.training.checkpoints import Checkpoint, trained_state
-from tests.conftest import interrupted, parameters
+from tests.conftest import parameters
 from tests.data.test_landcover import earth, loveda, potsdam
-from tests.models.common import refuses
+from tests.models.common import assert_goes_on, refuses
 from tests.test_geotiff import noise, written
 
 
@@ -299,18 +299,13 @@ def test_a_killed_training_resumes_to_the_same_bits_wherever_it_is_started_from(
     def train(out, **changes):
         return recipe.train(recipe.setting(SimpleNamespace(**vars(p) | changes), tmp_path / out), "MetaSegNet")
 
-    whole, history = train("whole")
-    with interrupted(monkeypatch, recipe, "joint_loss", 7):
-        train("killed")
-    assert not (tmp_path / "killed" / "trained").exists()
-    monkeypatch.chdir(tmp_path.parent)
-    resumed, again = train("killed", data_root=tmp_path.name)
-    assert again == history and len(history) == 8
-    assert all(torch.equal(t, resumed.state_dict()[name]) for name, t in whole.state_dict().items())
+    model, _ = assert_goes_on(train, tmp_path, monkeypatch, recipe, "joint_loss", 7)
     (file,) = (tmp_path / "killed" / "trained").iterdir()
     assert file.name == "MetaSegNet, landcover-openearthmap, seed 0.safetensors"
     saved = read_state(file)
-    assert all(torch.equal(t, saved[name]) for name, t in trained_state(whole).items())
+    assert all(torch.equal(t, saved[name]) for name, t in trained_state(model).items())
+    monkeypatch.chdir(tmp_path.parent)
+    train("killed", data_root=tmp_path.name)
     for changes in ({"held_out": "Aw"}, {"seed": 1}, {"text_encoder": "clip"}):
         train("killed", **changes)
     assert len(list((tmp_path / "killed" / "checkpoints").glob("*.pt"))) == 4

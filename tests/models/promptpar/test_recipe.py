@@ -17,8 +17,8 @@ from companion.models.promptpar import PromptPAR, recipe
 from companion.ops.papers import paper
 from companion.toy.datasets.tokens import Tokenizer
 from companion.training.checkpoints import Checkpoint
-from tests.conftest import interrupted, parameters
-from tests.models.common import refuses
+from tests.conftest import parameters
+from tests.models.common import assert_goes_on, refuses
 
 SENTENCES = ("A person with a hat", "A person with a bag", "A person in red")
 
@@ -137,21 +137,17 @@ def test_training_learns(small, folder, monkeypatch):
 def test_a_killed_training_resumes_and_its_weights_are_a_checkpoint(small, folder, tmp_path, monkeypatch):
     epochs(monkeypatch, 3)
     monkeypatch.setattr(Checkpoint.of.__func__, "__defaults__", (2,))
-    p, out = given(data_root=folder), tmp_path / "killed"
-    whole, history = recipe.setting(p, tmp_path / "whole").train("PromptPAR")
-    with interrupted(monkeypatch, recipe, "loss", 3):
-        recipe.setting(p, out).train("PromptPAR")
-    assert len(history) == 6 and not (out / "trained").exists()
-    seen, loss = [], recipe.loss
-    monkeypatch.setattr(recipe, "loss", lambda *args: (seen.append(1), loss(*args))[1])
-    for _ in range(2):  # from the second step on; and a finished training is only read
-        model, again = recipe.setting(p, out).train("PromptPAR")
-        assert len(seen) == 4 and again == history
-        assert all(torch.equal(t, model.state_dict()[n]) for n, t in whole.state_dict().items())
+
+    def train(out):
+        return recipe.setting(given(data_root=folder), out).train("PromptPAR")
+
+    model, out = assert_goes_on(train, tmp_path, monkeypatch, recipe, "loss", 3)
+    monkeypatch.setattr(recipe, "loss", None)  # a finished training is only read
+    assert torch.equal(train(out)[0].prompts, model.prompts)
     found = setting(data_root=folder, checkpoint=str(out / "trained" / "PromptPAR, folder, seed 0.safetensors"))
     read, none = found.train("PromptPAR")
     assert none == [] and torch.equal(read.prompts, model.prompts)
-    assert found.scores(read).totals == recipe.setting(p, out).scores(model).totals
+    assert found.scores(read).totals == setting(data_root=folder).scores(model).totals
 
 
 def test_releases_and_quirks(small, folder):

@@ -20,9 +20,9 @@ from companion.models.sic_cads.model import distillation_loss, pool, rank_loss
 from companion.ops.files import write_json
 from companion.ops.papers import paper
 from companion.training.checkpoints import save, trained_state
-from tests.conftest import interrupted, parameters
+from tests.conftest import parameters
 from tests.data.test_detection import coco, coco_categories, image, lvis_file, picture, sizes  # noqa: F401
-from tests.models.common import refuses
+from tests.models.common import assert_goes_on, refuses
 from tests.test_detectors import owl
 
 
@@ -229,23 +229,18 @@ def test_without_training_nothing_is_saved(small, coco, tmp_path):  # noqa: F811
 
 
 def test_a_killed_training_resumes_to_the_same_bits_and_saves_weights(small, coco, monkeypatch, tmp_path):  # noqa: F811
-    p, steps = given(data_root=str(coco)), {"batch": 1, "epochs": 3}
-    whole, history = recipe.train(recipe.setting(p, tmp_path / "whole"), **steps)
     of = recipe.Checkpoint.of
     monkeypatch.setattr(recipe.Checkpoint, "of", lambda *args, every, **facts: of(*args, every=2, **facts))
-    with interrupted(monkeypatch, recipe, "loss", len(history) - 1):
-        recipe.train(recipe.setting(p, tmp_path), **steps)
-    calls, loss = [], recipe.loss
-    monkeypatch.setattr(recipe, "loss", lambda *args: calls.append(1) or loss(*args))
-    model, again = recipe.train(recipe.setting(p, tmp_path), **steps)
-    assert again == history and 0 < len(calls) < len(history)
-    (file,) = (tmp_path / "trained").iterdir()
+
+    def train(out, **changes):
+        return recipe.train(recipe.setting(given(data_root=str(coco), **changes), out), batch=1, epochs=3)
+
+    model, out = assert_goes_on(train, tmp_path, monkeypatch, recipe, "loss", 8)
+    (file,) = (out / "trained").iterdir()
     read = recipe.setting(given(data_root=str(coco), checkpoint=str(file)), tmp_path).build()  # what `checkpoint` takes
-    for name, tensor in recipe.trained_weights(whole).items():
-        assert torch.equal(recipe.trained_weights(model)[name], tensor), name
-        assert torch.equal(recipe.trained_weights(read)[name], tensor), name
-    other = recipe.train(recipe.setting(given(data_root=str(coco), seed=1), tmp_path), **steps)[1]
-    assert other != history and len(list((tmp_path / "trained").iterdir())) == 2
+    found = recipe.trained_weights(read)
+    assert all(torch.equal(t, found[name]) for name, t in recipe.trained_weights(model).items())
+    assert train(out, seed=1)[1] != train(out)[1] and len(list((out / "trained").iterdir())) == 2
 
 
 @pytest.mark.parametrize("dataset", ["detection/ov-coco", "detection/ov-lvis", "detection/openimages"])
