@@ -14,6 +14,20 @@ from companion.errors import BadCheckpoint, BadParameter
 from tests.conftest import interrupted
 
 
+def draw(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def numbers(model: nn.Module, trained: bool = False) -> int:
+    """How many parameters a model has, or trains."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
+
+
+def ungraded(model: nn.Module) -> set[str]:
+    """The names of the parameters that a backward pass did not reach."""
+    return {name for name, p in model.named_parameters() if p.grad is None}
+
+
 def refuses(*cases: tuple[Callable[[], object], str], error: type[Exception] = BadParameter) -> None:
     """Each call raises `error`, and the message matches the words next to it."""
     for call, words in cases:

@@ -68,6 +68,7 @@ def test_cached_losses_are_the_losses(images, tmp_path, dtype):
     live, read = model(images, noise=noise), model(images, cache.tensors(), noise)
     assert torch.allclose(live.total, read.total, rtol=limit)
     assert sum(f.stat().st_size for f in tmp_path.glob("*.npy")) == dmt_cache.size(10, 17, (48, 64), dtype) + 2 * 128
+    assert dmt_cache.size(1, 197, (768,) * 3) == 907_776
 
 
 def test_training_from_the_cache_is_training_with_the_teachers(images, tmp_path):
@@ -173,7 +174,3 @@ def test_bad_caches(images, tmp_path, monkeypatch):
     refuses((lambda: build("part"), r"1\.part"), error=CorruptFile)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
     refuses((lambda: build("c"), "are free"), error=CompanionError)
-
-
-def test_sizes_at_paper_scale():
-    assert dmt_cache.size(1, 197, (768,) * 3) == 907_776

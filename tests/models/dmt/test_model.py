@@ -58,20 +58,15 @@ def test_a_teachers_scale_does_not_matter(norm, fusion, scale, images, noise):
     assert abs(plain(images, louder, noise).total / plain(images, output, noise).total - 1) > 0.05
 
 
-def test_channel_targets_have_unit_channels(images):
-    distil = model(target_norm="channel")
-    for target in distil.targets(distil.teachers(images)):
-        assert torch.allclose(target.mean((0, 1)), torch.zeros(48), atol=1e-5)
-        assert torch.allclose(target.square().mean((0, 1)), torch.ones(48), atol=1e-3)
-
-
 def test_running_statistics_reach_those_of_the_data_and_are_used_in_eval(images):
     torch.manual_seed(0)
     norm, tokens = dmt.TargetNorm(8, "channel", "running"), 3 + torch.randn(64, 5, 8) * torch.arange(1, 9)
     norm.train()
     for batch in tokens.split(8):
         norm(batch)
-    plain = F.layer_norm(tokens, (8,), eps=1e-6)
+    plain, whole = F.layer_norm(tokens, (8,), eps=1e-6), dmt.TargetNorm(8, "channel")(tokens)
+    assert torch.allclose(whole.mean((0, 1)), torch.zeros(8), atol=1e-5)
+    assert torch.allclose(whole.square().mean((0, 1)), torch.ones(8), atol=1e-3)
     assert torch.allclose(norm.mean, plain.mean((0, 1)), atol=1e-5)
     norm.eval()
     assert torch.equal(norm(tokens[:1]), norm(tokens)[:1])  # nothing depends on other images
@@ -172,6 +167,9 @@ def test_what_weighs_nothing_is_not_built(images):
     assert only.decoder is None and only.map_heads is None
     losses = only(images)
     assert torch.allclose(losses.total, losses.token.mean()) and not losses.map.any()
+    exported = only.eval().export()
+    assert set(exported.state_dict()) == set(student().state_dict())
+    assert torch.equal(exported(images), only.student(images)) and exported is not only.student
 
 
 def test_teachers_are_frozen_copies_that_run_once_without_autograd(images):
@@ -187,26 +185,16 @@ def test_teachers_are_frozen_copies_that_run_once_without_autograd(images):
     assert calls == [("MAE", False), ("iBOT", False)]
 
 
-def test_grey_keeps_the_luma(images):
+def test_lighter_views_are_supersets_and_grey_keeps_the_luma(images, noise):
     red = images.clone()
     red[:, 0] += 0.1
     red[:, 1] -= 0.1 * 0.299 / 0.587
     assert torch.allclose(dmt.grey(red), dmt.grey(images), atol=1e-6)
-
-
-def test_lighter_views_are_supersets(images, noise):
     some = teachers(view="lighter")
     assert some.counts(16, 8) == (11, 13, 16)
     assert [t.shape[1] for t in some(images, noise.argsort(1), 8).tokens] == [12, 14, 17]
     with pytest.raises(BadParameter, match="order"):
         some(images)
-
-
-def test_the_student_alone_is_exported(images):
-    distil = model().eval()
-    exported = distil.export()
-    assert set(exported.state_dict()) == set(student().state_dict())
-    assert torch.equal(exported(images), distil.student(images)) and exported is not distil.student
 
 
 @pytest.mark.parametrize("fusion", dmt.FUSIONS)

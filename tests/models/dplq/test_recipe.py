@@ -133,13 +133,10 @@ def test_a_killed_training_resumes_to_the_same_bits_and_keeps_its_weights(pocket
     assert recipe.setting(p, tmp_path).facts != found.facts
 
 
-def test_zero_shot_has_nothing_to_train(pocket, sets, tmp_path):
+def test_a_folder_of_ones_own_and_nothing_to_train(pocket, tmp_path, sets):
     found = recipe.setting(given(method="zero-shot CLIP", data_root=sets), tmp_path)
     model, history = recipe.train(found, "zero-shot CLIP")
     assert isinstance(model, ZeroShot) and history == [] and found.learning_rates == {}
-
-
-def test_a_folder_of_ones_own(pocket, tmp_path, sets):
     mine = tmp_path / "medical/BTMRI/BTMRI"
     found = recipe.setting(given(dataset="folder", data_root=str(mine), method="CoOp"), tmp_path)
     assert found.title == "folder, base to novel" and found.classes == ("glioma", "meningioma")
@@ -189,12 +186,6 @@ def test_bad_parameters_name_the_accepted_ones(tmp_path):
         (setting(clip="ViT-B-16/nobody"), "openclip:ViT-B-16/"),
         (setting(clip="ViT-X/openai"), "open_clip.list_models"),
     )
-
-
-def test_targets_are_the_other_sets_of_the_domain():
-    assert recipe.targets(given()) == ["medical/chmnist", "medical/ccbtm"]
-    assert len(recipe.targets(given(dataset="remote/rsicd"))) == 7
-    assert recipe.targets(given(targets=" remote/aid, remote/ucm")) == ["remote/aid", "remote/ucm"]
 
 
 def test_the_dry_run_takes_two_steps_and_writes_nothing(pocket, tmp_path):
@@ -259,7 +250,10 @@ def test_results_gather_and_are_replaced(tmp_path, monkeypatch):
     assert next(iter(found)) == "UCM" and found["UCM"].base.iloc[0] == "50"
 
 
-def test_what_is_not_as_published_has_a_row_of_its_own():
+def test_targets_are_the_other_sets_of_the_domain_and_what_is_not_as_published_has_a_row_of_its_own():
+    assert recipe.targets(given()) == ["medical/chmnist", "medical/ccbtm"]
+    assert len(recipe.targets(given(dataset="remote/rsicd"))) == 7
+    assert recipe.targets(given(targets=" remote/aid, remote/ucm")) == ["remote/aid", "remote/ucm"]
     assert recipe.label(given()) == recipe.label(given(domain="medical")) == "DPLQ"
     changed = given(domain="none", noise="off", clip="ViT-L-14/openai")
     assert recipe.label(changed) == "DPLQ, domain model none, noise off, ViT-L-14/openai"

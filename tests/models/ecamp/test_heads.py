@@ -11,7 +11,7 @@ from companion.evaluation.metrics import radiology
 from companion.models.ecamp import heads
 from companion.models.ecamp import model as ecamp
 from companion.models.ecamp.heads import Detector, Segmenter
-from tests.models.common import misfits, refuses
+from tests.models.common import misfits, numbers, refuses, ungraded
 
 
 @pytest.fixture
@@ -32,8 +32,7 @@ def test_parameters_are_the_released_ones():
             (Detector(vit, expansion=4), 116_628_534, 30_831_414),
             (Detector(vit, expansion=8), 112_928_054, 27_130_934),
         ):
-            counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
-            assert sum(n for n, _ in counts) == whole and sum(n for n, free in counts if free) == trained
+            assert (numbers(model), numbers(model, trained=True)) == (whole, trained)
 
 
 def test_classifier_starts_from_the_encoder(encoder):
@@ -47,37 +46,23 @@ def test_classifier_starts_from_the_encoder(encoder):
     assert model(images).shape == (2, 4) and model.head.weight.abs().max() < 1e-3
 
 
-def test_probe_trains_the_last_layer_alone(encoder):
-    model = heads.classifier(encoder, 4, probe=True)
-    heads.classification_loss(model(torch.randn(2, 3, 32, 32)), torch.tensor([0, 3])).backward()
-    assert {n for n, p in model.named_parameters() if p.grad is not None} == {"head.weight", "head.bias"}
-
-
-@pytest.mark.parametrize("frozen", [True, False])
-def test_segmenter_trains_what_it_says(encoder, frozen):
-    model = Segmenter(encoder, outputs=2, frozen=frozen)
-    logits = model(torch.randn(2, 3, 32, 32))
-    assert logits.shape == (2, 2, 32, 32)
-    heads.segmentation_loss(logits, torch.rand(2, 2, 32, 32)).backward()
-    assert ungraded(model) == (backbone(model) if frozen else set())
+def test_heads_train_what_they_say(encoder):
+    images = torch.randn(2, 3, 32, 32)
+    for frozen in (True, False):
+        model = Segmenter(encoder, outputs=2, frozen=frozen)
+        heads.segmentation_loss(model(images), torch.rand(2, 2, 32, 32)).backward()
+        below = {n for n, _ in model.named_parameters() if n.startswith("map.encoder.")}
+        assert ungraded(model) == (below if frozen else set())
     assert all(p.requires_grad for p in encoder.blocks.parameters()), "the one that was copied is as it was"
-
-
-def test_detector_trains_its_heads_alone(encoder):
     model = Detector(encoder, channels=(64, 32, 16), expansion=4)
-    found, boxes = model(torch.randn(2, 3, 32, 32)), torch.zeros(2, 10, 5)
+    found, boxes = model(images), torch.zeros(2, 10, 5)
     assert [tuple(x.shape) for x in found] == [(2, 18, 4, 4), (2, 18, 8, 8), (2, 18, 16, 16)]
     boxes[0, 0] = torch.tensor([0, 0.5, 0.4, 0.3, 0.2])
     model.loss(found, boxes).backward()
-    assert ungraded(model) == backbone(model)
-
-
-def ungraded(model):
-    return {n for n, p in model.named_parameters() if p.grad is None}
-
-
-def backbone(model):
-    return {n for n, _ in model.named_parameters() if n.startswith("map.encoder.")}
+    assert below and ungraded(model) == {n for n, _ in model.named_parameters() if n.startswith("map.encoder.")}
+    model = heads.classifier(encoder, 4, probe=True)
+    heads.classification_loss(model(images), torch.tensor([0, 3])).backward()
+    assert {n for n, _ in model.named_parameters()} - ungraded(model) == {"head.weight", "head.bias"}
 
 
 def test_official_names_come_back(encoder):
@@ -146,14 +131,16 @@ def test_loss_without_boxes_asks_for_emptiness():
     logits = head.unflatten(1, (3, 6))[:, :, 4]
     torch.testing.assert_close(total, 0.5 * F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits)))
     assert [x.item() for x in rest[:4]] == [0, 0, 0, 0]
+    boxes = torch.tensor([[[0, 1.0, 1.0, 0.1, 0.1]]])  # on the border
+    assert torch.isfinite(heads.yolo_loss(head[:1], boxes, torch.ones(3, 2) * 20, 224)[0])
 
 
-def test_a_box_on_the_border_stays_inside():
-    boxes = torch.tensor([[[0, 1.0, 1.0, 0.1, 0.1]]])
-    assert torch.isfinite(heads.yolo_loss(torch.randn(1, 18, 7, 7), boxes, torch.ones(3, 2) * 20, 224)[0])
-
-
-def test_dice_of_both_protocols():
+def test_dice_of_both_protocols_and_mean_auroc():
+    labels = np.array([[0, 1], [1, 0], [1, 1], [0, 0]])
+    assert radiology.mean_auroc(labels, labels) == 100
+    assert radiology.mean_auroc(labels[:, 0], 1 - labels[:, 0]) == 0
+    with pytest.raises(BadParameter, match=r"\[1\]"):
+        radiology.mean_auroc(np.array([[0, 1], [1, 1]]), np.zeros((2, 2)))
     truth = torch.zeros(4, 4, 4)
     truth[0, :2] = 1
     probability = torch.zeros(4, 4, 4)
@@ -164,14 +151,6 @@ def test_dice_of_both_protocols():
     assert plain[0] == 0.5 and plain[1:].isnan().all()
     with pytest.raises(BadParameter, match="plain"):
         radiology.dice(probability, truth, "other")
-
-
-def test_mean_auroc():
-    labels = np.array([[0, 1], [1, 0], [1, 1], [0, 0]])
-    assert radiology.mean_auroc(labels, labels) == 100
-    assert radiology.mean_auroc(labels[:, 0], 1 - labels[:, 0]) == 0
-    with pytest.raises(BadParameter, match=r"\[1\]"):
-        radiology.mean_auroc(np.array([[0, 1], [1, 1]]), np.zeros((2, 2)))
 
 
 def test_mean_precision_of_both_protocols():

@@ -10,7 +10,7 @@ from companion import backbones
 from companion.errors import BadCheckpoint
 from companion.models.ecamp import model as ecamp
 from companion.models.ecamp.model import Batch
-from tests.models.common import misfits, refuses
+from tests.models.common import misfits, numbers, refuses
 
 
 def pairs(count=2, size=32, words=40, length=20, patches=64, window=6, seed=0):
@@ -36,20 +36,16 @@ def model():
     return ecamp.build("pocket").eval()
 
 
-def count(module, trained=False):
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
-
-
 def test_parameters_and_sizes_are_the_released_ones():
     with torch.device("meta"):
         model, plain = ecamp.build("paper", pooler=True), ecamp.build("paper")
-    assert count(model) == 183_425_240 and plain.text.pooler is None
-    assert count(model, trained=True) == 183_173_080
-    assert count(model.encoder) == 85_646_592 + 151_296 + 768
-    assert count(model.decoder) == 13_398_784 + 100_864
-    assert count(model.super_resolution) == 168
-    assert count(model.project) == count(model.text.pooler) == 590_592
-    text = [count(part) for part in (model.text.embeddings, model.text.fusion, model.text.layers, model.text.head)]
+    assert numbers(model) == 183_425_240 and plain.text.pooler is None
+    assert numbers(model, trained=True) == 183_173_080
+    assert numbers(model.encoder) == 85_646_592 + 151_296 + 768
+    assert numbers(model.decoder) == 13_398_784 + 100_864
+    assert numbers(model.super_resolution) == 168
+    assert numbers(model.project) == numbers(model.text.pooler) == 590_592
+    text = [numbers(part) for part in (model.text.embeddings, model.text.fusion, model.text.layers, model.text.head)]
     assert text == [23_239_680, 7_681_536, 28_362_240, 23_662_128]
     assert (model.patches, int(model.patches * (1 - ecamp.MASKED)), model.window) == (196, 49, 12)
     assert model.text.embeddings.positions.num_embeddings == 256
@@ -66,7 +62,10 @@ def test_mim_loss_is_three_quarters_of_the_error_on_hidden_patches(model):
     assert trace["super_resolved"].shape == (3, 3, 64, 64) and trace["super_resolved"].min() >= 0
 
 
-def test_only_the_window_counts(model):
+def test_only_the_window_counts_and_its_corner_is_row_and_column(model):
+    mask = ecamp.windows(torch.tensor([[2, 1]]), 12, 32, 448)[0, 0]
+    assert mask[64, 32] == 1 and mask[63, 32] == 0 and mask[64, 31] == 0 and mask[447, 415] == 1 and mask[447, 416] == 0
+    assert mask.mean() == pytest.approx((384 / 448) ** 2)
     batch, trace = pairs(1), {}
     before = model(batch, trace).sr
     inside = ecamp.windows(batch.window, 6, 8, 64)
@@ -78,19 +77,6 @@ def test_only_the_window_counts(model):
     whole = ecamp.build("pocket", window=None)
     whole.load_state_dict(model.state_dict())
     assert whole.eval()(batch).sr == ecamp.sr_loss(trace["super_resolved"], batch.images) > before
-
-
-def test_window_corner_is_row_and_column():
-    mask = ecamp.windows(torch.tensor([[2, 1]]), 12, 32, 448)[0, 0]
-    assert mask[64, 32] == 1 and mask[63, 32] == 0 and mask[64, 31] == 0 and mask[447, 415] == 1 and mask[447, 416] == 0
-    assert mask.mean() == pytest.approx((384 / 448) ** 2)
-
-
-def test_every_position_counts_in_the_text_loss(model):
-    batch, trace = pairs(), {}
-    loss = model(batch, trace).mlm
-    torch.testing.assert_close(loss, (trace["cross_entropy"] * batch.weights).sum() / batch.weights.numel())
-    assert (trace["cross_entropy"][batch.attention == 0] > 0).all()
 
 
 def test_fusion_has_no_order_of_patches_and_equal_ones_give_one_context(model):
@@ -107,12 +93,19 @@ def test_encoder_does_not_depend_on_the_order_of_the_patches(model):
     torch.testing.assert_close(shuffled[:, 1:], raster[:, 1:].take_along_dim(order[..., None], 1))
 
 
-def test_padding_is_not_read(model):
-    batch, a, b = pairs(), {}, {}
-    model(batch, a)
+def test_what_the_words_see_and_what_counts(model):
+    batch, a, b, c = pairs(), {}, {}, {}
+    loss = model(batch, a).mlm
+    # every position counts in the loss
+    torch.testing.assert_close(loss, (a["cross_entropy"] * batch.weights).sum() / batch.weights.numel())
+    assert (a["cross_entropy"][batch.attention == 0] > 0).all()
+    # padding is not read
     model(batch._replace(ids=torch.where(batch.attention == 0, 7, batch.ids)), b)
     there = batch.attention.bool()
     torch.testing.assert_close(a["logits"][there], b["logits"][there])
+    # the image comes through the fusion
+    model(batch._replace(images=batch.images.flip(0)), c)
+    assert torch.equal(a["embedded"], c["embedded"]) and (a["logits"] - c["logits"]).abs().max() > 1e-3
 
 
 def test_attention_maps_are_shares_and_change_nothing(model):
@@ -150,14 +143,6 @@ def test_variants_train_all_they_have(options, absent):
     without = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
     assert without == {"encoder.pos_embed", "decoder.pos_embed"}
     assert without == {n for n, p in model.named_parameters() if not p.requires_grad}
-
-
-def test_what_the_words_see_comes_through_the_fusion(model):
-    batch, a, b = pairs(), {}, {}
-    model(batch, a)
-    model(batch._replace(images=batch.images.flip(0)), b)
-    assert torch.equal(a["embedded"], b["embedded"])
-    assert (a["logits"] - b["logits"]).abs().max() > 1e-3
 
 
 def test_initial_weights():

@@ -97,7 +97,11 @@ def test_masking_rates(vocabulary, kind, entity, descriptor, other):
     assert hidden[words(plain)] == pytest.approx(0.5 if kind == "mrm" else 0.75, abs=0.03)
 
 
-def test_pieces_go_with_their_word():
+def test_texts_become_ids_and_pieces_go_with_their_word():
+    known = Vocabulary.from_words(["effusion", "3", "cm"])
+    assert known.words(known.encode("Éffusion 3cm.", 9)) == ["[CLS]", "effusion", "3", "cm", "."]
+    assert known.words(known.encode("effusion " * 20, 5)) == ["[CLS]"] + ["effusion"] * 4
+    assert known.words(known.encode("zebra", 5)) == ["[CLS]", "[UNK]"]
     known = Vocabulary.from_words(["cardio", "##graph", "##ic", "film"])
     ids = known.encode("cardiographic film", 8)
     assert known.words(ids) == ["[CLS]", "cardio", "##graph", "##ic", "film"]
@@ -113,13 +117,6 @@ def test_entities():
     assert len(Vocabulary.from_words(pieces).entities) == 41
     known = Vocabulary.from_words(["opacity", "opacities"])
     assert [known.pieces[i] for i in known.entities] == ["opacity"]  # plurals do not match
-
-
-def test_texts_become_ids():
-    known = Vocabulary.from_words(["effusion", "3", "cm"])
-    assert known.words(known.encode("Éffusion 3cm.", 9)) == ["[CLS]", "effusion", "3", "cm", "."]
-    assert known.words(known.encode("effusion " * 20, 5)) == ["[CLS]"] + ["effusion"] * 4
-    assert known.words(known.encode("zebra", 5)) == ["[CLS]", "[UNK]"]
 
 
 def test_a_tokenizer_is_learned_stored_and_read(vocabulary, tmp_path):
@@ -160,9 +157,6 @@ def test_pairs_draw_anew_and_from_torch_alone(vocabulary):
     again = data[0]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first.noise, second.noise) and not torch.equal(first.ids, second.ids)
-
-
-def test_variants_of_pairs(vocabulary):
     plain = pairs(vocabulary, rebalance=False, masking="mrm")[0]
     assert torch.equal(plain.weights, torch.ones(32))
     never = pairs(vocabulary, statements=["X."] * 3, splice_share=0)[0]

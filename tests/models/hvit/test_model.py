@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
-from torch.utils.flop_counter import FlopCounterMode
 
 from companion.errors import BadCheckpoint, BadParameter, CorruptFile
 from companion.evaluation.tables import published_table
@@ -16,7 +15,7 @@ from companion.models.hvit.model import HViT, PatchBag, PatchEncoder, RegionEnco
 from companion.models.layers.pos_embed import resize_pos_embed
 from companion.models.layers.state_dicts import load_official
 from companion.viz import heatmaps
-from tests.models.common import assert_recomputed_gradients_are_equal, misfits, refuses
+from tests.models.common import assert_recomputed_gradients_are_equal, gflop, misfits, numbers, refuses
 
 PIXELS = 32 * 4  # a pocket region
 
@@ -34,31 +33,27 @@ def pixels(slides: int = 1, regions: int = 2, seed: int = 2) -> torch.Tensor:
     return torch.randn(slides, regions, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(seed))
 
 
-def count(parameters) -> int:
-    return sum(p.numel() for p in parameters)
-
-
 def test_parameters_at_paper_scale():
     """Those of the table, which were counted on the authors' code."""
     counted = published_table("hvit", "parameters").set_index("method")
     with torch.device("meta"):
         for patches, column in ((4, "region_1024"), (8, "region_2048"), (16, "region_4096")):
             local = hvit.build("paper", "local", "classification", patches=patches)
-            level = hvit.build("paper", "global", "classification", patches=patches).trained().values()
+            level = hvit.build("paper", "global", "classification", patches=patches)
             found = {
-                "patch Transformer (ViT-S/16 at 256 px)": count(local.patch.parameters()),
-                "region Transformer": count(local.region.parameters()),
-                "slide level, 6 classes (what Global trains)": count(level),
-                "slide level, regression": count(SlideTransformer(head="regression").parameters()),
-                "slide level, ordinal (5 outputs)": count(SlideTransformer(head="ordinal").parameters()),
-                "what Local trains, 6 classes": count(local.trained().values()),
-                "all levels, 6 classes": count(local.parameters()),
+                "patch Transformer (ViT-S/16 at 256 px)": numbers(local.patch),
+                "region Transformer": numbers(local.region),
+                "slide level, 6 classes (what Global trains)": numbers(level, trained=True),
+                "slide level, regression": numbers(SlideTransformer(head="regression")),
+                "slide level, ordinal (5 outputs)": numbers(SlideTransformer(head="ordinal")),
+                "what Local trains, 6 classes": numbers(local, trained=True),
+                "all levels, 6 classes": numbers(local),
             }
             assert found == counted.loc[list(found), column].to_dict()
             assert local.region.pos_embed.shape[1] == 1 + int(patches * 256 * 0.875 // 256) ** 2
-        regression = count(hvit.build().trained().values())
+        regression = numbers(hvit.build(), trained=True)
         assert regression == counted.loc["what Local trains, regression", "region_2048"]
-        assert count(SlideTransformer(head="coral").parameters()) == 594_822
+        assert numbers(SlideTransformer(head="coral")) == 594_822
     assert len(found) + 1 == len(counted) and found["all levels, 6 classes"] == 25_042_951
 
 
@@ -105,13 +100,6 @@ def test_what_timm_users_look_for():
     assert all(block.grad_checkpointing for block in (model.patch, model.region))
 
 
-def test_global_and_local_are_one_function():
-    """Claim 3."""
-    local, frozen = pocket("local"), pocket("global", seed=5)
-    frozen.load_state_dict(local.state_dict())
-    assert torch.equal(local(embeddings()), frozen(embeddings()))
-
-
 def test_every_level_starts_the_same_pass():
     model, x, trace = pocket(), pixels(2, 3), {}
     with torch.no_grad():
@@ -121,14 +109,12 @@ def test_every_level_starts_the_same_pass():
     assert trace["patch_attention"].shape == (2, 3, 16, 3, 8, 8)
     assert trace["region_attention"].shape == (2, 3, 3, 4, 4)
     assert trace["pooling"].shape == (2, 3) and trace["slide"].shape == (2, 48)
-
-
-def test_patches_lie_row_by_row():
-    model, x, trace = pocket(), pixels(1, 1), {}
-    with torch.no_grad():
-        model(x, trace=trace)
-        alone = model.patch(x[0, :, :, 32:64, 64:96])
-    torch.testing.assert_close(trace["patches"][0, 0, 1 * 4 + 2], alone[0])
+    with torch.no_grad():  # patches lie row by row
+        torch.testing.assert_close(trace["patches"][:, 0, 1 * 4 + 2], model.patch(x[:, 0, :, 32:64, 64:96]))
+    # claim 3: global and local are one function
+    frozen = pocket("global", seed=5)
+    frozen.load_state_dict(model.state_dict())
+    assert torch.equal(model(embeddings()), frozen(embeddings()))
 
 
 def test_the_order_of_regions_counts_with_positions_only():
@@ -184,6 +170,9 @@ def test_slides_of_different_length_in_one_batch():
         torch.testing.assert_close(both[1:], baseline(x[1:, :2]))
     with pytest.raises(BadParameter, match="region"):
         model(x, present=present & False)
+    bag = PatchBag(48).eval()  # it has no order
+    torch.testing.assert_close(bag(x), bag(x.flip(2)))
+    assert not torch.allclose(model(x), model(x.flip(2)), atol=1e-4)
 
 
 @pytest.mark.parametrize("position", ["2d sine", "2d learned"])
@@ -194,13 +183,6 @@ def test_padding_of_a_short_slide_has_no_position(position):
     x, coords = torch.randn(1, 4, 48), torch.tensor([[[5, 7], [6, 7], [5, 8], [0, 999]]])
     present = torch.tensor([[True, True, True, False]])
     torch.testing.assert_close(level(x, present, coords), level(x[:, :3], coords=coords[:, :3]))
-
-
-def test_a_bag_of_patches_has_no_order():
-    bag = PatchBag(48).eval()
-    x = embeddings()
-    torch.testing.assert_close(bag(x), bag(x.flip(2)))
-    assert not torch.allclose(pocket()(x), pocket()(x.flip(2)), atol=1e-4)
 
 
 def test_the_map_is_what_attention_does():
@@ -347,14 +329,11 @@ def test_a_dino_checkpoint_gives_its_teacher(tmp_path):
         RegionEncoder.from_official(encoder.state_dict())
 
 
-def test_ranks_are_shares_of_what_is_lower():
+def test_ranks_are_shares_of_what_is_lower_and_maps_of_patches_are_laid_row_by_row():
     assert heatmaps.ranks(np.array([[3.0, 1.0], [2.0, 3.0]])).tolist() == [[0.5, 0.0], [0.25, 0.5]]
     several = heatmaps.ranks(np.random.default_rng(0).random((5, 4, 4)))
     assert (several.reshape(5, -1).max(1) == 15 / 16).all() and several.min() == 0
     assert heatmaps.ranks(np.array([0.1, 0.7, 0.2]), axes=1).tolist() == [0, 2 / 3, 1 / 3]
-
-
-def test_maps_of_patches_are_laid_row_by_row():
     attention = np.random.default_rng(0).random((4, 2, 3, 3))
     laid = heatmaps.patch_map(attention)
     assert laid.shape == (2, 6, 6)
@@ -426,8 +405,7 @@ def test_the_cost_is_what_was_counted():
         }
         assert set(parts) == set(listed.index)
         for name, (part, shape) in parts.items():
-            with FlopCounterMode(display=False) as counter:
-                part(torch.empty(shape))
+            found = gflop(lambda part=part, shape=shape: part(torch.empty(shape)))
             # the few products of the slide level's attention are counted by another of torch's paths than the table's
             near = 0.02 if name.startswith("slide") else 1e-3
-            assert counter.get_total_flops() / 1e9 == pytest.approx(listed[name], rel=near), name
+            assert found == pytest.approx(listed[name], rel=near), name

@@ -105,12 +105,9 @@ def test_weighted_sampling_draws_every_grade_equally_often():
     torch.manual_seed(0)
     counts = torch.bincount(torch.tensor([int(balanced[i % 100][2]) for i in range(1500)]))[[0, 1, 5]]
     assert len(balanced) == 100 and counts.min() > 400 and counts.max() < 600
-
-
-def test_noise_is_drawn_for_each_access_and_spares_the_padding():
+    # noise is drawn for each access and spares the padding
     features, present = torch.zeros(2, 3, 16, 384), torch.tensor([[True, True, False]] * 2)
     noised = recipe.Noised(TensorDataset(features, present, torch.tensor([2, 4])), 0.5)
-    torch.manual_seed(0)
     (first, there, grade), again = noised[1], noised[1]
     assert len(noised) == 2 and int(grade) == 4 and torch.equal(there, present[1])
     assert abs(first[:2].std() - 0.5) < 0.02 and not first[2].any() and not torch.equal(first, again[0])

@@ -82,20 +82,16 @@ def test_a_context_that_starts_from_words_is_those_words(kind, clip):
         torch.testing.assert_close(model(images()), words(images()), rtol=0, atol=1e-5)
 
 
-def test_fewer_tokens_than_words_leave_the_other_words(clip):
+def test_fewer_tokens_than_words_leave_the_other_words_and_more_are_drawn(clip):
+    model = build(MaPLe, clip, tokens=6)
+    names = clip.token_embedding(Tokenizer()(CLASSES))
+    assert torch.equal(model.embedded[:, 7:], names[:, 1:-6])
+    assert torch.equal(model.ends, Tokenizer()(CLASSES).argmax(1) + 6) and 0 < model.ctx.std() < 0.03
     model = build(CoCoOp, clip, tokens=2)
     ids = Tokenizer()([f"a photo of a {name}." for name in CLASSES])
     assert torch.equal(model.embedded, clip.token_embedding(ids))
     assert torch.equal(model.ctx, clip.token_embedding(ids)[0, 1:3])
     assert torch.equal(build(CoOp, clip, ["red_disc"]).embedded, build(CoOp, clip, ["red disc"]).embedded)
-
-
-def test_more_tokens_than_words_are_drawn_and_the_name_follows(clip):
-    model = build(MaPLe, clip, tokens=6)
-    names = clip.token_embedding(Tokenizer()(CLASSES))
-    assert torch.equal(model.embedded[:, 7:], names[:, 1:-6])
-    assert torch.equal(model.ends, Tokenizer()(CLASSES).argmax(1) + 6)
-    assert 0 < model.ctx.std() < 0.03
 
 
 def test_texts_cut_after_their_ends_give_the_same(clip):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from companion.models.layers.quaternion import QuaternionLinear, hamilton, modulus, real_matrix
-from tests.models.common import refuses
+from tests.models.common import numbers, refuses
 
 
 def quaternions(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -45,10 +45,11 @@ def test_a_layer_is_a_sum_of_hamilton_products_with_the_weight_on_the_left():
     torch.testing.assert_close(layer(x), expected)
 
 
-@pytest.mark.parametrize(("inputs", "outputs", "count"), [(1024, 512, 131_584), (1024, 768, 197_376), (8, 4, 12)])
-def test_a_quarter_of_the_parameters(inputs, outputs, count):
-    layer = QuaternionLinear(inputs, outputs)
-    assert sum(p.numel() for p in layer.parameters()) == count == inputs * outputs // 4 + outputs
+def test_a_quarter_of_the_parameters_and_sizes_that_are_no_quaternions():
+    for inputs, outputs, count in ((1024, 512, 131_584), (1024, 768, 197_376), (8, 4, 12)):
+        assert numbers(QuaternionLinear(inputs, outputs)) == count == inputs * outputs // 4 + outputs
+    refuses(*((lambda sizes=sizes: QuaternionLinear(*sizes), "of 4") for sizes in ((6, 8), (8, 6), (0, 4), (4, -4))))
+    refuses((lambda: QuaternionLinear(4, 4, layers=-1), "layers"))
 
 
 def test_a_stack_is_its_layers_one_by_one_values_and_gradients():
@@ -81,8 +82,3 @@ def test_the_start_has_the_released_statistics():
     assert layer.weight.flatten(1).mean(1).abs().max() < 1e-3
     assert layer.weight.square().sum(0).mean().item() == pytest.approx(4 * s**2, rel=0.02)
     assert not layer.bias.any()
-
-
-def test_sizes_that_are_no_quaternions():
-    refuses(*((lambda sizes=sizes: QuaternionLinear(*sizes), "of 4") for sizes in ((6, 8), (8, 6), (0, 4), (4, -4))))
-    refuses((lambda: QuaternionLinear(4, 4, layers=-1), "layers"))

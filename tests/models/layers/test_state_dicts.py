@@ -50,7 +50,4 @@ def test_optional_names_may_be_missing():
     assert misfits(load_official, model, state, NAMES, "a model") == (["n.num_batches_tracked"], [], [])
     load_official(model, state, NAMES, "a model", optional=("num_batches_tracked",))
     assert torch.equal(model.qkv.weight[8:], state["v"])
-
-
-def test_depth_counts_numbered_entries():
     assert depth(["blocks.0.a", "blocks.0.b", "blocks.11.a", "head.0.a"], "blocks.") == 2

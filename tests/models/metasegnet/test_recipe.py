@@ -9,6 +9,7 @@ import rasterio
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
+from transformers import BertConfig, BertModel, BertTokenizer
 
 from companion import cli, geotiff
 from companion.backbones import read_state
@@ -127,7 +128,7 @@ def test_half_of_the_full_texts_lose_their_header():
         recipe.Prompted(part(4), encoder, texts[:3])
 
 
-def test_text_encoders():
+def test_text_encoders_and_berts_folder(tmp_path):
     prompts = Prompts.read()
     one_hot = recipe.text_encoder(given(method="one-hot zone"), prompts)
     rows = one_hot.ids(recipe.texts(prompts, "one-hot zone", [*prompts.zones, None]))
@@ -135,12 +136,7 @@ def test_text_encoders():
     assert recipe.text_encoder(given(method="unimodal"), prompts) is None
     with pytest.raises(MissingWeights, match="bert-base-uncased"):
         recipe.text_encoder(given(), prompts)
-
-
-def test_berts_folder(tmp_path):
-    from transformers import BertConfig, BertModel, BertTokenizer
-
-    folder, prompts = tmp_path / "weights" / "bert-base-uncased", Prompts.read()
+    folder = tmp_path / "weights" / "bert-base-uncased"
     shape = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     bert = BertModel(BertConfig(**shape, vocab_size=40))
     bert.save_pretrained(folder)

@@ -15,15 +15,11 @@ from companion.models.layers.clip_prompting import Texts, embed_texts
 from companion.models.promptpar import Output, PromptPAR, loss, read_checkpoint
 from companion.models.promptpar.model import group_sizes, prompted_text, region_mask, strips, weighted_loss
 from companion.toy.datasets.tokens import Tokenizer
-from tests.models.common import assert_recomputed_gradients_are_equal, misfits, refuses
+from tests.models.common import assert_recomputed_gradients_are_equal, draw, misfits, numbers, refuses
 
 SENTENCES = ["a red top", "a green disc", "a large cat", "a moon at the left", "a rocket"]
 GRID = (8, 4)
 RATIO = torch.tensor([0.5, 0.1, 0.9, 0.02, 0.3])
-
-
-def draw(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def images(count: int = 2, seed: int = 1) -> torch.Tensor:
@@ -77,7 +73,7 @@ def full_size(attributes: int, embed: bool, **options) -> PromptPAR:
 def test_trained_parameters_at_full_size(attributes, embed, trained, total, percent):
     model = full_size(attributes, embed)
     assert model.count(inert=True) == trained
-    assert sum(p.numel() for p in model.parameters()) == total
+    assert numbers(model) == total
     assert round(100 * trained / total, 4) == percent
     # the text tower's prompts are a third to a half of that, and change nothing
     assert trained - model.count() == 12 * 3 * attributes * 768
@@ -236,13 +232,6 @@ def test_similarity_one_number_at_a_time():
             torch.testing.assert_close(found[b, a], (picked + rows[0][a]) / 2, rtol=1e-4, atol=1e-6)
 
 
-def test_strips_as_published():
-    assert [(a, b - 1) for a, b in strips(16, 4, 2)] == [(0, 4), (3, 8), (7, 12), (11, 15)]
-    allowed = (~region_mask((16, 16), 50)).sum(1)
-    assert [int(allowed[i]) for i in (0, 5, 11, 22, 33, 44, 54, 55)] == [311, 311, 91, 107, 107, 91, 91, 311]
-    assert int(region_mask((16, 16), 50).sum()) == 9328
-
-
 @pytest.mark.parametrize("rows", [4, 7, 8, 14, 16])
 @pytest.mark.parametrize("overlap", [0, 1, 2, 4])
 def test_strips_cover_every_row_and_neighbours_share_what_they_should(rows, overlap):
@@ -254,7 +243,11 @@ def test_strips_cover_every_row_and_neighbours_share_what_they_should(rows, over
             assert all(b - c == overlap for (_, b), (c, _) in itertools.pairwise(spans))
 
 
-def test_the_released_strips_are_right_on_16x16_patches_alone():
+def test_strips_as_published_and_the_released_ones_are_right_on_16x16_patches_alone():
+    assert [(a, b - 1) for a, b in strips(16, 4, 2)] == [(0, 4), (3, 8), (7, 12), (11, 15)]
+    allowed = (~region_mask((16, 16), 50)).sum(1)
+    assert [int(allowed[i]) for i in (0, 5, 11, 22, 33, 44, 54, 55)] == [311, 311, 91, 107, 107, 91, 91, 311]
+    assert int(region_mask((16, 16), 50).sum()) == 9328
     assert torch.equal(region_mask((16, 16), 50, official_quirks=True), region_mask((16, 16), 50))
     released, ours = (region_mask((14, 14), 50, official_quirks=quirks) for quirks in (True, False))
     assert not torch.equal(released, ours)

@@ -1,5 +1,6 @@
 """SA²VP: trainable parameters, the reach of an interaction, equivalent forms of its attention, loading."""
 
+import itertools
 import math
 
 import pytest
@@ -18,7 +19,7 @@ from companion.models.sa2vp.model import DIRECTIONS, AlignedAttention, neighbour
 from companion.training.fit import CPU, fit
 from companion.training.schedules import adamw
 from companion.viz.attention import Recorder
-from tests.models.common import assert_recomputed_gradients_are_equal, misfits, refuses
+from tests.models.common import assert_recomputed_gradients_are_equal, misfits, numbers, refuses
 
 
 def small_vit(**changes) -> VisionTransformer:
@@ -55,17 +56,16 @@ def test_trainable_parameters_of_vit_b16(width, count, percent):
     assert model.count() == count == 21_339 * width + 31_488
     assert model.count(head=True) == count + 769 * 200
     assert count - one_map.count() == 965 * width + 1_536
-    total = sum(p.numel() for p in backbone.parameters())
-    assert total == 85_798_656
-    assert round(100 * count / (total + count), 4) == percent
+    assert numbers(backbone) == 85_798_656 and round(100 * count / (85_798_656 + count), 4) == percent
 
 
-def test_trainable_parameters_of_swin_b():
+def test_trainable_parameters_of_swin_b_and_vpt():
     with torch.device("meta"):
         backbone = SwinTransformer(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), num_classes=0)
         model = SA2VPSwin(backbone, 100, 8)
-    assert model.count() == 201_488 == 21_714 * 8 + 27_776
-    assert sum(p.numel() for p in backbone.parameters()) == 86_743_224
+        deep, shallow = (VPT(backbones.build("vit_b16", "random"), 10, tokens=50, deep=d) for d in (True, False))
+    assert model.count() == 201_488 == 21_714 * 8 + 27_776 and numbers(backbone) == 86_743_224
+    assert [sum(p.numel() for p in one.prompts) for one in (deep, shallow)] == [12 * 50 * 768, 50 * 768]
 
 
 @pytest.mark.parametrize("swin", [False, True])
@@ -162,13 +162,10 @@ def loop_attention(q, k, v, grid, padded=False):
     return out.transpose(1, 2).flatten(2)
 
 
-def test_loop_and_mask_agree():
+def test_loop_and_mask_agree_and_the_padded_variant_is_one_head_with_zero_keys_outside():
     q, k, v = queries(2, 3, 31, 8)
     ours = AlignedAttention(neighbourhood((5, 6)))(q, k, v)
     torch.testing.assert_close(loop_attention(q, k, v, (5, 6)), ours, rtol=0, atol=1e-6)
-
-
-def test_padded_variant_is_one_head_with_zero_keys_outside():
     q, k, v = queries(2, 1, 31, 24)
     mask = neighbourhood((5, 6))
     ours = AlignedAttention(padded_mask(mask, 1, class_token=True))(q, k, v)
@@ -308,20 +305,11 @@ def test_official_names_round_trip_and_misfits_are_listed():
             kind.from_official({"a": torch.zeros(1)})
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(pre_norm=True),
-        dict(no_embed_class=True),
-        dict(global_pool="avg"),
-        dict(reg_tokens=2),
-        dict(class_token=False, global_pool="avg"),
-        dict(pos_embed="none"),
-    ],
-)
-def test_vits_of_another_form_are_refused_not_run_wrongly(changes):
+def test_vits_of_another_form_are_refused_not_run_wrongly():
     """CLIP's ViTs have a norm before the blocks, DeiT-III's no position for the [CLS] token, ..."""
-    for kind in (SA2VP, VPT):
+    forms = [{"pre_norm": True}, {"no_embed_class": True}, {"reg_tokens": 2}, {"pos_embed": "none"}]
+    forms += [{"global_pool": "avg"}, {"global_pool": "avg", "class_token": False}]
+    for changes, kind in itertools.product(forms, (SA2VP, VPT)):
         with pytest.raises(BadParameter, match="no norm before its blocks"):
             kind(small_vit(**changes), 5)
 
@@ -350,10 +338,3 @@ def test_vpt_without_prompts_is_the_backbone():
             model = VPT(backbone, 5, tokens=0, deep=deep).eval()
             expected = model.head(backbone(images(size)))
             torch.testing.assert_close(model(images(size)), expected, rtol=0, atol=2e-6)
-
-
-def test_vpt_counts():
-    with torch.device("meta"):
-        deep, shallow = (VPT(backbones.build("vit_b16", "random"), 10, tokens=50, deep=d) for d in (True, False))
-    assert sum(p.numel() for p in deep.prompts) == 12 * 50 * 768
-    assert sum(p.numel() for p in shallow.prompts) == 50 * 768

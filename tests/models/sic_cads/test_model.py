@@ -22,15 +22,11 @@ from companion.models.sic_cads import model as sic_cads
 from companion.models.sic_cads.model import MLR, detect, detector_scores, fuse, normalise, pool, rank_loss, refine
 from companion.ops.papers import paper
 from companion.toy.datasets.tokens import Tokenizer
-from tests.models.common import gflop, misfits, refuses
+from tests.models.common import draw, gflop, misfits, refuses
 
 CLASSES, DIM = 10, 24
 NOVEL = torch.arange(CLASSES) % 3 == 0
 SMALL = {"image_input": Input(64, (0.5,) * 3, (0.5,) * 3), "teacher_input": Input(32, (0.5,) * 3, (0.5,) * 3)}
-
-
-def draw(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def share(*shape: int, seed: int = 1) -> torch.Tensor:
@@ -144,13 +140,6 @@ def test_frozen_norms_stay_and_free_ones_move():
         assert any(not torch.equal(t, after[n]) for n, t in before.items()) == changed
 
 
-def test_patches_are_the_image_and_four_overlapping_corners():
-    assert sic_cads.patches(1) == [(0, 1, 0, 1)]
-    near, far = (0, 2 / 3), (1 / 3, 1)
-    assert sic_cads.patches(2) == [(0, 1, 0, 1), *((*a, *b) for a in (near, far) for b in (near, far))]
-    assert len(sic_cads.patches(3)) == 1 + 4 + 9
-
-
 def test_images_are_resized_by_the_shorter_side_and_padded_with_zeros():
     model = build()
     x = model.prepared(pixels(1, 60, 100))
@@ -160,7 +149,10 @@ def test_images_are_resized_by_the_shorter_side_and_padded_with_zeros():
     torch.testing.assert_close(model.prepared(square), (square / 255 - 0.5) / 0.5)
 
 
-def test_crops_are_squeezed_without_smoothing():
+def test_crops_are_the_image_and_four_overlapping_corners_squeezed_without_smoothing():
+    near, far = (0, 2 / 3), (1 / 3, 1)
+    assert sic_cads.patches(1) == [(0, 1, 0, 1)] and len(sic_cads.patches(3)) == 1 + 4 + 9
+    assert sic_cads.patches(2) == [(0, 1, 0, 1), *((*a, *b) for a in (near, far) for b in (near, far))]
     model, smooth = build(), build(antialias=True)
     image = pixels(1, 60, 90)
     found = model.crops(image)
@@ -171,18 +163,13 @@ def test_crops_are_squeezed_without_smoothing():
     assert not torch.allclose(found, smooth.crops(image))
 
 
-def test_the_teacher_sees_all_crops_of_a_batch_once():
-    model = build()
-    model.recognise(pixels(3))
-    assert model.teacher.seen == [15]
-    model.recognise(pixels(3), student=True)
-    assert model.teacher.seen == [15]
-
-
 @torch.no_grad()
 def test_a_batch_gives_what_its_images_give():
     model, images = build(), pixels(3)
     together = model.recognise(images)
+    assert model.teacher.seen == [15], "the teacher sees all crops of a batch at once"
+    model.recognise(images, student=True)
+    assert model.teacher.seen == [15]
     alone = [model.recognise(image[None]) for image in images]
     torch.testing.assert_close(together.p, torch.cat([r.p for r in alone]))
     assert together.text.shape == (3, 5, CLASSES) and together.p.shape == (3, CLASSES)
@@ -201,11 +188,6 @@ def test_any_module_can_be_the_body():
     assert model.heads.shared.in_features == 3 * 16
     assert [m.shape[-1] for m in model.forward_features(torch.zeros(1, 3, 64, 64))] == [16, 8, 4]
     assert model.recognise(pixels(), student=True).p.isfinite().all()
-
-
-def test_pooling_is_the_mean_of_the_levels_maxima():
-    s = draw(2, 5, CLASSES)
-    torch.testing.assert_close(pool(s, 2), (s[:, 0] + s[:, 1:].max(1).values) / 2)
 
 
 def test_probabilities_do_not_depend_on_scale_and_shift_of_an_image():
@@ -317,12 +299,8 @@ def test_scores_of_one_and_more_stages():
     mean = torch.stack([s.sigmoid() for s in stages]).mean(0)
     torch.testing.assert_close(many, (mean * objectness[:, None]).sqrt())
     torch.testing.assert_close(detector_scores(stages[:1], activation="softmax").sum(-1), torch.ones(5))
-
-
-def test_boxes_without_offsets_stay_inside_the_image():
-    given = torch.tensor([[10.0, 5.0, 200.0, 60.0]])
-    found = sic_cads.cascade_boxes(given, [torch.zeros(1, 4)] * 2, [(10, 10, 5, 5)] * 2, (50, 100))
-    torch.testing.assert_close(found, torch.tensor([[10.0, 5.0, 100.0, 50.0]]))
+    s = draw(2, 5, CLASSES)
+    torch.testing.assert_close(pool(s, 2), (s[:, 0] + s[:, 1:].max(1).values) / 2)
 
 
 def test_detections_are_the_best_first():
@@ -333,6 +311,10 @@ def test_detections_are_the_best_first():
     assert detect(given, p, 0.2, None, 3).rows.tolist() == [0, 1, 1]
     assert detect(given, p, 0.2, top=1).rows.tolist() == [0]
     assert len(detect(given, p, 0.95).scores) == 0
+    # boxes without offsets stay inside the image
+    given = torch.tensor([[10.0, 5.0, 200.0, 60.0]])
+    found = sic_cads.cascade_boxes(given, [torch.zeros(1, 4)] * 2, [(10, 10, 5, 5)] * 2, (50, 100))
+    torch.testing.assert_close(found, torch.tensor([[10.0, 5.0, 100.0, 50.0]]))
 
 
 def tiny_clip() -> CLIP:
@@ -403,15 +385,12 @@ def test_bad_options_and_calls():
     )
 
 
-def test_the_facts_count_the_splits_of_the_code():
+def test_the_cost_and_the_splits_are_what_was_counted():
+    """The GFLOP behind the runs, by the same counter; the detector's in test_detectors."""
     splits = published_table("sic_cads", "splits").set_index("method")
     coco = [len(COCO_BASE), len(COCO_NOVEL), 65, DATASETS["detection/ov-coco"].classes]
     assert splits.loc["OV-COCO"].tolist() == coco
     assert splits.loc["OV-LVIS", "vocabulary"] == DATASETS["detection/ov-lvis"].classes
-
-
-def test_the_cost_is_what_was_counted():
-    """The GFLOP behind the runs, by the same counter; the detector's in test_detectors."""
     model = full_size().eval()
     with torch.device("meta"), torch.no_grad():
         forward = gflop(lambda: model(torch.zeros(1, 3, 416, 576)))
