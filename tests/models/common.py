@@ -63,16 +63,26 @@ def assert_goes_on(
     `train(out)` trains with the output folder `out` and returns the model and the history. Returns those of the second
     start: the model and its folder.
     """
-    whole, history = train(folder / "whole")
+    counts, function = [], getattr(owner, name)
+
+    def counted(*args: object, **options: object) -> object:
+        counts[-1] += 1
+        return function(*args, **options)
+
+    def started(out: Path) -> tuple[nn.Module, list]:
+        counts.append(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, counted)
+            return train(out)
+
+    whole, history = started(folder / "whole")
     with interrupted(monkeypatch, owner, name, calls):
         train(folder / "killed")
-    assert not (folder / "killed" / "trained").exists()
-    counted, function = [], getattr(owner, name)
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, lambda *args, **options: counted.append(1) or function(*args, **options))
-        model, again = train(folder / "killed")
-    assert again == history and 0 < len(counted) < len(history)
-    assert all(torch.equal(t, model.state_dict()[n]) for n, t in whole.state_dict().items())
+    assert not (folder / "killed" / "trained").exists(), "nothing is saved before the end"
+    model, again = started(folder / "killed")
+    assert again == history, "another history"
+    assert 0 < counts[1] < counts[0], f"{counts} calls"
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in whole.state_dict().items()), "other weights"
     return model, folder / "killed"
 
 

@@ -26,7 +26,6 @@ given = partial(
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
-    monkeypatch.setenv("COMPANION_PROGRESS", "off")
     monkeypatch.setattr(runs, "WORKERS", 0)
 
 

@@ -16,11 +16,6 @@ REPORT = (
 )
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setenv("COMPANION_PROGRESS", "off")
-
-
 class Scripted:
     """A back end that gives prepared answers and counts the questions."""
 

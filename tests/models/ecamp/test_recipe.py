@@ -19,7 +19,7 @@ from companion.data import xrays
 from companion.errors import BadCheckpoint, MissingData, MissingWeights
 from companion.models.ecamp import model as ecamp
 from companion.models.ecamp import recipe
-from companion.models.ecamp.text import Pairs
+from companion.models.ecamp.text import Pairs, Vocabulary
 from companion.ops.papers import paper
 from companion.training.checkpoints import Checkpoint
 from tests.conftest import parameters
@@ -37,7 +37,6 @@ def pretraining(**changes) -> SimpleNamespace:
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
-    monkeypatch.setenv("COMPANION_PROGRESS", "off")
     monkeypatch.setattr(recipe, "WORKERS", 0)
 
 
@@ -130,6 +129,8 @@ def start(tmp_path, monkeypatch):
     images = Images(torch.zeros(2, 3, 448, 448))
     found = SimpleNamespace(images=images, texts=["There is no mass."] * 2, statements=None, windows=None)
     monkeypatch.setattr(xrays, "reports", lambda *given: found)
+    # stored: training a vocabulary twice gives the pieces in two orders, and so two checkpoints
+    Vocabulary.train(found.texts).tokenizer.save(str(tmp_path / "mimic_wordpiece.json"))
     monkeypatch.setattr(recipe, "pretraining_learning_rates", lambda per_epoch: np.full(6, 1e-3))
     monkeypatch.setattr(recipe, "Pairs", functools.partial(Pairs, length=16))
     monkeypatch.setattr(Checkpoint.of.__func__, "__defaults__", (2,))

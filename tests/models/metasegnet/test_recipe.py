@@ -57,23 +57,27 @@ def part(count: int = 4, classes: int = 3, side: int = 32) -> TensorDataset:
 
 @pytest.mark.parametrize(
     ("dataset", "expected"),
-    [(POTSDAM, (45, 4, 768, 3, 15)), (LOVEDA, (30, 8, 512, 1, 0)), ("folder", (30, 8, 512, 1, 0))],
+    [
+        (POTSDAM, (45, 4, 768, 3, 15, 2.5e-4, 0)),
+        (LOVEDA, (30, 8, 512, 1, 0, 0.01, 0.25)),
+        ("folder", (45, 4, 512, 1, 15, 2.5e-4, 0)),
+    ],
 )
 def test_recipes_are_the_authors_and_learning_rates_those_of_torchs_schedulers(dataset, expected):
     r = recipe.recipe(dataset)
-    assert (r.epochs, r.batch, r.crop, r.copies, r.restart) == expected
+    assert (r.epochs, r.batch, r.crop, r.copies, r.restart, r.weight_decay, r.brightness) == expected
     assert r == recipe.recipe(OEM) or dataset != "folder"
     optimizer, schedulers = torch.optim.SGD([nn.Parameter(torch.zeros(1))], r.lr), torch.optim.lr_scheduler
     if r.restart:
         schedule = schedulers.CosineAnnealingWarmRestarts(optimizer, T_0=r.restart, T_mult=2)
     else:
         schedule = schedulers.CosineAnnealingLR(optimizer, T_max=r.epochs, eta_min=r.floor)
-    expected = []
+    rates = []
     for _ in range(r.epochs):
-        expected += [optimizer.param_groups[0]["lr"]] * 3
+        rates += [optimizer.param_groups[0]["lr"]] * 3
         optimizer.step()
         schedule.step()
-    np.testing.assert_allclose(recipe.learning_rates(r, r.lr, 3, r.epochs), expected, rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(recipe.learning_rates(r, r.lr, 3, r.epochs), rates, rtol=1e-6, atol=1e-12)
 
 
 def test_training_is_adamw_in_lookahead_with_two_learning_rates_and_no_decay_of_biases(small, monkeypatch):

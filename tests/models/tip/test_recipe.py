@@ -37,7 +37,6 @@ def given(**changes) -> SimpleNamespace:
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMPANION_PROGRESS", "off")
     monkeypatch.setattr(recipe, "WORKERS", 0)
 
 
