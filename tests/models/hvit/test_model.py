@@ -136,6 +136,10 @@ def test_positions_on_the_slide():
         assert not torch.allclose(seen, level(x, coords=coords.flip(-1)), atol=1e-4)
         order = torch.tensor([2, 0, 3, 1])
         torch.testing.assert_close(seen, level(x[:, order], coords=coords[:, order]))
+        # the padding of a short slide has no position
+        padded, present = coords.clone(), torch.tensor([[True, True, True, False]])
+        padded[0, 3] = torch.tensor([0, 999])
+        torch.testing.assert_close(level(x, present, padded), level(x[:, :3], coords=coords[:, :3]))
         with pytest.raises(BadParameter, match="coords"):
             level(x)
     with pytest.raises(BadParameter, match="longest"):
@@ -173,16 +177,6 @@ def test_slides_of_different_length_in_one_batch():
     bag = PatchBag(48).eval()  # it has no order
     torch.testing.assert_close(bag(x), bag(x.flip(2)))
     assert not torch.allclose(model(x), model(x.flip(2)), atol=1e-4)
-
-
-@pytest.mark.parametrize("position", ["2d sine", "2d learned"])
-@torch.no_grad()
-def test_padding_of_a_short_slide_has_no_position(position):
-    torch.manual_seed(0)
-    level = hvit.SlideTransformer(48, position=position, dropout=0.0).eval()
-    x, coords = torch.randn(1, 4, 48), torch.tensor([[[5, 7], [6, 7], [5, 8], [0, 999]]])
-    present = torch.tensor([[True, True, True, False]])
-    torch.testing.assert_close(level(x, present, coords), level(x[:, :3], coords=coords[:, :3]))
 
 
 def test_the_map_is_what_attention_does():

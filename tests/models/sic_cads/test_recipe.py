@@ -235,7 +235,7 @@ def test_a_killed_training_resumes_to_the_same_bits_and_saves_weights(small, coc
     def train(out, **changes):
         return recipe.train(recipe.setting(given(data_root=str(coco), **changes), out), batch=1, epochs=3)
 
-    model, out = assert_goes_on(train, tmp_path, monkeypatch, recipe, "loss", 8)
+    model, out = assert_goes_on(train, tmp_path, monkeypatch, recipe, "loss", 2)
     (file,) = (out / "trained").iterdir()
     read = recipe.setting(given(data_root=str(coco), checkpoint=str(file)), tmp_path).build()  # what `checkpoint` takes
     found = recipe.trained_weights(read)

@@ -124,7 +124,7 @@ def test_gradients_that_are_added_up_are_those_of_the_whole_batch(data: Degraded
 def test_a_killed_training_resumes_to_the_same_bits_and_its_adaptor_is_saved(released: Path, tmp_path, monkeypatch):
     p = given(dry_run=False, dataset="folder", data_root=str(released))
     of = recipe.Checkpoint.of
-    monkeypatch.setattr(recipe.Checkpoint, "of", lambda *args, every, **facts: of(*args, every=2, **facts))
+    monkeypatch.setattr(recipe.Checkpoint, "of", lambda folder, name, every, **facts: of(folder, name, 2, **facts))
 
     def run(out: Path) -> TIPPipeline:
         s = recipe.setting(p, out)
