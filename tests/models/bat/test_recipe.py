@@ -1,7 +1,6 @@
 """BAT's recipe: the published settings, resuming, missing files, result files, tables of results."""
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
@@ -12,7 +11,8 @@ from companion.models.bat import BAT, OSTrack, recipe
 from companion.models.bat import model as bat
 from companion.toy.encoders import tracker as pocket
 from companion.training.checkpoints import Checkpoint
-from tests.conftest import interrupted, parameters
+from tests.conftest import parameters
+from tests.models.common import assert_goes_on, refuses
 
 
 def given(**changes):
@@ -39,15 +39,26 @@ def small(videos, monkeypatch) -> list:
 
 
 def test_the_paper_profile_names_what_is_missing(tmp_path, videos, monkeypatch):
-    with pytest.raises(MissingWeights, match=r"OSTrack_ep0300\.pth\.tar"):
-        recipe.setting(given(data_root=str(tmp_path)), tmp_path)
-    with pytest.raises(MissingWeights, match=r"BAT_rgbt\.pth"):
-        recipe.setting(given(checkpoint=str(tmp_path / "none.pth")), tmp_path)
-    with pytest.raises(BadParameter, match="BAT with a checkpoint"):
-        recipe.setting(given(checkpoint="x.pth", method="RGB only"), tmp_path)
+    refuses(
+        (lambda: recipe.setting(given(data_root=str(tmp_path)), tmp_path), r"OSTrack_ep0300\.pth\.tar"),
+        (lambda: recipe.setting(given(checkpoint=str(tmp_path / "none.pth")), tmp_path), r"BAT_rgbt\.pth"),
+        error=MissingWeights,
+    )
+    refuses((lambda: recipe.setting(given(checkpoint="x.pth", method="RGB only"), tmp_path), "BAT with a checkpoint"))
     monkeypatch.undo()
-    with pytest.raises(MissingData, match="LasHeR"):
-        recipe.setting(given(data_root=str(tmp_path)), tmp_path)
+    refuses((lambda: recipe.setting(given(data_root=str(tmp_path)), tmp_path), "LasHeR"), error=MissingData)
+
+
+def test_results_are_means_over_seeds_and_the_authors_weights_have_a_row_of_their_own(tmp_path):
+    row = {"method": "BAT", "weights": "trained here", "dataset": "rgbt/lasher", "seed": 0, "PR": 70.0, "SR": 56.0}
+    released = {"method": "BAT", "weights": "authors' weights", "dataset": "rgbt/rgbt234", "seed": 0, "MPR": 86.8}
+    for one in (row | {"PR": 1.0}, row, row | {"seed": 1, "PR": 68.0}, released):
+        rows = recipe.measured(tmp_path / "measured.csv", one)
+    assert recipe.cells(rows) == {
+        ("BAT, trained here", "LasHeR_PR"): 69.0,
+        ("BAT, trained here", "LasHeR_SR"): 56.0,
+        ("BAT, authors' weights", "RGBT234_MPR"): 86.8,
+    }
 
 
 def test_the_published_settings(tmp_path, videos, monkeypatch):
@@ -90,23 +101,16 @@ def test_the_dry_run_takes_two_steps(tmp_path, small):
 
 
 def test_a_killed_training_resumes_and_its_weights_are_a_checkpoint(tmp_path, small, monkeypatch):
-    whole, history = recipe.setting(given(), tmp_path / "whole").train("BAT")
-    out = tmp_path / "killed"
-    with interrupted(monkeypatch, recipe, "loss", 3):
-        recipe.setting(given(), out).train("BAT")
-    assert not (out / "trained").exists()
-    for calls in (4, 0):  # from the second step on; and a finished training is only read
-        with monkeypatch.context() as patch:
-            seen, loss = [], recipe.loss
-            patch.setattr(recipe, "loss", lambda *args, seen=seen, loss=loss: (seen.append(1), loss(*args))[1])
-            model, again = recipe.setting(given(), out).train("BAT")
-        assert len(seen) == calls and again == history
-        assert all(torch.equal(t, model.state_dict()[n]) for n, t in whole.state_dict().items())
-    file = out / "trained" / "BAT, seed 0.safetensors"
-    official = BAT.from_official
+    def train(out, **changes):
+        return recipe.setting(given(**changes), out).train("BAT")
+
+    model, out = assert_goes_on(train, tmp_path, monkeypatch, recipe, "loss", 3)
+    monkeypatch.setattr(recipe, "loss", None)  # a finished training is only read
+    official, file = BAT.from_official, out / "trained" / "BAT, seed 0.safetensors"
     monkeypatch.setattr(BAT, "from_official", lambda state: official(state, heads=4))
-    read, none = recipe.setting(given(checkpoint=str(file)), tmp_path).train("BAT")
-    assert none == [] and all(torch.equal(t, read.state_dict()[n]) for n, t in whole.state_dict().items())
+    assert train(tmp_path, checkpoint=str(file))[1] == []
+    for read in (train(out)[0], train(tmp_path, checkpoint=str(file))[0]):
+        assert all(torch.equal(t, read.state_dict()[n]) for n, t in model.state_dict().items())
     assert backbones.read_state(file).keys() == model.to_official().keys()
 
 
@@ -147,18 +151,3 @@ def test_result_files_are_scored(tmp_path):
         recipe.rescore(tmp_path)
     with pytest.raises(BadParameter, match="LasHeR/<sequence>"):
         recipe.rescore(tmp_path / "RGBT234")
-
-
-def test_results_gather(tmp_path):
-    path = tmp_path / "measured.csv"
-    row = {"method": "BAT", "weights": "trained here", "dataset": "rgbt/lasher", "seed": 0, "PR": 70.0, "SR": 56.0}
-    recipe.measured(path, row)
-    recipe.measured(path, row | {"seed": 1, "PR": 68.0})
-    released = {"method": "BAT", "weights": "authors' weights", "dataset": "rgbt/rgbt234", "seed": 0, "MPR": 86.8}
-    rows = recipe.measured(path, released)
-    assert recipe.cells(rows) == {
-        ("BAT, trained here", "LasHeR_PR"): 69.0,
-        ("BAT, trained here", "LasHeR_SR"): 56.0,
-        ("BAT, authors' weights", "RGBT234_MPR"): 86.8,
-    }
-    pd.testing.assert_frame_equal(pd.read_csv(path), rows.reset_index(drop=True), check_dtype=False)

@@ -15,6 +15,7 @@ from companion.models.dmt.cache import Distilled, Views
 from companion.training import fit
 from companion.training.schedules import adamw, schedule
 from tests.conftest import interrupted
+from tests.models.common import refuses
 
 
 def teachers(seed=1, **options):
@@ -67,6 +68,7 @@ def test_cached_losses_are_the_losses(images, tmp_path, dtype):
     live, read = model(images, noise=noise), model(images, cache.tensors(), noise)
     assert torch.allclose(live.total, read.total, rtol=limit)
     assert sum(f.stat().st_size for f in tmp_path.glob("*.npy")) == dmt_cache.size(10, 17, (48, 64), dtype) + 2 * 128
+    assert dmt_cache.size(1, 197, (768,) * 3) == 907_776
 
 
 def test_training_from_the_cache_is_training_with_the_teachers(images, tmp_path):
@@ -152,40 +154,23 @@ def test_a_cache_of_something_else_is_refused(images, tmp_path):
 
 
 def test_bad_caches(images, tmp_path, monkeypatch):
-    with pytest.raises(BadParameter, match="teacher_view"):
-        dmt_cache.build(tmp_path / "a", teachers(view="same"), Views(images))
-    with pytest.raises(BadParameter, match="dtype"):
-        dmt_cache.build(tmp_path / "a", teachers(), Views(images), dtype="int8")
-    with pytest.raises(MissingData, match=r"cache\.json"):
-        dmt_cache.load(tmp_path / "a")
+    def build(name, asked=None, **options):
+        return dmt_cache.build(tmp_path / name, asked or teachers(), Views(images), **options, **CPU)
+
     loud = teachers()
     loud.models["MAE"].blocks[-1].mlp.fc2.weight.data *= 1e7
-    with pytest.raises(CompanionError, match="MAE returns values that float16 cannot hold"):
-        dmt_cache.build(tmp_path / "loud", loud, Views(images), **CPU)
-    dmt_cache.build(tmp_path / "b", teachers(), Views(images), **CPU)
-    whole = (tmp_path / "b" / "0.npy").read_bytes()
-    (tmp_path / "b" / "0.npy").write_bytes(whole[:5000])
-    with pytest.raises(CorruptFile, match=r"0\.npy"):
-        dmt_cache.load(tmp_path / "b")
-    np.save(tmp_path / "b" / "0.npy", np.zeros((10, 17, 47), np.float16))
-    with pytest.raises(CorruptFile, match=r"0\.npy"):
-        dmt_cache.load(tmp_path / "b")
+    refuses((lambda: build("a", teachers(view="same")), "teacher_view"), (lambda: build("a", dtype="int8"), "dtype"))
+    refuses((lambda: dmt_cache.load(tmp_path / "a"), r"cache\.json"), error=MissingData)
+    refuses((lambda: build("loud", loud), "MAE returns values that float16 cannot hold"), error=CompanionError)
+    settings, file = build("b").settings, tmp_path / "b" / "0.npy"
+    file.write_bytes(file.read_bytes()[:5000])
+    refuses((lambda: dmt_cache.load(tmp_path / "b"), r"0\.npy"), error=CorruptFile)
+    np.save(file, np.zeros((10, 17, 47), np.float16))
+    refuses((lambda: dmt_cache.load(tmp_path / "b"), r"0\.npy"), error=CorruptFile)
     (tmp_path / "b" / "cache.json").write_text("{}")
-    with pytest.raises(CorruptFile, match=r"cache\.json"):
-        dmt_cache.load(tmp_path / "b")
+    refuses((lambda: dmt_cache.load(tmp_path / "b"), r"cache\.json"), error=CorruptFile)
+    dmt_cache._start(tmp_path / "part", settings)
+    (tmp_path / "part" / "1.part").write_bytes(b"cut")
+    refuses((lambda: build("part"), r"1\.part"), error=CorruptFile)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
-    with pytest.raises(CompanionError, match="are free"):
-        dmt_cache.build(tmp_path / "c", teachers(), Views(images), **CPU)
-
-
-def test_a_cut_part_is_named(images, tmp_path, monkeypatch):
-    settings = dmt_cache.build(tmp_path / "whole", teachers(), Views(images), **CPU).settings
-    folder = tmp_path / "part"
-    dmt_cache._start(folder, settings)
-    (folder / "1.part").write_bytes(b"cut")
-    with pytest.raises(CorruptFile, match=r"1\.part"):
-        dmt_cache.build(folder, teachers(), Views(images), **CPU)
-
-
-def test_sizes_at_paper_scale():
-    assert dmt_cache.size(1, 197, (768,) * 3) == 907_776
+    refuses((lambda: build("c"), "are free"), error=CompanionError)

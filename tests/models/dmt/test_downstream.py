@@ -16,6 +16,7 @@ from companion.models.dmt.vit import POSITIONS, build
 from companion.training import fit
 from companion.training.checkpoints import Checkpoint
 from tests.conftest import interrupted
+from tests.models.common import numbers
 
 CPU = {"hardware": fit.CPU}
 
@@ -28,9 +29,6 @@ def vit(**options):
 @pytest.fixture
 def images():
     return torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-# --- layer decay ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layer_decay", [0.65, 1.0])
@@ -51,9 +49,6 @@ def test_learning_rates_fall_downwards(layer_decay):
         down.layer_decayed(model, model, np.ones(10), 0)
 
 
-# --- classification ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("last_heads", [None, 8])
 def test_a_classifier_sees_what_the_encoder_saw(positions, last_heads, images):
@@ -67,12 +62,9 @@ def test_a_classifier_sees_what_the_encoder_saw(positions, last_heads, images):
 
 
 def test_parameters_of_the_fine_tuned_models_are_the_usual_ones():
-    with torch.device("meta"):
-        counts = [
-            sum(p.numel() for p in down.classifier(build(size), 1000).parameters())
-            for size in ("tiny", "small", "base")
-        ]
-    assert counts == [5_717_416, 22_050_664, 86_567_656]
+    for size, count in (("tiny", 5_717_416), ("small", 22_050_664), ("base", 86_567_656)):
+        with torch.device("meta"):
+            assert numbers(down.classifier(build(size), 1000)) == count
 
 
 def test_mixing_is_timms_and_repeats(images):
@@ -115,8 +107,7 @@ def test_fine_tuning_learns_and_resumes(tmp_path, monkeypatch):
     with interrupted(monkeypatch, VisionTransformer, "forward", 19):
         tune(checkpoint=checkpoint)
     again, _ = tune(checkpoint=checkpoint)
-    for (name, p), q in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
-        assert torch.equal(p, q), name
+    torch.testing.assert_close(model.state_dict(), again.state_dict(), rtol=0, atol=0)
 
 
 def test_probes_leave_the_encoder_alone():
@@ -152,30 +143,16 @@ def test_transforms():
     assert torch.equal(down.test_transform(32)(picture), down.test_transform(32)(picture))
 
 
-# --- detection --------------------------------------------------------------------------------------------------------
-
-
-class Squares:
-    """Images of 64 x 64 with a bright square each, class 1 red and class 2 green, as `pretraining.Instances` has."""
-
-    def __init__(self, count=8, side=64):
-        self.count, self.side = count, side
-        rng = np.random.default_rng(0)
-        self.corners = rng.integers(4, side - 28, (count, 2))
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, i):
-        if i >= self.count:
-            raise IndexError(i)
-        y, x = map(int, self.corners[i])
-        image = torch.full((3, self.side, self.side), 60, dtype=torch.uint8)
-        image[i % 2, y : y + 24, x : x + 24] = 250
-        mask = torch.zeros(1, self.side, self.side, dtype=torch.uint8)
-        mask[0, y : y + 24, x : x + 24] = 1
+def squares(count=8, side=64):
+    """Images with a bright square each, class 1 red and class 2 green, as `pretraining.Instances` has them."""
+    items = []
+    for i, (y, x) in enumerate(np.random.default_rng(0).integers(4, side - 28, (count, 2)).tolist()):
+        image, mask = torch.full((3, side, side), 60, dtype=torch.uint8), torch.zeros(1, side, side, dtype=torch.uint8)
+        image[i % 2, y : y + 24, x : x + 24], mask[0, y : y + 24, x : x + 24] = 250, 1
         boxes = torch.tensor([[x, y, x + 24, y + 24]], dtype=torch.float32)
-        return image, {"boxes": boxes, "labels": torch.tensor([1 + i % 2]), "masks": mask, "image_id": i + 1}
+        labels = torch.tensor([1 + i % 2])
+        items.append((image, {"boxes": boxes, "labels": labels, "masks": mask, "image_id": i + 1}))
+    return items
 
 
 def small_detector(**options):
@@ -184,7 +161,11 @@ def small_detector(**options):
     return down.detector(vit(image=64), 2, size=64, channels=16, drop_path=0.0, anchor=4.0, **few | options)
 
 
-def test_the_pyramid_has_five_scales(images):
+def test_the_pyramid_has_five_scales_on_a_copy_that_trains_its_table_too(images):
+    encoder = vit(masked=True)
+    model = down.like(encoder, 0.1)
+    assert model.pos_embed.requires_grad and not encoder.pos_embed.requires_grad
+    assert torch.equal(model.norm.weight, encoder.norm.weight) and model.masked_embed is None
     pyramid = down.SimplePyramid(vit(), 16)
     maps = pyramid(images)
     assert list(maps) == ["0", "1", "2", "3", "pool"]
@@ -195,18 +176,11 @@ def test_the_pyramid_has_five_scales(images):
         down.SimplePyramid(vit(), 16, (8, 1))
 
 
-def test_a_copy_trains_its_table_too_and_leaves_the_first_alone():
-    encoder = vit(masked=True)
-    model = down.like(encoder, 0.1)
-    assert model.pos_embed.requires_grad and not encoder.pos_embed.requires_grad
-    assert torch.equal(model.norm.weight, encoder.norm.weight) and model.masked_embed is None
-
-
 def test_crops_stack_and_unpack():
-    data = Crops(Squares(), 64, most=3, jitter=None)
+    data = Crops(squares(), 64, most=3, jitter=None)
     image, boxes, labels, bits = data[1]
     assert image.shape == (3, 64, 64) and image.max() <= 1 and labels.tolist() == [2, 0, 0]
-    assert boxes[0].tolist() == Squares()[1][1]["boxes"][0].tolist() and bits.shape == (3, 512)
+    assert boxes[0].tolist() == squares()[1][1]["boxes"][0].tolist() and bits.shape == (3, 512)
     seen = {}
 
     def model(images, targets):
@@ -216,13 +190,11 @@ def test_crops_stack_and_unpack():
     stacked = tuple(torch.stack(parts) for parts in zip(data[0], data[1], strict=True))
     assert down.detection_loss(model, stacked) == 3
     for i, target in enumerate(seen["targets"]):
-        truth = Squares()[i][1]
-        assert torch.equal(target["masks"], truth["masks"]) and torch.equal(target["boxes"], truth["boxes"])
-        assert torch.equal(target["labels"], truth["labels"])
+        assert all(torch.equal(target[name], squares()[i][1][name]) for name in ("masks", "boxes", "labels"))
 
 
 def test_jittered_crops_have_the_size_and_keep_boxes_on_masks():
-    data = Crops(Squares(), 48, most=2)
+    data = Crops(squares(), 48, most=2)
     torch.manual_seed(0)
     for i in range(8):
         image, boxes, labels, bits = data[i]
@@ -232,27 +204,17 @@ def test_jittered_crops_have_the_size_and_keep_boxes_on_masks():
             edge = torch.cat([there.amin(0).flip(0), there.amax(0).flip(0) + 1])
             assert (edge - box).abs().max() <= 1.5
     with pytest.raises(BadParameter, match="size"):
-        Crops(Squares(), 32, jitter=None)[0]
+        Crops(squares(), 32, jitter=None)[0]
 
 
 def test_an_image_without_instances_is_trained_on_too():
-    class Empty(Squares):
-        def __getitem__(self, i):
-            image, target = super().__getitem__(i)
-            return image, {
-                **target,
-                "boxes": torch.zeros(0, 4),
-                "labels": torch.zeros(0, dtype=torch.long),
-                "masks": torch.zeros(0, 64, 64, dtype=torch.uint8),
-            }
-
-    data = Crops(Empty(), 64, most=2, jitter=None)
-    batch = tuple(torch.stack(parts) for parts in zip(data[0], data[1], strict=True))
+    items = [(image, {k: v[:0] for k, v in target.items() if k != "image_id"}) for image, target in squares(2)]
+    batch = tuple(map(torch.stack, zip(*Crops(items, 64, most=2, jitter=None), strict=True)))
     assert torch.isfinite(down.detection_loss(small_detector().train(), batch))
 
 
 def test_a_detector_trains_whole_and_gives_results_that_can_be_scored():
-    model, data = small_detector(), Squares()
+    model, data = small_detector(), squares()
     crops = Crops(data, 64, most=2, jitter=None)
     batch = tuple(torch.stack(parts) for parts in zip(*(crops[i] for i in range(4)), strict=True))
     torch.manual_seed(0)
@@ -269,44 +231,25 @@ def test_a_detector_trains_whole_and_gives_results_that_can_be_scored():
         "annotations": [],
     }
     for i in range(8):
-        x0, y0, x1, y1 = Squares()[i][1]["boxes"][0].tolist()
-        corners = [x0, y0, x1, y0, x1, y1, x0, y1]
-        truth["annotations"].append(
-            {
-                "id": i + 1,
-                "image_id": i + 1,
-                "category_id": 7 + 2 * (i % 2),
-                "iscrowd": 0,
-                "bbox": [x0, y0, 24, 24],
-                "area": 576,
-                "segmentation": [corners],
-            }
-        )
+        x0, y0, x1, y1 = squares()[i][1]["boxes"][0].tolist()
+        shape = {"bbox": [x0, y0, 24, 24], "area": 576, "segmentation": [[x0, y0, x1, y0, x1, y1, x0, y1]]}
+        shape |= {"id": i + 1, "image_id": i + 1, "category_id": 7 + 2 * (i % 2), "iscrowd": 0}
+        truth["annotations"].append(shape)
     scores = {kind: metric.evaluate(truth, found, kind=kind).totals["AP50"] for kind in metric.KINDS}
     assert scores["bbox"] > 20 and scores["segm"] > 10
 
 
-# --- segmentation -----------------------------------------------------------------------------------------------------
-
-
 def small_segmenter(**options):
     torch.manual_seed(0)
-    return Segmenter(
-        vit(depth=4),
-        3,
-        **{"layers": (0, 1, 2, 3), "channels": 16, "auxiliary": 8, "drop_path": 0.0, "pools": (1, 2)} | options,
-    )
+    usual = {"layers": (0, 1, 2, 3), "channels": 16, "auxiliary": 8, "drop_path": 0.0, "pools": (1, 2)}
+    return Segmenter(vit(depth=4), 3, **usual | options)
 
 
 def test_a_segmenter_gives_logits_of_every_pixel(images):
     model = small_segmenter().eval()
     assert model(images).shape == (4, 3, 32, 32)
-    assert [tuple(s(torch.rand(2, 32, 4, 4)).shape[1:]) for s in model.scales] == [
-        (8, 16, 16),
-        (16, 8, 8),
-        (32, 4, 4),
-        (32, 2, 2),
-    ]
+    scales = [tuple(s(torch.rand(2, 32, 4, 4)).shape[1:]) for s in model.scales]
+    assert scales == [(8, 16, 16), (16, 8, 8), (32, 4, 4), (32, 2, 2)]
     first, second = model.train()(images)
     assert first.shape == second.shape == (4, 3, 32, 32)
     assert small_segmenter(auxiliary=0).train()(images).shape == (4, 3, 32, 32)
@@ -325,45 +268,37 @@ def test_the_loss_passes_over_what_counts_for_nothing(images):
     assert torch.allclose(losses[0], expected[0] + 0.4 * expected[1], atol=1e-5)
 
 
-class Halves:
+def halves():
     """Images whose bright side is class 1; a frame counts for nothing."""
-
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, i):
-        image = torch.full((3, 40, 48), 40, dtype=torch.uint8)
-        truth = torch.zeros(40, 48, dtype=torch.long)
-        image[:, :, 10 + 3 * i :], truth[:, 10 + 3 * i :] = 220, 1
+    items = []
+    for left in range(10, 34, 3):
+        image, truth = torch.full((3, 40, 48), 40, dtype=torch.uint8), torch.zeros(40, 48, dtype=torch.long)
+        image[:, :, left:], truth[:, left:] = 220, 1
         truth[:2] = 255
-        return image, truth
+        items.append((image, truth))
+    return items
 
 
 def test_scene_crops():
-    data = SceneCrops(Halves(), 32, short=40)
+    data = SceneCrops(halves(), 32, short=40)
     torch.manual_seed(0)
     for i in range(8):
         image, truth = data[i]
         assert image.shape == (3, 32, 32) and image.dtype == torch.float32
         assert truth.shape == (32, 32) and truth.dtype == torch.long and set(truth.unique().tolist()) <= {0, 1, 255}
-    image, truth = SceneCrops(Halves(), 64, jitter=None)[0]
+    image, truth = SceneCrops(halves(), 64, jitter=None)[0]
     assert (truth == 255).sum() == 64 * 64 - 38 * 48  # what was added and the frame
     bright = image[0] > 0
     assert (bright[truth == 1]).all() and not bright[truth == 0].any()
 
 
 def test_a_segmenter_learns(tmp_path):
-    model, data = small_segmenter(), SceneCrops(Halves(), 32, jitter=None)
+    model, data = small_segmenter(), SceneCrops(halves(), 32, jitter=None)
     decayed = down.layer_decayed(model, model.vit, np.full(30, 3e-3), 0.9, 1e-4)
     torch.manual_seed(0)
     fit.fit(model, down.segmentation_loss, data, epochs=15, batch=4, **decayed, **CPU)
-    right = total = 0
-    for i in range(8):
-        image, truth = data[i]
-        counted = truth != 255
-        right += int((model.eval()(image[None]).argmax(1)[0] == truth)[counted].sum())
-        total += int(counted.sum())
-    assert right / total > 0.85
+    images, truth = (torch.stack(part) for part in zip(*(data[i] for i in range(8)), strict=True))
+    assert (model.eval()(images).argmax(1) == truth)[truth != 255].float().mean() > 0.85
 
 
 def test_sliding_covers_everything_once_over():

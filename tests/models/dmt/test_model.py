@@ -11,10 +11,10 @@ from torch.utils.data import TensorDataset
 from companion.errors import BadParameter
 from companion.models.dmt import DMT, Teachers, build
 from companion.models.dmt import model as dmt
-from companion.training.checkpoints import Checkpoint, trained_state
-from companion.training.fit import CPU, Hardware, fit
+from companion.training.checkpoints import trained_state
+from companion.training.fit import Hardware, fit
 from companion.training.schedules import adamw, schedule
-from tests.conftest import interrupted
+from tests.models.common import refuses
 
 
 def teachers(count=3, **options):
@@ -45,9 +45,6 @@ def noise():
     return torch.rand(4, 16, generator=torch.Generator().manual_seed(1))
 
 
-# --- targets ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("norm", ["ln", "channel"])
 @pytest.mark.parametrize("fusion", dmt.FUSIONS)
 @pytest.mark.parametrize("scale", [0.01, 1000.0])
@@ -61,37 +58,20 @@ def test_a_teachers_scale_does_not_matter(norm, fusion, scale, images, noise):
     assert abs(plain(images, louder, noise).total / plain(images, output, noise).total - 1) > 0.05
 
 
-def test_channel_targets_have_unit_channels(images):
-    distil = model(target_norm="channel")
-    for target in distil.targets(distil.teachers(images)):
-        assert torch.allclose(target.mean((0, 1)), torch.zeros(48), atol=1e-5)
-        assert torch.allclose(target.square().mean((0, 1)), torch.ones(48), atol=1e-3)
-
-
 def test_running_statistics_reach_those_of_the_data_and_are_used_in_eval(images):
     torch.manual_seed(0)
     norm, tokens = dmt.TargetNorm(8, "channel", "running"), 3 + torch.randn(64, 5, 8) * torch.arange(1, 9)
     norm.train()
     for batch in tokens.split(8):
         norm(batch)
-    plain = F.layer_norm(tokens, (8,), eps=1e-6)
+    plain, whole = F.layer_norm(tokens, (8,), eps=1e-6), dmt.TargetNorm(8, "channel")(tokens)
+    assert torch.allclose(whole.mean((0, 1)), torch.zeros(8), atol=1e-5)
+    assert torch.allclose(whole.square().mean((0, 1)), torch.ones(8), atol=1e-3)
     assert torch.allclose(norm.mean, plain.mean((0, 1)), atol=1e-5)
     norm.eval()
     assert torch.equal(norm(tokens[:1]), norm(tokens)[:1])  # nothing depends on other images
     assert set(norm.state_dict()) == {"mean", "square", "batches"}
     assert not dmt.TargetNorm(8, "channel").state_dict()
-
-
-def test_bad_targets(images):
-    for options, word in [({"kind": "x"}, "target_norm"), ({"statistics": "x"}, "statistics")]:
-        with pytest.raises(BadParameter, match=word):
-            dmt.TargetNorm(8, **options)
-    distil = model()
-    with pytest.raises(BadParameter, match="teacher_output"):
-        distil.targets(distil.teachers(images).tokens[:2])
-
-
-# --- losses -----------------------------------------------------------------------------------------------------------
 
 
 def test_by_hand(images, noise):
@@ -154,12 +134,8 @@ def test_fused_targets_of_teachers_of_other_widths(images, noise):
     narrow, wide = distil.targets(distil.teachers(images))
     assert narrow.shape == wide.shape == (4, 17, 64)
     plain = F.layer_norm(mixed(images).tokens[0], (32,), eps=1e-6)
-    # the fixed matrix keeps angles
-    assert torch.allclose(
-        F.normalize(narrow, dim=-1) @ F.normalize(narrow, dim=-1).mT,
-        F.normalize(plain, dim=-1) @ F.normalize(plain, dim=-1).mT,
-        atol=1e-5,
-    )
+    narrow, plain = F.normalize(narrow, dim=-1), F.normalize(plain, dim=-1)
+    assert torch.allclose(narrow @ narrow.mT, plain @ plain.mT, atol=1e-5), "the fixed matrix keeps angles"
     distil(images, noise=noise).total.backward()
 
 
@@ -180,14 +156,9 @@ def test_every_variant_trains_the_student_and_its_heads(view, fusion, relation, 
     assert torch.isfinite(losses.total) and losses.relation.shape == (3,)
     assert losses.token.shape == losses.map.shape == ((3,) if fusion == "separate" else (1,))
     trained = {name for name, p in distil.named_parameters() if p.grad is not None and p.grad.any()}
-    frozen = {name for name, p in distil.named_parameters() if not p.requires_grad}
-    assert frozen == {
-        "student.pos_embed",
-        "decoder.pos_embed",
-        *(f"teachers.{n}" for n, _ in distil.teachers.named_parameters()),
-    }
-    assert trained == {name for name, p in distil.named_parameters() if p.requires_grad}
-    assert set(trained_state(distil)) == trained
+    assert trained == {name for name, p in distil.named_parameters() if p.requires_grad} == set(trained_state(distil))
+    tables = {"student.pos_embed", "decoder.pos_embed"}
+    assert trained == {n for n, _ in distil.named_parameters() if n not in tables and not n.startswith("teachers.")}
 
 
 def test_what_weighs_nothing_is_not_built(images):
@@ -196,6 +167,9 @@ def test_what_weighs_nothing_is_not_built(images):
     assert only.decoder is None and only.map_heads is None
     losses = only(images)
     assert torch.allclose(losses.total, losses.token.mean()) and not losses.map.any()
+    exported = only.eval().export()
+    assert set(exported.state_dict()) == set(student().state_dict())
+    assert torch.equal(exported(images), only.student(images)) and exported is not only.student
 
 
 def test_teachers_are_frozen_copies_that_run_once_without_autograd(images):
@@ -211,14 +185,11 @@ def test_teachers_are_frozen_copies_that_run_once_without_autograd(images):
     assert calls == [("MAE", False), ("iBOT", False)]
 
 
-def test_grey_keeps_the_luma(images):
+def test_lighter_views_are_supersets_and_grey_keeps_the_luma(images, noise):
     red = images.clone()
     red[:, 0] += 0.1
     red[:, 1] -= 0.1 * 0.299 / 0.587
     assert torch.allclose(dmt.grey(red), dmt.grey(images), atol=1e-6)
-
-
-def test_lighter_views_are_supersets(images, noise):
     some = teachers(view="lighter")
     assert some.counts(16, 8) == (11, 13, 16)
     assert [t.shape[1] for t in some(images, noise.argsort(1), 8).tokens] == [12, 14, 17]
@@ -226,63 +197,32 @@ def test_lighter_views_are_supersets(images, noise):
         some(images)
 
 
-def test_the_student_alone_is_exported(images):
-    distil = model().eval()
-    exported = distil.export()
-    assert set(exported.state_dict()) == set(student().state_dict())
-    assert torch.equal(exported(images), distil.student(images)) and exported is not distil.student
-
-
-def train(distil, images, **options):
-    options = dict(epochs=3, batch=4, optimizer=adamw(1e-3), schedule=schedule("cosine", 0), hardware=CPU) | options
-    return fit(distil, dmt.loss, TensorDataset(images), **options)
-
-
-def test_a_killed_training_resumes_to_the_same_bits(images, tmp_path, monkeypatch):
-    data, checkpoint = images.repeat(4, 1, 1, 1), Checkpoint(tmp_path / "killed.pt", every=5)
-    whole, cut, resumed = (model(statistics="running") for _ in range(3))
-    train(whole, data)
-    with interrupted(monkeypatch, DMT, "forward", 7):
-        train(cut, data, checkpoint=checkpoint)
-    train(resumed, data, checkpoint=checkpoint)
-    for (name, p), q in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(p, q), name
-
-
 @pytest.mark.parametrize("fusion", dmt.FUSIONS)
 def test_bfloat16(fusion, images):
-    losses = []
+    losses, options = [], {"epochs": 3, "batch": 4, "optimizer": adamw(1e-3), "schedule": schedule("cosine", 0)}
     for precision in ("32-true", "bf16-mixed"):
-        rows = train(model(fusion=fusion, relation_weight=1), images, hardware=Hardware("cpu", precision=precision))
+        distil, hardware = model(fusion=fusion, relation_weight=1), Hardware("cpu", precision=precision)
+        rows = fit(distil, dmt.loss, TensorDataset(images), hardware=hardware, **options)
         losses.append([row["loss"] for row in rows])
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
-def test_bad_options():
-    wide = teachers()
-    for options, word in [
-        ({"fusion": "sum"}, "fusion"),
-        ({"token_weight": 0, "map_weight": 0}, "token_weight"),
-        ({"token_weight": -1}, "token_weight"),
-        ({"decoder": "huge"}, "decoder"),
-        ({"taught_by": (48, 48, 48), "relation_weight": 1}, "relation_weight"),
-    ]:
-        with pytest.raises(BadParameter, match=word):
-            model(**options)
-    with pytest.raises(BadParameter, match="last_heads"):
-        DMT(student(last_heads=2), wide, relation_weight=1, decoder="pocket")
-    with pytest.raises(BadParameter, match="patches"):
-        DMT(student(image=64), wide, decoder="pocket")
-    with pytest.raises(BadParameter, match="teacher_output"):
-        DMT(student(), wide.widths, decoder="pocket")(torch.rand(1, 3, 32, 32))
-    with pytest.raises(BadParameter, match="teachers"):
-        DMT(student(), (), decoder="pocket")
-
-
-def test_bad_teachers():
-    with pytest.raises(BadParameter, match="teacher_view"):
-        teachers(view="half")
-    with pytest.raises(BadParameter, match="grid"):
-        Teachers({"a": student(), "b": student(image=64)})
-    with pytest.raises(BadParameter, match="teachers"):
-        Teachers({})
+def test_bad_options(images):
+    distil = model()
+    refuses(
+        (lambda: dmt.TargetNorm(8, kind="x"), "target_norm"),
+        (lambda: dmt.TargetNorm(8, statistics="x"), "statistics"),
+        (lambda: distil.targets(distil.teachers(images).tokens[:2]), "teacher_output"),
+        (lambda: model(fusion="sum"), "fusion"),
+        (lambda: model(token_weight=0, map_weight=0), "token_weight"),
+        (lambda: model(token_weight=-1), "token_weight"),
+        (lambda: model(decoder="huge"), "decoder"),
+        (lambda: model(taught_by=(48, 48, 48), relation_weight=1), "relation_weight"),
+        (lambda: model(taught_by=(48, 48, 48))(images), "teacher_output"),
+        (lambda: DMT(student(last_heads=2), teachers(), relation_weight=1, decoder="pocket"), "last_heads"),
+        (lambda: DMT(student(image=64), teachers(), decoder="pocket"), "patches"),
+        (lambda: DMT(student(), (), decoder="pocket"), "teachers"),
+        (lambda: teachers(view="half"), "teacher_view"),
+        (lambda: Teachers({"a": student(), "b": student(image=64)}), "grid"),
+        (lambda: Teachers({}), "teachers"),
+    )

@@ -16,8 +16,8 @@ from companion.models.dmt import recipe as runs
 from companion.models.dmt import teachers as dmt_teachers
 from companion.models.dmt.model import DMT, Teachers
 from companion.models.dmt.vit import ViT
-from companion.ops.papers import paper
-from tests.conftest import interrupted, parameters
+from tests.conftest import parameters
+from tests.models.common import assert_goes_on, refuses
 
 given = partial(
     parameters, "dmt", profile="paper", dry_run=True, student="tiny", data_root="nowhere", accelerator="cpu"
@@ -26,7 +26,6 @@ given = partial(
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
-    monkeypatch.setenv("COMPANION_PROGRESS", "off")
     monkeypatch.setattr(runs, "WORKERS", 0)
 
 
@@ -42,14 +41,6 @@ def small(monkeypatch):
     monkeypatch.setattr(dmt_teachers, "build", build)
 
 
-def test_parameters_of_the_notebook_are_those_of_the_recipe():
-    known = paper("dmt")["parameters"]
-    assert set(known) <= set(vars(given()))
-
-
-# --- recipes ----------------------------------------------------------------------------------------------------------
-
-
 def test_schedule_is_the_generic_stage_of_g2sd():
     rates = runs.distil_rates(10)
     assert len(rates) == 3000 and rates[0] == 0 and rates.max() == pytest.approx(1.5e-4 * 4096 / 256)
@@ -59,15 +50,7 @@ def test_schedule_is_the_generic_stage_of_g2sd():
 
 def test_teachers_by_name_and_file(tmp_path, small):
     assert runs.named(" MAE , iBOT") == ["MAE", "iBOT"]
-    for text in ("", "MAE, MAE", "MAE, BEiT"):
-        with pytest.raises(BadParameter, match="teachers"):
-            runs.named(text)
     assert runs.files("MAE=a.pth, MoCo v3 = b.pth") == {"MAE": "a.pth", "MoCo v3": "b.pth"}
-    for text in ("MAE", "BEiT=a", "MAE="):
-        with pytest.raises(BadParameter, match="teacher_files"):
-            runs.files(text)
-    with pytest.raises(BadParameter, match="teacher_files"):
-        runs.teachers(given(teachers="MAE", teacher_files="iBOT=a.pth"))
     torch.manual_seed(5)
     own = ViT(224, 16, 64, 1, 1)
     torch.save({"model": own.to_official()}, tmp_path / "mae.pth")
@@ -78,15 +61,6 @@ def test_teachers_by_name_and_file(tmp_path, small):
     assert kinds == ["mae", "mocov3", "learned"]
     first, second = (found.models[n].blocks[0].mlp.fc1.weight for n in ("MoCo v3", "iBOT"))
     assert not torch.equal(first, second)
-
-
-def test_released_weights_are_asked_for_outside_a_dry_run(monkeypatch):
-    monkeypatch.setattr("companion.backbones.try_to_load_from_cache", lambda *a: None)
-    with pytest.raises(MissingWeights, match="mae"):
-        runs.setting(given(dry_run=False), None)
-
-
-# --- distillation -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("losses", list(runs.LOSSES))
@@ -165,21 +139,17 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_a_killed_distillation_resumes_to_the_same_bits_and_saves_its_student(small, folder, tmp_path, monkeypatch):
-    options = dict(rates=np.full(4, 1e-3), batch=2)
-    killed, whole = (runs.setting(folder, tmp_path / name) for name in ("killed", "whole"))
-    assert "3 images" in killed.title
-    expected = whole.build("DMT")
-    history = whole.learn(expected, "DMT", **options)
-    with interrupted(monkeypatch, DMT, "forward", 2):
-        killed.learn(killed.build("DMT"), "DMT", **options)
-    assert not killed.trained.exists() and list((tmp_path / "killed" / "checkpoints").glob("*.pt"))
-    model = killed.build("DMT")
-    assert killed.learn(model, "DMT", **options) == history
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
-    saved = runs.encoder(given(weights=str(killed.trained), dry_run=False))
-    images = torch.randn(1, 3, 224, 224)
-    assert torch.equal(saved(images), model.export()(images))
-    assert killed.trained.parent == tmp_path / "killed" / "trained"
+    """The running statistics of the targets too."""
+
+    def train(out):
+        found = runs.setting(folder, out)
+        assert "3 images" in found.title
+        model = found.build("DMT")
+        return model, found.learn(model, "DMT", rates=np.full(4, 1e-3), batch=2)
+
+    model, out = assert_goes_on(train, tmp_path, monkeypatch, DMT, "forward", 2)
+    (file,), images = (out / "trained").iterdir(), torch.randn(1, 3, 224, 224)
+    assert torch.equal(runs.encoder(given(weights=str(file), dry_run=False))(images), model.export()(images))
 
 
 def test_another_distillation_has_another_checkpoint_wherever_it_is_started(small, folder, tmp_path, monkeypatch):
@@ -191,27 +161,14 @@ def test_another_distillation_has_another_checkpoint_wherever_it_is_started(smal
     assert len(others) == 5
     monkeypatch.chdir(tmp_path)
     assert trained(data_root="images") == first
-    with pytest.raises(BadParameter, match="folder"):
-        runs._images_to_distil(given(dataset="pretraining/coco"))
-    with pytest.raises(MissingData, match="imagenet"):
-        runs._images_to_distil(given())
-    with pytest.raises(MissingData, match="no images"):
-        runs._images_to_distil(given(dataset="folder", data_root=str(tmp_path / "none")))
-
-
-# --- downstream -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", [task for task in runs.USUAL if task != "distil"])
 def test_dry_run_downstream(task, small, monkeypatch):
     if task == "detect":  # the slow test takes the full size
-        original = runs.down.detector
         few = {"rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 5, "box_batch_size_per_image": 16}
-        monkeypatch.setattr(
-            runs.down,
-            "detector",
-            lambda vit, classes, **o: original(vit, classes, **o | {"size": 256, "channels": 16} | few),
-        )
+        original, few = runs.down.detector, few | {"size": 256, "channels": 16}
+        monkeypatch.setattr(runs.down, "detector", lambda vit, classes, **o: original(vit, classes, **o | few))
         monkeypatch.setattr(runs, "_Generated", lambda task, count, side, seed: GENERATED(task, count, 256, seed))
         monkeypatch.setattr(runs.down, "Crops", lambda data, size: CROPS(data, 256))
     found = runs.downstream(given(task=task))
@@ -261,33 +218,46 @@ def test_a_killed_task_resumes_to_the_same_bits_and_saves_its_weights(task, smal
     monkeypatch.setattr(runs, "recipe", lambda name, real=runs.recipe: real(name) | few)
     monkeypatch.setattr(runs.down, "mixed_loss", lambda classes, real=runs.down.mixed_loss: real(classes, 0, 0))
 
-    def learn(name):
-        found = runs.downstream(given(task=task, dry_run=False, encoder="random"), tmp_path / name)
+    def train(out):
+        found = runs.downstream(given(task=task, dry_run=False, encoder="random"), out)
         model = found.build()
-        assert len(found.learn(model)) == 4
-        return model.state_dict()
+        return model, found.learn(model)
 
-    whole = learn("whole")
-    with interrupted(monkeypatch, runs.down.F, "cross_entropy", 2):
-        learn("killed")
-    assert not (tmp_path / "killed" / "trained").exists()
-    assert all(torch.equal(value, whole[name]) for name, value in learn("killed").items())
-    (file,) = (tmp_path / "killed" / "trained").iterdir()
-    assert load_file(file).keys() == whole.keys()
+    model, out = assert_goes_on(train, tmp_path, monkeypatch, runs.down.F, "cross_entropy", 2)
+    (file,) = (out / "trained").iterdir()
+    assert load_file(file).keys() == model.state_dict().keys()
 
 
-def test_bad_parameters(tmp_path, small):
-    for changes, word in [({"task": "distil"}, "task"), ({"task": "fine-tune", "dataset": "vtab/dtd"}, "dataset")]:
-        with pytest.raises(BadParameter, match=word):
-            runs.downstream(given(**changes))
+def test_bad_parameters(tmp_path, small, monkeypatch):
     real = given(task="fine-tune", dry_run=False)
-    with pytest.raises(MissingData, match="imagenet"):
-        runs.downstream(real)
-    with pytest.raises(MissingWeights, match="distil"):
-        runs.encoder(real)
+    refuses(
+        (lambda: runs.downstream(given(task="distil")), "task"),
+        (lambda: runs.downstream(given(task="fine-tune", dataset="vtab/dtd")), "dataset"),
+        (lambda: runs.named(""), "teachers"),
+        (lambda: runs.named("MAE, MAE"), "teachers"),
+        (lambda: runs.named("MAE, BEiT"), "teachers"),
+        (lambda: runs.files("MAE"), "teacher_files"),
+        (lambda: runs.files("BEiT=a"), "teacher_files"),
+        (lambda: runs.files("MAE="), "teacher_files"),
+        (lambda: runs.teachers(given(teachers="MAE", teacher_files="iBOT=a.pth")), "teacher_files"),
+        (lambda: runs._images_to_distil(given(dataset="pretraining/coco")), "folder"),
+    )
+    refuses(
+        (lambda: runs.downstream(real), "imagenet"),
+        (lambda: runs._images_to_distil(given()), "imagenet"),
+        (lambda: runs._images_to_distil(given(dataset="folder", data_root=str(tmp_path / "none"))), "no images"),
+        error=MissingData,
+    )
+    monkeypatch.setattr("companion.backbones.try_to_load_from_cache", lambda *a: None)
+    refuses(
+        (lambda: runs.encoder(real), "distil"),
+        (lambda: runs.setting(given(dry_run=False), None), "mae"),
+        error=MissingWeights,
+    )
     torch.save({"a": torch.ones(1)}, tmp_path / "x.pth")
-    with pytest.raises(BadCheckpoint, match="pos_embed"):
-        runs.encoder(given(dry_run=False, weights=str(tmp_path / "x.pth")))
+    refuses(
+        (lambda: runs.encoder(given(dry_run=False, weights=str(tmp_path / "x.pth"))), "pos_embed"), error=BadCheckpoint
+    )
     assert runs.encoder(given(encoder="random", dry_run=False)).width == 48
     assert runs.encoder(given(encoder="teacher")).positions == "mae"
 
@@ -301,24 +271,9 @@ def test_augmentation_gives_normalised_crops():
     assert repr(runs.augment()) == repr(runs.augment())  # a cache's key
 
 
-# --- results ----------------------------------------------------------------------------------------------------------
-
-
 def test_results_are_collected_in_rows_of_their_own(tmp_path):
-    row = {
-        "task": "fine-tune",
-        "student": "tiny",
-        "encoder": "distilled",
-        "teachers": "MAE, MoCo v3, iBOT",
-        "teacher_view": "full",
-        "target_norm": "channel",
-        "fusion": "separate",
-        "losses": "token and map",
-        "mask_ratio": 0.75,
-        "seed": 0,
-        "metric": "top-1",
-        "score": 70.0,
-    }
+    row = {"task": "fine-tune", "student": "tiny", "encoder": "distilled", "teachers": "MAE, MoCo v3, iBOT"}
+    row |= runs.CHOICES | {"seed": 0, "metric": "top-1", "score": 70.0}
     path = tmp_path / "measured.csv"
     runs.measured(path, row, row | {"seed": 1, "score": 72.0}, row | {"task": "linear probe", "score": 10.0})
     runs.measured(path, row | {"fusion": "gate", "mask_ratio": 0.5, "score": 60.0})
@@ -335,9 +290,6 @@ def test_results_are_collected_in_rows_of_their_own(tmp_path):
     assert set(own.imagenet_top1) == {"– / 71.00", "– / 60.00"}
     assert (shown[shown.method == "DMT, ViT-T"].imagenet_top1 == "–").all()
     assert list(itertools.chain(*(t.columns[:1] for t in runs.tables(rows).values()))) == ["method"] * 3
-
-
-# --- full size --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

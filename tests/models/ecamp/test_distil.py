@@ -7,16 +7,13 @@ import pytest
 from companion.errors import CorruptFile, MissingWeights
 from companion.models.ecamp import distil as ecamp_distil
 from companion.models.ecamp.distil import Generator, Malformed, Rules, check, distil, entities_in
+from tests.conftest import interrupted
+from tests.models.common import refuses
 
 REPORT = (
     "There is a small right pleural effusion. No evidence of pneumothorax. "
     "Patchy opacities at the left base may represent pneumonia."
 )
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setenv("COMPANION_PROGRESS", "off")
 
 
 class Scripted:
@@ -56,23 +53,22 @@ def test_rules():
         assert Rules()(report, ["mass"]) == f"There {expected}."
 
 
-@pytest.mark.parametrize(
-    ("answer", "said"),
-    [
-        ("", "empty"),
-        ("Sure! There is effusion.", "not of the form"),
-        ("- There is effusion.", "not of the form"),
-        ("There is effusion", "not of the form"),
-        ("There is effusion. There is lung.", "names 0"),
-        ("There is effusion and pneumothorax.", "names 2"),
-        ("There is effusion. There is no pneumothorax. There is no effusion.", "twice: effusion"),
-        ("There is large effusion. There is no pneumothorax.", "has not: large"),
-        ("There is effusion.", "left out: pneumothorax"),
-    ],
-)
-def test_malformed_answers_are_refused(answer, said):
-    with pytest.raises(Malformed, match=said):
-        check(answer, "Small effusion. No pneumothorax.", ["effusion", "pneumothorax"])
+def test_malformed_answers_are_refused():
+    def said(answer):
+        return lambda: check(answer, "Small effusion. No pneumothorax.", ["effusion", "pneumothorax"])
+
+    refuses(
+        (said(""), "empty"),
+        (said("Sure! There is effusion."), "not of the form"),
+        (said("- There is effusion."), "not of the form"),
+        (said("There is effusion"), "not of the form"),
+        (said("There is effusion. There is lung."), "names 0"),
+        (said("There is effusion and pneumothorax."), "names 2"),
+        (said("There is effusion. There is no pneumothorax. There is no effusion."), "twice: effusion"),
+        (said("There is large effusion. There is no pneumothorax."), "has not: large"),
+        (said("There is effusion."), "left out: pneumothorax"),
+        error=Malformed,
+    )
 
 
 def test_accepted_answers():
@@ -94,19 +90,12 @@ def test_answers_are_kept_and_asked_for_once(tmp_path):
     assert again.statements[:3] == first.statements and back_end.asked == 2
 
 
-def test_a_run_that_was_stopped_goes_on(tmp_path):
-    class Dies(Scripted):
-        def __call__(self, report, entities, attempt):
-            if self.asked == 2:
-                raise KeyboardInterrupt
-            return super().__call__(report, entities, attempt)
-
-    reports = [f"Edema number {word}." for word in ("one", "two", "three")]
-    with pytest.raises(KeyboardInterrupt):
-        distil(reports, Dies("There is edema."), tmp_path / "kept.sqlite")
-    back_end = Scripted("There is edema.")
+def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    reports, back_end = [f"Edema number {word}." for word in ("one", "two", "three")], Scripted("There is edema.")
+    with interrupted(monkeypatch, Scripted, "__call__", 2):
+        distil(reports, back_end, tmp_path / "kept.sqlite")
     assert distil(reports, back_end, tmp_path / "kept.sqlite").statements == ["There is edema."] * 3
-    assert back_end.asked == 1
+    assert back_end.asked == 3
 
 
 def test_refused_answers_are_asked_for_again_and_told(tmp_path):
@@ -132,12 +121,6 @@ def test_another_prompt_or_back_end_asks_anew(tmp_path, monkeypatch):
     file.close()
 
 
-def test_a_cache_that_is_none(tmp_path):
-    (tmp_path / "bad.sqlite").write_text("a text file, longer than the header of a database, which is sixteen bytes")
-    with pytest.raises(CorruptFile, match=r"bad\.sqlite"):
-        distil(["Edema."], Rules(), tmp_path / "bad.sqlite")
-
-
 def test_a_model_of_transformers(tmp_path):
     """A random tiny one: its babble is refused, sampled answers are the same every time."""
     transformers = pytest.importorskip("transformers")
@@ -159,7 +142,10 @@ def test_a_model_of_transformers(tmp_path):
     assert found.statements == [""] and 0 in found.refused
 
 
-def test_a_model_that_is_not_here(tmp_path, monkeypatch):
+def test_a_model_that_is_not_here_and_a_cache_that_is_none(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(MissingWeights, match="download=True"):
         Generator("nobody/nothing")
+    (tmp_path / "bad.sqlite").write_text("a text file, longer than the header of a database, which is sixteen bytes")
+    with pytest.raises(CorruptFile, match=r"bad\.sqlite"):
+        distil(["Edema."], Rules(), tmp_path / "bad.sqlite")

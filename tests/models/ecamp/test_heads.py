@@ -11,6 +11,7 @@ from companion.evaluation.metrics import radiology
 from companion.models.ecamp import heads
 from companion.models.ecamp import model as ecamp
 from companion.models.ecamp.heads import Detector, Segmenter
+from tests.models.common import misfits, numbers, refuses, ungraded
 
 
 @pytest.fixture
@@ -19,30 +20,19 @@ def encoder():
     return ecamp.build("pocket").encoder
 
 
-def count(module, trained=False):
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
-
-
 def test_parameters_are_the_released_ones():
     """Section 9."""
     with torch.device("meta"):
         vit = VisionTransformer(img_size=224, num_classes=0)
-        counts = {
-            "classifier": heads.classifier(vit, 14, drop_path=0.0),
-            "probe": heads.classifier(vit, 14, probe=True),
-            "segmenter": Segmenter(vit),
-            "RIGA": Segmenter(vit, outputs=2),
-            "detector 4": Detector(vit, expansion=4),
-            "detector 8": Detector(vit, expansion=8),
-        }
-    assert {name: (count(m), count(m, trained=True)) for name, m in counts.items()} == {
-        "classifier": (85_809_422, 85_809_422),
-        "probe": (85_809_422, 10_766),
-        "segmenter": (91_478_401, 5_681_281),
-        "RIGA": (96_569_090, 10_771_970),
-        "detector 4": (116_628_534, 30_831_414),
-        "detector 8": (112_928_054, 27_130_934),
-    }
+        for model, whole, trained in (
+            (heads.classifier(vit, 14, drop_path=0.0), 85_809_422, 85_809_422),
+            (heads.classifier(vit, 14, probe=True), 85_809_422, 10_766),
+            (Segmenter(vit), 91_478_401, 5_681_281),
+            (Segmenter(vit, outputs=2), 96_569_090, 10_771_970),  # RIGA
+            (Detector(vit, expansion=4), 116_628_534, 30_831_414),
+            (Detector(vit, expansion=8), 112_928_054, 27_130_934),
+        ):
+            assert (numbers(model), numbers(model, trained=True)) == (whole, trained)
 
 
 def test_classifier_starts_from_the_encoder(encoder):
@@ -56,41 +46,23 @@ def test_classifier_starts_from_the_encoder(encoder):
     assert model(images).shape == (2, 4) and model.head.weight.abs().max() < 1e-3
 
 
-def test_probe_trains_the_last_layer_alone(encoder):
-    model = heads.classifier(encoder, 4, probe=True)
-    heads.classification_loss(model(torch.randn(2, 3, 32, 32)), torch.tensor([0, 3])).backward()
-    assert {n for n, p in model.named_parameters() if p.grad is not None} == {"head.weight", "head.bias"}
-
-
-@pytest.mark.parametrize("frozen", [True, False])
-def test_segmenter_trains_what_it_says(encoder, frozen):
-    model = Segmenter(encoder, outputs=2, frozen=frozen)
-    logits = model(torch.randn(2, 3, 32, 32))
-    assert logits.shape == (2, 2, 32, 32)
-    heads.segmentation_loss(logits, torch.rand(2, 2, 32, 32)).backward()
-    without = {n for n, p in model.named_parameters() if p.grad is None}
-    assert without == ({n for n, _ in model.named_parameters() if n.startswith("map.encoder.")} if frozen else set())
-
-
-def test_detector_trains_its_heads_alone(encoder):
+def test_heads_train_what_they_say(encoder):
+    images = torch.randn(2, 3, 32, 32)
+    for frozen in (True, False):
+        model = Segmenter(encoder, outputs=2, frozen=frozen)
+        heads.segmentation_loss(model(images), torch.rand(2, 2, 32, 32)).backward()
+        below = {n for n, _ in model.named_parameters() if n.startswith("map.encoder.")}
+        assert ungraded(model) == (below if frozen else set())
+    assert all(p.requires_grad for p in encoder.blocks.parameters()), "the one that was copied is as it was"
     model = Detector(encoder, channels=(64, 32, 16), expansion=4)
-    heads = model(torch.randn(2, 3, 32, 32))
-    assert [tuple(x.shape) for x in heads] == [(2, 18, 4, 4), (2, 18, 8, 8), (2, 18, 16, 16)]
-    boxes = torch.zeros(2, 10, 5)
+    found, boxes = model(images), torch.zeros(2, 10, 5)
+    assert [tuple(x.shape) for x in found] == [(2, 18, 4, 4), (2, 18, 8, 8), (2, 18, 16, 16)]
     boxes[0, 0] = torch.tensor([0, 0.5, 0.4, 0.3, 0.2])
-    model.loss(heads, boxes).backward()
-    without = {n for n, p in model.named_parameters() if p.grad is None}
-    assert without == {n for n, _ in model.named_parameters() if n.startswith("map.encoder.")}
-
-
-def test_frozen_is_frozen(encoder):
-    model = Segmenter(encoder)
-    before = {n: p.clone() for n, p in model.map.encoder.state_dict().items()}
-    optimizer = torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.5)
-    heads.segmentation_loss(model(torch.randn(1, 3, 32, 32)), torch.rand(1, 1, 32, 32)).backward()
-    optimizer.step()
-    assert all(torch.equal(p, before[n]) for n, p in model.map.encoder.state_dict().items())
-    assert encoder.blocks[0].mlp.fc1.weight.requires_grad  # the one that was copied is as it was
+    model.loss(found, boxes).backward()
+    assert below and ungraded(model) == {n for n, _ in model.named_parameters() if n.startswith("map.encoder.")}
+    model = heads.classifier(encoder, 4, probe=True)
+    heads.classification_loss(model(images), torch.tensor([0, 3])).backward()
+    assert {n for n, _ in model.named_parameters()} - ungraded(model) == {"head.weight", "head.bias"}
 
 
 def test_official_names_come_back(encoder):
@@ -111,20 +83,16 @@ def test_official_names_come_back(encoder):
 def test_checkpoints_that_do_not_fit(encoder):
     state = Segmenter(encoder).to_official()
     state["typo"] = state.pop("encoder.seg_head.bias")
-    with pytest.raises(BadCheckpoint) as caught:
-        Segmenter.from_official(state)
-    assert caught.value.missing == ["encoder.seg_head.bias"] and caught.value.unknown == ["typo"]
+    assert misfits(Segmenter.from_official, state) == (["encoder.seg_head.bias"], ["typo"], [])
     del state["decoder.decoder_2.0.weight"]
-    with pytest.raises(BadCheckpoint, match=r"decoder_2\.0\.weight"):
-        Segmenter.from_official(state)
-    with pytest.raises(BadCheckpoint, match=r"layer1\.conv1"):
-        Detector.from_official(state)
-    with pytest.raises(BadCheckpoint, match=r"head\.weight"):
-        heads.classifier_from_official({})
-    with pytest.raises(BadCheckpoint, match="pos_embed"):
-        heads.encoder_like({})
-    with pytest.raises(BadParameter, match="2, which double"):
-        Segmenter(encoder, channels=(8,))
+    refuses(
+        (lambda: Segmenter.from_official(state), r"decoder_2\.0\.weight"),
+        (lambda: Detector.from_official(state), r"layer1\.conv1"),
+        (lambda: heads.classifier_from_official({}), r"head\.weight"),
+        (lambda: heads.encoder_like({}), "pos_embed"),
+        error=BadCheckpoint,
+    )
+    refuses((lambda: Segmenter(encoder, channels=(8,)), "2, which double"))
 
 
 def test_classification_loss():
@@ -163,17 +131,16 @@ def test_loss_without_boxes_asks_for_emptiness():
     logits = head.unflatten(1, (3, 6))[:, :, 4]
     torch.testing.assert_close(total, 0.5 * F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits)))
     assert [x.item() for x in rest[:4]] == [0, 0, 0, 0]
+    boxes = torch.tensor([[[0, 1.0, 1.0, 0.1, 0.1]]])  # on the border
+    assert torch.isfinite(heads.yolo_loss(head[:1], boxes, torch.ones(3, 2) * 20, 224)[0])
 
 
-def test_a_box_on_the_border_stays_inside():
-    boxes = torch.tensor([[[0, 1.0, 1.0, 0.1, 0.1]]])
-    assert torch.isfinite(heads.yolo_loss(torch.randn(1, 18, 7, 7), boxes, torch.ones(3, 2) * 20, 224)[0])
-
-
-# --- metrics ----------------------------------------------------------------------------------------------------------
-
-
-def test_dice_of_both_protocols():
+def test_dice_of_both_protocols_and_mean_auroc():
+    labels = np.array([[0, 1], [1, 0], [1, 1], [0, 0]])
+    assert radiology.mean_auroc(labels, labels) == 100
+    assert radiology.mean_auroc(labels[:, 0], 1 - labels[:, 0]) == 0
+    with pytest.raises(BadParameter, match=r"\[1\]"):
+        radiology.mean_auroc(np.array([[0, 1], [1, 1]]), np.zeros((2, 2)))
     truth = torch.zeros(4, 4, 4)
     truth[0, :2] = 1
     probability = torch.zeros(4, 4, 4)
@@ -184,14 +151,6 @@ def test_dice_of_both_protocols():
     assert plain[0] == 0.5 and plain[1:].isnan().all()
     with pytest.raises(BadParameter, match="plain"):
         radiology.dice(probability, truth, "other")
-
-
-def test_mean_auroc():
-    labels = np.array([[0, 1], [1, 0], [1, 1], [0, 0]])
-    assert radiology.mean_auroc(labels, labels) == 100
-    assert radiology.mean_auroc(labels[:, 0], 1 - labels[:, 0]) == 0
-    with pytest.raises(BadParameter, match=r"\[1\]"):
-        radiology.mean_auroc(np.array([[0, 1], [1, 1]]), np.zeros((2, 2)))
 
 
 def test_mean_precision_of_both_protocols():

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from companion import backbones
-from companion.errors import BadCheckpoint, BadParameter
+from companion.errors import BadCheckpoint
 from companion.models.ecamp import model as ecamp
 from companion.models.ecamp.model import Batch
+from tests.models.common import misfits, numbers, refuses
 
 
 def pairs(count=2, size=32, words=40, length=20, patches=64, window=6, seed=0):
@@ -36,31 +36,19 @@ def model():
     return ecamp.build("pocket").eval()
 
 
-def count(module, trained=False):
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
-
-
-def test_parameters_are_the_released_ones():
+def test_parameters_and_sizes_are_the_released_ones():
     with torch.device("meta"):
-        model = ecamp.build("paper", pooler=True)
-    assert count(model) == 183_425_240
-    assert count(model, trained=True) == 183_173_080
-    assert count(model.encoder) == 85_646_592 + 151_296 + 768
-    assert count(model.decoder) == 13_398_784 + 100_864
-    assert count(model.super_resolution) == 168
-    assert count(model.project) == count(model.text.pooler) == 590_592
-    assert count(model.text.embeddings) == 23_239_680
-    assert count(model.text.fusion) == 7_681_536
-    assert count(model.text.layers) == 28_362_240
-    assert count(model.text.head) == 23_662_128
-
-
-def test_sizes_are_the_released_ones():
-    with torch.device("meta"):
-        model = ecamp.build("paper")
-    assert model.patches == 196 and int(model.patches * (1 - ecamp.MASKED)) == 49
-    assert model.window == 12 and model.text.embeddings.positions.num_embeddings == 256
-    assert model.text.pooler is None
+        model, plain = ecamp.build("paper", pooler=True), ecamp.build("paper")
+    assert numbers(model) == 183_425_240 and plain.text.pooler is None
+    assert numbers(model, trained=True) == 183_173_080
+    assert numbers(model.encoder) == 85_646_592 + 151_296 + 768
+    assert numbers(model.decoder) == 13_398_784 + 100_864
+    assert numbers(model.super_resolution) == 168
+    assert numbers(model.project) == numbers(model.text.pooler) == 590_592
+    text = [numbers(part) for part in (model.text.embeddings, model.text.fusion, model.text.layers, model.text.head)]
+    assert text == [23_239_680, 7_681_536, 28_362_240, 23_662_128]
+    assert (model.patches, int(model.patches * (1 - ecamp.MASKED)), model.window) == (196, 49, 12)
+    assert model.text.embeddings.positions.num_embeddings == 256
 
 
 def test_mim_loss_is_three_quarters_of_the_error_on_hidden_patches(model):
@@ -69,24 +57,15 @@ def test_mim_loss_is_three_quarters_of_the_error_on_hidden_patches(model):
     hidden = trace["hidden"].bool()
     assert hidden.sum(1).tolist() == [48, 48, 48] and trace["keep"].shape == (3, 16)
     target = ecamp.patchify(trace["low"], 4)
-    mse = F.mse_loss(trace["pixels"][hidden], target[hidden])
-    torch.testing.assert_close(losses.mim, 0.75 * mse)
+    torch.testing.assert_close(losses.mim, 0.75 * F.mse_loss(trace["pixels"][hidden], target[hidden]))
+    assert losses.total == losses.mim + losses.sr + losses.mlm and all(x > 0 for x in losses)
+    assert trace["super_resolved"].shape == (3, 3, 64, 64) and trace["super_resolved"].min() >= 0
 
 
-def test_total_is_the_plain_sum(model):
-    losses = model(pairs())
-    assert losses.total == losses.mim + losses.sr + losses.mlm
-    assert all(x > 0 for x in losses)
-
-
-def test_super_resolution_is_never_negative(model):
-    trace = {}
-    model(pairs(), trace)
-    assert trace["super_resolved"].shape == (2, 3, 64, 64)
-    assert trace["super_resolved"].min() >= 0
-
-
-def test_only_the_window_counts(model):
+def test_only_the_window_counts_and_its_corner_is_row_and_column(model):
+    mask = ecamp.windows(torch.tensor([[2, 1]]), 12, 32, 448)[0, 0]
+    assert mask[64, 32] == 1 and mask[63, 32] == 0 and mask[64, 31] == 0 and mask[447, 415] == 1 and mask[447, 416] == 0
+    assert mask.mean() == pytest.approx((384 / 448) ** 2)
     batch, trace = pairs(1), {}
     before = model(batch, trace).sr
     inside = ecamp.windows(batch.window, 6, 8, 64)
@@ -100,35 +79,11 @@ def test_only_the_window_counts(model):
     assert whole.eval()(batch).sr == ecamp.sr_loss(trace["super_resolved"], batch.images) > before
 
 
-def test_window_corner_is_row_and_column():
-    mask = ecamp.windows(torch.tensor([[2, 1]]), 12, 32, 448)[0, 0]
-    assert mask[64, 32] == 1 and mask[63, 32] == 0 and mask[64, 31] == 0 and mask[447, 415] == 1 and mask[447, 416] == 0
-    assert mask.mean() == pytest.approx((384 / 448) ** 2)
-
-
-def test_every_position_counts_in_the_text_loss(model):
-    batch, trace = pairs(), {}
-    loss = model(batch, trace).mlm
-    torch.testing.assert_close(loss, (trace["cross_entropy"] * batch.weights).sum() / batch.weights.numel())
-    assert (trace["cross_entropy"][batch.attention == 0] > 0).all()
-
-
-def test_patchify_is_undone():
-    x = torch.randn(2, 3, 32, 32)
-    assert torch.equal(ecamp.unpatchify(ecamp.patchify(x, 4), 4), x)
-    assert torch.equal(ecamp.patchify(x, 4)[0, 1, :3], x[0, :, 0, 4])  # channel fastest
-
-
-def test_fusion_does_not_depend_on_the_order_of_the_patches(model):
-    fusion, there = model.text.fusion, torch.ones(2, 1, 1, 20, dtype=torch.bool)
+def test_fusion_has_no_order_of_patches_and_equal_ones_give_one_context(model):
+    fusion, there, trace = model.text.fusion, torch.ones(2, 1, 1, 20, dtype=torch.bool), {}
     x, z = torch.randn(2, 20, 96), torch.randn(2, 16, 96)
     torch.testing.assert_close(fusion(x, there, z), fusion(x, there, z[:, torch.randperm(16)]))
-
-
-def test_equal_patches_give_the_same_context_at_each_word(model):
-    fusion, there, trace = model.text.fusion, torch.ones(1, 1, 1, 20, dtype=torch.bool), {}
-    z = torch.randn(1, 1, 96).expand(-1, 16, -1)
-    fusion(torch.randn(1, 20, 96), there, z, trace)
+    fusion(x, there, z[:, :1].expand(-1, 16, -1), trace)
     torch.testing.assert_close(trace["context"], fusion.cross.value(z[:, :1]).expand(-1, 20, -1))
 
 
@@ -138,12 +93,19 @@ def test_encoder_does_not_depend_on_the_order_of_the_patches(model):
     torch.testing.assert_close(shuffled[:, 1:], raster[:, 1:].take_along_dim(order[..., None], 1))
 
 
-def test_padding_is_not_read(model):
-    batch, a, b = pairs(), {}, {}
-    model(batch, a)
+def test_what_the_words_see_and_what_counts(model):
+    batch, a, b, c = pairs(), {}, {}, {}
+    loss = model(batch, a).mlm
+    # every position counts in the loss
+    torch.testing.assert_close(loss, (a["cross_entropy"] * batch.weights).sum() / batch.weights.numel())
+    assert (a["cross_entropy"][batch.attention == 0] > 0).all()
+    # padding is not read
     model(batch._replace(ids=torch.where(batch.attention == 0, 7, batch.ids)), b)
     there = batch.attention.bool()
     torch.testing.assert_close(a["logits"][there], b["logits"][there])
+    # the image comes through the fusion
+    model(batch._replace(images=batch.images.flip(0)), c)
+    assert torch.equal(a["embedded"], c["embedded"]) and (a["logits"] - c["logits"]).abs().max() > 1e-3
 
 
 def test_attention_maps_are_shares_and_change_nothing(model):
@@ -181,14 +143,6 @@ def test_variants_train_all_they_have(options, absent):
     without = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
     assert without == {"encoder.pos_embed", "decoder.pos_embed"}
     assert without == {n for n, p in model.named_parameters() if not p.requires_grad}
-
-
-def test_what_the_words_see_comes_through_the_fusion(model):
-    batch, a, b = pairs(), {}, {}
-    model(batch, a)
-    model(batch._replace(images=batch.images.flip(0)), b)
-    assert torch.equal(a["embedded"], b["embedded"])
-    assert (a["logits"] - b["logits"]).abs().max() > 1e-3
 
 
 def test_initial_weights():
@@ -235,10 +189,8 @@ def test_a_checkpoint_that_does_not_fit_is_told_by_name(model):
     state = model.to_official()
     state["typo"] = state.pop("blocks.1.attn.qkv.bias")
     state["decoder_norm.weight"] = torch.ones(3)
-    with pytest.raises(BadCheckpoint) as caught:
-        ecamp.ECAMP.from_official(state, heads=4, decoder_heads=4, text_heads=4, window=6)
-    assert caught.value.missing == ["blocks.1.attn.qkv.bias"] and caught.value.unknown == ["typo"]
-    assert caught.value.shapes == ["decoder_norm.weight (3,), expected (48,)"]
+    expected = ["blocks.1.attn.qkv.bias"], ["typo"], ["decoder_norm.weight (3,), expected (48,)"]
+    assert misfits(ecamp.ECAMP.from_official, state, heads=4, decoder_heads=4, text_heads=4, window=6) == expected
     with pytest.raises(BadCheckpoint, match="decoder_pos_embed"):
         ecamp.ECAMP.from_official({"pos_embed": torch.zeros(1, 65, 96)})
 
@@ -266,37 +218,19 @@ def test_timm_mae_fits():
     assert {n for n in mae if not n.startswith("fc_norm")} <= set(own)
 
 
-def test_save_and_load_to_the_same_bits(model, tmp_path):
-    save_file(model.state_dict(), tmp_path / "x.safetensors")
-    again = ecamp.build("pocket").eval()
-    again.load_state_dict(load_file(tmp_path / "x.safetensors"))
-    assert all(torch.equal(a, b) for a, b in zip(again(pairs()), model(pairs()), strict=True))
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"fusion": "sum"}, "both"),
-        ({"positions": "sine"}, "mae"),
-        ({"image": 30}, "multiple"),
-        ({"window": 9}, "1 to 8"),
-        ({"predict": "high-res"}, "super_resolution"),
-        ({"predict": "both"}, "low-res"),
-        ({"text_heads": 5}, "divisor"),
-    ],
-)
-def test_bad_options(options, said):
-    with pytest.raises(BadParameter, match=said):
-        ecamp.build("pocket", **options)
-
-
-def test_bad_inputs(model):
-    with pytest.raises(BadParameter, match="paper"):
-        ecamp.build("large")
-    batch = pairs()
-    with pytest.raises(BadParameter, match="side of 64"):
-        model(batch._replace(images=batch.images[..., :32, :32]))
-    with pytest.raises(BadParameter, match="at most 20 words"):
-        model(batch._replace(ids=torch.zeros(2, 21, dtype=torch.long), attention=torch.ones(2, 21)))
-    with pytest.raises(BadParameter, match="'patch'"):
-        ecamp.build("pocket", fusion="mean").attention(torch.zeros(1, 3, 32, 32), batch.ids[:1], batch.attention[:1])
+def test_bad_options_and_inputs(model):
+    batch, longer = pairs(), {"ids": torch.zeros(2, 21, dtype=torch.long), "attention": torch.ones(2, 21)}
+    other, image = ecamp.build("pocket", fusion="mean"), torch.zeros(1, 3, 32, 32)
+    refuses(
+        (lambda: ecamp.build("large"), "paper"),
+        (lambda: ecamp.build("pocket", fusion="sum"), "both"),
+        (lambda: ecamp.build("pocket", positions="sine"), "mae"),
+        (lambda: ecamp.build("pocket", image=30), "multiple"),
+        (lambda: ecamp.build("pocket", window=9), "1 to 8"),
+        (lambda: ecamp.build("pocket", predict="high-res"), "super_resolution"),
+        (lambda: ecamp.build("pocket", predict="both"), "low-res"),
+        (lambda: ecamp.build("pocket", text_heads=5), "divisor"),
+        (lambda: model(batch._replace(images=batch.images[..., :32, :32])), "side of 64"),
+        (lambda: model(batch._replace(**longer)), "at most 20 words"),
+        (lambda: other.attention(image, batch.ids[:1], batch.attention[:1]), "'patch'"),
+    )

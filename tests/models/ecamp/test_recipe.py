@@ -16,13 +16,14 @@ from torch.utils.data import TensorDataset
 
 from companion import backbones
 from companion.data import xrays
-from companion.errors import BadCheckpoint, BadParameter, MissingData, MissingWeights
+from companion.errors import BadCheckpoint, MissingData, MissingWeights
 from companion.models.ecamp import model as ecamp
 from companion.models.ecamp import recipe
-from companion.models.ecamp.text import Pairs
+from companion.models.ecamp.text import Pairs, Vocabulary
 from companion.ops.papers import paper
 from companion.training.checkpoints import Checkpoint
-from tests.conftest import interrupted, parameters
+from tests.conftest import parameters
+from tests.models.common import assert_goes_on, refuses
 
 
 def given(**changes) -> SimpleNamespace:
@@ -36,7 +37,6 @@ def pretraining(**changes) -> SimpleNamespace:
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
-    monkeypatch.setenv("COMPANION_PROGRESS", "off")
     monkeypatch.setattr(recipe, "WORKERS", 0)
 
 
@@ -51,9 +51,6 @@ def small(monkeypatch):
     monkeypatch.setattr(recipe, "encoder", encoder)
 
 
-# --- pre-training -----------------------------------------------------------------------------------------------------
-
-
 def test_schedule_is_left_at_half_of_the_peak():
     """Claim 6: the cosine would end at epoch 200, training stops at 120."""
     learning_rates = recipe.pretraining_learning_rates(10)
@@ -65,16 +62,15 @@ def test_schedule_is_left_at_half_of_the_peak():
 
 def toy_pairs(count=8):
     generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(5, 40, (count, 20), generator=generator)
-    return TensorDataset(
-        torch.randn(count, 3, 64, 64, generator=generator),
-        labels.where(torch.rand(count, 20) < 0.3, 3),
-        labels,
-        torch.ones(count, 20, dtype=torch.long),
-        torch.ones(count, 20),
-        torch.rand(count, 64, generator=generator),
-        torch.ones(count, 2, dtype=torch.long),
-    )
+    labels, ones = torch.randint(5, 40, (count, 20), generator=generator), torch.ones(count, 20)
+    images, noise = (torch.randn(count, *shape, generator=generator) for shape in ((3, 64, 64), (64,)))
+    hidden = labels.where(torch.rand(count, 20, generator=generator) < 0.3, 3)
+    return TensorDataset(images, hidden, labels, ones.long(), ones, noise, torch.ones(count, 2, dtype=torch.long))
+
+
+def test_methods_are_those_that_the_parameter_offers():
+    assert set(paper("ecamp")["parameters"]["method"]["choices"]) == set(ecamp.METHODS)
+    assert all(ecamp.build("pocket", **options) for options, _ in ecamp.METHODS.values())
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
@@ -133,6 +129,8 @@ def start(tmp_path, monkeypatch):
     images = Images(torch.zeros(2, 3, 448, 448))
     found = SimpleNamespace(images=images, texts=["There is no mass."] * 2, statements=None, windows=None)
     monkeypatch.setattr(xrays, "reports", lambda *given: found)
+    # stored: training a vocabulary twice gives the pieces in two orders, and so two checkpoints
+    Vocabulary.train(found.texts).tokenizer.save(str(tmp_path / "mimic_wordpiece.json"))
     monkeypatch.setattr(recipe, "pretraining_learning_rates", lambda per_epoch: np.full(6, 1e-3))
     monkeypatch.setattr(recipe, "Pairs", functools.partial(Pairs, length=16))
     monkeypatch.setattr(Checkpoint.of.__func__, "__defaults__", (2,))
@@ -147,28 +145,18 @@ def test_a_killed_pre_training_resumes_and_its_encoder_starts_a_downstream_task(
     p = pretraining(data_root=str(tmp_path), weights=str(tmp_path / "mae.pth"))
 
     def train(out):
-        setting = recipe.setting(p, tmp_path / out)
+        setting = recipe.setting(p, out)
         model = setting.build("ECAMP")
-        return model, setting.learn(model, "ECAMP")
+        history = setting.learn(model, "ECAMP")
+        assert len(history) == 6 and all(row["mlm"] > 0 for row in history)
+        return model, history
 
-    whole, history = train("whole")
-    with interrupted(monkeypatch, ecamp, "pretraining_loss", 3):
-        train("killed")
-    assert not (tmp_path / "killed" / "trained").exists()
-    resumed, again = train("killed")
-    assert again == history and len(history) == 6 and all(row["mlm"] > 0 for row in history)
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
-    (file,) = (tmp_path / "killed" / "trained").iterdir()
+    model, out = assert_goes_on(train, tmp_path, monkeypatch, ecamp, "pretraining_loss", 3)
+    (file,) = (out / "trained").iterdir()
     monkeypatch.setattr(recipe, "VisionTransformer", lambda **options: copy.deepcopy(start))
     encoder = recipe.encoder(given(encoder="ECAMP", weights=str(file)))
-    assert torch.equal(encoder.blocks[0].mlp.fc1.weight, whole.encoder.blocks[0].mlp.fc1.weight)
+    assert torch.equal(encoder.blocks[0].mlp.fc1.weight, model.encoder.blocks[0].mlp.fc1.weight)
     assert not torch.equal(encoder.blocks[0].mlp.fc1.weight, start.blocks[0].mlp.fc1.weight)
-
-
-def test_methods_are_those_that_the_parameter_offers():
-    assert set(paper("ecamp")["parameters"]["method"]["choices"]) == set(ecamp.METHODS)
-    for method, (options, _) in ecamp.METHODS.items():
-        assert ecamp.build("pocket", **options), method
 
 
 @pytest.mark.slow
@@ -180,27 +168,16 @@ def test_dry_run_at_full_size(tmp_path):
     assert len(history) == 2 and np.isfinite([row["mlm"] for row in history]).all() and not list(tmp_path.iterdir())
 
 
-# --- downstream -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("task", "dataset", "labels", "expected"),
-    [
-        ("fine-tune", "xrays/chestx-ray14", "1", (3e-2, 50, 3000, 96)),
-        ("fine-tune", "xrays/chestmnist", "10", (2.4e-2, 50, 3000, 768)),
-        ("linear probe", "xrays/rsna", "100", (1e-2, 150, 9000, 4096)),
-        ("segment", "xrays/siim", "10", (5e-4, 150, 3000, 1024)),
-        ("segment", "fundus/riga", "1", (5e-4, 15, 500, 5)),
-        ("detect", "xrays/rsna", "100", (5e-4, 30, 20000, 1024)),
-    ],
-)
-def test_published_recipes(task, dataset, labels, expected):
-    assert tuple(recipe.downstream_recipe(task, dataset, labels).values()) == expected
-
-
-def test_a_recipe_that_was_not_found():
-    with pytest.raises(BadParameter, match=r"CheXpert, 100%"):
-        recipe.downstream_recipe("fine-tune", "fundus/odir", "10")
+def test_published_recipes():
+    for task, dataset, labels, *expected in (
+        ("fine-tune", "xrays/chestx-ray14", "1", 3e-2, 50, 3000, 96),
+        ("fine-tune", "xrays/chestmnist", "10", 2.4e-2, 50, 3000, 768),
+        ("linear probe", "xrays/rsna", "100", 1e-2, 150, 9000, 4096),
+        ("segment", "xrays/siim", "10", 5e-4, 150, 3000, 1024),
+        ("segment", "fundus/riga", "1", 5e-4, 15, 500, 5),
+        ("detect", "xrays/rsna", "100", 5e-4, 30, 20000, 1024),
+    ):
+        assert list(recipe.downstream_recipe(task, dataset, labels).values()) == expected, dataset
 
 
 @pytest.mark.parametrize(
@@ -268,13 +245,11 @@ def test_dry_runs_at_full_size(task, dataset, tmp_path):
 def covidx(root, monkeypatch):
     monkeypatch.setattr(xrays, "SIZES", {("xrays/covidx", "classification"): {}})
     folder = root / "xrays" / "covidx"
-    lines = []
+    (folder / "train").mkdir(parents=True)
     for i in range(9):
-        (folder / "train").mkdir(parents=True, exist_ok=True)
         Image.new("L", (230, 224), 30 + 80 * (i % 3)).save(folder / "train" / f"{i}.png")
-        lines.append(f"train/{i}.png {i % 3}")
     for name in ("train_list_1", "val_list", "test_list"):
-        (folder / f"{name}.txt").write_text("\n".join(lines))
+        (folder / f"{name}.txt").write_text("\n".join(f"train/{i}.png {i % 3}" for i in range(9)))
 
 
 def test_a_real_layout_is_trained_until_patience_ends(tmp_path, monkeypatch, small):
@@ -307,18 +282,14 @@ def test_a_killed_downstream_training_resumes_to_the_same_bits(tmp_path, monkeyp
     monkeypatch.setattr(recipe.EarlyStop, "on_epoch_end", counted)
 
     def train(out):
-        found = recipe.downstream(given(data_root=str(tmp_path)), tmp_path / out)
+        found = recipe.downstream(given(data_root=str(tmp_path)), out)
         model = found.build()
-        return model, found.learn(model)
+        history = found.learn(model)
+        assert len(history) == 6 * 3, "the best was the second of six epochs"
+        return model, history
 
-    whole, history = train("whole")
-    assert len(history) == 6 * 3, "the best was the second of six epochs"
     where = (recipe.heads, "classification_loss", 13) if kill == "in training" else (recipe, "_classified", 4)
-    with interrupted(monkeypatch, *where):
-        train("killed")
-    resumed, again = train("killed")
-    assert again == history
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert_goes_on(train, tmp_path, monkeypatch, *where)
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(6, 6), (4, 12), (5, 15), (1, 3)])
@@ -349,60 +320,41 @@ def test_encoders(tmp_path, monkeypatch):
             recipe.encoder(given(encoder=name, weights=str(tmp_path / "bad.pth")))
 
 
-def test_what_cannot_be_run_is_said(tmp_path):
-    for changes, said in (
-        ({"dataset": "covidx"}, "xrays/covidx"),
-        ({"dataset": "xrays/covidx", "task": "segment"}, "fundus/riga"),
-        ({"task": "pre-train"}, "linear probe"),
-        ({"dataset": "xrays/mimic-cxr"}, "xrays/chexpert"),
-    ):
-        with pytest.raises(BadParameter, match=said):
-            recipe.downstream(given(**changes), tmp_path)
-    for dry_run in (False, True):
-        with pytest.raises(BadParameter, match="xrays/mimic-cxr"):
-            recipe.setting(given(dataset="xrays/rsna", dry_run=dry_run), tmp_path)
-    with pytest.raises(MissingData, match="COVIDx"):
-        recipe.downstream(given(data_root=str(tmp_path)), tmp_path)
+def test_what_cannot_be_run_is_said(tmp_path, monkeypatch):
+    def downstream(**changes):
+        return lambda: recipe.downstream(given(**changes), tmp_path)
 
-
-def test_detection_is_tested_on_the_validation_list_as_released(monkeypatch, tmp_path):
+    refuses(
+        (downstream(dataset="covidx"), "xrays/covidx"),
+        (downstream(dataset="xrays/covidx", task="segment"), "fundus/riga"),
+        (downstream(task="pre-train"), "linear probe"),
+        (downstream(dataset="xrays/mimic-cxr"), "xrays/chexpert"),
+        (lambda: recipe.setting(given(dataset="xrays/rsna"), tmp_path), "xrays/mimic-cxr"),
+        (lambda: recipe.setting(given(dataset="xrays/rsna", dry_run=True), tmp_path), "xrays/mimic-cxr"),
+        (lambda: recipe.downstream_recipe("fine-tune", "fundus/odir", "10"), r"CheXpert, 100%"),
+    )
+    refuses((downstream(data_root=str(tmp_path)), "COVIDx"), error=MissingData)
+    # detection is tested on the validation list as released
     asked = []
     monkeypatch.setattr(xrays, "load", lambda *a, **o: asked.append(a[2]))
-    for protocol, last in (("released", "val"), ("plain", "test")):
-        asked.clear()
-        recipe.downstream(given(task="detect", dataset="xrays/rsna", protocol=protocol), tmp_path)
-        assert asked == ["train", "val", last]
+    for protocol in ("released", "plain"):
+        downstream(task="detect", dataset="xrays/rsna", protocol=protocol)()
+    assert asked == ["train", "val", "val", "train", "val", "test"]
 
 
-# --- results ----------------------------------------------------------------------------------------------------------
-
-
-def test_results_gather_and_stand_beside_the_published_ones(tmp_path):
-    path = tmp_path / "measured.csv"
-    row = {
-        "task": "fine-tune",
-        "dataset": "xrays/rsna",
-        "labels": "10",
-        "encoder": "ECAMP",
-        "protocol": "released",
-        "seed": 0,
-        "score": 80.0,
-    }
-    recipe.measured(path, row)
-    rows = recipe.measured(
-        path,
-        row | {"seed": 1, "score": 82.0},
-        row | {"encoder": "random", "score": 60.0},
-        row | {"dataset": "fundus/mured", "score": 70.0},
-        row | {"protocol": "plain", "score": 1.0},
-        row | {"dataset": "xrays/chestmnist", "score": 2.0},
-    )
-    assert recipe.cells(rows, "classification-finetune") == {
-        ("ECAMP", "RSNA 10 %"): 81.0,
-        ("random init", "RSNA 10 %"): 60.0,
-    }
+def test_results_stand_beside_the_published_ones(tmp_path):
+    row = dict(zip(recipe.KEYS, ("fine-tune", "xrays/rsna", "10", "ECAMP", "released", 0), strict=True))
+    others = [
+        {"seed": 1, "score": 82.0},
+        {"encoder": "random", "score": 60.0},
+        {"dataset": "fundus/mured", "score": 70.0},
+        {"protocol": "plain", "score": 1.0},
+        {"dataset": "xrays/chestmnist", "score": 2.0},
+    ]
+    rows = recipe.measured(tmp_path / "measured.csv", row | {"score": 80.0}, *(row | other for other in others))
+    found = {("ECAMP", "RSNA 10 %"): 81.0, ("random init", "RSNA 10 %"): 60.0}
+    assert recipe.cells(rows, "classification-finetune") == found
     assert recipe.cells(rows, "fundus") == {("ECAMP", "MuReD 10 %"): 70.0}
     assert recipe.cells(rows, "detection") == {}
-    found = recipe.tables(pd.read_csv(path))
-    shown = found["Classification, fine-tuned"].set_index("method")
+    shown = recipe.tables(pd.read_csv(tmp_path / "measured.csv"))["Classification, fine-tuned"].set_index("method")
     assert shown.loc["ECAMP", "RSNA 10 %"] == "– / 81.00" and shown.loc["MRM", "measured here"] == "not run"

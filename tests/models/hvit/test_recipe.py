@@ -1,7 +1,5 @@
 """H-ViT's published recipe: training, folds that vote, stored features, what is missing, attention maps."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,7 +16,6 @@ from companion.models import hvit
 from companion.models.hvit import recipe
 from companion.models.hvit.model import read_checkpoint
 from companion.models.layers.pos_embed import resize_pos_embed
-from companion.ops.papers import convert, paper
 from companion.slides import PANDA, Slide, read_features, tensor, tile, write_pyramid
 from companion.toy import encoders
 from companion.toy.datasets import slides as synthetic
@@ -26,6 +23,7 @@ from companion.toy.encoders import slide_dino
 from companion.training.checkpoints import Checkpoint
 from companion.viz import heatmaps
 from tests.conftest import interrupted, parameters
+from tests.models.common import refuses
 
 
 def given(**changes) -> SimpleNamespace:
@@ -47,9 +45,6 @@ def trained(p: SimpleNamespace, epochs: int, tuned: bool = False) -> tuple[torch
     return recipe.train_fold(p, [(slides(4), slides(4) if tuned else None)], 6, None, p.method, 0, epochs, 4)
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
 def test_the_learning_rate_is_halved_every_20_epochs():
     found = recipe.halved(2e-4, 41 * 3, 3)
     assert found[0] == found[59] == 2e-4 and found[60] == found[119] == 1e-4 and found[120] == 5e-5
@@ -58,16 +53,7 @@ def test_the_learning_rate_is_halved_every_20_epochs():
 
 def test_the_decay_is_adams_not_adamws(monkeypatch):
     """One step by hand with torch's Adam, which adds the decay to the gradient."""
-    build = recipe.build
-
-    def without_dropout(*args):
-        model = build(*args)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        return model
-
-    monkeypatch.setattr(recipe, "build", without_dropout)
+    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
     p, part = given(), slides(4)
     (model, _), other = trained(p, 1), recipe.build(p, p.method).eval()
     optimizer = torch.optim.Adam(other.parameters(), 2e-4, weight_decay=1e-5)
@@ -119,31 +105,22 @@ def test_weighted_sampling_draws_every_grade_equally_often():
     torch.manual_seed(0)
     counts = torch.bincount(torch.tensor([int(balanced[i % 100][2]) for i in range(1500)]))[[0, 1, 5]]
     assert len(balanced) == 100 and counts.min() > 400 and counts.max() < 600
-
-
-def test_noise_is_drawn_for_each_access_and_spares_the_padding():
+    # noise is drawn for each access and spares the padding
     features, present = torch.zeros(2, 3, 16, 384), torch.tensor([[True, True, False]] * 2)
     noised = recipe.Noised(TensorDataset(features, present, torch.tensor([2, 4])), 0.5)
-    torch.manual_seed(0)
     (first, there, grade), again = noised[1], noised[1]
     assert len(noised) == 2 and int(grade) == 4 and torch.equal(there, present[1])
     assert abs(first[:2].std() - 0.5) < 0.02 and not first[2].any() and not torch.equal(first, again[0])
 
 
-@pytest.mark.parametrize(
-    ("noise", "sampling", "kinds"),
-    [
-        (0.0, "uniform", [TensorDataset]),
-        (0.0, "weighted", [recipe.ClassBalanced, TensorDataset]),
-        (0.5, "weighted", [recipe.Noised, recipe.ClassBalanced, TensorDataset]),
-    ],
-)
-def test_sampling_and_noise_are_what_the_parameters_say(monkeypatch, noise, sampling, kinds):
+@pytest.mark.parametrize(("noise", "sampling"), [(0.0, "uniform"), (0.0, "weighted"), (0.5, "weighted")])
+def test_sampling_and_noise_are_what_the_parameters_say(monkeypatch, noise, sampling):
     used = []
     monkeypatch.setattr(recipe, "fit", lambda model, loss, data, **options: used.append(data) or [])
     trained(given(noise=noise, sampling=sampling), 1)
     while isinstance(used[-1], (recipe.Noised, recipe.ClassBalanced)):
         used.append(used[-1].data)
+    kinds = [recipe.Noised] * (noise > 0) + [recipe.ClassBalanced] * (sampling == "weighted") + [TensorDataset]
     assert [type(one) for one in used] == kinds
 
 
@@ -175,24 +152,13 @@ def test_hipts_region_level_is_loaded_with_its_positions_resized(tmp_path):
     (tmp_path / "weights").mkdir()
     file = tmp_path / "weights" / "vit4k_xs_dino.pth"
     (tmp_path / "vit4k_xs_dino.pth").rename(file)
-    for method, weights, found in (
-        ("Global", "", file),
-        ("Local", "", ""),
-        ("Global", "random", ""),
-        ("Local", "x", "x"),
+    for found, method, weights in (
+        (file, "Global", ""),
+        ("", "Local", ""),
+        ("", "Global", "random"),
+        ("x", "Local", "x"),
     ):
         assert recipe.region_weights(given(method=method, weights=weights, data_root=str(tmp_path))) == found
-
-
-def test_global_does_not_freeze_random_weights_unasked(tmp_path, stored):
-    stored.method = "Global"
-    with pytest.raises(MissingWeights, match="vit4k_xs_dino"):
-        recipe.setting(stored, tmp_path)
-    stored.weights = "random"
-    assert len(recipe.train(recipe.setting(stored, tmp_path), "Global", epochs=1, batch=6)[0]) == 2
-
-
-# --- dry run and stored features --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", list(recipe.METHODS))
@@ -235,10 +201,9 @@ def test_folds_are_trained_on_stored_features_and_vote(tmp_path, stored):
     models, _ = recipe.train(found, p.method, epochs=30, batch=6)
     scores = recipe.scores(found, p.method, models)
     assert len(models) == 2 and -100 <= scores["kappa"] <= 100
-    table = recipe.measured(
-        tmp_path / "measured.csv",
-        {"method": p.method, "dataset": p.dataset, "region": 1024, "head": p.head, "seed": 1} | scores,
-    )
+    row = {"method": p.method, "dataset": p.dataset, "region": 1024, "head": p.head, "seed": 1}
+    for values in ({"kappa": 1.0, "fold": 1.0}, scores):
+        table = recipe.measured(tmp_path / "measured.csv", row | values)
     assert list(table.kappa) == [scores["kappa"]]
 
 
@@ -267,30 +232,29 @@ def test_a_killed_training_resumes_to_the_same_bits_and_its_weights_are_saved(tm
     assert len(list((tmp_path / "trained").iterdir())) == 4
 
 
-def test_features_that_do_not_fit_are_refused(tmp_path, stored):
-    with pytest.raises(BadParameter, match=r"region = 2048.*16 patches"):
-        recipe.setting(SimpleNamespace(**vars(stored) | {"region": 2048}), tmp_path)
-    store(tmp_path, 192)  # of whole regions: only the slide level can be trained on them
-    for method in ("Local", "gated attention"):
-        with pytest.raises(BadParameter, match="Global alone"):
-            recipe.setting(SimpleNamespace(**vars(stored) | {"method": method}), tmp_path)
-    assert recipe.setting(SimpleNamespace(**vars(stored) | {"method": "Global"}), tmp_path).folds
-    empty = SimpleNamespace(**vars(stored) | {"features": str(tmp_path / "elsewhere")})
-    with pytest.raises(MissingData, match="companion slides pocket/slides-count"):
-        recipe.setting(empty, tmp_path)
+def test_what_does_not_fit_is_refused(tmp_path, stored):
+    def setting(**changes):
+        return lambda: recipe.setting(SimpleNamespace(**vars(stored) | changes), tmp_path)
 
-
-def test_no_slide_is_trained_and_tested_on(tmp_path, stored):
+    refuses((setting(method="Global"), "vit4k_xs_dino"), error=MissingWeights)  # no random level is frozen unasked
+    found = setting(method="Global", weights="random")()
+    assert len(recipe.train(found, "Global", epochs=1, batch=6)[0]) == 2
+    # no slide is trained and tested on
     folds = data.find("pocket/slides-count").folder(tmp_path) / "folds"
     tested = data.load("pocket/slides-count", tmp_path, "test", 0)
-    # the folds test on one another's slides
     data.write_list(folds / "fold-0" / "test.csv", data.load("pocket/slides-count", tmp_path, "tune", 1)[:1])
-    with pytest.raises(BadParameter, match="none of the slides that a fold tests on"):
-        recipe.setting(stored, tmp_path)
+    refuses((setting(), "none of the slides that a fold tests on"))
     data.write_list(folds / "fold-0" / "test.csv", tested)
+    tuned = data.load("pocket/slides-count", tmp_path, "tune", 1)
     data.write_list(folds / "fold-1" / "tune.csv", data.load("pocket/slides-count", tmp_path, "train", 1)[:2])
-    with pytest.raises(BadParameter, match=r"fold 1.*and 1 more.*tunes on"):
-        recipe.setting(stored, tmp_path)
+    refuses((setting(), r"fold 1.*and 1 more.*tunes on"))
+    data.write_list(folds / "fold-1" / "tune.csv", tuned)
+    refuses((setting(region=2048), r"region = 2048.*16 patches"))
+    store(tmp_path, 192)  # of whole regions: only the slide level can be trained on them
+    refuses((setting(method="Local"), "Global alone"), (setting(method="gated attention"), "Global alone"))
+    assert setting(method="Global", weights="random")().folds
+    elsewhere = setting(features=str(tmp_path / "elsewhere"))
+    refuses((elsewhere, "companion slides pocket/slides-count"), error=MissingData)
 
 
 @pytest.fixture
@@ -333,9 +297,7 @@ def test_slides_of_ones_own_are_stored_in_parts_and_trained_on(own, tmp_path, mo
     p.region = 512  # 2 x 2 patches
     for method in ("Local", "mean pooling"):
         p.method = method
-        monkeypatch.setattr(
-            recipe, "build", lambda p, method, fold, classes: hvit.PatchBag(384, classes, p.head, "mean")
-        )
+        monkeypatch.setattr(recipe, "build", lambda p, _, fold, classes: hvit.PatchBag(384, classes, p.head, "mean"))
         setting = recipe.setting(p, tmp_path)
         sizes = [(len(train), len(tune)) for train, tune in setting.folds]
         assert len(setting.test) == 2 and len(sizes) == 2 and all(sum(pair) == 8 for pair in sizes)
@@ -352,9 +314,8 @@ def test_one_bad_slide_does_not_stop_the_others(own, tmp_path, capsys):
     assert capsys.readouterr().out.count(".h5") == 5
     assert cli.main([*words, "--part", "1/2"]) == 1
     said = capsys.readouterr()
-    assert (
-        "benign_1.tiff" in said.err and "no features of 1 slides: benign_1" in said.err and said.out.count(".h5") == 4
-    )
+    assert "benign_1.tiff" in said.err and "no features of 1 slides: benign_1" in said.err
+    assert said.out.count(".h5") == 4
     for wrong, right in (("2/2", "0 to n - 1"), ("x", "0/8")):
         assert cli.main([*words, "--part", wrong]) == 2
         assert right in capsys.readouterr().err
@@ -376,28 +337,22 @@ def test_the_patch_level_of_a_file_of_several_levels(tmp_path, monkeypatch):
     expected = slide_dino.embed(slide_dino.build()[0], tensor(pixels, "half"))
     torch.testing.assert_close(read_features(files[item.name])["features"], expected, atol=1e-5, rtol=1e-4)
     torch.manual_seed(0)
-    theirs = hvit.HViT(
-        hvit.SlideTransformer(48), hvit.RegionEncoder(4, 64, 48, 1, 3), hvit.PatchEncoder(64, 32, 64, 1, 1)
-    )
+    region, patch = hvit.RegionEncoder(4, 64, 48, 1, 3), hvit.PatchEncoder(64, 32, 64, 1, 1)
+    theirs = hvit.HViT(hvit.SlideTransformer(48), region, patch)
     torch.save(theirs.to_official(), tmp_path / "local.pt")
     found = recipe.patch_encoder(tmp_path / "local.pt").state_dict()
     assert all(torch.equal(t, found[name]) for name, t in theirs.patch.state_dict().items())
 
 
 def test_what_is_missing_is_said(tmp_path):
-    with pytest.raises(MissingData, match="kaggle"):
-        recipe.setting(given(dry_run=False, data_root=str(tmp_path)), tmp_path)
-    with pytest.raises(MissingData, match="no slide"):
-        recipe.setting(given(dry_run=False, dataset="folder", data_root=str(tmp_path)), tmp_path)
-    for name, value in (("dataset", "rgbt/lasher"), ("position", "2d sine"), ("method", "global")):
-        with pytest.raises(BadParameter, match=name):
-            convert(name, value, paper("hvit")["parameters"][name])
-    for dry_run in (True, False):
-        with pytest.raises(BadParameter, match="devices = 2"):
-            recipe.setting(given(devices=2, dry_run=dry_run), tmp_path)
+    def setting(**changes):
+        return lambda: recipe.setting(given(**{"dry_run": False} | changes), tmp_path)
 
-
-# --- attention maps ---------------------------------------------------------------------------------------------------
+    root = str(tmp_path)
+    refuses(
+        (setting(data_root=root), "kaggle"), (setting(dataset="folder", data_root=root), "no slide"), error=MissingData
+    )
+    refuses((setting(devices=2), "devices = 2"), (setting(devices=2, dry_run=True), "devices = 2"))
 
 
 @pytest.mark.parametrize("variant", ["local", "global"])
@@ -420,9 +375,7 @@ def test_attention_of_all_levels_is_read_region_by_region(variant, tmp_path, mon
     np.testing.assert_allclose(found.alpha, trace["pooling"][0], atol=1e-5)
     assert sorted(found.slide) == [0.0, 0.2, 0.4, 0.6, 0.8]
     assert found.region.min() >= 0 and found.region.max() < 1
-    np.testing.assert_allclose(
-        found.region[2], heatmaps.region_map(trace["region_attention"][0, 2].numpy(), 32).mean(0)
-    )
-    np.testing.assert_allclose(
-        found.factorised(0.5, variant), (found.patch + found.region + found.slide[:, None, None]) / 3, atol=1e-6
-    )
+    third = heatmaps.region_map(trace["region_attention"][0, 2].numpy(), 32).mean(0)
+    np.testing.assert_allclose(found.region[2], third)
+    mean = (found.patch + found.region + found.slide[:, None, None]) / 3
+    np.testing.assert_allclose(found.factorised(0.5, variant), mean, atol=1e-6)

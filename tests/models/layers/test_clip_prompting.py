@@ -10,10 +10,11 @@ from torch.utils.data import TensorDataset
 from companion.errors import BadCheckpoint, BadParameter
 from companion.evaluation.parity import Case, folder
 from companion.models.layers import clip_prompting as prompting
-from companion.models.layers.clip_prompting import CoCoOp, CoOp, ImageFeatures, LinearStack, MaPLe, Texts, ZeroShot
+from companion.models.layers.clip_prompting import CoCoOp, CoOp, ImageFeatures, LinearStack, MaPLe, ZeroShot
 from companion.toy import encoders
 from companion.toy.datasets.tokens import Tokenizer
 from companion.training.fit import CPU, predict
+from tests.models.common import assert_recomputed_gradients_are_equal, misfits, refuses
 
 CLASSES = ["red disc", "green ring", "large violet cross"]
 OPTIONS = {CoOp: {"tokens": 4}, CoCoOp: {}, MaPLe: {"depth": 4}}
@@ -42,40 +43,6 @@ def moved(model):
     return model
 
 
-def real_clip() -> CLIP:
-    """A CLIP with OpenAI's context and vocabulary, its towers small and random."""
-    torch.manual_seed(0)
-    vision = CLIPVisionCfg(layers=2, width=64, patch_size=8, image_size=16)
-    return CLIP(16, vision, CLIPTextCfg(77, 49408, width=64, heads=1, layers=2), quick_gelu=True)
-
-
-def full_size() -> tuple[CLIP, Texts]:
-    """A CLIP of ViT-B/16's sizes and texts, shapes only."""
-    with torch.device("meta"):
-        vision = CLIPVisionCfg(layers=12, width=768, patch_size=16, image_size=224)
-        clip = CLIP(512, vision, CLIPTextCfg(77, 1, width=512, heads=8, layers=12), quick_gelu=True)
-        return clip, Texts(torch.zeros(5, 77, 512), torch.tensor([7], device="cpu"))
-
-
-# --- what is trained --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "count"),
-    [
-        (CoOp, {}, 8_192),
-        (CoCoOp, {}, 35_360),
-        (MaPLe, {"depth": 9}, 3_555_072),
-        (MaPLe, {"depth": 3}, 1_185_024),
-        (MaPLe, {"depth": 3, "tokens": 4}, 1_188_096),
-    ],
-)
-def test_trained_parameters_at_full_size(kind, options, count):
-    clip, texts = full_size()
-    with torch.device("meta"):
-        assert kind(clip, texts, None, **options).count() == count
-
-
 @pytest.mark.parametrize("kind", [CoOp, CoCoOp, MaPLe])
 def test_gradients_reach_every_trained_tensor_and_nothing_of_clip(kind, clip):
     model = build(kind, clip.train()).train()
@@ -92,16 +59,8 @@ def test_gradients_reach_every_trained_tensor_and_nothing_of_clip(kind, clip):
 
 
 def test_gradient_checkpointing_changes_nothing(clip):
-    gradients = []
-    for enable in (False, True):
-        model = build(MaPLe, clip)
-        model.set_grad_checkpointing(enable)
-        F.cross_entropy(model(images()), torch.tensor([0, 2])).backward()
-        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-# --- what must be equal -----------------------------------------------------------------------------------------------
+    labels = torch.tensor([0, 2])
+    assert_recomputed_gradients_are_equal(lambda: build(MaPLe, clip), lambda m: F.cross_entropy(m(images()), labels))
 
 
 def test_zero_shot_is_the_plain_clip(clip):
@@ -123,19 +82,16 @@ def test_a_context_that_starts_from_words_is_those_words(kind, clip):
         torch.testing.assert_close(model(images()), words(images()), rtol=0, atol=1e-5)
 
 
-def test_fewer_tokens_than_words_leave_the_other_words(clip):
+def test_fewer_tokens_than_words_leave_the_other_words_and_more_are_drawn(clip):
+    model = build(MaPLe, clip, tokens=6)
+    names = clip.token_embedding(Tokenizer()(CLASSES))
+    assert torch.equal(model.embedded[:, 7:], names[:, 1:-6])
+    assert torch.equal(model.ends, Tokenizer()(CLASSES).argmax(1) + 6) and 0 < model.ctx.std() < 0.03
     model = build(CoCoOp, clip, tokens=2)
     ids = Tokenizer()([f"a photo of a {name}." for name in CLASSES])
     assert torch.equal(model.embedded, clip.token_embedding(ids))
     assert torch.equal(model.ctx, clip.token_embedding(ids)[0, 1:3])
-
-
-def test_more_tokens_than_words_are_drawn_and_the_name_follows(clip):
-    model = build(MaPLe, clip, tokens=6)
-    names = clip.token_embedding(Tokenizer()(CLASSES))
-    assert torch.equal(model.embedded[:, 7:], names[:, 1:-6])
-    assert torch.equal(model.ends, Tokenizer()(CLASSES).argmax(1) + 6)
-    assert 0 < model.ctx.std() < 0.03
+    assert torch.equal(build(CoOp, clip, ["red_disc"]).embedded, build(CoOp, clip, ["red disc"]).embedded)
 
 
 def test_texts_cut_after_their_ends_give_the_same(clip):
@@ -200,12 +156,11 @@ def test_a_stack_is_its_layers_one_by_one():
         torch.testing.assert_close(stack(x)[n], F.linear(x[n], stack.weight[n], stack.bias[n]))
 
 
-# --- class names and real CLIPs ---------------------------------------------------------------------------------------
-
-
 def test_texts_of_a_real_clip_are_the_authors():
     """The ids and ends that the authors' code made of its class names, with open_clip's tokenizer."""
-    clip = real_clip()
+    torch.manual_seed(0)  # OpenAI's context and vocabulary, small towers
+    vision = CLIPVisionCfg(layers=2, width=64, patch_size=8, image_size=16)
+    clip = CLIP(16, vision, CLIPTextCfg(77, 49408, width=64, heads=1, layers=2), quick_gelu=True)
     tokenizer = open_clip.get_tokenizer("ViT-B-16-quickgelu")
     for name, kind, options in (
         ("model_vitb16", MaPLe, {"depth": 2}),
@@ -219,21 +174,7 @@ def test_texts_of_a_real_clip_are_the_authors():
         if "token_ids" in facts:
             expected = clip.token_embedding(torch.tensor(facts["token_ids"]))
             assert torch.equal(model.embedded[:, :16], expected)
-
-
-def test_a_real_clip_runs():
-    """The whole way with open_clip's own class and tokenizer, random weights."""
-    model = MaPLe(
-        real_clip(), ["dense_residential area", "beach"], open_clip.get_tokenizer("ViT-B-16-quickgelu"), depth=2
-    )
-    assert model(torch.randn(3, 3, 16, 16)).shape == (3, 2)
-
-
-def test_underscores_are_spaces(clip):
-    assert torch.equal(build(CoOp, clip, ["red_disc"]).embedded, build(CoOp, clip, ["red disc"]).embedded)
-
-
-# --- loading ----------------------------------------------------------------------------------------------------------
+        assert model(torch.randn(3, 3, 16, 16)).shape == (3, len(facts["config"]["class_names"]))
 
 
 @pytest.mark.parametrize("kind", [CoOp, CoCoOp, MaPLe])
@@ -276,56 +217,35 @@ def test_a_checkpoint_that_does_not_fit_lists_its_names(clip):
     state["extra"] = torch.zeros(1)
     state["prompt_learner.proj.bias"] = torch.zeros(5)
     del state["prompt_learner.compound_prompt_projections.1.weight"], state["image_encoder.proj"]
-    with pytest.raises(BadCheckpoint) as caught:
-        MaPLe.from_official(state, clip, CLASSES, Tokenizer())
-    assert caught.value.missing == ["image_encoder.proj", "prompt_learner.compound_prompt_projections.1.weight"]
-    assert caught.value.unknown == ["extra"]
-    assert caught.value.shapes == ["prompt_learner.proj.bias (5,), expected (48,)"]
-    for kind, name in ((CoOp, "ctx"), (CoCoOp, "ctx"), (MaPLe, "ctx")):
-        with pytest.raises(BadCheckpoint, match=name):
+    assert misfits(MaPLe.from_official, state, clip, CLASSES, Tokenizer()) == (
+        ["image_encoder.proj", "prompt_learner.compound_prompt_projections.1.weight"],
+        ["extra"],
+        ["prompt_learner.proj.bias (5,), expected (48,)"],
+    )
+    for kind in (CoOp, CoCoOp, MaPLe):
+        with pytest.raises(BadCheckpoint, match="ctx"):
             kind.from_official({"a": torch.zeros(1)}, clip, CLASSES, Tokenizer())
     with pytest.raises(BadCheckpoint, match=r"conv1\.weight"):
         CoOp.from_official({"ctx": torch.zeros(4, 64)}, ends=[3])
 
 
-def test_a_state_dict_alone_needs_the_ends(clip):
-    state = build(CoOp, clip).to_official()
-    with pytest.raises(BadParameter, match="end-of-text"):
-        CoOp.from_official(state)
-    with pytest.raises(BadParameter, match="class names"):
-        CoOp.from_official(state, clip)
-
-
-# --- bad inputs -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes", "message"),
-    [
-        (MaPLe, {"depth": 0}, "depth = 0"),
-        (MaPLe, {"depth": 7}, "1 to 6"),
-        (CoOp, {"tokens": 0}, "tokens = 0"),
-        (CoOp, {"tokens": 12}, "at most 11.*large violet cross"),
-        (CoCoOp, {"template": "a photo"}, "template"),
-        (CoOp, {"classes": []}, "classes"),
-        (CoOp, {"classes": "red disc"}, "classes"),
-        (ZeroShot, {"classes": "red disc"}, "classes"),
-    ],
-)
-def test_options_that_are_not_accepted(kind, changes, message, clip):
-    with pytest.raises(BadParameter, match=message):
-        build(kind, clip, **changes)
-    assert build(CoOp, clip, tokens=11)(images()).shape == (2, 3)
-
-
-def test_a_tokenizer_of_another_clip(clip):
-    with pytest.raises(BadParameter, match=r"tokenizer.*\(1, 16\) ids below 64"):
-        CoOp(clip, CLASSES, open_clip.get_tokenizer("ViT-B-16-quickgelu"))
-
-
-def test_models_that_are_no_such_clip(clip):
+def test_what_is_not_accepted(clip):
     pooled = CLIPVisionCfg(image_size=8, patch_size=4, width=64, layers=1, pool_type="avg")
     average = CLIP(16, pooled, CLIPTextCfg(16, 64, width=64, heads=1, layers=1))
-    for other in (encoders.build("pocket_vit"), average):
-        with pytest.raises(BadParameter, match="class token"):
-            CoOp(other, CLASSES, Tokenizer(), tokens=4)
+    state, other = build(CoOp, clip).to_official(), open_clip.get_tokenizer("ViT-B-16-quickgelu")
+    refuses(
+        (lambda: build(MaPLe, clip, depth=0), "depth = 0"),
+        (lambda: build(MaPLe, clip, depth=7), "1 to 6"),
+        (lambda: build(CoOp, clip, tokens=0), "tokens = 0"),
+        (lambda: build(CoOp, clip, tokens=12), "at most 11.*large violet cross"),
+        (lambda: build(CoCoOp, clip, template="a photo"), "template"),
+        (lambda: build(CoOp, clip, []), "classes"),
+        (lambda: build(CoOp, clip, "red disc"), "classes"),
+        (lambda: build(ZeroShot, clip, "red disc"), "classes"),
+        (lambda: CoOp.from_official(state), "end-of-text"),
+        (lambda: CoOp.from_official(state, clip), "class names"),
+        (lambda: CoOp(clip, CLASSES, other), r"tokenizer.*\(1, 16\) ids below 64"),
+        (lambda: build(CoOp, encoders.build("pocket_vit")), "class token"),
+        (lambda: build(CoOp, average), "class token"),
+    )
+    assert build(CoOp, clip, tokens=11)(images()).shape == (2, 3)

@@ -35,15 +35,11 @@ def test_a_resized_table_keeps_the_cls_token_and_what_is_linear(offset):
     assert torch.allclose(rows[:, 0], rows[:, 3], atol=1e-5) and (rows[2:-2:2, 0].diff() - 1).abs().max() < 0.08
 
 
-def test_patches_round_trip_and_their_order():
-    images = torch.randn(2, 3, 8, 8)
+def test_patches_round_trip_in_order_and_the_loss_reads_hidden_ones_alone():
+    images, noise = torch.randn(2, 3, 8, 8), torch.rand(2, 6)
     patches = patchify(images, 4)
     assert patches.shape == (2, 4, 48) and torch.equal(unpatchify(patches, 4), images)
     assert torch.equal(patches[0, 1].view(4, 4, 3), images[0, :, :4, 4:].permute(1, 2, 0))
-
-
-def test_the_loss_reads_hidden_patches_alone():
-    noise = torch.rand(2, 6)
     keep, hidden = random_mask(noise, 2)
     assert hidden.sum(1).tolist() == [4, 4] and not hidden.gather(1, keep).any()
     assert (noise.gather(1, keep).amax(1) < (noise + 2 * (1 - hidden)).amin(1)).all()

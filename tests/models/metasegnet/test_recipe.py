@@ -1,18 +1,15 @@
 """MetaSegNet's runs at full size: recipes, texts, zones left out, other sets, maps, results; small networks."""
 
-from __future__ import annotations
-
-import copy
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
 import rasterio
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
+from transformers import BertConfig, BertModel, BertTokenizer
 
 from companion import cli, geotiff
 from companion.backbones import read_state
@@ -25,10 +22,11 @@ from companion.evaluation.tables import published_table
 from companion.models.metasegnet import recipe
 from companion.models.metasegnet.model import SIZES, MetaSegNet, swin
 from companion.models.metasegnet.text import BertText, ClipText, Words
-from companion.training import checkpoints
+from companion.training import callbacks, checkpoints
 from companion.training.checkpoints import Checkpoint, trained_state
-from tests.conftest import interrupted, parameters
+from tests.conftest import parameters
 from tests.data.test_landcover import earth, loveda, potsdam
+from tests.models.common import assert_goes_on, refuses
 from tests.test_geotiff import noise, written
 
 
@@ -57,75 +55,49 @@ def part(count: int = 4, classes: int = 3, side: int = 32) -> TensorDataset:
     return TensorDataset(torch.randn(count, 3, side, side, generator=generator), labels)
 
 
-# --- the recipe -------------------------------------------------------------------------------------------------------
-
-
-def test_recipes_are_the_authors():
-    potsdam_, love = recipe.recipe(POTSDAM), recipe.recipe(LOVEDA)
-    assert (potsdam_.epochs, potsdam_.batch, potsdam_.crop, potsdam_.copies, potsdam_.restart) == (45, 4, 768, 3, 15)
-    assert (love.epochs, love.batch, love.crop, love.weight_decay, love.brightness) == (30, 8, 512, 0.01, 0.25)
-    assert recipe.recipe("folder") == recipe.recipe(OEM) and recipe.recipe(OEM).crop == 512
-
-
-@pytest.mark.parametrize("dataset", [POTSDAM, LOVEDA])
-def test_learning_rates_are_those_of_torchs_schedulers(dataset):
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [
+        (POTSDAM, (45, 4, 768, 3, 15, 2.5e-4, 0)),
+        (LOVEDA, (30, 8, 512, 1, 0, 0.01, 0.25)),
+        ("folder", (45, 4, 512, 1, 15, 2.5e-4, 0)),
+    ],
+)
+def test_recipes_are_the_authors_and_learning_rates_those_of_torchs_schedulers(dataset, expected):
     r = recipe.recipe(dataset)
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], r.lr)
-    schedulers = torch.optim.lr_scheduler
+    assert (r.epochs, r.batch, r.crop, r.copies, r.restart, r.weight_decay, r.brightness) == expected
+    assert r == recipe.recipe(OEM) or dataset != "folder"
+    optimizer, schedulers = torch.optim.SGD([nn.Parameter(torch.zeros(1))], r.lr), torch.optim.lr_scheduler
     if r.restart:
         schedule = schedulers.CosineAnnealingWarmRestarts(optimizer, T_0=r.restart, T_mult=2)
     else:
         schedule = schedulers.CosineAnnealingLR(optimizer, T_max=r.epochs, eta_min=r.floor)
-    expected = []
+    rates = []
     for _ in range(r.epochs):
-        expected += [optimizer.param_groups[0]["lr"]] * 3
+        rates += [optimizer.param_groups[0]["lr"]] * 3
         optimizer.step()
         schedule.step()
-    np.testing.assert_allclose(recipe.learning_rates(r, r.lr, 3, r.epochs), expected, rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(recipe.learning_rates(r, r.lr, 3, r.epochs), rates, rtol=1e-6, atol=1e-12)
 
 
 def test_training_is_adamw_in_lookahead_with_two_learning_rates_and_no_decay_of_biases(small, monkeypatch):
-    """Seven steps by hand: the slow weights are copied after the first step, and pull after the sixth."""
     monkeypatch.setattr(recipe, "recipe", lambda dataset: recipe.Recipe(7, 4, 1e-2, 1e-3, 0.1, 0, 0, 32, 1, 0, 0, 0, 0))
-    data, p = part(4), given(method="unimodal")
-    torch.manual_seed(0)
-    model = MetaSegNet.build(3, size="pocket")
-    twin, grouped = copy.deepcopy(model).train(), recipe.param_groups(model, recipe.recipe(""))
-    for module in (model, twin):
-        module.decoder.head[1].p = 0.0  # no random numbers in the steps
-    history = recipe.learn(p, data, model)
-    assert len(history) == 7 and not model.training
-
-    names = {id(t): name for name, t in model.named_parameters()}
-    assert sum(len(group["params"]) for group in grouped) == len(names)
-    options = {}
-    for group in grouped:
-        for t in group["params"]:
-            options[names[id(t)]] = group["lr"], group["weight_decay"]
+    model, seen = MetaSegNet.build(3, size="pocket"), {}
+    monkeypatch.setattr(recipe, "fit", lambda model, loss, data, **options: seen.update(options, loss=loss))
+    recipe.learn(given(method="unimodal"), part(4), model)
+    assert (seen["epochs"], seen["batch"]) == (7, 4) and not model.training
+    images, labels = part(4).tensors
+    assert torch.equal(seen["loss"](model, (images, labels)), model.loss(images, None, labels))
+    (ahead,), optimizer = seen["callbacks"], seen["optimizer"](model)
+    assert isinstance(ahead, callbacks.Lookahead) and (ahead.k, ahead.alpha) == (5, 0.5)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    own = {id(t): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for t in group["params"]}
+    options = {name: own[id(t)] for name, t in model.named_parameters()}
     assert options["encoder.patch_embed.proj.weight"] == options["norms.0.weight"] == (1e-3, 0.1)
     assert options["encoder.patch_embed.proj.bias"] == (1e-3, 0) and options["decoder.squeeze.0.weight"] == (1e-2, 0.1)
     assert {decay for name, (_, decay) in options.items() if name.endswith("bias")} == {0}
-
-    groups = [{"params": [t], "weight_decay": options[name][1]} for name, t in twin.named_parameters()]
-    optimizer, slow = torch.optim.AdamW(groups), {}
-    images, labels = data.tensors
-    for step in range(7):
-        order = torch.from_numpy(np.random.default_rng((0, step)).permutation(4))
-        twin.loss(images[order], None, labels[order]).backward()
-        for name, group in zip((name for name, _ in twin.named_parameters()), optimizer.param_groups, strict=True):
-            group["lr"] = options[name][0] * (1 + np.cos(np.pi * step / 7)) / 2
-        optimizer.step()
-        optimizer.zero_grad()
-        for name, t in twin.named_parameters():
-            if step == 0:
-                slow[name] = t.detach().clone()
-            elif step == 5:
-                t.data = slow[name] + 0.5 * (t.detach() - slow[name])
-    for name, t in twin.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], t, msg=name, rtol=1e-4, atol=1e-5)
-
-
-# --- texts ------------------------------------------------------------------------------------------------------------
+    half = (1 + np.cos(np.pi * np.arange(7) / 7)) / 2
+    np.testing.assert_allclose(seen["schedule"](1e-3, 7, 1), 1e-3 * half)
 
 
 def test_texts_of_each_method():
@@ -160,7 +132,7 @@ def test_half_of_the_full_texts_lose_their_header():
         recipe.Prompted(part(4), encoder, texts[:3])
 
 
-def test_text_encoders():
+def test_text_encoders_and_berts_folder(tmp_path):
     prompts = Prompts.read()
     one_hot = recipe.text_encoder(given(method="one-hot zone"), prompts)
     rows = one_hot.ids(recipe.texts(prompts, "one-hot zone", [*prompts.zones, None]))
@@ -168,12 +140,7 @@ def test_text_encoders():
     assert recipe.text_encoder(given(method="unimodal"), prompts) is None
     with pytest.raises(MissingWeights, match="bert-base-uncased"):
         recipe.text_encoder(given(), prompts)
-
-
-def test_berts_folder(tmp_path):
-    from transformers import BertConfig, BertModel, BertTokenizer
-
-    folder, prompts = tmp_path / "weights" / "bert-base-uncased", Prompts.read()
+    folder = tmp_path / "weights" / "bert-base-uncased"
     shape = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     bert = BertModel(BertConfig(**shape, vocab_size=40))
     bert.save_pretrained(folder)
@@ -190,17 +157,12 @@ def test_berts_folder(tmp_path):
         recipe.text_encoder(given(data_root=str(tmp_path)), prompts)
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
-
-
 def test_the_authors_swin_and_timms(small, tmp_path, monkeypatch):
     torch.manual_seed(3)
     theirs = MetaSegNet.build(3, size="pocket")
     state = {n.removeprefix("backbone."): t for n, t in theirs.to_official().items() if n.startswith("backbone.")}
-    torch.save(
-        {"state_dict": state | {"layers.0.blocks.0.attn.relative_position_index": torch.zeros(2)}},
-        tmp_path / "stseg.pth",
-    )
+    counters = {"layers.0.blocks.0.attn.relative_position_index": torch.zeros(2)}
+    torch.save({"state_dict": state | counters}, tmp_path / "stseg.pth")
     found = recipe.build(given(method="unimodal", weights=str(tmp_path / "stseg.pth")), Prompts.read(), 3)
     for name, t in theirs.state_dict().items():
         if name.startswith(("encoder.", "norms.")):
@@ -230,9 +192,6 @@ def test_a_trained_network_is_saved_and_loaded(small, tmp_path):
     path.write_bytes(b"1234")
     with pytest.raises(CorruptFile, match=r"net\.safetensors"):
         recipe.build(p, prompts, 3)
-
-
-# --- whole runs -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", list(recipe.LEVELS))
@@ -340,18 +299,13 @@ def test_a_killed_training_resumes_to_the_same_bits_wherever_it_is_started_from(
     def train(out, **changes):
         return recipe.train(recipe.setting(SimpleNamespace(**vars(p) | changes), tmp_path / out), "MetaSegNet")
 
-    whole, history = train("whole")
-    with interrupted(monkeypatch, recipe, "joint_loss", 7):
-        train("killed")
-    assert not (tmp_path / "killed" / "trained").exists()
-    monkeypatch.chdir(tmp_path.parent)
-    resumed, again = train("killed", data_root=tmp_path.name)
-    assert again == history and len(history) == 8
-    assert all(torch.equal(t, resumed.state_dict()[name]) for name, t in whole.state_dict().items())
+    model, _ = assert_goes_on(train, tmp_path, monkeypatch, recipe, "joint_loss", 7)
     (file,) = (tmp_path / "killed" / "trained").iterdir()
     assert file.name == "MetaSegNet, landcover-openearthmap, seed 0.safetensors"
     saved = read_state(file)
-    assert all(torch.equal(t, saved[name]) for name, t in trained_state(whole).items())
+    assert all(torch.equal(t, saved[name]) for name, t in trained_state(model).items())
+    monkeypatch.chdir(tmp_path.parent)
+    train("killed", data_root=tmp_path.name)
     for changes in ({"held_out": "Aw"}, {"seed": 1}, {"text_encoder": "clip"}):
         train("killed", **changes)
     assert len(list((tmp_path / "killed" / "checkpoints").glob("*.pt"))) == 4
@@ -366,9 +320,8 @@ def test_ones_own_folder_is_trained_kept_and_mapped(quick, tmp_path, capsys):
     (tmp_path / "places.csv").write_text('image,text\n2,"red earth"\n')
     p = given(data_root=str(tmp_path), dataset="folder", seed=4)
     found = recipe.setting(p, tmp_path)
-    assert found.tests["test"].classes == ["field", "wood"] and found.texts(
-        "MetaSegNet", ["Cfb"], "", ["red earth"]
-    ) == ["red earth"]
+    assert found.tests["test"].classes == ["field", "wood"]
+    assert found.texts("MetaSegNet", ["Cfb"], "", ["red earth"]) == ["red earth"]
     model, history = recipe.train(found, "MetaSegNet")
     assert len(history) == 2
     (weights,) = (tmp_path / "trained").iterdir()
@@ -381,9 +334,8 @@ def test_ones_own_folder_is_trained_kept_and_mapped(quick, tmp_path, capsys):
     assert texts[2] == "red earth" and texts[0] == Prompts.read().text("Cfb")
     files = recipe.predict(again, data, texts, tmp_path / "maps", tile=32, overlap=8)
     with rasterio.open(files[2]) as made, rasterio.open(tmp_path / "images" / "2.tif") as source:
-        assert (
-            made.transform == source.transform and made.crs == source.crs and made.colormap(1)[0][:3] == (10, 200, 30)
-        )
+        assert (made.transform, made.crs) == (source.transform, source.crs)
+        assert made.colormap(1)[0][:3] == (10, 200, 30)
     image = geotiff.pixels(noise(64, 80, 2))
     whole = recipe.bands(lambda x: model(x, ["red earth"]), image, tile=32, overlap=8, batch=1)
     wanted = torch.cat([band.logits for band in whole], 1).argmax(0)
@@ -402,33 +354,32 @@ def test_ones_own_folder_is_trained_kept_and_mapped(quick, tmp_path, capsys):
 
 
 def test_what_cannot_be_run_is_said(tmp_path):
-    wrong = [
-        ({"test_on": POTSDAM}, "test_on"),
-        ({"tile": 256, "overlap": 256}, "overlap"),
-        ({"dataset": POTSDAM, "held_out": "Cfb"}, "held_out"),
-        ({"task": "test"}, "checkpoint"),
-        ({"checkpoint": "net.safetensors"}, "checkpoint"),
-    ]
-    for changes, name in wrong:
-        with pytest.raises(BadParameter, match=name):
-            recipe.setting(given(**changes), tmp_path)
-    with pytest.raises(MissingData, match="OpenEarthMap"):
-        recipe.setting(given(data_root=str(tmp_path)), tmp_path)
-    with pytest.raises(CorruptFile, match=r"classes\.txt"):
-        recipe.setting(given(data_root=str(tmp_path), dataset="folder"), tmp_path)
+    def setting(**changes):
+        return lambda: recipe.setting(given(**changes), tmp_path)
+
+    refuses(
+        (setting(test_on=POTSDAM), "test_on"),
+        (setting(tile=256, overlap=256), "overlap"),
+        (setting(dataset=POTSDAM, held_out="Cfb"), "held_out"),
+        (setting(task="test"), "checkpoint"),
+        (setting(checkpoint="net.safetensors"), "checkpoint"),
+    )
+    refuses((setting(data_root=str(tmp_path)), "OpenEarthMap"), error=MissingData)
+    refuses((setting(data_root=str(tmp_path), dataset="folder"), r"classes\.txt"), error=CorruptFile)
 
 
 def test_results_of_several_runs_gather(tmp_path):
-    path = tmp_path / "results.csv"
-    matrix = torch.eye(8, dtype=torch.int64)
-    names = landcover.CLASSES[OEM]
-    for method, seed in (("unimodal", 0), ("MetaSegNet", 0), ("MetaSegNet", 1), ("MetaSegNet", 1)):
-        part_ = recipe.Test(part(), ["Cfa"] * 4, list(names))
-        recipe.measured(path, recipe.row(given(method=method, seed=seed), "test", part_, matrix))
-    rows = recipe.measured(path)
-    assert len(rows) == 3 and set(rows.prompt) == {"none", "full"} and (rows.mIoU == 100).all()
-    for changes in ({"text_encoder": "clip"}, {"prompts": "mine.yaml"}, {"method": "unimodal", "text_encoder": "clip"}):
-        recipe.measured(path, recipe.row(given(**changes), "test", part_, matrix))
-    rows = recipe.measured(path)
-    assert len(rows) == 5 and list(rows[rows.method == "unimodal"].text_encoder) == ["none"]
-    assert isinstance(rows, pd.DataFrame) and set(recipe.KEYS) <= set(rows.columns)
+    test = recipe.Test(part(), ["Cfa"] * 4, list(landcover.CLASSES[OEM]))
+    for changes in (
+        {"method": "unimodal"},
+        {},
+        {"seed": 1},
+        {"seed": 1},
+        {"text_encoder": "clip"},
+        {"prompts": "mine.yaml"},
+        {"method": "unimodal", "text_encoder": "clip"},
+    ):
+        row = recipe.row(given(**changes), "test", test, torch.eye(8, dtype=torch.int64))
+        rows = recipe.measured(tmp_path / "results.csv", row)
+    assert len(rows) == 5 and set(rows.prompt) == {"none", "full"} and (rows.mIoU == 100).all()
+    assert list(rows[rows.method == "unimodal"].text_encoder) == ["none"] and set(recipe.KEYS) <= set(rows.columns)

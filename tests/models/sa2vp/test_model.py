@@ -1,5 +1,6 @@
 """SA²VP: trainable parameters, the reach of an interaction, equivalent forms of its attention, loading."""
 
+import itertools
 import math
 
 import pytest
@@ -15,10 +16,10 @@ from companion.evaluation.parity import Case, folder
 from companion.models.layers.vpt import VPT, FineTuning, LinearProbe
 from companion.models.sa2vp import SA2VP, SA2VPSwin, loss
 from companion.models.sa2vp.model import DIRECTIONS, AlignedAttention, neighbourhood, padded_mask
-from companion.training.checkpoints import trained_state
 from companion.training.fit import CPU, fit
 from companion.training.schedules import adamw
 from companion.viz.attention import Recorder
+from tests.models.common import assert_recomputed_gradients_are_equal, misfits, numbers, refuses
 
 
 def small_vit(**changes) -> VisionTransformer:
@@ -44,9 +45,6 @@ def images(size: int = 20, count: int = 2) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-# --- what is trained --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("width", "count", "percent"),
     [(8, 202_200, 0.2351), (16, 372_912, 0.4328), (32, 714_336, 0.8257), (64, 1_397_184, 1.6024)],
@@ -58,17 +56,16 @@ def test_trainable_parameters_of_vit_b16(width, count, percent):
     assert model.count() == count == 21_339 * width + 31_488
     assert model.count(head=True) == count + 769 * 200
     assert count - one_map.count() == 965 * width + 1_536
-    total = sum(p.numel() for p in backbone.parameters())
-    assert total == 85_798_656
-    assert round(100 * count / (total + count), 4) == percent
+    assert numbers(backbone) == 85_798_656 and round(100 * count / (85_798_656 + count), 4) == percent
 
 
-def test_trainable_parameters_of_swin_b():
+def test_trainable_parameters_of_swin_b_and_vpt():
     with torch.device("meta"):
         backbone = SwinTransformer(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), num_classes=0)
         model = SA2VPSwin(backbone, 100, 8)
-    assert model.count() == 201_488 == 21_714 * 8 + 27_776
-    assert sum(p.numel() for p in backbone.parameters()) == 86_743_224
+        deep, shallow = (VPT(backbones.build("vit_b16", "random"), 10, tokens=50, deep=d) for d in (True, False))
+    assert model.count() == 201_488 == 21_714 * 8 + 27_776 and numbers(backbone) == 86_743_224
+    assert [sum(p.numel() for p in one.prompts) for one in (deep, shallow)] == [12 * 50 * 768, 50 * 768]
 
 
 @pytest.mark.parametrize("swin", [False, True])
@@ -116,9 +113,6 @@ def test_baselines_train_what_they_say(make, frozen):
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-# --- exact claims -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("swin", [False, True])
 def test_without_fusion_the_prediction_is_the_frozen_backbone(zeros, swin):
@@ -154,48 +148,28 @@ def test_an_interaction_sees_its_neighbourhood_alone():
             assert seen[1 + a, 1 + b] == near
 
 
-def loop_attention(q, k, v, grid):
-    """The definition, a query at a time."""
+def loop_attention(q, k, v, grid, padded=False):
+    """The definition, a query at a time; `padded`: keys outside of the grid count as zeros."""
     rows, columns = grid
     out = torch.empty_like(q)
     for token in range(q.shape[2]):
         r, c = divmod(token - 1, columns)
         near = [1 + i * columns + j for i in range(rows) for j in range(columns) if abs(i - r) < 2 and abs(j - c) < 2]
         keys = near if token else list(range(q.shape[2]))
-        weights = (q[:, :, token : token + 1] @ k[:, :, keys].transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
+        logits = q[:, :, token : token + 1] @ k[:, :, keys].transpose(-2, -1) / math.sqrt(q.shape[-1])
+        weights = F.pad(logits, (0, 9 - len(keys) if padded and token else 0)).softmax(-1)[..., : len(keys)]
         out[:, :, token] = (weights @ v[:, :, keys])[:, :, 0]
     return out.transpose(1, 2).flatten(2)
 
 
-def unfold_attention(q, k, v, grid, drop_padding):
-    """By unfolding into neighbourhoods; outside keys are left out, or stay as zeros (the `_acc` variant)."""
-    b, heads, _, d = q.shape
-
-    def neighbours(x):
-        planes = x[:, :, 1:].transpose(2, 3).reshape(b * heads, d, *grid)
-        return F.unfold(planes, 3, padding=1).view(b, heads, d, 9, -1).permute(0, 1, 4, 3, 2)
-
-    logits = (neighbours(k) * q[:, :, 1:, None]).sum(-1) / math.sqrt(d)
-    if drop_padding:
-        inside = neighbours(torch.ones_like(k))[..., 0] > 0
-        logits = logits.masked_fill(~inside, -math.inf)
-    patches = (logits.softmax(-1)[..., None] * neighbours(v)).sum(3)
-    weights = (q[:, :, :1] @ k.transpose(-2, -1) / math.sqrt(d)).softmax(-1)
-    return torch.cat([weights @ v, patches], dim=2).transpose(1, 2).flatten(2)
-
-
-def test_loop_unfolding_and_mask_agree():
+def test_loop_and_mask_agree_and_the_padded_variant_is_one_head_with_zero_keys_outside():
     q, k, v = queries(2, 3, 31, 8)
     ours = AlignedAttention(neighbourhood((5, 6)))(q, k, v)
     torch.testing.assert_close(loop_attention(q, k, v, (5, 6)), ours, rtol=0, atol=1e-6)
-    torch.testing.assert_close(unfold_attention(q, k, v, (5, 6), True), ours, rtol=0, atol=1e-6)
-
-
-def test_padded_variant_is_one_head_with_zero_keys_outside():
     q, k, v = queries(2, 1, 31, 24)
     mask = neighbourhood((5, 6))
     ours = AlignedAttention(padded_mask(mask, 1, class_token=True))(q, k, v)
-    torch.testing.assert_close(unfold_attention(q, k, v, (5, 6), False), ours, rtol=0, atol=1e-6)
+    torch.testing.assert_close(loop_attention(q, k, v, (5, 6), padded=True), ours, rtol=0, atol=1e-6)
     split = (x.unflatten(-1, (3, 8)).squeeze(1).transpose(1, 2) for x in (q, k, v))  # the same, as three heads
     torch.testing.assert_close(AlignedAttention(padded_mask(mask, 1, class_token=True))(*split), ours)
     plain = AlignedAttention(mask)(q, k, v)
@@ -267,15 +241,8 @@ def test_attention_maps_are_recorded_by_hooks(swin, attention):
 
 @pytest.mark.parametrize("swin", [False, True])
 def test_gradient_checkpointing_changes_nothing(swin):
-    gradients = []
-    for enable in (False, True):
-        torch.manual_seed(0)
-        model, x = small(swin)
-        model.train().set_grad_checkpointing(enable)
-        torch.manual_seed(1)  # of the dropout
-        loss(model, (x, torch.tensor([0, 1]))).backward()
-        gradients.append({name: p.grad for name, p in model.trained().items()})
-    assert all(torch.equal(g, gradients[1][name]) for name, g in gradients[0].items())
+    labels = torch.tensor([0, 1])
+    assert_recomputed_gradients_are_equal(lambda: small(swin)[0], lambda m: loss(m, (small(swin)[1], labels)))
 
 
 def test_dropout_draws_for_every_image():
@@ -286,12 +253,6 @@ def test_dropout_draws_for_every_image():
     assert not torch.equal(image[0], image[1]) and not torch.equal(prompt[0], prompt[1])
     quiet = SA2VP(small_vit(), 5, 4, dropout=0.5, frozen_dropout=False).train()
     assert not quiet.backbone.training and quiet.adapters[0].training
-
-
-def test_the_order_of_the_batch_does_not_matter():
-    model = SA2VP(small_vit(), 5, 4).eval()
-    x = images(count=3)
-    torch.testing.assert_close(model(x)[0].flip(0), model(x.flip(0))[0], rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -312,21 +273,6 @@ def test_other_sizes_run():
     assert model(torch.randn(1, 3, 12, 28))[0].shape == (1, 5)
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
-
-
-def official_state():
-    case = Case(folder() / "sa2vp" / "tiny_vit_full")
-    return dict(case.state)
-
-
-def test_official_names_round_trip():
-    state = official_state()
-    again = SA2VP.from_official(state, heads=3).to_official()
-    assert again.keys() == state.keys()
-    assert all(torch.equal(state[n], again[n]) for n in state)
-
-
 def test_official_names_round_trip_swin():
     model, x = small(swin=True)
     official = model.to_official()
@@ -338,95 +284,52 @@ def test_official_names_round_trip_swin():
         SA2VPSwin.from_official(official | {copy: official[source] + 1}, image_size=64)
 
 
-def test_frozen_copies_in_a_checkpoint_are_checked():
-    state = official_state()
-    source, copy = (f"vit_base.transformer.encoder.{x}.weight" for x in ("layer.2.attn.key", "cross_attn.2.attn.to_k"))
-    state[copy] = state[source].clone()
-    SA2VP.from_official(state, heads=3)
-    state[copy] = state[copy] + 1
+def test_official_names_round_trip_and_misfits_are_listed():
+    official = dict(Case(folder() / "sa2vp" / "tiny_vit_full").state)
+    again = SA2VP.from_official(official, heads=3).to_official()
+    assert again.keys() == official.keys() and all(torch.equal(official[n], again[n]) for n in official)
+    # copies of what is frozen are checked
+    start = "vit_base.transformer.encoder."
+    key, copy = official[f"{start}layer.2.attn.key.weight"], f"{start}cross_attn.2.attn.to_k.weight"
+    SA2VP.from_official(official | {copy: key}, heads=3)
     with pytest.raises(BadCheckpoint, match="to_k"):
-        SA2VP.from_official(state, heads=3)
+        SA2VP.from_official(official | {copy: key + 1}, heads=3)
+    state = official | {"class_head.bias": torch.zeros(3), "extra": torch.zeros(1)}
+    del state[f"{start}encoder_norm.weight"]
+    missing, unknown, shapes = misfits(SA2VP.from_official, state, heads=3)
+    assert (missing, unknown, len(shapes)) == ([f"{start}encoder_norm.weight"], ["extra"], 1)
+    third = f"{start}layer.3.attn.key.weight"  # of a tensor of ours
+    assert misfits(SA2VP.from_official, {n: t for n, t in official.items() if n != third}, heads=3)[0] == [third]
+    for kind in (SA2VP, SA2VPSwin):
+        with pytest.raises(BadCheckpoint, match="deep_ppt"):
+            kind.from_official({"a": torch.zeros(1)})
 
 
-def test_a_checkpoint_of_another_model_lists_its_names():
-    state = official_state()
-    state["class_head.bias"] = torch.zeros(3)
-    state["extra"] = torch.zeros(1)
-    del state["vit_base.transformer.encoder.encoder_norm.weight"]
-    with pytest.raises(BadCheckpoint) as caught:
-        SA2VP.from_official(state, heads=3)
-    assert caught.value.missing == ["vit_base.transformer.encoder.encoder_norm.weight"]
-    assert caught.value.unknown == ["extra"]
-    assert len(caught.value.shapes) == 1
-    state = official_state()
-    del state["vit_base.transformer.encoder.layer.3.attn.key.weight"]  # a third of a tensor of ours
-    with pytest.raises(BadCheckpoint) as caught:
-        SA2VP.from_official(state, heads=3)
-    assert caught.value.missing == ["vit_base.transformer.encoder.layer.3.attn.key.weight"]
-    with pytest.raises(BadCheckpoint, match="deep_ppt"):
-        SA2VP.from_official({"a": torch.zeros(1)})
-    with pytest.raises(BadCheckpoint, match="deep_ppt"):
-        SA2VPSwin.from_official({"a": torch.zeros(1)})
-
-
-def test_trained_state_is_all_that_must_be_saved(tmp_path):
-    model = SA2VP(small_vit(), 5, 4).eval()
-    torch.save(trained_state(model), tmp_path / "prompts.pt")
-    again = SA2VP(small_vit(), 5, 4).eval()
-    again.load_state_dict(torch.load(tmp_path / "prompts.pt", weights_only=True), strict=False)
-    assert torch.equal(model(images())[0], again(images())[0])
-    assert (tmp_path / "prompts.pt").stat().st_size < 60_000
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(attention="fast"), "aligned"),
-        (dict(direction="sideways"), "prompt to image"),
-        (dict(new_maps=3), "0, 1, 2"),
-        (dict(attention="padded", radius=None), "whole number"),
-    ],
-)
-def test_bad_options(options, message):
-    with pytest.raises(BadParameter, match=message):
-        SA2VP(small_vit(), 5, 4, **options)
-
-
-def test_wrong_backbones():
-    with pytest.raises(BadParameter, match="depth divisible by 3"):
-        SA2VP(small_vit(depth=4), 5)
-    with pytest.raises(BadParameter, match="SwinTransformer"):
-        SA2VPSwin(small_vit(), 5)
-    for stage in (4, 1):  # there is none, and one of a single block
-        with pytest.raises(BadParameter, match=r"divisible by 3: \[2\]"):
-            SA2VPSwin(small_swin(), 5, stage=stage)
-    with pytest.raises(BadParameter, match="timm VisionTransformer"):
-        VPT(torch.nn.Linear(1, 1), 5)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(pre_norm=True),
-        dict(no_embed_class=True),
-        dict(global_pool="avg"),
-        dict(reg_tokens=2),
-        dict(class_token=False, global_pool="avg"),
-        dict(pos_embed="none"),
-    ],
-)
-def test_vits_of_another_form_are_refused_not_run_wrongly(changes):
+def test_vits_of_another_form_are_refused_not_run_wrongly():
     """CLIP's ViTs have a norm before the blocks, DeiT-III's no position for the [CLS] token, ..."""
-    for kind in (SA2VP, VPT):
+    forms = [{"pre_norm": True}, {"no_embed_class": True}, {"reg_tokens": 2}, {"pos_embed": "none"}]
+    forms += [{"global_pool": "avg"}, {"global_pool": "avg", "class_token": False}]
+    for changes, kind in itertools.product(forms, (SA2VP, VPT)):
         with pytest.raises(BadParameter, match="no norm before its blocks"):
             kind(small_vit(**changes), 5)
 
 
-def test_blocks_of_another_form_are_refused():
-    for changes in (dict(block_fn=ResPostBlock), dict(mlp_layer=GluMlp)):
-        with pytest.raises(BadParameter, match="pre-norm"):
-            SA2VP(small_vit(**changes), 5)
-        VPT(small_vit(**changes), 5)(images())
+def test_bad_options_and_backbones():
+    other = [small_vit(block_fn=ResPostBlock), small_vit(mlp_layer=GluMlp)]
+    refuses(
+        (lambda: SA2VP(small_vit(), 5, 4, attention="fast"), "aligned"),
+        (lambda: SA2VP(small_vit(), 5, 4, direction="sideways"), "prompt to image"),
+        (lambda: SA2VP(small_vit(), 5, 4, new_maps=3), "0, 1, 2"),
+        (lambda: SA2VP(small_vit(), 5, 4, attention="padded", radius=None), "whole number"),
+        (lambda: SA2VP(small_vit(depth=4), 5), "depth divisible by 3"),
+        (lambda: SA2VPSwin(small_vit(), 5), "SwinTransformer"),
+        (lambda: SA2VPSwin(small_swin(), 5, stage=4), r"divisible by 3: \[2\]"),  # there is none
+        (lambda: SA2VPSwin(small_swin(), 5, stage=1), r"divisible by 3: \[2\]"),  # of a single block
+        (lambda: VPT(torch.nn.Linear(1, 1), 5), "timm VisionTransformer"),
+        *((lambda vit=vit: SA2VP(vit, 5), "pre-norm") for vit in other),
+    )
+    for vit in other:
+        VPT(vit, 5)(images())
 
 
 def test_vpt_without_prompts_is_the_backbone():
@@ -435,10 +338,3 @@ def test_vpt_without_prompts_is_the_backbone():
             model = VPT(backbone, 5, tokens=0, deep=deep).eval()
             expected = model.head(backbone(images(size)))
             torch.testing.assert_close(model(images(size)), expected, rtol=0, atol=2e-6)
-
-
-def test_vpt_counts():
-    with torch.device("meta"):
-        deep, shallow = (VPT(backbones.build("vit_b16", "random"), 10, tokens=50, deep=d) for d in (True, False))
-    assert sum(p.numel() for p in deep.prompts) == 12 * 50 * 768
-    assert sum(p.numel() for p in shallow.prompts) == 50 * 768

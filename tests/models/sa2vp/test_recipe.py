@@ -21,9 +21,8 @@ from companion.training.schedules import learning_rates
 from tests.conftest import assert_resumes, parameters
 
 
-@pytest.mark.parametrize(
-    ("backbone", "dataset", "width", "scale", "lr", "batch"),
-    [
+def test_published_settings():
+    for backbone, dataset, *expected in (
         ("vit_b16", "vtab/svhn", 16, 0.5, 1e-3, 40),
         ("vit_b16", "vtab/cifar100", 8, 0.1, 1e-3, 40),
         ("vit_b16", "vtab/eurosat", 16, 1.5, 1e-3, 40),
@@ -34,11 +33,9 @@ from tests.conftest import assert_resumes, parameters
         ("vit_b16", "fgvc/flowers102", 8, 0.1, 1e-3, 64),
         ("vit_b16", "hta/dtd", 64, 0.1, 1e-3, 64),
         ("swin_b", "vtab/dmlab", 8, 1.5, 1e-3, 40),
-    ],
-)
-def test_published_settings(backbone, dataset, width, scale, lr, batch):
-    expected = {"width": width, "scale": scale, "lr": lr, "batch": batch}
-    assert recipe.published_settings(backbone, dataset) == expected
+    ):
+        found = recipe.published_settings(backbone, dataset)
+        assert [found[name] for name in ("width", "scale", "lr", "batch")] == expected, dataset
 
 
 given = functools.partial(parameters, "sa2vp", profile="paper", accelerator="cpu", data_root="nowhere")
@@ -51,13 +48,11 @@ def tiny(monkeypatch) -> None:
     monkeypatch.setattr(recipe, "WORKERS", 0)
 
 
-def test_the_paper_profile_says_which_weights_are_missing(tmp_path, monkeypatch):
+def test_the_paper_profile_says_what_is_missing(tmp_path, monkeypatch, request):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(MissingWeights, match="companion fetch"):
         recipe.setting(given(), tmp_path)
-
-
-def test_the_paper_profile_says_which_data_are_missing(tmp_path, tiny):
+    request.getfixturevalue("tiny")
     with pytest.raises(MissingData, match="svhn"):
         recipe.setting(given(data_root=str(tmp_path)), tmp_path)
 
@@ -145,37 +140,26 @@ def test_a_linear_probe_on_images_in_memory_is_trained_on_their_features(tmp_pat
     torch.testing.assert_close(again.head.weight, model.head.weight)
 
 
-def test_what_is_not_as_published_has_a_row_of_its_own():
+def test_what_is_not_as_published_has_a_row_of_its_own(tmp_path):
     assert recipe.label(given()) == recipe.label(given(width=16)) == "SA²VP"
-    assert recipe.label(given(attention="padded", width=8)) == "SA²VP, padded attention, r = 8"
+    padded = recipe.label(given(attention="padded", width=8))
+    assert padded == "SA²VP, padded attention, r = 8"
     assert recipe.label(given(method="VPT-deep", attention="padded", width=8)) == "VPT-deep"
-    row = {"backbone": "vit_b16", "dataset": "vtab/svhn", "seed": 0}
-    rows = pd.DataFrame(
-        [
-            row | {"method": recipe.label(given(attention=a)), "accuracy": v}
-            for a, v in (("aligned", 80.0), ("padded", 70.0))
-        ]
-    )
-    expected = {("SA2VP", "svhn"): 80.0, ("SA2VP, padded attention", "svhn"): 70.0}
-    assert recipe.cells(rows, "vit_b16", "vtab") == expected
+    row = {"backbone": "vit_b16", "dataset": "fgvc/cub200", "method": "SA²VP", "seed": 0, "accuracy": 84.0}
+    for changes in ({"accuracy": 1.0}, {}, {"seed": 1, "accuracy": 82.0}, {"method": padded, "accuracy": 70.0}):
+        rows = recipe.measured(tmp_path / "measured.csv", row | changes)
+    found = recipe.cells(rows, "vit_b16", "fgvc")
+    assert found == {("SA2VP", "cub200"): 83.0, ("SA2VP, padded attention, r = 8", "cub200"): 70.0}
+    assert recipe.with_mean(found, ["method", "cub200", "mean"])["SA2VP", "mean"] == 83.0
+    assert ("SA2VP", "mean") not in recipe.with_mean(found, ["method", "cub200", "nabirds", "mean"])
 
 
 def test_benchmark_means_are_of_whole_benchmarks():
     """4 specialised tasks at 50 %, 7 natural ones at 80 %, 8 structured ones at 20 %, HTA at 90 %, no FGVC."""
     accuracy = {"VTAB-1k Natural": 80.0, "VTAB-1k Specialized": 50.0, "VTAB-1k Structured": 20.0, "HTA": 90.0}
-    rows = pd.DataFrame(
-        [
-            {
-                "backbone": "vit_b16",
-                "method": "SA²VP",
-                "dataset": name,
-                "seed": 0,
-                "accuracy": accuracy.get(found.group, 0.0),
-            }
-            for name, found in DATASETS.items()
-            if found.group in (*accuracy, "FGVC")
-        ]
-    )
+    known = {name: accuracy.get(one.group, 0.0) for name, one in DATASETS.items() if one.group in (*accuracy, "FGVC")}
+    rows = pd.DataFrame({"dataset": known.keys(), "accuracy": known.values()})
+    rows["backbone"], rows["method"] = "vit_b16", "SA²VP"
     found = recipe.benchmark_means(rows[rows.dataset != "fgvc/cars196"], "vit_b16")
     expected = {
         "hta": 90.0,
@@ -188,18 +172,3 @@ def test_benchmark_means_are_of_whole_benchmarks():
     assert found == {("SA2VP", benchmark): pytest.approx(value) for benchmark, value in expected.items()}
     assert recipe.benchmark_means(rows, "vit_b16")["SA2VP", "fgvc"] == 0
     assert recipe.benchmark_means(rows, "swin_b") == {}
-
-
-def test_results_gather_and_are_replaced(tmp_path):
-    path = tmp_path / "measured.csv"
-    assert recipe.measured(path).empty
-    row = {"backbone": "vit_b16", "method": "SA²VP", "dataset": "fgvc/cub200", "seed": 0, "accuracy": 80.0}
-    recipe.measured(path, row)
-    recipe.measured(path, row | {"seed": 1, "accuracy": 82.0})
-    rows = recipe.measured(path, row | {"accuracy": 84.0})
-    assert len(rows) == 2
-    found = recipe.cells(rows, "vit_b16", "fgvc")
-    assert found == {("SA2VP", "cub200"): 83.0}
-    assert recipe.with_mean(found, ["method", "cub200", "mean"])["SA2VP", "mean"] == 83.0
-    assert ("SA2VP", "mean") not in recipe.with_mean(found, ["method", "cub200", "nabirds", "mean"])
-    pd.testing.assert_frame_equal(pd.read_csv(path), rows.reset_index(drop=True))

@@ -20,8 +20,9 @@ from companion.models.sic_cads.model import distillation_loss, pool, rank_loss
 from companion.ops.files import write_json
 from companion.ops.papers import paper
 from companion.training.checkpoints import save, trained_state
-from tests.conftest import interrupted, parameters
+from tests.conftest import parameters
 from tests.data.test_detection import coco, coco_categories, image, lvis_file, picture, sizes  # noqa: F401
+from tests.models.common import assert_goes_on, refuses
 from tests.test_detectors import owl
 
 
@@ -52,9 +53,6 @@ def small(monkeypatch):
     monkeypatch.setattr(recipe, "WORKERS", 0)
 
 
-# --- the recipe -------------------------------------------------------------------------------------------------------
-
-
 def test_the_recipes_are_the_released_ones():
     lvis, both = recipe.recipe("detection/ov-lvis"), recipe.recipe("detection/ov-coco", captions=True)
     assert (lvis.iterations, lvis.batch, lvis.lr, lvis.size, lvis.crop) == (90_000, 64, 2e-4, 480, 0.7)
@@ -79,16 +77,11 @@ def test_learning_rates_rise_linearly_and_fall_on_a_cosine():
     assert recipe.learning_rates(r, 90).argmax() == 10
 
 
-# --- training data ----------------------------------------------------------------------------------------------------
-
-
 def test_a_class_stays_while_a_part_of_a_box_does(tmp_path):
     picture(tmp_path / "1.jpg")  # 12 x 8
     boxes = [([0, 0, 2, 8], 1, 0), ([0, 0, 12, 8], 2, 0), ([0, 0, 12, 8], 3, 1)]
-    rows = [
-        {"id": i, "image_id": 1, "category_id": c, "bbox": b, "area": 9, "iscrowd": crowd}
-        for i, (b, c, crowd) in enumerate(boxes, 1)
-    ]
+    same = {"image_id": 1, "area": 9}
+    rows = [same | {"id": i, "category_id": c, "bbox": b, "iscrowd": x} for i, (b, c, x) in enumerate(boxes, 1)]
     found = {"images": [image(1)], "annotations": rows, "categories": [{"id": i, "name": f"{i}"} for i in (1, 2, 3)]}
     write_json(tmp_path / "a.json", found)
     crops = recipe.Crops(detection.own_folder(tmp_path / "a.json", tmp_path), 32, 0.5)
@@ -108,10 +101,8 @@ def test_captions_join_the_boxes(coco):  # noqa: F811
     p = given(captions=True, data_root=str(coco))
     with pytest.raises(MissingData, match="captions_train2017"):
         recipe.training_data(p, train)
-    captions = {
-        "images": [image(i) for i in (1, 2, 3, 4)],
-        "annotations": [{"image_id": i, "caption": text} for i, text in ((1, "a dog"), (2, "a cat"), (4, "a bus"))],
-    }
+    texts = [{"image_id": i, "caption": text} for i, text in ((1, "a dog"), (2, "a cat"), (4, "a bus"))]
+    captions = {"images": [image(i) for i in (1, 2, 3, 4)], "annotations": texts}
     write_json(coco / "coco" / "annotations" / "captions_train2017.json", captions)
     found = recipe.training_data(p, train)
     assert isinstance(found, ConcatDataset) and [found[i][2] for i in range(len(found))] == [True] * 3 + [False] * 3
@@ -124,13 +115,9 @@ def test_images_of_rare_classes_are_repeated(tmp_path, sizes):  # noqa: F811
     for split in ("train", "val"):
         write_json(tmp_path / "lvis" / f"lvis_v1_{split}.json", lvis_file())
     picture(tmp_path / "coco" / "val2017" / "000000000001.jpg")
-    found = recipe.training_data(
-        given(dataset="detection/ov-lvis"), detection.load("detection/ov-lvis", tmp_path, "train")
-    )
+    train = detection.load("detection/ov-lvis", tmp_path, "train")
+    found = recipe.training_data(given(dataset="detection/ov-lvis"), train)
     assert isinstance(found, Subset) and len(found) == 1
-
-
-# --- the recogniser ---------------------------------------------------------------------------------------------------
 
 
 def recogniser(seed: int = 0) -> recipe.Recogniser:
@@ -171,24 +158,19 @@ def test_images_are_resized_as_for_the_detector(small, monkeypatch):
 def test_training_clips_each_entry_of_the_gradient(small, monkeypatch):
     model, data, used = recogniser(), torch.utils.data.TensorDataset(*batch(8)), []
     before, fit = {n: t.clone() for n, t in trained_state(model).items()}, recipe.fit
-    monkeypatch.setattr(recipe, "fit", lambda *args, **options: used.append(options) or fit(*args, **options))
+    monkeypatch.setattr(recipe, "fit", lambda *args, **options: used.append((args, options)) or fit(*args, **options))
     history = recipe.train_model(given(dataset="detection/ov-lvis"), data, None, model, batch=4, epochs=1)
     assert len(history) == 2 and history[0]["lr"] == pytest.approx(2e-4 * 1e-4)
-    assert [callback.max_value for callback in used[0]["callbacks"]] == [1.0] and not model.training
+    assert [callback.max_value for callback in used[0][1]["callbacks"]] == [1.0] and not model.training
     assert any(not torch.equal(t, before[n]) for n, t in trained_state(model).items())
     recipe.train_model(given(), data, None, model, batch=4, epochs=1)
-    assert used[1]["callbacks"] == []  # OV-COCO's recipe does not clip
+    assert used[1][1]["callbacks"] == []  # OV-COCO's recipe does not clip
     with pytest.raises(BadParameter, match="batch"):
         recipe.train_model(given(), data, None, model)
-
-
-def test_the_loss_is_one_call_of_the_model(small, monkeypatch):
-    """On several devices only a forward pass of what is trained may be called, no method of it."""
-    model, items, seen = recogniser(), batch(), {}
-    monkeypatch.setattr(recipe, "fit", lambda model, loss, data, **options: seen.update(model=model, loss=loss) or [])
-    recipe.train_model(given(), torch.utils.data.TensorDataset(*batch(8)), None, model, batch=4, epochs=1)
-    assert seen["loss"](lambda *given: given, items) == items
-    torch.testing.assert_close(seen["model"].train()(*items), recipe.loss(model, items))
+    # on several devices only a forward pass of what is trained may be called, no method of it
+    (module, loss, _), items = used[0][0], batch()
+    assert loss(lambda *given: given, items) == items
+    torch.testing.assert_close(module.train()(*items), recipe.loss(model, items))
 
 
 def test_trained_weights_are_loaded_with_another_vocabulary(small, tmp_path):
@@ -217,32 +199,21 @@ def test_the_authors_names_are_taken_up(monkeypatch):
     assert torch.equal(found.heads.shared.weight, state["ovmlr_model.mlr_lin.weight"]) and len(found.text) == 9
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------
+def test_what_does_not_go_together_or_is_missing_is_said(tmp_path, monkeypatch, coco):  # noqa: F811
+    def setting(**changes):
+        return lambda: recipe.setting(given(**changes), tmp_path)
 
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"dataset": "detection/ov-lvis", "captions": True}, "captions"),
-        ({"dry_run": True, "detector": "IDEA-Research/grounding-dino-tiny"}, "OWL"),
-        ({"dataset": "detection/objects365"}, "checkpoint"),
-    ],
-)
-def test_parameters_that_do_not_go_together(changes, said):
-    with pytest.raises(BadParameter, match=said):
-        recipe.setting(given(**changes), Path("nowhere"))
-
-
-def test_what_is_missing_is_said(tmp_path, monkeypatch, coco):  # noqa: F811
-    with pytest.raises(MissingData, match="cocodataset"):
-        recipe.setting(given(data_root=str(tmp_path / "empty")), tmp_path)
+    refuses(
+        (setting(dataset="detection/ov-lvis", captions=True), "captions"),
+        (setting(dry_run=True, detector="IDEA-Research/grounding-dino-tiny"), "OWL"),
+        (setting(dataset="detection/objects365"), "checkpoint"),
+    )
+    refuses((setting(data_root=str(tmp_path / "empty")), "cocodataset"), error=MissingData)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(MissingWeights, match="owlvit"):
-        recipe.setting(given(data_root=str(coco)), tmp_path)
+    refuses((setting(data_root=str(coco)), "owlvit"), error=MissingWeights)
     monkeypatch.setattr(recipe.detectors, "build", lambda name, names, weights: owl("owlvit", list(names)))
-    with pytest.raises(MissingWeights, match="openclip"):
-        recipe.setting(given(data_root=str(coco)), tmp_path)
+    refuses((setting(data_root=str(coco)), "openclip"), error=MissingWeights)
 
 
 def test_without_training_nothing_is_saved(small, coco, tmp_path):  # noqa: F811
@@ -257,29 +228,19 @@ def test_without_training_nothing_is_saved(small, coco, tmp_path):  # noqa: F811
     assert set(recipe.ap50(found, outputs)) == {"novel", "base", "all"}
 
 
-def test_a_killed_training_resumes_to_the_same_bits_and_its_weights_are_saved(
-    small,
-    coco,  # noqa: F811
-    monkeypatch,
-    tmp_path,
-):
-    p, steps = given(data_root=str(coco)), {"batch": 1, "epochs": 3}
-    whole, history = recipe.train(recipe.setting(p, tmp_path / "whole"), **steps)
+def test_a_killed_training_resumes_to_the_same_bits_and_saves_weights(small, coco, monkeypatch, tmp_path):  # noqa: F811
     of = recipe.Checkpoint.of
     monkeypatch.setattr(recipe.Checkpoint, "of", lambda *args, every, **facts: of(*args, every=2, **facts))
-    with interrupted(monkeypatch, recipe, "loss", len(history) - 1):
-        recipe.train(recipe.setting(p, tmp_path), **steps)
-    calls, loss = [], recipe.loss
-    monkeypatch.setattr(recipe, "loss", lambda *args: calls.append(1) or loss(*args))
-    model, again = recipe.train(recipe.setting(p, tmp_path), **steps)
-    assert again == history and 0 < len(calls) < len(history)
-    (file,) = (tmp_path / "trained").iterdir()
+
+    def train(out, **changes):
+        return recipe.train(recipe.setting(given(data_root=str(coco), **changes), out), batch=1, epochs=3)
+
+    model, out = assert_goes_on(train, tmp_path, monkeypatch, recipe, "loss", 2)
+    (file,) = (out / "trained").iterdir()
     read = recipe.setting(given(data_root=str(coco), checkpoint=str(file)), tmp_path).build()  # what `checkpoint` takes
-    for name, tensor in recipe.trained_weights(whole).items():
-        assert torch.equal(recipe.trained_weights(model)[name], tensor), name
-        assert torch.equal(recipe.trained_weights(read)[name], tensor), name
-    other = recipe.train(recipe.setting(given(data_root=str(coco), seed=1), tmp_path), **steps)[1]
-    assert other != history and len(list((tmp_path / "trained").iterdir())) == 2
+    found = recipe.trained_weights(read)
+    assert all(torch.equal(t, found[name]) for name, t in recipe.trained_weights(model).items())
+    assert train(out, seed=1)[1] != train(out)[1] and len(list((out / "trained").iterdir())) == 2
 
 
 @pytest.mark.parametrize("dataset", ["detection/ov-coco", "detection/ov-lvis", "detection/openimages"])
@@ -306,19 +267,17 @@ def test_the_dry_run_at_full_size():
     assert boxes.shape == (576, 4) and probabilities.shape == (576, 80)
 
 
-# --- results ----------------------------------------------------------------------------------------------------------
-
-
 def test_results_are_shown_next_to_the_published(tmp_path):
     path = tmp_path / "measured.csv"
     p = given(gamma=0.7)
-    row = {"method": recipe.label(p), "dataset": p.dataset, "images": 0, "seed": 0, "novel": 30.0, "base": 50.0}
-    recipe.measured(path, row | {"all": 45.0})
-    recipe.measured(path, row | {"all": 47.0, "seed": 1})
-    recipe.measured(path, {"method": "few", "dataset": p.dataset, "images": 10, "seed": 0, "novel": 99.0})
-    rows = recipe.measured(
-        path, {"method": "o", "dataset": "detection/objects365", "images": 0, "seed": 0, "Objects365": 20.0}
-    )
+    row = {"method": recipe.label(p), "dataset": p.dataset, "images": 0, "seed": 0}
+    for changes in (
+        {"novel": 30.0, "base": 50.0, "all": 45.0},
+        {"novel": 30.0, "base": 50.0, "all": 47.0, "seed": 1},
+        {"method": "few", "images": 10, "novel": 99.0},
+        {"method": "o", "dataset": "detection/objects365", "Objects365": 20.0},
+    ):
+        rows = recipe.measured(path, row | changes)
     name = "owlvit-base-patch32 + SIC-CADS, gamma 0.7"
     assert recipe.cells(rows, "ov-coco") == {(name, "novel"): 30, (name, "base"): 50, (name, "all"): 46}
     found = recipe.tables(path)

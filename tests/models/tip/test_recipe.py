@@ -1,18 +1,17 @@
 """TIP's runs: the recipe on small models, resuming, what the test gives to whom, the dry run at full size."""
 
-from __future__ import annotations
-
 import dataclasses
-import functools
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torchvision.utils import save_image
 
 pytest.importorskip("diffusers")
 
@@ -23,9 +22,9 @@ from companion.evaluation.metrics.restoration import psnr, ssim
 from companion.models.tip import TIPPipeline, build, load_adaptor, recipe, save_adaptor
 from companion.models.tip import model as tip
 from companion.models.tip import pipeline as tip_pipeline
-from companion.ops.papers import convert, paper
-from companion.training.checkpoints import Checkpoint
-from tests.conftest import parameters
+from companion.ops.papers import paper
+from tests.conftest import interrupted, parameters
+from tests.models.common import refuses
 from tests.models.tip.test_model import save_narrow
 
 WORDS = ["generated", "image", "number", "deblur", "denoise", "dejpeg", "upsample", "to", "with", "sigma", "quality"]
@@ -38,7 +37,6 @@ def given(**changes) -> SimpleNamespace:
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMPANION_PROGRESS", "off")
     monkeypatch.setattr(recipe, "WORKERS", 0)
 
 
@@ -61,9 +59,6 @@ def data() -> Degraded:
 
 def weights(pipe: TIPPipeline) -> dict[str, torch.Tensor]:
     return {n: t.clone() for n, t in pipe.adaptor.state_dict().items()}
-
-
-# --- training ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", recipe.METHODS)
@@ -104,14 +99,6 @@ def test_methods_read_what_they_are_said_to(data: Degraded) -> None:
     assert recipe.texts_of("semantic only", "prompts swapped") == "prompts swapped"
 
 
-def test_methods_and_texts_are_those_of_the_papers_file() -> None:
-    facts = paper("tip")["parameters"]
-    for kind in facts["texts"]["choices"]:
-        convert("texts", kind, facts["texts"])
-    named = {c[k] for c in paper("tip")["claims"] for k in ("better", "worse") if k in c}
-    assert named <= {*recipe.METHODS, *facts["texts"]["choices"]}
-
-
 def test_gradients_that_are_added_up_are_those_of_the_whole_batch(data: Degraded, monkeypatch) -> None:
     """Times and noise are drawn anew for each part of a batch, so here they are given."""
     fixed, plain = Degraded(data.pictures, 32, **TASKS["parameterised"]), tip.loss
@@ -136,13 +123,8 @@ def test_gradients_that_are_added_up_are_those_of_the_whole_batch(data: Degraded
 
 def test_a_killed_training_resumes_to_the_same_bits_and_its_adaptor_is_saved(released: Path, tmp_path, monkeypatch):
     p = given(dry_run=False, dataset="folder", data_root=str(released))
-    plain, calls = tip.loss, []
-
-    def killed(*args, **more):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return plain(*args, **more)
+    of = recipe.Checkpoint.of
+    monkeypatch.setattr(recipe.Checkpoint, "of", lambda folder, name, every, **facts: of(folder, name, 2, **facts))
 
     def run(out: Path) -> TIPPipeline:
         s = recipe.setting(p, out)
@@ -151,31 +133,25 @@ def test_a_killed_training_resumes_to_the_same_bits_and_its_adaptor_is_saved(rel
         return pipe
 
     whole = weights(run(tmp_path / "whole"))
-    of = functools.partial(Checkpoint.of, every=2)
-    with monkeypatch.context() as patch:
-        patch.setattr(tip, "loss", killed)
-        patch.setattr(recipe.Checkpoint, "of", lambda folder, name, every, **facts: of(folder, name, **facts))
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "cut")
+    with interrupted(monkeypatch, tip, "loss", 3):
+        run(tmp_path / "cut")
     (file,) = (tmp_path / "cut" / "checkpoints").glob("*.pt")
     saved = torch.load(file, weights_only=True)
     assert saved["step"] == 2 and all(name.startswith("model.adaptor.") for name in saved["model"]), "nothing frozen"
     pipe = run(tmp_path / "cut")
-    assert all(torch.equal(t, whole[n]) for n, t in weights(pipe).items())
-    final = load_adaptor(tmp_path / "cut" / "trained" / "TIP", pipe.unet).state_dict()
-    assert all(torch.equal(t, whole[n]) for n, t in final.items())
+    for adaptor in (pipe.adaptor, load_adaptor(tmp_path / "cut" / "trained" / "TIP", pipe.unet)):
+        assert all(torch.equal(t, whole[n]) for n, t in adaptor.state_dict().items())
 
 
 def test_cached_encodings_give_the_same_loss(data: Degraded) -> None:
     pipe = small()
-    fixed = Degraded(data.pictures, 32, **TASKS["parameterised"])
-    chosen = [fixed[i] for i in range(5)]
+    chosen = [Degraded(data.pictures, 32, **TASKS["parameterised"])[i] for i in range(5)]
     cached = recipe.cached(pipe, chosen, batch=2)
     assert [len(t) for t in cached.tensors] == [5] * 4
     z, y, semantic, restoration = cached.tensors
     assert z.shape == (5, 4, 8, 8) and semantic.shape == restoration.shape == (5, 96, 32)
-    items = [recipe.Tensors(chosen, pipe)[i] for i in range(5)]
-    clean, degraded, c_s, c_r = (torch.stack([item[k] for item in items]) for k in range(4))
+    items = recipe.Tensors(chosen, pipe)
+    clean, degraded, c_s, c_r = (torch.stack(part) for part in zip(*(items[i] for i in range(5)), strict=True))
     assert torch.equal(degraded, y)
     torch.testing.assert_close(tip.to_latents(pipe.vae, clean), z)
     drawn = {"t": torch.tensor([0, 100, 500, 700, 999]), "noise": torch.randn_like(z)}
@@ -184,13 +160,9 @@ def test_cached_encodings_give_the_same_loss(data: Degraded) -> None:
     torch.testing.assert_close(one, two)
 
 
-# --- the test ---------------------------------------------------------------------------------------------------------
-
-
 def test_start_noise_is_the_samples_own(data: Degraded) -> None:
     pipe = small()
-    fixed = Degraded(data.pictures, 32, **TASKS["parameterised"])
-    chosen = [fixed[i] for i in range(3)]
+    chosen = [Degraded(data.pictures, 32, **TASKS["parameterised"])[i] for i in range(3)]
     together = recipe.restore(pipe, chosen, steps=2)
     torch.testing.assert_close(together, recipe.restore(pipe, chosen, steps=2, batch=1), atol=1e-5, rtol=1e-5)
     # before training the texts of the adaptor do nothing: only the noise could differ
@@ -198,23 +170,10 @@ def test_start_noise_is_the_samples_own(data: Degraded) -> None:
     assert not torch.allclose(together, recipe.restore(pipe, chosen, steps=2, seed=1), atol=1e-3)
 
 
-def test_results_gather(tmp_path: Path) -> None:
-    recipe.results(given(), tmp_path, {"PSNR": 20.0, "SSIM": 0.5})
-    recipe.results(given(texts="blind prompt"), tmp_path, {"PSNR": 19.0, "SSIM": 0.4})
-    rows = recipe.results(given(), tmp_path, {"PSNR": 21.0, "SSIM": 0.6})
-    assert sorted(rows.PSNR) == [19.0, 21.0]
-    assert len(recipe.results(given(), tmp_path)) == 2
-
-
-# --- at full size -----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def released(tmp_path: Path) -> Path:
     """A narrow Stable Diffusion in the layout of the hub, below <data_root>/weights; images of one's own."""
     save_narrow(tmp_path / "weights" / recipe.BASES["sd15"])
-    from torchvision.utils import save_image
-
     (tmp_path / "images").mkdir()
     for i in range(3):
         save_image(recipe.Generated(1, 40, i)[0][0], tmp_path / "images" / f"{i}.png")
@@ -270,24 +229,18 @@ def test_what_is_missing_is_said(released: Path, tmp_path: Path) -> None:
         recipe.setting(given(**vars(p) | {"weights": str(tmp_path / "no")}), tmp_path).build("TIP")
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"task": "test"}, "trained adaptor"),
-        ({"task": "restore"}, "trained adaptor"),
-        ({"texts": "wrong restoration prompt", "degradation": "real-esrgan"}, "the same"),
-        ({"texts": "wrong semantic prompt", "dataset": "restoration/div2k"}, "no captions"),
-    ],
-)
-def test_what_cannot_be_tested_is_said_before_training(tmp_path: Path, changes: dict, said: str) -> None:
-    with pytest.raises(BadParameter, match=said):
-        recipe.setting(given(**{"dry_run": False} | changes), tmp_path)
+def test_what_cannot_be_run_is_said_before_training(released: Path, tmp_path: Path) -> None:
+    def setting(**changes: object) -> Callable[[], object]:
+        return lambda: recipe.setting(given(**{"dry_run": False} | changes), tmp_path)
 
-
-def test_one_picture_cannot_be_trained_and_tested_on(released: Path, tmp_path: Path) -> None:
     (released / "captions.jsonl").write_text('{"file": "0.png", "caption": ""}')
-    with pytest.raises(BadParameter, match="two or more"):
-        recipe.setting(given(dry_run=False, dataset="folder", data_root=str(released)), tmp_path)
+    refuses(
+        (setting(task="test"), "trained adaptor"),
+        (setting(task="restore"), "trained adaptor"),
+        (setting(texts="wrong restoration prompt", degradation="real-esrgan"), "the same"),
+        (setting(texts="wrong semantic prompt", dataset="restoration/div2k"), "no captions"),
+        (setting(dataset="folder", data_root=str(released)), "two or more"),
+    )
 
 
 def test_a_test_larger_than_the_memory(pocket: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,43 +263,37 @@ def test_a_test_larger_than_the_memory(pocket: None, tmp_path: Path, monkeypatch
 
 
 def test_results_stand_in_the_tables_they_belong_to(tmp_path: Path) -> None:
-    scores = {"PSNR": 20.0, "SSIM": 0.5, "LPIPS": 0.25}
-    for value, changes in enumerate(
-        (
-            {},
-            {"method": "semantic only"},
-            {"method": "plain ControlNet", "mid": "add"},
-            {"guidance": 3.0},
-            {"texts": "blind prompt"},
-            {"scale": 0.5},
-            {"base": "sd21"},
-            {"degradation": "real-esrgan"},
-            {"dataset": "restoration/div2k"},
-            {"dataset": "restoration/div2k", "degradation": "real-esrgan"},
-        )
-    ):
-        rows = recipe.results(given(**changes), tmp_path, scores | {"LPIPS": value / 100})
-    assert len(rows) == 10
+    runs = (
+        {},
+        {"method": "semantic only"},
+        {"method": "plain ControlNet", "mid": "add"},
+        {"guidance": 3.0},
+        {"texts": "blind prompt"},
+        {"scale": 0.5},
+        {"base": "sd21"},
+        {"degradation": "real-esrgan"},
+        {"dataset": "restoration/div2k"},
+        {"dataset": "restoration/div2k", "degradation": "real-esrgan"},
+    )
+    for value, changes in enumerate(runs):
+        rows = recipe.results(given(**changes), tmp_path, {"PSNR": 20.0, "SSIM": 0.5, "LPIPS": value / 100})
+    assert len(rows) == 10 == len(recipe.results(given(), tmp_path))
     names = {t: {m: v for (m, s), v in recipe.cells(rows, t).items() if s == "LPIPS"} for t in recipe.TABLES}
-    assert names["comparison-parameterised"] == {
-        "TIP": 0.0,
-        "semantic only": 0.01,
-        "plain ControlNet, middle: add": 0.02,
-        "TIP, sd21": 0.06,
-    }
+    ours = {"TIP": 0.0, "semantic only": 0.01, "plain ControlNet, middle: add": 0.02, "TIP, sd21": 0.06}
+    assert names["comparison-parameterised"] == ours
     assert names["comparison-real-esrgan"] == {"TIP": 0.07}
     assert names["comparison-div2k"] == {"TIP": 0.08, "TIP, real-esrgan": 0.09}
+    assert names["ablations"]["without the restoration prompt"] == 0.01
     published = {t["id"]: t for t in paper("tip")["tables"]}
     assert set(recipe.TABLES) <= set(published)
     assert set(recipe.ABLATIONS.values()) == {row["method"] for row in published["ablations"]["rows"]}
-    assert names["ablations"]["without the restoration prompt"] == 0.01
+    assert set(recipe.BASES) == set(recipe.HUB) == set(tip_pipeline.SIZES) - {"pocket"}
 
 
 def test_modulated_middle_of_a_plain_controlnet_is_added(pocket: None, tmp_path: Path) -> None:
-    p = given(method="plain ControlNet")
-    assert recipe.setting(p, tmp_path).build("plain ControlNet").adaptor.config.mid == "add"
-    p = given(mid="none")
-    assert recipe.setting(p, tmp_path).build("TIP").adaptor.config.mid == "none"
+    for method, changes, mid in (("plain ControlNet", {}, "add"), ("TIP", {"mid": "none"}, "none")):
+        found = recipe.setting(given(method=method, **changes), tmp_path)
+        assert found.build(method).adaptor.config.mid == mid
 
 
 FULL = """
@@ -373,7 +320,3 @@ def test_dry_run_at_the_size_of_stable_diffusion() -> None:
     assert time.monotonic() - start < 300
     assert float(done.stdout.splitlines()[-1]) < 12_000
     assert done.stderr == ""
-
-
-def test_sizes_are_those_of_the_spec() -> None:
-    assert set(recipe.BASES) == set(recipe.HUB) == set(tip_pipeline.SIZES) - {"pocket"}

@@ -1,0 +1,93 @@
+"""What the tests of several models share: refusals, misfits, recomputed gradients, resumed trainings, operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from companion.errors import BadCheckpoint, BadParameter
+from tests.conftest import interrupted
+
+
+def draw(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def numbers(model: nn.Module, trained: bool = False) -> int:
+    """How many parameters a model has, or trains."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
+
+
+def ungraded(model: nn.Module) -> set[str]:
+    """The names of the parameters that a backward pass did not reach."""
+    return {name for name, p in model.named_parameters() if p.grad is None}
+
+
+def refuses(*cases: tuple[Callable[[], object], str], error: type[Exception] = BadParameter) -> None:
+    """Each call raises `error`, and the message matches the words next to it."""
+    for call, words in cases:
+        print(words)  # pytest shows it where a case fails
+        with pytest.raises(error, match=words):
+            call()
+
+
+def misfits(load: Callable, *args: object, **options: object) -> tuple[list[str], list[str], list[str]]:
+    """The names, missing, unknown and of another shape, that `load` lists when it refuses a checkpoint."""
+    with pytest.raises(BadCheckpoint) as caught:
+        load(*args, **options)
+    return caught.value.missing, caught.value.unknown, caught.value.shapes
+
+
+def assert_recomputed_gradients_are_equal(make: Callable[[], nn.Module], loss: Callable) -> None:
+    """`set_grad_checkpointing` changes no bit of the gradients of `loss(model)`, dropout included."""
+    found = []
+    for enable in (False, True):
+        model = make().train()
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(0)
+        loss(model).backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert found[0] and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def assert_goes_on(
+    train: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, calls: int
+) -> tuple[nn.Module, Path]:
+    """A training killed after some calls of `owner.name` goes on from there, to the same bits.
+
+    `train(out)` trains with the output folder `out` and returns the model and the history. Returns those of the second
+    start: the model and its folder.
+    """
+    counts, function = [], getattr(owner, name)
+
+    def counted(*args: object, **options: object) -> object:
+        counts[-1] += 1
+        return function(*args, **options)
+
+    def started(out: Path) -> tuple[nn.Module, list]:
+        counts.append(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, counted)
+            return train(out)
+
+    whole, history = started(folder / "whole")
+    with interrupted(monkeypatch, owner, name, calls):
+        train(folder / "killed")
+    assert not (folder / "killed" / "trained").exists(), "nothing is saved before the end"
+    model, again = started(folder / "killed")
+    assert again == history, "another history"
+    assert 0 < counts[1] < counts[0], f"{counts} calls"
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in whole.state_dict().items()), "other weights"
+    return model, folder / "killed"
+
+
+def gflop(run: Callable[[], object]) -> float:
+    """The floating point operations of a call, in billions, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() / 1e9
