@@ -1,7 +1,5 @@
 """What several test files share: the repository's root, a notebook's parameters, a real browser, killed trainings."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import shutil
@@ -29,11 +27,7 @@ def root() -> Path:
 
 
 def parameters(slug: str, **changes: object) -> SimpleNamespace:
-    """The default parameters of a paper's notebook (its cell tagged `parameters`), with `changes`.
-
-    Raises:
-        TypeError: a change of a parameter that the notebook does not have.
-    """
+    """The default parameters of a paper's notebook (its cell tagged `parameters`), with `changes`."""
     notebook = nbformat.read(ROOT / "notebooks" / f"{slug}.ipynb", as_version=4)
     (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     assignments = ast.parse(cell.source).body

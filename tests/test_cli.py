@@ -43,10 +43,9 @@ def test_doctor_knows_weights_that_only_a_person_can_get(capsys, tmp_path):
 
 
 def test_unknown_papers_and_cases(capsys):
-    code, _, err = call(capsys, "doctor", "nothing")
-    assert code == 2 and "sa2vp" in err
-    code, _, err = call(capsys, "parity", "sa2vp", "--case", "nothing")
-    assert code == 2 and "tiny_vit_full" in err
+    for words, said in ((("doctor", "nothing"), "sa2vp"), (("parity", "sa2vp", "--case", "nothing"), "tiny_vit_full")):
+        code, _, err = call(capsys, *words)
+        assert code == 2 and said in err
 
 
 def test_data_lists_every_set(capsys, tmp_path):
@@ -70,22 +69,19 @@ def test_parity_of_a_good_and_a_changed_checkpoint(capsys, tmp_path):
 
 def test_parity_of_a_checkpoint_in_two_parts(capsys, tmp_path):
     case = Case(folder() / "promptpar" / "small_whole_wider")
-    clip, rest = (
-        {n.removeprefix(f"{p}."): t for n, t in case.state.items() if n.startswith(f"{p}.")}
-        for p in ("clip_model", "model")
-    )
-    torch.save({"ViT_model": clip, "model_state_dict": rest}, tmp_path / "PAR.pth")
+    parts = {"ViT_model": "clip_model.", "model_state_dict": "model."}
+    parts = {k: {n.removeprefix(p): t for n, t in case.state.items() if n.startswith(p)} for k, p in parts.items()}
+    torch.save(parts, tmp_path / "PAR.pth")
     code, out, _ = call(capsys, "parity", "promptpar", "--checkpoint", tmp_path / "PAR.pth")
     assert code == 0 and "small_whole_wider: agrees" in out
 
 
 def test_parity_refuses_other_files(capsys, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    code, _, err = call(capsys, "parity", "sa2vp", "--checkpoint", tmp_path / "other.safetensors")
-    assert code == 1 and "tensor names" in err
     (tmp_path / "broken.pth").write_bytes(b"PK")
-    code, _, err = call(capsys, "parity", "sa2vp", "--checkpoint", tmp_path / "broken.pth")
-    assert code == 1 and "broken.pth" in err
+    for name, said in (("other.safetensors", "tensor names"), ("broken.pth", "broken.pth")):
+        code, _, err = call(capsys, "parity", "sa2vp", "--checkpoint", tmp_path / name)
+        assert code == 1 and said in err
 
 
 @pytest.mark.parametrize("words", [[], ["doctor"], ["fetch"], ["parity"]])
@@ -103,12 +99,9 @@ def test_the_version_is_printed(capsys):
     assert capsys.readouterr().out == f"companion {__version__}\n"
 
 
-# --- adopt ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def made_elsewhere(tmp_path, monkeypatch):
-    """A checkout in `tmp_path/checkout`, and a run's folder made by its code."""
+    """Where a checkout keeps a run (nothing yet), and such a run's folder, made by the checkout's code elsewhere."""
     checkout = tmp_path / "checkout"
     (checkout / "notebooks").mkdir(parents=True)
     (checkout / "pyproject.toml").write_text("")
@@ -118,12 +111,11 @@ def made_elsewhere(tmp_path, monkeypatch):
     run = report.start("sa2vp", profile="paper", seed=0, out=str(tmp_path / "away"))
     run.table("t", pd.DataFrame({"a": [1]}))
     run.close()
-    return checkout, tmp_path / "away"
+    return checkout / "reports" / "paper" / "sa2vp", tmp_path / "away"
 
 
 def test_adopt_takes_in_an_honest_run_and_keeps_the_study(capsys, made_elsewhere):
-    checkout, away = made_elsewhere
-    target = checkout / "reports" / "paper" / "sa2vp"
+    target, away = made_elsewhere
     target.mkdir(parents=True)
     (target / "study.csv").write_text("kept")
     code, out, _ = call(capsys, "adopt", away)
@@ -134,7 +126,7 @@ def test_adopt_takes_in_an_honest_run_and_keeps_the_study(capsys, made_elsewhere
 
 
 def test_adopt_refuses_what_is_not_as_recorded(capsys, made_elsewhere):
-    checkout, away = made_elsewhere
+    target, away = made_elsewhere
     table = away / "tables" / "t.csv"
     honest = table.read_text()
     table.write_text("a\n2\n")
@@ -155,24 +147,25 @@ def test_adopt_refuses_what_is_not_as_recorded(capsys, made_elsewhere):
     (away / "run.json").write_text("{")
     code, _, err = call(capsys, "adopt", away)
     assert code == 1 and "run.json" in err
-    assert not (checkout / "reports").exists()
+    assert not target.parents[1].exists()
     code, _, err = call(capsys, "adopt", away / "tables")
     assert code == 1 and "not the output folder" in err
 
 
 def test_adopt_leaves_a_run_that_is_in_its_place(capsys, made_elsewhere):
-    checkout, away = made_elsewhere
-    target = checkout / "reports" / "paper" / "sa2vp"
+    target, away = made_elsewhere
     call(capsys, "adopt", away)
-    before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
+
+    def files():
+        return {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
+
+    before = files()
     code, out, _ = call(capsys, "adopt", target)
-    assert code == 0 and "its place already" in out
-    assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
+    assert code == 0 and "its place already" in out and files() == before
 
 
 def test_adopt_that_fails_leaves_what_was_there(capsys, made_elsewhere, monkeypatch):
-    checkout, away = made_elsewhere
-    target = checkout / "reports" / "paper" / "sa2vp"
+    target, away = made_elsewhere
     target.mkdir(parents=True)
     (target / "study.csv").write_text("kept")
 
@@ -186,8 +179,7 @@ def test_adopt_that_fails_leaves_what_was_there(capsys, made_elsewhere, monkeypa
 
 
 def test_adopt_replaces_the_run_before_and_gathers_what_was_measured(capsys, made_elsewhere):
-    checkout, away = made_elsewhere
-    target = checkout / "reports" / "paper" / "sa2vp"
+    target, away = made_elsewhere
     call(capsys, "adopt", away)
     (target / "sa2vp.ipynb").write_text("of the run before")
     columns = ["dataset", "seed", "accuracy"]
@@ -202,18 +194,17 @@ def test_adopt_replaces_the_run_before_and_gathers_what_was_measured(capsys, mad
     assert (target / "tables" / "other.csv").exists()
     rows = pd.read_csv(target / "measured.csv").to_records(index=False).tolist()
     assert rows == [("a", 0, 1.0), ("b", 0, 3.0), ("b", 1, 4.0)]
-    (away / "again").mkdir()
-    shutil.copytree(target, away / "again", dirs_exist_ok=True)
+    shutil.copytree(target, away / "again")
     assert call(capsys, "adopt", away / "again")[0] == 0  # its record fits its files
 
 
 def test_adopt_keeps_the_folder_of_a_run_of_a_grid(capsys, made_elsewhere):
-    checkout, away = made_elsewhere
+    target, away = made_elsewhere
     source = away.parent / "sa2vp" / "dataset=vtab-svhn,seed=0"
     shutil.copytree(away, source)
     code, out, _ = call(capsys, "adopt", source)
     assert code == 0 and "reports/paper/sa2vp/dataset=vtab-svhn,seed=0" in out
-    assert (checkout / "reports" / "paper" / "sa2vp" / "dataset=vtab-svhn,seed=0" / "tables" / "t.csv").is_file()
+    assert (target / source.name / "tables" / "t.csv").is_file()
 
 
 def test_a_file_where_a_folder_belongs_and_a_reader_who_leaves(capsys, tmp_path):

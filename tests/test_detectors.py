@@ -5,14 +5,12 @@ import json
 import pytest
 import torch
 import transformers as hf
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import clip_boxes_to_image
 
 from companion import detectors
 from companion.detectors import GroundingDino, Output, Owl, build, limits, read_results, refine_results, refined, rows
 from companion.errors import BadParameter, CorruptFile, MissingWeights
 from companion.models.sic_cads import refine
-from companion.ops.papers import paper
 
 NAMES = ["cat", "hot_dog", "moon"]
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -34,15 +32,15 @@ def owl_model(kind: str) -> torch.nn.Module:
     return family(config(text_config=text, vision_config=vision, projection_dim=32)).eval()
 
 
+def owl(kind: str, names=NAMES, model: torch.nn.Module | None = None) -> Owl:
+    return Owl(model or owl_model(kind), OWLS[kind][2](size={"height": 64, "width": 64}), names)
+
+
 @pytest.mark.parametrize("kind", list(OWLS))
 def test_the_callers_model_is_not_changed(kind):
     model = owl_model(kind).train()
-    detector = Owl(model, OWLS[kind][2](size={"height": 64, "width": 64}), NAMES)
+    detector = owl(kind, model=model)
     assert model.training and all(p.requires_grad for p in model.parameters()) and not detector.model.training
-
-
-def owl(kind: str, names=NAMES) -> Owl:
-    return Owl(owl_model(kind), OWLS[kind][2](size={"height": 64, "width": 64}), names)
 
 
 @pytest.mark.parametrize("kind", list(OWLS))
@@ -82,14 +80,8 @@ def dino(names=NAMES, length: int = 12, **options) -> GroundingDino:
     torch.manual_seed(0)
     layers = {"encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    swin = hf.SwinConfig(
-        image_size=32,
-        embed_dim=8,
-        depths=[1] * 4,
-        num_heads=[1] * 4,
-        window_size=2,
-        out_features=["stage2", "stage3", "stage4"],
-    )
+    stages = {"depths": [1] * 4, "num_heads": [1] * 4, "out_features": ["stage2", "stage3", "stage4"]}
+    swin = hf.SwinConfig(image_size=32, embed_dim=8, window_size=2, **stages)
     text = hf.BertConfig(**SMALL | {"hidden_size": 16}, vocab_size=1100)
     config = hf.GroundingDinoConfig(
         backbone_config=swin, text_config=text, d_model=32, num_queries=20, max_text_len=length, **layers, **heads
@@ -127,9 +119,6 @@ def test_many_names_take_several_passes():
         dino(["cat " * 10])
 
 
-# --- refinement -------------------------------------------------------------------------------------------------------
-
-
 def output(count: int = 12, classes: int = 3) -> Output:
     generator = torch.Generator().manual_seed(2)
     corner = torch.rand(count, 2, generator=generator) * 40
@@ -155,15 +144,14 @@ def test_rows_are_coco_results():
 
 
 def test_any_callable_is_a_detector_when_its_output_fits():
-    with pytest.raises(BadParameter, match="sigmoid of logits"):
-        refined(Output(output().boxes, output().probabilities * 3 - 1, (80, 80)))
-    with pytest.raises(BadParameter, match=r"boxes \(R, 4\)"):
-        refined(Output(output().boxes[:3], output().probabilities, (80, 80)))
-    with pytest.raises(BadParameter, match="p = "):
-        refined(output(), torch.ones(4))
-
-
-# --- finished results -------------------------------------------------------------------------------------------------
+    boxes, probabilities, size = output()
+    for found, p, said in (
+        (Output(boxes, probabilities * 3 - 1, size), None, "sigmoid of logits"),
+        (Output(boxes[:3], probabilities, size), None, r"boxes \(R, 4\)"),
+        (output(), torch.ones(4), "p = "),
+    ):
+        with pytest.raises(BadParameter, match=said):
+            refined(found, p)
 
 
 def test_finished_results_are_rescaled_as_the_matrix_is():
@@ -183,9 +171,8 @@ def test_limits_say_what_was_cut():
     finished = rows(refined(found._replace(probabilities=found.probabilities * one), nms=None, top=5), 1, [1, 2, 3])
     found_limits = limits([*finished, finished[0] | {"image_id": 2}])
     assert found_limits["most rows an image"] == 5 and found_limits["images with that many"] == 50
-    assert found_limits["boxes with one class"] == 100 and found_limits["lowest score"] == min(
-        r["score"] for r in finished
-    )
+    assert found_limits["boxes with one class"] == 100
+    assert found_limits["lowest score"] == min(r["score"] for r in finished)
     assert limits(rows(refined(found, nms=None, top=36), 1, [1, 2, 3]))["boxes with one class"] == 0
     with pytest.raises(BadParameter, match="no rows"):
         limits([])
@@ -207,15 +194,9 @@ def test_result_files(tmp_path):
     path.write_text(json.dumps([good])[:-9])
     with pytest.raises(CorruptFile, match=r"dets\.json"):
         read_results(path)
-    with pytest.raises(BadParameter, match="image_id 1"):
-        refine_results([good], {2: torch.ones(1)}, [3])
-    with pytest.raises(BadParameter, match="without 3"):
-        refine_results([good], {1: torch.ones(1)}, [4])
-    with pytest.raises(BadParameter, match="gamma"):
-        refine_results([good], {1: torch.ones(1)}, [3], -0.1)
-
-
-# --- by name ----------------------------------------------------------------------------------------------------------
+    for image, category, gamma, said in ((2, 3, 0.5, "image_id 1"), (1, 4, 0.5, "without 3"), (1, 3, -0.1, "gamma")):
+        with pytest.raises(BadParameter, match=said):
+            refine_results([good], {image: torch.ones(1)}, [category], gamma)
 
 
 def test_weights_from_a_folder(tmp_path):
@@ -252,13 +233,3 @@ def test_names_that_are_not_there(monkeypatch):
         owl("owlvit")(image_of().float())
     with pytest.raises(MissingWeights, match="grounding-dino-base"):
         build("IDEA-Research/grounding-dino-base", NAMES)
-
-
-def test_the_size_and_cost_of_owl_vit():
-    with torch.device("meta"), torch.no_grad():
-        model = hf.OwlViTForObjectDetection(hf.OwlViTConfig()).eval()
-        with FlopCounterMode(display=False) as counter:
-            model.owlvit.vision_model(torch.zeros(1, 3, 768, 768))
-    assert sum(p.numel() for p in model.parameters()) == 153_231_879
-    assert round(counter.get_total_flops() / 1e9) == 113
-    assert "OWL-ViT B/32" in next(w for w in paper("sic_cads")["weights"] if w["name"] == "detector")["what"]

@@ -1,7 +1,5 @@
 """The three lists of dependencies say the same, and the citation file is one."""
 
-from __future__ import annotations
-
 import re
 import tomllib
 from importlib.metadata import distribution

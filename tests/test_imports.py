@@ -1,7 +1,5 @@
 """Import rules of the package, those of "How it is laid out" in the README."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,19 +1,18 @@
 """The grid on a real SLURM: one node on the loopback, two notebooks through sbatch, and what came out."""
 
-from __future__ import annotations
-
+import contextlib
 import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.test_snakefile import ROOT, Workspace
+from tests.conftest import ROOT
+from tests.test_snakefile import Workspace
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "sinfo")
 CONF = """
@@ -21,8 +20,8 @@ ClusterName=loopback
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmdPort={ports[1]}
-SlurmUser={user}
-SlurmdUser={user}
+SlurmUser=root
+SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
@@ -49,13 +48,9 @@ runs:
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [one.getsockname()[1] for one in opened]
 
 
 @pytest.fixture
@@ -74,17 +69,9 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     key.write_bytes(os.urandom(1024))
     key.chmod(0o400)
     conf = folder / "slurm.conf"
-    conf.write_text(
-        CONF.format(
-            host=socket.gethostname().split(".")[0],
-            ports=free_ports(2),
-            user="root",
-            folder=folder,
-            cpus=len(os.sched_getaffinity(0)),
-            memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 21,
-        ),
-        encoding="utf-8",
-    )
+    host, memory = socket.gethostname().split(".")[0], os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 21
+    facts = dict(host=host, ports=free_ports(2), folder=folder, cpus=len(os.sched_getaffinity(0)), memory=memory)
+    conf.write_text(CONF.format(**facts), encoding="utf-8")
     (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n", encoding="utf-8")
     monkeypatch.setenv("SLURM_CONF", str(conf))
     # Snakemake submits jobs without SLURM's variables, and a cluster has its settings below /etc: this one does not
@@ -93,19 +80,11 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     srun.write_text(f'#!/bin/sh\nSLURM_CONF={conf} exec {shutil.which("srun")} "$@"\n', encoding="utf-8")
     srun.chmod(0o755)
     monkeypatch.setenv("PATH", f"{srun.parent}{os.pathsep}{os.environ['PATH']}")
+    files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
     daemons = [
-        (
-            "munged",
-            "--foreground",
-            "--force",
-            f"--key-file={key}",
-            f"--socket={folder}/munge.socket",
-            f"--pid-file={folder}/munge.pid",
-            f"--log-file={folder}/munge.log",
-            f"--seed-file={folder}/munge.seed",
-        ),
-        ("slurmctld", "-D", "-i", "-f", str(conf)),
-        ("slurmd", "-D", "-f", str(conf)),
+        ("munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *files),
+        ("slurmctld", "-D", "-i", "-f", conf),
+        ("slurmd", "-D", "-f", conf),
     ]
     started = []
     try:
@@ -133,31 +112,20 @@ def test_a_grid_runs_on_a_cluster(tmp_path: Path, cluster: Path) -> None:
     workspace = Workspace(folder, ROOT)
     workspace.notebook("good", "import os\nprint('job', os.environ['SLURM_JOB_ID'], 'seed', seed)")
     workspace.notebook("bad", "raise ValueError('the reason')")
-    workspace.path("grid.yaml").write_text(GRID, encoding="utf-8")
+    workspace.write("grid.yaml", GRID)
     shutil.copytree(ROOT / "profiles", workspace.path("profiles"))
     command = (
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--profile",
-        "profiles/slurm",
-        "--configfile",
-        "grid.yaml",
-        "--slurm-no-account",
-        "--slurm-status-command",
-        "squeue",
-        "--slurm-init-seconds-before-status-checks",
-        "3",
+        "--profile profiles/slurm --configfile grid.yaml --slurm-no-account --slurm-status-command squeue "
+        "--slurm-init-seconds-before-status-checks 3"
     )
-    status, text, _ = workspace.run(*command)
+    status, text, _ = workspace.snakemake(command)
     assert status != 0
     assert "2 done, 1 failed" in text and "bad/run  ValueError: the reason" in text
     for seed in (0, 1):
-        executed = workspace.path(f"reports/pocket/good/seed={seed}/good.ipynb").read_text(encoding="utf-8")
+        executed = workspace.read(f"reports/pocket/good/seed={seed}/good.ipynb")
         assert f"seed {seed}" in executed and "job " in executed
     assert not workspace.path("reports/pocket/bad/run/bad.ipynb").exists()
 
     workspace.notebook("bad", "x = 1")
-    status, text, _ = workspace.run(*command)
-    assert status == 0, text
-    assert "3 done;" in text
+    status, text, _ = workspace.snakemake(command)
+    assert status == 0 and "3 done;" in text, text

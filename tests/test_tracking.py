@@ -1,11 +1,6 @@
 """The tracking loop: videos in memory, in folders and in files; benchmarks that are stopped, resumed, or mixed up."""
 
-from __future__ import annotations
-
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +19,6 @@ from companion.toy.datasets import tracking as pocket
 from companion.toy.encoders import tracker
 from companion.tracking import Frames, Track, follow, open_video, run, track
 from companion.training.fit import Hardware
-from tests.conftest import kill_when
 
 LENGTH = 8
 
@@ -90,9 +84,8 @@ def as_files(folder: Path, frames: list[np.ndarray], codec: str, suffix: str) ->
 
 def sequence(folder: Path, name: str, frames: list[np.ndarray], boxes: np.ndarray) -> data.Sequence:
     """A video of a benchmark, with its files."""
-    first, second = on_disk(folder / name, frames)
-    parts = [tuple(sorted(path.iterdir())) for path in (first, second)]
-    return data.Sequence(name, *parts, boxes, None, np.zeros(len(boxes), bool))
+    paths = (tuple(sorted(path.iterdir())) for path in on_disk(folder / name, frames))
+    return data.Sequence(name, *paths, boxes, None, np.zeros(len(boxes), bool))
 
 
 @pytest.fixture
@@ -118,9 +111,6 @@ def quiet(monkeypatch):
     monkeypatch.setenv("COMPANION_PROGRESS", "off")
 
 
-# --- following ------------------------------------------------------------------------------------------------------
-
-
 def test_videos_together_are_the_videos_one_by_one(model, clips):
     videos, starts = [Frames(frames) for frames, _ in clips], [boxes[0] for _, boxes in clips]
     together = follow(model, videos, starts)
@@ -142,20 +132,19 @@ def test_the_first_box_is_the_one_given_and_scores_are_scores(model, clips):
     assert one.boxes.shape == (1, 4) and one.scores.tolist() == [1]
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        lambda: SingleStream(tracker.build(), 0),
-        lambda: SingleStream(tracker.build(), 1),
-        lambda: HigherPeak(tracker.build()),
-        pocket_model,
-    ],
-    ids=["RGB", "thermal", "higher peak", "BAT"],
-)
+MODELS = {
+    "RGB": lambda: SingleStream(tracker.build(), 0),
+    "thermal": lambda: SingleStream(tracker.build(), 1),
+    "higher peak": lambda: HigherPeak(tracker.build()),
+    "BAT": pocket_model,
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
 def test_a_clear_video_is_followed(kind):
     """By the shipped weights, over all 24 frames of three videos: the target moves by more than its own size."""
     whole = [clip(index, pocket.FRAMES) for index in (6, 8, 10)]
-    tracks = follow(kind(), [Frames(frames) for frames, _ in whole], [boxes[0] for _, boxes in whole])
+    tracks = follow(MODELS[kind](), [Frames(frames) for frames, _ in whole], [boxes[0] for _, boxes in whole])
     for found, (_, boxes) in zip(tracks, whole, strict=True):
         assert iou(boxes, np.tile(boxes[0], (len(boxes), 1))).mean() < 0.3, "standing still would do"
         assert iou(found.boxes, boxes).mean() > 0.5
@@ -196,28 +185,15 @@ def test_half_precision_follows_alike(model, clips, expected):
 def test_the_boxes_of_a_lost_target_are_inside_the_image(model):
     noise = np.random.default_rng(0).integers(0, 255, (12, 60, 90, 6), dtype=np.uint8)
     boxes = follow(model, [Frames(list(noise))], [[70.0, 40, 15, 15]])[0].boxes
-    assert np.isfinite(boxes).all() and (boxes[1:, 2:] >= 10).all()
-    assert (boxes[1:, :2] >= 0).all() and (boxes[1:, 0] + boxes[1:, 2] <= 90).all()
-    assert (boxes[1:, 1] + boxes[1:, 3] <= 60).all()
+    assert np.isfinite(boxes).all() and (boxes[1:, 2:] >= 10).all() and (boxes[1:, :2] >= 0).all()
+    assert (boxes[1:, :2] + boxes[1:, 2:] <= [90, 60]).all()
 
 
-@pytest.mark.parametrize(
-    "box",
-    [
-        [10, 10, 0, 5],
-        [10, 10, 5, -5],
-        [128, 10, 5, 5],
-        [-20, 10, 20, 5],
-        [10, 130, 5, 5],
-        [float("nan"), 10, 5, 5],
-        [10, 10, float("inf"), 5],
-        [10, 10, 5],
-        [[10, 10, 5, 5]],
-        ["left", 10, 5, 5],
-        None,
-    ],
-    ids=str,
-)
+BAD = [[10, 10, 0, 5], [10, 10, 5, -5], [128, 10, 5, 5], [-20, 10, 20, 5], [10, 130, 5, 5], [np.nan, 10, 5, 5]]
+BAD += [[10, 10, np.inf, 5], [10, 10, 5], [[10, 10, 5, 5]], ["left", 10, 5, 5], None]
+
+
+@pytest.mark.parametrize("box", BAD, ids=str)
 def test_bad_first_boxes(model, clips, box):
     with pytest.raises(BadParameter, match=r"box = .*x, y, w, h in pixels.* 128 x 128"):
         follow(model, [Frames(clips[0][0])], [box])
@@ -229,13 +205,10 @@ def test_a_bad_box_of_a_benchmark_names_the_video(model, sequences):
         follow(model, [sequences[0], absent], [s.boxes[0] for s in (sequences[0], absent)])
 
 
-def test_a_box_for_each_video(model, clips):
-    for videos, boxes in (([Frames(clips[0][0])], []), ([], [])):
-        with pytest.raises(BadParameter, match="a box for each"):
-            follow(model, videos, boxes)
-
-
-# --- folders and files ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_box_for_each_video(model, clips, count):
+    with pytest.raises(BadParameter, match="a box for each"):
+        follow(model, [Frames(clips[0][0])] * count, [])
 
 
 def test_a_folder_gives_the_boxes_of_memory_and_a_result_file(tmp_path, model, clips, expected):
@@ -266,9 +239,8 @@ def test_frames_are_ordered_by_their_numbers(tmp_path, clips):
 def test_a_file_is_decoded_forwards(tmp_path, clips):
     video = open_video(*as_files(tmp_path, clips[0][0], "FFV1", "avi"))
     assert len(video) == LENGTH
-    first = video.frame(0)
-    np.testing.assert_array_equal(video.frame(0), first)
-    np.testing.assert_array_equal(video.frame(3), clips[0][0][3])
+    for i in (0, 0, 3, 3):
+        np.testing.assert_array_equal(video.frame(i), clips[0][0][i])
     with pytest.raises(BadParameter, match="decoded forwards"):
         video.frame(1)
     np.testing.assert_array_equal(video.frame(3), clips[0][0][3])
@@ -283,21 +255,27 @@ def test_the_shorter_file_ends_the_video(tmp_path, model, clips):
 
 def test_folders_of_unequal_length(tmp_path, clips):
     visible, infrared = on_disk(tmp_path, clips[0][0])
-    (infrared / "000003.png").unlink()
-    with pytest.raises(BadParameter, match=r"infrared = .*8 images.*it has 7"):
-        open_video(visible, infrared)
-    for path in visible.iterdir():
-        path.unlink()
-    with pytest.raises(BadParameter, match=r"visible = .*a folder with images"):
-        open_video(visible, infrared)
+    for change, said in (
+        ([infrared / "000003.png"], r"infrared = .*8 images.*it has 7"),
+        (visible.iterdir(), r"visible = .*a folder with images"),
+    ):
+        for path in change:
+            path.unlink()
+        with pytest.raises(BadParameter, match=said):
+            open_video(visible, infrared)
 
 
-def test_streams_of_unequal_size(tmp_path, model, clips):
+def test_streams_of_unequal_size_and_a_damaged_image(tmp_path, model, clips):
     frames, boxes = clips[0]
     visible, infrared = on_disk(tmp_path, frames)
     Image.new("RGB", (64, 64)).save(infrared / "000004.png")
     with pytest.raises(CorruptFile, match=r"000004\.png.*64x64.*128x128"):
         track(visible, infrared, boxes[0], model)
+    broken = infrared / "000002.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    with pytest.raises(CorruptFile) as caught:
+        track(visible, infrared, boxes[0], model, out=tmp_path / "boxes.txt")
+    assert caught.value.path == broken and not (tmp_path / "boxes.txt").exists()
     first, _ = as_files(tmp_path, frames, "FFV1", "avi")
     _, second = as_files(tmp_path / "small", [frame[:64] for frame in frames], "FFV1", "avi")
     with pytest.raises(BadParameter, match=r"infrared = .*frames of \(128, 128\) pixels"):
@@ -307,12 +285,13 @@ def test_streams_of_unequal_size(tmp_path, model, clips):
 def test_paths_that_do_not_fit(tmp_path, clips):
     visible, infrared = on_disk(tmp_path, clips[1][0])
     file = as_files(tmp_path, clips[1][0], "FFV1", "avi")[0]
-    with pytest.raises(BadParameter, match=r"visible = '.*nowhere' .*that exists"):
-        open_video(tmp_path / "nowhere", infrared)
-    with pytest.raises(BadParameter, match=r"infrared = '.*nowhere\.mp4'"):
-        open_video(file, tmp_path / "nowhere.mp4")
-    for pair in ((visible, file), (file, infrared)):
-        with pytest.raises(BadParameter, match="a folder when `visible` is one"):
+    for pair, said in (
+        ((tmp_path / "nowhere", infrared), r"visible = '.*nowhere' .*that exists"),
+        ((file, tmp_path / "nowhere.mp4"), r"infrared = '.*nowhere\.mp4'"),
+        ((visible, file), "a folder when `visible` is one"),
+        ((file, infrared), "a folder when `visible` is one"),
+    ):
+        with pytest.raises(BadParameter, match=said):
             open_video(*pair)
 
 
@@ -331,35 +310,23 @@ def test_files_that_cannot_be_decoded(tmp_path, model, clips):
     assert caught.value.path == cut
 
 
-def test_an_image_that_cannot_be_read(tmp_path, model, clips):
-    frames, boxes = clips[0]
-    visible, infrared = on_disk(tmp_path, frames)
-    broken = infrared / "000002.png"
-    broken.write_bytes(broken.read_bytes()[:60])
-    with pytest.raises(CorruptFile) as caught:
-        track(visible, infrared, boxes[0], model, out=tmp_path / "boxes.txt")
-    assert caught.value.path == broken
-    assert not (tmp_path / "boxes.txt").exists()
-
-
-# --- benchmarks -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("together", [1, 2, 5])
 def test_results_are_in_the_toolkits_format(tmp_path, model, sequences, together):
     found = run(model, sequences, tmp_path / "out", together=together)
     assert list(found) == ["video0", "video1", "video2"]
+    again = data.read_results(tmp_path / "out")
     for one in sequences:
         expected = follow(model, [one], [one.boxes[0]])[0].boxes
         np.testing.assert_allclose(found[one.name], expected, atol=2e-3)
         text = (tmp_path / "out" / f"{one.name}.txt").read_text()
         assert re.fullmatch(r"(-?\d+\.\d{4}(,-?\d+\.\d{4}){3}\n)+", text) and text.count("\n") == len(one)
-    again = data.read_results(tmp_path / "out")
-    assert all(np.array_equal(again[name], found[name]) for name in found)
+        np.testing.assert_array_equal(again[one.name], found[one.name])
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["tracker.json", *(f"{n}.txt" for n in found)]
 
 
-def test_finished_sequences_are_not_tracked_again(tmp_path, model, sequences, read):
+def test_finished_sequences_are_not_tracked_again(tmp_path, model, sequences, read, monkeypatch):
+    names = []
+    monkeypatch.setattr(tracking, "progress", lambda items, name, *_: names.append(name) or items)
     first = run(model, sequences[:2], tmp_path / "out")
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.txt")}
     read.clear()
@@ -367,6 +334,7 @@ def test_finished_sequences_are_not_tracked_again(tmp_path, model, sequences, re
     assert set(read) == {"video2"}
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert all(np.array_equal(found[name], first[name]) for name in first)
+    assert names == ["video0 (1 of 2)", "video1 (2 of 2)", "video2 (3 of 3)"]  # which one, and how many are done
     read.clear()
     run(model, sequences, tmp_path / "out")
     assert not read
@@ -396,67 +364,39 @@ def test_an_error_keeps_what_is_finished(tmp_path, model, sequences, read):
     assert set(read) == {"video1", "video2"}
 
 
-SCRIPT = """
-import sys, time
-from pathlib import Path
-from tests.test_tracking import clip, pocket_model, sequence
-from companion import tracking
-from companion.data import tracking as data
+def test_stopped_while_it_writes_leaves_no_half_file(tmp_path, model, sequences, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        savetxt = np.savetxt
 
-root, slow = Path(sys.argv[1]), float(sys.argv[2])
-write = tracking.write_results
-def stuck(path, boxes):
-    # what a long write would look like: most of it is in the temporary file when the kill comes
-    savetxt = data.np.savetxt
-    def halfway(temporary, rows, **options):
-        savetxt(temporary, rows[:3], **options)
-        if path.stem == "video1":
-            (root / "writing").touch()
-            time.sleep(slow)
-        savetxt(temporary, rows, **options)
-    data.np.savetxt = halfway
-    write(path, boxes)
-    data.np.savetxt = savetxt
-tracking.write_results = stuck
-videos = [sequence(root / "data", f"video{i}", *clip(6 + i, 4)) for i in range(3)]
-tracking.run(pocket_model(), videos, root / "out")
-"""
+        def halfway(path, rows, **options):
+            savetxt(path, rows[: 3 if len(rows) == 5 else None], **options)
+            if len(rows) == 5:
+                raise KeyboardInterrupt
 
-
-def test_killed_while_it_writes_leaves_no_half_file(tmp_path):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
-    victim = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path), "60"], env=environment)
-    kill_when(victim, (tmp_path / "writing").exists)
-    out = tmp_path / "out"
-    assert {path.name for path in out.iterdir() if path.name[0] != "."} == {"tracker.json", "video0.txt"}
-    videos = [sequence(tmp_path / "again", f"video{i}", *clip(6 + i, 4)) for i in range(3)]
-    found = run(pocket_model(), videos, out)
-    assert {name: len(boxes) for name, boxes in found.items()} == {"video0": 4, "video1": 4, "video2": 4}
+        patch.setattr(data.np, "savetxt", halfway)
+        run(model, sequences, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"tracker.json", "video0.txt"}
+    assert [len(boxes) for boxes in run(model, sequences, tmp_path / "out").values()] == [8, 5, 7]
 
 
 @pytest.mark.parametrize(
-    ("first", "second"),
+    ("first", "second", "options"),
     [
-        (pocket_model, lambda: pocket_model(seed=1)),
-        (pocket_model, lambda: BAT(tracker.build(), std=0.01)),  # another fusion
-        (lambda: SingleStream(tracker.build(), 0), lambda: HigherPeak(tracker.build())),
+        (pocket_model, lambda: pocket_model(seed=1), {}),
+        (pocket_model, lambda: BAT(tracker.build(), std=0.01), {}),  # another fusion
+        (MODELS["RGB"], MODELS["higher peak"], {}),
         # the same tensors: RGB alone and thermal alone, one direction and the other
-        (lambda: SingleStream(tracker.build(), 0), lambda: SingleStream(tracker.build(), 1)),
-        tuple(lambda d=d: pocket_model(directions=d) for d in ("first to second", "second to first")),
+        (MODELS["RGB"], MODELS["thermal"], {}),
+        (*(lambda d=d: pocket_model(directions=d) for d in ("first to second", "second to first")), {}),
+        (pocket_model, pocket_model, {"window": False}),
     ],
-    ids=["seed", "fusion", "kind", "stream", "direction"],
+    ids=["seed", "fusion", "kind", "stream", "direction", "window"],
 )
-def test_results_of_another_model_are_refused(tmp_path, sequences, first, second):
+def test_results_of_another_model_or_way_are_refused(tmp_path, sequences, first, second, options):
     run(first(), sequences[1:2], tmp_path / "out")
     run(first(), sequences[1:2], tmp_path / "out")  # the same weights, built again
     with pytest.raises(BadParameter, match="another model's"):
-        run(second(), sequences[1:2], tmp_path / "out")
-
-
-def test_results_without_the_window_are_refused(tmp_path, model, sequences):
-    run(model, sequences[1:2], tmp_path / "out")
-    with pytest.raises(BadParameter, match="another model's"):
-        run(model, sequences[1:2], tmp_path / "out", window=False)
+        run(second(), sequences[1:2], tmp_path / "out", **options)
 
 
 def test_a_folder_of_other_results_is_refused(tmp_path, model, sequences):
@@ -475,16 +415,3 @@ def test_ground_truth_alone_cannot_be_followed(tmp_path, model):
     bare = data.Sequence("bare", (), (), boxes, None, np.zeros(3, bool))
     with pytest.raises(CompanionError, match="only the ground truth of 'bare'"):
         run(model, [bare], tmp_path / "out")
-
-
-def test_progress_names_the_sequence_and_how_many_are_done(tmp_path, model, sequences, monkeypatch):
-    names = []
-
-    def spy(items, name, *_):
-        names.append(name)
-        return items
-
-    monkeypatch.setattr(tracking, "progress", spy)
-    run(model, sequences[:1], tmp_path / "out")
-    run(model, sequences, tmp_path / "out")
-    assert names == ["video0 (1 of 1)", "video1 (2 of 3)", "video2 (3 of 3)"]

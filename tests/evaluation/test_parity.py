@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from companion.errors import BadCheckpoint, BadParameter, CorruptFile, MissingData
+from companion.errors import BadParameter, CorruptFile, MissingData
 from companion.evaluation import fill, parity
 from companion.models.sa2vp import parity as sa2vp_cases
 
@@ -41,28 +40,6 @@ def test_schedule_is_the_authors():
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-15)
 
 
-def test_a_wrong_weight_is_found_and_the_first_output_it_reaches_is_named():
-    case = next(c for c in parity.cases("sa2vp") if c.name == "tiny_vit_full")
-    state = dict(case.state)
-    name = "vit_base.transformer.encoder.layer.5.ffn.fc1.weight"
-    state[name] = state[name] * 1.5
-    differences = parity.compare("sa2vp", parity.Case(case.folder, state))
-    wrong = [d.output for d in differences if not d.agrees]
-    # block 5 is the first that the weight reaches: what enters block 5 still agrees, what enters block 9 does not
-    assert "image_tokens_into_block5" not in wrong
-    assert wrong[0] == "image_tokens_into_block9"
-
-
-def test_a_renamed_tensor_is_listed():
-    case = next(c for c in parity.cases("sa2vp") if c.name == "tiny_vit_full")
-    state = dict(case.state)
-    state["typo"] = state.pop("vit_base.transformer.encoder.layer.3.attn.key.bias")
-    with pytest.raises(BadCheckpoint) as caught:
-        parity.compare("sa2vp", parity.Case(case.folder, state))
-    assert caught.value.missing == ["vit_base.transformer.encoder.layer.3.attn.key.bias"]
-    assert caught.value.unknown == ["typo"]
-
-
 def test_extra_fixtures_are_run_too(tmp_path, monkeypatch):
     shutil.copytree(parity.folder() / "sa2vp" / "tiny_cross_attention", tmp_path / "sa2vp" / "tiny_cross_attention_2")
     monkeypatch.setenv("PARITY_EXTRA", str(tmp_path))
@@ -91,9 +68,6 @@ def test_fill_is_fixed_for_ever():
 
 def test_fill_as_a_command(tmp_path):
     (tmp_path / "names.json").write_text(json.dumps({"a.weight": [2, 3]}))
-    script = Path(__file__).parents[1] / "parity" / "fill.py"
-    result = subprocess.run(
-        [sys.executable, script, tmp_path / "names.json"], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.split()[1] == "a.weight"
-    assert torch.tensor(int(result.stdout.split()[0], 16)) > 0
+    words = [sys.executable, Path(__file__).parents[1] / "parity" / "fill.py", tmp_path / "names.json"]
+    total, name, *_ = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+    assert name == "a.weight" and int(total, 16) > 0

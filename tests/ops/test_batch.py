@@ -1,7 +1,5 @@
 """Grids of runs: what a small file expands to, who gets which card, what the summary says of runs that failed."""
 
-from __future__ import annotations
-
 import csv
 import json
 import subprocess
@@ -27,27 +25,13 @@ with devices(int(sys.argv[2]), Path(sys.argv[1]), poll=0.05) as GPUs:
 
 
 def test_lists_are_axes_and_name_the_runs() -> None:
-    found = batch.expand(
-        {
-            "parameters": {"data_root": "/data", "seed": 9},
-            "runs": [
-                {"paper": "sa2vp", "dataset": ["vtab/svhn", "vtab/dtd"], "seed": [0, 1]},
-                {"paper": "bat", "resources": {"gpu": 2}},
-            ],
-        },
-        PAPERS,
-    )
-    assert list(found) == [
-        "sa2vp/dataset=vtab-svhn,seed=0",
-        "sa2vp/dataset=vtab-svhn,seed=1",
-        "sa2vp/dataset=vtab-dtd,seed=0",
-        "sa2vp/dataset=vtab-dtd,seed=1",
-        "bat/run",
-    ]
-    assert found["sa2vp/dataset=vtab-dtd,seed=1"] == {
-        "parameters": {"data_root": "/data", "seed": 1, "dataset": "vtab/dtd"},
-        "resources": {},
-    }
+    axes = {"paper": "sa2vp", "dataset": ["vtab/svhn", "vtab/dtd"], "seed": [0, 1]}
+    runs = [axes, {"paper": "bat", "resources": {"gpu": 2}}]
+    found = batch.expand({"parameters": {"data_root": "/data", "seed": 9}, "runs": runs}, PAPERS)
+    names = [f"sa2vp/dataset=vtab-{name},seed={seed}" for name in ("svhn", "dtd") for seed in (0, 1)]
+    assert list(found) == [*names, "bat/run"]
+    parameters = {"data_root": "/data", "seed": 1, "dataset": "vtab/dtd"}
+    assert found["sa2vp/dataset=vtab-dtd,seed=1"] == {"parameters": parameters, "resources": {}}
     assert found["bat/run"] == {"parameters": {"data_root": "/data", "seed": 9}, "resources": {"gpu": 2}}
 
 
@@ -59,10 +43,7 @@ def test_lists_are_axes_and_name_the_runs() -> None:
         ([{"paper": "bat", "seed": []}], "a value, or a list of some"),
         ([{"paper": "bat", "seed": 0}, {"paper": "bat", "seed": 1}], "different names"),
         ([{"paper": "bat", "dataset": ["a;b"]}], "letters, digits"),
-        (
-            [{"paper": "sa2vp", "dataset": ["vtab/svhn", "svhn"]}],
-            "dataset = 'svhn'.* Accepted: 'vtab/svhn', 'hta/svhn'",
-        ),
+        ([{"paper": "sa2vp", "dataset": "svhn"}], "dataset = 'svhn'.* Accepted: 'vtab/svhn', 'hta/svhn'"),
         ([{"paper": "bat", "seed": "first"}], "a whole number from 0"),
         ([{"paper": "bat", "datset": ["a"]}], "'datset' is not accepted. Accepted: 'seed', 'dataset', 'data_root'"),
         ([{"paper": "bat", "profile": "paper"}], "parameter of a run of bat = 'profile'"),
@@ -70,11 +51,12 @@ def test_lists_are_axes_and_name_the_runs() -> None:
         ([{"paper": "bat", "resources": {"threads": 0}}], "threads: 0"),
         (["bat"], "a list of {paper"),
         (None, "a list of {paper"),
+        ({"runs": [], "parameters": "-p seed 1"}, "name: value"),
     ],
 )
-def test_a_bad_grid_says_what_is_accepted(runs: list[dict], message: str) -> None:
+def test_a_bad_grid_says_what_is_accepted(runs: list[dict] | dict, message: str) -> None:
     with pytest.raises(BadParameter, match=message):
-        batch.expand({"runs": runs}, PAPERS)
+        batch.expand(runs if isinstance(runs, dict) else {"runs": runs}, PAPERS)
 
 
 @pytest.mark.parametrize(
@@ -84,8 +66,6 @@ def test_a_bad_grid_says_what_is_accepted(runs: list[dict], message: str) -> Non
 def test_a_misspelt_configuration_is_refused(config: dict, message: str) -> None:
     with pytest.raises(BadParameter, match=message):
         batch.check(config)
-    with pytest.raises(BadParameter, match="name: value"):
-        batch.expand({"runs": [], "parameters": "-p seed 1"}, PAPERS)
 
 
 def test_the_parameters_of_a_notebook_are_read_from_its_cell(root: Path) -> None:
@@ -102,21 +82,22 @@ def test_the_seeds_of_a_study_are_read_from_its_text(root: Path, tmp_path: Path)
         batch.seeds(tmp_path / "none.py")
 
 
-def hold(folder: Path, counts: list[int], monkeypatch: pytest.MonkeyPatch) -> list[tuple[set[str], float, float]]:
-    """Start processes that each hold some of three GPUs; the cards of each, and from when to when."""
+@pytest.fixture(autouse=True)
+def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,7")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    started = [
-        subprocess.Popen([sys.executable, "-c", HOLDS, folder, str(n)], stdout=subprocess.PIPE, text=True)
-        for n in counts
-    ]
-    said = [process.communicate(timeout=60)[0].split() for process in started]
-    return [(set(words[:-2]), float(words[-2]), float(words[-1])) for words in said]
+
+
+def start(folder: Path, count: int, code: str = HOLDS) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", code, folder, str(count)], stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("counts", [[1] * 6, [2, 2, 1, 2, 3]])
-def test_no_card_is_dealt_twice_at_a_time(tmp_path: Path, counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    held = hold(tmp_path, counts, monkeypatch)
+def test_no_card_is_dealt_twice_at_a_time(tmp_path: Path, counts: list[int]) -> None:
+    """The cards of each process, and from when to when it held them."""
+    started = [start(tmp_path, count) for count in counts]
+    said = [process.communicate(timeout=60)[0].split() for process in started]
+    held = [(set(cards), float(began), float(ended)) for *cards, began, ended in said]
     assert [len(cards) for cards, _, _ in held] == counts
     for i, (cards, began, ended) in enumerate(held):
         assert cards <= {"0", "1", "7"}
@@ -128,9 +109,7 @@ def test_no_card_is_dealt_twice_at_a_time(tmp_path: Path, counts: list[int], mon
 
 def test_a_killed_run_lets_go_of_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    code = HOLDS.replace("time.sleep(0.6)", "print('held', flush=True); time.sleep(100)")
-    process = subprocess.Popen([sys.executable, "-c", code, tmp_path, "1"], stdout=subprocess.PIPE, text=True)
+    process = start(tmp_path, 1, HOLDS.replace("time.sleep(0.6)", "print('held', flush=True); time.sleep(100)"))
     assert process.stdout.readline() == "held\n"
     process.kill()
     process.wait()
@@ -144,7 +123,6 @@ def test_more_cards_than_there_are_is_an_error_and_a_scheduler_deals_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(BadParameter, match="0 to 0, the cards of this machine"), batch.devices(1, tmp_path):
         pass
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -160,11 +138,10 @@ def test_the_summary_tells_done_failed_and_not_run_and_gathers_what_was_measured
         facts = {"seconds": 61.5, "peak_memory_mb": 900, "device": "CPU"}
         (folder / "run.json").write_text(json.dumps(facts))
         (folder / "measured.csv").write_text(f"method,accuracy\nSA2VP,{accuracy}\n")
-    failed = tmp_path / "bat" / "run"
-    failed.mkdir(parents=True)
-    (failed / "failed.json").write_text(
-        json.dumps({"reason": "MissingData: 'rgbt/lasher'\n more", "seconds": 3.0, "memory_mb": 400})
-    )
+    failed = tmp_path / "bat" / "run" / "failed.json"
+    failed.parent.mkdir(parents=True)
+    facts = {"reason": "MissingData: 'rgbt/lasher'\n more", "seconds": 3.0, "memory_mb": 400}
+    failed.write_text(json.dumps(facts))
     runs = {name: {} for name in ("sa2vp/seed=0", "sa2vp/seed=1", "bat/run", "bat/other")}
     single = tmp_path / "sa2vp" / "measured.csv"
     single.write_text("method,accuracy\nVPT-deep,70.0\n")

@@ -1,7 +1,5 @@
 """The committed notebooks are fit to read, and the pocket path runs without a network; what `make notebooks` keeps."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -13,14 +11,11 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from companion.ops import notebooks
+from companion.ops.papers import slugs
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-COMMITTED = sorted((ROOT / "notebooks").glob("*.ipynb"))
+COMMITTED = [ROOT / "notebooks" / f"{name}.ipynb" for name in (*slugs(), "pocket")]
 OFFLINE = str(ROOT / "tests" / "offline")
-
-
-def test_the_notebooks_are_here() -> None:
-    assert {"sa2vp", "pocket"} <= {path.stem for path in COMMITTED}
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
@@ -28,24 +23,18 @@ def test_committed_notebook_is_fit_to_read(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     notebooks.check(path)
-    first = notebook.cells[0]
-    assert first.cell_type == "markdown" and first.source.startswith("# ")
+    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert len(notebook.cells) - len(code) >= len(code), "more prose than code"
     assert max(len(cell.source.splitlines()) for cell in code) <= 60
-
-
-@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
-def test_parameters_are_plain_literals_with_a_comment(path: Path) -> None:
-    notebook = nbformat.read(path, as_version=4)
-    cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
-    for line in filter(None, map(str.strip, cell.source.splitlines())):
-        if line.startswith("#"):
-            continue
-        assignment, _, comment = line.partition("#")
-        name, _, literal = assignment.partition("=")
-        assert name.strip().isidentifier() and comment.strip(), line
-        json.loads(literal.strip().replace("'", '"').replace("True", "true").replace("False", "false"))
+    # parameters are plain literals with a comment
+    (cell,) = (cell for cell in code if "parameters" in cell.metadata.get("tags", ()))
+    for line in cell.source.splitlines():
+        if line.strip() and not line.startswith("#"):
+            assignment, _, comment = line.partition("#")
+            name, _, literal = assignment.partition("=")
+            assert name.strip().isidentifier() and comment.strip(), line
+            json.loads(literal.strip().replace("'", '"').replace("True", "true").replace("False", "false"))
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -70,51 +59,36 @@ def test_the_block_blocks_and_lets_this_machine_through(tmp_path: Path) -> None:
     assert log.read_text().split() == ["192.0.2.1", "example.org"]
 
 
+def sa2vp(folder: Path, parameters: dict[str, str], **environment: str) -> dict:
+    """The record of the notebook executed into `folder` without a network."""
+    words = [sys.executable, "-m", "papermill", "notebooks/sa2vp.ipynb", str(folder / "sa2vp.ipynb"), "-k", "python3"]
+    given = [word for name, value in parameters.items() for word in ("-p", name, value)]
+    words += ["--no-progress-bar", *given, "-p", "out", str(folder / "out")]
+    env = {**os.environ, "PYTHONPATH": OFFLINE, "COMPANION_PROGRESS": "off", **environment}
+    done = subprocess.run(words, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "out" / "run.json").read_text(encoding="utf-8"))
+
+
 def test_pocket_path_needs_no_network(tmp_path: Path) -> None:
     """From papermill to the record, with empty caches: what a compute node without a network sees."""
-    log, out, executed = tmp_path / "attempts", tmp_path / "out", tmp_path / "sa2vp.ipynb"
+    log, out = tmp_path / "attempts", tmp_path / "out"
     caches = {name: str(tmp_path / "cache") for name in ("HF_HOME", "TORCH_HOME", "XDG_CACHE_HOME")}
-    command = [sys.executable, "-m", "papermill", "notebooks/sa2vp.ipynb", str(executed), "-k", "python3"]
-    done = subprocess.run(
-        [*command, "--no-progress-bar", "-p", "profile", "pocket", "-p", "out", str(out)],
-        env={**os.environ, **caches, "PYTHONPATH": OFFLINE, "OFFLINE_LOG": str(log), "COMPANION_PROGRESS": "off"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    record = sa2vp(tmp_path, {"profile": "pocket"}, **caches, OFFLINE_LOG=str(log))
     assert not log.exists(), f"tried to reach {log.read_text()}"
-    record = json.loads((out / "run.json").read_text(encoding="utf-8"))
     assert {"slug", "profile", "parameters", "versions", "commit", "device", "seconds", "peak_memory_mb"} <= set(record)
     claims = json.loads((out / "claims.json").read_text(encoding="utf-8"))
     assert {claim["status"] for claim in claims} <= {"holds", "fails", "not run"}
     assert not [claim for claim in claims if claim["kind"] == "exact" and claim["status"] == "not run"]
     assert list((out / "tables").glob("*.csv")) and list((out / "figures").glob("*.png"))
-    streams = [
-        output.name
-        for cell in nbformat.read(executed, as_version=4).cells
-        for output in cell.get("outputs", ())
-        if output.output_type == "stream"
-    ]
-    assert "stderr" not in streams
+    cells = nbformat.read(tmp_path / "sa2vp.ipynb", as_version=4).cells
+    assert "stderr" not in [output.get("name") for cell in cells for output in cell.get("outputs", ())]
 
 
 @pytest.mark.slow
 def test_paper_profile_can_be_walked_on_a_cpu(tmp_path: Path) -> None:
     """`dry_run`: the full-size model, two optimiser steps on generated images, every cell of the notebook."""
-    command = [sys.executable, "-m", "papermill", "notebooks/sa2vp.ipynb", str(tmp_path / "sa2vp.ipynb")]
-    parameters = ["-p", "profile", "paper", "-p", "dry_run", "true", "-p", "out", str(tmp_path / "out")]
-    done = subprocess.run(
-        [*command, "-k", "python3", "--no-progress-bar", *parameters],
-        env={**os.environ, "PYTHONPATH": OFFLINE, "COMPANION_PROGRESS": "off"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    record = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
+    record = sa2vp(tmp_path, {"profile": "paper", "dry_run": "true"})
     assert record["profile"] == "paper" and record["parameters"]["dry_run"] is True
     assert record["peak_memory_mb"] < 12_000
     assert not (tmp_path / "out" / "measured.csv").exists(), "a dry run measures nothing"
@@ -194,6 +168,4 @@ def test_problems_sees_what_is_missing() -> None:
     html = new_output("display_data", data={"text/html": "<td>a</td> and/or 1/2 https://a.org/b/c"})
     found = notebooks.problems(new_notebook(cells=[cell, new_code_cell("y", outputs=[html], execution_count=1)]))
     assert len(found) == 3
-    assert any("tagged `parameters`" in line for line in found)
-    assert any("kernel" in line for line in found)
-    assert any("was not run" in line for line in found)
+    assert all(any(said in line for line in found) for said in ("tagged `parameters`", "kernel", "was not run"))

@@ -1,21 +1,12 @@
 """Parameters are converted by their rules in paper.yaml, and the rules name what the code has."""
 
+from importlib import import_module
+
 import pytest
 
 from companion import climate
 from companion.data import DATASETS
 from companion.errors import BadParameter
-from companion.models.bat import recipe as bat_recipe
-from companion.models.dmt import model as dmt
-from companion.models.dmt import recipe as dmt_recipe
-from companion.models.dmt import teachers as dmt_teachers
-from companion.models.dplq import recipe as dplq_recipe
-from companion.models.hvit import model as hvit
-from companion.models.hvit import recipe as hvit_recipe
-from companion.models.metasegnet import model as metasegnet
-from companion.models.metasegnet import recipe as metasegnet_recipe
-from companion.models.promptpar import recipe as promptpar_recipe
-from companion.models.tip import recipe as tip_recipe
 from companion.ops.papers import accepted, convert, paper, rules, slugs
 from companion.ops.report import start
 
@@ -67,34 +58,34 @@ def sets(task):
     return [name for name, found in DATASETS.items() if found.task == task and found.group != "pocket"]
 
 
+def of(slug, module, name):
+    return [*getattr(import_module(f"companion.models.{slug}.{module}"), name)]
+
+
+TASKS = {"dplq": "domains", "ecamp": "xrays", "hvit": "slides", "metasegnet": "landcover", "promptpar": "attributes"}
+TASKS |= {"sa2vp": "classification", "tip": "restoration"}
 IN_CODE = {
+    **{(slug, "dataset"): [*sets(task), "folder"] for slug, task in TASKS.items()},
     ("bat", "dataset"): sets("tracking"),
-    ("bat", "method"): bat_recipe.METHODS,
+    ("bat", "method"): of("bat", "recipe", "METHODS"),
     ("dmt", "dataset"): ["", *sets("pretraining"), "folder"],
-    ("dmt", "teachers"): dmt_teachers.RELEASED,
-    ("dmt", "losses"): dmt_recipe.LOSSES,
-    ("dmt", "task"): dmt_recipe.USUAL,
-    ("dmt", "teacher_view"): dmt.VIEWS,
-    ("dmt", "fusion"): dmt.FUSIONS,
-    ("dplq", "dataset"): [*sets("domains"), "folder"],
+    ("dmt", "teachers"): of("dmt", "teachers", "RELEASED"),
+    ("dmt", "losses"): of("dmt", "recipe", "LOSSES"),
+    ("dmt", "task"): of("dmt", "recipe", "USUAL"),
+    ("dmt", "teacher_view"): of("dmt", "model", "VIEWS"),
+    ("dmt", "fusion"): of("dmt", "model", "FUSIONS"),
     ("dplq", "targets"): sets("domains"),
-    ("dplq", "protocol"): ["base to novel", *dplq_recipe.TRANSFERS],
-    ("ecamp", "dataset"): [*sets("xrays"), "folder"],
-    ("hvit", "dataset"): [*sets("slides"), "folder"],
-    ("hvit", "method"): hvit_recipe.METHODS,
-    ("hvit", "head"): hvit.HEADS,
-    ("hvit", "position"): [kind for kind in hvit.POSITIONS if not kind.startswith("2d")],
-    ("metasegnet", "dataset"): [*sets("landcover"), "folder"],
-    ("metasegnet", "method"): metasegnet_recipe.LEVELS,
+    ("dplq", "protocol"): ["base to novel", *of("dplq", "recipe", "TRANSFERS")],
+    ("hvit", "method"): of("hvit", "recipe", "METHODS"),
+    ("hvit", "head"): of("hvit", "model", "HEADS"),
+    ("hvit", "position"): [kind for kind in of("hvit", "model", "POSITIONS") if not kind.startswith("2d")],
+    ("metasegnet", "method"): of("metasegnet", "recipe", "LEVELS"),
     ("metasegnet", "prompt"): climate.LEVELS,
     ("metasegnet", "held_out"): ["", *climate.Prompts.read().zones],
-    ("metasegnet", "augmentation"): metasegnet.AUGMENTATIONS,
-    ("promptpar", "dataset"): [*sets("attributes"), "folder"],
-    ("promptpar", "method"): promptpar_recipe.METHODS,
-    ("sa2vp", "dataset"): [*sets("classification"), "folder"],
+    ("metasegnet", "augmentation"): of("metasegnet", "model", "AUGMENTATIONS"),
+    ("promptpar", "method"): of("promptpar", "recipe", "METHODS"),
     ("sic_cads", "dataset"): sets("detection"),
-    ("tip", "dataset"): [*sets("restoration"), "folder"],
-    ("tip", "method"): tip_recipe.METHODS,
+    ("tip", "method"): of("tip", "recipe", "METHODS"),
 }
 
 

@@ -1,7 +1,5 @@
 """Which files a notebook depends on, in a small package made for the test, and what their hash notices."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path
@@ -47,35 +45,20 @@ def names(path: Path, package: Path) -> set[str]:
     return {file.relative_to(package).as_posix() for file in provenance.sources(path, package)}
 
 
+TWO = {"__init__.py", "models/__init__.py", "models/two.py", "training/fit.py", "errors.py"}
+
+
 def test_follows_imports_of_every_form(package: Path, tmp_path: Path) -> None:
     path = notebook(tmp_path, "%matplotlib inline\nfrom companion.models import two\n!ls", "if True:\n    import numpy")
-    assert names(path, package) == {
-        "__init__.py",
-        "models/__init__.py",
-        "models/two.py",
-        "training/fit.py",
-        "errors.py",
-        "models/nb/paper.yaml",
-    }
+    assert names(path, package) == {*TWO, "models/nb/paper.yaml"}
+    assert names(package / "models" / "two.py", package) == TWO  # a module counts itself
 
 
 def test_pocket_weights_count_where_they_are_named(package: Path, tmp_path: Path) -> None:
-    path = notebook(tmp_path, "import companion.models.one as m", name="other")
-    assert "toy/encoders/weights/vit.safetensors" in names(path, package)
-    assert "toy/encoders/weights/tracker.safetensors" not in names(path, package)
-    assert "data/vit_sets.yaml" in names(path, package) and "data/other_sets.yaml" not in names(path, package)
-    assert "models/nb/paper.yaml" not in names(path, package)
-    assert "training/fit.py" not in names(path, package)
-
-
-def test_a_module_counts_itself(package: Path) -> None:
-    assert names(package / "models" / "two.py", package) == {
-        "__init__.py",
-        "models/__init__.py",
-        "models/two.py",
-        "training/fit.py",
-        "errors.py",
-    }
+    found = names(notebook(tmp_path, "import companion.models.one as m", name="other"), package)
+    assert {"toy/encoders/weights/vit.safetensors", "data/vit_sets.yaml"} <= found
+    assert not found & {"toy/encoders/weights/tracker.safetensors", "data/other_sets.yaml"}
+    assert not found & {"models/nb/paper.yaml", "training/fit.py"}
 
 
 def test_cell_that_is_not_python_is_named(package: Path, tmp_path: Path) -> None:
@@ -98,25 +81,17 @@ def test_hash_ignores_what_does_not_run(tmp_path: Path) -> None:
     assert hashed('def f():\n    """Old."""\nreturn_ = "# kept"\n') != before
 
 
-def test_hash_of_a_notebook_is_over_its_code(tmp_path: Path) -> None:
+def test_hash_of_a_notebook_is_over_its_code_and_of_data_over_every_byte(tmp_path: Path) -> None:
     first = provenance.code_hash([notebook(tmp_path, "x = 1", prose="# One")])
     assert first == provenance.code_hash([notebook(tmp_path, "x = 1", prose="# Two")])
     assert first != provenance.code_hash([notebook(tmp_path, "x = 2", prose="# Two")])
-
-
-def test_hash_of_data_is_over_every_byte(tmp_path: Path) -> None:
-    path = tmp_path / "w.bin"
-    path.write_bytes(b"# a")
-    before = provenance.code_hash([path])
-    path.write_bytes(b"# b")
-    assert before != provenance.code_hash([path])
+    for name, data in (("a", b"# a"), ("b", b"# b")):
+        (tmp_path / f"{name}.bin").write_bytes(data)
+    assert provenance.code_hash([tmp_path / "a.bin"]) != provenance.code_hash([tmp_path / "b.bin"])
 
 
 def test_needs_only_the_standard_library() -> None:
     """The Snakefile imports it for every run: it must not bring torch in."""
-    code = (
-        "import sys, companion.ops.provenance\n"
-        "print([m for m in ('torch', 'numpy', 'yaml', 'nbformat') if m in sys.modules])"
-    )
+    code = "import sys, companion.ops.provenance; print({'torch', 'numpy', 'yaml', 'nbformat'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "set()"

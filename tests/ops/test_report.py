@@ -27,22 +27,18 @@ def run(tmp_path):
 
 
 def test_start_refuses_what_does_not_go_together():
-    with pytest.raises(BadParameter, match="profile"):
-        report.start("sa2vp", profile="paper", study=True)
-    with pytest.raises(BadParameter, match="quick as it is"):
-        report.start("sa2vp", profile="pocket", dry_run="true")
-    with pytest.raises(BadParameter, match="sedd"):
-        report.start("sa2vp", sedd=1)
+    paper, dry, wrong = {"profile": "paper", "study": True}, {"profile": "pocket", "dry_run": "true"}, {"sedd": 1}
+    for parameters, said in ((paper, "profile"), (dry, "quick as it is"), (wrong, "sedd")):
+        with pytest.raises(BadParameter, match=said):
+            report.start("sa2vp", **parameters)
 
 
 def test_a_place_where_nothing_can_be_written_is_told_before_the_run(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    for out in ("file", "file/below"):
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    for out in ("file", "file/below", "new"):
         with pytest.raises(BadParameter, match="a folder that you may write to"):
             report.start("sa2vp", profile="pocket", out=str(tmp_path / out))
-    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
-    with pytest.raises(BadParameter, match="a folder that you may write to"):
-        report.start("sa2vp", profile="pocket", out=str(tmp_path / "new"))
 
 
 def test_a_run_from_another_folder_writes_there_and_finds_the_study(tmp_path, monkeypatch):
@@ -55,14 +51,16 @@ def test_a_run_from_another_folder_writes_there_and_finds_the_study(tmp_path, mo
 
 
 def test_data_below_the_checkout_are_found_from_the_folder_of_the_notebooks(tmp_path, monkeypatch):
+    def found(name):
+        return report.start("sa2vp", profile="pocket", data_root=name).parameters.data_root
+
     for folder in ("notebooks", "data"):
         (tmp_path / folder).mkdir()
     (tmp_path / "pyproject.toml").write_text("")
     monkeypatch.chdir(tmp_path / "notebooks")
-    assert report.start("sa2vp", profile="pocket", data_root="data").parameters.data_root == "../data"
-    assert report.start("sa2vp", profile="pocket", data_root="none").parameters.data_root == "none"
+    assert (found("data"), found("none")) == ("../data", "none")
     (tmp_path / "notebooks" / "data").mkdir()
-    assert report.start("sa2vp", profile="pocket", data_root="data").parameters.data_root == "data"
+    assert found("data") == "data"
 
 
 def test_check_prints_the_verdict_and_not_the_value(capsys):
@@ -115,12 +113,8 @@ def test_a_run_leaves_tables_figures_claims_and_a_record(run):
     shown = run.close().data
     assert "FAILS" in shown and "because" in shown
     claims = {c["id"]: c for c in json.loads((run.out / "claims.json").read_text())}
-    assert [claims[c]["status"] for c in ("identity", "locality", "full-hta", "reuse")] == [
-        "holds",
-        "fails",
-        "not run",
-        "not run",
-    ]
+    for name, status in (("identity", "holds"), ("locality", "fails"), ("full-hta", "not run"), ("reuse", "not run")):
+        assert claims[name]["status"] == status
     assert len(claims) == len(paper("sa2vp")["claims"])
     facts = json.loads((run.out / "run.json").read_text())
     assert facts["seeds"] == [3] and facts["versions"]["torch"] and facts["peak_memory_mb"] > 0
@@ -132,21 +126,21 @@ def test_a_run_leaves_tables_figures_claims_and_a_record(run):
 
 
 def rows(lead: list[float]) -> pd.DataFrame:
-    found = []
-    for claim in paper("sa2vp")["claims"]:
-        if claim["kind"] == "directional":
-            for task in claim["tasks"]:
-                for seed, by in enumerate(lead):
-                    for name, value in ((claim["better"], 50 + by), (claim["worse"], 50)):
-                        found.append({"stage": "test", "task": task, "method": name, "seed": seed, "accuracy": value})
+    found = [
+        {"stage": "test", "task": task, "method": claim[role], "seed": seed, "accuracy": 50 + by * (role == "better")}
+        for claim in paper("sa2vp")["claims"]
+        if claim["kind"] == "directional"
+        for task in claim["tasks"]
+        for seed, by in enumerate(lead)
+        for role in ("better", "worse")
+    ]
     return pd.DataFrame(found).drop_duplicates(["task", "method", "seed"])
 
 
 def test_a_directional_claim_needs_every_seed(run):
     run.claims_from_study(rows([5, 3, 4]), {"scale-natural": "reason"})
-    assert run.claims["aligned"]["status"] == "holds"
+    assert run.claims["aligned"]["status"] == "holds" and run.claims["aligned"]["seeds"] == [0, 1, 2]
     assert run.claims["aligned"]["value"].startswith("where +4.0 ± 1.0")
-    assert run.claims["aligned"]["seeds"] == [0, 1, 2]
     run.claims_from_study(rows([5, -1, 4]), {"aligned": "reason"})
     assert run.claims["aligned"]["status"] == "fails" and run.claims["aligned"]["why"] == "reason"
 
@@ -177,27 +171,35 @@ def test_photographs_in_a_notebook_have_few_colours_and_keep_them_in_the_file(ru
     assert Image.open(run.out / "figures" / "photo.png").mode == "RGB"
 
 
-def test_a_claim_may_be_judged_by_other_measures(run, monkeypatch):
-    claim = {"id": "two", "kind": "directional", "text": "", "tasks": ["t"], "better": "a", "worse": "b"}
-    monkeypatch.setattr(report, "paper", lambda slug: {"claims": [claim | {"metrics": ["SR", "dark"]}]})
-    measured = {"a": [(51.0, 9.0), (51.0, 8.0), (51.0, 7.0)], "b": [(50.0, 9.0)] * 3}
-    rows = [
-        {"stage": "test", "task": "t", "method": method, "seed": seed, "SR": sr, "dark": dark}
-        for method, seeds in measured.items()
-        for seed, (sr, dark) in enumerate(seeds)
-    ]
-    run.claims_from_study(pd.DataFrame(rows))
-    assert run.claims["two"]["status"] == "fails"
-    assert run.claims["two"]["value"].startswith("t SR +1.0 ± 0.0 [+1.0, +1.0]; t dark -1.0 ± 1.0 [-2.0, +0.0] points")
+@pytest.fixture
+def judged(run, monkeypatch):
+    """The claim about method a (and b) on rows of these measures, as a study's are."""
+
+    def judge(claim, measured):
+        claim = {"id": "own", "kind": "directional", "text": "", "tasks": ["t"], "better": "a"} | claim
+        monkeypatch.setattr(report, "paper", lambda slug: {"claims": [claim]})
+        rows = [
+            {"stage": "test", "task": "t", "method": method, "seed": seed} | row
+            for method, rows in measured.items()
+            for seed, row in enumerate(rows)
+        ]
+        run.claims_from_study(pd.DataFrame(rows))
+        return run.claims["own"]["status"], run.claims["own"]["value"]
+
+    return judge
 
 
-def test_a_measure_that_is_a_lead_is_compared_with_zero(run, monkeypatch):
-    claim = {"id": "own", "kind": "directional", "text": "", "tasks": ["t"], "better": "a", "metrics": ["gain"]}
-    monkeypatch.setattr(report, "paper", lambda slug: {"claims": [claim]})
-    for gains, status in (((2.0, 1.0, 3.0), "holds"), ((2.0, -1.0, 5.0), "fails")):
-        own = [{"stage": "test", "task": "t", "method": "a", "seed": i, "gain": g} for i, g in enumerate(gains)]
-        run.claims_from_study(pd.DataFrame(own))
-        assert run.claims["own"]["status"] == status and run.claims["own"]["value"].startswith("t gain +2.0 ±")
+def test_a_claim_may_be_judged_by_other_measures(judged):
+    measured = {"a": [{"SR": 51.0, "dark": dark} for dark in (9.0, 8.0, 7.0)], "b": [{"SR": 50.0, "dark": 9.0}] * 3}
+    status, value = judged({"worse": "b", "metrics": ["SR", "dark"]}, measured)
+    assert status == "fails"
+    assert value.startswith("t SR +1.0 ± 0.0 [+1.0, +1.0]; t dark -1.0 ± 1.0 [-2.0, +0.0] points")
+
+
+@pytest.mark.parametrize(("gains", "status"), [((2.0, 1.0, 3.0), "holds"), ((2.0, -1.0, 5.0), "fails")])
+def test_a_measure_that_is_a_lead_is_compared_with_zero(judged, gains, status):
+    found, value = judged({"metrics": ["gain"]}, {"a": [{"gain": gain} for gain in gains]})
+    assert found == status and value.startswith("t gain +2.0 ±")
 
 
 STUDIES = sorted(p.parent.name for p in (record.root() / "reports" / "pocket").glob("*/study.csv"))
@@ -211,10 +213,8 @@ def test_the_study_kept_in_the_repository_is_whole(run, slug):
     facts = json.loads((folder / "study.json").read_text())
     tested, chosen = found[found.stage == "test"], ablations.selected(found)
     assert (tested.groupby(["task", "method"]).seed.nunique() >= 3).all()
-    assert (
-        found[found.stage == "select"].groupby(["task", "method"]).learning_rate.nunique()
-        == len(facts["learning_rates"])
-    ).all()
+    rates = found[found.stage == "select"].groupby(["task", "method"]).learning_rate
+    assert (rates.nunique() == len(facts["learning_rates"])).all()
     assert all(chosen.get((row.task, row.method), 0) == row.learning_rate for row in tested.itertuples())
     directional = [c for c in paper(slug)["claims"] if c["kind"] == "directional"]
     compared = {c[role] for c in directional for role in ("better", "worse") if role in c}
@@ -233,26 +233,11 @@ def test_results_gather_in_a_file_by_their_keys(tmp_path):
 
 
 def test_the_study_notice_names_choices_at_an_end_of_the_grid(tmp_path):
-    rows = [
-        {
-            "stage": "select",
-            "task": "t",
-            "method": method,
-            "learning_rate": rate,
-            "seed": 0,
-            "accuracy": float(rate == best),
-        }
-        for method, best in (("inside", 2), ("outside", 3))
-        for rate in (1, 2, 3)
-    ]
-    pd.DataFrame(rows).to_csv(tmp_path / "study.csv", index=False)
-    facts = {
-        "seeds": [0],
-        "learning_rates": [1, 2, 3],
-        "tasks": {"t": ["inside", "outside"]},
-        "seconds_of_cpu": 125,
-        "code": "?",
-    }
-    (tmp_path / "study.json").write_text(json.dumps(facts))
+    best = [("inside", rate, float(rate == 2)) for rate in (1, 2, 3)]
+    best += [("outside", rate, float(rate == 3)) for rate in (1, 2, 3)]
+    rows = pd.DataFrame(best, columns=["method", "learning_rate", "accuracy"]).assign(stage="select", task="t", seed=0)
+    rows.to_csv(tmp_path / "study.csv", index=False)
+    facts = {"seeds": [0], "learning_rates": [1, 2, 3], "tasks": {"t": ["inside", "outside"]}}
+    (tmp_path / "study.json").write_text(json.dumps(facts | {"seconds_of_cpu": 125, "code": "?"}))
     said = notice("sa2vp", tmp_path)
     assert "2 minutes of one core. At an end of the grid: outside. It is OLDER" in said

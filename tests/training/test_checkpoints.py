@@ -5,13 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from companion import backbones
 from companion.training.checkpoints import Checkpoint, checkpoint_key, save
-from companion.training.fit import CPU, fit
-from companion.training.schedules import adamw
+from tests.training.test_fit import run, same, squared
 
 
 def model(seed: int = 0) -> nn.Module:
@@ -27,28 +25,25 @@ def test_a_stopped_training_goes_on_and_a_finished_one_is_read(tmp_path):
         asked.append(1)
         if len(asked) == 4:
             raise KeyboardInterrupt
-        return F.mse_loss(m(batch[0]), batch[1])
+        return squared(m, batch)
 
-    def train(**options):
+    def train(checkpoint=None):
         one = model()
-        fit(one, loss, data, epochs=3, batch=8, optimizer=adamw(1e-2), hardware=CPU, **options)
-        return one.state_dict()
+        run(one, loss, data, epochs=3, checkpoint=checkpoint)
+        return one
 
     def where():
         facts = {"model": model(), "images": ["a.png"], "labels": data.tensors[1]}
         return Checkpoint.of(tmp_path, "par/peta, seed 0", every=2, **facts)
 
     with pytest.raises(KeyboardInterrupt):
-        train(checkpoint=where())
+        train(where())
     assert set(tmp_path.iterdir()) == {where().path, where().history}
     assert where().path.name.startswith("par-peta, seed 0, ")
-    again = train(checkpoint=where())
-    assert len(asked) == 8  # two of six were kept
-    once_more = train(checkpoint=where())
-    assert len(asked) == 8
+    again, once_more = train(where()), train(where())
+    assert len(asked) == 8  # two of six were kept, and then all
     whole = train()
-    for found in (again, once_more):
-        assert all(torch.equal(t, whole[n]) for n, t in found.items())
+    assert same(again, whole) and same(once_more, whole)
 
 
 def test_a_key_is_the_same_for_the_same_facts_alone(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The house figures are legible and show their values."""
 
 import io
+import itertools
 import math
 
 import matplotlib.pyplot as plt
@@ -33,10 +34,9 @@ def visible_texts(figure):
 def overlapping_text(figure):
     """The pairs of texts that cover each other by more than a pixel each way."""
     boxes = [(text.get_text(), text.get_window_extent()) for text in visible_texts(figure)]
-    pairs = [((one, a), (other, b)) for i, (one, a) in enumerate(boxes) for other, b in boxes[i + 1 :]]
     return [
         (one, other)
-        for (one, a), (other, b) in pairs
+        for (one, a), (other, b) in itertools.combinations(boxes, 2)
         if min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1
     ]
 
@@ -76,31 +76,31 @@ def grid_figure():
     return plots.attention_grid(photographs(5), rows, titles, **HALF)
 
 
+def threshold_curves():
+    errors = {m: (np.arange(51), np.linspace(0, 1, 51)) for m in METHODS}
+    overlaps = {m: (np.linspace(0, 1, 21), np.linspace(1, 0, 21)) for m in METHODS}
+    curves = {"centre error (pixels)": errors, "overlap (IoU)": overlaps}
+    return plots.threshold_curves(curves, dict.fromkeys(METHODS, "99.9 / 88.8"))
+
+
+def radar():
+    counts = {"LasHeR": 19, "RGBT234": 12}
+    return plots.radar({k: {f"A{i}": 50 + 2.0 * i for i in range(n)} for k, n in counts.items()}, 30, 90)
+
+
+TITLES = ["true: tabby cat, predicted: Egyptian cat"] * 6
+ROLLOUT = {"Rollout, last layer": torch.linspace(0, 1, 392).view(2, 14, 14) / 196}
 HOUSE_FIGURES = {
     "grid": grid_figure,
-    "grid, shared": lambda: plots.attention_grid(
-        photographs(2), {"Rollout, last layer": torch.rand(2, 14, 14) / 196}, shared=True, mode="nearest", **HALF
-    ),
-    "images": lambda: plots.show_images(
-        photographs(6), ["true: tabby cat, predicted: Egyptian cat"] * 6, columns=3, **HALF
-    ),
+    "grid, shared": lambda: plots.attention_grid(photographs(2), ROLLOUT, shared=True, mode="nearest", **HALF),
+    "images": lambda: plots.show_images(photographs(6), TITLES, columns=3, **HALF),
     "small images": lambda: plots.show_images(photographs(6, 32), [f"class {i}" for i in range(6)], **HALF),
     "bars": lambda: plots.bars(*table()),
     "bars of one method": lambda: plots.bars(table(methods=["SA²VP"])[0]),
     "bars of a benchmark": lambda: plots.bars(*table([f"{t} {i}" for i in range(3) for t in TASKS], METHODS[:4])),
     "curves": lambda: plots.curves(histories()),
-    "threshold curves": lambda: plots.threshold_curves(
-        {
-            "centre error (pixels)": {m: (np.arange(51), np.linspace(0, 1, 51)) for m in METHODS},
-            "overlap (IoU)": {m: (np.linspace(0, 1, 21), np.linspace(1, 0, 21)) for m in METHODS},
-        },
-        dict.fromkeys(METHODS, "99.9 / 88.8"),
-    ),
-    "radar": lambda: plots.radar(
-        {name: {f"A{i}": 50 + 2.0 * i for i in range(count)} for name, count in (("LasHeR", 19), ("RGBT234", 12))},
-        30,
-        90,
-    ),
+    "threshold curves": threshold_curves,
+    "radar": radar,
     "curves of one method": lambda: plots.curves({"SA²VP": {"loss": [3.0, 2, 1]}}),
 }
 
@@ -146,19 +146,19 @@ def test_bars_and_curves_show_the_numbers():
     values, spread = table(TASKS[:2], METHODS[:2])
     values.iloc[0, 1] = math.nan
     figure = plots.bars(values, spread)
-    texts = {t.get_text() for t in figure.axes[0].texts}
     expected = {f"{values.iloc[i, j]:.1f} ± {spread.iloc[i, j]:.1f}" for i, j in ((0, 0), (1, 0), (1, 1))}
-    assert texts == expected
+    assert {t.get_text() for t in figure.axes[0].texts} == expected
     with pytest.raises(BadParameter):
         plots.bars(values, spread.iloc[:1])
     frame = pd.DataFrame({"epoch": [2, 4, 6], "loss": [3.0, 2.0, 1.0]})
     (line,) = plots.curves({"SA²VP": frame}).axes[0].lines
     np.testing.assert_array_equal(line.get_xydata(), [[2, 3], [4, 2], [6, 1]])
-    runs = np.array([[1.0, 2.0], [3.0, 6.0]])
-    ax = plots.curves({"SA²VP": {"loss": runs}}).axes[0]
-    np.testing.assert_array_equal(ax.lines[0].get_ydata(), [2, 4])
+    (line,) = plots.curves({"SA²VP": {"loss": np.array([[1.0, 2.0], [3.0, 6.0]])}}).axes[0].lines
+    np.testing.assert_array_equal(line.get_ydata(), [2, 4])
     with pytest.raises(BadParameter):
         plots.curves({"SA²VP": {}})
+    (line,) = plots.radar({"x": {"a": 10.0, "b": 20.0, "c": 30.0}}, 0, 40).axes[0].lines
+    assert line.get_ydata().tolist() == [10, 20, 30, 10]  # closed
 
 
 def test_boxes_are_drawn_at_their_positions():
@@ -173,11 +173,6 @@ def test_boxes_are_drawn_at_their_positions():
     plots.boxes(ax, image, {"white": (4, 5, 10, 8)})
     assert ax.patches[0].get_bbox().bounds == (3.5, 4.5, 10, 8)
     assert ax.get_xlim() == (-0.5, 29.5) and ax.get_ylim() == (19.5, -0.5)
-
-
-def test_radar_closes_its_line():
-    figure = plots.radar({"x": {"a": 10.0, "b": 20.0, "c": 30.0}}, 0, 40)
-    assert figure.axes[0].lines[0].get_ydata().tolist() == [10, 20, 30, 10]
 
 
 def test_wrong_numbers_of_images_are_refused():

@@ -39,8 +39,12 @@ class Page(html.parser.HTMLParser):
         self.tags.append((tag, dict(attributes)))
 
 
+def picture_of(uri):
+    return Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1])))
+
+
 def colour_of(uri):
-    return Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))).convert("RGB").getpixel((5, 5))
+    return picture_of(uri).convert("RGB").getpixel((5, 5))
 
 
 def test_frames_stand_in_the_order_of_the_controls():
@@ -103,25 +107,24 @@ def test_photographs_fit_and_too_many_are_refused():
 
 def test_small_arrays_are_enlarged_and_wrong_ones_refused():
     page = widgets.explorer({0: torch.rand(14, 14, 3)}, {"block": [0]}).data
-    picture = Image.open(io.BytesIO(base64.b64decode(Page(page).all("img")[0]["src"].split(",")[1])))
-    assert picture.size == (224, 224)
-    with pytest.raises(BadParameter, match=r"shape \(14, 14\)"):
-        widgets.explorer({0: np.zeros((14, 14))}, {"block": [0]})
-    frames = flat_frames()
-    del frames[3, "SA²VP"]
-    with pytest.raises(BadParameter, match=r"no image for \(3, 'SA²VP'\)"):
-        widgets.explorer(frames, CONTROLS)
-    with pytest.raises(BadParameter, match=r"no such values \(9, 'SA²VP'\)"):
-        widgets.explorer(flat_frames() | {(9, "SA²VP"): np.zeros((8, 8, 3))}, CONTROLS)
-    with pytest.raises(BadParameter, match="controls"):
-        widgets.explorer({}, {})
+    assert picture_of(Page(page).all("img")[0]["src"]).size == (224, 224)
+    frames, fewer = flat_frames(), flat_frames()
+    del fewer[3, "SA²VP"]
+    for given, controls, said in (
+        ({0: np.zeros((14, 14))}, {"block": [0]}, r"shape \(14, 14\)"),
+        (fewer, CONTROLS, r"no image for \(3, 'SA²VP'\)"),
+        (frames | {(9, "SA²VP"): np.zeros((8, 8, 3))}, CONTROLS, r"no such values \(9, 'SA²VP'\)"),
+        ({}, {}, "controls"),
+    ):
+        with pytest.raises(BadParameter, match=said):
+            widgets.explorer(given, controls)
 
 
 def test_an_animation_has_a_still_image_for_reduced_motion():
     frames = [np.full((40, 60, 3), 20 * i, np.uint8) for i in range(5)]
     page = widgets.animation(frames, "a <film>", seconds=0.5).data
     image, source = Page(page).all("img")[0], Page(page).all("source")[0]
-    film = Image.open(io.BytesIO(base64.b64decode(image["src"].split(",")[1])))
+    film = picture_of(image["src"])
     assert film.n_frames == 5
     film.seek(1)
     film.load()
@@ -135,7 +138,7 @@ def test_an_animation_of_large_images_shrinks_until_it_fits(monkeypatch):
     noise = np.random.default_rng(0).integers(0, 255, (9, 256, 256, 3), dtype=np.uint8)
     page = widgets.animation(noise, "noise").data
     assert len(page) < 170_000
-    film = Image.open(io.BytesIO(base64.b64decode(Page(page).all("img")[0]["src"].split(",")[1])))
+    film = picture_of(Page(page).all("img")[0]["src"])
     assert film.n_frames == 9 and film.size[0] == film.size[1] < 256
     monkeypatch.setattr(widgets, "ANIMATION_LIMIT", 3_000)
     with pytest.raises(BadParameter, match="at most 3 kB"):
@@ -173,9 +176,8 @@ def test_live_computes_on_demand_in_jupyterlab(monkeypatch):
 def test_keyboard_moves_the_controls(browser):
     # twice the same widget on one page: each keeps its own state
     text = widgets.explorer(flat_frames(), CONTROLS, "t").data
-    page = browser.new_page()
-    errors = []
-    page.on("pageerror", lambda error: errors.append(error))
+    page, errors = browser.new_page(), []
+    page.on("pageerror", errors.append)
     page.set_content(f"<html><body>{text}{text}</body></html>")
     first, second = page.locator("img").all()
 
@@ -184,9 +186,8 @@ def test_keyboard_moves_the_controls(browser):
 
     start = COLOURS[1, "VPT-Deep"]
     assert colours() == [start, start]
-    page.keyboard.press("Tab")
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowRight")
+    for key in ("Tab", "ArrowRight", "ArrowRight"):
+        page.keyboard.press(key)
     assert colours() == [COLOURS[3, "VPT-Deep"], start]
     assert page.locator("output").first.text_content() == "3"
     assert page.get_by_label("layer").first.get_attribute("aria-valuetext") == "3"
@@ -213,10 +214,8 @@ def test_without_scripts_the_first_image_is_shown_alone(browser):
 @pytest.mark.browser
 @pytest.mark.parametrize(("ink", "paper"), [("rgb(230, 230, 230)", "rgb(20, 20, 20)"), ("rgb(20, 20, 20)", "white")])
 def test_text_takes_the_colour_of_the_theme(browser, ink, paper):
-    page = browser.new_page()
-    page.set_content(
-        f'<body style="color: {ink}; background: {paper}">{widgets.explorer(flat_frames(), CONTROLS, "t").data}'
-    )
+    page, text = browser.new_page(), widgets.explorer(flat_frames(), CONTROLS, "t").data
+    page.set_content(f'<body style="color: {ink}; background: {paper}">{text}')
     for place in ("p", "label", "output", "select"):
         assert page.locator(place).first.evaluate("e => getComputedStyle(e).color") == ink
     assert page.locator("select").evaluate("e => getComputedStyle(e).backgroundColor") == "rgba(0, 0, 0, 0)"

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from faster_coco_eval.core import mask
 
 from companion.errors import BadParameter, CorruptFile
 from companion.evaluation.metrics.detection import evaluate, recognition_ap
@@ -15,15 +16,11 @@ BOX = [10, 10, 20, 20]
 
 def truth(**image_fields) -> dict:
     """Two images, three classes, of which the third is on none."""
+    classes, box = ((3, "a", "f"), (5, "b", "r"), (9, "c", "c")), {"bbox": BOX, "area": 400, "iscrowd": 0}
     return {
         "images": [{"id": i, "width": 100, "height": 100, **image_fields} for i in (1, 2)],
-        "categories": [
-            {"id": c, "name": n, "frequency": f} for c, n, f in ((3, "a", "f"), (5, "b", "r"), (9, "c", "c"))
-        ],
-        "annotations": [
-            {"id": 1, "image_id": 1, "category_id": 3, "bbox": BOX, "area": 400, "iscrowd": 0},
-            {"id": 2, "image_id": 2, "category_id": 5, "bbox": BOX, "area": 400, "iscrowd": 0},
-        ],
+        "categories": [{"id": c, "name": n, "frequency": f} for c, n, f in classes],
+        "annotations": [{"id": i, "image_id": i, "category_id": c, **box} for i, c in ((1, 3), (2, 5))],
     }
 
 
@@ -40,6 +37,8 @@ def test_a_hit_a_miss_and_a_class_without_boxes():
     assert table.loc["base", "AP50"] == 100 and table.loc["novel", "AP"] == 0
     assert math.isnan(table.loc["none", "AP50"]) and table.loc["none", "classes"] == 0
     assert table.loc["all", "classes"] == 2
+    nothing = evaluate(truth(), [])
+    assert nothing.totals["AP50"] == 0 and math.isnan(nothing.ap50[2])
 
 
 def test_overlap_decides():
@@ -57,11 +56,6 @@ def test_lvis_drops_what_nobody_checked():
     lenient = evaluate(truth(not_exhaustive_category_ids=[3]), more, style="lvis")
     assert lenient.ap50[0] == pytest.approx(100) and evaluate(truth(), more, style="lvis").ap50[0] == pytest.approx(50)
     assert lenient.totals["APf"] == lenient.ap[0] and math.isnan(lenient.totals["APc"])
-
-
-def test_nothing_found_is_zero():
-    scores = evaluate(truth(), [])
-    assert scores.totals["AP50"] == 0 and math.isnan(scores.ap50[2])
 
 
 def test_only_the_best_rows_count():
@@ -102,19 +96,12 @@ def test_ids_of_boxes_do_not_matter(ids):
 
 
 def test_masks():
-    given = truth()
+    given, square = truth(), np.zeros((100, 100), dtype=np.uint8, order="F")
     for entry in given["annotations"]:
         entry["segmentation"] = [[10, 10, 30, 10, 30, 30, 10, 30]]
-    rows = [row(1, 3) | {"segmentation": {"size": [100, 100], "counts": _rle()}}]
-    assert evaluate(given, rows, kind="segm").ap50[0] == pytest.approx(100)
-
-
-def _rle() -> str:
-    from faster_coco_eval.core import mask
-
-    square = np.zeros((100, 100), dtype=np.uint8, order="F")
     square[10:30, 10:30] = 1
-    return mask.encode(square)["counts"].decode()
+    rle = {"size": [100, 100], "counts": mask.encode(square)["counts"].decode()}
+    assert evaluate(given, [row(1, 3) | {"segmentation": rle}], kind="segm").ap50[0] == pytest.approx(100)
 
 
 def test_files_are_read(tmp_path):
@@ -122,15 +109,14 @@ def test_files_are_read(tmp_path):
     whole = json.loads((case / "dets.json").read_text())
     assert evaluate(case / "gt.json", case / "dets.json").totals == evaluate(case / "gt.json", whole).totals
     broken = tmp_path / "dets.json"
-    broken.write_text((case / "dets.json").read_text()[:-20])
-    with pytest.raises(CorruptFile, match=r"dets\.json"):
-        evaluate(case / "gt.json", broken)
-    broken.write_text('{"images": []}')
-    with pytest.raises(CorruptFile, match="categories"):
-        evaluate(broken, whole)
-    broken.write_text("3")
-    with pytest.raises(CorruptFile, match="list"):
-        evaluate(case / "gt.json", broken)
+    for text, inputs, said in (
+        (json.dumps(whole)[:-20], (case / "gt.json", broken), r"dets\.json"),
+        ('{"images": []}', (broken, whole), "categories"),
+        ("3", (case / "gt.json", broken), "list"),
+    ):
+        broken.write_text(text)
+        with pytest.raises(CorruptFile, match=said):
+            evaluate(*inputs)
 
 
 @pytest.mark.parametrize(
