@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning_fabric import Fabric
 from lightning_fabric.plugins.precision import Precision
 from torch import nn
 from torch.nn import functional as F
@@ -444,39 +443,6 @@ def test_predict_takes_the_first_output_in_order():
     assert torch.equal(predict(Two(), data, batch=7, hardware=CPU), data.tensors[0] * 2)
 
 
-class Card(Fabric):
-    """Stands for a device: what it is given becomes float64, so what stayed elsewhere shows as an error of types."""
-
-    def to_device(self, obj):
-        return obj.double() if isinstance(obj, nn.Module) else super().to_device(obj)
-
-
-class Doubled(nn.Linear):
-    """A model that takes its inputs along to where it is, and keeps the places it was sent to."""
-
-    def forward(self, x):
-        return super().forward(x.to(self.weight.dtype))
-
-    def to(self, *args, **options):
-        self.sent = [*getattr(self, "sent", []), *args]
-        return super().to(*args, **options)
-
-
-def test_the_moments_of_a_resumed_run_are_where_the_tensors_are(tmp_path, monkeypatch):
-    def loss(model, batch):
-        if len(done) == 5:
-            raise KeyboardInterrupt
-        done.append(1)
-        return F.mse_loss(model(batch[0]), batch[1].double())
-
-    monkeypatch.setattr(loop, "launcher", lambda **settings: Card(**settings))
-    settings, done = dict(epochs=1, checkpoint=Checkpoint(tmp_path / "c.pt", 2)), []
-    with pytest.raises(KeyboardInterrupt):
-        run(Doubled(5, 2), loss, **settings)
-    done.append(1)
-    assert len(run(Doubled(5, 2), loss, **settings)) == 8
-
-
 def test_the_scale_of_half_precision_is_kept(tmp_path, monkeypatch):
     """Begun anew, it would leave out other steps than a run that was not stopped."""
     given = []
@@ -487,22 +453,11 @@ def test_the_scale_of_half_precision_is_kept(tmp_path, monkeypatch):
         assert given == [{"scale": 4.0}] * times
 
 
-def test_training_does_not_ask_the_cards_for_their_random_state(monkeypatch):
+def test_training_does_not_ask_gpus_for_their_random_state(monkeypatch):
     """That would start CUDA in this process, and processes for several GPUs could not be forked any more."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *args: pytest.fail("CUDA was started"))
     run(noisy_model())
-
-
-def test_a_model_comes_back_from_predict_and_can_be_trained(monkeypatch):
-    monkeypatch.setattr(loop, "launcher", lambda **settings: Card(**settings))
-    model, data = Doubled(5, 2), pairs()
-    said = predict(model, data, hardware=CPU)
-    assert said.dtype == torch.float32 and not said.is_inference() and not said.requires_grad
-    assert model.sent[-1] == "cpu" and not model.weight.is_inference()
-    x = data.tensors[0].clone().requires_grad_()
-    model(x).sum().backward()
-    assert x.grad is not None and model.weight.grad is not None
 
 
 TWO = """
