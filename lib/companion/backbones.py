@@ -14,6 +14,7 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -42,7 +43,7 @@ class Input:
     std: tuple[float, float, float]
 
 
-def build(name: str, weights: str | Path = "pretrained", *, download: bool = False, **overrides: object) -> nn.Module:
+def build(name: str, weights: str | Path = "pretrained", *, download: bool = False, **overrides: Any) -> nn.Module:
     """Build an encoder in eval mode.
 
     Args:

@@ -263,7 +263,7 @@ def slides(given: argparse.Namespace) -> int:
     if not (i.isdecimal() and n.isdecimal()):
         raise BadParameter("--part", given.part, "I/N, such as 0/8")
     patch, bad = recipe.patch_encoder(given.weights, given.heads), []
-    for name, found in recipe.store(given, patch, (int(i), int(n)), given.batch):
+    for name, found in recipe.store(SimpleNamespace(**vars(given)), patch, (int(i), int(n)), given.batch):
         if isinstance(found, CompanionError):
             bad.append(name)
             print(f"{name}: {found}", file=sys.stderr, flush=True)

@@ -69,7 +69,7 @@ def zone(latitude: float | None, longitude: float | None, reach: int = 0) -> str
     Raises:
         BadParameter: a location outside the globe, most often with latitude and longitude exchanged.
     """
-    if any(v is None or math.isnan(v) for v in (latitude, longitude)):
+    if latitude is None or longitude is None or math.isnan(latitude) or math.isnan(longitude):
         return None
     if not -90 <= latitude <= 90:
         raise BadParameter("latitude", latitude, "-90 to 90 degrees")

@@ -23,7 +23,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -117,7 +117,7 @@ class Owl(nn.Module):
         prompt: template of the text; OWL's default of many.
     """
 
-    def __init__(self, model: nn.Module, processor: object, names: Sequence[str], prompt: str = "a photo of a {}"):
+    def __init__(self, model: nn.Module, processor: Any, names: Sequence[str], prompt: str = "a photo of a {}"):
         super().__init__()
         self.model, self.processor = copy.deepcopy(model).requires_grad_(False).eval(), processor
         self.square = model.config.model_type == "owlv2"  # it pads the image to a square first
@@ -163,9 +163,7 @@ class GroundingDino(nn.Module):
         tokens: "max" or "mean" over the tokens of a name.
     """
 
-    def __init__(
-        self, model: nn.Module, processor: object, tokenizer: object, names: Sequence[str], tokens: str = "max"
-    ):
+    def __init__(self, model: nn.Module, processor: Any, tokenizer: Any, names: Sequence[str], tokens: str = "max"):
         super().__init__()
         if tokens not in TOKENS:
             raise BadParameter("tokens", tokens, TOKENS)
@@ -174,7 +172,8 @@ class GroundingDino(nn.Module):
         self.classes = len(_checked(names))
         stop = tokenizer.convert_tokens_to_ids(".")
         self.chunks: list[tuple[list[int], dict[int, range]]] = []
-        ids, spans = [], {}
+        ids: list[int] = []
+        spans: dict[int, range] = {}
         for number, name in enumerate(names):
             own = tokenizer(_spaced(name).lower(), add_special_tokens=False)["input_ids"]
             if len(own) + 3 > model.config.max_text_len:
@@ -210,7 +209,7 @@ class GroundingDino(nn.Module):
 
 
 def build(
-    name: str, names: Sequence[str], weights: str | Path = "pretrained", *, download: bool = False, **options: object
+    name: str, names: Sequence[str], weights: str | Path = "pretrained", *, download: bool = False, **options: Any
 ) -> Owl | GroundingDino:
     """A detector of the three families, ready for the classes `names`.
 
@@ -248,7 +247,7 @@ def build(
     return Owl(model, processor(size={"height": side, "width": side}), names, **options)
 
 
-def _loaded(kind: type, name: str, weights: str | Path, download: bool) -> object:
+def _loaded(kind: Any, name: str, weights: str | Path, download: bool) -> Any:
     """One part of a repository of the hub, from its cache or from a folder."""
     folder = None if weights == "pretrained" else Path(weights)
     ways = [

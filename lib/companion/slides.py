@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -157,7 +158,7 @@ class Slide:
         return np.concatenate(bands), scale * factor
 
 
-def _open(backend: str, path: Path) -> object:
+def _open(backend: str, path: Path) -> Any:
     if backend == "openslide":
         import openslide  # here: an extra
 
@@ -434,11 +435,11 @@ def extract(
             return np.stack([slide.region(x, y, tiles) for x, y in tiles.coords[start : start + batch]])
 
         with ThreadPoolExecutor(1) as reader:
-            ahead = reader.submit(pixels, starts[0]) if starts else None
+            ahead = [reader.submit(pixels, start) for start in starts[:1]]
             shown = progress(starts, slide.path.stem, -(-len(tiles) // batch), -(-len(tiles) // batch) - len(starts))
             for i, start in enumerate(shown):
-                regions = ahead.result()
-                ahead = reader.submit(pixels, starts[i + 1]) if i + 1 < len(starts) else None
+                regions = ahead.pop().result()
+                ahead += [reader.submit(pixels, following) for following in starts[i + 1 : i + 2]]
                 features = encode(tensor(regions, normalise).to(device)).float().cpu().numpy()
                 with atomic(parts / f"{start:06d}.safetensors") as temporary:
                     save_file({"features": np.ascontiguousarray(features)}, temporary)
@@ -470,7 +471,7 @@ def _assemble(out: Path, parts: Path, tiles: Tiles, batch: int, settings: dict) 
             file["features"][start : start + len(features)] = features
 
 
-def read_features(path: str | Path) -> dict[str, object]:
+def read_features(path: str | Path) -> dict[str, Any]:
     """What `extract` wrote: "features" and "shares" (tensors), "coords" (M, 2) int64, "settings" (JSON text).
 
     Raises `CorruptFile` for a file that is missing, truncated, or something else.
@@ -537,7 +538,7 @@ def write_pyramid(
                 factor = downsamples[i + 1] // downsample
                 shape = (-(-h // factor), -(-w // factor), 3)
                 below = np.memmap(Path(folder) / str(i), np.uint8, "w+", shape=shape)
-            resolution = {}
+            resolution: dict[str, Any] = {}
             if mpp is not None:
                 resolution = {"resolution": (1e4 / mpp / downsample,) * 2, "resolutionunit": "CENTIMETER"}
             writer.write(
@@ -551,7 +552,8 @@ def write_pyramid(
                 subfiletype=1 if i else 0,  # without it openslide sees one level only
                 **resolution,
             )
-            rows = partial(_rows, below)
+            if below is not None:
+                rows = partial(_rows, below)
     return Path(path)
 
 

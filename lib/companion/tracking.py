@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -96,7 +96,7 @@ class Files:
         if self.count < 1:
             path = self.paths[counts.index(self.count)]
             raise CorruptFile(path, "its container has no number of frames: convert it to another one")
-        self._next, self._last = 0, None
+        self._next, self._last = 0, np.empty(0)
 
     def __len__(self) -> int:
         return self.count
@@ -197,7 +197,7 @@ def follow(
 
 
 def run(
-    model: nn.Module, sequences: Sequence, folder: str | Path, *, together: int = 1, **options: object
+    model: nn.Module, sequences: Sequence, folder: str | Path, *, together: int = 1, **options: Any
 ) -> dict[str, np.ndarray]:
     """Track the sequences of a benchmark; write `folder`/<name>.txt in the toolkits' text format.
 
@@ -239,7 +239,7 @@ def track(
     box: Sequence[float],
     model: nn.Module,
     out: str | Path | None = None,
-    **options: object,
+    **options: Any,
 ) -> Track:
     """Track the target `box` (x, y, w, h in the first frame) through your own video; write a result file `out`.
 
@@ -278,7 +278,7 @@ def _checked(box: Sequence[float], video: Video) -> np.ndarray:
     return given
 
 
-def _complete(folder: Path, sequence: object) -> bool:
+def _complete(folder: Path, sequence: Any) -> bool:
     path = folder / f"{sequence.name}.txt"
     return path.exists() and path.read_bytes().count(b"\n") == len(sequence)
 

@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -27,7 +27,7 @@ class DataSet:
         title: the name as a person would say it.
         group: the benchmark, as in the papers' tables.
         task: the module of this package that reads it.
-        classes: number of classes; None where the lists say it, or where there are none.
+        classes: number of classes; 0 where the lists name them, or where there are none.
         sizes: images (of tracking: sequences) in each split as its source has it; another number is refused.
         folders: where it is looked for below the data root, the first spelling being the usual one.
         layout: the files expected below the folder, one a line.
@@ -41,7 +41,7 @@ class DataSet:
     title: str
     group: str
     task: str
-    classes: int | None
+    classes: int
     sizes: Mapping[str, int]
     folders: tuple[str, ...]
     layout: str
@@ -142,7 +142,7 @@ def table(root: str | Path) -> list[dict[str, str]]:
     return rows
 
 
-def _tuples(value: object) -> object:
+def _tuples(value: object) -> Any:
     """Lists of YAML as tuples, at any depth."""
     if isinstance(value, dict):
         return {key: _tuples(entry) for key, entry in value.items()}
@@ -163,4 +163,4 @@ def facts(task: str) -> dict:
 for _file in sorted(_HERE.glob("*_sets.yaml")):
     _task = _file.stem.removesuffix("_sets")
     for _entry in _read(_task)["sets"]:
-        DATASETS[_entry["name"]] = DataSet(**{"classes": None, "sizes": {}, "task": _task} | _entry)
+        DATASETS[_entry["name"]] = DataSet(**{"classes": 0, "sizes": {}, "task": _task} | _entry)

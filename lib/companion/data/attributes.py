@@ -56,8 +56,8 @@ class Listing:
         self.splits = {split: self._indices(split, chosen) for split, chosen in splits.items()}
         if {"train", "val"} <= self.splits.keys():
             self.splits["trainval"] = np.concatenate([self.splits["train"], self.splits["val"]])
-        learned = self.splits.get("trainval", self.splits.get("train"))
-        if common := np.intersect1d(learned, self.splits["test"]).size:
+        learned = "trainval" if "trainval" in self.splits else "train"
+        if common := np.intersect1d(self.splits[learned], self.splits["test"]).size:
             raise CorruptFile(file, f"{common} images are in the training split and in the test split")
 
     def _indices(self, split: str, chosen: np.ndarray) -> np.ndarray:
@@ -95,9 +95,9 @@ class Pedestrians(Images):
         transform: Transform | None,
     ):
         super().__init__(dataset, root, sources, labels, len(names), transform, names)
-        self.labels = torch.from_numpy(labels)
+        truth = torch.from_numpy(labels)
+        self.labels, self.ratio = truth, truth.mean(0)
         self.names, self.sentences = tuple(names), tuple(sentences)
-        self.ratio = self.labels.mean(0)
 
     def picture(self, index: int) -> Image.Image:
         """See `Images`. Of your own images those that a phone stored as it was held are turned upright."""
@@ -157,7 +157,7 @@ def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str
         title="images of your own",
         group="own",
         task="attributes",
-        classes=None,
+        classes=0,
         sizes={},
         folders=(".",),
         layout='labels.csv    "image,split,<a sentence for each attribute>", then a line for each image: its path\n'
@@ -330,7 +330,8 @@ def _peta(dataset: DataSet, root: Path) -> Listing:
 
 def _pa100k(dataset: DataSet, root: Path) -> Listing:
     def read(variables: dict) -> tuple:
-        pictures, labels, chosen = [], [], {}
+        pictures: list[str] = []
+        labels, chosen = [], {}
         for split in ("train", "val", "test"):
             listed = _words(variables[f"{split}_images_name"])
             chosen[split] = np.arange(len(pictures), len(pictures) + len(listed))
@@ -437,7 +438,9 @@ def _csv(dataset: DataSet, root: Path) -> Listing:
         raise CorruptFile(path, f"not a CSV file ({error})") from error
     if header[:2] != ["image", "split"] or len(header) < 3:
         raise CorruptFile(path, f"expected the header 'image,split,<attributes>', found {','.join(header)[:80]!r}")
-    pictures, labels, chosen = [], [], {"train": [], "val": [], "test": []}
+    pictures: list[str] = []
+    labels = []
+    chosen: dict[str, list[int]] = {"train": [], "val": [], "test": []}
     lines: dict[str, int] = {}
     for number, row in enumerate(rows, 2):
         if len(row) != len(header) or row[1] not in chosen or not {*row[2:]} <= {"0", "1"}:

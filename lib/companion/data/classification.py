@@ -26,6 +26,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from struct import error as StructError
+from typing import Any
 
 import numpy as np
 import psutil
@@ -72,7 +73,7 @@ class Images(Dataset):
         dataset: DataSet,
         root: Path,
         sources: Sequence[str] | np.ndarray,
-        labels: Sequence[int],
+        labels: Sequence[Any] | np.ndarray,
         classes: int,
         transform: Callable[[Image.Image], torch.Tensor] | None = None,
         class_names: Sequence[str] = (),
@@ -105,7 +106,7 @@ class Images(Dataset):
         except (OSError, SyntaxError, ValueError, EOFError, StructError, Image.DecompressionBombError) as error:
             raise CorruptFile(source, str(error)) from error
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
         picture = self.picture(index)
         return (self.transform or _to_tensor)(picture), int(self.labels[index])
 
@@ -238,7 +239,7 @@ def image_folder(
         title="images of your own",
         group="own",
         task="classification",
-        classes=None,
+        classes=0,
         sizes={},
         folders=(".",),
         layout=_OWN_LAYOUT,
@@ -293,7 +294,8 @@ def status(dataset: DataSet, root: Path) -> Status:
     folder = dataset.folder(root)
     if not folder.is_dir():
         return Status("missing", f"no folder {folder}")
-    problems, wanted = [], set()
+    problems: list[str] = []
+    wanted: set[str] = set()
     archives = _archives(dataset, folder)
     for path, md5 in archives:
         if not path.is_file():
@@ -402,23 +404,28 @@ def _read_lines(dataset: DataSet, root: Path, split: str) -> Listed:
         path, _, label = row.rpartition(" ")
         if not (path and _NUMBER.fullmatch(label)):
             raise CorruptFile(listing, f"line {line}: expected 'relative/path label', found {row[:80]!r}")
-        if dataset.classes is not None and int(label) >= dataset.classes:
+        if dataset.classes and int(label) >= dataset.classes:
             raise CorruptFile(listing, f"line {line}: label {label} is not in 0..{dataset.classes - 1}")
         sources.append(f"{folder}/{_inside(listing, f'line {line}', path)}")
         labels.append(int(label))
     return listing, sources, labels
 
 
+def _both(read: Callable[[DataSet, Path, str], Listed], dataset: DataSet, root: Path) -> Listed:
+    """The lists "train" and "val" in one."""
+    listing, first, labels = read(dataset, root, "train")
+    _, second, more = read(dataset, root, "val")
+    return listing, [*first, *second], [*labels, *more]
+
+
 def _read_json(dataset: DataSet, root: Path, split: str) -> Listed:
     """FGVC's lists: a dict "path" -> class id."""
     folder, key = dataset.folder(root), dataset.name.partition("/")[2]
     if split == "trainval":
-        listing, *train = _read_json(dataset, root, "train")
-        _, *val = _read_json(dataset, root, "val")
-        return listing, train[0] + val[0], train[1] + val[1]
+        return _both(_read_json, dataset, root)
     listing = _existing(dataset, root, folder / f"{split}.json")
     if key == "nabirds":  # raw ids, numbered in sorted order over the training list so that all splits agree
-        known = sorted(set(_class_ids(_existing(dataset, root, folder / "train.json")).values()))
+        known: Sequence[int] = sorted(set(_class_ids(_existing(dataset, root, folder / "train.json")).values()))
         if len(known) != dataset.classes:
             raise dataset.missing(root, f"train.json names {len(known)} classes, {dataset.classes} expected")
         accepted = "a class of train.json"
@@ -453,16 +460,14 @@ def _read_torchvision(dataset: DataSet, root: Path, split: str) -> Listed:
         _existing(dataset, root, path)
     official = "test" if split == "test" else "train"
     if key == "dtd" and split == "trainval":
-        listing, *train = _read_torchvision(dataset, root, "train")
-        _, *val = _read_torchvision(dataset, root, "val")
-        return listing, train[0] + val[0], train[1] + val[1]
+        return _both(_read_torchvision, dataset, root)
     if key in ("cifar10", "cifar100", "svhn"):
-        sources, labels = _arrays(dataset, folder, official)
-        listing = folder
+        found: Listed = (folder, *_arrays(dataset, folder, official))
     else:
-        listing, sources, labels = _paths(dataset, root, split if key == "dtd" else official)
+        found = _paths(dataset, root, split if key == "dtd" else official)
+    listing, sources, labels = found
     if key == "dtd" or split == "test":
-        return listing, sources, labels
+        return found
     order, cut = _order(key, len(labels)), int(0.8 * len(labels))
     part = {"train": order[:cut], "val": order[cut:], "trainval": order}[split]
     labels = [labels[i] for i in part]

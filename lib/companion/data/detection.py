@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -99,7 +99,7 @@ class Boxes(Images):
         crowd = torch.tensor([bool(row.get("iscrowd", 0)) for row in rows], dtype=torch.bool)
         return Target(box_convert(boxes, "xywh", "xyxy"), labels, crowd, self.image_ids[index])
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         picture = self.picture(index)
         image = self.truth["images"][index]
         known = (image["width"], image["height"])
@@ -149,7 +149,7 @@ def own_folder(annotations: str | Path, images: str | Path, novel: Sequence[str]
         title="images of your own",
         group="own",
         task="detection",
-        classes=None,
+        classes=0,
         sizes={},
         folders=(".",),
         layout=f"{file.name}    in COCO's format\n{folder}/    the images",
@@ -184,7 +184,7 @@ def read_annotations(path: str | Path) -> dict:
     def wrong(part: str, number: int, reason: str) -> CorruptFile:
         return CorruptFile(path, f"{part}[{number}]: {reason}")
 
-    def field(part: str, number: int, entry: Mapping, name: str, kind: type | tuple) -> object:
+    def field(part: str, number: int, entry: Mapping, name: str, kind: type | tuple) -> Any:
         value = entry.get(name) if isinstance(entry, Mapping) else None
         if not isinstance(value, kind) or isinstance(value, bool):
             raise wrong(part, number, f"'{name}' is {value!r}")
@@ -344,7 +344,7 @@ def _read(dataset: DataSet, root: Path, split: str) -> tuple[dict, Sequence[int]
             raise CorruptFile(file, f"the categories {wrong[:5]} have not COCO's ids")
         return ov_coco(found, split), OV_COCO_BASE, OV_COCO_NOVEL
     if dataset.name == "detection/ov-lvis":
-        groups = {letter: [] for letter in FREQUENCIES}
+        groups: dict[str, list] = {letter: [] for letter in FREQUENCIES}
         for number, category in enumerate(found["categories"]):
             if category.get("frequency") not in groups:
                 raise CorruptFile(file, f"categories[{number}]: 'frequency' is {category.get('frequency')!r}")

@@ -95,7 +95,7 @@ def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str
         title="images of your own",
         group="own",
         task="domains",
-        classes=None,
+        classes=0,
         sizes={},
         folders=(".",),
         layout='<class>/*.jpg    or images/<class>/*.jpg\nsplit.json       optional: {"train": [[path, label, class '
@@ -306,13 +306,13 @@ def _listed(dataset: DataSet, listing: Path) -> tuple[list[str], dict[str, Sampl
             where = f"'{part}', entry {number}"
             path, label, name = _entry(listing, where, entry)
             _inside(listing, where, path)
-            if dataset.classes is not None and label >= dataset.classes:
+            if dataset.classes and label >= dataset.classes:
                 raise CorruptFile(listing, f"{where}: label {label} is not in 0..{dataset.classes - 1}")
             if (before := names.setdefault(label, name)) != name:
                 raise CorruptFile(listing, f"{where}: label {label} is {name!r} here, and {before!r} further up")
             folder = path.rpartition("/")[0]
-            if (before := of_folder.setdefault(folder, label)) != label:
-                raise CorruptFile(listing, f"{where}: {path} has label {label}, others of its folder have {before}")
+            if (other := of_folder.setdefault(folder, label)) != label:
+                raise CorruptFile(listing, f"{where}: {path} has label {label}, others of its folder have {other}")
             if path in seen:
                 raise CorruptFile(listing, f"{where}: {path} is already in '{seen[path]}'")
             seen[path] = part

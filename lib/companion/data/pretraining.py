@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from struct import error as StructError
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,9 +64,9 @@ class Instances(Boxes):
             "image_id": target.image_id,
         }
 
-    def _mask(self, row: dict, height: int, width: int) -> Tensor:
+    def _mask(self, row: Mapping, height: int, width: int) -> Tensor:
         """One instance's mask: polygons, or run lengths."""
-        shape = row.get("segmentation")
+        shape: Any = row.get("segmentation")
         try:
             if isinstance(shape, list):
                 parts = rle.merge(rle.frPyObjects(shape, height, width))
@@ -227,7 +228,7 @@ def _own(folder: Path, layout: str) -> DataSet:
         "images of your own",
         "own",
         "pretraining",
-        None,
+        0,
         {},
         (".",),
         layout,
@@ -250,14 +251,14 @@ def _folders(dataset: DataSet, root: Path, folder: Path, transform: Callable | N
 
 def _instances(dataset: DataSet, root: Path, file: Path, folder: Path) -> Instances:
     found = read_annotations(file)
-    if dataset.classes is not None and len(found["categories"]) != dataset.classes:
+    if dataset.classes and len(found["categories"]) != dataset.classes:
         raise CorruptFile(file, f"{len(found['categories'])} categories, {dataset.classes} are expected")
     if not folder.is_dir():
         raise dataset.missing(root, f"{folder} is not there")
     return Instances(dataset, root, file, folder, found)
 
 
-def _scenes(dataset: DataSet, root: Path, folder: Path, split: str, classes: int | None = None) -> Scenes:
+def _scenes(dataset: DataSet, root: Path, folder: Path, split: str, classes: int = 0) -> Scenes:
     pictures, labels = folder / "images" / split, folder / "annotations" / split
     for place in (pictures, labels):
         if not place.is_dir():

@@ -21,7 +21,7 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -95,7 +95,7 @@ def own_folder(folder: str | Path) -> Captioned:
         title="images of your own",
         group="own",
         task="restoration",
-        classes=None,
+        classes=0,
         sizes={},
         folders=(".",),
         layout=OWN + "\nor images alone, without captions",
@@ -119,7 +119,7 @@ class Sample(NamedTuple):
     ops: tuple[Op, ...] | None  # what was done; None of Real-ESRGAN's, which has no words
 
 
-TASKS = {
+TASKS: dict[str, dict[str, Any]] = {
     "parameterised": {"share_blind": 0.0, "blind_prompt": 0.0, "no_caption": 0.0, "fresh": False, "flip": False},
     "real-esrgan": {"share_blind": 1.0, "blind_prompt": 0.0, "no_caption": 0.0, "fresh": False, "flip": False},
 }
@@ -150,7 +150,7 @@ class Degraded(Dataset):
 
     def __init__(
         self,
-        pictures: Captioned,
+        pictures: Dataset,
         size: int,
         recipe: Recipe | None = None,
         settings: RealESRGAN | None = None,

@@ -236,12 +236,18 @@ class Features(Dataset):
     """
 
     def __init__(self, items: Sequence[Item], path: str | Path, longest: int | None = None, drop: bool = False):
-        self.path, self.items, self.dropped, counts = Path(path), [], [], []
+        self.path = Path(path)
+        self.shape: tuple[int, ...] = ()
+        self.items: list[Item] = []
+        self.files: list[Path] = []
+        self.dropped: list[str] = []
+        counts = []
         for item in items:
-            shape = self._shape(item)
-            if shape is None or not shape[0]:
+            file = next((f for f in (self.path / f"{item.name}{end}" for end in (".h5", ".pt")) if f.is_file()), None)
+            shape = (0,) if file is None else self._shape(file)
+            if file is None or not shape[0]:
                 if not drop:
-                    what = "no features" if shape is None else "no region with tissue"
+                    what = "no features" if file is None else "no region with tissue"
                     layout = "<slide_id>.h5    or <slide_id>.pt"
                     source = "`companion.slides.extract`, one slide after the other"
                     raise MissingData(
@@ -250,22 +256,19 @@ class Features(Dataset):
                 self.dropped.append(item.name)
                 continue
             if self.items and shape[1:] != self.shape:
-                raise CorruptFile(self._file(item), f"its features are {shape[1:]}, those of other slides {self.shape}")
+                raise CorruptFile(file, f"its features are {shape[1:]}, those of other slides {self.shape}")
             self.shape = shape[1:]
             self.items.append(item)
+            self.files.append(file)
             counts.append(shape[0])
         self.longest = longest or max(counts, default=0)
 
-    def _file(self, item: Item) -> Path | None:
-        return next((f for f in (self.path / f"{item.name}{end}" for end in (".h5", ".pt")) if f.is_file()), None)
-
-    def _shape(self, item: Item) -> tuple[int, ...] | None:
-        file = self._file(item)
-        if file is not None and file.suffix == ".h5":
+    def _shape(self, file: Path) -> tuple[int, ...]:
+        if file.suffix == ".h5":
             from ..slides import features_shape  # here: HDF5 comes with an extra
 
             return features_shape(file)
-        return None if file is None else tuple(self._read(file).shape)
+        return tuple(self._read(file).shape)
 
     @staticmethod
     def _read(file: Path) -> Tensor:
@@ -282,7 +285,7 @@ class Features(Dataset):
     @property
     def made_by(self) -> str:
         """The settings that the first slide's features were made with, as `companion.slides.extract` wrote them."""
-        file = self._file(self.items[0])
+        file = self.files[0]
         if file.suffix != ".h5":
             return file.name
         from ..slides import read_features
@@ -293,7 +296,7 @@ class Features(Dataset):
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
-        features = self._read(self._file(self.items[index]))[: self.longest]
+        features = self._read(self.files[index])[: self.longest]
         filled = features.new_zeros(self.longest, *self.shape)
         filled[: len(features)] = features
         return filled, torch.arange(self.longest) < len(features), self.items[index].grade

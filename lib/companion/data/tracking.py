@@ -254,7 +254,7 @@ def _sequence(dataset: DataSet, root: Path, split: str, name: str, attributes: f
     length = min(lengths.values())
     if length < 0.9 * max(lengths.values()):
         raise CorruptFile(folder, "its parts differ in length: " + ", ".join(f"{k} {n}" for k, n in lengths.items()))
-    start, absent = 0, (boxes[:length, 2:] <= 0).any(1)
+    start, absent = 0, np.any(boxes[:length, 2:] <= 0, 1)
     if dataset.name == "rgbe/visevent":
         absent = ~present[:length]
         if split == "test":
@@ -379,7 +379,7 @@ def ground_truth(name: str) -> list[Sequence]:
                 infrared=(),
                 boxes=boxes,
                 boxes_infrared=_boxes(folder / second.format(sequence), corners) if second else None,
-                absent=(boxes[:, 2:] <= 0).any(1),
+                absent=np.any(boxes[:, 2:] <= 0, 1),
                 attributes=attributes.get(sequence, frozenset()),
             )
         )

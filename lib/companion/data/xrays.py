@@ -277,13 +277,13 @@ class Masked(Pictures):
         transform: MaskTransform | None = None,
         finish: Transform = _same,
     ):
-        super().__init__(dataset, root, paths, transform)
-        self.mask, self.finish = mask, finish
+        super().__init__(dataset, root, paths, None)
+        self.mask, self.both, self.finish = mask, transform, finish
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         image, mask = self.grey(i), self.mask(i)
-        if self.transform:
-            image, mask = self.transform(image, mask)
+        if self.both:
+            image, mask = self.both(image, mask)
         return image, self.finish(mask)
 
 

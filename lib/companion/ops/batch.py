@@ -30,6 +30,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..errors import BadParameter
 from .files import atomic, read_json, write_json
@@ -77,7 +78,7 @@ def expand(config: Mapping, papers: Mapping[str, Collection[str]]) -> dict[str, 
         own = {name: value for name, value in entry.items() if name not in FIELDS}
         # papermill would pass it on, and the notebook run with its default
         accepted = [name for name in papers[paper] if name not in ("profile", "out")]
-        for name in common | own:
+        for name in {**common, **own}:
             if name not in accepted:
                 raise BadParameter(f"parameter of a run of {paper}", name, accepted)
         known, resources = rules(paper), entry.get("resources") or {}
@@ -96,10 +97,10 @@ def expand(config: Mapping, papers: Mapping[str, Collection[str]]) -> dict[str, 
                 raise BadParameter(f"value of a run of {paper}", said, "letters, digits, blanks and / . - _")
             if folder in found:
                 raise BadParameter("run", folder, "runs of different names: give what differs as an axis, [value]")
-            for name, value in (common | own | chosen).items():
+            for name, value in {**common, **own, **chosen}.items():
                 if name in known:
                     convert(name, value, known[name])
-            found[folder] = {"parameters": common | own | chosen, "resources": dict(resources)}
+            found[folder] = {"parameters": {**common, **own, **chosen}, "resources": dict(resources)}
     return found
 
 
@@ -108,7 +109,8 @@ def parameters(notebook: str | Path) -> list[str]:
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
     tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
     lines = [node for text in tagged for node in ast.parse(text).body]
-    return [node.targets[0].id for node in lines if isinstance(node, ast.Assign)]
+    targets = [node.targets[0] for node in lines if isinstance(node, ast.Assign)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def seeds(study: str | Path) -> list[int]:
@@ -136,7 +138,7 @@ def devices(count: int, folder: Path, poll: float = 1.0) -> Iterator[list[str]]:
     if len(cards) < count:
         raise BadParameter("gpu", count, f"0 to {len(cards)}, the cards of this machine")
     folder.mkdir(parents=True, exist_ok=True)
-    held: dict[str, object] = {}
+    held: dict[str, Any] = {}
     try:
         while len(held) < count:  # one starter at a time, so that two runs of two GPUs cannot wait for each other
             with (folder / "dealing.lock").open("w") as dealing:
@@ -172,7 +174,7 @@ def _cards() -> list[str]:
     return listed.stdout.split()
 
 
-def _let_go(held: dict[str, object]) -> None:
+def _let_go(held: dict[str, Any]) -> None:
     for file in held.values():
         file.close()
     held.clear()
@@ -217,7 +219,8 @@ def summarise(runs: Mapping[str, Mapping], reports: Path) -> list[dict]:
     What runs on real data measured (their `measured.csv`) is gathered in one file a paper, `<paper>/grid.csv`; the
     `measured.csv` next to it belongs to runs without a grid.
     """
-    rows, measured = [], {}
+    rows = []
+    measured: dict[str, list[dict]] = {}
     for name in runs:
         paper, run = name.split("/")
         folder = reports / name

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..errors import CannotWrite, CorruptFile
 
@@ -93,7 +94,7 @@ def write_json(path: str | Path, value: object) -> None:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: str | Path) -> object:
+def read_json(path: str | Path) -> Any:
     """Read a JSON file. Raises `CorruptFile` with the path when it is not JSON, or not there."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -14,7 +15,7 @@ from ..errors import BadParameter
 MODELS = Path(__file__).parents[1] / "models"
 
 # What every notebook takes. A paper's own parameters stand in its YAML, in the same form.
-COMMON = {
+COMMON: dict[str, dict] = {
     "profile": {"type": "choice", "choices": ["pocket", "paper"], "help": "pocket (laptop) or paper (as published)"},
     "dry_run": {"type": "switch", "help": "paper profile: two steps on generated data"},
     "study": {"type": "switch", "help": "run all baselines, learning rates and seeds of the study (resumes)"},
@@ -65,7 +66,7 @@ def accepted(rule: Mapping) -> str:
     return f"some, between commas, of {names}" if kind == "list" else names
 
 
-def convert(name: str, value: object, rule: Mapping) -> object:
+def convert(name: str, value: object, rule: Mapping) -> Any:
     """A parameter as its rule wants it: papermill passes `-p dry_run false` as the text "false", which is true.
 
     Raises:

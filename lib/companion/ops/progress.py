@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from tqdm.auto import tqdm
@@ -28,7 +28,7 @@ def progress(items: Iterable[T], text: str, total: int | None = None, done: int 
     mode = os.environ.get("COMPANION_PROGRESS", "bar")
     if mode not in ("bar", "lines", "off"):
         raise BadParameter("COMPANION_PROGRESS", mode, ("bar", "lines", "off"))
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = done + len(items)
     if mode == "off":
         yield from items

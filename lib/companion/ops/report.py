@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import PIL.Image
@@ -35,7 +36,7 @@ PHOTOGRAPHIC = 40_000  # bytes of a PNG above which the notebook shows it in 256
 LOUD = {"holds": "holds", "fails": "FAILS", "not run": "not run"}
 
 
-def start(slug: str, **parameters: object) -> Run:
+def start(slug: str, **parameters: Any) -> Run:
     """Check the notebook's parameters, print what the run will do, and return the `Run` that keeps its results.
 
     Raises:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import multiprocessing
 import os
 import platform
@@ -68,7 +69,7 @@ def run(
             with atomic(folder / name) as temporary:
                 shutil.copyfile(Path(start) / name, temporary)
     record = folder / "study.json"
-    code = code_hash(sources(module.__file__))
+    code = code_hash(sources(inspect.getfile(module)))
     for seed in (module.SELECTION_SEED, *module.SEEDS):
         module.prepare(root, seed)
     pairs = [(task, method) for task, methods in module.TASKS.items() for method in methods]
@@ -131,7 +132,7 @@ def _facts(paper: str, module: ModuleType, seeds: list[int]) -> dict:
     """The record of a study."""
     return {
         "paper": paper,
-        "code": code_hash(sources(module.__file__)),
+        "code": code_hash(sources(inspect.getfile(module))),
         "learning_rates": module.LEARNING_RATES,
         "seeds": seeds,
         "selection_seed": module.SELECTION_SEED,
@@ -153,14 +154,15 @@ def _quiet() -> None:
 
 def _end_with_study() -> None:
     """Otherwise a worker would train on what is queued, and then wait for ever."""
-    multiprocessing.parent_process().join()
+    if study := multiprocessing.parent_process():
+        study.join()
     os._exit(1)
 
 
 def _recheck(pool: Executor, paper: str, rows: list[dict], root: str | Path, folder: Path, metric: str) -> None:
     """Rows of other code are kept when some of them, drawn at random and run again, come out the same."""
     drawn = random.sample(rows, min(RECHECKED, len(rows)))
-    futures = [pool.submit(_job, paper, *(row[k] for k in KEYS), str(root)) for row in drawn]
+    futures = [pool.submit(_job, paper, *[*(row[k] for k in KEYS), str(root)]) for row in drawn]
     for row, future in zip(drawn, futures, strict=True):
         again = future.result()
         if again[metric] != row[metric] or again["loss"] != row["loss"]:

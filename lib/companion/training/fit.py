@@ -143,8 +143,8 @@ def fit(
     steps = max(1, round(epochs * per_epoch))
     optim = optimizer(model)
     rates = _learning_rates(optim, schedule or scheduled(), steps, per_epoch)
-    settings = {"steps": steps, "batch": batch, "images": len(data), "seed": seed, "accumulate": accumulate}
-    settings |= {"precision": precision} | _settings(optim, rates)
+    settings: dict[str, Any] = {"steps": steps, "batch": batch, "images": len(data), "seed": seed}
+    settings |= {"accumulate": accumulate, "precision": precision} | _settings(optim, rates)
     saved = checkpoint.read(model, settings) if checkpoint else None
 
     # processes are forked, so that what a notebook defines can be trained on several devices
@@ -262,9 +262,9 @@ def _learning_rates(
     return found
 
 
-def _settings(optimizer: torch.optim.Optimizer, rates: Sequence[np.ndarray]) -> dict[str, object]:
+def _settings(optimizer: torch.optim.Optimizer, rates: Sequence[np.ndarray]) -> dict[str, Any]:
     """What tells an optimiser from another: its class, and the options, learning rates and shapes of each group."""
-    found: dict[str, object] = {"optimizer": type(optimizer).__name__}
+    found: dict[str, Any] = {"optimizer": type(optimizer).__name__}
     for i, (group, lrs) in enumerate(zip(optimizer.param_groups, rates, strict=True)):
         options = {key: value for key, value in group.items() if key != "params"}
         options |= {"lr": float(max(lrs)), "schedule": zlib.crc32(np.asarray(lrs, float).tobytes())}
@@ -313,7 +313,7 @@ def _batches(
     per_epoch = len(data) // batch
 
     def indices() -> Iterator[list[tuple[int, int]]]:
-        order, current = None, -1
+        order, current = np.empty(0, int), -1
         for step in range(start, stop):
             epoch, i = divmod(step, per_epoch)
             if epoch != current:

@@ -322,7 +322,7 @@ def rollout(
     if not 0 <= residual <= 1:
         raise BadParameter("residual", residual, "0 to 1")
     one_list = all(isinstance(item, int) for item in drop)
-    drops = [drop] * len(maps) if one_list else list(drop)
+    drops: list[Any] = [drop] * len(maps) if one_list else list(drop)
     if len(drops) != len(maps):
         raise BadParameter("drop", drop, f"one list of positions, or {len(maps)} lists, one a layer")
     joined: Tensor | None = None

@@ -67,7 +67,7 @@ def factorised(
         gamma: weight of the levels that `variant` trains; the others weigh 1 - gamma.
     """
     weights = _weights(gamma, variant)
-    return sum(w * a for w, a in zip(weights, (patch, region, slide), strict=True)) / sum(weights)
+    return np.asarray(sum(w * a for w, a in zip(weights, (patch, region, slide), strict=True))) / sum(weights)
 
 
 def granular(

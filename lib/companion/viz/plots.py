@@ -79,7 +79,7 @@ def _panel(count: int) -> float:
     return float(np.clip(math.sqrt(_PHOTO_PIXELS / count) / _DPI, 0.8, 1.4))
 
 
-def _legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str], loc: str) -> None:
+def _legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str], loc: Any) -> None:
     """A legend of as many columns as fit the figure's width."""
     longest = max(map(len, labels)) * 5.4 + 40  # points: letters of the legend, its line and gaps
     columns = int(np.clip(figure.get_figwidth() * 72 // longest, 1, len(labels)))
@@ -186,7 +186,8 @@ def tsne(features: Tensor, labels: Tensor, ax: Axes, seed: int = 0, names: Seque
         here = points[labels == kind]
         colour, marker = COLOURS[i % len(COLOURS)], "osD^vP*X"[i // len(COLOURS) % 8]
         name = str(kind) if names is None else names[int(kind)]
-        ax.scatter(*here.T, s=16, color=colour, marker=marker, edgecolors="#333333", linewidths=0.3, label=name)
+        x, y = here.T
+        ax.scatter(x, y, s=16, color=colour, marker=marker, edgecolors="#333333", linewidths=0.3, label=name)
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0, handletextpad=0.2)

@@ -17,7 +17,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import ipywidgets
 import matplotlib.pyplot as plt
@@ -33,7 +33,7 @@ from ..errors import BadParameter
 LIMIT = 300_000  # bytes of one explorer: a notebook with three stays below 1 MB
 ANIMATION_LIMIT = 160_000  # bytes of one animation
 
-Frame = Figure | np.ndarray | Tensor
+Frame: TypeAlias = Figure | np.ndarray | Tensor
 
 # every colour is the page's own, so that the widget is readable in dark and light themes; images stay on white
 _CSS = """
@@ -229,7 +229,7 @@ def _control(name: str, values: Sequence[Any]) -> str:
 def _page(uris: Sequence[str], controls: Mapping[str, Sequence[Any]], title: str) -> str:
     values = [[str(value) for value in some] for some in controls.values()]
     named = json.dumps([title, list(controls), values])
-    parts = {
+    parts: dict[str, Any] = {
         # of the controls, not of the images, which may vary in a bit between machines
         "id": hashlib.sha256(named.encode()).hexdigest()[:12],
         "names": list(controls),

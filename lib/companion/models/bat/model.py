@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -412,7 +412,7 @@ class BAT(nn.Module):
         passed = {"attention": exchange["attention"](h)} if "attention" in exchange else {}
         traffic = {s: p.norm(dim=-1) / term.norm(dim=-1) for s, p in passed.items()} if traced else {}
         x = x + block.drop_path1(term) + sum(map(block.drop_path1, passed.values()))
-        if keep < 1:
+        if keep < 1 and row is not None:
             x, kept = eliminate(x, row[..., n:].mean(1), kept, keep, n)
 
         h = block.norm2(x)
@@ -421,13 +421,13 @@ class BAT(nn.Module):
         if traced:
             traffic |= {s: p.norm(dim=-1) / term.norm(dim=-1) for s, p in passed.items()}
         x = x + block.drop_path2(term) + sum(map(block.drop_path2, passed.values()))
-        if traced:
+        if trace is not None and row is not None:
             for key, value in (("tokens", x), ("attention", row[..., n:]), ("traffic", traffic), ("kept", kept)):
                 trace.setdefault(key, []).append(value)
         return x, kept
 
     @classmethod
-    def from_official(cls, state: Mapping[str, Tensor], heads: int | None = None, **options: object) -> BAT:
+    def from_official(cls, state: Mapping[str, Tensor], heads: int | None = None, **options: Any) -> BAT:
         """BAT from its released tensors (BAT_rgbt.pth, or the entry `net` of a training checkpoint).
 
         Args:
@@ -635,5 +635,5 @@ def _ostrack_of(state: Mapping[str, Tensor], heads: int | None) -> OSTrack:
         global_pool="",
         drop_path_rate=0.1,
     )
-    sides = (patch * math.isqrt(table.shape[1]) for table in (z, x))
-    return OSTrack(vit, *sides, head_channels=len(conv)).eval()
+    template, search = (patch * math.isqrt(table.shape[1]) for table in (z, x))
+    return OSTrack(vit, template, search, head_channels=len(conv)).eval()

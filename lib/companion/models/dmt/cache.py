@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ class Views(Dataset):
         (`sources` or `samples`), otherwise of their number and of the first and the last view."""
         content = self.images if isinstance(self.images, Tensor) else getattr(self.images, "tensors", [None])[0]
         if content is None:
-            listed = getattr(self.images, "sources", getattr(self.images, "samples", None))
+            listed: Any = getattr(self.images, "sources", getattr(self.images, "samples", None))
             known = listed is not None and not isinstance(listed, np.ndarray)
             content = [str(path) for path in listed] if known else [self[0], self[len(self) - 1]]
         # a function's repr has its address

@@ -111,12 +111,13 @@ class Teachers(nn.Module):
             student: how many of them are the student's.
             relations: queries, keys and values too.
         """
-        if self.view != "full" and (order is None or student is None):
-            raise BadParameter("order", None, f"the order of the patches, which teacher_view = {self.view!r} needs")
+        seen: Sequence[Tensor | None] = (None,) * len(self.models)
+        if self.view != "full":
+            if order is None or student is None:
+                raise BadParameter("order", None, f"the order of the patches, which teacher_view = {self.view!r} needs")
+            seen = [order[:, :count] for count in self.counts(order.shape[1], student)]
         tokens, all_qkv = [], []
-        seen = (None,) * len(self.models) if self.view == "full" else self.counts(order.shape[1], student)
-        for model, count in zip(self.models.values(), seen, strict=True):
-            keep = None if count is None else order[:, :count]
+        for model, keep in zip(self.models.values(), seen, strict=True):
             if relations:
                 last = len(model.blocks) - 1
                 x = model.hidden(images, (last - 1,), keep)[0] if last else model.embed(images, keep)
@@ -240,8 +241,8 @@ class DMT(nn.Module):
         decoder: str | tuple[int, int, int] = "small",
     ):
         super().__init__()
-        live = isinstance(teachers, Teachers)
-        self.widths = teachers.widths if live else tuple(teachers)
+        live = teachers if isinstance(teachers, Teachers) else None
+        self.widths = tuple(teachers) if live is None else live.widths
         if fusion not in FUSIONS:
             raise BadParameter("fusion", fusion, FUSIONS)
         if not self.widths:
@@ -250,18 +251,18 @@ class DMT(nn.Module):
         if min(weights) < 0 or not sum(weights):
             raise BadParameter("token_weight, map_weight, relation_weight", weights, "0 or more, not all 0")
         visible(student.patches, mask_ratio)
-        if live and (grid := next(iter(teachers.models.values())).patches) != student.patches:
+        if live is not None and (grid := next(iter(live.models.values())).patches) != student.patches:
             raise BadParameter("student", f"{student.patches} patches", f"{grid}, as the teachers have")
-        if relation_weight and not live:
+        if relation_weight and live is None:
             raise BadParameter("relation_weight", relation_weight, "0, when the teachers' tokens are read from a cache")
-        if relation_weight and set(teachers.heads) != {student.heads}:
-            accepted = f"heads in the student's last block as in the teachers' ({teachers.heads}, not {student.heads})"
+        if relation_weight and live is not None and set(live.heads) != {student.heads}:
+            accepted = f"heads in the student's last block as in the teachers' ({live.heads}, not {student.heads})"
             raise BadParameter("relation_weight", relation_weight, f"{accepted}: ViT(last_heads=...)")
         if isinstance(decoder, str):
             if decoder not in DECODERS:
                 raise BadParameter("decoder", decoder, tuple(DECODERS))
             decoder = DECODERS[decoder]
-        self.student, self.teachers = student, teachers if live else None
+        self.student, self.teachers = student, live
         self.mask_ratio, self.fusion = mask_ratio, fusion
         self.token_weight, self.map_weight, self.relation_weight = weights
         self.target_norms = nn.ModuleList(TargetNorm(width, target_norm, statistics) for width in self.widths)
@@ -325,10 +326,12 @@ class DMT(nn.Module):
             noise = torch.rand(len(images), patches, device=images.device)
         count, order = visible(patches, self.mask_ratio), noise.argsort(1)
         keep, view = order[:, :count], "full"
+        seen: tuple[int, ...] = ()
         if teacher_output is None:
             if self.teachers is None:
                 raise BadParameter("teacher_output", None, "tokens: this DMT was made with the teachers' widths alone")
             teacher_output, view = self.teachers(images, order, count, bool(self.relation_weight)), self.teachers.view
+            seen = self.teachers.counts(patches, count)
         targets = self.targets(teacher_output)
 
         if self.relation_weight:
@@ -347,19 +350,22 @@ class DMT(nn.Module):
             at = [take(t, keep) if view == "full" else t[:, : 1 + count] for t in targets]
             trace["tokens"] = [adapter(latent) for adapter in self.adapters]
             token = self._compare(trace["tokens"], at)
-        if self.decoder is not None:
+        if self.decoder is not None and self.map_heads is not None:
             decoded = self.decoder(latent, keep)
             trace["maps"] = maps = [head(decoded) for head in self.map_heads]
             if view != "full":  # each teacher's positions; of fused targets those that all teachers see
-                counts = self.teachers.counts(patches, count)
-                counts = counts if self.fusion == "separate" else (min(counts),) * len(counts)
+                counts = seen if self.fusion == "separate" else (min(seen),) * len(seen)
                 targets = [t[:, : 1 + n] for t, n in zip(targets, counts, strict=True)]
                 maps = [take(p, order[:, :n]) for p, n in zip(maps, counts, strict=False)]
             mapped = self._compare(maps, targets)
         related = latent.new_zeros(len(self.widths), dtype=torch.float32)
         if self.relation_weight:
             index = F.pad(keep + 1, (1, 0))[None, :, None, :, None]  # the [CLS] token and V
-            qkv = teacher_output.qkv
+            qkv = teacher_output.qkv if isinstance(teacher_output, TeacherOutput) else None
+            if qkv is None:
+                raise BadParameter(
+                    "teacher_output", "tokens alone", "queries, keys and values too (relation_weight > 0)"
+                )
             at = [t.take_along_dim(index, 3) if view == "full" else t[:, :, :, : 1 + count] for t in qkv]
             related = torch.stack([sum(relation_loss(own_qkv, t)) for t in at])
 

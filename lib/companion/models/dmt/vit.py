@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import PatchEmbed
@@ -22,7 +23,7 @@ from ..layers.pos_embed import resize_pos_embed, sincos_table
 POSITIONS = ("mae", "mocov3", "learned")
 
 # students [paper: tiny, small, base]; their widths are the field's. Pocket: ours, for a CPU (section 14)
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"width": 192, "depth": 12, "heads": 3},
     "small": {"width": 384, "depth": 12, "heads": 6},
     "base": {"width": 768, "depth": 12, "heads": 12},
@@ -245,7 +246,7 @@ def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if not name.startswith(others) and name != "mask_token"}
 
 
-def build(size: str = "small", **options: object) -> ViT:
+def build(size: str = "small", **options: Any) -> ViT:
     """A random ViT (torch's current seed) of one of `SIZES`; `options` as in `ViT`."""
     if size not in SIZES:
         raise BadParameter("size", size, tuple(SIZES))

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -188,7 +188,7 @@ class DPLQ(PromptLearner):
         image = encode_image(self.clip, images, prompts.first_image, prompts.deep_image)
         return image, encode_text(self.clip, self.prompted(prompts.context), self.ends, prompts.deep_text)
 
-    def _learner_names(self) -> dict[str, str | list]:
+    def _learner_names(self) -> dict[str, Any]:
         if {self.language, self.vision} != {"quaternion"}:
             accepted = "quaternion layers both: the authors' code has no others"
             raise BadParameter("language, vision", (self.language, self.vision), accepted)

@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -34,7 +35,7 @@ COUNTERS = ("num_batches_tracked",)  # of BatchNorm, which some files lack
 # --- the encoder ------------------------------------------------------------------------------------------------------
 
 
-def like(encoder: VisionTransformer, **options: object) -> VisionTransformer:
+def like(encoder: VisionTransformer, **options: Any) -> VisionTransformer:
     """A ViT with random weights and the sizes of `encoder`; `options` go to timm, for instance `num_classes`."""
     block, embed = encoder.blocks[0], encoder.patch_embed
     return VisionTransformer(

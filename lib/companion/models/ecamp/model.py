@@ -23,7 +23,7 @@ import math
 import re
 from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.models import checkpoint_seq
@@ -43,7 +43,7 @@ MASKED = 0.75  # fraction of hidden patches
 OFFICIAL = "ECAMP (or MRM): the pre-training model, decoders and BERT included"
 
 # the paper's sizes, and those of the pocket profile (section 14)
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "paper": {},
     "pocket": {
         "image": 32,
@@ -267,7 +267,7 @@ class ECAMP(nn.Module):
             if self.window is not None:
                 inside = windows(batch.window, self.window, 2 * self.patch, images.shape[-1])
             sr = sr_loss(resolved, images, inside)
-        if self.text is not None:
+        if self.text is not None and self.project is not None:
             z = self.project(latent[:, 1:])
             seen["logits"] = logits = self.text(batch.ids, batch.attention, z, trace)
             mlm, seen["cross_entropy"] = mlm_loss(logits, batch.labels, batch.weights)
@@ -281,7 +281,7 @@ class ECAMP(nn.Module):
             images: (B, 3, S, S).
             ids, attention: (B, L).
         """
-        if self.text is None or self.fusion not in ("both", "patch"):
+        if self.text is None or self.project is None or self.fusion not in ("both", "patch"):
             raise BadParameter("fusion", self.fusion, "'both' or 'patch': in others no word attends to patches")
         trace: dict[str, Tensor] = {}
         self.text(ids, attention, self.project(self.forward_features(images)[:, 1:]), trace)
@@ -404,7 +404,7 @@ class ECAMP(nn.Module):
         return list(fits)
 
 
-def build(size: str = "paper", **options: object) -> ECAMP:
+def build(size: str = "paper", **options: Any) -> ECAMP:
     """An ECAMP with random weights (torch's current seed), of one of `SIZES`; `options` as in `ECAMP`."""
     if size not in SIZES:
         raise BadParameter("size", size, tuple(SIZES))
@@ -557,20 +557,24 @@ class AddNorm(nn.Module):
         return self.norm(self.dropout(self.dense(x)) + residual)
 
 
-class BertLayer(nn.Module):
-    """Post-norm transformer layer: self-attention, then an MLP."""
+class _Layer(nn.Module):
+    """The weights of a post-norm transformer layer."""
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float):
         super().__init__()
         self.self, self.attended = Attention(width, heads, dropout), AddNorm(width, width, dropout)
         self.wide, self.narrow = nn.Linear(width, hidden), AddNorm(hidden, width, dropout)
 
+
+class BertLayer(_Layer):
+    """Post-norm transformer layer: self-attention, then an MLP."""
+
     def forward(self, x: Tensor, there: Tensor) -> Tensor:
         a = self.attended(self.self(x, x, there), x)
         return self.narrow(F.gelu(self.wide(a)), a)
 
 
-class Fusion(BertLayer):
+class Fusion(_Layer):
     """Multi-scale context fusion: a BERT layer with cross-attention to the image tokens in its middle (section 3.5).
 
     a = LN(W_o SelfAttention(x) + x)
@@ -590,7 +594,7 @@ class Fusion(BertLayer):
         a = self.attended(self.self(x, x, there), x)
         c = self.cross(a, z, trace=trace) if self.cross is not None else None
         g = self.mean(z.mean(1, keepdim=True)) if self.mean is not None else None
-        if c is None:
+        if c is None and g is not None:
             c, g = g.expand_as(a), None
         m = self.mix(c if g is None else c + g, a)
         if trace is not None:

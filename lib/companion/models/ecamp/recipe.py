@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -148,7 +149,7 @@ def pretrain(
     )
 
 
-def _pairs(p: SimpleNamespace) -> tuple[str, Vocabulary, Callable[[str], Pairs], dict[str, object]]:
+def _pairs(p: SimpleNamespace) -> tuple[str, Vocabulary, Callable[[str], Pairs], dict[str, Any]]:
     """Title, vocabulary, pairs by method, and what tells this data from other data; "folder": `data_root` itself."""
     dataset = xrays.own(p.data_root) if p.dataset == "folder" else DATASETS[p.dataset]
     found = xrays.reports(dataset, p.data_root, xrays.pretrain_transform())
@@ -167,7 +168,7 @@ def _pairs(p: SimpleNamespace) -> tuple[str, Vocabulary, Callable[[str], Pairs],
     return f"{p.dataset}, {len(found.texts):,} images", words, pairs, facts
 
 
-def _generated_pairs(p: SimpleNamespace) -> tuple[str, Vocabulary, Callable[[str], Pairs], dict[str, object]]:
+def _generated_pairs(p: SimpleNamespace) -> tuple[str, Vocabulary, Callable[[str], Pairs], dict[str, Any]]:
     """As `_pairs`, of the real shape, with as many words as MIMIC's vocabulary: the model has the published size."""
     generator = torch.Generator().manual_seed(p.seed)
     images = torch.randn(2 * DRY_BATCH, 3, 448, 448, generator=generator)
@@ -475,7 +476,7 @@ _TABLES = {
 }
 
 
-def measured(path: Path, *new: Mapping[str, object]) -> pd.DataFrame:
+def measured(path: Path, *new: Mapping[str, Any]) -> pd.DataFrame:
     """The scores on real data in the CSV `path`; `new` rows, `KEYS` and "score", are added or replace equal ones."""
     # a CSV reads "10" as a number
     return upsert_rows(path, KEYS, ["score"], [{**row, "labels": int(row["labels"])} for row in new])

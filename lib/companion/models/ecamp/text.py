@@ -114,9 +114,9 @@ class Vocabulary:
 
     def _encoded(self, text: str, length: int) -> np.ndarray:
         ids = self.tokenizer.encode("[CLS] " + text).ids[:length]
-        ids = np.array(ids + [self.pad] * (length - len(ids)), dtype=np.int64)
-        ids.flags.writeable = False  # it is cached
-        return ids
+        filled = np.array(ids + [self.pad] * (length - len(ids)), dtype=np.int64)
+        filled.flags.writeable = False  # it is cached
+        return filled
 
     def words(self, ids: Iterable[int]) -> list[str]:
         """The pieces of ids, without padding."""
@@ -148,7 +148,7 @@ def splice(report: str, statements: str, draw: Draw, share: float = SPLICED) -> 
     return (before + statements + after).replace("..", ".")
 
 
-def descriptors(ids: Sequence[int], vocabulary: Vocabulary) -> list[int]:
+def descriptors(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> list[int]:
     """Positions of the descriptors, in the order of the entities: the two before each entity, without full stops.
 
     As released, an entity at the last position or after the first padding is ignored.
@@ -164,7 +164,7 @@ def descriptors(ids: Sequence[int], vocabulary: Vocabulary) -> list[int]:
     return found
 
 
-def _positions(ids: Sequence[int], vocabulary: Vocabulary) -> Iterable[int]:
+def _positions(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> Iterable[int]:
     for i in range(1, len(ids) - 1):
         if ids[i] == vocabulary.pad:
             return
@@ -208,7 +208,7 @@ def mask(ids: np.ndarray, vocabulary: Vocabulary, draw: Draw, kind: str = "relea
     return hidden
 
 
-def boilerplate(ids: Sequence[int], vocabulary: Vocabulary) -> np.ndarray:
+def boilerplate(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     """(L,) True on the words of templates, found from left to right, longer ones first, without overlap."""
     found, ids = np.zeros(len(ids), bool), list(map(int, ids))
     i = 0
@@ -219,7 +219,7 @@ def boilerplate(ids: Sequence[int], vocabulary: Vocabulary) -> np.ndarray:
     return found
 
 
-def weights(ids: Sequence[int], vocabulary: Vocabulary) -> np.ndarray:
+def weights(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     """The weight of each position (L,) of a text in the loss, float32; the weights of any text sum to L.
 
     Words of templates have 0.05. The weight that they lose is added to the descriptors, in proportion to theirs; in a

@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.layers import PatchEmbed
@@ -46,7 +47,7 @@ POSITIONS = ("none", "sine", "learned", "2d sine", "2d learned")
 LARGEST_CROP = 0.875  # of the side: DINO's global crops, for which both encoders' position embeddings are made
 
 # sizes of the three levels: the paper's, and those that a CPU trains in seconds
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "paper": {
         "patch": {"image": 256, "token": 16, "dim": 384, "depth": 12, "heads": 6},
         "region": {"dim": 192, "depth": 6, "heads": 6},
@@ -213,7 +214,7 @@ class PatchEncoder(Encoder):
         mlp_ratio: float = 4,
         *,
         side: int | None = None,
-        **others: object,
+        **others: Any,
     ):
         if image % token:
             raise BadParameter("image, token", (image, token), "a patch that its tokens tile")
@@ -229,7 +230,7 @@ class PatchEncoder(Encoder):
         return self.patch_embed(x)
 
     @classmethod
-    def _sized(cls, state: Mapping[str, Tensor], **sizes: object) -> PatchEncoder:
+    def _sized(cls, state: Mapping[str, Tensor], **sizes: Any) -> PatchEncoder:
         token = state[cls._FIRST].shape[-1]
         # a position embedding of 14 x 14 is made for patches of 16 x 16 tokens
         return cls(math.ceil(sizes["side"] / LARGEST_CROP) * token, token, **sizes)
@@ -257,7 +258,7 @@ class RegionEncoder(Encoder):
         mlp_ratio: float = 4,
         *,
         side: int | None = None,
-        **others: object,
+        **others: Any,
     ):
         super().__init__(side or int(patches * LARGEST_CROP), dim, depth, heads, mlp_ratio, **others)
         self.inputs = inputs
@@ -271,7 +272,7 @@ class RegionEncoder(Encoder):
         return self.phi(x.movedim(1, -1)).movedim(-1, 1)
 
     @classmethod
-    def _sized(cls, state: Mapping[str, Tensor], **sizes: object) -> RegionEncoder:
+    def _sized(cls, state: Mapping[str, Tensor], **sizes: Any) -> RegionEncoder:
         return cls(inputs=state[cls._FIRST].shape[1], **sizes)
 
 
@@ -449,7 +450,7 @@ class HViT(nn.Module):
             raise BadParameter("region", f"width {region.dim}", f"{slide.inputs}, what the slide level reads")
         if patch is not None and (region is None or patch.dim != region.inputs):
             raise BadParameter("patch", f"width {patch.dim}", "a region level that reads it")
-        self.patch, self.region, self.slide = (copy.deepcopy(level) for level in (patch, region, slide))
+        self.patch, self.region, self.slide = copy.deepcopy(patch), copy.deepcopy(region), copy.deepcopy(slide)
         self.variant = variant
         frozen = {"global": ("patch", "region"), "local": ("patch",), "whole": ()}[variant]
         self.frozen = [level for level in frozen if getattr(self, level) is not None]
@@ -530,7 +531,7 @@ class HViT(nn.Module):
         keep = None if tissue is None else (tissue > 0).flatten(0, 1)
         out, rows = [], []
         for i in range(0, len(patches), batch):
-            seen = None if trace is None else {}
+            seen: dict | None = None if trace is None else {}
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.variant == "whole"):
                 out.append(self.patch(patches[i : i + batch], None if keep is None else keep[i : i + batch], seen))
             rows += [] if seen is None else [_square(seen["attention"])]
@@ -546,15 +547,15 @@ class HViT(nn.Module):
         n = math.isqrt(patches.shape[1])
         if n * n != patches.shape[1]:
             raise BadParameter("patches", patches.shape[1], "a square number: a region is a square grid of them")
-        seen = None if trace is None else {}
-        found = self.region(patches.mT.unflatten(2, (n, n)), keep, seen)
+        seen: dict = {}
+        found = self.region(patches.mT.unflatten(2, (n, n)), keep, None if trace is None else seen)
         if trace is not None:
             trace |= {"regions": found, "region_attention": _square(seen["attention"])}
         return found
 
     @classmethod
     def from_official(
-        cls, state: Mapping[str, Tensor], head: str | None = None, *, position: str | None = None, **options: object
+        cls, state: Mapping[str, Tensor], head: str | None = None, *, position: str | None = None, **options: Any
     ) -> HViT:
         """H-ViT from the authors' tensors, with the levels and the sizes that they have.
 
@@ -645,7 +646,7 @@ def build(
     patches: int = 8,
     classes: int = 6,
     levels: Sequence[str] = ("patch", "region", "slide"),
-    **slide: object,
+    **slide: Any,
 ) -> HViT:
     """An H-ViT of random weights (torch's current seed), at one of `SIZES`.
 
@@ -792,6 +793,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     Raises `CorruptFile` for a file that cannot be read.
     """
     saved = None if Path(path).suffix == ".safetensors" else unpickle.load_torch(path)
-    teacher = isinstance(saved, dict) and isinstance(saved.get("teacher"), dict)
-    state = saved["teacher"] if teacher else read_state(path)
+    teacher = saved.get("teacher") if isinstance(saved, dict) else None
+    state = teacher if isinstance(teacher, dict) else read_state(path)
     return {re.sub(r"^(module\.)?(backbone\.)?", "", name): value for name, value in state.items()}

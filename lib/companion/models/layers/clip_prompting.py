@@ -24,6 +24,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
@@ -259,7 +260,7 @@ class PromptLearner(PromptedCLIP):
 
     # --- the authors' names ---
 
-    def _learner_names(self) -> dict[str, str | list]:
+    def _learner_names(self) -> dict[str, Any]:
         """Our parameters to the names in the authors' prompt learner; a (nested) list where ours is a stack."""
         return {"ctx": "ctx"}
 
@@ -283,12 +284,12 @@ class PromptLearner(PromptedCLIP):
         cls,
         state: Mapping[str, Tensor],
         clip: CLIP | None = None,
-        classes: Sequence[str] | None = None,
+        classes: Classes | None = None,
         tokenizer: Tokenizer | None = None,
         *,
         ends: Sequence[int] | None = None,
         heads: tuple[int, int] | None = None,
-        **options: object,
+        **options: Any,
     ):
         """The model with a state dict of the authors' code in it: the whole one, or its prompt learner's alone.
 
@@ -320,7 +321,7 @@ class PromptLearner(PromptedCLIP):
             before, after = learner["token_prefix"], learner["token_suffix"]
             middle = before.new_zeros(len(before), sizes["tokens"], before.shape[-1])
             classes = Texts(torch.cat([before, middle, after], dim=1), torch.as_tensor(ends))
-            if len(classes.ends) != len(before):
+            if len(ends) != len(before):
                 raise BadParameter("ends", list(ends), f"{len(before)} positions, one a class")
         elif classes is None or tokenizer is None:
             raise BadParameter("classes", classes, "class names, and their tokenizer, when a clip is given")
@@ -448,7 +449,7 @@ class CoCoOp(PromptLearner):
         ctx = self.ctx + self.meta_net(features)[:, None]
         return similarity(self.clip, features, encode_text(self.clip, self.prompted(ctx), self.ends))
 
-    def _learner_names(self) -> dict[str, str | list]:
+    def _learner_names(self) -> dict[str, Any]:
         return {"ctx": "ctx"} | {name: name for name in META_NET}
 
     @staticmethod
@@ -511,7 +512,7 @@ class MaPLe(PromptLearner):
         text = encode_text(self.clip, self.prompted(self.ctx), self.ends, self.deep_text)
         return similarity(self.clip, image, text)
 
-    def _learner_names(self) -> dict[str, str | list]:
+    def _learner_names(self) -> dict[str, Any]:
         layers = range(len(self.deep_text))
         return (
             {name: name for name in ("ctx", "proj.weight", "proj.bias")}

@@ -62,7 +62,7 @@ def load_official(
 
 def official_state(ours: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
     """Copies of our tensors by official name: the inverse of `load_official`."""
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, official in names.items():
         group = np.array(official)
         if group.size:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -97,7 +98,8 @@ def recipe(dataset: str) -> Recipe:
     rows = published_table("metasegnet", "recipes").set_index("method")
     row = rows.loc[DATASETS[dataset].title if dataset in (LOVEDA, POTSDAM) else DATASETS[OEM].title].to_dict()
     whole = ("epochs", "batch", "restart", "crop", "copies")
-    return Recipe(**{name: int(value) if name in whole else float(value) for name, value in row.items()})
+    values: dict[str, Any] = {name: int(value) if name in whole else float(value) for name, value in row.items()}
+    return Recipe(**values)
 
 
 def learning_rates(r: Recipe, base: float, per_epoch: int, epochs: int) -> np.ndarray:
@@ -107,11 +109,12 @@ def learning_rates(r: Recipe, base: float, per_epoch: int, epochs: int) -> np.nd
     if not r.restart:
         rates = r.floor + (base - r.floor) * (1 + np.cos(np.pi * np.arange(epochs) / epochs)) / 2
         return rates.repeat(per_epoch)
-    rates, length = [], r.restart
-    while len(rates) < epochs:
-        rates += [base * (1 + np.cos(np.pi * i / length)) / 2 for i in range(length)]
+    found: list[float] = []
+    length = r.restart
+    while len(found) < epochs:
+        found += [base * (1 + np.cos(np.pi * i / length)) / 2 for i in range(length)]
         length *= 2
-    return np.array(rates[:epochs]).repeat(per_epoch)
+    return np.array(found[:epochs]).repeat(per_epoch)
 
 
 def param_groups(model: MetaSegNet, r: Recipe) -> list[dict]:
@@ -296,7 +299,7 @@ class Test:
     __test__ = False  # no test of pytest's
 
     data: Dataset
-    zones: list[str | None]
+    zones: Sequence[str | None]
     classes: list[str]
     left_out: tuple[int, ...] = ()
     texts: Sequence[str | None] | None = None
@@ -346,11 +349,12 @@ def texts(
 def confusion(model: MetaSegNet, part: Test, given: Sequence[str] | None, augmentation: str = "none") -> Tensor:
     """The confusion matrix (C, C) of a network on a test, with a text for each item."""
     own, total, done = next(model.parameters()).device, 0, 0
-    ids = None if given is None else model.text.ids(given)
+    ids = None if given is None else model.ids(given)
+    network: Callable[..., Tensor] = model
     workers = 0 if isinstance(part.data, TensorDataset) else WORKERS
     for images, labels in DataLoader(part.data, part.batch, num_workers=workers):
-        some = () if ids is None else (ids[done : done + len(images)],)
-        logits = augmented(lambda x, some=some: model(x, *some), images.to(own), augmentation)
+        some = {} if ids is None else {"texts": ids[done : done + len(images)]}
+        logits = augmented(functools.partial(network, **some), images.to(own), augmentation)
         predicted = logits.argmax(1).cpu()
         predicted = predicted if part.into is None else part.into[predicted]
         total = total + metrics.confusion(labels, predicted, len(part.classes))
@@ -471,7 +475,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
             return []
         data, zones, own = training()
         given, r = texts(prompts, method, zones, own=own, seed=p.seed), recipe(p.dataset)
-        if model.text is not None:
+        if model.text is not None and given is not None:
             data = Prompted(data, model.text, given, DROPPED if LEVELS[method] == "full" else 0.0)
         if p.dry_run:
             return learn(p, data, model, epochs=1, batch=len(data) // DRY_STEPS)
@@ -552,7 +556,7 @@ def _tests(p: SimpleNamespace) -> dict[str, Test]:
     # without a text the map of climate zones is not needed
     zones = data.zones() if LEVELS[p.method] or p.held_out else [None] * len(data)
 
-    def of(part: landcover.LandCover, zones: list[str | None]) -> Test:
+    def of(part: landcover.LandCover, zones: Sequence[str | None]) -> Test:
         batch = 4 if part.windows is not None and part.pad else 1
         return Test(part, zones, part.classes, part.left_out, part.texts(), into, batch)
 
@@ -593,7 +597,7 @@ KEYS = ["method", "dataset", "test", "prompt", "text_encoder", "texts", "augment
 VALUES = ["mIoU", "mF1", "OA"]
 
 
-def row(p: SimpleNamespace, name: str, part: Test, matrix: Tensor) -> dict[str, object]:
+def row(p: SimpleNamespace, name: str, part: Test, matrix: Tensor) -> dict[str, Any]:
     """A row for `measured`: the settings of a test, and the scores in percent."""
     found = metrics.scores(matrix, part.left_out)
     own = {"mIoU": found.miou, "mF1": found.mf1, "OA": found.oa}

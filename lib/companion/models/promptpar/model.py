@@ -35,7 +35,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -359,7 +359,7 @@ class PromptPAR(nn.Module):
         """The trainable parameters by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def param_groups(self) -> list[dict[str, object]]:
+    def param_groups(self) -> list[dict[str, Any]]:
         """The parameter groups of the authors' two optimisers: "prompts", of the image tower, and "heads"."""
         own = ("clip.", "prompts", "region_tokens", "temperature", "agg_bn.")
         groups: dict[str, list[nn.Parameter]] = {"prompts": [], "heads": []}
@@ -439,7 +439,7 @@ class PromptPAR(nn.Module):
     def forward_head(self, tokens: Tensor) -> Output:
         """Logits (b, A) and similarity (b, A) from the tokens (b, L, E) of `forward_features`."""
         logits = self.bn(self.heads(self.fuse(tokens)))
-        if not len(self.region_tokens):
+        if self.agg_bn is None:
             return Output(logits, None)
         _, shares = self.similarities(tokens[:, self.class_positions])
         return Output(logits, self.agg_bn(self.aggregate(shares)))
@@ -453,7 +453,8 @@ class PromptPAR(nn.Module):
         """Attention and similarity maps of images (b, 3, H, W). Raises `BadParameter` without a fusion block."""
         if self.linear_layer is not None:
             raise BadParameter("mm_layers", 0, "1 or more: one linear layer over all tokens has no attention")
-        tower, fused = [], []
+        tower: list[Tensor] = []
+        fused: list[Tensor] = []
         tokens = self.forward_features(images, tower)
         self.fuse(tokens, fused)
         patches = self.grid[0] * self.grid[1]
@@ -498,7 +499,7 @@ class PromptPAR(nn.Module):
         clip: CLIP | None = None,
         heads: tuple[int, int, int] | None = None,
         official_quirks: bool = True,
-        **options: object,
+        **options: Any,
     ) -> PromptPAR:
         """The model with the authors' tensors, all sizes read from them; the inverse is `to_official`.
 
@@ -605,7 +606,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """
     found = load_torch(path)
     parts = {"clip_model.": ("ViT_model", "clip_model"), "model.": ("model_state_dict",)}
-    state = {}
+    state: dict[str, Tensor] = {}
     for prefix, entries in parts.items():
         part = next((found[e] for e in entries if e in found), None) if isinstance(found, Mapping) else None
         if not isinstance(part, Mapping):

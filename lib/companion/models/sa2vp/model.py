@@ -53,7 +53,10 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Loss for `fit`: cross-entropy, or `two_pathway_loss` where the model has two outputs. batch: images, labels."""
     images, target = batch
     output = model(images)
-    return two_pathway_loss(*output, target) if isinstance(output, tuple) else F.cross_entropy(output, target)
+    if isinstance(output, tuple):
+        on_image, on_prompt = output
+        return two_pathway_loss(on_image, on_prompt, target)
+    return F.cross_entropy(output, target)
 
 
 def neighbourhood(grid: tuple[int, int], radius: int | None = 1, class_token: bool = True) -> Tensor:
@@ -163,14 +166,16 @@ class TwoPathways(nn.Module):
             raise BadParameter("attention", attention, ATTENTION)
         if direction not in DIRECTIONS:
             raise BadParameter("direction", direction, DIRECTIONS)
-        if attention == "padded" and radius is None:
-            raise BadParameter("radius", radius, "a whole number when attention = 'padded'")
         self.backbone = frozen_copy(backbone)
         self.scale, self.direction, self.grid = scale, direction, tuple(grid)
         self.frozen_dropout, self.grad_checkpointing = frozen_dropout, False
         self.dropout = nn.Dropout(dropout)
         mask = neighbourhood(grid, radius, class_token)
-        self.cross = AlignedAttention(padded_mask(mask, radius, class_token) if attention == "padded" else mask)
+        if attention == "padded":
+            if radius is None:
+                raise BadParameter("radius", radius, "a whole number when attention = 'padded'")
+            mask = padded_mask(mask, radius, class_token)
+        self.cross = AlignedAttention(mask)
 
     def train(self, mode: bool = True):
         """Training or eval mode; with `frozen_dropout=False` the backbone stays in eval mode."""
@@ -348,10 +353,12 @@ class SA2VP(TwoPathways):
         # the interaction reads the block's inputs, through the q, k, v that T_i has already computed
         if to_prompt and self.direction in ("both", "image to prompt"):
             q = qkv_prompt[0].expand(b, -1, -1, -1)[:, :, :keep]
-            next_prompt = next_prompt + self._interact(i, block.attn.proj, q, *qkv_image[1:], prompt[:, :keep])
+            _, k, v = qkv_image
+            next_prompt = next_prompt + self._interact(i, block.attn.proj, q, k, v, prompt[:, :keep])
         elif not to_prompt and self.direction in ("both", "prompt to image"):
             q = qkv_image[0][:, :, :keep]
-            next_image = next_image + self._interact(i, block.attn.proj, q, *qkv_prompt[1:], image[:, :keep])
+            _, k, v = qkv_prompt
+            next_image = next_image + self._interact(i, block.attn.proj, q, k, v, image[:, :keep])
         return next_image, next_prompt
 
     def _block(self, block: Block, x: Tensor, keep: int | None, batch: int = 1) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -436,7 +443,7 @@ class SA2VP(TwoPathways):
     def _official_names(self) -> Names:
         parts = ("query", "key", "value")
         return {
-            ours: [name.replace("qkv", part) for part in parts] if ".attn.qkv." in name else name
+            ours: [str(name).replace("qkv", part) for part in parts] if ".attn.qkv." in name else name
             for ours, name in super()._official_names().items()
         }
 

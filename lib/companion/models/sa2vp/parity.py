@@ -8,8 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import BadParameter
-from ...evaluation.parity import Case
+from ...evaluation.parity import Case, run
 from ...training.schedules import learning_rates
 from .model import SA2VP, SA2VPSwin, two_pathway_loss
 
@@ -28,11 +27,7 @@ def outputs(case: Case) -> dict[str, Tensor]:
         "Dual_model(SwinTransformer": _swin,
         "Dual_model(VisionTransformer": _vit,
     }
-    module = case.facts["module"]  # the authors' class and file
-    for start, run in kinds.items():
-        if module.startswith(start):
-            return run(case)
-    raise BadParameter("module", module, list(kinds))
+    return run(kinds, case, case.facts["module"])  # the authors' class and file
 
 
 def _attention(case: Case) -> str:

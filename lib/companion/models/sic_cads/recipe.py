@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -63,7 +64,7 @@ class Recipe:
         threshold, top: of the detections.
     """
 
-    options: dict[str, float]
+    options: dict[str, Any]
     iterations: int
     batch: int
     lr: float
@@ -174,8 +175,8 @@ def training_data(p: SimpleNamespace, train: detection.Boxes) -> Dataset:
         train.dataset, train.root, Path(train.sources[0]).parent, labels, train.base, train.novel
     )
     # as many images with boxes as with captions
-    times = max(1, round(len(captioned) / len(found)))
-    return ConcatDataset([*[found] * times, Crops(captioned, r.size, r.crop, boxes=False)])
+    copies = max(1, round(len(captioned) / len(found)))
+    return ConcatDataset([*[found] * copies, Crops(captioned, r.size, r.crop, boxes=False)])
 
 
 def loss(model: sic_cads.MLR, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -316,7 +317,7 @@ def train_model(
         name="recogniser",
     )
     model.to(_device(p)).eval()
-    if out is not None:
+    if out is not None and checkpoint is not None:
         save(out / "trained", checkpoint.path.stem, trained_weights(model))
     return history
 
@@ -433,7 +434,7 @@ def _paper(p: SimpleNamespace, out: Path) -> Setting:
     return _setting(p, DATASETS[p.dataset].title, test, make, train, detector)
 
 
-def untrained(model: sic_cads.MLR, **changes: object) -> History:
+def untrained(model: sic_cads.MLR, **changes: Any) -> History:
     """No training: an empty history."""
     return []
 
@@ -508,7 +509,7 @@ def _dry_run(p: SimpleNamespace) -> Setting:
 # --- refinement of a setting's detector -------------------------------------------------------------------------------
 
 
-def train(found: Setting, **changes: object) -> tuple[sic_cads.MLR, History]:
+def train(found: Setting, **changes: Any) -> tuple[sic_cads.MLR, History]:
     """Build the recogniser of a setting and train it; the history is empty where nothing is trained."""
     model = found.build()
     history = found.train(model, **changes)
@@ -544,7 +545,9 @@ class Predictions:
 
 def predict(found: Setting, model: sic_cads.MLR, count: int = 0) -> Predictions:
     """Run detector and recogniser on the first `count` test images, 0 for all."""
-    boxes, probabilities, rows = [], [], []
+    boxes: list[Tensor] = []
+    probabilities: list[Tensor] = []
+    rows = []
     for index in progress(range(min(count or len(found.test), len(found.test))), "test images"):
         image, _ = found.test[index]
         for outputs, output in zip((boxes, probabilities), found.detect(image), strict=True):

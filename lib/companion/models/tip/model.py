@@ -254,6 +254,8 @@ class TIP(nn.Module):
         """States (B, M, d) of ids (B, M) int64; states are returned as they are, so they can be encoded in advance."""
         if text.is_floating_point():
             return text
+        if self.text is None:
+            raise BadParameter("text", "ids", "states: this model has no text encoder")
         with torch.no_grad():
             return self.text(text)[0]
 

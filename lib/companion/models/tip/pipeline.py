@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
@@ -55,7 +56,7 @@ _SD_NOISE = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "sd15": {
         "unet": {"cross_attention_dim": 768, "attention_head_dim": 8},
         "vae": _SD_VAE,
@@ -193,7 +194,7 @@ class TIPPipeline(DiffusionPipeline):
         fusion: str = "modulate",
         mid: str | None = None,
         download: bool = False,
-        **options: object,
+        **options: Any,
     ) -> TIPPipeline:
         """The released parts of a Stable Diffusion 1.x or 2.x, and an adaptor initialised from its UNet.
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -99,11 +100,12 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         raise BadParameter("texts", p.texts, "others: the images of DIV2K have no captions")
     if p.dry_run:
         title, size, steps = "generated images (dry run: losses and scores mean nothing)", DRY_SIZE, DRY_STEPS
-        images, test = Generated(4, size, p.seed), Generated(2, size, p.seed + 1)
+        images: Dataset | None = Generated(4, size, p.seed)
+        test: Dataset = Generated(2, size, p.seed + 1)
     else:
         (title, images, test), size, steps = _datasets(p), p.size, p.steps
 
-    def learn(pipe: TIPPipeline, method: str, **changes: object) -> History:
+    def learn(pipe: TIPPipeline, method: str, **changes: Any) -> History:
         return train(p, pipe, samples(images, size, method, p.seed), None if p.dry_run else out, name=method, **changes)
 
     return Setting(
@@ -377,7 +379,7 @@ def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
     A method's name includes what is not the default: the diffusion model, the middle, on DIV2K the degradation.
     """
     dataset, degradation = TABLES[table]
-    found = {}
+    found: dict = {}
     for row in rows.to_dict("records"):
         plain = row["texts"] == "own" and row["guidance"] == 1 and row["scale"] == 1
         if row["dataset"] != dataset or not plain or degradation not in (None, row["degradation"]):

@@ -244,9 +244,10 @@ def scenes(count: int, split: str, seed: int = 0, novel: bool = True) -> list[Sc
 # --- on disk ----------------------------------------------------------------------------------------------------------
 
 
-def annotations(split: str, drawn: list[Scene]) -> dict:
+def annotation_file(split: str, drawn: list[Scene]) -> dict:
     """COCO's annotation file of a split, as a dict; of training, the novel classes' boxes are left out."""
-    images, boxes = [], []
+    images = []
+    boxes: list[dict] = []
     for number, shown in enumerate(drawn, 1):
         images.append(
             {"id": number, "file_name": f"{number:06d}.png", "width": SIDE, "height": SIDE, "place": shown.place}
@@ -282,7 +283,7 @@ def write(root: str | Path, seed: int = 0) -> Path:
         for split, count in COUNTS.items():
             drawn = scenes(count, split, seed)
             (new / split).mkdir(parents=True)
-            found = annotations(split, drawn)
+            found = annotation_file(split, drawn)
             for entry, shown in zip(found["images"], drawn, strict=True):
                 Image.fromarray(shown.image).save(new / split / entry["file_name"])
             write_json(new / "annotations" / f"instances_{split}.json", found)

@@ -157,7 +157,7 @@ def _surface(rng: np.random.Generator, name: str, split: str) -> np.ndarray:
     x, y = int(rng.integers(left, right - side + 1)), int(rng.integers(top, bottom - side + 1))
     part = Image.fromarray(scenes.photograph(name)[y : y + side, x : x + side]).convert("L")
     grey = np.asarray(part.resize((SIZE, SIZE), Image.Resampling.BILINEAR), dtype=np.float64)
-    grey = np.rot90(grey, rng.integers(4))
+    grey = np.rot90(grey, int(rng.integers(4)))
     return (grey - grey.mean()) / max(grey.std(), 1e-6)
 
 

@@ -196,9 +196,8 @@ class Part:
 
     def where(self, keep: list[int]) -> Part:
         """The images of some places."""
-        return Part(
-            self.images[keep], *(tuple(a[i] for i in keep) for a in (self.captions, self.kinds, self.contrasts))
-        )
+        captions, kinds = (tuple(a[i] for i in keep) for a in (self.captions, self.kinds))
+        return Part(self.images[keep], captions, kinds, tuple(self.contrasts[i] for i in keep))
 
     def scenes(self, contrast: float | None = None) -> Part:
         """The scenes, of one contrast unless it is None; no photographs."""

@@ -169,7 +169,7 @@ def _things(rng: np.random.Generator, split: str, names: list[str]) -> list[Thin
         taken = max(cuts, key=lambda each: float(cv2.meanStdDev(each.pixels)[1].sum()))
         mean, spread = cv2.meanStdDev(taken.pixels)
         colour = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.4, 0.75), rng.uniform(0.5, 0.85))
-        surface = np.float32(colour) + (taken.pixels - np.float32(mean[:, 0])) * np.float32(
+        surface = np.asarray(colour, np.float32) + (taken.pixels - np.float32(mean[:, 0])) * np.float32(
             0.2 / max(spread.mean(), 0.05)
         )
         things.append(
@@ -211,8 +211,8 @@ def _cast(
     else:
         second = replace(second, temperature=spare)
     order = rng.permutation(3)
-    things = [(target, first, second)[index] for index in order]
-    return background, warmth, tuple(things), int(np.flatnonzero(order == 0)[0]), spare
+    one, two, three = ((target, first, second)[index] for index in order)
+    return background, warmth, (one, two, three), int(np.flatnonzero(order == 0)[0]), spare
 
 
 def _background(rng: np.random.Generator, split: str, name: str) -> tuple[Cut, np.ndarray]:
@@ -230,7 +230,7 @@ def _background(rng: np.random.Generator, split: str, name: str) -> tuple[Cut, n
     small = np.clip((small - mean.item()) / max(spread.item(), 0.02), -2, 2)
     warmth = cv2.resize(small, (_PLATE, _PLATE), interpolation=cv2.INTER_CUBIC)
     warmth = np.float32(rng.uniform(0.35, 0.43)) + np.float32(0.03) * warmth
-    return replace(taken, pixels=np.float32(pixels)), np.float32(warmth)
+    return replace(taken, pixels=np.asarray(pixels, np.float32)), np.asarray(warmth, np.float32)
 
 
 def _layouts(rng: np.random.Generator, count: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from .training import fit_steps
 from .vit_and_clip import pixels
 
 NAMES = {"remote": "pocket_mae_remote", "medical": "pocket_mae_medical"}
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "image_size": 32,
     "patch": 8,
     "width": 48,
@@ -41,7 +42,7 @@ SHAPE = {
     "decoder_depth": 2,
     "decoder_heads": 4,
 }
-RECIPE = {"images": 6000, "steps": 2400, "batch": 64, "learning_rate": 3e-3, "masked": 0.5}
+RECIPE: dict[str, Any] = {"images": 6000, "steps": 2400, "batch": 64, "learning_rate": 3e-3, "masked": 0.5}
 SHOTS = 128  # images that a probe is fitted on, as many as the prompts have
 
 
@@ -73,8 +74,8 @@ def train(domain: str, count: int = RECIPE["images"], steps: int = RECIPE["steps
     def loss(model: nn.Module, batch: tuple[Tensor]) -> Tensor:
         return model.loss(batch[0], RECIPE["masked"])
 
-    data, options = TensorDataset(pixels(images)), (RECIPE["batch"], RECIPE["learning_rate"], seed, NAMES[domain])
-    fit_steps(model, loss, data, steps, *options)
+    data = TensorDataset(pixels(images))
+    fit_steps(model, loss, data, steps, RECIPE["batch"], RECIPE["learning_rate"], seed, NAMES[domain])
     return model
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,8 @@ def unlabelled(count: int, split: str, seed: int = 0) -> tuple[Tensor, Tensor]:
     The kinds are for measuring; DINO does not get them.
     """
     rng = np.random.default_rng((seed, pocket.SPLITS.index(split), 11))
-    pixels, cells = [], []
+    pixels: list[np.ndarray] = []
+    cells = []
     while len(pixels) < count:
         task = pocket.TASKS[rng.integers(len(pocket.TASKS))]
         for row in pocket.arrangement(rng, task, int(rng.integers(pocket.GRADES))):
@@ -71,7 +73,7 @@ def build(levels: str = "dino", seed: int = 0) -> tuple[hvit.PatchEncoder, hvit.
             encoder = getattr(model, level)
             part = {name.removeprefix(f"{level}."): t for name, t in state.items() if name.startswith(f"{level}.")}
             load_official(encoder, part, {name: name for name in encoder.state_dict()}, NAME)
-    return model.patch.eval(), model.region.eval()
+    return model.get_submodule("patch").eval(), model.get_submodule("region").eval()
 
 
 @torch.inference_mode()
@@ -98,12 +100,12 @@ def train(seed: int = 0) -> tuple[hvit.PatchEncoder, hvit.RegionEncoder, dict[st
     side, each = pocket.PATCH, STEPS["patch"] * BATCH
     patches = regions.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(patches))[:each])
-    options = HEAD | {"batch": BATCH, "lr": LEARNING_RATE, "warmup": 0, "seed": seed, "hardware": CPU}
-    views = dino.ImageViews((28, 12), ((0.5, 1.0), (0.15, 0.5)), 4, 0.5, (0.5,) * 3, (0.5,) * 3)
+    options: dict[str, Any] = HEAD | {"batch": BATCH, "lr": LEARNING_RATE, "warmup": 0, "seed": seed, "hardware": CPU}
+    crops = dino.ImageViews((28, 12), ((0.5, 1.0), (0.15, 0.5)), 4, 0.5, (0.5,) * 3, (0.5,) * 3)
     histories = {}
     # crops are taken of pixels in [0, 1] and then normalised
     pixels = patches[order] * 0.5 + 0.5
-    patch, histories["patch"] = dino.pretrain(patch, pixels, views, epochs=1, name="DINO, patches", **options)
+    patch, histories["patch"] = dino.pretrain(patch, pixels, crops, epochs=1, name="DINO, patches", **options)
     standardise(patch, seed)
     grids = embed(patch, regions).mT.unflatten(2, (pocket.SIDE, pocket.SIDE))
     epochs = STEPS["region"] // (len(grids) // BATCH)

@@ -13,6 +13,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ CLIP = {"images": 12000, "steps": 1000}
 BATCH = 64
 
 
-def pixels(images: Sequence[np.ndarray]) -> Tensor:
+def pixels(images: Sequence[np.ndarray] | np.ndarray) -> Tensor:
     """uint8 images (32, 32, 3) as the (n, 3, 32, 32) float input of the small encoders, in [-1, 1]."""
     stacked = torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2)
     return (stacked.float() / 255 - 0.5) / 0.5
@@ -273,7 +274,8 @@ def ship(name: str, folder: str | Path = encoders.WEIGHTS, seed: int = 0) -> Pat
 def remeasure(name: str) -> Path:
     """Measure the shipped weights again, after a change of the tasks, and update their card."""
     path = encoders.WEIGHTS / f"{name}.safetensors"
-    model = encoders.build(name, **({"num_classes": len(CLASSES)} if name == "pocket_vit" else {}))
+    options: dict[str, Any] = {"num_classes": len(CLASSES)} if name == "pocket_vit" else {}
+    model = encoders.build(name, **options)
     card.update(path, name, quality(name, model), tasks=classification.VERSION)
     return path
 
