@@ -25,7 +25,7 @@ import psutil
 import torch
 
 from . import __version__, data
-from .errors import BadParameter, CompanionError, CorruptFile, MissingWeights
+from .errors import BadParameter, CompanionError, CorruptFile, MissingWeights, check_choice
 from .evaluation import parity
 from .ops.adopt import adopt as adopt_run
 from .ops.papers import accepted, paper, rules, slugs
@@ -229,8 +229,7 @@ def check_parity(given: argparse.Namespace) -> int:
     cases = list(parity.cases(given.paper, given.fixtures))
     if given.case:
         names = [case.name for case in cases]
-        if given.case not in names:
-            raise BadParameter("--case", given.case, names)
+        check_choice("--case", given.case, names)
         cases = [case for case in cases if case.name == given.case]
     if given.checkpoint:
         state = parity.checkpoint(given.paper, given.checkpoint)

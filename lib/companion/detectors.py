@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import box_convert, clip_boxes_to_image
 
-from .errors import BadParameter, CorruptFile, MissingWeights
+from .errors import BadParameter, CorruptFile, MissingWeights, check_choice
 from .models.sic_cads.model import Detections, detect, refine
 from .ops.files import read_json
 
@@ -165,8 +165,7 @@ class GroundingDino(nn.Module):
 
     def __init__(self, model: nn.Module, processor: Any, tokenizer: Any, names: Sequence[str], tokens: str = "max"):
         super().__init__()
-        if tokens not in TOKENS:
-            raise BadParameter("tokens", tokens, TOKENS)
+        check_choice("tokens", tokens, TOKENS)
         self.model, self.processor = copy.deepcopy(model).requires_grad_(False).eval(), processor
         self.tokens = tokens
         self.classes = len(_checked(names))

@@ -31,7 +31,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
-from .errors import BadParameter, CompanionError, CorruptFile
+from .errors import BadParameter, CompanionError, CorruptFile, check_choice
 from .ops.files import atomic, read_json, write_json
 from .ops.progress import progress
 from .training.checkpoints import checkpoint_key
@@ -64,8 +64,7 @@ class Slide:
     """
 
     def __init__(self, path: str | Path, mpp: float | None = None, backend: str = "auto"):
-        if backend not in ("auto", *BACKENDS):
-            raise BadParameter("backend", backend, ("auto", *BACKENDS))
+        check_choice("backend", backend, ("auto", *BACKENDS))
         if mpp is not None and mpp <= 0:
             raise BadParameter("mpp", mpp, "microns per pixel, more than 0")
         self.path = Path(path)
@@ -368,8 +367,7 @@ def _opencv():
 
 def tensor(pixels: np.ndarray, normalise: str = "unit") -> Tensor:
     """Regions uint8 (..., R, R, 3) as float32 (..., 3, R, R), by one of `NORMALISATIONS`."""
-    if normalise not in NORMALISATIONS:
-        raise BadParameter("normalise", normalise, tuple(NORMALISATIONS))
+    check_choice("normalise", normalise, NORMALISATIONS)
     mean, std = (torch.tensor(v, dtype=torch.float32).reshape(-1, 1, 1) for v in NORMALISATIONS[normalise])
     return (torch.from_numpy(np.ascontiguousarray(pixels)).movedim(-1, -3).float() / 255 - mean) / std
 

@@ -7,15 +7,20 @@ machine, `fetch` downloads what is free and has a checksum, `table` gives all of
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import importlib
-from collections.abc import Mapping
+import io
+import tarfile
+import zipfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from ..errors import BadParameter, MissingData
+from ..errors import BadParameter, CompanionError, MissingData
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,12 @@ class DataSet:
         return MissingData(self.title, self.folder(root), layout, self.source, self.licence, detail)
 
 
+def own_set(root: str | Path, task: str, layout: str, classes: int = 0) -> DataSet:
+    """A folder of one's own as a data set of `task`."""
+    name, title, source = Path(root).resolve().name, "images of your own", "your own images"
+    return DataSet(name, title, "own", task, classes, {}, (".",), layout, source, "yours", "")
+
+
 @dataclass(frozen=True)
 class Status:
     """Whether a data set is on this machine, and in words what is not."""
@@ -95,8 +106,14 @@ def status(name: str, root: str | Path) -> Status:
 
     Raises `BadParameter` for an unknown name, and nothing else.
     """
-    dataset = find(name)
-    return _reader(dataset).status(dataset, Path(root))
+    dataset, root = find(name), Path(root)
+    folder = dataset.folder(root)
+    if not folder.is_dir():
+        return Status("missing", f"no folder {folder}")
+    try:
+        return _reader(dataset).status(dataset, root)
+    except CompanionError as error:
+        return Status("incomplete", getattr(error, "detail", "") or str(error))
 
 
 def fetch(name: str, root: str | Path, progress: bool = True) -> Path:
@@ -122,6 +139,19 @@ def fetch(name: str, root: str | Path, progress: bool = True) -> Path:
         if found.state != "present":
             raise dataset.missing(root, found.detail)
     return dataset.folder(root)
+
+
+@contextlib.contextmanager
+def downloading(dataset: DataSet, folder: Path, progress: bool) -> Iterator[None]:
+    """Around a download to `folder`: no bars unless `progress`; a failure is a `CompanionError` with what to do."""
+    try:
+        with contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except (OSError, http.client.HTTPException, RuntimeError, tarfile.TarError, zipfile.BadZipFile) as error:
+        raise CompanionError(
+            f"{dataset.title} could not be downloaded ({getattr(error, 'reason', error)}). Nothing half-written was "
+            f"kept. On a machine with a network run `companion fetch` again, or copy a finished {folder} here."
+        ) from None
 
 
 def table(root: str | Path) -> list[dict[str, str]]:

@@ -26,11 +26,11 @@ from PIL import Image, ImageOps
 from scipy.io import loadmat
 from torchvision.transforms import v2
 
-from ..errors import BadParameter, CorruptFile, MissingData
+from ..errors import CorruptFile, check_choice
 from ..ops import unpickle
-from . import DataSet, Status, find
+from . import DataSet, Status, find, own_set
 from .attributes_sets import ANNOTATIONS, COLUMNS, IMAGES, SENTENCES, WIDER_FILES, ZERO_SHOT, ZERO_SHOT_FILES
-from .classification import Images, _absent, _inside, _normalised, _to_tensor
+from .classification import Images, _inside, _normalised, _to_tensor, check_listed
 
 SPLITS = ("train", "val", "trainval", "test")
 Transform = Callable[[Image.Image], torch.Tensor]
@@ -136,8 +136,7 @@ def splits(name: str, root: str | Path, transform: Transform | None = None) -> d
 def load(name: str, root: str | Path, split: str, transform: Transform | None = None) -> Pedestrians:
     """One split of a set; otherwise as `splits`. Raises `BadParameter` for a split that the set has not."""
     found = splits(name, root, transform)
-    if split not in found:
-        raise BadParameter("split", split, tuple(found))
+    check_choice("split", split, found)
     return found[split]
 
 
@@ -152,19 +151,11 @@ def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str
     Raises as `splits`.
     """
     root = Path(root)
-    own = DataSet(
-        name=root.resolve().name,
-        title="images of your own",
-        group="own",
-        task="attributes",
-        classes=0,
-        sizes={},
-        folders=(".",),
-        layout='labels.csv    "image,split,<a sentence for each attribute>", then a line for each image: its path\n'
+    own = own_set(
+        root,
+        "attributes",
+        'labels.csv    "image,split,<a sentence for each attribute>", then a line for each image: its path\n'
         "              below this folder; train, val or test; 0 or 1 for each attribute",
-        source="your own images",
-        licence="yours",
-        citation="",
     )
     return _pedestrians(own, root, transform)
 
@@ -206,28 +197,12 @@ def square_transform(size: int = 224, train: bool = False) -> v2.Transform:
 
 def status(dataset: DataSet, root: Path) -> Status:
     """See `companion.data.status`: annotations are read, no image is opened."""
-    folder = dataset.folder(root)
-    if not folder.is_dir():
-        return Status("missing", f"no folder {folder}")
-    try:
-        listing = _read(dataset, root)
-        base = _base(dataset, root, listing)
-    except MissingData as error:
-        return Status("incomplete", error.detail)
-    except CorruptFile as error:
-        return Status("incomplete", str(error))
+    listing = _read(dataset, root)
+    base = _base(dataset, root, listing)
     chosen = np.unique(np.concatenate([*listing.splits.values()]))
     wanted = {f"{base}/{listing.pictures[i]}" for i in chosen}
-    if absent := _absent(wanted):
-        return Status(
-            "incomplete", f"{len(absent)} of {len(wanted)} listed images are not there, the first: {min(absent)}"
-        )
+    check_listed(dataset, root, wanted)
     return Status("present", f"{len(wanted):,} images in {base}, {len(listing.names)} attributes")
-
-
-def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
-    """See `companion.data.fetch`. No attribute set has a link that can be followed without a person."""
-    raise dataset.missing(root, "it cannot be downloaded for you")
 
 
 # --- how it is done ----------------------------------------------------------------------------------------------

@@ -13,14 +13,10 @@ and in scores. `landcover_sets` describes the sets, `landcover_transforms` what 
 from __future__ import annotations
 
 import colorsys
-import contextlib
 import copy
 import csv
 import functools
-import http.client
-import io
 import tempfile
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,10 +30,10 @@ from torchvision import tv_tensors
 from torchvision.datasets.utils import download_and_extract_archive
 
 from .. import climate
-from ..errors import BadParameter, CompanionError, CorruptFile, MissingData
+from ..errors import BadParameter, CorruptFile, check_choice
 from ..geotiff import SUFFIXES, Raster, quiet
 from ..ops.files import atomic
-from . import DataSet, Status, find
+from . import DataSet, Status, downloading, find, own_set
 from .landcover_sets import CLASSES, LEFT_OUT, LOVEDA, LOVEDA_FILES, OEM, POTSDAM, POTSDAM_TILES, XBD
 
 SPLITS = ("train", "val", "test")
@@ -223,8 +219,7 @@ def load(
     """
     dataset, root = find(name, "landcover"), Path(root)
     splits = tuple(POTSDAM_TILES) if name == POTSDAM else SPLITS
-    if split not in splits:
-        raise BadParameter("split", split, splits)
+    check_choice("split", split, splits)
     if labels is not None and (name != POTSDAM or labels not in LABELS):
         raise BadParameter("labels", labels, LABELS if name == POTSDAM else "None: only Potsdam has two kinds")
     if not dataset.folder(root).is_dir():
@@ -269,19 +264,12 @@ def own(
     Raises as `load`.
     """
     root = Path(root)
-    dataset = DataSet(
-        name=root.resolve().name,
-        title="images of your own",
-        group="own",
-        task="landcover",
-        classes=len(classes),
-        sizes={},
-        folders=(".",),
-        layout="images/*.tif    uint8, red, green, blue\nlabels/*.tif    optional: one band, the same names\n"
+    dataset = own_set(
+        root,
+        "landcover",
+        "images/*.tif    uint8, red, green, blue\nlabels/*.tif    optional: one band, the same names\n"
         "places.csv      optional: image,latitude,longitude,zone,text\n{train,val,test}.txt    optional: file names",
-        source="your own images",
-        licence="yours",
-        citation="",
+        len(classes),
     )
     if not classes or isinstance(classes, str):
         raise BadParameter("classes", classes, "one or more names")
@@ -461,21 +449,15 @@ def plain(classes: int, truth: Raster, pixels: np.ndarray, *window: int) -> np.n
 
 def status(dataset: DataSet, root: Path) -> Status:
     """See `companion.data.status`: lists and folders are read, no image is opened."""
-    folder = dataset.folder(root)
-    if not folder.is_dir():
-        return Status("missing", f"no folder {folder}")
     counts = {}
-    try:
-        for split in POTSDAM_TILES if dataset.name == POTSDAM else SPLITS:
-            if dataset.name == LOVEDA:
-                found = _loveda(dataset, root, split)
-            elif dataset.name == POTSDAM:
-                found, _ = _potsdam(dataset, root, split, "full" if split == "train" else "eroded")
-            else:
-                found, _ = _earth(dataset, root, split, False)
-            counts[split] = len(found)
-    except MissingData as error:
-        return Status("incomplete", error.detail)
+    for split in POTSDAM_TILES if dataset.name == POTSDAM else SPLITS:
+        if dataset.name == LOVEDA:
+            found = _loveda(dataset, root, split)
+        elif dataset.name == POTSDAM:
+            found, _ = _potsdam(dataset, root, split, "full" if split == "train" else "eroded")
+        else:
+            found, _ = _earth(dataset, root, split, False)
+        counts[split] = len(found)
     return Status("present", ", ".join(f"{count:,} {split}" for split, count in counts.items()))
 
 
@@ -483,21 +465,14 @@ def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
     """See `companion.data.fetch`. Each zip is unpacked into a hidden folder, which is moved once it is whole."""
     folder = dataset.folder(root)
     folder.mkdir(parents=True, exist_ok=True)
-    quietly = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
-    try:
-        with quietly:
-            for part, md5 in LOVEDA_FILES.items():
-                if (folder / part).is_dir():
-                    continue
-                with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as new:
-                    url = f"https://zenodo.org/records/5706578/files/{part}.zip"
-                    download_and_extract_archive(url, new, filename=f"{part}.zip", md5=md5, remove_finished=True)
-                    (Path(new) / part).rename(folder / part)
-    except (OSError, http.client.HTTPException, RuntimeError, zipfile.BadZipFile) as error:
-        raise CompanionError(
-            f"{dataset.title} could not be downloaded ({getattr(error, 'reason', error)}). On a machine with a network "
-            f"run `companion fetch metasegnet` again, or copy a finished {folder} here."
-        ) from None
+    with downloading(dataset, folder, progress):
+        for part, md5 in LOVEDA_FILES.items():
+            if (folder / part).is_dir():
+                continue
+            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as new:
+                url = f"https://zenodo.org/records/5706578/files/{part}.zip"
+                download_and_extract_archive(url, new, filename=f"{part}.zip", md5=md5, remove_finished=True)
+                (Path(new) / part).rename(folder / part)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..errors import BadParameter, CorruptFile, MissingData
+from ..errors import BadParameter, CorruptFile, MissingData, check_choice
 from ..ops.files import atomic, atomic_folder
 from . import DataSet, Status, find
 
@@ -68,8 +68,7 @@ def isup(gleason: str) -> int:
         "5+4": 5,
         "5+5": 5,
     }
-    if gleason not in grades:
-        raise BadParameter("gleason", gleason, tuple(grades))
+    check_choice("gleason", gleason, grades)
     return grades[gleason]
 
 
@@ -89,8 +88,7 @@ def load(name: str, root: str | Path, split: str = "all", fold: int = 0, exclude
         CorruptFile: a table without its columns, a grade that is none, a name twice; file and line are named.
     """
     dataset = find(name, "slides")
-    if split not in ("all", *SPLITS):
-        raise BadParameter("split", split, ("all", *SPLITS))
+    check_choice("split", split, ("all", *SPLITS))
     every = {item.name: item for item in _table(dataset, Path(root))}
     gone = set(exclude)
     if split == "all":
@@ -307,19 +305,9 @@ class Features(Dataset):
 
 def status(dataset: DataSet, root: Path) -> Status:
     """Whether the table is there, as long as it should be, and every listed slide has a file."""
-    if not dataset.folder(root).is_dir():
-        return Status("missing", f"no folder {dataset.folder(root)}")
-    try:
-        items = _table(dataset, root)
-    except (MissingData, CorruptFile) as error:
-        return Status("incomplete", getattr(error, "detail", "") or str(error))
+    items = _table(dataset, root)
     masks = sum(item.mask is not None for item in items)
     return Status("present", f"{len(items)} slides, {masks} with a label mask")
-
-
-def fetch(dataset: DataSet, root: Path, progress: bool = True) -> None:
-    """Nothing here can be downloaded for you."""
-    raise dataset.missing(root, "it cannot be downloaded for you")
 
 
 def _table(dataset: DataSet, root: Path) -> list[Item]:

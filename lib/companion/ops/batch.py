@@ -32,7 +32,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadParameter
+from ..errors import BadParameter, check_choice
 from .files import atomic, read_json, write_json
 
 FIELDS = ("paper", "resources")  # of an entry of `runs`; every other one is a parameter of its notebook
@@ -46,8 +46,7 @@ COLUMNS = ("paper", "run", "state", "seconds", "memory_mb", "device", "reason")
 def check(config: Mapping) -> None:
     """Raise `BadParameter` when Snakemake's configuration has a field that nothing reads, or an unknown profile."""
     for name in config:
-        if name not in CONFIG:
-            raise BadParameter("field of the configuration", name, CONFIG)
+        check_choice("field of the configuration", name, CONFIG)
     if (profile := config.get("profile", "pocket")) not in PROFILES:
         raise BadParameter("profile", profile, PROFILES)
 
@@ -73,14 +72,12 @@ def expand(config: Mapping, papers: Mapping[str, Collection[str]]) -> dict[str, 
         raise BadParameter("runs", config["runs"], "a list of {paper: ..., parameter: value or [values], ...}")
     for entry in config["runs"]:
         paper = entry.get("paper")
-        if paper not in papers:
-            raise BadParameter("paper of a run", paper, list(papers))
+        check_choice("paper of a run", paper, papers)
         own = {name: value for name, value in entry.items() if name not in FIELDS}
         # papermill would pass it on, and the notebook run with its default
         accepted = [name for name in papers[paper] if name not in ("profile", "out")]
         for name in {**common, **own}:
-            if name not in accepted:
-                raise BadParameter(f"parameter of a run of {paper}", name, accepted)
+            check_choice(f"parameter of a run of {paper}", name, accepted)
         known, resources = rules(paper), entry.get("resources") or {}
         for name, value in resources.items():
             if name not in RESOURCES or type(value) is not int or value < (name != "gpu"):

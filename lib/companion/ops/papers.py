@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import BadParameter
+from ..errors import BadParameter, check_choice
 
 MODELS = Path(__file__).parents[1] / "models"
 
@@ -37,8 +37,7 @@ def slugs() -> list[str]:
 @cache
 def paper(slug: str) -> dict:
     """The facts of a paper, `models/<slug>/paper.yaml`. Raises `BadParameter` for an unknown slug."""
-    if slug not in slugs():
-        raise BadParameter("paper", slug, slugs())
+    check_choice("paper", slug, slugs())
     return yaml.safe_load((MODELS / slug / "paper.yaml").read_text(encoding="utf-8"))
 
 
@@ -96,7 +95,6 @@ def convert(name: str, value: object, rule: Mapping) -> Any:
     if kind == "list":
         names = [part.strip() for part in text.split(",") if part.strip()]
         for part in names:
-            if part not in rule["choices"]:
-                raise BadParameter(name, part, rule["choices"])
+            check_choice(name, part, rule["choices"])
         return ", ".join(names)
     return text

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from tqdm.auto import tqdm
 
-from ..errors import BadParameter
+from ..errors import check_choice
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 20.0
@@ -26,8 +26,7 @@ def progress(items: Iterable[T], text: str, total: int | None = None, done: int 
         BadParameter: `COMPANION_PROGRESS` has another value than "bar", "lines" or "off".
     """
     mode = os.environ.get("COMPANION_PROGRESS", "bar")
-    if mode not in ("bar", "lines", "off"):
-        raise BadParameter("COMPANION_PROGRESS", mode, ("bar", "lines", "off"))
+    check_choice("COMPANION_PROGRESS", mode, ("bar", "lines", "off"))
     if total is None and isinstance(items, Sized):
         total = done + len(items)
     if mode == "off":

@@ -23,7 +23,7 @@ from IPython.display import HTML, Image, display
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from ..errors import BadParameter
+from ..errors import BadParameter, check_choice
 from ..evaluation.ablations import stale
 from ..evaluation.claims import judge
 from ..evaluation.tables import show_table
@@ -120,8 +120,7 @@ class Run:
             BadParameter: no such claim.
         """
         known = [c["id"] for c in paper(self.slug).get("claims", [])]
-        if name not in known:
-            raise BadParameter("claim", name, known)
+        check_choice("claim", name, known)
         status = "not run" if holds is None else "holds" if holds else "fails"
         self.claims[name] = {"status": status, "value": value, "seeds": list(seeds), "why": why}
 

@@ -31,7 +31,7 @@ from types import ModuleType
 import pandas as pd
 import torch
 
-from ..errors import BadParameter, CompanionError
+from ..errors import BadParameter, CompanionError, check_choice
 from ..evaluation.ablations import KEYS, frame, read, selected
 from ..ops.files import atomic, read_json, write_json
 from ..ops.progress import progress
@@ -198,8 +198,7 @@ def main(words: list[str] | None = None) -> int:
     given = parser.parse_args(words)
     known = sorted(p.stem for p in (Path(__file__).parent / "ablations").glob("[a-z]*.py"))
     try:
-        if given.paper not in known:
-            raise BadParameter("paper", given.paper, known)
+        check_choice("paper", given.paper, known)
         if given.merge:
             merge(given.paper, given.merge, given.folder)
         else:

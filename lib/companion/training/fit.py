@@ -25,7 +25,7 @@ from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from ..errors import BadParameter
+from ..errors import BadParameter, check_choice
 from ..ops.progress import progress
 from .callbacks import Callback
 from .checkpoints import Checkpoint, plain, trained_state
@@ -137,8 +137,7 @@ def fit(
         raise BadParameter("batch", batch, f"a multiple of devices = {devices}")
     if not 1 <= accumulate <= batch // devices:
         raise BadParameter("accumulate", accumulate, f"1 to {batch // devices}, a device's images of a step")
-    if precision not in PRECISIONS:
-        raise BadParameter("precision", precision, PRECISIONS)
+    check_choice("precision", precision, PRECISIONS)
     per_epoch = len(data) // batch
     steps = max(1, round(epochs * per_epoch))
     optim = optimizer(model)

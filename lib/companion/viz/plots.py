@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from ..errors import BadParameter
+from ..errors import BadParameter, check_choice
 from .style import COLOURS, HEAT, STYLE, method_colours, styled
 
 _DPI = STYLE["figure.dpi"]
@@ -59,8 +59,7 @@ def overlay(
     Returns:
         The heat's artist, for a colour bar of several images.
     """
-    if mode not in ("bilinear", "nearest"):
-        raise BadParameter("mode", mode, ("bilinear", "nearest"))
+    check_choice("mode", mode, ("bilinear", "nearest"))
     grey = denormalise(image, mean, std) @ np.array([0.299, 0.587, 0.114])
     height, width = grey.shape
     ax.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="antialiased")

@@ -20,7 +20,7 @@ import pandas as pd
 from faster_coco_eval import COCO, COCOeval_faster
 from sklearn.metrics import average_precision_score
 
-from ...errors import BadParameter, CorruptFile
+from ...errors import BadParameter, CorruptFile, check_choice
 from ...ops.files import read_json
 
 STYLES = ("coco", "lvis")
@@ -91,9 +91,8 @@ def evaluate(
             that the annotations do not have.
         CorruptFile: a file that is not what it should be.
     """
-    for name, value, accepted in (("style", style, STYLES), ("kind", kind, KINDS)):
-        if value not in accepted:
-            raise BadParameter(name, value, accepted)
+    check_choice("style", style, STYLES)
+    check_choice("kind", kind, KINDS)
     truth, rows = _annotations(annotations), _rows(results, kind)
     ids = sorted(category["id"] for category in truth["categories"])
     named = {category["id"]: category["name"] for category in truth["categories"]}

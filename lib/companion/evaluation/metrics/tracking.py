@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 
 from ...data.tracking import Sequence
-from ...errors import BadParameter, CompanionError
+from ...errors import BadParameter, CompanionError, check_choice
 
 RULES = {
     "lasher": "boxes are rounded; the first is not scored; a box without area repeats the one before; frames whose "
@@ -152,8 +152,7 @@ def evaluate(
         CompanionError: sequences without result or results without sequence (listed), too few rows, a box that is no
             number, or a ground truth without the second stream that the rules ask for.
     """
-    if rules not in RULES:
-        raise BadParameter("rules", rules, list(RULES))
+    check_choice("rules", rules, RULES)
     truth = {sequence.name: sequence for sequence in sequences}
     _check(results, truth, rules)
     pixels = (5 if rules == "gtot" else 20) if pixels is None else pixels

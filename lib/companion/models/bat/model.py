@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
 from ... import backbones
-from ...errors import BadCheckpoint, BadParameter, MissingWeights
+from ...errors import BadCheckpoint, BadParameter, MissingWeights, check_choice
 from ..layers import state_dicts
 from ..layers.frozen import frozen_copy
 from ..layers.pos_embed import resize_pos_embed
@@ -110,7 +110,7 @@ def hann(f: int) -> Tensor:
     return (window[:, None] * window)[None, None]
 
 
-class OSTrack(nn.Module):
+class OSTrack(state_dicts.OfficialModel):
     """The one-stream tracker that BAT freezes: template and search tokens attend to one another in a plain ViT.
 
     Args:
@@ -199,10 +199,6 @@ class OSTrack(nn.Module):
                 found[name] = fixed.get(name, name.replace("vit.", "backbone.", 1))
         return found
 
-    def to_official(self) -> dict[str, Tensor]:
-        """The tensors under the authors' names."""
-        return state_dicts.official_state(self.state_dict(), self.official_names())
-
 
 def foundation(weights: str | Path = "pretrained") -> OSTrack:
     """OSTrack-256, the tracker that BAT adapts: ViT-B/16, crops of 128 and 256 pixels; in eval mode.
@@ -286,7 +282,7 @@ class Exchange(nn.Module):
         return self.adapters[0](torch.cat([second, first]))
 
 
-class BAT(nn.Module):
+class BAT(state_dicts.OfficialModel):
     """OSTrack on two streams with bi-directional adapters.
 
     Args:
@@ -317,13 +313,9 @@ class BAT(nn.Module):
         tuned: str = "adapters",
     ):
         super().__init__()
-        for name, value, accepted in (
-            ("directions", directions, DIRECTIONS),
-            ("fusion", fusion, FUSIONS),
-            ("tuned", tuned, ("adapters", "all")),
-        ):
-            if value not in accepted:
-                raise BadParameter(name, value, accepted)
+        check_choice("directions", directions, DIRECTIONS)
+        check_choice("fusion", fusion, FUSIONS)
+        check_choice("tuned", tuned, ("adapters", "all"))
         if not set(stages) <= set(STAGES):
             raise BadParameter("stages", stages if isinstance(stages, str) else tuple(stages), STAGES)
         if width < 0:
@@ -354,10 +346,6 @@ class BAT(nn.Module):
         super().train(mode)
         self.tracker.head.eval()
         return self
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters by name."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the activations of each block in the backward pass: less memory, more time."""
@@ -460,10 +448,6 @@ class BAT(nn.Module):
                 names[name] = f"backbone.blocks.{block}.{adapter[stage]}.adapter_{layer}.{kind}"
         return names
 
-    def to_official(self) -> dict[str, Tensor]:
-        """The tensors under the authors' names."""
-        return state_dicts.official_state(self.state_dict(), self.official_names())
-
 
 def streams(images: Tensor) -> Tensor:
     """From (B, 6, H, W) to (2B, 3, H, W): the first streams, then the second ones."""
@@ -519,8 +503,7 @@ class SingleStream(_Baseline):
 
     def __init__(self, tracker: OSTrack, stream: int):
         super().__init__(tracker)
-        if stream not in (0, 1):
-            raise BadParameter("stream", stream, (0, 1))
+        check_choice("stream", stream, (0, 1))
         self.stream = stream
 
     def embed_template(self, template: Tensor) -> Tensor:
@@ -615,8 +598,7 @@ def _ostrack_of(state: Mapping[str, Tensor], heads: int | None) -> OSTrack:
         "backbone.blocks.0.mlp.fc1.weight",
         "box_head.conv1_ctr.0.weight",
     ]
-    if missing := [name for name in needed if name not in state]:
-        raise BadCheckpoint("OSTrack or BAT", missing=missing)
+    state_dicts.check_names(state, needed, "OSTrack or BAT")
     kernel, z, x, fc1, conv = (state[name] for name in needed)
     dim, patch = kernel.shape[0], kernel.shape[-1]
     tables = any(f"backbone.{name}" in state for name in ("cls_token", "pos_embed"))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from ...errors import BadParameter, CompanionError, CorruptFile, MissingData
+from ...errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice
 from ...ops.files import read_json, write_json
 from ...ops.progress import progress
 from ...training.checkpoints import checkpoint_key
@@ -167,8 +167,7 @@ def build(
     """
     if teachers.view != "full":
         raise BadParameter("teacher_view", teachers.view, "'full': tokens of a random part differ each time")
-    if dtype not in DTYPES:
-        raise BadParameter("dtype", dtype, DTYPES)
+    check_choice("dtype", dtype, DTYPES)
     folder, first = Path(folder), views[0][None]
     vit = next(iter(teachers.models.values()))
     tokens = 1 + (first.shape[-2] // vit.patch) * (first.shape[-1] // vit.patch)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import BadParameter
+from ...errors import BadParameter, check_choice
 from .vit import DECODERS, Decoder, ViT, initialise, take, visible
 
 VIEWS = ("full", "same", "lighter")
@@ -64,8 +64,7 @@ class Teachers(nn.Module):
         super().__init__()
         if not models:
             raise BadParameter("teachers", dict(models), "one or more")
-        if view not in VIEWS:
-            raise BadParameter("teacher_view", view, VIEWS)
+        check_choice("teacher_view", view, VIEWS)
         if len({model.patches for model in models.values()}) > 1:
             raise BadParameter("teachers", {n: m.patches for n, m in models.items()}, "the same grid of patches in all")
         copies = {name: copy.deepcopy(model) for name, model in models.items()}
@@ -147,9 +146,8 @@ class TargetNorm(nn.Module):
 
     def __init__(self, width: int, kind: str = "channel", statistics: str = "batch", momentum: float = 0.01):
         super().__init__()
-        for name, value, accepted in (("target_norm", kind, NORMS), ("statistics", statistics, STATISTICS)):
-            if value not in accepted:
-                raise BadParameter(name, value, accepted)
+        check_choice("target_norm", kind, NORMS)
+        check_choice("statistics", statistics, STATISTICS)
         self.kind, self.statistics, self.momentum = kind, statistics, momentum
         if kind == "channel" and statistics == "running":
             self.register_buffer("mean", torch.zeros(width))
@@ -243,8 +241,7 @@ class DMT(nn.Module):
         super().__init__()
         live = teachers if isinstance(teachers, Teachers) else None
         self.widths = tuple(teachers) if live is None else live.widths
-        if fusion not in FUSIONS:
-            raise BadParameter("fusion", fusion, FUSIONS)
+        check_choice("fusion", fusion, FUSIONS)
         if not self.widths:
             raise BadParameter("teachers", self.widths, "one or more")
         weights = (token_weight, map_weight, relation_weight)
@@ -259,8 +256,7 @@ class DMT(nn.Module):
             accepted = f"heads in the student's last block as in the teachers' ({live.heads}, not {student.heads})"
             raise BadParameter("relation_weight", relation_weight, f"{accepted}: ViT(last_heads=...)")
         if isinstance(decoder, str):
-            if decoder not in DECODERS:
-                raise BadParameter("decoder", decoder, tuple(DECODERS))
+            check_choice("decoder", decoder, DECODERS)
             decoder = DECODERS[decoder]
         self.student, self.teachers = student, live
         self.mask_ratio, self.fusion = mask_ratio, fusion

@@ -23,7 +23,7 @@ from ...data import pretraining
 from ...data.pretraining_sets import ADE20K, COCO, IMAGENET
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics import detection, landcover
-from ...evaluation.tables import compare_published, published_table, upsert_rows
+from ...evaluation.tables import published_table, upsert_rows, with_measured
 from ...ops.progress import progress
 from ...training.checkpoints import Checkpoint, checkpoint_key, save
 from ...training.fit import Hardware, History, fit, predict
@@ -591,8 +591,4 @@ def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
 
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """By title, the paper's tables as far as they are known, with our measurements in rows of their own."""
-    found = {}
-    for table in TABLES:
-        frame = published_table("dmt", table)
-        found[frame.attrs["title"]] = compare_published(frame, cells(rows, table))
-    return found
+    return with_measured("dmt", {table: cells(rows, table) for table in TABLES})

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
 from ...errors import BadCheckpoint, BadParameter
-from ..layers.state_dicts import depth, load_official, official_state
+from ..layers.state_dicts import OfficialModel, check_names, depth, load_official, renamed
 
 # pixels at 416, three for each level, coarse to fine (YOLOv3's)
 ANCHORS = (((116, 90), (156, 198), (373, 326)), ((30, 61), (62, 45), (59, 119)), ((10, 13), (16, 30), (33, 23)))
@@ -55,8 +55,7 @@ def encoder_like(state: Mapping[str, Tensor], heads: int | None = None) -> Visio
     Raises:
         BadCheckpoint: the state dict has no encoder.
     """
-    if missing := {"patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"} - state.keys():
-        raise BadCheckpoint("a ViT", missing)
+    check_names(state, {"patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"}, "a ViT")
     width, _, _, patch = state["patch_embed.proj.weight"].shape
     return VisionTransformer(
         img_size=math.isqrt(state["pos_embed"].shape[1] - 1) * patch,
@@ -154,7 +153,7 @@ class MapDecoder(nn.Module):
         return self.logits(x)
 
 
-class Segmenter(nn.Module):
+class Segmenter(OfficialModel):
     """Images (B, 3, S, S) to logits (B, outputs, S, S).
 
     Args:
@@ -211,10 +210,6 @@ class Segmenter(nn.Module):
         model = cls(encoder, 2 if two else 1, channels).eval()
         load_official(model, state, model.official_names(), "ECAMP's segmenter", optional=COUNTERS)
         return model
-
-    def to_official(self) -> dict[str, Tensor]:
-        """The state dict under the authors' names."""
-        return official_state(self.state_dict(), self.official_names())
 
 
 def focal_loss(logits: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
@@ -290,7 +285,7 @@ class Pyramid(nn.Module):
         return [level(y) for level, y in zip(self.levels, (coarse, middle, fine), strict=True)]
 
 
-class Detector(nn.Module):
+class Detector(OfficialModel):
     """Images (B, 3, S, S) to the raw outputs of three heads, coarse to fine, each (B, 3 (5 + classes), h, h).
 
     Args:
@@ -364,13 +359,7 @@ class Detector(nn.Module):
             (r"^branches\.0\.", "embedding1_cbl."),
             (r"^branches\.1\.", "embedding2_cbl."),
         )
-        names = {}
-        for name in self.state_dict():
-            official = name
-            for ours, theirs in renames:
-                official = re.sub(ours, theirs, official)
-            names[name] = official
-        return names
+        return renamed(self.state_dict(), renames)
 
     @classmethod
     def from_official(cls, state: Mapping[str, Tensor], heads: int | None = None) -> Detector:
@@ -386,8 +375,7 @@ class Detector(nn.Module):
             "backbone.layers.downsample.weight",
             "backbone.layers.transpose1.weight",
         }
-        if missing := needed - state.keys():
-            raise BadCheckpoint("ECAMP's detector", missing)
+        check_names(state, needed, "ECAMP's detector")
         inner = {n.removeprefix(start): t for n, t in state.items() if n.startswith(start)}
         narrow, middle = state[first].shape[:2]
         channels = (
@@ -399,10 +387,6 @@ class Detector(nn.Module):
         model = cls(encoder_like(inner, heads), classes, middle // narrow, channels).eval()
         load_official(model, state, model.official_names(), "ECAMP's detector", optional=COUNTERS)
         return model
-
-    def to_official(self) -> dict[str, Tensor]:
-        """The state dict under the authors' names."""
-        return official_state(self.state_dict(), self.official_names())
 
 
 def _cells(head: Tensor, anchors: Tensor, size: int) -> tuple[Tensor, Tensor, float]:

@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from ... import backbones
 from ...data import DATASETS, xrays
 from ...data.xrays_sets import CLASSES, ONE_OF, tasks
-from ...errors import BadParameter, MissingWeights
+from ...errors import BadParameter, MissingWeights, check_choice
 from ...evaluation.metrics import radiology
-from ...evaluation.tables import compare_published, published_table, upsert_rows
+from ...evaluation.tables import published_table, upsert_rows, with_measured
 from ...ops.papers import paper
 from ...training import checkpoints
 from ...training.callbacks import ClipNorm, EarlyStop
@@ -260,8 +260,7 @@ def downstream(p: SimpleNamespace, out: Path) -> Downstream:
     Raises:
         BadParameter, MissingData, MissingWeights, BadCheckpoint: with what to change or get.
     """
-    if p.task not in KINDS:
-        raise BadParameter("task", p.task, list(KINDS))
+    check_choice("task", p.task, KINDS)
     kind = KINDS[p.task]
     _check(p.dataset, kind)
     numbers = downstream_recipe(p.task, p.dataset, p.labels)
@@ -500,8 +499,5 @@ def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
 
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The paper's tables by title, each cell with the published number and, after the slash, our measurement."""
-    found = {}
-    for table in ("classification-finetune", "classification-linear", "segmentation", "detection", "fundus"):
-        frame = published_table("ecamp", table)
-        found[frame.attrs["title"]] = compare_published(frame, cells(rows, table))
-    return found
+    ids = ("classification-finetune", "classification-linear", "segmentation", "detection", "fundus")
+    return with_measured("ecamp", {table: cells(rows, table) for table in ids})

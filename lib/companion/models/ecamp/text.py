@@ -25,7 +25,7 @@ from tokenizers.trainers import WordPieceTrainer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ...errors import BadParameter, CorruptFile
+from ...errors import BadParameter, CorruptFile, check_choice
 from .model import Batch
 
 MASKINGS = ("released", "intended", "mrm")
@@ -184,8 +184,7 @@ def mask(ids: np.ndarray, vocabulary: Vocabulary, draw: Draw, kind: str = "relea
     Raises:
         BadParameter: another kind.
     """
-    if kind not in MASKINGS:
-        raise BadParameter("masking", kind, MASKINGS)
+    check_choice("masking", kind, MASKINGS)
     hidden, entities = ids.copy(), []
     live = kind != "mrm" and any(int(i) in vocabulary.entities for i in ids[1:-1])
     share = {"mrm": MRM}.get(kind, OTHER if live else NO_ENTITY)
@@ -273,8 +272,7 @@ class Pairs(Dataset):
         window: int = 12,
         windows: Sequence[Sequence[int]] | None = None,
     ):
-        if masking not in MASKINGS:
-            raise BadParameter("masking", masking, MASKINGS)
+        check_choice("masking", masking, MASKINGS)
         side = math.isqrt(patches)
         for name, given in (("reports", reports), ("statements", statements), ("windows", windows)):
             if given is not None and len(given) != len(images):

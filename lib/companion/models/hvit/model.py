@@ -36,10 +36,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...backbones import read_state
-from ...errors import BadCheckpoint, BadParameter
+from ...errors import BadParameter, check_choice
 from ...ops import unpickle
 from ..layers.pos_embed import resize_pos_embed
-from ..layers.state_dicts import depth, load_official
+from ..layers.state_dicts import OfficialModel, check_names, depth, load_official
 
 VARIANTS = ("global", "local", "whole")
 HEADS = ("classification", "regression", "ordinal", "coral", "corn")
@@ -177,8 +177,7 @@ class Encoder(nn.Module):
         """
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
         needed = ["pos_embed", "cls_token", "blocks.0.mlp.fc1.weight", cls._FIRST]
-        if missing := [name for name in needed if name not in state]:
-            raise BadCheckpoint(f"H-ViT's {cls.__name__}", missing=missing)
+        check_names(state, needed, f"H-ViT's {cls.__name__}")
         table, dim = state["pos_embed"], state["cls_token"].shape[-1]
         model = cls._sized(
             state,
@@ -372,9 +371,8 @@ class SlideTransformer(nn.Module):
         longest: int = 512,
     ):
         super().__init__()
-        for name, value, accepted in (("head", head, HEADS), ("position", position, POSITIONS)):
-            if value not in accepted:
-                raise BadParameter(name, value, accepted)
+        check_choice("head", head, HEADS)
+        check_choice("position", position, POSITIONS)
         if classes < 2:
             raise BadParameter("classes", classes, "2 or more")
         dim = dim or inputs
@@ -420,7 +418,7 @@ class SlideTransformer(nn.Module):
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
-class HViT(nn.Module):
+class HViT(OfficialModel):
     """The hierarchy of three levels. Its input is that of its lowest level or of an upper one (see `forward`).
 
     The levels are copied: what the caller hands over is neither frozen nor moved.
@@ -442,8 +440,7 @@ class HViT(nn.Module):
         positions: bool = False,
     ):
         super().__init__()
-        if variant not in VARIANTS:
-            raise BadParameter("variant", variant, VARIANTS)
+        check_choice("variant", variant, VARIANTS)
         if (variant != "global" and region is None) or (variant == "whole" and patch is None):
             raise BadParameter("variant", variant, "one whose trained levels are given")
         if region is not None and region.dim != slide.inputs:
@@ -466,10 +463,6 @@ class HViT(nn.Module):
         for level in self.frozen:
             getattr(self, level).eval()
         return self
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters by name."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """As in `Encoder`, for both encoders."""
@@ -575,8 +568,7 @@ class HViT(nn.Module):
             for level in ("patch", "region")
         }
         needed = ["global_phi.0.weight", "global_transformer.layers.0.linear1.weight", "classifier.weight"]
-        if missing := [name for name in needed if name not in state]:
-            raise BadCheckpoint("H-ViT", missing=missing)
+        check_names(state, needed, "H-ViT")
         outputs, kind = len(state["classifier.weight"]), head
         if "b" in state:
             kind, outputs = "coral", len(state["b"])
@@ -626,11 +618,6 @@ class HViT(nn.Module):
             names[name] = found
         return names
 
-    def to_official(self) -> dict[str, Tensor]:
-        """The tensors under the authors' names."""
-        state = self.state_dict()
-        return {official: state[name] for name, official in self.official_names().items()}
-
 
 def _square(attention: Tensor) -> Tensor:
     """From (B, heads, 1 + s s) to (B, heads, s, s): the [CLS] token left out, nothing renormalised."""
@@ -655,8 +642,7 @@ def build(
         levels: those that are built; the embeddings of the others are the model's input.
         slide: further options of `SlideTransformer`.
     """
-    if size not in SIZES:
-        raise BadParameter("size", size, tuple(SIZES))
+    check_choice("size", size, SIZES)
     if unknown := set(levels) - {"patch", "region", "slide"}:
         raise BadParameter("levels", sorted(unknown), ("patch", "region", "slide"))
     sizes = SIZES[size]
@@ -688,9 +674,8 @@ class PatchBag(nn.Module):
         dropout: float = 0.25,
     ):
         super().__init__()
-        for name, value, accepted in (("pooling", pooling, ("mean", "attention")), ("head", head, HEADS[:3])):
-            if value not in accepted:
-                raise BadParameter(name, value, accepted)
+        check_choice("pooling", pooling, ("mean", "attention"))
+        check_choice("head", head, HEADS[:3])
         self.classes, self.head = classes, head
         self.phi = nn.Sequential(nn.Linear(inputs, dim), nn.ReLU(), nn.Dropout(dropout))
         self.pool = GatedPool(dim, dropout) if pooling == "attention" else None
@@ -718,8 +703,7 @@ def extended(grades: Tensor, classes: int) -> Tensor:
 
 def loss(head: str, outputs: Tensor, grades: Tensor, classes: int = 6) -> Tensor:
     """The loss of a head's outputs (B, ...) against grades (B,) in 0 .. K - 1."""
-    if head not in HEADS:
-        raise BadParameter("head", head, HEADS)
+    check_choice("head", head, HEADS)
     grades = grades.long()
     if grades.numel() and (grades.min() < 0 or grades.max() >= classes):
         raise BadParameter("grades", grades.tolist(), f"0 to {classes - 1}")
@@ -744,8 +728,7 @@ def predict(head: str, outputs: Tensor, classes: int = 6) -> Tensor:
     Ordinal heads count the leading probabilities above one half; CORN multiplies them up first. (The released code
     leaves that product out in training and tuning: `predict("ordinal", ...)` gives what it computes there.)
     """
-    if head not in HEADS:
-        raise BadParameter("head", head, HEADS)
+    check_choice("head", head, HEADS)
     if head == "classification":
         return outputs.argmax(1)
     if head == "regression":  # torch rounds halves to even

@@ -35,8 +35,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ...errors import BadCheckpoint, BadParameter
 from .frozen import frozen_copy
+from .state_dicts import OfficialModel, check_names, load_official, official_state
 from .state_dicts import depth as depth_of
-from .state_dicts import load_official, official_state
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
 
@@ -165,7 +165,7 @@ def embed_texts(tokenizer: Tokenizer, clip: CLIP, texts: Sequence[str], free: in
 # --- prompted CLIPs ------------------------------------------------------------------------------------
 
 
-class PromptedCLIP(nn.Module):
+class PromptedCLIP(OfficialModel):
     """A frozen CLIP and the texts of the classes.
 
     Args:
@@ -210,10 +210,6 @@ class PromptedCLIP(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the activations of each block in the backward pass, to save memory."""
         self.clip.set_grad_checkpointing(enable)
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters by name."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def count(self) -> int:
         """The number of trainable parameters."""
@@ -363,17 +359,28 @@ def _clip_of(state: Mapping[str, Tensor], heads: tuple[int, int] | None, what: s
         *(f"image_encoder.{name}" for name in ("conv1.weight", "positional_embedding", "proj")),
         *("text_encoder.positional_embedding", "logit_scale"),
     }
-    if missing := needed - state.keys():
-        raise BadCheckpoint(what, missing)
-    width, _, _, patch = state["image_encoder.conv1.weight"].shape
-    side = math.isqrt(len(state["image_encoder.positional_embedding"]) - 1)
-    length, text_width = state["text_encoder.positional_embedding"].shape
-    image_heads, text_heads = heads or (width // 64, text_width // 64)
-    layers = {tower: depth_of(state, f"{tower}_encoder.transformer.resblocks.") for tower in ("image", "text")}
+    check_names(state, needed, what)
+    return clip_of(state, "image_encoder.", "text_encoder.", heads or (None, None))
+
+
+def clip_of(
+    state: Mapping[str, Tensor], image: str, text: str, heads: tuple[int | None, int | None], words: int = 1
+) -> CLIP:
+    """A CLIP of the sizes of the towers whose names begin with `image` and `text`.
+
+    Args:
+        heads: of the two towers; None: 64 channels a head.
+        words: of the token embedding.
+    """
+    width, _, _, patch = state[f"{image}conv1.weight"].shape
+    side = math.isqrt(len(state[f"{image}positional_embedding"]) - 1)
+    length, text_width = state[f"{text}positional_embedding"].shape
+    image_heads, text_heads = heads[0] or width // 64, heads[1] or text_width // 64
+    layers = [depth_of(state, f"{tower}transformer.resblocks.") for tower in (image, text)]
     return CLIP(
-        state["image_encoder.proj"].shape[1],
-        CLIPVisionCfg(layers["image"], width, width // image_heads, patch_size=patch, image_size=side * patch),
-        CLIPTextCfg(length, 1, width=text_width, heads=text_heads, layers=layers["text"]),
+        state[f"{image}proj"].shape[1],
+        CLIPVisionCfg(layers[0], width, width // image_heads, patch_size=patch, image_size=side * patch),
+        CLIPTextCfg(length, words, width=text_width, heads=text_heads, layers=layers[1]),
         quick_gelu=True,
     )
 

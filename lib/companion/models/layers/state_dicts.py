@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -60,6 +61,12 @@ def load_official(
     model.load_state_dict(loaded, strict=False)
 
 
+def check_names(state: Mapping[str, Tensor], needed: Iterable[str], what: str) -> None:
+    """Raise `BadCheckpoint` unless a state dict has the names from which the sizes of `what` are read."""
+    if missing := set(needed) - state.keys():
+        raise BadCheckpoint(what, missing)
+
+
 def official_state(ours: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
     """Copies of our tensors by official name: the inverse of `load_official`."""
     state: dict[str, Tensor] = {}
@@ -69,6 +76,30 @@ def official_state(ours: Mapping[str, Tensor], names: Names) -> dict[str, Tensor
             parts = ours[name].reshape(group.size, *_part_shape(ours[name], group))
             state |= {str(n): part.clone() for n, part in zip(group.ravel(), parts, strict=True)}
     return state
+
+
+class OfficialModel(nn.Module):
+    """A model whose tensors have names in the authors' code."""
+
+    def official_names(self) -> Names:
+        """Our tensor names to the authors'."""
+        raise NotImplementedError
+
+    def to_official(self) -> dict[str, Tensor]:
+        """The state dict under the authors' names; the inverse of `from_official`."""
+        return official_state(self.state_dict(), self.official_names())
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+def renamed(names: Iterable[str], rules: Sequence[tuple[str, str | Callable]]) -> dict[str, str]:
+    """Names to what they become when the patterns of `rules` are replaced, one after the other."""
+    found = {name: name for name in names}
+    for pattern, replacement in rules:
+        found = {name: re.sub(pattern, replacement, new) for name, new in found.items()}
+    return found
 
 
 def depth(names: Iterable[str], prefix: str) -> int:

@@ -31,8 +31,8 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import BadCheckpoint, BadParameter
-from ..layers.state_dicts import load_official, official_state
+from ...errors import BadCheckpoint, BadParameter, check_choice
+from ..layers.state_dicts import OfficialModel, load_official
 from .text import TextEncoder
 
 DECODERS = ("ft_unetformer", "unetformer")
@@ -231,8 +231,7 @@ class Decoder(nn.Module):
         auxiliary: bool | None = None,
     ):
         super().__init__()
-        if kind not in DECODERS:
-            raise BadParameter("decoder", kind, DECODERS)
+        check_choice("decoder", kind, DECODERS)
         if len(channels) != 4:
             raise BadParameter("encoder", f"{len(channels)} maps", "one with four maps")
         if width % heads:
@@ -341,7 +340,7 @@ class Fusion(nn.Module):
 # --- the network ------------------------------------------------------------------------------------------------------
 
 
-class MetaSegNet(nn.Module):
+class MetaSegNet(OfficialModel):
     """The network; with `text` None its unimodal twin, the same encoder and decoder without text and fusion.
 
     Args:
@@ -398,17 +397,12 @@ class MetaSegNet(nn.Module):
     @classmethod
     def build(cls, classes: int, text: TextEncoder | None = None, size: str = "paper", **options) -> MetaSegNet:
         """A network with random weights, of one of `SIZES`; `options` override those of the size."""
-        if size not in SIZES:
-            raise BadParameter("size", size, SIZES)
+        check_choice("size", size, SIZES)
         return cls(swin(**SIZES[size]["swin"]), classes, text, **(SIZES[size]["model"] | options))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the image encoder's activations in the backward pass: less memory, more time."""
         self.encoder.set_grad_checkpointing(enable)
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters by name: all but those of a frozen text encoder."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def ids(self, texts: Sequence[str]) -> Tensor:
         """The ids (n, L) of texts. Raises `BadParameter` for the unimodal twin, which reads none."""
@@ -511,10 +505,6 @@ class MetaSegNet(nn.Module):
                 names[name] = f"decoder.{decoder_name(name.removeprefix('decoder.'))}"
         return names
 
-    def to_official(self) -> dict[str, Tensor]:
-        """The inverse of `from_official`: encoder and decoder under GeoSeg's names."""
-        return official_state(self.state_dict(), self.official_names())
-
 
 _RENAMES = (
     (r"^squeeze\.", "pre_conv."),
@@ -608,8 +598,7 @@ def views(kind: str) -> list[tuple[bool, bool, float]]:
     "lr": both flips; "d4": both flips at four scales (Potsdam); "d4 loveda": left-right flips at four scales. There are
     no rotations, in spite of the name.
     """
-    if kind not in AUGMENTATIONS:
-        raise BadParameter("augmentation", kind, AUGMENTATIONS)
+    check_choice("augmentation", kind, AUGMENTATIONS)
     upside_down = (False, True) if kind in ("lr", "d4") else (False,)
     scales = SCALES if kind.startswith("d4") else (1.0,)
     return [(h, v, s) for h in ((False,) if kind == "none" else (False, True)) for v in upside_down for s in scales]

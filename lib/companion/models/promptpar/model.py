@@ -39,17 +39,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from open_clip.model import CLIP
 from timm.layers import DropPath
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ...errors import BadCheckpoint, BadParameter, CorruptFile
+from ...errors import BadParameter, CorruptFile, check_choice
 from ...ops.unpickle import load_torch
 from ..layers import state_dicts
-from ..layers.clip_prompting import Texts, Tokenizer, check_depth, checked_clip, embed_texts, encode_text
+from ..layers.clip_prompting import Texts, Tokenizer, check_depth, checked_clip, clip_of, embed_texts, encode_text
 from ..layers.frozen import frozen_copy
 
 TUNED = ("prompts", "all")
@@ -126,8 +126,7 @@ def prompted_text(clip: CLIP, texts: Texts, prompts: Tensor, place: str = "end")
     The model does not need this: with `place` "end", as released, any prompts give the features without prompts, and
     the gradient is exactly zero. With "start", after the start token, they have an effect.
     """
-    if place not in ("end", "start"):
-        raise BadParameter("place", place, ("end", "start"))
+    check_choice("place", place, ("end", "start"))
     n, length = prompts.shape[1], texts.embedded.shape[1]
     start, ends = (length, texts.ends) if place == "end" else (1, texts.ends + n)
     x = texts.embedded + clip.positional_embedding
@@ -193,7 +192,7 @@ class Heads(nn.Module):
         return (x * self.weight[:, 0]).sum(-1) + self.bias[:, 0]
 
 
-class PromptPAR(nn.Module):
+class PromptPAR(state_dicts.OfficialModel):
     """PromptPAR on an open_clip CLIP and a timm ViT of any size.
 
         v = tower(image, P, LC)                             L tokens; P replaced at each of the first J layers
@@ -250,8 +249,7 @@ class PromptPAR(nn.Module):
         official_quirks: bool = False,
     ):
         super().__init__()
-        if tuned not in TUNED:
-            raise BadParameter("tuned", tuned, TUNED)
+        check_choice("tuned", tuned, TUNED)
         checked_clip(clip)
         self.clip = clip = frozen_copy(copy.deepcopy(clip) if tuned == "all" else clip)
         self.grad_checkpointing = False
@@ -354,10 +352,6 @@ class PromptPAR(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the activations of each layer of the image tower in the backward pass: less memory, more time."""
         self.grad_checkpointing = enable
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters by name."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The parameter groups of the authors' two optimisers: "prompts", of the image tower, and "heads"."""
@@ -466,7 +460,7 @@ class PromptPAR(nn.Module):
 
     # --- the authors' names ---
 
-    def _names(self) -> dict[str, str | list]:
+    def official_names(self) -> dict[str, str | list]:
         """Our tensor names to those in the authors' two modules."""
         attributes, clip = len(self.text_features), "clip_model"
         names: dict[str, str | list] = {
@@ -525,8 +519,7 @@ class PromptPAR(nn.Module):
             "model.word_embed.weight",
             "model.bn.weight",
         }
-        if missing := needed - state.keys():
-            raise BadCheckpoint(what, missing)
+        state_dicts.check_names(state, needed, what)
         if len(sentences) != (attributes := len(state["model.bn.weight"])):
             raise BadParameter("sentences", len(sentences), f"{attributes}, one for each attribute")
         deep, texts = f"{own}transformer.prompt_deep", "clip_model.transformer.prompt_text_deep"
@@ -535,12 +528,13 @@ class PromptPAR(nn.Module):
         inner = len(state["model.word_embed.weight"])
         depth, prompts = state[deep].shape[:2] if deep in state else (None, 0)
         image, text, mixed = heads or (None, None, None)
+        words = len(state["clip_model.token_embedding.weight"])
         mm_layers = state_dicts.depth(state, f"{fused}blocks.")
         fusion = VisionTransformer(
             img_size=16, embed_dim=inner, depth=mm_layers, num_heads=mixed or inner // 64, num_classes=0
         )
         model = cls(
-            copy.deepcopy(clip) or _clip_of(state, image, text),
+            copy.deepcopy(clip) or clip_of(state, own, "clip_model.", (image, text), words),
             sentences,
             tokenizer,
             fusion,
@@ -553,13 +547,13 @@ class PromptPAR(nn.Module):
             official_quirks=official_quirks,
             **options,
         ).eval()
-        state_dicts.load_official(model, state, model._names(), what, optional=("num_batches_tracked",))
+        state_dicts.load_official(model, state, model.official_names(), what, optional=("num_batches_tracked",))
         model.set_sentences(sentences, tokenizer)  # by the weights that were just loaded
         return model
 
     def to_official(self) -> dict[str, Tensor]:
         """All tensors under the authors' names, "clip_model.<name>" and "model.<name>"."""
-        state = state_dicts.official_state(self.state_dict(), self._names())
+        state = super().to_official()
         deep = "clip_model.visual.transformer.prompt_deep"
         return state | ({deep: state[deep].unsqueeze(2)} if deep in state else {})
 
@@ -568,32 +562,6 @@ def _uniform(*shape: int, patch: int) -> nn.Parameter:
     """A prompt initialised as in Visual Prompt Tuning: U(-v, v), v² = 6 / (3 patch² + width)."""
     bound = math.sqrt(6 / (3 * patch**2 + shape[-1]))
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
-
-
-def _clip_of(state: Mapping[str, Tensor], image_heads: int | None, text_heads: int | None) -> CLIP:
-    """A CLIP of the sizes in an official state dict."""
-    own = "clip_model.visual."
-    width, _, _, patch = state[f"{own}conv1.weight"].shape
-    side = math.isqrt(len(state[f"{own}positional_embedding"]) - 1)
-    length, text_width = state["clip_model.positional_embedding"].shape
-    return CLIP(
-        state[f"{own}proj"].shape[1],
-        CLIPVisionCfg(
-            state_dicts.depth(state, f"{own}transformer.resblocks."),
-            width,
-            width // (image_heads or width // 64),
-            patch_size=patch,
-            image_size=side * patch,
-        ),
-        CLIPTextCfg(
-            length,
-            len(state["clip_model.token_embedding.weight"]),
-            width=text_width,
-            heads=text_heads or text_width // 64,
-            layers=state_dicts.depth(state, "clip_model.transformer.resblocks."),
-        ),
-        quick_gelu=True,
-    )
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:

@@ -70,7 +70,7 @@ def _load(model: PromptPAR, case: Case, prefix: str = "") -> None:
         state[deep] = state[deep].squeeze(2)
     names = {
         ours: official
-        for ours, official in model._names().items()
+        for ours, official in model.official_names().items()
         if (official if isinstance(official, str) else official[0]) in state
     }
     load_official(model, state, names, "PromptPAR (the authors' names)", ignored=("model.",))
@@ -246,7 +246,7 @@ def _model(case: Case) -> dict[str, Tensor]:
 def _gradients(model: PromptPAR, case: Case) -> dict[str, Tensor]:
     """The recorded gradients: slices and norms, by the authors' names, and that of the text prompts: exactly zero."""
     ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    official = official_state(ours, {n: o for n, o in model._names().items() if n in ours})
+    official = official_state(ours, {n: o for n, o in model.official_names().items() if n in ours})
     norms = {name.partition(".")[2]: grad.norm() for name, grad in official.items()}
     prompts, facts = model.prompts.grad, case.facts
     if "grad_norm_order" in facts:

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ...errors import BadCheckpoint, BadParameter
+from ...errors import BadCheckpoint, BadParameter, check_choice
 from ..layers.frozen import frozen_copy
-from ..layers.state_dicts import Names, depth, load_official, official_state
+from ..layers.state_dicts import Names, OfficialModel, depth, load_official, renamed
 from ..layers.vpt import PLAIN_VIT, plain_vit
 
 ATTENTION = ("aligned", "padded")
@@ -133,7 +133,7 @@ class Adapter(nn.Module):
         return self.dropout(self.up(self.dropout(F.gelu(self.down(self.norm(z))))))
 
 
-class TwoPathways(nn.Module):
+class TwoPathways(OfficialModel):
     """The part that SA²VP on a ViT and on a Swin share.
 
     Args:
@@ -162,10 +162,8 @@ class TwoPathways(nn.Module):
         frozen_dropout: bool = True,
     ):
         super().__init__()
-        if attention not in ATTENTION:
-            raise BadParameter("attention", attention, ATTENTION)
-        if direction not in DIRECTIONS:
-            raise BadParameter("direction", direction, DIRECTIONS)
+        check_choice("attention", attention, ATTENTION)
+        check_choice("direction", direction, DIRECTIONS)
         self.backbone = frozen_copy(backbone)
         self.scale, self.direction, self.grid = scale, direction, tuple(grid)
         self.frozen_dropout, self.grad_checkpointing = frozen_dropout, False
@@ -187,10 +185,6 @@ class TwoPathways(nn.Module):
         """Recompute the activations of each block in the backward pass, to save memory (timm's name for it)."""
         self.grad_checkpointing = enable
         self.backbone.set_grad_checkpointing(enable)
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters by name, the head's among them."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def count(self, head: bool = False) -> int:
         """The number of trainable parameters; the paper's percentage leaves the head out."""
@@ -221,11 +215,8 @@ class TwoPathways(nn.Module):
             (r"(cross_attn\.\d+)\.up", r"\1.ffn.fc2"),
         )
 
-    def _official_names(self) -> Names:
-        names = {name: name for name in self.state_dict()}
-        for pattern, replacement in self._renames():
-            names = {ours: re.sub(pattern, replacement, official) for ours, official in names.items()}
-        return names
+    def official_names(self) -> Names:
+        return renamed(self.state_dict(), self._renames())
 
     def _load_official(self, state: Mapping[str, Tensor], copies: Mapping[str, str]):
         """Load a state dict of the authors' code. `copies`: the frozen copies of a block in it, and their sources."""
@@ -240,12 +231,8 @@ class TwoPathways(nn.Module):
                     differ.append(f"{name} is no copy of {source}")
         if differ:
             raise BadCheckpoint(what, shapes=differ)
-        load_official(self, state, self._official_names(), what)
+        load_official(self, state, self.official_names(), what)
         return self
-
-    def to_official(self) -> dict[str, Tensor]:
-        """The state dict under the authors' names, without their frozen copies of each block's attention."""
-        return official_state(self.state_dict(), self._official_names())
 
 
 class SA2VP(TwoPathways):
@@ -279,8 +266,7 @@ class SA2VP(TwoPathways):
         usual = all(isinstance(b, Block) and type(b.mlp) is Mlp and type(b.attn) is Attention for b in blocks)
         if not plain_vit(backbone) or not usual or len(blocks) % 3:
             raise BadParameter("backbone", type(backbone).__name__, f"{PLAIN_VIT}; pre-norm, depth divisible by 3")
-        if new_maps not in (0, 1, 2):
-            raise BadParameter("new_maps", new_maps, (0, 1, 2))
+        check_choice("new_maps", new_maps, (0, 1, 2))
         super().__init__(backbone, scale, backbone.patch_embed.grid_size, True, **options)
         dim, tokens, self.period = backbone.embed_dim, 1 + math.prod(self.grid), len(blocks) // 3
         for block in self.backbone.blocks:
@@ -440,11 +426,11 @@ class SA2VP(TwoPathways):
             (r"^(embeddings|encoder)", r"vit_base.transformer.\1"),
         )
 
-    def _official_names(self) -> Names:
+    def official_names(self) -> Names:
         parts = ("query", "key", "value")
         return {
             ours: [str(name).replace("qkv", part) for part in parts] if ".attn.qkv." in name else name
-            for ours, name in super()._official_names().items()
+            for ours, name in super().official_names().items()
         }
 
 

@@ -137,7 +137,7 @@ def _gradients(model: nn.Module, case: Case, logits_image: Tensor, logits_prompt
     """The loss and the norm of its gradient for every trained tensor, by official name."""
     value = two_pathway_loss(logits_image, logits_prompt, torch.tensor(case.facts["targets"]))
     value.backward()
-    official = model._official_names()
+    official = model.official_names()
     grads = {f"grad:{official[n]}": p.grad.norm() for n, p in model.trained().items() if p.grad is not None}
     return {"logits_image": logits_image, "logits_prompt": logits_prompt, "loss": value} | grads
 

@@ -30,7 +30,7 @@ from ...data import DATASETS, detection
 from ...data.detection_sets import COCO_BASE, COCO_NOVEL
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics.detection import evaluate, recognition_ap
-from ...evaluation.tables import compare_published, published_table, upsert_rows
+from ...evaluation.tables import published_table, upsert_rows, with_measured
 from ...ops.files import read_json
 from ...ops.papers import paper
 from ...ops.progress import progress
@@ -643,8 +643,5 @@ def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
 
 def tables(path: Path) -> dict[str, pd.DataFrame]:
     """The paper's tables of results by title, the published values next to those measured in `path`."""
-    found, rows = {}, measured(path)
-    for name in (*TABLES, "cross-dataset"):
-        frame = published_table("sic_cads", name)
-        found[frame.attrs["title"]] = compare_published(frame, cells(rows, name))
-    return found
+    rows = measured(path)
+    return with_measured("sic_cads", {name: cells(rows, name) for name in (*TABLES, "cross-dataset")})

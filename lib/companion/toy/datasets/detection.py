@@ -28,7 +28,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from skimage.color import hsv2rgb
 
-from ...errors import BadParameter
+from ...errors import check_choice
 from ...ops.files import write_json
 from . import write_once
 from .scenes import SPLITS, cut, photograph, quantise, tiles
@@ -112,8 +112,7 @@ def backdrop(rng: np.random.Generator, place: str, split: str) -> np.ndarray:
 
     Raises `BadParameter` for an unknown place or split.
     """
-    if place not in PLACES:
-        raise BadParameter("place", place, list(PLACES))
+    check_choice("place", place, PLACES)
     places = tiles(PLACES[place], split)
     left, top, right, bottom = places[rng.integers(len(places))]
     side = int(rng.integers(SIDE, min(right - left, bottom - top) + 1))
@@ -144,8 +143,7 @@ def coverage(shape: str, centre: tuple[float, float], radius: float) -> np.ndarr
         "triangle": lambda: np.maximum((2 * abs(u) - v - radius) / np.sqrt(5), v - radius),
         "cross": lambda: np.minimum(np.maximum(wide, abs(v) - arm), np.maximum(high, abs(u) - arm)),
     }
-    if shape not in distance:
-        raise BadParameter("shape", shape, list(distance))
+    check_choice("shape", shape, distance)
     return np.clip(0.5 - distance[shape](), 0, 1)
 
 
@@ -212,8 +210,7 @@ def scene(rng: np.random.Generator, split: str, *, place: str = "", novel: bool 
     Raises:
         BadParameter: for an unknown split or place.
     """
-    if split not in SPLITS:
-        raise BadParameter("split", split, SPLITS)
+    check_choice("split", split, SPLITS)
     place = place or list(PLACES)[rng.integers(len(PLACES))]
     pixels = backdrop(rng, place, split)
     allowed = BASE + NOVEL if novel else BASE

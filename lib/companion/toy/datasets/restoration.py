@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ...data import restoration
 from ...data.degradations import Op, Recipe
-from ...errors import BadParameter, CorruptFile
+from ...errors import BadParameter, CorruptFile, check_choice
 from . import scenes, write_once
 from .scenes import SPLITS
 
@@ -81,8 +81,7 @@ _ALL = [
 
 def layouts(split: str) -> list[Layout]:
     """The layouts of a split: two thirds of all, a sixth and a sixth. Raises `BadParameter` for an unknown split."""
-    if split not in SPLITS:
-        raise BadParameter("split", split, SPLITS)
+    check_choice("split", split, SPLITS)
     order = np.random.default_rng(0).permutation(len(_ALL))
     parts = np.split(order, [2 * len(_ALL) // 3, 5 * len(_ALL) // 6])
     return [_ALL[i] for i in parts[SPLITS.index(split)]]
@@ -90,8 +89,7 @@ def layouts(split: str) -> list[Layout]:
 
 def pattern(kind: str, side: int = SIZE) -> np.ndarray:
     """A texture, (side, side) of -1 and 1. Raises `BadParameter` for an unknown kind."""
-    if kind not in KINDS:
-        raise BadParameter("kind", kind, KINDS)
+    check_choice("kind", kind, KINDS)
     y, x = np.mgrid[:side, :side] // 2
     return 1.0 - 2.0 * ({"rows": y, "columns": x, "checks": x + y}[kind] % 2)
 

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...errors import BadParameter
+from ...errors import check_choice
 from ...ops.files import read_json
 from ...slides import Tiling, write_pyramid
 from . import write_once, write_table
@@ -84,10 +84,8 @@ def is_core(cells: Sequence[int]) -> bool:
 
 def arrangement(rng: np.random.Generator, task: str, grade: int) -> np.ndarray:
     """What the patches of a slide of `grade` hold, (5, 16). Raises `BadParameter` for an unknown task or grade."""
-    if task not in TASKS:
-        raise BadParameter("task", task, TASKS)
-    if grade not in range(GRADES):
-        raise BadParameter("grade", grade, list(range(GRADES)))
+    check_choice("task", task, TASKS)
+    check_choice("grade", grade, range(GRADES))
     cells = np.full((REGIONS, SIDE**2), STROMA)
     if task == "place":
         rims = int(rng.integers(REGIONS - grade + 1))
@@ -179,8 +177,7 @@ def _ragged(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 def draw(rng: np.random.Generator, task: str, grade: int, split: str) -> Drawn:
     """A slide of a grade; stroma is cut from tiles of `split`. Raises `BadParameter` for an unknown name or grade."""
-    if split not in SPLITS:
-        raise BadParameter("split", split, SPLITS)
+    check_choice("split", split, SPLITS)
     cells = arrangement(rng, task, grade)
     first = int(rng.integers(2, REGIONS + 1))
     pieces = [n for n in (first, REGIONS - first) if n]
@@ -232,8 +229,7 @@ def slides(count: int, task: str, split: str, seed: int = 0) -> list[Drawn]:
 
 def folder(root: str | Path, task: str) -> Path:
     """Where the slides of a task are written below `root`."""
-    if task not in TASKS:
-        raise BadParameter("task", task, TASKS)
+    check_choice("task", task, TASKS)
     return Path(root) / "pocket" / f"slides-{task}"
 
 

@@ -45,7 +45,7 @@ import numpy as np
 from PIL import Image
 
 from ...data.tracking import box_in_crop, crop
-from ...errors import BadParameter, CorruptFile, MissingData
+from ...errors import CorruptFile, MissingData, check_choice
 from . import write_once
 from .scenes import PHOTOGRAPHS, SPLITS, Cut, photograph, quantise, tiles
 
@@ -300,8 +300,7 @@ def plan(split: str, index: int, seed: int = 0) -> Video:
     Raises:
         BadParameter: for an unknown split.
     """
-    if split not in SPLITS:
-        raise BadParameter("split", split, SPLITS)
+    check_choice("split", split, SPLITS)
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
     rule, blind, third = KINDS[index % len(KINDS)]
     segments = [blind if number == third else rule for number in range(3)]
@@ -480,8 +479,7 @@ def foundation_pairs(
     Raises:
         BadParameter: for an unknown split.
     """
-    if split not in SPLITS:
-        raise BadParameter("split", split, SPLITS)
+    check_choice("split", split, SPLITS)
     rng = np.random.default_rng((seed, SPLITS.index(split), 2))
     places = _layouts(rng, 2 * count).reshape(count, 2, 3, 2)
     templates = np.empty((count, 3, template, template), np.uint8)
@@ -591,8 +589,7 @@ def situations(root: str | Path, split: str) -> dict[str, list[str]]:
         MissingData: when the videos were not written there.
         CorruptFile: when a file holds another number of frames or an unknown word.
     """
-    if split not in _LISTS:
-        raise BadParameter("split", split, list(_LISTS))
+    check_choice("split", split, _LISTS)
     folder = Path(root) / "pocket" / "rgbt"
     words = {}
     for part in _LISTS[split]:

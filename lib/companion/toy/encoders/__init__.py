@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ...backbones import load_weights
-from ...errors import BadParameter, CorruptFile, MissingWeights
+from ...errors import BadParameter, CorruptFile, MissingWeights, check_choice
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -85,8 +85,7 @@ def build(name: str, weights: str | Path = "shipped", **overrides: Any) -> nn.Mo
         CorruptFile: a file that cannot be read, or shipped weights that differ from the hash in their model card.
         BadCheckpoint: weights that do not fit the model.
     """
-    if name not in _ENCODERS:
-        raise BadParameter("name", name, list(_ENCODERS))
+    check_choice("name", name, _ENCODERS)
     model = _ENCODERS[name](**overrides)
     if weights != "random":
         path = weights_file(name) if weights == "shipped" else Path(weights)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ... import backbones
-from ...errors import BadParameter
+from ...errors import BadParameter, check_choice
 from ...models.dplq import MAE
 from ...models.dplq.model import CLIPFeatures
 from ...training.fit import CPU, predict
@@ -55,8 +55,7 @@ def load(domain: str, weights: str = "pocket") -> MAE:
         BadParameter: another domain or other weights.
         MissingWeights, CorruptFile: the shipped file is missing, or not the one that its model card describes.
     """
-    if domain not in NAMES:
-        raise BadParameter("domain", domain, list(NAMES))
+    check_choice("domain", domain, NAMES)
     if weights == "random":
         return MAE(**SHAPE).eval()
     if weights != "pocket":

@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from ... import backbones
-from ...errors import BadParameter
+from ...errors import check_choice
 from ...models.hvit import model as hvit
 from ...models.layers import dino
 from ...models.layers.state_dicts import load_official
@@ -62,8 +62,7 @@ def build(levels: str = "dino", seed: int = 0) -> tuple[hvit.PatchEncoder, hvit.
         BadParameter: other `levels`.
         MissingWeights, CorruptFile: the shipped file is not there, or not the one that its card describes.
     """
-    if levels not in ("dino", "random"):
-        raise BadParameter("levels", levels, ("dino", "random"))
+    check_choice("levels", levels, ("dino", "random"))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = hvit.build("pocket", "global", patches=pocket.SIDE)

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from ... import backbones
-from ...errors import BadParameter
+from ...errors import check_choice
 from ...models.dmt.downstream import Features, ridge
 from ...models.dmt.model import grey
 from ...models.dmt.teachers import MAE, MoCo
@@ -61,8 +61,7 @@ RIDGE = {SHOTS: 10.0, None: 30.0}  # by labels a class; None: all
 
 def untrained(name: str = "MAE", seed: int = 0) -> ViT:
     """The teacher before its training, in eval mode. Raises `BadParameter` for another name."""
-    if name not in TEACHERS:
-        raise BadParameter("teacher", name, TEACHERS)
+    check_choice("teacher", name, TEACHERS)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return build("pocket teacher", **SHAPE, **OPTIONS[name]).eval()

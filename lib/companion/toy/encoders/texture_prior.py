@@ -24,7 +24,7 @@ from torch.utils.data import TensorDataset
 
 from ... import backbones
 from ...data.degradations import BLIND, Op, prompt
-from ...errors import BadParameter
+from ...errors import BadParameter, check_choice
 from ...evaluation.metrics.restoration import psnr
 from ...models.tip import model as tip
 from ...models.tip.pipeline import SIZES, TIPPipeline
@@ -136,8 +136,7 @@ def build(fusion: str = "modulate", mid: str | None = None, seed: int = 0, prior
         BadParameter: another `prior`.
         MissingWeights, CorruptFile: the shipped file is missing, or differs from its card.
     """
-    if prior not in ("trained", "untrained"):
-        raise BadParameter("prior", prior, ("trained", "untrained"))
+    check_choice("prior", prior, ("trained", "untrained"))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         parts = {"vae": PatchPCA(), "unet": unet()}

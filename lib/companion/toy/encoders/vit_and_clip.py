@@ -25,7 +25,7 @@ from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from ...errors import BadParameter
+from ...errors import check_choice
 from .. import encoders
 from ..datasets import classification
 from ..datasets.scenes import CLASSES, HUES, PHOTOGRAPHS, PLACES, SHAPES, SIZES, Scene, scenes
@@ -263,8 +263,7 @@ def ship(name: str, folder: str | Path = encoders.WEIGHTS, seed: int = 0) -> Pat
 
     Raises `BadParameter` for another name.
     """
-    if name not in TRAIN:
-        raise BadParameter("name", name, list(TRAIN))
+    check_choice("name", name, TRAIN)
     start = time.monotonic()
     model = TRAIN[name](**RECIPE[name], seed=seed)
     seconds, recipe, measured = time.monotonic() - start, {**RECIPE[name], "seed": seed}, quality(name, model)
