@@ -66,8 +66,7 @@ def zone(latitude: float | None, longitude: float | None, reach: int = 0) -> str
     Returns:
         The code; "Ocean" on the open sea; None when a coordinate is missing (None or nan).
 
-    Raises:
-        BadParameter: a location outside the globe, most often with latitude and longitude exchanged.
+    Raises `BadParameter`: a location outside the globe, most often with latitude and longitude exchanged.
     """
     if latitude is None or longitude is None or math.isnan(latitude) or math.isnan(longitude):
         return None

@@ -78,8 +78,7 @@ def refined(
         gamma, threshold, nms, top: see `models.sic_cads.refine` and `detect`. Set predictors (the three families here)
             need no suppression, and 0.5 changes little.
 
-    Raises:
-        BadParameter: shapes that do not fit, or probabilities outside 0 to 1.
+    Raises `BadParameter`: shapes that do not fit, or probabilities outside 0 to 1.
     """
     boxes, probabilities = found.boxes, found.probabilities
     if boxes.ndim != 2 or boxes.shape[1] != 4 or probabilities.ndim != 2 or len(boxes) != len(probabilities):
@@ -329,8 +328,7 @@ def refine_results(
         p: the image-level scores (C,) of each image, by image_id.
         categories: the id of each class.
 
-    Raises:
-        BadParameter: an image without scores, or a class that is not among `categories`.
+    Raises `BadParameter`: an image without scores, or a class that is not among `categories`.
     """
     if not 0 <= gamma <= 1:
         raise BadParameter("gamma", gamma, "0 to 1")

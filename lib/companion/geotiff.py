@@ -237,8 +237,7 @@ def label(
             `functools.partial(metasegnet.bands, network)` is one.
         crs: see `Raster`.
 
-    Raises:
-        CorruptFile: the image cannot be read.
+    Raises `CorruptFile`: the image cannot be read.
     """
     with Raster(path, crs) as raster:
 

@@ -330,8 +330,7 @@ def tile(slide: Slide, tiling: Tiling, mask: np.ndarray | None = None) -> Tiles:
     Args:
         mask: where tissue is, (h, w), any size that covers the slide, in place of what its colours say.
 
-    Raises:
-        BadParameter: the file says no microns per pixel, or has no level near the one that is wanted.
+    Raises `BadParameter`: the file says no microns per pixel, or has no level near the one that is wanted.
     """
     level = slide.level(tiling.mpp / slide.mpp)
     mpp = slide.mpp * slide.downsamples[level]

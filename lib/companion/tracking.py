@@ -212,8 +212,7 @@ def run(
     Returns:
         Boxes (n, 4) by sequence.
 
-    Raises:
-        BadParameter: `folder` holds results of another model.
+    Raises `BadParameter`: `folder` holds results of another model.
     """
     folder, facts = Path(folder), {"weights": fingerprint(model), "window": options.get("window", True)}
     record = folder / "tracker.json"
@@ -247,8 +246,7 @@ def track(
         visible, infrared: two folders of images, or two video files, aligned in time and space.
         options: of `follow`.
 
-    Raises:
-        BadParameter, CorruptFile: see `open_video` and `follow`.
+    Raises `BadParameter`, `CorruptFile`: see `open_video` and `follow`.
     """
     found = follow(model, [open_video(visible, infrared)], [box], **options)[0]
     if out is not None:

@@ -276,7 +276,7 @@ def _mat(dataset: DataSet, root: Path, read: Callable[[dict], tuple], file: str 
     if dataset.name in ZERO_SHOT:
         chosen = _new_split(dataset, root)
     for number, picture in enumerate(pictures, 1):
-        _inside(path, f"picture {number}", picture)
+        _inside(path, f"image {number}", picture)
     return Listing(path, pictures, labels, names, chosen)
 
 
@@ -352,7 +352,7 @@ def _wider(dataset: DataSet, root: Path) -> Listing:
         listed, given = (_file(dataset, root, name) for name in WIDER_FILES[split])
         rows, values = _lines(listed), _lines(given)
         if len(rows) != len(values):
-            raise CorruptFile(given, f"{len(values)} lines, and {listed.name} has {len(rows)} pictures")
+            raise CorruptFile(given, f"{len(values)} lines, and {listed.name} has {len(rows)} images")
         for number, row in enumerate(rows, 1):
             pictures.append(_inside(listed, f"line {number}", row))
         for number, value in enumerate(values, 1):

@@ -214,8 +214,7 @@ def load(
         without_xbd: of OpenEarthMap: leave out what has to be compiled from xBD; `absent` names the regions.
         transform: see `LandCover`.
 
-    Raises:
-        BadParameter, MissingData, CorruptFile, CompanionError: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `CorruptFile`, `CompanionError`: with what to change or get.
     """
     dataset, root = find(name, "landcover"), Path(root)
     splits = tuple(POTSDAM_TILES) if name == POTSDAM else SPLITS

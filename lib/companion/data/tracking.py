@@ -80,8 +80,7 @@ class Sequence:
 def read_frame(visible: str | Path, infrared: str | Path) -> np.ndarray:
     """A frame of both streams: uint8 (H, W, 6), RGB and then the second stream; grey files become three channels.
 
-    Raises:
-        CorruptFile: a file is missing, truncated, no image, not of 8 bits, or the two sizes differ.
+    Raises `CorruptFile`: a file is missing, truncated, no image, not of 8 bits, or the two sizes differ.
     """
     first, second = _picture(Path(visible)), _picture(Path(infrared))
     if first.shape != second.shape:
@@ -444,8 +443,7 @@ def crop(image: np.ndarray, box: Iterable[float], factor: float, size: int) -> t
     Returns:
         The patch, uint8 (size, size, C), resized bilinearly by OpenCV, and its scale: size / s.
 
-    Raises:
-        BadParameter: the box has no area or is not finite, or the crop lies wholly outside the image.
+    Raises `BadParameter`: the box has no area or is not finite, or the crop lies wholly outside the image.
     """
     x, y, w, h = (float(value) for value in box)
     if not (w > 0 and h > 0 and math.isfinite(x + y + w + h)):

@@ -101,8 +101,7 @@ def rle_mask(runs: str, side: int = RUN_SIDE) -> np.ndarray:
     """SIIM's mask (side, side) of one line of runs: start, length, start, ... A start counts from the end of the last
     run; the mask is filled column by column. "-1" is an empty mask.
 
-    Raises:
-        ValueError: not pairs of whole numbers, or a run beyond the image.
+    Raises `ValueError`: not pairs of whole numbers, or a run beyond the image.
     """
     flat = np.zeros(side * side, bool)
     numbers = [int(n) for n in runs.split()]
@@ -575,8 +574,7 @@ def write_reports(
         texts: a report for each.
         statements: for each, or by study_id: what `read_statements` gives.
 
-    Raises:
-        BadParameter: not as many texts or statements as paths.
+    Raises `BadParameter`: not as many texts or statements as paths.
     """
     if isinstance(statements, Mapping):
         statements = [statements.get(Path(p).parent.name.removeprefix("s"), "") for p in paths]
@@ -595,8 +593,7 @@ def read_statements(path: str | Path) -> dict[str, str]:
 
     The authors' MIMIC-Vicuna.json is matched by study_id, as they say; how it is built inside was not seen.
 
-    Raises:
-        CorruptFile: neither form.
+    Raises `CorruptFile`: neither form.
     """
     found = read_json(path)
     if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):

@@ -125,8 +125,7 @@ def devices(count: int, folder: Path, poll: float = 1.0) -> Iterator[list[str]]:
     The GPUs are those of CUDA_VISIBLE_DEVICES, or all that `nvidia-smi` lists. A lock file a GPU in `folder` keeps
     other runs of the same checkout off it; a killed run lets go of its own. On a cluster the scheduler deals the cards.
 
-    Raises:
-        BadParameter: the machine has fewer.
+    Raises `BadParameter`: the machine has fewer.
     """
     if not count or "SLURM_JOB_ID" in os.environ:
         yield []

@@ -23,8 +23,7 @@ FULL = 1 << 16  # bytes free: torch does not say why it could not write
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`; it is renamed to `path` when the block ends well, removed when not.
 
-    Raises:
-        CannotWrite: the disk became full.
+    Raises `CannotWrite`: the disk became full.
     """
     path = Path(path)
     temporary = None
@@ -51,8 +50,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """Yield an empty folder next to `folder`, which takes its place when the block ends well, and is removed when not.
 
-    Raises:
-        CannotWrite: the disk became full.
+    Raises `CannotWrite`: the disk became full.
     """
     folder = Path(folder)
     try:

@@ -68,8 +68,7 @@ def accepted(rule: Mapping) -> str:
 def convert(name: str, value: object, rule: Mapping) -> Any:
     """A parameter as its rule wants it: papermill passes `-p dry_run false` as the text "false", which is true.
 
-    Raises:
-        BadParameter: with the accepted values.
+    Raises `BadParameter`: with the accepted values.
     """
     kind, text = rule["type"], str(value).strip()
     if kind == "switch":

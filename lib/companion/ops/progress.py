@@ -22,8 +22,7 @@ SECONDS_BETWEEN_LINES = 20.0
 def progress(items: Iterable[T], text: str, total: int | None = None, done: int = 0) -> Iterator[T]:
     """Yield `items` while showing how far it is. `done` of `total` were finished before (a resumed run).
 
-    Raises:
-        BadParameter: `COMPANION_PROGRESS` has another value than "bar", "lines" or "off".
+    Raises `BadParameter`: `COMPANION_PROGRESS` has another value than "bar", "lines" or "off".
     """
     mode = os.environ.get("COMPANION_PROGRESS", "bar")
     check_choice("COMPANION_PROGRESS", mode, ("bar", "lines", "off"))

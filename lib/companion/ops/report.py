@@ -39,8 +39,7 @@ LOUD = {"holds": "holds", "fails": "FAILS", "not run": "not run"}
 def start(slug: str, **parameters: Any) -> Run:
     """Check the notebook's parameters, print what the run will do, and return the `Run` that keeps its results.
 
-    Raises:
-        BadParameter: an unknown parameter, or a value that is not accepted.
+    Raises `BadParameter`: an unknown parameter, or a value that is not accepted.
     """
     known, values = rules(slug), {}
     for name, value in parameters.items():
@@ -116,8 +115,7 @@ class Run:
     def claim(self, name: str, holds: bool | None, value: str, seeds: Iterable[int] = (), why: str = "") -> None:
         """Enter a claim of the paper's YAML: whether it holds here (None: not run), what was measured, and why.
 
-        Raises:
-            BadParameter: no such claim.
+        Raises `BadParameter`: no such claim.
         """
         known = [c["id"] for c in paper(self.slug).get("claims", [])]
         check_choice("claim", name, known)

@@ -57,8 +57,7 @@ def run(
         seeds: those to test; all by default, none for the choice of learning rates alone.
         start: folder of a study whose choice of learning rates is taken over.
 
-    Raises:
-        BadParameter: the rows of the file are not what today's code gives: move it away to start anew.
+    Raises `BadParameter`: the rows of the file are not what today's code gives: move it away to start anew.
     """
     module = importlib.import_module(f"companion.toy.ablations.{paper}")
     workers = workers or os.cpu_count() or 1
@@ -108,8 +107,7 @@ def run(
 def merge(paper: str, parts: Sequence[str | Path], folder: str | Path) -> pd.DataFrame:
     """Write to `folder` the study whose seeds were run apart, each in one of the folders `parts`; return its rows.
 
-    Raises:
-        BadParameter: a part is of other code than today's, or rows are missing.
+    Raises `BadParameter`: a part is of other code than today's, or rows are missing.
     """
     module = importlib.import_module(f"companion.toy.ablations.{paper}")
     facts = _facts(paper, module, module.SEEDS)

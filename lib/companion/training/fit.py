@@ -57,6 +57,11 @@ class Hardware:
     accumulate: int = 1
 
 
+def device(accelerator: str) -> str:
+    """Where a model runs outside of `fit`: "cuda" where there is a GPU and `accelerator` is "auto" or "cuda"."""
+    return "cuda" if accelerator in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
+
+
 AUTO, CPU = Hardware(), Hardware("cpu")
 
 

@@ -57,8 +57,7 @@ def schedule(
 ) -> Schedule:
     """A schedule of `learning_rates` for `fit`; `warmup` is a fraction of all steps, 0 to 1.
 
-    Raises:
-        BadParameter: an unknown kind, or a fraction out of range.
+    Raises `BadParameter`: an unknown kind, or a fraction out of range.
     """
     check_choice("schedule", kind, SCHEDULES)
     if not 0 <= warmup <= 1:

@@ -91,8 +91,7 @@ def explorer(frames: Mapping[Any, Frame], controls: Mapping[str, Sequence[Any]],
         controls: the name of each control and its values; the first ones are shown first.
         title: shown above the image.
 
-    Raises:
-        BadParameter: a combination without an image, or more than 300 kB in all, even with 64 colours an image.
+    Raises `BadParameter`: a combination without an image, or more than 300 kB in all, even with 64 colours an image.
     """
     if not controls or not all(len(values) for values in controls.values()):
         raise BadParameter("controls", dict(controls), "at least one name, each with at least one value")
@@ -124,8 +123,7 @@ def animation(frames: Sequence[Frame], title: str, seconds: float = 0.25) -> HTM
         title: shown above it, and its alternative text.
         seconds: duration of each frame.
 
-    Raises:
-        BadParameter: no frames, or more than 160 kB even small and at a low quality.
+    Raises `BadParameter`: no frames, or more than 160 kB even small and at a low quality.
     """
     if not len(frames):
         raise BadParameter("frames", "none", "at least one image")

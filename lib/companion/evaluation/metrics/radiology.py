@@ -19,8 +19,7 @@ PROTOCOLS = ("released", "plain")
 def mean_auroc(labels: np.ndarray | Tensor, scores: np.ndarray | Tensor) -> float:
     """The plain mean of the classes' areas under the ROC curve, in percent; labels 0 or 1 and scores (n, classes).
 
-    Raises:
-        BadParameter: a class with positives only, or none: its area is not defined.
+    Raises `BadParameter`: a class with positives only, or none: its area is not defined.
     """
     labels, scores = np.asarray(labels).reshape(len(labels), -1), np.asarray(scores).reshape(len(scores), -1)
     alike = [c for c in range(labels.shape[1]) if len(set(labels[:, c].tolist())) < 2]

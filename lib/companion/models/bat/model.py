@@ -176,8 +176,7 @@ class OSTrack(state_dicts.OfficialModel):
         Args:
             heads: heads of the attention; one for every 64 channels by default.
 
-        Raises:
-            BadCheckpoint: names that are missing, unknown, or of another shape.
+        Raises `BadCheckpoint`: names that are missing, unknown, or of another shape.
         """
         tracker = _ostrack_of(state, heads)
         tracker.load_official(state)
@@ -422,8 +421,7 @@ class BAT(state_dicts.OfficialModel):
             heads: heads of the attention; one for every 64 channels by default.
             options: of the constructor, besides `width`, which is read from the tensors.
 
-        Raises:
-            BadCheckpoint: names that are missing, unknown, or of another shape.
+        Raises `BadCheckpoint`: names that are missing, unknown, or of another shape.
         """
         first = "backbone.blocks.0.adap_t.adapter_down.weight"
         if first not in state:
@@ -435,8 +433,7 @@ class BAT(state_dicts.OfficialModel):
     def official_names(self) -> dict[str, str]:
         """Our name -> the authors', for every tensor. The released network has shared adapters at both stages.
 
-        Raises:
-            BadParameter: one adapter for each direction, for which the authors have no names.
+        Raises `BadParameter`: one adapter for each direction, for which the authors have no names.
         """
         names = {f"tracker.{ours}": official for ours, official in self.tracker.official_names().items()}
         adapter = {"attention": "adap_t", "mlp": "adap2_t"}

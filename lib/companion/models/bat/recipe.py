@@ -81,8 +81,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         p: the checked parameters of the notebook.
         out: the run's folder.
 
-    Raises:
-        BadParameter, MissingData, MissingWeights: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`: with what to change or get.
     """
     hardware = Hardware(p.accelerator, p.devices, p.precision, 0 if p.dry_run else WORKERS)
     if p.dry_run:

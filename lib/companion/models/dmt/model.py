@@ -220,8 +220,7 @@ class DMT(nn.Module):
             weight 0 needs are not built.
         decoder: its width, depth and heads; one of `DECODERS` or a tuple [anc: G2SD's sizes].
 
-    Raises:
-        BadParameter: an option outside its choices, or options that exclude each other.
+    Raises `BadParameter`: an option outside its choices, or options that exclude each other.
     """
 
     def __init__(

@@ -198,8 +198,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         p: the checked parameters of the notebook.
         out: the run's folder, for a cache, checkpoints and the trained student.
 
-    Raises:
-        BadParameter, MissingData, MissingWeights: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`: with what to change or get.
     """
     found = teachers(p)
     options: dict[str, Any] = {}
@@ -306,8 +305,7 @@ def downstream(p: SimpleNamespace, out: Path | None = None) -> Downstream:
     Args:
         out: the run's folder, for checkpoints and trained weights; None: none are written.
 
-    Raises:
-        BadParameter, MissingData, MissingWeights, BadCheckpoint: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`, `BadCheckpoint`: with what to change or get.
     """
     if p.task == "distil" or p.task not in USUAL:
         raise BadParameter("task", p.task, [task for task in USUAL if task != "distil"])

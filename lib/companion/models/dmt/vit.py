@@ -47,8 +47,7 @@ class ViT(nn.Module):
         last_heads: heads of the last block, where a relation loss needs as many as the teacher has [anc: TinyMIM].
         drop_path: largest rate of stochastic depth, reached in the last block.
 
-    Raises:
-        BadParameter: sizes that do not fit each other, or unknown `positions`.
+    Raises `BadParameter`: sizes that do not fit each other, or unknown `positions`.
     """
 
     def __init__(
@@ -203,8 +202,7 @@ class ViT(nn.Module):
                 has 12.
             last_heads: of the last block, where they differ.
 
-        Raises:
-            BadCheckpoint: names that are missing, unknown or of another shape.
+        Raises `BadCheckpoint`: names that are missing, unknown or of another shape.
         """
         state = encoder_state(state)
         needed = {"patch_embed.proj.weight", "pos_embed", "cls_token", "blocks.0.mlp.fc1.weight"}

@@ -91,8 +91,7 @@ class DPLQ(PromptLearner):
         axes: the components of the quaternions: "jk", as released, has zeros and then the sum of prompt and bias;
             "ri" the sum and then zeros; "i, j" is not the authors': the prompt on i, the bias on j, an axis each.
 
-    Raises:
-        BadParameter: an option outside its choices, or towers whose widths are no multiples of 4.
+    Raises `BadParameter`: an option outside its choices, or towers whose widths are no multiples of 4.
     """
 
     _unused = ("visual_net.",)  # left over from the authors' earlier method: in the state dict, in no forward pass
@@ -297,8 +296,7 @@ class MAE(OfficialModel):
     ):
         """The model with a state dict of MAE's own code in it (`mae_vit_base_patch16` and its copies).
 
-        Raises:
-            BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
+        Raises `BadCheckpoint`: names that are missing, unknown or of another shape, all of them listed.
         """
         what = "a masked autoencoder (MAE's names, decoder included)"
         check_names(state, {"patch_embed.proj.weight", "pos_embed", "decoder_embed.weight"}, what)

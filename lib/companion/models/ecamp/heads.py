@@ -52,8 +52,7 @@ def like(encoder: VisionTransformer, **options: Any) -> VisionTransformer:
 def encoder_like(state: Mapping[str, Tensor], heads: int | None = None) -> VisionTransformer:
     """A ViT with random weights and the sizes of the encoder in a state dict; `heads` None: 64 channels a head.
 
-    Raises:
-        BadCheckpoint: the state dict has no encoder.
+    Raises `BadCheckpoint`: the state dict has no encoder.
     """
     check_names(state, {"patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"}, "a ViT")
     width, _, _, patch = state["patch_embed.proj.weight"].shape
@@ -95,8 +94,7 @@ def classifier(
 def classifier_from_official(state: Mapping[str, Tensor], heads: int | None = None) -> VisionTransformer:
     """The classifier of a state dict of the authors, whose names are timm's; in eval mode.
 
-    Raises:
-        BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
+    Raises `BadCheckpoint`: names that are missing, unknown or of another shape, all of them listed.
     """
     if "head.weight" not in state:
         raise BadCheckpoint("ECAMP's classifier", ["head.weight"])
@@ -196,8 +194,7 @@ class Segmenter(OfficialModel):
     def from_official(cls, state: Mapping[str, Tensor], heads: int | None = None) -> Segmenter:
         """The segmenter of a state dict of the authors, in eval mode: with one decoder, or RIGA's two.
 
-        Raises:
-            BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
+        Raises `BadCheckpoint`: names that are missing, unknown or of another shape, all of them listed.
         """
         inner = {n.removeprefix("encoder."): t for n, t in state.items() if n.startswith("encoder.")}
         two = any(name.startswith("decoder_cup.") for name in state)
@@ -365,8 +362,7 @@ class Detector(OfficialModel):
     def from_official(cls, state: Mapping[str, Tensor], heads: int | None = None) -> Detector:
         """The detector of a state dict of the authors, in eval mode.
 
-        Raises:
-            BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
+        Raises `BadCheckpoint`: names that are missing, unknown or of another shape, all of them listed.
         """
         start, first = "backbone.encoder.", "backbone.layers.layer1.conv1.weight"
         needed = {

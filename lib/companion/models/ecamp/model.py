@@ -147,8 +147,7 @@ class ECAMP(OfficialModel):
             super-resolution block.
         pooler: build the released model's BERT pooler too: 590,592 parameters that receive no gradient.
 
-    Raises:
-        BadParameter: an option outside its choices.
+    Raises `BadParameter`: an option outside its choices.
     """
 
     def __init__(
@@ -307,8 +306,7 @@ class ECAMP(OfficialModel):
             heads, decoder_heads, text_heads: not readable from tensors. None: one head for 64 channels of the encoder;
                 16 in the decoder, 6 for MRM's.
 
-        Raises:
-            BadCheckpoint: missing and unknown names and other shapes, all of them listed.
+        Raises `BadCheckpoint`: missing and unknown names and other shapes, all of them listed.
         """
         state = {n.replace("cross_attn_layer", "context_fusion_layer"): t for n, t in state.items()}
         bert = "bert_encoder.model."
@@ -373,8 +371,7 @@ class ECAMP(OfficialModel):
         Every tensor of the same name and shape is loaded, position embeddings included; BERT keeps its initialisation.
         MAE's image decoder has eight blocks, of which the first ones fit; without a decoder only the encoder is loaded.
 
-        Raises:
-            BadCheckpoint: tensors of the encoder that are missing or of another shape.
+        Raises `BadCheckpoint`: tensors of the encoder that are missing or of another shape.
         """
         own, names = self.state_dict(), self.official_names()
         fits = {ours: state[theirs] for ours, theirs in names.items() if theirs in state}

@@ -68,8 +68,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
     Args:
         out: the run's folder.
 
-    Raises:
-        BadParameter, MissingData, MissingWeights: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`: with what to change or get.
     """
     if p.dataset != "folder":
         _check(p.dataset, "pre-training")
@@ -241,8 +240,7 @@ class Downstream:
 def downstream_recipe(task: str, dataset: str, labels: str) -> dict[str, float]:
     """lr, warmup_steps, steps and batch in the authors' scripts; of ChestMNIST those of ChestX-ray14.
 
-    Raises:
-        BadParameter: no script for this task, set and share of labels, as for classification on the fundus sets.
+    Raises `BadParameter`: no script for this task, set and share of labels, as for classification on the fundus sets.
     """
     rows = published_table("ecamp", RECIPES[task]).set_index("method").to_dict("index")
     name = f"{TITLES.get(dataset, dataset)}, {labels}%"
@@ -257,8 +255,7 @@ def downstream(p: SimpleNamespace, out: Path) -> Downstream:
     Args:
         out: the run's folder.
 
-    Raises:
-        BadParameter, MissingData, MissingWeights, BadCheckpoint: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`, `BadCheckpoint`: with what to change or get.
     """
     check_choice("task", p.task, KINDS)
     kind = KINDS[p.task]

@@ -79,8 +79,7 @@ class Vocabulary:
     def read(cls, path: str | Path, entities: Iterable[str] = ENTITIES) -> Vocabulary:
         """The vocabulary of a file of the `tokenizers` library, such as MRM's `mimic_wordpiece.json`.
 
-        Raises:
-            CorruptFile: it is missing, or another kind of file.
+        Raises `CorruptFile`: it is missing, or another kind of file.
         """
         try:
             return cls(Tokenizer.from_file(str(path)), entities)
@@ -181,8 +180,7 @@ def mask(ids: np.ndarray, vocabulary: Vocabulary, draw: Draw, kind: str = "relea
     Continuation pieces ("##...") are masked with the piece before them. Draws one number for every other word, and then
     one for each entity (not for "mrm").
 
-    Raises:
-        BadParameter: another kind.
+    Raises `BadParameter`: another kind.
     """
     check_choice("masking", kind, MASKINGS)
     hidden, entities = ids.copy(), []
@@ -253,8 +251,7 @@ class Pairs(Dataset):
         windows: its corner for each image, (row, column) in patches; None: in the middle. The authors' file of them was
             never released; as released, they refer to the whole image and are not moved with the crop.
 
-    Raises:
-        BadParameter: other numbers of texts or corners than of images; an unknown masking.
+    Raises `BadParameter`: other numbers of texts or corners than of images; an unknown masking.
     """
 
     def __init__(

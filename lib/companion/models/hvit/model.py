@@ -172,8 +172,7 @@ class Encoder(nn.Module):
 
         A DINO checkpoint's projection head is not read.
 
-        Raises:
-            BadCheckpoint: names that are missing, unknown, or of another shape.
+        Raises `BadCheckpoint`: names that are missing, unknown, or of another shape.
         """
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
         needed = ["pos_embed", "cls_token", "blocks.0.mlp.fc1.weight", cls._FIRST]

@@ -28,7 +28,7 @@ from ...evaluation.tables import upsert_rows
 from ...slides import PANDA, Slide, Tiles, Tiling, extract, tensor
 from ...training.callbacks import EarlyStop
 from ...training.checkpoints import Checkpoint, save
-from ...training.fit import Hardware, History, fit
+from ...training.fit import Hardware, History, device, fit
 from ...training.schedules import adamw
 from ...viz import heatmaps
 from ..layers.pos_embed import resize_pos_embed
@@ -66,8 +66,7 @@ class Setting:
 def setting(p: SimpleNamespace, out: Path) -> Setting:
     """The setting of the checked parameters of the notebook; checkpoints and trained weights go below `out`.
 
-    Raises:
-        BadParameter, MissingData, MissingWeights: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`: with what to change or get.
     """
     if p.devices != 1:
         raise BadParameter("devices", p.devices, "1: training on stored features, tuned after each epoch, takes one")
@@ -397,10 +396,9 @@ def store(
     items = data.folder(p.data_root) if p.dataset == "folder" else data.load(p.dataset, p.data_root)
     # `embed_patches` belongs to the whole model; the levels above are not run
     whole = hvit.HViT(hvit.SlideTransformer(192), hvit.RegionEncoder(p.region // patch.image, patch.dim), patch)
-    device = "cuda" if p.accelerator in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
     options = {"tiling": replace(tiling, region=p.region), "encoder": patch, "normalise": p.normalise}
-    options |= {"batch": batch, "device": device}
-    whole.to(device)
+    options |= {"batch": batch, "device": device(p.accelerator)}
+    whole.to(options["device"])
     for item in items[i::n]:
         try:
             yield item.name, extract(item.path, whole.embed_patches, stored_in(p) / f"{item.name}.h5", **options)

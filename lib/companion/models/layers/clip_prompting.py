@@ -2,7 +2,7 @@
 
     ZeroShot    the prompt "a photo of <class>."                                        (Radford et al., ICML 2021)
     CoOp        n learned token embeddings before the class name                        (Zhou et al., IJCV 2022)
-    CoCoOp      the same, plus a bias that a small net computes from the image feature  (Zhou et al., CVPR 2022)
+    CoCoOp      the same, plus a bias that a small network computes from the image feature  (Zhou et al., CVPR 2022)
     MaPLe       learned tokens in J layers of both towers; those of the image tower     (Khattak et al., CVPR 2023)
                 are projections of those of the text tower
 
@@ -175,8 +175,7 @@ class PromptedCLIP(OfficialModel):
         template: the prompt of a class, with {} for its name.
         free: positions after the start of every text that are left for a learned context.
 
-    Raises:
-        BadParameter: a CLIP, tokenizer or option that does not fit.
+    Raises `BadParameter`: a CLIP, tokenizer or option that does not fit.
     """
 
     def __init__(self, clip: CLIP, classes: Classes, tokenizer: Tokenizer | None, template: str, free: int = 0):
@@ -420,7 +419,7 @@ class CoOp(PromptLearner):
 
 
 def meta_net(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """The two-layer net W2 relu(W1 f + b1) + b2 from an image feature to a bias on the context."""
+    """The two-layer network W2 relu(W1 f + b1) + b2 from an image feature to a bias on the context."""
     return nn.Sequential(
         OrderedDict(linear1=nn.Linear(inputs, hidden), relu=nn.ReLU(), linear2=nn.Linear(hidden, outputs))
     )
@@ -430,10 +429,10 @@ META_NET = [f"meta_net.linear{i}.{kind}" for i in (1, 2) for kind in ("weight", 
 
 
 class CoCoOp(PromptLearner):
-    """Conditional context optimisation: the context plus a bias that a small net computes from the image feature.
+    """Conditional context optimisation: the context plus a bias that a small network computes from the image feature.
 
     Args: as `PromptLearner`, and
-        hidden: width of the net; None for E / 16.
+        hidden: width of the network; None for E / 16.
     """
 
     def __init__(

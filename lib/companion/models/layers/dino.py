@@ -388,8 +388,7 @@ def pretrain(
         checkpoint, hardware: as in `fit`.
         head: `outputs`, `hidden` and `bottleneck` of the head.
 
-    Raises:
-        BadParameter, CorruptFile: as `fit`; or an encoder without a parameter that requires a gradient.
+    Raises `BadParameter`, `CorruptFile`: as `fit`; or an encoder without a parameter that requires a gradient.
     """
     if not any(p.requires_grad for p in encoder.parameters()):
         raise BadParameter("encoder", "a frozen one", "one with parameters that require a gradient")

@@ -21,8 +21,7 @@ def sincos_table(width: int, side: int, kind: str = "mae") -> Tensor:
     w_i = 10000^(-i / (width / 4)). "mocov3": the two halves exchanged. "ecamp": as "mae" with w_i = 10000^(-i / width),
     so that the slowest frequency is about 0.1 in place of 0.0001.
 
-    Raises:
-        BadParameter: a width that is not a multiple of 4, or an unknown kind.
+    Raises `BadParameter`: a width that is not a multiple of 4, or an unknown kind.
     """
     if width % 4:
         raise BadParameter("width", width, "a multiple of 4, for a table of sines and cosines")

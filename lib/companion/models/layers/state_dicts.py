@@ -41,8 +41,7 @@ def load_official(
         ignored: official names that start with one of these may be there or not, and are not read.
         optional: official names that end with one of these may be missing: ours keep their values.
 
-    Raises:
-        BadCheckpoint: with every name that is missing, unknown or of another shape; nothing is loaded then.
+    Raises `BadCheckpoint`: with every name that is missing, unknown or of another shape; nothing is loaded then.
     """
     ours, groups = model.state_dict(), {name: np.array(official) for name, official in names.items()}
     wanted = {str(n) for group in groups.values() for n in group.ravel() if group.size}

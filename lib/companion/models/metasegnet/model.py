@@ -469,8 +469,7 @@ class MetaSegNet(OfficialModel):
 
         With `text` a new fusion is added, see `options`. `encoder`: for a UNetFormer on another timm model.
 
-        Raises:
-            BadCheckpoint: missing and unknown names and other shapes, all of them listed.
+        Raises `BadCheckpoint`: missing and unknown names and other shapes, all of them listed.
         """
         state, what = _without_counters(state), "GeoSeg's FT-UNetFormer or UNetFormer"
         sizes = decoder_sizes({n.removeprefix("decoder."): t for n, t in state.items() if n.startswith("decoder.")})

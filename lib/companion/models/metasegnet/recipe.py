@@ -38,7 +38,7 @@ from ...ops.papers import paper
 from ...training import checkpoints, schedules
 from ...training.callbacks import Lookahead
 from ...training.checkpoints import Checkpoint, trained_state
-from ...training.fit import Hardware, History, fit
+from ...training.fit import Hardware, History, device, fit
 from ...training.schedules import adamw
 from ..layers.state_dicts import load_official
 from .model import SIZES, MetaSegNet, augmented, bands, joint_loss, swin, views
@@ -191,16 +191,11 @@ def learn(
         hardware=Hardware(p.accelerator, p.devices, p.precision, 0 if p.dry_run else WORKERS),
         name=p.method,
     )
-    model.to(device(p)).eval()
+    model.to(device(p.accelerator)).eval()
     return history
 
 
 # --- the network ------------------------------------------------------------------------------------------------------
-
-
-def device(p: SimpleNamespace) -> str:
-    """The device of a trained network."""
-    return "cuda" if p.accelerator in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 def text_encoder(p: SimpleNamespace, prompts: Prompts) -> TextEncoder | None:
@@ -247,8 +242,7 @@ def build(p: SimpleNamespace, prompts: Prompts, classes: int) -> MetaSegNet:
 
     `weights`: empty for timm's released Swin-B from the cache, or a file of it, or the author's `stseg_*.pth`.
 
-    Raises:
-        MissingWeights, CorruptFile, BadCheckpoint: with what to change or get.
+    Raises `MissingWeights`, `CorruptFile`, `BadCheckpoint`: with what to change or get.
     """
     torch.manual_seed(p.seed)
     text, encoder = text_encoder(p, prompts), swin(**SIZES["paper"]["swin"])
@@ -267,7 +261,7 @@ def build(p: SimpleNamespace, prompts: Prompts, classes: int) -> MetaSegNet:
         load_official(model, official, names, "the author's Swin")
     if p.checkpoint:
         load(model, p.checkpoint)
-    return model.to(device(p)).eval()
+    return model.to(device(p.accelerator)).eval()
 
 
 def load(model: MetaSegNet, path: str | Path) -> None:
@@ -463,8 +457,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
     Args:
         out: the run's folder.
 
-    Raises:
-        BadParameter, MissingData, MissingWeights, CorruptFile: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`: with what to change or get.
     """
     check(p)
     prompts = Prompts.read(p.prompts or PROMPTS)
@@ -575,7 +568,7 @@ def _tests(p: SimpleNamespace) -> dict[str, Test]:
 def _generated(p: SimpleNamespace) -> tuple[str, int, dict[str, Test], Callable[[], Items]]:
     """As `_real`, of a dry run: noise in squares of one class each, of the recipe's crop, in two zones by turns."""
     names = CLASSES.get(p.dataset, CLASSES[OEM])
-    gpu, r = device(p) == "cuda", recipe(p.dataset)
+    gpu, r = device(p.accelerator) == "cuda", recipe(p.dataset)
     side, batch = (r.crop, r.batch) if gpu else (min(r.crop, DRY_SIDE), 1)
 
     def generated(count: int, seed: int) -> Items:

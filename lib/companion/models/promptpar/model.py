@@ -224,8 +224,7 @@ class PromptPAR(state_dicts.OfficialModel):
             row 0 of the similarity is the first global prompt, not [CLS]; the last image's regions count for the whole
             batch; and strips as in `region_mask`. Requires 4 regions and groups of equal size.
 
-    Raises:
-        BadParameter: a CLIP, tokenizer, ViT or option that does not fit.
+    Raises `BadParameter`: a CLIP, tokenizer, ViT or option that does not fit.
     """
 
     def __init__(

@@ -100,8 +100,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         p: the checked parameters of the notebook.
         out: the run's folder.
 
-    Raises:
-        BadParameter, MissingData, MissingWeights, CorruptFile: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`: with what to change or get.
     """
     if p.texts == "phrases" and p.dataset not in PHRASES:
         raise BadParameter("texts", p.texts, f"'sentences'; phrases are known of {', '.join(PHRASES)}")

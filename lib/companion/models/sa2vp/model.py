@@ -248,8 +248,7 @@ class SA2VP(TwoPathways):
         options: `attention`, `radius`, `direction`, `dropout` and `frozen_dropout` of `TwoPathways`. As released,
             `dropout` also acts after the embeddings and in the MLPs of the frozen blocks.
 
-    Raises:
-        BadParameter: an option outside its choices, or a backbone that is not such a ViT.
+    Raises `BadParameter`: an option outside its choices, or a backbone that is not such a ViT.
     """
 
     def __init__(
@@ -382,8 +381,7 @@ class SA2VP(TwoPathways):
         Sizes are read off the tensors; `heads` is not among them and defaults to heads of 64 channels. `options` are
         those of the class (scale and attention are not stored either).
 
-        Raises:
-            BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
+        Raises `BadCheckpoint`: names that are missing, unknown or of another shape, all of them listed.
         """
         root, need = "vit_base.transformer.", {"embeddings.position_embeddings", "embeddings.ppt", "encoder.deep_ppt"}
         absent = {root + n for n in need} | {"class_head.weight"}
@@ -445,8 +443,7 @@ class SA2VPSwin(TwoPathways):
         options: of `TwoPathways`. As released, `dropout` acts in the interactions alone; the frozen blocks have the
             stochastic depth that the backbone was built with (`drop_path_rate`, 0.2 as released).
 
-    Raises:
-        BadParameter: an option outside its choices, or a backbone that is not such a Swin.
+    Raises `BadParameter`: an option outside its choices, or a backbone that is not such a Swin.
     """
 
     def __init__(
@@ -529,8 +526,7 @@ class SA2VPSwin(TwoPathways):
     ):
         """The model with a state dict of the authors' code (`Dual_model`, Swin) in it. The inverse is `to_official`.
 
-        Raises:
-            BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
+        Raises `BadCheckpoint`: names that are missing, unknown or of another shape, all of them listed.
         """
         need = {"vit_base.patch_embed.deep_ppt", "vit_base.patch_embed.proj.weight", "class_head.weight"}
         if need - state.keys():

@@ -59,8 +59,7 @@ class Setting:
 def setting(p: SimpleNamespace, out: Path) -> Setting:
     """The setting of the `paper` profile that the notebook's parameters ask for; results go below `out`.
 
-    Raises:
-        BadParameter, MissingData, MissingWeights: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`: with what to change or get.
     """
     return _dry(p) if p.dry_run else _paper(p, out)
 

@@ -378,8 +378,7 @@ class MLR(OfficialModel):
         A merged file, in which the names start with "ovmlr_model.", is accepted; the detector in it is not read. The
         text embeddings are those stored: call `F.normalize` on raw ones.
 
-        Raises:
-            BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
+        Raises `BadCheckpoint`: names that are missing, unknown or of another shape, all of them listed.
         """
         merged = {n.removeprefix("ovmlr_model."): t for n, t in state.items() if n.startswith("ovmlr_model.")}
         state, what = merged or state, "SIC-CADS' image-level model (ResNet-50)"

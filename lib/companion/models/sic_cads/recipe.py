@@ -36,7 +36,7 @@ from ...ops.papers import paper
 from ...ops.progress import progress
 from ...training.callbacks import ClipValue
 from ...training.checkpoints import Checkpoint, save
-from ...training.fit import Hardware, History, fit
+from ...training.fit import Hardware, History, device, fit
 from ...training.schedules import adamw
 from ..layers.state_dicts import load_official
 from . import model as sic_cads
@@ -248,7 +248,7 @@ def build(p: SimpleNamespace, clip: nn.Module, text: Tensor, novel: Tensor, weig
     model = Recogniser(
         body, text, novel, teacher=clip.visual, teacher_input=backbones.input_of(clip), **recipe(p.dataset).options
     )
-    return model.to(_device(p))
+    return model.to(device(p.accelerator))
 
 
 def load(p: SimpleNamespace, clip: nn.Module, text: Tensor, novel: Tensor) -> Recogniser:
@@ -316,14 +316,10 @@ def train_model(
         hardware=Hardware(p.accelerator, p.devices, p.precision, workers),
         name="recogniser",
     )
-    model.to(_device(p)).eval()
+    model.to(device(p.accelerator)).eval()
     if out is not None and checkpoint is not None:
         save(out / "trained", checkpoint.path.stem, trained_weights(model))
     return history
-
-
-def _device(p: SimpleNamespace) -> str:
-    return "cuda" if p.accelerator in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -375,8 +371,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
     The detectors here return all their boxes: the threshold is a lower bound, not the 0.15 or 0.2 that the released
     configurations set for theirs, and set predictors need no suppression.
 
-    Raises:
-        BadParameter, MissingData, MissingWeights, CorruptFile: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`: with what to change or get.
     """
     if p.captions and p.dataset != "detection/ov-coco":
         raise BadParameter("captions", True, "False: captions are known of detection/ov-coco alone")
@@ -391,7 +386,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
 def _setting(
     p: SimpleNamespace, title: str, test: detection.Boxes, make: Callable, train: Callable, detector: nn.Module
 ) -> Setting:
-    detector = detector.to(_device(p))
+    detector = detector.to(device(p.accelerator))
 
     def detect(image: Tensor) -> tuple[Tensor, Tensor]:
         found = detector(image)
@@ -489,7 +484,7 @@ def generated(p: SimpleNamespace, count: int, height: int = 480, width: int = 64
 def _dry_run(p: SimpleNamespace) -> Setting:
     """Full-size models with random weights, two optimiser steps on generated images of the real shape."""
     torch.manual_seed(p.seed)
-    gpu = _device(p) == "cuda"
+    gpu = device(p.accelerator) == "cuda"
     r, test = recipe(p.dataset, p.captions), generated(p, 2)
     batch = r.batch if gpu else 2
     clip = backbones.build(f"openclip:{p.clip}", "random")

@@ -29,7 +29,7 @@ from ...evaluation.metrics.restoration import perceptual, psnr, ssim
 from ...evaluation.tables import upsert_rows
 from ...training.callbacks import ClipNorm
 from ...training.checkpoints import Checkpoint
-from ...training.fit import Hardware, History, fit
+from ...training.fit import Hardware, History, device, fit
 from ...training.schedules import adamw, schedule
 from . import model as tip
 from .pipeline import TIPPipeline, build, load_adaptor, save_adaptor
@@ -88,8 +88,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
     Args:
         out: the run's folder, for checkpoints and trained adaptors.
 
-    Raises:
-        BadParameter, MissingData, MissingWeights, CorruptFile, BadCheckpoint: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`, `BadCheckpoint`: with what to change or get.
     """
     if p.task != "train" and not (p.checkpoint or p.dry_run):
         raise BadParameter("checkpoint", p.checkpoint, f"the folder of a trained adaptor for task = {p.task!r}")
@@ -135,7 +134,7 @@ def _pipeline(p: SimpleNamespace, method: str) -> TIPPipeline:
     pipe = TIPPipeline.from_stable_diffusion(base(p), **options)
     if p.checkpoint:
         pipe.register_modules(adaptor=load_adaptor(p.checkpoint, pipe.unet))
-    return pipe.to("cuda" if p.accelerator in ("auto", "cuda") and torch.cuda.is_available() else "cpu")
+    return pipe.to(device(p.accelerator))
 
 
 def _datasets(p: SimpleNamespace) -> tuple[str, restoration.Captioned | None, restoration.Captioned]:

@@ -39,7 +39,7 @@ SELECTION_SEED = 100
 METRIC = "HM"
 SHOTS = 16
 TRAINING: dict[str, Any] = {"epochs": 40, "batch": 16, "hardware": CPU}  # of `fit`
-DEPTH, HIDDEN = 6, 16  # all six layers of the image tower; the width of the small net, for which E / 16 would be 4
+DEPTH, HIDDEN = 6, 16  # all six layers of the image tower; the width of the small network, for which E / 16 would be 4
 TEMPLATE = "a photo of a {}"
 SENSORS = ("first sensor", "second sensor")
 

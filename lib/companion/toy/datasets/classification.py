@@ -134,8 +134,7 @@ def write(root: str | Path, tasks: Iterable[str] = tuple(TASKS), seed: int = 0) 
     Returns:
         The folders of the tasks, in the order asked.
 
-    Raises:
-        BadParameter: for an unknown task; nothing is written then.
+    Raises `BadParameter`: for an unknown task; nothing is written then.
     """
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
     for task in tasks:

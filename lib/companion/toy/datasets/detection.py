@@ -207,8 +207,7 @@ def scene(rng: np.random.Generator, split: str, *, place: str = "", novel: bool 
         novel: whether things of novel classes may be on it.
         strays: the share of things that are of any class, wherever they belong.
 
-    Raises:
-        BadParameter: for an unknown split or place.
+    Raises `BadParameter`: for an unknown split or place.
     """
     check_choice("split", split, SPLITS)
     place = place or list(PLACES)[rng.integers(len(PLACES))]

@@ -297,8 +297,7 @@ def plan(split: str, index: int, seed: int = 0) -> Video:
         index: number of the video within its split.
         seed: the same seed gives the same video.
 
-    Raises:
-        BadParameter: for an unknown split.
+    Raises `BadParameter`: for an unknown split.
     """
     check_choice("split", split, SPLITS)
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
@@ -476,8 +475,7 @@ def foundation_pairs(
         Templates (n, 3, template, template) uint8, searches (n, 3, search, search) uint8, and the target's boxes
         (n, 4) float32 as x, y, w, h in units of the search crop (a box may reach over the crop's border).
 
-    Raises:
-        BadParameter: for an unknown split.
+    Raises `BadParameter`: for an unknown split.
     """
     check_choice("split", split, SPLITS)
     rng = np.random.default_rng((seed, SPLITS.index(split), 2))

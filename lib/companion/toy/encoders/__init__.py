@@ -62,7 +62,7 @@ def weights_file(name: str) -> Path:
 
     Raises:
         MissingWeights: they are not where the package has them.
-        CorruptFile: they differ from the hash recorded in their card.
+        CorruptFile: they differ from the hash recorded in their model card.
     """
     path = WEIGHTS / f"{name}.safetensors"
     if not path.is_file():

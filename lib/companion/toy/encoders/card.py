@@ -32,13 +32,13 @@ def save(
     seconds: float,
     **facts: Any,
 ) -> Path:
-    """Write tensors to `folder`/`name`.safetensors and their card to the .md next to it; return the former's path.
+    """Write tensors to `folder`/`name`.safetensors and their model card to the .md; return the former's path.
 
     Args:
-        quality: measured, for the card.
+        quality: measured, for the model card.
         recipe: settings of the training.
         seconds: of the training.
-        facts: further entries of the card's head. "parameters" counts all tensors but the statistics of batch norms.
+        facts: further entries of the model card's head; "parameters" leaves out the statistics of batch norms.
     """
     path = Path(folder) / f"{name}.safetensors"
     with atomic(path) as temporary:
@@ -58,7 +58,7 @@ def save(
 
 
 def update(path: Path, name: str, quality: object, **facts: Any) -> None:
-    """Write the card of the weights at `path`: the shipped card of `name` with other facts and quality."""
+    """Write the model card of the weights at `path`: the shipped model card of `name` with other facts and quality."""
     _, old, text = (encoders.WEIGHTS / f"{name}.md").read_text(encoding="utf-8").split("---\n", 2)
     facts = {**yaml.safe_load(old), **facts, "quality": quality}
     with atomic(path.with_suffix(".md")) as temporary:

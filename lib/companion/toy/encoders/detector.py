@@ -366,7 +366,7 @@ _QUALITY = ("base found", "novel found", "base named right", "novel named right"
 
 
 def ship(name: str, folder: str | Path = encoders.WEIGHTS, seed: int = 0) -> Path:
-    """Train one of the two, measure it, and write its weights and their card into `folder`.
+    """Train one of the two, measure it, and write its weights and their model card into `folder`.
 
     Raises `BadParameter` for another name.
     """

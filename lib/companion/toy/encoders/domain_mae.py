@@ -116,7 +116,7 @@ def measure(domain: str, model: nn.Module) -> dict[str, dict[str, float]]:
 
 
 def ship(domain: str, folder: str | Path = encoders.WEIGHTS, seed: int = 0) -> Path:
-    """Train at full length, measure, and write the weights and their card. Raises `BadParameter` for no domain."""
+    """Train in full, measure, and write the weights and their model card. Raises `BadParameter` for no domain."""
     start = time.monotonic()
     model = train(domain, seed=seed)
     seconds = time.monotonic() - start

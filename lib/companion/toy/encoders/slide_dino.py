@@ -60,7 +60,7 @@ def build(levels: str = "dino", seed: int = 0) -> tuple[hvit.PatchEncoder, hvit.
 
     Raises:
         BadParameter: other `levels`.
-        MissingWeights, CorruptFile: the shipped file is not there, or not the one that its card describes.
+        MissingWeights, CorruptFile: the shipped file is not there, or not the one that its model card describes.
     """
     check_choice("levels", levels, ("dino", "random"))
     with torch.random.fork_rng():
@@ -138,7 +138,7 @@ def measure(patch: hvit.PatchEncoder, region: hvit.RegionEncoder) -> dict[str, f
 
 
 def ship(folder: Path = encoders.WEIGHTS, seed: int = 0) -> Path:
-    """Train, measure, and write the weights and their card."""
+    """Train, measure, and write the weights and their model card."""
     start = time.monotonic()
     patch, region, histories = train(seed)
     state = {

@@ -217,7 +217,7 @@ def quality(teachers: Mapping[str, ViT], seed: int = 1) -> dict[str, dict[str, f
 
 
 def ship(folder: Path = encoders.WEIGHTS, seed: int = 0) -> Path:
-    """Train all three, measure, and write the weights and their card."""
+    """Train all three, measure, and write the weights and their model card."""
     start = time.monotonic()
     images = collages(IMAGES, "train", seed).images
     found = {name: train(name, images, seed) for name in TEACHERS}

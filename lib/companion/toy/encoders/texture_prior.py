@@ -134,7 +134,7 @@ def build(fusion: str = "modulate", mid: str | None = None, seed: int = 0, prior
 
     Raises:
         BadParameter: another `prior`.
-        MissingWeights, CorruptFile: the shipped file is missing, or differs from its card.
+        MissingWeights, CorruptFile: the shipped file is missing, or differs from its model card.
     """
     check_choice("prior", prior, ("trained", "untrained"))
     with torch.random.fork_rng():
@@ -250,7 +250,7 @@ def measure(vae: PatchPCA, net: UNet2DConditionModel, seed: int = SEED) -> dict[
 
 
 def ship(folder: Path = encoders.WEIGHTS, seed: int = SEED) -> Path:
-    """Train, measure, and write the weights and their card."""
+    """Train, measure, and write the weights and their model card."""
     start = time.monotonic()
     vae, net, history, share = train(seed)
     seconds = time.monotonic() - start

@@ -271,7 +271,7 @@ def ship(name: str, folder: str | Path = encoders.WEIGHTS, seed: int = 0) -> Pat
 
 
 def remeasure(name: str) -> Path:
-    """Measure the shipped weights again, after a change of the tasks, and update their card."""
+    """Measure the shipped weights again, after a change of the tasks, and update their model card."""
     path = encoders.WEIGHTS / f"{name}.safetensors"
     options: dict[str, Any] = {"num_classes": len(CLASSES)} if name == "pocket_vit" else {}
     model = encoders.build(name, **options)
