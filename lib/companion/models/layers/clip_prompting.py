@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...errors import BadCheckpoint, BadParameter
 from .frozen import frozen_copy
-from .state_dicts import OfficialModel, check_names, load_official, official_state
+from .state_dicts import check_names, load_official, official_state
 from .state_dicts import depth as depth_of
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
@@ -165,7 +165,7 @@ def embed_texts(tokenizer: Tokenizer, clip: CLIP, texts: Sequence[str], free: in
 # --- prompted CLIPs ------------------------------------------------------------------------------------
 
 
-class PromptedCLIP(OfficialModel):
+class PromptedCLIP(nn.Module):
     """A frozen CLIP and the texts of the classes.
 
     Args:
@@ -209,6 +209,10 @@ class PromptedCLIP(OfficialModel):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the activations of each block in the backward pass, to save memory."""
         self.clip.set_grad_checkpointing(enable)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def count(self) -> int:
         """The number of trainable parameters."""
