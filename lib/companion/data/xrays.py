@@ -201,7 +201,7 @@ class Pictures(Dataset):
         CorruptFile: not readable; the path is in the message.
     """
 
-    def __init__(self, dataset: DataSet, root: str | Path, paths: Sequence[str], transform: Transform | None = None):
+    def __init__(self, dataset: DataSet, root: str | Path, paths: Sequence[str], transform: Callable | None = None):
         self.dataset, self.root, self.paths, self.transform = dataset, Path(root), list(paths), transform
         self.name, self.folder = dataset.name, dataset.folder(root)
 
@@ -276,13 +276,13 @@ class Masked(Pictures):
         transform: MaskTransform | None = None,
         finish: Transform = _same,
     ):
-        super().__init__(dataset, root, paths, None)
-        self.mask, self.both, self.finish = mask, transform, finish
+        super().__init__(dataset, root, paths, transform)
+        self.mask, self.finish = mask, finish
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         image, mask = self.grey(i), self.mask(i)
-        if self.both:
-            image, mask = self.both(image, mask)
+        if self.transform:
+            image, mask = self.transform(image, mask)
         return image, self.finish(mask)
 
 
