@@ -15,6 +15,7 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -50,7 +51,7 @@ def per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor
     return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
-def build(name: str, weights: str | Path = "pretrained", *, download: bool = False, **overrides: object) -> nn.Module:
+def build(name: str, weights: str | Path = "pretrained", *, download: bool = False, **overrides: Any) -> nn.Module:
     """Build an encoder in eval mode.
 
     Args:

@@ -25,7 +25,7 @@ import psutil
 import torch
 
 from . import __version__, data
-from .errors import BadParameter, CompanionError, CorruptFile, MissingWeights
+from .errors import BadParameter, CompanionError, CorruptFile, MissingWeights, check_choice
 from .evaluation import parity
 from .ops.adopt import adopt as adopt_run
 from .ops.papers import accepted, paper, rules, slugs
@@ -229,8 +229,7 @@ def check_parity(given: argparse.Namespace) -> int:
     cases = list(parity.cases(given.paper, given.fixtures))
     if given.case:
         names = [case.name for case in cases]
-        if given.case not in names:
-            raise BadParameter("--case", given.case, names)
+        check_choice("--case", given.case, names)
         cases = [case for case in cases if case.name == given.case]
     if given.checkpoint:
         state = parity.checkpoint(given.paper, given.checkpoint)
@@ -263,7 +262,7 @@ def slides(given: argparse.Namespace) -> int:
     if not (i.isdecimal() and n.isdecimal()):
         raise BadParameter("--part", given.part, "I/N, such as 0/8")
     patch, bad = recipe.patch_encoder(given.weights, given.heads), []
-    for name, found in recipe.store(given, patch, (int(i), int(n)), given.batch):
+    for name, found in recipe.store(SimpleNamespace(**vars(given)), patch, (int(i), int(n)), given.batch):
         if isinstance(found, CompanionError):
             bad.append(name)
             print(f"{name}: {found}", file=sys.stderr, flush=True)

@@ -21,7 +21,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from .errors import BadParameter, CompanionError, CorruptFile
+from .errors import BadParameter, CompanionError, CorruptFile, check_choice
 
 OCEAN = "Ocean"
 PROMPTS = Path(__file__).parent / "data" / "climate_prompts.yaml"
@@ -66,10 +66,9 @@ def zone(latitude: float | None, longitude: float | None, reach: int = 0) -> str
     Returns:
         The code; "Ocean" on the open sea; None when a coordinate is missing (None or nan).
 
-    Raises:
-        BadParameter: a location outside the globe, most often with latitude and longitude exchanged.
+    Raises `BadParameter`: a location outside the globe, most often with latitude and longitude exchanged.
     """
-    if any(v is None or math.isnan(v) for v in (latitude, longitude)):
+    if latitude is None or longitude is None or math.isnan(latitude) or math.isnan(longitude):
         return None
     if not -90 <= latitude <= 90:
         raise BadParameter("latitude", latitude, "-90 to 90 degrees")
@@ -133,14 +132,12 @@ class Prompts:
         every zone; "empty" no word. Raises `BadParameter` for a zone without a text.
         """
         alone = [name for name in LEVELS if name not in ("wrong", "shuffled")]
-        if level not in alone:
-            raise BadParameter("level", level, alone)
+        check_choice("level", level, alone)
         if level in ("constant", "empty"):
             return self.constant if level == "constant" else ""
         if code is None:
             return self.unknown
-        if code not in self.zones:
-            raise BadParameter("zone", code, list(self.zones))
+        check_choice("zone", code, self.zones)
         name, description = self.zones[code]
         head = code if level == "code" else f"climate zone {code}, {name}"
         return f"{head}. {description}" if level == "full" else head
@@ -153,8 +150,7 @@ class Prompts:
 
         Raises `BadParameter`; "wrong" needs two zones or more. For wrong zones at another level: `misplaced`.
         """
-        if level not in LEVELS:
-            raise BadParameter("level", level, LEVELS)
+        check_choice("level", level, LEVELS)
         if level == "shuffled":
             return [self.text(codes[i]) for i in np.random.default_rng(seed).permutation(len(codes))]
         if level == "wrong":

@@ -23,7 +23,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import box_convert, clip_boxes_to_image
 
-from .errors import BadParameter, CorruptFile, MissingWeights
+from .errors import BadParameter, CorruptFile, MissingWeights, check_choice
 from .models.sic_cads.model import Detections, detect, refine
 from .ops.files import read_json
 
@@ -78,8 +78,7 @@ def refined(
         gamma, threshold, nms, top: see `models.sic_cads.refine` and `detect`. Set predictors (the three families here)
             need no suppression, and 0.5 changes little.
 
-    Raises:
-        BadParameter: shapes that do not fit, or probabilities outside 0 to 1.
+    Raises `BadParameter`: shapes that do not fit, or probabilities outside 0 to 1.
     """
     boxes, probabilities = found.boxes, found.probabilities
     if boxes.ndim != 2 or boxes.shape[1] != 4 or probabilities.ndim != 2 or len(boxes) != len(probabilities):
@@ -117,7 +116,7 @@ class Owl(nn.Module):
         prompt: template of the text; OWL's default of many.
     """
 
-    def __init__(self, model: nn.Module, processor: object, names: Sequence[str], prompt: str = "a photo of a {}"):
+    def __init__(self, model: nn.Module, processor: Any, names: Sequence[str], prompt: str = "a photo of a {}"):
         super().__init__()
         self.model, self.processor = copy.deepcopy(model).requires_grad_(False).eval(), processor
         self.square = model.config.model_type == "owlv2"  # it pads the image to a square first
@@ -163,18 +162,16 @@ class GroundingDino(nn.Module):
         tokens: "max" or "mean" over the tokens of a name.
     """
 
-    def __init__(
-        self, model: nn.Module, processor: object, tokenizer: object, names: Sequence[str], tokens: str = "max"
-    ):
+    def __init__(self, model: nn.Module, processor: Any, tokenizer: Any, names: Sequence[str], tokens: str = "max"):
         super().__init__()
-        if tokens not in TOKENS:
-            raise BadParameter("tokens", tokens, TOKENS)
+        check_choice("tokens", tokens, TOKENS)
         self.model, self.processor = copy.deepcopy(model).requires_grad_(False).eval(), processor
         self.tokens = tokens
         self.classes = len(_checked(names))
         stop = tokenizer.convert_tokens_to_ids(".")
         self.chunks: list[tuple[list[int], dict[int, range]]] = []
-        ids, spans = [], {}
+        ids: list[int] = []
+        spans: dict[int, range] = {}
         for number, name in enumerate(names):
             own = tokenizer(_spaced(name).lower(), add_special_tokens=False)["input_ids"]
             if len(own) + 3 > model.config.max_text_len:
@@ -210,7 +207,7 @@ class GroundingDino(nn.Module):
 
 
 def build(
-    name: str, names: Sequence[str], weights: str | Path = "pretrained", *, download: bool = False, **options: object
+    name: str, names: Sequence[str], weights: str | Path = "pretrained", *, download: bool = False, **options: Any
 ) -> Owl | GroundingDino:
     """A detector of the three families, ready for the classes `names`.
 
@@ -248,7 +245,7 @@ def build(
     return Owl(model, processor(size={"height": side, "width": side}), names, **options)
 
 
-def _loaded(kind: type, name: str, weights: str | Path, download: bool) -> object:
+def _loaded(kind: Any, name: str, weights: str | Path, download: bool) -> Any:
     """One part of a repository of the hub, from its cache or from a folder."""
     folder = None if weights == "pretrained" else Path(weights)
     ways = [
@@ -331,8 +328,7 @@ def refine_results(
         p: the image-level scores (C,) of each image, by image_id.
         categories: the id of each class.
 
-    Raises:
-        BadParameter: an image without scores, or a class that is not among `categories`.
+    Raises `BadParameter`: an image without scores, or a class that is not among `categories`.
     """
     if not 0 <= gamma <= 1:
         raise BadParameter("gamma", gamma, "0 to 1")

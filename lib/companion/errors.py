@@ -94,6 +94,12 @@ class BadParameter(CompanionError, ValueError):
         super().__init__(f"{name} = {value!r} is not accepted. Accepted: {accepted}")
 
 
+def check_choice(name: str, value: object, choices: Iterable) -> None:
+    """Raise `BadParameter` unless `value` is one of `choices` (of a dict, its keys)."""
+    if value not in choices:
+        raise BadParameter(name, value, tuple(choices))
+
+
 def _nearest_first(value: object, choices: Sequence[object]) -> Sequence[object]:
     """The choices, when there are more than eight with those that resemble `value` first."""
     if len(choices) <= 8:

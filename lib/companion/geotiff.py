@@ -76,7 +76,7 @@ class Raster:
                 raise CorruptFile(path, f"no image that GDAL reads ({error})") from error
             self.size, self.transform = (self._file.height, self._file.width), self._file.transform
             self.crs = self._file.crs or self._sidecar_crs() or (rasterio.crs.CRS.from_user_input(crs) if crs else None)
-        self._whole = None  # a decoded PNG or JPEG, (H, W) or (H, W, bands)
+        self._whole: np.ndarray | None = None  # a decoded PNG or JPEG, (H, W) or (H, W, bands)
 
     def _sidecar_crs(self):
         """The coordinate system in a .prj file with the image's name."""
@@ -237,8 +237,7 @@ def label(
             `functools.partial(metasegnet.bands, network)` is one.
         crs: see `Raster`.
 
-    Raises:
-        CorruptFile: the image cannot be read.
+    Raises `CorruptFile`: the image cannot be read.
     """
     with Raster(path, crs) as raster:
 

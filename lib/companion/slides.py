@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
-from .errors import BadParameter, CompanionError, CorruptFile
+from .errors import BadParameter, CompanionError, CorruptFile, check_choice
 from .ops.files import atomic, read_json, write_json
 from .ops.progress import progress
 from .training.checkpoints import checkpoint_key
@@ -63,8 +64,7 @@ class Slide:
     """
 
     def __init__(self, path: str | Path, mpp: float | None = None, backend: str = "auto"):
-        if backend not in ("auto", *BACKENDS):
-            raise BadParameter("backend", backend, ("auto", *BACKENDS))
+        check_choice("backend", backend, ("auto", *BACKENDS))
         if mpp is not None and mpp <= 0:
             raise BadParameter("mpp", mpp, "microns per pixel, more than 0")
         self.path = Path(path)
@@ -157,7 +157,7 @@ class Slide:
         return np.concatenate(bands), scale * factor
 
 
-def _open(backend: str, path: Path) -> object:
+def _open(backend: str, path: Path) -> Any:
     if backend == "openslide":
         import openslide  # here: an extra
 
@@ -330,8 +330,7 @@ def tile(slide: Slide, tiling: Tiling, mask: np.ndarray | None = None) -> Tiles:
     Args:
         mask: where tissue is, (h, w), any size that covers the slide, in place of what its colours say.
 
-    Raises:
-        BadParameter: the file says no microns per pixel, or has no level near the one that is wanted.
+    Raises `BadParameter`: the file says no microns per pixel, or has no level near the one that is wanted.
     """
     level = slide.level(tiling.mpp / slide.mpp)
     mpp = slide.mpp * slide.downsamples[level]
@@ -367,8 +366,7 @@ def _opencv():
 
 def tensor(pixels: np.ndarray, normalise: str = "unit") -> Tensor:
     """Regions uint8 (..., R, R, 3) as float32 (..., 3, R, R), by one of `NORMALISATIONS`."""
-    if normalise not in NORMALISATIONS:
-        raise BadParameter("normalise", normalise, tuple(NORMALISATIONS))
+    check_choice("normalise", normalise, NORMALISATIONS)
     mean, std = (torch.tensor(v, dtype=torch.float32).reshape(-1, 1, 1) for v in NORMALISATIONS[normalise])
     return (torch.from_numpy(np.ascontiguousarray(pixels)).movedim(-1, -3).float() / 255 - mean) / std
 
@@ -434,11 +432,11 @@ def extract(
             return np.stack([slide.region(x, y, tiles) for x, y in tiles.coords[start : start + batch]])
 
         with ThreadPoolExecutor(1) as reader:
-            ahead = reader.submit(pixels, starts[0]) if starts else None
+            ahead = [reader.submit(pixels, start) for start in starts[:1]]
             shown = progress(starts, slide.path.stem, -(-len(tiles) // batch), -(-len(tiles) // batch) - len(starts))
             for i, start in enumerate(shown):
-                regions = ahead.result()
-                ahead = reader.submit(pixels, starts[i + 1]) if i + 1 < len(starts) else None
+                regions = ahead.pop().result()
+                ahead += [reader.submit(pixels, following) for following in starts[i + 1 : i + 2]]
                 features = encode(tensor(regions, normalise).to(device)).float().cpu().numpy()
                 with atomic(parts / f"{start:06d}.safetensors") as temporary:
                     save_file({"features": np.ascontiguousarray(features)}, temporary)
@@ -470,7 +468,7 @@ def _assemble(out: Path, parts: Path, tiles: Tiles, batch: int, settings: dict) 
             file["features"][start : start + len(features)] = features
 
 
-def read_features(path: str | Path) -> dict[str, object]:
+def read_features(path: str | Path) -> dict[str, Any]:
     """What `extract` wrote: "features" and "shares" (tensors), "coords" (M, 2) int64, "settings" (JSON text).
 
     Raises `CorruptFile` for a file that is missing, truncated, or something else.
@@ -537,7 +535,7 @@ def write_pyramid(
                 factor = downsamples[i + 1] // downsample
                 shape = (-(-h // factor), -(-w // factor), 3)
                 below = np.memmap(Path(folder) / str(i), np.uint8, "w+", shape=shape)
-            resolution = {}
+            resolution: dict[str, Any] = {}
             if mpp is not None:
                 resolution = {"resolution": (1e4 / mpp / downsample,) * 2, "resolutionunit": "CENTIMETER"}
             writer.write(
@@ -551,7 +549,8 @@ def write_pyramid(
                 subfiletype=1 if i else 0,  # without it openslide sees one level only
                 **resolution,
             )
-            rows = partial(_rows, below)
+            if below is not None:
+                rows = partial(_rows, below)
     return Path(path)
 
 

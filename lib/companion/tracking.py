@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -96,7 +96,7 @@ class Files:
         if self.count < 1:
             path = self.paths[counts.index(self.count)]
             raise CorruptFile(path, "its container has no number of frames: convert it to another one")
-        self._next, self._last = 0, None
+        self._next, self._last = 0, np.empty(0)
 
     def __len__(self) -> int:
         return self.count
@@ -198,7 +198,7 @@ def follow(
 
 
 def run(
-    model: nn.Module, sequences: Sequence, folder: str | Path, *, together: int = 1, **options: object
+    model: nn.Module, sequences: Sequence, folder: str | Path, *, together: int = 1, **options: Any
 ) -> dict[str, np.ndarray]:
     """Track the sequences of a benchmark; write `folder`/<name>.txt in the toolkits' text format.
 
@@ -213,8 +213,7 @@ def run(
     Returns:
         Boxes (n, 4) by sequence.
 
-    Raises:
-        BadParameter: `folder` holds results of another model.
+    Raises `BadParameter`: `folder` holds results of another model.
     """
     folder, facts = Path(folder), {"weights": fingerprint(model), "window": options.get("window", True)}
     record = folder / "tracker.json"
@@ -240,7 +239,7 @@ def track(
     box: Sequence[float],
     model: nn.Module,
     out: str | Path | None = None,
-    **options: object,
+    **options: Any,
 ) -> Track:
     """Track the target `box` (x, y, w, h in the first frame) through your own video; write a result file `out`.
 
@@ -248,8 +247,7 @@ def track(
         visible, infrared: two folders of images, or two video files, aligned in time and space.
         options: of `follow`.
 
-    Raises:
-        BadParameter, CorruptFile: see `open_video` and `follow`.
+    Raises `BadParameter`, `CorruptFile`: see `open_video` and `follow`.
     """
     found = follow(model, [open_video(visible, infrared)], [box], **options)[0]
     if out is not None:
@@ -279,7 +277,7 @@ def _checked(box: Sequence[float], video: Video) -> np.ndarray:
     return given
 
 
-def _complete(folder: Path, sequence: object) -> bool:
+def _complete(folder: Path, sequence: Any) -> bool:
     path = folder / f"{sequence.name}.txt"
     return path.exists() and path.read_bytes().count(b"\n") == len(sequence)
 

@@ -345,7 +345,7 @@ def test_damaged_and_foreign_matlab_files(name, tmp_path):
         ({"val_label": None}, "val_label"),
         ({"test_label": np.zeros((2, 26))}, "labels .* for 8 images"),
         ({"attributes": cells(["only one"])}, "1 attributes"),
-        ({"test_images_name": cells(["../a.jpg", "b.jpg", "c.jpg"])}, "picture 6.*leaves"),
+        ({"test_images_name": cells(["../a.jpg", "b.jpg", "c.jpg"])}, "image 6.*leaves"),
     ],
 )
 def test_wrong_fields_of_pa100k(changes, message, tmp_path):
@@ -374,7 +374,7 @@ def test_wrong_lines_of_wider(tmp_path):
     for wrong, message in (
         (labels.replace("[1, -1,", "[1,", 1), "line 1: expected 14 numbers"),
         (labels.replace("[1, -1,", "[1, x,", 1), "line 1"),
-        ("\n".join(labels.splitlines()[:2]), "2 lines, and test_name.txt has 3 pictures"),
+        ("\n".join(labels.splitlines()[:2]), "2 lines, and test_name.txt has 3 images"),
     ):
         (folder / "test_gt_label.txt").write_text(wrong)
         with pytest.raises(CorruptFile, match=message):

@@ -1,21 +1,26 @@
 """Readers of the real data sets in their real layouts, one file a task, and the register of what they read.
 
 `DATASETS` holds a `DataSet` for each name ("fgvc/cub200", "vtab/cifar100", ...); `status` says whether it is on this
-machine, `fetch` downloads what is free and has a checksum, `table` gives all of it in rows. The module of a task offers
-`load`, `status` and `fetch` for its sets; `<task>_sets` holds the facts. Nothing here knows a model or a paper.
+machine, `fetch` downloads what is free and has a checksum, `table` gives all of it in rows. A task's module offers
+`load`, `status` and, where a set is free, `fetch`; `<task>_sets` holds the facts. No model or paper is known here.
 """
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import importlib
-from collections.abc import Mapping
+import io
+import tarfile
+import zipfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
-from ..errors import BadParameter, MissingData
+from ..errors import BadParameter, CompanionError, MissingData
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class DataSet:
         title: the name as a person would say it.
         group: the benchmark, as in the papers' tables.
         task: the module of this package that reads it.
-        classes: number of classes; None where the lists say it, or where there are none.
+        classes: number of classes; 0 where the lists name them, or where there are none.
         sizes: images (of tracking: sequences) in each split as its source has it; another number is refused.
         folders: where it is looked for below the data root, the first spelling being the usual one.
         layout: the files expected below the folder, one a line.
@@ -41,7 +46,7 @@ class DataSet:
     title: str
     group: str
     task: str
-    classes: int | None
+    classes: int
     sizes: Mapping[str, int]
     folders: tuple[str, ...]
     layout: str
@@ -60,6 +65,12 @@ class DataSet:
         also = f" (also accepted: {', '.join(self.folders[1:])})" if self.folders[1:] else ""
         layout = "\n".join([f"{self.folders[0]}/{also}", *("    " + line for line in self.layout.splitlines())])
         return MissingData(self.title, self.folder(root), layout, self.source, self.licence, detail)
+
+
+def own_set(root: str | Path, task: str, layout: str, classes: int = 0) -> DataSet:
+    """A folder of one's own as a data set of `task`."""
+    name, title, source = Path(root).resolve().name, "images of your own", "your own images"
+    return DataSet(name, title, "own", task, classes, {}, (".",), layout, source, "yours", "")
 
 
 @dataclass(frozen=True)
@@ -95,8 +106,14 @@ def status(name: str, root: str | Path) -> Status:
 
     Raises `BadParameter` for an unknown name, and nothing else.
     """
-    dataset = find(name)
-    return _reader(dataset).status(dataset, Path(root))
+    dataset, root = find(name), Path(root)
+    folder = dataset.folder(root)
+    if not folder.is_dir():
+        return Status("missing", f"no folder {folder}")
+    try:
+        return _reader(dataset).status(dataset, root)
+    except CompanionError as error:
+        return Status("incomplete", getattr(error, "detail", "") or str(error))
 
 
 def fetch(name: str, root: str | Path, progress: bool = True) -> Path:
@@ -124,6 +141,19 @@ def fetch(name: str, root: str | Path, progress: bool = True) -> Path:
     return dataset.folder(root)
 
 
+@contextlib.contextmanager
+def downloading(dataset: DataSet, folder: Path, progress: bool) -> Iterator[None]:
+    """Around a download to `folder`: no bars unless `progress`; a failure is a `CompanionError` with what to do."""
+    try:
+        with contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except (OSError, http.client.HTTPException, RuntimeError, tarfile.TarError, zipfile.BadZipFile) as error:
+        raise CompanionError(
+            f"{dataset.title} could not be downloaded ({getattr(error, 'reason', error)}). Nothing half-written was "
+            f"kept. On a machine with a network run `companion fetch` again, or copy a finished {folder} here."
+        ) from None
+
+
 def table(root: str | Path) -> list[dict[str, str]]:
     """One row for each data set: name, title, state, detail, licence, source."""
     rows = []
@@ -142,7 +172,7 @@ def table(root: str | Path) -> list[dict[str, str]]:
     return rows
 
 
-def _tuples(value: object) -> object:
+def _tuples(value: object) -> Any:
     """Lists of YAML as tuples, at any depth."""
     if isinstance(value, dict):
         return {key: _tuples(entry) for key, entry in value.items()}
@@ -163,4 +193,4 @@ def facts(task: str) -> dict:
 for _file in sorted(_HERE.glob("*_sets.yaml")):
     _task = _file.stem.removesuffix("_sets")
     for _entry in _read(_task)["sets"]:
-        DATASETS[_entry["name"]] = DataSet(**{"classes": None, "sizes": {}, "task": _task} | _entry)
+        DATASETS[_entry["name"]] = DataSet(**{"classes": 0, "sizes": {}, "task": _task} | _entry)

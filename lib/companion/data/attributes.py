@@ -26,11 +26,11 @@ from PIL import Image, ImageOps
 from scipy.io import loadmat
 from torchvision.transforms import v2
 
-from ..errors import BadParameter, CorruptFile, MissingData
+from ..errors import CorruptFile, check_choice
 from ..ops import unpickle
-from . import DataSet, Status, find
+from . import DataSet, Status, find, own_set
 from .attributes_sets import ANNOTATIONS, COLUMNS, IMAGES, SENTENCES, WIDER_FILES, ZERO_SHOT, ZERO_SHOT_FILES
-from .classification import Images, _absent, _inside, _normalised, _to_tensor
+from .classification import Images, _inside, _normalised, _to_tensor, check_listed
 
 SPLITS = ("train", "val", "trainval", "test")
 Transform = Callable[[Image.Image], torch.Tensor]
@@ -56,8 +56,8 @@ class Listing:
         self.splits = {split: self._indices(split, chosen) for split, chosen in splits.items()}
         if {"train", "val"} <= self.splits.keys():
             self.splits["trainval"] = np.concatenate([self.splits["train"], self.splits["val"]])
-        learned = self.splits.get("trainval", self.splits.get("train"))
-        if common := np.intersect1d(learned, self.splits["test"]).size:
+        learned = "trainval" if "trainval" in self.splits else "train"
+        if common := np.intersect1d(self.splits[learned], self.splits["test"]).size:
             raise CorruptFile(file, f"{common} images are in the training split and in the test split")
 
     def _indices(self, split: str, chosen: np.ndarray) -> np.ndarray:
@@ -95,9 +95,9 @@ class Pedestrians(Images):
         transform: Transform | None,
     ):
         super().__init__(dataset, root, sources, labels, len(names), transform, names)
-        self.labels = torch.from_numpy(labels)
+        truth = torch.from_numpy(labels)
+        self.labels, self.ratio = truth, truth.mean(0)
         self.names, self.sentences = tuple(names), tuple(sentences)
-        self.ratio = self.labels.mean(0)
 
     def picture(self, index: int) -> Image.Image:
         """See `Images`. Of your own images those that a phone stored as it was held are turned upright."""
@@ -136,8 +136,7 @@ def splits(name: str, root: str | Path, transform: Transform | None = None) -> d
 def load(name: str, root: str | Path, split: str, transform: Transform | None = None) -> Pedestrians:
     """One split of a set; otherwise as `splits`. Raises `BadParameter` for a split that the set has not."""
     found = splits(name, root, transform)
-    if split not in found:
-        raise BadParameter("split", split, tuple(found))
+    check_choice("split", split, found)
     return found[split]
 
 
@@ -152,19 +151,11 @@ def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str
     Raises as `splits`.
     """
     root = Path(root)
-    own = DataSet(
-        name=root.resolve().name,
-        title="images of your own",
-        group="own",
-        task="attributes",
-        classes=None,
-        sizes={},
-        folders=(".",),
-        layout='labels.csv    "image,split,<a sentence for each attribute>", then a line for each image: its path\n'
+    own = own_set(
+        root,
+        "attributes",
+        'labels.csv    "image,split,<a sentence for each attribute>", then a line for each image: its path\n'
         "              below this folder; train, val or test; 0 or 1 for each attribute",
-        source="your own images",
-        licence="yours",
-        citation="",
     )
     return _pedestrians(own, root, transform)
 
@@ -206,28 +197,12 @@ def square_transform(size: int = 224, train: bool = False) -> v2.Transform:
 
 def status(dataset: DataSet, root: Path) -> Status:
     """See `companion.data.status`: annotations are read, no image is opened."""
-    folder = dataset.folder(root)
-    if not folder.is_dir():
-        return Status("missing", f"no folder {folder}")
-    try:
-        listing = _read(dataset, root)
-        base = _base(dataset, root, listing)
-    except MissingData as error:
-        return Status("incomplete", error.detail)
-    except CorruptFile as error:
-        return Status("incomplete", str(error))
+    listing = _read(dataset, root)
+    base = _base(dataset, root, listing)
     chosen = np.unique(np.concatenate([*listing.splits.values()]))
     wanted = {f"{base}/{listing.pictures[i]}" for i in chosen}
-    if absent := _absent(wanted):
-        return Status(
-            "incomplete", f"{len(absent)} of {len(wanted)} listed images are not there, the first: {min(absent)}"
-        )
+    check_listed(dataset, root, wanted)
     return Status("present", f"{len(wanted):,} images in {base}, {len(listing.names)} attributes")
-
-
-def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
-    """See `companion.data.fetch`. No attribute set has a link that can be followed without a person."""
-    raise dataset.missing(root, "it cannot be downloaded for you")
 
 
 # --- how it is done ----------------------------------------------------------------------------------------------
@@ -301,7 +276,7 @@ def _mat(dataset: DataSet, root: Path, read: Callable[[dict], tuple], file: str 
     if dataset.name in ZERO_SHOT:
         chosen = _new_split(dataset, root)
     for number, picture in enumerate(pictures, 1):
-        _inside(path, f"picture {number}", picture)
+        _inside(path, f"image {number}", picture)
     return Listing(path, pictures, labels, names, chosen)
 
 
@@ -330,7 +305,8 @@ def _peta(dataset: DataSet, root: Path) -> Listing:
 
 def _pa100k(dataset: DataSet, root: Path) -> Listing:
     def read(variables: dict) -> tuple:
-        pictures, labels, chosen = [], [], {}
+        pictures: list[str] = []
+        labels, chosen = [], {}
         for split in ("train", "val", "test"):
             listed = _words(variables[f"{split}_images_name"])
             chosen[split] = np.arange(len(pictures), len(pictures) + len(listed))
@@ -376,7 +352,7 @@ def _wider(dataset: DataSet, root: Path) -> Listing:
         listed, given = (_file(dataset, root, name) for name in WIDER_FILES[split])
         rows, values = _lines(listed), _lines(given)
         if len(rows) != len(values):
-            raise CorruptFile(given, f"{len(values)} lines, and {listed.name} has {len(rows)} pictures")
+            raise CorruptFile(given, f"{len(values)} lines, and {listed.name} has {len(rows)} images")
         for number, row in enumerate(rows, 1):
             pictures.append(_inside(listed, f"line {number}", row))
         for number, value in enumerate(values, 1):
@@ -437,7 +413,9 @@ def _csv(dataset: DataSet, root: Path) -> Listing:
         raise CorruptFile(path, f"not a CSV file ({error})") from error
     if header[:2] != ["image", "split"] or len(header) < 3:
         raise CorruptFile(path, f"expected the header 'image,split,<attributes>', found {','.join(header)[:80]!r}")
-    pictures, labels, chosen = [], [], {"train": [], "val": [], "test": []}
+    pictures: list[str] = []
+    labels = []
+    chosen: dict[str, list[int]] = {"train": [], "val": [], "test": []}
     lines: dict[str, int] = {}
     for number, row in enumerate(rows, 2):
         if len(row) != len(header) or row[1] not in chosen or not {*row[2:]} <= {"0", "1"}:

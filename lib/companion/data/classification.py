@@ -14,18 +14,16 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
-import http.client
-import io
 import os
 import re
 import shutil
 import tarfile
 import tempfile
-import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from struct import error as StructError
+from typing import Any
 
 import numpy as np
 import psutil
@@ -37,9 +35,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 
-from ..errors import BadParameter, CompanionError, CorruptFile, MissingData
+from ..errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice
 from ..ops.files import read_json, write_json
-from . import DataSet, Status, find
+from . import DataSet, Status, downloading, find, own_set
 from .classification_sets import IMAGES
 
 SPLITS = ("train", "val", "trainval", "test")
@@ -72,7 +70,7 @@ class Images(Dataset):
         dataset: DataSet,
         root: Path,
         sources: Sequence[str] | np.ndarray,
-        labels: Sequence[int],
+        labels: Sequence[Any] | np.ndarray,
         classes: int,
         transform: Callable[[Image.Image], torch.Tensor] | None = None,
         class_names: Sequence[str] = (),
@@ -105,7 +103,7 @@ class Images(Dataset):
         except (OSError, SyntaxError, ValueError, EOFError, StructError, Image.DecompressionBombError) as error:
             raise CorruptFile(source, str(error)) from error
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
         picture = self.picture(index)
         return (self.transform or _to_tensor)(picture), int(self.labels[index])
 
@@ -130,8 +128,7 @@ def load(
         CorruptFile: a list that is not as it should be, by line; a label out of range; a path that leaves the folder.
     """
     dataset, root = find(name, "classification"), Path(root)
-    if split not in SPLITS:
-        raise BadParameter("split", split, SPLITS)
+    check_choice("split", split, SPLITS)
     listing, sources, labels = _read(dataset, root, split)
     if not isinstance(sources, np.ndarray):
         for path in (sources[0], sources[-1]):  # a look at two files, not at all: opening must stay instant
@@ -233,19 +230,7 @@ def image_folder(
     if not 0 < val_fraction < 1:
         raise BadParameter("val_fraction", val_fraction, "a number between 0 and 1, both left out")
     root = Path(root)
-    own = DataSet(
-        name=root.resolve().name,
-        title="images of your own",
-        group="own",
-        task="classification",
-        classes=None,
-        sizes={},
-        folders=(".",),
-        layout=_OWN_LAYOUT,
-        source="your own images",
-        licence="yours",
-        citation="",
-    )
+    own = own_set(root, "classification", _OWN_LAYOUT)
     split_up = parted(root)
     first = root / "train" if split_up else root
     if not first.is_dir():
@@ -291,9 +276,8 @@ def parted(root: Path) -> bool:
 def status(dataset: DataSet, root: Path) -> Status:
     """See `companion.data.status`. CIFAR and SVHN are checked by MD5, the others by their lists and file names."""
     folder = dataset.folder(root)
-    if not folder.is_dir():
-        return Status("missing", f"no folder {folder}")
-    problems, wanted = [], set()
+    problems: list[str] = []
+    wanted: set[str] = set()
     archives = _archives(dataset, folder)
     for path, md5 in archives:
         if not path.is_file():
@@ -308,8 +292,10 @@ def status(dataset: DataSet, root: Path) -> Status:
                 problems.append(error.detail)
             except CorruptFile as error:
                 problems.append(str(error))
-        if absent := _absent(wanted):
-            problems.append(f"{len(absent)} of {len(wanted)} listed images are not there, the first: {min(absent)}")
+        try:
+            check_listed(dataset, root, wanted)
+        except MissingData as error:
+            problems.append(error.detail)
     if problems:
         return Status("incomplete", "; ".join(dict.fromkeys(problems)))
     images = dataset.sizes["trainval"] + dataset.sizes["test"]
@@ -320,23 +306,20 @@ def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
     """See `companion.data.fetch`. Everything lands in a hidden folder first and is moved once it is whole."""
     folder = dataset.folder(root)
     root.mkdir(parents=True, exist_ok=True)
-    quiet = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
-    try:
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as name, quiet, _unpacked_below_their_folder():
-            new = _download(dataset, Path(name))
-            for archive in new.iterdir():
-                if archive.suffix in (".gz", ".tgz", ".zip"):
-                    archive.unlink()
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            if folder.exists():  # an incomplete copy: files are replaced, none of the user's others is removed
-                shutil.copytree(new, folder, dirs_exist_ok=True, copy_function=shutil.move)
-            else:
-                new.rename(folder)
-    except (OSError, http.client.HTTPException, RuntimeError, tarfile.TarError, zipfile.BadZipFile) as error:
-        raise CompanionError(
-            f"{dataset.title} could not be downloaded ({getattr(error, 'reason', error)}). Nothing was kept. On a "
-            f"machine with a network run `companion fetch` again, or copy a finished {folder} here."
-        ) from None
+    with (
+        downloading(dataset, folder, progress),
+        tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as name,
+        _unpacked_below_their_folder(),
+    ):
+        new = _download(dataset, Path(name))
+        for archive in new.iterdir():
+            if archive.suffix in (".gz", ".tgz", ".zip"):
+                archive.unlink()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists():  # an incomplete copy: files are replaced, none of the user's others is removed
+            shutil.copytree(new, folder, dirs_exist_ok=True, copy_function=shutil.move)
+        else:
+            new.rename(folder)
 
 
 # --- how it is done ----------------------------------------------------------------------------------------------
@@ -402,23 +385,28 @@ def _read_lines(dataset: DataSet, root: Path, split: str) -> Listed:
         path, _, label = row.rpartition(" ")
         if not (path and _NUMBER.fullmatch(label)):
             raise CorruptFile(listing, f"line {line}: expected 'relative/path label', found {row[:80]!r}")
-        if dataset.classes is not None and int(label) >= dataset.classes:
+        if dataset.classes and int(label) >= dataset.classes:
             raise CorruptFile(listing, f"line {line}: label {label} is not in 0..{dataset.classes - 1}")
         sources.append(f"{folder}/{_inside(listing, f'line {line}', path)}")
         labels.append(int(label))
     return listing, sources, labels
 
 
+def _both(read: Callable[[DataSet, Path, str], Listed], dataset: DataSet, root: Path) -> Listed:
+    """The lists "train" and "val" in one."""
+    listing, first, labels = read(dataset, root, "train")
+    _, second, more = read(dataset, root, "val")
+    return listing, [*first, *second], [*labels, *more]
+
+
 def _read_json(dataset: DataSet, root: Path, split: str) -> Listed:
     """FGVC's lists: a dict "path" -> class id."""
     folder, key = dataset.folder(root), dataset.name.partition("/")[2]
     if split == "trainval":
-        listing, *train = _read_json(dataset, root, "train")
-        _, *val = _read_json(dataset, root, "val")
-        return listing, train[0] + val[0], train[1] + val[1]
+        return _both(_read_json, dataset, root)
     listing = _existing(dataset, root, folder / f"{split}.json")
     if key == "nabirds":  # raw ids, numbered in sorted order over the training list so that all splits agree
-        known = sorted(set(_class_ids(_existing(dataset, root, folder / "train.json")).values()))
+        known: Sequence[int] = sorted(set(_class_ids(_existing(dataset, root, folder / "train.json")).values()))
         if len(known) != dataset.classes:
             raise dataset.missing(root, f"train.json names {len(known)} classes, {dataset.classes} expected")
         accepted = "a class of train.json"
@@ -453,16 +441,14 @@ def _read_torchvision(dataset: DataSet, root: Path, split: str) -> Listed:
         _existing(dataset, root, path)
     official = "test" if split == "test" else "train"
     if key == "dtd" and split == "trainval":
-        listing, *train = _read_torchvision(dataset, root, "train")
-        _, *val = _read_torchvision(dataset, root, "val")
-        return listing, train[0] + val[0], train[1] + val[1]
+        return _both(_read_torchvision, dataset, root)
     if key in ("cifar10", "cifar100", "svhn"):
-        sources, labels = _arrays(dataset, folder, official)
-        listing = folder
+        found: Listed = (folder, *_arrays(dataset, folder, official))
     else:
-        listing, sources, labels = _paths(dataset, root, split if key == "dtd" else official)
+        found = _paths(dataset, root, split if key == "dtd" else official)
+    listing, sources, labels = found
     if key == "dtd" or split == "test":
-        return listing, sources, labels
+        return found
     order, cut = _order(key, len(labels)), int(0.8 * len(labels))
     part = {"train": order[:cut], "val": order[cut:], "trainval": order}[split]
     labels = [labels[i] for i in part]
@@ -538,6 +524,14 @@ def _paths(dataset: DataSet, root: Path, split: str) -> Listed:
         if not 0 <= label < dataset.classes:
             raise CorruptFile(listing, f"{relative!r}: label {label} is not in 0..{dataset.classes - 1}")
     return listing, sources, labels
+
+
+def check_listed(dataset: DataSet, root: Path, paths: Iterable[str]) -> None:
+    """Raise `MissingData`, with the first that is not there, unless all `paths` of a list are on disk."""
+    wanted = set(paths)
+    if absent := _absent(wanted):
+        what = f"{len(absent)} of {len(wanted)} listed images are not there, the first: {min(absent)}"
+        raise dataset.missing(root, what)
 
 
 def _absent(wanted: set[str]) -> list[str]:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
-from ..errors import BadParameter
+from ..errors import BadParameter, check_choice
 
 KINDS = ("blur", "resize", "noise", "jpeg")
 SCOPES = ("every_op", "first_resize_only")
@@ -65,8 +65,7 @@ GRAMMAR = (
 
 def rounded(op: Op) -> Op:
     """With the decimals that its text has. Raises `BadParameter` for another kind or a value out of range."""
-    if op.kind not in KINDS:
-        raise BadParameter("degradation", op.kind, KINDS)
+    check_choice("degradation", op.kind, KINDS)
     value, (low, high) = round(float(op.value), _DECIMALS[op.kind]), _LIMITS[op.kind]
     if not low <= value <= high:
         raise BadParameter(op.kind, op.value, f"{low} to {high}")
@@ -106,8 +105,7 @@ def scaled(text: str, kind: str, by: float) -> str:
     Raises `BadParameter` where the text does not name that degradation.
     """
     ops = parse(text)
-    if kind not in KINDS:
-        raise BadParameter("kind", kind, KINDS)
+    check_choice("kind", kind, KINDS)
     if by < 0:
         raise BadParameter("by", by, "0 or more")
     if not ops or kind not in [op.kind for op in ops]:
@@ -156,8 +154,7 @@ class Recipe:
                 raise BadParameter(kind, values, "a lower and an upper end, or with listed=True one value or more")
             for value in values:
                 rounded(Op(kind, value))
-        if self.skip_scope not in SCOPES:
-            raise BadParameter("skip_scope", self.skip_scope, SCOPES)
+        check_choice("skip_scope", self.skip_scope, SCOPES)
         if self.passes < 1:
             raise BadParameter("passes", self.passes, "1 or more")
         if any(not 0 <= self._skips(kind) <= 1 for kind in KINDS):
@@ -201,12 +198,9 @@ def degrade(
         filter: "bicubic", "bilinear" or "nearest", for both ways.
         edge: beyond the border a blur sees the border's pixels ("replicate"), or the other side's ("circular").
     """
-    if back not in BACKS:
-        raise BadParameter("back", back, BACKS)
-    if filter not in ("bicubic", "bilinear", "nearest"):
-        raise BadParameter("filter", filter, ("bicubic", "bilinear", "nearest"))
-    if edge not in EDGES:
-        raise BadParameter("edge", edge, EDGES)
+    check_choice("back", back, BACKS)
+    check_choice("filter", filter, ("bicubic", "bilinear", "nearest"))
+    check_choice("edge", edge, EDGES)
     y, size = _checked(x)[None], x.shape[-2:]
     for place, op in enumerate(map(rounded, ops)):
         if op.value == _NOTHING[op.kind]:

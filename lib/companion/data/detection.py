@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,10 +26,10 @@ from torch import Tensor
 from torchvision.ops import box_convert
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from ..errors import BadParameter, CorruptFile, MissingData
+from ..errors import BadParameter, CorruptFile, check_choice
 from ..ops.files import read_json
-from . import DataSet, Status, find
-from .classification import Images, _absent, _inside
+from . import DataSet, Status, find, own_set
+from .classification import Images, _inside, check_listed
 from .detection_sets import COCO_BASE, COCO_NOVEL, FILES, IMAGES, NAMES_FIX
 
 OV_COCO_BASE, OV_COCO_NOVEL = tuple(COCO_BASE.values()), tuple(COCO_NOVEL.values())
@@ -99,7 +99,7 @@ class Boxes(Images):
         crowd = torch.tensor([bool(row.get("iscrowd", 0)) for row in rows], dtype=torch.bool)
         return Target(box_convert(boxes, "xywh", "xyxy"), labels, crowd, self.image_ids[index])
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         picture = self.picture(index)
         image = self.truth["images"][index]
         known = (image["width"], image["height"])
@@ -129,8 +129,7 @@ def splits(name: str, root: str | Path) -> dict[str, Boxes]:
 def load(name: str, root: str | Path, split: str) -> Boxes:
     """One split of a set; otherwise as `splits`. Raises `BadParameter` for a split that the set has not."""
     dataset, root = find(name, "detection"), Path(root)
-    if split not in FILES[dataset.name]:
-        raise BadParameter("split", split, tuple(FILES[dataset.name]))
+    check_choice("split", split, FILES[dataset.name])
     truth, base, novel = _read(dataset, root, split)
     return Boxes(dataset, root, _folder(dataset, root, split, truth), truth, base, novel)
 
@@ -144,19 +143,7 @@ def own_folder(annotations: str | Path, images: str | Path, novel: Sequence[str]
     Raises as `splits`, and `BadParameter` for a name that the file does not have.
     """
     file, folder = Path(annotations), Path(images)
-    own = DataSet(
-        name=folder.resolve().name,
-        title="images of your own",
-        group="own",
-        task="detection",
-        classes=None,
-        sizes={},
-        folders=(".",),
-        layout=f"{file.name}    in COCO's format\n{folder}/    the images",
-        source="your own images",
-        licence="yours",
-        citation="",
-    )
+    own = own_set(folder, "detection", f"{file.name}    in COCO's format\n{folder}/    the images")
     if not file.is_file():
         raise own.missing(file.parent, f"{file} is not there")
     truth = read_annotations(file)
@@ -184,7 +171,7 @@ def read_annotations(path: str | Path) -> dict:
     def wrong(part: str, number: int, reason: str) -> CorruptFile:
         return CorruptFile(path, f"{part}[{number}]: {reason}")
 
-    def field(part: str, number: int, entry: Mapping, name: str, kind: type | tuple) -> object:
+    def field(part: str, number: int, entry: Mapping, name: str, kind: type | tuple) -> Any:
         value = entry.get(name) if isinstance(entry, Mapping) else None
         if not isinstance(value, kind) or isinstance(value, bool):
             raise wrong(part, number, f"'{name}' is {value!r}")
@@ -234,8 +221,7 @@ def read_annotations(path: str | Path) -> dict:
 def ov_coco(instances: Mapping, split: str) -> dict:
     """OV-COCO from COCO's instances: boxes of the 48 base classes in "train", of all 65 in "test", and only images
     that still have one. All 80 categories stay."""
-    if split not in ("train", "test"):
-        raise BadParameter("split", split, ("train", "test"))
+    check_choice("split", split, ("train", "test"))
     kept = set(OV_COCO_BASE) | (set() if split == "train" else set(OV_COCO_NOVEL))
     annotations = [a for a in instances["annotations"] if a["category_id"] in kept]
     there = {a["image_id"] for a in annotations}
@@ -245,8 +231,7 @@ def ov_coco(instances: Mapping, split: str) -> dict:
 
 def ov_lvis(annotations: Mapping, split: str) -> dict:
     """OV-LVIS from LVIS v1: "train" without the boxes of rare classes, all images kept; "test" as it is."""
-    if split not in ("train", "test"):
-        raise BadParameter("split", split, ("train", "test"))
+    check_choice("split", split, ("train", "test"))
     if split == "test":
         return dict(annotations)
     rare = {category["id"] for category in annotations["categories"] if category["frequency"] == "r"}
@@ -301,24 +286,12 @@ def status(dataset: DataSet, root: Path) -> Status:
     if not any(files):
         return Status("missing", f"no annotations in {folder}")
     for split in FILES[dataset.name]:
-        try:
-            truth, _, _ = _read(dataset, root, split)
-            place = _folder(dataset, root, split, truth)
-        except MissingData as error:
-            return Status("incomplete", error.detail)
-        except CorruptFile as error:
-            return Status("incomplete", str(error))
+        truth, _, _ = _read(dataset, root, split)
+        place = _folder(dataset, root, split, truth)
         wanted = {str(place / image["file_name"]) for image in truth["images"]}
-        if absent := _absent(wanted):
-            first = min(absent)
-            return Status("incomplete", f"{len(absent)} of {len(wanted)} listed images are not there, first {first}")
+        check_listed(dataset, root, wanted)
         counts.append(f"{len(wanted):,} in {split}")
     return Status("present", f"pictures: {', '.join(counts)}")
-
-
-def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
-    """See `companion.data.fetch`. None of these sets has a single link with a checksum."""
-    raise dataset.missing(root, "it cannot be downloaded for you")
 
 
 # --- how it is done ---------------------------------------------------------------------------------------------------
@@ -344,7 +317,7 @@ def _read(dataset: DataSet, root: Path, split: str) -> tuple[dict, Sequence[int]
             raise CorruptFile(file, f"the categories {wrong[:5]} have not COCO's ids")
         return ov_coco(found, split), OV_COCO_BASE, OV_COCO_NOVEL
     if dataset.name == "detection/ov-lvis":
-        groups = {letter: [] for letter in FREQUENCIES}
+        groups: dict[str, list] = {letter: [] for letter in FREQUENCIES}
         for number, category in enumerate(found["categories"]):
             if category.get("frequency") not in groups:
                 raise CorruptFile(file, f"categories[{number}]: 'frequency' is {category.get('frequency')!r}")

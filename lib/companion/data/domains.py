@@ -19,13 +19,9 @@ or directly).
 
 from __future__ import annotations
 
-import contextlib
-import http.client
-import io
 import re
 import shutil
 import tempfile
-import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,10 +32,10 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import v2
 
-from ..errors import BadParameter, CompanionError, CorruptFile, MissingData
+from ..errors import CompanionError, CorruptFile, check_choice
 from ..ops.files import read_json
-from . import DataSet, Status, find
-from .classification import Images, _absent, _class_folders, _inside, _normalised, image_folder, parted
+from . import DataSet, Status, downloading, find, own_set
+from .classification import Images, _class_folders, _inside, _normalised, check_listed, image_folder, parted
 from .domains_sets import CLASSES, RELEASED_AS, TORCHGEO, WHOLE_SET_NAMES, image_folders, split_file, split_sizes
 
 SPLITS = ("train", "val", "test", "all")
@@ -76,8 +72,7 @@ def splits(name: str, root: str | Path, transform: Transform | None = None) -> d
 
 def load(name: str, root: str | Path, split: str, transform: Transform | None = None) -> Images:
     """One split of a set, "train", "val", "test" or "all"; otherwise as `splits`."""
-    if split not in SPLITS:
-        raise BadParameter("split", split, SPLITS)
+    check_choice("split", split, SPLITS)
     return splits(name, root, transform)[split]
 
 
@@ -90,20 +85,12 @@ def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str
     Raises as `splits`.
     """
     root = Path(root)
-    own = DataSet(
-        name=root.resolve().name,
-        title="images of your own",
-        group="own",
-        task="domains",
-        classes=None,
-        sizes={},
-        folders=(".",),
-        layout='<class>/*.jpg    or images/<class>/*.jpg\nsplit.json       optional: {"train": [[path, label, class '
+    own = own_set(
+        root,
+        "domains",
+        '<class>/*.jpg    or images/<class>/*.jpg\nsplit.json       optional: {"train": [[path, label, class '
         'name], ...], "val": ..., "test": ...}\nor\n{train,val,test}/<class>/*.jpg    val cut from train where there '
         "is none",
-        source="your own images",
-        licence="yours",
-        citation="",
     )
     if not parted(root) or (root / split_file(own.name)).is_file():
         return _images(own, root, transform)
@@ -140,23 +127,12 @@ def clip_transform(input, train: bool = False) -> v2.Transform:
 
 def status(dataset: DataSet, root: Path) -> Status:
     """See `companion.data.status`: folders and lists are read, no image is opened."""
-    folder = dataset.folder(root)
-    if not folder.is_dir():
-        return Status("missing", f"no folder {folder}")
-    try:
-        _, parts = _read(dataset, root)
-        base, _ = _place(dataset, root)
-    except MissingData as error:
-        return Status("incomplete", error.detail)
-    except CorruptFile as error:
-        return Status("incomplete", str(error))
+    _, parts = _read(dataset, root)
+    base, _ = _place(dataset, root)
     wanted = {f"{base}/{path}" for part in _PARTS for path, _ in parts[part]}
-    if absent := _absent(wanted):
-        return Status(
-            "incomplete", f"{len(absent)} of {len(wanted)} listed images are not there, the first: {min(absent)}"
-        )
+    check_listed(dataset, root, wanted)
     listing = split_file(dataset.name)
-    how = f"split by {listing}" if (folder / listing).is_file() else "cut with a fixed seed"
+    how = f"split by {listing}" if (dataset.folder(root) / listing).is_file() else "cut with a fixed seed"
     return Status("present", f"{len(wanted):,} images in {base}, {how}")
 
 
@@ -172,19 +148,12 @@ def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
         ) from None
     folder = dataset.folder(root)
     root.mkdir(parents=True, exist_ok=True)
-    quiet = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
-    try:
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as new, quiet:
-            getattr(torchgeo, TORCHGEO[dataset.name])(new, download=True, checksum=True)
-            for archive in Path(new).glob("*.zip"):
-                archive.unlink()
-            # files of an incomplete copy are replaced, none of the user's others is removed
-            shutil.copytree(new, folder, dirs_exist_ok=True, copy_function=shutil.move)
-    except (OSError, http.client.HTTPException, RuntimeError, zipfile.BadZipFile) as error:
-        raise CompanionError(
-            f"{dataset.title} could not be downloaded ({getattr(error, 'reason', error)}). On a machine with a network "
-            f"run `companion fetch` again, or copy a finished {folder} here."
-        ) from None
+    with downloading(dataset, folder, progress), tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as new:
+        getattr(torchgeo, TORCHGEO[dataset.name])(new, download=True, checksum=True)
+        for archive in Path(new).glob("*.zip"):
+            archive.unlink()
+        # files of an incomplete copy are replaced, none of the user's others is removed
+        shutil.copytree(new, folder, dirs_exist_ok=True, copy_function=shutil.move)
 
 
 # --- how it is done ----------------------------------------------------------------------------------------------
@@ -306,13 +275,13 @@ def _listed(dataset: DataSet, listing: Path) -> tuple[list[str], dict[str, Sampl
             where = f"'{part}', entry {number}"
             path, label, name = _entry(listing, where, entry)
             _inside(listing, where, path)
-            if dataset.classes is not None and label >= dataset.classes:
+            if dataset.classes and label >= dataset.classes:
                 raise CorruptFile(listing, f"{where}: label {label} is not in 0..{dataset.classes - 1}")
             if (before := names.setdefault(label, name)) != name:
                 raise CorruptFile(listing, f"{where}: label {label} is {name!r} here, and {before!r} further up")
             folder = path.rpartition("/")[0]
-            if (before := of_folder.setdefault(folder, label)) != label:
-                raise CorruptFile(listing, f"{where}: {path} has label {label}, others of its folder have {before}")
+            if (other := of_folder.setdefault(folder, label)) != label:
+                raise CorruptFile(listing, f"{where}: {path} has label {label}, others of its folder have {other}")
             if path in seen:
                 raise CorruptFile(listing, f"{where}: {path} is already in '{seen[path]}'")
             seen[path] = part

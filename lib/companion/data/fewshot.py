@@ -170,8 +170,7 @@ def cross_dataset(source: Splits, targets: Mapping[str, Splits], shots: int = 16
     Returns:
         tests are "source" and each target.
 
-    Raises:
-        BadParameter: as `base_to_novel`; no targets, or one called "source".
+    Raises `BadParameter`: as `base_to_novel`; no targets, or one called "source".
     """
     return _transfer(source, {name: _checked(splits)[0]["test"] for name, splits in targets.items()}, shots, seed)
 

@@ -13,14 +13,10 @@ and in scores. `landcover_sets` describes the sets, `landcover_transforms` what 
 from __future__ import annotations
 
 import colorsys
-import contextlib
 import copy
 import csv
 import functools
-import http.client
-import io
 import tempfile
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,10 +30,10 @@ from torchvision import tv_tensors
 from torchvision.datasets.utils import download_and_extract_archive
 
 from .. import climate
-from ..errors import BadParameter, CompanionError, CorruptFile, MissingData
+from ..errors import BadParameter, CorruptFile, check_choice
 from ..geotiff import SUFFIXES, Raster, quiet
 from ..ops.files import atomic
-from . import DataSet, Status, find
+from . import DataSet, Status, downloading, find, own_set
 from .landcover_sets import CLASSES, LEFT_OUT, LOVEDA, LOVEDA_FILES, OEM, POTSDAM, POTSDAM_TILES, XBD
 
 SPLITS = ("train", "val", "test")
@@ -88,7 +84,7 @@ class LandCover(Dataset):
         dataset: DataSet,
         pictures: Sequence[Picture],
         palette: Mapping[str, tuple[int, int, int]],
-        decode: Callable[[Raster, np.ndarray], np.ndarray],
+        decode: Callable[..., np.ndarray],
         places: Mapping[str, Place] | None = None,
         *,
         size: int | None = None,
@@ -218,13 +214,11 @@ def load(
         without_xbd: of OpenEarthMap: leave out what has to be compiled from xBD; `absent` names the regions.
         transform: see `LandCover`.
 
-    Raises:
-        BadParameter, MissingData, CorruptFile, CompanionError: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `CorruptFile`, `CompanionError`: with what to change or get.
     """
     dataset, root = find(name, "landcover"), Path(root)
     splits = tuple(POTSDAM_TILES) if name == POTSDAM else SPLITS
-    if split not in splits:
-        raise BadParameter("split", split, splits)
+    check_choice("split", split, splits)
     if labels is not None and (name != POTSDAM or labels not in LABELS):
         raise BadParameter("labels", labels, LABELS if name == POTSDAM else "None: only Potsdam has two kinds")
     if not dataset.folder(root).is_dir():
@@ -240,8 +234,9 @@ def load(
         pictures, absent = _earth(dataset, root, split, without_xbd)
         decode, table = earth, dataset.folder(root) / "places.csv"
         places = read_places(table if table.is_file() or name != OEM else PLACES)
-    options = {"size": size, "stride": stride, "transform": transform, "absent": absent}
-    return LandCover(dataset, pictures, CLASSES[name], decode, places, **options)
+    return LandCover(
+        dataset, pictures, CLASSES[name], decode, places, size=size, stride=stride, transform=transform, absent=absent
+    )
 
 
 def own(
@@ -268,19 +263,12 @@ def own(
     Raises as `load`.
     """
     root = Path(root)
-    dataset = DataSet(
-        name=root.resolve().name,
-        title="images of your own",
-        group="own",
-        task="landcover",
-        classes=len(classes),
-        sizes={},
-        folders=(".",),
-        layout="images/*.tif    uint8, red, green, blue\nlabels/*.tif    optional: one band, the same names\n"
+    dataset = own_set(
+        root,
+        "landcover",
+        "images/*.tif    uint8, red, green, blue\nlabels/*.tif    optional: one band, the same names\n"
         "places.csv      optional: image,latitude,longitude,zone,text\n{train,val,test}.txt    optional: file names",
-        source="your own images",
-        licence="yours",
-        citation="",
+        len(classes),
     )
     if not classes or isinstance(classes, str):
         raise BadParameter("classes", classes, "one or more names")
@@ -294,8 +282,9 @@ def own(
     table = root / "places.csv"
     places = read_places(table) if table.is_file() else {}
     decode = functools.partial(plain, len(colours))
-    options = {"size": size, "stride": stride, "pad": False, "transform": transform}
-    return LandCover(dataset, pictures, colours, decode, places, **options)
+    return LandCover(
+        dataset, pictures, colours, decode, places, size=size, stride=stride, pad=False, transform=transform
+    )
 
 
 def read_places(path: str | Path = PLACES) -> dict[str, Place]:
@@ -310,18 +299,19 @@ def read_places(path: str | Path = PLACES) -> dict[str, Place]:
     if any("\0" in line for line in lines):
         raise CorruptFile(path, "no table of places (it has bytes of 0)")
     rows = csv.DictReader(line for line in lines if not line.startswith("#"))
-    key = next((name for name in ("image", "region") if name in (rows.fieldnames or ())), None)
+    columns = rows.fieldnames or ()
+    key = next((name for name in ("image", "region") if name in columns), None)
     if key is None:
         raise CorruptFile(path, "the column region, or image, is missing")
     for row in rows:
         if None in row.values() or None in row:
-            raise CorruptFile(path, f"{row[key]}: a line of {len(rows.fieldnames)} columns was expected")
+            raise CorruptFile(path, f"{row[key]}: a line of {len(columns)} columns was expected")
         try:
-            degrees = [float(row[name]) if row.get(name) else None for name in ("latitude", "longitude")]
-            climate.zone(*degrees) if None not in degrees else None
+            latitude, longitude = (float(row[name]) if row.get(name) else None for name in ("latitude", "longitude"))
+            climate.zone(latitude, longitude)
         except ValueError as error:  # no number, or a place outside the globe
             raise CorruptFile(path, f"{row[key]}: {error}") from error
-        places[row[key]] = Place(*degrees, row.get("zone") or None, row.get("text") or None)
+        places[row[key]] = Place(latitude, longitude, row.get("zone") or None, row.get("text") or None)
     return places
 
 
@@ -329,7 +319,8 @@ def read_classes(root: str | Path) -> dict[str, tuple[int, int, int]]:
     """The classes of one's own images from `classes.txt`: a name a line, and maybe its colour, "field 75 181 73".
 
     Raises `CorruptFile` with the line at fault."""
-    path, found = Path(root) / "classes.txt", {}
+    path = Path(root) / "classes.txt"
+    found: dict[str, tuple[int, int, int]] = {}
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -338,7 +329,8 @@ def read_classes(root: str | Path) -> dict[str, tuple[int, int, int]]:
         name, *colour = line.rsplit(maxsplit=3) if line[-1].isdigit() and len(line.split()) > 3 else [line]
         if name in found or not all(v.isdigit() and int(v) < 256 for v in colour):
             raise CorruptFile(path, f"{line!r} is not a new name, or a name and three numbers from 0 to 255")
-        found[name] = tuple(map(int, colour)) if colour else _colour(i)
+        red, green, blue = map(int, colour) if colour else _colour(i)
+        found[name] = red, green, blue
     if len(found) < 2:
         raise CorruptFile(path, "two classes or more are needed")
     return found
@@ -438,9 +430,9 @@ def patches(truth: Raster, pixels: np.ndarray, *window: int) -> np.ndarray:
     labels = truth.raw((1,), *window)[0].astype(np.int64)
     if labels.max() > 6:
         raise CorruptFile(truth.path, f"it has the label {labels.max()}; 0 to 6 are known")
-    seen = pixels.any(0)
+    seen = np.any(pixels, 0)
     for axis in (0, 1):
-        lines = np.flatnonzero(seen.any(1 - axis))
+        lines = np.flatnonzero(np.any(seen, 1 - axis))
         beyond = slice(lines[-1] + 1 if len(lines) else 0, None)
         labels[(beyond, slice(None)) if axis == 0 else (slice(None), beyond)] = 6
     return labels
@@ -456,21 +448,15 @@ def plain(classes: int, truth: Raster, pixels: np.ndarray, *window: int) -> np.n
 
 def status(dataset: DataSet, root: Path) -> Status:
     """See `companion.data.status`: lists and folders are read, no image is opened."""
-    folder = dataset.folder(root)
-    if not folder.is_dir():
-        return Status("missing", f"no folder {folder}")
     counts = {}
-    try:
-        for split in POTSDAM_TILES if dataset.name == POTSDAM else SPLITS:
-            if dataset.name == LOVEDA:
-                found = _loveda(dataset, root, split)
-            elif dataset.name == POTSDAM:
-                found, _ = _potsdam(dataset, root, split, "full" if split == "train" else "eroded")
-            else:
-                found, _ = _earth(dataset, root, split, False)
-            counts[split] = len(found)
-    except MissingData as error:
-        return Status("incomplete", error.detail)
+    for split in POTSDAM_TILES if dataset.name == POTSDAM else SPLITS:
+        if dataset.name == LOVEDA:
+            found = _loveda(dataset, root, split)
+        elif dataset.name == POTSDAM:
+            found, _ = _potsdam(dataset, root, split, "full" if split == "train" else "eroded")
+        else:
+            found, _ = _earth(dataset, root, split, False)
+        counts[split] = len(found)
     return Status("present", ", ".join(f"{count:,} {split}" for split, count in counts.items()))
 
 
@@ -478,21 +464,14 @@ def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
     """See `companion.data.fetch`. Each zip is unpacked into a hidden folder, which is moved once it is whole."""
     folder = dataset.folder(root)
     folder.mkdir(parents=True, exist_ok=True)
-    quietly = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
-    try:
-        with quietly:
-            for part, md5 in LOVEDA_FILES.items():
-                if (folder / part).is_dir():
-                    continue
-                with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as new:
-                    url = f"https://zenodo.org/records/5706578/files/{part}.zip"
-                    download_and_extract_archive(url, new, filename=f"{part}.zip", md5=md5, remove_finished=True)
-                    (Path(new) / part).rename(folder / part)
-    except (OSError, http.client.HTTPException, RuntimeError, zipfile.BadZipFile) as error:
-        raise CompanionError(
-            f"{dataset.title} could not be downloaded ({getattr(error, 'reason', error)}). On a machine with a network "
-            f"run `companion fetch metasegnet` again, or copy a finished {folder} here."
-        ) from None
+    with downloading(dataset, folder, progress):
+        for part, md5 in LOVEDA_FILES.items():
+            if (folder / part).is_dir():
+                continue
+            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as new:
+                url = f"https://zenodo.org/records/5706578/files/{part}.zip"
+                download_and_extract_archive(url, new, filename=f"{part}.zip", md5=md5, remove_finished=True)
+                (Path(new) / part).rename(folder / part)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -549,11 +528,9 @@ def _loveda(dataset: DataSet, root: Path, split: str) -> list[Picture]:
     for scene in ("Rural", "Urban"):
         for image in _files(folder / scene / "images_png"):
             label = folder / scene / "masks_png" / image.name
-            if split == "test":
-                label = None
-            elif not label.is_file():
+            if split != "test" and not label.is_file():
                 raise dataset.missing(root, f"{label} is not there")
-            pictures.append(Picture(image, label, scene.lower()))
+            pictures.append(Picture(image, None if split == "test" else label, scene.lower()))
     if len(pictures) != dataset.sizes[split]:
         raise dataset.missing(root, f"{folder} has {len(pictures):,} images, {dataset.sizes[split]:,} are expected")
     return pictures
@@ -605,7 +582,8 @@ def _city(name: str) -> Place:
 
 def _colour(index: int) -> tuple[int, int, int]:
     """A colour for a class that has none."""
-    return tuple(round(255 * v) for v in colorsys.hsv_to_rgb(index * 0.618 % 1, 0.65, 0.9))
+    red, green, blue = (round(255 * v) for v in colorsys.hsv_to_rgb(index * 0.618 % 1, 0.65, 0.9))
+    return red, green, blue
 
 
 def regions(data: LandCover) -> Counter[str]:

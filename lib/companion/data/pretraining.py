@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from struct import error as StructError
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +25,9 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from ..errors import BadParameter, CorruptFile, MissingData
-from . import DataSet, Status, find
-from .classification import Images, _absent, _class_folders
+from ..errors import BadParameter, CorruptFile, check_choice
+from . import DataSet, Status, find, own_set
+from .classification import Images, _absent, _class_folders, check_listed
 from .detection import Boxes, read_annotations
 from .pretraining_sets import COCO, IMAGENET
 
@@ -63,9 +64,9 @@ class Instances(Boxes):
             "image_id": target.image_id,
         }
 
-    def _mask(self, row: dict, height: int, width: int) -> Tensor:
+    def _mask(self, row: Mapping, height: int, width: int) -> Tensor:
         """One instance's mask: polygons, or run lengths."""
-        shape = row.get("segmentation")
+        shape: Any = row.get("segmentation")
         try:
             if isinstance(shape, list):
                 parts = rle.merge(rle.frPyObjects(shape, height, width))
@@ -131,8 +132,7 @@ def load(
         CorruptFile: annotations that are not as they should be.
     """
     dataset, root = find(name, "pretraining"), Path(root)
-    if split not in SPLITS:
-        raise BadParameter("split", split, tuple(SPLITS))
+    check_choice("split", split, SPLITS)
     if transform is not None and name != IMAGENET:
         raise BadParameter("transform", transform, f"None: {name} has boxes or labels that would have to change too")
     folder = dataset.folder(root)
@@ -158,7 +158,7 @@ def instances(annotations: str | Path, images: str | Path) -> Instances:
     Raises as `load`.
     """
     file, folder = Path(annotations), Path(images)
-    own = _own(folder, f"{file.name}    in COCO's format\n{folder.name}/    the images")
+    own = own_set(folder, "pretraining", f"{file.name}    in COCO's format\n{folder.name}/    the images")
     if not file.is_file():
         raise own.missing(file.parent, f"{file} is not there")
     return _instances(own, file.parent, file, folder)
@@ -170,7 +170,9 @@ def pictures(root: str | Path) -> Images:
     An item is (float32 (3, H, W) in [0, 1], 0). Hidden files and folders are passed over. Raises as `load`.
     """
     root = Path(root)
-    own = _own(root, "*.jpg    or any other image, in folders of any depth; train/ alone where there is one")
+    own = own_set(
+        root, "pretraining", "*.jpg    or any other image, in folders of any depth; train/ alone where there is one"
+    )
     folder, found = root / "train" if (root / "train").is_dir() else root, []
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -187,7 +189,9 @@ def scenes(root: str | Path, split: str, classes: int) -> Scenes:
     Raises as `load`.
     """
     root = Path(root)
-    own = _own(root, f"images/{split}/*.jpg\nannotations/{split}/*.png    labels from 1, 0 where none counts")
+    own = own_set(
+        root, "pretraining", f"images/{split}/*.jpg\nannotations/{split}/*.png    labels from 1, 0 where none counts"
+    )
     return _scenes(own, root, root, split, classes)
 
 
@@ -196,45 +200,16 @@ def scenes(root: str | Path, split: str, classes: int) -> Scenes:
 
 def status(dataset: DataSet, root: Path) -> Status:
     """See `companion.data.status`: files are listed and annotations read, no image is opened."""
-    folder, counts = dataset.folder(root), []
-    if not folder.is_dir():
-        return Status("missing", f"no folder {folder}")
+    counts = []
     for split in SPLITS:
-        try:
-            found = load(dataset.name, root, split)
-        except MissingData as error:
-            return Status("incomplete", error.detail)
-        except CorruptFile as error:
-            return Status("incomplete", str(error))
-        if dataset.name == COCO and (absent := _absent(set(map(str, found.sources)))):
-            text = f"{len(absent)} of {len(found)} listed images are not there, the first: {min(absent)}"
-            return Status("incomplete", text)
+        found = load(dataset.name, root, split)
+        if dataset.name == COCO:
+            check_listed(dataset, root, map(str, found.sources))
         counts.append(f"{len(found):,} in {split}")
     return Status("present", f"pictures: {', '.join(counts)}")
 
 
-def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
-    """See `companion.data.fetch`. None of these sets has a link with a published checksum."""
-    raise dataset.missing(root, "it cannot be downloaded for you")
-
-
 # --- how it is done ---------------------------------------------------------------------------------------------------
-
-
-def _own(folder: Path, layout: str) -> DataSet:
-    return DataSet(
-        folder.resolve().name,
-        "images of your own",
-        "own",
-        "pretraining",
-        None,
-        {},
-        (".",),
-        layout,
-        "your own images",
-        "yours",
-        "",
-    )
 
 
 def _folders(dataset: DataSet, root: Path, folder: Path, transform: Callable | None) -> Images:
@@ -250,14 +225,14 @@ def _folders(dataset: DataSet, root: Path, folder: Path, transform: Callable | N
 
 def _instances(dataset: DataSet, root: Path, file: Path, folder: Path) -> Instances:
     found = read_annotations(file)
-    if dataset.classes is not None and len(found["categories"]) != dataset.classes:
+    if dataset.classes and len(found["categories"]) != dataset.classes:
         raise CorruptFile(file, f"{len(found['categories'])} categories, {dataset.classes} are expected")
     if not folder.is_dir():
         raise dataset.missing(root, f"{folder} is not there")
     return Instances(dataset, root, file, folder, found)
 
 
-def _scenes(dataset: DataSet, root: Path, folder: Path, split: str, classes: int | None = None) -> Scenes:
+def _scenes(dataset: DataSet, root: Path, folder: Path, split: str, classes: int = 0) -> Scenes:
     pictures, labels = folder / "images" / split, folder / "annotations" / split
     for place in (pictures, labels):
         if not place.is_dir():

@@ -12,16 +12,12 @@ Opening a set reads its lists only; an image is decoded, and degraded, when it i
 
 from __future__ import annotations
 
-import contextlib
-import http.client
-import io
 import json
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,10 +28,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_dtype
 
-from ..errors import BadParameter, CompanionError, CorruptFile, MissingData
+from ..errors import BadParameter, CorruptFile, check_choice
 from ..ops.files import read_json
-from . import DataSet, Status, find
-from .classification import Images, _absent, _inside
+from . import DataSet, Status, downloading, find, own_set
+from .classification import Images, _absent, _inside, check_listed
 from .degradations import BLIND, Op, RealESRGAN, Recipe, blind, degrade, prompt
 from .restoration_sets import CAPTIONS, DIV2K, DIV2K_URL, FOLDERS, OWN
 
@@ -73,8 +69,7 @@ def load(name: str, root: str | Path, split: str) -> Captioned:
         CorruptFile: captions that are truncated, or have a wrong or missing field: it says which.
     """
     dataset, root = find(name, "restoration"), Path(root)
-    if split not in FOLDERS[dataset.name]:
-        raise BadParameter("split", split, tuple(FOLDERS[dataset.name]))
+    check_choice("split", split, FOLDERS[dataset.name])
     sources, captions = _read(dataset, root, split)
     for path in (sources[0], sources[-1]):  # a look at two files, not at all: opening must stay instant
         if not Path(path).is_file():
@@ -90,22 +85,9 @@ def own_folder(folder: str | Path) -> Captioned:
         CorruptFile: a line of `captions.jsonl` that is none.
     """
     folder = Path(folder)
-    own = DataSet(
-        name=folder.resolve().name,
-        title="images of your own",
-        group="own",
-        task="restoration",
-        classes=None,
-        sizes={},
-        folders=(".",),
-        layout=OWN + "\nor images alone, without captions",
-        source="your own images",
-        licence="yours",
-        citation="",
-    )
+    own = own_set(folder, "restoration", OWN + "\nor images alone, without captions")
     sources, captions = _own(own, folder, folder)
-    if absent := _absent(set(sources)):
-        raise own.missing(folder, f"{len(absent)} listed images are not there, the first: {min(absent)}")
+    check_listed(own, folder, sources)
     return Captioned(own, folder, sources, captions)
 
 
@@ -119,7 +101,7 @@ class Sample(NamedTuple):
     ops: tuple[Op, ...] | None  # what was done; None of Real-ESRGAN's, which has no words
 
 
-TASKS = {
+TASKS: dict[str, dict[str, Any]] = {
     "parameterised": {"share_blind": 0.0, "blind_prompt": 0.0, "no_caption": 0.0, "fresh": False, "flip": False},
     "real-esrgan": {"share_blind": 1.0, "blind_prompt": 0.0, "no_caption": 0.0, "fresh": False, "flip": False},
 }
@@ -150,7 +132,7 @@ class Degraded(Dataset):
 
     def __init__(
         self,
-        pictures: Captioned,
+        pictures: Dataset,
         size: int,
         recipe: Recipe | None = None,
         settings: RealESRGAN | None = None,
@@ -214,8 +196,7 @@ def texts(samples: Sequence[Sample], kind: str = "own") -> tuple[list[str], list
 
     Raises `BadParameter` for another kind, or where no sample has another text.
     """
-    if kind not in TEXTS:
-        raise BadParameter("texts", kind, TEXTS)
+    check_choice("texts", kind, TEXTS)
     semantic, restoration = [s.semantic for s in samples], [s.restoration for s in samples]
 
     def other(given: list[str]) -> list[str]:
@@ -278,15 +259,8 @@ def status(dataset: DataSet, root: Path) -> Status:
     if not any((folder / name).exists() for name in (*FOLDERS[dataset.name].values(), *_lists(dataset))):
         return Status("missing", f"no captions and no images in {folder}")
     for split in FOLDERS[dataset.name]:
-        try:
-            sources, _ = _read(dataset, root, split)
-        except MissingData as error:
-            return Status("incomplete", error.detail)
-        except CorruptFile as error:
-            return Status("incomplete", str(error))
-        if absent := _absent(set(sources)):
-            first = min(absent)
-            return Status("incomplete", f"{len(absent)} of {len(sources)} images are not there, first {first}")
+        sources, _ = _read(dataset, root, split)
+        check_listed(dataset, root, sources)
         counts.append(f"{len(sources):,} in {split}")
     return Status("present", f"pictures: {', '.join(counts)}")
 
@@ -295,21 +269,15 @@ def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
     """See `companion.data.fetch`: DIV2K, each archive verified, unpacked in a hidden folder and moved when whole."""
     folder = dataset.folder(root)
     root.mkdir(parents=True, exist_ok=True)
-    quiet = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
-    try:
+    with downloading(dataset, folder, progress):
         for split, (_, md5) in DIV2K.items():
             name = FOLDERS[dataset.name][split]
             if not _absent({f"{folder}/{name}/{i:04d}.png" for i in DIV2K[split][0]}):
                 continue
-            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as new, quiet:
+            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as new:
                 download_and_extract_archive(f"{DIV2K_URL}{name}.zip", new, md5=md5)
                 folder.mkdir(parents=True, exist_ok=True)
                 shutil.copytree(Path(new) / name, folder / name, dirs_exist_ok=True, copy_function=shutil.move)
-    except (OSError, http.client.HTTPException, RuntimeError, zipfile.BadZipFile) as error:
-        raise CompanionError(
-            f"{dataset.title} could not be downloaded ({getattr(error, 'reason', error)}). Nothing half-written was "
-            f"kept. On a machine with a network run `companion fetch` again, or copy a finished {folder} here."
-        ) from None
 
 
 # --- how it is done ---------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..errors import BadParameter, CorruptFile, MissingData
+from ..errors import BadParameter, CorruptFile, MissingData, check_choice
 from ..ops.files import atomic, atomic_folder
 from . import DataSet, Status, find
 
@@ -68,8 +68,7 @@ def isup(gleason: str) -> int:
         "5+4": 5,
         "5+5": 5,
     }
-    if gleason not in grades:
-        raise BadParameter("gleason", gleason, tuple(grades))
+    check_choice("gleason", gleason, grades)
     return grades[gleason]
 
 
@@ -89,8 +88,7 @@ def load(name: str, root: str | Path, split: str = "all", fold: int = 0, exclude
         CorruptFile: a table without its columns, a grade that is none, a name twice; file and line are named.
     """
     dataset = find(name, "slides")
-    if split not in ("all", *SPLITS):
-        raise BadParameter("split", split, ("all", *SPLITS))
+    check_choice("split", split, ("all", *SPLITS))
     every = {item.name: item for item in _table(dataset, Path(root))}
     gone = set(exclude)
     if split == "all":
@@ -236,12 +234,18 @@ class Features(Dataset):
     """
 
     def __init__(self, items: Sequence[Item], path: str | Path, longest: int | None = None, drop: bool = False):
-        self.path, self.items, self.dropped, counts = Path(path), [], [], []
+        self.path = Path(path)
+        self.shape: tuple[int, ...] = ()
+        self.items: list[Item] = []
+        self.files: list[Path] = []
+        self.dropped: list[str] = []
+        counts = []
         for item in items:
-            shape = self._shape(item)
-            if shape is None or not shape[0]:
+            file = next((f for f in (self.path / f"{item.name}{end}" for end in (".h5", ".pt")) if f.is_file()), None)
+            shape = (0,) if file is None else self._shape(file)
+            if file is None or not shape[0]:
                 if not drop:
-                    what = "no features" if shape is None else "no region with tissue"
+                    what = "no features" if file is None else "no region with tissue"
                     layout = "<slide_id>.h5    or <slide_id>.pt"
                     source = "`companion.slides.extract`, one slide after the other"
                     raise MissingData(
@@ -250,22 +254,19 @@ class Features(Dataset):
                 self.dropped.append(item.name)
                 continue
             if self.items and shape[1:] != self.shape:
-                raise CorruptFile(self._file(item), f"its features are {shape[1:]}, those of other slides {self.shape}")
+                raise CorruptFile(file, f"its features are {shape[1:]}, those of other slides {self.shape}")
             self.shape = shape[1:]
             self.items.append(item)
+            self.files.append(file)
             counts.append(shape[0])
         self.longest = longest or max(counts, default=0)
 
-    def _file(self, item: Item) -> Path | None:
-        return next((f for f in (self.path / f"{item.name}{end}" for end in (".h5", ".pt")) if f.is_file()), None)
-
-    def _shape(self, item: Item) -> tuple[int, ...] | None:
-        file = self._file(item)
-        if file is not None and file.suffix == ".h5":
+    def _shape(self, file: Path) -> tuple[int, ...]:
+        if file.suffix == ".h5":
             from ..slides import features_shape  # here: HDF5 comes with an extra
 
             return features_shape(file)
-        return None if file is None else tuple(self._read(file).shape)
+        return tuple(self._read(file).shape)
 
     @staticmethod
     def _read(file: Path) -> Tensor:
@@ -282,7 +283,7 @@ class Features(Dataset):
     @property
     def made_by(self) -> str:
         """The settings that the first slide's features were made with, as `companion.slides.extract` wrote them."""
-        file = self._file(self.items[0])
+        file = self.files[0]
         if file.suffix != ".h5":
             return file.name
         from ..slides import read_features
@@ -293,7 +294,7 @@ class Features(Dataset):
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
-        features = self._read(self._file(self.items[index]))[: self.longest]
+        features = self._read(self.files[index])[: self.longest]
         filled = features.new_zeros(self.longest, *self.shape)
         filled[: len(features)] = features
         return filled, torch.arange(self.longest) < len(features), self.items[index].grade
@@ -304,19 +305,9 @@ class Features(Dataset):
 
 def status(dataset: DataSet, root: Path) -> Status:
     """Whether the table is there, as long as it should be, and every listed slide has a file."""
-    if not dataset.folder(root).is_dir():
-        return Status("missing", f"no folder {dataset.folder(root)}")
-    try:
-        items = _table(dataset, root)
-    except (MissingData, CorruptFile) as error:
-        return Status("incomplete", getattr(error, "detail", "") or str(error))
+    items = _table(dataset, root)
     masks = sum(item.mask is not None for item in items)
     return Status("present", f"{len(items)} slides, {masks} with a label mask")
-
-
-def fetch(dataset: DataSet, root: Path, progress: bool = True) -> None:
-    """Nothing here can be downloaded for you."""
-    raise dataset.missing(root, "it cannot be downloaded for you")
 
 
 def _table(dataset: DataSet, root: Path) -> list[Item]:

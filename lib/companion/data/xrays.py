@@ -32,9 +32,9 @@ from torchvision import tv_tensors
 from torchvision.datasets.utils import check_integrity, download_url
 from torchvision.transforms import v2
 
-from ..errors import BadParameter, CompanionError, CorruptFile
+from ..errors import BadParameter, CompanionError, CorruptFile, check_choice
 from ..ops.files import atomic, read_json
-from . import DataSet, Status, find
+from . import DataSet, Status, find, own_set
 from .xrays_sets import ONE_OF, REPORTS, SIZES, TASKS, WINDOWS, lists, tasks
 
 SPLITS = ("train", "val", "test")
@@ -101,8 +101,7 @@ def rle_mask(runs: str, side: int = RUN_SIDE) -> np.ndarray:
     """SIIM's mask (side, side) of one line of runs: start, length, start, ... A start counts from the end of the last
     run; the mask is filled column by column. "-1" is an empty mask.
 
-    Raises:
-        ValueError: not pairs of whole numbers, or a run beyond the image.
+    Raises `ValueError`: not pairs of whole numbers, or a run beyond the image.
     """
     flat = np.zeros(side * side, bool)
     numbers = [int(n) for n in runs.split()]
@@ -202,7 +201,7 @@ class Pictures(Dataset):
         CorruptFile: not readable; the path is in the message.
     """
 
-    def __init__(self, dataset: DataSet, root: str | Path, paths: Sequence[str], transform: Transform | None = None):
+    def __init__(self, dataset: DataSet, root: str | Path, paths: Sequence[str], transform: Callable | None = None):
         self.dataset, self.root, self.paths, self.transform = dataset, Path(root), list(paths), transform
         self.name, self.folder = dataset.name, dataset.folder(root)
 
@@ -299,19 +298,12 @@ def own(root: str | Path, classes: Sequence[str] = ()) -> DataSet:
     img_path,mask_path or image_path,bbox (of an image of 1024 pixels), val_list and test_list alike; and pretrain.csv
     with img_path,report and maybe llm_output.
     """
-    return DataSet(
-        name=Path(root).resolve().name,
-        title="images of your own",
-        group="own",
-        task="xrays",
-        classes=len(classes),
-        sizes={},
-        folders=(".",),
-        layout="{train,val,test}_list.txt    a line: path, then 0 or 1 for each class\n{train,val,test}_list.csv    "
+    return own_set(
+        root,
+        "xrays",
+        "{train,val,test}_list.txt    a line: path, then 0 or 1 for each class\n{train,val,test}_list.csv    "
         "img_path,mask_path or image_path,bbox\npretrain.csv                 img_path,report,llm_output",
-        source="your own images",
-        licence="yours",
-        citation="",
+        len(classes),
     )
 
 
@@ -349,9 +341,8 @@ def load(
     dataset = name if isinstance(name, DataSet) else find(name, "xrays")
     name = dataset.name
     key = share if split == "train" else split
-    for what, value, accepted in (("split", split, SPLITS), ("share", share, SHARES)):
-        if value not in accepted:
-            raise BadParameter(what, value, accepted)
+    check_choice("split", split, SPLITS)
+    check_choice("share", share, SHARES)
     known = TASKS[:3] if dataset.group == "own" else [t for t in tasks(name) if t != "pre-training"]
     task = task or (known[0] if known else "classification")
     if task not in known:
@@ -583,8 +574,7 @@ def write_reports(
         texts: a report for each.
         statements: for each, or by study_id: what `read_statements` gives.
 
-    Raises:
-        BadParameter: not as many texts or statements as paths.
+    Raises `BadParameter`: not as many texts or statements as paths.
     """
     if isinstance(statements, Mapping):
         statements = [statements.get(Path(p).parent.name.removeprefix("s"), "") for p in paths]
@@ -603,8 +593,7 @@ def read_statements(path: str | Path) -> dict[str, str]:
 
     The authors' MIMIC-Vicuna.json is matched by study_id, as they say; how it is built inside was not seen.
 
-    Raises:
-        CorruptFile: neither form.
+    Raises `CorruptFile`: neither form.
     """
     found = read_json(path)
     if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
@@ -622,24 +611,19 @@ def read_statements(path: str | Path) -> dict[str, str]:
 def status(dataset: DataSet, root: Path) -> Status:
     """What `data.status` says: lists, their lengths, and that each listed image is there (none is opened)."""
     folder = dataset.folder(root)
-    if not folder.is_dir():
-        return Status("missing", f"{folder} is not there")
     parts = [(split, share) for split in SPLITS for share in (SHARES if split == "train" else ("100",))]
     absent: list[str] = []
-    try:
-        if tasks(dataset.name)[0] == "pre-training":
-            absent = _absent(folder, reports(dataset.name, root).images.paths)
-        else:
-            for task in (t for t in tasks(dataset.name) if t in TASKS[:3]):
-                for split, share in parts:
-                    # of lists whose length is not known, and of those that a set lacks, the others are enough
-                    if (share if split == "train" else split) not in SIZES[dataset.name, task]:
-                        continue
-                    found = load(dataset.name, root, split, task=task, share=share)
-                    if not isinstance(found, _Stacked):
-                        absent += _absent(folder, found.paths)
-    except CompanionError as error:
-        return Status("incomplete", getattr(error, "detail", "") or str(error))
+    if tasks(dataset.name)[0] == "pre-training":
+        absent = _absent(folder, reports(dataset.name, root).images.paths)
+    else:
+        for task in (t for t in tasks(dataset.name) if t in TASKS[:3]):
+            for split, share in parts:
+                # of lists whose length is not known, and of those that a set lacks, the others are enough
+                if (share if split == "train" else split) not in SIZES[dataset.name, task]:
+                    continue
+                found = load(dataset.name, root, split, task=task, share=share)
+                if not isinstance(found, _Stacked):
+                    absent += _absent(folder, found.paths)
     if absent:
         return Status("incomplete", f"{len(absent)} listed images are not there, the first is {absent[0]}")
     return Status("present", "")

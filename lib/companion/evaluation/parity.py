@@ -19,14 +19,16 @@ import dataclasses
 import functools
 import importlib
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import BadCheckpoint, BadParameter, CompanionError, CorruptFile, MissingData
+from ..errors import BadCheckpoint, BadParameter, CompanionError, CorruptFile, MissingData, check_choice
 from ..ops.files import read_json
 from ..ops.papers import MODELS
 from . import fill
@@ -51,8 +53,8 @@ class Case:
         return read_json(self.folder / "case.json")
 
     @functools.cached_property
-    def names(self) -> dict[str, list[int]]:
-        """The official tensors: name -> shape."""
+    def names(self) -> dict[str, Any]:
+        """The official tensors: name -> shape; of several networks, a dict each."""
         return read_json(self.folder / "names.json")
 
     @property
@@ -69,8 +71,10 @@ class Case:
         return {n: torch.tensor(0) if n in counters else torch.as_tensor(filled[n]) for n in self.names}
 
     def input(self, key: str) -> Tensor:
-        """An input by its key in case.json, which gives its shape."""
+        """An input by its key in case.json, which gives its shape: a list, under "shape", or "(2, 3)" in a sentence."""
         shape = self.facts["inputs"][key]
+        if isinstance(shape, str):
+            shape = [int(n) for n in re.findall(r"\(((?:\d+,?)+)\)", shape.replace(" ", ""))[0].rstrip(",").split(",")]
         return self.values(f"input:{key}", *(shape["shape"] if isinstance(shape, dict) else shape))
 
     def values(self, name: str, *shape: int) -> Tensor:
@@ -118,8 +122,7 @@ def cases(paper: str, fixtures: str | Path | None = None) -> Iterator[Case]:
         BadParameter: no such paper.
         MissingData: no fixture was found.
     """
-    if paper not in papers():
-        raise BadParameter("paper", paper, papers())
+    check_choice("paper", paper, papers())
     roots = [Path(fixtures) if fixtures else folder()]
     if extra := os.environ.get("PARITY_EXTRA"):
         roots.append(Path(extra))
@@ -142,6 +145,20 @@ def checkpoint(paper: str, path: str | Path) -> Mapping[str, Tensor]:
 
     module = importlib.import_module(f"companion.models.{paper}.parity")
     return module.read(path) if hasattr(module, "read") else read_state(path)
+
+
+def run(
+    kinds: Mapping[str, Callable[[Case], dict[str, Tensor]]], case: Case, kind: str | None = None
+) -> dict[str, Tensor]:
+    """The quantities of `case` by the function of `kinds` whose key begins `kind`, by default the case's name.
+
+    Raises `BadParameter` when there is none.
+    """
+    kind = case.name if kind is None else kind
+    for start, outputs in kinds.items():
+        if kind.startswith(start):
+            return outputs(case)
+    raise BadParameter("case", kind, list(kinds))
 
 
 def compare(paper: str, case: Case) -> list[Difference]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import HTML
 
-from ..errors import BadParameter
+from ..errors import check_choice
 from ..ops.files import atomic
 from ..ops.papers import paper
 
@@ -42,8 +42,7 @@ def published_table(slug: str, table: str) -> pd.DataFrame:
     Its title, source and unit are in `.attrs`. Raises `BadParameter` for an unknown table.
     """
     tables = {t["id"]: t for t in paper(slug)["tables"]}
-    if table not in tables:
-        raise BadParameter("table", table, list(tables))
+    check_choice("table", table, tables)
     facts = tables[table]
     rows = [{"method": row["method"]} | {c: row["values"].get(c) for c in facts["columns"]} for row in facts["rows"]]
     frame = pd.DataFrame(rows, columns=["method", *facts["columns"]])
@@ -75,6 +74,12 @@ def compare_published(frame: pd.DataFrame, measured: Mapping[tuple[str, str], fl
         row["measured here"] = f"{len(ours)} of {len(columns)}" if ours else "not run"
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def with_measured(slug: str, cells: Mapping[str, Mapping[tuple[str, str], float]]) -> dict[str, pd.DataFrame]:
+    """Published tables by title, each cell with the published value and ours, `cells` by the table's id."""
+    frames = {name: published_table(slug, name) for name in cells}
+    return {frame.attrs["title"]: compare_published(frame, cells[name]) for name, frame in frames.items()}
 
 
 def upsert_rows(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..errors import BadParameter, CorruptFile
+from ..errors import BadParameter, CorruptFile, check_choice
 from . import record
 from .files import read_json, sha256, write_json
 from .papers import slugs
@@ -40,8 +40,7 @@ def adopt(folder: str | Path) -> str:
     known = {*slugs(), *(path.stem for path in (root / "notebooks").glob("*.ipynb"))}
     if slug not in known:
         raise BadParameter("slug", slug, sorted(known))
-    if profile not in ("pocket", "paper"):
-        raise BadParameter("profile", profile, ("pocket", "paper"))
+    check_choice("profile", profile, ("pocket", "paper"))
     notebook = root / "notebooks" / f"{slug}.ipynb"
     if not notebook.is_file():
         raise CorruptFile(notebook, "there is no such file: call `companion adopt` in the project's checkout")

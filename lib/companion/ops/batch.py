@@ -30,8 +30,9 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from ..errors import BadParameter
+from ..errors import BadParameter, check_choice
 from .files import atomic, read_json, write_json
 
 FIELDS = ("paper", "resources")  # of an entry of `runs`; every other one is a parameter of its notebook
@@ -45,8 +46,7 @@ COLUMNS = ("paper", "run", "state", "seconds", "memory_mb", "device", "reason")
 def check(config: Mapping) -> None:
     """Raise `BadParameter` when Snakemake's configuration has a field that nothing reads, or an unknown profile."""
     for name in config:
-        if name not in CONFIG:
-            raise BadParameter("field of the configuration", name, CONFIG)
+        check_choice("field of the configuration", name, CONFIG)
     if (profile := config.get("profile", "pocket")) not in PROFILES:
         raise BadParameter("profile", profile, PROFILES)
 
@@ -72,14 +72,12 @@ def expand(config: Mapping, papers: Mapping[str, Collection[str]]) -> dict[str, 
         raise BadParameter("runs", config["runs"], "a list of {paper: ..., parameter: value or [values], ...}")
     for entry in config["runs"]:
         paper = entry.get("paper")
-        if paper not in papers:
-            raise BadParameter("paper of a run", paper, list(papers))
+        check_choice("paper of a run", paper, papers)
         own = {name: value for name, value in entry.items() if name not in FIELDS}
         # papermill would pass it on, and the notebook run with its default
         accepted = [name for name in papers[paper] if name not in ("profile", "out")]
-        for name in common | own:
-            if name not in accepted:
-                raise BadParameter(f"parameter of a run of {paper}", name, accepted)
+        for name in {**common, **own}:
+            check_choice(f"parameter of a run of {paper}", name, accepted)
         known, resources = rules(paper), entry.get("resources") or {}
         for name, value in resources.items():
             if name not in RESOURCES or type(value) is not int or value < (name != "gpu"):
@@ -96,10 +94,10 @@ def expand(config: Mapping, papers: Mapping[str, Collection[str]]) -> dict[str, 
                 raise BadParameter(f"value of a run of {paper}", said, "letters, digits, blanks and / . - _")
             if folder in found:
                 raise BadParameter("run", folder, "runs of different names: give what differs as an axis, [value]")
-            for name, value in (common | own | chosen).items():
+            for name, value in {**common, **own, **chosen}.items():
                 if name in known:
                     convert(name, value, known[name])
-            found[folder] = {"parameters": common | own | chosen, "resources": dict(resources)}
+            found[folder] = {"parameters": {**common, **own, **chosen}, "resources": dict(resources)}
     return found
 
 
@@ -108,7 +106,8 @@ def parameters(notebook: str | Path) -> list[str]:
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
     tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
     lines = [node for text in tagged for node in ast.parse(text).body]
-    return [node.targets[0].id for node in lines if isinstance(node, ast.Assign)]
+    targets = [node.targets[0] for node in lines if isinstance(node, ast.Assign)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def seeds(study: str | Path) -> list[int]:
@@ -126,8 +125,7 @@ def devices(count: int, folder: Path, poll: float = 1.0) -> Iterator[list[str]]:
     The GPUs are those of CUDA_VISIBLE_DEVICES, or all that `nvidia-smi` lists. A lock file a GPU in `folder` keeps
     other runs of the same checkout off it; a killed run lets go of its own. On a cluster the scheduler deals the cards.
 
-    Raises:
-        BadParameter: the machine has fewer.
+    Raises `BadParameter`: the machine has fewer.
     """
     if not count or "SLURM_JOB_ID" in os.environ:
         yield []
@@ -136,7 +134,7 @@ def devices(count: int, folder: Path, poll: float = 1.0) -> Iterator[list[str]]:
     if len(cards) < count:
         raise BadParameter("gpu", count, f"0 to {len(cards)}, the cards of this machine")
     folder.mkdir(parents=True, exist_ok=True)
-    held: dict[str, object] = {}
+    held: dict[str, Any] = {}
     try:
         while len(held) < count:  # one starter at a time, so that two runs of two GPUs cannot wait for each other
             with (folder / "dealing.lock").open("w") as dealing:
@@ -172,7 +170,7 @@ def _cards() -> list[str]:
     return listed.stdout.split()
 
 
-def _let_go(held: dict[str, object]) -> None:
+def _let_go(held: dict[str, Any]) -> None:
     for file in held.values():
         file.close()
     held.clear()
@@ -217,7 +215,8 @@ def summarise(runs: Mapping[str, Mapping], reports: Path) -> list[dict]:
     What runs on real data measured (their `measured.csv`) is gathered in one file a paper, `<paper>/grid.csv`; the
     `measured.csv` next to it belongs to runs without a grid.
     """
-    rows, measured = [], {}
+    rows = []
+    measured: dict[str, list[dict]] = {}
     for name in runs:
         paper, run = name.split("/")
         folder = reports / name

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..errors import CannotWrite, CorruptFile
 
@@ -22,8 +23,7 @@ FULL = 1 << 16  # bytes free: torch does not say why it could not write
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`; it is renamed to `path` when the block ends well, removed when not.
 
-    Raises:
-        CannotWrite: the disk became full.
+    Raises `CannotWrite`: the disk became full.
     """
     path = Path(path)
     temporary = None
@@ -50,8 +50,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """Yield an empty folder next to `folder`, which takes its place when the block ends well, and is removed when not.
 
-    Raises:
-        CannotWrite: the disk became full.
+    Raises `CannotWrite`: the disk became full.
     """
     folder = Path(folder)
     try:
@@ -93,7 +92,7 @@ def write_json(path: str | Path, value: object) -> None:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: str | Path) -> object:
+def read_json(path: str | Path) -> Any:
     """Read a JSON file. Raises `CorruptFile` with the path when it is not JSON, or not there."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))

@@ -6,15 +6,16 @@ import math
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from ..errors import BadParameter
+from ..errors import BadParameter, check_choice
 
 MODELS = Path(__file__).parents[1] / "models"
 
 # What every notebook takes. A paper's own parameters stand in its YAML, in the same form.
-COMMON = {
+COMMON: dict[str, dict] = {
     "profile": {"type": "choice", "choices": ["pocket", "paper"], "help": "pocket (laptop) or paper (as published)"},
     "dry_run": {"type": "switch", "help": "paper profile: two steps on generated data"},
     "study": {"type": "switch", "help": "run all baselines, learning rates and seeds of the study (resumes)"},
@@ -36,8 +37,7 @@ def slugs() -> list[str]:
 @cache
 def paper(slug: str) -> dict:
     """The facts of a paper, `models/<slug>/paper.yaml`. Raises `BadParameter` for an unknown slug."""
-    if slug not in slugs():
-        raise BadParameter("paper", slug, slugs())
+    check_choice("paper", slug, slugs())
     return yaml.safe_load((MODELS / slug / "paper.yaml").read_text(encoding="utf-8"))
 
 
@@ -65,11 +65,10 @@ def accepted(rule: Mapping) -> str:
     return f"some, between commas, of {names}" if kind == "list" else names
 
 
-def convert(name: str, value: object, rule: Mapping) -> object:
+def convert(name: str, value: object, rule: Mapping) -> Any:
     """A parameter as its rule wants it: papermill passes `-p dry_run false` as the text "false", which is true.
 
-    Raises:
-        BadParameter: with the accepted values.
+    Raises `BadParameter`: with the accepted values.
     """
     kind, text = rule["type"], str(value).strip()
     if kind == "switch":
@@ -95,7 +94,6 @@ def convert(name: str, value: object, rule: Mapping) -> object:
     if kind == "list":
         names = [part.strip() for part in text.split(",") if part.strip()]
         for part in names:
-            if part not in rule["choices"]:
-                raise BadParameter(name, part, rule["choices"])
+            check_choice(name, part, rule["choices"])
         return ", ".join(names)
     return text

@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from tqdm.auto import tqdm
 
-from ..errors import BadParameter
+from ..errors import check_choice
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 20.0
@@ -22,13 +22,11 @@ SECONDS_BETWEEN_LINES = 20.0
 def progress(items: Iterable[T], text: str, total: int | None = None, done: int = 0) -> Iterator[T]:
     """Yield `items` while showing how far it is. `done` of `total` were finished before (a resumed run).
 
-    Raises:
-        BadParameter: `COMPANION_PROGRESS` has another value than "bar", "lines" or "off".
+    Raises `BadParameter`: `COMPANION_PROGRESS` has another value than "bar", "lines" or "off".
     """
     mode = os.environ.get("COMPANION_PROGRESS", "bar")
-    if mode not in ("bar", "lines", "off"):
-        raise BadParameter("COMPANION_PROGRESS", mode, ("bar", "lines", "off"))
-    if total is None and hasattr(items, "__len__"):
+    check_choice("COMPANION_PROGRESS", mode, ("bar", "lines", "off"))
+    if total is None and isinstance(items, Sized):
         total = done + len(items)
     if mode == "off":
         yield from items

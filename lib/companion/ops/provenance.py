@@ -127,14 +127,15 @@ def _bare(text: str) -> str:
         for node in ast.walk(tree)
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
         and ast.get_docstring(node, clean=False) is not None
+        and isinstance(node.body[0], ast.Expr)
     ]
     for string in docstrings:
-        first, last = string.lineno - 1, string.end_lineno - 1
+        first, last = string.lineno - 1, (string.end_lineno or string.lineno) - 1
         head, tail = lines[first][: string.col_offset], lines[last][string.end_col_offset :]
         lines[first : last + 1] = [head + tail] + [b""] * (last - first)
-    lines = [line.decode() for line in lines]
-    for token in tokenize.generate_tokens(io.StringIO("\n".join(lines) + "\n").readline):
+    bare = [line.decode() for line in lines]
+    for token in tokenize.generate_tokens(io.StringIO("\n".join(bare) + "\n").readline):
         if token.type == tokenize.COMMENT:
             row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    return "\n".join(line.rstrip() for line in lines if line.strip())
+            bare[row - 1] = bare[row - 1][:column]
+    return "\n".join(line.rstrip() for line in bare if line.strip())

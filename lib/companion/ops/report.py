@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import PIL.Image
@@ -22,7 +23,7 @@ from IPython.display import HTML, Image, display
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from ..errors import BadParameter
+from ..errors import BadParameter, check_choice
 from ..evaluation.ablations import stale
 from ..evaluation.claims import judge
 from ..evaluation.tables import show_table
@@ -35,11 +36,10 @@ PHOTOGRAPHIC = 40_000  # bytes of a PNG above which the notebook shows it in 256
 LOUD = {"holds": "holds", "fails": "FAILS", "not run": "not run"}
 
 
-def start(slug: str, **parameters: object) -> Run:
+def start(slug: str, **parameters: Any) -> Run:
     """Check the notebook's parameters, print what the run will do, and return the `Run` that keeps its results.
 
-    Raises:
-        BadParameter: an unknown parameter, or a value that is not accepted.
+    Raises `BadParameter`: an unknown parameter, or a value that is not accepted.
     """
     known, values = rules(slug), {}
     for name, value in parameters.items():
@@ -115,12 +115,10 @@ class Run:
     def claim(self, name: str, holds: bool | None, value: str, seeds: Iterable[int] = (), why: str = "") -> None:
         """Enter a claim of the paper's YAML: whether it holds here (None: not run), what was measured, and why.
 
-        Raises:
-            BadParameter: no such claim.
+        Raises `BadParameter`: no such claim.
         """
         known = [c["id"] for c in paper(self.slug).get("claims", [])]
-        if name not in known:
-            raise BadParameter("claim", name, known)
+        check_choice("claim", name, known)
         status = "not run" if holds is None else "holds" if holds else "fails"
         self.claims[name] = {"status": status, "value": value, "seeds": list(seeds), "why": why}
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import multiprocessing
 import os
 import platform
@@ -30,7 +31,7 @@ from types import ModuleType
 import pandas as pd
 import torch
 
-from ..errors import BadParameter, CompanionError
+from ..errors import BadParameter, CompanionError, check_choice
 from ..evaluation.ablations import KEYS, frame, read, selected
 from ..ops.files import atomic, read_json, write_json
 from ..ops.progress import progress
@@ -56,8 +57,7 @@ def run(
         seeds: those to test; all by default, none for the choice of learning rates alone.
         start: folder of a study whose choice of learning rates is taken over.
 
-    Raises:
-        BadParameter: the rows of the file are not what today's code gives: move it away to start anew.
+    Raises `BadParameter`: the rows of the file are not what today's code gives: move it away to start anew.
     """
     module = importlib.import_module(f"companion.toy.ablations.{paper}")
     workers = workers or os.cpu_count() or 1
@@ -68,7 +68,7 @@ def run(
             with atomic(folder / name) as temporary:
                 shutil.copyfile(Path(start) / name, temporary)
     record = folder / "study.json"
-    code = code_hash(sources(module.__file__))
+    code = code_hash(sources(inspect.getfile(module)))
     for seed in (module.SELECTION_SEED, *module.SEEDS):
         module.prepare(root, seed)
     pairs = [(task, method) for task, methods in module.TASKS.items() for method in methods]
@@ -107,8 +107,7 @@ def run(
 def merge(paper: str, parts: Sequence[str | Path], folder: str | Path) -> pd.DataFrame:
     """Write to `folder` the study whose seeds were run apart, each in one of the folders `parts`; return its rows.
 
-    Raises:
-        BadParameter: a part is of other code than today's, or rows are missing.
+    Raises `BadParameter`: a part is of other code than today's, or rows are missing.
     """
     module = importlib.import_module(f"companion.toy.ablations.{paper}")
     facts = _facts(paper, module, module.SEEDS)
@@ -131,7 +130,7 @@ def _facts(paper: str, module: ModuleType, seeds: list[int]) -> dict:
     """The record of a study."""
     return {
         "paper": paper,
-        "code": code_hash(sources(module.__file__)),
+        "code": code_hash(sources(inspect.getfile(module))),
         "learning_rates": module.LEARNING_RATES,
         "seeds": seeds,
         "selection_seed": module.SELECTION_SEED,
@@ -153,14 +152,15 @@ def _quiet() -> None:
 
 def _end_with_study() -> None:
     """Otherwise a worker would train on what is queued, and then wait for ever."""
-    multiprocessing.parent_process().join()
+    if study := multiprocessing.parent_process():
+        study.join()
     os._exit(1)
 
 
 def _recheck(pool: Executor, paper: str, rows: list[dict], root: str | Path, folder: Path, metric: str) -> None:
     """Rows of other code are kept when some of them, drawn at random and run again, come out the same."""
     drawn = random.sample(rows, min(RECHECKED, len(rows)))
-    futures = [pool.submit(_job, paper, *(row[k] for k in KEYS), str(root)) for row in drawn]
+    futures = [pool.submit(_job, paper, *[*(row[k] for k in KEYS), str(root)]) for row in drawn]
     for row, future in zip(drawn, futures, strict=True):
         again = future.result()
         if again[metric] != row[metric] or again["loss"] != row["loss"]:
@@ -196,8 +196,7 @@ def main(words: list[str] | None = None) -> int:
     given = parser.parse_args(words)
     known = sorted(p.stem for p in (Path(__file__).parent / "ablations").glob("[a-z]*.py"))
     try:
-        if given.paper not in known:
-            raise BadParameter("paper", given.paper, known)
+        check_choice("paper", given.paper, known)
         if given.merge:
             merge(given.paper, given.merge, given.folder)
         else:

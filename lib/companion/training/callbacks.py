@@ -164,7 +164,8 @@ class Lookahead(Callback):
     def __init__(self, k: int = 5, alpha: float = 0.5):
         if k < 1 or not 0 < alpha <= 1:
             raise BadParameter("k, alpha", (k, alpha), "1 or more steps, and a share above 0, at most 1")
-        self.k, self.alpha, self.slow = k, alpha, []
+        self.k, self.alpha = k, alpha
+        self.slow: list[Tensor] = []
 
     @torch.no_grad()
     def on_step_end(self, loop: Loop) -> None:

@@ -38,7 +38,7 @@ def plain(history: list[dict[str, Any]]) -> list[dict[str, float]]:
     return history
 
 
-def checkpoint_key(**facts: object) -> str:
+def checkpoint_key(**facts: Any) -> str:
     """A short hash of named facts: two trainings whose facts differ never share a checkpoint.
 
     A model counts by its tensors (its weights before training), a path by where it really is, everything else by its
@@ -78,7 +78,7 @@ def save(folder: str | Path, name: str, state: Mapping[str, Tensor], metadata: M
     with atomic(path) as temporary:
         # copies: safetensors refuses a tensor that has two names
         copies = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
-        save_file(copies, temporary, metadata)
+        save_file(copies, temporary, None if metadata is None else dict(metadata))
     return path
 
 
@@ -95,7 +95,7 @@ class Checkpoint:
         self._written = 0  # rows of the history that are in the file
 
     @classmethod
-    def of(cls, folder: str | Path, name: str, every: int = 200, **facts: object) -> Checkpoint:
+    def of(cls, folder: str | Path, name: str, every: int = 200, **facts: Any) -> Checkpoint:
         """The checkpoint of a training that `facts` tell from others, see `checkpoint_key`."""
         return cls(file(folder, f"{name}, {checkpoint_key(**facts)}", ".pt"), every)
 

@@ -27,7 +27,7 @@ from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from ..errors import BadParameter
+from ..errors import BadParameter, check_choice
 from ..ops.progress import progress
 from .callbacks import Callback
 from .checkpoints import Checkpoint, plain, trained_state
@@ -57,6 +57,11 @@ class Hardware:
     precision: str = "32-true"
     workers: int = 0
     accumulate: int = 1
+
+
+def device(accelerator: str) -> str:
+    """Where a model runs outside of `fit`: "cuda" where there is a GPU and `accelerator` is "auto" or "cuda"."""
+    return "cuda" if accelerator in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 AUTO, CPU = Hardware(), Hardware("cpu")
@@ -178,16 +183,15 @@ def fit(
         raise BadParameter("batch", batch, f"a multiple of devices = {devices}")
     if not 1 <= accumulate <= batch // devices:
         raise BadParameter("accumulate", accumulate, f"1 to {batch // devices}, a device's images of a step")
-    if precision not in PRECISIONS:
-        raise BadParameter("precision", precision, PRECISIONS)
+    check_choice("precision", precision, PRECISIONS)
     if devices > 1 and hardware.accelerator != "cpu" and torch.cuda.is_initialized():
         raise BadParameter("devices", devices, "1: this process has used a GPU already, and cannot be forked any more")
     per_epoch = len(data) // batch
     steps = max(1, round(epochs * per_epoch))
     optim = optimizer(model)
     rates = _learning_rates(optim, schedule or scheduled(), steps, per_epoch)
-    settings = {"steps": steps, "batch": batch, "images": len(data), "seed": seed, "accumulate": accumulate}
-    settings |= {"precision": precision} | _settings(optim, rates)
+    settings: dict[str, Any] = {"steps": steps, "batch": batch, "images": len(data), "seed": seed}
+    settings |= {"accumulate": accumulate, "precision": precision} | _settings(optim, rates)
     saved = checkpoint.read(model, settings) if checkpoint else None
 
     # processes are forked, so that what a notebook defines can be trained on several devices
@@ -304,9 +308,9 @@ def _learning_rates(
     return found
 
 
-def _settings(optimizer: torch.optim.Optimizer, rates: Sequence[np.ndarray]) -> dict[str, object]:
+def _settings(optimizer: torch.optim.Optimizer, rates: Sequence[np.ndarray]) -> dict[str, Any]:
     """What tells an optimiser from another: its class, and the options, learning rates and shapes of each group."""
-    found: dict[str, object] = {"optimizer": type(optimizer).__name__}
+    found: dict[str, Any] = {"optimizer": type(optimizer).__name__}
     for i, (group, lrs) in enumerate(zip(optimizer.param_groups, rates, strict=True)):
         options = {key: value for key, value in group.items() if key != "params"}
         options |= {"lr": float(max(lrs)), "schedule": zlib.crc32(np.asarray(lrs, float).tobytes())}
@@ -365,7 +369,7 @@ def _batches(
     per_epoch = len(data) // batch
 
     def indices() -> Iterator[list[tuple[int, int]]]:
-        order, current = None, -1
+        order, current = np.empty(0, int), -1
         for step in range(start, stop):
             epoch, i = divmod(step, per_epoch)
             if epoch != current:

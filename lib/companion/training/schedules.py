@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import BadParameter
+from ..errors import BadParameter, check_choice
 
 Schedule = Callable[[float, int, int], np.ndarray]
 """From a base learning rate, the steps of the training and those of an epoch to the learning rate of each step."""
@@ -36,8 +36,7 @@ def learning_rates(
     last fifth; or "cosine by epoch": one learning rate for each `epoch` steps, on half a period as long as the whole
     training that begins after the warm-up, so it ends above `final` (CoOp's code and what is built on it).
     """
-    if schedule not in SCHEDULES:
-        raise BadParameter("schedule", schedule, SCHEDULES)
+    check_choice("schedule", schedule, SCHEDULES)
     if not 0 <= warmup <= steps:
         raise BadParameter("warmup", warmup, f"0 to {steps} steps")
     after = np.arange(steps - warmup)
@@ -58,11 +57,9 @@ def schedule(
 ) -> Schedule:
     """A schedule of `learning_rates` for `fit`; `warmup` is a fraction of all steps, 0 to 1.
 
-    Raises:
-        BadParameter: an unknown kind, or a fraction out of range.
+    Raises `BadParameter`: an unknown kind, or a fraction out of range.
     """
-    if kind not in SCHEDULES:
-        raise BadParameter("schedule", kind, SCHEDULES)
+    check_choice("schedule", kind, SCHEDULES)
     if not 0 <= warmup <= 1:
         raise BadParameter("warmup", warmup, "a fraction of the steps, 0 to 1")
 
@@ -86,8 +83,7 @@ def param_groups(
         decay: "matrices": tensors with two axes or more decay, vectors and biases do not; "all": everything decays.
         options: of each group, such as `name`, `lr` or `clip` (see `callbacks.ClipNorm`).
     """
-    if decay not in DECAYS:
-        raise BadParameter("decay", decay, DECAYS)
+    check_choice("decay", decay, DECAYS)
     trained = [p for p in parameters if p.requires_grad]
     if decay == "all":
         return [{"params": trained, "weight_decay": float(weight_decay)} | options]

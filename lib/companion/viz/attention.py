@@ -23,7 +23,7 @@ from timm.layers.attention import Attention as TimmAttention
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from ..errors import BadParameter
+from ..errors import BadParameter, check_choice
 
 
 @dataclass
@@ -148,8 +148,7 @@ def _is_transformers(module: nn.Module) -> bool:
 def _transformers(module: nn.Module, args: tuple, kwargs: dict) -> _Parts:
     call = _arguments(module, args, kwargs)
     kind = module.config._attn_implementation
-    if kind not in ("sdpa", "eager"):
-        raise BadParameter("attn_implementation", kind, ("sdpa", "eager"))
+    check_choice("attn_implementation", kind, ("sdpa", "eager"))
     names = next(names for names in _TRANSFORMERS_NAMES if hasattr(module, names[0]))
     to_q, to_k, to_v = (getattr(module, name) for name in names)
     x = call["hidden_states"]
@@ -317,12 +316,11 @@ def rollout(
     """
     if not maps:
         raise BadParameter("maps", [], "at least one attention map")
-    if head not in ("mean", "max", "min"):
-        raise BadParameter("head", head, ("mean", "max", "min"))
+    check_choice("head", head, ("mean", "max", "min"))
     if not 0 <= residual <= 1:
         raise BadParameter("residual", residual, "0 to 1")
     one_list = all(isinstance(item, int) for item in drop)
-    drops = [drop] * len(maps) if one_list else list(drop)
+    drops: list[Any] = [drop] * len(maps) if one_list else list(drop)
     if len(drops) != len(maps):
         raise BadParameter("drop", drop, f"one list of positions, or {len(maps)} lists, one a layer")
     joined: Tensor | None = None

@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib import colormaps
 from scipy.stats import rankdata
 
-from ..errors import BadParameter
+from ..errors import BadParameter, check_choice
 
 TRAINED = {"global": (False, False, True), "local": (False, True, True), "whole": (True, True, True)}
 """Which of the levels patch, region, slide each variant trains."""
@@ -67,7 +67,7 @@ def factorised(
         gamma: weight of the levels that `variant` trains; the others weigh 1 - gamma.
     """
     weights = _weights(gamma, variant)
-    return sum(w * a for w, a in zip(weights, (patch, region, slide), strict=True)) / sum(weights)
+    return np.asarray(sum(w * a for w, a in zip(weights, (patch, region, slide), strict=True))) / sum(weights)
 
 
 def granular(
@@ -103,8 +103,7 @@ def granular(
 
 def _weights(gamma: float, variant: str) -> list[float]:
     """What patch, region and slide level weigh."""
-    if variant not in TRAINED:
-        raise BadParameter("variant", variant, tuple(TRAINED))
+    check_choice("variant", variant, TRAINED)
     if not 0 <= gamma <= 1:
         raise BadParameter("gamma", gamma, "0 to 1")
     weights = [gamma if trained else 1 - gamma for trained in TRAINED[variant]]

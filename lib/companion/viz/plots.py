@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from ..errors import BadParameter
+from ..errors import BadParameter, check_choice
 from .style import COLOURS, HEAT, STYLE, method_colours, styled
 
 _DPI = STYLE["figure.dpi"]
@@ -59,8 +59,7 @@ def overlay(
     Returns:
         The heat's artist, for a colour bar of several images.
     """
-    if mode not in ("bilinear", "nearest"):
-        raise BadParameter("mode", mode, ("bilinear", "nearest"))
+    check_choice("mode", mode, ("bilinear", "nearest"))
     grey = denormalise(image, mean, std) @ np.array([0.299, 0.587, 0.114])
     height, width = grey.shape
     ax.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="antialiased")
@@ -79,7 +78,7 @@ def _panel(count: int) -> float:
     return float(np.clip(math.sqrt(_PHOTO_PIXELS / count) / _DPI, 0.8, 1.4))
 
 
-def _legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str], loc: str) -> None:
+def _legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str], loc: Any) -> None:
     """A legend of as many columns as fit the figure's width."""
     longest = max(map(len, labels)) * 5.4 + 40  # points: letters of the legend, its line and gaps
     columns = int(np.clip(figure.get_figwidth() * 72 // longest, 1, len(labels)))
@@ -186,7 +185,8 @@ def tsne(features: Tensor, labels: Tensor, ax: Axes, seed: int = 0, names: Seque
         here = points[labels == kind]
         colour, marker = COLOURS[i % len(COLOURS)], "osD^vP*X"[i // len(COLOURS) % 8]
         name = str(kind) if names is None else names[int(kind)]
-        ax.scatter(*here.T, s=16, color=colour, marker=marker, edgecolors="#333333", linewidths=0.3, label=name)
+        x, y = here.T
+        ax.scatter(x, y, s=16, color=colour, marker=marker, edgecolors="#333333", linewidths=0.3, label=name)
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0, handletextpad=0.2)

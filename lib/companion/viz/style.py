@@ -32,7 +32,7 @@ _METHODS = (
 )
 _COLOUR_OF = {name: colour for group, colour in zip(_METHODS, COLOURS, strict=False) for name in group.split("; ")}
 
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 100,
     "savefig.dpi": 100,
     "figure.figsize": (6.4, 3.6),

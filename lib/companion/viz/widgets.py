@@ -17,7 +17,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import ipywidgets
 import matplotlib.pyplot as plt
@@ -33,7 +33,7 @@ from ..errors import BadParameter
 LIMIT = 300_000  # bytes of one explorer: a notebook with three stays below 1 MB
 ANIMATION_LIMIT = 160_000  # bytes of one animation
 
-Frame = Figure | np.ndarray | Tensor
+Frame: TypeAlias = Figure | np.ndarray | Tensor
 
 # every colour is the page's own, so that the widget is readable in dark and light themes; images stay on white
 _CSS = """
@@ -91,8 +91,7 @@ def explorer(frames: Mapping[Any, Frame], controls: Mapping[str, Sequence[Any]],
         controls: the name of each control and its values; the first ones are shown first.
         title: shown above the image.
 
-    Raises:
-        BadParameter: a combination without an image, or more than 300 kB in all, even with 64 colours an image.
+    Raises `BadParameter`: a combination without an image, or more than 300 kB in all, even with 64 colours an image.
     """
     if not controls or not all(len(values) for values in controls.values()):
         raise BadParameter("controls", dict(controls), "at least one name, each with at least one value")
@@ -124,8 +123,7 @@ def animation(frames: Sequence[Frame], title: str, seconds: float = 0.25) -> HTM
         title: shown above it, and its alternative text.
         seconds: duration of each frame.
 
-    Raises:
-        BadParameter: no frames, or more than 160 kB even small and at a low quality.
+    Raises `BadParameter`: no frames, or more than 160 kB even small and at a low quality.
     """
     if not len(frames):
         raise BadParameter("frames", "none", "at least one image")
@@ -229,7 +227,7 @@ def _control(name: str, values: Sequence[Any]) -> str:
 def _page(uris: Sequence[str], controls: Mapping[str, Sequence[Any]], title: str) -> str:
     values = [[str(value) for value in some] for some in controls.values()]
     named = json.dumps([title, list(controls), values])
-    parts = {
+    parts: dict[str, Any] = {
         # of the controls, not of the images, which may vary in a bit between machines
         "id": hashlib.sha256(named.encode()).hexdigest()[:12],
         "names": list(controls),

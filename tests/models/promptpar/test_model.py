@@ -363,7 +363,7 @@ def test_all_names_of_the_released_model_are_known():
     assert ours == case.names | scalars
     recorded = case.facts["trainable"]["names"]
     trained = full_size(26, True)
-    official = {n: o for n, o in trained._names().items() if n in trained.trained()}
+    official = {n: o for n, o in trained.official_names().items() if n in trained.trained()}
     names = {x.partition(".")[2] for o in official.values() for x in ([o] if isinstance(o, str) else o)}
     assert names | {"transformer.prompt_text_deep"} == set(recorded["model"]) | set(recorded["clip_model"])
 

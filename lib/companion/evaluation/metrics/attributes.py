@@ -62,8 +62,7 @@ def evaluate(labels: np.ndarray, probabilities: np.ndarray, threshold: float = T
 
     Any other label, -1 for one that nobody could tell, counts in neither sum of mA and is no positive of its image.
 
-    Raises:
-        BadParameter: shapes that differ, no images, probabilities outside 0 to 1, or a threshold outside.
+    Raises `BadParameter`: shapes that differ, no images, probabilities outside 0 to 1, or a threshold outside.
     """
     y, p = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
     if y.ndim != 2 or y.shape != p.shape or not y.size:
@@ -103,8 +102,7 @@ def evaluate(labels: np.ndarray, probabilities: np.ndarray, threshold: float = T
 def decode(probabilities: np.ndarray, names: Sequence[str], threshold: float = THRESHOLD) -> list[dict[str, float]]:
     """The attributes predicted for each row of probabilities (n, A), by name, the most probable first.
 
-    Raises:
-        BadParameter: not one name for each column.
+    Raises `BadParameter`: not one name for each column.
     """
     rows = np.asarray(probabilities)
     if rows.ndim != 2 or rows.shape[1] != len(names):

@@ -20,7 +20,7 @@ import pandas as pd
 from faster_coco_eval import COCO, COCOeval_faster
 from sklearn.metrics import average_precision_score
 
-from ...errors import BadParameter, CorruptFile
+from ...errors import BadParameter, CorruptFile, check_choice
 from ...ops.files import read_json
 
 STYLES = ("coco", "lvis")
@@ -91,15 +91,14 @@ def evaluate(
             that the annotations do not have.
         CorruptFile: a file that is not what it should be.
     """
-    for name, value, accepted in (("style", style, STYLES), ("kind", kind, KINDS)):
-        if value not in accepted:
-            raise BadParameter(name, value, accepted)
+    check_choice("style", style, STYLES)
+    check_choice("kind", kind, KINDS)
     truth, rows = _annotations(annotations), _rows(results, kind)
     ids = sorted(category["id"] for category in truth["categories"])
     named = {category["id"]: category["name"] for category in truth["categories"]}
-    groups = {name: tuple(group) for name, group in (groups or {}).items()}
-    for name, group in groups.items():
-        if unknown := set(group) - set(ids):
+    named_groups = {name: tuple(group) for name, group in (groups or {}).items()}
+    for name, members in named_groups.items():
+        if unknown := set(members) - set(ids):
             raise BadParameter(f"groups['{name}']", sorted(unknown), "category ids of the annotations")
     pictures = {image["id"] for image in truth["images"]}
     if foreign := {row["image_id"] for row in rows} - pictures:
@@ -151,7 +150,7 @@ def evaluate(
         totals |= {f"AR@{n}": average(recall[:, :, 0, i]) for i, n in enumerate(run.params.maxDets)}
     totals |= {f"AR{size}{suffix}": average(recall[:, :, i, -1]) for i, size in enumerate("sml", 1)}
     ap50 = per_class(precision[_at(run, 0.5)][None, :, :, 0, -1])
-    return Scores(tuple(ids), tuple(named[i] for i in ids), ap, ap50, totals, groups)
+    return Scores(tuple(ids), tuple(named[i] for i in ids), ap, ap50, totals, named_groups)
 
 
 def _at(run: COCOeval_faster, overlap: float) -> int:
@@ -175,9 +174,8 @@ def _rows(given: str | Path | Sequence[Mapping], kind: str) -> list[dict]:
         raise CorruptFile(where, "not COCO's result format: a list of objects")
     wanted = {*ROW, "bbox" if kind == "bbox" else "segmentation"}
     for number, row in enumerate(rows):
-        if not isinstance(row, Mapping) or (missing := wanted - row.keys()):
-            missing = sorted(missing) if isinstance(row, Mapping) else sorted(wanted)
-            raise BadParameter("results", f"row {number} without {missing}", f"rows with {sorted(wanted)}")
+        if missing := wanted - (row.keys() if isinstance(row, Mapping) else set()):
+            raise BadParameter("results", f"row {number} without {sorted(missing)}", f"rows with {sorted(wanted)}")
     return [dict(row) for row in rows]
 
 

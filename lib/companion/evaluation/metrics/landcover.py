@@ -43,4 +43,5 @@ def scores(matrix: Tensor, left_out: Iterable[int] = ()) -> Scores:
     iou, f1 = 100 * hit / (hit + wrong), 200 * hit / (2 * hit + wrong)  # 0 / 0 is nan: a class that is nowhere
     kept: Sequence[int] = [c for c in range(len(matrix)) if c not in left_out]
     oa = 100 * hit.sum() / matrix.sum()
-    return Scores(iou, f1, *(float(torch.nanmean(v[kept])) for v in (iou, f1)), float(oa))
+    miou, mf1 = (float(torch.nanmean(v[kept])) for v in (iou, f1))
+    return Scores(iou, f1, miou, mf1, float(oa))

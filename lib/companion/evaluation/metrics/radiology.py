@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 
-from ...errors import BadParameter
+from ...errors import BadParameter, check_choice
 
 IOUS = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75)
 PROTOCOLS = ("released", "plain")
@@ -19,8 +19,7 @@ PROTOCOLS = ("released", "plain")
 def mean_auroc(labels: np.ndarray | Tensor, scores: np.ndarray | Tensor) -> float:
     """The plain mean of the classes' areas under the ROC curve, in percent; labels 0 or 1 and scores (n, classes).
 
-    Raises:
-        BadParameter: a class with positives only, or none: its area is not defined.
+    Raises `BadParameter`: a class with positives only, or none: its area is not defined.
     """
     labels, scores = np.asarray(labels).reshape(len(labels), -1), np.asarray(scores).reshape(len(scores), -1)
     alike = [c for c in range(labels.shape[1]) if len(set(labels[:, c].tolist())) < 2]
@@ -37,8 +36,7 @@ def dice(probability: Tensor, truth: Tensor, protocol: str = "released") -> Tens
     silence: with 78 % healthy images an empty prediction everywhere scores 78. "plain" leaves those images out
     (nan).
     """
-    if protocol not in PROTOCOLS:
-        raise BadParameter("protocol", protocol, PROTOCOLS)
+    check_choice("protocol", protocol, PROTOCOLS)
     p, t = ((x > 0.5).flatten(1).float() for x in (probability, truth))
     both, sums = (p * t).sum(1), p.sum(1) + t.sum(1)
     healthy = (p.sum(1) == 0).float() if protocol == "released" else torch.full_like(both, torch.nan)
@@ -58,8 +56,7 @@ def mean_precision(found: Sequence[Tensor], boxes: Tensor, size: int, protocol: 
     Returns:
         -100, torchmetrics' word for it, where no box is left to be found.
     """
-    if protocol not in PROTOCOLS:
-        raise BadParameter("protocol", protocol, PROTOCOLS)
+    check_choice("protocol", protocol, PROTOCOLS)
     metric = MeanAveragePrecision(iou_thresholds=list(IOUS), backend="faster_coco_eval")
     metric.warn_on_many_detections = False  # as released: the hundred best of an image count
     for kept, truth in zip(found, boxes, strict=True):

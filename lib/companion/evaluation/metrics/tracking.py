@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 
 from ...data.tracking import Sequence
-from ...errors import BadParameter, CompanionError
+from ...errors import BadParameter, CompanionError, check_choice
 
 RULES = {
     "lasher": "boxes are rounded; the first is not scored; a box without area repeats the one before; frames whose "
@@ -152,8 +152,7 @@ def evaluate(
         CompanionError: sequences without result or results without sequence (listed), too few rows, a box that is no
             number, or a ground truth without the second stream that the rules ask for.
     """
-    if rules not in RULES:
-        raise BadParameter("rules", rules, list(RULES))
+    check_choice("rules", rules, RULES)
     truth = {sequence.name: sequence for sequence in sequences}
     _check(results, truth, rules)
     pixels = (5 if rules == "gtot" else 20) if pixels is None else pixels
@@ -165,17 +164,18 @@ def evaluate(
     }
     measure = _both_streams if rules in ("rgbt234", "gtot") else _one_stream
 
-    rates, frames = {key: [] for key in ("PR", "NPR", *thresholds)}, []
+    found: dict[str, list] = {key: [] for key in ("PR", "NPR", *thresholds)}
+    frames = []
     for name, sequence in truth.items():
         distance, normalised, overlap, count = measure(np.asarray(results[name], np.float64), sequence, rules)
-        rates["PR"].append(within(distance, pixels).sum() / count)
-        rates["precision"].append(_rates(within, distance, thresholds["precision"], count))
+        found["PR"].append(within(distance, pixels).sum() / count)
+        found["precision"].append(_rates(within, distance, thresholds["precision"], count))
         if normalised is not None:
-            rates["NPR"].append((normalised <= 0.2).sum() / count)
-            rates["normalised"].append(_rates(np.less_equal, normalised, thresholds["normalised"], count))
-        rates["success"].append(_rates(np.greater, overlap, thresholds["success"], count))
+            found["NPR"].append((normalised <= 0.2).sum() / count)
+            found["normalised"].append(_rates(np.less_equal, normalised, thresholds["normalised"], count))
+        found["success"].append(_rates(np.greater, overlap, thresholds["success"], count))
         frames.append(count)
-    rates = {key: np.array(values) for key, values in rates.items() if values}
+    rates = {key: np.array(values) for key, values in found.items() if values}
     success = rates["success"]
     area = (success[:, 1:] + success[:, :-1]).sum(1) * 0.025 if rules == "gtot" else success.mean(1)
 
@@ -191,7 +191,7 @@ def evaluate(
             weights[shown] = np.array(frames, np.float64)
         elif rules == "visevent":
             weights[shown] = (rates[curves[key]].sum(1) > 0).astype(np.float64)
-    found = {
+    drawn = {
         curves[key]: Curve(thresholds[curves[key]], _average(rates[curves[key]], weights[shown]))
         for key, shown in names.items()
     }
@@ -201,9 +201,9 @@ def evaluate(
         per_sequence=values,
         weights=weights,
         attributes={name: sequence.attributes for name, sequence in truth.items()},
-        precision=found["precision"],
-        normalised=found.get("normalised"),
-        success=found["success"],
+        precision=drawn["precision"],
+        normalised=drawn.get("normalised"),
+        success=drawn["success"],
     )
 
 
@@ -228,7 +228,7 @@ def _one_stream(boxes: np.ndarray, sequence: Sequence, rules: str) -> tuple[np.n
         boxes, truth = np.rint(boxes.astype(np.float32)), np.rint(truth.astype(np.float32))
     boxes = boxes.copy()
     boxes[0] = truth[0]
-    good = (boxes[:, 2:] > 0).all(1)
+    good = np.all(boxes[:, 2:] > 0, 1)
     good[0] = True
     boxes = boxes[np.maximum.accumulate(np.where(good, np.arange(len(boxes)), 0))]  # the last good one up to each frame
     if rules == "visevent":
@@ -242,7 +242,7 @@ def _one_stream(boxes: np.ndarray, sequence: Sequence, rules: str) -> tuple[np.n
 
 def _both_streams(boxes: np.ndarray, sequence: Sequence, rules: str) -> tuple[np.ndarray, None, np.ndarray, int]:
     """As `_one_stream`, by the better of the two annotations."""
-    truths = [truth.astype(np.float32) for truth in (sequence.boxes, sequence.boxes_infrared)]
+    truths = [np.asarray(truth, np.float32) for truth in (sequence.boxes, sequence.boxes_infrared)]
     boxes = np.rint(boxes[: len(sequence)].astype(np.float32))
     inclusive = rules != "gtot"
     distance = np.minimum(*(centre_distance(boxes, truth, inclusive=inclusive) for truth in truths))

@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
 from ... import backbones
-from ...errors import BadCheckpoint, BadParameter, MissingWeights
+from ...errors import BadCheckpoint, BadParameter, MissingWeights, check_choice
 from ..layers import state_dicts
 from ..layers.frozen import frozen_copy
 from ..layers.pos_embed import resize_pos_embed
@@ -110,7 +110,7 @@ def hann(f: int) -> Tensor:
     return (window[:, None] * window)[None, None]
 
 
-class OSTrack(nn.Module):
+class OSTrack(state_dicts.OfficialModel):
     """The one-stream tracker that BAT freezes: template and search tokens attend to one another in a plain ViT.
 
     Args:
@@ -176,8 +176,7 @@ class OSTrack(nn.Module):
         Args:
             heads: heads of the attention; one for every 64 channels by default.
 
-        Raises:
-            BadCheckpoint: names that are missing, unknown, or of another shape.
+        Raises `BadCheckpoint`: names that are missing, unknown, or of another shape.
         """
         tracker = _ostrack_of(state, heads)
         tracker.load_official(state)
@@ -198,10 +197,6 @@ class OSTrack(nn.Module):
             else:
                 found[name] = fixed.get(name, name.replace("vit.", "backbone.", 1))
         return found
-
-    def to_official(self) -> dict[str, Tensor]:
-        """The tensors under the authors' names."""
-        return state_dicts.official_state(self.state_dict(), self.official_names())
 
 
 def foundation(weights: str | Path = "pretrained") -> OSTrack:
@@ -286,7 +281,7 @@ class Exchange(nn.Module):
         return self.adapters[0](torch.cat([second, first]))
 
 
-class BAT(nn.Module):
+class BAT(state_dicts.OfficialModel):
     """OSTrack on two streams with bi-directional adapters.
 
     Args:
@@ -317,13 +312,9 @@ class BAT(nn.Module):
         tuned: str = "adapters",
     ):
         super().__init__()
-        for name, value, accepted in (
-            ("directions", directions, DIRECTIONS),
-            ("fusion", fusion, FUSIONS),
-            ("tuned", tuned, ("adapters", "all")),
-        ):
-            if value not in accepted:
-                raise BadParameter(name, value, accepted)
+        check_choice("directions", directions, DIRECTIONS)
+        check_choice("fusion", fusion, FUSIONS)
+        check_choice("tuned", tuned, ("adapters", "all"))
         if not set(stages) <= set(STAGES):
             raise BadParameter("stages", stages if isinstance(stages, str) else tuple(stages), STAGES)
         if width < 0:
@@ -354,10 +345,6 @@ class BAT(nn.Module):
         super().train(mode)
         self.tracker.head.eval()
         return self
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters by name."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the activations of each block in the backward pass: less memory, more time."""
@@ -412,7 +399,7 @@ class BAT(nn.Module):
         passed = {"attention": exchange["attention"](h)} if "attention" in exchange else {}
         traffic = {s: p.norm(dim=-1) / term.norm(dim=-1) for s, p in passed.items()} if traced else {}
         x = x + block.drop_path1(term) + sum(map(block.drop_path1, passed.values()))
-        if keep < 1:
+        if keep < 1 and row is not None:
             x, kept = eliminate(x, row[..., n:].mean(1), kept, keep, n)
 
         h = block.norm2(x)
@@ -421,21 +408,20 @@ class BAT(nn.Module):
         if traced:
             traffic |= {s: p.norm(dim=-1) / term.norm(dim=-1) for s, p in passed.items()}
         x = x + block.drop_path2(term) + sum(map(block.drop_path2, passed.values()))
-        if traced:
+        if trace is not None and row is not None:
             for key, value in (("tokens", x), ("attention", row[..., n:]), ("traffic", traffic), ("kept", kept)):
                 trace.setdefault(key, []).append(value)
         return x, kept
 
     @classmethod
-    def from_official(cls, state: Mapping[str, Tensor], heads: int | None = None, **options: object) -> BAT:
+    def from_official(cls, state: Mapping[str, Tensor], heads: int | None = None, **options: Any) -> BAT:
         """BAT from its released tensors (BAT_rgbt.pth, or the entry `net` of a training checkpoint).
 
         Args:
             heads: heads of the attention; one for every 64 channels by default.
             options: of the constructor, besides `width`, which is read from the tensors.
 
-        Raises:
-            BadCheckpoint: names that are missing, unknown, or of another shape.
+        Raises `BadCheckpoint`: names that are missing, unknown, or of another shape.
         """
         first = "backbone.blocks.0.adap_t.adapter_down.weight"
         if first not in state:
@@ -447,8 +433,7 @@ class BAT(nn.Module):
     def official_names(self) -> dict[str, str]:
         """Our name -> the authors', for every tensor. The released network has shared adapters at both stages.
 
-        Raises:
-            BadParameter: one adapter for each direction, for which the authors have no names.
+        Raises `BadParameter`: one adapter for each direction, for which the authors have no names.
         """
         names = {f"tracker.{ours}": official for ours, official in self.tracker.official_names().items()}
         adapter = {"attention": "adap_t", "mlp": "adap2_t"}
@@ -459,10 +444,6 @@ class BAT(nn.Module):
                 block, stage, layer, kind = found.groups()
                 names[name] = f"backbone.blocks.{block}.{adapter[stage]}.adapter_{layer}.{kind}"
         return names
-
-    def to_official(self) -> dict[str, Tensor]:
-        """The tensors under the authors' names."""
-        return state_dicts.official_state(self.state_dict(), self.official_names())
 
 
 def streams(images: Tensor) -> Tensor:
@@ -519,8 +500,7 @@ class SingleStream(_Baseline):
 
     def __init__(self, tracker: OSTrack, stream: int):
         super().__init__(tracker)
-        if stream not in (0, 1):
-            raise BadParameter("stream", stream, (0, 1))
+        check_choice("stream", stream, (0, 1))
         self.stream = stream
 
     def embed_template(self, template: Tensor) -> Tensor:
@@ -615,8 +595,7 @@ def _ostrack_of(state: Mapping[str, Tensor], heads: int | None) -> OSTrack:
         "backbone.blocks.0.mlp.fc1.weight",
         "box_head.conv1_ctr.0.weight",
     ]
-    if missing := [name for name in needed if name not in state]:
-        raise BadCheckpoint("OSTrack or BAT", missing=missing)
+    state_dicts.check_names(state, needed, "OSTrack or BAT")
     kernel, z, x, fc1, conv = (state[name] for name in needed)
     dim, patch = kernel.shape[0], kernel.shape[-1]
     tables = any(f"backbone.{name}" in state for name in ("cls_token", "pos_embed"))
@@ -635,5 +614,5 @@ def _ostrack_of(state: Mapping[str, Tensor], heads: int | None) -> OSTrack:
         global_pool="",
         drop_path_rate=0.1,
     )
-    sides = (patch * math.isqrt(table.shape[1]) for table in (z, x))
-    return OSTrack(vit, *sides, head_channels=len(conv)).eval()
+    template, search = (patch * math.isqrt(table.shape[1]) for table in (z, x))
+    return OSTrack(vit, template, search, head_channels=len(conv)).eval()

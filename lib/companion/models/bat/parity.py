@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +12,8 @@ from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
 from ...data import tracking as data
-from ...errors import BadParameter
 from ...evaluation.metrics import tracking as metrics
-from ...evaluation.parity import Case
+from ...evaluation.parity import Case, run
 from ...tracking import Frames, follow
 from ...training.fit import CPU
 from . import model as bat
@@ -21,21 +21,17 @@ from . import model as bat
 
 def outputs(case: Case) -> dict[str, Tensor]:
     """The recorded quantities of any BAT case, by our code, in the order of the forward pass."""
-    runs = {
+    kinds = {
         "adapter": _adapter,
         "block": _block,
-        "block_ce": _block,
         "head": _head,
         "losses": _losses,
         "crops": _crops,
-        "model_256": _model,
-        "model_192_depth4": _model,
+        "model": _model,
         "track_loop": _track_loop,
         "raw_results": _raw_results,
     }
-    if case.name not in runs:
-        raise BadParameter("case", case.name, list(runs))
-    return runs[case.name](case)
+    return run(kinds, case)
 
 
 def recorded(case: Case) -> dict[str, Tensor]:
@@ -76,7 +72,8 @@ def _block(case: Case) -> dict[str, Tensor]:
     _load(block, case, {name: name for name in block.state_dict()})
     for stage, official in (("attention", "adap_t."), ("mlp", "adap2_t.")):
         _load(exchange[stage], case, _adapter_names(official, "adapters.0."))
-    x, trace = torch.cat([case.input("x"), case.input("xi")]), {}
+    x = torch.cat([case.input("x"), case.input("xi")])
+    trace: dict[str, list[Tensor]] = {}
     start = torch.arange(256).expand(2, 256)
     out, kept = model._block(block, exchange, x, start, keep, trace)
     found = {}
@@ -151,7 +148,8 @@ def _crops(case: Case) -> dict[str, Tensor]:
 
 
 def _model(case: Case) -> dict[str, Tensor]:
-    model, trace = bat.BAT.from_official(case.state), {}
+    model = bat.BAT.from_official(case.state)
+    trace: dict[str, Any] = {}
     template, search = case.input("template"), case.input("search")
     with torch.no_grad():
         tokens = model.embed_template(template)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -80,28 +81,27 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         p: the checked parameters of the notebook.
         out: the run's folder.
 
-    Raises:
-        BadParameter, MissingData, MissingWeights: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`: with what to change or get.
     """
     hardware = Hardware(p.accelerator, p.devices, p.precision, 0 if p.dry_run else WORKERS)
     if p.dry_run:
         return _dry_run(p, hardware)
     videos = data.load(p.dataset, p.data_root, "test")
-    state = _released(p) if p.checkpoint else None
+    state = _released(p) if p.checkpoint else {}
     tracker = None if p.checkpoint else bat.foundation(weights(p))
     trained = p.method in TRAINED and not p.checkpoint
     name = f"{p.method}, seed {p.seed}" if trained else p.method
-    pairs = _pairs(p, tracker) if trained else None
+    pairs = _pairs(p, tracker) if trained and tracker is not None else None
 
     def train(method: str) -> tuple[nn.Module, History]:
-        if p.checkpoint:
+        if tracker is None:
             return bat.BAT.from_official(state), []
         model = build(method, tracker, p.seed)
         if pairs is None:
             return model.eval(), []
         videos = [sequence.name for sequence in pairs.sequences]
         checkpoint = Checkpoint.of(out / "checkpoints", name, model=model, videos=videos)
-        settings = {"epochs": EPOCHS, "batch": BATCH, "checkpoint": checkpoint, "name": method}
+        settings: dict[str, Any] = {"epochs": EPOCHS, "batch": BATCH, "checkpoint": checkpoint, "name": method}
         history = learn(model, pairs, p.seed, hardware, **settings)
         checkpoints.save(out / "trained", name, model.to_official())
         return model, history
@@ -211,8 +211,8 @@ def _pairs(p: SimpleNamespace, tracker: bat.OSTrack) -> data.Pairs:
     """The training pairs of a benchmark; RGBT234 and GTOT have no training videos: the authors trained on LasHeR."""
     events = p.dataset == "rgbe/visevent"
     videos = data.load("rgbe/visevent" if events else "rgbt/lasher", p.data_root, "train")
-    crops = {"template": (2, tracker.template), "search": (4, tracker.search)}
-    return data.Pairs(videos, PAIRS, min_side=5 if events else 0, **crops)
+    template, search = (2, tracker.template), (4, tracker.search)
+    return data.Pairs(videos, PAIRS, min_side=5 if events else 0, template=template, search=search)
 
 
 def _released(p: SimpleNamespace) -> dict[str, torch.Tensor]:
@@ -254,7 +254,8 @@ class _Generated(Frames):
     """A video of noise in memory with the attributes of a benchmark's sequence."""
 
     def __init__(self, name: str, rng: np.random.Generator, length: int = 4):
-        super().__init__(rng.integers(256, size=(length, 180, 240, 6), dtype=np.uint8))
+        super().__init__(list(rng.integers(256, size=(length, 180, 240, 6), dtype=np.uint8)))
         boxes = np.tile([90.0, 70.0, 36.0, 28.0], (length, 1))
         self.name, self.boxes, self.boxes_infrared = name, boxes, boxes
-        self.absent, self.attributes = np.zeros(length, bool), frozenset()
+        self.absent = np.zeros(length, bool)
+        self.attributes: frozenset[str] = frozenset()

@@ -16,13 +16,14 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from ...errors import BadParameter, CompanionError, CorruptFile, MissingData
+from ...errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice
 from ...ops.files import read_json, write_json
 from ...ops.progress import progress
 from ...training.checkpoints import checkpoint_key
@@ -66,7 +67,7 @@ class Views(Dataset):
         (`sources` or `samples`), otherwise of their number and of the first and the last view."""
         content = self.images if isinstance(self.images, Tensor) else getattr(self.images, "tensors", [None])[0]
         if content is None:
-            listed = getattr(self.images, "sources", getattr(self.images, "samples", None))
+            listed: Any = getattr(self.images, "sources", getattr(self.images, "samples", None))
             known = listed is not None and not isinstance(listed, np.ndarray)
             content = [str(path) for path in listed] if known else [self[0], self[len(self) - 1]]
         # a function's repr has its address
@@ -166,8 +167,7 @@ def build(
     """
     if teachers.view != "full":
         raise BadParameter("teacher_view", teachers.view, "'full': tokens of a random part differ each time")
-    if dtype not in DTYPES:
-        raise BadParameter("dtype", dtype, DTYPES)
+    check_choice("dtype", dtype, DTYPES)
     folder, first = Path(folder), views[0][None]
     vit = next(iter(teachers.models.values()))
     tokens = 1 + (first.shape[-2] // vit.patch) * (first.shape[-1] // vit.patch)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -174,7 +175,7 @@ def fine_tune(
     cutmix: float = 1.0,
     smoothing: float = 0.1,
     weight_decay: float = 0.05,
-    **options: object,
+    **options: Any,
 ) -> tuple[VisionTransformer, History]:
     """A trained classifier and its history. Defaults are MAE's for ViT-B.
 
@@ -212,7 +213,7 @@ def probe(
     epochs: float = 90,
     batch: int = 256,
     lr: float = 0.1,
-    **options: object,
+    **options: Any,
 ) -> tuple[nn.Module, History]:
     """A linear probe on features (n, F) by SGD, and its history: batch norm without affine, then linear (MAE).
 
@@ -324,7 +325,7 @@ def detector(
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
     factors: Sequence[float] = (4, 2, 1, 0.5),
-    **options: object,
+    **options: Any,
 ) -> MaskRCNN:
     """Mask R-CNN of torchvision on a simple pyramid of the encoder.
 

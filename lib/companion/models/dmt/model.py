@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...backbones import per_channel
-from ...errors import BadParameter
+from ...errors import BadParameter, check_choice
 from .vit import DECODERS, Decoder, ViT, initialise, take, visible
 
 VIEWS = ("full", "same", "lighter")
@@ -65,8 +65,7 @@ class Teachers(nn.Module):
         super().__init__()
         if not models:
             raise BadParameter("teachers", dict(models), "one or more")
-        if view not in VIEWS:
-            raise BadParameter("teacher_view", view, VIEWS)
+        check_choice("teacher_view", view, VIEWS)
         if len({model.patches for model in models.values()}) > 1:
             raise BadParameter("teachers", {n: m.patches for n, m in models.items()}, "the same grid of patches in all")
         copies = {name: copy.deepcopy(model) for name, model in models.items()}
@@ -112,12 +111,13 @@ class Teachers(nn.Module):
             student: how many of them are the student's.
             relations: queries, keys and values too.
         """
-        if self.view != "full" and (order is None or student is None):
-            raise BadParameter("order", None, f"the order of the patches, which teacher_view = {self.view!r} needs")
+        seen: Sequence[Tensor | None] = (None,) * len(self.models)
+        if self.view != "full":
+            if order is None or student is None:
+                raise BadParameter("order", None, f"the order of the patches, which teacher_view = {self.view!r} needs")
+            seen = [order[:, :count] for count in self.counts(order.shape[1], student)]
         tokens, all_qkv = [], []
-        seen = (None,) * len(self.models) if self.view == "full" else self.counts(order.shape[1], student)
-        for model, count in zip(self.models.values(), seen, strict=True):
-            keep = None if count is None else order[:, :count]
+        for model, keep in zip(self.models.values(), seen, strict=True):
             if relations:
                 last = len(model.blocks) - 1
                 x = model.hidden(images, (last - 1,), keep)[0] if last else model.embed(images, keep)
@@ -147,9 +147,8 @@ class TargetNorm(nn.Module):
 
     def __init__(self, width: int, kind: str = "channel", statistics: str = "batch", momentum: float = 0.01):
         super().__init__()
-        for name, value, accepted in (("target_norm", kind, NORMS), ("statistics", statistics, STATISTICS)):
-            if value not in accepted:
-                raise BadParameter(name, value, accepted)
+        check_choice("target_norm", kind, NORMS)
+        check_choice("statistics", statistics, STATISTICS)
         self.kind, self.statistics, self.momentum = kind, statistics, momentum
         if kind == "channel" and statistics == "running":
             self.register_buffer("mean", torch.zeros(width))
@@ -226,8 +225,7 @@ class DMT(nn.Module):
             weight 0 needs are not built.
         decoder: its width, depth and heads; one of `DECODERS` or a tuple [anc: G2SD's sizes].
 
-    Raises:
-        BadParameter: an option outside its choices, or options that exclude each other.
+    Raises `BadParameter`: an option outside its choices, or options that exclude each other.
     """
 
     def __init__(
@@ -245,28 +243,26 @@ class DMT(nn.Module):
         decoder: str | tuple[int, int, int] = "small",
     ):
         super().__init__()
-        live = isinstance(teachers, Teachers)
-        self.widths = teachers.widths if live else tuple(teachers)
-        if fusion not in FUSIONS:
-            raise BadParameter("fusion", fusion, FUSIONS)
+        live = teachers if isinstance(teachers, Teachers) else None
+        self.widths = tuple(teachers) if live is None else live.widths
+        check_choice("fusion", fusion, FUSIONS)
         if not self.widths:
             raise BadParameter("teachers", self.widths, "one or more")
         weights = (token_weight, map_weight, relation_weight)
         if min(weights) < 0 or not sum(weights):
             raise BadParameter("token_weight, map_weight, relation_weight", weights, "0 or more, not all 0")
         visible(student.patches, mask_ratio)
-        if live and (grid := next(iter(teachers.models.values())).patches) != student.patches:
+        if live is not None and (grid := next(iter(live.models.values())).patches) != student.patches:
             raise BadParameter("student", f"{student.patches} patches", f"{grid}, as the teachers have")
-        if relation_weight and not live:
+        if relation_weight and live is None:
             raise BadParameter("relation_weight", relation_weight, "0, when the teachers' tokens are read from a cache")
-        if relation_weight and set(teachers.heads) != {student.heads}:
-            accepted = f"heads in the student's last block as in the teachers' ({teachers.heads}, not {student.heads})"
+        if relation_weight and live is not None and set(live.heads) != {student.heads}:
+            accepted = f"heads in the student's last block as in the teachers' ({live.heads}, not {student.heads})"
             raise BadParameter("relation_weight", relation_weight, f"{accepted}: ViT(last_heads=...)")
         if isinstance(decoder, str):
-            if decoder not in DECODERS:
-                raise BadParameter("decoder", decoder, tuple(DECODERS))
+            check_choice("decoder", decoder, DECODERS)
             decoder = DECODERS[decoder]
-        self.student, self.teachers = student, teachers if live else None
+        self.student, self.teachers = student, live
         self.mask_ratio, self.fusion = mask_ratio, fusion
         self.token_weight, self.map_weight, self.relation_weight = weights
         self.target_norms = nn.ModuleList(TargetNorm(width, target_norm, statistics) for width in self.widths)
@@ -330,10 +326,12 @@ class DMT(nn.Module):
             noise = torch.rand(len(images), patches, device=images.device)
         count, order = visible(patches, self.mask_ratio), noise.argsort(1)
         keep, view = order[:, :count], "full"
+        seen: tuple[int, ...] = ()
         if teacher_output is None:
             if self.teachers is None:
                 raise BadParameter("teacher_output", None, "tokens: this DMT was made with the teachers' widths alone")
             teacher_output, view = self.teachers(images, order, count, bool(self.relation_weight)), self.teachers.view
+            seen = self.teachers.counts(patches, count)
         targets = self.targets(teacher_output)
 
         if self.relation_weight:
@@ -352,19 +350,22 @@ class DMT(nn.Module):
             at = [take(t, keep) if view == "full" else t[:, : 1 + count] for t in targets]
             trace["tokens"] = [adapter(latent) for adapter in self.adapters]
             token = self._compare(trace["tokens"], at)
-        if self.decoder is not None:
+        if self.decoder is not None and self.map_heads is not None:
             decoded = self.decoder(latent, keep)
             trace["maps"] = maps = [head(decoded) for head in self.map_heads]
             if view != "full":  # each teacher's positions; of fused targets those that all teachers see
-                counts = self.teachers.counts(patches, count)
-                counts = counts if self.fusion == "separate" else (min(counts),) * len(counts)
+                counts = seen if self.fusion == "separate" else (min(seen),) * len(seen)
                 targets = [t[:, : 1 + n] for t, n in zip(targets, counts, strict=True)]
                 maps = [take(p, order[:, :n]) for p, n in zip(maps, counts, strict=False)]
             mapped = self._compare(maps, targets)
         related = latent.new_zeros(len(self.widths), dtype=torch.float32)
         if self.relation_weight:
             index = F.pad(keep + 1, (1, 0))[None, :, None, :, None]  # the [CLS] token and V
-            qkv = teacher_output.qkv
+            qkv = teacher_output.qkv if isinstance(teacher_output, TeacherOutput) else None
+            if qkv is None:
+                raise BadParameter(
+                    "teacher_output", "tokens alone", "queries, keys and values too (relation_weight > 0)"
+                )
             at = [t.take_along_dim(index, 3) if view == "full" else t[:, :, :, : 1 + count] for t in qkv]
             related = torch.stack([sum(relation_loss(own_qkv, t)) for t in at])
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ from ...data import pretraining
 from ...data.pretraining_sets import ADE20K, COCO, IMAGENET
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics import detection, landcover
-from ...evaluation.tables import compare_published, published_table, upsert_rows
+from ...evaluation.tables import published_table, upsert_rows, with_measured
 from ...ops.progress import progress
 from ...training.checkpoints import Checkpoint, checkpoint_key, save
 from ...training.fit import Hardware, History, evaluating, fit, predict
@@ -159,7 +160,7 @@ def distil(
     *,
     rates: np.ndarray | None = None,
     micro_batch: int = MICRO_BATCH,
-    **changes: object,
+    **changes: Any,
 ) -> History:
     """Train by G2SD's recipe, in place; return the history.
 
@@ -184,7 +185,7 @@ def _hardware(p: SimpleNamespace, accumulate: int = 1) -> Hardware:
     return Hardware(p.accelerator, p.devices, p.precision, 0 if p.dry_run else WORKERS, accumulate)
 
 
-def _facts(p: SimpleNamespace) -> dict[str, object]:
+def _facts(p: SimpleNamespace) -> dict[str, Any]:
     """The parameters that decide a training, for its checkpoint's key; files of weights count by their tensors."""
     names = ("seed", "dataset", "student", "teachers", "teacher_view", "target_norm", "fusion", "losses", "mask_ratio")
     return {name: getattr(p, name) for name in (*names, "cached")} | {"data_root": Path(p.data_root)}
@@ -197,10 +198,10 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         p: the checked parameters of the notebook.
         out: the run's folder, for a cache, checkpoints and the trained student.
 
-    Raises:
-        BadParameter, MissingData, MissingWeights: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`: with what to change or get.
     """
-    found, options = teachers(p), {}
+    found = teachers(p)
+    options: dict[str, Any] = {}
     if p.cached and p.losses == "with relations":
         raise BadParameter("losses", p.losses, "any other with cached teachers: relations are not stored")
     if p.dry_run:
@@ -224,7 +225,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         views = dmt_cache.Views(raw, augment(), seed=p.seed)
         return dmt_cache.Distilled(views, dmt_cache.build(out / "teachers", found, views, hardware=_hardware(p)))
 
-    def learn(model: DMT, method: str, **changes: object) -> History:
+    def learn(model: DMT, method: str, **changes: Any) -> History:
         history = distil(p, model, data(), **options | {"name": method} | changes)
         if trained is not None:
             save_student(model, trained)
@@ -289,7 +290,8 @@ def encoder(p: SimpleNamespace) -> ViT:
     if not Path(p.weights).is_file():
         ways = ["task = 'distil' trains one and writes it below `trained`; the parameter `weights` is its file"]
         raise MissingWeights("a distilled student (none was released)", Path(p.weights or "weights"), ways)
-    state, metadata = dmt_teachers.read(p.weights), {}
+    state = dmt_teachers.read(p.weights)
+    metadata: dict[str, str] = {}
     if Path(p.weights).suffix == ".safetensors":
         with safe_open(p.weights, "pt") as file:
             metadata = file.metadata() or {}
@@ -303,8 +305,7 @@ def downstream(p: SimpleNamespace, out: Path | None = None) -> Downstream:
     Args:
         out: the run's folder, for checkpoints and trained weights; None: none are written.
 
-    Raises:
-        BadParameter, MissingData, MissingWeights, BadCheckpoint: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`, `BadCheckpoint`: with what to change or get.
     """
     if p.task == "distil" or p.task not in USUAL:
         raise BadParameter("task", p.task, [task for task in USUAL if task != "distil"])
@@ -325,7 +326,7 @@ def downstream(p: SimpleNamespace, out: Path | None = None) -> Downstream:
         torch.manual_seed(p.seed)
         return make_model(start)
 
-    def learn(model: nn.Module, **changes: object) -> History:
+    def learn(model: nn.Module, **changes: Any) -> History:
         torch.manual_seed(p.seed)
         if p.dry_run or out is None:
             return train(model, **changes)
@@ -352,7 +353,7 @@ def _train(
     data: Dataset,
     rates: Callable[[int], np.ndarray],
     micro_batch: int,
-    **changes: object,
+    **changes: Any,
 ) -> History:
     """Train by AdamW with layer decay. `rates`: the learning rate of each step, from the steps of an epoch.
 
@@ -360,10 +361,10 @@ def _train(
     """
     batch = min(int(r["batch"]), len(data))
     per_epoch = len(data) // batch
-    rates = rates(per_epoch)
-    options = down.layer_decayed(model, vit, rates, r["layer_decay"], r["weight_decay"])
+    lrs = rates(per_epoch)
+    options = down.layer_decayed(model, vit, lrs, r["layer_decay"], r["weight_decay"])
     options |= {"hardware": _hardware(p, -(-batch // (p.devices * micro_batch))), "seed": p.seed, "name": p.task}
-    return fit(model, loss, data, epochs=len(rates) / per_epoch, batch=batch, **options | changes)
+    return fit(model, loss, data, epochs=len(lrs) / per_epoch, batch=batch, **options | changes)
 
 
 def _images(p: SimpleNamespace, split: str, transform: Callable) -> Dataset:
@@ -396,7 +397,7 @@ def _fine_tune(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
         steps, warmup = (2, 0) if p.dry_run else (int(r[name]) * per_epoch for name in ("epochs", "warmup_epochs"))
         return learning_rates("cosine", r["lr"], steps, warmup, r["final_lr"])
 
-    def learn(model: nn.Module, **changes: object) -> History:
+    def learn(model: nn.Module, **changes: Any) -> History:
         return _train(p, r, model, model, down.mixed_loss(classes), data, rates, MICRO_BATCH, **changes)
 
     def build(vit: ViT) -> nn.Module:
@@ -410,7 +411,7 @@ def _probe(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
     data, test = (_images(p, split, down.test_transform()) for split in ("train", "test"))
     classes = DRY_CLASSES["linear probe"] if p.dry_run else 1000
 
-    def learn(model: nn.Sequential, **changes: object) -> History:
+    def learn(model: nn.Sequential, **changes: Any) -> History:
         features, batch = _predict(p, model[0], data), min(int(r["batch"]), len(data))
         options = {"batch": batch, "seed": p.seed, "hardware": replace(_hardware(p), workers=0), "name": p.task}
         options |= {"epochs": 2 / (len(data) // batch) if p.dry_run else r["epochs"]}
@@ -481,7 +482,7 @@ def _detect(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
         found = r["lr"] * np.where(step < DROPS[0], 1.0, np.where(step < DROPS[1], 0.1, 0.01))
         return found if p.dry_run else found * np.minimum(1, (step + 1) / r["warmup_steps"])
 
-    def learn(model: nn.Module, **changes: object) -> History:
+    def learn(model: nn.Module, **changes: Any) -> History:
         crops = down.Crops(data, size)
         return _train(p, r, model, model.backbone.vit, down.detection_loss, crops, rates, 8, **changes)
 
@@ -510,7 +511,7 @@ def _segment(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
         steps, warmup = (2, 0) if p.dry_run else (int(r["steps"]), int(r["warmup_steps"]))
         return learning_rates("linear", r["lr"], steps, warmup, r["final_lr"])
 
-    def learn(model: nn.Module, **changes: object) -> History:
+    def learn(model: nn.Module, **changes: Any) -> History:
         crops = down.SceneCrops(data, size)
         return _train(p, r, model, model.vit, down.segmentation_loss, crops, rates, 16, **changes)
 
@@ -582,8 +583,4 @@ def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
 
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """By title, the paper's tables as far as they are known, with our measurements in rows of their own."""
-    found = {}
-    for table in TABLES:
-        frame = published_table("dmt", table)
-        found[frame.attrs["title"]] = compare_published(frame, cells(rows, table))
-    return found
+    return with_measured("dmt", {table: cells(rows, table) for table in TABLES})

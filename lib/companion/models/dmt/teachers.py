@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...backbones import find_weights, hub_file, read_state
-from ...errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights
+from ...errors import BadParameter, CorruptFile, MissingWeights, check_choice
 from ...ops import unpickle
 from ...training.callbacks import EMA, ema_copy
 from ..layers import state_dicts
@@ -56,8 +56,7 @@ def released(name: str, weights: str | Path = "pretrained", *, download: bool = 
         MissingWeights: they are not cached, and not to be downloaded or out of reach.
         CorruptFile, BadCheckpoint: the file cannot be read, or is of something else.
     """
-    if name not in RELEASED:
-        raise BadParameter("teacher", name, tuple(RELEASED))
+    check_choice("teacher", name, RELEASED)
     positions, pretrained, source = RELEASED[name]
     if weights == "random":
         return build("base", positions=positions).eval()
@@ -93,7 +92,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
 # --- objectives -------------------------------------------------------------------------------------------------------
 
 
-class MAE(nn.Module):
+class MAE(state_dicts.OfficialModel):
     """A masked autoencoder: images to the loss on their masked patches.
 
     Args:
@@ -157,16 +156,12 @@ class MAE(nn.Module):
             heads, decoder_heads: not in the tensors. None: one for 64 channels of the encoder.
         """
         encoder = ViT.from_official(state, heads, "MAE's encoder")
-        if missing := {"decoder_embed.weight", "decoder_blocks.0.norm1.weight"} - state.keys():
-            raise BadCheckpoint("MAE with its decoder (files of the encoder alone have none)", missing)
+        what = "MAE with its decoder (files of the encoder alone have none)"
+        state_dicts.check_names(state, ("decoder_embed.weight", "decoder_blocks.0.norm1.weight"), what)
         depth = state_dicts.depth(state, "decoder_blocks.")
         model = cls(encoder, (len(state["decoder_embed.weight"]), depth, decoder_heads))
         state_dicts.load_official(model, state, model.official_names(), "MAE with its decoder")
         return model.eval()
-
-    def to_official(self) -> dict[str, Tensor]:
-        """The state dict under the authors' names."""
-        return state_dicts.official_state(self.state_dict(), self.official_names())
 
 
 def mlp(inputs: int, hidden: int, outputs: int, layers: int) -> nn.Sequential:

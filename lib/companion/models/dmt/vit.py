@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import PatchEmbed
@@ -15,14 +16,14 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...errors import BadCheckpoint, BadParameter
-from ..layers import state_dicts
+from ...errors import BadParameter, check_choice
+from ..layers import mae, state_dicts
 from ..layers.pos_embed import resize_pos_embed, sincos_table
 
 POSITIONS = ("mae", "mocov3", "learned")
 
 # students [paper: tiny, small, base]; their widths are the field's. Pocket: ours, for a CPU (section 14)
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"width": 192, "depth": 12, "heads": 3},
     "small": {"width": 384, "depth": 12, "heads": 6},
     "base": {"width": 768, "depth": 12, "heads": 12},
@@ -46,8 +47,7 @@ class ViT(nn.Module):
         last_heads: heads of the last block, where a relation loss needs as many as the teacher has [anc: TinyMIM].
         drop_path: largest rate of stochastic depth, reached in the last block.
 
-    Raises:
-        BadParameter: sizes that do not fit each other, or unknown `positions`.
+    Raises `BadParameter`: sizes that do not fit each other, or unknown `positions`.
     """
 
     def __init__(
@@ -70,8 +70,7 @@ class ViT(nn.Module):
         for count in (heads, last_heads or heads):
             if width % count:
                 raise BadParameter("heads", count, f"a divisor of the width, {width}")
-        if positions not in POSITIONS:
-            raise BadParameter("positions", positions, POSITIONS)
+        check_choice("positions", positions, POSITIONS)
         self.image, self.patch, self.width, self.positions = image, patch, width, positions
         self.grid, self.checkpointing = image // patch, False
         self.patch_embed = PatchEmbed(None, patch, 3, width)
@@ -203,13 +202,11 @@ class ViT(nn.Module):
                 has 12.
             last_heads: of the last block, where they differ.
 
-        Raises:
-            BadCheckpoint: names that are missing, unknown or of another shape.
+        Raises `BadCheckpoint`: names that are missing, unknown or of another shape.
         """
         state = encoder_state(state)
         needed = {"patch_embed.proj.weight", "pos_embed", "cls_token", "blocks.0.mlp.fc1.weight"}
-        if missing := needed - state.keys():
-            raise BadCheckpoint(what, missing)
+        state_dicts.check_names(state, needed, what)
         table, (width, _, _, patch) = state["pos_embed"], state["patch_embed.proj.weight"].shape
         side, kind = math.isqrt(table.shape[1] - 1), "learned"
         if side**2 + 1 == table.shape[1] and not width % 4:
@@ -245,10 +242,9 @@ def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if not name.startswith(others) and name != "mask_token"}
 
 
-def build(size: str = "small", **options: object) -> ViT:
+def build(size: str = "small", **options: Any) -> ViT:
     """A random ViT (torch's current seed) of one of `SIZES`; `options` as in `ViT`."""
-    if size not in SIZES:
-        raise BadParameter("size", size, tuple(SIZES))
+    check_choice("size", size, SIZES)
     return ViT(**{**SIZES[size], **options})
 
 
@@ -278,35 +274,10 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
     return torch.cat([tokens[:, :1], tokens[:, 1:].take_along_dim(index[..., None], 1)], 1)
 
 
-class Decoder(nn.Module):
-    """From visible tokens to all positions: a linear layer, mask tokens, positions, blocks, norm [anc: MAE, G2SD]."""
+class Decoder(mae.Decoder):
+    """MAE's and G2SD's decoder [anc], with MAE's initial weights."""
 
     def __init__(self, inputs: int, width: int, depth: int, heads: int, side: int, positions: str = "mae"):
-        super().__init__()
-        self.embed = nn.Linear(inputs, width)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        self.pos_embed = nn.Parameter(sincos_table(width, side, positions), requires_grad=False)
-        norm = partial(nn.LayerNorm, eps=1e-6)
-        self.blocks = nn.ModuleList(Block(width, heads, 4.0, qkv_bias=True, norm_layer=norm) for _ in range(depth))
-        self.norm = norm(width)
+        super().__init__(inputs, width, depth, heads, side, positions)
         self.apply(initialise)
         nn.init.normal_(self.mask_token, std=0.02)
-
-    def hidden(self, latent: Tensor, keep: Tensor, depth: int | None = None) -> Tensor:
-        """Tokens (B, 1 + L, width) in raster order, before the norm, after the first `depth` blocks (None: all).
-
-        Args:
-            latent: (B, 1 + V, D).
-            keep: (B, V) which patches they are.
-        """
-        x = self.embed(latent)
-        full = self.mask_token.to(x.dtype).repeat(len(x), self.pos_embed.shape[1] - 1, 1)
-        full = full.scatter(1, keep[..., None].expand(-1, -1, x.shape[-1]), x[:, 1:])
-        x = torch.cat([x[:, :1], full], 1) + self.pos_embed
-        for block in self.blocks[:depth]:
-            x = block(x)
-        return x
-
-    def forward(self, latent: Tensor, keep: Tensor) -> Tensor:
-        """As `hidden`, after the norm."""
-        return self.norm(self.hidden(latent, keep))

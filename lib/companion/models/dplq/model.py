@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ... import backbones
-from ...errors import BadCheckpoint, BadParameter, MissingWeights
+from ...errors import BadParameter, MissingWeights, check_choice
 from ..layers.clip_prompting import (
     META_NET,
     Classes,
@@ -45,10 +45,10 @@ from ..layers.clip_prompting import (
     similarity,
 )
 from ..layers.frozen import frozen_copy
-from ..layers.mae import masked_pixel_loss, patchify, random_mask
+from ..layers.mae import masked_pixel_loss, patchify, random_mask, visible_tokens, with_mask_tokens
 from ..layers.quaternion import QuaternionLinear
+from ..layers.state_dicts import OfficialModel, check_names, load_official
 from ..layers.state_dicts import depth as depth_of
-from ..layers.state_dicts import load_official, official_state
 
 NOISE = ("always", "train", "off")
 LAYERS = ("quaternion", "real")
@@ -91,8 +91,7 @@ class DPLQ(PromptLearner):
         axes: the components of the quaternions: "jk", as released, has zeros and then the sum of prompt and bias;
             "ri" the sum and then zeros; "i, j" is not the authors': the prompt on i, the bias on j, an axis each.
 
-    Raises:
-        BadParameter: an option outside its choices, or towers whose widths are no multiples of 4.
+    Raises `BadParameter`: an option outside its choices, or towers whose widths are no multiples of 4.
     """
 
     _unused = ("visual_net.",)  # left over from the authors' earlier method: in the state dict, in no forward pass
@@ -115,14 +114,10 @@ class DPLQ(PromptLearner):
     ):
         super().__init__(clip, classes, tokenizer, tokens, template)
         check_depth(clip, depth)
-        for name, value, accepted in (
-            ("noise", noise, NOISE),
-            ("language", language, LAYERS),
-            ("vision", vision, LAYERS),
-            ("axes", axes, AXES),
-        ):
-            if value not in accepted:
-                raise BadParameter(name, value, accepted)
+        check_choice("noise", noise, NOISE)
+        check_choice("language", language, LAYERS)
+        check_choice("vision", vision, LAYERS)
+        check_choice("axes", axes, AXES)
         known = domain if isinstance(domain, int) else getattr(domain, "num_features", 0)
         if known < 1:
             raise BadParameter("domain", domain, "a module with `num_features`, or the width of the features")
@@ -188,7 +183,7 @@ class DPLQ(PromptLearner):
         image = encode_image(self.clip, images, prompts.first_image, prompts.deep_image)
         return image, encode_text(self.clip, self.prompted(prompts.context), self.ends, prompts.deep_text)
 
-    def _learner_names(self) -> dict[str, str | list]:
+    def _learner_names(self) -> dict[str, Any]:
         if {self.language, self.vision} != {"quaternion"}:
             accepted = "quaternion layers both: the authors' code has no others"
             raise BadParameter("language, vision", (self.language, self.vision), accepted)
@@ -220,7 +215,7 @@ def halves_cosine(x: Tensor) -> Tensor:
 # --- domain models ----------------------------------------------------------------------------------------------------
 
 
-class MAE(nn.Module):
+class MAE(OfficialModel):
     """A masked autoencoder (He et al., CVPR 2022), whose feature DPLQ reads with nothing masked.
 
     Args:
@@ -246,8 +241,7 @@ class MAE(nn.Module):
         tap: str = "decoder",
     ):
         super().__init__()
-        if tap not in ("decoder", "encoder"):
-            raise BadParameter("tap", tap, ("decoder", "encoder"))
+        check_choice("tap", tap, ("decoder", "encoder"))
         self.tap, self.num_features = tap, decoder_width if tap == "decoder" else width
         self.encoder = VisionTransformer(
             img_size=image_size, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads, num_classes=0
@@ -271,19 +265,13 @@ class MAE(nn.Module):
     def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Tokens (b, 1 + N, D) after the encoder's norm, [CLS] token first; `keep` (b, k): the visible patches."""
         vit = self.encoder
-        x = vit.patch_embed(images) + vit.pos_embed[:, 1:]
-        if keep is not None:
-            x = x.take_along_dim(keep[..., None], 1)
-        x = torch.cat([(vit.cls_token + vit.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
-        return vit.norm(vit.blocks(x))
+        return vit.norm(vit.blocks(visible_tokens(vit, images, keep)))
 
     def decode(self, latent: Tensor, keep: Tensor | None = None) -> Tensor:
         """Tokens (b, 1 + N, Dd) after the decoder's norm; the mask token replaces the patches that `keep` left out."""
         x = self.decoder_embed(latent)
         if keep is not None:
-            full = self.mask_token.to(x.dtype).repeat(len(x), self.decoder_pos_embed.shape[1] - 1, 1)
-            full = full.scatter(1, keep[..., None].expand(-1, -1, x.shape[-1]), x[:, 1:])
-            x = torch.cat([x[:, :1], full], dim=1)
+            x = with_mask_tokens(x, keep, self.mask_token, self.decoder_pos_embed.shape[1] - 1)
         x = x + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
@@ -308,12 +296,10 @@ class MAE(nn.Module):
     ):
         """The model with a state dict of MAE's own code in it (`mae_vit_base_patch16` and its copies).
 
-        Raises:
-            BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
+        Raises `BadCheckpoint`: names that are missing, unknown or of another shape, all of them listed.
         """
         what = "a masked autoencoder (MAE's names, decoder included)"
-        if missing := {"patch_embed.proj.weight", "pos_embed", "decoder_embed.weight"} - state.keys():
-            raise BadCheckpoint(what, missing)
+        check_names(state, {"patch_embed.proj.weight", "pos_embed", "decoder_embed.weight"}, what)
         width, _, _, patch = state["patch_embed.proj.weight"].shape
 
         model = cls(
@@ -327,14 +313,10 @@ class MAE(nn.Module):
             decoder_heads,
             **options,
         ).eval()
-        load_official(model, state, model._names(), what)
+        load_official(model, state, model.official_names(), what)
         return model
 
-    def to_official(self) -> dict[str, Tensor]:
-        """The state dict under MAE's own names."""
-        return official_state(self.state_dict(), self._names())
-
-    def _names(self) -> dict[str, str]:
+    def official_names(self) -> dict[str, str]:
         return {name: name.removeprefix("encoder.") for name in self.state_dict()}
 
 
@@ -428,8 +410,7 @@ def domain_model(
         MissingWeights: weights that are not found, with the ways to get them.
         CorruptFile, BadCheckpoint: a file that cannot be read, or that is of another model.
     """
-    if normalise not in ("clip", "own"):
-        raise BadParameter("normalise", normalise, ("clip", "own"))
+    check_choice("normalise", normalise, ("clip", "own"))
     if name == "clip":
         return CLIPFeatures(clip)
     if name == "none":

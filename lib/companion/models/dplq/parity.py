@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...errors import BadParameter
 from ...evaluation import fill
-from ...evaluation.parity import Case
+from ...evaluation.parity import Case, run
 from ..layers.clip_prompting import CoCoOp, CoOp, MaPLe, PromptLearner
 from ..layers.quaternion import QuaternionLinear, hamilton, real_matrix
 from ..layers.state_dicts import official_state
@@ -27,11 +26,7 @@ def outputs(case: Case) -> dict[str, Tensor]:
         "baseline maple": partial(_baseline, MaPLe),
         "MaskedAutoencoderViT": _mae,
     }
-    module = case.facts["module"]  # the authors' class and file
-    for start, run in kinds.items():
-        if module.startswith(start):
-            return run(case)
-    raise BadParameter("module", module, list(kinds))
+    return run(kinds, case, case.facts["module"])  # the authors' class and file
 
 
 def recorded(case: Case) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import open_clip
 import pandas as pd
@@ -69,8 +70,7 @@ class Setting:
 def setting(p: SimpleNamespace, out: Path) -> Setting:
     """The setting of the `paper` profile that the notebook's parameters ask for; results go below `out`.
 
-    Raises:
-        BadParameter, MissingData, MissingWeights: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`: with what to change or get.
     """
     check_targets(p)
     return _dry(p) if p.dry_run else _paper(p, out)
@@ -214,7 +214,7 @@ def _full_size(
     clip: nn.Module,
     domain: nn.Module | None,
     options: dict,
-    **saved: object,
+    **saved: Any,
 ) -> Setting:
     """A setting of `parts`, "train" and the test sets, whose classes are `names`."""
     trained = {} if p.method in UNTRAINED else {p.method: published_settings(p.protocol)["learning rate"]}
@@ -291,7 +291,7 @@ def splits(p: SimpleNamespace, name: str, transform: Callable) -> dict[str, Data
 # --- training and testing ---------------------------------------------------------------------------------------------
 
 
-def train(found: Setting, method: str, **changes: object) -> tuple[prompting.PromptedCLIP, History]:
+def train(found: Setting, method: str, **changes: Any) -> tuple[prompting.PromptedCLIP, History]:
     """Build a method of a setting and train it; the history of a method without training is empty.
 
     `changes` go to `fit`. With a folder, a training that was stopped is resumed, and the final weights are saved.
@@ -360,7 +360,7 @@ def label(p: SimpleNamespace) -> str:
     return ", ".join([p.method, *changed])
 
 
-def rows(p: SimpleNamespace, found: Mapping[str, float]) -> list[dict[str, object]]:
+def rows(p: SimpleNamespace, found: Mapping[str, float]) -> list[dict[str, Any]]:
     """The result of `scores` as rows for `measured`, one a test set."""
     same = {"method": label(p), "protocol": p.protocol, "dataset": p.dataset}
     return [same | {"test": n, "seed": p.seed, "accuracy": a} for n, a in found.items() if n != "HM"]
@@ -378,7 +378,7 @@ def cells(table: pd.DataFrame, protocol: str) -> dict[tuple[str, str], float]:
     other protocols have a column a set, and a row for each set that was trained on.
     """
     chosen = table[table.protocol == protocol]
-    found = {}
+    found: dict[tuple[str, str], float] = {}
     if protocol == "base to novel":
         for (method, dataset), group in chosen.groupby(["method", "dataset"]):
             both = group.pivot_table(index="seed", columns="test", values="accuracy").dropna()
@@ -409,7 +409,7 @@ def tables(table: pd.DataFrame, protocol: str) -> dict[str, pd.DataFrame]:
         if protocol == "base to novel":
             sets = dict.fromkeys(c.rpartition(" ")[0] for c in columns)
             groups = {s: {f"{s} {c}": c for c in ("base", "novel", "HM")} for s in sets}
-        empty = []
+        empty: list[str] = []
         for title, named in groups.items():
             if known & named.keys():
                 here = {(m, named[c]): value for (m, c), value in measured_here.items() if c in named}

@@ -172,8 +172,7 @@ class Generator:
         tokens: longest answer.
         device: of the model.
 
-    Raises:
-        MissingWeights: it is not cached, and `download` is False or failed.
+    Raises `MissingWeights`: it is not cached, and `download` is False or failed.
     """
 
     def __init__(self, name: str, *, download: bool = False, tokens: int = 256, device: str = "cpu"):
@@ -223,8 +222,7 @@ def distil(
             text, the back end, the prompt and the entities.
         tries: answers that are generated before the last one is refused.
 
-    Raises:
-        CorruptFile: `cache` is another kind of file.
+    Raises `CorruptFile`: `cache` is another kind of file.
     """
     statements, refused = [], {}
     with _open(cache) as file:

@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
 from ...errors import BadCheckpoint, BadParameter
-from ..layers.state_dicts import depth, load_official, official_state
+from ..layers.state_dicts import OfficialModel, check_names, depth, load_official, renamed
 
 # pixels at 416, three for each level, coarse to fine (YOLOv3's)
 ANCHORS = (((116, 90), (156, 198), (373, 326)), ((30, 61), (62, 45), (59, 119)), ((10, 13), (16, 30), (33, 23)))
@@ -34,7 +35,7 @@ COUNTERS = ("num_batches_tracked",)  # of BatchNorm, which some files lack
 # --- the encoder ------------------------------------------------------------------------------------------------------
 
 
-def like(encoder: VisionTransformer, **options: object) -> VisionTransformer:
+def like(encoder: VisionTransformer, **options: Any) -> VisionTransformer:
     """A ViT with random weights and the sizes of `encoder`; `options` go to timm, for instance `num_classes`."""
     block, embed = encoder.blocks[0], encoder.patch_embed
     return VisionTransformer(
@@ -51,11 +52,9 @@ def like(encoder: VisionTransformer, **options: object) -> VisionTransformer:
 def encoder_like(state: Mapping[str, Tensor], heads: int | None = None) -> VisionTransformer:
     """A ViT with random weights and the sizes of the encoder in a state dict; `heads` None: 64 channels a head.
 
-    Raises:
-        BadCheckpoint: the state dict has no encoder.
+    Raises `BadCheckpoint`: the state dict has no encoder.
     """
-    if missing := {"patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"} - state.keys():
-        raise BadCheckpoint("a ViT", missing)
+    check_names(state, {"patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"}, "a ViT")
     width, _, _, patch = state["patch_embed.proj.weight"].shape
     return VisionTransformer(
         img_size=math.isqrt(state["pos_embed"].shape[1] - 1) * patch,
@@ -95,8 +94,7 @@ def classifier(
 def classifier_from_official(state: Mapping[str, Tensor], heads: int | None = None) -> VisionTransformer:
     """The classifier of a state dict of the authors, whose names are timm's; in eval mode.
 
-    Raises:
-        BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
+    Raises `BadCheckpoint`: names that are missing, unknown or of another shape, all of them listed.
     """
     if "head.weight" not in state:
         raise BadCheckpoint("ECAMP's classifier", ["head.weight"])
@@ -153,7 +151,7 @@ class MapDecoder(nn.Module):
         return self.logits(x)
 
 
-class Segmenter(nn.Module):
+class Segmenter(OfficialModel):
     """Images (B, 3, S, S) to logits (B, outputs, S, S).
 
     Args:
@@ -196,8 +194,7 @@ class Segmenter(nn.Module):
     def from_official(cls, state: Mapping[str, Tensor], heads: int | None = None) -> Segmenter:
         """The segmenter of a state dict of the authors, in eval mode: with one decoder, or RIGA's two.
 
-        Raises:
-            BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
+        Raises `BadCheckpoint`: names that are missing, unknown or of another shape, all of them listed.
         """
         inner = {n.removeprefix("encoder."): t for n, t in state.items() if n.startswith("encoder.")}
         two = any(name.startswith("decoder_cup.") for name in state)
@@ -210,10 +207,6 @@ class Segmenter(nn.Module):
         model = cls(encoder, 2 if two else 1, channels).eval()
         load_official(model, state, model.official_names(), "ECAMP's segmenter", optional=COUNTERS)
         return model
-
-    def to_official(self) -> dict[str, Tensor]:
-        """The state dict under the authors' names."""
-        return official_state(self.state_dict(), self.official_names())
 
 
 def focal_loss(logits: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
@@ -289,7 +282,7 @@ class Pyramid(nn.Module):
         return [level(y) for level, y in zip(self.levels, (coarse, middle, fine), strict=True)]
 
 
-class Detector(nn.Module):
+class Detector(OfficialModel):
     """Images (B, 3, S, S) to the raw outputs of three heads, coarse to fine, each (B, 3 (5 + classes), h, h).
 
     Args:
@@ -363,20 +356,13 @@ class Detector(nn.Module):
             (r"^branches\.0\.", "embedding1_cbl."),
             (r"^branches\.1\.", "embedding2_cbl."),
         )
-        names = {}
-        for name in self.state_dict():
-            official = name
-            for ours, theirs in renames:
-                official = re.sub(ours, theirs, official)
-            names[name] = official
-        return names
+        return renamed(self.state_dict(), renames)
 
     @classmethod
     def from_official(cls, state: Mapping[str, Tensor], heads: int | None = None) -> Detector:
         """The detector of a state dict of the authors, in eval mode.
 
-        Raises:
-            BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
+        Raises `BadCheckpoint`: names that are missing, unknown or of another shape, all of them listed.
         """
         start, first = "backbone.encoder.", "backbone.layers.layer1.conv1.weight"
         needed = {
@@ -385,8 +371,7 @@ class Detector(nn.Module):
             "backbone.layers.downsample.weight",
             "backbone.layers.transpose1.weight",
         }
-        if missing := needed - state.keys():
-            raise BadCheckpoint("ECAMP's detector", missing)
+        check_names(state, needed, "ECAMP's detector")
         inner = {n.removeprefix(start): t for n, t in state.items() if n.startswith(start)}
         narrow, middle = state[first].shape[:2]
         channels = (
@@ -398,10 +383,6 @@ class Detector(nn.Module):
         model = cls(encoder_like(inner, heads), classes, middle // narrow, channels).eval()
         load_official(model, state, model.official_names(), "ECAMP's detector", optional=COUNTERS)
         return model
-
-    def to_official(self) -> dict[str, Tensor]:
-        """The state dict under the authors' names."""
-        return official_state(self.state_dict(), self.official_names())
 
 
 def _cells(head: Tensor, anchors: Tensor, size: int) -> tuple[Tensor, Tensor, float]:

@@ -20,21 +20,19 @@ Shapes: B pairs, N patches (K of them visible), L text tokens, V words, D the Vi
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.models import checkpoint_seq
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import BadCheckpoint, BadParameter
-from ..layers.mae import patchify, random_mask, unpatchify
+from ...errors import BadCheckpoint, BadParameter, check_choice
+from ..layers.mae import Decoder, patchify, random_mask, unpatchify, visible_tokens
 from ..layers.pos_embed import sincos_table
-from ..layers.state_dicts import depth, load_official, official_state
+from ..layers.state_dicts import OfficialModel, check_names, depth, load_official, renamed
 
 FUSIONS = ("both", "patch", "mean", "pooled")
 POSITIONS = ("ecamp", "mae")
@@ -43,7 +41,7 @@ MASKED = 0.75  # fraction of hidden patches
 OFFICIAL = "ECAMP (or MRM): the pre-training model, decoders and BERT included"
 
 # the paper's sizes, and those of the pocket profile (section 14)
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "paper": {},
     "pocket": {
         "image": 32,
@@ -129,7 +127,7 @@ class Losses(NamedTuple):
     mlm: Tensor
 
 
-class ECAMP(nn.Module):
+class ECAMP(OfficialModel):
     """The pre-training model: from a `Batch` to its `Losses`.
 
     Args:
@@ -149,8 +147,7 @@ class ECAMP(nn.Module):
             super-resolution block.
         pooler: build the released model's BERT pooler too: 590,592 parameters that receive no gradient.
 
-    Raises:
-        BadParameter: an option outside its choices.
+    Raises `BadParameter`: an option outside its choices.
     """
 
     def __init__(
@@ -180,13 +177,9 @@ class ECAMP(nn.Module):
         pooler: bool = False,
     ):
         super().__init__()
-        for name, value, accepted in (
-            ("fusion", fusion, FUSIONS),
-            ("positions", positions, POSITIONS),
-            ("predict", predict, PREDICTIONS),
-        ):
-            if value not in accepted:
-                raise BadParameter(name, value, accepted)
+        check_choice("fusion", fusion, FUSIONS)
+        check_choice("positions", positions, POSITIONS)
+        check_choice("predict", predict, PREDICTIONS)
         side = image // patch
         if side * patch != image:
             raise BadParameter("image", image, f"a multiple of the patch, {patch}")
@@ -237,10 +230,7 @@ class ECAMP(nn.Module):
         `keep` (B, K): indices of the visible patches; None: all N of them.
         """
         vit = self.encoder
-        x = vit.patch_embed(images) + vit.pos_embed[:, 1:]
-        if keep is not None:
-            x = x.take_along_dim(keep[..., None], 1)
-        x = torch.cat([(vit.cls_token + vit.pos_embed[:, :1]).expand(len(x), -1, -1), x], 1)
+        x = visible_tokens(vit, images, keep)
         return vit.norm(checkpoint_seq(vit.blocks, x) if vit.grad_checkpointing else vit.blocks(x))
 
     def forward(self, batch: Batch, trace: dict[str, Tensor] | None = None) -> Losses:
@@ -267,7 +257,7 @@ class ECAMP(nn.Module):
             if self.window is not None:
                 inside = windows(batch.window, self.window, 2 * self.patch, images.shape[-1])
             sr = sr_loss(resolved, images, inside)
-        if self.text is not None:
+        if self.text is not None and self.project is not None:
             z = self.project(latent[:, 1:])
             seen["logits"] = logits = self.text(batch.ids, batch.attention, z, trace)
             mlm, seen["cross_entropy"] = mlm_loss(logits, batch.labels, batch.weights)
@@ -281,7 +271,7 @@ class ECAMP(nn.Module):
             images: (B, 3, S, S).
             ids, attention: (B, L).
         """
-        if self.text is None or self.fusion not in ("both", "patch"):
+        if self.text is None or self.project is None or self.fusion not in ("both", "patch"):
             raise BadParameter("fusion", self.fusion, "'both' or 'patch': in others no word attends to patches")
         trace: dict[str, Tensor] = {}
         self.text(ids, attention, self.project(self.forward_features(images)[:, 1:]), trace)
@@ -291,13 +281,10 @@ class ECAMP(nn.Module):
 
     def official_names(self) -> dict[str, str]:
         """Our names -> theirs."""
-        names = {}
-        for name in self.state_dict():
-            official = name
-            for ours, theirs in _RENAMES:
-                official = re.sub(ours, theirs, official)
-            names[name] = official.replace(".norm.", ".LayerNorm.") if name.startswith("text.") else official
-        return names
+        found = renamed(self.state_dict(), _RENAMES)
+        return {
+            ours: n.replace(".norm.", ".LayerNorm.") if ours.startswith("text.") else n for ours, n in found.items()
+        }
 
     @classmethod
     def from_official(
@@ -319,8 +306,7 @@ class ECAMP(nn.Module):
             heads, decoder_heads, text_heads: not readable from tensors. None: one head for 64 channels of the encoder;
                 16 in the decoder, 6 for MRM's.
 
-        Raises:
-            BadCheckpoint: missing and unknown names and other shapes, all of them listed.
+        Raises `BadCheckpoint`: missing and unknown names and other shapes, all of them listed.
         """
         state = {n.replace("cross_attn_layer", "context_fusion_layer"): t for n, t in state.items()}
         bert = "bert_encoder.model."
@@ -341,8 +327,7 @@ class ECAMP(nn.Module):
             bert + "bert.embeddings.position_embeddings.weight",
             wide or bert + "bert.encoder.layer.0.intermediate.dense.weight",
         }
-        if missing := needed - state.keys():
-            raise BadCheckpoint(OFFICIAL, missing)
+        check_names(state, needed, OFFICIAL)
         width, _, _, patch = state["patch_embed.proj.weight"].shape
         fused = any("context_fusion_layer" in name for name in state)
         high = state["decoder_pred.weight"].shape[0] == 3 * (2 * patch) ** 2
@@ -374,7 +359,7 @@ class ECAMP(nn.Module):
 
     def to_official(self) -> dict[str, Tensor]:
         """The state dict under the authors' names."""
-        state = official_state(self.state_dict(), self.official_names())
+        state = super().to_official()
         head = "bert_encoder.model.cls.predictions."
         if self.text is not None:
             state[head + "bias"] = state[head + "decoder.bias"]
@@ -386,8 +371,7 @@ class ECAMP(nn.Module):
         Every tensor of the same name and shape is loaded, position embeddings included; BERT keeps its initialisation.
         MAE's image decoder has eight blocks, of which the first ones fit; without a decoder only the encoder is loaded.
 
-        Raises:
-            BadCheckpoint: tensors of the encoder that are missing or of another shape.
+        Raises `BadCheckpoint`: tensors of the encoder that are missing or of another shape.
         """
         own, names = self.state_dict(), self.official_names()
         fits = {ours: state[theirs] for ours, theirs in names.items() if theirs in state}
@@ -404,10 +388,9 @@ class ECAMP(nn.Module):
         return list(fits)
 
 
-def build(size: str = "paper", **options: object) -> ECAMP:
+def build(size: str = "paper", **options: Any) -> ECAMP:
     """An ECAMP with random weights (torch's current seed), of one of `SIZES`; `options` as in `ECAMP`."""
-    if size not in SIZES:
-        raise BadParameter("size", size, tuple(SIZES))
+    check_choice("size", size, SIZES)
     return ECAMP(**{**SIZES[size], **options})
 
 
@@ -475,28 +458,16 @@ def mlm_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, T
     return (weights * each).mean(), each
 
 
-class ImageDecoder(nn.Module):
+class ImageDecoder(Decoder):
     """MAE's decoder: from the tokens of the visible patches to the pixels of all patches (section 3.3)."""
 
     def __init__(self, inputs: int, width: int, depth: int, heads: int, side: int, positions: str, outputs: int):
-        super().__init__()
-        self.embed = nn.Linear(inputs, width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(sincos_table(width, side, positions), requires_grad=False)
-        norm = partial(nn.LayerNorm, eps=1e-6)
-        self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
-        self.norm = norm(width)
+        super().__init__(inputs, width, depth, heads, side, positions)
         self.pixels = nn.Linear(width, outputs)
 
     def forward(self, latent: Tensor, keep: Tensor) -> Tensor:
         """Pixels (B, N, outputs) from tokens (B, 1 + K, D) of the patches `keep` (B, K)."""
-        x = self.embed(latent)
-        full = self.mask_token.to(x.dtype).repeat(len(x), self.pos_embed.shape[1] - 1, 1)
-        full = full.scatter(1, keep[..., None].expand(-1, -1, x.shape[-1]), x[:, 1:])
-        x = torch.cat([x[:, :1], full], 1) + self.pos_embed
-        for block in self.blocks:
-            x = block(x)
-        return self.pixels(self.norm(x[:, 1:]))
+        return self.pixels(self.norm(self.hidden(latent, keep)[:, 1:]))
 
 
 class SuperResolution(nn.Module):
@@ -557,20 +528,24 @@ class AddNorm(nn.Module):
         return self.norm(self.dropout(self.dense(x)) + residual)
 
 
-class BertLayer(nn.Module):
-    """Post-norm transformer layer: self-attention, then an MLP."""
+class _Layer(nn.Module):
+    """The weights of a post-norm transformer layer."""
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float):
         super().__init__()
         self.self, self.attended = Attention(width, heads, dropout), AddNorm(width, width, dropout)
         self.wide, self.narrow = nn.Linear(width, hidden), AddNorm(hidden, width, dropout)
 
+
+class BertLayer(_Layer):
+    """Post-norm transformer layer: self-attention, then an MLP."""
+
     def forward(self, x: Tensor, there: Tensor) -> Tensor:
         a = self.attended(self.self(x, x, there), x)
         return self.narrow(F.gelu(self.wide(a)), a)
 
 
-class Fusion(BertLayer):
+class Fusion(_Layer):
     """Multi-scale context fusion: a BERT layer with cross-attention to the image tokens in its middle (section 3.5).
 
     a = LN(W_o SelfAttention(x) + x)
@@ -590,7 +565,7 @@ class Fusion(BertLayer):
         a = self.attended(self.self(x, x, there), x)
         c = self.cross(a, z, trace=trace) if self.cross is not None else None
         g = self.mean(z.mean(1, keepdim=True)) if self.mean is not None else None
-        if c is None:
+        if c is None and g is not None:
             c, g = g.expand_as(a), None
         m = self.mix(c if g is None else c + g, a)
         if trace is not None:

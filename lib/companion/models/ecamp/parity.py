@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import BadParameter
 from ...evaluation.metrics import radiology
-from ...evaluation.parity import Case
+from ...evaluation.parity import Case, run
 from ..layers.mae import patchify, random_mask, unpatchify
 from ..layers.pos_embed import sincos_table
 from ..layers.state_dicts import load_official
@@ -33,11 +30,8 @@ def outputs(case: Case) -> dict[str, Tensor]:
         "detector": _detector,
         "small_losses": _losses,
     }
-    for start, run in kinds.items():
-        if case.name.startswith(start):
-            with torch.no_grad():
-                return _cut(case, run(case))
-    raise BadParameter("case", case.name, list(kinds))
+    with torch.no_grad():
+        return _cut(case, run(kinds, case))
 
 
 def recorded(case: Case) -> dict[str, Tensor]:
@@ -59,12 +53,6 @@ def _cut(case: Case, whole: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _input(case: Case, key: str) -> Tensor:
-    """An input that is filled; case.json gives its shape in words."""
-    shape = re.search(r"\(((?:\d+,?)+)\)", case.facts["inputs"][key].replace(" ", ""))
-    return case.values(f"input:{key}", *map(int, shape[1].rstrip(",").split(",")))
-
-
 def _corners(case: Case) -> Tensor:
     return torch.tensor([case.facts["inputs"]["column"], case.facts["inputs"]["row"]]).T
 
@@ -79,12 +67,12 @@ def _model(case: Case) -> dict[str, Tensor]:
         text_heads=bert.get("heads") or bert["num_attention_heads"],
     )
     batch = Batch(
-        _input(case, "image"),
+        case.input("image"),
         given["in.ids"],
         given["in.labels"],
         given["in.attention_mask"],
         given["in.weights"],
-        _input(case, "mask_noise"),
+        case.input("mask_noise"),
         _corners(case),
     )
     trace: dict[str, Tensor] = {}
@@ -118,7 +106,7 @@ def _fusion(case: Case) -> dict[str, Tensor]:
     }
     layer = Fusion(*sizes, 0.1, "both").eval()
     load_official(layer, case.state, names, "ECAMP's fusion layer")
-    hidden, latent = _input(case, "hidden"), _input(case, "latent")
+    hidden, latent = case.input("hidden"), case.input("latent")
     trace: dict[str, Tensor] = {}
     out = layer(hidden, case.recorded["in.attention_mask"].bool()[:, None, None], latent, trace)
     text, channel = config["stride_text"], config["stride_channel"]
@@ -136,7 +124,7 @@ def _image(case: Case) -> dict[str, Tensor]:
     block, config = ecamp.SuperResolution(), case.facts["config"]
     names = {name: f"super_res.{name}" for name in block.state_dict()}
     load_official(block, case.state, names, "ECAMP's super-resolution block")
-    images, pred, noise = _input(case, "image"), _input(case, "pred"), _input(case, "mask_noise")
+    images, pred, noise = case.input("image"), case.input("pred"), case.input("mask_noise")
     patch, low = config["patch"], ecamp.shrink(images)
     hidden = random_mask(noise, int(noise.shape[1] * (1 - ecamp.MASKED)))[1]
     pixels = unpatchify(hidden[..., None].expand_as(pred), patch)
@@ -144,7 +132,7 @@ def _image(case: Case) -> dict[str, Tensor]:
     whole = unpatchify(pred, patch)
     resolved = block(whole)
     return {
-        "small_out": block(_input(case, "small")),
+        "small_out": block(case.input("small")),
         "unpatchified": whole,
         "sr_of_pred": resolved,
         "token_mask": hidden,
@@ -168,10 +156,10 @@ def _positions(case: Case) -> dict[str, Tensor]:
 def _attention(case: Case) -> dict[str, Tensor]:
     config, given = case.facts["config"], case.recorded
     model = ECAMP.from_official(case.state, text_heads=config["heads"])
-    images = _input(case, "image")
+    images = case.input("image")
     maps = model.attention(images, given["in.ids"], given["in.attention_mask"])
     raster = maps[0, :, config["token_index"]]
-    order = _input(case, "mask_noise")[0].argsort()
+    order = case.input("mask_noise")[0].argsort()
     shuffled = raster[:, order]  # the encoder does not care in which order it sees the patches
     return {
         "attention_shuffled": shuffled,
@@ -200,15 +188,16 @@ def _classifier(case: Case) -> dict[str, Tensor]:
     model, tokens = heads.classifier_from_official(case.state), {}
     for i, block in enumerate(model.blocks):
         block.register_forward_hook(lambda module, given, out, i=i: tokens.update({f"block{i}": out}))
-    x = model.forward_features(_input(case, "image"))
+    x = model.forward_features(case.input("image"))
     return tokens | {"features": model.forward_head(x, pre_logits=True), "logits": model.forward_head(x)}
 
 
 def _segmenter(case: Case) -> dict[str, Tensor]:
-    model, steps = heads.Segmenter.from_official(case.state), []
-    x = model.map(_input(case, "image"))
+    model = heads.Segmenter.from_official(case.state)
+    steps: list[Tensor] = []
+    x = model.map(case.input("image"))
     logits = model.decoders[0](x, steps)
-    mask = (_input(case, "mask") > 1).float()
+    mask = (case.input("mask") > 1).float()
     found = {"encoder_map": x} | {f"decoder_{i}": step for i, step in enumerate(steps, 1)}
     return found | {
         "logits": logits,
@@ -221,7 +210,7 @@ def _segmenter(case: Case) -> dict[str, Tensor]:
 
 def _detector(case: Case) -> dict[str, Tensor]:
     model = heads.Detector.from_official(case.state)
-    images, boxes, size = _input(case, "image"), case.recorded["in.targets"], model.size
+    images, boxes, size = case.input("image"), case.recorded["in.targets"], model.size
     x = model.map(images)
     levels, outputs = model.pyramid(x), model(images)
     pairs = list(zip(outputs, model.anchors(), strict=True))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,9 +24,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from ... import backbones
 from ...data import DATASETS, xrays
 from ...data.xrays_sets import CLASSES, ONE_OF, tasks
-from ...errors import BadParameter, MissingWeights
+from ...errors import BadParameter, MissingWeights, check_choice
 from ...evaluation.metrics import radiology
-from ...evaluation.tables import compare_published, published_table, upsert_rows
+from ...evaluation.tables import published_table, upsert_rows, with_measured
 from ...ops.papers import paper
 from ...training import checkpoints
 from ...training.callbacks import ClipNorm, EarlyStop
@@ -67,8 +68,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
     Args:
         out: the run's folder.
 
-    Raises:
-        BadParameter, MissingData, MissingWeights: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`: with what to change or get.
     """
     if p.dataset != "folder":
         _check(p.dataset, "pre-training")
@@ -148,7 +148,7 @@ def pretrain(
     )
 
 
-def _pairs(p: SimpleNamespace) -> tuple[str, Vocabulary, Callable[[str], Pairs], dict[str, object]]:
+def _pairs(p: SimpleNamespace) -> tuple[str, Vocabulary, Callable[[str], Pairs], dict[str, Any]]:
     """Title, vocabulary, pairs by method, and what tells this data from other data; "folder": `data_root` itself."""
     dataset = xrays.own(p.data_root) if p.dataset == "folder" else DATASETS[p.dataset]
     found = xrays.reports(dataset, p.data_root, xrays.pretrain_transform())
@@ -167,7 +167,7 @@ def _pairs(p: SimpleNamespace) -> tuple[str, Vocabulary, Callable[[str], Pairs],
     return f"{p.dataset}, {len(found.texts):,} images", words, pairs, facts
 
 
-def _generated_pairs(p: SimpleNamespace) -> tuple[str, Vocabulary, Callable[[str], Pairs], dict[str, object]]:
+def _generated_pairs(p: SimpleNamespace) -> tuple[str, Vocabulary, Callable[[str], Pairs], dict[str, Any]]:
     """As `_pairs`, of the real shape, with as many words as MIMIC's vocabulary: the model has the published size."""
     generator = torch.Generator().manual_seed(p.seed)
     images = torch.randn(2 * DRY_BATCH, 3, 448, 448, generator=generator)
@@ -240,8 +240,7 @@ class Downstream:
 def downstream_recipe(task: str, dataset: str, labels: str) -> dict[str, float]:
     """lr, warmup_steps, steps and batch in the authors' scripts; of ChestMNIST those of ChestX-ray14.
 
-    Raises:
-        BadParameter: no script for this task, set and share of labels, as for classification on the fundus sets.
+    Raises `BadParameter`: no script for this task, set and share of labels, as for classification on the fundus sets.
     """
     rows = published_table("ecamp", RECIPES[task]).set_index("method").to_dict("index")
     name = f"{TITLES.get(dataset, dataset)}, {labels}%"
@@ -256,11 +255,9 @@ def downstream(p: SimpleNamespace, out: Path) -> Downstream:
     Args:
         out: the run's folder.
 
-    Raises:
-        BadParameter, MissingData, MissingWeights, BadCheckpoint: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`, `BadCheckpoint`: with what to change or get.
     """
-    if p.task not in KINDS:
-        raise BadParameter("task", p.task, list(KINDS))
+    check_choice("task", p.task, KINDS)
     kind = KINDS[p.task]
     _check(p.dataset, kind)
     numbers = downstream_recipe(p.task, p.dataset, p.labels)
@@ -473,7 +470,7 @@ _TABLES = {
 }
 
 
-def measured(path: Path, *new: Mapping[str, object]) -> pd.DataFrame:
+def measured(path: Path, *new: Mapping[str, Any]) -> pd.DataFrame:
     """The scores on real data in the CSV `path`; `new` rows, `KEYS` and "score", are added or replace equal ones."""
     # a CSV reads "10" as a number
     return upsert_rows(path, KEYS, ["score"], [{**row, "labels": int(row["labels"])} for row in new])
@@ -497,8 +494,5 @@ def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
 
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The paper's tables by title, each cell with the published number and, after the slash, our measurement."""
-    found = {}
-    for table in ("classification-finetune", "classification-linear", "segmentation", "detection", "fundus"):
-        frame = published_table("ecamp", table)
-        found[frame.attrs["title"]] = compare_published(frame, cells(rows, table))
-    return found
+    ids = ("classification-finetune", "classification-linear", "segmentation", "detection", "fundus")
+    return with_measured("ecamp", {table: cells(rows, table) for table in ids})

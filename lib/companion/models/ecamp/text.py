@@ -25,7 +25,7 @@ from tokenizers.trainers import WordPieceTrainer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ...errors import BadParameter, CorruptFile
+from ...errors import BadParameter, CorruptFile, check_choice
 from .model import Batch
 
 MASKINGS = ("released", "intended", "mrm")
@@ -79,8 +79,7 @@ class Vocabulary:
     def read(cls, path: str | Path, entities: Iterable[str] = ENTITIES) -> Vocabulary:
         """The vocabulary of a file of the `tokenizers` library, such as MRM's `mimic_wordpiece.json`.
 
-        Raises:
-            CorruptFile: it is missing, or another kind of file.
+        Raises `CorruptFile`: it is missing, or another kind of file.
         """
         try:
             return cls(Tokenizer.from_file(str(path)), entities)
@@ -114,9 +113,9 @@ class Vocabulary:
 
     def _encoded(self, text: str, length: int) -> np.ndarray:
         ids = self.tokenizer.encode("[CLS] " + text).ids[:length]
-        ids = np.array(ids + [self.pad] * (length - len(ids)), dtype=np.int64)
-        ids.flags.writeable = False  # it is cached
-        return ids
+        filled = np.array(ids + [self.pad] * (length - len(ids)), dtype=np.int64)
+        filled.flags.writeable = False  # it is cached
+        return filled
 
     def words(self, ids: Iterable[int]) -> list[str]:
         """The pieces of ids, without padding."""
@@ -148,7 +147,7 @@ def splice(report: str, statements: str, draw: Draw, share: float = SPLICED) -> 
     return (before + statements + after).replace("..", ".")
 
 
-def descriptors(ids: Sequence[int], vocabulary: Vocabulary) -> list[int]:
+def descriptors(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> list[int]:
     """Positions of the descriptors, in the order of the entities: the two before each entity, without full stops.
 
     As released, an entity at the last position or after the first padding is ignored.
@@ -164,7 +163,7 @@ def descriptors(ids: Sequence[int], vocabulary: Vocabulary) -> list[int]:
     return found
 
 
-def _positions(ids: Sequence[int], vocabulary: Vocabulary) -> Iterable[int]:
+def _positions(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> Iterable[int]:
     for i in range(1, len(ids) - 1):
         if ids[i] == vocabulary.pad:
             return
@@ -181,11 +180,9 @@ def mask(ids: np.ndarray, vocabulary: Vocabulary, draw: Draw, kind: str = "relea
     Continuation pieces ("##...") are masked with the piece before them. Draws one number for every other word, and then
     one for each entity (not for "mrm").
 
-    Raises:
-        BadParameter: another kind.
+    Raises `BadParameter`: another kind.
     """
-    if kind not in MASKINGS:
-        raise BadParameter("masking", kind, MASKINGS)
+    check_choice("masking", kind, MASKINGS)
     hidden, entities = ids.copy(), []
     live = kind != "mrm" and any(int(i) in vocabulary.entities for i in ids[1:-1])
     share = {"mrm": MRM}.get(kind, OTHER if live else NO_ENTITY)
@@ -208,7 +205,7 @@ def mask(ids: np.ndarray, vocabulary: Vocabulary, draw: Draw, kind: str = "relea
     return hidden
 
 
-def boilerplate(ids: Sequence[int], vocabulary: Vocabulary) -> np.ndarray:
+def boilerplate(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     """(L,) True on the words of templates, found from left to right, longer ones first, without overlap."""
     found, ids = np.zeros(len(ids), bool), list(map(int, ids))
     i = 0
@@ -219,7 +216,7 @@ def boilerplate(ids: Sequence[int], vocabulary: Vocabulary) -> np.ndarray:
     return found
 
 
-def weights(ids: Sequence[int], vocabulary: Vocabulary) -> np.ndarray:
+def weights(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     """The weight of each position (L,) of a text in the loss, float32; the weights of any text sum to L.
 
     Words of templates have 0.05. The weight that they lose is added to the descriptors, in proportion to theirs; in a
@@ -254,8 +251,7 @@ class Pairs(Dataset):
         windows: its corner for each image, (row, column) in patches; None: in the middle. The authors' file of them was
             never released; as released, they refer to the whole image and are not moved with the crop.
 
-    Raises:
-        BadParameter: other numbers of texts or corners than of images; an unknown masking.
+    Raises `BadParameter`: other numbers of texts or corners than of images; an unknown masking.
     """
 
     def __init__(
@@ -273,8 +269,7 @@ class Pairs(Dataset):
         window: int = 12,
         windows: Sequence[Sequence[int]] | None = None,
     ):
-        if masking not in MASKINGS:
-            raise BadParameter("masking", masking, MASKINGS)
+        check_choice("masking", masking, MASKINGS)
         side = math.isqrt(patches)
         for name, given in (("reports", reports), ("statements", statements), ("windows", windows)):
             if given is not None and len(given) != len(images):

@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.layers import PatchEmbed
@@ -35,10 +36,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...backbones import read_state
-from ...errors import BadCheckpoint, BadParameter
+from ...errors import BadParameter, check_choice
 from ...ops import unpickle
 from ..layers.pos_embed import resize_pos_embed
-from ..layers.state_dicts import depth, load_official
+from ..layers.state_dicts import OfficialModel, check_names, depth, load_official
 
 VARIANTS = ("global", "local", "whole")
 HEADS = ("classification", "regression", "ordinal", "coral", "corn")
@@ -46,7 +47,7 @@ POSITIONS = ("none", "sine", "learned", "2d sine", "2d learned")
 LARGEST_CROP = 0.875  # of the side: DINO's global crops, for which both encoders' position embeddings are made
 
 # sizes of the three levels: the paper's, and those that a CPU trains in seconds
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "paper": {
         "patch": {"image": 256, "token": 16, "dim": 384, "depth": 12, "heads": 6},
         "region": {"dim": 192, "depth": 6, "heads": 6},
@@ -171,13 +172,11 @@ class Encoder(nn.Module):
 
         A DINO checkpoint's projection head is not read.
 
-        Raises:
-            BadCheckpoint: names that are missing, unknown, or of another shape.
+        Raises `BadCheckpoint`: names that are missing, unknown, or of another shape.
         """
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
         needed = ["pos_embed", "cls_token", "blocks.0.mlp.fc1.weight", cls._FIRST]
-        if missing := [name for name in needed if name not in state]:
-            raise BadCheckpoint(f"H-ViT's {cls.__name__}", missing=missing)
+        check_names(state, needed, f"H-ViT's {cls.__name__}")
         table, dim = state["pos_embed"], state["cls_token"].shape[-1]
         model = cls._sized(
             state,
@@ -213,7 +212,7 @@ class PatchEncoder(Encoder):
         mlp_ratio: float = 4,
         *,
         side: int | None = None,
-        **others: object,
+        **others: Any,
     ):
         if image % token:
             raise BadParameter("image, token", (image, token), "a patch that its tokens tile")
@@ -229,7 +228,7 @@ class PatchEncoder(Encoder):
         return self.patch_embed(x)
 
     @classmethod
-    def _sized(cls, state: Mapping[str, Tensor], **sizes: object) -> PatchEncoder:
+    def _sized(cls, state: Mapping[str, Tensor], **sizes: Any) -> PatchEncoder:
         token = state[cls._FIRST].shape[-1]
         # a position embedding of 14 x 14 is made for patches of 16 x 16 tokens
         return cls(math.ceil(sizes["side"] / LARGEST_CROP) * token, token, **sizes)
@@ -257,7 +256,7 @@ class RegionEncoder(Encoder):
         mlp_ratio: float = 4,
         *,
         side: int | None = None,
-        **others: object,
+        **others: Any,
     ):
         super().__init__(side or int(patches * LARGEST_CROP), dim, depth, heads, mlp_ratio, **others)
         self.inputs = inputs
@@ -271,7 +270,7 @@ class RegionEncoder(Encoder):
         return self.phi(x.movedim(1, -1)).movedim(-1, 1)
 
     @classmethod
-    def _sized(cls, state: Mapping[str, Tensor], **sizes: object) -> RegionEncoder:
+    def _sized(cls, state: Mapping[str, Tensor], **sizes: Any) -> RegionEncoder:
         return cls(inputs=state[cls._FIRST].shape[1], **sizes)
 
 
@@ -371,9 +370,8 @@ class SlideTransformer(nn.Module):
         longest: int = 512,
     ):
         super().__init__()
-        for name, value, accepted in (("head", head, HEADS), ("position", position, POSITIONS)):
-            if value not in accepted:
-                raise BadParameter(name, value, accepted)
+        check_choice("head", head, HEADS)
+        check_choice("position", position, POSITIONS)
         if classes < 2:
             raise BadParameter("classes", classes, "2 or more")
         dim = dim or inputs
@@ -420,7 +418,7 @@ class SlideTransformer(nn.Module):
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
-class HViT(nn.Module):
+class HViT(OfficialModel):
     """The hierarchy of three levels. Its input is that of its lowest level or of an upper one (see `forward`).
 
     The levels are copied: what the caller hands over is neither frozen nor moved.
@@ -442,15 +440,14 @@ class HViT(nn.Module):
         positions: bool = False,
     ):
         super().__init__()
-        if variant not in VARIANTS:
-            raise BadParameter("variant", variant, VARIANTS)
+        check_choice("variant", variant, VARIANTS)
         if (variant != "global" and region is None) or (variant == "whole" and patch is None):
             raise BadParameter("variant", variant, "one whose trained levels are given")
         if region is not None and region.dim != slide.inputs:
             raise BadParameter("region", f"width {region.dim}", f"{slide.inputs}, what the slide level reads")
         if patch is not None and (region is None or patch.dim != region.inputs):
             raise BadParameter("patch", f"width {patch.dim}", "a region level that reads it")
-        self.patch, self.region, self.slide = (copy.deepcopy(level) for level in (patch, region, slide))
+        self.patch, self.region, self.slide = copy.deepcopy(patch), copy.deepcopy(region), copy.deepcopy(slide)
         self.variant = variant
         frozen = {"global": ("patch", "region"), "local": ("patch",), "whole": ()}[variant]
         self.frozen = [level for level in frozen if getattr(self, level) is not None]
@@ -466,10 +463,6 @@ class HViT(nn.Module):
         for level in self.frozen:
             getattr(self, level).eval()
         return self
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters by name."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """As in `Encoder`, for both encoders."""
@@ -531,7 +524,7 @@ class HViT(nn.Module):
         keep = None if tissue is None else (tissue > 0).flatten(0, 1)
         out, rows = [], []
         for i in range(0, len(patches), batch):
-            seen = None if trace is None else {}
+            seen: dict | None = None if trace is None else {}
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.variant == "whole"):
                 out.append(self.patch(patches[i : i + batch], None if keep is None else keep[i : i + batch], seen))
             rows += [] if seen is None else [_square(seen["attention"])]
@@ -547,15 +540,15 @@ class HViT(nn.Module):
         n = math.isqrt(patches.shape[1])
         if n * n != patches.shape[1]:
             raise BadParameter("patches", patches.shape[1], "a square number: a region is a square grid of them")
-        seen = None if trace is None else {}
-        found = self.region(patches.mT.unflatten(2, (n, n)), keep, seen)
+        seen: dict = {}
+        found = self.region(patches.mT.unflatten(2, (n, n)), keep, None if trace is None else seen)
         if trace is not None:
             trace |= {"regions": found, "region_attention": _square(seen["attention"])}
         return found
 
     @classmethod
     def from_official(
-        cls, state: Mapping[str, Tensor], head: str | None = None, *, position: str | None = None, **options: object
+        cls, state: Mapping[str, Tensor], head: str | None = None, *, position: str | None = None, **options: Any
     ) -> HViT:
         """H-ViT from the authors' tensors, with the levels and the sizes that they have.
 
@@ -575,8 +568,7 @@ class HViT(nn.Module):
             for level in ("patch", "region")
         }
         needed = ["global_phi.0.weight", "global_transformer.layers.0.linear1.weight", "classifier.weight"]
-        if missing := [name for name in needed if name not in state]:
-            raise BadCheckpoint("H-ViT", missing=missing)
+        check_names(state, needed, "H-ViT")
         outputs, kind = len(state["classifier.weight"]), head
         if "b" in state:
             kind, outputs = "coral", len(state["b"])
@@ -626,11 +618,6 @@ class HViT(nn.Module):
             names[name] = found
         return names
 
-    def to_official(self) -> dict[str, Tensor]:
-        """The tensors under the authors' names."""
-        state = self.state_dict()
-        return {official: state[name] for name, official in self.official_names().items()}
-
 
 def _square(attention: Tensor) -> Tensor:
     """From (B, heads, 1 + s s) to (B, heads, s, s): the [CLS] token left out, nothing renormalised."""
@@ -646,7 +633,7 @@ def build(
     patches: int = 8,
     classes: int = 6,
     levels: Sequence[str] = ("patch", "region", "slide"),
-    **slide: object,
+    **slide: Any,
 ) -> HViT:
     """An H-ViT of random weights (torch's current seed), at one of `SIZES`.
 
@@ -655,8 +642,7 @@ def build(
         levels: those that are built; the embeddings of the others are the model's input.
         slide: further options of `SlideTransformer`.
     """
-    if size not in SIZES:
-        raise BadParameter("size", size, tuple(SIZES))
+    check_choice("size", size, SIZES)
     if unknown := set(levels) - {"patch", "region", "slide"}:
         raise BadParameter("levels", sorted(unknown), ("patch", "region", "slide"))
     sizes = SIZES[size]
@@ -688,9 +674,8 @@ class PatchBag(nn.Module):
         dropout: float = 0.25,
     ):
         super().__init__()
-        for name, value, accepted in (("pooling", pooling, ("mean", "attention")), ("head", head, HEADS[:3])):
-            if value not in accepted:
-                raise BadParameter(name, value, accepted)
+        check_choice("pooling", pooling, ("mean", "attention"))
+        check_choice("head", head, HEADS[:3])
         self.classes, self.head = classes, head
         self.phi = nn.Sequential(nn.Linear(inputs, dim), nn.ReLU(), nn.Dropout(dropout))
         self.pool = GatedPool(dim, dropout) if pooling == "attention" else None
@@ -718,8 +703,7 @@ def extended(grades: Tensor, classes: int) -> Tensor:
 
 def loss(head: str, outputs: Tensor, grades: Tensor, classes: int = 6) -> Tensor:
     """The loss of a head's outputs (B, ...) against grades (B,) in 0 .. K - 1."""
-    if head not in HEADS:
-        raise BadParameter("head", head, HEADS)
+    check_choice("head", head, HEADS)
     grades = grades.long()
     if grades.is_cpu and grades.numel() and (grades.min() < 0 or grades.max() >= classes):  # a GPU is not waited for
         raise BadParameter("grades", grades.tolist(), f"0 to {classes - 1}")
@@ -744,8 +728,7 @@ def predict(head: str, outputs: Tensor, classes: int = 6) -> Tensor:
     Ordinal heads count the leading probabilities above one half; CORN multiplies them up first. (The released code
     leaves that product out in training and tuning: `predict("ordinal", ...)` gives what it computes there.)
     """
-    if head not in HEADS:
-        raise BadParameter("head", head, HEADS)
+    check_choice("head", head, HEADS)
     if head == "classification":
         return outputs.argmax(1)
     if head == "regression":  # torch rounds halves to even
@@ -793,6 +776,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     Raises `CorruptFile` for a file that cannot be read.
     """
     saved = None if Path(path).suffix == ".safetensors" else unpickle.load_torch(path)
-    teacher = isinstance(saved, dict) and isinstance(saved.get("teacher"), dict)
-    state = saved["teacher"] if teacher else read_state(path)
+    teacher = saved.get("teacher") if isinstance(saved, dict) else None
+    state = teacher if isinstance(teacher, dict) else read_state(path)
     return {re.sub(r"^(module\.)?(backbone\.)?", "", name): value for name, value in state.items()}

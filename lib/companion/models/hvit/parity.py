@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ... import slides
-from ...errors import BadParameter
 from ...evaluation import fill
-from ...evaluation.parity import Case
+from ...evaluation.parity import Case, run
 from ...viz import heatmaps
 from ..layers import dino
 from . import model as hvit
@@ -36,10 +36,7 @@ def outputs(case: Case) -> dict[str, Tensor]:
         "tiling": _tiling,
         "heatmap": _heatmap,
     }
-    for start, run in kinds.items():
-        if case.name.startswith(start):
-            return run(case)
-    raise BadParameter("case", case.name, list(kinds))
+    return run(kinds, case)
 
 
 def recorded(case: Case) -> dict[str, Tensor]:
@@ -69,7 +66,8 @@ def _share(case: Case, *shape: int) -> Tensor:
 @torch.no_grad()
 def _encoder(case: Case) -> dict[str, Tensor]:
     kind = PatchEncoder if case.name.startswith("vit_patch") else RegionEncoder
-    encoder, x, trace = kind.from_official(case.state), case.input("x"), {}
+    encoder, x = kind.from_official(case.state), case.input("x")
+    trace: dict[str, Any] = {}
     masked = case.facts["config"]["mask_attn"]
     keep = _share(case, *case.facts["inputs"]["pct"]["shape"]) > 0 if masked else None
     cls = encoder(x, keep, trace)
@@ -83,7 +81,7 @@ def _encoder(case: Case) -> dict[str, Tensor]:
     }
 
 
-def _model(case: Case, **options: object) -> HViT:
+def _model(case: Case, **options: Any) -> HViT:
     config = case.facts["config"]
     position = None
     if (config.get("slide_pos_embed") or {}).get("use"):
@@ -103,7 +101,8 @@ def _slide(case: Case) -> dict[str, Tensor]:
 
 
 def _local(case: Case) -> dict[str, Tensor]:
-    model, trace, tissue = _model(case), {}, None
+    model, tissue = _model(case), None
+    trace: dict[str, Any] = {}
     if case.facts["config"]["mask_attn"]:
         tissue = _share(case, *case.facts["inputs"]["pct"]["shape"][:2], 1)[None]
     logits = model(case.input("x")[None], tissue=tissue, trace=trace)
@@ -226,10 +225,11 @@ def _heatmap(case: Case) -> dict[str, Tensor]:
         state["slide"] | {"classifier.weight": torch.zeros(6, 192), "classifier.bias": torch.zeros(6)}, "classification"
     ).slide
     model = HViT(top, RegionEncoder.from_official(state["region"]), PatchEncoder.from_official(state["patch"]))
-    places = {name: re.search(r"saved as (\d+)_(\d+)", facts["recipe"]) for name, facts in case.facts["inputs"].items()}
-    coords = np.array([[int(n) for n in place.groups()] for place in places.values()])
+    inputs = case.facts["inputs"]
+    places = [re.findall(r"saved as (\d+)_(\d+)", facts["recipe"])[0] for facts in inputs.values()]
+    coords = np.array([[int(n) for n in place] for place in places])
     order = slides.file_order(coords)
-    given = [case.values(f"input:{list(places)[i]}", 1024, 1024, 3) for i in order]
+    given = [case.values(f"input:{list(inputs)[i]}", 1024, 1024, 3) for i in order]
     regions = np.stack([(48 * x + 128).round().clamp(0, 255).byte().numpy() for x in given])
     smooth, side = config["smoothing_region_and_patch"], 1024 // config["downscale"]
     step = config["smoothing_region_offset"] * 1024 // 4096 if smooth else 0  # pixels of a region

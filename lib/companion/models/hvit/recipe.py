@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -38,7 +39,7 @@ WORKERS = min(8, os.cpu_count() or 1)
 LEARNING_RATE, DECAY, HALVED, EPOCHS, BATCH = 2e-4, 1e-5, 20, 200, 32
 EARLIEST = 50  # epoch before which training is never stopped
 DRY_REGIONS = 3  # of each generated slide
-SPLIT = {"folds": 5, "test": 0.2}  # of a folder of slides
+SPLIT: dict[str, Any] = {"folds": 5, "test": 0.2}  # of a folder of slides
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,14 @@ class Setting:
 def setting(p: SimpleNamespace, out: Path) -> Setting:
     """The setting of the checked parameters of the notebook; checkpoints and trained weights go below `out`.
 
-    Raises:
-        BadParameter, MissingData, MissingWeights: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`: with what to change or get.
     """
     if p.devices != 1:
         raise BadParameter("devices", p.devices, "1: training on stored features, tuned after each epoch, takes one")
     return _dry_run(p) if p.dry_run else _paper(p, out)
 
 
-def train(found: Setting, method: str, **changes: object) -> tuple[list[nn.Module], History]:
+def train(found: Setting, method: str, **changes: Any) -> tuple[list[nn.Module], History]:
     """Train a method on every fold of a setting; the models, and the history of the first."""
     trained = [found.train(method, fold, **changes) for fold in range(len(found.folds))]
     return [model for model, _ in trained], trained[0][1]
@@ -135,7 +135,7 @@ def build(p: SimpleNamespace, method: str, fold: int = 0, classes: int = data.GR
         pretrained = hvit.RegionEncoder.from_official(hvit.read_checkpoint(file))
         state, side = pretrained.state_dict(), int(p.region // 256 * hvit.LARGEST_CROP)
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], (side, side))
-        model.region.load_state_dict(state)
+        model.get_submodule("region").load_state_dict(state)
     return model
 
 
@@ -239,7 +239,7 @@ def train_fold(
         hardware=hardware,
         name=method,
     )
-    if out is not None:
+    if out is not None and checkpoint is not None:
         state = model.to_official() if isinstance(model, hvit.HViT) else model.state_dict()
         save(out / "trained", checkpoint.path.stem, state)
     return model, history
@@ -267,7 +267,7 @@ def tuning_scores(
 
 
 def _setting(
-    p: SimpleNamespace, title: str, folds: list, test: Dataset, classes: int, out: Path | None, **changes: object
+    p: SimpleNamespace, title: str, folds: list, test: Dataset, classes: int, out: Path | None, **changes: Any
 ) -> Setting:
     hardware = Hardware(p.accelerator, precision=p.precision)
 

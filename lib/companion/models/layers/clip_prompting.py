@@ -2,7 +2,7 @@
 
     ZeroShot    the prompt "a photo of <class>."                                        (Radford et al., ICML 2021)
     CoOp        n learned token embeddings before the class name                        (Zhou et al., IJCV 2022)
-    CoCoOp      the same, plus a bias that a small net computes from the image feature  (Zhou et al., CVPR 2022)
+    CoCoOp      the same, plus a bias that a small network computes from the image feature  (Zhou et al., CVPR 2022)
     MaPLe       learned tokens in J layers of both towers; those of the image tower     (Khattak et al., CVPR 2023)
                 are projections of those of the text tower
 
@@ -24,6 +24,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
@@ -34,8 +35,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ...errors import BadCheckpoint, BadParameter
 from .frozen import frozen_copy
+from .state_dicts import check_names, load_official, official_state
 from .state_dicts import depth as depth_of
-from .state_dicts import load_official, official_state
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
 
@@ -178,8 +179,7 @@ class PromptedCLIP(nn.Module):
         template: the prompt of a class, with {} for its name.
         free: positions after the start of every text that are left for a learned context.
 
-    Raises:
-        BadParameter: a CLIP, tokenizer or option that does not fit.
+    Raises `BadParameter`: a CLIP, tokenizer or option that does not fit.
     """
 
     def __init__(self, clip: CLIP, classes: Classes, tokenizer: Tokenizer | None, template: str, free: int = 0):
@@ -263,7 +263,7 @@ class PromptLearner(PromptedCLIP):
 
     # --- the authors' names ---
 
-    def _learner_names(self) -> dict[str, str | list]:
+    def _learner_names(self) -> dict[str, Any]:
         """Our parameters to the names in the authors' prompt learner; a (nested) list where ours is a stack."""
         return {"ctx": "ctx"}
 
@@ -287,12 +287,12 @@ class PromptLearner(PromptedCLIP):
         cls,
         state: Mapping[str, Tensor],
         clip: CLIP | None = None,
-        classes: Sequence[str] | None = None,
+        classes: Classes | None = None,
         tokenizer: Tokenizer | None = None,
         *,
         ends: Sequence[int] | None = None,
         heads: tuple[int, int] | None = None,
-        **options: object,
+        **options: Any,
     ):
         """The model with a state dict of the authors' code in it: the whole one, or its prompt learner's alone.
 
@@ -324,7 +324,7 @@ class PromptLearner(PromptedCLIP):
             before, after = learner["token_prefix"], learner["token_suffix"]
             middle = before.new_zeros(len(before), sizes["tokens"], before.shape[-1])
             classes = Texts(torch.cat([before, middle, after], dim=1), torch.as_tensor(ends))
-            if len(classes.ends) != len(before):
+            if len(ends) != len(before):
                 raise BadParameter("ends", list(ends), f"{len(before)} positions, one a class")
         elif classes is None or tokenizer is None:
             raise BadParameter("classes", classes, "class names, and their tokenizer, when a clip is given")
@@ -366,17 +366,28 @@ def _clip_of(state: Mapping[str, Tensor], heads: tuple[int, int] | None, what: s
         *(f"image_encoder.{name}" for name in ("conv1.weight", "positional_embedding", "proj")),
         *("text_encoder.positional_embedding", "logit_scale"),
     }
-    if missing := needed - state.keys():
-        raise BadCheckpoint(what, missing)
-    width, _, _, patch = state["image_encoder.conv1.weight"].shape
-    side = math.isqrt(len(state["image_encoder.positional_embedding"]) - 1)
-    length, text_width = state["text_encoder.positional_embedding"].shape
-    image_heads, text_heads = heads or (width // 64, text_width // 64)
-    layers = {tower: depth_of(state, f"{tower}_encoder.transformer.resblocks.") for tower in ("image", "text")}
+    check_names(state, needed, what)
+    return clip_of(state, "image_encoder.", "text_encoder.", heads or (None, None))
+
+
+def clip_of(
+    state: Mapping[str, Tensor], image: str, text: str, heads: tuple[int | None, int | None], words: int = 1
+) -> CLIP:
+    """A CLIP of the sizes of the towers whose names begin with `image` and `text`.
+
+    Args:
+        heads: of the two towers; None: 64 channels a head.
+        words: of the token embedding.
+    """
+    width, _, _, patch = state[f"{image}conv1.weight"].shape
+    side = math.isqrt(len(state[f"{image}positional_embedding"]) - 1)
+    length, text_width = state[f"{text}positional_embedding"].shape
+    image_heads, text_heads = heads[0] or width // 64, heads[1] or text_width // 64
+    layers = [depth_of(state, f"{tower}transformer.resblocks.") for tower in (image, text)]
     return CLIP(
-        state["image_encoder.proj"].shape[1],
-        CLIPVisionCfg(layers["image"], width, width // image_heads, patch_size=patch, image_size=side * patch),
-        CLIPTextCfg(length, 1, width=text_width, heads=text_heads, layers=layers["text"]),
+        state[f"{image}proj"].shape[1],
+        CLIPVisionCfg(layers[0], width, width // image_heads, patch_size=patch, image_size=side * patch),
+        CLIPTextCfg(length, words, width=text_width, heads=text_heads, layers=layers[1]),
         quick_gelu=True,
     )
 
@@ -416,7 +427,7 @@ class CoOp(PromptLearner):
 
 
 def meta_net(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """The two-layer net W2 relu(W1 f + b1) + b2 from an image feature to a bias on the context."""
+    """The two-layer network W2 relu(W1 f + b1) + b2 from an image feature to a bias on the context."""
     return nn.Sequential(
         OrderedDict(linear1=nn.Linear(inputs, hidden), relu=nn.ReLU(), linear2=nn.Linear(hidden, outputs))
     )
@@ -426,10 +437,10 @@ META_NET = [f"meta_net.linear{i}.{kind}" for i in (1, 2) for kind in ("weight", 
 
 
 class CoCoOp(PromptLearner):
-    """Conditional context optimisation: the context plus a bias that a small net computes from the image feature.
+    """Conditional context optimisation: the context plus a bias that a small network computes from the image feature.
 
     Args: as `PromptLearner`, and
-        hidden: width of the net; None for E / 16.
+        hidden: width of the network; None for E / 16.
     """
 
     def __init__(
@@ -452,7 +463,7 @@ class CoCoOp(PromptLearner):
         ctx = self.ctx + self.meta_net(features)[:, None]
         return similarity(self.clip, features, encode_text(self.clip, self.prompted(ctx), self.ends))
 
-    def _learner_names(self) -> dict[str, str | list]:
+    def _learner_names(self) -> dict[str, Any]:
         return {"ctx": "ctx"} | {name: name for name in META_NET}
 
     @staticmethod
@@ -515,7 +526,7 @@ class MaPLe(PromptLearner):
         text = encode_text(self.clip, self.prompted(self.ctx), self.ends, self.deep_text)
         return similarity(self.clip, image, text)
 
-    def _learner_names(self) -> dict[str, str | list]:
+    def _learner_names(self) -> dict[str, Any]:
         layers = range(len(self.deep_text))
         return (
             {name: name for name in ("ctx", "proj.weight", "proj.bias")}

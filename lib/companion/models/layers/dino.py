@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,6 +101,8 @@ class Loss(nn.Module):
     def __init__(self, outputs: int, *, student: float = 0.1, teacher: float = 0.04, momentum: float = 0.9):
         super().__init__()
         self.student, self.teacher, self.momentum = student, teacher, momentum
+        self.centre: Tensor
+        self.patch_centre: Tensor
         self.register_buffer("centre", torch.zeros(1, outputs))
         self.register_buffer("patch_centre", torch.zeros(1, 1, outputs))
 
@@ -368,7 +371,7 @@ def pretrain(
     checkpoint: Checkpoint | None = None,
     hardware: Hardware = AUTO,
     name: str = "DINO",
-    **head: int,
+    **head: Any,
 ) -> tuple[nn.Module, History]:
     """Train a copy of `encoder` by DINO; return the teacher's encoder, in eval mode on the CPU, and the history.
 
@@ -385,8 +388,7 @@ def pretrain(
         checkpoint, hardware: as in `fit`.
         head: `outputs`, `hidden` and `bottleneck` of the head.
 
-    Raises:
-        BadParameter, CorruptFile: as `fit`; or an encoder without a parameter that requires a gradient.
+    Raises `BadParameter`, `CorruptFile`: as `fit`; or an encoder without a parameter that requires a gradient.
     """
     if not any(p.requires_grad for p in encoder.parameters()):
         raise BadParameter("encoder", "a frozen one", "one with parameters that require a gradient")

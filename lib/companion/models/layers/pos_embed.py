@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...errors import BadParameter
+from ...errors import BadParameter, check_choice
 
 KINDS = ("mae", "mocov3", "ecamp")
 
@@ -21,13 +21,11 @@ def sincos_table(width: int, side: int, kind: str = "mae") -> Tensor:
     w_i = 10000^(-i / (width / 4)). "mocov3": the two halves exchanged. "ecamp": as "mae" with w_i = 10000^(-i / width),
     so that the slowest frequency is about 0.1 in place of 0.0001.
 
-    Raises:
-        BadParameter: a width that is not a multiple of 4, or an unknown kind.
+    Raises `BadParameter`: a width that is not a multiple of 4, or an unknown kind.
     """
     if width % 4:
         raise BadParameter("width", width, "a multiple of 4, for a table of sines and cosines")
-    if kind not in KINDS:
-        raise BadParameter("kind", kind, KINDS)
+    check_choice("kind", kind, KINDS)
     steps = torch.arange(width // 4, dtype=torch.float64) / (width if kind == "ecamp" else width // 4)
     angles = torch.arange(side, dtype=torch.float64)[:, None] * 10000.0**-steps
     axis = torch.cat([angles.sin(), angles.cos()], 1)  # (side, width / 2)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -40,8 +41,7 @@ def load_official(
         ignored: official names that start with one of these may be there or not, and are not read.
         optional: official names that end with one of these may be missing: ours keep their values.
 
-    Raises:
-        BadCheckpoint: with every name that is missing, unknown or of another shape; nothing is loaded then.
+    Raises `BadCheckpoint`: with every name that is missing, unknown or of another shape; nothing is loaded then.
     """
     ours, groups = model.state_dict(), {name: np.array(official) for name, official in names.items()}
     wanted = {str(n) for group in groups.values() for n in group.ravel() if group.size}
@@ -60,15 +60,45 @@ def load_official(
     model.load_state_dict(loaded, strict=False)
 
 
+def check_names(state: Mapping[str, Tensor], needed: Iterable[str], what: str) -> None:
+    """Raise `BadCheckpoint` unless a state dict has the names from which the sizes of `what` are read."""
+    if missing := set(needed) - state.keys():
+        raise BadCheckpoint(what, missing)
+
+
 def official_state(ours: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
     """Copies of our tensors by official name: the inverse of `load_official`."""
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, official in names.items():
         group = np.array(official)
         if group.size:
             parts = ours[name].reshape(group.size, *_part_shape(ours[name], group))
             state |= {str(n): part.clone() for n, part in zip(group.ravel(), parts, strict=True)}
     return state
+
+
+class OfficialModel(nn.Module):
+    """A model whose tensors have names in the authors' code."""
+
+    def official_names(self) -> Names:
+        """Our tensor names to the authors'."""
+        raise NotImplementedError
+
+    def to_official(self) -> dict[str, Tensor]:
+        """The state dict under the authors' names; the inverse of `from_official`."""
+        return official_state(self.state_dict(), self.official_names())
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+def renamed(names: Iterable[str], rules: Sequence[tuple[str, str | Callable]]) -> dict[str, str]:
+    """Names to what they become when the patterns of `rules` are replaced, one after the other."""
+    found = {name: name for name in names}
+    for pattern, replacement in rules:
+        found = {name: re.sub(pattern, replacement, new) for name, new in found.items()}
+    return found
 
 
 def depth(names: Iterable[str], prefix: str) -> int:

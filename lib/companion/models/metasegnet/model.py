@@ -23,7 +23,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -31,8 +31,8 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import BadCheckpoint, BadParameter
-from ..layers.state_dicts import load_official, official_state
+from ...errors import BadCheckpoint, BadParameter, check_choice
+from ..layers.state_dicts import OfficialModel, load_official
 from .text import TextEncoder
 
 DECODERS = ("ft_unetformer", "unetformer")
@@ -41,7 +41,7 @@ AUGMENTATIONS = ("none", "lr", "d4", "d4 loveda")  # 1, 4, 16, 8 views
 AUXILIARY = 0.4  # weight of the auxiliary head's loss
 
 # of the Swin and the rest of the network: the author's largest one, and that of the pocket profile
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "paper": {
         "swin": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), "drop_path_rate": 0.3},
         "model": {},
@@ -231,8 +231,7 @@ class Decoder(nn.Module):
         auxiliary: bool | None = None,
     ):
         super().__init__()
-        if kind not in DECODERS:
-            raise BadParameter("decoder", kind, DECODERS)
+        check_choice("decoder", kind, DECODERS)
         if len(channels) != 4:
             raise BadParameter("encoder", f"{len(channels)} maps", "one with four maps")
         if width % heads:
@@ -280,7 +279,7 @@ class _PadFirst(SwinTransformerBlock):
         return super()._attn(x)[:, :height, :width]
 
 
-def swin(**sizes: object) -> SwinTransformer:
+def swin(**sizes: Any) -> SwinTransformer:
     """A timm Swin without classifier, for images of any size, which computes what the author's does (section 3.2).
 
     Windows are always whole and always shifted, and padding precedes the shift. `sizes` go to timm: `embed_dim`,
@@ -341,7 +340,7 @@ class Fusion(nn.Module):
 # --- the network ------------------------------------------------------------------------------------------------------
 
 
-class MetaSegNet(nn.Module):
+class MetaSegNet(OfficialModel):
     """The network; with `text` None its unimodal twin, the same encoder and decoder without text and fusion.
 
     Args:
@@ -398,17 +397,18 @@ class MetaSegNet(nn.Module):
     @classmethod
     def build(cls, classes: int, text: TextEncoder | None = None, size: str = "paper", **options) -> MetaSegNet:
         """A network with random weights, of one of `SIZES`; `options` override those of the size."""
-        if size not in SIZES:
-            raise BadParameter("size", size, SIZES)
+        check_choice("size", size, SIZES)
         return cls(swin(**SIZES[size]["swin"]), classes, text, **(SIZES[size]["model"] | options))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the image encoder's activations in the backward pass: less memory, more time."""
         self.encoder.set_grad_checkpointing(enable)
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters by name: all but those of a frozen text encoder."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+    def ids(self, texts: Sequence[str]) -> Tensor:
+        """The ids (n, L) of texts. Raises `BadParameter` for the unimodal twin, which reads none."""
+        if self.text is None:
+            raise BadParameter("texts", texts, "None: the unimodal twin has no text")
+        return self.text.ids(texts)
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """The encoder's four maps (B, C_k, h, w), finest first; images are padded below and right to whole patches."""
@@ -439,7 +439,7 @@ class MetaSegNet(nn.Module):
         if (texts is None) != (self.text is None):
             wanted = "None: the unimodal twin has no text" if self.text is None else "a text for each image"
             raise BadParameter("texts", texts, wanted)
-        if self.text is not None:
+        if self.text is not None and texts is not None:
             ids = texts if isinstance(texts, Tensor) else self.text.ids(texts)
             if len(ids) not in (1, len(images)):
                 raise BadParameter("texts", f"{len(ids)} of them", f"1, or one for each of {len(images)} images")
@@ -455,7 +455,7 @@ class MetaSegNet(nn.Module):
 
     def loss(self, images: Tensor, texts: Sequence[str] | Tensor | None, labels: Tensor) -> Tensor:
         """`joint_loss` of a batch, labels (B, H, W) int64; with an auxiliary head only in training."""
-        trace = {} if self.training and self.decoder.auxiliary is not None else None
+        trace: dict | None = {} if self.training and self.decoder.auxiliary is not None else None
         logits = self(images, texts, trace)
         return joint_loss(logits, labels, self.ignore, trace and trace["auxiliary"])
 
@@ -469,8 +469,7 @@ class MetaSegNet(nn.Module):
 
         With `text` a new fusion is added, see `options`. `encoder`: for a UNetFormer on another timm model.
 
-        Raises:
-            BadCheckpoint: missing and unknown names and other shapes, all of them listed.
+        Raises `BadCheckpoint`: missing and unknown names and other shapes, all of them listed.
         """
         state, what = _without_counters(state), "GeoSeg's FT-UNetFormer or UNetFormer"
         sizes = decoder_sizes({n.removeprefix("decoder."): t for n, t in state.items() if n.startswith("decoder.")})
@@ -504,10 +503,6 @@ class MetaSegNet(nn.Module):
             elif name.startswith("decoder."):
                 names[name] = f"decoder.{decoder_name(name.removeprefix('decoder.'))}"
         return names
-
-    def to_official(self) -> dict[str, Tensor]:
-        """The inverse of `from_official`: encoder and decoder under GeoSeg's names."""
-        return official_state(self.state_dict(), self.official_names())
 
 
 _RENAMES = (
@@ -568,10 +563,8 @@ def decoder_sizes(state: Mapping[str, Tensor]) -> dict:
 
 def _swin_sizes(state: Mapping[str, Tensor]) -> dict:
     """The sizes of GeoSeg's Swin in a state dict."""
-    blocks = [
-        re.match(r"backbone\.layers\.(\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table$", n) for n in state
-    ]
-    blocks = [m for m in blocks if m]
+    name = re.compile(r"backbone\.layers\.(\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table$")
+    blocks = [m for m in map(name.match, state) if m]
     if not blocks or "backbone.patch_embed.proj.weight" not in state:
         raise BadCheckpoint("GeoSeg's Swin", {"backbone.patch_embed.proj.weight", "backbone.layers.*"} - state.keys())
     depths: dict[int, int] = {}
@@ -604,8 +597,7 @@ def views(kind: str) -> list[tuple[bool, bool, float]]:
     "lr": both flips; "d4": both flips at four scales (Potsdam); "d4 loveda": left-right flips at four scales. There are
     no rotations, in spite of the name.
     """
-    if kind not in AUGMENTATIONS:
-        raise BadParameter("augmentation", kind, AUGMENTATIONS)
+    check_choice("augmentation", kind, AUGMENTATIONS)
     upside_down = (False, True) if kind in ("lr", "d4") else (False,)
     scales = SCALES if kind.startswith("d4") else (1.0,)
     return [(h, v, s) for h in ((False,) if kind == "none" else (False, True)) for v in upside_down for s in scales]
@@ -686,12 +678,12 @@ def bands(
     rows, columns = min(tile, height), min(tile, width)
     tops, lefts = _starts(height, tile, tile - overlap), _starts(width, tile, tile - overlap)
     weight = _ramp(rows, overlap)[:, None] * _ramp(columns, overlap)
-    total, done, base = None, None, 0  # sums of logits and of weights, from row `base` on
+    total, done, base = torch.empty(0), torch.empty(0), 0  # sums of logits and of weights, from row `base` on
     for i, top in enumerate(tops):
         for first in range(0, len(lefts), batch):
             some = lefts[first : first + batch]
             logits = predict(torch.stack([source(top, left, rows, columns) for left in some]))
-            if total is None:
+            if not total.numel():
                 total = logits.new_zeros(logits.shape[1], rows, width)
                 done, weight = logits.new_zeros(rows, width), weight.to(logits)
             for left, found in zip(some, logits, strict=True):

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from ...errors import BadParameter
 from ...evaluation.metrics import landcover
-from ...evaluation.parity import Case
+from ...evaluation.parity import Case, run
 from ...training.callbacks import Callback, Lookahead
 from ...training.fit import CPU, Loop, fit
 from ...training.schedules import schedule
@@ -35,10 +34,7 @@ def outputs(case: Case) -> dict[str, Tensor]:
         "lookahead": _lookahead,
         "tta": _augmented,
     }
-    for start, run in kinds.items():
-        if case.name.startswith(start):
-            return run(case)
-    raise BadParameter("case", case.name, list(kinds))
+    return run(kinds, case)
 
 
 def recorded(case: Case) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -37,7 +38,7 @@ from ...ops.papers import paper
 from ...training import checkpoints, schedules
 from ...training.callbacks import Lookahead
 from ...training.checkpoints import Checkpoint, trained_state
-from ...training.fit import AUTO, Hardware, History, evaluating, fit
+from ...training.fit import AUTO, Hardware, History, device, evaluating, fit
 from ...training.schedules import adamw
 from ..layers.state_dicts import load_official
 from .model import SIZES, MetaSegNet, augmented, bands, joint_loss, swin, views
@@ -97,7 +98,8 @@ def recipe(dataset: str) -> Recipe:
     rows = published_table("metasegnet", "recipes").set_index("method")
     row = rows.loc[DATASETS[dataset].title if dataset in (LOVEDA, POTSDAM) else DATASETS[OEM].title].to_dict()
     whole = ("epochs", "batch", "restart", "crop", "copies")
-    return Recipe(**{name: int(value) if name in whole else float(value) for name, value in row.items()})
+    values: dict[str, Any] = {name: int(value) if name in whole else float(value) for name, value in row.items()}
+    return Recipe(**values)
 
 
 def learning_rates(r: Recipe, base: float, per_epoch: int, epochs: int) -> np.ndarray:
@@ -107,11 +109,12 @@ def learning_rates(r: Recipe, base: float, per_epoch: int, epochs: int) -> np.nd
     if not r.restart:
         rates = r.floor + (base - r.floor) * (1 + np.cos(np.pi * np.arange(epochs) / epochs)) / 2
         return rates.repeat(per_epoch)
-    rates, length = [], r.restart
-    while len(rates) < epochs:
-        rates += [base * (1 + np.cos(np.pi * i / length)) / 2 for i in range(length)]
+    found: list[float] = []
+    length = r.restart
+    while len(found) < epochs:
+        found += [base * (1 + np.cos(np.pi * i / length)) / 2 for i in range(length)]
         length *= 2
-    return np.array(rates[:epochs]).repeat(per_epoch)
+    return np.array(found[:epochs]).repeat(per_epoch)
 
 
 def param_groups(model: MetaSegNet, r: Recipe) -> list[dict]:
@@ -238,8 +241,7 @@ def build(p: SimpleNamespace, prompts: Prompts, classes: int) -> MetaSegNet:
 
     `weights`: empty for timm's released Swin-B from the cache, or a file of it, or the author's `stseg_*.pth`.
 
-    Raises:
-        MissingWeights, CorruptFile, BadCheckpoint: with what to change or get.
+    Raises `MissingWeights`, `CorruptFile`, `BadCheckpoint`: with what to change or get.
     """
     torch.manual_seed(p.seed)
     text, encoder = text_encoder(p, prompts), swin(**SIZES["paper"]["swin"])
@@ -290,7 +292,7 @@ class Test:
     __test__ = False  # no test of pytest's
 
     data: Dataset
-    zones: list[str | None]
+    zones: Sequence[str | None]
     classes: list[str]
     left_out: tuple[int, ...] = ()
     texts: Sequence[str | None] | None = None
@@ -342,14 +344,14 @@ def confusion(
 ) -> Tensor:
     """The confusion matrix (C, C) of a network on a test, with a text for each item."""
     total, done = 0, 0
-    ids = None if given is None else model.text.ids(given)
+    ids = None if given is None else model.ids(given)
+    network: Callable[..., Tensor] = model
     workers = 0 if isinstance(part.data, TensorDataset) else WORKERS
-    with evaluating(hardware, model) as device:
-        for images, labels in DataLoader(part.data, part.batch, num_workers=workers, pin_memory=device.type == "cuda"):
-            some = () if ids is None else (ids[done : done + len(images)].to(device),)
-            x = images.to(device, non_blocking=True)
-            logits = augmented(lambda x, some=some: model(x, *some), x, augmentation)
-            predicted = logits.argmax(1).cpu()
+    with evaluating(hardware, model) as where:
+        for images, labels in DataLoader(part.data, part.batch, num_workers=workers, pin_memory=where.type == "cuda"):
+            some = {} if ids is None else {"texts": ids[done : done + len(images)].to(where)}
+            x = images.to(where, non_blocking=True)
+            predicted = augmented(functools.partial(network, **some), x, augmentation).argmax(1).cpu()
             predicted = predicted if part.into is None else part.into[predicted]
             total = total + metrics.confusion(labels, predicted, len(part.classes))
             done += len(images)
@@ -377,12 +379,12 @@ def predict(
     if data.windows is not None:
         raise BadParameter("data", f"windows of {data.size} pixels", "whole images (size = None)")
     files = []
-    with evaluating(hardware, model) as device:
+    with evaluating(hardware, model) as where:
         for i, picture in enumerate(data.pictures):
-            ids = () if given is None else (model.text.ids([given[i]]).to(device),)
+            ids = () if given is None else (model.ids([given[i]]).to(where),)
 
             def network(x: Tensor, ids=ids) -> Tensor:
-                return augmented(lambda y: model(y, *ids), x.to(device), augmentation)
+                return augmented(lambda y: model(y, *ids), x.to(where), augmentation)
 
             tiles = functools.partial(bands, network, tile=tile, overlap=overlap, batch=batch)
             target = Path(out) / f"{picture.image.stem}.tif"
@@ -462,8 +464,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
     Args:
         out: the run's folder.
 
-    Raises:
-        BadParameter, MissingData, MissingWeights, CorruptFile: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`: with what to change or get.
     """
     check(p)
     prompts = Prompts.read(p.prompts or PROMPTS)
@@ -474,7 +475,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
             return []
         data, zones, own = training()
         given, r = texts(prompts, method, zones, own=own, seed=p.seed), recipe(p.dataset)
-        if model.text is not None:
+        if model.text is not None and given is not None:
             data = Prompted(data, model.text, given, DROPPED if LEVELS[method] == "full" else 0.0)
         if p.dry_run:
             return learn(p, data, model, epochs=1, batch=len(data) // DRY_STEPS)
@@ -556,7 +557,7 @@ def _tests(p: SimpleNamespace) -> dict[str, Test]:
     # without a text the map of climate zones is not needed
     zones = data.zones() if LEVELS[p.method] or p.held_out else [None] * len(data)
 
-    def of(part: landcover.LandCover, zones: list[str | None]) -> Test:
+    def of(part: landcover.LandCover, zones: Sequence[str | None]) -> Test:
         batch = 4 if part.windows is not None and part.pad else 1
         return Test(part, zones, part.classes, part.left_out, part.texts(), into, batch)
 
@@ -575,7 +576,7 @@ def _tests(p: SimpleNamespace) -> dict[str, Test]:
 def _generated(p: SimpleNamespace) -> tuple[str, int, dict[str, Test], Callable[[], Items]]:
     """As `_real`, of a dry run: noise in squares of one class each, of the recipe's crop, in two zones by turns."""
     names = CLASSES.get(p.dataset, CLASSES[OEM])
-    gpu, r = p.accelerator != "cpu" and torch.cuda.is_available(), recipe(p.dataset)
+    gpu, r = device(p.accelerator) == "cuda", recipe(p.dataset)
     side, batch = (r.crop, r.batch) if gpu else (min(r.crop, DRY_SIDE), 1)
 
     def generated(count: int, seed: int) -> Items:
@@ -597,7 +598,7 @@ KEYS = ["method", "dataset", "test", "prompt", "text_encoder", "texts", "augment
 VALUES = ["mIoU", "mF1", "OA"]
 
 
-def row(p: SimpleNamespace, name: str, part: Test, matrix: Tensor) -> dict[str, object]:
+def row(p: SimpleNamespace, name: str, part: Test, matrix: Tensor) -> dict[str, Any]:
     """A row for `measured`: the settings of a test, and the scores in percent."""
     found = metrics.scores(matrix, part.left_out)
     own = {"mIoU": found.miou, "mF1": found.mf1, "OA": found.oa}

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from open_clip.model import CLIP
@@ -62,7 +63,8 @@ class TextEncoder(nn.Module):
         return torch.stack([self._known[row].to(ids.device) for row in rows])
 
     def _freeze(self) -> None:
-        self.frozen, self._known = True, {}
+        self.frozen = True
+        self._known: dict[tuple[int, ...], Tensor] = {}
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True):
@@ -146,7 +148,7 @@ class ClipText(TextEncoder):
         decode: from an id to its word; None: the tokenizer's own `decode`.
     """
 
-    def __init__(self, clip: CLIP, tokenizer: Callable, decode: Callable[[int], str] | None = None):
+    def __init__(self, clip: CLIP, tokenizer: Any, decode: Callable[[int], str] | None = None):
         super().__init__()
         if not isinstance(clip, CLIP):
             raise BadParameter("clip", type(clip).__name__, "an open_clip CLIP with its own text tower")
@@ -183,7 +185,7 @@ class BertText(TextEncoder):
         length: tokens of the longest text; longer ones are truncated.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Callable, length: int = 128):
+    def __init__(self, model: nn.Module, tokenizer: Any, length: int = 128):
         super().__init__()
         self.model, self.tokenizer, self.length = copy.deepcopy(model), tokenizer, length
         self.width, self.pad = model.config.hidden_size, tokenizer.pad_token_id

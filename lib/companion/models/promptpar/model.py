@@ -35,21 +35,21 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from open_clip.model import CLIP
 from timm.layers import DropPath
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ...errors import BadCheckpoint, BadParameter, CorruptFile
+from ...errors import BadParameter, CorruptFile, check_choice
 from ...ops.unpickle import load_torch
 from ..layers import state_dicts
-from ..layers.clip_prompting import Texts, Tokenizer, check_depth, checked_clip, embed_texts, encode_text
+from ..layers.clip_prompting import Texts, Tokenizer, check_depth, checked_clip, clip_of, embed_texts, encode_text
 from ..layers.frozen import frozen_copy
 
 TUNED = ("prompts", "all")
@@ -126,8 +126,7 @@ def prompted_text(clip: CLIP, texts: Texts, prompts: Tensor, place: str = "end")
     The model does not need this: with `place` "end", as released, any prompts give the features without prompts, and
     the gradient is exactly zero. With "start", after the start token, they have an effect.
     """
-    if place not in ("end", "start"):
-        raise BadParameter("place", place, ("end", "start"))
+    check_choice("place", place, ("end", "start"))
     n, length = prompts.shape[1], texts.embedded.shape[1]
     start, ends = (length, texts.ends) if place == "end" else (1, texts.ends + n)
     x = texts.embedded + clip.positional_embedding
@@ -193,7 +192,7 @@ class Heads(nn.Module):
         return (x * self.weight[:, 0]).sum(-1) + self.bias[:, 0]
 
 
-class PromptPAR(nn.Module):
+class PromptPAR(state_dicts.OfficialModel):
     """PromptPAR on an open_clip CLIP and a timm ViT of any size.
 
         v = tower(image, P, LC)                             L tokens; P replaced at each of the first J layers
@@ -225,8 +224,7 @@ class PromptPAR(nn.Module):
             row 0 of the similarity is the first global prompt, not [CLS]; the last image's regions count for the whole
             batch; and strips as in `region_mask`. Requires 4 regions and groups of equal size.
 
-    Raises:
-        BadParameter: a CLIP, tokenizer, ViT or option that does not fit.
+    Raises `BadParameter`: a CLIP, tokenizer, ViT or option that does not fit.
     """
 
     def __init__(
@@ -250,8 +248,7 @@ class PromptPAR(nn.Module):
         official_quirks: bool = False,
     ):
         super().__init__()
-        if tuned not in TUNED:
-            raise BadParameter("tuned", tuned, TUNED)
+        check_choice("tuned", tuned, TUNED)
         checked_clip(clip)
         self.clip = clip = frozen_copy(copy.deepcopy(clip) if tuned == "all" else clip)
         self.grad_checkpointing = False
@@ -355,11 +352,7 @@ class PromptPAR(nn.Module):
         """Recompute the activations of each layer of the image tower in the backward pass: less memory, more time."""
         self.grad_checkpointing = enable
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters by name."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
-
-    def param_groups(self) -> list[dict[str, object]]:
+    def param_groups(self) -> list[dict[str, Any]]:
         """The parameter groups of the authors' two optimisers: "prompts", of the image tower, and "heads"."""
         own = ("clip.", "prompts", "region_tokens", "temperature", "agg_bn.")
         groups: dict[str, list[nn.Parameter]] = {"prompts": [], "heads": []}
@@ -439,7 +432,7 @@ class PromptPAR(nn.Module):
     def forward_head(self, tokens: Tensor) -> Output:
         """Logits (b, A) and similarity (b, A) from the tokens (b, L, E) of `forward_features`."""
         logits = self.bn(self.heads(self.fuse(tokens)))
-        if not len(self.region_tokens):
+        if self.agg_bn is None:
             return Output(logits, None)
         _, shares = self.similarities(tokens[:, self.class_positions])
         return Output(logits, self.agg_bn(self.aggregate(shares)))
@@ -453,7 +446,8 @@ class PromptPAR(nn.Module):
         """Attention and similarity maps of images (b, 3, H, W). Raises `BadParameter` without a fusion block."""
         if self.linear_layer is not None:
             raise BadParameter("mm_layers", 0, "1 or more: one linear layer over all tokens has no attention")
-        tower, fused = [], []
+        tower: list[Tensor] = []
+        fused: list[Tensor] = []
         tokens = self.forward_features(images, tower)
         self.fuse(tokens, fused)
         patches = self.grid[0] * self.grid[1]
@@ -465,7 +459,7 @@ class PromptPAR(nn.Module):
 
     # --- the authors' names ---
 
-    def _names(self) -> dict[str, str | list]:
+    def official_names(self) -> dict[str, str | list]:
         """Our tensor names to those in the authors' two modules."""
         attributes, clip = len(self.text_features), "clip_model"
         names: dict[str, str | list] = {
@@ -498,7 +492,7 @@ class PromptPAR(nn.Module):
         clip: CLIP | None = None,
         heads: tuple[int, int, int] | None = None,
         official_quirks: bool = True,
-        **options: object,
+        **options: Any,
     ) -> PromptPAR:
         """The model with the authors' tensors, all sizes read from them; the inverse is `to_official`.
 
@@ -524,8 +518,7 @@ class PromptPAR(nn.Module):
             "model.word_embed.weight",
             "model.bn.weight",
         }
-        if missing := needed - state.keys():
-            raise BadCheckpoint(what, missing)
+        state_dicts.check_names(state, needed, what)
         if len(sentences) != (attributes := len(state["model.bn.weight"])):
             raise BadParameter("sentences", len(sentences), f"{attributes}, one for each attribute")
         deep, texts = f"{own}transformer.prompt_deep", "clip_model.transformer.prompt_text_deep"
@@ -534,12 +527,13 @@ class PromptPAR(nn.Module):
         inner = len(state["model.word_embed.weight"])
         depth, prompts = state[deep].shape[:2] if deep in state else (None, 0)
         image, text, mixed = heads or (None, None, None)
+        words = len(state["clip_model.token_embedding.weight"])
         mm_layers = state_dicts.depth(state, f"{fused}blocks.")
         fusion = VisionTransformer(
             img_size=16, embed_dim=inner, depth=mm_layers, num_heads=mixed or inner // 64, num_classes=0
         )
         model = cls(
-            copy.deepcopy(clip) or _clip_of(state, image, text),
+            copy.deepcopy(clip) or clip_of(state, own, "clip_model.", (image, text), words),
             sentences,
             tokenizer,
             fusion,
@@ -552,13 +546,13 @@ class PromptPAR(nn.Module):
             official_quirks=official_quirks,
             **options,
         ).eval()
-        state_dicts.load_official(model, state, model._names(), what, optional=("num_batches_tracked",))
+        state_dicts.load_official(model, state, model.official_names(), what, optional=("num_batches_tracked",))
         model.set_sentences(sentences, tokenizer)  # by the weights that were just loaded
         return model
 
     def to_official(self) -> dict[str, Tensor]:
         """All tensors under the authors' names, "clip_model.<name>" and "model.<name>"."""
-        state = state_dicts.official_state(self.state_dict(), self._names())
+        state = super().to_official()
         deep = "clip_model.visual.transformer.prompt_deep"
         return state | ({deep: state[deep].unsqueeze(2)} if deep in state else {})
 
@@ -567,32 +561,6 @@ def _uniform(*shape: int, patch: int) -> nn.Parameter:
     """A prompt initialised as in Visual Prompt Tuning: U(-v, v), v² = 6 / (3 patch² + width)."""
     bound = math.sqrt(6 / (3 * patch**2 + shape[-1]))
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
-
-
-def _clip_of(state: Mapping[str, Tensor], image_heads: int | None, text_heads: int | None) -> CLIP:
-    """A CLIP of the sizes in an official state dict."""
-    own = "clip_model.visual."
-    width, _, _, patch = state[f"{own}conv1.weight"].shape
-    side = math.isqrt(len(state[f"{own}positional_embedding"]) - 1)
-    length, text_width = state["clip_model.positional_embedding"].shape
-    return CLIP(
-        state[f"{own}proj"].shape[1],
-        CLIPVisionCfg(
-            state_dicts.depth(state, f"{own}transformer.resblocks."),
-            width,
-            width // (image_heads or width // 64),
-            patch_size=patch,
-            image_size=side * patch,
-        ),
-        CLIPTextCfg(
-            length,
-            len(state["clip_model.token_embedding.weight"]),
-            width=text_width,
-            heads=text_heads or text_width // 64,
-            layers=state_dicts.depth(state, "clip_model.transformer.resblocks."),
-        ),
-        quick_gelu=True,
-    )
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -605,7 +573,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """
     found = load_torch(path)
     parts = {"clip_model.": ("ViT_model", "clip_model"), "model.": ("model_state_dict",)}
-    state = {}
+    state: dict[str, Tensor] = {}
     for prefix, entries in parts.items():
         part = next((found[e] for e in entries if e in found), None) if isinstance(found, Mapping) else None
         if not isinstance(part, Mapping):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
@@ -11,9 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ...backbones import read_state
-from ...errors import BadParameter
 from ...evaluation.metrics.attributes import evaluate
-from ...evaluation.parity import Case
+from ...evaluation.parity import Case, run
 from ..layers.clip_prompting import Texts, embed_texts
 from ..layers.state_dicts import load_official, official_state
 from .model import Output, PromptPAR, label_weights, loss, prompted_text, read_checkpoint, region_mask, weighted_loss
@@ -41,10 +41,7 @@ def outputs(case: Case) -> dict[str, Tensor]:
     if "dataset" in config:
         return _model(case)
     module = config if isinstance(config, str) else config.get("module", "")  # the authors' class or function
-    for start, run in kinds.items():
-        if module.startswith(start):
-            return run(case)
-    raise BadParameter("config", module, list(kinds))
+    return run(kinds, case, module)
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
@@ -73,7 +70,7 @@ def _load(model: PromptPAR, case: Case, prefix: str = "") -> None:
         state[deep] = state[deep].squeeze(2)
     names = {
         ours: official
-        for ours, official in model._names().items()
+        for ours, official in model.official_names().items()
         if (official if isinstance(official, str) else official[0]) in state
     }
     load_official(model, state, names, "PromptPAR (the authors' names)", ignored=("model.",))
@@ -98,11 +95,12 @@ def _tower(case: Case) -> dict[str, Tensor]:
         prompts=config["vis_prompt"],
         depth=config["vis_depth"],
     )
-    variants = {"": {}, "_nomask": {"masked": False}, "_nodiv": {"regions": 0}}
+    variants: dict[str, dict[str, Any]] = {"": {}, "_nomask": {"masked": False}, "_nodiv": {"regions": 0}}
     for ending, options in variants.items():
         model = _small(**shared, **options)
         _load(model, case, "clip_model.visual.")
-        rows, seen = (PLAIN_ROWS if ending == "_nodiv" else ROWS), []
+        rows = PLAIN_ROWS if ending == "_nodiv" else ROWS
+        seen: list[Tensor] = []
         given = (
             case.values("input:tokens_nodiv", 257, 2, 64)
             if ending == "_nodiv"
@@ -127,25 +125,28 @@ def _aggregate(case: Case) -> dict[str, Tensor]:
     model.text_features = case.values("input:text_features", config["A"], config["E"])
     logits, shares = model.similarities(regions)
     found = {"logits_per_image": logits, "similarity": shares, **_final(model, shares)}
-    return found | {"final_similarity_batch_trainbn": model.agg_bn.train()(model.aggregate(shares))}
+    return found | {"final_similarity_batch_trainbn": model.get_submodule("agg_bn").train()(model.aggregate(shares))}
 
 
 def _final(model: PromptPAR, shares: Tensor) -> dict[str, Tensor]:
     """The released aggregation of a batch, and of the same images one at a time."""
-    each = torch.cat([model.agg_bn(model.aggregate(share[None])) for share in shares])
-    return {"final_similarity_batch": model.agg_bn(model.aggregate(shares)), "final_similarity_each": each}
+    norm = model.get_submodule("agg_bn")
+    each = torch.cat([norm(model.aggregate(share[None])) for share in shares])
+    return {"final_similarity_batch": norm(model.aggregate(shares)), "final_similarity_each": each}
 
 
 @torch.no_grad()
 def _fusion(case: Case) -> dict[str, Tensor]:
-    config, found = case.facts["config"], {}
+    config = case.facts["config"]
+    found: dict[str, Tensor] = {}
     attributes, embed = config["A"], config["embed"]
     tokens = case.values("input:visual_tokens", 2, config["visual_tokens"], embed)
-    for ending, options in {"": {}, "_2023": {"visual_embed": False}, "_linear": {"mm_layers": 0}}.items():
+    variants: dict[str, dict[str, Any]] = {"": {}, "_2023": {"visual_embed": False}, "_linear": {"mm_layers": 0}}
+    for ending, options in variants.items():
         model = _small(attributes, embed=embed, prompts=config["visual_tokens"] - 257, regions=0, **options)
         _load(model, case)
         model.text_features = case.values("input:text_features", attributes, embed)
-        seen = []
+        seen: list[Tensor] = []
         fused = model.fuse(tokens, seen)
         logits = model.heads(fused)
         if not ending:
@@ -208,7 +209,9 @@ def _model(case: Case) -> dict[str, Tensor]:
     prompts = model.text_prompts.requires_grad_()
     model.text_features = prompted_text(model.clip, texts, prompts)
 
-    tokens = model.forward_features(case.input("images"), maps := [])
+    maps: list[Tensor] = []
+    mixed: list[Tensor] = []
+    tokens = model.forward_features(case.input("images"), maps)
     regions = tokens[:, model.class_positions]
     similarity, shares = model.similarities(regions)
     found = {
@@ -221,7 +224,7 @@ def _model(case: Case) -> dict[str, Tensor]:
         "logits_per_image": similarity,
         **_final(model, shares),
     }
-    fused = model.fuse(tokens, mixed := [])
+    fused = model.fuse(tokens, mixed)
     logits = model.heads(fused)
     released = model.bn(logits)
     found |= {"mm_attention_headmean": mixed[0], "pre_bn_logits": logits, "bn_logits": released}
@@ -233,7 +236,7 @@ def _model(case: Case) -> dict[str, Tensor]:
 
     ratio = 0.05 + 0.9 * case.values("input:ratio", len(sentences)).sigmoid()
     labels = (case.values("input:targets", len(tokens), len(sentences)) > 0).float()
-    final = model.agg_bn(model.aggregate(shares))
+    final = model.get_submodule("agg_bn")(model.aggregate(shares))
     heads_loss, region_loss = weighted_loss(released, labels, ratio), weighted_loss(final, labels, ratio)
     total = loss(Output(released, final), labels, ratio)
     total.backward()
@@ -243,7 +246,7 @@ def _model(case: Case) -> dict[str, Tensor]:
 def _gradients(model: PromptPAR, case: Case) -> dict[str, Tensor]:
     """The recorded gradients: slices and norms, by the authors' names, and that of the text prompts: exactly zero."""
     ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    official = official_state(ours, {n: o for n, o in model._names().items() if n in ours})
+    official = official_state(ours, {n: o for n, o in model.official_names().items() if n in ours})
     norms = {name.partition(".")[2]: grad.norm() for name, grad in official.items()}
     prompts, facts = model.prompts.grad, case.facts
     if "grad_norm_order" in facts:
@@ -259,6 +262,6 @@ def _gradients(model: PromptPAR, case: Case) -> dict[str, Tensor]:
         "grad_prompt_deep_slice": prompts[layers][:, [0, 10, 20, 49], :64],
         "grad_prompt_text_absmax": model.text_prompts.grad.abs().amax((1, 2, 3)),
         "grad_part_class_embedding_norm": model.region_tokens.grad.norm(dim=1),
-        "grad_temperature": model.temperature.grad[None],
+        "grad_temperature": model.get_parameter("temperature").grad[None],
         "grad_model_norms": torch.stack([norms[name] for name in order]),
     }

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -100,8 +101,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         p: the checked parameters of the notebook.
         out: the run's folder.
 
-    Raises:
-        BadParameter, MissingData, MissingWeights, CorruptFile: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`: with what to change or get.
     """
     if p.texts == "phrases" and p.dataset not in PHRASES:
         raise BadParameter("texts", p.texts, f"'sentences'; phrases are known of {', '.join(PHRASES)}")
@@ -233,15 +233,17 @@ def _paper(p: SimpleNamespace, out: Path) -> Setting:
             return released, []
         model, name = made(method), f"{label(p)}, {p.dataset}, seed {p.seed}"
         published = recipe()["heads"]
-        settings = {
-            "epochs": int(published["epochs"]),
-            "batch": min(int(published["batch"]), len(data)),  # your own folder may have fewer images
-            "workers": WORKERS,
-            "checkpoint": Checkpoint.of(
-                out / "checkpoints", name, model=model, images=data.sources, labels=data.labels, method=method
-            ),
-        }
-        history = learn(p, model, data, data.ratio, **settings)
+        facts: dict[str, Any] = {"model": model, "images": data.sources, "labels": data.labels, "method": method}
+        history = learn(
+            p,
+            model,
+            data,
+            data.ratio,
+            epochs=int(published["epochs"]),
+            batch=min(int(published["batch"]), len(data)),  # your own folder may have fewer images
+            workers=WORKERS,
+            checkpoint=Checkpoint.of(out / "checkpoints", name, **facts),
+        )
         checkpoints.save(out / "trained", name, model.to_official())
         return model, history
 
@@ -312,7 +314,7 @@ def measured(path: Path, new: Mapping[str, object] | None = None) -> pd.DataFram
     return upsert_rows(path, ["method", "dataset", "seed"], ["mA", "Acc", "Prec", "Rec", "F1"], [new] if new else ())
 
 
-def row(p: SimpleNamespace, found: Scores) -> dict[str, object]:
+def row(p: SimpleNamespace, found: Scores) -> dict[str, Any]:
     """Scores as a row for `measured`."""
     return {"method": label(p), "dataset": p.dataset, "seed": p.seed} | found.totals
 

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ...errors import BadCheckpoint, BadParameter
+from ...errors import BadCheckpoint, BadParameter, check_choice
 from ..layers.frozen import frozen_copy
-from ..layers.state_dicts import Names, depth, load_official, official_state
+from ..layers.state_dicts import Names, OfficialModel, depth, load_official, renamed
 from ..layers.vpt import PLAIN_VIT, plain_vit
 
 ATTENTION = ("aligned", "padded")
@@ -53,7 +53,10 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Loss for `fit`: cross-entropy, or `two_pathway_loss` where the model has two outputs. batch: images, labels."""
     images, target = batch
     output = model(images)
-    return two_pathway_loss(*output, target) if isinstance(output, tuple) else F.cross_entropy(output, target)
+    if isinstance(output, tuple):
+        on_image, on_prompt = output
+        return two_pathway_loss(on_image, on_prompt, target)
+    return F.cross_entropy(output, target)
 
 
 def neighbourhood(grid: tuple[int, int], radius: int | None = 1, class_token: bool = True) -> Tensor:
@@ -130,7 +133,7 @@ class Adapter(nn.Module):
         return self.dropout(self.up(self.dropout(F.gelu(self.down(self.norm(z))))))
 
 
-class TwoPathways(nn.Module):
+class TwoPathways(OfficialModel):
     """The part that SA²VP on a ViT and on a Swin share.
 
     Args:
@@ -159,18 +162,18 @@ class TwoPathways(nn.Module):
         frozen_dropout: bool = True,
     ):
         super().__init__()
-        if attention not in ATTENTION:
-            raise BadParameter("attention", attention, ATTENTION)
-        if direction not in DIRECTIONS:
-            raise BadParameter("direction", direction, DIRECTIONS)
-        if attention == "padded" and radius is None:
-            raise BadParameter("radius", radius, "a whole number when attention = 'padded'")
+        check_choice("attention", attention, ATTENTION)
+        check_choice("direction", direction, DIRECTIONS)
         self.backbone = frozen_copy(backbone)
         self.scale, self.direction, self.grid = scale, direction, tuple(grid)
         self.frozen_dropout, self.grad_checkpointing = frozen_dropout, False
         self.dropout = nn.Dropout(dropout)
         mask = neighbourhood(grid, radius, class_token)
-        self.cross = AlignedAttention(padded_mask(mask, radius, class_token) if attention == "padded" else mask)
+        if attention == "padded":
+            if radius is None:
+                raise BadParameter("radius", radius, "a whole number when attention = 'padded'")
+            mask = padded_mask(mask, radius, class_token)
+        self.cross = AlignedAttention(mask)
 
     def train(self, mode: bool = True):
         """Training or eval mode; with `frozen_dropout=False` the backbone stays in eval mode."""
@@ -182,10 +185,6 @@ class TwoPathways(nn.Module):
         """Recompute the activations of each block in the backward pass, to save memory (timm's name for it)."""
         self.grad_checkpointing = enable
         self.backbone.set_grad_checkpointing(enable)
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters by name, the head's among them."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def count(self, head: bool = False) -> int:
         """The number of trainable parameters; the paper's percentage leaves the head out."""
@@ -216,11 +215,8 @@ class TwoPathways(nn.Module):
             (r"(cross_attn\.\d+)\.up", r"\1.ffn.fc2"),
         )
 
-    def _official_names(self) -> Names:
-        names = {name: name for name in self.state_dict()}
-        for pattern, replacement in self._renames():
-            names = {ours: re.sub(pattern, replacement, official) for ours, official in names.items()}
-        return names
+    def official_names(self) -> Names:
+        return renamed(self.state_dict(), self._renames())
 
     def _load_official(self, state: Mapping[str, Tensor], copies: Mapping[str, str]):
         """Load a state dict of the authors' code. `copies`: the frozen copies of a block in it, and their sources."""
@@ -235,12 +231,8 @@ class TwoPathways(nn.Module):
                     differ.append(f"{name} is no copy of {source}")
         if differ:
             raise BadCheckpoint(what, shapes=differ)
-        load_official(self, state, self._official_names(), what)
+        load_official(self, state, self.official_names(), what)
         return self
-
-    def to_official(self) -> dict[str, Tensor]:
-        """The state dict under the authors' names, without their frozen copies of each block's attention."""
-        return official_state(self.state_dict(), self._official_names())
 
 
 class SA2VP(TwoPathways):
@@ -256,8 +248,7 @@ class SA2VP(TwoPathways):
         options: `attention`, `radius`, `direction`, `dropout` and `frozen_dropout` of `TwoPathways`. As released,
             `dropout` also acts after the embeddings and in the MLPs of the frozen blocks.
 
-    Raises:
-        BadParameter: an option outside its choices, or a backbone that is not such a ViT.
+    Raises `BadParameter`: an option outside its choices, or a backbone that is not such a ViT.
     """
 
     def __init__(
@@ -274,8 +265,7 @@ class SA2VP(TwoPathways):
         usual = all(isinstance(b, Block) and type(b.mlp) is Mlp and type(b.attn) is Attention for b in blocks)
         if not plain_vit(backbone) or not usual or len(blocks) % 3:
             raise BadParameter("backbone", type(backbone).__name__, f"{PLAIN_VIT}; pre-norm, depth divisible by 3")
-        if new_maps not in (0, 1, 2):
-            raise BadParameter("new_maps", new_maps, (0, 1, 2))
+        check_choice("new_maps", new_maps, (0, 1, 2))
         super().__init__(backbone, scale, backbone.patch_embed.grid_size, True, **options)
         dim, tokens, self.period = backbone.embed_dim, 1 + math.prod(self.grid), len(blocks) // 3
         for block in self.backbone.blocks:
@@ -348,10 +338,12 @@ class SA2VP(TwoPathways):
         # the interaction reads the block's inputs, through the q, k, v that T_i has already computed
         if to_prompt and self.direction in ("both", "image to prompt"):
             q = qkv_prompt[0].expand(b, -1, -1, -1)[:, :, :keep]
-            next_prompt = next_prompt + self._interact(i, block.attn.proj, q, *qkv_image[1:], prompt[:, :keep])
+            _, k, v = qkv_image
+            next_prompt = next_prompt + self._interact(i, block.attn.proj, q, k, v, prompt[:, :keep])
         elif not to_prompt and self.direction in ("both", "prompt to image"):
             q = qkv_image[0][:, :, :keep]
-            next_image = next_image + self._interact(i, block.attn.proj, q, *qkv_prompt[1:], image[:, :keep])
+            _, k, v = qkv_prompt
+            next_image = next_image + self._interact(i, block.attn.proj, q, k, v, image[:, :keep])
         return next_image, next_prompt
 
     def _block(self, block: Block, x: Tensor, keep: int | None, batch: int = 1) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -389,8 +381,7 @@ class SA2VP(TwoPathways):
         Sizes are read off the tensors; `heads` is not among them and defaults to heads of 64 channels. `options` are
         those of the class (scale and attention are not stored either).
 
-        Raises:
-            BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
+        Raises `BadCheckpoint`: names that are missing, unknown or of another shape, all of them listed.
         """
         root, need = "vit_base.transformer.", {"embeddings.position_embeddings", "embeddings.ppt", "encoder.deep_ppt"}
         absent = {root + n for n in need} | {"class_head.weight"}
@@ -433,11 +424,11 @@ class SA2VP(TwoPathways):
             (r"^(embeddings|encoder)", r"vit_base.transformer.\1"),
         )
 
-    def _official_names(self) -> Names:
+    def official_names(self) -> Names:
         parts = ("query", "key", "value")
         return {
-            ours: [name.replace("qkv", part) for part in parts] if ".attn.qkv." in name else name
-            for ours, name in super()._official_names().items()
+            ours: [str(name).replace("qkv", part) for part in parts] if ".attn.qkv." in name else name
+            for ours, name in super().official_names().items()
         }
 
 
@@ -452,8 +443,7 @@ class SA2VPSwin(TwoPathways):
         options: of `TwoPathways`. As released, `dropout` acts in the interactions alone; the frozen blocks have the
             stochastic depth that the backbone was built with (`drop_path_rate`, 0.2 as released).
 
-    Raises:
-        BadParameter: an option outside its choices, or a backbone that is not such a Swin.
+    Raises `BadParameter`: an option outside its choices, or a backbone that is not such a Swin.
     """
 
     def __init__(
@@ -536,8 +526,7 @@ class SA2VPSwin(TwoPathways):
     ):
         """The model with a state dict of the authors' code (`Dual_model`, Swin) in it. The inverse is `to_official`.
 
-        Raises:
-            BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
+        Raises `BadCheckpoint`: names that are missing, unknown or of another shape, all of them listed.
         """
         need = {"vit_base.patch_embed.deep_ppt", "vit_base.patch_embed.proj.weight", "class_head.weight"}
         if need - state.keys():

@@ -8,8 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import BadParameter
-from ...evaluation.parity import Case
+from ...evaluation.parity import Case, run
 from ...training.schedules import learning_rates
 from .model import SA2VP, SA2VPSwin, two_pathway_loss
 
@@ -28,11 +27,7 @@ def outputs(case: Case) -> dict[str, Tensor]:
         "Dual_model(SwinTransformer": _swin,
         "Dual_model(VisionTransformer": _vit,
     }
-    module = case.facts["module"]  # the authors' class and file
-    for start, run in kinds.items():
-        if module.startswith(start):
-            return run(case)
-    raise BadParameter("module", module, list(kinds))
+    return run(kinds, case, case.facts["module"])  # the authors' class and file
 
 
 def _attention(case: Case) -> str:
@@ -142,7 +137,7 @@ def _gradients(model: nn.Module, case: Case, logits_image: Tensor, logits_prompt
     """The loss and the norm of its gradient for every trained tensor, by official name."""
     value = two_pathway_loss(logits_image, logits_prompt, torch.tensor(case.facts["targets"]))
     value.backward()
-    official = model._official_names()
+    official = model.official_names()
     grads = {f"grad:{official[n]}": p.grad.norm() for n, p in model.trained().items() if p.grad is not None}
     return {"logits_image": logits_image, "logits_prompt": logits_prompt, "loss": value} | grads
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import torch
@@ -58,13 +59,12 @@ class Setting:
 def setting(p: SimpleNamespace, out: Path) -> Setting:
     """The setting of the `paper` profile that the notebook's parameters ask for; results go below `out`.
 
-    Raises:
-        BadParameter, MissingData, MissingWeights: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`: with what to change or get.
     """
     return _dry(p) if p.dry_run else _paper(p, out)
 
 
-def published_settings(backbone: str, dataset: str) -> dict[str, float]:
+def published_settings(backbone: str, dataset: str) -> dict[str, Any]:
     """Width r, scale s, learning rate and batch of a dataset, from the authors' README (the paper's YAML).
 
     A dataset without a row of its own takes its group's. Where the README gives two values, the first is taken for the
@@ -97,7 +97,7 @@ def published_settings(backbone: str, dataset: str) -> dict[str, float]:
 def build(p: SimpleNamespace, method: str, classes: int, weights: str | Path) -> nn.Module:
     """A method at full size on the backbone that the parameters name."""
     # Swin's stochastic depth is the released 0.2; frozen VPT and probing never see it (they stay in eval mode)
-    options = {"drop_path_rate": 0.2} if p.backbone == "swin_b" else {}
+    options: dict[str, Any] = {"drop_path_rate": 0.2} if p.backbone == "swin_b" else {}
     torch.manual_seed(p.seed)  # of random weights in a dry run
     backbone = backbones.build(p.backbone, weights, **options)
     torch.manual_seed(p.seed)
@@ -175,7 +175,7 @@ def _paper(p: SimpleNamespace, out: Path) -> Setting:
     )
 
 
-def train(found: Setting, method: str, **changes: object) -> tuple[nn.Module, History]:
+def train(found: Setting, method: str, **changes: Any) -> tuple[nn.Module, History]:
     """Build and train a method of a setting; return the model, in eval mode, and the history of its training.
 
     `changes` go to `fit`. With a folder, a training that was stopped is resumed, and the final weights are saved.
@@ -228,7 +228,7 @@ def label(p: SimpleNamespace) -> str:
     return ", ".join([p.method, *changed])
 
 
-def measured(path: Path, new: dict[str, object] | None = None) -> pd.DataFrame:
+def measured(path: Path, new: dict[str, Any] | None = None) -> pd.DataFrame:
     """The real results in `path`, a row a (backbone, method, dataset, seed); `new` is added, or replaces its row."""
     return upsert_rows(path, ["backbone", "method", "dataset", "seed"], ["accuracy"], [new] if new else ())
 
@@ -261,7 +261,7 @@ def benchmark_means(rows: pd.DataFrame, backbone: str) -> dict[tuple[str, str], 
         group, _, key = name.partition("/")
         if dataset.task == "classification" and group in ("fgvc", "hta", "vtab"):
             sets[group if group != "vtab" else dataset.group.replace("VTAB-1k ", "vtab_").lower()].append((group, key))
-    found = {}
+    found: dict[tuple[str, str, str], float] = {}
     for group in ("fgvc", "hta", "vtab"):
         found |= {(method, group, key): value for (method, key), value in cells(rows, backbone, group).items()}
     means = {}

@@ -33,9 +33,9 @@ from torchvision.ops import FeaturePyramidNetwork, batched_nms, clip_boxes_to_im
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from ...backbones import Input, per_channel
-from ...errors import BadCheckpoint, BadParameter
+from ...errors import BadParameter, check_choice
 from ..layers.clip_prompting import Tokenizer, tokenise
-from ..layers.state_dicts import depth, load_official, official_state
+from ..layers.state_dicts import OfficialModel, check_names, depth, load_official
 
 PROMPT = "There is a {}"  # as released: no article choice, no stop, the class name exactly as in the annotation file
 IMAGENET = Input(416, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # 416: the shorter side at test
@@ -74,8 +74,7 @@ def normalise(scores: Tensor, over: str = "image", scale: float = 1.0) -> Tensor
         over: "image", the paper's formula; "batch", mean and std over all B · C scores, as in the released code (which
             tests one image at a time, where the two are equal); "none", sigmoid(scale · s), a control of ours.
     """
-    if over not in OVER:
-        raise BadParameter("over", over, OVER)
+    check_choice("over", over, OVER)
     if over == "none":
         return (scale * scores).sigmoid()
     if over == "batch":
@@ -181,7 +180,7 @@ class Recognition(NamedTuple):
     p: Tensor  # (B, C) both fused: the input of `refine`, one row an image
 
 
-class MLR(nn.Module):
+class MLR(OfficialModel):
     """Multi-modal multi-label recognition on a backbone of any size. Body and teacher are copied, not changed in place.
 
         maps = FPN(body(image))                      P3 ... P7
@@ -242,8 +241,7 @@ class MLR(nn.Module):
             raise BadParameter("novel", (tuple(novel.shape), novel.dtype), f"one bool for each of {len(text)} classes")
         if levels < 1:
             raise BadParameter("levels", levels, "1 or more")
-        if over not in OVER:
-            raise BadParameter("over", over, OVER)
+        check_choice("over", over, OVER)
         self.indices = None if channels else tuple(indices)
         if channels is None:
             if not hasattr(body, "forward_intermediates") or max(indices) >= len(body.feature_info):
@@ -270,10 +268,6 @@ class MLR(nn.Module):
     @property
     def levels(self) -> int:
         return self.heads.levels
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters by name: of the body (its norms unless frozen), the pyramid, the heads."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """As in timm, for the body."""
@@ -392,25 +386,20 @@ class MLR(nn.Module):
         A merged file, in which the names start with "ovmlr_model.", is accepted; the detector in it is not read. The
         text embeddings are those stored: call `F.normalize` on raw ones.
 
-        Raises:
-            BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
+        Raises `BadCheckpoint`: names that are missing, unknown or of another shape, all of them listed.
         """
         merged = {n.removeprefix("ovmlr_model."): t for n, t in state.items() if n.startswith("ovmlr_model.")}
         state, what = merged or state, "SIC-CADS' image-level model (ResNet-50)"
-        if missing := {"text_embedding.weight", "mlr_lin.weight"} - state.keys():
-            raise BadCheckpoint(what, missing)
+        check_names(state, {"text_embedding.weight", "mlr_lin.weight"}, what)
         tower = {n.removeprefix("clip_model."): t for n, t in state.items() if n.startswith("clip_model.")}
         body = timm.create_model("resnet50", pretrained=False, num_classes=0)
         teacher = _tower(tower) if tower else None
         model = cls(body, state["text_embedding.weight"], novel, teacher=teacher, **options).eval()
-        load_official(model, state, model._names(), what, ignored=("backbone.bottom_up.base.fc.",))
+        load_official(model, state, model.official_names(), what, ignored=("backbone.bottom_up.base.fc.",))
         return model
 
-    def to_official(self) -> dict[str, Tensor]:
-        """The state dict under the authors' names, without the classifier `fc` of their files, which is never used."""
-        return official_state(self.state_dict(), self._names())
-
-    def _names(self) -> dict[str, str]:
+    def official_names(self) -> dict[str, str]:
+        """Our names to the authors', without the classifier `fc` of their files, which is never used."""
         names = {}
         for name in self.state_dict():
             part, _, rest = name.partition(".")
@@ -501,8 +490,7 @@ def detector_scores(stages: Sequence[Tensor], objectness: Tensor | None = None, 
     R-CNN on OV-COCO. `activation`: "sigmoid", as the released detectors; "softmax", the paper's Eq. 1. Drop the last
     column, the background's, before `refine`.
     """
-    if activation not in ACTIVATIONS:
-        raise BadParameter("activation", activation, ACTIVATIONS)
+    check_choice("activation", activation, ACTIVATIONS)
     given = [logits.sigmoid() if activation == "sigmoid" else logits.softmax(-1) for logits in stages]
     mean = sum(given) / len(given)
     return mean if objectness is None else (mean * objectness[:, None]).sqrt()

@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...data.detection import OV_COCO_BASE, OV_COCO_NOVEL
-from ...errors import BadParameter
 from ...evaluation.metrics.detection import evaluate, recognition_ap
-from ...evaluation.parity import Case
+from ...evaluation.parity import Case, run
 from ..layers.state_dicts import load_official
 from .model import (
     CROSS_DATASET,
@@ -43,10 +42,7 @@ def outputs(case: Case) -> dict[str, Tensor]:
         "eval_ov_coco": _coco,
         "eval_ov_lvis": _lvis,
     }
-    for start, run in kinds.items():
-        if case.facts["case"].startswith(start):
-            return run(case)
-    raise BadParameter("case", case.facts["case"], list(kinds))
+    return run(kinds, case, case.facts["case"])
 
 
 def _pixels(case: Case, name: str) -> Tensor:
@@ -126,7 +122,7 @@ def _heads(case: Case) -> dict[str, Tensor]:
     e_text, e_image = heads(maps)
     s_text, s_image = (pool(e @ text.mT, config["levels"]) for e in (e_text, e_image))
     share = text_share(novel, config["lambda_base"], config["lambda_novel"])
-    batch, image = ([normalise(s, over) for s in (s_text, s_image)] for over in ("batch", "image"))
+    batch, image = ((normalise(s_text, over), normalise(s_image, over)) for over in ("batch", "image"))
     return {
         "e_text": e_text,
         "e_image": e_image,

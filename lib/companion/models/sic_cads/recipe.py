@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -29,13 +30,13 @@ from ...data import DATASETS, detection
 from ...data.detection_sets import COCO_BASE, COCO_NOVEL
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics.detection import evaluate, recognition_ap
-from ...evaluation.tables import compare_published, published_table, upsert_rows
+from ...evaluation.tables import published_table, upsert_rows, with_measured
 from ...ops.files import read_json
 from ...ops.papers import paper
 from ...ops.progress import progress
 from ...training.callbacks import ClipValue
 from ...training.checkpoints import Checkpoint, save
-from ...training.fit import CPU, Hardware, History, evaluating, fit, launcher
+from ...training.fit import CPU, Hardware, History, device, evaluating, fit
 from ...training.schedules import adamw
 from ..layers.state_dicts import load_official
 from . import model as sic_cads
@@ -63,7 +64,7 @@ class Recipe:
         threshold, top: of the detections.
     """
 
-    options: dict[str, float]
+    options: dict[str, Any]
     iterations: int
     batch: int
     lr: float
@@ -174,8 +175,8 @@ def training_data(p: SimpleNamespace, train: detection.Boxes) -> Dataset:
         train.dataset, train.root, Path(train.sources[0]).parent, labels, train.base, train.novel
     )
     # as many images with boxes as with captions
-    times = max(1, round(len(captioned) / len(found)))
-    return ConcatDataset([*[found] * times, Crops(captioned, r.size, r.crop, boxes=False)])
+    copies = max(1, round(len(captioned) / len(found)))
+    return ConcatDataset([*[found] * copies, Crops(captioned, r.size, r.crop, boxes=False)])
 
 
 def loss(model: sic_cads.MLR, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -307,7 +308,7 @@ def train_model(
         hardware=Hardware(p.accelerator, p.devices, p.precision, workers),
         name="recogniser",
     )
-    if out is not None:
+    if out is not None and checkpoint is not None:
         save(out / "trained", checkpoint.path.stem, trained_weights(model))
     return history
 
@@ -363,8 +364,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
     The detectors here return all their boxes: the threshold is a lower bound, not the 0.15 or 0.2 that the released
     configurations set for theirs, and set predictors need no suppression.
 
-    Raises:
-        BadParameter, MissingData, MissingWeights, CorruptFile: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`: with what to change or get.
     """
     if p.captions and p.dataset != "detection/ov-coco":
         raise BadParameter("captions", True, "False: captions are known of detection/ov-coco alone")
@@ -380,10 +380,10 @@ def _setting(
     p: SimpleNamespace, title: str, test: detection.Boxes, make: Callable, train: Callable, detector: nn.Module
 ) -> Setting:
     hardware = Hardware(p.accelerator, precision=p.precision)
-    device = launcher(hardware).device
+    where = device(p.accelerator)
 
     def detect(image: Tensor) -> tuple[Tensor, Tensor]:
-        found = detector.to(device)(image)  # moved at the first image, not before processes for training are forked
+        found = detector.to(where)(image)  # moved at the first image, not before processes for training are forked
         return found.boxes.cpu(), found.probabilities.cpu()
 
     return Setting(
@@ -424,7 +424,7 @@ def _paper(p: SimpleNamespace, out: Path) -> Setting:
     return _setting(p, DATASETS[p.dataset].title, test, make, train, detector)
 
 
-def untrained(model: sic_cads.MLR, **changes: object) -> History:
+def untrained(model: sic_cads.MLR, **changes: Any) -> History:
     """No training: an empty history."""
     return []
 
@@ -479,7 +479,7 @@ def generated(p: SimpleNamespace, count: int, height: int = 480, width: int = 64
 def _dry_run(p: SimpleNamespace) -> Setting:
     """Full-size models with random weights, two optimiser steps on generated images of the real shape."""
     torch.manual_seed(p.seed)
-    gpu = p.accelerator != "cpu" and torch.cuda.is_available()
+    gpu = device(p.accelerator) == "cuda"
     r, test = recipe(p.dataset, p.captions), generated(p, 2)
     batch = r.batch if gpu else 2
     clip = backbones.build(f"openclip:{p.clip}", "random")
@@ -499,7 +499,7 @@ def _dry_run(p: SimpleNamespace) -> Setting:
 # --- refinement of a setting's detector -------------------------------------------------------------------------------
 
 
-def train(found: Setting, **changes: object) -> tuple[sic_cads.MLR, History]:
+def train(found: Setting, **changes: Any) -> tuple[sic_cads.MLR, History]:
     """Build the recogniser of a setting and train it; the history is empty where nothing is trained."""
     model = found.build()
     history = found.train(model, **changes)
@@ -535,13 +535,15 @@ class Predictions:
 
 def predict(found: Setting, model: sic_cads.MLR, count: int = 0) -> Predictions:
     """Run detector and recogniser on the first `count` test images, 0 for all."""
-    boxes, probabilities, rows = [], [], []
-    with evaluating(found.hardware, model) as device:
+    boxes: list[Tensor] = []
+    probabilities: list[Tensor] = []
+    rows = []
+    with evaluating(found.hardware, model) as where:
         for index in progress(range(min(count or len(found.test), len(found.test))), "test images"):
             image, _ = found.test[index]
             for outputs, output in zip((boxes, probabilities), found.detect(image), strict=True):
                 outputs.append(output)
-            rows.append({name: p.cpu() for name, p in branch_scores(model, image.to(device)).items()})
+            rows.append({name: p.cpu() for name, p in branch_scores(model, image.to(where)).items()})
     return Predictions(boxes, probabilities, {name: torch.stack([row[name] for row in rows]) for name in rows[0]})
 
 
@@ -632,8 +634,5 @@ def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
 
 def tables(path: Path) -> dict[str, pd.DataFrame]:
     """The paper's tables of results by title, the published values next to those measured in `path`."""
-    found, rows = {}, measured(path)
-    for name in (*TABLES, "cross-dataset"):
-        frame = published_table("sic_cads", name)
-        found[frame.attrs["title"]] = compare_published(frame, cells(rows, name))
-    return found
+    rows = measured(path)
+    return with_measured("sic_cads", {name: cells(rows, name) for name in (*TABLES, "cross-dataset")})

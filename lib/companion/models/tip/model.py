@@ -32,7 +32,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import BadParameter
+from ...errors import BadParameter, check_choice
 
 FUSIONS = ("modulate", "add")  # the paper's figure; a plain ControlNet
 MIDS = ("modulate", "add", "none")
@@ -154,8 +154,7 @@ class Adaptor(ModelMixin, ConfigMixin):
         conditioning_zero: bool = True,
     ):
         super().__init__()
-        if fusion not in FUSIONS:
-            raise BadParameter("fusion", fusion, FUSIONS)
+        check_choice("fusion", fusion, FUSIONS)
         if mid not in MIDS or (fusion == "add" and mid == "modulate"):
             raise BadParameter("mid", mid, MIDS if fusion == "modulate" else ("add", "none"))
         self.branch = net = ControlNetModel.from_config(dict(controlnet))
@@ -254,6 +253,8 @@ class TIP(nn.Module):
         """States (B, M, d) of ids (B, M) int64; states are returned as they are, so they can be encoded in advance."""
         if text.is_floating_point():
             return text
+        if self.text is None:
+            raise BadParameter("text", "ids", "states: this model has no text encoder")
         with torch.no_grad():
             return self.text(text)[0]
 

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
@@ -28,7 +29,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ...errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights
+from ...errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights, check_choice
 from ...ops.files import atomic_folder
 from ...ops.progress import progress
 from .model import TIP, Adaptor, Encoded, check_unet, frozen, to_images
@@ -55,7 +56,7 @@ _SD_NOISE = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "sd15": {
         "unet": {"cross_attention_dim": 768, "attention_head_dim": 8},
         "vae": _SD_VAE,
@@ -125,8 +126,7 @@ def routed(semantic: str, restoration: str, route: str = "decoupled") -> tuple[s
     "decoupled": c_s and c_r (figure). Controls of ours: "swapped", c_r and c_s; "joined": both get both, as in a stock
     ControlNet pipeline with one prompt.
     """
-    if route not in ROUTES:
-        raise BadParameter("route", route, ROUTES)
+    check_choice("route", route, ROUTES)
     both = "; ".join(text for text in (semantic, restoration) if text)
     return {"decoupled": (semantic, restoration), "swapped": (restoration, semantic), "joined": (both, both)}[route]
 
@@ -193,7 +193,7 @@ class TIPPipeline(DiffusionPipeline):
         fusion: str = "modulate",
         mid: str | None = None,
         download: bool = False,
-        **options: object,
+        **options: Any,
     ) -> TIPPipeline:
         """The released parts of a Stable Diffusion 1.x or 2.x, and an adaptor initialised from its UNet.
 
@@ -290,8 +290,7 @@ class TIPPipeline(DiffusionPipeline):
             raise BadParameter("image", "values outside [0, 1]", "a float tensor (B, 3, H, W) in [0, 1]")
         if steps < 1 or steps > self.scheduler.config.num_train_timesteps:
             raise BadParameter("steps", steps, f"1 to {self.scheduler.config.num_train_timesteps}")
-        if output not in ("pt", "pil", "latent"):
-            raise BadParameter("output", output, ("pt", "pil", "latent"))
+        check_choice("output", output, ("pt", "pil", "latent"))
         model, device, count = TIP(self.unet, self.adaptor), self.unet.device, len(image)
         height, width = image.shape[-2:]
         y = F.pad(image, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")
@@ -452,8 +451,7 @@ def build(
 
     Works on torch's meta device (`with torch.device("meta")`), to count parameters.
     """
-    if size not in SIZES:
-        raise BadParameter("size", size, tuple(SIZES))
+    check_choice("size", size, SIZES)
     sizes = SIZES[size]
     net = UNet2DConditionModel(**{**sizes["unet"], **(unet or {})})
     words = {**sizes["text"], **(text or {})}

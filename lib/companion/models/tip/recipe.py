@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,7 +29,7 @@ from ...evaluation.metrics.restoration import perceptual, psnr, ssim
 from ...evaluation.tables import upsert_rows
 from ...training.callbacks import ClipNorm
 from ...training.checkpoints import Checkpoint
-from ...training.fit import CPU, Hardware, History, evaluating, fit, launcher
+from ...training.fit import CPU, Hardware, History, device, evaluating, fit
 from ...training.schedules import adamw, schedule
 from . import model as tip
 from .pipeline import TIPPipeline, build, load_adaptor, save_adaptor
@@ -87,8 +88,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
     Args:
         out: the run's folder, for checkpoints and trained adaptors.
 
-    Raises:
-        BadParameter, MissingData, MissingWeights, CorruptFile, BadCheckpoint: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`, `BadCheckpoint`: with what to change or get.
     """
     if p.task != "train" and not (p.checkpoint or p.dry_run):
         raise BadParameter("checkpoint", p.checkpoint, f"the folder of a trained adaptor for task = {p.task!r}")
@@ -99,14 +99,15 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         raise BadParameter("texts", p.texts, "others: the images of DIV2K have no captions")
     if p.dry_run:
         title, size, steps = "generated images (dry run: losses and scores mean nothing)", DRY_SIZE, DRY_STEPS
-        images, test = Generated(4, size, p.seed), Generated(2, size, p.seed + 1)
+        images: Dataset | None = Generated(4, size, p.seed)
+        test: Dataset = Generated(2, size, p.seed + 1)
     else:
         (title, images, test), size, steps = _datasets(p), p.size, p.steps
 
     # a dry run's UNet is in bfloat16 already
     hardware = CPU if p.dry_run else Hardware(p.accelerator, precision=p.precision)
 
-    def learn(pipe: TIPPipeline, method: str, **changes: object) -> History:
+    def learn(pipe: TIPPipeline, method: str, **changes: Any) -> History:
         return train(p, pipe, samples(images, size, method, p.seed), None if p.dry_run else out, name=method, **changes)
 
     return Setting(
@@ -139,7 +140,7 @@ def _pipeline(p: SimpleNamespace, method: str) -> TIPPipeline:
     if p.checkpoint:
         pipe.register_modules(adaptor=load_adaptor(p.checkpoint, pipe.unet))
     # a training moves it itself: processes for several devices must be forked before a GPU is used
-    return pipe if p.task == "train" else pipe.to(launcher(Hardware(p.accelerator)).device)
+    return pipe if p.task == "train" else pipe.to(device(p.accelerator))
 
 
 def _datasets(p: SimpleNamespace) -> tuple[str, restoration.Captioned | None, restoration.Captioned]:
@@ -271,7 +272,7 @@ def train(
         hardware=hardware,
         name=name,
     )
-    pipe.to(launcher(hardware).device)  # for the test
+    pipe.to(device(hardware.accelerator))  # for the test
     if out is not None:
         save_adaptor(pipe.adaptor, out / "trained" / name.replace(" ", "-"))
     return history
@@ -384,7 +385,7 @@ def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
     A method's name includes what is not the default: the diffusion model, the middle, on DIV2K the degradation.
     """
     dataset, degradation = TABLES[table]
-    found = {}
+    found: dict = {}
     for row in rows.to_dict("records"):
         plain = row["texts"] == "own" and row["guidance"] == 1 and row["scale"] == 1
         if row["dataset"] != dataset or not plain or degradation not in (None, row["degradation"]):

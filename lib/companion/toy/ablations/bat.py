@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,9 +122,9 @@ def train(method: str, task: str, learning_rate: float, seed: int, root: str, sp
 
 
 def train_model(
-    model: nn.Module, method: str, pairs: TensorDataset, learning_rate: float, seed: int, **changes
+    model: nn.Module, method: str, pairs: TensorDataset, learning_rate: float, seed: int, **changes: Any
 ) -> History:
     """Train `model` in place by the published settings but for length, batch and schedule; return its history."""
-    settings = {"epochs": 1, "batch": BATCH, "callbacks": [ClipNorm(recipe.CLIP)], "seed": seed, "hardware": CPU}
-    optimizer = adamw(learning_rate, recipe.WEIGHT_DECAY, decay="all")
-    return fit(model, loss, pairs, optimizer=optimizer, **settings | {"name": method} | changes)
+    settings: dict[str, Any] = {"epochs": 1, "batch": BATCH, "seed": seed, "hardware": CPU, "name": method}
+    optimizer, callbacks = adamw(learning_rate, recipe.WEIGHT_DECAY, decay="all"), [ClipNorm(recipe.CLIP)]
+    return fit(model, loss, pairs, **settings | {"optimizer": optimizer, "callbacks": callbacks} | changes)

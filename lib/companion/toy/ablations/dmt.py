@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -144,16 +145,16 @@ def fit_student(
     learning_rate: float,
     seed: int,
     steps: int,
-    **options: object,
+    **options: Any,
 ) -> History:
     """Train the model of a method in place, for `steps`. `options` go to `fit`."""
     optimizer, epochs = adamw(learning_rate, WEIGHT_DECAY), steps / (len(data) // BATCH)
-    options = {"epochs": epochs, "seed": seed, "hardware": CPU, "name": method} | options
-    return fit(model, loss, data, batch=BATCH, optimizer=optimizer, **options)
+    settings: dict[str, Any] = {"epochs": epochs, "seed": seed, "hardware": CPU, "name": method}
+    return fit(model, loss, data, batch=BATCH, optimizer=optimizer, **settings | options)
 
 
 def train_model(
-    method: str, learning_rate: float, seed: int, root: str, steps: int = STEPS, **options: object
+    method: str, learning_rate: float, seed: int, root: str, steps: int = STEPS, **options: Any
 ) -> tuple[ViT, nn.Module, History]:
     """Train a method; the student in eval mode, the whole model, and the history. `options` go to `fit`."""
     model, loss, data = assemble(method, seed, root)
@@ -162,7 +163,7 @@ def train_model(
 
 
 def train(
-    method: str, task: str, learning_rate: float, seed: int, root: str, split: str = "test", **options: object
+    method: str, task: str, learning_rate: float, seed: int, root: str, split: str = "test", **options: Any
 ) -> dict[str, float]:
     """One method, trained where there is something to train, and its probes. Returns a row.
 

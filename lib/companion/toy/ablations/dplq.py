@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +37,9 @@ LEARNING_RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 100
 METRIC = "HM"
-SHOTS, TRAINING = 16, {"epochs": 40, "batch": 16, "hardware": CPU}  # of `fit`
-DEPTH, HIDDEN = 6, 16  # all six layers of the image tower; the width of the small net, for which E / 16 would be 4
+SHOTS = 16
+TRAINING: dict[str, Any] = {"epochs": 40, "batch": 16, "hardware": CPU}  # of `fit`
+DEPTH, HIDDEN = 6, 16  # all six layers of the image tower; the width of the small network, for which E / 16 would be 4
 TEMPLATE = "a photo of a {}"
 SENSORS = ("first sensor", "second sensor")
 
@@ -58,7 +60,7 @@ INPUTS = {
     "DPLQ, mean 1, noise in training only": ("images", "domain, mean 1"),
     "DPLQ, mean 1, noise off": ("images", "domain, mean 1"),
 }
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "DPLQ, real layers": {"language": "real", "vision": "real"},
     "DPLQ, an axis each": {"axes": "i, j"},
     "DPLQ, mean 1, noise in training only": {"noise": "train"},
@@ -183,7 +185,7 @@ def accuracy(model: prompting.PromptedCLIP, data: TensorDataset, classes: tuple[
 
 
 def train(
-    method: str, task: str, learning_rate: float, seed: int, root: str, split: str = "test", **options: object
+    method: str, task: str, learning_rate: float, seed: int, root: str, split: str = "test", **options: Any
 ) -> dict:
     """Train one method on the base classes of one domain, if it has anything to train, and test it on both halves.
 
@@ -217,6 +219,6 @@ def optimizer(learning_rate: float) -> MakeOptimizer:
     return adamw(learning_rate, 5e-4)
 
 
-def train_model(model: nn.Module, data: TensorDataset, learning_rate: float, **options: object) -> History:
+def train_model(model: nn.Module, data: TensorDataset, learning_rate: float, **options: Any) -> History:
     """Train `model` in place on what `inputs` gives; `options` go to `fit`."""
     return fit(model, loss, data, optimizer=optimizer(learning_rate), **TRAINING | options)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -107,7 +107,7 @@ def train_model(
 ) -> History:
     """Pre-train `model` in place; the history has the losses "mim", "sr" and "mlm"."""
     optimizer = adamw(lr, RECIPE["weight_decay"])
-    settings = {"epochs": epochs, "batch": RECIPE["batch"], "seed": seed, "hardware": CPU, "name": name}
+    settings: dict[str, Any] = {"epochs": epochs, "batch": RECIPE["batch"], "seed": seed, "hardware": CPU, "name": name}
     return fit(model, ecamp.pretraining_loss, data, optimizer=optimizer, **settings)
 
 
@@ -184,8 +184,8 @@ class Segmenter(MapDecoder):
     def __init__(self, width: int):
         super().__init__(width, (32, 16, 8))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return super().forward(tokens.mT.unflatten(2, (8, 8)))
+    def forward(self, x: Tensor, trace: list[Tensor] | None = None) -> Tensor:
+        return super().forward(x.mT.unflatten(2, (8, 8)), trace)
 
 
 def segmenter(model: ecamp.ECAMP, train: pocket.Part, seed: int) -> Segmenter:
@@ -193,7 +193,7 @@ def segmenter(model: ecamp.ECAMP, train: pocket.Part, seed: int) -> Segmenter:
     data = TensorDataset(tokens(model, train.images[:SEGMENT_ON]), train.masks[:SEGMENT_ON])
     torch.manual_seed(seed)
     found = Segmenter(data.tensors[0].shape[-1])
-    settings = SEGMENT | {"seed": seed, "hardware": CPU, "name": "segmenting"}
+    settings: dict[str, Any] = SEGMENT | {"seed": seed, "hardware": CPU, "name": "segmenting"}
     fit(found, lambda m, batch: segmentation_loss(m(batch[0]), batch[1]), data, **settings)
     return found
 
@@ -239,11 +239,11 @@ def word_losses(model: ecamp.ECAMP, data: pocket.Part, words: Vocabulary) -> dic
     """
     read = texts(data.reports, words)
     hidden = read.ids.masked_fill(read.side | read.finding, words.mask)
-    z = model.project(tokens(model, data.images))
+    z = model.get_submodule("project")(tokens(model, data.images))
     found = {}
     for image, seen in (("right", z), ("other", z.roll(1, 0))):
         rows = zip(hidden.split(200), read.attention.split(200), seen.split(200), strict=True)
-        logits = torch.cat([model.text(*row) for row in rows])
+        logits = torch.cat([model.get_submodule("text")(*row) for row in rows])
         for name, at in (("side", read.side), ("finding", read.finding)):
             found[f"{name}, {image}"] = F.cross_entropy(logits[at], read.ids[at], reduction="none")
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,7 +111,7 @@ def build(method: str, seed: int) -> nn.Module:
     levels = ("region", "slide")
     model = hvit.build("pocket", options["kind"], head(method), patches=pocket.SIDE, levels=levels)
     if options.get("region") != "random":
-        model.region.load_state_dict(encoders("dino")[1].state_dict())
+        model.get_submodule("region").load_state_dict(encoders("dino")[1].state_dict())
     return model
 
 
@@ -140,7 +141,7 @@ def inputs(model: nn.Module, features: Tensor) -> Tensor:
 
 
 def train_model(
-    model: nn.Module, method: str, data: TensorDataset, learning_rate: float, seed: int, **changes: object
+    model: nn.Module, method: str, data: TensorDataset, learning_rate: float, seed: int, **changes: Any
 ) -> History:
     """Train `model` in place; return its history. `changes`: arguments of `fit` that differ."""
     features, grades = data.tensors
@@ -148,9 +149,9 @@ def train_model(
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return hvit.loss(head(method), model(batch[0]), batch[1], pocket.GRADES)
 
-    settings = {"epochs": EPOCHS, "batch": BATCH, "optimizer": adamw(learning_rate, WEIGHT_DECAY)} | changes
-    data = TensorDataset(inputs(model, features), grades)
-    return fit(model, loss, data, seed=seed, hardware=CPU, name=method, **settings)
+    settings: dict[str, Any] = {"epochs": EPOCHS, "batch": BATCH, "seed": seed, "hardware": CPU, "name": method}
+    data, optimizer = TensorDataset(inputs(model, features), grades), adamw(learning_rate, WEIGHT_DECAY)
+    return fit(model, loss, data, **settings | {"optimizer": optimizer} | changes)
 
 
 def grades(model: nn.Module, method: str, features: Tensor) -> Tensor:

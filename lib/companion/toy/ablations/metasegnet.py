@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -140,7 +141,7 @@ def train_model(
 
     batch, optimizer = RECIPE["batch"], adamw(lr, RECIPE["weight_decay"])
     epochs = (steps or STEPS) / (len(data) // batch)
-    settings = {"epochs": epochs, "batch": batch, "seed": seed, "hardware": CPU, "name": network}
+    settings: dict[str, Any] = {"epochs": epochs, "batch": batch, "seed": seed, "hardware": CPU, "name": network}
     return fit(model, loss, TensorDataset(*tensors), optimizer=optimizer, **settings)
 
 
@@ -148,7 +149,7 @@ def train_model(
 def predict(model: MetaSegNet, images: Tensor, given: list[str] | None = None, batch: int = TEST_BATCH) -> Tensor:
     """The predicted class of each pixel, (n, H, W), of images with a text each (None: the unimodal twin)."""
     model.eval()
-    ids = [None] * len(images) if given is None else model.text.ids(given)
+    ids = [None] * len(images) if given is None else model.ids(given)
     return torch.cat(
         [
             model(images[i : i + batch], None if given is None else ids[i : i + batch]).argmax(1)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -65,7 +67,7 @@ def prepare(root: str | Path, seed: int) -> None:
 @functools.lru_cache(maxsize=4)
 def images(root: str, seed: int, split: str) -> TensorDataset:
     """Images (n, 3, 64, 32) in [-1, 1] and labels (n, 12) of a split."""
-    found = data.load("pocket/pedestrians", study_root(root, seed), split, lambda image: pixels([image])[0])
+    found = data.load("pocket/pedestrians", study_root(root, seed), split, lambda image: pixels([np.asarray(image)])[0])
     return TensorDataset(torch.stack([image for image, _ in found]), found.labels)
 
 
@@ -109,7 +111,7 @@ def train(method: str, task: str, learning_rate: float, seed: int, root: str, sp
 
 
 def train_model(
-    model: PromptPAR, method: str, data: TensorDataset, learning_rate: float, seed: int, **changes
+    model: PromptPAR, method: str, data: TensorDataset, learning_rate: float, seed: int, **changes: Any
 ) -> History:
     """Train `model` in place on `images`, with the published weight decay and clipping; return its history."""
     images, labels = data.tensors
@@ -119,9 +121,9 @@ def train_model(
         return loss(model(batch[0]), batch[1], ratio(batch[1].device), weight)
 
     # AdamW in place of SGD, and one learning rate for prompts and heads
-    settings = {"epochs": EPOCHS, "batch": BATCH, "optimizer": adamw(learning_rate, 1e-4), "callbacks": [ClipNorm(10)]}
+    settings: dict[str, Any] = {"optimizer": adamw(learning_rate, 1e-4), "callbacks": [ClipNorm(10)]}
+    settings |= {"epochs": EPOCHS, "batch": BATCH, "seed": seed, "hardware": CPU, "name": method} | changes
     trained, inputs = cached(model, images)
-    settings |= {"seed": seed, "hardware": CPU, "name": method} | changes
     return fit(trained, value, TensorDataset(inputs, labels), **settings)
 
 

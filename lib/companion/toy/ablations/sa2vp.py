@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -71,7 +72,7 @@ def images(task: str, root: str, seed: int, split: str) -> TensorDataset:
 
 
 def train(
-    method: str, task: str, learning_rate: float, seed: int, root: str, split: str = "test", **options: object
+    method: str, task: str, learning_rate: float, seed: int, root: str, split: str = "test", **options: Any
 ) -> dict:
     """Train one method on one task. `split` "select": on 800 images, validated on 200; "test": on 1000, tested.
 

@@ -13,6 +13,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -160,7 +161,7 @@ def teacher_embeddings(model: sic_cads.MLR, images: Tensor) -> Tensor:
 
 
 def train_model(
-    model: sic_cads.MLR, dataset: TensorDataset, learning_rate: float, seed: int, **changes: object
+    model: sic_cads.MLR, dataset: TensorDataset, learning_rate: float, seed: int, **changes: Any
 ) -> History:
     """Train the recogniser in place; return its history. `changes`: arguments of `fit` that differ."""
 
@@ -169,7 +170,7 @@ def train_model(
         return sum(model.loss(images, positives, teacher=teacher))
 
     optimizer = adamw(learning_rate, WEIGHT_DECAY, decay="all")
-    settings = {"epochs": EPOCHS, "batch": BATCH, "optimizer": optimizer} | changes
+    settings: dict[str, Any] = {"epochs": EPOCHS, "batch": BATCH, "optimizer": optimizer} | changes
     return fit(model, loss, dataset, seed=seed, hardware=CPU, name="MLR", **settings)
 
 
@@ -301,7 +302,8 @@ def named_right(given: Detected, probabilities: Tensor, found: data.Boxes) -> di
 
     By group and look: "base plain", "novel hidden", ... An object without a box of IoU 0.5 counts as wrong.
     """
-    looks, hits = iter(annotation["look"] for annotation in found.truth["annotations"]), {}
+    looks = iter(annotation["look"] for annotation in found.truth["annotations"])
+    hits: dict[str, list[bool]] = {}
     for number in range(len(found)):
         target = found.target(number)
         overlap, best = box_iou(target.boxes, given.boxes[number]).max(1)
@@ -348,15 +350,15 @@ def _choice(options: Mapping) -> dict:
 
 def curves(method: str, given: Detected, embedded: Embedded, found: data.Boxes) -> dict[str, float]:
     """AP50 over gamma for the five branches, and over each lambda for SIC-CADS: "novel, gamma 0.3" and the like."""
-    row = {}
+    row: dict[str, float] = {}
     if method in BRANCHES:
         p = scores(embedded, method)
         for gamma in GAMMAS:
             row |= _named(f"gamma {gamma}", given, p, gamma, found)
     if method == "SIC-CADS":
         for value in LAMBDAS:
-            for which in ("lambda_base", "lambda_novel"):
-                row |= _named(f"{which} {value}", given, scores(embedded, **{which: value}), GAMMA, found)
+            row |= _named(f"lambda_base {value}", given, scores(embedded, lambda_base=value), GAMMA, found)
+            row |= _named(f"lambda_novel {value}", given, scores(embedded, lambda_novel=value), GAMMA, found)
     return row
 
 

@@ -70,7 +70,7 @@ def degraded(found: pocket.Part, ops: Sequence[tuple[Op, ...]], seed: int) -> li
     """Samples of images degraded by `ops`, with their true prompts."""
     return [
         Sample(image, degrade(image, o, (seed, i), edge=pocket.EDGE), caption, prompt(o), o)
-        for i, ((image, caption), o) in enumerate(zip(found, ops, strict=True))
+        for i, (image, caption, o) in enumerate(zip(found.images, found.captions, ops, strict=True))
     ]
 
 
@@ -80,7 +80,7 @@ def tested(root: str, seed: int, split: str, task: str) -> tuple[list[Sample], p
     every = part(root, seed, split)
     if task == "heavy":
         found = every.scenes(1.0)
-        ops = [pocket.HEAVY] * len(found)
+        ops: Sequence[tuple[Op, ...]] | None = [pocket.HEAVY] * len(found)
     elif task == "mild":
         # alternating, so that the next image's prompt is a wrong one
         groups = [every.scenes(contrast) for contrast, _ in pocket.MILD]

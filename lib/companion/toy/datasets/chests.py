@@ -39,7 +39,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from ...errors import BadParameter, CorruptFile, MissingData
+from ...errors import CorruptFile, MissingData, check_choice
 from . import read_image, write_once, write_table
 from .scenes import SPLITS
 
@@ -157,8 +157,7 @@ def draw(rng: np.random.Generator) -> Chest:
 
 def chests(count: int, split: str, seed: int = 0) -> list[Chest]:
     """`count` chests of a split; the same arguments give the same. Raises `BadParameter` for an unknown split."""
-    if split not in SPLITS:
-        raise BadParameter("split", split, SPLITS)
+    check_choice("split", split, SPLITS)
     rng = np.random.default_rng((seed, zlib.crc32(f"chests/{split}".encode())))
     return [draw(rng) for _ in range(count)]
 
@@ -251,8 +250,7 @@ def read(root: str | Path, split: str) -> Part:
         MissingData: the folder is not there.
         CorruptFile: an image or a list cannot be read; its path is said.
     """
-    if split not in SPLITS:
-        raise BadParameter("split", split, SPLITS)
+    check_choice("split", split, SPLITS)
     folder = Path(root) / "pocket" / "chests"
     if not (folder / "chests.json").is_file():
         layout = "chests.json\nimages/000001.png\nmasks/000001.png\npretrain.csv\n{train,val,test}_list.txt"

@@ -24,7 +24,7 @@ from PIL import Image
 from skimage.color import hsv2rgb
 from sklearn.datasets import load_digits
 
-from ...errors import BadParameter
+from ...errors import check_choice
 from . import write_once
 from .scenes import PLACES, SIZE, SPLITS, canvas, cut, quantise, scene
 
@@ -117,10 +117,8 @@ def examples(task: str, split: str, seed: int = 0) -> Iterable[tuple[np.ndarray,
 
     Raises `BadParameter` for an unknown task or split.
     """
-    if task not in TASKS:
-        raise BadParameter("task", task, list(TASKS))
-    if split not in SPLITS:
-        raise BadParameter("split", split, SPLITS)
+    check_choice("task", task, TASKS)
+    check_choice("split", split, SPLITS)
     rng = np.random.default_rng((seed, zlib.crc32(f"{task}/{split}".encode())))
     return (TASKS[task].make(rng, split, index) for index in range(TASKS[task].sizes[split]))
 
@@ -136,13 +134,11 @@ def write(root: str | Path, tasks: Iterable[str] = tuple(TASKS), seed: int = 0) 
     Returns:
         The folders of the tasks, in the order asked.
 
-    Raises:
-        BadParameter: for an unknown task; nothing is written then.
+    Raises `BadParameter`: for an unknown task; nothing is written then.
     """
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
     for task in tasks:
-        if task not in TASKS:
-            raise BadParameter("tasks", task, list(TASKS))
+        check_choice("tasks", task, TASKS)
     folders = []
     for task in tasks:
         sizes = TASKS[task].sizes

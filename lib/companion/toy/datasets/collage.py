@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...data.classification import image_folder, in_memory
-from ...errors import BadParameter, CorruptFile, MissingData
+from ...errors import CorruptFile, MissingData, check_choice
 from . import scenes, write_once, write_table
 from .scenes import SIZE, SPLITS, quantise
 
@@ -118,8 +118,7 @@ def collage(rng: np.random.Generator, split: str, factors: tuple[int, int, int, 
 
 def collages(count: int, split: str, seed: int = 0) -> list[Collage]:
     """`count` random collages of a split; the same seed gives the same ones. Raises `BadParameter` (split)."""
-    if split not in SPLITS:
-        raise BadParameter("split", split, SPLITS)
+    check_choice("split", split, SPLITS)
     rng = np.random.default_rng((seed, SPLITS.index(split), 3))
     return [collage(rng, split) for _ in range(count)]
 
@@ -161,8 +160,7 @@ def read(root: str | Path, split: str) -> Part:
         MissingData: the folder is not there.
         CorruptFile: an image or the list cannot be read; its path is said.
     """
-    if split not in SPLITS:
-        raise BadParameter("split", split, SPLITS)
+    check_choice("split", split, SPLITS)
     folder = Path(root) / "pocket" / "collage"
     listing = folder / "factors.csv"
     if not listing.is_file():

@@ -28,7 +28,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from skimage.color import hsv2rgb
 
-from ...errors import BadParameter
+from ...errors import check_choice
 from ...ops.files import write_json
 from . import write_once
 from .scenes import SPLITS, cut, photograph, quantise, tiles
@@ -112,8 +112,7 @@ def backdrop(rng: np.random.Generator, place: str, split: str) -> np.ndarray:
 
     Raises `BadParameter` for an unknown place or split.
     """
-    if place not in PLACES:
-        raise BadParameter("place", place, list(PLACES))
+    check_choice("place", place, PLACES)
     places = tiles(PLACES[place], split)
     left, top, right, bottom = places[rng.integers(len(places))]
     side = int(rng.integers(SIDE, min(right - left, bottom - top) + 1))
@@ -144,8 +143,7 @@ def coverage(shape: str, centre: tuple[float, float], radius: float) -> np.ndarr
         "triangle": lambda: np.maximum((2 * abs(u) - v - radius) / np.sqrt(5), v - radius),
         "cross": lambda: np.minimum(np.maximum(wide, abs(v) - arm), np.maximum(high, abs(u) - arm)),
     }
-    if shape not in distance:
-        raise BadParameter("shape", shape, list(distance))
+    check_choice("shape", shape, distance)
     return np.clip(0.5 - distance[shape](), 0, 1)
 
 
@@ -209,11 +207,9 @@ def scene(rng: np.random.Generator, split: str, *, place: str = "", novel: bool 
         novel: whether things of novel classes may be on it.
         strays: the share of things that are of any class, wherever they belong.
 
-    Raises:
-        BadParameter: for an unknown split or place.
+    Raises `BadParameter`: for an unknown split or place.
     """
-    if split not in SPLITS:
-        raise BadParameter("split", split, SPLITS)
+    check_choice("split", split, SPLITS)
     place = place or list(PLACES)[rng.integers(len(PLACES))]
     pixels = backdrop(rng, place, split)
     allowed = BASE + NOVEL if novel else BASE
@@ -244,9 +240,10 @@ def scenes(count: int, split: str, seed: int = 0, novel: bool = True) -> list[Sc
 # --- on disk ----------------------------------------------------------------------------------------------------------
 
 
-def annotations(split: str, drawn: list[Scene]) -> dict:
+def annotation_file(split: str, drawn: list[Scene]) -> dict:
     """COCO's annotation file of a split, as a dict; of training, the novel classes' boxes are left out."""
-    images, boxes = [], []
+    images = []
+    boxes: list[dict] = []
     for number, shown in enumerate(drawn, 1):
         images.append(
             {"id": number, "file_name": f"{number:06d}.png", "width": SIDE, "height": SIDE, "place": shown.place}
@@ -282,7 +279,7 @@ def write(root: str | Path, seed: int = 0) -> Path:
         for split, count in COUNTS.items():
             drawn = scenes(count, split, seed)
             (new / split).mkdir(parents=True)
-            found = annotations(split, drawn)
+            found = annotation_file(split, drawn)
             for entry, shown in zip(found["images"], drawn, strict=True):
                 Image.fromarray(shown.image).save(new / split / entry["file_name"])
             write_json(new / "annotations" / f"instances_{split}.json", found)

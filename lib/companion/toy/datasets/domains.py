@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image
 from skimage.color import hsv2rgb, rgb2hsv
 
-from ...errors import BadParameter
+from ...errors import check_choice
 from ...ops.files import write_json
 from . import write_once
 from .scenes import HUES, PLACES, SHAPES, SIZE, SPLITS, canvas, coverage, cut, quantise
@@ -96,16 +96,14 @@ DOMAINS = {
 
 
 def _domain(name: str) -> Domain:
-    if name not in DOMAINS:
-        raise BadParameter("domain", name, list(DOMAINS))
+    check_choice("domain", name, DOMAINS)
     return DOMAINS[name]
 
 
 def pattern(domain: str, sensor: int) -> np.ndarray:
     """The lines of a sensor, (32, 32, 1) in -`AMPLITUDE`..`AMPLITUDE`. Raises `BadParameter`."""
     lines = _domain(domain).lines
-    if sensor not in range(len(lines)):
-        raise BadParameter("sensor", sensor, list(range(len(lines))))
+    check_choice("sensor", sensor, range(len(lines)))
     rows, columns = np.mgrid[:SIZE, :SIZE]
     x, y = lines[sensor]
     return AMPLITUDE * np.sin(2 * np.pi * (x * columns + y * rows) / PERIOD)[..., None]

@@ -41,7 +41,7 @@ import torch
 from PIL import Image, TiffImagePlugin
 from torch import Tensor
 
-from ...errors import BadParameter, CorruptFile, MissingData
+from ...errors import CorruptFile, MissingData, check_choice
 from . import read_image, scenes, write_once, write_table
 from .scenes import SPLITS
 
@@ -110,8 +110,7 @@ PIXEL = 0.3  # metres on the ground
 
 def look(zone: str) -> dict[str, str]:
     """The name of each class's colour in a zone, a key of `COLOURS`. Raises `BadParameter` for an unknown zone."""
-    if zone not in ZONES:
-        raise BadParameter("zone", zone, list(ZONES))
+    check_choice("zone", zone, ZONES)
     fields, built = FIELDS[ZONES[zone].moisture], BUILT[ZONES[zone].style]
     own = dict(zip(("bareland", "rangeland", "agriculture", "building", "developed"), fields + built, strict=True))
     return {name: own.get(name, name) for name in CLASSES}
@@ -157,7 +156,7 @@ def _surface(rng: np.random.Generator, name: str, split: str) -> np.ndarray:
     x, y = int(rng.integers(left, right - side + 1)), int(rng.integers(top, bottom - side + 1))
     part = Image.fromarray(scenes.photograph(name)[y : y + side, x : x + side]).convert("L")
     grey = np.asarray(part.resize((SIZE, SIZE), Image.Resampling.BILINEAR), dtype=np.float64)
-    grey = np.rot90(grey, rng.integers(4))
+    grey = np.rot90(grey, int(rng.integers(4)))
     return (grey - grey.mean()) / max(grey.std(), 1e-6)
 
 
@@ -179,8 +178,7 @@ def pictures(zone: str, count: int, split: str, seed: int = 0) -> list[tuple[np.
     """`count` pairs of an image (64, 64, 3) uint8 and its labels (64, 64) uint8; the same arguments give the same.
 
     Layouts come from a random stream that does not know the zone's looks."""
-    if split not in SPLITS:
-        raise BadParameter("split", split, SPLITS)
+    check_choice("split", split, SPLITS)
     look(zone)
     streams = [
         np.random.default_rng((seed, zlib.crc32(f"{what}/{zone}/{split}".encode()))) for what in ("layout", "paint")
@@ -290,8 +288,7 @@ def read(root: str | Path, split: str) -> Part:
         MissingData: the folder is not there.
         CorruptFile: an image or a table cannot be read; its path is said.
     """
-    if split not in SPLITS:
-        raise BadParameter("split", split, SPLITS)
+    check_choice("split", split, SPLITS)
     folder = Path(root) / "pocket" / "landcover"
     if not (folder / "landcover.json").is_file():
         tree = "landcover.json\nplaces.csv\n{train,val,test}.txt\n<region>/{images,labels}/<region>_<n>.tif"

@@ -26,7 +26,7 @@ from PIL import Image
 from scipy.io import savemat
 from skimage.color import hsv2rgb
 
-from ...errors import BadParameter
+from ...errors import check_choice
 from . import write_once
 from .scenes import PHOTOGRAPHS, SPLITS, cut, photograph, quantise, tiles
 
@@ -189,10 +189,8 @@ def draw(rng: np.random.Generator, person: Pedestrian, split: str, camera: str =
 
     Raises `BadParameter` for an unknown split or camera.
     """
-    if camera not in CAMERAS:
-        raise BadParameter("camera", camera, CAMERAS)
-    if split not in SPLITS:
-        raise BadParameter("split", split, SPLITS)
+    check_choice("camera", camera, CAMERAS)
+    check_choice("split", split, SPLITS)
     pixels = backdrop(rng, split)
     grain = cut(rng, _LARGE[rng.integers(len(_LARGE))], split).pixels.mean(-1)
     cloth = 1 + rng.uniform(0.2, 0.6) * np.tile(grain - grain.mean(), (2, 1))[..., None]

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ...data import restoration
 from ...data.degradations import Op, Recipe
-from ...errors import BadParameter, CorruptFile
+from ...errors import BadParameter, CorruptFile, check_choice
 from . import scenes, write_once
 from .scenes import SPLITS
 
@@ -58,7 +58,7 @@ HEAVY = (Op("resize", 4.0), Op("noise", 0.10))
 MILD = ((1.0, (Op("blur", 0.9),)), (0.15, (Op("jpeg", 80),)), (0.4, (Op("noise", 0.05),)))
 """Contrast and what was done: without the restoration prompt each could be another."""
 WALK = (0.4, Op("blur", 0.6), (0.6, 0.9, 1.2))
-"""Contrast, what was done, and the numbers that "Deblur with sigma" is walked through."""
+"""Contrast, what was done, and the values that "Deblur with sigma" is walked through."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,7 @@ _ALL = [
 
 def layouts(split: str) -> list[Layout]:
     """The layouts of a split: two thirds of all, a sixth and a sixth. Raises `BadParameter` for an unknown split."""
-    if split not in SPLITS:
-        raise BadParameter("split", split, SPLITS)
+    check_choice("split", split, SPLITS)
     order = np.random.default_rng(0).permutation(len(_ALL))
     parts = np.split(order, [2 * len(_ALL) // 3, 5 * len(_ALL) // 6])
     return [_ALL[i] for i in parts[SPLITS.index(split)]]
@@ -90,8 +89,7 @@ def layouts(split: str) -> list[Layout]:
 
 def pattern(kind: str, side: int = SIZE) -> np.ndarray:
     """A texture, (side, side) of -1 and 1. Raises `BadParameter` for an unknown kind."""
-    if kind not in KINDS:
-        raise BadParameter("kind", kind, KINDS)
+    check_choice("kind", kind, KINDS)
     y, x = np.mgrid[:side, :side] // 2
     return 1.0 - 2.0 * ({"rows": y, "columns": x, "checks": x + y}[kind] % 2)
 
@@ -196,9 +194,8 @@ class Part:
 
     def where(self, keep: list[int]) -> Part:
         """The images of some places."""
-        return Part(
-            self.images[keep], *(tuple(a[i] for i in keep) for a in (self.captions, self.kinds, self.contrasts))
-        )
+        captions, kinds = (tuple(a[i] for i in keep) for a in (self.captions, self.kinds))
+        return Part(self.images[keep], captions, kinds, tuple(self.contrasts[i] for i in keep))
 
     def scenes(self, contrast: float | None = None) -> Part:
         """The scenes, of one contrast unless it is None; no photographs."""

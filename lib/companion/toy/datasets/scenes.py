@@ -17,7 +17,7 @@ from skimage import data
 from skimage.color import hsv2rgb
 from sklearn.datasets import load_sample_image
 
-from ...errors import BadParameter
+from ...errors import BadParameter, check_choice
 
 SIZE = 32  # side of every pocket image, in pixels
 SPLITS = ("train", "val", "test")
@@ -100,8 +100,7 @@ CLASSES = tuple(f"{hue} {shape}" for shape in SHAPES for hue in HUES)
 @functools.cache
 def photograph(name: str) -> np.ndarray:
     """The part of a photograph that is used, (height, width, 3) uint8. Raises `BadParameter` for unknown names."""
-    if name not in PHOTOGRAPHS:
-        raise BadParameter("photograph", name, list(PHOTOGRAPHS))
+    check_choice("photograph", name, PHOTOGRAPHS)
     entry = PHOTOGRAPHS[name]
     pixels = np.asarray(entry.load())[entry.part]
     return np.array(Image.fromarray(pixels).convert("RGB").reduce(entry.reduce))
@@ -109,8 +108,7 @@ def photograph(name: str) -> np.ndarray:
 
 def tiles(name: str, split: str) -> list[tuple[int, int, int, int]]:
     """The tiles (left, top, right, bottom) of a photograph that belong to `split`; the three splits tile it."""
-    if split not in SPLITS:
-        raise BadParameter("split", split, SPLITS)
+    check_choice("split", split, SPLITS)
     height, width = photograph(name).shape[:2]
     y, x = np.linspace(0, height, 5).astype(int).tolist(), np.linspace(0, width, 5).astype(int).tolist()
     return [
@@ -200,8 +198,7 @@ def scene(
     """
     shape = shape or SHAPES[rng.integers(len(SHAPES))]
     hue = hue or HUES[rng.integers(len(HUES))]
-    if hue not in HUES:
-        raise BadParameter("hue", hue, HUES)
+    check_choice("hue", hue, HUES)
     r = rng.uniform(*radius)
     x, y = centre or rng.uniform(0.5 * r, SIZE - 0.5 * r, 2)
     angle = rng.uniform(-0.3, 0.3) if angle is None else angle

@@ -23,12 +23,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ...errors import BadParameter
+from ...errors import check_choice
 from ...ops.files import read_json
 from ...slides import Tiling, write_pyramid
 from . import write_once, write_table
@@ -82,10 +84,8 @@ def is_core(cells: Sequence[int]) -> bool:
 
 def arrangement(rng: np.random.Generator, task: str, grade: int) -> np.ndarray:
     """What the patches of a slide of `grade` hold, (5, 16). Raises `BadParameter` for an unknown task or grade."""
-    if task not in TASKS:
-        raise BadParameter("task", task, TASKS)
-    if grade not in range(GRADES):
-        raise BadParameter("grade", grade, list(range(GRADES)))
+    check_choice("task", task, TASKS)
+    check_choice("grade", grade, range(GRADES))
     cells = np.full((REGIONS, SIDE**2), STROMA)
     if task == "place":
         rims = int(rng.integers(REGIONS - grade + 1))
@@ -117,7 +117,7 @@ def _stroma(rng: np.random.Generator, split: str) -> np.ndarray:
     # cropped before it is scaled: a resampling filter must not reach into the neighbouring tile
     window = Image.fromarray(photograph("tissue")[y : y + side, x : x + side])
     pixels = np.asarray(window.resize((REGION, REGION), Image.Resampling.BILINEAR), dtype=np.float32) / 255
-    pixels = np.rot90(pixels, rng.integers(4))
+    pixels = np.rot90(pixels, int(rng.integers(4)))
     pixels = pixels[:, ::-1] if rng.random() < 0.5 else pixels
     return np.array([0.85, 0.62, 0.76]) + rng.uniform(0.35, 0.6) * (pixels - pixels.mean((0, 1)))
 
@@ -177,8 +177,7 @@ def _ragged(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 def draw(rng: np.random.Generator, task: str, grade: int, split: str) -> Drawn:
     """A slide of a grade; stroma is cut from tiles of `split`. Raises `BadParameter` for an unknown name or grade."""
-    if split not in SPLITS:
-        raise BadParameter("split", split, SPLITS)
+    check_choice("split", split, SPLITS)
     cells = arrangement(rng, task, grade)
     first = int(rng.integers(2, REGIONS + 1))
     pieces = [n for n in (first, REGIONS - first) if n]
@@ -188,7 +187,8 @@ def draw(rng: np.random.Generator, task: str, grade: int, split: str) -> Drawn:
     image = np.full((height, width, 3), GLASS / 255)
     labels = np.zeros((height, width), np.uint8)
     stain = rng.uniform(0.92, 1.04, 3)
-    corners, row = [], margin[2]
+    corners: list[tuple[int, int]] = []
+    row = margin[2]
     for count in pieces:
         column = margin[0] + _GRID * int(rng.integers((max(pieces) - count) * REGION // _GRID + 1))
         drawn = [region(rng, cells[len(corners) + i], split) for i in range(count)]
@@ -200,8 +200,8 @@ def draw(rng: np.random.Generator, task: str, grade: int, split: str) -> Drawn:
         labels[window] = np.where(here, said, 0)
         corners += [(column + REGION * i, row) for i in range(count)]
         row += REGION + gap
-    image, labels, corners = _turned(rng, image, labels, np.array(corners))
-    return Drawn(quantise(image), labels, corners, cells, grade)
+    image, labels, turned = _turned(rng, image, labels, np.array(corners))
+    return Drawn(quantise(image), labels, turned, cells, grade)
 
 
 def _turned(
@@ -229,8 +229,7 @@ def slides(count: int, task: str, split: str, seed: int = 0) -> list[Drawn]:
 
 def folder(root: str | Path, task: str) -> Path:
     """Where the slides of a task are written below `root`."""
-    if task not in TASKS:
-        raise BadParameter("task", task, TASKS)
+    check_choice("task", task, TASKS)
     return Path(root) / "pocket" / f"slides-{task}"
 
 
@@ -240,8 +239,9 @@ def write(root: str | Path, task: str, seed: int = 0) -> Path:
     The same seed gives the same files. Raises `BadParameter` for an unknown task.
     """
 
-    def fill(new: Path) -> dict[str, object]:
-        lists, drawn = {split: [] for split in COUNTS}, {}
+    def fill(new: Path) -> dict[str, Any]:
+        lists: dict[str, list] = {split: [] for split in COUNTS}
+        drawn = {}
         for split, count in COUNTS.items():
             for number, slide in enumerate(slides(count, task, split, seed)):
                 image_id = f"{task}_{split}_{number:03d}"
@@ -268,7 +268,11 @@ def write_slide(root: Path, image_id: str, slide: Drawn) -> None:
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
         size = pixels.shape[1::-1]
-        write_pyramid(path, lambda y0, y1, p=pixels: p[y0:y1], size, MPP, levels, tile=128)
+        write_pyramid(path, partial(_rows, pixels), size, MPP, levels, tile=128)
+
+
+def _rows(pixels: np.ndarray, first: int, end: int) -> np.ndarray:
+    return pixels[first:end]
 
 
 def _gleason(grade: int) -> str:

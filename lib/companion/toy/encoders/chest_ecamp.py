@@ -28,8 +28,7 @@ SEED = 200  # of its chests and of its training; ablations and notebook have oth
 def build() -> ecamp.ECAMP:
     """The shipped model in eval mode; its vocabulary are the words of `chests` in alphabetical order.
 
-    Raises:
-        MissingWeights, CorruptFile: the shipped file is missing, or not the one of its model card.
+    Raises `MissingWeights`, `CorruptFile`: the shipped file is missing, or not the one of its model card.
     """
     model = study.build(METHOD, 0, WORDS)
     model.load_state_dict(backbones.read_state(encoders.weights_file(NAME)))

@@ -16,6 +16,7 @@ import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,8 +42,8 @@ CLIP, DETECTOR = "pocket_scene_clip", "pocket_ov_detector"
 NAMES = (CLIP, DETECTOR)
 WIDTH = 64  # of the space that images, texts and regions share
 PROPOSALS = 30  # boxes of an image
-CLIP_RECIPE = {"pictures": 3000, "steps": 480, "batch": 64, "rate": 3e-3}
-DETECTOR_RECIPE = {"pictures": 2000, "steps": 600, "batch": 16, "rate": 2e-3}
+CLIP_RECIPE: dict[str, Any] = {"pictures": 3000, "steps": 480, "batch": 64, "rate": 3e-3}
+DETECTOR_RECIPE: dict[str, Any] = {"pictures": 2000, "steps": 600, "batch": 16, "rate": 2e-3}
 TESTED = 400
 
 # The order is part of the shipped weights: append only.
@@ -180,8 +181,8 @@ def train_clip(pictures: int = CLIP_RECIPE["pictures"], steps: int = CLIP_RECIPE
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SceneCLIP()
-    data, options = TensorDataset(stack(drawn), named(drawn)), (CLIP_RECIPE["batch"], CLIP_RECIPE["rate"], seed, CLIP)
-    fit_steps(model, contrast, data, steps, *options, schedule=schedule("cosine", warmup=0.2))
+    data, (batch, rate) = TensorDataset(stack(drawn), named(drawn)), (CLIP_RECIPE["batch"], CLIP_RECIPE["rate"])
+    fit_steps(model, contrast, data, steps, batch, rate, seed, CLIP, schedule=schedule("cosine", warmup=0.2))
     return model.eval()
 
 
@@ -365,7 +366,7 @@ _QUALITY = ("base found", "novel found", "base named right", "novel named right"
 
 
 def ship(name: str, folder: str | Path = encoders.WEIGHTS, seed: int = 0) -> Path:
-    """Train one of the two, measure it, and write its weights and their card into `folder`.
+    """Train one of the two, measure it, and write its weights and their model card into `folder`.
 
     Raises `BadParameter` for another name.
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ... import backbones
-from ...errors import BadParameter
+from ...errors import BadParameter, check_choice
 from ...models.dplq import MAE
 from ...models.dplq.model import CLIPFeatures
 from ...training.fit import CPU, predict
@@ -31,7 +32,7 @@ from .training import fit_steps
 from .vit_and_clip import pixels
 
 NAMES = {"remote": "pocket_mae_remote", "medical": "pocket_mae_medical"}
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "image_size": 32,
     "patch": 8,
     "width": 48,
@@ -41,7 +42,7 @@ SHAPE = {
     "decoder_depth": 2,
     "decoder_heads": 4,
 }
-RECIPE = {"images": 6000, "steps": 2400, "batch": 64, "learning_rate": 3e-3, "masked": 0.5}
+RECIPE: dict[str, Any] = {"images": 6000, "steps": 2400, "batch": 64, "learning_rate": 3e-3, "masked": 0.5}
 SHOTS = 128  # images that a probe is fitted on, as many as the prompts have
 
 
@@ -54,8 +55,7 @@ def load(domain: str, weights: str = "pocket") -> MAE:
         BadParameter: another domain or other weights.
         MissingWeights, CorruptFile: the shipped file is missing, or not the one that its model card describes.
     """
-    if domain not in NAMES:
-        raise BadParameter("domain", domain, list(NAMES))
+    check_choice("domain", domain, NAMES)
     if weights == "random":
         return MAE(**SHAPE).eval()
     if weights != "pocket":
@@ -73,8 +73,8 @@ def train(domain: str, count: int = RECIPE["images"], steps: int = RECIPE["steps
     def loss(model: nn.Module, batch: tuple[Tensor]) -> Tensor:
         return model.loss(batch[0], RECIPE["masked"])
 
-    data, options = TensorDataset(pixels(images)), (RECIPE["batch"], RECIPE["learning_rate"], seed, NAMES[domain])
-    fit_steps(model, loss, data, steps, *options)
+    data = TensorDataset(pixels(images))
+    fit_steps(model, loss, data, steps, RECIPE["batch"], RECIPE["learning_rate"], seed, NAMES[domain])
     return model
 
 
@@ -116,7 +116,7 @@ def measure(domain: str, model: nn.Module) -> dict[str, dict[str, float]]:
 
 
 def ship(domain: str, folder: str | Path = encoders.WEIGHTS, seed: int = 0) -> Path:
-    """Train at full length, measure, and write the weights and their card. Raises `BadParameter` for no domain."""
+    """Train in full, measure, and write the weights and their model card. Raises `BadParameter` for no domain."""
     start = time.monotonic()
     model = train(domain, seed=seed)
     seconds = time.monotonic() - start

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,7 +105,7 @@ def ship(folder: Path, seed: int = 0) -> Path:
     start = time.monotonic()
     model = train(seed=seed)
     seconds = time.monotonic() - start
-    recipe = dict(images=IMAGES, classifying=CLASSIFYING, contrastive=CONTRASTIVE, batch=BATCH)
+    recipe: dict[str, Any] = dict(images=IMAGES, classifying=CLASSIFYING, contrastive=CONTRASTIVE, batch=BATCH)
     recipe |= {"learning_rate": LEARNING_RATE, "seed": seed}
     return card.save(folder, NAME, model.state_dict(), measure(model), recipe, seconds)
 

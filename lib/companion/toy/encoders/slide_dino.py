@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from ... import backbones
-from ...errors import BadParameter
+from ...errors import check_choice
 from ...models.hvit import model as hvit
 from ...models.layers import dino
 from ...models.layers.state_dicts import load_official
@@ -42,7 +43,8 @@ def unlabelled(count: int, split: str, seed: int = 0) -> tuple[Tensor, Tensor]:
     The kinds are for measuring; DINO does not get them.
     """
     rng = np.random.default_rng((seed, pocket.SPLITS.index(split), 11))
-    pixels, cells = [], []
+    pixels: list[np.ndarray] = []
+    cells = []
     while len(pixels) < count:
         task = pocket.TASKS[rng.integers(len(pocket.TASKS))]
         for row in pocket.arrangement(rng, task, int(rng.integers(pocket.GRADES))):
@@ -58,10 +60,9 @@ def build(levels: str = "dino", seed: int = 0) -> tuple[hvit.PatchEncoder, hvit.
 
     Raises:
         BadParameter: other `levels`.
-        MissingWeights, CorruptFile: the shipped file is not there, or not the one that its card describes.
+        MissingWeights, CorruptFile: the shipped file is not there, or not the one that its model card describes.
     """
-    if levels not in ("dino", "random"):
-        raise BadParameter("levels", levels, ("dino", "random"))
+    check_choice("levels", levels, ("dino", "random"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = hvit.build("pocket", "global", patches=pocket.SIDE)
@@ -71,7 +72,7 @@ def build(levels: str = "dino", seed: int = 0) -> tuple[hvit.PatchEncoder, hvit.
             encoder = getattr(model, level)
             part = {name.removeprefix(f"{level}."): t for name, t in state.items() if name.startswith(f"{level}.")}
             load_official(encoder, part, {name: name for name in encoder.state_dict()}, NAME)
-    return model.patch.eval(), model.region.eval()
+    return model.get_submodule("patch").eval(), model.get_submodule("region").eval()
 
 
 @torch.inference_mode()
@@ -98,12 +99,12 @@ def train(seed: int = 0) -> tuple[hvit.PatchEncoder, hvit.RegionEncoder, dict[st
     side, each = pocket.PATCH, STEPS["patch"] * BATCH
     patches = regions.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(patches))[:each])
-    options = HEAD | {"batch": BATCH, "lr": LEARNING_RATE, "warmup": 0, "seed": seed, "hardware": CPU}
-    views = dino.ImageViews((28, 12), ((0.5, 1.0), (0.15, 0.5)), 4, 0.5, (0.5,) * 3, (0.5,) * 3)
+    options: dict[str, Any] = HEAD | {"batch": BATCH, "lr": LEARNING_RATE, "warmup": 0, "seed": seed, "hardware": CPU}
+    crops = dino.ImageViews((28, 12), ((0.5, 1.0), (0.15, 0.5)), 4, 0.5, (0.5,) * 3, (0.5,) * 3)
     histories = {}
     # crops are taken of pixels in [0, 1] and then normalised
     pixels = patches[order] * 0.5 + 0.5
-    patch, histories["patch"] = dino.pretrain(patch, pixels, views, epochs=1, name="DINO, patches", **options)
+    patch, histories["patch"] = dino.pretrain(patch, pixels, crops, epochs=1, name="DINO, patches", **options)
     standardise(patch, seed)
     grids = embed(patch, regions).mT.unflatten(2, (pocket.SIDE, pocket.SIDE))
     epochs = STEPS["region"] // (len(grids) // BATCH)
@@ -137,7 +138,7 @@ def measure(patch: hvit.PatchEncoder, region: hvit.RegionEncoder) -> dict[str, f
 
 
 def ship(folder: Path = encoders.WEIGHTS, seed: int = 0) -> Path:
-    """Train, measure, and write the weights and their card."""
+    """Train, measure, and write the weights and their model card."""
     start = time.monotonic()
     patch, region, histories = train(seed)
     state = {

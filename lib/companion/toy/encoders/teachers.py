@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from ... import backbones
-from ...errors import BadParameter
+from ...errors import check_choice
 from ...models.dmt.downstream import Features, ridge
 from ...models.dmt.model import grey
 from ...models.dmt.teachers import MAE, MoCo
@@ -39,9 +40,13 @@ from . import card
 NAME = "pocket_teachers"
 TEACHERS = ("MAE", "MoCo v3", "iBOT")
 SHAPE = {"depth": 3}  # else as `vit.SIZES["pocket teacher"]`
-OPTIONS = {"MAE": {}, "MoCo v3": {"positions": "mocov3"}, "iBOT": {"positions": "learned", "masked": True}}
+OPTIONS: dict[str, Any] = {
+    "MAE": {},
+    "MoCo v3": {"positions": "mocov3"},
+    "iBOT": {"positions": "learned", "masked": True},
+}
 IMAGES = 6000
-RECIPES = {
+RECIPES: dict[str, dict[str, Any]] = {
     "MAE": {"steps": 2400, "batch": 128, "lr": 2e-3, "betas": (0.9, 0.95)},
     "MoCo v3": {"steps": 700, "batch": 128, "lr": 2e-3},
     "iBOT": {"steps": 900, "batch": 96, "lr": 2e-3, "clip": 3.0},
@@ -56,8 +61,7 @@ RIDGE = {SHOTS: 10.0, None: 30.0}  # by labels a class; None: all
 
 def untrained(name: str = "MAE", seed: int = 0) -> ViT:
     """The teacher before its training, in eval mode. Raises `BadParameter` for another name."""
-    if name not in TEACHERS:
-        raise BadParameter("teacher", name, TEACHERS)
+    check_choice("teacher", name, TEACHERS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build("pocket teacher", **SHAPE, **OPTIONS[name]).eval()
@@ -101,11 +105,11 @@ def objective(name: str, encoder: ViT, steps: int) -> tuple[nn.Module, Callable,
         return model, lambda model, batch: model(batch[0]), []
     if name == "MoCo v3":
 
-        def view(images: Tensor) -> Tensor:
+        def grey_view(images: Tensor) -> Tensor:
             return light(grey(crops(images, (0.3, 1.0))), (0.6, 1.4), 0.2)
 
         model = MoCo(encoder, 128, 64, frozen_patches=False)
-        return model, lambda model, batch: model(view(batch[0]), view(batch[0])), [model.ema(steps, 0.98)]
+        return model, lambda model, batch: model(grey_view(batch[0]), grey_view(batch[0])), [model.ema(steps, 0.98)]
 
     def view(images: Tensor) -> Tensor:
         return light(crops(images, (0.4, 1.0)), (0.3, 1.2), 0.3)
@@ -212,13 +216,15 @@ def quality(teachers: Mapping[str, ViT], seed: int = 1) -> dict[str, dict[str, f
 
 
 def ship(folder: Path = encoders.WEIGHTS, seed: int = 0) -> Path:
-    """Train all three, measure, and write the weights and their card."""
+    """Train all three, measure, and write the weights and their model card."""
     start = time.monotonic()
     images = collages(IMAGES, "train", seed).images
     found = {name: train(name, images, seed) for name in TEACHERS}
     state = {f"{name}/{key}": value for name, (model, _) in found.items() for key, value in model.state_dict().items()}
     seconds = time.monotonic() - start
-    recipe = {name: each | {"betas": list(each.get("betas", (0.9, 0.999)))} for name, each in RECIPES.items()}
+    recipe: dict[str, Any] = {
+        name: each | {"betas": list(each.get("betas", (0.9, 0.999)))} for name, each in RECIPES.items()
+    }
     recipe |= {"images": IMAGES, "masked": MASKED, "seed": seed}
     ends = {
         name: {

@@ -24,7 +24,7 @@ from torch.utils.data import TensorDataset
 
 from ... import backbones
 from ...data.degradations import BLIND, Op, prompt
-from ...errors import BadParameter
+from ...errors import BadParameter, check_choice
 from ...evaluation.metrics.restoration import psnr
 from ...models.tip import model as tip
 from ...models.tip.pipeline import SIZES, TIPPipeline
@@ -134,10 +134,9 @@ def build(fusion: str = "modulate", mid: str | None = None, seed: int = 0, prior
 
     Raises:
         BadParameter: another `prior`.
-        MissingWeights, CorruptFile: the shipped file is missing, or differs from its card.
+        MissingWeights, CorruptFile: the shipped file is missing, or differs from its model card.
     """
-    if prior not in ("trained", "untrained"):
-        raise BadParameter("prior", prior, ("trained", "untrained"))
+    check_choice("prior", prior, ("trained", "untrained"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = {"vae": PatchPCA(), "unet": unet()}
@@ -251,7 +250,7 @@ def measure(vae: PatchPCA, net: UNet2DConditionModel, seed: int = SEED) -> dict[
 
 
 def ship(folder: Path = encoders.WEIGHTS, seed: int = SEED) -> Path:
-    """Train, measure, and write the weights and their card."""
+    """Train, measure, and write the weights and their model card."""
     start = time.monotonic()
     vae, net, history, share = train(seed)
     seconds = time.monotonic() - start

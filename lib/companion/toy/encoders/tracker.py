@@ -38,8 +38,7 @@ def build(weights: str | Path = "shipped") -> OSTrack:
     Args:
         weights: "shipped", "random" (torch's current seed), or a file under the names of OSTrack's authors.
 
-    Raises:
-        CorruptFile, BadCheckpoint: a file that cannot be read, or does not fit.
+    Raises `CorruptFile`, `BadCheckpoint`: a file that cannot be read, or does not fit.
     """
     size = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2}
     unused = {"num_classes": 0, "class_token": False, "pos_embed": "none", "global_pool": ""}

@@ -13,6 +13,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from ...errors import BadParameter
+from ...errors import check_choice
 from .. import encoders
 from ..datasets import classification
 from ..datasets.scenes import CLASSES, HUES, PHOTOGRAPHS, PLACES, SHAPES, SIZES, Scene, scenes
@@ -37,7 +38,7 @@ CLIP = {"images": 12000, "steps": 1000}
 BATCH = 64
 
 
-def pixels(images: Sequence[np.ndarray]) -> Tensor:
+def pixels(images: Sequence[np.ndarray] | np.ndarray) -> Tensor:
     """uint8 images (32, 32, 3) as the (n, 3, 32, 32) float input of the small encoders, in [-1, 1]."""
     stacked = torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2)
     return (stacked.float() / 255 - 0.5) / 0.5
@@ -262,8 +263,7 @@ def ship(name: str, folder: str | Path = encoders.WEIGHTS, seed: int = 0) -> Pat
 
     Raises `BadParameter` for another name.
     """
-    if name not in TRAIN:
-        raise BadParameter("name", name, list(TRAIN))
+    check_choice("name", name, TRAIN)
     start = time.monotonic()
     model = TRAIN[name](**RECIPE[name], seed=seed)
     seconds, recipe, measured = time.monotonic() - start, {**RECIPE[name], "seed": seed}, quality(name, model)
@@ -271,9 +271,10 @@ def ship(name: str, folder: str | Path = encoders.WEIGHTS, seed: int = 0) -> Pat
 
 
 def remeasure(name: str) -> Path:
-    """Measure the shipped weights again, after a change of the tasks, and update their card."""
+    """Measure the shipped weights again, after a change of the tasks, and update their model card."""
     path = encoders.WEIGHTS / f"{name}.safetensors"
-    model = encoders.build(name, **({"num_classes": len(CLASSES)} if name == "pocket_vit" else {}))
+    options: dict[str, Any] = {"num_classes": len(CLASSES)} if name == "pocket_vit" else {}
+    model = encoders.build(name, **options)
     card.update(path, name, quality(name, model), tasks=classification.VERSION)
     return path
 

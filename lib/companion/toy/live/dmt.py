@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from ...models.dmt import recipe
 from ...models.dmt.model import DMT
@@ -24,7 +25,7 @@ def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, st
     study.write(root, p.seed)
     chosen = {method: learning_rates[study.TASK, method] for method in METHODS}
 
-    def learn(model: DMT, method: str, **changes: object) -> History:
+    def learn(model: DMT, method: str, **changes: Any) -> History:
         data = study.assemble(method, p.seed, root)[2]
         return study.fit_student(model, study.loss, data, method, chosen[method], p.seed, STEPS, **changes)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from torch import nn
 
@@ -23,7 +24,7 @@ def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, st
     data, test = (ablation.embeddings(root, p.seed, TASK, split) for split in ("trainval", "test"))
     chosen = {method: learning_rates[TASK, method] for method in ablation.MAIN}
 
-    def train(method: str, fold: int, **changes: object) -> tuple[nn.Module, History]:
+    def train(method: str, fold: int, **changes: Any) -> tuple[nn.Module, History]:
         model = ablation.build(method, p.seed)
         return model, ablation.train_model(model, method, data, chosen[method], p.seed, **changes)
 

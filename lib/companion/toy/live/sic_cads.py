@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from torch import Tensor
 
@@ -28,7 +29,7 @@ def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, st
     clip, detector = ablation.foundation(TASK, p.seed)
     text = encoders.texts(clip)
 
-    def train(model: MLR, **changes: object) -> History:
+    def train(model: MLR, **changes: Any) -> History:
         data = ablation.training_data(model, *ablation.images_of(root, p.seed, "train"))
         return ablation.train_model(model, data, learning_rate, p.seed, **changes)
 
