@@ -1,8 +1,8 @@
 """Readers of the real data sets in their real layouts, one file a task, and the register of what they read.
 
 `DATASETS` holds a `DataSet` for each name ("fgvc/cub200", "vtab/cifar100", ...); `status` says whether it is on this
-machine, `fetch` downloads what is free and has a checksum, `table` gives all of it in rows. A task's module offers
-`load`, `status` and, where a set is free, `fetch`; `<task>_sets` holds the facts. No model or paper is known here.
+machine, `fetch` downloads what is free and has a checksum, `table` gives all of it in rows. The module of a task offers
+`load`, `status` and, for free sets, `fetch`; `<task>_sets` holds the facts. Nothing here knows a model or a paper.
 """
 
 from __future__ import annotations
