@@ -3,8 +3,6 @@
 A kind is a function of a folder. Called again on the same folder, it continues; it returns a digest of what came out.
 """
 
-from __future__ import annotations
-
 import hashlib
 import sys
 import tempfile
@@ -28,20 +26,16 @@ from companion.models.layers import dino
 from companion.toy import ablation as study
 from companion.toy.datasets import classification
 from companion.training.checkpoints import Checkpoint, trained_state
-from companion.training.fit import CPU, fit
-from companion.training.schedules import adamw
+from companion.training.fit import CPU
 from tests.test_slides import SMALL, drawn, mean_colour, written
 from tests.test_tracking import clip, pocket_model, sequence
-from tests.training.test_fit import noisy_model, pairs, squared
+from tests.training.test_fit import noisy_model, run, squared
 
 torch.set_num_threads(1)
 
 
 def digest(parts: Iterable[bytes]) -> str:
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(part)
-    return found.hexdigest()
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def tensors(state: dict[str, torch.Tensor]) -> Iterable[bytes]:
@@ -56,16 +50,7 @@ def training(folder: Path) -> str:
         return squared(model, batch)
 
     model = noisy_model()
-    history = fit(
-        model,
-        loss,
-        pairs(),
-        epochs=10,
-        batch=8,
-        optimizer=adamw(1e-2),
-        checkpoint=Checkpoint(folder / "training.pt", every=3),
-        hardware=CPU,
-    )
+    history = run(model, loss, epochs=10, checkpoint=Checkpoint(folder / "training.pt", every=3))
     return digest([*tensors(trained_state(model)), repr(history).encode()])
 
 
@@ -83,18 +68,9 @@ def pretraining(folder: Path) -> str:
         time.sleep(0.01)
         return [batch + 0.1 * torch.randn(batch.shape) for _ in range(2)]
 
-    encoder, history = dino.pretrain(
-        encoder,
-        images,
-        views,
-        epochs=15,
-        batch=8,
-        outputs=16,
-        hidden=16,
-        bottleneck=8,
-        checkpoint=Checkpoint(folder / "dino.pt", every=3),
-        hardware=CPU,
-    )
+    sizes = dict(epochs=15, batch=8, outputs=16, hidden=16, bottleneck=8)
+    where = Checkpoint(folder / "dino.pt", every=3)
+    encoder, history = dino.pretrain(encoder, images, views, **sizes, checkpoint=where, hardware=CPU)
     return digest([*tensors(encoder.state_dict()), repr(history).encode()])
 
 
@@ -148,15 +124,13 @@ def videos(folder: Path) -> str:
 def distillation(folder: Path) -> str:
     """What a language model says of each report."""
 
-    class Slow:
-        name = "slow"
+    def slow(report: str, entities: list[str], attempt: int) -> str:
+        time.sleep(0.03)
+        return ecamp_distil.Rules()(report, entities)
 
-        def __call__(self, report: str, entities: list[str], attempt: int) -> str:
-            time.sleep(0.03)
-            return ecamp_distil.Rules()(report, entities)
-
+    slow.name = "slow"
     reports = [f"There is a small effusion at level {i}. No pneumothorax." for i in range(40)]
-    return digest([repr(ecamp_distil.distil(reports, Slow(), folder / "answers.sqlite")).encode()])
+    return digest([repr(ecamp_distil.distil(reports, slow, folder / "answers.sqlite")).encode()])
 
 
 def cached_teachers(folder: Path) -> str:
@@ -192,5 +166,4 @@ KINDS: dict[str, Callable[[Path], str]] = {
 
 
 def work(kind: str, folder: str, out: str) -> None:
-    """One process of a run: the digest of what came out in the file `out`."""
     Path(out).write_text(KINDS[kind](Path(folder)), encoding="utf-8")

@@ -1,7 +1,5 @@
 """A person opens a notebook in JupyterLab and presses Run All: in a real Chromium, by a real server on this machine."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -26,13 +24,14 @@ class Lab:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        settings = folder / "settings" / "@jupyterlab" / "notebook-extension"
-        settings.mkdir(parents=True)
-        # cells out of sight have to be in the page too, or the test could not see them
-        (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}', encoding="utf-8")
-        quiet = folder / "settings" / "@jupyterlab" / "apputils-extension"
-        quiet.mkdir(parents=True)
-        (quiet / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}', encoding="utf-8")
+        for name, text in (
+            # cells out of sight have to be in the page too, or the test could not see them
+            ("notebook-extension/tracker", '{"windowingMode": "none"}'),
+            ("apputils-extension/notification", '{"fetchNews": "false"}'),
+        ):
+            file = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+            file.parent.mkdir(parents=True)
+            file.write_text(text, encoding="utf-8")
         self.log = folder / "server.log"
         own = {name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")}
         options = [
@@ -88,12 +87,10 @@ def run_all(
         prompts = page.locator(".jp-Notebook .jp-CodeCell .jp-InputPrompt")
         # JupyterLab shows a traceback and what was written to stderr in the same way; neither may be there
         failed = page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.stderr"]')
-        deadline = time.monotonic() + 60 * MINUTES
-        done = False
-        while not done:
+        deadline, shown = time.monotonic() + 60 * MINUTES, [""]
+        while not all(re.fullmatch(r"\[\d+\]:", text.strip()) for text in shown):
             page.wait_for_timeout(500)
             shown = prompts.all_inner_texts()
-            done = all(re.fullmatch(r"\[\d+\]:", text.strip()) for text in shown)
             assert not failed.count(), f"a cell of {name} failed:\n{failed.first.inner_text()}"
             assert time.monotonic() < deadline, f"{name} did not finish in {MINUTES} minutes: {shown}"
         page.wait_for_timeout(1000)  # widgets draw themselves after their cell is done
@@ -109,6 +106,12 @@ def run_all(
     finally:
         context.close()
     return nbformat.read(lab.folder / "notebooks" / name, as_version=4), visible
+
+
+def write(path: Path, *sources: str) -> None:
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
 
 
 @pytest.fixture
@@ -135,18 +138,14 @@ def lab(root: Path, tmp_path: Path, browser: object) -> Iterator[Lab]:
 def test_run_all_of_sa2vp(lab: Lab, browser: object, root: Path) -> None:
     notebook, knobs = run_all(lab, browser, "sa2vp.ipynb", root / "build" / "jupyterlab-sa2vp.png")
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(cell.execution_count for cell in code)
+    assert all(cell.execution_count for cell in code) and knobs >= 1
     outputs = [output for cell in code for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
-    assert knobs >= 1
 
 
 def test_a_failing_cell_is_seen(lab: Lab, browser: object, tmp_path: Path) -> None:
     """The test above would notice: Run All of a notebook whose second cell fails."""
-    cells = [nbformat.v4.new_code_cell(source) for source in ("x = 1", "raise ValueError('the reason')", "x = 2")]
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    bad = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
-    nbformat.write(bad, lab.folder / "notebooks" / "bad.ipynb")
+    write(lab.folder / "notebooks" / "bad.ipynb", "x = 1", "raise ValueError('the reason')", "x = 2")
     with pytest.raises(AssertionError, match="the reason"):
         run_all(lab, browser, "bad.ipynb", tmp_path / "bad.png")
     assert (tmp_path / "bad.png").stat().st_size > 0
@@ -164,16 +163,10 @@ for conv in pipes["TIP"].adaptor.branch.controlnet_down_blocks:  # from zero it 
 def test_a_picture_of_ones_own_is_dropped_into_tip(lab: Lab, browser: object, root: Path, tmp_path: Path) -> None:
     """The notebook's own cell with an adaptor drawn at random: a file, a text, a slider, a file that is none."""
     pytest.importorskip("diffusers")
-    code = [
-        cell.source for cell in nbformat.read(root / "notebooks" / "tip.ipynb", 4).cells if cell.cell_type == "code"
-    ]
-    box = [source for source in code if "FileUpload" in source]
-    assert len(box) == 1
-    cells = [nbformat.v4.new_code_cell(source) for source in (code[0], DRAWN, box[0])]
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(
-        nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), lab.folder / "notebooks" / "drop.ipynb"
-    )
+    cells = nbformat.read(root / "notebooks" / "tip.ipynb", 4).cells
+    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    (box,) = (source for source in code if "FileUpload" in source)
+    write(lab.folder / "notebooks" / "drop.ipynb", code[0], DRAWN, box)
     Image.new("RGB", (90, 60), (200, 40, 40)).save(tmp_path / "mine.png")
     (tmp_path / "none.png").write_text("not a picture")
 
@@ -189,9 +182,12 @@ def test_a_picture_of_ones_own_is_dropped_into_tip(lab: Lab, browser: object, ro
                 page.wait_for_timeout(200)
             return found
 
-        with page.expect_file_chooser() as chooser:
-            page.locator("button.jupyter-button", has_text="Upload").click()
-        chooser.value.set_files(tmp_path / "mine.png")
+        def upload(name: str) -> None:
+            with page.expect_file_chooser() as chooser:
+                page.locator("button.jupyter-button", has_text="Upload").click()
+            chooser.value.set_files(tmp_path / name)
+
+        upload("mine.png")
         first = drawn()
         text = page.locator(".widget-text input").first
         text.fill("a photograph of a cat")
@@ -201,9 +197,7 @@ def test_a_picture_of_ones_own_is_dropped_into_tip(lab: Lab, browser: object, ro
         slider.focus()
         slider.press("ArrowLeft")
         drawn(second)
-        with page.expect_file_chooser() as chooser:
-            page.locator("button.jupyter-button", has_text="Upload").click()
-        chooser.value.set_files(tmp_path / "none.png")
+        upload("none.png")
         shown.get_by_text("none.png: cannot identify image file").wait_for(timeout=60_000)
         page.screenshot(path=root / "build" / "jupyterlab-tip.png")
 

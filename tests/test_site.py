@@ -1,7 +1,5 @@
 """The site, built from a small made-up report and from the real one, opened in a real browser without a network."""
 
-from __future__ import annotations
-
 import functools
 import http.server
 import json
@@ -9,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -18,36 +17,16 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from companion.data import DATASETS
 from companion.evaluation import ablations
+from companion.ops.papers import slugs
 
-CLAIMS = [
-    {
-        "id": "params",
-        "text": "trains $2 \\times d$ parameters",
-        "kind": "exact",
-        "status": "holds",
-        "value": 11,
-        "seeds": [0],
-    },
-    {
-        "id": "beats",
-        "text": "A | B: a_1 < b_1 & <i>more</i> [*]",
-        "kind": "directional",
-        "status": "fails",
-        "value": {"a": 0.51234, "b": 0.6},
-        "seeds": [0, 1, 2],
-        "why": "the margin is within the spread",
-    },
-    {
-        "id": "full",
-        "text": "90.1 on the real data",
-        "kind": "full",
-        "status": "not run",
-        "value": None,
-        "seeds": [],
-        "why": "needs the real data",
-    },
-]
+CLAIMS = yaml.safe_load(r"""
+- {id: params, text: 'trains $2 \times d$ parameters', kind: exact, status: holds, value: 11, seeds: [0]}
+- {id: beats, text: 'A | B: a_1 < b_1 & <i>more</i> [*]', kind: directional, status: fails, seeds: [0, 1, 2],
+   value: {a: 0.51234, b: 0.6}, why: the margin is within the spread}
+- {id: full, text: 90.1 on the real data, kind: full, status: not run, value: null, seeds: [], why: needs the real data}
+""")
 KNOB = """
 <div><input type="range" aria-label="knob" id="knob" min="0" max="9" value="3"><output id="shown">3</output></div>
 <script>
@@ -67,51 +46,24 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tables" / "accuracy.csv").write_text("method,digits,a|b\nlinear,0.61,<b>\nvpt,0.72,\n", encoding="utf-8")
     (folder / "tables" / "not_run_yet.csv").write_text("method,mIoU\n", encoding="utf-8")
     (folder / "claims.json").write_text(json.dumps(CLAIMS), encoding="utf-8")
-    record = {
-        "slug": "sa2vp",
-        "profile": "pocket",
-        "parameters": {"lr": 0.001, "tasks": ["a", "b"]},
-        "seconds": 12.345,
-        "study": {"sha256": "0", "stale": True},
-    }
+    facts = {"parameters": {"lr": 0.001, "tasks": ["a", "b"]}, "study": {"sha256": "0", "stale": True}}
+    record = {"slug": "sa2vp", "profile": "pocket", "seconds": 12.345, **facts}
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
     view = {"application/vnd.jupyter.widget-view+json": {"model_id": "0"}, "text/plain": "interactive(children=())"}
+    outputs = [
+        new_output("display_data", data={"text/html": KNOB, "text/plain": "<knob>"}),
+        new_output("display_data", data=view),
+        new_output("stream", name="stdout", text="a very long line " * 30 + "\n"),
+    ]
     cells = [
         new_markdown_cell("# A paper\n\nIts loss is\n\n$$\\boldsymbol{L} = \\sum_i \\lVert x_i \\rVert^2$$"),
-        new_code_cell(
-            "knob()",
-            outputs=[
-                new_output("display_data", data={"text/html": KNOB, "text/plain": "<knob>"}),
-                new_output("display_data", data=view),
-                new_output("stream", name="stdout", text="a very long line " * 30 + "\n"),
-            ],
-            execution_count=1,
-        ),
+        new_code_cell("knob()", outputs=outputs, execution_count=1),
         new_code_cell('run.claim("params", holds=True)', execution_count=2),
     ]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook = new_notebook(cells=cells, metadata={"kernelspec": kernel, "language_info": {"name": "python"}})
     nbformat.write(notebook, folder / "sa2vp.ipynb")
     return folder.parent
-
-
-@pytest.fixture(scope="session", params=["made-up", "real"])
-def site(request: pytest.FixtureRequest, root: Path, made_up: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
-    """A built site behind a server on this machine."""
-    reports = made_up if request.param == "made-up" else root / "build" / "reports" / "pocket"
-    if not list(reports.glob("*/*.ipynb")):
-        pytest.skip("no executed notebook in build/reports/pocket: run `make reports` first")
-    out = tmp_path_factory.mktemp("built") / "site"
-    build(root, reports, out)
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(out)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    request.addfinalizer(server.shutdown)
-    return Site(request.param == "real", reports, out, f"http://127.0.0.1:{server.server_address[1]}")
 
 
 class Site:
@@ -121,6 +73,26 @@ class Site:
         # the API reference is the same in both sites
         left_out = {"_static", "api"} if real else {"_static"}
         self.pages = sorted(page.as_posix() for page in pages if page.parts[0] not in left_out)
+
+
+@pytest.fixture(scope="session", params=["made-up", "real"])
+def site(request: pytest.FixtureRequest, root: Path, made_up: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """A built site behind a server on this machine."""
+    reports = made_up if request.param == "made-up" else root / "build" / "reports" / "pocket"
+    if not list(reports.glob("*/*.ipynb")):
+        pytest.skip("no executed notebook in build/reports/pocket: run `make reports` first")
+    out = tmp_path_factory.mktemp("built") / "site"
+    done = build(root, reports, out)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(out)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    request.addfinalizer(server.shutdown)
+    return Site(request.param == "real", reports, out, f"http://127.0.0.1:{server.server_address[1]}")
 
 
 class Links(HTMLParser):
@@ -133,18 +105,13 @@ class Links(HTMLParser):
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        for name, value in attributes:
-            if name in ("href", "src") and value:
-                self.targets.append(value)
-            if name in ("id", "name") and value:
-                self.ids.add(value)
+        self.targets += [value for name, value in attributes if name in ("href", "src") and value]
+        self.ids |= {value for name, value in attributes if name in ("id", "name") and value}
 
 
 def build(root: Path, reports: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(root / "site" / "build.py"), "--reports", str(reports), "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    command = [sys.executable, root / "site" / "build.py", "--reports", reports, "--out", out]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_links_resolve(site: Site) -> None:
@@ -194,12 +161,9 @@ def test_pages_in_a_browser(site: Site, browser: object, width: int, scheme: str
         page.goto(f"{site.url}/{name}", wait_until="networkidle")
         if page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth"):
             wide.append(name)
-        shown = page.evaluate("document.documentElement.dataset.theme")
-        assert shown == scheme
+        assert page.evaluate("document.documentElement.dataset.theme") == scheme
     context.close()
-    assert not outside
-    assert not errors
-    assert not wide
+    assert (outside, errors, wide) == ([], [], [])
 
 
 @pytest.mark.browser
@@ -220,8 +184,6 @@ def test_no_serious_accessibility_fault(site: Site, browser: object, scheme: str
 
 
 def test_data_page_names_every_set_and_speed_page_every_benchmark(site: Site, root: Path) -> None:
-    from companion.data import DATASETS
-
     page = (site.folder / "data.html").read_text(encoding="utf-8")
     assert not [name for name in DATASETS if (name in page) == name.startswith("pocket/")]
     page = (site.folder / "speed.html").read_text(encoding="utf-8")
@@ -232,8 +194,6 @@ def test_data_page_names_every_set_and_speed_page_every_benchmark(site: Site, ro
 
 
 def test_api_reference_has_a_page_for_each_part(site: Site) -> None:
-    from companion.ops.papers import slugs
-
     parts = {path.stem for path in (site.folder / "api").glob("*.html")}
     assert parts == {*slugs(), "layers", "training", "data", "evaluation", "viz", "ops", "tools", "index"}
     page = (site.folder / "api" / "training.html").read_text(encoding="utf-8")
@@ -286,39 +246,33 @@ def test_every_widget_is_a_picture_without_scripts_and_turns_with_them(site: Sit
         assert seen == set(papers) - {"notebooks/pocket.html"}
 
 
+@pytest.fixture
+def page(browser: object) -> Iterator[object]:
+    with browser.new_page() as page:
+        yield page
+
+
 @pytest.mark.browser
-def test_ledger_is_the_claims(site: Site, browser: object) -> None:
-    page = browser.new_page()
+def test_ledger_is_the_claims(site: Site, page: object) -> None:
     page.goto(f"{site.url}/index.html")
     rows = page.locator("table.ledger tbody tr").all()
-    shown = [
-        (row.locator("td").nth(2).inner_text(), row.locator("td").nth(3).locator(".status").inner_text()[2:])
-        for row in rows
-    ]
+    cells = [row.locator("td").all() for row in rows]
+    shown = [(kind.inner_text(), status.locator(".status").inner_text()[2:]) for _, _, kind, status, *_ in cells]
+    files = [json.loads(file.read_text(encoding="utf-8")) for file in site.reports.glob("*/claims.json")]
+    assert sorted(shown) == sorted((claim["kind"], claim["status"]) for claims in files for claim in claims)
+    assert all("#claim-" in link.locator("a").get_attribute("href") for _, link, *_ in cells)
     ten = [row.locator("td").nth(3).inner_text() for row in page.locator("table.papers tbody tr").all()]
-    colours = page.evaluate(
-        "[...document.querySelectorAll('.status')].map(e => [e.className, getComputedStyle(e).color])"
-    )
-    links = [row.locator("td").nth(1).locator("a").get_attribute("href") for row in rows]
-    page.close()
-    claims = [
-        (claim["kind"], claim["status"])
-        for file in sorted(site.reports.glob("*/claims.json"))
-        for claim in json.loads(file.read_text(encoding="utf-8"))
-    ]
-    assert sorted(shown) == sorted(claims)
-    assert len(ten) == 10
-    assert all(state.startswith(("runs", "not yet built")) for state in ten)
-    assert len({colour for _, colour in colours}) == len({name for name, _ in colours})
-    assert all("#claim-" in link for link in links)
+    assert len(ten) == 10 and all(state.startswith(("runs", "not yet built")) for state in ten)
+    colours = "[...document.querySelectorAll('.status')].map(e => [e.className, getComputedStyle(e).color])"
+    names, colours = zip(*page.evaluate(colours), strict=True)
+    assert len(set(colours)) == len(set(names))
 
 
 @pytest.mark.browser
-def test_made_up_page_shows_all_of_it(site: Site, browser: object) -> None:
+def test_made_up_page_shows_all_of_it(site: Site, page: object) -> None:
     """Formulas are drawn, the knob works without a kernel, the dead widget is gone, odd characters stay text."""
     if site.real:
         pytest.skip("this test is about the made-up report")
-    page = browser.new_page()
     page.goto(f"{site.url}/notebooks/sa2vp.html")
     page.wait_for_selector("mjx-container svg")
     assert page.locator("mjx-container mjx-merror, mjx-container [data-mml-node=merror]").count() == 0
@@ -326,12 +280,10 @@ def test_made_up_page_shows_all_of_it(site: Site, browser: object) -> None:
     assert page.locator("#shown").inner_text() == "7"
     assert "interactive(children" not in page.content()
     page.goto(f"{site.url}/records/sa2vp.html")
-    assert "12.35" in page.inner_text("article")
-    assert "<b>" in page.inner_text("article")
+    assert "12.35" in page.inner_text("article") and "<b>" in page.inner_text("article")
     page.goto(f"{site.url}/index.html")
     assert "its study is older than its code" in page.inner_text("table.papers")
     assert "A | B: a_1 < b_1 & <i>more</i> [*]" in page.inner_text("table.ledger")
-    page.close()
 
 
 @pytest.mark.browser
@@ -344,29 +296,13 @@ def test_search_works_from_disk(site: Site, browser: object) -> None:
     context.close()
 
 
-def test_rebuilding_replaces_the_site_whole(root: Path, made_up: Path, tmp_path: Path) -> None:
+def test_a_build_replaces_the_site_whole_and_one_without_reports_leaves_it(root, made_up: Path, tmp_path: Path) -> None:
     out = tmp_path / "site"
     out.mkdir()
-    (out / "stale.html").write_text("old", encoding="utf-8")
-    build(root, made_up, out)
-    assert (out / "index.html").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["site"]
-    assert not (out / "stale.html").exists()
-
-
-def test_a_folder_without_reports_leaves_the_site_as_it_was(root: Path, tmp_path: Path) -> None:
-    out = tmp_path / "site"
-    out.mkdir()
-    (out / "index.html").write_text("built before", encoding="utf-8")
-    command = [
-        sys.executable,
-        str(root / "site" / "build.py"),
-        "--out",
-        str(out),
-        "--reports",
-        str(tmp_path / "misspelt"),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True)
+    (out / "stale.html").write_text("built before", encoding="utf-8")
+    result = build(root, tmp_path / "misspelt", out)
     assert result.returncode == 2 and "no executed notebook in" in result.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["site", "stale.html"]
+    assert build(root, made_up, out).returncode == 0
+    assert (out / "index.html").exists() and not (out / "stale.html").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["site"]
-    assert (out / "index.html").read_text(encoding="utf-8") == "built before"

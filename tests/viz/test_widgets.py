@@ -177,7 +177,7 @@ def test_keyboard_moves_the_controls(browser):
     # twice the same widget on one page: each keeps its own state
     text = widgets.explorer(flat_frames(), CONTROLS, "t").data
     page, errors = browser.new_page(), []
-    page.on("pageerror", errors.append)
+    page.on("pageerror", lambda error: errors.append(error))
     page.set_content(f"<html><body>{text}{text}</body></html>")
     first, second = page.locator("img").all()
 
