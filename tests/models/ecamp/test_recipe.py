@@ -129,7 +129,7 @@ def start(tmp_path, monkeypatch):
     images = Images(torch.zeros(2, 3, 448, 448))
     found = SimpleNamespace(images=images, texts=["There is no mass."] * 2, statements=None, windows=None)
     monkeypatch.setattr(xrays, "reports", lambda *given: found)
-    # stored: training a vocabulary twice gives the pieces in two orders, and so two checkpoints
+    # stored: learned in two folders, the pieces are in two orders
     Vocabulary.train(found.texts).tokenizer.save(str(tmp_path / "mimic_wordpiece.json"))
     monkeypatch.setattr(recipe, "pretraining_learning_rates", lambda per_epoch: np.full(6, 1e-3))
     monkeypatch.setattr(recipe, "Pairs", functools.partial(Pairs, length=16))
@@ -138,6 +138,14 @@ def start(tmp_path, monkeypatch):
     mae = VisionTransformer(img_size=224, depth=1, num_classes=0, global_pool="")
     torch.save({"model": mae.state_dict()}, tmp_path / "mae.pth")
     return mae
+
+
+def test_a_learned_vocabulary_is_kept(tmp_path, start):
+    """Learned again from the same reports, its pieces have other ids: no checkpoint would fit."""
+    (tmp_path / "mimic_wordpiece.json").unlink()
+    p = pretraining(data_root=str(tmp_path), weights=str(tmp_path / "mae.pth"))
+    one, two = (recipe._pairs(p, tmp_path)[1].pieces for _ in range(2))
+    assert one == two and len(list(tmp_path.glob("vocabulary *.json"))) == 1
 
 
 def test_a_killed_pre_training_resumes_and_its_encoder_starts_a_downstream_task(tmp_path, monkeypatch, start):

@@ -27,10 +27,11 @@ from ...data.xrays_sets import CLASSES, ONE_OF, tasks
 from ...errors import BadParameter, MissingWeights, check_choice
 from ...evaluation.metrics import radiology
 from ...evaluation.tables import published_table, upsert_rows, with_measured
+from ...ops.files import atomic
 from ...ops.papers import paper
 from ...training import checkpoints
 from ...training.callbacks import ClipNorm, EarlyStop
-from ...training.checkpoints import Checkpoint
+from ...training.checkpoints import Checkpoint, checkpoint_key
 from ...training.fit import Hardware, History, evaluating, fit
 from ...training.schedules import adamw, given, sgd
 from ..layers.state_dicts import load_official
@@ -72,7 +73,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
     """
     if p.dataset != "folder":
         _check(p.dataset, "pre-training")
-    title, words, pairs, facts = _generated_pairs(p) if p.dry_run else _pairs(p)
+    title, words, pairs, facts = _generated_pairs(p) if p.dry_run else _pairs(p, out)
 
     def build(method: str) -> ECAMP:
         torch.manual_seed(p.seed)
@@ -148,12 +149,20 @@ def pretrain(
     )
 
 
-def _pairs(p: SimpleNamespace) -> tuple[str, Vocabulary, Callable[[str], Pairs], dict[str, Any]]:
-    """Title, vocabulary, pairs by method, and what tells this data from other data; "folder": `data_root` itself."""
+def _pairs(p: SimpleNamespace, out: Path) -> tuple[str, Vocabulary, Callable[[str], Pairs], dict[str, Any]]:
+    """Title, vocabulary, pairs by method, and what tells this data from other data; "folder": `data_root` itself.
+
+    A vocabulary that is learned is kept in `out`: learned again from the same reports it would have other ids.
+    """
     dataset = xrays.own(p.data_root) if p.dataset == "folder" else DATASETS[p.dataset]
     found = xrays.reports(dataset, p.data_root, xrays.pretrain_transform())
     stored = dataset.folder(p.data_root) / "mimic_wordpiece.json"
-    words = Vocabulary.read(stored) if stored.is_file() else Vocabulary.train(found.texts)
+    if not stored.is_file():
+        stored = out / f"vocabulary {checkpoint_key(texts=found.texts)}.json"
+    if not stored.is_file():
+        with atomic(stored) as temporary:
+            Vocabulary.train(found.texts).tokenizer.save(str(temporary))
+    words = Vocabulary.read(stored)
     if found.windows is not None and not (found.windows.min() >= 0 and found.windows.max() <= 14 - 12):
         corners = f"corners of {found.windows.min()} to {found.windows.max()}"
         raise BadParameter("windows", corners, "0 to 2: a window has 12 of the 14 patches of a side")

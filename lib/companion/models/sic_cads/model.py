@@ -254,7 +254,7 @@ class MLR(OfficialModel):
         self.heads = Heads(width * (len(channels) + 2 * extra), text.shape[1], levels)
         self.text = nn.Parameter(text.detach().float().clone(), requires_grad=False)
         self.register_buffer("novel", novel.clone(), persistent=False)
-        self.register_buffer("base", (~novel).nonzero().flatten(), persistent=False)  # as indices: no wait for a GPU
+        self._base: Tensor | None = None
         self.teacher = None if teacher is None else copy.deepcopy(teacher).requires_grad_(False)
         self.lambda_base, self.lambda_novel = lambda_base, lambda_novel
         text_share(novel, lambda_base, lambda_novel)  # refuses values outside 0 to 1 now, not at the first image
@@ -332,6 +332,13 @@ class MLR(OfficialModel):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The embeddings e_text and e_image, (B, P, D) each, of prepared images."""
         return self.heads(self.forward_features(x))
+
+    @property
+    def base(self) -> Tensor:
+        """The indices of the base classes: unlike a mask, a step can select by them without a wait for the GPU."""
+        if self._base is None or self._base.device != self.novel.device:
+            self._base = (~self.novel).nonzero().flatten()
+        return self._base
 
     def cosines(self, embeddings: Tensor) -> Tensor:
         """The cosines (B, P, C) of embeddings (B, P, D) and the texts, in float32 also under autocast."""
