@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from scipy.io import loadmat
 from torchvision.transforms import v2
 
@@ -98,11 +98,6 @@ class Pedestrians(Images):
         truth = torch.from_numpy(labels)
         self.labels, self.ratio = truth, truth.mean(0)
         self.names, self.sentences = tuple(names), tuple(sentences)
-
-    def picture(self, index: int) -> Image.Image:
-        """See `Images`. Of your own images those that a phone stored as it was held are turned upright."""
-        found = super().picture(index)
-        return ImageOps.exif_transpose(found) if self.dataset.group == "own" else found
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         return (self.transform or _to_tensor)(self.picture(index)), self.labels[index]
