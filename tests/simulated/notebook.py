@@ -46,12 +46,15 @@ def display(*objects: object, **_: object) -> None:
             repr(thing)
 
 
-def force() -> None:
-    """Fabric gets the GPU also where "cpu" was asked for, and no training of `fit` is longer than STEPS."""
+def force(precision: str) -> list[float]:
+    """Fabric gets the GPU and this precision, whatever was asked for, and no training of `fit` is longer than STEPS.
+
+    Returns a list that receives the first loss of each training.
+    """
     from companion.training import fit as module
     from companion.training.schedules import Schedule
 
-    launch, train = module.Fabric, module.fit
+    launch, train, losses = module.Fabric, module.fit, []
 
     def fit(model, loss, data, *, epochs, batch, schedule=None, **settings):  # type: ignore[no-untyped-def]
         per_epoch = max(1, len(data) // batch)
@@ -61,10 +64,13 @@ def force() -> None:
             return lambda lr, steps, each: of(lr, max(1, round(epochs * per_epoch)), each)[:steps]
 
         settings["schedule"] = {k: begun(v) for k, v in whole.items()} if isinstance(whole, dict) else begun(whole)
-        return train(model, loss, data, epochs=min(epochs, STEPS / per_epoch), batch=batch, **settings)
+        history = train(model, loss, data, epochs=min(epochs, STEPS / per_epoch), batch=batch, **settings)
+        losses.append(history[0]["loss"])
+        return history
 
-    module.Fabric = lambda **settings: launch(**settings | {"accelerator": "cuda"})
+    module.Fabric = lambda **settings: launch(**settings | {"accelerator": "cuda", "precision": precision})
     module.fit = fit
+    return losses
 
 
 def main(slug: str, out: Path, changes: dict[str, object]) -> None:
@@ -74,7 +80,7 @@ def main(slug: str, out: Path, changes: dict[str, object]) -> None:
 
     torch.set_num_threads(1)
     sim = simdevice.install()
-    force()
+    losses = force(changes.pop("precision", "32-true"))
     import matplotlib.pyplot as plt
 
     builtins.display = display  # type: ignore[attr-defined]
@@ -95,7 +101,7 @@ def main(slug: str, out: Path, changes: dict[str, object]) -> None:
         {"where": place, "steps": steps, "waits": [[times, *what] for what, times in waits.items()]}
         for place, steps, waits in sim.trainings()
     ]
-    found = {"failures": failures, "trainings": trainings}
+    found = {"failures": failures, "trainings": trainings, "losses": losses}
     (out / "found.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 

@@ -38,7 +38,7 @@ def test_training():
 def run(slug: str, out: Path, *changes: str) -> dict:
     """What `tests.simulated.notebook` found, in a process of its own."""
     command = [sys.executable, "-m", "tests.simulated.notebook", slug, str(out), *changes]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((out / "found.json").read_text(encoding="utf-8"))
 
@@ -62,3 +62,14 @@ def test_pocket(slug, tmp_path):
     assert max(training["steps"] for training in found["trainings"]) > 2
     too_many = {file: n for file, n in waits(found).items() if n > ALLOWED.get(slug, {}).get(file, 0)}
     assert not too_many, too_many
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slug", slugs())
+def test_half_precision(slug, tmp_path):
+    """Every training and evaluation of a notebook under bf16 autocast: no failure; first losses near those of fp32."""
+    full, half = run(slug, tmp_path / "full"), run(slug, tmp_path / "half", "precision='bf16-mixed'")
+    assert not half["failures"], half["failures"][0]["error"]
+    assert len(full["losses"]) == len(half["losses"]) > 0
+    for one, other in zip(full["losses"], half["losses"], strict=True):
+        assert abs(other - one) <= 0.05 * abs(one)
