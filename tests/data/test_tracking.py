@@ -357,11 +357,9 @@ def test_degenerate_boxes_are_refused_and_without_opencv_the_extra_is_named(fram
             crop(frame, box, 2, 32)
     with pytest.raises(BadParameter, match="which has 240x180 pixels"):
         crop(frame, [500, 500, 10, 10], 2, 32)
-    tracking._opencv.cache_clear()
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(CompanionError, match=r"\[tracking\]"):
         crop(frame, [60, 50, 40, 30], 2, 32)
-    tracking._opencv.cache_clear()
 
 
 class Painted(Sequence):

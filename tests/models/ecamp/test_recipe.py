@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from lightning_fabric import Fabric
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -22,6 +21,7 @@ from companion.models.ecamp import recipe
 from companion.models.ecamp.text import Pairs, Vocabulary
 from companion.ops.papers import paper
 from companion.training.checkpoints import Checkpoint
+from companion.training.fit import Hardware
 from tests.conftest import parameters
 from tests.models.common import assert_goes_on, refuses
 
@@ -212,23 +212,15 @@ def test_dry_runs(task, dataset, metric, small, tmp_path):
     assert 0 <= score <= 100 and not model.training
 
 
-def test_a_trained_model_is_scored_on_the_device_and_comes_back(small, monkeypatch, tmp_path):
+def test_a_trained_model_is_scored_where_and_as_it_was_trained(small, monkeypatch, tmp_path):
     """Twenty thousand test images are not scored on the CPU where there is a GPU."""
-    sent = []
-
-    class Device(Fabric):
-        def to_device(self, obj):
-            if isinstance(obj, nn.Module):
-                sent.append(obj)
-            return super().to_device(obj)
-
-    monkeypatch.setattr(recipe, "launcher", lambda **settings: Device(**settings))
-    found = recipe.downstream(given(task="linear probe", dry_run=True), tmp_path)
+    used, evaluating = [], recipe.evaluating
+    monkeypatch.setattr(recipe, "evaluating", lambda *given: used.append(given) or evaluating(*given))
+    p = given(task="linear probe", dry_run=True, precision="bf16-mixed")
+    found = recipe.downstream(p, tmp_path)
     model = found.build().eval()
-    moved = []
-    monkeypatch.setattr(model, "to", lambda *where: moved.append(*where))
     found.score(model, found.data["test"])
-    assert sent == [model] and moved[-1] == torch.device("cpu")
+    assert used == [(Hardware(p.accelerator, precision="bf16-mixed"), model)]
 
 
 def test_nothing_left_to_be_found_is_no_score(small, tmp_path):

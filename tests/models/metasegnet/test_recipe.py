@@ -85,7 +85,7 @@ def test_training_is_adamw_in_lookahead_with_two_learning_rates_and_no_decay_of_
     model, seen = MetaSegNet.build(3, size="pocket"), {}
     monkeypatch.setattr(recipe, "fit", lambda model, loss, data, **options: seen.update(options, loss=loss))
     recipe.learn(given(method="unimodal"), part(4), model)
-    assert (seen["epochs"], seen["batch"]) == (7, 4) and not model.training
+    assert (seen["epochs"], seen["batch"]) == (7, 4)
     images, labels = part(4).tensors
     assert torch.equal(seen["loss"](model, (images, labels)), model.loss(images, None, labels))
     (ahead,), optimizer = seen["callbacks"], seen["optimizer"](model)

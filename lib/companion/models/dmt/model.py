@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from ...backbones import per_channel
 from ...errors import BadParameter, check_choice
+from ..layers.precision import without_autocast
 from .vit import DECODERS, Decoder, ViT, initialise, take, visible
 
 VIEWS = ("full", "same", "lighter")
@@ -183,7 +184,7 @@ def relation_maps(qkv: Tensor) -> tuple[Tensor, Tensor]:
 
     In float32 also under autocast.
     """
-    with torch.autocast(qkv.device.type, enabled=False):
+    with without_autocast(qkv.device):
         q, k, v = qkv.float()
         return q @ k.mT / math.sqrt(q.shape[-1]), v @ v.mT / math.sqrt(v.shape[-1])
 

@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...errors import BadCheckpoint, BadParameter
 from .frozen import frozen_copy
+from .precision import without_autocast
 from .state_dicts import check_names, load_official, official_state
 from .state_dicts import depth as depth_of
 
@@ -97,7 +98,7 @@ def similarity(clip: CLIP, image: Tensor, text: Tensor) -> Tensor:
 
     In float32 also under autocast: a hundred times a cosine of three digits changes which class is the largest.
     """
-    with torch.autocast(image.device.type, enabled=False):
+    with without_autocast(image.device):
         cosine = F.normalize(text.float(), dim=-1) @ F.normalize(image.float(), dim=-1)[..., None]
         return clip.logit_scale.exp() * cosine.squeeze(-1)
 

@@ -35,6 +35,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from ...backbones import Input, per_channel
 from ...errors import BadParameter, check_choice
 from ..layers.clip_prompting import Tokenizer, tokenise
+from ..layers.precision import without_autocast
 from ..layers.state_dicts import OfficialModel, check_names, depth, load_official
 
 PROMPT = "There is a {}"  # as released: no article choice, no stop, the class name exactly as in the annotation file
@@ -162,7 +163,7 @@ class Heads(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The embeddings e_text and e_image, (B, P, D) each, of length 1."""
         pooled = self.pooled(maps)
-        with torch.autocast(pooled.device.type, enabled=False):
+        with without_autocast(pooled.device):
             x = self.shared(pooled.float())
             return F.normalize(self.to_text(x), dim=-1), F.normalize(self.to_image(x), dim=-1)
 
@@ -342,7 +343,7 @@ class MLR(OfficialModel):
 
     def cosines(self, embeddings: Tensor) -> Tensor:
         """The cosines (B, P, C) of embeddings (B, P, D) and the texts, in float32 also under autocast."""
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with without_autocast(embeddings.device):
             return embeddings.float() @ self.text.mT
 
     def recognised(self, e_text: Tensor, e_image: Tensor, share: Tensor | float | None = None) -> Recognition:
