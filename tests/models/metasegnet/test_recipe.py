@@ -87,6 +87,7 @@ def test_training_is_adamw_in_lookahead_with_two_learning_rates_and_no_decay_of_
     recipe.learn(given(method="unimodal"), part(4), model)
     assert (seen["epochs"], seen["batch"]) == (7, 4)
     images, labels = part(4).tensors
+    model.eval()  # without dropout
     assert torch.equal(seen["loss"](model, (images, labels)), model.loss(images, None, labels))
     (ahead,), optimizer = seen["callbacks"], seen["optimizer"](model)
     assert isinstance(ahead, callbacks.Lookahead) and (ahead.k, ahead.alpha) == (5, 0.5)
