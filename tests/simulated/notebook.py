@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import copy
 import json
 import linecache
 import os
@@ -46,10 +47,10 @@ def display(*objects: object, **_: object) -> None:
             repr(thing)
 
 
-def force(precision: str) -> list[float]:
+def force(precision: str) -> list[tuple[float, float]]:
     """Fabric gets the GPU and this precision, whatever was asked for, and no training of `fit` is longer than STEPS.
 
-    Returns a list that receives the first loss of each training.
+    Returns a list that receives the first loss of each training, at this precision and in float32.
     """
     from companion.training import fit as module
     from companion.training.schedules import Schedule
@@ -64,11 +65,18 @@ def force(precision: str) -> list[float]:
             return lambda lr, steps, each: of(lr, max(1, round(epochs * per_epoch)), each)[:steps]
 
         settings["schedule"] = {k: begun(v) for k, v in whole.items()} if isinstance(whole, dict) else begun(whole)
+        alone = settings | {"callbacks": (), "checkpoint": None}
+        if precision != "32-true":
+            using.append("32-true")
+            (full,) = train(copy.deepcopy(model), loss, data, epochs=1 / per_epoch, batch=batch, **alone)
+            using.pop()
         history = train(model, loss, data, epochs=min(epochs, STEPS / per_epoch), batch=batch, **settings)
-        losses.append(history[0]["loss"])
+        if precision != "32-true":
+            losses.append((history[0]["loss"], full["loss"]))
         return history
 
-    module.Fabric = lambda **settings: launch(**settings | {"accelerator": "cuda", "precision": precision})
+    using = [precision]
+    module.Fabric = lambda **settings: launch(**settings | {"accelerator": "cuda", "precision": using[-1]})
     module.fit = fit
     return losses
 
