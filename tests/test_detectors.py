@@ -11,6 +11,7 @@ from companion import detectors
 from companion.detectors import GroundingDino, Output, Owl, build, limits, read_results, refine_results, refined, rows
 from companion.errors import BadParameter, CorruptFile, MissingWeights
 from companion.models.sic_cads import refine
+from tests.data.conftest import refused
 
 NAMES = ["cat", "hot_dog", "moon"]
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -115,8 +116,7 @@ def test_many_names_take_several_passes():
     assert found.probabilities[:20, 4].eq(0).all() and found.probabilities[20:, :4].eq(0).all()
     p = torch.full((5,), 0.5)
     assert refine(found.probabilities, p, 0.5)[20:, :4].eq(0).all()  # no class comes from a pass that was not asked
-    with pytest.raises(BadParameter, match="at most 9 tokens"):
-        dino(["cat " * 10])
+    refused(BadParameter, "at most 9 tokens", dino, ["cat " * 10])
 
 
 def output(count: int = 12, classes: int = 3) -> Output:
@@ -150,8 +150,7 @@ def test_any_callable_is_a_detector_when_its_output_fits():
         (Output(boxes[:3], probabilities, size), None, r"boxes \(R, 4\)"),
         (output(), torch.ones(4), "p = "),
     ):
-        with pytest.raises(BadParameter, match=said):
-            refined(found, p)
+        refused(BadParameter, said, refined, found, p)
 
 
 def test_finished_results_are_rescaled_as_the_matrix_is():
@@ -174,8 +173,7 @@ def test_limits_say_what_was_cut():
     assert found_limits["boxes with one class"] == 100
     assert found_limits["lowest score"] == min(r["score"] for r in finished)
     assert limits(rows(refined(found, nms=None, top=36), 1, [1, 2, 3]))["boxes with one class"] == 0
-    with pytest.raises(BadParameter, match="no rows"):
-        limits([])
+    refused(BadParameter, "no rows", limits, [])
 
 
 def test_result_files(tmp_path):
@@ -189,27 +187,22 @@ def test_result_files(tmp_path):
         ([good | {"score": 3.2}], "'score' is 3.2"),
     ):
         path.write_text(json.dumps(broken))
-        with pytest.raises(CorruptFile, match=said):
-            read_results(path)
+        refused(CorruptFile, said, read_results, path)
     path.write_text(json.dumps([good])[:-9])
-    with pytest.raises(CorruptFile, match=r"dets\.json"):
-        read_results(path)
+    refused(CorruptFile, r"dets\.json", read_results, path)
     for image, category, gamma, said in ((2, 3, 0.5, "image_id 1"), (1, 4, 0.5, "without 3"), (1, 3, -0.1, "gamma")):
-        with pytest.raises(BadParameter, match=said):
-            refine_results([good], {image: torch.ones(1)}, [category], gamma)
+        refused(BadParameter, said, refine_results, [good], {image: torch.ones(1)}, [category], gamma)
 
 
 def test_weights_from_a_folder(tmp_path):
     model = owl_model("owlvit")
-    with pytest.raises(MissingWeights, match="google/owlvit-base-patch32"):
-        build("google/owlvit-base-patch32", NAMES, tmp_path)
+    refused(MissingWeights, "google/owlvit-base-patch32", build, "google/owlvit-base-patch32", NAMES, tmp_path)
     model.save_pretrained(tmp_path)
     again = build("google/owlvit-base-patch32", NAMES, tmp_path)
     torch.testing.assert_close(again(image_of()).probabilities, owl("owlvit")(image_of()).probabilities)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(CorruptFile, match="owlvit"):
-        build("google/owlvit-base-patch32", NAMES, tmp_path)
+    refused(CorruptFile, "owlvit", build, "google/owlvit-base-patch32", NAMES, tmp_path)
 
 
 def test_grounding_dino_from_a_folder(tmp_path):
@@ -221,15 +214,9 @@ def test_grounding_dino_from_a_folder(tmp_path):
 
 def test_names_that_are_not_there(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(BadParameter, match="google/owlv2"):
-        build("fasterrcnn", NAMES)
-    with pytest.raises(BadParameter, match="names"):
-        build("google/owlvit-base-patch32", [], "random")
-    with pytest.raises(BadParameter, match="tokenizer is a file"):
-        build("IDEA-Research/grounding-dino-tiny", NAMES, "random")
-    with pytest.raises(BadParameter, match="tokens"):
-        dino(tokens="first")
-    with pytest.raises(BadParameter, match="uint8"):
-        owl("owlvit")(image_of().float())
-    with pytest.raises(MissingWeights, match="grounding-dino-base"):
-        build("IDEA-Research/grounding-dino-base", NAMES)
+    refused(BadParameter, "google/owlv2", build, "fasterrcnn", NAMES)
+    refused(BadParameter, "names", build, "google/owlvit-base-patch32", [], "random")
+    refused(BadParameter, "tokenizer is a file", build, "IDEA-Research/grounding-dino-tiny", NAMES, "random")
+    refused(BadParameter, "tokens", dino, tokens="first")
+    refused(BadParameter, "uint8", owl("owlvit"), image_of().float())
+    refused(MissingWeights, "grounding-dino-base", build, "IDEA-Research/grounding-dino-base", NAMES)

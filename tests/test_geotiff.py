@@ -16,6 +16,7 @@ from companion import climate, geotiff
 from companion.errors import BadParameter, CompanionError, CorruptFile
 from companion.geotiff import NODATA, Raster
 from companion.models.metasegnet.model import bands, segment
+from tests.data.conftest import refused
 
 UTM = "EPSG:32633"  # zone 33 north: Potsdam
 CORNER = from_origin(367_000, 5_806_000, 0.5, 0.5)
@@ -65,8 +66,7 @@ def test_a_png_with_a_world_file(tmp_path):
     with Raster(tmp_path / "a.png") as raster:
         assert raster.place == given and given[0] == pytest.approx(52.4, abs=0.1)
     (tmp_path / "a.prj").write_text("nowhere")
-    with pytest.raises(CorruptFile, match=r"a\.prj"):
-        Raster(tmp_path / "a.png")
+    refused(CorruptFile, r"a\.prj", Raster, tmp_path / "a.png")
 
 
 def test_a_photograph_in_four_inks_has_its_colours(tmp_path):
@@ -105,8 +105,7 @@ def test_a_picture_without_georeference_stays_without(tmp_path):
 def test_what_cannot_be_read(tmp_path):
     (tmp_path / "text.tif").write_text("no image")
     for name in ("nowhere", "text"):
-        with pytest.raises(CorruptFile, match=rf"{name}\.tif"):
-            Raster(tmp_path / f"{name}.tif")
+        refused(CorruptFile, rf"{name}\.tif", Raster, tmp_path / f"{name}.tif")
     deep = written(tmp_path / "deep.tif", noise().astype(np.uint16))
     for path, said in ((written(tmp_path / "grey.tif", noise()[:1]), "1 band"), (deep, "uint16")):
         with Raster(path) as raster, pytest.raises(CorruptFile, match=said):
@@ -121,15 +120,13 @@ def test_what_cannot_be_read(tmp_path):
         assert not list(tmp_path.glob("*map*"))  # nothing half-written
     with Raster(deep) as raster:
         for rows, palette, said in (([], [], "palette"), ([(0, np.zeros((3, 90), np.uint8))], PALETTE, "rows")):
-            with pytest.raises(BadParameter, match=said):
-                geotiff.write_map(tmp_path / "map.tif", rows, raster, palette)
+            refused(BadParameter, said, geotiff.write_map, tmp_path / "map.tif", rows, raster, palette)
     assert not list(tmp_path.glob("*map*"))
 
 
 def test_without_rasterio(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "rasterio", None)
-    with pytest.raises(CompanionError, match="landcover"):
-        Raster(tmp_path / "a.tif")
+    refused(CompanionError, "landcover", Raster, tmp_path / "a.tif")
 
 
 LARGE = """

@@ -1,8 +1,9 @@
-"""What the readers' tests share: flat images, sets of other sizes, a web server on this machine."""
+"""What the readers' tests share: refusals, flat images, sets of other sizes, a web server on this machine."""
 
 import dataclasses
 import http.server
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,12 @@ import pytest
 from PIL import Image
 
 from companion.data import DATASETS
+
+
+def refused(error: type[Exception], words: str, call: Callable, /, *args: object, **options: object) -> None:
+    """The call raises `error`, and its message matches `words`."""
+    with pytest.raises(error, match=words):
+        call(*args, **options)
 
 
 def picture(path: Path, value: int | tuple = 100, size: tuple[int, int] = (12, 10), mode: str = "RGB") -> None:

@@ -16,7 +16,7 @@ from companion import data
 from companion.data import DATASETS, attributes_sets
 from companion.data.attributes import SPLITS, PadToSquare, load, own_folder, splits, square_transform
 from companion.errors import BadParameter, CorruptFile, MissingData
-from tests.data.conftest import expect
+from tests.data.conftest import expect, refused
 
 SETS = ["par/peta", "par/pa100k", "par/rapv1", "par/rapv2", "par/wider", "par-zs/peta", "par-zs/rap"]
 
@@ -190,8 +190,7 @@ def test_pa100k(tmp_path):
     found = splits("par/pa100k", tmp_path)
     assert [shades(found[split]) for split in SPLITS] == [[0, 1, 2, 3], [4], [0, 1, 2, 3, 4], [5, 6, 7]]
     np.testing.assert_array_equal(found["test"].labels, raw(8, 26)[5:])
-    with pytest.raises(BadParameter, match="'train', 'val', 'trainval', 'test'"):
-        load("par/pa100k", tmp_path, "all")
+    refused(BadParameter, "'train', 'val', 'trainval', 'test'", load, "par/pa100k", tmp_path, "all")
     found = load("par/pa100k", tmp_path, "train", square_transform(32, train=True))
     images, labels = next(iter(DataLoader(found, 4, num_workers=1)))
     assert images.shape == (4, 3, 32, 32) and labels.shape == (4, 26)
@@ -210,8 +209,7 @@ def test_rapv1_has_no_validation_split_and_what_nobody_could_tell_is_not_there(t
     assert {split: shades(part) for split, part in found.items()} == {"trainval": [1, 3, 5, 0, 2], "test": [4, 6, 7]}
     assert found["trainval"].labels[3, 0] == 0
     np.testing.assert_array_equal(found["test"].labels, raw(8, 51)[[4, 6, 7]])
-    with pytest.raises(BadParameter, match="'trainval', 'test'"):
-        load("par/rapv1", tmp_path, "train")
+    refused(BadParameter, "'trainval', 'test'", load, "par/rapv1", tmp_path, "train")
 
 
 def test_wider_counts_what_nobody_could_tell_as_not_there(tmp_path):
@@ -226,8 +224,7 @@ def test_wider_counts_what_nobody_could_tell_as_not_there(tmp_path):
 @pytest.mark.parametrize(("name", "own"), attributes_sets.ZERO_SHOT.items())
 def test_zero_shot_splits_are_read_without_the_package_that_wrote_them(name, own, file, tmp_path, easydict):
     folder = MAKERS[own](tmp_path)
-    with pytest.raises(MissingData, match=r"dataset_zs_run0\.pkl is not there"):
-        splits(name, tmp_path)
+    refused(MissingData, r"dataset_zs_run0\.pkl is not there", splits, name, tmp_path)
     new_split(folder, easydict, file)
     found = splits(name, tmp_path)
     assert [shades(found[split]) for split in SPLITS] == [[0, 1, 2], [3], [0, 1, 2, 3], [7, 6, 5]]
@@ -278,8 +275,7 @@ def test_own_pictures_are_upright_and_listed_once(tmp_path):
     Image.new("RGB", (24, 10), (9, 9, 9)).save(tmp_path / "anna/0.jpg", exif=turned)
     assert own_folder(tmp_path)["trainval"].picture(0).size == (10, 24)
     own(tmp_path, "anna/0.jpg,train,1,0", "anna/4.jpg,test,1,1", "anna/0.jpg,test,1,0")
-    with pytest.raises(CorruptFile, match=r"line 4: anna/0\.jpg is in line 2"):
-        own_folder(tmp_path)
+    refused(CorruptFile, r"line 4: anna/0\.jpg is in line 2", own_folder, tmp_path)
 
 
 def test_own_folder(tmp_path):
@@ -291,11 +287,9 @@ def test_own_folder(tmp_path):
     own(tmp_path, "anna/0.jpg,train,1,0", "anna/4.jpg,test,1,1")
     assert {split: len(part) for split, part in own_folder(tmp_path).items()} == {"trainval": 1, "test": 1}
     (tmp_path / "labels.csv").write_bytes(b"\xff\xfe\x00a")
-    with pytest.raises(CorruptFile, match="CSV"):
-        own_folder(tmp_path)
+    refused(CorruptFile, "CSV", own_folder, tmp_path)
     (tmp_path / "labels.csv").unlink()
-    with pytest.raises(MissingData, match=r"labels\.csv is not there"):
-        own_folder(tmp_path)
+    refused(MissingData, r"labels\.csv is not there", own_folder, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -311,19 +305,16 @@ def test_own_folder(tmp_path):
     ],
 )
 def test_own_lists_that_cannot_be_read(lines, header, error, message, tmp_path):
-    with pytest.raises(error, match=message):
-        own_folder(own(tmp_path, *lines, header=header))
+    refused(error, message, own_folder, own(tmp_path, *lines, header=header))
 
 
 def test_missing_pictures(tmp_path):
     folder = pa100k(tmp_path)
     (folder / "data/000007.jpg").unlink()
     assert data.status("par/pa100k", tmp_path).detail.startswith("1 of 8 listed images are not there")
-    with pytest.raises(MissingData, match=r"000007\.jpg is listed but not there"):
-        load("par/pa100k", tmp_path, "test")[1]
+    refused(MissingData, r"000007\.jpg is listed but not there", lambda: load("par/pa100k", tmp_path, "test")[1])
     (folder / "data/000008.jpg").unlink()
-    with pytest.raises(MissingData, match=r"lists 000008\.jpg, which is not in .*data or .*Pad_datasets"):
-        splits("par/pa100k", tmp_path)
+    refused(MissingData, r"lists 000008\.jpg, which is not in .*data or .*Pad_datasets", splits, "par/pa100k", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["par/peta", "par/pa100k", "par/rapv1", "par/rapv2"])
@@ -331,12 +322,10 @@ def test_damaged_and_foreign_matlab_files(name, tmp_path):
     folder = MAKERS[name](tmp_path)
     path = folder / attributes_sets.ANNOTATIONS[name]
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(CorruptFile, match="not a MATLAB file"):
-        splits(name, tmp_path)
+    refused(CorruptFile, "not a MATLAB file", splits, name, tmp_path)
     assert data.status(name, tmp_path).state == "incomplete"
     savemat(path, {"other": np.zeros(3)})
-    with pytest.raises(CorruptFile, match=r"fields are not those of .* it has: other"):
-        splits(name, tmp_path)
+    refused(CorruptFile, r"fields are not those of .* it has: other", splits, name, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -350,8 +339,7 @@ def test_damaged_and_foreign_matlab_files(name, tmp_path):
 )
 def test_wrong_fields_of_pa100k(changes, message, tmp_path):
     pa100k(tmp_path, **changes)
-    with pytest.raises(CorruptFile, match=message):
-        splits("par/pa100k", tmp_path)
+    refused(CorruptFile, message, splits, "par/pa100k", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -364,8 +352,7 @@ def test_wrong_fields_of_pa100k(changes, message, tmp_path):
 )
 def test_splits_that_cannot_be(part, message, tmp_path):
     peta(tmp_path, splits=cells([part] * 5))
-    with pytest.raises(CorruptFile, match=message):
-        splits("par/peta", tmp_path)
+    refused(CorruptFile, message, splits, "par/peta", tmp_path)
 
 
 def test_wrong_lines_of_wider(tmp_path):
@@ -377,11 +364,9 @@ def test_wrong_lines_of_wider(tmp_path):
         ("\n".join(labels.splitlines()[:2]), "2 lines, and test_name.txt has 3 images"),
     ):
         (folder / "test_gt_label.txt").write_text(wrong)
-        with pytest.raises(CorruptFile, match=message):
-            splits("par/wider", tmp_path)
+        refused(CorruptFile, message, splits, "par/wider", tmp_path)
     (folder / "attr_name.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(CorruptFile, match="not a text file"):
-        splits("par/wider", tmp_path)
+    refused(CorruptFile, "not a text file", splits, "par/wider", tmp_path)
 
 
 def test_new_splits_in_a_list_of_partitions_and_wrong_ones(tmp_path, easydict):
@@ -391,8 +376,7 @@ def test_new_splits_in_a_list_of_partitions_and_wrong_ones(tmp_path, easydict):
         new_split(folder, patch, **parts)
         assert shades(load("par-zs/peta", tmp_path, "train")) == [0, 1]
     path = new_split(folder, easydict, test=np.array([8]))
-    with pytest.raises(CorruptFile, match="goes beyond"):
-        splits("par-zs/peta", tmp_path)
+    refused(CorruptFile, "goes beyond", splits, "par-zs/peta", tmp_path)
     for content, message in (
         (b"no", "not a pickle"),
         (pickle.dumps([1]), "partition.train"),
@@ -400,8 +384,7 @@ def test_new_splits_in_a_list_of_partitions_and_wrong_ones(tmp_path, easydict):
         (pickle.dumps({"partition": {"train": [0], "val": ["a"], "test": [2]}}), "no list of image numbers"),
     ):
         path.write_bytes(content)
-        with pytest.raises(CorruptFile, match=message):
-            splits("par-zs/peta", tmp_path)
+        refused(CorruptFile, message, splits, "par-zs/peta", tmp_path)
 
 
 class Evil:
@@ -421,5 +404,4 @@ def test_nothing_in_a_pickle_runs(tmp_path):
 def test_another_number_of_pictures_is_refused(tmp_path, monkeypatch):
     pa100k(tmp_path)
     expect(monkeypatch, "par/pa100k", sizes={"trainval": 90_000, "test": 10_000})
-    with pytest.raises(MissingData, match="has 5 images for 'trainval', 90,000 are expected"):
-        splits("par/pa100k", tmp_path)
+    refused(MissingData, "has 5 images for 'trainval', 90,000 are expected", splits, "par/pa100k", tmp_path)

@@ -23,7 +23,7 @@ from companion import data
 from companion.data import DATASETS, classification
 from companion.data.classification import crop_transform, image_folder, in_memory, load, resize_transform
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
-from tests.data.conftest import expect, picture, values
+from tests.data.conftest import expect, picture, refused, values
 
 INPUT = SimpleNamespace(size=28, mean=(0.5, 0.4, 0.3), std=(0.5, 0.6, 0.7))
 
@@ -162,8 +162,7 @@ def test_vtab_lists(small_vtab, tmp_path):
         images = load("vtab/cifar100", tmp_path, split)
         assert (images.name, images.classes, list(images.labels)) == ("vtab/cifar100", 3, labels)
         assert values(images) == [10 * index + offset for index in range(len(labels))]
-    with pytest.raises(BadParameter, match="'train', 'val', 'trainval', 'test'"):
-        load("vtab/cifar100", tmp_path, "training")
+    refused(BadParameter, "'train', 'val', 'trainval', 'test'", load, "vtab/cifar100", tmp_path, "training")
     image, label = load("vtab/cifar100", str(tmp_path), "val", resize_transform(INPUT))[1]
     assert image.shape == (3, 28, 28) and image.dtype == torch.float32 and (type(label), label) == (int, 0)
     plain, _ = load("vtab/cifar100", tmp_path, "val")[1]
@@ -261,16 +260,14 @@ def test_hta_arrays_are_cut_in_file_order(name, make, tmp_path, monkeypatch):
 def test_images_or_a_list_missing(small_vtab, tmp_path):
     (small_vtab / "images/train800/000001.png").unlink()
     images = load("vtab/cifar100", tmp_path, "train")  # opening looks at the first and last image only
-    with pytest.raises(MissingData, match=r"000001\.png is listed but not there"):
-        images[1]
+    refused(MissingData, r"000001\.png is listed but not there", lambda: images[1])
     said = f"1 of 14 listed images are not there, the first: {small_vtab / 'images/train800/000001.png'}"
     assert data.status("vtab/cifar100", tmp_path) == data.Status("incomplete", said)
     (small_vtab / "images/train800/000000.png").unlink()
     with pytest.raises(MissingData, match=r"train800\.txt is there, but the image .*000000\.png is not"):
         load("vtab/cifar100", tmp_path, "train")
     (small_vtab / "test.txt").unlink()
-    with pytest.raises(MissingData, match=r"test\.txt is not there"):
-        load("vtab/cifar100", tmp_path, "test")
+    refused(MissingData, r"test\.txt is not there", load, "vtab/cifar100", tmp_path, "test")
     assert len(load("vtab/cifar100", tmp_path, "val")) == 2
     assert data.status("vtab/cifar100", tmp_path).state == "incomplete"
 
@@ -295,8 +292,7 @@ def test_list_of_another_length(lines, small_vtab, tmp_path):
 def test_nabirds_with_other_classes(split, ids, error, said, tmp_path, monkeypatch):
     shrink(monkeypatch, "fgvc/nabirds", 3, 3, 2, 4)
     fgvc(tmp_path, "nabirds", ids={**IDS, split: ids})
-    with pytest.raises(error, match=said):
-        load("fgvc/nabirds", tmp_path, split)
+    refused(error, said, load, "fgvc/nabirds", tmp_path, split)
 
 
 @pytest.mark.parametrize(
@@ -315,8 +311,7 @@ def test_hta_lists_missing(make, name, gone, tmp_path):
     if make is gtsrb:
         for path in (folder / "GTSRB/Training/00001").iterdir():
             path.unlink()
-        with pytest.raises(MissingData, match="00001"):
-            load("hta/gtsrb", tmp_path, "train")
+        refused(MissingData, "00001", load, "hta/gtsrb", tmp_path, "train")
 
 
 def test_hta_archive_missing_or_damaged(tmp_path, monkeypatch):
@@ -324,12 +319,10 @@ def test_hta_archive_missing_or_damaged(tmp_path, monkeypatch):
     folder = cifar10(tmp_path, monkeypatch)
     batch = folder / "data_batch_2"
     batch.write_bytes(batch.read_bytes()[:-5])
-    with pytest.raises(CorruptFile, match=r"data_batch_2: it has not the published MD5"):
-        load("hta/cifar10", tmp_path, "train")
+    refused(CorruptFile, r"data_batch_2: it has not the published MD5", load, "hta/cifar10", tmp_path, "train")
     assert data.status("hta/cifar10", tmp_path).state == "incomplete"
     batch.unlink()
-    with pytest.raises(MissingData, match=r"data_batch_2 is not there"):
-        load("hta/cifar10", tmp_path, "test")
+    refused(MissingData, r"data_batch_2 is not there", load, "hta/cifar10", tmp_path, "test")
     assert "data_batch_2 is not there" in data.status("hta/cifar10", tmp_path).detail
 
 
@@ -343,8 +336,7 @@ def test_image_truncated_or_no_image(damage, suffix, small_vtab, tmp_path):
     listing = small_vtab / "train800.txt"
     listing.write_text(listing.read_text().replace("000001.png", path.name))
     images = load("vtab/cifar100", tmp_path, "train")
-    with pytest.raises(CorruptFile, match=rf"images/train800/x\.{suffix}"):
-        images[1]
+    refused(CorruptFile, rf"images/train800/x\.{suffix}", lambda: images[1])
 
 
 FORM = "expected 'relative/path label'"
@@ -376,8 +368,7 @@ def test_list_paths_may_hold_spaces_and_dots(small_vtab, tmp_path):
     listing.write_text(listing.read_text().replace("images/train800/000001.png", "images/a b/..c.png"))
     assert values(load("vtab/cifar100", tmp_path, "train")) == [0, 77, 20]
     listing.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(CorruptFile, match=r"train800\.txt: not text"):
-        load("vtab/cifar100", tmp_path, "train")
+    refused(CorruptFile, r"train800\.txt: not text", load, "vtab/cifar100", tmp_path, "train")
 
 
 @pytest.mark.parametrize(
@@ -468,8 +459,7 @@ def test_in_memory_refuses_what_it_cannot_keep(small_vtab, tmp_path, monkeypatch
     with pytest.raises(BadParameter, match=r"\(3, 10, 12\) and \(3, 9, 9\).*same size"):
         in_memory(load("vtab/cifar100", tmp_path, "test"))
     monkeypatch.setattr(classification.psutil, "virtual_memory", lambda: SimpleNamespace(available=100))
-    with pytest.raises(CompanionError, match="read it from disk"):
-        in_memory(load("vtab/cifar100", tmp_path, "train"))
+    refused(CompanionError, "read it from disk", in_memory, load("vtab/cifar100", tmp_path, "train"))
 
 
 def test_opening_a_long_list_does_not_look_at_every_file(tmp_path, monkeypatch):
@@ -511,8 +501,7 @@ def test_image_folder_with_splits(tmp_path):
     assert list(sets["test"].labels) == [0, 0, 1] and values(sets["test"]) == [100, 101, 100]
     assert values(sets["val"]) == [50, 51, 50]
     (tmp_path / "val/a").rename(tmp_path / "val/c")
-    with pytest.raises(CorruptFile, match="lacks: c"):
-        image_folder(tmp_path)
+    refused(CorruptFile, "lacks: c", image_folder, tmp_path)
     own(tmp_path / "classes", {"car": 3, "train": 3})  # a class may be called train; hidden files are no images
     (tmp_path / "classes/car/._00.jpg").write_bytes(b"left by a Mac")
     sets = image_folder(tmp_path / "classes")
@@ -520,19 +509,15 @@ def test_image_folder_with_splits(tmp_path):
 
 
 def test_image_folder_bad_input(tmp_path):
-    def refused(error, said, root=tmp_path, **options):
-        with pytest.raises(error, match=said):
-            image_folder(root, **options)
-
-    refused(MissingData, r"<class>/<image>\.jpg", tmp_path / "nowhere")
-    refused(MissingData, "no class folders")
+    refused(MissingData, r"<class>/<image>\.jpg", image_folder, tmp_path / "nowhere")
+    refused(MissingData, "no class folders", image_folder, tmp_path)
     own(tmp_path, {"cat": 3})
     (tmp_path / "dog").mkdir()
-    refused(MissingData, r"no images in .*dog")
+    refused(MissingData, r"no images in .*dog", image_folder, tmp_path)
     for fraction in (0, 1, -0.5):
-        refused(BadParameter, "val_fraction", val_fraction=fraction)
+        refused(BadParameter, "val_fraction", image_folder, tmp_path, val_fraction=fraction)
     own(tmp_path / "parted/test", {"cat": 3})
-    refused(MissingData, r"no folder .*train", tmp_path / "parted")
+    refused(MissingData, r"no folder .*train", image_folder, tmp_path / "parted")
 
 
 def test_pictures_of_ones_own_are_turned_as_the_camera_says(small_vtab, tmp_path):
@@ -604,8 +589,7 @@ def test_fetch_downloads_verifies_and_unpacks(progress, served_dtd, tmp_path, ca
 
 def test_fetch_of_a_damaged_download_keeps_nothing(served_dtd, tmp_path):
     served_dtd.write_bytes(served_dtd.read_bytes()[:-20])
-    with pytest.raises(CompanionError, match="could not be downloaded"):
-        data.fetch("hta/dtd", tmp_path / "data", progress=False)
+    refused(CompanionError, "could not be downloaded", data.fetch, "hta/dtd", tmp_path / "data", progress=False)
     assert files(tmp_path / "data") == []
 
 
@@ -616,8 +600,7 @@ def test_fetch_refuses_an_archive_that_writes_outside(served_dtd, tmp_path, monk
         tar.addfile(member, io.BytesIO(b"evil"))
     monkeypatch.setattr(torchvision.datasets.DTD, "_MD5", md5(served_dtd))
     before = tarfile.TarFile.__dict__.get("extraction_filter")
-    with pytest.raises(CompanionError, match="outside"):
-        data.fetch("hta/dtd", tmp_path / "data", progress=False)
+    refused(CompanionError, "outside", data.fetch, "hta/dtd", tmp_path / "data", progress=False)
     assert files(tmp_path / "data") == [] and not list(tmp_path.rglob("escaped.txt"))
     assert tarfile.TarFile.__dict__.get("extraction_filter") is before
 

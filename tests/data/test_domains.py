@@ -19,7 +19,7 @@ from companion.data import DATASETS, domains, domains_sets
 from companion.data.domains import clip_transform, load, own_folder, splits
 from companion.data.fewshot import base_to_novel, halves
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
-from tests.data.conftest import expect, picture, values
+from tests.data.conftest import expect, picture, refused, values
 
 SETS = list(domains_sets.CLASSES)
 INPUT = SimpleNamespace(size=28, mean=(0.5, 0.4, 0.3), std=(0.5, 0.6, 0.7))
@@ -170,8 +170,7 @@ def test_cut_is_per_class_shuffled_and_the_same_every_time(btmri, tmp_path):
     image, label = load("medical/btmri", str(tmp_path), "train", clip_transform(INPUT))[0]
     assert image.shape == (3, 28, 28) and image.dtype == torch.float32 and type(label) is int
     assert sets["train"][0][0].shape == (3, 10, 12)
-    with pytest.raises(BadParameter, match="'train', 'val', 'test', 'all'"):
-        load("medical/btmri", tmp_path, "trainval")
+    refused(BadParameter, "'train', 'val', 'test', 'all'", load, "medical/btmri", tmp_path, "trainval")
     for part, size in {"train": 5, "val": 2, "test": 3}.items():
         assert Counter(sets[part].labels) == dict.fromkeys(range(4), size)
         assert list(sets[part].sources) == list(load("medical/btmri", tmp_path, part).sources)
@@ -261,23 +260,19 @@ def test_lists_that_are_refused(content, reason, btmri, tmp_path):
 
 def test_class_folders_that_are_missing_or_strange_are_named(btmri, tmp_path):
     (tmp_path / "remote/AID/something").mkdir(parents=True)
-    with pytest.raises(MissingData, match="has no class folders"):
-        splits("remote/aid", tmp_path)
+    refused(MissingData, "has no class folders", splits, "remote/aid", tmp_path)
     for number in range(2, 10):
         (btmri / f"BTMRI/notumor/{number}.jpg").unlink()
     with pytest.raises(MissingData, match=r"notumor below .* has 2 images, too few for train, val and test"):
         splits("medical/btmri", tmp_path)
     for path in (btmri / "BTMRI/glioma").iterdir():
         path.unlink()
-    with pytest.raises(MissingData, match=r"the class folder glioma below .*BTMRI has no images"):
-        splits("medical/btmri", tmp_path)
+    refused(MissingData, r"the class folder glioma below .*BTMRI has no images", splits, "medical/btmri", tmp_path)
     (btmri / "BTMRI/glioma").rmdir()
-    with pytest.raises(MissingData, match=r"1 of 4 class folders below .*: glioma"):
-        splits("medical/btmri", tmp_path)
+    refused(MissingData, r"1 of 4 class folders below .*: glioma", splits, "medical/btmri", tmp_path)
     assert "1 of 4 class folders" in data.status("medical/btmri", tmp_path).detail
     picture(btmri / "BTMRI/cats/0.jpg")
-    with pytest.raises(CorruptFile, match=r"no class of Brain tumour MRI \(BTMRI\): cats"):
-        splits("medical/btmri", tmp_path)
+    refused(CorruptFile, r"no class of Brain tumour MRI \(BTMRI\): cats", splits, "medical/btmri", tmp_path)
 
 
 def test_another_number_of_images_than_is_known(btmri, tmp_path, monkeypatch):
@@ -285,8 +280,7 @@ def test_another_number_of_images_than_is_known(btmri, tmp_path, monkeypatch):
     expect(monkeypatch, "medical/btmri", sizes=sizes)
     assert len(load("medical/btmri", tmp_path, "train")) == 20
     (btmri / "BTMRI/glioma/0.jpg").unlink()
-    with pytest.raises(MissingData, match=r"has \d+ images for '\w+', \d+ are expected"):
-        splits("medical/btmri", tmp_path)
+    refused(MissingData, r"has \d+ images for '\w+', \d+ are expected", splits, "medical/btmri", tmp_path)
     assert "are expected" in data.status("medical/btmri", tmp_path).detail
 
 
@@ -294,8 +288,7 @@ def test_listed_images_missing(btmri, tmp_path):
     listed(btmri)
     (btmri / "BTMRI/glioma/3.jpg").unlink()
     images = load("medical/btmri", tmp_path, "train")  # opening looks at the first and last of each split only
-    with pytest.raises(MissingData, match=r"3\.jpg is listed but not there"):
-        images[1]
+    refused(MissingData, r"3\.jpg is listed but not there", lambda: images[1])
     found = data.status("medical/btmri", tmp_path)
     assert found.state == "incomplete" and "1 of 16 listed images are not there" in found.detail
     (btmri / "BTMRI/glioma/7.jpg").unlink()
@@ -315,8 +308,7 @@ def test_own_folder(place, tmp_path):
 
 def test_own_folder_with_its_list(tmp_path):
     tree(tmp_path, ("b", "a"), 3)
-    with pytest.raises(MissingData, match="images of your own"):
-        own_folder(tmp_path / "nowhere")
+    refused(MissingData, "images of your own", own_folder, tmp_path / "nowhere")
     content = {
         part: [[f"{name}/{number}.jpg", label, f"a {name}"] for label, name in enumerate("ba")]
         for number, part in enumerate(("train", "val", "test"))
@@ -336,14 +328,11 @@ def test_own_folder_that_is_split_already(tmp_path):
     assert base_to_novel(sets, shots=5).tests["novel"].class_names == ("owl",)
     for path in (tmp_path / "test").rglob("*.jpg"):
         path.unlink()
-    with pytest.raises(MissingData, match="no images in"):
-        own_folder(tmp_path)
+    refused(MissingData, "no images in", own_folder, tmp_path)
     (tmp_path / "test").rename(tmp_path / "unused")
-    with pytest.raises(MissingData, match=r"there is no folder .*test"):
-        own_folder(tmp_path)
+    refused(MissingData, r"there is no folder .*test", own_folder, tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(MissingData, match="has no class folders"):
-        own_folder(tmp_path / "empty")
+    refused(MissingData, "has no class folders", own_folder, tmp_path / "empty")
 
 
 def test_a_set_made_here_can_be_registered(tmp_path, monkeypatch):
@@ -363,8 +352,7 @@ def test_a_set_made_here_can_be_registered(tmp_path, monkeypatch):
     assert values(sets["train"]) == [0, 1, 10, 11] and sets["test"].class_names == ("moon", "sun")
     assert data.status("pocket/far", tmp_path).state == "present"
     (tmp_path / "pocket/far/split.json").write_text(json.dumps(content | {"test": content["test"][:1]}))
-    with pytest.raises(MissingData, match="has 1 images for 'test', 2 are expected"):
-        splits("pocket/far", tmp_path)
+    refused(MissingData, "has 1 images for 'test', 2 are expected", splits, "pocket/far", tmp_path)
 
 
 def test_transforms_are_clips():
@@ -428,6 +416,5 @@ def test_a_failed_download_leaves_nothing(torchgeo, tmp_path):
 
 def test_without_torchgeo_fetch_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchgeo", None)
-    with pytest.raises(CompanionError, match="pip install torchgeo"):
-        data.fetch("remote/nwpu", tmp_path)
+    refused(CompanionError, "pip install torchgeo", data.fetch, "remote/nwpu", tmp_path)
     assert [name for name in SETS if DATASETS[name].fetchable] == list(domains_sets.TORCHGEO)

@@ -12,7 +12,7 @@ from companion.data.pretraining import instances, load, scenes
 from companion.data.pretraining_sets import ADE20K, COCO, IMAGENET
 from companion.errors import BadParameter, CorruptFile, MissingData
 from companion.ops.files import write_json
-from tests.data.conftest import expect, picture
+from tests.data.conftest import expect, picture, refused
 
 picture = partial(picture, size=(12, 8))
 
@@ -86,10 +86,8 @@ def test_imagenet(imagenet):
     small = load(IMAGENET, imagenet, "train", lambda picture: torch.tensor(picture.size))
     assert small[0][0].tolist() == [12, 8]
     assert data.status(IMAGENET, imagenet).state == "present"
-    with pytest.raises(BadParameter, match="split"):
-        load(IMAGENET, imagenet, "val")
-    with pytest.raises(BadParameter, match="transform"):
-        load(COCO, imagenet, "train", lambda x: x)
+    refused(BadParameter, "split", load, IMAGENET, imagenet, "val")
+    refused(BadParameter, "transform", load, COCO, imagenet, "train", lambda x: x)
 
 
 def test_coco(coco):
@@ -121,52 +119,41 @@ def test_own_folders(coco, ade):
     assert len(instances(folder / "annotations/instances_val2017.json", folder / "val2017")) == 1
     own = scenes(ade / "ade/ADEChallengeData2016", "validation", 150)
     assert own[0][1].unique().tolist() == [0, 149, 255]
-    with pytest.raises(MissingData, match="own"):
-        instances(folder / "none.json", folder)
-    with pytest.raises(MissingData, match=r"images/test"):
-        scenes(ade / "ade/ADEChallengeData2016", "test", 150)
+    refused(MissingData, "own", instances, folder / "none.json", folder)
+    refused(MissingData, r"images/test", scenes, ade / "ade/ADEChallengeData2016", "test", 150)
 
 
 def test_incomplete_sets(imagenet, coco, ade, monkeypatch):
     for name in (IMAGENET, COCO, ADE20K):
         with monkeypatch.context() as patch:
             expect(patch, name, sizes={"train": 3, "test": 1})
-            with pytest.raises(MissingData, match="3 are expected"):
-                load(name, imagenet, "train")
+            refused(MissingData, "3 are expected", load, name, imagenet, "train")
             assert data.status(name, imagenet).state == "incomplete"
     for name in (IMAGENET, COCO):
         expect(monkeypatch, name, classes=3)
     assert "2 categories, 3 are expected" in data.status(COCO, coco).detail
-    with pytest.raises(MissingData, match="2 class folders, 3 are expected"):
-        load(IMAGENET, imagenet, "train")
+    refused(MissingData, "2 class folders, 3 are expected", load, IMAGENET, imagenet, "train")
     (ade / "ade/ADEChallengeData2016/annotations/training/b.png").unlink()
-    with pytest.raises(MissingData, match=r"1 of 2 images have no labels.*b\.png"):
-        load(ADE20K, ade, "train")
+    refused(MissingData, r"1 of 2 images have no labels.*b\.png", load, ADE20K, ade, "train")
     (coco / "coco/annotations/instances_val2017.json").unlink()
-    with pytest.raises(MissingData, match="instances_val2017"):
-        load(COCO, coco, "test")
+    refused(MissingData, "instances_val2017", load, COCO, coco, "test")
 
 
 def test_broken_files(imagenet, coco, ade):
     path = imagenet / "imagenet/train/n01/n01_1.JPEG"
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(CorruptFile, match=r"n01_1\.JPEG"):
-        load(IMAGENET, imagenet, "train")[0]
+    refused(CorruptFile, r"n01_1\.JPEG", lambda: load(IMAGENET, imagenet, "train")[0])
     marked = ade / "ade/ADEChallengeData2016/annotations/training/a.png"
     wrong = {"up to 151": np.full((8, 12), 151), "one label": np.zeros((8, 12, 3)), "its image": np.zeros((8, 11))}
     for word, array in wrong.items():
         labels(marked, array)
-        with pytest.raises(CorruptFile, match=rf"a\.png.*{word}"):
-            load(ADE20K, ade, "train")[0]
+        refused(CorruptFile, rf"a\.png.*{word}", lambda: load(ADE20K, ade, "train")[0])
     marked.write_bytes(b"no picture")
-    with pytest.raises(CorruptFile, match=r"a\.png"):
-        load(ADE20K, ade, "train")[0]
+    refused(CorruptFile, r"a\.png", lambda: load(ADE20K, ade, "train")[0])
     file = coco / "coco/annotations/instances_train2017.json"
     for shape in ("somewhere", {"size": [8, 12]}, {"size": [8, 13], "counts": [0, 104]}):
         annotated(file, (1, 2), [annotation(5, 1, 3, shape)])
-        with pytest.raises(CorruptFile, match=r"instances_train2017\.json: annotation 5"):
-            load(COCO, coco, "train")[0]
+        refused(CorruptFile, r"instances_train2017\.json: annotation 5", lambda: load(COCO, coco, "train")[0])
     file.write_text("{")
     assert data.status(COCO, coco).state == "incomplete"
-    with pytest.raises(CorruptFile, match=r"instances_train2017\.json"):
-        load(COCO, coco, "train")
+    refused(CorruptFile, r"instances_train2017\.json", load, COCO, coco, "train")

@@ -7,6 +7,7 @@ import pytest
 from companion import data
 from companion.data import DATASETS, classification, xrays
 from companion.errors import BadParameter, MissingData
+from tests.data.conftest import refused
 
 SPLITS = ("train", "val", "trainval", "test", "all")
 TASKS = sorted({dataset.task for dataset in DATASETS.values()})
@@ -60,8 +61,7 @@ def test_a_set_that_is_not_there_says_where_it_is_looked_for_and_where_to_get_it
     assert all(part in str(error.value) for part in (*wanted, found.licence)) and found.citation
     assert data.status(name, tmp_path).state == "missing"
     if not found.fetchable:
-        with pytest.raises(MissingData, match="cannot be downloaded for you"):
-            data.fetch(name, tmp_path)
+        refused(MissingData, "cannot be downloaded for you", data.fetch, name, tmp_path)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / found.folders[0]).mkdir(parents=True)
     with pytest.raises(MissingData):
@@ -82,8 +82,7 @@ def test_a_name_that_is_none_of_the_tasks_lists_them(task, tmp_path):
 
 def test_names_that_do_not_exist_list_the_nearest_first(tmp_path):
     for call in (data.status, data.fetch, lambda name, root: classification.load(name, root, "train")):
-        with pytest.raises(BadParameter, match=r"Accepted: 'fgvc/cub200', 'hta/cub200'"):
-            call("cub200", tmp_path)
+        refused(BadParameter, r"Accepted: 'fgvc/cub200', 'hta/cub200'", call, "cub200", tmp_path)
 
 
 def test_table_has_a_row_for_each_set(tmp_path):

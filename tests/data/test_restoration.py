@@ -17,7 +17,7 @@ from companion.data.restoration import TASKS, TEXTS, Captioned, Degraded, load, 
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
 from companion.ops.files import write_json
 from companion.training import fit
-from tests.data.conftest import expect
+from tests.data.conftest import expect, refused
 
 ONE = [{"id": 1, "file_name": "a"}]
 LINES = '{"file": "a.png", "caption": "a zebra  on grass"}\n\n{"file": "b.jpg", "caption": ""}\n'
@@ -60,13 +60,10 @@ def test_coco_gives_the_first_caption_by_id(coco: Path, monkeypatch) -> None:
     assert data.status("restoration/coco", coco).state == "present"
     (coco / "coco" / "val2017" / "000000000003.jpg").unlink()
     assert data.status("restoration/coco", coco).state == "incomplete"
-    with pytest.raises(MissingData, match=r"000000000003\.jpg is not there"):
-        load("restoration/coco", coco, "test")
+    refused(MissingData, r"000000000003\.jpg is not there", load, "restoration/coco", coco, "test")
     expect(monkeypatch, "restoration/coco", sizes={"train": 2, "test": 5000})
-    with pytest.raises(MissingData, match="has 2 images, 5,000 are expected"):
-        load("restoration/coco", coco, "test")
-    with pytest.raises(BadParameter, match="split"):
-        load("restoration/coco", coco, "val")
+    refused(MissingData, "has 2 images, 5,000 are expected", load, "restoration/coco", coco, "test")
+    refused(BadParameter, "split", load, "restoration/coco", coco, "val")
 
 
 def test_own_folder(own: Path, tmp_path: Path) -> None:
@@ -77,13 +74,10 @@ def test_own_folder(own: Path, tmp_path: Path) -> None:
     assert len(own_folder(own / "images")) == 2
     (own / "captions.jsonl").write_text(LINES)
     (own / "images" / "a.png").unlink()
-    with pytest.raises(MissingData, match=r"a\.png"):
-        own_folder(own)
-    with pytest.raises(MissingData, match=r"captions\.jsonl"):
-        own_folder(tmp_path / "nowhere")
+    refused(MissingData, r"a\.png", own_folder, own)
+    refused(MissingData, r"captions\.jsonl", own_folder, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(MissingData, match="no images"):
-        own_folder(tmp_path / "empty")
+    refused(MissingData, "no images", own_folder, tmp_path / "empty")
 
 
 @pytest.mark.parametrize(
@@ -99,8 +93,7 @@ def test_own_folder(own: Path, tmp_path: Path) -> None:
 )
 def test_broken_captions_of_an_own_folder(own: Path, line: str, said: str) -> None:
     (own / "captions.jsonl").write_text(line)
-    with pytest.raises(CorruptFile, match=said):
-        own_folder(own)
+    refused(CorruptFile, said, own_folder, own)
 
 
 @pytest.mark.parametrize(
@@ -117,8 +110,7 @@ def test_broken_captions_of_an_own_folder(own: Path, line: str, said: str) -> No
 )
 def test_broken_captions_of_coco(tmp_path: Path, found: object, said: str) -> None:
     write_json(tmp_path / "captions.json", found)
-    with pytest.raises(CorruptFile, match=said):
-        read_captions(tmp_path / "captions.json")
+    refused(CorruptFile, said, read_captions, tmp_path / "captions.json")
 
 
 def test_fetch_verifies_and_unpacks(served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,8 +126,7 @@ def test_fetch_verifies_and_unpacks(served, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(restoration, "DIV2K_URL", f"{address}/")
     whole = (server / "DIV2K_train_HR.zip").read_bytes()
     (server / "DIV2K_train_HR.zip").write_bytes(whole[:-10])
-    with pytest.raises(CompanionError, match="could not be downloaded"):
-        data.fetch("restoration/div2k", root, progress=False)
+    refused(CompanionError, "could not be downloaded", data.fetch, "restoration/div2k", root, progress=False)
     assert list(root.iterdir()) == []
     (server / "DIV2K_train_HR.zip").write_bytes(whole)
     for _ in range(2):  # what is there is left alone
@@ -209,10 +200,8 @@ def test_texts_of_a_test(pictures: Captioned) -> None:
         "prompts swapped": (named, semantic),
     }
     assert {kind: texts(found, kind) for kind in TEXTS} == expected
-    with pytest.raises(BadParameter, match="wrong semantic prompt"):
-        texts(found, "wrong")
-    with pytest.raises(BadParameter, match="with another"):
-        texts(found[:1], "wrong semantic prompt")
+    refused(BadParameter, "wrong semantic prompt", texts, found, "wrong")
+    refused(BadParameter, "with another", texts, found[:1], "wrong semantic prompt")
 
 
 def test_squares_are_the_middle_or_anywhere() -> None:
@@ -229,5 +218,4 @@ def test_squares_are_the_middle_or_anywhere() -> None:
     [({"size": 0}, "1 pixel"), ({"share_blind": 2}, "probability"), ({"no_caption": -0.1}, "0 to 1")],
 )
 def test_bad_arguments(pictures: Captioned, options: dict, said: str) -> None:
-    with pytest.raises(BadParameter, match=said):
-        Degraded(pictures, **{"size": 8, **options})
+    refused(BadParameter, said, Degraded, pictures, **{"size": 8, **options})

@@ -11,6 +11,7 @@ import torch
 from companion import data
 from companion.data import slides
 from companion.errors import BadParameter, CorruptFile, MissingData
+from tests.data.conftest import refused
 
 NAME = "pocket/slides-place"
 HEAD = b"image_id,data_provider,isup_grade,gleason_score\n"
@@ -44,22 +45,19 @@ def test_the_table(tmp_path):
     found = data.status(NAME, tmp_path)
     assert (found.state, found.detail) == ("present", "30 slides, 20 with a label mask")
     panda(tmp_path, name="slides/panda")
-    with pytest.raises(MissingData, match="30 slides, 10616 are expected"):
-        slides.load("slides/panda", tmp_path)
+    refused(MissingData, "30 slides, 10616 are expected", slides.load, "slides/panda", tmp_path)
     assert data.status("slides/panda", tmp_path).state == "incomplete"
 
 
 def test_isup_of_gleason():
     assert [slides.isup(score) for score in SCORES] == list(range(6))
     assert [slides.isup(s) for s in ("0+0", "3+5", "5+3", "5+4", "5+5")] == [0, 4, 4, 5, 5]
-    with pytest.raises(BadParameter, match="4\\+3"):
-        slides.isup("7")
+    refused(BadParameter, "4\\+3", slides.isup, "7")
 
 
 def test_folds(tmp_path):
     top = panda(tmp_path, 120)
-    with pytest.raises(MissingData, match="write_folds"):
-        slides.load(NAME, tmp_path, "train")
+    refused(MissingData, "write_folds", slides.load, NAME, tmp_path, "train")
     slides.write_folds(NAME, tmp_path, folds=5, test=0.2, seed=1)
     first = (top / "folds" / "fold-0" / "train.csv").read_text()
     assert first.startswith("slide_id,isup_grade\n")
@@ -81,12 +79,10 @@ def test_folds(tmp_path):
     slides.write_folds(NAME, tmp_path, folds=3)
     found = {str(f.relative_to(top / "folds")) for f in (top / "folds").rglob("*.csv")}
     assert found == {f"fold-{k}/{split}.csv" for k in range(3) for split in ("train", "tune")}
-    with pytest.raises(MissingData, match=r"test\.csv.*write_folds\(.*test=0\.2\)"):
-        slides.load(NAME, tmp_path, "test")
+    refused(MissingData, r"test\.csv.*write_folds\(.*test=0\.2\)", slides.load, NAME, tmp_path, "test")
     items = slides.load(NAME, tmp_path)
     for change in ({"folds": 1}, {"folds": 121}, {"test": 1.0}):
-        with pytest.raises(BadParameter, match=next(iter(change))):
-            slides.split_folds(items, **change)
+        refused(BadParameter, next(iter(change)), slides.split_folds, items, **change)
 
 
 @pytest.mark.parametrize(
@@ -105,8 +101,7 @@ def test_folds(tmp_path):
 def test_bad_tables(tmp_path, text, error, named):
     top = panda(tmp_path)
     (top / "train.csv").write_bytes(text)
-    with pytest.raises(error, match=named):
-        slides.load(NAME, tmp_path)
+    refused(error, named, slides.load, NAME, tmp_path)
     assert data.status(NAME, tmp_path).state == "incomplete"
 
 
@@ -114,10 +109,8 @@ def test_bad_lists_and_names(tmp_path):
     top = panda(tmp_path)
     slides.write_folds(NAME, tmp_path)
     (top / "folds" / "fold-0" / "tune.csv").write_text("slide_id,isup_grade\nffff,1\n")
-    with pytest.raises(CorruptFile, match=r"ffff.*train"):
-        slides.load(NAME, tmp_path, "tune")
-    with pytest.raises(BadParameter, match="tune"):
-        slides.load(NAME, tmp_path, "val")
+    refused(CorruptFile, r"ffff.*train", slides.load, NAME, tmp_path, "tune")
+    refused(BadParameter, "tune", slides.load, NAME, tmp_path, "val")
 
 
 def test_a_folder_of_ones_own(tmp_path):
@@ -132,19 +125,14 @@ def test_a_folder_of_ones_own(tmp_path):
     assert [(item.name, item.grade) for item in items] == [("one", 0), ("two", 4)]
     (tmp_path / "labels.csv").write_text("slide_id,kind\ntwo,benign\none,tumour\n")
     assert [item.grade for item in slides.folder(tmp_path / "classes", tmp_path / "labels.csv", "kind")] == [1, 0]
-    with pytest.raises(CorruptFile, match="label"):
-        slides.folder(tmp_path / "classes", tmp_path / "labels.csv")
+    refused(CorruptFile, "label", slides.folder, tmp_path / "classes", tmp_path / "labels.csv")
     (tmp_path / "labels.csv").write_text("slide_id,label\nfour,1\n")
-    with pytest.raises(MissingData, match="four"):
-        slides.folder(tmp_path / "classes", tmp_path / "labels.csv")
-    with pytest.raises(MissingData, match="no such folder"):
-        slides.folder(tmp_path / "nowhere")
+    refused(MissingData, "four", slides.folder, tmp_path / "classes", tmp_path / "labels.csv")
+    refused(MissingData, "no such folder", slides.folder, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(MissingData, match="no slide"):
-        slides.folder(tmp_path / "empty")
+    refused(MissingData, "no slide", slides.folder, tmp_path / "empty")
     (tmp_path / "classes" / "b" / "one.svs").touch()
-    with pytest.raises(CorruptFile, match="twice"):
-        slides.folder(tmp_path / "classes")
+    refused(CorruptFile, "twice", slides.folder, tmp_path / "classes")
 
 
 def stored(path: Path, features: np.ndarray) -> None:
@@ -159,10 +147,8 @@ def test_stored_features(tmp_path):
     stored(tmp_path / "a.h5", np.ones((2, 4, 3), np.float32))
     torch.save(torch.full((5, 4, 3), 2.0), tmp_path / "b.pt")  # the authors' files
     stored(tmp_path / "c.h5", np.zeros(0, np.float32))
-    with pytest.raises(MissingData, match="no region with tissue: c"):
-        slides.Features(items, tmp_path)
-    with pytest.raises(MissingData, match="no features: d"):
-        slides.Features([items[3]], tmp_path)
+    refused(MissingData, "no region with tissue: c", slides.Features, items, tmp_path)
+    refused(MissingData, "no features: d", slides.Features, [items[3]], tmp_path)
     found = slides.Features(items, tmp_path, drop=True)
     assert found.dropped == ["c", "d"] and len(found) == 2
     features, present, grade = found[0]
@@ -170,8 +156,6 @@ def test_stored_features(tmp_path):
     assert present.tolist() == [True, True, False, False, False] and grade == 3
     assert slides.Features(items[:2], tmp_path, longest=3)[1][0].shape == (3, 4, 3)
     stored(tmp_path / "d.h5", np.ones((2, 4, 2), np.float32))
-    with pytest.raises(CorruptFile, match=r"d\.h5"):
-        slides.Features(items, tmp_path, drop=True)
+    refused(CorruptFile, r"d\.h5", slides.Features, items, tmp_path, drop=True)
     (tmp_path / "b.pt").write_bytes(b"no")
-    with pytest.raises(CorruptFile, match=r"b\.pt"):
-        slides.Features(items[:2], tmp_path)
+    refused(CorruptFile, r"b\.pt", slides.Features, items[:2], tmp_path)

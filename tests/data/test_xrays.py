@@ -14,7 +14,7 @@ from companion import data
 from companion.data import DATASETS, xrays, xrays_sets
 from companion.data.xrays import MaskTransform, load, read_image, reports, rle_mask
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
-from tests.data.conftest import picture
+from tests.data.conftest import picture, refused
 
 
 @pytest.fixture
@@ -63,8 +63,7 @@ def test_grey_values_of_8_and_16_bits(tmp_path):
     assert read_image(tmp_path / "a.tif").tolist() == [[0.25, 1.0]]
     for name in ("cut.png", "cut.dcm"):
         (tmp_path / name).write_bytes((tmp_path / "8.png").read_bytes()[:50])
-        with pytest.raises(CorruptFile, match=name):
-            read_image(tmp_path / name)
+        refused(CorruptFile, name, read_image, tmp_path / name)
     with pytest.raises(FileNotFoundError):
         read_image(tmp_path / "none.png")
 
@@ -104,11 +103,9 @@ def test_labels_of_several_classes(name, tmp_path, any_length):
     image, labels = images[0]
     assert image.shape == (3, 8, 8) and torch.equal(image[0], image[1]) and labels.dtype == torch.float32
     assert image.mean().item() == pytest.approx((100 / 255 - 0.4722) / 0.3028, abs=1e-5)
-    with pytest.raises(MissingData, match="listed but not there"):
-        images[1]
+    refused(MissingData, "listed but not there", lambda: images[1])
     (folder / "val_list.txt").write_text("a.png 0 2" + " 0" * classes)
-    with pytest.raises(CorruptFile, match=r"val_list\.txt.*line 1"):
-        load(name, tmp_path, "val")
+    refused(CorruptFile, r"val_list\.txt.*line 1", load, name, tmp_path, "val")
 
 
 @pytest.mark.parametrize("name", xrays_sets.ONE_OF)
@@ -119,8 +116,7 @@ def test_labels_of_one_class(name, tmp_path, any_length):
     image, label = load(name, tmp_path, "train")[0]
     assert image.shape == (1, 16, 20) and label == 2 and label.ndim == 0
     (folder / "train_list.txt").write_text("train/COVID(163).png 9\n")
-    with pytest.raises(CorruptFile, match="line 1"):
-        load(name, tmp_path, "train")
+    refused(CorruptFile, "line 1", load, name, tmp_path, "train")
 
 
 def rsna(folder):
@@ -150,8 +146,7 @@ def test_boxes_and_their_masks(tmp_path, any_length):
     assert mask[0, 33:63, 17:31].min() == 1 and mask[0, 0:7, 0:7].min() == 1
     assert mask.sum().item() == pytest.approx(16 * 32 + 8 * 8, rel=0.02)
     table(tmp_path / "xrays" / "rsna" / "val_list.csv", ("image_path", "bbox"), [("a.png", "[[1, 2")])
-    with pytest.raises(CorruptFile, match=r"val_list\.csv.*line 2"):
-        load("xrays/rsna", tmp_path, "val", task="detection")
+    refused(CorruptFile, r"val_list\.csv.*line 2", load, "xrays/rsna", tmp_path, "val", task="detection")
 
 
 def siim(folder, negatives=5):
@@ -175,8 +170,7 @@ def test_masks_of_runs(tmp_path, any_length, monkeypatch):
     assert load("xrays/siim", tmp_path, "train", share="10", seed=1).paths[:2] == images.paths[:2]
     assert len(load("xrays/siim", tmp_path, "train", share="10", balanced=False)) == 7
     table(tmp_path / "xrays/siim/train_list_1.csv", ("ImageId", "EncodedPixels"), [("p1", "9 9 9")])
-    with pytest.raises(CorruptFile, match="p1: an odd number"):
-        load("xrays/siim", tmp_path, "train", share="1")[0]
+    refused(CorruptFile, "p1: an odd number", lambda: load("xrays/siim", tmp_path, "train", share="1")[0])
 
 
 def test_disc_and_cup(tmp_path, any_length):
@@ -233,8 +227,7 @@ def test_chestmnist(tmp_path, any_length, monkeypatch):
     assert len(images) == 2 and images[0][0].mean() == pytest.approx(0.2) and images[0][1].shape == (14,)
     assert data.status("xrays/chestmnist", tmp_path).state == "present"
     (folder / "chestmnist_224.npz").write_bytes(b"PK")
-    with pytest.raises(CorruptFile, match=r"chestmnist_224\.npz"):
-        load("xrays/chestmnist", tmp_path, "test")
+    refused(CorruptFile, r"chestmnist_224\.npz", load, "xrays/chestmnist", tmp_path, "test")
 
 
 def test_reports(tmp_path):
@@ -253,14 +246,12 @@ def test_reports(tmp_path):
     table(folder / xrays_sets.WINDOWS[0], ("label_i", "label_j"), [(0, 1), (2, 2), (1, 1)])
     assert reports("xrays/mimic-cxr", tmp_path).windows.tolist() == [[0, 1], [2, 2], [1, 1]]
     table(folder / xrays_sets.WINDOWS[0], ("label_i", "label_j"), [(0, 1)])
-    with pytest.raises(CorruptFile, match="1 windows for 3 images"):
-        reports("xrays/mimic-cxr", tmp_path)
+    refused(CorruptFile, "1 windows for 3 images", reports, "xrays/mimic-cxr", tmp_path)
     (folder / xrays_sets.WINDOWS[0]).unlink()
     table(written, ("img_path", "report"), [(paths[0], "Edema.")])
     assert reports("xrays/mimic-cxr", tmp_path).statements is None
     table(written, ("path", "text"), [])
-    with pytest.raises(CorruptFile, match="no column img_path, report"):
-        reports("xrays/mimic-cxr", tmp_path)
+    refused(CorruptFile, "no column img_path, report", reports, "xrays/mimic-cxr", tmp_path)
 
 
 def test_statements_of_two_forms_and_no_other(tmp_path):
@@ -269,17 +260,14 @@ def test_statements_of_two_forms_and_no_other(tmp_path):
     assert xrays.read_statements(path) == {"5": "There is edema."}
     for bad in ([1], {"a": 2}, [{"study_id": 1}]):
         path.write_text(json.dumps(bad))
-        with pytest.raises(CorruptFile, match=r"x\.json"):
-            xrays.read_statements(path)
-    with pytest.raises(BadParameter, match="1, one for each path"):
-        xrays.write_reports(tmp_path / "y.csv", ["a"], ["t"], [])
+        refused(CorruptFile, r"x\.json", xrays.read_statements, path)
+    refused(BadParameter, "1, one for each path", xrays.write_reports, tmp_path / "y.csv", ["a"], ["t"], [])
     assert not list(tmp_path.glob("*y*"))
 
 
 def test_openi(tmp_path):
     folder = tmp_path / "xrays" / "openi"
-    with pytest.raises(MissingData, match=r"indiana_reports\.csv is not there"):
-        reports("xrays/openi", tmp_path)
+    refused(MissingData, r"indiana_reports\.csv is not there", reports, "xrays/openi", tmp_path)
     rows = [("1", "The heart is large. ", "Cardiomegaly."), ("2", "", ""), ("3", "", "No mass.")]
     table(folder / "indiana_reports.csv", ("uid", "findings", "impression"), rows)
     views = [("1", "1_a.png", "Frontal"), ("1", "1_b.png", "Lateral"), *((i, f"{i}.png", "Frontal") for i in "23")]
@@ -305,8 +293,7 @@ def test_a_folder_of_ones_own(tmp_path):
     assert [m.mean().item() for _, m in load(mine, tmp_path, "val", task="segmentation")] == [0, 1]
     assert load(mine, tmp_path, "test", task="detection")[0][1][0].tolist() == [0, 0.25, 0.25, 0.5, 0.5]
     assert reports(mine, tmp_path).texts == ["No mass."]
-    with pytest.raises(MissingData, match=r"test_list\.txt"):
-        load(mine, tmp_path, "test")
+    refused(MissingData, r"test_list\.txt", load, mine, tmp_path, "test")
 
 
 def test_lists_as_people_write_them(tmp_path):
@@ -320,19 +307,14 @@ def test_lists_as_people_write_them(tmp_path):
     (tmp_path / "pretrain.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "pretrain.csv").read_bytes())
     assert reports(mine, tmp_path).texts == ["No mass."]
     (tmp_path / "train_list.txt").write_bytes("bücher 1.png 0 1\n".encode("latin-1"))
-    with pytest.raises(CorruptFile, match="not text in UTF-8"):
-        load(mine, tmp_path, "train")
+    refused(CorruptFile, "not text in UTF-8", load, mine, tmp_path, "train")
     (tmp_path / "train_list.txt").write_text("a.png 0 1 1\n")
-    with pytest.raises(CorruptFile, match="line 1"):
-        load(mine, tmp_path, "train")
-    with pytest.raises(BadParameter, match=r"own\(root, classes\)"):
-        load(xrays.own(tmp_path), tmp_path, "train")
+    refused(CorruptFile, "line 1", load, mine, tmp_path, "train")
+    refused(BadParameter, r"own\(root, classes\)", load, xrays.own(tmp_path), tmp_path, "train")
     (tmp_path / "train_list.txt").write_text("\n")
-    with pytest.raises(CorruptFile, match="lists no image"):
-        load(mine, tmp_path, "train")
+    refused(CorruptFile, "lists no image", load, mine, tmp_path, "train")
     table(tmp_path / "pretrain.csv", ("img_path", "report"), [])
-    with pytest.raises(CorruptFile, match="lists no image"):
-        reports(mine, tmp_path)
+    refused(CorruptFile, "lists no image", reports, mine, tmp_path)
 
 
 def test_pocket_chests_are_read_by_the_same_readers(tmp_path, monkeypatch):
@@ -363,8 +345,7 @@ def test_bad_parameters_and_lists_of_another_length(tmp_path, monkeypatch):
     folder = tmp_path / "xrays" / "covidx"
     picture(folder / "test" / "a.png")
     (folder / "test_list.txt").write_text("test/a.png 1\ntest/b.png 0\n")
-    with pytest.raises(MissingData, match="has 2 images, 400 are known"):
-        load("xrays/covidx", tmp_path, "test")
+    refused(MissingData, "has 2 images, 400 are known", load, "xrays/covidx", tmp_path, "test")
     monkeypatch.setitem(xrays.SIZES, ("xrays/covidx", "classification"), {"test": 2})
     found = data.status("xrays/covidx", tmp_path)
     assert found.state == "incomplete" and found.detail == "1 listed images are not there, the first is test/b.png"
@@ -373,10 +354,8 @@ def test_bad_parameters_and_lists_of_another_length(tmp_path, monkeypatch):
         ({"split": "test", "task": "detection"}, "classification"),
         ({"split": "train", "share": "5"}, "'1', '10', '100'"),
     ):
-        with pytest.raises(BadParameter, match=said):
-            load("xrays/covidx", tmp_path, **options)
-    with pytest.raises(BadParameter, match="see `reports`"):
-        load("xrays/mimic-cxr", tmp_path, "train")
+        refused(BadParameter, said, load, "xrays/covidx", tmp_path, **options)
+    refused(BadParameter, "see `reports`", load, "xrays/mimic-cxr", tmp_path, "train")
 
 
 def test_a_download_that_fails_leaves_nothing(tmp_path, monkeypatch):
@@ -385,6 +364,5 @@ def test_a_download_that_fails_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("no route")
 
     monkeypatch.setattr(xrays, "download_url", fails)
-    with pytest.raises(CompanionError, match="no route"):
-        data.fetch("xrays/chestmnist", tmp_path)
+    refused(CompanionError, "no route", data.fetch, "xrays/chestmnist", tmp_path)
     assert not list((tmp_path / "xrays" / "chestmnist").iterdir())

@@ -487,10 +487,8 @@ def test_checkpoints_that_do_not_fit_list_their_names():
     missing, unknown, _ = misfits(OSTrack.from_official, small().to_official(), heads=2)
     assert len(unknown) == DEPTH * 2 * 6 and not missing
     state = small_tracker().to_official()
-    with pytest.raises(BadCheckpoint, match=r"OSTrack\.from_official"):
-        BAT.from_official(state)
-    with pytest.raises(BadCheckpoint, match="pos_embed_z"):
-        OSTrack.from_official({"a": torch.zeros(1)})
+    refuses((lambda: BAT.from_official(state), r"OSTrack\.from_official"), error=BadCheckpoint)
+    refuses((lambda: OSTrack.from_official({"a": torch.zeros(1)}), "pos_embed_z"), error=BadCheckpoint)
     del state["backbone.pos_embed"]
     assert misfits(OSTrack.from_official, state, heads=2)[0] == ["backbone.pos_embed"]
 
@@ -510,15 +508,12 @@ def test_foundation_from_a_training_checkpoint(tmp_path):
 
 
 def test_foundation_names_what_is_missing(tmp_path):
-    with pytest.raises(MissingWeights, match=r"OSTrack_ep0300\.pth\.tar(.|\n)*mae"):
-        bat.foundation()
-    with pytest.raises(CorruptFile, match="nowhere"):
-        bat.foundation(tmp_path / "nowhere.pth")
+    refuses((bat.foundation, r"OSTrack_ep0300\.pth\.tar(.|\n)*mae"), error=MissingWeights)
+    refuses((lambda: bat.foundation(tmp_path / "nowhere.pth"), "nowhere"), error=CorruptFile)
     torch.save({"net": small_tracker().to_official()}, tmp_path / "other.pth")
     assert all(misfits(pocket.build, tmp_path / "other.pth"))
     torch.save({"net": {"fc.weight": torch.zeros(2)}}, tmp_path / "resnet.pth")
-    with pytest.raises(BadCheckpoint, match="pos_embed_z"):
-        bat.foundation(tmp_path / "resnet.pth")
+    refuses((lambda: bat.foundation(tmp_path / "resnet.pth"), "pos_embed_z"), error=BadCheckpoint)
 
 
 def test_bad_options():

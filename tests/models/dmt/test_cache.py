@@ -51,8 +51,7 @@ def test_a_view_is_always_the_same_and_copies_differ(images):
     assert torch.equal(Views(images)[3], images[3]) and torch.equal(Views(TensorDataset(images, images))[3], images[3])
     with pytest.raises(IndexError):
         views[30]
-    with pytest.raises(BadParameter, match="copies"):
-        Views(images, copies=0)
+    refuses((lambda: Views(images, copies=0), "copies"))
 
 
 @pytest.mark.parametrize("dtype", dmt_cache.DTYPES)
@@ -101,10 +100,8 @@ def test_items_are_any_of_an_images_copies(images, tmp_path):
         assert torch.allclose(tokens[0], asked(image[None]).tokens[0][0], atol=1e-5)
         seen.add(copy)
     assert seen == {0, 1, 2}
-    with pytest.raises(BadParameter, match="copies"):
-        dmt_cache.in_memory(views, data.cache)
-    with pytest.raises(BadParameter, match="rows"):
-        Distilled(Views(images), data.cache)
+    refuses((lambda: dmt_cache.in_memory(views, data.cache), "copies"))
+    refuses((lambda: Distilled(Views(images), data.cache), "rows"))
 
 
 def test_a_killed_build_resumes(images, tmp_path, monkeypatch):
@@ -114,10 +111,8 @@ def test_a_killed_build_resumes(images, tmp_path, monkeypatch):
         dmt_cache.build(folder, teachers(), Views(images), batch=2, every=1, **CPU)
     assert json.loads((folder / "progress.json").read_text())["done"] == 6
     assert not list(folder.glob("*.npy"))
-    with pytest.raises(MissingData, match="build"):
-        dmt_cache.load(folder)
-    with pytest.raises(BadParameter, match="teachers"):
-        dmt_cache.build(folder, teachers(seed=8), Views(images), batch=2, **CPU)
+    refuses((lambda: dmt_cache.load(folder), "build"), error=MissingData)
+    refuses((lambda: dmt_cache.build(folder, teachers(seed=8), Views(images), batch=2, **CPU), "teachers"))
     asked = teachers()
     asked.register_forward_pre_hook(lambda module, given: calls.append(0))
     cache = dmt_cache.build(folder, asked, Views(images), batch=2, **CPU)
@@ -148,8 +143,7 @@ def test_a_cache_of_something_else_is_refused(images, tmp_path):
     ]:
         with pytest.raises(BadParameter, match=f"cache, {word}"):
             dmt_cache.build(tmp_path, asked, views, **options, **CPU)
-    with pytest.raises(BadParameter, match="teachers"):
-        dmt_cache.load(tmp_path, teachers(seed=8))
+    refuses((lambda: dmt_cache.load(tmp_path, teachers(seed=8)), "teachers"))
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
 
 

@@ -17,7 +17,7 @@ pytest.importorskip("diffusers")
 
 from companion.data.degradations import BLIND
 from companion.data.restoration import TASKS, Degraded
-from companion.errors import BadCheckpoint, BadParameter, CorruptFile, MissingData, MissingWeights
+from companion.errors import BadCheckpoint, CorruptFile, MissingData, MissingWeights
 from companion.evaluation.metrics.restoration import psnr, ssim
 from companion.models.tip import TIPPipeline, build, load_adaptor, recipe, save_adaptor
 from companion.models.tip import model as tip
@@ -189,8 +189,7 @@ def test_own_folder_on_a_released_model_trained_saved_and_tested(released: Path,
     history = s.train(pipe, "TIP", epochs=2, batch=2)
     assert len(history) == 2
     before, folder = weights(pipe), tmp_path / "trained" / "TIP"
-    with pytest.raises(BadParameter, match="not exist yet"):
-        save_adaptor(pipe.adaptor, released / "images")
+    refuses((lambda: save_adaptor(pipe.adaptor, released / "images"), "not exist yet"))
     assert len(list((released / "images").iterdir())) == 3
     # training and test images are disjoint
     _, train, test = recipe._datasets(p)
@@ -210,21 +209,17 @@ def test_own_folder_on_a_released_model_trained_saved_and_tested(released: Path,
     tested = recipe.setting(given(**vars(p) | {"checkpoint": str(folder)}), tmp_path)
     assert tested.train is None and len(tested.test) == 3
     assert torch.equal(tested.restore(tested.build("TIP"), chosen), restored)
-    with pytest.raises(BadCheckpoint, match="block_out_channels"):
-        load_adaptor(folder, small().unet)
+    refuses((lambda: load_adaptor(folder, small().unet), "block_out_channels"), error=BadCheckpoint)
     (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"cut off")
-    with pytest.raises(CorruptFile, match="adaptor"):
-        load_adaptor(folder, pipe.unet)
+    refuses((lambda: load_adaptor(folder, pipe.unet), "adaptor"), error=CorruptFile)
 
 
 def test_what_is_missing_is_said(released: Path, tmp_path: Path) -> None:
-    with pytest.raises(MissingData, match="COCO 2017"):
-        recipe.setting(given(dry_run=False), tmp_path)
+    refuses((lambda: recipe.setting(given(dry_run=False), tmp_path), "COCO 2017"), error=MissingData)
     p = given(dry_run=False, dataset="folder", data_root=str(released / "images"))
     assert recipe.base(p) == recipe.HUB["sd15"]
     assert recipe.base(given(weights="x")) == "x"
-    with pytest.raises(MissingWeights, match="adaptor"):
-        load_adaptor(tmp_path / "nowhere", small().unet)
+    refuses((lambda: load_adaptor(tmp_path / "nowhere", small().unet), "adaptor"), error=MissingWeights)
     with pytest.raises(MissingWeights):
         recipe.setting(given(**vars(p) | {"weights": str(tmp_path / "no")}), tmp_path).build("TIP")
 

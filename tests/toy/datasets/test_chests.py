@@ -7,6 +7,7 @@ from tokenizers import Tokenizer
 
 from companion.errors import BadParameter, CorruptFile, MissingData
 from companion.toy.datasets import chests
+from tests.data.conftest import refused
 
 SEED = 7
 
@@ -91,17 +92,13 @@ def test_the_vocabulary_is_that_of_the_reports(root):
 
 def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(chests, "COUNTS", {"train": 3, "val": 2, "test": 2})
-    with pytest.raises(MissingData, match=r"chests\.write"):
-        chests.read(tmp_path, "train")
+    refused(MissingData, r"chests\.write", chests.read, tmp_path, "train")
     folder = chests.write(tmp_path, SEED)
-    with pytest.raises(BadParameter, match="'val'"):
-        chests.read(tmp_path, "holdout")
+    refused(BadParameter, "'val'", chests.read, tmp_path, "holdout")
     picture = folder / "images" / "000002.png"
     whole = picture.read_bytes()
     picture.write_bytes(whole[:100])
-    with pytest.raises(CorruptFile, match=r"000002\.png"):
-        chests.read(tmp_path, "train")
+    refused(CorruptFile, r"000002\.png", chests.read, tmp_path, "train")
     picture.write_bytes(whole)
     (folder / "train_list.txt").write_text("images/000001.png 1 0\n")
-    with pytest.raises(CorruptFile, match=r"train_list\.txt"):
-        chests.read(tmp_path, "train")
+    refused(CorruptFile, r"train_list\.txt", chests.read, tmp_path, "train")

@@ -10,6 +10,7 @@ from companion.data.classification import image_folder
 from companion.errors import BadParameter, CorruptFile, MissingData
 from companion.models.dmt.model import grey
 from companion.toy.datasets import collage
+from tests.data.conftest import refused
 
 SEED = 7
 
@@ -75,22 +76,17 @@ def test_it_is_read_in_the_order_drawn_with_the_pixels_drawn(few):
 
 
 def test_bad_input_says_what_and_where(few, tmp_path):
-    with pytest.raises(BadParameter, match="train"):
-        collage.read(few, "all")
-    with pytest.raises(MissingData, match=r"factors\.csv"):
-        collage.read(tmp_path / "nowhere", "train")
+    refused(BadParameter, "train", collage.read, few, "all")
+    refused(MissingData, r"factors\.csv", collage.read, tmp_path / "nowhere", "train")
     folder = few / "pocket" / "collage"
     listing = folder / "factors.csv"
     whole = listing.read_text()
     for text, words in ((whole.replace(",hue", ",tone", 1), "factors"), (whole[: len(whole) // 2], "pictures of")):
         listing.write_text(text)
-        with pytest.raises(CorruptFile, match=words):
-            collage.read(few, "test")
+        refused(CorruptFile, words, collage.read, few, "test")
     listing.write_text(whole)
     picture = next(folder.glob("train/*/*.png"))
     picture.write_bytes(picture.read_bytes()[:60])
-    with pytest.raises(CorruptFile, match=picture.name):
-        collage.read(few, "train")
+    refused(CorruptFile, picture.name, collage.read, few, "train")
     shutil.rmtree(folder / "val")
-    with pytest.raises(CorruptFile, match=r"factors\.csv"):
-        collage.read(few, "val")
+    refused(CorruptFile, r"factors\.csv", collage.read, few, "val")

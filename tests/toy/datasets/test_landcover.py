@@ -12,6 +12,7 @@ from companion import climate, geotiff
 from companion.data import landcover as data
 from companion.errors import BadParameter, CorruptFile, MissingData
 from companion.toy.datasets import landcover
+from tests.data.conftest import refused
 
 SEED = 7
 
@@ -151,18 +152,14 @@ def test_the_reader_of_real_sets_reads_them(few):
 
 
 def test_bad_folders_are_said(few, tmp_path):
-    with pytest.raises(BadParameter, match="dev"):
-        landcover.read(few, "dev")
-    with pytest.raises(MissingData, match="pocket land cover"):
-        landcover.read(tmp_path / "nowhere", "train")
+    refused(BadParameter, "dev", landcover.read, few, "dev")
+    refused(MissingData, "pocket land cover", landcover.read, tmp_path / "nowhere", "train")
     folder = few / "pocket" / "landcover"
     path = folder / "pocket_bwh" / "images" / "pocket_bwh_1.tif"
     kept = path.read_bytes()
     path.write_bytes(b"no picture")
-    with pytest.raises(CorruptFile, match=r"pocket_bwh_1\.tif"):
-        landcover.read(few, "train")
+    refused(CorruptFile, r"pocket_bwh_1\.tif", landcover.read, few, "train")
     path.write_bytes(kept)
     with (folder / "train.txt").open("a") as file:
         file.write("elsewhere_1.tif\n")
-    with pytest.raises(CorruptFile, match="elsewhere"):
-        landcover.read(few, "train")
+    refused(CorruptFile, "elsewhere", landcover.read, few, "train")
