@@ -50,8 +50,10 @@ unit: $(INSTALLED)
 nbval: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PYTEST) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg $(SIDE_BY_SIDE) notebooks
 
+# a process for each file: full-size models of several files do not fit in the memory of one
 test-slow: $(INSTALLED)  ## the rest: full-size parity and other long checks, one at a time (up to 13 GB)
-	$(PYTEST) -m slow tests
+	@failed=0; for file in $$(grep -rl 'mark.slow' tests --include='test_*.py'); do \
+	  $(PYTEST) -m slow $$file || failed=1; done; exit $$failed
 
 lab: $(INSTALLED)  ## open the notebooks in JupyterLab
 	$(BIN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
