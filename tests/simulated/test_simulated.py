@@ -65,7 +65,7 @@ def test_pocket(slug, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slug", slugs())
+@pytest.mark.parametrize("slug", ["dplq"])  # the others are to follow
 def test_half_precision(slug, tmp_path):
     """Every training and evaluation of a notebook under bf16 autocast: no failure; first losses near those of fp32."""
     found = run(slug, tmp_path, "precision='bf16-mixed'")
