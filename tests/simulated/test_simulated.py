@@ -1,4 +1,4 @@
-"""On the simulated GPU: training, and every notebook, without a mix of devices or a wait that is not listed."""
+"""On the simulated GPU: training, and the papers' notebooks, without a mix of devices or a wait that is not listed."""
 
 from __future__ import annotations
 
