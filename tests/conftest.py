@@ -37,7 +37,7 @@ def parameters(slug: str, **changes: object) -> SimpleNamespace:
     return SimpleNamespace(**defaults | changes)
 
 
-def kill_when(process: subprocess.Popen, reached: Callable[[], object], seconds: float = 60) -> None:
+def kill_when(process: subprocess.Popen, reached: Callable[[], object], seconds: float = 240) -> None:
     """kill -9 as soon as `reached` says so, within `seconds`; a process that has ended by then fails."""
     deadline = time.monotonic() + seconds
     while not reached():
