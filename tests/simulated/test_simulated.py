@@ -14,8 +14,6 @@ from companion.ops.papers import slugs
 from tests.conftest import ROOT
 
 ALLOWED: dict[str, dict[str, int]] = {
-    # masks as indices: two of the focal loss and five of torchvision's GIoU, and their backward
-    "bat": {"models/bat/model.py": 7, "training/fit.py": 7},
     # torchvision's Mask R-CNN, eight images: boxes by score, suppression, matches
     "dmt": {"models/dmt/downstream.py": 250},
     # which texts of a batch are equal; the trajectory that a recorded case compares

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import box_convert, generalized_box_iou_loss
+from torchvision.ops import box_convert, generalized_box_iou
 
 from ... import backbones
 from ...errors import BadCheckpoint, BadParameter, MissingWeights, check_choice
@@ -561,9 +561,10 @@ def centre_map(boxes: Tensor, f: int, overlap: float = 0.7) -> Tensor:
 
 def focal(score: Tensor, target: Tensor) -> Tensor:
     """CenterNet's focal loss (alpha 2, beta 4) of a score map and `centre_map`, over the number of centres."""
+    # no masks as indices: a GPU would be waited for
     p, centre = score.clamp_min(1e-12), target == 1
-    positive = (p.log() * (1 - p) ** 2)[centre].sum()
-    negative = ((1 - p).log() * p**2 * (1 - target) ** 4)[~centre].sum()
+    positive = (p.log() * (1 - p) ** 2 * centre).sum()
+    negative = ((1 - p).clamp_min(1e-12).log() * p**2 * (1 - target) ** 4).sum()
     return -(positive + negative) / centre.sum().clamp_min(1)
 
 
@@ -577,7 +578,8 @@ def losses(prediction: Prediction, boxes: Tensor) -> dict[str, Tensor]:
     target = box_convert(boxes, "xywh", "xyxy").clamp(0, 1)
     terms = {
         "focal": focal(prediction.score, centre_map(boxes, prediction.score.shape[-1])),
-        "giou": generalized_box_iou_loss(predicted, target, reduction="mean"),
+        # of all pairs: torchvision's loss of matched pairs takes masks as indices
+        "giou": 1 - generalized_box_iou(predicted, target).diagonal().mean(),
         "l1": F.l1_loss(predicted, target),
     }
     return terms | {"loss": terms["focal"] + 2 * terms["giou"] + 5 * terms["l1"]}
