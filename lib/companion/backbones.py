@@ -18,12 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import timm
 import torch
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from open_clip.factory import load_checkpoint
-from open_clip.model import set_model_preprocess_cfg
 from safetensors.torch import load_file
 from torch import nn
 
@@ -150,6 +147,9 @@ def _build_timm(name: str, weights: str | Path, download: bool, overrides: dict)
 
 
 def _build_openclip(name: str, weights: str | Path, download: bool, overrides: dict) -> nn.Module:
+    import open_clip  # here and below: it imports transformers, and half of the papers use neither
+    from open_clip.model import set_model_preprocess_cfg
+
     architecture, _, tag = name.removeprefix("openclip:").partition("/")
     if architecture not in open_clip.list_models():
         raise BadParameter("name", name, "'openclip:<model>/<tag>' with a model of open_clip.list_models()")
@@ -222,6 +222,8 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
         return
     state = read_state(path)
     if hasattr(model, "visual"):
+        from open_clip.factory import load_checkpoint
+
         try:
             load_checkpoint(model, str(path), strict=True)
         except (KeyError, RuntimeError, AttributeError) as error:

@@ -59,16 +59,24 @@ def commit() -> str:
         return ""
 
 
-def device() -> str:
-    """The card's name, or the processor's kind and how many threads are used."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def uses_gpu() -> bool:
+    """Whether this process has held memory of a GPU; a GPU that is only there has no part in a run."""
+    return torch.cuda.is_initialized() and torch.cuda.max_memory_allocated() > 0
+
+
+def device(accelerator: str = "auto", devices: int = 1) -> str:
+    """The GPU's name where one was used, and how many when several; or the CPU's kind and how many threads are used.
+
+    Several GPUs are used by processes of their own: of them the parameters of the run tell.
+    """
+    if uses_gpu() or (devices > 1 and accelerator != "cpu" and torch.cuda.is_available()):
+        return torch.cuda.get_device_name() + (f" x {devices}" if devices > 1 else "")
     return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def peak_memory_mb() -> int:
-    """The most memory this process has held so far, in MB (of the card, when one is used)."""
-    if torch.cuda.is_available():
+    """The most memory this process has held so far, in MB (of the GPU, when it uses one)."""
+    if uses_gpu():
         return round(torch.cuda.max_memory_allocated() / 1e6)
     if sys.platform == "win32":
         return round(psutil.Process().memory_info().peak_wset / 1e6)

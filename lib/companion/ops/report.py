@@ -154,7 +154,7 @@ class Run:
             "versions": record.versions(),
             "commit": record.commit(),
             "code": code_hash([notebook, *sources(notebook)]) if notebook.exists() else "",
-            "device": record.device(),
+            "device": record.device(given.get("accelerator", "auto"), given.get("devices", 1)),
             "seconds": round(time.monotonic() - self._began, 1),
             "peak_memory_mb": record.peak_memory_mb(),
             "outputs": {str(p.relative_to(self.out)): sha256(p) for p in sorted(set(self._files))},

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from ...errors import BadParameter
 
@@ -26,6 +25,8 @@ def confusion(truth: Tensor, predicted: Tensor, classes: int) -> Tensor:
     """Counts (C, C) of pixels, rows the truth, columns the prediction; truth outside 0 ... C - 1 is left out.
 
     Matrices of several images add up."""
+    from torchmetrics.functional.classification import multiclass_confusion_matrix  # a second to import
+
     truth = truth.long().where((truth >= 0) & (truth < classes), -1)
     return multiclass_confusion_matrix(predicted.long(), truth, classes, ignore_index=-1)
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
-from torchmetrics.detection import MeanAveragePrecision
 
 from ...errors import BadParameter, check_choice
 
@@ -57,6 +56,8 @@ def mean_precision(found: Sequence[Tensor], boxes: Tensor, size: int, protocol: 
         -100, torchmetrics' word for it, where no box is left to be found.
     """
     check_choice("protocol", protocol, PROTOCOLS)
+    from torchmetrics.detection import MeanAveragePrecision  # a second to import, of which most users need nothing
+
     metric = MeanAveragePrecision(iou_thresholds=list(IOUS), backend="faster_coco_eval")
     metric.warn_on_many_detections = False  # as released: the hundred best of an image count
     for kept, truth in zip(found, boxes, strict=True):
