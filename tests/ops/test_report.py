@@ -23,7 +23,8 @@ from companion.ops.papers import paper
 @pytest.fixture
 def run(tmp_path):
     plt.switch_backend("agg")
-    return report.start("sa2vp", profile="pocket", seed=3, out=str(tmp_path / "out"))
+    hardware = {"accelerator": "cpu", "devices": 1, "precision": "paper"}
+    return report.start("sa2vp", profile="pocket", dry_run=False, seed=3, out=str(tmp_path / "out"), **hardware)
 
 
 def test_start_refuses_what_does_not_go_together():
@@ -117,6 +118,7 @@ def test_a_run_leaves_tables_figures_claims_and_a_record(run):
         assert claims[name]["status"] == status
     assert len(claims) == len(paper("sa2vp")["claims"])
     facts = json.loads((run.out / "run.json").read_text())
+    assert (facts["parameters"]["precision"], facts["precision"]) == ("paper", "32-true")
     assert facts["seeds"] == [3] and facts["versions"]["torch"] and facts["peak_memory_mb"] > 0
     assert set(facts["outputs"]) == {"tables/t.csv", "figures/f.png", "claims.json"}
     assert all(sha256(run.out / name) == value for name, value in facts["outputs"].items())

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 from companion.errors import BadParameter, CorruptFile
+from companion.ops.papers import paper, slugs
 from companion.training import fit as loop
 from companion.training.callbacks import EMA, Callback, ClipNorm, ClipValue, EarlyStop, Lookahead, ema_copy
 from companion.training.checkpoints import Checkpoint, trained_state
-from companion.training.fit import CPU, Hardware, fit, predict
+from companion.training.fit import CPU, PRECISIONS, Hardware, fit, predict
 from companion.training.schedules import adamw, given, learning_rates, param_groups, schedule, sgd
 
 
@@ -488,3 +490,18 @@ def test_two_devices_give_back_what_one_gives(tmp_path):
     assert [row["step"] for row in two["history"]] == list(range(10))
     np.testing.assert_allclose(*([row["loss"] for row in each["history"]] for each in found), rtol=1e-4)
     torch.testing.assert_close(two["model"], one["model"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("slug", slugs())
+def test_the_precision_of_the_authors_is_that_of_the_paper_profile_on_a_gpu(slug, monkeypatch):
+    def used(**changes):
+        return Hardware.of(SimpleNamespace(**p | changes), slug, workers=4)
+
+    p = {"profile": "paper", "dry_run": False, "accelerator": "auto", "devices": 2, "precision": "paper"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert used() == Hardware("auto", 2, "32-true", 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    authors = used(dry_run=True)
+    assert authors == Hardware("auto", 2, paper(slug)["precision"], 0) and authors.precision in PRECISIONS
+    assert used(profile="pocket").precision == used(accelerator="cpu").precision == "32-true"
+    assert used(precision="bf16-mixed").precision == "bf16-mixed"

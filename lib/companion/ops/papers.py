@@ -25,7 +25,11 @@ COMMON: dict[str, dict] = {
     "out": {"type": "text", "help": "where results go; empty: runs/<profile>/<paper>"},
     "accelerator": {"type": "choice", "choices": ["auto", "cpu", "cuda", "mps"], "help": "where it runs"},
     "devices": {"type": "integer", "low": 1, "high": 1024, "help": "how many of them"},
-    "precision": {"type": "choice", "choices": ["32-true", "16-mixed", "bf16-mixed"], "help": "arithmetic"},
+    "precision": {
+        "type": "choice",
+        "choices": ["paper", "32-true", "16-mixed", "bf16-mixed"],
+        "help": "arithmetic; paper: that of the authors in profile paper on a CUDA GPU, 32-true elsewhere",
+    },
 }
 
 

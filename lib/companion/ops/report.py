@@ -27,6 +27,7 @@ from ..errors import BadParameter, check_choice
 from ..evaluation.ablations import stale
 from ..evaluation.claims import judge
 from ..evaluation.tables import show_table
+from ..training.fit import Hardware
 from . import record
 from .files import atomic, sha256, write_json
 from .papers import convert, paper, rules, slugs
@@ -159,6 +160,8 @@ class Run:
             "peak_memory_mb": record.peak_memory_mb(),
             "outputs": {str(p.relative_to(self.out)): sha256(p) for p in sorted(set(self._files))},
         }
+        if "precision" in given:  # which is "paper" among the parameters
+            facts["precision"] = Hardware.of(self.parameters, self.slug).precision
         folder = self.study()
         if (folder / "study.json").exists():
             facts["study"] = {"sha256": sha256(folder / "study.csv"), "stale": stale(self.slug, folder)}

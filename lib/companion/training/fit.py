@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ..errors import BadParameter, check_choice
+from ..ops.papers import paper
 from ..ops.progress import progress
 from .callbacks import Callback
 from .checkpoints import Checkpoint, plain, trained_state
@@ -57,6 +59,22 @@ class Hardware:
     precision: str = "32-true"
     workers: int = 0
     accumulate: int = 1
+
+    @classmethod
+    def of(cls, p: SimpleNamespace, slug: str, *, workers: int = 0, accumulate: int = 1) -> Hardware:
+        """The hardware of a notebook's parameters, for every training and evaluation of its paper.
+
+        The precision "paper" is resolved: to the authors', `precision` of models/<slug>/paper.yaml, in the `paper`
+        profile on a CUDA GPU, else to "32-true". A dry run has no `workers`.
+
+        Args:
+            p: the checked parameters; `profile`, `dry_run`, `accelerator`, `devices` and `precision` are read.
+        """
+        precision = p.precision
+        if precision == "paper":
+            on_gpu = p.profile == "paper" and device(p.accelerator) == "cuda"
+            precision = paper(slug)["precision"] if on_gpu else "32-true"
+        return cls(p.accelerator, p.devices, precision, 0 if p.dry_run else workers, accumulate)
 
 
 def device(accelerator: str) -> str:

@@ -83,7 +83,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`: with what to change or get.
     """
-    hardware = Hardware(p.accelerator, p.devices, p.precision, 0 if p.dry_run else WORKERS)
+    hardware = Hardware.of(p, "bat", workers=WORKERS)
     if p.dry_run:
         return _dry_run(p, hardware)
     videos = data.load(p.dataset, p.data_root, "test")

@@ -182,7 +182,7 @@ def distil(
 
 
 def _hardware(p: SimpleNamespace, accumulate: int = 1) -> Hardware:
-    return Hardware(p.accelerator, p.devices, p.precision, 0 if p.dry_run else WORKERS, accumulate)
+    return Hardware.of(p, "dmt", workers=WORKERS, accumulate=accumulate)
 
 
 def _facts(p: SimpleNamespace) -> dict[str, Any]:

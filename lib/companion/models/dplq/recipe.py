@@ -93,7 +93,7 @@ def optimizer(learning_rate: float) -> MakeOptimizer:
     return sgd(learning_rate, 5e-4, decay="all")
 
 
-def _options(p: SimpleNamespace, workers: int = 0) -> dict:
+def _options(p: SimpleNamespace) -> dict:
     """The other arguments of `fit`: one learning rate an epoch, the first epoch at a small constant one."""
     recipe = published_settings(p.protocol)
     epochs = int(recipe["epochs"])
@@ -103,7 +103,7 @@ def _options(p: SimpleNamespace, workers: int = 0) -> dict:
         "batch": int(recipe["train batch"]),
         "schedule": schedule("cosine by epoch", warmup, 0.0, recipe["warm-up learning rate"]),
         "seed": p.seed,
-        "hardware": Hardware(p.accelerator, p.devices, p.precision, workers),
+        "hardware": Hardware.of(p, "dplq", workers=WORKERS),
     }
 
 
@@ -200,10 +200,11 @@ def _paper(p: SimpleNamespace, out: Path) -> Setting:
         protocol = TRANSFERS[p.protocol](source, others, shots, p.seed)
     parts = {"train": protocol.train, **protocol.tests}
     names = {name: tuple(part.class_names) for name, part in parts.items()}
-    facts = {name: getattr(p, name) for name in ("dataset", "protocol", "noise", "seed", "precision")}
-    facts["data_root"] = Path(p.data_root)
+    facts = {name: getattr(p, name) for name in ("dataset", "protocol", "noise", "seed")}
+    options = _options(p)
+    facts |= {"data_root": Path(p.data_root), "precision": options["hardware"].precision}
     saved = {"folder": Path(out), "facts": facts}
-    return _full_size(p, f"{p.dataset}, {p.protocol}", parts, names, clip, domain, _options(p, WORKERS), **saved)
+    return _full_size(p, f"{p.dataset}, {p.protocol}", parts, names, clip, domain, options, **saved)
 
 
 def _full_size(

@@ -9,7 +9,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -144,7 +144,7 @@ def pretrain(
         schedule=given(learning_rates),
         checkpoint=checkpoint,
         seed=p.seed,
-        hardware=Hardware(p.accelerator, p.devices, p.precision, 0 if p.dry_run else WORKERS, accumulate),
+        hardware=Hardware.of(p, "ecamp", workers=WORKERS, accumulate=accumulate),
         name=name,
     )
 
@@ -417,7 +417,7 @@ def _learn(
         callbacks=[ClipNorm(1.0), best],
         checkpoint=checkpoint,
         seed=p.seed,
-        hardware=Hardware(p.accelerator, 1, p.precision, 0 if p.dry_run else WORKERS),
+        hardware=replace(Hardware.of(p, "ecamp", workers=WORKERS), devices=1),
         name=p.task,
     )
     if not p.dry_run:
@@ -430,7 +430,7 @@ def _learn(
 def _outputs(p: SimpleNamespace, model: nn.Module, part: Dataset) -> Iterator[tuple[object, Tensor]]:
     """Outputs and labels, batch by batch, on the CPU. The model is on its own device afterwards."""
     batch, workers = (2, 0) if p.dry_run else (64, WORKERS)
-    with evaluating(Hardware(p.accelerator, precision=p.precision), model) as device:
+    with evaluating(Hardware.of(p, "ecamp"), model) as device:
         for images, truth in DataLoader(part, batch, num_workers=workers, pin_memory=device.type == "cuda"):
             found = model(images.to(device, non_blocking=True))
             yield [x.float().cpu() for x in found] if isinstance(found, (list, tuple)) else found.float().cpu(), truth

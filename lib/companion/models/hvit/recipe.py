@@ -216,13 +216,14 @@ def train_fold(
     part, tuning = folds[fold]
     model, batch = build(p, method, fold, classes), min(batch, len(part))
     name, checkpoint = f"{method}, fold {fold}, seed {p.seed}", None
+    hardware = replace(Hardware.of(p, "hvit", workers=workers), devices=1)
     if out is not None:
-        facts = {k: getattr(p, k) for k in ("head", "sampling", "noise", "patience", "seed", "precision")}
+        facts = {k: getattr(p, k) for k in ("head", "sampling", "noise", "patience", "seed")}
+        facts["precision"] = hardware.precision
         slides = [[(item.name, item.grade) for item in one.items] for one in folds[fold] if one is not None]
         facts |= {"model": model, "slides": slides, "features": part.made_by, "epochs": epochs, "batch": batch}
         checkpoint = Checkpoint.of(out / "checkpoints", name, **facts)
     shown = ClassBalanced(part) if p.sampling == "weighted" else part
-    hardware = Hardware(p.accelerator, precision=p.precision, workers=workers)
     score = functools.partial(tuning_scores, p.head, classes, tuning, hardware=hardware)
     stop = EarlyStop(score, p.patience, earliest=EARLIEST, ties=True)
     history = fit(
@@ -269,7 +270,7 @@ def tuning_scores(
 def _setting(
     p: SimpleNamespace, title: str, folds: list, test: Dataset, classes: int, out: Path | None, **changes: Any
 ) -> Setting:
-    hardware = Hardware(p.accelerator, precision=p.precision)
+    hardware = Hardware.of(p, "hvit")
 
     def grades(model: nn.Module, method: str, part: Dataset) -> Tensor:
         return hvit.predict(p.head, outputs(model, part, hardware)[1], classes)

@@ -188,7 +188,7 @@ def learn(
         callbacks=[Lookahead(k=5, alpha=0.5)],
         checkpoint=checkpoint,
         seed=p.seed,
-        hardware=Hardware(p.accelerator, p.devices, p.precision, 0 if p.dry_run else WORKERS),
+        hardware=Hardware.of(p, "metasegnet", workers=WORKERS),
         name=p.method,
     )
     return history
@@ -496,7 +496,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         build=lambda method: build(SimpleNamespace(**(vars(p) | {"method": method})), prompts, classes),
         learn=learn_method,
         augmentation=p.augmentation,
-        hardware=Hardware(p.accelerator, precision=p.precision),
+        hardware=Hardware.of(p, "metasegnet"),
     )
 
 

@@ -142,7 +142,6 @@ def learn(
     *,
     epochs: int,
     batch: int,
-    workers: int = 0,
     checkpoint: Checkpoint | None = None,
 ) -> History:
     """Train a model of `p.method` in place by the authors' settings; `ratio` (A,) as in `loss`."""
@@ -170,7 +169,7 @@ def learn(
         callbacks=[ClipNorm(float(settings["heads"]["gradient clipping"]))],
         checkpoint=checkpoint,
         seed=p.seed,
-        hardware=Hardware(p.accelerator, p.devices, p.precision, workers),
+        hardware=Hardware.of(p, "promptpar", workers=WORKERS),
         name=p.method,
     )
 
@@ -241,7 +240,6 @@ def _paper(p: SimpleNamespace, out: Path) -> Setting:
             data.ratio,
             epochs=int(published["epochs"]),
             batch=min(int(published["batch"]), len(data)),  # your own folder may have fewer images
-            workers=WORKERS,
             checkpoint=Checkpoint.of(out / "checkpoints", name, **facts),
         )
         checkpoints.save(out / "trained", name, model.to_official())
@@ -254,7 +252,7 @@ def _paper(p: SimpleNamespace, out: Path) -> Setting:
         methods=(p.method,),
         build=made,
         train=train,
-        probabilities=lambda model, part: _probabilities(p, model, part, WORKERS),
+        probabilities=lambda model, part: _probabilities(p, model, part),
     )
 
 
@@ -285,13 +283,13 @@ def _dry_run(p: SimpleNamespace) -> Setting:
         methods=(p.method,),
         build=made,
         train=train,
-        probabilities=lambda model, part: _probabilities(p, model, part, 0),
+        probabilities=lambda model, part: _probabilities(p, model, part),
     )
 
 
-def _probabilities(p: SimpleNamespace, model: PromptPAR, data: Dataset, workers: int) -> Tensor:
+def _probabilities(p: SimpleNamespace, model: PromptPAR, data: Dataset) -> Tensor:
     """The probability of each attribute in each image, (n, A)."""
-    hardware = Hardware(p.accelerator, precision=p.precision, workers=workers)
+    hardware = Hardware.of(p, "promptpar", workers=WORKERS)
     return predict(model, data, batch=TEST_BATCH, hardware=hardware).sigmoid()
 
 

@@ -111,9 +111,9 @@ def build(p: SimpleNamespace, method: str, classes: int, weights: str | Path) ->
     return {"linear probing": vpt.LinearProbe, "full fine-tuning": vpt.FineTuning}[method](backbone, classes)
 
 
-def _options(p: SimpleNamespace, epochs: int, batch: int, workers: int = 0) -> dict:
+def _options(p: SimpleNamespace, epochs: int, batch: int) -> dict:
     """The published recipe but for the optimiser; schedule and weight decay are the defaults of `fit` and `adamw`."""
-    hardware = Hardware(p.accelerator, p.devices, p.precision, workers)
+    hardware = Hardware.of(p, "sa2vp", workers=WORKERS)
     return {"epochs": epochs, "batch": batch, "seed": p.seed, "hardware": hardware}
 
 
@@ -161,6 +161,8 @@ def _paper(p: SimpleNamespace, out: Path) -> Setting:
         train = classification.load(p.dataset, p.data_root, "train" if crops else "trainval", transforms[0])
         test = classification.load(p.dataset, p.data_root, "test", transforms[1])
         names = tuple(map(str, range(train.classes)))
+    options = _options(p, 100, batch)
+    precision = options["hardware"].precision
     return Setting(
         title=p.dataset,
         train=train,
@@ -169,9 +171,9 @@ def _paper(p: SimpleNamespace, out: Path) -> Setting:
         input=seen,
         learning_rates={p.method: published["lr"]},
         build=lambda method: build(p, method, len(names), weights),
-        options=_options(p, 100, batch, WORKERS),
+        options=options,
         folder=Path(out),
-        facts={"data_root": Path(p.data_root), "attention": p.attention, "precision": p.precision},
+        facts={"data_root": Path(p.data_root), "attention": p.attention, "precision": precision},
     )
 
 

@@ -288,9 +288,10 @@ def train_model(
     r = recipe(p.dataset, p.captions)
     batch = batch or r.batch
     epochs = epochs or r.iterations / max(len(data) // batch, 1)
-    checkpoint = None
+    hardware, checkpoint = Hardware.of(p, "sic_cads", workers=workers), None
     if out is not None:
-        facts = {k: getattr(p, k) for k in ("dataset", "captions", "seed", "precision", "devices")}
+        facts = {k: getattr(p, k) for k in ("dataset", "captions", "seed", "devices")}
+        facts["precision"] = hardware.precision
         facts |= {"data_root": Path(p.data_root), "model": model, "epochs": epochs, "batch": batch}
         name = f"recogniser {p.dataset.rpartition('/')[2]} seed {p.seed}"
         checkpoint = Checkpoint.of(out / "checkpoints", name, every=1000, **facts)
@@ -305,7 +306,7 @@ def train_model(
         callbacks=[ClipValue(r.clip)] if r.clip else [],
         checkpoint=checkpoint,
         seed=p.seed,
-        hardware=Hardware(p.accelerator, p.devices, p.precision, workers),
+        hardware=hardware,
         name="recogniser",
     )
     if out is not None and checkpoint is not None:
@@ -379,7 +380,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
 def _setting(
     p: SimpleNamespace, title: str, test: detection.Boxes, make: Callable, train: Callable, detector: nn.Module
 ) -> Setting:
-    hardware = Hardware(p.accelerator, precision=p.precision)
+    hardware = Hardware.of(p, "sic_cads")
     where = device(p.accelerator)
 
     def detect(image: Tensor) -> tuple[Tensor, Tensor]:
