@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from lightning_fabric.plugins.precision import Precision
 from torch import nn
@@ -155,6 +156,35 @@ def test_a_batch_in_parts_gives_the_training_of_a_whole_one(parts):
     torch.testing.assert_close(split.weight, whole.weight, rtol=1e-5, atol=1e-6)
 
 
+def vit() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 16, 16)), timm.models.VisionTransformer(in_chans=1, num_classes=2, **sizes)
+    )
+
+
+@pytest.mark.parametrize("way", ["grad_checkpointing", pytest.param("compile", marks=pytest.mark.slow)])
+def test_the_same_training_in_less_memory_or_compiled(way, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(16, 256, generator=generator), torch.randn(16, 2, generator=generator))
+    compiled, calls, found = torch._dynamo.utils.counters["frames"], [], []
+    compiled.clear()
+    gelu = F.gelu
+    if way == "grad_checkpointing":
+        monkeypatch.setattr(F, "gelu", lambda x, **how: (calls.append(1), gelu(x, **how))[1])
+    for on in (False, True):
+        model = vit()
+        history = run(model, data=data, epochs=2, hardware=Hardware("cpu", **{way: on}))
+        found.append((history, model))
+    (plain, one), (other, two) = found
+    np.testing.assert_allclose(*([row["loss"] for row in rows] for rows in (plain, other)), rtol=1e-5)
+    # not the parameters: AdamW makes steps of rounding errors, as for the bias of the keys, whose gradient is 0
+    assert (one(data.tensors[0]) - two(data.tensors[0])).abs().max() < 1e-3
+    # 2 blocks in 4 steps, and again in the backward pass; and the line above
+    assert len(calls) == 8 + 16 + 4 if way == "grad_checkpointing" else compiled["ok"]
+
+
 class Counted(Dataset):
     """Keeps how many items were asked for."""
 
@@ -285,6 +315,7 @@ def test_parameter_groups_have_schedules_of_their_own_and_are_clipped_apart(tmp_
         (lambda: dict(optimizer=adamw(1e-2, decay="biases")), "'matrices', 'all'"),
         (lambda: dict(batch=9, hardware=Hardware("cpu", devices=2)), "multiple of devices"),
         (lambda: dict(hardware=Hardware("cpu", accumulate=9)), "1 to 8"),
+        (lambda: dict(hardware=Hardware("cpu", grad_checkpointing=True)), "Sequential has no part"),
         (lambda: dict(callbacks=[Lookahead(0)]), "1 or more steps"),
     ],
 )

@@ -175,8 +175,8 @@ class Lookahead(Callback):
             self.slow = [p.detach().clone() for p in fast]
         elif (loop.step - 1) % self.k == 0:
             self.slow = [slow.to(p.device) for slow, p in zip(self.slow, fast, strict=True)]
-            for slow, p in zip(self.slow, fast, strict=True):
-                p.copy_(slow.lerp_(p, self.alpha))
+            torch._foreach_lerp_(self.slow, fast, self.alpha)
+            torch._foreach_copy_(fast, self.slow)
 
     def state_dict(self) -> dict[str, Any]:
         """The slow copies."""
@@ -217,6 +217,5 @@ def ema_copy(module: nn.Module) -> nn.Module:
 @torch.no_grad()
 def ema_update(average: nn.Module, module: nn.Module, momentum: float) -> None:
     """Move an average towards the parameters of a module: `momentum` of the average stays."""
-    own = dict(average.named_buffers())
-    for name, value in module.named_parameters():
-        own[name].lerp_(value, 1 - momentum)
+    own, values = dict(average.named_buffers()), dict(module.named_parameters())
+    torch._foreach_lerp_([own[name] for name in values], list(values.values()), 1 - momentum)

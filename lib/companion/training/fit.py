@@ -59,6 +59,8 @@ class Hardware:
     precision: str = "32-true"
     workers: int = 0
     accumulate: int = 1
+    grad_checkpointing: bool = False
+    compile: bool = False
 
     @classmethod
     def of(cls, p: SimpleNamespace, slug: str, *, workers: int = 0, accumulate: int = 1) -> Hardware:
@@ -68,13 +70,16 @@ class Hardware:
         profile on a CUDA GPU, else to "32-true". A dry run has no `workers`.
 
         Args:
-            p: the checked parameters; `profile`, `dry_run`, `accelerator`, `devices` and `precision` are read.
+            p: the checked parameters; `profile`, `dry_run`, `accelerator`, `devices` and `precision` are read, and where
+                a notebook has them `accumulate` (0: as the recipe says), `grad_checkpointing` and `compile`.
         """
         precision = p.precision
         if precision == "paper":
             on_gpu = p.profile == "paper" and device(p.accelerator) == "cuda"
             precision = paper(slug)["precision"] if on_gpu else "32-true"
-        return cls(p.accelerator, p.devices, precision, 0 if p.dry_run else workers, accumulate)
+        accumulate = getattr(p, "accumulate", 0) or accumulate
+        extra = [getattr(p, name, False) for name in ("grad_checkpointing", "compile")]
+        return cls(p.accelerator, p.devices, precision, 0 if p.dry_run else workers, accumulate, *extra)
 
 
 def device(accelerator: str) -> str:
@@ -219,9 +224,16 @@ def fit(
     def train(fabric: Fabric) -> dict | None:
         if saved:
             model.load_state_dict(saved["model"], strict=False)
-        wrapped, wrapped_optim = fabric.setup(model, optim)
+        if hardware.grad_checkpointing:
+            _checkpoint_activations(model)
+        wrapped, wrapped_optim = fabric.setup(torch.compile(model) if hardware.compile else model, optim)
         loop = Loop(model, optim, fabric, steps, per_epoch, precision)
+        for group in optim.param_groups:
+            if fabric.device.type == "cuda" and "fused" in group:  # one kernel for all tensors
+                group |= {"fused": True, "foreach": False}
         if saved:  # after setup: the moments go to the parameters' device
+            for group, own in zip(saved["optimizer"]["param_groups"], optim.param_groups, strict=True):
+                group |= {kind: own[kind] for kind in ("fused", "foreach") if kind in own}
             optim.load_state_dict(saved["optimizer"])
             if saved["scaler"]:
                 fabric.strategy.precision.load_state_dict(saved["scaler"])
@@ -309,6 +321,18 @@ def predict(model: nn.Module, data: Dataset, *, batch: int = 256, hardware: Hard
             output = model(images.to(device, non_blocking=True))
             outputs.append((output[0] if isinstance(output, tuple) else output).float().cpu())
     return torch.cat(outputs)
+
+
+def _checkpoint_activations(model: nn.Module, within: str = "") -> bool:
+    """Turn gradient checkpointing on in the outermost parts that are trained and know it, by timm's name for it."""
+    if hasattr(model, "set_grad_checkpointing"):
+        model.set_grad_checkpointing(True)
+        return True
+    parts = [part for part in model.children() if any(p.requires_grad for p in part.parameters())]
+    found = any([_checkpoint_activations(part, within or type(model).__name__) for part in parts])
+    if not found and not within:
+        raise BadParameter("grad_checkpointing", True, f"False: {type(model).__name__} has no part that can do it")
+    return found
 
 
 def _learning_rates(
