@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -30,6 +31,23 @@ def test_doctor_names_what_is_missing(capsys, tmp_path, monkeypatch):
     assert "vit_base_patch16_224.orig_in21k" in out and "never released" in out
     assert "train800val200" in out and "licence" in out and "TFLOP/s" in out
     assert "  attention       aligned | padded\n" in out and "  dataset         fgvc/cub200 | fgvc/nabirds" in out
+
+
+@pytest.mark.parametrize(
+    ("here", "words", "said"),
+    [
+        ("", [], "on one A100 (not measured): 1.3e+18 operations of forward and backward\n"
+                 "           passes, 30% of its peak of 156 TFLOP/s at 32-true"),
+        ("NVIDIA L40S", [], "one L40S"),
+        ("NVIDIA L40S", ["--gpu", "T4", "--precision", "16-mixed"], "passes, 30% of its peak of 65 TFLOP/s at 16-mixed"),
+    ],
+)  # fmt: skip
+def test_doctor_reckons_hours_of_a_gpu_and_a_precision(capsys, tmp_path, monkeypatch, here, words, said):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: bool(here))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: here)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda i: SimpleNamespace(total_memory=48e9))
+    out = call(capsys, "doctor", "bat", "--data-root", tmp_path, *words)[1]
+    assert said in out, out
 
 
 def test_doctor_knows_weights_that_only_a_person_can_get(capsys, tmp_path):

@@ -28,9 +28,23 @@ from . import __version__, data
 from .errors import BadParameter, CompanionError, CorruptFile, MissingWeights, check_choice
 from .evaluation import parity
 from .ops.adopt import adopt as adopt_run
-from .ops.papers import accepted, paper, rules, slugs
+from .ops.papers import COMMON, accepted, paper, rules, slugs
 
-TFLOPS = 40  # sustained, what one recent data-centre card reaches in mixed precision; the doctor says so
+# Peaks of matrix products in TFLOP/s, dense, from NVIDIA's data sheets: in half precision, and in TF32 (float32 where
+# a GPU has none), which is what "32-true" uses.
+GPUS = {
+    "T4": (65, 8.1),
+    "V100": (125, 15.7),
+    "A10": (125, 62.5),
+    "L4": (121, 60),
+    "L40S": (362, 183),
+    "RTX 3090": (71, 35.6),
+    "RTX 4090": (165, 82.6),
+    "A100": (312, 156),
+    "H100": (989, 494),
+    "H200": (989, 494),
+}
+SHARE = 0.3  # of the peak that a training is assumed to reach; the doctor says so
 
 
 def main(words: list[str] | None = None) -> int:
@@ -52,7 +66,12 @@ def main(words: list[str] | None = None) -> int:
         (doctor, "doctor", "what is missing for each table of a paper, and which parameters its notebook accepts"),
         (fetch, "fetch", "download a paper's weights and data where they are free"),
     ):
-        command(run, name, what, "paper").add_argument("--data-root", default="data")
+        sub = command(run, name, what, "paper")
+        sub.add_argument("--data-root", default="data")
+        if run is doctor:
+            sub.add_argument("--gpu", choices=GPUS, help="the time is for this GPU (default: the one here, or A100)")
+            choices = COMMON["precision"]["choices"]
+            sub.add_argument("--precision", default="paper", choices=choices, help="the time is at this precision")
     command(show_data, "data", "all data sets and whether they are here").add_argument("--data-root", default="data")
     sub = command(check_parity, "parity", "compare our model with outputs of the authors' code", "paper")
     sub.add_argument("--checkpoint", help="weights that should give the recorded outputs, under the authors' names")
@@ -138,6 +157,11 @@ def doctor(given: argparse.Namespace) -> int:
     memory, where = memory / 1e9, torch.cuda.get_device_name() if card else "this machine, which has no GPU"
     # the folder may not be there yet
     disk = shutil.disk_usage(next(f for f in (root, *root.absolute().parents) if f.exists())).free / 1e9
+    # "NVIDIA A100-SXM4-80GB", "Tesla T4": the longest name, so that an L40S is no L4
+    here = [name for name in sorted(GPUS, key=len, reverse=True) if name in where]
+    gpu = given.gpu or (here or ["A100"])[0]
+    precision = facts["precision"] if given.precision == "paper" else given.precision
+    peak = GPUS[gpu][precision == "32-true"]
     lacking = False
     print(f"{facts['title']}  (arXiv {facts['arxiv']})\ndata root: {root.resolve()}\n")
     for run in facts["runs"]:
@@ -172,8 +196,11 @@ def doctor(given: argparse.Namespace) -> int:
             lacking |= bool(lack)
         print(f"  memory   {run['memory_gb']} GB wanted, {memory:.0f} GB here ({where})")
         print(f"  disk     {run['disk_gb']} GB wanted, {disk:.0f} GB free")
-        hours = flop / (TFLOPS * 1e12) / 3600
-        print(f"  time     about {hours:.1f} h at {TFLOPS} TFLOP/s sustained (estimateed, not run)\n")
+        hours = flop / (SHARE * peak * 1e12) / 3600
+        print(
+            f"  time     about {hours:.1f} h on one {gpu} (not measured): {flop:.1e} operations of forward and backward\n"
+            f"           passes, {SHARE:.0%} of its peak of {peak} TFLOP/s at {precision}\n"
+        )
         lacking |= bool(absent) or memory < run["memory_gb"] or disk < run["disk_gb"]
     print(f"Parameters of notebooks/{given.paper}.ipynb and their accepted values")
     wrap = textwrap.TextWrapper(110, subsequent_indent=" " * 18, break_long_words=False, break_on_hyphens=False)

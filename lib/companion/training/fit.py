@@ -70,8 +70,8 @@ class Hardware:
         profile on a CUDA GPU, else to "32-true". A dry run has no `workers`.
 
         Args:
-            p: the checked parameters; `profile`, `dry_run`, `accelerator`, `devices` and `precision` are read, and where
-                a notebook has them `accumulate` (0: as the recipe says), `grad_checkpointing` and `compile`.
+            p: the checked parameters; `profile`, `dry_run`, `accelerator`, `devices` and `precision` are read, and
+                `accumulate` (0: as the recipe says), `grad_checkpointing` and `compile` where a notebook has them.
         """
         precision = p.precision
         if precision == "paper":
