@@ -198,8 +198,8 @@ def doctor(given: argparse.Namespace) -> int:
         print(f"  disk     {run['disk_gb']} GB wanted, {disk:.0f} GB free")
         hours = flop / (SHARE * peak * 1e12) / 3600
         print(
-            f"  time     about {hours:.1f} h on one {gpu} (not measured): {flop:.1e} operations of forward and backward\n"
-            f"           passes, {SHARE:.0%} of its peak of {peak} TFLOP/s at {precision}\n"
+            f"  time     about {hours:.1f} h on one {gpu} (not measured): {flop:.1e} operations of forward and\n"
+            f"           backward passes, {SHARE:.0%} of its peak of {peak} TFLOP/s at {precision}\n"
         )
         lacking |= bool(absent) or memory < run["memory_gb"] or disk < run["disk_gb"]
     print(f"Parameters of notebooks/{given.paper}.ipynb and their accepted values")
