@@ -314,7 +314,9 @@ def test_official_names_round_trip(clip):
     state = model.to_official()
     assert state["prompt_learner.compound_prompt_projections.2.k_weight"].shape == (32, 12)
     assert state["prompt_learner.visual_net_orthogonality.r_weight"].shape == (32, 16)
-    leftover = {"visual_net.linear1.weight": torch.zeros(4, 64)}  # in the authors' state dict, used by nothing
+    # in the authors' state dict: used by nothing, or part of a domain model
+    leftover = ("visual_net.linear1.weight", "remote_model.cls_token", "medical_model.pos_embed")
+    leftover = dict.fromkeys(leftover, torch.zeros(4, 64))
     again = DPLQ.from_official(state | leftover, clip, CLASSES, Tokenizer(), noise="off")
     assert again.noise == "off" and len(again.deep_text) == 3
     assert torch.equal(again(images(), features(), eps), model(images(), features(), eps))
