@@ -77,6 +77,7 @@ def main(words: list[str] | None = None) -> int:
     sub.add_argument("--checkpoint", help="weights that should give the recorded outputs, under the authors' names")
     sub.add_argument("--fixtures", help="folder <paper>/<case>/ (default: the project's)")
     sub.add_argument("--case", help="run this case only")
+    sub.add_argument("--accelerator", default="cpu", choices=["cpu", "cuda"], help="where our model runs (default: cpu)")
     sub = command(slides, "slides", "store the patch embeddings of slides, one HDF5 each; resumes", "dataset")
     sub.add_argument("--weights", required=True, help="file of the patch level, such as HIPT's vit256_small_dino.pth")
     sub.add_argument("--heads", type=int, help="attention heads of the patch level (default: one for 64 channels)")
@@ -253,6 +254,8 @@ def show_data(given: argparse.Namespace) -> int:
 
 def check_parity(given: argparse.Namespace) -> int:
     """Print each case; name the first output that differs."""
+    if given.accelerator == "cuda" and not torch.cuda.is_available():
+        raise BadParameter("--accelerator", "cuda", "cpu: there is no GPU here")
     cases = list(parity.cases(given.paper, given.fixtures))
     if given.case:
         names = [case.name for case in cases]
@@ -267,7 +270,7 @@ def check_parity(given: argparse.Namespace) -> int:
             raise CorruptFile(given.checkpoint, f"no case of {given.paper} has its tensor names and shapes")
     failed = 0
     for case in cases:
-        differences = parity.compare(given.paper, case)
+        differences = parity.compare(given.paper, case, given.accelerator)
         worst = max(differences, key=lambda d: d.error)
         wrong = [d for d in differences if not d.agrees]
         if wrong:

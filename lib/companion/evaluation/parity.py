@@ -78,14 +78,15 @@ class Case:
         return self.values(f"input:{key}", *(shape["shape"] if isinstance(shape, dict) else shape))
 
     def values(self, name: str, *shape: int) -> Tensor:
-        """Values of `fill` by name and shape."""
-        return torch.from_numpy(fill.values(name, shape, self.seed))
+        """Values of `fill` by name and shape, on torch's default device."""
+        return torch.from_numpy(fill.values(name, shape, self.seed)).to(torch.get_default_device())
 
     @functools.cached_property
     def recorded(self) -> dict[str, Tensor]:
-        """What the authors' code gave: outputs, and the loss and gradient norms where case.json has them."""
+        """What the authors' code gave, and inputs that were stored: outputs, and losses and gradient norms of case.json."""
         try:
-            recorded = load_file(self.folder / "outputs.safetensors")
+            stored = load_file(self.folder / "outputs.safetensors")
+            recorded = {name: value.to(torch.get_default_device()) for name, value in stored.items()}
         except Exception as error:
             raise CorruptFile(self.folder / "outputs.safetensors", str(error)) from error
         losses = [v for k, v in self.facts.items() if k.startswith("loss") and isinstance(v, float)]
@@ -161,10 +162,11 @@ def run(
     raise BadParameter("case", kind, list(kinds))
 
 
-def compare(paper: str, case: Case) -> list[Difference]:
-    """Every recorded output of `case` against ours, in the order of the forward pass."""
+def compare(paper: str, case: Case, device: str = "cpu") -> list[Difference]:
+    """Every recorded output of `case` against ours, computed on `device`, in the order of the forward pass."""
     module = importlib.import_module(f"companion.models.{paper}.parity")
-    ours = module.outputs(case)
+    with torch.device(device):
+        ours = {name: value.cpu() for name, value in module.outputs(case).items()}
     all_recorded = module.recorded(case) if hasattr(module, "recorded") else case.recorded
     unchecked = all_recorded.keys() - ours.keys()
     if unchecked:
@@ -173,7 +175,7 @@ def compare(paper: str, case: Case) -> list[Difference]:
     for name, value in ours.items():
         if name not in all_recorded:
             continue
-        recorded, value = all_recorded[name].to(torch.float64), value.detach().to(torch.float64)
+        recorded, value = all_recorded[name].to("cpu", torch.float64), value.detach().to(torch.float64)
         if value.numel() != recorded.numel():
             raise BadCheckpoint(
                 f"{paper}/{case.name}", shapes=[f"{name} {tuple(value.shape)}, recorded {tuple(recorded.shape)}"]

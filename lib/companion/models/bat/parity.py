@@ -130,7 +130,7 @@ def keep_rate(epoch: int, start: int, stop: int, ratio: float) -> float:
 def frame(case: Case, t: int) -> np.ndarray:
     """A synthetic frame (180, 240, 6) uint8, as case.json describes it."""
     coarse = (case.values(f"input:frame{t}", 15, 20, 6) * 40 + 110).clamp(0, 255)
-    return coarse.repeat_interleave(12, 0).repeat_interleave(12, 1).to(torch.uint8).numpy()
+    return coarse.repeat_interleave(12, 0).repeat_interleave(12, 1).to(torch.uint8).cpu().numpy()
 
 
 def _crops(case: Case) -> dict[str, Tensor]:

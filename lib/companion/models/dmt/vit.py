@@ -211,7 +211,7 @@ class ViT(nn.Module):
         side, kind = math.isqrt(table.shape[1] - 1), "learned"
         if side**2 + 1 == table.shape[1] and not width % 4:
             for fixed in ("mae", "mocov3"):
-                if torch.allclose(sincos_table(width, side, fixed), table.float().cpu(), atol=1e-4):
+                if torch.allclose(sincos_table(width, side, fixed).cpu(), table.float().cpu(), atol=1e-4):
                     kind = fixed
         model = cls(
             side * patch,

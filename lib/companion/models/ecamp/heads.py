@@ -409,21 +409,21 @@ def yolo_loss(head: Tensor, boxes: Tensor, anchors: Tensor, size: int) -> tuple[
     cells = head.shape[-1]
     mask, empty = torch.zeros_like(p[..., 0]), torch.ones_like(p[..., 0])
     target = torch.zeros_like(p)
+    b, every = torch.arange(len(p), device=p.device), torch.arange(len(anchors), device=p.device)
     for t in range(boxes.shape[1]):  # in order: of two boxes in one cell the later one counts
-        b = boxes[:, t].abs().sum(-1).nonzero()[:, 0]
-        kind, centre, extent = boxes[b, t, 0].long(), boxes[b, t, 1:3] * cells, boxes[b, t, 3:] * cells
+        there = boxes[:, t].abs().sum(-1) > 0  # no mask as index: a GPU would be waited for
+        kind, centre, extent = boxes[:, t, 0].long(), boxes[:, t, 1:3] * cells, boxes[:, t, 3:] * cells
         i, j = centre.long().clamp(max=cells - 1).unbind(1)
         inter = (torch.minimum(extent[:, None], anchors) + 1).prod(-1)
         iou = inter / ((extent[:, None] + 1).prod(-1) + (anchors + 1).prod(-1) - inter)
-        near, best = iou > 0.5, iou.argmax(1)
-        k, a = near.nonzero().unbind(1)
-        empty[b[k], a, j[k], i[k]] = 0
-        mask[b, best, j, i] = 1
-        box = target[b, best, j, i]
+        around, cell = (b[:, None], every, j[:, None], i[:, None]), (b, iou.argmax(1), j, i)
+        empty[around] = torch.where((iou > 0.5) & there[:, None], 0, empty[around])
+        mask[cell] = torch.where(there, 1, mask[cell])
+        box = target[cell]
         box[:, :2] = (centre - torch.stack([i, j], 1)).to(box.dtype)
-        box[:, 2:4] = (extent / anchors[best]).log().to(box.dtype)
+        box[:, 2:4] = (extent / anchors[cell[1]]).log().to(box.dtype)
         box[:, 5:] = F.one_hot(kind, p.shape[-1] - 5).to(box.dtype)
-        target[b, best, j, i] = box
+        target[cell] = torch.where(there[:, None], box, target[cell])
 
     def bce(n: slice | int) -> Tensor:
         each = F.binary_cross_entropy_with_logits(p[..., n], target[..., n], reduction="none")

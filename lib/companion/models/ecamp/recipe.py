@@ -118,7 +118,7 @@ def pretrain(
     *,
     learning_rates: np.ndarray | None = None,
     batch: int | None = None,
-    micro_batch: int = 256,
+    micro_batch: int = 64,  # their 16,384 positions have 2 GB of logits of 30,000 words, and as much of gradients
     checkpoint: Checkpoint | None = None,
     name: str = "pre-training",
 ) -> History:

@@ -158,9 +158,9 @@ def _losses(case: Case) -> dict[str, Tensor]:
 
 
 def _metrics(case: Case) -> dict[str, Tensor]:
-    grades = _grades(case, 200)
-    predicted = (grades + 0.9 * case.values("input:noise", 200)).round().clamp(0, 5).long()
-    logits = case.values("input:logits", 200, 6).double() + 2 * F.one_hot(grades, 6)
+    grades = _grades(case, 200).cpu()
+    predicted = (grades + 0.9 * case.values("input:noise", 200).cpu()).round().clamp(0, 5).long()
+    logits = case.values("input:logits", 200, 6).cpu().double() + 2 * F.one_hot(grades, 6)
     votes = (1.2 * case.values("input:votes", 60, 5) + 2.5).round().clamp(0, 5).long()
     each = [[hvit.vote(row, isup=isup, seed=i) for isup in (False, True)] for i, row in enumerate(votes.tolist())]
     return {
@@ -230,7 +230,7 @@ def _heatmap(case: Case) -> dict[str, Tensor]:
     coords = np.array([[int(n) for n in place] for place in places])
     order = slides.file_order(coords)
     given = [case.values(f"input:{list(inputs)[i]}", 1024, 1024, 3) for i in order]
-    regions = np.stack([(48 * x + 128).round().clamp(0, 255).byte().numpy() for x in given])
+    regions = np.stack([(48 * x + 128).round().clamp(0, 255).byte().cpu().numpy() for x in given])
     smooth, side = config["smoothing_region_and_patch"], 1024 // config["downscale"]
     step = config["smoothing_region_offset"] * 1024 // 4096 if smooth else 0  # pixels of a region
     patch, region = [], []  # by shift: all regions' maps
@@ -238,8 +238,10 @@ def _heatmap(case: Case) -> dict[str, Tensor]:
         trace: dict[str, Tensor] = {}
         offset = k * step
         moved = np.pad(regions[:, offset:, offset:], ((0, 0), (0, offset), (0, offset), (0, 0)), constant_values=255)
-        model(slides.tensor(moved, "half")[None], trace=trace)
-        seen = {key: value[0].numpy() for key, value in trace.items()}
+        with torch.device("cpu"):
+            pixels = slides.tensor(moved, "half")[None]
+        model(pixels.to(torch.get_default_device()), trace=trace)
+        seen = {key: value[0].cpu().numpy() for key, value in trace.items()}
         if k <= 1:  # the patch maps are shifted once, the region maps three times
             patch.append([heatmaps.patch_map(a) for a in seen["patch_attention"]])
         region.append([heatmaps.region_map(a, side) for a in seen["region_attention"]])

@@ -6,6 +6,7 @@ The paper's own network is not public: no case shows its text side or its fusion
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -158,21 +159,19 @@ def _lookahead(case: Case) -> dict[str, Tensor]:
     ]
     steps = []
 
+    def loss() -> Tensor:
+        return (theta - 1).square().sum() + (theta * beta).square().sum()
+
     class Record(Callback):
         def on_step_end(self, loop: Loop) -> None:
             steps.append(torch.cat([theta, beta]).detach().cpu())
 
-    fit(
-        parameters,
-        lambda *_: (theta - 1).square().sum() + (theta * beta).square().sum(),
-        TensorDataset(torch.zeros(1)),
-        epochs=config["steps"],
-        batch=1,
-        optimizer=lambda _: torch.optim.AdamW(groups),
-        schedule=schedule("constant", 0),
-        callbacks=[Lookahead(config["k"], config["alpha"]), Record()],
-        hardware=CPU,
-    )
+    data = TensorDataset(torch.zeros(1, device="cpu"))
+    settings: dict[str, Any] = {"epochs": config["steps"], "batch": 1, "schedule": schedule("constant", 0)}
+    settings |= {"optimizer": lambda _: torch.optim.AdamW(groups), "hardware": CPU}
+    callbacks = [Lookahead(config["k"], config["alpha"]), Record()]
+    with torch.device("cpu"):
+        fit(parameters, lambda *_: loss(), data, callbacks=callbacks, **settings)
     return {"trajectory": torch.stack(steps)}
 
 

@@ -217,7 +217,7 @@ def _recognition(case: Case) -> dict[str, Tensor]:
     raw = case.input("scores")
     labels = case.input("labels") + 0.6 * raw > 1.2
     labels[:, 3] = False
-    ap = recognition_ap(labels.numpy(), raw.sigmoid().numpy())
+    ap = recognition_ap(labels.cpu().numpy(), raw.sigmoid().cpu().numpy())
     return {"ap": _marked(ap, -100), "mean": torch.tensor(np.nanmean(ap))}
 
 
