@@ -216,6 +216,20 @@ def test_a_resumed_training_ends_with_the_same_bits(precision, tmp_path):
     assert torch.equal(again.weight, whole.weight)
 
 
+def test_gradients_are_clipped_after_they_are_unscaled():
+    seen = []
+
+    class Looks(Callback):
+        def on_gradients(self, loop):
+            seen.append(loop.model.weight.grad.norm().item())
+
+    for precision in ("32-true", "16-mixed"):
+        callbacks = [Looks(), ClipNorm(0.01, per_tensor=True), Looks()]
+        run(linear(), callbacks=callbacks, hardware=Hardware("cuda", precision=precision))
+    full, half = seen[:2], seen[len(seen) // 2 :][:2]
+    assert full == pytest.approx([full[0], 0.01], rel=1e-3) and half == pytest.approx(full, rel=0.01)
+
+
 def test_a_gradient_that_is_not_finite_is_said_before_it_is_saved(tmp_path):
     model, data = linear(), pairs()
     data.tensors[1][3] = math.inf

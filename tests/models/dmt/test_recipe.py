@@ -18,6 +18,7 @@ from companion.models.dmt.model import DMT, Teachers
 from companion.models.dmt.vit import ViT
 from tests.conftest import parameters
 from tests.models.common import assert_goes_on, refuses
+from tests.small import shrink
 
 given = partial(
     parameters, "dmt", profile="paper", dry_run=True, student="tiny", data_root="nowhere", accelerator="cpu"
@@ -32,13 +33,7 @@ def quiet(monkeypatch):
 @pytest.fixture
 def small(monkeypatch):
     """Narrow encoders of 224 px in the place of ViT-T and ViT-B."""
-    depth = {"tiny": 4, "base": 2}
-
-    def build(size, **options):
-        return ViT(224, 16, 48, depth[size], 4, **options)
-
-    monkeypatch.setattr(runs.vit, "build", build)
-    monkeypatch.setattr(dmt_teachers, "build", build)
+    shrink("dmt", monkeypatch)
 
 
 def test_schedule_is_the_generic_stage_of_g2sd():

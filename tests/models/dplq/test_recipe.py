@@ -21,11 +21,11 @@ from companion.models.layers.clip_prompting import MaPLe, ZeroShot
 from companion.ops.papers import paper
 from companion.toy import encoders
 from companion.toy.ablations import dplq as study
-from companion.toy.datasets.tokens import Tokenizer
 from companion.training.fit import fit
 from companion.training.schedules import schedule
 from tests.conftest import assert_resumes, parameters
 from tests.models.common import refuses
+from tests.small import shrink
 
 EACH = 40  # images a class: 20 to train, 8 to validate, 12 to test
 QUICK = {"epochs": 1, "schedule": schedule("cosine by epoch", 0.0, 0.0)}
@@ -37,9 +37,7 @@ given = functools.partial(
 @pytest.fixture
 def pocket(monkeypatch) -> None:
     """The toy CLIP instead of the real one; its image tower has 6 blocks, so prompts of depth 3 fit."""
-    monkeypatch.setattr(recipe, "_clip", lambda p, weights: encoders.build("pocket_clip"))
-    monkeypatch.setattr(recipe.open_clip, "get_tokenizer", lambda name: Tokenizer())
-    monkeypatch.setattr(recipe, "WORKERS", 0)
+    shrink("dplq", monkeypatch)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from companion.training.checkpoints import Checkpoint
 from companion.training.fit import Hardware
 from tests.conftest import parameters
 from tests.models.common import assert_goes_on, refuses
+from tests.small import shrink
 
 
 def given(**changes) -> SimpleNamespace:
@@ -43,12 +44,7 @@ def quiet(monkeypatch):
 @pytest.fixture
 def small(monkeypatch):
     """Encoders of one narrow block in the place of ViT-B/16."""
-
-    def encoder(p):
-        torch.manual_seed(p.seed)
-        return VisionTransformer(img_size=224, embed_dim=48, depth=1, num_heads=2, num_classes=0, global_pool="")
-
-    monkeypatch.setattr(recipe, "encoder", encoder)
+    shrink("ecamp", monkeypatch)
 
 
 def test_schedule_is_left_at_half_of_the_peak():

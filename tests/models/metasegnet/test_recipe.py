@@ -27,6 +27,7 @@ from companion.training.checkpoints import Checkpoint, trained_state
 from tests.conftest import parameters
 from tests.data.test_landcover import earth, loveda, potsdam
 from tests.models.common import assert_goes_on, refuses
+from tests.small import shrink
 from tests.test_geotiff import noise, written
 
 
@@ -37,16 +38,7 @@ def given(**changes) -> SimpleNamespace:
 @pytest.fixture
 def small(monkeypatch):
     """A small Swin and decoder in the place of the full-size ones, and a small text encoder in BERT's."""
-    monkeypatch.setitem(SIZES, "paper", SIZES["pocket"])
-    monkeypatch.setattr(recipe, "WORKERS", 0)
-    monkeypatch.setattr(recipe.backbones, "build", lambda name, weights: swin(**SIZES["pocket"]["swin"]))
-    plain = recipe.text_encoder
-
-    def words(p, prompts):
-        found = plain(SimpleNamespace(**(vars(p) | {"dry_run": True})), prompts) if p.method == "one-hot zone" else None
-        return found or (Words.of(prompts.texts(list(prompts.zones)), length=64) if recipe.LEVELS[p.method] else None)
-
-    monkeypatch.setattr(recipe, "text_encoder", words)
+    shrink("metasegnet", monkeypatch)
 
 
 def part(count: int = 4, classes: int = 3, side: int = 32) -> TensorDataset:
@@ -193,7 +185,6 @@ def test_a_trained_network_is_saved_and_loaded(small, tmp_path):
 
 @pytest.mark.parametrize("method", list(recipe.LEVELS))
 def test_dry_runs(small, method, monkeypatch, tmp_path):
-    monkeypatch.setattr(recipe, "DRY_SIDE", 64)
     found = recipe.setting(given(dry_run=True, method=method), tmp_path)
     model, history = recipe.train(found, method)
     assert len(history) == 2 and all(np.isfinite(row["loss"]) for row in history) and not model.training

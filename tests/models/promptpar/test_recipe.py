@@ -6,9 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from PIL import Image
-from timm.models.vision_transformer import VisionTransformer
 
 from companion.data import DATASETS
 from companion.errors import CorruptFile, MissingData, MissingWeights
@@ -19,6 +17,7 @@ from companion.toy.datasets.tokens import Tokenizer
 from companion.training.checkpoints import Checkpoint
 from tests.conftest import parameters
 from tests.models.common import assert_goes_on, refuses
+from tests.small import shrink, small_backbones
 
 SENTENCES = ("A person with a hat", "A person with a bag", "A person in red")
 
@@ -34,19 +33,10 @@ def setting(**changes) -> recipe.Setting:
     return recipe.setting(p, Path(p.data_root))
 
 
-def small_backbones(embed: int = 64) -> tuple[CLIP, VisionTransformer]:
-    torch.manual_seed(3)
-    vision = CLIPVisionCfg(2, 64, 32, patch_size=8, image_size=64)
-    clip = CLIP(embed, vision, CLIPTextCfg(16, 64, width=64, heads=1, layers=2), quick_gelu=True).eval()
-    return clip, VisionTransformer(img_size=16, embed_dim=64, depth=1, num_heads=1, num_classes=0)
-
-
 @pytest.fixture
 def networks(monkeypatch) -> None:
     """Small networks in place of the real ones."""
-    monkeypatch.setattr(recipe, "_backbones", lambda p, clip, fusion: small_backbones())
-    monkeypatch.setattr(recipe.open_clip, "get_tokenizer", lambda name: Tokenizer())
-    monkeypatch.setattr(recipe, "WORKERS", 0)
+    shrink("promptpar", monkeypatch)
 
 
 @pytest.fixture

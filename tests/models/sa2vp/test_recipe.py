@@ -14,11 +14,11 @@ from torch.utils.data import TensorDataset
 from companion.data import DATASETS
 from companion.errors import MissingData, MissingWeights
 from companion.models.sa2vp import recipe
-from companion.toy import encoders
 from companion.training.callbacks import Callback
 from companion.training.fit import Hardware
 from companion.training.schedules import learning_rates
 from tests.conftest import assert_resumes, parameters
+from tests.small import shrink
 
 
 def test_published_settings():
@@ -44,8 +44,7 @@ given = functools.partial(parameters, "sa2vp", profile="paper", accelerator="cpu
 @pytest.fixture
 def tiny(monkeypatch) -> None:
     """The toy ViT instead of the real one, and no processes that load data."""
-    monkeypatch.setattr(recipe.backbones, "build", lambda *_, **__: encoders.build("pocket_vit"))
-    monkeypatch.setattr(recipe, "WORKERS", 0)
+    shrink("sa2vp", monkeypatch)
 
 
 def test_the_paper_profile_says_what_is_missing(tmp_path, monkeypatch, request):

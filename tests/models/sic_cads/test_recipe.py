@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, set_model_preprocess_cfg
 from torch.utils.data import ConcatDataset, Subset
 
 from companion import backbones
@@ -23,6 +22,7 @@ from companion.training.checkpoints import save, trained_state
 from tests.conftest import parameters
 from tests.data.test_detection import coco, coco_categories, image, lvis_file, picture, sizes  # noqa: F401
 from tests.models.common import assert_goes_on, refuses
+from tests.small import shrink, small_clip
 from tests.test_detectors import owl
 
 
@@ -30,27 +30,10 @@ def given(**changes) -> SimpleNamespace:
     return parameters("sic_cads", **{"profile": "paper", "data_root": "nowhere", "accelerator": "cpu"} | changes)
 
 
-def small_clip() -> CLIP:
-    torch.manual_seed(3)
-    vision = CLIPVisionCfg(1, width=32, head_width=16, patch_size=16, image_size=32)
-    model = CLIP(24, vision, CLIPTextCfg(77, 49408, width=16, heads=2, layers=1)).eval()
-    set_model_preprocess_cfg(model, {"size": (32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3})
-    return model
-
-
 @pytest.fixture
 def small(monkeypatch):
     """Small backbones and detector in the place of the full-size ones."""
-
-    def build(name: str, weights: object = "pretrained", **options):
-        if name.startswith("openclip:"):
-            return small_clip()
-        return timm.create_model("resnet10t", channels=(8, 16, 24, 32), stem_width=8, num_classes=0)
-
-    monkeypatch.setattr(recipe.backbones, "build", build)
-    monkeypatch.setattr(recipe.detectors, "build", lambda name, names, weights: owl("owlvit", list(names)))
-    monkeypatch.setattr(recipe, "SHORTER", 64)
-    monkeypatch.setattr(recipe, "WORKERS", 0)
+    shrink("sic_cads", monkeypatch)
 
 
 def test_the_recipes_are_the_released_ones():

@@ -19,15 +19,14 @@ from companion.data.degradations import BLIND
 from companion.data.restoration import TASKS, Degraded
 from companion.errors import BadCheckpoint, CorruptFile, MissingData, MissingWeights
 from companion.evaluation.metrics.restoration import psnr, ssim
-from companion.models.tip import TIPPipeline, build, load_adaptor, recipe, save_adaptor
+from companion.models.tip import TIPPipeline, load_adaptor, recipe, save_adaptor
 from companion.models.tip import model as tip
 from companion.models.tip import pipeline as tip_pipeline
 from companion.ops.papers import paper
 from tests.conftest import interrupted, parameters
 from tests.models.common import refuses
 from tests.models.tip.test_model import save_narrow
-
-WORDS = ["generated", "image", "number", "deblur", "denoise", "dejpeg", "upsample", "to", "with", "sigma", "quality"]
+from tests.small import shrink, small_pipe
 
 
 def given(**changes) -> SimpleNamespace:
@@ -40,16 +39,10 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe, "WORKERS", 0)
 
 
-def small(size: str = "pocket", **options) -> TIPPipeline:
-    torch.manual_seed(0)
-    return build("pocket", WORDS, text={"length": 96}, **options)
-
-
 @pytest.fixture
 def pocket(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pocket models in the place of Stable Diffusion."""
-    monkeypatch.setattr(recipe, "build", small)
-    monkeypatch.setattr(recipe, "DRY_SIZE", 32)
+    shrink("tip", monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +101,7 @@ def test_gradients_that_are_added_up_are_those_of_the_whole_batch(data: Degraded
         return plain(model, batch, scheduler, t=torch.full((len(z),), 500), noise=z.flip(-1))
 
     def trained(micro_batch: int) -> tuple[dict[str, torch.Tensor], list[float]]:
-        pipe, p = small(), given(dry_run=False)
+        pipe, p = small_pipe(), given(dry_run=False)
         history = recipe.train(p, pipe, fixed, epochs=3, batch=4, warmup=0, micro_batch=micro_batch)
         return weights(pipe), [row["loss"] for row in history]
 
@@ -144,7 +137,7 @@ def test_a_killed_training_resumes_to_the_same_bits_and_its_adaptor_is_saved(rel
 
 
 def test_cached_encodings_give_the_same_loss(data: Degraded) -> None:
-    pipe = small()
+    pipe = small_pipe()
     chosen = [Degraded(data.pictures, 32, **TASKS["parameterised"])[i] for i in range(5)]
     cached = recipe.cached(pipe, chosen, batch=2)
     assert [len(t) for t in cached.tensors] == [5] * 4
@@ -161,7 +154,7 @@ def test_cached_encodings_give_the_same_loss(data: Degraded) -> None:
 
 
 def test_start_noise_is_the_samples_own(data: Degraded) -> None:
-    pipe = small()
+    pipe = small_pipe()
     chosen = [Degraded(data.pictures, 32, **TASKS["parameterised"])[i] for i in range(3)]
     together = recipe.restore(pipe, chosen, steps=2)
     torch.testing.assert_close(together, recipe.restore(pipe, chosen, steps=2, batch=1), atol=1e-5, rtol=1e-5)
@@ -209,7 +202,7 @@ def test_own_folder_on_a_released_model_trained_saved_and_tested(released: Path,
     tested = recipe.setting(given(**vars(p) | {"checkpoint": str(folder)}), tmp_path)
     assert tested.train is None and len(tested.test) == 3
     assert torch.equal(tested.restore(tested.build("TIP"), chosen), restored)
-    refuses((lambda: load_adaptor(folder, small().unet), "block_out_channels"), error=BadCheckpoint)
+    refuses((lambda: load_adaptor(folder, small_pipe().unet), "block_out_channels"), error=BadCheckpoint)
     (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"cut off")
     refuses((lambda: load_adaptor(folder, pipe.unet), "adaptor"), error=CorruptFile)
 
@@ -219,7 +212,7 @@ def test_what_is_missing_is_said(released: Path, tmp_path: Path) -> None:
     p = given(dry_run=False, dataset="folder", data_root=str(released / "images"))
     assert recipe.base(p) == recipe.HUB["sd15"]
     assert recipe.base(given(weights="x")) == "x"
-    refuses((lambda: load_adaptor(tmp_path / "nowhere", small().unet), "adaptor"), error=MissingWeights)
+    refuses((lambda: load_adaptor(tmp_path / "nowhere", small_pipe().unet), "adaptor"), error=MissingWeights)
     with pytest.raises(MissingWeights):
         recipe.setting(given(**vars(p) | {"weights": str(tmp_path / "no")}), tmp_path).build("TIP")
 

@@ -51,6 +51,7 @@ from ...ops.unpickle import load_torch
 from ..layers import state_dicts
 from ..layers.clip_prompting import Texts, Tokenizer, check_depth, checked_clip, clip_of, embed_texts, encode_text
 from ..layers.frozen import frozen_copy
+from ..layers.precision import without_autocast
 
 TUNED = ("prompts", "all")
 
@@ -403,7 +404,7 @@ class PromptPAR(state_dicts.OfficialModel):
 
     def similarities(self, regions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines times CLIP's scale, and their softmax over attributes, both (b, 1 + R, A); regions (b, 1 + R, E)."""
-        with torch.autocast(regions.device.type, enabled=False):  # 100 times a cosine needs full precision
+        with without_autocast(regions.device):  # 100 times a cosine needs full precision
             cosines = F.normalize(regions.float(), dim=-1) @ F.normalize(self.text_features.float(), dim=-1).mT
             logits = self.clip.logit_scale.exp() * cosines
             return logits, (logits / self.temperature).softmax(-1)
@@ -430,8 +431,13 @@ class PromptPAR(state_dicts.OfficialModel):
         return self.norm(_first_tokens(self.blocks[-1], x, count, maps))
 
     def forward_head(self, tokens: Tensor) -> Output:
-        """Logits (b, A) and similarity (b, A) from the tokens (b, L, E) of `forward_features`."""
-        logits = self.bn(self.heads(self.fuse(tokens)))
+        """Logits (b, A) and similarity (b, A) from the tokens (b, L, E) of `forward_features`.
+
+        In float32 also under autocast: the authors' half precision is that of CLIP alone.
+        """
+        with without_autocast(tokens.device):
+            tokens = tokens.float()
+            logits = self.bn(self.heads(self.fuse(tokens)))
         if self.agg_bn is None:
             return Output(logits, None)
         _, shares = self.similarities(tokens[:, self.class_positions])

@@ -484,9 +484,10 @@ class ZeroShotClassifier(nn.Module):
 
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
         """Logits (R, C + 1) of features (R, inputs), the last column the background's; of other `classes` (K, D),
-        of any length, (R, K) without one."""
-        x = self.scale * F.normalize(self.linear(x), dim=-1)
-        logits = x @ (self.classes if classes is None else F.normalize(classes, dim=-1)).mT
+        of any length, (R, K) without one. The cosines are in float32 also under autocast."""
+        with without_autocast(x.device):
+            x = self.scale * F.normalize(self.linear(x.float()), dim=-1)
+            logits = x @ (self.classes if classes is None else F.normalize(classes.float(), dim=-1)).mT
         logits = logits if self.bias is None else logits + self.bias
         return F.pad(logits, (0, 1)) if classes is None else logits
 
