@@ -293,6 +293,14 @@ def predict(model: nn.Module, data: Dataset, *, batch: int = 256, hardware: Hard
     return torch.cat(outputs)
 
 
+def same_shapes(images: Sequence[Tensor], most: int) -> list[list[int]]:
+    """Indices of images by shape, in groups of at most `most` that can be stacked."""
+    groups: dict[torch.Size, list[int]] = {}
+    for i, image in enumerate(images):
+        groups.setdefault(image.shape, []).append(i)
+    return [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
+
+
 def _learning_rates(
     optimizer: torch.optim.Optimizer, schedule: Schedule | Mapping[str, Schedule], steps: int, per_epoch: int
 ) -> list[np.ndarray]:
