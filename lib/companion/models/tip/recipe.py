@@ -33,6 +33,7 @@ from ...training.fit import CPU, Hardware, History, device, evaluating, fit
 from ...training.schedules import adamw, schedule
 from . import model as tip
 from .pipeline import TIPPipeline, build, load_adaptor, save_adaptor
+from .text import tokenize
 
 # differences to TIP in training: the fusion, the prompts that are read, the share of skipped degradations. Prompts that
 # are never read in training are not read in the test either
@@ -197,15 +198,21 @@ class Tensors(Dataset):
     """
 
     def __init__(self, data: Dataset, pipe: TIPPipeline):
-        self.data, self.pipe = data, pipe
+        # not the pipeline itself: a loader's processes would get its weights
+        self.data, self.tokenizer = data, pipe.text_encoder if pipe.tokenizer is None else pipe.tokenizer
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sample = self.data[index]
-        semantic = self.pipe.ids([sample.semantic], truncate=True)[0]
-        return 2 * sample.clean - 1, 2 * sample.degraded - 1, semantic, self.pipe.ids([sample.restoration])[0]
+        semantic = tokenize(self.tokenizer, [sample.semantic], truncate=True)[0]
+        return (
+            2 * sample.clean - 1,
+            2 * sample.degraded - 1,
+            semantic,
+            tokenize(self.tokenizer, [sample.restoration])[0],
+        )
 
 
 class Learner(nn.Module):
