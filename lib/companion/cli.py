@@ -77,7 +77,9 @@ def main(words: list[str] | None = None) -> int:
     sub.add_argument("--checkpoint", help="weights that should give the recorded outputs, under the authors' names")
     sub.add_argument("--fixtures", help="folder <paper>/<case>/ (default: the project's)")
     sub.add_argument("--case", help="run this case only")
-    sub.add_argument("--accelerator", default="cpu", choices=["cpu", "cuda"], help="where our model runs (default: cpu)")
+    sub.add_argument(
+        "--accelerator", default="cpu", choices=["cpu", "cuda"], help="where our model runs (default: cpu)"
+    )
     sub = command(slides, "slides", "store the patch embeddings of slides, one HDF5 each; resumes", "dataset")
     sub.add_argument("--weights", required=True, help="file of the patch level, such as HIPT's vit256_small_dino.pth")
     sub.add_argument("--heads", type=int, help="attention heads of the patch level (default: one for 64 channels)")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -29,6 +30,7 @@ from .training.checkpoints import checkpoint_key
 from .training.fit import Hardware, evaluating
 
 TEMPLATE_FACTOR, SEARCH_FACTOR = 2.0, 4.0
+READERS = 8  # threads that read the next frames of several videos
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 
 
@@ -167,7 +169,11 @@ def follow(
     found = [[_checked(box, video)] for video, box in zip(videos, boxes, strict=True)]
     scores = [[1.0] for _ in videos]
     # inference mode inside: what is moved in it cannot be trained any more
-    with evaluating(hardware, model) as device, torch.inference_mode():
+    with (
+        evaluating(hardware, model) as device,
+        torch.inference_mode(),
+        ThreadPoolExecutor(min(READERS, len(videos))) as readers,
+    ):
         response = (hann(tracker.f) if window else torch.ones(1, 1, tracker.f, tracker.f)).to(device)
 
         def batch(patches: list[np.ndarray]) -> torch.Tensor:
@@ -178,12 +184,17 @@ def follow(
             for video, track in zip(videos, found, strict=True)
         ]
         tokens = model.embed_template(batch(templates)).unflatten(0, (-1, len(videos)))
+
+        def read(t: int) -> dict[int, Future]:
+            return {i: readers.submit(video.frame, t) for i, video in enumerate(videos) if t < len(video)}
+
         before: list[int] = []
+        ahead = read(1)
         for t in progress(range(1, max(map(len, videos))), name):
-            active = [i for i, video in enumerate(videos) if t < len(video)]
+            active, frames = list(ahead), [frame.result() for frame in ahead.values()]
+            ahead = read(t + 1)  # while the network looks at these
             if active != before:
                 before, shown = active, tokens[:, active].flatten(0, 1)
-            frames = [videos[i].frame(t) for i in active]
             crops = [crop(f, found[i][-1], SEARCH_FACTOR, tracker.search) for f, i in zip(frames, active, strict=True)]
             output = model.locate(shown, batch([patch for patch, _ in crops]))
             weighted = output.score.float() * response
@@ -207,7 +218,7 @@ def run(
 
     Args:
         sequences: of `companion.data.tracking`; each starts from its first RGB box.
-        together: sequences that go through the network as one batch.
+        together: sequences that go through the network as one batch, those of about one length.
         options: of `follow`.
 
     Returns:
@@ -223,6 +234,8 @@ def run(
         raise BadParameter("folder", str(folder), "a new folder: it holds results without a tracker.json")
     write_json(record, facts)
     todo = [sequence for sequence in sequences if not _complete(folder, sequence)]
+    if together > 1:  # videos of about one length: none waits for the others' ends
+        todo.sort(key=len)
     for start in range(0, len(todo), together):
         part = todo[start : start + together]
         done = len(sequences) - len(todo) + start + len(part)

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from ..errors import BadParameter, CorruptFile, MissingData, check_choice
 from ..ops.files import atomic, atomic_folder
@@ -298,6 +298,12 @@ class Features(Dataset):
         filled = features.new_zeros(self.longest, *self.shape)
         filled[: len(features)] = features
         return filled, torch.arange(self.longest) < len(features), self.items[index].grade
+
+
+def trimmed(items: Sequence[tuple[Tensor, Tensor, int]]) -> list[Tensor]:
+    """Items of `Features` as one batch, filled up to its longest slide alone: for a loader's `collate_fn`."""
+    longest = max(int(present.sum()) for _, present, _ in items)
+    return default_collate([(features[:longest], present[:longest], grade) for features, present, grade in items])
 
 
 # --- the register -----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,11 @@ def _clipped(image: Tensor) -> Tensor:
 
 
 def _coloured(mean: float, std: float) -> list:
-    return [v2.Normalize([mean], [std]), v2.Lambda(lambda x: x.expand(3, -1, -1))]
+    return [v2.Normalize([mean], [std]), v2.Lambda(_three)]
+
+
+def _three(image: Tensor) -> Tensor:
+    return image.expand(3, -1, -1)
 
 
 def pretrain_transform(size: int = 448) -> v2.Transform:
@@ -420,14 +425,14 @@ def _masked(dataset: DataSet, root: str | Path, path: Path, transform, balanced:
 def _box_masks(dataset: DataSet, root: str | Path, path: Path, transform, balanced: bool, seed: int) -> Masked:
     """RSNA: the boxes' union."""
     paths, boxes = _boxes(path)
+    return Masked(dataset, root, paths, functools.partial(_box_mask, boxes), transform)
 
-    def mask(i: int) -> Tensor:
-        found = torch.zeros(1, BOX_UNIT, BOX_UNIT)
-        for x1, y1, x2, y2 in boxes[i].astype(int):
-            found[:, y1:y2, x1:x2] = 1
-        return found
 
-    return Masked(dataset, root, paths, mask, transform)
+def _box_mask(boxes: Sequence[np.ndarray], i: int) -> Tensor:
+    found = torch.zeros(1, BOX_UNIT, BOX_UNIT)
+    for x1, y1, x2, y2 in boxes[i].astype(int):
+        found[:, y1:y2, x1:x2] = 1
+    return found
 
 
 def _run_masks(dataset: DataSet, root: str | Path, path: Path, transform, balanced: bool, seed: int) -> Masked:
@@ -441,15 +446,17 @@ def _run_masks(dataset: DataSet, root: str | Path, path: Path, transform, balanc
         count = min(len(names) - len(negative), len(negative))
         dropped = set(negative) - set(np.random.default_rng(seed).permutation(sorted(negative))[:count].tolist())
         names = [name for name in names if name not in dropped]
-
-    def mask(i: int) -> Tensor:
-        try:
-            found = np.logical_or.reduce([rle_mask(text) for text in runs[names[i]]])
-        except ValueError as error:
-            raise CorruptFile(path, f"{names[i]}: {error}") from error
-        return torch.from_numpy(found)[None].float()
-
+    mask = functools.partial(_run_mask, path, [(name, runs[name]) for name in names])
     return Masked(dataset, root, [f"train/images/1024/dicom/{name}.png" for name in names], mask, transform)
+
+
+def _run_mask(path: Path, runs: Sequence[tuple[str, list[str]]], i: int) -> Tensor:
+    name, texts = runs[i]
+    try:
+        found = np.logical_or.reduce([rle_mask(text) for text in texts])
+    except ValueError as error:
+        raise CorruptFile(path, f"{name}: {error}") from error
+    return torch.from_numpy(found)[None].float()
 
 
 def _file_masks(dataset: DataSet, root: str | Path, path: Path, transform, balanced: bool, seed: int) -> Masked:

@@ -335,6 +335,14 @@ def _checkpoint_activations(model: nn.Module, within: str = "") -> bool:
     return found
 
 
+def same_shapes(images: Sequence[Tensor], most: int) -> list[list[int]]:
+    """Indices of images by shape, in groups of at most `most` that can be stacked."""
+    groups: dict[torch.Size, list[int]] = {}
+    for i, image in enumerate(images):
+        groups.setdefault(image.shape, []).append(i)
+    return [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
+
+
 def _learning_rates(
     optimizer: torch.optim.Optimizer, schedule: Schedule | Mapping[str, Schedule], steps: int, per_epoch: int
 ) -> list[np.ndarray]:

@@ -8,6 +8,7 @@ import pytest
 from faster_coco_eval.core import mask
 
 from companion.errors import BadParameter, CorruptFile
+from companion.evaluation.metrics import detection
 from companion.evaluation.metrics.detection import evaluate, recognition_ap
 from companion.evaluation.parity import folder
 
@@ -39,6 +40,19 @@ def test_a_hit_a_miss_and_a_class_without_boxes():
     assert table.loc["all", "classes"] == 2
     nothing = evaluate(truth(), [])
     assert nothing.totals["AP50"] == 0 and math.isnan(nothing.ap50[2])
+
+
+@pytest.mark.parametrize("style", ["coco", "lvis"])
+def test_classes_in_blocks_are_scored_as_together(monkeypatch, style):
+    rng = np.random.default_rng(0)
+    near = (BOX + rng.uniform(-5, 5, (60, 4))).tolist()
+    found = [row(1 + i % 2, (3, 5, 9)[i % 3], float(rng.random()), box) for i, box in enumerate(near)]
+    known = truth(neg_category_ids=[3, 5, 9])
+    whole = evaluate(known, found, style=style)
+    monkeypatch.setattr(detection, "BLOCK", 2)  # a class at a time
+    apart = evaluate(known, found, style=style)
+    np.testing.assert_equal([apart.ap, apart.ap50, apart.totals], [whole.ap, whole.ap50, whole.totals])
+    assert 0 < whole.totals["AP50"] < 100
 
 
 def test_overlap_decides():

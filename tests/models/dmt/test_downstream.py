@@ -239,6 +239,16 @@ def test_a_detector_trains_whole_and_gives_results_that_can_be_scored():
     assert scores["bbox"] > 20 and scores["segm"] > 10
 
 
+def test_detections_of_several_images_at_once_are_those_of_one_by_one():
+    items = [(image[:, : 64 - 8 * (i % 3 == 1)], target) for i, (image, target) in enumerate(squares())]
+    model = small_detector().eval()
+    model.roi_heads.score_thresh = 0.0
+    one, several = (down.detections(model, items, [7, 9], batch=batch) for batch in (1, 3))
+    assert [row["image_id"] for row in one] == [row["image_id"] for row in several]
+    for name in ("score", "bbox"):
+        np.testing.assert_allclose([r[name] for r in one], [r[name] for r in several], rtol=1e-4, atol=1e-3)
+
+
 def small_segmenter(**options):
     torch.manual_seed(0)
     usual = {"layers": (0, 1, 2, 3), "channels": 16, "auxiliary": 8, "drop_path": 0.0, "pools": (1, 2)}

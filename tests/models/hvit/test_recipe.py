@@ -199,6 +199,11 @@ def test_folds_are_trained_on_stored_features_and_vote(tmp_path, stored):
     found = recipe.setting(p, tmp_path)
     assert len(found.folds) == 2
     models, _ = recipe.train(found, p.method, epochs=30, batch=6)
+    # a batch is filled up to its own longest slide, not to the fold's
+    padded = [models[0](found.test[i][0][None], present=found.test[i][1][None]) for i in range(len(found.test))]
+    torch.testing.assert_close(recipe.outputs(models[0], found.test)[1], torch.cat(padded).float())
+    batch = data.trimmed([found.test[0], found.test[0]])
+    assert batch[0].shape[1] == int(found.test[0][1].sum()) == batch[1].sum() // 2
     scores = recipe.scores(found, p.method, models)
     assert len(models) == 2 and -100 <= scores["kappa"] <= 100
     row = {"method": p.method, "dataset": p.dataset, "region": 1024, "head": p.head, "seed": 1}

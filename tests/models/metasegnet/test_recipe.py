@@ -218,6 +218,14 @@ def quick(small, monkeypatch):
     monkeypatch.setattr(recipe, "recipe", shortened)
 
 
+def test_images_of_several_sizes_are_tested_in_batches():
+    torch.manual_seed(0)
+    model = MetaSegNet(swin(**SIZES["pocket"]["swin"]), 3, None, **SIZES["pocket"]["model"]).eval()
+    data = [(torch.randn(3, n, 64), torch.randint(3, (n, 64))) for n in (64, 32, 64, 64, 32)]
+    counts = [recipe.confusion(model, recipe.Test(data, [], ["a", "b", "c"], batch=b), None) for b in (1, 2, 5)]
+    assert counts[0].sum() == 4 * 64 * 64 and torch.equal(counts[0], counts[1]) and torch.equal(counts[0], counts[2])
+
+
 def test_openearthmap_with_a_zone_left_out(quick, tmp_path):
     earth(tmp_path, ("tokyo", "kyoto", "el_rodeo", "paris"))
     p = given(data_root=str(tmp_path), held_out="Aw", augmentation="lr")

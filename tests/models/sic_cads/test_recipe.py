@@ -199,6 +199,18 @@ def test_what_does_not_go_together_or_is_missing_is_said(tmp_path, monkeypatch, 
     refuses((setting(data_root=str(coco)), "openclip"), error=MissingWeights)
 
 
+def test_detections_of_lvis_are_of_classes_that_count():
+    test = recipe.generated(given(dataset="detection/ov-lvis"), 1)
+    found = SimpleNamespace(test=test, threshold=0.0, nms=None, top=300)
+    matrix = torch.rand(4, 1203, generator=torch.Generator().manual_seed(0))
+    every = recipe._best(found, 0, torch.zeros(4, 4), matrix)
+    test.truth["images"][0]["neg_category_ids"] = [test.categories[i] for i in every.classes[:2].tolist()]
+    counted = recipe._best(found, 0, torch.zeros(4, 4), matrix)
+    annotated = set(test.target(0).labels.tolist()) | set(every.classes[:2].tolist())
+    assert [c for c in every.classes.tolist() if c in annotated] == counted.classes.tolist()
+    assert 2 <= len(counted.scores) < len(every.scores) == 300
+
+
 def test_without_training_nothing_is_saved(small, coco, tmp_path):  # noqa: F811
     p = given(data_root=str(coco), branch="visual+", images=1)
     found = recipe.setting(p, tmp_path / "out")

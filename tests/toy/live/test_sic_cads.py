@@ -1,5 +1,8 @@
 """SIC-CADS' ablations on the synthetic scenes, and the live run of the notebook."""
 
+import weakref
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -90,6 +93,34 @@ def test_branches_and_their_ends(live):
         recipe.refined(found, outputs, 0, gamma=1.5)
     with pytest.raises(BadParameter, match="one score for each class"):
         refine(torch.rand(3, 16), torch.rand(15))
+
+
+def test_memory_holds_few_matrices_of_probabilities(live, monkeypatch):
+    found, model, _, outputs = live
+    given: list[weakref.ref] = []
+    alive: list[int] = []
+
+    def detect(image):
+        boxes, probabilities = found.detect(image)
+        probabilities = probabilities.clone()
+        given.append(weakref.ref(probabilities))
+        alive.append(sum(matrix() is not None for matrix in given))
+        return boxes, probabilities
+
+    assert len(outputs.probabilities) == 40  # a small test is held
+    monkeypatch.setattr(recipe, "KEPT", 3 * outputs.probabilities[0].nbytes)
+    watched = replace(found, detect=detect)
+    again = recipe.predict(watched, model)
+    assert len(again.probabilities) == 3 and max(alive) <= 3 + 2
+    size = sum(values.nbytes for images in again.best.values() for image in images for values in image)
+    assert size <= 40 * found.top * 12 * (1 + len(recipe.BRANCHES))  # whatever the classes and boxes
+    for branch, gamma in (("", None), ("text", None), ("", 0.0), ("visual", 0.25)):
+        rows = recipe.detections(watched, again, branch, gamma)
+        assert rows == recipe.detections(found, outputs, branch, gamma) and len(rows) > 100
+    before = len(given)
+    for index in (2, 7, 7):
+        assert torch.equal(recipe.refined(watched, again, index), recipe.refined(found, outputs, index))
+    assert len(given) == before + 1 and max(alive) <= 3 + 2
 
 
 def test_a_model_without_a_teacher_has_the_learned_branches(live, monkeypatch):

@@ -33,6 +33,7 @@ TITLES = {"rgbt/lasher": "LasHeR", "rgbt/rgbt234": "RGBT234", "rgbt/gtot": "GTOT
 METRICS = ["PR", "NPR", "SR", "MPR", "MSR"]
 # rgbt.yaml of the authors: the learning rate falls to a tenth for the last 12 epochs; an epoch is 60,000 drawn pairs
 EPOCHS, BATCH, PAIRS, WORKERS = 60, 96, 60_000, 8
+TOGETHER = 16  # videos of a test
 LEARNING_RATE, LAST_LEARNING_RATE, WEIGHT_DECAY, CLIP = 4e-4, 4e-5, 1e-4, 0.1
 
 METHODS: dict[str, Callable[[bat.OSTrack], nn.Module]] = {
@@ -107,7 +108,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         return model, history
 
     def track(method: str, model: nn.Module) -> dict[str, np.ndarray]:
-        return run(model, videos, out / "results" / TITLES[p.dataset] / name, hardware=hardware)
+        return run(model, videos, out / "results" / TITLES[p.dataset] / name, together=TOGETHER, hardware=hardware)
 
     return Setting(TITLES[p.dataset], videos, (p.method,), train, track, RULES[p.dataset])
 

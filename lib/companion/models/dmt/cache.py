@@ -102,6 +102,9 @@ class Cache:
                 raise CorruptFile(path, f"{found.shape} of {found.dtype}, expected {shape} of {settings['dtype']}")
             self.maps.append(found)
 
+    def __reduce__(self) -> tuple:
+        return Cache, (self.folder, self.settings)  # a loader's process opens the files itself
+
     def __len__(self) -> int:
         return self.rows
 

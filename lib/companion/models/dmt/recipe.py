@@ -42,6 +42,7 @@ EVERY = 200  # steps between checkpoints
 LOSSES = {"token and map": (1, 1, 0), "token": (1, 0, 0), "map": (0, 1, 0), "with relations": (1, 1, 1)}
 USUAL = {"distil": IMAGENET, "fine-tune": IMAGENET, "linear probe": IMAGENET, "detect": COCO, "segment": ADE20K}
 DRY_BATCH = 2
+TEST_BATCH = 8  # images of a detector's test
 DRY_CLASSES = {"fine-tune": 1000, "linear probe": 10, "detect": 80, "segment": 150}  # ten can be probed on twenty
 
 
@@ -487,7 +488,8 @@ def _detect(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
         return _train(p, r, model, model.backbone.vit, down.detection_loss, crops, rates, 8, **changes)
 
     def score(model: nn.Module) -> dict[str, float]:
-        rows = down.detections(model, test, test.categories, hardware=_hardware(p), progress=_bar("detection"))
+        options = {"batch": TEST_BATCH, "hardware": _hardware(p), "progress": _bar("detection")}
+        rows = down.detections(model, test, test.categories, **options)
         found = {kind: detection.evaluate(test.truth, rows, kind=kind).totals for kind in detection.KINDS}
         return {"box AP": found["bbox"]["AP"], "mask AP": found["segm"]["AP"]}
 

@@ -12,7 +12,6 @@ generator, which `fit` seeds by item, and tests replay recorded numbers.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -73,7 +72,7 @@ class Vocabulary:
         self.entities = {ids[word]: word for word in entities if word in ids}
         found = [[ids.get(word, -1) for word in template.split()] for template in TEMPLATES]
         self.templates = [template for template in found if -1 not in template]
-        self._encode = functools.lru_cache(1 << 16)(self._encoded)
+        self._known: dict[tuple[str, int], np.ndarray] = {}
 
     @classmethod
     def read(cls, path: str | Path, entities: Iterable[str] = ENTITIES) -> Vocabulary:
@@ -109,7 +108,7 @@ class Vocabulary:
 
     def encode(self, text: str, length: int) -> np.ndarray:
         """Ids (length,) of "[CLS] " + text, truncated or padded; without [SEP]."""
-        return self._encode(text, length)
+        return _known(self._known, (text, length), lambda: self._encoded(text, length))
 
     def _encoded(self, text: str, length: int) -> np.ndarray:
         ids = self.tokenizer.encode("[CLS] " + text).ids[:length]
@@ -120,6 +119,15 @@ class Vocabulary:
     def words(self, ids: Iterable[int]) -> list[str]:
         """The pieces of ids, without padding."""
         return [self.pieces[int(i)] for i in ids if int(i) != self.pad]
+
+
+def _known(cache: dict, key: object, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """What was made before, since the same texts occur again; not `lru_cache`, which cannot be pickled."""
+    if key not in cache:
+        if len(cache) >= 1 << 16:
+            cache.clear()
+        cache[key] = make()
+    return cache[key]
 
 
 def _tokenizer(words: Mapping[str, int] | None) -> Tokenizer:
@@ -281,14 +289,16 @@ class Pairs(Dataset):
         self.masking, self.rebalance = masking, rebalance
         self.windows = windows if windows is None else torch.as_tensor(windows)
         self.middle = torch.full((2,), (side - window) // 2)
-        # the same texts occur again
-        self._weights = functools.lru_cache(1 << 16)(lambda text: weights(self._ids(text), vocabulary))
+        self._known: dict[str, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.images)
 
     def _ids(self, text: str) -> np.ndarray:
         return self.vocabulary.encode(text, self.length)
+
+    def _weights(self, text: str) -> np.ndarray:
+        return _known(self._known, text, lambda: weights(self._ids(text), self.vocabulary))
 
     def __getitem__(self, i: int) -> Batch:
         image = self.images[i]

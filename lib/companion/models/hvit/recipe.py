@@ -251,8 +251,9 @@ def outputs(model: nn.Module, part: Dataset, hardware: Hardware = AUTO) -> tuple
     """True grades (n,) and outputs (n, ...) of slides (features, present, grade), on the CPU."""
     truth, found = [], []
     with evaluating(hardware, model) as device:
-        loader = DataLoader(part, 8, num_workers=hardware.workers, pin_memory=device.type == "cuda")
-        for features, present, grade in loader:
+        pad = data.trimmed if isinstance(part, data.Features) else None
+        options = {"num_workers": hardware.workers, "pin_memory": device.type == "cuda", "collate_fn": pad}
+        for features, present, grade in DataLoader(part, 8, **options):
             features, present = (x.to(device, non_blocking=True) for x in (features, present))
             found.append(model(features, present=present).float().cpu())
             truth.append(torch.as_tensor(grade))
@@ -270,7 +271,7 @@ def tuning_scores(
 def _setting(
     p: SimpleNamespace, title: str, folds: list, test: Dataset, classes: int, out: Path | None, **changes: Any
 ) -> Setting:
-    hardware = Hardware.of(p, "hvit")
+    hardware = Hardware.of(p, "hvit", workers=changes.get("workers", 0))
 
     def grades(model: nn.Module, method: str, part: Dataset) -> Tensor:
         return hvit.predict(p.head, outputs(model, part, hardware)[1], classes)

@@ -38,7 +38,7 @@ from ...ops.papers import paper
 from ...training import checkpoints, schedules
 from ...training.callbacks import Lookahead
 from ...training.checkpoints import Checkpoint, trained_state
-from ...training.fit import AUTO, Hardware, History, device, evaluating, fit
+from ...training.fit import AUTO, Hardware, History, device, evaluating, fit, same_shapes
 from ...training.schedules import adamw
 from ..layers.state_dicts import load_official
 from .model import SIZES, MetaSegNet, augmented, bands, joint_loss, swin, views
@@ -58,6 +58,7 @@ LEVELS = {
 DROPPED = 0.5  # header dropout of full texts (section 14)
 TEST_SPLIT = {OEM: "val", LOVEDA: "val", POTSDAM: "test"}  # other test labels are not public
 WORKERS = min(8, os.cpu_count() or 1)
+TEST_BATCH = 4  # images of 1,024 pixels
 DRY_SIDE, DRY_STEPS = 512, 2
 
 
@@ -286,7 +287,7 @@ class Test:
         zones: of each item. texts: one's own, where there are some.
         classes: of the labels; `left_out` of them are excluded from the means.
         into: (C,) the label of each of the network's classes; None where they are the same.
-        batch: images at once; 1 where they differ in size.
+        batch: images at once, those of one size together.
     """
 
     __test__ = False  # no test of pytest's
@@ -348,13 +349,16 @@ def confusion(
     network: Callable[..., Tensor] = model
     workers = 0 if isinstance(part.data, TensorDataset) else WORKERS
     with evaluating(hardware, model) as where:
-        for images, labels in DataLoader(part.data, part.batch, num_workers=workers, pin_memory=where.type == "cuda"):
-            some = {} if ids is None else {"texts": ids[done : done + len(images)].to(where)}
-            x = images.to(where, non_blocking=True)
-            predicted = augmented(functools.partial(network, **some), x, augmentation).argmax(1).cpu()
-            predicted = predicted if part.into is None else part.into[predicted]
-            total = total + metrics.confusion(labels, predicted, len(part.classes))
-            done += len(images)
+        pin = where.type == "cuda"
+        for items in DataLoader(part.data, part.batch, num_workers=workers, pin_memory=pin, collate_fn=list):
+            for some in same_shapes([image for image, _ in items], part.batch):
+                own = {} if ids is None else {"texts": ids[[done + i for i in some]].to(where)}
+                x = torch.stack([items[i][0].to(where, non_blocking=True) for i in some])
+                predicted = augmented(functools.partial(network, **own), x, augmentation).argmax(1).cpu()
+                predicted = predicted if part.into is None else part.into[predicted]
+                labels = torch.stack([items[i][1] for i in some])
+                total = total + metrics.confusion(labels, predicted, len(part.classes))
+            done += len(items)
     return total
 
 
@@ -558,8 +562,7 @@ def _tests(p: SimpleNamespace) -> dict[str, Test]:
     zones = data.zones() if LEVELS[p.method] or p.held_out else [None] * len(data)
 
     def of(part: landcover.LandCover, zones: Sequence[str | None]) -> Test:
-        batch = 4 if part.windows is not None and part.pad else 1
-        return Test(part, zones, part.classes, part.left_out, part.texts(), into, batch)
+        return Test(part, zones, part.classes, part.left_out, part.texts(), into, TEST_BATCH)
 
     if not p.held_out:
         return {DATASETS[name].title if p.test_on else "test": of(data, zones)}

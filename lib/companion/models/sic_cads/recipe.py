@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,6 +48,7 @@ BRANCHES = ("text", "visual", "visual+", "fused", "SIC-CADS")
 COLUMNS = {"detection/objects365": "Objects365", "detection/openimages": "OpenImages"}
 SHORTER, LONGER = 800, 1333  # sides to which the authors' detectors resize images before the recogniser's own resizing
 WORKERS = min(8, os.cpu_count() or 1)
+KEPT = 2**29  # bytes of probabilities that predictions hold
 NAMED = 80  # classes of the dry run whose names go through the text towers; the others get random vectors
 
 
@@ -524,51 +525,94 @@ def branch_scores(model: sic_cads.MLR, image: Tensor) -> dict[str, Tensor]:
 class Predictions:
     """The outputs of detector and recogniser for the first n test images.
 
+    All probabilities of a large test do not fit in memory: LVIS has 20,000 images of 576 boxes and 1,203 classes.
+
     Attributes:
-        boxes, probabilities: of each image, (R, 4) and (R, C), before threshold, suppression and top-k.
+        boxes: of each image, (R, 4).
         p: by branch, (n, C).
+        best: by branch and gamma, the detections of each image after threshold, suppression and top-k: scores (k,),
+            classes (k,) and rows (k,) of its boxes. Those of the detector alone are ("", 0.0).
+        probabilities: (R, C) of the first images, as many as `KEPT` bytes hold.
+        last: (R, C) of the last other image that `refined` was asked for, by index.
     """
 
-    boxes: list[Tensor]
-    probabilities: list[Tensor]
-    p: dict[str, Tensor]
+    boxes: list[Tensor] = field(default_factory=list)
+    p: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[tuple[str, float], list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
+    probabilities: list[Tensor] = field(default_factory=list)
+    last: dict[int, Tensor] = field(default_factory=dict)
 
 
 def predict(found: Setting, model: sic_cads.MLR, count: int = 0) -> Predictions:
     """Run detector and recogniser on the first `count` test images, 0 for all."""
-    boxes: list[Tensor] = []
-    probabilities: list[Tensor] = []
+    outputs, kept = Predictions(), 0
     rows = []
     with evaluating(found.hardware, model) as where:
         for index in progress(range(min(count or len(found.test), len(found.test))), "test images"):
             image, _ = found.test[index]
-            for outputs, output in zip((boxes, probabilities), found.detect(image), strict=True):
-                outputs.append(output)
-            rows.append({name: p.cpu() for name, p in branch_scores(model, image.to(where)).items()})
-    return Predictions(boxes, probabilities, {name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+            boxes, probabilities = found.detect(image)
+            scores = {name: p.cpu() for name, p in branch_scores(model, image.to(where)).items()}
+            outputs.boxes.append(boxes)
+            rows.append(scores)
+            for branch, p in {"": None, **scores}.items():
+                gamma = found.gamma if branch else 0.0
+                matrix = probabilities if p is None else sic_cads.refine(probabilities, p, gamma)
+                best = _best(found, index, boxes, matrix)
+                reduced = best.scores.clone(), best.classes.int(), best.rows.int()
+                outputs.best.setdefault((branch, gamma), []).append(reduced)
+            kept += probabilities.nbytes
+            if kept <= KEPT:
+                outputs.probabilities.append(probabilities)
+    outputs.p.update({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+    return outputs
+
+
+def _best(found: Setting, index: int, boxes: Tensor, matrix: Tensor) -> sic_cads.Detections:
+    """The detections of an image; of LVIS those that count, of classes annotated in it or known to be absent."""
+    best = sic_cads.detect(boxes, matrix, found.threshold, found.nms, found.top)
+    absent = found.test.truth["images"][index].get("neg_category_ids")
+    if absent is None:
+        return best
+    counted = (found.test.positives[index] | found.test.mask(absent))[best.classes]
+    return sic_cads.Detections(*(values[counted] for values in best))
 
 
 def refined(found: Setting, outputs: Predictions, index: int, branch: str = "", gamma: float | None = None) -> Tensor:
-    """One image's probabilities (R, C) after Eq. 7; `branch` and `gamma` are the setting's unless given."""
+    """One image's probabilities (R, C) after Eq. 7; `branch` and `gamma` are the setting's unless given.
+
+    The detector runs again on an image whose probabilities were not kept.
+    """
     gamma = found.gamma if gamma is None else gamma
-    return sic_cads.refine(outputs.probabilities[index], outputs.p[branch or found.branch][index], gamma)
+    held: Mapping[int, Tensor] | list[Tensor] = outputs.last
+    if index < len(outputs.probabilities):
+        held = outputs.probabilities
+    elif index not in outputs.last:
+        outputs.last.clear()
+        with evaluating(found.hardware):
+            outputs.last[index] = found.detect(found.test[index][0])[1]
+    return sic_cads.refine(held[index], outputs.p[branch or found.branch][index], gamma)
 
 
 def detections(found: Setting, outputs: Predictions, branch: str = "", gamma: float | None = None) -> list[dict]:
     """Detections of all predicted images, rows in COCO's result format."""
+    gamma = found.gamma if gamma is None else gamma
+    known = outputs.best.get((branch or found.branch if gamma else "", gamma))
     rows = []
     for index, boxes in enumerate(outputs.boxes):
-        matrix = refined(found, outputs, index, branch, gamma)
-        best = sic_cads.detect(boxes, matrix, found.threshold, found.nms, found.top)
+        if known is None:
+            best = _best(found, index, boxes, refined(found, outputs, index, branch, gamma))
+        else:
+            scores, classes, chosen = known[index]
+            best = sic_cads.Detections(boxes[chosen], scores, classes, chosen)
         rows += detectors.rows(best, found.test.image_ids[index], found.test.categories)
     return rows
 
 
 def ap50(found: Setting, outputs: Predictions, branch: str = "", gamma: float | None = None) -> dict[str, float]:
     """AP50 of novel and base classes and of all that are scored, over the predicted images, in percent."""
-    scored = evaluate(
-        _truth_of(found.test, len(outputs.boxes)), detections(found, outputs, branch, gamma), top=found.top
-    )
+    style = "lvis" if found.test.name == "detection/ov-lvis" else "coco"
+    truth, rows = _truth_of(found.test, len(outputs.boxes)), detections(found, outputs, branch, gamma)
+    scored = evaluate(truth, rows, style=style, top=found.top)
     groups = {"novel": found.test.novel, "base": found.test.base, "all": (*found.test.novel, *found.test.base)}
     return {name: scored.mean(group) for name, group in groups.items()}
 

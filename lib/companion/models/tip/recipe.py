@@ -33,6 +33,7 @@ from ...training.fit import CPU, Hardware, History, device, evaluating, fit
 from ...training.schedules import adamw, schedule
 from . import model as tip
 from .pipeline import TIPPipeline, build, load_adaptor, save_adaptor
+from .text import tokenize
 
 # differences to TIP in training: the fusion, the prompts that are read, the share of skipped degradations. Prompts that
 # are never read in training are not read in the test either
@@ -197,15 +198,21 @@ class Tensors(Dataset):
     """
 
     def __init__(self, data: Dataset, pipe: TIPPipeline):
-        self.data, self.pipe = data, pipe
+        # not the pipeline itself: a loader's processes would get its weights
+        self.data, self.tokenizer = data, pipe.text_encoder if pipe.tokenizer is None else pipe.tokenizer
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sample = self.data[index]
-        semantic = self.pipe.ids([sample.semantic], truncate=True)[0]
-        return 2 * sample.clean - 1, 2 * sample.degraded - 1, semantic, self.pipe.ids([sample.restoration])[0]
+        semantic = tokenize(self.tokenizer, [sample.semantic], truncate=True)[0]
+        return (
+            2 * sample.clean - 1,
+            2 * sample.degraded - 1,
+            semantic,
+            tokenize(self.tokenizer, [sample.restoration])[0],
+        )
 
 
 class Learner(nn.Module):
@@ -325,29 +332,33 @@ def texts_of(method: str, kind: str = "own") -> str:
 
 
 def whole_test(found: Setting, pipe: TIPPipeline, kind: str = "own") -> Iterator[tuple[Tensor, Tensor]]:
-    """Restored and clean images of the whole test of a full-size setting, about `TEST_BATCH` at a time.
+    """Restored and clean images of the whole test of a full-size setting, about `TEST_BATCH` at a time, on the
+    pipeline's device.
 
     A wrong prompt is that of another sample of the same batch.
     """
     count = len(found.test)
     for indices in np.array_split(np.arange(count), max(1, count // TEST_BATCH)):
         data = [found.test[int(i)] for i in indices]
-        yield found.restore(pipe, data, kind, first=int(indices[0])), torch.stack([s.clean for s in data])
+        restored, clean = found.restore(pipe, data, kind, first=int(indices[0])), torch.stack([s.clean for s in data])
+        yield restored.to(pipe.device), clean.to(pipe.device)
 
 
 @torch.no_grad()
+@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # SSIM subtracts squares
 def score(pairs: Iterable[tuple[Tensor, Tensor]], download: bool = False) -> tuple[dict[str, float], dict[str, str]]:
     """PSNR, SSIM, and LPIPS and FID where their networks are available; the reasons why the others were not run.
 
     Args:
         pairs: restored and clean images, (B, 3, H, W) in [0, 1] each. They are read once, and scored in batches of
-            `MICRO_BATCH`, so a test may be larger than the memory.
+            `MICRO_BATCH` on the device where they are, so a test may be larger than the memory.
     """
     metrics, reasons = perceptual(download)
     sums, count = {"PSNR": 0.0, "SSIM": 0.0}, 0
     for pair in pairs:
         for restored, clean in zip(*(x.split(MICRO_BATCH) for x in pair), strict=True):
             count += len(clean)
+            metrics = {name: metric.to(clean.device) for name, metric in metrics.items()}
             sums["PSNR"] += float(psnr(restored, clean).sum())
             sums["SSIM"] += float(ssim(restored, clean).sum())
             if "LPIPS" in metrics:
