@@ -83,7 +83,7 @@ class Case:
 
     @functools.cached_property
     def recorded(self) -> dict[str, Tensor]:
-        """What the authors' code gave, and inputs that were stored: outputs, and losses and gradient norms of case.json."""
+        """What the authors' code gave, and stored inputs; losses and gradient norms where case.json has them."""
         try:
             stored = load_file(self.folder / "outputs.safetensors")
             recorded = {name: value.to(torch.get_default_device()) for name, value in stored.items()}

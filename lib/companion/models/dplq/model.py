@@ -94,7 +94,7 @@ class DPLQ(PromptLearner):
     Raises `BadParameter`: an option outside its choices, or towers whose widths are no multiples of 4.
     """
 
-    # left over from the authors' earlier method, in no forward pass; and the frozen domain models, which are given apart
+    # left over from the authors' earlier method, in no forward pass; and the domain models, which are given apart
     _unused = ("visual_net.", "remote_model.", "medical_model.")
 
     def __init__(
