@@ -30,6 +30,7 @@ COMMON: dict[str, dict] = {
         "choices": ["paper", "32-true", "16-mixed", "bf16-mixed"],
         "help": "arithmetic; paper: that of the authors in profile paper on a CUDA GPU, 32-true elsewhere",
     },
+    "compile": {"type": "switch", "help": "train through torch.compile"},
 }
 
 
