@@ -129,8 +129,9 @@ class EarlyStop(Callback):
         if loop.step < self.first_step:
             return
         loop.model.eval()
-        with torch.no_grad():
-            found = self.score(loop.model)
+        with torch.no_grad():  # one of several devices scores, so that all end at the same step
+            found = self.score(loop.model) if loop.fabric.global_rank == 0 else 0.0
+        found = loop.fabric.broadcast(found)
         loop.model.train()
         value, other = found if isinstance(found, tuple) else (found, found)
         before = max((row[1] for row in self.scores), default=-np.inf)

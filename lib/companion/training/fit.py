@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import multiprocessing
 import random
 import tempfile
 import warnings
@@ -26,9 +27,10 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.multiprocessing import ProcessRaisedException, start_processes
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from ..errors import BadParameter, check_choice
+from ..errors import BadParameter, CompanionError, check_choice
 from ..ops.papers import paper
 from ..ops.progress import progress
 from .callbacks import Callback
@@ -48,7 +50,9 @@ class Hardware:
     """Where and how a training or a prediction runs.
 
     Attributes:
-        accelerator, devices, precision: as in `lightning_fabric.Fabric`.
+        accelerator, devices, precision: as in `lightning_fabric.Fabric`. Several devices take equal shares of a batch,
+            and their gradients are averaged (DDP): a loss that is no mean over images, and a batch norm, are those of a
+            share. Running statistics are averaged too.
         workers: processes that load data.
         accumulate: micro-batches in which a device takes its share of a batch, their gradients added up; a loss that is
             a mean over images comes out the same, in less memory.
@@ -127,6 +131,40 @@ def launcher(hardware: Hardware, devices: int = 1, **settings: Any) -> Fabric:
     return fabric
 
 
+def average_over_devices(tensor: Tensor) -> Tensor:
+    """The mean of a tensor over the devices that train together, in place; with one device the tensor itself."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)  # a sum: gloo has no mean
+        tensor /= torch.distributed.get_world_size()
+    return tensor
+
+
+@contextlib.contextmanager
+def _forked() -> Iterator[None]:
+    """An error of ours in a process that was forked in the block is raised as a `CompanionError`."""
+    try:
+        yield
+    except ProcessRaisedException as error:  # its text ends with the traceback of the process
+        _, ours, told = str(error).rpartition("\ncompanion.errors.")
+        if not ours:
+            raise
+        raise CompanionError(told.partition(": ")[2].strip()) from error
+
+
+def apart(function: Callable[[], object]) -> None:
+    """Call a function in a process of its own, so that the GPU which it uses does not keep this one from `fit`'s forks.
+
+    Raises `CompanionError`: the function raised one.
+    """
+
+    def call(rank: int) -> None:
+        torch.set_num_threads(1)  # see `fit`
+        function()
+
+    with _forked():
+        start_processes(call, nprocs=1, start_method="fork")
+
+
 @contextlib.contextmanager
 def on_device(fabric: Fabric, *models: nn.Module) -> Iterator[None]:
     """Models are moved inside the block; after it, also after an error, they are on the devices where they were.
@@ -174,6 +212,7 @@ def fit(
     checkpoint: Checkpoint | None = None,
     seed: int = 0,
     hardware: Hardware = Hardware(),
+    find_unused_parameters: bool = False,
     name: str = "training",
 ) -> History:
     """Train the parameters of `model` that require a gradient, in place; return the history.
@@ -191,6 +230,8 @@ def fit(
             cosine after a warm-up of a tenth of the steps.
         callbacks: called in this order, see `callbacks`.
         checkpoint: where the training is saved, and resumed from when the file exists.
+        find_unused_parameters: whether the loss may leave trainable parameters without a gradient, as DDP's; looking
+            for them takes time in each step on several devices.
 
     Returns:
         One row a step: {"step", "lr" of the first parameter group, "loss", and the other scalars of `loss`}.
@@ -207,8 +248,12 @@ def fit(
     if not 1 <= accumulate <= batch // devices:
         raise BadParameter("accumulate", accumulate, f"1 to {batch // devices}, a device's images of a step")
     check_choice("precision", precision, PRECISIONS)
+    if devices > 1 and "fork" not in multiprocessing.get_all_start_methods():
+        accepted = "1: processes for several devices are forked, which Windows cannot do, and WSL can"
+        raise BadParameter("devices", devices, accepted)
     if devices > 1 and hardware.accelerator != "cpu" and torch.cuda.is_initialized():
-        raise BadParameter("devices", devices, "1: this process has used a GPU already, and cannot be forked any more")
+        accepted = "1: this process has used a GPU already, and cannot be forked; more in a new process or kernel"
+        raise BadParameter("devices", devices, accepted)
     per_epoch = len(data) // batch
     steps = max(1, round(epochs * per_epoch))
     optim = optimizer(model)
@@ -218,10 +263,15 @@ def fit(
     saved = checkpoint.read(model, settings) if checkpoint else None
 
     # processes are forked, so that what a notebook defines can be trained on several devices
-    strategy = "auto" if devices == 1 else DDPStrategy(start_method="fork", find_unused_parameters=True)
+    # buffers are averaged below, not replaced by those of the first process
+    options = {"start_method": "fork", "find_unused_parameters": find_unused_parameters, "broadcast_buffers": False}
+    strategy = "auto" if devices == 1 else DDPStrategy(**options)
     fabric = launcher(hardware, devices, strategy=strategy)
 
     def train(fabric: Fabric) -> dict | None:
+        if fabric.world_size > 1:
+            # the threads of the process that was forked are not in its forks, which would wait for them for ever
+            torch.set_num_threads(1)
         if saved:
             model.load_state_dict(saved["model"], strict=False)
         if hardware.grad_checkpointing:
@@ -268,16 +318,22 @@ def fit(
             wrapped_optim.step()
             optim.zero_grad(set_to_none=True)
             if ranks > 1:
-                row |= {k: fabric.all_reduce(v, reduce_op="mean") for k, v in row.items() if isinstance(v, Tensor)}
+                named = {name: value for name, value in row.items() if isinstance(value, Tensor)}
+                row |= zip(named, average_over_devices(torch.stack([*named.values()])), strict=True)
             loop.history.append(row)  # losses stay tensors: a GPU is not waited for at each step
             loop.step += 1
             for callback in callbacks:
                 callback.on_step_end(loop)
+            saves = checkpoint is not None and loop.step % checkpoint.every == 0
+            if ranks > 1 and (saves or loop.stopped or loop.step % per_epoch == 0 or loop.step == steps):
+                for buffer in model.buffers():  # the running statistics of each device's images
+                    if buffer.is_floating_point():
+                        average_over_devices(buffer)
             if loop.step % per_epoch == 0 or loop.step == steps:
                 for callback in callbacks:
                     callback.on_epoch_end(loop)
             ended = loop.stopped or loop.step == steps
-            if checkpoint and rank == 0 and (ended or loop.step % checkpoint.every == 0):
+            if checkpoint and rank == 0 and (ended or saves):
                 checkpoint.write(loop, settings, callbacks)
             if ended:
                 break
@@ -288,17 +344,20 @@ def fit(
             return done
         # by a file: a process that returns more than a pipe holds never ends
         if rank == 0:
-            torch.save(done, result)
+            torch.save(done | {"callbacks": [callback.state_dict() for callback in callbacks]}, result)
         return None
 
     with tempfile.TemporaryDirectory(prefix="fit-") as folder:
         result = Path(folder) / "result.pt"
         # of the CPU alone: asking GPUs for their state would start CUDA, and then no process could be forked
-        with on_device(fabric, model), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with _forked(), on_device(fabric, model), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # the batches are dealt to the devices here, and the loader's workers are the caller's choice
             warnings.filterwarnings("ignore", module="lightning_fabric")
-            # several devices train copies in processes of their own
-            found = fabric.launch(train) or torch.load(result, weights_only=True)
+            found = fabric.launch(train)
+        if found is None:  # several devices trained copies in processes of their own
+            found = torch.load(result, map_location="cpu", weights_only=True)
+            for callback, state in zip(callbacks, found["callbacks"], strict=True):
+                callback.load_state_dict(state)
     model.load_state_dict(found["model"], strict=False)
     model.eval()
     return found["history"]
@@ -424,7 +483,9 @@ def _batches(
             epoch, i = divmod(step, per_epoch)
             if epoch != current:
                 order, current = np.random.default_rng((seed, epoch)).permutation(len(data)), epoch
-            for part in np.array_split(order[i * batch : (i + 1) * batch][rank::ranks], parts):
+            # neighbours, as in a part: two devices see what one does in two parts
+            share = np.split(order[i * batch : (i + 1) * batch], ranks)[rank]
+            for part in np.array_split(share, parts):
                 yield [(epoch, int(k)) for k in part]
 
     if isinstance(data, TensorDataset):

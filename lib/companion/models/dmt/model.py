@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from ...backbones import per_channel
 from ...errors import BadParameter, check_choice
+from ...training.fit import average_over_devices
 from ..layers.precision import without_autocast
 from .vit import DECODERS, Decoder, ViT, initialise, take, visible
 
@@ -142,7 +143,8 @@ class TargetNorm(nn.Module):
         width: D_k.
         kind: "ln": LayerNorm without affine over the channels, eps 1e-6 [anc: G2SD]. "channel": after it each channel
             to mean 0 and std 1 over the batch and its tokens [house, section 14.4]. "none": unchanged.
-        statistics: of "channel": those of the "batch", or "running" ones, a mean over batches, for large training runs.
+        statistics: of "channel": those of the "batch", or "running" ones, a mean over batches (those of all devices),
+            for large training runs.
         momentum: weight of a new batch in the running ones.
     """
 
@@ -170,8 +172,8 @@ class TargetNorm(nn.Module):
                 # the first batches count equally, so that the start does not weigh for long
                 self.batches += 1
                 share = torch.clamp(1 / self.batches, min=self.momentum)
-                self.mean.lerp_(mean, share)
-                self.square.lerp_(square, share)
+                self.mean.lerp_(average_over_devices(mean), share)
+                self.square.lerp_(average_over_devices(square), share)
             mean, square = self.mean, self.square
         return (x - mean) / (square - mean.square()).clamp_min(1e-6).sqrt()
 

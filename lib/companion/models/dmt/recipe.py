@@ -26,7 +26,7 @@ from ...evaluation.metrics import detection, landcover
 from ...evaluation.tables import published_table, upsert_rows, with_measured
 from ...ops.progress import progress
 from ...training.checkpoints import Checkpoint, checkpoint_key, save
-from ...training.fit import Hardware, History, evaluating, fit, predict
+from ...training.fit import Hardware, History, apart, device, evaluating, fit, predict
 from ...training.schedules import adamw, given, learning_rates, schedule
 from . import cache as dmt_cache
 from . import downstream as down
@@ -224,7 +224,10 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         if not p.cached:
             return Augmented(raw, augment())
         views = dmt_cache.Views(raw, augment(), seed=p.seed)
-        return dmt_cache.Distilled(views, dmt_cache.build(out / "teachers", found, views, hardware=_hardware(p)))
+        build = functools.partial(dmt_cache.build, out / "teachers", found, views, hardware=_hardware(p))
+        if p.devices > 1:
+            apart(build)  # what follows only opens it
+        return dmt_cache.Distilled(views, build())
 
     def learn(model: DMT, method: str, **changes: Any) -> History:
         history = distil(p, model, data(), **options | {"name": method} | changes)
@@ -315,7 +318,7 @@ def downstream(p: SimpleNamespace, out: Path | None = None) -> Downstream:
         raise BadParameter("dataset", dataset, [USUAL[p.task], "empty"])
     r = recipe(p.task)
     if p.dry_run:
-        r |= {"batch": 1 if p.task == "detect" else DRY_BATCH}
+        r |= {"batch": p.devices * (DRY_BATCH // 2 if p.task == "detect" else DRY_BATCH)}
         title = f"{p.task}, generated images in the shape of {dataset} (dry run: scores mean nothing)"
     else:
         title = f"{p.task} on {dataset}, {p.encoder} encoder"
@@ -371,7 +374,7 @@ def _train(
 def _images(p: SimpleNamespace, split: str, transform: Callable) -> Dataset:
     if not p.dry_run:
         return pretraining.load(IMAGENET, p.data_root, split, transform)
-    count, classes = (20 if p.task == "linear probe" else 2 * DRY_BATCH), DRY_CLASSES[p.task]
+    count, classes = (20 if p.task == "linear probe" else 2 * DRY_BATCH * p.devices), DRY_CLASSES[p.task]
     generator = torch.Generator().manual_seed(p.seed + (split == "test"))
     images = torch.randn(count, 3, 224, 224, generator=generator)
     return TensorDataset(images, torch.arange(count) % classes)
@@ -408,13 +411,19 @@ def _fine_tune(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
 
 
 def _probe(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
-    """Features are computed once, of whole images without augmentation; `learn` puts the probe after them."""
+    """Features are computed once, of whole images without augmentation, and the probe, which `learn` puts after them,
+    is trained on one device."""
     data, test = (_images(p, split, down.test_transform()) for split in ("train", "test"))
     classes = DRY_CLASSES["linear probe"] if p.dry_run else 1000
 
     def learn(model: nn.Sequential, **changes: Any) -> History:
         features, batch = _predict(p, model[0], data), min(int(r["batch"]), len(data))
-        options = {"batch": batch, "seed": p.seed, "hardware": replace(_hardware(p), workers=0), "name": p.task}
+        options = {
+            "batch": batch,
+            "seed": p.seed,
+            "hardware": replace(_hardware(p), devices=1, workers=0),
+            "name": p.task,
+        }
         options |= {"epochs": 2 / (len(data) // batch) if p.dry_run else r["epochs"]}
         options |= {"schedule": schedule("cosine", 0 if p.dry_run else r["warmup_epochs"] / r["epochs"], r["final_lr"])}
         model[1], history = down.probe(features, _labels(data), classes, lr=r["lr"], **options | changes)
@@ -473,7 +482,7 @@ class _Generated(Dataset):
 def _detect(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
     size = 1024
     if p.dry_run:
-        data, test = _Generated("detect", 2, size, p.seed), _Generated("detect", 1, size, p.seed + 9)
+        data, test = _Generated("detect", 2 * int(r["batch"]), size, p.seed), _Generated("detect", 1, size, p.seed + 9)
     else:
         data, test = (pretraining.load(COCO, p.data_root, split) for split in ("train", "test"))
 
@@ -505,7 +514,10 @@ DROPS = (163_889, 177_546)  # steps of 184,375 at which the learning rate falls 
 def _segment(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
     size, classes = 512, DRY_CLASSES["segment"]
     if p.dry_run:
-        data, test = _Generated("segment", 2 * DRY_BATCH, size, p.seed), _Generated("segment", 1, size, p.seed + 9)
+        data, test = (
+            _Generated("segment", 2 * int(r["batch"]), size, p.seed),
+            _Generated("segment", 1, size, p.seed + 9),
+        )
     else:
         data, test = (pretraining.load(ADE20K, p.data_root, split) for split in ("train", "test"))
 
@@ -514,6 +526,8 @@ def _segment(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
         return learning_rates("linear", r["lr"], steps, warmup, r["final_lr"])
 
     def learn(model: nn.Module, **changes: Any) -> History:
+        if p.devices > 1 and device(p.accelerator) == "cuda":  # as mmseg; a CPU has none
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
         crops = down.SceneCrops(data, size)
         return _train(p, r, model, model.vit, down.segmentation_loss, crops, rates, 16, **changes)
 

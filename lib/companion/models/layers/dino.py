@@ -32,7 +32,7 @@ from torchvision.transforms import InterpolationMode, v2
 from ...errors import BadParameter
 from ...training.callbacks import EMA, Callback, ClipNorm, ema_copy
 from ...training.checkpoints import Checkpoint
-from ...training.fit import AUTO, Hardware, History, Loop, fit
+from ...training.fit import AUTO, Hardware, History, Loop, average_over_devices, fit
 from ...training.schedules import adamw, learning_rates
 from .state_dicts import load_official
 
@@ -90,7 +90,8 @@ class Loss(nn.Module):
     """Cross-entropy between teacher and student prototype distributions, on [CLS] tokens and on masked patch tokens.
 
     The teacher's logits are centred by a running mean and sharpened by a low temperature: without either, all images
-    would soon get the same distribution. The centres are moved after each loss in training mode.
+    would soon get the same distribution. The centres are moved after each loss in training mode, by the mean of all
+    devices.
 
     Args:
         outputs: number of prototypes.
@@ -140,7 +141,8 @@ class Loss(nn.Module):
     def _moved(self, centre: Tensor, teacher_logits: Tensor, over: int | tuple[int, ...]) -> Tensor:
         if not self.training:
             return centre
-        return centre * self.momentum + teacher_logits.float().mean(over, keepdim=True) * (1 - self.momentum)
+        mean = average_over_devices(teacher_logits.float().mean(over, keepdim=True))
+        return centre * self.momentum + mean * (1 - self.momentum)
 
 
 class SelfDistillation(nn.Module):
@@ -213,7 +215,7 @@ class SelfDistillation(nn.Module):
         with torch.no_grad():
             seen = teacher["encoder"](large)
             teacher_logits = teacher["head"](_cls(seen))
-            probs = self.loss.teacher_probs(teacher_logits, self.loss.centre).mean(0)
+            probs = average_over_devices(self.loss.teacher_probs(teacher_logits, self.loss.centre).mean(0))
             entropy = -(probs * probs.clamp_min(1e-12).log()).sum() / math.log(len(probs))
         tokens = student["encoder"](large, **masked)
         small = [_cls(student["encoder"](torch.cat(list(crops[2:]))))] if len(crops) > 2 else []

@@ -31,7 +31,8 @@ from ...training.fit import Batch, Hardware, History, fit, predict
 from ...training.schedules import Schedule, sgd
 from .model import PromptPAR, loss, read_checkpoint
 
-# what differs from PromptPAR: arguments of the model, and the weight of the similarity in the loss
+# what differs from PromptPAR: arguments of the model, and the weight of the similarity in the loss. All but the first
+# two leave trainable tensors without a gradient
 METHODS: dict[str, dict] = {
     "PromptPAR": {},
     "PromptPAR, not masked": {"masked": False},
@@ -170,6 +171,7 @@ def learn(
         checkpoint=checkpoint,
         seed=p.seed,
         hardware=Hardware.of(p, "promptpar", workers=WORKERS),
+        find_unused_parameters=p.method not in ("PromptPAR", "PromptPAR, not masked"),
         name=p.method,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -196,12 +196,14 @@ def train(found: Setting, method: str, **changes: Any) -> tuple[nn.Module, Histo
 def train_model(model: nn.Module, data: Dataset, learning_rate: float, **options) -> History:
     """Train `model` in place with the published optimiser; `options` go to `fit`.
 
-    A linear probe on images in memory is trained on their features, computed once: the encoder is frozen.
+    A linear probe on images in memory is trained on their features, computed once, since the encoder is frozen; on one
+    device.
     """
     trained = model
     if isinstance(model, vpt.LinearProbe) and isinstance(data, TensorDataset):
         features = predict(model.backbone, data, hardware=Hardware(options["hardware"].accelerator))
         trained, data = model.head, TensorDataset(features, data.tensors[1])
+        options["hardware"] = replace(options["hardware"], devices=1)
     history = fit(trained, loss, data, optimizer=adamw(learning_rate), **options)
     model.eval()
     return history
