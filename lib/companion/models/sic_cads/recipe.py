@@ -38,6 +38,7 @@ from ...training.callbacks import ClipValue
 from ...training.checkpoints import Checkpoint, save
 from ...training.fit import CPU, Hardware, History, device, evaluating, fit
 from ...training.schedules import adamw
+from ..layers.precision import without_autocast
 from ..layers.state_dicts import load_official
 from . import model as sic_cads
 
@@ -542,7 +543,9 @@ def predict(found: Setting, model: sic_cads.MLR, count: int = 0) -> Predictions:
     with evaluating(found.hardware, model) as where:
         for index in progress(range(min(count or len(found.test), len(found.test))), "test images"):
             image, _ = found.test[index]
-            for outputs, output in zip((boxes, probabilities), found.detect(image), strict=True):
+            with without_autocast(where):  # half precision would move boxes by pixels
+                detected = found.detect(image)
+            for outputs, output in zip((boxes, probabilities), detected, strict=True):
                 outputs.append(output)
             rows.append({name: p.cpu() for name, p in branch_scores(model, image.to(where)).items()})
     return Predictions(boxes, probabilities, {name: torch.stack([row[name] for row in rows]) for name in rows[0]})
