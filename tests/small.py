@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -41,11 +42,15 @@ def _dmt(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
 
 
 def _dplq(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
-    """The toy CLIP, whose image tower has 6 blocks: prompts of depth 3 fit."""
+    """The toy CLIP, whose image tower has 6 blocks."""
+    published = recipe.published_settings
+    patch.setattr(recipe, "published_settings", lambda protocol: published(protocol) | {"prompt depth": 3})
     patch.setattr(recipe, "_clip", lambda p, weights: encoders.build("pocket_clip"))
     patch.setattr(recipe.open_clip, "get_tokenizer", lambda name: Tokenizer())
     domain = recipe._domain_model
-    patch.setattr(recipe, "_domain_model", lambda name, source, clip: domain("clip", source, clip))
+    # a dry run's have random weights
+    small = {"random": "clip"}
+    patch.setattr(recipe, "_domain_model", lambda name, source, clip: domain(small.get(source, name), source, clip))
 
 
 def _ecamp(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
@@ -94,7 +99,13 @@ def _promptpar(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
 
 
 def _sa2vp(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(recipe.backbones, "build", lambda *_, **__: encoders.build("pocket_vit"))
+    build = recipe.backbones.build
+
+    def small(*args: object, **options: object) -> torch.nn.Module:
+        counted = torch.get_default_device().type == "meta"  # the parameters of the full-size models
+        return build(*args, **options) if counted else encoders.build("pocket_vit")
+
+    patch.setattr(recipe.backbones, "build", small)
 
 
 def small_clip() -> CLIP:
@@ -114,6 +125,9 @@ def _sic_cads(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
             return small_clip()
         return timm.create_model("resnet10t", channels=(8, 16, 24, 32), stem_width=8, num_classes=0)
 
+    whole = recipe.recipe
+    # at 64 pixels P6 is one pixel, for which the CPU's bfloat16 convolution computes gradients of unset memory
+    patch.setattr(recipe, "recipe", lambda *names: dataclasses.replace(whole(*names), size=128, batch=4))
     patch.setattr(recipe.backbones, "build", build)
     patch.setattr(recipe.detectors, "build", lambda name, names, weights: owl("owlvit", list(names)))
     patch.setattr(recipe, "SHORTER", 64)

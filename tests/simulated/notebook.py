@@ -2,7 +2,8 @@
 
 Every training of `fit` ends after twelve steps, and Fabric gets the GPU also where the pocket settings ask for the CPU.
 Writes OUT/found.json: the cells that failed, and what each optimiser's step waited for. A mix of devices fails as on a
-GPU; a cell after one that failed runs all the same, so that one run shows everything.
+GPU; a cell after one that failed runs all the same, so that one run shows everything. A dry run has the small models of
+`tests.small`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import linecache
 import os
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
+import pytest
 
 from tests.simulated import simdevice
 
@@ -48,9 +51,9 @@ def display(*objects: object, **_: object) -> None:
 
 
 def force(precision: str) -> list[tuple[float, float]]:
-    """Fabric gets the GPU and this precision, whatever was asked for, and no training of `fit` is longer than STEPS.
+    """Fabric gets the GPU, and a precision unless it is "", whatever was asked for; no training is longer than STEPS.
 
-    Returns a list that receives the first loss of each training, at this precision and in float32.
+    Returns a list that receives the first loss of each training in half precision, and the same in float32.
     """
     from companion.training import fit as module
     from companion.training.schedules import Schedule
@@ -65,18 +68,23 @@ def force(precision: str) -> list[tuple[float, float]]:
             return lambda lr, steps, each: of(lr, max(1, round(epochs * per_epoch)), each)[:steps]
 
         settings["schedule"] = {k: begun(v) for k, v in whole.items()} if isinstance(whole, dict) else begun(whole)
-        alone = settings | {"callbacks": (), "checkpoint": None}
-        if precision != "32-true":
+        hardware = settings.get("hardware", module.AUTO)
+        settings["hardware"] = replace(hardware, precision=precision or hardware.precision)
+        half = settings["hardware"].precision != "32-true"
+        if half:
             using.append("32-true")
+            alone = settings | {"callbacks": (), "checkpoint": None, "hardware": replace(hardware, precision="32-true")}
             (full,) = train(copy.deepcopy(model), loss, data, epochs=1 / per_epoch, batch=batch, **alone)
             using.pop()
         history = train(model, loss, data, epochs=min(epochs, STEPS / per_epoch), batch=batch, **settings)
-        if precision != "32-true":
+        if half:
             losses.append((history[0]["loss"], full["loss"]))
         return history
 
     using = [precision]
-    module.Fabric = lambda **settings: launch(**settings | {"accelerator": "cuda", "precision": using[-1]})
+    module.Fabric = lambda precision, **settings: launch(
+        **settings | {"accelerator": "cuda", "precision": using[-1] or precision}
+    )
     module.fit = fit
     return losses
 
@@ -88,7 +96,11 @@ def main(slug: str, out: Path, changes: dict[str, object]) -> None:
 
     torch.set_num_threads(1)
     sim = simdevice.install()
-    losses = force(changes.pop("precision", "32-true"))
+    from tests.small import shrink  # after the installation: it imports the library
+
+    losses = force(changes.pop("force", "32-true"))
+    if changes.get("dry_run"):
+        shrink(slug, pytest.MonkeyPatch())
     import matplotlib.pyplot as plt
 
     builtins.display = display  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from companion.ops.papers import slugs
+from companion.ops.papers import paper, slugs
 from tests.conftest import ROOT
 
 ALLOWED: dict[str, dict[str, int]] = {
@@ -62,12 +62,46 @@ def test_pocket(slug, tmp_path):
     assert not too_many, too_many
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("slug", ["dplq"])  # the others are to follow
-def test_half_precision(slug, tmp_path):
-    """Every training and evaluation of a notebook under bf16 autocast: no failure; first losses near those of fp32."""
-    found = run(slug, tmp_path, "precision='bf16-mixed'")
-    assert not found["failures"], found["failures"][0]["error"]
-    assert found["losses"]
+def assert_half_is_near(found: dict) -> None:
+    """The first losses of trainings in half precision, next to those in float32."""
     for half, full in found["losses"]:
         assert abs(half - full) <= 0.05 * abs(full)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slug", slugs())
+def test_half_precision(slug, tmp_path):
+    """Every training and evaluation of a notebook under bf16 autocast."""
+    found = run(slug, tmp_path, "force='bf16-mixed'")
+    assert not found["failures"], found["failures"][0]["error"]
+    assert found["losses"]
+    assert_half_is_near(found)
+
+
+@pytest.mark.parametrize("slug", slugs())
+def test_dry_run(slug, tmp_path):
+    """The paper profile with small models, at the precision of the authors.
+
+    A CPU's float16 is forty times slower than float32: but for two papers, bfloat16 is in its place.
+    """
+    authors = paper(slug)["precision"]
+    precision = "bf16-mixed" if authors == "16-mixed" and slug not in ("sa2vp", "promptpar") else "paper"
+    found = run(slug, tmp_path, "profile='paper'", "dry_run=True", "force=''", f"precision={precision!r}")
+    assert not found["failures"], found["failures"][0]["error"]
+    assert bool(found["losses"]) == (authors != "32-true")
+    assert_half_is_near(found)
+
+
+FILES = [f"models/{slug}/test_recipe.py" for slug in slugs()]
+FILES += ["models/dmt/test_cache.py", "models/dmt/test_downstream.py", "models/layers/test_dino.py"]
+FILES += ["test_detectors.py", "test_slides.py", "test_tracking.py"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES)
+def test_tests_of_the_library(file):
+    """Trainings and evaluations of other tests, on the GPU; `plugin.SKIPPED` lists those that only hold on a CPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.simulated.plugin"]
+    command += ["-m", "not slow", f"tests/{file}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-6000:]

@@ -66,9 +66,10 @@ def ecamp(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
 def sic_cads(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     found = recipe.setting(p, out)
     torch.manual_seed(0)
-    outputs = recipe.predict(found, found.build()).p[p.branch]
+    outputs = recipe.predict(found, found.build())
+    assert outputs.boxes[0].dtype == outputs.probabilities[0].dtype == torch.float32
     torch.manual_seed(0)
-    return recipe.train(found)[1], outputs
+    return recipe.train(found)[1], outputs.p[p.branch]
 
 
 def metasegnet(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:

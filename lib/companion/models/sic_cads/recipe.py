@@ -38,6 +38,7 @@ from ...training.callbacks import ClipValue
 from ...training.checkpoints import Checkpoint, save
 from ...training.fit import CPU, Hardware, History, device, evaluating, fit
 from ...training.schedules import adamw
+from ..layers.precision import without_autocast
 from ..layers.state_dicts import load_official
 from . import model as sic_cads
 
@@ -550,7 +551,8 @@ def predict(found: Setting, model: sic_cads.MLR, count: int = 0) -> Predictions:
     with evaluating(found.hardware, model) as where:
         for index in progress(range(min(count or len(found.test), len(found.test))), "test images"):
             image, _ = found.test[index]
-            boxes, probabilities = found.detect(image)
+            with without_autocast(where):  # half precision would move boxes by pixels
+                boxes, probabilities = found.detect(image)
             scores = {name: p.cpu() for name, p in branch_scores(model, image.to(where)).items()}
             outputs.boxes.append(boxes)
             rows.append(scores)
