@@ -19,6 +19,7 @@ import itertools
 import json
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -37,6 +38,7 @@ from .ops.progress import progress
 from .training.checkpoints import checkpoint_key
 from .viz import heatmaps
 
+READERS = 4  # threads that read regions ahead, each those of one step
 BACKENDS = ("openslide", "tiffslide")
 NORMALISATIONS = {
     "unit": (0.0, 1.0),  # only scaled to [0, 1], as in the authors' extraction of PANDA
@@ -364,11 +366,12 @@ def _opencv():
 # --- features ---------------------------------------------------------------------------------------------------------
 
 
-def tensor(pixels: np.ndarray, normalise: str = "unit") -> Tensor:
-    """Regions uint8 (..., R, R, 3) as float32 (..., 3, R, R), by one of `NORMALISATIONS`."""
+def tensor(pixels: np.ndarray, normalise: str = "unit", device: str | torch.device = "cpu") -> Tensor:
+    """Regions uint8 (..., R, R, 3) as float32 (..., 3, R, R) on `device`, by one of `NORMALISATIONS`."""
     check_choice("normalise", normalise, NORMALISATIONS)
-    mean, std = (torch.tensor(v, dtype=torch.float32).reshape(-1, 1, 1) for v in NORMALISATIONS[normalise])
-    return (torch.from_numpy(np.ascontiguousarray(pixels)).movedim(-1, -3).float() / 255 - mean) / std
+    mean, std = (torch.tensor(v, dtype=torch.float32).reshape(-1, 1, 1).to(device) for v in NORMALISATIONS[normalise])
+    whole = torch.from_numpy(np.ascontiguousarray(pixels)).to(device)
+    return (whole.movedim(-1, -3).float() / 255 - mean) / std
 
 
 @torch.inference_mode()
@@ -387,7 +390,7 @@ def extract(
 ) -> Path:
     """Features of a slide's regions, as HDF5: `features` (M, ...) float32, `coords` (M, 2), the settings as attributes.
 
-    Regions are read by a thread while the ones before are encoded. Each step's features are written to a folder next to
+    Regions are read by threads while the ones before are encoded. Each step's features are written to a folder next to
     `out`, and put together at the end: a run that was killed, at any moment, continues where it was and gives the same
     file. A slide without tissue gives a file without rows.
 
@@ -431,13 +434,14 @@ def extract(
         def pixels(start: int) -> np.ndarray:
             return np.stack([slide.region(x, y, tiles) for x, y in tiles.coords[start : start + batch]])
 
-        with ThreadPoolExecutor(1) as reader:
-            ahead = [reader.submit(pixels, start) for start in starts[:1]]
+        threads = READERS if slide.backend == "openslide" else 1  # it says that it may be called by several
+        with ThreadPoolExecutor(threads) as reader:
+            ahead = deque(reader.submit(pixels, start) for start in starts[:threads])
             shown = progress(starts, slide.path.stem, -(-len(tiles) // batch), -(-len(tiles) // batch) - len(starts))
             for i, start in enumerate(shown):
-                regions = ahead.pop().result()
-                ahead += [reader.submit(pixels, following) for following in starts[i + 1 : i + 2]]
-                features = encode(tensor(regions, normalise).to(device)).float().cpu().numpy()
+                regions = ahead.popleft().result()
+                ahead += [reader.submit(pixels, following) for following in starts[i + threads : i + threads + 1]]
+                features = encode(tensor(regions, normalise, device)).float().cpu().numpy()
                 with atomic(parts / f"{start:06d}.safetensors") as temporary:
                     save_file({"features": np.ascontiguousarray(features)}, temporary)
     _assemble(out, parts, tiles, batch, settings)

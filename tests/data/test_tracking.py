@@ -429,7 +429,7 @@ def test_an_item_depends_on_the_random_state_alone():
     again = pairs[4]
     other = pairs[0]
     assert [tuple(t.shape) for t in first] == [(6, 32, 32), (6, 64, 64), (4,)]
-    assert all(t.dtype == torch.float32 for t in first)
+    assert [t.dtype for t in first] == [torch.uint8, torch.uint8, torch.float32]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[2], other[2])
     assert all(torch.equal(a, b) for a, b in zip(pairs.draw(7, 5).tensors, pairs.draw(7, 5).tensors, strict=True))

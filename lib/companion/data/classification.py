@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 from torchvision import datasets as tv
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
@@ -37,7 +37,7 @@ from torchvision.transforms import v2
 
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice
 from ..ops.files import read_json, write_json
-from . import DataSet, Status, downloading, find, own_set
+from . import DataSet, Status, decoding, downloading, find, own_set
 from .classification_sets import IMAGES
 
 SPLITS = ("train", "val", "trainval", "test")
@@ -88,16 +88,19 @@ class Images(Dataset):
 
         One of your own is turned as its camera says; those of the public sets are not, as in the papers' code.
         """
+        return Image.fromarray(self.pixels(index)[0])
+
+    def pixels(self, index: int) -> tuple[np.ndarray, dict]:
+        """The pixels of `picture`, uint8 (H, W, 3), and its file's `info` by PIL, such as EXIF."""
         source = self.sources[index]
         if isinstance(source, np.ndarray):
-            return Image.fromarray(source)
+            return source, {}
         try:
             with Image.open(source) as image:
                 if image.mode.startswith("I;16"):  # Pillow would cut at 255: a white image
-                    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-                if self.dataset.group == "own":
-                    return ImageOps.exif_transpose(image).convert("RGB")
-                return image.convert("RGB")
+                    return (np.asarray(image) >> 8).astype(np.uint8)[..., None].repeat(3, 2), {}
+                found = decoding.pixels(image)
+                return (decoding.upright(found, image.info), {}) if self.dataset.group == "own" else (found, image.info)
         except FileNotFoundError:
             raise self.dataset.missing(self.root, f"{source} is listed but not there") from None
         except (OSError, SyntaxError, ValueError, EOFError, StructError, Image.DecompressionBombError) as error:

@@ -21,14 +21,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ImageOps
 from torch import Tensor
 from torchvision.ops import box_convert
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..errors import BadParameter, CorruptFile, check_choice
 from ..ops.files import read_json
-from . import DataSet, Status, find, own_set
+from . import DataSet, Status, decoding, find, own_set
 from .classification import Images, _inside, check_listed
 from .detection_sets import COCO_BASE, COCO_NOVEL, FILES, IMAGES, NAMES_FIX
 
@@ -100,14 +98,15 @@ class Boxes(Images):
         return Target(box_convert(boxes, "xywh", "xyxy"), labels, crowd, self.image_ids[index])
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        picture = self.picture(index)
+        pixels, info = self.pixels(index)
         image = self.truth["images"][index]
-        known = (image["width"], image["height"])
-        if known != picture.size:  # a photograph that lies on its side, and boxes drawn on it upright
-            picture = ImageOps.exif_transpose(picture)
-        if known != picture.size:
-            raise CorruptFile(self.sources[index], f"is {picture.size} pixels, its annotation says {known}")
-        return pil_to_tensor(picture), self.target(index)
+        known = (image["height"], image["width"])
+        if known != pixels.shape[:2]:  # a photograph that lies on its side, and boxes drawn on it upright
+            pixels = decoding.upright(pixels, info)
+        if known != pixels.shape[:2]:
+            size = pixels.shape[1::-1]
+            raise CorruptFile(self.sources[index], f"is {size} pixels, its annotation says {known[::-1]}")
+        return torch.from_numpy(pixels).permute(2, 0, 1), self.target(index)
 
 
 # --- what a user calls ------------------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ from faster_coco_eval.core import mask as rle
 from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..errors import BadParameter, CorruptFile, check_choice
 from . import DataSet, Status, find, own_set
@@ -108,7 +107,7 @@ class Scenes(Images):
         return torch.where(stored == 0, IGNORED, stored - 1)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, truth = pil_to_tensor(self.picture(index)), self.truth(index)
+        image, truth = torch.from_numpy(self.pixels(index)[0]).permute(2, 0, 1), self.truth(index)
         if image.shape[1:] != truth.shape:
             size = f"{tuple(truth.shape)}, its image {tuple(image.shape[1:])}"
             raise CorruptFile(self.labels[index], f"the labels are {size}")

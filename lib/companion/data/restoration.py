@@ -21,16 +21,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import download_and_extract_archive
-from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_dtype
+from torchvision.transforms.v2.functional import resize, to_dtype
 
 from ..errors import BadParameter, CorruptFile, check_choice
 from ..ops.files import read_json
-from . import DataSet, Status, downloading, find, own_set
+from . import DataSet, Status, decoding, downloading, find, own_set
 from .classification import Images, _absent, _inside, check_listed
 from .degradations import BLIND, Op, RealESRGAN, Recipe, blind, degrade, prompt
 from .restoration_sets import CAPTIONS, DIV2K, DIV2K_URL, FOLDERS, OWN
@@ -52,8 +51,8 @@ class Captioned(Images):
         self.captions = tuple(captions)
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        upright = ImageOps.exif_transpose(self.picture(index))
-        return to_dtype(pil_to_tensor(upright), torch.float32, scale=True), self.captions[index]
+        image = torch.from_numpy(decoding.upright(*self.pixels(index))).permute(2, 0, 1)
+        return to_dtype(image, torch.float32, scale=True), self.captions[index]
 
 
 # --- what a user calls ------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
     image = videos[0].frame(0)                             # uint8 (H, W, 6): RGB, then the second stream
     patch, scale = crop(image, videos[0].boxes[0], 2, 128)  # uint8 (128, 128, 6)
     pairs = Pairs(load("rgbt/lasher", "data", "train"), 60_000)
-    template, search, box = pairs[0]                       # float32 (6, 128, 128), (6, 256, 256), (4,)
+    template, search, box = pairs[0]                       # uint8 (6, 128, 128), (6, 256, 256); float32 (4,)
 
 Boxes are x, y, w, h in pixels throughout: the upper left corner, then the size. Opening a set reads annotations and
 lists folders; a frame is decoded when it is asked for. `ground_truth` needs no frames: the annotations of the RGB-T
@@ -33,7 +33,7 @@ from torch.utils.data import Dataset, TensorDataset, get_worker_info
 from ..backbones import per_channel
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice
 from ..ops.files import atomic
-from . import DataSet, Status, find
+from . import DataSet, Status, decoding, find
 from .tracking_sets import ATTRIBUTES
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, for both streams
@@ -96,7 +96,7 @@ def _picture(path: Path) -> np.ndarray:
             if image.mode.startswith(("I", "F")):
                 how = "scale them to 0..255 first, all frames of a thermal video alike"
                 raise CorruptFile(path, f"its pixels are not of 8 bits (mode {image.mode}): {how}")
-            return np.asarray(image.convert("RGB"))
+            return decoding.pixels(image)
     except (OSError, SyntaxError, ValueError, EOFError, StructError, Image.DecompressionBombError) as error:
         raise CorruptFile(path, str(error)) from error
 
@@ -582,15 +582,17 @@ class Pairs(Dataset):
         return self.samples
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Template (6, t, t) and search (6, s, s), normalised; the object's box in the search crop, x, y, w, h, (4,).
+        """Template (6, t, t) and search (6, s, s), the object's box in the search crop, x, y, w, h, (4,).
 
-        All float32. `index` only bounds the epoch: the draw depends on torch's random state.
+        Crops are uint8, not normalised, as by `draw`; the box is float32. `index` only bounds the epoch: the draw
+        depends on torch's random state.
         """
         if not 0 <= index < self.samples:
             raise IndexError(index)
         rng = np.random.default_rng(int(torch.randint(2**63 - 1, ())))
         template, search, box = self._pair(rng)
-        return normalise(template), normalise(search), torch.from_numpy(box.astype(np.float32))
+        template, search = (torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1))) for x in (template, search))
+        return template, search, torch.from_numpy(box.astype(np.float32))
 
     def draw(self, seed: int, count: int) -> TensorDataset:
         """`count` pairs in memory: uint8 (count, 6, t, t), uint8 (count, 6, s, s), float32 (count, 4).

@@ -35,7 +35,7 @@ from torchvision.transforms import v2
 
 from ..errors import BadParameter, CompanionError, CorruptFile, check_choice
 from ..ops.files import atomic, read_json
-from . import DataSet, Status, find, own_set
+from . import DataSet, Status, decoding, find, own_set
 from .xrays_sets import ONE_OF, REPORTS, SIZES, TASKS, WINDOWS, lists, tasks
 
 SPLITS = ("train", "val", "test")
@@ -77,7 +77,7 @@ def read_image(path: str | Path) -> np.ndarray:
                 if image.mode == "F" and values.max() <= 1:
                     return values
                 return values / (65535 if values.max() > 255 else 255)
-            return np.asarray(image.convert("L"), dtype=np.float32) / 255
+            return decoding.pixels(image, "L").astype(np.float32) / 255
     except (OSError, SyntaxError, ValueError, EOFError, StructError, Image.DecompressionBombError) as error:
         raise CorruptFile(path, str(error)) from error
 

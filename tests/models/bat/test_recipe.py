@@ -92,6 +92,14 @@ def test_only_two_methods_are_trained(method, tmp_path, small):
     assert boxes["one"].shape == (24, 4) and set(found.scores(boxes).totals) == {"PR", "NPR", "SR"}
 
 
+def test_crops_are_normalised_where_the_loss_is_computed():
+    model, generator = BAT(pocket.build()).eval(), torch.Generator().manual_seed(0)
+    crops = [torch.randint(256, (2, 6, side, side), dtype=torch.uint8, generator=generator) for side in (32, 64)]
+    boxes = torch.tensor([[0.4, 0.4, 0.2, 0.2]]).repeat(2, 1)
+    found = [recipe.loss(model, (*batch, boxes))["loss"] for batch in (crops, map(data.normalise, crops))]
+    assert torch.equal(*found) and found[0].isfinite()
+
+
 def test_the_dry_run_takes_two_steps(tmp_path, small):
     found = recipe.setting(given(dry_run=True), tmp_path)
     model, history = found.train("BAT")

@@ -288,6 +288,23 @@ def test_a_killed_downstream_training_resumes_to_the_same_bits(tmp_path, monkeyp
     assert_goes_on(train, tmp_path, monkeypatch, *where)
 
 
+def test_validation_images_are_decoded_once(tmp_path, monkeypatch, small):
+    covidx(tmp_path, monkeypatch)
+    monkeypatch.setattr(recipe, "WORKERS", 0)
+    p, read, grey = given(data_root=str(tmp_path)), [], recipe.xrays.Pictures.grey
+    monkeypatch.setattr(recipe.xrays.Pictures, "grey", lambda self, i: (read.append(i), grey(self, i))[1])
+    found = recipe.downstream(p, tmp_path / "out")
+    model, part = found.build(), found.data["val"]
+    held = recipe._held(part, 0)
+    count = len(read)
+    assert count == len(part) + 1
+    one, other = (list(recipe._outputs(p, model, data)) for data in (held, part))
+    assert len(read) == count + len(part)  # by the last
+    assert all(torch.equal(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True))
+    monkeypatch.setattr(recipe, "HELD", 1000)
+    assert recipe._held(part, 0) is part
+
+
 @pytest.mark.parametrize(("steps", "expected"), [(6, 6), (4, 12), (5, 15), (1, 3)])
 def test_a_training_ends_with_the_epoch_that_is_a_multiple_of_the_published_steps(
     steps, expected, tmp_path, monkeypatch, small

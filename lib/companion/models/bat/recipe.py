@@ -120,8 +120,13 @@ def build(method: str, tracker: bat.OSTrack, seed: int) -> nn.Module:
 
 
 def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-    """The paper's loss and its terms on normalised crops (B, 6, t, t), (B, 6, s, s) and boxes (B, 4)."""
+    """The paper's loss and its terms on crops (B, 6, t, t), (B, 6, s, s) and boxes (B, 4).
+
+    Crops are uint8, as a loader copies them to the GPU, or normalised.
+    """
     template, search, boxes = batch
+    if template.dtype == torch.uint8:
+        template, search = data.normalise(template), data.normalise(search)
     return bat.losses(model(template, search), boxes)
 
 
