@@ -55,10 +55,12 @@ def force(precision: str) -> list[tuple[float, float]]:
 
     Returns a list that receives the first loss of each training in half precision, and the same in float32.
     """
+    import lightning_fabric
+
     from companion.training import fit as module
     from companion.training.schedules import Schedule
 
-    launch, train, losses = module.Fabric, module.fit, []
+    launch, train, losses = lightning_fabric.Fabric, module.fit, []
 
     def fit(model, loss, data, *, epochs, batch, schedule=None, **settings):  # type: ignore[no-untyped-def]
         per_epoch = max(1, len(data) // batch)
@@ -82,7 +84,7 @@ def force(precision: str) -> list[tuple[float, float]]:
         return history
 
     using = [precision]
-    module.Fabric = lambda precision, **settings: launch(
+    lightning_fabric.Fabric = lambda precision, **settings: launch(
         **settings | {"accelerator": "cuda", "precision": using[-1] or precision}
     )
     module.fit = fit

@@ -19,10 +19,10 @@ SKIPPED = {
 
 def pytest_configure(config: pytest.Config) -> None:
     """Fabric gets the GPU, and so does `device`."""
-    from companion.training import fit
+    import lightning_fabric
 
-    launch = fit.Fabric
-    fit.Fabric = lambda accelerator, **settings: launch(accelerator="cuda", **settings)
+    launch = lightning_fabric.Fabric
+    lightning_fabric.Fabric = lambda accelerator, **settings: launch(accelerator="cuda", **settings)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

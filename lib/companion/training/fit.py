@@ -20,12 +20,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.multiprocessing import ProcessRaisedException, start_processes
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -37,6 +35,9 @@ from .callbacks import Callback
 from .checkpoints import Checkpoint, plain, trained_state
 from .schedules import MakeOptimizer, Schedule
 from .schedules import schedule as scheduled
+
+if TYPE_CHECKING:  # imported by those who train: it takes a second, and torchmetrics with it
+    from lightning_fabric import Fabric
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
@@ -123,6 +124,8 @@ class Loop:
 
 def launcher(hardware: Hardware, devices: int = 1, **settings: Any) -> Fabric:
     """The `Fabric` of `hardware`, of one device unless more are asked for."""
+    from lightning_fabric import Fabric
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The `srun` command is available")
         fabric = Fabric(accelerator=hardware.accelerator, devices=devices, precision=hardware.precision, **settings)
@@ -262,10 +265,14 @@ def fit(
     settings |= {"accumulate": accumulate, "precision": precision} | _settings(optim, rates)
     saved = checkpoint.read(model, settings) if checkpoint else None
 
-    # processes are forked, so that what a notebook defines can be trained on several devices
-    # buffers are averaged below, not replaced by those of the first process
-    options = {"start_method": "fork", "find_unused_parameters": find_unused_parameters, "broadcast_buffers": False}
-    strategy = "auto" if devices == 1 else DDPStrategy(**options)
+    strategy: Any = "auto"
+    if devices > 1:
+        from lightning_fabric.strategies import DDPStrategy
+
+        # processes are forked, so that what a notebook defines can be trained on several devices
+        # buffers are averaged below, not replaced by those of the first process
+        options = {"start_method": "fork", "find_unused_parameters": find_unused_parameters, "broadcast_buffers": False}
+        strategy = DDPStrategy(**options)
     fabric = launcher(hardware, devices, strategy=strategy)
 
     def train(fabric: Fabric) -> dict | None:

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from faster_coco_eval import COCO, COCOeval_faster
-from sklearn.metrics import average_precision_score
 
 from ...errors import BadParameter, CorruptFile, check_choice
 from ...ops.files import read_json
@@ -206,6 +205,8 @@ def recognition_ap(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
     The mean over the images with the class of the precision at their rank, not interpolated.
     """
+    from sklearn.metrics import average_precision_score  # here: it takes a second to import
+
     labels, scores = _both(labels, scores)
     found = np.full(labels.shape[1], np.nan)
     for c in np.flatnonzero(labels.any(0)):

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from ...errors import BadParameter, check_choice
@@ -20,6 +19,8 @@ def mean_auroc(labels: np.ndarray | Tensor, scores: np.ndarray | Tensor) -> floa
 
     Raises `BadParameter`: a class with positives only, or none: its area is not defined.
     """
+    from sklearn.metrics import roc_auc_score  # here: it takes a second to import
+
     labels, scores = np.asarray(labels).reshape(len(labels), -1), np.asarray(scores).reshape(len(scores), -1)
     alike = [c for c in range(labels.shape[1]) if len(set(labels[:, c].tolist())) < 2]
     if alike:

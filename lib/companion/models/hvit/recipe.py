@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.metrics import cohen_kappa_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -93,6 +92,8 @@ def voted(each: list[Tensor]) -> Tensor:
 
 def kappa(truth: Tensor, predicted: Tensor) -> float:
     """Quadratic weighted kappa in percent; predictions that are all the same give 0."""
+    from sklearn.metrics import cohen_kappa_score  # here: it takes a second to import
+
     labels = list(range(max(data.GRADES, 1 + int(truth.max()), 1 + int(predicted.max()))))
     value = cohen_kappa_score(truth.numpy(), predicted.numpy(), weights="quadratic", labels=labels)
     return 0.0 if math.isnan(value) else round(100 * float(value), 2)
