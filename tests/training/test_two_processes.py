@@ -14,14 +14,11 @@ import sys
 import traceback
 import zlib
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
-import timm
 import torch
 from torch import nn
 from torch.multiprocessing import ProcessRaisedException
@@ -39,8 +36,6 @@ from companion.models.promptpar import recipe as promptpar
 from companion.models.sa2vp import recipe as sa2vp
 from companion.models.sic_cads import recipe as sic_cads
 from companion.models.tip import recipe as tip
-from companion.toy import encoders
-from companion.toy.datasets.tokens import Tokenizer
 from companion.toy.encoders import tracker
 from companion.training import fit as loop
 from companion.training.callbacks import Callback, ClipNorm, EarlyStop, Lookahead
@@ -52,10 +47,9 @@ from tests.models.dmt.test_recipe import CROPS, GENERATED
 from tests.models.ecamp.test_recipe import toy_pairs
 from tests.models.layers.test_dino import level
 from tests.models.metasegnet.test_recipe import part as land
-from tests.models.promptpar.test_recipe import SENTENCES, small_backbones
+from tests.models.promptpar.test_recipe import SENTENCES
 from tests.models.sic_cads.test_recipe import batch as crops
-from tests.models.sic_cads.test_recipe import small_clip
-from tests.models.tip.test_recipe import small as pipeline
+from tests.small import shrink, small_backbones, small_clip, small_pipe
 from tests.training.test_fit import noisy_model, pairs, run, same
 
 TWO = Hardware("cpu", 2)
@@ -66,33 +60,17 @@ MODULES = (sa2vp, dplq, promptpar, bat, tip, dmt, dmt.down, metasegnet, sic_cads
 # --- the trainings ----------------------------------------------------------------------------------------------------
 
 
-def small_vit(size: str, **options) -> nn.Module:
-    return dmt.ViT(224, 16, 48, {"tiny": 4, "base": 2}[size], 4, **options)
-
-
-def small_encoder(name: str, *_: object, **__: object) -> nn.Module:
-    if name == sic_cads.BODY:
-        return timm.create_model("resnet10t", channels=(8, 16, 24, 32), stem_width=8, num_classes=0)
-    return encoders.build("pocket_vit")
-
-
-def small_networks() -> ExitStack:
-    """Small networks in the place of the real ones, until it is closed."""
-    detector = functools.partial(dmt.down.detector, rpn_post_nms_top_n_train=20, box_batch_size_per_image=16)
-    scenes, stack = dmt.down.SceneCrops, ExitStack()
-    for owner, name, value in (
-        (sa2vp.backbones, "build", small_encoder),
-        (dplq, "_clip", lambda *_: encoders.build("pocket_clip")),
-        (dplq.open_clip, "get_tokenizer", lambda name: Tokenizer()),
-        (dmt.vit, "build", small_vit),
-        (dmt.dmt_teachers, "build", small_vit),
-        (dmt.down, "detector", lambda vit, classes, **o: detector(vit, classes, **o | {"size": 256, "channels": 16})),
-        (dmt.down, "Crops", lambda data, size: CROPS(data, 256)),
-        (dmt.down, "SceneCrops", lambda data, size: scenes(data, 224)),
-        (dmt, "_Generated", lambda task, count, side, seed: GENERATED(task, count, 256, seed)),
-    ):
-        stack.enter_context(mock.patch.object(owner, name, value))
-    return stack
+def small_networks(slug: str, devices: int, patch: pytest.MonkeyPatch) -> None:
+    shrink(slug, patch)
+    if slug != "dmt":
+        return
+    scenes, detector = dmt.down.SceneCrops, dmt.down.detector
+    few = {"rpn_post_nms_top_n_train": 20, "box_batch_size_per_image": 16, "size": 256, "channels": 16}
+    patch.setattr(dmt, "DRY_BATCH", 4 // devices)
+    patch.setattr(dmt.down, "detector", lambda vit, classes, **options: detector(vit, classes, **options | few))
+    patch.setattr(dmt.down, "Crops", lambda data, size: CROPS(data, 256))
+    patch.setattr(dmt.down, "SceneCrops", lambda data, size: scenes(data, 224))
+    patch.setattr(dmt, "_Generated", lambda task, count, side, seed: GENERATED(task, count, 256, seed))
 
 
 def train_sa2vp(p: SimpleNamespace) -> Trained:
@@ -117,7 +95,7 @@ def train_bat(p: SimpleNamespace) -> Trained:
 
 
 def train_tip(p: SimpleNamespace) -> Trained:
-    pipe = pipeline()
+    pipe = small_pipe()
     history = tip.train(p, pipe, tip.samples(tip.Generated(8, 32, 0), 32, "TIP", 0), epochs=2, batch=4, warmup=0)
     return pipe.adaptor, history
 
@@ -163,13 +141,13 @@ def corners(x: torch.Tensor) -> list[torch.Tensor]:
     return [x[..., :28, :28], x[..., 4:, 4:], x[..., 6:18, 6:18]]
 
 
-# parts in which one device takes a batch: one where the loss has statistics of all devices, and nothing is drawn
+# parts in which one device takes a batch; one where the loss has statistics of all devices, and nothing is drawn
 PAPERS: dict[str, tuple[str, Callable[[SimpleNamespace], Trained], int, dict]] = {
     "sa2vp": ("sa2vp", train_sa2vp, 2, {"dry_run": True}),
     "dplq": ("dplq", train_dplq, 2, {"dry_run": True, "domain": "clip", "protocol": "cross-dataset"}),
     "promptpar": ("promptpar", train_promptpar, 2, {}),
     "promptpar, parts unused": ("promptpar", train_promptpar, 2, {"method": "regions, no similarity loss"}),
-    "bat": ("bat", train_bat, 2, {}),
+    "bat": ("bat", train_bat, 4, {}),
     "tip": ("tip", train_tip, 2, {"size": 32}),
     "dmt": ("dmt", distil, 1, {"mask_ratio": 0.0, "losses": "with relations"}),
     "dmt, fine-tune": ("dmt", downstream, 2, {"task": "fine-tune"}),
@@ -187,11 +165,10 @@ def train(name: str, devices: int, fit: Callable[..., list], **changes: object) 
     slug, run, _, settings = PAPERS[name]
     usual = {"profile": "paper", "accelerator": "cpu", "data_root": "nowhere", "devices": devices}
     usual |= {"student": "tiny", "dry_run": True} if slug == "dmt" else {}
-    with small_networks() as stack:
-        stack.enter_context(mock.patch.object(dmt, "DRY_BATCH", 4 // devices))
+    with pytest.MonkeyPatch.context() as patch:
+        small_networks(slug, devices, patch)
         for module in MODULES:
-            if hasattr(module, "fit"):
-                stack.enter_context(mock.patch.object(module, "fit", fit))
+            patch.setattr(module, "fit", fit)
         return run(parameters(slug, **usual | settings | changes))
 
 
@@ -208,7 +185,7 @@ def trains_as_one_device_does(name: str) -> None:
             return loss(network, batch)
 
         assert hardware.devices == devices
-        hardware = dataclasses.replace(hardware, workers=0, accumulate=parts if devices == 1 else 1)
+        hardware = dataclasses.replace(hardware, workers=0, accumulate=max(1, parts // devices))
         return loop.fit(model, drawn, data, hardware=hardware, **options)
 
     for devices in (1, 2):
@@ -219,7 +196,7 @@ def trains_as_one_device_does(name: str) -> None:
     for row, twin in zip(history, again, strict=True):
         assert twin == pytest.approx(row, rel=1e-5)
     # Adam makes whole steps of the rounding of gradients that vanish, those of the keys' biases
-    close = {"rtol": 1e-6, "atol": 1e-8} if parts == 2 else {"rtol": 1e-3, "atol": 3e-4}
+    close = {"rtol": 1e-6, "atol": 1e-8} if parts > 1 else {"rtol": 1e-3, "atol": 3e-4}
     of_batch_norms = ("running_", "num_batches")  # see `running_statistics_are_means_over_devices`
     for key in [key for key in state if not key.rpartition(".")[2].startswith(of_batch_norms)]:
         torch.testing.assert_close(other[key], state[key], **close, msg=lambda text, key=key: f"{key}: {text}")
@@ -302,7 +279,9 @@ def teachers_are_cached_in_another_process() -> None:
         assert os.getpid() != own
         return forward(*arguments)
 
-    with small_networks(), mock.patch.object(dmt.Teachers, "forward", elsewhere):
+    with pytest.MonkeyPatch.context() as patch:
+        small_networks("dmt", 2, patch)
+        patch.setattr(dmt.Teachers, "forward", elsewhere)
         usual = {"profile": "paper", "accelerator": "cpu", "dry_run": True, "student": "tiny"}
         setting = dmt.setting(parameters("dmt", **usual, devices=2, cached=True), Path())
         assert len(setting.learn(setting.build("DMT"), "DMT")) == 2

@@ -233,8 +233,8 @@ def fit(
             cosine after a warm-up of a tenth of the steps.
         callbacks: called in this order, see `callbacks`.
         checkpoint: where the training is saved, and resumed from when the file exists.
-        find_unused_parameters: whether the loss may leave trainable parameters without a gradient, as DDP's; looking
-            for them takes time in each step on several devices.
+        find_unused_parameters: as DDP's: whether the loss may leave trainable parameters without a gradient. With
+            several devices, each step then looks for them in the graph.
 
     Returns:
         One row a step: {"step", "lr" of the first parameter group, "loss", and the other scalars of `loss`}.

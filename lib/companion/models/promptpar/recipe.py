@@ -31,8 +31,7 @@ from ...training.fit import Batch, Hardware, History, fit, predict
 from ...training.schedules import Schedule, sgd
 from .model import PromptPAR, loss, read_checkpoint
 
-# what differs from PromptPAR: arguments of the model, and the weight of the similarity in the loss. All but the first
-# two leave trainable tensors without a gradient
+# what differs from PromptPAR: arguments of the model, and the weight of the similarity in the loss
 METHODS: dict[str, dict] = {
     "PromptPAR": {},
     "PromptPAR, not masked": {"masked": False},
@@ -41,6 +40,8 @@ METHODS: dict[str, dict] = {
     "heads only": {"regions": 0, "prompts": 0},
     "full fine-tuning": {"regions": 0, "prompts": 0, "tuned": "all"},
 }
+# in these the loss does not reach a norm, a temperature or empty prompts, which are trainable tensors
+UNUSED_PARAMETERS = ("regions, no similarity loss", "heads only", "full fine-tuning")
 COLUMNS = {
     "par/peta": "PETA",
     "par/pa100k": "PA100K",
@@ -171,7 +172,7 @@ def learn(
         checkpoint=checkpoint,
         seed=p.seed,
         hardware=Hardware.of(p, "promptpar", workers=WORKERS),
-        find_unused_parameters=p.method not in ("PromptPAR", "PromptPAR, not masked"),
+        find_unused_parameters=p.method in UNUSED_PARAMETERS,
         name=p.method,
     )
 
