@@ -37,6 +37,7 @@ def _dmt(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
     def build(size: str, **options: object) -> torch.nn.Module:
         return recipe.ViT(224, 16, 48, depth[size], 4, **options)
 
+    patch.setattr(recipe, "SIZES", {"detect": 256, "segment": 128})
     patch.setattr(recipe.vit, "build", build)
     patch.setattr(recipe.dmt_teachers, "build", build)
 

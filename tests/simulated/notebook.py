@@ -76,7 +76,9 @@ def force(precision: str) -> list[tuple[float, float]]:
         if half:
             using.append("32-true")
             alone = settings | {"callbacks": (), "checkpoint": None, "hardware": replace(hardware, precision="32-true")}
-            (full,) = train(copy.deepcopy(model), loss, data, epochs=1 / per_epoch, batch=batch, **alone)
+            state = copy.deepcopy(model.state_dict())  # not a copy of the model: a loss may hold its parameters
+            (full,) = train(model, loss, data, epochs=1 / per_epoch, batch=batch, **alone)
+            model.load_state_dict(state)
             using.pop()
         history = train(model, loss, data, epochs=min(epochs, STEPS / per_epoch), batch=batch, **settings)
         if half:

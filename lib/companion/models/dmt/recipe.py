@@ -41,6 +41,7 @@ EVERY = 200  # steps between checkpoints
 # weights of token, feature-map and relation loss
 LOSSES = {"token and map": (1, 1, 0), "token": (1, 0, 0), "map": (0, 1, 0), "with relations": (1, 1, 1)}
 USUAL = {"distil": IMAGENET, "fine-tune": IMAGENET, "linear probe": IMAGENET, "detect": COCO, "segment": ADE20K}
+SIZES = {"detect": 1024, "segment": 512}  # sides of training crops, in pixels
 DRY_BATCH = 2
 TEST_BATCH = 8  # images of a detector's test
 DRY_CLASSES = {"fine-tune": 1000, "linear probe": 10, "detect": 80, "segment": 150}  # ten can be probed on twenty
@@ -480,7 +481,7 @@ class _Generated(Dataset):
 
 
 def _detect(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
-    size = 1024
+    size = SIZES["detect"]
     if p.dry_run:
         data, test = _Generated("detect", 2 * int(r["batch"]), size, p.seed), _Generated("detect", 1, size, p.seed + 9)
     else:
@@ -512,7 +513,7 @@ DROPS = (163_889, 177_546)  # steps of 184,375 at which the learning rate falls 
 
 
 def _segment(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
-    size, classes = 512, DRY_CLASSES["segment"]
+    size, classes = SIZES["segment"], DRY_CLASSES["segment"]
     if p.dry_run:
         data, test = (
             _Generated("segment", 2 * int(r["batch"]), size, p.seed),
