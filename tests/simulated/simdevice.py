@@ -29,6 +29,7 @@ import math
 import statistics
 import sys
 import types
+import warnings
 import weakref
 from pathlib import Path
 
@@ -231,13 +232,19 @@ def _softmax_backward(op, grad, output, dim, input_dtype):
 
 
 def install(project: tuple[str, ...] = ("/lib/companion/", "<cell")) -> Sim:
-    """Make "cuda" the simulated GPU, once a process. `project`: parts of the names of files that are under test."""
+    """Make "cuda" the simulated GPU, once a process. `project`: parts of the names of files that are under test.
+
+    Where there is a real GPU, it is the real one, and waits are those that PyTorch reports.
+    """
     global sim
     if sim:
         return sim
+    sim = Sim(project)
+    if torch.cuda.is_available():
+        _watch()
+        return sim
     if torch.backends.cuda.is_built():
         raise RuntimeError("this PyTorch knows real GPUs; the simulation needs a CPU build")
-    sim = Sim(project)
     _gpu()
     torch.autograd.set_multithreading_enabled(False)  # there are no threads for devices
     everything, own = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
@@ -267,6 +274,22 @@ def install(project: tuple[str, ...] = ("/lib/companion/", "<cell")) -> Sim:
     sim.libraries = everything, own  # they hold the registrations
     _python()
     return sim
+
+
+def _watch() -> None:
+    """Count the waits of a real GPU."""
+    show = warnings.showwarning
+
+    def seen(message, *where, **how):
+        if "synchronizing CUDA operation" in str(message):
+            sim.wait("reported")
+        else:
+            show(message, *where, **how)
+
+    warnings.showwarning = seen
+    warnings.filterwarnings("always", ".*synchronizing CUDA operation")
+    torch.cuda.set_sync_debug_mode("warn")
+    register_optimizer_step_post_hook(sim.stepped)
 
 
 class _Guard(torch._C._acc.DeviceGuard):

@@ -1,0 +1,196 @@
+"""`make gpu`: are all papers right on this GPU, and how fast? In about half an hour; writes reports/gpu/<GPU>.json.
+
+1. the tests that CI runs on a simulated GPU, here on the real one: trainings that resume to the same bits, and every
+   paper's notebook at pocket scale, in bf16 and as a dry run, with what each training step waits for;
+2. parity: the outputs recorded from the authors' code, within 1e-3, without TF32;
+3. every paper's full-size training step at its published batch (the share of one GPU, or the recipe's micro-batch) and
+   the authors' precision: images a second, peak memory, and the share of the GPU's peak for matrix products.
+
+Each part runs in processes of its own and is written as soon as it is there. Without a GPU it says so, and is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # the tests are no package that is installed
+
+STEPS, WARM = 12, 4
+# images, pairs, slides or crops of a step on one GPU: the published batch, or the micro-batch of the recipe
+BATCHES = {
+    "sa2vp": 64,
+    "bat": 96,
+    "dplq": 4,
+    "promptpar": 16,
+    "hvit": 32,
+    "ecamp, pre-train": 64,
+    "ecamp, fine-tune": 96,
+    "ecamp, segment": 96,
+    "ecamp, detect": 16,
+    "sic_cads": 16,
+    "metasegnet": 4,
+    "dmt, distil": 256,
+    "dmt, fine-tune": 256,
+    "dmt, detect": 8,
+    "dmt, segment": 4,
+    "tip": 8,
+}
+MINUTES = {"tests": 12, "parity": 8, "speed": 4}  # of a part, or of one training of the last
+
+
+def larger(data: Dataset, batch: int) -> Dataset:
+    """The first items of a data set, repeated until they make one batch."""
+    which = [i % len(data) for i in range(batch)]
+    if isinstance(data, TensorDataset):
+        return TensorDataset(*(tensor[which] for tensor in data.tensors))
+    return Subset(data, which)
+
+
+def speed(name: str, small: bool = False) -> dict:
+    """Images a second, memory and share of the peak of one training; `small`: of small models, to try this script."""
+    import pytest
+
+    from companion.cli import GPUS
+    from companion.training import fit as training
+    from companion.training.callbacks import Callback
+    from tests.conftest import parameters
+    from tests.small import shrink
+    from tests.training.test_precision import CASES
+
+    slug = name.partition(",")[0]
+    recipe = shrink(slug, pytest.MonkeyPatch()) if small else importlib.import_module(f"companion.models.{slug}.recipe")
+    found: dict = {}
+
+    class Timer(Callback):
+        """The time after each step, when the GPU is done with it."""
+
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def on_step_end(self, loop: training.Loop) -> None:
+            torch.cuda.synchronize()
+            self.times.append(time.perf_counter())
+
+    def fit(model, loss, data, *, epochs, batch, callbacks=(), schedule=None, checkpoint=None, **settings):  # type: ignore[no-untyped-def]
+        if found:  # a paper may train more than once; the first is what is measured
+            return training.fit(model, loss, data, epochs=epochs, batch=batch, schedule=schedule, **settings)
+        size, timer, precision = BATCHES[name], Timer(), settings["hardware"].precision
+        while True:
+            images = larger(data, size)
+            try:
+                with FlopCounterMode(display=False) as counter:
+                    training.fit(copy.deepcopy(model), loss, images, epochs=1, batch=size, **settings)
+                torch.cuda.reset_peak_memory_stats()
+                every = [*callbacks, timer]
+                training.fit(model, loss, images, epochs=STEPS, batch=size, callbacks=every, **settings)
+                break
+            except torch.cuda.OutOfMemoryError:
+                size //= 2
+                timer.times.clear()
+                torch.cuda.empty_cache()
+        seconds = (timer.times[-1] - timer.times[WARM - 1]) / (STEPS - WARM)
+        flop = counter.get_total_flops()
+        found.update(
+            precision=precision,
+            batch=size,
+            published=BATCHES[name],
+            seconds_a_step=round(seconds, 4),
+            images_a_second=round(size / seconds, 2),
+            peak_memory_gb=round(torch.cuda.max_memory_allocated() / 1e9, 2),
+            tflop_a_step=round(flop / 1e12, 3),
+        )
+        card = [gpu for gpu in sorted(GPUS, key=len, reverse=True) if gpu in torch.cuda.get_device_name()]
+        if card:  # of another GPU the peak is not known
+            found["share_of_peak"] = round(flop / seconds / 1e12 / GPUS[card[0]][precision == "32-true"], 3)
+        return [{"step": 0, "lr": 0.0, "loss": 0.0}] * 2
+
+    recipe.fit = fit
+    case, changes = CASES[name]
+    usual = {"profile": "paper", "dry_run": True, "accelerator": "cuda", "data_root": "nowhere"}
+    with tempfile.TemporaryDirectory() as out:
+        case(recipe, parameters(slug, **usual | changes), Path(out))
+    return found
+
+
+def parity_of(slug: str) -> dict[str, float]:
+    """The largest difference of each case, of its outputs' largest magnitude; see `companion.evaluation.parity`."""
+    from companion.evaluation import parity
+
+    return {case.name: max(d.error for d in parity.compare(slug, case, "cuda")) for case in parity.cases(slug)}
+
+
+def child(minutes: float, *words: str) -> dict | str:
+    """What `gpu.py --part WORDS` writes, in a process of its own; or the end of what it said when it failed."""
+    command = [sys.executable, __file__, "--part", *words]
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        try:
+            done = subprocess.run([*command, file.name], cwd=ROOT, capture_output=True, text=True, timeout=60 * minutes)
+        except subprocess.TimeoutExpired:
+            return f"not done in {minutes:g} minutes"
+        return json.loads(Path(file.name).read_text()) if done.returncode == 0 else done.stderr[-2000:]
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run all parts; 1 when one of them fails."""
+    from companion.evaluation import parity
+    from companion.ops import record
+    from companion.ops.files import write_json
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--part", nargs=3, metavar=("KIND", "NAME", "FILE"), help="one part, into a file")
+    given = parser.parse_args(words)
+    if given.part:
+        kind, name, file = given.part
+        Path(file).write_text(json.dumps(speed(name) if kind == "speed" else parity_of(name)))
+        return 0
+    if not torch.cuda.is_available():
+        print("there is no GPU here: nothing was run")
+        return 0
+    name = torch.cuda.get_device_name()
+    path = ROOT / "reports" / "gpu" / f"{name.replace(' ', '-')}.json"
+    facts: dict = {"gpu": name, "cuda": torch.version.cuda, "versions": record.versions(), "commit": record.commit()}
+
+    def keep(part: str, value: object) -> None:
+        facts[part] = value
+        write_json(path, facts)
+        print(f"{part}: {json.dumps(value)}", flush=True)
+
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "simulated", "-n", "4", "tests/simulated"]
+    try:
+        done = subprocess.run(tests, cwd=ROOT, capture_output=True, text=True, timeout=60 * MINUTES["tests"])
+        lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR")) or " passed" in line]
+    except subprocess.TimeoutExpired:
+        lines = [f"FAILED: not done in {MINUTES['tests']} minutes"]
+    keep("tests", lines)
+    for slug in parity.papers():
+        cases = child(MINUTES["parity"], "parity", slug)
+        worst = cases if isinstance(cases, str) else {case: f"{error:.1e}" for case, error in cases.items()}
+        keep(f"parity of {slug}", worst)
+    for training in BATCHES:
+        keep(f"training of {training}", child(MINUTES["speed"], "speed", training))
+    wrong = [line for line in lines if " passed" not in line or " failed" in line]
+    for part, value in facts.items():
+        if part.startswith("parity"):
+            wrong += [part] if isinstance(value, str) or any(float(error) > 1e-3 for error in value.values()) else []
+        elif part.startswith("training"):
+            wrong += [part] if isinstance(value, str) else []
+    print("\n".join(["failed:", *wrong]) if wrong else f"all passed; see {path.relative_to(ROOT)}")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
