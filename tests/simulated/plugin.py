@@ -12,7 +12,8 @@ from tests.simulated import simdevice
 simdevice.install(project=("/lib/companion/",))
 
 SKIPPED = {
-    # what the CPU promises alone
+    "test_the_teacher_follows_once_a_step_after_the_student": "compares with a mean computed on the CPU",
+    "test_cached_losses_are_the_losses[float32]": "1.4e-6 apart: batched products are rounded otherwise",
 }
 """Part of a test's name, and why it does not hold on a GPU."""
 

@@ -66,7 +66,9 @@ class ClipNorm(Callback):
         for group in loop.optimizer.param_groups:
             groups.setdefault(group.get("name"), []).extend(group["params"])
         for parameters in groups.values():
-            for one in [[p] for p in parameters] if self.per_tensor else [parameters]:
+            # of no gradient the norm would be a CPU's, and the sum of norms go there without a wait for it
+            graded = [p for p in parameters if p.grad is not None]
+            for one in [[p] for p in graded] if self.per_tensor else [graded] if graded else []:
                 norm = nn.utils.clip_grad_norm_(one, self.max_norm)
                 # half precision begins with steps that overflow, which its scaler leaves out
                 if loop.precision != "16-mixed":
