@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .data import decoding
 from .errors import BadParameter, CompanionError, CorruptFile
 from .ops.files import atomic
 
@@ -134,7 +135,8 @@ class Raster:
             try:
                 with Image.open(self.path) as image:
                     # GDAL converts CMYK to RGB, too
-                    self._whole = np.asarray(image.convert("RGB") if image.mode == "CMYK" else image)
+                    mode = "RGB" if image.mode == "CMYK" else image.mode
+                    self._whole = decoding.pixels(image, mode) if mode in ("RGB", "L") else np.asarray(image)
             except (OSError, SyntaxError, Image.DecompressionBombError) as error:
                 raise CorruptFile(self.path, f"it cannot be decoded ({error})") from error
         return self._whole

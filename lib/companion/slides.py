@@ -131,6 +131,9 @@ class Slide:
         if pixels.shape[-1] == 4 and pixels[..., 3].min() < 255:  # not scanned: transparent
             alpha = pixels[..., 3:].astype(np.uint16)
             pixels = (pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
+        elif pixels.shape[-1] == 4:
+            cv2 = _opencv()
+            pixels = cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB)  # a tenth of the time of a slice
         out[y0 - top : y1 - top, x0 - left : x1 - left] = pixels[..., :3]
         return out
 

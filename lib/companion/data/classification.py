@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset, TensorDataset
 from torchvision import datasets as tv
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
@@ -88,19 +88,23 @@ class Images(Dataset):
 
         One of your own is turned as its camera says; those of the public sets are not, as in the papers' code.
         """
-        return Image.fromarray(self.pixels(index)[0])
+        return self._read(index, decoding.picture)
 
     def pixels(self, index: int) -> tuple[np.ndarray, dict]:
         """The pixels of `picture`, uint8 (H, W, 3), and its file's `info` by PIL, such as EXIF."""
+        return self._read(index, lambda image: (decoding.pixels(image), image.info))
+
+    def _read(self, index: int, decode: Callable[[Image.Image], Any]) -> Any:
         source = self.sources[index]
         if isinstance(source, np.ndarray):
-            return source, {}
+            return decode(Image.fromarray(source))
         try:
             with Image.open(source) as image:
                 if image.mode.startswith("I;16"):  # Pillow would cut at 255: a white image
-                    return (np.asarray(image) >> 8).astype(np.uint8)[..., None].repeat(3, 2), {}
-                found = decoding.pixels(image)
-                return (decoding.upright(found, image.info), {}) if self.dataset.group == "own" else (found, image.info)
+                    return decode(Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)))
+                if self.dataset.group == "own" and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                    return decode(ImageOps.exif_transpose(image))
+                return decode(image)
         except FileNotFoundError:
             raise self.dataset.missing(self.root, f"{source} is listed but not there") from None
         except (OSError, SyntaxError, ValueError, EOFError, StructError, Image.DecompressionBombError) as error:

@@ -123,9 +123,9 @@ def evaluate(
     blocks = np.array_split(np.array(ids), min(len(ids), -(-len(ids) * len(pictures) // BLOCK)))
     precisions, recalls = [], []
     for block in map(set, blocks):
-        annotations = [entry for entry in truth["annotations"] if entry["category_id"] in block]
+        boxes = [entry for entry in truth["annotations"] if entry["category_id"] in block]
         categories = [category for category in truth["categories"] if category["id"] in block]
-        gt = COCO({**truth, "annotations": annotations, "categories": categories})
+        gt = COCO({**truth, "annotations": boxes, "categories": categories})
         own = [{**row, "image_id": number[row["image_id"]]} for row in rows if row["category_id"] in block]
         dt = gt.loadRes(own) if own else COCO({**truth, "annotations": [], "categories": categories})
         run = COCOeval_faster(gt, dt, kind, lvis_style=style == "lvis", print_function=lambda *_: None)
