@@ -13,7 +13,7 @@ PYTEST := COMPANION_PROGRESS=off PYTHONPATH='$(CURDIR)/tests/offline' $(BIN) -m 
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help reports study lint test unit nbval test-slow lab bench notebooks lock clean
+.PHONY: help reports study lint test unit nbval test-slow lab gpu bench notebooks lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -58,8 +58,11 @@ test-slow: $(INSTALLED)  ## the rest: full-size parity and other long checks, on
 lab: $(INSTALLED)  ## open the notebooks in JupyterLab
 	$(BIN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
 
+gpu: $(INSTALLED)  ## half an hour on a GPU: tests, parity and full-size training steps; writes reports/gpu/
+	$(BIN) benchmarks/gpu.py
+
 bench: $(INSTALLED)  ## time each method beside the plain backbone passes that it cannot avoid
-	for script in benchmarks/*.py; do $(BIN) "$$script" || exit 1; done
+	for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do $(BIN) "$$script" || exit 1; done
 
 notebooks: $(INSTALLED)  ## run the notebooks in place: writes their committed outputs, tables, claims and run records
 	$(BIN) -m companion.ops.notebooks notebooks/*.ipynb
