@@ -290,9 +290,17 @@ def speed_page(papers: dict[str, dict], reports: Path) -> str:
         parts.append("## On a GPU\n\nNo GPU was at hand so far: nothing was measured on one.\n")
     for file in cards:
         facts = json.loads(file.read_text(encoding="utf-8"))
-        name = papers.get(file.stem, {}).get("name", file.stem)
-        rows = [[cell(key.replace("_", " ")), cell(show(value))] for key, value in facts.items()]
-        parts += [f"## {name} on a GPU\n", table("record", ["What", "Value"], rows)]
+        parts.append(f"## {facts['gpu']}\n\n`make gpu`, torch {facts['versions']['torch']}.\n")
+        columns = ["precision", "batch", "images_a_second", "peak_memory_gb", "share_of_peak"]
+        rows, checks = [], []
+        for key, value in facts.items():
+            if key.startswith("training of ") and isinstance(value, dict):
+                rows.append([cell(key.removeprefix("training of ")), *(cell(show(value.get(c, ""))) for c in columns)])
+            elif key.startswith(("training of ", "parity of ", "tests")):
+                text = max(value.values(), key=float) if isinstance(value, dict) else value
+                checks.append([cell(key), cell(show(text))])
+        heads = ["Full-size training step", "Precision", "Batch", "Images/s", "Peak memory (GB)", "Share of the peak"]
+        parts += [table("bench", heads, rows), table("record", ["Check", "Result"], checks)]
     return "\n".join(parts)
 
 

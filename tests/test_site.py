@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import importlib.util
 import json
 import re
 import subprocess
@@ -191,6 +192,26 @@ def test_data_page_names_every_set_and_speed_page_every_benchmark(site: Site, ro
         for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
             assert f"<p>{row['time_ratio']:.2f}</p>" in page
     assert ("No GPU was at hand" in page) != any((root / "reports" / "gpu").glob("*.json"))
+
+
+def test_speed_page_shows_the_records_of_make_gpu(root: Path, tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("site_build", root / "site" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    step = {
+        "precision": "16-mixed",
+        "batch": 96,
+        "images_a_second": 812.5,
+        "peak_memory_gb": 21.4,
+        "share_of_peak": 0.41,
+    }
+    facts = {"gpu": "NVIDIA A100", "versions": {"torch": "2.13"}, "tests": ["57 passed"], "training of bat": step}
+    facts |= {"parity of bat": {"head": "2.0e-06", "block": "3.0e-04"}, "training of tip": "not done in 4 minutes"}
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu" / "NVIDIA-A100.json").write_text(json.dumps(facts), encoding="utf-8")
+    page = module.speed_page({}, tmp_path)
+    assert "NVIDIA A100" in page and "No GPU was at hand" not in page
+    assert all(said in page for said in ("812.5", "0.41", "57 passed", "3.0e-04", "not done in 4 minutes"))
 
 
 def test_api_reference_has_a_page_for_each_part(site: Site) -> None:
