@@ -92,6 +92,26 @@ def test_dry_run(slug, tmp_path):
     assert_half_is_near(found)
 
 
+SPEED = """
+import sys
+sys.path.insert(0, "benchmarks")
+from tests.simulated import simdevice
+simdevice.install()
+import gpu
+gpu.BATCHES["bat"], gpu.STEPS, gpu.WARM = 4, 3, 1
+found = gpu.speed("bat", small=True)
+assert found["batch"] == 4 and found["precision"] == "32-true", found
+assert abs(found["seconds_a_step"] * found["images_a_second"] - 4) < 0.1 and found["tflop_a_step"] > 0, found
+assert set(gpu.parity_of("promptpar")) >= {"mm_former", "schedule"}
+"""
+
+
+def test_make_gpu():
+    """What `make gpu` measures, but for what only a GPU has: memory, and a peak."""
+    done = subprocess.run([sys.executable, "-c", SPEED], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 FILES = [f"models/{slug}/test_recipe.py" for slug in slugs()]
 FILES += ["models/dmt/test_cache.py", "models/dmt/test_downstream.py", "models/layers/test_dino.py"]
 FILES += ["test_detectors.py", "test_slides.py", "test_tracking.py"]
