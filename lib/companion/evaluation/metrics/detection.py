@@ -22,7 +22,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from ...errors import BadParameter, CorruptFile, check_choice
 from ...ops.files import read_json
 
-BLOCK = 500_000  # images x classes that are scored at once: about 1 GB
+BLOCK = 250_000  # images x classes that are scored at once: about half a GB
 STYLES = ("coco", "lvis")
 KINDS = ("bbox", "segm")
 FREQUENCIES = {"r": "APr", "c": "APc", "f": "APf"}

@@ -49,7 +49,7 @@ BRANCHES = ("text", "visual", "visual+", "fused", "SIC-CADS")
 COLUMNS = {"detection/objects365": "Objects365", "detection/openimages": "OpenImages"}
 SHORTER, LONGER = 800, 1333  # sides to which the authors' detectors resize images before the recogniser's own resizing
 WORKERS = min(8, os.cpu_count() or 1)
-KEPT = 2**29  # bytes of probabilities that predictions hold
+KEPT = 2**28  # bytes of probabilities that predictions hold
 NAMED = 80  # classes of the dry run whose names go through the text towers; the others get random vectors
 
 
