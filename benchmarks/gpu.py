@@ -49,6 +49,8 @@ BATCHES = {
     "dmt, segment": 4,
     "tip": 8,
 }
+# ranks of attention: two places of nearly the same attention may change theirs
+TOLERANCES = {"heatmap_blend": 1e-2, "heatmap_blend_smoothed": 1e-2}
 MINUTES = {"tests": 12, "parity": 8, "speed": 4}  # of a part, or of one training of the last
 
 
@@ -185,7 +187,8 @@ def main(words: Sequence[str] | None = None) -> int:
     wrong = [line for line in lines if " passed" not in line or " failed" in line]
     for part, value in facts.items():
         if part.startswith("parity"):
-            wrong += [part] if isinstance(value, str) or any(float(error) > 1e-3 for error in value.values()) else []
+            far = isinstance(value, str) or any(float(e) > TOLERANCES.get(case, 1e-3) for case, e in value.items())
+            wrong += [part] * far
         elif part.startswith("training"):
             wrong += [part] if isinstance(value, str) else []
     print("\n".join(["failed:", *wrong]) if wrong else f"all passed; see {path.relative_to(ROOT)}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from companion.evaluation import parity
 from companion.ops.papers import paper, slugs
 from tests.conftest import ROOT
 
@@ -102,13 +103,36 @@ gpu.BATCHES["bat"], gpu.STEPS, gpu.WARM = 4, 3, 1
 found = gpu.speed("bat", small=True)
 assert found["batch"] == 4 and found["precision"] == "32-true", found
 assert abs(found["seconds_a_step"] * found["images_a_second"] - 4) < 0.1 and found["tflop_a_step"] > 0, found
-assert set(gpu.parity_of("promptpar")) >= {"mm_former", "schedule"}
+"""
+PARITY = """
+import math
+import sys
+sys.path.insert(0, "benchmarks")
+from tests.simulated import simdevice
+simdevice.install()
+from gpu import TOLERANCES
+from companion.evaluation import parity
+for case in parity.cases(sys.argv[1]):
+    named = (case.folder / "names.json").exists()
+    shapes = case.names.values() if named else ()
+    numbers = sum(math.prod(shape) for shape in shapes if isinstance(shape, list))
+    if numbers < 5e6:
+        worst = max(parity.compare(sys.argv[1], case, "cuda"), key=lambda d: d.error)
+        assert worst.error < TOLERANCES.get(case.name, 1e-3), (case.name, worst)
 """
 
 
 def test_make_gpu():
     """What `make gpu` measures, but for what only a GPU has: memory, and a peak."""
     done = subprocess.run([sys.executable, "-c", SPEED], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slug", parity.papers())
+def test_parity(slug):
+    """The smaller recorded cases, computed on the GPU."""
+    done = subprocess.run([sys.executable, "-c", PARITY, slug], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
