@@ -165,7 +165,7 @@ def run(
 def compare(paper: str, case: Case, device: str = "cpu") -> list[Difference]:
     """Every recorded output of `case` against ours, computed on `device`, in the order of the forward pass."""
     module = importlib.import_module(f"companion.models.{paper}.parity")
-    with torch.device(device):
+    with torch.device(device), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         ours = {name: value.cpu() for name, value in module.outputs(case).items()}
     all_recorded = module.recorded(case) if hasattr(module, "recorded") else case.recorded
     unchecked = all_recorded.keys() - ours.keys()
