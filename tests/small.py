@@ -32,10 +32,10 @@ def _bat(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
 
 
 def _dmt(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
-    depth = {"tiny": 4, "small": 4, "base": 2}
+    depth, whole = {"tiny": 4, "small": 4, "base": 2}, recipe.vit.build
 
     def build(size: str, **options: object) -> torch.nn.Module:
-        return recipe.ViT(224, 16, 48, depth[size], 4, **options)
+        return recipe.ViT(224, 16, 48, depth[size], 4, **options) if size in depth else whole(size, **options)
 
     patch.setattr(recipe, "SIZES", {"detect": 256, "segment": 128})
     patch.setattr(recipe.vit, "build", build)
@@ -128,7 +128,7 @@ def _sic_cads(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
 
     whole = recipe.recipe
     # at 64 pixels P6 is one pixel, for which the CPU's bfloat16 convolution computes gradients of unset memory
-    patch.setattr(recipe, "recipe", lambda *names: dataclasses.replace(whole(*names), size=128, batch=4))
+    patch.setattr(recipe, "recipe", lambda *names: dataclasses.replace(whole(*names), size=128))
     patch.setattr(recipe.backbones, "build", build)
     patch.setattr(recipe.detectors, "build", lambda name, names, weights: owl("owlvit", list(names)))
     patch.setattr(recipe, "SHORTER", 64)
