@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import multiprocessing
+import os
 import random
 import tempfile
 import warnings
@@ -35,6 +36,9 @@ from .callbacks import Callback
 from .checkpoints import Checkpoint, plain, trained_state
 from .schedules import MakeOptimizer, Schedule
 from .schedules import schedule as scheduled
+
+# PyTorch then looks for GPUs without starting CUDA, after which no process could be forked for several devices
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 if TYPE_CHECKING:  # imported by those who train: it takes a second, and torchmetrics with it
     from lightning_fabric import Fabric

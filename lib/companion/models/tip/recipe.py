@@ -105,8 +105,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
     else:
         (title, images, test), size, steps = _datasets(p), p.size, p.steps
 
-    # a dry run's UNet is in bfloat16 already
-    hardware = CPU if p.dry_run else Hardware.of(p, "tip")
+    hardware = Hardware.of(p, "tip")
 
     def learn(pipe: TIPPipeline, method: str, **changes: Any) -> History:
         return train(p, pipe, samples(images, size, method, p.seed), None if p.dry_run else out, name=method, **changes)
@@ -258,7 +257,7 @@ def train(
     steps = max(1, round(epochs * (len(data) // batch)))
     warmup = (0 if p.dry_run else min(WARMUP, steps // 2)) if warmup is None else warmup
     parts = math.ceil(batch / (p.devices * micro_batch))
-    hardware = CPU if p.dry_run else Hardware.of(p, "tip", workers=WORKERS, accumulate=parts)
+    hardware = Hardware.of(p, "tip", workers=WORKERS, accumulate=parts)
     checkpoint = None
     if out is not None:
         where = {"weights": base(p), "dataset": p.dataset, "data_root": Path(p.data_root), "size": p.size}
