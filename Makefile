@@ -50,10 +50,13 @@ unit: $(INSTALLED)
 nbval: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PYTEST) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg $(SIDE_BY_SIDE) notebooks
 
-# a process for each file: full-size models of several files do not fit in the memory of one
+# a process for each file: full-size models of several files do not fit in the memory of one; those of the simulated GPU
+# are small
 test-slow: $(INSTALLED)  ## the rest: full-size parity and other long checks, one at a time (up to 13 GB)
-	@failed=0; for file in $$(grep -rl 'mark.slow' tests --include='test_*.py'); do \
-	  $(PYTEST) -m slow $$file || failed=1; done; exit $$failed
+	@failed=0; for file in $$(grep -rl 'mark.slow' tests --include='test_*.py' | grep -v simulated); do \
+	  $(PYTEST) -m slow $$file || failed=1; done; \
+	  OMP_NUM_THREADS=1 $(PYTEST) --numprocesses logical --maxprocesses 4 -m slow tests/simulated || failed=1; \
+	  exit $$failed
 
 lab: $(INSTALLED)  ## open the notebooks in JupyterLab
 	$(BIN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks

@@ -17,6 +17,7 @@ import torch
 
 from companion.ops import record
 from companion.ops.files import atomic, write_json
+from companion.ops.provenance import code_hash, sources
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "reports" / "bench"
@@ -86,6 +87,7 @@ def run(
         "rows": rows,
         "versions": record.versions(),
         "commit": record.commit(),
+        "code": code_hash(sources(Path(__file__).with_name(f"{paper}.py"))),
         "device": record.device(),
         "rounds": rounds,
     }

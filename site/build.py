@@ -23,6 +23,7 @@ from sphinx.cmd.build import main as sphinx
 import companion
 from companion import data
 from companion.evaluation import ablations
+from companion.ops.provenance import code_hash, sources
 
 HERE = Path(__file__).parent
 PAPERS = Path(companion.__file__).parent / "models"
@@ -268,21 +269,29 @@ def speed_page(papers: dict[str, dict], reports: Path) -> str:
         "# Speed",
         "Each row is one run on one machine: our time and peak memory over those of what stands behind the slash, "
         "most often the plain backbone passes that the method cannot avoid. Below 1 ours is faster, or smaller. `make "
-        "bench` makes them; only the ratio of a row means anything on another machine.\n",
+        "bench` makes them; only the ratio of a row means anything on another machine than the one named.\n",
     ]
     notes = yaml.safe_load((HERE / "speed.yaml").read_text(encoding="utf-8"))
     for file in sorted((reports / "bench").glob("*.json")):
         facts = json.loads(file.read_text(encoding="utf-8"))
         name = papers.get(facts["paper"], {}).get("name", facts["paper"])
         rows = [
-            [cell(row["what"]), str(row["threads"]), f"{row['time_ratio']:.2f}", f"{row['memory_ratio']:.2f}"]
+            [
+                cell(row["what"]),
+                str(row["threads"]),
+                f"{row['time_ratio']:.2f}",
+                f"{row['memory_ratio']:.2f}",
+                f"{row['seconds']:.3g}",
+            ]
             for row in facts["rows"]
         ]
+        script = HERE.parent / "benchmarks" / file.with_suffix(".py").name
+        older = "" if facts.get("code") == code_hash(sources(script)) else "; **by older code than today's**"
         torch = facts["versions"]["torch"]
         parts += [
             f"## {name}\n",
-            f"{cell(facts['what'])}. {cell(facts['device'])}, torch {torch}.\n",
-            table("bench", ["Ours / against", "Threads", "Time", "Memory"], rows),
+            f"{cell(facts['what'])}. {cell(facts['device'])}, torch {torch}{older}.\n",
+            table("bench", ["Ours / against", "Threads", "Time", "Memory", "Seconds of ours"], rows),
             notes.get(facts["paper"], "").strip() + "\n",
         ]
     cards = sorted((reports / "gpu").glob("*.json"))

@@ -194,7 +194,7 @@ def test_data_page_names_every_set_and_speed_page_every_benchmark(site: Site, ro
     assert ("No GPU was at hand" in page) != any((root / "reports" / "gpu").glob("*.json"))
 
 
-def test_speed_page_shows_the_records_of_make_gpu(root: Path, tmp_path: Path) -> None:
+def test_speed_page_shows_the_records_of_make_gpu_and_says_what_is_by_older_code(root: Path, tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("site_build", root / "site" / "build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -209,7 +209,11 @@ def test_speed_page_shows_the_records_of_make_gpu(root: Path, tmp_path: Path) ->
     facts |= {"parity of bat": {"head": "2.0e-06", "block": "3.0e-04"}, "training of tip": "not done in 4 minutes"}
     (tmp_path / "gpu").mkdir()
     (tmp_path / "gpu" / "NVIDIA-A100.json").write_text(json.dumps(facts), encoding="utf-8")
+    (tmp_path / "bench").mkdir()
+    record = json.loads((root / "reports" / "bench" / "bat.json").read_text(encoding="utf-8"))
+    (tmp_path / "bench" / "bat.json").write_text(json.dumps(record | {"code": "another"}), encoding="utf-8")
     page = module.speed_page({}, tmp_path)
+    assert "by older code than today's" in page and f"{record['rows'][0]['seconds']:.3g}" in page
     assert "NVIDIA A100" in page and "No GPU was at hand" not in page
     assert all(said in page for said in ("812.5", "0.41", "57 passed", "3.0e-04", "not done in 4 minutes"))
 

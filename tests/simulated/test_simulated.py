@@ -70,7 +70,7 @@ def assert_half_is_near(found: dict) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slug", slugs())
+@pytest.mark.parametrize("slug", ["dplq", "dmt", "sic_cads"])  # all ten passed; a third of an hour is left out here
 def test_half_precision(slug, tmp_path):
     """Every training and evaluation of a notebook under bf16 autocast."""
     found = run(slug, tmp_path, "force='bf16-mixed'")
