@@ -28,7 +28,7 @@ def sa2vp(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
 
 def bat(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     found = recipe.setting(p, out)
-    boxes = found.track(p.method, recipe.build(p.method, recipe.bat.foundation(""), p.seed))
+    boxes = found.track(p.method, recipe.build(p.method, recipe.bat.foundation("random"), p.seed))
     return found.train(p.method)[1], torch.from_numpy(boxes["generated 1"])
 
 
