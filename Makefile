@@ -65,7 +65,7 @@ gpu: $(INSTALLED)  ## half an hour on a GPU: tests, parity and full-size trainin
 	$(BIN) benchmarks/gpu.py
 
 bench: $(INSTALLED)  ## time each method beside the plain backbone passes that it cannot avoid
-	for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do $(BIN) "$$script" || exit 1; done
+	for script in $(filter-out benchmarks/bench.py benchmarks/gpu.py benchmarks/memory.py,$(wildcard benchmarks/*.py)); do $(BIN) "$$script" || exit 1; done
 
 notebooks: $(INSTALLED)  ## run the notebooks in place: writes their committed outputs, tables, claims and run records
 	$(BIN) -m companion.ops.notebooks notebooks/*.ipynb

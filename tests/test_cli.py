@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from companion import __version__, cli
 from companion.evaluation.parity import Case, folder
 from companion.ops import record, report
-from companion.ops.papers import slugs
+from companion.ops.papers import MODELS, paper, slugs
 
 
 def call(capsys, *words) -> tuple[int, str, str]:
@@ -48,6 +49,18 @@ def test_doctor_reckons_hours_of_a_gpu_and_a_precision(capsys, tmp_path, monkeyp
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda i: SimpleNamespace(total_memory=48e9))
     out = call(capsys, "doctor", "bat", "--data-root", tmp_path, *words)[1]
     assert said in out, out
+    wanted = 0.375 + 96 * (0.165 if "16-mixed" in words else 0.281)
+    assert f"{wanted:.3g} GB wanted for a step of 96 images" in out and "8 GB wanted (estimated)" in out
+
+
+@pytest.mark.slow
+def test_the_memory_that_doctor_names_is_what_is_counted(root):
+    command = [sys.executable, "benchmarks/memory.py", "hvit"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    known = yaml.safe_load((MODELS / "memory.yaml").read_text(encoding="utf-8"))
+    assert yaml.safe_load(done.stdout) == {"hvit": known["hvit"]["local"]}
+    assert all(set(runs) <= {run["id"] for run in paper(slug)["runs"]} for slug, runs in known.items())
 
 
 def test_doctor_knows_weights_that_only_a_person_can_get(capsys, tmp_path):

@@ -23,12 +23,13 @@ from types import SimpleNamespace
 
 import psutil
 import torch
+import yaml
 
 from . import __version__, data
 from .errors import BadParameter, CompanionError, CorruptFile, MissingWeights, check_choice
 from .evaluation import parity
 from .ops.adopt import adopt as adopt_run
-from .ops.papers import COMMON, accepted, paper, rules, slugs
+from .ops.papers import COMMON, MODELS, accepted, paper, rules, slugs
 
 # Peaks of matrix products in TFLOP/s, dense, from NVIDIA's data sheets: in half precision, and in TF32 (float32 where
 # a GPU has none), which is what "32-true" uses.
@@ -151,6 +152,17 @@ def _weights(facts: dict, root: str | Path) -> list[tuple[dict, str]]:
     return found
 
 
+def _memory(slug: str, run: dict, precision: str) -> tuple[float, str]:
+    """The GB that a run wants, and how that is known: counted by benchmarks/memory.py for a training, or estimated."""
+    counted = yaml.safe_load((MODELS / "memory.yaml").read_text(encoding="utf-8")).get(slug, {}).get(run["id"])
+    if counted is None:
+        return run["memory_gb"], " (estimated)"
+    image = counted["image_gb" if precision == "32-true" else "image_half_gb"]
+    wanted = counted["fixed_gb"] + counted["images"] * image
+    how = f"{counted['fixed_gb']} of weights, gradients and moments, {image} an image;\n{'':11}kernels take more"
+    return wanted, f" for a step of {counted['images']} images at {precision} (counted: {how})"
+
+
 def doctor(given: argparse.Namespace) -> int:
     """Print, for each group of tables, what its run needs and lacks here; then the notebook's accepted parameters."""
     facts, root = paper(given.paper), Path(given.data_root)
@@ -197,14 +209,15 @@ def doctor(given: argparse.Namespace) -> int:
             size = f"{entry['size_mb']} MB, " if "size_mb" in entry else ""
             print(f"  weights  {entry.get('id') or entry['file']} ({size}{entry['licence']}): {lack or 'here'}")
             lacking |= bool(lack)
-        print(f"  memory   {run['memory_gb']} GB wanted, {memory:.0f} GB here ({where})")
+        wanted, how = _memory(given.paper, run, precision)
+        print(f"  memory   {wanted:.3g} GB wanted{how}; {memory:.0f} GB here ({where})")
         print(f"  disk     {run['disk_gb']} GB wanted, {disk:.0f} GB free")
         hours = flop / (SHARE * peak * 1e12) / 3600
         print(
             f"  time     about {hours:.1f} h on one {gpu} (not measured): {flop:.1e} operations of forward and\n"
             f"           backward passes, {SHARE:.0%} of its peak of {peak} TFLOP/s at {precision}\n"
         )
-        lacking |= bool(absent) or memory < run["memory_gb"] or disk < run["disk_gb"]
+        lacking |= bool(absent) or memory < wanted or disk < run["disk_gb"]
     print(f"Parameters of notebooks/{given.paper}.ipynb and their accepted values")
     wrap = textwrap.TextWrapper(110, subsequent_indent=" " * 18, break_long_words=False, break_on_hyphens=False)
     for name, rule in rules(given.paper).items():

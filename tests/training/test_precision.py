@@ -91,7 +91,7 @@ def dmt(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
 
 def tip(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     pipe, p.dry_run = recipe.build(p.base), False
-    data = recipe.samples(recipe.Generated(4, 32, 0), 32, p.method, 0)
+    data = recipe.samples(recipe.Generated(4, p.size, 0), p.size, p.method, 0)
     hardware = Hardware.of(p, "tip")
     outputs = recipe.restore(pipe, [data[i] for i in range(2)], steps=2, hardware=hardware)
     return recipe.train(p, pipe, data, epochs=1, batch=2), outputs
@@ -114,7 +114,7 @@ CASES: dict[str, tuple[Callable, dict]] = {
     "dmt, linear probe": (dmt, {"task": "linear probe"}),
     "dmt, detect": (dmt, {"task": "detect"}),
     "dmt, segment": (dmt, {"task": "segment"}),
-    "tip": (tip, {}),
+    "tip": (tip, {"size": 32}),
 }
 # a BatchNorm over the two images of a step makes 1 and -1 of small differences
 LOSS = {"promptpar": 0.05}
