@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the tests are no package that is installed
 
 STEPS, WARM = 12, 4
-# images, pairs, slides or crops of a step on one GPU: the published batch (of ECAMP's the smallest), or the recipe's parts
+# images, pairs, slides or crops of a step on one GPU: the published batch (ECAMP's smallest), or the recipe's parts
 BATCHES = {
     "sa2vp": 64,
     "bat": 96,
