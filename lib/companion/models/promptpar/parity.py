@@ -174,7 +174,7 @@ def _losses(case: Case) -> dict[str, Tensor]:
 
 
 def _metrics(case: Case) -> dict[str, Tensor]:
-    labels, probabilities = (case.recorded[name].numpy() for name in ("gt", "probs"))
+    labels, probabilities = (case.recorded[name].cpu().numpy() for name in ("gt", "probs"))
     found = {"gt": case.recorded["gt"], "probs": case.recorded["probs"]}  # stored, not filled: they are the inputs
     for threshold in (0.45, 0.5):
         scores = evaluate(labels, probabilities, threshold)
