@@ -61,7 +61,7 @@ test-slow: $(INSTALLED)  ## the rest: full-size parity and other long checks, on
 lab: $(INSTALLED)  ## open the notebooks in JupyterLab
 	$(BIN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
 
-gpu: $(INSTALLED)  ## half an hour on a GPU: tests, parity and full-size training steps; writes reports/gpu/
+gpu: $(INSTALLED)  ## on a GPU: tests, parity and full-size training steps; writes reports/gpu/
 	$(BIN) benchmarks/gpu.py
 
 bench: $(INSTALLED)  ## time each method beside the plain backbone passes that it cannot avoid

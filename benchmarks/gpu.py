@@ -1,4 +1,6 @@
-"""`make gpu`: are all papers right on this GPU, and how fast? In about half an hour; writes reports/gpu/<GPU>.json.
+"""`make gpu`: are all papers right on this GPU, and how fast? Writes reports/gpu/<GPU>.json.
+
+It is meant to take half an hour, and has not run on a GPU yet.
 
 1. the tests that CI runs on a simulated GPU, here on the real one: trainings that resume to the same bits, and every
    paper's notebook at pocket scale, in bf16 and as a dry run, with what each training step waits for;

@@ -68,6 +68,9 @@ def sic_cads(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     torch.manual_seed(0)
     outputs = recipe.predict(found, found.build())
     assert outputs.boxes[0].dtype == outputs.probabilities[0].dtype == torch.float32
+    held = recipe.refined(found, outputs, 0)
+    outputs.probabilities.clear()
+    assert torch.equal(recipe.refined(found, outputs, 0), held), "detected again as before"
     torch.manual_seed(0)
     return recipe.train(found)[1], outputs.p[p.branch]
 

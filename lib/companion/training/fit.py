@@ -61,6 +61,8 @@ class Hardware:
         workers: processes that load data.
         accumulate: micro-batches in which a device takes its share of a batch, their gradients added up; a loss that is
             a mean over images comes out the same, in less memory.
+        grad_checkpointing: compute activations again in the backward pass: less memory, more time.
+        compile: run the forward pass of a training through `torch.compile`, which takes a minute or more at first.
     """
 
     accelerator: str = "auto"

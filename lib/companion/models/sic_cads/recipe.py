@@ -590,7 +590,7 @@ def refined(found: Setting, outputs: Predictions, index: int, branch: str = "", 
         held = outputs.probabilities
     elif index not in outputs.last:
         outputs.last.clear()
-        with evaluating(found.hardware):
+        with evaluating(found.hardware) as where, without_autocast(where):  # as in `predict`
             outputs.last[index] = found.detect(found.test[index][0])[1]
     return sic_cads.refine(held[index], outputs.p[branch or found.branch][index], gamma)
 
