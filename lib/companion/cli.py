@@ -5,6 +5,7 @@ companion doctor sa2vp [--data-root DIR]      what is missing for each table; th
 companion fetch sa2vp [--data-root DIR]       weights and data that are free and have a checksum
 companion data [--data-root DIR]              all data sets: present, missing or incomplete
 companion parity sa2vp [--checkpoint FILE]    our model against outputs of the authors' code
+companion parity sa2vp --recipe     our training and evaluation against what the authors' code does
 companion slides slides/panda --weights FILE [--part I/N]    patch embeddings, slide by slide; continues where it was
 companion landcover DIR --checkpoint FILE     a map of every GeoTIFF in DIR/images, by a network that you trained
 companion adopt DIR                           take in a run that was made elsewhere
@@ -27,7 +28,7 @@ import yaml
 
 from . import __version__, data
 from .errors import BadParameter, CompanionError, CorruptFile, MissingWeights, check_choice
-from .evaluation import parity
+from .evaluation import parity, recipe_parity
 from .ops.adopt import adopt as adopt_run
 from .ops.papers import COMMON, MODELS, accepted, paper, rules, slugs
 
@@ -74,7 +75,8 @@ def main(words: list[str] | None = None) -> int:
             choices = COMMON["precision"]["choices"]
             sub.add_argument("--precision", default="paper", choices=choices, help="the time is at this precision")
     command(show_data, "data", "all data sets and whether they are here").add_argument("--data-root", default="data")
-    sub = command(check_parity, "parity", "compare our model with outputs of the authors' code", "paper")
+    sub = command(check_parity, "parity", "compare our model, or recipe, with what the authors' code gives", "paper")
+    sub.add_argument("--recipe", action="store_true", help="what is around the model: schedules, labels, metrics, ...")
     sub.add_argument("--checkpoint", help="weights that should give the recorded outputs, under the authors' names")
     sub.add_argument("--fixtures", help="folder <paper>/<case>/ (default: the project's)")
     sub.add_argument("--case", help="run this case only")
@@ -267,8 +269,26 @@ def show_data(given: argparse.Namespace) -> int:
     return 0
 
 
+def check_recipe(given: argparse.Namespace) -> int:
+    """Print a table: each recorded quantity of each case, what the authors' code gives, and what ours gives."""
+    cases, failed = list(recipe_parity.cases(given.paper, given.fixtures)), 0
+    if given.case:
+        check_choice("--case", given.case, [case.name for case in cases])
+        cases = [case for case in cases if case.name == given.case]
+    for case in cases:
+        rows = recipe_parity.check(given.paper, case)
+        failed += sum(not row.passes for row in rows)
+        print(f"{case.name} ({case.facts['kind']}, {case.facts['how']})")
+        for row in rows:
+            verdict = f"departs: {row.departs}" if row.departs and row.passes else "" if row.passes else "DIFFERS"
+            print(f"  {row.what:42}  {row.expected:60}  {row.ours:60}  {verdict}".rstrip())
+    return int(bool(failed))
+
+
 def check_parity(given: argparse.Namespace) -> int:
     """Print each case; name the first output that differs."""
+    if given.recipe:
+        return check_recipe(given)
     if given.accelerator == "cuda" and not torch.cuda.is_available():
         raise BadParameter("--accelerator", "cuda", "cpu: there is no GPU here")
     cases = list(parity.cases(given.paper, given.fixtures))

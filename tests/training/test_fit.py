@@ -198,6 +198,79 @@ class Counted(Dataset):
         return torch.full((5,), float(index)), torch.zeros(2)
 
 
+def by_hand(last, epochs, images=11, batch=4):
+    """Weights after plain SGD over the images of `fit`'s order, and the images of each step."""
+    x, y = (t[:images] for t in pairs().tensors)
+    torch.manual_seed(2)
+    model, steps, waiting = nn.Linear(5, 2), [], []
+    for epoch in range(epochs):
+        order = np.random.default_rng((0, epoch)).permutation(images).tolist()
+        for i in range(0, images, batch):
+            waiting += order[i : i + batch]
+            if len(order[i : i + batch]) < batch and last != "train":
+                waiting = waiting if last == "carry" else []
+                continue
+            terms = ((model(x[waiting]) - y[waiting]) ** 2).mean(1)
+            gradients = torch.autograd.grad(
+                terms.sum() / (batch if last == "carry" else len(waiting)), [*model.parameters()]
+            )
+            for p, g in zip(model.parameters(), gradients, strict=True):
+                p.data -= 0.1 * g
+            steps.append(waiting)
+            waiting = []
+    return model.state_dict(), steps
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(
+    ("last", "sizes"), [("drop", [4] * 6), ("train", [4, 4, 3] * 3), ("carry", [4, 4, 7, 4, 7, 4])]
+)
+def test_the_last_images_of_an_epoch(last, sizes, accumulate):
+    expected, steps = by_hand(last, epochs=3)
+    assert [len(step) for step in steps] == sizes
+    torch.manual_seed(2)
+    model = nn.Linear(5, 2)
+    data = TensorDataset(*(t[:11] for t in pairs().tensors))
+    history = run(
+        model,
+        data=data,
+        epochs=3,
+        batch=4,
+        last=last,
+        optimizer=sgd(0.1, momentum=0),
+        schedule=schedule("constant", 0),
+        hardware=Hardware("cpu", accumulate=accumulate),
+    )
+    assert len(history) == len(sizes)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_a_training_that_carries_images_resumes_to_the_same_bits(tmp_path):
+    data = TensorDataset(*(t[:11] for t in pairs().tensors))
+    whole, resumed = nn.Linear(5, 2), nn.Linear(5, 2)
+    resumed.load_state_dict(whole.state_dict())
+    settings = dict(data=data, epochs=3, batch=4, last="carry")
+    run(whole, **settings)
+    stop = Stop(2)
+    with pytest.raises(KeyboardInterrupt):
+        run(resumed, checkpoint=Checkpoint(tmp_path / "run.pt", every=1), callbacks=[stop], **settings)
+    stop.at = 99
+    run(resumed, checkpoint=Checkpoint(tmp_path / "run.pt", every=1), callbacks=[stop], **settings)
+    assert same(whole, resumed)
+
+
+class Stop(Callback):
+    """Interrupt the training before the checkpoint of step `at` + 1 is written."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def on_step_end(self, loop):
+        if loop.step > self.at:
+            raise KeyboardInterrupt
+
+
 def test_a_part_of_a_batch_is_what_the_loss_sees_and_is_loaded_when_it_is_needed():
     """A batch of thousands of images need not be in memory at once."""
     data, asked, seen = Counted(), [], []

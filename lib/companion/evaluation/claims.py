@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -55,3 +55,33 @@ def judge(claim: Mapping, rows: pd.DataFrame) -> tuple[bool, str, list[int]]:
         seeds |= set(map(int, lead.index))
     value = "; ".join(parts) + " points (mean ± standard deviation of the lead [95 % interval of the mean])"
     return wins, value, sorted(seeds)
+
+
+def judge_measured(conditions: Iterable[Mapping], cells: Mapping[tuple[str, str], float]) -> tuple[bool | None, str]:
+    """Whether a paper result holds by our measurements on real data, and what was measured, as text.
+
+    One condition that is not met refutes the claim; it holds when all are met, and is None, not judged, as long as a
+    measurement is missing.
+
+    Args:
+        conditions: `measured` of a claim in the paper's YAML. Each has `of`, [method, column]; either `at_least`, or
+            `over`, [method, column], and `by`, the smallest lead in points (0: any lead).
+        cells: by (method, column), of `claim_cells` of the paper's recipe.
+    """
+    parts, met, missing = [], True, False
+    for condition in conditions:
+        names = [tuple(condition[key]) for key in ("of", "over") if key in condition]
+        absent = [", ".join(name) for name in names if name not in cells]
+        if absent:
+            missing = True
+            parts.append(f"{' and '.join(absent)}: not run")
+            continue
+        value, text = cells[names[0]], f"{', '.join(names[0])} {cells[names[0]]:.2f}"
+        if "over" in condition:
+            lead, least = value - cells[names[1]], condition["by"]
+            met &= lead > 0 and lead >= least
+            parts.append(f"{text}, {lead:+.2f} over {', '.join(names[1])} (asked: {least:+g})")
+        else:
+            met &= value >= condition["at_least"]
+            parts.append(f"{text} (asked: {condition['at_least']:g})")
+    return (False if not met else None if missing else True), "; ".join(parts)

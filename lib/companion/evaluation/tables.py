@@ -12,7 +12,7 @@ from IPython.display import HTML
 
 from ..errors import check_choice
 from ..ops.files import atomic
-from ..ops.papers import paper
+from ..ops.papers import findings, paper
 
 
 def show_table(frame: pd.DataFrame, digits: int = 2, title: str = "") -> HTML:
@@ -49,6 +49,13 @@ def published_table(slug: str, table: str) -> pd.DataFrame:
     frame[facts["columns"]] = frame[facts["columns"]].apply(pd.to_numeric)
     frame.attrs = {k: facts.get(k, "") for k in ("id", "title", "unit", "metric", "provenance", "status")}
     return frame
+
+
+def findings_table(slug: str) -> pd.DataFrame:
+    """What the authors' code does that the paper does not say, a row each: the paper, the code, ours, the effect."""
+    columns = {"topic": "", "paper": "the paper", "code": "the released code", "here": "here", "effect": "effect"}
+    rows = [[f"{row[key]}".strip() for key in columns] for row in findings(slug)]
+    return pd.DataFrame(rows, columns=[*columns.values()])
 
 
 def compare_published(frame: pd.DataFrame, measured: Mapping[tuple[str, str], float] = {}) -> pd.DataFrame:

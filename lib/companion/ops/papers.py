@@ -46,6 +46,23 @@ def paper(slug: str) -> dict:
     return yaml.safe_load((MODELS / slug / "paper.yaml").read_text(encoding="utf-8"))
 
 
+FINDINGS = ("fault", "surprise", "recipe")
+
+
+@cache
+def findings(slug: str) -> list[dict]:
+    """What the authors' code does that the paper does not say, from models/<slug>/findings.yaml; [] where it has none.
+
+    Each is a dict: `topic`; `kind`, one of `FINDINGS` (cannot be meant; unexpected; a setting that only the code
+    states); `paper`, `code` and `here`, what each does ("" where unknown); `where`, files and lines of the code at the
+    commit of paper.yaml; `effect`, as measured by us ("" where it was not); `case`, the recorded case that shows it.
+    """
+    check_choice("paper", slug, slugs())
+    path = MODELS / slug / "findings.yaml"
+    given = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else []
+    return [{"paper": "", "where": [], "effect": "", "case": ""} | row for row in given]
+
+
 def rules(slug: str) -> dict[str, dict]:
     """The rule of each parameter of a notebook: its type and accepted values; the common ones, then the paper's own.
 

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 from ..errors import BadParameter, check_choice
 from ..evaluation.ablations import stale
-from ..evaluation.claims import judge
+from ..evaluation.claims import judge, judge_measured
 from ..evaluation.tables import show_table
 from ..training.fit import Hardware
 from . import record
@@ -132,6 +132,16 @@ class Run:
             if claim["kind"] == "directional":
                 wins, value, seeds = judge(claim, rows)
                 self.claim(claim["id"], wins, value, seeds, "" if wins else why.get(claim["id"], ""))
+
+    def claims_from_measured(self, cells: Mapping[tuple[str, str], float]) -> None:
+        """Judge the paper's results by ours on real data, see `evaluation.claims.judge_measured`.
+
+        A claim that nothing was measured for stays "not run".
+        """
+        for claim in paper(self.slug)["claims"]:
+            names = {tuple(c[key]) for c in claim.get("measured", []) for key in ("of", "over") if key in c}
+            if names & cells.keys():
+                self.claim(claim["id"], *judge_measured(claim["measured"], cells))
 
     def ledger(self) -> list[dict]:
         """All claims of the paper with what this run says of each."""

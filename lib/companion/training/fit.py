@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # imported by those who train: it takes a second, and torchme
     from lightning_fabric import Fabric
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+LAST = ("drop", "train", "carry")
 
 Batch = tuple[Tensor, ...]
 Loss = Callable[[nn.Module, Batch], "Tensor | Mapping[str, Tensor]"]
@@ -221,6 +222,7 @@ def fit(
     checkpoint: Checkpoint | None = None,
     seed: int = 0,
     hardware: Hardware = Hardware(),
+    last: str = "drop",
     find_unused_parameters: bool = False,
     name: str = "training",
 ) -> History:
@@ -232,12 +234,15 @@ def fit(
         loss: from the model and a batch (the tuple that `data` gives, stacked) to a scalar, or to named scalars of
             which "loss" is minimised and the others are recorded.
         data: map-style; a `TensorDataset` is indexed directly, without a loader.
-        epochs: passes over the data, a fraction allowed; the last partial batch of a pass is left out.
+        epochs: passes over the data, a fraction allowed.
         batch: images a step, over all devices together.
         optimizer: from the model to its optimiser, see `schedules.adamw` and `schedules.sgd`.
         schedule: learning rates, see `schedules`; by the `name` of the parameter groups where they differ. None: a
             cosine after a warm-up of a tenth of the steps.
         callbacks: called in this order, see `callbacks`.
+        last: what becomes of an epoch's last images, too few for a batch: "drop": left out; "train": a smaller batch;
+            "carry": their gradients are added to those of the next epoch's first batch, and the sum is divided by
+            `batch` (what a loop that accumulates gradients over images does unless it clears them).
         checkpoint: where the training is saved, and resumed from when the file exists.
         find_unused_parameters: as DDP's: whether the loss may leave trainable parameters without a gradient. With
             several devices, each step then looks for them in the graph.
@@ -250,7 +255,8 @@ def fit(
         CorruptFile: the checkpoint cannot be read.
     """
     devices, accumulate, precision = hardware.devices, hardware.accumulate, hardware.precision
-    if batch < 1 or batch > len(data):
+    check_choice("last", last, LAST)
+    if batch < 1 or (batch > len(data) and last != "train"):
         raise BadParameter("batch", batch, f"1 to {len(data)}, the images there are")
     if batch % devices:
         raise BadParameter("batch", batch, f"a multiple of devices = {devices}")
@@ -263,12 +269,14 @@ def fit(
     if devices > 1 and hardware.accelerator != "cpu" and torch.cuda.is_initialized():
         accepted = "1: this process has used a GPU already, and cannot be forked; more in a new process or kernel"
         raise BadParameter("devices", devices, accepted)
-    per_epoch = len(data) // batch
+    per_epoch = -(-len(data) // batch) if last == "train" else len(data) // batch
     steps = max(1, round(epochs * per_epoch))
     optim = optimizer(model)
     rates = _learning_rates(optim, schedule or scheduled(), steps, per_epoch)
     settings: dict[str, Any] = {"steps": steps, "batch": batch, "images": len(data), "seed": seed}
     settings |= {"accumulate": accumulate, "precision": precision} | _settings(optim, rates)
+    if last != "drop":
+        settings["last"] = last
     saved = checkpoint.read(model, settings) if checkpoint else None
 
     strategy: Any = "auto"
@@ -306,7 +314,7 @@ def fit(
         wrapped.train()
         rank, ranks, start = fabric.global_rank, fabric.world_size, loop.step
         pin = fabric.device.type == "cuda"
-        stream = _batches(data, batch, accumulate, seed, start, steps, rank, ranks, hardware.workers, pin)
+        stream = _batches(data, batch, accumulate, seed, start, steps, rank, ranks, hardware.workers, pin, last)
         remaining = range(start, start if loop.stopped else steps)
         for step in progress(remaining, name, steps, start) if rank == 0 else remaining:
             part = next(stream)
@@ -314,10 +322,13 @@ def fit(
             for group, lrs in zip(optim.param_groups, rates, strict=True):
                 group["lr"] = float(lrs[step])
             row: dict[str, Any] = {"step": step, "lr": float(rates[0][step])}
-            for i in range(accumulate):
+            images = max(_size(len(data), batch, step, last), ranks)
+            parts = min(accumulate, images // ranks)
+            whole = batch if last == "carry" else images  # what the sum over images is divided by
+            for i in range(parts):
                 part = next(stream) if i else part
-                share = len(part[0]) / (batch // ranks)
-                with fabric.no_backward_sync(wrapped, enabled=i + 1 < accumulate):
+                share = len(part[0]) * ranks / whole
+                with fabric.no_backward_sync(wrapped, enabled=i + 1 < parts):
                     found = loss(wrapped, tuple(x.to(fabric.device, non_blocking=True) for x in part))
                     terms = found if isinstance(found, Mapping) else {"loss": found}
                     value = terms["loss"] * share
@@ -445,6 +456,14 @@ def _settings(optimizer: torch.optim.Optimizer, rates: Sequence[np.ndarray]) -> 
     return found
 
 
+def _size(images: int, batch: int, step: int, last: str) -> int:
+    """Images of a step, over all devices, of a data set of `images`; `last` as in `fit`."""
+    full, left = divmod(images, batch)
+    if last == "train":
+        return batch if step % -(-images // batch) < full else left
+    return batch + left if last == "carry" and step and step % full == 0 else batch
+
+
 def _mix(*numbers: int) -> int:
     """One 63-bit seed from several numbers, so that neighbours do not share random streams."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
@@ -481,6 +500,7 @@ def _batches(
     ranks: int,
     workers: int,
     pin: bool = False,
+    last: str = "drop",
 ) -> Iterator[Batch]:
     """The batches of steps `start` to `stop`: in an order that the seed fixes, new each epoch; a device's share.
 
@@ -488,18 +508,29 @@ def _batches(
     of a loader keeps two such batches ready. The indices are made as they are needed, for millions of steps. Batches in
     pinned memory (`pin`) are copied to a GPU while it computes.
     """
-    per_epoch = len(data) // batch
+    full, left = divmod(len(data), batch)
+    per_epoch = full + (last == "train" and left > 0)
+
+    def order(epoch: int) -> np.ndarray:
+        """The (epoch, image) pairs of an epoch."""
+        images = np.random.default_rng((seed, epoch)).permutation(len(data))
+        return np.stack([np.full_like(images, epoch), images], 1)
 
     def indices() -> Iterator[list[tuple[int, int]]]:
-        order, current = np.empty(0, int), -1
+        pairs, current = np.empty((0, 2), int), -1
         for step in range(start, stop):
             epoch, i = divmod(step, per_epoch)
             if epoch != current:
-                order, current = np.random.default_rng((seed, epoch)).permutation(len(data)), epoch
+                pairs, current = order(epoch), epoch
+            chosen = pairs[i * batch : (i + 1) * batch]
+            if last == "carry" and epoch and i == 0:
+                chosen = np.concatenate([order(epoch - 1)[full * batch :], chosen])
+            if len(chosen) < ranks:  # each device needs an image, of which it then sees a copy
+                chosen = np.resize(chosen, (ranks, 2))
             # neighbours, as in a part: two devices see what one does in two parts
-            share = np.split(order[i * batch : (i + 1) * batch], ranks)[rank]
-            for part in np.array_split(share, parts):
-                yield [(epoch, int(k)) for k in part]
+            share = np.array_split(chosen, ranks)[rank]
+            for part in np.array_split(share, min(parts, len(chosen) // ranks)):
+                yield [(int(of), int(k)) for of, k in part]
 
     if isinstance(data, TensorDataset):
         for keys in indices():
