@@ -287,6 +287,11 @@ def tissue_mask(rgb: np.ndarray, tiling: Tiling) -> np.ndarray:
     return cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((tiling.close, tiling.close), np.uint8))
 
 
+def axis_factors(size: tuple[int, int], mask: np.ndarray) -> tuple[float, float]:
+    """Level-0 pixels a pixel of a mask (h, w) that covers a slide of `size` (width, height): along x, along y."""
+    return size[0] / mask.shape[1], size[1] / mask.shape[0]
+
+
 def find_tiles(
     mask: np.ndarray,
     downsample: float | tuple[float, float],
@@ -298,8 +303,8 @@ def find_tiles(
     """Regions with tissue, in the order found: coordinates (M, 2), shares and contours (M,).
 
     For each piece of tissue a grid that starts at the upper left of ITS bounding box, columns first; the grids of two
-    pieces may overlap. As in HS2P, outlines are scaled to level 0 and back with truncation: where a side of the slide is
-    no multiple of the mask's downsample, a piece loses a row or a column of the mask.
+    pieces may overlap. As in HS2P, outlines are scaled to level 0 and back with truncation: where a side of the slide
+    is no multiple of the mask's downsample, a piece loses a row or a column of the mask.
 
     Args:
         mask: uint8 (h, w), see `tissue_mask`.
@@ -373,8 +378,7 @@ def tile(slide: Slide, tiling: Tiling, mask: np.ndarray | None = None) -> Tiles:
         mask = np.where(mask > 0, 255, 0).astype(np.uint8)
     step = int(pixels * slide.downsamples[level])
     unit = 256 * pixels / tiling.region * slide.downsamples[level]
-    downsample = (slide.size[0] / mask.shape[1], slide.size[1] / mask.shape[0])
-    coords, shares, contours = find_tiles(mask, downsample, slide.size, step, tiling, unit)
+    coords, shares, contours = find_tiles(mask, axis_factors(slide.size, mask), slide.size, step, tiling, unit)
     order = file_order(coords)
     return Tiles(coords[order], shares[order], contours[order], step, level, pixels, tiling.region, tiling.jpeg)
 

@@ -1,9 +1,9 @@
 """H-ViT with the published settings: training on stored features, testing, features of slides, attention maps.
 
-The training is the authors' for slides: Adam with the weight decay added to the gradient, the learning rate halved every
-20 epochs, 32 slides a step, 50 epochs. Of each fold the weights of the epoch with the lowest tuning loss are taken. Their
-recipe for regions of 1024 px, which trains the patch level too, is not run here; its epochs and its early stopping are
-options.
+The training is the authors' for slides: Adam with the weight decay added to the gradient, the learning rate halved
+every 20 epochs, 32 slides a step, 50 epochs. Of each fold the weights of the epoch with the lowest tuning loss are
+taken. Their recipe for regions of 1024 px, which trains the patch level too, is not run here; its epochs and its early
+stopping are options.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from . import model as hvit
 METHODS = {"Local": "local", "Global": "global", "mean pooling": "mean", "gated attention": "attention"}
 WORKERS = min(8, os.cpu_count() or 1)
 LEARNING_RATE, DECAY, HALVED, EPOCHS, BATCH, LAST = 2e-4, 1e-5, 20, 50, 32, "carry"
+REGIONS = {"epochs": 200, "patience": 20}  # of the authors' training on regions of 1024 px from pixels, all levels
 EARLIEST = 52  # epochs that are trained at least; the authors' `epoch > 50` counts from 0
 TITLES = {"slides/panda": "PANDA", "folder": "own slides"}
 DRY_REGIONS = 3  # of each generated slide
@@ -142,10 +143,11 @@ def protocol() -> dict[str, str]:
     """The settings of the `paper` profile, a row each."""
     tiling = f"Otsu on the saturation at 1/{PANDA.downsample:g}, regions with {PANDA.least:.0%} tissue or more"
     return {
-        "optimiser": f"Adam, learning rate {LEARNING_RATE:g}, weight decay {DECAY:g} added to the gradient, all tensors",
+        "optimiser": f"Adam, learning rate {LEARNING_RATE:g}, weight decay {DECAY:g} added to every gradient",
         "schedule": f"halved every {HALVED} epochs",
-        "batch": f"{BATCH} slides; gradients of the last slides of an epoch are added to the next epoch's first step",
-        "epochs": f"{EPOCHS}, no early stopping (`epochs`, `patience`: from epoch {EARLIEST} on)",
+        "batch": f"{BATCH} slides; gradients of an epoch's last slides go into the next epoch's first step",
+        "epochs": f"{EPOCHS}, no early stopping; the authors' training on regions, from pixels, has {REGIONS['epochs']} "
+        f"and patience {REGIONS['patience']} from epoch {EARLIEST} on (`epochs`, `patience`)",
         "selection": "per fold the epoch with the lowest loss on the tuning slides; of equal ones the later",
         "sampling": "with replacement, every grade equally often (`sampling`)",
         "augmentation": "none (`noise` adds Gaussian noise to the features)",
@@ -153,7 +155,7 @@ def protocol() -> dict[str, str]:
         "CORN": "averaged over each slide, then over the batch",
         "tiling": f"{tiling}; the level nearest to {PANDA.mpp:g} microns per pixel, read as it is",
         "pixels": "each region compressed as JPEG (`--raw` of `companion slides`), then scaled to [0, 1] (`normalise`)",
-        "vote": "most common grade of five folds; ties: nearer to the rest, then random, seeded by row in order of name",
+        "vote": "most common grade of the folds; ties: nearer to the rest, then random, seeded by the row by name",
         "metric": "quadratic weighted kappa",
         "data": "PANDA; the authors' folds and their list of noisy labels were not released",
         "precision": "float32",
@@ -165,10 +167,21 @@ def protocol() -> dict[str, str]:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def build(p: SimpleNamespace, method: str, fold: int = 0, classes: int = data.GRADES) -> nn.Module:
+def build(
+    p: SimpleNamespace,
+    method: str,
+    fold: int = 0,
+    classes: int = data.GRADES,
+    levels: Sequence[str] = ("region", "slide"),
+    **slide: Any,
+) -> nn.Module:
     """A method at full size on stored patch embeddings, of random weights drawn from the seed and the fold.
 
     The region level is HIPT's where `region_weights` has a file of it.
+
+    Args:
+        levels: that are built; ("slide",) for stored region embeddings.
+        slide: further options of `SlideTransformer`.
     """
     torch.manual_seed(p.seed + 1000 * fold)
     if method in ("mean pooling", "gated attention"):
@@ -179,10 +192,12 @@ def build(p: SimpleNamespace, method: str, fold: int = 0, classes: int = data.GR
         p.head,
         patches=p.region // 256,
         classes=classes,
-        levels=("region", "slide"),
+        levels=levels,
         position=p.position,
+        **slide,
     )
-    if file := region_weights(p):
+    file = region_weights(p) if "region" in levels else ""
+    if file:
         pretrained = hvit.RegionEncoder.from_official(hvit.read_checkpoint(file))
         state, side = pretrained.state_dict(), int(p.region // 256 * hvit.LARGEST_CROP)
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], (side, side))
@@ -299,7 +314,7 @@ def learn(
     batch: int = BATCH,
     patience: int = 0,
     halve_every: int = HALVED,
-    optimizer: MakeOptimizer = adam(),
+    optimizer: MakeOptimizer | None = None,
     **options: Any,
 ) -> History:
     """Train a model in place on slides (features, present, grade) as the authors do; the history of `fit`.
@@ -314,7 +329,7 @@ def learn(
         part,
         epochs=epochs,
         batch=min(batch, len(part)),
-        optimizer=optimizer,
+        optimizer=optimizer or adam(),
         schedule=functools.partial(halved, every=halve_every),
         callbacks=[] if tuning is None else [Selection(tuning, patience)],
         last=LAST,
@@ -336,9 +351,9 @@ def train_fold(
     """Train a method on one fold by the authors' recipe; the model and its history.
 
     `p.sampling` "weighted" trains on `ClassBalanced` slides; `p.noise` adds noise to the features (`Noised`);
-    `p.patience` ends a training whose tuning loss no longer falls, see `Selection`. With `out` a killed training is resumed, one that is
-    done is only read, and the weights are written as `out`/trained/*.safetensors under the authors' names (a bag's
-    under ours), for `HViT.from_official`.
+    `p.patience` ends a training whose tuning loss no longer falls, see `Selection`. With `out` a killed training is
+    resumed, one that is done is only read, and the weights are written as `out`/trained/*.safetensors under the
+    authors' names (a bag's under ours), for `HViT.from_official`.
     """
     part, tuning = folds[fold]
     model, batch = build(p, method, fold, classes), min(batch, len(part))
