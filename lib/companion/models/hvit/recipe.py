@@ -145,9 +145,10 @@ def protocol() -> dict[str, str]:
     return {
         "optimiser": f"Adam, learning rate {LEARNING_RATE:g}, weight decay {DECAY:g} added to every gradient",
         "schedule": f"halved every {HALVED} epochs",
-        "batch": f"{BATCH} slides; gradients of an epoch's last slides go into the next epoch's first step",
-        "epochs": f"{EPOCHS}, no early stopping; the authors' training on regions, from pixels, has {REGIONS['epochs']} "
-        f"and patience {REGIONS['patience']} from epoch {EARLIEST} on (`epochs`, `patience`)",
+        "batch": f"{BATCH} slides",
+        "last batch": "the gradients of an epoch's last slides go into the next epoch's first step",
+        "epochs": f"{EPOCHS}, no early stopping; the authors' training on regions, from pixels, takes up to "
+        f"{REGIONS['epochs']}, patience {REGIONS['patience']} from epoch {EARLIEST} on (`epochs`, `patience`)",
         "selection": "per fold the epoch with the lowest loss on the tuning slides; of equal ones the later",
         "sampling": "with replacement, every grade equally often (`sampling`)",
         "augmentation": "none (`noise` adds Gaussian noise to the features)",
@@ -155,7 +156,7 @@ def protocol() -> dict[str, str]:
         "CORN": "averaged over each slide, then over the batch",
         "tiling": f"{tiling}; the level nearest to {PANDA.mpp:g} microns per pixel, read as it is",
         "pixels": "each region compressed as JPEG (`--raw` of `companion slides`), then scaled to [0, 1] (`normalise`)",
-        "vote": "most common grade of the folds; ties: nearer to the rest, then random, seeded by the row by name",
+        "vote": "most common grade of the folds; of two the nearer to the rest, then random, seeded by the row",
         "metric": "quadratic weighted kappa",
         "data": "PANDA; the authors' folds and their list of noisy labels were not released",
         "precision": "float32",
