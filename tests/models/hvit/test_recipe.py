@@ -16,6 +16,7 @@ from companion.models import hvit
 from companion.models.hvit import recipe
 from companion.models.hvit.model import read_checkpoint
 from companion.models.layers.pos_embed import resize_pos_embed
+from companion.ops import report
 from companion.slides import PANDA, Slide, read_features, tensor, tile, write_pyramid
 from companion.toy import encoders
 from companion.toy.datasets import slides as synthetic
@@ -392,3 +393,17 @@ def test_attention_of_all_levels_is_read_region_by_region(variant, tmp_path, mon
     np.testing.assert_allclose(found.region[2], third)
     mean = (found.patch + found.region + found.slide[:, None, None]) / 3
     np.testing.assert_allclose(found.factorised(0.5, variant), mean, atol=1e-6)
+
+
+@pytest.mark.parametrize(("local", "status"), [(90.0, "holds"), (88.0, "fails")])
+def test_the_papers_result_is_judged_from_what_was_measured(tmp_path, local, status):
+    file, row = tmp_path / "measured.csv", {"dataset": "slides/panda", "region": 2048, "head": "regression"}
+    for seed, more in ((0, 1.0), (1, -1.0)):  # means over seeds
+        for method, kappa in (("Local", local + more), ("Global", 89.0), ("mean pooling", 99.0)):
+            rows = recipe.measured(file, row | {"method": method, "seed": seed, "kappa": kappa, "fold": 0.0})
+    recipe.measured(file, row | {"method": "Global", "dataset": "folder", "seed": 0, "kappa": 99.0, "fold": 0.0})
+    cells = recipe.claim_cells(recipe.measured(file))
+    assert cells["Local", "PANDA 2048 regression"] == local and len(rows) == 6
+    run = report.start("hvit", profile="pocket", out=str(tmp_path))
+    run.claims_from_measured(cells)
+    assert {entry["id"]: entry["status"] for entry in run.ledger()}["full-local"] == status
