@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from ...data.tracking_sets import ATTRIBUTES
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics.tracking import Scores, evaluate
 from ...evaluation.tables import upsert_rows
+from ...ops.papers import paper
 from ...tracking import Frames, follow, run
 from ...training import checkpoints
 from ...training.callbacks import ClipNorm
@@ -232,6 +234,35 @@ def cells(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
             if metric in group and group[metric].notna().any():
                 found[f"{method}, {source}", f"{TITLES[dataset]}_{metric}"] = float(group[metric].mean())
     return found
+
+
+def claim_cells(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
+    """The measurements that judge the paper's results: `cells`."""
+    return cells(rows)
+
+
+def protocol() -> dict[str, str]:
+    """The settings of the `paper` profile, a row each."""
+    jitter = inspect.signature(data.Pairs).parameters["jitter"].default
+    last = EPOCHS - EPOCHS // 5 + 1
+    return {
+        "optimiser": f"AdamW on the adapters, learning rate {LEARNING_RATE:g}, weight decay {WEIGHT_DECAY:g} on all",
+        "schedule": f"{LAST_LEARNING_RATE:g} from epoch {last} on, no warm-up",
+        "gradient clipping": f"total norm {CLIP:g}",
+        "epochs": f"{EPOCHS} of {PAIRS:,} drawn pairs",
+        "batch": f"{BATCH} pairs for RGB-T, {EVENT_BATCH} for RGB-E; the last pairs of an epoch are left out",
+        "selection": "none; the weights after the last epoch",
+        "crops": "template 2 x the box, 128 pixels; search 4 x the box, 256 pixels; OpenCV, no antialiasing",
+        "jitter of the search box": f"centre {jitter[0]:g} / 2 of the size, sides exp({jitter[1]:g} N(0, 1))",
+        "augmentation": "both flipped, brightness 0.8 to 1.2, each flipped once more, all flips with probability 0.5",
+        "dropout": "0.1 in the adapters, stochastic depth up to 0.1; the head's batch norms in eval mode",
+        "loss": "focal + 2 GIoU + 5 L1",
+        "test": "Hann window, template of the first frame, frames in order of their numbers",
+        "data": "882 videos of LasHeR, the authors' list; RGBT234 and GTOT are tested without training on them",
+        "precision": f"{paper('bat')['precision']} in training and test",
+        "seeds": "one, 0",
+        "sweep": "none found",
+    }
 
 
 def _pairs(p: SimpleNamespace, tracker: bat.OSTrack) -> data.Pairs:
