@@ -43,8 +43,10 @@ def _default(parameter: str) -> Any:
     """The default of a parameter of the notebook."""
     notebook = json.loads((Path(__file__).parents[4] / "notebooks" / "hvit.ipynb").read_text(encoding="utf-8"))
     (cell,) = [c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", ())]
-    lines = {line.targets[0].id: line.value for line in ast.parse("".join(cell["source"])).body}
-    return ast.literal_eval(lines[parameter])
+    for line in ast.parse("".join(cell["source"])).body:
+        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == parameter:
+            return ast.literal_eval(line.value)
+    raise KeyError(parameter)
 
 
 def _slides(count: int) -> TensorDataset:
@@ -94,7 +96,7 @@ def _loss(case: Case) -> list[Row]:
 
     def batch_loss(head: str, outputs: Tensor) -> Tensor:
         """The loss of the profile, on outputs in place of a model's."""
-        return recipe.batch_loss(head, classes, lambda features, present: features, (outputs, None, grades))  # type: ignore[arg-type]
+        return recipe.batch_loss(head, classes, lambda features, present: features, (outputs, None, grades))
 
     rows = []
     for name, head in ENCODINGS.items():
@@ -278,10 +280,10 @@ def _groups_region(case: Case) -> list[Row]:
     unchanged = [name for name, t in model.named_parameters() if torch.equal(t, start[name])]
     (group,), lrs = recipe.adam()(model).param_groups, recipe.halved(recipe.LEARNING_RATE, 60, 1)
     outputs, grades = torch.randn(4, classes), torch.arange(4)
-    loss = recipe.batch_loss("classification", classes, lambda features, present: features, (outputs, None, grades))  # type: ignore[arg-type]
+    loss = recipe.batch_loss("classification", classes, lambda features, present: features, (outputs, None, grades))
     trained = {level: not any(name.startswith(level) for name in unchanged) for level in ("patch.", "region.")}
 
-    def stopped(losses: list[float]) -> tuple[int, int]:
+    def stopped(losses: list[float]) -> tuple[int, History]:
         return _learn(_slides(1), iter(losses), epochs=len(losses), batch=1, patience=recipe.REGIONS["patience"])
 
     kept, history = stopped([2.0, 1.0] + [3.0] * 198)  # misses from the start
@@ -299,7 +301,7 @@ def _groups_region(case: Case) -> list[Row]:
         longest = data.Features([data.Item("slide", Path("slide.tiff"), 0)], folder, expected["M_max"])
         regions = len(longest[0][0])
     steps = len(_learn(_slides(2 * batch), epochs=1)[1])
-    single = recipe.batch_loss("corn", classes, lambda features, present: features, (outputs[:, 1:], None, grades))  # type: ignore[arg-type]
+    single = recipe.batch_loss("corn", classes, lambda features, present: features, (outputs[:, 1:], None, grades))
     each = [hvit.loss("corn", outputs[i : i + 1, 1:], grades[i : i + 1], classes) for i in range(4)]
     own = torch.isclose(single, torch.stack(each).mean())
     return [
