@@ -465,7 +465,8 @@ class SA2VPSwin(TwoPathways):
         nn.init.trunc_normal_(self.prompt, std=0.02)
         for layer in (self.prompt_proj, self.head, *(x for a in self.adapters for x in (a.down, a.up))):
             nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+            if layer is not self.head:  # its bias starts as PyTorch draws it, uniform in +-1 / sqrt(channels)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, images: Tensor) -> Pathways:
         """Classify images (b, 3, H, W) by both pathways: two (b, classes); the first is the prediction."""
