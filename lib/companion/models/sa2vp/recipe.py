@@ -26,7 +26,7 @@ from ...training.callbacks import EarlyStop
 from ...training.fit import Hardware, History, fit, predict
 from ...training.schedules import adamw, schedule
 from ..layers import vpt
-from .model import SA2VP, SA2VPSwin, loss
+from .model import DROPOUT, PROMPT_WEIGHT, SA2VP, SA2VPSwin, loss
 
 EPOCHS, WARMUP_EPOCHS, MIN_LR, WEIGHT_DECAY = 100, 10, 1e-7, 1e-4
 SCHEDULE = schedule("cosine", WARMUP_EPOCHS / EPOCHS, MIN_LR)
@@ -124,8 +124,8 @@ def protocol() -> dict[str, str]:
         "batch": ", ".join(f"{name} {batch}" for name, batch in batches.items()),
         "last images of an epoch": "left out, too few for a batch; others in each epoch",
         "width, scale": f"by data set: r {', '.join(widths)}; s {', '.join(scales)} (table vitb_hyperparameters)",
-        "loss": "0.8 cross-entropy of the image pathway, 0.2 of the prompt pathway; no label smoothing",
-        "dropout": "0.1 after the cross-attention, in the adapters and in the frozen blocks of the ViT",
+        "loss": f"{1 - PROMPT_WEIGHT:g} CE of the image pathway + {PROMPT_WEIGHT:g} CE of the prompt pathway",
+        "dropout": f"{DROPOUT:g} after the cross-attention, in the adapters and in the frozen blocks of the ViT",
         "stochastic depth": f"{DROP_PATH:g} in Swin, none in the ViT",
         "precision": f"{paper('sa2vp')['precision']} on a GPU, in training and test; no gradient clipping, no EMA",
         "training images": "VTAB-1k: as test; FGVC, HTA: short side 256, random crop of 224, horizontal flip",
