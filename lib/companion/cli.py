@@ -271,6 +271,7 @@ def show_data(given: argparse.Namespace) -> int:
 
 def check_recipe(given: argparse.Namespace) -> int:
     """Print a table: each recorded quantity of each case, what the authors' code gives, and what ours gives."""
+    os.environ["COMPANION_PROGRESS"] = "off"  # of the trainings that a case needs
     cases, failed = list(recipe_parity.cases(given.paper, given.fixtures)), 0
     if given.case:
         check_choice("--case", given.case, [case.name for case in cases])
@@ -279,9 +280,11 @@ def check_recipe(given: argparse.Namespace) -> int:
         rows = recipe_parity.check(given.paper, case)
         failed += sum(not row.passes for row in rows)
         print(f"{case.name} ({case.facts['kind']}, {case.facts['how']})")
+        wide = [max(len(getattr(row, column)) for row in rows) for column in ("what", "expected", "ours")]
         for row in rows:
             verdict = f"departs: {row.departs}" if row.departs and row.passes else "" if row.passes else "DIFFERS"
-            print(f"  {row.what:42}  {row.expected:60}  {row.ours:60}  {verdict}".rstrip())
+            columns = zip((row.what, row.expected, row.ours), wide, strict=True)
+            print("  " + "  ".join(f"{text:{width}}" for text, width in columns) + f"  {verdict}".rstrip())
     return int(bool(failed))
 
 
