@@ -280,10 +280,11 @@ def check_recipe(given: argparse.Namespace) -> int:
         rows = recipe_parity.check(given.paper, case)
         failed += sum(not row.passes for row in rows)
         print(f"{case.name} ({case.facts['kind']}, {case.facts['how']})")
-        wide = [max(len(getattr(row, column)) for row in rows) for column in ("what", "expected", "ours")]
-        for row in rows:
+        cells = [[text[:60] for text in (row.what, row.expected, row.ours)] for row in rows]
+        wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for row, texts in zip(rows, cells, strict=True):
             verdict = f"departs: {row.departs}" if row.departs and row.passes else "" if row.passes else "DIFFERS"
-            columns = zip((row.what, row.expected, row.ours), wide, strict=True)
+            columns = zip(texts, wide, strict=True)
             print("  " + "  ".join(f"{text:{width}}" for text, width in columns) + f"  {verdict}".rstrip())
     return int(bool(failed))
 
