@@ -19,6 +19,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,6 +91,8 @@ def main(words: list[str] | None = None) -> int:
     sub.add_argument("--features", default="", help="where they go (default: DATA_ROOT/features)")
     sub.add_argument("--region", type=int, default=2048, help="side of a region in pixels")
     sub.add_argument("--normalise", default="unit", choices=hvit["normalise"]["choices"], help="of the pixels")
+    raw = "encode regions as read (default: after JPEG compression, as HS2P stores them for the authors)"
+    sub.add_argument("--raw", action="store_true", help=raw)
     sub.add_argument("--part", default="0/1", help="I/N: every N-th slide from the I-th on, for N jobs side by side")
     sub.add_argument("--batch", type=int, default=1, help="regions a step")
     sub.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda"])
@@ -331,7 +334,8 @@ def slides(given: argparse.Namespace) -> int:
     if not (i.isdecimal() and n.isdecimal()):
         raise BadParameter("--part", given.part, "I/N, such as 0/8")
     patch, bad = recipe.patch_encoder(given.weights, given.heads), []
-    for name, found in recipe.store(SimpleNamespace(**vars(given)), patch, (int(i), int(n)), given.batch):
+    tiling, parameters = replace(recipe.PANDA, jpeg=not given.raw), SimpleNamespace(**vars(given))
+    for name, found in recipe.store(parameters, patch, (int(i), int(n)), given.batch, tiling):
         if isinstance(found, CompanionError):
             bad.append(name)
             print(f"{name}: {found}", file=sys.stderr, flush=True)
