@@ -29,7 +29,7 @@ from ..errors import BadParameter, CorruptFile, check_choice
 from ..ops.files import read_json
 from . import DataSet, Status, decoding, find, own_set
 from .classification import Images, _inside, check_listed
-from .detection_sets import COCO_BASE, COCO_NOVEL, FILES, IMAGES, NAMES_FIX
+from .detection_sets import COCO_BASE, COCO_NOVEL, COCO_OTHER, FILES, IMAGES, NAMES_FIX
 
 OV_COCO_BASE, OV_COCO_NOVEL = tuple(COCO_BASE.values()), tuple(COCO_NOVEL.values())
 """Category ids of the 48 and the 17."""
@@ -345,7 +345,7 @@ def _read(dataset: DataSet, root: Path, split: str) -> tuple[dict, Sequence[int]
         raise CorruptFile(file, f"{len(ids)} categories, {dataset.classes} are expected")
     if dataset.name == "detection/ov-coco":
         named = {category["name"]: category["id"] for category in found["categories"]}
-        if wrong := [name for name, i in {**COCO_BASE, **COCO_NOVEL}.items() if named.get(name) != i]:
+        if wrong := [name for name, i in {**COCO_BASE, **COCO_NOVEL, **COCO_OTHER}.items() if named.get(name) != i]:
             raise CorruptFile(file, f"the categories {wrong[:5]} have not COCO's ids")
         return ov_coco(found, split), OV_COCO_BASE, OV_COCO_NOVEL
     if dataset.name == "detection/ov-lvis":

@@ -95,7 +95,9 @@ def test_boxes_and_captions_take_turns(coco):  # noqa: F811
     groups = [found[0] for _ in range(40)]
     assert isinstance(found, recipe.Turns) and groups[0][0].shape == (4, 3, 480, 480)
     kinds = torch.stack([boxes for *_, boxes in groups])
-    assert (kinds == kinds[:, :1]).all() and 10 < kinds[:, 0].sum() < 30  # of one source each, as often one as the other
+    assert (kinds == kinds[:, :1]).all() and 10 < kinds[
+        :, 0
+    ].sum() < 30  # of one source each, as often one as the other
     labels = torch.stack([positives for _, positives, boxes in groups if not boxes[0]])
     named = {train.class_names[i] for i in labels.flatten(0, 1).any(0).nonzero().flatten()}
     assert named == {"dog", "person", "bus"}  # novel names too, as released
@@ -250,7 +252,9 @@ def test_a_killed_training_resumes_to_the_same_bits_and_saves_weights(small, coc
     monkeypatch.setattr(recipe.Checkpoint, "of", lambda *args, every, **facts: of(*args, every=2, **facts))
 
     def train(out, **changes):
-        return recipe.train(recipe.setting(given(data_root=str(coco), captions=False, **changes), out), batch=1, epochs=3)
+        return recipe.train(
+            recipe.setting(given(data_root=str(coco), captions=False, **changes), out), batch=1, epochs=3
+        )
 
     model, out = assert_goes_on(train, tmp_path, monkeypatch, recipe, "loss", 2)
     (file,) = (out / "trained").iterdir()

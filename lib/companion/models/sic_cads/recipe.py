@@ -25,7 +25,7 @@ from torchvision.transforms.v2.functional import resize
 
 from ... import backbones, detectors
 from ...data import DATASETS, detection
-from ...data.detection_sets import COCO_BASE, COCO_NOVEL
+from ...data.detection_sets import COCO_BASE, COCO_NOVEL, COCO_OTHER
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics.detection import evaluate, recognition_ap
 from ...evaluation.tables import published_table, upsert_rows, with_measured
@@ -143,6 +143,14 @@ def gamma(p: SimpleNamespace) -> float:
 # --- training data ----------------------------------------------------------------------------------------------------
 
 
+def random_crop(height: int, width: int, smallest: float) -> tuple[int, int, int, int]:
+    """Left, top, width and height of a crop with a share between `smallest` and 1 of each side, anywhere."""
+    share = smallest + (1 - smallest) * torch.rand(2)
+    h, w = max(1, int(share[0] * height + 0.5)), max(1, int(share[1] * width + 0.5))
+    top, left = int(torch.randint(height - h + 1, ())), int(torch.randint(width - w + 1, ()))
+    return left, top, w, h
+
+
 class Crops(Dataset):
     """Random crops of images with the classes that they show: (uint8 (3, s, s), (C,) bool, boxes or not).
 
@@ -158,10 +166,7 @@ class Crops(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, bool]:
         image, target = self.data[index]
-        height, width = image.shape[1:]
-        share = self.crop + (1 - self.crop) * torch.rand(2)
-        h, w = max(1, int(share[0] * height + 0.5)), max(1, int(share[1] * width + 0.5))
-        top, left = int(torch.randint(height - h + 1, ())), int(torch.randint(width - w + 1, ()))
+        left, top, w, h = random_crop(*image.shape[1:], self.crop)
         cropped = resize(image[:, top : top + h, left : left + w], [self.size, self.size], antialias=True)
         positives = self.data.positives[index].clone()
         if self.boxes:
@@ -340,6 +345,11 @@ def optimizer(r: Recipe) -> MakeOptimizer:
     return adamw(r.lr, WEIGHT_DECAY, decay="all")
 
 
+def clipping(r: Recipe) -> list[Callback]:
+    """The clipping of gradients: each entry by itself on OV-LVIS, none on OV-COCO."""
+    return [ClipValue(r.clip)] if r.clip else []
+
+
 def train_model(
     p: SimpleNamespace,
     data: Dataset,
@@ -376,7 +386,7 @@ def train_model(
         batch=batch,
         optimizer=optimizer(r),
         schedule=lambda lr, steps, per_epoch: learning_rates(r, steps),
-        callbacks=[*([ClipValue(r.clip)] if r.clip else []), *callbacks],
+        callbacks=[*clipping(r), *callbacks],
         checkpoint=checkpoint,
         seed=p.seed,
         hardware=hardware,
@@ -520,13 +530,18 @@ def _truth_of(data: detection.Boxes, count: int) -> dict:
 
 
 def generated(p: SimpleNamespace, count: int, height: int = 480, width: int = 640) -> detection.Boxes:
-    """Images of noise with random boxes, in as many classes as the dataset has; unknown class names are numbers."""
+    """Images of noise with random boxes, in the dataset's classes; where those are known to its file alone, in numbers."""
     dataset, rng = DATASETS[p.dataset], np.random.default_rng(p.seed)
-    names = {i: name for name, i in (COCO_BASE | COCO_NOVEL).items()} if p.dataset == "detection/ov-coco" else {}
-    names |= {i: f"class {i}" for i in range(100, 100 + dataset.classes - len(names))}
-    novel = COCO_NOVEL.values() if p.dataset == "detection/ov-coco" else [i for i in names if i % 4 == 0]
-    base = COCO_BASE.values() if p.dataset == "detection/ov-coco" else [i for i in names if i % 4]
-    shown = [*list(base)[:3], *list(novel)[:2]]
+    categories: list[dict] = [
+        {"id": i, "name": f"class {i}", "frequency": "rcff"[i % 4]} for i in range(dataset.classes)
+    ]
+    if p.dataset == "detection/ov-lvis":
+        categories = [*detection.lvis_categories()]
+    base, novel = ([c["id"] for c in categories if (c["frequency"] == "r") is rare] for rare in (False, True))
+    if p.dataset == "detection/ov-coco":
+        categories = [{"id": i, "name": name} for name, i in (COCO_BASE | COCO_NOVEL | COCO_OTHER).items()]
+        base, novel = list(COCO_BASE.values()), list(COCO_NOVEL.values())
+    shown = [*base[:3], *novel[:2]]
     images = [{"id": i, "width": width, "height": height, "file_name": f"{i}"} for i in range(count)]
     rows = [
         {
@@ -540,10 +555,8 @@ def generated(p: SimpleNamespace, count: int, height: int = 480, width: int = 64
         for i in range(count)
         for k, category in enumerate(shown)
     ]
-    letters = {i: "rcf"[i % 3] for i in names}
-    categories = [{"id": i, "name": name, "frequency": letters[i]} for i, name in names.items()]
     truth = {"images": images, "annotations": rows, "categories": categories}
-    found = detection.Boxes(dataset, Path(p.data_root), Path(), truth, list(base), list(novel))
+    found = detection.Boxes(dataset, Path(p.data_root), Path(), truth, base, novel)
     found.sources = rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
     return found
 
