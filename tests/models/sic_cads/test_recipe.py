@@ -12,6 +12,7 @@ import torch
 from companion import backbones
 from companion.data import detection
 from companion.errors import BadParameter, CorruptFile, MissingData, MissingWeights
+from companion.evaluation.claims import judge_measured
 from companion.models.sic_cads import model as sic_cads
 from companion.models.sic_cads import recipe
 from companion.models.sic_cads.model import distillation_loss, pool, rank_loss
@@ -303,6 +304,29 @@ def test_results_are_shown_next_to_the_published(tmp_path):
     assert len(found) == 3 and found["Across data sets"].set_index("method").loc["o", "Objects365"] == "– / 20.00"
     assert recipe.label(p, 0.0) == "owlvit-base-patch32"
     assert isinstance(found["OV-LVIS"], pd.DataFrame)
+
+
+def test_the_papers_gains_are_judged_by_what_was_measured(tmp_path):
+    p, path = given(), tmp_path / "measured.csv"
+
+    def judged(refined: float) -> dict[str, bool | None]:
+        row = {"dataset": p.dataset, "images": 0, "seed": 0, "base": 50.0, "all": 45.0}
+        recipe.measured(path, row | {"method": recipe.label(p, 0.0), "novel": 30.0})
+        rows = recipe.measured(path, row | {"method": recipe.label(p, recipe.gamma(p)), "novel": refined})
+        claims = {claim["id"]: claim.get("measured") for claim in paper("sic_cads")["claims"] if "measured" in claim}
+        return {name: judge_measured(terms, recipe.claim_cells(rows))[0] for name, terms in claims.items()}
+
+    assert judged(32.0) == {"full-lvis": None, "full-coco": True, "full-objects365": None}
+    assert judged(31.0)["full-coco"] is False
+    few = recipe.measured(path, {"method": "x", "dataset": p.dataset, "images": 10, "seed": 0, "novel": 9.0})
+    assert ("x", "OV-COCO novel") not in recipe.claim_cells(few)  # of some of the images only
+
+
+def test_the_protocol_is_what_runs(monkeypatch):
+    monkeypatch.setattr(recipe, "WEIGHT_DECAY", 0.25)
+    monkeypatch.setattr(recipe, "FLIP", 0.125)
+    found = recipe.protocol()
+    assert "0.25" in found["optimiser"] and "0.125" in found["augmentation"] and "180,000 (OV-COCO)" in found["steps"]
 
 
 def test_the_default_file_of_clip_is_loaded(tmp_path, monkeypatch):

@@ -88,9 +88,9 @@ class Recipe:
 def recipe(dataset: str, captions: bool = False) -> Recipe:
     """The recipe of "detection/ov-coco"; for all others that of OV-LVIS, which is transferred to other vocabularies.
 
-    With `captions`, which OV-COCO alone has, boxes and captions take turns: each of the authors' `GPUS` draws the source
-    of its share of a step. The thresholds of the released configurations, 0.15 and 0.2, belong to their detectors and
-    are not used here (see `setting`).
+    With `captions`, which OV-COCO alone has, boxes and captions take turns: each of the authors' `GPUS` draws the
+    source of its share of a step. The thresholds of the released configurations, 0.15 and 0.2, belong to their
+    detectors and are not used here (see `setting`).
     """
     coco = dataset == "detection/ov-coco"
     training = published_table("sic_cads", "training-recipes").set_index("method")
@@ -530,7 +530,7 @@ def _truth_of(data: detection.Boxes, count: int) -> dict:
 
 
 def generated(p: SimpleNamespace, count: int, height: int = 480, width: int = 640) -> detection.Boxes:
-    """Images of noise with random boxes, in the dataset's classes; where those are known to its file alone, in numbers."""
+    """Images of noise with random boxes, in the dataset's classes; numbers where only its file has their names."""
     dataset, rng = DATASETS[p.dataset], np.random.default_rng(p.seed)
     categories: list[dict] = [
         {"id": i, "name": f"class {i}", "frequency": "rcff"[i % 4]} for i in range(dataset.classes)
@@ -759,6 +759,64 @@ def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
             if column in group and group[column].notna().any():
                 found[method, column] = float(group[column].mean())
     return found
+
+
+def claim_cells(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
+    """As `cells`, of all tables, by (method, "OV-COCO novel"), (method, "OV-LVIS APr"), (method, "Objects365"), ..."""
+    found = {}
+    for table, before in (("ov-coco", "OV-COCO "), ("ov-lvis", "OV-LVIS "), ("cross-dataset", "")):
+        found |= {(method, before + column): value for (method, column), value in cells(rows, table).items()}
+    return found
+
+
+def protocol() -> dict[str, str]:
+    """What the `paper` profile runs with, a fact a row, from its constants."""
+    coco, lvis = recipe("detection/ov-coco", captions=True), recipe("detection/ov-lvis")
+    image, crop, seen = sic_cads.IMAGENET, sic_cads.OPENAI, f"shorter side to {SHORTER}, longer at most {LONGER}"
+
+    def both(value: Callable[[Recipe], object]) -> str:
+        return f"{value(coco)} (OV-COCO), {value(lvis)} (OV-LVIS)"
+
+    return {
+        "optimiser": f"AdamW, weight decay {WEIGHT_DECAY:g} on all that is trained, the whole ResNet too",
+        "learning rate": both(lambda r: f"{r.lr:g}"),
+        "schedule": "half a cosine to 0, after a straight line from "
+        + both(lambda r: f"{r.factor:g} of it over {r.warmup:,} steps"),
+        "steps": both(lambda r: f"{r.iterations:,}"),
+        "batch": f"{coco.batch} (OV-COCO: boxes and captions in turns, {coco.group} images of one source each), "
+        f"{lvis.batch} (OV-LVIS); no epochs, no partial batches",
+        "gradient": f"on OV-LVIS each entry is clipped at {lvis.clip:g}; on OV-COCO not clipped",
+        "sampling": f"OV-LVIS: repeat factors, threshold {lvis.repeat:g}, fractions drawn at each pass",
+        "loss": "rank loss on cosines times "
+        + both(lambda r: f"{r.options['tau']:g}")
+        + f", and {coco.options['distill']:g} times the distillation loss",
+        "precision": f"{paper('sic_cads')['precision']} on a GPU; heads and cosines in float32",
+        "augmentation": "crop of at least "
+        + both(lambda r: f"{r.crop:.0%} of each side")
+        + f", squeezed to {coco.size} x {coco.size}, flip with probability {FLIP:g}; CLIP gets the same images",
+        "test images": f"{seen} (antialiased); recogniser: shorter side to {image.size}, nearest pixel; CLIP: "
+        f"{len(sic_cads.patches(coco.options['levels']))} crops of {crop.size} pixels, bilinear without antialiasing",
+        "text": f'"{sic_cads.PROMPT}", names as in the annotation file',
+        "fusion": "lambda of base and novel classes "
+        + both(lambda r: f"{r.options['lambda_base']:g} and {r.options['lambda_novel']:g}")
+        + f"; other vocabularies: text {sic_cads.CROSS_DATASET:g}, image {1 - sic_cads.CROSS_DATASET:g}",
+        "refinement": "gamma "
+        + both(lambda r: f"{r.gamma:g}")
+        + ", all classes of all boxes, before top "
+        + both(lambda r: r.top)
+        + f"; threshold {detectors.FLOOR:g} (released, for their detectors: "
+        + both(lambda r: f"{r.threshold:g}")
+        + ")",
+        "selection": "none; the last step is tested",
+        "seeds": "not found; here the parameter `seed`",
+        "sweep": "none found; gamma, both lambdas and the thresholds are constants of the configurations",
+        "labels from captions": "LVIS' synonyms of each class' synset, between spaces",
+        "detectors": "paper: BoxSup, Detic, VLDet, OADP, RKDWTF, CORA (inferred); here OWL-ViT, OWLv2, Grounding DINO, "
+        "or result files of any. Those here saw boxes with names of COCO's novel classes: only gains are meaningful",
+        "metric": "OV-COCO: AP50 of boxes, 65 classes; OV-LVIS: federated AP of boxes (the paper's tables: probably "
+        "masks); Objects365, OpenImages: AP50 of boxes, OpenImages without group boxes and verified labels",
+        "not built": "the recipe with ImageNet-21k; OpenImages' official evaluator",
+    }
 
 
 def tables(path: Path) -> dict[str, pd.DataFrame]:

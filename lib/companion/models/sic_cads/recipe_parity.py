@@ -22,7 +22,7 @@ from ...data import DATASETS, detection
 from ...data.detection_sets import COCO_BASE, COCO_NOVEL, COCO_OTHER
 from ...evaluation import fill
 from ...evaluation.metrics.detection import evaluate, recognition_ap
-from ...evaluation.recipe_parity import Case, InOrder, Row, near, parameters, same
+from ...evaluation.recipe_parity import Case, InOrder, Row, near, same
 from ...training.callbacks import Callback
 from ...training.fit import Loop
 from ..layers.state_dicts import official_state
