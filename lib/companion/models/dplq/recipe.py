@@ -455,8 +455,8 @@ def protocol() -> dict[str, str]:
         "epochs": both("epochs"),
         "batch": f"{both('train batch')}; the last images of an epoch are dropped, unless the set has no whole batch",
         "precision": f"{paper('dplq')['precision']} on a GPU: float32 weights, float16 autocast, scaled loss; logits "
-        "in float32 (the authors: float16 weights in the context, the small net, the projection and the text's quaternion "
-        "layer, no loss scaling)",
+        "in float32 (the authors: float16 weights in the context, the small net, the projection and the text's "
+        "quaternion layer, no loss scaling)",
         "prompts": f"{both('context tokens')} tokens, from '{PROMPT}'; prompted layers: {both('prompt depth')}",
         "training images": f"{both('shots')} of each class, or all; random crop of {domains.CROP[0]:.0%} to "
         f"{domains.CROP[1]:.0%} of the area to {both('image size')} (bicubic), flip",
