@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from ... import backbones, detectors
-from ...data import DATASETS, detection
-from ...data.detection_sets import COCO_BASE, COCO_NOVEL, COCO_OTHER
-from ...evaluation import fill
-from ...evaluation.metrics.detection import evaluate, recognition_ap
-from ...evaluation.recipe_parity import Case, InOrder, Row, near, same
-from ...training.callbacks import Callback
-from ...training.fit import Loop
-from ..layers.state_dicts import official_state
-from . import recipe
-from .model import MLR, rank_loss, windows
+from companion import backbones, detectors
+from companion.data import DATASETS, detection
+from companion.data.detection_sets import COCO_BASE, COCO_NOVEL, COCO_OTHER
+from companion.evaluation import fill
+from companion.evaluation.metrics.detection import evaluate, recognition_ap
+from companion.evaluation.recipe_parity import Case, InOrder, Row, near, same
+from companion.models.layers.state_dicts import official_state
+from companion.models.sic_cads import recipe
+from companion.models.sic_cads.model import MLR, rank_loss, windows
+from companion.training.callbacks import Callback
+from companion.training.fit import Loop
 
 COCO = [
     {"id": i, "name": name} for name, i in sorted((COCO_BASE | COCO_NOVEL | COCO_OTHER).items(), key=lambda x: x[1])
