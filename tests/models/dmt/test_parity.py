@@ -7,20 +7,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from companion.evaluation.parity import Case
+from companion.evaluation.parity import Case, folder
 from companion.models.dmt.parity import outputs
 from companion.models.dmt.teachers import MAE
 from companion.models.dmt.vit import ViT
+from companion.models.layers.pos_embed import resize_pos_embed, sincos_table
 from companion.ops.files import write_json
 
 
-def case(folder: Path, name: str, facts: dict, state: dict[str, Tensor], shapes: dict[str, tuple]) -> Case:
+def case(root: Path, name: str, facts: dict, state: dict[str, Tensor], shapes: dict[str, tuple]) -> Case:
     """A case whose recorded outputs are zeros of `shapes`."""
-    (folder / name).mkdir()
-    write_json(folder / name / "case.json", facts)
-    write_json(folder / name / "names.json", {key: list(tensor.shape) for key, tensor in state.items()})
-    save_file({key: torch.zeros(shape) for key, shape in shapes.items()}, folder / name / "outputs.safetensors")
-    return Case(folder / name)
+    (root / name).mkdir()
+    write_json(root / name / "case.json", facts)
+    write_json(root / name / "names.json", {key: list(tensor.shape) for key, tensor in state.items()})
+    save_file({key: torch.zeros(shape) for key, shape in shapes.items()}, root / name / "outputs.safetensors")
+    return Case(root / name)
 
 
 def autoencoder(width: int, heads: int, decoder: tuple[int, int, int], image: int = 64) -> MAE:
@@ -82,3 +83,16 @@ def test_the_ancestors_of_other_sizes(tmp_path):
     ours = outputs(case(tmp_path, "dmae_small", facts, state, {"pred": (1, 4, 16), "teacher_block": (1, 13, 64)}))
     assert ours["ids_keep"].shape == (1, 12) and ours["teacher_block"].shape == (1, 13, 64)
     assert ours["pred"].shape == (1, 4, 16) and 0 < ours["loss_embedding"] < 2
+
+
+def test_the_effects_of_the_findings():
+    """Tables of sines and cosines that differ, and the 0.1 that iBOT adds to the sides of a new grid."""
+    apart = (sincos_table(768, 14, "mae") - sincos_table(768, 14, "mocov3")).abs()
+    assert f"{apart.max():.1f}" == "2.0" and round(100 * float((apart > 0.1).float().mean())) == 30
+    recorded = Case(folder() / "dmt" / "ibot_vitb")
+    model, images = ViT.from_official(recorded.state, 12), recorded.input("image_other")
+    with torch.no_grad():
+        moved = model(images)
+        model.pos_embed = torch.nn.Parameter(resize_pos_embed(model.pos_embed, (6, 6)))
+        exact = model(images)
+    assert f"{(moved - exact).abs().max():.2f} {moved.abs().max():.1f}" == "0.10 4.2"

@@ -412,3 +412,13 @@ def test_dry_run_at_full_size(task, tmp_path):
         model = found.build()
         assert len(found.learn(model)) == 2
         assert found.score(model)
+
+
+def test_the_protocol_is_that_of_the_profile(monkeypatch):
+    """Its numbers are read off what is run."""
+    assert "300 epochs" in runs.protocol()["distillation"] and "163,889 and 177,546" in runs.protocol()["detection"]
+    monkeypatch.setattr(runs, "recipe", lambda name, real=runs.recipe: real(name) | {"epochs": 7.0})
+    monkeypatch.setattr(runs, "CROP", (0.5, 1.0))
+    assert "7 epochs" in runs.protocol()["distillation"]
+    assert runs.protocol()["distillation, images"].startswith("crop of 50 to 100 %")
+    assert runs.augment().transforms[0].scale == (0.5, 1.0)

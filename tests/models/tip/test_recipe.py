@@ -380,3 +380,12 @@ def test_dry_run_at_the_size_of_stable_diffusion() -> None:
     assert time.monotonic() - start < 300
     assert float(done.stdout.splitlines()[-1]) < 12_000
     assert done.stderr == ""
+
+
+def test_the_protocol_is_that_of_the_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its numbers are read off what is run."""
+    found = recipe.protocol()
+    assert found["optimiser"] == "AdamW, betas 0.9 and 0.999, 1e-05, decay 0.01 on all tensors"
+    assert found["prompts"] == f'"{BLIND}" for 0.5 of the other samples; no semantic prompt for 0.3'
+    monkeypatch.setattr(recipe, "LEARNING_RATE", 0.5)
+    assert "0.5, decay" in recipe.protocol()["optimiser"]
