@@ -74,7 +74,7 @@ class LandCover(Dataset):
         classes: their names; `ignore` is the label after the last one. `palette`: a colour each.
         left_out: classes that the means of the scores leave out.
         absent: regions that were left out because xBD's images are not there.
-        windows: (image, top, left, flip) of each item where `size` is given; in the image mirrored by `flip`, see `FLIPS`.
+        windows: (image, top, left, flip) of each item where `size` is given; mirrored by `flip` (see `FLIPS`).
 
     Args:
         decode: labels as on disk, and the image, to training labels (see `earth`, `loveda`, `colours`, `plain`).
