@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
-from ...data import attributes
-from ...data.attributes_sets import COLUMNS, PHRASES, SENTENCES
-from ...evaluation import fill
-from ...evaluation.metrics.attributes import evaluate
-from ...evaluation.recipe_parity import Case, InOrder, Row, lines, near, parameters, same
-from ...training.schedules import sgd
-from ..layers.clip_prompting import Texts
-from ..layers.state_dicts import official_state
-from . import recipe
-from .model import Output, PromptPAR, loss, weighted_loss
+from companion.data import attributes
+from companion.data.attributes_sets import COLUMNS, PHRASES, SENTENCES
+from companion.evaluation import fill
+from companion.evaluation.metrics.attributes import evaluate
+from companion.evaluation.recipe_parity import Case, InOrder, Row, lines, near, parameters, same
+from companion.models.layers.clip_prompting import Texts
+from companion.models.layers.state_dicts import official_state
+from companion.models.promptpar import recipe
+from companion.models.promptpar.model import Output, PromptPAR, loss, weighted_loss
+from companion.training.schedules import sgd
 
 SETS = {name.lower(): key for key, name in recipe.COLUMNS.items()}  # "peta-zs" -> "par-zs/peta"
 TEXT_PROMPTS = "clip_model.transformer.prompt_text_deep"

@@ -19,20 +19,20 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torchvision import tv_tensors
 
-from ...data import landcover
-from ...data import landcover_transforms as transforms
-from ...data.landcover_sets import CLASSES, LOVEDA, POTSDAM
-from ...errors import CorruptFile
-from ...evaluation import fill
-from ...evaluation.metrics import landcover as metrics
-from ...evaluation.recipe_parity import Case, InOrder, Row, near, same
-from ...geotiff import MEAN, STD, quiet
-from ...training.callbacks import Callback
-from ...training.fit import CPU, Loop, fit
-from ...training.schedules import sgd
-from . import model as metasegnet
-from . import recipe
-from .model import MetaSegNet, swin
+from companion.data import landcover
+from companion.data import landcover_transforms as transforms
+from companion.data.landcover_sets import CLASSES, LOVEDA, POTSDAM
+from companion.errors import CorruptFile
+from companion.evaluation import fill
+from companion.evaluation.metrics import landcover as metrics
+from companion.evaluation.recipe_parity import Case, InOrder, Row, near, same
+from companion.geotiff import MEAN, STD, quiet
+from companion.models.metasegnet import model as metasegnet
+from companion.models.metasegnet import recipe
+from companion.models.metasegnet.model import MetaSegNet, swin
+from companion.training.callbacks import Callback
+from companion.training.fit import CPU, Loop, fit
+from companion.training.schedules import sgd
 
 SETS = {"potsdam": POTSDAM, "loveda": LOVEDA}
 COLOURS = {"white": (255, 255, 255), "blue": (0, 0, 255), "cyan": (0, 255, 255), "green": (0, 255, 0)}
