@@ -159,7 +159,7 @@ class Segmenter(OfficialModel):
         outputs: decoders, one for each thing to segment: 1, or 2 for RIGA's disc and cup.
         channels: of the decoder's steps, each of which doubles the side. None: of 512, 256, 128, 64 the last ones, as
             many as the patch needs.
-        frozen: as released; False is what the README says, and what the authors do with a random encoder.
+        frozen: as released; False is what the README says, and what the authors do with a random encoder on RIGA.
     """
 
     def __init__(
@@ -328,12 +328,12 @@ class Detector(OfficialModel):
         return found
 
     def anchors(self) -> Tensor:
-        """(3 levels, 3, 2) widths and heights in pixels."""
-        return torch.tensor(ANCHORS, dtype=torch.float32) * self.size / 416
+        """See `anchors`."""
+        return anchors(self.size)
 
     def loss(self, heads: Sequence[Tensor], boxes: Tensor) -> Tensor:
-        """The sum over the heads of `yolo_loss`; boxes (B, T, 5) as there."""
-        return sum(yolo_loss(x, boxes, a, self.size)[0] for x, a in zip(heads, self.anchors(), strict=True))
+        """See `detection_loss`."""
+        return detection_loss(heads, boxes, self.size)
 
     def decode(self, heads: Sequence[Tensor], confidence: float = 0.5, overlap: float = 0.5) -> list[Tensor]:
         """The boxes (n, 7) of each image from the outputs of `forward`, see `suppress`."""
@@ -383,6 +383,16 @@ class Detector(OfficialModel):
         model = cls(encoder_like(inner, heads), classes, middle // narrow, channels).eval()
         load_official(model, state, model.official_names(), "ECAMP's detector", optional=COUNTERS)
         return model
+
+
+def anchors(size: int) -> Tensor:
+    """(3 levels, 3, 2) widths and heights in pixels of an image of side `size`."""
+    return torch.tensor(ANCHORS, dtype=torch.float32) * size / 416
+
+
+def detection_loss(heads: Sequence[Tensor], boxes: Tensor, size: int) -> Tensor:
+    """The sum over the heads, coarse to fine, of `yolo_loss`; boxes (B, T, 5) as there, for images of side `size`."""
+    return torch.stack([yolo_loss(x, boxes, a, size)[0] for x, a in zip(heads, anchors(size), strict=True)]).sum()
 
 
 def _cells(head: Tensor, anchors: Tensor, size: int) -> tuple[Tensor, Tensor, float]:
