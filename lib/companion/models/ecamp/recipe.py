@@ -455,12 +455,18 @@ def patience(p: SimpleNamespace) -> int:
     return 20 if p.dataset == "fundus/riga" and p.encoder != "ECAMP" else PATIENCE.get(p.task, 20)
 
 
-def selection(p: SimpleNamespace, score: Callable[[nn.Module], float]) -> EarlyStop:
+def selection(p: SimpleNamespace, score: Callable[[nn.Module], float], after: int | None = None) -> EarlyStop:
     """The choice of the epoch, as released: from 0 on, an AUROC, Dice or mAP as high as the best one is a new best, an
-    accuracy is not; detection is validated from the first epoch that ends after step `FIRST`."""
+    accuracy is not.
+
+    Args:
+        score: of the model on validation.
+        after: step after which an epoch must end to be validated; None: `FIRST` for detection, else 0.
+    """
     ties = not (KINDS[p.task] == "classification" and p.dataset in ONE_OF)
-    first = FIRST[p.labels] + 1 if p.task == "detect" and not p.dry_run else 0
-    return EarlyStop(score, patience(p), first_step=first, ties=ties, patient_ties=ties, start=0.0)
+    if after is None:
+        after = FIRST[p.labels] if p.task == "detect" and not p.dry_run else 0
+    return EarlyStop(score, patience(p), first_step=after + 1, ties=ties, patient_ties=ties, start=0.0)
 
 
 def downstream_loss(task: str, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
