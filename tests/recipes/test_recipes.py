@@ -11,7 +11,7 @@ from companion.errors import BadParameter, CompanionError, MissingData
 from companion.evaluation import recipe_parity
 from companion.evaluation.recipe_parity import Case, Row, lines, near, same
 
-FULL_SIZE: set[tuple[str, str]] = set()
+FULL_SIZE: set[tuple[str, str]] = {("ecamp", "trajectory_detection")}
 """Cases of full-size models, which run with the slow tests."""
 
 

@@ -183,12 +183,7 @@ class MaskTransform:
     """
 
     def __init__(
-        self,
-        size: int = 224,
-        train: bool = False,
-        warp_mask: bool = True,
-        mask: str = "area",
-        antialias: bool = False,
+        self, size: int = 224, train: bool = False, warp_mask: bool = True, mask: str = "area", antialias: bool = False
     ):
         check_choice("mask", mask, MASKS)
         self.train, self.warp_mask = train, warp_mask
