@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 from companion import backbones
 from companion.data import xrays
 from companion.errors import BadCheckpoint, MissingData, MissingWeights
+from companion.evaluation.claims import judge_measured
 from companion.models.ecamp import model as ecamp
 from companion.models.ecamp import recipe
 from companion.models.ecamp.text import Pairs, Vocabulary
@@ -382,3 +383,31 @@ def test_results_stand_beside_the_published_ones(tmp_path):
     assert recipe.cells(rows, "detection") == {}
     shown = recipe.tables(pd.read_csv(tmp_path / "measured.csv"))["Classification, fine-tuned"].set_index("method")
     assert shown.loc["ECAMP", "RSNA 10 %"] == "– / 81.00" and shown.loc["MRM", "measured here"] == "not run"
+
+
+def test_the_comparison_with_mrm_is_judged_by_what_was_measured(tmp_path):
+    (claim,) = (c for c in paper("ecamp")["claims"] if "measured" in c)
+    rows = []
+    for condition in claim["measured"]:
+        table, _, column = condition["of"][1].partition(", ")
+        title, labels, _ = column.split()
+        task = {"fine-tuned": "fine-tune", "segmentation": "segment", "detection": "detect"}.get(table, table)
+        dataset = next(name for name, own in recipe.TITLES.items() if own == title)
+        facts = {"task": task, "dataset": dataset, "labels": labels, "protocol": "released", "seed": 0}
+        rows += [facts | {"encoder": name, "score": score} for name, score in (("ECAMP", 80.0), ("MRM", 79.5))]
+
+    def judged(file, *new):
+        return judge_measured(claim["measured"], recipe.claim_cells(recipe.measured(tmp_path / file, *new)))
+
+    holds, value = judged("measured.csv", *rows)
+    assert holds and value.count("+0.50") == len(claim["measured"]) == 33
+    assert judged("measured.csv", rows[0] | {"score": 79.0})[0] is False
+    assert judged("few.csv", *rows[:2])[0] is None
+
+
+def test_the_protocol_is_that_of_the_constants(monkeypatch):
+    before = recipe.protocol()
+    monkeypatch.setattr(recipe, "CLIP", 2.0)
+    monkeypatch.setattr(recipe, "PATIENCE", {"segment": 7})
+    changed = {name for name, value in recipe.protocol().items() if value != before[name]}
+    assert changed == {"clipping downstream", "stopping"} and "8,192 pairs" in before["pre-training, batch"]

@@ -163,10 +163,7 @@ def _positions(case: Case) -> dict[str, Tensor]:
 def _attention(case: Case) -> dict[str, Tensor]:
     config, given = case.facts["config"], case.recorded
     model = ECAMP.from_official(
-        case.state,
-        heads=config.get("vit_heads"),
-        decoder_heads=config.get("decoder_heads"),
-        text_heads=config["heads"],
+        case.state, heads=config.get("vit_heads"), decoder_heads=config.get("decoder_heads"), text_heads=config["heads"]
     )
     images = case.input("image")
     maps = model.attention(images, given["in.ids"], given["in.attention_mask"])

@@ -38,7 +38,7 @@ from ..layers.state_dicts import load_official
 from . import heads
 from . import model as ecamp
 from .model import ECAMP, METHODS
-from .text import Pairs, Vocabulary
+from .text import ENTITY, NO_ENTITY, OTHER, SPLICED, Pairs, Vocabulary
 
 WORKERS = min(16, os.cpu_count() or 1)
 DRY_BATCH = 2
@@ -636,6 +636,65 @@ def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
             name = "random init" if start == "random" else start
             found[name, f"{title} {labels} %"] = float(group.score.mean())
     return found
+
+
+def claim_cells(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
+    """What the claims of kind `full` are judged by: `cells` of all tables, with the task before the column's name."""
+    tasks = {"classification-finetune": "fine-tuned", "classification-linear": "linear probe"}
+    return {
+        (method, f"{tasks.get(table, table)}, {column}"): value
+        for table in _TABLES.values()
+        for (method, column), value in cells(rows, table).items()
+    }
+
+
+def protocol() -> dict[str, str]:
+    """The settings of the `paper` profile, a row each."""
+    r = recipe("recipe-pretraining")
+    crops = [
+        "{:.0%} to {:.0%} of the image".format(*transform.transforms[0].scale)
+        for transform in (xrays.pretrain_transform(), xrays.train_transform())
+    ]
+    warp = xrays.MaskTransform(train=True).warp.transforms[0]
+    first = ", ".join(f"{step} ({share} %)" for share, step in FIRST.items())
+    return {
+        "pre-training, optimiser": f"AdamW, betas {r['beta1']:g} and {r['beta2']:g}, learning rate {r['lr']:g}, decay "
+        f"{r['weight_decay']:g} on matrices, no clipping",
+        "pre-training, schedule": f"warm-up of {r['warmup_epochs']:g} epochs, cosine to epoch "
+        f"{r['cosine_end_epoch']:g}, stopped at {r['stop_epoch']:g}",
+        "pre-training, batch": f"{r['effective_batch']:,.0f} pairs: {r['gpus']:g} devices x {r['batch_per_gpu']:g} x "
+        f"{r['accumulation']:g} iterations; what is left over of an epoch is dropped",
+        "pre-training, images": f"{r['high_resolution']:g} pixels (the encoder sees {r['low_resolution']:g}); crop of "
+        f"{crops[0]}, flip; mean {xrays.PRETRAIN_MEAN}, std {xrays.PRETRAIN_STD}; the words left and right stay",
+        "pre-training, text": f"{r['text_length']:g} tokens; statements inserted with {SPLICED:g}; hidden: entities "
+        f"{ENTITY:g}, other words {OTHER:g}, words of a text without entities {NO_ENTITY:g}",
+        "precision": f"{paper('ecamp')['precision']} on a GPU",
+        "classification": f"SGD, momentum {MOMENTUM:g}, no decay; crop of {crops[1]}, flip; test: short side to 224, "
+        f"centre crop; mean {xrays.MEAN}, std {xrays.STD}",
+        "segmentation": f"AdamW, decay {DECAY:g} on all tensors; encoder frozen; scale x {warp.scale[0]:g} to "
+        f"{warp.scale[1]:g} and rotation up to {warp.degrees[1]:g} degrees, p {xrays.MaskTransform().warp.p:g}",
+        "detection": f"AdamW, decay {DECAY:g} on all tensors; encoder frozen; no augmentation; bottlenecks reduced by "
+        + ", ".join(f"{e} ({share} %)" for share, e in EXPANSION.items()),
+        "resizing downstream": "segmentation and detection without antialiasing; masks of RSNA nearest, others by area",
+        "schedule downstream": "linear warm-up, cosine; the first step has 1 / warm-up steps of the peak; learning "
+        "rates, steps and batches in the tables above",
+        "clipping downstream": f"norm of the gradient {CLIP:g}",
+        "last batch downstream": "the last images of an epoch are a smaller batch",
+        "selection": "best AUROC, accuracy, Dice or mAP on validation, after each epoch; of equal ones the later, but "
+        f"for accuracy; detection from the first epoch that ends after step {first}",
+        "stopping": f"{patience(_usual('fine-tune'))} epochs without a new best (segmentation "
+        f"{patience(_usual('segment'))}; RIGA {patience(_usual('segment', 'MRM'))} for other encoders), or an epoch "
+        "that ends on a multiple of the steps",
+        "metrics": f"mean AUROC of the classes; accuracy for {' and '.join(TITLES[name] for name in ONE_OF)}; Dice at "
+        f"0.5; mAP at IoU {radiology.IOUS[0]:.2f} to {radiology.IOUS[-1]:.2f}",
+        "detection's test split": 'the validation list (protocol = "released")',
+        "devices": "pre-training on several, downstream tasks on one",
+        "seeds": "the authors: 42, one run; sweep: none found; four A100, about 15 h of pre-training (their issue 6)",
+    }
+
+
+def _usual(task: str, encoder: str = "ECAMP") -> SimpleNamespace:
+    return SimpleNamespace(task=task, encoder=encoder, dataset="fundus/riga" if task == "segment" else "xrays/rsna")
 
 
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
