@@ -14,7 +14,13 @@ from companion.evaluation.recipe_parity import Case, Row, lines, near, same
 from companion.ops.papers import slugs
 from tests.conftest import ROOT
 
-FULL_SIZE: set[tuple[str, str]] = {("dplq", "groups_base_to_novel"), ("ecamp", "trajectory_detection"), ("metasegnet", "trajectory_loveda"), ("metasegnet", "trajectory_potsdam"), ("sa2vp", "trajectory_tiny_swin")}
+FULL_SIZE: set[tuple[str, str]] = {
+    ("dplq", "groups_base_to_novel"),
+    ("ecamp", "trajectory_detection"),
+    ("metasegnet", "trajectory_loveda"),
+    ("metasegnet", "trajectory_potsdam"),
+    ("sa2vp", "trajectory_tiny_swin"),
+}
 """Cases of full-size models, which run with the slow tests."""
 
 

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from ...data import xrays
-from ...data.xrays_sets import CLASSES, ONE_OF, SIZES
-from ...evaluation import fill
-from ...evaluation.metrics import radiology
-from ...evaluation.recipe_parity import Case, InOrder, Row, near, same
-from ...evaluation.tables import published_table
-from . import heads, recipe, text
-from . import model as ecamp
-from .model import ECAMP, Batch, Losses
+from companion.data import xrays
+from companion.data.xrays_sets import CLASSES, ONE_OF, SIZES
+from companion.evaluation import fill
+from companion.evaluation.metrics import radiology
+from companion.evaluation.recipe_parity import Case, InOrder, Row, near, same
+from companion.evaluation.tables import published_table
+from companion.models.ecamp import heads, recipe, text
+from companion.models.ecamp import model as ecamp
+from companion.models.ecamp.model import ECAMP, Batch, Losses
 
 TASKS = {"fine-tuning": "fine-tune", "linear probe": "linear probe", "segmentation": "segment", "detection": "detect"}
 SETS = {"fine-tune": "xrays/chestx-ray14", "segment": "xrays/rsna", "detect": "xrays/rsna"}
