@@ -23,6 +23,7 @@ from sphinx.cmd.build import main as sphinx
 import companion
 from companion import data
 from companion.evaluation import ablations
+from companion.ops.papers import FINDINGS, findings
 from companion.ops.provenance import code_hash, sources
 
 HERE = Path(__file__).parent
@@ -64,6 +65,7 @@ def write_sources(reports: Path, source: Path) -> None:
         write_notebook(slug, run, source / "notebooks")
     page(source / "data.md", data_page())
     page(source / "comparisons.md", comparison_page(papers, runs, reports))
+    page(source / "findings.md", findings_page(papers, runs))
     page(source / "speed.md", speed_page(papers, HERE.parent / "reports"))
     for name, text in api_pages(papers).items():
         page(source / "api" / f"{name}.md", text)
@@ -139,7 +141,7 @@ def front_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
             table("ledger", ["Paper", "Claim", "Kind", "Status", "Value", "Seeds", "Run"], ledger)
             if ledger
             else "No notebook has been run yet.\n",
-            toctree("Beside the papers", [(None, "comparisons"), (None, "data"), (None, "speed")]),
+            toctree("Beside the papers", [(None, name) for name in ("findings", "comparisons", "data", "speed")]),
             toctree("Papers", [(papers[slug]["name"], f"notebooks/{slug}") for slug in papers if slug in runs]),
             toctree("How it was made", [(None, f"notebooks/{slug}") for slug in extra]),
             toctree(
@@ -261,6 +263,38 @@ def data_page() -> str:
 def sizes(found: data.DataSet) -> str:
     """The splits of a data set, one a line, "train 1,000"."""
     return "<br>".join(f"{cell(split)}&nbsp;{count:,}" for split, count in found.sizes.items()) or "as found"
+
+
+def findings_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
+    """What the authors' code does that their papers do not say, by paper, faults first."""
+    found = {slug: findings(slug) for slug in papers}
+    count = {kind: sum(row["kind"] == kind for rows in found.values() for row in rows) for kind in FINDINGS}
+    parts = [
+        WIDE,
+        "# Findings in the released code\n",
+        f"What the authors' code does that the paper does not say, read and run at the commit named: {count['fault']} "
+        f"faults (what cannot be meant: a crash, a wrong label, a line that never runs), {count['surprise']} surprises "
+        f"(legal, but not what a reader expects) and {count['recipe']} settings of training and evaluation that only "
+        "the code states. Line numbers are of that commit. An effect is a number that we measured, in the recorded "
+        "case, test or notebook named; where there is none, the effect was not measured. Released research code is "
+        "rare and these authors released theirs: each line is meant to help whoever builds on it.\n",
+    ]
+    for slug, rows in found.items():
+        code = papers[slug].get("code", {})
+        notebook = f" ([notebook](notebooks/{slug}.ipynb))" if slug in runs else ""
+        parts.append(f"## {papers[slug]['name']}\n")
+        parts.append(f"Code: {cell(code['repository'])}; commit: {cell(code['commit'])}.{notebook}\n")
+        cells = [
+            [
+                f"{cell(row['topic'])}<br><small>{row['kind']}</small>",
+                cell(row["code"]) + (f"<br><small>{cell('; '.join(row['where']))}</small>" if row["where"] else ""),
+                cell(row["effect"]) + (f"<br><small>case {cell(row['case'])}</small>" if row["case"] else ""),
+                cell(row["here"]),
+            ]
+            for row in sorted(rows, key=lambda row: FINDINGS.index(row["kind"]))
+        ]
+        parts.append(table("findings", ["Topic", "The released code", "Effect", "Here"], cells))
+    return "\n".join(parts)
 
 
 def speed_page(papers: dict[str, dict], reports: Path) -> str:

@@ -274,6 +274,7 @@ def show_data(given: argparse.Namespace) -> int:
 
 def check_recipe(given: argparse.Namespace) -> int:
     """Print a table: each recorded quantity of each case, what the authors' code gives, and what ours gives."""
+    os.environ["COMPANION_PROGRESS"] = "off"  # of the trainings that a case needs
     cases, failed = list(recipe_parity.cases(given.paper, given.fixtures)), 0
     if given.case:
         check_choice("--case", given.case, [case.name for case in cases])
@@ -282,9 +283,12 @@ def check_recipe(given: argparse.Namespace) -> int:
         rows = recipe_parity.check(given.paper, case)
         failed += sum(not row.passes for row in rows)
         print(f"{case.name} ({case.facts['kind']}, {case.facts['how']})")
-        for row in rows:
+        cells = [[text[:60] for text in (row.what, row.expected, row.ours)] for row in rows]
+        wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for row, texts in zip(rows, cells, strict=True):
             verdict = f"departs: {row.departs}" if row.departs and row.passes else "" if row.passes else "DIFFERS"
-            print(f"  {row.what:42}  {row.expected:60}  {row.ours:60}  {verdict}".rstrip())
+            columns = zip(texts, wide, strict=True)
+            print("  " + "  ".join(f"{text:{width}}" for text, width in columns) + f"  {verdict}".rstrip())
     return int(bool(failed))
 
 

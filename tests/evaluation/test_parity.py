@@ -47,6 +47,15 @@ def test_extra_fixtures_are_run_too(tmp_path, monkeypatch):
     assert "tiny_cross_attention_2" in names and "tiny_cross_attention" in names
 
 
+@pytest.mark.parametrize("name", ["seed", "weights_seed", "inputs_seed"])
+def test_a_seed_under_any_of_its_names(name, tmp_path):
+    (tmp_path / "case.json").write_text(json.dumps({name: 3}))
+    assert parity.Case(tmp_path).seed == 3
+    (tmp_path / "case.json").write_text(json.dumps({"seed": 3, "weights_seed": 4}))
+    with pytest.raises(CorruptFile, match="one seed"):
+        _ = parity.Case(tmp_path).seed
+
+
 def test_missing_and_broken_fixtures(tmp_path):
     with pytest.raises(BadParameter, match="sa2vp"):
         list(parity.cases("nothing"))

@@ -7,8 +7,10 @@ import pytest
 from companion import climate
 from companion.data import DATASETS
 from companion.errors import BadParameter
-from companion.ops.papers import accepted, convert, paper, rules, slugs
+from companion.evaluation.tables import findings_table
+from companion.ops.papers import FINDINGS, accepted, convert, findings, paper, rules, slugs
 from companion.ops.report import start
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(
@@ -102,3 +104,16 @@ def test_an_unknown_data_set_is_refused_with_the_accepted_ones(slug):
         with pytest.raises(BadParameter, match=f"dataset = '{wrong}' is not accepted. Accepted: '") as caught:
             start(slug, profile="paper", dataset=wrong)
         assert caught.value.accepted == rule["choices"]
+
+
+@pytest.mark.parametrize("slug", slugs())
+def test_findings_are_whole_and_name_recorded_cases(slug):
+    found = findings(slug)
+    recorded = {path.name for root in ("parity", "recipes") for path in (ROOT / "tests" / root / slug).glob("*/")}
+    assert len(found) >= 5
+    for row in found:
+        assert row.keys() == {"topic", "kind", "paper", "code", "here", "where", "effect", "case"}, row
+        assert row["kind"] in FINDINGS and row["topic"] and row["code"] and row["here"], row
+        assert isinstance(row["where"], list) and (not row["case"] or row["case"] in recorded), row
+    assert len({row["topic"] for row in found}) == len(found)
+    assert len(findings_table(slug)) == len(found)

@@ -245,6 +245,21 @@ def one_device_scores_and_all_stop() -> None:
     assert stop.scores == [(8 * i, value, value) for i, value in enumerate(values, 1)]
 
 
+def the_last_images_of_an_epoch_are_trained_on_as_by_one_device() -> None:
+    """Of 13 images in batches of 4 one is left, of which both devices get a copy; "carry" adds it to the next batch."""
+    data = TensorDataset(*(t[:13] for t in pairs().tensors))
+    for last, steps in (("train", 12), ("carry", 9)):
+        found = []
+        for hardware in (CPU, TWO, Hardware("cpu", 2, accumulate=2)):
+            torch.manual_seed(1)
+            model = nn.Linear(5, 2)
+            history = run(model, data=data, epochs=3, batch=4, last=last, hardware=hardware)
+            assert len(history) == steps
+            found.append((torch.tensor([row["loss"] for row in history]), *model.state_dict().values()))
+        for other in found[1:]:
+            torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-6)
+
+
 class Spare(nn.Linear):
     """A layer with a parameter that is not used."""
 
@@ -291,6 +306,7 @@ OTHERS = (
     running_statistics_are_means_over_devices,
     a_killed_training_resumes_to_the_same_bits,
     one_device_scores_and_all_stop,
+    the_last_images_of_an_epoch_are_trained_on_as_by_one_device,
     errors_of_the_processes_come_out,
     threads_of_the_process_do_not_hang_its_forks,
     teachers_are_cached_in_another_process,

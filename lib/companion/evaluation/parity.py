@@ -59,7 +59,14 @@ class Case:
 
     @property
     def seed(self) -> int:
-        return self.facts.get("seed", 0)
+        """Of the weights and inputs, under any of the names that cases have for it.
+
+        Raises `CorruptFile` where they differ.
+        """
+        found = {self.facts[name] for name in ("seed", "weights_seed", "inputs_seed") if name in self.facts}
+        if len(found) > 1:
+            raise CorruptFile(self.folder / "case.json", f"one seed, not {sorted(found)}")
+        return found.pop() if found else 0
 
     @functools.cached_property
     def state(self) -> Mapping[str, Tensor]:

@@ -1,6 +1,8 @@
 """DMT with the ancestors' settings: schedules, teachers by name and file, dry runs of all tasks, collected results."""
 
 import itertools
+import math
+import re
 from functools import partial
 
 import numpy as np
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
 
 from companion.errors import BadCheckpoint, BadParameter, MissingData, MissingWeights
+from companion.evaluation.recipe_parity import InOrder
 from companion.models.dmt import recipe as runs
 from companion.models.dmt import teachers as dmt_teachers
 from companion.models.dmt.model import DMT, Teachers
@@ -41,6 +44,116 @@ def test_schedule_is_the_generic_stage_of_g2sd():
     assert len(rates) == 3000 and rates[0] == 0 and rates.max() == pytest.approx(1.5e-4 * 4096 / 256)
     assert rates[99] == rates.max() and rates[-1] == pytest.approx(2.5e-6, rel=0.01)
     assert runs.recipe("segment")["steps"] == 160_000 and "steps" not in runs.recipe("fine-tune")
+
+
+def blocks(state: dict[str, torch.Tensor], name: str, x: torch.Tensor, heads: int) -> torch.Tensor:
+    """The pre-norm blocks of a ViT, `name`.0 and so on, in plain PyTorch."""
+    for i in range(len({key for key in state if re.fullmatch(rf"{re.escape(name)}\.\d+\.norm1\.weight", key)})):
+
+        def linear(part: str, y: torch.Tensor, i: int = i) -> torch.Tensor:
+            return y @ state[f"{name}.{i}.{part}.weight"].T + state[f"{name}.{i}.{part}.bias"]
+
+        qkv = linear("attn.qkv", norm(state, f"{name}.{i}.norm1", x)).unflatten(-1, (3, heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        attended = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+        x = x + linear("attn.proj", attended.transpose(1, 2).flatten(2))
+        inner = linear("mlp.fc1", norm(state, f"{name}.{i}.norm2", x))
+        x = x + linear("mlp.fc2", inner * (1 + torch.erf(inner / 2**0.5)) / 2)
+    return x
+
+
+def norm(state: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
+    """LayerNorm, eps 1e-6; without affine where there is no `name`."""
+    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
+    return x * state[f"{name}.weight"] + state[f"{name}.bias"] if name else x
+
+
+def embedded(state: dict[str, torch.Tensor], name: str, images: torch.Tensor) -> torch.Tensor:
+    """The tokens that enter the first block: patches of 16 pixels and the [CLS] token, positions added."""
+    kernel, bias = state[f"{name}patch_embed.proj.weight"], state[f"{name}patch_embed.proj.bias"]
+    patches = images.unfold(2, 16, 16).unfold(3, 16, 16).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+    x = torch.cat([state[f"{name}cls_token"].expand(len(images), -1, -1), patches @ kernel.flatten(1).T + bias], 1)
+    return x + state[f"{name}pos_embed"]
+
+
+def written_out(state, trained, images, noises, teachers, r, steps, warmup):
+    """Distillation by the equations, from the tensors of a model: losses of each step; `state` is changed in place."""
+    mean = {name: 0 for name in teachers}
+    square, moments, losses = dict(mean), {name: (0, 0) for name in trained}, []
+    for step in range(steps):
+        x, order = images[step], noises[step].argsort(1)
+        keep = order[:, :49]  # a quarter of 196
+        for name in trained:
+            state[name] = state[name].detach().requires_grad_()
+        whole = embedded(state, "student.", x)
+        visible = whole[:, 1:].take_along_dim(keep[..., None], 1)
+        z = norm(state, "student.norm", blocks(state, "student.blocks", torch.cat([whole[:, :1], visible], 1), 4))
+
+        y = z @ state["decoder.embed.weight"].T + state["decoder.embed.bias"]
+        # all positions get the mask token, and the visible ones their own
+        positions = [
+            torch.stack([y[b, 1 + list(keep[b]).index(i)] if i in keep[b] else state["decoder.mask_token"][0, 0]
+                         for i in range(196)])
+            for b in range(len(x))
+        ]  # fmt: skip
+        y = torch.cat([y[:, :1], torch.stack(positions)], 1) + state["decoder.pos_embed"]
+        y = norm(state, "decoder.norm", blocks(state, "decoder.blocks", y, 4))
+
+        loss = 0
+        for k, name in enumerate(teachers):
+            with torch.no_grad():
+                seen = embedded(state, f"teachers.models.{name}.", x)
+                t = norm(state, "", blocks(state, f"teachers.models.{name}.blocks", seen, 4))
+                share = max(1 / (step + 1), 0.01)
+                mean[name] = (1 - share) * mean[name] + share * t.mean((0, 1))
+                square[name] = (1 - share) * square[name] + share * t.square().mean((0, 1))
+                t = (t - mean[name]) / (square[name] - mean[name] ** 2).sqrt()
+            at = torch.cat([t[:, :1], t[:, 1:].take_along_dim(keep[..., None], 1)], 1)
+            for part, own, target in (("adapters", z, at), ("map_heads", y, t)):
+                gap = (own @ state[f"{part}.{k}.weight"].T + state[f"{part}.{k}.bias"] - target).abs()
+                loss = loss + torch.where(gap < 2, gap**2 / 4, gap - 1).mean() / len(teachers)
+        losses.append(float(loss.detach()))
+
+        lr = r["lr"] * step / (warmup - 1)
+        if step >= warmup:
+            half = (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+            lr = r["final_lr"] + (r["lr"] - r["final_lr"]) * half
+        gradients = torch.autograd.grad(loss, [state[name] for name in trained])
+        for name, g in zip(trained, gradients, strict=True):
+            first, second = moments[name]
+            first, second = 0.9 * first + 0.1 * g, r["beta2"] * second + (1 - r["beta2"]) * g**2
+            moments[name], value = (first, second), state[name].detach()
+            value = value * (1 - lr * r["weight_decay"] * (value.ndim >= 2))
+            step_size = (first / (1 - 0.9 ** (step + 1))) / ((second / (1 - r["beta2"] ** (step + 1))).sqrt() + 1e-8)
+            state[name] = value - lr * step_size
+    return losses
+
+
+def test_a_distillation_is_the_one_written_out(small, monkeypatch):
+    """Six steps in three epochs, one of them warm-up: the same losses and the same changes of the parameters."""
+    few, p = {"epochs": 3, "warmup_epochs": 1}, given()
+    monkeypatch.setattr(runs, "recipe", lambda name, real=runs.recipe: real(name) | few)
+    generator = torch.Generator().manual_seed(0)
+    images, noises = torch.randn(6, 2, 3, 224, 224, generator=generator), torch.rand(6, 2, 196, generator=generator)
+    found = runs.teachers(p)
+    model = runs.build(p, found)
+    start = {name: t.clone() for name, t in model.state_dict().items()}
+    trained = [name for name, t in model.named_parameters() if t.requires_grad]
+    state = dict(start)
+    losses = written_out(state, trained, images, noises, found.names, runs.recipe("distil"), 6, 2)
+
+    masks = iter(noises)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "rand", lambda *size, **options: next(masks))
+        data = InOrder(((image,) for image in images.flatten(0, 1)), 4)
+        history = runs.distil(p, model, data, batch=2)
+    np.testing.assert_allclose([row["loss"] for row in history], losses, rtol=1e-3)
+    for name, after in model.state_dict().items():
+        if name in trained:
+            ours, theirs = after - start[name], state[name] - start[name]
+            if name.endswith("qkv.bias"):  # that of the keys changes no output: its gradient is rounding
+                ours, theirs = (torch.cat([t.chunk(3)[0], t.chunk(3)[2]]) for t in (ours, theirs))
+            assert (ours - theirs).norm() <= 1e-3 * theirs.norm(), name
 
 
 def test_teachers_by_name_and_file(tmp_path, small):
@@ -299,3 +412,13 @@ def test_dry_run_at_full_size(task, tmp_path):
         model = found.build()
         assert len(found.learn(model)) == 2
         assert found.score(model)
+
+
+def test_the_protocol_is_that_of_the_profile(monkeypatch):
+    """Its numbers are read off what is run."""
+    assert "300 epochs" in runs.protocol()["distillation"] and "163,889 and 177,546" in runs.protocol()["detection"]
+    monkeypatch.setattr(runs, "recipe", lambda name, real=runs.recipe: real(name) | {"epochs": 7.0})
+    monkeypatch.setattr(runs, "CROP", (0.5, 1.0))
+    assert "7 epochs" in runs.protocol()["distillation"]
+    assert runs.protocol()["distillation, images"].startswith("crop of 50 to 100 %")
+    assert runs.augment().transforms[0].scale == (0.5, 1.0)

@@ -16,6 +16,8 @@ from companion.evaluation.parity import Case, folder
 from companion.models.layers.vpt import VPT, FineTuning, LinearProbe
 from companion.models.sa2vp import SA2VP, SA2VPSwin, loss
 from companion.models.sa2vp.model import DIRECTIONS, AlignedAttention, neighbourhood, padded_mask
+from companion.models.sa2vp.parity import outputs
+from companion.ops.files import read_json, write_json
 from companion.training.fit import CPU, fit
 from companion.training.schedules import adamw
 from companion.viz.attention import Recorder
@@ -338,3 +340,26 @@ def test_vpt_without_prompts_is_the_backbone():
             model = VPT(backbone, 5, tokens=0, deep=deep).eval()
             expected = model.head(backbone(images(size)))
             torch.testing.assert_close(model(images(size)), expected, rtol=0, atol=2e-6)
+
+
+def test_a_parity_case_of_other_sizes_runs(tmp_path):
+    """A cross-attention of 8 heads on a grid of 5 x 5, seed 3, by a loop over the queries."""
+    source, dim, heads, side = folder() / "sa2vp" / "tiny_cross_attention", 64, 8, 5
+    facts, names = read_json(source / "case.json"), read_json(source / "names.json")
+    facts |= {"config": {"dim": dim, "heads": heads, "grid": [side, side]}, "seed": 3}
+    facts["inputs"] = {"kv": [1, 1 + side**2, dim], "q": [1, 1 + side**2, dim]}
+    facts["outputs"] = {"out_rows": "token rows [0, 1, 13, 25]"}
+    write_json(tmp_path / "case.json", facts)
+    write_json(tmp_path / "names.json", {name: [dim] * len(shape) for name, shape in names.items()})
+    case = Case(tmp_path)
+    linear = {x: (case.state[f"to_{x}.weight"], case.state[f"to_{x}.bias"]) for x in ("q", "k", "v", "out")}
+    inputs = {"q": case.input("q"), "k": case.input("kv"), "v": case.input("kv")}
+    q, k, v = (F.linear(inputs[x], *linear[x])[0].unflatten(-1, (heads, -1)).transpose(0, 1) for x in "qkv")
+    rows = []
+    for j in (0, 1, 13, 25):
+        y, x = divmod(j - 1, side)
+        near = [n for n in range(1, 26) if max(abs((n - 1) // side - y), abs((n - 1) % side - x)) <= 1]
+        near = list(range(26)) if j == 0 else near
+        scores = (q[:, j, None] * k[:, near]).sum(-1) / math.sqrt(dim // heads)
+        rows.append((scores.softmax(-1)[..., None] * v[:, near]).sum(1).flatten())
+    torch.testing.assert_close(outputs(case)["out_rows"][0], F.linear(torch.stack(rows), *linear["out"]))

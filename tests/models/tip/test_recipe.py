@@ -19,6 +19,7 @@ from companion.data.degradations import BLIND
 from companion.data.restoration import TASKS, Degraded
 from companion.errors import BadCheckpoint, CorruptFile, MissingData, MissingWeights
 from companion.evaluation.metrics.restoration import psnr, ssim
+from companion.evaluation.recipe_parity import InOrder
 from companion.models.tip import TIPPipeline, load_adaptor, recipe, save_adaptor
 from companion.models.tip import model as tip
 from companion.models.tip import pipeline as tip_pipeline
@@ -112,6 +113,77 @@ def test_gradients_that_are_added_up_are_those_of_the_whole_batch(data: Degraded
     # Adam divides by the gradient's size: rounding of a tiny one moves a weight by at most a learning rate each step
     assert all((whole[n] - t).abs().max() <= 3 * 2e-5 for n, t in parts.items())
     torch.testing.assert_close(parts["branch.controlnet_mid_block.bias"], whole["branch.controlnet_mid_block.bias"])
+
+
+def written_out(pipe, samples, draws, steps: int, batch: int, lr: float, warmup: int) -> list[float]:
+    """The training of an adaptor by the equations, in place: the loss of each step. `draws`: u and noise of each."""
+    facts = pipe.scheduler.config
+    assert facts.beta_schedule == "scaled_linear"
+    betas = torch.linspace(facts.beta_start**0.5, facts.beta_end**0.5, 1000, dtype=torch.float64) ** 2
+    root = (1 - betas).cumprod(0).sqrt()
+    if facts.rescale_betas_zero_snr:  # at the last time nothing of the image is left (Lin et al., WACV 2024)
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    kept = root.square().float()
+    parameters = [t for t in pipe.adaptor.parameters() if t.requires_grad]
+    moments, losses = [(0, 0)] * len(parameters), []
+    for step in range(steps):
+        some = samples[step * batch : (step + 1) * batch]
+        clean, y = (2 * torch.stack([s[i] for s in some]) - 1 for i in (0, 1))
+        u, noise = draws[step]
+        with torch.no_grad():
+            z = pipe.vae.encode(clean).latent_dist.mean * pipe.vae.config.scaling_factor
+            c_s, c_r = pipe.states([s.semantic for s in some]), pipe.states([s.restoration for s in some])
+        t = (1000 * u).long()
+        a, b = (share.sqrt()[:, None, None, None] for share in (kept[t], 1 - kept[t]))
+        target = {"epsilon": noise, "sample": z, "v_prediction": a * noise - b * z}[facts.prediction_type]
+        loss = (pipe.model(a * z + b * noise, t, c_s, c_r, y) - target).square().mean()
+        losses.append(float(loss.detach()))
+        gradients = torch.autograd.grad(loss, parameters)
+        norm = sum(g.square().sum() for g in gradients).sqrt()
+        rate = lr * min(1, step / (warmup - 1))
+        for i, (p, g) in enumerate(zip(parameters, gradients, strict=True)):
+            g = g * torch.clamp(1.0 / (norm + 1e-6), max=1)
+            moments[i] = 0.9 * moments[i][0] + 0.1 * g, 0.999 * moments[i][1] + 0.001 * g**2
+            first, second = moments[i][0] / (1 - 0.9 ** (step + 1)), moments[i][1] / (1 - 0.999 ** (step + 1))
+            with torch.no_grad():  # all tensors decay
+                p.mul_(1 - rate * 1e-2).sub_(rate * first / (second.sqrt() + 1e-8))
+    return losses
+
+
+@pytest.mark.parametrize("predicted", ["epsilon", "sample", "v_prediction"])
+def test_a_training_is_the_one_written_out(predicted: str, data: Degraded, monkeypatch) -> None:
+    """Six steps, three of them warm-up: the same losses and the same changes of the adaptor."""
+    steps, batch, lr = 6, 2, 1e-3
+    fixed = Degraded(data.pictures, 32, **TASKS["parameterised"])
+    samples = [fixed[i % 6] for i in range(steps * batch)]
+    generator = torch.Generator().manual_seed(0)
+    latents = tip.to_latents(small_pipe().vae, torch.zeros(batch, 3, 32, 32)).shape
+    draws = [(torch.rand(batch, generator=generator), torch.randn(latents, generator=generator)) for _ in range(steps)]
+
+    def untrained() -> TIPPipeline:
+        pipe = small_pipe()
+        pipe.scheduler.register_to_config(prediction_type=predicted)
+        return pipe
+
+    pipe = untrained()
+    start = weights(pipe)
+    losses = written_out(pipe, samples, draws, steps, batch, lr, 3)
+    expected = weights(pipe)
+
+    pipe, uniform, normal = untrained(), iter([u for u, _ in draws]), iter([noise for _, noise in draws])
+    monkeypatch.setattr(recipe, "LEARNING_RATE", lr)  # the published one moves weights by less than their rounding
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "rand", lambda *size, **options: next(uniform))
+        patch.setattr(torch, "randn_like", lambda *like, **options: next(normal))
+        p = given(dry_run=False)
+        history = recipe.train(p, pipe, InOrder(samples, steps * batch), epochs=1, batch=batch, warmup=3)
+    assert [row["loss"] for row in history] == pytest.approx(losses, rel=1e-3)
+    after, still = weights(pipe), 0
+    for name, tensor in after.items():
+        ours, theirs = tensor - start[name], expected[name] - start[name]
+        assert (ours - theirs).norm() <= 1e-3 * theirs.norm(), (name, float((ours - theirs).norm() / theirs.norm()))
+        still += not ours.any()
+    assert still < len(after) / 10
 
 
 def test_a_killed_training_resumes_to_the_same_bits_and_its_adaptor_is_saved(released: Path, tmp_path, monkeypatch):
@@ -308,3 +380,12 @@ def test_dry_run_at_the_size_of_stable_diffusion() -> None:
     assert time.monotonic() - start < 300
     assert float(done.stdout.splitlines()[-1]) < 12_000
     assert done.stderr == ""
+
+
+def test_the_protocol_is_that_of_the_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its numbers are read off what is run."""
+    found = recipe.protocol()
+    assert found["optimiser"] == "AdamW, betas 0.9 and 0.999, 1e-05, decay 0.01 on all tensors"
+    assert found["prompts"] == f'"{BLIND}" for 0.5 of the other samples; no semantic prompt for 0.3'
+    monkeypatch.setattr(recipe, "LEARNING_RATE", 0.5)
+    assert "0.5, decay" in recipe.protocol()["optimiser"]

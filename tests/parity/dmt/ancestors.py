@@ -10,6 +10,7 @@ OliverRensu/TinyMIM at d084705. `companion.models.dmt.parity` loads this file.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 
 import torch
@@ -25,6 +26,7 @@ from companion.models.layers.mae import random_mask
 from companion.models.layers.state_dicts import load_official
 
 Inputs = Callable[[str], Tensor]
+Part = Callable[[Case, str, Tensor, int], Tensor]
 
 
 def _named(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -47,25 +49,48 @@ def _norm(tokens: Tensor) -> Tensor:
     return F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
 
 
-def g2sd(case: Case, given: Inputs) -> dict[str, Tensor]:
-    """Teacher and student, both masked autoencoders, see the same visible patches; of the teacher's 8 decoder blocks 4
-    are run. The released loss is that of the decoder; of the other two one has weight 0, one is never called."""
+def _heads(facts: object, usual: int | None = None) -> int | None:
+    """Heads of an encoder in case.json: of a dict, or of a text with (width, depth, heads)."""
+    if isinstance(facts, Mapping):
+        return facts.get("heads", facts.get("num_heads", usual))
+    found = re.search(r"\(\d+, *\d+, *(\d+)\)", str(facts))
+    return int(found[1]) if found else usual
+
+
+def _autoencoder(state: Mapping[str, Tensor], facts: object, ratio: float) -> MAE:
+    """A masked autoencoder; its decoder has the heads of case.json, or one for 32 channels, as all of G2SD's do."""
+    heads = len(state["decoder_embed.weight"]) // 32
+    if isinstance(facts, Mapping):
+        heads = facts.get("decoder_heads", facts.get("decoder_num_heads", heads))
+    elif found := re.search(r"decoder.* (\d+) heads", str(facts)):
+        heads = int(found[1])
+    model = MAE.from_official(state, _heads(facts), heads)
+    model.mask_ratio = ratio
+    return model
+
+
+def g2sd(case: Case, given: Inputs, part: Part) -> dict[str, Tensor]:
+    """Teacher and student, both masked autoencoders, see the same visible patches; of the teacher's decoder blocks only
+    the first are run. The released loss is that of the decoder; of the other two one has weight 0, one is never
+    called."""
+    config = case.facts["config"]
     own, heads = _named(case.state, "student."), ("encoderfeature_pred", "decoderfeature_pred")
-    teacher = MAE.from_official(_named(case.state, "teacher."), decoder_heads=16)
-    student = MAE.from_official(_without(_without(own, heads[0]), heads[1]), decoder_heads=8)
+    teacher = _autoencoder(_named(case.state, "teacher."), config["teacher"], config["mask_ratio"])
+    student = _autoencoder(_without(_without(own, heads[0]), heads[1]), config["student"], config["mask_ratio"])
     widths = [(m.encoder.width, m.decoder.embed.out_features) for m in (student, teacher)]
     predict = [_mlp(*sizes, _named(own, f"{head}.")) for *sizes, head in zip(*widths, heads, strict=True)]
     images, noise = given("image"), given("mask_noise")
     keep, hidden = random_mask(noise, visible(student.encoder.patches, student.mask_ratio))
 
     def run(vit: ViT) -> tuple[Tensor, list[Tensor]]:
-        """The last block's output before the norm, and the nine relations of queries, keys and values in 4 heads."""
+        """The last block's output before the norm, and the nine relations of queries, keys and values."""
         x = vit.hidden(images, (-2,), keep)[0]
-        qkv = vit.qkv(x).transpose(2, 3).flatten(3).unflatten(3, (4, -1)).transpose(2, 3)
+        qkv = vit.qkv(x).transpose(2, 3).flatten(3).unflatten(3, (config.get("relation_heads", 4), -1)).transpose(2, 3)
         return vit.blocks[-1](x), [a @ b.mT * a.shape[-1] ** -0.5 for a in qkv for b in qkv]
 
     (seen, relations), (tokens, student_relations) = run(teacher.encoder), run(student.encoder)
-    target, target_encoder = _norm(teacher.decoder.hidden(teacher.encoder.norm(seen), keep, 4)), _norm(seen)
+    first = config["teacher_decoder_block"]
+    target, target_encoder = _norm(teacher.decoder.hidden(teacher.encoder.norm(seen), keep, first)), _norm(seen)
     z = student.encoder.norm(tokens)
     predicted_encoder, predicted = predict[0](z), predict[1](student.decoder.hidden(z, keep))
     divergences = [
@@ -74,23 +99,23 @@ def g2sd(case: Case, given: Inputs) -> dict[str, Tensor]:
     ]
     return {
         "mask": hidden,
-        "student_encoder_pred": predicted_encoder[:, ::4, :64],
-        "target_encoder": target_encoder[:, ::4, :64],
+        "student_encoder_pred": part(case, "student_encoder_pred", predicted_encoder, 4),
+        "target_encoder": part(case, "target_encoder", target_encoder, 4),
         "loss_encoder": F.smooth_l1_loss(predicted_encoder, target_encoder, beta=2.0),
-        "student_decoder_pred": predicted[:, ::4, :64],
-        "target_decoder": target[:, ::4, :64],
+        "student_decoder_pred": part(case, "student_decoder_pred", predicted, 4),
+        "target_decoder": part(case, "target_decoder", target, 4),
         "loss_decoder": F.smooth_l1_loss(predicted, target, beta=2.0),
         "relation_loss": torch.stack(divergences).mean(),
     }
 
 
-def dmae(case: Case, given: Inputs) -> dict[str, Tensor]:
+def dmae(case: Case, given: Inputs, part: Part) -> dict[str, Tensor]:
     """Masked modelling of pixels, and one block's features as a teacher's, both of unit length, by L1."""
     config, start = case.facts["config"], "aligned_feature_projection_heads.0."
     own, trace, inner = _named(case.state, "student."), {}, []
-    teacher = ViT.from_official(_named(case.state, "teacher."))
-    student = MAE.from_official(_without(own, start), decoder_heads=4)
-    student.normalise = False
+    teacher = ViT.from_official(_named(case.state, "teacher."), _heads(config["teacher"]))
+    student = _autoencoder(_without(own, start), config["student"], config["mask_ratio"])
+    student.normalise = config.get("norm_pix_loss", False)
     head = _mlp(student.encoder.width, teacher.width, _named(own, start))
     block = student.encoder.blocks[config["student"]["aligned_block"]]
     with block.register_forward_hook(lambda module, inputs, output: inner.append(output)):
@@ -99,16 +124,18 @@ def dmae(case: Case, given: Inputs) -> dict[str, Tensor]:
     return {
         "ids_keep": trace["keep"],
         "teacher_block": seen,
-        "pred": trace["pixels"][:, ::4, :64],
+        "pred": part(case, "pred", trace["pixels"], 4),
         "loss_pixel": pixel,
         "loss_embedding": F.l1_loss(F.normalize(head(inner[0]), dim=-1), F.normalize(seen, dim=-1)),
     }
 
 
-def tinymim(case: Case, given: Inputs) -> dict[str, Tensor]:
+def tinymim(case: Case, given: Inputs, part: Part) -> dict[str, Tensor]:
     """Nothing is masked; the student's last block learns the relations of the teacher's, with as many heads."""
-    teacher = ViT.from_official(_named(case.state, "teacher."))
-    student = ViT.from_official(_named(case.state, "student."), 6, last_heads=teacher.heads)
+    config, own = case.facts["config"], _named(case.state, "student.")
+    teacher = ViT.from_official(_named(case.state, "teacher."), _heads(config["teacher"]))
+    usual = own["cls_token"].shape[-1] // 32
+    student = ViT.from_official(own, _heads(config["student"], usual), last_heads=teacher.heads)
     vits = {"teacher": teacher, "student": student}
     qkv = {name: vit.qkv(vit.hidden(given("image"), (-2,))[0]) for name, vit in vits.items()}
     rows = {

@@ -39,6 +39,7 @@ from .vit import ViT
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of all released teachers
 IGNORED = 255
+RAND_AUGMENT, ERASING = "rand-m9-mstd0.5-inc1", 0.25  # of fine-tuning [anc: MAE]
 
 
 def like(vit: ViT, drop_path: float = 0.0) -> ViT:
@@ -123,9 +124,9 @@ def train_transform(size: int = 224, mean: Sequence[float] = MEAN, std: Sequence
         size,
         is_training=True,
         color_jitter=None,
-        auto_augment="rand-m9-mstd0.5-inc1",
+        auto_augment=RAND_AUGMENT,
         interpolation="bicubic",
-        re_prob=0.25,
+        re_prob=ERASING,
         re_mode="pixel",
         mean=mean,
         std=std,

@@ -5,6 +5,7 @@ DMT itself has no public code. Checked are the models it distils from, and the a
 
 from __future__ import annotations
 
+import re
 import types
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -48,54 +49,65 @@ def read(path: str | Path) -> dict[str, Tensor]:
     return encoder_state(state) if wrapped else state
 
 
+def part(case: Case, name: str, tokens: Tensor, usual: int) -> Tensor:
+    """Of tokens (B, N, D) what was recorded: every `usual`-th unless case.json has another step, the first channels."""
+    recorded = case.recorded[name].shape
+    told = re.search(r"every (\d+)", str(case.facts.get("outputs", {}).get(name, "")))
+    step, count = int(told[1]) if told else usual, tokens.shape[-2]
+    if -(-count // step) != recorded[-2]:
+        step = next((step for step in range(1, count + 1) if -(-count // step) == recorded[-2]), usual)
+    return tokens[..., ::step, : recorded[-1]]
+
+
 def _mae(case: Case) -> dict[str, Tensor]:
     config = case.facts["config"]
     trace: dict[str, Tensor] = {}
     model = MAE.from_official(case.state, config["num_heads"], config["decoder_num_heads"])
+    model.mask_ratio, model.normalise = config.get("mask_ratio", 0.75), config.get("norm_pix_loss", True)
     images = case.input("image")
     noise = case.input("mask_noise")
     loss, full = model(images, noise, trace), model.encoder(images)
     return {
         "mask": trace["hidden"],
         "ids_restore": noise.argsort(1).argsort(1),
-        "latent": trace["latent"][..., :64],
+        "latent": part(case, "latent", trace["latent"], 1),
         "latent_cls": trace["latent"][:, 0],
-        "pred": trace["pixels"][:, ::4, :64],
+        "pred": part(case, "pred", trace["pixels"], 4),
         "loss": loss,
-        "full_tokens": full[:, 1::4, :64],
+        "full_tokens": part(case, "full_tokens", full[:, 1:], 4),
         "full_cls": full[:, 0],
     }
 
 
 def _moco(case: Case) -> dict[str, Tensor]:
-    tokens = ViT.from_official(case.state, case.facts["config"]["num_heads"])(case.input("image"))
-    return {"cls": tokens[:, 0], "tokens": tokens[:, 1::3, :96]}
+    tokens = ViT.from_official(case.state, case.facts["config"].get("num_heads"))(case.input("image"))
+    return {"cls": tokens[:, 0], "tokens": part(case, "tokens", tokens[:, 1:], 3)}
 
 
 def _ibot(case: Case) -> dict[str, Tensor]:
     model = ViT.from_official(case.state, case.facts["config"]["num_heads"])
     images, mask = case.input("image"), case.input("mask") > 0.3
     clean, masked, other = model(images), model(images, masked=mask), model(case.input("image_other"))
-    last = model.hidden(images[:1], range(-4, 0))
+    last = model.hidden(images[:1], range(-len(case.recorded["inter_cls"]), 0))
     return {
         "cls": clean[:, 0],
-        "tokens": clean[:, 1::3, :64],
+        "tokens": part(case, "tokens", clean[:, 1:], 3),
         "masked_cls": masked[:, 0],
-        "masked_tokens": masked[:, 1::3, :64],
+        "masked_tokens": part(case, "masked_tokens", masked[:, 1:], 3),
         "last_attention_cls": model.attention(images[:1]),
         "other_size_cls": other[:, 0],
-        "other_size_tokens": other[:, 1:, :64],
+        "other_size_tokens": part(case, "other_size_tokens", other[:, 1:], 1),
         "inter_cls": torch.cat([model.norm(x)[:, 0] for x in last]),
     }
 
 
 def _dino(case: Case) -> dict[str, Tensor]:
-    model = ViT.from_official(case.state)
+    model = ViT.from_official(case.state, case.facts["config"].get("num_heads"))
     images = case.input("image")
     tokens = model(images)
     return {
         "cls": tokens[:, 0],
-        "tokens": tokens[:, 1::3, :64],
+        "tokens": part(case, "tokens", tokens[:, 1:], 3),
         "last_attention_cls": model.attention(images),
         "other_size_cls": model(case.input("image_other"))[:, 0],
     }
@@ -103,7 +115,8 @@ def _dino(case: Case) -> dict[str, Tensor]:
 
 def _tables(case: Case) -> dict[str, Tensor]:
     config = case.facts["config"]
-    return {kind: sincos_table(config["embed_dim"], config["grid"], kind)[0, ::5] for kind in ("mae", "mocov3")}
+    tables = {kind: sincos_table(config["embed_dim"], config["grid"], kind)[0] for kind in ("mae", "mocov3")}
+    return {kind: part(case, kind, table, 5) for kind, table in tables.items() if kind in case.recorded}
 
 
 def _head(case: Case) -> dict[str, Tensor]:
@@ -132,10 +145,11 @@ def _contrast(case: Case) -> dict[str, Tensor]:
 
 def _ibot_loss(case: Case) -> dict[str, Tensor]:
     config = case.facts["config"]
-    # epoch 5 of 30 of the warm-up from 0.04 to 0.07
-    temperature = 0.04 + 0.03 * 5 / 29
-    loss = dino.Loss(64, student=config["student_temp"], teacher=temperature, momentum=config["center_momentum"])
-    loss.centre, loss.patch_centre = 0.1 * case.input("center"), 0.1 * case.input("center2")
+    (temperature,) = {value for name, value in config.items() if name.startswith(("teacher_temp", "patch_temp"))}
+    centre, patch_centre = 0.1 * case.input("center"), 0.1 * case.input("center2")
+    outputs = centre.shape[-1]
+    loss = dino.Loss(outputs, student=config["student_temp"], teacher=temperature, momentum=config["center_momentum"])
+    loss.centre, loss.patch_centre = centre, patch_centre
     keys = ("student_cls", "student_local_cls", "teacher_cls", "student_patch", "teacher_patch")
     student, local, teacher, student_patches, teacher_patches = (case.input(key) for key in keys)
     masks = (case.input("mask") > 0.3).flatten(1)
@@ -155,4 +169,4 @@ def _ancestor(case: Case) -> dict[str, Tensor]:
     """By the checkout's `tests/parity/dmt/ancestors.py`: the library itself needs none of them."""
     module = types.ModuleType("dmt_ancestors")
     SourceFileLoader(module.__name__, str(folder() / "dmt" / "ancestors.py")).exec_module(module)
-    return module.CASES[case.name.partition("_")[0]](case, case.input)
+    return module.CASES[case.name.partition("_")[0]](case, case.input, part)

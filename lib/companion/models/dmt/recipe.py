@@ -24,6 +24,7 @@ from ...data.pretraining_sets import ADE20K, COCO, IMAGENET
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics import detection, landcover
 from ...evaluation.tables import published_table, upsert_rows, with_measured
+from ...ops.papers import paper
 from ...ops.progress import progress
 from ...training.checkpoints import Checkpoint, checkpoint_key, save
 from ...training.fit import Hardware, History, apart, device, evaluating, fit, predict
@@ -42,6 +43,7 @@ EVERY = 200  # steps between checkpoints
 LOSSES = {"token and map": (1, 1, 0), "token": (1, 0, 0), "map": (0, 1, 0), "with relations": (1, 1, 1)}
 USUAL = {"distil": IMAGENET, "fine-tune": IMAGENET, "linear probe": IMAGENET, "detect": COCO, "segment": ADE20K}
 SIZES = {"detect": 1024, "segment": 512}  # sides of training crops, in pixels
+CROP = (0.2, 1.0)  # share of an image that a crop of distillation has
 DRY_BATCH = 2
 TEST_BATCH = 8  # images of a detector's test
 DRY_CLASSES = {"fine-tune": 1000, "linear probe": 10, "detect": 80, "segment": 150}  # ten can be probed on twenty
@@ -73,6 +75,42 @@ def recipe(task: str) -> dict[str, float]:
     """The settings of a task in the paper's YAML, G2SD's and MAE's; those that it has."""
     row = published_table("dmt", "recipe").set_index("method").loc[task]
     return {name: float(value) for name, value in row.items() if not np.isnan(value)}
+
+
+def protocol() -> dict[str, str]:
+    """What the `paper` profile runs, a fact a row. DMT's own settings could not be found: these are its ancestors'."""
+    distil, tune, probe, detect, segment = (recipe(task) for task in USUAL)
+    mixup, cutmix, smoothing = down.mixed_loss.__defaults__ or ()
+    crop = " to ".join(f"{100 * share:.0f}" for share in CROP)
+
+    def adam(r: Mapping[str, float]) -> str:
+        decay = f"decay {r['weight_decay']:g}" + (f", layer decay {r['layer_decay']:g}" if "layer_decay" in r else "")
+        return f"AdamW, betas 0.9 and {r['beta2']:g}, {r['lr']:g} for batch {r['batch']:g}, {decay}"
+
+    def cosine(r: Mapping[str, float]) -> str:
+        return f"{r['warmup_epochs']:g} epochs of warm-up, cosine to {r['final_lr']:g}, {r['epochs']:g} epochs"
+
+    mixed = f"mixup {mixup:g}, cutmix {cutmix:g}, smoothing {smoothing:g}"
+    steps = f"{detect['steps']:,.0f} steps, x 0.1 at {' and '.join(f'{step:,}' for step in DROPS)}"
+    linear = f"{segment['steps']:,.0f} steps, linear to {segment['final_lr']:g}"
+    return {
+        "source": "DMT's own settings were not found; distillation and dense tasks as G2SD, fine-tuning as MAE",
+        "distillation": f"{adam(distil)}; {cosine(distil)}",
+        "distillation, images": f"crop of {crop} % to 224, bicubic, flip; ImageNet's mean and std",
+        "distillation, losses": "smooth L1 on tokens and feature maps, targets standardised by channel (ours)",
+        "fine-tuning": f"{adam(tune)}; {cosine(tune)}; drop path {tune['drop_path']:g}",
+        "fine-tuning, images": f"{down.RAND_AUGMENT}, erasing {down.ERASING:g}, {mixed}",
+        "linear probe": f"SGD with momentum, {probe['lr']:g} for batch {probe['batch']:g}; {cosine(probe)} (ours)",
+        "detection": f"Mask R-CNN on a simple pyramid, {SIZES['detect']} pixels; {adam(detect)}; {steps}",
+        "segmentation": f"UPerNet, {SIZES['segment']} pixels; {adam(segment)}; {linear}",
+        "last images of an epoch": "left out, too few for a batch; others in each epoch",
+        "precision": f"{paper('dmt')['precision']} on a GPU (ours)",
+        "test images": "short side 256, centre crop of 224, bicubic",
+        "selection": "the last step, everywhere; MAE's code reports the best epoch on the test set",
+        "seeds": "the parameter seed; how many runs the paper averages was not found",
+        "sweep": "none found",
+        "metric": "top-1; box and mask AP; mIoU",
+    }
 
 
 def named(text: str) -> list[str]:
@@ -129,7 +167,7 @@ def build(p: SimpleNamespace, found: Teachers) -> DMT:
 
 def augment(size: int = 224) -> v2.Transform:
     """G2SD's, of tensors in [0, 1]: a crop of 20 to 100 %, bicubic, a flip, ImageNet's mean and std."""
-    crop = v2.RandomResizedCrop(size, (0.2, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True)
+    crop = v2.RandomResizedCrop(size, CROP, interpolation=InterpolationMode.BICUBIC, antialias=True)
     # bicubic overshoots a little
     inside = v2.Lambda(functools.partial(torch.clamp, min=0, max=1))
     return v2.Compose([crop, inside, v2.RandomHorizontalFlip(), v2.Normalize(list(down.MEAN), list(down.STD))])

@@ -35,6 +35,8 @@ from ..layers.vpt import PLAIN_VIT, plain_vit
 
 ATTENTION = ("aligned", "padded")
 DIRECTIONS = ("both", "prompt to image", "image to prompt", "none")
+PROMPT_WEIGHT = 0.2  # of the prompt pathway in the loss, as released
+DROPOUT = 0.1
 
 Pathways = tuple[Tensor, Tensor]  # of the image and of the prompt
 
@@ -43,8 +45,10 @@ def _last(pathways: Iterator[Pathways]) -> Pathways:
     return deque(pathways, maxlen=1).pop()  # those before it are freed as they come
 
 
-def two_pathway_loss(logits_image: Tensor, logits_prompt: Tensor, target: Tensor, prompt_weight: float = 0.2) -> Tensor:
-    """(1 - w) CE(image pathway) + w CE(prompt pathway), w = 0.2 as released. Logits (b, classes), target (b,)."""
+def two_pathway_loss(
+    logits_image: Tensor, logits_prompt: Tensor, target: Tensor, prompt_weight: float = PROMPT_WEIGHT
+) -> Tensor:
+    """(1 - w) CE(image pathway) + w CE(prompt pathway). Logits (b, classes), target (b,)."""
     on_image, on_prompt = F.cross_entropy(logits_image, target), F.cross_entropy(logits_prompt, target)
     return (1 - prompt_weight) * on_image + prompt_weight * on_prompt
 
@@ -158,7 +162,7 @@ class TwoPathways(OfficialModel):
         attention: str = "aligned",
         radius: int | None = 1,
         direction: str = "both",
-        dropout: float = 0.1,
+        dropout: float = DROPOUT,
         frozen_dropout: bool = True,
     ):
         super().__init__()
@@ -465,7 +469,8 @@ class SA2VPSwin(TwoPathways):
         nn.init.trunc_normal_(self.prompt, std=0.02)
         for layer in (self.prompt_proj, self.head, *(x for a in self.adapters for x in (a.down, a.up))):
             nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+            if layer is not self.head:  # its bias starts as PyTorch draws it, uniform in +-1 / sqrt(channels)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, images: Tensor) -> Pathways:
         """Classify images (b, 3, H, W) by both pathways: two (b, classes); the first is the prediction."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
+
 import torch
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -11,10 +15,6 @@ from torch.nn import functional as F
 from ...evaluation.parity import Case, run
 from ...training.schedules import learning_rates
 from .model import SA2VP, SA2VPSwin, two_pathway_loss
-
-ROWS = [0, 1, 14, 15, 98, 105, 183, 196]  # [CLS], corners, edges and inner patches of a 14x14 grid
-SWIN_ROWS = [0, 13, 14, 97, 104, 182, 195]
-DEEP_ROWS = [0, 1, 105, 196]
 
 
 def outputs(case: Case) -> dict[str, Tensor]:
@@ -30,6 +30,11 @@ def outputs(case: Case) -> dict[str, Tensor]:
     return run(kinds, case, case.facts["module"])  # the authors' class and file
 
 
+def _rows(case: Case, output: str) -> list[int]:
+    """The token rows that were recorded of an output, from its description in case.json."""
+    return json.loads(re.findall(r"rows (\[[\d, ]+\])", case.facts["outputs"][output])[0])
+
+
 def _attention(case: Case) -> str:
     return "padded" if "_acc.py" in case.facts["module"] else "aligned"
 
@@ -39,14 +44,13 @@ def _single_block(case: Case, swin: bool) -> nn.Module:
     config, state = case.facts["config"], case.state
     dim, heads = config["dim"], config["heads"]
     options = dict(width=config.get("inter_dim", 1), attention=_attention(case))
+    side = math.isqrt(case.input("kv").shape[1])  # of the grid; a [CLS] token does not change it
     if swin:
-        backbone = SwinTransformer(
-            img_size=56, embed_dim=dim, depths=(3,), num_heads=(heads,), window_size=7, num_classes=0
-        )
+        size = {"img_size": 4 * side, "window_size": 7 if side % 7 == 0 else side}
+        backbone = SwinTransformer(embed_dim=dim, depths=(3,), num_heads=(heads,), num_classes=0, **size)
         model = SA2VPSwin(backbone, 1, stage=0, **options)
     else:
-        heads = dim // 64 if heads == 1 else heads  # the padded variant joins the heads itself
-        backbone = VisionTransformer(img_size=224, embed_dim=dim, depth=3, num_heads=heads, num_classes=0)
+        backbone = VisionTransformer(img_size=16 * side, embed_dim=dim, depth=3, num_heads=heads, num_classes=0)
         model = SA2VP(backbone, 1, **options)
     block = _first_block(model)
     prefix = "attn." if "attn.to_out.weight" in state else ""
@@ -82,18 +86,17 @@ def _attended(model: nn.Module, kv: Tensor, q: Tensor) -> Tensor:
 @torch.no_grad()
 def _cross_attention(case: Case) -> dict[str, Tensor]:
     model = _single_block(case, swin=False)
-    return {"out_rows": _attended(model, case.input("kv"), case.input("q"))[:, ROWS]}
+    return {"out_rows": _attended(model, case.input("kv"), case.input("q"))[:, _rows(case, "out_rows")]}
 
 
 @torch.no_grad()
 def _cross_block(case: Case) -> dict[str, Tensor]:
     swin = "swin" in case.facts["module"]
-    rows = SWIN_ROWS if swin else ROWS
     model, kv, q = _single_block(case, swin), case.input("kv"), case.input("q")
     norm = _first_block(model).norm1
     attended = _attended(model, *(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, 1e-6) for x in (kv, q)))
-    recorded = attended[: len(case.recorded["attn_rows"]), rows]
-    return {"attn_rows": recorded, "out_rows": model.adapters[0](q + attended)[:, rows]}
+    recorded = attended[: len(case.recorded["attn_rows"]), _rows(case, "attn_rows")]
+    return {"attn_rows": recorded, "out_rows": model.adapters[0](q + attended)[:, _rows(case, "out_rows")]}
 
 
 @torch.no_grad()
@@ -101,7 +104,7 @@ def _embeddings(case: Case) -> dict[str, Tensor]:
     config, state = case.facts["config"], case.state
     dim = state["cls_token"].shape[-1]
     backbone = VisionTransformer(
-        img_size=config["image"], patch_size=config["patch"], embed_dim=dim, depth=3, num_heads=dim // 64, num_classes=0
+        img_size=config["image"], patch_size=config["patch"], embed_dim=dim, depth=3, num_heads=1, num_classes=0
     )
     model = SA2VP(backbone, 1, config["inter_dim"]).eval()
     backbone = model.backbone
@@ -111,7 +114,8 @@ def _embeddings(case: Case) -> dict[str, Tensor]:
         getattr(backbone.patch_embed.proj, kind).data = state[f"patch_embeddings.{kind}"]
         getattr(model.prompt_proj, kind).data = state[f"ppt_proj.{kind}"]
     image, prompt = model.embed(case.input("image"))
-    return {"image_tokens_rows": image[:, ROWS], "prompt_tokens_rows": prompt[:, ROWS]}
+    found = {"image_tokens_rows": image, "prompt_tokens_rows": prompt}
+    return {name: tokens[:, _rows(case, name)] for name, tokens in found.items()}
 
 
 def _loss_and_schedule(case: Case) -> dict[str, Tensor]:
@@ -147,15 +151,15 @@ def _vit(case: Case) -> dict[str, Tensor]:
     model = SA2VP.from_official(
         case.state, heads=config["heads"], patch=config["patch"], scale=config["add_scale"], attention=_attention(case)
     )
-    images, found = case.input("image"), {}
+    images, found, rows = case.input("image"), {}, _rows(case, "*_into_blockN")
     fusion = _outputs(dict(enumerate(model.adapters)))
     with torch.no_grad():
         tokens = model.forward_intermediates(images)
     for i, pathways in enumerate(tokens):
-        found[f"fusion_block{i}"] = fusion[i][0][:1, DEEP_ROWS]
+        found[f"fusion_block{i}"] = fusion[i][0][:1, rows]
         after = f"into_block{i + 1}" if i + 1 < config["depth"] else "last"
         for pathway, x in zip(("image", "prompt"), pathways, strict=True):
-            found[f"{pathway}_tokens_{after}"] = x[:1, DEEP_ROWS]
+            found[f"{pathway}_tokens_{after}"] = x[:1, rows]
     return found | _gradients(model, case, *model(images))
 
 

@@ -7,6 +7,7 @@ The paper's recipe is not known; the one here is ours (section 5 of the spec): t
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,11 +23,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from ...data import DATASETS, restoration
-from ...data.degradations import Recipe
+from ...data.degradations import BLIND, KINDS, Recipe
 from ...data.restoration import Degraded, Sample
 from ...errors import BadParameter
 from ...evaluation.metrics.restoration import perceptual, psnr, ssim
 from ...evaluation.tables import upsert_rows
+from ...ops.papers import paper
 from ...training.callbacks import ClipNorm
 from ...training.checkpoints import Checkpoint
 from ...training.fit import CPU, Hardware, History, device, evaluating, fit
@@ -77,6 +79,33 @@ class Setting:
     train: Callable[..., History] | None
     test: Dataset
     restore: Callable[..., Tensor]
+
+
+def protocol() -> dict[str, str]:
+    """What the `paper` profile runs, a fact a row. The paper's own settings could not be found: these are ours."""
+    drawn, dice = Recipe(), inspect.signature(Degraded).parameters
+    blind, own, empty = (dice[name].default for name in ("share_blind", "blind_prompt", "no_caption"))
+    ranges = (f"{kind} {' to '.join(f'{end:g}' for end in getattr(drawn, kind))}" for kind in KINDS)
+    return {
+        "source": "the paper's settings were not found; these are ours but for the order of the degradations (figure)",
+        "optimiser": f"AdamW, betas 0.9 and 0.999, {LEARNING_RATE:g}, decay {WEIGHT_DECAY:g} on all tensors",
+        "schedule": f"linear from 0 over {WARMUP} steps, then constant",
+        "gradients": f"clipped to a norm of {MAX_NORM:g}",
+        "batch": f"{BATCH}, in parts of {MICRO_BATCH}",
+        "epochs": f"{EPOCHS}",
+        "last images of an epoch": "left out, too few for a batch; others in each epoch",
+        "loss": "mean squared error of the predicted noise, or of what the scheduler says",
+        "precision": f"{paper('tip')['precision']} on a GPU",
+        "images": "the parameter size (512), a random square and a flip in training, the middle square in the test",
+        "degradations": f"{drawn.passes} passes, each operation left out with {drawn.skip:g}; {', '.join(ranges)}",
+        "blind samples": f"{blind:g} by Real-ESRGAN's pipeline",
+        "prompts": f'"{BLIND}" for {own:g} of the other samples; no semantic prompt for {empty:g}',
+        "sampler": "DDIM, the parameters steps and guidance, noise fixed by the seed and the sample",
+        "selection": "the last step",
+        "seeds": "the parameter seed; how many runs the paper averages was not found",
+        "sweep": "none found",
+        "metric": ", ".join(SCORES),
+    }
 
 
 def setting(p: SimpleNamespace, out: Path) -> Setting:

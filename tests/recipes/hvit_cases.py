@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
-from ... import slides
-from ...data import slides as data
-from ...evaluation import fill
-from ...evaluation.recipe_parity import Case, InOrder, Row, near, same
-from ...training.fit import CPU, History
-from ..layers.state_dicts import load_official
-from . import model as hvit
-from . import recipe
+from companion import slides
+from companion.data import slides as data
+from companion.evaluation import fill
+from companion.evaluation.recipe_parity import Case, InOrder, Row, near, same
+from companion.models.hvit import model as hvit
+from companion.models.hvit import recipe
+from companion.models.layers.state_dicts import load_official
+from companion.training.fit import CPU, History
 
 ENCODINGS = {"ce": "ordinal", "coral": "coral", "corn": "corn"}  # losses of ordinal labels -> our heads
 

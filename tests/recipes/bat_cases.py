@@ -16,15 +16,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from ...data import tracking as data
-from ...errors import BadParameter
-from ...evaluation import fill
-from ...evaluation.metrics.tracking import evaluate
-from ...evaluation.recipe_parity import Case, InOrder, Row, lines, near, parameters, same
-from ...training.fit import CPU
-from ..layers.state_dicts import load_official
-from . import model as bat
-from . import recipe
+from companion.data import tracking as data
+from companion.errors import BadParameter
+from companion.evaluation import fill
+from companion.evaluation.metrics.tracking import evaluate
+from companion.evaluation.recipe_parity import Case, InOrder, Row, lines, near, parameters, same
+from companion.models.bat import model as bat
+from companion.models.bat import recipe
+from companion.models.layers.state_dicts import load_official
+from companion.training.fit import CPU
 
 DRAWS = 2000  # of what is observed by drawing
 
