@@ -31,7 +31,7 @@ DRAWS = 2000  # of what is observed by drawing
 
 def _default(parameter: str) -> Any:
     """The default of a parameter of the notebook."""
-    notebook = json.loads((Path(__file__).parents[4] / "notebooks" / "bat.ipynb").read_text(encoding="utf-8"))
+    notebook = json.loads((Path(__file__).parents[2] / "notebooks" / "bat.ipynb").read_text(encoding="utf-8"))
     (cell,) = [c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", ())]
     for line in ast.parse("".join(cell["source"])).body:
         if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == parameter:
