@@ -274,6 +274,12 @@ def _groups_region(case: Case) -> list[Row]:
     classes, batch = case.settings["num_classes"], expected["gradient_accumulation"]
     torch.manual_seed(0)
     model = hvit.build("pocket", "whole", "classification", patches=2, classes=classes)
+    with tempfile.TemporaryDirectory() as folder:  # as a run's file of the patch level
+        torch.save(hvit.build("pocket", "whole").get_submodule("patch").state_dict(), f"{folder}/patch.pth")
+        patch = recipe.patch_encoder(f"{folder}/patch.pth", model.get_submodule("patch").heads)
+        loaded = torch.load(f"{folder}/patch.pth")
+    model = hvit.HViT(model.slide, model.region, patch, "whole")
+    given = all(torch.equal(t, loaded[name]) for name, t in model.get_submodule("patch").state_dict().items())
     start = {name: t.detach().clone() for name, t in model.named_parameters()}
     pixels = TensorDataset(torch.randn(1, 2, 3, 64, 64), torch.ones(1, 2, dtype=torch.bool), torch.tensor([3]))
     recipe.learn(model, "classification", classes, pixels, epochs=1, hardware=CPU)
@@ -295,7 +301,8 @@ def _groups_region(case: Case) -> list[Row]:
         "patience": len(after) - 1 - 70,
         "min_epoch": len(history) - 2,  # numbers from 0, and it stops after a later one
     }
-    scheduler = {"step_size": int((lrs == lrs[0]).sum()), "gamma": float(lrs[20] / lrs[19])}
+    step = int((lrs == lrs[0]).sum())
+    scheduler = {"step_size": step, "gamma": float(lrs[step] / lrs[0])}
     with tempfile.TemporaryDirectory() as folder:
         torch.save(torch.ones(100, 192), f"{folder}/slide.pt")
         longest = data.Features([data.Item("slide", Path("slide.tiff"), 0)], folder, expected["M_max"])
@@ -311,7 +318,12 @@ def _groups_region(case: Case) -> list[Row]:
         same("nepochs", expected["nepochs"], recipe.REGIONS["epochs"]),
         same("scheduler", expected["scheduler"], scheduler),
         same("frozen", expected["frozen"], unchanged),
-        Row("patch_level", expected["patch_level"], f"variant whole: changed {trained['patch.']}", trained["patch."]),
+        Row(
+            "patch_level",
+            expected["patch_level"],
+            f"variant whole: changed {trained['patch.']}, from a file {given}",
+            trained["patch."] and given,
+        ),
         Row(
             "region_level", expected["region_level"], f"variant whole: changed {trained['region.']}", trained["region."]
         ),

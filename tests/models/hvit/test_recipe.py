@@ -330,6 +330,9 @@ def test_one_bad_slide_does_not_stop_the_others(own, tmp_path, capsys):
     said = capsys.readouterr()
     assert "benign_1.tiff" in said.err and "no features of 1 slides: benign_1" in said.err
     assert said.out.count(".h5") == 4
+    # regions are compressed as the authors' are, unless --raw asks for others, which are other features
+    assert cli.main([*words, "--part", "0/2", "--raw"]) == 1
+    assert "jpeg = False" in capsys.readouterr().err
     for wrong, right in (("2/2", "0 to n - 1"), ("x", "0/8")):
         assert cli.main([*words, "--part", wrong]) == 2
         assert right in capsys.readouterr().err
