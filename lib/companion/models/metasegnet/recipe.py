@@ -60,7 +60,7 @@ SELECT = {LOVEDA: "best"}
 
 On Potsdam the author takes the epoch of the highest F1 on the TEST images; that is `select` = "best"."""
 SCORES = {POTSDAM: "mf1"}  # by which the best epoch is chosen, where it is not "miou"
-LOOKAHEAD = {"k": 5, "alpha": 0.5}
+LOOKAHEAD: dict[str, Any] = {"k": 5, "alpha": 0.5}
 LAST = "drop"  # the last images of an epoch, see `fit`
 DROPPED = 0.5  # header dropout of full texts (section 14)
 TEST_SPLIT = {OEM: "val", LOVEDA: "val", POTSDAM: "test"}  # other test labels are not public
@@ -604,7 +604,8 @@ def _real(p: SimpleNamespace) -> tuple[str, int, dict[str, Test], Callable[[], I
 
 def randomised(data: landcover.LandCover, zones: Sequence[str | None], r: Recipe) -> Mosaic:
     """Items (image (3, crop, crop) normalised, labels) by the recipe's random operations; mosaics are of one zone."""
-    options = {"flip": r.flip, "upside_down": r.upside_down, "brightness": r.brightness, "every": r.every}
+    options: dict[str, Any] = {"flip": r.flip, "upside_down": r.upside_down, "brightness": r.brightness}
+    options["every"] = r.every
     return Mosaic(data, r.mosaic, zones, train_transform(r.crop, data.ignore, scales=SCALES, **options))
 
 

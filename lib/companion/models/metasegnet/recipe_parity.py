@@ -107,7 +107,7 @@ def _label(colour: str) -> int:
     """The label of a colour of Potsdam's masks, or -1 where the file is refused."""
     pixels = np.array(COLOURS[colour], np.uint8)[:, None, None]
     try:
-        return int(landcover.colours(_Source(pixels), pixels)[0, 0])
+        return int(landcover.colours(_Source(pixels), pixels)[0, 0])  # type: ignore[arg-type]
     except CorruptFile:
         return -1
 
@@ -241,10 +241,9 @@ def tiles(case: Case) -> list[Row]:
                 own = "train" if split == "train" else "test"
                 options = {"size": size, "stride": s["stride"], "mirrored": own == "train", "padding": padding}
                 data = landcover.load(POTSDAM, root, own, **options)
-                chosen = [
-                    i for i, window in enumerate(data.windows or []) if window[0] == 0 and window[3] == flips[kind]
-                ]
-                corners = np.array([data.windows[i][1:3] for i in chosen])  # type: ignore[index]
+                windows = data.windows or []
+                chosen = [i for i, window in enumerate(windows) if window[0] == 0 and window[3] == flips[kind]]
+                corners = np.array([windows[i][1:3] for i in chosen])
                 corners -= corners.min(0)
                 height, width = corners.max(0) + size
                 image, truth = np.zeros((height, width), np.uint8), np.zeros((height, width), np.int64)
@@ -280,7 +279,7 @@ class _Marked(landcover.LandCover):
     """Items without files, square; a pixel's red is the item's number and its labels are two halves, 0 and 1."""
 
     def __init__(self, side: int, ignore: int, count: int = 9):
-        self.side, self.ignore, self.count, self.windows = side, ignore, count, None
+        self.side, self.ignore, self.count = side, ignore, count
 
     def __len__(self) -> int:
         return self.count
@@ -351,7 +350,7 @@ def training(case: Case) -> list[Row]:
     text = next(text for text in e[other] if text.startswith("SmartCrop"))
     size, ignored = (int(n) for n in re.findall(r"\d+", text.replace("SmartCropV1", "")))
     made = transforms.train_transform(size, ignored, flip=0.5, upside_down=0.0)
-    kinds = [type(step).__name__ for step in made.transforms]  # type: ignore[union-attr]
+    kinds = [type(step).__name__ for step in made.transforms]  # type: ignore[attr-defined]
     wanted = ["Scale", "SmartCrop", "RandomHorizontalFlip", "RandomVerticalFlip", "Compose"]
     rows.append(
         Row(
@@ -416,7 +415,8 @@ def _operation(key: str, text: str, seen: dict[str, Any]) -> Row:
 def _mosaic(e: Mapping) -> list[Row]:
     """Seams, sources and order of many mosaics."""
     torch.manual_seed(0)
-    data, seams, sources, same_image = _Marked(10, 6), set(), Counter(), 0
+    data, seams, same_image = _Marked(10, 6), set(), 0
+    sources: Counter[int] = Counter()
     mosaic, first = transforms.Mosaic(data, 1.0, ["Cfa"] * len(data)), True
     for _ in range(300):
         red = (mosaic[4][0][0].long() - 20) // 20

@@ -360,7 +360,7 @@ class PromptPAR(state_dicts.OfficialModel):
 
         Prompts, norms, fusion and heads stay in float32; training then needs no autocast, and has no loss scaling."""
         convert_weights_to_lp(self.clip, torch.float16)
-        self.text_features = self.text_features.half().float()
+        self.register_buffer("text_features", self.text_features.half().float(), persistent=False)
         return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
