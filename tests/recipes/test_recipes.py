@@ -11,7 +11,11 @@ from companion.errors import BadParameter, CompanionError, MissingData
 from companion.evaluation import recipe_parity
 from companion.evaluation.recipe_parity import Case, Row, lines, near, same
 
-FULL_SIZE: set[tuple[str, str]] = {("metasegnet", "trajectory_loveda"), ("metasegnet", "trajectory_potsdam")}
+FULL_SIZE: set[tuple[str, str]] = {
+    ("metasegnet", "trajectory_loveda"),
+    ("metasegnet", "trajectory_potsdam"),
+    ("promptpar", "groups_pa100k"),
+}
 """Cases of full-size models, which run with the slow tests."""
 
 
