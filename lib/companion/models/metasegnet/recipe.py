@@ -689,8 +689,13 @@ def row(p: SimpleNamespace, name: str, part: Test, matrix: Tensor) -> dict[str, 
 
 
 def measured(path: str | Path, *new: Mapping[str, object]) -> pd.DataFrame:
-    """The scores on real data in the CSV `path`; `new` rows of `row` are added or replace equal ones."""
-    return upsert_rows(path, KEYS, VALUES, new)
+    """The scores on real data in the CSV `path`; `new` rows of `row` are added or replace equal ones.
+
+    Rows of older code, without `epoch` and `padding`, are of the last epoch and of ignored padding."""
+    rows = upsert_rows(path, KEYS, VALUES, new)
+    for name, usual in (("epoch", "last"), ("padding", "ignored")):
+        rows[name] = rows[name].fillna(usual) if name in rows else usual
+    return rows
 
 
 def record(path: Path, p: SimpleNamespace, setting: Setting, matrices: Mapping[str, Tensor]) -> None:

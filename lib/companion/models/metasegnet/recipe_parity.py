@@ -543,7 +543,6 @@ def schedule(case: Case) -> list[Row]:
     steps, left = _steps(s["images"], s["batch"])
     rows = [same("steps_of_each_epoch", e["steps_of_each_epoch"], steps)]
     rows.append(same("images_left_out_of_each_epoch", e["images_left_out_of_each_epoch"], left))
-    rows.append(same("lr_of_each_epoch epochs and batch", [epochs, s["batch"]], [r.epochs, r.batch]))
     for name, base in (("backbone", r.encoder_lr), ("rest", r.lr)):
         found = recipe.learning_rates(r, base, steps, epochs).reshape(epochs, steps)
         rows.append(near(f"lr_of_each_epoch {name}", e["lr_of_each_epoch"][name], found[:, 0], **room))

@@ -334,15 +334,8 @@ def _small(attributes_: int, *, m: Mapping | None = None, texts: Texts | None = 
 
 def schedule(case: Case) -> list[Row]:
     """The learning rate of each epoch."""
-    settings, rows, relative = recipe.recipe(), [], _number(case.facts["tolerance"]["lr"])
+    rows, relative = [], _number(case.facts["tolerance"]["lr"])
     for name, want in case.expected.items():
-        own = settings[name]
-        facts = [own["learning rate"], own["warm-up epochs"], own["epochs"]]
-        rows.append(
-            same(
-                f"{name} settings", [want["base_lr"], want["warmup_epochs"], want["epochs"]], [float(v) for v in facts]
-            )
-        )
         per_epoch = 3
         found = recipe.by_epoch(want["warmup_epochs"])(want["base_lr"], want["epochs"] * per_epoch, per_epoch)
         found = found.reshape(want["epochs"], per_epoch)
