@@ -127,9 +127,10 @@ def classes() -> set[type]:
     def below(kind: type) -> set[type]:
         return {kind}.union(*map(below, kind.__subclasses__()))
 
-    return {
-        kind for kind in below(Dataset) if kind.__module__.startswith("companion.") and ".toy." not in kind.__module__
-    }
+    # recorded items, in their order, are loaded in the process of the training
+    left_out = (".toy.", "recipe_parity")
+    found = {kind for kind in below(Dataset) if kind.__module__.startswith("companion.")}
+    return {kind for kind in found if not any(part in kind.__module__ for part in left_out)}
 
 
 def test_datasets_and_transforms_can_be_sent_to_spawned_processes(tmp_path):

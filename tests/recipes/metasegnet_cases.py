@@ -107,7 +107,7 @@ def _label(colour: str) -> int:
     """The label of a colour of Potsdam's masks, or -1 where the file is refused."""
     pixels = np.array(COLOURS[colour], np.uint8)[:, None, None]
     try:
-        return int(landcover.colours(_Source(pixels), pixels)[0, 0])
+        return int(landcover.colours(_Source(pixels), pixels)[0, 0])  # type: ignore[arg-type]
     except CorruptFile:
         return -1
 
@@ -241,10 +241,9 @@ def tiles(case: Case) -> list[Row]:
                 own = "train" if split == "train" else "test"
                 options = {"size": size, "stride": s["stride"], "mirrored": own == "train", "padding": padding}
                 data = landcover.load(POTSDAM, root, own, **options)
-                chosen = [
-                    i for i, window in enumerate(data.windows or []) if window[0] == 0 and window[3] == flips[kind]
-                ]
-                corners = np.array([data.windows[i][1:3] for i in chosen])  # type: ignore[index]
+                windows = data.windows or []
+                chosen = [i for i, window in enumerate(windows) if window[0] == 0 and window[3] == flips[kind]]
+                corners = np.array([windows[i][1:3] for i in chosen])
                 corners -= corners.min(0)
                 height, width = corners.max(0) + size
                 image, truth = np.zeros((height, width), np.uint8), np.zeros((height, width), np.int64)
@@ -276,11 +275,11 @@ def _counts(found: Tensor | np.ndarray) -> dict[str, int]:
     return {str(v): int(n) for v, n in zip(values, counts, strict=True)}
 
 
-class _Marked(landcover.LandCover):
-    """Items without files, square; a pixel's red is the item's number and its labels are two halves, 0 and 1."""
+class _Marked:
+    """What `Mosaic` reads of a `LandCover`, without files: square items of a number in red, with the labels 0 and 1."""
 
     def __init__(self, side: int, ignore: int, count: int = 9):
-        self.side, self.ignore, self.count, self.windows = side, ignore, count, None
+        self.side, self.ignore, self.count = side, ignore, count
 
     def __len__(self) -> int:
         return self.count
@@ -295,6 +294,14 @@ class _Marked(landcover.LandCover):
         return image, truth
 
 
+def _randomised(data: _Marked, zones: list[str], r: recipe.Recipe) -> transforms.Mosaic:
+    return recipe.randomised(data, zones, r)  # type: ignore[arg-type]
+
+
+def _mosaics(data: _Marked) -> transforms.Mosaic:
+    return transforms.Mosaic(data, 1.0, ["Cfa"] * len(data))  # type: ignore[arg-type]
+
+
 def _observed(dataset: str) -> dict[str, Any]:
     """Measurements of the recipe's random operations, from many small items of known pixels."""
     torch.manual_seed(0)
@@ -302,14 +309,14 @@ def _observed(dataset: str) -> dict[str, Any]:
     data = _Marked(64, len(CLASSES[dataset]))
     draws = 400
     zones = ["Cfa"] * len(data)
-    small = recipe.randomised(data, zones, replace(r, crop=48))  # the smallest scale of 64
+    small = _randomised(data, zones, replace(r, crop=48))  # the smallest scale of 64
     mosaics = sum(_is_mosaic(data, zones, r, i) for i in range(draws))
     steps = small.transform.transforms  # type: ignore[union-attr]
     scale = next(step for step in steps if isinstance(step, transforms.Scale))
     scales = {
         scale.transform(tv_tensors.Image(data.pair(0)[0]), scale.make_params([])).shape[-1] / 64 for _ in range(80)
     }
-    still = recipe.randomised(data, zones, replace(r, crop=48, mosaic=0.0))
+    still = _randomised(data, zones, replace(r, crop=48, mosaic=0.0))
     mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
     turned, over, light = 0, 0, 0
     for _ in range(draws):
@@ -318,7 +325,7 @@ def _observed(dataset: str) -> dict[str, Any]:
         over += bool(image[2, 0].mean() > image[2, -1].mean())
         light += abs(float(image[0].mean()) * 255 - 100) > 0.5
     levels = (still[4][0] * std + mean) * 255
-    crop = recipe.randomised(_Marked(r.crop, data.ignore), zones, replace(r, mosaic=0.0))[0][0].shape[-1]
+    crop = _randomised(_Marked(r.crop, data.ignore), zones, replace(r, mosaic=0.0))[0][0].shape[-1]
     return {
         "mosaic": mosaics / draws,
         "scales": sorted(scales),
@@ -334,7 +341,7 @@ def _observed(dataset: str) -> dict[str, Any]:
 def _is_mosaic(data: _Marked, zones: list[str], r: recipe.Recipe, seed: int) -> bool:
     """Whether an item by the recipe is of several images; without the transform, which would hide it."""
     torch.manual_seed(seed)
-    mosaic = recipe.randomised(data, zones, r)
+    mosaic = _randomised(data, zones, r)
     mosaic.transform = None
     return len(mosaic[4][0][0].unique()) > 1
 
@@ -351,7 +358,7 @@ def training(case: Case) -> list[Row]:
     text = next(text for text in e[other] if text.startswith("SmartCrop"))
     size, ignored = (int(n) for n in re.findall(r"\d+", text.replace("SmartCropV1", "")))
     made = transforms.train_transform(size, ignored, flip=0.5, upside_down=0.0)
-    kinds = [type(step).__name__ for step in made.transforms]  # type: ignore[union-attr]
+    kinds = [type(step).__name__ for step in made.transforms]  # type: ignore[attr-defined]
     wanted = ["Scale", "SmartCrop", "RandomHorizontalFlip", "RandomVerticalFlip", "Compose"]
     rows.append(
         Row(
@@ -416,8 +423,9 @@ def _operation(key: str, text: str, seen: dict[str, Any]) -> Row:
 def _mosaic(e: Mapping) -> list[Row]:
     """Seams, sources and order of many mosaics."""
     torch.manual_seed(0)
-    data, seams, sources, same_image = _Marked(10, 6), set(), Counter(), 0
-    mosaic, first = transforms.Mosaic(data, 1.0, ["Cfa"] * len(data)), True
+    data, seams, same_image = _Marked(10, 6), set(), 0
+    sources: Counter[int] = Counter()
+    mosaic, first = _mosaics(data), True
     for _ in range(300):
         red = (mosaic[4][0][0].long() - 20) // 20
         (top,) = {int(n) for n in (red[:, 0] != red[0, 0]).nonzero().flatten()[:1]} or {-1}
@@ -441,7 +449,7 @@ def _mosaic(e: Mapping) -> list[Row]:
 def _corners_vary() -> bool:
     """Whether a quarter of a mosaic is a crop at a random corner, of the quarter's size."""
     data = _Marked(32, 6)
-    mosaic = transforms.Mosaic(data, 1.0, ["Cfa"] * len(data))
+    mosaic = _mosaics(data)
     return len({int(mosaic[4][0][1, 0, 0]) for _ in range(40)}) > 3
 
 
@@ -535,7 +543,6 @@ def schedule(case: Case) -> list[Row]:
     steps, left = _steps(s["images"], s["batch"])
     rows = [same("steps_of_each_epoch", e["steps_of_each_epoch"], steps)]
     rows.append(same("images_left_out_of_each_epoch", e["images_left_out_of_each_epoch"], left))
-    rows.append(same("lr_of_each_epoch epochs and batch", [epochs, s["batch"]], [r.epochs, r.batch]))
     for name, base in (("backbone", r.encoder_lr), ("rest", r.lr)):
         found = recipe.learning_rates(r, base, steps, epochs).reshape(epochs, steps)
         rows.append(near(f"lr_of_each_epoch {name}", e["lr_of_each_epoch"][name], found[:, 0], **room))

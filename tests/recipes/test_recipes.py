@@ -19,6 +19,7 @@ FULL_SIZE: set[tuple[str, str]] = {
     ("ecamp", "trajectory_detection"),
     ("metasegnet", "trajectory_loveda"),
     ("metasegnet", "trajectory_potsdam"),
+    ("promptpar", "groups_pa100k"),
     ("sa2vp", "trajectory_tiny_swin"),
 }
 """Cases of full-size models, which run with the slow tests."""

@@ -308,6 +308,10 @@ def test_the_claim_of_the_twin_is_judged_by_its_rows(tmp_path):
         run.claims_from_measured(recipe.claim_cells(rows))
         status = {claim["id"]: claim["status"] for claim in run.ledger()}
         assert status["full-twin"] == expected and status["full-potsdam"] == "not run"
+    # rows of older code
+    old = rows.drop(columns=["epoch", "padding"])
+    old.to_csv(tmp_path / "old.csv", index=False)
+    assert recipe.claim_cells(recipe.measured(tmp_path / "old.csv")) == recipe.claim_cells(rows)
     # a network with texts is not the twin
     rows = recipe.measured(tmp_path / "other.csv", recipe.row(given(dataset=POTSDAM), "test", test, counts))
     assert recipe.claim_cells(rows) == {}

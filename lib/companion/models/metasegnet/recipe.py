@@ -60,7 +60,7 @@ SELECT = {LOVEDA: "best"}
 
 On Potsdam the author takes the epoch of the highest F1 on the TEST images; that is `select` = "best"."""
 SCORES = {POTSDAM: "mf1"}  # by which the best epoch is chosen, where it is not "miou"
-LOOKAHEAD = {"k": 5, "alpha": 0.5}
+LOOKAHEAD: dict[str, Any] = {"k": 5, "alpha": 0.5}
 LAST = "drop"  # the last images of an epoch, see `fit`
 DROPPED = 0.5  # header dropout of full texts (section 14)
 TEST_SPLIT = {OEM: "val", LOVEDA: "val", POTSDAM: "test"}  # other test labels are not public
@@ -604,7 +604,8 @@ def _real(p: SimpleNamespace) -> tuple[str, int, dict[str, Test], Callable[[], I
 
 def randomised(data: landcover.LandCover, zones: Sequence[str | None], r: Recipe) -> Mosaic:
     """Items (image (3, crop, crop) normalised, labels) by the recipe's random operations; mosaics are of one zone."""
-    options = {"flip": r.flip, "upside_down": r.upside_down, "brightness": r.brightness, "every": r.every}
+    options: dict[str, Any] = {"flip": r.flip, "upside_down": r.upside_down, "brightness": r.brightness}
+    options["every"] = r.every
     return Mosaic(data, r.mosaic, zones, train_transform(r.crop, data.ignore, scales=SCALES, **options))
 
 
@@ -688,8 +689,13 @@ def row(p: SimpleNamespace, name: str, part: Test, matrix: Tensor) -> dict[str, 
 
 
 def measured(path: str | Path, *new: Mapping[str, object]) -> pd.DataFrame:
-    """The scores on real data in the CSV `path`; `new` rows of `row` are added or replace equal ones."""
-    return upsert_rows(path, KEYS, VALUES, new)
+    """The scores on real data in the CSV `path`; `new` rows of `row` are added or replace equal ones.
+
+    Rows of older code, without `epoch` and `padding`, are of the last epoch and of ignored padding."""
+    rows = upsert_rows(path, KEYS, VALUES, new)
+    for name, usual in (("epoch", "last"), ("padding", "ignored")):
+        rows[name] = rows[name].fillna(usual) if name in rows else usual
+    return rows
 
 
 def record(path: Path, p: SimpleNamespace, setting: Setting, matrices: Mapping[str, Tensor]) -> None:

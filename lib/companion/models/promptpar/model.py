@@ -360,7 +360,7 @@ class PromptPAR(state_dicts.OfficialModel):
 
         Prompts, norms, fusion and heads stay in float32; training then needs no autocast, and has no loss scaling."""
         convert_weights_to_lp(self.clip, torch.float16)
-        self.text_features = self.text_features.half().float()
+        self.register_buffer("text_features", self.text_features.half().float(), persistent=False)
         return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -414,7 +414,8 @@ class PromptPAR(state_dicts.OfficialModel):
                 x = _norm(visual.ln_pre, torch.cat([first, patches], dim=1) + visual.positional_embedding.to(dtype))
             regions = _norm(visual.ln_pre, self.region_tokens.to(dtype)).expand(len(images), -1, -1)
             x = self.tower(torch.cat([x[:, :1], regions, x[:, 1:]], dim=1), maps)
-            return (x if self.official_quirks else _norm(visual.ln_post, x)) @ visual.proj
+            x = (x if self.official_quirks else _norm(visual.ln_post, x)) @ visual.proj
+            return x.float() if dtype == torch.float16 else x  # what follows CLIP is in float32
 
     def similarities(self, regions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines times CLIP's scale, and their softmax over attributes, both (b, 1 + R, A); regions (b, 1 + R, E)."""
@@ -468,7 +469,7 @@ class PromptPAR(state_dicts.OfficialModel):
             raise BadParameter("mm_layers", 0, "1 or more: one linear layer over all tokens has no attention")
         tower: list[Tensor] = []
         fused: list[Tensor] = []
-        tokens = self.forward_features(images, tower).float()
+        tokens = self.forward_features(images, tower)
         self.fuse(tokens, fused)
         patches = self.grid[0] * self.grid[1]
         classes = self.class_positions.clone()

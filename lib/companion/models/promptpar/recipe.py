@@ -305,12 +305,15 @@ def _paper(p: SimpleNamespace, out: Path) -> Setting:
     own = p.dataset == "folder"
     splits = attributes.own_folder(p.data_root) if own else attributes.splits(p.dataset, p.data_root)
     data, test = splits["trainval"], splits["test"]
-    sentences, epochs = read_by_clip(p, data.sentences), []
+    sentences = read_by_clip(p, data.sentences)
+    epochs: list[dict[str, float]] = []
     released = _released(p, sentences) if p.checkpoint else None
     clip, fusion = (released.clip, None) if released else _backbones(p, weights(p), "pretrained")
     size = clip.visual.image_size[0]
     data.transform, test.transform = (attributes.square_transform(size, train=flag) for flag in (True, False))
-    ratio = data.ratio if p.quirks else (data.labels == 1).float().mean(0)
+    ratio, truth = data.ratio, np.asarray(test.labels)
+    if not p.quirks:
+        ratio = torch.as_tensor(np.asarray(data.labels) == 1).float().mean(0)
 
     def made(method: str) -> PromptPAR:
         return released or build(p, sentences, clip, fusion)
@@ -324,7 +327,7 @@ def _paper(p: SimpleNamespace, out: Path) -> Setting:
         facts |= {"select": p.select, "quirks": p.quirks}
 
         def score(model: nn.Module) -> dict[str, float]:
-            return evaluate(test.labels.numpy(), _probabilities(p, model, test).numpy()).totals
+            return evaluate(truth, _probabilities(p, model, test).numpy()).totals
 
         scored = Epochs(score, epochs) if p.select == "maxima" else None
         history = learn(
