@@ -147,7 +147,7 @@ class _Items(Dataset):
 
 def _repeats(case: Case) -> list[Row]:
     first, many, last = re.findall(
-        r"classes ([\d |]+);|; (\d+) have class|have (\d+ and \d+)", case.settings["pictures"]
+        r"classes ([\d |]+)(?=;)|; (\d+) have class|have (\d+ and \d+)", case.settings["pictures"]
     )
     classes = [[int(c) for c in part.split()] for part in first[0].split("|")]
     classes += [[0]] * int(many[1]) + [[int(c) for c in last[2].split(" and ")]] * 3
