@@ -114,12 +114,14 @@ def datasets(folder: Path) -> list[Dataset]:
         downstream.SceneCrops(tensors, 8),
         pairs,
         sic_cads.Crops(boxes, 8, 0.5),
+        sic_cads.Repeated(boxes, np.ones(len(boxes))),
+        sic_cads.Turns([boxes], 1),
         fit._Seeded(tensors, 0),
     ]
 
 
 def classes() -> set[type]:
-    """All classes of datasets in the package but the synthetic ones."""
+    """All classes of datasets in the package but the synthetic ones and those of recorded cases."""
     for module in pkgutil.walk_packages(companion.__path__, "companion."):
         if not module.name.startswith(("companion.toy", "companion.cli")):
             importlib.import_module(module.name)
@@ -128,7 +130,11 @@ def classes() -> set[type]:
         return {kind}.union(*map(below, kind.__subclasses__()))
 
     return {
-        kind for kind in below(Dataset) if kind.__module__.startswith("companion.") and ".toy." not in kind.__module__
+        kind
+        for kind in below(Dataset)
+        if kind.__module__.startswith("companion.")
+        and ".toy." not in kind.__module__
+        and not kind.__module__.endswith("recipe_parity")
     }
 
 
