@@ -114,6 +114,8 @@ def datasets(folder: Path) -> list[Dataset]:
         downstream.SceneCrops(tensors, 8),
         pairs,
         sic_cads.Crops(boxes, 8, 0.5),
+        sic_cads.Repeated(boxes, np.ones(len(boxes))),
+        sic_cads.Turns([boxes], 1),
         fit._Seeded(tensors, 0),
     ]
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from companion import backbones, detectors
@@ -81,7 +82,7 @@ def _groups(case: Case) -> list[Row]:
             "names_sha256": _digest(theirs),
             "trained_numbers": sum(t.numel() for t in group["params"]),
             "frozen": [names[n] for n in frozen],
-            "clip": [clip.max_value for clip in recipe.clipping(r)],
+            "clip": [vars(clip)["max_value"] for clip in recipe.clipping(r)],
             "not_in_the_backbone": [n for n in theirs if not n.startswith("backbone.")],
             "backbone_multiplier": group["lr"] / r.lr,
             "freeze_at": 0 if "backbone.bottom_up.base.conv1.weight" in theirs else "the first convolution",
@@ -145,7 +146,11 @@ class _Items(Dataset):
 
 
 def _repeats(case: Case) -> list[Row]:
-    classes = [[0, 1], [0], [0, 0, 2], [0, 3], [0], *[[0]] * 1995, *[[4, 0]] * 3]  # as `settings` describes them
+    first, many, last = re.findall(
+        r"classes ([\d |]+)(?=;)|; (\d+) have class|have (\d+ and \d+)", case.settings["pictures"]
+    )
+    classes = [[int(c) for c in part.split()] for part in first[0].split("|")]
+    classes += [[0]] * int(many[1]) + [[int(c) for c in last[2].split(" and ")]] * 3
     boxes = _boxes("detection/ov-lvis", detection.lvis_categories()[:5], classes)
     factors = detection.repeat_factors(boxes, case.settings["threshold"])
     repeated, passes = recipe.Repeated(boxes, factors), 40
@@ -159,7 +164,7 @@ def _repeats(case: Case) -> list[Row]:
     return [
         near("factor_of_the_first_five", expected["factor_of_the_first_five"], factors[:5], **options),
         near("factor_of_the_last_three", expected["factor_of_the_last_three"], factors[-3:], **options),
-        near("factor_of_the_others", [expected["factor_of_the_others"]] * 1995, factors[5:-3], **options),
+        near("factor_of_the_others", [expected["factor_of_the_others"]] * int(many[1]), factors[5:-3], **options),
         near("sum", expected["sum"], factors.sum(), **options),
         Row("rounding", expected["rounding"], text, bool(agrees)),
     ]
@@ -274,24 +279,18 @@ def _training_images(case: Case) -> list[Row]:
             rows.append(same(f"s_and_size {name}", [smallest, size], [r.crop, r.size]))
         else:
             rows.append(Row(f"s_and_size {name}", f"{smallest}, {size}", "none", False, NOT_BUILT))
-    for (operation, text), seen in zip(
+    for (operation, text), observed in zip(
         case.expected["operations"], _observed(recipe.recipe(*CONFIGS["ovmlr_lvis_base"])), strict=True
     ):
-        rows.append(Row(f"operations {operation}", text, *seen))
+        rows.append(Row(f"operations {operation}", text, *observed))
     rows.append(Row("labels_after_the_crop", case.expected["labels_after_the_crop"], *_labels_of_crops()))
-    seen: list[Tensor] = []
-    model = SimpleNamespace(tau=1.0, levels=1, distill=1.0, base=None, cosines=lambda e: e)
-    unit = F.normalize(torch.ones(2, 1, 3), dim=-1).requires_grad_()
-    model.teacher_embeddings = lambda images: seen.append(images) or unit.detach()
-
-    class Heads(SimpleNamespace):
-        def __call__(self, images: Tensor, raw: bool) -> tuple[Tensor, Tensor]:
-            seen.append(images)
-            return unit, unit
-
-    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    recipe.loss(Heads(**vars(model)), (images, torch.zeros(2, 3) > 0, torch.ones(2) > 0))  # type: ignore[arg-type]
-    both = len(seen) == 2 and all(x is images for x in seen)
+    model, given = _small(recipe.recipe(*CONFIGS["ovmlr_lvis_base"])), []  # type: tuple[recipe.Recogniser, list[Tensor]]
+    model.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    crops = mock.patch.object(model, "crops", side_effect=model.crops)
+    images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    with crops as cropped:
+        recipe.loss(model, (images, torch.zeros(2, 80) > 0, torch.ones(2) > 0))
+    both = given[0] is images and cropped.call_args.args[0] is images
     rows.append(Row("teacher_sees", case.expected["teacher_sees"], "the tensor that the recogniser gets", both))
     return rows
 
@@ -426,7 +425,7 @@ class _Watch(Callback):
         self.until, self.seen = until, []  # type: tuple[int, list[Tensor]]
 
     def on_step_end(self, loop: Loop) -> None:
-        self.seen.append(loop.model.model.heads.shared.weight.detach().clone())  # type: ignore[union-attr, operator]
+        self.seen.append(loop.model.model.heads.shared.weight.detach().clone())
         loop.stopped = loop.step == self.until
 
 
@@ -441,12 +440,17 @@ class _Colours(nn.Module):
         return crops.mean((2, 3)) @ self.matrix
 
 
+def _small(r: recipe.Recipe) -> recipe.Recogniser:
+    """A recogniser of 80 classes on a very small ResNet, in training mode."""
+    body = timm.create_model("resnet10t", channels=(8, 16, 24, 32), stem_width=8, num_classes=0)
+    text, novel = torch.randn(80, 8), torch.arange(80) < 9
+    return recipe.Recogniser(body, text, novel, teacher=_Colours(8), **r.options).train()
+
+
 def _selection(case: Case) -> list[Row]:
     steps, generator = 4, torch.Generator().manual_seed(0)
-    body = timm.create_model("resnet10t", channels=(8, 16, 24, 32), stem_width=8, num_classes=0)
-    coco = recipe.recipe(*CONFIGS["ovmlr_coco_base_caption"])
-    lvis = recipe.recipe(*CONFIGS["ovmlr_lvis_base"])
-    model = recipe.Recogniser(body, torch.randn(80, 8), torch.arange(80) < 9, teacher=_Colours(8), **coco.options)
+    coco, lvis = (recipe.recipe(*config) for config in CONFIGS.values())
+    model = _small(coco)
     images = torch.randint(0, 256, (steps, 3, 64, 64), generator=generator, dtype=torch.uint8)
     items = [(image, torch.rand(80, generator=generator) < 0.1, True) for image in images]
     modes, watch = [], _Watch()
@@ -487,7 +491,9 @@ def _official_shapes(classes: int, width: int) -> dict[str, Tensor]:
 
 def _trajectory(case: Case) -> list[Row]:
     settings, expected, tolerance = case.settings, case.expected, case.facts["tolerance"]
-    classes, width, seed = settings["classes"], 512, settings["seed"]
+    classes, seed = settings["classes"], settings["seed"]
+    width = int(re.findall(r"'input:teacher', \(3, (\d+)\)", settings["teacher"])[0])
+    size = [int(n) for n in re.findall(r"256, \(([\d, ]+)\)", settings["batch_i"])[0].split(",")]
     shapes = {name: tuple(t.shape) for name, t in _official_shapes(classes, width).items()}
     state = {name: torch.from_numpy(fill.parameter(name, shape, seed)) for name, shape in shapes.items()}
     dataset, captions = CONFIGS[Path(settings["config"]).stem]
@@ -496,10 +502,10 @@ def _trajectory(case: Case) -> list[Row]:
     released, optimiser, changed = recipe.recipe(dataset, captions), settings["optimiser"], settings["changed"]
     model = recipe.Recogniser.from_official(state, novel, **released.options)
     model.teacher = _Colours(width).requires_grad_(False)
-    items, count = [], len(settings["labels"][0])
+    items = []
     for i, (kind, labels) in enumerate(zip(settings["kinds"], settings["labels"], strict=True)):
-        images = np.random.default_rng([seed, i]).integers(0, 256, (count, 3, 96, 96))
-        kinds = torch.full((count,), kind == "box")
+        images = np.random.default_rng([seed, i]).integers(0, 256, size)
+        kinds = torch.full((size[0],), kind == "box")
         items.append((torch.from_numpy(images.astype(np.uint8)), _many_hot(labels, classes), kinds))
     r = dataclasses.replace(
         released,

@@ -164,6 +164,28 @@ def test_images_are_resized_as_for_the_detector(small, monkeypatch):
     assert torch.equal(model.crops(images), sic_cads.MLR.crops(model, images))
 
 
+def test_groups_make_a_step(small):
+    """Two groups of 4 are a batch of 8, loaded and stacked as groups."""
+    images, positives, _ = batch(8)
+
+    class Source(torch.utils.data.Dataset):
+        def __init__(self, boxes: bool):
+            self.boxes = boxes
+
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int):
+            return images[index], positives[index], self.boxes
+
+    model, shapes = recogniser(), []
+    model.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+    turns = recipe.Turns([Source(True), Source(False)], 4)
+    history = recipe.train_model(given(), turns, None, model, batch=8, epochs=1)
+    assert len(history) == 2 and shapes == [(8, 3, 64, 64)] * 2
+    assert all(row["loss"] == pytest.approx(row["rank"] + row["distill"]) for row in history)
+
+
 def test_training_clips_each_entry_of_the_gradient(small, monkeypatch):
     model, data, used = recogniser(), torch.utils.data.TensorDataset(*batch(8)), []
     before, fit = {n: t.clone() for n, t in trained_state(model).items()}, recipe.fit

@@ -468,7 +468,7 @@ def protocol() -> dict[str, str]:
         "generalisation all their images, with the same weights",
         "selection": "none; the last epoch is tested",
         "seeds": "1, 2, 3 (README of the successor); here the parameter `seed`",
-        "metric": "top-1 over all test images, percent; mean and population deviation over seeds",
+        "metric": "top-1 over all test images, percent; mean and standard deviation (of the population) over seeds",
         "noise": "drawn at test time too, from the seed",
         "baselines": "how the paper trained them was not found; here as DPLQ: its optimiser, learning rate and epochs",
         "sweep": "none found",

@@ -26,7 +26,7 @@ from ...evaluation import fill
 from ...evaluation.recipe_parity import Case, InOrder, Row, lines, near, parameters, same
 from ...training.callbacks import Callback
 from ...training.fit import CPU, Loop, fit
-from ..layers.clip_prompting import Texts, _tower_names
+from ..layers.clip_prompting import Texts, _tower_names, embed_texts
 from ..layers.state_dicts import official_state
 from . import recipe
 from .model import DPLQ, PROMPT, NoFeatures, loss
@@ -92,12 +92,13 @@ def _groups(case: Case) -> list[Row]:
     ]
 
 
-def _initial(case: Case, trained: dict[str, Tensor], clip: nn.Module, model: DPLQ) -> list[Row]:
+def _initial(case: Case, trained: dict[str, Tensor], clip: CLIP, model: DPLQ) -> list[Row]:
     relative, rows = 0.01 * _number(case.facts["tolerance"]["initial_values"], "% relative"), []
     for name, facts in case.expected["initial_values"].items():
         what = f"initial_values {name}"
         if name.endswith(".ctx"):
-            start = clip.token_embedding(model.tokenizer([PROMPT.partition("{}")[0]]))[0, 1 : 1 + len(model.ctx)]
+            words = embed_texts(model.tokenizer, clip, [PROMPT.partition("{}")[0]])  # type: ignore[arg-type]
+            start = words.embedded[0, 1 : 1 + len(model.ctx)]
             rows.append(Row(what, str(facts), "the same", torch.equal(start, model.ctx)))
             continue
         value = trained[name].detach().double()
@@ -179,7 +180,7 @@ def _test_image(case: Case) -> list[Row]:
     found = domains.clip_transform(_input(case.settings))(image)
     grid = found[:, expected["rows"]][:, :, expected["columns"]]
 
-    def room(name: str) -> dict[str, float]:
+    def room(name: str) -> dict[str, Any]:
         return {"absolute": _number(tolerance[name], "absolute")}
 
     return [
@@ -270,7 +271,7 @@ class _Given(nn.Module):
 def _accuracy(case: Case) -> list[Row]:
     expected, room = case.expected, _number(case.facts["tolerance"]["values"], "absolute")
     data = TensorDataset(case.data["in.logits"], case.data["in.labels"])
-    found = recipe.accuracy(_Given(), data, (), 0, CPU)  # type: ignore[arg-type]
+    found = recipe.accuracy(_Given(), data, (), 0, CPU)
     unused = [Row(key, str(value)[:60], "not computed", False, NOT_USED) for key, value in expected.items()]
     return [
         near("accuracy", expected["accuracy"], found, absolute=room),
@@ -320,7 +321,7 @@ class _Watch(Callback):
         self.weights: list[Tensor] = []
 
     def on_step_end(self, loop: Loop) -> None:
-        self.weights.append(loop.model.deep_text.detach().clone())  # type: ignore[union-attr, operator]
+        self.weights.append(loop.model.deep_text.detach().clone())
 
 
 def _selection(case: Case) -> list[Row]:
@@ -358,9 +359,9 @@ def _selection(case: Case) -> list[Row]:
     steps = 3 * (count // batch)
     kept = last and torch.equal(saved["deep_text"], watch.weights[-1])
     sets = _Listed(30), _Listed(9), _Listed(20)
-    protocol = fewshot.base_to_novel(dict(zip(("train", "val", "test"), sets, strict=True)), _shots(), seed=1)
-    draws = {part: len(getattr(protocol, part)) // 2 for part in ("train", "val")}
-    first = next(iter(protocol.tests.values()))
+    drawn = fewshot.base_to_novel(dict(zip(("train", "val", "test"), sets, strict=True)), _shots(), seed=1)
+    draws = {part: len(getattr(drawn, part)) // 2 for part in ("train", "val")}
+    first = next(iter(drawn.tests.values()))
     seed = recipe._options(_parameters("base to novel", seed=7))["seed"]
     model.eval()
     with torch.no_grad():
@@ -377,8 +378,8 @@ def _selection(case: Case) -> list[Row]:
         Row(
             "test_during_training",
             expected["test_during_training"],
-            f"{len(passes)} forward passes in {steps} steps, then '{next(iter(protocol.tests))}' first",
-            passes == [True] * steps and first.class_names == protocol.train.class_names,  # type: ignore[attr-defined]
+            f"{len(passes)} forward passes in {steps} steps, then '{next(iter(drawn.tests))}' first",
+            passes == [True] * steps and first.class_names == drawn.train.class_names,
         ),
         same("few_shot", expected["few_shot"], draws),
         Row("seeds", expected["seeds"], f"the parameter: {seed}", seed == 7),
@@ -460,7 +461,7 @@ def _trajectory(case: Case) -> list[Row]:
     model, history = recipe.train(trained_setting(case), "DPLQ")
     assert isinstance(model, DPLQ)
     after = model.to_official()
-    losses = {name: _number(tolerance["losses"], name) for name in ("relative", "absolute")}
+    losses: dict[str, Any] = {name: _number(tolerance["losses"], name) for name in ("relative", "absolute")}
     frozen = {name: facts for name, facts in expected["unchanged"].items() if not name.startswith(DPLQ._unused)}
     relative = _number(tolerance["parameters_after"], "relative")
     return [

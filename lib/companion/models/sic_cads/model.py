@@ -311,7 +311,8 @@ class MLR(OfficialModel):
         whole grey values as released, normalised."""
         _check_pixels(images)
         size, found = self.teacher_input.size, []
-        for left, top, right, bottom in windows(*images.shape[-2:], self.levels):
+        height, width = images.shape[-2:]
+        for left, top, right, bottom in windows(height, width, self.levels):
             crop = images[..., top:bottom, left:right].float()
             options = {"mode": "bilinear", "antialias": self.antialias, "align_corners": False}
             found.append(F.interpolate(crop, (size, size), **options))

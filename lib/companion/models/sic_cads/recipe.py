@@ -166,7 +166,8 @@ class Crops(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, bool]:
         image, target = self.data[index]
-        left, top, w, h = random_crop(*image.shape[1:], self.crop)
+        height, width = image.shape[1:]
+        left, top, w, h = random_crop(height, width, self.crop)
         cropped = resize(image[:, top : top + h, left : left + w], [self.size, self.size], antialias=True)
         positives = self.data.positives[index].clone()
         if self.boxes:
@@ -215,11 +216,11 @@ class Turns(Dataset):
         self.sources, self.group = sources, group
 
     def __len__(self) -> int:
-        return max(1, sum(map(len, self.sources)) // self.group)  # type: ignore[arg-type]
+        return max(1, sum(map(len, self.sources)) // self.group)
 
     def __getitem__(self, _: int) -> tuple[Tensor, Tensor, Tensor]:
         source = self.sources[int(torch.randint(len(self.sources), ()))]
-        chosen = torch.randint(len(source), (self.group,)).tolist()  # type: ignore[arg-type]
+        chosen = torch.randint(len(source), (self.group,)).tolist()
         images, positives, boxes = zip(*(source[i] for i in chosen), strict=True)
         return torch.stack(images), torch.stack(positives), torch.tensor(boxes)
 
@@ -763,7 +764,7 @@ def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
 
 def claim_cells(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
     """As `cells`, of all tables, by (method, "OV-COCO novel"), (method, "OV-LVIS APr"), (method, "Objects365"), ..."""
-    found = {}
+    found: dict[tuple[str, str], float] = {}
     for table, before in (("ov-coco", "OV-COCO "), ("ov-lvis", "OV-LVIS "), ("cross-dataset", "")):
         found |= {(method, before + column): value for (method, column), value in cells(rows, table).items()}
     return found
