@@ -19,17 +19,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from ... import backbones
-from ...data import DATASETS, domains, fewshot
-from ...data.domains_sets import CLASSES
-from ...evaluation import fill
-from ...evaluation.recipe_parity import Case, InOrder, Row, lines, near, parameters, same
-from ...training.callbacks import Callback
-from ...training.fit import CPU, Loop, fit
-from ..layers.clip_prompting import Texts, _tower_names, embed_texts
-from ..layers.state_dicts import official_state
-from . import recipe
-from .model import DPLQ, PROMPT, NoFeatures, loss
+from companion import backbones
+from companion.data import DATASETS, domains, fewshot
+from companion.data.domains_sets import CLASSES
+from companion.evaluation import fill
+from companion.evaluation.recipe_parity import Case, InOrder, Row, lines, near, parameters, same
+from companion.models.dplq import recipe
+from companion.models.dplq.model import DPLQ, PROMPT, NoFeatures, loss
+from companion.models.layers.clip_prompting import Texts, _tower_names, embed_texts
+from companion.models.layers.state_dicts import official_state
+from companion.training.callbacks import Callback
+from companion.training.fit import CPU, Loop, fit
 
 LEFT_OUT = "`visual_net`, in no forward pass and hence without gradient and decay, is left out"
 NOT_USED = "the tables of results hold the accuracy over all images alone"
