@@ -213,7 +213,11 @@ def _labels_text(case: Case) -> list[Row]:
     sentences = case.expected["sentences"]
     pieces = {piece: i for one in sentences for piece, i in zip(one["tokens"], one["ids"], strict=True)}
     mask, stop = map(int, re.findall(r"is (\d+)", case.settings["tokenizer"]))
-    words = text.Vocabulary.from_words({"[PAD]": 0, "[UNK]": 1, "[MASK]": mask, ".": stop, "mild": 350} | pieces)
+    pieces |= {"[PAD]": 0, "[UNK]": 1, "[MASK]": mask, ".": stop}
+    # pieces of the added statement alone, whose ids are not recorded
+    others = {piece for one in sentences for tokens in one.values() if isinstance(tokens, list) for piece in tokens}
+    others = {piece for piece in others if isinstance(piece, str)} - set(pieces)
+    words = text.Vocabulary.from_words(pieces | {piece: max(pieces.values()) + 1 + i for i, piece in enumerate(others)})
     length, draws = (
         case.settings["length"],
         {"everything that may be masked": 0.0, "nothing masked": 0.999, "draw of 0.72": 0.72},
@@ -273,7 +277,7 @@ def _losses(case: Case) -> list[Row]:
             absolute=room["relative"] * float(data["out.gradient"].abs().max()),
         ),
         near("mixed_of_empty", wanted["mixed_of_empty"], heads.segmentation_loss(blank + value, blank), **room),
-        near("yolo_of_each_head", wanted["yolo_of_each_head"], [[float(x) for x in parts] for parts in each], **room),
+        near("yolo_of_each_head", wanted["yolo_of_each_head"], [[float(x.detach()) for x in parts] for parts in each], **room),
         near("yolo", wanted["yolo"], total, **room),
         near(
             "yolo_gradient_sum_of_squares_of_each_head",
