@@ -383,16 +383,16 @@ def mask_transform(dataset: str, train: bool) -> xrays.MaskTransform:
 
 
 def _splits(p: SimpleNamespace, kind: str) -> dict[str, Dataset]:
-    transforms = {
+    transforms: dict[str, Callable[[bool], Any]] = {
         "classification": lambda train: xrays.train_transform() if train else xrays.test_transform(),
         "segmentation": functools.partial(mask_transform, p.dataset),
         "detection": lambda train: xrays.squeeze_transform(),
-    }[kind]
+    }
     found = {}
     for split in xrays.SPLITS:
         # for detection the authors test on the validation list
         listed = "val" if (kind, split, p.protocol) == ("detection", "test", "released") else split
-        options = {"task": kind, "share": p.labels, "transform": transforms(split == "train"), "seed": p.seed}
+        options = {"task": kind, "share": p.labels, "transform": transforms[kind](split == "train"), "seed": p.seed}
         found[split] = xrays.load(p.dataset, p.data_root, listed, **options)
     return found
 
