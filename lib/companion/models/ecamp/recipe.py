@@ -375,11 +375,11 @@ def _check(dataset: str, kind: str) -> None:
         raise BadParameter("dataset", dataset, [*known, "folder"] if kind == "pre-training" else known)
 
 
-def mask_transform(dataset: str, train: bool) -> xrays.MaskTransform:
+def mask_transform(dataset: str, train: bool, size: int = 224) -> xrays.MaskTransform:
     """The transform of a set for segmentation, as released: on SIIM the mask is not warped with its image, RSNA's masks
     are reduced by the nearest pixel, others by area."""
     reduce = "nearest" if dataset == "xrays/rsna" else "area"
-    return xrays.MaskTransform(train=train, warp_mask=dataset != "xrays/siim", mask=reduce)
+    return xrays.MaskTransform(size, train, warp_mask=dataset != "xrays/siim", mask=reduce)
 
 
 def _splits(p: SimpleNamespace, kind: str) -> dict[str, Dataset]:

@@ -404,7 +404,7 @@ def _preprocess_segmentation(case: Case) -> list[Row]:
     masks = {"xrays/rsna": lambda i: xrays._box_mask([boxes], i), "xrays/siim": lambda i: torch.from_numpy(runs)[None]}
     found = {
         name: _item(
-            case.data["in.image"].numpy(), xrays.Masked, mask=mask, transform=recipe.mask_transform(name, False)
+            case.data["in.image"].numpy(), xrays.Masked, mask=mask, transform=recipe.mask_transform(name, False, size)
         )
         for name, mask in masks.items()
     }
