@@ -185,6 +185,32 @@ def test_disc_and_cup(tmp_path, any_length):
     _, mask = load("fundus/riga", tmp_path, "test", transform=MaskTransform(32))[0]
     assert mask.shape == (2, 32, 32) and set(mask.unique().tolist()) == {0, 1}
     assert mask[0].sum() >= 16 * 16 and 0 < mask[1].sum() <= 8 * 8 and (mask[1] <= mask[0]).all()
+    # colours stay, as released for segmentation
+    image, _ = load("fundus/riga", tmp_path, "test", transform=MaskTransform(32))[0]
+    expected = [(value / 255 - xrays.MEAN) / xrays.STD for value in (90, 60, 30)]
+    torch.testing.assert_close(image.mean((1, 2)), torch.tensor(expected), atol=1e-4, rtol=0)
+    # what rounds to 0 of 255 is no disc, what rounds to 255 is cup
+    shares = torch.tensor([0.4, 0.6, 254.4, 254.6])[None, None] / 255
+    assert xrays._disc_and_cup(shares).tolist() == [[[0, 1, 1, 1]], [[0, 0, 0, 1]]]
+
+
+def test_images_and_masks_are_reduced_as_opencv_does():
+    """Four pixels are read whatever the reduction, unless `antialias`; areas are exact between pixels too."""
+    stripes = torch.zeros(1, 64, 64)
+    stripes[..., ::4] = 1
+    back = [
+        t(stripes)[0] * xrays.STD + xrays.MEAN for t in (xrays.squeeze_transform(16), xrays.squeeze_transform(16, True))
+    ]
+    assert back[0].unique().numel() == 1 and back[0].mean() < 1e-5  # of each four columns those in the middle
+    assert back[1].mean() == pytest.approx(0.25, abs=0.02)
+    mask = torch.zeros(1, 6, 6)
+    mask[:, :, :3] = 1
+    reduced = {kind: MaskTransform(4, mask=kind)(mask, mask)[1] for kind in xrays.MASKS}
+    assert reduced["area"][0, 0].tolist() == [1, 1, 0, 0] and reduced["nearest"][0, 0].tolist() == [1, 1, 0, 0]
+    mask[:, :, 3] = 1
+    assert MaskTransform(4)(mask, mask)[1][0, 0].tolist() == pytest.approx([1, 1, 2 / 3, 0])
+    assert MaskTransform(4, mask="nearest")(mask, mask)[1][0, 0].tolist() == [1, 1, 1, 0]
+    refused(BadParameter, "nearest", MaskTransform, mask="linear")
 
 
 def test_warping():

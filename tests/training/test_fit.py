@@ -421,8 +421,14 @@ TWO_SCORES = (1.0, -1.0), (2.0, -3.0), (5.0, -2.0), (0.0, -4.0)  # the first cho
         (TWO_SCORES[:3], {"patience": 2}, 2),
         (TWO_SCORES, {"patience": 2, "earliest": 4}, 2),
         ((9.0, 2.0), {"patience": 1, "first_step": 24}, 0),
+        ((1.0, 3.0, 2.0, 3.0, 0.0, 0.0), {"patience": 2, "ties": True, "patient_ties": True}, 3),
+        ((-1.0, 0.0, -1.0, -1.0), {"patience": 2, "ties": True, "patient_ties": True, "start": 0.0}, 1),
+        ((-1.0, 0.0, 0.0), {"patience": 3, "start": 0.0}, 2),  # nothing is above 0: the last weights
     ],
-    ids=["first of ties", "last of ties", "NaN is the lowest", "two scores", "earliest", "first step"],
+    ids=[
+        *("first of ties", "last of ties", "NaN is the lowest", "two scores", "earliest", "first step"),
+        *("ties restart the patience", "as high as the start", "none above the start"),
+    ],
 )
 def test_early_stopping_ends_with_the_best_weights(scores, options, best):
     score, model = Score(*scores), noisy_model()

@@ -315,6 +315,29 @@ def test_validation_images_are_decoded_once(tmp_path, monkeypatch, small):
     assert recipe._held(part, 0) is part
 
 
+def test_colours_are_held_too():
+    class Colours(torch.utils.data.Dataset):
+        colour = True
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            return torch.arange(3.0)[:, None, None].expand(3, 4, 4) + i, torch.zeros(1)
+
+    images, _ = recipe._held(Colours(), 0).tensors
+    assert images[:, :, 0, 0].tolist() == [[0, 1, 2], [1, 2, 3], [2, 3, 4]]
+
+
+def test_patience_and_masks_differ_by_set():
+    expected = {("fundus/riga", "ECAMP"): 40, ("fundus/riga", "MRM"): 20, ("xrays/siim", "MRM"): 40}
+    for (dataset, encoder), epochs in expected.items():
+        assert recipe.patience(given(task="segment", dataset=dataset, encoder=encoder)) == epochs
+    assert recipe.patience(given(task="detect")) == recipe.patience(given()) == 20
+    for dataset, warped in (("xrays/siim", False), ("xrays/rsna", True), ("fundus/riga", True)):
+        assert recipe.mask_transform(dataset, True).warp_mask == warped
+
+
 @pytest.mark.parametrize(("steps", "expected"), [(6, 6), (4, 12), (5, 15), (1, 3)])
 def test_a_training_ends_with_the_epoch_that_is_a_multiple_of_the_published_steps(
     steps, expected, tmp_path, monkeypatch, small

@@ -375,24 +375,24 @@ def _check(dataset: str, kind: str) -> None:
         raise BadParameter("dataset", dataset, [*known, "folder"] if kind == "pre-training" else known)
 
 
-def mask_transform(dataset: str, train: bool) -> xrays.MaskTransform:
+def mask_transform(dataset: str, train: bool, size: int = 224) -> xrays.MaskTransform:
     """The transform of a set for segmentation, as released: on SIIM the mask is not warped with its image, RSNA's masks
     are reduced by the nearest pixel, others by area."""
     reduce = "nearest" if dataset == "xrays/rsna" else "area"
-    return xrays.MaskTransform(train=train, warp_mask=dataset != "xrays/siim", mask=reduce)
+    return xrays.MaskTransform(size, train, warp_mask=dataset != "xrays/siim", mask=reduce)
 
 
 def _splits(p: SimpleNamespace, kind: str) -> dict[str, Dataset]:
-    transforms = {
+    transforms: dict[str, Callable[[bool], Any]] = {
         "classification": lambda train: xrays.train_transform() if train else xrays.test_transform(),
         "segmentation": functools.partial(mask_transform, p.dataset),
         "detection": lambda train: xrays.squeeze_transform(),
-    }[kind]
+    }
     found = {}
     for split in xrays.SPLITS:
         # for detection the authors test on the validation list
         listed = "val" if (kind, split, p.protocol) == ("detection", "test", "released") else split
-        options = {"task": kind, "share": p.labels, "transform": transforms(split == "train"), "seed": p.seed}
+        options = {"task": kind, "share": p.labels, "transform": transforms[kind](split == "train"), "seed": p.seed}
         found[split] = xrays.load(p.dataset, p.data_root, listed, **options)
     return found
 
