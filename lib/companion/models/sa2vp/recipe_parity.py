@@ -71,13 +71,11 @@ def _groups(case: Case) -> list[Row]:
     optimizer = adamw(settings["lr"], settings["weight_decay"])(model)
     of = {id(t): group["weight_decay"] for group in optimizer.param_groups for t in group["params"]}
     official, ours = model.official_names(), dict(model.named_parameters())
-    status, kinds = {}, {}
+    status = {}
     for name, value in ours.items():
         decay = of.get(id(value))
-        kind = "frozen" if decay is None else "decay" if decay else "no_decay"
         for theirs in [official[name]] if isinstance(official[name], str) else official[name]:
             status[theirs] = "frozen" if decay is None else f"decay {decay:g} lr_scale 1"
-            kinds[theirs] = (kind, value.numel())
     copied = r"layers\.2\.blocks" if swin else r"encoder\.layer"
     parts = {"attn.qkv": "attn.qkv", "attn.proj": "attn.to_out", "norm1": "attention_norm"}
     parts |= {"attn.query": "attn.to_q", "attn.key": "attn.to_k", "attn.value": "attn.to_v", "attn.out": "attn.to_out"}
@@ -86,15 +84,11 @@ def _groups(case: Case) -> list[Row]:
     for name in list(status):
         found = re.fullmatch(rf".*{copied}\.(\d+)\.(.+)\.(weight|bias)", name)
         if found and found[2] in parts:
-            copy = f"{stem}cross_attn.{found[1]}.{parts[found[2]]}.{found[3]}"
-            status[copy], kinds[copy] = status[name], kinds[name]
-    counts = {kind: sum(one == kind for one, _ in kinds.values()) for kind in ("frozen", "decay", "no_decay")}
-    trained = sum(p.numel() for p in ours.values() if p.requires_grad)
-    numbers = {
-        "with_head": trained,
-        "without_head": model.count(),
-        "decay": sum(n for k, n in kinds.values() if k == "decay"),
-    }
+            status[f"{stem}cross_attn.{found[1]}.{parts[found[2]]}.{found[3]}"] = status[name]
+    starts = {"frozen": "frozen", "no_decay": "decay 0 ", "decay": f"decay {settings['weight_decay']:g} "}
+    counts = {kind: sum(one.startswith(start) for one in status.values()) for kind, start in starts.items()}
+    numbers = {"with_head": model.count(head=True), "without_head": model.count()}
+    numbers["decay"] = sum(value.numel() for value in ours.values() if of.get(id(value)))
     defaults, told = optimizer.defaults, [f"{name}\t{status[name]}" for name in sorted(status)]
     found_optimizer = {"class": type(optimizer).__name__, "betas": defaults["betas"], "eps": defaults["eps"]}
     rows = [
@@ -228,15 +222,15 @@ def _unused(names: list[str], plain: bool) -> Row:
 # --- labels, settings, schedule ---------------------------------------------------------------------------------------
 
 
-def _lists(root: Path, dataset: str, number: Callable[[int], object] = lambda label: label) -> None:
-    """Made-up lists of a data set, as long as its own, with the label `number(i % classes)` of image i."""
+def _lists(root: Path, dataset: str, first: int = 0) -> None:
+    """Made-up lists of a data set, as long as its own, with the label `first + i % classes` of image i."""
     facts = DATASETS[dataset]
     folder = root / facts.folders[0]
     parts = [part for part in ("train", "val", "trainval", "test") if not (part == "trainval" and "fgvc" in dataset)]
     for part in parts:
         name = classification._LISTS[part] if "vtab" in dataset else f"{part}.json"
         images = folder / (classification.IMAGES[dataset.partition("/")[2]] if "fgvc" in dataset else "")
-        labels = {f"{part}/{i}.jpg": number(i % (facts.classes or 2)) for i in range(facts.sizes[part])}
+        labels = {f"{part}/{i}.jpg": first + i % (facts.classes or 2) for i in range(facts.sizes[part])}
         for path in (next(iter(labels)), list(labels)[-1]):
             (images / path).parent.mkdir(parents=True, exist_ok=True)
             (images / path).touch()
@@ -271,7 +265,7 @@ def _labels(case: Case) -> list[Row]:
         ]
         for theirs, key in FGVC.items():
             start = 295 if key == "nabirds" else 1
-            _lists(root, f"fgvc/{key}", lambda label, start=start: label + start)
+            _lists(root, f"fgvc/{key}", start)
             images = classification.load(f"fgvc/{key}", root, "train")
             offsets = {i % (images.classes) + start - label for i, label in enumerate(images.labels)}
             rule = {0: "label", 1: "label - 1"}.get(next(iter(offsets)), "rank of the id") if len(offsets) == 1 else "?"
@@ -284,7 +278,7 @@ def _labels(case: Case) -> list[Row]:
 
 
 def _settings(case: Case) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     for name, facts in case.expected["vit_b16"].items():
         if name == "exceptions":
             for key, changes in facts.items():
@@ -376,8 +370,9 @@ class _Watch(Callback):
     """The learning rates of each step by parameter group; ends the training after `steps`."""
 
     def __init__(self, steps: int = 10**9):
-        self.steps, self.lrs = steps, []
-        self.loop: Any = None
+        self.steps, self.lrs, self.loop = steps, list[list[float]](), None
+
+    loop: Any
 
     def on_step_end(self, loop: Any) -> None:
         self.loop = loop
@@ -391,8 +386,8 @@ def _begun(lr: float, images: int, batch: int, **options: Any) -> tuple[Any, np.
     `options` of `train_model` stand for the profile's.
     """
     watch, data = _Watch(1), TensorDataset(torch.zeros(images, 1), torch.zeros(images, dtype=torch.long))
-    options = {"epochs": recipe.EPOCHS, "hardware": CPU, "callbacks": [watch]} | options
-    (row,) = recipe.train_model(nn.Linear(1, 2), data, lr, batch=batch, **options)
+    usual: dict[str, Any] = {"epochs": recipe.EPOCHS, "hardware": CPU, "callbacks": [watch]}
+    (row,) = recipe.train_model(nn.Linear(1, 2), data, lr, batch=batch, **usual | options)
     rates = options.get("schedule", recipe.SCHEDULE)(lr, watch.loop.steps, watch.loop.per_epoch)
     if watch.lrs != [[rates[0]] * 2] or row["lr"] != rates[0]:
         rates = np.full_like(rates, np.nan)  # another schedule was run
@@ -488,7 +483,7 @@ def _selection(case: Case) -> list[Row]:
     for benchmark, dataset in (("fgvc", "fgvc/cub200"), ("vtab", "vtab/dtd")):
         expected = case.expected[benchmark]
         with tempfile.TemporaryDirectory() as name:
-            _lists(Path(name), dataset, (lambda label: label + 1) if benchmark == "fgvc" else lambda label: label)
+            _lists(Path(name), dataset, int(benchmark == "fgvc"))
             parts = recipe.splits(dataset, name, _seen("vit_b16"))
         found = recipe.Setting(
             title=dataset,
