@@ -9,8 +9,9 @@ INSTALLED := .venv/.installed
 SNAKEMAKE := $(BIN) -m snakemake --cores all --keep-going --quiet host progress reason rules
 # tests/offline: nothing that runs under test, the notebooks' kernels included, reaches another machine
 PYTEST := COMPANION_PROGRESS=off PYTHONPATH='$(CURDIR)/tests/offline' $(BIN) -m pytest
-# a process a core, each on one thread; a file, and so a notebook's kernel, stays with one process
-SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile
+# a process a core, each on one thread; a notebook's kernel stays with one process, and so does a file of tests but for
+# those that tests/conftest.py spreads
+SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4
 
 .DEFAULT_GOAL := help
 .PHONY: help reports study lint test unit nbval test-slow lab gpu bench notebooks lock clean
@@ -44,11 +45,11 @@ test: unit nbval  ## unit tests, parity, the site and JupyterLab in a browser; t
 
 # coverage is of the lines that the tests run themselves; of other processes nothing is counted
 unit: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(PYTEST) --cov --cov-report term --cov-report html:build/coverage $(SIDE_BY_SIDE) -m 'not slow' tests
+	OMP_NUM_THREADS=1 $(PYTEST) --cov --cov-report term --cov-report html:build/coverage $(SIDE_BY_SIDE) --dist loadgroup -m 'not slow' tests
 
 # apart: with --cov, nbval sets coverage up in every kernel, which times out
 nbval: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(PYTEST) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg $(SIDE_BY_SIDE) notebooks
+	OMP_NUM_THREADS=1 $(PYTEST) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg $(SIDE_BY_SIDE) --dist loadfile notebooks
 
 # a process for each file: full-size models of several files do not fit in the memory of one; those of the simulated GPU
 # are small

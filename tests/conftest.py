@@ -19,6 +19,16 @@ from companion.training.checkpoints import Checkpoint, trained_state
 
 ROOT = Path(__file__).resolve().parent.parent
 
+SPREAD = {"test_simulated.py", "test_recipes.py", "test_parity.py"}
+"""Files of long independent tests: side by side, their tests go to whatever process is free."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of any other file stay in one process (`--dist loadgroup`), which its fixtures are made in once."""
+    for item in items:
+        if item.path.name not in SPREAD:
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+
 
 @pytest.fixture(scope="session")
 def root() -> Path:

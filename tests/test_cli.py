@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import save_file
 
 from companion import __version__, cli
+from companion.evaluation import recipe_parity
 from companion.evaluation.parity import Case, folder
 from companion.ops import record, report
 from companion.ops.papers import MODELS, paper, slugs
@@ -105,6 +106,22 @@ def test_parity_of_a_checkpoint_in_two_parts(capsys, tmp_path):
     torch.save(parts, tmp_path / "PAR.pth")
     code, out, _ = call(capsys, "parity", "promptpar", "--checkpoint", tmp_path / "PAR.pth")
     assert code == 0 and "small_whole_wider: agrees" in out
+
+
+def test_parity_of_the_recipe_is_a_table(capsys, tmp_path):
+    code, out, _ = call(capsys, "parity", "sa2vp", "--recipe", "--case", "metric_top1")
+    head, *rows = out.splitlines()
+    assert code == 0 and head == "metric_top1 (metric, ran)" and "DIFFERS" not in out
+    assert rows[0].split()[0] == "acc1" and len(rows) >= 2
+    shutil.copytree(recipe_parity.folder() / "sa2vp" / "metric_top1", tmp_path / "sa2vp" / "metric_top1")
+    changed = tmp_path / "sa2vp" / "metric_top1" / "case.json"
+    facts = json.loads(changed.read_text())
+    facts["expected"]["acc1"] += 1
+    changed.write_text(json.dumps(facts))
+    code, out, _ = call(capsys, "parity", "sa2vp", "--recipe", "--fixtures", tmp_path)
+    assert code == 1 and next(row for row in out.splitlines() if "acc1" in row).endswith("DIFFERS")
+    code, _, err = call(capsys, "parity", "dmt", "--recipe")
+    assert code == 2 and "sa2vp" in err
 
 
 def test_parity_refuses_other_files(capsys, tmp_path):

@@ -1,6 +1,7 @@
 """The site, built from a small made-up report and from the real one, opened in a real browser without a network."""
 
 import functools
+import html
 import http.server
 import importlib.util
 import json
@@ -20,7 +21,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from companion.data import DATASETS
 from companion.evaluation import ablations
-from companion.ops.papers import slugs
+from companion.ops.papers import findings, slugs
 
 CLAIMS = yaml.safe_load(r"""
 - {id: params, text: 'trains $2 \times d$ parameters', kind: exact, status: holds, value: 11, seeds: [0]}
@@ -192,6 +193,13 @@ def test_data_page_names_every_set_and_speed_page_every_benchmark(site: Site, ro
         for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
             assert f"<p>{row['time_ratio']:.2f}</p>" in page
     assert ("No GPU was at hand" in page) != any((root / "reports" / "gpu").glob("*.json"))
+
+
+def test_findings_page_has_every_finding(site: Site) -> None:
+    page = (site.folder / "findings.html").read_text(encoding="utf-8")
+    for slug in slugs():
+        for row in findings(slug):
+            assert html.escape(" ".join(row["topic"].split()), quote=False) in page, (slug, row["topic"])
 
 
 def test_speed_page_shows_the_records_of_make_gpu_and_says_what_is_by_older_code(root: Path, tmp_path: Path) -> None:

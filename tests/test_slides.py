@@ -369,3 +369,36 @@ def test_heatmaps_lie_on_the_slide(path, tmp_path, image, monkeypatch):
     assert hot[0] > hot[2] and cold[2] > cold[0]  # red where it is high, blue where it is low
     # below the threshold the tissue stays as it is
     assert (np.asarray(Image.open(few["png"]))[-1] == slides.reduce(image, 16)[-1]).all()
+
+
+def test_regions_as_jpeg(path, image, tmp_path):
+    """As HS2P stores regions on disk; settings of the features' file say it, those of earlier files are raw."""
+    tiling = dataclasses.replace(SMALL, jpeg=True)
+    assert PANDA.jpeg and not SMALL.jpeg
+    with Slide(path) as slide:
+        tiles = slides.tile(slide, tiling)
+        x, y = tiles.coords[0]
+        found, raw = slide.region(x, y, tiles), slide.region(x, y, slides.tile(slide, SMALL))
+    np.testing.assert_array_equal(raw, image[y : y + 128, x : x + 128])
+    Image.fromarray(raw).save(tmp_path / "region.jpg")
+    np.testing.assert_array_equal(found, np.asarray(Image.open(tmp_path / "region.jpg")))
+    assert (found != raw).any()
+    features = slides.extract(path, mean_colour, tmp_path / "features.h5", tiling=tiling)
+    refused(BadParameter, "jpeg", slides.extract, path, mean_colour, features, tiling=SMALL)
+    old = slides.extract(path, mean_colour, tmp_path / "old.h5", tiling=SMALL)
+    with h5py.File(old, "r+") as file:
+        settings = json.loads(file.attrs["settings"])
+        del settings["jpeg"]
+        file.attrs["settings"] = json.dumps(settings)
+    assert slides.extract(path, mean_colour, old, tiling=SMALL) == old
+    refused(BadParameter, "jpeg", slides.extract, path, mean_colour, old, tiling=tiling)
+
+
+def test_outlines_lose_pixels_where_a_side_is_no_multiple(path):
+    """As in HS2P: to level 0 and back with truncation. A square of the mask loses its last rows and columns."""
+    mask = np.zeros((65, 65), np.uint8)
+    mask[8:40, 8:40] = 255
+    tiling = dataclasses.replace(SMALL, least=0.0)
+    _, whole, _ = slides.find_tiles(mask, 16, (1040, 1040), 1024, tiling, 16)
+    _, less, _ = slides.find_tiles(mask, (1039 / 65, 1039 / 65), (1039, 1039), 1024, tiling, 16)
+    assert whole[0] == round(32**2 / 64**2, 3) and less[0] == pytest.approx(31**2 / 64**2, abs=6e-4)

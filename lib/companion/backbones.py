@@ -88,7 +88,7 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     """The named tensors of a safetensors or torch.save file, read without running anything that is in it.
 
     A training checkpoint may hold more: its entry "net", "state_dict" or "model" is taken, and objects of the trainer's
-    own classes are passed over.
+    own classes are passed over. A file that ends in .pkl is a plain pickle, of tensors or arrays, as detectron2 has it.
 
     Raises `CorruptFile` when it is missing, truncated, or holds something else.
     """
@@ -97,11 +97,14 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         except Exception as error:
             raise CorruptFile(path, f"not a safetensors file ({type(error).__name__}: {error})") from error
-    state = unpickle.load_torch(path)
+    pickled = Path(path).suffix == ".pkl"
+    state = unpickle.load(path) if pickled else unpickle.load_torch(path)
     for entry in ("net", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(entry), dict):
             state = state[entry]
             break
+    if pickled and isinstance(state, dict):
+        state = {n: torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) else v for n, v in state.items()}
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CorruptFile(path, "holds something else than named tensors")
     # wrapped by DataParallel when it was saved

@@ -19,6 +19,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,6 +91,8 @@ def main(words: list[str] | None = None) -> int:
     sub.add_argument("--features", default="", help="where they go (default: DATA_ROOT/features)")
     sub.add_argument("--region", type=int, default=2048, help="side of a region in pixels")
     sub.add_argument("--normalise", default="unit", choices=hvit["normalise"]["choices"], help="of the pixels")
+    raw = "encode regions as read (default: after JPEG compression, as HS2P stores them for the authors)"
+    sub.add_argument("--raw", action="store_true", help=raw)
     sub.add_argument("--part", default="0/1", help="I/N: every N-th slide from the I-th on, for N jobs side by side")
     sub.add_argument("--batch", type=int, default=1, help="regions a step")
     sub.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda"])
@@ -271,6 +274,7 @@ def show_data(given: argparse.Namespace) -> int:
 
 def check_recipe(given: argparse.Namespace) -> int:
     """Print a table: each recorded quantity of each case, what the authors' code gives, and what ours gives."""
+    os.environ["COMPANION_PROGRESS"] = "off"  # of the trainings that a case needs
     cases, failed = list(recipe_parity.cases(given.paper, given.fixtures)), 0
     if given.case:
         check_choice("--case", given.case, [case.name for case in cases])
@@ -279,9 +283,12 @@ def check_recipe(given: argparse.Namespace) -> int:
         rows = recipe_parity.check(given.paper, case)
         failed += sum(not row.passes for row in rows)
         print(f"{case.name} ({case.facts['kind']}, {case.facts['how']})")
-        for row in rows:
+        cells = [[text[:60] for text in (row.what, row.expected, row.ours)] for row in rows]
+        wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for row, texts in zip(rows, cells, strict=True):
             verdict = f"departs: {row.departs}" if row.departs and row.passes else "" if row.passes else "DIFFERS"
-            print(f"  {row.what:42}  {row.expected:60}  {row.ours:60}  {verdict}".rstrip())
+            columns = zip(texts, wide, strict=True)
+            print("  " + "  ".join(f"{text:{width}}" for text, width in columns) + f"  {verdict}".rstrip())
     return int(bool(failed))
 
 
@@ -327,7 +334,8 @@ def slides(given: argparse.Namespace) -> int:
     if not (i.isdecimal() and n.isdecimal()):
         raise BadParameter("--part", given.part, "I/N, such as 0/8")
     patch, bad = recipe.patch_encoder(given.weights, given.heads), []
-    for name, found in recipe.store(SimpleNamespace(**vars(given)), patch, (int(i), int(n)), given.batch):
+    tiling, parameters = replace(recipe.PANDA, jpeg=not given.raw), SimpleNamespace(**vars(given))
+    for name, found in recipe.store(parameters, patch, (int(i), int(n)), given.batch, tiling):
         if isinstance(found, CompanionError):
             bad.append(name)
             print(f"{name}: {found}", file=sys.stderr, flush=True)

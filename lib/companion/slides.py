@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import shutil
@@ -140,9 +141,10 @@ class Slide:
     def region(self, x: int, y: int, tiles: Tiles) -> np.ndarray:
         """The region of `tiles` with its corner at (x, y): uint8 (region, region, 3)."""
         pixels = self.read(int(x), int(y), tiles.level, tiles.pixels, tiles.pixels)
-        if tiles.pixels == tiles.region:
-            return pixels
-        return np.asarray(Image.fromarray(pixels).resize((tiles.region, tiles.region), Image.Resampling.BILINEAR))
+        if tiles.pixels != tiles.region:
+            size = (tiles.region, tiles.region)
+            pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+        return as_jpeg(pixels) if tiles.jpeg else pixels
 
     def thumbnail(self, downsample: float) -> tuple[np.ndarray, float]:
         """The level nearest to `downsample`, whole, and its downsample.
@@ -160,6 +162,13 @@ class Slide:
             height = min(factor * 16, high - top)
             bands.append(reduce(self.read(0, int(top * scale), level, wide, height), factor))
         return np.concatenate(bands), scale * factor
+
+
+def as_jpeg(pixels: np.ndarray) -> np.ndarray:
+    """An image uint8 (h, w, 3) after JPEG compression at PIL's default quality."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    return np.asarray(Image.open(buffer))
 
 
 def _open(backend: str, path: Path) -> Any:
@@ -205,6 +214,8 @@ class Tiling:
             not, since it draws them at the coordinates of another level.
         least: share of a region that must be tissue.
         padding: keep regions that stick out of the slide.
+        jpeg: compress each region as JPEG before it is encoded: HS2P writes regions to disk at PIL's default quality
+            (its `source/utils.py`, line 193), and H-ViT's authors encode those files.
     """
 
     region: int = 2048
@@ -222,6 +233,7 @@ class Tiling:
     drop_holes: bool = False
     least: float = 0.1
     padding: bool = True
+    jpeg: bool = False
 
     def __post_init__(self):
         if self.region < 1 or self.mpp <= 0 or self.downsample < 1:
@@ -232,7 +244,7 @@ class Tiling:
             raise BadParameter("least", self.least, "0 to 1")
 
 
-PANDA = Tiling(downsample=16, otsu=True, close=10, area=4, hole_area=2)
+PANDA = Tiling(downsample=16, otsu=True, close=10, area=4, hole_area=2, jpeg=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -246,6 +258,7 @@ class Tiles:
         step: side of a region in pixels of level 0.
         level, pixels: the level that is read, and the side there.
         region: the side after resampling.
+        jpeg: as in `Tiling`.
     """
 
     coords: np.ndarray
@@ -255,6 +268,7 @@ class Tiles:
     level: int
     pixels: int
     region: int
+    jpeg: bool = False
 
     def __len__(self) -> int:
         return len(self.coords)
@@ -273,26 +287,38 @@ def tissue_mask(rgb: np.ndarray, tiling: Tiling) -> np.ndarray:
     return cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((tiling.close, tiling.close), np.uint8))
 
 
+def axis_factors(size: tuple[int, int], mask: np.ndarray) -> tuple[float, float]:
+    """Level-0 pixels a pixel of a mask (h, w) that covers a slide of `size` (width, height): along x, along y."""
+    return size[0] / mask.shape[1], size[1] / mask.shape[0]
+
+
 def find_tiles(
-    mask: np.ndarray, downsample: float, size: tuple[int, int], step: int, tiling: Tiling, unit: float
+    mask: np.ndarray,
+    downsample: float | tuple[float, float],
+    size: tuple[int, int],
+    step: int,
+    tiling: Tiling,
+    unit: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Regions with tissue, in the order found: coordinates (M, 2), shares and contours (M,).
 
     For each piece of tissue a grid that starts at the upper left of ITS bounding box, columns first; the grids of two
-    pieces may overlap.
+    pieces may overlap. As in HS2P, outlines are scaled to level 0 and back with truncation: where a side of the slide
+    is no multiple of the mask's downsample, a piece loses a row or a column of the mask.
 
     Args:
         mask: uint8 (h, w), see `tissue_mask`.
-        downsample: level-0 pixels a pixel of the mask.
+        downsample: level-0 pixels a pixel of the mask, of both axes or (x, y).
         size: (width, height) of the slide.
         step: side of a region in pixels of level 0.
         unit: side in level-0 pixels of the patch that areas are counted in.
     """
     cv2 = _opencv()
     contours, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    reference = int((unit / downsample) ** 2)
+    across, down = (downsample, downsample) if isinstance(downsample, int | float) else downsample
+    reference = int(unit**2 / (across * down))
     found, piece = [], 0
-    side = max(int(step / downsample), 1)
+    side = max(int(step / across), 1)
     parents = [] if hierarchy is None else hierarchy[0][:, 3].tolist()
     inner: dict[int, list[np.ndarray]] = {}  # -1 stands for none: what has a parent is a hole in it
     for contour, parent in zip(contours, parents, strict=True):
@@ -304,18 +330,19 @@ def find_tiles(
         areas = [cv2.contourArea(hole) for hole in holes]
         if cv2.contourArea(contour) - sum(areas) <= tiling.area * reference:
             continue
+        outline = (contour * (across, down)).astype(np.int32)  # at level 0
         inside = np.zeros_like(mask)
-        cv2.drawContours(inside, [contour], 0, 255, -1)
+        cv2.drawContours(inside, [(outline * (1 / across, 1 / down)).astype(np.int32)], 0, 255, -1)
         if tiling.drop_holes:
             largest = sorted(zip(areas, range(len(holes)), strict=True), reverse=True)[: tiling.holes]
             kept = [holes[j] for area, j in largest if area > tiling.hole_area * reference]
             cv2.drawContours(inside, kept, -1, 0, -1)
         tissue = (mask > 0) & (inside > 0)
-        left, top, width, height = cv2.boundingRect((contour * downsample).astype(np.int32))
+        left, top, width, height = cv2.boundingRect(outline)
         for x, y in itertools.product(range(left, left + width, step), range(top, top + height, step)):
             if not tiling.padding and (x + step > size[0] or y + step > size[1]):
                 continue
-            column, row = int(x / downsample), int(y / downsample)
+            column, row = int(x / across), int(y / across)  # by one factor, as in HS2P
             share = round(float(tissue[row : row + side, column : column + side].sum() / side**2), 3)
             if share >= tiling.least:
                 found.append((x, y, share, piece))
@@ -344,18 +371,16 @@ def tile(slide: Slide, tiling: Tiling, mask: np.ndarray | None = None) -> Tiles:
         raise BadParameter("mpp", tiling.mpp, f"one near those of {slide.path} ({have}); or resample = True")
     pixels = round(tiling.region * tiling.mpp / mpp) if tiling.resample else tiling.region
     if mask is None:
-        rgb, downsample = slide.thumbnail(tiling.downsample)
-        mask = tissue_mask(rgb, tiling)
+        mask = tissue_mask(slide.thumbnail(tiling.downsample)[0], tiling)
     else:
-        downsample = slide.size[0] / mask.shape[1]
-        if mask.ndim != 2 or abs(slide.size[1] / mask.shape[0] / downsample - 1) > 0.05:
+        if mask.ndim != 2 or abs(slide.size[1] / mask.shape[0] / (slide.size[0] / mask.shape[1]) - 1) > 0.05:
             raise BadParameter("mask", mask.shape, f"(h, w) in the proportions of the slide, {slide.size[::-1]}")
         mask = np.where(mask > 0, 255, 0).astype(np.uint8)
     step = int(pixels * slide.downsamples[level])
     unit = 256 * pixels / tiling.region * slide.downsamples[level]
-    coords, shares, contours = find_tiles(mask, downsample, slide.size, step, tiling, unit)
+    coords, shares, contours = find_tiles(mask, axis_factors(slide.size, mask), slide.size, step, tiling, unit)
     order = file_order(coords)
-    return Tiles(coords[order], shares[order], contours[order], step, level, pixels, tiling.region)
+    return Tiles(coords[order], shares[order], contours[order], step, level, pixels, tiling.region, tiling.jpeg)
 
 
 def _opencv():
@@ -453,6 +478,7 @@ def extract(
 
 
 def _same(settings: dict, written: dict, where: Path) -> None:
+    written = {"jpeg": False} | written  # files of earlier versions do not say it
     for key, value in settings.items():
         if written.get(key) != value:
             raise BadParameter(key, value, f"{written.get(key)!r}, as in {where}; delete that to start anew")

@@ -131,12 +131,21 @@ def test_foreign_vocabularies(tmp_path, sizes):
 
 def test_caption_labels_are_whole_words_of_any_synonym():
     dog = {"id": 2, "name": "hot_dog", "synonyms": ["hot_dog", "frank"]}
-    categories = [{"id": 1, "name": "cat"}, dog, {"id": 3, "name": "car"}]
+    categories = [{"id": 1, "name": "cat"}, dog, {"id": 3, "name": "car_(vehicle)"}]
     said = [(1, "A cat on a carpet"), (2, "Two"), (2, "frank people"), (3, "catalogue of cars"), (4, "a hot dog")]
+    said += [(5, "cat"), (6, "a car, a cat."), (7, "the Car"), (8, "a cat sat")]
     annotations = [{"image_id": i, "caption": text} for i, text in said]
-    captions = {"images": [{"id": i} for i in (1, 2, 3, 4, 5)], "annotations": annotations}
+    captions = {"images": [{"id": i} for i in range(1, 10)], "annotations": annotations}
     found = detection.caption_labels(captions, categories)
-    assert {entry["id"]: entry["pos_category_ids"] for entry in found["images"]} == {1: [1], 2: [2], 4: [2]}
+    labels = {entry["id"]: entry["pos_category_ids"] for entry in found["images"]}
+    assert labels == {1: [1], 2: [2], 4: [2], 7: [3], 8: [1]}
+
+
+def test_coco_has_the_synonyms_of_lvis():
+    found = {c["name"]: c["synonyms"] for c in detection.with_synonyms(coco_categories())}
+    assert len(found) == 80 and {"man", "woman"} <= set(found["person"]) and found["hot dog"] == ["sausage"]
+    counts = [[c["frequency"] for c in detection.lvis_categories()].count(letter) for letter in "fcr"]
+    assert counts == [405, 461, 337]
 
 
 def test_labels_without_boxes_are_positives(tmp_path):

@@ -166,12 +166,18 @@ def test_potsdam(tmp_path, geoseg, bands):
     assert len(train) == 24 * 4 and len(test) == 14 * 4
     assert train.left_out == (5,) and train.classes[5] == "clutter" and train.ignore == 6
     for found, name, ids in ((train, "2_11", truth["2_11"]), (test, "2_14", truth["2_14 eroded"])):
-        image, last = found[7]  # the second tile's last window: 20 x 20 of it, the rest is padding
-        assert found.picture(7).image.stem == f"top_potsdam_{name}_{bands}"
-        assert np.array_equal(last[:20, :20].numpy(), ids[40:, 40:])
-        assert (last[20:] == 6).all() and (last[:, 20:] == 6).all()  # ignored; in GeoSeg's tools impervious surface
-        assert not image[:, 20:].any()
-        assert torch.equal(image[:, :20, :20], torch.from_numpy(noise(60, 60, 1)[:, 40:, 40:]))
+        image, first = found[4]  # the second tile's first window: 20 x 20 of it, the rest is padding
+        assert found.picture(4).image.stem == f"top_potsdam_{name}_{bands}"
+        assert np.array_equal(first[20:, 20:].numpy(), ids[:20, :20])
+        assert (first[:20] == 6).all() and (first[:, :20] == 6).all()  # ignored; in GeoSeg's tool impervious surface
+        assert not image[:, :20].any()
+        assert torch.equal(image[:, 20:, 20:], torch.from_numpy(noise(60, 60, 1)[:, :20, :20]))
+    mirrored = landcover.load(POTSDAM, tmp_path, "train", size=40, mirrored=True, padding="impervious")
+    assert len(mirrored) == 3 * len(train) and mirrored.picture(17) is mirrored.pictures[1]
+    for index, flipped in ((16, truth["2_11"][:, ::-1]), (20, truth["2_11"][::-1])):
+        labels_ = mirrored[index][1]
+        assert np.array_equal(labels_[20:, 20:].numpy(), flipped[:20, :20]) and not labels_[:20].any()
+    assert torch.equal(mirrored[19][0], torch.from_numpy(noise(60, 60, 1)[:, 20:, ::-1][:, :, 20:].copy()))
     assert set(train.zones()) == set(test.zones()) == {"Cfb"}
     assert data.status(POTSDAM, tmp_path) == data.Status("present", "24 train, 14 test")
     if not geoseg:
@@ -216,14 +222,16 @@ def test_potsdam_of_a_strange_colour(tmp_path):
 def test_geosegs_patches_are_padded_with_ignore(tmp_path):
     top = data.find(POTSDAM).folder(tmp_path)
     image, ids = noise(64, 64), np.random.default_rng(0).integers(0, 7, (64, 64), dtype=np.uint8)
-    image[:, 50:], image[:, :, 40:], ids[50:], ids[:, 40:] = 0, 0, 0, 0  # as its tools pad: black, and class 0
-    image[:, 10], ids[10] = 0, 3  # a shadow is no padding
+    image[:, :50], image[:, :, :40], ids[:50], ids[:, :40] = 0, 0, 0, 0  # as its tool pads: black, and class 0
+    image[:, 60], ids[60] = 0, 3  # a shadow is no padding
     for split in ("train", "test"):
         written(top / split / "images_1024" / "top_potsdam_2_10_0_5.tif", image, **NOWHERE)
         png(top / split / "masks_1024" / "top_potsdam_2_10_0_5.png", ids)
     train = landcover.load(POTSDAM, tmp_path, "train", size=64)
     found = train[0][1].numpy()
-    assert np.array_equal(found[:50, :40], ids[:50, :40]) and (found[50:] == 6).all() and (found[:, 40:] == 6).all()
+    assert np.array_equal(found[50:, 40:], ids[50:, 40:]) and (found[:50] == 6).all() and (found[:, :40] == 6).all()
+    theirs = landcover.load(POTSDAM, tmp_path, "train", size=64, mirrored=True, padding="impervious")
+    assert len(theirs) == 1 and np.array_equal(theirs[0][1].numpy(), ids)  # its patches are mirrored already
     refused(BadParameter, "labels", landcover.load, POTSDAM, tmp_path, "train", labels="eroded")
     (top / "train" / "masks_1024" / "top_potsdam_2_10_0_5.png").unlink()
     refused(MissingData, r"2_10_0_5\.png", landcover.load, POTSDAM, tmp_path, "train")
@@ -231,7 +239,13 @@ def test_geosegs_patches_are_padded_with_ignore(tmp_path):
 
 def test_bad_parameters(tmp_path):
     earth(tmp_path)
-    for split, options in (("all", {}), ("train", {"labels": "eroded"}), ("train", {"size": 0})):
+    for split, options in (
+        ("all", {}),
+        ("train", {"labels": "eroded"}),
+        ("train", {"size": 0}),
+        ("train", {"mirrored": True}),
+        ("train", {"padding": "black"}),
+    ):
         refused(BadParameter, next(iter(options), "split"), landcover.load, OEM, tmp_path, split, **options)
 
 

@@ -56,6 +56,18 @@ def test_crops_with_several_classes():
     refused(BadParameter, "size", transforms.SmartCrop, 0, 5)
 
 
+def test_brightness_and_contrast_are_albumentations():
+    image = tv_tensors.Image(torch.tensor([0, 51, 102, 153, 204, 255], dtype=torch.uint8).expand(3, 1, -1))
+    changed = transforms.BrightnessContrast(0.25)
+    assert changed.transform(image, {"alpha": 1.1, "beta": -0.2})[0, 0].tolist() == [0, 5, 61, 117, 173, 229]
+    torch.manual_seed(0)
+    drawn = [changed.make_params([]) for _ in range(200)]
+    alphas, betas = ([d[name] for d in drawn] for name in ("alpha", "beta"))
+    assert 0.75 <= min(alphas) < 0.77 and 1.23 < max(alphas) <= 1.25 and -0.25 <= min(betas) < -0.23
+    labels = tv_tensors.Mask(torch.ones(1, 6, dtype=torch.int64))
+    assert torch.equal(changed(image, labels)[1], labels)
+
+
 def test_image_and_labels_stay_together():
     torch.manual_seed(1)
     transform = transforms.train_transform(32, ignore=9, scales=[1.0], brightness=0.0)

@@ -1,6 +1,7 @@
 """Every paper's recipe against cases recorded from its authors' code; `RECIPES_EXTRA=<folder>` adds cases."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -10,8 +11,16 @@ import torch
 from companion.errors import BadParameter, CompanionError, MissingData
 from companion.evaluation import recipe_parity
 from companion.evaluation.recipe_parity import Case, Row, lines, near, same
+from companion.ops.papers import slugs
+from tests.conftest import ROOT
 
-FULL_SIZE: set[tuple[str, str]] = {("sa2vp", "trajectory_tiny_swin")}
+FULL_SIZE: set[tuple[str, str]] = {
+    ("dplq", "groups_base_to_novel"),
+    ("ecamp", "trajectory_detection"),
+    ("metasegnet", "trajectory_loveda"),
+    ("metasegnet", "trajectory_potsdam"),
+    ("sa2vp", "trajectory_tiny_swin"),
+}
 """Cases of full-size models, which run with the slow tests."""
 
 
@@ -32,6 +41,22 @@ def test_every_recorded_case_has_a_paper_that_checks_it():
     assert {path.parent.parent.name for path in recipe_parity.folder().glob("*/*/case.json")} == set(
         recipe_parity.papers()
     )
+
+
+@pytest.mark.parametrize("slug", slugs())
+def test_the_readme_counts_the_cases(slug):
+    def count(root: str, pattern: str) -> str:
+        return str(len(list((ROOT / "tests" / root / slug).glob(pattern))) or "–")
+
+    counted = (
+        count("parity", "*/outputs.safetensors"),
+        count("recipes", "*/case.json"),
+        count("recipes", "trajectory*"),
+    )
+    line = re.search(rf"^\| \[`{slug}`\].*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert line and f"| {' / '.join(counted[:2])} / " in line[0]
+    if counted[2] != "–":  # without recorded cases it is a test of its own
+        assert f" / {counted[2]}" in line[0]
 
 
 def test_rows():

@@ -6,8 +6,8 @@
     sets["trainval"].sentences             # what CLIP reads, by attribute
 
 Opening a set reads its annotation; an image is decoded when it is asked for. `root` is the data folder (`data`).
-`attributes_sets` describes the sets. Labels are 1 where the annotation says 1 and 0 elsewhere: in WIDER -1 is "not
-there" and 0 "nobody could tell"; in the RAP sets 2 is the latter.
+`attributes_sets` describes the sets. Labels are 1 where the annotation is 1, and 0 elsewhere: in WIDER -1 is "absent"
+and 0 "unclear". In the RAP sets "unclear" is 2, and stays 2, as in the code of PromptPAR.
 
 Another set needs a `DataSet` with task "attributes" in `DATASETS`, and files as PA100K's or `labels.csv`.
 """
@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from scipy.io import loadmat
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from ..errors import CorruptFile, check_choice
 from ..ops import unpickle
@@ -37,7 +38,7 @@ Transform = Callable[[Image.Image], torch.Tensor]
 
 
 class Listing:
-    """What an annotation says: images (n), labels (n, A) of 0 and 1, names of attributes (A), members of splits."""
+    """An annotation: images (n), labels (n, A) of 0, 1 and 2 (unclear), names of attributes (A), members of splits."""
 
     def __init__(
         self,
@@ -48,7 +49,7 @@ class Listing:
         splits: Mapping[str, np.ndarray],
     ):
         self.file, self.pictures, self.names = file, list(pictures), list(names)
-        self.labels = (np.asarray(labels) == 1).astype(np.float32)
+        self.labels = np.asarray(labels).clip(0).astype(np.float32)
         if self.labels.ndim != 2 or self.labels.shape != (len(self.pictures), len(self.names)):
             raise CorruptFile(
                 file, f"labels {self.labels.shape} for {len(self.pictures)} images and {len(self.names)} attributes"
@@ -73,13 +74,13 @@ class Listing:
 
 
 class Pedestrians(Images):
-    """Images with attributes, decoded when asked for: `pedestrians[i]` is (float32 (3, H, W), float32 (A,) of 0, 1).
+    """Images with attributes, decoded when asked for: `pedestrians[i]` is (float32 (3, H, W), float32 (A,)).
 
     Attributes:
-        labels: (n, A), float32.
+        labels: (n, A), float32: 1 present, 0 absent, 2 unclear (RAP).
         names: the attributes as the annotation has them.
         sentences: the attributes as CLIP reads them.
-        ratio: (A,) the share of images with each attribute, as the loss wants it.
+        ratio: (A,) the mean label of each attribute, as the loss wants it: the share of images with the attribute.
 
     Raises (on indexing) as `classification.Images`.
     """
@@ -158,25 +159,36 @@ def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str
 class PadToSquare:
     """Scales an image to `size` rows and puts it in the middle of a black square, as the authors of PromptPAR do.
 
-    One that would be wider than it is high is left as it is (and squeezed by what comes after).
+    Resized bilinearly without antialiasing, as OpenCV does. The result may be one or two pixels narrower than high, as
+    theirs. An image that would be wider than high is left as it is (and squeezed by the resize that follows).
+
+    Args:
+        antialias: resize with antialiasing, by Pillow.
     """
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, size: int, antialias: bool = False):
+        self.size, self.antialias = size, antialias
 
     def __call__(self, picture: Image.Image) -> Image.Image:
-        width = max(1, int(picture.width * self.size / picture.height))
-        if width > self.size:
+        wide = picture.width / (picture.height / self.size)
+        if wide > self.size:
             return picture
-        square = Image.new("RGB", (self.size, self.size))
-        square.paste(picture.resize((width, self.size), Image.Resampling.BILINEAR), ((self.size - width) // 2, 0))
+        width, edge = max(1, int(wide)), int((self.size - wide) / 2)
+        if self.antialias:
+            resized = picture.resize((width, self.size), Image.Resampling.BILINEAR)
+        else:
+            pixels = F.pil_to_tensor(picture.convert("RGB"))
+            resized = F.to_pil_image(F.resize(pixels, [self.size, width], antialias=False))
+        square = Image.new("RGB", (width + 2 * edge, self.size))
+        square.paste(resized, (edge, 0))
         return square
 
 
-def square_transform(size: int = 224, train: bool = False) -> v2.Transform:
+def square_transform(size: int = 224, train: bool = False, antialias: bool = False) -> v2.Transform:
     """PromptPAR's transform: padded to a square, resized (bilinear), normalised by 0.5, not by CLIP's statistics.
 
     Args:
+        antialias: see `PadToSquare`.
         train: then 10 black pixels around, a random crop of `size`, and a flip half of the time.
 
     Returns:
@@ -184,7 +196,7 @@ def square_transform(size: int = 224, train: bool = False) -> v2.Transform:
     """
     cut = [v2.Pad(10), v2.RandomCrop(size), v2.RandomHorizontalFlip(0.5)] if train else []
     halves = SimpleNamespace(mean=(0.5,) * 3, std=(0.5,) * 3)
-    return v2.Compose([PadToSquare(size), v2.Resize((size, size)), *cut, *_normalised(halves)])
+    return v2.Compose([PadToSquare(size, antialias), v2.Resize((size, size)), *cut, *_normalised(halves)])
 
 
 # --- what `companion.data` calls ---------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ describes the sets and says how the splits are made.
 from __future__ import annotations
 
 import csv
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -28,12 +29,13 @@ from ..errors import BadParameter, CorruptFile, check_choice
 from ..ops.files import read_json
 from . import DataSet, Status, decoding, find, own_set
 from .classification import Images, _inside, check_listed
-from .detection_sets import COCO_BASE, COCO_NOVEL, FILES, IMAGES, NAMES_FIX
+from .detection_sets import COCO_BASE, COCO_NOVEL, COCO_OTHER, FILES, IMAGES, NAMES_FIX
 
 OV_COCO_BASE, OV_COCO_NOVEL = tuple(COCO_BASE.values()), tuple(COCO_NOVEL.values())
 """Category ids of the 48 and the 17."""
 
 FREQUENCIES = ("r", "c", "f")
+LVIS_CLASSES = Path(__file__).with_name("lvis_classes.csv")
 
 
 class Target(NamedTuple):
@@ -238,31 +240,62 @@ def ov_lvis(annotations: Mapping, split: str) -> dict:
     return {**annotations, "annotations": kept}
 
 
+@functools.cache
+def lvis_categories() -> tuple[dict[str, Any], ...]:
+    """The 1203 categories of LVIS v1, as its files have them: "id", "name", "frequency", "synonyms".
+
+    "coco" is the id of COCO's category of the same synset, None where there is none.
+    """
+    with LVIS_CLASSES.open(encoding="utf-8", newline="") as lines:
+        rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    return tuple(
+        {
+            "id": number,
+            "name": row["name"],
+            "frequency": row["frequency"],
+            "synonyms": row["synonyms"].split(";"),
+            "coco": int(row["coco"]) if row["coco"] else None,
+        }
+        for number, row in enumerate(rows, 1)
+    )
+
+
+def with_synonyms(categories: Sequence[Mapping]) -> list[dict[str, Any]]:
+    """COCO's categories with the "synonyms" that LVIS lists for their synsets: of person also man, woman, boy, ..."""
+    of = {found["coco"]: found["synonyms"] for found in lvis_categories() if found["coco"]}
+    return [{**category, "synonyms": of[category["id"]]} for category in categories]
+
+
 def caption_labels(captions: Mapping, categories: Sequence[Mapping]) -> dict:
     """Image labels from COCO's captions, as Detic and SIC-CADS train on them for OV-COCO.
 
-    A class counts where its name, or one of its "synonyms" when the category has some (underscores read as spaces),
-    stands between spaces, at the start or at the end of the lower-case captions of an image, one after the other.
-    Images without any are dropped.
+    A class counts where one of its "synonyms", or its name where it has none, stands between spaces in the lower-case
+    captions of an image, one after the other; also at their start or end, but not alone. Underscores read as spaces,
+    and what follows an opening bracket is left out. Images without any are dropped.
 
     Args:
         captions: COCO's captions file: "images", "annotations" with "image_id" and "caption".
-        categories: with "id", "name", and "synonyms" where there are.
+        categories: with "id", "name", and "synonyms" where there are; COCO's from `with_synonyms`.
 
     Returns:
         {"images" with `pos_category_ids`, "annotations": [], "categories"}.
     """
-    said: dict[object, list[str]] = {}
+    written: dict[object, list[str]] = {}
     for annotation in captions["annotations"]:
-        said.setdefault(annotation["image_id"], []).append(annotation["caption"].lower())
-    words = {c["id"]: {n.replace("_", " ").lower() for n in c.get("synonyms") or [c["name"]]} for c in categories}
+        written.setdefault(annotation["image_id"], []).append(annotation["caption"].lower())
+    words = {c["id"]: [_in_words(n) for n in c.get("synonyms") or [c["name"]]] for c in categories}
     images = []
     for image in captions["images"]:
-        text = f" {' '.join(said.get(image['id'], ()))} "
-        found = [category for category, names in words.items() if any(f" {name} " in text for name in names)]
+        text = " ".join(written.get(image["id"], ()))
+        found = [c for c, names in words.items() if any(name != text and f" {name} " in f" {text} " for name in names)]
         if found:
             images.append({**image, "pos_category_ids": found})
     return {"images": images, "annotations": [], "categories": list(categories)}
+
+
+def _in_words(name: str) -> str:
+    """A class name of LVIS as captions may have it: "bat_(animal)" is "bat"."""
+    return name.partition("(")[0].replace("_", " ").strip().lower()
 
 
 def repeat_factors(boxes: Boxes, threshold: float = 0.001) -> np.ndarray:
@@ -312,7 +345,7 @@ def _read(dataset: DataSet, root: Path, split: str) -> tuple[dict, Sequence[int]
         raise CorruptFile(file, f"{len(ids)} categories, {dataset.classes} are expected")
     if dataset.name == "detection/ov-coco":
         named = {category["name"]: category["id"] for category in found["categories"]}
-        if wrong := [name for name, i in {**COCO_BASE, **COCO_NOVEL}.items() if named.get(name) != i]:
+        if wrong := [name for name, i in {**COCO_BASE, **COCO_NOVEL, **COCO_OTHER}.items() if named.get(name) != i]:
             raise CorruptFile(file, f"the categories {wrong[:5]} have not COCO's ids")
         return ov_coco(found, split), OV_COCO_BASE, OV_COCO_NOVEL
     if dataset.name == "detection/ov-lvis":

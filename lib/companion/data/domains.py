@@ -40,6 +40,7 @@ from .domains_sets import CLASSES, RELEASED_AS, TORCHGEO, WHOLE_SET_NAMES, image
 
 SPLITS = ("train", "val", "test", "all")
 _PARTS = SPLITS[:3]
+CROP = (0.08, 1.0)  # of the area, of a training image
 Samples = list[tuple[str, int]]  # path below the parent of the class folders, label
 Transform = Callable[[Image.Image], torch.Tensor]
 
@@ -115,7 +116,7 @@ def clip_transform(input, train: bool = False) -> v2.Transform:
     """
     bicubic = v2.InterpolationMode.BICUBIC
     cut = (
-        [v2.RandomResizedCrop(input.size, scale=(0.08, 1), interpolation=bicubic), v2.RandomHorizontalFlip(0.5)]
+        [v2.RandomResizedCrop(input.size, scale=CROP, interpolation=bicubic), v2.RandomHorizontalFlip(0.5)]
         if train
         else [v2.Resize(input.size, interpolation=bicubic), v2.CenterCrop(input.size)]
     )

@@ -11,8 +11,7 @@ classes by label as `.class_names` (or `.classes`): those of `domains` and of `c
 torchvision's `ImageFolder`. No image is opened here.
 
 The protocols are those of CoOp and CoCoOp (Zhou et al., IJCV and CVPR 2022) as the code of DPLQ (Cao et al., CVPR 2024)
-has them, with one difference: that code takes what there is when a class has too few images to train on, here it is an
-error.
+has them: of a class with fewer images than shots all are taken.
 """
 
 from __future__ import annotations
@@ -78,14 +77,14 @@ class Protocol:
 
 
 def few_shot(dataset: Dataset, shots: int, seed: int) -> Part:
-    """`shots` images of each class, drawn without replacement and kept in the order of the data set.
+    """`shots` images of each class, or all where there are fewer, without replacement, in the order of the data set.
 
     A class's draw depends on the seed, the class's name and its images only. So it does not matter whether classes are
     selected before or after, and with the same seed fewer shots are some of the more.
 
     Raises:
-        BadParameter: shots below 1, a negative seed, or a class with fewer images than shots (it is named); a data set
-            without labels or class names.
+        BadParameter: shots below 1, a negative seed, or a class without images (it is named); a data set without labels
+            or class names.
     """
     if not isinstance(shots, int) or shots < 1:
         raise BadParameter("shots", shots, "a whole number from 1 on")
@@ -96,8 +95,8 @@ def few_shot(dataset: Dataset, shots: int, seed: int) -> Part:
     for index, label in enumerate(labels):
         of_class[label].append(index)
     short = min(of_class, key=lambda label: len(of_class[label]))
-    if len(of_class[short]) < shots:
-        raise BadParameter("shots", shots, f"up to {len(of_class[short])}, as many images as '{names[short]}' has")
+    if not of_class[short]:
+        raise BadParameter("shots", shots, f"up to 0, as many images as '{names[short]}' has")
     chosen = []
     for label, members in of_class.items():
         rng = np.random.default_rng([seed, zlib.crc32(names[label].encode())])
@@ -138,7 +137,7 @@ def base_to_novel(splits: Splits, shots: int = 16, seed: int = 1) -> Protocol:
 
     Args:
         splits: "train", "val" and "test" of the set.
-        shots: training images of each class.
+        shots: training images of each class, at most.
         seed: of the draw.
 
     Returns:
@@ -146,7 +145,7 @@ def base_to_novel(splits: Splits, shots: int = 16, seed: int = 1) -> Protocol:
 
     Raises:
         BadParameter: a split is missing, the splits differ in their classes, there are fewer than two classes, or a
-            class has too few images to train on.
+            class has no images to train on or to validate.
     """
     _, names = _checked(splits)
     base = range(len(halves(names)[0]))
@@ -222,10 +221,8 @@ def _checked(splits: Splits) -> tuple[Splits, list[str]]:
 
 
 def _validation(dataset: Dataset, shots: int, seed: int) -> Part:
-    """As many of each class as the smallest one allows, but no more than are trained on or than the protocol takes."""
-    labels, names = _described(dataset)
-    fewest = min(labels.count(label) for label in range(len(names)))
-    return few_shot(dataset, max(min(shots, VALIDATION_SHOTS, fewest), 1), seed)
+    """No more of each class than are trained on or than the protocol takes."""
+    return few_shot(dataset, min(shots, VALIDATION_SHOTS), seed)
 
 
 def _whole(splits: Splits) -> Dataset:

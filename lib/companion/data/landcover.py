@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,9 @@ from .landcover_sets import CLASSES, LEFT_OUT, LOVEDA, LOVEDA_FILES, OEM, POTSDA
 
 SPLITS = ("train", "val", "test")
 LABELS = ("full", "eroded")
+PADDINGS = ("ignored", "impervious")
+TILE = 1024  # side in pixels of the windows of Potsdam's tiles
+FLIPS: dict[str, tuple[int, ...]] = {"": (), "left-right": (-1,), "upside down": (-2,)}
 PLACES = Path(__file__).with_name("openearthmap_places.csv")
 COAST = 3  # cells of the map, about 3 km each, that a place on the water may be from its land
 Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
@@ -70,12 +74,15 @@ class LandCover(Dataset):
         classes: their names; `ignore` is the label after the last one. `palette`: a colour each.
         left_out: classes that the means of the scores leave out.
         absent: regions that were left out because xBD's images are not there.
-        windows: (image, top, left) of each item where `size` is given.
+        windows: (image, top, left, flip) of each item where `size` is given; mirrored by `flip` (see `FLIPS`).
 
     Args:
         decode: labels as on disk, and the image, to training labels (see `earth`, `loveda`, `colours`, `plain`).
         size: side of the windows in pixels, which follow each other at `stride` (None: `size`). None: whole images.
         pad: what of a window sticks out is black and ignored; otherwise the last ones are smaller.
+        before: the padding is at the top and the left, as in GeoSeg's tool, and not at the bottom and the right.
+        padding: label of the padding; None: ignored.
+        mirrored: each image has its windows three times: as it is, mirrored left-right, and upside down.
         transform: of the pair; None leaves it.
     """
 
@@ -90,6 +97,9 @@ class LandCover(Dataset):
         size: int | None = None,
         stride: int | None = None,
         pad: bool = True,
+        before: bool = False,
+        padding: int | None = None,
+        mirrored: bool = False,
         transform: Transform | None = None,
         absent: Sequence[str] = (),
     ):
@@ -99,12 +109,15 @@ class LandCover(Dataset):
         self.classes, self.palette, self.decode = list(palette), list(palette.values()), decode
         self.ignore, self.left_out, self.absent = len(palette), LEFT_OUT.get(dataset.name, ()), list(absent)
         self.size, self.pad, self.transform, self.windows = size, pad, transform, None
+        self.padding = self.ignore if padding is None else padding
         if size is not None:
             self.windows = []
             for i, picture in enumerate(self.pictures):
                 with Raster(picture.image) as raster:
-                    tops, lefts = (range(0, length, stride or size) for length in raster.size)
-                self.windows += [(i, top, left) for top in tops for left in lefts]
+                    firsts = [-(-length % size) if before else 0 for length in raster.size]
+                    tops, lefts = (range(k, n, stride or size) for k, n in zip(firsts, raster.size, strict=True))
+                flips = FLIPS if mirrored else [""]
+                self.windows += [(i, top, left, flip) for flip in flips for top in tops for left in lefts]
 
     def __len__(self) -> int:
         return len(self.pictures if self.windows is None else self.windows)
@@ -120,27 +133,32 @@ class LandCover(Dataset):
         """Image uint8 (3, h, w) and labels int64 (h, w) before any transform.
 
         Raises `CorruptFile`: a file cannot be read, the labels are of another size, or have an unknown code."""
-        i, top, left = (index, 0, 0) if self.windows is None else self.windows[index]
+        i, top, left, flip = (index, 0, 0, "") if self.windows is None else self.windows[index]
         picture = self.pictures[i]
         with Raster(picture.image) as raster:
-            window = self._inside(raster.size, top, left)
+            sides = raster.size
+            # first and last line in the mirrored image, and the same lines in the file
+            inside = [(max(k, 0), min(k + (self.size or n), n)) for k, n in zip((top, left), sides, strict=True)]
+            starts = [
+                n - b if axis in FLIPS[flip] else a for (a, b), n, axis in zip(inside, sides, (-2, -1), strict=True)
+            ]
+            lengths = [b - a for a, b in inside]
+            window = (*starts, *lengths)
             pixels = raster.read(*window)
-            shape = (self.size, self.size) if self.size and self.pad else window[2:]
+            shape = (self.size, self.size) if self.size and self.pad else tuple(lengths)
+            place = tuple(slice(a - k, b - k) for (a, b), k in zip(inside, (top, left), strict=True))
             image = np.zeros((3, *shape), np.uint8)
-            image[:, : window[2], : window[3]] = pixels
-            labels = np.full(shape, self.ignore, np.int64)
+            image[:, *place] = np.flip(pixels, FLIPS[flip])
+            labels, own = np.full(shape, self.padding, np.int64), np.full(lengths, self.ignore, np.int64)
             if picture.label is not None:
                 with Raster(picture.label) as truth:
-                    if truth.size != raster.size:
-                        raise CorruptFile(picture.label, f"it is {truth.size}, its image {raster.size}")
-                    labels[: window[2], : window[3]] = self.decode(truth, pixels, *window)
+                    if truth.size != sides:
+                        raise CorruptFile(picture.label, f"it is {truth.size}, its image {sides}")
+                    own = self.decode(truth, pixels, *window)
             if self.dataset.group == "own":  # what a file says it has no data of; the sets' labels know that themselves
-                labels[: window[2], : window[3]][~raster.valid(*window)] = self.ignore
+                own = np.where(raster.valid(*window), own, self.ignore)
+            labels[place] = np.flip(own, FLIPS[flip])
         return torch.from_numpy(image), torch.from_numpy(labels)
-
-    def _inside(self, shape: tuple[int, int], top: int, left: int) -> tuple[int, int, int, int]:
-        height, width = shape
-        return top, left, min(self.size or height, height - top), min(self.size or width, width - left)
 
     def picture(self, index: int) -> Picture:
         """The file that an item is of."""
@@ -175,7 +193,7 @@ class LandCover(Dataset):
         return found if self.windows is None else [found[i] for i in self._of()]
 
     def _of(self) -> list[int]:
-        return [i for i, _, _ in self.windows]
+        return [i for i, *_ in self.windows]
 
     def _place(self, picture: Picture) -> Place:
         return self.places.get(picture.image.stem) or self.places.get(picture.region) or Place()
@@ -201,6 +219,8 @@ def load(
     stride: int | None = None,
     labels: str | None = None,
     without_xbd: bool = False,
+    mirrored: bool = False,
+    padding: str = "ignored",
     transform: Transform | None = None,
 ) -> LandCover:
     """A split of a set.
@@ -209,8 +229,11 @@ def load(
         name: a name of `DATASETS` whose task is "landcover".
         root: the data folder.
         split: "train", "val" or "test"; Potsdam has no "val". Labels that are held back are all ignored.
-        size, stride: see `LandCover`; Potsdam's tiles are read by 1,024 pixels unless `size` says otherwise.
+        size, stride: see `LandCover`; Potsdam's tiles are read by 1,024 pixels unless `size` says otherwise, padded at
+            the top and the left.
         labels: of Potsdam "full" or "eroded"; None: full to train, eroded to test, as in GeoSeg.
+        mirrored: of Potsdam: see `LandCover`; GeoSeg's patches to train are mirrored already.
+        padding: of Potsdam: "ignored", or "impervious", the label that GeoSeg's tool gives to it by a fault.
         without_xbd: of OpenEarthMap: leave out what has to be compiled from xBD; `absent` names the regions.
         transform: see `LandCover`.
 
@@ -221,21 +244,37 @@ def load(
     check_choice("split", split, splits)
     if labels is not None and (name != POTSDAM or labels not in LABELS):
         raise BadParameter("labels", labels, LABELS if name == POTSDAM else "None: only Potsdam has two kinds")
+    check_choice("padding", padding, PADDINGS)
+    if name != POTSDAM and (mirrored or padding != "ignored"):
+        raise BadParameter("mirrored, padding", (mirrored, padding), "False, 'ignored': only Potsdam has them")
     if not dataset.folder(root).is_dir():
         raise dataset.missing(root)
     absent: list[str] = []
+    options: dict[str, Any] = {}
     if name == LOVEDA:
         pictures, decode = _loveda(dataset, root, split), loveda
         places = {scene: _city("LoveDA") for scene in ("urban", "rural")}
     elif name == POTSDAM:
         pictures, decode = _potsdam(dataset, root, split, labels or {"train": "full", "test": "eroded"}[split])
-        places, size = {"potsdam": _city("Potsdam")}, size or 1024
+        places, size = {"potsdam": _city("Potsdam")}, size or TILE
+        options = {"before": True, "mirrored": mirrored and decode is colours}
+        if padding == "impervious":
+            options["padding"], decode = 0, colours if decode is colours else functools.partial(plain, 6)
     else:
         pictures, absent = _earth(dataset, root, split, without_xbd)
         decode, table = earth, dataset.folder(root) / "places.csv"
         places = read_places(table if table.is_file() or name != OEM else PLACES)
     return LandCover(
-        dataset, pictures, CLASSES[name], decode, places, size=size, stride=stride, transform=transform, absent=absent
+        dataset,
+        pictures,
+        CLASSES[name],
+        decode,
+        places,
+        size=size,
+        stride=stride,
+        transform=transform,
+        absent=absent,
+        **options,
     )
 
 
@@ -425,16 +464,16 @@ def colours(truth: Raster, pixels: np.ndarray, *window: int) -> np.ndarray:
 def patches(truth: Raster, pixels: np.ndarray, *window: int) -> np.ndarray:
     """GeoSeg's patches of Potsdam: 0 to 5, 6 border.
 
-    Its tools write the padding of the last row and column of patches as the first class, impervious surfaces; where the
-    image ends in black lines, the labels are ignored here."""
+    Its tool writes the padding, of the first row and column of patches, as the first class, impervious surfaces; where
+    the image begins with black lines, the labels are ignored here."""
     labels = truth.raw((1,), *window)[0].astype(np.int64)
     if labels.max() > 6:
         raise CorruptFile(truth.path, f"it has the label {labels.max()}; 0 to 6 are known")
     seen = np.any(pixels, 0)
     for axis in (0, 1):
         lines = np.flatnonzero(np.any(seen, 1 - axis))
-        beyond = slice(lines[-1] + 1 if len(lines) else 0, None)
-        labels[(beyond, slice(None)) if axis == 0 else (slice(None), beyond)] = 6
+        outside = slice(0, lines[0] if len(lines) else None)
+        labels[(outside, slice(None)) if axis == 0 else (slice(None), outside)] = 6
     return labels
 
 

@@ -18,5 +18,7 @@ XBD: tuple[str, ...] = _FACTS["XBD"]
 LOVEDA_FILES: dict[str, str] = _FACTS["LOVEDA_FILES"]
 """Zip files of Zenodo record 5706578 and their MD5."""
 POTSDAM_TILES: dict[str, tuple[str, ...]] = _FACTS["POTSDAM_TILES"]
+POTSDAM_FAULTY: str = _FACTS["POTSDAM_FAULTY"]
+"""The tile with wrong labels, on which MetaSegNet is not trained: its author's papers leave it out."""
 TO_LOVEDA: dict[str, str] = _FACTS["TO_LOVEDA"]
 """RECONSTRUCTION (section 7). OpenEarthMap's classes as LoveDA's, for the test across sets."""

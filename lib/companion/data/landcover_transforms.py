@@ -40,29 +40,62 @@ class Scale(v2.Transform):
 
     def transform(self, inpt: Tensor, params: dict[str, float]) -> Tensor:
         size = [max(1, int(side * params["scale"])) for side in inpt.shape[-2:]]
+        if isinstance(inpt, tv_tensors.Mask):  # Pillow's nearest, about the centres of pixels, as the image's bicubic
+            labels = F.resize(inpt.as_subclass(Tensor)[None], size, interpolation=F.InterpolationMode.NEAREST_EXACT)
+            return tv_tensors.wrap(labels[0], like=inpt)
         return F.resize(inpt, size, interpolation=F.InterpolationMode.BICUBIC, antialias=True)
 
 
 class SmartCrop(torch.nn.Module):
     """A random square, drawn again until two classes or more are in it and none has `most` of the labelled pixels.
 
-    After `tries` the last one stays. What an image is too small for is black and ignored.
+    After `tries` the last one stays. An image that is too small is padded on both sides by (size - side) // 2 + 1
+    pixels, black and ignored, and then cropped at random.
+
+    Args:
+        every: labels of `ignore` count as one more class in the test of a crop, as in GeoSeg's DC-Swin on LoveDA.
     """
 
-    def __init__(self, size: int, ignore: int, most: float = 0.75, tries: int = 11):
+    def __init__(self, size: int, ignore: int, most: float = 0.75, tries: int = 11, *, every: bool = False):
         super().__init__()
         if size < 1 or tries < 1 or not 0 < most <= 1:
             raise BadParameter("size, most, tries", (size, most, tries), "1 or more pixels, a share, 1 or more")
-        self.ignore, self.most, self.tries = ignore, most, tries
-        self.crop = v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: ignore})
+        self.size, self.ignore, self.most, self.tries = size, ignore, most, tries
+        self.counted = ignore + every
+        self.crop = v2.RandomCrop(size)
 
     def forward(self, image: tv_tensors.Image, labels: tv_tensors.Mask) -> tuple[Tensor, Tensor]:
+        around = [max(0, self.size - side) and (self.size - side) // 2 + 1 for side in reversed(labels.shape)]
+        fill = {tv_tensors.Image: 0, tv_tensors.Mask: self.ignore}
+        image, labels = v2.Pad(around, fill)(image, labels)
         for _ in range(self.tries):
             found = self.crop(image, labels)
-            counts = torch.bincount(found[1].flatten(), minlength=self.ignore + 1)[: self.ignore]
+            counts = torch.bincount(found[1].flatten(), minlength=self.ignore + 1)[: self.counted]
             if (counts > 0).sum() > 1 and counts.max() < self.most * counts.sum():
                 break
         return found
+
+
+class BrightnessContrast(v2.Transform):
+    """Image uint8 to alpha x + beta 255, cut to whole numbers: albumentations' random brightness and contrast.
+
+    Args:
+        limit: alpha is drawn from 1 - limit to 1 + limit, beta from -limit to limit.
+    """
+
+    _transformed_types = (tv_tensors.Image,)
+
+    def __init__(self, limit: float):
+        super().__init__()
+        self.limit = limit
+
+    def make_params(self, flat_inputs: list) -> dict[str, float]:
+        alpha, beta = torch.empty(2).uniform_(-self.limit, self.limit).tolist()
+        return {"alpha": 1 + alpha, "beta": beta}
+
+    def transform(self, inpt: Tensor, params: dict[str, float]) -> Tensor:
+        changed = (inpt.float() * params["alpha"] + 255 * params["beta"]).clamp(0, 255)
+        return tv_tensors.wrap(changed.to(torch.uint8), like=inpt)
 
 
 def test_transform() -> Transform:
@@ -79,16 +112,19 @@ def train_transform(
     flip: float = 0.5,
     upside_down: float = 0.5,
     brightness: float = 0.0,
+    every: bool = False,
 ) -> Transform:
     """A pair (Image uint8, Mask int64) to (float32 (3, size, size), int64 (size, size)).
 
     Args:
         flip, upside_down: how likely each flip is.
-        brightness: largest change of brightness and of contrast, with probability 0.25; GeoSeg has 0.25 on LoveDA.
+        brightness: limit of `BrightnessContrast`, which has probability 0.25; GeoSeg has 0.25 on LoveDA.
+        every: see `SmartCrop`.
     """
-    steps = [Scale(scales), SmartCrop(size, ignore), v2.RandomHorizontalFlip(flip), v2.RandomVerticalFlip(upside_down)]
+    crop = SmartCrop(size, ignore, every=every)
+    steps = [Scale(scales), crop, v2.RandomHorizontalFlip(flip), v2.RandomVerticalFlip(upside_down)]
     if brightness:
-        steps.append(v2.RandomApply([v2.ColorJitter(brightness, brightness)], 0.25))
+        steps.append(v2.RandomApply([BrightnessContrast(brightness)], 0.25))
     return v2.Compose([*steps, test_transform()])
 
 
@@ -127,7 +163,7 @@ class Mosaic(Dataset):
 
     def _mosaic(self, index: int, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         height, width = labels.shape
-        y, x = (int(torch.randint(side // 4, 3 * side // 4 + 1, ())) for side in (height, width))
+        y, x = (int(torch.randint(side // 4, side - side // 4 + 1, ())) for side in (height, width))
         own = self.members[index]
         others = [own[int(torch.randint(len(own), ()))] for _ in range(3)]
         image, labels, pairs = image.clone(), labels.clone(), [(image, labels), *map(self.data.pair, others)]

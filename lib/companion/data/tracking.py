@@ -197,7 +197,7 @@ def _names(dataset: DataSet, root: Path, split: str) -> list[str]:
     there = sorted(entry.name for entry in part.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     halves = ("train", "val") if split == "trainval" else (split,)
     if dataset.name == "rgbt/lasher":
-        names = [name for half in halves for name in _lines(_LISTS / f"lasher_{half}.txt")]
+        names = [name for half in halves for name in lasher_list(half)]
     elif dataset.name in ("pocket/rgbt", "rgbe/visevent"):
         listing = dataset.folder(root) if dataset.name == "pocket/rgbt" else part
         suffix = ".txt" if dataset.name == "pocket/rgbt" else "list.txt"
@@ -212,6 +212,11 @@ def _names(dataset: DataSet, root: Path, split: str) -> list[str]:
     if expected is not None and len(names) != expected:
         raise dataset.missing(root, f"{part} has {len(names)} sequences, {expected} are expected")
     return names
+
+
+def lasher_list(split: str) -> list[str]:
+    """The sequences of LasHeR's "train", "val" or "test", in the order of the authors' lists."""
+    return _lines(_LISTS / f"lasher_{split}.txt")
 
 
 def _lines(path: Path) -> list[str]:

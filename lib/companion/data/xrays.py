@@ -9,8 +9,9 @@
 `xrays_sets` describes the sets.
 
 Images come as one grey channel in 0 to 1: 8 and 16 bits of a pixel are kept apart, colours are weighed as PIL does
-(the authors' code makes fundus images grey, too), and in a DICOM what says MONOCHROME1, white meaning less, is
-inverted. (The authors' loaders turn 16 bits into 8 by cutting them off at 255.)
+(the authors' code makes fundus images grey for classification, too; for segmentation RIGA keeps its colours), and in a
+DICOM what says MONOCHROME1, white meaning less, is inverted. (The authors' loaders turn 16 bits into 8 by cutting them
+off at 255.)
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ Transform = Callable[[Tensor], Tensor]
 # --- one image ------------------------------------------------------------------------------------------------------
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """An image as float32 (H, W) in 0 to 1.
+def read_image(path: str | Path, colour: bool = False) -> np.ndarray:
+    """An image as float32 (H, W) in 0 to 1; with `colour` (H, W, 3).
 
     Raises:
         FileNotFoundError: it is not there.
@@ -67,9 +68,12 @@ def read_image(path: str | Path) -> np.ndarray:
     if not path.is_file():
         raise FileNotFoundError(path)
     if path.suffix.lower() in (".dcm", ".dicom"):
-        return _dicom(path)
+        grey = _dicom(path)
+        return np.repeat(grey[..., None], 3, 2) if colour else grey
     try:
         with Image.open(path) as image:
+            if colour:
+                return decoding.pixels(image, "RGB").astype(np.float32) / 255
             if image.mode.startswith("I;16"):  # 16 bits, of one channel: PIL would cut them off at 255
                 return np.asarray(image, dtype=np.uint16).astype(np.float32) / 65535
             if image.mode in ("I", "F"):
@@ -152,9 +156,16 @@ def test_transform(size: int = 224) -> v2.Transform:
     return v2.Compose([v2.Resize(size), v2.CenterCrop(size), *_coloured(MEAN, STD)])
 
 
-def squeeze_transform(size: int = 224) -> v2.Transform:
-    """Detection: squeezed to a square, nothing random."""
-    return v2.Compose([v2.Resize((size, size)), *_coloured(MEAN, STD)])
+def squeeze_transform(size: int = 224, antialias: bool = False) -> v2.Transform:
+    """Detection: squeezed to a square, nothing random.
+
+    Args:
+        antialias: as released, False: OpenCV's bilinear interpolation reads four pixels whatever the reduction is.
+    """
+    return v2.Compose([v2.Resize((size, size), antialias=antialias), *_coloured(MEAN, STD)])
+
+
+MASKS = ("nearest", "area")
 
 
 class MaskTransform:
@@ -164,16 +175,24 @@ class MaskTransform:
         size: of the square.
         train: warp at random.
         warp_mask: False warps the image and leaves the mask, as released for SIIM.
+        mask: how masks are reduced: "nearest", as released for RSNA; "area", as released for SIIM and RIGA: the mean
+            over the pixels that fall together, so that the border is soft.
+        antialias: of the image; as released, False.
+
+    Raises `BadParameter`: another `mask`.
     """
 
-    def __init__(self, size: int = 224, train: bool = False, warp_mask: bool = True):
+    def __init__(
+        self, size: int = 224, train: bool = False, warp_mask: bool = True, mask: str = "area", antialias: bool = False
+    ):
+        check_choice("mask", mask, MASKS)
         self.train, self.warp_mask = train, warp_mask
         self.warp = v2.RandomApply([v2.RandomAffine(10, scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR)])
-        self.colour = v2.Compose([v2.Resize((size, size)), *_coloured(MEAN, STD)])
-        self.size = size
+        self.colour = v2.Compose([v2.Resize((size, size), antialias=antialias), *_coloured(MEAN, STD)])
+        self.size, self.reduce = size, _nearest if mask == "nearest" else _area
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """From (1, H, W) and (k, H', W') to (3, S, S) and (k, S, S)."""
+        """From (1 or 3, H, W) and (k, H', W') to (3, S, S) and (k, S, S)."""
         if self.train and self.warp_mask:
             if image.shape[-2:] != mask.shape[-2:]:
                 mask = v2.functional.resize(mask, image.shape[-2:])
@@ -181,8 +200,26 @@ class MaskTransform:
             image, mask = image.as_subclass(Tensor), warped.as_subclass(Tensor)
         elif self.train:
             image = self.warp(image)
-        # the mask's mean over the pixels that fall together: its border is soft
-        return self.colour(image), F.adaptive_avg_pool2d(mask, self.size)
+        return self.colour(image), self.reduce(mask, self.size)
+
+
+def _nearest(mask: Tensor, size: int) -> Tensor:
+    return F.interpolate(mask[None], (size, size), mode="nearest")[0]
+
+
+def _area(mask: Tensor, size: int) -> Tensor:
+    """Each pixel's mean over the part of the mask that it covers, as OpenCV's INTER_AREA reduces."""
+    rows, columns = (_shares(n, size) for n in mask.shape[-2:])
+    return rows @ mask @ columns.T
+
+
+@functools.cache
+def _shares(given: int, size: int) -> Tensor:
+    """(size, given): how much each of `given` pixels counts in the mean of each of `size` equal intervals."""
+    edges = torch.arange(size + 1, dtype=torch.float64)[:, None] * given / size
+    pixel = torch.arange(given)
+    inside = torch.minimum(edges[1:], pixel + 1) - torch.maximum(edges[:-1], pixel)
+    return (inside.clamp_min(0) * size / given).float()
 
 
 def _same(x: Tensor) -> Tensor:
@@ -215,10 +252,15 @@ class Pictures(Dataset):
 
     def grey(self, i: int) -> Tensor:
         """(1, H, W) in 0 to 1, before the transform."""
+        return self._read(i)
+
+    def _read(self, i: int, colour: bool = False) -> Tensor:
+        """(1, H, W) in 0 to 1, or (3, H, W)."""
         path = _there(self.folder, self.paths[i])
         if path is None:
             raise self.dataset.missing(self.root, f"{self.paths[i]} is listed but not there")
-        return torch.from_numpy(np.ascontiguousarray(read_image(path)))[None]
+        values = torch.from_numpy(np.ascontiguousarray(read_image(path, colour)))
+        return values.permute(2, 0, 1) if colour else values[None]
 
     def __getitem__(self, i: int):
         return (self.transform or _same)(self.grey(i))
@@ -269,7 +311,7 @@ class Boxed(Pictures):
 class Masked(Pictures):
     """Item i: (image, mask (k, S, S) in 0 to 1). `mask(i)` reads it, at any size; see `MaskTransform`.
 
-    `finish` makes the mask of what is left after the transform.
+    `finish` makes the mask of what is left after the transform. With `colour` images keep their three channels.
     """
 
     def __init__(
@@ -280,12 +322,13 @@ class Masked(Pictures):
         mask: Callable[[int], Tensor],
         transform: MaskTransform | None = None,
         finish: Transform = _same,
+        colour: bool = False,
     ):
         super().__init__(dataset, root, paths, transform)
-        self.mask, self.finish = mask, finish
+        self.mask, self.finish, self.colour = mask, finish, colour
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        image, mask = self.grey(i), self.mask(i)
+        image, mask = self._read(i, self.colour), self.mask(i)
         if self.transform:
             image, mask = self.transform(image, mask)
         return image, self.finish(mask)
@@ -460,15 +503,15 @@ def _run_mask(path: Path, runs: Sequence[tuple[str, list[str]]], i: int) -> Tens
 
 
 def _file_masks(dataset: DataSet, root: str | Path, path: Path, transform, balanced: bool, seed: int) -> Masked:
-    """RIGA: after the shrinking, disc where a mask is not 0, cup where it is 255. Other sets: the mask's own share."""
+    """RIGA: in colour; after the shrinking, disc where a mask is not 0, cup where it is 255. Other sets: its share."""
     paths, files = _rows(path, "img_path", "mask_path")
-    masks = Pictures(dataset, root, files)
-    finish = _disc_and_cup if dataset.name == "fundus/riga" else _same
-    return Masked(dataset, root, paths, masks.grey, transform, finish)
+    masks, riga = Pictures(dataset, root, files), dataset.name == "fundus/riga"
+    return Masked(dataset, root, paths, masks.grey, transform, _disc_and_cup if riga else _same, colour=riga)
 
 
 def _disc_and_cup(mask: Tensor) -> Tensor:
-    return torch.cat([mask > 1e-4, mask > 1 - 1e-4]).float()
+    """As released, of masks that are reduced as 8 bits: what rounds to 0 is no disc, what rounds to 255 is cup."""
+    return torch.cat([mask >= 0.5 / 255, mask >= 254.5 / 255]).float()
 
 
 _READERS = {"classification": _labelled, "segmentation": _masked, "detection": _boxed}

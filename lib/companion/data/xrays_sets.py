@@ -7,8 +7,8 @@ from . import facts
 _FACTS = facts("xrays")
 TASKS: tuple[str, ...] = _FACTS["TASKS"]
 CLASSES: dict[str, tuple[str, ...]] = _FACTS["CLASSES"]
-"""Names by label. Those of ODIR, APTOS and MuReD follow the columns of the sets' own tables: the authors' lists have
-numbers only."""
+"""Names by label, in the order of the columns in the authors' lists; of COVIDx and APTOS, whose lists have class
+numbers, the names of the sets' own tables."""
 ONE_OF: tuple[str, ...] = _FACTS["ONE_OF"]
 """Sets with one class an image; all others have 0 or 1 for each class."""
 SIZES: dict[tuple[str, str], dict[str, int]] = {

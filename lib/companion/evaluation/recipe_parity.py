@@ -5,8 +5,9 @@ A case is a folder `<root>/<paper>/<case>/` with
     case.json           kind, source (repository, commit, lines), how ("ran" | "read"), settings, expected, tolerance
     data.safetensors    inputs `in.*` and recorded outputs `out.*`; absent where case.json holds everything
 
-For each paper, `models/<slug>/recipe_parity.py` has `KINDS`: from the beginning of a case's name to a function that
-calls what the `paper` profile calls and returns a `Row` for each recorded quantity.
+The cases of the checkout are in `tests/recipes`. For each paper, `tests/recipes/<slug>_cases.py` has `KINDS`: from the
+beginning of a case's name to a function that calls what the `paper` profile calls and returns a `Row` for each recorded
+quantity.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,6 @@ from torch.utils.data import Dataset
 
 from ..errors import CompanionError, CorruptFile, MissingData, check_choice
 from ..ops.files import read_json
-from ..ops.papers import MODELS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,8 +167,8 @@ def folder() -> Path:
 
 
 def papers() -> list[str]:
-    """The slugs that have recipe cases."""
-    return sorted(p.parent.name for p in MODELS.glob("*/recipe_parity.py"))
+    """The slugs that have recipe cases; none where the package is not installed from a checkout."""
+    return sorted(path.stem.removesuffix("_cases") for path in folder().glob("*_cases.py"))
 
 
 def cases(paper: str, root: str | Path | None = None) -> Iterator[Case]:
@@ -197,8 +197,7 @@ def check(paper: str, case: Case) -> list[Row]:
         BadParameter: no function of `KINDS` is for a case of this name.
         CompanionError: a recorded quantity has no row.
     """
-    kinds: Mapping[str, Callable[[Case], list[Row]]]
-    kinds = importlib.import_module(f"companion.models.{paper}.recipe_parity").KINDS
+    kinds = _kinds(paper)
     start = next((start for start in kinds if case.name.startswith(start)), None)
     check_choice("case", case.name if start is None else start, list(kinds))
     rows = kinds[str(start)](case)
@@ -207,6 +206,16 @@ def check(paper: str, case: Case) -> list[Row]:
     if unchecked:
         raise CompanionError(f"recipe of {paper}: {case.name} has quantities nobody computes: {unchecked}")
     return rows
+
+
+@functools.cache
+def _kinds(paper: str) -> Mapping[str, Callable[[Case], list[Row]]]:
+    """`KINDS` of a paper."""
+    found = importlib.util.spec_from_file_location(f"{paper}_cases", folder() / f"{paper}_cases.py")
+    assert found and found.loader
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module.KINDS
 
 
 def _plain(value: Any) -> Any:

@@ -7,6 +7,7 @@ runs, and the tensors come out.
 
 from __future__ import annotations
 
+import io
 import pickle
 import warnings
 from pathlib import Path
@@ -60,6 +61,8 @@ class Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
         """The class or function that the pickle names, when it is harmless; else the stand-in."""
         module = "builtins" if module == "__builtin__" else module  # as protocols 0 to 2, and so torch.save, call it
+        if (module, name) == ("torch.storage", "_load_from_bytes"):  # tensors in a plain pickle
+            return _storage
         harmless = (module, name) in _SAFE or (module == "torch" and name.endswith("Storage")
                                                and hasattr(torch, name))  # fmt: skip
         return super().find_class(module, name) if harmless else Inert
@@ -74,20 +77,30 @@ def load(path: str | Path) -> object:
         raise CorruptFile(path, f"not a pickle ({type(error).__name__}: {error})") from error
 
 
+def _storage(held: bytes) -> object:
+    """What `torch.save` wrote into a pickle in place of a tensor's numbers."""
+    if held[:4] == b"PK\3\4":
+        raise ValueError("a TorchScript program may be in it")
+    return torch.load(io.BytesIO(held), map_location="cpu", pickle_module=_reader(), weights_only=False)
+
+
+def _reader() -> SimpleNamespace:
+    """What torch.load takes for the module `pickle`: these are the three names that it uses of it."""
+    return SimpleNamespace(Unpickler=Unpickler, load=lambda file, **_: Unpickler(file).load(), __name__=__name__)
+
+
 def load_torch(path: str | Path) -> object:
     """What a file of `torch.save` holds, on the CPU, objects of unknown classes as `Inert`.
 
     Raises `CorruptFile` when it is none.
     """
-    # torch.load wants a module: these are the three names that it takes from one
-    module = SimpleNamespace(Unpickler=Unpickler, load=lambda file, **_: Unpickler(file).load(), __name__=__name__)
     try:
         if _is_program(path):
             raise ValueError("a TorchScript program, which would run as it is loaded")
         with warnings.catch_warnings():
             # of a network's source that is not that of its stand-in
             warnings.simplefilter("ignore", torch.serialization.SourceChangeWarning)
-            return torch.load(path, map_location="cpu", pickle_module=module, weights_only=False)
+            return torch.load(path, map_location="cpu", pickle_module=_reader(), weights_only=False)
     except Exception as error:
         raise CorruptFile(path, f"not a file of torch.save ({type(error).__name__}: {error})") from error
 

@@ -107,6 +107,10 @@ class EarlyStop(Callback):
         earliest: epoch before which it does not stop.
         first_step: steps before which nothing is scored.
         ties: of equal scores the later weights are taken.
+        patient_ties: a score equal to the best restarts the patience.
+        start: the best score before the first one: a lower score (without ties, an equal one too) neither keeps weights
+            nor restarts the patience; where none is better, the training ends with its last weights. None: the first
+            score is the best, whatever it is.
 
     Attributes:
         scores: one for each epoch scored, (step, score, stopping score).
@@ -120,9 +124,12 @@ class EarlyStop(Callback):
         earliest: int = 0,
         first_step: int = 0,
         ties: bool = False,
+        patient_ties: bool = False,
+        start: float | None = None,
     ):
         self.score, self.patience, self.earliest = score, patience, earliest
-        self.first_step, self.ties = first_step, ties
+        self.first_step, self.ties, self.patient_ties = first_step, ties, patient_ties
+        self.start = [] if start is None else [float(start)]
         self.scores: list[tuple[int, float, float]] = []
         self.best: dict[str, Tensor] = {}
 
@@ -136,12 +143,13 @@ class EarlyStop(Callback):
         found = loop.fabric.broadcast(found)
         loop.model.train()
         value, other = found if isinstance(found, tuple) else (found, found)
-        before = max((row[1] for row in self.scores), default=-np.inf)
+        before = max([*self.start, *(row[1] for row in self.scores)], default=-np.inf)
         value, other = (-np.inf if np.isnan(number) else float(number) for number in (value, other))
         self.scores.append((loop.step, value, other))
-        if value > before or (self.ties and value == before) or not self.best:
+        if value > before or (self.ties and value == before) or not (self.best or self.start):
             self.best = trained_state(loop.model)
-        waited = len(self.scores) - 1 - int(np.argmax([row[2] for row in self.scores]))
+        others = [*self.start, *(row[2] for row in self.scores)]
+        waited = others[::-1].index(max(others)) if self.patient_ties else len(others) - 1 - int(np.argmax(others))
         if self.patience and loop.epoch >= self.earliest and waited >= self.patience:
             loop.stopped = True
 

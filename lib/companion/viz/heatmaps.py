@@ -42,11 +42,16 @@ def upsample(scores: np.ndarray, factor: int) -> np.ndarray:
 
 def patch_map(attention: np.ndarray) -> np.ndarray:
     """Token attention (P, heads, t, t) of a region's patches, ranked and laid out: (heads, n t, n t)."""
-    count, heads, t, _ = attention.shape
+    return lay_out(ranks(attention))
+
+
+def lay_out(scores: np.ndarray) -> np.ndarray:
+    """Maps (P, heads, t, t) of a region's patches, row by row: (heads, n t, n t)."""
+    count, heads, t, _ = scores.shape
     n = math.isqrt(count)
     if n * n != count:
-        raise BadParameter("attention", attention.shape, "a square number of patches first")
-    tiled = ranks(attention).reshape(n, n, heads, t, t).transpose(2, 0, 3, 1, 4)
+        raise BadParameter("attention", scores.shape, "a square number of patches first")
+    tiled = scores.reshape(n, n, heads, t, t).transpose(2, 0, 3, 1, 4)
     return tiled.reshape(heads, n * t, n * t)
 
 

@@ -9,6 +9,7 @@ from companion.data import tracking as data
 from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData, MissingWeights
 from companion.models.bat import BAT, OSTrack, recipe
 from companion.models.bat import model as bat
+from companion.ops import report
 from companion.toy.encoders import tracker as pocket
 from companion.training.checkpoints import Checkpoint
 from tests.conftest import parameters
@@ -159,3 +160,29 @@ def test_result_files_are_scored(tmp_path):
         recipe.rescore(tmp_path)
     with pytest.raises(BadParameter, match="LasHeR/<sequence>"):
         recipe.rescore(tmp_path / "RGBT234")
+
+
+@pytest.mark.parametrize(("sr", "status"), [(55.8, "holds"), (55.7, "fails")])
+def test_the_papers_result_is_judged_from_what_was_measured(tmp_path, sr, status):
+    file, row = tmp_path / "measured.csv", {"method": "BAT", "weights": "trained here"}
+    for seed, more in ((0, 0.2), (1, -0.2)):  # means over seeds
+        lasher = {"dataset": "rgbt/lasher", "seed": seed, "PR": 70.0, "NPR": 66.0, "SR": sr + more}
+        rows = recipe.measured(file, row | lasher)
+        rows = recipe.measured(file, row | {"dataset": "rgbt/rgbt234", "seed": seed, "MPR": 86.5, "MSR": 64.0})
+
+    def judged(cells) -> str:
+        run = report.start("bat", profile="pocket", out=str(tmp_path))
+        run.claims_from_measured(cells)
+        return {entry["id"]: entry["status"] for entry in run.ledger()}["retrained"]
+
+    assert judged(recipe.claim_cells(rows)) == status
+    other = rows.assign(weights="weights of BAT_rgbt.pth")  # the authors' weights are no training
+    assert judged(recipe.claim_cells(other)) == "not run"
+
+
+def test_visevent_has_the_batch_of_four_processes(tmp_path, videos, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(bat, "foundation", lambda weights: pocket.build())
+    monkeypatch.setattr(recipe, "fit", lambda model, loss, pairs, **options: seen.update(options) or [])
+    recipe.setting(given(dataset="rgbe/visevent", data_root=str(tmp_path)), tmp_path).train("BAT")
+    assert seen["batch"] == 128

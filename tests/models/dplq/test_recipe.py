@@ -14,8 +14,10 @@ from torch.utils.data import TensorDataset
 from companion import backbones
 from companion.data import DATASETS, domains_sets
 from companion.errors import BadParameter, MissingData, MissingWeights
+from companion.evaluation.claims import judge_measured
+from companion.evaluation.recipe_parity import Case, folder
 from companion.evaluation.tables import published_table
-from companion.models.dplq import DPLQ, MAE, DomainModel, loss, recipe
+from companion.models.dplq import DPLQ, MAE, DomainModel, loss, recipe, recipe_parity
 from companion.models.dplq.model import NoFeatures
 from companion.models.layers.clip_prompting import MaPLe, ZeroShot
 from companion.ops.papers import paper
@@ -95,6 +97,34 @@ def test_a_model_is_carried_over_to_other_sets(protocol, pocket, sets, tmp_path)
     shown = recipe.tables(table, protocol)
     remote, medical = shown.values()
     assert medical.method.iloc[-1] == name and name not in set(remote.method)
+
+
+def test_both_transfers_test_the_weights_of_one_training(pocket, sets, tmp_path, monkeypatch):
+    def trained(**changes):
+        p = given(targets="medical/ccbtm", domain="clip", data_root=sets, **changes)
+        return recipe.train(recipe.setting(p, tmp_path), "DPLQ", **QUICK)
+
+    first, history = trained(protocol="cross-dataset")
+    trained(protocol="cross-dataset", seed=2)
+    files = {file.name for file in (tmp_path / "trained").iterdir()}
+    assert files == {f"medical-btmri, all classes, seed {seed}, DPLQ.safetensors" for seed in (1, 2)}
+    monkeypatch.setattr(recipe, "loss", lambda *_: pytest.fail("it was trained again"))
+    again, read = trained(protocol="domain generalisation")
+    assert read == history and torch.equal(again.ctx, first.ctx)
+
+
+def test_of_few_images_all_are_trained_on(pocket, sets, tmp_path):
+    found = recipe.setting(given(method="CoCoOp", data_root=sets), tmp_path)
+    assert len(found.inputs("CoCoOp", "train")) == 32 and found.options["last"] == "drop"
+    folder = tmp_path / "few"
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (9, 9), (number, 0, 0)).save(folder / name / f"{number}.png")
+    found = recipe.setting(given(dataset="folder", data_root=str(folder), method="CoCoOp"), tmp_path)
+    train = found.inputs("CoCoOp", "train")
+    assert len(train) == 2 and found.options["last"] == "train"  # half of the four, of the base class
+    assert len(recipe.train(found, "CoCoOp", **QUICK)[1]) == 1
 
 
 def test_base_to_novel_trains_on_the_base_classes_alone(pocket, sets, tmp_path):
@@ -244,6 +274,55 @@ def test_results_gather_and_are_replaced(tmp_path, monkeypatch):
     monkeypatch.setitem(rows[0], "values", {"UCM base": 50.0})
     found = recipe.tables(layout, "base to novel")
     assert next(iter(found)) == "UCM" and found["UCM"].base.iloc[0] == "50"
+
+
+def test_the_papers_claims_are_judged_by_what_was_measured(tmp_path):
+    path = tmp_path / "measured.csv"
+    medical = [name for name in domains_sets.CLASSES if name.startswith("medical/")]
+
+    def judged(**ours: float) -> dict[str, bool | None]:
+        for name in medical:
+            for method in ("DPLQ", "MaPLe", "CoCoOp", "CoOp", "zero-shot CLIP"):
+                value = ours.get(name.rpartition("/")[2], 60.0) if method == "DPLQ" else 50.0
+                p = given(method=method, dataset=name)
+                table = recipe.measured(path, recipe.rows(p, {"base": value, "novel": value}))
+        claims = {c["id"]: c["measured"] for c in paper("dplq")["claims"] if "measured" in c}
+        here = recipe.claim_cells(table)
+        assert here["MaPLe", "base to novel, medical"] == 50 and ("MaPLe", "base to novel, remote") not in here
+        return {name: judge_measured(terms, here)[0] for name, terms in claims.items()}
+
+    # one domain alone decides nothing, unless it refutes
+    assert set(judged().values()) == {None} and judged(btmri=20.0, ccbtm=40.0)["full-base-to-novel"] is False
+    p = given(protocol="cross-dataset", dataset=recipe.SOURCES["medical"])
+    found = {"source": 99.0, "medical/chmnist": 40.0, "medical/ccbtm": 60.0}
+    here = recipe.claim_cells(recipe.measured(path, recipe.rows(p, found)))
+    assert here["DPLQ", "cross-dataset, medical"] == 50.0  # the set that was trained on does not count
+
+
+def test_the_protocol_is_what_runs(monkeypatch):
+    monkeypatch.setattr(recipe, "MOMENTUM", 0.75)
+    monkeypatch.setattr(recipe, "TEST_BATCH", 77)
+    found = recipe.protocol()
+    assert "0.75" in found["optimiser"] and "77" in found["test images"]
+    assert found["epochs"] == "15 (base to novel), 25 (transfers)"
+
+
+def test_half_precision_weights_lose_most_of_the_steps():
+    """The authors' float16 tensors: entries that a first step leaves as they are, at both ends of the schedule."""
+    case = Case(folder() / "dplq" / "trajectory_depth3")
+    found = recipe_parity.trained_setting(case)
+    model, data = found.build("DPLQ").train(), found.inputs("DPLQ", "train")
+    items = [data[i] for i in range(found.options["batch"])]
+    loss(model, tuple(torch.stack(column) for column in zip(*items, strict=True))).backward()
+    parts = [p for name, p in model.trained().items() if name.startswith(("ctx", "meta_net", "proj", "mix_text"))]
+
+    def lost(learning_rate: float) -> float:
+        weights = [p.detach().half() for p in parts]
+        steps = [(learning_rate * (p.grad + recipe.WEIGHT_DECAY * p.detach())).half() for p in parts]
+        same = [(w - step == w).flatten() for w, step in zip(weights, steps, strict=True)]
+        return 100 * float(torch.cat(same).double().mean())
+
+    assert lost(1e-5) == pytest.approx(99.7, abs=0.1) and lost(0.0035) == pytest.approx(60, abs=1)
 
 
 def test_targets_are_the_other_sets_of_the_domain_and_what_is_not_as_published_has_a_row_of_its_own():

@@ -22,6 +22,7 @@ from companion.evaluation.tables import published_table
 from companion.models.metasegnet import recipe
 from companion.models.metasegnet.model import SIZES, MetaSegNet, swin
 from companion.models.metasegnet.text import BertText, ClipText, Words
+from companion.ops import report
 from companion.training import callbacks, checkpoints
 from companion.training.checkpoints import Checkpoint, trained_state
 from tests.conftest import parameters
@@ -50,14 +51,14 @@ def part(count: int = 4, classes: int = 3, side: int = 32) -> TensorDataset:
 @pytest.mark.parametrize(
     ("dataset", "expected"),
     [
-        (POTSDAM, (45, 4, 768, 3, 15, 2.5e-4, 0)),
-        (LOVEDA, (30, 8, 512, 1, 0, 0.01, 0.25)),
-        ("folder", (45, 4, 512, 1, 15, 2.5e-4, 0)),
+        (POTSDAM, (45, 4, 768, 3, 15, 2.5e-4, 0, False)),
+        (LOVEDA, (30, 8, 512, 1, 0, 0.01, 0.25, True)),
+        ("folder", (45, 4, 512, 1, 15, 2.5e-4, 0, False)),
     ],
 )
 def test_recipes_are_the_authors_and_learning_rates_those_of_torchs_schedulers(dataset, expected):
     r = recipe.recipe(dataset)
-    assert (r.epochs, r.batch, r.crop, r.copies, r.restart, r.weight_decay, r.brightness) == expected
+    assert (r.epochs, r.batch, r.crop, r.copies, r.restart, r.weight_decay, r.brightness, r.every) == expected
     assert r == recipe.recipe(OEM) or dataset != "folder"
     optimizer, schedulers = torch.optim.SGD([nn.Parameter(torch.zeros(1))], r.lr), torch.optim.lr_scheduler
     if r.restart:
@@ -240,6 +241,7 @@ def test_openearthmap_with_a_zone_left_out(quick, tmp_path):
     rows = recipe.measured(tmp_path / "results.csv")
     assert list(rows.test) == ["seen", "left out"] and set(rows.held_out) == {"Aw"} and "IoU tree" in rows
     assert rows.mIoU[0] == pytest.approx(metrics.scores(matrices["seen"]).miou)
+    assert set(rows.epoch) == {"last"} and set(rows.padding) == {"ignored"}
     recipe.record(tmp_path / "results.csv", p, found, matrices)
     assert len(recipe.measured(tmp_path / "results.csv")) == 2  # replaced, not doubled
     refuses((lambda: recipe.setting(given(data_root=str(tmp_path), held_out="ET"), tmp_path), r"held_out.*Cfa"))
@@ -258,13 +260,13 @@ def test_openearthmap_tested_on_loveda(quick, tmp_path, monkeypatch):
     assert counts.shape == (7, 7) and counts.sum() == sum((part_.data[i][1] < 7).sum() for i in range(2))
 
 
-def test_potsdam(quick, tmp_path):
+def test_potsdam(quick, tmp_path, monkeypatch):
     potsdam(tmp_path, side=40)
+    monkeypatch.setattr(landcover, "TILE", 40)
     p = given(data_root=str(tmp_path), dataset=POTSDAM, method="unimodal")
     found = recipe.setting(p, tmp_path)
-    found.tests["test"].data.size = 40  # tests would be padded to 1,024
     model, history = recipe.train(found, "unimodal")
-    assert len(history) == 24 * 3 // 2 and found.tests["test"].left_out == (5,)  # three copies of each tile
+    assert len(history) == 23 * 3 // 2 and found.tests["test"].left_out == (5,)  # three copies of each tile but 7_10
     counts = recipe.matrix(found, model, "unimodal", "test")
     recipe.record(tmp_path / "results.csv", p, found, {"test": counts})
     tables = recipe.tables(recipe.measured(tmp_path / "results.csv"))
@@ -275,12 +277,85 @@ def test_potsdam(quick, tmp_path):
     assert twin["OA here"] == pytest.approx(metrics.scores(counts, (5,)).oa)
     # with augmentation, and another seed without: what stands next to the author's is of one kind
     perfect = counts.diag().diag()
+    assert recipe.claim_cells(recipe.measured(tmp_path / "results.csv"))["unimodal", "Potsdam mIoU"] < 50
     for changes, found_ in (({"augmentation": "d4"}, perfect), ({"seed": 1}, counts)):
         other = SimpleNamespace(**vars(p) | changes)
         recipe.record(tmp_path / "results.csv", other, found, {"test": found_})
     anchors, _ = recipe.tables(recipe.measured(tmp_path / "results.csv")).values()
     twin = anchors[(anchors.method == "FT-UNetFormer") & (anchors["set"] == "Potsdam")].iloc[0]
-    assert twin["OA here"] == 100 and twin["augmentation here"] == "d4"
+    assert twin["OA here"] == 100 and twin["augmentation here"] == "d4" and twin["epoch here"] == "last"
+    # the author's epoch and padding come before any augmentation
+    recipe.record(tmp_path / "results.csv", SimpleNamespace(**vars(p) | {"select": "best"}), found, {"test": counts})
+    recipe.record(
+        tmp_path / "results.csv",
+        SimpleNamespace(**vars(p) | {"select": "best", "padding": "impervious"}),
+        found,
+        {"test": perfect},
+    )
+    anchors, _ = recipe.tables(recipe.measured(tmp_path / "results.csv")).values()
+    twin = anchors[(anchors.method == "FT-UNetFormer") & (anchors["set"] == "Potsdam")].iloc[0]
+    assert (twin["OA here"], twin["epoch here"], twin["padding here"]) == (100, "best", "impervious")
+
+
+def test_the_claim_of_the_twin_is_judged_by_its_rows(tmp_path):
+    p, path = given(dataset=POTSDAM, method="unimodal"), tmp_path / "measured.csv"
+    assert recipe.claim_cells(recipe.measured(path)) == {}
+    test = recipe.Test(part(), ["Cfb"] * 4, list(landcover.CLASSES[POTSDAM]), landcover.LEFT_OUT[POTSDAM])
+    for errors, expected in ((0, "holds"), (40, "fails")):
+        counts = (100 - errors) * torch.eye(6, dtype=torch.int64) + errors * torch.eye(6, dtype=torch.int64).roll(1, 0)
+        rows = recipe.measured(path, recipe.row(p, "test", test, counts))
+        run = report.start("metasegnet", out=str(tmp_path))
+        run.claims_from_measured(recipe.claim_cells(rows))
+        status = {claim["id"]: claim["status"] for claim in run.ledger()}
+        assert status["full-twin"] == expected and status["full-potsdam"] == "not run"
+    # a network with texts is not the twin
+    rows = recipe.measured(tmp_path / "other.csv", recipe.row(given(dataset=POTSDAM), "test", test, counts))
+    assert recipe.claim_cells(rows) == {}
+
+
+def test_the_best_epoch_is_that_of_the_validation_where_the_recipe_says_so(quick, tmp_path, monkeypatch):
+    loveda(tmp_path, monkeypatch)
+    plain, weights, marks = recipe.recipe, [], iter([0.2, 0.5, 0.5, 0.1])
+    monkeypatch.setattr(recipe, "recipe", lambda dataset: recipe.Recipe(**vars(plain(dataset)) | {"epochs": 4}))
+
+    def marked(model, **_):
+        weights.append(trained_state(model))
+        return next(marks)
+
+    monkeypatch.setattr(recipe, "validated", marked)
+    for select, kept, suffix in (("recipe", 1, ""), ("last", -1, "last epoch, ")):
+        p = given(data_root=str(tmp_path), dataset=LOVEDA, method="unimodal", select=select)
+        model, _ = recipe.train(recipe.setting(p, tmp_path / select), "unimodal")
+        saved = read_state(tmp_path / select / "trained" / f"unimodal, landcover-loveda, {suffix}seed 0.safetensors")
+        state = trained_state(model)
+        assert all(torch.equal(t, state[name]) for name, t in saved.items()) and len(weights) == 4
+        assert all(torch.equal(t, state[name]) for name, t in weights[1].items()) == (kept == 1)
+
+
+def test_scores_by_which_the_best_epoch_is_chosen(monkeypatch):
+    counts = torch.tensor([[5, 1, 0], [2, 3, 0], [0, 0, 0]])
+    counts[0, 2] = 1
+    monkeypatch.setattr(recipe, "confusion", lambda *_, **__: counts)
+    test = recipe.Test(part(), [], ["a", "b", "c"], left_out=(1,))
+    found = recipe.scores(test, counts)
+    assert recipe.validated(None, test, None, given(dataset=LOVEDA)) == pytest.approx(found.miou)
+    assert recipe.validated(None, test, None, given(dataset=POTSDAM)) == pytest.approx(found.mf1)
+    assert found.mf1 == pytest.approx(float(found.f1[0])) and found.miou == pytest.approx(
+        float(found.iou[[0, 2]].mean())
+    )
+
+
+def test_a_checkpoint_of_lightning_is_tested(small, tmp_path):
+    theirs = MetaSegNet.build(3, size="pocket")
+    state = {f"net.{name}": t for name, t in theirs.to_official().items()}
+    state["net.backbone.layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(2)
+    torch.save({"state_dict": state, "epoch": 3, "callbacks": {}}, tmp_path / "v1.ckpt")
+    options = SIZES["pocket"]["model"]
+    loaded = MetaSegNet.from_official(read_state(tmp_path / "v1.ckpt"), encoder=theirs.encoder, **options)
+    p = given(task="test", method="unimodal", checkpoint=str(tmp_path / "v1.ckpt"))
+    for model in (loaded, recipe.build(p, Prompts.read(), 3)):
+        found = model.state_dict()
+        assert all(torch.equal(t, found[name]) for name, t in theirs.state_dict().items() if "tracked" not in name)
 
 
 def test_a_killed_training_resumes_to_the_same_bits_wherever_it_is_started_from(quick, tmp_path, monkeypatch):
@@ -357,6 +432,8 @@ def test_what_cannot_be_run_is_said(tmp_path):
         (setting(tile=256, overlap=256), "overlap"),
         (setting(dataset=POTSDAM, held_out="Cfb"), "held_out"),
         (setting(task="test"), "checkpoint"),
+        (setting(test_on=LOVEDA, select="best"), "select"),
+        (setting(padding="impervious"), "padding"),
         (setting(checkpoint="net.safetensors"), "checkpoint"),
     )
     refuses((setting(data_root=str(tmp_path)), "OpenEarthMap"), error=MissingData)

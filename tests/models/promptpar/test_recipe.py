@@ -9,9 +9,12 @@ import torch
 from PIL import Image
 
 from companion.data import DATASETS
+from companion.data.attributes_sets import SENTENCES as SENTENCES_OF
 from companion.errors import CorruptFile, MissingData, MissingWeights
 from companion.evaluation.tables import published_table
 from companion.models.promptpar import PromptPAR, recipe
+from companion.models.promptpar.model import Output
+from companion.ops import report
 from companion.ops.papers import paper
 from companion.toy.datasets.tokens import Tokenizer
 from companion.training.checkpoints import Checkpoint
@@ -74,7 +77,7 @@ def test_the_published_settings(networks, folder, monkeypatch):
     monkeypatch.setattr(recipe, "fit", lambda model, loss, data, **options: seen.update(options) or [])
     model, _ = setting(data_root=folder).train("PromptPAR")
     assert (seen["epochs"], seen["batch"], seen["seed"]) == (100, 16, 0)
-    assert [callback.max_norm for callback in seen["callbacks"]] == [10]
+    assert [callback.max_norm for callback in seen["callbacks"]] == [10] and seen["last"] == "train"
     optimizer = seen["optimizer"](model)
     assert isinstance(optimizer, torch.optim.SGD)
     facts = {g["name"]: (g["lr"], g["momentum"], g["weight_decay"], g["nesterov"]) for g in optimizer.param_groups}
@@ -166,8 +169,8 @@ def test_the_dry_run_takes_two_steps(small):
     model, history = found.train("PromptPAR")
     assert len(history) == 2 and model.bn.num_features == 26
     assert len(found.scores(model).per_attribute(found.names)) == 26
-    phrases = setting(dataset="par/rapv1", dry_run=True, texts="phrases")
-    assert phrases.names[-1] == "action carry hand"
+    for texts, last in (("released", "action carry hand"), ("sentences", SENTENCES_OF["par/rapv1"][-1])):
+        assert setting(dataset="par/rapv1", dry_run=True, texts=texts).names[-1] == last
 
 
 @pytest.mark.slow
@@ -227,8 +230,11 @@ def test_results_stand_beside_the_published_ones(tmp_path):
 
 def test_what_is_not_as_published_is_in_the_name():
     assert recipe.label(given()) == "PromptPAR"
-    changed = given(release="2025", quirks=False, texts="phrases", clip="ViT-B-16-quickgelu/openai")
-    assert recipe.label(changed) == "PromptPAR, code of 2025, as meant, phrases, ViT-B-16-quickgelu/openai"
+    changed = given(release="2025", quirks=False, clip="ViT-B-16-quickgelu/openai", select="maxima")
+    assert recipe.label(changed) == "PromptPAR, code of 2025, as meant, ViT-B-16-quickgelu/openai, maxima over epochs"
+    assert recipe.label(given(dataset="par/rapv1", texts="sentences")) == "PromptPAR, sentences"
+    assert recipe.label(given(dataset="par/rapv1", texts="phrases")) == "PromptPAR"
+    assert recipe.label(given(dataset="par/peta", texts="sentences")) == "PromptPAR"
     assert recipe.label(given(checkpoint="a/x.pth")) == "PromptPAR, weights of x.pth"
 
 
@@ -254,3 +260,83 @@ def test_counted_parameters_are_sums_and_the_published_average_f1_is_that_of_the
         above = 2 * precision * recall / (precision + recall) - frame[f"{name} F1"]
         assert (above[["PromptPAR", "VTB"]] > 0.2).all() and (above[["PromptPAR", "VTB"]] < 0.4).all()
         assert (above[["DRFormer", "SSPNet"]].abs() < 0.02).all()
+
+
+def test_the_last_images_of_an_epoch_are_trained_on(small, folder):
+    file = Path(folder) / "labels.csv"
+    lines = file.read_text().splitlines()
+    for count, steps in ((19, 2), (17, 1)):  # a single image is none for a batch norm
+        file.write_text("\n".join([*lines[: 1 + count], *lines[-2:]]))
+        assert len(setting(data_root=folder).train("PromptPAR")[1]) == steps
+
+
+def test_maxima_over_epochs_are_those_that_the_authors_print(small, folder, tmp_path, monkeypatch):
+    epochs(monkeypatch, 3)
+    found = setting(data_root=folder, select="maxima")
+    model, _ = found.train("PromptPAR")
+    assert len(found.epochs) == 3 and found.epochs[-1] == found.scores(model).totals
+    row = recipe.row(given(select="maxima"), found.scores(model), found.epochs)
+    assert row["mA"] == max(e["mA"] for e in found.epochs) and np.isnan(row["Prec"])
+    cells = recipe.claim_cells(recipe.measured(tmp_path / "m.csv", row | {"dataset": "par/peta"}))
+    assert cells["PromptPAR", "PETA mA"] == row["mA"] and ("PromptPAR", "PETA Prec") not in cells
+    assert setting(data_root=folder).epochs == []
+
+
+def test_text_prompts_only_decay(small, folder):
+    before = setting(data_root=folder).build("PromptPAR")
+    after, history = setting(data_root=folder).train("PromptPAR")
+    twin = before.text_prompts.detach().clone().requires_grad_()
+    optimizer = torch.optim.SGD([twin], 1.0, momentum=0.9, weight_decay=1e-4)
+    rates = recipe.by_epoch(10)(4e-3, len(history), len(history))
+    for rate in rates:
+        optimizer.param_groups[0]["lr"], twin.grad = rate, torch.zeros_like(twin)
+        optimizer.step()
+    torch.testing.assert_close(after.text_prompts, twin.detach(), rtol=1e-6, atol=0)
+    assert not torch.equal(after.text_prompts, before.text_prompts)
+
+
+def test_clip_is_in_half_precision_where_the_authors_precision_runs(small, folder, monkeypatch):
+    monkeypatch.setattr(recipe, "device", lambda accelerator: "cuda")
+    assert recipe.hardware(given()).precision == "32-true"
+    for changes in ({"precision": "32-true"}, {"method": "full fine-tuning"}):
+        assert not recipe.half(given(**changes))
+    found = setting(data_root=folder)
+    model, history = found.train("PromptPAR")
+    visual = model.clip.visual
+    assert (
+        visual.conv1.weight.dtype == visual.proj.dtype == torch.float16 and visual.ln_pre.weight.dtype == torch.float32
+    )
+    assert all(np.isfinite(row["loss"]) for row in history) and model.prompts.dtype == torch.float32
+    images = found.first("test", 2)[0]
+    half = model(images).logits
+    model.clip.float()
+    assert (half - model(images).logits).abs().max() < 0.05 and model.maps(images).cosines.shape[0] == 2
+
+
+def test_unclear_labels_of_rap(networks):
+    logits, labels = torch.zeros(1, 3), torch.tensor([[0.0, 1.0, 2.0]])
+    ratio = torch.tensor([0.2, 0.2, 0.2])
+    whole = recipe.loss(Output(logits, logits), labels, ratio)
+    without = recipe.loss(Output(logits, logits), labels, ratio, unclear=False)
+    two = np.exp(0.8) * np.log(2)  # at logit 0 the cross-entropy of any target is log 2
+    assert float(whole - without) == pytest.approx(1.5 * two, rel=1e-5)
+    high = torch.full((1, 3), 30.0)
+    assert float(recipe.loss(Output(high, high), labels[:, 2:].expand(1, 3), ratio)) < 0  # no lower bound
+
+
+def test_paper_results_are_judged_from_measurements(tmp_path):
+    path, totals = tmp_path / "measured.csv", {"mA": 90.0, "Acc": 85.0, "Prec": 91.0, "Rec": 92.0, "F1": 91.0}
+
+    def status(claim):
+        run = report.start("promptpar", out=str(tmp_path))
+        run.claims_from_measured(recipe.claim_cells(recipe.measured(path)))
+        return {row["id"]: row["status"] for row in run.ledger()}[claim]
+
+    assert status("full") == "not run"
+    for name in ("par/peta", "par/pa100k", "par/rapv1"):
+        recipe.measured(path, recipe.row(given(dataset=name), SimpleNamespace(totals=totals)))
+    assert status("full") == "holds" and status("full-b16") == status("full-sota") == "not run"
+    b16 = given(dataset="par/rapv1", release="2025", clip="ViT-B-16-quickgelu/openai")
+    recipe.measured(path, recipe.row(b16, SimpleNamespace(totals=totals)))
+    recipe.measured(path, recipe.row(given(dataset="par/peta"), SimpleNamespace(totals=totals | {"mA": 88.0})))
+    assert status("full") == "fails" and status("full-b16") == "holds"

@@ -19,7 +19,9 @@ from companion.errors import BadCheckpoint, BadParameter
 from companion.evaluation.parity import Case, compare, folder
 from companion.evaluation.tables import published_table
 from companion.models.sic_cads import model as sic_cads
+from companion.models.sic_cads import parity
 from companion.models.sic_cads.model import MLR, detect, detector_scores, fuse, normalise, pool, rank_loss, refine
+from companion.ops.files import read_json, write_json
 from companion.ops.papers import paper
 from companion.toy.datasets.tokens import Tokenizer
 from tests.models.common import draw, gflop, misfits, refuses
@@ -362,6 +364,28 @@ def test_the_heads_of_a_whole_checkpoint_can_be_checked():
     more["mlr_lin2.weight"] = more["mlr_lin2.weight"] * 1.1 + 0.01
     wrong = [d.output for d in compare("sic_cads", Case(case.folder, more)) if not d.agrees]
     assert wrong[0] == "e_text" and "e_image" not in wrong
+
+
+@pytest.mark.slow
+def test_recorded_recognisers_of_other_sizes_are_run_as_their_case_tells(tmp_path):
+    """No class count, image size, label or vocabulary is typed into the runner."""
+    whole, copied = folder() / "sic_cads" / "mlr_lvis_r50", tmp_path / "mlr_coco_r50"
+    names, facts = (read_json(whole / f"{name}.json") for name in ("names", "case"))
+    facts |= {"case": "mlr_coco_r50", "novel_class_indices": [0, 3], "seed": 4}
+    facts["config"] |= {"num_classes": 6, "file": "configs/ovmlr_coco_base_caption.yaml", "inference_resolution": 64}
+    facts["inputs"]["image"]["shape"] = [3, 96, 144]
+    facts["train_losses_input"] = "image uint8 [3,64,96] as above, boxes labels = base class indices [1,5]"
+    write_json(copied / "names.json", names | {"text_embedding.weight": [6, 512]})
+    write_json(copied / "case.json", facts)
+    case = Case(copied)
+    found = parity.outputs(case)
+    assert found["p_mmlr"].shape == (1, 6) and found["top20_student"].shape == (1, 6)
+    model = MLR.from_official(case.state, torch.tensor([True, False, False, True, False, False]), tau=20.0)
+    images = (127.5 + 50 * case.values("input:train", 3, 64, 96)).round().clamp(0, 255).to(torch.uint8)[None]
+    with torch.no_grad():
+        scores = 20 * pool(model.cosines(model(model.prepared(images, resize=False))[0]), 2)[0, [1, 2, 4, 5]]
+    pairs = (1 + scores - scores[[0, 3], None]).clamp_min(0)  # positives 1 and 5 against the base classes
+    torch.testing.assert_close(found["mlr_loss"], pairs.mean())
 
 
 def test_bad_options_and_calls():

@@ -39,7 +39,7 @@ class Scores:
     Attributes:
         totals: "mA", "Acc", "Prec", "Rec", "F1" (the mean of the images' own) and "F1 of means", in percent.
         balanced: (A,) the terms of mA, in percent.
-        f1: (A,) F1 of each attribute over the images, in percent.
+        f1: (A,) F1 of each attribute over the images, in percent; precision: likewise.
         positives: (A,) the share of images with the attribute, in percent.
         threshold: of the probabilities.
     """
@@ -47,6 +47,7 @@ class Scores:
     totals: dict[str, float]
     balanced: np.ndarray
     f1: np.ndarray
+    precision: np.ndarray
     positives: np.ndarray
     threshold: float
 
@@ -94,6 +95,7 @@ def evaluate(labels: np.ndarray, probabilities: np.ndarray, threshold: float = T
         {name: 100 * float(value) for name, value in totals.items()},
         100 * balanced,
         100 * f1,
+        100 * share(hits, hits + alarms),
         100 * there.mean(0),
         threshold,
     )

@@ -31,17 +31,23 @@ def confusion(truth: Tensor, predicted: Tensor, classes: int) -> Tensor:
     return multiclass_confusion_matrix(predicted.long(), truth, classes, ignore_index=-1)
 
 
-def scores(matrix: Tensor, left_out: Iterable[int] = ()) -> Scores:
+def scores(matrix: Tensor, left_out: Iterable[int] = (), *, undefined: bool = False) -> Scores:
     """IoU, F1, their means and the overall accuracy of a confusion matrix.
 
-    `left_out`: classes that the means leave out (Potsdam's clutter); their pixels stay in the matrix, as errors of
-    other classes and in the overall accuracy."""
+    Args:
+        left_out: classes that the means leave out (Potsdam's clutter); their pixels stay in the matrix, as errors of
+            other classes and in the overall accuracy.
+        undefined: F1 from precision and recall, as in GeoSeg: nan, and not in the mean, for every class without a
+            right pixel, also for one that is there and missed, or predicted and not there. Otherwise it is 0 then.
+    """
     left_out = set(left_out)
     if not left_out < set(range(len(matrix))):
         raise BadParameter("left_out", left_out, f"some, not all, of the classes 0 to {len(matrix) - 1}")
     matrix = matrix.double()
     hit, wrong = matrix.diag(), matrix.sum(0) + matrix.sum(1) - 2 * matrix.diag()
     iou, f1 = 100 * hit / (hit + wrong), 200 * hit / (2 * hit + wrong)  # 0 / 0 is nan: a class that is nowhere
+    if undefined:
+        f1 = f1.where(hit > 0, torch.nan)
     kept: Sequence[int] = [c for c in range(len(matrix)) if c not in left_out]
     oa = 100 * hit.sum() / matrix.sum()
     miou, mf1 = (float(torch.nanmean(v[kept])) for v in (iou, f1))

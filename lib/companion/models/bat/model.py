@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import box_convert, generalized_box_iou
+from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 from ... import backbones
 from ...errors import BadCheckpoint, BadParameter, MissingWeights, check_choice
@@ -566,6 +566,12 @@ def focal(score: Tensor, target: Tensor) -> Tensor:
     positive = (p.log() * (1 - p) ** 2 * centre).sum()
     negative = ((1 - p).clamp_min(1e-12).log() * p**2 * (1 - target) ** 4).sum()
     return -(positive + negative) / centre.sum().clamp_min(1)
+
+
+def mean_iou(prediction: Prediction, boxes: Tensor) -> Tensor:
+    """The mean IoU of the predicted boxes with `boxes` (B, 4) as in `losses`, without gradient."""
+    predicted = box_convert(prediction.box.detach(), "cxcywh", "xyxy")
+    return box_iou(predicted, box_convert(boxes, "xywh", "xyxy").clamp(0, 1)).diagonal().mean()
 
 
 def losses(prediction: Prediction, boxes: Tensor) -> dict[str, Tensor]:

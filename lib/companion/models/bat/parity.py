@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,8 @@ def _adapter_names(official: str, ours: str = "") -> dict[str, str]:
 
 @torch.no_grad()
 def _adapter(case: Case) -> dict[str, Tensor]:
-    adapter = bat.Adapter(768).eval()
+    width, dim = case.state["adapter_down.weight"].shape
+    adapter = bat.Adapter(dim, width).eval()
     _load(adapter, case, _adapter_names(""))
     x = case.input("x")
     down = adapter.down(x)
@@ -65,16 +67,19 @@ def _adapter(case: Case) -> dict[str, Tensor]:
 @torch.no_grad()
 def _block(case: Case) -> dict[str, Tensor]:
     config = case.facts["config"]
-    vit = VisionTransformer(img_size=16, embed_dim=config["dim"], depth=1, num_heads=config["heads"], num_classes=0)
-    keep = config["keep_ratio_search"]
-    model = bat.BAT(bat.OSTrack(vit), elimination={0: keep} if keep < 1 else {}).eval()
+    sizes = {"embed_dim": config["dim"], "num_heads": config["heads"], "mlp_ratio": config["mlp_ratio"]}
+    vit = VisionTransformer(img_size=16, depth=1, num_classes=0, **sizes)
+    keep, tokens = config["keep_ratio_search"], config["search_tokens"]
+    crops = (16 * math.isqrt(count) for count in (config["template_tokens"], tokens))
+    width = len(case.state["adap_t.adapter_down.weight"])
+    model = bat.BAT(bat.OSTrack(vit, *crops), width, elimination={0: keep} if keep < 1 else {}).eval()
     block, exchange = model.tracker.vit.blocks[0], model.exchanges[0]
     _load(block, case, {name: name for name in block.state_dict()})
     for stage, official in (("attention", "adap_t."), ("mlp", "adap2_t.")):
         _load(exchange[stage], case, _adapter_names(official, "adapters.0."))
     x = torch.cat([case.input("x"), case.input("xi")])
     trace: dict[str, list[Tensor]] = {}
-    start = torch.arange(256).expand(2, 256)
+    start = torch.arange(tokens).expand(2, tokens)
     out, kept = model._block(block, exchange, x, start, keep, trace)
     found = {}
     for i, stream in enumerate(("", "_i")):
@@ -104,14 +109,20 @@ def _head(case: Case) -> dict[str, Tensor]:
 
 def _losses(case: Case) -> dict[str, Tensor]:
     truth, box = case.recorded["gt_xywh"], case.recorded["pred_cxcywh"]
-    score = case.values("input:score_logit", 6, 1, 16, 16).sigmoid().clamp(1e-4, 1 - 1e-4)
+    config = case.facts["config"]
+    f = config["search_size"] // config["stride"]
+    score = case.values("input:score_logit", len(truth), 1, f, f).sigmoid().clamp(1e-4, 1 - 1e-4)
     terms = bat.losses(bat.Prediction(score, score, score, box), truth)
     pairs = box_convert(box, "cxcywh", "xyxy"), box_convert(truth, "xywh", "xyxy").clamp(0, 1)
-    kept = [[epoch, keep_rate(int(epoch), 4, 4 + 16, 0.7)] for epoch, _ in case.recorded["keep_rate"].tolist()]
+    # "... keep rate for start 4, warm 16, ratio 0.7 ..."
+    numbers = re.search(r"start (\d+), warm (\d+), ratio ([\d.]+)", case.facts["notes"])
+    start, warm, ratio = map(float, numbers.groups() if numbers else (4, 16, 0.7))
+    epochs = case.recorded["keep_rate"][:, 0].tolist()
+    kept = [[epoch, keep_rate(int(epoch), start, start + warm, ratio)] for epoch in epochs]
     return {
         "gt_xywh": truth,
         "pred_cxcywh": box,
-        "heatmap": bat.centre_map(truth, 16),
+        "heatmap": bat.centre_map(truth, f),
         "iou": box_iou(*pairs).diagonal(),
         "giou_loss": terms["giou"],
         "l1_loss": terms["l1"],
@@ -121,16 +132,22 @@ def _losses(case: Case) -> dict[str, Tensor]:
     }
 
 
-def keep_rate(epoch: int, start: int, stop: int, ratio: float) -> float:
+def keep_rate(epoch: int, start: float, stop: float, ratio: float) -> float:
     """OSTrack's schedule of elimination: all tokens before epoch `start`, `ratio` from `stop` on, a cosine between."""
     done = min(max((epoch - start) / (stop - start), 0.0), 1.0)
     return ratio + (1 - ratio) * (1 + math.cos(math.pi * done)) / 2
 
 
 def frame(case: Case, t: int) -> np.ndarray:
-    """A synthetic frame (180, 240, 6) uint8, as case.json describes it."""
-    coarse = (case.values(f"input:frame{t}", 15, 20, 6) * 40 + 110).clamp(0, 255)
-    return coarse.repeat_interleave(12, 0).repeat_interleave(12, 1).to(torch.uint8).cpu().numpy()
+    """A synthetic frame (H, W, 6) uint8, as case.json describes it: (180, 240, 6) in the recorded cases."""
+    inputs = case.facts["inputs"]
+    made = (inputs.get("image") or inputs["frame t"])["made"]
+    # "g = fill.values('input:frame0', (15, 20, 6), 0); clip(g*40+110, 0, 255) repeated 12x along rows and columns ..."
+    shape = [int(n) for n in re.findall(r"\((\d+), (\d+), (\d+)\)", made)[0]]
+    scale, offset = map(float, re.findall(r"g\*([\d.]+)\+([\d.]+)", made)[0])
+    times = int(re.findall(r"repeated (\d+)x", made)[0])
+    coarse = (case.values(f"input:frame{t}", *shape) * scale + offset).clamp(0, 255)
+    return coarse.repeat_interleave(times, 0).repeat_interleave(times, 1).to(torch.uint8).cpu().numpy()
 
 
 def _crops(case: Case) -> dict[str, Tensor]:
@@ -144,22 +161,22 @@ def _crops(case: Case) -> dict[str, Tensor]:
         found[f"crop{i}_{facts['size']}"] = torch.from_numpy(patch[::8, ::8].copy())
         # the authors resize the padding mask and threshold it above 0
         found[f"pad{i}_{facts['size']}"] = torch.from_numpy(mask.reshape(mask.shape[:2])[::8, ::8] < 255)
-    return found | {"hann16": bat.hann(16)}
+    sides = [int(name.removeprefix("hann")) for name in case.recorded if name.startswith("hann")]
+    return found | {f"hann{side}": bat.hann(side) for side in sides}
 
 
 def _model(case: Case) -> dict[str, Tensor]:
-    model = bat.BAT.from_official(case.state)
+    model = bat.BAT.from_official(case.state, case.facts["config"]["heads"])
     trace: dict[str, Any] = {}
     template, search = case.input("template"), case.input("search")
     with torch.no_grad():
         tokens = model.embed_template(template)
         features = model.forward_features(tokens, search, trace)
     prediction = model(template, search)
-    found, depth = {}, len(model.exchanges)
-    for i in (0, 1, 3, 5, 11):
-        if i < depth:
-            for stream, x in zip(("x", "xi"), trace["tokens"][i].chunk(2), strict=True):
-                found[f"block{i}_{stream}"] = x[:, ::10, ::6]
+    found = {}
+    for i, both in enumerate(trace["tokens"]):
+        for stream, x in zip(("x", "xi"), both.chunk(2), strict=True):
+            found[f"block{i}_{stream}"] = x[:, ::10, ::6]
     for stream, row in zip(("x", "xi"), trace["attention"][-1].chunk(2), strict=True):
         found[f"last_attn_{stream}_center_to_search"] = row
     found |= {
@@ -186,9 +203,11 @@ def _model(case: Case) -> dict[str, Tensor]:
 
 
 def _track_loop(case: Case) -> dict[str, Tensor]:
-    whole = Case(case.folder.parent / "model_256", case.given)  # its weights are this case's
+    names = case.folder / "names.json"
+    # its weights are this case's
+    whole = case if names.exists() else Case(case.folder.parent / "model_256", case.given)
     model = bat.BAT.from_official(whole.state)
-    video = Frames([frame(case, t) for t in range(5)])
+    video = Frames([frame(case, t) for t in range(len(case.recorded["boxes"]))])
     track = follow(model, [video], [case.facts["inputs"]["init_box_xywh"]], hardware=CPU)[0]
     return {"boxes": torch.from_numpy(track.boxes), "best_score": torch.from_numpy(track.scores[1:])}
 

@@ -53,6 +53,7 @@ from ..layers.state_dicts import depth as depth_of
 NOISE = ("always", "train", "off")
 LAYERS = ("quaternion", "real")
 AXES = ("jk", "ri", "i, j")
+PROMPT = "a photo of a {}."
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
@@ -106,7 +107,7 @@ class DPLQ(PromptLearner):
         *,
         tokens: int = 2,
         depth: int = 9,
-        template: str = "a photo of a {}.",
+        template: str = PROMPT,
         hidden: int | None = None,
         noise: str = "always",
         language: str = "quaternion",

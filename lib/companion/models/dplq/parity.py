@@ -113,10 +113,14 @@ def _mae(case: Case) -> dict[str, Tensor]:
     model = MAE.from_official(_state(case))
     latent = model.encode(_input(case, "image"))
     tokens = model.decode(latent)[:, 1:]
+
+    def size(name: str, axis: int) -> int:
+        return case.facts["outputs"][name]["shape"][axis]
+
     return {
         "latent_cls": latent[:, 0],
-        "latent_slice": latent[:, 1:17, :64],
-        "tokens_slice": tokens[:, :16, :64],
+        "latent_slice": latent[:, 1:][:, : size("latent_slice", 1), : size("latent_slice", 2)],
+        "tokens_slice": tokens[:, : size("tokens_slice", 1), : size("tokens_slice", 2)],
         "domain_features": model(_input(case, "image")),
         "pixel_prediction_mean": model.decoder_pred(tokens).mean(1),
     }

@@ -24,13 +24,16 @@ from ...evaluation.tables import compare_published, published_table, upsert_rows
 from ...ops.papers import paper
 from ...training import checkpoints
 from ...training.fit import Hardware, History, fit, predict
-from ...training.schedules import MakeOptimizer, schedule, sgd
+from ...training.schedules import MakeOptimizer, Schedule, schedule, sgd
 from ..layers import clip_prompting as prompting
-from .model import DPLQ, domain_model, loss
+from .model import DPLQ, PROMPT, domain_model, loss
 
 DOMAINS = {"remote": "remote-sensing", "medical": "medical"}
 TRANSFERS = {"cross-dataset": fewshot.cross_dataset, "domain generalisation": fewshot.domain_generalisation}
 UNTRAINED = ("zero-shot CLIP",)
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # of SGD, on everything that is trained
+SOURCES = {"remote": "remote/rsicd", "medical": "medical/btmri"}
+"""The sets that the transfers begin from: of the medical script, and the example in the README of the successor."""
 TEST_BATCH = 24  # as released: the noise of an image's prompts depends on its batch, at test time too
 WORKERS = min(8, os.cpu_count() or 1)
 
@@ -50,6 +53,7 @@ class Setting:
         options: the other arguments of `fit`.
         accuracy: of a model, test inputs and their class names; top-1, in percent.
         folder: of the run, below which checkpoints and final weights are saved; None: they are not.
+        training: what is trained, which names these files.
         facts: what tells the training from others, for the checkpoint's key.
     """
 
@@ -64,6 +68,7 @@ class Setting:
     options: dict
     accuracy: Callable[[prompting.PromptedCLIP, Dataset, tuple[str, ...]], float]
     folder: Path | None = None
+    training: str = ""
     facts: dict = field(default_factory=dict)
 
 
@@ -88,23 +93,32 @@ def published_settings(protocol: str) -> dict[str, float]:
     return published_table("dplq", "code-recipe").set_index("method")[column].to_dict()
 
 
-def optimizer(learning_rate: float) -> MakeOptimizer:
-    """The authors': SGD with momentum 0.9, weight decay 5e-4 on everything."""
-    return sgd(learning_rate, 5e-4, decay="all")
+def optimizer(learning_rate: float, weight_decay: float = WEIGHT_DECAY, momentum: float = MOMENTUM) -> MakeOptimizer:
+    """The authors': SGD with momentum, and weight decay on everything that is trained."""
+    return sgd(learning_rate, weight_decay, momentum=momentum, decay="all")
+
+
+def learning_rates(epochs: int, warmup: float, warmup_lr: float) -> Schedule:
+    """One learning rate an epoch: `warmup` epochs at a small constant one, then a cosine as long as all epochs."""
+    return schedule("cosine by epoch", warmup / epochs, 0.0, warmup_lr)
 
 
 def _options(p: SimpleNamespace) -> dict:
     """The other arguments of `fit`: one learning rate an epoch, the first epoch at a small constant one."""
     recipe = published_settings(p.protocol)
     epochs = int(recipe["epochs"])
-    warmup = recipe["warm-up epochs"] / epochs
     return {
         "epochs": epochs,
         "batch": int(recipe["train batch"]),
-        "schedule": schedule("cosine by epoch", warmup, 0.0, recipe["warm-up learning rate"]),
+        "schedule": learning_rates(epochs, recipe["warm-up epochs"], recipe["warm-up learning rate"]),
         "seed": p.seed,
         "hardware": Hardware.of(p, "dplq", workers=WORKERS),
     }
+
+
+def last(images: int, recipe: Mapping[str, float]) -> str:
+    """What becomes of the last images of an epoch, as `fit` has it: dropped, unless there is no whole batch at all."""
+    return "drop" if images >= recipe["train batch"] else "train"
 
 
 def build(
@@ -200,10 +214,12 @@ def _paper(p: SimpleNamespace, out: Path) -> Setting:
         protocol = TRANSFERS[p.protocol](source, others, shots, p.seed)
     parts = {"train": protocol.train, **protocol.tests}
     names = {name: tuple(part.class_names) for name, part in parts.items()}
-    facts = {name: getattr(p, name) for name in ("dataset", "protocol", "noise", "seed")}
-    options = _options(p)
-    facts |= {"data_root": Path(p.data_root), "precision": options["hardware"].precision}
-    saved = {"folder": Path(out), "facts": facts}
+    facts = {name: getattr(p, name) for name in ("dataset", "noise", "seed")}
+    options = _options(p) | {"last": last(len(protocol.train), published_settings(p.protocol))}
+    # both transfers test one model: the second to run finds what the first has trained
+    trained_on = "base classes" if p.protocol == "base to novel" else "all classes"
+    facts |= {"data_root": Path(p.data_root), "precision": options["hardware"].precision, "trained on": trained_on}
+    saved = {"folder": Path(out), "facts": facts, "training": f"{p.dataset}, {trained_on}, seed {p.seed}"}
     return _full_size(p, f"{p.dataset}, {p.protocol}", parts, names, clip, domain, options, **saved)
 
 
@@ -295,9 +311,10 @@ def splits(p: SimpleNamespace, name: str, transform: Callable) -> dict[str, Data
 def train(found: Setting, method: str, **changes: Any) -> tuple[prompting.PromptedCLIP, History]:
     """Build a method of a setting and train it; the history of a method without training is empty.
 
-    `changes` go to `fit`. With a folder, a training that was stopped is resumed, and the final weights are saved.
+    `changes` go to `fit`. With a folder, a training that was stopped is resumed, one that is done is only read, and the
+    final weights are saved: domain generalisation tests those of the cross-dataset run in the same folder.
     """
-    model, name = found.build(method), f"{found.title}, {method}"
+    model, name = found.build(method), f"{found.training or found.title}, {method}"
     if method not in found.learning_rates:
         return model.eval(), []
     options = found.options | {"name": method} | changes
@@ -391,6 +408,71 @@ def cells(table: pd.DataFrame, protocol: str) -> dict[tuple[str, str], float]:
         name = f"{method}, trained on {_column(source)}"
         found[name, _column(source if test == "source" else test)] = float(group.accuracy.mean())
     return found
+
+
+def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean and standard deviation over the seeds, as the authors' script has it: of the population, not of a sample."""
+    groups = table.groupby(["method", "protocol", "dataset", "test"]).accuracy
+    return groups.agg(mean="mean", std=lambda x: x.std(ddof=0), seeds="count").reset_index()
+
+
+def claim_cells(table: pd.DataFrame) -> dict[tuple[str, str], float]:
+    """Means over all sets of a domain by (method, column), where all were measured.
+
+    The columns are "base to novel, remote", which is HM, and of the transfers from `SOURCES` "cross-dataset, remote",
+    "domain generalisation, remote", over the sets that were not trained on; and the same with "medical".
+    """
+    found: dict[tuple[str, str], float] = {}
+    for domain, source in SOURCES.items():
+        sets = [name for name in CLASSES if name.startswith(f"{domain}/")]
+        harmonic = cells(table, "base to novel")
+        for method in dict.fromkeys(table.method):
+            values = {"base to novel": [harmonic.get((method, f"{_column(name)} HM")) for name in sets]}
+            for protocol in TRANSFERS:
+                rows = table[(table.method == method) & (table.protocol == protocol) & (table.dataset == source)]
+                means = rows.groupby("test").accuracy.mean().to_dict()
+                values[protocol] = [means.get(name) for name in sets if name != source]
+            for protocol, known in values.items():
+                numbers = [value for value in known if value is not None]
+                if len(numbers) == len(known):
+                    found[method, f"{protocol}, {domain}"] = sum(numbers) / len(numbers)
+    return found
+
+
+def protocol() -> dict[str, str]:
+    """What the `paper` profile runs with, a fact a row, from its constants."""
+    novel, transfer = (published_settings(name) for name in ("base to novel", "cross-dataset"))
+
+    def both(name: str, form: str = "g") -> str:
+        one, other = (f"{settings[name]:{form}}" for settings in (novel, transfer))
+        return one if one == other else f"{one} (base to novel), {other} (transfers)"
+
+    return {
+        "optimiser": f"SGD, momentum {MOMENTUM:g}, weight decay {WEIGHT_DECAY:g} on everything that is trained",
+        "learning rate": f"{both('learning rate')}; one for each epoch",
+        "schedule": f"{both('warm-up learning rate')} for {both('warm-up epochs')} epoch, then "
+        "lr (1 + cos(pi (e - 1) / E)) / 2",
+        "epochs": both("epochs"),
+        "batch": f"{both('train batch')}; the last images of an epoch are dropped, unless the set has no whole batch",
+        "precision": f"{paper('dplq')['precision']} on a GPU: float32 weights, float16 autocast, scaled loss; logits "
+        "in float32 (the authors: float16 weights in the context, the small net, the projection and the text's "
+        "quaternion layer, no loss scaling)",
+        "prompts": f"{both('context tokens')} tokens, from '{PROMPT}'; prompted layers: {both('prompt depth')}",
+        "training images": f"{both('shots')} of each class, or all; random crop of {domains.CROP[0]:.0%} to "
+        f"{domains.CROP[1]:.0%} of the area to {both('image size')} (bicubic), flip",
+        "test images": f"short side to {both('image size')} (bicubic), centre; batches of {TEST_BATCH}, on which "
+        "the noise of the prompts depends (the medical domain model: 1024, nearest pixel)",
+        "splits": "50 / 20 / 30 % of each class; the authors' lists were not released, here the shuffle is fixed",
+        "classes": "base are the first half of the sorted folders, the larger one where they are odd",
+        "transfers": "trained on all classes of one set; cross-dataset tests the test split of the others, domain "
+        "generalisation all their images, with the same weights",
+        "selection": "none; the last epoch is tested",
+        "seeds": "1, 2, 3 (README of the successor); here the parameter `seed`",
+        "metric": "top-1 over all test images, percent; mean and population deviation over seeds",
+        "noise": "drawn at test time too, from the seed",
+        "baselines": "how the paper trained them was not found; here as DPLQ: its optimiser, learning rate and epochs",
+        "sweep": "none found",
+    }
 
 
 def _column(dataset: str) -> str:

@@ -127,9 +127,9 @@ class PatchMap(nn.Module):
 
 
 class MapDecoder(nn.Module):
-    """(B, D, g, g) to logits (B, 1, S, S): for each of `channels` a 3x3 conv, norm, ReLU and x2; then a 3x3 conv."""
+    """(B, D, g, g) to logits (B, classes, S, S): for each of `channels` a 3x3 conv, norm, ReLU, x2; then a 3x3 conv."""
 
-    def __init__(self, inputs: int, channels: Sequence[int]):
+    def __init__(self, inputs: int, channels: Sequence[int], classes: int = 1):
         super().__init__()
         widths = [inputs, *channels]
         self.steps = nn.ModuleList(
@@ -141,7 +141,7 @@ class MapDecoder(nn.Module):
             )
             for a, b in pairwise(widths)
         )
-        self.logits = nn.Conv2d(widths[-1], 1, 3, padding=1)
+        self.logits = nn.Conv2d(widths[-1], classes, 3, padding=1)
 
     def forward(self, x: Tensor, trace: list[Tensor] | None = None) -> Tensor:
         for step in self.steps:
@@ -152,18 +152,24 @@ class MapDecoder(nn.Module):
 
 
 class Segmenter(OfficialModel):
-    """Images (B, 3, S, S) to logits (B, outputs, S, S).
+    """Images (B, 3, S, S) to logits (B, outputs x classes, S, S).
 
     Args:
         encoder: `ECAMP.encoder`, or any ViT of timm; it is copied.
         outputs: decoders, one for each thing to segment: 1, or 2 for RIGA's disc and cup.
         channels: of the decoder's steps, each of which doubles the side. None: of 512, 256, 128, 64 the last ones, as
             many as the patch needs.
-        frozen: as released; False is what the README says, and what the authors do with a random encoder.
+        frozen: as released; False is what the README says, and what the authors do with a random encoder on RIGA.
+        classes: logits of a decoder; more than 1 only to load a file that has them.
     """
 
     def __init__(
-        self, encoder: VisionTransformer, outputs: int = 1, channels: Sequence[int] | None = None, frozen: bool = True
+        self,
+        encoder: VisionTransformer,
+        outputs: int = 1,
+        channels: Sequence[int] | None = None,
+        frozen: bool = True,
+        classes: int = 1,
     ):
         super().__init__()
         steps = int(math.log2(encoder.patch_embed.patch_size[0]))
@@ -172,7 +178,7 @@ class Segmenter(OfficialModel):
         if len(channels) != steps:
             raise BadParameter("channels", tuple(channels), f"{steps}, which double the side back to the image's")
         self.map = PatchMap(encoder, frozen)
-        self.decoders = nn.ModuleList(MapDecoder(encoder.embed_dim, channels) for _ in range(outputs))
+        self.decoders = nn.ModuleList(MapDecoder(encoder.embed_dim, channels, classes) for _ in range(outputs))
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.map(images)
@@ -204,7 +210,8 @@ class Segmenter(OfficialModel):
         encoder = encoder_like(inner, heads)
         if 2 ** len(channels) != encoder.patch_embed.patch_size[0]:
             raise BadCheckpoint("ECAMP's segmenter", [f"{start}decoder_{len(channels) + 1}.0.weight"])
-        model = cls(encoder, 2 if two else 1, channels).eval()
+        classes = len(state.get(f"{start}final_out.bias", torch.zeros(1)))
+        model = cls(encoder, 2 if two else 1, channels, classes=classes).eval()
         load_official(model, state, model.official_names(), "ECAMP's segmenter", optional=COUNTERS)
         return model
 
@@ -328,12 +335,12 @@ class Detector(OfficialModel):
         return found
 
     def anchors(self) -> Tensor:
-        """(3 levels, 3, 2) widths and heights in pixels."""
-        return torch.tensor(ANCHORS, dtype=torch.float32) * self.size / 416
+        """See `anchors`."""
+        return anchors(self.size)
 
     def loss(self, heads: Sequence[Tensor], boxes: Tensor) -> Tensor:
-        """The sum over the heads of `yolo_loss`; boxes (B, T, 5) as there."""
-        return sum(yolo_loss(x, boxes, a, self.size)[0] for x, a in zip(heads, self.anchors(), strict=True))
+        """See `detection_loss`."""
+        return detection_loss(heads, boxes, self.size)
 
     def decode(self, heads: Sequence[Tensor], confidence: float = 0.5, overlap: float = 0.5) -> list[Tensor]:
         """The boxes (n, 7) of each image from the outputs of `forward`, see `suppress`."""
@@ -383,6 +390,16 @@ class Detector(OfficialModel):
         model = cls(encoder_like(inner, heads), classes, middle // narrow, channels).eval()
         load_official(model, state, model.official_names(), "ECAMP's detector", optional=COUNTERS)
         return model
+
+
+def anchors(size: int) -> Tensor:
+    """(3 levels, 3, 2) widths and heights in pixels of an image of side `size`."""
+    return torch.tensor(ANCHORS, dtype=torch.float32) * size / 416
+
+
+def detection_loss(heads: Sequence[Tensor], boxes: Tensor, size: int) -> Tensor:
+    """The sum over the heads, coarse to fine, of `yolo_loss`; boxes (B, T, 5) as there, for images of side `size`."""
+    return torch.stack([yolo_loss(x, boxes, a, size)[0] for x, a in zip(heads, anchors(size), strict=True)]).sum()
 
 
 def _cells(head: Tensor, anchors: Tensor, size: int) -> tuple[Tensor, Tensor, float]:

@@ -53,6 +53,12 @@ def _cut(case: Case, whole: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def _heads(case: Case, *names: str) -> int | None:
+    """The attention heads under the first of `names` that the configuration has; None: 64 channels a head."""
+    config = case.facts.get("config", {})
+    return next((config[name] for name in (*names, "num_attention_heads", "num_heads") if name in config), None)
+
+
 def _corners(case: Case) -> Tensor:
     return torch.tensor([case.facts["inputs"]["column"], case.facts["inputs"]["row"]]).T
 
@@ -65,6 +71,7 @@ def _model(case: Case) -> dict[str, Tensor]:
         heads=config["heads"],
         decoder_heads=config["decoder_heads"],
         text_heads=bert.get("heads") or bert["num_attention_heads"],
+        window=config.get("window", 12),
     )
     batch = Batch(
         case.input("image"),
@@ -155,7 +162,9 @@ def _positions(case: Case) -> dict[str, Tensor]:
 
 def _attention(case: Case) -> dict[str, Tensor]:
     config, given = case.facts["config"], case.recorded
-    model = ECAMP.from_official(case.state, text_heads=config["heads"])
+    model = ECAMP.from_official(
+        case.state, heads=config.get("vit_heads"), decoder_heads=config.get("decoder_heads"), text_heads=config["heads"]
+    )
     images = case.input("image")
     maps = model.attention(images, given["in.ids"], given["in.attention_mask"])
     raster = maps[0, :, config["token_index"]]
@@ -185,7 +194,7 @@ def _text(case: Case) -> dict[str, Tensor]:
 
 
 def _classifier(case: Case) -> dict[str, Tensor]:
-    model, tokens = heads.classifier_from_official(case.state), {}
+    model, tokens = heads.classifier_from_official(case.state, _heads(case, "heads")), {}
     for i, block in enumerate(model.blocks):
         block.register_forward_hook(lambda module, given, out, i=i: tokens.update({f"block{i}": out}))
     x = model.forward_features(case.input("image"))
@@ -193,23 +202,30 @@ def _classifier(case: Case) -> dict[str, Tensor]:
 
 
 def _segmenter(case: Case) -> dict[str, Tensor]:
-    model = heads.Segmenter.from_official(case.state)
+    """One decoder, with any number of classes, whose loss is over all of them at once; or RIGA's two."""
+    model = heads.Segmenter.from_official(case.state, _heads(case, "heads"))
     steps: list[Tensor] = []
     x = model.map(case.input("image"))
-    logits = model.decoders[0](x, steps)
-    mask = (case.input("mask") > 1).float()
+    each = [decoder(x, steps) for decoder in model.decoders]
+    logits, mask = torch.cat(each, 1), (case.input("mask") > 1).float()
+    if mask.numel() != logits.numel():
+        mask = mask[:, None].expand_as(logits)
+    # a decoder's logits and mask as one map, whatever its classes
+    flat, truth = (t.reshape(len(t), len(each), -1) for t in (logits, mask))
     found = {"encoder_map": x} | {f"decoder_{i}": step for i, step in enumerate(steps, 1)}
+    if len(each) == 2:
+        found |= {"logits_disc": each[0], "logits_cup": each[1]}
     return found | {
         "logits": logits,
-        "loss.mixed": heads.segmentation_loss(logits, mask[:, None]),
-        "loss.focal": heads.focal_loss(logits[:, 0], mask),
-        "dice_coefficient": heads.soft_dice(logits[:, 0], mask),
-        "metric.dice": radiology.dice(logits[:, 0].sigmoid(), mask),
+        "loss.mixed": heads.segmentation_loss(flat, truth),
+        "loss.focal": heads.focal_loss(flat, truth),
+        "dice_coefficient": heads.soft_dice(flat, truth),
+        "metric.dice": radiology.dice(flat.sigmoid(), truth),
     }
 
 
 def _detector(case: Case) -> dict[str, Tensor]:
-    model = heads.Detector.from_official(case.state)
+    model = heads.Detector.from_official(case.state, _heads(case, "heads"))
     images, boxes, size = case.input("image"), case.recorded["in.targets"], model.size
     x = model.map(images)
     levels, outputs = model.pyramid(x), model(images)

@@ -9,7 +9,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,12 +33,12 @@ from ...training import checkpoints
 from ...training.callbacks import ClipNorm, EarlyStop
 from ...training.checkpoints import Checkpoint, checkpoint_key
 from ...training.fit import Hardware, History, evaluating, fit
-from ...training.schedules import adamw, given, sgd
+from ...training.schedules import MakeOptimizer, adamw, given, sgd
 from ..layers.state_dicts import load_official
 from . import heads
 from . import model as ecamp
 from .model import ECAMP, METHODS
-from .text import Pairs, Vocabulary
+from .text import ENTITY, NO_ENTITY, OTHER, SPLICED, Pairs, Vocabulary
 
 WORKERS = min(16, os.cpu_count() or 1)
 DRY_BATCH = 2
@@ -105,12 +105,56 @@ def recipe(table: str) -> dict[str, float]:
     return published_table("ecamp", table).set_index("method")["value"].to_dict()
 
 
-def pretraining_learning_rates(per_epoch: int) -> np.ndarray:
-    """The learning rate of each step: linear warm-up, then a cosine to epoch 200 that stops at epoch 120."""
-    r = recipe("recipe-pretraining")
-    epoch = np.arange(int(r["stop_epoch"]) * per_epoch) / per_epoch
+@dataclass(frozen=True)
+class PretrainingEpoch:
+    """An epoch of pre-training as the authors' loader cuts it.
+
+    Attributes:
+        iterations: full batches of a device; what is left over is dropped.
+        steps: of the optimiser; the iterations that are too few for another one are computed there and not used, for
+            gradients are cleared when an epoch begins. Here their images are not read.
+        batch: pairs a step, over all devices.
+    """
+
+    iterations: int
+    steps: int
+    batch: int
+
+
+def pretraining_epoch(images: int, r: Mapping[str, float]) -> PretrainingEpoch:
+    """The epoch of a set of `images` under the settings `r`; one step of all pairs where there are too few for a batch.
+
+    Args:
+        r: `recipe("recipe-pretraining")`; gpus, batch_per_gpu and accumulation are read.
+    """
+    gpus, accumulation = int(r["gpus"]), int(r["accumulation"])
+    iterations = -(-images // gpus) // int(r["batch_per_gpu"])
+    batch = gpus * int(r["batch_per_gpu"]) * accumulation
+    steps = min(iterations // accumulation, images // batch)
+    return PretrainingEpoch(iterations, steps, batch) if steps else PretrainingEpoch(accumulation, 1, images)
+
+
+def pretraining_learning_rates(images: int, r: Mapping[str, float] | None = None) -> np.ndarray:
+    """The learning rate of each step: linear warm-up, then a cosine to epoch 200 that stops at epoch 120.
+
+    As released, the epoch at step k is counted in the loader's iterations, accumulation * k / iterations: where
+    iterations are left over it never quite ends.
+
+    Args:
+        images: of the training set.
+        r: settings by name; None: the published ones.
+    """
+    r = recipe("recipe-pretraining") if r is None else r
+    cut = pretraining_epoch(images, r)
+    within = np.arange(cut.steps) * int(r["accumulation"]) / cut.iterations
+    epoch = (np.arange(int(r["stop_epoch"]))[:, None] + within).ravel()
     falling = 0.5 * (1 + np.cos(np.pi * (epoch - r["warmup_epochs"]) / (r["cosine_end_epoch"] - r["warmup_epochs"])))
     return r["lr"] * np.where(epoch < r["warmup_epochs"], epoch / r["warmup_epochs"], falling)
+
+
+def pretraining_optimizer(r: Mapping[str, float]) -> MakeOptimizer:
+    """AdamW; matrices decay ([CLS] token, mask token and word positions among them), vectors and biases do not."""
+    return adamw(r["lr"], r["weight_decay"], betas=(r["beta1"], r["beta2"]))
 
 
 def pretrain(
@@ -118,6 +162,7 @@ def pretrain(
     model: ECAMP,
     data: Dataset,
     *,
+    settings: Mapping[str, float] = {},
     learning_rates: np.ndarray | None = None,
     batch: int | None = None,
     micro_batch: int = 64,  # their 16,384 positions have 2 GB of logits of 30,000 words, and as much of gradients
@@ -127,22 +172,22 @@ def pretrain(
     """Pre-train by the authors' recipe, in place.
 
     Args:
+        settings: those of `recipe("recipe-pretraining")` that differ.
         learning_rates: of each step; None: the published ones.
         batch: pairs a step; None: the published number, or all there are.
         micro_batch: pairs that a device processes at once; the gradients of a step are accumulated.
     """
-    r = recipe("recipe-pretraining")
-    batch = batch or min(int(r["effective_batch"]), len(data))
-    per_epoch = len(data) // batch
-    learning_rates = pretraining_learning_rates(per_epoch) if learning_rates is None else learning_rates
+    r = recipe("recipe-pretraining") | dict(settings)
+    batch = batch or pretraining_epoch(len(data), r).batch
+    learning_rates = pretraining_learning_rates(len(data), r) if learning_rates is None else learning_rates
     accumulate = math.ceil(batch / (p.devices * micro_batch))
     return fit(
         model,
         ecamp.pretraining_loss,
         data,
-        epochs=len(learning_rates) / per_epoch,
+        epochs=len(learning_rates) / (len(data) // batch),
         batch=batch,
-        optimizer=adamw(r["lr"], r["weight_decay"], betas=(r["beta1"], r["beta2"])),
+        optimizer=pretraining_optimizer(r),
         schedule=given(learning_rates),
         checkpoint=checkpoint,
         seed=p.seed,
@@ -220,9 +265,10 @@ KINDS = {
     "segment": "segmentation",
     "detect": "detection",
 }
-PATIENCE = {"segment": 40}  # epochs without a new best; 20 for the others
-FIRST = {"1": 60, "10": 100, "100": 50}  # step of the first validation in detection
-LONGEST = 4  # times the published steps: the most that a training may take
+PATIENCE = {"segment": 40}  # epochs without a new best; 20 for the others, and on RIGA for other encoders than ECAMP's
+FIRST = {"1": 60, "10": 100, "100": 50}  # step after which detection is validated
+EXPANSION = {"1": 8, "10": 8, "100": 4}  # of the detector's bottlenecks
+CLIP, MOMENTUM, DECAY = 1.0, 0.9, 0.05  # the norm of a gradient; SGD's; AdamW's weight decay
 
 
 @dataclass(frozen=True)
@@ -269,6 +315,8 @@ def downstream(p: SimpleNamespace, out: Path) -> Downstream:
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `BadCheckpoint`: with what to change or get.
     """
     check_choice("task", p.task, KINDS)
+    if p.devices > 1:
+        raise BadParameter("devices", p.devices, "1: only pre-training runs on several; Dice and BatchNorm see a batch")
     kind = KINDS[p.task]
     _check(p.dataset, kind)
     numbers = downstream_recipe(p.task, p.dataset, p.labels)
@@ -327,11 +375,17 @@ def _check(dataset: str, kind: str) -> None:
         raise BadParameter("dataset", dataset, [*known, "folder"] if kind == "pre-training" else known)
 
 
+def mask_transform(dataset: str, train: bool) -> xrays.MaskTransform:
+    """The transform of a set for segmentation, as released: on SIIM the mask is not warped with its image, RSNA's masks
+    are reduced by the nearest pixel, others by area."""
+    reduce = "nearest" if dataset == "xrays/rsna" else "area"
+    return xrays.MaskTransform(train=train, warp_mask=dataset != "xrays/siim", mask=reduce)
+
+
 def _splits(p: SimpleNamespace, kind: str) -> dict[str, Dataset]:
     transforms = {
         "classification": lambda train: xrays.train_transform() if train else xrays.test_transform(),
-        # on SIIM the image is warped and the mask is not, as released
-        "segmentation": lambda train: xrays.MaskTransform(train=train, warp_mask=p.dataset != "xrays/siim"),
+        "segmentation": functools.partial(mask_transform, p.dataset),
         "detection": lambda train: xrays.squeeze_transform(),
     }[kind]
     found = {}
@@ -365,13 +419,103 @@ def _generated(p: SimpleNamespace, kind: str) -> dict[str, Dataset]:
 
 
 def _head(p: SimpleNamespace, kind: str) -> nn.Module:
-    """The model of a task on its encoder. The authors' segmenter freezes a pre-trained encoder, not a random one."""
+    """The model of a task on its encoder. The authors freeze it; on RIGA, which they also run from random weights, not
+    a random one."""
     base, classes = encoder(p), len(CLASSES[p.dataset])
     if kind == "classification":
         return heads.classifier(base, classes, probe=p.task == "linear probe")
     if kind == "segmentation":
-        return heads.Segmenter(base, classes, frozen=p.encoder != "random")
-    return heads.Detector(base, expansion=4 if p.labels == "100" else 8)
+        return heads.Segmenter(base, classes, frozen=(p.dataset, p.encoder) != ("fundus/riga", "random"))
+    return heads.Detector(base, expansion=EXPANSION[p.labels])
+
+
+def downstream_learning_rates(numbers: Mapping[str, float], count: int) -> np.ndarray:
+    """The learning rate of each of `count` steps: linear warm-up, then half a cosine, which rises again beyond `steps`.
+
+    The authors call the scheduler before the optimiser, so the first step has 1 / warmup_steps of the peak and not 0.
+
+    Args:
+        numbers: lr, warmup_steps and steps, as of `downstream_recipe`.
+    """
+    steps, warm = int(numbers["steps"]), int(numbers["warmup_steps"])
+    step = 1 + np.arange(count)
+    done = (step - warm) / max(1, steps - warm)
+    return numbers["lr"] * np.where(step < warm, step / max(1, warm), 0.5 * (1 + np.cos(np.pi * done)))
+
+
+def downstream_optimizer(task: str, lr: float) -> MakeOptimizer:
+    """SGD without weight decay for classification, else AdamW, which decays every trained tensor."""
+    if KINDS[task] == "classification":
+        return sgd(lr, momentum=MOMENTUM, decay="all")
+    return adamw(lr, DECAY, decay="all")
+
+
+def patience(p: SimpleNamespace) -> int:
+    """Epochs without a new best after which a training ends."""
+    return 20 if p.dataset == "fundus/riga" and p.encoder != "ECAMP" else PATIENCE.get(p.task, 20)
+
+
+def selection(p: SimpleNamespace, score: Callable[[nn.Module], float], after: int | None = None) -> EarlyStop:
+    """The choice of the epoch, as released: from 0 on, an AUROC, Dice or mAP as high as the best one is a new best, an
+    accuracy is not.
+
+    Args:
+        score: of the model on validation.
+        after: step after which an epoch must end to be validated; None: `FIRST` for detection, else 0.
+    """
+    ties = not (KINDS[p.task] == "classification" and p.dataset in ONE_OF)
+    if after is None:
+        after = FIRST[p.labels] if p.task == "detect" and not p.dry_run else 0
+    return EarlyStop(score, patience(p), first_step=after + 1, ties=ties, patient_ties=ties, start=0.0)
+
+
+def downstream_loss(task: str, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+    """The loss of a batch (images, labels, masks or boxes)."""
+    images, truth = batch
+    if KINDS[task] == "classification":
+        return heads.classification_loss(model(images), truth)
+    if KINDS[task] == "segmentation":
+        return heads.segmentation_loss(model(images).float(), truth)
+    return heads.detection_loss([head.float() for head in model(images)], truth, images.shape[-1])
+
+
+def train(
+    p: SimpleNamespace,
+    model: nn.Module,
+    data: Dataset,
+    best: EarlyStop,
+    numbers: Mapping[str, float],
+    *,
+    workers: int = 0,
+    checkpoint: Checkpoint | None = None,
+) -> History:
+    """Train a downstream model by the authors' recipe, in place; it ends with the weights that `best` chose.
+
+    An epoch's last images, too few for a batch, are a step of their own. As in the authors' code a training ends when
+    the patience does, or when an epoch ends on a multiple of the published steps; beyond these the cosine rises again.
+
+    Args:
+        best: `selection`.
+        numbers: lr, warmup_steps, steps and batch, as of `downstream_recipe`.
+    """
+    batch = int(numbers["batch"])
+    per_epoch = -(-len(data) // batch)
+    longest = math.lcm(per_epoch, int(numbers["steps"]))
+    return fit(
+        model,
+        functools.partial(downstream_loss, p.task),
+        data,
+        epochs=longest / per_epoch,
+        batch=batch,
+        optimizer=downstream_optimizer(p.task, numbers["lr"]),
+        schedule=given(downstream_learning_rates(numbers, longest)),
+        callbacks=[ClipNorm(CLIP), best],
+        checkpoint=checkpoint,
+        seed=p.seed,
+        hardware=Hardware.of(p, "ecamp", workers=workers),
+        last="train",
+        name=p.task,
+    )
 
 
 def _learn(
@@ -383,63 +527,31 @@ def _learn(
     score: Callable[[nn.Module, Dataset], float],
     numbers: Mapping[str, float],
 ) -> History:
-    """Train by the authors' recipe, in place, on one device; the model ends with its best weights on validation.
-
-    As in the authors' code a training ends after `PATIENCE` epochs without a new best, or when an epoch ends on a
-    multiple of the published steps. Beyond these the cosine rises again.
-    """
-    train, steps, warm = data["train"], int(numbers["steps"]), int(numbers["warmup_steps"])
-    batch = min(int(numbers["batch"]), len(train))
-    per_epoch = len(train) // batch
-    longest = min(math.lcm(per_epoch, steps), LONGEST * steps)
-    step = np.arange(longest)
-    done = (step - warm) / max(1, steps - warm)
-    lr = numbers["lr"]
-    learning_rates = lr * np.where(step < warm, step / max(1, warm), 0.5 * (1 + np.cos(np.pi * done)))
-    classifies = KINDS[p.task] == "classification"
-    losses = {
-        "classification": lambda net, batch: heads.classification_loss(net(batch[0]), batch[1]),
-        "segmentation": lambda net, batch: heads.segmentation_loss(net(batch[0]).float(), batch[1]),
-        "detection": lambda net, batch: model.loss([head.float() for head in net(batch[0])], batch[1]),
-    }
-    first = FIRST[p.labels] if p.task == "detect" and not p.dry_run else 0
+    """`train` on the data of a task, with its checkpoint and final weights below `out`."""
     val = functools.cache(lambda: _held(data["val"], 0 if p.dry_run else WORKERS))
-    best = EarlyStop(lambda one: score(one, val()), PATIENCE.get(p.task, 20), first_step=first)
-    name, checkpoint = f"{p.task}, {p.dataset}, {p.labels} %, {p.encoder}, seed {p.seed}", None
-    if not p.dry_run:
-        facts = {key: getattr(p, key) for key in ("task", "dataset", "labels", "protocol", "encoder")}
-        checkpoint = Checkpoint.of(out / "checkpoints", name, model=model, data_root=Path(p.data_root), **facts)
-    history = fit(
-        model,
-        losses[KINDS[p.task]],
-        train,
-        epochs=longest / per_epoch,
-        batch=batch,
-        optimizer=sgd(lr, decay="all") if classifies else adamw(lr, 0.05, decay="all"),
-        schedule=given(learning_rates),
-        callbacks=[ClipNorm(1.0), best],
-        checkpoint=checkpoint,
-        seed=p.seed,
-        hardware=replace(Hardware.of(p, "ecamp", workers=WORKERS), devices=1),
-        name=p.task,
-    )
-    if not p.dry_run:
-        official = getattr(model, "to_official", model.state_dict)
-        checkpoints.save(out / "trained", name, official())
+    best = selection(p, lambda one: score(one, val()))
+    if p.dry_run:
+        return train(p, model, data["train"], best, numbers)
+    name = f"{p.task}, {p.dataset}, {p.labels} %, {p.encoder}, seed {p.seed}"
+    facts = {key: getattr(p, key) for key in ("task", "dataset", "labels", "protocol", "encoder")}
+    checkpoint = Checkpoint.of(out / "checkpoints", name, model=model, data_root=Path(p.data_root), **facts)
+    history = train(p, model, data["train"], best, numbers, workers=WORKERS, checkpoint=checkpoint)
+    checkpoints.save(out / "trained", name, getattr(model, "to_official", model.state_dict)())
     return history
 
 
 def _held(part: Dataset, workers: int) -> Dataset:
-    """Validation data in memory, of each image one of its three equal channels as float32, 0.2 MB: 1.1 GB of RSNA.
+    """Validation data in memory, of a grey image one of its three equal channels as float32, 0.2 MB: 1.1 GB of RSNA.
 
     What is larger than `HELD` bytes is returned as it is, and decoded again at each validation.
     """
     image, truth = part[0]
-    if isinstance(part, TensorDataset) or len(part) * (image[0].nbytes + truth.nbytes) > HELD:
+    channels = 3 if getattr(part, "colour", False) else 1
+    if isinstance(part, TensorDataset) or len(part) * (image[:channels].nbytes + truth.nbytes) > HELD:
         return part
-    images, truths = image.new_empty(len(part), 1, *image.shape[1:]), truth.new_empty(len(part), *truth.shape)
+    images, truths = image.new_empty(len(part), channels, *image.shape[1:]), truth.new_empty(len(part), *truth.shape)
     for i, (some, labels) in enumerate(DataLoader(part, TEST_BATCH, num_workers=workers)):
-        images[i * TEST_BATCH :][: len(some)], truths[i * TEST_BATCH :][: len(some)] = some[:, :1], labels
+        images[i * TEST_BATCH :][: len(some)], truths[i * TEST_BATCH :][: len(some)] = some[:, :channels], labels
     return TensorDataset(images, truths)
 
 
@@ -454,35 +566,43 @@ def _outputs(p: SimpleNamespace, model: nn.Module, part: Dataset) -> Iterator[tu
 
 
 def _classified(p: SimpleNamespace, model: nn.Module, part: Dataset) -> float:
-    """Mean AUROC of the classes, or accuracy, in percent."""
     logits, truth = (torch.cat(parts) for parts in zip(*_outputs(p, model, part), strict=True))
-    if p.dataset in ONE_OF:
+    return classification_score(logits, truth)
+
+
+def classification_score(logits: Tensor, truth: Tensor) -> float:
+    """In percent: accuracy for class indices (n,), the mean AUROC of the classes for labels (n, classes)."""
+    if truth.ndim == 1:
         return 100 * float((logits.argmax(1) == truth).float().mean())
     return radiology.mean_auroc(truth, logits)
 
 
 def _segmented(p: SimpleNamespace, model: nn.Module, part: Dataset) -> float:
     """Dice in percent, averaged over images, then over the structures to segment."""
-    each = [
-        torch.stack(
-            [radiology.dice(x, t, p.protocol) for x, t in zip(logits.sigmoid().unbind(1), truth.unbind(1), strict=True)]
-        )
-        for logits, truth in _outputs(p, model, part)
-    ]
+    each = [image_dice(logits, truth, p.protocol) for logits, truth in _outputs(p, model, part)]
     return 100 * float(torch.cat(each, 1).nanmean(1).mean())
 
 
+def image_dice(logits: Tensor, truth: Tensor, protocol: str = "released") -> Tensor:
+    """Dice (structures, n) of logits and masks (n, structures, S, S), see `radiology.dice`."""
+    pairs = zip(logits.sigmoid().unbind(1), truth.unbind(1), strict=True)
+    return torch.stack([radiology.dice(one, mask, protocol) for one, mask in pairs])
+
+
 def _detected(p: SimpleNamespace, model: heads.Detector, part: Dataset) -> float:
-    """mAP in percent; nan where the protocol leaves no image to be scored."""
     found, boxes = [], []
     for outputs, truth in _outputs(p, model, part):
         found += model.decode(outputs)
         boxes.append(truth)
-    truth = torch.cat(boxes)
+    return detection_score(found, torch.cat(boxes), model.size, p.protocol)
+
+
+def detection_score(found: list[Tensor], truth: Tensor, size: int, protocol: str = "released") -> float:
+    """mAP in percent of what `heads.suppress` found; nan where the protocol leaves no image to be scored."""
     scored = (truth[..., 3] > 0).any(1)
-    if p.protocol == "released":
+    if protocol == "released":
         scored &= torch.tensor([len(image) > 0 for image in found])
-    return radiology.mean_precision(found, truth, model.size, p.protocol) if scored.any() else float("nan")
+    return radiology.mean_precision(found, truth, size, protocol) if scored.any() else float("nan")
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -516,6 +636,65 @@ def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
             name = "random init" if start == "random" else start
             found[name, f"{title} {labels} %"] = float(group.score.mean())
     return found
+
+
+def claim_cells(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
+    """What the claims of kind `full` are judged by: `cells` of all tables, with the task before the column's name."""
+    tasks = {"classification-finetune": "fine-tuned", "classification-linear": "linear probe"}
+    return {
+        (method, f"{tasks.get(table, table)}, {column}"): value
+        for table in _TABLES.values()
+        for (method, column), value in cells(rows, table).items()
+    }
+
+
+def protocol() -> dict[str, str]:
+    """The settings of the `paper` profile, a row each."""
+    r = recipe("recipe-pretraining")
+    crops = [
+        "{:.0%} to {:.0%} of the image".format(*transform.transforms[0].scale)
+        for transform in (xrays.pretrain_transform(), xrays.train_transform())
+    ]
+    warp = xrays.MaskTransform(train=True).warp.transforms[0]
+    first = ", ".join(f"{step} ({share} %)" for share, step in FIRST.items())
+    return {
+        "pre-training, optimiser": f"AdamW, betas {r['beta1']:g} and {r['beta2']:g}, learning rate {r['lr']:g}, decay "
+        f"{r['weight_decay']:g} on matrices, no clipping",
+        "pre-training, schedule": f"warm-up of {r['warmup_epochs']:g} epochs, cosine to epoch "
+        f"{r['cosine_end_epoch']:g}, stopped at {r['stop_epoch']:g}",
+        "pre-training, batch": f"{r['effective_batch']:,.0f} pairs: {r['gpus']:g} devices x {r['batch_per_gpu']:g} x "
+        f"{r['accumulation']:g} iterations; what is left over of an epoch is dropped",
+        "pre-training, images": f"{r['high_resolution']:g} pixels (the encoder sees {r['low_resolution']:g}); crop of "
+        f"{crops[0]}, flip; mean {xrays.PRETRAIN_MEAN}, std {xrays.PRETRAIN_STD}; the words left and right stay",
+        "pre-training, text": f"{r['text_length']:g} tokens; statements inserted with {SPLICED:g}; hidden: entities "
+        f"{ENTITY:g}, other words {OTHER:g}, words of a text without entities {NO_ENTITY:g}",
+        "precision": f"{paper('ecamp')['precision']} on a GPU",
+        "classification": f"SGD, momentum {MOMENTUM:g}, no decay; crop of {crops[1]}, flip; test: short side to 224, "
+        f"centre crop; mean {xrays.MEAN}, std {xrays.STD}",
+        "segmentation": f"AdamW, decay {DECAY:g} on all tensors; encoder frozen; scale x {warp.scale[0]:g} to "
+        f"{warp.scale[1]:g} and rotation up to {warp.degrees[1]:g} degrees, p {xrays.MaskTransform().warp.p:g}",
+        "detection": f"AdamW, decay {DECAY:g} on all tensors; encoder frozen; no augmentation; bottlenecks reduced by "
+        + ", ".join(f"{e} ({share} %)" for share, e in EXPANSION.items()),
+        "resizing downstream": "segmentation and detection without antialiasing; masks of RSNA nearest, others by area",
+        "schedule downstream": "linear warm-up, cosine; the first step has 1 / warm-up steps of the peak; learning "
+        "rates, steps and batches in the tables above",
+        "clipping downstream": f"norm of the gradient {CLIP:g}",
+        "last batch downstream": "the last images of an epoch are a smaller batch",
+        "selection": "best AUROC, accuracy, Dice or mAP on validation, after each epoch; of equal ones the later, but "
+        f"for accuracy; detection from the first epoch that ends after step {first}",
+        "stopping": f"{patience(_usual('fine-tune'))} epochs without a new best (segmentation "
+        f"{patience(_usual('segment'))}; RIGA {patience(_usual('segment', 'MRM'))} for other encoders), or an epoch "
+        "that ends on a multiple of the steps",
+        "metrics": f"mean AUROC of the classes; accuracy for {' and '.join(TITLES[name] for name in ONE_OF)}; Dice at "
+        f"0.5; mAP at IoU {radiology.IOUS[0]:.2f} to {radiology.IOUS[-1]:.2f}",
+        "detection's test split": 'the validation list (protocol = "released")',
+        "devices": "pre-training on several, downstream tasks on one",
+        "seeds": "the authors: 42, one run; sweep: none found; four A100, about 15 h of pre-training (their issue 6)",
+    }
+
+
+def _usual(task: str, encoder: str = "ECAMP") -> SimpleNamespace:
+    return SimpleNamespace(task=task, encoder=encoder, dataset="fundus/riga" if task == "segment" else "xrays/rsna")
 
 
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:

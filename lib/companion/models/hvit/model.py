@@ -701,8 +701,14 @@ def extended(grades: Tensor, classes: int) -> Tensor:
     return (torch.arange(classes - 1, device=grades.device) < grades[:, None]).float()
 
 
-def loss(head: str, outputs: Tensor, grades: Tensor, classes: int = 6) -> Tensor:
-    """The loss of a head's outputs (B, ...) against grades (B,) in 0 .. K - 1."""
+def loss(head: str, outputs: Tensor, grades: Tensor, classes: int = 6, *, per_slide: bool = False) -> Tensor:
+    """The loss of a head's outputs (B, ...) against grades (B,) in 0 .. K - 1.
+
+    Args:
+        per_slide: CORN's mean is taken over each slide's thresholds first, then over the slides, as in the authors'
+            training, whose batches are one slide; by default over all (slide, threshold) pairs that count. The other
+            losses are the same either way.
+    """
     check_choice("head", head, HEADS)
     grades = grades.long()
     if grades.is_cpu and grades.numel() and (grades.min() < 0 or grades.max() >= classes):  # a GPU is not waited for
@@ -719,6 +725,8 @@ def loss(head: str, outputs: Tensor, grades: Tensor, classes: int = 6) -> Tensor
         return each.sum(1).mean()
     # CORN: target k counts only for slides whose grade is at least k
     counted = torch.arange(classes - 1, device=grades.device) <= grades[:, None]
+    if per_slide:
+        return ((each * counted).sum(1) / counted.sum(1)).mean()
     return each[counted].sum() / counted.sum()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from ...viz import heatmaps
 from ..layers import dino
 from . import model as hvit
 from .model import HViT, PatchEncoder, RegionEncoder
+
+ROUNDING = 4e-6  # of attention in float32, relative
 
 
 def outputs(case: Case) -> dict[str, Tensor]:
@@ -71,11 +73,11 @@ def _encoder(case: Case) -> dict[str, Tensor]:
     masked = case.facts["config"]["mask_attn"]
     keep = _share(case, *case.facts["inputs"]["pct"]["shape"]) > 0 if masked else None
     cls = encoder(x, keep, trace)
-    channels = 32 if kind is PatchEncoder else 64
+    shapes = {name: facts["shape"] for name, facts in case.facts["outputs"].items()}
     return {
-        "pos_embed_interpolated": trace["positions"][..., :channels],
-        "tokens": trace["tokens"][:, :16],
-        "block0": trace["block0"][:, :16],
+        "pos_embed_interpolated": trace["positions"][..., : shapes["pos_embed_interpolated"][-1]],
+        "tokens": trace["tokens"][:, : shapes["tokens"][1]],
+        "block0": trace["block0"][:, : shapes["block0"][1]],
         "last_attention_cls_row": trace["attention"],
         "cls": cls,
     }
@@ -132,13 +134,27 @@ def _pixels(case: Case) -> dict[str, Tensor]:
     )
 
 
-def _grades(case: Case, count: int) -> Tensor:
-    return (1.5 * case.values("input:label", count) + 2.5).round().clamp(0, 5).long()
+def _drawn(case: Case, key: str, over: str = "") -> Tensor:
+    """An input "a*fill.values(...) + b" as its recipe in case.json says; "clip(round(...), low, high)" are integers.
+
+    Args:
+        over: the input that is added to it.
+    """
+    recipe = case.facts["inputs"][key]["recipe"]
+    number = r"(\d+(?:\.\d+)?)"
+    scale = re.search(number + r" ?\* ?fill", recipe)
+    offset = re.search(r"fill\.values\([^()]*(?:\([^()]*\)[^()]*)*\) \+ " + number, recipe)
+    bounds = re.search(r", " + number + ", " + number + r"\)", recipe.partition("clip")[2])
+    found = case.input(key).cpu() * (float(scale[1]) if scale else 1) + (float(offset[1]) if offset else 0)
+    if over:
+        found = _drawn(case, over) + found
+    return found.round().clamp(float(bounds[1]), float(bounds[2])).long() if bounds else found
 
 
 def _losses(case: Case) -> dict[str, Tensor]:
-    logits, ordinal = case.input("logits"), case.input("ordinal_logits")
-    regression, grades = 2 * case.input("regression_logits") + 2.5, _grades(case, 8)
+    classes = case.facts["config"]["num_classes"]
+    logits, ordinal = case.input("logits").cpu(), case.input("ordinal_logits").cpu()
+    regression, grades = _drawn(case, "regression_logits"), _drawn(case, "label")
     heads = {
         "cross_entropy": ("classification", logits),
         "mse": ("regression", regression),
@@ -146,22 +162,21 @@ def _losses(case: Case) -> dict[str, Tensor]:
         "coral": ("coral", ordinal),
         "corn": ("corn", ordinal),
     }
-    found = {"labels": grades, "ordinal_labels": hvit.extended(grades, 6)}
-    found |= {name: hvit.loss(head, out, grades) for name, (head, out) in heads.items()}
+    found = {"labels": grades, "ordinal_labels": hvit.extended(grades, classes)}
+    found |= {name: hvit.loss(head, out, grades, classes) for name, (head, out) in heads.items()}
     predicted = {
         "argmax": ("classification", logits),
         "ordinal": ("ordinal", ordinal),
         "corn": ("corn", ordinal),
         "regression": ("regression", regression),
     }
-    return found | {f"pred_{name}": hvit.predict(head, out) for name, (head, out) in predicted.items()}
+    return found | {f"pred_{name}": hvit.predict(head, out, classes) for name, (head, out) in predicted.items()}
 
 
 def _metrics(case: Case) -> dict[str, Tensor]:
-    grades = _grades(case, 200).cpu()
-    predicted = (grades + 0.9 * case.values("input:noise", 200).cpu()).round().clamp(0, 5).long()
-    logits = case.values("input:logits", 200, 6).cpu().double() + 2 * F.one_hot(grades, 6)
-    votes = (1.2 * case.values("input:votes", 60, 5) + 2.5).round().clamp(0, 5).long()
+    grades, predicted = _drawn(case, "label"), _drawn(case, "noise", over="label")
+    logits = case.input("logits").cpu().double() + 2 * F.one_hot(grades, case.facts["config"]["num_classes"])
+    votes = _drawn(case, "votes")
     each = [[hvit.vote(row, isup=isup, seed=i) for isup in (False, True)] for i, row in enumerate(votes.tolist())]
     return {
         "labels": grades,
@@ -176,13 +191,20 @@ def _metrics(case: Case) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _dino(case: Case) -> dict[str, Tensor]:
-    found = {"head": dino.Head.from_official(case.state)(case.input("x"))[:, :256]}
-    loss = dino.Loss(512)
+    config = case.facts["config"]
+    columns = case.facts["outputs"]["head"]["shape"][-1]
+    found = {"head": dino.Head.from_official(case.state)(case.input("x"))[:, :columns]}
+    temperatures = {"student": config["student_temp"], "teacher": config["teacher_temp"]}
+    loss = dino.Loss(config["out_dim"], **temperatures, momentum=config["center_momentum"])
     for i in (0, 1):
-        found[f"loss_epoch{i}"] = loss(case.input("student"), case.input("teacher"), 10)
+        found[f"loss_epoch{i}"] = loss(case.input("student"), case.input("teacher"), config["ncrops"])
         found[f"center_after{i + 1}"] = loss.centre.clone()
-    for name, ends, warmup in (("lr", (5e-4, 1e-6), 4), ("wd", (0.04, 0.4), 0), ("momentum", (0.996, 1.0), 0)):
-        found[f"{name}_schedule"] = torch.from_numpy(dino.cosine(*ends, 20, 5, warmup))
+    # "20 epochs of 5 steps: lr (0.0005 -> 1e-6, 4 warm-up epochs), weight decay (0.04 -> 0.4), teacher momentum (...)"
+    lengths, _, ramps = config["schedules"].partition(":")
+    epochs, steps = (int(n) for n in re.findall(r"\d+", lengths))
+    for name, ramp in zip(("lr", "wd", "momentum"), re.findall(r"\(([^()]*)\)", ramps), strict=True):
+        base, final, *warmup = (float(n) for n in re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", ramp))
+        found[f"{name}_schedule"] = torch.from_numpy(dino.cosine(base, final, epochs, steps, int(sum(warmup))))
     return found
 
 
@@ -205,9 +227,9 @@ def _tiling(case: Case) -> dict[str, Tensor]:
     )
     mask = slides.tissue_mask(thumbnail.numpy(), tiling)
     ratio = config["target_spacing"] / config["spacing0"]
-    coords, shares, contours = slides.find_tiles(
-        mask, config["seg_downsample"], tuple(config["level0"]), int(config["tile"] * ratio), tiling, 256 * ratio
-    )
+    size, unit = tuple(config["level0"]), config["filter"]["ref_patch_size"] * ratio
+    factors = slides.axis_factors(size, mask)
+    coords, shares, contours = slides.find_tiles(mask, factors, size, int(config["tile"] * ratio), tiling, unit)
     found = {"thumbnail": thumbnail.numpy(), "mask": mask, "coords": coords, "contour": contours, "tissue_pct": shares}
     found["coords_file_order"] = coords[slides.file_order(coords)]
     return {name: torch.from_numpy(value) for name, value in found.items()}
@@ -221,19 +243,21 @@ def _heatmap(case: Case) -> dict[str, Tensor]:
         for level, own in names.items()
     }
     # the heatmap's slide model ends at the slide's embedding
-    top = HViT.from_official(
-        state["slide"] | {"classifier.weight": torch.zeros(6, 192), "classifier.bias": torch.zeros(6)}, "classification"
-    ).slide
+    width = len(state["slide"]["global_phi.0.weight"])
+    last = {"classifier.weight": torch.zeros(6, width), "classifier.bias": torch.zeros(6)}
+    top = HViT.from_official(state["slide"] | last, "classification").slide
     model = HViT(top, RegionEncoder.from_official(state["region"]), PatchEncoder.from_official(state["patch"]))
     inputs = case.facts["inputs"]
     places = [re.findall(r"saved as (\d+)_(\d+)", facts["recipe"])[0] for facts in inputs.values()]
     coords = np.array([[int(n) for n in place] for place in places])
     order = slides.file_order(coords)
-    given = [case.values(f"input:{list(inputs)[i]}", 1024, 1024, 3) for i in order]
+    given = [case.input(list(inputs)[i]) for i in order]
     regions = np.stack([(48 * x + 128).round().clamp(0, 255).byte().cpu().numpy() for x in given])
-    smooth, side = config["smoothing_region_and_patch"], 1024 // config["downscale"]
-    step = config["smoothing_region_offset"] * 1024 // 4096 if smooth else 0  # pixels of a region
-    patch, region = [], []  # by shift: all regions' maps
+    smooth, side = config["smoothing_region_and_patch"], config["region_size"] // config["downscale"]
+    # pixels of a region
+    step = int(config["smoothing_region_offset"] * config["region_size"] / 4096) if smooth else 0
+    patch: list[list[_Bounds]] = []  # by shift: all regions' maps
+    region: list[list[_Bounds]] = []
     for k in range(4 if smooth else 1):
         trace: dict[str, Tensor] = {}
         offset = k * step
@@ -243,8 +267,9 @@ def _heatmap(case: Case) -> dict[str, Tensor]:
         model(pixels.to(torch.get_default_device()), trace=trace)
         seen = {key: value[0].cpu().numpy() for key, value in trace.items()}
         if k <= 1:  # the patch maps are shifted once, the region maps three times
-            patch.append([heatmaps.patch_map(a) for a in seen["patch_attention"]])
-        region.append([heatmaps.region_map(a, side) for a in seen["region_attention"]])
+            patch.append([tuple(map(heatmaps.lay_out, _ranks(a))) for a in seen["patch_attention"]])
+        factor = side // seen["region_attention"].shape[-1]
+        region.append([tuple(heatmaps.upsample(x, factor) for x in _ranks(a)) for a in seen["region_attention"]])
         if not k:
             first = seen
     share = heatmaps.ranks(first["pooling"], axes=1)
@@ -253,21 +278,60 @@ def _heatmap(case: Case) -> dict[str, Tensor]:
         "region_attention": first["region_attention"][0],
         "slide_attention": share,
         "coords": coords[order],
-        "region_score_head0": heatmaps.ranks(first["region_attention"][0])[0],
-        "patch_score_head0": patch[0][0][0],
+        "region_score_head0": _nearest(
+            case, "region_score_head0", [x[0] for x in _ranks(first["region_attention"][0])]
+        ),
+        "patch_score_head0": _nearest(case, "patch_score_head0", [x[0] for x in patch[0][0]]),
     }
     for variant, gamma in config["combos"]:
-        scores = [
-            heatmaps.granular(
-                [p[i][low] for p in patch],
-                [r[i][high] for r in region],
-                share[i],
-                step // config["downscale"],
-                gamma,
-                variant,
-                official_quirks=smooth,
-            )
-            for i, high, low in ((0, 0, 0), (1, 2, 5))
-        ]
-        found[f"blend_{variant}_gamma{gamma}"] = np.stack(scores)
+        name = f"blend_{variant}_gamma{gamma}"
+        chosen = re.findall(
+            r"region (\d+), region head (\d+), patch head (\d+)", case.facts["outputs"][name]["meaning"]
+        )
+        bounds = []
+        for k in range(3):
+            scores = [
+                heatmaps.granular(
+                    [p[i][k][low] for p in patch],
+                    [r[i][k][high] for r in region],
+                    share[i],
+                    step // config["downscale"],
+                    gamma,
+                    variant,
+                    official_quirks=smooth,
+                )
+                for i, high, low in (map(int, numbers) for numbers in chosen)
+            ]
+            bounds.append(np.stack(scores))
+        found[name] = _nearest(case, name, bounds)
     return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in found.items()}
+
+
+_Bounds = tuple[np.ndarray, ...]
+
+
+def _ranks(attention: np.ndarray) -> _Bounds:
+    """Ranks of maps (..., s, s), the lowest and the highest that rounding allows.
+
+    float32 attention has a relative error of 3e-6 (against float64). Two tokens whose attention is nearer than that may
+    change places, and a score changes by a whole rank: at gamma 0.4 by 0.6 / 2 / 256 / 1.4 = 8e-4 in a smoothed local
+    blend, 1.0e-3 of the largest.
+    """
+    flat = attention.reshape(*attention.shape[:-2], -1).astype(np.float64)
+    ordered = np.sort(flat, axis=-1).reshape(-1, flat.shape[-1])
+    rows = flat.reshape(ordered.shape)
+    low, high = (
+        np.stack([np.searchsorted(o, r * factor, "left") for o, r in zip(ordered, rows, strict=True)])
+        for factor in (1 - ROUNDING, 1 + ROUNDING)
+    )
+    bounds = (x.reshape(attention.shape) / flat.shape[-1] for x in (low, high - 1))
+    return heatmaps.ranks(attention), *bounds
+
+
+def _nearest(case: Case, name: str, bounds: Sequence[np.ndarray]) -> np.ndarray:
+    """Scores; of the scores that rounding allows those nearest to the recorded ones."""
+    scores, low, high = bounds
+    if name not in case.recorded:
+        return scores
+    recorded = case.recorded[name].cpu().numpy().reshape(scores.shape)
+    return np.where(low < high, np.clip(recorded, low, high), scores)

@@ -1,7 +1,9 @@
 """H-ViT with the published settings: training on stored features, testing, features of slides, attention maps.
 
-The optimiser is the authors': Adam with the weight decay added to the gradient, the learning rate halved every 20
-epochs, 32 slides a step. Of each fold the weights of the epoch with the best tuning kappa are taken.
+The training is the authors' for slides: Adam with the weight decay added to the gradient, the learning rate halved
+every 20 epochs, 32 slides a step, 50 epochs. Of each fold the weights of the epoch with the lowest tuning loss are
+taken. Their recipe for regions of 1024 px, which trains the patch level too, is not run here; its epochs and its early
+stopping are options.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,16 +29,18 @@ from ...evaluation.tables import upsert_rows
 from ...slides import PANDA, Slide, Tiles, Tiling, extract, tensor
 from ...training.callbacks import EarlyStop
 from ...training.checkpoints import Checkpoint, save
-from ...training.fit import AUTO, Hardware, History, evaluating, fit
-from ...training.schedules import adamw
+from ...training.fit import AUTO, Hardware, History, Loop, evaluating, fit
+from ...training.schedules import MakeOptimizer, param_groups
 from ...viz import heatmaps
 from ..layers.pos_embed import resize_pos_embed
 from . import model as hvit
 
 METHODS = {"Local": "local", "Global": "global", "mean pooling": "mean", "gated attention": "attention"}
 WORKERS = min(8, os.cpu_count() or 1)
-LEARNING_RATE, DECAY, HALVED, EPOCHS, BATCH = 2e-4, 1e-5, 20, 200, 32
-EARLIEST = 50  # epoch before which training is never stopped
+LEARNING_RATE, DECAY, HALVED, EPOCHS, BATCH, LAST = 2e-4, 1e-5, 20, 50, 32, "carry"
+REGIONS = {"epochs": 200, "patience": 20}  # of the authors' training on regions of 1024 px from pixels, all levels
+EARLIEST = 52  # epochs that are trained at least; the authors' `epoch > 50` counts from 0
+TITLES = {"slides/panda": "PANDA", "folder": "own slides"}
 DRY_REGIONS = 3  # of each generated slide
 SPLIT: dict[str, Any] = {"folds": 5, "test": 0.2}  # of a folder of slides
 
@@ -82,21 +86,35 @@ def scores(found: Setting, method: str, models: list[nn.Module]) -> dict[str, fl
     """Quadratic kappa in percent of the vote of all folds, "kappa", and the mean of single ones, "fold"."""
     each = [found.grades(model, method, found.test) for model in models]
     truth = grades_of(found.test)
-    return {"kappa": kappa(truth, voted(each)), "fold": float(np.mean([kappa(truth, one) for one in each]))}
+    names = [item.name for item in found.test.items] if isinstance(found.test, data.Features) else None
+    return {"kappa": kappa(truth, voted(each, names)), "fold": float(np.mean([kappa(truth, one) for one in each]))}
 
 
-def voted(each: list[Tensor]) -> Tensor:
-    """The vote of the folds (n,) of their grades (n,) each, see `model.vote`."""
-    return torch.tensor([hvit.vote(one, seed=i) for i, one in enumerate(torch.stack(each, 1).tolist())])
+def voted(each: Sequence[Tensor], names: Sequence[str] | None = None, isup: bool = True) -> Tensor:
+    """The vote of the folds (n,) of their grades (n,) each, see `model.vote`.
+
+    Args:
+        names: of the slides. A vote's random choice is seeded with the slide's row in the table sorted by name, as in
+            the authors' code; without names with its place in the list.
+        isup: see `model.vote`.
+    """
+    rows = range(len(each[0])) if names is None else np.argsort(np.argsort(np.array(names, str))).tolist()
+    ballots = torch.stack([*each], 1).tolist()
+    return torch.tensor([hvit.vote(one, isup=isup, seed=i) for i, one in zip(rows, ballots, strict=True)])
 
 
-def kappa(truth: Tensor, predicted: Tensor) -> float:
-    """Quadratic weighted kappa in percent; predictions that are all the same give 0."""
+def quadratic_kappa(truth: Tensor, predicted: Tensor) -> float:
+    """Quadratic weighted kappa; predictions that are all the same give 0."""
     from sklearn.metrics import cohen_kappa_score  # here: it takes a second to import
 
     labels = list(range(max(data.GRADES, 1 + int(truth.max()), 1 + int(predicted.max()))))
     value = cohen_kappa_score(truth.numpy(), predicted.numpy(), weights="quadratic", labels=labels)
-    return 0.0 if math.isnan(value) else round(100 * float(value), 2)
+    return 0.0 if math.isnan(value) else float(value)
+
+
+def kappa(truth: Tensor, predicted: Tensor) -> float:
+    """`quadratic_kappa` in percent, to two decimals."""
+    return round(100 * quadratic_kappa(truth, predicted), 2)
 
 
 def grades_of(part: Dataset) -> Tensor:
@@ -112,13 +130,59 @@ def measured(path: Path, new: Mapping[str, object] | None = None) -> pd.DataFram
     return upsert_rows(path, keys, ["kappa", "fold"], [new] if new else ())
 
 
+def claim_cells(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
+    """Kappas of the vote, means over seeds, by (method, "<data> <region> <head>"), such as "PANDA 2048 regression"."""
+    groups = rows.groupby(["method", "dataset", "region", "head"])
+    return {
+        (str(method), f"{TITLES.get(dataset, dataset)} {region} {head}"): float(group.kappa.mean())
+        for (method, dataset, region, head), group in groups
+    }
+
+
+def protocol() -> dict[str, str]:
+    """The settings of the `paper` profile, a row each."""
+    tiling = f"Otsu on the saturation at 1/{PANDA.downsample:g}, regions with {PANDA.least:.0%} tissue or more"
+    return {
+        "optimiser": f"Adam, learning rate {LEARNING_RATE:g}, weight decay {DECAY:g} added to every gradient",
+        "schedule": f"halved every {HALVED} epochs",
+        "batch": f"{BATCH} slides",
+        "last batch": "the gradients of an epoch's last slides go into the next epoch's first step",
+        "epochs": f"{EPOCHS}, no early stopping; the authors' training on regions, from pixels, takes up to "
+        f"{REGIONS['epochs']}, patience {REGIONS['patience']} from epoch {EARLIEST} on (`epochs`, `patience`)",
+        "selection": "per fold the epoch with the lowest loss on the tuning slides; of equal ones the later",
+        "sampling": "with replacement, every grade equally often (`sampling`)",
+        "augmentation": "none (`noise` adds Gaussian noise to the features)",
+        "dropout": f"{hvit.SIZES['paper']['slide']['dropout']:g} at the slide level",
+        "CORN": "averaged over each slide, then over the batch",
+        "tiling": f"{tiling}; the level nearest to {PANDA.mpp:g} microns per pixel, read as it is",
+        "pixels": "each region compressed as JPEG (`--raw` of `companion slides`), then scaled to [0, 1] (`normalise`)",
+        "vote": "most common grade of the folds; of two the nearer to the rest, then random, seeded by the row",
+        "metric": "quadratic weighted kappa",
+        "data": "PANDA; the authors' folds and their list of noisy labels were not released",
+        "precision": "float32",
+        "seeds": "not found; the authors give mean and population std over five folds",
+        "sweep": "none found",
+    }
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def build(p: SimpleNamespace, method: str, fold: int = 0, classes: int = data.GRADES) -> nn.Module:
+def build(
+    p: SimpleNamespace,
+    method: str,
+    fold: int = 0,
+    classes: int = data.GRADES,
+    levels: Sequence[str] = ("region", "slide"),
+    **slide: Any,
+) -> nn.Module:
     """A method at full size on stored patch embeddings, of random weights drawn from the seed and the fold.
 
     The region level is HIPT's where `region_weights` has a file of it.
+
+    Args:
+        levels: that are built; ("slide",) for stored region embeddings.
+        slide: further options of `SlideTransformer`.
     """
     torch.manual_seed(p.seed + 1000 * fold)
     if method in ("mean pooling", "gated attention"):
@@ -129,10 +193,12 @@ def build(p: SimpleNamespace, method: str, fold: int = 0, classes: int = data.GR
         p.head,
         patches=p.region // 256,
         classes=classes,
-        levels=("region", "slide"),
+        levels=levels,
         position=p.position,
+        **slide,
     )
-    if file := region_weights(p):
+    file = region_weights(p) if "region" in levels else ""
+    if file:
         pretrained = hvit.RegionEncoder.from_official(hvit.read_checkpoint(file))
         state, side = pretrained.state_dict(), int(p.region // 256 * hvit.LARGEST_CROP)
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], (side, side))
@@ -155,17 +221,24 @@ class ClassBalanced(Dataset):
     """As many slides as `data` has, drawn with replacement so that every grade is drawn equally often.
 
     The draw of an item depends on torch's seed, which `fit` sets by seed, epoch and item.
+
+    Attributes:
+        weights: (n,), a slide's share of the draws times n: the slides over those of its grade.
     """
 
     def __init__(self, data: Dataset):
         grades = grades_of(data)
-        self.data, self.weights = data, 1 / torch.bincount(grades).double()[grades]
+        self.data, self.weights = data, len(grades) / torch.bincount(grades).double()[grades]
 
     def __len__(self) -> int:
         return len(self.data)
 
+    def draw(self, count: int) -> Tensor:
+        """Numbers of slides (count,), drawn with replacement from torch's random state."""
+        return torch.multinomial(self.weights, count, replacement=True)
+
     def __getitem__(self, index: int) -> tuple:
-        return self.data[int(torch.multinomial(self.weights, 1))]
+        return self.data[int(self.draw(1))]
 
 
 class Noised(Dataset):
@@ -184,16 +257,85 @@ class Noised(Dataset):
         return features + self.noise * mask * torch.randn_like(features), present, grade
 
 
-def halved(base: float, steps: int, per_epoch: int) -> np.ndarray:
-    """The learning rate of each step: `base`, halved every `HALVED` epochs."""
-    return base * 0.5 ** (np.arange(steps) // per_epoch // HALVED)
+def adam(lr: float = LEARNING_RATE, weight_decay: float = DECAY) -> MakeOptimizer:
+    """The authors' optimiser: one group, the decay added to the gradient of every tensor, biases and norms too."""
+
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.Adam(param_groups(model.parameters(), weight_decay, "all"), lr, weight_decay=weight_decay)
+
+    return make
 
 
-def decayed_loss(head: str, classes: int, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """The loss of a batch (features, present, grades) with the L2 term whose gradient is Adam's weight decay."""
+def halved(base: float, steps: int, per_epoch: int, every: int = HALVED) -> np.ndarray:
+    """The learning rate of each step: `base`, halved every `every` epochs."""
+    return base * 0.5 ** (np.arange(steps) // per_epoch // every)
+
+
+def batch_loss(head: str, classes: int, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """The mean over a batch (features, present, grades) of each slide's loss."""
     features, present, grades = batch
-    squares = sum(t.square().sum() for t in model.parameters() if t.requires_grad)
-    return hvit.loss(head, model(features, present=present), grades, classes) + 0.5 * DECAY * squares
+    return hvit.loss(head, model(features, present=present), grades, classes, per_slide=True)
+
+
+class Selection(EarlyStop):
+    """Keep the weights of the epoch with the lowest tuning loss, the later of equal ones; stop as the authors' code.
+
+    An epoch whose loss is higher than the lowest before it is a miss. `patience` misses in a row end the training, from
+    epoch `EARLIEST` on. An epoch whose loss is nan neither counts as a miss nor ends the training, and is not kept.
+
+    Args:
+        loss: from the model, in eval mode and without autograd, to its loss on the tuning slides.
+        patience: 0: never.
+    """
+
+    def __init__(self, loss: Callable[[nn.Module], float], patience: int = 0):
+        super().__init__(lambda model: -loss(model), ties=True)
+        self.allowed = patience
+
+    def on_epoch_end(self, loop: Loop) -> None:
+        """Score, keep, maybe stop."""
+        super().on_epoch_end(loop)
+        misses, best = 0, -math.inf
+        for _, value, _ in self.scores:
+            if value > -math.inf:
+                misses, best = (0, value) if value >= best else (misses + 1, best)
+        missed = -math.inf < self.scores[-1][1] < best
+        if self.allowed and missed and misses >= self.allowed and loop.epoch >= EARLIEST:
+            loop.stopped = True
+
+
+def learn(
+    model: nn.Module,
+    head: str,
+    classes: int,
+    part: Dataset,
+    tuning: Callable[[nn.Module], float] | None = None,
+    *,
+    epochs: float = EPOCHS,
+    batch: int = BATCH,
+    patience: int = 0,
+    halve_every: int = HALVED,
+    optimizer: MakeOptimizer | None = None,
+    **options: Any,
+) -> History:
+    """Train a model in place on slides (features, present, grade) as the authors do; the history of `fit`.
+
+    Args:
+        tuning: the loss on the tuning slides, see `Selection`; None: the last weights are kept.
+        options: of `fit`: `checkpoint`, `seed`, `hardware`, `name`.
+    """
+    return fit(
+        model,
+        functools.partial(batch_loss, head, classes),
+        part,
+        epochs=epochs,
+        batch=min(batch, len(part)),
+        optimizer=optimizer or adam(),
+        schedule=functools.partial(halved, every=halve_every),
+        callbacks=[] if tuning is None else [Selection(tuning, patience)],
+        last=LAST,
+        **options,
+    )
 
 
 def train_fold(
@@ -210,9 +352,9 @@ def train_fold(
     """Train a method on one fold by the authors' recipe; the model and its history.
 
     `p.sampling` "weighted" trains on `ClassBalanced` slides; `p.noise` adds noise to the features (`Noised`);
-    `p.patience` ends a training whose tuning loss no longer falls. With `out` a killed training is resumed, one that is
-    done is only read, and the weights are written as `out`/trained/*.safetensors under the authors' names (a bag's
-    under ours), for `HViT.from_official`.
+    `p.patience` ends a training whose tuning loss no longer falls, see `Selection`. With `out` a killed training is
+    resumed, one that is done is only read, and the weights are written as `out`/trained/*.safetensors under the
+    authors' names (a bag's under ours), for `HViT.from_official`.
     """
     part, tuning = folds[fold]
     model, batch = build(p, method, fold, classes), min(batch, len(part))
@@ -225,17 +367,15 @@ def train_fold(
         facts |= {"model": model, "slides": slides, "features": part.made_by, "epochs": epochs, "batch": batch}
         checkpoint = Checkpoint.of(out / "checkpoints", name, **facts)
     shown = ClassBalanced(part) if p.sampling == "weighted" else part
-    score = functools.partial(tuning_scores, p.head, classes, tuning, hardware=hardware)
-    stop = EarlyStop(score, p.patience, earliest=EARLIEST, ties=True)
-    history = fit(
+    history = learn(
         model,
-        functools.partial(decayed_loss, p.head, classes),
+        p.head,
+        classes,
         Noised(shown, p.noise) if p.noise else shown,
+        None if tuning is None else functools.partial(tuning_loss, p.head, classes, tuning, hardware=hardware),
         epochs=epochs,
         batch=batch,
-        optimizer=adamw(LEARNING_RATE, 0.0, decay="all"),
-        schedule=halved,
-        callbacks=[] if tuning is None else [stop],
+        patience=p.patience,
         checkpoint=checkpoint,
         seed=p.seed,
         hardware=hardware,
@@ -261,12 +401,10 @@ def outputs(model: nn.Module, part: Dataset, hardware: Hardware = AUTO) -> tuple
     return torch.cat(truth), torch.cat(found)
 
 
-def tuning_scores(
-    head: str, classes: int, part: Dataset, model: nn.Module, hardware: Hardware = AUTO
-) -> tuple[float, float]:
-    """Kappa in percent, which chooses the epoch, and minus the loss, which ends the training."""
+def tuning_loss(head: str, classes: int, part: Dataset, model: nn.Module, hardware: Hardware = AUTO) -> float:
+    """The mean loss of slides, which chooses the epoch."""
     truth, found = outputs(model, part, hardware)
-    return kappa(truth, hvit.predict(head, found, classes)), -float(hvit.loss(head, found, truth, classes))
+    return float(hvit.loss(head, found, truth, classes, per_slide=True))
 
 
 def _setting(
@@ -324,7 +462,7 @@ def _paper(p: SimpleNamespace, out: Path) -> Setting:
             _check_features(p, part, f"none of the {len(items)} slides of the list {split}")
         folds.append((parts[0], parts[1]))
         test = test or parts[2]
-    return _setting(p, f"{p.dataset}, {p.folds} folds", folds, test, classes, out, workers=WORKERS)
+    return _setting(p, f"{p.dataset}, {p.folds} folds", folds, test, classes, out, epochs=p.epochs, workers=WORKERS)
 
 
 def _check_lists(lists: list[list[list[data.Item]]]) -> None:

@@ -467,11 +467,13 @@ class MetaSegNet(OfficialModel):
     ) -> MetaSegNet:
         """The network of a state dict of GeoSeg's FT-UNetFormer (Swin of any size) or UNetFormer (ResNet-18).
 
+        The names may begin with "net.", as in its Lightning checkpoints.
+
         With `text` a new fusion is added, see `options`. `encoder`: for a UNetFormer on another timm model.
 
         Raises `BadCheckpoint`: missing and unknown names and other shapes, all of them listed.
         """
-        state, what = _without_counters(state), "GeoSeg's FT-UNetFormer or UNetFormer"
+        state, what = official_state(state), "GeoSeg's FT-UNetFormer or UNetFormer"
         sizes = decoder_sizes({n.removeprefix("decoder."): t for n, t in state.items() if n.startswith("decoder.")})
         if encoder is None:
             if "backbone.conv1.weight" in state:
@@ -541,7 +543,7 @@ def decoder_name(name: str) -> str:
 def load_part(part: nn.Module, state: Mapping[str, Tensor], what: str = "GeoSeg's decoder") -> nn.Module:
     """Load the tensors of GeoSeg's decoder, or of one of its parts, into ours; raises `BadCheckpoint`."""
     names = {name: decoder_name(name) for name in part.state_dict() if not name.endswith("num_batches_tracked")}
-    load_official(part, _without_counters(state), names, what)
+    load_official(part, official_state(state), names, what)
     return part.eval()
 
 
@@ -580,10 +582,10 @@ def _swin_sizes(state: Mapping[str, Tensor]) -> dict:
     }
 
 
-def _without_counters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` without computed buffers: index tables, masks, counters of batches."""
+def official_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` without computed buffers, index tables, masks, counters of batches, and without Lightning's "net."."""
     computed = ("relative_position_index", "attn_mask", "num_batches_tracked")
-    return {name: t for name, t in state.items() if not name.endswith(computed)}
+    return {name.removeprefix("net."): t for name, t in state.items() if not name.endswith(computed)}
 
 
 # --- inference --------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ The paper's own network is not public: no case shows its text side or its fusion
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -109,23 +110,25 @@ def _fusion(case: Case) -> dict[str, Tensor]:
 
 
 def _losses(case: Case) -> dict[str, Tensor]:
-    config, shape = case.facts["config"], (2, 8, 24, 20)
-    ignore = config["ignore_index"]
+    config = case.facts["config"]
+    shape = [int(n) for n in re.findall(r"\[([\d,\s]+)\]", case.facts["inputs"]["logits"])[0].split(",")]
+    ignore, classes, smooth = config["ignore_index"], config["num_classes"], config["smooth_factor"]
     logits = (2 * case.values("input:logits", *shape)).requires_grad_()
     auxiliary = 2 * case.values("input:aux", *shape)
-    labels = (1000 * case.values("input:labels", 2, 24, 20).double().abs()).floor().long() % (ignore + 1)
-    labels = labels.where(labels != ignore - 1, ignore - 2)
+    batch, _, *size = shape
+    labels = (1000 * case.values("input:labels", batch, *size).double().abs()).floor().long() % (classes + 1)
+    labels = labels.where(labels != classes - 1, classes - 2)
     joint = metasegnet.joint_loss(logits, labels, ignore)
     joint.backward()
     soft = metasegnet.soft_cross_entropy
     valid = (labels != ignore).float().mean()
-    plain = soft(logits, labels, ignore)
+    plain = soft(logits, labels, ignore, smooth)
     return {
         "labels": labels,
         "valid_fraction": valid,
         "soft_ce": plain,
         "ce_without_smoothing": soft(logits, labels, ignore, 0.0),
-        "torch_cross_entropy_label_smoothing_0.05": plain / valid,
+        f"torch_cross_entropy_label_smoothing_{smooth:g}": plain / valid,
         "dice": metasegnet.dice_loss(logits, labels, ignore),
         "joint": joint,
         "unetformer_loss_eval": joint,

@@ -24,24 +24,24 @@ import open_clip
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ... import backbones, geotiff
 from ...climate import OCEAN, PROMPTS, Prompts, misplaced
 from ...data import DATASETS, landcover
-from ...data.landcover_sets import CLASSES, LOVEDA, OEM, POTSDAM, TO_LOVEDA
+from ...data.landcover_sets import CLASSES, LOVEDA, OEM, POTSDAM, POTSDAM_FAULTY, POTSDAM_TILES, TO_LOVEDA
 from ...data.landcover_transforms import SCALES, Mosaic, test_transform, train_transform
 from ...errors import BadParameter, CorruptFile, MissingWeights
 from ...evaluation.metrics import landcover as metrics
 from ...evaluation.tables import published_table, upsert_rows
 from ...ops.papers import paper
 from ...training import checkpoints, schedules
-from ...training.callbacks import Lookahead
+from ...training.callbacks import Callback, EarlyStop, Lookahead
 from ...training.checkpoints import Checkpoint, trained_state
 from ...training.fit import AUTO, Hardware, History, device, evaluating, fit, same_shapes
 from ...training.schedules import adamw
 from ..layers.state_dicts import load_official
-from .model import SIZES, MetaSegNet, augmented, bands, joint_loss, swin, views
+from .model import SIZES, MetaSegNet, augmented, bands, joint_loss, official_state, swin, views
 from .text import BertText, ClipText, TextEncoder, Words, headless
 
 SWIN = "swin_base_patch4_window7_224.ms_in22k_ft_in1k"
@@ -55,6 +55,13 @@ LEVELS = {
 }
 """Of each method the level of its texts in training; None: no text."""
 
+SELECT = {LOVEDA: "best"}
+"""Of each data set the epoch that is tested, where it is not the last: the one of the highest validation mIoU.
+
+On Potsdam the author takes the epoch of the highest F1 on the TEST images; that is `select` = "best"."""
+SCORES = {POTSDAM: "mf1"}  # by which the best epoch is chosen, where it is not "miou"
+LOOKAHEAD = {"k": 5, "alpha": 0.5}
+LAST = "drop"  # the last images of an epoch, see `fit`
 DROPPED = 0.5  # header dropout of full texts (section 14)
 TEST_SPLIT = {OEM: "val", LOVEDA: "val", POTSDAM: "test"}  # other test labels are not public
 WORKERS = min(8, os.cpu_count() or 1)
@@ -74,8 +81,8 @@ class Recipe:
         restart: epochs of the first cosine, the next one is twice as long; 0: one cosine over all epochs.
         floor: final learning rate of a cosine.
         crop: side in pixels.
-        copies: of an image in an epoch: the author stores each tile of Potsdam and its two flips; here flips are drawn.
-        flip, upside_down, brightness, mosaic: see `landcover_transforms`; a mosaic is of one climate zone.
+        copies: of an image in an epoch: 3 for each tile of Potsdam and its two flips, which the author stores.
+        flip, upside_down, brightness, mosaic, every: see `landcover_transforms`; a mosaic is of one climate zone.
     """
 
     epochs: int
@@ -91,6 +98,7 @@ class Recipe:
     upside_down: float
     brightness: float
     mosaic: float
+    every: bool = False
 
 
 def recipe(dataset: str) -> Recipe:
@@ -100,7 +108,7 @@ def recipe(dataset: str) -> Recipe:
     row = rows.loc[DATASETS[dataset].title if dataset in (LOVEDA, POTSDAM) else DATASETS[OEM].title].to_dict()
     whole = ("epochs", "batch", "restart", "crop", "copies")
     values: dict[str, Any] = {name: int(value) if name in whole else float(value) for name, value in row.items()}
-    return Recipe(**values)
+    return Recipe(**values | {"every": bool(row["every"])})
 
 
 def learning_rates(r: Recipe, base: float, per_epoch: int, epochs: int) -> np.ndarray:
@@ -161,18 +169,26 @@ def learn(
     data: Dataset,
     model: MetaSegNet,
     *,
+    r: Recipe | None = None,
     epochs: int | None = None,
     batch: int | None = None,
+    score: Callable[[nn.Module], float] | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> History:
     """Train by the author's recipe, in place: AdamW in Lookahead, two learning rates, no decay of biases.
 
     Args:
         data: items (image, labels), and the ids of a text where the model has one.
+        r: None: the recipe of the data set.
         epochs, batch: None: those of the recipe; its batch is per GPU.
+        score: of the model after each epoch; the weights of the best epoch are kept, of equal ones the first. None:
+            those of the last.
     """
-    r = recipe(p.dataset)
+    r = r or recipe(p.dataset)
     batch, epochs, ignore = batch or r.batch * p.devices, epochs or r.epochs, model.ignore
+    callbacks: list[Callback] = [Lookahead(**LOOKAHEAD)]
+    if score is not None:
+        callbacks.append(EarlyStop(score))
 
     def loss(model: nn.Module, items: tuple[Tensor, ...]) -> Tensor:
         images, labels, *ids = items
@@ -186,7 +202,8 @@ def learn(
         batch=batch,
         optimizer=adamw(r.lr, groups=functools.partial(param_groups, r=r)),
         schedule=lambda base, steps, per_epoch: learning_rates(r, base, per_epoch, epochs),
-        callbacks=[Lookahead(k=5, alpha=0.5)],
+        callbacks=callbacks,
+        last=LAST,
         checkpoint=checkpoint,
         seed=p.seed,
         hardware=Hardware.of(p, "metasegnet", workers=WORKERS),
@@ -267,12 +284,18 @@ def build(p: SimpleNamespace, prompts: Prompts, classes: int) -> MetaSegNet:
 def load(model: MetaSegNet, path: str | Path) -> None:
     """Load the weights that a training saved; a frozen text encoder is not among them.
 
+    The unimodal twin takes a checkpoint of GeoSeg's FT-UNetFormer too.
+
     Raises `MissingWeights`, `CorruptFile`, `BadCheckpoint`."""
     if not Path(path).is_file():
         ways = ["train one (task = 'train', no checkpoint); the paper's was never released"]
         raise MissingWeights("a trained MetaSegNet", path, ways)
+    state = backbones.read_state(path)
+    if model.text is None and any(name.removeprefix("net.").startswith("backbone.") for name in state):
+        load_official(model, official_state(state), model.official_names(), "GeoSeg's FT-UNetFormer of these classes")
+        return
     names = {name: name for name in trained_state(model)}
-    load_official(model, backbones.read_state(path), names, "a MetaSegNet of these classes and texts")
+    load_official(model, state, names, "a MetaSegNet of these classes and texts")
 
 
 # --- tests ------------------------------------------------------------------------------------------------------------
@@ -407,6 +430,7 @@ def maps(folder: str | Path, out: str | Path, p: SimpleNamespace) -> Iterator[tu
         The path of each map and the climate zone of its text.
     """
     others = {"task": "predict", "dataset": "folder", "weights": "", "held_out": "", "test_on": ""}
+    others |= {"select": "last", "padding": "ignored"}
     p = SimpleNamespace(**(vars(p) | others | {"seed": 0, "dry_run": False}))
     check(p)
     data, prompts = landcover.own(folder, landcover.read_classes(folder)), Prompts.read(p.prompts or PROMPTS)
@@ -478,17 +502,20 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         if p.task != "train" and not p.dry_run:
             return []
         data, zones, own = training()
-        given, r = texts(prompts, method, zones, own=own, seed=p.seed), recipe(p.dataset)
+        given = texts(prompts, method, zones, own=own, seed=p.seed)
         if model.text is not None and given is not None:
             data = Prompted(data, model.text, given, DROPPED if LEVELS[method] == "full" else 0.0)
         if p.dry_run:
             return learn(p, data, model, epochs=1, batch=len(data) // DRY_STEPS)
         without = [f"without {p.held_out}"] if p.held_out else []
-        name = ", ".join([method, p.dataset, *without, f"seed {p.seed}"])
-        facts = {key: getattr(p, key) for key in ("dataset", "without_xbd", "held_out", "text_encoder")}
-        facts |= {"data_root": Path(p.data_root), "texts": given}
+        name = ", ".join([method, p.dataset, *without, *_changed(p), f"seed {p.seed}"])
+        facts = {key: getattr(p, key) for key in ("dataset", "without_xbd", "held_out", "text_encoder", "padding")}
+        facts |= {"data_root": Path(p.data_root), "texts": given, "select": chosen(p)}
         checkpoint = Checkpoint.of(out / "checkpoints", name, model=model, **facts)
-        history = learn(p, ConcatDataset([data] * r.copies), model, checkpoint=checkpoint)
+        part = next(iter(tests.values()))
+        asked = texts(prompts, method, part.zones, own=part.texts, seed=p.seed)
+        score = functools.partial(validated, part=part, given=asked, p=p) if chosen(p) == "best" else None
+        history = learn(p, data, model, score=score, checkpoint=checkpoint)
         checkpoints.save(out / "trained", name, trained_state(model))
         return history
 
@@ -504,6 +531,23 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
     )
 
 
+def chosen(p: SimpleNamespace) -> str:
+    """The epoch whose weights are tested, "last" or "best": that of the parameter `select`, or the recipe's."""
+    return SELECT.get(p.dataset, "last") if p.select == "recipe" else p.select
+
+
+def validated(model: MetaSegNet, part: Test, given: Sequence[str] | None, p: SimpleNamespace) -> float:
+    """The score in percent by which the best epoch is chosen, without augmentation: mIoU, on Potsdam the mean F1."""
+    counts = confusion(model, part, given, hardware=Hardware.of(p, "metasegnet"))
+    return getattr(scores(part, counts), SCORES.get(p.dataset, "miou"))
+
+
+def _changed(p: SimpleNamespace) -> list[str]:
+    """What differs from the recipe, as parts of a name."""
+    select = [f"{chosen(p)} epoch"] if chosen(p) != SELECT.get(p.dataset, "last") else []
+    return select + (["padding impervious"] if p.padding != "ignored" else [])
+
+
 def check(p: SimpleNamespace) -> None:
     """Raises `BadParameter` for parameters that do not go together."""
     if p.test_on and (p.dataset, p.test_on) != (OEM, LOVEDA):
@@ -512,6 +556,10 @@ def check(p: SimpleNamespace) -> None:
         raise BadParameter("overlap", p.overlap, f"less than the tile, {p.tile}")
     if p.held_out and (p.test_on or p.dataset not in (OEM, "folder")):
         raise BadParameter("held_out", p.held_out, "'' where all images are of one zone, or with `test_on`")
+    if p.test_on and chosen(p) == "best":
+        raise BadParameter("select", p.select, "'last' with `test_on`: the best epoch would be chosen on that set")
+    if p.padding != "ignored" and p.dataset != POTSDAM:
+        raise BadParameter("padding", p.padding, f"'ignored'; 'impervious' with dataset = {POTSDAM!r}")
     if p.task != "train" and not (p.checkpoint or p.dry_run):
         raise BadParameter("checkpoint", p.checkpoint, f"the file of a trained network, for task = {p.task!r}")
     if p.task == "train" and p.checkpoint:
@@ -528,6 +576,8 @@ def _split(p: SimpleNamespace, split: str, dataset: str = "", **options) -> land
         return landcover.own(p.data_root, landcover.read_classes(p.data_root), listed, **({"size": 1024} | options))
     if name == OEM:
         options["without_xbd"] = p.without_xbd
+    if name == POTSDAM:
+        options |= {"padding": p.padding, "mirrored": split == "train" and recipe(name).copies == 3}
     return landcover.load(name, p.data_root, split, **options)
 
 
@@ -539,16 +589,23 @@ def _real(p: SimpleNamespace) -> tuple[str, int, dict[str, Test], Callable[[], I
     """Title, number of classes, tests and training items of the parameters."""
     tests = _tests(p)
     whole = _split(p, "train") if p.task == "train" else next(iter(tests.values())).data
+    if p.dataset == POTSDAM and p.task == "train":
+        stems = [whole.picture(i).image.stem for i in range(len(whole))]
+        whole = whole.where([not stem.startswith(f"top_potsdam_{POTSDAM_FAULTY}_") for stem in stems])
 
     def training() -> Items:
         data = whole.where([zone != p.held_out for zone in whole.zones()]) if p.held_out else whole
-        r, zones = recipe(p.dataset), data.zones()
-        options = {"flip": r.flip, "upside_down": r.upside_down, "brightness": r.brightness}
-        transform = train_transform(r.crop, data.ignore, scales=SCALES, **options)
-        return Mosaic(data, r.mosaic, zones, transform), zones, data.texts()
+        zones = data.zones()
+        return randomised(data, zones, recipe(p.dataset)), zones, data.texts()
 
     title = f"{p.dataset}, {len(whole):,} images" + (f", zone {p.held_out} left out" if p.held_out else "")
     return title, len(whole.classes), tests, training
+
+
+def randomised(data: landcover.LandCover, zones: Sequence[str | None], r: Recipe) -> Mosaic:
+    """Items (image (3, crop, crop) normalised, labels) by the recipe's random operations; mosaics are of one zone."""
+    options = {"flip": r.flip, "upside_down": r.upside_down, "brightness": r.brightness, "every": r.every}
+    return Mosaic(data, r.mosaic, zones, train_transform(r.crop, data.ignore, scales=SCALES, **options))
 
 
 def _tests(p: SimpleNamespace) -> dict[str, Test]:
@@ -597,13 +654,19 @@ def _generated(p: SimpleNamespace) -> tuple[str, int, dict[str, Test], Callable[
 
 # --- results ----------------------------------------------------------------------------------------------------------
 
-KEYS = ["method", "dataset", "test", "prompt", "text_encoder", "texts", "augmentation", "held_out", "seed"]
+KEYS = ["method", "dataset", "test", "prompt", "text_encoder", "texts", "augmentation", "held_out"]
+KEYS += ["epoch", "padding", "seed"]
 VALUES = ["mIoU", "mF1", "OA"]
+
+
+def scores(part: Test, matrix: Tensor) -> metrics.Scores:
+    """The scores of a test by the author's code, from its confusion matrix."""
+    return metrics.scores(matrix, part.left_out, undefined=True)
 
 
 def row(p: SimpleNamespace, name: str, part: Test, matrix: Tensor) -> dict[str, Any]:
     """A row for `measured`: the settings of a test, and the scores in percent."""
-    found = metrics.scores(matrix, part.left_out)
+    found = scores(part, matrix)
     own = {"mIoU": found.miou, "mF1": found.mf1, "OA": found.oa}
     own |= {f"IoU {c}": float(v) for c, v in zip(part.classes, found.iou, strict=True)}
     prompt = "none" if LEVELS[p.method] is None else p.prompt if p.method == "MetaSegNet" else LEVELS[p.method]
@@ -617,6 +680,8 @@ def row(p: SimpleNamespace, name: str, part: Test, matrix: Tensor) -> dict[str, 
         "texts": Path(p.prompts or PROMPTS).name,
         "augmentation": p.augmentation,
         "held_out": p.held_out or "no zone",
+        "epoch": chosen(p),
+        "padding": p.padding,
         "seed": p.seed,
     }
     return facts | own
@@ -632,20 +697,86 @@ def record(path: Path, p: SimpleNamespace, setting: Setting, matrices: Mapping[s
     measured(path, *(row(p, name, setting.tests[name], counts) for name, counts in matrices.items()))
 
 
+def _twin(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of the unimodal twin on Potsdam the rows that are most like the author's results, all of one kind.
+
+    Those of the epoch that is best on the test before the last one's, of padding as impervious before ignored, and of
+    the augmentation with most views; which augmentation the author's are of is not known."""
+    ours = rows[(rows.method == "unimodal") & (rows.dataset == POTSDAM) & (rows.held_out == "no zone")]
+    kinds = ["epoch", "padding", "augmentation"]
+    if ours.empty:
+        return ours
+    first = max(
+        ours[kinds].itertuples(index=False, name=None),
+        key=lambda kind: (kind[0] == "best", kind[1] == "impervious", len(views(kind[2]))),
+    )
+    return ours[(ours[kinds] == list(first)).all(axis=1)]
+
+
+def claim_cells(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
+    """Means over seeds by (method, column) for the claims: "unimodal", "Potsdam mIoU", "Potsdam mF1", "Potsdam OA"."""
+    ours = _twin(rows)
+    return {("unimodal", f"Potsdam {name}"): float(ours[name].astype(float).mean()) for name in VALUES if len(ours)}
+
+
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """By title: the author's image-only results, on Potsdam with ours of the unimodal twin, and all our measurements.
 
-    The twin's are means over seeds, with the tested augmentation of most views; that of the author's is not known. No
-    table has the paper's own numbers, since the network here is a reconstruction. On LoveDA the author's are on the
-    test set of a server, ours on the validation images."""
+    The twin's are means over seeds, of the kind that is most like the author's (see the columns). No table has the
+    paper's own numbers, since the network here is a reconstruction. On LoveDA the author's are on the test set of a
+    server, ours on the validation images."""
     anchors = published_table("metasegnet", "geoseg_reproduction")
     facts = next(t for t in paper("metasegnet")["tables"] if t["id"] == "geoseg_reproduction")
     anchors.insert(1, "set", [r["group"] for r in facts["rows"]])
-    ours = rows[(rows.method == "unimodal") & (rows.dataset == POTSDAM) & (rows.held_out == "no zone")]
+    ours = _twin(rows)
     twin = (anchors.method == "FT-UNetFormer") & (anchors["set"] == "Potsdam")
-    most = max(ours.augmentation, key=lambda kind: len(views(kind)), default="–")
-    ours = ours[ours.augmentation == most]
-    anchors["augmentation here"] = np.where(twin, most, "–")
+    for kind in ("augmentation", "epoch", "padding"):
+        anchors[f"{kind} here"] = np.where(twin, ours[kind].iloc[0] if len(ours) else "–", "–")
     for column, name in (("F1", "mF1"), ("OA", "OA"), ("mIoU", "mIoU")):
         anchors[f"{column} here"] = np.where(twin, ours[name].astype(float).mean(), np.nan)
     return {facts["title"]: anchors, "Measured here with the reconstruction": rows}
+
+
+def protocol() -> dict[str, str]:
+    """What the profile runs with, a row a fact; the paper's own settings were not found, these are of its author."""
+    sets = {"Potsdam": recipe(POTSDAM), "LoveDA": recipe(LOVEDA), "OpenEarthMap": recipe(OEM)}
+
+    def each(text: Callable[[Recipe], str]) -> str:
+        groups: dict[str, list[str]] = {}
+        for name, r in sets.items():
+            groups.setdefault(text(r), []).append(name)
+        return next(iter(groups)) if len(groups) == 1 else "; ".join(f"{', '.join(n)}: {t}" for t, n in groups.items())
+
+    def schedule(r: Recipe) -> str:
+        ends = f"cosine with restarts after {r.restart}, {3 * r.restart}, ... epochs" if r.restart else "cosine"
+        return f"{ends} to {r.floor:g}"
+
+    def random(r: Recipe) -> str:
+        flips = [f"{name} {p:g}" for name, p in (("flips", r.flip), ("upside down", r.upside_down)) if p]
+        light = [f"brightness and contrast {r.brightness:g} with probability 0.25"] * bool(r.brightness)
+        return ", ".join([f"crops of {r.crop}", *flips, *light])
+
+    tiles = [tile for tile in POTSDAM_TILES["train"] if tile != POTSDAM_FAULTY]
+    best = [DATASETS[name].title for name, kind in SELECT.items() if kind == "best"]
+    return {
+        "source": "the paper's settings were not found; these are of its author's image-only code, OpenEarthMap's ours",
+        "optimiser": "AdamW in Lookahead ({k} steps, {alpha:g}); biases do not decay, norms do".format(**LOOKAHEAD),
+        "learning rate": each(lambda r: f"{r.lr:g}, encoder {r.encoder_lr:g}"),
+        "weight decay": each(lambda r: f"{r.weight_decay:g}"),
+        "schedule": f"{each(schedule)}; constant within an epoch, no warm-up; no gradient clipping",
+        "epochs": each(lambda r: f"{r.epochs}"),
+        "batch": f"{each(lambda r: str(r.batch))} a GPU; the last partial batch: {LAST}",
+        "precision": paper("metasegnet")["precision"],
+        "data": f"Potsdam: {len(tiles)} tiles without {POTSDAM_FAULTY} in windows of {landcover.TILE}, "
+        f"{sets['Potsdam'].copies} copies (two mirrored), padding {landcover.PADDINGS[0]}; else the sets' lists",
+        "augmentation": f"scales {', '.join(f'{s:g}' for s in SCALES)}; "
+        f"mosaics {each(lambda r: f'{r.mosaic:g}')}, within a climate zone; {each(random)}",
+        "text": f"RECONSTRUCTION: a frozen encoder; code and name of the zone hidden with probability {DROPPED:g}",
+        "test": "whole windows; the mean of the logits over 1, 4, 16 or 8 views (`augmentation`); eroded labels on "
+        "Potsdam; " + ", ".join(f"{DATASETS[name].title} on {split}" for name, split in TEST_SPLIT.items()),
+        "selection": f"the last epoch; {', '.join(best)}: that of the highest validation mIoU, of equal ones the first",
+        "metric": "one confusion matrix; means over classes, Potsdam's without clutter; F1 nan without a right pixel",
+        "seeds": "the author's code: 42, one run; here the parameter `seed`",
+        "sweep": "none found",
+        "hardware": "not found",
+    }

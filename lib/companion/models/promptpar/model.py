@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from open_clip.model import CLIP
+from open_clip.model import CLIP, convert_weights_to_lp
 from timm.layers import DropPath
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -158,13 +158,19 @@ def _clip_block(
 ) -> Tensor:
     """One block of open_clip's on tokens (b, n, W), which also attend to `more` (m, W), the same for every image."""
     attn = block.attn
-    q, k, v = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)
+    q, k, v = F.linear(_norm(block.ln_1, x), attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)
     if more is not None:
         width = x.shape[-1]
-        seen = F.linear(block.ln_1(more), attn.in_proj_weight[width:], attn.in_proj_bias[width:]).chunk(2, -1)
+        more = _norm(block.ln_1, more.to(x.dtype))
+        seen = F.linear(more, attn.in_proj_weight[width:], attn.in_proj_bias[width:]).chunk(2, -1)
         k, v = (torch.cat([own, new.expand(len(x), -1, -1)], 1) for own, new in zip((k, v), seen, strict=True))
     x = x + block.ls_1(attn.out_proj(_attend(q, k, v, attn.num_heads, mask, maps)))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
+    return x + block.ls_2(block.mlp(_norm(block.ln_2, x)))
+
+
+def _norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
+    """A norm in float32 of activations of any precision, which they keep."""
+    return layer(x.float()).to(x.dtype)
 
 
 def _first_tokens(block: Block, x: Tensor, count: int, maps: list[Tensor] | None) -> Tensor:
@@ -349,6 +355,14 @@ class PromptPAR(state_dicts.OfficialModel):
         self.clip.eval()
         return self
 
+    def half_clip(self) -> PromptPAR:
+        """Convert CLIP's convolution, linear layers, attention and projections to float16, in place, as the authors do.
+
+        Prompts, norms, fusion and heads stay in float32; training then needs no autocast, and has no loss scaling."""
+        convert_weights_to_lp(self.clip, torch.float16)
+        self.text_features = self.text_features.half().float()
+        return self
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the activations of each layer of the image tower in the backward pass: less memory, more time."""
         self.grad_checkpointing = enable
@@ -374,7 +388,7 @@ class PromptPAR(state_dicts.OfficialModel):
             if i < depth:  # the next layer replaces these prompts: they give keys and values only
                 more, mask = self.prompts[i - 1], None if mask is None else mask[: x.shape[1]]
             elif i == depth:
-                x = torch.cat([x, self.prompts[-1].expand(len(x), -1, -1)], dim=1)
+                x = torch.cat([x, self.prompts[-1].to(x.dtype).expand(len(x), -1, -1)], dim=1)
             arguments = block, x, more, mask, maps if i == len(blocks) else None
             if self.grad_checkpointing and torch.is_grad_enabled() and maps is None:
                 x = checkpoint(_clip_block, *arguments, use_reentrant=False)
@@ -390,17 +404,17 @@ class PromptPAR(state_dicts.OfficialModel):
         Without prompts and regions nothing in the tower is trained: it runs without autograd, and its tokens may be
         cached for `forward_head`.
         """
-        visual = self.clip.visual
+        visual, dtype = self.clip.visual, self.clip.visual.conv1.weight.dtype
         tuned = visual.proj.requires_grad and torch.is_grad_enabled()
         prompted = len(self.prompts) > 0 or len(self.region_tokens) > 0
         with torch.set_grad_enabled(tuned or (prompted and torch.is_grad_enabled())):
             with torch.set_grad_enabled(tuned):
-                patches = visual.conv1(images).flatten(2).mT
+                patches = visual.conv1(images.to(dtype)).flatten(2).mT
                 first = visual.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
-                x = visual.ln_pre(torch.cat([first, patches], dim=1) + visual.positional_embedding)
-            regions = visual.ln_pre(self.region_tokens).expand(len(images), -1, -1)
+                x = _norm(visual.ln_pre, torch.cat([first, patches], dim=1) + visual.positional_embedding.to(dtype))
+            regions = _norm(visual.ln_pre, self.region_tokens.to(dtype)).expand(len(images), -1, -1)
             x = self.tower(torch.cat([x[:, :1], regions, x[:, 1:]], dim=1), maps)
-            return (x if self.official_quirks else visual.ln_post(x)) @ visual.proj
+            return (x if self.official_quirks else _norm(visual.ln_post, x)) @ visual.proj
 
     def similarities(self, regions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines times CLIP's scale, and their softmax over attributes, both (b, 1 + R, A); regions (b, 1 + R, E)."""
@@ -454,7 +468,7 @@ class PromptPAR(state_dicts.OfficialModel):
             raise BadParameter("mm_layers", 0, "1 or more: one linear layer over all tokens has no attention")
         tower: list[Tensor] = []
         fused: list[Tensor] = []
-        tokens = self.forward_features(images, tower)
+        tokens = self.forward_features(images, tower).float()
         self.fuse(tokens, fused)
         patches = self.grid[0] * self.grid[1]
         classes = self.class_positions.clone()
@@ -594,20 +608,27 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 def label_weights(labels: Tensor, ratio: Tensor) -> Tensor:
     """The weight of each label (b, A), in [1, e]: exp(1 - r) where the attribute is present, else exp(r).
 
-    `ratio` (A,) is the share r of training images with the attribute: rare attributes have large weights.
+    `ratio` (A,) is the share r of training images with the attribute: rare attributes have large weights. An unclear
+    label, 2, weighs as much as a present one: the released code means to leave it out, and does not.
     """
-    return torch.where(labels == 1, 1 - ratio, ratio).exp()
+    return torch.where(labels > 0.5, 1 - ratio, ratio).exp()
 
 
-def weighted_loss(logits: Tensor, labels: Tensor, ratio: Tensor) -> Tensor:
-    """Binary cross-entropy times `label_weights`, summed over attributes, mean over images. All (b, A)."""
+def weighted_loss(logits: Tensor, labels: Tensor, ratio: Tensor, unclear: bool = True) -> Tensor:
+    """Binary cross-entropy times `label_weights`, summed over attributes, mean over images. All (b, A).
+
+    `unclear`: labels of 2 count, as released, as targets of 2, whose cross-entropy has no lower bound; False: they are
+    left out."""
     losses = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
+    losses = losses if unclear else losses.masked_fill(labels > 1, 0)
     return (label_weights(labels, ratio) * losses).sum(1).mean()
 
 
-def loss(output: Output, labels: Tensor, ratio: Tensor, similarity: float = 0.5) -> Tensor:
-    """The training loss: that of the logits plus `similarity` times that of the regions' similarity."""
-    value = weighted_loss(output.logits, labels, ratio)
+def loss(output: Output, labels: Tensor, ratio: Tensor, similarity: float = 0.5, unclear: bool = True) -> Tensor:
+    """The training loss: that of the logits plus `similarity` times that of the regions' similarity.
+
+    `unclear`: see `weighted_loss`."""
+    value = weighted_loss(output.logits, labels, ratio, unclear)
     if output.similarity is None or not similarity:
         return value
-    return value + similarity * weighted_loss(output.similarity, labels, ratio)
+    return value + similarity * weighted_loss(output.similarity, labels, ratio, unclear)

@@ -19,11 +19,6 @@ from ..layers.state_dicts import load_official, official_state
 from .model import Output, PromptPAR, label_weights, loss, prompted_text, read_checkpoint, region_mask, weighted_loss
 from .recipe import by_epoch
 
-ROWS = [0, 1, 3, 6, 9, 12, 15, 16, 270]  # tokens of visual_transformer_small
-PLAIN_ROWS = [0, 1, 10, 11, 266]  # and of the same without regions
-CLASS_ROWS = [0, 1, 11, 22, 33, 44]  # of the full size: CLS, the first global prompt, the regions' [CLS] tokens
-TOKEN_ROWS = [*CLASS_ROWS, 55, 183, 310]  # and three patches
-
 
 def outputs(case: Case) -> dict[str, Tensor]:
     """The recorded quantities of any PromptPAR case, by our code, in the order of the forward pass."""
@@ -37,7 +32,7 @@ def outputs(case: Case) -> dict[str, Tensor]:
     }
     config = case.facts["config"]
     if "epochs" in config:
-        return _schedules()
+        return _schedules(case)
     if "dataset" in config:
         return _model(case)
     module = config if isinstance(config, str) else config.get("module", "")  # the authors' class or function
@@ -49,15 +44,39 @@ def read(path: str | Path) -> dict[str, Tensor]:
     return read_state(path) if Path(path).suffix == ".safetensors" else read_checkpoint(path)
 
 
+def _listed(case: Case, output: str, after: str = "") -> list[int]:
+    """The numbers in the brackets of an output's description that follow `after`; [] where there are none."""
+    text = case.facts["outputs"].get(output, {}).get("what", "")
+    found = re.search(re.escape(after) + r"\s*\[([\d,\s]+)\]", text)
+    return [int(n) for n in found[1].split(",")] if found else []
+
+
+def _values(case: Case, key: str) -> Tensor:
+    """An input whose shape stands in brackets in its description."""
+    shape = re.findall(r"\[([\d,\s]+)\]", case.facts["inputs"][key])[0]
+    return case.values(f"input:{key}", *(int(n) for n in shape.split(",")))
+
+
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
-def _small(attributes: int, *, embed: int = 8, width: int = 8, layers: int = 1, heads: int = 1, **options) -> PromptPAR:
-    """A model with random weights whose CLIP is as small as the case allows, on 16x16 patches."""
-    vision = CLIPVisionCfg(layers, width, width // heads, patch_size=14, image_size=224)
+def _small(
+    attributes: int,
+    *,
+    embed: int = 8,
+    width: int = 8,
+    layers: int = 1,
+    heads: int = 1,
+    grid: int = 16,
+    dim: int = 64,
+    fusion_heads: int = 1,
+    **options,
+) -> PromptPAR:
+    """A model with random weights whose CLIP is as small as the case allows, on `grid` x `grid` patches."""
+    vision = CLIPVisionCfg(layers, width, width // heads, patch_size=14, image_size=14 * grid)
     clip = CLIP(embed, vision, CLIPTextCfg(2, 1, width=8, heads=1, layers=1), quick_gelu=True)
-    inner = embed if embed >= 64 else 64
-    fusion = VisionTransformer(img_size=16, embed_dim=inner, depth=1, num_heads=inner // 64, num_classes=0)
+    blocks = max(1, options.get("mm_layers", 1))
+    fusion = VisionTransformer(img_size=16, embed_dim=dim, depth=blocks, num_heads=fusion_heads, num_classes=0)
     texts = Texts(torch.zeros(attributes, 2, 8), torch.ones(attributes, dtype=torch.long))
     usual = {"official_quirks": True, "visual_embed": True, "depth": layers}
     return PromptPAR(clip, texts, None, fusion, **(usual | options)).eval()
@@ -77,11 +96,15 @@ def _load(model: PromptPAR, case: Case, prefix: str = "") -> None:
 
 
 def _masks(case: Case) -> dict[str, Tensor]:
-    return {
-        "mask_l14_p50": region_mask((16, 16), 50),
-        "mask_l14_p10": region_mask((16, 16), 10),
-        "mask_b16_p50_quirk": region_mask((14, 14), 50, official_quirks=True),
-    }
+    regions, overlap = (
+        int(re.findall(rf"{name} (\d+)", case.facts["config"])[0]) for name in ("div_num", "overlap_row")
+    )
+    found = {}
+    for name in case.facts["outputs"]:
+        patch, prompts = (int(n) for n in re.findall(r"mask_[lb](\d+)_p(\d+)", name)[0])
+        grid = (224 // patch, 224 // patch)
+        found[name] = region_mask(grid, prompts, regions, overlap, official_quirks=name.endswith("_quirk"))
+    return found
 
 
 @torch.no_grad()
@@ -94,18 +117,16 @@ def _tower(case: Case) -> dict[str, Tensor]:
         heads=config["heads"],
         prompts=config["vis_prompt"],
         depth=config["vis_depth"],
+        grid=config["grid"],
     )
     variants: dict[str, dict[str, Any]] = {"": {}, "_nomask": {"masked": False}, "_nodiv": {"regions": 0}}
     for ending, options in variants.items():
         model = _small(**shared, **options)
         _load(model, case, "clip_model.visual.")
-        rows = PLAIN_ROWS if ending == "_nodiv" else ROWS
-        seen: list[Tensor] = []
-        given = (
-            case.values("input:tokens_nodiv", 257, 2, 64)
-            if ending == "_nodiv"
-            else case.values("input:tokens", 261, 2, 64)
-        )
+        if f"tokens{ending}" not in case.facts["outputs"]:
+            continue
+        rows, seen = _listed(case, f"tokens{ending}", "rows"), list[Tensor]()
+        given = _values(case, "tokens_nodiv" if ending == "_nodiv" else "tokens")
         x = model.tower(given.transpose(0, 1), seen)
         found[f"tokens{ending}"] = x[:, rows].transpose(0, 1)
         found[f"rows_norm{ending}"] = x.norm(dim=-1).mT
@@ -140,12 +161,15 @@ def _fusion(case: Case) -> dict[str, Tensor]:
     config = case.facts["config"]
     found: dict[str, Tensor] = {}
     attributes, embed = config["A"], config["embed"]
-    tokens = case.values("input:visual_tokens", 2, config["visual_tokens"], embed)
+    tokens, layers = _values(case, "visual_tokens"), config["mm_layers"]
     variants: dict[str, dict[str, Any]] = {"": {}, "_2023": {"visual_embed": False}, "_linear": {"mm_layers": 0}}
     for ending, options in variants.items():
-        model = _small(attributes, embed=embed, prompts=config["visual_tokens"] - 257, regions=0, **options)
+        if f"bn_logits{ending}" not in case.facts["outputs"]:  # without `visual_embed` embed and dim are equal
+            continue
+        sizes = {"embed": embed, "dim": config["dim"], "fusion_heads": config["heads"], "mm_layers": layers} | options
+        model = _small(attributes, prompts=config["visual_tokens"] - 257, regions=0, **sizes)
         _load(model, case)
-        model.text_features = case.values("input:text_features", attributes, embed)
+        model.text_features = _values(case, "text_features")
         seen: list[Tensor] = []
         fused = model.fuse(tokens, seen)
         logits = model.heads(fused)
@@ -183,9 +207,12 @@ def _metrics(case: Case) -> dict[str, Tensor]:
     return found
 
 
-def _schedules() -> dict[str, Tensor]:
-    published = {"heads": (8e-3, 5), "prompts": (4e-3, 10)}
-    return {name: torch.from_numpy(by_epoch(warmup)(lr, 100, 1)) for name, (lr, warmup) in published.items()}
+def _schedules(case: Case) -> dict[str, Tensor]:
+    config, found = case.facts["config"], {}
+    for name in ("heads", "prompts"):
+        lr, warmup = re.findall(r"lr ([\d.e-]+), warm-up (\d+)", config[name])[0]
+        found[name] = torch.from_numpy(by_epoch(int(warmup))(float(lr), config["epochs"], 1))
+    return found
 
 
 # --- the whole model --------------------------------------------------------------------------------------------------
@@ -196,7 +223,11 @@ def _model(case: Case) -> dict[str, Tensor]:
     rows = facts["inputs"]["token_ids_without_padding"]
     ids = torch.tensor([row + [0] * (77 - len(row)) for row in rows])
     state = dict(case.state) | {name: torch.tensor(value) for name, value in facts["scalars"].items()}
-    heads = (config["vision_heads"], config["text_heads"], 12) if "vision_heads" in config else None
+    heads = (
+        (config["vision_heads"], config["text_heads"], config.get("fusion_heads", 12))
+        if "vision_heads" in config
+        else None
+    )
     sentences = facts["sentences"]
     model = PromptPAR.from_official(state, sentences, lambda _: ids, heads=heads)
     del state
@@ -217,8 +248,8 @@ def _model(case: Case) -> dict[str, Tensor]:
     found = {
         "text_features": cached,
         "text_features_other_prompts": other,
-        "last_attention_rows": maps[0][:, CLASS_ROWS],
-        "visual_tokens_slice": tokens[:, [i for i in TOKEN_ROWS if i < tokens.shape[1]]],
+        "last_attention_rows": maps[0][:, _listed(case, "last_attention_rows", "query rows")],
+        "visual_tokens_slice": tokens[:, _listed(case, "visual_tokens_slice", "tokens")],
         "visual_tokens_mean_std": torch.stack([tokens.mean((1, 2)), tokens.std((1, 2))], -1),
         "all_class": regions,
         "logits_per_image": similarity,
@@ -252,14 +283,16 @@ def _gradients(model: PromptPAR, case: Case) -> dict[str, Tensor]:
     if "grad_norm_order" in facts:
         return {
             "grad_norms": torch.stack([norms[name] for name in facts["grad_norm_order"]]),
-            "grad_prompt_deep": prompts[:, :, :32],
+            "grad_prompt_deep": prompts[:, :, : facts["outputs"]["grad_prompt_deep"]["shape"][-1]],
             "grad_part_class": model.region_tokens.grad,
         }
     order = re.findall(r"[\w.]+", facts["outputs"]["grad_model_norms"]["what"].removeprefix("order: "))
-    layers = [0, len(prompts) // 2, len(prompts) - 1]
+    layers, part = [0, len(prompts) // 2, len(prompts) - 1], "grad_prompt_deep_slice"
     return {
         "grad_prompt_deep_norm_per_layer": prompts.flatten(1).norm(dim=1),
-        "grad_prompt_deep_slice": prompts[layers][:, [0, 10, 20, 49], :64],
+        "grad_prompt_deep_slice": prompts[layers][
+            :, _listed(case, part, "prompts"), : facts["outputs"][part]["shape"][-1]
+        ],
         "grad_prompt_text_absmax": model.text_prompts.grad.abs().amax((1, 2, 3)),
         "grad_part_class_embedding_norm": model.region_tokens.grad.norm(dim=1),
         "grad_temperature": model.get_parameter("temperature").grad[None],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,9 +25,9 @@ from ...evaluation.metrics.attributes import THRESHOLD, Scores, evaluate
 from ...evaluation.tables import compare_published, published_table, upsert_rows
 from ...ops.papers import paper
 from ...training import checkpoints
-from ...training.callbacks import ClipNorm
+from ...training.callbacks import Callback, ClipNorm
 from ...training.checkpoints import Checkpoint
-from ...training.fit import Batch, Hardware, History, fit, predict
+from ...training.fit import Batch, Hardware, History, Loop, device, fit, predict
 from ...training.schedules import Schedule, sgd
 from .model import PromptPAR, loss, read_checkpoint
 
@@ -56,6 +56,12 @@ COLUMNS = {
 RESULTS = ("sota_peta_pa100k_rapv1", "rapv2_promptpar", "jgel_rerun_zs")  # tables that have a column of measurements
 CLIP, FUSION = "ViT-L-14-quickgelu/openai", "vit_base_patch16_224.orig_in21k_ft_in1k"
 TEST_BATCH = 64
+LAST = "train"  # the last images of an epoch, see `fit`
+MOMENTUM = 0.9
+SIMILARITY = 0.5  # weight of the similarity in the loss
+TEXTS = {"par/rapv1": "phrases"}  # what the authors' script gives to CLIP where it is not the sentences
+MAXIMA = ("mA", "Acc", "F1")  # of which the authors' code prints the maximum over epochs
+MAXIMUM = "maxima over epochs"
 WORKERS = min(8, os.cpu_count() or 1)
 
 
@@ -70,6 +76,7 @@ class Setting:
         train: builds a method and trains it: from its name to the model and the history, empty where nothing is
             trained.
         probabilities: from a model and a part to (n, A).
+        epochs: filled in training where `select` is "maxima": the totals of the test images after each epoch.
     """
 
     title: str
@@ -79,6 +86,7 @@ class Setting:
     build: Callable[[str], PromptPAR]
     train: Callable[[str], tuple[PromptPAR, History]]
     probabilities: Callable[[PromptPAR, Dataset], Tensor]
+    epochs: list[dict[str, float]] = field(default_factory=list)
 
     def scores(self, model: PromptPAR, part: str = "test", threshold: float = THRESHOLD) -> Scores:
         """A model's scores on a part."""
@@ -106,7 +114,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`: with what to change or get.
     """
     if p.texts == "phrases" and p.dataset not in PHRASES:
-        raise BadParameter("texts", p.texts, f"'sentences'; phrases are known of {', '.join(PHRASES)}")
+        raise BadParameter("texts", p.texts, f"'released' or 'sentences'; phrases are known of {', '.join(PHRASES)}")
     if p.checkpoint and p.method != "PromptPAR":
         raise BadParameter("method", p.method, ["PromptPAR with a checkpoint: it holds PromptPAR's weights"])
     return _dry_run(p) if p.dry_run else _paper(p, out)
@@ -136,6 +144,59 @@ def by_epoch(warmup: int) -> Schedule:
     return of
 
 
+def decay_only(prompts: Tensor, learning_rates: np.ndarray, decay: float) -> None:
+    """What the authors' SGD does to the text tower's prompts, in place: their gradient is 0, and they decay."""
+    scale, speed = 1.0, 0.0
+    for rate in learning_rates:
+        speed = MOMENTUM * speed + decay * scale
+        scale -= float(rate) * speed
+    with torch.no_grad():
+        prompts.mul_(scale)
+
+
+class Epochs(Callback):
+    """The totals of `score` after each epoch, in `rows`. The authors' code prints the maximum of each."""
+
+    def __init__(self, score: Callable[[nn.Module], dict[str, float]], rows: list[dict[str, float]]):
+        self.score, self.rows = score, rows
+
+    def on_epoch_end(self, loop: Loop) -> None:
+        """Score; one of several devices does."""
+        loop.model.eval()
+        if loop.fabric.global_rank == 0:
+            with torch.no_grad():
+                self.rows.append(self.score(loop.model))
+        loop.fabric.barrier()
+        loop.model.train()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows."""
+        return {"rows": list(self.rows)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over."""
+        self.rows[:] = state["rows"]
+
+
+def maxima(epochs: list[dict[str, float]]) -> dict[str, float]:
+    """The maximum over epochs of each of `MAXIMA`, which may come from different epochs; nan of the other totals."""
+    return {name: max(row[name] for row in epochs) if name in MAXIMA else np.nan for name in epochs[0]}
+
+
+def half(p: SimpleNamespace) -> bool:
+    """Whether CLIP is in float16, as released: where the authors' precision runs, on a CUDA GPU; not where the tower
+    itself is trained, which the authors do not do."""
+    on_gpu = p.profile == "paper" and p.precision == "paper" and device(p.accelerator) == "cuda"
+    return on_gpu and METHODS[p.method].get("tuned") != "all"
+
+
+def hardware(p: SimpleNamespace) -> Hardware:
+    """The hardware of the parameters; full fine-tuning has autocast where the other methods have CLIP in float16."""
+    found = Hardware.of(p, "promptpar", workers=WORKERS)
+    on_gpu = p.profile == "paper" and p.precision == "paper" and device(p.accelerator) == "cuda"
+    return replace(found, precision="16-mixed") if on_gpu and not half(p) else found
+
+
 def learn(
     p: SimpleNamespace,
     model: PromptPAR,
@@ -144,37 +205,52 @@ def learn(
     *,
     epochs: int,
     batch: int,
+    settings: pd.DataFrame | None = None,
+    score: Epochs | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> History:
-    """Train a model of `p.method` in place by the authors' settings; `ratio` (A,) as in `loss`."""
-    settings, weight = recipe(), METHODS[p.method].get("similarity", 0.5)
-    decay = float(settings["heads"]["weight decay"])
+    """Train a model of `p.method` in place by the authors' settings.
+
+    Args:
+        ratio: (A,) as in `loss`.
+        settings: None: those of `recipe`.
+        score: scores each epoch.
+    """
+    settings, weight = recipe() if settings is None else settings, METHODS[p.method].get("similarity", SIMILARITY)
+    rates, decay = ({k: float(v) for k, v in settings.loc[n].items()} for n in ("learning rate", "weight decay"))
 
     def groups(model: PromptPAR) -> list[dict]:
-        rates = settings.loc["learning rate"]
-        return [group | {"lr": float(rates[group["name"]]), "weight_decay": decay} for group in model.param_groups()]
+        return [g | {"lr": rates[g["name"]], "weight_decay": decay[g["name"]]} for g in model.param_groups()]
 
     shares = functools.cache(ratio.to)  # to a GPU once, not at each step
 
     def value(model: nn.Module, batch: Batch) -> Tensor:
         images, labels = batch
-        return loss(model(images), labels, shares(labels.device), weight)
+        return loss(model(images), labels, shares(labels.device), weight, unclear=p.quirks)
 
-    return fit(
+    schedules = {name: by_epoch(int(settings[name]["warm-up epochs"])) for name in ("heads", "prompts")}
+    # a batch norm cannot train on a single image, which no data set of the paper leaves over
+    last = "drop" if len(data) % batch == 1 else LAST
+    history = fit(
         model,
         value,
         data,
         epochs=epochs,
         batch=batch,
-        optimizer=sgd(float(settings["heads"]["learning rate"]), decay, groups=groups),
-        schedule={name: by_epoch(int(settings[name]["warm-up epochs"])) for name in ("heads", "prompts")},
-        callbacks=[ClipNorm(float(settings["heads"]["gradient clipping"]))],
+        optimizer=sgd(rates["heads"], decay["heads"], groups=groups),
+        schedule=schedules,
+        callbacks=[ClipNorm(float(settings["heads"]["gradient clipping"])), *([score] if score else [])],
+        last=last,
         checkpoint=checkpoint,
         seed=p.seed,
-        hardware=Hardware.of(p, "promptpar", workers=WORKERS),
+        hardware=hardware(p),
         find_unused_parameters=p.method in UNUSED_PARAMETERS,
         name=p.method,
     )
+    if model.text_prompts.numel() and history:
+        found = schedules["prompts"](rates["prompts"], len(history), len(history) // epochs)
+        decay_only(model.text_prompts, found, decay["prompts"])
+    return history
 
 
 def build(p: SimpleNamespace, sentences: tuple[str, ...], clip: nn.Module, fusion: nn.Module) -> PromptPAR:
@@ -186,7 +262,8 @@ def build(p: SimpleNamespace, sentences: tuple[str, ...], clip: nn.Module, fusio
     tokenizer = open_clip.get_tokenizer(p.clip.partition("/")[0])
     options = {"visual_embed": p.release == "2025", "official_quirks": p.quirks} | METHODS[p.method]
     options.pop("similarity", None)
-    return PromptPAR(clip, sentences, tokenizer, fusion, **options)
+    model = PromptPAR(clip, sentences, tokenizer, fusion, **options)
+    return model.half_clip() if half(p) else model
 
 
 def weights(p: SimpleNamespace) -> str | Path:
@@ -214,18 +291,26 @@ def _released(p: SimpleNamespace, sentences: tuple[str, ...]) -> PromptPAR:
     ours = Path(p.checkpoint).suffix == ".safetensors"
     state = backbones.read_state(p.checkpoint) if ours else read_checkpoint(p.checkpoint)
     tokenizer = open_clip.get_tokenizer(p.clip.partition("/")[0])
-    return PromptPAR.from_official(state, sentences, tokenizer, official_quirks=p.quirks).eval()
+    model = PromptPAR.from_official(state, sentences, tokenizer, official_quirks=p.quirks).eval()
+    return model.half_clip() if half(p) else model
+
+
+def read_by_clip(p: SimpleNamespace, sentences: tuple[str, ...]) -> tuple[str, ...]:
+    """The texts of the attributes that CLIP reads: the sentences, or the phrases that the authors' script has."""
+    kind = TEXTS.get(p.dataset, "sentences") if p.texts == "released" else p.texts
+    return PHRASES[p.dataset] if kind == "phrases" else sentences
 
 
 def _paper(p: SimpleNamespace, out: Path) -> Setting:
     own = p.dataset == "folder"
     splits = attributes.own_folder(p.data_root) if own else attributes.splits(p.dataset, p.data_root)
     data, test = splits["trainval"], splits["test"]
-    sentences = PHRASES[p.dataset] if p.texts == "phrases" else data.sentences
+    sentences, epochs = read_by_clip(p, data.sentences), []
     released = _released(p, sentences) if p.checkpoint else None
     clip, fusion = (released.clip, None) if released else _backbones(p, weights(p), "pretrained")
     size = clip.visual.image_size[0]
     data.transform, test.transform = (attributes.square_transform(size, train=flag) for flag in (True, False))
+    ratio = data.ratio if p.quirks else (data.labels == 1).float().mean(0)
 
     def made(method: str) -> PromptPAR:
         return released or build(p, sentences, clip, fusion)
@@ -236,11 +321,18 @@ def _paper(p: SimpleNamespace, out: Path) -> Setting:
         model, name = made(method), f"{label(p)}, {p.dataset}, seed {p.seed}"
         published = recipe()["heads"]
         facts: dict[str, Any] = {"model": model, "images": data.sources, "labels": data.labels, "method": method}
+        facts |= {"select": p.select, "quirks": p.quirks}
+
+        def score(model: nn.Module) -> dict[str, float]:
+            return evaluate(test.labels.numpy(), _probabilities(p, model, test).numpy()).totals
+
+        scored = Epochs(score, epochs) if p.select == "maxima" else None
         history = learn(
             p,
             model,
             data,
-            data.ratio,
+            ratio,
+            score=scored,
             epochs=int(published["epochs"]),
             batch=min(int(published["batch"]), len(data)),  # your own folder may have fewer images
             checkpoint=Checkpoint.of(out / "checkpoints", name, **facts),
@@ -256,12 +348,13 @@ def _paper(p: SimpleNamespace, out: Path) -> Setting:
         build=made,
         train=train,
         probabilities=lambda model, part: _probabilities(p, model, part),
+        epochs=epochs,
     )
 
 
 def _dry_run(p: SimpleNamespace) -> Setting:
     """Full-size models with random weights, two optimiser steps on generated images of the real shape."""
-    sentences = PHRASES[p.dataset] if p.texts == "phrases" else SENTENCES.get(p.dataset, SENTENCES["par/peta"])
+    sentences = read_by_clip(p, SENTENCES.get(p.dataset, SENTENCES["par/peta"]))
     torch.manual_seed(p.seed)
     clip, fusion = _backbones(p, "random", "random")
     batch = int(recipe()["heads"]["batch"]) if p.accelerator != "cpu" and torch.cuda.is_available() else 2
@@ -292,8 +385,7 @@ def _dry_run(p: SimpleNamespace) -> Setting:
 
 def _probabilities(p: SimpleNamespace, model: PromptPAR, data: Dataset) -> Tensor:
     """The probability of each attribute in each image, (n, A)."""
-    hardware = Hardware.of(p, "promptpar", workers=WORKERS)
-    return predict(model, data, batch=TEST_BATCH, hardware=hardware).sigmoid()
+    return predict(model, data, batch=TEST_BATCH, hardware=hardware(p)).sigmoid()
 
 
 # --- tables of results ------------------------------------------------------------------------------------------------
@@ -305,8 +397,10 @@ def label(p: SimpleNamespace) -> str:
     changed += [f"weights of {Path(p.checkpoint).name}"] if p.checkpoint else []
     changed += [f"code of {p.release}"] if p.release != "2023" and not p.checkpoint else []
     changed += [] if p.quirks else ["as meant"]
-    changed += ["phrases"] if p.texts == "phrases" else []
+    usual = TEXTS.get(p.dataset, "sentences")
+    changed += [p.texts] if p.texts not in ("released", usual) else []
     changed += [p.clip] if p.clip != CLIP else []
+    changed += [MAXIMUM] if p.select == "maxima" else []
     return ", ".join(changed)
 
 
@@ -315,9 +409,10 @@ def measured(path: Path, new: Mapping[str, object] | None = None) -> pd.DataFram
     return upsert_rows(path, ["method", "dataset", "seed"], ["mA", "Acc", "Prec", "Rec", "F1"], [new] if new else ())
 
 
-def row(p: SimpleNamespace, found: Scores) -> dict[str, Any]:
-    """Scores as a row for `measured`."""
-    return {"method": label(p), "dataset": p.dataset, "seed": p.seed} | found.totals
+def row(p: SimpleNamespace, found: Scores, epochs: list[dict[str, float]] | None = None) -> dict[str, Any]:
+    """Scores as a row for `measured`: those of the last epoch, or, where `epochs` has rows, their maxima."""
+    totals = maxima(epochs) if epochs else found.totals
+    return {"method": label(p), "dataset": p.dataset, "seed": p.seed} | totals
 
 
 def cells(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
@@ -329,8 +424,16 @@ def cells(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
     for (method, dataset), group in rows.groupby(["method", "dataset"]):
         name = COLUMNS.get(dataset, DATASETS[dataset].title if dataset in DATASETS else dataset)
         for metric in ("mA", "Acc", "Prec", "Rec", "F1"):
-            found[method, f"{name} {'Recall' if metric == 'Rec' else metric}"] = float(group[metric].mean())
+            if (value := float(group[metric].mean())) == value:  # nan: not among the maxima
+                found[method, f"{name} {'Recall' if metric == 'Rec' else metric}"] = value
     return found
+
+
+def claim_cells(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
+    """As `cells`, for the claims: PromptPAR's maxima over epochs, which the authors print, before its last epoch."""
+    found = cells(rows)
+    ending = f", {MAXIMUM}"
+    return found | {(m.removesuffix(ending), c): v for (m, c), v in found.items() if m.endswith(ending)}
 
 
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -341,3 +444,34 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
         own = {key: value for key, value in here.items() if key[1] in frame.columns}
         found[frame.attrs["title"]] = compare_published(frame, own)
     return found
+
+
+def protocol() -> dict[str, str]:
+    """What the profile runs with, a row a fact, by the authors' code; of the paper's own settings few were found."""
+    settings = recipe()
+
+    def both(name: str) -> str:
+        found = {kind: f"{settings[kind][name]:g}" for kind in ("heads", "prompts")}
+        same = len(set(found.values())) == 1
+        return found["heads"] if same else ", ".join(f"{kind} {value}" for kind, value in found.items())
+
+    phrases = ", ".join(DATASETS[name].title for name, kind in TEXTS.items() if kind == "phrases")
+    return {
+        "data": "trained on trainval, tested on test; of several random partitions the first",
+        "texts": f"one sentence an attribute; {phrases}: phrases (`texts`)",
+        "optimiser": f"SGD, momentum {MOMENTUM:g}, not Nesterov; all trained tensors decay, text prompts do only that",
+        "learning rate": both("learning rate"),
+        "weight decay": both("weight decay"),
+        "schedule": f"constant within an epoch: linear warm-up ({both('warm-up epochs')} epochs), cosine since epoch 0",
+        "epochs": both("epochs"),
+        "batch": f"{both('batch')}; the last partial batch: {LAST}",
+        "loss": f"weighted cross-entropy of the heads + {SIMILARITY:g} of the similarity, summed over attributes",
+        "gradient clipping": f"norm {both('gradient clipping')}, heads and prompts each",
+        "precision": "CLIP in float16 without loss scaling on a GPU, the rest float32; or `precision` = '16-mixed'",
+        "augmentation": "10 black pixels around, random crop of 224, flip; mean and std 0.5, not CLIP's",
+        "resolution": "224; padded with black to squares, resized without antialiasing, as OpenCV does",
+        "test": f"threshold {THRESHOLD:g}; mA, and Acc, Prec, Rec and F1 by image; RAP's unclear labels not in mA",
+        "selection": "the last epoch; `select` = 'maxima', as the authors print: each maximum over epochs on TEST",
+        "seeds": "the authors' code: 605, one run; here the parameter `seed`",
+        "sweep": "none found",
+    }

@@ -62,6 +62,14 @@ def patches(levels: int = 2) -> list[tuple[float, float, float, float]]:
     ]
 
 
+def windows(height: int, width: int, levels: int = 2) -> list[tuple[int, int, int, int]]:
+    """Left, top, right and bottom, in pixels, of each of `patches` in an image."""
+    return [
+        (int(left * width), int(top * height), int(right * width), int(bottom * height))
+        for top, bottom, left, right in patches(levels)
+    ]
+
+
 def pool(cosines: Tensor, levels: int) -> Tensor:
     """One score a class (..., C) of those of all patches (..., P, C): the largest of each level, then their mean."""
     parts = cosines.split([(level + 1) ** 2 for level in range(levels)], dim=-2)
@@ -302,15 +310,11 @@ class MLR(OfficialModel):
         """The teacher's crops (B, P, 3, s, s) of images (B, 3, H, W), uint8: resized to a square, bilinear, rounded to
         whole grey values as released, normalised."""
         _check_pixels(images)
-        height, width = images.shape[-2:]
         size, found = self.teacher_input.size, []
-        for top, bottom, left, right in patches(self.levels):
-            crop = images[..., int(top * height) : int(bottom * height), int(left * width) : int(right * width)]
-            found.append(
-                F.interpolate(
-                    crop.float(), (size, size), mode="bilinear", antialias=self.antialias, align_corners=False
-                )
-            )
+        for left, top, right, bottom in windows(*images.shape[-2:], self.levels):
+            crop = images[..., top:bottom, left:right].float()
+            options = {"mode": "bilinear", "antialias": self.antialias, "align_corners": False}
+            found.append(F.interpolate(crop, (size, size), **options))
         return _standardised(torch.stack(found, 1).round_(), self.teacher_input)
 
     @torch.no_grad()

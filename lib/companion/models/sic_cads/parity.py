@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,6 +17,7 @@ from ...evaluation.parity import Case, run
 from ..layers.state_dicts import load_official
 from .model import (
     CROSS_DATASET,
+    IMAGENET,
     MLR,
     Heads,
     ZeroShotClassifier,
@@ -28,27 +33,34 @@ from .model import (
     text_share,
 )
 
+TAU = {"lvis": 50.0, "coco": 20.0}  # logit scale by the configuration
+
 
 def outputs(case: Case) -> dict[str, Tensor]:
     """The recorded quantities of any SIC-CADS case, by our code, in the order of the forward pass."""
     kinds = {
-        "mlr_lvis_r50": _model,
         "mlr_heads": _heads,
         "mlr_losses": _losses,
+        "mlr_metrics": _recognition,
+        "mlr": _model,  # a whole recogniser, of any vocabulary and images
         "refine_cascade": _cascade,
         "refine_res5": _res5,
         "zero_shot_classifier": _classifier,
-        "mlr_metrics": _recognition,
         "eval_ov_coco": _coco,
         "eval_ov_lvis": _lvis,
     }
     return run(kinds, case, case.facts["case"])
 
 
-def _pixels(case: Case, name: str) -> Tensor:
-    shape = (3, 480, 640) if name == "image" else (3, 480, 480)  # case.json describes the second in prose
-    values = case.values(f"input:{name}", *shape)
-    return (127.5 + 50 * values).round().clamp(0, 255).to(torch.uint8)[None]
+def _pixels(case: Case, name: str, shape: Sequence[int]) -> Tensor:
+    return (127.5 + 50 * case.values(f"input:{name}", *shape)).round().clamp(0, 255).to(torch.uint8)[None]
+
+
+def _training(case: Case) -> tuple[list[int], list[int], bool]:
+    """Shape and labels of the training image, and whether these are of boxes: of the sentence that tells it."""
+    text = case.facts["train_losses_input"]
+    shape, labels = ([int(n) for n in found.split(",")] for found in re.findall(r"\[([\d, ]+)\]", text)[:2])
+    return shape, labels, "boxes" in text
 
 
 def _novel(case: Case) -> Tensor:
@@ -64,12 +76,22 @@ def _statistics(maps: list[Tensor]) -> Tensor:
 
 def _model(case: Case) -> dict[str, Tensor]:
     config = case.facts["config"]
-    options = {"lambda_base": config["lambda_base"], "lambda_novel": config["lambda_novel"]}
-    model = MLR.from_official(case.state, _novel(case), **options)
-    image = _pixels(case, "image")
+    model = MLR.from_official(
+        case.state,
+        _novel(case),
+        lambda_base=config["lambda_base"],
+        lambda_novel=config["lambda_novel"],
+        levels=config["levels"] if config["multi_scale"] else 1,
+        tau=TAU["coco" if "coco" in config["file"] else "lvis"],
+        image_input=replace(IMAGENET, size=config["inference_resolution"]),
+    )
+    image = _pixels(case, "image", case.facts["inputs"]["image"]["shape"])
     with torch.no_grad():
         x, crops = model.prepared(image), model.crops(image)
-        found = {"backbone_input_corner": x[0, :, :8, :8], "clip_input_corner": crops[0, :, :, :8, :8]}
+        found: dict[str, Tensor] = {
+            "backbone_input_corner": x[0, :, :8, :8],
+            "clip_input_corner": crops[0, :, :, :8, :8],
+        }
         bottom_up = model.body.forward_intermediates(x, indices=[2, 3, 4], intermediates_only=True)
         maps = model.forward_features(x)
         pooled = model.heads.pooled(maps)
@@ -78,9 +100,13 @@ def _model(case: Case) -> dict[str, Tensor]:
         plus = model.recognise(image)
         student = model.recognised(e_text, e_image)
         cross = model.recognise(image, share=CROSS_DATASET)
-        positives = torch.zeros(1, config["num_classes"], dtype=torch.bool)
-        positives[0, [0, 5, 1202]] = True
-        ranked, distilled = model.loss(_pixels(case, "train"), positives)
+        if "train_losses" in case.facts:
+            shape, labels, boxes = _training(case)
+            positives = torch.zeros(1, config["num_classes"], dtype=torch.bool)
+            positives[0, labels] = True
+            ranked, distilled = model.loss(_pixels(case, "train", shape), positives, boxes=boxes)
+            found |= {"mlr_loss": ranked, "img_kd_loss": distilled}
+        best = min(case.facts["outputs"].get("top20_student", {"shape": [20]})["shape"][-1], len(model.text))
     return found | {
         "c_stats": _statistics(bottom_up),
         "fpn_stats": _statistics(maps),
@@ -95,9 +121,7 @@ def _model(case: Case) -> dict[str, Tensor]:
         "p_mmlr": plus.p,
         "p_mmlr_student": student.p,
         "p_cross": cross.p,
-        "top20_student": student.p.topk(20).indices,
-        "mlr_loss": ranked,
-        "img_kd_loss": distilled,
+        "top20_student": student.p.topk(best).indices,
     }
 
 
@@ -216,7 +240,9 @@ def _classifier(case: Case) -> dict[str, Tensor]:
 def _recognition(case: Case) -> dict[str, Tensor]:
     raw = case.input("scores")
     labels = case.input("labels") + 0.6 * raw > 1.2
-    labels[:, 3] = False
+    without = re.search(r"column (\d+) set to 0", case.facts["inputs"]["labels"]["how"])
+    if without:
+        labels[:, int(without[1])] = False
     ap = recognition_ap(labels.cpu().numpy(), raw.sigmoid().cpu().numpy())
     return {"ap": _marked(ap, -100), "mean": torch.tensor(np.nanmean(ap))}
 

@@ -1,16 +1,14 @@
 """SIC-CADS with the published settings: training the recogniser, refining a detector, tables of results.
 
-Of the released recipes two are here, OV-LVIS on base classes and OV-COCO on base classes with or without captions; the
-third adds images of ImageNet-21k. Two things differ from the released code and are not part of the method: each batch
-has both boxes and captions, where the released code alternates, and images that `repeat_factors` repeats are drawn once
-a run, not once an epoch.
+Of the released recipes two are here, OV-LVIS on base classes and OV-COCO on base classes with captions (or without);
+the third adds images of ImageNet-21k and is not built.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,22 +20,22 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import resize
 
 from ... import backbones, detectors
 from ...data import DATASETS, detection
-from ...data.detection_sets import COCO_BASE, COCO_NOVEL
+from ...data.detection_sets import COCO_BASE, COCO_NOVEL, COCO_OTHER
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics.detection import evaluate, recognition_ap
 from ...evaluation.tables import published_table, upsert_rows, with_measured
 from ...ops.files import read_json
 from ...ops.papers import paper
 from ...ops.progress import progress
-from ...training.callbacks import ClipValue
+from ...training.callbacks import Callback, ClipValue
 from ...training.checkpoints import Checkpoint, save
 from ...training.fit import CPU, Hardware, History, device, evaluating, fit
-from ...training.schedules import adamw
+from ...training.schedules import MakeOptimizer, adamw
 from ..layers.precision import without_autocast
 from ..layers.state_dicts import load_official
 from . import model as sic_cads
@@ -47,6 +45,9 @@ OWLVIT = "google/owlvit-base-patch32"
 BRANCHES = ("text", "visual", "visual+", "fused", "SIC-CADS")
 """Image-level scores: the text branch, the student, CLIP's own crops, and the two fusions."""
 COLUMNS = {"detection/objects365": "Objects365", "detection/openimages": "OpenImages"}
+GPUS = 4  # of the authors' README: each draws the source of its share of a step
+FLIP = 0.5  # probability that a training image is flipped
+WEIGHT_DECAY = 1e-4  # of every trained tensor
 SHORTER, LONGER = 800, 1333  # sides to which the authors' detectors resize images before the recogniser's own resizing
 WORKERS = min(8, os.cpu_count() or 1)
 KEPT = 2**28  # bytes of probabilities that predictions hold
@@ -60,15 +61,18 @@ class Recipe:
     Attributes:
         options: of the recogniser: both lambdas, the logit scale, the weight of the distillation.
         iterations, batch, lr, warmup, factor: of the training.
+        group: images of a step that come from one source.
         size, crop: side of a training image, and the smallest share of each side that is cropped.
         clip: largest magnitude of an entry of the gradient; None for no clipping.
         repeat: threshold of the repeat-factor sampling; None for none.
+        gamma: weight of the image-level scores in the refinement.
         threshold, top: of the detections.
     """
 
     options: dict[str, Any]
     iterations: int
     batch: int
+    group: int
     lr: float
     warmup: int
     factor: float
@@ -76,6 +80,7 @@ class Recipe:
     crop: float
     clip: float | None
     repeat: float | None
+    gamma: float
     threshold: float
     top: int
 
@@ -83,8 +88,9 @@ class Recipe:
 def recipe(dataset: str, captions: bool = False) -> Recipe:
     """The recipe of "detection/ov-coco"; for all others that of OV-LVIS, which is transferred to other vocabularies.
 
-    With `captions` a batch has as many images with captions as with boxes. The thresholds of the released
-    configurations, 0.15 and 0.2, belong to their detectors and are not used here (see `setting`).
+    With `captions`, which OV-COCO alone has, boxes and captions take turns: each of the authors' `GPUS` draws the
+    source of its share of a step. The thresholds of the released configurations, 0.15 and 0.2, belong to their
+    detectors and are not used here (see `setting`).
     """
     coco = dataset == "detection/ov-coco"
     training = published_table("sic_cads", "training-recipes").set_index("method")
@@ -103,7 +109,8 @@ def recipe(dataset: str, captions: bool = False) -> Recipe:
     return Recipe(
         options=options,
         iterations=int(t.iterations),
-        batch=int(t.batch_boxes_total) + (int(t.batch_images_total) if captions else 0),
+        batch=int(t.batch_boxes_total),
+        group=int(t.batch_boxes_total) // GPUS if coco and captions else 1,
         lr=float(t.lr),
         warmup=int(t.warmup_iters),
         factor=float(t.warmup_factor),
@@ -111,28 +118,43 @@ def recipe(dataset: str, captions: bool = False) -> Recipe:
         crop=float(t.crop_min_boxes),
         clip=None if coco else 1.0,
         repeat=None if coco else 0.001,
+        gamma=float(v.gamma),
         threshold=float(v.score_thresh_test),
         top=int(v.detections),
     )
 
 
 def learning_rates(r: Recipe, steps: int) -> np.ndarray:
-    """The learning rate of each step (steps,): half a cosine to 0, times a line from `factor` to 1 over the warm-up.
+    """The learning rate of each step (steps,): half a cosine to 0 after a straight line to its value there.
 
+    The line begins at `factor` of the base learning rate, and ends where the cosine stands at the end of the warm-up.
     The warm-up is the same fraction of a shorter run.
     """
     done, warm = np.arange(steps) / steps, r.warmup / r.iterations
-    rising = np.minimum(r.factor + (1 - r.factor) * done / warm, 1)
-    return r.lr * (1 + np.cos(np.pi * done)) / 2 * rising
+    cosine, reached = ((1 + np.cos(np.pi * x)) / 2 for x in (done, warm))
+    return r.lr * np.where(done < warm, r.factor + (reached - r.factor) * done / warm, cosine)
+
+
+def gamma(p: SimpleNamespace) -> float:
+    """The weight of the image-level scores: the parameter, or where it is 0 the released one of the dataset."""
+    return p.gamma or recipe(p.dataset).gamma
 
 
 # --- training data ----------------------------------------------------------------------------------------------------
 
 
+def random_crop(height: int, width: int, smallest: float) -> tuple[int, int, int, int]:
+    """Left, top, width and height of a crop with a share between `smallest` and 1 of each side, anywhere."""
+    share = smallest + (1 - smallest) * torch.rand(2)
+    h, w = max(1, int(share[0] * height + 0.5)), max(1, int(share[1] * width + 0.5))
+    top, left = int(torch.randint(height - h + 1, ())), int(torch.randint(width - w + 1, ()))
+    return left, top, w, h
+
+
 class Crops(Dataset):
     """Random crops of images with the classes that they show: (uint8 (3, s, s), (C,) bool, boxes or not).
 
-    A crop has a share between `crop` and 1 of each side, is resized to a square and flipped with probability 1/2. With
+    A crop has a share between `crop` and 1 of each side, is resized to a square and flipped half of the time. With
     boxes a class is a positive when a part of one of its boxes is in the crop; labels without boxes stay.
     """
 
@@ -144,10 +166,7 @@ class Crops(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, bool]:
         image, target = self.data[index]
-        height, width = image.shape[1:]
-        share = self.crop + (1 - self.crop) * torch.rand(2)
-        h, w = max(1, int(share[0] * height)), max(1, int(share[1] * width))
-        top, left = int(torch.randint(height - h + 1, ())), int(torch.randint(width - w + 1, ()))
+        left, top, w, h = random_crop(*image.shape[1:], self.crop)
         cropped = resize(image[:, top : top + h, left : left + w], [self.size, self.size], antialias=True)
         positives = self.data.positives[index].clone()
         if self.boxes:
@@ -155,52 +174,101 @@ class Crops(Dataset):
             seen = (x2.clamp(max=left + w) > x1.clamp(min=left)) & (y2.clamp(max=top + h) > y1.clamp(min=top))
             positives[:] = False
             positives[target.labels[seen & ~target.crowd]] = True
-        return (cropped.flip(-1) if torch.rand(()) < 0.5 else cropped), positives, self.boxes
+        return (cropped.flip(-1) if torch.rand(()) < FLIP else cropped), positives, self.boxes
+
+
+class Repeated(Dataset):
+    """Items as often as their factors (N,) tell: the whole part of the factor, and once more with the fraction's odds.
+
+    Fractions are drawn at each pass. An item that is not drawn gives its place to any item, with odds in proportion to
+    the factors: passes are of one length, and the shares of the items are those of the factors.
+    """
+
+    def __init__(self, data: Dataset, factors: np.ndarray):
+        times = np.ceil(factors).astype(int)
+        self.data, self.items = data, np.repeat(np.arange(len(times)), times)
+        self.odds = np.ones(len(self.items))
+        self.odds[np.cumsum(times) - 1] = factors - times + 1
+        self.shares = np.cumsum(factors) / np.sum(factors)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def drawn(self, index: int) -> int:
+        """The item that stands at a place of this pass."""
+        place, other = torch.rand(2, dtype=torch.float64).tolist()
+        if place < self.odds[index]:
+            return int(self.items[index])
+        return min(int(np.searchsorted(self.shares, other, side="right")), len(self.shares) - 1)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, bool]:
+        return self.data[self.drawn(index)]
+
+
+class Turns(Dataset):
+    """Groups of images from one of several sources: (g, 3, s, s), (g, C) and (g,), the source drawn with equal odds.
+
+    Images are drawn with replacement, as in the authors' sampler of several data sets.
+    """
+
+    def __init__(self, sources: Sequence[Dataset], group: int):
+        self.sources, self.group = sources, group
+
+    def __len__(self) -> int:
+        return max(1, sum(map(len, self.sources)) // self.group)  # type: ignore[arg-type]
+
+    def __getitem__(self, _: int) -> tuple[Tensor, Tensor, Tensor]:
+        source = self.sources[int(torch.randint(len(self.sources), ()))]
+        chosen = torch.randint(len(source), (self.group,)).tolist()  # type: ignore[arg-type]
+        images, positives, boxes = zip(*(source[i] for i in chosen), strict=True)
+        return torch.stack(images), torch.stack(positives), torch.tensor(boxes)
 
 
 def training_data(p: SimpleNamespace, train: detection.Boxes) -> Dataset:
-    """Crops of images with boxes, repeated where classes are rare (OV-LVIS), and with `p.captions` of captions too."""
-    r = recipe(p.dataset)
+    """Crops of images with boxes, repeated where classes are rare (OV-LVIS), or in turns with captions (OV-COCO)."""
+    r = recipe(p.dataset, p.captions)
     found: Dataset = Crops(train, r.size, r.crop)
     if r.repeat is not None:
-        factors = detection.repeat_factors(train, r.repeat)
-        rng = np.random.default_rng(p.seed)
-        times = np.floor(factors + rng.random(len(factors))).astype(int)
-        found = Subset(found, np.repeat(np.arange(len(factors)), times).tolist())
+        return Repeated(found, detection.repeat_factors(train, r.repeat))
     if not p.captions:
         return found
     file = train.dataset.folder(train.root) / "annotations" / "captions_train2017.json"
     if not file.is_file():
         raise train.dataset.missing(train.root, f"{file} is not there (or set captions = False)")
-    labels = detection.caption_labels(read_json(file), train.truth["categories"])
+    labels = detection.caption_labels(read_json(file), detection.with_synonyms(train.truth["categories"]))
     captioned = detection.Boxes(
         train.dataset, train.root, Path(train.sources[0]).parent, labels, train.base, train.novel
     )
-    # as many images with boxes as with captions
-    copies = max(1, round(len(captioned) / len(found)))
-    return ConcatDataset([*[found] * copies, Crops(captioned, r.size, r.crop, boxes=False)])
+    return Turns([found, Crops(captioned, r.size, r.crop, boxes=False)], r.group)
 
 
-def loss(model: sic_cads.MLR, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """The loss of a batch; images with boxes rank the base classes, those with labels alone all classes."""
+def loss(model: sic_cads.MLR, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+    """The loss of a batch and its two terms, "rank" and "distill", as weighted in it.
+
+    Images with boxes rank the base classes, those with labels alone all classes.
+    """
     images, positives, boxes = batch
     e_text, e_image = model(images, raw=True)
     scores = model.tau * sic_cads.pool(model.cosines(e_text), model.levels)
-    value = model.distill * sic_cads.distillation_loss(e_image, model.teacher_embeddings(images))
-    for kind, columns in ((boxes, model.base), (~boxes, None)):  # an image without positives counts with 0
-        value = value + sic_cads.rank_loss(scores, positives & kind[:, None], columns)
-    return value
+    # an image without positives counts with 0
+    kinds = ((boxes, model.base), (~boxes, None))
+    rank = sum(sic_cads.rank_loss(scores, positives & kind[:, None], columns) for kind, columns in kinds)
+    distill = model.distill * sic_cads.distillation_loss(e_image, model.teacher_embeddings(images))
+    return {"loss": rank + distill, "rank": rank, "distill": distill}
 
 
 class BatchLoss(nn.Module):
-    """The loss of a batch of `Crops` as one forward pass, which training on several devices requires."""
+    """The loss of a batch as one forward pass, which training on several devices requires.
+
+    A batch is of images, as `Crops` gives them, or of groups of images, as `Turns` does.
+    """
 
     def __init__(self, model: sic_cads.MLR):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, positives: Tensor, boxes: Tensor) -> Tensor:
-        return loss(self.model, (images, positives, boxes))
+    def forward(self, images: Tensor, positives: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+        return loss(self.model, (images.flatten(0, -4), positives.flatten(0, -2), boxes.flatten()))
 
 
 # --- the recogniser ---------------------------------------------------------------------------------------------------
@@ -272,23 +340,36 @@ def trained_weights(model: sic_cads.MLR) -> dict[str, Tensor]:
     return {n: t for n, t in model.state_dict().items() if n != "text" and not n.startswith("teacher.")}
 
 
+def optimizer(r: Recipe) -> MakeOptimizer:
+    """AdamW of all that is trained, in one parameter group."""
+    return adamw(r.lr, WEIGHT_DECAY, decay="all")
+
+
+def clipping(r: Recipe) -> list[Callback]:
+    """The clipping of gradients: each entry by itself on OV-LVIS, none on OV-COCO."""
+    return [ClipValue(r.clip)] if r.clip else []
+
+
 def train_model(
     p: SimpleNamespace,
     data: Dataset,
     out: Path | None,
     model: Recogniser,
     *,
+    r: Recipe | None = None,
     epochs: float | None = None,
     batch: int | None = None,
     workers: int = 0,
+    callbacks: Sequence[Callback] = (),
 ) -> History:
-    """Train by the released recipe, in place; the history.
+    """Train by the released recipe `r`, in place; the history, with both terms of the loss.
 
     With `out` a killed training is resumed, one that is done is only read, and the trained weights are written as
-    `out`/trained/*.safetensors, for the parameter `checkpoint`.
+    `out`/trained/*.safetensors, for the parameter `checkpoint`. `batch` is of images; of groups (`Turns`) as many as
+    hold them make a step.
     """
-    r = recipe(p.dataset, p.captions)
-    batch = batch or r.batch
+    r = r or recipe(p.dataset, p.captions)
+    batch = max((batch or r.batch) // getattr(data, "group", 1), 1)
     epochs = epochs or r.iterations / max(len(data) // batch, 1)
     hardware, checkpoint = Hardware.of(p, "sic_cads", workers=workers), None
     if out is not None:
@@ -303,9 +384,9 @@ def train_model(
         data,
         epochs=epochs,
         batch=batch,
-        optimizer=adamw(r.lr, 1e-4, decay="all"),
+        optimizer=optimizer(r),
         schedule=lambda lr, steps, per_epoch: learning_rates(r, steps),
-        callbacks=[ClipValue(r.clip)] if r.clip else [],
+        callbacks=[*clipping(r), *callbacks],
         checkpoint=checkpoint,
         seed=p.seed,
         hardware=hardware,
@@ -369,8 +450,6 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`: with what to change or get.
     """
-    if p.captions and p.dataset != "detection/ov-coco":
-        raise BadParameter("captions", True, "False: captions are known of detection/ov-coco alone")
     if p.dry_run and "owl" not in p.detector:
         raise BadParameter("detector", p.detector, [OWLVIT, "or another OWL: a dry run has no file of a tokenizer"])
     if p.dataset in COLUMNS and p.branch != "visual+" and not (p.checkpoint or p.dry_run):
@@ -396,7 +475,7 @@ def _setting(
         train=train,
         detect=detect,
         branch=p.branch,
-        gamma=p.gamma,
+        gamma=gamma(p),
         threshold=detectors.FLOOR,
         nms=None,
         top=recipe(p.dataset).top,
@@ -451,13 +530,18 @@ def _truth_of(data: detection.Boxes, count: int) -> dict:
 
 
 def generated(p: SimpleNamespace, count: int, height: int = 480, width: int = 640) -> detection.Boxes:
-    """Images of noise with random boxes, in as many classes as the dataset has; unknown class names are numbers."""
+    """Images of noise with random boxes, in the dataset's classes; numbers where only its file has their names."""
     dataset, rng = DATASETS[p.dataset], np.random.default_rng(p.seed)
-    names = {i: name for name, i in (COCO_BASE | COCO_NOVEL).items()} if p.dataset == "detection/ov-coco" else {}
-    names |= {i: f"class {i}" for i in range(100, 100 + dataset.classes - len(names))}
-    novel = COCO_NOVEL.values() if p.dataset == "detection/ov-coco" else [i for i in names if i % 4 == 0]
-    base = COCO_BASE.values() if p.dataset == "detection/ov-coco" else [i for i in names if i % 4]
-    shown = [*list(base)[:3], *list(novel)[:2]]
+    categories: list[dict] = [
+        {"id": i, "name": f"class {i}", "frequency": "rcff"[i % 4]} for i in range(dataset.classes)
+    ]
+    if p.dataset == "detection/ov-lvis":
+        categories = [*detection.lvis_categories()]
+    base, novel = ([c["id"] for c in categories if (c["frequency"] == "r") is rare] for rare in (False, True))
+    if p.dataset == "detection/ov-coco":
+        categories = [{"id": i, "name": name} for name, i in (COCO_BASE | COCO_NOVEL | COCO_OTHER).items()]
+        base, novel = list(COCO_BASE.values()), list(COCO_NOVEL.values())
+    shown = [*base[:3], *novel[:2]]
     images = [{"id": i, "width": width, "height": height, "file_name": f"{i}"} for i in range(count)]
     rows = [
         {
@@ -471,10 +555,8 @@ def generated(p: SimpleNamespace, count: int, height: int = 480, width: int = 64
         for i in range(count)
         for k, category in enumerate(shown)
     ]
-    letters = {i: "rcf"[i % 3] for i in names}
-    categories = [{"id": i, "name": name, "frequency": letters[i]} for i, name in names.items()]
     truth = {"images": images, "annotations": rows, "categories": categories}
-    found = detection.Boxes(dataset, Path(p.data_root), Path(), truth, list(base), list(novel))
+    found = detection.Boxes(dataset, Path(p.data_root), Path(), truth, base, novel)
     found.sources = rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
     return found
 
@@ -650,9 +732,9 @@ VALUES = ["novel", "base", "all", "APr", "APc", "APf", "AP", *COLUMNS.values()]
 TABLES = {"ov-coco": "detection/ov-coco", "ov-lvis": "detection/ov-lvis"}
 
 
-def label(p: SimpleNamespace, refined: bool = True) -> str:
-    """The method's name in the tables: the detector, and the scores that refine it."""
-    return p.detector.rpartition("/")[2] + (f" + {p.branch}, gamma {p.gamma:g}" if refined else "")
+def label(p: SimpleNamespace, gamma: float) -> str:
+    """The method's name in the tables: the detector, and the scores that refine it by `gamma` (0: none)."""
+    return p.detector.rpartition("/")[2] + (f" + {p.branch}, gamma {gamma:g}" if gamma else "")
 
 
 def measured(path: Path, new: Mapping[str, object] | None = None) -> pd.DataFrame:
@@ -664,7 +746,7 @@ def record(path: Path, p: SimpleNamespace, found: Setting, outputs: Predictions)
     """Add the results of a run, with and without refinement, to those in `path`."""
     for gamma in (0.0, found.gamma):
         values = benchmark(p, found.test, detections(found, outputs, gamma=gamma))
-        row = {"method": label(p, gamma > 0), "dataset": p.dataset, "images": p.images, "seed": p.seed}
+        row = {"method": label(p, gamma), "dataset": p.dataset, "images": p.images, "seed": p.seed}
         measured(path, row | values)
 
 
@@ -677,6 +759,64 @@ def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
             if column in group and group[column].notna().any():
                 found[method, column] = float(group[column].mean())
     return found
+
+
+def claim_cells(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
+    """As `cells`, of all tables, by (method, "OV-COCO novel"), (method, "OV-LVIS APr"), (method, "Objects365"), ..."""
+    found = {}
+    for table, before in (("ov-coco", "OV-COCO "), ("ov-lvis", "OV-LVIS "), ("cross-dataset", "")):
+        found |= {(method, before + column): value for (method, column), value in cells(rows, table).items()}
+    return found
+
+
+def protocol() -> dict[str, str]:
+    """What the `paper` profile runs with, a fact a row, from its constants."""
+    coco, lvis = recipe("detection/ov-coco", captions=True), recipe("detection/ov-lvis")
+    image, crop, seen = sic_cads.IMAGENET, sic_cads.OPENAI, f"shorter side to {SHORTER}, longer at most {LONGER}"
+
+    def both(value: Callable[[Recipe], object]) -> str:
+        return f"{value(coco)} (OV-COCO), {value(lvis)} (OV-LVIS)"
+
+    return {
+        "optimiser": f"AdamW, weight decay {WEIGHT_DECAY:g} on all that is trained, the whole ResNet too",
+        "learning rate": both(lambda r: f"{r.lr:g}"),
+        "schedule": "half a cosine to 0, after a straight line from "
+        + both(lambda r: f"{r.factor:g} of it over {r.warmup:,} steps"),
+        "steps": both(lambda r: f"{r.iterations:,}"),
+        "batch": f"{coco.batch} (OV-COCO: boxes and captions in turns, {coco.group} images of one source each), "
+        f"{lvis.batch} (OV-LVIS); no epochs, no partial batches",
+        "gradient": f"on OV-LVIS each entry is clipped at {lvis.clip:g}; on OV-COCO not clipped",
+        "sampling": f"OV-LVIS: repeat factors, threshold {lvis.repeat:g}, fractions drawn at each pass",
+        "loss": "rank loss on cosines times "
+        + both(lambda r: f"{r.options['tau']:g}")
+        + f", and {coco.options['distill']:g} times the distillation loss",
+        "precision": f"{paper('sic_cads')['precision']} on a GPU; heads and cosines in float32",
+        "augmentation": "crop of at least "
+        + both(lambda r: f"{r.crop:.0%} of each side")
+        + f", squeezed to {coco.size} x {coco.size}, flip with probability {FLIP:g}; CLIP gets the same images",
+        "test images": f"{seen} (antialiased); recogniser: shorter side to {image.size}, nearest pixel; CLIP: "
+        f"{len(sic_cads.patches(coco.options['levels']))} crops of {crop.size} pixels, bilinear without antialiasing",
+        "text": f'"{sic_cads.PROMPT}", names as in the annotation file',
+        "fusion": "lambda of base and novel classes "
+        + both(lambda r: f"{r.options['lambda_base']:g} and {r.options['lambda_novel']:g}")
+        + f"; other vocabularies: text {sic_cads.CROSS_DATASET:g}, image {1 - sic_cads.CROSS_DATASET:g}",
+        "refinement": "gamma "
+        + both(lambda r: f"{r.gamma:g}")
+        + ", all classes of all boxes, before top "
+        + both(lambda r: r.top)
+        + f"; threshold {detectors.FLOOR:g} (released, for their detectors: "
+        + both(lambda r: f"{r.threshold:g}")
+        + ")",
+        "selection": "none; the last step is tested",
+        "seeds": "not found; here the parameter `seed`",
+        "sweep": "none found; gamma, both lambdas and the thresholds are constants of the configurations",
+        "labels from captions": "LVIS' synonyms of each class' synset, between spaces",
+        "detectors": "paper: BoxSup, Detic, VLDet, OADP, RKDWTF, CORA (inferred); here OWL-ViT, OWLv2, Grounding DINO, "
+        "or result files of any. Those here saw boxes with names of COCO's novel classes: only gains are meaningful",
+        "metric": "OV-COCO: AP50 of boxes, 65 classes; OV-LVIS: federated AP of boxes (the paper's tables: probably "
+        "masks); Objects365, OpenImages: AP50 of boxes, OpenImages without group boxes and verified labels",
+        "not built": "the recipe with ImageNet-21k; OpenImages' official evaluator",
+    }
 
 
 def tables(path: Path) -> dict[str, pd.DataFrame]:

@@ -44,7 +44,7 @@ def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, st
         train=train,
         detect=detect,
         branch=p.branch,
-        gamma=p.gamma,
+        gamma=p.gamma or ablation.GAMMA,
         threshold=ablation.THRESHOLD,
         nms=ablation.NMS,
         top=ablation.TOP,

@@ -19,16 +19,16 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from ... import backbones
-from ...data import DATASETS, classification
-from ...evaluation import fill
-from ...evaluation.recipe_parity import Case, InOrder, Row, lines, near, parameters, same
-from ...ops.papers import paper
-from ...training.callbacks import EMA, Callback, ClipNorm, ClipValue
-from ...training.fit import CPU
-from ...training.schedules import Schedule, adamw, schedule
-from . import recipe
-from .model import SA2VP, SA2VPSwin, TwoPathways, two_pathway_loss
+from companion import backbones
+from companion.data import DATASETS, classification
+from companion.evaluation import fill
+from companion.evaluation.recipe_parity import Case, InOrder, Row, lines, near, parameters, same
+from companion.models.sa2vp import recipe
+from companion.models.sa2vp.model import SA2VP, SA2VPSwin, TwoPathways, two_pathway_loss
+from companion.ops.papers import paper
+from companion.training.callbacks import EMA, Callback, ClipNorm, ClipValue
+from companion.training.fit import CPU
+from companion.training.schedules import Schedule, adamw, schedule
 
 FGVC = {"cub200": "cub200", "nabirds": "nabirds", "oxford flowers": "flowers102"}
 FGVC |= {"stanford dogs": "dogs120", "stanford cars": "cars196"}

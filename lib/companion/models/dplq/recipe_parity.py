@@ -1,0 +1,488 @@
+"""DPLQ's recipe against what caoql98/DPLQ does at 3d78bb5, with the Dassl toolbox under it."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import open_clip
+import pandas as pd
+import torch
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from ... import backbones
+from ...data import DATASETS, domains, fewshot
+from ...data.domains_sets import CLASSES
+from ...evaluation import fill
+from ...evaluation.recipe_parity import Case, InOrder, Row, lines, near, parameters, same
+from ...training.callbacks import Callback
+from ...training.fit import CPU, Loop, fit
+from ..layers.clip_prompting import Texts, _tower_names
+from ..layers.state_dicts import official_state
+from . import recipe
+from .model import DPLQ, PROMPT, NoFeatures, loss
+
+LEFT_OUT = "`visual_net`, in no forward pass and hence without gradient and decay, is left out"
+NOT_USED = "the tables of results hold the accuracy over all images alone"
+
+
+def _parameters(protocol: str, seed: int = 0) -> SimpleNamespace:
+    """Those of the notebook that the recipe reads."""
+    hardware = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "profile": "paper", "dry_run": True}
+    names = {"protocol": protocol, "seed": seed, "noise": "always", "clip": "ViT-B-16/openai"}
+    return SimpleNamespace(method="DPLQ", dataset="remote/aid", **names, **hardware)
+
+
+def _number(text: str, name: str) -> float:
+    """A tolerance in a sentence, such as "1e-3 relative, 1e-4 absolute"."""
+    (found,) = re.findall(rf"([\d.e-]+) {name}", text)
+    return float(found)
+
+
+# --- parameter groups, schedule ---------------------------------------------------------------------------------------
+
+
+def _groups(case: Case) -> list[Row]:
+    settings, expected = case.settings, case.expected
+    p = _parameters(settings["protocol"])
+    clip = backbones.build(f"openclip:{p.clip}", "random")
+    names = tuple(f"class {i}" for i in range(settings["classes"]))
+    model = recipe.build(p, "DPLQ", names, clip, NoFeatures(clip.visual.output_dim))
+    assert isinstance(model, DPLQ)
+    optimizer = recipe.optimizer(recipe.published_settings(p.protocol)["learning rate"])(model)
+    held = {id(t) for group in optimizer.param_groups for t in group["params"]}
+    official = model._names() | _tower_names(model)
+    own = {name: model.get_parameter(name) for name in official}
+    trained = official_state(own, {n: o for n, o in official.items() if id(own[n]) in held})
+    frozen = official_state(own, {n: o for n, o in official.items() if id(own[n]) not in held})
+    rows = [f"{name}\ttrained" for name in trained] + [f"{name}\tfrozen" for name in frozen]
+    unused = [f"{name}\ttrained" for name in expected["trained_without_gradient"]]
+    known = sum(name.startswith(DPLQ._unused) for name in expected["trained_without_gradient"])
+    (group,) = optimizer.param_groups
+    numbers = sum(t.numel() for t in trained.values())
+    learned = [name for name in expected["trained_names"] if not name.startswith("visual_net.")]
+    return [
+        same("optimizer", expected["optimizer"], type(optimizer).__name__),
+        same("groups", expected["groups"], len(optimizer.param_groups)),
+        same("weight_decay", expected["weight_decay"], group["weight_decay"]),
+        same("momentum", expected["momentum"], group["momentum"]),
+        same(
+            "optimizer_holds_all_parameters",
+            expected["optimizer_holds_all_parameters"],
+            len(held) == sum(1 for _ in model.parameters()),
+            "frozen tensors have no gradient: they are not given to it",
+        ),
+        same("trained_tensors", expected["trained_tensors"], len(trained), LEFT_OUT),
+        same("trained_numbers", expected["trained_numbers"], numbers, LEFT_OUT),
+        same("trained_without_gradient", len(unused), known),
+        same("trained_names", expected["trained_names"], sorted(trained), LEFT_OUT),
+        same("trained_names but for visual_net", learned, sorted(trained)),
+        *_initial(case, trained, clip, model),
+        lines("sorted_lines", expected["sorted_lines"], sorted(rows + unused)),
+        same("line_format", expected["line_format"], "<official name>\\t<trained or frozen>, sorted by name"),
+    ]
+
+
+def _initial(case: Case, trained: dict[str, Tensor], clip: nn.Module, model: DPLQ) -> list[Row]:
+    relative, rows = 0.01 * _number(case.facts["tolerance"]["initial_values"], "% relative"), []
+    for name, facts in case.expected["initial_values"].items():
+        what = f"initial_values {name}"
+        if name.endswith(".ctx"):
+            start = clip.token_embedding(model.tokenizer([PROMPT.partition("{}")[0]]))[0, 1 : 1 + len(model.ctx)]
+            rows.append(Row(what, str(facts), "the same", torch.equal(start, model.ctx)))
+            continue
+        value = trained[name].detach().double()
+        std = float(value.std())
+        rows.append(same(f"{what}, count", facts["count"], value.numel()))
+        # of few numbers the deviation varies by more: four times its own
+        room = max(relative, 4 / (2 * facts["count"]) ** 0.5) if facts["std"] else 0.0
+        rows.append(near(f"{what}, std", facts["std"], std, relative=room))
+        rows.append(Row(f"{what}, mean", f"{facts['mean']:.1e}", f"{value.mean():.1e}", _central(value, facts)))
+    return rows
+
+
+def _central(value: Tensor, facts: dict[str, float]) -> bool:
+    """Whether both means lie within four standard errors of 0."""
+    error = 4 * facts["std"] / facts["count"] ** 0.5
+    return abs(float(value.mean())) <= error and abs(facts["mean"]) <= error
+
+
+def _schedule(case: Case) -> list[Row]:
+    rows, steps = [], 3
+    for protocol, expected in case.expected.items():
+        published = recipe.published_settings(protocol)
+        options = recipe._options(_parameters(protocol))
+        optimizer = recipe.optimizer(published["learning rate"])(nn.Linear(2, 2))
+        (group,) = optimizer.param_groups
+        lrs = options["schedule"](group["lr"], options["epochs"] * steps, steps).reshape(-1, steps)
+        relative = _number(case.facts["tolerance"]["lr"], "relative")
+        theirs = np.repeat(np.array(expected["lr_of_epoch"])[:, None], steps, 1)
+        rows.append(near(f"{protocol} lr_of_epoch", theirs, lrs, relative=relative))
+        ours = {
+            "lr": group["lr"],
+            "epochs": options["epochs"],
+            "warmup_epochs": published["warm-up epochs"],
+            "warmup_lr": published["warm-up learning rate"],
+            "optimizer": {"class": type(optimizer).__name__}
+            | {name: group[name] for name in ("momentum", "nesterov", "weight_decay", "dampening")},
+            "train_batch": options["batch"],
+            "test_batch": recipe.TEST_BATCH,
+            "prompt_depth": published["prompt depth"],
+            "context_tokens": published["context tokens"],
+        }
+        rows += [same(f"{protocol} {name}", expected[name], value) for name, value in ours.items()]
+    return rows
+
+
+# --- labels, images ---------------------------------------------------------------------------------------------------
+
+
+def _labels(case: Case) -> list[Row]:
+    name = next(name for name in CLASSES if DATASETS[name].folders[-1] == case.settings["data_set"])
+    folders = sorted(CLASSES[name])
+    names = [CLASSES[name][folder] for folder in folders]
+    spaced = [text.replace("_", " ") for text in names]
+    base, novel = fewshot.halves(names)
+    expected = case.expected
+    return [
+        lines("folders", expected["folders"], folders),
+        lines("names", expected["names"], names),
+        lines("prompts", expected["prompts"], [PROMPT.replace("{}", text) for text in spaced]),
+        same("base_names", expected["base_names"], base),
+        same("new_names", expected["new_names"], novel),
+        same("base", expected["base"], len(base)),
+        same("new", expected["new"], len(novel)),
+        same(
+            "differ_from_folder",
+            expected["differ_from_folder"],
+            sum(a != b for a, b in zip(folders, names, strict=True)),
+        ),
+    ]
+
+
+def _input(settings: dict[str, Any]) -> backbones.Input:
+    return backbones.Input(settings["size"][0], tuple(settings["mean"]), tuple(settings["std"]))
+
+
+def _test_image(case: Case) -> list[Row]:
+    expected, tolerance = case.expected, case.facts["tolerance"]
+    image = Image.fromarray(case.data["in.image"].numpy())
+    found = domains.clip_transform(_input(case.settings))(image)
+    grid = found[:, expected["rows"]][:, :, expected["columns"]]
+
+    def room(name: str) -> dict[str, float]:
+        return {"absolute": _number(tolerance[name], "absolute")}
+
+    return [
+        same("shape", expected["shape"], found.shape),
+        same("rows", len(expected["rows"]), grid.shape[1]),
+        same("columns", len(expected["columns"]), grid.shape[2]),
+        near("grid", expected["grid"], grid, **room("grid")),
+        near("mean", expected["mean"], found.mean((1, 2)), **room("mean")),
+        near("std", expected["std"], found.std((1, 2)), **room("std")),
+    ]
+
+
+def _training_images(case: Case, draws: int = 3000) -> list[Row]:
+    size, height, width = case.settings["size"][0], 301, 403
+    clip = backbones.Input(size, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    whole = domains.clip_transform(clip, train=True)
+    crop, flip = whole.transforms[:2]
+    torch.manual_seed(0)
+    drawn = [crop.make_params([torch.zeros(3, height, width)]) for _ in range(draws)]
+    h, w = (np.array([row[side] for row in drawn], float) for side in ("height", "width"))
+    areas, ratios = h * w / (height * width), w / h
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    with mock.patch.object(type(crop), "make_params", lambda *_: {"top": 9, "left": 7, "height": 200, "width": 260}):
+        ours = np.asarray(crop(image), int)
+    bicubic = image.crop((7, 9, 267, 209)).resize((size, size), Image.Resampling.BICUBIC)
+    gap = np.abs(ours - np.asarray(bicubic, int)).max()
+    ends = np.array([areas.min(), areas.max(), ratios.min(), ratios.max()])
+    flipped = np.mean([not np.array_equal(np.asarray(flip(image)), noise) for _ in range(400)])
+    grey = whole(Image.new("RGB", (width, height), (51, 102, 204)))
+    values = torch.stack([grey.amin((1, 2)), grey.amax((1, 2))])
+    wanted = (torch.tensor([0.2, 0.4, 0.8]) - torch.tensor(clip.mean)) / torch.tensor(clip.std)
+    seen = [
+        (
+            f"areas {ends[0]:.3f} to {ends[1]:.3f}, ratios {ends[2]:.3f} to {ends[3]:.3f}, {gap} from PIL's bicubic",
+            bool((np.abs(ends - [0.08, 1, 3 / 4, 4 / 3]) < 0.015).all()) and gap == 0 and ours.shape == (size, size, 3),
+        ),
+        (f"{flipped:.2f} of the draws", bool(abs(flipped - 0.5) < 0.08)),
+        (f"{grey.dtype} {tuple(grey.shape)}", grey.dtype == torch.float32 and grey.shape == (3, size, size)),
+        ("a colour gives its value", torch.allclose(values, wanted.expand(2, 3), atol=1e-5)),
+    ]
+    rows = [Row(f"training {text}", text, *found) for text, found in zip(case.expected["training"], seen, strict=True)]
+    published, loader = recipe.published_settings("base to novel"), case.expected["loader"]
+    batch = int(published["train batch"])
+    kinds = [recipe.last(count, published) for count in (batch - 1, batch, batch + 1)]
+    random = _orders_of_two_epochs(batch)
+    return [
+        *rows,
+        same("loader batch", loader["batch"], batch),
+        Row("loader sampler", loader["sampler"], f"{random[0]}, {random[1]}", random[0] != random[1]),
+        Row("loader drop_last", loader["drop_last"], ", ".join(kinds), kinds == ["train", "drop", "drop"]),
+    ]
+
+
+class _Seen(nn.Module):
+    """A model that notes which items it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.items = nn.Parameter(torch.zeros(2)), []  # type: tuple[nn.Parameter, list[int]]
+
+    def forward(self, items: Tensor) -> Tensor:
+        self.items += items.int().tolist()
+        return items[:, None].float() * self.weight
+
+
+def _orders_of_two_epochs(batch: int) -> tuple[list[int], list[int]]:
+    """The order of the items of a small set in each of two epochs, batches of the recipe."""
+    model, count = _Seen(), 2 * batch
+    data = TensorDataset(torch.arange(count), torch.zeros(count, dtype=torch.long))
+    fit(model, loss, data, epochs=2, batch=batch, optimizer=recipe.optimizer(1e-3), hardware=CPU)
+    return model.items[:count], model.items[count:]
+
+
+# --- metrics, selection -----------------------------------------------------------------------------------------------
+
+
+class _Given(nn.Module):
+    """A model whose inputs are its logits."""
+
+    def set_classes(self, classes: object) -> None:
+        """Nothing."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits
+
+
+def _accuracy(case: Case) -> list[Row]:
+    expected, room = case.expected, _number(case.facts["tolerance"]["values"], "absolute")
+    data = TensorDataset(case.data["in.logits"], case.data["in.labels"])
+    found = recipe.accuracy(_Given(), data, (), 0, CPU)  # type: ignore[arg-type]
+    unused = [Row(key, str(value)[:60], "not computed", False, NOT_USED) for key, value in expected.items()]
+    return [
+        near("accuracy", expected["accuracy"], found, absolute=room),
+        near("error_rate", expected["error_rate"], 100 - found, absolute=room),
+        *(row for row in unused if row.what not in ("accuracy", "error_rate")),
+    ]
+
+
+def _harmonic(case: Case) -> list[Row]:
+    expected, settings = case.expected, case.settings
+    room = _number(case.facts["tolerance"]["values"], "absolute")
+    ours = [fewshot.harmonic_mean(base, novel) for base, novel in settings["pairs_base_new_percent"]]
+    seeds = settings["accuracies_of_three_seeds"]
+    same_run = {"method": "DPLQ", "protocol": "base to novel", "dataset": "remote/aid"}
+    table = pd.DataFrame(
+        [
+            same_run | {"test": part, "seed": seed, "accuracy": value}
+            for part, values in seeds.items()
+            for seed, value in enumerate(values)
+        ]
+    )
+    found = recipe.over_seeds(table).set_index("test")
+    rows = [near("harmonic_means", expected["harmonic_means"], ours, absolute=room)]
+    for part, recorded in expected["mean_and_std_over_seeds"].items():
+        own = found.loc[part, ["mean", "std"]].astype(float)
+        rows.append(near(f"mean_and_std_over_seeds {part}", recorded, own.to_numpy(), absolute=room))
+    of_means = fewshot.harmonic_mean(*(float(found.loc[part, "mean"]) for part in seeds))
+    rows.append(near("harmonic_mean_of_the_means", expected["harmonic_mean_of_the_means"], of_means, absolute=room))
+    return rows
+
+
+def _toy(classes: int = 4, features: int = 8) -> DPLQ:
+    """A very small DPLQ on embedded texts."""
+    vision, text = (
+        CLIPVisionCfg(2, 32, 16, patch_size=8, image_size=16),
+        CLIPTextCfg(10, 1, width=16, heads=2, layers=2),
+    )
+    clip = CLIP(16, vision, text, quick_gelu=True)
+    texts = Texts(torch.randn(classes, 10, 16), torch.full((classes,), 7))
+    return DPLQ(clip, texts, None, features, tokens=2, depth=2)
+
+
+class _Watch(Callback):
+    """Weights after each step, and whether the model was in training mode."""
+
+    def __init__(self) -> None:
+        self.weights: list[Tensor] = []
+
+    def on_step_end(self, loop: Loop) -> None:
+        self.weights.append(loop.model.deep_text.detach().clone())  # type: ignore[union-attr, operator]
+
+
+def _selection(case: Case) -> list[Row]:
+    expected, epochs = case.expected, {}
+    for name, protocol in (("base_to_novel", "base to novel"), ("cross_dataset", "cross-dataset")):
+        epochs[f"{name}_tested_epoch"] = recipe._options(_parameters(protocol))["epochs"]
+    torch.manual_seed(0)
+    model, watch, modes = _toy(), _Watch(), []
+    model.register_forward_hook(lambda module, *_: modes.append(module.training))
+    texts = Texts(model.embedded.clone(), model.ends.clone())
+    count, batch = 12, 4
+    images, feature = torch.randn(count, 3, 16, 16), torch.randn(count, 8) + 0.5
+    data = TensorDataset(images, torch.arange(count) % 4, feature)
+    options = recipe._options(_parameters("base to novel")) | {"epochs": 3, "hardware": CPU, "callbacks": [watch]}
+    with tempfile.TemporaryDirectory() as folder:
+        found = recipe.Setting(
+            title="toy",
+            classes=texts,  # type: ignore[arg-type]
+            test_classes={"base": texts, "novel": texts},  # type: ignore[dict-item]
+            methods=("DPLQ",),
+            learning_rates={"DPLQ": 0.1},
+            build=lambda method: model,
+            inputs=lambda method, part: data if part == "train" else TensorDataset(images, data.tensors[1]),
+            optimizer=recipe.optimizer,
+            options=options,
+            accuracy=lambda model, data, classes: 0.0,
+            folder=Path(folder),
+            training="toy, seed 0",
+        )
+        recipe.train(found, "DPLQ")
+        passes = list(modes)
+        (file,) = (Path(folder) / "trained").iterdir()
+        saved = load_file(file)
+    last = torch.equal(watch.weights[-1], model.deep_text) and not torch.equal(watch.weights[-2], watch.weights[-1])
+    steps = 3 * (count // batch)
+    kept = last and torch.equal(saved["deep_text"], watch.weights[-1])
+    sets = _Listed(30), _Listed(9), _Listed(20)
+    protocol = fewshot.base_to_novel(dict(zip(("train", "val", "test"), sets, strict=True)), _shots(), seed=1)
+    draws = {part: len(getattr(protocol, part)) // 2 for part in ("train", "val")}
+    first = next(iter(protocol.tests.values()))
+    seed = recipe._options(_parameters("base to novel", seed=7))["seed"]
+    model.eval()
+    with torch.no_grad():
+        logits = [
+            _logits(model, images[chosen], feature[chosen], s)
+            for chosen, s in ((slice(4), 0), (slice(8), 0), (slice(4), 1))
+        ]
+    changes = [not torch.allclose(logits[0][0], other[0]) for other in logits[1:]]
+    text = "with the batch, and with the seed" if all(changes) else f"{changes}"
+    return [
+        *(same(name, expected[name], value) for name, value in epochs.items()),
+        Row("validation_chooses", str(expected["validation_chooses"]), "weights of the last step", last),
+        Row("saved_epochs", expected["saved_epochs"], "one file, of the last step", kept),
+        Row(
+            "test_during_training",
+            expected["test_during_training"],
+            f"{len(passes)} forward passes in {steps} steps, then '{next(iter(protocol.tests))}' first",
+            passes == [True] * steps and first.class_names == protocol.train.class_names,  # type: ignore[attr-defined]
+        ),
+        same("few_shot", expected["few_shot"], draws),
+        Row("seeds", expected["seeds"], f"the parameter: {seed}", seed == 7),
+        same("test_batch", expected["test_batch"], recipe.TEST_BATCH),
+        Row("noise", expected["noise"], f"logits change {text}", all(changes)),
+    ]
+
+
+def _shots() -> int:
+    return int(recipe.published_settings("base to novel")["shots"])
+
+
+def _logits(model: DPLQ, images: Tensor, feature: Tensor, seed: int) -> Tensor:
+    torch.manual_seed(seed)
+    return model(images, feature)
+
+
+class _Listed:
+    """A data set of four classes with so many images each."""
+
+    def __init__(self, each: int):
+        self.class_names, self.labels = list("abcd"), [i % 4 for i in range(4 * each)]
+
+
+# --- trajectories -----------------------------------------------------------------------------------------------------
+
+
+def trained_setting(case: Case) -> recipe.Setting:
+    """The model, items and options of a recorded training."""
+    settings = case.settings
+    m, batch, wanted, plan = (settings[name] for name in ("model", "batch", "optimizer", "schedule"))
+    head = m["vision_width"] // m["vision_heads"]
+    vision = CLIPVisionCfg(m["vision_layers"], m["vision_width"], head, patch_size=m["patch"], image_size=m["image"])
+    text = CLIPTextCfg(m["context"], 1, width=m["text_width"], heads=m["text_heads"], layers=m["text_layers"])
+    texts = Texts(torch.zeros(len(m["classes"]), m["context"], m["text_width"]), torch.tensor(m["end_of_text"]))
+    skeleton = DPLQ(
+        CLIP(m["embed"], vision, text, quick_gelu=True),
+        texts,
+        None,
+        m["domain_features"],
+        tokens=m["context_tokens"],
+        depth=m["prompt_depth"],
+    )
+    seed = int(re.findall(r"seed=(\d+)", settings["weights"])[0])
+    shapes = {name: tuple(t.shape) for name, t in skeleton.to_official().items()}
+    state = {name: torch.as_tensor(fill.parameter(name, shape, seed)) for name, shape in shapes.items()}
+    state["logit_scale"] = torch.tensor(100.0).log()
+    heads = (m["vision_heads"], m["text_heads"])
+    model = DPLQ.from_official(state, ends=m["end_of_text"], heads=heads)
+
+    generator = np.random.default_rng(int(re.findall(r"default_rng\((\d+)\)", batch["generator"])[0]))
+    shape = [int(n) for n in re.findall(r"\(\((.*?)\)", batch["images"])[0].split(",")]
+    images = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+    items = list(zip(images, case.data["in.labels"], case.data["in.domain"], strict=True))
+    size, epochs = batch["size"], plan["epochs"]
+    length = size * plan["steps_per_epoch"]
+    every = (items * (epochs * length // len(items) + 1))[: epochs * length]
+    return recipe.Setting(
+        title=case.name,
+        classes=(),
+        test_classes={},
+        methods=("DPLQ",),
+        learning_rates={"DPLQ": wanted["lr"]},
+        build=lambda method: model,
+        inputs=lambda method, part: InOrder(every, length),
+        optimizer=lambda lr: recipe.optimizer(lr, wanted["weight_decay"], wanted["momentum"]),
+        options={
+            "epochs": epochs,
+            "batch": size,
+            "schedule": recipe.learning_rates(epochs, plan["warmup_epochs"], plan["warmup_lr"]),
+            "hardware": CPU,
+        },
+        accuracy=lambda model, data, classes: 0.0,
+    )
+
+
+def _trajectory(case: Case) -> list[Row]:
+    expected, tolerance = case.expected, case.facts["tolerance"]
+    model, history = recipe.train(trained_setting(case), "DPLQ")
+    assert isinstance(model, DPLQ)
+    after = model.to_official()
+    losses = {name: _number(tolerance["losses"], name) for name in ("relative", "absolute")}
+    frozen = {name: facts for name, facts in expected["unchanged"].items() if not name.startswith(DPLQ._unused)}
+    relative = _number(tolerance["parameters_after"], "relative")
+    return [
+        near("losses", expected["losses"], [row["loss"] for row in history], **losses),
+        near("lr", expected["lr"], [row["lr"] for row in history], relative=_number(tolerance["lr"], "relative")),
+        *parameters("parameters_after", expected["parameters_after"], after, relative),
+        *parameters("unchanged", frozen, after, 1e-6),
+        *(
+            Row(f"unchanged {name}", "as it was", "not there", False, LEFT_OUT)
+            for name in expected["unchanged"].keys() - frozen.keys()
+        ),
+    ]
+
+
+KINDS = {
+    "groups": _groups,
+    "schedule": _schedule,
+    "labels": _labels,
+    "preprocess_train": _training_images,
+    "preprocess": _test_image,
+    "metric_harmonic": _harmonic,
+    "metric": _accuracy,
+    "selection": _selection,
+    "trajectory": _trajectory,
+}
