@@ -144,6 +144,7 @@ def corners(x: torch.Tensor) -> list[torch.Tensor]:
 # parts in which one device takes a batch; one where the loss has statistics of all devices, and nothing is drawn
 PAPERS: dict[str, tuple[str, Callable[[SimpleNamespace], Trained], int, dict]] = {
     "sa2vp": ("sa2vp", train_sa2vp, 2, {"dry_run": True}),
+    "sa2vp, epoch chosen on val": ("sa2vp", train_sa2vp, 2, {"dry_run": True, "dataset": "fgvc/cub200"}),
     "dplq": ("dplq", train_dplq, 2, {"dry_run": True, "domain": "clip", "protocol": "cross-dataset"}),
     "promptpar": ("promptpar", train_promptpar, 2, {}),
     "promptpar, parts unused": ("promptpar", train_promptpar, 2, {"method": "regions, no similarity loss"}),

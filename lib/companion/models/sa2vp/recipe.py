@@ -297,7 +297,8 @@ def train_model(
 
         trained, data, val = model.head, features(data), features(val) if isinstance(val, TensorDataset) else val
         options["hardware"] = replace(options["hardware"], devices=1)
-    options = {"schedule": SCHEDULE, "callbacks": ()} | options
+    defaults: dict[str, Any] = {"schedule": SCHEDULE, "callbacks": ()}
+    options = defaults | options
     if val is not None:
         best = EarlyStop(functools.partial(accuracy, data=val, hardware=options["hardware"]))
         options["callbacks"] = [*options["callbacks"], best]

@@ -28,7 +28,7 @@ from . import study_root
 LEARNING_RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1]
 SEEDS = [0, 1, 2, 3, 4]
 SELECTION_SEED = 100
-OPTIONS = {"epochs": 8, "batch": 20, "hardware": CPU}  # of `fit`
+OPTIONS: dict[str, Any] = {"epochs": 8, "batch": 20, "hardware": CPU}  # of `fit`
 WIDTH, SCALE, TOKENS = 8, 1.5, 8
 
 
