@@ -145,9 +145,12 @@ class Run:
 
     def ledger(self) -> list[dict]:
         """All claims of the paper with what this run says of each."""
-        blank = {"status": "not run", "value": "", "seeds": [], "why": ""}
         claims = paper(self.slug).get("claims", []) if self.slug in slugs() else []
-        return [{k: c[k] for k in ("id", "text", "kind")} | self.claims.get(c["id"], blank) for c in claims]
+
+        def blank(claim: dict) -> dict:
+            return {"status": "not run", "value": "", "seeds": [], "why": claim.get("cannot_be_judged", "")}
+
+        return [{k: c[k] for k in ("id", "text", "kind")} | self.claims.get(c["id"], blank(c)) for c in claims]
 
     def close(self) -> HTML:
         """Write `claims.json` and `run.json`; return the ledger to show."""
