@@ -17,7 +17,7 @@ from companion.errors import BadParameter, MissingData, MissingWeights
 from companion.evaluation.claims import judge_measured
 from companion.evaluation.recipe_parity import Case, folder
 from companion.evaluation.tables import published_table
-from companion.models.dplq import DPLQ, MAE, DomainModel, loss, recipe, recipe_parity
+from companion.models.dplq import DPLQ, MAE, DomainModel, loss, recipe
 from companion.models.dplq.model import NoFeatures
 from companion.models.layers.clip_prompting import MaPLe, ZeroShot
 from companion.ops.papers import paper
@@ -27,6 +27,7 @@ from companion.training.fit import fit
 from companion.training.schedules import schedule
 from tests.conftest import assert_resumes, parameters
 from tests.models.common import refuses
+from tests.recipes import dplq_cases
 from tests.small import shrink
 
 EACH = 40  # images a class: 20 to train, 8 to validate, 12 to test
@@ -310,7 +311,7 @@ def test_the_protocol_is_what_runs(monkeypatch):
 def test_half_precision_weights_lose_most_of_the_steps():
     """The authors' float16 tensors: entries that a first step leaves as they are, at both ends of the schedule."""
     case = Case(folder() / "dplq" / "trajectory_depth3")
-    found = recipe_parity.trained_setting(case)
+    found = dplq_cases.trained_setting(case)
     model, data = found.build("DPLQ").train(), found.inputs("DPLQ", "train")
     items = [data[i] for i in range(found.options["batch"])]
     loss(model, tuple(torch.stack(column) for column in zip(*items, strict=True))).backward()
