@@ -106,6 +106,13 @@ def test_an_unknown_data_set_is_refused_with_the_accepted_ones(slug):
         assert caught.value.accepted == rule["choices"]
 
 
+def test_the_readme_counts_the_findings():
+    found = [row["kind"] for slug in slugs() for row in findings(slug)]
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"turned up {len(found)} findings: {found.count('fault')} faults" in text
+    assert f"{found.count('surprise')} surprises, and {found.count('recipe')} settings" in text
+
+
 @pytest.mark.parametrize("slug", slugs())
 def test_findings_are_whole_and_name_recorded_cases(slug):
     found = findings(slug)
