@@ -79,7 +79,7 @@ def load_papers() -> dict[str, dict]:
         facts = PAPERS / slug / "paper.yaml"
         if facts.exists():
             own = yaml.safe_load(facts.read_text(encoding="utf-8"))
-            paper.update({key: own[key] for key in ("title", "arxiv", "task") if key in own})
+            paper.update({key: own[key] for key in ("title", "arxiv", "task", "code") if key in own})
     return papers
 
 
@@ -286,9 +286,9 @@ def findings_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
         parts.append(f"Code: {cell(code['repository'])}; commit: {cell(code['commit'])}.{notebook}\n")
         cells = [
             [
-                f"{cell(row['topic'])}<br><small>{row['kind']}</small>",
-                cell(row["code"]) + (f"<br><small>{cell('; '.join(row['where']))}</small>" if row["where"] else ""),
-                cell(row["effect"]) + (f"<br><small>case {cell(row['case'])}</small>" if row["case"] else ""),
+                f"**{cell(row['topic'])}**<br>*{row['kind']}*",
+                "<br>".join([cell(row["code"]), *(f"`{place}`" for place in row["where"])]),
+                "<br>".join(filter(None, [cell(row["effect"]), f"case `{row['case']}`" if row["case"] else ""])),
                 cell(row["here"]),
             ]
             for row in sorted(rows, key=lambda row: FINDINGS.index(row["kind"]))
