@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -25,7 +26,8 @@ def show_table(frame: pd.DataFrame, digits: int = 2, title: str = "") -> HTML:
             text = "–" if value is None else str(value)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         style = "text-align: right" if number else "text-align: left"
-        return f'<td style="{style}">{html.escape(text)}</td>'
+        code = re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text))  # between backticks
+        return f'<td style="{style}">{code}</td>'
 
     header = "".join(f'<th scope="col" style="text-align: left">{html.escape(str(c))}</th>' for c in frame.columns)
     rows = "".join("<tr>" + "".join(map(cell, row)) + "</tr>\n" for row in frame.itertuples(index=False))
@@ -55,7 +57,8 @@ def findings_table(slug: str) -> pd.DataFrame:
     """What the authors' code does that the paper does not say, a row each: the paper, the code, ours, the effect."""
     columns = {"topic": "", "paper": "the paper", "code": "the released code", "here": "here", "effect": "effect"}
     rows = [[f"{row[key]}".strip() for key in columns] for row in findings(slug)]
-    return pd.DataFrame(rows, columns=[*columns.values()])
+    found = pd.DataFrame(rows, columns=[*columns.values()])
+    return found.loc[:, (found != "").any()]  # of some papers nothing could be read that says otherwise
 
 
 def compare_published(frame: pd.DataFrame, measured: Mapping[tuple[str, str], float] = {}) -> pd.DataFrame:
