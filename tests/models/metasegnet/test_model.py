@@ -88,9 +88,21 @@ def test_unetformer_has_the_size_of_the_authors():
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (50, 37), (32, 96), (9, 5)])
-def test_any_size(height, width):
-    model = build(text())
-    assert model(draw(2, 3, height, width), TEXTS).shape == (2, CLASSES, height, width)
+def test_logits_of_any_size_lie_where_the_image_does(height, width):
+    """A change in one corner of one image changes the logits most in that quarter, and no other image's."""
+    model, x = settled(build(text())), draw(2, 3, height, width)
+    with torch.no_grad():
+        before = model(x, TEXTS)
+        assert before.shape == (2, CLASSES, height, width)
+        for bottom in (0, 1):
+            for right in (0, 1):
+                changed = x.clone()
+                changed[0, :, -4 if bottom else 0 :, -4 if right else 0 :][:, :4, :4] += 5
+                difference = (model(changed, TEXTS) - before).abs().sum(1)
+                row, column = divmod(int(difference[0].argmax()), width)
+                assert difference[0].max() > 1e-3 and not difference[1].any()
+                if height > 32:  # more than one window of the coarsest map
+                    assert (row >= height / 2, column >= width / 2) == (bottom, right)
 
 
 def test_padding_of_width_is_that_of_height():
@@ -161,11 +173,20 @@ def test_fusion_is_the_formula():
     torch.testing.assert_close(fusion(x, words, mask)[0][0].flatten(1).T, y)
 
 
-def test_timm_encoders_of_other_kinds():
+def test_the_maps_of_other_timm_encoders_are_those_of_timms_feature_extractor():
     for name, norms in (("resnet10t", False), ("convnext_atto", True)):
-        encoder = timm.create_model(name, pretrained=False, num_classes=0)
+        encoder, x = timm.create_model(name, pretrained=False, num_classes=0).eval(), draw(1, 3, 64, 48)
         model = MetaSegNet(encoder, 3, text(), norms=norms, width=16, heads=2, window=2, fusion_heads=4).eval()
-        assert model(draw(1, 3, 64, 48), TEXTS[:1]).shape == (1, 3, 64, 48)
+        theirs = timm.create_model(name, pretrained=False, features_only=True).eval()
+        theirs.load_state_dict(
+            {n.replace("stages.", "stages_").replace("stem.", "stem_"): t for n, t in encoder.state_dict().items()},
+            strict=False,
+        )
+        maps = model.maps(x)
+        for found, expected in zip(maps, theirs(x)[-4:], strict=True):
+            expected = F.layer_norm(expected.movedim(1, -1), (expected.shape[1],)).movedim(-1, 1) if norms else expected
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert model(x, TEXTS[:1]).shape == (1, 3, 64, 48)
 
 
 def test_a_callers_encoder_is_not_changed_and_can_be_checkpointed():

@@ -118,6 +118,14 @@ def test_a_perfect_feature_is_read_perfectly(root, model, monkeypatch):
     assert study.probes("ECAMP", model, train, test) == {"AUROC 50": 100, "AUROC 150": 100}
     known = iter([torch.rand(160, 4), torch.rand(60, 4)])
     assert all(35 < value < 65 for value in study.probes("ECAMP", model, train, test).values())
+    # draws share no image: the features of the second are those of other findings, and each draw counts a half
+    right, others = train.labels.float(), train.labels.roll(1, 1).float()
+    found = []
+    for first, second in ((right, right), (right, others), (others, right), (others, others)):
+        known = iter([torch.cat([first[:50], second[50:]]) + torch.rand(160, 4) / 10, test.labels.float()])
+        found.append(study.probes("ECAMP", model, train, test)["AUROC 50"])
+    assert found[0] == 100 and found[3] < 50
+    assert found[1:3] == pytest.approx([(100 + found[3]) / 2] * 2, abs=5)
 
 
 def test_lesions_are_segmented_at_the_pictures_size(root, model, monkeypatch):
