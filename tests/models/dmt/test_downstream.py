@@ -181,6 +181,12 @@ def test_crops_stack_and_unpack():
     image, boxes, labels, bits = data[1]
     assert image.shape == (3, 64, 64) and image.max() <= 1 and labels.tolist() == [2, 0, 0]
     assert boxes[0].tolist() == squares()[1][1]["boxes"][0].tolist() and bits.shape == (3, 512)
+    image, target = squares()[1]
+    two = {"boxes": torch.tensor([[0.0, 0, 8, 8], [20, 30, 50, 40]]), "labels": torch.tensor([1, 2])}
+    two |= {"masks": torch.zeros(2, 64, 64, dtype=torch.uint8)}
+    two["masks"][0, :8, :8] = two["masks"][1, 30:40, 20:50] = 1
+    _, boxes, labels, _ = Crops([(image, target | two)], 64, most=1, jitter=None)[0]
+    assert boxes.tolist() == [[20, 30, 50, 40]] and labels.tolist() == [2]  # the smallest are left out
     seen = {}
 
     def model(images, targets):

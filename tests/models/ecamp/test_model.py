@@ -103,6 +103,11 @@ def test_what_the_words_see_and_what_counts(model):
     model(batch._replace(ids=torch.where(batch.attention == 0, 7, batch.ids)), b)
     there = batch.attention.bool()
     torch.testing.assert_close(a["logits"][there], b["logits"][there])
+    # nor is the image's [CLS] token
+    cls = (torch.arange(17) == 0)[:, None]
+    with model.encoder.norm.register_forward_hook(lambda module, args, tokens: tokens + 5 * cls):
+        model(batch, b)
+    torch.testing.assert_close(a["logits"], b["logits"], rtol=0, atol=0)
     # the image comes through the fusion
     model(batch._replace(images=batch.images.flip(0)), c)
     assert torch.equal(a["embedded"], c["embedded"]) and (a["logits"] - c["logits"]).abs().max() > 1e-3

@@ -132,7 +132,8 @@ def test_positions_on_the_slide():
         torch.manual_seed(0)
         level = SlideTransformer(48, position=position).eval()
         seen = level(x, coords=coords)
-        torch.testing.assert_close(seen, level(x, coords=coords + 7))  # counted from the smallest
+        moved = level(x.expand(2, -1, -1), coords=torch.cat([coords, coords + 7]))  # counted from each slide's smallest
+        torch.testing.assert_close(moved, seen.expand(2, -1))
         assert not torch.allclose(seen, level(x, coords=coords.flip(-1)), atol=1e-4)
         order = torch.tensor([2, 0, 3, 1])
         torch.testing.assert_close(seen, level(x[:, order], coords=coords[:, order]))

@@ -92,7 +92,8 @@ def test_logits_of_any_size_lie_where_the_image_does(height, width):
     """A change in one corner of one image changes the logits most in that quarter, and no other image's."""
     model, x = settled(build(text())), draw(2, 3, height, width)
     with torch.no_grad():
-        before = model(x, TEXTS)
+        before, whole = model(x, TEXTS), F.pad(x, (0, -width % 4, 0, -height % 4))  # with zeros below and right
+        assert all(torch.equal(a, b) for a, b in zip(model.maps(x), model.maps(whole), strict=True))
         assert before.shape == (2, CLASSES, height, width)
         for bottom in (0, 1):
             for right in (0, 1):
@@ -333,6 +334,11 @@ def test_soft_cross_entropy_and_dice():
     assert metasegnet.dice_loss(logits, torch.full_like(labels, 4), 4) == 0  # nothing to find, nothing to lose
     perfect = 100.0 * F.one_hot(labels.clamp_max(3), 5)[..., :4].movedim(-1, 1)
     assert metasegnet.dice_loss(perfect, labels, 4) < 1e-6
+    # over the whole batch: class 0 has 6 pixels, 4 of them found and nothing else; class 1 has 2, which are 2 of 3
+    truth, shown = torch.tensor([[[0, 0, 1, 1]], [[0, 0, 0, 0]]]), torch.tensor([[[0, 1, 1, 1]], [[0, 0, 0, 2]]])
+    found = metasegnet.dice_loss(100.0 * F.one_hot(shown, 3).movedim(-1, 1), truth, 3)
+    expected = [1 - 8.05 / 10.05, 1 - 4.05 / 5.05, 0]  # and class 2 is nowhere: its false alarm costs nothing here
+    assert found.item() == pytest.approx(sum(expected) / 3)
     moved = logits.clone()
     moved[0, :, :2] += draw(4, 2, 5)  # where the label is to be ignored
     for loss in (metasegnet.dice_loss, metasegnet.soft_cross_entropy):
