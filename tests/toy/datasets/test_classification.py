@@ -47,7 +47,13 @@ def test_what_lies_in_other_splits_tiles_never_shows_in_a_cut(split, monkeypatch
 
 
 def test_a_scene_agrees_with_its_annotations():
-    for scene in scenes.scenes(300, "train", seed=3):
+    drawn = scenes.scenes(300, "train", seed=3)
+    small, large = (
+        max(s.mask.sum() for s in drawn if s.attributes["size"] == size and s.attributes["shape"] == "disc")
+        for size in scenes.SIZES
+    )
+    assert scenes.SIZES == ("small", "large") and small < np.pi * 5.6**2 < large
+    for scene in drawn:
         left, top, right, bottom = scene.box
         assert scene.image.shape == (32, 32, 3) and scene.image.dtype == np.uint8
         inside = np.zeros_like(scene.mask)
