@@ -1,6 +1,7 @@
 """BAT: what is trained, what passes between the streams, the losses, the baselines, and the authors' names."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -399,6 +400,16 @@ def test_losses_add_up_and_boxes_are_cut_to_the_crop():
     off = bat.losses(found._replace(box=torch.tensor([[0.2, 0.5, 0.2, 0.2]])), torch.tensor([[0.7, 0.4, 0.2, 0.2]]))
     assert off["giou"] > 1  # no overlap
     torch.testing.assert_close(off["l1"], torch.tensor((0.6 + 0.6) / 4))
+    torch.testing.assert_close(off["loss"], off["focal"] + 2 * off["giou"] + 5 * off["l1"])
+
+
+def test_the_focal_loss_forgives_scores_near_a_centre():
+    """The centre costs -log p (1 - p)²; a cell of target t costs -log(1 - p) p² (1 - t)⁴."""
+    score, target = torch.tensor([[[[0.8, 0.3, 0.6]]]]), torch.tensor([[[[1.0, 0.5, 0.0]]]])
+    cells = [-math.log(0.8) * 0.2**2, -math.log(0.7) * 0.3**2 * 0.5**4, -math.log(0.4) * 0.6**2]
+    assert bat.focal(score, target).item() == pytest.approx(sum(cells), rel=1e-5)
+    twice = torch.cat([score, score]), torch.cat([target, target])
+    assert bat.focal(*twice).item() == pytest.approx(sum(cells), rel=1e-5)  # over the number of centres
 
 
 def test_predictions_are_within_their_ranges():

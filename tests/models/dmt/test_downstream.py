@@ -181,6 +181,12 @@ def test_crops_stack_and_unpack():
     image, boxes, labels, bits = data[1]
     assert image.shape == (3, 64, 64) and image.max() <= 1 and labels.tolist() == [2, 0, 0]
     assert boxes[0].tolist() == squares()[1][1]["boxes"][0].tolist() and bits.shape == (3, 512)
+    image, target = squares()[1]
+    two = {"boxes": torch.tensor([[0.0, 0, 8, 8], [20, 30, 50, 40]]), "labels": torch.tensor([1, 2])}
+    two |= {"masks": torch.zeros(2, 64, 64, dtype=torch.uint8)}
+    two["masks"][0, :8, :8] = two["masks"][1, 30:40, 20:50] = 1
+    _, boxes, labels, _ = Crops([(image, target | two)], 64, most=1, jitter=None)[0]
+    assert boxes.tolist() == [[20, 30, 50, 40]] and labels.tolist() == [2]  # the smallest are left out
     seen = {}
 
     def model(images, targets):
@@ -210,7 +216,16 @@ def test_jittered_crops_have_the_size_and_keep_boxes_on_masks():
 def test_an_image_without_instances_is_trained_on_too():
     items = [(image, {k: v[:0] for k, v in target.items() if k != "image_id"}) for image, target in squares(2)]
     batch = tuple(map(torch.stack, zip(*Crops(items, 64, most=2, jitter=None), strict=True)))
-    assert torch.isfinite(down.detection_loss(small_detector().train(), batch))
+    model, images = small_detector().train(), list(batch[0])
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long), "masks": torch.zeros(0, 64, 64)}
+    torch.manual_seed(0)
+    losses = model(images, [nothing, nothing])
+    assert {name for name, loss in losses.items() if loss > 0} == {"loss_classifier", "loss_objectness"}
+    torch.manual_seed(0)
+    total = down.detection_loss(model, batch)
+    torch.testing.assert_close(total, losses["loss_classifier"] + losses["loss_objectness"])
+    total.backward()
+    assert all(p.grad.any() for p in model.roi_heads.box_predictor.cls_score.parameters())
 
 
 def test_a_detector_trains_whole_and_gives_results_that_can_be_scored():

@@ -3,6 +3,7 @@
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -144,6 +145,11 @@ def test_the_gate_prefers_the_teacher_that_the_student_agrees_with(images):
     a, b = torch.randn(2, 1, 3, 48)
     fused = distil.fuse([a + 0.5 * b, b + 0.5 * a], a)
     assert (F.cosine_similarity(fused, a + 0.5 * b, dim=-1) > F.cosine_similarity(fused, b + 0.5 * a, dim=-1)).all()
+    # cosines with the student 1, 0, 0.71; mean ones with the other two teachers 0.35, 0.35, 0.71; temperature 0.1
+    targets = torch.tensor([[3.0, 0.0], [0.0, 3.0], [3.0, 3.0]])
+    weights = torch.tensor([np.exp(10 * 0.5**1.5), 1, np.exp(5)]).float()
+    expected = (weights[:, None] / weights.sum() * targets).sum(0)
+    torch.testing.assert_close(distil.fuse(targets[:, None, None], torch.tensor([[[7.0, 0.0]]]))[0, 0], expected)
     distil.fusion = "mean"
     assert torch.allclose(distil.fuse([a, b], a), (a + b) / 2)
 

@@ -89,16 +89,35 @@ def test_hidden_layers_and_attention(images):
     assert rows.shape == (4, 4, 16) and (rows.sum(-1) < 1).all()
     q, k, _ = vit.qkv(first)
     assert torch.allclose(rows, (q @ k.mT / 8**0.5).softmax(-1)[:, :, 0, 1:])
-    assert vit.attention(images, 0).shape == (4, 4, 16)
-    assert vit.features(images).shape == (4, 64)
+    q, k, _ = vit.qkv(vit.embed(images), 0)
+    assert torch.allclose(vit.attention(images, 0), (q @ k.mT / 8**0.5).softmax(-1)[:, :, 0, 1:])
     with pytest.raises(BadParameter, match="layers"):
         vit.hidden(images, (2,))
 
 
+def test_features_are_the_cls_token_and_the_mean_patch_token_without_it(images):
+    """A perturbation of the [CLS] token alone reaches the first half, one of the patches the second."""
+    vit = student().eval()
+    for tokens in (torch.zeros(4, 17, 32), torch.randn(4, 17, 32)):
+        vit.forward = lambda *_, tokens=tokens: tokens
+        cls, mean = vit.features(images).chunk(2, 1)
+        tokens[:, 0] += 1
+        assert torch.equal(vit.features(images).chunk(2, 1)[0], cls + 1)
+        assert torch.equal(vit.features(images).chunk(2, 1)[1], mean)
+        tokens[:, 5] += 16
+        assert torch.allclose(vit.features(images).chunk(2, 1)[1], mean + 1, atol=1e-5)
+
+
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_other_sizes(positions):
-    vit = student(positions=positions)
-    assert vit(torch.rand(2, 3, 48, 64)).shape == (2, 1 + 6 * 8, 32)
+    """A patch keeps its place in the raster; larger images have the positions of the table, spread out."""
+    vit = student(positions=positions).eval()
+    wide = torch.rand(2, 3, 48, 64)
+    tokens = vit.embed(wide) - vit.embed(torch.zeros_like(wide))
+    assert tokens.shape == (2, 1 + 6 * 8, 32) and not tokens[:, 0].any()
+    patch = vit.embed(wide[:, :, 16:24, 40:48].repeat(1, 1, 4, 4)) - vit.embed(torch.zeros(2, 3, 32, 32))
+    assert torch.allclose(tokens[:, 1 + 2 * 8 + 5], patch[:, 1], atol=1e-5)
+    assert torch.isfinite(vit(wide)).all()
     for shape in [(2, 3, 30, 32), (2, 1, 32, 32), (3, 32, 32)]:
         with pytest.raises(BadParameter, match="images"):
             vit(torch.rand(shape))

@@ -131,8 +131,18 @@ def test_loss_without_boxes_asks_for_emptiness():
     logits = head.unflatten(1, (3, 6))[:, :, 4]
     torch.testing.assert_close(total, 0.5 * F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits)))
     assert [x.item() for x in rest[:4]] == [0, 0, 0, 0]
-    boxes = torch.tensor([[[0, 1.0, 1.0, 0.1, 0.1]]])  # on the border
-    assert torch.isfinite(heads.yolo_loss(head[:1], boxes, torch.ones(3, 2) * 20, 224)[0])
+
+
+def test_a_box_whose_centre_is_on_the_border_belongs_to_the_last_cell():
+    anchors, box = torch.ones(3, 2) * 20, torch.tensor([[[0, 1.0, 0.5, 0.1, 0.1]]])
+    head = torch.full((1, 18, 7, 7), -12.0)
+    head.view(3, 6, 7, 7)[0, [0, 4, 5], 3, 6] = 12.0  # the first anchor, at its cell's right edge
+    head.view(3, 6, 7, 7)[0, 1, 3, 6] = 0.0
+    head.view(3, 6, 7, 7)[0, 2:4, 3, 6] = torch.tensor(22.4 / 20).log()
+    total, x, y, *rest = heads.yolo_loss(head, box, anchors, 224)
+    assert x < 1e-6 and max(rest) < 1e-4
+    assert y.item() == pytest.approx(np.log(2) / (3 * 49), rel=1e-4)  # half a cell down, which no logit tells better
+    assert total.item() == pytest.approx(2.5 * y.item(), abs=2e-4)
 
 
 def test_dice_of_both_protocols_and_mean_auroc():

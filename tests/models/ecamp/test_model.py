@@ -103,6 +103,11 @@ def test_what_the_words_see_and_what_counts(model):
     model(batch._replace(ids=torch.where(batch.attention == 0, 7, batch.ids)), b)
     there = batch.attention.bool()
     torch.testing.assert_close(a["logits"][there], b["logits"][there])
+    # nor is the image's [CLS] token
+    cls = (torch.arange(17) == 0)[:, None]
+    with model.encoder.norm.register_forward_hook(lambda module, args, tokens: tokens + 5 * cls):
+        model(batch, b)
+    torch.testing.assert_close(a["logits"], b["logits"], rtol=0, atol=0)
     # the image comes through the fusion
     model(batch._replace(images=batch.images.flip(0)), c)
     assert torch.equal(a["embedded"], c["embedded"]) and (a["logits"] - c["logits"]).abs().max() > 1e-3
@@ -114,9 +119,10 @@ def test_attention_maps_are_shares_and_change_nothing(model):
     maps = model.attention(ecamp.shrink(batch.images), batch.ids, batch.attention)
     assert maps.shape == (2, 4, 20, 64)
     torch.testing.assert_close(maps.sum(-1), torch.ones(2, 4, 20))
-    heat = ecamp.heat(maps[0, :, 3])
-    assert heat.shape == (8, 8) and heat.min() == 0 and heat.max() == 1
-    assert ecamp.heat(maps[0, :, 3], 64).shape == (64, 64)
+    # of two heads the one that attends more counts at each patch; fourth roots, from 0 to 1
+    heads = torch.tensor([[0, 1 / 256, 16 / 256, 0], [1 / 256, 1 / 256, 0, 81 / 256]])
+    torch.testing.assert_close(ecamp.heat(heads), torch.tensor([[0, 0], [0.5, 1.0]]))
+    torch.testing.assert_close(ecamp.heat(heads, 4)[0::3, 0::3], ecamp.heat(heads))
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,8 @@ def test_positions_on_the_slide():
         torch.manual_seed(0)
         level = SlideTransformer(48, position=position).eval()
         seen = level(x, coords=coords)
-        torch.testing.assert_close(seen, level(x, coords=coords + 7))  # counted from the smallest
+        moved = level(x.expand(2, -1, -1), coords=torch.cat([coords, coords + 7]))  # counted from each slide's smallest
+        torch.testing.assert_close(moved, seen.expand(2, -1))
         assert not torch.allclose(seen, level(x, coords=coords.flip(-1)), atol=1e-4)
         order = torch.tensor([2, 0, 3, 1])
         torch.testing.assert_close(seen, level(x[:, order], coords=coords[:, order]))
@@ -143,6 +144,10 @@ def test_positions_on_the_slide():
         with pytest.raises(BadParameter, match="coords"):
             level(x)
     refuses((lambda: SlideTransformer(48, position="learned", longest=3)(x), "longest"))
+    # the 2d sines number the positions along diagonals, from the columns' axis to that of the rows
+    sines, x = (hvit.SlidePosition(kind, 8).eval() for kind in ("2d sine", "sine")), torch.zeros(1, 6, 8)
+    diagonals = torch.tensor([[[0, 0], [1, 0], [0, 1], [2, 0], [1, 1], [0, 2]]])
+    torch.testing.assert_close(*(one(x, diagonals) for one in sines))
 
 
 def test_masks_of_background():
@@ -205,6 +210,17 @@ def test_a_loss_is_least_at_its_own_grade(head):
     assert hvit.loss(head, logits, grades.flip(0)) > 1
 
 
+def test_corn_counts_the_thresholds_up_to_the_grade():
+    """Threshold k is a condition on grades of at least k; there an unsure model pays log 2."""
+    for grade, counted in ((0, 1), (2, 3), (5, 5)):
+        outputs = torch.zeros(1, 5, requires_grad=True)
+        hvit.loss("corn", outputs, torch.tensor([grade])).backward()
+        assert (outputs.grad[0] != 0).tolist() == [k < counted for k in range(5)]
+    outputs = torch.stack([torch.zeros(5), torch.full((5,), 50.0)])  # grades 0 and 5: one threshold and five
+    found = [hvit.loss("corn", outputs, torch.tensor([0, 5]), per_slide=each).item() for each in (False, True)]
+    assert found == pytest.approx([np.log(2) / 6, np.log(2) / 2])
+
+
 def test_predictions_at_their_edges():
     assert hvit.predict("regression", torch.tensor([[-2.0], [0.5], [1.5], [2.5], [9.0]])).tolist() == [0, 0, 2, 2, 5]
     assert hvit.predict("ordinal", torch.tensor([[1.0, -1, 1, 1, 1]])).tolist() == [1]  # only leading ones count
@@ -214,12 +230,16 @@ def test_predictions_at_their_edges():
 
 def test_votes():
     assert hvit.vote([3, 3, 3, 0, 1]) == 3
-    assert hvit.vote([4, 4, 1, 1, 2]) == 1  # nearer to the fifth
-    assert hvit.vote([0, 0, 3, 3, 1], isup=False) == 0
-    assert hvit.vote([0, 0, 2, 2, 1], isup=True) == 2  # 0 and 1 are 1.5 apart
-    assert {hvit.vote([0, 1, 2, 3, 4], seed=s) for s in range(50)} == {0, 1, 2, 3, 4}
-    assert {hvit.vote([1, 1, 3, 3, 2], seed=s) for s in range(50)} == {1, 3}
     assert hvit.vote([2]) == 2
+
+    def votes(*grades: int, **options: bool) -> set[int]:
+        return {hvit.vote(grades, seed=seed, **options) for seed in range(50)}
+
+    assert votes(4, 4, 1, 1, 2) == {1}  # nearer to the fifth
+    assert votes(0, 0, 3, 3, 1, isup=False) == {0}
+    assert votes(0, 0, 2, 2, 1) == {2}  # 0 and 1 are 1.5 apart
+    assert votes(0, 0, 2, 2, 1, isup=False) == {0, 2}
+    assert votes(0, 1, 2, 3, 4) == {0, 1, 2, 3, 4} and votes(1, 1, 3, 3, 2) == {1, 3}
 
 
 def test_bad_values_say_what_is_accepted():

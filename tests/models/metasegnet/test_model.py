@@ -88,9 +88,22 @@ def test_unetformer_has_the_size_of_the_authors():
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (50, 37), (32, 96), (9, 5)])
-def test_any_size(height, width):
-    model = build(text())
-    assert model(draw(2, 3, height, width), TEXTS).shape == (2, CLASSES, height, width)
+def test_logits_of_any_size_lie_where_the_image_does(height, width):
+    """A change in one corner of one image changes the logits most in that quarter, and no other image's."""
+    model, x = settled(build(text())), draw(2, 3, height, width)
+    with torch.no_grad():
+        before, whole = model(x, TEXTS), F.pad(x, (0, -width % 4, 0, -height % 4))  # with zeros below and right
+        assert all(torch.equal(a, b) for a, b in zip(model.maps(x), model.maps(whole), strict=True))
+        assert before.shape == (2, CLASSES, height, width)
+        for bottom in (0, 1):
+            for right in (0, 1):
+                changed = x.clone()
+                changed[0, :, -4 if bottom else 0 :, -4 if right else 0 :][:, :4, :4] += 5
+                difference = (model(changed, TEXTS) - before).abs().sum(1)
+                row, column = divmod(int(difference[0].argmax()), width)
+                assert difference[0].max() > 1e-3 and not difference[1].any()
+                if height > 32:  # more than one window of the coarsest map
+                    assert (row >= height / 2, column >= width / 2) == (bottom, right)
 
 
 def test_padding_of_width_is_that_of_height():
@@ -161,11 +174,20 @@ def test_fusion_is_the_formula():
     torch.testing.assert_close(fusion(x, words, mask)[0][0].flatten(1).T, y)
 
 
-def test_timm_encoders_of_other_kinds():
+def test_the_maps_of_other_timm_encoders_are_those_of_timms_feature_extractor():
     for name, norms in (("resnet10t", False), ("convnext_atto", True)):
-        encoder = timm.create_model(name, pretrained=False, num_classes=0)
+        encoder, x = timm.create_model(name, pretrained=False, num_classes=0).eval(), draw(1, 3, 64, 48)
         model = MetaSegNet(encoder, 3, text(), norms=norms, width=16, heads=2, window=2, fusion_heads=4).eval()
-        assert model(draw(1, 3, 64, 48), TEXTS[:1]).shape == (1, 3, 64, 48)
+        theirs = timm.create_model(name, pretrained=False, features_only=True).eval()
+        theirs.load_state_dict(
+            {n.replace("stages.", "stages_").replace("stem.", "stem_"): t for n, t in encoder.state_dict().items()},
+            strict=False,
+        )
+        maps = model.maps(x)
+        for found, expected in zip(maps, theirs(x)[-4:], strict=True):
+            expected = F.layer_norm(expected.movedim(1, -1), (expected.shape[1],)).movedim(-1, 1) if norms else expected
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert model(x, TEXTS[:1]).shape == (1, 3, 64, 48)
 
 
 def test_a_callers_encoder_is_not_changed_and_can_be_checkpointed():
@@ -312,6 +334,11 @@ def test_soft_cross_entropy_and_dice():
     assert metasegnet.dice_loss(logits, torch.full_like(labels, 4), 4) == 0  # nothing to find, nothing to lose
     perfect = 100.0 * F.one_hot(labels.clamp_max(3), 5)[..., :4].movedim(-1, 1)
     assert metasegnet.dice_loss(perfect, labels, 4) < 1e-6
+    # over the whole batch: class 0 has 6 pixels, 4 of them found and nothing else; class 1 has 2, which are 2 of 3
+    truth, shown = torch.tensor([[[0, 0, 1, 1]], [[0, 0, 0, 0]]]), torch.tensor([[[0, 1, 1, 1]], [[0, 0, 0, 2]]])
+    found = metasegnet.dice_loss(100.0 * F.one_hot(shown, 3).movedim(-1, 1), truth, 3)
+    expected = [1 - 8.05 / 10.05, 1 - 4.05 / 5.05, 0]  # and class 2 is nowhere: its false alarm costs nothing here
+    assert found.item() == pytest.approx(sum(expected) / 3)
     moved = logits.clone()
     moved[0, :, :2] += draw(4, 2, 5)  # where the label is to be ignored
     for loss in (metasegnet.dice_loss, metasegnet.soft_cross_entropy):

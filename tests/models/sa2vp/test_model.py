@@ -216,6 +216,34 @@ def test_sharing_work_changes_nothing():
         torch.testing.assert_close(ours, naive, rtol=0, atol=3e-6)
 
 
+def test_an_interaction_of_the_swin_is_the_formula_with_the_released_eps():
+    """On tokens of tiny variance, where an eps of 1e-6 and Swin's own 1e-5 differ."""
+    model, _ = small(swin=True, scale=1.5)
+    stage, (rows, columns) = model.backbone.layers[model.stage], model.grid
+    image, prompt = (1e-3 * torch.randn(2, rows, columns, 64) for _ in range(2))
+    for i in (0, 1):  # to the prompt, to the image
+        block, to_prompt = stage.blocks[i], i == 0
+        source, query = (image, prompt) if to_prompt else (prompt, image)
+        q, k, v = (
+            block.attn.qkv(F.layer_norm(x, (64,), block.norm1.weight, block.norm1.bias, eps).flatten(1, 2))
+            .unflatten(-1, (3, 4, 16))[:, :, n]
+            .transpose(1, 2)
+            for n, x, eps in ((0, query, 1e-6), (1, source, 1e-6), (2, source, 1e-6))
+        )
+        attended = loop_attention(*(F.pad(x, (0, 0, 1, 0)) for x in (q, k, v)), model.grid)[:, 1:]
+        fusion = 1.5 * model.adapters[i](query.flatten(1, 2) + block.attn.proj(attended)).view_as(query)
+        expected = (block(image), block(prompt) + fusion) if to_prompt else (block(image) + fusion, block(prompt))
+        for found, known in zip(model._step(i, image, prompt), expected, strict=True):
+            torch.testing.assert_close(found, known, rtol=0, atol=2e-6)
+
+
+def test_the_loss_weighs_the_prompt_pathway_by_a_fifth():
+    target, known, unknown = torch.tensor([1, 3]), 100 * F.one_hot(torch.tensor([1, 3]), 5).float(), torch.zeros(2, 5)
+    for output, expected in (((unknown, known), 0.8), ((known, unknown), 0.2), ((unknown, unknown), 1), (unknown, 1)):
+        found = loss(lambda _, output=output: output, (torch.empty(2), target))
+        assert found.item() == pytest.approx(expected * math.log(5))
+
+
 @pytest.mark.parametrize("attention", ["aligned", "padded"])
 @pytest.mark.parametrize("swin", [False, True])
 def test_attention_maps_are_recorded_by_hooks(swin, attention):

@@ -1,5 +1,6 @@
 """SIC-CADS' published recipe: settings, training data, weights of a recogniser, resume, tables of results."""
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from companion.ops.files import write_json
 from companion.ops.papers import paper
 from companion.training.checkpoints import save, trained_state
 from tests.conftest import parameters
-from tests.data.test_detection import coco, coco_categories, image, lvis_file, picture, sizes  # noqa: F401
+from tests.data.test_detection import box, coco, coco_categories, image, lvis_file, picture, sizes  # noqa: F401
 from tests.models.common import assert_goes_on, refuses
 from tests.small import shrink, small_clip
 from tests.test_detectors import owl
@@ -105,14 +106,25 @@ def test_boxes_and_captions_take_turns(coco):  # noqa: F811
     assert isinstance(recipe.training_data(given(captions=False), train), recipe.Crops)
 
 
-def test_images_of_rare_classes_are_repeated(tmp_path, sizes):  # noqa: F811
-    sizes("detection/ov-lvis", sizes={"train": 1, "test": 1}, classes=3)
+def test_images_of_rare_classes_are_repeated(tmp_path, sizes, monkeypatch):  # noqa: F811
+    """Of 8 images one shows the common class: at a threshold of a half it comes sqrt(1/2 / 1/8) = 2 times."""
+    sizes("detection/ov-lvis", sizes={"train": 8, "test": 8}, classes=3)
+    content = lvis_file()
+    (shown,) = content["images"]
+    content["images"] = [shown | {"id": i, "coco_url": f"{shown['coco_url'][:-5]}{i}.jpg"} for i in range(1, 9)]
+    content["annotations"] = [box(i, i, 3 if i == 5 else 1) for i in range(1, 9)]
     for split in ("train", "val"):
-        write_json(tmp_path / "lvis" / f"lvis_v1_{split}.json", lvis_file())
-    picture(tmp_path / "coco" / "val2017" / "000000000001.jpg")
-    train = detection.load("detection/ov-lvis", tmp_path, "train")
+        write_json(tmp_path / "lvis" / f"lvis_v1_{split}.json", content)
+    for i in range(1, 9):
+        picture(tmp_path / "coco" / "val2017" / f"{i:012d}.jpg")
+    train, whole = detection.load("detection/ov-lvis", tmp_path, "train"), recipe.recipe
+    assert len(recipe.training_data(given(dataset="detection/ov-lvis"), train)) == 8  # none is rarer than 0.001
+    monkeypatch.setattr(recipe, "recipe", lambda *names: dataclasses.replace(whole(*names), repeat=0.5))
     found = recipe.training_data(given(dataset="detection/ov-lvis"), train)
-    assert isinstance(found, recipe.Repeated) and len(found) == 1
+    assert [found.drawn(i) for i in range(len(found))] == [0, 1, 2, 3, 4, 4, 5, 6, 7]
+    crop, positives, boxes = found[5]
+    assert crop.shape == (3, 480, 480) and boxes is True
+    assert [train.class_names[i] for i in positives.nonzero().flatten()] == ["d"]
 
 
 def test_fractions_of_repeat_factors_are_drawn_at_each_pass():

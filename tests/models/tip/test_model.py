@@ -277,6 +277,19 @@ def test_loss_is_that_of_the_scheduler(kind: str) -> None:
     assert float(found) < 1e-10
 
 
+def test_a_power_below_one_draws_noisy_times_more_often() -> None:
+    scheduler, drawn = DDIMScheduler(), []
+    model = lambda seen, t, *_: drawn.append(t) or seen  # noqa: E731
+    torch.manual_seed(0)
+    for power in (1.0, 0.5):
+        tip.loss(model, (torch.zeros(4000, 1, 1, 1), None, None, None), scheduler, power)
+    even, noisy = (t / 1000 for t in drawn)
+    quarters = torch.tensor([0.25, 0.5, 0.75])
+    for times, below in ((even, quarters), (noisy, quarters**2)):  # u^0.5 < q where u < q^2
+        assert times.min() >= 0 and times.max() < 1
+        torch.testing.assert_close((times[:, None] < quarters).float().mean(0), below, rtol=0, atol=0.03)
+
+
 def test_frozen_half_in_bfloat16() -> None:
     pipe = pocket()
     pipe.unet.to(torch.bfloat16)

@@ -118,6 +118,41 @@ def test_a_perfect_feature_is_read_perfectly(root, model, monkeypatch):
     assert study.probes("ECAMP", model, train, test) == {"AUROC 50": 100, "AUROC 150": 100}
     known = iter([torch.rand(160, 4), torch.rand(60, 4)])
     assert all(35 < value < 65 for value in study.probes("ECAMP", model, train, test).values())
+    # draws share no image: the features of the second are those of other findings, and each draw counts a half
+    right, others = train.labels.float(), train.labels.roll(1, 1).float()
+    found = []
+    for first, second in ((right, right), (right, others), (others, right), (others, others)):
+        known = iter([torch.cat([first[:50], second[50:]]) + torch.rand(160, 4) / 10, test.labels.float()])
+        found.append(study.probes("ECAMP", model, train, test)["AUROC 50"])
+    assert found[0] == 100 and found[3] < 50
+    assert found[1:3] == pytest.approx([(100 + found[3]) / 2] * 2, abs=5)
+
+
+def test_features_of_tested_images_are_standardised_by_those_of_training(root, model, monkeypatch):
+    train, test, seen = *(study.part(root, SEED, split) for split in ("train", "test")), []
+
+    class Probe:
+        def __init__(self, **options):
+            pass
+
+        def fit(self, features, classes):
+            seen.append(features)
+            return self
+
+        def predict_proba(self, features):
+            seen.append(features)
+            return test.labels.numpy()
+
+    features = 3 + 2 * torch.randn(160, 4)
+    known = iter([features, features[:60] + 2])
+    monkeypatch.setattr(study, "features", lambda *_: next(known))
+    monkeypatch.setattr(study, "LogisticRegression", Probe)
+    monkeypatch.setattr(study, "PROBES", {160: 1})
+    assert study.probes("ECAMP", model, train, test) == {"AUROC 160": 100}
+    fitted, asked = map(torch.from_numpy, seen)
+    torch.testing.assert_close(fitted.mean(0), torch.zeros(4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(fitted.std(0), torch.ones(4))
+    torch.testing.assert_close(asked, fitted[:60] + 2 / features.std(0))
 
 
 def test_lesions_are_segmented_at_the_pictures_size(root, model, monkeypatch):

@@ -47,7 +47,13 @@ def test_what_lies_in_other_splits_tiles_never_shows_in_a_cut(split, monkeypatch
 
 
 def test_a_scene_agrees_with_its_annotations():
-    for scene in scenes.scenes(300, "train", seed=3):
+    drawn = scenes.scenes(300, "train", seed=3)
+    small, large = (
+        max(s.mask.sum() for s in drawn if s.attributes["size"] == size and s.attributes["shape"] == "disc")
+        for size in scenes.SIZES
+    )
+    assert scenes.SIZES == ("small", "large") and small < np.pi * 5.6**2 < large
+    for scene in drawn:
         left, top, right, bottom = scene.box
         assert scene.image.shape == (32, 32, 3) and scene.image.dtype == np.uint8
         inside = np.zeros_like(scene.mask)
@@ -57,7 +63,13 @@ def test_a_scene_agrees_with_its_annotations():
         assert scene.mask[:, left].any() and scene.mask[:, right - 1].any()
         assert scenes.CLASSES[scene.label] == f"{scene.attributes['hue']} {scene.attributes['shape']}"
         assert all(word in scene.caption for word in scene.attributes.values())
-        assert scenes.PLACES[scenes.cell(*scene.centre)] == scene.attributes["place"]
+        (x, y), third, place = scene.centre, scenes.SIZE / 3, scene.attributes["place"]
+        assert [side in place for side in ("left", "right", "top", "bottom")] == [
+            x < third,
+            x >= 2 * third,
+            y < third,
+            y >= 2 * third,
+        ]
         # the hue inside the mask is the named one; angles on the colour circle, so that red has no seam
         angles = rgb2hsv(scene.image)[..., 0][scene.mask] * 2 * np.pi
         mean = np.angle(np.exp(1j * angles).mean()) / (2 * np.pi) % 1

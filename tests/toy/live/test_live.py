@@ -2,7 +2,6 @@
 
 import functools
 
-import numpy as np
 import pytest
 import torch
 
@@ -55,6 +54,7 @@ def test_dplq(tmp_path):
 
 def test_promptpar(tmp_path, monkeypatch):
     """The same images, initialisation and steps as the row with this seed and learning rate."""
+    assert set(promptpar_live.METHODS) <= set(promptpar_study.TASKS[promptpar_live.TASK])
     found = promptpar_live.setting(parameters("promptpar", seed=3), tmp_path, RATES)
     assert found.methods == promptpar_live.METHODS and found.names == pedestrians.ATTRIBUTES
     assert {part: len(data) for part, data in found.parts.items()} == {"train": 700, "test": 600}
@@ -68,17 +68,8 @@ def test_promptpar(tmp_path, monkeypatch):
     images, truth = found.first("test", 5)
     assert images.shape == (5, 3, 64, 32) and torch.equal(truth, found.parts["test"].tensors[1][:5])
     assert model.maps(images).regions.shape == (5, 5, 8, 4)
-
-
-def test_the_live_methods_of_promptpar_are_in_its_ablations_and_learn(tmp_path, monkeypatch):
-    assert set(promptpar_live.METHODS) <= set(promptpar_study.METHODS)
-    assert promptpar_live.TASK in promptpar_study.TASKS
-    found = promptpar_live.setting(parameters("promptpar"), tmp_path, RATES)
-    monkeypatch.setattr(promptpar_study, "EPOCHS", 6)
-    losses = [row["loss"] for row in found.train("heads only")[1]]
-    assert np.mean(losses[-20:]) < 0.9 * np.mean(losses[:20])
     with pytest.raises(KeyError):
-        promptpar_live.setting(parameters("promptpar"), tmp_path, {}).train("heads only")
+        promptpar_live.setting(parameters("promptpar", seed=3), tmp_path, {}).train("heads only")
 
 
 @pytest.mark.parametrize("method", ["linear probing", "SA²VP"])
