@@ -14,7 +14,7 @@ PYTEST := COMPANION_PROGRESS=off PYTHONPATH='$(CURDIR)/tests/offline' $(BIN) -m 
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help reports study lint test unit nbval test-slow lab gpu bench notebooks lock clean
+.PHONY: help reports study lint test unit nbval test-slow mutants lab gpu bench notebooks lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -58,6 +58,9 @@ test-slow: $(INSTALLED)  ## the rest: full-size parity and other long checks, on
 	  $(PYTEST) -m slow $$file || failed=1; done; \
 	  OMP_NUM_THREADS=1 $(PYTEST) --numprocesses logical --maxprocesses 4 -m slow tests/simulated || failed=1; \
 	  exit $$failed
+
+mutants: $(INSTALLED)  ## put a list of faults into a copy of the library, and say which the tests notice (an hour)
+	$(BIN) -m tests.mutants
 
 lab: $(INSTALLED)  ## open the notebooks in JupyterLab
 	$(BIN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
