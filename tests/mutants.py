@@ -52,7 +52,7 @@ class Fault(NamedTuple):
 
 
 def faults() -> list[Fault]:
-    """All faults, in the order of the lists: each is a mapping from tests to [file, find, replace] of several faults."""
+    """All faults, in the order of the lists: mappings from tests to [file, find, replace] of several faults."""
     found = []
     for path in FAULTS:
         for tests, rows in yaml.safe_load(path.read_text(encoding="utf-8")).items():
