@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -135,6 +136,30 @@ def test_tiles_hold_the_tissue(path, image):
         assert covered[(image != 255).any(-1)].mean() > 0.97
         moved = tiles.moved(64, -64)
         assert (moved.coords - tiles.coords == [64, -64]).all() and moved.step == tiles.step
+
+
+def test_means_of_squares_and_what_was_not_scanned_are_rounded(path, monkeypatch):
+    image = np.random.default_rng(0).integers(0, 256, (10, 7, 3)).astype(np.uint8)
+    expected = [[np.floor(image[y : y + 4, x : x + 4].mean((0, 1)) + 0.5) for x in (0, 4)] for y in (0, 4, 8)]
+    np.testing.assert_array_equal(slides.reduce(image, 4), expected)
+    # half transparent over white
+    colour, alpha = np.mgrid[:256:5, :256:5].astype(np.uint8)
+    drawn = np.stack([colour, colour // 2, 255 - colour, alpha], 2)
+    with Slide(path) as slide:
+        monkeypatch.setattr(slide, "_slide", SimpleNamespace(read_region=lambda *place: drawn, close=lambda: None))
+        found = slide.read(0, 0, 0, *alpha.shape)
+    share = drawn[..., 3:] / 255
+    np.testing.assert_array_equal(found, np.floor(drawn[..., :3] * share + 255 * (1 - share) + 0.5))
+
+
+def test_tissue_of_another_piece_does_not_count():
+    """Two squares of 16 pixels, both in the first region: each has the share of its own piece."""
+    mask = np.zeros((64, 64), np.uint8)
+    mask[8:24, 8:24] = mask[8:24, 28:44] = 255
+    _, shares, pieces = slides.find_tiles(mask, 1, (64, 64), 32, dataclasses.replace(SMALL, least=0.0), 1)
+    assert sorted(pieces) == [0, 1] and shares.tolist() == [16**2 / 32**2] * 2
+    _, shares, _ = slides.find_tiles(mask, 1, (64, 64), 32, dataclasses.replace(SMALL, least=0.25), 1)
+    assert len(shares) == 2, "a share of exactly the least is enough"
 
 
 def test_order_is_that_of_file_names():
