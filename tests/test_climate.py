@@ -61,7 +61,7 @@ def test_a_place_off_the_coast_takes_the_nearest_land():
 
 
 def test_the_nearest_land_is_measured_in_kilometres(monkeypatch):
-    """A cell is half as wide at 60 degrees as at the equator: land 3 cells to the east is nearer than 2 to the south."""
+    """A cell is half as wide at 60 degrees as at the equator: 3 cells to the east are nearer than 2 to the south."""
     cells = np.zeros((180, 360), int)
     for row in (30, 90):  # of the latitudes 60 and 0
         cells[row + 2, 180], cells[row, 183] = 1, 2
