@@ -173,9 +173,13 @@ def test_spacing_decides_the_level(path):
         half = slides.tile(slide, dataclasses.replace(SMALL, mpp=2.0, region=32))
         assert (half.level, half.pixels, half.step) == (1, 32, 128)
         refused(BadParameter, r"0\.5, 2, 8", slides.tile, slide, dataclasses.replace(SMALL, mpp=1.0))
-        resampled = slides.tile(slide, dataclasses.replace(SMALL, mpp=0.9, region=64, resample=True))
-        assert (resampled.level, resampled.pixels) == (0, 115)
-        assert slide.region(*resampled.coords[0], resampled).shape == (64, 64, 3)
+        resampled = slides.tile(slide, dataclasses.replace(SMALL, mpp=0.9, region=66, resample=True))
+        assert (resampled.level, resampled.pixels) == (0, 119)  # 118.8
+        assert slide.region(*resampled.coords[0], resampled).shape == (66, 66, 3)
+        # the least area is in patches of the level that is read: the smaller piece has 1.1 of level 0, 0.07 of level 1
+        for mpp, region, pieces in ((0.5, 128, {0, 1}), (2.0, 32, {0})):
+            tiling = dataclasses.replace(SMALL, mpp=mpp, region=region, area=0.1)
+            assert set(slides.tile(slide, tiling).contours) == pieces
     with Slide(path, mpp=0.45) as slide:  # near enough: read as it is
         assert slides.tile(slide, SMALL).step == 128
 
@@ -199,8 +203,9 @@ def test_padding_and_holes(path):
     # a hole is no tissue of the mask in any case: leaving it out takes its rim away, no more
     _, without, _ = slides.find_tiles(*args, dataclasses.replace(plain, drop_holes=True), 64)
     assert (without <= shares).all() and 0 < (shares - without).max() < 0.1
-    _, none, _ = slides.find_tiles(*args, dataclasses.replace(plain, area=1000), 64)
-    assert len(none) == 0
+    # the area of a piece is that of its outline, 162 patches of 8 x 8 pixels of the mask, without its hole of 39
+    for area, count in ((120, 11), (140, 0)):
+        assert len(slides.find_tiles(*args, dataclasses.replace(plain, area=area), 64)[0]) == count
 
 
 def test_tissue_can_be_given(path):

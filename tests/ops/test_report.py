@@ -66,6 +66,7 @@ def test_data_below_the_checkout_are_found_from_the_folder_of_the_notebooks(tmp_
 
 def test_check_prints_the_verdict_and_not_the_value(capsys):
     assert check_range("accuracy", 0.123456, 0.1, 0.2)
+    assert check_range("ends", 0.1, 0.1, 0.2) and check_range("ends", 0.2, 0.1, 0.2)
     assert not check_range("accuracy", 0.9, high=0.2)
     printed = capsys.readouterr().out
     assert "accuracy: as expected (0.1 to 0.2)" in printed and "NOT as expected (at most 0.2)" in printed
@@ -118,11 +119,15 @@ def test_a_run_leaves_tables_figures_claims_and_a_record(run):
         assert claims[name]["status"] == status
     assert len(claims) == len(paper("sa2vp")["claims"])
     facts = json.loads((run.out / "run.json").read_text())
-    assert (facts["parameters"]["precision"], facts["precision"]) == ("paper", "32-true")
+    given = {"profile": "pocket", "dry_run": False, "seed": 3, "accelerator": "cpu", "devices": 1, "precision": "paper"}
+    assert facts["parameters"] == given and facts["precision"] == "32-true"
     assert facts["seeds"] == [3] and facts["versions"]["torch"] and facts["peak_memory_mb"] > 0
     assert set(facts["outputs"]) == {"tables/t.csv", "figures/f.png", "claims.json"}
     assert all(sha256(run.out / name) == value for name, value in facts["outputs"].items())
     assert not list(run.out.rglob(".*")), "a temporary file was left"
+    assert run.study() == run.root / "reports" / "pocket" / "sa2vp", "this run has no study of its own"
+    (run.out / "study.csv").touch()
+    assert run.study() == run.out
     with pytest.raises(BadParameter, match="identity"):
         run.claim("nonsense", True, "")
 
@@ -144,6 +149,8 @@ def test_a_directional_claim_needs_every_seed(run):
     assert run.claims["aligned"]["status"] == "holds" and run.claims["aligned"]["seeds"] == [0, 1, 2]
     assert run.claims["aligned"]["value"].startswith("where +4.0 ± 1.0")
     assert run.claims["aligned"]["why"] == "", "a claim that holds needs no reason"
+    run.claims_from_study(pd.concat([rows([-5, -3, -4]).assign(stage="select"), rows([5, 3, 4])]))
+    assert run.claims["aligned"]["status"] == "holds", "what was measured on validation does not count"
     for lead in ([5, -1, 4], [5, 0, 4]):  # a tie is no lead
         run.claims_from_study(rows(lead), {"aligned": "reason"})
         assert run.claims["aligned"]["status"] == "fails" and run.claims["aligned"]["why"] == "reason"
