@@ -424,6 +424,14 @@ def test_flips_turn_left_and_right():
     assert (outer(Pairs([sided], 1, (2, 32), (4, 64), augment=False).draw(0, 20).tensors[0])[0] < 120).all()
 
 
+def test_the_box_of_a_flipped_frame_is_one_pixel_to_the_left():
+    """As in the official code. The crop has the frame's pixels, so the object is one further to the right in it."""
+    still = painted(30, boxes=np.tile([72.0, 40, 16, 16], (30, 1)))
+    templates = Pairs([still], 1, (2, 32), (4, 64)).draw(0, 60).tensors[0]
+    firsts = {int(np.flatnonzero((patch[0] > 150).any(0))[0]) for patch in templates.numpy()}
+    assert firsts == {8, 9, 7}, "not flipped, the frame flipped, and the crop of it flipped back"
+
+
 def test_an_item_depends_on_the_random_state_alone():
     pairs = Pairs([painted(), painted(25)], 5, template=(2, 32), search=(4, 64))
     torch.manual_seed(3)
