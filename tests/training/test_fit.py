@@ -59,6 +59,7 @@ def test_learns_and_reports_every_step(precision):
 
 def test_same_seed_same_bits_other_seed_other_bits():
     models = [noisy_model() for _ in range(3)]
+    models[1].eval()  # a training is in training mode, however the model comes
     for model, seed in zip(models, (0, 0, 1), strict=True):
         run(model, seed=seed)
     assert same(models[0], models[1]) and not torch.equal(models[0][0].weight, models[2][0].weight)
@@ -69,8 +70,15 @@ def test_caller_randomness_is_left_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    run(model)
+    drawn = []
+
+    def loss(model, batch):
+        drawn.append(torch.rand(()).item())
+        return squared(model, batch)
+
+    run(model, loss)
     assert torch.equal(torch.rand(3), expected)
+    assert len(set(drawn)) == 40, "each step has random numbers of its own"
 
 
 def test_frozen_tensors_stay_and_are_not_stored(tmp_path):
@@ -99,6 +107,7 @@ def test_resume_refuses_other_settings_and_broken_files(tmp_path):
         ({"optimizer": adamw(0.5)}, r"lr = 0\.5 .*0\.01"),
         ({"optimizer": sgd(1e-2)}, r"optimizer = 'SGD' .*'AdamW'"),
         ({"schedule": schedule("linear")}, "schedule"),
+        ({"seed": 1}, "seed = 1 .*0"),
     ):
         with pytest.raises(BadParameter, match=said):
             run(noisy_model(), checkpoint=checkpoint, **changes)
@@ -392,9 +401,9 @@ def test_a_gradient_that_is_not_finite_ends_the_training(factor, tmp_path):
     def loss(model, batch):
         return squared(model, batch) + factor * model.weight.sum()
 
-    checkpoint = Checkpoint(tmp_path / "c.pt", every=4)
-    with pytest.raises(CompanionError, match="diverged"):
-        run(nn.Linear(5, 2), loss, callbacks=[ClipNorm(1.0)], checkpoint=checkpoint)
+    checkpoint = Checkpoint(tmp_path / "c.pt")
+    with pytest.raises(CompanionError, match="diverged"):  # at the end of one step: later ones would be nan in any case
+        run(nn.Linear(5, 2), loss, epochs=1, batch=64, callbacks=[ClipNorm(1.0)], checkpoint=checkpoint)
     assert not checkpoint.path.exists()
 
 
@@ -452,12 +461,17 @@ TWO_SCORES = (1.0, -1.0), (2.0, -3.0), (5.0, -2.0), (0.0, -4.0)  # the first cho
         *("ties restart the patience", "as high as the start", "none above the start"),
     ],
 )
-def test_early_stopping_ends_with_the_best_weights(scores, options, best):
+def test_early_stopping_ends_with_the_best_weights(scores, options, best, tmp_path):
     score, model = Score(*scores), noisy_model()
     stop, first = EarlyStop(score, **options), options.get("first_step", 8)
     steps = [first + 8 * i for i in range(len(scores))]
-    assert len(run(model, epochs=10, callbacks=[stop])) == steps[-1] and [row[0] for row in stop.scores] == steps
+    settings = dict(epochs=10, checkpoint=Checkpoint(tmp_path / "c.pt"))
+    history = run(model, callbacks=[stop], **settings)
+    assert len(history) == steps[-1] and [row[0] for row in stop.scores] == steps
     assert torch.equal(model[0].weight, score.weights[best])
+    again = noisy_model()
+    assert run(again, callbacks=[EarlyStop(score, **options)], **settings) == history, "what has stopped stays so"
+    assert torch.equal(again[0].weight, model[0].weight) and len(score.weights) == len(scores)
 
 
 class Weights(Callback):

@@ -1,0 +1,112 @@
+"""Do the tests notice faults? Puts each fault of mutants.yaml into a copy of the library and runs the tests named.
+
+    python -m tests.mutants [--paper SLUG ...] [--workers 2]
+
+A fault is a piece of text that occurs once in its file, and what stands there instead. It is noticed when one of the
+tests fails. Prints a line a fault, then how many were noticed; fails when fewer than 95 % were. The tests are those of
+`make test`, chosen by hand for each fault, and run without the slow ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+FAULTS = Path(__file__).with_name("mutants.yaml")
+AIM = 0.95
+TIMEOUT = 600  # seconds for the tests of one fault
+
+
+class Fault(NamedTuple):
+    """A fault, as mutants.yaml has it.
+
+    Attributes:
+        file: below lib/companion.
+        find, replace: text that occurs once, and what stands there instead.
+        tests: arguments of pytest, as one line.
+    """
+
+    file: str
+    find: str
+    replace: str
+    tests: str
+
+    def put_in(self, lib: Path) -> None:
+        """Change the file in a copy of the library. Raises `ValueError` when the text does not occur exactly once."""
+        path = lib / "companion" / self.file
+        text = path.read_text(encoding="utf-8")
+        if text.count(self.find) != 1 or self.find == self.replace:
+            raise ValueError(f"{self.file}: {self.find!r} occurs {text.count(self.find)} times, not once")
+        path.write_text(text.replace(self.find, self.replace), encoding="utf-8")
+
+
+def faults(path: Path = FAULTS) -> list[Fault]:
+    """All faults, in the order of the file: a mapping from tests to lists of [file, find, replace]."""
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return [Fault(*row, tests=tests) for tests, rows in given.items() for row in rows]
+
+
+def noticed(fault: Fault, lib: Path) -> bool:
+    """Whether a test fails with the fault in; the copy `lib` is put right again."""
+    path = lib / "companion" / fault.file
+    whole = path.read_bytes()
+    fault.put_in(lib)
+    paths = [str(lib), str(ROOT), str(ROOT / "tests" / "offline")]
+    quiet = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "COMPANION_PROGRESS": "off"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow"]
+    try:
+        done = subprocess.run(
+            [*command, *fault.tests.split()], cwd=ROOT, env=os.environ | quiet, capture_output=True, timeout=TIMEOUT
+        )
+    except subprocess.TimeoutExpired:
+        return True  # a fault that hangs is noticed
+    finally:
+        path.write_bytes(whole)
+    if done.returncode not in (0, 1, 2):  # passed, failed, an error while tests were collected
+        raise RuntimeError(f"{fault}: pytest ended with {done.returncode}\n{done.stdout.decode()[-2000:]}")
+    return done.returncode != 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="faults whose file contains this")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    given = parser.parse_args()
+    chosen = [fault for fault in faults() if given.only in fault.file]
+    with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
+        copies: SimpleQueue[Path] = SimpleQueue()
+        for i in range(given.workers):
+            shutil.copytree(ROOT / "lib", Path(temporary, str(i)), ignore=shutil.ignore_patterns("__pycache__"))
+            copies.put(Path(temporary, str(i)))
+
+        def check(fault: Fault) -> bool:
+            lib = copies.get()
+            try:
+                return noticed(fault, lib)
+            finally:
+                copies.put(lib)
+
+        with ThreadPoolExecutor(given.workers) as pool:
+            found = []
+            for fault, seen in zip(chosen, pool.map(check, chosen), strict=True):
+                found.append(seen)
+                print(
+                    f"{'noticed' if seen else 'NOT    '}  {fault.file}: {fault.find.strip()!r} -> {fault.replace.strip()!r}"
+                )
+    print(f"{sum(found)} of {len(found)} faults noticed")
+    return int(sum(found) < AIM * len(found))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
