@@ -15,7 +15,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -60,25 +62,31 @@ def faults() -> list[Fault]:
     return found
 
 
-def noticed(fault: Fault, lib: Path) -> bool:
-    """Whether a test fails with the fault in; the copy `lib` is put right again."""
-    path = lib / "companion" / fault.file
-    whole = path.read_bytes()
-    fault.put_in(lib)
+def fails(tests: str, lib: Path) -> bool:
+    """Whether one of the tests fails with the library in `lib`."""
     paths = [str(lib), str(ROOT), str(ROOT / "tests" / "offline")]
     quiet = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "COMPANION_PROGRESS": "off"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow"]
     try:
         done = subprocess.run(
-            [*command, *fault.tests.split()], cwd=ROOT, env=os.environ | quiet, capture_output=True, timeout=TIMEOUT
+            [*command, *tests.split()], cwd=ROOT, env=os.environ | quiet, capture_output=True, timeout=TIMEOUT
         )
     except subprocess.TimeoutExpired:
         return True  # a fault that hangs is noticed
+    if done.returncode not in (0, 1, 2):  # passed, failed, an error while tests were collected
+        raise RuntimeError(f"{tests}: pytest ended with {done.returncode}\n{done.stdout.decode()[-2000:]}")
+    return done.returncode != 0
+
+
+def noticed(fault: Fault, lib: Path) -> bool:
+    """Whether a test fails with the fault in; the copy `lib` is put right again."""
+    path = lib / "companion" / fault.file
+    whole = path.read_bytes()
+    fault.put_in(lib)
+    try:
+        return fails(fault.tests, lib)
     finally:
         path.write_bytes(whole)
-    if done.returncode not in (0, 1, 2):  # passed, failed, an error while tests were collected
-        raise RuntimeError(f"{fault}: pytest ended with {done.returncode}\n{done.stdout.decode()[-2000:]}")
-    return done.returncode != 0
 
 
 def main() -> int:
@@ -90,19 +98,28 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
         copies: SimpleQueue[Path] = SimpleQueue()
         for i in range(given.workers):
-            shutil.copytree(ROOT / "lib", Path(temporary, str(i)), ignore=shutil.ignore_patterns("__pycache__"))
-            copies.put(Path(temporary, str(i)))
+            lib = Path(temporary, str(i), "lib")
+            shutil.copytree(ROOT / "lib", lib, ignore=shutil.ignore_patterns("__pycache__"))
+            for name in ("tests", "notebooks", "reports", "pyproject.toml"):  # the library finds them next to itself
+                (lib.parent / name).symlink_to(ROOT / name)
+            copies.put(lib)
 
-        def check(fault: Fault) -> bool:
+        def in_a_copy(check: Callable[..., bool], what: Fault | str) -> bool:
             lib = copies.get()
             try:
-                return noticed(fault, lib)
+                return check(what, lib)
             finally:
                 copies.put(lib)
 
         with ThreadPoolExecutor(given.workers) as pool:
+            every = list(dict.fromkeys(fault.tests for fault in chosen))
+            broken = [
+                tests for tests, fail in zip(every, pool.map(partial(in_a_copy, fails), every), strict=True) if fail
+            ]
+            if broken:  # they would notice anything
+                raise SystemExit("these tests fail without a fault:\n" + "\n".join(broken))
             found = []
-            for fault, seen in zip(chosen, pool.map(check, chosen), strict=True):
+            for fault, seen in zip(chosen, pool.map(partial(in_a_copy, noticed), chosen), strict=True):
                 found.append(seen)
                 change = f"{fault.find.strip()!r} -> {fault.replace.strip()!r}"
                 print(f"{'noticed' if seen else 'NOT    '}  {fault.file}: {change}", flush=True)

@@ -120,6 +120,9 @@ def test_timm_models_come_without_classifier_and_with_their_input():
     cfg = backbones.timm.get_pretrained_cfg(SMALL)
     assert backbones.input_of(model) == backbones.Input(cfg.input_size[1], tuple(cfg.mean), tuple(cfg.std))
     assert backbones.input_of(backbones.build(SMALL, "random", img_size=96)).size == 96
+    assert backbones.build(SMALL, "random", num_classes=7).num_classes == 7
+    convnet = backbones.build("mobilenetv3_small_050", "random")
+    assert backbones.input_of(convnet) == backbones.Input(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     with pytest.raises(BadParameter):
         backbones.input_of(torch.nn.Linear(1, 1))
 

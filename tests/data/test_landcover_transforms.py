@@ -38,6 +38,9 @@ def test_scales():
         assert image.shape[1:] == labels.shape and set(labels.unique().tolist()) == {0, 1}  # nothing between classes
         seen.add(tuple(labels.shape))
     assert seen == {(30, 45), (40, 60), (50, 75), (60, 90)}
+    # the label of the pixel that the new pixel's centre is in, as the image's bicubic interpolation has it
+    _, labels = transforms.Scale([0.75])(*pair(torch.arange(60).expand(40, -1)))
+    assert labels[0].tolist() == [int((i + 0.5) / 0.75) for i in range(45)]
     refused(BadParameter, "scales", transforms.Scale, [])
 
 
@@ -49,6 +52,9 @@ def test_crops_with_several_classes():
     plain = transforms.SmartCrop(10, ignore=2, tries=1)
     mixed = [sum(len(c(*pair(labels))[1].unique()) > 1 for _ in range(100)) for c in (crop, plain)]
     assert mixed[0] > 2 * mixed[1] > 0
+    many = transforms.SmartCrop(40, ignore=2, tries=100)
+    largest = [many(*pair(halves(100, 100)))[1].flatten().bincount().max() / 40**2 for _ in range(20)]
+    assert min(largest) >= 0.5 and max(largest) < 0.75
     labels[:, :96] = 2  # a single class and what is ignored: none is good, the last one stays
     assert crop(*pair(labels))[1].shape == (10, 10)
     image, found = transforms.SmartCrop(64, ignore=5)(*pair(halves()))

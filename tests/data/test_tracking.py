@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.numpy import load_file
+from torchvision.transforms import Normalize
 
 from companion import data
 from companion.data import DATASETS, tracking
@@ -313,8 +314,10 @@ def test_crops_are_the_authors(frame, index):
 def test_normalise_takes_images_and_batches(frame):
     one = tracking.normalise(frame)
     assert one.shape == (6, 180, 240) and one.dtype == torch.float32
-    expected = (frame[7, 9] / 255 - np.tile(tracking.MEAN, 2)) / np.tile(tracking.STD, 2)
-    np.testing.assert_allclose(one[:, 7, 9], expected, atol=1e-6)
+    # by torchvision, with ImageNet's statistics for red, green and blue of each stream
+    pixels = torch.from_numpy(frame).permute(2, 0, 1).float() / 255
+    normal = Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    torch.testing.assert_close(one, torch.cat([normal(pixels[:3]), normal(pixels[3:])]))
     assert torch.equal(tracking.normalise(torch.from_numpy(frame).permute(2, 0, 1).expand(3, -1, -1, -1))[1], one)
 
 
@@ -419,6 +422,14 @@ def test_flips_turn_left_and_right():
     assert 0.35 < left[0].mean() < 0.65  # a half is turned
     assert 0.35 < (left[0] == left[1]).float().mean() < 0.65  # by itself, not with the other
     assert (outer(Pairs([sided], 1, (2, 32), (4, 64), augment=False).draw(0, 20).tensors[0])[0] < 120).all()
+
+
+def test_the_box_of_a_flipped_frame_is_one_pixel_to_the_left():
+    """As in the official code. The crop has the frame's pixels, so the object is one further to the right in it."""
+    still = painted(30, boxes=np.tile([72.0, 40, 16, 16], (30, 1)))
+    templates = Pairs([still], 1, (2, 32), (4, 64)).draw(0, 60).tensors[0]
+    firsts = {int(np.flatnonzero((patch[0] > 150).any(0))[0]) for patch in templates.numpy()}
+    assert firsts == {8, 9, 7}, "not flipped, the frame flipped, and the crop of it flipped back"
 
 
 def test_an_item_depends_on_the_random_state_alone():

@@ -95,11 +95,14 @@ def test_labels_of_several_classes(name, tmp_path, any_length):
     assert len(xrays_sets.CLASSES[name]) == classes
     lines = [" ".join([f"images_006/{i}.png", *(str(int(c == i)) for c in range(classes))]) + " " for i in range(2)]
     picture(folder / "images_006" / "0.png")
-    for file in ("train_list_1", "train_list_10", "train_list", "val_list", "test_list"):
+    for file in ("train_list", "val_list", "test_list"):
         (folder / f"{file}.txt").write_text("\n".join(lines) + "\n\n")
+    for share in (1, 10):  # other images than those of the whole list
+        (folder / f"train_list_{share}.txt").write_text("\n".join(lines[:1] * share))
+    assert [len(load(name, tmp_path, "train", share=share)) for share in xrays.SHARES] == [1, 10, 2]
     for split in ("train", "val", "test"):
-        images = load(name, tmp_path, split, share="10", transform=xrays.test_transform(8))
-        assert len(images) == 2 and images.labels.shape == (2, classes) and images.labels[0, 0] == 1
+        images = load(name, tmp_path, split, transform=xrays.test_transform(8))
+        assert len(images) == 2 and torch.equal(images.labels, torch.eye(2, classes))
     image, labels = images[0]
     assert image.shape == (3, 8, 8) and torch.equal(image[0], image[1]) and labels.dtype == torch.float32
     assert image.mean().item() == pytest.approx((100 / 255 - 0.4722) / 0.3028, abs=1e-5)
@@ -169,6 +172,10 @@ def test_masks_of_runs(tmp_path, any_length, monkeypatch):
     assert again.paths == images.paths
     assert load("xrays/siim", tmp_path, "train", share="10", seed=1).paths[:2] == images.paths[:2]
     assert len(load("xrays/siim", tmp_path, "train", share="10", balanced=False)) == 7
+    # only the training list is balanced: a score counts all images
+    for split in ("val", "test"):
+        (tmp_path / f"xrays/siim/{split}_list.csv").write_text((tmp_path / "xrays/siim/train_list_10.csv").read_text())
+        assert len(load("xrays/siim", tmp_path, split)) == 7
     table(tmp_path / "xrays/siim/train_list_1.csv", ("ImageId", "EncodedPixels"), [("p1", "9 9 9")])
     refused(CorruptFile, "p1: an odd number", lambda: load("xrays/siim", tmp_path, "train", share="1")[0])
 
@@ -229,10 +236,30 @@ def test_warping():
 
 
 def test_transforms():
-    grey = torch.rand(1, 300, 200)
-    assert xrays.pretrain_transform(64)(grey).shape == (3, 64, 64)
-    for transform in (xrays.train_transform(), xrays.test_transform(), xrays.squeeze_transform()):
-        assert transform(grey).shape == (3, 224, 224)
+    # a ramp from left to right, and 2 above and below it: what is cut out, and whether it is flipped, can be read off
+    ramp = torch.linspace(0, 1, 400).expand(1, 800, 400).clone()
+    ramp[:, :180] = ramp[:, 620:] = 2
+
+    def back(image, mean=0.4722, std=0.3028):
+        assert image.shape == (3, 32, 32) and torch.equal(image[0], image[2])
+        return image[0] * std + mean
+
+    centre = back(xrays.test_transform(32)(ramp))  # the middle square of 400 pixels
+    expected = ((torch.arange(32) + 0.5) * 12.5 - 0.5) / 399
+    torch.testing.assert_close(centre[:, 1:-1], expected[1:-1].expand(32, -1), atol=2e-3, rtol=0)
+    squeezed = back(xrays.squeeze_transform(32)(ramp))  # all of it
+    assert (squeezed[[0, -1]] > 1.5).all() and (squeezed[9:23] <= 1).all()
+    whole = torch.linspace(0, 1, 256).expand(1, 256, 256)
+    for transform, least, statistics in (
+        (xrays.pretrain_transform(32), 0.2, (0.4721, 0.3037)),
+        (xrays.train_transform(32), 0.08, (0.4722, 0.3028)),
+    ):
+        torch.manual_seed(0)
+        steps = [(row[-1] - row[0]).item() for row in (back(transform(whole), *statistics)[0] for _ in range(200))]
+        assert 70 < sum(step > 0 for step in steps) < 130, "a half is flipped"
+        # of the width a crop has at least the root of the smallest area, less for the narrow ones
+        widths = [abs(step) for step in steps]
+        assert 0.8 * (0.75 * least) ** 0.5 < min(widths) < 1.35 * least**0.5 and max(widths) > 0.9
     # bicubic interpolation overshoots at an edge, such as that of a letter that is burnt in: values are clamped
     edge = torch.zeros(1, 40, 40)
     edge[:, 10:20, 10:30] = 1
@@ -248,9 +275,13 @@ def test_chestmnist(tmp_path, any_length, monkeypatch):
     counts = {"train": 200, "val": 3, "test": 2}
     arrays = {f"{split}_images": np.full((count, 8, 8), 51, np.uint8) for split, count in counts.items()}
     arrays |= {f"{split}_labels": np.zeros((count, 14), np.uint8) for split, count in counts.items()}
+    arrays["train_labels"][100, 3] = arrays["train_labels"][50, 5] = 1
     np.savez(folder / "chestmnist_224.npz", **arrays)
     images = load("xrays/chestmnist", tmp_path, "train", share="1")
-    assert len(images) == 2 and images[0][0].mean() == pytest.approx(0.2) and images[0][1].shape == (14,)
+    assert len(images) == 2 and images[0][0].mean() == pytest.approx(0.2)
+    assert images.labels.nonzero().tolist() == [[1, 3]], "every hundredth image, each with its own labels"
+    assert len(load("xrays/chestmnist", tmp_path, "train", share="10")) == 20
+    assert [len(load("xrays/chestmnist", tmp_path, split, share="1")) for split in ("val", "test")] == [3, 2]
     assert data.status("xrays/chestmnist", tmp_path).state == "present"
     (folder / "chestmnist_224.npz").write_bytes(b"PK")
     refused(CorruptFile, r"chestmnist_224\.npz", load, "xrays/chestmnist", tmp_path, "test")

@@ -20,6 +20,8 @@ from tests.conftest import ROOT
         ({"type": "switch"}, "True", True),
         ({"type": "switch"}, 1, True),
         ({"type": "integer", "low": 0}, "12", 12),
+        ({"type": "integer", "low": 1, "high": 9}, 1, 1),
+        ({"type": "integer", "low": 1, "high": 9}, "9", 9),
         ({"type": "number", "low": 0}, "1e-4", 1e-4),
         ({"type": "choice", "choices": ["a", "b"]}, "a", "a"),
         ({"type": "choice", "choices": ["2023", "2025"]}, 2025, "2025"),

@@ -66,6 +66,7 @@ def test_data_below_the_checkout_are_found_from_the_folder_of_the_notebooks(tmp_
 
 def test_check_prints_the_verdict_and_not_the_value(capsys):
     assert check_range("accuracy", 0.123456, 0.1, 0.2)
+    assert check_range("ends", 0.1, 0.1, 0.2) and check_range("ends", 0.2, 0.1, 0.2)
     assert not check_range("accuracy", 0.9, high=0.2)
     printed = capsys.readouterr().out
     assert "accuracy: as expected (0.1 to 0.2)" in printed and "NOT as expected (at most 0.2)" in printed
@@ -118,11 +119,15 @@ def test_a_run_leaves_tables_figures_claims_and_a_record(run):
         assert claims[name]["status"] == status
     assert len(claims) == len(paper("sa2vp")["claims"])
     facts = json.loads((run.out / "run.json").read_text())
-    assert (facts["parameters"]["precision"], facts["precision"]) == ("paper", "32-true")
+    given = {"profile": "pocket", "dry_run": False, "seed": 3, "accelerator": "cpu", "devices": 1, "precision": "paper"}
+    assert facts["parameters"] == given and facts["precision"] == "32-true"
     assert facts["seeds"] == [3] and facts["versions"]["torch"] and facts["peak_memory_mb"] > 0
     assert set(facts["outputs"]) == {"tables/t.csv", "figures/f.png", "claims.json"}
     assert all(sha256(run.out / name) == value for name, value in facts["outputs"].items())
     assert not list(run.out.rglob(".*")), "a temporary file was left"
+    assert run.study() == run.root / "reports" / "pocket" / "sa2vp", "this run has no study of its own"
+    (run.out / "study.csv").touch()
+    assert run.study() == run.out
     with pytest.raises(BadParameter, match="identity"):
         run.claim("nonsense", True, "")
 
@@ -140,11 +145,15 @@ def rows(lead: list[float]) -> pd.DataFrame:
 
 
 def test_a_directional_claim_needs_every_seed(run):
-    run.claims_from_study(rows([5, 3, 4]), {"scale-natural": "reason"})
+    run.claims_from_study(rows([5, 3, 4]), {"aligned": "reason"})
     assert run.claims["aligned"]["status"] == "holds" and run.claims["aligned"]["seeds"] == [0, 1, 2]
     assert run.claims["aligned"]["value"].startswith("where +4.0 ± 1.0")
-    run.claims_from_study(rows([5, -1, 4]), {"aligned": "reason"})
-    assert run.claims["aligned"]["status"] == "fails" and run.claims["aligned"]["why"] == "reason"
+    assert run.claims["aligned"]["why"] == "", "a claim that holds needs no reason"
+    run.claims_from_study(pd.concat([rows([-5, -3, -4]).assign(stage="select"), rows([5, 3, 4])]))
+    assert run.claims["aligned"]["status"] == "holds", "what was measured on validation does not count"
+    for lead in ([5, -1, 4], [5, 0, 4]):  # a tie is no lead
+        run.claims_from_study(rows(lead), {"aligned": "reason"})
+        assert run.claims["aligned"]["status"] == "fails" and run.claims["aligned"]["why"] == "reason"
 
 
 def test_the_interval_of_a_mean_lead_holds_the_mean_and_shrinks_with_seeds():
@@ -209,12 +218,15 @@ STUDIES = sorted(p.parent.name for p in (record.root() / "reports" / "pocket").g
 
 @pytest.mark.parametrize("slug", STUDIES)
 def test_the_study_kept_in_the_repository_is_whole(run, slug):
-    """Every claim is judged by at least three seeds, and every learning rate was chosen on validation."""
+    """Every method was tested with all five seeds or more, and every learning rate was chosen on validation."""
     folder = run.root / "reports" / "pocket" / slug
     found = ablations.read(folder)
     facts = json.loads((folder / "study.json").read_text())
     tested, chosen = found[found.stage == "test"], ablations.selected(found)
-    assert (tested.groupby(["task", "method"]).seed.nunique() >= 3).all()
+    assert len(facts["seeds"]) >= 5
+    pairs = {(task, method) for task, methods in facts["tasks"].items() for method in methods}
+    seeds = tested.groupby(["task", "method"]).seed.apply(sorted)
+    assert set(seeds.index) == pairs and all(found == sorted(facts["seeds"]) for found in seeds)
     rates = found[found.stage == "select"].groupby(["task", "method"]).learning_rate
     assert (rates.nunique() == len(facts["learning_rates"])).all()
     assert all(chosen.get((row.task, row.method), 0) == row.learning_rate for row in tested.itertuples())

@@ -35,12 +35,12 @@ def fake(monkeypatch, tmp_path):
         monkeypatch.setattr(part, "code_hash", lambda paths: module.code)
     module.METHODS, module.TASKS = {"a": None, "b": None}, {"t": ["a", "b"]}
     module.LEARNING_RATES, module.SEEDS, module.SELECTION_SEED = [0.1, 0.2], [0, 1, 2], 9
-    module.calls, module.offset = [], 0.0
+    module.calls, module.offset, module.loss = [], 0.0, 1.0
     module.prepare = lambda root, seed: None
 
     def train(method, task, rate, seed, root, split):
         module.calls.append((split, task, method, rate, seed))
-        return {"accuracy": 10 * rate + (method == "a") + seed + module.offset, "loss": 1.0}
+        return {"accuracy": 10 * rate + (method == "a") + seed + module.offset, "loss": module.loss}
 
     module.train = train
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -133,9 +133,11 @@ def test_rows_of_other_code_are_checked_before_they_are_kept(fake, tmp_path):
     assert not ablations.stale("fake", tmp_path / "out")
     fake.code = "three"
     assert ablations.stale("fake", tmp_path / "out")
-    fake.offset = 1.0
-    with pytest.raises(BadParameter, match="move it away"):
-        study.run("fake", tmp_path / "out", tmp_path, workers=1)
+    # another metric, or the same one of another training
+    for offset, loss in ((1.0, 1.0), (0.0, 0.999)):
+        fake.offset, fake.loss = offset, loss
+        with pytest.raises(BadParameter, match="move it away"):
+            study.run("fake", tmp_path / "out", tmp_path, workers=1)
 
 
 def test_seeds_run_apart_and_merged_are_the_study(fake, tmp_path):

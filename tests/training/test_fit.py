@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
-from companion.errors import BadParameter, CorruptFile
+from companion.errors import BadParameter, CompanionError, CorruptFile
 from companion.ops.papers import paper, slugs
 from companion.training import fit as loop
 from companion.training.callbacks import EMA, Callback, ClipNorm, ClipValue, EarlyStop, Lookahead, ema_copy
@@ -59,6 +59,7 @@ def test_learns_and_reports_every_step(precision):
 
 def test_same_seed_same_bits_other_seed_other_bits():
     models = [noisy_model() for _ in range(3)]
+    models[1].eval()  # a training is in training mode, however the model comes
     for model, seed in zip(models, (0, 0, 1), strict=True):
         run(model, seed=seed)
     assert same(models[0], models[1]) and not torch.equal(models[0][0].weight, models[2][0].weight)
@@ -69,8 +70,15 @@ def test_caller_randomness_is_left_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    run(model)
+    drawn = []
+
+    def loss(model, batch):
+        drawn.append(torch.rand(()).item())
+        return squared(model, batch)
+
+    run(model, loss)
     assert torch.equal(torch.rand(3), expected)
+    assert len(set(drawn)) == 40, "each step has random numbers of its own"
 
 
 def test_frozen_tensors_stay_and_are_not_stored(tmp_path):
@@ -99,6 +107,7 @@ def test_resume_refuses_other_settings_and_broken_files(tmp_path):
         ({"optimizer": adamw(0.5)}, r"lr = 0\.5 .*0\.01"),
         ({"optimizer": sgd(1e-2)}, r"optimizer = 'SGD' .*'AdamW'"),
         ({"schedule": schedule("linear")}, "schedule"),
+        ({"seed": 1}, "seed = 1 .*0"),
     ):
         with pytest.raises(BadParameter, match=said):
             run(noisy_model(), checkpoint=checkpoint, **changes)
@@ -291,8 +300,9 @@ def test_a_long_training_begins_at_once():
     assert next(stream)[0].shape == (8, 5)
 
 
-def test_betas_reach_the_optimiser():
-    """The second step of AdamW, by hand."""
+@pytest.mark.parametrize(("given", "betas"), [({"betas": (0.5, 0.8)}, (0.5, 0.8)), ({}, (0.9, 0.999))])
+def test_betas_reach_the_optimiser(given, betas):
+    """The second step of AdamW, by hand; by default with the betas of its paper."""
     data = TensorDataset(torch.ones(1, 1))
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
@@ -300,10 +310,11 @@ def test_betas_reach_the_optimiser():
     def loss(model, batch):  # gradients of 1, then 3
         return model.weight.sum() * (1.0 if not model.weight.any() else 3.0)
 
-    optimizer = adamw(0.1, 0.0, betas=(0.5, 0.8))
+    optimizer = adamw(0.1, 0.0, **given)
     run(model, loss, data, epochs=2, batch=1, optimizer=optimizer, schedule=schedule("constant", 0))
-    mean = (0.5 * 0.5 * 1 + 0.5 * 3) / (1 - 0.5**2)
-    square = (0.8 * 0.2 * 1 + 0.2 * 9) / (1 - 0.8**2)
+    first, second = betas
+    mean = (first * (1 - first) * 1 + (1 - first) * 3) / (1 - first**2)
+    square = (second * (1 - second) * 1 + (1 - second) * 9) / (1 - second**2)
     assert model.weight.item() == pytest.approx(-0.1 - 0.1 * mean / square**0.5, rel=1e-5)
 
 
@@ -351,29 +362,49 @@ def test_sgd_is_momentum_with_the_decay_in_the_gradient():
 
 @pytest.mark.parametrize(("words", "expected"), [((), [(1, 0.1), (1, 0.0)]), (("all",), [(2, 0.1)])])
 def test_decay_spares_vectors_unless_all_is_asked(words, expected):
-    groups = param_groups(nn.Linear(3, 2).parameters(), 0.1, *words)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2).requires_grad_(False))  # frozen tensors are in no group
+    groups = param_groups(model.parameters(), 0.1, *words)
     assert [(len(group["params"]), group["weight_decay"]) for group in groups] == expected
 
 
 def test_parameter_groups_have_schedules_of_their_own_and_are_clipped_apart(tmp_path):
-    def groups(model):
-        first, last = model[0].parameters(), model[4].parameters()
-        return [*param_groups(first, decay="all", name="rests"), *param_groups(last, decay="all", name="learns")]
+    def groups(model):  # the weight and the bias of a layer are two groups of one name
+        return [*param_groups(model[0].parameters(), name="rests"), *param_groups(model[4].parameters(), name="learns")]
 
-    models, optimizer = [noisy_model() for _ in range(2)], sgd(1.0, momentum=0.0, groups=groups)
+    class Norms(Callback):
+        """The norm of the gradient of each layer, weight and bias together, after the clipping."""
+
+        def on_gradients(self, loop):
+            gradients = [[p.grad.flatten() for p in loop.model[i].parameters()] for i in (0, 4)]
+            norms.append([torch.cat(layer).norm().item() for layer in gradients])
+
+    norms, models = [], [noisy_model() for _ in range(2)]
     rates = {"rests": given(np.zeros(8)), "learns": given(np.ones(8))}
-    settings = dict(epochs=1, optimizer=optimizer, schedule=rates, checkpoint=Checkpoint(tmp_path / "c.pt"))
-    for model in models:  # the first layer rests, and the last one makes steps of known size
-        run(model, callbacks=[ClipNorm(1e-3)], **settings)
+    optimizer, checkpoint = sgd(1.0, momentum=0.0, groups=groups), Checkpoint(tmp_path / "c.pt")
+    for model in models:
+        callbacks = [ClipNorm(1e-3), Norms()]
+        run(model, epochs=1, optimizer=optimizer, schedule=rates, checkpoint=checkpoint, callbacks=callbacks)
+    assert len(norms) == 8 and same(*models), "resumed when done"
+    np.testing.assert_allclose(norms, 1e-3, rtol=1e-3)
     before, after = noisy_model(), models[0]
     assert torch.equal(before[0].weight, after[0].weight)
-    moved = [(a - b).norm() for a, b in zip(after[4].parameters(), before[4].parameters(), strict=True)]
-    assert 0 < torch.stack(moved).norm() <= 8e-3 + 1e-6
-    assert same(*models), "resumed when done"
-    one, two = noisy_model(), noisy_model()
-    run(one, callbacks=[ClipNorm(0.5)])
-    run(two, schedule=given(learning_rates("cosine", 1e-2, 40, 4, 1e-7)), callbacks=[ClipNorm(0.5)])
-    assert same(one, two)
+    assert not torch.equal(before[4].weight, after[4].weight) and not torch.equal(before[4].bias, after[4].bias)
+
+
+def test_the_default_schedule_is_a_cosine_after_a_warm_up_of_a_tenth():
+    history = run(nn.Linear(5, 2))
+    assert [row["lr"] for row in history] == learning_rates("cosine", 1e-2, 40, 4, 1e-7).tolist()
+
+
+@pytest.mark.parametrize("factor", [torch.inf, torch.nan])
+def test_a_gradient_that_is_not_finite_ends_the_training(factor, tmp_path):
+    def loss(model, batch):
+        return squared(model, batch) + factor * model.weight.sum()
+
+    checkpoint = Checkpoint(tmp_path / "c.pt")
+    with pytest.raises(CompanionError, match="diverged"):  # at the end of one step: later ones would be nan in any case
+        run(nn.Linear(5, 2), loss, epochs=1, batch=64, callbacks=[ClipNorm(1.0)], checkpoint=checkpoint)
+    assert not checkpoint.path.exists()
 
 
 @pytest.mark.parametrize(
@@ -430,12 +461,17 @@ TWO_SCORES = (1.0, -1.0), (2.0, -3.0), (5.0, -2.0), (0.0, -4.0)  # the first cho
         *("ties restart the patience", "as high as the start", "none above the start"),
     ],
 )
-def test_early_stopping_ends_with_the_best_weights(scores, options, best):
+def test_early_stopping_ends_with_the_best_weights(scores, options, best, tmp_path):
     score, model = Score(*scores), noisy_model()
     stop, first = EarlyStop(score, **options), options.get("first_step", 8)
     steps = [first + 8 * i for i in range(len(scores))]
-    assert len(run(model, epochs=10, callbacks=[stop])) == steps[-1] and [row[0] for row in stop.scores] == steps
+    settings = dict(epochs=10, checkpoint=Checkpoint(tmp_path / "c.pt"))
+    history = run(model, callbacks=[stop], **settings)
+    assert len(history) == steps[-1] and [row[0] for row in stop.scores] == steps
     assert torch.equal(model[0].weight, score.weights[best])
+    again = noisy_model()
+    assert run(again, callbacks=[EarlyStop(score, **options)], **settings) == history, "what has stopped stays so"
+    assert torch.equal(again[0].weight, model[0].weight) and len(score.weights) == len(scores)
 
 
 class Weights(Callback):
@@ -546,13 +582,18 @@ def test_a_login_node_with_srun_is_no_warning(tmp_path, monkeypatch, recwarn):
     assert not [str(warning.message) for warning in recwarn if "srun" in str(warning.message)]
 
 
-def test_predict_takes_the_first_output_in_order():
+def test_predict_takes_the_first_output_in_order_without_dropout():
     class Two(nn.Module):
-        def forward(self, x):
-            return x * 2, x * 3
+        def __init__(self):
+            super().__init__()
+            self.noise = nn.Dropout(0.5)
 
-    data = pairs()
-    assert torch.equal(predict(Two(), data, batch=7, hardware=CPU), data.tensors[0] * 2)
+        def forward(self, x):
+            return self.noise(x * 2), x * 3
+
+    data, model = pairs(), Two().train()
+    assert torch.equal(predict(model, data, batch=7, hardware=CPU), data.tensors[0] * 2)
+    assert not model.training
 
 
 def test_the_scale_of_half_precision_is_kept(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import skimage.data
 import skimage.transform
 import torch
 from matplotlib.text import Text
+from PIL import Image
 
 from companion.errors import BadParameter
 from companion.viz import plots
@@ -136,6 +137,8 @@ def test_denormalise_and_overlay_show_the_numbers():
     heat = torch.arange(6.0).view(2, 3)
     drawn = plots.overlay(ax, image, heat, mode="nearest")
     np.testing.assert_array_equal(drawn.get_array(), heat.numpy())
+    luma = np.asarray(Image.fromarray((shown * 255).round().astype(np.uint8)).convert("L")) / 255
+    np.testing.assert_allclose(ax.images[0].get_array(), luma, atol=2 / 255)
     assert drawn.get_extent() == [-0.5, 29.5, 19.5, -0.5] and drawn.get_clim() == (0, 5)
     assert plots.overlay(ax, image, heat, limits=(0, 10)).get_clim() == (0, 10)
     with pytest.raises(BadParameter, match="bicubic"):

@@ -176,6 +176,17 @@ def test_precision_threshold_for_small_videos():
     assert small.totals["PR"] == pytest.approx(200 / 3) and small.pixels == 5
     assert small.totals["PR"] == pytest.approx(100 * small.precision.rates[5])
     assert score("gtot", video).pixels == 5
+    # a centre at the threshold is a hit, on GTOT it is a miss
+    for by, rules in ((20, "lasher"), (20, "visevent"), (20, "rgbt234"), (5, "gtot")):
+        off = [10 + by, *BOX[1:]]
+        for key in {"PR", "MPR"} & (totals := score(rules, ([BOX, off], [BOX] * 2, [BOX] * 2)).totals).keys():
+            assert totals[key] == (50 if rules == "gtot" else 100)
+
+
+def test_frames_are_pooled_on_gtot_only():
+    long, short = ([BOX] * 3, [BOX] * 3, [BOX] * 3), ([FAR], [BOX], [BOX])
+    assert score("gtot", long, short).totals["MPR"] == 75
+    assert score("rgbt234", long, short).totals["MPR"] == 50
 
 
 def test_attributes():

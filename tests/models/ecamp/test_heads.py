@@ -156,6 +156,7 @@ def test_dice_of_both_protocols_and_mean_auroc():
     probability = torch.zeros(4, 4, 4)
     probability[0, 1:3] = 0.9
     probability[1, 0, 0] = 0.9  # a false alarm
+    probability[2, 0, 0] = 0.5  # not above the threshold
     assert radiology.dice(probability, truth).tolist() == [0.5, 0, 1, 1]
     plain = radiology.dice(probability, truth, "plain")
     assert plain[0] == 0.5 and plain[1:].isnan().all()

@@ -460,13 +460,20 @@ def test_6000_pixels_a_side_are_segmented_in_less_than_2_gb():
 
 
 def test_metrics_leave_out_and_nan():
-    truth, predicted = torch.tensor([0, 0, 1, 9]), torch.tensor([0, 1, 1, 0])
+    truth, predicted = torch.tensor([0, 0, 1, 9, 3, -1]), torch.tensor([0, 1, 1, 0, 0, 1])
     matrix = landcover.confusion(truth, predicted, 3)
     assert matrix.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
     found = landcover.scores(matrix)
     assert found.iou[:2].tolist() == [50, 50] and math.isnan(found.iou[2]) and found.miou == 50
     assert math.isclose(found.mf1, 200 / 3) and math.isclose(found.oa, 200 / 3)
-    assert landcover.scores(matrix, [1, 2]).miou == 50
+    # a class that is left out of the means counts in the overall accuracy
+    without = landcover.scores(matrix, [1, 2])
+    assert without.miou == 50 and math.isclose(without.oa, 200 / 3)
+    # GeoSeg's F1 has no value for a class that is missed or only predicted
+    missed = torch.tensor([[2, 1, 0], [0, 0, 0], [1, 0, 0]])
+    assert landcover.scores(missed).f1.tolist() == pytest.approx([200 / 3, 0, 0])
+    found = landcover.scores(missed, undefined=True)
+    assert found.f1.isnan().tolist() == [False, True, True] and found.mf1 == pytest.approx(200 / 3)
     with pytest.raises(BadParameter, match="left_out"):
         landcover.scores(matrix, [0, 1, 2])
 
