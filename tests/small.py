@@ -128,7 +128,7 @@ def _sic_cads(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
 
     whole = recipe.recipe
     # at 64 pixels P6 is one pixel, for which the CPU's bfloat16 convolution computes gradients of unset memory
-    patch.setattr(recipe, "recipe", lambda *names: dataclasses.replace(whole(*names), size=128))
+    patch.setattr(recipe, "recipe", lambda *names, **options: dataclasses.replace(whole(*names, **options), size=128))
     patch.setattr(recipe.backbones, "build", build)
     patch.setattr(recipe.detectors, "build", lambda name, names, weights: owl("owlvit", list(names)))
     patch.setattr(recipe, "SHORTER", 64)
