@@ -371,7 +371,7 @@ def test_recorded_recognisers_of_other_sizes_are_run_as_their_case_tells(tmp_pat
     """No class count, image size, label or vocabulary is typed into the runner."""
     whole, copied = folder() / "sic_cads" / "mlr_lvis_r50", tmp_path / "mlr_coco_r50"
     names, facts = (read_json(whole / f"{name}.json") for name in ("names", "case"))
-    facts |= {"case": "mlr_coco_r50", "novel_class_indices": [0, 3], "seed": 4}
+    facts |= {"case": "mlr_coco_r50", "novel_class_indices": [0, 3], "weights_seed": 4, "inputs_seed": 4}
     facts["config"] |= {"num_classes": 6, "file": "configs/ovmlr_coco_base_caption.yaml", "inference_resolution": 64}
     facts["inputs"]["image"]["shape"] = [3, 96, 144]
     facts["train_losses_input"] = "image uint8 [3,64,96] as above, boxes labels = base class indices [1,5]"
