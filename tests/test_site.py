@@ -196,10 +196,10 @@ def test_data_page_names_every_set_and_speed_page_every_benchmark(site: Site, ro
 
 
 def test_findings_page_has_every_finding(site: Site) -> None:
-    page = (site.folder / "findings.html").read_text(encoding="utf-8")
+    page = html.unescape((site.folder / "findings.html").read_text(encoding="utf-8"))
     for slug in slugs():
         for row in findings(slug):
-            assert html.escape(" ".join(row["topic"].split()), quote=False) in page, (slug, row["topic"])
+            assert " ".join(row["topic"].split()) in page, (slug, row["topic"])
 
 
 def test_speed_page_shows_the_records_of_make_gpu_and_says_what_is_by_older_code(root: Path, tmp_path: Path) -> None:
