@@ -268,6 +268,7 @@ KINDS = {
 PATIENCE = {"segment": 40}  # epochs without a new best; 20 for the others, and on RIGA for other encoders than ECAMP's
 FIRST = {"1": 60, "10": 100, "100": 50}  # step after which detection is validated
 EXPANSION = {"1": 8, "10": 8, "100": 4}  # of the detector's bottlenecks
+BOUND = 50  # times the published steps, of a downstream training; the authors' code has none
 CLIP, MOMENTUM, DECAY = 1.0, 0.9, 0.05  # the norm of a gradient; SGD's; AdamW's weight decay
 
 
@@ -500,7 +501,8 @@ def train(
     """
     batch = int(numbers["batch"])
     per_epoch = -(-len(data) // batch)
-    longest = math.lcm(per_epoch, int(numbers["steps"]))
+    # the patience ends a training long before; without a bound the schedule may have 10^8 entries
+    longest = min(math.lcm(per_epoch, int(numbers["steps"])), BOUND * int(numbers["steps"]))
     return fit(
         model,
         functools.partial(downstream_loss, p.task),
