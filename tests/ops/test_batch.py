@@ -73,10 +73,10 @@ def test_the_parameters_of_a_notebook_are_read_from_its_cell(root: Path) -> None
     assert found[:4] == ["profile", "dry_run", "study", "seed"] and "precision" in found
 
 
-def test_the_seeds_of_a_study_are_read_from_its_text(root: Path, tmp_path: Path) -> None:
-    from companion.toy.ablations import sa2vp
+def test_the_seeds_of_the_studies_are_read_from_its_text(root: Path, tmp_path: Path) -> None:
+    from companion.toy import ablations
 
-    assert batch.seeds(root / "lib" / "companion" / "toy" / "ablations" / "sa2vp.py") == sa2vp.SEEDS
+    assert batch.seeds(ablations.__file__) == ablations.SEEDS
     (tmp_path / "none.py").write_text("LEARNING_RATES = [1]\n")
     with pytest.raises(BadParameter, match="literal list SEEDS"):
         batch.seeds(tmp_path / "none.py")

@@ -13,12 +13,14 @@ import pandas as pd
 import psutil
 import pytest
 
-from companion.errors import BadParameter, CorruptFile
+from companion.errors import BadParameter, CompanionError, CorruptFile
 from companion.evaluation import ablations
 from companion.ops import record
 from companion.ops.files import read_json
 from companion.ops.papers import paper
 from companion.toy import ablation as study
+from companion.toy.ablations import SEEDS, SELECTION_SEEDS, reader, selecting
+from companion.training import fit as loop
 from tests.conftest import kill_when
 
 STUDIES = sorted(path.stem for path in Path(study.__file__).parent.glob("ablations/[!_]*.py"))
@@ -34,13 +36,14 @@ def fake(monkeypatch, tmp_path):
         monkeypatch.setattr(part, "sources", lambda path: [])
         monkeypatch.setattr(part, "code_hash", lambda paths: module.code)
     module.METHODS, module.TASKS = {"a": None, "b": None}, {"t": ["a", "b"]}
-    module.LEARNING_RATES, module.SEEDS, module.SELECTION_SEED = [0.1, 0.2], [0, 1, 2], 9
-    module.calls, module.offset, module.loss = [], 0.0, 1.0
+    module.LEARNING_RATES, module.SEEDS, module.SELECTION_SEEDS = [0.1, 0.2, 0.4], [0, 1, 2], [8, 9]
+    module.calls, module.offset, module.best, module.loss = [], 0.0, 0.2, 1.0
     module.prepare = lambda root, seed: None
 
     def train(method, task, rate, seed, root, split):
         module.calls.append((split, task, method, rate, seed))
-        return {"accuracy": 10 * rate + (method == "a") + seed + module.offset, "loss": module.loss}
+        score = 10 * (1 - abs(rate - module.best)) + (method == "a") + seed + module.offset
+        return {"accuracy": score, "loss": module.loss}
 
     module.train = train
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -50,7 +53,7 @@ def fake(monkeypatch, tmp_path):
 
 def test_every_rate_is_tried_once_and_the_best_tested_with_every_seed(fake, tmp_path):
     rows = study.run("fake", tmp_path / "out", tmp_path, workers=1)
-    assert len(fake.calls) == 2 * 2 + 2 * 3 == len(rows)
+    assert len(fake.calls) == 2 * 3 * 2 + 2 * 3 == len(rows)
     assert ablations.selected(rows) == {("t", "a"): 0.2, ("t", "b"): 0.2}
     assert {c[3] for c in fake.calls if c[0] == "test"} == {0.2}
     table = ablations.summary(rows).set_index("method")
@@ -66,12 +69,12 @@ def test_a_study_may_judge_by_another_measure_and_hold_what_is_not_trained(fake,
         row = train(*job)
         return {"SR": -row.pop("accuracy"), "PR": 1.0} | row
 
-    fake.train = measured
+    fake.train, fake.best = measured, 0.35
     rows = study.run("fake", tmp_path / "out", tmp_path, workers=1)
-    assert len(fake.calls) == 2 + 2 * 3
-    assert ablations.selected(rows) == {("t", "a"): 0.1}  # the smaller rate: SR falls with it here
+    assert len(fake.calls) == 2 * 4 + 2 * 3
+    assert ablations.selected(rows) == {("t", "a"): 0.05}  # SR is best where the accuracy is worst
     table = ablations.summary(ablations.read(tmp_path / "out")).set_index("method")
-    assert table.loc["a", "mean"] == pytest.approx(-3) and pd.isna(table.loc["b", "learning_rate"])
+    assert table.loc["a", "mean"] == pytest.approx(-9) and pd.isna(table.loc["b", "learning_rate"])
     assert ablations.summary(rows, "PR")["mean"].tolist() == [1, 1]
 
 
@@ -82,11 +85,11 @@ def test_a_stopped_study_goes_on(fake, tmp_path):
     (tmp_path / "out" / "study.csv").write_text("".join(lines[:4]))
     fake.calls.clear()
     study.run("fake", tmp_path / "out", tmp_path, workers=1)
-    assert len(fake.calls) == 10 - 3
+    assert len(fake.calls) == 18 - 3
     again = pd.read_csv(tmp_path / "out" / "study.csv")
     read = ablations.read(tmp_path / "out")
     pd.testing.assert_frame_equal(again.drop(columns="seconds"), read.drop(columns="seconds"))
-    assert len(again) == 10
+    assert len(again) == 18
     (tmp_path / "out" / "study.csv").write_text("a,b\n1,2\n")
     with pytest.raises(CorruptFile, match=r"study\.csv"):
         ablations.read(tmp_path / "out")
@@ -96,6 +99,8 @@ KILLED = """
 import multiprocessing, os, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from companion.toy import ablation as study
+from companion.toy.ablations import SEEDS, SELECTION_SEEDS, reader, selecting
+from companion.training import fit as loop
 
 if __name__ == "__main__":
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), study._quiet) as pool:
@@ -115,13 +120,69 @@ def test_the_workers_of_a_killed_study_end(tmp_path):
         time.sleep(0.1)
 
 
-def test_a_larger_grid_that_chooses_another_rate_drops_what_was_tested_at_the_first(fake, tmp_path):
-    study.run("fake", tmp_path / "out", tmp_path, workers=1)
-    fake.LEARNING_RATES = [0.1, 0.2, 0.3]
-    rows = study.run("fake", tmp_path / "out", tmp_path, workers=1)
-    tested = rows[rows.stage == "test"]
-    assert len(tested) == 2 * 3 and set(tested.learning_rate) == {0.3}
-    assert ablations.summary(rows)["count"].tolist() == [3, 3]
+@pytest.mark.parametrize(
+    ("best", "widened", "chosen"),
+    [(0.2, [], 0.2), (0.0, [0.05], 0.05), (0.9, [0.8], 0.8), (1.6, [0.8], 0.8)],  # once: 1.6 is not reached
+)
+def test_a_choice_at_an_end_widens_the_grid_once_for_all_methods(fake, tmp_path, best, widened, chosen):
+    fake.best = best
+    for _ in range(2):  # the second time nothing is left to do
+        rows = study.run("fake", tmp_path / "out", tmp_path, workers=1)
+        selected = rows[rows.stage == "select"]
+        assert set(selected.learning_rate) == {0.1, 0.2, 0.4, *widened}
+        assert all(sorted(own) == [8, 9] for _, own in selected.groupby(["method", "learning_rate"]).seed)
+        assert set(ablations.selected(rows).values()) == set(rows[rows.stage == "test"].learning_rate) == {chosen}
+        assert read_json(tmp_path / "out" / "study.json")["widened"] == widened
+    assert len(fake.calls) == len(rows)
+
+
+def test_a_rate_is_selected_by_its_mean_over_seeds():
+    rows = rows_of({("t", "a", 0.1): 50, ("t", "a", 0.3): 49})
+    rows += [row | {"seed": 1, "accuracy": 99 - row["accuracy"] + 0.5 * row["learning_rate"]} for row in rows]
+    assert ablations.selected(pd.DataFrame(rows)) == {("t", "a"): 0.3}
+
+
+def test_the_test_split_cannot_be_read_while_learning_rates_are_selected(fake, tmp_path):
+    @reader(4)
+    def images(root, seed, split):
+        return split
+
+    train = fake.train
+    fake.train = lambda *job: {"read": images("", 0, fake.asked)} | train(*job)
+    fake.asked = "val"
+    study.run("fake", tmp_path / "right", tmp_path, workers=1, seeds=[])
+    assert images("", 0, split="test") == "test"  # also where it is cached
+    fake.asked = "test"
+    with pytest.raises(CompanionError, match="without the test split"):
+        study.run("fake", tmp_path / "wrong", tmp_path, workers=1)
+
+
+@pytest.mark.parametrize("slug", STUDIES)
+def test_no_study_reads_the_test_split_to_select(slug, tmp_path, monkeypatch):
+    """A method of each study is trained for two steps, and scored as in the selection."""
+    module = importlib.import_module(f"companion.toy.ablations.{slug}")
+    task, methods = next(iter(module.TASKS.items()))
+    method = next(m for m in methods if m not in getattr(module, "UNTRAINED", ()))
+    few_steps(monkeypatch)
+    module.prepare(tmp_path, 100)
+    metric = getattr(module, "METRIC", "accuracy")
+    with selecting():
+        assert module.train(method, task, module.LEARNING_RATES[1], 100, str(tmp_path), "select")[metric] >= 0
+        with pytest.raises(CompanionError, match="without the test split"):
+            module.train(method, task, module.LEARNING_RATES[1], 100, str(tmp_path), "test")
+
+
+def few_steps(monkeypatch):
+    """Every training of `fit` ends after two steps."""
+
+    def fit(model, loss, data, *, epochs, batch, **settings):
+        return loop.fit(
+            model, loss, data, epochs=2 / (len(data) // batch), batch=batch, **settings | {"schedule": None}
+        )
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("companion.") and getattr(module, "fit", None) is loop.fit and module is not loop:
+            monkeypatch.setattr(module, "fit", fit)
 
 
 def test_rows_of_other_code_are_checked_before_they_are_kept(fake, tmp_path):
@@ -131,6 +192,12 @@ def test_rows_of_other_code_are_checked_before_they_are_kept(fake, tmp_path):
     study.run("fake", tmp_path / "out", tmp_path, workers=1)
     assert len(fake.calls) == study.RECHECKED
     assert not ablations.stale("fake", tmp_path / "out")
+    facts = read_json(tmp_path / "out" / "study.json")
+    assert facts["code"] == "one"  # what made the rows
+    assert facts["rechecked"]["code"] == "two" and (facts["rechecked"]["rows"], facts["rechecked"]["of"]) == (3, 18)
+    fake.calls.clear()
+    study.run("fake", tmp_path / "out", tmp_path, workers=1)
+    assert not fake.calls and read_json(tmp_path / "out" / "study.json") == facts
     fake.code = "three"
     assert ablations.stale("fake", tmp_path / "out")
     # another metric, or the same one of another training
@@ -185,7 +252,7 @@ def test_claims_name_methods_and_tasks_of_the_study(slug):
         if claim["kind"] == "directional":
             for task in claim["tasks"]:
                 assert {claim["better"], claim.get("worse", claim["better"])} <= set(module.TASKS[task]), claim["id"]
-    assert module.SELECTION_SEED not in module.SEEDS
+    assert not set(SEEDS) & set(getattr(module, "SELECTION_SEEDS", SELECTION_SEEDS))
 
 
 @pytest.mark.parametrize("slug", STUDIES)
@@ -196,7 +263,7 @@ def test_the_committed_record_says_of_every_claim_what_came_out(slug):
     for claim in ledger:
         if claim["kind"] == "directional":
             assert claim["status"] in ("holds", "fails"), claim["id"]
-            assert claim["seeds"] == importlib.import_module(f"companion.toy.ablations.{slug}").SEEDS
+            assert claim["seeds"] == SEEDS
             assert bool(claim["why"]) == (claim["status"] == "fails"), claim["id"]
         else:
             assert claim["status"] == ("holds" if claim["kind"] == "exact" else "not run"), claim["id"]

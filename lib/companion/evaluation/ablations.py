@@ -36,12 +36,17 @@ def read(folder: str | Path) -> pd.DataFrame:
     return frame(rows, metric)
 
 
-def selected(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
-    """The learning rate of each trained (task, method): the best on validation, of equal ones the smaller."""
+def means(rows: pd.DataFrame) -> pd.Series:
+    """The mean score on validation over the selection seeds, by task, method and learning rate."""
     metric = rows.attrs.get("metric", "accuracy")
-    chosen = rows[rows.stage == "select"].sort_values([metric, "learning_rate"], ascending=[False, True])
-    first = chosen.groupby(["task", "method"], sort=False).first()
-    return first["learning_rate"].to_dict()
+    chosen = rows[rows.stage == "select"]
+    return chosen.groupby(["task", "method", "learning_rate"], sort=False)[metric].mean()
+
+
+def selected(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
+    """The learning rate of each trained (task, method): the best of `means`, of equal ones the smaller."""
+    found = means(rows).reset_index(name="score").sort_values(["score", "learning_rate"], ascending=[False, True])
+    return found.groupby(["task", "method"], sort=False).learning_rate.first().to_dict()
 
 
 def at_ends(rows: pd.DataFrame) -> list[tuple[str, str]]:
@@ -65,17 +70,24 @@ def summary(rows: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
 
 
 def stale(paper: str, folder: str | Path) -> bool:
-    """Whether the study was run by other code than today's."""
-    module = PACKAGE / "toy" / "ablations" / f"{paper}.py"
-    return read_json(Path(folder) / "study.json").get("code") != code_hash(sources(module))
+    """Whether today's code neither made the rows of the study nor gave some of them again."""
+    facts = read_json(Path(folder) / "study.json")
+    today = code_hash(sources(PACKAGE / "toy" / "ablations" / f"{paper}.py"))
+    return today not in (facts.get("code"), facts.get("rechecked", {}).get("code"))
 
 
 def notice(slug: str, folder: Path) -> str:
-    """One sentence each on a study's seeds and grid, the methods at an end of the grid, and changed code."""
+    """How a study was run: its seeds and grid, the methods that do best at an end of it, and which code made it."""
     facts, rows = read_json(folder / "study.json"), read(folder)
-    minutes = round(facts.get("seconds_of_cpu", 0) / 60)
-    text = f"Study: seeds {facts['seeds']}, learning rates {facts['learning_rates']}, {minutes} minutes of one core."
+    minutes, wider = round(facts.get("seconds_of_cpu", 0) / 60), facts["widened"]
+    text = (
+        f"Study: learning rates {facts['learning_rates']}, selected on seeds {facts['selection_seeds']} (validation), "
+        f"{f'widened once by {wider}' if wider else 'not widened'}; tested on seeds {facts['seeds']}; "
+        f"{minutes} minutes of one core."
+    )
     several = len(facts["tasks"]) > 1
     ends = [f"{method} ({task})" if several else method for task, method in at_ends(rows)]
-    text += f" At an end of the grid: {', '.join(ends) or 'none'}."
+    text += f" Best at an end of the grid: {', '.join(ends) or 'none'}."
+    if again := facts.get("rechecked"):
+        text += f" Rerun with later code on {again['date']}: {again['rows']} of {again['of']} rows, the same."
     return text + (" It is OLDER than today's code: run the notebook with study = True." if stale(slug, folder) else "")

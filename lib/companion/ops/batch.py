@@ -110,12 +110,12 @@ def parameters(notebook: str | Path) -> list[str]:
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
-def seeds(study: str | Path) -> list[int]:
-    """The SEEDS of a module of `companion.toy.ablations`, read without importing it."""
-    for node in ast.parse(Path(study).read_text(encoding="utf-8")).body:
+def seeds(studies: str | Path) -> list[int]:
+    """The test seeds of all studies, SEEDS of `companion.toy.ablations`, read from its file without importing it."""
+    for node in ast.parse(Path(studies).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and [getattr(name, "id", "") for name in node.targets] == ["SEEDS"]:
             return ast.literal_eval(node.value)
-    raise BadParameter("study", str(study), "a module with a literal list SEEDS")
+    raise BadParameter("studies", str(studies), "a module with a literal list SEEDS")
 
 
 @contextlib.contextmanager

@@ -1,18 +1,26 @@
-"""A study: what a paper's directional claims are judged by.
+"""A study of ablations: what a paper's directional claims are judged by, under one protocol for all papers.
 
-Every method gets its learning rate from one grid, chosen on validation images, and is then trained on all training
-images and tested once a seed. Rows are kept in a CSV as they come, so that a study that was stopped continues where it
-was; a record next to it says which code, versions and machine made them.
+1. Every method is trained in full with every learning rate of the study's grid on each of three selection seeds, and
+   scored on validation images. Nothing can read the test split in this stage, see `ablations.reader`.
+2. Where a method does best, by its mean over the selection seeds, at an end of the grid, the grid is widened there by
+   one step for all methods alike, once.
+3. Each method is then trained with its best learning rate, of equal ones the smaller, and tested on each of five other
+   seeds, which were not used while datasets, methods and grids were designed. Each seed has data of its own.
 
-A module of `toy.ablations` describes one: its METHODS, TASKS (task -> its methods), LEARNING_RATES, SEEDS and
-SELECTION_SEED, `prepare(root, seed)` that writes the data of a seed, and `train(method, task, learning_rate, seed,
-root, split)` that returns a row with its METRIC in percent ("accuracy" unless the module says otherwise), the "loss"
-and other measures. Methods in its UNTRAINED are only tested, with learning rate 0.
+Rows are kept in a CSV as they come, so that a study that was stopped resumes; a record next to it says which code,
+versions and machine made them.
+
+A module of `toy.ablations` describes one study: its METHODS, TASKS (task -> its methods), LEARNING_RATES (ascending),
+maybe SELECTION_SEEDS of its own, `prepare(root, seed)` that writes the data of a seed, and `train(method, task,
+learning_rate, seed, root, split)` that returns a row with its METRIC in percent ("accuracy" unless the module says
+otherwise), the "loss" and other measures. Methods in its UNTRAINED are only tested, with learning rate 0.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime
 import importlib
 import inspect
 import multiprocessing
@@ -37,6 +45,7 @@ from ..ops.files import atomic, read_json, write_json
 from ..ops.progress import progress
 from ..ops.provenance import code_hash, sources
 from ..ops.record import versions
+from .ablations import SEEDS, SELECTION_SEEDS, selecting
 
 RECHECKED = 3  # rows run again when the code has changed since they were made
 
@@ -68,22 +77,25 @@ def run(
             with atomic(folder / name) as temporary:
                 shutil.copyfile(Path(start) / name, temporary)
     record = folder / "study.json"
-    code = code_hash(sources(inspect.getfile(module)))
-    for seed in (module.SELECTION_SEED, *module.SEEDS):
+    facts = _facts(paper, module, _seeds(module) if seeds is None else list(seeds)) | {"workers": workers}
+    for seed in (*facts["selection_seeds"], *facts["seeds"]):
         module.prepare(root, seed)
     pairs = [(task, method) for task, methods in module.TASKS.items() for method in methods]
     untrained, metric = getattr(module, "UNTRAINED", ()), getattr(module, "METRIC", "accuracy")
     rows: list[dict] = []
     if (folder / "study.csv").exists():
         rows = [row for row in read(folder).to_dict("records") if (row["task"], row["method"]) in pairs]
-    facts = _facts(paper, module, module.SEEDS if seeds is None else list(seeds)) | {"workers": workers}
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _quiet) as pool:
-        if rows and read_json(record).get("code") != code:
-            _recheck(pool, paper, rows, root, folder, metric)
-        for stage in ("select", "test"):
-            if stage == "select":
+        if rows:
+            facts |= _recheck(pool, paper, rows, root, folder, metric, facts["code"])
+        grid = facts["learning_rates"]
+        for stage in ("select", "select wider", "test"):
+            if stage != "test":
+                if stage == "select wider" and rows:
+                    facts["widened"] = wider(frame(rows, metric), grid)
+                rates = [*grid, *facts["widened"]]
                 trained = [(t, m) for t, m in pairs if m not in untrained]
-                jobs = [(t, m, rate, module.SELECTION_SEED) for rate in module.LEARNING_RATES for t, m in trained]
+                jobs = [(t, m, lr, seed) for seed in facts["selection_seeds"] for lr in rates for t, m in trained]
             else:
                 best = {pair: 0.0 for pair in pairs} | selected(frame(rows, metric))
                 # a larger grid may choose another rate than the one that was tested
@@ -92,10 +104,11 @@ def run(
                     r for r in rows if r["stage"] == "select" or (r["task"], r["method"], r["learning_rate"]) in chosen
                 ]
                 jobs = [(t, m, best[t, m], seed) for seed in facts["seeds"] for t, m in pairs]
+            stage = stage.partition(" ")[0]
             done = {tuple(row[k] for k in KEYS[1:]) for row in rows if row["stage"] == stage}
             todo = [job for job in jobs if job not in done]
             futures = {pool.submit(_job, paper, stage, *job, str(root)) for job in todo}
-            text = "choosing learning rates" if stage == "select" else "training and testing"
+            text = "selecting learning rates" if stage == "select" else "training and testing"
             for future in progress(as_completed(futures), text, len(jobs), len(jobs) - len(todo)):
                 rows.append(future.result())
                 write_json(record, facts)
@@ -104,26 +117,48 @@ def run(
     return read(folder)
 
 
+def wider(rows: pd.DataFrame, grid: Sequence[float]) -> list[float]:
+    """One more learning rate at each end of the grid, in its ratio, where a method of the study does best at that end.
+
+    Args:
+        rows: of the selection with `grid` alone, or also with what this returned before.
+        grid: learning rates, ascending.
+    """
+    first = rows[rows.learning_rate.isin(grid)]
+    first.attrs = rows.attrs
+    best, found = set(selected(first).values()), []
+    for end, neighbour in ((grid[0], grid[1]), (grid[-1], grid[-2])):
+        if end in best:
+            found.append(float(f"{end * end / neighbour:.2g}"))
+    return found
+
+
 def merge(paper: str, parts: Sequence[str | Path], folder: str | Path) -> pd.DataFrame:
     """Write to `folder` the study whose seeds were run apart, each in one of the folders `parts`; return its rows.
 
     Raises `BadParameter`: a part is of other code than today's, or rows are missing.
     """
     module = importlib.import_module(f"companion.toy.ablations.{paper}")
-    facts = _facts(paper, module, module.SEEDS)
+    facts = _facts(paper, module, _seeds(module))
     rows: dict[tuple, dict] = {}
     for part in parts:
         new = read(part)
         if read_json(Path(part) / "study.json").get("code") != facts["code"]:
             raise BadParameter("part of a study", str(part), "one that today's code made")
         rows |= {tuple(row[k] for k in KEYS): row for row in new.to_dict("records")}
-    pairs = {(task, method, seed) for task in module.TASKS for method in module.TASKS[task] for seed in module.SEEDS}
+    pairs = {(task, method, seed) for task in module.TASKS for method in module.TASKS[task] for seed in facts["seeds"]}
     if lacking := sorted(pairs - {(t, m, seed) for stage, t, m, _, seed in rows if stage == "test"}):
         raise BadParameter("parts of a study", list(map(str, parts)), f"parts that hold all tests; missing: {lacking}")
+    facts["widened"] = read_json(Path(parts[0]) / "study.json")["widened"]
     seconds = round(sum(row["seconds"] for row in rows.values()))
     _write(Path(folder) / "study.csv", list(rows.values()))
     write_json(Path(folder) / "study.json", facts | {"workers": len(parts), "seconds_of_cpu": seconds})
     return read(folder)
+
+
+def _seeds(module: ModuleType) -> list[int]:
+    """The test seeds of a study."""
+    return getattr(module, "SEEDS", SEEDS)
 
 
 def _facts(paper: str, module: ModuleType, seeds: list[int]) -> dict:
@@ -132,8 +167,9 @@ def _facts(paper: str, module: ModuleType, seeds: list[int]) -> dict:
         "paper": paper,
         "code": code_hash(sources(inspect.getfile(module))),
         "learning_rates": module.LEARNING_RATES,
+        "widened": [],
         "seeds": seeds,
-        "selection_seed": module.SELECTION_SEED,
+        "selection_seeds": getattr(module, "SELECTION_SEEDS", SELECTION_SEEDS),
         "methods": list(module.METHODS),
         "tasks": module.TASKS,
         "metric": getattr(module, "METRIC", "accuracy"),
@@ -157,8 +193,17 @@ def _end_with_study() -> None:
     os._exit(1)
 
 
-def _recheck(pool: Executor, paper: str, rows: list[dict], root: str | Path, folder: Path, metric: str) -> None:
-    """Rows of other code are kept when some of them, drawn at random and run again, come out the same."""
+def _recheck(
+    pool: Executor, paper: str, rows: list[dict], root: str | Path, folder: Path, metric: str, code: str
+) -> dict:
+    """What the record says of rows that are there: the code that made them, and which of them today's gave again.
+
+    Rows of other code are kept when some of them, drawn at random and run again, come out the same.
+    """
+    known = read_json(folder / "study.json")
+    facts = {key: known[key] for key in ("code", "rechecked") if key in known}
+    if code in (known.get("code"), known.get("rechecked", {}).get("code")):
+        return facts
     drawn = random.sample(rows, min(RECHECKED, len(rows)))
     futures = [pool.submit(_job, paper, *[*(row[k] for k in KEYS), str(root)]) for row in drawn]
     for row, future in zip(drawn, futures, strict=True):
@@ -167,12 +212,15 @@ def _recheck(pool: Executor, paper: str, rows: list[dict], root: str | Path, fol
             what = f"{row['stage']} of {row['method']} on {row['task']}: {again[metric]}, not {row[metric]}"
             accepted = f"rows that today's code gives too ({what}); move it away to start anew"
             raise BadParameter("study", str(folder / "study.csv"), accepted)
+    today = datetime.date.today().isoformat()
+    return facts | {"rechecked": {"code": code, "date": today, "rows": len(drawn), "of": len(rows)}}
 
 
 def _job(paper: str, stage: str, task: str, method: str, rate: float, seed: int, root: str) -> dict:
     start = time.process_time()
     module = importlib.import_module(f"companion.toy.ablations.{paper}")
-    result = module.train(method, task, rate, seed, root, "select" if stage == "select" else "test")
+    with selecting() if stage == "select" else contextlib.nullcontext():
+        result = module.train(method, task, rate, seed, root, stage)
     row = {"stage": stage, "task": task, "method": method, "learning_rate": rate, "seed": seed}
     return row | result | {"seconds": round(time.process_time() - start, 1)}
 

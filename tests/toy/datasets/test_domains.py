@@ -14,8 +14,8 @@ from companion.data import fewshot
 from companion.errors import BadParameter
 from companion.models.layers import clip_prompting as prompting
 from companion.toy import encoders
+from companion.toy.ablations import SEEDS, SELECTION_SEEDS, study_root
 from companion.toy.ablations import dplq as study
-from companion.toy.ablations import study_root
 from companion.toy.datasets import domains, scenes
 from companion.toy.datasets.tokens import UNKNOWN, Tokenizer
 from companion.toy.encoders import domain_mae
@@ -236,9 +236,9 @@ def test_a_row_is_the_same_again_and_holds_what_was_measured(root):
 
 def test_every_seed_has_pictures_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(domains, "EACH", dict.fromkeys(domains.EACH, 1))
-    for seed in (study.SELECTION_SEED, *study.SEEDS):
+    for seed in (*SELECTION_SEEDS, *SEEDS):
         study.prepare(tmp_path, seed)
-    folders = [study_root(tmp_path, seed) / "remote" for seed in (study.SELECTION_SEED, *study.SEEDS)]
+    folders = [study_root(tmp_path, seed) / "remote" for seed in (*SELECTION_SEEDS, *SEEDS)]
     assert len({(folder / "split.json").read_bytes() for folder in folders}) == 1
     pictures = [next(iter(sorted((folder / "images").rglob("*.png")))).read_bytes() for folder in folders]
     assert len(set(pictures)) == len(folders) == 6

@@ -26,11 +26,9 @@ from ...training.fit import CPU, Batch, History, fit
 from ...training.schedules import adamw
 from ..datasets import tracking as toy
 from ..encoders import tracker
-from . import study_root
+from . import reader, study_root
 
 LEARNING_RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1]
-SEEDS = [0, 1, 2, 3, 4]
-SELECTION_SEED = 100
 METRIC = "SR"
 PAIRS, BATCH = 6400, 32
 PIXELS = 5  # of precision, on videos of 128x128 pixels; the benchmarks take 20 of about 640x480
@@ -81,16 +79,21 @@ def prepare(root: str | Path, seed: int) -> None:
     toy.write(study_root(root, seed), seed)
 
 
+@reader()
+def videos_of(root: str, seed: int, split: str) -> list[data.Sequence]:
+    """The videos of a split."""
+    return data.load("pocket/rgbt", study_root(root, seed), split)
+
+
 @functools.lru_cache(maxsize=2)
 def pairs(root: str, seed: int, split: str) -> TensorDataset:
     """Training pairs of a split: uint8 (n, 6, 32, 32), uint8 (n, 6, 64, 64), boxes (n, 4)."""
-    videos = data.load("pocket/rgbt", study_root(root, seed), split)
-    return data.Pairs(videos, PAIRS, template=(2, 32), search=(4, 64)).draw(seed, PAIRS)
+    return data.Pairs(videos_of(root, seed, split), PAIRS, template=(2, 32), search=(4, 64)).draw(seed, PAIRS)
 
 
 def measure(results: Mapping[str, np.ndarray], root: str, seed: int, split: str) -> dict[str, float]:
     """PR, NPR, SR by LasHeR's rules, MPR and MSR by RGBT234's, and SR of the frames of each situation, in percent."""
-    videos = data.load("pocket/rgbt", study_root(root, seed), split)
+    videos = videos_of(root, seed, split)
     found = dict(evaluate(results, videos, "lasher", PIXELS).totals)
     # only the test videos are annotated in both streams, as in LasHeR
     if all(video.boxes_infrared is not None for video in videos):
@@ -116,7 +119,7 @@ def train(method: str, task: str, learning_rate: float, seed: int, root: str, sp
         history = train_model(model, method, pairs(str(root), seed, train_on), learning_rate, seed, **changes)
         last = round(sum(row["loss"] for row in history[-20:]) / 20, 4)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    videos = data.load("pocket/rgbt", study_root(root, seed), held_out)
+    videos = videos_of(str(root), seed, held_out)
     boxes = recipe.follow_in_memory(model, videos, method, CPU)
     return measure(boxes, str(root), seed, held_out) | {"loss": last, "trained": trained}
 

@@ -5,13 +5,12 @@ collages. The three teachers are the shipped ones, in all seeds the same: the sp
 the student's initial weights and of the order of training. The teachers' tokens of whole images are cached once a seed.
 
 Measures are accuracies in percent of linear probes on the frozen features, with 10 labels a class (the mean over ten
-draws of them) and, in columns that end in "all", with all 3,000. Learning rates are chosen on validation images of a
-seed of their own by the mean of the four probes, after trainings of half the length.
+draws of them) and, in columns that end in "all", with all 3,000. Learning rates are selected by the mean of the
+four probes.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,10 @@ from ...training.schedules import adamw
 from .. import encoders
 from ..datasets import collage as pocket
 from ..encoders import teachers as taught
-from . import study_root
+from . import reader, study_root
 
 TASK = "collage"
 LEARNING_RATES = [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128]
-SEEDS = [11, 12, 13, 14, 15]  # none of these images was seen while the dataset and the teachers were being chosen
-SELECTION_SEED = 100
 METRIC = "mean"
 STEPS = 500
 BATCH, WEIGHT_DECAY = 128, 0.05
@@ -79,7 +76,7 @@ def write(root: str | Path, seed: int) -> None:
     pocket.write(study_root(root, seed), seed)
 
 
-@functools.lru_cache(maxsize=6)
+@reader(6)
 def part(root: str, seed: int, split: str) -> pocket.Part:
     """A split, in memory."""
     return pocket.read(study_root(root, seed), split)
@@ -167,15 +164,14 @@ def train(
 ) -> dict[str, float]:
     """One method, trained where there is something to train, and its probes. Returns a row.
 
-    `split` "select": half the steps, tested on validation images with 10 labels; "test": on test images, with all
-    labels too. `options` go to `fit`.
+    `split` "select": tested on validation images with 10 labels; "test": on test images, with all labels too. `options`
+    go to `fit`.
     """
     root, last = str(root), 0.0
     if method in UNTRAINED:
         encoder = taught.load()[THEMSELVES[method]] if method in THEMSELVES else student(seed).eval()
     else:
-        steps = STEPS // 2 if split == "select" else STEPS
-        encoder, _, history = train_model(method, learning_rate, seed, root, steps, **options)
+        encoder, _, history = train_model(method, learning_rate, seed, root, **options)
         last = sum(row["loss"] for row in history[-20:]) / len(history[-20:])
     found = probes(encoder, root, seed, split)
     if method in THEMSELVES:

@@ -31,11 +31,9 @@ from .. import encoders
 from ..datasets import domains as pocket
 from ..datasets.tokens import Tokenizer
 from ..encoders import domain_mae
-from . import study_root
+from . import reader, study_root
 
 LEARNING_RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
-SEEDS = [0, 1, 2, 3, 4]
-SELECTION_SEED = 100
 METRIC = "HM"
 SHOTS = 16
 TRAINING: dict[str, Any] = {"epochs": 40, "batch": 16, "hardware": CPU}  # of `fit`
@@ -112,8 +110,10 @@ def prepare(root: str | Path, seed: int) -> None:
         pocket.write(study_root(root, seed), task, seed)
 
 
-def _part(task: str, root: str, seed: int, part: str) -> fewshot.Part:
-    split, _, half = part.partition(" ")
+@reader()
+def _part(task: str, root: str, seed: int, split: str) -> fewshot.Part:
+    """A part such as "val base"."""
+    split, _, half = split.partition(" ")
     sets = domains.own_folder(study_root(root, seed) / task, domains.clip_transform(backbones.input_of(clip())))
     base = len(fewshot.halves(sets[split].class_names)[0])
     classes = range(base, sets[split].classes) if half == "novel" else range(base)

@@ -26,11 +26,9 @@ from ...training.fit import CPU, History, fit, predict
 from ...training.schedules import adamw
 from ..datasets import slides as pocket
 from ..encoders import slide_dino
-from . import study_root
+from . import reader, study_root
 
 LEARNING_RATES = [5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2]
-SEEDS = [0, 1, 2, 3, 4]
-SELECTION_SEED = 100
 METRIC = "kappa"
 # AdamW in place of Adam, and a cosine in place of steps: at this length they hardly differ
 EPOCHS, BATCH, WEIGHT_DECAY = 40, 16, 1e-5
@@ -95,7 +93,7 @@ def store(root: str | Path, seed: int, task: str, levels: str = "dino") -> Path:
     return path
 
 
-@functools.lru_cache(maxsize=8)
+@reader(8)
 def embeddings(root: str, seed: int, task: str, split: str, levels: str = "dino") -> TensorDataset:
     """Patch embeddings (n, 5, 16, 48) and grades (n,) of a split, "trainval" being both."""
     found = load_file(store(root, seed, task, levels))

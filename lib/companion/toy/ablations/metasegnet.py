@@ -26,18 +26,17 @@ from ...models.metasegnet.text import Words, headless
 from ...training.fit import CPU, History, fit
 from ...training.schedules import adamw
 from ..datasets import landcover as pocket
-from . import study_root
+from . import reader, study_root
 
 LEARNING_RATES = [2e-3, 4e-3, 8e-3, 1.6e-2]
-SEEDS = [0, 1, 2, 3, 4]
-SELECTION_SEED = 107
+SELECTION_SEEDS = [100, 106, 107]  # not those of the other studies: they leave out zones that no test seed leaves out
 METRIC = "mIoU"
 STEPS = 300  # after 250 steps at 2e-3 fields are distinguished, buildings not yet
 RECIPE = {"batch": 16, "weight_decay": 0.01}
 TEST_BATCH = 60
 DROPPED = 0.5  # header dropout: the fraction of training texts whose code and name are hidden
 LENGTH = 48  # words of the longest text
-# the zone that a seed leaves out: seed 0 the first, seed 1 the second, ...; the selection seed the last
+# the zones that seeds leave out, by the remainder of seed / 9
 ORDER = ("Csa", "Af", "BSk", "Cfb", "Aw", "BWh", "Am", "BSh", "Cfa")
 
 # the trained networks: what differs from MetaSegNet, such as the level of the texts; None: no text
@@ -66,7 +65,7 @@ def prepare(root: str | Path, seed: int) -> None:
     pocket.write(study_root(root, seed), seed)
 
 
-@functools.lru_cache(maxsize=4)
+@reader(4)
 def part(root: str, seed: int, split: str) -> pocket.Part:
     """A split, all nine zones of it, in memory."""
     return pocket.read(study_root(root, seed), split)

@@ -25,11 +25,9 @@ from .. import encoders
 from ..datasets import pedestrians as toy
 from ..encoders.pedestrian_clip import tokenizer
 from ..encoders.vit_and_clip import pixels
-from . import study_root
+from . import reader, study_root
 
 LEARNING_RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3]
-SEEDS = [0, 1, 2, 3, 4]
-SELECTION_SEED = 100
 METRIC = "mA"
 EPOCHS, BATCH = 30, 32
 PROMPTS = 10  # two for each of the five groups, ten as published
@@ -64,7 +62,7 @@ def prepare(root: str | Path, seed: int) -> None:
     toy.write(study_root(root, seed), seed)
 
 
-@functools.lru_cache(maxsize=4)
+@reader(4)
 def images(root: str, seed: int, split: str) -> TensorDataset:
     """Images (n, 3, 64, 32) in [-1, 1] and labels (n, 12) of a split."""
     found = data.load("pocket/pedestrians", study_root(root, seed), split, lambda image: pixels([np.asarray(image)])[0])

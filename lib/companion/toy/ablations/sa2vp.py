@@ -23,11 +23,9 @@ from ...models.sa2vp import SA2VP, recipe
 from ...training.fit import CPU
 from .. import encoders
 from ..datasets import classification as pocket
-from . import study_root
+from . import reader, study_root
 
 LEARNING_RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1]
-SEEDS = [0, 1, 2, 3, 4]
-SELECTION_SEED = 100
 OPTIONS: dict[str, Any] = {"epochs": 8, "batch": 20, "hardware": CPU}  # of `fit`
 WIDTH, SCALE, TOKENS = 8, 1.5, 8
 
@@ -63,7 +61,7 @@ def prepare(root: str | Path, seed: int) -> None:
     pocket.write(study_root(root, seed), TASKS, seed)
 
 
-@functools.lru_cache(maxsize=8)
+@reader(8)
 def images(task: str, root: str, seed: int, split: str) -> TensorDataset:
     """A split of a task in memory: images (n, 3, 32, 32), labels (n,)."""
     seen = backbones.input_of(encoders.build("pocket_vit", "random"))

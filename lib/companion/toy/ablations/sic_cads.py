@@ -31,13 +31,11 @@ from ...training.fit import CPU, History, fit
 from ...training.schedules import adamw
 from ..datasets import detection as pocket
 from ..encoders import detector as made
-from . import study_root
+from . import reader, study_root
 
 # not larger: at 0.1 and 0.3 training fails (its loss ends half as high again, and twice as high), and yet the metric
 # rises: an untrained recogniser leaves the fused scores to CLIP's own, which are best for novel classes
 LEARNING_RATES = [1e-3, 3e-3, 1e-2, 3e-2]
-SEEDS = [0, 1, 2, 3, 4]
-SELECTION_SEED = 100
 METRIC = "AP50 novel"
 EPOCHS, BATCH, WEIGHT_DECAY = 12, 48, 1e-4
 # lambdas and gamma as released for OV-COCO and OV-LVIS; tau as for OV-COCO. The released weight of the distillation,
@@ -78,7 +76,7 @@ def prepare(root: str | Path, seed: int) -> None:
     pocket.write(study_root(root, seed), seed)
 
 
-@functools.lru_cache(maxsize=8)
+@reader(8)
 def images_of(root: str, seed: int, split: str) -> tuple[data.Boxes, Tensor]:
     """A split as the reader returns it, and all its images (n, 3, 64, 64), uint8."""
     found = data.load("pocket/detection", study_root(root, seed), split)

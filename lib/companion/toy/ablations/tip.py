@@ -31,11 +31,9 @@ from ...training.fit import CPU, History, fit
 from ...training.schedules import adamw
 from ..datasets import restoration as pocket
 from ..encoders import texture_prior as prior
-from . import study_root
+from . import reader, study_root
 
 LEARNING_RATES = [1e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2]
-SEEDS = [0, 1, 2, 3, 4]
-SELECTION_SEED = 100
 METRIC = "PSNR"
 STEPS, BATCH, WEIGHT_DECAY = 350, 48, 0.01  # section 14
 BLIND_PROMPT, NO_CAPTION = 0.15, 0.15  # shares of training images whose c_r is blind, whose c_s is empty
@@ -60,7 +58,7 @@ def prepare(root: str | Path, seed: int) -> None:
     pocket.write(study_root(root, seed), seed)
 
 
-@functools.lru_cache(maxsize=6)
+@reader(6)
 def part(root: str, seed: int, split: str) -> pocket.Part:
     """A split in memory."""
     return pocket.read(study_root(root, seed), split)
