@@ -23,6 +23,7 @@ from sphinx.cmd.build import main as sphinx
 import companion
 from companion import data
 from companion.evaluation import ablations
+from companion.evaluation.claims import CHECK, KINDS, PAPER, SYNTHETIC, counts
 from companion.ops.papers import FINDINGS, findings
 from companion.ops.provenance import code_hash, sources
 
@@ -70,6 +71,7 @@ def write_sources(reports: Path, source: Path) -> None:
     for name, text in api_pages(papers).items():
         page(source / "api" / f"{name}.md", text)
     page(source / "index.md", front_page(papers, runs))
+    page(source / "ledger.md", ledger_page(papers, runs))
 
 
 def load_papers() -> dict[str, dict]:
@@ -99,31 +101,19 @@ def load_run(folder: Path) -> dict:
 
 
 def front_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
-    rows, ledger = [], []
+    rows, all_claims = [], []
     for slug, paper in papers.items():
         claims = runs[slug]["claims"] if slug in runs else []
-        counts = {status: sum(claim["status"] == status for claim in claims) for status in STATUS}
-        said = ", ".join(f"{number} {status.removesuffix('s')}" for status, number in counts.items() if number)
+        all_claims += claims
+        said = counts(claims)
         if slug in runs and runs[slug]["record"].get("study", {}).get("stale"):
-            said += "; **its study is older than its code**"
+            said[SYNTHETIC] += "; **its study is older than its code**"
         name = f"[{paper['name']}](notebooks/{slug}.ipynb)" if slug in runs else paper["name"]
         title = f"[{cell(paper['title'])}](https://arxiv.org/abs/{paper['arxiv']})"
         if paper.get("reconstruction"):
             title += " (a reconstruction: neither the method's full text nor official code could be had)"
-        state = f"[runs](records/{slug}.md)" + (f": {said}" if said else "") if slug in runs else "not yet built"
-        rows.append([name, title, cell(paper["task"]), state])
-        for claim in claims:
-            ledger.append(
-                [
-                    f"[{paper['name']}](notebooks/{slug}.ipynb)",
-                    f"[{cell(claim['text'])}](#{anchor(slug, claim['id'])})",
-                    claim["kind"],
-                    badge(claim["status"]) + (f"<br>{cell(claim['why'])}" if claim.get("why") else ""),
-                    cell(show(claim.get("value"))),
-                    cell(show(claim.get("seeds"))),
-                    f"[record](records/{slug}.md)",
-                ]
-            )
+        state = f"[runs](records/{slug}.md)" if slug in runs else "not yet built"
+        rows.append([name, title, cell(paper["task"]), state, *said.values()])
     extra = [slug for slug in runs if slug not in papers]
     return "\n".join(
         [
@@ -133,15 +123,12 @@ def front_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
             "notebook it stands in, on small data made for the purpose (the `pocket` profile). Pocket numbers say "
             "whether a paper's mechanism works; they are not the paper's numbers.\n",
             "## The papers\n",
-            table("papers", ["Paper", "Title", "Task", "State"], rows),
-            "## The claims ledger\n",
-            "What each paper claims, and what these runs say of it. An *exact* claim (a count, an equivalence) is "
-            "measured in the run; a *directional* one (this beats that) is judged over several seeds; a *full* one "
-            "needs the real data and is not run here. A claim that fails is shown as failing.\n",
-            table("ledger", ["Paper", "Claim", "Kind", "Status", "Value", "Seeds", "Run"], ledger)
-            if ledger
-            else "No notebook has been run yet.\n",
-            toctree("Beside the papers", [(None, name) for name in ("findings", "comparisons", "data", "speed")]),
+            table("papers", ["Paper", "Title", "Task", "State", *(f"{kind}s".capitalize() for kind in KINDS)], rows),
+            f"All papers: {'; '.join(f'{kind}s: {said}' for kind, said in counts(all_claims).items())}. Each claim, "
+            "and what it rests on, is in [the ledger of claims](ledger.md).\n",
+            toctree(
+                "Beside the papers", [(None, name) for name in ("ledger", "findings", "comparisons", "data", "speed")]
+            ),
             toctree("Papers", [(papers[slug]["name"], f"notebooks/{slug}") for slug in papers if slug in runs]),
             toctree("How it was made", [(None, f"notebooks/{slug}") for slug in extra]),
             toctree(
@@ -151,6 +138,45 @@ def front_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
             toctree("Run records", [(papers.get(slug, {}).get("name", slug), f"records/{slug}") for slug in runs]),
         ]
     )
+
+
+def ledger_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
+    """All claims of all papers with what came out, the three kinds apart."""
+    parts = [
+        WIDE,
+        "# The ledger of claims",
+        "What each paper claims, and what these runs say of it. The three kinds answer different questions and are "
+        "never summed up. A claim that fails is shown as failing.\n",
+    ]
+    about = {
+        CHECK: "Whether our code is what it says it is: a count, an equivalence, a recorded output. They say nothing "
+        "about whether a method is good.",
+        SYNTHETIC: "Whether one method beats another on small data made for the purpose, with every one of five seeds. "
+        "The last column says what the data were built for, whether they favour the method, how many parameters "
+        "each trains, and how the baseline did at the learning rates beside the selected one.",
+        PAPER: "What the paper reports on its data. They need that data and a GPU, and are judged as soon as a run "
+        "has measured them.",
+    }
+    for kind in KINDS:
+        rows = []
+        for slug, run in runs.items():
+            for claim in run["claims"]:
+                if claim["kind"] == kind and slug in papers:
+                    rows.append(
+                        [
+                            f"[{papers[slug]['name']}](notebooks/{slug}.ipynb)",
+                            f"[{cell(claim['text'])}](#{anchor(slug, claim['id'])})",
+                            badge(claim["status"]) + (f"<br>{cell(claim['why'])}" if claim.get("why") else ""),
+                            cell(show(claim.get("value"))),
+                            *([cell(show(claim.get("evidence")))] if kind == SYNTHETIC else []),
+                            f"[record](records/{slug}.md)",
+                        ]
+                    )
+        head = ["Paper", "Claim", "Status", "Measured", *(["Evidence"] if kind == SYNTHETIC else []), "Run"]
+        said = counts([claim for run in runs.values() for claim in run["claims"]])[kind]
+        parts += [f"## {kind.capitalize()}s: {said}\n", about[kind] + "\n"]
+        parts.append(table("ledger", head, rows) if rows else "No notebook has been run yet.\n")
+    return "\n".join(parts)
 
 
 def comparison_page(papers: dict[str, dict], runs: dict[str, dict], reports: Path) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from companion.evaluation.claims import judge_measured
+from companion.evaluation.claims import PAPER, judge_measured
 from companion.ops import report
 from companion.ops.papers import paper, slugs
 
@@ -50,7 +50,7 @@ def test_every_paper_result_holds_or_fails_by_what_was_measured(slug, tmp_path):
         return {row["id"]: row["status"] for row in run.ledger()}
 
     for claim in paper(slug)["claims"]:
-        if claim["kind"] != "full":
+        if claim["kind"] != PAPER:
             continue
         # what cannot be judged says why
         assert ("measured" in claim) != bool(claim.get("cannot_be_judged")), claim["id"]

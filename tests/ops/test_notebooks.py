@@ -10,6 +10,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from companion.evaluation.claims import CHECK
 from companion.ops import notebooks
 from companion.ops.papers import slugs
 from tests.conftest import ROOT
@@ -79,7 +80,7 @@ def test_pocket_path_needs_no_network(tmp_path: Path) -> None:
     assert {"slug", "profile", "parameters", "versions", "commit", "device", "seconds", "peak_memory_mb"} <= set(record)
     claims = json.loads((out / "claims.json").read_text(encoding="utf-8"))
     assert {claim["status"] for claim in claims} <= {"holds", "fails", "not run"}
-    assert not [claim for claim in claims if claim["kind"] == "exact" and claim["status"] == "not run"]
+    assert not [claim for claim in claims if claim["kind"] == CHECK and claim["status"] == "not run"]
     assert list((out / "tables").glob("*.csv")) and list((out / "figures").glob("*.png"))
     cells = nbformat.read(tmp_path / "sa2vp.ipynb", as_version=4).cells
     assert "stderr" not in [output.get("name") for cell in cells for output in cell.get("outputs", ())]

@@ -13,7 +13,7 @@ from PIL import Image
 from companion.errors import BadParameter
 from companion.evaluation import ablations
 from companion.evaluation.ablations import notice
-from companion.evaluation.claims import check_range, interval
+from companion.evaluation.claims import CHECK, PAPER, SYNTHETIC, check_range, interval
 from companion.evaluation.tables import compare_published, published_table, show_table, upsert_rows
 from companion.ops import record, report
 from companion.ops.files import sha256
@@ -134,9 +134,10 @@ def test_a_run_leaves_tables_figures_claims_and_a_record(run):
 
 def rows(lead: list[float]) -> pd.DataFrame:
     found = [
-        {"stage": "test", "task": task, "method": claim[role], "seed": seed, "accuracy": 50 + by * (role == "better")}
+        {"stage": "test", "task": task, "method": claim[role], "seed": seed, "learning_rate": 0.3}
+        | {"accuracy": 50 + by * (role == "better")}
         for claim in paper("sa2vp")["claims"]
-        if claim["kind"] == "directional"
+        if claim["kind"] == SYNTHETIC
         for task in claim["tasks"]
         for seed, by in enumerate(lead)
         for role in ("better", "worse")
@@ -144,7 +145,7 @@ def rows(lead: list[float]) -> pd.DataFrame:
     return pd.DataFrame(found).drop_duplicates(["task", "method", "seed"])
 
 
-def test_a_directional_claim_needs_every_seed(run):
+def test_a_synthetic_result_needs_every_seed(run):
     run.claims_from_study(rows([5, 3, 4]), {"aligned": "reason"})
     assert run.claims["aligned"]["status"] == "holds" and run.claims["aligned"]["seeds"] == [0, 1, 2]
     assert run.claims["aligned"]["value"].startswith("where +4.0 ± 1.0")
@@ -156,17 +157,41 @@ def test_a_directional_claim_needs_every_seed(run):
         assert run.claims["aligned"]["status"] == "fails" and run.claims["aligned"]["why"] == "reason"
 
 
-def test_the_interval_of_a_mean_lead_holds_the_mean_and_shrinks_with_seeds():
-    leads = np.array([3.0, 1.0, 2.0, 6.0, 3.0])
-    low, high = interval(leads)
-    assert leads.min() < low < leads.mean() < high < leads.max()
-    assert interval(leads) == (low, high)
-    wider, narrower = interval(leads, share=0.99), interval(np.tile(leads, 20))
-    assert wider[1] - wider[0] > high - low > narrower[1] - narrower[0]
-    # of many normal leads it is the textbook's interval
-    many = np.random.default_rng(1).normal(2, 3, 400)
-    half = 1.96 * many.std() / 20
-    assert interval(many) == pytest.approx((many.mean() - half, many.mean() + half), abs=0.03)
+def test_the_interval_of_a_mean_lead_holds_the_true_mean_as_often_as_it_says():
+    assert interval(np.array([3.0, 1.0, 2.0, 6.0, 3.0])) == pytest.approx((0.6768, 5.3232), abs=1e-3)
+    found = [interval(leads, 0.8) for leads in np.random.default_rng(0).normal(2, 3, (4000, 5))]
+    assert np.mean([low < 2 < high for low, high in found]) == pytest.approx(0.8, abs=0.02)
+
+
+def test_a_synthetic_result_says_what_it_rests_on(run):
+    """The data and whom they favour, trained parameters, and the baseline's learning rate with its neighbours."""
+    measured = rows([5, 3, 4]).assign(learning_rate=0.3, trained=7)
+    scores = {0.1: (60, 62), 0.3: (70, 72), 1.0: (50, 40), 3.0: (90, 10)}
+    selection = [
+        {"stage": "select", "task": "where", "method": "SA²VP, global attention", "learning_rate": rate}
+        | {"accuracy": float(value), "seed": seed, "trained": 7}
+        for rate, values in scores.items()
+        for seed, value in enumerate(values)
+    ]
+    run.claims_from_study(pd.concat([measured, pd.DataFrame(selection)]))
+    said = run.claims["aligned"]["evidence"]
+    assert said.startswith("where: synthetic scenes, built so that") and "favour the method by construction" in said
+    assert "Trained parameters: SA²VP 7, SA²VP, global attention 7" in said
+    assert said.endswith("attention: 0.3 on where (71.0 on validation; at 0.1: 61.0, 1: 45.0).")
+    assert "Weak evidence" in run.claims["real"]["evidence"]
+    assert "Not built for the method" in run.claims["aligned-real"]["evidence"]
+
+
+def test_the_three_kinds_of_claims_are_counted_apart(run):
+    run.claim("identity", True, "0")
+    run.claim("locality", False, "7 tokens")
+    of = {kind: [c for c in paper("sa2vp")["claims"] if c["kind"] == kind] for kind in (CHECK, SYNTHETIC, PAPER)}
+    for claim in of[SYNTHETIC]:
+        run.claim(claim["id"], claim["id"] != "real", "")
+    shown = run.close().data
+    assert f"<b>Implementation checks: 1 of 2 hold, {len(of[CHECK]) - 2} not run</b>" in shown
+    assert f"<b>Synthetic results: {len(of[SYNTHETIC]) - 1} of {len(of[SYNTHETIC])} hold</b>" in shown
+    assert f"<b>Paper results: {len(of[PAPER])} not run</b>" in shown
 
 
 def test_photographs_in_a_notebook_have_few_colours_and_keep_them_in_the_file(run, monkeypatch):
@@ -187,14 +212,15 @@ def judged(run, monkeypatch):
     """The claim about method a (and b) on rows of these measures, as a study's are."""
 
     def judge(claim, measured):
-        claim = {"id": "own", "kind": "directional", "text": "", "tasks": ["t"], "better": "a"} | claim
-        monkeypatch.setattr(report, "paper", lambda slug: {"claims": [claim]})
+        claim = {"id": "own", "kind": SYNTHETIC, "text": "", "tasks": ["t"], "better": "a"} | claim
+        facts = {"claims": [claim], "data_built_for": {task: "" for task in claim["tasks"]}}
+        monkeypatch.setattr(report, "paper", lambda slug: facts)
         rows = [
-            {"stage": "test", "task": "t", "method": method, "seed": seed} | row
+            {"stage": "test", "task": "t", "method": method, "seed": seed, "learning_rate": 0.3} | row
             for method, rows in measured.items()
             for seed, row in enumerate(rows)
         ]
-        run.claims_from_study(pd.DataFrame(rows))
+        run.claims_from_study(ablations.frame(rows, next(iter(measured["a"][0]))))
         return run.claims["own"]["status"], run.claims["own"]["value"]
 
     return judge
@@ -204,7 +230,7 @@ def test_a_claim_may_be_judged_by_other_measures(judged):
     measured = {"a": [{"SR": 51.0, "dark": dark} for dark in (9.0, 8.0, 7.0)], "b": [{"SR": 50.0, "dark": 9.0}] * 3}
     status, value = judged({"worse": "b", "metrics": ["SR", "dark"]}, measured)
     assert status == "fails"
-    assert value.startswith("t SR +1.0 ± 0.0 [+1.0, +1.0]; t dark -1.0 ± 1.0 [-2.0, +0.0] points")
+    assert value.startswith("t SR +1.0 ± 0.0 [+1.0, +1.0]; t dark -1.0 ± 1.0 [-3.5, +1.5] points")
 
 
 @pytest.mark.parametrize(("gains", "status"), [((2.0, 1.0, 3.0), "holds"), ((2.0, -1.0, 5.0), "fails")])
@@ -230,8 +256,8 @@ def test_the_study_kept_in_the_repository_is_whole(run, slug):
     rates = found[found.stage == "select"].groupby(["task", "method"]).learning_rate
     assert (rates.nunique() == len(facts["learning_rates"])).all()
     assert all(chosen.get((row.task, row.method), 0) == row.learning_rate for row in tested.itertuples())
-    directional = [c for c in paper(slug)["claims"] if c["kind"] == "directional"]
-    compared = {c[role] for c in directional for role in ("better", "worse") if role in c}
+    claims = [c for c in paper(slug)["claims"] if c["kind"] == SYNTHETIC]
+    compared = {c[role] for c in claims for role in ("better", "worse") if role in c}
     assert compared <= set(tested.method)
     assert not set(facts["selection_seeds"]) & set(facts["seeds"])
 
@@ -251,7 +277,9 @@ def test_the_study_notice_names_choices_at_an_end_of_the_grid(tmp_path):
     best += [("outside", rate, float(rate == 3)) for rate in (1, 2, 3)]
     rows = pd.DataFrame(best, columns=["method", "learning_rate", "accuracy"]).assign(stage="select", task="t", seed=0)
     rows.to_csv(tmp_path / "study.csv", index=False)
-    facts = {"seeds": [0], "learning_rates": [1, 2, 3], "tasks": {"t": ["inside", "outside"]}}
+    facts = {"seeds": [0], "selection_seeds": [9], "learning_rates": [1, 2, 3], "widened": []}
+    facts |= {"tasks": {"t": ["inside", "outside"]}, "budget": "5 epochs"}
     (tmp_path / "study.json").write_text(json.dumps(facts | {"seconds_of_cpu": 125, "code": "?"}))
     said = notice("sa2vp", tmp_path)
-    assert "2 minutes of one core. At an end of the grid: outside. It is OLDER" in said
+    assert said.startswith("Study: 5 epochs for every trained method; learning rates [1, 2, 3], selected on seeds [9]")
+    assert "2 minutes of one core. Best at an end of the grid: outside. It is OLDER" in said

@@ -15,6 +15,7 @@ import pytest
 
 from companion.errors import BadParameter, CompanionError, CorruptFile
 from companion.evaluation import ablations
+from companion.evaluation.claims import CHECK, SYNTHETIC
 from companion.ops import record
 from companion.ops.files import read_json
 from companion.ops.papers import paper
@@ -38,7 +39,7 @@ def fake(monkeypatch, tmp_path):
     module.METHODS, module.TASKS = {"a": None, "b": None}, {"t": ["a", "b"]}
     module.LEARNING_RATES, module.SEEDS, module.SELECTION_SEEDS = [0.1, 0.2, 0.4], [0, 1, 2], [8, 9]
     module.calls, module.offset, module.best, module.loss = [], 0.0, 0.2, 1.0
-    module.prepare = lambda root, seed: None
+    module.prepare, module.BUDGET = lambda root, seed: None, "one step"
 
     def train(method, task, rate, seed, root, split):
         module.calls.append((split, task, method, rate, seed))
@@ -248,8 +249,9 @@ def test_ties_take_the_smaller_rate_and_a_choice_at_an_end_of_the_grid_is_named(
 @pytest.mark.parametrize("slug", STUDIES)
 def test_claims_name_methods_and_tasks_of_the_study(slug):
     module = importlib.import_module(f"companion.toy.ablations.{slug}")
+    assert set(paper(slug)["data_built_for"]) == set(module.TASKS)
     for claim in paper(slug)["claims"]:
-        if claim["kind"] == "directional":
+        if claim["kind"] == SYNTHETIC:
             for task in claim["tasks"]:
                 assert {claim["better"], claim.get("worse", claim["better"])} <= set(module.TASKS[task]), claim["id"]
     assert not set(SEEDS) & set(getattr(module, "SELECTION_SEEDS", SELECTION_SEEDS))
@@ -257,14 +259,14 @@ def test_claims_name_methods_and_tasks_of_the_study(slug):
 
 @pytest.mark.parametrize("slug", STUDIES)
 def test_the_committed_record_says_of_every_claim_what_came_out(slug):
-    """Exact claims hold, every directional one was judged on all seeds, and one that fails gives its reason."""
+    """Checks hold, every synthetic result was judged on all seeds, and one that fails gives its reason."""
     ledger = read_json(record.root() / "reports" / "pocket" / slug / "claims.json")
     seeds = read_json(record.root() / "reports" / "pocket" / slug / "study.json")["seeds"]
     assert [claim["id"] for claim in ledger] == [claim["id"] for claim in paper(slug)["claims"]]
     for claim in ledger:
-        if claim["kind"] == "directional":
+        if claim["kind"] == SYNTHETIC:
             assert claim["status"] in ("holds", "fails"), claim["id"]
             assert claim["seeds"] == seeds and len(seeds) == 5
             assert bool(claim["why"]) == (claim["status"] == "fails"), claim["id"]
         else:
-            assert claim["status"] == ("holds" if claim["kind"] == "exact" else "not run"), claim["id"]
+            assert claim["status"] == ("holds" if claim["kind"] == CHECK else "not run"), claim["id"]

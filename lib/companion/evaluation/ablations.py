@@ -81,9 +81,9 @@ def notice(slug: str, folder: Path) -> str:
     facts, rows = read_json(folder / "study.json"), read(folder)
     minutes, wider = round(facts.get("seconds_of_cpu", 0) / 60), facts["widened"]
     text = (
-        f"Study: learning rates {facts['learning_rates']}, selected on seeds {facts['selection_seeds']} (validation), "
-        f"{f'widened once by {wider}' if wider else 'not widened'}; tested on seeds {facts['seeds']}; "
-        f"{minutes} minutes of one core."
+        f"Study: {facts['budget']} for every trained method; learning rates {facts['learning_rates']}, selected on "
+        f"seeds {facts['selection_seeds']} (validation), {f'widened once by {wider}' if wider else 'not widened'}; tested on "
+        f"seeds {facts['seeds']}; {minutes} minutes of one core."
     )
     several = len(facts["tasks"]) > 1
     ends = [f"{method} ({task})" if several else method for task, method in at_ends(rows)]

@@ -1,4 +1,4 @@
-"""Judging claims: directional ones by the test rows of an ablation study, numbers by their bounds."""
+"""Judging claims: synthetic results by the test rows of a study, paper results by measurements on real data."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
+import scipy.stats
+
+from .ablations import means, selected
+
+CHECK, SYNTHETIC, PAPER = KINDS = ("implementation check", "synthetic result", "paper result")
+"""What a claim is: of our own code; of methods on data made for the purpose; of the paper, on its data. They are never
+summed up."""
 
 
 def check_range(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> bool:
@@ -20,19 +27,19 @@ def check_range(name: str, value: float, low: float = -math.inf, high: float = m
     return inside
 
 
-def interval(leads: np.ndarray, share: float = 0.95, draws: int = 10_000) -> tuple[float, float]:
-    """The paired bootstrap interval of a mean lead: it holds `share` of the means of resampled seeds.
+def interval(leads: np.ndarray, share: float = 0.95) -> tuple[float, float]:
+    """Student's t interval of a mean lead, which holds the true mean in `share` of all studies with normal leads.
 
     Args:
-        leads: of one method over the other, one a seed; both were tested on that seed's data.
+        leads: of one method over the other, one a seed, two at least; both were tested on that seed's data.
     """
-    drawn = np.random.default_rng(0).integers(len(leads), size=(draws, len(leads)))
-    low, high = np.quantile(leads[drawn].mean(1), [(1 - share) / 2, (1 + share) / 2])
-    return float(low), float(high)
+    mean, error = np.mean(leads), np.std(leads, ddof=1) / math.sqrt(len(leads))
+    half = scipy.stats.t.ppf((1 + share) / 2, len(leads) - 1) * error
+    return float(mean - half), float(mean + half)
 
 
 def judge(claim: Mapping, rows: pd.DataFrame) -> tuple[bool, str, list[int]]:
-    """Whether a directional claim holds, the measured leads as text, and the test seeds.
+    """Whether a synthetic result holds, the measured leads as text, and the test seeds.
 
     It holds when `better` beats `worse` on every task with every seed: a mean over few seeds is weak evidence.
     Without `worse`, `better` alone has to be above zero: for metrics that are a lead already.
@@ -53,8 +60,60 @@ def judge(claim: Mapping, rows: pd.DataFrame) -> tuple[bool, str, list[int]]:
         parts.append(f"{what} {lead.mean():+.1f} ± {lead.std():.1f} [{low:+.1f}, {high:+.1f}]")
         wins &= bool((lead > 0).all())
         seeds |= set(map(int, lead.index))
-    value = "; ".join(parts) + " points (mean ± standard deviation of the lead [95 % interval of the mean])"
+    value = "; ".join(parts) + " points (mean ± standard deviation of the lead [95 % t interval of the mean])"
     return wins, value, sorted(seeds)
+
+
+def evidence(claim: Mapping, data: Mapping[str, str], rows: pd.DataFrame) -> str:
+    """What a synthetic result rests on: its data and whom they favour, trained parameters, the baseline's rates.
+
+    Args:
+        claim: of the paper's YAML, with `favours: true` where the data were built so that the better method can win,
+            and maybe `limits`, why it is weak evidence.
+        data: `data_built_for` of the YAML: what the data of each task were built for.
+        rows: of `evaluation.ablations.read`.
+    """
+    parts = [f"{task}: {data[task]}" for task in claim["tasks"]]
+    parts.append("The data favour the method by construction" if claim.get("favours") else "Not built for the method")
+    if "limits" in claim:
+        parts.append(claim["limits"])
+    roles = [claim[role] for role in ("better", "worse") if role in claim]
+    tested = rows[(rows.stage == "test") & rows.task.isin(claim["tasks"])]
+    if "trained" in rows:
+        each = tested.groupby("method").trained.max()
+        parts.append("Trained parameters: " + ", ".join(f"{name} {each[name]:,.0f}" for name in roles))
+    if "worse" in claim:
+        found = [text for task in claim["tasks"] if (text := rates(rows, task, claim["worse"]))]
+        if found:
+            parts.append(f"Learning rate of {claim['worse']}: " + "; ".join(found))
+    return ". ".join(parts) + "."
+
+
+def rates(rows: pd.DataFrame, task: str, method: str) -> str:
+    """The learning rate selected for a method, its neighbours in the grid, and their scores on validation, as text.
+
+    Empty for a method that has no learning rate of its own.
+    """
+    best = selected(rows).get((task, method))
+    if best is None:
+        return ""
+    scores = means(rows).sort_index().loc[(task, method)]
+    at = scores.index.get_loc(best)
+    beside = [f"{rate:g}: {scores[rate]:.1f}" for rate in scores.index[max(at - 1, 0) : at + 2] if rate != best]
+    return f"{best:g} on {task} ({scores[best]:.1f} on validation; at {', '.join(beside)})"
+
+
+def counts(ledger: Iterable[Mapping]) -> dict[str, str]:
+    """How many claims of each of `KINDS` hold, as text such as "4 of 6 hold, 1 not run"."""
+    found = {}
+    for kind in KINDS:
+        states = [claim["status"] for claim in ledger if claim["kind"] == kind]
+        judged = len(states) - states.count("not run")
+        parts = [f"{states.count('holds')} of {judged} hold"] if judged else []
+        if states.count("not run"):
+            parts.append(f"{states.count('not run')} not run")
+        found[kind] = ", ".join(parts) or "none"
+    return found
 
 
 def judge_measured(conditions: Iterable[Mapping], cells: Mapping[tuple[str, str], float]) -> tuple[bool | None, str]:

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 from ..errors import BadParameter, check_choice
 from ..evaluation.ablations import stale
-from ..evaluation.claims import judge, judge_measured
+from ..evaluation.claims import SYNTHETIC, counts, evidence, judge, judge_measured
 from ..evaluation.tables import show_table
 from ..training.fit import Hardware
 from . import record
@@ -113,25 +113,31 @@ class Run:
         own = self.out
         return own if (own / "study.csv").exists() else self.root / "reports" / "pocket" / self.slug
 
-    def claim(self, name: str, holds: bool | None, value: str, seeds: Iterable[int] = (), why: str = "") -> None:
+    def claim(
+        self, name: str, holds: bool | None, value: str, seeds: Iterable[int] = (), why: str = "", evidence: str = ""
+    ) -> None:
         """Enter a claim of the paper's YAML: whether it holds here (None: not run), what was measured, and why.
+
+        `evidence` is what the measurement rests on.
 
         Raises `BadParameter`: no such claim.
         """
         known = [c["id"] for c in paper(self.slug).get("claims", [])]
         check_choice("claim", name, known)
         status = "not run" if holds is None else "holds" if holds else "fails"
-        self.claims[name] = {"status": status, "value": value, "seeds": list(seeds), "why": why}
+        self.claims[name] = {"status": status, "value": value, "seeds": list(seeds), "why": why, "evidence": evidence}
 
     def claims_from_study(self, rows: pd.DataFrame, why: Mapping[str, str] = {}) -> None:
-        """Judge every directional claim by the rows of an ablation, see `evaluation.claims.judge`.
+        """Judge every synthetic result by the rows of an ablation, see `evaluation.claims.judge`.
 
         `why` gives the reason, by claim, where one was found for a claim that fails.
         """
-        for claim in paper(self.slug)["claims"]:
-            if claim["kind"] == "directional":
+        facts = paper(self.slug)
+        for claim in facts["claims"]:
+            if claim["kind"] == SYNTHETIC:
                 wins, value, seeds = judge(claim, rows)
-                self.claim(claim["id"], wins, value, seeds, "" if wins else why.get(claim["id"], ""))
+                found = evidence(claim, facts["data_built_for"], rows)
+                self.claim(claim["id"], wins, value, seeds, "" if wins else why.get(claim["id"], ""), found)
 
     def claims_from_measured(self, cells: Mapping[tuple[str, str], float]) -> None:
         """Judge the paper's results by ours on real data, see `evaluation.claims.judge_measured`.
@@ -148,7 +154,8 @@ class Run:
         claims = paper(self.slug).get("claims", []) if self.slug in slugs() else []
 
         def blank(claim: dict) -> dict:
-            return {"status": "not run", "value": "", "seeds": [], "why": claim.get("cannot_be_judged", "")}
+            why = claim.get("cannot_be_judged", "")
+            return {"status": "not run", "value": "", "seeds": [], "why": why, "evidence": ""}
 
         return [{k: c[k] for k in ("id", "text", "kind")} | self.claims.get(c["id"], blank(c)) for c in claims]
 
@@ -179,14 +186,19 @@ class Run:
         if (folder / "study.json").exists():
             facts["study"] = {"sha256": sha256(folder / "study.csv"), "stale": stale(self.slug, folder)}
         write_json(self.out / "run.json", facts)
-        rows = [
-            {
-                "claim": c["text"],
-                "kind": c["kind"],
-                "here": LOUD[c["status"]],
-                "measured": c["value"] + (f" — {c['why']}" if c["why"] else ""),
-                "seeds": ", ".join(map(str, c["seeds"])),
-            }
-            for c in ledger
-        ]
-        return show_table(pd.DataFrame(rows, columns=["claim", "kind", "here", "measured", "seeds"]))
+        parts = []
+        for kind, said in counts(ledger).items():
+            rows = [
+                {
+                    "claim": c["text"],
+                    "here": LOUD[c["status"]],
+                    "measured": c["value"] + (f" — {c['why']}" if c["why"] else ""),
+                    "seeds": ", ".join(map(str, c["seeds"])),
+                    "evidence": c["evidence"],
+                }
+                for c in ledger
+                if c["kind"] == kind
+            ]
+            columns = ["claim", "here", "measured", *(["seeds", "evidence"] if kind == SYNTHETIC else [])]
+            parts.append(show_table(pd.DataFrame(rows, columns=columns), title=f"{kind}s: {said}".capitalize()).data)
+        return HTML("".join(parts))

@@ -1,4 +1,4 @@
-"""A study of ablations: what a paper's directional claims are judged by, under one protocol for all papers.
+"""A study of ablations: what a paper's synthetic results are judged by, under one protocol for all papers.
 
 1. Every method is trained in full with every learning rate of the study's grid on each of three selection seeds, and
    scored on validation images. Nothing can read the test split in this stage, see `ablations.reader`.
@@ -11,9 +11,10 @@ Rows are kept in a CSV as they come, so that a study that was stopped resumes; a
 versions and machine made them.
 
 A module of `toy.ablations` describes one study: its METHODS, TASKS (task -> its methods), LEARNING_RATES (ascending),
-maybe SELECTION_SEEDS of its own, `prepare(root, seed)` that writes the data of a seed, and `train(method, task,
-learning_rate, seed, root, split)` that returns a row with its METRIC in percent ("accuracy" unless the module says
-otherwise), the "loss" and other measures. Methods in its UNTRAINED are only tested, with learning rate 0.
+BUDGET (the same for every trained method), maybe SELECTION_SEEDS of its own, `prepare(root, seed)` that writes the data
+of a seed, and `train(method, task, learning_rate, seed, root, split)` that returns a row with its METRIC in percent
+("accuracy" unless the module says otherwise), the "loss" and other measures. Methods in its UNTRAINED are only tested,
+with learning rate 0.
 """
 
 from __future__ import annotations
@@ -173,6 +174,7 @@ def _facts(paper: str, module: ModuleType, seeds: list[int]) -> dict:
         "methods": list(module.METHODS),
         "tasks": module.TASKS,
         "metric": getattr(module, "METRIC", "accuracy"),
+        "budget": module.BUDGET,
         "versions": versions(),
         "machine": platform.machine(),
         "threads_each": 1,

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from companion import backbones
 from companion.data import DATASETS, domains_sets
 from companion.errors import BadParameter, MissingData, MissingWeights
-from companion.evaluation.claims import judge_measured
+from companion.evaluation.claims import SYNTHETIC, judge_measured
 from companion.evaluation.recipe_parity import Case, folder
 from companion.evaluation.tables import published_table
 from companion.models.dplq import DPLQ, MAE, DomainModel, loss, recipe
@@ -340,7 +340,7 @@ def test_the_facts_name_what_there_is():
     """Claims name methods and tasks of the study, runs name tables and weights, tables name the register's sets."""
     facts = paper("dplq")
     for claim in facts["claims"]:
-        if claim["kind"] == "directional":
+        if claim["kind"] == SYNTHETIC:
             for task in claim["tasks"]:
                 assert {claim["better"], claim["worse"]} <= set(study.TASKS[task])
     columns = {name: DATASETS[name].folders[-1] for name in domains_sets.CLASSES}

@@ -11,6 +11,7 @@ from PIL import Image
 from companion.data import DATASETS
 from companion.data.attributes_sets import SENTENCES as SENTENCES_OF
 from companion.errors import CorruptFile, MissingData, MissingWeights
+from companion.evaluation.claims import SYNTHETIC
 from companion.evaluation.tables import published_table
 from companion.models.promptpar import PromptPAR, recipe
 from companion.models.promptpar.model import Output
@@ -243,8 +244,8 @@ def test_facts_and_code_name_the_same_things():
     tables = {t["id"]: t["columns"] for t in facts["tables"]}
     known = {name for name, dataset in DATASETS.items() if dataset.task == "attributes" and dataset.group != "pocket"}
     assert {run["data"] for run in facts["runs"]} == known == set(recipe.COLUMNS)
-    directional = [c for c in facts["claims"] if c["kind"] == "directional"]
-    assert {c[role] for c in directional for role in ("better", "worse")} <= set(recipe.METHODS)
+    claims = [c for c in facts["claims"] if c["kind"] == SYNTHETIC]
+    assert {c[role] for c in claims for role in ("better", "worse")} <= set(recipe.METHODS)
     columns = {column for name in recipe.RESULTS for column in tables[name]}
     assert columns <= {f"{name} {m}" for name in recipe.COLUMNS.values() for m in ("mA", "Acc", "Prec", "Recall", "F1")}
 

@@ -16,6 +16,7 @@ from companion import backbones
 from companion.data import DATASETS
 from companion.errors import MissingData, MissingWeights
 from companion.evaluation import recipe_parity
+from companion.evaluation.claims import PAPER
 from companion.evaluation.recipe_parity import Case
 from companion.models.sa2vp import recipe
 from companion.models.sa2vp.model import two_pathway_loss
@@ -223,7 +224,7 @@ def test_paper_results_are_judged_from_the_measured_rows(tmp_path):
                     rows = recipe.measured(path, row | {"method": method, "accuracy": accuracy - baselines})
         run = report.start("sa2vp", profile="pocket", out=str(tmp_path / folder))
         run.claims_from_measured(recipe.claim_cells(rows))
-        return {row["id"]: row["status"] for row in run.ledger() if row["kind"] == "full"}
+        return {row["id"]: row["status"] for row in run.ledger() if row["kind"] == PAPER}
 
     reached = {"full-fgvc": "holds", "full-vtab": "holds", "full-hta": "holds"}
     assert statuses("", 6.0, "reached") == reached

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from ...errors import CompanionError
 
@@ -17,7 +17,6 @@ from ...errors import CompanionError
 SELECTION_SEEDS = [100, 101, 102]
 SEEDS = [200, 201, 202, 203, 204]
 
-Read = TypeVar("Read", bound=Callable)
 _SELECTING: ContextVar[bool] = ContextVar("selecting", default=False)
 
 
@@ -36,27 +35,26 @@ def selecting() -> Iterator[None]:
         _SELECTING.reset(token)
 
 
-def reader(cached: int = 0) -> Callable[[Read], Read]:
+class _Reader:
+    """A function that reads a split, named by its argument `split`, but not the test split while rates are selected."""
+
+    def __init__(self, read: Callable, cached: int):
+        functools.update_wrapper(self, read)
+        self._cached = functools.lru_cache(cached)(read)
+        self._place = list(inspect.signature(read).parameters).index("split")
+        self.cache_clear = self._cached.cache_clear
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        split = str(named["split"] if "split" in named else arguments[self._place])
+        if _SELECTING.get() and split.startswith("test"):
+            name = getattr(self._cached, "__qualname__", "a reader")
+            raise CompanionError(f"{name}: learning rates are selected without the test split")
+        return self._cached(*arguments, **named)
+
+
+def reader(cached: int = 0) -> Callable[[Callable], _Reader]:
     """A decorator for a function that reads a split, named by its argument `split`; it keeps `cached` results.
 
     The function raises `CompanionError` when the test split is asked for while learning rates are selected.
     """
-
-    def decorate(read: Callable) -> Callable:
-        inner = functools.lru_cache(cached)(read) if cached else read
-        place = list(inspect.signature(read).parameters).index("split")
-
-        @functools.wraps(read)
-        def guarded(*arguments: object, **named: object) -> object:
-            split = str(named["split"] if "split" in named else arguments[place])
-            if _SELECTING.get() and split.startswith("test"):
-                raise CompanionError(
-                    f"{read.__module__}.{read.__name__}: learning rates are selected without the test split"
-                )
-            return inner(*arguments, **named)
-
-        if cached:
-            guarded.cache_clear = inner.cache_clear  # type: ignore[attr-defined]
-        return guarded
-
-    return decorate  # type: ignore[return-value]
+    return functools.partial(_Reader, cached=cached)

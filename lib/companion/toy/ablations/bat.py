@@ -31,6 +31,7 @@ from . import reader, study_root
 LEARNING_RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1]
 METRIC = "SR"
 PAIRS, BATCH = 6400, 32
+BUDGET = f"{PAIRS:,} pairs once, batch {BATCH}"
 PIXELS = 5  # of precision, on videos of 128x128 pixels; the benchmarks take 20 of about 640x480
 WIDTH = 8
 STD = 0.02 * (768 / 64) ** 0.5  # the released 0.02 at width 768, scaled to width 64

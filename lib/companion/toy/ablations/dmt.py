@@ -36,6 +36,7 @@ LEARNING_RATES = [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128]
 METRIC = "mean"
 STEPS = 500
 BATCH, WEIGHT_DECAY = 128, 0.05
+BUDGET = f"{STEPS} steps, batch {BATCH}"
 STUDENT = {"width": 48}  # else as `vit.SIZES["pocket"]`
 SETTINGS = {"mask_ratio": 0.5, "decoder": "pocket"}
 

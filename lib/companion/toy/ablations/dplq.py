@@ -37,6 +37,7 @@ LEARNING_RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 METRIC = "HM"
 SHOTS = 16
 TRAINING: dict[str, Any] = {"epochs": 40, "batch": 16, "hardware": CPU}  # of `fit`
+BUDGET = f"{TRAINING['epochs']} epochs, batch {TRAINING['batch']}"
 DEPTH, HIDDEN = 6, 16  # all six layers of the image tower; the width of the small network, for which E / 16 would be 4
 TEMPLATE = "a photo of a {}"
 SENSORS = ("first sensor", "second sensor")

@@ -36,6 +36,7 @@ METRIC = "AUROC"
 # 600 steps: with fewer the words do not attend to the image yet. The published weight decay; warm-up over a tenth,
 # cosine to the end; AdamW's second beta is torch's 0.999
 RECIPE = {"epochs": 9.68, "batch": 32, "weight_decay": 0.05}
+BUDGET = f"{RECIPE['epochs']} epochs, batch {RECIPE['batch']}"
 LENGTH, PATCHES, WINDOW = 20, 64, 6
 
 NOT_HERE = ("ECAMP, whole image", "ECAMP, mean token", "ECAMP, patch attention")  # full size only

@@ -33,6 +33,7 @@ SELECTION_SEEDS = [100, 106, 107]  # not those of the other studies: they leave 
 METRIC = "mIoU"
 STEPS = 300  # after 250 steps at 2e-3 fields are distinguished, buildings not yet
 RECIPE = {"batch": 16, "weight_decay": 0.01}
+BUDGET = f"{STEPS} steps, batch {RECIPE['batch']}"
 TEST_BATCH = 60
 DROPPED = 0.5  # header dropout: the fraction of training texts whose code and name are hidden
 LENGTH = 48  # words of the longest text

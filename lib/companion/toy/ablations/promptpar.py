@@ -30,6 +30,7 @@ from . import reader, study_root
 LEARNING_RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3]
 METRIC = "mA"
 EPOCHS, BATCH = 30, 32
+BUDGET = f"{EPOCHS} epochs, batch {BATCH}"
 PROMPTS = 10  # two for each of the five groups, ten as published
 # the model's arguments, and the weight of the similarity in the loss
 METHODS: dict[str, dict] = {

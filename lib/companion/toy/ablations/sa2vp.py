@@ -27,6 +27,7 @@ from . import reader, study_root
 
 LEARNING_RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1]
 OPTIONS: dict[str, Any] = {"epochs": 8, "batch": 20, "hardware": CPU}  # of `fit`
+BUDGET = f"{OPTIONS['epochs']} epochs, batch {OPTIONS['batch']}"
 WIDTH, SCALE, TOKENS = 8, 1.5, 8
 
 

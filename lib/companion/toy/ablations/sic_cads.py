@@ -38,6 +38,7 @@ from . import reader, study_root
 LEARNING_RATES = [1e-3, 3e-3, 1e-2, 3e-2]
 METRIC = "AP50 novel"
 EPOCHS, BATCH, WEIGHT_DECAY = 12, 48, 1e-4
+BUDGET = f"{EPOCHS} epochs, batch {BATCH}"
 # lambdas and gamma as released for OV-COCO and OV-LVIS; tau as for OV-COCO. The released weight of the distillation,
 # 0.01, belongs to 180,000 steps and 512 dimensions: here there are 216 and 64
 LAMBDA_BASE, LAMBDA_NOVEL, GAMMA, TAU, DISTILL, WIDTH = 0.8, 0.5, 0.5, 20.0, 0.2, 32

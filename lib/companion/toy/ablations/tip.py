@@ -36,6 +36,7 @@ from . import reader, study_root
 LEARNING_RATES = [1e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2]
 METRIC = "PSNR"
 STEPS, BATCH, WEIGHT_DECAY = 350, 48, 0.01  # section 14
+BUDGET = f"{STEPS} steps, batch {BATCH}"
 BLIND_PROMPT, NO_CAPTION = 0.15, 0.15  # shares of training images whose c_r is blind, whose c_s is empty
 DRAWS = 2  # degradations of each training image
 SAMPLING = 10  # steps of DDIM
