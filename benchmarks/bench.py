@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from companion.ops import record
-from companion.ops.files import atomic, write_json
+from companion.ops.files import write_between, write_json
 from companion.ops.provenance import code_hash, sources
 
 ROOT = Path(__file__).parents[1]
@@ -103,10 +103,4 @@ def update_readme() -> None:
         row = facts["rows"][0]
         ratios = f"{row['time_ratio']:.2f} x | {row['memory_ratio']:.2f} x"
         lines.append(f"| `{facts['paper']}` | {row['what']} | {ratios} |")
-    readme = ROOT / "README.md"
-    begin, end = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-    before, found, rest = readme.read_text(encoding="utf-8").partition(begin)
-    if found:
-        with atomic(readme) as temporary:
-            table = "\n".join(lines)
-            temporary.write_text(f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+    write_between(ROOT / "README.md", "benchmarks", "\n".join(lines))

@@ -86,6 +86,14 @@ def test_pocket_path_needs_no_network(tmp_path: Path) -> None:
     assert "stderr" not in [output.get("name") for cell in cells for output in cell.get("outputs", ())]
 
 
+def test_the_readme_counts_the_claims_of_the_committed_records() -> None:
+    table = notebooks.claims_table()
+    assert f"<!-- claims -->\n{table}\n<!-- /claims -->" in (ROOT / "README.md").read_text(encoding="utf-8")
+    ledgers = [json.loads(path.read_text()) for path in ROOT.glob("reports/pocket/*/claims.json")]
+    checks = [claim["status"] for ledger in ledgers for claim in ledger if claim["kind"] == CHECK]
+    assert f"| **all** | {checks.count('holds')} of {len(checks)} hold |" in table
+
+
 @pytest.mark.slow
 def test_paper_profile_can_be_walked_on_a_cpu(tmp_path: Path) -> None:
     """`dry_run`: the full-size model, two optimiser steps on generated images, every cell of the notebook."""

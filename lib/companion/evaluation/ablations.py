@@ -82,8 +82,8 @@ def notice(slug: str, folder: Path) -> str:
     minutes, wider = round(facts.get("seconds_of_cpu", 0) / 60), facts["widened"]
     text = (
         f"Study: {facts['budget']} for every trained method; learning rates {facts['learning_rates']}, selected on "
-        f"seeds {facts['selection_seeds']} (validation), {f'widened once by {wider}' if wider else 'not widened'}; tested on "
-        f"seeds {facts['seeds']}; {minutes} minutes of one core."
+        f"seeds {facts['selection_seeds']} (validation), {f'widened once by {wider}' if wider else 'not widened'}; "
+        f"tested on seeds {facts['seeds']}; {minutes} minutes of one core."
     )
     several = len(facts["tasks"]) > 1
     ends = [f"{method} ({task})" if several else method for task, method in at_ends(rows)]

@@ -86,6 +86,16 @@ def _if_full(path: Path, error: Exception) -> None:
         raise CannotWrite(path, free) from error
 
 
+def write_between(path: str | Path, mark: str, text: str) -> None:
+    """Replace what stands between the lines `<!-- mark -->` and `<!-- /mark -->` of a Markdown file."""
+    begin, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
+    before, found, rest = Path(path).read_text(encoding="utf-8").partition(begin)
+    if not found or end not in rest:
+        raise CorruptFile(path, f"no lines {begin.strip()} and {end}")
+    with atomic(path) as temporary:
+        temporary.write_text(f"{before}{begin}{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+
+
 def write_json(path: str | Path, value: object) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic(path) as temporary:

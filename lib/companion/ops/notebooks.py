@@ -2,7 +2,8 @@
 
 A notebook is rewritten only when its run was clean: every cell ran, nothing was written to stderr, no output names a
 folder of this machine, and the file stays below `LIMIT`. Its tables, claims and run record then replace those in
-`reports/pocket/<slug>/`. With `--check` nothing is run: the notebooks as they are must fit these rules.
+`reports/pocket/<slug>/`, and the README counts the claims anew. With `--check` nothing is run: the notebooks as they
+are must fit these rules.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from ..errors import CompanionError
+from ..evaluation.claims import KINDS, counts
 from .adopt import adopt
-from .files import atomic
+from .files import atomic, read_json, write_between
+from .papers import slugs
+from .record import root
 
 LIMIT = 1_000_000  # bytes; GitHub shows no larger notebook
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -117,6 +121,15 @@ def problems(notebook: nbformat.NotebookNode) -> list[str]:
     return found
 
 
+def claims_table() -> str:
+    """How many claims of each kind hold in the committed records, by paper and in all, as a Markdown table."""
+    ledgers = {f"`{slug}`": read_json(root() / "reports" / "pocket" / slug / "claims.json") for slug in slugs()}
+    ledgers["**all**"] = [claim for ledger in ledgers.values() for claim in ledger]
+    lines = ["| paper | " + " | ".join(f"{kind}s" for kind in KINDS) + " |", "| --- " * (1 + len(KINDS)) + "|"]
+    lines += [f"| {name} | {' | '.join(counts(ledger).values())} |" for name, ledger in ledgers.items()]
+    return "\n".join(lines)
+
+
 def main(words: list[str] | None = None) -> int:
     """Refresh or check the notebooks that are named; return 1 when one of them is not fit to be committed."""
     parser = argparse.ArgumentParser(prog="companion.ops.notebooks", description=main.__doc__)
@@ -141,6 +154,8 @@ def main(words: list[str] | None = None) -> int:
             except CompanionError as error:
                 failed += 1
                 print(error, file=sys.stderr)
+    if not given.check and any(path.resolve().parent == root() / "notebooks" for path in given.notebooks):
+        write_between(root() / "README.md", "claims", claims_table())
     return int(failed > 0)
 
 
