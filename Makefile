@@ -14,7 +14,7 @@ PYTEST := COMPANION_PROGRESS=off PYTHONPATH='$(CURDIR)/tests/offline' $(BIN) -m 
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help reports study lint test unit nbval test-slow mutants lab gpu bench notebooks lock clean
+.PHONY: help reports study lint test nbval test-slow mutants lab gpu bench notebooks lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -41,19 +41,17 @@ lint: $(INSTALLED)  ## ruff, formatting, types, import rules, and the committed 
 	$(BIN) -m pytest -q tests/test_imports.py
 	$(BIN) -m companion.ops.notebooks --check notebooks/*.ipynb
 
-test: unit nbval  ## unit tests, parity, the site and JupyterLab in a browser; then the committed notebooks
-
 # coverage is of the lines that the tests run themselves; of other processes nothing is counted
-unit: $(INSTALLED)
+test: $(INSTALLED)  ## unit tests, parity with the authors' code, the site and JupyterLab in a browser
 	OMP_NUM_THREADS=1 $(PYTEST) --cov --cov-report term --cov-report html:build/coverage $(SIDE_BY_SIDE) --dist loadgroup -m 'not slow' tests
 
 # apart: with --cov, nbval sets coverage up in every kernel, which times out
-nbval: $(INSTALLED)
+nbval: $(INSTALLED)  ## run the committed notebooks and compare their outputs
 	OMP_NUM_THREADS=1 $(PYTEST) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg $(SIDE_BY_SIDE) --dist loadfile notebooks
 
 # a process for each file: full-size models of several files do not fit in the memory of one; those of the simulated GPU
 # are small
-test-slow: $(INSTALLED)  ## the rest: full-size parity and other long checks, one at a time (up to 13 GB)
+test-slow: $(INSTALLED)  ## the rest: full-size parity, the simulated GPU and other long checks, one at a time (up to 13 GB)
 	@failed=0; for file in $$(grep -rl 'mark.slow' tests --include='test_*.py' | grep -v simulated); do \
 	  $(PYTEST) -m slow $$file || failed=1; done; \
 	  OMP_NUM_THREADS=1 $(PYTEST) --numprocesses logical --maxprocesses 4 -m slow tests/simulated || failed=1; \

@@ -24,7 +24,7 @@ ALLOWED: dict[str, dict[str, int]] = {
 }
 """Waits of a training step, by paper: the file where the host waits, and how often at most. Others never wait."""
 
-pytestmark = pytest.mark.simulated
+pytestmark = [pytest.mark.simulated, pytest.mark.slow]
 
 
 def test_training():
@@ -69,7 +69,6 @@ def assert_half_is_near(found: dict) -> None:
         assert abs(half - full) <= 0.05 * abs(full)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("slug", ["dplq", "dmt", "sic_cads"])  # all ten passed; a third of an hour is left out here
 def test_half_precision(slug, tmp_path):
     """Every training and evaluation of a notebook under bf16 autocast."""
@@ -128,7 +127,6 @@ def test_make_gpu():
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("slug", parity.papers())
 def test_parity(slug):
     """The smaller recorded cases, computed on the GPU."""
@@ -141,7 +139,6 @@ FILES += ["models/dmt/test_cache.py", "models/dmt/test_downstream.py", "models/l
 FILES += ["test_detectors.py", "test_slides.py", "test_tracking.py"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 def test_tests_of_the_library(file):
     """Trainings and evaluations of other tests, on the GPU; `plugin.SKIPPED` lists those that only hold on a CPU."""
