@@ -69,7 +69,7 @@ def speed(name: str, small: bool = False) -> dict:
     """Images a second, memory and share of the peak of one training; `small`: of small models, to try this script."""
     import pytest
 
-    from companion.cli import GPUS
+    from companion.ops.needs import GPUS
     from companion.training import fit as training
     from companion.training.callbacks import Callback
     from tests.conftest import parameters

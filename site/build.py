@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -22,6 +23,7 @@ from sphinx.cmd.build import main as sphinx
 
 import companion
 from companion import data
+from companion.cli import commands
 from companion.evaluation import ablations
 from companion.evaluation.claims import CHECK, KINDS, PAPER, SYNTHETIC, counts
 from companion.ops.papers import FINDINGS, findings
@@ -31,6 +33,7 @@ HERE = Path(__file__).parent
 PAPERS = Path(companion.__file__).parent / "models"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 WIDE = "---\nhtml_theme.sidebar_secondary.remove: true\n---\n"  # of pages whose tables need the width
+DOCS = [HERE / "docs" / f"{name}.md" for name in ("install", "gpu", "evidence", "layout")]
 STATUS = {"holds": "✓ holds", "fails": "✗ fails", "not run": "– not run"}
 
 
@@ -72,6 +75,9 @@ def write_sources(reports: Path, source: Path) -> None:
         page(source / "api" / f"{name}.md", text)
     page(source / "index.md", front_page(papers, runs))
     page(source / "ledger.md", ledger_page(papers, runs))
+    for path in DOCS:
+        page(source / "docs" / path.name, path.read_text(encoding="utf-8"))
+    page(source / "docs" / "commands.md", commands_page())
 
 
 def load_papers() -> dict[str, dict]:
@@ -81,7 +87,7 @@ def load_papers() -> dict[str, dict]:
         facts = PAPERS / slug / "paper.yaml"
         if facts.exists():
             own = yaml.safe_load(facts.read_text(encoding="utf-8"))
-            paper.update({key: own[key] for key in ("title", "arxiv", "task", "code") if key in own})
+            paper.update({key: own[key] for key in ("title", "arxiv", "task", "code", "headline") if key in own})
     return papers
 
 
@@ -113,7 +119,7 @@ def front_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
         if paper.get("reconstruction"):
             title += " (a reconstruction: neither the method's full text nor official code could be had)"
         state = f"[runs](records/{slug}.md)" if slug in runs else "not yet built"
-        rows.append([name, title, cell(paper["task"]), state, *said.values()])
+        rows.append([name, title, cell(paper["task"]), cell(paper.get("headline", "–")), state, *said.values()])
     extra = [slug for slug in runs if slug not in papers]
     return "\n".join(
         [
@@ -123,9 +129,14 @@ def front_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
             "notebook it stands in, on small data made for the purpose (the `pocket` profile). Pocket numbers say "
             "whether a paper's mechanism works; they are not the paper's numbers.\n",
             "## The papers\n",
-            table("papers", ["Paper", "Title", "Task", "State", *(f"{kind}s".capitalize() for kind in KINDS)], rows),
+            table(
+                "papers",
+                ["Paper", "Title", "Task", "What we found", "State", *(f"{kind}s".capitalize() for kind in KINDS)],
+                rows,
+            ),
             f"All papers: {'; '.join(f'{kind}s: {said}' for kind, said in counts(all_claims).items())}. Each claim, "
             "and what it rests on, is in [the ledger of claims](ledger.md).\n",
+            toctree("Documentation", [(None, f"docs/{path.stem}") for path in DOCS] + [(None, "docs/commands")]),
             toctree(
                 "Beside the papers", [(None, name) for name in ("ledger", "findings", "comparisons", "data", "speed")]
             ),
@@ -138,6 +149,15 @@ def front_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
             toctree("Run records", [(papers.get(slug, {}).get("name", slug), f"records/{slug}") for slug in runs]),
         ]
     )
+
+
+def commands_page() -> str:
+    """The help of the `companion` command and of each of its commands."""
+    parts = ["# The `companion` command"]
+    os.environ["COLUMNS"] = "100"  # of argparse's help
+    for name, parser in commands().items():
+        parts.append(f"## `{name}`\n\n```text\n{parser.format_help().strip()}\n```\n")
+    return "\n".join(parts)
 
 
 def ledger_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:

@@ -25,44 +25,30 @@ from types import SimpleNamespace
 
 import psutil
 import torch
-import yaml
 
 from . import __version__, data
 from .errors import BadParameter, CompanionError, CorruptFile, MissingWeights, check_choice
 from .evaluation import parity, recipe_parity
+from .ops import needs
 from .ops.adopt import adopt as adopt_run
-from .ops.papers import COMMON, MODELS, accepted, paper, rules, slugs
-
-# Peaks of matrix products in TFLOP/s, dense, from NVIDIA's data sheets: in half precision, and in TF32 (float32 where
-# a GPU has none), which is what "32-true" uses.
-GPUS = {
-    "T4": (65, 8.1),
-    "V100": (125, 15.7),
-    "A10": (125, 62.5),
-    "L4": (121, 60),
-    "L40S": (362, 183),
-    "RTX 3090": (71, 35.6),
-    "RTX 4090": (165, 82.6),
-    "A100": (312, 156),
-    "H100": (989, 494),
-    "H200": (989, 494),
-}
-SHARE = 0.3  # of the peak that a training is assumed to reach; the doctor says so
+from .ops.papers import COMMON, accepted, paper, rules, slugs
 
 
-def main(words: list[str] | None = None) -> int:
-    """Run one command; 0 when all is well, 1 when something is missing or differs, 2 for a wrong call."""
+def commands() -> dict[str, argparse.ArgumentParser]:
+    """The parser of `companion`, and that of each command, by what one types."""
     papers = f"papers: {', '.join(slugs())}"
     parser = argparse.ArgumentParser(prog="companion", description=__doc__.split("\n\n")[0], epilog=papers)
     parser.add_argument("--version", action="version", version=f"companion {__version__}")
     hvit, metasegnet = rules("hvit"), rules("metasegnet")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    found = {"companion": parser}
+    below = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(run: Callable[[argparse.Namespace], int], name: str, what: str, *positional: str):
-        sub = commands.add_parser(name, help=what, description=what, epilog=papers if "paper" in positional else None)
+        sub = below.add_parser(name, help=what, description=what, epilog=papers if "paper" in positional else None)
         for argument in positional:
             sub.add_argument(argument)
         sub.set_defaults(run=run)
+        found[f"companion {name}"] = sub
         return sub
 
     for run, name, what in (
@@ -72,7 +58,7 @@ def main(words: list[str] | None = None) -> int:
         sub = command(run, name, what, "paper")
         sub.add_argument("--data-root", default="data")
         if run is doctor:
-            sub.add_argument("--gpu", choices=GPUS, help="the time is for this GPU (default: the one here, or A100)")
+            sub.add_argument("--gpu", choices=needs.GPUS, help="the time is on this GPU (default: this one, or A100)")
             choices = COMMON["precision"]["choices"]
             sub.add_argument("--precision", default="paper", choices=choices, help="the time is at this precision")
     command(show_data, "data", "all data sets and whether they are here").add_argument("--data-root", default="data")
@@ -112,7 +98,12 @@ def main(words: list[str] | None = None) -> int:
     sub.add_argument("--overlap", type=int, default=256, help="pixels that tiles share")
     sub.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda"])
     command(adopt, "adopt", "take in the results of a run made elsewhere", "folder")
-    given = parser.parse_args(words)
+    return found
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run one command; 0 when all is well, 1 when something is missing or differs, 2 for a wrong call."""
+    given = commands()["companion"].parse_args(words)
     try:
         if Path(root := getattr(given, "data_root", ".")).is_file():
             raise BadParameter("--data-root", root, "a folder; this is a file")
@@ -128,10 +119,6 @@ def main(words: list[str] | None = None) -> int:
     except (CompanionError, OSError) as error:  # a folder that one may not write to, say; its path is in the message
         print(f"companion: {error}", file=sys.stderr)
         return 1
-
-
-def _sets(prefix: str) -> list[str]:
-    return [name for name in data.DATASETS if name.startswith(prefix)]
 
 
 def _weights(facts: dict, root: str | Path) -> list[tuple[dict, str]]:
@@ -157,17 +144,6 @@ def _weights(facts: dict, root: str | Path) -> list[tuple[dict, str]]:
     return found
 
 
-def _memory(slug: str, run: dict, precision: str) -> tuple[float, str]:
-    """The GB that a run wants, and how that is known: counted by benchmarks/memory.py for a training, or estimated."""
-    counted = yaml.safe_load((MODELS / "memory.yaml").read_text(encoding="utf-8")).get(slug, {}).get(run["id"])
-    if counted is None:
-        return run["memory_gb"], " (estimated)"
-    image = counted["image_gb" if precision == "32-true" else "image_half_gb"]
-    wanted = counted["fixed_gb"] + counted["images"] * image
-    how = f"{counted['fixed_gb']} of weights, gradients and moments, {image} an image;\n{'':11}kernels take more"
-    return wanted, f" for a step of {counted['images']} images at {precision} (counted: {how})"
-
-
 def doctor(given: argparse.Namespace) -> int:
     """Print, for each group of tables, what its run needs and lacks here; then the notebook's accepted parameters."""
     facts, root = paper(given.paper), Path(given.data_root)
@@ -178,23 +154,20 @@ def doctor(given: argparse.Namespace) -> int:
     # the folder may not be there yet
     disk = shutil.disk_usage(next(f for f in (root, *root.absolute().parents) if f.exists())).free / 1e9
     # "NVIDIA A100-SXM4-80GB", "Tesla T4": the longest name, so that an L40S is no L4
-    here = [name for name in sorted(GPUS, key=len, reverse=True) if name in where]
+    here = [name for name in sorted(needs.GPUS, key=len, reverse=True) if name in where]
     gpu = given.gpu or (here or ["A100"])[0]
     precision = facts["precision"] if given.precision == "paper" else given.precision
-    peak = GPUS[gpu][precision == "32-true"]
+    peak = needs.GPUS[gpu][precision == "32-true"]
     lacking = False
     print(f"{facts['title']}  (arXiv {facts['arxiv']})\ndata root: {root.resolve()}\n")
     for run in facts["runs"]:
         print(f"{run['title']}\n  tables   {', '.join(run['tables'])}")
-        flop, absent = 0.0, []
-        for name in _sets(run["data"]):
+        absent = []
+        for name in needs.sets(run["data"]):
             dataset, state = data.DATASETS[name], data.status(name, root)
-            # an epoch of a tracker is a number of pairs, and its test a number of frames: the paper's file says them
-            seen = {"train": dataset.sizes.get("trainval"), "test": dataset.sizes.get("test")} | run.get("images", {})
-            flop += run["gflop"] * 1e9 * (3 * seen["train"] * run["epochs"] + seen["test"])
             if state.state != "present":
                 absent.append((dataset, state))
-        total = len(_sets(run["data"]))
+        total = len(needs.sets(run["data"]))
         print(f"  data     {total - len(absent)} of {total} sets are here")
         # sets that are laid out and had alike are told together
         alike: dict[tuple[str, str], list[tuple[data.DataSet, data.Status]]] = {}
@@ -214,13 +187,13 @@ def doctor(given: argparse.Namespace) -> int:
             size = f"{entry['size_mb']} MB, " if "size_mb" in entry else ""
             print(f"  weights  {entry.get('id') or entry['file']} ({size}{entry['licence']}): {lack or 'here'}")
             lacking |= bool(lack)
-        wanted, how = _memory(given.paper, run, precision)
+        wanted, how = needs.memory(given.paper, run, precision)
         print(f"  memory   {wanted:.3g} GB wanted{how}; {memory:.0f} GB here ({where})")
         print(f"  disk     {run['disk_gb']} GB wanted, {disk:.0f} GB free")
-        hours = flop / (SHARE * peak * 1e12) / 3600
+        hours, flop = needs.hours(run, peak)
         print(
             f"  time     about {hours:.1f} h on one {gpu} (not measured): {flop:.1e} operations of forward and\n"
-            f"           backward passes, {SHARE:.0%} of its peak of {peak} TFLOP/s at {precision}\n"
+            f"           backward passes, {needs.SHARE:.0%} of its peak of {peak} TFLOP/s at {precision}\n"
         )
         lacking |= bool(absent) or memory < wanted or disk < run["disk_gb"]
     print(f"Parameters of notebooks/{given.paper}.ipynb and their accepted values")
@@ -249,7 +222,7 @@ def fetch(given: argparse.Namespace) -> int:
                 backbones.find_weights(weights["id"], download=True)
             except CompanionError as error:
                 left.append(str(error))
-    for name in dict.fromkeys(n for run in facts["runs"] for n in _sets(run["data"])):
+    for name in dict.fromkeys(n for run in facts["runs"] for n in needs.sets(run["data"])):
         try:
             print(f"data    {name}: {data.fetch(name, given.data_root)}", flush=True)
         except CompanionError as error:

@@ -11,7 +11,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from companion.evaluation.claims import CHECK
-from companion.ops import notebooks
+from companion.ops import needs, notebooks
 from companion.ops.papers import slugs
 from tests.conftest import ROOT
 
@@ -86,9 +86,11 @@ def test_pocket_path_needs_no_network(tmp_path: Path) -> None:
     assert "stderr" not in [output.get("name") for cell in cells for output in cell.get("outputs", ())]
 
 
-def test_the_readme_counts_the_claims_of_the_committed_records() -> None:
+def test_the_tables_of_the_readme_are_those_of_the_records() -> None:
     table = notebooks.claims_table()
-    assert f"<!-- claims -->\n{table}\n<!-- /claims -->" in (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for mark, text in (("papers", notebooks.papers_table()), ("runs", needs.table()), ("claims", table)):
+        assert f"<!-- {mark} -->\n{text}\n<!-- /{mark} -->" in readme
     ledgers = [json.loads(path.read_text()) for path in ROOT.glob("reports/pocket/*/claims.json")]
     checks = [claim["status"] for ledger in ledgers for claim in ledger if claim["kind"] == CHECK]
     assert f"| **all** | {checks.count('holds')} of {len(checks)} hold |" in table

@@ -45,7 +45,7 @@ def test_every_recorded_case_has_a_paper_that_checks_it():
 
 
 @pytest.mark.parametrize("slug", slugs())
-def test_the_readme_counts_the_cases(slug):
+def test_the_site_counts_the_cases(slug):
     def count(root: str, pattern: str) -> str:
         return str(len(list((ROOT / "tests" / root / slug).glob(pattern))) or "–")
 
@@ -54,7 +54,9 @@ def test_the_readme_counts_the_cases(slug):
         count("recipes", "*/case.json"),
         count("recipes", "trajectory*"),
     )
-    line = re.search(rf"^\| \[`{slug}`\].*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    line = re.search(
+        rf"^\| \[`{slug}`\].*$", (ROOT / "site" / "docs" / "evidence.md").read_text(encoding="utf-8"), re.M
+    )
     assert line and f"| {' / '.join(counted[:2])} / " in line[0]
     if counted[2] != "–":  # without recorded cases it is a test of its own
         assert f" / {counted[2]}" in line[0]

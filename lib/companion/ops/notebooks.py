@@ -23,9 +23,10 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from ..errors import CompanionError
 from ..evaluation.claims import KINDS, counts
+from . import needs
 from .adopt import adopt
 from .files import atomic, read_json, write_between
-from .papers import slugs
+from .papers import paper, slugs
 from .record import root
 
 LIMIT = 1_000_000  # bytes; GitHub shows no larger notebook
@@ -121,6 +122,17 @@ def problems(notebook: nbformat.NotebookNode) -> list[str]:
     return found
 
 
+def papers_table() -> str:
+    """The notebook, the method and one finding of each paper, as a Markdown table."""
+    lines = ["| notebook | method | what we found |", "| --- | --- | --- |"]
+    for slug in slugs():
+        facts = paper(slug)
+        method = facts["method"] + (", **reconstruction**" if facts.get("reconstruction") else "")
+        link = f"[paper](https://arxiv.org/abs/{facts['arxiv']})"
+        lines.append(f"| [`{slug}`](notebooks/{slug}.ipynb) | {method} ({link}) | {facts['headline']} |")
+    return "\n".join(lines)
+
+
 def claims_table() -> str:
     """How many claims of each kind hold in the committed records, by paper and in all, as a Markdown table."""
     ledgers = {f"`{slug}`": read_json(root() / "reports" / "pocket" / slug / "claims.json") for slug in slugs()}
@@ -155,7 +167,8 @@ def main(words: list[str] | None = None) -> int:
                 failed += 1
                 print(error, file=sys.stderr)
     if not given.check and any(path.resolve().parent == root() / "notebooks" for path in given.notebooks):
-        write_between(root() / "README.md", "claims", claims_table())
+        for mark, table in (("papers", papers_table()), ("claims", claims_table()), ("runs", needs.table())):
+            write_between(root() / "README.md", mark, table)
     return int(failed > 0)
 
 

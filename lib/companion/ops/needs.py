@@ -1,0 +1,66 @@
+"""What a run of a paper's tables needs: memory and time on a GPU, disk; from `paper.yaml` and `models/memory.yaml`."""
+
+from __future__ import annotations
+
+import yaml
+
+from .. import data
+from .papers import MODELS, paper, slugs
+
+# Peaks of matrix products in TFLOP/s, dense, from NVIDIA's data sheets: in half precision, and in TF32 (float32 where
+# a GPU has none), which is what "32-true" uses.
+GPUS = {
+    "T4": (65, 8.1),
+    "V100": (125, 15.7),
+    "A10": (125, 62.5),
+    "L4": (121, 60),
+    "L40S": (362, 183),
+    "RTX 3090": (71, 35.6),
+    "RTX 4090": (165, 82.6),
+    "A100": (312, 156),
+    "H100": (989, 494),
+    "H200": (989, 494),
+}
+SHARE = 0.3  # of the peak that a training is assumed to reach; the doctor says so
+
+
+def sets(prefix: str) -> list[str]:
+    """The data sets of a run, by the `data` of its entry in `paper.yaml`."""
+    return [name for name in data.DATASETS if name.startswith(prefix)]
+
+
+def memory(slug: str, run: dict, precision: str) -> tuple[float, str]:
+    """The GB that a run wants, and how that is known: counted by benchmarks/memory.py for a training, or estimated."""
+    counted = yaml.safe_load((MODELS / "memory.yaml").read_text(encoding="utf-8")).get(slug, {}).get(run["id"])
+    if counted is None:
+        return run["memory_gb"], " (estimated)"
+    image = counted["image_gb" if precision == "32-true" else "image_half_gb"]
+    wanted = counted["fixed_gb"] + counted["images"] * image
+    how = f"{counted['fixed_gb']} of weights, gradients and moments, {image} an image;\n{'':11}kernels take more"
+    return wanted, f" for a step of {counted['images']} images at {precision} (counted: {how})"
+
+
+def hours(run: dict, peak: float) -> tuple[float, float]:
+    """Hours of a run on one GPU whose peak is `peak` TFLOP/s, of which it reaches `SHARE`; and the operations."""
+    flop = 0.0
+    for name in sets(run["data"]):
+        sizes = data.DATASETS[name].sizes
+        # an epoch of a tracker is a number of pairs, and its test a number of frames: the paper's file says them
+        seen = {"train": sizes.get("trainval"), "test": sizes.get("test")} | run.get("images", {})
+        flop += run["gflop"] * 1e9 * (3 * seen["train"] * run["epochs"] + seen["test"])
+    return flop / (SHARE * peak * 1e12) / 3600, flop
+
+
+def table(gpu: str = "A100") -> str:
+    """The longest run of each paper with what it needs at the authors' precision, as a Markdown table."""
+    lines = [f"| paper | run | data, disk | GPU memory | time on one {gpu} |", "| --- | --- | ---: | ---: | ---: |"]
+    for slug in slugs():
+        facts = paper(slug)
+        precision = facts["precision"]
+        peak = GPUS[gpu][precision == "32-true"]
+        run = max(facts["runs"], key=lambda run: hours(run, peak))
+        wanted, how = memory(slug, run, precision)
+        time, _ = hours(run, peak)
+        mark = "" if "counted" in how else " (estimate)"
+        lines.append(f"| `{slug}` | {run['title']} | {run['disk_gb']} GB | {wanted:.3g} GB{mark} | {time:.1f} h |")
+    return "\n".join(lines)
