@@ -303,7 +303,7 @@ def test_ledger_is_the_claims(site: Site, page: object) -> None:
     names, colours = zip(*page.evaluate(colours), strict=True)
     assert len(set(colours)) == len(set(names))
     page.goto(f"{site.url}/index.html")
-    ten = [row.locator("td").nth(3).inner_text() for row in page.locator("table.papers tbody tr").all()]
+    ten = [row.locator("td").nth(4).inner_text() for row in page.locator("table.papers tbody tr").all()]
     assert len(ten) == 10 and all(state.startswith(("runs", "not yet built")) for state in ten)
 
 

@@ -54,9 +54,8 @@ def test_the_site_counts_the_cases(slug):
         count("recipes", "*/case.json"),
         count("recipes", "trajectory*"),
     )
-    line = re.search(
-        rf"^\| \[`{slug}`\].*$", (ROOT / "site" / "docs" / "evidence.md").read_text(encoding="utf-8"), re.M
-    )
+    page = (ROOT / "site" / "docs" / "evidence.md").read_text(encoding="utf-8")
+    line = re.search(rf"^\| \[`{slug}`\].*$", page, re.M)
     assert line and f"| {' / '.join(counted[:2])} / " in line[0]
     if counted[2] != "–":  # without recorded cases it is a test of its own
         assert f" / {counted[2]}" in line[0]
