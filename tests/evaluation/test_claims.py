@@ -38,7 +38,7 @@ def test_conditions(conditions, cells, expected):
     [
         (3.2e-7, 1e-5, True, "A: at most 1e-6 (asked: at most 1e-5)"),
         (1e-5, 1e-5, True, "A: at most 1e-5 (asked: at most 1e-5)"),
-        (0.0, 1e-5, True, "A: at most 1e-7 (asked: at most 1e-5)"),  # as on a machine where it is 1e-9
+        (0.0, 1e-5, True, "A: at most 1e-6 (asked: at most 1e-5)"),  # the same text as on a machine where it is 3.2e-7
         (0.0, 0, True, "A: exactly 0 (asked: exactly 0)"),
         (1.04e-5, 1e-5, False, "A: 1e-05, TOO LARGE (asked: at most 1e-5)"),
         (1e-12, 0, False, "A: 1e-12, TOO LARGE (asked: exactly 0)"),

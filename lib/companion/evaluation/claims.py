@@ -24,25 +24,23 @@ def check_range(name: str, value: float, low: float = -math.inf, high: float = m
 def within(differences: Mapping[str, SupportsFloat], tolerance: float = 0.0) -> tuple[bool, str]:
     """Whether all differences are at most `tolerance`, and how large each is, as text: as `Run.claim` takes them.
 
-    A difference within the tolerance is rounding noise, which varies between machines: the text has the next power of
-    ten, from a hundredth of the tolerance on. A larger one is written as it is. nan is too large.
+    A difference within the tolerance is rounding noise, which varies between machines: the text says whether a tenth of
+    the tolerance bounds it too. A larger one is written as it is; nan is too large.
 
     Args:
         differences: by name, 0 or more.
-        tolerance: a power of ten, or 0: what is compared must be equal.
+        tolerance: a power of ten, at least thirty times the noise; 0: what is compared must be equal.
     """
 
-    def power(value: float) -> str:
-        return f"1e{math.ceil(round(math.log10(value), 9))}"
+    def bound(value: float) -> str:
+        return f"at most {np.format_float_scientific(value, 0, exp_digits=1, trim='-')}" if value else "exactly 0"
 
     parts, found = [], {name: float(value) for name, value in differences.items()}
     for name, value in found.items():
-        if not value <= tolerance:
-            parts.append(f"{name}: {value:.2g}, TOO LARGE")
-        else:
-            parts.append(f"{name}: at most {power(max(value, tolerance / 100))}" if tolerance else f"{name}: exactly 0")
+        inside = bound(tolerance / 10 if value <= tolerance / 10 else tolerance)
+        parts.append(f"{name}: {inside if value <= tolerance else f'{value:.2g}, TOO LARGE'}")
     holds = bool(found) and all(value <= tolerance for value in found.values())
-    return holds, f"{'; '.join(parts)} (asked: {f'at most {power(tolerance)}' if tolerance else 'exactly 0'})"
+    return holds, f"{'; '.join(parts)} (asked: {bound(tolerance)})"
 
 
 def interval(leads: np.ndarray, share: float = 0.95, draws: int = 10_000) -> tuple[float, float]:
