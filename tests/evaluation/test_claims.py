@@ -1,8 +1,10 @@
-"""Paper results are judged by our measurements on real data as soon as those are there."""
+"""Paper results are judged by our measurements on real data as soon as those are there; exact claims by differences."""
+
+import math
 
 import pytest
 
-from companion.evaluation.claims import PAPER, judge_measured
+from companion.evaluation.claims import PAPER, judge_measured, within
 from companion.ops import report
 from companion.ops.papers import paper, slugs
 
@@ -29,6 +31,24 @@ def test_conditions(conditions, cells, expected):
     assert holds is expected
     absent = OURS not in cells or (BASELINE not in cells and AHEAD in conditions)
     assert ("not run" in value) == absent
+
+
+@pytest.mark.parametrize(
+    ("value", "tolerance", "holds", "text"),
+    [
+        (3.2e-7, 1e-5, True, "A: at most 1e-6 (asked: at most 1e-5)"),
+        (1e-5, 1e-5, True, "A: at most 1e-5 (asked: at most 1e-5)"),
+        (0.0, 1e-5, True, "A: at most 1e-6 (asked: at most 1e-5)"),  # the same text as on a machine where it is 3.2e-7
+        (0.0, 0, True, "A: exactly 0 (asked: exactly 0)"),
+        (1.04e-5, 1e-5, False, "A: 1e-05, TOO LARGE (asked: at most 1e-5)"),
+        (1e-12, 0, False, "A: 1e-12, TOO LARGE (asked: exactly 0)"),
+        (math.nan, 1e-5, False, "A: nan, TOO LARGE (asked: at most 1e-5)"),
+    ],
+)
+def test_differences_hold_within_the_tolerance_and_are_written_without_noise(value, tolerance, holds, text):
+    assert within({"A": value}, tolerance) == (holds, text)
+    assert within({"B": 0.0, "A": value}, tolerance)[0] is holds  # one that is too large is enough
+    assert not within({}, tolerance)[0]
 
 
 def made_up(claim: dict) -> dict[tuple[str, str], float]:

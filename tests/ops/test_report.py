@@ -110,7 +110,7 @@ def test_a_run_leaves_tables_figures_claims_and_a_record(run):
     run.table("t", pd.DataFrame({"a": [1.0]}))
     run.figure("f", plt.figure(figsize=(1, 1)))
     run.claim("identity", True, "0", [3])
-    run.claim("locality", False, "7 tokens", why="because")
+    assert run.claim("locality", False, "7 tokens", why="because") == "locality fails: 7 tokens"
     run.claim("full-hta", None, "")
     shown = run.close().data
     assert "FAILS" in shown and "because" in shown

@@ -1,10 +1,11 @@
-"""Judging claims: synthetic results by the test rows of a study, paper results by measurements on real data."""
+"""Judging claims: synthetic results by the rows of a study, paper results by measurements, checks by a tolerance."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterable, Mapping
+from typing import SupportsFloat
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,28 @@ def check_range(name: str, value: float, low: float = -math.inf, high: float = m
     )
     print(f"{name}: {'as expected' if inside else 'NOT as expected'} ({bounds})")
     return inside
+
+
+def within(differences: Mapping[str, SupportsFloat], tolerance: float = 0.0) -> tuple[bool, str]:
+    """Whether all differences are at most `tolerance`, and how large each is, as text: as `Run.claim` takes them.
+
+    A difference within the tolerance is rounding noise, which varies between machines: the text says whether a tenth of
+    the tolerance bounds it too. A larger one is written as it is; nan is too large.
+
+    Args:
+        differences: by name, 0 or more.
+        tolerance: a power of ten, at least thirty times the noise; 0: what is compared must be equal.
+    """
+
+    def bound(value: float) -> str:
+        return f"at most {np.format_float_scientific(value, 0, exp_digits=1, trim='-')}" if value else "exactly 0"
+
+    parts, found = [], {name: float(value) for name, value in differences.items()}
+    for name, value in found.items():
+        inside = bound(tolerance / 10 if value <= tolerance / 10 else tolerance)
+        parts.append(f"{name}: {inside if value <= tolerance else f'{value:.2g}, TOO LARGE'}")
+    holds = bool(found) and all(value <= tolerance for value in found.values())
+    return holds, f"{'; '.join(parts)} (asked: {bound(tolerance)})"
 
 
 def interval(leads: np.ndarray, share: float = 0.95) -> tuple[float, float]:

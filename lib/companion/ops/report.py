@@ -3,7 +3,7 @@
 run = report.start("sa2vp", profile=profile, seed=seed, ...)     # validates, prints what this run will do
 run.table("study", frame)                                        # shows it, writes tables/study.csv
 run.figure("rollout", figure)                                    # shows it, writes figures/rollout.png
-run.claim("identity", difference == 0, f"largest difference {difference:g}")
+print(run.claim("identity", *within({"logits": difference}, 1e-5)))    # judged and worded by evaluation.claims
 run.close()                                                      # shows the ledger, writes claims.json and run.json
 """
 
@@ -115,17 +115,18 @@ class Run:
 
     def claim(
         self, name: str, holds: bool | None, value: str, seeds: Iterable[int] = (), why: str = "", evidence: str = ""
-    ) -> None:
+    ) -> str:
         """Enter a claim of the paper's YAML: whether it holds here (None: not run), what was measured, and why.
 
         `evidence` is what the measurement rests on.
 
-        Raises `BadParameter`: no such claim.
+        Returns the line to print. Raises `BadParameter`: no such claim.
         """
         known = [c["id"] for c in paper(self.slug).get("claims", [])]
         check_choice("claim", name, known)
         status = "not run" if holds is None else "holds" if holds else "fails"
         self.claims[name] = {"status": status, "value": value, "seeds": list(seeds), "why": why, "evidence": evidence}
+        return f"{name} {status}: {value}"
 
     def claims_from_study(self, rows: pd.DataFrame, why: Mapping[str, str] = {}) -> None:
         """Judge every synthetic result by the rows of an ablation, see `evaluation.claims.judge`.
