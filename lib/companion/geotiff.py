@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from .data import decoding
@@ -132,13 +131,10 @@ class Raster:
 
     def _decoded(self) -> np.ndarray:
         if self._whole is None:
-            try:
-                with Image.open(self.path) as image:
-                    # GDAL converts CMYK to RGB, too
-                    mode = "RGB" if image.mode == "CMYK" else image.mode
-                    self._whole = decoding.pixels(image, mode) if mode in ("RGB", "L") else np.asarray(image)
-            except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-                raise CorruptFile(self.path, f"it cannot be decoded ({error})") from error
+            with decoding.opened(self.path) as image:
+                # GDAL converts CMYK to RGB, too
+                mode = "RGB" if image.mode == "CMYK" else image.mode
+                self._whole = decoding.pixels(image, mode) if mode in ("RGB", "L") else np.asarray(image)
         return self._whole
 
     def read(self, *window: int) -> np.ndarray:
