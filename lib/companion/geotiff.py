@@ -84,7 +84,7 @@ class Raster:
         if not path.is_file():
             return None
         try:
-            return rasterio.crs.CRS.from_wkt(path.read_text(encoding="utf-8"))
+            return rasterio.crs.CRS.from_wkt(path.read_text(encoding="utf-8-sig"))
         except (rasterio.errors.CRSError, UnicodeDecodeError) as error:
             raise CorruptFile(path, f"no coordinate system ({error})") from error
 
@@ -93,6 +93,11 @@ class Raster:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+    @property
+    def bands(self) -> int:
+        """How many bands it has."""
+        return self._file.count
 
     @property
     def place(self) -> tuple[float, float] | None:

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from unittest.mock import Mock
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -36,7 +37,7 @@ def test_start_refuses_what_does_not_go_together():
 
 def test_a_place_where_nothing_can_be_written_is_told_before_the_run(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    monkeypatch.setattr("tempfile.TemporaryFile", Mock(side_effect=PermissionError))
     for out in ("file", "file/below", "new"):
         with pytest.raises(BadParameter, match="a folder that you may write to"):
             report.start("sa2vp", profile="pocket", out=str(tmp_path / out))

@@ -259,7 +259,11 @@ def image_folder(
     if "val" not in samples:
         rest, held = _stratified([label for _, label in samples["train"]], val_fraction, seed)
         samples["train"], samples["val"] = [[samples["train"][i] for i in part] for part in (rest, held)]
-    samples = {"train": samples["train"], "val": samples["val"], "trainval": samples["train"] + samples["val"]} | samples
+    samples = {
+        "train": samples["train"],
+        "val": samples["val"],
+        "trainval": samples["train"] + samples["val"],
+    } | samples
     warn_of(root, skipped)
     return {
         split: Images(own, root, [p for p, _ in pairs], [y for _, y in pairs], len(names), transform, names)

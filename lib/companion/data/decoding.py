@@ -41,6 +41,7 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         CorruptFile: it is truncated, no image, a stack of several, or has values without a full scale.
     """
     try:
+        image: Image.Image
         try:
             image = Image.open(path)
         except UnidentifiedImageError:
@@ -66,7 +67,8 @@ def deep(image: Image.Image) -> bool:
     if image.format == "TIFF":
         tags = image.tag_v2  # type: ignore[attr-defined]
         return max(tags.get(_BITS, (1,))) > 8 or 2 in tags.get(_FORMAT, (1,))
-    return image.mode[0] in "IF" or (image.format == "PNG" and any(";16" in str(tile[3]) for tile in image.tile))
+    stored = getattr(image, "tile", ())  # how PIL will decode it
+    return image.mode[0] in "IF" or (image.format == "PNG" and any(";16" in str(tile[3]) for tile in stored))
 
 
 def pixels(image: Image.Image, mode: str = "RGB") -> np.ndarray:
@@ -158,7 +160,7 @@ def _tiff(path: str | Path) -> tuple[np.ndarray, int]:
 
     try:
         with tifffile.TiffFile(path) as file:
-            page = file.pages[0]
+            page: Any = file.pages[0]
             values, bits = page.asarray(), page.bitspersample
             if page.samplesperpixel > 1 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
                 values = np.moveaxis(values, 0, -1)
@@ -166,7 +168,7 @@ def _tiff(path: str | Path) -> tuple[np.ndarray, int]:
         raise ValueError(f"no TIFF that can be decoded ({type(error).__name__}: {error})") from error
     if values.ndim == 3:
         values = values[..., :3] if values.shape[2] >= 3 else values[..., 0]
-    if values.ndim != 2 and values.shape[2:] != (3,) or values.dtype.kind not in "uif":
+    if (values.ndim != 2 and values.shape[2:] != (3,)) or values.dtype.kind not in "uif":
         raise ValueError(f"its pixels are {values.dtype} {values.shape}; grey or red, green and blue are expected")
     return values, bits if bits < 16 and values.dtype.kind == "u" else 0
 
@@ -232,8 +234,8 @@ def _dicom(path: Path) -> np.ndarray:
             raise ValueError("it has a modality LUT without a window: what is black and what white is not known")
         elif values.ndim == 2 and bits == 16 and 0 < int(values.max()) - int(values.min()) < 4096:
             raise ValueError(
-                f"its values, {values.min()} to {values.max()}, fill little of the 16 bits stored, and it has no window "
-                "(WindowCenter, WindowWidth) and no VOI LUT: the image would be a flat grey"
+                f"its values, {values.min()} to {values.max()}, fill little of the 16 bits stored, and it has no "
+                "window (WindowCenter, WindowWidth) and no VOI LUT: the image would be a flat grey"
             )
         found = (values.astype(np.float32) - np.float32(low)) / np.float32(high - low)
         if not (found.min() >= -1e-6 and found.max() <= 1 + 1e-6):  # NaN too

@@ -318,7 +318,7 @@ def _own(dataset: DataSet, root: Path, folder: Path) -> tuple[list[str], list[st
         return found, [""] * len(found)
     sources, captions = [], []
     try:
-        lines = listing.read_text(encoding="utf-8").splitlines()
+        lines = listing.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise CorruptFile(listing, f"not text ({error})") from error
     for number, line in enumerate(lines, 1):

@@ -32,9 +32,9 @@ from torchvision import tv_tensors
 from torchvision.datasets.utils import check_integrity, download_url
 from torchvision.transforms import v2
 
-from ..errors import BadParameter, CompanionError, CorruptFile, check_choice
+from ..errors import BadParameter, CorruptFile, check_choice
 from ..ops.files import atomic, read_json
-from . import DataSet, Status, decoding, find, own_set
+from . import DataSet, Status, decoding, downloading, find, own_set
 from .xrays_sets import ONE_OF, REPORTS, SIZES, TASKS, WINDOWS, lists, tasks
 
 SPLITS = ("train", "val", "test")
@@ -261,8 +261,7 @@ class Boxed(Pictures):
         super().__init__(dataset, root, paths, transform)
         self.boxes = torch.zeros(len(paths), BOXES, 5)
         for i, corners in enumerate(boxes):
-            corners = torch.as_tensor(corners, dtype=torch.float32).reshape(-1, 4)[:BOXES] / BOX_UNIT
-            corners = corners[(corners[:, 2:] > corners[:, :2]).all(1)]
+            corners = torch.as_tensor(corners, dtype=torch.float32) / BOX_UNIT
             centre, extent = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
             self.boxes[i, : len(corners), 1:] = torch.cat([centre, extent], 1)
 
@@ -413,9 +412,20 @@ def _boxes(path: Path) -> tuple[list[str], list[np.ndarray]]:
     boxes = []
     for number, text in enumerate(texts, 2):
         try:
-            boxes.append(np.array(ast.literal_eval(text), dtype=np.float32).reshape(-1, 4))
-        except (ValueError, SyntaxError, TypeError) as error:
+            found = np.array(ast.literal_eval(text), dtype=np.float64)
+            found = found.reshape(-1, 4) if found.size in (0, 4) else found
+            if found.ndim != 2 or found.shape[1] != 4:
+                raise ValueError
+        except (ValueError, SyntaxError, TypeError, OverflowError, RecursionError, MemoryError) as error:
             raise CorruptFile(path, f"line {number}: not a list of [x1, y1, x2, y2]: {text[:80]!r}") from error
+        found = found[found.any(1)]  # [0, 0, 0, 0] stands for no box
+        if len(found) > BOXES:
+            raise CorruptFile(path, f"line {number}: {len(found)} boxes; at most {BOXES} are read")
+        for box in found:
+            if not ((box >= 0).all() and (box <= BOX_UNIT).all() and (box[2:] > box[:2]).all()):  # NaN fails, too
+                wanted = f"x1 < x2 and y1 < y2 in an image of {BOX_UNIT} pixels are expected"
+                raise CorruptFile(path, f"line {number}: the box [x1, y1, x2, y2] = {box.tolist()}: {wanted}")
+        boxes.append(found.astype(np.float32))
     return paths, boxes
 
 
@@ -653,11 +663,10 @@ def fetch(dataset: DataSet, root: Path, progress: bool = True) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{name}.part"
     try:
-        download_url(url, str(folder), part.name, md5)
-        if not check_integrity(str(part), md5):
-            raise CorruptFile(part, "the download's checksum is not the published one")
-        part.replace(folder / name)
-    except (OSError, RuntimeError) as error:
-        raise CompanionError(f"{url} could not be downloaded ({error})") from error
+        with downloading(dataset, folder, progress):
+            download_url(url, str(folder), part.name, md5)
+            if not check_integrity(str(part), md5):
+                raise CorruptFile(part, "the download's checksum is not the published one")
+            part.replace(folder / name)
     finally:
         part.unlink(missing_ok=True)
