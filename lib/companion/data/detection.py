@@ -227,7 +227,7 @@ def is_box(value: object) -> bool:
 def check_results(rows: object, file: str | Path | None = None, kind: str = "bbox") -> list[dict]:
     """`rows` where they are finished results in COCO's format: image_id, category_id, score, and bbox or segmentation.
 
-    Raises `CorruptFile` with the `file` that they are from, `BadParameter` without one; the row and the field are named.
+    Raises `CorruptFile` with the `file` they are from, `BadParameter` without one; row and field are named.
     """
 
     def wrong(detail: str) -> CompanionError:
