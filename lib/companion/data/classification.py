@@ -100,8 +100,8 @@ class Images(Dataset):
         try:
             with decoding.opened(source) as image:
                 if self.dataset.group == "own" and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-                    info = {"exif": image.getexif().tobytes()}
-                    return decode(Image.fromarray(decoding.upright(decoding.pixels(image), info)))
+                    found = decoding.pixels(image)  # PIL turns a TIFF as it decodes it, and forgets the orientation
+                    return decode(Image.fromarray(decoding.upright(found, {"exif": image.getexif().tobytes()})))
                 return decode(image)
         except FileNotFoundError:
             raise self.dataset.missing(self.root, f"{source} is listed but not there") from None

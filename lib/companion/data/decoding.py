@@ -67,8 +67,10 @@ def deep(image: Image.Image) -> bool:
     if image.format == "TIFF":
         tags = image.tag_v2  # type: ignore[attr-defined]
         return max(tags.get(_BITS, (1,))) > 8 or 2 in tags.get(_FORMAT, (1,))
-    stored = getattr(image, "tile", ())  # how PIL will decode it
-    return image.mode[0] in "IF" or (image.format == "PNG" and any(";16" in str(tile[3]) for tile in stored))
+    if image.mode[0] in "IF" or image.format != "PNG" or image.mode not in ("RGB", "RGBA", "LA"):
+        return image.mode[0] in "IF"
+    with Path(getattr(image, "filename", "")).open("rb") as file:  # PIL keeps the upper 8 bits, and does not say so
+        return file.read(25)[24:] == b"\x10"
 
 
 def pixels(image: Image.Image, mode: str = "RGB") -> np.ndarray:
@@ -144,9 +146,9 @@ def _values(image: Image.Image) -> tuple[np.ndarray, int]:
         if image.mode[0] not in "IF":  # PIL keeps the upper bits of colours, and mixes up those of separate planes
             return _tiff(path)
         values = np.asarray(image)
-        if tags.get(_WHITE) == 0 and bits <= 16:
+        if tags.get(_WHITE) == 0 and bits <= 16 and image.mode != "F":
             values = 2**bits - 1 - values
-        return values, bits if bits < 16 else 0
+        return values, _declared(bits, 2 in tags.get(_FORMAT, (1,)))
     if image.mode[0] in "IF":
         return np.asarray(image), 0
     try:
@@ -170,7 +172,12 @@ def _tiff(path: str | Path) -> tuple[np.ndarray, int]:
         values = values[..., :3] if values.shape[2] >= 3 else values[..., 0]
     if (values.ndim != 2 and values.shape[2:] != (3,)) or values.dtype.kind not in "uif":
         raise ValueError(f"its pixels are {values.dtype} {values.shape}; grey or red, green and blue are expected")
-    return values, bits if bits < 16 and values.dtype.kind == "u" else 0
+    return values, _declared(bits, values.dtype.kind == "i") if values.dtype.kind != "f" else 0
+
+
+def _declared(bits: int, signed: bool) -> int:
+    """The bits that a file's integers fill: of 32 nobody does, and of 16 `_full_scale` decides."""
+    return bits - signed if bits - signed < 16 else 0
 
 
 def _full_scale(values: np.ndarray, bits: int) -> int:
@@ -180,17 +187,17 @@ def _full_scale(values: np.ndarray, bits: int) -> int:
     if low < 0:
         raise ValueError(f"its values go from {low:g} to {high:g}: scale them to 0..1 (floats) or 0..65535")
     if bits:
-        return 2**bits - 1
-    if values.dtype.kind == "f" and high <= 1:
-        return 1
-    if values.dtype != np.uint16 and high <= 255:
-        return 255
-    if 4096 <= high <= 65535 or high == 0:
-        return 65535
-    raise ValueError(
-        f"its values end at {high:g}, and full scale is 1 (floats), 255 or 65535 (with 12 bits or less in 16 an image "
-        "would be nearly black): scale them to it"
-    )
+        full = 2**bits - 1
+    elif values.dtype.kind == "f" and high <= 1:
+        full = 1
+    else:
+        full = 255 if values.dtype != np.uint16 and high <= 255 else 65535
+    if high > full or (full > 4095 and 0 < high < 4096):
+        raise ValueError(
+            f"its values end at {high:g}, and full scale is 1 (floats), 255 or 65535 (with 12 bits or less in 16 an "
+            "image would be nearly black): scale them to it"
+        )
+    return full
 
 
 def _unit(values: np.ndarray, bits: int) -> np.ndarray:
