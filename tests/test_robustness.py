@@ -15,6 +15,7 @@ from companion.errors import CompanionError
 from tests import robust_runs
 from tests.conftest import ROOT
 from tests.robust_files import FILES, UNSEEN, made
+from tests.robust_odd import ODD
 from tests.robust_runs import KINDS
 
 KILLS = 20
@@ -143,6 +144,9 @@ def test_damaged_files_are_named(name, tmp_path):
 
 def test_the_readme_says_how_much_was_tried(root):
     text = (root / "README.md").read_text(encoding="utf-8")
-    pattern = r"(?s)(\d+) kinds of run, each killed (\d+) times .*?(\d+) damaged files of (\d+) kinds"
+    pattern = (
+        r"(?s)(\d+) kinds of run, each killed (\d+) times .*?(\d+) damaged files of (\d+) kinds.*?(\d+) odd inputs"
+    )
     assert (said := re.search(pattern, text)) is not None
-    assert [int(n) for n in said.groups()] == [len(KINDS), KILLS, len(FILES) * len(DAMAGES) - len(UNSEEN), len(FILES)]
+    counts = [len(KINDS), KILLS, len(FILES) * len(DAMAGES) - len(UNSEEN), len(FILES), len(ODD)]
+    assert [int(n) for n in said.groups()] == counts

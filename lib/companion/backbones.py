@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 import timm
 import torch
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.utils import get_session
 from safetensors.torch import load_file
 from torch import nn
 
@@ -29,6 +31,7 @@ from .ops import unpickle
 
 # Our short names, and the exact releases they stand for: `.orig_in21k` is Google's original ViT
 # ("vit_base_patch16_224_in21k" now means the later `.augreg_in21k`).
+SECONDS = 5  # that the hub has to answer
 TIMM = {"vit_b16": "vit_base_patch16_224.orig_in21k", "swin_b": "swin_base_patch4_window7_224.ms_in22k"}
 
 
@@ -90,15 +93,17 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     A training checkpoint may hold more: its entry "net", "state_dict" or "model" is taken, and objects of the trainer's
     own classes are passed over. A file that ends in .pkl is a plain pickle, of tensors or arrays, as detectron2 has it.
 
-    Raises `CorruptFile` when it is missing, truncated, or holds something else.
+    Raises `CorruptFile` when it is missing, truncated, or holds something else, or what `check_state` refuses.
     """
+    state: Any
+    pickled = Path(path).suffix == ".pkl"
     if Path(path).suffix == ".safetensors":
         try:
-            return load_file(path)
+            state = load_file(path)
         except Exception as error:
             raise CorruptFile(path, f"not a safetensors file ({type(error).__name__}: {error})") from error
-    pickled = Path(path).suffix == ".pkl"
-    state = unpickle.load(path) if pickled else unpickle.load_torch(path)
+    else:
+        state = unpickle.load(path) if pickled else unpickle.load_torch(path)
     for entry in ("net", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(entry), dict):
             state = state[entry]
@@ -107,9 +112,19 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
         state = {n: torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) else v for n, v in state.items()}
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CorruptFile(path, "holds something else than named tensors")
+    check_state(path, state)
     # wrapped by DataParallel when it was saved
     wrapped = bool(state) and all(name.startswith("module.") for name in state)
     return {name.removeprefix("module.") if wrapped else name: value for name, value in state.items()}
+
+
+def check_state(path: str | Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Raise `CorruptFile` for weights with NaN, or quantised ones: whole numbers would be cast to floats."""
+    for name, value in state.items():
+        if value.is_floating_point() and bool(value.isnan().any()):
+            raise CorruptFile(path, f"'{name}' has {int(value.isnan().sum())} values that are NaN")
+        if name.endswith(("weight", "bias")) and not value.is_floating_point() and not value.is_complex():
+            raise CorruptFile(path, f"'{name}' is {value.dtype}: weights as floats are expected, not quantised")
 
 
 def input_of(model: nn.Module) -> Input:
@@ -197,25 +212,40 @@ def _file(path: str | Path) -> Path:
 
 def hub_file(name: str, repository: str | None, files: list[str], download: bool) -> Path:
     """Where the cache holds the first of `files` that it has; downloads it when that was asked for."""
+    from .ops.papers import papers_with  # here: only an error needs it
+
     ways = [
-        "on a machine with a network: `companion fetch <paper>`, or backbones.build(..., download=True)"
-        + (f", from the hub's repository '{repository}'" if repository else ""),
-        "with a file that you have: backbones.build(..., weights='<file>') takes safetensors, .pth, and ViT's .npz",
+        "with a file that you have: -p weights FILE of a notebook, or backbones.build(..., weights='FILE'), takes "
+        "safetensors, .pth, and ViT's .npz"
     ]
     if not repository:
-        raise MissingWeights(name, constants.HF_HUB_CACHE, ways[1:])
+        raise MissingWeights(name, constants.HF_HUB_CACHE, ways)
     for file in files:
         if isinstance(cached := try_to_load_from_cache(repository, file), str):
             return Path(cached)
-    if download:
-        reason = None
-        for file in files:
-            try:
-                return Path(hf_hub_download(repository, file))
-            except Exception as error:  # the hub's client raises many kinds: offline, no such file, gated, no route
-                reason = error
-        raise MissingWeights(name, constants.HF_HUB_CACHE, ways) from reason
-    raise MissingWeights(name, constants.HF_HUB_CACHE, ways)
+    commands = [f"`companion fetch {slug}`" for slug in papers_with(name)]
+    calls = " or ".join([*commands, "backbones.build(..., download=True)"])
+    ways.insert(0, f"on a machine with a network: {calls}, from https://huggingface.co/{repository}")
+    if not download:
+        raise MissingWeights(name, constants.HF_HUB_CACHE, ways)
+    reason = unreachable()
+    for file in () if reason else files:
+        try:
+            return Path(hf_hub_download(repository, file))
+        except Exception as error:  # the hub's client raises many kinds: no such file, gated, no route
+            reason = f"the download of {file} failed ({str(error).splitlines()[0]})"
+    raise MissingWeights(name, constants.HF_HUB_CACHE, ways, reason)
+
+
+def unreachable() -> str:
+    """Why nothing can be downloaded from the hub, "" if it can: its client tries for most of a minute a file."""
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=SECONDS)
+    except Exception as error:  # of whatever client the hub's library uses
+        return f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}: {error})"
+    return ""
 
 
 def load_weights(model: nn.Module, path: Path, name: str) -> None:

@@ -31,6 +31,7 @@ from .errors import BadParameter, CompanionError, CorruptFile, MissingWeights, c
 from .evaluation import parity, recipe_parity
 from .ops import needs
 from .ops.adopt import adopt as adopt_run
+from .ops.files import check_folder
 from .ops.papers import COMMON, accepted, paper, rules, slugs
 
 
@@ -44,7 +45,7 @@ def commands() -> dict[str, argparse.ArgumentParser]:
     below = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(run: Callable[[argparse.Namespace], int], name: str, what: str, *positional: str):
-        sub = below.add_parser(name, help=what, description=what, epilog=papers if "paper" in positional else None)
+        sub = below.add_parser(name, help=what, description=what, epilog=papers)
         for argument in positional:
             sub.add_argument(argument)
         sub.set_defaults(run=run)
@@ -75,6 +76,7 @@ def commands() -> dict[str, argparse.ArgumentParser]:
     sub.add_argument("--heads", type=int, help="attention heads of the patch level (default: one for 64 channels)")
     sub.add_argument("--data-root", default="data", help="folder of the data sets; of the slides, for dataset `folder`")
     sub.add_argument("--features", default="", help="where they go (default: DATA_ROOT/features)")
+    sub.add_argument("--mpp", type=float, help="microns per pixel of the full size (default: what each slide says)")
     sub.add_argument("--region", type=int, default=2048, help="side of a region in pixels")
     sub.add_argument("--normalise", default="unit", choices=hvit["normalise"]["choices"], help="of the pixels")
     raw = "encode regions as read (default: after JPEG compression, as HS2P stores them for the authors)"
@@ -236,10 +238,12 @@ def fetch(given: argparse.Namespace) -> int:
 def show_data(given: argparse.Namespace) -> int:
     """Print every data set with its state, source and licence."""
     rows = data.table(given.data_root)
-    width = max(len(row["name"]) for row in rows)
+    width, before = max(len(row["name"]) for row in rows), ""
     for row in rows:
         print(f"{row['name']:{width}}  {row['state']:10}  {row['title']}")
-        print(f"{'':{width}}  {'':10}  {row['source']}; licence: {row['licence']}")
+        source = f"{row['source']}; licence: {row['licence']}"
+        print(f"{'':{width}}  {'':10}  {'as above' if source == before else source}")
+        before = source
         if row["state"] == "incomplete":
             print(f"{'':{width}}  {'':10}  {row['detail']}")
     return 0
@@ -277,12 +281,15 @@ def check_parity(given: argparse.Namespace) -> int:
         check_choice("--case", given.case, names)
         cases = [case for case in cases if case.name == given.case]
     if given.checkpoint:
+        print(f"reading {given.checkpoint}", flush=True)  # of gigabytes for a minute
         state = parity.checkpoint(given.paper, given.checkpoint)
         shapes = {name: list(tensor.shape) for name, tensor in state.items()}
         # the cases whose model has these tensors; the frozen copies that the authors store may stand next to them
         cases = [parity.Case(c.folder, state) for c in cases if c.names and c.names.items() <= shapes.items()]
         if not cases:
-            raise CorruptFile(given.checkpoint, f"no case of {given.paper} has its tensor names and shapes")
+            first = next((f"{name} {tuple(shape)}" for name, shape in shapes.items()), "none")
+            detail = f"no case of {given.paper} has its tensor names and shapes, the first: {first}"
+            raise CorruptFile(given.checkpoint, detail)
     failed = 0
     for case in cases:
         differences = parity.compare(given.paper, case, given.accelerator)
@@ -306,9 +313,10 @@ def slides(given: argparse.Namespace) -> int:
     i, _, n = given.part.partition("/")
     if not (i.isdecimal() and n.isdecimal()):
         raise BadParameter("--part", given.part, "I/N, such as 0/8")
+    check_folder("--features", recipe.stored_in(SimpleNamespace(**vars(given))))
     patch, bad = recipe.patch_encoder(given.weights, given.heads), []
     tiling, parameters = replace(recipe.PANDA, jpeg=not given.raw), SimpleNamespace(**vars(given))
-    for name, found in recipe.store(parameters, patch, (int(i), int(n)), given.batch, tiling):
+    for name, found in recipe.store(parameters, patch, (int(i), int(n)), given.batch, tiling, given.mpp):
         if isinstance(found, CompanionError):
             bad.append(name)
             print(f"{name}: {found}", file=sys.stderr, flush=True)
@@ -323,6 +331,9 @@ def landcover(given: argparse.Namespace) -> int:
     """Write a map for each image, and say where."""
     from .models.metasegnet import recipe
 
+    if not Path(given.folder).is_dir():
+        raise BadParameter("folder", given.folder, "a folder with images/ and classes.txt: there is no such folder")
+    check_folder("--out", given.out or Path(given.folder) / "maps")
     for path, zone in recipe.maps(given.folder, given.out, SimpleNamespace(**vars(given))):
         print(f"{path}  ({zone or 'place not known'})", flush=True)
     return 0

@@ -111,7 +111,7 @@ class Prompts:
 
         Raises `CorruptFile` for a file that cannot be read, or with an entry missing, which it names."""
         try:
-            raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            raw = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
             zones = {str(code): (entry["name"], entry["text"]) for code, entry in raw["zones"].items()}
             made = cls(zones, raw["constant"], raw["unknown"])
         except KeyError as error:

@@ -32,6 +32,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import box_convert, clip_boxes_to_image
 
+from .backbones import unreachable
+from .data.detection import check_results
 from .errors import BadParameter, CorruptFile, MissingWeights, check_choice
 from .models.sic_cads.model import Detections, detect, refine
 from .ops.files import read_json
@@ -254,17 +256,18 @@ def _loaded(kind: Any, name: str, weights: str | Path, download: bool) -> Any:
     ]
     if folder is not None and not (folder / "config.json").is_file():
         raise MissingWeights(name, folder, ways[1:])
+    reason = unreachable() if folder is None and download else ""
     # no pickles: every one of them has its weights as safetensors
     safe = {} if kind.__name__ == "AutoTokenizer" else {"use_safetensors": True}
     with _quiet():
         try:
-            return kind.from_pretrained(folder or name, local_files_only=folder is not None or not download, **safe)
+            return kind.from_pretrained(folder or name, local_files_only=bool(reason) or not download, **safe)
         except Exception as error:  # the library raises many kinds: not cached, no network, truncated, other tensors
             if folder is not None:
                 raise CorruptFile(folder, f"not the files of {name} ({type(error).__name__}: {error})") from error
             from huggingface_hub import constants
 
-            raise MissingWeights(name, constants.HF_HUB_CACHE, ways) from error
+            raise MissingWeights(name, constants.HF_HUB_CACHE, ways, reason) from error
 
 
 @contextlib.contextmanager
@@ -306,14 +309,9 @@ def read_results(path: str | Path) -> list[dict]:
 
     Raises `CorruptFile` with the row and the field.
     """
-    found = read_json(path)
-    if not isinstance(found, list):
-        raise CorruptFile(path, "not COCO's result format: a list was expected")
+    found = check_results(read_json(path), path)
     for number, row in enumerate(found):
-        whole = isinstance(row, dict) and {"image_id", "category_id", "bbox", "score"} <= row.keys()
-        if not whole or not isinstance(row["category_id"], int) or not isinstance(row["bbox"], list):
-            raise CorruptFile(path, f"row {number} is not {{image_id, category_id, bbox, score}}: {str(row)[:120]}")
-        if not isinstance(row["score"], (int, float)) or not 0 <= row["score"] <= 1:
+        if not 0 <= row["score"] <= 1:
             raise CorruptFile(path, f"row {number}: 'score' is {row['score']!r}, not a probability")
     return found
 

@@ -28,8 +28,9 @@ class MissingData(CompanionError):
         self.source, self.licence, self.detail = source, licence, detail
         tree = "\n".join("    " + line for line in layout.strip().splitlines())
         what = f"\n  missing : {detail}" if detail else ""
+        how = "is not complete" if detail and self.folder.is_dir() else "was not found"
         super().__init__(
-            f"the data set '{name}' was not found\n  expected: {folder}{what}\n  layout  :\n{tree}\n"
+            f"the data set '{name}' {how}\n  expected: {folder}{what}\n  layout  :\n{tree}\n"
             f"  get it  : {source}\n  licence : {licence}"
         )
 
@@ -41,12 +42,14 @@ class MissingWeights(CompanionError):
         name: the model, as its hub names it.
         cache: the folder that was searched.
         ways: the ways to get the weights, one sentence each.
+        reason: why they were not downloaded, where that was tried.
     """
 
-    def __init__(self, name: str, cache: str | Path, ways: Iterable[str]):
+    def __init__(self, name: str, cache: str | Path, ways: Iterable[str], reason: str = ""):
         self.name, self.cache, self.ways = name, Path(cache), tuple(ways)
         steps = "\n".join(f"  {i}. {way}" for i, way in enumerate(self.ways, 1))
-        super().__init__(f"the weights of '{name}' are not in the cache ({cache}). To get them:\n{steps}")
+        tried = f", and {reason}" if reason else ""
+        super().__init__(f"the weights of '{name}' are not in the cache ({cache}){tried}. To get them:\n{steps}")
 
 
 class CorruptFile(CompanionError):

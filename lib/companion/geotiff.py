@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from .data import decoding
@@ -85,7 +84,7 @@ class Raster:
         if not path.is_file():
             return None
         try:
-            return rasterio.crs.CRS.from_wkt(path.read_text(encoding="utf-8"))
+            return rasterio.crs.CRS.from_wkt(path.read_text(encoding="utf-8-sig"))
         except (rasterio.errors.CRSError, UnicodeDecodeError) as error:
             raise CorruptFile(path, f"no coordinate system ({error})") from error
 
@@ -94,6 +93,11 @@ class Raster:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+    @property
+    def bands(self) -> int:
+        """How many bands it has."""
+        return self._file.count
 
     @property
     def place(self) -> tuple[float, float] | None:
@@ -132,13 +136,10 @@ class Raster:
 
     def _decoded(self) -> np.ndarray:
         if self._whole is None:
-            try:
-                with Image.open(self.path) as image:
-                    # GDAL converts CMYK to RGB, too
-                    mode = "RGB" if image.mode == "CMYK" else image.mode
-                    self._whole = decoding.pixels(image, mode) if mode in ("RGB", "L") else np.asarray(image)
-            except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-                raise CorruptFile(self.path, f"it cannot be decoded ({error})") from error
+            with decoding.opened(self.path) as image:
+                # GDAL converts CMYK to RGB, too
+                mode = "RGB" if image.mode == "CMYK" else image.mode
+                self._whole = decoding.pixels(image, mode) if mode in ("RGB", "L") else np.asarray(image)
         return self._whole
 
     def read(self, *window: int) -> np.ndarray:

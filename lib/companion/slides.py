@@ -105,7 +105,8 @@ class Slide:
         said = [self._slide.properties.get(f"{prefix}.mpp-{axis}") for prefix in BACKENDS[::-1] for axis in "xy"]
         values = [float(value) for value in said if value is not None and float(value) > 0]
         if not values:
-            raise BadParameter("mpp", None, f"the microns per pixel of level 0, which {self.path} does not say")
+            accepted = f"the microns per pixel of level 0 (`companion slides --mpp`): {self.path} does not say them"
+            raise BadParameter("mpp", None, accepted)
         return sum(values) / len(values)
 
     def level(self, downsample: float) -> int:

@@ -95,6 +95,9 @@ class Files:
         # the container's count may be off by a few: the shorter stream ends the video
         counts = [int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) for capture in self._open]
         self.count = min(counts)
+        if 0 < self.count < 0.9 * max(counts):
+            names = " and ".join(f"{path} has {n}" for path, n in zip(self.paths, counts, strict=True))
+            raise CorruptFile(self.paths[counts.index(self.count)], f"it ends early: {names} frames")
         if self.count < 1:
             path = self.paths[counts.index(self.count)]
             raise CorruptFile(path, "its container has no number of frames: convert it to another one")

@@ -15,12 +15,11 @@ SMOOTH = np.asarray(Image.fromarray(NOISE[..., :3]).resize((131, 77), Image.Resa
 def files() -> dict[str, tuple[Image.Image, dict]]:
     """Images by file name, with the options of `save`."""
     rgb, grey = Image.fromarray(SMOOTH), Image.fromarray(SMOOTH).convert("L")
-    wide = Image.fromarray(NOISE.astype(np.uint16)[..., 0] * 257)
     found = {f"{s}.jpg": (rgb, {"quality": 95 - 20 * s, "subsampling": s}) for s in (0, 1, 2)}
     found |= {f"grey.{end}": (grey, {}) for end in ("jpg", "png", "bmp")}
     found |= {"progressive.jpg": (rgb, {"progressive": True}), "cmyk.jpg": (rgb.convert("CMYK"), {})}
     found |= {"rgb.png": (rgb, {}), "rgb.webp": (rgb, {"lossless": True}), "alpha.png": (Image.fromarray(NOISE), {})}
-    found |= {"palette.png": (rgb.quantize(17), {}), "bits.png": (grey.convert("1"), {}), "16.png": (wide, {})}
+    found |= {"palette.png": (rgb.quantize(17), {}), "bits.png": (grey.convert("1"), {})}
     found |= {"few.png": (grey.quantize(9).convert("L"), {"bits": 4}), "named.png": (rgb, {"transparency": (9, 9, 9)})}
     return found
 

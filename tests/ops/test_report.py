@@ -3,6 +3,8 @@
 import io
 import json
 import math
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -34,9 +36,22 @@ def test_start_refuses_what_does_not_go_together():
             report.start("sa2vp", **parameters)
 
 
+def test_an_unknown_name_that_papermill_injected_is_refused(tmp_path, monkeypatch):
+    """papermill itself warns only, and the notebook would run with the default."""
+    given = {"profile": "pocket", "dataset": "vtab/dtd", "out": str(tmp_path / "out")}
+    for cell, accepted in (('# Parameters\ndataset = "vtab/dtd"\n', True), ('# Parameters\ndatset = "x"\n', False)):
+        shell = SimpleNamespace(user_ns={"In": ["", "import companion\nx = 1", cell]})
+        monkeypatch.setattr(report, "get_ipython", lambda shell=shell: shell)
+        if accepted:
+            report.start("sa2vp", **given)
+            continue
+        with pytest.raises(BadParameter, match=r"parameter = 'datset' is not accepted. Accepted: 'dataset', 'out'"):
+            report.start("sa2vp", **given)
+
+
 def test_a_place_where_nothing_can_be_written_is_told_before_the_run(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    monkeypatch.setattr("tempfile.TemporaryFile", Mock(side_effect=PermissionError))
     for out in ("file", "file/below", "new"):
         with pytest.raises(BadParameter, match="a folder that you may write to"):
             report.start("sa2vp", profile="pocket", out=str(tmp_path / out))

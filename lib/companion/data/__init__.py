@@ -11,6 +11,7 @@ import contextlib
 import http.client
 import importlib
 import io
+import socket
 import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -82,6 +83,7 @@ class Status:
 
 
 DATASETS: dict[str, DataSet] = {}
+SECONDS = 20  # that a host has to answer
 _HERE = Path(__file__).parent
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml reads ten times faster
 
@@ -143,7 +145,12 @@ def fetch(name: str, root: str | Path, progress: bool = True) -> Path:
 
 @contextlib.contextmanager
 def downloading(dataset: DataSet, folder: Path, progress: bool) -> Iterator[None]:
-    """Around a download to `folder`: no bars unless `progress`; a failure is a `CompanionError` with what to do."""
+    """Around a download to `folder`: no bars unless `progress`; a failure is a `CompanionError` with what to do.
+
+    A host that does not answer counts as one after `SECONDS`: the system waits for minutes.
+    """
+    waited = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SECONDS)
     try:
         with contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO()):
             yield
@@ -152,6 +159,8 @@ def downloading(dataset: DataSet, folder: Path, progress: bool) -> Iterator[None
             f"{dataset.title} could not be downloaded ({getattr(error, 'reason', error)}). Nothing half-written was "
             f"kept. On a machine with a network run `companion fetch` again, or copy a finished {folder} here."
         ) from None
+    finally:
+        socket.setdefaulttimeout(waited)
 
 
 def table(root: str | Path) -> list[dict[str, str]]:

@@ -373,7 +373,7 @@ def _wider(dataset: DataSet, root: Path) -> Listing:
 def _lines(path: Path) -> list[str]:
     """The lines of a text file that are not blank."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise CorruptFile(path, f"not a text file ({error})") from error
     return [line.strip() for line in lines if line.strip()]

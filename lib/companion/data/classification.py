@@ -19,19 +19,18 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections import defaultdict
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from struct import error as StructError
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from torch.utils.data import Dataset, TensorDataset
 from torchvision import datasets as tv
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 
@@ -62,7 +61,7 @@ class Images(Dataset):
 
     Raises (on indexing):
         MissingData: the file is listed but not there.
-        CorruptFile: the file is truncated or no image; the path is in the message.
+        CorruptFile: the file is truncated, no image, or has no full scale (see `decoding`); its path is in the message.
     """
 
     def __init__(
@@ -99,16 +98,13 @@ class Images(Dataset):
         if isinstance(source, np.ndarray):
             return decode(Image.fromarray(source))
         try:
-            with Image.open(source) as image:
-                if image.mode.startswith("I;16"):  # Pillow would cut at 255: a white image
-                    return decode(Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)))
+            with decoding.opened(source) as image:
                 if self.dataset.group == "own" and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-                    return decode(ImageOps.exif_transpose(image))
+                    found = decoding.pixels(image)  # PIL turns a TIFF as it decodes it, and forgets the orientation
+                    return decode(Image.fromarray(decoding.upright(found, {"exif": image.getexif().tobytes()})))
                 return decode(image)
         except FileNotFoundError:
             raise self.dataset.missing(self.root, f"{source} is listed but not there") from None
-        except (OSError, SyntaxError, ValueError, EOFError, StructError, Image.DecompressionBombError) as error:
-            raise CorruptFile(source, str(error)) from error
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
         picture = self.picture(index)
@@ -208,6 +204,8 @@ def in_memory(dataset: Images) -> InMemory:
 _OWN_LAYOUT = """{train,val,test}/<class>/<image>.jpg    val cut from train where there is none
 or
 <class>/<image>.jpg                     cut into train and val"""
+SPELLED = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
+"""How the folder of a split may be called, in upper or lower case."""
 
 
 def image_folder(
@@ -219,8 +217,8 @@ def image_folder(
     """Your own images, one folder a class.
 
     Args:
-        root: holds {train,val,test}/<class>/*.jpg, or <class>/*.jpg directly. Any image format that torchvision
-            reads; hidden folders and files are passed over.
+        root: holds {train,val,test}/<class>/*.jpg, or <class>/*.jpg directly, see `class_folders`. Images are files
+            that end in one of `decoding.SUFFIXES`; hidden folders and files are passed over.
         val_fraction: the share of each class that goes to val, where there is no val folder. A class with a single
             image stays in train.
         seed: of that cut; the same seed and the same files give the same cut.
@@ -228,34 +226,31 @@ def image_folder(
 
     Returns:
         {"train", "val", "trainval"} and "test" where there is a test folder. `.class_names` are the folders, sorted.
+        Files and folders that are not read are counted in a warning.
 
     Raises:
         BadParameter: val_fraction outside 0..1.
-        MissingData: no such folder, no class folders, or one without images.
-        CorruptFile: val or test has a class that train lacks.
+        MissingData: no such folder, fewer than two class folders, or one without images.
+        CorruptFile: val or test has a class that train lacks, or a split has two folders.
     """
     if not 0 < val_fraction < 1:
         raise BadParameter("val_fraction", val_fraction, "a number between 0 and 1, both left out")
     root = Path(root)
-    own = own_set(root, "classification", _OWN_LAYOUT)
-    split_up = parted(root)
-    first = root / "train" if split_up else root
+    own, skipped = own_set(root, "classification", _OWN_LAYOUT), Counter[str]()
+    place, folders = class_folders(own, root, skipped)
+    first = folders.get("train", place / "train") if folders else place
     if not first.is_dir():
         raise own.missing(root, f"there is no folder {first}")
     names = _class_folders(first)
-    if not names:
-        raise own.missing(root, f"{first} has no class folders")
+    if len(names) < 2:
+        raise own.missing(root, f"{first} has {'one class folder alone' if names else 'no class folders'}")
     number = {name: label for label, name in enumerate(names)}
 
     samples = {}
-    for split in ("train", "val", "test") if split_up else ("train",):
-        folder = root / split if split_up else root
-        if not folder.is_dir():
-            continue
+    for split, folder in (folders or {"train": place}).items():
         if unknown := sorted(set(_class_folders(folder)) - set(names)):
             raise CorruptFile(folder, f"it has classes that {first} lacks: {', '.join(unknown)}")
-        found = make_dataset(folder, number, IMG_EXTENSIONS, allow_empty=True)
-        samples[split] = [(path, label) for path, label in found if not Path(path).name.startswith(".")]
+        samples[split] = images_of_classes(folder, number, skipped)
         if not samples[split]:
             raise own.missing(root, f"there are no images in {folder}")
     empty = set(number.values()) - {label for _, label in samples["train"]}
@@ -264,17 +259,77 @@ def image_folder(
     if "val" not in samples:
         rest, held = _stratified([label for _, label in samples["train"]], val_fraction, seed)
         samples["train"], samples["val"] = [[samples["train"][i] for i in part] for part in (rest, held)]
-    samples["trainval"] = samples["train"] + samples["val"]
+    samples = {
+        "train": samples["train"],
+        "val": samples["val"],
+        "trainval": samples["train"] + samples["val"],
+    } | samples
+    warn_of(root, skipped)
     return {
         split: Images(own, root, [p for p, _ in pairs], [y for _, y in pairs], len(names), transform, names)
         for split, pairs in samples.items()
     }
 
 
-def parted(root: Path) -> bool:
-    """Whether the images lie in train, val or test folders: one of that name has class folders in it, and is no class
-    itself."""
-    return any((root / split).is_dir() and _class_folders(root / split) for split in ("train", "val", "test"))
+def class_folders(own: DataSet, root: Path, skipped: Counter[str]) -> tuple[Path, dict[str, Path]]:
+    """The folder of the class folders, and by split the folder that holds its class folders; {} without splits.
+
+    A folder that holds one folder alone, with folders in it, is entered. A split's folder is called as in `SPELLED`
+    and has class folders in it; otherwise it is a class. What is next to splits is counted in `skipped`.
+
+    Raises:
+        MissingData: there is no such folder, or its splits have no class folders.
+        CorruptFile: two folders of one split.
+    """
+    if not root.is_dir():
+        raise own.missing(root, f"there is no folder {root}")
+    place = root
+    while True:
+        there, folders = _class_folders(place), dict[str, Path]()
+        split_of = {n: s for n in there for s, spelled in SPELLED.items() if n.lower() in spelled}
+        for name, split in split_of.items():
+            if not _class_folders(place / name):
+                continue
+            if split in folders:
+                raise CorruptFile(place, f"{folders[split].name} and {name} are both '{split}': keep one of them")
+            folders[split] = place / name
+        if there and not folders and len(split_of) == len(there):
+            raise own.missing(root, f"{' and '.join(str(place / name) for name in there)}: no class folders in it")
+        if folders or len(there) != 1 or not _class_folders(place / there[0]):
+            break
+        place = place / there[0]
+    for name in there:
+        if folders and place / name not in folders.values():
+            skipped[f"folder {name} next to {', '.join(folder.name for folder in folders.values())}"] += 1
+    for holder in folders.values() or (place,):
+        outside = [p for p in holder.iterdir() if p.name.lower().endswith(decoding.SUFFIXES) and p.is_file()]
+        skipped[f"image(s) outside of the class folders in {holder.name}"] += len(outside)
+    return place, {split: folders[split] for split in SPELLED if split in folders}
+
+
+def images_of_classes(folder: Path, number: Mapping[str, int], skipped: Counter[str]) -> list[tuple[str, int]]:
+    """Paths and labels of the images in the class folders `number`, in the order of torchvision's `make_dataset`.
+
+    Hidden files and folders are passed over; other files are counted in `skipped`, by ending.
+    """
+    found = []
+    for name, label in sorted(number.items()):
+        top = f"{folder}/{name}"
+        for place, _, files in sorted(os.walk(top, followlinks=True)):
+            if "/." in place.removeprefix(top):
+                continue
+            for file in sorted(files):
+                if file.lower().endswith(decoding.SUFFIXES) and not file.startswith("."):
+                    found.append((f"{place}/{file}", label))
+                elif not file.startswith("."):
+                    skipped[f"{Path(file).suffix.lower() or file} file(s)"] += 1
+    return found
+
+
+def warn_of(root: Path, skipped: Counter[str]) -> None:
+    """Warn of what a folder has and a reader did not read."""
+    if told := [f"{count} {what}" for what, count in skipped.most_common() if count]:
+        warnings.warn(f"{root}: not read: {', '.join(told[:8])}", stacklevel=3)
 
 
 # --- what `companion.data` calls ---------------------------------------------------------------------------------
@@ -384,7 +439,7 @@ def _read_lines(dataset: DataSet, root: Path, split: str) -> Listed:
     folder = dataset.folder(root)
     listing = _existing(dataset, root, folder / _LISTS[split])
     try:
-        rows = listing.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        rows = listing.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise CorruptFile(listing, f"not text ({error})") from error
     sources, labels = [], []
@@ -555,7 +610,8 @@ def _absent(wanted: set[str]) -> list[str]:
 
 
 def _class_folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    found = (entry.name for entry in folder.iterdir() if entry.is_dir())
+    return sorted(name for name in found if not name.startswith((".", "__MACOSX")))
 
 
 def _stratified(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:

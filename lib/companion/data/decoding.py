@@ -1,22 +1,86 @@
-"""Pixels of image files: PIL says what a file is, torchvision decodes plain JPEGs and PNGs, PIL all others."""
+"""From an image file to pixels: the one place that decides what its values mean.
+
+    with opened(path) as image:
+        pixels(image)              uint8 (H, W, 3)
+    unit(path)                     float32 (H, W) in 0 to 1, 16 bits kept apart; DICOM too
+
+PIL identifies a file; torchvision decodes plain JPEGs and PNGs, PIL all others, tifffile the TIFFs that PIL does not
+read or reads wrongly, pydicom DICOM. Full scale is 255 for 8 bits, 65535 for 16, `BitsPerSample` of a TIFF and
+`BitsStored` of a DICOM where they say it; of floats and 32-bit integers the smallest of 1 (floats), 255 and 65535 that
+the values fit in. What has no full scale - NaN, negative values, 12 bits stored as 16 - is refused.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from struct import error as StructError
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.io import ImageReadMode, decode_image, read_file
 
+from ..errors import CorruptFile
+
+SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".avif")  # of the files that are taken for images; a GIF is its first frame
 SMALL = 2**15  # pixels of a PNG that PIL decodes as fast
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, StructError, Image.DecompressionBombError)
+_GREY = np.array([0.299, 0.587, 0.114], np.float32)
+_BITS, _WHITE, _FORMAT = 258, 262, 339  # TIFF's tags BitsPerSample, PhotometricInterpretation, SampleFormat
+
+
+@contextlib.contextmanager
+def opened(path: str | Path) -> Iterator[Image.Image]:
+    """An image file, open; errors of the block's decoding are those of the file.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        CorruptFile: it is truncated, no image, a stack of several, or has values without a full scale.
+    """
+    try:
+        image: Image.Image
+        try:
+            image = Image.open(path)
+        except UnidentifiedImageError:
+            if Path(path).suffix.lower() not in (".tif", ".tiff"):
+                raise
+            image = Image.fromarray(_eight(*_tiff(path)))
+        with image:
+            if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+                first = image.size
+                image.seek(1)
+                if image.size == first:  # further pages that are smaller are previews
+                    raise ValueError("it is a stack of several images: save the one that is meant as a file of its own")
+                image.seek(0)
+            yield image
+    except FileNotFoundError:
+        raise
+    except DAMAGED as error:
+        raise CorruptFile(path, str(error)) from error
+
+
+def deep(image: Image.Image) -> bool:
+    """Whether an open file has values that 8 bits do not hold."""
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        return max(tags.get(_BITS, (1,))) > 8 or 2 in tags.get(_FORMAT, (1,))
+    if image.mode[0] in "IF" or image.format != "PNG" or image.mode not in ("RGB", "RGBA", "LA"):
+        return image.mode[0] in "IF"
+    with Path(getattr(image, "filename", "")).open("rb") as file:  # PIL keeps the upper 8 bits, and does not say so
+        return file.read(25)[24:] == b"\x10"
 
 
 def pixels(image: Image.Image, mode: str = "RGB") -> np.ndarray:
     """The pixels of an image file that was opened by its path: uint8 (H, W, 3), or (H, W) for the mode "L".
 
-    Those of `image.convert(mode)` to the bit; torchvision's calls of libjpeg-turbo and libpng take about 0.75 and 0.5
-    of PIL's time. Raises what PIL raises.
+    Of 8 bits those of `image.convert(mode)` to the bit; torchvision's calls of libjpeg-turbo and libpng take about 0.75
+    and 0.5 of PIL's time. Raises what PIL raises, and `ValueError`: no full scale.
     """
+    if deep(image):
+        return np.array(Image.fromarray(_eight(*_values(image))).convert(mode))
     if image.format in ("JPEG", "PNG") and image.mode in ("L", mode) and "transparency" not in image.info:
         try:
             data = read_file(getattr(image, "filename", ""))
@@ -31,7 +95,7 @@ def pixels(image: Image.Image, mode: str = "RGB") -> np.ndarray:
 
 def picture(image: Image.Image) -> Image.Image:
     """An image file that was opened by its path as an RGB image, by the faster decoder of its kind and size."""
-    if image.format == "PNG" and image.width * image.height > SMALL:
+    if deep(image) or (image.format == "PNG" and image.width * image.height > SMALL):
         return Image.fromarray(pixels(image))
     return image.convert("RGB")
 
@@ -43,3 +107,146 @@ def upright(pixels: np.ndarray, info: dict[Any, Any]) -> np.ndarray:
     image = Image.fromarray(pixels)
     image.info = info
     return np.array(ImageOps.exif_transpose(image))
+
+
+def unit(path: str | Path, colour: bool = False) -> np.ndarray:
+    """An image as float32 (H, W) in 0 to 1, all of its bits kept; with `colour` (H, W, 3).
+
+    A DICOM is shown as it says: palette, colour space, the first window or VOI LUT, MONOCHROME1 inverted.
+
+    Raises as `opened`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    if path.suffix.lower() in (".dcm", ".dicom"):
+        values = _dicom(path)
+    else:
+        with opened(path) as image:
+            if image.format is None:  # a TIFF that PIL does not read
+                values = _unit(*_tiff(path))
+            elif deep(image):
+                values = _unit(*_values(image))
+            else:
+                return pixels(image, "RGB" if colour else "L").astype(np.float32) / 255
+    if colour:
+        return values if values.ndim == 3 else np.repeat(values[..., None], 3, 2)
+    return values @ _GREY if values.ndim == 3 else values
+
+
+# --- values and their full scale --------------------------------------------------------------------------------------
+
+
+def _values(image: Image.Image) -> tuple[np.ndarray, int]:
+    """What a file of more than 8 bits stores, (H, W) or (H, W, 3), and its declared bits (0: none)."""
+    path = getattr(image, "filename", "")
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        bits = max(tags.get(_BITS, (16,)))
+        if image.mode[0] not in "IF":  # PIL keeps the upper bits of colours, and mixes up those of separate planes
+            return _tiff(path)
+        values = np.asarray(image)
+        if tags.get(_WHITE) == 0 and bits <= 16 and image.mode != "F":
+            values = 2**bits - 1 - values
+        return values, _declared(bits, 2 in tags.get(_FORMAT, (1,)))
+    if image.mode[0] in "IF":
+        return np.asarray(image), 0
+    try:
+        return decode_image(read_file(path), ImageReadMode.RGB).permute(1, 2, 0).numpy(), 0
+    except RuntimeError as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+
+
+def _tiff(path: str | Path) -> tuple[np.ndarray, int]:
+    import tifffile  # here: few files need it
+
+    try:
+        with tifffile.TiffFile(path) as file:
+            page: Any = file.pages[0]
+            values, bits = page.asarray(), page.bitspersample
+            if page.samplesperpixel > 1 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
+                values = np.moveaxis(values, 0, -1)
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(f"no TIFF that can be decoded ({type(error).__name__}: {error})") from error
+    if values.ndim == 3:
+        values = values[..., :3] if values.shape[2] >= 3 else values[..., 0]
+    if (values.ndim != 2 and values.shape[2:] != (3,)) or values.dtype.kind not in "uif":
+        raise ValueError(f"its pixels are {values.dtype} {values.shape}; grey or red, green and blue are expected")
+    return values, _declared(bits, values.dtype.kind == "i") if values.dtype.kind != "f" else 0
+
+
+def _declared(bits: int, signed: bool) -> int:
+    """The bits that a file's integers fill: of 32 nobody does, and of 16 `_full_scale` decides."""
+    return bits - signed if bits - signed < 16 else 0
+
+
+def _full_scale(values: np.ndarray, bits: int) -> int:
+    low, high = float(values.min()), float(values.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError("it has pixels that are NaN or infinite")
+    if low < 0:
+        raise ValueError(f"its values go from {low:g} to {high:g}: scale them to 0..1 (floats) or 0..65535")
+    if bits:
+        full = 2**bits - 1
+    elif values.dtype.kind == "f" and high <= 1:
+        full = 1
+    else:
+        full = 255 if values.dtype != np.uint16 and high <= 255 else 65535
+    if high > full or (full > 4095 and 0 < high < 4096):
+        raise ValueError(
+            f"its values end at {high:g}, and full scale is 1 (floats), 255 or 65535 (with 12 bits or less in 16 an "
+            "image would be nearly black): scale them to it"
+        )
+    return full
+
+
+def _unit(values: np.ndarray, bits: int) -> np.ndarray:
+    return values.astype(np.float32) / _full_scale(values, bits)
+
+
+def _eight(values: np.ndarray, bits: int) -> np.ndarray:
+    full = _full_scale(values, bits)
+    if values.dtype.kind == "f":
+        return np.rint(values.astype(np.float32) / full * 255).astype(np.uint8)
+    return (values.astype(np.int64) * 256 // (full + 1)).astype(np.uint8)
+
+
+def _dicom(path: Path) -> np.ndarray:
+    """float32 (H, W) or (H, W, 3) in 0 to 1."""
+    import pydicom  # an extra: not every reader has it
+    from pydicom.pixels import processing
+
+    try:
+        file = pydicom.dcmread(path)
+        if (frames := int(file.get("NumberOfFrames") or 1)) != 1:
+            raise ValueError(f"it has {frames} frames; one image is expected")
+        values, bits, kind = file.pixel_array, int(file.BitsStored), file.get("PhotometricInterpretation")
+        signed = bool(file.get("PixelRepresentation", 0))
+        low, high = (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1) if signed else (0.0, 2.0**bits - 1)
+        shown = file.get("VOILUTSequence") or None not in (file.get("WindowCenter"), file.get("WindowWidth"))
+        if kind == "PALETTE COLOR":
+            values = processing.apply_color_lut(values, file)[..., :3]
+            high = 2.0 ** file.RedPaletteColorLookupTableDescriptor[2] - 1
+        elif values.ndim == 2 and shown:
+            values = processing.apply_modality_lut(values, file)
+            if table := file.get("ModalityLUTSequence"):
+                low, high = 0.0, 2.0 ** table[0].LUTDescriptor[2] - 1
+            elif None not in (file.get("RescaleSlope"), file.get("RescaleIntercept")):
+                low, high = (v * float(file.RescaleSlope) + float(file.RescaleIntercept) for v in (low, high))
+            if table := file.get("VOILUTSequence"):
+                values = np.rint(values).astype(np.int64)
+                low, high = 0.0, 2.0 ** table[0].LUTDescriptor[2] - 1
+            values = processing.apply_voi_lut(values, file)
+        elif values.ndim == 2 and "ModalityLUTSequence" in file:
+            raise ValueError("it has a modality LUT without a window: what is black and what white is not known")
+        elif values.ndim == 2 and bits == 16 and 0 < int(values.max()) - int(values.min()) < 4096:
+            raise ValueError(
+                f"its values, {values.min()} to {values.max()}, fill little of the 16 bits stored, and it has no "
+                "window (WindowCenter, WindowWidth) and no VOI LUT: the image would be a flat grey"
+            )
+        found = (values.astype(np.float32) - np.float32(low)) / np.float32(high - low)
+        if not (found.min() >= -1e-6 and found.max() <= 1 + 1e-6):  # NaN too
+            raise ValueError(f"its pixels are {found.min():g} to {found.max():g} of the range that it declares")
+        return 1 - found if kind == "MONOCHROME1" else found
+    except Exception as error:  # pydicom and its decoders raise many kinds
+        raise CorruptFile(path, f"not a readable DICOM ({type(error).__name__}: {error})") from error

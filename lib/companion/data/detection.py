@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from ..errors import BadParameter, CorruptFile, check_choice
+from ..errors import BadParameter, CompanionError, CorruptFile, check_choice
 from ..ops.files import read_json
 from . import DataSet, Status, decoding, find, own_set
 from .classification import Images, _inside, check_listed
@@ -35,6 +34,7 @@ OV_COCO_BASE, OV_COCO_NOVEL = tuple(COCO_BASE.values()), tuple(COCO_NOVEL.values
 """Category ids of the 48 and the 17."""
 
 FREQUENCIES = ("r", "c", "f")
+LARGEST = 1e9  # pixels of a box, far beyond any image: what is larger overflows
 LVIS_CLASSES = Path(__file__).with_name("lvis_classes.csv")
 
 
@@ -148,11 +148,11 @@ def own_folder(annotations: str | Path, images: str | Path, novel: Sequence[str]
     if not file.is_file():
         raise own.missing(file.parent, f"{file} is not there")
     truth = read_annotations(file)
-    ids = {category["name"]: category["id"] for category in truth["categories"]}
-    if unknown := set(novel) - ids.keys():
-        raise BadParameter("novel", sorted(unknown), sorted(ids))
-    held = {ids[name] for name in novel}
-    return Boxes(own, file.parent, folder, truth, [i for i in ids.values() if i not in held], sorted(held))
+    named = {category["id"]: category["name"] for category in truth["categories"]}
+    if unknown := set(novel) - {*named.values()}:
+        raise BadParameter("novel", sorted(unknown), sorted({*named.values()}))
+    held = [i for i, name in named.items() if name in novel]  # several categories may have one name
+    return Boxes(own, file.parent, folder, truth, [i for i in named if i not in held], sorted(held))
 
 
 def read_annotations(path: str | Path) -> dict:
@@ -207,13 +207,47 @@ def read_annotations(path: str | Path) -> dict:
             raise wrong("annotations", number, f"'image_id' is {entry['image_id']!r}, which no image is")
         if field("annotations", number, entry, "category_id", int) not in categories:
             raise wrong("annotations", number, f"'category_id' is {entry['category_id']}, which no category is")
-        box = field("annotations", number, entry, "bbox", list)
-        whole = len(box) == 4 and all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)
-        if not whole or min(box[2:]) < 0:
-            raise wrong("annotations", number, f"'bbox' is {box}, not [x, y, width, height]")
+        if not is_box(entry.get("bbox")):
+            raise wrong("annotations", number, f"'bbox' is {str(entry.get('bbox'))[:80]}, not [x, y, width, height]")
     if not images or not categories:
         raise CorruptFile(path, "no images, or no categories")
     return {**found, "images": images, "annotations": annotations}
+
+
+def is_box(value: object) -> bool:
+    """Whether `value` is [x, y, width, height] in pixels."""
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == 4
+        and all(isinstance(v, (int, float)) and not isinstance(v, bool) and -LARGEST <= v <= LARGEST for v in value)
+        and min(value[2:]) >= 0
+    )
+
+
+def check_results(rows: object, file: str | Path | None = None, kind: str = "bbox") -> list[dict]:
+    """`rows` where they are finished results in COCO's format: image_id, category_id, score, and bbox or segmentation.
+
+    Raises `CorruptFile` with the `file` they are from, `BadParameter` without one; row and field are named.
+    """
+
+    def wrong(detail: str) -> CompanionError:
+        return CorruptFile(file, detail) if file else BadParameter("results", detail, "rows of COCO's result format")
+
+    if not isinstance(rows, Sequence) or isinstance(rows, str):
+        raise wrong("not COCO's result format: a list of objects was expected")
+    field = "bbox" if kind == "bbox" else "segmentation"
+    for number, row in enumerate(rows):
+        if lost := {"image_id", "category_id", "score", field} - (row.keys() if isinstance(row, Mapping) else set()):
+            raise wrong(f"row {number} without {sorted(lost)}: {str(row)[:120]}")
+        score, shape = row["score"], row[field]
+        if not isinstance(score, (int, float)) or isinstance(score, bool) or not -LARGEST <= score <= LARGEST:
+            raise wrong(f"row {number}: 'score' is {str(score)[:80]!r}, not a finite number")
+        if not isinstance(row["category_id"], int) or not isinstance(row["image_id"], (int, str)):
+            raise wrong(f"row {number}: 'image_id' or 'category_id' is no id: {str(row)[:120]}")
+        if not (is_box(shape) if field == "bbox" else isinstance(shape, dict) and {"size", "counts"} <= shape.keys()):
+            wanted = "[x, y, width, height]" if field == "bbox" else '{"size", "counts"}'
+            raise wrong(f"row {number}: '{field}' is {str(shape)[:80]}, not {wanted}")
+    return [dict(row) for row in rows]
 
 
 # --- the splits -------------------------------------------------------------------------------------------------------
@@ -377,7 +411,7 @@ def _renamed(found: Mapping, folder: Path, file: Path) -> dict:
     table = next((folder / name for name in NAMES_FIX if (folder / name).is_file()), None)
     if table is None or "fixname" in file.name:
         return dict(found)
-    with table.open(encoding="utf-8", newline="") as lines:
+    with table.open(encoding="utf-8-sig", newline="") as lines:
         rows = list(csv.reader(lines))
     if any(len(row) < 3 or not re.fullmatch(r"\d+", row[0].strip()) for row in rows):
         raise CorruptFile(table, "lines 'id,old name,new name' were expected")

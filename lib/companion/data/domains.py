@@ -23,19 +23,29 @@ import re
 import shutil
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import v2
 
 from ..errors import CompanionError, CorruptFile, check_choice
 from ..ops.files import read_json
 from . import DataSet, Status, downloading, find, own_set
-from .classification import Images, _class_folders, _inside, _normalised, check_listed, image_folder, parted
+from .classification import (
+    Images,
+    _class_folders,
+    _inside,
+    _normalised,
+    check_listed,
+    class_folders,
+    image_folder,
+    images_of_classes,
+    warn_of,
+)
 from .domains_sets import CLASSES, RELEASED_AS, TORCHGEO, WHOLE_SET_NAMES, image_folders, split_file, split_sizes
 
 SPLITS = ("train", "val", "test", "all")
@@ -81,11 +91,12 @@ def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str
     """Your own images, as `splits` gives them: <class>/*.jpg below `root` or `root`/images.
 
     `root`/split.json is read where it is there, otherwise each class is cut. Images that lie in train/<class>/ and
-    test/<class>/ already stay there; without val/<class>/ a part of train is taken for it.
+    test/<class>/ already stay there; without val/<class>/ a part of train is taken for it. Folders are found as by
+    `classification.class_folders`.
 
     Raises as `splits`.
     """
-    root = Path(root)
+    root, skipped = Path(root), Counter[str]()
     own = own_set(
         root,
         "domains",
@@ -93,8 +104,11 @@ def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str
         'name], ...], "val": ..., "test": ...}\nor\n{train,val,test}/<class>/*.jpg    val cut from train where there '
         "is none",
     )
-    if not parted(root) or (root / split_file(own.name)).is_file():
+    if (root / split_file(own.name)).is_file():
         return _images(own, root, transform)
+    place, folders = class_folders(own, root, skipped)
+    if not folders:
+        return _images(own, place, transform)
     sets = image_folder(root, transform=transform)
     if "test" not in sets:
         raise own.missing(root, f"there is no folder {root / 'test'}")
@@ -237,6 +251,7 @@ def _cut(dataset: DataSet, root: Path) -> tuple[list[str], dict[str, Samples]]:
 
     names: list[str] = []
     parts: dict[str, Samples] = {part: [] for part in _PARTS}
+    skipped: Counter[str] = Counter()
     for label, key in enumerate(sorted(known)):
         own = [folder for folder in folders if class_of[folder] == key]
         spelled = RELEASED_AS.get(dataset.name, {}).get(own[0], own[0])
@@ -244,8 +259,7 @@ def _cut(dataset: DataSet, root: Path) -> tuple[list[str], dict[str, Samples]]:
         paths = sorted(
             Path(path).relative_to(base).as_posix()
             for holder in holders
-            for path, _ in make_dataset(holder, dict.fromkeys(own, label), IMG_EXTENSIONS, allow_empty=True)
-            if not Path(path).name.startswith(".")
+            for path, _ in images_of_classes(holder, dict.fromkeys(own, label), skipped)
         )
         sizes = split_sizes(len(paths))
         if not all(sizes.values()):
@@ -256,6 +270,8 @@ def _cut(dataset: DataSet, root: Path) -> tuple[list[str], dict[str, Samples]]:
         for part, size in sizes.items():
             parts[part] += [(path, label) for path in shuffled[start : start + size]]
             start += size
+    if official is None:
+        warn_of(base, skipped)
     return names, parts
 
 

@@ -16,6 +16,8 @@ import colorsys
 import copy
 import csv
 import functools
+import math
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +44,7 @@ LABELS = ("full", "eroded")
 PADDINGS = ("ignored", "impervious")
 TILE = 1024  # side in pixels of the windows of Potsdam's tiles
 FLIPS: dict[str, tuple[int, ...]] = {"": (), "left-right": (-1,), "upside down": (-2,)}
+ENDINGS = ("_mask", "_label", "_labels", "_gt")  # of the names of one's own label files
 PLACES = Path(__file__).with_name("openearthmap_places.csv")
 COAST = 3  # cells of the map, about 3 km each, that a place on the water may be from its land
 Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
@@ -289,10 +292,11 @@ def own(
 ) -> LandCover:
     """Images of one's own: images/*.tif (or .png, .jpg with a world file), uint8, and labels/ with the same names.
 
-    A label file has one band: 0 is the first of `classes`, a code beyond the last is ignored; an image without one has
-    no label, and where an image has no data its labels are ignored. The place is the image's georeference;
-    `places.csv` next to the folders says it where there is none, with the column `image` (a name without its ending)
-    and any of latitude, longitude, zone, text.
+    A label file has one band: 0 is the first of `classes`, a code beyond the last is ignored. One of three bands has
+    the colours of `classes`, where black is ignored. Its name is the image's, or that and one of `ENDINGS`. An image
+    without one has no label, and where an image has no data its labels are ignored. The place is the image's
+    georeference; `places.csv` next to the folders says it where there is none, with the column `image` (a name with or
+    without its ending) and any of latitude, longitude, zone, text.
 
     Args:
         classes: names, or name -> colour (red, green, blue), such as `read_classes` gives.
@@ -315,12 +319,19 @@ def own(
     names = list(files) if split is None else _listed(dataset, root, root / f"{split}.txt")
     if not files or (lost := [name for name in names if name not in files]):
         raise dataset.missing(root, f"images/{lost[0]} is not there" if files else "no images in images/")
-    labels = {path.stem: path for path in _files(root / "labels")}
-    pictures = [Picture(files[name], labels.get(files[name].stem), files[name].stem) for name in names]
+    labels, stems = {path.stem: path for path in _files(root / "labels")}, [path.stem for path in files.values()]
+    label_of = {s: next((labels[s + end] for end in ("", *ENDINGS) if s + end in labels), None) for s in stems}
+    bare = [stem for stem, label in label_of.items() if label is None]
+    if bare and (stray := sorted({*labels.values()} - {*label_of.values()}, key=str)):
+        ways = f"its name, or that and {', '.join(ENDINGS)}, is expected"
+        raise CorruptFile(stray[0], f"it labels no image of images/, and {bare[0]} has no label: {ways}")
+    pictures = [Picture(files[name], label_of[files[name].stem], files[name].stem) for name in names]
     colours = classes if isinstance(classes, Mapping) else {name: _colour(i) for i, name in enumerate(classes)}
     table = root / "places.csv"
     places = read_places(table) if table.is_file() else {}
-    decode = functools.partial(plain, len(colours))
+    if places and not places.keys() & {*stems}:
+        raise CorruptFile(table, f"no image of images/ is called {next(iter(places))!r}, nor as any other of its names")
+    decode = functools.partial(plain_or_coloured, tuple(colours.values()))
     return LandCover(
         dataset, pictures, colours, decode, places, size=size, stride=stride, pad=False, transform=transform
     )
@@ -329,10 +340,10 @@ def own(
 def read_places(path: str | Path = PLACES) -> dict[str, Place]:
     """A table of places: region (or image), and any of latitude, longitude, zone, text; lines with # are comments.
 
-    Raises `CorruptFile` with the line at fault."""
+    Raises `CorruptFile` with the line at fault, or the column that is missing."""
     places: dict[str, Place] = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise CorruptFile(path, f"no table of places ({error})") from error
     if any("\0" in line for line in lines):
@@ -342,15 +353,24 @@ def read_places(path: str | Path = PLACES) -> dict[str, Place]:
     key = next((name for name in ("image", "region") if name in columns), None)
     if key is None:
         raise CorruptFile(path, "the column region, or image, is missing")
+    said = {"latitude", "longitude", "zone", "text"} & {*columns}
+    if not said or len({"latitude", "longitude"} & said) == 1:
+        wanted = "latitude and longitude, zone or text are expected"
+        raise CorruptFile(path, f"its columns are {', '.join(columns)}: {wanted}")
     for row in rows:
         if None in row.values() or None in row:
             raise CorruptFile(path, f"{row[key]}: a line of {len(columns)} columns was expected")
         try:
             latitude, longitude = (float(row[name]) if row.get(name) else None for name in ("latitude", "longitude"))
             climate.zone(latitude, longitude)
+            if any(value is not None and not math.isfinite(value) for value in (latitude, longitude)):
+                raise ValueError(f"latitude {latitude}, longitude {longitude} is no place")
+            if row.get("zone"):
+                check_choice("zone", row["zone"], climate.codes())
         except ValueError as error:  # no number, or a place outside the globe
             raise CorruptFile(path, f"{row[key]}: {error}") from error
-        places[row[key]] = Place(latitude, longitude, row.get("zone") or None, row.get("text") or None)
+        name = row[key] if key == "region" else re.sub(rf"(?i)({'|'.join(SUFFIXES)})$", "", row[key])
+        places[name] = Place(latitude, longitude, row.get("zone") or None, row.get("text") or None)
     return places
 
 
@@ -360,8 +380,10 @@ def read_classes(root: str | Path) -> dict[str, tuple[int, int, int]]:
     Raises `CorruptFile` with the line at fault."""
     path = Path(root) / "classes.txt"
     found: dict[str, tuple[int, int, int]] = {}
+    if not path.parent.is_dir():
+        raise CorruptFile(path.parent, "there is no such folder")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise CorruptFile(path, f"it should name the classes, one a line ({error})") from error
     for i, line in enumerate(lines):
@@ -398,7 +420,7 @@ def compile_xbd(root: str | Path, xbd: str | Path) -> int:
     if not listing.is_file():
         raise dataset.missing(root, f"{listing} is not there")
     there = {path.name: path for path in Path(xbd).rglob("*_pre_disaster.png")}
-    pairs = [line.split(",") for line in listing.read_text(encoding="utf-8").split()]
+    pairs = [line.split(",") for line in listing.read_text(encoding="utf-8-sig").split()]
     if wrong := [pair for pair in pairs if len(pair) != 2]:
         raise CorruptFile(listing, f"{wrong[0]} is not a pair of names")
     lost = []
@@ -478,8 +500,26 @@ def patches(truth: Raster, pixels: np.ndarray, *window: int) -> np.ndarray:
 
 
 def plain(classes: int, truth: Raster, pixels: np.ndarray, *window: int) -> np.ndarray:
-    """One's own: the label is the class; what is beyond the last class is ignored."""
+    """The label is the class; what is beyond the last class is ignored."""
     return np.minimum(truth.raw((1,), *window)[0], classes).astype(np.int64)
+
+
+def plain_or_coloured(
+    palette: Sequence[tuple[int, int, int]], truth: Raster, pixels: np.ndarray, *window: int
+) -> np.ndarray:
+    """One's own: as `plain`, or of three bands the colours of the classes, where black is ignored."""
+    if truth.bands < 3:
+        return plain(len(palette), truth, pixels, *window)
+    raw = truth.read(*window).astype(np.int64)
+    colours = raw[0] << 16 | raw[1] << 8 | raw[2]
+    labels = np.where(colours == 0, len(palette), -1)
+    for i, (red, green, blue) in enumerate(palette):
+        labels[colours == (red << 16 | green << 8 | blue)] = i
+    if (labels < 0).any():
+        wrong = tuple(raw[:, labels < 0][:, 0].tolist())
+        way = "one band of class numbers, or the colours of classes.txt, are expected"
+        raise CorruptFile(truth.path, f"it has three bands and pixels of the colour {wrong}, which no class has: {way}")
+    return labels
 
 
 # --- what `companion.data` calls --------------------------------------------------------------------------------------
@@ -528,7 +568,7 @@ def _listed(dataset: DataSet, root: Path, listing: Path) -> list[str]:
     if not listing.is_file():
         raise dataset.missing(root, f"{listing} is not there")
     try:
-        names = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [line.strip() for line in listing.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise CorruptFile(listing, f"not UTF-8 text ({error})") from error
     if not names or any(

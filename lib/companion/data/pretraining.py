@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from struct import error as StructError
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from ..errors import BadParameter, CorruptFile, check_choice
-from . import DataSet, Status, find, own_set
+from . import DataSet, Status, decoding, find, own_set
 from .classification import Images, _absent, _class_folders, check_listed
 from .detection import Boxes, read_annotations
 from .pretraining_sets import COCO, IMAGENET
@@ -94,12 +93,10 @@ class Scenes(Images):
         """The labels alone."""
         path = self.labels[index]
         try:
-            with Image.open(path) as image:
+            with decoding.opened(path) as image:
                 stored = torch.from_numpy(np.array(image))
         except FileNotFoundError:
             raise self.dataset.missing(self.root, f"{path} is listed but not there") from None
-        except (OSError, SyntaxError, ValueError, EOFError, StructError, Image.DecompressionBombError) as error:
-            raise CorruptFile(path, str(error)) from error
         if stored.ndim != 2 or stored.max() > self.classes:
             found = f"{tuple(stored.shape)}, up to {int(stored.max())}"
             raise CorruptFile(path, f"one label of 0 to {self.classes} a pixel was expected, found {found}")

@@ -318,7 +318,7 @@ def _own(dataset: DataSet, root: Path, folder: Path) -> tuple[list[str], list[st
         return found, [""] * len(found)
     sources, captions = [], []
     try:
-        lines = listing.read_text(encoding="utf-8").splitlines()
+        lines = listing.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise CorruptFile(listing, f"not text ({error})") from error
     for number, line in enumerate(lines, 1):
@@ -329,7 +329,7 @@ def _own(dataset: DataSet, root: Path, folder: Path) -> tuple[list[str], list[st
             file, caption = row["file"], row["caption"]
             if not isinstance(file, str) or not isinstance(caption, str):
                 raise TypeError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             wanted = '{"file": "1.png", "caption": "a zebra"}'
             raise CorruptFile(listing, f"line {number}: expected {wanted}, found {line[:80]!r}") from None
         sources.append(f"{folder}/images/{_inside(listing, f'line {number}', file)}")

@@ -11,6 +11,7 @@ which reads HDF5.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 from collections import Counter
@@ -114,32 +115,26 @@ def folder(path: str | Path, labels: str | Path | None = None, column: str = "la
     Args:
         path: the folder; any format that openslide reads.
         labels: a CSV with `slide_id` (the file's name, with or without its ending) and `column`; by default
-            `<path>/labels.csv` where that is there. Classes are whole numbers from 0, or names, numbered as they sort.
+            `<path>/labels.csv` where that is there. Classes are grades from 0 to 5, which are kept even if no slide has
+            some of them; or 0, 1, 2, ... without a gap; or names, numbered as they sort.
 
     Raises:
         MissingData: there is no folder, no slide in it, or a slide that the table names is not there.
-        CorruptFile: a table without its columns, or with a name twice.
+        CorruptFile: a table without its columns, with a name twice, or with a class that is none.
     """
     path = Path(path)
-    layout = (
-        "labels.csv             slide_id,label\n<slide_id>.tiff        or .svs, .ndpi, ...\nor <class>/<slide>.tiff"
-    )
-
-    def missing(detail: str) -> MissingData:
-        return MissingData("slides of one's own", path, layout, "your slides", "yours", detail)
-
-    if not path.is_dir():
-        raise missing("no such folder")
+    files = unlabelled(path)
     labels = Path(labels) if labels else path / "labels.csv"
     if labels.is_file():
-        rows = [(line, row["slide_id"], row[column]) for line, row in _rows(labels, ("slide_id", column))]
-        files = {file.stem: file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES}
         found = []
-        for line, name, label in rows:
+        for line, row in _rows(labels, ("slide_id", column)):
+            name, label = row["slide_id"], row[column].strip()
             stem = name if name in files else Path(name).stem
             if stem not in files:
-                raise missing(f"the slide {name!r} of {labels}, line {line}")
-            found.append((stem, files[stem], label.strip()))
+                raise _missing(path, f"the slide {name!r} of {labels}, line {line}")
+            if label.lower() in ("", "nan", "na", "n/a", "none", "null"):
+                raise CorruptFile(labels, f"line {line}: the slide {name!r} has no class ({label!r}): leave it out")
+            found.append((stem, files[stem], label))
     else:
         found = [
             (file.stem, file, group.name)
@@ -149,14 +144,52 @@ def folder(path: str | Path, labels: str | Path | None = None, column: str = "la
             if file.suffix.lower() in SUFFIXES
         ]
     if not found:
-        raise missing("no slide")
+        raise _missing(path, "no labels.csv and no folder for each class: nothing says which class a slide has")
     if twice := [name for name, count in Counter(name for name, *_ in found).items() if count > 1]:
         raise CorruptFile(labels if labels.is_file() else path, f"the slide {twice[0]!r} is there twice")
-    values = sorted({label for *_, label in found})
-    numbers = (
-        {v: int(v) for v in values} if all(v.isdecimal() for v in values) else {v: i for i, v in enumerate(values)}
-    )
+    numbers = _numbered(labels if labels.is_file() else path, sorted({label for *_, label in found}))
     return sorted((Item(name, file, numbers[label]) for name, file, label in found), key=lambda item: item.name)
+
+
+def unlabelled(path: str | Path) -> dict[str, Path]:
+    """The slides in a folder of one's own, at any depth, by name: features need no class.
+
+    Raises:
+        MissingData: there is no folder, or no slide in it.
+        CorruptFile: two slides of one name.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise _missing(path, "no such folder")
+    found: dict[str, Path] = {}
+    for file in sorted(path.rglob("*")):
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
+            if file.stem in found:
+                raise CorruptFile(path, f"{found[file.stem]} and {file} have one name: the slide is there twice")
+            found[file.stem] = file
+    if not found:
+        raise _missing(path, f"no slide: no file that ends in {', '.join(SUFFIXES)}")
+    return found
+
+
+def _missing(path: Path, detail: str) -> MissingData:
+    layout = "labels.csv         slide_id,label\n<slide_id>.tiff    or .svs, .ndpi, ...\nor <class>/<slide>.tiff"
+    return MissingData("slides of one's own", path, layout, "your slides", "yours", detail)
+
+
+def _numbered(source: Path, classes: Sequence[str]) -> dict[str, int]:
+    """The number of each class: of names their rank; of numbers their own, which must be grades or without a gap."""
+    numbers = {}
+    for label in classes:
+        with contextlib.suppress(ValueError):
+            numbers[label] = float(label)
+    if not numbers:
+        return {label: i for i, label in enumerate(classes)}
+    values = set(numbers.values())
+    if len(numbers) < len(classes) or not values <= {*range(max(GRADES, len(values)))}:
+        wanted = f"grades from 0 to {GRADES - 1}, 0, 1, 2, ... without a gap, or names are expected"
+        raise CorruptFile(source, f"the classes are {', '.join(classes[:12])}: {wanted}")
+    return {label: int(number) for label, number in numbers.items()}
 
 
 def split_folds(items: Sequence[Item], folds: int = 5, test: float = 0.0, seed: int = 0) -> list[dict[str, list[Item]]]:

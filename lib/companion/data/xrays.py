@@ -9,9 +9,9 @@
 `xrays_sets` describes the sets.
 
 Images come as one grey channel in 0 to 1: 8 and 16 bits of a pixel are kept apart, colours are weighed as PIL does
-(the authors' code makes fundus images grey for classification, too; for segmentation RIGA keeps its colours), and in a
-DICOM what says MONOCHROME1, white meaning less, is inverted. (The authors' loaders turn 16 bits into 8 by cutting them
-off at 255.)
+(the authors' code makes fundus images grey for classification, too; for segmentation RIGA keeps its colours), and a
+DICOM is shown with its window, VOI LUT or palette, MONOCHROME1 inverted; see `decoding`. (The authors' loaders turn 16
+bits into 8 by cutting them off at 255.)
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from struct import error as StructError
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -34,9 +32,9 @@ from torchvision import tv_tensors
 from torchvision.datasets.utils import check_integrity, download_url
 from torchvision.transforms import v2
 
-from ..errors import BadParameter, CompanionError, CorruptFile, check_choice
+from ..errors import BadParameter, CorruptFile, check_choice
 from ..ops.files import atomic, read_json
-from . import DataSet, Status, decoding, find, own_set
+from . import DataSet, Status, decoding, downloading, find, own_set
 from .xrays_sets import ONE_OF, REPORTS, SIZES, TASKS, WINDOWS, lists, tasks
 
 SPLITS = ("train", "val", "test")
@@ -62,44 +60,9 @@ def read_image(path: str | Path, colour: bool = False) -> np.ndarray:
 
     Raises:
         FileNotFoundError: it is not there.
-        CorruptFile: it is truncated, or no image; the path is in the message.
+        CorruptFile: it is truncated, no image, or has no full scale; the path is in the message. See `decoding`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(path)
-    if path.suffix.lower() in (".dcm", ".dicom"):
-        grey = _dicom(path)
-        return np.repeat(grey[..., None], 3, 2) if colour else grey
-    try:
-        with Image.open(path) as image:
-            if colour:
-                return decoding.pixels(image, "RGB").astype(np.float32) / 255
-            if image.mode.startswith("I;16"):  # 16 bits, of one channel: PIL would cut them off at 255
-                return np.asarray(image, dtype=np.uint16).astype(np.float32) / 65535
-            if image.mode in ("I", "F"):
-                values = np.asarray(image, dtype=np.float32)
-                if image.mode == "F" and values.max() <= 1:
-                    return values
-                return values / (65535 if values.max() > 255 else 255)
-            return decoding.pixels(image, "L").astype(np.float32) / 255
-    except (OSError, SyntaxError, ValueError, EOFError, StructError, Image.DecompressionBombError) as error:
-        raise CorruptFile(path, str(error)) from error
-
-
-def _dicom(path: Path) -> np.ndarray:
-    import pydicom  # an extra: not every reader of this module has it
-
-    try:
-        file = pydicom.dcmread(path)
-        values = file.pixel_array.astype(np.float32)
-        if values.ndim == 3:  # colours, or several frames
-            values = values @ np.array([0.299, 0.587, 0.114], np.float32) if values.shape[2] == 3 else values[0]
-        bits = int(file.BitsStored)
-        low = -(2 ** (bits - 1)) if int(file.get("PixelRepresentation", 0)) else 0
-        values = (values - low) / (2**bits - 1)
-        return 1 - values if file.get("PhotometricInterpretation") == "MONOCHROME1" else values
-    except Exception as error:  # pydicom and its decoders raise many kinds
-        raise CorruptFile(path, f"not a readable DICOM ({type(error).__name__}: {error})") from error
+    return decoding.unit(path, colour)
 
 
 def rle_mask(runs: str, side: int = RUN_SIDE) -> np.ndarray:
@@ -298,8 +261,7 @@ class Boxed(Pictures):
         super().__init__(dataset, root, paths, transform)
         self.boxes = torch.zeros(len(paths), BOXES, 5)
         for i, corners in enumerate(boxes):
-            corners = torch.as_tensor(corners, dtype=torch.float32).reshape(-1, 4)[:BOXES] / BOX_UNIT
-            corners = corners[(corners[:, 2:] > corners[:, :2]).all(1)]
+            corners = torch.as_tensor(corners, dtype=torch.float32) / BOX_UNIT
             centre, extent = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
             self.boxes[i, : len(corners), 1:] = torch.cat([centre, extent], 1)
 
@@ -450,9 +412,20 @@ def _boxes(path: Path) -> tuple[list[str], list[np.ndarray]]:
     boxes = []
     for number, text in enumerate(texts, 2):
         try:
-            boxes.append(np.array(ast.literal_eval(text), dtype=np.float32).reshape(-1, 4))
-        except (ValueError, SyntaxError, TypeError) as error:
+            found = np.array(ast.literal_eval(text), dtype=np.float64)
+            found = found.reshape(-1, 4) if found.size in (0, 4) else found
+            if found.ndim != 2 or found.shape[1] != 4:
+                raise ValueError
+        except (ValueError, SyntaxError, TypeError, OverflowError, RecursionError, MemoryError) as error:
             raise CorruptFile(path, f"line {number}: not a list of [x1, y1, x2, y2]: {text[:80]!r}") from error
+        found = found[found.any(1)]  # [0, 0, 0, 0] stands for no box
+        if len(found) > BOXES:
+            raise CorruptFile(path, f"line {number}: {len(found)} boxes; at most {BOXES} are read")
+        for box in found:
+            if not ((box >= 0).all() and (box <= BOX_UNIT).all() and (box[2:] > box[:2]).all()):  # NaN fails, too
+                wanted = f"x1 < x2 and y1 < y2 in an image of {BOX_UNIT} pixels are expected"
+                raise CorruptFile(path, f"line {number}: the box [x1, y1, x2, y2] = {box.tolist()}: {wanted}")
+        boxes.append(found.astype(np.float32))
     return paths, boxes
 
 
@@ -690,11 +663,10 @@ def fetch(dataset: DataSet, root: Path, progress: bool = True) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{name}.part"
     try:
-        download_url(url, str(folder), part.name, md5)
-        if not check_integrity(str(part), md5):
-            raise CorruptFile(part, "the download's checksum is not the published one")
-        part.replace(folder / name)
-    except (OSError, RuntimeError) as error:
-        raise CompanionError(f"{url} could not be downloaded ({error})") from error
+        with downloading(dataset, folder, progress):
+            download_url(url, str(folder), part.name, md5)
+            if not check_integrity(str(part), md5):
+                raise CorruptFile(part, "the download's checksum is not the published one")
+            part.replace(folder / name)
     finally:
         part.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import CannotWrite, CorruptFile
+from ..errors import BadParameter, CannotWrite, CorruptFile
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 FULL = 1 << 16  # bytes free: torch does not say why it could not write
@@ -81,8 +81,9 @@ def full_disk_is_said(path: Path) -> Iterator[None]:
 def _if_full(path: Path, error: Exception) -> None:
     """Raise `CannotWrite` when that is why `error` came."""
     free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
-    # safetensors says it in words
-    if getattr(error, "errno", None) in NO_SPACE or "os error 28" in str(error) or free < FULL:
+    # safetensors says it in words; torch says nothing, and has no number
+    number = getattr(error, "errno", None)
+    if number in NO_SPACE or "os error 28" in str(error) or (number is None and free < FULL):
         raise CannotWrite(path, free) from error
 
 
@@ -105,11 +106,22 @@ def write_json(path: str | Path, value: object) -> None:
 def read_json(path: str | Path) -> Any:
     """Read a JSON file. Raises `CorruptFile` with the path when it is not JSON, or not there."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # spreadsheets and Windows begin it with a mark
     except FileNotFoundError as error:
         raise CorruptFile(path, "there is no such file") from error
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or lists in lists in lists
         raise CorruptFile(path, f"not JSON ({error})") from error
+
+
+def check_folder(name: str, folder: str | Path) -> None:
+    """Raise `BadParameter` unless `folder` can be written to, or made: before an hour of work, not after it."""
+    above = next(f for f in (Path(folder).absolute(), *Path(folder).absolute().parents) if f.exists())
+    try:  # permissions do not say it all: nothing can be written to /proc
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        accepted = "a folder that you may write to, or a new one in such a folder"
+        raise BadParameter(name, str(folder), accepted) from error
 
 
 def sha256(*paths: str | Path) -> str:

@@ -46,6 +46,11 @@ def paper(slug: str) -> dict:
     return yaml.safe_load((MODELS / slug / "paper.yaml").read_text(encoding="utf-8"))
 
 
+def papers_with(weights: str) -> list[str]:
+    """The short names of the papers that use the weights of that name on the hub."""
+    return [slug for slug in slugs() if any(entry.get("id") == weights for entry in paper(slug)["weights"])]
+
+
 FINDINGS = ("fault", "surprise", "recipe")
 
 

@@ -9,6 +9,7 @@ run.close()                                                      # shows the led
 
 from __future__ import annotations
 
+import ast
 import io
 import os
 import time
@@ -19,6 +20,7 @@ from typing import Any
 
 import pandas as pd
 import PIL.Image
+from IPython import get_ipython
 from IPython.display import HTML, Image, display
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
@@ -29,7 +31,7 @@ from ..evaluation.claims import SYNTHETIC, counts, evidence, judge, judge_measur
 from ..evaluation.tables import show_table
 from ..training.fit import Hardware
 from . import record
-from .files import atomic, sha256, write_json
+from .files import atomic, check_folder, sha256, write_json
 from .papers import convert, paper, rules, slugs
 from .provenance import code_hash, sources
 
@@ -40,9 +42,12 @@ LOUD = {"holds": "holds", "fails": "FAILS", "not run": "not run"}
 def start(slug: str, **parameters: Any) -> Run:
     """Check the notebook's parameters, print what the run will do, and return the `Run` that keeps its results.
 
-    Raises `BadParameter`: an unknown parameter, or a value that is not accepted.
+    Raises `BadParameter`: an unknown parameter, or a value that is not accepted; also of those that papermill injected,
+    which only warns of an unknown name.
     """
     known, values = rules(slug), {}
+    for name in _injected() - parameters.keys():
+        raise BadParameter("parameter", name, sorted(parameters))
     for name, value in parameters.items():
         if name not in known:
             raise BadParameter("parameter", name, sorted(known))
@@ -52,9 +57,7 @@ def start(slug: str, **parameters: Any) -> Run:
     if values.get("dry_run") and values.get("profile") == "pocket":
         raise BadParameter("dry_run", True, "False with profile = 'pocket', which is quick as it is")
     run = Run(slug, SimpleNamespace(**values))
-    above = next(folder for folder in (run.out, *run.out.parents) if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):  # before an hour of training, not after it
-        raise BadParameter("out", str(run.out), "a folder that you may write to, or a new one in such a folder")
+    check_folder("out", run.out)
     plan = pd.DataFrame(
         [(n, "(empty)" if v == "" else str(v), known[n]["help"]) for n, v in values.items()],
         columns=["parameter", "value", "meaning"],
@@ -65,6 +68,15 @@ def start(slug: str, **parameters: Any) -> Run:
     if values.get("data_root") and not Path(values["data_root"]).exists() and below.exists():
         run.parameters.data_root = os.path.relpath(below)
     return run
+
+
+def _injected() -> set[str]:
+    """The names that papermill's cell "# Parameters" assigns, where a notebook is run by it."""
+    shell = get_ipython()
+    cells = [] if shell is None else shell.user_ns.get("In", [])
+    injected = [ast.parse(cell) for cell in cells if cell.startswith("# Parameters\n")]
+    targets = (t for tree in injected for node in tree.body if isinstance(node, ast.Assign) for t in node.targets)
+    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 class Run:

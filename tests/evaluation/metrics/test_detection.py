@@ -1,10 +1,12 @@
 """Boxes scored as COCO and LVIS do, by group, and image-level recognition; bad inputs. The numbers: test_parity."""
 
+import copy
 import json
 import math
 
 import numpy as np
 import pytest
+from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask
 
 from companion.errors import BadParameter, CorruptFile
@@ -53,6 +55,29 @@ def test_classes_in_blocks_are_scored_as_together(monkeypatch, style):
     apart = evaluate(known, found, style=style)
     np.testing.assert_equal([apart.ap, apart.ap50, apart.totals], [whole.ap, whole.ap50, whole.totals])
     assert 0 < whole.totals["AP50"] < 100
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_equal_scores_count_in_the_order_of_image_ids_whatever_that_of_the_file(kind):
+    """As in pycocotools: its numbers are those of the library on the file itself, to the last digit."""
+    rng, images = np.random.default_rng(0), (7 * np.random.default_rng(1).permutation(np.arange(1, 31))).tolist()
+    known, found = truth() | {"annotations": []}, []
+    known["images"] = [{"id": i, "width": 100, "height": 100} for i in images]
+    for i, image in enumerate(images, 1):
+        for shown, boxes in ((True, known["annotations"]), (False, found)):
+            x, y, w, h = BOX + rng.uniform(-3, 3, 4)
+            outline = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            run = mask.frPyObjects(outline, 100, 100)[0]
+            boxes.append(row(image, 3, float(rng.integers(1, 4)) / 4, (x, y, w, h)) | {"id": i, "segmentation": run})
+            if shown:
+                boxes[-1] |= {"segmentation": outline, "area": w * h, "iscrowd": 0}
+    gt = COCO(copy.deepcopy(known))
+    run = COCOeval_faster(gt, gt.loadRes(copy.deepcopy(found)), kind, print_function=lambda *_: None)
+    run.evaluate(), run.accumulate(), run.summarize()
+    totals = evaluate(known, found, kind=kind).totals
+    ours = [totals[name] for name in ("AP", "AP50", "AP75", "APs")]
+    np.testing.assert_allclose(ours, [100 * run.stats[i] for i in range(4)], rtol=1e-14)
+    assert 0 < ours[0] < 100
 
 
 def test_overlap_decides():

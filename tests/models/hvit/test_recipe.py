@@ -340,6 +340,21 @@ def test_one_bad_slide_does_not_stop_the_others(own, tmp_path, capsys):
     assert "multiple of the 64 pixels" in capsys.readouterr().err
 
 
+def test_slides_in_one_folder_need_no_classes_and_may_be_given_their_scale(tmp_path, capsys):
+    (tmp_path / "flat").mkdir()
+    pixels = np.full((256, 256, 3), (200, 60, 120), np.uint8)
+    write_pyramid(tmp_path / "flat" / "a.tiff", lambda y0, y1: pixels[y0:y1], (256, 256), None)
+    torch.save(hvit.PatchEncoder(64, 16, dim=64, depth=1, heads=1).state_dict(), tmp_path / "patch.pth")
+    words = ["slides", "folder", "--data-root", str(tmp_path / "flat"), "--weights", str(tmp_path / "patch.pth")]
+    assert cli.main([*words, "--region", "128"]) == 1
+    assert "a.tiff does not say them" in (said := capsys.readouterr().err) and "--mpp" in said
+    assert cli.main([*words, "--region", "128", "--mpp", "0.5"]) == 0
+    assert '"mpp": 0.5' in read_features(tmp_path / "flat" / "features" / "a.h5")["settings"]
+    (tmp_path / "file").touch()
+    assert cli.main([*words, "--features", str(tmp_path / "file")]) == 2
+    assert "a folder that you may write to" in capsys.readouterr().err
+
+
 def test_the_patch_level_of_a_file_of_several_levels(tmp_path, monkeypatch):
     """Such as the shipped toy encoders, or a model of the authors'."""
     monkeypatch.setattr(synthetic, "COUNTS", {"train": 1, "val": 1, "test": 1})

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from faster_coco_eval import COCO, COCOeval_faster
 
+from ...data.detection import check_results, is_box
 from ...errors import BadParameter, CorruptFile, check_choice
 from ...ops.files import read_json
 
@@ -26,7 +27,6 @@ BLOCK = 250_000  # images x classes that are scored at once: about half a GB
 STYLES = ("coco", "lvis")
 KINDS = ("bbox", "segm")
 FREQUENCIES = {"r": "APr", "c": "APc", "f": "APf"}
-ROW = ("image_id", "category_id", "score")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +87,8 @@ def evaluate(
         top: results counted for each image, the best ones: 100 in COCO, 300 in LVIS, unless given.
 
     Raises:
-        BadParameter: an unknown style or kind, a group without a known class, a row without a field, or of an image
-            that the annotations do not have.
+        BadParameter: an unknown style or kind, a group without a known class, a row without a field, with NaN, with
+            another shape, or of an image that the annotations do not have.
         CorruptFile: a file that is not what it should be.
     """
     check_choice("style", style, STYLES)
@@ -110,8 +110,9 @@ def evaluate(
     # LVIS counts the best of an image over all classes, COCO those of each class
     rows = _best(rows, top) if style == "lvis" else rows
 
-    # the library wants numbers for images; OpenImages has names
-    number = {image["id"]: i for i, image in enumerate(truth["images"], 1)}
+    # the library wants numbers for images; OpenImages has names. Of equal scores the first image's counts first, and
+    # images are in the order of their ids, not of the file
+    number = {key: i for i, key in enumerate(sorted(pictures, key=lambda k: (isinstance(k, str), k)), 1)}
     for entry in truth["images"]:
         entry["id"] = number[entry["id"]]
     for entry in truth["annotations"]:
@@ -174,19 +175,17 @@ def _annotations(given: str | Path | dict) -> dict:
     where = "annotations" if isinstance(given, dict) else given
     if not isinstance(truth, dict) or not all(isinstance(truth.get(part), list) for part in parts):
         raise CorruptFile(where, f"not COCO's format: an object with the lists {', '.join(parts)}")
+    for i, entry in enumerate(truth["annotations"]):
+        if "bbox" in entry and not is_box(entry["bbox"]):
+            wrong = str(entry["bbox"])[:80]
+            raise CorruptFile(where, f"annotations[{i}]: 'bbox' is {wrong}, not [x, y, width, height]")
     return {**truth, **{part: [dict(entry) for entry in truth[part]] for part in ("images", "annotations")}}
 
 
 def _rows(given: str | Path | Sequence[Mapping], kind: str) -> Sequence[Mapping]:
-    rows = read_json(given) if isinstance(given, (str, Path)) else given
-    where = given if isinstance(given, (str, Path)) else "results"
-    if not isinstance(rows, Sequence):
-        raise CorruptFile(where, "not COCO's result format: a list of objects")
-    wanted = {*ROW, "bbox" if kind == "bbox" else "segmentation"}
-    for number, row in enumerate(rows):
-        if missing := wanted - (row.keys() if isinstance(row, Mapping) else set()):
-            raise BadParameter("results", f"row {number} without {sorted(missing)}", f"rows with {sorted(wanted)}")
-    return rows
+    if isinstance(given, (str, Path)):
+        return check_results(read_json(given), given, kind)
+    return check_results(given, kind=kind)
 
 
 def _best(rows: Sequence[Mapping], top: int) -> list[Mapping]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...backbones import find_weights, hub_file, read_state
+from ...backbones import check_state, find_weights, hub_file, read_state
 from ...errors import BadParameter, CorruptFile, MissingWeights, check_choice
 from ...ops import unpickle
 from ...training.callbacks import EMA, ema_copy
@@ -79,13 +79,15 @@ def read(path: str | Path) -> dict[str, Tensor]:
     DINO's full checkpoint (its "teacher"), or a plain state dict. Raises `CorruptFile`."""
     try:
         return read_state(path)
-    except CorruptFile:
+    except CorruptFile as error:
         if Path(path).suffix == ".safetensors":
             raise
+        reason = error.reason
     whole = unpickle.load_torch(path)
     state = whole.get("teacher") if isinstance(whole, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CorruptFile(path, "no 'model', 'state_dict' or 'teacher' with named tensors in it")
+        raise CorruptFile(path, f"{reason}; no 'model', 'state_dict' or 'teacher' with named tensors in it")
+    check_state(path, state)
     return state
 
 

@@ -179,12 +179,16 @@ class Generator:
         from huggingface_hub import constants
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        from ...backbones import unreachable
+
+        reason = unreachable() if download else ""
+        here = {"local_files_only": not download or bool(reason)}
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not download)
-            self.model = AutoModelForCausalLM.from_pretrained(name, local_files_only=not download).to(device).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(name, **here)
+            self.model = AutoModelForCausalLM.from_pretrained(name, **here).to(device).eval()
         except (OSError, ValueError) as error:
             ways = [f"Generator({name!r}, download=True), on a machine with a network", "a folder that holds the model"]
-            raise MissingWeights(name, constants.HF_HUB_CACHE, ways) from error
+            raise MissingWeights(name, constants.HF_HUB_CACHE, ways, reason) from error
         self.name, self.tokens, self.device = name, tokens, device
 
     def __call__(self, report: str, entities: Sequence[str], attempt: int = 0) -> str:

@@ -524,7 +524,12 @@ def patch_encoder(weights: str | Path, heads: int | None = None) -> hvit.PatchEn
 
 
 def store(
-    p: SimpleNamespace, patch: hvit.PatchEncoder, part: tuple[int, int] = (0, 1), batch: int = 1, tiling: Tiling = PANDA
+    p: SimpleNamespace,
+    patch: hvit.PatchEncoder,
+    part: tuple[int, int] = (0, 1),
+    batch: int = 1,
+    tiling: Tiling = PANDA,
+    mpp: float | None = None,
 ) -> Iterator[tuple[str, Path | CompanionError]]:
     """Patch embeddings of the slides of `dataset`, as the paper profile reads them; a killed run is resumed.
 
@@ -534,6 +539,7 @@ def store(
         part: (i, n): every n-th slide from the i-th on, so that n jobs do them all.
         batch: regions a step.
         tiling: how regions are found; its size of a region is `p.region`.
+        mpp: microns per pixel of level 0, where the slides do not say it, or are wrong.
 
     Yields:
         The name of each slide as it is done, and its file, or the error: one slide that cannot be read does not stop
@@ -544,18 +550,21 @@ def store(
         raise BadParameter("part", f"{i}/{n}", "i/n, i from 0 to n - 1")
     if p.region % patch.image:
         raise BadParameter("region", p.region, f"a multiple of the {patch.image} pixels of a patch")
-    items = data.folder(p.data_root) if p.dataset == "folder" else data.load(p.dataset, p.data_root)
+    if p.dataset == "folder":
+        named = list(data.unlabelled(p.data_root).items())
+    else:
+        named = [(item.name, item.path) for item in data.load(p.dataset, p.data_root)]
     # `embed_patches` belongs to the whole model; the levels above are not run
     whole = hvit.HViT(hvit.SlideTransformer(192), hvit.RegionEncoder(p.region // patch.image, patch.dim), patch)
     options = {"tiling": replace(tiling, region=p.region), "encoder": patch, "normalise": p.normalise}
-    options["batch"] = batch
+    options |= {"batch": batch, "mpp": mpp}
     with evaluating(Hardware(p.accelerator), whole) as device:
-        for item in items[i::n]:
-            target = stored_in(p) / f"{item.name}.h5"
+        for name, path in named[i::n]:
+            target = stored_in(p) / f"{name}.h5"
             try:
-                yield item.name, extract(item.path, whole.embed_patches, target, device=device, **options)
+                yield name, extract(path, whole.embed_patches, target, device=device, **options)
             except CompanionError as error:
-                yield item.name, error
+                yield name, error
 
 
 # --- attention maps ---------------------------------------------------------------------------------------------------

@@ -573,7 +573,11 @@ def _split(p: SimpleNamespace, split: str, dataset: str = "", **options) -> land
     if name == "folder":
         # classes.txt: a name a line; lists of train and val are optional, without them all images are in both
         listed = split if (Path(p.data_root) / f"{split}.txt").is_file() else None
-        return landcover.own(p.data_root, landcover.read_classes(p.data_root), listed, **({"size": 1024} | options))
+        classes = landcover.read_classes(p.data_root)
+        found = landcover.own(p.data_root, classes, listed, **({"size": 1024} | options))
+        if p.task != "predict" and not any(picture.label for picture in found.pictures):
+            raise found.dataset.missing(p.data_root, f"no image of '{split}' has a label in labels/")
+        return found
     if name == OEM:
         options["without_xbd"] = p.without_xbd
     if name == POTSDAM:

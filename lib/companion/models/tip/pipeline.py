@@ -29,6 +29,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from ...backbones import unreachable
 from ...errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights, check_choice
 from ...ops.files import atomic_folder
 from ...ops.progress import progress
@@ -205,7 +206,8 @@ class TIPPipeline(DiffusionPipeline):
 
         Raises `MissingWeights` when it is neither cached nor available.
         """
-        here = {"local_files_only": not download}
+        reason = unreachable() if download else ""
+        here = {"local_files_only": not download or bool(reason)}
         given = {"use_safetensors": True, **here, **options}
         whole = {"low_cpu_mem_usage": False, **given}  # accelerate is not a dependency
         try:
@@ -220,7 +222,7 @@ class TIPPipeline(DiffusionPipeline):
                 f"pass download=True (about 4 GB from {name}), or `hf download {name}`",
                 "name a folder that holds it",
             ]
-            raise MissingWeights(name, constants.HF_HUB_CACHE, ways) from error
+            raise MissingWeights(name, constants.HF_HUB_CACHE, ways, reason) from error
         return cls(vae, text, unet, Adaptor.of(unet, fusion=fusion, mid=mid), scheduler, tokenizer)
 
     @property
