@@ -18,10 +18,9 @@ rescales them; `limits` measures what has been cut from them.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import box_convert, clip_boxes_to_image
 
+from .backbones import quiet
 from .errors import BadParameter, CorruptFile, MissingWeights, check_choice
 from .models.sic_cads.model import Detections, detect, refine
 from .ops.files import read_json
@@ -256,7 +256,7 @@ def _loaded(kind: Any, name: str, weights: str | Path, download: bool) -> Any:
         raise MissingWeights(name, folder, ways[1:])
     # no pickles: every one of them has its weights as safetensors
     safe = {} if kind.__name__ == "AutoTokenizer" else {"use_safetensors": True}
-    with _quiet():
+    with quiet():
         try:
             return kind.from_pretrained(folder or name, local_files_only=folder is not None or not download, **safe)
         except Exception as error:  # the library raises many kinds: not cached, no network, truncated, other tensors
@@ -265,21 +265,6 @@ def _loaded(kind: Any, name: str, weights: str | Path, download: bool) -> Any:
             from huggingface_hub import constants
 
             raise MissingWeights(name, constants.HF_HUB_CACHE, ways) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the library's bars and advice."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        logging.enable_progress_bar()
 
 
 def _checked(names: Sequence[str]) -> Sequence[str]:
