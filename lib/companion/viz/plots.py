@@ -121,7 +121,7 @@ def show_images(
 @styled
 def attention_grid(
     images: Tensor,
-    rows: Mapping[str, Tensor],
+    rows: Mapping[str, Tensor | np.ndarray],
     titles: Sequence[str] | None = None,
     *,
     mean: Sequence[float] = (0, 0, 0),
@@ -134,7 +134,8 @@ def attention_grid(
 
     Args:
         images: (number, 3, H, W), normalised with `mean` and `std`.
-        rows: a method's name and its maps (number, rows, columns).
+        rows: a method's name and its maps: (number, rows, columns), drawn as heat over the images, or RGB colours in
+            0 to 1 (number, rows, columns, 3), drawn alone.
         titles: one for each image.
         mode: see `overlay`.
         shared: one scale for all maps, with its colour bar; otherwise each map goes from its own lowest to its own
@@ -149,20 +150,27 @@ def attention_grid(
     lines = max((_wrap(title, side).count("\n") + 1 for title in titles or ()), default=0)
     size = (len(images) * (side + 0.05) + 1.9, (len(rows) + 1) * (side + 0.05) + 0.17 * lines)
     figure, axes = plt.subplots(len(rows) + 1, len(images), figsize=size, squeeze=False, layout="compressed")
-    every = torch.cat([torch.as_tensor(maps).flatten() for maps in rows.values()])
-    limits = (every.min().item(), every.max().item()) if shared else None
+    heat = [torch.as_tensor(maps).flatten() for maps in rows.values() if maps.ndim == 3]
+    limits = (torch.cat(heat).min().item(), torch.cat(heat).max().item()) if shared and heat else None
     for column, image in enumerate(images):
         axes[0, column].imshow(denormalise(image, mean, std), interpolation="antialiased")
         if titles is not None:
             axes[0, column].set_title(_wrap(titles[column], side), fontsize=8.5)
         for line, maps in enumerate(rows.values(), 1):
-            overlay(axes[line, column], image, maps[column], mean=mean, std=std, limits=limits, mode=mode)
+            if maps.ndim == 3:
+                overlay(axes[line, column], image, maps[column], mean=mean, std=std, limits=limits, mode=mode)
+            else:
+                axes[line, column].imshow(
+                    maps[column], extent=(0, image.shape[-1], image.shape[-2], 0), interpolation=mode
+                )
     for line, name in enumerate(names.values()):
         axes[line, 0].set_ylabel(name, rotation=0, ha="right", va="center")
     for ax in axes.flat:
         ax.set_axis_on()
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
+    if not heat:
+        return figure
     bar = figure.colorbar(ScalarMappable(Normalize(*(limits or (0, 1))), HEAT), ax=axes, shrink=0.75, aspect=25)
     bar.set_label(label, labelpad=3)
     bar.outline.set_visible(False)

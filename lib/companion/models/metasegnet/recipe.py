@@ -31,7 +31,7 @@ from ...climate import OCEAN, PROMPTS, Prompts, misplaced
 from ...data import DATASETS, landcover
 from ...data.landcover_sets import CLASSES, LOVEDA, OEM, POTSDAM, POTSDAM_FAULTY, POTSDAM_TILES, TO_LOVEDA
 from ...data.landcover_transforms import SCALES, Mosaic, test_transform, train_transform
-from ...errors import BadParameter, CorruptFile, MissingWeights
+from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics import landcover as metrics
 from ...evaluation.tables import published_table, upsert_rows
 from ...ops.papers import paper
@@ -242,16 +242,7 @@ def text_encoder(p: SimpleNamespace, prompts: Prompts) -> TextEncoder | None:
     if not folder.joinpath("config.json").is_file():
         ways = [f"put the files of the hub's google-bert/bert-base-uncased into {folder}", "text_encoder = 'clip'"]
         raise MissingWeights(entry["what"], folder, ways)
-    level = hf.utils.logging.get_verbosity()
-    hf.utils.logging.set_verbosity_error()  # without the list of unused heads
-    try:
-        options = {"local_files_only": True}
-        model = hf.BertModel.from_pretrained(folder, use_safetensors=True, **options)
-        return BertText(model, hf.AutoTokenizer.from_pretrained(folder, **options))
-    except Exception as error:  # the library raises many kinds: truncated file, other tensors, no tokenizer
-        raise CorruptFile(folder, f"not the files of bert-base-uncased ({type(error).__name__}: {error})") from error
-    finally:
-        hf.utils.logging.set_verbosity(level)
+    return BertText(*backbones.read_bert(folder))
 
 
 def build(p: SimpleNamespace, prompts: Prompts, classes: int) -> MetaSegNet:

@@ -20,7 +20,7 @@ from ... import backbones
 from ...data import classification
 from ...models.layers import vpt
 from ...models.sa2vp import SA2VP, recipe
-from ...training.fit import CPU
+from ...training.fit import CPU, History
 from .. import encoders
 from ..datasets import classification as pocket
 from . import reader, study_root
@@ -81,6 +81,11 @@ def train(
     data, held_out = (images(task, str(root), seed, name) for name in (train_on, test_on))
     model = build(method, len(pocket.TASKS[task].classes), seed)
     history = recipe.train_model(model, data, learning_rate, **OPTIONS | {"seed": seed, "name": method} | options)
+    return row(model, held_out, history)
+
+
+def row(model: nn.Module, held_out: TensorDataset, history: History) -> dict:
+    """A row of the study: accuracy in percent, the last loss, the trainable parameters (no head)."""
     return {
         "accuracy": round(recipe.accuracy(model, held_out, CPU, batch=256), 2),
         "loss": round(sum(row["loss"] for row in history[-10:]) / 10, 4),
