@@ -30,6 +30,7 @@ from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 from ... import backbones
 from ...errors import BadCheckpoint, BadParameter, MissingWeights, check_choice
+from ...ops.recorded import Recorded
 from ..layers import state_dicts
 from ..layers.frozen import frozen_copy
 from ..layers.pos_embed import resize_pos_embed
@@ -483,7 +484,7 @@ def eliminate(x: Tensor, attention: Tensor, kept: Tensor, keep: float, n: int) -
 # --- baselines --------------------------------------------------------------------------------------------------------
 
 
-class _Baseline(nn.Module):
+class _Baseline(Recorded, nn.Module):
     """A frozen tracker on the two streams, called as `BAT`: subclasses have `embed_template` and `locate`."""
 
     def __init__(self, tracker: OSTrack):
