@@ -1,8 +1,8 @@
 """A trained model as one file: saved, loaded, and put on the hub.
 
-    companion.save(model, "flowers.safetensors", class_names=data["train"].class_names, transform=data["test"].transform)
+    companion.save(model, "flowers.safetensors", class_names=["rose", "tulip"], transform=data["test"].transform)
     model = companion.load("flowers.safetensors")
-    companion.predict(model, ["rose.jpg"])                  [{"rose": 0.97, "tulip": 0.03}]
+    companion.predict(model, "new.jpg")                     # [{"rose": 0.97, "tulip": 0.03}]
 
 The file is safetensors: all tensors, those of the frozen backbone too, so that no cache and no network is needed; and
 in its header a JSON text: the paper, how the model was made (class, options, backbone), class names, preprocessing.
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import __version__
-from .errors import BadCheckpoint, BadParameter, CorruptFile
+from .errors import BadCheckpoint, BadParameter, CompanionError, CorruptFile
 from .ops.files import atomic_folder, read_json
 from .ops.recorded import made_by, make
 from .training import checkpoints
@@ -96,7 +96,9 @@ def load(path: str | Path) -> Any:
         with torch.random.fork_rng(devices=[]):
             model = make(about["made"])
         transform, names = make(about["preprocessing"]), tuple(map(str, about["class_names"]))
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+    except CompanionError:
+        raise
+    except Exception as error:  # a constructor that gets arguments of a wrong kind may raise any
         raise CorruptFile(path, f"its header is damaged ({type(error).__name__}: {error})") from error
     if not isinstance(model, nn.Module):
         raise CorruptFile(path, "it names no model")
@@ -107,7 +109,9 @@ def load(path: str | Path) -> Any:
         if own[name].shape != state[name].shape
     ]
     if own.keys() != state.keys() or shapes:
-        raise BadCheckpoint(f"the model that {path} names", own.keys() - state.keys(), state.keys() - own.keys(), shapes)
+        raise BadCheckpoint(
+            f"the model that {path} names", own.keys() - state.keys(), state.keys() - own.keys(), shapes
+        )
     for name, parameter in model.named_parameters():
         parameter.data = state[name]
     for name, _ in list(model.named_buffers()):

@@ -21,7 +21,6 @@ from torchvision.transforms.v2 import functional as F
 
 from ..errors import BadParameter
 from ..geotiff import MEAN, STD
-from ..ops.recorded import recorded
 from .landcover import LandCover, Transform
 
 SCALES = (0.75, 1.0, 1.25, 1.5)
@@ -99,7 +98,6 @@ class BrightnessContrast(v2.Transform):
         return tv_tensors.wrap(changed.to(torch.uint8), like=inpt)
 
 
-@recorded()
 def test_transform() -> Transform:
     """Image float32, normalised with ImageNet's mean and spread; labels as they are."""
     kinds = {tv_tensors.Image: torch.float32, "others": None}

@@ -56,7 +56,7 @@ def reader(cached: int = 0) -> Callable[[Read], Read]:
             return inner(*arguments, **named)
 
         if cached:
-            guarded.cache_clear = inner.cache_clear  # type: ignore[attr-defined]
+            guarded.cache_clear = inner.cache_clear  # type: ignore[attr-defined, union-attr]
         return guarded
 
     return decorate  # type: ignore[return-value]
