@@ -224,7 +224,7 @@ def test_others_are_refused():
     ):
         with pytest.raises(BadParameter, match="EVA-02, DINOv3, BEiT"):
             Recorder(build())
-    with pytest.raises(BadParameter, match="4 queries, 16 keys' is not accepted.*Hiera"):
+    with pytest.raises(BadParameter, match=r"4 queries, 16 keys' is not accepted.*Hiera"):
         rollout([torch.rand(1, 2, 4, 16)])
 
 
