@@ -119,7 +119,7 @@ def test_land_cover_with_a_text_for_each_image(files: list[Path], tmp_path: Path
     refuses((lambda: companion.predict(model, files), "a text for each image"))
 
 
-def test_image_level_scores_and_refined_detections(files: list[Path]) -> None:
+def test_image_level_scores_and_refined_detections(files: list[Path], tmp_path: Path) -> None:
     model = trained("MLR")
     pixels = F.pil_to_tensor(Image.open(files[0]).convert("RGB"))
     boxes, probabilities = (
@@ -128,7 +128,8 @@ def test_image_level_scores_and_refined_detections(files: list[Path]) -> None:
     )
     output = detectors.Output(boxes, probabilities, (50, 40))
     scores = model.recognise(pixels[None]).p[0]
-    found = companion.predict(model, files[0], class_names=CLASSES)
+    loaded = companion.load(companion.save(model, tmp_path / "m.safetensors", class_names=CLASSES))
+    found = companion.predict(loaded, files[0])
     assert [found[0][name] for name in CLASSES] == pytest.approx(scores.tolist(), abs=1e-6)
     best = companion.predict(model, files[0], class_names=CLASSES, detector=lambda image: output, gamma=0.3)[0]
     expected = detectors.refined(output, scores, 0.3)

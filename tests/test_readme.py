@@ -68,9 +68,7 @@ def walk() -> None:
         for stream in ("visible", "infrared"):
             images(Path(folder) / stream, [f"{i:02d}.jpg" for i in range(21)], (200, 260))
     np.savetxt("walk/boxes.txt", [[100 + i, 80, 40, 60] for i in range(21)], delimiter=",")
-    vit = build(
-        "vit_tiny_patch16_224", "random", depth=1, embed_dim=64, num_heads=1, class_token=False, pos_embed="none"
-    )
+    vit = build("vit_tiny_patch16_224", "random", depth=1, embed_dim=64, num_heads=1)
     torch.save({"net": bat.OSTrack(vit, head_channels=32).to_official()}, "OSTrack_ep0300.pth.tar")
 
 
@@ -167,8 +165,12 @@ def shrink(patch: pytest.MonkeyPatch, paper: str) -> None:
         from companion.models.metasegnet import model
 
         patch.setitem(model.SIZES, "paper", model.SIZES["pocket"])
+    elif paper == "sic_cads":
+        from companion.models.sic_cads import recipe
+
+        crops = recipe.Crops
+        patch.setattr(recipe, "Crops", lambda data, size, crop: crops(data, size // 5, crop))
     elif paper == "tip":
-        from companion.data import restoration
         from companion.models.tip import TIPPipeline, build
 
         words = [

@@ -29,7 +29,7 @@ from torchvision.transforms.v2 import functional as F
 from .backbones import input_of
 from .data import attributes, classification, domains, own_set, xrays
 from .errors import BadParameter, CorruptFile
-from .ops.recorded import made_by
+from .ops.recorded import made_by, make
 
 BATCH = 16
 
@@ -84,6 +84,12 @@ def _name(model: nn.Module) -> str:
     return name if name[:1].isupper() else f"{'.'.join(module.split('.')[2:3])}.{name}"
 
 
+def _noted(model: nn.Module, name: str) -> tuple[str, ...]:
+    """The texts that a model was made with; none where they were given embedded."""
+    found = make(made_by(model)["args"][name])
+    return tuple(found) if isinstance(found, (list, tuple)) else ()
+
+
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
@@ -132,12 +138,12 @@ def _named(rows: Tensor, names: Sequence[str]) -> list[dict[str, float]]:
 
 def _classes(model, images, names, transform) -> list[dict[str, float]]:
     if hasattr(model, "clip"):
-        names = names or model._made["args"]["classes"]
+        names = names or _noted(model, "classes")
         transform = transform or domains.clip_transform(input_of(model.clip))
     backbone = getattr(model, "backbone", model)
     transform = transform or classification.resize_transform(input_of(backbone))
     logits = torch.cat([x.float().cpu() for x in _outputs(model, images, transform)])
-    return _named(logits.softmax(1), names if all(isinstance(name, str) for name in names) else ())
+    return _named(logits.softmax(1), names)
 
 
 def _fine_tuned(model, images, names, transform) -> list[dict[str, float]]:
@@ -148,9 +154,8 @@ def _fine_tuned(model, images, names, transform) -> list[dict[str, float]]:
 
 def _attributes(model, images, names, transform) -> list[dict[str, float]]:
     transform = transform or attributes.square_transform(model.clip.visual.image_size[0])
-    sentences = model._made["args"]["sentences"]
-    names = names or (sentences if isinstance(sentences, list) else ())
-    return _named(torch.cat([x.float().cpu() for x in _outputs(model, images, transform)]).sigmoid(), names)
+    logits = torch.cat([x.float().cpu() for x in _outputs(model, images, transform)])
+    return _named(logits.sigmoid(), names or _noted(model, "sentences"))
 
 
 def _findings(model, images, names, transform, exclusive: bool = False) -> list[dict[str, float]]:

@@ -64,7 +64,8 @@ def made_by(value: object) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
-        return [made_by(entry) for entry in value]
+        entries = [made_by(entry) for entry in value]
+        return entries if isinstance(value, list) else {"tuple": entries}
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, Path):
@@ -100,6 +101,8 @@ def make(note: Any) -> Any:
     if "unknown" in note:
         accepted = "models whose parts come from this package, backbones.build or are timm's plain ViT"
         raise BadParameter("model", f"one with a {note['unknown']}", accepted)
+    if "tuple" in note:
+        return tuple(make(note["tuple"]))
     if "mapping" in note:
         return {make(key): make(entry) for key, entry in note["mapping"]}
     if "tensor" in note:
