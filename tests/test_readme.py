@@ -19,6 +19,7 @@ from torch import nn
 from companion import backbones
 from companion.models import bat, ecamp
 from companion.training import fit
+from tests.small import WORDS
 from tests.test_saving import picture
 
 README = Path(__file__).parents[1] / "README.md"
@@ -171,27 +172,11 @@ def shrink(patch: pytest.MonkeyPatch, paper: str) -> None:
         crops = recipe.Crops
         patch.setattr(recipe, "Crops", lambda data, size, crop: crops(data, size // 5, crop))
     elif paper == "tip":
+        from companion.data import restoration
         from companion.models.tip import TIPPipeline, build
 
-        words = [
-            *[
-                "a",
-                "zebra",
-                "on",
-                "grass",
-                "deblur",
-                "denoise",
-                "dejpeg",
-                "upsample",
-                "to",
-                "with",
-                "sigma",
-                "quality",
-                "remove",
-                "all",
-                "degradation",
-            ]
-        ]
+        degraded, words = restoration.Degraded, [*WORDS, "a", "zebra", "on", "grass", "remove", "all", "degradation"]
+        patch.setattr(restoration, "Degraded", lambda images, size: degraded(images, size // 16))
         patch.setattr(TIPPipeline, "from_stable_diffusion", lambda: build("pocket", words, text={"length": 96}))
 
 
