@@ -1,3 +1,23 @@
-"""The companion: ten vision-transformer papers of December 2023, each as one notebook that runs."""
+"""The companion: ten vision-transformer papers of December 2023, each as one notebook that runs.
+
+`save`, `load`, `predict`, `export` and `push_to_hub` work on a trained model of any paper.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .exporting import export
+    from .prediction import predict
+    from .saving import load, push_to_hub, save
 
 __version__ = "0.1.0"
+__all__ = ["export", "load", "predict", "push_to_hub", "save"]
+_HOMES = {"export": "exporting", "predict": "prediction"}
+
+
+def __getattr__(name: str) -> Any:
+    """The functions above, imported when they are asked for: torch takes seconds."""
+    if name not in __all__:
+        raise AttributeError(f"module 'companion' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES.get(name, 'saving')}", __name__), name)

@@ -32,6 +32,7 @@ from torch import nn
 from . import packaged
 from .errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights, check_choice
 from .ops import unpickle
+from .ops.recorded import recorded
 
 # Our short names, and the exact releases they stand for: `.orig_in21k` is Google's original ViT
 # ("vit_base_patch16_224_in21k" now means the later `.augreg_in21k`).
@@ -56,6 +57,7 @@ def per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor
     return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
+@recorded(weights="random", download=False)
 def build(name: str, weights: str | Path = "pretrained", *, download: bool = False, **overrides: Any) -> nn.Module:
     """Build an encoder in eval mode.
 

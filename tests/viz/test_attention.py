@@ -7,6 +7,7 @@ import timm
 import torch
 import transformers
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from companion.errors import BadParameter
 from companion.viz.attention import Recorder, class_token_map, photograph_maps, rollout, token_pca
@@ -156,6 +157,75 @@ def test_maps_give_the_layer_output_and_the_model_the_same_bits(family):
     assert found.maps
     assert len(no_grad) > 0
     torch.testing.assert_close((during, during_grad), (no_grad, with_grad), rtol=0, atol=0)
+
+
+class Softmaxes(TorchFunctionMode):
+    """What every softmax gives, in order: of timm's unfused attention, the maps themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if function in (torch.Tensor.softmax, nn.functional.softmax):
+            self.found.append(output)
+        return output
+
+
+EVA = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0)
+SWIN_V2 = dict(img_size=32, patch_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4, num_classes=0)
+HIERA = dict(img_size=(64, 64), embed_dim=16, num_heads=1, stages=(1, 2, 1), q_pool=2, num_classes=0)
+RELATIVE = [
+    ("EVA-02", lambda: timm.models.Eva(**EVA, use_rot_pos_emb=True, swiglu_mlp=True, scale_mlp=True)),
+    ("EVA, three projections", lambda: timm.models.Eva(**EVA, qkv_fused=False, scale_attn_inner=True)),
+    (
+        "DINOv3",
+        lambda: timm.models.Eva(
+            **EVA, use_rot_pos_emb=True, num_reg_tokens=2, rope_type="dinov3", rope_rotate_half=True, qkv_bias=False
+        ),
+    ),
+    ("Eva with rope attention", lambda: timm.models.Eva(**EVA, use_rot_pos_emb=True, attn_type="rope")),
+    ("BEiT", lambda: timm.models.Beit(**EVA, use_rel_pos_bias=True)),
+    ("BEiT, one bias", lambda: timm.models.Beit(**EVA, use_shared_rel_pos_bias=True)),
+    ("SwinV2", lambda: timm.models.SwinTransformerV2(**SWIN_V2)),
+    ("Hiera", lambda: timm.models.Hiera(**HIERA, mask_unit_attn=(True, True, False))),
+]
+
+
+@pytest.mark.parametrize("build", [build for _, build in RELATIVE], ids=[name for name, _ in RELATIVE])
+def test_maps_of_timms_other_transformers_are_their_own_softmax(build):
+    """The reference is the softmax inside timm's unfused attention; the maps are recorded from the fused one."""
+    torch.manual_seed(0)
+    model = sharpen(build())
+    images = torch.randn(2, 3, *(64 if isinstance(model, timm.models.Hiera) else 32,) * 2)
+    with torch.no_grad():
+        plain = model.forward_features(images)
+        with Recorder(model) as found:
+            assert torch.equal(model.forward_features(images), plain)
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False
+        with Softmaxes() as true:
+            model.forward_features(images)
+    assert len(found.maps) == len(true.found) >= 2
+    for ours, theirs in zip(found.maps, true.found, strict=True):
+        if theirs.ndim == 5:  # Hiera's mask units: (batch, heads, units, queries, keys)
+            theirs = theirs.transpose(1, 2).flatten(0, 1)
+        assert theirs.std(-1).mean() > 0.1 / theirs.shape[-1]  # uneven enough for the next line to mean something
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_others_are_refused():
+    for build in (
+        lambda: timm.create_model("xcit_nano_12_p16_224", num_classes=0),
+        lambda: timm.create_model("cait_xxs24_224", depth=1, num_classes=0),
+        lambda: timm.create_model("test_maxvit", num_classes=0),
+    ):
+        with pytest.raises(BadParameter, match="EVA-02, DINOv3, BEiT"):
+            Recorder(build())
+    with pytest.raises(BadParameter, match=r"4 queries, 16 keys' is not accepted.*Hiera"):
+        rollout([torch.rand(1, 2, 4, 16)])
 
 
 def test_training_is_the_same_bits_with_dropout():

@@ -29,6 +29,7 @@ from torchvision.transforms.v2 import functional as F
 
 from ..errors import CorruptFile, check_choice
 from ..ops import unpickle
+from ..ops.recorded import recorded
 from . import DataSet, Status, find, own_set
 from .attributes_sets import ANNOTATIONS, COLUMNS, IMAGES, SENTENCES, WIDER_FILES, ZERO_SHOT, ZERO_SHOT_FILES
 from .classification import Images, _inside, _normalised, _to_tensor, check_listed
@@ -184,6 +185,7 @@ class PadToSquare:
         return square
 
 
+@recorded()
 def square_transform(size: int = 224, train: bool = False, antialias: bool = False) -> v2.Transform:
     """PromptPAR's transform: padded to a square, resized (bilinear), normalised by 0.5, not by CLIP's statistics.
 

@@ -36,6 +36,7 @@ from torchvision.transforms import v2
 
 from ..errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice
 from ..ops.files import read_json, write_json
+from ..ops.recorded import recorded
 from . import DataSet, Status, decoding, downloading, find, own_set
 from .classification_sets import IMAGES
 
@@ -140,6 +141,7 @@ def load(
     return Images(dataset, root, sources, labels, _classes(dataset, root), transform)
 
 
+@recorded()
 def resize_transform(input) -> v2.Transform:
     """VTAB-1k's transform, for training and test alike: to (size, size) without keeping the aspect, then normalise.
 
@@ -152,6 +154,7 @@ def resize_transform(input) -> v2.Transform:
     return v2.Compose([v2.Resize((input.size, input.size)), *_normalised(input)])
 
 
+@recorded()
 def crop_transform(input, train: bool) -> v2.Transform:
     """FGVC's transform: the short side to size * 256 / 224, then a crop of `size`, random and flipped when training.
 

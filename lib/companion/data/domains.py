@@ -34,6 +34,7 @@ from torchvision.transforms import v2
 
 from ..errors import CompanionError, CorruptFile, check_choice
 from ..ops.files import read_json
+from ..ops.recorded import recorded
 from . import DataSet, Status, downloading, find, own_set
 from .classification import (
     Images,
@@ -117,6 +118,7 @@ def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str
     return sets | {"all": Images(own, root, sources, labels, test.classes, transform, test.class_names)}
 
 
+@recorded()
 def clip_transform(input, train: bool = False) -> v2.Transform:
     """CLIP's transform, as prompt-learning papers use it (bicubic throughout).
 

@@ -34,6 +34,7 @@ from torchvision.transforms import v2
 
 from ..errors import BadParameter, CorruptFile, check_choice
 from ..ops.files import atomic, read_json
+from ..ops.recorded import recorded
 from . import DataSet, Status, decoding, downloading, find, own_set
 from .xrays_sets import ONE_OF, REPORTS, SIZES, TASKS, WINDOWS, lists, tasks
 
@@ -114,11 +115,13 @@ def train_transform(size: int = 224) -> v2.Transform:
     return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *_coloured(MEAN, STD)])
 
 
+@recorded()
 def test_transform(size: int = 224) -> v2.Transform:
     """Classification: the short side to `size`, the centre cut out."""
     return v2.Compose([v2.Resize(size), v2.CenterCrop(size), *_coloured(MEAN, STD)])
 
 
+@recorded()
 def squeeze_transform(size: int = 224, antialias: bool = False) -> v2.Transform:
     """Detection: squeezed to a square, nothing random.
 

@@ -19,7 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.decomposition import PCA
+from timm.layers import apply_rot_embed_cat
 from timm.layers.attention import Attention as TimmAttention
+from timm.layers.attention import AttentionRope
+from timm.models import beit, hiera, swin_transformer_v2
+from timm.models.eva import EvaAttention
 from timm.models.swin_transformer import WindowAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -84,24 +88,93 @@ def _timm(module: TimmAttention, args: tuple, kwargs: dict) -> _Parts:
     x = call["x"]
     q, k, v = (_split(part, module.head_dim) for part in module.qkv(x).chunk(3, dim=-1))
     q, k = module.q_norm(q), module.k_norm(k)
+    bias = _additive(call["attn_mask"], call["is_causal"], q, k)
+    return _Parts(q, k, v, module.scale, bias, functools.partial(_gated, module, x))
+
+
+def _gated(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    y = module.norm(y)
+    return module.proj(y if module.gate is None else y * module.gate(x).sigmoid())
+
+
+def _projected(module: nn.Module, x: Tensor, head_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (batch, heads, tokens, head size) of a timm layer that may have a bias apart, or three
+    projections."""
+    if module.qkv is None:
+        q, k, v = module.q_proj(x), module.k_proj(x), module.v_proj(x)
+    else:
+        apart = getattr(module, "q_bias", None)
+        bias = module.qkv.bias if apart is None else torch.cat([apart, module.k_bias, module.v_bias])
+        q, k, v = nn.functional.linear(x, module.qkv.weight, bias).chunk(3, dim=-1)
+    return _split(q, head_size), _split(k, head_size), _split(v, head_size)
+
+
+def _rope(module: EvaAttention | AttentionRope, args: tuple, kwargs: dict) -> _Parts:
+    """EVA-02 and DINOv3: queries and keys are turned by their positions, but for the prefix tokens."""
+    call = _arguments(module, args, kwargs)
+    x = call["x"]
+    q, k, v = _projected(module, x, module.head_dim)
+    q, k = module.q_norm(q), module.k_norm(k)
+    if (rope := call["rope"]) is not None:
+        n = module.num_prefix_tokens
+        turned = (apply_rot_embed_cat(y[:, :, n:], rope, half=module.rotate_half) for y in (q, k))
+        q, k = (torch.cat([y[:, :, :n], t], 2).type_as(v) for y, t in zip((q, k), turned, strict=True))
+    k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], dim=1) for y in (k, v))  # grouped queries share keys
+    bias = _additive(call["attn_mask"], call["is_causal"], q, k)
+    return _Parts(q, k, v, module.scale, bias, functools.partial(_gated, module, x))
+
+
+def _relative(table: Tensor, index: Tensor) -> Tensor:
+    """The bias (1, heads, queries, keys) of a table (distances, heads) of relative positions."""
+    return table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)[None]
+
+
+def _beit(module: beit.Attention, args: tuple, kwargs: dict) -> _Parts:
+    call = _arguments(module, args, kwargs)
+    q, k, v = _projected(module, call["x"], module.qkv.out_features // (3 * module.num_heads))
+    bias = call["shared_rel_pos_bias"]
+    if module.relative_position_bias_table is not None:
+        own = _relative(module.relative_position_bias_table, module.relative_position_index)
+        bias = own if bias is None else own + bias
+    return _Parts(q, k, v, module.scale, bias, module.proj)
+
+
+def _windowed(bias: Tensor, mask: Tensor | None, x: Tensor) -> Tensor:
+    """A bias with the mask (windows, area, area); the batch holds the windows of an image one after the other."""
+    return bias if mask is None else bias + mask[:, None].repeat(len(x) // len(mask), 1, 1, 1)
+
+
+def _swin_v2(module: swin_transformer_v2.WindowAttention, args: tuple, kwargs: dict) -> _Parts:
+    """Cosines of queries and keys, times a learned scale for each head."""
+    call = _arguments(module, args, kwargs)
+    q, k, v = _projected(module, call["x"], module.dim // module.num_heads)
+    q, k = nn.functional.normalize(q, dim=-1), nn.functional.normalize(k, dim=-1)
+    q = q * module.logit_scale.clamp(max=math.log(100)).exp()
+    table = module.cpb_mlp(module.relative_coords_table).view(-1, module.num_heads)
+    bias = 16 * _relative(table, module.relative_position_index).sigmoid()
+    return _Parts(q, k, v, 1.0, _windowed(bias, call["mask"], call["x"]), module.proj)
+
+
+def _hiera(module: hiera.MaskUnitAttention, args: tuple, kwargs: dict) -> _Parts:
+    """Attention inside mask units, whose tokens lie `windows` apart, or over all tokens; queries may be pooled."""
+    x = _arguments(module, args, kwargs)["x"]
+    count = x.shape[1] // (module.q_stride * module.window_size) if module.use_mask_unit_attn else 1
+    units = x.unflatten(1, (-1, count)).transpose(1, 2).flatten(0, 1)
+    q, k, v = (_split(part, module.head_dim) for part in module.qkv(units).chunk(3, dim=-1))
+    q = q.unflatten(2, (module.q_stride, -1)).amax(2)
 
     def finish(y: Tensor) -> Tensor:
-        y = module.norm(y)
-        return module.proj(y if module.gate is None else y * module.gate(x).sigmoid())
+        return module.proj(y.unflatten(0, (-1, count)).transpose(1, 2).flatten(1, 2))
 
-    return _Parts(q, k, v, module.scale, _additive(call["attn_mask"], call["is_causal"], q, k), finish)
+    return _Parts(q, k, v, module.scale, None, finish)
 
 
 def _swin(module: WindowAttention, args: tuple, kwargs: dict) -> _Parts:
     call = _arguments(module, args, kwargs)
     x, mask = call["x"], call["mask"]
     q, k, v = (_split(part, part.shape[-1] // module.num_heads) for part in module.qkv(x).chunk(3, dim=-1))
-    area = module.window_area
-    bias = module.relative_position_bias_table[module.relative_position_index.flatten()]
-    bias = bias.view(area, area, -1).permute(2, 0, 1)[None]  # (1, heads, area, area)
-    if mask is not None:  # (windows, area, area); the batch holds the windows of an image one after the other
-        bias = bias + mask[:, None].repeat(len(x) // len(mask), 1, 1, 1)
-    return _Parts(q, k, v, module.scale, bias, module.proj)
+    bias = _relative(module.relative_position_bias_table, module.relative_position_index)
+    return _Parts(q, k, v, module.scale, _windowed(bias, mask, x), module.proj)
 
 
 def _multihead(module: nn.MultiheadAttention, args: tuple, kwargs: dict) -> _Parts:
@@ -170,6 +243,11 @@ def _transformers(module: nn.Module, args: tuple, kwargs: dict) -> _Parts:
 _READERS: dict[type[nn.Module], Callable[[Any, tuple, dict], _Parts]] = {
     TimmAttention: _timm,
     WindowAttention: _swin,
+    EvaAttention: _rope,
+    AttentionRope: _rope,
+    beit.Attention: _beit,
+    swin_transformer_v2.WindowAttention: _swin_v2,
+    hiera.MaskUnitAttention: _hiera,
     nn.MultiheadAttention: _multihead,
 }
 
@@ -181,8 +259,9 @@ class Recorder:
             model(images)
         record.maps[0]  # (batch, heads, queries, keys), float32, on the CPU
 
-    Knows timm's `Attention` and Swin's `WindowAttention` (there the batch is batch * windows, in timm's order),
-    `nn.MultiheadAttention` (open_clip) and the attention of transformers models under "sdpa" or "eager". The model runs
+    Knows the attention of timm's ViTs, of EVA-02 and DINOv3 (`Eva`), BEiT, Swin, SwinV2 and Hiera (of the last three
+    the batch is batch * windows, in timm's order; Hiera's queries may be fewer than its keys), `nn.MultiheadAttention`
+    (open_clip) and the attention of transformers models under "sdpa" or "eager". The model runs
     unchanged and gives the same bits. A map is softmax(q k^T / sqrt(d) + masks and biases), before any dropout; for a
     layer in eval mode it is checked by computing the layer's output from it.
 
@@ -217,7 +296,8 @@ class Recorder:
             raise BadParameter(
                 "model",
                 type(model).__name__,
-                "a model with timm Attention or WindowAttention, nn.MultiheadAttention or transformers attention; "
+                "a model with the attention of timm's ViT, EVA-02, DINOv3, BEiT, Swin, SwinV2 or Hiera, "
+                "nn.MultiheadAttention or transformers attention; "
                 "for another module give also={its type: function(module, args, kwargs) -> map}",
             )
         self._watched = known if layers is None else {name: known[name] for name in _choose(layers, list(known))}
@@ -326,6 +406,9 @@ def rollout(
         raise BadParameter("drop", drop, f"one list of positions, or {len(maps)} lists, one a layer")
     joined: Tensor | None = None
     for layer, (attention, dropped) in enumerate(zip(maps, drops, strict=True)):
+        if attention.shape[-2] != attention.shape[-1]:
+            shape = f"layer {layer}: {attention.shape[-2]} queries, {attention.shape[-1]} keys"
+            raise BadParameter("maps", shape, "as many queries as keys: a pooled layer (Hiera) has no rollout")
         attention = getattr(attention, f"a{head}" if head != "mean" else "mean")(dim=1)
         gone = {position % attention.shape[-1] for position in dropped}
         kept = [position for position in range(attention.shape[-1]) if position not in gone]

@@ -30,6 +30,7 @@ from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 from ... import backbones
 from ...errors import BadCheckpoint, BadParameter, MissingWeights, check_choice
+from ...ops.recorded import Recorded
 from ..layers import state_dicts
 from ..layers.frozen import frozen_copy
 from ..layers.pos_embed import resize_pos_embed
@@ -271,7 +272,7 @@ class Exchange(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """What is added to each stream, from the normed tokens (2B, N, D) of both, the first stream first."""
-        first, second = h.chunk(2)
+        first, second = _halves(h)
         if self.directions == "first to second":
             return torch.cat([torch.zeros_like(first), self.adapters[0](first)])
         if self.directions == "second to first":
@@ -386,7 +387,7 @@ class BAT(state_dicts.OfficialModel):
         if self.elimination:  # eliminated tokens become zeros, all others return to their positions
             whole = x.new_zeros(len(x), m, x.shape[-1])
             x = torch.cat([x[:, :n], whole.scatter(1, kept[..., None].expand(-1, -1, x.shape[-1]), x[:, n:])], 1)
-        first, second = x.chunk(2)
+        first, second = _halves(x)
         return first + second if self.fusion == "sum" else (first + second) / 2
 
     def _block(
@@ -453,6 +454,12 @@ def streams(images: Tensor) -> Tensor:
     return torch.cat(images.chunk(2, 1))
 
 
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The two streams of a batch (2B, ...), of any B: `chunk` would fix it in an exported model."""
+    first, second = x.unflatten(0, (2, -1)).unbind()
+    return first, second
+
+
 def attend(attn: Attention, h: Tensor, query: int | None = None) -> tuple[Tensor, Tensor | None]:
     """Multi-head self-attention of a timm block on normed tokens (B, N, D), and the weights of one query token.
 
@@ -483,7 +490,7 @@ def eliminate(x: Tensor, attention: Tensor, kept: Tensor, keep: float, n: int) -
 # --- baselines --------------------------------------------------------------------------------------------------------
 
 
-class _Baseline(nn.Module):
+class _Baseline(Recorded, nn.Module):
     """A frozen tracker on the two streams, called as `BAT`: subclasses have `embed_template` and `locate`."""
 
     def __init__(self, tracker: OSTrack):
@@ -522,7 +529,7 @@ class HigherPeak(_Baseline):
     def locate(self, template_tokens: Tensor, search: Tensor) -> Prediction:
         """As `BAT.locate`."""
         both = self.tracker.locate(template_tokens, streams(search))
-        first, second = both.score.flatten(1).amax(1).chunk(2)
+        first, second = _halves(both.score.flatten(1).amax(1))
         chosen = torch.arange(len(first), device=first.device) + len(first) * (second > first)
         return Prediction(*(part[chosen] for part in both))
 

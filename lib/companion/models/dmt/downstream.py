@@ -33,6 +33,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.transforms import InterpolationMode, v2
 
 from ...errors import BadParameter
+from ...ops.recorded import recorded
 from ...training.fit import AUTO, Hardware, History, evaluating, fit, same_shapes
 from ...training.schedules import adamw, given, learning_rates, param_groups, sgd
 from .vit import ViT
@@ -91,6 +92,7 @@ def layer_decayed(
 # --- classification ---------------------------------------------------------------------------------------------------
 
 
+@recorded()
 def classifier(vit: ViT, classes: int, *, drop_path: float = 0.1) -> VisionTransformer:
     """timm's ViT with the encoder in it, pooled by the mean of its patch tokens: (B, 3, S, S) to logits (B, classes).
 
@@ -133,6 +135,7 @@ def train_transform(size: int = 224, mean: Sequence[float] = MEAN, std: Sequence
     )
 
 
+@recorded()
 def test_transform(size: int = 224, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> v2.Transform:
     """The centre of an image whose short side is size x 256 / 224, bicubic."""
     cubic = InterpolationMode.BICUBIC

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import BadParameter, check_choice
+from ...ops.recorded import Recorded
 from ..layers import mae, state_dicts
 from ..layers.pos_embed import resize_pos_embed, sincos_table
 
@@ -34,7 +35,7 @@ SIZES: dict[str, dict[str, Any]] = {
 DECODERS = {"tiny": (128, 4, 4), "small": (256, 4, 8), "base": (512, 4, 16), "pocket": (32, 1, 4)}
 
 
-class ViT(nn.Module):
+class ViT(Recorded, nn.Module):
     """The plain ViT that MAE, MoCo v3, iBOT and DINO share, and the students: pre-norm, eps 1e-6, a [CLS] token [anc].
 
     Tensors are named as in all four official codes and in timm.

@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 import torch
 from open_clip.model import CLIP
 from timm.layers import build_sincos2d_pos_embed
@@ -31,6 +30,7 @@ from torch.nn import functional as F
 
 from ... import backbones
 from ...errors import BadParameter, MissingWeights, check_choice
+from ...ops.recorded import Recorded
 from ..layers.clip_prompting import (
     META_NET,
     Classes,
@@ -329,7 +329,7 @@ class CLIPFeatures(ImageFeatures):
         return F.normalize(super().forward(images), dim=-1) * math.sqrt(self.num_features)
 
 
-class NoFeatures(nn.Module):
+class NoFeatures(Recorded, nn.Module):
     """A control: zeros (b, F). The small net gives its biases for every image, and the noise vanishes with μ."""
 
     def __init__(self, num_features: int):
@@ -340,7 +340,7 @@ class NoFeatures(nn.Module):
         return images.new_zeros(len(images), self.num_features)
 
 
-class DomainModel(nn.Module):
+class DomainModel(Recorded, nn.Module):
     """A frozen encoder for images that are normalised for another model.
 
     Args:
@@ -451,7 +451,7 @@ def _medical(weights: str | Path, download: bool) -> nn.Module:
     """MedSAM's image encoder as timm has it: (b, 3, 1024, 1024) to the mean over 64x64 places, (b, 256)."""
     if weights == "pretrained":
         weights = backbones.hub_file(MEDSAM, MEDSAM, ["model.safetensors", "pytorch_model.bin"], download)
-    encoder = timm.create_model("samvit_base_patch16", pretrained=False, num_classes=0).eval()
+    encoder = backbones.build("samvit_base_patch16", "random")
     if weights != "random":
         state, own = sam_state(_state(weights)), encoder.state_dict()
         load_official(encoder, state, {name: name for name in own}, "SAM ViT-B's image encoder")

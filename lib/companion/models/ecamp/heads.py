@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
 from ...errors import BadCheckpoint, BadParameter
+from ...ops.recorded import recorded
 from ..layers.state_dicts import OfficialModel, check_names, depth, load_official, renamed
 
 # pixels at 416, three for each level, coarse to fine (YOLOv3's)
@@ -67,6 +68,7 @@ def encoder_like(state: Mapping[str, Tensor], heads: int | None = None) -> Visio
     )
 
 
+@recorded()
 def classifier(
     encoder: VisionTransformer, classes: int, *, probe: bool = False, drop_path: float = 0.1
 ) -> VisionTransformer:
@@ -91,6 +93,7 @@ def classifier(
     return model
 
 
+@recorded()
 def classifier_from_official(state: Mapping[str, Tensor], heads: int | None = None) -> VisionTransformer:
     """The classifier of a state dict of the authors, whose names are timm's; in eval mode.
 

@@ -38,6 +38,7 @@ from torch.utils.checkpoint import checkpoint
 from ...backbones import read_state
 from ...errors import BadParameter, check_choice
 from ...ops import unpickle
+from ...ops.recorded import Recorded
 from ..layers.pos_embed import resize_pos_embed
 from ..layers.state_dicts import OfficialModel, check_names, depth, load_official
 
@@ -64,7 +65,7 @@ SIZES: dict[str, dict[str, Any]] = {
 # --- the two encoders -------------------------------------------------------------------------------------------------
 
 
-class Encoder(nn.Module):
+class Encoder(Recorded, nn.Module):
     """A ViT over a grid of tokens, read out at its [CLS] token: the base of `PatchEncoder` and `RegionEncoder`.
 
     Args:
@@ -345,7 +346,7 @@ class SlidePosition(nn.Module):
             raise BadParameter("regions", last + 1, f"at most {self.longest} positions (`longest`)")
 
 
-class SlideTransformer(nn.Module):
+class SlideTransformer(Recorded, nn.Module):
     """The slide level: two post-norm Transformer layers over the regions, gated attention pooling, one output.
 
     Args:
@@ -655,7 +656,7 @@ def build(
 # --- baselines --------------------------------------------------------------------------------------------------------
 
 
-class PatchBag(nn.Module):
+class PatchBag(Recorded, nn.Module):
     """A slide as a bag of patch embeddings, without positions: their mean, or gated attention over them (ABMIL).
 
     Args:

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import BadCheckpoint, BadParameter
+from ...ops.recorded import Recorded, made_by, recorded
 from .frozen import frozen_copy
 from .precision import without_autocast
 from .state_dicts import check_names, load_official, official_state
@@ -103,7 +104,7 @@ def similarity(clip: CLIP, image: Tensor, text: Tensor) -> Tensor:
         return clip.logit_scale.exp() * cosine.squeeze(-1)
 
 
-class ImageFeatures(nn.Module):
+class ImageFeatures(Recorded, nn.Module):
     """CLIP's plain image features (b, E), for `fit.predict(ImageFeatures(clip), data)`, once an image."""
 
     def __init__(self, clip: CLIP):
@@ -170,7 +171,7 @@ def embed_texts(tokenizer: Tokenizer, clip: CLIP, texts: Sequence[str], free: in
 # --- prompted CLIPs ------------------------------------------------------------------------------------
 
 
-class PromptedCLIP(nn.Module):
+class PromptedCLIP(Recorded, nn.Module):
     """A frozen CLIP and the texts of the classes.
 
     Args:
@@ -195,6 +196,7 @@ class PromptedCLIP(nn.Module):
 
     def set_classes(self, classes: Classes) -> None:
         """Exchange the class names, for instance for novel ones after training; the parameters stay."""
+        given = made_by(classes)
         if not isinstance(classes, Texts):
             if self.tokenizer is None:
                 raise BadParameter("classes", classes, "embedded Texts: this model was made without a tokenizer")
@@ -203,6 +205,7 @@ class PromptedCLIP(nn.Module):
             texts = [self.template.replace("{}", name.replace("_", " ")) for name in classes]
             classes = embed_texts(self.tokenizer, self.clip, texts, self.free)
         device = self.clip.positional_embedding.device
+        self._made["args"]["classes"] = given
         self.embedded, self.ends = classes.embedded.to(device), classes.ends.to(device)
         self.length = int(classes.ends.max()) + 1
 
@@ -371,6 +374,7 @@ def _clip_of(state: Mapping[str, Tensor], heads: tuple[int, int] | None, what: s
     return clip_of(state, "image_encoder.", "text_encoder.", heads or (None, None))
 
 
+@recorded()
 def clip_of(
     state: Mapping[str, Tensor], image: str, text: str, heads: tuple[int | None, int | None], words: int = 1
 ) -> CLIP:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import BadParameter
+from ...ops.recorded import Recorded
 from .frozen import frozen_copy
 
 
@@ -30,6 +31,7 @@ def plain_vit(backbone: nn.Module) -> bool:
         and backbone.num_prefix_tokens == 1
         and backbone.pos_embed is not None
         and backbone.pos_embed.shape[1] == 1 + backbone.patch_embed.num_patches
+        and not backbone.dynamic_img_size  # its patches are no sequence yet
         and backbone.global_pool == "token"
         and all(isinstance(part, nn.Identity) for part in (backbone.norm_pre, backbone.fc_norm, backbone.patch_drop))
     )
@@ -45,7 +47,7 @@ def head(dim: int, classes: int) -> nn.Linear:
     return layer
 
 
-class FineTuning(nn.Module):
+class FineTuning(Recorded, nn.Module):
     """Full fine-tuning: the encoder and the head are trained. `backbone` is any timm model without classifier."""
 
     def __init__(self, backbone: nn.Module, classes: int):
@@ -57,7 +59,7 @@ class FineTuning(nn.Module):
         return self.head(self.backbone(images))
 
 
-class _Frozen(nn.Module):
+class _Frozen(Recorded, nn.Module):
     """A head on a frozen copy of the encoder, which stays in eval mode."""
 
     def __init__(self, backbone: nn.Module):

@@ -25,13 +25,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import timm
 import torch
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ... import backbones
 from ...errors import BadCheckpoint, BadParameter, check_choice
+from ...ops.recorded import recorded
 from ..layers.state_dicts import OfficialModel, load_official
 from .text import TextEncoder
 
@@ -279,6 +280,7 @@ class _PadFirst(SwinTransformerBlock):
         return super()._attn(x)[:, :height, :width]
 
 
+@recorded()
 def swin(**sizes: Any) -> SwinTransformer:
     """A timm Swin without classifier, for images of any size, which computes what the author's does (section 3.2).
 
@@ -477,7 +479,7 @@ class MetaSegNet(OfficialModel):
         sizes = decoder_sizes({n.removeprefix("decoder."): t for n, t in state.items() if n.startswith("decoder.")})
         if encoder is None:
             if "backbone.conv1.weight" in state:
-                encoder = timm.create_model("resnet18", pretrained=False, num_classes=0)
+                encoder = backbones.build("resnet18", "random")
             else:
                 encoder = swin(**_swin_sizes(state))
         norms = any(name.startswith("backbone.norm0.") for name in state)

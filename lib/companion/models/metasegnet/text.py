@@ -23,11 +23,12 @@ from open_clip.model import CLIP
 from torch import Tensor, nn
 
 from ...errors import BadParameter
+from ...ops.recorded import Recorded
 
 _HEADER = "climate zone "  # how `climate.Prompts` begins the text of a zone
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Recorded, nn.Module):
     """The shared interface: equal texts are encoded once a batch; the states of a frozen encoder are cached."""
 
     width: int

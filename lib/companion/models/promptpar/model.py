@@ -47,6 +47,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import BadParameter, CorruptFile, check_choice
+from ...ops.recorded import made_by
 from ...ops.unpickle import load_torch
 from ..layers import state_dicts
 from ..layers.clip_prompting import Texts, Tokenizer, check_depth, checked_clip, clip_of, embed_texts, encode_text
@@ -318,6 +319,7 @@ class PromptPAR(state_dicts.OfficialModel):
 
     def set_sentences(self, sentences: Sequence[str] | Texts, tokenizer: Tokenizer | None = None) -> None:
         """Encode the sentences, as many as before; store their features, `text_features` (A, E), not normalised."""
+        self._made["args"]["sentences"] = made_by(sentences)
         if not isinstance(sentences, Texts):
             if tokenizer is None:
                 raise BadParameter("tokenizer", None, "the CLIP's tokenizer, when sentences are given as text")

@@ -45,6 +45,12 @@ def _last(pathways: Iterator[Pathways]) -> Pathways:
     return deque(pathways, maxlen=1).pop()  # those before it are freed as they come
 
 
+def _halves(x: Tensor) -> Pathways:
+    """The two halves of a batch (2b, ...), of any b: `split` and `chunk` would fix it in an exported model."""
+    first, second = x.unflatten(0, (2, -1)).unbind()
+    return first, second
+
+
 def two_pathway_loss(
     logits_image: Tensor, logits_prompt: Tensor, target: Tensor, prompt_weight: float = PROMPT_WEIGHT
 ) -> Tensor:
@@ -332,8 +338,8 @@ class SA2VP(TwoPathways):
             qkv_prompt, next_prompt = self._block(block, prompt, keep)
         else:
             qkv, both = self._block(block, torch.cat([image, prompt.expand(b, -1, -1)]), keep)
-            next_image, next_prompt = both.split(b)
-            qkv_image, qkv_prompt = zip(*(x.split(b) for x in qkv), strict=True)
+            next_image, next_prompt = _halves(both)
+            qkv_image, qkv_prompt = zip(*map(_halves, qkv), strict=True)
 
         new = i // self.period - 1
         if to_prompt and 0 <= new < len(self.new_projs):
@@ -358,7 +364,8 @@ class SA2VP(TwoPathways):
         maps before the MLP, where it first drops.
         """
         attn, normed, caught = block.attn, block.norm1(x), []
-        whole = keep is None or attn._forward_hooks
+        # torch.export follows no hook that is registered on the way
+        whole = not torch.compiler.is_exporting() and (keep is None or attn._forward_hooks)
         if whole:
             with attn.qkv.register_forward_hook(lambda module, args, output: caught.append(output)):
                 attended = attn(normed)[:, :keep]
@@ -474,14 +481,14 @@ class SA2VPSwin(TwoPathways):
 
     def forward(self, images: Tensor) -> Pathways:
         """Classify images (b, 3, H, W) by both pathways: two (b, classes); the first is the prediction."""
-        return self.head(torch.cat(self.forward_features(images))).split(len(images))
+        return _halves(self.head(torch.cat(self.forward_features(images))))
 
     def forward_features(self, images: Tensor) -> Pathways:
         """What the head reads: the mean of the tokens of both pathways after the last norm, two (b, D)."""
         x = torch.cat(_last(self._pathways(images)))
         for layer in self.backbone.layers[self.stage + 1 :]:
             x = layer(x)
-        return self.backbone.norm(x).mean((1, 2)).split(len(images))
+        return _halves(self.backbone.norm(x).mean((1, 2)))
 
     def forward_intermediates(self, images: Tensor) -> list[Pathways]:
         """Image and prompt tokens after each block of the interacting stage, two (b, N, D)."""
@@ -503,7 +510,7 @@ class SA2VPSwin(TwoPathways):
     def _step(self, i: int, image: Tensor, prompt: Tensor) -> Pathways:
         """Block i of the stage on both pathways, and the interaction of their inputs."""
         block = self.backbone.layers[self.stage].blocks[i]
-        next_image, next_prompt = block(torch.cat([image, prompt])).split(len(image))
+        next_image, next_prompt = _halves(block(torch.cat([image, prompt])))
         to_prompt = i % self.period == 0
         if self.direction not in ("both", "image to prompt" if to_prompt else "prompt to image"):
             return next_image, next_prompt
@@ -511,7 +518,7 @@ class SA2VPSwin(TwoPathways):
         attn, norm = block.attn, block.norm1
         # the released code copies LN1 with eps 1e-6 where Swin's own has 1e-5, so q, k, v cannot be shared here
         normed = F.layer_norm(torch.cat([query, source]), norm.normalized_shape, norm.weight, norm.bias, 1e-6)
-        query_normed, source_normed = normed.flatten(1, 2).chunk(2)
+        query_normed, source_normed = _halves(normed.flatten(1, 2))
         d = attn.qkv.in_features
         q = F.linear(query_normed, attn.qkv.weight[:d], attn.qkv.bias[:d])
         kv = F.linear(source_normed, attn.qkv.weight[d:], attn.qkv.bias[d:])

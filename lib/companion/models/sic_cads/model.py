@@ -22,7 +22,6 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import timm
 import torch
 from open_clip.model import CLIP
 from open_clip.transformer import QuickGELU, VisionTransformer
@@ -32,8 +31,9 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import FeaturePyramidNetwork, batched_nms, clip_boxes_to_image
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from ...backbones import Input, per_channel
+from ...backbones import Input, build, per_channel
 from ...errors import BadParameter, check_choice
+from ...ops.recorded import recorded
 from ..layers.clip_prompting import Tokenizer, tokenise
 from ..layers.precision import without_autocast
 from ..layers.state_dicts import OfficialModel, check_names, depth, load_official
@@ -405,7 +405,7 @@ class MLR(OfficialModel):
         state, what = merged or state, "SIC-CADS' image-level model (ResNet-50)"
         check_names(state, {"text_embedding.weight", "mlr_lin.weight"}, what)
         tower = {n.removeprefix("clip_model."): t for n, t in state.items() if n.startswith("clip_model.")}
-        body = timm.create_model("resnet50", pretrained=False, num_classes=0)
+        body = build("resnet50", "random")
         teacher = _tower(tower) if tower else None
         model = cls(body, state["text_embedding.weight"], novel, teacher=teacher, **options).eval()
         load_official(model, state, model.official_names(), what, ignored=("backbone.bottom_up.base.fc.",))
@@ -441,6 +441,7 @@ def _standardised(pixels: Tensor, target: Input) -> Tensor:
     return (pixels / 255 - mean) / std
 
 
+@recorded()
 def _tower(state: Mapping[str, Tensor]) -> VisionTransformer:
     """CLIP's image tower (QuickGELU) of the size that a state dict has."""
     width, _, patch, _ = state["conv1.weight"].shape

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...ops.recorded import Recorded
+
 # The order is part of the shipped weights: append only (the text tower has room for 64 ids, `END` is the last one).
 WORDS = (
     *("a", "an", "the", "at", "on", "of", "photo", "small", "large", "red", "green", "cyan", "violet"),
@@ -21,7 +23,7 @@ WORDS = (
 PAD, START, UNKNOWN, FIRST, END = 0, 1, 2, 3, 63
 
 
-class Tokenizer:
+class Tokenizer(Recorded):
     """Texts to ids, with the call of `open_clip.SimpleTokenizer`.
 
     `END` is the largest id: open_clip's text tower reads its feature at the place of the largest one.

@@ -19,6 +19,7 @@ from torch import nn
 
 from ...backbones import load_weights
 from ...errors import BadParameter, CorruptFile, MissingWeights, check_choice
+from ...ops.recorded import recorded
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -72,6 +73,7 @@ def weights_file(name: str) -> Path:
     return path
 
 
+@recorded(weights="random")
 def build(name: str, weights: str | Path = "shipped", **overrides: Any) -> nn.Module:
     """Build a small encoder in eval mode.
 

@@ -1,0 +1,166 @@
+"""How an object was made, as JSON, so that it can be made again: the call of a class or function of this package.
+
+A `Recorded` class and a function under `@recorded` note their arguments on what they return. `made_by` is that note,
+`make` follows it. Only calls of this package that are recorded, and a plain ViT of timm, are ever followed: a note read
+from a file cannot run anything else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import BadParameter
+
+Arguments = ParamSpec("Arguments")
+Made = TypeVar("Made")
+_VIT = "timm.models.vision_transformer:VisionTransformer"
+
+
+class Recorded:
+    """Base of classes whose instances note the arguments of their constructor."""
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        new = super().__new__(cls)
+        # copy.deepcopy and pickle come here without arguments, and then restore the note with the other attributes
+        new.__dict__["_made"] = _call(cls, cls.__init__, (new, *args), kwargs)
+        return new
+
+
+def recorded(**instead: Any) -> Callable[[Callable[Arguments, Made]], Callable[Arguments, Made]]:
+    """A decorator: what the function returns notes the call, with the arguments `instead` in the place of the given."""
+
+    def decorate(function: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
+        @functools.wraps(function)
+        def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
+            found = function(*args, **kwargs)
+            note = _call(function, function, args, kwargs)
+            note["args"] |= instead
+            vars(found)["_made"] = note
+            if isinstance(visual := getattr(found, "visual", None), nn.Module):  # a CLIP's image tower is used alone
+                vars(visual)["_made"] = {"of": note, "part": "visual"}
+            return found
+
+        vars(call)["recorded"] = True
+        return call
+
+    return decorate
+
+
+def made_by(value: object) -> Any:
+    """A value as JSON that `make` turns into an equal one; of float tensors the shape, of modules how they were made.
+
+    What has no such form becomes {"unknown": its type}.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        entries = [made_by(entry) for entry in value]
+        return entries if isinstance(value, list) else {"tuple": entries}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {"mapping": [[made_by(key), made_by(entry)] for key, entry in value.items()]}
+    if isinstance(value, Tensor):
+        values = None if value.is_floating_point() else value.tolist()
+        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch."), "values": values}
+    kind = type(value)
+    if (note := getattr(value, "_made", None)) is not None:
+        return note
+    if f"{kind.__module__}:{kind.__qualname__}" == _VIT:
+        return {"by": _VIT, "args": _vit(value)}
+    if dataclasses.is_dataclass(value) and kind.__module__.startswith("companion."):
+        fields = {field.name: made_by(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"by": f"{kind.__module__}:{kind.__qualname__}", "args": fields}
+    if f"{kind.__module__}:{kind.__qualname__}" == "open_clip.tokenizer:SimpleTokenizer":
+        return {"tokenizer": value.context_length}  # type: ignore[attr-defined]
+    return {"unknown": f"{kind.__module__}.{kind.__qualname__}"}
+
+
+def make(note: Any) -> Any:
+    """The value that `made_by` noted, its weights not set.
+
+    Raises:
+        BadParameter: a part that could not be noted, or a note that names no recorded call.
+    """
+    if isinstance(note, list):
+        return [make(entry) for entry in note]
+    if not isinstance(note, dict):
+        return note
+    if "unknown" in note:
+        accepted = "models whose parts come from this package, backbones.build or are timm's plain ViT"
+        raise BadParameter("model", f"one with a {note['unknown']}", accepted)
+    if "tuple" in note:
+        return tuple(make(note["tuple"]))
+    if "mapping" in note:
+        return {make(key): make(entry) for key, entry in note["mapping"]}
+    if "tensor" in note:
+        dtype = getattr(torch, note["dtype"])
+        return torch.zeros(note["tensor"]) if note["values"] is None else torch.tensor(note["values"], dtype=dtype)
+    if "tokenizer" in note:
+        from open_clip.tokenizer import SimpleTokenizer  # here: it imports transformers
+
+        return SimpleTokenizer(context_length=note["tokenizer"])
+    if "of" in note:
+        return getattr(make(note["of"]), {"visual": "visual"}[note["part"]])
+    return _resolve(note["by"])(**{name: make(value) for name, value in note["args"].items()})
+
+
+def _resolve(path: str) -> Callable[..., Any]:
+    """The class or function of a note. Raises `BadParameter` when it is not one that may be called."""
+    module, _, name = path.partition(":")
+    found = None
+    if module.startswith("companion.") or path == _VIT:
+        try:
+            found = getattr(importlib.import_module(module), name, None)
+        except ImportError as error:
+            raise BadParameter("model", path, f"one of this version of the companion ({error})") from error
+    known = isinstance(found, type) and (issubclass(found, Recorded) or dataclasses.is_dataclass(found))
+    if found is None or not (known or vars(found).get("recorded") or path == _VIT):
+        raise BadParameter("model", path, "a recorded class or function of this version of the companion")
+    return found
+
+
+def _call(what: Any, function: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The note of a call, defaults included: they may be others in a later version."""
+    signature = inspect.signature(function)
+    bound = signature.bind_partial(*args, **kwargs)
+    bound.apply_defaults()
+    named = dict(bound.arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(name)
+        if parameter.kind is parameter.VAR_POSITIONAL and not named[name]:
+            del named[name]
+    named.pop("self", None)
+    return {"by": f"{what.__module__}:{what.__qualname__}", "args": {n: made_by(v) for n, v in named.items()}}
+
+
+def _vit(vit: Any) -> dict[str, Any]:
+    """The arguments that make a plain timm ViT of the sizes of this one."""
+    attn = vit.blocks[0].attn
+    return {
+        "img_size": list(vit.patch_embed.img_size or (224, 224)),
+        "patch_size": vit.patch_embed.patch_size[0],
+        "embed_dim": vit.embed_dim,
+        "depth": len(vit.blocks),
+        "num_heads": attn.num_heads,
+        "mlp_ratio": vit.blocks[0].mlp.fc1.out_features / vit.embed_dim,
+        "qkv_bias": attn.qkv.bias is not None,
+        "num_classes": vit.num_classes,
+        "global_pool": vit.global_pool,
+        "class_token": vit.cls_token is not None,
+        "pos_embed": "none" if vit.pos_embed is None else "learn",
+        "drop_path_rate": getattr(vit.blocks[-1].drop_path1, "drop_prob", 0.0),
+    }

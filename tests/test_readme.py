@@ -1,0 +1,202 @@
+"""The README's examples on own data run as they stand, on small models, two steps and tiny made-up folders."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from companion import backbones
+from companion.models import bat, ecamp
+from companion.training import fit
+from tests.small import WORDS
+from tests.test_saving import picture
+
+README = Path(__file__).parents[1] / "README.md"
+SECTION = README.read_text(encoding="utf-8").partition("## Your own data")[2].partition("\n## ")[0]
+IMPORTS = re.search(r"```python\n(.*?)```", SECTION, re.S)[1]
+EXAMPLES = dict(re.findall(r"(?:\n`|<code>)(\w+)(?:`|</code>): .*?```python\n(.*?)```", SECTION, re.S))
+
+
+def small(name: str, weights: str | Path = "pretrained", **options: Any) -> nn.Module:
+    """A small random encoder of the same kind."""
+    torch.manual_seed(0)
+    if name.startswith("openclip:"):
+        vision = {"image_size": 224, "patch_size": 32, "width": 64, "layers": 9, "head_width": 32}
+        text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
+        return build("openclip:ViT-S-32-alt/", "random", embed_dim=64, vision_cfg=vision, text_cfg=text)
+    if name.startswith("resnet"):
+        return build("resnet18", "random")
+    return build("vit_tiny_patch16_224", "random", depth=3, embed_dim=64, num_heads=2)
+
+
+build = backbones.build
+small.recorded = True  # type: ignore[attr-defined]  # a saved model is made again by it
+
+
+def images(folder: Path, names: list[str], size: tuple[int, int] = (40, 48)) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names):
+        picture(i, size).save(folder / name)
+
+
+def flowers() -> None:
+    for name in ("rose", "tulip"):
+        images(Path("flowers") / name, [f"{i}.jpg" for i in range(26)])
+    images(Path(), ["new.jpg"])
+
+
+def people() -> None:
+    images(Path("people"), [f"{i}.jpg" for i in range(16)], (60, 30))
+    rows = [f"{i}.jpg,{'train' if i < 15 else 'test'},{i % 2},{i % 3 // 2}" for i in range(16)]
+    head = "image,split,a pedestrian with a hat,a pedestrian with a bag"
+    Path("people/labels.csv").write_text("\n".join([head, *rows]))
+    images(Path(), ["new.jpg"])
+
+
+def walk() -> None:
+    for folder in ("walk", "new"):
+        for stream in ("visible", "infrared"):
+            images(Path(folder) / stream, [f"{i:02d}.jpg" for i in range(21)], (200, 260))
+    np.savetxt("walk/boxes.txt", [[100 + i, 80, 40, 60] for i in range(21)], delimiter=",")
+    vit = build("vit_tiny_patch16_224", "random", depth=1, embed_dim=64, num_heads=1)
+    torch.save({"net": bat.OSTrack(vit, head_channels=32).to_official()}, "OSTrack_ep0300.pth.tar")
+
+
+def area() -> None:
+    rasterio = pytest.importorskip("rasterio")
+    for i, path in enumerate([*(Path(f"area/images/{i}.tif") for i in range(8)), Path("new.tif")]):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.moveaxis(np.array(picture(i, (64, 64))), -1, 0)
+        with rasterio.open(path, "w", driver="GTiff", width=64, height=64, count=3, dtype="uint8") as file:
+            file.write(pixels)
+        labels = Path("area/labels") / path.name
+        labels.parent.mkdir(exist_ok=True)
+        with rasterio.open(labels, "w", driver="GTiff", width=64, height=64, count=1, dtype="uint8") as file:
+            file.write(pixels[:1] // 86)
+
+
+def chests() -> None:
+    images(Path("chests"), [f"{i}.png" for i in range(16)])
+    Path("chests/train_list.txt").write_text("\n".join(f"{i}.png {i % 2} {i % 3 // 2}" for i in range(16)))
+    images(Path(), ["new.png"])
+    torch.manual_seed(0)
+    sizes = {"image": 224, "patch": 16, "width": 64, "heads": 1, "decoder_heads": 1, "decoder_width": 64}
+    torch.save(ecamp.build("pocket", **sizes, text_heads=6).to_official(), "ECAMP.pth")
+
+
+def shop() -> None:
+    images(Path("shop/images"), [f"{i}.jpg" for i in range(8)])
+    found = {
+        "images": [{"id": i, "file_name": f"{i}.jpg", "height": 40, "width": 48} for i in range(8)],
+        "categories": [{"id": 1, "name": "apple"}, {"id": 2, "name": "kiwi"}],
+        "annotations": [
+            {"id": i, "image_id": i, "category_id": 1 + i % 2, "bbox": [5, 5, 30, 30], "area": 900, "iscrowd": 0}
+            for i in range(8)
+        ],
+    }
+    Path("shop/annotations.json").write_text(json.dumps(found))
+    images(Path(), ["new.jpg"])
+
+
+def biopsies() -> None:
+    for name, grade in [("new", "a"), *((f"slide{i}", "abc"[i % 3]) for i in range(8))]:
+        slide = Path("biopsies") / grade / f"{name}.tiff"
+        slide.parent.mkdir(parents=True, exist_ok=True)
+        slide.touch()
+        file = Path("new.h5") if name == "new" else Path(f"biopsies/features/{name}.h5")
+        file.parent.mkdir(exist_ok=True)
+        with h5py.File(file, "w") as features:
+            rng = np.random.default_rng(len(name))
+            features["features"] = rng.normal(size=(2, 64, 384)).astype("float32")
+            features["coords"], features["shares"] = np.zeros((2, 2), int), np.ones((2, 64, 256), "float32")
+            features.attrs["settings"] = "{}"
+        if name == "new":
+            slide.unlink()
+
+
+def photographs() -> None:
+    images(Path("photographs/images"), [f"{i}.jpg" for i in range(4)])
+    images(Path(), ["old.jpg"])
+
+
+FOLDERS: dict[str, tuple[Callable[[], None], str]] = {
+    "sa2vp": (flowers, r"\[\{'(rose|tulip)': 0\.\d+, "),
+    "dplq": (flowers, r"\[\{'(rose|tulip)': 0\.\d+, "),
+    "promptpar": (people, r"\[\{'a pedestrian with a (hat|bag)': 0\.\d+, "),
+    "bat": (walk, r"\[\[120"),
+    "metasegnet": (area, r"\[tensor\(\[\["),
+    "ecamp": (chests, r"\[\{'(effusion|nodule)': 0\.\d+, "),
+    "sic_cads": (shop, r"\[\{'(apple|kiwi)': 0\.\d+, "),
+    "dmt": (flowers, r"\[\{'(rose|tulip)': 0\.\d+, "),
+    "hvit": (biopsies, r"\['(benign|low grade|high grade)'\]"),
+    "tip": (photographs, ""),
+}
+
+
+def shrink(patch: pytest.MonkeyPatch, paper: str) -> None:
+    """Small models under the names of the full-size ones, and two steps of a training."""
+
+    def two_steps(model: nn.Module, loss: Callable, data: Any, *, epochs: float, batch: int, **options: Any) -> Any:
+        batch = min(batch, 4)
+        return whole(model, loss, data, epochs=2 * batch / len(data), batch=batch, **options)
+
+    whole = fit.fit
+    patch.setattr(fit, "fit", two_steps)
+    patch.setattr(backbones, "build", small)
+    if paper == "dmt":
+        from companion.models import dmt
+        from companion.models.dmt import downstream, vit
+
+        patch.setitem(vit.SIZES, "tiny", {"width": 48, "depth": 2, "heads": 3})
+        patch.setattr(dmt, "released", lambda name: vit.ViT(width=64, depth=1, heads=4))
+        tune = functools.partial(downstream.fine_tune, epochs=2)
+        patch.setattr(downstream, "fine_tune", lambda *args, epochs, batch: tune(*args, batch=batch))
+    elif paper == "metasegnet":
+        from companion.models.metasegnet import model
+
+        patch.setitem(model.SIZES, "paper", model.SIZES["pocket"])
+    elif paper == "sic_cads":
+        from companion.models.sic_cads import recipe
+
+        crops = recipe.Crops
+        patch.setattr(recipe, "Crops", lambda data, size, crop: crops(data, size // 5, crop))
+    elif paper == "tip":
+        from companion.data import restoration
+        from companion.models.tip import TIPPipeline, build
+
+        degraded, words = restoration.Degraded, [*WORDS, "a", "zebra", "on", "grass", "remove", "all", "degradation"]
+        patch.setattr(restoration, "Degraded", lambda images, size: degraded(images, size // 16))
+        patch.setattr(TIPPipeline, "from_stable_diffusion", lambda: build("pocket", words, text={"length": 96}))
+
+
+@pytest.mark.parametrize("paper", FOLDERS)
+def test_an_example_trains_saves_loads_and_predicts(
+    paper: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, prediction = FOLDERS[paper]
+    monkeypatch.chdir(tmp_path)
+    make()
+    shrink(monkeypatch, paper)
+    exec(compile(IMPORTS + EXAMPLES[paper], f"README.md, {paper}", "exec"), {})
+    assert re.match(prediction, capsys.readouterr().out)
+    if paper == "tip":
+        assert Image.open("new.png").size == Image.open("old.jpg").size
+
+
+def test_every_paper_has_an_example_of_ten_lines() -> None:
+    assert EXAMPLES.keys() == FOLDERS.keys()
+    for paper, code in EXAMPLES.items():
+        statements = [line for line in code.splitlines() if line and not line.startswith(("from ", "import "))]
+        assert len(statements) <= 10, paper
+        assert all(word in code for word in ("companion.save(", "companion.load(", "companion.predict(")), paper
