@@ -120,7 +120,9 @@ def rates(rows: pd.DataFrame, task: str, method: str) -> str:
     best = selected(rows).get((task, method))
     if best is None:
         return ""
-    scores = means(rows).sort_index().loc[(task, method)]
+    found = means(rows).reset_index(name="score")
+    own = found[(found.task == task) & (found.method == method)]
+    scores = own.set_index("learning_rate").score.sort_index()
     at = scores.index.get_loc(best)
     beside = [f"{rate:g}: {scores[rate]:.1f}" for rate in scores.index[max(at - 1, 0) : at + 2] if rate != best]
     return f"{best:g} on {task} ({scores[best]:.1f} on validation; at {', '.join(beside)})"
