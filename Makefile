@@ -21,7 +21,7 @@ help:  ## this list
 
 $(INSTALLED): pyproject.toml requirements.lock
 	test -x $(BIN) || $(PYTHON) -m venv .venv
-	$(BIN) -m pip install --quiet --constraint requirements.lock --editable '.[cluster,detection,diffusion,landcover,real,reports,slides,test,tracking,xrays]'
+	$(BIN) -m pip install --quiet --constraint requirements.lock --editable '.[cluster,detection,diffusion,export,landcover,real,reports,slides,test,tracking,xrays]'
 	touch $@
 
 reports: $(INSTALLED)  ## run every notebook whose code changed at pocket scale, and build reports/site/index.html

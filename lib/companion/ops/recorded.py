@@ -73,7 +73,7 @@ def made_by(value: object) -> Any:
     if isinstance(value, Mapping):
         return {"mapping": [[made_by(key), made_by(entry)] for key, entry in value.items()]}
     if isinstance(value, Tensor):
-        values = None if value.is_floating_point() else value.tolist()
+        values = None if value.is_floating_point() or value.is_meta else value.tolist()
         return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch."), "values": values}
     kind = type(value)
     if (note := getattr(value, "_made", None)) is not None:
