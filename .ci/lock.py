@@ -32,7 +32,9 @@ def closure(requirement: Requirement, found: dict[str, str], done: set[str]) -> 
 
 found: dict[str, str] = {}
 closure(
-    Requirement("companion-papers[cluster,detection,diffusion,export,landcover,real,reports,slides,test,tracking,xrays]"),
+    Requirement(
+        "companion-papers[cluster,detection,diffusion,export,landcover,real,reports,slides,test,tracking,xrays]"
+    ),
     found,
     set(),
 )
