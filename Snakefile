@@ -44,6 +44,9 @@ def code_of(run):
     return [os.path.relpath(path) for path in sources(f"notebooks/{run.slug}.ipynb")]
 
 
+ABLATIONS = "lib/companion/toy/ablations/__init__.py"
+
+
 def study_of(run):
     return f"lib/companion/toy/ablations/{run.slug}.py"
 
@@ -212,7 +215,7 @@ rule study_seed:
 
 rule study_merged:
     input:
-        lambda run: [f"build/study/{run.slug}/seed{seed}.done" for seed in batch.seeds("lib/companion/toy/ablations/__init__.py")],
+        lambda run: [f"build/study/{run.slug}/seed{seed}.done" for seed in batch.seeds(study_of(run), ABLATIONS)],
     output:
         touch("build/study/{slug}/merged.done"),
     log:

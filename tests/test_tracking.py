@@ -244,11 +244,11 @@ def test_a_file_is_decoded_forwards(tmp_path, clips):
     np.testing.assert_array_equal(video.frame(3), clips[0][0][3])
 
 
-def test_the_shorter_file_ends_the_video(tmp_path, model, clips):
+def test_a_file_that_ends_early_is_refused(tmp_path, model, clips):
     frames, boxes = clips[0]
     visible, _ = as_files(tmp_path, frames, "FFV1", "avi")
     _, infrared = as_files(tmp_path / "short", frames[:5], "FFV1", "avi")
-    assert len(track(visible, infrared, boxes[0], model).boxes) == 5
+    refused(CorruptFile, "it ends early", track, visible, infrared, boxes[0], model)
 
 
 def test_folders_of_unequal_length(tmp_path, clips):

@@ -269,7 +269,7 @@ def test_the_study_kept_in_the_repository_is_whole(run, slug):
     seeds = tested.groupby(["task", "method"]).seed.apply(sorted)
     assert set(seeds.index) == pairs and all(found == sorted(facts["seeds"]) for found in seeds)
     rates = found[found.stage == "select"].groupby(["task", "method"]).learning_rate
-    assert (rates.nunique() == len(facts["learning_rates"])).all()
+    assert (rates.nunique() == len(facts["learning_rates"] + facts["widened"])).all()
     assert all(chosen.get((row.task, row.method), 0) == row.learning_rate for row in tested.itertuples())
     claims = [c for c in paper(slug)["claims"] if c["kind"] == SYNTHETIC]
     compared = {c[role] for c in claims for role in ("better", "worse") if role in c}

@@ -18,13 +18,13 @@ from companion.evaluation import ablations
 from companion.evaluation.claims import CHECK, SYNTHETIC
 from companion.ops import record
 from companion.ops.files import read_json
-from companion.ops.papers import paper
+from companion.ops.papers import paper, slugs
 from companion.toy import ablation as study
 from companion.toy.ablations import SEEDS, SELECTION_SEEDS, reader, selecting
 from companion.training import fit as loop
 from tests.conftest import kill_when
 
-STUDIES = sorted(path.stem for path in Path(study.__file__).parent.glob("ablations/[!_]*.py"))
+STUDIES = [slug for slug in slugs() if (Path(study.__file__).parent / "ablations" / f"{slug}.py").exists()]
 
 
 @pytest.fixture

@@ -110,12 +110,13 @@ def parameters(notebook: str | Path) -> list[str]:
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
-def seeds(studies: str | Path) -> list[int]:
-    """The test seeds of all studies, SEEDS of `companion.toy.ablations`, read from its file without importing it."""
-    for node in ast.parse(Path(studies).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and [getattr(name, "id", "") for name in node.targets] == ["SEEDS"]:
-            return ast.literal_eval(node.value)
-    raise BadParameter("studies", str(studies), "a module with a literal list SEEDS")
+def seeds(*studies: str | Path) -> list[int]:
+    """The test seeds of a study: SEEDS of the first of the files that has them, read without importing it."""
+    for study in studies:
+        for node in ast.parse(Path(study).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and [getattr(name, "id", "") for name in node.targets] == ["SEEDS"]:
+                return ast.literal_eval(node.value)
+    raise BadParameter("studies", ", ".join(map(str, studies)), "a module with a literal list SEEDS")
 
 
 @contextlib.contextmanager

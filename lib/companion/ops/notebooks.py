@@ -166,9 +166,10 @@ def main(words: list[str] | None = None) -> int:
             except CompanionError as error:
                 failed += 1
                 print(error, file=sys.stderr)
-    if not given.check and any(path.resolve().parent == root() / "notebooks" for path in given.notebooks):
+    readme = root() / "README.md"
+    if not given.check and readme.exists() and any(p.resolve().parent == root() / "notebooks" for p in given.notebooks):
         for mark, table in (("papers", papers_table()), ("claims", claims_table()), ("runs", needs.table())):
-            write_between(root() / "README.md", mark, table)
+            write_between(readme, mark, table)
     return int(failed > 0)
 
 

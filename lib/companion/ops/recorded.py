@@ -78,7 +78,7 @@ def made_by(value: object) -> Any:
     kind = type(value)
     if (note := getattr(value, "_made", None)) is not None:
         return note
-    if f"{kind.__module__}:{kind.__qualname__}" == _VIT:
+    if f"{kind.__module__}:{kind.__qualname__}" == _VIT and len(value.blocks):  # type: ignore[attr-defined]
         return {"by": _VIT, "args": _vit(value)}
     if dataclasses.is_dataclass(value) and kind.__module__.startswith("companion."):
         fields = {field.name: made_by(getattr(value, field.name)) for field in dataclasses.fields(value)}

@@ -191,7 +191,7 @@ def test_what_is_missing_or_does_not_fit_is_said(folder, tmp_path, monkeypatch):
         error=MissingData,
     )
     refuses(
-        (lambda: setting(data_root=folder), "companion fetch"),
+        (lambda: setting(data_root=folder), "on a machine with a network"),
         (lambda: setting(data_root=folder, checkpoint="nothing.pth"), r"PETA_Checkpoint\.pth"),
         error=MissingWeights,
     )

@@ -69,7 +69,7 @@ def test_rows_hold_every_measure(root):
     assert study.METRIC in row
 
 
-def test_learning_rates_are_chosen_on_validation_after_half_the_steps(root, monkeypatch):
+def test_learning_rates_are_chosen_on_validation_after_whole_trainings(root, monkeypatch):
     asked, split_of = [], []
     real_part = study.part
     monkeypatch.setattr(study, "STEPS", 6)
@@ -77,7 +77,7 @@ def test_learning_rates_are_chosen_on_validation_after_half_the_steps(root, monk
     real = study.fit
     monkeypatch.setattr(study, "fit", lambda *a, **o: asked.append(o["epochs"] * (320 // 128)) or real(*a, **o))
     chosen = study.train("MAE only", study.TASK, 1e-3, SEED, root, "select")
-    assert asked == [3] and "test" not in split_of and "mean all" not in chosen
+    assert asked == [6] and "test" not in split_of and "mean all" not in chosen
     study.train("MAE only", study.TASK, 1e-3, SEED, root)
     assert asked[1] == 6 and "test" in split_of
 

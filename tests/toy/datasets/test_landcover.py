@@ -147,7 +147,7 @@ def test_the_reader_of_real_sets_reads_them(few):
         torch.testing.assert_close(geotiff.pixels(image.numpy()), mine.images[i])
     assert all(climate.zone(zone.latitude, zone.longitude) == code for code, zone in landcover.ZONES.items())
     # where the table is empty the image's own georeference gives the zone
-    (few / "pocket" / "landcover" / "places.csv").write_text("region\n")
+    (few / "pocket" / "landcover" / "places.csv").write_text("region,latitude,longitude\n")
     assert data.load("pocket/landcover", few, "test").zones() == list(mine.zones)
 
 

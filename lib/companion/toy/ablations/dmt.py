@@ -152,11 +152,11 @@ def fit_student(
 
 
 def train_model(
-    method: str, learning_rate: float, seed: int, root: str, steps: int = STEPS, **options: Any
+    method: str, learning_rate: float, seed: int, root: str, steps: int = 0, **options: Any
 ) -> tuple[ViT, nn.Module, History]:
     """Train a method; the student in eval mode, the whole model, and the history. `options` go to `fit`."""
     model, loss, data = assemble(method, seed, root)
-    history = fit_student(model, loss, data, method, learning_rate, seed, steps, **options)
+    history = fit_student(model, loss, data, method, learning_rate, seed, steps or STEPS, **options)
     return (model.student if method in STUDENTS else model.encoder).eval(), model, history
 
 
