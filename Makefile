@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh machine with Python 3.11 or newer: `make reports`, then `make test`.
+# On a fresh machine with Python 3.11 or newer: `make reports`, then `make test`; `make nbval test-slow` is the rest.
 
 unexport MPLBACKEND  # notebooks use the kernel's own
 

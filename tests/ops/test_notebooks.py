@@ -93,7 +93,7 @@ def test_the_tables_of_the_readme_are_those_of_the_records() -> None:
         assert f"<!-- {mark} -->\n{text}\n<!-- /{mark} -->" in readme
     ledgers = [json.loads(path.read_text()) for path in ROOT.glob("reports/pocket/*/claims.json")]
     checks = [claim["status"] for ledger in ledgers for claim in ledger if claim["kind"] == CHECK]
-    assert f"| **all** | {checks.count('holds')} of {len(checks)} hold |" in table
+    assert f"| **all** | {checks.count('holds')} of {len(checks)} hold | " in table
 
 
 @pytest.mark.slow

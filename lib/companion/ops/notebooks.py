@@ -134,11 +134,19 @@ def papers_table() -> str:
 
 
 def claims_table() -> str:
-    """How many claims of each kind hold in the committed records, by paper and in all, as a Markdown table."""
-    ledgers = {f"`{slug}`": read_json(root() / "reports" / "pocket" / slug / "claims.json") for slug in slugs()}
-    ledgers["**all**"] = [claim for ledger in ledgers.values() for claim in ledger]
-    lines = ["| paper | " + " | ".join(f"{kind}s" for kind in KINDS) + " |", "| --- " * (1 + len(KINDS)) + "|"]
-    lines += [f"| {name} | {' | '.join(counts(ledger).values())} |" for name, ledger in ledgers.items()]
+    """How many claims of each kind hold in the committed records, by paper and in all, and the seeds of the study."""
+    lines = ["| paper | " + " | ".join(f"{kind}s" for kind in KINDS) + " | seeds of the study |"]
+    lines.append("| --- " * (2 + len(KINDS)) + "|")
+    everything: list[dict] = []
+    for slug in slugs():
+        ledger, study = (
+            read_json(root() / "reports" / "pocket" / slug / f"{name}.json") for name in ("claims", "study")
+        )
+        everything += ledger
+        chosen, tested = (", ".join(map(str, study[key])) for key in ("selection_seeds", "seeds"))
+        said = f"selected on {chosen}; tested on {tested}"
+        lines.append(f"| `{slug}` | {' | '.join(counts(ledger).values())} | {said} |")
+    lines.append(f"| **all** | {' | '.join(counts(everything).values())} | |")
     return "\n".join(lines)
 
 
