@@ -102,9 +102,10 @@ def _promptpar(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
 def _sa2vp(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
     build = recipe.backbones.build
 
-    def small(*args: object, **options: object) -> torch.nn.Module:
+    def small(name: str, *args: object, **options: object) -> torch.nn.Module:
         counted = torch.get_default_device().type == "meta"  # the parameters of the full-size models
-        return build(*args, **options) if counted else encoders.build("pocket_vit")
+        photographs = name == "vit_small_patch14_dinov2"  # the real encoder's own section, which trains nothing
+        return build(name, *args, **options) if counted or photographs else encoders.build("pocket_vit")
 
     patch.setattr(recipe.backbones, "build", small)
 
