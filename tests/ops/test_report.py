@@ -12,14 +12,14 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from companion.errors import BadParameter
+from companion.errors import BadParameter, CompanionError
 from companion.evaluation import ablations
 from companion.evaluation.ablations import notice
 from companion.evaluation.claims import CHECK, PAPER, SYNTHETIC, check_range, interval
 from companion.evaluation.tables import compare_published, published_table, show_table, upsert_rows
 from companion.ops import record, report
 from companion.ops.files import sha256
-from companion.ops.papers import paper
+from companion.ops.papers import paper, slugs
 
 
 @pytest.fixture
@@ -27,6 +27,24 @@ def run(tmp_path):
     plt.switch_backend("agg")
     hardware = {"accelerator": "cpu", "devices": 1, "precision": "paper"}
     return report.start("sa2vp", profile="pocket", dry_run=False, seed=3, out=str(tmp_path / "out"), **hardware)
+
+
+@pytest.mark.parametrize("slug", [slug for slug in slugs() if "findings" in paper(slug)])
+def test_the_opening_says_what_the_study_found(slug, monkeypatch):
+    """Text, verdict and lead of each finding; a study with another verdict asks for another text."""
+    facts, shown = paper(slug), []
+    monkeypatch.setattr(report, "display", shown.append)
+    report.opening(slug)
+    text, figure = shown
+    assert len(facts["findings"]) >= 3
+    assert all(finding["text"] in text.data for finding in facts["findings"])
+    assert [f.get("status") for f in facts["findings"]] != ["holds"] * len(facts["findings"]), "only what held is told"
+    assert figure.axes
+    claimed = next(finding for finding in facts["findings"] if "claim" in finding)
+    other = {"holds": "fails", "fails": "holds"}[claimed["status"]]
+    monkeypatch.setattr(report, "paper", lambda slug: facts | {"findings": [claimed | {"status": other}]})
+    with pytest.raises(CompanionError, match=claimed["claim"]):
+        report.opening(slug)
 
 
 def test_start_refuses_what_does_not_go_together():

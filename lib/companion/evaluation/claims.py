@@ -16,6 +16,8 @@ from .ablations import means, selected
 CHECK, SYNTHETIC, PAPER = KINDS = ("implementation check", "synthetic result", "paper result")
 """What a claim is: of our own code; of methods on data made for the purpose; of the paper, on its data. They are never
 summed up."""
+SPREAD = " points (mean ± standard deviation of the lead [95 % t interval of the mean])"
+"""What follows the leads that `judge` writes."""
 
 
 def check_range(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> bool:
@@ -83,8 +85,7 @@ def judge(claim: Mapping, rows: pd.DataFrame) -> tuple[bool, str, list[int]]:
         parts.append(f"{what} {lead.mean():+.1f} ± {lead.std():.1f} [{low:+.1f}, {high:+.1f}]")
         wins &= bool((lead > 0).all())
         seeds |= set(map(int, lead.index))
-    value = "; ".join(parts) + " points (mean ± standard deviation of the lead [95 % t interval of the mean])"
-    return wins, value, sorted(seeds)
+    return wins, "; ".join(parts) + SPREAD, sorted(seeds)
 
 
 def evidence(claim: Mapping, data: Mapping[str, str], rows: pd.DataFrame) -> str:

@@ -1,5 +1,6 @@
 """What a notebook shows and leaves behind: checked parameters, tables next to the published ones, claims, the record.
 
+report.opening("sa2vp")                                          # what was found, by the committed study
 run = report.start("sa2vp", profile=profile, seed=seed, ...)     # validates, prints what this run will do
 run.table("study", frame)                                        # shows it, writes tables/study.csv
 run.figure("rollout", figure)                                    # shows it, writes figures/rollout.png
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import io
+import itertools
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -21,15 +23,16 @@ from typing import Any
 import pandas as pd
 import PIL.Image
 from IPython import get_ipython
-from IPython.display import HTML, Image, display
+from IPython.display import HTML, Image, Markdown, display
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from ..errors import BadParameter, check_choice
-from ..evaluation.ablations import stale
-from ..evaluation.claims import SYNTHETIC, counts, evidence, judge, judge_measured
+from ..errors import BadParameter, CompanionError, check_choice
+from ..evaluation.ablations import read, stale
+from ..evaluation.claims import SPREAD, SYNTHETIC, counts, evidence, judge, judge_measured
 from ..evaluation.tables import show_table
 from ..training.fit import Hardware
+from ..viz import plots
 from . import record
 from .files import atomic, check_folder, sha256, write_json
 from .papers import convert, paper, rules, slugs
@@ -37,6 +40,39 @@ from .provenance import code_hash, sources
 
 PHOTOGRAPHIC = 40_000  # bytes of a PNG above which the notebook shows it in 256 colours
 LOUD = {"holds": "holds", "fails": "FAILS", "not run": "not run"}
+
+
+def opening(slug: str) -> None:
+    """Show what was found, with the values measured in the committed study, and a figure of the methods compared.
+
+    The findings are those of the paper's YAML: a `text`, and for a synthetic result its `claim` and the `status` that
+    the text was written for. Raises `CompanionError`: the study gives another status.
+    """
+    facts, folder = paper(slug), record.root() / "reports" / "pocket" / slug
+    rows, claims = read(folder), {claim["id"]: claim for claim in facts["claims"]}
+    lines = ["**What we found.** Leads are in points: mean ± standard deviation over seeds [95 % t interval].\n"]
+    panels: dict[tuple[str, str], dict[str, None]] = {}
+    for finding in facts["findings"]:
+        text = finding["text"]
+        if "claim" in finding:
+            claim = claims[finding["claim"]]
+            wins, value, seeds = judge(claim, rows)
+            status = "holds" if wins else "fails"
+            if status != finding["status"]:
+                raise CompanionError(
+                    f"{slug}: the finding on {claim['id']!r} was written for status {finding['status']!r}, but by "
+                    f"{folder / 'study.csv'} the claim {status}: correct `findings` in the paper's paper.yaml"
+                )
+            text += (
+                f" *{LOUD[status].capitalize()} on synthetic data, {len(seeds)} seeds: {value.removesuffix(SPREAD)}.*"
+            )
+            for panel in itertools.product(claim["tasks"], claim.get("metrics", [rows.attrs["metric"]])):
+                panels[panel] = panels.get(panel, {}) | {claim[r]: None for r in ("better", "worse") if r in claim}
+        lines.append(f"- {text}")
+    display(Markdown("\n".join(lines)))
+    figure = plots.scores(rows, panels)
+    display(figure)
+    plt.close(figure)
 
 
 def start(slug: str, **parameters: Any) -> Run:

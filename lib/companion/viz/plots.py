@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -277,6 +277,32 @@ def bars(table: pd.DataFrame, error: pd.DataFrame | None = None, value: str = "a
     ax.set_xlabel(value)
     if methods > 1:
         _legend(figure, *ax.get_legend_handles_labels(), "outside upper center")
+    return figure
+
+
+@styled
+def scores(rows: pd.DataFrame, panels: Mapping[tuple[str, str], Iterable[str]]) -> Figure:
+    """Test scores of a study: a panel for each (task, metric), a line for each method, a dot a seed, a bar at the mean.
+
+    Args:
+        rows: of `evaluation.ablations.read`.
+        panels: the methods of each panel, from top to bottom.
+    """
+    heights = [len(list(methods)) for methods in panels.values()]
+    colours = method_colours(dict.fromkeys(method for methods in panels.values() for method in methods))
+    figure, axes = plt.subplots(
+        len(panels), figsize=(6.4, 0.28 * sum(heights) + 0.55 * len(panels) + 0.2), height_ratios=heights, squeeze=False
+    )
+    for ax, ((task, metric), methods) in zip(axes[:, 0], panels.items(), strict=True):
+        tested = rows[(rows.stage == "test") & (rows.task == task)].groupby("method")[metric]
+        for y, method in enumerate(methods):
+            values = tested.get_group(method)
+            ax.plot(values, [y] * len(values), "o", color=colours[method], markersize=5, alpha=0.6, markeredgewidth=0)
+            ax.plot(values.mean(), y, "|", color=colours[method], markersize=15, markeredgewidth=2.5)
+        ax.set_yticks(range(len(list(methods))), list(methods))
+        ax.set(ylim=(len(list(methods)) - 0.5, -0.5), xlabel=f"{metric} on “{task}”, test split of the synthetic data")
+        ax.tick_params(axis="y", length=0)
+        ax.grid(axis="x")
     return figure
 
 
