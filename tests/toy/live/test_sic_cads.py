@@ -288,7 +288,7 @@ def test_lookalikes_are_counted_by_look(live):
     novel = [a for a in found.test.truth["annotations"] if a["category_id"] - 1 in synthetic.NOVEL]
     assert table.objects.to_dict() == {look: sum(a["look"] == look for a in novel) for look in table.index}
     assert ((table["own class (%)"] + table["look-alike (%)"]) <= 100).all()
-    assert (table["look-alike (%)"] > 50).all(), "the dataset is built so that novel objects are mistaken"
+    assert table.loc["plain", "look-alike (%)"] > 90 and table.loc["plain", "detector: look-alike / own"] > 1
     truth = found.test.truth["annotations"][0]
     look = truth.pop("look")
     assert live_run.lookalikes(found, outputs).empty  # as of COCO
@@ -348,11 +348,12 @@ FIGURES = {
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_are_legible(name, live, study):
     figure = FIGURES[name](live, study[(study.stage == "test") & (study.task == "shipped")])
-    boxes = [text.get_bbox_patch() for text in visible_texts(figure)]
-    assert all(text.get_fontsize() >= 8 for text in visible_texts(figure))
-    if not any(boxes) or name == "architecture":  # names of neighbouring boxes of a detector may touch
+    texts = visible_texts(figure)
+    assert all(text.get_fontsize() >= 8 for text in texts)
+    on_images = name in ("before and after", "at a gamma")  # the names of neighbouring boxes may touch
+    if not on_images and not any(text.get_rotation() % 90 for text in texts):
         assert overlapping_text(figure) == []
-    for text in visible_texts(figure):
+    for text in texts:
         box = text.get_window_extent()
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, text.get_text()
     plt.close(figure)

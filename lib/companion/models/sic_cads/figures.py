@@ -58,7 +58,7 @@ def _names(setting: Setting, labels: Iterable[int], most: int = 4) -> str:
 
 def _show(ax: Axes, image: Tensor) -> None:
     height, width = image.shape[1:]
-    ax.imshow(image.permute(1, 2, 0), interpolation="nearest" if width < 128 else "antialiased")
+    ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest" if width < 128 else "antialiased")
     ax.set(xticks=[], yticks=[], xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
     ax.spines[:].set_visible(False)
 
@@ -95,7 +95,7 @@ def image_scores(setting: Setting, found: Predictions, index: int, branches: Seq
     width = 0.8 / len(branches)
     for number, (branch, colour) in enumerate(method_colours(branches).items()):
         shift = (number - (len(branches) - 1) / 2) * width
-        ax.bar(np.arange(len(order)) + shift, found.p[branch][index][order], width, color=colour, label=branch)
+        ax.bar(np.arange(len(order)) + shift, found.p[branch][index][order].numpy(), width, color=colour, label=branch)
     present = set(target.labels.tolist())
     for x, label in enumerate(order.tolist()):
         if label in present:
@@ -121,7 +121,7 @@ def patch_cosines(setting: Setting, index: int, cosines: Tensor, levels: int = 2
         _show(ax, image[:, top:bottom, left:right])
         ax.set_title("whole image" if number == 0 else f"crop {number}", fontsize=9)
     ax = figure.add_subplot(grid[1, :])
-    drawn = ax.imshow(cosines[:, labels].T, cmap=HEAT, aspect="auto")
+    drawn = ax.imshow(cosines[:, labels].T.numpy(), cmap=HEAT, aspect="auto")
     middle = (drawn.get_clim()[0] + drawn.get_clim()[1]) / 2
     for row, label in enumerate(labels):
         best = 1 + int(cosines[1:, label].argmax()) if len(crops) > 1 else 0
