@@ -18,7 +18,7 @@ from ...viz.style import HEAT, method_colours, styled
 from .model import windows
 from .recipe import BRANCHES, Predictions, Setting, refined
 
-BASE, NOVEL = "#5a5a5a", "#D55E00"  # no method of the notebook has these colours
+BASE, NOVEL = "#5a5a5a", "#D55E00"  # of classes; no branch has these colours
 CORRECT, WRONG = "#00c060", "#ff3030"
 RELEASED = {"gamma": (0.5, 0.7), "lambda_base": (0.8,), "lambda_novel": (0.5, 0.8)}  # LVIS and COCO
 
