@@ -65,8 +65,8 @@ def _show(ax: Axes, image: Tensor) -> None:
 
 def _box(ax: Axes, box: Tensor, colour: str, style: str = "-") -> None:
     x, y, x2, y2 = box.tolist()
-    kind = {"fill": False, "edgecolor": colour, "linewidth": 1.6, "linestyle": style}
-    ax.add_patch(Rectangle((x - 0.5, y - 0.5), x2 - x, y2 - y, **kind))
+    corner = (x - 0.5, y - 0.5)
+    ax.add_patch(Rectangle(corner, x2 - x, y2 - y, fill=False, edgecolor=colour, linewidth=1.6, linestyle=style))
 
 
 @styled
@@ -113,7 +113,8 @@ def patch_cosines(setting: Setting, index: int, cosines: Tensor, levels: int = 2
     """CLIP's crops of an image, and below each its cosines (P, C) with the names of the classes that are present."""
     image, target = setting.test[index]
     labels = sorted(set(target.labels.tolist()))[:6]
-    crops = windows(*image.shape[1:], levels)
+    height, width = image.shape[1:]
+    crops = windows(height, width, levels)
     figure = plt.figure(figsize=(1.35 * len(crops) + 1.6, 1.7 + 0.4 * len(labels)))
     grid = figure.add_gridspec(2, len(crops), height_ratios=[1.25, 0.4 * len(labels)])
     above = [figure.add_subplot(grid[0, column]) for column in range(len(crops))]
@@ -125,8 +126,8 @@ def patch_cosines(setting: Setting, index: int, cosines: Tensor, levels: int = 2
     middle = (drawn.get_clim()[0] + drawn.get_clim()[1]) / 2
     for row, label in enumerate(labels):
         best = 1 + int(cosines[1:, label].argmax()) if len(crops) > 1 else 0
-        frame = {"fill": False, "edgecolor": "#56b4e9", "linewidth": 2.5}
-        ax.add_patch(Rectangle((best - 0.47, row - 0.44), 0.94, 0.88, **frame))
+        corner = (best - 0.47, row - 0.44)
+        ax.add_patch(Rectangle(corner, 0.94, 0.88, fill=False, edgecolor="#56b4e9", linewidth=2.5))
         for patch, value in enumerate(cosines[:, label].tolist()):
             colour = "black" if value > middle else "white"
             ax.text(patch, row, f"{value:.2f}", ha="center", va="center", fontsize=9, color=colour)
@@ -157,9 +158,9 @@ def _predicted(ax: Axes, setting: Setting, found: Predictions, index: int, best:
         x, y = box[:2].tolist()
         inside = y < 0.1 * height
         corner = min(max(x, 0.01 * width), 0.62 * width), max(y, 0) + 0.5 if inside else y - 1
-        style = {"fontsize": 8, "color": "white", "va": "top" if inside else "bottom"}
-        style["bbox"] = {"facecolor": "#00803c" if correct else "#c00000", "pad": 0.8, "linewidth": 0}
-        ax.text(*corner, f"{setting.names[label]} {score:.2f}", **style)
+        name = ax.text(*corner, f"{setting.names[label]} {score:.2f}", fontsize=8, color="white")
+        name.set(va="top" if inside else "bottom")
+        name.set_bbox({"facecolor": "#00803c" if correct else "#c00000", "pad": 0.8, "linewidth": 0})
 
 
 @styled

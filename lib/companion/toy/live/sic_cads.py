@@ -27,7 +27,7 @@ from ..datasets import detection as synthetic
 from ..encoders import detector as encoders
 
 TASK, METHOD = "shipped", "SIC-CADS"
-GRID = {  # the groups of the notebook's bar charts: label -> task, metric
+GROUPS = {  # of the bar charts: label -> task, metric
     "scores": {
         f"{what}, {group} classes": (task, f"AP50 {group}")
         for task, what in (("shipped", "shipped detector"), ("anew", "detector from scratch"))
@@ -98,11 +98,10 @@ def clip() -> nn.Module:
 
 def recogniser(text: Tensor, novel: Tensor, teacher: nn.Module) -> MLR:
     """The recogniser at toy scale for a vocabulary of one's own, see `MLR`."""
-    channels = encoders.Stages.channels[1:]
-    sizes: dict[str, Any] = {"channels": channels, "width": ablation.WIDTH, "extra": False, "freeze_norms": False}
-    sizes |= {"image_input": ablation.INPUT, "teacher_input": ablation.INPUT}
-    options = {"lambda_base": ablation.LAMBDA_BASE, "lambda_novel": ablation.LAMBDA_NOVEL, "tau": ablation.TAU}
-    return MLR(body(), text, novel, teacher=teacher, distill=ablation.DISTILL, **sizes, **options)
+    options: dict[str, Any] = {"channels": encoders.Stages.channels[1:], "width": ablation.WIDTH, "extra": False}
+    options |= {"image_input": ablation.INPUT, "teacher_input": ablation.INPUT, "freeze_norms": False}
+    options |= {"lambda_base": ablation.LAMBDA_BASE, "lambda_novel": ablation.LAMBDA_NOVEL}
+    return MLR(body(), text, novel, teacher=teacher, tau=ablation.TAU, distill=ablation.DISTILL, **options)
 
 
 # --- the live run -----------------------------------------------------------------------------------------------------
@@ -118,7 +117,7 @@ def scores(setting: recipe.Setting, found: recipe.Predictions, branches: Sequenc
     rows = []
     for name in ("", *branches):
         boxes = recipe.ap50(setting, found, name, None if name else 0.0)
-        row = {"image-level scores": name or "none: the detector alone"}
+        row: dict[str, Any] = {"image-level scores": name or "none: the detector alone"}
         if name:
             alone = recipe.recognition(setting.test, found.p[name])
             row |= {f"mAP {group}": alone[group] for group in ("novel", "base")}
