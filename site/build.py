@@ -417,19 +417,24 @@ def record(slug: str, run: dict) -> str:
 
 
 def write_notebook(slug: str, run: dict, folder: Path) -> None:
-    """Copy the executed notebook: widgets give way to the image next to them, claims get an anchor, tables a list."""
+    """Copy the executed notebook: no live widgets, an anchor for each claim, the appendix folded, a list of tables."""
     notebook = nbformat.read(run["notebook"], as_version=4)
     notebook.metadata.pop("widgets", None)
     waiting = [claim["id"] for claim in run["claims"]]
-    cells = []
+    cells, appendix = [], False
     for part in notebook.cells:
+        appendix |= part.cell_type == "markdown" and part.source.startswith("## Appendix")
         if part.cell_type == "code":
+            if appendix:  # diagnostics for specialists, opened by a click
+                part.metadata["tags"] = [*part.metadata.get("tags", ()), "hide-cell"]
             part.outputs = [reachable(o) for o in map(without_widget, part.outputs) if o is not None]
             here = [claim for claim in waiting if re.search(rf"""["']{re.escape(claim)}["']""", part.source)]
+            if "run.close()" in part.source:  # those judged by a loop: the table of claims is their place
+                here = waiting
             waiting = [claim for claim in waiting if claim not in here]
             cells += [target(slug, claim) for claim in here]
         cells.append(part)
-    cells += [target(slug, claim) for claim in waiting]  # judged by a loop: the claims table at the end is their place
+    cells += [target(slug, claim) for claim in waiting]
     files = [f"- {{download}}`{file.name} <../tables/{slug}/{file.name}>`" for file in run["tables"]]
     cells.append(
         nbformat.v4.new_markdown_cell(

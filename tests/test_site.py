@@ -63,6 +63,8 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
         new_markdown_cell("# A paper\n\nIts loss is\n\n$$\\boldsymbol{L} = \\sum_i \\lVert x_i \\rVert^2$$"),
         new_code_cell("knob()", outputs=outputs, execution_count=1),
         new_code_cell('run.claim("params", holds=True)', execution_count=2),
+        new_markdown_cell("## Appendix: more of it"),
+        new_code_cell("diagnose()", outputs=[new_output("stream", name="stdout", text="diagnosed")], execution_count=3),
     ]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook = new_notebook(cells=cells, metadata={"kernelspec": kernel, "language_info": {"name": "python"}})
@@ -318,6 +320,10 @@ def test_made_up_page_shows_all_of_it(site: Site, page: object) -> None:
     page.locator("#knob").fill("7")
     assert page.locator("#shown").inner_text() == "7"
     assert "interactive(children" not in page.content()
+    folded = page.locator("details.hide")
+    assert folded.count() == 1 and not page.get_by_text("diagnosed").is_visible() and page.locator("#knob").is_visible()
+    folded.locator("summary").click()
+    assert page.get_by_text("diagnosed").is_visible()
     page.goto(f"{site.url}/records/sa2vp.html")
     assert "12.35" in page.inner_text("article") and "<b>" in page.inner_text("article")
     page.goto(f"{site.url}/index.html")

@@ -114,12 +114,14 @@ def write(path: Path, *sources: str) -> Path:
 
 
 def test_refresh_runs_and_strips(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.ipynb", "print(seed + 41)", "import ipywidgets\nipywidgets.IntSlider()")
+    image = "from IPython.display import Image\nImage(bytes(8), format='png', width=4, metadata={'own': 1})"
+    path = write(tmp_path / "a.ipynb", "print(seed + 41)", "import ipywidgets\nipywidgets.IntSlider()", image)
     notebooks.refresh(path)
     notebook = nbformat.read(path, as_version=4)
     assert notebook.cells[2].outputs[0].text == "41\n"
     assert notebook.metadata.kernelspec.name == "python3"
     assert notebook.cells[1].metadata == {"tags": ["parameters"]}
+    assert notebook.cells[4].outputs[0].metadata == {"image/png": {"width": 4}}
     text = path.read_text(encoding="utf-8")
     assert "widget-view" not in text and "iopub" not in text
     notebooks.refresh(path)

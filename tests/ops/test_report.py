@@ -39,7 +39,7 @@ def test_the_opening_says_what_the_study_found(slug, monkeypatch):
     assert len(facts["findings"]) >= 3
     assert all(finding["text"] in text.data for finding in facts["findings"])
     assert [f.get("status") for f in facts["findings"]] != ["holds"] * len(facts["findings"]), "only what held is told"
-    assert figure.axes
+    assert Image.open(io.BytesIO(figure.data)).width > figure.width and not plt.get_fignums()
     claimed = next(finding for finding in facts["findings"] if "claim" in finding)
     other = {"holds": "fails", "fails": "holds"}[claimed["status"]]
     monkeypatch.setattr(report, "paper", lambda slug: facts | {"findings": [claimed | {"status": other}]})
@@ -238,6 +238,16 @@ def test_photographs_in_a_notebook_have_few_colours_and_keep_them_in_the_file(ru
     photo, flat = (Image.open(io.BytesIO(picture.data)) for picture in shown)
     assert photo.mode == "P" and flat.mode == "RGB"
     assert Image.open(run.out / "figures" / "photo.png").mode == "RGB"
+
+
+def test_figures_have_200_dots_an_inch_unless_the_style_of_the_notebook_has_fewer(run, monkeypatch):
+    shown = []
+    monkeypatch.setattr(report, "display", shown.append)
+    for dpi, width in (("figure", 600), (100, 300)):
+        with plt.rc_context({"savefig.dpi": dpi}):
+            run.figure("f", plt.figure(figsize=(3, 2), dpi=100))
+        assert Image.open(io.BytesIO(shown[-1].data)).width == width and shown[-1].width == 300
+        assert Image.open(run.out / "figures" / "f.png").width == width
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import skimage.data
 import skimage.transform
 import torch
-from matplotlib.text import Text
+from matplotlib.text import Annotation, Text
 from PIL import Image
 
 from companion.errors import BadParameter
@@ -90,6 +90,13 @@ def radar():
     return plots.radar({k: {f"A{i}": 50 + 2.0 * i for i in range(n)} for k, n in counts.items()}, 30, 90)
 
 
+NODES = {
+    "image": (0.5, 0.5, "tensor"),
+    "ViT\n(Eq. 1)": (2.0, 0.5, "frozen"),
+    "prompts $p$": (2.0, 1.4, "trained"),
+    "sum": (3.3, 0.9, "operation"),
+}
+ARROWS = [("image", "ViT\n(Eq. 1)"), ("ViT\n(Eq. 1)", "sum"), ("prompts $p$", "sum")]
 TITLES = ["true: tabby cat, predicted: Egyptian cat"] * 6
 ROLLOUT = {"Rollout, last layer": torch.linspace(0, 1, 392).view(2, 14, 14) / 196}
 HOUSE_FIGURES = {
@@ -106,6 +113,7 @@ HOUSE_FIGURES = {
     "curves": lambda: plots.curves(histories()),
     "threshold curves": threshold_curves,
     "radar": radar,
+    "diagram": lambda: plots.diagram(NODES, ARROWS),
     "curves of one method": lambda: plots.curves({"SA²VP": {"loss": [3.0, 2, 1]}}),
 }
 
@@ -174,6 +182,18 @@ def test_bars_and_curves_show_the_numbers():
         plots.curves({"SA²VP": {}})
     (line,) = plots.radar({"x": {"a": 10.0, "b": 20.0, "c": 30.0}}, 0, 40).axes[0].lines
     assert line.get_ydata().tolist() == [10, 20, 30, 10]  # closed
+
+
+def test_a_diagram_joins_its_nodes_and_names_the_kinds_that_it_has():
+    figure = plots.diagram(NODES, ARROWS)
+    (ax,) = figure.axes
+    at = {text.get_text(): text.get_position() for text in ax.texts if text.get_text()}
+    assert at == {label: (x, y) for label, (x, y, _) in NODES.items()}
+    joined = {(arrow.xyann, arrow.xy) for arrow in ax.texts if isinstance(arrow, Annotation)}
+    assert joined == {(at[start], at[end]) for start, end in ARROWS}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["frozen", "trained", "operation"]
+    with pytest.raises(BadParameter, match="frosted"):
+        plots.diagram({"a": (1, 1, "frosted")}, [])
 
 
 def test_boxes_are_drawn_at_their_positions():

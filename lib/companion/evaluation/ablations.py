@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -67,6 +68,48 @@ def summary(rows: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
     best = selected(rows)
     table["learning_rate"] = [best.get(key, float("nan")) for key in zip(table.task, table.method, strict=True)]
     return table
+
+
+def spreads(rows: pd.DataFrame, metrics: Sequence[str], against: str = "") -> pd.DataFrame:
+    """Mean ± standard deviation of each metric over the test seeds as text, a row for each task and method.
+
+    Args:
+        against: a method; its leads in the first metric and the seeds that it wins are two more columns.
+    """
+    parts = {metric: summary(rows, metric).set_index(["task", "method"]) for metric in metrics}
+    tested = rows[rows.stage == "test"].set_index(["task", "method", "seed"]).sort_index()[metrics[0]]
+    table = []
+    for (task, method), first in parts[metrics[0]].iterrows():
+        row = {"task": task, "method": method}
+        row |= {metric: _spread(part.loc[(task, method)]) for metric, part in parts.items()}
+        if against:
+            lead = tested.loc[task, against] - tested.loc[task, method]
+            own = method == against
+            row[f"lead of {against}, {metrics[0]}"] = "" if own else f"{lead.mean():+.1f} ± {lead.std():.1f}"
+            row["seeds won"] = "" if own else f"{(lead > 0).sum()} of {len(lead)}"
+        rate = first["learning_rate"]
+        table.append(row | {"learning rate": "–" if pd.isna(rate) else f"{rate:g}"})
+    return pd.DataFrame(table)
+
+
+def _spread(found: pd.Series) -> str:
+    return "–" if pd.isna(found["mean"]) else f"{found['mean']:.1f} ± {found['std']:.1f}"
+
+
+def bar_tables(
+    rows: pd.DataFrame, groups: Mapping[str, tuple[str, str]], methods: Sequence[str]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Means and standard deviations over the test seeds, as `viz.plots.bars` draws them.
+
+    Args:
+        groups: label of a row -> task, metric.
+        methods: the columns.
+    """
+    found = {
+        label: summary(rows[rows.task == task], metric).set_index("method") for label, (task, metric) in groups.items()
+    }
+    mean, std = (pd.DataFrame({label: part[kind] for label, part in found.items()}).T for kind in ("mean", "std"))
+    return mean[list(methods)], std[list(methods)]
 
 
 def stale(paper: str, folder: str | Path) -> bool:

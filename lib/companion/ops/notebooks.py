@@ -84,14 +84,18 @@ def _read(path: str | Path) -> nbformat.NotebookNode:
 
 
 def strip(notebook: nbformat.NotebookNode) -> None:
-    """Remove in place what differs from run to run or machine to machine: metadata but tags, and live widgets' ids."""
+    """Remove in place what differs from run to run or machine to machine, such as the ids of live widgets.
+
+    Of the metadata only tags and the widths of images stay.
+    """
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({"tags": cell.metadata.tags} if cell.metadata.get("tags") else {})
         for output in cell.get("outputs", ()):
             output.get("data", {}).pop(WIDGET_VIEW, None)
             if "metadata" in output:
-                output.metadata = nbformat.from_dict({})
+                widths = {k: {"width": m["width"]} for k, m in output.metadata.items() if "image/" in k}
+                output.metadata = nbformat.from_dict(widths)
 
 
 def problems(notebook: nbformat.NotebookNode) -> list[str]:

@@ -39,6 +39,7 @@ from .papers import convert, paper, rules, slugs
 from .provenance import code_hash, sources
 
 PHOTOGRAPHIC = 40_000  # bytes of a PNG above which the notebook shows it in 256 colours
+DPI = 200  # of figures, unless the notebook's matplotlib settings have another `savefig.dpi`
 LOUD = {"holds": "holds", "fails": "FAILS", "not run": "not run"}
 
 
@@ -70,9 +71,25 @@ def opening(slug: str) -> None:
                 panels[panel] = panels.get(panel, {}) | {claim[r]: None for r in ("better", "worse") if r in claim}
         lines.append(f"- {text}")
     display(Markdown("\n".join(lines)))
-    figure = plots.scores(rows, panels)
-    display(figure)
+    display(_image(plots.scores(rows, panels))[0])
+
+
+def _image(figure: Figure) -> tuple[Image, bytes]:
+    """The figure as the notebook shows it, and its PNG in all colours; the figure is closed."""
+    dpi = plt.rcParams["savefig.dpi"]
+    dpi = DPI if dpi == "figure" else dpi
+    drawn, full, few = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi)
     plt.close(figure)
+    # no alpha channel, a better packing, and few colours in a large file: committed notebooks must stay small
+    pixels = PIL.Image.open(drawn).convert("RGB")
+    pixels.save(full, format="png", optimize=True)
+    shown = full.getvalue()
+    if len(shown) > PHOTOGRAPHIC:
+        quantised = pixels.quantize(256, PIL.Image.Quantize.MAXCOVERAGE, kmeans=4, dither=PIL.Image.Dither.NONE)
+        quantised.save(few, format="png", optimize=True)
+        shown = few.getvalue()
+    return Image(shown, width=round(100 * figure.get_figwidth())), full.getvalue()
 
 
 def start(slug: str, **parameters: Any) -> Run:
@@ -139,22 +156,12 @@ class Run:
 
     def figure(self, name: str, figure: Figure) -> None:
         """Write `figures/<name>.png` and show it."""
-        drawn, buffer = io.BytesIO(), io.BytesIO()
-        figure.savefig(drawn, format="png")
-        plt.close(figure)
-        # no alpha channel and a better packing: a committed notebook has to count its bytes
-        picture = PIL.Image.open(drawn).convert("RGB")
-        picture.save(buffer, format="png", optimize=True)
-        shown = buffer
-        if buffer.tell() > PHOTOGRAPHIC:  # the file keeps all of them
-            shown = io.BytesIO()
-            few = picture.quantize(256, PIL.Image.Quantize.MAXCOVERAGE, kmeans=4, dither=PIL.Image.Dither.NONE)
-            few.save(shown, format="png", optimize=True)
+        shown, png = _image(figure)
         path = self.out / "figures" / f"{name}.png"
         with atomic(path) as temporary:
-            temporary.write_bytes(buffer.getvalue())
+            temporary.write_bytes(png)
         self._files.append(path)
-        display(Image(shown.getvalue()))
+        display(shown)
 
     def study(self) -> Path:
         """The folder of the study: this run's when it has one, else the one that is kept in `reports/pocket`."""

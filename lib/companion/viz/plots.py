@@ -27,6 +27,8 @@ from .style import COLOURS, HEAT, STYLE, method_colours, styled
 _DPI = STYLE["figure.dpi"]
 _PHOTO_PIXELS = 120_000  # a photograph takes about 2 bytes a pixel as PNG: this keeps a figure of them below 300 kB
 _DASHES = ("-", "--", ":", "-.")
+NODES = {"frozen": ("#e3e3e3", "#767676"), "trained": ("#fbd9b5", "#d55e00"), "operation": ("#ffffff", "#333333")}
+NODES |= {"tensor": ("none", "none")}  # the kinds of nodes of a diagram: colours of face and edge
 
 
 def denormalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
@@ -303,6 +305,35 @@ def scores(rows: pd.DataFrame, panels: Mapping[tuple[str, str], Iterable[str]]) 
         ax.set(ylim=(len(list(methods)) - 0.5, -0.5), xlabel=f"{metric} on “{task}”, test split of the synthetic data")
         ax.tick_params(axis="y", length=0)
         ax.grid(axis="x")
+    return figure
+
+
+@styled
+def diagram(nodes: Mapping[str, tuple[float, float, str]], arrows: Iterable[tuple[str, str]]) -> Figure:
+    """An architecture diagram: labelled nodes joined by arrows, with a legend of the kinds of nodes.
+
+    Args:
+        nodes: label -> x, y (the centre, in inches from the top left) and kind, one of `NODES`. Labels may have
+            several lines and formulas; "tensor" is drawn without a box.
+        arrows: from and to, labels of `nodes`.
+    """
+    right, below = (max(at) for at in zip(*((x, y) for x, y, _ in nodes.values()), strict=True))
+    figure, ax = plt.subplots(figsize=(right + 0.9, below + 0.75))
+    drawn = {}
+    for label, (x, y, kind) in nodes.items():
+        check_choice("kind", kind, NODES)
+        face, edge = NODES[kind]
+        box = {"boxstyle": "round,pad=0.45" if kind != "tensor" else "square,pad=0.15", "fc": face, "ec": edge}
+        drawn[label] = ax.text(x, y, label, ha="center", va="center", fontsize=8.5, linespacing=1.35, bbox=box)
+    for start, end in arrows:
+        joined = {"arrowstyle": "-|>", "color": "#333333", "linewidth": 1.2, "shrinkA": 1, "shrinkB": 2}
+        joined |= {"patchA": drawn[start].get_bbox_patch(), "patchB": drawn[end].get_bbox_patch()}
+        ax.annotate("", nodes[end][:2], nodes[start][:2], arrowprops=joined)
+    shown = [kind for kind in NODES if kind != "tensor" and any(node[2] == kind for node in nodes.values())]
+    handles = [Rectangle((0, 0), 1, 1, facecolor=NODES[kind][0], edgecolor=NODES[kind][1]) for kind in shown]
+    figure.legend(handles, shown, loc="outside lower center", ncols=len(shown))
+    ax.set(xlim=(0, right + 0.8), ylim=(below + 0.35, 0))
+    ax.set_axis_off()
     return figure
 
 

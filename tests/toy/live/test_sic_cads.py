@@ -3,19 +3,26 @@
 import weakref
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from torchvision.ops import box_iou
 
+import companion
+from companion.data import detection
 from companion.errors import BadParameter
-from companion.models.sic_cads import recipe, refine
+from companion.evaluation import ablations
+from companion.models.sic_cads import figures, recipe, refine
+from companion.ops import record
 from companion.ops.papers import paper
 from companion.toy.ablations import sic_cads as ablation
 from companion.toy.ablations import study_root
 from companion.toy.datasets import detection as synthetic
+from companion.toy.encoders import detector as encoders
 from companion.toy.live import sic_cads as live_run
 from tests.conftest import parameters
+from tests.viz.test_plots import overlapping_text, visible_texts
 
 COUNTS = {"train": 96, "val": 24, "test": 40}
 SEED = 5
@@ -230,3 +237,148 @@ def test_detector_and_clip_trained_anew_are_the_seeds_own(monkeypatch):
     assert not torch.equal(one.text_projection.weight, other.text_projection.weight)
     assert not torch.equal(first.dense.weight, second.dense.weight)
     ablation.foundation.cache_clear()
+
+
+# --- the notebook's tables and figures --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def study():
+    return ablations.read(record.root() / "reports" / "pocket" / "sic_cads")
+
+
+def test_the_live_tables_hold_the_scores_of_the_run(live, tmp_path, capsys):
+    found, _, history, outputs = live
+    p = parameters("sic_cads", seed=SEED)
+    assert live_run.meaningful(p, history, outputs) == list(recipe.BRANCHES)
+    assert live_run.meaningful(p, [], outputs) == ["visual+"]
+    table = live_run.scores(found, outputs, ["text", "SIC-CADS"]).set_index("image-level scores")
+    assert list(table.index) == ["none: the detector alone", "text", "SIC-CADS"]
+    alone, ours = recipe.ap50(found, outputs, gamma=0.0), recipe.ap50(found, outputs)
+    assert table["AP50 novel"].iloc[[0, 2]].tolist() == [alone["novel"], ours["novel"]]
+    assert table["mAP base"].isna().tolist() == [True, False, False]
+    live_run.check(p, tmp_path, found, outputs)
+    assert capsys.readouterr().out.count("as expected") == 3 and not list(tmp_path.iterdir())
+    options = {"profile": "paper", "dataset": "detection/ov-coco", "detector": "google/owlvit-base-patch32"}
+    assert live_run.measured(tmp_path) == {}
+    live_run.check(parameters("sic_cads", **options, dry_run=True), tmp_path, found, outputs)
+    assert live_run.measured(tmp_path) == {}, "a dry run measures nothing"
+    live_run.check(parameters("sic_cads", **options), tmp_path, found, outputs)
+    assert list(live_run.measured(tmp_path)) == ["OV-COCO, generalised"]
+
+
+def test_the_images_shown_are_those_that_refinement_corrects(live):
+    found, _, _, outputs = live
+    chosen = live_run.most_refined(found, outputs, 3)
+
+    def corrected(index):
+        target = found.test.target(index)
+        best = box_iou(target.boxes, outputs.boxes[index]).argmax(1)
+        right = [(recipe.refined(found, outputs, index, gamma=g)[best].argmax(1) == target.labels) for g in (0.0, 0.5)]
+        return (right[1] & found.novel[target.labels]).sum() - (right[0] & found.novel[target.labels]).sum()
+
+    assert len(set(chosen)) == 3 and corrected(chosen[0]) > 0
+    few = recipe.Predictions(outputs.boxes[:2], outputs.p, outputs.best, outputs.probabilities[:2])
+    assert sorted(live_run.most_refined(found, few, 4)) == [0, 0, 1, 1]  # a dry run has two images
+
+
+def test_lookalikes_are_counted_by_look(live):
+    found, _, _, outputs = live
+    table = live_run.lookalikes(found, outputs).set_index("look")
+    novel = [a for a in found.test.truth["annotations"] if a["category_id"] - 1 in synthetic.NOVEL]
+    assert table.objects.to_dict() == {look: sum(a["look"] == look for a in novel) for look in table.index}
+    assert ((table["own class (%)"] + table["look-alike (%)"]) <= 100).all()
+    assert table.loc["plain", "look-alike (%)"] > 90 and table.loc["plain", "detector: look-alike / own"] > 1
+    truth = found.test.truth["annotations"][0]
+    look = truth.pop("look")
+    assert live_run.lookalikes(found, outputs).empty  # as of COCO
+    truth["look"] = look
+
+
+def test_thresholds_and_finished_results(live):
+    found, _, _, outputs = live
+    table = live_run.above_threshold(found, outputs).set_index("threshold")
+    assert (table["refined, gamma 0.5"] >= table["detector alone"]).all() and table[
+        "detector alone"
+    ].is_monotonic_decreasing
+    facts = live_run.finished_results(found, outputs).set_index("of the finished results").value
+    assert facts["lowest score"] >= found.threshold
+    assert facts["AP50 novel, full matrix"] == recipe.ap50(found, outputs)["novel"]
+    assert facts["AP50 novel, as they are"] == pytest.approx(recipe.ap50(found, outputs, gamma=0.0)["novel"])
+
+
+def test_reasons_and_best_gammas_follow_the_rows(study):
+    claims = {claim["id"] for claim in paper("sic_cads")["claims"]}
+    said = live_run.reasons(study)
+    assert set(said) <= claims and "seed 204" in said["novel-more"]
+    changed = study.copy()
+    ours = (changed.task == "shipped") & (changed.method == "SIC-CADS") & (changed.stage == "test")
+    for gamma in ablation.GAMMAS[1:]:
+        changed.loc[ours, f"base, gamma {gamma}"] = changed.loc[ours, "base, gamma 0.0"] - (gamma > 0.2)
+    assert live_run.best_gammas(changed[ours])["gamma"].iloc[-1] == 0.2
+    assert "up to gamma 0.2 no seed loses" in live_run.reasons(changed)["base"]
+
+
+def test_an_own_folder_trains_a_model_that_is_saved_and_loaded(tmp_path):
+    folder = live_run.example_folder(tmp_path / "own", 6)
+    data = detection.own_folder(folder / "annotations.json", folder, novel=["ball", "flag", "flare", "tile"])
+    assert len(data) == 6 and not data.positives[:, data.unseen].any()
+    clip = live_run.clip()
+    model = live_run.recogniser(encoders.texts(clip), data.unseen, clip.visual)
+    companion.save(model, tmp_path / "own.safetensors", class_names=data.class_names)
+    images, options = [folder / "000001.png"], {"detector": live_run.detect, "gamma": 0.5, "top": 3}
+    (found,) = companion.predict(companion.load(tmp_path / "own.safetensors"), images, **options)
+    assert [found] == companion.predict(model, images, class_names=data.class_names, **options)
+    assert len(found) == 3 and {row["class"] for row in found} <= set(synthetic.CLASSES)
+
+
+FIGURES = {
+    "architecture": lambda live, rows: figures.architecture(),
+    "scenes": lambda live, rows: figures.scenes(live[0]),
+    "image scores": lambda live, rows: figures.image_scores(live[0], live[3], 1, ["text", "visual+", "SIC-CADS"]),
+    "before and after": lambda live, rows: figures.before_after(live[0], live[3], [0, 1, 2, 3]),
+    "at a gamma": lambda live, rows: figures.refined_at(live[0], live[3], 2, 0.5),
+    "patches": lambda live, rows: figures.patch_cosines(live[0], 1, torch.rand(5, 16)),
+    "one patch": lambda live, rows: figures.patch_cosines(live[0], 1, torch.rand(1, 16), levels=1),
+    "gamma": lambda live, rows: figures.gamma_curves(rows),
+    "lambdas": lambda live, rows: figures.lambda_curves(rows[rows.method == "SIC-CADS"]),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_are_legible(name, live, study):
+    figure = FIGURES[name](live, study[(study.stage == "test") & (study.task == "shipped")])
+    texts = visible_texts(figure)
+    assert all(text.get_fontsize() >= 8 for text in texts)
+    on_images = name in ("before and after", "at a gamma")  # the names of neighbouring boxes may touch
+    if not on_images and not any(text.get_rotation() % 90 for text in texts):
+        assert overlapping_text(figure) == []
+    for text in texts:
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, text.get_text()
+    plt.close(figure)
+
+
+def test_sweeps_draw_the_means_of_the_study(live, study):
+    rows = study[(study.stage == "test") & (study.task == "shipped")]
+    ours = rows[rows.method == "SIC-CADS"]
+    lines = {line.get_label(): line for line in figures.gamma_curves(rows).axes[0].lines}
+    for x, y in lines["SIC-CADS"].get_xydata():
+        assert y == pytest.approx(ours[f"novel, gamma {x:.1f}"].mean())
+    novel, base = figures.lambda_curves(ours).axes[1].containers
+    gain = ours["novel, lambda_novel 1.0"] - ours["novel, gamma 0.0"]
+    assert novel.lines[0].get_xydata()[-1] == pytest.approx([1.0, gain.mean()])
+    assert base.get_label() == "base classes"
+    plt.close("all")
+
+
+def test_boxes_are_marked_correct_where_an_object_of_their_class_is(live):
+    found, _, _, outputs = live
+    for index in range(4):
+        target = found.test.target(index)
+        best = figures.best_boxes(found, outputs, index, 0.0)
+        assert len(best) <= len(target.labels) and [b[2] for b in best] == sorted((b[2] for b in best), reverse=True)
+        for row, label, score, correct in best:
+            assert score == outputs.probabilities[index][row, label]
+            same = target.boxes[target.labels == label]
+            assert correct == (len(same) > 0 and box_iou(outputs.boxes[index][row, None], same).max() >= 0.5)
