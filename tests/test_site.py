@@ -173,7 +173,7 @@ def test_pages_in_a_browser(site: Site, browser: object, width: int, scheme: str
 
 @pytest.mark.browser
 def test_no_serious_accessibility_fault(site: Site, browser: object) -> None:
-    """By axe-core's rules. Those of contrast in both schemes: of the API reference, thousands of like names, one page."""
+    """By axe-core's rules, contrast in both schemes among them: of the API reference, whose pages are alike, on one."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     page = context.new_page()

@@ -100,6 +100,7 @@ def test_the_tables_of_the_readme_are_those_of_the_records() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.large
 def test_paper_profile_can_be_walked_on_a_cpu(tmp_path: Path) -> None:
     """`dry_run`: the full-size model, two optimiser steps on generated images, every cell of the notebook."""
     record = executed("sa2vp", tmp_path, {"profile": "paper", "dry_run": "true"})
