@@ -57,7 +57,8 @@ nbval: $(INSTALLED)  ## run the committed notebooks and compare their outputs
 test-slow: $(INSTALLED)  ## the rest: full-size parity (up to 13 GB), then the simulated GPU and other long checks side by side
 	@failed=0; for file in $$(grep -rl 'mark.large' tests --include='test_*.py'); do \
 	  $(PYTEST) -m large $$file || failed=1; done; \
-	  OMP_NUM_THREADS=1 $(PYTEST) $(SIDE_BY_SIDE) $(LONGEST_FIRST) -m 'slow and not large' tests || failed=1; \
+	  OMP_NUM_THREADS=1 $(PYTEST) $(SIDE_BY_SIDE) $(LONGEST_FIRST) -m 'slow and not large' \
+	    $$(grep -rl 'mark.slow' tests --include='test_*.py') || failed=1; \
 	  exit $$failed
 
 mutants: $(INSTALLED)  ## put a list of faults into a copy of the library, and say which the tests notice (an hour)

@@ -43,9 +43,9 @@ def run(slug: str, out: Path, *changes: str) -> dict:
 
 
 def waits(found: dict) -> dict[str, int]:
-    """The most waits of a step, by file, over all trainings."""
+    """The most waits of a step, by file, over all trainings; of a single step nothing is known but its set-up."""
     most: dict[str, int] = {}
-    for training in found["trainings"]:
+    for training in (training for training in found["trainings"] if training["steps"] > 1):
         each: dict[str, int] = {}
         for times, _, where in training["waits"]:
             file = where.partition(":")[0]
