@@ -79,17 +79,27 @@ class Site:
         self.pages = sorted(page.as_posix() for page in pages if page.parts[0] not in left_out)
 
 
+def is_up_to_date(made: Path, root: Path, reports: Path) -> bool:
+    """Whether the site of `make reports` is there, and newer than every file that it is made of."""
+    folders = (root / "site", root / "lib", *(root / "reports" / name for name in ("pocket", "bench", "gpu")), reports)
+    files = (path for folder in folders for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    index = made / "index.html"
+    return index.exists() and index.stat().st_mtime > max(path.stat().st_mtime for path in files)
+
+
 @pytest.fixture(scope="session", params=["made-up", "real"])
 def site(request: pytest.FixtureRequest, root: Path, made_up: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
-    """A built site behind a server on this machine."""
+    """A built site behind a server on this machine; the real one is that of `make reports` where it is up to date."""
     reports = made_up if request.param == "made-up" else root / "build" / "reports" / "pocket"
     if not list(reports.glob("*/*.ipynb")):
         pytest.skip("no executed notebook in build/reports/pocket: run `make reports` first")
-    out = tmp_path_factory.mktemp("built") / "site"
-    out.mkdir()
-    (out / "stale.html").write_text("built before", encoding="utf-8")
-    done = build(root, reports, out)
-    assert done.returncode == 0, done.stdout + done.stderr
+    out = root / "reports" / "site"
+    if request.param == "made-up" or not is_up_to_date(out, root, reports):
+        out = tmp_path_factory.mktemp("built") / "site"
+        out.mkdir()
+        (out / "stale.html").write_text("built before", encoding="utf-8")
+        done = build(root, reports, out)
+        assert done.returncode == 0, done.stdout + done.stderr
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -344,6 +354,8 @@ def test_search_works_from_disk(site: Site, browser: object) -> None:
 
 
 def test_a_build_replaces_the_site_whole(site: Site) -> None:
+    if site.real:
+        pytest.skip("the real site may be that of `make reports`")
     assert (site.folder / "index.html").exists() and not (site.folder / "stale.html").exists()
     assert [path.name for path in site.folder.parent.iterdir()] == ["site"]
 
