@@ -355,11 +355,13 @@ def test_a_training_ends_with_the_epoch_that_is_a_multiple_of_the_published_step
 
 
 def test_encoders(tmp_path, monkeypatch):
-    """An authors' file gives its encoder; MAE's by its own names; what is missing is said."""
+    """An authors' file gives its encoder, here a narrow one; MAE's by its own names; what is missing is said."""
+    narrow = functools.partial(VisionTransformer, embed_dim=48, depth=4, num_heads=2)
+    monkeypatch.setattr(recipe, "VisionTransformer", narrow)
     with pytest.raises(MissingWeights, match=r"ECAMP_ViT_Base_16\.pth"):
         recipe.encoder(given(encoder="ECAMP", data_root=str(tmp_path)))
     torch.manual_seed(1)
-    trained = VisionTransformer(img_size=224, num_classes=0, global_pool="")
+    trained = narrow(img_size=224, num_classes=0, global_pool="")
     torch.save({"model": trained.state_dict() | {"mask_token": torch.ones(1, 1, 512)}}, tmp_path / "mae.pth")
     found = recipe.encoder(given(encoder="MAE", weights=str(tmp_path / "mae.pth")))
     assert torch.equal(found.blocks[3].mlp.fc1.weight, trained.blocks[3].mlp.fc1.weight)
