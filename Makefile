@@ -12,9 +12,10 @@ PYTEST := COMPANION_PROGRESS=off PYTHONPATH='$(CURDIR)/tests/offline' $(BIN) -m 
 # a process a core, each on one thread; a notebook's kernel stays with one process, and so does a file of tests but for
 # those that tests/conftest.py spreads
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4
+LONGEST_FIRST := --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help reports study lint test nbval test-slow mutants lab gpu bench notebooks lock clean
+.PHONY: help reports study lint test coverage nbval test-slow mutants lab gpu bench notebooks lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -41,20 +42,23 @@ lint: $(INSTALLED)  ## ruff, formatting, types, import rules, and the committed 
 	$(BIN) -m pytest -q tests/test_imports.py
 	$(BIN) -m companion.ops.notebooks --check notebooks/*.ipynb
 
-# coverage is of the lines that the tests run themselves; of other processes nothing is counted
 test: $(INSTALLED)  ## unit tests, parity with the authors' code, the site and JupyterLab in a browser
-	OMP_NUM_THREADS=1 $(PYTEST) --cov --cov-report term --cov-report html:build/coverage $(SIDE_BY_SIDE) --dist loadgroup -m 'not slow' tests
+	OMP_NUM_THREADS=1 $(PYTEST) $(COVERAGE) $(SIDE_BY_SIDE) $(LONGEST_FIRST) -m 'not slow' tests
+
+# of the lines that the tests run themselves; of other processes nothing is counted
+coverage: COVERAGE := --cov --cov-report term --cov-report html:build/coverage
+coverage: test  ## the same tests, which take almost twice as long, and the share of lines that they run
 
 # apart: with --cov, nbval sets coverage up in every kernel, which times out
 nbval: $(INSTALLED)  ## run the committed notebooks and compare their outputs
 	OMP_NUM_THREADS=1 $(PYTEST) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg $(SIDE_BY_SIDE) --dist loadfile notebooks
 
-# a process for each file: full-size models of several files do not fit in the memory of one; those of the simulated GPU
-# are small
-test-slow: $(INSTALLED)  ## the rest: full-size parity, the simulated GPU and other long checks, one at a time (up to 13 GB)
-	@failed=0; for file in $$(grep -rl 'mark.slow' tests --include='test_*.py' | grep -v simulated); do \
-	  $(PYTEST) -m slow $$file || failed=1; done; \
-	  OMP_NUM_THREADS=1 $(PYTEST) --numprocesses logical --maxprocesses 4 -m slow tests/simulated || failed=1; \
+# full-size models: a process for each file, since those of several do not fit in the memory of one
+test-slow: $(INSTALLED)  ## the rest: full-size parity (up to 13 GB), then the simulated GPU and other long checks side by side
+	@failed=0; for file in $$(grep -rl 'mark.large' tests --include='test_*.py'); do \
+	  $(PYTEST) -m large $$file || failed=1; done; \
+	  OMP_NUM_THREADS=1 $(PYTEST) $(SIDE_BY_SIDE) $(LONGEST_FIRST) -m 'slow and not large' \
+	    $$(grep -rl 'mark.slow' tests --include='test_*.py') || failed=1; \
 	  exit $$failed
 
 mutants: $(INSTALLED)  ## put a list of faults into a copy of the library, and say which the tests notice (an hour)

@@ -19,8 +19,11 @@ from companion.training.checkpoints import Checkpoint, trained_state
 
 ROOT = Path(__file__).resolve().parent.parent
 
-SPREAD = {"test_simulated.py", "test_recipes.py", "test_parity.py"}
+SPREAD = {"test_ablation.py", "test_exporting.py", "test_jupyterlab.py", "test_notebooks.py", "test_parity.py"}
+SPREAD |= {"test_recipes.py", "test_simulated.py", "test_snakefile.py"}
 """Files of long independent tests: side by side, their tests go to whatever process is free."""
+LONGEST = ("test_site.py", "test_robustness.py", *sorted(SPREAD))
+"""Files whose tests are begun first, so that no process is left with a long one at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,6 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name not in SPREAD:
             item.add_marker(pytest.mark.xdist_group(str(item.path)))
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

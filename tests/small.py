@@ -1,4 +1,6 @@
-"""Small models in the place of the full-size ones of the `paper` profile, for dry runs within seconds."""
+"""Small models in the place of the full-size ones of the `paper` profile, for dry runs within seconds; few images in
+the synthetic datasets.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,17 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, set_model_preproce
 from timm.models.vision_transformer import VisionTransformer
 
 from companion.toy import encoders
+from companion.toy.datasets import collage, detection, domains, pedestrians, slides, tracking
 from companion.toy.datasets.tokens import Tokenizer
+
+
+def few_images(patch: pytest.MonkeyPatch) -> None:
+    """The synthetic datasets that take long are written with few images a split from now on."""
+    for module in (collage, detection, pedestrians):
+        patch.setattr(module, "COUNTS", {"train": 160, "val": 40, "test": 40})
+    patch.setattr(slides, "COUNTS", {"train": 24, "val": 6, "test": 6})
+    patch.setattr(domains, "EACH", {"train": 16, "val": 2, "test": 4})  # of each of 16 classes
+    patch.setattr(tracking, "SEQUENCES", {"train": 3, "val": 1, "test": 2})
 
 
 def shrink(slug: str, patch: pytest.MonkeyPatch) -> ModuleType:
@@ -54,15 +66,17 @@ def _dplq(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(recipe, "_domain_model", lambda name, source, clip: domain(small.get(source, name), source, clip))
 
 
+NARROW = {"width": 48, "depth": 1, "heads": 2, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2}
+NARROW |= {"text_width": 48, "text_depth": 1, "text_heads": 2}  # of ECAMP
+
+
 def _ecamp(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:
     def encoder(p: object) -> VisionTransformer:
         torch.manual_seed(0)
         return VisionTransformer(img_size=224, embed_dim=48, depth=1, num_heads=2, num_classes=0, global_pool="")
 
-    narrow = {"width": 48, "depth": 1, "heads": 2, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2}
-    narrow |= {"text_width": 48, "text_depth": 1, "text_heads": 2}
     patch.setattr(recipe, "encoder", encoder)
-    patch.setitem(recipe.ecamp.SIZES, "paper", narrow)
+    patch.setitem(recipe.ecamp.SIZES, "paper", NARROW)
 
 
 def _hvit(recipe: ModuleType, patch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,7 @@ def test_doctor_reckons_hours_of_a_gpu_and_a_precision(capsys, tmp_path, monkeyp
 
 
 @pytest.mark.slow
+@pytest.mark.large
 def test_the_memory_that_doctor_names_is_what_is_counted(root):
     command = [sys.executable, "benchmarks/memory.py", "hvit"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)

@@ -24,7 +24,7 @@ FULL_SIZE = {
 def _cases():
     for paper in parity.papers():
         for case in parity.cases(paper):
-            marks = [pytest.mark.slow] if case.name in FULL_SIZE else []
+            marks = [pytest.mark.slow, pytest.mark.large] if case.name in FULL_SIZE else []
             yield pytest.param(paper, case, id=f"{paper}-{case.name}", marks=marks)
 
 

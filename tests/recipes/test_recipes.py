@@ -28,7 +28,7 @@ FULL_SIZE: set[tuple[str, str]] = {
 def _cases():
     for paper in recipe_parity.papers():
         for case in recipe_parity.cases(paper):
-            marks = [pytest.mark.slow] if (paper, case.name) in FULL_SIZE else []
+            marks = [pytest.mark.slow, pytest.mark.large] if (paper, case.name) in FULL_SIZE else []
             yield pytest.param(paper, case, id=f"{paper}-{case.name}", marks=marks)
 
 

@@ -1,9 +1,9 @@
 """Run the code cells of a notebook on the simulated GPU: `python -m tests.simulated.notebook SLUG OUT [name=value]`.
 
 Every training of `fit` ends after twelve steps, and Fabric gets the GPU also where the pocket settings ask for the CPU.
-Writes OUT/found.json: the cells that failed, and what each optimiser's step waited for. A mix of devices fails as on a
-GPU; a cell after one that failed runs all the same, so that one run shows everything. A dry run has the small models of
-`tests.small`.
+Figures are made, but not drawn. Writes OUT/found.json: the cells that failed, and what each optimiser's step waited
+for. A mix of devices fails as on a GPU; a cell after one that failed runs all the same, so that one run shows
+everything. A dry run has the small models of `tests.small`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import builtins
 import copy
+import io
 import json
 import linecache
 import os
@@ -20,7 +21,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import nbformat
+import PIL.Image
 import pytest
+from matplotlib.figure import Figure
 
 from tests.simulated import simdevice
 
@@ -93,6 +96,14 @@ def force(precision: str) -> list[tuple[float, float]]:
     return losses
 
 
+def leave_figures_undrawn() -> None:
+    """An image of a figure is one pixel: all that a device can spoil is in it before it is drawn."""
+    pixel = io.BytesIO()
+    PIL.Image.new("RGB", (1, 1)).save(pixel, "png")
+    Figure.savefig = lambda figure, file, **_: file.write(pixel.getvalue())  # type: ignore[method-assign]
+    Figure.draw_without_rendering = lambda figure: None  # type: ignore[method-assign]
+
+
 def main(slug: str, out: Path, changes: dict[str, object]) -> None:
     """Run the notebook and write `found.json`."""
     os.environ |= {"MPLBACKEND": "Agg", "COMPANION_PROGRESS": "off"}
@@ -107,6 +118,7 @@ def main(slug: str, out: Path, changes: dict[str, object]) -> None:
         shrink(slug, pytest.MonkeyPatch())
     import matplotlib.pyplot as plt
 
+    leave_figures_undrawn()
     builtins.display = display  # type: ignore[attr-defined]
     space: dict = {"__name__": "__main__", "get_ipython": lambda: None}
     failures = []

@@ -401,6 +401,7 @@ def test_results_are_collected_in_rows_of_their_own(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize("task", list(runs.USUAL))
 def test_dry_run_at_full_size(task, tmp_path):
     p = given(task=task, student="small")

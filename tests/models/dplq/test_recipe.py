@@ -238,6 +238,7 @@ def test_a_domain_model_of_large_images_takes_them_one_by_one(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize("method", ["DPLQ", "MaPLe"])
 def test_the_dry_run_at_full_size(method, tmp_path):
     p = given(dry_run=True, dataset="remote/aid", method=method)

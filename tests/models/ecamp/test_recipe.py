@@ -25,7 +25,7 @@ from companion.training.checkpoints import Checkpoint
 from companion.training.fit import Hardware
 from tests.conftest import parameters
 from tests.models.common import assert_goes_on, refuses
-from tests.small import shrink
+from tests.small import NARROW, shrink
 
 
 def given(**changes) -> SimpleNamespace:
@@ -129,8 +129,8 @@ class Images(list):
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """A small model at the `paper` size, two pairs, six steps, and a MAE file; returns the MAE."""
-    monkeypatch.setitem(ecamp.SIZES, "paper", {"depth": 1, "decoder_depth": 1, "text_depth": 1, "length": 16})
+    """A narrow model at the `paper` size, two pairs, six steps, and a MAE file; returns the MAE."""
+    monkeypatch.setitem(ecamp.SIZES, "paper", NARROW | {"length": 16})
     images = Images(torch.zeros(2, 3, 448, 448))
     found = SimpleNamespace(images=images, texts=["There is no mass."] * 2, statements=None, windows=None)
     monkeypatch.setattr(xrays, "reports", lambda *given: found)
@@ -140,7 +140,7 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "Pairs", functools.partial(Pairs, length=16))
     monkeypatch.setattr(Checkpoint.of.__func__, "__defaults__", (2,))
     torch.manual_seed(0)
-    mae = VisionTransformer(img_size=224, depth=1, num_classes=0, global_pool="")
+    mae = VisionTransformer(img_size=224, embed_dim=48, depth=1, num_heads=2, num_classes=0, global_pool="")
     torch.save({"model": mae.state_dict()}, tmp_path / "mae.pth")
     return mae
 
@@ -173,6 +173,7 @@ def test_a_killed_pre_training_resumes_and_its_encoder_starts_a_downstream_task(
 
 
 @pytest.mark.slow
+@pytest.mark.large
 def test_dry_run_at_full_size(tmp_path):
     found = recipe.setting(pretraining(dataset="xrays/mimic-cxr", dry_run=True), tmp_path)
     model = found.build("ECAMP")
@@ -240,6 +241,7 @@ def test_nothing_left_to_be_found_is_no_score(small, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize(
     ("task", "dataset"), [("fine-tune", "xrays/chestx-ray14"), ("segment", "xrays/siim"), ("detect", "xrays/rsna")]
 )
@@ -353,11 +355,13 @@ def test_a_training_ends_with_the_epoch_that_is_a_multiple_of_the_published_step
 
 
 def test_encoders(tmp_path, monkeypatch):
-    """An authors' file gives its encoder; MAE's by its own names; what is missing is said."""
+    """An authors' file gives its encoder, here a narrow one; MAE's by its own names; what is missing is said."""
+    narrow = functools.partial(VisionTransformer, embed_dim=48, depth=4, num_heads=2)
+    monkeypatch.setattr(recipe, "VisionTransformer", narrow)
     with pytest.raises(MissingWeights, match=r"ECAMP_ViT_Base_16\.pth"):
         recipe.encoder(given(encoder="ECAMP", data_root=str(tmp_path)))
     torch.manual_seed(1)
-    trained = VisionTransformer(img_size=224, num_classes=0, global_pool="")
+    trained = narrow(img_size=224, num_classes=0, global_pool="")
     torch.save({"model": trained.state_dict() | {"mask_token": torch.ones(1, 1, 512)}}, tmp_path / "mae.pth")
     found = recipe.encoder(given(encoder="MAE", weights=str(tmp_path / "mae.pth")))
     assert torch.equal(found.blocks[3].mlp.fc1.weight, trained.blocks[3].mlp.fc1.weight)

@@ -196,6 +196,7 @@ def test_dry_runs(small, method, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize(("dataset", "encoder"), [(OEM, "bert"), (POTSDAM, "clip")])
 def test_dry_runs_at_full_size(dataset, encoder):
     found = recipe.setting(given(dry_run=True, dataset=dataset, text_encoder=encoder), Path("unused"))

@@ -175,6 +175,7 @@ def test_the_dry_run_takes_two_steps(small):
 
 
 @pytest.mark.slow
+@pytest.mark.large
 def test_the_dry_run_at_full_size():
     found = setting(dataset="par/pa100k", dry_run=True)
     model, history = found.train("PromptPAR")

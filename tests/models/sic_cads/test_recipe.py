@@ -313,6 +313,7 @@ def test_the_dry_run_has_as_many_classes_as_the_dataset(small, dataset):
 
 
 @pytest.mark.slow
+@pytest.mark.large
 def test_the_dry_run_at_full_size():
     found = recipe.setting(given(dry_run=True), Path("nowhere"))
     model, history = recipe.train(found)

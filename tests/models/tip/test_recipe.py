@@ -373,6 +373,7 @@ print(record.peak_memory_mb())
 
 
 @pytest.mark.slow
+@pytest.mark.large
 def test_dry_run_at_the_size_of_stable_diffusion() -> None:
     start = time.monotonic()
     code = FULL.format(settings=vars(given(guidance=3.0)))

@@ -134,9 +134,8 @@ def test_a_short_training_learns_and_follows_the_seed():
         with torch.inference_mode():
             return float(model.loss(images, domain_mae.RECIPE["masked"]))
 
-    one, again, other = (domain_mae.train("medical", 256, 60, seed) for seed in (0, 0, 1))
-    torch.manual_seed(0)
-    assert error(one) < 0.6 * error(domain_mae.load("medical", "random"))
+    assert error(domain_mae.train("medical", 256, 60)) < 0.6 * error(domain_mae.load("medical", "random"))
+    one, again, other = (domain_mae.train("medical", 256, 3, seed) for seed in (0, 0, 1))
     assert not one.training and one(images).shape == (64, one.num_features)
     assert torch.equal(one(images), again(images)) and not torch.equal(one(images), other(images))
 

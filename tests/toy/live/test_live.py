@@ -1,6 +1,4 @@
-"""The live trainings of BAT, PromptPAR, SA²VP and DPLQ at toy scale are those of their ablations."""
-
-import functools
+"""The live trainings of BAT, PromptPAR, SA²VP and DPLQ at toy scale are those of their ablations, on few images."""
 
 import pytest
 import torch
@@ -17,16 +15,19 @@ from companion.toy.live import dplq as dplq_live
 from companion.toy.live import promptpar as promptpar_live
 from companion.toy.live import sa2vp as sa2vp_live
 from tests.conftest import parameters
+from tests.small import few_images
 
 RATES = dict.fromkeys((("street", method) for method in promptpar_live.METHODS), 3e-2)
 
 
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    few_images(monkeypatch)
+
+
 def test_bat(tmp_path, monkeypatch):
     assert set(bat_live.METHODS) <= set(bat_study.METHODS)
-    monkeypatch.setattr(bat_study, "fit", functools.partial(bat_study.fit, epochs=0.02))
-    monkeypatch.setattr(bat_study, "PAIRS", 3200)
-    settings = bat_study.fit.keywords
-    monkeypatch.setattr(bat_study, "fit", lambda *args, fit=bat_study.fit.func, **own: fit(*args, **own | settings))
+    monkeypatch.setattr(bat_study, "PAIRS", 64)
     found = bat_live.setting(parameters("bat", seed=3), tmp_path, {("videos", "BAT"): 1e-2})
     for method in ("higher peak", "BAT"):
         model, history = found.train(method)
@@ -57,14 +58,14 @@ def test_promptpar(tmp_path, monkeypatch):
     assert set(promptpar_live.METHODS) <= set(promptpar_study.TASKS[promptpar_live.TASK])
     found = promptpar_live.setting(parameters("promptpar", seed=3), tmp_path, RATES)
     assert found.methods == promptpar_live.METHODS and found.names == pedestrians.ATTRIBUTES
-    assert {part: len(data) for part, data in found.parts.items()} == {"train": 700, "test": 600}
+    assert {part: len(data) for part, data in found.parts.items()} == {"train": 200, "test": 40}
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["seed3"]
     monkeypatch.setattr(promptpar_study, "EPOCHS", 2)
     model, history = found.train("PromptPAR")
     row = promptpar_study.train("PromptPAR", "street", 3e-2, 3, str(tmp_path / "data"))
     scores = found.scores(model)
     assert {name: round(value, 2) for name, value in scores.totals.items()} == {n: row[n] for n in scores.totals}
-    assert len(history) == 42 and model.count() == row["trained"]
+    assert len(history) == 12 and model.count() == row["trained"]
     images, truth = found.first("test", 5)
     assert images.shape == (5, 3, 64, 32) and torch.equal(truth, found.parts["test"].tensors[1][:5])
     assert model.maps(images).regions.shape == (5, 5, 8, 4)
@@ -72,14 +73,21 @@ def test_promptpar(tmp_path, monkeypatch):
         promptpar_live.setting(parameters("promptpar", seed=3), tmp_path, {}).train("heads only")
 
 
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """The images are written once."""
+    return tmp_path_factory.mktemp("sa2vp")
+
+
 @pytest.mark.parametrize("method", ["linear probing", "SA²VP"])
-def test_sa2vp(method, tmp_path):
+def test_sa2vp(method, out, monkeypatch):
+    monkeypatch.setattr(sa2vp_study, "TASKS", [sa2vp_live.TASK])
     learning_rates = {(sa2vp_live.TASK, live): 1e-3 for live in sa2vp_live.LIVE}
-    found = sa2vp_live.setting(parameters("sa2vp", seed=3), tmp_path, learning_rates)
+    found = sa2vp_live.setting(parameters("sa2vp", seed=3), out, learning_rates)
     assert tuple(found.learning_rates) == sa2vp_live.LIVE
     model, history = sa2vp.train(found, method, epochs=0.2)
-    assert len(history) == 10 and not (tmp_path / "checkpoints").exists()
-    expected = sa2vp_study.train(method, sa2vp_live.TASK, 1e-3, 3, str(tmp_path / "data"), epochs=0.2)
+    assert len(history) == 10 and not (out / "checkpoints").exists()
+    expected = sa2vp_study.train(method, sa2vp_live.TASK, 1e-3, 3, str(out / "data"), epochs=0.2)
     assert round(sum(row["loss"] for row in history) / 10, 4) == expected["loss"]
     accuracy = sa2vp.accuracy(model, found.test, found.options["hardware"])
     assert accuracy == pytest.approx(expected["accuracy"], abs=0.3)
