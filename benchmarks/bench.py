@@ -58,7 +58,7 @@ def memory(makers: dict[str, Maker], threads: int) -> dict[str, int]:
 def run(
     paper: str, what: str, makers: dict[str, Maker], pairs: Iterable[tuple[str, str, str]], rounds: int = 5
 ) -> None:
-    """Time `makers` on one thread and on all, print `pairs` (label, ours, reference) as ratios, and keep them.
+    """Time `makers` on one thread and on all; print and store `pairs` (label, ours, reference) as ratios.
 
     Results go to `reports/bench/<paper>.json` and into the README's table.
     """

@@ -167,8 +167,8 @@ def ledger_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
         "are never summed up. A claim that fails is shown as failing.\n",
     ]
     about = {
-        CHECK: "Tests that our code computes what it should: a count, an equivalence, a recorded output. They do not show "
-        "whether a method is good.",
+        CHECK: "Tests that our code computes what it should: a count, an equivalence, a recorded output. They do not "
+        "show whether a method is good.",
         SYNTHETIC: "Whether one method beats another on small data made for the purpose, with every one of five seeds. "
         "The last column says what the data were built for, whether they favour the method, how many parameters "
         "each trains, and the baseline's score at the neighbouring learning rates.",
