@@ -209,7 +209,7 @@ def test_adopt_leaves_a_run_that_is_in_its_place(capsys, made_elsewhere):
 
     before = files()
     code, out, _ = call(capsys, "adopt", target)
-    assert code == 0 and "its place already" in out and files() == before
+    assert code == 0 and "is already in place" in out and files() == before
 
 
 def test_adopt_that_fails_leaves_what_was_there(capsys, made_elsewhere, monkeypatch):

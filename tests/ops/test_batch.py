@@ -123,7 +123,7 @@ def test_more_cards_than_there_are_is_an_error_and_a_scheduler_deals_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with pytest.raises(BadParameter, match="0 to 0, the cards of this machine"), batch.devices(1, tmp_path):
+    with pytest.raises(BadParameter, match="0 to 0, the GPUs of this machine"), batch.devices(1, tmp_path):
         pass
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     with batch.devices(1, tmp_path) as cards:

@@ -103,9 +103,9 @@ class PatchPCA(ModelMixin, ConfigMixin):
 
 
 def text() -> WordText:
-    """The frozen text encoder: every word of the pocket captions and of the restoration prompts."""
+    """The frozen text encoder: all words of the toy captions and of the restoration prompts."""
     every = prompt([Op("blur", 1), Op("resize", 2), Op("noise", 0.1), Op("jpeg", 50)])
-    with torch.random.fork_rng(devices=[]):  # its vectors have a seed of their own
+    with torch.random.fork_rng(devices=[]):  # its vectors have their own seed
         return WordText.of([*pocket.CAPTIONS, every, BLIND])
 
 
@@ -115,7 +115,7 @@ def scheduler() -> DDIMScheduler:
 
 
 def unet() -> UNet2DConditionModel:
-    """The pocket UNet on latents of 12 channels, untrained (torch's current seed)."""
+    """The toy UNet on latents of 12 channels, untrained (torch's current seed)."""
     return UNet2DConditionModel(**SIZES["pocket"]["unet"] | {"in_channels": CHANNELS, "out_channels": CHANNELS})
 
 
@@ -146,7 +146,7 @@ def build(fusion: str = "modulate", mid: str | None = None, seed: int = 0, prior
                 own = {n.removeprefix(f"{name}."): t.float() for n, t in state.items() if n.startswith(f"{name}.")}
                 part.load_state_dict(own)
         found = adaptor(parts["unet"], fusion, mid)
-        # again, as the fusions draw different numbers before it: adaptors of one seed begin alike
+        # again, because the fusions draw different numbers before it: adaptors of one seed start equal
         torch.manual_seed(seed)
         found.branch.controlnet_cond_embedding.conv_out.reset_parameters()
         return TIPPipeline(parts["vae"], text(), parts["unet"], found, scheduler())
