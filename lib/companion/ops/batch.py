@@ -148,7 +148,7 @@ def devices(count: int, folder: Path, poll: float = 1.0) -> Iterator[list[str]]:
                     except BlockingIOError:
                         file.close()
                         continue
-                    held[gpu] = file
+                    held[card] = file
                     if len(held) == count:
                         break
                 if len(held) < count:
@@ -162,7 +162,7 @@ def devices(count: int, folder: Path, poll: float = 1.0) -> Iterator[list[str]]:
 
 def _cards() -> list[str]:
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [gpu for gpu in visible.split(",") if gpu]
+        return [card for card in visible.split(",") if card]
     try:
         listed = subprocess.run(
             ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=True
