@@ -2,8 +2,8 @@
 
     python site/build.py --reports build/reports/pocket --out reports/site
 
-Sphinx needs all sources in one tree, so they are first written to a temporary folder; the finished site is renamed into
-place, so that `--out` is never half a site.
+Sphinx needs all sources in one tree, so they are first written to a temporary folder; the finished site is renamed to
+`--out`, which is never incomplete.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def ledger_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
         CHECK: "Tests that our code computes what it should: a count, an equivalence, a recorded output. They do not "
         "show whether a method is good.",
         SYNTHETIC: "Whether one method beats another on small data made for the purpose, with every one of five seeds. "
-        "The last column says what the data were built for, whether they favour the method, how many parameters "
+        "The last column gives the purpose of the data, whether they favour the method, how many parameters "
         "each trains, and the baseline's score at the neighbouring learning rates.",
         PAPER: "What the paper reports on its data. They need that data and a GPU, and are judged as soon as a run "
         "has measured them.",
@@ -275,7 +275,7 @@ def data_page() -> str:
         WIDE,
         "# Data sets",
         "Every set that a notebook can read at the `paper` profile, in the layout its reader expects below the data "
-        "root. `companion data --data-root DIR` says which of them are there; `companion fetch` gets those marked with "
+        "root. `companion data --data-root DIR` lists which are present; `companion fetch` downloads those marked with "
         "it. No data is copied here. Licences are quoted from the source; *none found*: the source states none.\n",
     ]
     tasks: dict[str, list[data.DataSet]] = {}

@@ -16,7 +16,7 @@ html_theme_options = {
     "navbar_persistent": [],  # one search field is enough: the sidebar's
     "footer_content_items": [],
 }
-html_context = {"default_mode": "auto"}  # light or dark as the reader's system says
+html_context = {"default_mode": "auto"}  # light or dark by the reader's system setting
 html_static_path = [str(HERE / "static"), str(MATHJAX)]
 html_css_files = ["companion.css"]
 html_show_copyright = False

@@ -339,7 +339,7 @@ def landcover(given: argparse.Namespace) -> int:
         raise BadParameter("folder", given.folder, "a folder with images/ and classes.txt: there is no such folder")
     check_folder("--out", given.out or Path(given.folder) / "maps")
     for path, zone in recipe.maps(given.folder, given.out, SimpleNamespace(**vars(given))):
-        print(f"{path}  ({zone or 'place not known'})", flush=True)
+        print(f"{path}  ({zone or 'location unknown'})", flush=True)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The exceptions that users see; each message says what to do."""
+"""The exceptions that users see; each message names the remedy."""
 
 from __future__ import annotations
 

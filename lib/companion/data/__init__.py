@@ -130,7 +130,7 @@ def fetch(name: str, root: str | Path, progress: bool = True) -> Path:
 
     Raises:
         BadParameter: for an unknown name.
-        MissingData: for a set that cannot be downloaded automatically; the message says where to get it.
+        MissingData: for a set that cannot be downloaded automatically; the message names its source.
         CompanionError: when the download fails; no partial file remains.
     """
     dataset = find(name)

@@ -186,12 +186,12 @@ class LandCover(Dataset):
     def zones(self) -> list[str | None]:
         """The climate zone of each item; None where the location is unknown, or is sea on the map.
 
-        The zone in the table of places has priority, then the image's georeference, then the coordinates in the
+        The zone in the table of locations has priority, then the image's georeference, then the coordinates in the
         table."""
         return [self._zones[i] for i in (range(len(self.pictures)) if self.windows is None else self._of())]
 
     def texts(self) -> list[str | None]:
-        """The user's text for each item, from the column `text` of the table of places; None without one."""
+        """The user's text for each item, from the column `text` of the table of locations; None without one."""
         found = [self._place(picture).text for picture in self.pictures]
         return found if self.windows is None else [found[i] for i in self._of()]
 
@@ -232,7 +232,7 @@ def load(
         name: a name of `DATASETS` whose task is "landcover".
         root: the data folder.
         split: "train", "val" or "test"; Potsdam has no "val". Withheld labels are all ignored.
-        size, stride: see `LandCover`; Potsdam's tiles are read by 1,024 pixels unless `size` says otherwise, padded at
+        size, stride: see `LandCover`; Potsdam's tiles are read by 1,024 pixels unless `size` is given, padded at
             the top and the left.
         labels: for Potsdam "full" or "eroded"; None: full for training, eroded for testing, as in GeoSeg.
         mirrored: for Potsdam: see `LandCover`; GeoSeg's training patches are mirrored already.
@@ -338,16 +338,16 @@ def own(
 
 
 def read_places(path: str | Path = PLACES) -> dict[str, Place]:
-    """A table of places: region (or image), and any of latitude, longitude, zone, text; lines with # are comments.
+    """A table of locations: region (or image), and any of latitude, longitude, zone, text; lines with # are comments.
 
     Raises `CorruptFile` with the faulty line or the missing column."""
     places: dict[str, Place] = {}
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise CorruptFile(path, f"no table of places ({error})") from error
+        raise CorruptFile(path, f"no table of locations ({error})") from error
     if any("\0" in line for line in lines):
-        raise CorruptFile(path, "no table of places (it has bytes of 0)")
+        raise CorruptFile(path, "no table of locations (it has bytes of 0)")
     rows = csv.DictReader(line for line in lines if not line.startswith("#"))
     columns = rows.fieldnames or ()
     key = next((name for name in ("image", "region") if name in columns), None)
@@ -364,7 +364,7 @@ def read_places(path: str | Path = PLACES) -> dict[str, Place]:
             latitude, longitude = (float(row[name]) if row.get(name) else None for name in ("latitude", "longitude"))
             climate.zone(latitude, longitude)
             if any(value is not None and not math.isfinite(value) for value in (latitude, longitude)):
-                raise ValueError(f"latitude {latitude}, longitude {longitude} is no place")
+                raise ValueError(f"latitude {latitude}, longitude {longitude} is not a location")
             if row.get("zone"):
                 check_choice("zone", row["zone"], climate.codes())
         except ValueError as error:  # not a number, or coordinates out of range
@@ -403,8 +403,8 @@ def compile_xbd(root: str | Path, xbd: str | Path) -> int:
 
     `xbd_files.csv` pairs the names; region names may contain underscores, so they end at the last one. (OpenEarthMap's
     script, in the version that we read, takes the part before the FIRST one as the folder, does not find it, and skips
-    el_rodeo, mexico_city and similar names without a warning.) Existing files are kept. Each file is written under a
-    temporary name, so a killed run can be resumed.
+    el_rodeo, mexico_city and similar names without a warning.) Existing files are not overwritten. Each file is written
+    under a temporary name, so a killed run can be resumed.
 
     Args:
         root: the data folder. xbd: a folder below which xBD's `*_pre_disaster.png` are, at any depth.

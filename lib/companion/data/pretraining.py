@@ -204,7 +204,7 @@ def status(dataset: DataSet, root: Path) -> Status:
         if dataset.name == COCO:
             check_listed(dataset, root, map(str, found.sources))
         counts.append(f"{len(found):,} in {split}")
-    return Status("present", f"pictures: {', '.join(counts)}")
+    return Status("present", f"images: {', '.join(counts)}")
 
 
 # --- implementation ---------------------------------------------------------------------------------------------------

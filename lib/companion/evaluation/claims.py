@@ -89,8 +89,7 @@ def judge(claim: Mapping, rows: pd.DataFrame) -> tuple[bool, str, list[int]]:
 
 
 def evidence(claim: Mapping, data: Mapping[str, str], rows: pd.DataFrame) -> str:
-    """Evidence of a synthetic result: its data, which method they favour, trainable parameters, the baseline's learning
-    rates.
+    """Evidence of a synthetic result: data, the favoured method, trainable parameters, the baseline's learning rates.
 
     Args:
         claim: of the paper's YAML, with `favours: true` if the data were built so that the better method can win, and

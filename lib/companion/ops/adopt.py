@@ -22,7 +22,8 @@ def adopt(folder: str | Path) -> str:
     """Copy a run's results to `reports/` and return a message with their location.
 
     The files must have the hashes of the run's record, and the record the code hash of this checkout. A run of a grid,
-    whose folder is named by its axes, keeps that folder. The files of the previous run are replaced; a study is kept.
+    whose folder is named by its axes, keeps that folder. The files of the previous run are replaced; a study is not
+    deleted.
 
     Raises:
         BadParameter: the record is of an unknown paper or profile.

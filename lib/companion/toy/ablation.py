@@ -203,7 +203,7 @@ def _recheck(
     """The record's entries on existing rows: the code that produced them, and the rows that the current code
     reproduced.
 
-    Rows of other code are kept if some of them, drawn at random and rerun, give the same results.
+    Rows of other code remain valid if some of them, drawn at random and rerun, give the same results.
     """
     known = read_json(folder / "study.json")
     facts = {key: known[key] for key in ("code", "rechecked") if key in known}

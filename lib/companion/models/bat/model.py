@@ -292,7 +292,7 @@ class BAT(state_dicts.OfficialModel):
         directions, shared: see `Exchange`.
         stages: the sublayers of a block that have adapters, of `STAGES`.
         fusion: of the streams' last features: their sum, as released, or their mean.
-        elimination: candidate elimination, block -> share of search tokens kept (section 3.5). OSTrack has
+        elimination: candidate elimination, block -> share of search tokens that remain (section 3.5). OSTrack has
             {3: 0.7, 6: 0.7, 9: 0.7}, BAT's released configurations none: each stream keeps its own tokens, so that the
             MLP's adapters mix different positions.
         tuned: "adapters" (the paper) or "all" (full fine-tuning of the same network).

@@ -46,7 +46,7 @@ class ViT(Recorded, nn.Module):
         positions: "mae" or "mocov3", fixed sines and cosines; "learned", trained, as iBOT's and DINO's.
         masked: has iBOT's `masked_embed`, which replaces masked patches.
         last_heads: heads of the last block, where a relation loss needs as many as the teacher has [anc: TinyMIM].
-        drop_path: largest rate of stochastic depth, reached in the last block.
+        drop_path: largest probability of stochastic depth, reached in the last block.
 
     Raises `BadParameter`: sizes that do not fit each other, or unknown `positions`.
     """

@@ -63,7 +63,7 @@ _UNDESCRIBING = frozenset(_PLAIN.split())
 
 
 class Malformed(CompanionError):
-    """An answer that is refused; the message says why."""
+    """An answer that is refused; the message gives the reason."""
 
 
 class BackEnd(Protocol):

@@ -79,7 +79,7 @@ def classifier(
     Args:
         encoder: `ECAMP.encoder`, or any ViT of timm; it is copied.
         probe: train the last layer alone; `fc_norm` then keeps 1 and 0.
-        drop_path: stochastic depth, rising linearly to this rate in the last block.
+        drop_path: stochastic depth, rising linearly to this probability in the last block.
     """
     model = like(encoder, num_classes=classes, global_pool="avg", drop_path_rate=drop_path)
     state = {n: t for n, t in encoder.state_dict().items() if n in model.state_dict() and not n.startswith("head.")}

@@ -681,8 +681,8 @@ def protocol() -> dict[str, str]:
         "detection": f"AdamW, decay {DECAY:g} on all tensors; encoder frozen; no augmentation; bottlenecks reduced by "
         + ", ".join(f"{e} ({share} %)" for share, e in EXPANSION.items()),
         "resizing downstream": "segmentation and detection without antialiasing; masks of RSNA nearest, others by area",
-        "schedule downstream": "linear warm-up, cosine; the first step has 1 / warm-up steps of the peak; learning "
-        "rates, steps and batches in the tables above",
+        "schedule downstream": "linear warm-up, cosine; the first step has 1 / warm-up steps of the peak; "
+        "learning rates, steps and batches in the tables above",
         "clipping downstream": f"norm of the gradient {CLIP:g}",
         "last batch downstream": "the last images of an epoch are a smaller batch",
         "selection": "best AUROC, accuracy, Dice or mAP on validation, after each epoch; of equal ones the later, but "

@@ -254,8 +254,8 @@ class SA2VP(TwoPathways):
         classes: number of classes.
         width: r, the width of the prompt maps and of the adapters (8, 16, 32 or 64 in the released settings).
         scale: s, the weight of the fusion.
-        new_maps: how many new prompt maps join along the depth (2; the released code has a comment that says 1 for
-            Stanford Cars, but not at which block: here the first of the two).
+        new_maps: how many new prompt maps join along the depth (2; a comment in the released code states 1 for Stanford
+            Cars, but not at which block: here the first of the two).
         options: `attention`, `radius`, `direction`, `dropout` and `frozen_dropout` of `TwoPathways`. As released,
             `dropout` also acts after the embeddings and in the MLPs of the frozen blocks.
 
@@ -360,8 +360,8 @@ class SA2VP(TwoPathways):
     def _block(self, block: Block, x: Tensor, keep: int | None, batch: int = 1) -> tuple[tuple[Tensor, ...], Tensor]:
         """The q, k, v of the frozen block T_i, each (b, heads, N, d), and its output for the first `keep` tokens of x.
 
-        The block's own attention is called, so that hooks fire, and a hook captures its q, k, v. Only if few tokens are
-        kept and no hook is registered, their attention alone is computed. With dropout on, an x of one map is expanded
+        The block's own attention is called, so that hooks fire, and a hook captures its q, k, v. Only if `keep` is
+        given and no hook is registered, their attention alone is computed. With dropout on, an x of one map is expanded
         to `batch` maps before the MLP, the first dropout.
         """
         attn, normed, caught = block.attn, block.norm1(x), []

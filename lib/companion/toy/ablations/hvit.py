@@ -30,7 +30,7 @@ from . import reader, study_root
 
 LEARNING_RATES = [5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2]
 METRIC = "kappa"
-# AdamW in place of Adam, and a cosine in place of steps: at this length they hardly differ
+# AdamW instead of Adam, and a cosine instead of steps: at this length they hardly differ
 EPOCHS, BATCH, WEIGHT_DECAY = 40, 16, 1e-5
 BUDGET = f"{EPOCHS} epochs, batch {BATCH}"
 FOLDS = 5

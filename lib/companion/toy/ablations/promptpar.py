@@ -119,7 +119,7 @@ def train_model(
     def value(model: nn.Module, batch: Batch) -> Tensor:
         return loss(model(batch[0]), batch[1], ratio(batch[1].device), weight)
 
-    # AdamW in place of SGD, and one learning rate for prompts and heads
+    # AdamW instead of SGD, and one learning rate for prompts and heads
     settings: dict[str, Any] = {"optimizer": adamw(learning_rate, 1e-4), "callbacks": [ClipNorm(10)]}
     settings |= {"epochs": EPOCHS, "batch": BATCH, "seed": seed, "hardware": CPU, "name": method} | changes
     trained, inputs = cached(model, images)

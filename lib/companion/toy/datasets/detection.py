@@ -110,7 +110,7 @@ class Scene:
 def backdrop(rng: np.random.Generator, place: str, split: str) -> np.ndarray:
     """A window (64, 64, 3) in [0, 1] of one tile of `split` of a background's photograph, lower in contrast, tinted.
 
-    Raises `BadParameter` for an unknown place or split.
+    Raises `BadParameter` for an unknown background or split.
     """
     check_choice("place", place, PLACES)
     places = tiles(PLACES[place], split)
@@ -207,7 +207,7 @@ def scene(rng: np.random.Generator, split: str, *, place: str = "", novel: bool 
         novel: whether objects of novel classes may occur.
         strays: the share of objects drawn from all classes, independently of the background.
 
-    Raises `BadParameter`: for an unknown split or place.
+    Raises `BadParameter`: for an unknown split or background.
     """
     check_choice("split", split, SPLITS)
     place = place or list(PLACES)[rng.integers(len(PLACES))]

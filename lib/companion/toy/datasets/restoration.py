@@ -3,7 +3,7 @@
 A scene has two coloured halves under a texture with a period of 4 pixels, rows, columns or checks, of one of four
 contrasts. Degradation makes two things ambiguous, one for each prompt (section 14):
 
-* Downscaling by four removes the kind of texture. The caption names it: "an image with rows".
+* Downscaling by four removes the kind of texture. The caption names it, for example rows.
 * A faint texture, and a strong one that was blurred, look alike. The restoration prompt distinguishes them: "Deblur
   with sigma 0.9" names a blur to undo, "Dejpeg with quality 80" implies that there was none.
 

@@ -82,7 +82,7 @@ class Scene:
         box: (left, top, right, bottom) of the object's visible pixels, right and bottom excluded.
         mask: (32, 32) bool, True where the object covers at least half of the pixel.
         centre: (x, y) of the object in pixels.
-        attributes: shape, hue, size, place, background, each as the word in the caption.
+        attributes: shape, hue, size, position ("place"), background, each as the word in the caption.
     """
 
     image: np.ndarray

@@ -462,7 +462,7 @@ def foundation_pairs(
     """Template and search crops from well-lit scenes of a single stream, two thirds visible and one third infrared.
 
     They train the foundation tracker (which replaces OSTrack). Both crops show the same three objects, which differ in
-    appearance and temperature, at independently drawn positions, sizes and background windows. The template is cut
+    appearance and temperature, at independently drawn positions, sizes and background windows. The template is cropped
     around the target's box at factor 2, the search crop at factor 4 around a jittered box: each side times exp(0.25
     N(0, 1)), each coordinate of the centre plus 3 sqrt(wh) (U(0, 1) - 0.5), as BAT's official sampler does.
 

@@ -50,7 +50,7 @@ class PatchPCA(ModelMixin, ConfigMixin):
 
     Args:
         patch: side of a patch, p.
-        channels: components kept, L of the 3 p^2.
+        channels: number of retained components, L of the 3 p^2.
         block_out_channels: as of an `AutoencoderKL`; their number gives the factor.
         scaling_factor: as of an `AutoencoderKL`; 1, as the components are whitened.
     """
@@ -72,7 +72,7 @@ class PatchPCA(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def learn(self, images: Tensor) -> float:
-        """Set the components to those of images (n, 3, H, W) in [-1, 1]; return the share of variance kept."""
+        """Set the components to those of images (n, 3, H, W) in [-1, 1]; return the share of explained variance."""
         rows = self._rows(images).movedim(1, -1).flatten(0, -2).double()
         self.mean.copy_(rows.mean(0))
         values, vectors = torch.linalg.eigh((rows - rows.mean(0)).T.cov())
@@ -180,7 +180,7 @@ def _fit(model: nn.Module, loss: Loss, data: TensorDataset, steps: int, seed: in
 
 
 def train(seed: int = SEED, steps: int = STEPS) -> tuple[PatchPCA, UNet2DConditionModel, History, float]:
-    """Autoencoder and UNet trained from scratch, the history of the training, and the share of variance kept."""
+    """Autoencoder and UNet trained from scratch, the history of the training, and the share of explained variance."""
     images, captions = shown("train", seed)
     vae, words = PatchPCA(), text()
     share = vae.learn(images)
