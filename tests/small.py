@@ -1,4 +1,4 @@
-"""Small models in the place of the full-size ones of the `paper` profile, for dry runs within seconds."""
+"""Small models instead of the full-size ones of the `paper` profile, for dry runs within seconds."""
 
 from __future__ import annotations
 

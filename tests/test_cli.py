@@ -1,4 +1,5 @@
-"""The `companion` command: what is missing is told, wrong calls say what is right, only honest runs are taken in."""
+"""The `companion` command: missing files are listed, errors name the accepted values, only verified runs are
+imported."""
 
 import json
 import shutil

@@ -25,13 +25,11 @@ def python(text: str, strings: bool) -> Iterator[tuple[int, str]]:
     """Docstrings, comments and, if asked, all other strings with a space."""
     lines, nodes = text.encode().splitlines(), list(ast.walk(ast.parse(text)))
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    docstrings = {n.body[0].value for n in nodes if isinstance(n, documented) and ast.get_docstring(n, clean=False)}
+    heads = [n.body[0] for n in nodes if isinstance(n, documented) and ast.get_docstring(n, clean=False)]
+    docstrings = {n.value for n in heads if isinstance(n, ast.Expr)}
     inner = {child for n in nodes if isinstance(n, ast.JoinedStr) for child in ast.walk(n) if child is not n}
-    for node in nodes:
-        if not isinstance(node, (ast.Constant, ast.JoinedStr)) or node in inner:
-            continue
-        if isinstance(node, ast.Constant) and not isinstance(node.value, str):
-            continue
+    texts = [n for n in nodes if isinstance(n, (ast.Constant, ast.JoinedStr)) and n not in inner]
+    for node in (text for text in texts if isinstance(getattr(text, "value", ""), str)):
         first, last = node.lineno - 1, (node.end_lineno or 0) - 1
         start, end = node.col_offset, node.end_col_offset or 0
         part = lines[first : last + 1]
@@ -61,15 +59,14 @@ def prose(text: str, suffix: str, strings: bool = True) -> Iterator[tuple[int, s
 
 def found(text: str, name: str, strings: bool = True) -> list[str]:
     """The words in a file's text, as "file:line: word, write ..."; of a notebook its cells, numbered from 1."""
+    hits: list[str] = []
     if name.endswith(".ipynb"):
-        hits = []
         for n, cell in enumerate(json.loads(text)["cells"], 1):
             source = re.sub(r"(?m)^(\s*)[%!?].*$", r"\1pass", "".join(cell["source"]))
             hits += found(source, f"{name}, cell {n}{'.py' if cell['cell_type'] == 'code' else '.md'}")
         return hits
     if not WORD.search(PASSED.sub(" ", text)):
-        return []
-    hits = []
+        return hits
     for line, part in prose(text, Path(name).suffix, strings):
         part = PASSED.sub(lambda match: "_" + "\n" * match[0].count("\n"), part)
         for match in WORD.finditer(part):
@@ -111,17 +108,12 @@ def test_a_planted_word_is_found() -> None:
     knob = "a.py:5: 'knob', write 'control, slider'"
     assert found(text, "a.py") == [*says, "a.py:6: 'pictures', write 'image'", knob]
     assert found(text, "a.py", strings=False) == [*says, knob]
-    assert [h.split(",")[0] for h in found("# a floor\nrate: {x: at a low\n  rate}\n", "b.yaml")] == [
-        "b.yaml:2: 'rate'",
-        "b.yaml:1: 'floor'",
-    ]
-    assert found("\n`rate`, [a](place/cut.md) is\nbeside\n```\nslot\n```\n", "c.md") == [
-        "c.md:3: 'beside', write 'next to, compared with'"
-    ]
-    cells = [
-        {"cell_type": "markdown", "source": ["# One\n", "a slot"]},
-        {"cell_type": "code", "source": ["%pip\n", "'a cut'"]},
-    ]
+    floor, rate = "b.yaml:1: 'floor', write 'baseline, lower bound'", "b.yaml:2: 'rate', write 'learning rate'"
+    assert found("# a floor\nrate: {x: at a low rate}\n", "b.yaml") == [rate, floor]
+    beside = "c.md:3: 'beside', write 'next to, compared with'"
+    assert found("\n`rate`, [a](place/cut.md) is\nbeside\n```\nslot\n```\n", "c.md") == [beside]
+    sources = {"markdown": ["# One\n", "a slot"], "code": ["%pip\n", "'a cut'"]}
+    cells = [{"cell_type": kind, "source": source} for kind, source in sources.items()]
     hits = found(json.dumps({"cells": cells}), "d.ipynb")
     assert [hit.split(",")[1] for hit in hits] == [" cell 1.md:2: 'slot'", " cell 2.py:2: 'cut'"]
     assert not found("learning\nrates, model cards, standard deviations, trained in place\n", "e.md")

@@ -1,4 +1,4 @@
-"""Readers of COCO's and LVIS' files, the splits of open-vocabulary detection, and what is said of broken files."""
+"""Readers of COCO's and LVIS' files, the splits of open-vocabulary detection, and errors of broken files."""
 
 import json
 from functools import partial

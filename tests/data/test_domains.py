@@ -123,7 +123,7 @@ def test_the_archives_layout_gives_the_same_labels(name, tmp_path):
     released, authors = splits(name, tmp_path), splits(name, tmp_path / "authors")
     for part in domains.SPLITS:
         assert list(released[part].labels) == list(authors[part].labels)
-        assert values(released[part]) == values(authors[part])  # the cut does not depend on the layout
+        assert values(released[part]) == values(authors[part])  # the split does not depend on the layout
     assert data.status(name, tmp_path).state == "present"
 
 

@@ -1,4 +1,4 @@
-"""Grids of runs: what a small file expands to, who gets which card, what the summary says of runs that failed."""
+"""Grids of runs: expansion of a file, assignment of GPUs, summary of failed runs."""
 
 import csv
 import json
@@ -94,7 +94,7 @@ def start(folder: Path, count: int, code: str = HOLDS) -> subprocess.Popen:
 
 @pytest.mark.parametrize("counts", [[1] * 6, [2, 2, 1, 2, 3]])
 def test_no_card_is_dealt_twice_at_a_time(tmp_path: Path, counts: list[int]) -> None:
-    """The cards of each process, and from when to when it held them."""
+    """The GPUs of each process, and the interval in which it held them."""
     started = [start(tmp_path, count) for count in counts]
     said = [process.communicate(timeout=60)[0].split() for process in started]
     held = [(set(cards), float(began), float(ended)) for *cards, began, ended in said]

@@ -1,4 +1,4 @@
-"""Parameters that cannot be misread, tables that say what was not run, claims and the record."""
+"""Checked parameters, tables with results that were not run, claims and the record."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""A study resumes, keeps rows of other code only when they come out the same, and chooses fairly."""
+"""A study resumes, accepts rows of other code only if they are reproduced, and selects without the test split."""
 
 import importlib
 import os

@@ -156,7 +156,7 @@ def test_a_killed_training_resumes_to_the_same_bits_and_keeps_its_weights(pocket
     assert set(state) == set(model.trained())
     model.load_state_dict(state, strict=False)
     assert recipe.scores(model, found, "DPLQ") == recipe.scores(train(tmp_path / "whole")[0], found, "DPLQ")
-    p.noise = "off"  # no tensor tells
+    p.noise = "off"  # not visible in any tensor
     assert recipe.setting(p, tmp_path).facts != found.facts
 
 

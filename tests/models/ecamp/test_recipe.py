@@ -1,4 +1,4 @@
-"""ECAMP with the published settings: schedules, accumulation, downstream recipes, dry runs, results that gather."""
+"""ECAMP with the published settings: schedules, accumulation, downstream recipes, dry runs, collected results."""
 
 import copy
 import functools
@@ -44,7 +44,7 @@ def quiet(monkeypatch):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Encoders of one narrow block in the place of ViT-B/16."""
+    """Encoders of one narrow block instead of ViT-B/16."""
     shrink("ecamp", monkeypatch)
 
 
@@ -277,7 +277,7 @@ def test_a_killed_downstream_training_resumes_to_the_same_bits(tmp_path, monkeyp
     monkeypatch.setattr(recipe, "PATIENCE", {"fine-tune": 4})
     monkeypatch.setattr(recipe, "downstream_recipe", lambda *_: {"lr": 0.1, "warmup_steps": 1, "steps": 60, "batch": 3})
     monkeypatch.setattr(Checkpoint.of.__func__, "__defaults__", (2,))
-    scores = {3: 40.0, 6: 70.0, 9: 60.0, 12: 65.0, 15: 66.0, 18: 67.0}  # by step, which the weights cannot tell
+    scores = {3: 40.0, 6: 70.0, 9: 60.0, 12: 65.0, 15: 66.0, 18: 67.0}  # by step, which is not visible in the weights
     monkeypatch.setattr(recipe, "_classified", lambda *_: scores[step[0]])
     step, on_epoch_end = [0], recipe.EarlyStop.on_epoch_end
 
@@ -353,7 +353,7 @@ def test_a_training_ends_with_the_epoch_that_is_a_multiple_of_the_published_step
 
 
 def test_encoders(tmp_path, monkeypatch):
-    """An authors' file gives its encoder; MAE's by its own names; what is missing is said."""
+    """Encoders from the authors' files, and from MAE's; missing tensors are named."""
     with pytest.raises(MissingWeights, match=r"ECAMP_ViT_Base_16\.pth"):
         recipe.encoder(given(encoder="ECAMP", data_root=str(tmp_path)))
     torch.manual_seed(1)
