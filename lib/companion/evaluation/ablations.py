@@ -82,12 +82,14 @@ def notice(slug: str, folder: Path) -> str:
     minutes, wider = round(facts.get("seconds_of_cpu", 0) / 60), facts["widened"]
     text = (
         f"Study: {facts['budget']} for every trained method; learning rates {facts['learning_rates']}, selected on "
-        f"seeds {facts['selection_seeds']} (validation), {f'widened once by {wider}' if wider else 'not widened'}; "
-        f"tested on seeds {facts['seeds']}; {minutes} minutes of one core."
+        f"seeds {facts['selection_seeds']} (validation), {f'extended once by {wider}' if wider else 'not extended'}; "
+        f"tested on seeds {facts['seeds']}; {minutes} minutes on one core."
     )
     several = len(facts["tasks"]) > 1
     ends = [f"{method} ({task})" if several else method for task, method in at_ends(rows)]
     text += f" Best at an end of the grid: {', '.join(ends) or 'none'}."
     if again := facts.get("rechecked"):
-        text += f" Rerun with later code on {again['date']}: {again['rows']} of {again['of']} rows, the same."
-    return text + (" It is OLDER than today's code: run the notebook with study = True." if stale(slug, folder) else "")
+        text += f" Rerun with later code on {again['date']}: {again['rows']} of {again['of']} rows, with equal results."
+    return text + (
+        " It is OLDER than the current code: run the notebook with study = True." if stale(slug, folder) else ""
+    )

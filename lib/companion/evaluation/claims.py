@@ -105,7 +105,7 @@ def evidence(claim: Mapping, data: Mapping[str, str], rows: pd.DataFrame) -> str
     tested = rows[(rows.stage == "test") & rows.task.isin(claim["tasks"])]
     if "trained" in rows:
         each = tested.groupby("method").trained.max()
-        parts.append("Trained parameters: " + ", ".join(f"{name} {each[name]:,.0f}" for name in roles))
+        parts.append("Trainable parameters: " + ", ".join(f"{name} {each[name]:,.0f}" for name in roles))
     if "worse" in claim:
         found = [text for task in claim["tasks"] if (text := rates(rows, task, claim["worse"]))]
         if found:
