@@ -305,7 +305,7 @@ def data_page() -> str:
 
 
 def sizes(found: data.DataSet) -> str:
-    """The splits of a data set, one a line, "train 1,000"."""
+    """The splits of a data set, one per line, "train 1,000"."""
     return "<br>".join(f"{cell(split)}&nbsp;{count:,}" for split, count in found.sizes.items()) or "as found"
 
 

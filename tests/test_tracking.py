@@ -96,7 +96,7 @@ def sequences(tmp_path, clips) -> list[data.Sequence]:
 
 @pytest.fixture
 def read(monkeypatch) -> list[str]:
-    """The folders that frames were read from, one entry a frame."""
+    """The folders that frames were read from, one entry per frame."""
     seen, original = [], data.read_frame
 
     def counting(visible, infrared):

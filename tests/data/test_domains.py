@@ -41,7 +41,7 @@ def small(monkeypatch):
 
 @pytest.fixture
 def btmri(tmp_path) -> Path:
-    """The folder of a small "medical/btmri" below tmp_path, as the authors keep it: 10 images a class."""
+    """The folder of a small "medical/btmri" below tmp_path, as the authors keep it: 10 images per class."""
     tree(tmp_path / "medical/BTMRI/BTMRI", sorted(domains_sets.CLASSES["medical/btmri"]), 10)
     return tmp_path / "medical/BTMRI"
 

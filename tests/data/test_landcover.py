@@ -26,7 +26,7 @@ def labels(top: int, height: int = 70, width: int = 90, seed: int = 1) -> np.nda
 
 
 def earth(root: Path, regions=("tokyo", "el_rodeo"), count: int = 3, **profile) -> Path:
-    """OpenEarthMap with three images a region, one in each split; the test's label is held back."""
+    """OpenEarthMap with three images per region, one in each split; the test's label is held back."""
     top, lists = data.find(OEM).folder(root), {split: [] for split in landcover.SPLITS}
     for region in regions:
         for i, split in zip(range(1, count + 1), lists, strict=False):

@@ -232,7 +232,7 @@ def _softmax_backward(op, grad, output, dim, input_dtype):
 
 
 def install(project: tuple[str, ...] = ("/lib/companion/", "<cell")) -> Sim:
-    """Make "cuda" the simulated GPU, once a process. `project`: parts of the names of files that are under test.
+    """Make "cuda" the simulated GPU, once per process. `project`: parts of the names of files that are under test.
 
     Where there is a real GPU, it is the real one, and waits are those that PyTorch reports.
     """

@@ -30,7 +30,7 @@ from tests.models.common import refuses
 from tests.recipes import dplq_cases
 from tests.small import shrink
 
-EACH = 40  # images a class: 20 to train, 8 to validate, 12 to test
+EACH = 40  # images per class: 20 to train, 8 to validate, 12 to test
 QUICK = {"epochs": 1, "schedule": schedule("cosine by epoch", 0.0, 0.0)}
 given = functools.partial(
     parameters, "dplq", profile="paper", seed=1, dataset="medical/btmri", accelerator="cpu", data_root="nowhere"

@@ -342,7 +342,7 @@ def test_patience_and_masks_differ_by_set():
 def test_a_training_ends_with_the_epoch_that_is_a_multiple_of_the_published_steps(
     steps, expected, tmp_path, monkeypatch, small
 ):
-    """Three steps an epoch; beyond the published steps the learning rate rises again."""
+    """Three steps per epoch; beyond the published steps the learning rate rises again."""
     covidx(tmp_path, monkeypatch)
     numbers = {"lr": 0.01, "warmup_steps": 0, "steps": steps, "batch": 3}
     monkeypatch.setattr(recipe, "downstream_recipe", lambda *_: numbers)

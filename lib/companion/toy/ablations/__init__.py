@@ -1,4 +1,4 @@
-"""Ablation studies on the synthetic datasets, one module a paper; `toy.ablation` runs them."""
+"""Ablation studies on the synthetic datasets, one module per paper; `toy.ablation` runs them."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def train(
 ) -> dict:
     """Train one method on the base classes of one domain, if it has anything to train, and test it on both halves.
 
-    `split` "select": tested on the validation images, 20 a class; "test": on 40 others. `options` go to `fit`.
+    `split` "select": tested on the validation images, 20 per class; "test": on 40 others. `options` go to `fit`.
     Returns a row: the accuracies of base and of novel classes and their harmonic mean, and the accuracy on all images
     of each sensor, in percent; the last loss; the number of trainable parameters.
     """
