@@ -69,7 +69,7 @@ def two_passes(model: bat.BAT, template: Tensor, search: Tensor) -> bat.Predicti
 
 
 def frame(name: str, ours: bool, half: bool = False) -> Step:
-    """A frame of the ViT-B/16, or twenty of the pocket tracker."""
+    """A frame of the ViT-B/16, or twenty of the toy tracker."""
     model = build(name)
     template, search = inputs(model.tracker)
 

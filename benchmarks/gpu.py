@@ -3,7 +3,7 @@
 Expected to take half an hour; it has not been run on a GPU yet.
 
 1. the tests that CI runs on a simulated GPU, here on the real one: trainings that resume to the same bits, and every
-   paper's notebook at pocket scale, in bf16 and as a dry run, with the host synchronisations of each training step;
+   paper's notebook at toy scale, in bf16 and as a dry run, with the host synchronisations of each training step;
 2. parity: the outputs recorded from the authors' code, within 1e-3, without TF32;
 3. every paper's full-size training step at its published batch (per GPU, or the recipe's micro-batch) and the authors'
    precision: images per second, peak memory, and the fraction of the GPU's peak FLOPS.

@@ -5,7 +5,7 @@
     sets["trainval"].ratio                 # (26,) the share of images with each attribute
     sets["trainval"].sentences             # the sentences that CLIP encodes
 
-Opening a set reads its annotation; an image is decoded when it is asked for. `root` is the data folder (`data`).
+Opening a set reads its annotation; an image is decoded on access. `root` is the data folder (`data`).
 `attributes_sets` describes the sets. Labels are 1 where the annotation is 1, and 0 elsewhere: in WIDER -1 is "absent"
 and 0 "unclear". In the RAP sets "unclear" is 2 and remains 2, as in the code of PromptPAR.
 
@@ -75,7 +75,7 @@ class Listing:
 
 
 class Pedestrians(Images):
-    """Images with attributes, decoded when asked for: `pedestrians[i]` is (float32 (3, H, W), float32 (A,)).
+    """Images with attributes, decoded on access: `pedestrians[i]` is (float32 (3, H, W), float32 (A,)).
 
     Attributes:
         labels: (n, A), float32: 1 present, 0 absent, 2 unclear (RAP).

@@ -3,7 +3,7 @@
     train = load("vtab/cifar100", "data", "trainval", resize_transform(backbones.input_of(model)))
     image, label = train[0]         # float32 (3, 224, 224), int in 0..train.classes - 1
 
-Opening a set reads its lists only; an image is decoded when it is asked for. `root` is the data folder (`data`).
+Opening a set reads its lists only; an image is decoded on access. `root` is the data folder (`data`).
 
 `classification_sets` describes the sets: format, splits, sizes, licences. torchvision's readers are used where they
 exist (DTD, GTSRB, Food-101, CIFAR, SVHN); it opens CIFAR's pickles only when their MD5 is the published one.
@@ -49,7 +49,7 @@ Listed = tuple[Path, "Sequence[str] | np.ndarray", list[int]]  # the list that w
 
 
 class Images(Dataset):
-    """Labelled images that are decoded when asked for: `images[i]` is (float32 tensor (3, H, W), int).
+    """Labelled images that are decoded on access: `images[i]` is (float32 tensor (3, H, W), int).
 
     Args:
         dataset: the set they belong to; gives the name and the error message for a missing file.

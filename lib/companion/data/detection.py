@@ -6,7 +6,7 @@
     sets["test"].truth                     # the annotations, for `metrics.detection.evaluate`
 
 A class has an index, its rank among the categories sorted by id, and a category id. Opening a set reads its annotations
-and checks them; an image is decoded when it is asked for. `root` is the data folder; `detection_sets` describes the
+and checks them; an image is decoded on access. `root` is the data folder; `detection_sets` describes the
 sets and their splits.
 """
 
@@ -48,7 +48,7 @@ class Target(NamedTuple):
 
 
 class Boxes(Images):
-    """Images with boxes, decoded when asked for: `boxes[i]` is (uint8 (3, H, W), `Target`).
+    """Images with boxes, decoded on access: `boxes[i]` is (uint8 (3, H, W), `Target`).
 
     Attributes:
         truth: {"images", "annotations", "categories"} of this split, in COCO's format.
@@ -119,7 +119,7 @@ def splits(name: str, root: str | Path) -> dict[str, Boxes]:
 
     Raises:
         BadParameter: unknown name.
-        MissingData: the folder, an annotation file or the images are not there, or not as many as published.
+        MissingData: the folder, an annotation file or the images are missing, or not as many as published.
         CorruptFile: an annotation file that is truncated, or has a wrong or missing field, which is named.
     """
     dataset = find(name, "detection")

@@ -4,7 +4,7 @@
     image, label = sets["test"][0]      # float32 (3, 224, 224), int
     sets["test"].class_names            # the class names of the prompts, by label
 
-Opening a set lists its folders; an image is decoded when it is asked for. `root` is the data folder (`data`).
+Opening a set lists its folders; an image is decoded on access. `root` is the data folder (`data`).
 `domains_sets` describes the sets; `fewshot` builds the protocols of prompt learning from the result of `splits`.
 
 A set is a folder with one folder per class, and optionally a list of its splits next to it:

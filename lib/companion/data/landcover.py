@@ -5,7 +5,7 @@
     train.zones()[0]                  "Cfb"; None for an unknown location
     own("my_area", ["field", "wood"]) your own GeoTIFFs
 
-Opening a set lists its files; an image is decoded when it is asked for, of a large image only the window. Codes on disk
+Opening a set lists its files; an image is decoded on access, of a large image only the window. Codes on disk
 are mapped to training labels; unknown, border and padding pixels are ignored in training and in scores.
 `landcover_sets` describes the sets, `landcover_transforms` the augmentation.
 """

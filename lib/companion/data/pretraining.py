@@ -4,7 +4,7 @@
     load("pretraining/coco", "data", "train")[0]            # uint8 (3, H, W), {"boxes", "labels", "masks", ...}
     load("pretraining/ade20k", "data", "test")[0]           # uint8 (3, H, W), int64 (H, W), 255: ignored
 
-Opening a set lists its files or reads its annotations; an image is decoded when it is asked for. `root` is the data
+Opening a set lists its files or reads its annotations; an image is decoded on access. `root` is the data
 folder; `pretraining_sets` describes the sets. `instances` and `scenes` read your own folders in the same formats,
 `pictures` one without labels.
 """

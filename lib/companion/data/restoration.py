@@ -6,7 +6,7 @@
     train[0]                                                    Sample(clean, degraded, semantic, restoration, ops)
     test = Degraded(images, 512, **TASKS["parameterised"])    deterministic
 
-Opening a set reads its lists only; an image is decoded, and degraded, when it is asked for. `root` is the data folder;
+Opening a set reads its lists only; an image is decoded, and degraded, on access. `root` is the data folder;
 `restoration_sets` describes the sets.
 """
 
@@ -64,7 +64,7 @@ def load(name: str, root: str | Path, split: str) -> Captioned:
 
     Raises:
         BadParameter: unknown name or split.
-        MissingData: the folder, the captions or images are not there, or not as many as published.
+        MissingData: the folder, the captions or images are missing, or not as many as published.
         CorruptFile: captions that are truncated, or have a wrong or missing field, which is named.
     """
     dataset, root = find(name, "restoration"), Path(root)

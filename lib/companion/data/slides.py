@@ -85,7 +85,7 @@ def load(name: str, root: str | Path, split: str = "all", fold: int = 0, exclude
 
     Raises:
         BadParameter: unknown name or split.
-        MissingData: the table, a fold's list or a listed slide is not there.
+        MissingData: the table, a fold's list or a listed slide is missing.
         CorruptFile: a table without its columns, an invalid grade, a duplicate name; file and line are named.
     """
     dataset = find(name, "slides")

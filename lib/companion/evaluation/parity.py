@@ -177,7 +177,7 @@ def compare(paper: str, case: Case, device: str = "cpu") -> list[Difference]:
     all_recorded = module.recorded(case) if hasattr(module, "recorded") else case.recorded
     unchecked = all_recorded.keys() - ours.keys()
     if unchecked:
-        raise CompanionError(f"parity of {paper}: {case.name} has outputs nobody computes: {sorted(unchecked)}")
+        raise CompanionError(f"parity of {paper}: {case.name} has outputs that are not computed: {sorted(unchecked)}")
     differences = []
     for name, value in ours.items():
         if name not in all_recorded:

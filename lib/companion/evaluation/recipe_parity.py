@@ -206,7 +206,7 @@ def check(paper: str, case: Case) -> list[Row]:
     recorded = [*case.expected, *(name for name in case.data if name.startswith("out."))]
     unchecked = [name for name in recorded if not any(f"{row.what} ".startswith(f"{name} ") for row in rows)]
     if unchecked:
-        raise CompanionError(f"recipe of {paper}: {case.name} has quantities nobody computes: {unchecked}")
+        raise CompanionError(f"recipe of {paper}: {case.name} has quantities that are not computed: {unchecked}")
     return rows
 
 

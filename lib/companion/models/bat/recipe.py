@@ -227,7 +227,7 @@ def measured(path: Path, new: Mapping[str, object] | None = None) -> pd.DataFram
 def cells(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
     """Means over seeds by (method, column of the table `bat_main`), as `compare_published` takes them.
 
-    The authors' weights and our training are rows of their own.
+    The authors' weights and our training have separate rows.
     """
     found = {}
     for (method, source, dataset), group in rows.groupby(["method", "weights", "dataset"]):

@@ -60,8 +60,9 @@ class Teachers(nn.Module):
 
     Args:
         models: the teachers by name [paper: three self-supervised ViT-Base; 2nd: MAE, MoCo v3, iBOT]; copied.
-        view: the patches that a teacher sees [house: all, "full"]. "same": the student's visible patches [anc: G2SD].
-            "lighter": these and more, a share of its own for each, in steps from the student's to 1 [2nd: CoMAD].
+        view: the patches that a teacher receives [house: all, "full"]. "same": the student's visible patches [anc:
+            G2SD]. "lighter": these and more, a share of its own for each, in steps from the student's to 1 [2nd:
+            CoMAD].
     """
 
     def __init__(self, models: Mapping[str, ViT], *, view: str = "full"):
@@ -357,7 +358,7 @@ class DMT(nn.Module):
         if self.decoder is not None and self.map_heads is not None:
             decoded = self.decoder(latent, keep)
             trace["maps"] = maps = [head(decoded) for head in self.map_heads]
-            if view != "full":  # each teacher's positions; of fused targets those that all teachers see
+            if view != "full":  # each teacher's positions; of fused targets those that all teachers receive
                 counts = seen if self.fusion == "separate" else (min(seen),) * len(seen)
                 targets = [t[:, : 1 + n] for t, n in zip(targets, counts, strict=True)]
                 maps = [take(p, order[:, :n]) for p, n in zip(maps, counts, strict=False)]

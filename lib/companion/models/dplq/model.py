@@ -399,7 +399,7 @@ def domain_model(
     Args:
         name: "remote-sensing", the MAE ViT-B/16 of ViTAE-Transformer/Remote-Sensing-RVSA (F = 512; the authors' other
             choice, its ViTAE sibling, is not here); "medical", MedSAM's image encoder (F = 256); the controls "clip",
-            CLIP's own feature, and "none", zeros; or any encoder that `backbones.build` knows, for instance
+            CLIP's own feature, and "none", zeros; or any name accepted by `backbones.build`, for instance
             "vit_base_patch16_224.mae".
         weights: "pretrained", "random", or a file.
         clip: the CLIP that is prompted; images have its size and its normalisation, and are resized (nearest neighbour)

@@ -318,7 +318,9 @@ def downstream(p: SimpleNamespace, out: Path) -> Downstream:
     """
     check_choice("task", p.task, KINDS)
     if p.devices > 1:
-        raise BadParameter("devices", p.devices, "1: only pre-training runs on several; Dice and BatchNorm see a batch")
+        raise BadParameter(
+            "devices", p.devices, "1: only pre-training runs on several; Dice and BatchNorm need the whole batch"
+        )
     kind = KINDS[p.task]
     _check(p.dataset, kind)
     numbers = downstream_recipe(p.task, p.dataset, p.labels)

@@ -233,7 +233,7 @@ class SelfDistillation(nn.Module):
         return EMA([(self.teacher, self.student)], lambda step: half_cosine(momentum, 1.0, step - 1, steps))
 
     def export(self) -> nn.Module:
-        """The teacher's encoder, with parameters of its own, in eval mode: what is released."""
+        """A copy of the teacher's encoder in eval mode, the released model."""
         encoder = copy.deepcopy(self.student["encoder"])
         encoder.load_state_dict(self.teacher["encoder"].state_dict())
         return encoder.eval()
