@@ -229,7 +229,8 @@ def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
         error=CorruptFile,
     )
     # only recorded calls are executed, whatever the file contains
-    for by in ("os:system", "companion.ops.files:sha256", "companion.cli:main", "torch:load", "companion.none:f"):
+    calls = ["os:system", "companion.ops.files:sha256", "companion.cli:main", "torch:load", "companion.none:f"]
+    for by in [*calls, "companion.training.fit:Loop"]:  # a dataclass, not frozen
         refuses((calling(by, command="touch hacked"), by))
     refuses(
         (broken(lambda path: rewritten(path, None, more=torch.zeros(1))), "unknown: more"),

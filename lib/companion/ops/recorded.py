@@ -1,8 +1,8 @@
 """Records how an object was constructed, as JSON, so that it can be rebuilt: the call of a class or function here.
 
 A `Recorded` class and a function under `@recorded` store their arguments on the returned object. `made_by` returns that
-record, `make` rebuilds the object from it. Only recorded calls of this package and a plain ViT of timm are executed: a
-record read from a file cannot run anything else.
+record, `make` rebuilds the object from it. Only recorded calls of this package, its frozen dataclasses and a plain ViT of
+timm are executed: a record read from a file cannot run anything else.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def made_by(value: object) -> Any:
         return note
     if f"{kind.__module__}:{kind.__qualname__}" == _VIT and len(value.blocks):  # type: ignore[attr-defined]
         return {"by": _VIT, "args": _vit(value)}
-    if dataclasses.is_dataclass(value) and kind.__module__.startswith("companion."):
+    if dataclasses.is_dataclass(value) and _frozen(kind) and kind.__module__.startswith("companion."):
         fields = {field.name: made_by(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"by": f"{kind.__module__}:{kind.__qualname__}", "args": fields}
     if f"{kind.__module__}:{kind.__qualname__}" == "open_clip.tokenizer:SimpleTokenizer":
@@ -126,10 +126,15 @@ def _resolve(path: str) -> Callable[..., Any]:
             found = getattr(importlib.import_module(module), name, None)
         except ImportError as error:
             raise BadParameter("model", path, f"one of this version of the companion ({error})") from error
-    known = isinstance(found, type) and (issubclass(found, Recorded) or dataclasses.is_dataclass(found))
+    known = isinstance(found, type) and (issubclass(found, Recorded) or _frozen(found))
     if found is None or not (known or vars(found).get("recorded") or path == _VIT):
         raise BadParameter("model", path, "a recorded class or function of this version of the companion")
     return found
+
+
+def _frozen(kind: type) -> bool:
+    """Whether a class is a frozen dataclass: a plain value, whose construction has no side effect."""
+    return dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
 
 
 def _call(what: Any, function: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
