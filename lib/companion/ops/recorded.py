@@ -1,8 +1,8 @@
 """Records how an object was constructed, as JSON, so that it can be rebuilt: the call of a class or function here.
 
 A `Recorded` class and a function under `@recorded` store their arguments on the returned object. `made_by` returns that
-record, `make` rebuilds the object from it. Only recorded calls of this package, its frozen dataclasses and a plain ViT of
-timm are executed: a record read from a file cannot run anything else.
+record, `make` rebuilds the object from it. Only recorded calls of this package, its frozen dataclasses and a plain ViT
+of timm are executed: a record read from a file cannot run anything else.
 """
 
 from __future__ import annotations
