@@ -53,7 +53,7 @@ def commands() -> dict[str, argparse.ArgumentParser]:
         return sub
 
     for run, name, what in (
-        (doctor, "doctor", "what is missing for each table of a paper, and which parameters its notebook accepts"),
+        (doctor, "doctor", "missing requirements of each table of a paper; accepted parameters of its notebook"),
         (fetch, "fetch", "download a paper's weights and data where they are free"),
     ):
         sub = command(run, name, what, "paper")
@@ -174,7 +174,7 @@ def doctor(given: argparse.Namespace) -> int:
             if state.state != "present":
                 absent.append((dataset, state))
         total = len(needs.sets(run["data"]))
-        print(f"  data     {total - len(absent)} of {total} sets are here")
+        print(f"  data     {total - len(absent)} of {total} sets are present")
         # sets with the same layout and source are printed together
         alike: dict[tuple[str, str], list[tuple[data.DataSet, data.Status]]] = {}
         for dataset, state in absent:
@@ -184,7 +184,7 @@ def doctor(given: argparse.Namespace) -> int:
                 print(f"    {dataset.name}: {state.state} ({state.detail}); licence: {dataset.licence}")
             print(
                 textwrap.indent(
-                    f"looked for in {members[0][0].folder(root)}:\n{textwrap.indent(layout, '  ')}", " " * 6
+                    f"searched in {members[0][0].folder(root)}:\n{textwrap.indent(layout, '  ')}", " " * 6
                 )
             )
             print(textwrap.fill(f"get it: {source}", 110, initial_indent=" " * 6, subsequent_indent=" " * 8))
@@ -194,8 +194,8 @@ def doctor(given: argparse.Namespace) -> int:
             print(f"  weights  {entry.get('id') or entry['file']} ({size}{entry['licence']}): {lack or 'here'}")
             lacking |= bool(lack)
         wanted, how = needs.memory(given.paper, run, precision)
-        print(f"  memory   {wanted:.3g} GB wanted{how}; {memory:.0f} GB here ({where})")
-        print(f"  disk     {run['disk_gb']} GB wanted, {disk:.0f} GB free")
+        print(f"  memory   {wanted:.3g} GB needed{how}; {memory:.0f} GB here ({where})")
+        print(f"  disk     {run['disk_gb']} GB needed, {disk:.0f} GB free")
         hours, flop = needs.hours(run, peak)
         print(
             f"  time     about {hours:.1f} h on one {gpu} (not measured): {flop:.1e} operations of forward and\n"

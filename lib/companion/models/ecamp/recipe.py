@@ -670,7 +670,7 @@ def protocol() -> dict[str, str]:
         "pre-training, schedule": f"warm-up of {r['warmup_epochs']:g} epochs, cosine to epoch "
         f"{r['cosine_end_epoch']:g}, stopped at {r['stop_epoch']:g}",
         "pre-training, batch": f"{r['effective_batch']:,.0f} pairs: {r['gpus']:g} devices x {r['batch_per_gpu']:g} x "
-        f"{r['accumulation']:g} iterations; what is left over of an epoch is dropped",
+        f"{r['accumulation']:g} iterations; the remainder of an epoch is dropped",
         "pre-training, images": f"{r['high_resolution']:g} pixels (the encoder sees {r['low_resolution']:g}); crop of "
         f"{crops[0]}, flip; mean {xrays.PRETRAIN_MEAN}, std {xrays.PRETRAIN_STD}; the words left and right stay",
         "pre-training, text": f"{r['text_length']:g} tokens; statements inserted with {SPLICED:g}; hidden: entities "
