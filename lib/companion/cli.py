@@ -183,9 +183,7 @@ def doctor(given: argparse.Namespace) -> int:
             for dataset, state in members:
                 print(f"    {dataset.name}: {state.state} ({state.detail}); licence: {dataset.licence}")
             print(
-                textwrap.indent(
-                    f"searched in {members[0][0].folder(root)}:\n{textwrap.indent(layout, '  ')}", " " * 6
-                )
+                textwrap.indent(f"searched in {members[0][0].folder(root)}:\n{textwrap.indent(layout, '  ')}", " " * 6)
             )
             print(textwrap.fill(f"get it: {source}", 110, initial_indent=" " * 6, subsequent_indent=" " * 8))
         for name in run["weights"]:
