@@ -225,7 +225,7 @@ def test_seeds_run_apart_and_merged_are_the_study(fake, tmp_path):
     with pytest.raises(BadParameter, match=r"missing: \[\('t', 'a', 0\), \('t', 'b', 0\)\]"):
         study.merge("fake", parts[1:], tmp_path / "less")
     fake.code = "two"
-    with pytest.raises(BadParameter, match="today's code"):
+    with pytest.raises(BadParameter, match="the current code"):
         study.merge("fake", parts, tmp_path / "less")
     assert not (tmp_path / "less").exists()
 

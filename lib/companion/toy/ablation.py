@@ -215,7 +215,7 @@ def _recheck(
         again = future.result()
         if again[metric] != row[metric] or again["loss"] != row["loss"]:
             what = f"{row['stage']} of {row['method']} on {row['task']}: {again[metric]}, not {row[metric]}"
-            accepted = f"rows that today's code gives too ({what}); move it away to start from scratch"
+            accepted = f"rows that the current code reproduces ({what}); move it away to start from scratch"
             raise BadParameter("study", str(folder / "study.csv"), accepted)
     today = datetime.date.today().isoformat()
     return facts | {"rechecked": {"code": code, "date": today, "rows": len(drawn), "of": len(rows)}}
