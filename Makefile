@@ -5,12 +5,12 @@ unexport MPLBACKEND  # notebooks use the kernel's own
 PYTHON ?= python3
 BIN := .venv/bin/python
 INSTALLED := .venv/.installed
-# the lines of the jobs themselves are the progress; what Snakemake has to say is shown when something fails
+# the jobs print the progress; Snakemake's own output is shown when something fails
 SNAKEMAKE := $(BIN) -m snakemake --cores all --keep-going --quiet host progress reason rules
-# tests/offline: nothing that runs under test, the notebooks' kernels included, reaches another machine
+# tests/offline: tests, including the notebooks' kernels, have no network access
 PYTEST := COMPANION_PROGRESS=off PYTHONPATH='$(CURDIR)/tests/offline' $(BIN) -m pytest
-# a process a core, each on one thread; a notebook's kernel stays with one process, and so does a file of tests but for
-# those that tests/conftest.py spreads
+# one process per core, each with one thread; a notebook's kernel and a test file run in one process, except the files
+# that tests/conftest.py distributes
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4
 LONGEST_FIRST := --dist loadgroup --no-loadscope-reorder
 
@@ -25,7 +25,7 @@ $(INSTALLED): pyproject.toml requirements.lock
 	$(BIN) -m pip install --quiet --constraint requirements.lock --editable '.[cluster,detection,diffusion,export,landcover,real,reports,slides,test,tracking,xrays]'
 	touch $@
 
-reports: $(INSTALLED)  ## run every notebook whose code changed at pocket scale, and build reports/site/index.html
+reports: $(INSTALLED)  ## run every notebook whose code changed at the pocket profile, and build reports/site/index.html
 	@mkdir -p build
 	@$(SNAKEMAKE) 2> build/snakemake.log || { cat build/snakemake.log >&2; exit 1; }
 	@echo 'reports/site/index.html is up to date'
@@ -49,11 +49,11 @@ test: $(INSTALLED)  ## unit tests, parity with the authors' code, the site and J
 coverage: COVERAGE := --cov --cov-report term --cov-report html:build/coverage
 coverage: test  ## the same tests, which take almost twice as long, and the share of lines that they run
 
-# apart: with --cov, nbval sets coverage up in every kernel, which times out
+# separate from `test`: with --cov, nbval starts coverage in every kernel, which times out
 nbval: $(INSTALLED)  ## run the committed notebooks and compare their outputs
 	OMP_NUM_THREADS=1 $(PYTEST) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg $(SIDE_BY_SIDE) --dist loadfile notebooks
 
-# full-size models: a process for each file, since those of several do not fit in the memory of one
+# full-size models: one process per file, since those of several files do not fit in memory
 test-slow: $(INSTALLED)  ## the rest: full-size parity (up to 13 GB), then the simulated GPU and other long checks side by side
 	@failed=0; for file in $$(grep -rl 'mark.large' tests --include='test_*.py'); do \
 	  $(PYTEST) -m large $$file || failed=1; done; \
@@ -61,7 +61,7 @@ test-slow: $(INSTALLED)  ## the rest: full-size parity (up to 13 GB), then the s
 	    $$(grep -rl 'mark.slow' tests --include='test_*.py') || failed=1; \
 	  exit $$failed
 
-mutants: $(INSTALLED)  ## put a list of faults into a copy of the library, and say which the tests notice (an hour)
+mutants: $(INSTALLED)  ## put a list of faults into a copy of the library, and report which the tests catch (an hour)
 	$(BIN) -m tests.mutants
 
 lab: $(INSTALLED)  ## open the notebooks in JupyterLab
@@ -70,16 +70,16 @@ lab: $(INSTALLED)  ## open the notebooks in JupyterLab
 gpu: $(INSTALLED)  ## on a GPU: tests, parity and full-size training steps; writes reports/gpu/
 	$(BIN) benchmarks/gpu.py
 
-bench: $(INSTALLED)  ## time each method beside the plain backbone passes that it cannot avoid
+bench: $(INSTALLED)  ## time each method and the plain backbone passes that it cannot avoid
 	for script in $(filter-out benchmarks/bench.py benchmarks/gpu.py benchmarks/memory.py,$(wildcard benchmarks/*.py)); do $(BIN) "$$script" || exit 1; done
 
 notebooks: $(INSTALLED)  ## run the notebooks in place: writes their committed outputs, tables, claims and run records
 	$(BIN) -m companion.ops.notebooks notebooks/*.ipynb
 
-lock: $(INSTALLED)  ## write requirements.lock from what is installed now
+lock: $(INSTALLED)  ## write requirements.lock from the installed packages
 	$(BIN) .ci/lock.py > requirements.lock.new
 	mv requirements.lock.new requirements.lock
 	touch $(INSTALLED)
 
-clean:  ## remove what can be made again; the committed tables, claims and records stay
+clean:  ## remove generated files; the committed tables, claims and records are not touched
 	rm -rf .venv .snakemake .pytest_cache .ruff_cache .mypy_cache build dist reports/site reports/pocket/*/*.ipynb reports/pocket/*/figures

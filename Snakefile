@@ -1,7 +1,7 @@
 # Notebooks to reports to the site. `make reports` calls it at pocket scale; on a GPU machine or a cluster:
 #   snakemake --cores all --config profile=paper parameters='-p data_root /data' reports/paper/sa2vp/sa2vp.ipynb
 #   snakemake --profile profiles/local --configfile profiles/grid.yaml       (profiles/slurm on a cluster)
-# Features of whole slides, in parts that run side by side (cores, or SLURM jobs with --executor slurm), each slide
+# Features of whole slides, in parallel parts (cores, or SLURM jobs with --executor slurm), each slide
 # resumed where a kill left it:
 #   snakemake --cores 8 --config parts=8 slides='slides/panda --data-root /data --weights vit256_small_dino.pth' features
 
@@ -29,14 +29,14 @@ STUDIED = str(config.get("papers", "")).split() or STUDIES
 for slug in STUDIED:
     if slug not in STUDIES:
         raise BadParameter("papers", slug, STUDIES)
-# what a run of the grid asks for when its entry does not say: `resources` there
+# default resources of a run of the grid, see `resources` there
 USUAL = {"threads": 1, "gpu": 0, "mem_mb": 4000, "runtime": 30}
 if PROFILE == "paper":
     USUAL = {"threads": 8, "gpu": 1, "mem_mb": 32000, "runtime": 24 * 60}
 
 
 def asked(name):
-    """How much of `name` a run of the grid asks for."""
+    """How much of `name` a run of the grid requests."""
     return lambda run: GRID[f"{run.slug}/{run.run}"]["resources"].get(name, USUAL[name])
 
 
@@ -67,8 +67,8 @@ rule all:
         [f"{REPORTS}/{name}/{name.split('/')[0]}.ipynb" for name in GRID] or [*EXECUTED, "reports/site/index.html"],
 
 
-# Tables, claims and the run record are written by the notebook itself and are no outputs here: Snakemake deletes the
-# outputs of a job that fails, and a failed run must not take the record of the one before with it.
+# Tables, claims and the run record are written by the notebook itself and are not outputs here: Snakemake deletes the
+# outputs of a job that fails, and a failed run must not delete the previous record.
 rule notebook:
     input:
         notebook="notebooks/{slug}.ipynb",
@@ -83,7 +83,7 @@ rule notebook:
         more="" if GRID else config.get("parameters", ""),
         # hours at the paper profile want lines in the notebook; a minute does not
         progress="off" if PROFILE == "pocket" else "lines",
-    # pocket models gain little beyond a few threads, so notebooks run side by side and share out the cores
+    # pocket models gain little beyond a few threads, so notebooks run in parallel and share the cores
     threads: min(4, max(1, (workflow.resource_settings.cores or 1) // max(1, len(SLUGS))))
     shell:
         """
@@ -108,7 +108,7 @@ rule features:
         expand("build/slides/{part}-of-{parts}.done", part=range(PARTS), parts=PARTS),
 
 
-# A part that is done is not looked at again: delete build/slides when slides were added.
+# A finished part is not checked again: delete build/slides when slides were added.
 rule slides:
     output:
         touch("build/slides/{part}-of-{parts}.done"),

@@ -1,13 +1,13 @@
 """BAT's time for a frame and for a training step, compared with the two passes of the paper's formulas.
 
-The reference runs the network as the released code does (section 3.2 of the method, line by line): each stream by
-itself, attention by two matrix products and a softmax, the norms computed again for the adapters, the template embedded
+The reference runs the network as the released code does (section 3.2 of the method, line by line): each stream
+separately, attention by two matrix products and a softmax, the norms recomputed for the adapters, the template embedded
 with every frame. Ours takes both streams as one batch, calls PyTorch's fused attention, computes each norm once and
 caches the template's tokens. Both are checked to give the same box before anything is timed.
 
 A frame is one forward pass on one search crop; cropping and reading files are the same for both. In float32 the frozen
-layers' matrix products are more than four fifths of it, and neither form can save any of them; bfloat16 halves their
-time on processors that have it.
+layers' matrix products are more than four fifths of it, and neither form avoids any of them; bfloat16 halves their time
+on processors that support it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def two_passes(model: bat.BAT, template: Tensor, search: Tensor) -> bat.Predicti
 
 
 def frame(name: str, ours: bool, half: bool = False) -> Step:
-    """A frame of the ViT-B/16, or twenty of the pocket tracker."""
+    """A frame of the ViT-B/16, or twenty of the toy tracker."""
     model = build(name)
     template, search = inputs(model.tracker)
 
@@ -125,7 +125,7 @@ def plain() -> Step:
 
 @torch.inference_mode()
 def check(name: str) -> None:
-    """Raises when the two forms differ by more than float32 rounds."""
+    """Raises when the two forms differ by more than float32 rounding."""
     model = build(name)
     crops = inputs(model.tracker)
     for a, b in zip(model(*crops), two_passes(model, *crops), strict=True):

@@ -1,6 +1,6 @@
-"""The frame of the benchmarks: run things in turn, compare medians, measure peak memory apart, keep the README's table.
+"""Benchmark harness: runs steps in turn, compares medians, measures peak memory separately, updates the README's table.
 
-Nothing here is a test: times are for a person to read, and only ratios within one run mean anything.
+Nothing here is a test: only ratios of times within one run are meaningful.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "reports" / "bench"
 
 Step = Callable[[], None]
-Maker = Callable[[], Step]  # builds what is timed; a module-level function, so that a process of its own can call it
+Maker = Callable[[], Step]  # builds the step to time; a module-level function, so that another process can call it
 
 
 def times(steps: dict[str, Step], rounds: int) -> dict[str, float]:
-    """Median seconds of each step over `rounds`, all of them run in turn, after one turn to warm up."""
+    """Median seconds of each step over `rounds`, run in turn after one warm-up round."""
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 1):
         for name, step in steps.items():
@@ -47,7 +47,7 @@ def _memory(maker: Maker, threads: int) -> int:
 
 
 def memory(makers: dict[str, Maker], threads: int) -> dict[str, int]:
-    """Peak memory in MB of two runs of each step, every one in a process of its own."""
+    """Peak memory in MB of two runs of each step, each in its own process."""
     peaks = {}
     for name, maker in makers.items():
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -58,7 +58,7 @@ def memory(makers: dict[str, Maker], threads: int) -> dict[str, int]:
 def run(
     paper: str, what: str, makers: dict[str, Maker], pairs: Iterable[tuple[str, str, str]], rounds: int = 5
 ) -> None:
-    """Time `makers` on one thread and on all, print `pairs` (label, ours, reference) as ratios, and keep them.
+    """Time `makers` on one thread and on all; print and store `pairs` (label, ours, reference) as ratios.
 
     Results go to `reports/bench/<paper>.json` and into the README's table.
     """

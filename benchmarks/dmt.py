@@ -1,9 +1,9 @@
 """DMT's step next to its parts, an epoch from cached teachers next to one that runs them, our ViT next to timm's.
 
-A step of three teachers costs what it cannot avoid, three teacher forwards and a student's step, and what comes on top:
-norms of targets, adapters, fusion, losses. That is to cost at most a tenth. The student's step that it is compared with
-is a whole one, the decoder included, without targets. An epoch of cached teachers is to be at least twice as fast as
-one that runs them: that ratio is to be at most 0.5.
+A step with three teachers consists of three teacher forward passes and a student step, plus target norms, adapters,
+fusion and losses. These additions should cost at most a tenth. The student step of the reference includes the decoder,
+without targets. An epoch with cached teachers should be at least twice as fast as one that runs them: a ratio of at
+most 0.5.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def step() -> Step:
 
 
 class Student(nn.Module):
-    """timm's blocks as the student, its decoder and a linear layer to each teacher: nothing else of DMT."""
+    """timm's blocks as the student, its decoder and a linear layer per teacher; no other part of DMT."""
 
     def __init__(self):
         super().__init__()
@@ -67,7 +67,7 @@ class Student(nn.Module):
 
 
 def parts() -> Step:
-    """timm's ViT-B three times forward without gradients, and the plain student forward and back."""
+    """timm's ViT-B three times forward without gradients, and the plain student forward and backward."""
     torch.manual_seed(0)
     found = [VisionTransformer(img_size=224, num_classes=0).eval() for _ in NAMES]
     student, images = Student().train(), images_of_a_batch()
@@ -83,7 +83,7 @@ def parts() -> Step:
 
 
 def epoch(cached: bool) -> Step:
-    """Eight images in two batches, from the loader on: tokens are read from the disk's cache, or computed."""
+    """Eight images in two batches, including the loader: tokens are read from the disk cache or computed."""
     found = teachers()
     generator = torch.Generator().manual_seed(0)
     views = dmt_cache.Views(torch.randn(2 * IMAGES, 3, 224, 224, generator=generator))
@@ -92,7 +92,7 @@ def epoch(cached: bool) -> Step:
     if cached:
         folder = tempfile.TemporaryDirectory()
         data = dmt_cache.Distilled(views, dmt_cache.build(Path(folder.name), found, views, batch=IMAGES))
-        data.folder = folder  # it goes when the data goes
+        data.folder = folder  # deleted with the data
 
     def run() -> None:
         for batch in DataLoader(data, IMAGES):

@@ -1,11 +1,11 @@
 """DPLQ's training step and forward pass compared with the plain passes that they cannot avoid.
 
-Every image has text prompts of its own, so the text tower reads images x classes texts. Both towers carry a gradient
-from their first block on (to the context and to the first image prompts), and the domain model runs forward. The
-reference is that and nothing else: CLIP's own blocks on tokens that require a gradient, as many and as long as DPLQ's,
-and the domain model. The second reference is DPLQ with texts of 77 positions, as released: the text tower is causal, so
-what comes after the end of a text cannot matter, and ours cuts it off. The third is MaPLe, whose texts are the same for
-all images: it reads the classes' texts once a step.
+Every image has its own text prompts, so the text tower encodes images x classes texts. Both towers need gradients from
+their first block on (to the context and to the first image prompts), and the domain model runs forward. The reference
+is these passes alone: CLIP's own blocks on tokens that require a gradient, of the same shape as DPLQ's, and the domain
+model. The second reference is DPLQ with texts of 77 positions, as released: the text tower is causal, so the padding
+after the end of a text has no effect, and ours truncates it. The third is MaPLe, whose texts are the same for all
+images: it encodes the class prompts once per step.
 
 What a cached domain feature saves depends on the domain model, so both are timed: the MAE ViT-B/16 of remote sensing,
 and the SAM ViT-B of the medical sets, which reads 1024 x 1024 pixels (one image a step here, to save memory).
@@ -64,7 +64,7 @@ def ours(train: bool, whole_texts: bool = False) -> Step:
 
 
 def cached(domain: str, count: int) -> Step:
-    """A training step that is given the domain features."""
+    """A training step with given domain features."""
     model, batch = build(domain), images(count)
     width = model.meta_net.linear1.in_features
     return training(model, batch, torch.randn(count, width, generator=torch.Generator().manual_seed(2)))
@@ -85,7 +85,8 @@ def maple(whole_texts: bool = False) -> Step:
 
 
 def plain(train: bool) -> Step:
-    """Both towers' blocks on as many tokens, and the domain model; with `train` back to the tokens too."""
+    """Both towers' blocks on the same number of tokens, and the domain model; with `train` also backward to the
+    tokens."""
     model, batch = build(), images()
     clip, length = model.clip, model.length
     patches = clip.visual.positional_embedding.shape[0]
@@ -110,7 +111,7 @@ def plain(train: bool) -> Step:
 
 @torch.inference_mode()
 def check() -> None:
-    """Raises when cutting the texts after their ends changes a logit by more than float32 rounds."""
+    """Raises when truncating the texts at their ends changes a logit by more than float32 rounding."""
     model, batch, noise = build(), images(), torch.zeros(BATCH, 512)
     cut = model(batch, eps=noise)
     model.length = model.embedded.shape[1]

@@ -1,10 +1,10 @@
 """Cost of ECAMP's pre-training step compared with the sum of its parts, and of its segmenter compared with its encoder.
 
-The parts are modules of timm and torch on as many tokens, one after the other, forward and backward: ViT-B/16 blocks on
-the visible patches and blocks of the image decoder's size on all, two convolutions at 448 pixels, post-norm transformer
-layers as BERT's, a cross-attention, and the matrix to 30,000 words with its cross-entropy. Everything else in ECAMP
-(masking, unshuffling, patches to pixels, windows, three losses) is to cost at most a tenth of them. Masks and weights
-of words are drawn in the data loader, so neither includes them.
+The parts are modules of timm and torch on the same number of tokens, one after the other, forward and backward:
+ViT-B/16 blocks on the visible patches and blocks of the image decoder's size on all, two convolutions at 448 pixels,
+post-norm transformer layers as BERT's, a cross-attention, and the projection to 30,000 words with its cross-entropy.
+Everything else in ECAMP (masking, unshuffling, patches to pixels, windows, three losses) should add at most a tenth.
+Masks and weights of words are drawn in the data loader, so neither includes them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PAIRS, PATCHES, SEEN, WORDS, LENGTH = 2, 196, 49, 30_000, 256
 
 
 def batch() -> ecamp.Batch:
-    """Pairs of the paper's shape."""
+    """Pairs with the paper's shapes."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(5, WORDS, (PAIRS, LENGTH), generator=generator)
     return ecamp.Batch(
@@ -64,7 +64,7 @@ class Parts(nn.Module):
         self.resolve = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1))
         self.words, self.project = nn.Embedding(WORDS, 768), nn.Linear(768, 768)
         layer = partial(nn.TransformerEncoderLayer, 768, 6, 1536, 0.1, "gelu", 1e-12, batch_first=True)
-        self.text = nn.Sequential(*(layer() for _ in range(7)))  # the fusion layer is a BERT layer, too
+        self.text = nn.Sequential(*(layer() for _ in range(7)))  # the fusion layer is a BERT layer as well
         self.cross = nn.ModuleList(nn.Linear(768, 768) for _ in range(5))  # q, k, v, the mean, the mix
         self.head = nn.Sequential(nn.Linear(768, 768), nn.GELU(), nn.LayerNorm(768), nn.Linear(768, WORDS))
 

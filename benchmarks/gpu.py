@@ -1,14 +1,15 @@
-"""`make gpu`: are all papers right on this GPU, and how fast? Writes reports/gpu/<GPU>.json.
+"""`make gpu`: check all papers on this GPU and measure their speed. Writes reports/gpu/<GPU>.json.
 
-It is meant to take half an hour, and has not run on a GPU yet.
+Expected to take half an hour; it has not been run on a GPU yet.
 
 1. the tests that CI runs on a simulated GPU, here on the real one: trainings that resume to the same bits, and every
-   paper's notebook at pocket scale, in bf16 and as a dry run, with what each training step waits for;
+   paper's notebook at toy scale, in bf16 and as a dry run, with the host synchronisations of each training step;
 2. parity: the outputs recorded from the authors' code, within 1e-3, without TF32;
-3. every paper's full-size training step at its published batch (the share of one GPU, or the recipe's micro-batch) and
-   the authors' precision: images a second, peak memory, and the share of the GPU's peak for matrix products.
+3. every paper's full-size training step at its published batch (per GPU, or the recipe's micro-batch) and the authors'
+   precision: images per second, peak memory, and the fraction of the GPU's peak FLOPS.
 
-Each part runs in processes of its own and is written as soon as it is there. Without a GPU it says so, and is done.
+Each part runs in its own processes, and its results are written as soon as it ends. Without a GPU it prints a message
+and exits.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # the tests are no package that is installed
+sys.path.insert(0, str(ROOT))  # the tests are not an installed package
 
 STEPS, WARM = 12, 4
-# images, pairs, slides or crops of a step on one GPU: the published batch (ECAMP's smallest), or the recipe's parts
+# images, pairs, slides or crops of a step on one GPU: the published batch (ECAMP's smallest), or the recipe's
+# micro-batch
 BATCHES = {
     "sa2vp": 64,
     "bat": 96,
@@ -51,10 +53,10 @@ BATCHES = {
     "dmt, segment": 4,
     "tip": 8,
 }
-# ranks of attention: two places of nearly the same attention may change theirs
+# ranks of attention: two positions of nearly equal attention may swap ranks
 TOLERANCES = {"heatmap_blend": 1e-2, "heatmap_blend_smoothed": 1e-2}
-FULL = {"tip": {"size": 512}, "hvit": {"region": 2048}}  # where the tests that are used for this have smaller images
-MINUTES = {"tests": 12, "parity": 8, "speed": 4}  # of a part, or of one training of the last
+FULL = {"tip": {"size": 512}, "hvit": {"region": 2048}}  # where the tests used here have smaller images
+MINUTES = {"tests": 12, "parity": 8, "speed": 4}  # for a part, or for one training of the last part
 
 
 def larger(data: Dataset, batch: int) -> Dataset:
@@ -66,7 +68,8 @@ def larger(data: Dataset, batch: int) -> Dataset:
 
 
 def speed(name: str, small: bool = False) -> dict:
-    """Images a second, memory and share of the peak of one training; `small`: of small models, to try this script."""
+    """Images per second, memory and fraction of peak FLOPS of one training; `small`: with small models, to test this
+    script."""
     import pytest
 
     from companion.ops.needs import GPUS
@@ -81,7 +84,7 @@ def speed(name: str, small: bool = False) -> dict:
     found: dict = {}
 
     class Timer(Callback):
-        """The time after each step, when the GPU is done with it."""
+        """The time after each step, once the GPU has finished it."""
 
         def __init__(self) -> None:
             self.times: list[float] = []
@@ -91,7 +94,7 @@ def speed(name: str, small: bool = False) -> dict:
             self.times.append(time.perf_counter())
 
     def fit(model, loss, data, *, epochs, batch, callbacks=(), schedule=None, checkpoint=None, **settings):  # type: ignore[no-untyped-def]
-        if found:  # a paper may train more than once; the first is what is measured
+        if found:  # a paper may train more than once; the first training is measured
             return training.fit(model, loss, data, epochs=epochs, batch=batch, schedule=schedule, **settings)
         size, timer, precision = BATCHES[name], Timer(), settings["hardware"].precision
         while True:
@@ -119,7 +122,7 @@ def speed(name: str, small: bool = False) -> dict:
             tflop_a_step=round(flop / 1e12, 3),
         )
         card = [gpu for gpu in sorted(GPUS, key=len, reverse=True) if gpu in torch.cuda.get_device_name()]
-        if card:  # of another GPU the peak is not known
+        if card:  # the peak of other GPUs is not known
             found["share_of_peak"] = round(flop / seconds / 1e12 / GPUS[card[0]][precision == "32-true"], 3)
         return [{"step": 0, "lr": 0.0, "loss": 0.0}] * 2
 
@@ -133,14 +136,15 @@ def speed(name: str, small: bool = False) -> dict:
 
 
 def parity_of(slug: str) -> dict[str, float]:
-    """The largest difference of each case, of its outputs' largest magnitude; see `companion.evaluation.parity`."""
+    """The largest difference of each case, relative to its outputs' largest magnitude; see
+    `companion.evaluation.parity`."""
     from companion.evaluation import parity
 
     return {case.name: max(d.error for d in parity.compare(slug, case, "cuda")) for case in parity.cases(slug)}
 
 
 def child(minutes: float, *words: str) -> dict | str:
-    """What `gpu.py --part WORDS` writes, in a process of its own; or the end of what it said when it failed."""
+    """The result of `gpu.py --part WORDS` in its own process, or the end of its output when it failed."""
     command = [sys.executable, __file__, "--part", *words]
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         try:
@@ -151,7 +155,7 @@ def child(minutes: float, *words: str) -> dict | str:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run all parts; 1 when one of them fails."""
+    """Run all parts; returns 1 when one of them fails."""
     from companion.evaluation import parity
     from companion.ops import record
     from companion.ops.files import write_json
@@ -164,7 +168,7 @@ def main(words: Sequence[str] | None = None) -> int:
         Path(file).write_text(json.dumps(speed(name) if kind == "speed" else parity_of(name)))
         return 0
     if not torch.cuda.is_available():
-        print("there is no GPU here: nothing was run")
+        print("no GPU found: nothing was run")
         return 0
     name = torch.cuda.get_device_name()
     path = ROOT / "reports" / "gpu" / f"{name.replace(' ', '-')}.json"

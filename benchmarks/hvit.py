@@ -1,8 +1,8 @@
 """H-ViT's patch level compared with timm's ViT-S of the same weights, and its region level with plain blocks.
 
-Nearly all of a slide's cost is the patch level, run once: it has to be as fast as timm's own ViT, and does on top what
-the method needs (position embeddings resized on every pass, patches cut out of regions). Training Local H-ViT is its
-region level, forward and back: the reference is the bare blocks on as many tokens.
+The patch level, run once, is nearly all of a slide's cost: it should be as fast as timm's ViT, although it also resizes
+position embeddings in each pass and crops patches out of regions. Training Local H-ViT runs its region level forward
+and backward: the reference is the bare blocks on the same number of tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def timms() -> VisionTransformer:
 
 
 def pieces() -> torch.Tensor:
-    """The region's patches (16, 3, 256, 256), cut out beforehand."""
+    """The region's patches (16, 3, 256, 256), cropped beforehand."""
     cut = region()[0].unfold(1, 256, 256).unfold(2, 256, 256)
     return cut.permute(1, 2, 0, 3, 4).flatten(0, 1).contiguous()
 
@@ -72,7 +72,7 @@ def local_step() -> Step:
 
 
 def blocks_step() -> Step:
-    """The region level's blocks alone, on as many tokens, forward and back, and the same optimiser."""
+    """The region level's blocks alone, on the same number of tokens, forward and backward, with the same optimiser."""
     torch.manual_seed(0)
     blocks = nn.Sequential(*hvit.RegionEncoder(8).blocks).train()
     x = torch.randn(REGIONS, 65, 192)

@@ -1,10 +1,11 @@
-"""What a training step of each paper holds in memory, counted on the CPU: for `companion doctor`.
+"""Memory of a training step of each paper, counted on the CPU, for `companion doctor`.
 
-    python benchmarks/memory.py "ecamp, pre-train"     # prints it; without a name all, which writes models/memory.yaml
+    python benchmarks/memory.py "ecamp, pre-train"     # prints it; without a name: all papers, and writes
+    models/memory.yaml
 
-Of full-size models with random weights: gigabytes of weights, gradients and moments, and gigabytes that the forward
-pass of one image saves for the backward pass, in float32 and under autocast (counted with bfloat16). What kernels take
-for themselves, and fragments, come on top.
+For full-size models with random weights: gigabytes of weights, gradients and optimiser moments, and gigabytes that the
+forward pass of one image saves for the backward pass, in float32 and under autocast (counted with bfloat16). Kernel
+workspaces and memory fragmentation are not included.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from companion.ops.papers import MODELS
 from tests.conftest import parameters  # gpu.py puts the checkout in the path
 from tests.training.test_precision import CASES
 
-RUNS = {  # the runs of paper.yaml whose training it is
+RUNS = {  # the runs of paper.yaml that use this training
     "sa2vp": "vtab fgvc hta",
     "bat": "lasher visevent",
     "promptpar": "peta pa100k rapv1 rapv2 wider rap-zs peta-zs",
@@ -38,18 +39,18 @@ RUNS = {  # the runs of paper.yaml whose training it is
     "dmt, fine-tune": "fine-tune",
     "dmt, detect": "detect",
     "dmt, segment": "segment",
-}  # not dplq, whose texts, and so memory, grow with the classes of a set; nor tip, which is too large to count here
-SIZES = 2, 4  # of two batches: their difference is two images
+}  # not dplq, whose texts, and so memory, grow with the number of classes; nor tip, which is too large for this machine
+SIZES = 2, 4  # two batch sizes: they differ by two images
 
 
 class Counted(Exception):
-    """What was counted."""
+    """The counts of one training."""
 
 
 def saved(run: object, model: torch.nn.Module, half: bool) -> int:
     """Bytes that a forward pass saves, without the model's own tensors."""
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, torch.Tensor] = {}  # held, so that no memory is counted twice or given away
+    kept: dict[int, torch.Tensor] = {}  # references are held so that no memory is counted twice or freed
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if (where := tensor.untyped_storage().data_ptr()) not in own:
@@ -66,7 +67,7 @@ def saved(run: object, model: torch.nn.Module, half: bool) -> int:
 
 
 def fit(model, loss, data, *, optimizer, **_):  # type: ignore[no-untyped-def]
-    """In the place of `training.fit`: counts, and ends the run."""
+    """Replaces `training.fit`: counts, then stops the run."""
     optim = optimizer(model.train())
     moments = 2 if isinstance(optim, (torch.optim.AdamW, torch.optim.Adam)) else 1
     weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
@@ -84,7 +85,7 @@ def fit(model, loss, data, *, optimizer, **_):  # type: ignore[no-untyped-def]
 
 
 def count(name: str) -> dict[str, float]:
-    """Gigabytes of a training, and the images of a step that they are wanted for."""
+    """Gigabytes of a training, and the number of images per step."""
     slug = name.partition(",")[0]
     recipe = importlib.import_module(f"companion.models.{slug}.recipe")
     recipe.fit = fit
@@ -99,7 +100,7 @@ def count(name: str) -> dict[str, float]:
 
 
 def main(names: list[str]) -> None:
-    """Count and print; all of them are written too."""
+    """Count and print; without a name also write the file."""
     found: dict[str, dict] = {}
     for name in names or RUNS:
         counts = count(name)

@@ -1,9 +1,11 @@
-"""Cost of MetaSegNet compared with its unimodal twin, and of a large image compared with the forward passes it needs.
+"""Cost of MetaSegNet compared with its unimodal version, and of a large image compared with the forward passes it
+needs.
 
-At full size (Swin-B, crops of 512 px, 8 classes, 128 words of BERT-base) the reference is the twin: the same Swin and
-decoder without text. The states of a text are cached; the reference encodes the text in each pass. An image of
-2,048 x 2,048 is segmented at toy scale from its file to a georeferenced map; the reference is the network on as many
-tiles in memory. Peak memory of a 6,000 x 6,000 image is printed separately, since it takes minutes.
+At full size (Swin-B, crops of 512 px, 8 classes, 128 words of BERT-base) the reference is the unimodal version: the
+same Swin and decoder without text. The states of a text are cached; a second reference encodes the text in each pass.
+An image of 2,048 x 2,048 is segmented at toy scale from its file to a georeferenced map; the reference is the network
+on the same number of tiles in memory. Peak memory of a 6,000 x 6,000 image is printed separately, because it takes
+minutes.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def forward(text: bool, once: bool = True) -> Step:
-    """A forward pass; with `once` false the text is encoded in each, as without a cache."""
+    """A forward pass; with `once=False` the text is encoded in each pass, as without a cache."""
     model, (images, _) = build(text), batch()
     given = (model.text.ids(texts()[:1]),) if text else ()
 
@@ -105,7 +107,7 @@ def labelled(side: int = PICTURE) -> Step:
 
 
 def labelled_once() -> Step:
-    """The large image, once, for its memory."""
+    """The large image, once, to measure memory."""
     step, done = labelled(LARGE), []
 
     def once() -> None:
@@ -116,7 +118,7 @@ def labelled_once() -> Step:
 
 
 def tiles_alone() -> Step:
-    """As many tiles as `labelled` has, from memory and to nowhere."""
+    """The same number of tiles as in `labelled`, from memory, outputs discarded."""
     model, count = pocket(), (-(-(PICTURE - TILE) // (TILE - OVERLAP)) + 1) ** 2
     images = torch.randn(4, 3, TILE, TILE, generator=torch.Generator().manual_seed(1))
 

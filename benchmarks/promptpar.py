@@ -6,9 +6,9 @@ layer and run through the block like any token; attention returns its unused map
 the heads over the attributes; and all tokens leave the fusion block, though only the attributes' are used. Ours is
 checked to give the same outputs and gradients before anything is timed.
 
-The share of the sentences depends on the batch, 16 as published and 4 here. So there is a second reference: the
-released formulation with the sentences encoded once, the limit of a very large batch. The third is a lower bound:
-CLIP's own blocks, on as many tokens without prompts, forward and backward.
+The fraction of time spent on the sentences depends on the batch size, 16 as published and 4 here. So there is a second
+reference: the released formulation with the sentences encoded once, the limit of a very large batch. The third is a
+lower bound: CLIP's own blocks, on as many tokens without prompts, forward and backward.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BATCH = 4
 SET = "par/pa100k"  # 26 sentences
 
 
-@functools.cache  # one model for all that is timed in a process
+@functools.cache  # one model for all steps timed in a process
 def build() -> PromptPAR:
     """PromptPAR at full size, with random weights."""
     torch.manual_seed(0)
@@ -134,7 +134,7 @@ def step(how: str, train: bool) -> Step:
 
 
 def plain(train: bool) -> Step:
-    """CLIP's own blocks on CLS, the regions' [CLS] tokens and the patches; with `train` back to the tokens too."""
+    """CLIP's own blocks on CLS, the regions' [CLS] tokens and the patches; with `train` also backward to the tokens."""
     tower = build().clip.visual.transformer
     tokens = torch.randn(BATCH, 1 + 4 + 256, 1024, generator=torch.Generator().manual_seed(2))
 
@@ -151,7 +151,7 @@ def plain(train: bool) -> Step:
 
 
 def check() -> None:
-    """Raises when ours and the reference differ by more than float32 rounds, in outputs or gradients."""
+    """Raises when ours and the reference differ by more than float32 rounding, in outputs or gradients."""
     model, (images, labels, ratio) = build().eval(), inputs()
     found = {}
     for how in ("ours", "released"):

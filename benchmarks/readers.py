@@ -1,7 +1,7 @@
 """Images per second of each reader, compared with torchvision's `ImageFolder` with the same resizing or cropping.
 
-Files of smooth noise are written to a temporary folder, in sizes that the real sets have. One process reads them, as a
-worker of a loader does. Ours checks what it reads, and gives labels, boxes, masks or texts with it.
+Files of smooth noise are written to a temporary folder, in sizes that the real sets have. One process reads them, like
+a loader's worker. Ours also validates its input and returns labels, boxes, masks or texts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from companion.slides import PANDA, Slide, Tiles, write_pyramid
 
 COUNT = 16
 SEEN = SimpleNamespace(size=224, mean=(0.5,) * 3, std=(0.5,) * 3)
-KINDS = {  # files: name of the set that they stand for, ending, height, width, grey
+KINDS = {  # files: the set that they imitate, file ending, height, width, grey
     "photographs": ("jpg", 375, 500, False),
     "satellite": ("jpg", 256, 256, False),
     "scenes": ("jpg", 480, 640, False),
@@ -42,7 +42,7 @@ KINDS = {  # files: name of the set that they stand for, ending, height, width, 
 
 
 def noise(seed: int, height: int, width: int) -> np.ndarray:
-    """Smooth noise (h, w, 3) that compresses about as a photograph."""
+    """Smooth noise (h, w, 3) that compresses about as well as a photograph."""
     generator, found = torch.Generator().manual_seed(seed), torch.zeros(1, 3, height, width)
     for coarse, share in ((64, 0.5), (8, 0.3), (2, 0.1)):
         small = torch.rand(1, 3, height // coarse, width // coarse, generator=generator)
@@ -51,7 +51,7 @@ def noise(seed: int, height: int, width: int) -> np.ndarray:
 
 
 def write(root: Path) -> None:
-    """The files of `KINDS`, <kind>/<class>/<number>, and the lists of the readers that want some."""
+    """The files of `KINDS`, <kind>/<class>/<number>, and the list files that some readers need."""
     for kind, (end, height, width, grey) in KINDS.items():
         for i in range(2 if kind == "regions" else COUNT):
             path = root / kind / "ab"[i % 2] / f"{i}.{end}"

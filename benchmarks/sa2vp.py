@@ -1,10 +1,10 @@
 """SA²VP's training step and forward pass compared with the plain ViT-B/16 passes that it cannot avoid.
 
-Two pathways go through the frozen encoder, so two forward passes are the least. From the second block on both carry a
-gradient (the image pathway through the adapters, the prompt pathway through the maps), so the least backward pass goes
-through both, for the tokens alone: the frozen weights get no gradient. The reference is that: the plain timm encoder
-on twice the batch, its tokens requiring a gradient. The narrower reference, one backward through the prompt pathway
-alone, is printed too: no exact training step can reach it.
+Two pathways go through the frozen encoder, so two forward passes are the lower bound. From the second block on both
+need gradients (the image pathway through the adapters, the prompt pathway through the maps), so a backward pass goes
+through both, for the tokens alone: the frozen weights get no gradient. The reference is this bound: the plain timm
+encoder on twice the batch, its tokens requiring a gradient. The narrower reference, one backward through the prompt
+pathway alone, is printed too: no exact training step can reach it.
 """
 
 from __future__ import annotations

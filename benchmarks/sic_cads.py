@@ -1,9 +1,9 @@
-"""SIC-CADS' image-level branch compared with the passes that it cannot avoid, and what the refinement costs.
+"""SIC-CADS' image-level branch compared with the passes that it cannot avoid, and the cost of the refinement.
 
 An image of 640 x 480, already of the detector's size, goes through CLIP's ViT-B/32 as five crops and through a
-ResNet-50 at 416 px: the reference is those two passes alone, their inputs made beforehand. The branch does the crops,
-the pyramid, the heads and the scores of 1,203 classes on top. In training the reference is the ResNet forward and back
-and the five crops forward.
+ResNet-50 at 416 px: the reference is those two passes alone, their inputs made beforehand. The branch adds the crops,
+the pyramid, the heads and the scores of 1,203 classes. In training the reference is the ResNet forward and back and the
+five crops forward.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def branch(student: bool = False) -> Step:
 
 
 def passes(student: bool = False) -> Step:
-    """ResNet-50 and, unless the student is used, CLIP on five crops."""
+    """ResNet-50 and, without the student, CLIP on five crops."""
     model = build()
     x, crops = model.prepared(image()), model.crops(image())[0]
 
@@ -57,7 +57,7 @@ def passes(student: bool = False) -> Step:
 
 
 def refinements() -> Step:
-    """`REFINEMENTS` times, since once is too short for a clock."""
+    """`REFINEMENTS` times, because one is too short to time."""
     generator = torch.Generator().manual_seed(1)
     found, p = torch.rand(BOXES, CLASSES, generator=generator), torch.rand(CLASSES, generator=generator)
 

@@ -1,9 +1,10 @@
 """TIP's training step, denoising pass and sampling compared with plain passes of UNet and ControlNet.
 
 The reference is diffusers' own: `ControlNetModel` and `UNet2DConditionModel.forward` with added residuals, the UNet
-frozen. The network is Stable Diffusion 1.5's at two fifths of its width, so that all that is compared fits in memory at
-once. Modulation adds 1x1 convolutions of twice the width and one product a skip. With guidance TIP calls its adaptor
-once for both prompts, which a stock pipeline calls for each. Last, the pocket size: 8 images of 64 pixels, 20 steps.
+frozen. The network is Stable Diffusion 1.5's at two fifths of its width, so that all networks fit in memory at once.
+Modulation adds 1x1 convolutions of twice the width and one product per skip connection. With guidance TIP calls its
+adaptor once for both prompts, a stock pipeline once for each. The last comparison is at toy scale: 8 images of 64
+pixels, 20 steps.
 """
 
 from __future__ import annotations
@@ -120,14 +121,14 @@ def plain_guided() -> Step:
 
 
 def our_pocket() -> Step:
-    """Sampling at pocket size, texts and VAE included."""
+    """Sampling at toy scale, including text encoder and VAE."""
     torch.manual_seed(0)
     pipe, images = build("pocket", ["a", "picture"]), torch.rand(8, 3, 64, 64)
     return lambda: pipe(images, "a picture", steps=STEPS)
 
 
 def plain_pocket() -> Step:
-    """As many passes of UNet and ControlNet of that size."""
+    """The same number of passes of UNet and ControlNet of that size."""
     torch.manual_seed(0)
     pipe, images = build("pocket", ["a", "picture"]), torch.rand(8, 3, 64, 64) * 2 - 1
     controlnet = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 24, 32))

@@ -2,8 +2,8 @@
 
     python site/build.py --reports build/reports/pocket --out reports/site
 
-Sphinx needs all sources in one tree, so they are first written to a temporary folder; the finished site is renamed into
-place, so that `--out` is never half a site.
+Sphinx needs all sources in one tree, so they are first written to a temporary folder; the finished site is renamed to
+`--out`, which is never incomplete.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def write_sources(reports: Path, source: Path) -> None:
 
 
 def load_papers() -> dict[str, dict]:
-    """The ten papers by slug: the common index, and over it what a paper's own file says."""
+    """The ten papers by slug: the common index, updated from each paper's own file."""
     papers = {paper["slug"]: paper for paper in yaml.safe_load((PAPERS / "index.yaml").read_text(encoding="utf-8"))}
     for slug, paper in papers.items():
         facts = PAPERS / slug / "paper.yaml"
@@ -92,7 +92,7 @@ def load_papers() -> dict[str, dict]:
 
 
 def load_run(folder: Path) -> dict:
-    """What one run left in its folder: the notebook's path, its claims, its record and its tables."""
+    """The outputs of one run: the notebook's path, its claims, its record and its tables."""
 
     def read(name: str, default: object) -> object:
         file = folder / name
@@ -111,35 +111,33 @@ def front_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
     for slug, paper in papers.items():
         claims = runs[slug]["claims"] if slug in runs else []
         all_claims += claims
-        said = counts(claims)
+        found = counts(claims)
         if slug in runs and runs[slug]["record"].get("study", {}).get("stale"):
-            said[SYNTHETIC] += "; **its study is older than its code**"
+            found[SYNTHETIC] += "; **its study is older than its code**"
         name = f"[{paper['name']}](notebooks/{slug}.ipynb)" if slug in runs else paper["name"]
         title = f"[{cell(paper['title'])}](https://arxiv.org/abs/{paper['arxiv']})"
         if paper.get("reconstruction"):
-            title += " (a reconstruction: neither the method's full text nor official code could be had)"
+            title += " (a reconstruction: neither the full text nor official code was available)"
         state = f"[runs](records/{slug}.md)" if slug in runs else "not yet built"
-        rows.append([name, title, cell(paper["task"]), cell(paper.get("headline", "–")), state, *said.values()])
+        rows.append([name, title, cell(paper["task"]), cell(paper.get("headline", "–")), state, *found.values()])
     extra = [slug for slug in runs if slug not in papers]
     return "\n".join(
         [
             WIDE,
             "# Ten papers, each as a notebook that runs",
             "Published numbers are quoted with their source; every other number on this site was measured by the "
-            "notebook it stands in, on small data made for the purpose (the `pocket` profile). Pocket numbers say "
-            "whether a paper's mechanism works; they are not the paper's numbers.\n",
+            "notebook it stands in, on small data made for the purpose (the `pocket` profile). They show whether a "
+            "paper's mechanism works; they are not the paper's numbers.\n",
             "## The papers\n",
             table(
                 "papers",
                 ["Paper", "Title", "Task", "What we found", "State", *(f"{kind}s".capitalize() for kind in KINDS)],
                 rows,
             ),
-            f"All papers: {'; '.join(f'{kind}s: {said}' for kind, said in counts(all_claims).items())}. Each claim, "
-            "and what it rests on, is in [the ledger of claims](ledger.md).\n",
+            f"All papers: {'; '.join(f'{kind}s: {found}' for kind, found in counts(all_claims).items())}. Each claim, "
+            "with its evidence, is in [the ledger of claims](ledger.md).\n",
             toctree("Documentation", [(None, f"docs/{path.stem}") for path in DOCS] + [(None, "docs/commands")]),
-            toctree(
-                "Beside the papers", [(None, name) for name in ("ledger", "findings", "comparisons", "data", "speed")]
-            ),
+            toctree("Overviews", [(None, name) for name in ("ledger", "findings", "comparisons", "data", "speed")]),
             toctree("Papers", [(papers[slug]["name"], f"notebooks/{slug}") for slug in papers if slug in runs]),
             toctree("How it was made", [(None, f"notebooks/{slug}") for slug in extra]),
             toctree(
@@ -161,19 +159,19 @@ def commands_page() -> str:
 
 
 def ledger_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
-    """All claims of all papers with what came out, the three kinds apart."""
+    """All claims of all papers with their status, by kind."""
     parts = [
         WIDE,
         "# The ledger of claims",
-        "What each paper claims, and what these runs say of it. The three kinds answer different questions and are "
-        "never summed up. A claim that fails is shown as failing.\n",
+        "The claims of each paper, and whether they hold in these runs. The three kinds answer different questions and "
+        "are never summed up. A claim that fails is shown as failing.\n",
     ]
     about = {
-        CHECK: "Whether our code is what it says it is: a count, an equivalence, a recorded output. They say nothing "
-        "about whether a method is good.",
+        CHECK: "Tests that our code computes what it should: a count, an equivalence, a recorded output. They do not "
+        "show whether a method is good.",
         SYNTHETIC: "Whether one method beats another on small data made for the purpose, with every one of five seeds. "
-        "The last column says what the data were built for, whether they favour the method, how many parameters "
-        "each trains, and how the baseline did at the learning rates beside the selected one.",
+        "The last column gives the purpose of the data, whether they favour the method, how many parameters "
+        "each trains, and the baseline's score at the neighbouring learning rates.",
         PAPER: "What the paper reports on its data. They need that data and a GPU, and are judged as soon as a run "
         "has measured them.",
     }
@@ -193,8 +191,8 @@ def ledger_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
                         ]
                     )
         head = ["Paper", "Claim", "Status", "Measured", *(["Evidence"] if kind == SYNTHETIC else []), "Run"]
-        said = counts([claim for run in runs.values() for claim in run["claims"]])[kind]
-        parts += [f"## {kind.capitalize()}s: {said}\n", about[kind] + "\n"]
+        found = counts([claim for run in runs.values() for claim in run["claims"]])[kind]
+        parts += [f"## {kind.capitalize()}s: {found}\n", about[kind] + "\n"]
         parts.append(table("ledger", head, rows) if rows else "No notebook has been run yet.\n")
     return "\n".join(parts)
 
@@ -204,9 +202,9 @@ def comparison_page(papers: dict[str, dict], runs: dict[str, dict], reports: Pat
     parts = [
         WIDE,
         "# The same question in several papers",
-        "Each column is one task of one paper's pocket study, in that study's metric, in percent (PSNR in dB): the "
+        "Each column is one task of one paper's toy-scale study, in that study's metric, in percent (PSNR in dB): the "
         "mean over its seeds and the standard deviation. Rows compare within a column; columns differ in task, data "
-        "and metric. The learning rate of every method was chosen on validation pictures.\n",
+        "and metric. The learning rate of every method was chosen on validation images.\n",
     ]
     for question in yaml.safe_load((HERE / "comparisons.yaml").read_text(encoding="utf-8")):
         head, columns = [], []
@@ -272,13 +270,13 @@ def study_folder(reports: Path, slug: str) -> Path:
 
 
 def data_page() -> str:
-    """All data sets that the readers know: what each is, where to get it, and the folder it is looked for in."""
+    """All data sets that have a reader: size, licence, source, and the folder that is searched."""
     parts = [
         WIDE,
         "# Data sets",
         "Every set that a notebook can read at the `paper` profile, in the layout its reader expects below the data "
-        "root. `companion data --data-root DIR` says which of them are there; `companion fetch` gets those marked with "
-        "it. No data is copied here. A licence is what its source says; *none found* means that nobody said.\n",
+        "root. `companion data --data-root DIR` lists which are present; `companion fetch` downloads those marked with "
+        "it. No data is copied here. Licences are quoted from the source; *none found*: the source states none.\n",
     ]
     tasks: dict[str, list[data.DataSet]] = {}
     for found in data.DATASETS.values():
@@ -307,19 +305,19 @@ def data_page() -> str:
 
 
 def sizes(found: data.DataSet) -> str:
-    """The splits of a data set, one a line, "train 1,000"."""
+    """The splits of a data set, one per line, "train 1,000"."""
     return "<br>".join(f"{cell(split)}&nbsp;{count:,}" for split, count in found.sizes.items()) or "as found"
 
 
 def findings_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
-    """What the authors' code does that their papers do not say, by paper, faults first."""
+    """What the authors' code does that their papers do not state, by paper, faults first."""
     found = {slug: findings(slug) for slug in papers}
     count = {kind: sum(row["kind"] == kind for rows in found.values() for row in rows) for kind in FINDINGS}
     parts = [
         WIDE,
         "# Findings in the released code\n",
-        f"What the authors' code does that the paper does not say, read and run at the commit named: {count['fault']} "
-        f"faults (what cannot be meant: a crash, a wrong label, a line that never runs), {count['surprise']} surprises "
+        f"What the authors' code does and the paper does not state, read and run at the commit named: {count['fault']} "
+        f"faults (unintended behaviour: a crash, a wrong label, a line that never runs), {count['surprise']} surprises "
         f"(legal, but not what a reader expects) and {count['recipe']} settings of training and evaluation that only "
         "the code states. Line numbers are of that commit. An effect is a number that we measured, in the recorded "
         "case, test or notebook named; where there is none, the effect was not measured. Released research code is "
@@ -344,12 +342,12 @@ def findings_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
 
 
 def speed_page(papers: dict[str, dict], reports: Path) -> str:
-    """The ratios of the benchmarks, and what a GPU did where one was at hand."""
+    """The ratios of the benchmarks, and the measurements on GPUs where there are any."""
     parts = [
         "# Speed",
-        "Each row is one run on one machine: our time and peak memory over those of what stands behind the slash, "
-        "most often the plain backbone passes that the method cannot avoid. Below 1 ours is faster, or smaller. `make "
-        "bench` makes them; only the ratio of a row means anything on another machine than the one named.\n",
+        "Each row is one run on one machine: our time and peak memory divided by those of the baseline after the "
+        "slash, most often the plain backbone passes that the method cannot avoid. Below 1 ours is faster, or smaller. "
+        "`make bench` measures them; on a machine other than the one named only the ratio of a row is meaningful.\n",
     ]
     notes = yaml.safe_load((HERE / "speed.yaml").read_text(encoding="utf-8"))
     for file in sorted((reports / "bench").glob("*.json")):
@@ -376,7 +374,7 @@ def speed_page(papers: dict[str, dict], reports: Path) -> str:
         ]
     cards = sorted((reports / "gpu").glob("*.json"))
     if not cards:
-        parts.append("## On a GPU\n\nNo GPU was at hand so far: nothing was measured on one.\n")
+        parts.append("## On a GPU\n\nNothing was measured on a GPU so far.\n")
     for file in cards:
         facts = json.loads(file.read_text(encoding="utf-8"))
         parts.append(f"## {facts['gpu']}\n\n`make gpu`, torch {facts['versions']['torch']}.\n")
@@ -397,7 +395,8 @@ def record(slug: str, run: dict) -> str:
     """The page of one run: its record, its claims, and every table it wrote."""
     parts = [
         f"# The run of {slug}",
-        f"What made the numbers on [its page](../notebooks/{slug}.ipynb), as the run itself wrote it down.\n",
+        "The record that the run wrote: code, versions, machine and parameters behind the numbers on "
+        f"[its page](../notebooks/{slug}.ipynb).\n",
     ]
     plain = {key: value for key, value in run["record"].items() if not isinstance(value, dict)}
     groups = {key: value for key, value in run["record"].items() if isinstance(value, dict)}
@@ -434,7 +433,7 @@ def write_notebook(slug: str, run: dict, folder: Path) -> None:
             waiting = [claim for claim in waiting if claim not in here]
             cells += [target(slug, claim) for claim in here]
         cells.append(part)
-    cells += [target(slug, claim) for claim in waiting]
+    cells += [target(slug, claim) for claim in waiting]  # judged in a loop: they link to the claims table at the end
     files = [f"- {{download}}`{file.name} <../tables/{slug}/{file.name}>`" for file in run["tables"]]
     cells.append(
         nbformat.v4.new_markdown_cell(
@@ -452,17 +451,17 @@ def write_notebook(slug: str, run: dict, folder: Path) -> None:
 
 
 def without_widget(output: dict) -> dict | None:
-    """The output as it can be shown without a kernel, or None when a live widget was all there was."""
+    """The output without its live widget, or None when it had nothing else."""
     data = output.get("data", {})
     if WIDGET not in data:
         return output
     del data[WIDGET]
-    data.pop("text/plain", None)  # "interactive(children=...": nothing for a reader
+    data.pop("text/plain", None)  # "interactive(children=..." is of no use to a reader
     return output if data else None
 
 
 def reachable(output: dict) -> dict:
-    """The output with its wide tables open to the keyboard: what scrolls must be able to take the focus."""
+    """The output with its wide tables reachable by keyboard: a scrolling element must be focusable."""
     data = output.get("data", {})
     if "text/html" in data:
         scrolls = '<div style="overflow-x: auto">'
@@ -483,7 +482,7 @@ def badge(status: str) -> str:
 
 
 def show(value: object) -> str:
-    """A value of a record as a person would write it."""
+    """A value of a record as readable text."""
     if value is None or value in ("", [], {}):
         return "–"
     if isinstance(value, bool):
@@ -498,7 +497,7 @@ def show(value: object) -> str:
 
 
 def cell(text: str) -> str:
-    """Plain text, formulas between dollar signs apart, as it stands inside a Markdown table."""
+    """Plain text escaped for a Markdown table, except formulas between dollar signs."""
     parts = re.split(r"(\$[^$]+\$)", " ".join(text.split()))  # every second part is a formula
     parts[::2] = [re.sub(r"([\\`*_\[\]<&])", r"\\\1", part) for part in parts[::2]]
     return "".join(parts).replace("|", r"\|")

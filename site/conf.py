@@ -1,4 +1,4 @@
-"""Sphinx settings of the site. Everything it shows is read from disk: no page asks the network for anything."""
+"""Sphinx settings of the site. All content is local: no page loads anything from the network."""
 
 import re
 from importlib.util import find_spec
@@ -16,12 +16,12 @@ html_theme_options = {
     "navbar_persistent": [],  # one search field is enough: the sidebar's
     "footer_content_items": [],
 }
-html_context = {"default_mode": "auto"}  # light or dark as the reader's system says
+html_context = {"default_mode": "auto"}  # light or dark by the reader's system setting
 html_static_path = [str(HERE / "static"), str(MATHJAX)]
 html_css_files = ["companion.css"]
 html_show_copyright = False
 html_use_index = html_domain_indices = False  # thousands of signatures, which no phone shows; search finds names
-smartquotes = False  # claims stand as they were written
+smartquotes = False  # no typographic quotes in claims
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]  # myst_nb brings sphinx.ext.mathjax
 autodoc_member_order = "bysource"
@@ -31,19 +31,19 @@ python_use_unqualified_type_names = True
 add_module_names = False
 napoleon_use_ivar = True  # the fields of a tuple are listed once
 suppress_warnings = [
-    "docutils",  # an odd indentation in a docstring is no reason to have no site
+    "docutils",  # odd indentation in a docstring does not stop the build
     "ref.python",  # several classes have a field `size`
 ]
-mathjax_path = MATHJAX.name  # one file with the glyphs as SVG: no fonts and no extensions to load
+mathjax_path = MATHJAX.name  # MathJax as one file with SVG glyphs: loads no fonts and no extensions
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the pages are the executed copies
 nb_merge_streams = True
-nb_ipywidgets_js = {}  # widgets need a kernel; what stands next to them in the output is shown instead
+nb_ipywidgets_js = {}  # widgets need a kernel; the output next to them is shown instead
 
 
 def restructured(app, what, name, obj, options, lines) -> None:
-    """Turn a docstring into reStructuredText in place: code between backticks, indented blocks as they stand."""
+    """Turn a docstring into reStructuredText in place: code between backticks, indented blocks verbatim."""
     parts, literal = [""], False  # prose and literal blocks by turns
     section = re.compile(r"[A-Z]\w+:( .*)?$")
     above = ""  # the last line at the margin

@@ -1,4 +1,5 @@
-"""What several test files share: the repository's root, a notebook's parameters, a real browser, killed trainings."""
+"""Fixtures shared by several test files: the repository's root, a notebook's parameters, a real browser, killed
+trainings."""
 
 import ast
 import contextlib
@@ -52,7 +53,7 @@ def parameters(slug: str, **changes: object) -> SimpleNamespace:
 
 
 def kill_when(process: subprocess.Popen, reached: Callable[[], object], seconds: float = 240) -> None:
-    """kill -9 as soon as `reached` says so, within `seconds`; a process that has ended by then fails."""
+    """kill -9 once `reached` is true, within `seconds`; fails if the process has ended by then."""
     deadline = time.monotonic() + seconds
     while not reached():
         assert process.poll() is None, "the process ended before it was killed"

@@ -1,10 +1,10 @@
-"""Do the tests notice faults? Puts each fault of mutants_*.yaml into a copy of the library and runs the tests named.
+"""Mutation testing: puts each fault of mutants_*.yaml into a copy of the library and runs the tests named.
 
     python -m tests.mutants [--only models/bat] [--workers 2]
 
-A fault is a piece of text that occurs once in its file, and what stands there instead. It is noticed when one of the
-tests fails. Prints a line a fault, then how many were noticed; fails when fewer than 95 % were. The tests are those of
-`make test`, chosen by hand for each fault, and run without the slow ones.
+A fault is a piece of text that occurs once in its file, and its replacement. It is caught when one of the tests fails.
+Prints one line per fault, then the number caught; fails when fewer than 95 % were. The tests are those of `make test`,
+chosen by hand for each fault, and run without the slow ones.
 """
 
 from __future__ import annotations

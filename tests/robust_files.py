@@ -1,4 +1,4 @@
-"""A whole small input of each kind that a reader takes, and what reads it: for test_robustness.py.
+"""A small valid input of each kind, and its reader: for test_robustness.py.
 
 `SINGLE` files are written to a path and read from it, `SETS` to a folder, of which the first file of a name is damaged.
 """

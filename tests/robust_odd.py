@@ -1,6 +1,6 @@
-"""Odd files of users, each read right or refused by name: for test_odd_files.py.
+"""Unusual user files, each read correctly or refused by name: for test_odd_files.py.
 
-A case of `ODD` is (what reads it from an empty folder, what is expected): a value, or of what is refused a pattern.
+A case of `ODD` is (a reader called with an empty folder, the expected value, or for a refusal a pattern).
 """
 
 import itertools
@@ -322,7 +322,7 @@ for name, (names, expected) in FOLDERS.items():
     if "capitals" not in name:
         ODD[f"class folders: {name}"] = partial(laid_out, classification.image_folder, names), expected
 
-THREE = {"train": 4, "val": 2, "test": 4}  # as prompt learning's protocol cuts five images a class
+THREE = {"train": 4, "val": 2, "test": 4}  # as the protocol of prompt learning splits five images per class
 for name in ("a wrapper", "two wrappers", "a wrapper and what a Mac leaves", "GIF and AVIF", "hidden files"):
     ODD[f"domain: {name}"] = partial(laid_out, domains.own_folder, FOLDERS[name][0]), (AB, THREE, "")
 for name in ("Train, Test", "train, valid, test", "a wrapper of splits", "two of one split", "a test without classes"):

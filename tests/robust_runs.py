@@ -1,6 +1,6 @@
 """Each kind of run that can be resumed, small and slow enough to be killed in the middle: for test_robustness.py.
 
-A kind is a function of a folder. Called again on the same folder, it continues; it returns a digest of what came out.
+A kind is a function of a folder. Called again on the same folder, it resumes; it returns a digest of the result.
 """
 
 import hashlib
@@ -75,7 +75,7 @@ def pretraining(folder: Path) -> str:
 
 
 def studies(folder: Path) -> str:
-    """A study of two methods, its rows kept as they come."""
+    """A study of two methods, whose rows are saved one by one."""
     module = types.ModuleType("companion.toy.ablations.made_up")
     module.__file__ = errors.__file__  # small: its hash takes no time
     module.METHODS, module.TASKS = {"a": None, "b": None}, {"t": ["a", "b"]}
@@ -122,7 +122,7 @@ def videos(folder: Path) -> str:
 
 
 def distillation(folder: Path) -> str:
-    """What a language model says of each report."""
+    """A language model's statements on each report."""
 
     def slow(report: str, entities: list[str], attempt: int) -> str:
         time.sleep(0.03)

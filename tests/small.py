@@ -1,5 +1,5 @@
-"""Small models in the place of the full-size ones of the `paper` profile, for dry runs within seconds; few images in
-the synthetic datasets.
+"""Small models instead of the full-size ones of the `paper` profile, for dry runs within seconds; few images in the
+synthetic datasets.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a name to an encoder: what loads, what is refused, and that nothing is downloaded unasked."""
+"""Encoders by name: loading, refusals, and that nothing is downloaded without `download`."""
 
 import socket
 from unittest.mock import Mock

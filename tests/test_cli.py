@@ -1,4 +1,5 @@
-"""The `companion` command: what is missing is told, wrong calls say what is right, only honest runs are taken in."""
+"""The `companion` command: missing files are listed, errors name the accepted values, only verified runs are
+imported."""
 
 import json
 import shutil
@@ -29,7 +30,7 @@ def test_doctor_names_what_is_missing(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     code, out, _ = call(capsys, "doctor", "sa2vp", "--data-root", tmp_path)
     assert code == 1
-    assert "0 of 19 sets are here" in out and "0 of 5 sets" in out and "0 of 10 sets" in out
+    assert "0 of 19 sets are present" in out and "0 of 5 sets" in out and "0 of 10 sets" in out
     assert "vit_base_patch16_224.orig_in21k" in out and "never released" in out
     assert "train800val200" in out and "licence" in out and "TFLOP/s" in out
     assert "  attention       aligned | padded\n" in out and "  dataset         fgvc/cub200 | fgvc/nabirds" in out
@@ -51,7 +52,7 @@ def test_doctor_reckons_hours_of_a_gpu_and_a_precision(capsys, tmp_path, monkeyp
     out = call(capsys, "doctor", "bat", "--data-root", tmp_path, *words)[1]
     assert said in out, out
     wanted = 0.375 + 96 * (0.165 if "16-mixed" in words else 0.281)
-    assert f"{wanted:.3g} GB wanted for a step of 96 images" in out and "8 GB wanted (estimated)" in out
+    assert f"{wanted:.3g} GB needed for a step of 96 images" in out and "8 GB needed (estimated)" in out
 
 
 @pytest.mark.slow
@@ -69,7 +70,8 @@ def test_doctor_knows_weights_that_only_a_person_can_get(capsys, tmp_path):
     code, out, _ = call(capsys, "doctor", "bat", "--data-root", tmp_path)
     assert code == 1
     assert "OSTrack_ep0300.pth.tar" in out and "by hand" in out
-    assert all(f"0 of 1 sets are here\n    {name}" in out for name in ("rgbt/lasher", "rgbt/rgbt234", "rgbe/visevent"))
+    names = ("rgbt/lasher", "rgbt/rgbt234", "rgbe/visevent")
+    assert all(f"0 of 1 sets are present\n    {name}" in out for name in names)
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "BAT_rgbt.pth").write_bytes(b"x")
     assert "BAT_rgbt.pth (MIT): here" in call(capsys, "doctor", "bat", "--data-root", tmp_path)[1]
@@ -210,7 +212,7 @@ def test_adopt_leaves_a_run_that_is_in_its_place(capsys, made_elsewhere):
 
     before = files()
     code, out, _ = call(capsys, "adopt", target)
-    assert code == 0 and "its place already" in out and files() == before
+    assert code == 0 and "is already in place" in out and files() == before
 
 
 def test_adopt_that_fails_leaves_what_was_there(capsys, made_elsewhere, monkeypatch):

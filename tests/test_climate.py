@@ -1,4 +1,4 @@
-"""Climate zones of places, and the texts of the zones."""
+"""Climate zones of locations, and the texts of the zones."""
 
 import math
 import sys

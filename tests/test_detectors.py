@@ -1,4 +1,4 @@
-"""Detectors as refinement needs them: tiny random ones against transformers' own functions; finished results."""
+"""Detectors for refinement: tiny random ones against transformers' own functions; finished results."""
 
 import json
 
@@ -161,7 +161,7 @@ def test_finished_results_are_rescaled_as_the_matrix_is():
     assert sorted(round(r["score"], 5) for r in later) == sorted(round(r["score"], 5) for r in direct)
     assert everything[0]["score"] != later[0]["score"]
     cut = refine_results(rows(refined(found, nms=None, threshold=0.5), 1, [4, 6, 8]), {1: p}, [4, 6, 8], 0.7)
-    assert len(cut) < len(direct)  # what was cut off does not come back
+    assert len(cut) < len(direct)  # removed boxes do not reappear
 
 
 def test_limits_say_what_was_cut():

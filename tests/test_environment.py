@@ -1,4 +1,4 @@
-"""The three lists of dependencies say the same, and the citation file is one."""
+"""The three lists of dependencies agree, and the citation file is valid."""
 
 import re
 import tomllib

@@ -1,4 +1,4 @@
-"""Exported programs: of any batch, they give the model's own outputs; what cannot be exported says why."""
+"""Exported programs: for any batch size they give the model's outputs; refusals give the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GeoTIFF in and out: windows, places, no-data, colour tables, broken files, large images in bounded memory."""
+"""GeoTIFF in and out: windows, locations, no-data, colour tables, broken files, large images in bounded memory."""
 
 import functools
 import subprocess

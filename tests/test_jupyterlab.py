@@ -1,4 +1,4 @@
-"""A person opens a notebook in JupyterLab and presses Run All: in a real Chromium, by a real server on this machine."""
+"""Opens a notebook in JupyterLab and presses Run All: in a real Chromium, with a local server."""
 
 import json
 import os
@@ -74,8 +74,8 @@ class Lab:
 def run_all(
     lab: Lab, browser: object, name: str, screenshot: Path, then: Callable[[object], None] = lambda page: None
 ) -> tuple[nbformat.NotebookNode, int]:
-    """Open `notebooks/<name>`, run all cells, do `then` with the page, save; the saved notebook, and how many knobs the
-    page shows."""
+    """Open `notebooks/<name>`, run all cells, do `then` with the page, save; the saved notebook, and the number of
+    widgets on the page."""
     context = browser.new_context(viewport={"width": 1280, "height": 1000})
     page = context.new_page()
     try:

@@ -1,4 +1,4 @@
-"""Odd files of users: each is read right, or refused by name and reason."""
+"""Unusual user files: each is read correctly, or refused by name and reason."""
 
 import re
 

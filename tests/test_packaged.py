@@ -1,4 +1,4 @@
-"""Pretrained encoders inside PyPI packages: the same numbers as the packages' own, and nothing wrong is taken."""
+"""Pretrained encoders inside PyPI packages: the same outputs as the packages' own, and wrong files are refused."""
 
 import socket
 import sys

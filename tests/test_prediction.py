@@ -1,4 +1,4 @@
-"""`companion.predict`: what it gives for image files is what the model gives for their tensors, with names."""
+"""`companion.predict`: predictions for image files equal the model's for their tensors, with names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README's examples on own data run as they stand, on small models, two steps and tiny made-up folders."""
+"""The README's examples on own data run unchanged, on small models, two steps and tiny generated folders."""
 
 from __future__ import annotations
 

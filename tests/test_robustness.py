@@ -1,4 +1,4 @@
-"""What goes wrong on other people's machines: kill -9 at random moments, a full disk, damaged files."""
+"""Failures on users' machines: kill -9 at random moments, a full disk, damaged files."""
 
 import multiprocessing
 import os
@@ -62,13 +62,13 @@ def test_killed_at_random_moments_nothing_is_lost(kind, tmp_path):
             process.kill()
             process.join()
             kills += 1
-        else:  # it came to its end before it was killed: look, and begin anew
+        else:  # it ended before it was killed: check, and start from scratch
             assert process.exitcode == 0
             assert folder.with_suffix(".out").read_text(encoding="utf-8") == whole
             ends += 1
             folder = tmp_path / f"run{ends}"
     assert finish(kind, folder) == whole
-    # no process lived for more than 0.6 of a run: without what was kept none would have come to the end
+    # no process lived for more than 0.6 of a run: without checkpoints none would have finished
     assert ends > 0 or kind in BEGUN_ANEW
 
 

@@ -1,4 +1,4 @@
-"""Trained models as files: what is loaded predicts what was saved, to the bit; other files are refused by name."""
+"""Trained models as files: a loaded model predicts bit for bit as the saved one; other files are refused by name."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
         (lambda: companion.load(tmp_path), "model_index.json"),
         error=CorruptFile,
     )
-    # no call but those that are recorded is followed, whatever the file says
+    # only recorded calls are executed, whatever the file contains
     calls = ["os:system", "companion.ops.files:sha256", "companion.cli:main", "torch:load", "companion.none:f"]
     for by in [*calls, "companion.training.fit:Loop"]:  # a dataclass, not frozen
         refuses((calling(by, command="touch hacked"), by))

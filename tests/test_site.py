@@ -1,4 +1,4 @@
-"""The site, built from a small made-up report and from the real one, opened in a real browser without a network."""
+"""The site, built from a small generated report and from the real one, opened in a real browser without a network."""
 
 import functools
 import html
@@ -114,7 +114,7 @@ def site(request: pytest.FixtureRequest, root: Path, made_up: Path, tmp_path_fac
 
 
 class Links(HTMLParser):
-    """What a page points at, and the places in it that can be pointed at."""
+    """The links of a page, and its anchors."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -328,7 +328,8 @@ def test_ledger_is_the_claims(site: Site, page: object) -> None:
 
 @pytest.mark.browser
 def test_made_up_page_shows_all_of_it(site: Site, page: object) -> None:
-    """Formulas are drawn, the knob works without a kernel, the dead widget is gone, odd characters stay text."""
+    """Formulas are drawn, the slider works without a kernel, the dead widget is removed, special characters are
+    escaped."""
     if site.real:
         pytest.skip("this test is about the made-up report")
     page.goto(f"{site.url}/notebooks/sa2vp.html")

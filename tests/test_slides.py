@@ -402,7 +402,7 @@ def test_heatmaps_lie_on_the_slide(path, tmp_path, image, monkeypatch):
 
 
 def test_regions_as_jpeg(path, image, tmp_path):
-    """As HS2P stores regions on disk; settings of the features' file say it, those of earlier files are raw."""
+    """As HS2P stores regions on disk; it is in the settings of the features' file; earlier files are raw."""
     tiling = dataclasses.replace(SMALL, jpeg=True)
     assert PANDA.jpeg and not SMALL.jpeg
     with Slide(path) as slide:

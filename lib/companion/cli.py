@@ -1,14 +1,14 @@
-"""`companion`: what a run would need, getting what is free, checking against the authors' outputs, taking in a run,
-the features of whole slides, and maps of land cover.
+"""The `companion` command: requirements of a run, downloads, comparison with the authors' outputs, importing a run,
+features of whole slides, and maps of land cover.
 
 companion doctor sa2vp [--data-root DIR]      what is missing for each table; the parameters and their accepted values
 companion fetch sa2vp [--data-root DIR]       weights and data that are free and have a checksum
 companion data [--data-root DIR]              all data sets: present, missing or incomplete
 companion parity sa2vp [--checkpoint FILE]    our model against outputs of the authors' code
-companion parity sa2vp --recipe     our training and evaluation against what the authors' code does
-companion slides slides/panda --weights FILE [--part I/N]    patch embeddings, slide by slide; continues where it was
+companion parity sa2vp --recipe     our training and evaluation against the authors'
+companion slides slides/panda --weights FILE [--part I/N]    patch embeddings, slide by slide; resumes
 companion landcover DIR --checkpoint FILE     a map of every GeoTIFF in DIR/images, by a network that you trained
-companion adopt DIR                           take in a run that was made elsewhere
+companion adopt DIR                           import a run made on another machine
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .ops.papers import COMMON, accepted, paper, rules, slugs
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
-    """The parser of `companion`, and that of each command, by what one types."""
+    """The parser of `companion`, and those of its commands by name."""
     papers = f"papers: {', '.join(slugs())}"
     parser = argparse.ArgumentParser(prog="companion", description=__doc__.split("\n\n")[0], epilog=papers)
     parser.add_argument("--version", action="version", version=f"companion {__version__}")
@@ -53,7 +53,7 @@ def commands() -> dict[str, argparse.ArgumentParser]:
         return sub
 
     for run, name, what in (
-        (doctor, "doctor", "what is missing for each table of a paper, and which parameters its notebook accepts"),
+        (doctor, "doctor", "missing requirements of each table of a paper; accepted parameters of its notebook"),
         (fetch, "fetch", "download a paper's weights and data where they are free"),
     ):
         sub = command(run, name, what, "paper")
@@ -62,44 +62,44 @@ def commands() -> dict[str, argparse.ArgumentParser]:
             sub.add_argument("--gpu", choices=needs.GPUS, help="the time is on this GPU (default: this one, or A100)")
             choices = COMMON["precision"]["choices"]
             sub.add_argument("--precision", default="paper", choices=choices, help="the time is at this precision")
-    command(show_data, "data", "all data sets and whether they are here").add_argument("--data-root", default="data")
-    sub = command(check_parity, "parity", "compare our model, or recipe, with what the authors' code gives", "paper")
-    sub.add_argument("--recipe", action="store_true", help="what is around the model: schedules, labels, metrics, ...")
+    command(show_data, "data", "all data sets and whether they are present").add_argument("--data-root", default="data")
+    sub = command(check_parity, "parity", "compare our model, or recipe, with the authors' code", "paper")
+    sub.add_argument(
+        "--recipe", action="store_true", help="the code outside the model: schedules, labels, metrics, ..."
+    )
     sub.add_argument("--checkpoint", help="weights that should give the recorded outputs, under the authors' names")
     sub.add_argument("--fixtures", help="folder <paper>/<case>/ (default: the project's)")
     sub.add_argument("--case", help="run this case only")
-    sub.add_argument(
-        "--accelerator", default="cpu", choices=["cpu", "cuda"], help="where our model runs (default: cpu)"
-    )
+    sub.add_argument("--accelerator", default="cpu", choices=["cpu", "cuda"], help="device of our model (default: cpu)")
     sub = command(slides, "slides", "store the patch embeddings of slides, one HDF5 each; resumes", "dataset")
     sub.add_argument("--weights", required=True, help="file of the patch level, such as HIPT's vit256_small_dino.pth")
     sub.add_argument("--heads", type=int, help="attention heads of the patch level (default: one for 64 channels)")
     sub.add_argument("--data-root", default="data", help="folder of the data sets; of the slides, for dataset `folder`")
-    sub.add_argument("--features", default="", help="where they go (default: DATA_ROOT/features)")
-    sub.add_argument("--mpp", type=float, help="microns per pixel of the full size (default: what each slide says)")
+    sub.add_argument("--features", default="", help="output folder (default: DATA_ROOT/features)")
+    sub.add_argument("--mpp", type=float, help="microns per pixel of level 0 (default: each slide's own)")
     sub.add_argument("--region", type=int, default=2048, help="side of a region in pixels")
     sub.add_argument("--normalise", default="unit", choices=hvit["normalise"]["choices"], help="of the pixels")
     raw = "encode regions as read (default: after JPEG compression, as HS2P stores them for the authors)"
     sub.add_argument("--raw", action="store_true", help=raw)
-    sub.add_argument("--part", default="0/1", help="I/N: every N-th slide from the I-th on, for N jobs side by side")
-    sub.add_argument("--batch", type=int, default=1, help="regions a step")
+    sub.add_argument("--part", default="0/1", help="I/N: every N-th slide from the I-th on, for N parallel jobs")
+    sub.add_argument("--batch", type=int, default=1, help="regions per step")
     sub.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda"])
-    sub = command(landcover, "landcover", "label the GeoTIFFs of a folder, whatever their size", "folder")
+    sub = command(landcover, "landcover", "predict maps for the GeoTIFFs of a folder, of any size", "folder")
     sub.add_argument("--checkpoint", required=True, help="trained weights, <out>/trained/<name>.safetensors")
     for name, default, what in (
-        ("method", "MetaSegNet", "what it was trained as"),
-        ("text_encoder", "bert", "what it was trained with"),
-        ("augmentation", "none", "views of a tile"),
+        ("method", "MetaSegNet", "the trained model"),
+        ("text_encoder", "bert", "the text encoder it was trained with"),
+        ("augmentation", "none", "test-time augmentation of a tile"),
     ):
         choices = metasegnet[name]["choices"]
         sub.add_argument(f"--{name.replace('_', '-')}", default=default, choices=choices, help=what)
     sub.add_argument("--data-root", default="data", help="folder of the weights: <data root>/weights/bert-base-uncased")
-    sub.add_argument("--prompts", default="", help="a file of texts by climate zone (default: the one that ships here)")
-    sub.add_argument("--out", default="", help="where the maps go (default: FOLDER/maps)")
+    sub.add_argument("--prompts", default="", help="a file of texts by climate zone (default: the included one)")
+    sub.add_argument("--out", default="", help="output folder (default: FOLDER/maps)")
     sub.add_argument("--tile", type=int, default=1024, help="side of a tile in pixels")
-    sub.add_argument("--overlap", type=int, default=256, help="pixels that tiles share")
+    sub.add_argument("--overlap", type=int, default=256, help="overlap of tiles in pixels")
     sub.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "cuda"])
-    command(adopt, "adopt", "take in the results of a run made elsewhere", "folder")
+    command(adopt, "adopt", "import the results of a run made on another machine", "folder")
     return found
 
 
@@ -115,18 +115,21 @@ def main(words: list[str] | None = None) -> int:
     except BadParameter as error:
         print(f"companion: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # of `companion data | head`; nothing more can be said to a reader who has gone
+    except BrokenPipeError:  # for example `companion data | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (CompanionError, OSError) as error:  # a folder that one may not write to, say; its path is in the message
+    except (
+        CompanionError,
+        OSError,
+    ) as error:  # for example a folder without write permission; its path is in the message
         print(f"companion: {error}", file=sys.stderr)
         return 1
 
 
 def _weights(facts: dict, root: str | Path) -> list[tuple[dict, str]]:
-    """The paper's weights that exist, and what is missing of each ("" for nothing).
+    """The paper's weights, and for each the missing file ("" for none).
 
-    Those with a `file` are on a drive that only a person can fetch from; they belong below `<data root>/weights`.
+    Those with a `file` can only be downloaded by hand; they belong below `<data root>/weights`.
     """
     from . import backbones
 
@@ -147,15 +150,16 @@ def _weights(facts: dict, root: str | Path) -> list[tuple[dict, str]]:
 
 
 def doctor(given: argparse.Namespace) -> int:
-    """Print, for each group of tables, what its run needs and lacks here; then the notebook's accepted parameters."""
+    """Print, for each group of tables, the requirements of its run and which are missing; then the notebook's
+    parameters."""
     facts, root = paper(given.paper), Path(given.data_root)
     weights = {w["name"]: (w, lack) for w, lack in _weights(facts, root)}
     card = torch.cuda.is_available()
     memory = torch.cuda.get_device_properties(0).total_memory if card else psutil.virtual_memory().total
     memory, where = memory / 1e9, torch.cuda.get_device_name() if card else "this machine, which has no GPU"
-    # the folder may not be there yet
+    # the folder may not exist yet
     disk = shutil.disk_usage(next(f for f in (root, *root.absolute().parents) if f.exists())).free / 1e9
-    # "NVIDIA A100-SXM4-80GB", "Tesla T4": the longest name, so that an L40S is no L4
+    # "NVIDIA A100-SXM4-80GB", "Tesla T4": the longest match, so that an L40S is not taken for an L4
     here = [name for name in sorted(needs.GPUS, key=len, reverse=True) if name in where]
     gpu = given.gpu or (here or ["A100"])[0]
     precision = facts["precision"] if given.precision == "paper" else given.precision
@@ -170,8 +174,8 @@ def doctor(given: argparse.Namespace) -> int:
             if state.state != "present":
                 absent.append((dataset, state))
         total = len(needs.sets(run["data"]))
-        print(f"  data     {total - len(absent)} of {total} sets are here")
-        # sets that are laid out and had alike are told together
+        print(f"  data     {total - len(absent)} of {total} sets are present")
+        # sets with the same layout and source are printed together
         alike: dict[tuple[str, str], list[tuple[data.DataSet, data.Status]]] = {}
         for dataset, state in absent:
             alike.setdefault((dataset.layout, dataset.source), []).append((dataset, state))
@@ -179,9 +183,7 @@ def doctor(given: argparse.Namespace) -> int:
             for dataset, state in members:
                 print(f"    {dataset.name}: {state.state} ({state.detail}); licence: {dataset.licence}")
             print(
-                textwrap.indent(
-                    f"looked for in {members[0][0].folder(root)}:\n{textwrap.indent(layout, '  ')}", " " * 6
-                )
+                textwrap.indent(f"searched in {members[0][0].folder(root)}:\n{textwrap.indent(layout, '  ')}", " " * 6)
             )
             print(textwrap.fill(f"get it: {source}", 110, initial_indent=" " * 6, subsequent_indent=" " * 8))
         for name in run["weights"]:
@@ -190,8 +192,8 @@ def doctor(given: argparse.Namespace) -> int:
             print(f"  weights  {entry.get('id') or entry['file']} ({size}{entry['licence']}): {lack or 'here'}")
             lacking |= bool(lack)
         wanted, how = needs.memory(given.paper, run, precision)
-        print(f"  memory   {wanted:.3g} GB wanted{how}; {memory:.0f} GB here ({where})")
-        print(f"  disk     {run['disk_gb']} GB wanted, {disk:.0f} GB free")
+        print(f"  memory   {wanted:.3g} GB needed{how}; {memory:.0f} GB here ({where})")
+        print(f"  disk     {run['disk_gb']} GB needed, {disk:.0f} GB free")
         hours, flop = needs.hours(run, peak)
         print(
             f"  time     about {hours:.1f} h on one {gpu} (not measured): {flop:.1e} operations of forward and\n"
@@ -211,7 +213,7 @@ def doctor(given: argparse.Namespace) -> int:
 
 
 def fetch(given: argparse.Namespace) -> int:
-    """Download what is free and has a checksum; say of the rest where to get it."""
+    """Download what is free and has a checksum; for the rest print where to get it."""
     from . import backbones
 
     facts, left = paper(given.paper), []
@@ -250,8 +252,8 @@ def show_data(given: argparse.Namespace) -> int:
 
 
 def check_recipe(given: argparse.Namespace) -> int:
-    """Print a table: each recorded quantity of each case, what the authors' code gives, and what ours gives."""
-    os.environ["COMPANION_PROGRESS"] = "off"  # of the trainings that a case needs
+    """Print a table: each recorded quantity of each case, the authors' value and ours."""
+    os.environ["COMPANION_PROGRESS"] = "off"  # of the trainings in a case
     cases, failed = list(recipe_parity.cases(given.paper, given.fixtures)), 0
     if given.case:
         check_choice("--case", given.case, [case.name for case in cases])
@@ -281,10 +283,10 @@ def check_parity(given: argparse.Namespace) -> int:
         check_choice("--case", given.case, names)
         cases = [case for case in cases if case.name == given.case]
     if given.checkpoint:
-        print(f"reading {given.checkpoint}", flush=True)  # of gigabytes for a minute
+        print(f"reading {given.checkpoint}", flush=True)  # files of gigabytes, read for a minute
         state = parity.checkpoint(given.paper, given.checkpoint)
         shapes = {name: list(tensor.shape) for name, tensor in state.items()}
-        # the cases whose model has these tensors; the frozen copies that the authors store may stand next to them
+        # the cases whose model has these tensors; the authors may store frozen copies next to them
         cases = [parity.Case(c.folder, state) for c in cases if c.names and c.names.items() <= shapes.items()]
         if not cases:
             first = next((f"{name} {tuple(shape)}" for name, shape in shapes.items()), "none")
@@ -307,7 +309,7 @@ def check_parity(given: argparse.Namespace) -> int:
 
 
 def slides(given: argparse.Namespace) -> int:
-    """Store features slide by slide, and name those that could not be read."""
+    """Store features slide by slide, and list the slides that could not be read."""
     from .models.hvit import recipe
 
     i, _, n = given.part.partition("/")
@@ -328,14 +330,14 @@ def slides(given: argparse.Namespace) -> int:
 
 
 def landcover(given: argparse.Namespace) -> int:
-    """Write a map for each image, and say where."""
+    """Write a map for each image and print its path."""
     from .models.metasegnet import recipe
 
     if not Path(given.folder).is_dir():
         raise BadParameter("folder", given.folder, "a folder with images/ and classes.txt: there is no such folder")
     check_folder("--out", given.out or Path(given.folder) / "maps")
     for path, zone in recipe.maps(given.folder, given.out, SimpleNamespace(**vars(given))):
-        print(f"{path}  ({zone or 'place not known'})", flush=True)
+        print(f"{path}  ({zone or 'location unknown'})", flush=True)
     return 0
 
 

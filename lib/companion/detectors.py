@@ -1,19 +1,19 @@
-"""Open-vocabulary detectors as the refinement of SIC-CADS needs them: all boxes with all class probabilities.
+"""Open-vocabulary detectors that return all boxes with all class probabilities, for the refinement of SIC-CADS.
 
     detector = build("google/owlvit-base-patch32", boxes.class_names)
-    found = detector(image)                     # boxes (R, 4), probabilities (R, C), nothing cut off
+    found = detector(image)                     # boxes (R, 4), probabilities (R, C), before any threshold
     best = refined(found, p, gamma=0.5)         # p (C,): the image-level scores of this image
 
 Any callable from an image to an `Output` is a detector: to plug one in, return its boxes and the whole matrix of
-probabilities *before* its own threshold, suppression and top-k. The `post_process` functions of the libraries keep one
-class a box: their results cannot be refined.
+probabilities *before* its own threshold, suppression and top-k. The libraries' `post_process` functions keep one class
+per box: their results cannot be refined.
 
-`google/owlvit-*`, `google/owlv2-*` and `IDEA-Research/grounding-dino-*` are transformers' (Apache-2.0 by their GPUs).
-Their training data had boxes with the names of many of COCO's "novel" classes: their results are not zero-shot in the
-sense of OV-COCO, and only the gain by refinement is meaningful.
+`google/owlvit-*`, `google/owlv2-*` and `IDEA-Research/grounding-dino-*` are transformers' (Apache-2.0 by their model
+cards). Their training data had boxes with the names of many of COCO's "novel" classes: their results are not zero-shot
+in the sense of OV-COCO, and only the gain by refinement is meaningful.
 
-Of a detector that cannot be run here, `read_results` reads finished results in COCO's format, and `refine_results`
-rescales them; `limits` measures what has been cut from them.
+For a detector that cannot be run here, `read_results` reads its results in COCO's format, and `refine_results` rescales
+them; `limits` measures what was removed from them.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def refined(
         gamma, threshold, nms, top: see `models.sic_cads.refine` and `detect`. Set predictors (the three families here)
             need no suppression, and 0.5 changes little.
 
-    Raises `BadParameter`: shapes that do not fit, or probabilities outside 0 to 1.
+    Raises `BadParameter`: shapes that do not match, or probabilities outside 0 to 1.
     """
     boxes, probabilities = found.boxes, found.probabilities
     if boxes.ndim != 2 or boxes.shape[1] != 4 or probabilities.ndim != 2 or len(boxes) != len(probabilities):
@@ -108,13 +108,13 @@ def rows(found: Detections, image_id: int | str, categories: Sequence[int]) -> l
 class Owl(nn.Module):
     """OWL-ViT and OWLv2 (Minderer et al., ECCV 2022 and NeurIPS 2023): a sigmoid for every box and class.
 
-    The class names are embedded once, so that an image costs one pass of the image tower whatever C is.
+    The class names are embedded once, so that an image costs one pass of the image tower for any C.
 
     Args:
         model: `OwlViTForObjectDetection` or `Owlv2ForObjectDetection` of transformers; it is copied.
         processor: the image processor of the same family.
         names: of the classes; underscores are read as spaces.
-        prompt: template of the text; OWL's default of many.
+        prompt: template of the prompts; OWL's default.
     """
 
     def __init__(self, model: nn.Module, processor: Any, names: Sequence[str], prompt: str = "a photo of a {}"):
@@ -153,7 +153,7 @@ class GroundingDino(nn.Module):
     """Grounding DINO (Liu et al., ECCV 2024): every box has a logit for every *token* of a prompt "cat. dog. ...".
 
     A class has the largest (or the mean) probability of its tokens. A prompt has 256 tokens at most, so many classes
-    take several passes, each with boxes of its own: R is 900 a pass, with probability 0 for the classes of the others.
+    need several passes, each with its own boxes: R is 900 per pass, with probability 0 for the classes of other passes.
 
     Args:
         model: `GroundingDinoForObjectDetection` of transformers; it is copied.
@@ -177,7 +177,7 @@ class GroundingDino(nn.Module):
             own = tokenizer(_spaced(name).lower(), add_special_tokens=False)["input_ids"]
             if len(own) + 3 > model.config.max_text_len:
                 raise BadParameter("names", name, f"a name of at most {model.config.max_text_len - 3} tokens")
-            if len(ids) + len(own) + 3 > model.config.max_text_len:  # the two ends and the stop after the name
+            if len(ids) + len(own) + 3 > model.config.max_text_len:  # start, end and the full stop after the name
                 self.chunks.append((ids, spans))
                 ids, spans = [], {}
             spans[number] = range(len(ids) + 1, len(ids) + 1 + len(own))
@@ -213,19 +213,19 @@ def build(
     """A detector of the three families, ready for the classes `names`.
 
     Args:
-        name: as the hub has it, see `NAMES`.
+        name: the name on the hub, see `NAMES`.
         names: of the classes.
         weights: "pretrained", from the hub's local cache; a folder with the files of the hub's repository; or "random",
             full-size and offline (torch's current seed), for the OWLs.
-        download: fetch what is not cached.
+        download: download files that are not cached.
         options: of `Owl` or `GroundingDino`.
 
     Raises:
         BadParameter: an unknown name, no class, or "random" for Grounding DINO, whose tokenizer is a file.
-        MissingWeights: not there, with the ways to get them.
+        MissingWeights: not found; the message lists the ways to get them.
         CorruptFile: a folder whose files cannot be read.
     """
-    import transformers as hf  # here: it takes seconds, and only these detectors need it
+    import transformers as hf  # imported here: it takes seconds, and only these detectors need it
 
     kind = next((k for k in ("owlvit", "owlv2", "grounding-dino") if f"/{k}-" in f"/{name.rpartition('/')[2]}"), None)
     if kind is None:
@@ -247,7 +247,7 @@ def build(
 
 
 def _loaded(kind: Any, name: str, weights: str | Path, download: bool) -> Any:
-    """One part of a repository of the hub, from its cache or from a folder."""
+    """One part of a hub repository, from the cache or from a folder."""
     folder = None if weights == "pretrained" else Path(weights)
     ways = [
         "on a machine with a network: detectors.build(..., download=True)",
@@ -261,7 +261,7 @@ def _loaded(kind: Any, name: str, weights: str | Path, download: bool) -> Any:
     with quiet():
         try:
             return kind.from_pretrained(folder or name, local_files_only=bool(reason) or not download, **safe)
-        except Exception as error:  # the library raises many kinds: not cached, no network, truncated, other tensors
+        except Exception as error:  # many kinds: not cached, no network, truncated, other tensors
             if folder is not None:
                 raise CorruptFile(folder, f"not the files of {name} ({type(error).__name__}: {error})") from error
             from huggingface_hub import constants
@@ -328,7 +328,7 @@ def refine_results(
 
 
 def limits(results: Sequence[Mapping]) -> dict[str, float]:
-    """What was cut from finished results, which refinement cannot bring back.
+    """What was removed from the results and cannot be recovered by refinement.
 
     Returns:
         "lowest score": a threshold. "most rows an image": a top-k, when "images with that many" (%) is not small.

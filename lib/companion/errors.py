@@ -1,4 +1,4 @@
-"""The errors a user can meet, each with what to do about it in its message."""
+"""The exceptions that users see; each message names the remedy."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 
 
 class CompanionError(Exception):
-    """Parent of every error raised on purpose: catch it to catch them all."""
+    """Base class of all exceptions of this package."""
 
 
 class MissingData(CompanionError):
-    """A data set is not where it was looked for, or only part of it is.
+    """A data set is missing or incomplete in the searched folder.
 
     Args:
-        name: the data set, as a person would say it.
+        name: the data set's display name.
         folder: the folder that was expected to hold it.
-        layout: the expected files, one a line.
+        layout: the expected files, one per line.
         source: where to get it.
-        licence: its licence, or the gate in front of it.
-        detail: what exactly is missing, when more than everything is known.
+        licence: its licence, or the access conditions.
+        detail: what exactly is missing, if only a part is.
     """
 
     def __init__(self, name: str, folder: str | Path, layout: str, source: str, licence: str, detail: str = ""):
@@ -39,10 +39,10 @@ class MissingWeights(CompanionError):
     """Pretrained weights are neither cached nor allowed to be downloaded.
 
     Args:
-        name: the model, as its hub names it.
+        name: the model's name on its hub.
         cache: the folder that was searched.
         ways: the ways to get the weights, one sentence each.
-        reason: why they were not downloaded, where that was tried.
+        reason: why the download failed, if it was attempted.
     """
 
     def __init__(self, name: str, cache: str | Path, ways: Iterable[str], reason: str = ""):
@@ -53,7 +53,7 @@ class MissingWeights(CompanionError):
 
 
 class CorruptFile(CompanionError):
-    """A file exists but cannot be read as what it should be."""
+    """A file exists but cannot be read in the expected format."""
 
     def __init__(self, path: str | Path, reason: str):
         self.path, self.reason = Path(path), reason
@@ -61,7 +61,7 @@ class CorruptFile(CompanionError):
 
 
 class CannotWrite(CompanionError, OSError):
-    """The disk is full, or the user's share of it. What was there before is still there; nothing half-written is."""
+    """The disk or the user's quota is full. Existing files are unchanged; no partial file remains."""
 
     def __init__(self, path: str | Path, free: int):
         self.path, self.free = Path(path), free
@@ -75,7 +75,7 @@ class CannotWrite(CompanionError, OSError):
 
 
 class BadCheckpoint(CompanionError):
-    """A state dict does not fit the model: the names that are missing, unknown or of another shape are listed."""
+    """A state dict does not match the model; missing, unknown and misshapen tensors are listed."""
 
     def __init__(self, what: str, missing: Iterable[str] = (), unknown: Iterable[str] = (), shapes: Iterable[str] = ()):
         self.missing, self.unknown, self.shapes = sorted(missing), sorted(unknown), sorted(shapes)
@@ -88,7 +88,7 @@ class BadCheckpoint(CompanionError):
 
 
 class BadParameter(CompanionError, ValueError):
-    """A parameter has a value that is not accepted; the message lists the accepted ones, of many the nearest first."""
+    """A parameter has a value that is not accepted; the message lists the accepted ones, the most similar first."""
 
     def __init__(self, name: str, value: object, accepted: object):
         self.name, self.value, self.accepted = name, value, accepted
@@ -104,7 +104,7 @@ def check_choice(name: str, value: object, choices: Iterable) -> None:
 
 
 def _nearest_first(value: object, choices: Sequence[object]) -> Sequence[object]:
-    """The choices, when there are more than eight with those that resemble `value` first."""
+    """The choices; if there are more than eight, those similar to `value` come first."""
     if len(choices) <= 8:
         return choices
     by_text = {str(choice): choice for choice in choices}

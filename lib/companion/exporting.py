@@ -1,9 +1,9 @@
-"""A trained model as a program without this package: by torch.export, or as ONNX (the extra `[export]`).
+"""Export of a trained model that runs without this package: torch.export, or ONNX (the extra `[export]`).
 
     companion.export(model, "flowers.pt2")      torch.export.load("flowers.pt2").module()(images)
     companion.export(model, "flowers.onnx")     onnxruntime.InferenceSession("flowers.onnx").run(None, {"images": ...})
 
-The batch is dynamic, height and width are fixed. Inputs are what the model reads: images after its transform.
+The batch is dynamic, height and width are fixed. Inputs are images after the model's transform.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ WHY_NOT = {
 
 
 def export(model: Any, path: str | Path, *, text: str | None = None, size: int = 512) -> Path:
-    """The path of an exported program, which is written after its outputs were compared with the model's.
+    """Export a model after comparing the program's outputs with the model's; returns the path.
 
-    Outputs: logits (B, classes), of PromptPAR (B, attributes), of MetaSegNet and ECAMP's segmenter (B, classes, H, W);
-    of ECAMP's detector three heads; of BAT score, size, offset and box.
+    Outputs: logits (B, classes); for PromptPAR (B, attributes), for MetaSegNet and ECAMP's segmenter (B, classes, H,
+    W); for ECAMP's detector three heads; for BAT score, size, offset and box.
 
     Args:
         path: ends in .pt2 or .onnx.
-        text: of MetaSegNet, of which it becomes a part: that of one climate zone.
+        text: for MetaSegNet: the text of one climate zone, which becomes part of the program.
         size: side of MetaSegNet's images; the other models have one size.
 
     Raises:
@@ -57,14 +57,14 @@ def export(model: Any, path: str | Path, *, text: str | None = None, size: int =
     network = _Network(model, text).eval()
     examples, names = _examples(network.model, size)
     batch = torch.export.Dim("batch", min=1, max=1024)
-    given = tuple(torch.cat([x, x.flip(-1)]) for x in examples)  # a batch of 1 would be taken for a constant
+    given = tuple(torch.cat([x, x.flip(-1)]) for x in examples)  # a batch of 1 would be specialised to a constant
     with torch.no_grad():
         try:
-            # strict: there `len(images)` stays symbolic
+            # strict mode keeps `len(images)` symbolic
             program = torch.export.export(
                 network, given, dynamic_shapes=(tuple({0: batch} for _ in given),), strict=True
             )
-        except Exception as error:  # torch raises many kinds
+        except Exception as error:  # torch raises many kinds of errors
             reason = str(error).strip().partition("\n")[0]
             raise BadParameter("model", kind, f"one that torch.export follows: {reason}") from error
         three = tuple(torch.cat([x, 2 * x, x.flip(-1)]) for x in examples)
@@ -83,7 +83,7 @@ def export(model: Any, path: str | Path, *, text: str | None = None, size: int =
 
 
 class _Network(nn.Module):
-    """A model whose output is the prediction alone, with its text inside."""
+    """A model that returns the prediction alone, with its text as a constant."""
 
     def __init__(self, model: nn.Module, text: str | None):
         super().__init__()
@@ -107,7 +107,7 @@ class _Network(nn.Module):
 
 
 class _Encoded(nn.Module):
-    """An encoded text in the place of its encoder: states (1, L, D), mask (1, L)."""
+    """An encoded text that replaces its encoder: states (1, L, D), mask (1, L)."""
 
     def __init__(self, states: Tensor, mask: Tensor):
         super().__init__()

@@ -31,7 +31,7 @@ SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in GeoSeg
 NODATA = 255  # of a written map, where the image has no data
 BLOCK = 512  # side of a written map's tiles
-CACHE_MB = 256  # of GDAL's decoded blocks; its own default is a share of the machine's memory
+CACHE_MB = 256  # of GDAL's decoded blocks; its default is a fraction of the machine's memory
 
 
 def _rasterio():
@@ -60,7 +60,7 @@ class Raster:
         transform: from (column, row) to coordinates (`affine.Affine`); the identity without a georeference.
 
     Args:
-        crs: of a file without one, such as a PNG with a world file: any value of rasterio ("EPSG:32633").
+        crs: for a file without one, such as a PNG with a world file: any value accepted by rasterio ("EPSG:32633").
 
     Raises:
         CorruptFile: it is missing, or not an image that GDAL reads.
@@ -96,7 +96,7 @@ class Raster:
 
     @property
     def bands(self) -> int:
-        """How many bands it has."""
+        """Number of bands."""
         return self._file.count
 
     @property
@@ -144,7 +144,7 @@ class Raster:
 
     def read(self, *window: int) -> np.ndarray:
         """Red, green and blue, uint8 (3, rows, columns), of a window (top, left, rows, columns) inside the image, or of
-        all of it; further bands (infrared) are not read. Raises as `raw`."""
+        the whole image; further bands (infrared) are not read. Raises as `raw`."""
         return self.raw((1, 2, 3), *window)
 
     def valid(self, top: int, left: int, rows: int, columns: int) -> np.ndarray:

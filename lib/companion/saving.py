@@ -1,11 +1,12 @@
-"""A trained model as one file: saved, loaded, and put on the hub.
+"""Saves a trained model as one file, loads it, and uploads it to the hub.
 
     companion.save(model, "flowers.safetensors", class_names=["rose", "tulip"], transform=data["test"].transform)
     model = companion.load("flowers.safetensors")
     companion.predict(model, "new.jpg")                     # [{"rose": 0.97, "tulip": 0.03}]
 
-The file is safetensors: all tensors, those of the frozen backbone too, so that no cache and no network is needed; and
-in its header a JSON text: the paper, how the model was made (class, options, backbone), class names, preprocessing.
+The file is in safetensors format: all tensors, including the frozen backbone's, so that neither cache nor network is
+needed; and JSON in its header: the paper, the record that rebuilds the model (class, options, backbone), class names,
+preprocessing.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ FORMAT = "1"
 
 
 def save(model: Any, path: str | Path, *, class_names: Sequence[str] = (), transform: Any = None) -> Path:
-    """The path of a model's file, written under a temporary name and renamed; an existing one is replaced.
+    """Write a model's file, under a temporary name first, and return its path; an existing file is replaced.
 
-    Before anything is written the model is made again from its record and compared: a model that would not come back
-    as it is, is refused.
+    Before writing, the model is rebuilt from its record and compared: a model that cannot be restored exactly is
+    refused.
 
     Args:
         model: of any paper, or a baseline of `models.layers`. TIP's pipeline is written to a folder, by diffusers.
-        path: ends in .safetensors; of TIP's pipeline a folder.
-        class_names: of a classifier, by label. The names that a CLIP was prompted with are part of the model.
-        transform: from an image to the model's input, one of `companion.data`; a random one is saved as its test form.
-            None: that of the paper, for the backbone.
+        path: ends in .safetensors; for TIP's pipeline a folder.
+        class_names: of a classifier, by label. The prompts of a CLIP are part of the model.
+        transform: from an image to the model's input, one of `companion.data`; of a random one the deterministic test
+            version is saved. None: the paper's, for the backbone.
 
     Raises:
         BadParameter: a model, transform or path that cannot be saved, with the reason.
@@ -81,14 +82,14 @@ def save(model: Any, path: str | Path, *, class_names: Sequence[str] = (), trans
 def load(path: str | Path) -> Any:
     """The model of a file of `save`, in eval mode on the CPU, with `class_names` and `transform` as attributes.
 
-    Nothing in the file is run. Raises:
+    No code from the file is executed. Raises:
         CorruptFile: the file is missing, truncated, or not one that `save` wrote.
         BadParameter: it names a class or an option that this version does not have.
-        BadCheckpoint: its tensors are not those of the model that it names.
+        BadCheckpoint: its tensors do not match the model that it names.
     """
     path = Path(path)
     if path.is_dir():
-        from .models.tip.pipeline import TIPPipeline  # here: diffusers is an extra, and takes seconds
+        from .models.tip.pipeline import TIPPipeline  # imported here: diffusers is an extra, and takes seconds
 
         return TIPPipeline.from_pretrained(_pipeline(path), local_files_only=True, use_safetensors=True)
     about = _header(path)
@@ -98,7 +99,7 @@ def load(path: str | Path) -> Any:
         transform, names = make(about["preprocessing"]), tuple(map(str, about["class_names"]))
     except CompanionError:
         raise
-    except Exception as error:  # a constructor that gets arguments of a wrong kind may raise any
+    except Exception as error:  # a constructor with arguments of a wrong type may raise any error
         raise CorruptFile(path, f"its header is damaged ({type(error).__name__}: {error})") from error
     if not isinstance(model, nn.Module):
         raise CorruptFile(path, "it names no model")
@@ -117,20 +118,20 @@ def load(path: str | Path) -> Any:
     for name, _ in list(model.named_buffers()):
         owner, _, last = name.rpartition(".")
         model.get_submodule(owner)._buffers[last] = state[name]
-    vars(model).update(class_names=names, transform=transform)  # past nn.Module: a transform is no part of the network
+    vars(model).update(class_names=names, transform=transform)  # not by nn.Module: a transform is no submodule
     return model.eval()
 
 
 def push_to_hub(path: str | Path, repository: str, *, private: bool = False) -> str:
-    """The address of a saved model on the hub; the repository is created where there is none.
+    """Upload a saved model to the hub and return its address; the repository is created if it does not exist.
 
-    `load(hf_hub_download(repository, "<the file's name>"))` reads it back. The account is that of `hf auth login`.
+    `load(hf_hub_download(repository, "<the file's name>"))` reads it back. Uses the account of `hf auth login`.
 
     Args:
         path: of `save`.
         repository: "<user>/<name>".
 
-    Raises `CorruptFile`: the file is not one of `save`. What the hub refuses, its client says.
+    Raises `CorruptFile`: the file was not written by `save`. Errors of the hub are raised by its client.
     """
     path, hub = Path(path), HfApi()
     files = [f for f in _pipeline(path).rglob("*") if f.is_file()] if path.is_dir() else [path]
@@ -144,7 +145,7 @@ def push_to_hub(path: str | Path, repository: str, *, private: bool = False) -> 
 
 
 def _header(path: Path) -> dict[str, Any]:
-    """The JSON text in a model's file. Raises `CorruptFile`."""
+    """The JSON header of a model's file. Raises `CorruptFile`."""
     if not path.is_file():
         raise CorruptFile(path, "there is no such file")
     try:
@@ -167,7 +168,7 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 def _pipeline(folder: Path) -> Path:
-    """The folder of a TIP pipeline. Raises `CorruptFile` when it is another one's."""
+    """The folder of a TIP pipeline. Raises `CorruptFile` when it is another pipeline's."""
     index = folder / "model_index.json"
     found = read_json(index)
     if not isinstance(found, dict) or found.get("_class_name") != "TIPPipeline":
@@ -176,7 +177,7 @@ def _pipeline(folder: Path) -> Path:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All tensors by name: parameters and buffers, also those that a state dict leaves out."""
+    """All tensors by name: parameters and buffers, including non-persistent buffers."""
     return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 

@@ -1,13 +1,14 @@
-"""Whole slides: a pyramid on disk, where its tissue is, regions cut by microns per pixel, features, images of scores.
+"""Whole slides: image pyramids, tissue detection, regions at given microns per pixel, features, heatmaps.
 
     with Slide("slide.tiff") as slide:
         tiles = tile(slide, PANDA)                       # regions with tissue, in the order of their file names
         region = slide.region(*tiles.coords[0], tiles)   # uint8 (2048, 2048, 3)
     extract("slide.tiff", encode, "slide.h5", tiling=PANDA)    # one region after the other; resumes after a kill
 
-openslide reads; where it is not installed, or refuses a file, tiffslide does. Both, h5py and OpenCV come with the extra
-`slides`. Tiling follows HS2P at f51b276, which H-ViT's authors use (section 6.3 of its description): the same tissue,
-the same regions. Memory holds a thumbnail and the regions of one step, however large the slide is.
+Slides are read by openslide, or by tiffslide where openslide is not installed or refuses a file. Both, h5py and OpenCV
+come with the extra `slides`. Tiling follows HS2P at f51b276, which H-ViT's authors use (section 6.3 of its
+description): the same tissue, the same regions. Memory holds a thumbnail and the regions of one step, for slides of any
+size.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from .ops.progress import progress
 from .training.checkpoints import checkpoint_key
 from .viz import heatmaps
 
-READERS = 4  # threads that read regions ahead, each those of one step
+READERS = 4  # threads that read regions ahead, each for one step
 BACKENDS = ("openslide", "tiffslide")
 NORMALISATIONS = {
     "unit": (0.0, 1.0),  # only scaled to [0, 1], as in the authors' extraction of PANDA
@@ -54,15 +55,15 @@ LARGEST_THUMBNAIL = 64_000_000  # pixels; a level with more is reduced band by b
 
 
 class Slide:
-    """A slide's pyramid, read in rectangles. What lies outside the slide, or was never scanned, is white.
+    """A slide's pyramid, read in rectangles. Pixels outside the slide, or not scanned, are white.
 
     Args:
         path: a file of any format that openslide or tiffslide reads.
-        mpp: microns per pixel of level 0, in place of what the file says, or where it does not say it.
-        backend: one of `BACKENDS`; "auto" takes the first that is installed and opens the file.
+        mpp: microns per pixel of level 0; overrides the file's value or supplies a missing one.
+        backend: one of `BACKENDS`; "auto" uses the first that is installed and opens the file.
 
     Raises:
-        CorruptFile: missing, truncated, or of no format that is read.
+        CorruptFile: missing, truncated, or of an unsupported format.
         CompanionError: neither library is installed.
     """
 
@@ -81,7 +82,7 @@ class Slide:
             try:
                 self._slide = _open(name, self.path)
                 break
-            except Exception as error:  # each library has its own kinds, and damaged files raise more
+            except Exception as error:  # each library has its own errors, and damaged files raise others
                 reasons.append(f"{name}: {error}")
         else:
             raise CorruptFile(self.path, "; ".join(reasons))
@@ -99,7 +100,7 @@ class Slide:
 
     @property
     def mpp(self) -> float:
-        """Microns per pixel of level 0, the mean of both axes. Raises `BadParameter` when nobody says it."""
+        """Microns per pixel of level 0, the mean of both axes. Raises `BadParameter` when it is unknown."""
         if self._mpp is not None:
             return self._mpp
         said = [self._slide.properties.get(f"{prefix}.mpp-{axis}") for prefix in BACKENDS[::-1] for axis in "xy"]
@@ -150,8 +151,8 @@ class Slide:
     def thumbnail(self, downsample: float) -> tuple[np.ndarray, float]:
         """The level nearest to `downsample`, whole, and its downsample.
 
-        A level of more than `LARGEST_THUMBNAIL` pixels, in a file without smaller ones, is reduced by whole numbers,
-        band by band.
+        A level of more than `LARGEST_THUMBNAIL` pixels, in a file without smaller ones, is reduced by an integer
+        factor, band by band.
         """
         level = self.level(downsample)
         (wide, high), scale = self.levels[level], self.downsamples[level]
@@ -174,16 +175,16 @@ def as_jpeg(pixels: np.ndarray) -> np.ndarray:
 
 def _open(backend: str, path: Path) -> Any:
     if backend == "openslide":
-        import openslide  # here: an extra
+        import openslide  # imported here: an extra
 
         return openslide.OpenSlide(path)
-    import tiffslide  # here: an extra
+    import tiffslide  # imported here: an extra
 
     return tiffslide.TiffSlide(path)
 
 
 def reduce(pixels: np.ndarray, factor: int) -> np.ndarray:
-    """The mean of each square of factor x factor pixels of (h, w, 3), uint8; at an edge, of what there is of it."""
+    """The mean of each square of factor x factor pixels of (h, w, 3), uint8; at an edge, of the existing pixels."""
     wide = np.arange(0, pixels.shape[1], factor)
     columns = np.diff(wide, append=pixels.shape[1])[:, None]
     rows = []
@@ -200,21 +201,21 @@ def reduce(pixels: np.ndarray, factor: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How regions are found (section 6.3). The defaults are HS2P's; `PANDA` are the authors' for it.
+    """Settings of the tiling (section 6.3). The defaults are HS2P's; `PANDA` has the authors' for that set.
 
     Attributes:
         region: side of a region in pixels at `mpp`.
-        mpp: microns per pixel wanted. The nearest level is read as it is (0.45 stays 0.45), or brought to `mpp` with
-            `resample`.
-        tolerance: how far the nearest level's may be from `mpp`, as a share of it, when nothing is resampled.
-        downsample: of the level in which tissue is looked for.
-        saturation, otsu: threshold on the saturation (0 to 255), or Otsu's in its place.
-        median, close: sides in pixels of the blur before it and of the closing after it.
+        mpp: requested microns per pixel. The nearest level is read unchanged (0.45 remains 0.45), or resampled to `mpp`
+            with `resample`.
+        tolerance: maximum relative difference of the nearest level from `mpp` without resampling.
+        downsample: of the level in which tissue is detected.
+        saturation, otsu: threshold on the saturation (0 to 255), or Otsu's threshold instead.
+        median, close: sizes in pixels of the median blur before it and of the closing after it.
         area, hole_area: least area of tissue, and of a hole, in patches of 256 px at the level that is read.
-        drop_holes: leave holes out of the tissue, at most `holes` of a contour. The released code means to, and does
-            not, since it draws them at the coordinates of another level.
-        least: share of a region that must be tissue.
-        padding: keep regions that stick out of the slide.
+        drop_holes: exclude holes from the tissue, at most `holes` per contour. The released code intends this but draws
+            them at the coordinates of another level.
+        least: minimum share of tissue in a region.
+        padding: keep regions that extend beyond the slide.
         jpeg: compress each region as JPEG before it is encoded: HS2P writes regions to disk at PIL's default quality
             (its `source/utils.py`, line 193), and H-ViT's authors encode those files.
     """
@@ -250,14 +251,14 @@ PANDA = Tiling(downsample=16, otsu=True, close=10, area=4, hole_area=2, jpeg=Tru
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tiles:
-    """The regions of a slide that hold tissue, in the order of their file names x_y, which every array of them has.
+    """The regions of a slide with tissue, in the order of their file names x_y, which all arrays share.
 
     Attributes:
         coords: (M, 2) int64, x and y of the upper left corners in pixels of level 0.
         shares: (M,) share of tissue, to 3 decimals.
-        contours: (M,) the piece of tissue that each was found in.
+        contours: (M,) the piece of tissue of each region.
         step: side of a region in pixels of level 0.
-        level, pixels: the level that is read, and the side there.
+        level, pixels: the level that is read, and the side in its pixels.
         region: the side after resampling.
         jpeg: as in `Tiling`.
     """
@@ -275,12 +276,12 @@ class Tiles:
         return len(self.coords)
 
     def moved(self, dx: int, dy: int) -> Tiles:
-        """The same regions (dx, dy) pixels of level 0 further right and down."""
+        """The same regions shifted by (dx, dy) pixels of level 0 to the right and down."""
         return dataclasses.replace(self, coords=self.coords + np.array([dx, dy]))
 
 
 def tissue_mask(rgb: np.ndarray, tiling: Tiling) -> np.ndarray:
-    """Where a thumbnail uint8 (h, w, 3) shows tissue: uint8 (h, w), 0 or 255."""
+    """Tissue mask of a thumbnail uint8 (h, w, 3): uint8 (h, w), 0 or 255."""
     cv2 = _opencv()
     saturation = cv2.medianBlur(cv2.cvtColor(np.ascontiguousarray(rgb), cv2.COLOR_RGB2HSV)[..., 1], tiling.median)
     kind = cv2.THRESH_BINARY + (cv2.THRESH_OTSU if tiling.otsu else 0)
@@ -289,7 +290,7 @@ def tissue_mask(rgb: np.ndarray, tiling: Tiling) -> np.ndarray:
 
 
 def axis_factors(size: tuple[int, int], mask: np.ndarray) -> tuple[float, float]:
-    """Level-0 pixels a pixel of a mask (h, w) that covers a slide of `size` (width, height): along x, along y."""
+    """Level-0 pixels per pixel of a mask (h, w) that covers a slide of `size` (width, height): along x, along y."""
     return size[0] / mask.shape[1], size[1] / mask.shape[0]
 
 
@@ -303,16 +304,16 @@ def find_tiles(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Regions with tissue, in the order found: coordinates (M, 2), shares and contours (M,).
 
-    For each piece of tissue a grid that starts at the upper left of ITS bounding box, columns first; the grids of two
-    pieces may overlap. As in HS2P, outlines are scaled to level 0 and back with truncation: where a side of the slide
-    is no multiple of the mask's downsample, a piece loses a row or a column of the mask.
+    Each piece of tissue has its own grid, which starts at the upper left of its bounding box, columns first; two grids
+    may overlap. As in HS2P, contours are scaled to level 0 and back with truncation: where a side of the slide is not a
+    multiple of the mask's downsample, a piece loses a row or a column of the mask.
 
     Args:
         mask: uint8 (h, w), see `tissue_mask`.
-        downsample: level-0 pixels a pixel of the mask, of both axes or (x, y).
+        downsample: level-0 pixels per pixel of the mask, for both axes or (x, y).
         size: (width, height) of the slide.
         step: side of a region in pixels of level 0.
-        unit: side in level-0 pixels of the patch that areas are counted in.
+        unit: side in level-0 pixels of the patch that is the unit of areas.
     """
     cv2 = _opencv()
     contours, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
@@ -321,7 +322,7 @@ def find_tiles(
     found, piece = [], 0
     side = max(int(step / across), 1)
     parents = [] if hierarchy is None else hierarchy[0][:, 3].tolist()
-    inner: dict[int, list[np.ndarray]] = {}  # -1 stands for none: what has a parent is a hole in it
+    inner: dict[int, list[np.ndarray]] = {}  # -1 means none: a contour with a parent is a hole in it
     for contour, parent in zip(contours, parents, strict=True):
         inner.setdefault(parent, []).append(contour)
     for i, (contour, parent) in enumerate(zip(contours, parents, strict=True)):
@@ -343,7 +344,7 @@ def find_tiles(
         for x, y in itertools.product(range(left, left + width, step), range(top, top + height, step)):
             if not tiling.padding and (x + step > size[0] or y + step > size[1]):
                 continue
-            column, row = int(x / across), int(y / across)  # by one factor, as in HS2P
+            column, row = int(x / across), int(y / across)  # by a single factor, as in HS2P
             share = round(float(tissue[row : row + side, column : column + side].sum() / side**2), 3)
             if share >= tiling.least:
                 found.append((x, y, share, piece))
@@ -353,17 +354,17 @@ def find_tiles(
 
 
 def file_order(coords: np.ndarray) -> np.ndarray:
-    """Indices that put regions into the order of their file names x_y, "1024_512" before "752_5840"; each once."""
+    """Indices that sort regions by their file names x_y, "1024_512" before "752_5840"; duplicates removed."""
     return np.unique([f"{x}_{y}" for x, y in coords.tolist()], return_index=True)[1]
 
 
 def tile(slide: Slide, tiling: Tiling, mask: np.ndarray | None = None) -> Tiles:
-    """The regions of a slide that hold tissue; none when there is none.
+    """The regions of a slide with tissue; empty when there is none.
 
     Args:
-        mask: where tissue is, (h, w), any size that covers the slide, in place of what its colours say.
+        mask: tissue mask (h, w) of any size that covers the slide; replaces detection by colour.
 
-    Raises `BadParameter`: the file says no microns per pixel, or has no level near the one that is wanted.
+    Raises `BadParameter`: the file states no microns per pixel, or has no level near the requested one.
     """
     level = slide.level(tiling.mpp / slide.mpp)
     mpp = slide.mpp * slide.downsamples[level]
@@ -387,7 +388,7 @@ def tile(slide: Slide, tiling: Tiling, mask: np.ndarray | None = None) -> Tiles:
 def _opencv():
     if importlib.util.find_spec("cv2") is None:
         raise CompanionError(f"tissue is found with OpenCV, which is not installed: {EXTRA}")
-    import cv2  # here: an extra
+    import cv2  # imported here: an extra
 
     return cv2
 
@@ -419,14 +420,14 @@ def extract(
 ) -> Path:
     """Features of a slide's regions, as HDF5: `features` (M, ...) float32, `coords` (M, 2), the settings as attributes.
 
-    Regions are read by threads while the ones before are encoded. Each step's features are written to a folder next to
-    `out`, and put together at the end: a run that was killed, at any moment, continues where it was and gives the same
-    file. A slide without tissue gives a file without rows.
+    Threads read the next regions while the current ones are encoded. Each step's features are written to a folder next
+    to `out` and merged at the end: a run killed at any moment resumes and gives the same file. A slide without tissue
+    gives a file without rows.
 
     Args:
-        encode: regions (b, 3, R, R) to features (b, ...): of H-ViT, `embed_patches`, or `embed_regions` after it.
-        encoder: the module behind `encode`; its key, a hash of its tensors, keeps features of two encoders apart.
-        batch: regions a step.
+        encode: regions (b, 3, R, R) to features (b, ...): for H-ViT, `embed_patches`, or `embed_regions` after it.
+        encoder: the module used by `encode`; a hash of its tensors distinguishes the features of two encoders.
+        batch: regions per step.
         mpp, mask: see `Slide` and `tile`.
 
     Raises:
@@ -463,7 +464,7 @@ def extract(
         def pixels(start: int) -> np.ndarray:
             return np.stack([slide.region(x, y, tiles) for x, y in tiles.coords[start : start + batch]])
 
-        threads = READERS if slide.backend == "openslide" else 1  # it says that it may be called by several
+        threads = READERS if slide.backend == "openslide" else 1  # declared safe for several threads
         with ThreadPoolExecutor(threads) as reader:
             ahead = deque(reader.submit(pixels, start) for start in starts[:threads])
             shown = progress(starts, slide.path.stem, -(-len(tiles) // batch), -(-len(tiles) // batch) - len(starts))
@@ -479,14 +480,14 @@ def extract(
 
 
 def _same(settings: dict, written: dict, where: Path) -> None:
-    written = {"jpeg": False} | written  # files of earlier versions do not say it
+    written = {"jpeg": False} | written  # files of earlier versions lack it
     for key, value in settings.items():
         if written.get(key) != value:
             raise BadParameter(key, value, f"{written.get(key)!r}, as in {where}; delete that to start anew")
 
 
 def _assemble(out: Path, parts: Path, tiles: Tiles, batch: int, settings: dict) -> None:
-    import h5py  # here: an extra
+    import h5py  # imported here: an extra
 
     with atomic(out) as temporary, h5py.File(temporary, "w") as file:
         file.create_dataset("coords", data=tiles.coords)
@@ -503,11 +504,12 @@ def _assemble(out: Path, parts: Path, tiles: Tiles, batch: int, settings: dict) 
 
 
 def read_features(path: str | Path) -> dict[str, Any]:
-    """What `extract` wrote: "features" and "shares" (tensors), "coords" (M, 2) int64, "settings" (JSON text).
+    """The content of a file of `extract`: "features" and "shares" (tensors), "coords" (M, 2) int64, "settings" (JSON
+    text).
 
-    Raises `CorruptFile` for a file that is missing, truncated, or something else.
+    Raises `CorruptFile` for a file that is missing, truncated, or of another kind.
     """
-    import h5py  # here: an extra
+    import h5py  # imported here: an extra
 
     try:
         with h5py.File(path, "r") as file:
@@ -521,8 +523,8 @@ def read_features(path: str | Path) -> dict[str, Any]:
 
 
 def features_shape(path: str | Path) -> tuple[int, ...]:
-    """The shape of the features in a file that `extract` wrote, which are not read. Raises as `read_features`."""
-    import h5py  # here: an extra
+    """The shape of the features in a file of `extract`, without reading them. Raises as `read_features`."""
+    import h5py  # imported here: an extra
 
     try:
         with h5py.File(path, "r") as file:
@@ -545,10 +547,10 @@ def write_pyramid(
     """Write a tiled pyramidal TIFF that openslide and tiffslide open, band by band.
 
     Args:
-        rows: gives rows y0 to y1 of level 0, uint8 (y1 - y0, width, 3); asked once for each band, from the top.
+        rows: returns rows y0 to y1 of level 0, uint8 (y1 - y0, width, 3); called once for each band, from the top.
         size: (width, height) of level 0.
         mpp: microns per pixel of level 0; None writes none.
-        downsamples: of the levels, each a multiple of the one before.
+        downsamples: of the levels, each a multiple of the previous one.
         tile: side of the file's tiles.
     """
     import tifffile
@@ -565,7 +567,7 @@ def write_pyramid(
         for i, downsample in enumerate(downsamples):
             w, h = -(-width // downsample), -(-height // downsample)
             below = None
-            if i + 1 < len(downsamples):  # the next level lies on disk, too, while this one is written
+            if i + 1 < len(downsamples):  # the next level is also on disk while this one is written
                 factor = downsamples[i + 1] // downsample
                 shape = (-(-h // factor), -(-w // factor), 3)
                 below = np.memmap(Path(folder) / str(i), np.uint8, "w+", shape=shape)
@@ -580,7 +582,7 @@ def write_pyramid(
                 photometric="rgb",
                 compression="deflate",
                 metadata=None,
-                subfiletype=1 if i else 0,  # without it openslide sees one level only
+                subfiletype=1 if i else 0,  # without it openslide finds one level only
                 **resolution,
             )
             if below is not None:
@@ -622,15 +624,15 @@ def write_heatmap(
     threshold: float | None = None,
     opacity: float = 0.5,
 ) -> dict[str, Path]:
-    """Scores stitched over a slide: `<stem>.tiff`, a pyramid that lies on the slide in a viewer, and `<stem>.png`.
+    """Scores stitched over a slide: `<stem>.tiff`, a pyramid aligned with the slide in a viewer, and `<stem>.png`.
 
     Args:
-        maps: one square map (s, s) for each region, in the order of `tiles`; brought to size by nearest neighbour.
+        maps: one square map (s, s) for each region, in the order of `tiles`; resized by nearest neighbour.
         downsample: of the image.
         threshold, opacity: see `heatmaps.overlay`.
 
     Returns:
-        The files, by their kind.
+        The files by kind.
     """
     width, height = (-(-side // downsample) for side in slide.size)
     if width * height > LARGEST_THUMBNAIL:

@@ -1,7 +1,7 @@
 """Tracking through a video: the test-time loop of the OSTrack family, on folders, video files or frames in memory.
 
     track = follow(model, [video], [box])[0]                 one video, or several as one batch
-    run(model, sequences, "results/BAT")                     a benchmark: one text file a sequence; resumes
+    run(model, sequences, "results/BAT")                     a benchmark: one text file per sequence; resumes
     track("visible.mp4", "thermal.mp4", box, model)          your own pair of files or folders
 
 The first frame's box is given. In each next frame the tracker searches around the last box, in a crop of four times its
@@ -127,7 +127,7 @@ def open_video(visible: str | Path, infrared: str | Path) -> Video:
     """Two folders of images, or two video files, as one video.
 
     Raises:
-        BadParameter: neither, not the same of both, or another number of frames.
+        BadParameter: neither of them, one of each, or different numbers of frames.
         CorruptFile: a file that cannot be decoded.
     """
     paths = Path(visible), Path(infrared)
@@ -152,7 +152,7 @@ def follow(
 ) -> list[Track]:
     """Track one target through each video; frame by frame, the videos are one batch.
 
-    The tokens of a template are computed once a video.
+    The tokens of a template are computed once per video.
 
     Args:
         model: `BAT`, or a baseline with the same `embed_template` and `locate`.
@@ -163,7 +163,7 @@ def follow(
         name: of the progress bar, which counts frames.
 
     Raises:
-        BadParameter: a first box without area, outside the image, or not four finite numbers; not one box a video.
+        BadParameter: a first box without area, outside the image, or not four finite numbers; not one box per video.
         CorruptFile: a frame that cannot be read.
     """
     tracker = model.tracker
@@ -171,7 +171,7 @@ def follow(
         raise BadParameter("boxes", f"{len(boxes)} for {len(videos)} videos", "a box for each of one or more videos")
     found = [[_checked(box, video)] for video, box in zip(videos, boxes, strict=True)]
     scores = [[1.0] for _ in videos]
-    # inference mode inside: what is moved in it cannot be trained any more
+    # inference mode inside: a model moved within it could not be trained any more
     with (
         evaluating(hardware, model) as device,
         torch.inference_mode(),
@@ -195,14 +195,14 @@ def follow(
         ahead = read(1)
         for t in progress(range(1, max(map(len, videos))), name):
             active, frames = list(ahead), [frame.result() for frame in ahead.values()]
-            ahead = read(t + 1)  # while the network looks at these
+            ahead = read(t + 1)  # while the network processes these
             if active != before:
                 before, shown = active, tokens[:, active].flatten(0, 1)
             crops = [crop(f, found[i][-1], SEARCH_FACTOR, tracker.search) for f, i in zip(frames, active, strict=True)]
             output = model.locate(shown, batch([patch for patch, _ in crops]))
             weighted = output.score.float() * response
             decoded = decode(weighted, output.size.float(), output.offset.float())
-            # the host waits for the GPU here, once a frame
+            # the host waits for the GPU here, once per frame
             rows = torch.cat([decoded, weighted.flatten(1).amax(1, keepdim=True)], 1).double().cpu().numpy()
             for i, image, (_, scale), row in zip(active, frames, crops, rows, strict=True):
                 there = box_from_crop(row[:4], found[i][-1], scale, tracker.search)
@@ -217,11 +217,11 @@ def run(
     """Track the sequences of a benchmark; write `folder`/<name>.txt in the toolkits' text format.
 
     A sequence whose file is complete is not tracked again. `tracker.json` in the folder identifies the weights, so that
-    the results of another model are never taken for this one's.
+    results of another model are not reused.
 
     Args:
         sequences: of `companion.data.tracking`; each starts from its first RGB box.
-        together: sequences that go through the network as one batch, those of about one length.
+        together: number of sequences in one batch, grouped by similar length.
         options: of `follow`.
 
     Returns:
@@ -237,7 +237,7 @@ def run(
         raise BadParameter("folder", str(folder), "a new folder: it holds results without a tracker.json")
     write_json(record, facts)
     todo = [sequence for sequence in sequences if not _complete(folder, sequence)]
-    if together > 1:  # videos of about one length: none waits for the others' ends
+    if together > 1:  # videos of similar length, so that none waits for the others
         todo.sort(key=len)
     for start in range(0, len(todo), together):
         part = todo[start : start + together]
@@ -272,7 +272,7 @@ def track(
 
 
 def _images(folder: str | Path) -> list[Path]:
-    """In the order of the numbers in their names: 9.png comes before 10.png."""
+    """Sorted by the numbers in their names: 9.png precedes 10.png."""
     images = [path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGES and path.name[0] != "."]
     return sorted(images, key=lambda path: ([int(number) for number in re.findall(r"\d+", path.stem)], path.name))
 
@@ -299,7 +299,7 @@ def _complete(folder: Path, sequence: Any) -> bool:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of a model's tensors and settings: RGB alone and thermal alone have the same tensors."""
+    """A hash of a model's tensors and settings, because the RGB-only and thermal-only models have the same tensors."""
     settings = {
         name or "model": {
             k: v for k, v in vars(module).items() if k[0] != "_" and isinstance(v, str | int | float | dict)

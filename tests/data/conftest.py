@@ -1,4 +1,4 @@
-"""What the readers' tests share: refusals, flat images, sets of other sizes, a web server on this machine."""
+"""Helpers of the readers' tests: refusals, flat images, sets of other sizes, a local web server."""
 
 import dataclasses
 import http.server
@@ -32,7 +32,7 @@ def values(images) -> list[int]:
 
 
 def expect(monkeypatch: pytest.MonkeyPatch, name: str, **changes) -> None:
-    """Let the register say `changes` of the set `name`, such as other `sizes`."""
+    """Apply `changes`, such as other `sizes`, to the set `name` of the register."""
     monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], **changes))
 
 

@@ -29,14 +29,14 @@ def cells(values, column: bool = True) -> np.ndarray:
 
 
 def pictures(folder: Path, names) -> None:
-    """A grey image for each name, as bright as its place in the list."""
+    """A grey image for each name, as bright as its index in the list."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(names):
         Image.new("RGB", (10, 24), (i, i, i)).save(folder / name)
 
 
 def raw(count: int, columns: int) -> np.ndarray:
-    """Labels in which every column tells itself and every row its number."""
+    """Labels in which every column and every row is identifiable."""
     return ((np.arange(count)[:, None] + np.arange(columns)[None] * 7) % 5 == 0).astype(np.uint8)
 
 
@@ -71,7 +71,7 @@ def rapv1(root: Path) -> Path:
     pictures(folder / "RAP_dataset", names)
     (folder / "RAP_annotation").mkdir()
     labels = raw(8, 92)
-    labels[0, 0] = 2  # nobody could tell
+    labels[0, 0] = 2  # unclear
     parts = [{"train_index": np.concatenate([TRAIN, VAL]).T, "test_index": TEST.T}] * 5
     fields = {"partition": cells(parts), "label": labels, "chinese": 0}
     fields |= {"english": cells([f"raw {i}" for i in range(92)]), "position": 0, "imagesname": cells(names)}
@@ -276,7 +276,7 @@ def own(root: Path, *lines: str, header: str = HEADER) -> Path:
 def test_own_pictures_are_upright_and_listed_once(tmp_path):
     own(tmp_path, "anna/0.jpg,train,1,0", "anna/4.jpg,test,1,1")
     turned = Image.Exif()
-    turned[0x0112] = 6  # to be turned by a quarter, as phones say it
+    turned[0x0112] = 6  # rotated by 90 degrees, as in EXIF of phones
     Image.new("RGB", (24, 10), (9, 9, 9)).save(tmp_path / "anna/0.jpg", exif=turned)
     assert own_folder(tmp_path)["trainval"].picture(0).size == (10, 24)
     own(tmp_path, "anna/0.jpg,train,1,0", "anna/4.jpg,test,1,1", "anna/0.jpg,test,1,0")

@@ -38,7 +38,7 @@ LABELS = {"train800": [0, 1, 2], "val200": [2, 0], "train800val200": [0, 1, 2, 2
 
 
 def vtab(root: Path, folder: str = "vtab-1k/cifar") -> Path:
-    """VTAB-1k's layout; image values are 10 x the place in the list, + 1 / 2 / 3 for val / trainval / test."""
+    """VTAB-1k's layout; image values are 10 x the index in the list, + 1 / 2 / 3 for val / trainval / test."""
     for offset, (split, answers) in enumerate(LABELS.items()):
         paths = [f"images/{split}/{index:06d}.png" for index in range(len(answers))]
         for index, path in enumerate(paths):
@@ -580,7 +580,7 @@ def test_fetch_downloads_verifies_and_unpacks(progress, served_dtd, tmp_path, ca
     assert values(load("hta/dtd", root, "test")) == [20, 21]
     assert [path.name for path in root.iterdir()] == ["hta"] and not list(root.rglob("*.gz"))
     assert bool(capfd.readouterr().err) == progress
-    # an incomplete copy is completed, and other files are kept
+    # an incomplete copy is completed, and other files are not removed
     (root / "hta/dtd/dtd/images/banded/f.png").unlink()
     (root / "hta/dtd/notes.txt").write_text("mine")
     data.fetch("hta/dtd", root, progress=False)

@@ -1,4 +1,4 @@
-"""Pixels of files are PIL's to the bit, whoever decodes them."""
+"""Decoded pixels equal PIL's bit for bit, with any decoder."""
 
 import io
 

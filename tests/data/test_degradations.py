@@ -1,4 +1,4 @@
-"""Degradations: the text says what was done, a seed says it again, and each image is by itself."""
+"""Degradations: the prompt describes the operations, a seed reproduces them, and images are independent."""
 
 import numpy as np
 import open_clip
@@ -142,7 +142,7 @@ def test_numbers_mean_what_the_text_says(photo: Tensor) -> None:
     point[:, 20, 20] = 1
     spread = degrade(point, [Op("blur", 2.0)], 0)[0]
     places = torch.arange(41.0) - 20
-    assert abs(float((spread.sum(0) * places**2).sum()) - 4) < 0.2  # a variance of sigma^2, cut at 3 sigma
+    assert abs(float((spread.sum(0) * places**2).sum()) - 4) < 0.2  # a variance of sigma^2, truncated at 3 sigma
     assert abs(float(spread.sum()) - 1) < 1e-5
     small = degrade(photo, [Op("resize", 4.0)], 0, filter="nearest")
     assert len(small[0].unique()) <= 32 * 32

@@ -1,4 +1,4 @@
-"""Readers of COCO's and LVIS' files, the splits of open-vocabulary detection, and what is said of broken files."""
+"""Readers of COCO's and LVIS' files, the splits of open-vocabulary detection, and errors of broken files."""
 
 import json
 from functools import partial
@@ -43,7 +43,7 @@ def sizes(monkeypatch):
 
 @pytest.fixture
 def coco(tmp_path, sizes) -> Path:
-    """Four images a split: of a person, a cat, a hair drier, and of nothing."""
+    """Four images per split: of a person, a cat, a hair drier, and of nothing."""
     sizes("detection/ov-coco", sizes={"train": 4, "test": 4})
     for split in ("train", "val"):
         boxes = [box(1, 1, 1), box(2, 1, 17, iscrowd=1), box(3, 2, 17), box(4, 3, 89)]

@@ -41,7 +41,7 @@ def small(monkeypatch):
 
 @pytest.fixture
 def btmri(tmp_path) -> Path:
-    """The folder of a small "medical/btmri" below tmp_path, as the authors keep it: 10 images a class."""
+    """The folder of a small "medical/btmri" below tmp_path, as the authors keep it: 10 images per class."""
     tree(tmp_path / "medical/BTMRI/BTMRI", sorted(domains_sets.CLASSES["medical/btmri"]), 10)
     return tmp_path / "medical/BTMRI"
 
@@ -123,7 +123,7 @@ def test_the_archives_layout_gives_the_same_labels(name, tmp_path):
     released, authors = splits(name, tmp_path), splits(name, tmp_path / "authors")
     for part in domains.SPLITS:
         assert list(released[part].labels) == list(authors[part].labels)
-        assert values(released[part]) == values(authors[part])  # the cut does not depend on the layout
+        assert values(released[part]) == values(authors[part])  # the split does not depend on the layout
     assert data.status(name, tmp_path).state == "present"
 
 

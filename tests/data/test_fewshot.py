@@ -34,7 +34,7 @@ class Plain(Dataset):
 
 
 def made(each: int = 20, class_names=NAMES, start: int = 0) -> dict[str, Dataset]:
-    """A set of `each` training images a class, half as many for val and test."""
+    """A set of `each` training images per class, half as many for val and test."""
     return {
         split: Plain(max(each // part, 1), class_names, start + 1000 * number)
         for number, (split, part) in enumerate({"train": 1, "val": 2, "test": 2}.items())

@@ -1,4 +1,4 @@
-"""Land cover in its real layouts: codes, windows, padding, places and zones, xBD compiled in, one's own images."""
+"""Land cover in its real layouts: codes, windows, padding, locations and zones, xBD compiled in, user images."""
 
 import zipfile
 from collections import Counter
@@ -26,7 +26,7 @@ def labels(top: int, height: int = 70, width: int = 90, seed: int = 1) -> np.nda
 
 
 def earth(root: Path, regions=("tokyo", "el_rodeo"), count: int = 3, **profile) -> Path:
-    """OpenEarthMap with three images a region, one in each split; the test's label is held back."""
+    """OpenEarthMap with three images per region, one in each split; the test's label is held back."""
     top, lists = data.find(OEM).folder(root), {split: [] for split in landcover.SPLITS}
     for region in regions:
         for i, split in zip(range(1, count + 1), lists, strict=False):
@@ -156,7 +156,7 @@ def test_loveda_and_torchgeo_give_the_same(tmp_path, monkeypatch):
         image, found = ours[i]
         assert torch.equal(theirs[i]["image"], image.float())
         raw = theirs[i]["mask"].long()
-        assert torch.equal(found, torch.where(raw == 0, 7, raw - 1))  # 0 is no data there, whatever its names say
+        assert torch.equal(found, torch.where(raw == 0, 7, raw - 1))  # 0 is no data there, regardless of its names
 
 
 @pytest.mark.parametrize(("geoseg", "bands"), [(False, "RGB"), (False, "RGBIR"), (True, "RGB")])

@@ -1,4 +1,4 @@
-"""What a loader's processes get where they are spawned, as on macOS and by Python 3.14: datasets and transforms."""
+"""Datasets and transforms can be pickled, for loaders that spawn processes, as on macOS and in Python 3.14."""
 
 import importlib
 import pickle

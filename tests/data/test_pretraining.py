@@ -1,4 +1,4 @@
-"""Readers of ImageNet-1k, COCO's instances and ADE20K in their layouts, and what is said of broken files."""
+"""Readers of ImageNet-1k, COCO's instances and ADE20K in their layouts, and errors of broken files."""
 
 from functools import partial
 

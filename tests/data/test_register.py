@@ -1,4 +1,4 @@
-"""What holds for every set of the register: one that is not there says where to get it, a wrong name what there is."""
+"""Every set of the register: the error of a missing set names its source, that of a wrong name the known ones."""
 
 import importlib
 
@@ -66,7 +66,7 @@ def test_a_set_that_is_not_there_says_where_it_is_looked_for_and_where_to_get_it
     (tmp_path / found.folders[0]).mkdir(parents=True)
     with pytest.raises(MissingData):
         load(name, tmp_path)
-    # the folder of COCO is also that of other sets: nothing says that this one was begun
+    # the folder of COCO is also that of other sets: there is no sign that this one was started
     begun = found.task not in ("detection", "restoration")
     assert data.status(name, tmp_path).state == ("incomplete" if begun else "missing")
 

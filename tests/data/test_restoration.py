@@ -1,4 +1,4 @@
-"""Readers of images with captions, the degraded samples, and what is said of broken files."""
+"""Readers of images with captions, the degraded samples, and errors of broken files."""
 
 import hashlib
 import shutil
@@ -114,7 +114,7 @@ def test_broken_captions_of_coco(tmp_path: Path, found: object, said: str) -> No
 
 
 def test_fetch_verifies_and_unpacks(served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DIV2K with two images a split; of a damaged archive nothing is kept."""
+    """DIV2K with two images per split; nothing of a damaged archive is left."""
     (server, address), root = served, tmp_path / "data"
     numbers, facts = {"train": range(1, 3), "test": range(801, 803)}, {}
     for split, name in restoration_sets.FOLDERS["restoration/div2k"].items():

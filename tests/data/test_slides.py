@@ -1,4 +1,4 @@
-"""Slides with grades: PANDA's layout, folds, one's own folder, stored features, and what is wrong with them."""
+"""Slides with grades: PANDA's layout, folds, user folders, stored features, and errors."""
 
 from collections import Counter
 from pathlib import Path

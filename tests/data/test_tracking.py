@@ -293,7 +293,7 @@ CROPS = read_json(PARITY / "crops" / "case.json")
 
 @pytest.fixture(scope="module")
 def frame() -> np.ndarray:
-    """The image that the recorded crops were cut of, uint8 (180, 240, 6)."""
+    """The image of the recorded crops, uint8 (180, 240, 6)."""
     coarse = np.clip(fill.values("input:frame0", (15, 20, 6), 0) * 40 + 110, 0, 255)
     return np.floor(coarse.repeat(12, 0).repeat(12, 1)).astype(np.uint8)
 
@@ -369,7 +369,7 @@ def test_the_box_is_where_the_object_is_whatever_the_augmentation():
     for patch, (x, y, w, h) in zip(searches[:, 0].numpy(), boxes.numpy() * 128, strict=True):
         where = np.argwhere(patch > 150)  # darkened by a fifth at most
         if x < 2 or y < 2 or x + w > 126 or y + h > 126:
-            continue  # cut off by the crop's border
+            continue  # truncated by the crop's border
         low, high = where.min(0), where.max(0) + 1
         off.append(np.abs([low[1] - x, low[0] - y, high[1] - x - w, high[0] - y - h]).max())
     assert len(off) > 30 and max(off) < 4 and np.mean(off) < 2

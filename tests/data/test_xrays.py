@@ -1,4 +1,4 @@
-"""Readers of radiographs: every layout with its lists, 8 and 16 bits, DICOM, masks, boxes, reports; what is wrong."""
+"""Readers of radiographs: every layout with its lists, 8 and 16 bits, DICOM, masks, boxes, reports; errors."""
 
 import csv
 import json
@@ -236,7 +236,7 @@ def test_warping():
 
 
 def test_transforms():
-    # a ramp from left to right, and 2 above and below it: what is cut out, and whether it is flipped, can be read off
+    # a ramp from left to right, and 2 above and below it: it shows the crop and the flip
     ramp = torch.linspace(0, 1, 400).expand(1, 800, 400).clone()
     ramp[:, :180] = ramp[:, 620:] = 2
 
@@ -354,7 +354,7 @@ def test_a_folder_of_ones_own(tmp_path):
 
 
 def test_lists_as_people_write_them(tmp_path):
-    """Blanks and umlauts in names, the mark that spreadsheets put before a CSV; and what cannot be read is said."""
+    """Blanks and umlauts in names, the byte order mark of a CSV; and errors of unreadable lists."""
     picture(tmp_path / "bücher 1.png")
     mine = xrays.own(tmp_path, ["mass", "edema"])
     (tmp_path / "train_list.txt").write_text(" bücher 1.png  0 1\n", encoding="utf-8")

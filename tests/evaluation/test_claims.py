@@ -1,4 +1,4 @@
-"""Paper results are judged by our measurements on real data as soon as those are there; exact claims by differences."""
+"""Paper results are judged by our measurements on real data as soon as they exist; exact claims by differences."""
 
 import math
 
@@ -72,7 +72,7 @@ def test_every_paper_result_holds_or_fails_by_what_was_measured(slug, tmp_path):
     for claim in paper(slug)["claims"]:
         if claim["kind"] != PAPER:
             continue
-        # what cannot be judged says why
+        # a claim that cannot be judged has a reason
         assert ("measured" in claim) != bool(claim.get("cannot_be_judged")), claim["id"]
         if "measured" in claim:
             cells = made_up(claim)

@@ -1,4 +1,4 @@
-"""What the tests of several models share: refusals, misfits, recomputed gradients, resumed trainings, operations."""
+"""Helpers of several models' tests: refusals, mismatches, recomputed gradients, resumed trainings, operations."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def assert_recomputed_gradients_are_equal(make: Callable[[], nn.Module], loss: C
 def assert_goes_on(
     train: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, calls: int
 ) -> tuple[nn.Module, Path]:
-    """A training killed after some calls of `owner.name` goes on from there, to the same bits.
+    """A training killed after some calls of `owner.name` resumes to the same bits.
 
-    `train(out)` trains with the output folder `out` and returns the model and the history. Returns those of the second
-    start: the model and its folder.
+    `train(out)` trains with the output folder `out` and returns the model and the history. Returns the model of the
+    second start and its folder.
     """
     counts, function = [], getattr(owner, name)
 

@@ -1,4 +1,4 @@
-"""The facts of the papers: what their parts refer to is there."""
+"""The facts of the papers: all references resolve."""
 
 import pytest
 

@@ -1,6 +1,6 @@
 """With this folder first on PYTHONPATH, Python reaches nothing but its own machine, in child processes and kernels too.
 
-`make test` runs so. An attempt raises, and is noted in the file that OFFLINE_LOG names, for code that hides the error.
+Used by `make test`. An attempt raises, and is logged in the file OFFLINE_LOG, in case the code hides the error.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Grids of runs: what a small file expands to, who gets which card, what the summary says of runs that failed."""
+"""Grids of runs: expansion of a file, assignment of GPUs, summary of failed runs."""
 
 import csv
 import json
@@ -94,7 +94,7 @@ def start(folder: Path, count: int, code: str = HOLDS) -> subprocess.Popen:
 
 @pytest.mark.parametrize("counts", [[1] * 6, [2, 2, 1, 2, 3]])
 def test_no_card_is_dealt_twice_at_a_time(tmp_path: Path, counts: list[int]) -> None:
-    """The cards of each process, and from when to when it held them."""
+    """The GPUs of each process, and the interval in which it held them."""
     started = [start(tmp_path, count) for count in counts]
     said = [process.communicate(timeout=60)[0].split() for process in started]
     held = [(set(cards), float(began), float(ended)) for *cards, began, ended in said]
@@ -123,7 +123,7 @@ def test_more_cards_than_there_are_is_an_error_and_a_scheduler_deals_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with pytest.raises(BadParameter, match="0 to 0, the cards of this machine"), batch.devices(1, tmp_path):
+    with pytest.raises(BadParameter, match="0 to 0, the GPUs of this machine"), batch.devices(1, tmp_path):
         pass
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     with batch.devices(1, tmp_path) as cards:

@@ -1,4 +1,4 @@
-"""What is written takes its place whole, and what was there before is not torn from whoever reads it."""
+"""Files are replaced atomically, also while another process reads them."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The committed notebooks are fit to read, and the pocket path runs without a network; what `make notebooks` keeps."""
+"""The committed notebooks follow the rules, run without a network; records written by `make notebooks`."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Parameters are converted by their rules in paper.yaml, and the rules name what the code has."""
+"""Parameters are converted by their rules in paper.yaml, and the rules match the code."""
 
 from importlib import import_module
 

@@ -1,4 +1,4 @@
-"""Which files a notebook depends on, in a small package made for the test, and what their hash notices."""
+"""The files that a notebook depends on, in a small package made for the test, and their hash."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Parameters that cannot be misread, tables that say what was not run, claims and the record."""
+"""Checked parameters, tables with results that were not run, claims and the record."""
 
 import io
 import json
@@ -209,7 +209,7 @@ def test_a_synthetic_result_says_what_it_rests_on(run):
     run.claims_from_study(pd.concat([measured, pd.DataFrame(selection)]))
     said = run.claims["aligned"]["evidence"]
     assert said.startswith("where: synthetic scenes, built so that") and "favour the method by construction" in said
-    assert "Trained parameters: SA²VP 7, SA²VP, global attention 7" in said
+    assert "Trainable parameters: SA²VP 7, SA²VP, global attention 7" in said
     assert said.endswith("attention: 0.3 on where (71.0 on validation; at 0.1: 61.0, 1: 45.0).")
     assert "Weak evidence" in run.claims["real"]["evidence"]
     assert "Not built for the method" in run.claims["aligned-real"]["evidence"]
@@ -325,4 +325,4 @@ def test_the_study_notice_names_choices_at_an_end_of_the_grid(tmp_path):
     (tmp_path / "study.json").write_text(json.dumps(facts | {"seconds_of_cpu": 125, "code": "?"}))
     said = notice("sa2vp", tmp_path)
     assert said.startswith("Study: 5 epochs for every trained method; learning rates [1, 2, 3], selected on seeds [9]")
-    assert "2 minutes of one core. Best at an end of the grid: outside. It is OLDER" in said
+    assert "2 minutes on one core. Best at an end of the grid: outside. It is OLDER" in said

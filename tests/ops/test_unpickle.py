@@ -1,4 +1,4 @@
-"""Pickles of other projects: the tensors come out, and nothing that is in the file runs or is imported."""
+"""Pickles of other projects: tensors are returned, and no code from the file is run or imported."""
 
 import io
 import os

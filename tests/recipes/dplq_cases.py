@@ -1,4 +1,4 @@
-"""DPLQ's recipe against what caoql98/DPLQ does at 3d78bb5, with the Dassl toolbox under it."""
+"""DPLQ's recipe against caoql98/DPLQ at 3d78bb5, which builds on the Dassl toolbox."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _initial(case: Case, trained: dict[str, Tensor], clip: CLIP, model: DPLQ) ->
         value = trained[name].detach().double()
         std = float(value.std())
         rows.append(same(f"{what}, count", facts["count"], value.numel()))
-        # of few numbers the deviation varies by more: four times its own
+        # with few values the standard deviation varies more: four times its own
         room = max(relative, 4 / (2 * facts["count"]) ** 0.5) if facts["std"] else 0.0
         rows.append(near(f"{what}, std", facts["std"], std, relative=room))
         rows.append(Row(f"{what}, mean", f"{facts['mean']:.1e}", f"{value.mean():.1e}", _central(value, facts)))

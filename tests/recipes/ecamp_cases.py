@@ -624,7 +624,7 @@ def _selected(given: Mapping[str, Any]) -> dict[str, Any]:
     kept.extend(map(float, best.best.values()))
     saved = [looks.index(weight) for weight in dict.fromkeys(kept)]
     facts = {"epochs_that_were_saved": saved, "epochs_looked_at": len(looks), "steps_done": len(model.sizes)}
-    # what is kept is what the model ends with
+    # the selected weights are those of the model at the end
     last = looks.index(float(model.weight.detach())) if ended and saved else saved[-1] if saved else None
     return facts | {"kept_epoch": last, "ended": ended}
 
@@ -654,11 +654,11 @@ Run = tuple[list[Any], list[float], dict[str, Tensor]]
 
 
 def _trajectory(case: Case, what: str, losses: list[Any], run: Callable[[int], Run]) -> list[Row]:
-    """Rows of a recorded training; `run(n)` trains with images that are moved by n units in their last place.
+    """Rows of a recorded training; `run(n)` trains with images changed by n units in the last place (ULP).
 
-    Where a quantity does not agree within the tolerance of the case, the training is run with images moved by one unit
-    up and down: what that rounding changes is added to the tolerance. (A BatchNorm over one image, and AdamW's first
-    steps on gradients that are zero but for rounding, make some sums of weights depend on it.)
+    Where a quantity does not agree within the tolerance of the case, the training is run with images changed by one
+    unit up and down: the effect of that rounding is added to the tolerance. (A BatchNorm over one image, and AdamW's
+    first steps on gradients that are zero but for rounding, make some sums of weights depend on it.)
     """
     wanted = case.expected["parameters_at_the_end"]
 
@@ -699,7 +699,7 @@ def _trajectory(case: Case, what: str, losses: list[Any], run: Callable[[int], R
 
 
 def _images(name: str, shape: tuple[int, ...], seed: int, n: int) -> Tensor:
-    """Values of `fill`, moved by n units in their last place."""
+    """Values of `fill`, changed by n units in the last place (ULP)."""
     values = fill.values(name, shape, seed)
     return torch.from_numpy(np.nextafter(values, np.float32(n * np.inf)) if n else values)
 

@@ -58,7 +58,7 @@ def _slides(count: int) -> TensorDataset:
 def _learn(
     part: Dataset, losses: Iterator[float] | None = None, change: Callable[[nn.Module], object] = id, **options: Any
 ) -> tuple[int, History]:
-    """A small bag of patches trained by `recipe.learn`: the epoch whose weights are kept, and the history."""
+    """A small bag of patches trained by `recipe.learn`: the selected epoch, and the history."""
     torch.manual_seed(0)
     model, seen = hvit.PatchBag(1, 6, "regression", "mean", dim=2, dropout=0.0), []
     change(model)
@@ -229,7 +229,7 @@ def _selection(case: Case) -> list[Row]:
 
 
 def _official(name: str) -> int:
-    """The place of an official tensor in the authors' model: thresholds first, the region level in forward order."""
+    """The position of an official tensor in the authors' model: thresholds first, the region level in forward order."""
     places = (r"b$", r"vit_region\.(cls_token|pos_embed)", r"vit_region\.phi", r"vit_region\.blocks", r"vit_region")
     return next((i for i, place in enumerate(places) if re.match(place, name)), len(places))
 

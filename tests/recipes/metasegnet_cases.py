@@ -576,7 +576,7 @@ def _kept(values: list, dataset: str) -> tuple[int, int, int]:
 
 
 def selection(case: Case) -> list[Row]:
-    """The epoch that is kept: the author's, and ours by default."""
+    """The selected epoch: the author's, and ours by default."""
     e, values, rows = case.expected, case.settings["values_of_each_epoch"], []
     leak = "the author chooses the epoch on the test images; here the last one is tested, select = 'best' is his"
     epochs = {len(v) for v in values.values()}

@@ -352,8 +352,8 @@ def _mode(whole: dict) -> list[Row]:
 
 
 def _steps() -> tuple[float, Tensor, Tensor]:
-    """Two steps with a gradient whose largest entry is 500: that entry as the first step takes it, the weights after
-    the last step, and those that are kept."""
+    """Two steps with a gradient whose largest entry is 500: that entry at the first step, the weights after the last
+    step, and the selected ones."""
     used: list[Tensor] = []
 
     class Used(Callback):
@@ -469,7 +469,7 @@ def _metric(case: Case) -> list[Row]:
 
 
 class _ByEpoch(nn.Module):
-    """A classifier that gets as many of its images right as the epochs it has been trained for say."""
+    """A classifier whose number of correct images equals its number of trained epochs."""
 
     def __init__(self, right: list[int]):
         super().__init__()

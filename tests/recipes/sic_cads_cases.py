@@ -1,4 +1,4 @@
-"""SIC-CADS' recipe against what mala-lab/SIC-CADS does at c9f28e1."""
+"""SIC-CADS' recipe against mala-lab/SIC-CADS at c9f28e1."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _share_of_boxes(group: int, draws: int = 2000) -> float:
 
 
 class _Items(Dataset):
-    """Items that tell their source."""
+    """Items that identify their source."""
 
     def __init__(self, length: int, boxes: bool):
         self.length, self.boxes = length, boxes
@@ -430,7 +430,7 @@ class _Watch(Callback):
 
 
 class _Colours(nn.Module):
-    """In place of CLIP's image tower: the mean colour of each crop times a fixed matrix."""
+    """Replaces CLIP's image tower: the mean colour of each crop times a fixed matrix."""
 
     def __init__(self, width: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Tests that run on the simulated GPU, in a process of their own: test_simulated.py starts pytest on this file."""
+"""Tests that run on the simulated GPU, in a separate process: test_simulated.py starts pytest on this file."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def linear() -> nn.Module:
 
 
 class Average(nn.Module):
-    """A layer, and its moving average beside it."""
+    """A layer and its moving average."""
 
     def __init__(self):
         super().__init__()

@@ -1,10 +1,10 @@
-"""A simulated CUDA GPU in pure Python, to find on a machine without one what breaks only there.
+"""A simulated CUDA GPU in pure Python, to find GPU-only errors on a machine without one.
 
     sim = simdevice.install()                     # before the code under test looks for a GPU
     torch.ones(2, device="cuda") + torch.ones(2)  # RuntimeError: Expected all tensors to be on the same device
     sim.syncs, sim.trainings()                    # where the host waits for the GPU; how often in a training step
 
-A simulated tensor is memory of the CPU whose device says "cuda:0", with the dispatch key CUDA. DLPack makes it (the
+A simulated tensor is CPU memory whose device is "cuda:0", with the dispatch key CUDA. DLPack makes it (the
 capsule's device is rewritten on the way): nothing is copied, and views, autograd, autocast for "cuda", `Module.to`, the
 optimisers' foreach paths, GradScaler and Lightning's CUDA accelerator are PyTorch's own. One boxed fallback for the key
 CUDA runs every operator's CPU kernel on the same memory. It raises, as a GPU does, when
@@ -39,7 +39,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 CPU, CUDA = 1, 2  # DLPack's numbers of the kinds of device
 KEYS, aten = DispatchKeySet(DispatchKey.CPU), torch.ops.aten
-# operators whose tensors may be of both devices, and those whose indices may be on the CPU beside a CUDA tensor
+# operators whose tensors may be of both devices, and those whose indices may be on the CPU with a CUDA tensor
 BOTH = {"copy_", "_copy_from", "_copy_from_and_resize", "_pack_padded_sequence"}
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 # their CUDA kernels wait for the GPU, since a size or value is needed on the host
@@ -156,7 +156,7 @@ def _run(op, *args, **kwargs):
     elif about.draws:  # from the default stream: lend it the GPU's
         default = torch.default_generator.get_state()
         torch.default_generator.set_state(sim.generator.get_state())
-    # a number in a tensor's place came as one from Python: the overload for numbers, where there is one, takes it
+    # a number instead of a tensor came from Python: use the overload for numbers if there is one
     numbers = about.base not in NUMBERS and any(isinstance(given.get(n), int | float | complex) for n in about.tensors)
     rest = {name: lowered[name] for name in about.names[len(args) :] if name in lowered}
     call = op.overloadpacket if numbers else op
@@ -232,7 +232,7 @@ def _softmax_backward(op, grad, output, dim, input_dtype):
 
 
 def install(project: tuple[str, ...] = ("/lib/companion/", "<cell")) -> Sim:
-    """Make "cuda" the simulated GPU, once a process. `project`: parts of the names of files that are under test.
+    """Make "cuda" the simulated GPU, once per process. `project`: parts of the names of files that are under test.
 
     Where there is a real GPU, it is the real one, and waits are those that PyTorch reports.
     """
@@ -298,11 +298,11 @@ class _Guard(torch._C._acc.DeviceGuard):
 
 
 def _gpu() -> None:
-    """What C++ asks of a GPU: a device guard, and hooks that say that CUDA is there."""
+    """C++ interface of the GPU: a device guard, and hooks that report CUDA as available."""
     library = {
         name: ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"lib{name}.so")) for name in ("c10", "torch_cpu")
     }
-    # PyTorch takes a guard in Python for PrivateUse1 alone: register it there, and copy it to CUDA's slot (1)
+    # PyTorch takes a guard in Python for PrivateUse1 alone: register it there, and copy it to CUDA's entry (1)
     sim.guard = _Guard()
     torch._C._acc.register_python_privateuseone_device_guard(sim.guard)
     guards = (ctypes.c_void_p * 21).in_dll(library["c10"], "_ZN3c104impl26device_guard_impl_registryE")
@@ -321,7 +321,7 @@ def _gpu() -> None:
 
 
 def _python() -> None:
-    """What Python asks of a GPU, and the few places at which a tensor leaves PyTorch."""
+    """Python interface of the GPU, and the few functions through which a tensor leaves PyTorch."""
     gpu = types.SimpleNamespace(
         name="simulated GPU", major=8, minor=0, total_memory=80_000_000_000, multi_processor_count=108
     )

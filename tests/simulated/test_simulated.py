@@ -79,7 +79,7 @@ def test_pocket(slug, tmp_path):
 def test_dry_run(slug, tmp_path):
     """The paper profile with small models, at the precision of the authors.
 
-    A CPU's float16 is forty times slower than float32: but for two papers, bfloat16 is in its place.
+    A CPU's float16 is forty times slower than float32: except for two papers, bfloat16 replaces it.
     """
     authors = paper(slug)["precision"]
     precision = "bf16-mixed" if authors == "16-mixed" and slug not in ("sa2vp", "promptpar") else "paper"

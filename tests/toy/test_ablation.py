@@ -1,4 +1,4 @@
-"""A study resumes, keeps rows of other code only when they come out the same, and chooses fairly."""
+"""A study resumes, accepts rows of other code only if they are reproduced, and selects without the test split."""
 
 import importlib
 import math
@@ -232,7 +232,7 @@ def test_seeds_run_apart_and_merged_are_the_study(fake, tmp_path):
     with pytest.raises(BadParameter, match=r"missing: \[\('t', 'a', 0\), \('t', 'b', 0\)\]"):
         study.merge("fake", parts[1:], tmp_path / "less")
     fake.code = "two"
-    with pytest.raises(BadParameter, match="today's code"):
+    with pytest.raises(BadParameter, match="the current code"):
         study.merge("fake", parts, tmp_path / "less")
     assert not (tmp_path / "less").exists()
 

@@ -1,4 +1,4 @@
-"""Checkpoints and weights that a run keeps: found again by what was trained on what, and by nothing else."""
+"""Checkpoints and weights of a run are identified by their training and data alone."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def test_a_stopped_training_goes_on_and_a_finished_one_is_read(tmp_path):
     assert set(tmp_path.iterdir()) == {where().path, where().history}
     assert where().path.name.startswith("par-peta, seed 0, ")
     again, once_more = train(where()), train(where())
-    assert len(asked) == 8  # two of six were kept, and then all
+    assert len(asked) == 8  # two of six were saved, and then all
     whole = train()
     assert same(again, whole) and same(once_more, whole)
 

@@ -1,4 +1,4 @@
-"""The training loop: resumed runs give the same bits, schedules are the paper's, bad settings say what is accepted."""
+"""The training loop: resumed runs give the same bits, schedules are the paper's, errors name the accepted settings."""
 
 import os
 import subprocess
@@ -597,7 +597,7 @@ def test_predict_takes_the_first_output_in_order_without_dropout():
 
 
 def test_the_scale_of_half_precision_is_kept(tmp_path, monkeypatch):
-    """Begun anew, it would leave out other steps than a run that was not stopped."""
+    """Initialised again, it would skip other steps than an uninterrupted run."""
     given = []
     monkeypatch.setattr(Precision, "state_dict", lambda self: {"scale": 4.0})
     monkeypatch.setattr(Precision, "load_state_dict", lambda self, state: given.append(state))

@@ -1,9 +1,9 @@
 """Two devices (processes on the CPU) train as one does: each paper, by the function that its recipe calls.
 
-All is checked in one process, since pytest's may have threads and is not to be forked. The random numbers of a step
-(masks, dropout, noise) are made to depend on the images alone. One device then takes a batch in two parts, which are
-the shares of two devices: losses that are no mean over images, and batch norms, are those of a device's images, as in
-the authors' code under DDP.
+Everything is checked in a separate process, because pytest's may have threads and must not be forked. The random
+numbers of a step (masks, dropout, noise) depend on the images alone. One device then takes a batch in two
+parts, which are the shares of two devices: losses that are not a mean over images, and batch norms, are those of a
+device's images, as in the authors' code under DDP.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Where maps of shifted windows are laid, and which scores are coloured; see also H-ViT's tests."""
+"""Alignment of maps of shifted windows, and colours of scores; see also H-ViT's tests."""
 
 import numpy as np
 

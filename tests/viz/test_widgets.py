@@ -62,7 +62,7 @@ def test_controls_are_native_and_labelled():
     assert page.all("input")[0]["max"] == "3" and len(page.all("option")) == 2 and len(page.all("select")) == 1
     order = [tag for tag, _ in page.tags if tag in ("label", "input", "select")]
     assert order == ["label", "input", "label", "select"]  # each inside its label
-    # JupyterLab in command mode takes the arrow keys unless the focused field itself says no
+    # JupyterLab in command mode handles the arrow keys unless the focused field stops them
     assert all(a["data-lm-suppress-shortcuts"] == "true" for tag in ("input", "select") for a in page.all(tag))
 
 

@@ -1,8 +1,9 @@
-"""Readers of the real data sets in their real layouts, one file a task, and the register of what they read.
+"""Readers of the real data sets in their original layouts, one file per task, and the register of the sets.
 
-`DATASETS` holds a `DataSet` for each name ("fgvc/cub200", "vtab/cifar100", ...); `status` says whether it is on this
-machine, `fetch` downloads what is free and has a checksum, `table` gives all of it in rows. The module of a task offers
-`load`, `status` and, for free sets, `fetch`; `<task>_sets` holds the facts. Nothing here knows a model or a paper.
+`DATASETS` holds a `DataSet` for each name ("fgvc/cub200", "vtab/cifar100", ...); `status` checks whether it is on this
+machine, `fetch` downloads it if it is free and has a checksum, `table` lists all of them in rows. The module of a task
+has `load`, `status` and, for free sets, `fetch`; `<task>_sets` holds the facts. No module here depends on a model or a
+paper.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ class DataSet:
 
     Attributes:
         name: "group/set"; the name that every function here takes.
-        title: the name as a person would say it.
+        title: the display name.
         group: the benchmark, as in the papers' tables.
         task: the module of this package that reads it.
         classes: number of classes; 0 where the lists name them, or where there are none.
-        sizes: images (of tracking: sequences) in each split as its source has it; another number is refused.
-        folders: where it is looked for below the data root, the first spelling being the usual one.
-        layout: the files expected below the folder, one a line.
+        sizes: images (for tracking: sequences) in each split, as published; a different number raises an error.
+        folders: the folders searched below the data root; the first is the usual spelling.
+        layout: the files expected below the folder, one per line.
         source: where to get it.
-        licence: its licence, or the gate in front of it.
+        licence: its licence, or the access conditions.
         citation: the work to cite.
         fetchable: whether `fetch` can download it.
     """
@@ -62,30 +63,30 @@ class DataSet:
         return next((folder for folder in candidates if folder.is_dir()), candidates[0])
 
     def missing(self, root: str | Path, detail: str = "") -> MissingData:
-        """The error that says what is missing below `root`, what was expected and where to get it."""
+        """The error that lists what is missing below `root`, what was expected and where to get it."""
         also = f" (also accepted: {', '.join(self.folders[1:])})" if self.folders[1:] else ""
         layout = "\n".join([f"{self.folders[0]}/{also}", *("    " + line for line in self.layout.splitlines())])
         return MissingData(self.title, self.folder(root), layout, self.source, self.licence, detail)
 
 
 def own_set(root: str | Path, task: str, layout: str, classes: int = 0) -> DataSet:
-    """A folder of one's own as a data set of `task`."""
+    """A user's folder as a data set of `task`."""
     name, title, source = Path(root).resolve().name, "images of your own", "your own images"
     return DataSet(name, title, "own", task, classes, {}, (".",), layout, source, "yours", "")
 
 
 @dataclass(frozen=True)
 class Status:
-    """Whether a data set is on this machine, and in words what is not."""
+    """Whether a data set is on this machine, and a description of what is missing."""
 
     state: Literal["present", "missing", "incomplete"]
     detail: str
 
 
 DATASETS: dict[str, DataSet] = {}
-SECONDS = 20  # that a host has to answer
+SECONDS = 20  # timeout of a host's answer
 _HERE = Path(__file__).parent
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml reads ten times faster
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml parses ten times faster
 
 
 def find(name: str, task: str | None = None) -> DataSet:
@@ -104,7 +105,8 @@ def _reader(dataset: DataSet):
 
 
 def status(name: str, root: str | Path) -> Status:
-    """Look for a data set below `root`: lists, their lengths, and that each listed image is there (no image is opened).
+    """Look for a data set below `root`: checks lists, their lengths, and that each listed image exists (opens no
+    image).
 
     Raises `BadParameter` for an unknown name, and nothing else.
     """
@@ -119,7 +121,7 @@ def status(name: str, root: str | Path) -> Status:
 
 
 def fetch(name: str, root: str | Path, progress: bool = True) -> Path:
-    """Download a data set below `root`, checksums verified, and return its folder; one that is present is left alone.
+    """Download a data set below `root`, verify its checksums and return its folder; an existing one is left unchanged.
 
     Args:
         name: a name of `DATASETS` with `fetchable` set.
@@ -128,8 +130,8 @@ def fetch(name: str, root: str | Path, progress: bool = True) -> Path:
 
     Raises:
         BadParameter: for an unknown name.
-        MissingData: for a set that nobody may or can download for you: it says where to get it.
-        CompanionError: when the download fails; nothing half-written is left.
+        MissingData: for a set that cannot be downloaded automatically; the message names its source.
+        CompanionError: when the download fails; no partial file remains.
     """
     dataset = find(name)
     found = status(name, root)
@@ -145,9 +147,10 @@ def fetch(name: str, root: str | Path, progress: bool = True) -> Path:
 
 @contextlib.contextmanager
 def downloading(dataset: DataSet, folder: Path, progress: bool) -> Iterator[None]:
-    """Around a download to `folder`: no bars unless `progress`; a failure is a `CompanionError` with what to do.
+    """Context of a download to `folder`: no progress bars unless `progress`; a failure raises `CompanionError` with
+    advice.
 
-    A host that does not answer counts as one after `SECONDS`: the system waits for minutes.
+    A host that does not answer within `SECONDS` counts as a failure; the system's own timeout is minutes.
     """
     waited = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SECONDS)
@@ -182,7 +185,7 @@ def table(root: str | Path) -> list[dict[str, str]]:
 
 
 def _tuples(value: object) -> Any:
-    """Lists of YAML as tuples, at any depth."""
+    """YAML lists converted to tuples, at any depth."""
     if isinstance(value, dict):
         return {key: _tuples(entry) for key, entry in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
@@ -193,7 +196,7 @@ def _read(task: str) -> dict:
 
 
 def facts(task: str) -> dict:
-    """The facts of a task's sets that its reader needs next to those of `DataSet`, from `<task>_sets.yaml`."""
+    """Facts of a task's sets that its reader needs in addition to those of `DataSet`, from `<task>_sets.yaml`."""
     return _read(task)["facts"]
 
 

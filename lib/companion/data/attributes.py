@@ -1,15 +1,15 @@
-"""Images of pedestrians with attributes, in the sets' own files and splits.
+"""Images of pedestrians with attributes, in the original files and splits of the sets.
 
     sets = splits("par/pa100k", "data", square_transform(224))
     image, labels = sets["test"][0]        # float32 (3, 224, 224), float32 (26,) of 0 and 1
     sets["trainval"].ratio                 # (26,) the share of images with each attribute
-    sets["trainval"].sentences             # what CLIP reads, by attribute
+    sets["trainval"].sentences             # the sentences that CLIP encodes
 
-Opening a set reads its annotation; an image is decoded when it is asked for. `root` is the data folder (`data`).
+Opening a set reads its annotation; an image is decoded on access. `root` is the data folder (`data`).
 `attributes_sets` describes the sets. Labels are 1 where the annotation is 1, and 0 elsewhere: in WIDER -1 is "absent"
-and 0 "unclear". In the RAP sets "unclear" is 2, and stays 2, as in the code of PromptPAR.
+and 0 "unclear". In the RAP sets "unclear" is 2 and remains 2, as in the code of PromptPAR.
 
-Another set needs a `DataSet` with task "attributes" in `DATASETS`, and files as PA100K's or `labels.csv`.
+A new set needs a `DataSet` with task "attributes" in `DATASETS`, and files like PA100K's or `labels.csv`.
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ class Listing:
 
 
 class Pedestrians(Images):
-    """Images with attributes, decoded when asked for: `pedestrians[i]` is (float32 (3, H, W), float32 (A,)).
+    """Images with attributes, decoded on access: `pedestrians[i]` is (float32 (3, H, W), float32 (A,)).
 
     Attributes:
         labels: (n, A), float32: 1 present, 0 absent, 2 unclear (RAP).
-        names: the attributes as the annotation has them.
-        sentences: the attributes as CLIP reads them.
-        ratio: (A,) the mean label of each attribute, as the loss wants it: the share of images with the attribute.
+        names: the attribute names of the annotation.
+        sentences: the attributes as the sentences that CLIP encodes.
+        ratio: (A,) the mean label of each attribute, for the loss: the share of images with the attribute.
 
     Raises (on indexing) as `classification.Images`.
     """
@@ -105,7 +105,7 @@ class Pedestrians(Images):
         return (self.transform or _to_tensor)(self.picture(index)), self.labels[index]
 
 
-# --- what a user calls -------------------------------------------------------------------------------------------
+# --- public functions --------------------------------------------------------------------------------------------
 
 
 def splits(name: str, root: str | Path, transform: Transform | None = None) -> dict[str, Pedestrians]:
@@ -114,36 +114,36 @@ def splits(name: str, root: str | Path, transform: Transform | None = None) -> d
     Args:
         name: "par/peta", "par/pa100k", "par/rapv1", "par/rapv2", "par/wider", "par-zs/peta", "par-zs/rap", or another
             name of `DATASETS` whose task is "attributes".
-        root: the data folder; `DATASETS[name].folders` are looked for in it.
+        root: the data folder; searched for `DATASETS[name].folders`.
         transform: from a PIL image (RGB) to a tensor (3, H, W), see `square_transform`; None scales to 0..1 and keeps
-            the size. For another one per split set it after, `sets["trainval"].transform = ...`.
+            the size. To set another one for a split: `sets["trainval"].transform = ...`.
 
     Returns:
         "trainval", which papers train on, and "test"; "train" and "val" too where the set has them.
 
     Raises:
         BadParameter: unknown name.
-        MissingData: the folder, a file or images are not there, or they are not as many as is known.
-        CorruptFile: an annotation that is truncated, or has other fields, sizes or numbers than it should have.
+        MissingData: the folder, a file or images are missing, or their number differs from the published one.
+        CorruptFile: an annotation that is truncated, or has unexpected fields, sizes or values.
     """
     dataset = find(name, "attributes")
     return _pedestrians(dataset, Path(root), transform)
 
 
 def load(name: str, root: str | Path, split: str, transform: Transform | None = None) -> Pedestrians:
-    """One split of a set; otherwise as `splits`. Raises `BadParameter` for a split that the set has not."""
+    """One split of a set; otherwise as `splits`. Raises `BadParameter` for a split that the set does not have."""
     found = splits(name, root, transform)
     check_choice("split", split, found)
     return found[split]
 
 
 def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str, Pedestrians]:
-    """Your own images, as `splits` gives them: `root`/labels.csv says of each image its split and its attributes.
+    """Your own images, as `splits` gives them: `root`/labels.csv lists the split and the attributes of each image.
 
         image,split,A pedestrian wearing a hat,A pedestrian with a backpack
         anna/0001.jpg,train,1,0
 
-    The names of the attributes' columns are the sentences. Splits are train, val (may be absent) and test.
+    The headers of the attribute columns are the sentences. Splits are train, val (may be absent) and test.
 
     Raises as `splits`.
     """
@@ -158,10 +158,11 @@ def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str
 
 
 class PadToSquare:
-    """Scales an image to `size` rows and puts it in the middle of a black square, as the authors of PromptPAR do.
+    """Scales an image to `size` rows and centres it on a black square, as the authors of PromptPAR do.
 
-    Resized bilinearly without antialiasing, as OpenCV does. The result may be one or two pixels narrower than high, as
-    theirs. An image that would be wider than high is left as it is (and squeezed by the resize that follows).
+    Resized bilinearly without antialiasing, as OpenCV does. The result may be one or two pixels narrower than high,
+    like theirs. An image that would be wider than high is not padded (the resize that follows changes its aspect
+    ratio).
 
     Args:
         antialias: resize with antialiasing, by Pillow.
@@ -191,7 +192,7 @@ def square_transform(size: int = 224, train: bool = False, antialias: bool = Fal
 
     Args:
         antialias: see `PadToSquare`.
-        train: then 10 black pixels around, a random crop of `size`, and a flip half of the time.
+        train: adds 10 pixels of black padding, a random crop of `size`, and a flip with probability 0.5.
 
     Returns:
         From a PIL image to a float32 tensor (3, size, size).
@@ -201,7 +202,7 @@ def square_transform(size: int = 224, train: bool = False, antialias: bool = Fal
     return v2.Compose([PadToSquare(size, antialias), v2.Resize((size, size)), *cut, *_normalised(halves)])
 
 
-# --- what `companion.data` calls ---------------------------------------------------------------------------------
+# --- called by `companion.data` ----------------------------------------------------------------------------------
 
 
 def status(dataset: DataSet, root: Path) -> Status:
@@ -214,7 +215,7 @@ def status(dataset: DataSet, root: Path) -> Status:
     return Status("present", f"{len(wanted):,} images in {base}, {len(listing.names)} attributes")
 
 
-# --- how it is done ----------------------------------------------------------------------------------------------
+# --- implementation ----------------------------------------------------------------------------------------------
 
 
 def _pedestrians(dataset: DataSet, root: Path, transform: Transform | None) -> dict[str, Pedestrians]:
@@ -230,7 +231,7 @@ def _pedestrians(dataset: DataSet, root: Path, transform: Transform | None) -> d
 
 
 def _base(dataset: DataSet, root: Path, listing: Listing) -> Path:
-    """The folder of the images: the first of those known that has the first and the last one."""
+    """The folder of the images: the first known one that has the first and the last image."""
     folder = dataset.folder(root)
     places = IMAGES.get(ZERO_SHOT.get(dataset.name, dataset.name), ("data", ""))
     ends = [listing.pictures[listing.splits["test"][i]] for i in (0, -1)]
@@ -243,7 +244,7 @@ def _base(dataset: DataSet, root: Path, listing: Listing) -> Path:
 
 
 def _read(dataset: DataSet, root: Path) -> Listing:
-    """The annotation of a set, checked against the numbers that are known."""
+    """The annotation of a set, checked against the published numbers."""
     folder, own = dataset.folder(root), ZERO_SHOT.get(dataset.name, dataset.name)
     if not folder.is_dir():
         raise dataset.missing(root)
@@ -290,7 +291,7 @@ def _mat(dataset: DataSet, root: Path, read: Callable[[dict], tuple], file: str 
 
 
 def _words(cells: np.ndarray) -> list[str]:
-    """The texts in a cell array of MATLAB, one row or one column."""
+    """The strings in a cell array of MATLAB, one row or one column."""
     return [str(cell[0]) for cell in cells.ravel()]
 
 
@@ -350,7 +351,7 @@ def _rapv2(dataset: DataSet, root: Path) -> Listing:
 
 
 def _unwrapped(field: np.ndarray) -> np.ndarray:
-    """A field of numbers, which MATLAB may have put into a cell."""
+    """A numeric field, which MATLAB may have wrapped in a cell."""
     return field.ravel()[0] if field.dtype == object else field
 
 
@@ -382,13 +383,13 @@ def _lines(path: Path) -> list[str]:
 
 
 class _Record(dict):
-    """Stands for easydict's EasyDict, a dict, without its attributes: what the pickle sets besides items is left."""
+    """Replaces easydict's EasyDict by a dict without attributes: anything the pickle sets besides items is ignored."""
 
     def __setstate__(self, _: object) -> None: ...
 
 
 class _Unpickler(unpickle.Unpickler):
-    """The harmless reader of pickles, which knows EasyDict as well."""
+    """The safe reader of pickles, extended by EasyDict."""
 
     def find_class(self, module: str, name: str) -> object:
         return _Record if (module, name) == ("easydict", "EasyDict") else super().find_class(module, name)
@@ -409,7 +410,7 @@ def _new_split(dataset: DataSet, root: Path) -> dict[str, np.ndarray]:
     if not isinstance(parts, dict) or not {"train", "val", "test"} <= parts.keys():
         raise CorruptFile(path, "expected a dict with partition.train, partition.val and partition.test")
     chosen = {split: parts[split] for split in ("train", "val", "test")}
-    # several partitions stand in a list, of which the first counts
+    # several partitions form a list, of which the first is used
     return {split: np.asarray(p[0] if isinstance(p, list) and np.ndim(p[0]) else p) for split, p in chosen.items()}
 
 

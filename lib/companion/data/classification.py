@@ -1,12 +1,12 @@
-"""Image classification: FGVC (5 sets), VTAB-1k (19 tasks), HTA (10 sets), the pocket tasks, and a folder of one's own.
+"""Image classification: FGVC (5 sets), VTAB-1k (19 tasks), HTA (10 sets), the pocket tasks, and a user's own folder.
 
     train = load("vtab/cifar100", "data", "trainval", resize_transform(backbones.input_of(model)))
     image, label = train[0]         # float32 (3, 224, 224), int in 0..train.classes - 1
 
-Opening a set reads its lists only; an image is decoded when it is asked for. `root` is the data folder (`data`).
+Opening a set reads its lists only; an image is decoded on access. `root` is the data folder (`data`).
 
-`classification_sets` describes the sets: format, splits, sizes, licences. torchvision's readers are used where it has
-one (DTD, GTSRB, Food-101, CIFAR, SVHN); CIFAR's pickles are opened by it only when their MD5 is the published one.
+`classification_sets` describes the sets: format, splits, sizes, licences. torchvision's readers are used where they
+exist (DTD, GTSRB, Food-101, CIFAR, SVHN); it opens CIFAR's pickles only when their MD5 is the published one.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ _LISTS = {"train": "train800.txt", "val": "val200.txt", "trainval": "train800val
 Listed = tuple[Path, "Sequence[str] | np.ndarray", list[int]]  # the list that was read, the images, their labels
 
 
-# --- what a user calls -------------------------------------------------------------------------------------------
+# --- public functions --------------------------------------------------------------------------------------------
 
 
 class Images(Dataset):
-    """Labelled images that are decoded when asked for: `images[i]` is (float32 tensor (3, H, W), int).
+    """Labelled images that are decoded on access: `images[i]` is (float32 tensor (3, H, W), int).
 
     Args:
-        dataset: what they are part of; gives the name, and the words when a file has gone.
+        dataset: the set they belong to; gives the name and the error message for a missing file.
         root: the data folder.
         sources: paths, or a uint8 array (n, H, W, 3).
         labels: one of 0..classes - 1 for each.
@@ -61,7 +61,7 @@ class Images(Dataset):
         class_names: names by label, where the layout has them.
 
     Raises (on indexing):
-        MissingData: the file is listed but not there.
+        MissingData: the file is listed but missing.
         CorruptFile: the file is truncated, no image, or has no full scale (see `decoding`); its path is in the message.
     """
 
@@ -86,7 +86,7 @@ class Images(Dataset):
     def picture(self, index: int) -> Image.Image:
         """The image as stored, in RGB, before the transform.
 
-        One of your own is turned as its camera says; those of the public sets are not, as in the papers' code.
+        A user's own image is rotated by its EXIF orientation; those of the public sets are not, as in the papers' code.
         """
         return self._read(index, decoding.picture)
 
@@ -101,7 +101,7 @@ class Images(Dataset):
         try:
             with decoding.opened(source) as image:
                 if self.dataset.group == "own" and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-                    found = decoding.pixels(image)  # PIL turns a TIFF as it decodes it, and forgets the orientation
+                    found = decoding.pixels(image)  # PIL rotates a TIFF when it decodes it, and drops the orientation
                     return decode(Image.fromarray(decoding.upright(found, {"exif": image.getexif().tobytes()})))
                 return decode(image)
         except FileNotFoundError:
@@ -119,7 +119,7 @@ def load(
 
     Args:
         name: a name of `DATASETS`, such as "fgvc/cub200", "vtab/cifar100", "hta/dtd", "pocket/where".
-        root: the data folder; `DATASETS[name].folders` are looked for in it.
+        root: the data folder; searched for `DATASETS[name].folders`.
         split: "train", "val", "trainval" (both: the 1,000 images of VTAB-1k) or "test".
         transform: from a PIL image (RGB) to a tensor (3, H, W); see `resize_transform` and `crop_transform`.
 
@@ -128,14 +128,14 @@ def load(
 
     Raises:
         BadParameter: unknown name or split.
-        MissingData: the folder, a list or images are not there, or a list has not the length that is known.
-        CorruptFile: a list that is not as it should be, by line; a label out of range; a path that leaves the folder.
+        MissingData: the folder, a list or images are missing, or the length of a list differs from the published one.
+        CorruptFile: a malformed list (the line is named); a label out of range; a path that leaves the folder.
     """
     dataset, root = find(name, "classification"), Path(root)
     check_choice("split", split, SPLITS)
     listing, sources, labels = _read(dataset, root, split)
     if not isinstance(sources, np.ndarray):
-        for path in (sources[0], sources[-1]):  # a look at two files, not at all: opening must stay instant
+        for path in (sources[0], sources[-1]):  # check two files only: opening must stay instant
             if not Path(path).is_file():
                 raise dataset.missing(root, f"{listing.name} is there, but the image {path} is not")
     return Images(dataset, root, sources, labels, _classes(dataset, root), transform)
@@ -143,7 +143,8 @@ def load(
 
 @recorded()
 def resize_transform(input) -> v2.Transform:
-    """VTAB-1k's transform, for training and test alike: to (size, size) without keeping the aspect, then normalise.
+    """VTAB-1k's transform, for training and test alike: resize to (size, size), ignoring the aspect ratio, then
+    normalise.
 
     Args:
         input: anything with .size, .mean and .std, such as `backbones.input_of(model)`.
@@ -156,7 +157,8 @@ def resize_transform(input) -> v2.Transform:
 
 @recorded()
 def crop_transform(input, train: bool) -> v2.Transform:
-    """FGVC's transform: the short side to size * 256 / 224, then a crop of `size`, random and flipped when training.
+    """FGVC's transform: resize the short side to size * 256 / 224, then crop to `size`; random crop and flip in
+    training.
 
     Args:
         input: anything with .size, .mean and .std, such as `backbones.input_of(model)`.
@@ -170,7 +172,7 @@ def crop_transform(input, train: bool) -> v2.Transform:
 
 
 class InMemory(TensorDataset):
-    """Images (n, 3, H, W) float32 and labels (n,) int64 in memory, with the `.classes` and `.name` they came with."""
+    """Images (n, 3, H, W) float32 and labels (n,) int64 in memory, with `.classes` and `.name` of the source."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, classes: int, name: str):
         super().__init__(images, labels)
@@ -178,9 +180,9 @@ class InMemory(TensorDataset):
 
 
 def in_memory(dataset: Images) -> InMemory:
-    """Decode every image once, for sets that are read many times with a transform that does not change.
+    """Decode every image once, for sets that are read many times with a deterministic transform.
 
-    Raises `BadParameter` when the transform is random (every epoch would see the same draw) and `CompanionError` when
+    Raises `BadParameter` when the transform is random (every epoch would use the same draw) and `CompanionError` when
     the tensors do not fit in the free memory.
     """
     random = [type(step).__name__ for step in getattr(dataset.transform, "transforms", [dataset.transform])]
@@ -217,19 +219,19 @@ def image_folder(
     seed: int = 0,
     transform: Callable[[Image.Image], torch.Tensor] | None = None,
 ) -> dict[str, Images]:
-    """Your own images, one folder a class.
+    """Your own images, one folder per class.
 
     Args:
         root: holds {train,val,test}/<class>/*.jpg, or <class>/*.jpg directly, see `class_folders`. Images are files
-            that end in one of `decoding.SUFFIXES`; hidden folders and files are passed over.
+            that end in one of `decoding.SUFFIXES`; hidden folders and files are ignored.
         val_fraction: the share of each class that goes to val, where there is no val folder. A class with a single
             image stays in train.
-        seed: of that cut; the same seed and the same files give the same cut.
-        transform: as in `load`; for another one per split set it after, `sets["train"].transform = ...`.
+        seed: of that split; the same seed and the same files give the same split.
+        transform: as in `load`; to set another one for a split: `sets["train"].transform = ...`.
 
     Returns:
         {"train", "val", "trainval"} and "test" where there is a test folder. `.class_names` are the folders, sorted.
-        Files and folders that are not read are counted in a warning.
+        A warning counts the files and folders that are not read.
 
     Raises:
         BadParameter: val_fraction outside 0..1.
@@ -277,12 +279,12 @@ def image_folder(
 def class_folders(own: DataSet, root: Path, skipped: Counter[str]) -> tuple[Path, dict[str, Path]]:
     """The folder of the class folders, and by split the folder that holds its class folders; {} without splits.
 
-    A folder that holds one folder alone, with folders in it, is entered. A split's folder is called as in `SPELLED`
-    and has class folders in it; otherwise it is a class. What is next to splits is counted in `skipped`.
+    A folder whose only content is one folder with subfolders is entered. The folder of a split has a name of `SPELLED`
+    and contains class folders; otherwise it is a class. Anything next to splits is counted in `skipped`.
 
     Raises:
         MissingData: there is no such folder, or its splits have no class folders.
-        CorruptFile: two folders of one split.
+        CorruptFile: two folders for one split.
     """
     if not root.is_dir():
         raise own.missing(root, f"there is no folder {root}")
@@ -313,7 +315,7 @@ def class_folders(own: DataSet, root: Path, skipped: Counter[str]) -> tuple[Path
 def images_of_classes(folder: Path, number: Mapping[str, int], skipped: Counter[str]) -> list[tuple[str, int]]:
     """Paths and labels of the images in the class folders `number`, in the order of torchvision's `make_dataset`.
 
-    Hidden files and folders are passed over; other files are counted in `skipped`, by ending.
+    Hidden files and folders are ignored; other files are counted in `skipped`, by ending.
     """
     found = []
     for name, label in sorted(number.items()):
@@ -330,12 +332,12 @@ def images_of_classes(folder: Path, number: Mapping[str, int], skipped: Counter[
 
 
 def warn_of(root: Path, skipped: Counter[str]) -> None:
-    """Warn of what a folder has and a reader did not read."""
+    """Warn of the files and folders that a reader skipped."""
     if told := [f"{count} {what}" for what, count in skipped.most_common() if count]:
         warnings.warn(f"{root}: not read: {', '.join(told[:8])}", stacklevel=3)
 
 
-# --- what `companion.data` calls ---------------------------------------------------------------------------------
+# --- called by `companion.data` ----------------------------------------------------------------------------------
 
 
 def status(dataset: DataSet, root: Path) -> Status:
@@ -368,7 +370,7 @@ def status(dataset: DataSet, root: Path) -> Status:
 
 
 def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
-    """See `companion.data.fetch`. Everything lands in a hidden folder first and is moved once it is whole."""
+    """See `companion.data.fetch`. Everything is downloaded to a hidden folder, which is moved when complete."""
     folder = dataset.folder(root)
     root.mkdir(parents=True, exist_ok=True)
     with (
@@ -387,7 +389,7 @@ def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
             new.rename(folder)
 
 
-# --- how it is done ----------------------------------------------------------------------------------------------
+# --- implementation ----------------------------------------------------------------------------------------------
 
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _OUTSIDE = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|\0")
@@ -402,7 +404,7 @@ def _normalised(input) -> list[v2.Transform]:
 
 
 def _read(dataset: DataSet, root: Path, split: str) -> Listed:
-    """The list of a split, its images and labels, all checked but the images themselves."""
+    """The list of a split, its images and labels, all validated except the images themselves."""
     group, _, key = dataset.name.partition("/")
     if not dataset.folder(root).is_dir():
         raise dataset.missing(root)
@@ -420,7 +422,7 @@ def _read(dataset: DataSet, root: Path, split: str) -> Listed:
 
 
 def _classes(dataset: DataSet, root: Path) -> int:
-    """Number of classes; where it is left to the lists, those of the 1,000 training images."""
+    """Number of classes; where the lists define it, that of the 1,000 training images."""
     return dataset.classes or max(_read_lines(dataset, root, "trainval")[2]) + 1
 
 
@@ -431,7 +433,7 @@ def _existing(dataset: DataSet, root: Path, path: Path) -> Path:
 
 
 def _inside(listing: Path, where: str, path: str) -> str:
-    """`path` when it stays below the data set's folder: a list from elsewhere must not make us read other files."""
+    """`path` if it is below the data set's folder: a downloaded list must not make us read other files."""
     if _OUTSIDE.search(path):
         raise CorruptFile(listing, f"{where}: the path {path!r} leaves the data set's folder")
     return path
@@ -458,7 +460,7 @@ def _read_lines(dataset: DataSet, root: Path, split: str) -> Listed:
 
 
 def _both(read: Callable[[DataSet, Path, str], Listed], dataset: DataSet, root: Path) -> Listed:
-    """The lists "train" and "val" in one."""
+    """The lists "train" and "val" concatenated."""
     listing, first, labels = read(dataset, root, "train")
     _, second, more = read(dataset, root, "val")
     return listing, [*first, *second], [*labels, *more]
@@ -470,7 +472,7 @@ def _read_json(dataset: DataSet, root: Path, split: str) -> Listed:
     if split == "trainval":
         return _both(_read_json, dataset, root)
     listing = _existing(dataset, root, folder / f"{split}.json")
-    if key == "nabirds":  # raw ids, numbered in sorted order over the training list so that all splits agree
+    if key == "nabirds":  # raw ids, renumbered in sorted order over the training list so that all splits agree
         known: Sequence[int] = sorted(set(_class_ids(_existing(dataset, root, folder / "train.json")).values()))
         if len(known) != dataset.classes:
             raise dataset.missing(root, f"train.json names {len(known)} classes, {dataset.classes} expected")
@@ -500,7 +502,7 @@ def _class_ids(listing: Path) -> dict[str, int]:
 
 
 def _read_torchvision(dataset: DataSet, root: Path, split: str) -> Listed:
-    """HTA's sets in torchvision's layouts, by torchvision's readers; train and val cut from its training set."""
+    """HTA's sets in torchvision's layouts, by torchvision's readers; train and val are split from its training set."""
     folder, key = dataset.folder(root), dataset.name.partition("/")[2]
     for path, _ in _archives(dataset, folder):
         _existing(dataset, root, path)
@@ -524,7 +526,7 @@ def _read_torchvision(dataset: DataSet, root: Path, split: str) -> Listed:
 
 
 def _order(key: str, length: int) -> list[int]:
-    """The order that is cut 80 / 20: the file order, or for sets sorted by class one fixed shuffle of it."""
+    """The order that is split 80 / 20: the file order, or for sets sorted by class one fixed shuffle of it."""
     if key in ("food101", "gtsrb"):
         return np.random.default_rng(0).permutation(length).tolist()
     return list(range(length))
@@ -592,7 +594,7 @@ def _paths(dataset: DataSet, root: Path, split: str) -> Listed:
 
 
 def check_listed(dataset: DataSet, root: Path, paths: Iterable[str]) -> None:
-    """Raise `MissingData`, with the first that is not there, unless all `paths` of a list are on disk."""
+    """Raise `MissingData`, with the first missing one, unless all `paths` of a list are on disk."""
     wanted = set(paths)
     if absent := _absent(wanted):
         what = f"{len(absent)} of {len(wanted)} listed images are not there, the first: {min(absent)}"
@@ -630,7 +632,7 @@ def _stratified(labels: Sequence[int], fraction: float, seed: int) -> tuple[list
 
 @contextlib.contextmanager
 def _unpacked_below_their_folder() -> Iterator[None]:
-    """Make tarfile refuse members that point outside; torchvision leaves that to Python, whose default did not."""
+    """Make tarfile refuse members that point outside; torchvision relies on Python, whose default did not."""
     before = tarfile.TarFile.__dict__.get("extraction_filter")
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
     try:
@@ -640,7 +642,7 @@ def _unpacked_below_their_folder() -> Iterator[None]:
 
 
 def _download(dataset: DataSet, folder: Path) -> Path:
-    """Let torchvision download, verify and unpack a set below `folder`; returns the folder to move into its place."""
+    """Let torchvision download, verify and unpack a set below `folder`; returns the folder to move."""
     key = dataset.name.partition("/")[2]
     name = Path(dataset.folders[0]).name
     if key == "flowers102":

@@ -1,13 +1,13 @@
-"""From an image file to pixels: the one place that decides what its values mean.
+"""Decodes image files to pixels; the only module that interprets their value range.
 
     with opened(path) as image:
         pixels(image)              uint8 (H, W, 3)
-    unit(path)                     float32 (H, W) in 0 to 1, 16 bits kept apart; DICOM too
+    unit(path)                     float32 (H, W) in 0 to 1, at full bit depth; DICOM too
 
 PIL identifies a file; torchvision decodes plain JPEGs and PNGs, PIL all others, tifffile the TIFFs that PIL does not
-read or reads wrongly, pydicom DICOM. Full scale is 255 for 8 bits, 65535 for 16, `BitsPerSample` of a TIFF and
-`BitsStored` of a DICOM where they say it; of floats and 32-bit integers the smallest of 1 (floats), 255 and 65535 that
-the values fit in. What has no full scale - NaN, negative values, 12 bits stored as 16 - is refused.
+read or reads wrongly, pydicom DICOM. Full scale is 255 for 8 bits, 65535 for 16, or given by `BitsPerSample` of a TIFF
+and `BitsStored` of a DICOM; for floats and 32-bit integers it is the smallest of 1 (floats), 255 and 65535 that covers
+the values. Values without a full scale - NaN, negative values, 12 bits stored as 16 - raise an error.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torchvision.io import ImageReadMode, decode_image, read_file
 
 from ..errors import CorruptFile
 
-SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".avif")  # of the files that are taken for images; a GIF is its first frame
-SMALL = 2**15  # pixels of a PNG that PIL decodes as fast
+SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".avif")  # endings of image files; of a GIF the first frame is read
+SMALL = 2**15  # number of pixels of a PNG up to which PIL is as fast
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, StructError, Image.DecompressionBombError)
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 _BITS, _WHITE, _FORMAT = 258, 262, 339  # TIFF's tags BitsPerSample, PhotometricInterpretation, SampleFormat
@@ -34,10 +34,10 @@ _BITS, _WHITE, _FORMAT = 258, 262, 339  # TIFF's tags BitsPerSample, Photometric
 
 @contextlib.contextmanager
 def opened(path: str | Path) -> Iterator[Image.Image]:
-    """An image file, open; errors of the block's decoding are those of the file.
+    """Context manager: an open image file; errors while decoding it in the block become errors of the file.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: the file does not exist.
         CorruptFile: it is truncated, no image, a stack of several, or has values without a full scale.
     """
     try:
@@ -52,7 +52,7 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
             if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
                 first = image.size
                 image.seek(1)
-                if image.size == first:  # further pages that are smaller are previews
+                if image.size == first:  # smaller further pages are previews
                     raise ValueError("it is a stack of several images: save the one that is meant as a file of its own")
                 image.seek(0)
             yield image
@@ -63,21 +63,21 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
 
 
 def deep(image: Image.Image) -> bool:
-    """Whether an open file has values that 8 bits do not hold."""
+    """Whether an open file has values that exceed 8 bits."""
     if image.format == "TIFF":
         tags = image.tag_v2  # type: ignore[attr-defined]
         return max(tags.get(_BITS, (1,))) > 8 or 2 in tags.get(_FORMAT, (1,))
     if image.mode[0] in "IF" or image.format != "PNG" or image.mode not in ("RGB", "RGBA", "LA"):
         return image.mode[0] in "IF"
-    with Path(getattr(image, "filename", "")).open("rb") as file:  # PIL keeps the upper 8 bits, and does not say so
+    with Path(getattr(image, "filename", "")).open("rb") as file:  # PIL keeps the upper 8 bits without a warning
         return file.read(25)[24:] == b"\x10"
 
 
 def pixels(image: Image.Image, mode: str = "RGB") -> np.ndarray:
-    """The pixels of an image file that was opened by its path: uint8 (H, W, 3), or (H, W) for the mode "L".
+    """The pixels of an image that was opened from a path: uint8 (H, W, 3), or (H, W) for the mode "L".
 
-    Of 8 bits those of `image.convert(mode)` to the bit; torchvision's calls of libjpeg-turbo and libpng take about 0.75
-    and 0.5 of PIL's time. Raises what PIL raises, and `ValueError`: no full scale.
+    For 8 bits bit-identical to `image.convert(mode)`; torchvision's libjpeg-turbo and libpng take about 0.75 and 0.5 of
+    PIL's time. Raises PIL's errors, and `ValueError`: no full scale.
     """
     if deep(image):
         return np.array(Image.fromarray(_eight(*_values(image))).convert(mode))
@@ -86,7 +86,7 @@ def pixels(image: Image.Image, mode: str = "RGB") -> np.ndarray:
             data = read_file(getattr(image, "filename", ""))
             found = decode_image(data, ImageReadMode.RGB if mode == "RGB" else ImageReadMode.GRAY)
         except RuntimeError:
-            pass  # damaged, or too unusual: PIL reads it, or says what is wrong
+            pass  # damaged, or unusual: PIL reads it, or raises the error
         else:
             if found.element_size() == 1 and found.shape[1:] == image.size[::-1]:
                 return np.ascontiguousarray(found.permute(1, 2, 0).numpy()) if mode == "RGB" else found[0].numpy()
@@ -94,14 +94,14 @@ def pixels(image: Image.Image, mode: str = "RGB") -> np.ndarray:
 
 
 def picture(image: Image.Image) -> Image.Image:
-    """An image file that was opened by its path as an RGB image, by the faster decoder of its kind and size."""
+    """An image that was opened from a path as RGB, by the decoder that is faster for its format and size."""
     if deep(image) or (image.format == "PNG" and image.width * image.height > SMALL):
         return Image.fromarray(pixels(image))
     return image.convert("RGB")
 
 
 def upright(pixels: np.ndarray, info: dict[Any, Any]) -> np.ndarray:
-    """Pixels (H, W, 3) turned as EXIF in `info`, a PIL image's, says that the camera was held."""
+    """Pixels (H, W, 3) rotated by the EXIF orientation in a PIL image's `info`."""
     if not any(kind in str(key).lower() for key in info for kind in ("exif", "xmp")):
         return pixels
     image = Image.fromarray(pixels)
@@ -110,9 +110,9 @@ def upright(pixels: np.ndarray, info: dict[Any, Any]) -> np.ndarray:
 
 
 def unit(path: str | Path, colour: bool = False) -> np.ndarray:
-    """An image as float32 (H, W) in 0 to 1, all of its bits kept; with `colour` (H, W, 3).
+    """An image as float32 (H, W) in 0 to 1, at full bit depth; with `colour` (H, W, 3).
 
-    A DICOM is shown as it says: palette, colour space, the first window or VOI LUT, MONOCHROME1 inverted.
+    A DICOM's palette, colour space, and first window or VOI LUT are applied; MONOCHROME1 is inverted.
 
     Raises as `opened`.
     """
@@ -134,16 +134,16 @@ def unit(path: str | Path, colour: bool = False) -> np.ndarray:
     return values @ _GREY if values.ndim == 3 else values
 
 
-# --- values and their full scale --------------------------------------------------------------------------------------
+# --- values and full scale --------------------------------------------------------------------------------------------
 
 
 def _values(image: Image.Image) -> tuple[np.ndarray, int]:
-    """What a file of more than 8 bits stores, (H, W) or (H, W, 3), and its declared bits (0: none)."""
+    """The stored values of a file with more than 8 bits, (H, W) or (H, W, 3), and its declared bits (0: none)."""
     path = getattr(image, "filename", "")
     if image.format == "TIFF":
         tags = image.tag_v2  # type: ignore[attr-defined]
         bits = max(tags.get(_BITS, (16,)))
-        if image.mode[0] not in "IF":  # PIL keeps the upper bits of colours, and mixes up those of separate planes
+        if image.mode[0] not in "IF":  # PIL keeps the upper bits of colours, and confuses those of separate planes
             return _tiff(path)
         values = np.asarray(image)
         if tags.get(_WHITE) == 0 and bits <= 16 and image.mode != "F":
@@ -158,7 +158,7 @@ def _values(image: Image.Image) -> tuple[np.ndarray, int]:
 
 
 def _tiff(path: str | Path) -> tuple[np.ndarray, int]:
-    import tifffile  # here: few files need it
+    import tifffile  # imported here because few files need it
 
     try:
         with tifffile.TiffFile(path) as file:
@@ -176,7 +176,7 @@ def _tiff(path: str | Path) -> tuple[np.ndarray, int]:
 
 
 def _declared(bits: int, signed: bool) -> int:
-    """The bits that a file's integers fill: of 32 nobody does, and of 16 `_full_scale` decides."""
+    """The declared bits of a file's integers: none for 32; for 16 `_full_scale` decides."""
     return bits - signed if bits - signed < 16 else 0
 
 
@@ -213,7 +213,7 @@ def _eight(values: np.ndarray, bits: int) -> np.ndarray:
 
 def _dicom(path: Path) -> np.ndarray:
     """float32 (H, W) or (H, W, 3) in 0 to 1."""
-    import pydicom  # an extra: not every reader has it
+    import pydicom  # an extra, which may not be installed
     from pydicom.pixels import processing
 
     try:

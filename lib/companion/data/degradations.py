@@ -1,18 +1,18 @@
-"""Images made worse, and the text that says how: what TIP trains on. A RECONSTRUCTION (section 3.7 of its spec).
+"""Degraded images and their restoration prompts, TIP's training data. A RECONSTRUCTION (section 3.7 of its spec).
 
     recipe = Recipe()
     ops = recipe.draw(seed)                    (Op("blur", 0.4), Op("noise", 0.08))
     prompt(ops)                                "Deblur with sigma 0.4; Denoise with sigma 0.08"
     y = degrade(x, ops, seed)                  (3, H, W) in [0, 1], as x
-    degrade(x, parse(prompt(ops)), seed)       the same: text and effect agree
-    blind(x, seed)                             Real-ESRGAN's degradation, for which the text is `BLIND`
+    degrade(x, parse(prompt(ops)), seed)       the same: text and degradation agree
+    blind(x, seed)                             Real-ESRGAN's degradation, with the prompt `BLIND`
 
 Tags: figure, the pipeline figure: two passes of blur, resize, noise, JPEG, P(skip) = 0.5, the verbs, "with sigma", one
 decimal for blur and two for noise. Relative: the blind pipeline, Real-ESRGAN's published settings (BSD-3-Clause: read,
-written anew). Ours, each an argument: ranges, what is skipped, when a small image is brought back and by which
-filter, edges, and the words of Upsample and Dejpeg.
+reimplemented). Ours, each an argument: ranges, which operations are skipped, when and with which filter a small image
+is resized back, edges, and the wording of Upsample and Dejpeg.
 
-Everything depends on the seed and the image alone, not on the batch, the device or what was drawn before.
+The result depends on the seed and the image alone, not on the batch, the device or earlier draws.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ BACKS = ("op", "end")
 EDGES = ("replicate", "circular")
 BLIND = "Remove all degradation"
 
-# --- instructions and their text --------------------------------------------------------------------------------------
+# --- degradations and their prompts
+# --------------------------------------------------------------------------------------
 
 
 class Op(NamedTuple):
     """One degradation and its strength."""
 
     kind: str  # "blur", "resize", "noise" or "jpeg"
-    value: float  # sigma in pixels; times smaller on a side; sigma of pixels in [0, 1]; quality 1 to 100
+    value: float  # sigma in pixels; downscaling factor per side; sigma of pixels in [0, 1]; quality 1 to 100
 
 
 _WORDS = {
@@ -55,7 +56,7 @@ _WORDS = {
     "jpeg": ("Dejpeg with quality {:.0f}", r"dejpeg with quality (\d+)"),
 }
 _DECIMALS = {"blur": 1, "resize": 1, "noise": 2, "jpeg": 0}
-_NOTHING = {"blur": 0.0, "resize": 1.0, "noise": 0.0, "jpeg": 100.0}  # the values that change nothing
+_NOTHING = {"blur": 0.0, "resize": 1.0, "noise": 0.0, "jpeg": 100.0}  # the values of the identity
 _LIMITS = {"blur": (0, 100), "resize": (1, 64), "noise": (0, 1), "jpeg": (1, 100)}
 GRAMMAR = (
     f"'{BLIND}', nothing, or instructions parted by ';': 'Deblur with sigma 3.0', 'Upsample to 4.0x', "
@@ -64,7 +65,7 @@ GRAMMAR = (
 
 
 def rounded(op: Op) -> Op:
-    """With the decimals that its text has. Raises `BadParameter` for another kind or a value out of range."""
+    """Rounded to the decimals of its prompt. Raises `BadParameter` for another kind or a value out of range."""
     check_choice("degradation", op.kind, KINDS)
     value, (low, high) = round(float(op.value), _DECIMALS[op.kind]), _LIMITS[op.kind]
     if not low <= value <= high:
@@ -73,12 +74,12 @@ def rounded(op: Op) -> Op:
 
 
 def prompt(ops: Sequence[Op]) -> str:
-    """The restoration prompt of degradations, in the order in which they were applied; "" of none."""
+    """The restoration prompt of degradations, in the order in which they were applied; "" for none."""
     return "; ".join(_WORDS[op.kind][0].format(op.value) for op in map(rounded, ops))
 
 
 def parse(text: str) -> tuple[Op, ...] | None:
-    """The degradations that a restoration prompt names; None for `BLIND`, which names none. Any case is read.
+    """The degradations in a restoration prompt; None for `BLIND`, which names none. Case is ignored.
 
     Raises `BadParameter` with the grammar for anything else.
     """
@@ -96,13 +97,13 @@ def parse(text: str) -> tuple[Op, ...] | None:
 
 
 def scaled(text: str, kind: str, by: float) -> str:
-    """A restoration prompt that asks for a part of what it asked: "remove half of the noise" is ("noise", 0.5).
+    """A restoration prompt with one strength scaled: ("noise", 0.5) requests the removal of half of the noise.
 
-    Strength is sigma of blur and noise, how much smaller than full size (factor - 1), and quality short of 100; an
-    instruction that is left with nothing to do goes. That this is how strength is steered is the paper's (figure of the
-    walk through prompts); the scales of Upsample and Dejpeg are ours.
+    Strength is sigma for blur and noise, factor - 1 for downscaling, and 100 - quality for JPEG; an instruction of
+    strength 0 is removed. Controlling strength in this way is the paper's (figure of prompt interpolation); the scales
+    of Upsample and Dejpeg are ours.
 
-    Raises `BadParameter` where the text does not name that degradation.
+    Raises `BadParameter` when the prompt does not name that degradation.
     """
     ops = parse(text)
     check_choice("kind", kind, KINDS)
@@ -124,17 +125,18 @@ def scaled(text: str, kind: str, by: float) -> str:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is drawn: passes of blur, resize, noise, JPEG, each operation skipped or not.
+    """The distribution of degradations: passes of blur, resize, noise and JPEG, each skipped with a probability.
 
     Attributes:
-        blur: sigma in pixels. This and the next three are two ends of a uniform draw, or with `listed` the values
-            themselves.
-        resize: times smaller on a side.
+        blur: sigma in pixels. This and the next three are the bounds of a uniform distribution, or with `listed` the
+            values themselves.
+        resize: downscaling factor per side.
         noise: sigma, pixels being in [0, 1].
         jpeg: quality.
         passes: 2 in the figure.
-        skip: probability that an operation is left out; a mapping has one for each kind.
-        skip_scope: "every_op", or "first_resize_only", the other reading of the figure: all else always happens.
+        skip: probability of skipping an operation; a mapping has one for each kind.
+        skip_scope: "every_op", or "first_resize_only", the other interpretation of the figure: all other operations are
+            always applied.
         listed: see `blur`.
     """
 
@@ -164,12 +166,12 @@ class Recipe:
         return self.skip if isinstance(self.skip, (int, float)) else self.skip.get(kind, -1)
 
     def draw(self, seed: int | Sequence[int]) -> tuple[Op, ...]:
-        """The operations of one image, numbers rounded as their text has them; those that do nothing are left out."""
+        """The operations of one image, with values rounded as in their prompt; identities are left out."""
         rng, ops = np.random.default_rng([1, *_numbers(seed)]), []
         for number in range(self.passes):
             for kind in KINDS:
                 values = getattr(self, kind)
-                # drawn in any case: what one operation does must not move the numbers of the next
+                # always drawn: whether one operation is skipped must not change the random numbers of the next
                 chance = rng.random()
                 value = values[rng.integers(len(values))] if self.listed else rng.uniform(*values)
                 may = self.skip_scope == "every_op" or (kind == "resize" and number == 0)
@@ -191,12 +193,12 @@ def degrade(
     """Apply degradations, one after the other, to an image (3, H, W) in [0, 1]; the result has its size.
 
     Args:
-        ops: rounded first, as their text is.
+        ops: rounded first, as in their prompt.
         seed: of the noise.
-        back: when an image that was made smaller is brought back to its size: "op", at once, or "end", after the last
-            operation, so that noise and JPEG see the small one, and factors of two passes multiply.
-        filter: "bicubic", "bilinear" or "nearest", for both ways.
-        edge: beyond the border a blur sees the border's pixels ("replicate"), or the other side's ("circular").
+        back: when a downscaled image is resized back: "op", at once, or "end", after the last operation, so that noise
+            and JPEG apply to the small image and the factors of two passes multiply.
+        filter: "bicubic", "bilinear" or "nearest", in both directions.
+        edge: padding of a blur: the border's pixels ("replicate") or the opposite side's ("circular").
     """
     check_choice("back", back, BACKS)
     check_choice("filter", filter, ("bicubic", "bilinear", "nearest"))
@@ -224,7 +226,7 @@ def degrade(
 
 @dataclass(frozen=True)
 class Pass:
-    """One of the two passes of Real-ESRGAN. Ranges are two ends of a uniform draw."""
+    """One of the two passes of Real-ESRGAN. Ranges are the bounds of a uniform distribution."""
 
     blur: float  # probability
     sigma: tuple[float, float]
@@ -255,7 +257,7 @@ class RealESRGAN:
         default_factory=lambda: Pass(0.8, (0.2, 1.5), (0.3, 0.4, 0.3), (0.3, 1.2), (1, 25), (0.05, 2.5))
     )
     final_sinc: float = 0.8
-    sinc_first: float = 0.5  # probability that the last filter comes before the last JPEG
+    sinc_first: float = 0.5  # probability that the last filter precedes the last JPEG
     scale: int = 4
 
 
@@ -263,8 +265,8 @@ def blind(x: Tensor, seed: int | Sequence[int], settings: RealESRGAN | None = No
     """Real-ESRGAN's second-order degradation of an image (3, H, W) in [0, 1].
 
     Args:
-        restore: bring the result, 1 / scale of the side, back to the size of x by bicubic (ours: TIP's inputs have the
-            size of their targets). False: (3, H / scale, W / scale), as released.
+        restore: resize the result, 1 / scale per side, back to the size of x by bicubic interpolation (ours: TIP's
+            inputs have the size of their targets). False: (3, H / scale, W / scale), as released.
     """
     s = settings or RealESRGAN()
     y, (height, width) = _checked(x)[None], x.shape[-2:]
@@ -299,7 +301,7 @@ def blind(x: Tensor, seed: int | Sequence[int], settings: RealESRGAN | None = No
 
 
 def _noisy(rng: np.random.Generator, y: Tensor, p: Pass) -> Tensor:
-    """Gaussian, or Poisson noise scaled; one plane for all channels where it is grey. Clamped."""
+    """Gaussian or scaled Poisson noise; grey noise is the same in all channels. Clamped."""
     gaussian, grey = rng.random() < p.is_gaussian, rng.random() < p.grey
     if gaussian:
         sigma = rng.uniform(*p.gaussian) / 255
@@ -309,7 +311,7 @@ def _noisy(rng: np.random.Generator, y: Tensor, p: Pass) -> Tensor:
     clean = y.clamp(0, 1)
     if grey:
         clean = (clean * clean.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
-    clean = (clean * 255).round() / 255  # after the mean: the noise is the weaker the more values there are
+    clean = (clean * 255).round() / 255  # after the mean: the more values, the weaker the noise
     levels = 2.0 ** math.ceil(math.log2(max(2, len(clean.unique()))))
     counts = rng.poisson((clean * levels).double().cpu().numpy()) / levels
     return (y + scale * (torch.from_numpy(counts).to(y) - clean)).clamp(0, 1)
@@ -320,7 +322,7 @@ def _odd(rng: np.random.Generator) -> int:
 
 
 def _kernel(rng: np.random.Generator, p: Pass) -> np.ndarray:
-    """A blur kernel of odd side, its sum 1."""
+    """A blur kernel of odd size and sum 1."""
     side = _odd(rng)
     if rng.random() < p.sinc:
         return _sinc(rng.uniform(math.pi / (3 if side < 13 else 5), math.pi), side)
@@ -340,7 +342,7 @@ def _kernel(rng: np.random.Generator, p: Pass) -> np.ndarray:
 
 
 def _sinc(cutoff: float, side: int) -> np.ndarray:
-    """A circular low-pass filter, whose ringing is the point."""
+    """A circular low-pass filter, which causes ringing."""
     ys, xs = np.mgrid[:side, :side] - side // 2
     r = np.hypot(xs, ys)
     with np.errstate(invalid="ignore"):
@@ -360,7 +362,7 @@ def _checked(x: Tensor) -> Tensor:
 
 
 def _blurred(y: Tensor, sigma: float, edge: str, radius: int | None = None) -> Tensor:
-    """Gaussian, cut at 3 sigma, rows and columns apart."""
+    """Gaussian, truncated at 3 sigma, separable."""
     radius = math.ceil(3 * sigma) if radius is None else radius
     if edge == "circular":
         radius = min(radius, *y.shape[-2:])
@@ -378,7 +380,7 @@ def _filtered(y: Tensor, kernel: np.ndarray) -> Tensor:
 
 
 def _mirrored(y: Tensor, pad: int) -> Tensor:
-    """Mirrored at its edges, however small it is (`F.pad` needs the padding to be smaller)."""
+    """Reflection padding of any size (`F.pad` needs the padding to be smaller than the image)."""
     for dim in (-2, -1):
         n = y.shape[dim]
         place = torch.arange(-pad, n + pad, device=y.device) % max(2 * n - 2, 1)
@@ -387,14 +389,14 @@ def _mirrored(y: Tensor, pad: int) -> Tensor:
 
 
 def _resized(y: Tensor, size: Sequence[int], filter: str) -> Tensor:
-    """Low-pass filtered where it gets smaller."""
+    """Resized, with antialiasing where it shrinks."""
     if filter == "nearest":
         return F.interpolate(y, tuple(size), mode="nearest-exact")
     return F.interpolate(y, tuple(size), mode=filter, align_corners=False, antialias=True)
 
 
 def _interpolated(y: Tensor, size: Sequence[int], filter: str) -> Tensor:
-    """As Real-ESRGAN does it: bilinear and bicubic are not filtered, so that they alias."""
+    """As in Real-ESRGAN: bilinear and bicubic without antialiasing."""
     if tuple(y.shape[-2:]) == tuple(size):
         return y
     return F.interpolate(y, tuple(size), mode=filter, **({} if filter == "area" else {"align_corners": False}))

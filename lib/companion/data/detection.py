@@ -3,11 +3,11 @@
     sets = splits("detection/ov-coco", "data")
     image, target = sets["test"][0]        # uint8 (3, H, W); target.boxes (n, 4) xyxy, target.labels (n,)
     sets["train"].positives                # (N, C) bool: which classes each image shows
-    sets["test"].truth                     # the annotations, as `metrics.detection.evaluate` wants them
+    sets["test"].truth                     # the annotations, for `metrics.detection.evaluate`
 
-A class has an index, its place among the categories in order of their ids, and a category id. Opening a set reads its
-annotations and checks them; an image is decoded when it is asked for. `root` is the data folder; `detection_sets`
-describes the sets and says how the splits are made.
+A class has an index, its rank among the categories sorted by id, and a category id. Opening a set reads its annotations
+and checks them; an image is decoded on access. `root` is the data folder; `detection_sets` describes the
+sets and their splits.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ OV_COCO_BASE, OV_COCO_NOVEL = tuple(COCO_BASE.values()), tuple(COCO_NOVEL.values
 """Category ids of the 48 and the 17."""
 
 FREQUENCIES = ("r", "c", "f")
-LARGEST = 1e9  # pixels of a box, far beyond any image: what is larger overflows
+LARGEST = 1e9  # pixels of a box, far beyond any image: larger values overflow
 LVIS_CLASSES = Path(__file__).with_name("lvis_classes.csv")
 
 
 class Target(NamedTuple):
-    """What is known of an image."""
+    """The annotations of one image."""
 
     boxes: Tensor  # (n, 4) float32, xyxy, pixels
     labels: Tensor  # (n,) indices of classes
@@ -48,14 +48,13 @@ class Target(NamedTuple):
 
 
 class Boxes(Images):
-    """Images with boxes, decoded when asked for: `boxes[i]` is (uint8 (3, H, W), `Target`).
+    """Images with boxes, decoded on access: `boxes[i]` is (uint8 (3, H, W), `Target`).
 
     Attributes:
         truth: {"images", "annotations", "categories"} of this split, in COCO's format.
         image_ids: of the N images.
         categories: ids of the C classes; `class_names` are theirs.
-        base, novel: category ids: with boxes in training, and without but scored. In a foreign vocabulary both are
-            empty.
+        base, novel: category ids with boxes in training, and without but scored. For another vocabulary both are empty.
         positives: (N, C) bool, from the boxes, or from `pos_category_ids` where images have labels only.
 
     Raises (on indexing) as `classification.Images`.
@@ -88,11 +87,11 @@ class Boxes(Images):
 
     @property
     def unseen(self) -> Tensor:
-        """(C,) bool: the classes without boxes in training, scored or not: what the authors' code calls novel."""
+        """(C,) bool: the classes without boxes in training, scored or not; the authors' code calls them novel."""
         return ~self.mask(self.base)
 
     def target(self, index: int) -> Target:
-        """What is known of an image, without opening it."""
+        """The annotations of an image, without opening it."""
         rows = self._rows[self.image_ids[index]]
         boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float32).view(-1, 4)
         labels = torch.tensor([self.index[row["category_id"]] for row in rows], dtype=torch.long)
@@ -103,7 +102,7 @@ class Boxes(Images):
         pixels, info = self.pixels(index)
         image = self.truth["images"][index]
         known = (image["height"], image["width"])
-        if known != pixels.shape[:2]:  # a photograph that lies on its side, and boxes drawn on it upright
+        if known != pixels.shape[:2]:  # a photograph stored rotated, with boxes drawn on the upright image
             pixels = decoding.upright(pixels, info)
         if known != pixels.shape[:2]:
             size = pixels.shape[1::-1]
@@ -111,7 +110,7 @@ class Boxes(Images):
         return torch.from_numpy(pixels).permute(2, 0, 1), self.target(index)
 
 
-# --- what a user calls ------------------------------------------------------------------------------------------------
+# --- public functions -------------------------------------------------------------------------------------------------
 
 
 def splits(name: str, root: str | Path) -> dict[str, Boxes]:
@@ -120,15 +119,15 @@ def splits(name: str, root: str | Path) -> dict[str, Boxes]:
 
     Raises:
         BadParameter: unknown name.
-        MissingData: the folder, an annotation file or the images are not there, or not as many as is known.
-        CorruptFile: an annotation file that is truncated, or with a wrong or missing field: it says which.
+        MissingData: the folder, an annotation file or the images are missing, or not as many as published.
+        CorruptFile: an annotation file that is truncated, or has a wrong or missing field, which is named.
     """
     dataset = find(name, "detection")
     return {split: load(name, root, split) for split in FILES[dataset.name]}
 
 
 def load(name: str, root: str | Path, split: str) -> Boxes:
-    """One split of a set; otherwise as `splits`. Raises `BadParameter` for a split that the set has not."""
+    """One split of a set; otherwise as `splits`. Raises `BadParameter` for a split that the set does not have."""
     dataset, root = find(name, "detection"), Path(root)
     check_choice("split", split, FILES[dataset.name])
     truth, base, novel = _read(dataset, root, split)
@@ -158,7 +157,7 @@ def own_folder(annotations: str | Path, images: str | Path, novel: Sequence[str]
 def read_annotations(path: str | Path) -> dict:
     """An annotation file in COCO's or LVIS' format, checked field by field.
 
-    LVIS' images have a `coco_url` instead of a `file_name`, whose last two parts are taken.
+    LVIS' images have a `coco_url` instead of a `file_name`; its last two parts are used.
 
     Raises `CorruptFile` with the path, the entry and the field.
     """
@@ -225,9 +224,9 @@ def is_box(value: object) -> bool:
 
 
 def check_results(rows: object, file: str | Path | None = None, kind: str = "bbox") -> list[dict]:
-    """`rows` where they are finished results in COCO's format: image_id, category_id, score, and bbox or segmentation.
+    """`rows`, checked as results in COCO's format: image_id, category_id, score, and bbox or segmentation.
 
-    Raises `CorruptFile` with the `file` they are from, `BadParameter` without one; row and field are named.
+    Raises `CorruptFile` with the name of their `file`, `BadParameter` without one; row and field are named.
     """
 
     def wrong(detail: str) -> CompanionError:
@@ -265,7 +264,7 @@ def ov_coco(instances: Mapping, split: str) -> dict:
 
 
 def ov_lvis(annotations: Mapping, split: str) -> dict:
-    """OV-LVIS from LVIS v1: "train" without the boxes of rare classes, all images kept; "test" as it is."""
+    """OV-LVIS from LVIS v1: "train" without the boxes of rare classes, with all images; "test" unchanged."""
     check_choice("split", split, ("train", "test"))
     if split == "test":
         return dict(annotations)
@@ -276,7 +275,7 @@ def ov_lvis(annotations: Mapping, split: str) -> dict:
 
 @functools.cache
 def lvis_categories() -> tuple[dict[str, Any], ...]:
-    """The 1203 categories of LVIS v1, as its files have them: "id", "name", "frequency", "synonyms".
+    """The 1203 categories of LVIS v1, as in its files: "id", "name", "frequency", "synonyms".
 
     "coco" is the id of COCO's category of the same synset, None where there is none.
     """
@@ -301,15 +300,15 @@ def with_synonyms(categories: Sequence[Mapping]) -> list[dict[str, Any]]:
 
 
 def caption_labels(captions: Mapping, categories: Sequence[Mapping]) -> dict:
-    """Image labels from COCO's captions, as Detic and SIC-CADS train on them for OV-COCO.
+    """Image labels from COCO's captions, with which Detic and SIC-CADS train on OV-COCO.
 
-    A class counts where one of its "synonyms", or its name where it has none, stands between spaces in the lower-case
-    captions of an image, one after the other; also at their start or end, but not alone. Underscores read as spaces,
-    and what follows an opening bracket is left out. Images without any are dropped.
+    An image has a class when one of its "synonyms", or its name if it has none, occurs between spaces in the image's
+    concatenated lower-case captions, also at their start or end, but not as the whole text. Underscores count as
+    spaces, and the text after an opening bracket is removed. Images without any class are dropped.
 
     Args:
         captions: COCO's captions file: "images", "annotations" with "image_id" and "caption".
-        categories: with "id", "name", and "synonyms" where there are; COCO's from `with_synonyms`.
+        categories: with "id", "name", and optionally "synonyms"; COCO's from `with_synonyms`.
 
     Returns:
         {"images" with `pos_category_ids`, "annotations": [], "categories"}.
@@ -328,21 +327,21 @@ def caption_labels(captions: Mapping, categories: Sequence[Mapping]) -> dict:
 
 
 def _in_words(name: str) -> str:
-    """A class name of LVIS as captions may have it: "bat_(animal)" is "bat"."""
+    """A class name of LVIS as it occurs in captions: "bat_(animal)" is "bat"."""
     return name.partition("(")[0].replace("_", " ").strip().lower()
 
 
 def repeat_factors(boxes: Boxes, threshold: float = 0.001) -> np.ndarray:
-    """How often each image is shown in an epoch (N,): LVIS' repeat-factor sampling.
+    """How often each image is used in an epoch (N,): LVIS' repeat-factor sampling.
 
-    max(1, sqrt(threshold / f_c)) of its rarest class c, f_c being the share of images that show it.
+    max(1, sqrt(threshold / f_c)) for its rarest class c, where f_c is the share of images with that class.
     """
     share = boxes.positives.float().mean(0)
     each = (threshold / share.clamp_min(1e-12)).sqrt().clamp_min(1)
     return torch.where(boxes.positives, each, 1.0).amax(1).numpy()
 
 
-# --- what `companion.data` calls --------------------------------------------------------------------------------------
+# --- called by `companion.data` ---------------------------------------------------------------------------------------
 
 
 def status(dataset: DataSet, root: Path) -> Status:
@@ -360,7 +359,7 @@ def status(dataset: DataSet, root: Path) -> Status:
     return Status("present", f"pictures: {', '.join(counts)}")
 
 
-# --- how it is done ---------------------------------------------------------------------------------------------------
+# --- implementation ---------------------------------------------------------------------------------------------------
 
 
 def _read(dataset: DataSet, root: Path, split: str) -> tuple[dict, Sequence[int], Sequence[int]]:
@@ -397,7 +396,7 @@ def _read(dataset: DataSet, root: Path, split: str) -> tuple[dict, Sequence[int]
 
 
 def _pocket_groups(dataset: DataSet, root: Path, found: Mapping) -> tuple[list[int], list[int]]:
-    """Base are the classes that the training file has boxes of."""
+    """Base classes are those with boxes in the training file."""
     file = dataset.folder(root) / FILES[dataset.name]["train"][0]
     if not file.is_file():
         raise dataset.missing(root, f"{file} is not there")
@@ -407,7 +406,7 @@ def _pocket_groups(dataset: DataSet, root: Path, found: Mapping) -> tuple[list[i
 
 
 def _renamed(found: Mapping, folder: Path, file: Path) -> dict:
-    """Objects365 with corrected names, where the table is there and the file is not corrected already."""
+    """Objects365 with corrected names, if the table exists and the file is not corrected already."""
     table = next((folder / name for name in NAMES_FIX if (folder / name).is_file()), None)
     if table is None or "fixname" in file.name:
         return dict(found)
@@ -421,7 +420,7 @@ def _renamed(found: Mapping, folder: Path, file: Path) -> dict:
 
 
 def _folder(dataset: DataSet, root: Path, split: str, truth: Mapping) -> Path:
-    """Where the images are: the first place known that has the first and the last one."""
+    """The image folder: the first known one that has the first and the last image."""
     folder = dataset.folder(root)
     places = [folder / place for place in IMAGES[dataset.name][split]]
     ends = [truth["images"][i]["file_name"] for i in (0, -1)]

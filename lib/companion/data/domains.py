@@ -2,19 +2,19 @@
 
     sets = splits("remote/aid", "data", clip_transform(backbones.input_of(clip)))
     image, label = sets["test"][0]      # float32 (3, 224, 224), int
-    sets["test"].class_names            # the words for the prompts, by label
+    sets["test"].class_names            # the class names of the prompts, by label
 
-Opening a set lists its folders; an image is decoded when it is asked for. `root` is the data folder (`data`).
-`domains_sets` describes the sets; `fewshot` makes the protocols of prompt learning from what `splits` returns.
+Opening a set lists its folders; an image is decoded on access. `root` is the data folder (`data`).
+`domains_sets` describes the sets; `fewshot` builds the protocols of prompt learning from the result of `splits`.
 
-A set is a folder with one folder a class, and next to it, if there is one, a list of its splits:
+A set is a folder with one folder per class, and optionally a list of its splits next to it:
 
     {"train": [[path below the parent of the class folders, label, class name], ...], "val": [...], "test": [...]}
 
-Labels follow the sorted names of the folders (upper case before lower case), as in the authors' code, whatever the
-spelling on disk, so that the same classes are "base" everywhere. Without a list each class is cut by a fixed shuffle.
-Another set needs a `DataSet` with task "domains" in `DATASETS`, and `split.json` by its class folders (in `images/`
-or directly).
+Labels follow the sorted names of the folders (upper case before lower case), as in the authors' code, for any spelling
+on disk, so that the same classes are "base" everywhere. Without a list each class is split by a fixed shuffle. A new
+set needs a `DataSet` with task "domains" in `DATASETS`, and `split.json` by its class folders (in `images/` or
+directly).
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ from .domains_sets import CLASSES, RELEASED_AS, TORCHGEO, WHOLE_SET_NAMES, image
 
 SPLITS = ("train", "val", "test", "all")
 _PARTS = SPLITS[:3]
-CROP = (0.08, 1.0)  # of the area, of a training image
+CROP = (0.08, 1.0)  # range of the cropped area of a training image
 Samples = list[tuple[str, int]]  # path below the parent of the class folders, label
 Transform = Callable[[Image.Image], torch.Tensor]
 
 
-# --- what a user calls -------------------------------------------------------------------------------------------
+# --- public functions --------------------------------------------------------------------------------------------
 
 
 def splits(name: str, root: str | Path, transform: Transform | None = None) -> dict[str, Images]:
@@ -64,19 +64,19 @@ def splits(name: str, root: str | Path, transform: Transform | None = None) -> d
 
     Args:
         name: "remote/aid", "medical/chmnist", ...: a name of `DATASETS` whose task is "domains".
-        root: the data folder; `DATASETS[name].folders` are looked for in it.
+        root: the data folder; searched for `DATASETS[name].folders`.
         transform: from a PIL image (RGB) to a tensor (3, H, W), see `clip_transform`; None scales to 0..1 and keeps the
-            size. For another one per split set it after, `sets["train"].transform = ...`.
+            size. To set another one for a split: `sets["train"].transform = ...`.
 
     Returns:
-        {"train", "val", "test", "all"}; "all" is every image, on which domain generalisation is tested, and there three
-        sets name a class otherwise (`domains_sets.WHOLE_SET_NAMES`). Each is a data set of (float32 tensor (3, H, W),
+        {"train", "val", "test", "all"}; "all" is every image, the test set of domain generalisation, for which three
+        sets name a class differently (`domains_sets.WHOLE_SET_NAMES`). Each is a data set of (float32 tensor (3, H, W),
         int) with `.labels`, `.classes`, `.class_names` and `.name`.
 
     Raises:
         BadParameter: unknown name.
-        MissingData: the folder, a class folder or images are not there, or they are not as many as is known.
-        CorruptFile: an entry of the list of splits is not as it should be; a folder that is no class of the set.
+        MissingData: the folder, a class folder or images are missing, or their number differs from the published one.
+        CorruptFile: a malformed entry of the list of splits; a folder that is no class of the set.
     """
     dataset = find(name, "domains")
     return _images(dataset, Path(root), transform)
@@ -91,8 +91,8 @@ def load(name: str, root: str | Path, split: str, transform: Transform | None = 
 def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str, Images]:
     """Your own images, as `splits` gives them: <class>/*.jpg below `root` or `root`/images.
 
-    `root`/split.json is read where it is there, otherwise each class is cut. Images that lie in train/<class>/ and
-    test/<class>/ already stay there; without val/<class>/ a part of train is taken for it. Folders are found as by
+    `root`/split.json is read if it exists, otherwise each class is split. Images in train/<class>/ and test/<class>/
+    keep their split; without val/<class>/ a part of train is used. Folders are found as by
     `classification.class_folders`.
 
     Raises as `splits`.
@@ -120,12 +120,12 @@ def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str
 
 @recorded()
 def clip_transform(input, train: bool = False) -> v2.Transform:
-    """CLIP's transform, as prompt-learning papers use it (bicubic throughout).
+    """CLIP's transform, as used in prompt-learning papers (bicubic throughout).
 
     Args:
         input: anything with .size, .mean and .std, such as `backbones.input_of(model)`.
-        train: a random crop of 8 to 100 % of the area, resized, flipped half of the time; otherwise the short side is
-            resized and the centre cut out.
+        train: a random crop of 8 to 100 % of the area, resized, flipped with probability 0.5; otherwise a resize of the
+            short side and a centre crop.
 
     Returns:
         From a PIL image to a float32 tensor (3, size, size).
@@ -139,7 +139,7 @@ def clip_transform(input, train: bool = False) -> v2.Transform:
     return v2.Compose([*cut, *_normalised(input)])
 
 
-# --- what `companion.data` calls ---------------------------------------------------------------------------------
+# --- called by `companion.data` ----------------------------------------------------------------------------------
 
 
 def status(dataset: DataSet, root: Path) -> Status:
@@ -154,7 +154,7 @@ def status(dataset: DataSet, root: Path) -> Status:
 
 
 def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
-    """See `companion.data.fetch`. torchgeo downloads into a hidden folder, which is moved once it is whole."""
+    """See `companion.data.fetch`. torchgeo downloads into a hidden folder, which is moved when complete."""
     try:
         from torchgeo import datasets as torchgeo
     except ImportError:
@@ -173,14 +173,14 @@ def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
         shutil.copytree(new, folder, dirs_exist_ok=True, copy_function=shutil.move)
 
 
-# --- how it is done ----------------------------------------------------------------------------------------------
+# --- implementation ----------------------------------------------------------------------------------------------
 
 
 def _images(dataset: DataSet, root: Path, transform: Transform | None) -> dict[str, Images]:
     names, parts = _read(dataset, root)
     base, _ = _place(dataset, root)
     for part in _PARTS:
-        for path, _ in (parts[part][0], parts[part][-1]):  # a look at two files, not at all: opening must stay quick
+        for path, _ in (parts[part][0], parts[part][-1]):  # check two files only: opening must stay fast
             if not (base / path).is_file():
                 raise dataset.missing(root, f"{split_file(dataset.name)} lists {path}, but {base / path} is not there")
     parts["all"] = sorted((sample for part in _PARTS for sample in parts[part]), key=lambda s: (s[1], s[0]))
@@ -194,7 +194,7 @@ def _images(dataset: DataSet, root: Path, transform: Transform | None) -> dict[s
 
 
 def _read(dataset: DataSet, root: Path) -> tuple[list[str], dict[str, Samples]]:
-    """Class names by label, and the samples of train, val and test: from the list, or cut."""
+    """Class names by label, and the samples of train, val and test: from the list or a new split."""
     folder = dataset.folder(root)
     if not folder.is_dir():
         raise dataset.missing(root)
@@ -203,7 +203,7 @@ def _read(dataset: DataSet, root: Path) -> tuple[list[str], dict[str, Samples]]:
         names, parts = _listed(dataset, listing)
     elif dataset.group == "own" or dataset.name in CLASSES:
         names, parts = _cut(dataset, root)
-    else:  # a set that was made here has one split, which a cut would not find again
+    else:  # a generated set has a fixed split, which a new split would not reproduce
         raise dataset.missing(root, f"{listing} is not there")
     counts = {part: len(samples) for part, samples in parts.items()}
     counts["all"] = sum(counts.values())
@@ -227,20 +227,20 @@ def _place(dataset: DataSet, root: Path) -> tuple[Path, list[Path]]:
 
 
 def _class(dataset: DataSet, folder: str) -> str | None:
-    """The class that a folder stands for, by the name in the authors' code; None when it is none of the set's."""
+    """The class of a folder, by the name in the authors' code; None when the set has no such class."""
     folder = RELEASED_AS.get(dataset.name, {}).get(folder, folder)
     known = CLASSES[dataset.name]
     return folder if folder in known else next((name for name in known if _plain(name) == _plain(folder)), None)
 
 
 def _plain(name: str) -> str:
-    """A folder's name without case, blanks, underscores and the two slips of the authors' lists."""
+    """A folder's name without case, blanks, underscores and the two misspellings of the authors' lists."""
     letters = re.sub(r"[^a-z0-9]", "", name.lower())
     return letters.replace("swimmimg", "swimming").replace("commerical", "commercial")
 
 
 def _cut(dataset: DataSet, root: Path) -> tuple[list[str], dict[str, Samples]]:
-    """Each class by one fixed shuffle of its own, so that a class more or less changes nothing in the others."""
+    """Split each class by its own fixed shuffle, so that adding or removing a class does not change the others."""
     base, holders = _place(dataset, root)
     folders = sorted({name for holder in holders for name in _class_folders(holder)} - {"split_fewshot"})
     official = CLASSES.get(dataset.name)
@@ -278,7 +278,8 @@ def _cut(dataset: DataSet, root: Path) -> tuple[list[str], dict[str, Samples]]:
 
 
 def _listed(dataset: DataSet, listing: Path) -> tuple[list[str], dict[str, Samples]]:
-    """A list of splits, every entry checked: its form, that it stays inside, one class a folder, no image twice."""
+    """A list of splits with every entry checked: format, path inside the folder, one class per folder, no image
+    twice."""
     content = read_json(listing)
     if not isinstance(content, Mapping) or not all(isinstance(content.get(part), list) for part in _PARTS):
         raise CorruptFile(listing, "expected a dict with the lists 'train', 'val' and 'test'")
@@ -312,7 +313,7 @@ def _listed(dataset: DataSet, listing: Path) -> tuple[list[str], dict[str, Sampl
 
 
 def _entry(listing: Path, where: str, entry: object) -> tuple[str, int, str]:
-    """[path, label, class name]; as in the authors' reader, a label may be written as text."""
+    """[path, label, class name]; as in the authors' reader, a label may be a string."""
     match entry:
         case [str(path), int(label) | str(label), str(name)] if (
             path and name and not isinstance(label, bool) and re.fullmatch(r"[0-9]{1,9}", str(label))

@@ -18,9 +18,9 @@ TORCHGEO: dict[str, str] = _FACTS["TORCHGEO"]
 
 
 def split_sizes(count: int) -> dict[str, int]:
-    """How the images of one class are split: half for training, a fifth for validation, the rest for the test.
+    """How the images of one class are split: half for training, a fifth for validation, the rest for testing.
 
-    Halves are rounded to even, as Python does (and so the authors' code).
+    Halves are rounded to even, as by Python's `round` (and in the authors' code).
     """
     train, val = round(0.5 * count), round(0.2 * count)
     return {"train": train, "val": val, "test": count - train - val}
@@ -35,7 +35,7 @@ def split_file(name: str) -> str:
 
 
 def image_folders(name: str) -> tuple[str, ...]:
-    """Where the class folders may be below a set's folder, the most specific first.
+    """Possible parents of the class folders below a set's folder, the most specific first.
 
     "" is the folder itself; "a+b" is one set whose classes are in both a and b.
     """

@@ -1,17 +1,17 @@
-"""Protocols of prompt learning: few-shot training, then the test on new classes, other sets or other domains.
+"""Protocols of prompt learning: few-shot training, then tests on new classes, other sets or other domains.
 
     sets = domains.splits("remote/aid", "data", transform)          # or classification.image_folder(...)
     protocol = base_to_novel(sets, shots=16, seed=1)
     protocol.train                                                  # 16 images of each base class
-    protocol.tests["novel"].class_names                             # what the novel classes are called
+    protocol.tests["novel"].class_names                             # the names of the novel classes
     harmonic_mean(base_accuracy, novel_accuracy)
 
-A data set is anything that gives (image, label) and has the labels as `.labels` (or `.targets`) and the names of the
-classes by label as `.class_names` (or `.classes`): those of `domains` and of `classification.image_folder`, or
-torchvision's `ImageFolder`. No image is opened here.
+A data set returns (image, label) and has the labels as `.labels` (or `.targets`) and the class names by label as
+`.class_names` (or `.classes`): those of `domains` and of `classification.image_folder`, or torchvision's `ImageFolder`.
+No image is opened here.
 
-The protocols are those of CoOp and CoCoOp (Zhou et al., IJCV and CVPR 2022) as the code of DPLQ (Cao et al., CVPR 2024)
-has them: of a class with fewer images than shots all are taken.
+The protocols are those of CoOp and CoCoOp (Zhou et al., IJCV and CVPR 2022) as in the code of DPLQ (Cao et al., CVPR
+2024): a class with fewer images than shots contributes all of them.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ Splits = Mapping[str, Dataset]
 
 
 class Part(Dataset):
-    """Some images of a data set, with labels of their own: `part[i]` is (image, int in 0..classes - 1).
+    """A subset of a data set with its own labels: `part[i]` is (image, int in 0..classes - 1).
 
     Attributes:
-        dataset, indices: what it is a part of, and which images.
+        dataset, indices: the full data set and the selected images.
         labels: one for each image.
-        class_names: the names by label; `classes` is how many.
+        class_names: the names by label; `classes` is their number.
         name: the data set's name, where it has one.
     """
 
@@ -60,12 +60,12 @@ class Part(Dataset):
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a protocol trains on and tests on.
+    """Training, validation and test sets of a protocol.
 
     Attributes:
-        train: the shots of each class that is trained on.
-        val: other images of each of these classes: `VALIDATION_SHOTS`, or fewer where the shots or the images are.
-        tests: the test sets by name. Each has its own `.class_names`, for which the text of the prompts is made.
+        train: the shots of each training class.
+        val: other images of each of these classes: `VALIDATION_SHOTS`, or fewer when there are fewer shots or images.
+        tests: the test sets by name. Each has its own `.class_names` for the prompts.
     """
 
     train: Part
@@ -79,8 +79,8 @@ class Protocol:
 def few_shot(dataset: Dataset, shots: int, seed: int) -> Part:
     """`shots` images of each class, or all where there are fewer, without replacement, in the order of the data set.
 
-    A class's draw depends on the seed, the class's name and its images only. So it does not matter whether classes are
-    selected before or after, and with the same seed fewer shots are some of the more.
+    A class's draw depends on the seed, the class's name and its images only. Classes can be selected before or after,
+    and with the same seed fewer shots are a subset of more shots.
 
     Raises:
         BadParameter: shots below 1, a negative seed, or a class without images (it is named); a data set without labels
@@ -106,7 +106,7 @@ def few_shot(dataset: Dataset, shots: int, seed: int) -> Part:
 
 
 def halves(class_names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Base and novel classes: the first half in the order of the labels, the larger one when they are odd; the rest.
+    """Base and novel classes: the first half in the order of the labels (rounded up), and the rest.
 
     Raises `BadParameter` for fewer than two classes.
     """
@@ -117,7 +117,7 @@ def halves(class_names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]
 
 
 def select(dataset: Dataset, classes: Sequence[int]) -> Part:
-    """The images of some classes, which are numbered anew in the order given.
+    """The images of some classes, renumbered in the given order.
 
     Raises `BadParameter` for a class that the data set does not have, or one given twice.
     """
@@ -133,7 +133,7 @@ def select(dataset: Dataset, classes: Sequence[int]) -> Part:
 
 
 def base_to_novel(splits: Splits, shots: int = 16, seed: int = 1) -> Protocol:
-    """Train on the base classes of a set; test on its base and on its novel ones, each among themselves.
+    """Train on the base classes of a set; test on its base and on its novel classes separately.
 
     Args:
         splits: "train", "val" and "test" of the set.
@@ -162,7 +162,7 @@ def cross_dataset(source: Splits, targets: Mapping[str, Splits], shots: int = 16
 
     Args:
         source: "train", "val" and "test" of the set trained on.
-        targets: the same of the other sets, by name.
+        targets: the same splits of the other sets, by name.
         shots: training images of each class.
         seed: of the draw.
 
@@ -177,25 +177,25 @@ def cross_dataset(source: Splits, targets: Mapping[str, Splits], shots: int = 16
 def domain_generalisation(source: Splits, targets: Mapping[str, Splits], shots: int = 16, seed: int = 1) -> Protocol:
     """As `cross_dataset`, but tested on ALL images of the other sets, which were never trained on.
 
-    That is a target's "all" where it has one, otherwise its "train", "val" and "test" together. (The model is the same
-    as that of `cross_dataset` with the same source, shots and seed.)
+    A target's images are its "all" if it has one, otherwise its "train", "val" and "test" together. (The model is that
+    of `cross_dataset` with the same source, shots and seed.)
     """
     return _transfer(source, {name: _whole(splits) for name, splits in targets.items()}, shots, seed)
 
 
 def harmonic_mean(base: float, novel: float) -> float:
-    """2 b n / (b + n), in the unit of the two accuracies; 0 when one of them is. Raises `BadParameter` below 0."""
+    """2 b n / (b + n), in the unit of the two accuracies; 0 when one of them is 0. Raises `BadParameter` below 0."""
     for name, value in (("base", base), ("novel", novel)):
         if not value >= 0:
             raise BadParameter(name, value, "an accuracy from 0 on")
     return 2 * base * novel / (base + novel) if base and novel else 0.0
 
 
-# --- how it is done ----------------------------------------------------------------------------------------------
+# --- implementation ----------------------------------------------------------------------------------------------
 
 
 def _described(dataset: Dataset) -> tuple[list[int], list[str]]:
-    """Labels and class names of a data set, which must fit each other."""
+    """Labels and class names of a data set, checked for consistency."""
     labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
     names = getattr(dataset, "class_names", None) or getattr(dataset, "classes", None)
     if labels is None or not isinstance(names, Sequence) or isinstance(names, str):
@@ -211,7 +211,7 @@ def _described(dataset: Dataset) -> tuple[list[int], list[str]]:
 
 
 def _checked(splits: Splits) -> tuple[Splits, list[str]]:
-    """The splits and their class names, when train, val and test are there and have the same ones."""
+    """The splits and their class names; checks that train, val and test exist with the same classes."""
     if absent := [split for split in ("train", "val", "test") if split not in splits]:
         raise BadParameter("splits", list(splits), f"'train', 'val' and 'test' ({', '.join(absent)} missing)")
     names = [_described(splits[split])[1] for split in ("train", "val", "test")]
@@ -221,7 +221,7 @@ def _checked(splits: Splits) -> tuple[Splits, list[str]]:
 
 
 def _validation(dataset: Dataset, shots: int, seed: int) -> Part:
-    """No more of each class than are trained on or than the protocol takes."""
+    """At most as many images of each class as in training and as the protocol allows."""
     return few_shot(dataset, min(shots, VALIDATION_SHOTS), seed)
 
 

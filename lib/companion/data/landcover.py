@@ -1,13 +1,13 @@
-"""Images of the land with a class for each pixel and the place where they were taken.
+"""Aerial and satellite images with a class for each pixel and their location.
 
     train = load("landcover/openearthmap", "data", "train")
-    image, labels = train[0]          uint8 (3, H, W); int64 (H, W), 0 ... C - 1, and C where it is not known
-    train.zones()[0]                  "Cfb"; None for a place that is not known
-    own("my_area", ["field", "wood"]) GeoTIFFs of one's own
+    image, labels = train[0]          uint8 (3, H, W); int64 (H, W), 0 ... C - 1, and C where unknown
+    train.zones()[0]                  "Cfb"; None for an unknown location
+    own("my_area", ["field", "wood"]) your own GeoTIFFs
 
-Opening a set lists its files; an image is decoded when it is asked for, a window of a large one without the rest. The
-labels are those of training, whatever the codes on disk are; what is unknown, border or padding is ignored, in training
-and in scores. `landcover_sets` describes the sets, `landcover_transforms` what training does with an image.
+Opening a set lists its files; an image is decoded on access, of a large image only the window. Codes on disk
+are mapped to training labels; unknown, border and padding pixels are ignored in training and in scores.
+`landcover_sets` describes the sets, `landcover_transforms` the augmentation.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ LABELS = ("full", "eroded")
 PADDINGS = ("ignored", "impervious")
 TILE = 1024  # side in pixels of the windows of Potsdam's tiles
 FLIPS: dict[str, tuple[int, ...]] = {"": (), "left-right": (-1,), "upside down": (-2,)}
-ENDINGS = ("_mask", "_label", "_labels", "_gt")  # of the names of one's own label files
+ENDINGS = ("_mask", "_label", "_labels", "_gt")  # endings of the names of users' label files
 PLACES = Path(__file__).with_name("openearthmap_places.csv")
-COAST = 3  # cells of the map, about 3 km each, that a place on the water may be from its land
+COAST = 3  # cells of the map, about 3 km each: maximum distance of a location on water from the nearest land
 Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image file, its labels (None where they are held back) and the region that it is of."""
+    """An image file, its labels (None where they are withheld) and its region."""
 
     image: Path
     label: Path | None
@@ -61,7 +61,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Place:
-    """What a table says of a region or an image; what it does not say is None."""
+    """A table's entry for a region or an image; missing values are None."""
 
     latitude: float | None = None
     longitude: float | None = None
@@ -73,20 +73,20 @@ class LandCover(Dataset):
     """Map-style: images and labels, whole or by windows.
 
     Attributes:
-        images, places: the files, and the table by region (of one's own by file name too).
-        classes: their names; `ignore` is the label after the last one. `palette`: a colour each.
-        left_out: classes that the means of the scores leave out.
-        absent: regions that were left out because xBD's images are not there.
-        windows: (image, top, left, flip) of each item where `size` is given; mirrored by `flip` (see `FLIPS`).
+        images, places: the files, and the table by region (for your own images also by file name).
+        classes: their names; `ignore` is the label after the last one. `palette`: one colour each.
+        left_out: classes excluded from the means of the scores.
+        absent: regions left out because xBD's images are missing.
+        windows: (image, top, left, flip) of each item if `size` is given; mirrored by `flip` (see `FLIPS`).
 
     Args:
-        decode: labels as on disk, and the image, to training labels (see `earth`, `loveda`, `colours`, `plain`).
-        size: side of the windows in pixels, which follow each other at `stride` (None: `size`). None: whole images.
-        pad: what of a window sticks out is black and ignored; otherwise the last ones are smaller.
-        before: the padding is at the top and the left, as in GeoSeg's tool, and not at the bottom and the right.
+        decode: maps labels as on disk, and the image, to training labels (see `earth`, `loveda`, `colours`, `plain`).
+        size: side of the windows in pixels, at a distance of `stride` (None: `size`). None: whole images.
+        pad: pad windows at the edges with black, ignored pixels; otherwise they are smaller.
+        before: pad at the top and the left, as in GeoSeg's tool, instead of at the bottom and the right.
         padding: label of the padding; None: ignored.
-        mirrored: each image has its windows three times: as it is, mirrored left-right, and upside down.
-        transform: of the pair; None leaves it.
+        mirrored: each image has its windows three times: unchanged, mirrored left-right, and upside down.
+        transform: of the pair; None: unchanged.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class LandCover(Dataset):
     def pair(self, index: int) -> tuple[Tensor, Tensor]:
         """Image uint8 (3, h, w) and labels int64 (h, w) before any transform.
 
-        Raises `CorruptFile`: a file cannot be read, the labels are of another size, or have an unknown code."""
+        Raises `CorruptFile`: a file cannot be read, or the labels have another size or an unknown code."""
         i, top, left, flip = (index, 0, 0, "") if self.windows is None else self.windows[index]
         picture = self.pictures[i]
         with Raster(picture.image) as raster:
@@ -158,17 +158,17 @@ class LandCover(Dataset):
                     if truth.size != sides:
                         raise CorruptFile(picture.label, f"it is {truth.size}, its image {sides}")
                     own = self.decode(truth, pixels, *window)
-            if self.dataset.group == "own":  # what a file says it has no data of; the sets' labels know that themselves
+            if self.dataset.group == "own":  # no-data pixels of the file; the sets' labels mark them already
                 own = np.where(raster.valid(*window), own, self.ignore)
             labels[place] = np.flip(own, FLIPS[flip])
         return torch.from_numpy(image), torch.from_numpy(labels)
 
     def picture(self, index: int) -> Picture:
-        """The file that an item is of."""
+        """The file of an item."""
         return self.pictures[index if self.windows is None else self.windows[index][0]]
 
     def where(self, keep: Sequence[bool]) -> LandCover:
-        """The items for which `keep` says so, such as those of some zones; raises `BadParameter` when none is left."""
+        """The items for which `keep` is true, such as those of some zones; raises `BadParameter` when none is left."""
         if len(keep) != len(self) or not any(keep):
             raise BadParameter("keep", f"{sum(map(bool, keep))} of {len(keep)}", f"some of {len(self)} items")
         part = copy.copy(self)
@@ -184,14 +184,14 @@ class LandCover(Dataset):
         return [self._zone(picture) for picture in self.pictures]
 
     def zones(self) -> list[str | None]:
-        """The climate zone of each item; None where the place is not known, or is the sea on the map.
+        """The climate zone of each item; None where the location is unknown, or is sea on the map.
 
-        What the table of places calls the zone counts first, then the image's own georeference, then the coordinates in
-        the table."""
+        The zone in the table of locations has priority, then the image's georeference, then the coordinates in the
+        table."""
         return [self._zones[i] for i in (range(len(self.pictures)) if self.windows is None else self._of())]
 
     def texts(self) -> list[str | None]:
-        """A text of one's own for each item, from the column `text` of the table of places; None without one."""
+        """The user's text for each item, from the column `text` of the table of locations; None without one."""
         found = [self._place(picture).text for picture in self.pictures]
         return found if self.windows is None else [found[i] for i in self._of()]
 
@@ -210,7 +210,7 @@ class LandCover(Dataset):
         return None if found == climate.OCEAN else found
 
 
-# --- what a user calls ------------------------------------------------------------------------------------------------
+# --- public functions -------------------------------------------------------------------------------------------------
 
 
 def load(
@@ -231,16 +231,16 @@ def load(
     Args:
         name: a name of `DATASETS` whose task is "landcover".
         root: the data folder.
-        split: "train", "val" or "test"; Potsdam has no "val". Labels that are held back are all ignored.
-        size, stride: see `LandCover`; Potsdam's tiles are read by 1,024 pixels unless `size` says otherwise, padded at
+        split: "train", "val" or "test"; Potsdam has no "val". Withheld labels are all ignored.
+        size, stride: see `LandCover`; Potsdam's tiles are read by 1,024 pixels unless `size` is given, padded at
             the top and the left.
-        labels: of Potsdam "full" or "eroded"; None: full to train, eroded to test, as in GeoSeg.
-        mirrored: of Potsdam: see `LandCover`; GeoSeg's patches to train are mirrored already.
-        padding: of Potsdam: "ignored", or "impervious", the label that GeoSeg's tool gives to it by a fault.
-        without_xbd: of OpenEarthMap: leave out what has to be compiled from xBD; `absent` names the regions.
+        labels: for Potsdam "full" or "eroded"; None: full for training, eroded for testing, as in GeoSeg.
+        mirrored: for Potsdam: see `LandCover`; GeoSeg's training patches are mirrored already.
+        padding: for Potsdam: "ignored", or "impervious", the label that GeoSeg's tool assigns by mistake.
+        without_xbd: for OpenEarthMap: leave out the images that must be compiled from xBD; `absent` names the regions.
         transform: see `LandCover`.
 
-    Raises `BadParameter`, `MissingData`, `CorruptFile`, `CompanionError`: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `CorruptFile`, `CompanionError`, with the change or download needed.
     """
     dataset, root = find(name, "landcover"), Path(root)
     splits = tuple(POTSDAM_TILES) if name == POTSDAM else SPLITS
@@ -290,18 +290,18 @@ def own(
     stride: int | None = None,
     transform: Transform | None = None,
 ) -> LandCover:
-    """Images of one's own: images/*.tif (or .png, .jpg with a world file), uint8, and labels/ with the same names.
+    """Your own images: images/*.tif (or .png, .jpg with a world file), uint8, and labels/ with the same names.
 
-    A label file has one band: 0 is the first of `classes`, a code beyond the last is ignored. One of three bands has
-    the colours of `classes`, where black is ignored. Its name is the image's, or that and one of `ENDINGS`. An image
-    without one has no label, and where an image has no data its labels are ignored. The place is the image's
-    georeference; `places.csv` next to the folders says it where there is none, with the column `image` (a name with or
-    without its ending) and any of latitude, longitude, zone, text.
+    A label file has one band, in which 0 is the first of `classes` and codes beyond the last are ignored, or three
+    bands with the colours of `classes`, in which black is ignored. Its name is the image's, with or without one of
+    `ENDINGS`. An image may have no label file; no-data pixels of the image are ignored. The location is the image's
+    georeference, or else given by `places.csv` next to the folders, with the column `image` (a name with or without its
+    ending) and any of latitude, longitude, zone, text.
 
     Args:
         classes: names, or name -> colour (red, green, blue), such as `read_classes` gives.
         size, stride: see `LandCover`; windows at the edges are smaller.
-        split: "train", ...: those that `<split>.txt` lists, a file name a line. None: all.
+        split: "train", ...: those listed in `<split>.txt`, one file name per line. None: all.
 
     Raises as `load`.
     """
@@ -338,16 +338,16 @@ def own(
 
 
 def read_places(path: str | Path = PLACES) -> dict[str, Place]:
-    """A table of places: region (or image), and any of latitude, longitude, zone, text; lines with # are comments.
+    """A table of locations: region (or image), and any of latitude, longitude, zone, text; lines with # are comments.
 
-    Raises `CorruptFile` with the line at fault, or the column that is missing."""
+    Raises `CorruptFile` with the faulty line or the missing column."""
     places: dict[str, Place] = {}
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise CorruptFile(path, f"no table of places ({error})") from error
+        raise CorruptFile(path, f"no table of locations ({error})") from error
     if any("\0" in line for line in lines):
-        raise CorruptFile(path, "no table of places (it has bytes of 0)")
+        raise CorruptFile(path, "no table of locations (it has bytes of 0)")
     rows = csv.DictReader(line for line in lines if not line.startswith("#"))
     columns = rows.fieldnames or ()
     key = next((name for name in ("image", "region") if name in columns), None)
@@ -364,10 +364,10 @@ def read_places(path: str | Path = PLACES) -> dict[str, Place]:
             latitude, longitude = (float(row[name]) if row.get(name) else None for name in ("latitude", "longitude"))
             climate.zone(latitude, longitude)
             if any(value is not None and not math.isfinite(value) for value in (latitude, longitude)):
-                raise ValueError(f"latitude {latitude}, longitude {longitude} is no place")
+                raise ValueError(f"latitude {latitude}, longitude {longitude} is not a location")
             if row.get("zone"):
                 check_choice("zone", row["zone"], climate.codes())
-        except ValueError as error:  # no number, or a place outside the globe
+        except ValueError as error:  # not a number, or coordinates out of range
             raise CorruptFile(path, f"{row[key]}: {error}") from error
         name = row[key] if key == "region" else re.sub(rf"(?i)({'|'.join(SUFFIXES)})$", "", row[key])
         places[name] = Place(latitude, longitude, row.get("zone") or None, row.get("text") or None)
@@ -375,9 +375,10 @@ def read_places(path: str | Path = PLACES) -> dict[str, Place]:
 
 
 def read_classes(root: str | Path) -> dict[str, tuple[int, int, int]]:
-    """The classes of one's own images from `classes.txt`: a name a line, and maybe its colour, "field 75 181 73".
+    """The classes of your own images from `classes.txt`: one name per line, optionally with its colour, "field 75 181
+    73".
 
-    Raises `CorruptFile` with the line at fault."""
+    Raises `CorruptFile` with the faulty line."""
     path = Path(root) / "classes.txt"
     found: dict[str, tuple[int, int, int]] = {}
     if not path.parent.is_dir():
@@ -400,17 +401,17 @@ def read_classes(root: str | Path) -> dict[str, tuple[int, int, int]]:
 def compile_xbd(root: str | Path, xbd: str | Path) -> int:
     """Put xBD's images into OpenEarthMap, as GeoTIFF with the georeference of their labels; returns how many were new.
 
-    `xbd_files.csv` pairs the names; region names may have underscores of their own, so they end at the last one. (The
-    script next to OpenEarthMap, in the version that could be read, takes what is before the FIRST one as the folder of
-    such names, does not find it, and passes over el_rodeo, mexico_city and their like without a word.) What is there
-    already stays. Each file is written under a temporary name: a killed run continues where it was.
+    `xbd_files.csv` pairs the names; region names may contain underscores, so they end at the last one. (OpenEarthMap's
+    script, in the version that we read, takes the part before the FIRST one as the folder, does not find it, and skips
+    el_rodeo, mexico_city and similar names without a warning.) Existing files are not overwritten. Each file is written
+    under a temporary name, so a killed run can be resumed.
 
     Args:
         root: the data folder. xbd: a folder below which xBD's `*_pre_disaster.png` are, at any depth.
 
     Raises:
-        MissingData: OpenEarthMap, its list or some of xBD's images are not there; those that are have been put in.
-        CorruptFile: an image that cannot be read, or is not of its label's size.
+        MissingData: OpenEarthMap, its list or some of xBD's images are missing; the existing ones have been compiled.
+        CorruptFile: an image that cannot be read, or whose size differs from its label's.
     """
     import rasterio  # an extra
 
@@ -434,7 +435,7 @@ def compile_xbd(root: str | Path, xbd: str | Path) -> int:
             continue
         with Raster(there[theirs]) as source:
             image, profile = source.read(), {"crs": None}
-        if label.is_file():  # those of the test are held back
+        if label.is_file():  # those of the test split are withheld
             with Raster(label) as truth:
                 if truth.size != image.shape[1:]:
                     raise CorruptFile(there[theirs], f"it is {image.shape[1:]}, its label {truth.size}")
@@ -450,7 +451,7 @@ def compile_xbd(root: str | Path, xbd: str | Path) -> int:
     return done
 
 
-# --- labels as on disk to labels of training --------------------------------------------------------------------------
+# --- labels on disk to training labels --------------------------------------------------------------------------------
 
 
 def earth(truth: Raster, pixels: np.ndarray, *window: int) -> np.ndarray:
@@ -470,12 +471,12 @@ def _shifted(truth: Raster, classes: int, window: tuple[int, ...]) -> np.ndarray
     return np.where(codes == 0, classes, codes - 1)
 
 
-# a colour is a corner of the cube, 4 red + 2 green + blue; 5, magenta, is none of the labels'
+# a colour is a corner of the RGB cube, 4 red + 2 green + blue; 5, magenta, is not used
 _CORNERS = np.array([6, 1, 3, 2, 5, -1, 4, 0])
 
 
 def colours(truth: Raster, pixels: np.ndarray, *window: int) -> np.ndarray:
-    """Potsdam: colours; black, the borders of the eroded version, is ignored. A shade off counts as its colour."""
+    """Potsdam: colours; black, the borders of the eroded version, is ignored. Nearby shades count as the colour."""
     raw = truth.raw((1, 2, 3), *window) > 127
     labels = _CORNERS[4 * raw[0] + 2 * raw[1] + raw[2]]
     if (labels < 0).any():
@@ -486,8 +487,8 @@ def colours(truth: Raster, pixels: np.ndarray, *window: int) -> np.ndarray:
 def patches(truth: Raster, pixels: np.ndarray, *window: int) -> np.ndarray:
     """GeoSeg's patches of Potsdam: 0 to 5, 6 border.
 
-    Its tool writes the padding, of the first row and column of patches, as the first class, impervious surfaces; where
-    the image begins with black lines, the labels are ignored here."""
+    Its tool labels the padding, in the first row and column of patches, as the first class, impervious surfaces; here
+    labels are ignored where the image begins with black lines."""
     labels = truth.raw((1,), *window)[0].astype(np.int64)
     if labels.max() > 6:
         raise CorruptFile(truth.path, f"it has the label {labels.max()}; 0 to 6 are known")
@@ -500,14 +501,14 @@ def patches(truth: Raster, pixels: np.ndarray, *window: int) -> np.ndarray:
 
 
 def plain(classes: int, truth: Raster, pixels: np.ndarray, *window: int) -> np.ndarray:
-    """The label is the class; what is beyond the last class is ignored."""
+    """The label is the class; codes beyond the last class are ignored."""
     return np.minimum(truth.raw((1,), *window)[0], classes).astype(np.int64)
 
 
 def plain_or_coloured(
     palette: Sequence[tuple[int, int, int]], truth: Raster, pixels: np.ndarray, *window: int
 ) -> np.ndarray:
-    """One's own: as `plain`, or of three bands the colours of the classes, where black is ignored."""
+    """Your own labels: as `plain`, or three bands with the colours of the classes, in which black is ignored."""
     if truth.bands < 3:
         return plain(len(palette), truth, pixels, *window)
     raw = truth.read(*window).astype(np.int64)
@@ -522,7 +523,7 @@ def plain_or_coloured(
     return labels
 
 
-# --- what `companion.data` calls --------------------------------------------------------------------------------------
+# --- called by `companion.data` ---------------------------------------------------------------------------------------
 
 
 def status(dataset: DataSet, root: Path) -> Status:
@@ -540,7 +541,7 @@ def status(dataset: DataSet, root: Path) -> Status:
 
 
 def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
-    """See `companion.data.fetch`. Each zip is unpacked into a hidden folder, which is moved once it is whole."""
+    """See `companion.data.fetch`. Each zip is unpacked into a hidden folder, which is moved when complete."""
     folder = dataset.folder(root)
     folder.mkdir(parents=True, exist_ok=True)
     with downloading(dataset, folder, progress):
@@ -564,7 +565,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _listed(dataset: DataSet, root: Path, listing: Path) -> list[str]:
-    """The file names of a list, a line each."""
+    """The file names of a list, one per line."""
     if not listing.is_file():
         raise dataset.missing(root, f"{listing} is not there")
     try:
@@ -616,7 +617,7 @@ def _loveda(dataset: DataSet, root: Path, split: str) -> list[Picture]:
 
 
 def _potsdam(dataset: DataSet, root: Path, split: str, kind: str) -> tuple[list[Picture], Callable]:
-    """Tiles as released, or in GeoSeg's folders, or GeoSeg's patches; the first of these that is there."""
+    """Tiles as released, or in GeoSeg's folders, or GeoSeg's patches; the first of these that exists."""
     folder = dataset.folder(root)
     if (folder / "2_Ortho_RGB").is_dir() or (folder / "4_Ortho_RGBIR").is_dir():
         bands = "RGB" if (folder / "2_Ortho_RGB").is_dir() else "RGBIR"
@@ -654,7 +655,7 @@ def _patches(dataset: DataSet, root: Path, split: str, kind: str) -> list[Pictur
 
 
 def _city(name: str) -> Place:
-    """The first city of a set: all of a set's are in one climate zone."""
+    """The first city of a set: all its cities are in one climate zone."""
     _, latitude, longitude = climate.PLACES[name][0]
     return Place(latitude, longitude)
 

@@ -12,13 +12,13 @@ CLASSES: dict[str, dict[str, tuple[int, int, int]]] = _FACTS["CLASSES"]
 
 The label after the last class is ignored in training and scores: unknown, no data, border, padding."""
 LEFT_OUT: dict[str, tuple[int, ...]] = _FACTS["LEFT_OUT"]
-"""Classes that the means of the scores leave out; their pixels count in the rest (section 7)."""
+"""Classes excluded from the means of the scores; their pixels still count for the other classes (section 7)."""
 XBD: tuple[str, ...] = _FACTS["XBD"]
 """Regions of OpenEarthMap whose images come from xBD."""
 LOVEDA_FILES: dict[str, str] = _FACTS["LOVEDA_FILES"]
 """Zip files of Zenodo record 5706578 and their MD5."""
 POTSDAM_TILES: dict[str, tuple[str, ...]] = _FACTS["POTSDAM_TILES"]
 POTSDAM_FAULTY: str = _FACTS["POTSDAM_FAULTY"]
-"""The tile with wrong labels, on which MetaSegNet is not trained: its author's papers leave it out."""
+"""The tile with wrong labels, not used to train MetaSegNet: its author's papers exclude it."""
 TO_LOVEDA: dict[str, str] = _FACTS["TO_LOVEDA"]
-"""RECONSTRUCTION (section 7). OpenEarthMap's classes as LoveDA's, for the test across sets."""
+"""RECONSTRUCTION (section 7). OpenEarthMap's classes mapped to LoveDA's, for the cross-dataset test."""

@@ -1,11 +1,11 @@
-"""What training does with an image of the land and its labels: the recipe of GeoSeg, by torchvision where it has it.
+"""Augmentation of land-cover images and labels: GeoSeg's recipe, with torchvision's transforms where available.
 
     train_transform(512, ignore=8)      a scale of 0.75 to 1.5, a crop with several classes, flips, normalised
     test_transform()                    normalised
     Mosaic(data, 0.25, data.zones())    a quarter of the items put together from four images OF ONE ZONE
 
-A mosaic of images from several zones would have no text that is true of all of it. (In GeoSeg, which is image-only, it
-may be of any four.) None of these changes colours much: what the text explains is colour.
+No text would describe a mosaic of images from several zones. (GeoSeg, which is image-only, combines any four.) None of
+these transforms changes colours much, because the text explains colour.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SCALES = (0.75, 1.0, 1.25, 1.5)
 
 
 class Scale(v2.Transform):
-    """Image and labels at one of several scales, all as likely; bicubic, and nearest for labels."""
+    """Image and labels at a scale drawn uniformly from several; bicubic, and nearest for labels."""
 
     def __init__(self, scales: Sequence[float] = SCALES):
         super().__init__()
@@ -40,20 +40,20 @@ class Scale(v2.Transform):
 
     def transform(self, inpt: Tensor, params: dict[str, float]) -> Tensor:
         size = [max(1, int(side * params["scale"])) for side in inpt.shape[-2:]]
-        if isinstance(inpt, tv_tensors.Mask):  # Pillow's nearest, about the centres of pixels, as the image's bicubic
+        if isinstance(inpt, tv_tensors.Mask):  # Pillow's, aligned to pixel centres like bicubic
             labels = F.resize(inpt.as_subclass(Tensor)[None], size, interpolation=F.InterpolationMode.NEAREST_EXACT)
             return tv_tensors.wrap(labels[0], like=inpt)
         return F.resize(inpt, size, interpolation=F.InterpolationMode.BICUBIC, antialias=True)
 
 
 class SmartCrop(torch.nn.Module):
-    """A random square, drawn again until two classes or more are in it and none has `most` of the labelled pixels.
+    """A random square, redrawn until it has two classes or more and none has `most` of the labelled pixels.
 
-    After `tries` the last one stays. An image that is too small is padded on both sides by (size - side) // 2 + 1
-    pixels, black and ignored, and then cropped at random.
+    After `tries` the last one is used. An image that is too small is padded on both sides by (size - side) // 2 + 1
+    black, ignored pixels, and then cropped at random.
 
     Args:
-        every: labels of `ignore` count as one more class in the test of a crop, as in GeoSeg's DC-Swin on LoveDA.
+        every: labels of `ignore` count as a class in this condition, as in GeoSeg's DC-Swin on LoveDA.
     """
 
     def __init__(self, size: int, ignore: int, most: float = 0.75, tries: int = 11, *, every: bool = False):
@@ -77,7 +77,7 @@ class SmartCrop(torch.nn.Module):
 
 
 class BrightnessContrast(v2.Transform):
-    """Image uint8 to alpha x + beta 255, cut to whole numbers: albumentations' random brightness and contrast.
+    """Image uint8 to alpha x + 255 beta, truncated to integers: albumentations' random brightness and contrast.
 
     Args:
         limit: alpha is drawn from 1 - limit to 1 + limit, beta from -limit to limit.
@@ -99,7 +99,7 @@ class BrightnessContrast(v2.Transform):
 
 
 def test_transform() -> Transform:
-    """Image float32, normalised with ImageNet's mean and spread; labels as they are."""
+    """Image float32, normalised with ImageNet's mean and standard deviation; labels unchanged."""
     kinds = {tv_tensors.Image: torch.float32, "others": None}
     return v2.Compose([v2.ToDtype(kinds, scale=True), v2.Normalize(MEAN, STD)])
 
@@ -117,7 +117,7 @@ def train_transform(
     """A pair (Image uint8, Mask int64) to (float32 (3, size, size), int64 (size, size)).
 
     Args:
-        flip, upside_down: how likely each flip is.
+        flip, upside_down: probability of each flip.
         brightness: limit of `BrightnessContrast`, which has probability 0.25; GeoSeg has 0.25 on LoveDA.
         every: see `SmartCrop`.
     """
@@ -129,14 +129,14 @@ def train_transform(
 
 
 class Mosaic(Dataset):
-    """Items of `data`, some of them put together from four images of one group: the first, and three drawn at random.
+    """Items of `data`, some of them mosaics of four images of one group: the item, and three drawn at random.
 
-    The corner where they meet lies in the middle half of each side; each quarter is a random crop of its image.
+    The corner where they meet is in the middle half of each side; each quarter is a random crop of its image.
 
     Args:
-        data: its own transform is not used; `transform` comes after the mosaic.
-        p: how likely an item is a mosaic.
-        groups: of each item, usually its climate zone.
+        data: its own transform is not used; `transform` is applied after the mosaic.
+        p: probability of a mosaic.
+        groups: the group of each item, usually its climate zone.
     """
 
     def __init__(self, data: LandCover, p: float, groups: Sequence[Hashable], transform: Transform | None = None):

@@ -1,8 +1,8 @@
-"""3,955 real radiology reports with MeSH headings, out of the PyPI package `torchxrayvision` (extra `real`).
+"""3,955 real radiology reports with MeSH headings, from the PyPI package `torchxrayvision` (extra `real`).
 
 The Indiana University chest X-ray collection (Open-i; D. Demner-Fushman et al., "Preparing a collection of radiology
-examinations for distribution and retrieval", JAMIA 2016), de-identified: a removed word reads "XXXX". Two coders chose
-the headings from each report. The reports are licensed CC BY-NC-ND: they are read where they lie and never copied.
+examinations for distribution and retrieval", JAMIA 2016), de-identified: removed words are "XXXX". Two coders assigned
+the headings to each report. The reports are licensed CC BY-NC-ND: they are read from the package and never copied.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LIMIT = 200_000  # bytes of a report's XML; the largest has 8,967
 
 @dataclass(frozen=True)
 class Report:
-    """A report: findings and impression as one text, and the MeSH headings that coders gave it."""
+    """A report: findings and impression as one text, and the MeSH headings assigned by coders."""
 
     name: str
     text: str

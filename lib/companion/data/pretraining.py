@@ -1,12 +1,12 @@
-"""What pre-trained ViTs are judged on: classes of images, instances with boxes and masks, classes of pixels.
+"""Downstream data of pre-trained ViTs: image classification, instance and semantic segmentation.
 
     load("pretraining/imagenet-1k", "data", "test")[0]      # float32 (3, H, W), int
     load("pretraining/coco", "data", "train")[0]            # uint8 (3, H, W), {"boxes", "labels", "masks", ...}
-    load("pretraining/ade20k", "data", "test")[0]           # uint8 (3, H, W), int64 (H, W), 255 where nothing counts
+    load("pretraining/ade20k", "data", "test")[0]           # uint8 (3, H, W), int64 (H, W), 255: ignored
 
-Opening a set lists its files or reads its annotations; an image is decoded when it is asked for. `root` is the data
-folder; `pretraining_sets` describes the sets. `instances` and `scenes` read folders of one's own in the same formats,
-`images` one without labels.
+Opening a set lists its files or reads its annotations; an image is decoded on access. `root` is the data
+folder; `pretraining_sets` describes the sets. `instances` and `scenes` read your own folders in the same formats,
+`pictures` one without labels.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ from .classification import Images, _absent, _class_folders, check_listed
 from .detection import Boxes, read_annotations
 from .pretraining_sets import COCO, IMAGENET
 
-SPLITS = {"train": "train", "test": "val"}  # ours -> the sets' own: what they validate on is what papers test on
+SPLITS = {"train": "train", "test": "val"}  # ours -> the sets' own: papers test on their validation splits
 IGNORED = 255
 _PICTURES = (".jpg", ".jpeg", ".png")
 
 
 class Instances(Boxes):
-    """Images with boxes and masks: `instances[i]` is (uint8 (3, H, W), target), as torchvision's Mask R-CNN wants it.
+    """Images with boxes and masks: `instances[i]` is (uint8 (3, H, W), target), as expected by torchvision's Mask
+    R-CNN.
 
     A target has "boxes" (n, 4) float32 xyxy, "labels" (n,) int64 counted from 1 (0 is the background), "masks"
-    (n, H, W) uint8, and "image_id". Crowds, and boxes without width or height, are left out of it.
+    (n, H, W) uint8, and "image_id". Crowds, and boxes without width or height, are left out.
 
     Attributes:
-        file: the annotations, next to what `Boxes` has.
+        file: the annotations, in addition to the attributes of `Boxes`.
     """
 
     def __init__(self, dataset: DataSet, root: Path, file: Path, folder: Path, truth: Mapping):
@@ -71,7 +72,7 @@ class Instances(Boxes):
             else:
                 parts = rle.frPyObjects(shape, height, width) if isinstance(shape["counts"], list) else shape
             found = torch.from_numpy(np.ascontiguousarray(rle.decode(parts)))
-        except Exception as error:  # the C extension raises whatever it stumbles over
+        except Exception as error:  # the C extension raises many kinds of errors
             what = f"annotation {row.get('id')}: 'segmentation' is no polygon and no run lengths ({error})"
             raise CorruptFile(self.file, what) from error
         if found.shape != (height, width):
@@ -81,9 +82,9 @@ class Instances(Boxes):
 
 
 class Scenes(Images):
-    """Images of which each pixel has a class: `scenes[i]` is (uint8 (3, H, W), int64 (H, W)), 255 where none counts.
+    """Images with a class for each pixel: `scenes[i]` is (uint8 (3, H, W), int64 (H, W)), 255 where ignored.
 
-    Stored labels count from 1, with 0 for what is none of the classes (`reduce_zero_label` of mmseg).
+    Stored labels count from 1, with 0 for pixels without a class (`reduce_zero_label` of mmseg).
     """
 
     def __init__(self, dataset: DataSet, root: Path, pictures: list[str], labels: list[str], classes: int):
@@ -111,21 +112,21 @@ class Scenes(Images):
         return image, truth
 
 
-# --- what a user calls ------------------------------------------------------------------------------------------------
+# --- public functions -------------------------------------------------------------------------------------------------
 
 
 def load(
     name: str, root: str | Path, split: str, transform: Callable[[Image.Image], Tensor] | None = None
 ) -> Images | Instances | Scenes:
-    """One split, "train" or "test" (the sets call it val), of one of the three sets.
+    """One split, "train" or "test" (the sets' val), of one of the three sets.
 
     Args:
-        transform: of ImageNet's images: from a PIL image (RGB) to a tensor.
+        transform: for ImageNet: from a PIL image (RGB) to a tensor.
 
     Raises:
         BadParameter: unknown name or split, or a transform for another set than ImageNet.
-        MissingData: the folder, a file or images are not there, or not as many as is known.
-        CorruptFile: annotations that are not as they should be.
+        MissingData: the folder, a file or images are missing, or not as many as published.
+        CorruptFile: malformed annotations.
     """
     dataset, root = find(name, "pretraining"), Path(root)
     check_choice("split", split, SPLITS)
@@ -149,7 +150,8 @@ def load(
 
 
 def instances(annotations: str | Path, images: str | Path) -> Instances:
-    """Your own images with boxes and masks: an annotation file in COCO's format, and where its file names start from.
+    """Your own images with boxes and masks: an annotation file in COCO's format, and the folder that its file names
+    start from.
 
     Raises as `load`.
     """
@@ -163,7 +165,7 @@ def instances(annotations: str | Path, images: str | Path) -> Instances:
 def pictures(root: str | Path) -> Images:
     """Your own images without labels: all below `root`, at any depth, or below `root`/train where there is one.
 
-    An item is (float32 (3, H, W) in [0, 1], 0). Hidden files and folders are passed over. Raises as `load`.
+    An item is (float32 (3, H, W) in [0, 1], 0). Hidden files and folders are ignored. Raises as `load`.
     """
     root = Path(root)
     own = own_set(
@@ -191,7 +193,7 @@ def scenes(root: str | Path, split: str, classes: int) -> Scenes:
     return _scenes(own, root, root, split, classes)
 
 
-# --- what `companion.data` calls --------------------------------------------------------------------------------------
+# --- called by `companion.data` ---------------------------------------------------------------------------------------
 
 
 def status(dataset: DataSet, root: Path) -> Status:
@@ -202,10 +204,10 @@ def status(dataset: DataSet, root: Path) -> Status:
         if dataset.name == COCO:
             check_listed(dataset, root, map(str, found.sources))
         counts.append(f"{len(found):,} in {split}")
-    return Status("present", f"pictures: {', '.join(counts)}")
+    return Status("present", f"images: {', '.join(counts)}")
 
 
-# --- how it is done ---------------------------------------------------------------------------------------------------
+# --- implementation ---------------------------------------------------------------------------------------------------
 
 
 def _folders(dataset: DataSet, root: Path, folder: Path, transform: Callable | None) -> Images:

@@ -1,12 +1,12 @@
-"""Images with captions, and the same degraded, with the text that says how: what TIP reads.
+"""Images with captions, and degraded copies with restoration prompts: the data of TIP.
 
     images = load("restoration/coco", "data", "train")        or own_folder("mine")
     image, caption = images[0]                                float32 (3, H, W) in [0, 1], str
     train = Degraded(images, 512)
     train[0]                                                    Sample(clean, degraded, semantic, restoration, ops)
-    test = Degraded(images, 512, **TASKS["parameterised"])    no dice, the same every time
+    test = Degraded(images, 512, **TASKS["parameterised"])    deterministic
 
-Opening a set reads its lists only; an image is decoded, and degraded, when it is asked for. `root` is the data folder;
+Opening a set reads its lists only; an image is decoded, and degraded, on access. `root` is the data folder;
 `restoration_sets` describes the sets.
 """
 
@@ -41,7 +41,7 @@ class Captioned(Images):
     Attributes:
         captions: of the N images.
 
-    A photograph that lies on its side, as cameras store them, is turned upright as its EXIF says.
+    Photographs are rotated upright by their EXIF orientation.
 
     Raises (on indexing) as `classification.Images`.
     """
@@ -55,7 +55,7 @@ class Captioned(Images):
         return to_dtype(image, torch.float32, scale=True), self.captions[index]
 
 
-# --- what a user calls ------------------------------------------------------------------------------------------------
+# --- public functions -------------------------------------------------------------------------------------------------
 
 
 def load(name: str, root: str | Path, split: str) -> Captioned:
@@ -64,13 +64,13 @@ def load(name: str, root: str | Path, split: str) -> Captioned:
 
     Raises:
         BadParameter: unknown name or split.
-        MissingData: the folder, the captions or images are not there, or not as many as is known.
-        CorruptFile: captions that are truncated, or have a wrong or missing field: it says which.
+        MissingData: the folder, the captions or images are missing, or not as many as published.
+        CorruptFile: captions that are truncated, or have a wrong or missing field, which is named.
     """
     dataset, root = find(name, "restoration"), Path(root)
     check_choice("split", split, FOLDERS[dataset.name])
     sources, captions = _read(dataset, root, split)
-    for path in (sources[0], sources[-1]):  # a look at two files, not at all: opening must stay instant
+    for path in (sources[0], sources[-1]):  # check two files only: opening must stay instant
         if not Path(path).is_file():
             raise dataset.missing(root, f"the image {path} is not there")
     return Captioned(dataset, root, sources, captions)
@@ -80,8 +80,8 @@ def own_folder(folder: str | Path) -> Captioned:
     """Your own images: `images/` and `captions.jsonl` next to it, or a folder of images alone, without captions.
 
     Raises:
-        MissingData: no such folder, no images, or an image with a caption that is not there.
-        CorruptFile: a line of `captions.jsonl` that is none.
+        MissingData: no such folder, no images, or an image with a caption is missing.
+        CorruptFile: a malformed line of `captions.jsonl`.
     """
     folder = Path(folder)
     own = own_set(folder, "restoration", OWN + "\nor images alone, without captions")
@@ -91,13 +91,13 @@ def own_folder(folder: str | Path) -> Captioned:
 
 
 class Sample(NamedTuple):
-    """A clean image, the same degraded, and the two texts."""
+    """A clean image, its degraded copy, and the two prompts."""
 
     clean: Tensor  # (3, S, S) in [0, 1]
     degraded: Tensor  # (3, S, S) in [0, 1]
     semantic: str  # c_s: the caption, or ""
     restoration: str  # c_r: what was done, or BLIND
-    ops: tuple[Op, ...] | None  # what was done; None of Real-ESRGAN's, which has no words
+    ops: tuple[Op, ...] | None  # the degradations; None for Real-ESRGAN's, which has no prompt
 
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -108,24 +108,25 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 class Degraded(Dataset):
-    """Square images and the same degraded: `samples[i]` is a `Sample`.
+    """Square images and degraded copies: `samples[i]` is a `Sample`.
 
-    The figure has two dice: whether c_r says what was done or `BLIND`, and whether c_s is the caption or empty; their
-    probabilities are not in it. All numbers here are ours (section 5); a sample depends on `seed` and its index.
+    The figure has two random choices: whether c_r describes the degradations or is `BLIND`, and whether c_s is the
+    caption or empty; it does not give their probabilities. All numbers here are ours (section 5); a sample depends on
+    `seed` and its index.
 
     Args:
         images: with captions.
-        size: S. An image's shorter side is brought to S, then a square is cut: a random one where `fresh` is set, the
-            middle one where not. So the caption stays true of most of what is seen.
+        size: S. An image's shorter side is resized to S, then a square is cropped: at random if `fresh` is set,
+            otherwise the centre. So the caption still describes most of the crop.
         recipe: of the parameterised pipeline.
         settings: of Real-ESRGAN's.
-        share_blind: of samples that Real-ESRGAN's pipeline makes; their c_r is `BLIND`.
-        blind_prompt: probability that c_r of another sample is `BLIND` too.
+        share_blind: share of samples degraded by Real-ESRGAN's pipeline; their c_r is `BLIND`.
+        blind_prompt: probability that c_r of another sample is also `BLIND`.
         no_caption: probability that c_s is empty.
-        fresh: what is drawn differs each time a sample is asked for: by torch's random state, which `fit.fit` sets by
-            seed, epoch and index.
-        flip: left and right are exchanged half of the time.
-        seed: of everything drawn.
+        fresh: a new draw each time a sample is loaded, from torch's random state, which `fit.fit` sets by seed, epoch
+            and index.
+        flip: horizontal flip with probability 0.5.
+        seed: of all random draws.
         back, edge: see `degradations.degrade`.
     """
 
@@ -160,7 +161,7 @@ class Degraded(Dataset):
     def __getitem__(self, index: int) -> Sample:
         picture, caption = self.pictures[index]
         numbers = (self.seed, index, *([int(torch.randint(2**31, ()))] if self.fresh else []))
-        # all dice are thrown, whatever they decide: one probability must not move what another one draws
+        # all numbers are always drawn: one probability must not change the draws of another
         where, turned, is_blind, unnamed, untold = np.random.default_rng([4, *numbers]).random(5)
         clean = _square(picture, self.size, where if self.fresh else 0.5)
         if self.flip and turned < 0.5:
@@ -187,10 +188,10 @@ TEXTS = (
 
 
 def texts(samples: Sequence[Sample], kind: str = "own") -> tuple[list[str], list[str]]:
-    """The two texts of each sample, for the UNet and for the adaptor, as a test gives them.
+    """The two prompts of each sample, for the UNet and for the adaptor, by kind of test.
 
-    "own": c_s and c_r. "no text": "" and `BLIND`. "semantic only", which "blind prompt" names too: c_s and `BLIND`.
-    "restoration only": "" and c_r. "wrong ...": that of the next sample which has another. "prompts swapped": c_r to
+    "own": c_s and c_r. "no text": "" and `BLIND`. "semantic only", also called "blind prompt": c_s and `BLIND`.
+    "restoration only": "" and c_r. "wrong ...": that of the next sample with a different one. "prompts swapped": c_r to
     the UNet, c_s to the adaptor.
 
     Raises `BadParameter` for another kind, or where no sample has another text.
@@ -249,7 +250,7 @@ def read_captions(path: str | Path) -> dict[str, str]:
     return {files[image]: first[image][1] if image in first else "" for image in sorted(files)}
 
 
-# --- what `companion.data` calls --------------------------------------------------------------------------------------
+# --- called by `companion.data` ---------------------------------------------------------------------------------------
 
 
 def status(dataset: DataSet, root: Path) -> Status:
@@ -265,7 +266,7 @@ def status(dataset: DataSet, root: Path) -> Status:
 
 
 def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
-    """See `companion.data.fetch`: DIV2K, each archive verified, unpacked in a hidden folder and moved when whole."""
+    """See `companion.data.fetch`: DIV2K, each archive verified, unpacked in a hidden folder and moved when complete."""
     folder = dataset.folder(root)
     root.mkdir(parents=True, exist_ok=True)
     with downloading(dataset, folder, progress):
@@ -279,7 +280,7 @@ def fetch(dataset: DataSet, root: Path, progress: bool) -> None:
                 shutil.copytree(Path(new) / name, folder / name, dirs_exist_ok=True, copy_function=shutil.move)
 
 
-# --- how it is done ---------------------------------------------------------------------------------------------------
+# --- implementation ---------------------------------------------------------------------------------------------------
 
 
 def _lists(dataset: DataSet) -> list[str]:
@@ -306,7 +307,7 @@ def _read(dataset: DataSet, root: Path, split: str) -> tuple[list[str], list[str
 
 
 def _own(dataset: DataSet, root: Path, folder: Path) -> tuple[list[str], list[str]]:
-    """Paths and captions of a folder in the companion's own layout, or of one of images alone."""
+    """Paths and captions of a folder in the companion's layout, or of a folder of images alone."""
     if not folder.is_dir():
         raise dataset.missing(root, f"no folder {folder}")
     listing = folder / "captions.jsonl"
@@ -340,7 +341,7 @@ def _own(dataset: DataSet, root: Path, folder: Path) -> tuple[list[str], list[st
 
 
 def _square(picture: Tensor, size: int, where: float) -> Tensor:
-    """(3, size, size): the shorter side brought to `size`, then cut at `where`, 0 to 1, along the longer."""
+    """(3, size, size): the shorter side resized to `size`, then cropped at `where`, 0 to 1, along the longer side."""
     height, width = picture.shape[-2:]
     if min(height, width) != size:
         by = size / min(height, width)

@@ -1,4 +1,4 @@
-"""Facts of the sets of restoration by text, from restoration_sets.yaml: layouts, splits, licences."""
+"""Facts of the text-guided restoration sets, from restoration_sets.yaml: layouts, splits, licences."""
 
 from __future__ import annotations
 

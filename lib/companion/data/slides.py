@@ -1,12 +1,12 @@
-"""Whole slides with a grade each: PANDA, the pocket sets, or a folder of one's own.
+"""Whole slides with a grade each: PANDA, the pocket sets, or your own folder.
 
     items = load("slides/panda", "data")                          # every slide of train.csv, no image is opened
-    write_folds("slides/panda", "data", test=0.2)                 # once: five folds, the grades alike in each
+    write_folds("slides/panda", "data", test=0.2)                 # once: five folds, stratified by grade
     train = load("slides/panda", "data", "train", fold=0)
-    data = Features(train, "features")                            # what `companion.slides.extract` wrote
+    data = Features(train, "features")                            # written by `companion.slides.extract`
 
-slides_sets.yaml describes the sets. Pixels are read by `companion.slides`; nothing here needs its extra but `Features`,
-which reads HDF5.
+slides_sets.yaml describes the sets. `companion.slides` reads the pixels; here only `Features`, which reads HDF5, needs
+its extra.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Item:
         name: its id, the name of its file without the ending.
         path: the pyramid.
         grade: the class, from 0.
-        mask: the label mask, where there is one.
-        provider: who scanned it; empty where nobody says.
-        gleason: the Gleason score as written; empty where there is none.
+        mask: the label mask, if there is one.
+        provider: the scanning institution; empty if unknown.
+        gleason: the Gleason score as written; empty if there is none.
     """
 
     name: str
@@ -85,8 +85,8 @@ def load(name: str, root: str | Path, split: str = "all", fold: int = 0, exclude
 
     Raises:
         BadParameter: unknown name or split.
-        MissingData: the table, a fold's list or a listed slide is not there.
-        CorruptFile: a table without its columns, a grade that is none, a name twice; file and line are named.
+        MissingData: the table, a fold's list or a listed slide is missing.
+        CorruptFile: a table without its columns, an invalid grade, a duplicate name; file and line are named.
     """
     dataset = find(name, "slides")
     check_choice("split", split, ("all", *SPLITS))
@@ -96,7 +96,7 @@ def load(name: str, root: str | Path, split: str = "all", fold: int = 0, exclude
         return [item for item in every.values() if item.name not in gone]
     path = dataset.folder(root) / "folds" / f"fold-{fold}" / f"{split}.csv"
     if not path.is_file():
-        how = f'write_folds("{name}", "{root}", test=0.2)'  # without a share there is no list of test slides
+        how = f'write_folds("{name}", "{root}", test=0.2)'  # with a share of 0 there is no list of test slides
         raise dataset.missing(root, f"no list {path}; `companion.data.slides.{how}` makes five folds with all lists")
     items = []
     for line, row in _rows(path, ("slide_id", "isup_grade")):
@@ -110,17 +110,17 @@ def load(name: str, root: str | Path, split: str = "all", fold: int = 0, exclude
 
 
 def folder(path: str | Path, labels: str | Path | None = None, column: str = "label") -> list[Item]:
-    """Slides of one's own, sorted by name: in a folder for each class, or in one folder with a table.
+    """Your own slides, sorted by name: in one folder per class, or in one folder with a table.
 
     Args:
         path: the folder; any format that openslide reads.
         labels: a CSV with `slide_id` (the file's name, with or without its ending) and `column`; by default
-            `<path>/labels.csv` where that is there. Classes are grades from 0 to 5, which are kept even if no slide has
-            some of them; or 0, 1, 2, ... without a gap; or names, numbered as they sort.
+            `<path>/labels.csv` if it exists. Classes are grades from 0 to 5, all counted even if some have no slide; or
+            0, 1, 2, ... without a gap; or names, numbered in sorted order.
 
     Raises:
-        MissingData: there is no folder, no slide in it, or a slide that the table names is not there.
-        CorruptFile: a table without its columns, with a name twice, or with a class that is none.
+        MissingData: there is no folder, no slide in it, or a slide in the table is missing.
+        CorruptFile: a table without its columns, with a duplicate name, or with an invalid class.
     """
     path = Path(path)
     files = unlabelled(path)
@@ -152,7 +152,7 @@ def folder(path: str | Path, labels: str | Path | None = None, column: str = "la
 
 
 def unlabelled(path: str | Path) -> dict[str, Path]:
-    """The slides in a folder of one's own, at any depth, by name: features need no class.
+    """The slides in your own folder, at any depth, by name, without classes.
 
     Raises:
         MissingData: there is no folder, or no slide in it.
@@ -178,7 +178,7 @@ def _missing(path: Path, detail: str) -> MissingData:
 
 
 def _numbered(source: Path, classes: Sequence[str]) -> dict[str, int]:
-    """The number of each class: of names their rank; of numbers their own, which must be grades or without a gap."""
+    """The number of each class: the rank of a name, or the number itself, which must be a grade or without a gap."""
     numbers = {}
     for label in classes:
         with contextlib.suppress(ValueError):
@@ -193,11 +193,11 @@ def _numbered(source: Path, classes: Sequence[str]) -> dict[str, int]:
 
 
 def split_folds(items: Sequence[Item], folds: int = 5, test: float = 0.0, seed: int = 0) -> list[dict[str, list[Item]]]:
-    """Folds in which grades and providers are as frequent as in all.
+    """Folds stratified by grade and provider.
 
     Args:
-        folds: how many; each tunes on another share of the slides, and trains on the rest.
-        test: share that no fold trains or tunes on; the same for all.
+        folds: their number; each has a different tuning share and trains on the rest.
+        test: share used by no fold for training or tuning; the same for all.
 
     Returns:
         For each fold its "train", "tune" and "test" slides.
@@ -217,7 +217,7 @@ def split_folds(items: Sequence[Item], folds: int = 5, test: float = 0.0, seed: 
         members = [members[k] for k in rng.permutation(len(members))]
         cut = round(test * len(members))
         held |= set(members[:cut])
-        for i in members[cut:]:  # dealt out like GPUs, on from one group to the next
+        for i in members[cut:]:  # dealt out in turn, continuing from one group to the next
             part[i] = dealt % folds
             dealt += 1
     found = []
@@ -230,9 +230,9 @@ def split_folds(items: Sequence[Item], folds: int = 5, test: float = 0.0, seed: 
 def write_folds(
     name: str, root: str | Path, folds: int = 5, test: float = 0.0, seed: int = 0, exclude: Iterable[str] = ()
 ) -> Path:
-    """`split_folds` of a set, written as `folds/fold-<k>/{train,tune,test}.csv`; its folder is returned.
+    """Write `split_folds` of a set to `folds/fold-<k>/{train,tune,test}.csv` and return the folder.
 
-    What was in that folder is gone: lists of two partings together would train on slides that are tested on.
+    Existing lists in that folder are deleted: mixing two partitions would train on test slides.
     """
     items = load(name, root, exclude=exclude)
     out = find(name, "slides").folder(root) / "folds"
@@ -245,25 +245,25 @@ def write_folds(
 
 
 def write_list(path: str | Path, items: Iterable[Item]) -> None:
-    """A list of slides and grades, as a fold has it."""
+    """Write a list of slides and grades, in the format of a fold."""
     with atomic(path) as temporary:
         lines = ["slide_id,isup_grade", *(f"{item.name},{item.grade}" for item in items)]
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 class Features(Dataset):
-    """Stored features of slides, filled up to one length: (features (M, ...), present (M,) bool, grade).
+    """Stored features of slides, padded to one length: (features (M, ...), present (M,) bool, grade).
 
     Args:
         items: the slides.
         path: folder of `<name>.h5` (what `companion.slides.extract` writes) or of the authors' `<name>.pt`.
-        longest: regions to fill up to, or to cut down to; by default those of the longest slide.
-        drop: leave out slides without features, or without a region; they are listed in `dropped`. Else they are an
+        longest: number of regions to pad or truncate to; by default that of the longest slide.
+        drop: leave out slides without features or without a region, and list them in `dropped`. Otherwise they raise an
             error.
 
     Raises:
-        MissingData: features are not there.
-        CorruptFile: a file that cannot be read, or of another shape than the others.
+        MissingData: features are missing.
+        CorruptFile: a file that cannot be read, or whose shape differs from the others.
     """
 
     def __init__(self, items: Sequence[Item], path: str | Path, longest: int | None = None, drop: bool = False):
@@ -296,7 +296,7 @@ class Features(Dataset):
 
     def _shape(self, file: Path) -> tuple[int, ...]:
         if file.suffix == ".h5":
-            from ..slides import features_shape  # here: HDF5 comes with an extra
+            from ..slides import features_shape  # imported here: HDF5 comes with an extra
 
             return features_shape(file)
         return tuple(self._read(file).shape)
@@ -315,7 +315,8 @@ class Features(Dataset):
 
     @property
     def made_by(self) -> str:
-        """The settings that the first slide's features were made with, as `companion.slides.extract` wrote them."""
+        """The settings with which the first slide's features were extracted, as `companion.slides.extract` wrote
+        them."""
         file = self.files[0]
         if file.suffix != ".h5":
             return file.name
@@ -334,7 +335,7 @@ class Features(Dataset):
 
 
 def trimmed(items: Sequence[tuple[Tensor, Tensor, int]]) -> list[Tensor]:
-    """Items of `Features` as one batch, filled up to its longest slide alone: for a loader's `collate_fn`."""
+    """Items of `Features` as one batch, padded to its longest slide: for a loader's `collate_fn`."""
     longest = max(int(present.sum()) for _, present, _ in items)
     return default_collate([(features[:longest], present[:longest], grade) for features, present, grade in items])
 
@@ -343,14 +344,14 @@ def trimmed(items: Sequence[tuple[Tensor, Tensor, int]]) -> list[Tensor]:
 
 
 def status(dataset: DataSet, root: Path) -> Status:
-    """Whether the table is there, as long as it should be, and every listed slide has a file."""
+    """Whether the table exists, has its published length, and every listed slide has a file."""
     items = _table(dataset, root)
     masks = sum(item.mask is not None for item in items)
     return Status("present", f"{len(items)} slides, {masks} with a label mask")
 
 
 def _table(dataset: DataSet, root: Path) -> list[Item]:
-    """The slides of train.csv, each known to have a file."""
+    """The slides of train.csv, each with an existing file."""
     top = dataset.folder(root)
     path = top / "train.csv"
     if not top.is_dir() or not path.is_file():
@@ -382,7 +383,7 @@ def _grade(path: Path, line: int, text: str, classes: int) -> int:
 
 
 def _rows(path: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
-    """The lines of a CSV with their numbers; the first column's names are plain file names, each there once."""
+    """The lines of a CSV with their numbers; the first column's names are plain file names, each unique."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)

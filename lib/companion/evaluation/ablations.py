@@ -1,4 +1,4 @@
-"""The committed rows of an ablation study: reading them, the learning rates they select, means over seeds."""
+"""The committed rows of an ablation study: reading, selected learning rates, means over seeds."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ KEYS = ["stage", "task", "method", "learning_rate", "seed"]
 
 
 def frame(rows: list[dict] | pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The rows as a table whose `.attrs["metric"]` names the column that learning rates are selected by."""
+    """The rows as a table whose `.attrs["metric"]` names the metric used to select learning rates."""
     found = pd.DataFrame(rows)
     found.attrs["metric"] = metric
     return found
 
 
 def read(folder: str | Path) -> pd.DataFrame:
-    """The rows of a study as `frame` gives them. Raises `CorruptFile` when the file is missing or is no study."""
+    """The rows of a study, as returned by `frame`. Raises `CorruptFile` when the file is missing or is not a study."""
     path, record = Path(folder) / "study.csv", Path(folder) / "study.json"
     metric = read_json(record).get("metric", "accuracy") if record.exists() else "accuracy"
     if not path.exists():
@@ -45,7 +45,7 @@ def means(rows: pd.DataFrame) -> pd.Series:
 
 
 def selected(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
-    """The learning rate of each trained (task, method): the best of `means`, of equal ones the smaller."""
+    """The learning rate of each trained (task, method): the best by `means`, the smaller one in ties."""
     found = means(rows).reset_index(name="score").sort_values(["score", "learning_rate"], ascending=[False, True])
     return found.groupby(["task", "method"], sort=False).learning_rate.first().to_dict()
 
@@ -60,7 +60,7 @@ def summary(rows: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
     """Mean, standard deviation (n - 1) and number of seeds by task and method on test data, and the learning rate.
 
     Args:
-        metric: a column of the study; None: the column that learning rates are selected by.
+        metric: a column of the study; None: the metric used to select learning rates.
     """
     tested = rows[rows.stage == "test"]
     measured = tested.groupby(["task", "method"], sort=False)[metric or rows.attrs.get("metric", "accuracy")]
@@ -113,24 +113,26 @@ def bar_tables(
 
 
 def stale(paper: str, folder: str | Path) -> bool:
-    """Whether today's code neither made the rows of the study nor gave some of them again."""
+    """Whether the current code neither produced the rows of the study nor reproduced some of them."""
     facts = read_json(Path(folder) / "study.json")
     today = code_hash(sources(PACKAGE / "toy" / "ablations" / f"{paper}.py"))
     return today not in (facts.get("code"), facts.get("rechecked", {}).get("code"))
 
 
 def notice(slug: str, folder: Path) -> str:
-    """How a study was run: its seeds and grid, the methods that do best at an end of it, and which code made it."""
+    """How a study was run: its seeds and grid, the methods that do best at an end of the grid, and the code version."""
     facts, rows = read_json(folder / "study.json"), read(folder)
     minutes, wider = round(facts.get("seconds_of_cpu", 0) / 60), facts["widened"]
     text = (
         f"Study: {facts['budget']} for every trained method; learning rates {facts['learning_rates']}, selected on "
-        f"seeds {facts['selection_seeds']} (validation), {f'widened once by {wider}' if wider else 'not widened'}; "
-        f"tested on seeds {facts['seeds']}; {minutes} minutes of one core."
+        f"seeds {facts['selection_seeds']} (validation), {f'extended once by {wider}' if wider else 'not extended'}; "
+        f"tested on seeds {facts['seeds']}; {minutes} minutes on one core."
     )
     several = len(facts["tasks"]) > 1
     ends = [f"{method} ({task})" if several else method for task, method in at_ends(rows)]
     text += f" Best at an end of the grid: {', '.join(ends) or 'none'}."
     if again := facts.get("rechecked"):
-        text += f" Rerun with later code on {again['date']}: {again['rows']} of {again['of']} rows, the same."
-    return text + (" It is OLDER than today's code: run the notebook with study = True." if stale(slug, folder) else "")
+        text += f" Rerun with later code on {again['date']}: {again['rows']} of {again['of']} rows, with equal results."
+    return text + (
+        " It is OLDER than the current code: run the notebook with study = True." if stale(slug, folder) else ""
+    )

@@ -1,4 +1,4 @@
-"""Judging claims: synthetic results by the rows of a study, paper results by measurements, checks by a tolerance."""
+"""Judges claims: synthetic results by the rows of a study, paper results by measurements, checks by a tolerance."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import scipy.stats
 from .ablations import means, selected
 
 CHECK, SYNTHETIC, PAPER = KINDS = ("implementation check", "synthetic result", "paper result")
-"""What a claim is: of our own code; of methods on data made for the purpose; of the paper, on its data. They are never
+"""The kinds of claims: about our code; about methods on synthetic data; about the paper, on its data. They are never
 summed up."""
 SPREAD = " points (mean ± standard deviation of the lead [95 % t interval of the mean])"
-"""What follows the leads that `judge` writes."""
+"""Unit of the leads that `judge` writes."""
 
 
 def check_range(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> bool:
@@ -31,14 +31,14 @@ def check_range(name: str, value: float, low: float = -math.inf, high: float = m
 
 
 def within(differences: Mapping[str, SupportsFloat], tolerance: float = 0.0) -> tuple[bool, str]:
-    """Whether all differences are at most `tolerance`, and how large each is, as text: as `Run.claim` takes them.
+    """Whether all differences are at most `tolerance`, and their sizes as text: the arguments of `Run.claim`.
 
-    A difference within the tolerance is rounding noise, which varies between machines: the text says whether a tenth of
-    the tolerance bounds it too. A larger one is written as it is; nan is too large.
+    A difference within the tolerance is rounding noise, which varies between machines: the text states whether a tenth
+    of the tolerance bounds it too. A larger one is written in full; nan is too large.
 
     Args:
         differences: by name, 0 or more.
-        tolerance: a power of ten, at least thirty times the noise; 0: what is compared must be equal.
+        tolerance: a power of ten, at least thirty times the noise; 0: the values must be equal.
     """
 
     def bound(value: float) -> str:
@@ -53,10 +53,10 @@ def within(differences: Mapping[str, SupportsFloat], tolerance: float = 0.0) -> 
 
 
 def interval(leads: np.ndarray, share: float = 0.95) -> tuple[float, float]:
-    """Student's t interval of a mean lead, which holds the true mean in `share` of all studies with normal leads.
+    """Student's t confidence interval of a mean lead, with coverage `share` for normally distributed leads.
 
     Args:
-        leads: of one method over the other, one a seed, two at least; both were tested on that seed's data.
+        leads: of one method over the other, one per seed, two at least; both were tested on that seed's data.
     """
     mean, error = np.mean(leads), np.std(leads, ddof=1) / math.sqrt(len(leads))
     half = scipy.stats.t.ppf((1 + share) / 2, len(leads) - 1) * error
@@ -67,10 +67,10 @@ def judge(claim: Mapping, rows: pd.DataFrame) -> tuple[bool, str, list[int]]:
     """Whether a synthetic result holds, the measured leads as text, and the test seeds.
 
     It holds when `better` beats `worse` on every task with every seed: a mean over few seeds is weak evidence.
-    Without `worse`, `better` alone has to be above zero: for metrics that are a lead already.
+    Without `worse`, `better` alone must be above zero: for metrics that are differences already.
 
     Args:
-        claim: an entry of the paper's YAML with `better`, `tasks`, and maybe `worse` and `metrics`.
+        claim: an entry of the paper's YAML with `better`, `tasks`, and optionally `worse` and `metrics`.
         rows: of `evaluation.ablations.read`.
     """
     tested = rows[rows.stage == "test"].set_index(["task", "method", "seed"]).sort_index()
@@ -89,12 +89,12 @@ def judge(claim: Mapping, rows: pd.DataFrame) -> tuple[bool, str, list[int]]:
 
 
 def evidence(claim: Mapping, data: Mapping[str, str], rows: pd.DataFrame) -> str:
-    """What a synthetic result rests on: its data and whom they favour, trained parameters, the baseline's rates.
+    """Evidence of a synthetic result: data, the favoured method, trainable parameters, the baseline's learning rates.
 
     Args:
-        claim: of the paper's YAML, with `favours: true` where the data were built so that the better method can win,
-            and maybe `limits`, why it is weak evidence.
-        data: `data_built_for` of the YAML: what the data of each task were built for.
+        claim: of the paper's YAML, with `favours: true` if the data were built so that the better method can win, and
+            optionally `limits`, the reason why it is weak evidence.
+        data: `data_built_for` of the YAML: the purpose of each task's data.
         rows: of `evaluation.ablations.read`.
     """
     parts = [f"{task}: {data[task]}" for task in claim["tasks"]]
@@ -105,7 +105,7 @@ def evidence(claim: Mapping, data: Mapping[str, str], rows: pd.DataFrame) -> str
     tested = rows[(rows.stage == "test") & rows.task.isin(claim["tasks"])]
     if "trained" in rows:
         each = tested.groupby("method").trained.max()
-        parts.append("Trained parameters: " + ", ".join(f"{name} {each[name]:,.0f}" for name in roles))
+        parts.append("Trainable parameters: " + ", ".join(f"{name} {each[name]:,.0f}" for name in roles))
     if "worse" in claim:
         found = [text for task in claim["tasks"] if (text := rates(rows, task, claim["worse"]))]
         if found:
@@ -143,10 +143,10 @@ def counts(ledger: Iterable[Mapping]) -> dict[str, str]:
 
 
 def judge_measured(conditions: Iterable[Mapping], cells: Mapping[tuple[str, str], float]) -> tuple[bool | None, str]:
-    """Whether a paper result holds by our measurements on real data, and what was measured, as text.
+    """Whether a paper result holds by our measurements on real data, and the measurements as text.
 
-    One condition that is not met refutes the claim; it holds when all are met, and is None, not judged, as long as a
-    measurement is missing.
+    One unmet condition refutes the claim; it holds when all are met, and is None (not judged) while a measurement is
+    missing.
 
     Args:
         conditions: `measured` of a claim in the paper's YAML. Each has `of`, [method, column]; either `at_least`, or

@@ -1,10 +1,10 @@
-"""Deterministic weights and inputs, from a parameter's name and shape alone.
+"""Deterministic weights and inputs, generated from a parameter's name and shape alone.
 
-A parity fixture holds the names and shapes of an official model's tensors and the outputs that the official code gave.
-The tensors themselves are made here, the same on every machine, so a full-size model can be compared without storing
-its weights.
+A parity fixture holds the names and shapes of an official model's tensors and the outputs of the official code. The
+tensors themselves are generated here, identically on every machine, so a full-size model can be compared without
+storing its weights.
 
-    python fill.py NAMES.json            # prints a checksum a line, to compare two machines
+    python fill.py NAMES.json            # prints one checksum per line, to compare two machines
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def parameter(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 
 def state_dict(names: dict[str, list[int]], seed: int = 0) -> dict[str, np.ndarray]:
-    """Every tensor of `names` (name -> shape). Integer buffers are the caller's to skip."""
+    """Every tensor of `names` (name -> shape). The caller must skip integer buffers."""
     return {name: parameter(name, tuple(shape), seed) for name, shape in names.items()}
 
 

@@ -2,15 +2,15 @@
 
 A fixture is a folder `<fixtures>/<paper>/<case>/` with
 
-    names.json           the official tensors, where a case has any: name -> shape; their values come from `fill`
+    names.json           the official tensors, if a case has any: name -> shape; their values come from `fill`
     case.json            configuration, inputs (key -> shape, values from `fill`), what was recorded
-    outputs.safetensors  what the official code gave
+    outputs.safetensors  outputs of the official code
 
 For each paper a module of this package, named by its slug, has one function `outputs(case) -> {name: tensor}` that
-loads the official names through the model's own `from_official` and gives the recorded quantities in the order of the
-forward pass; "loss" and "grad:<official name>" (a gradient, or its norm) may be among them. Where the recorded
-quantities are not simply the file's, the module has a function `recorded(case)` too; and `read(path)` where the
-authors' checkpoints are not one state dict.
+loads the official names through the model's own `from_official` and returns the recorded quantities in the order of the
+forward pass; "loss" and "grad:<official name>" (a gradient, or its norm) may be among them. If the recorded quantities
+are not simply the file's, the module also has a function `recorded(case)`; and `read(path)` if the authors' checkpoints
+are not one state dict.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TOLERANCE_GRADIENT = 1e-3  # of a gradient's norm
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One recorded case. `given`, when there, stands for the filled weights: a checkpoint to check."""
+    """One recorded case. `given`, if set, replaces the filled weights: a checkpoint to check."""
 
     folder: Path
     given: Mapping[str, Tensor] | None = None
@@ -54,14 +54,14 @@ class Case:
 
     @functools.cached_property
     def names(self) -> dict[str, Any]:
-        """The official tensors: name -> shape; of several networks, a dict each."""
+        """The official tensors: name -> shape; for several networks, one dict each."""
         return read_json(self.folder / "names.json")
 
     @property
     def seed(self) -> int:
-        """Of the weights and inputs, under any of the names that cases have for it.
+        """The seed of weights and inputs, under any of its names in the cases.
 
-        Raises `CorruptFile` where they differ.
+        Raises `CorruptFile` when they differ.
         """
         found = {self.facts[name] for name in ("seed", "weights_seed", "inputs_seed") if name in self.facts}
         if len(found) > 1:
@@ -70,7 +70,7 @@ class Case:
 
     @functools.cached_property
     def state(self) -> Mapping[str, Tensor]:
-        """The official state dict. BatchNorm's counters are integers, and zero."""
+        """The official state dict. BatchNorm's integer counters are zero."""
         if self.given is not None:
             return self.given
         counters = {n for n in self.names if n.endswith("num_batches_tracked")}
@@ -78,7 +78,7 @@ class Case:
         return {n: torch.tensor(0) if n in counters else torch.as_tensor(filled[n]) for n in self.names}
 
     def input(self, key: str) -> Tensor:
-        """An input by its key in case.json, which gives its shape: a list, under "shape", or "(2, 3)" in a sentence."""
+        """An input by its key in case.json, which has its shape: a list, under "shape", or "(2, 3)" in a sentence."""
         shape = self.facts["inputs"][key]
         if isinstance(shape, str):
             shape = [int(n) for n in re.findall(r"\(((?:\d+,?)+)\)", shape.replace(" ", ""))[0].rstrip(",").split(",")]
@@ -90,7 +90,7 @@ class Case:
 
     @functools.cached_property
     def recorded(self) -> dict[str, Tensor]:
-        """What the authors' code gave, and stored inputs; losses and gradient norms where case.json has them."""
+        """The outputs of the authors' code and stored inputs; losses and gradient norms if case.json has them."""
         try:
             stored = load_file(self.folder / "outputs.safetensors")
             recorded = {name: value.to(torch.get_default_device()) for name, value in stored.items()}
@@ -106,7 +106,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """One output: the largest difference over the largest recorded magnitude, and whether that is small enough."""
+    """One output: the largest difference relative to the largest recorded magnitude, and whether it is small enough."""
 
     output: str
     error: float
@@ -114,7 +114,7 @@ class Difference:
 
 
 def folder() -> Path:
-    """Where the fixtures are: `tests/parity` of the checkout that this package is installed from."""
+    """The folder of the fixtures: `tests/parity` of the checkout that this package is installed from."""
     return Path(__file__).parents[3] / "tests" / "parity"
 
 
@@ -148,8 +148,8 @@ def cases(paper: str, fixtures: str | Path | None = None) -> Iterator[Case]:
 
 
 def checkpoint(paper: str, path: str | Path) -> Mapping[str, Tensor]:
-    """The official tensors in a checkpoint file of `paper`. Raises `CorruptFile` for one that cannot be read."""
-    from ..backbones import read_state  # here: it imports what no other command needs
+    """The official tensors in a checkpoint file of `paper`. Raises `CorruptFile` if it cannot be read."""
+    from ..backbones import read_state  # imported here: no other command needs it
 
     module = importlib.import_module(f"companion.models.{paper}.parity")
     return module.read(path) if hasattr(module, "read") else read_state(path)
@@ -177,7 +177,7 @@ def compare(paper: str, case: Case, device: str = "cpu") -> list[Difference]:
     all_recorded = module.recorded(case) if hasattr(module, "recorded") else case.recorded
     unchecked = all_recorded.keys() - ours.keys()
     if unchecked:
-        raise CompanionError(f"parity of {paper}: {case.name} has outputs nobody computes: {sorted(unchecked)}")
+        raise CompanionError(f"parity of {paper}: {case.name} has outputs that are not computed: {sorted(unchecked)}")
     differences = []
     for name, value in ours.items():
         if name not in all_recorded:

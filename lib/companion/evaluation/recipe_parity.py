@@ -3,11 +3,11 @@
 A case is a folder `<root>/<paper>/<case>/` with
 
     case.json           kind, source (repository, commit, lines), how ("ran" | "read"), settings, expected, tolerance
-    data.safetensors    inputs `in.*` and recorded outputs `out.*`; absent where case.json holds everything
+    data.safetensors    inputs `in.*` and recorded outputs `out.*`; absent if case.json holds everything
 
-The cases of the checkout are in `tests/recipes`. For each paper, `tests/recipes/<slug>_cases.py` has `KINDS`: from the
-beginning of a case's name to a function that calls what the `paper` profile calls and returns a `Row` for each recorded
-quantity.
+The cases of the checkout are in `tests/recipes`. For each paper, `tests/recipes/<slug>_cases.py` has `KINDS`: it maps
+the beginning of a case's name to a function that calls the functions of the `paper` profile and returns a `Row` for
+each recorded quantity.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Case:
 
     @functools.cached_property
     def data(self) -> dict[str, Tensor]:
-        """The tensors `in.*` and `out.*`; empty where there is no file."""
+        """The tensors `in.*` and `out.*`; empty if there is no file."""
         path = self.folder / "data.safetensors"
         if not path.exists():
             return {}
@@ -72,7 +72,7 @@ class Row:
 
     Attributes:
         what: a key of `expected` or a tensor `out.*`, optionally followed by " " and a detail.
-        departs: why ours differs on purpose; then it must differ.
+        departs: the reason for an intended difference; then the values must differ.
     """
 
     what: str
@@ -83,7 +83,7 @@ class Row:
 
     @property
     def passes(self) -> bool:
-        """Whether ours agrees, or departs on purpose."""
+        """Whether ours agrees, or differs on purpose."""
         return self.agrees != bool(self.departs)
 
 
@@ -96,7 +96,8 @@ def same(what: str, expected: Any, ours: Any, departs: str = "") -> Row:
 def near(
     what: str, expected: Any, ours: Any, *, relative: float = 0.0, absolute: float = 0.0, departs: str = ""
 ) -> Row:
-    """A row of numbers of one shape: |ours - expected| <= absolute + relative |expected|, each; nan equals nan."""
+    """A row of numbers of one shape: |ours - expected| <= absolute + relative |expected|, elementwise; nan equals
+    nan."""
     theirs, own = (np.asarray(_plain(x), np.float64) for x in (expected, ours))
     if theirs.shape != own.shape:
         return Row(what, f"shape {theirs.shape}", f"shape {own.shape}", False, departs)
@@ -108,10 +109,11 @@ def near(
 
 
 def lines(what: str, expected: Mapping[str, Any], ours: Sequence[str], departs: str = "") -> Row:
-    """A row of lines of text that are recorded by their `count` and `sha256_of_lines`, joined by newlines."""
+    """A row of text lines that are recorded by their `count` and `sha256_of_lines`, joined by newlines."""
     digest = hashlib.sha256("\n".join(ours).encode()).hexdigest()
     agrees = (len(ours), digest) == (expected["count"], expected["sha256_of_lines"])
-    for name, place in (("first", 0), ("last", -len(expected.get("last", [])))):  # a hint where the hashes differ
+    # where the hashes differ, the recorded first and last lines show the difference
+    for name, place in (("first", 0), ("last", -len(expected.get("last", [])))):
         for i, line in enumerate(expected.get(name, [])):
             if not agrees and (place + i >= len(ours) or ours[place + i] != line):
                 shown = ours[place + i] if place + i < len(ours) else "nothing"
@@ -122,7 +124,7 @@ def lines(what: str, expected: Mapping[str, Any], ours: Sequence[str], departs: 
 def parameters(what: str, expected: Mapping[str, Mapping], ours: Mapping[str, Tensor], relative: float) -> list[Row]:
     """A row for each recorded parameter: its shape, sum and sum of squares.
 
-    The sum of squares may differ by `relative`, the sum by that share of sqrt(count * sum of squares).
+    The sum of squares may differ by `relative`, the sum by that fraction of sqrt(count * sum of squares).
 
     Args:
         ours: by the authors' names.
@@ -144,11 +146,11 @@ def parameters(what: str, expected: Mapping[str, Mapping], ours: Mapping[str, Te
 
 
 class InOrder(Dataset):
-    """Items in the recorded order, whatever index `fit` asks for; with `Hardware.workers` = 0.
+    """Items in the recorded order, for any index that `fit` passes; with `Hardware.workers` = 0.
 
     Args:
         items: over all epochs, one image each.
-        length: images of an epoch.
+        length: images per epoch.
     """
 
     def __init__(self, items: Iterable[tuple], length: int):
@@ -162,12 +164,12 @@ class InOrder(Dataset):
 
 
 def folder() -> Path:
-    """Where the cases are: `tests/recipes` of the checkout that this package is installed from."""
+    """The folder of the cases: `tests/recipes` of the checkout that this package is installed from."""
     return Path(__file__).parents[3] / "tests" / "recipes"
 
 
 def papers() -> list[str]:
-    """The slugs that have recipe cases; none where the package is not installed from a checkout."""
+    """The slugs that have recipe cases; none if the package is not installed from a checkout."""
     return sorted(path.stem.removesuffix("_cases") for path in folder().glob("*_cases.py"))
 
 
@@ -194,7 +196,7 @@ def check(paper: str, case: Case) -> list[Row]:
     """A row for each recorded quantity of a case.
 
     Raises:
-        BadParameter: no function of `KINDS` is for a case of this name.
+        BadParameter: `KINDS` has no function for a case of this name.
         CompanionError: a recorded quantity has no row.
     """
     kinds = _kinds(paper)
@@ -204,7 +206,7 @@ def check(paper: str, case: Case) -> list[Row]:
     recorded = [*case.expected, *(name for name in case.data if name.startswith("out."))]
     unchecked = [name for name in recorded if not any(f"{row.what} ".startswith(f"{name} ") for row in rows)]
     if unchecked:
-        raise CompanionError(f"recipe of {paper}: {case.name} has quantities nobody computes: {unchecked}")
+        raise CompanionError(f"recipe of {paper}: {case.name} has quantities that are not computed: {unchecked}")
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Tables: published numbers next to the measured ones, the rows of measured results, and how a table is shown."""
+"""Tables of published and measured numbers, the rows of measured results, and their display."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..ops.papers import findings, paper
 
 
 def show_table(frame: pd.DataFrame, digits: int = 2, title: str = "") -> HTML:
-    """A table as plain HTML, its title above it: the same text for the same numbers over versions of pandas."""
+    """A table as plain HTML with its title above: the same text for the same numbers with any version of pandas."""
 
     def cell(value: object) -> str:
         if isinstance(value, float):
@@ -39,7 +39,7 @@ def show_table(frame: pd.DataFrame, digits: int = 2, title: str = "") -> HTML:
 
 
 def published_table(slug: str, table: str) -> pd.DataFrame:
-    """A published table of the paper's YAML: one row a method, in the paper's columns; what was not found is NaN.
+    """A published table of the paper's YAML: one row per method, in the paper's columns; missing values are NaN.
 
     Its title, source and unit are in `.attrs`. Raises `BadParameter` for an unknown table.
     """
@@ -54,21 +54,21 @@ def published_table(slug: str, table: str) -> pd.DataFrame:
 
 
 def findings_table(slug: str) -> pd.DataFrame:
-    """What the authors' code does that the paper does not say, a row each: the paper, the code, ours, the effect."""
+    """What the authors' code does that the paper does not state, one per row: the paper, the code, ours, the effect."""
     columns = {"topic": "", "paper": "the paper", "code": "the released code", "here": "here", "effect": "effect"}
     rows = [[f"{row[key]}".strip() for key in columns] for row in findings(slug)]
     found = pd.DataFrame(rows, columns=[*columns.values()])
-    return found.loc[:, (found != "").any()]  # of some papers nothing could be read that says otherwise
+    return found.loc[:, (found != "").any()]  # for some papers no text was available to compare with
 
 
 def compare_published(frame: pd.DataFrame, measured: Mapping[tuple[str, str], float] = {}) -> pd.DataFrame:
     """Each published number and, after the slash, our measurement: "88.3 / 87.9" or "88.3 / not run".
 
-    A row without measurements keeps its published numbers and has "not run" once, in the last column. A measured method
-    that is not in the published table gets a row of its own.
+    A row without measurements shows its published numbers and "not run" once, in the last column. A measured method
+    that is not in the published table gets its own row.
 
     Args:
-        measured: by (method, column), on real data at the paper profile, never at pocket scale.
+        measured: by (method, column), on real data at the `paper` profile, never at toy scale.
     """
     columns = [c for c in frame.columns if c != "method"]
     rows = []

@@ -1,1 +1,1 @@
-"""What each paper adds, one file a paper, on backbones of timm and open_clip."""
+"""The models of the papers, one folder per paper, on backbones of timm and open_clip."""

@@ -1,4 +1,4 @@
-"""Take the results of a run into `reports/`, where git keeps them."""
+"""Import the results of a run into `reports/`, which git tracks."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ MEASURED = "measured.csv"  # the results on real data, of all runs of a paper
 
 
 def adopt(folder: str | Path) -> str:
-    """Copy a run's results to `reports/` and return a message that says where they are.
+    """Copy a run's results to `reports/` and return a message with their location.
 
-    The files must have the hashes of the run's record, and the record the code of this checkout. A run of a grid, whose
-    folder is named by its axes, keeps that folder. The files of the previous run are replaced; a study stays.
+    The files must have the hashes of the run's record, and the record the code hash of this checkout. A run of a grid,
+    whose folder is named by its axes, keeps that folder. The files of the previous run are replaced; a study is not
+    deleted.
 
     Raises:
         BadParameter: the record is of an unknown paper or profile.
-        CorruptFile: a file is missing, or is not the one that the record describes.
+        CorruptFile: a file is missing, or its hash differs from the record's.
     """
     source = Path(folder)
     if not (source / "run.json").is_file():
@@ -58,7 +59,7 @@ def adopt(folder: str | Path) -> str:
     of_grid = here.parent.name == slug and ("=" in here.name or here.name == "run")
     target = root / "reports" / profile / slug / (here.name if of_grid else "")
     if target.resolve() == here:
-        return f"{target.relative_to(root)} is its place already"
+        return f"{target.relative_to(root)} is already in place"
     target.mkdir(parents=True, exist_ok=True)
     executed = [p.name for p in source.glob(f"{slug}.ipynb")]
     with tempfile.TemporaryDirectory(prefix=f".{slug}-", dir=root / "reports" / profile) as name:
@@ -70,7 +71,7 @@ def adopt(folder: str | Path) -> str:
             _gather(target / MEASURED, new / MEASURED)
             outputs[MEASURED] = sha256(new / MEASURED)
         write_json(new / "run.json", facts | {"outputs": outputs})
-        # all is copied: from here on files are renamed, the record last
+        # everything is copied: from here on files are renamed, the record last
         for item in [*_left(target), f"{slug}.ipynb", "failed.json"]:
             if item != MEASURED:
                 (target / item).unlink(missing_ok=True)
@@ -84,7 +85,7 @@ def adopt(folder: str | Path) -> str:
 
 
 def _left(folder: Path) -> list[str]:
-    """The outputs of the run that was in `folder` before, by its record; none where it has no sound one."""
+    """The outputs of the previous run in `folder`, by its record; none if the record is missing or invalid."""
     with contextlib.suppress(OSError, CorruptFile, TypeError, KeyError):
         outputs = read_json(folder / "run.json")["outputs"]
         return [name for name in outputs if (folder / name).resolve().is_relative_to(folder.resolve())]
@@ -92,7 +93,7 @@ def _left(folder: Path) -> list[str]:
 
 
 def _gather(before: Path, new: Path) -> None:
-    """Add to the measured results in `new` those of runs `before` that were of something else."""
+    """Add to the measured results in `new` those of the runs `before` that measured something else."""
     rows = pd.concat([pd.read_csv(before), pd.read_csv(new)])
     what = [column for column in rows if not pd.api.types.is_float_dtype(rows[column])]
     rows.drop_duplicates(what, keep="last").to_csv(new, index=False)

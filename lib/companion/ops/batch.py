@@ -1,4 +1,4 @@
-"""Many runs from one small file: paper x data set x seed, on this machine's GPUs or a cluster's nodes.
+"""Grids of runs from one file: paper x data set x seed, on this machine's GPUs or a cluster's nodes.
 
 snakemake --cores all --configfile grid.yaml        # see README, "In batch"
 
@@ -8,9 +8,9 @@ snakemake --cores all --configfile grid.yaml        # see README, "In batch"
     - {paper: sa2vp, dataset: [vtab/svhn, vtab/dtd], seed: [0, 1, 2]}
     - {paper: bat, seed: 0, resources: {gpu: 1, runtime: 600}}
 
-A list is an axis of the grid. Each run has a folder of its own, `reports/<profile>/<paper>/<run>/`; one that fails
-stops no other, and says why in `failed.json`. Only the standard library is used at the top: the Snakefile must load in
-a blink.
+A list is an axis of the grid. Each run has its own folder, `reports/<profile>/<paper>/<run>/`; a failure is recorded in
+`failed.json` and does not stop the others. Only the standard library is imported at the top, so that the Snakefile
+loads fast.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from typing import Any
 from ..errors import BadParameter, check_choice
 from .files import atomic, read_json, write_json
 
-FIELDS = ("paper", "resources")  # of an entry of `runs`; every other one is a parameter of its notebook
+FIELDS = ("paper", "resources")  # fields of an entry of `runs`; all others are parameters of its notebook
 RESOURCES = ("gpu", "threads", "mem_mb", "runtime")
-CONFIG = ("profile", "parameters", "runs", "papers", "parts", "slides")  # all that Snakemake is configured by
+CONFIG = ("profile", "parameters", "runs", "papers", "parts", "slides")  # the fields of Snakemake's configuration
 PROFILES = ("pocket", "paper")
 NAME = re.compile(r"[\w.=,+-]+")
 COLUMNS = ("paper", "run", "state", "seconds", "memory_mb", "device", "reason")
 
 
 def check(config: Mapping) -> None:
-    """Raise `BadParameter` when Snakemake's configuration has a field that nothing reads, or an unknown profile."""
+    """Raise `BadParameter` when Snakemake's configuration has an unknown field or profile."""
     for name in config:
         check_choice("field of the configuration", name, CONFIG)
     if (profile := config.get("profile", "pocket")) not in PROFILES:
@@ -54,14 +54,14 @@ def check(config: Mapping) -> None:
 def expand(config: Mapping, papers: Mapping[str, Collection[str]]) -> dict[str, dict]:
     """The runs of a grid by their folder, `<paper>/<run>`: their parameters and resources.
 
-    A run is named by its values of the axes, as `dataset=vtab-svhn,seed=0`, or "run" where the entry has no axis.
+    A run is named by its values on the axes, such as `dataset=vtab-svhn,seed=0`, or "run" if the entry has no axis.
 
     Args:
         papers: the parameters that each notebook has.
 
     Raises:
         BadParameter: an unknown field, paper, parameter or resource, a value that the paper does not accept, an empty
-            axis, or two runs of one name.
+            axis, or two runs with one name.
     """
     from .papers import convert, rules
 
@@ -74,7 +74,7 @@ def expand(config: Mapping, papers: Mapping[str, Collection[str]]) -> dict[str, 
         paper = entry.get("paper")
         check_choice("paper of a run", paper, papers)
         own = {name: value for name, value in entry.items() if name not in FIELDS}
-        # papermill would pass it on, and the notebook run with its default
+        # papermill would pass it on, and the notebook would run with its default
         accepted = [name for name in papers[paper] if name not in ("profile", "out")]
         for name in {**common, **own}:
             check_choice(f"parameter of a run of {paper}", name, accepted)
@@ -102,7 +102,7 @@ def expand(config: Mapping, papers: Mapping[str, Collection[str]]) -> dict[str, 
 
 
 def parameters(notebook: str | Path) -> list[str]:
-    """The names that the cell tagged `parameters` sets."""
+    """The names set by the cell tagged `parameters`."""
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
     tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
     lines = [node for text in tagged for node in ast.parse(text).body]
@@ -111,7 +111,7 @@ def parameters(notebook: str | Path) -> list[str]:
 
 
 def seeds(*studies: str | Path) -> list[int]:
-    """The test seeds of a study: SEEDS of the first of the files that has them, read without importing it."""
+    """The test seeds of a study: SEEDS of the first of the files that defines them, read without importing it."""
     for study in studies:
         for node in ast.parse(Path(study).read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Assign) and [getattr(name, "id", "") for name in node.targets] == ["SEEDS"]:
@@ -121,23 +121,24 @@ def seeds(*studies: str | Path) -> list[int]:
 
 @contextlib.contextmanager
 def devices(count: int, folder: Path, poll: float = 1.0) -> Iterator[list[str]]:
-    """Hold `count` of this machine's GPUs until the block ends, and show the run no others.
+    """Context manager: reserve `count` of this machine's GPUs, and hide all others from the run.
 
-    The GPUs are those of CUDA_VISIBLE_DEVICES, or all that `nvidia-smi` lists. A lock file a GPU in `folder` keeps
-    other runs of the same checkout off it; a killed run lets go of its own. On a cluster the scheduler deals the cards.
+    The GPUs are those of CUDA_VISIBLE_DEVICES, or all that `nvidia-smi` lists. One lock file per GPU in `folder`
+    prevents other runs of the same checkout from using it; a killed run releases its own. On a cluster the scheduler
+    assigns the GPUs.
 
-    Raises `BadParameter`: the machine has fewer.
+    Raises `BadParameter`: the machine has fewer GPUs.
     """
     if not count or "SLURM_JOB_ID" in os.environ:
         yield []
         return
     cards = _cards()
     if len(cards) < count:
-        raise BadParameter("gpu", count, f"0 to {len(cards)}, the cards of this machine")
+        raise BadParameter("gpu", count, f"0 to {len(cards)}, the GPUs of this machine")
     folder.mkdir(parents=True, exist_ok=True)
     held: dict[str, Any] = {}
     try:
-        while len(held) < count:  # one starter at a time, so that two runs of two GPUs cannot wait for each other
+        while len(held) < count:  # only one run reserves at a time, so that two runs of two GPUs cannot deadlock
             with (folder / "dealing.lock").open("w") as dealing:
                 fcntl.flock(dealing, fcntl.LOCK_EX)
                 for card in cards:
@@ -178,9 +179,9 @@ def _let_go(held: dict[str, Any]) -> None:
 
 
 def execute(notebook: Path, out: Path, profile: str, parameters: Mapping, gpu: int, draft: Path) -> dict:
-    """Run one notebook into `out`; return {} or, where it failed, why: {"reason", "seconds", "memory_mb"}.
+    """Run one notebook into `out`; return {}, or for a failure {"reason", "seconds", "memory_mb"}.
 
-    The executed copy is `out`/<paper>.ipynb only when every cell ran; else what there is of it stays in `draft`.
+    The executed copy is `out`/<paper>.ipynb only if every cell ran; otherwise the partial copy stays in `draft`.
     """
     import papermill
     from papermill.exceptions import PapermillException, PapermillExecutionError
@@ -198,7 +199,7 @@ def execute(notebook: Path, out: Path, profile: str, parameters: Mapping, gpu: i
         failure = f"{error.ename}: {error.evalue}"
     except (PapermillException, BadParameter) as error:
         failure = str(error)
-    except RuntimeError as error:  # nbclient's, of a kernel that died
+    except RuntimeError as error:  # nbclient's, when the kernel died
         failure = f"{type(error).__name__}: {error}"
     if not failure:
         out.mkdir(parents=True, exist_ok=True)
@@ -211,9 +212,9 @@ def execute(notebook: Path, out: Path, profile: str, parameters: Mapping, gpu: i
 
 
 def summarise(runs: Mapping[str, Mapping], reports: Path) -> list[dict]:
-    """Write `reports`/summary.csv, a row a run with its seconds, memory and, where it failed, the reason; return it.
+    """Write `reports`/summary.csv, one row per run with its seconds, memory and, for a failure, the reason; return it.
 
-    What runs on real data measured (their `measured.csv`) is gathered in one file a paper, `<paper>/grid.csv`; the
+    The results of runs on real data (their `measured.csv`) are collected in one file per paper, `<paper>/grid.csv`; the
     `measured.csv` next to it belongs to runs without a grid.
     """
     rows = []
@@ -253,7 +254,7 @@ def _write(path: Path, rows: list[dict]) -> None:
 
 
 def report(rows: list[dict], reports: Path) -> str:
-    """The summary as a person reads it in a terminal."""
+    """The summary as text for a terminal."""
     counts = {state: sum(row["state"] == state for row in rows) for state in ("done", "failed", "not run")}
     lines = [", ".join(f"{number} {state}" for state, number in counts.items() if number) + f"; {reports}/summary.csv"]
     for row in rows:
@@ -264,14 +265,15 @@ def report(rows: list[dict], reports: Path) -> str:
 
 
 def main(words: list[str] | None = None) -> int:
-    """`python -m companion.ops.batch NOTEBOOK OUT ...`: one run, as the Snakefile starts it; 1 when the run failed."""
+    """`python -m companion.ops.batch NOTEBOOK OUT ...`: one run, as started by the Snakefile; returns 1 when the run
+    failed."""
     parser = argparse.ArgumentParser(prog="companion.ops.batch", description=main.__doc__)
     parser.add_argument("notebook", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--profile", required=True)
     parser.add_argument("--parameters", type=json.loads, default={}, help="a JSON object")
-    parser.add_argument("--gpu", type=int, default=0, help="cards of this run")
-    parser.add_argument("--draft", type=Path, required=True, help="where the notebook is written as it runs")
+    parser.add_argument("--gpu", type=int, default=0, help="GPUs of this run")
+    parser.add_argument("--draft", type=Path, required=True, help="path of the notebook while it runs")
     given = parser.parse_args(words)
     failed = execute(given.notebook, given.out, given.profile, given.parameters, given.gpu, given.draft)
     if failed:

@@ -1,4 +1,4 @@
-"""Writing and reading files so that a killed run leaves none half written, and so that nothing in one can run code."""
+"""Reads and writes files such that a killed run leaves no partial file, and no file can execute code."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from typing import Any
 from ..errors import BadParameter, CannotWrite, CorruptFile
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-FULL = 1 << 16  # bytes free: torch does not say why it could not write
+FULL = 1 << 16  # bytes free: torch does not report why it could not write
 
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path next to `path`; it is renamed to `path` when the block ends well, removed when not.
+    """Yield a temporary path next to `path`; renamed to `path` when the block succeeds, removed when it fails.
 
     Raises `CannotWrite`: the disk became full.
     """
@@ -33,7 +33,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        # mkstemp makes the file private to the user; results are as readable as any other file of theirs
+        # mkstemp makes the file private; results should have the user's default permissions
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
@@ -48,7 +48,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty folder next to `folder`, which takes its place when the block ends well, and is removed when not.
+    """Yield an empty folder next to `folder`, which replaces it when the block succeeds, and is removed when it fails.
 
     Raises `CannotWrite`: the disk became full.
     """
@@ -59,7 +59,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
             new = Path(name) / folder.name
             new.mkdir()
             yield new
-            # renamed, not deleted: another run may be reading it, and a kill leaves all of it or nothing
+            # renamed, not deleted: another run may be reading it, and a kill must leave all of it or nothing
             with contextlib.suppress(FileNotFoundError):
                 folder.replace(Path(name) / f"{folder.name}.before")
             new.replace(folder)
@@ -79,16 +79,16 @@ def full_disk_is_said(path: Path) -> Iterator[None]:
 
 
 def _if_full(path: Path, error: Exception) -> None:
-    """Raise `CannotWrite` when that is why `error` came."""
+    """Raise `CannotWrite` when `error` was caused by a full disk."""
     free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
-    # safetensors says it in words; torch says nothing, and has no number
+    # safetensors has it in its message; torch has neither message nor errno
     number = getattr(error, "errno", None)
     if number in NO_SPACE or "os error 28" in str(error) or (number is None and free < FULL):
         raise CannotWrite(path, free) from error
 
 
 def write_between(path: str | Path, mark: str, text: str) -> None:
-    """Replace what stands between the lines `<!-- mark -->` and `<!-- /mark -->` of a Markdown file."""
+    """Replace the text between the lines `<!-- mark -->` and `<!-- /mark -->` of a Markdown file."""
     begin, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
     before, found, rest = Path(path).read_text(encoding="utf-8").partition(begin)
     if not found or end not in rest:
@@ -104,19 +104,19 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file. Raises `CorruptFile` with the path when it is not JSON, or not there."""
+    """Read a JSON file. Raises `CorruptFile` with the path when it is not JSON, or missing."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # spreadsheets and Windows begin it with a mark
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # may begin with a byte order mark
     except FileNotFoundError as error:
         raise CorruptFile(path, "there is no such file") from error
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or lists in lists in lists
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
         raise CorruptFile(path, f"not JSON ({error})") from error
 
 
 def check_folder(name: str, folder: str | Path) -> None:
-    """Raise `BadParameter` unless `folder` can be written to, or made: before an hour of work, not after it."""
+    """Raise `BadParameter` unless `folder` can be written to or created: before an hour of work, not after it."""
     above = next(f for f in (Path(folder).absolute(), *Path(folder).absolute().parents) if f.exists())
-    try:  # permissions do not say it all: nothing can be written to /proc
+    try:  # permissions are not sufficient: nothing can be written to /proc
         with tempfile.TemporaryFile(dir=above):
             pass
     except OSError as error:

@@ -1,4 +1,5 @@
-"""What a run of a paper's tables needs: memory and time on a GPU, disk; from `paper.yaml` and `models/memory.yaml`."""
+"""Requirements of the runs of a paper's tables: GPU memory and time, disk; from `paper.yaml` and
+`models/memory.yaml`."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ import yaml
 from .. import data
 from .papers import MODELS, paper, slugs
 
-# Peaks of matrix products in TFLOP/s, dense, from NVIDIA's data sheets: in half precision, and in TF32 (float32 where
-# a GPU has none), which is what "32-true" uses.
+# Peak matrix throughput in TFLOP/s, dense, from NVIDIA's data sheets: in half precision, and in TF32 (float32 on GPUs
+# without it), which "32-true" uses.
 GPUS = {
     "T4": (65, 8.1),
     "V100": (125, 15.7),
@@ -21,7 +22,7 @@ GPUS = {
     "H100": (989, 494),
     "H200": (989, 494),
 }
-SHARE = 0.3  # of the peak that a training is assumed to reach; the doctor says so
+SHARE = 0.3  # assumed fraction of the peak that a training reaches; `companion doctor` prints it
 
 
 def sets(prefix: str) -> list[str]:
@@ -30,7 +31,7 @@ def sets(prefix: str) -> list[str]:
 
 
 def memory(slug: str, run: dict, precision: str) -> tuple[float, str]:
-    """The GB that a run wants, and how that is known: counted by benchmarks/memory.py for a training, or estimated."""
+    """The GB that a run needs, and their source: counted by benchmarks/memory.py for a training, or estimated."""
     counted = yaml.safe_load((MODELS / "memory.yaml").read_text(encoding="utf-8")).get(slug, {}).get(run["id"])
     if counted is None:
         return run["memory_gb"], " (estimated)"
@@ -41,18 +42,18 @@ def memory(slug: str, run: dict, precision: str) -> tuple[float, str]:
 
 
 def hours(run: dict, peak: float) -> tuple[float, float]:
-    """Hours of a run on one GPU whose peak is `peak` TFLOP/s, of which it reaches `SHARE`; and the operations."""
+    """Hours of a run on one GPU with a peak of `peak` TFLOP/s, of which it reaches `SHARE`; and the FLOPs."""
     flop = 0.0
     for name in sets(run["data"]):
         sizes = data.DATASETS[name].sizes
-        # an epoch of a tracker is a number of pairs, and its test a number of frames: the paper's file says them
+        # a tracker's epoch is a number of pairs, and its test a number of frames, both in the paper's file
         seen = {"train": sizes.get("trainval"), "test": sizes.get("test")} | run.get("images", {})
         flop += run["gflop"] * 1e9 * (3 * seen["train"] * run["epochs"] + seen["test"])
     return flop / (SHARE * peak * 1e12) / 3600, flop
 
 
 def table(gpu: str = "A100") -> str:
-    """The longest run of each paper with what it needs at the authors' precision, as a Markdown table."""
+    """The longest run of each paper with its requirements at the authors' precision, as a Markdown table."""
     lines = [f"| paper | run | data, disk | GPU memory | time on one {gpu} |", "| --- | --- | ---: | ---: | ---: |"]
     for slug in slugs():
         facts = paper(slug)

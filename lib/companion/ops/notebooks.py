@@ -1,9 +1,9 @@
 """Run notebooks in place and write their committed records: `python -m companion.ops.notebooks notebooks/*.ipynb`.
 
-A notebook is rewritten only when its run was clean: every cell ran, nothing was written to stderr, no output names a
-folder of this machine, and the file stays below `LIMIT`. Its tables, claims and run record then replace those in
-`reports/pocket/<slug>/`, and the README counts the claims anew. With `--check` nothing is run: the notebooks as they
-are must fit these rules.
+A notebook is rewritten only if its run was clean: every cell ran, nothing was written to stderr, no output contains a
+path of this machine, and the file is smaller than `LIMIT`. Its tables, claims and run record then replace those in
+`reports/pocket/<slug>/`, and the README's table of claims is updated. With `--check` nothing is run: the notebooks on
+disk must follow these rules.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from .files import atomic, read_json, write_between
 from .papers import paper, slugs
 from .record import root
 
-LIMIT = 1_000_000  # bytes; GitHub shows no larger notebook
+LIMIT = 1_000_000  # bytes; GitHub does not render larger notebooks
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 ABSOLUTE_PATH = re.compile(r"""(?:^|(?<=[\s'"(]))(?:/[\w.~-]+/[\w./~-]+|[A-Za-z]:\\[\w.\\-]+)""", re.MULTILINE)
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
 
 class BadNotebook(CompanionError):
-    """A notebook is not fit to be committed; the message lists why."""
+    """A notebook must not be committed; the message lists the reasons."""
 
     def __init__(self, path: str | Path, problems: list[str]):
         self.path, self.problems = Path(path), problems
@@ -44,9 +44,9 @@ class BadNotebook(CompanionError):
 
 
 def refresh(path: str | Path) -> None:
-    """Run the notebook at `path` with its default parameters and write it back without what churns.
+    """Run the notebook at `path` with its default parameters and write it back without volatile metadata.
 
-    Raises `BadNotebook`, and leaves the file as it was, when a cell fails or the result breaks a rule of `problems`.
+    Raises `BadNotebook`, and leaves the file unchanged, when a cell fails or the result breaks a rule of `problems`.
     """
     path = Path(path)
     notebook = _read(path)
@@ -66,7 +66,8 @@ def refresh(path: str | Path) -> None:
 
 
 def check(path: str | Path) -> None:
-    """Raise `BadNotebook` when the notebook at `path` breaks a rule of `problems` or holds what `strip` removes."""
+    """Raise `BadNotebook` when the notebook at `path` breaks a rule of `problems` or has metadata that `strip`
+    removes."""
     notebook = _read(path)
     found, stripped = problems(notebook), copy.deepcopy(notebook)
     strip(stripped)
@@ -84,9 +85,8 @@ def _read(path: str | Path) -> nbformat.NotebookNode:
 
 
 def strip(notebook: nbformat.NotebookNode) -> None:
-    """Remove in place what differs from run to run or machine to machine, such as the ids of live widgets.
-
-    Of the metadata only tags and the widths of images stay.
+    """Remove in place what differs between runs or machines: metadata except tags and widths of images, and live
+    widgets' ids.
     """
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
     for cell in notebook.cells:
@@ -99,7 +99,7 @@ def strip(notebook: nbformat.NotebookNode) -> None:
 
 
 def problems(notebook: nbformat.NotebookNode) -> list[str]:
-    """What is wrong with an executed notebook, one sentence each; empty when it may be committed."""
+    """The problems of an executed notebook, one sentence each; empty when it may be committed."""
     found = []
     tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     if len(tagged) != 1:
@@ -138,7 +138,8 @@ def papers_table() -> str:
 
 
 def claims_table() -> str:
-    """How many claims of each kind hold in the committed records, by paper and in all, and the seeds of the study."""
+    """How many claims of each kind hold in the committed records, per paper and in total, and the seeds of the
+    study."""
     lines = ["| paper | " + " | ".join(f"{kind}s" for kind in KINDS) + " | seeds of the study |"]
     lines.append("| --- " * (2 + len(KINDS)) + "|")
     everything: list[dict] = []
@@ -155,14 +156,14 @@ def claims_table() -> str:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Refresh or check the notebooks that are named; return 1 when one of them is not fit to be committed."""
+    """Refresh or check the given notebooks; return 1 when one of them must not be committed."""
     parser = argparse.ArgumentParser(prog="companion.ops.notebooks", description=main.__doc__)
     parser.add_argument("notebooks", nargs="+", type=Path)
-    parser.add_argument("--check", action="store_true", help="run nothing; look at the notebooks as they are")
+    parser.add_argument("--check", action="store_true", help="run nothing; check the notebooks on disk")
     given = parser.parse_args(words)
     failed = 0
     with tempfile.TemporaryDirectory() as runs:
-        # a bar in a committed output would churn; an earlier run's files must not reach a committed record
+        # a progress bar would change committed outputs; an earlier run's files must not enter a committed record
         os.environ.update(COMPANION_PROGRESS="off", COMPANION_RUNS=runs)
         for path in given.notebooks:
             try:

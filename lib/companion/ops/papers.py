@@ -14,7 +14,7 @@ from ..errors import BadParameter, check_choice
 
 MODELS = Path(__file__).parents[1] / "models"
 
-# What every notebook takes. A paper's own parameters stand in its YAML, in the same form.
+# The parameters of every notebook. A paper's own parameters are in its YAML, in the same form.
 COMMON: dict[str, dict] = {
     "profile": {"type": "choice", "choices": ["pocket", "paper"], "help": "pocket (laptop) or paper (as published)"},
     "dry_run": {"type": "switch", "help": "paper profile: two steps on generated data"},
@@ -56,11 +56,12 @@ FINDINGS = ("fault", "surprise", "recipe")
 
 @cache
 def findings(slug: str) -> list[dict]:
-    """What the authors' code does that the paper does not say, from models/<slug>/findings.yaml; [] where it has none.
+    """What the authors' code does that the paper does not state, from models/<slug>/findings.yaml; [] without that
+    file.
 
-    Each is a dict: `topic`; `kind`, one of `FINDINGS` (cannot be meant; unexpected; a setting that only the code
-    states); `paper`, `code` and `here`, what each does ("" where unknown); `where`, files and lines of the code at the
-    commit of paper.yaml; `effect`, as measured by us ("" where it was not); `case`, the recorded case that shows it.
+    Each is a dict: `topic`; `kind`, one of `FINDINGS` (unintended; unexpected; a setting that only the code states);
+    `paper`, `code` and `here`, the behaviour of each ("" where unknown); `where`, files and lines of the code at the
+    commit of paper.yaml; `effect`, as measured by us ("" if not measured); `case`, the recorded case that shows it.
     """
     check_choice("paper", slug, slugs())
     path = MODELS / slug / "findings.yaml"
@@ -72,13 +73,13 @@ def rules(slug: str) -> dict[str, dict]:
     """The rule of each parameter of a notebook: its type and accepted values; the common ones, then the paper's own.
 
     Types: `switch`; `integer` and `number` (from `low` to `high`; `zero`: or 0); `choice` (one of `choices`); `list`
-    (some of `choices`, between commas); `text` (anything; `examples` names usual values).
+    (some of `choices`, separated by commas); `text` (anything; `examples` names usual values).
     """
     return COMMON | (paper(slug).get("parameters", {}) if slug in slugs() else {})
 
 
 def accepted(rule: Mapping) -> str:
-    """The accepted values of a rule, in words."""
+    """The accepted values of a rule as text."""
     kind = rule["type"]
     if kind == "switch":
         return "true | false"
@@ -93,7 +94,8 @@ def accepted(rule: Mapping) -> str:
 
 
 def convert(name: str, value: object, rule: Mapping) -> Any:
-    """A parameter as its rule wants it: papermill passes `-p dry_run false` as the text "false", which is true.
+    """A parameter converted to the type of its rule: papermill passes `-p dry_run false` as the string "false", which
+    is true.
 
     Raises `BadParameter`: with the accepted values.
     """

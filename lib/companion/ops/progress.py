@@ -1,4 +1,4 @@
-"""One way to show progress: a bar for a person, a line now and then in a batch log, nothing under test.
+"""Progress display: a bar in interactive use, occasional lines in a batch log, nothing in tests.
 
 The environment variable `COMPANION_PROGRESS` chooses: "bar" (default), "lines" or "off".
 """
@@ -20,7 +20,7 @@ SECONDS_BETWEEN_LINES = 20.0
 
 
 def progress(items: Iterable[T], text: str, total: int | None = None, done: int = 0) -> Iterator[T]:
-    """Yield `items` while showing how far it is. `done` of `total` were finished before (a resumed run).
+    """Yield `items` and show progress. `done` of `total` were finished before (a resumed run).
 
     Raises `BadParameter`: `COMPANION_PROGRESS` has another value than "bar", "lines" or "off".
     """
@@ -31,7 +31,7 @@ def progress(items: Iterable[T], text: str, total: int | None = None, done: int 
     if mode == "off":
         yield from items
     elif mode == "bar":
-        # on stdout: a notebook shows what comes on stderr as if it were an error
+        # on stdout: a notebook displays stderr as an error
         yield from tqdm(items, desc=text, total=total, initial=done, leave=False, file=sys.stdout)
     else:
         start = last = time.monotonic()

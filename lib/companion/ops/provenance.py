@@ -1,8 +1,8 @@
-"""Which files a notebook or a module is made from, and one hash over them.
+"""The source files of a notebook or a module, and a hash over them.
 
-`Snakefile` asks it for the inputs of each notebook, so that a change in one model file reruns the notebooks that use
-that file and no others; a study keeps the hash, so that a report can say when the study is older than its code. Only
-the standard library is used, and nothing is imported to find the imports: the Snakefile must load in a blink.
+The Snakefile uses it to find the inputs of each notebook, so that a change in one model file reruns only the notebooks
+that use it; a study stores the hash, so that a report can state that the study is older than its code. Only the
+standard library is used, and imports are found without importing, so that the Snakefile loads fast.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ PACKAGE = Path(__file__).resolve().parents[1]
 def sources(path: str | Path, package: Path = PACKAGE) -> list[Path]:
     """The files of the package that `path`, a notebook or a Python file, depends on, sorted.
 
-    These are all modules that it imports, directly or through others, with the `__init__.py` files that Python runs on
-    the way; the toy weights and the data files (YAML, CSV, text) that any of these files names; and, for a notebook,
-    the `models/<slug>/paper.yaml` of its name. A file below `package` counts itself too; a notebook does not.
+    These are all modules that it imports, directly or indirectly, with their packages' `__init__.py` files; the toy
+    weights and the data files (YAML, CSV, text) named in any of these files; and, for a notebook, the
+    `models/<slug>/paper.yaml` of its name. A file below `package` is included itself; a notebook is not.
 
-    Imports are read from the text (functions included). One that is put together at run time cannot be seen.
+    Imports are read from the source (including functions). Names composed at run time are not found.
 
     Raises `SyntaxError` naming the file, or the cell of a notebook, that is not Python.
     """
@@ -54,11 +54,11 @@ def sources(path: str | Path, package: Path = PACKAGE) -> list[Path]:
 
 
 def code_hash(paths: Iterable[str | Path]) -> str:
-    """SHA-256 over what `paths` do, the same wherever the checkout lies.
+    """SHA-256 over the code of `paths`, independent of the checkout's location.
 
-    Of Python files and of a notebook's code cells, comments, docstrings and blank lines do not count, nor do a
-    notebook's prose and outputs: putting a sentence right does not make an hour of results stale. Every other file
-    counts byte by byte.
+    Comments, docstrings and blank lines of Python files and notebooks' code cells are ignored, as are a notebook's
+    prose and outputs: correcting a sentence does not make an hour of results stale. All other files are hashed byte by
+    byte.
     """
     digest = hashlib.sha256()
     for path in sorted(Path(p).resolve() for p in paths):
@@ -81,7 +81,7 @@ def _code(path: Path) -> list[str]:
 
 
 def _imports(path: Path, package: Path) -> Iterator[Path]:
-    """The files of `package` that importing or running `path` runs in their turn."""
+    """The files of `package` that importing or running `path` executes directly."""
     for number, text in enumerate(_code(path), 1):
         where = f"{path}, code cell {number}" if path.suffix == ".ipynb" else str(path)
         for node in ast.walk(ast.parse(text, filename=where)):
@@ -97,7 +97,7 @@ def _imports(path: Path, package: Path) -> Iterator[Path]:
 
 
 def _absolute(node: ast.ImportFrom, path: Path, package: Path) -> str:
-    """The full name of the module that `from ... import` names; `level` counts its leading dots."""
+    """The full name of the module that `from ... import` names; `level` is the number of leading dots."""
     if not node.level:
         return node.module or ""
     parts = (package.name, *path.parent.relative_to(package).parts)
@@ -106,7 +106,8 @@ def _absolute(node: ast.ImportFrom, path: Path, package: Path) -> str:
 
 
 def _files(name: str, package: Path) -> Iterator[Path]:
-    """`a.b.c` runs `a/__init__.py`, `a/b/__init__.py` and `a/b/c.py`: those of them that exist below `package`."""
+    """Importing `a.b.c` executes `a/__init__.py`, `a/b/__init__.py` and `a/b/c.py`: those that exist below
+    `package`."""
     first, *rest = name.split(".")
     if first != package.name:
         return

@@ -1,4 +1,4 @@
-"""What a run was made with: versions, commit, device, time and memory."""
+"""The environment of a run: versions, commit, device, time and memory."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ PACKAGES = (
     "scikit-learn",
     "scikit-image",
 )
-OPTIONAL = ("transformers", "diffusers")  # of some papers' extras
+OPTIONAL = ("transformers", "diffusers")  # from the extras of some papers
 
 
 def root() -> Path:
-    """The checkout that the working directory lies in (the folder of its pyproject.toml); else the one that this
+    """The checkout that contains the working directory (the folder of its pyproject.toml); else the one that this
     package is installed from; else the directory itself."""
     here = Path.cwd()
     for folder in (here, *here.parents, Path(__file__).resolve().parents[3]):
@@ -35,7 +35,7 @@ def root() -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that numbers depend on."""
+    """Versions of Python and of the packages that affect results."""
     found = {"python": platform.python_version()}
     for name in PACKAGES + OPTIONAL:
         try:
@@ -47,7 +47,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of the checkout, "+changes" behind it when files differ; "" outside of a checkout."""
+    """The commit of the checkout, followed by "+changes" when files differ; "" outside of a checkout."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=root(), capture_output=True, text=True, check=True).stdout.strip()
@@ -60,14 +60,14 @@ def commit() -> str:
 
 
 def uses_gpu() -> bool:
-    """Whether this process has held memory of a GPU; a GPU that is only there has no part in a run."""
+    """Whether this process has allocated memory on a GPU; an unused GPU is not part of a run."""
     return torch.cuda.is_initialized() and torch.cuda.max_memory_allocated() > 0
 
 
 def device(accelerator: str = "auto", devices: int = 1) -> str:
-    """The GPU's name where one was used, and how many when several; or the CPU's kind and how many threads are used.
+    """The name and number of GPUs if any was used; otherwise the CPU's name and the number of threads.
 
-    Several GPUs are used by processes of their own: of them the parameters of the run tell.
+    Several GPUs are used by separate processes: their number is in the run's parameters.
     """
     if uses_gpu() or (devices > 1 and accelerator != "cpu" and torch.cuda.is_available()):
         return torch.cuda.get_device_name() + (f" x {devices}" if devices > 1 else "")
@@ -75,12 +75,12 @@ def device(accelerator: str = "auto", devices: int = 1) -> str:
 
 
 def peak_memory_mb() -> int:
-    """The most memory this process has held so far, in MB (of the GPU, when it uses one)."""
+    """Peak memory of this process so far, in MB (of the GPU, if it uses one)."""
     if uses_gpu():
         return round(torch.cuda.max_memory_allocated() / 1e6)
     if sys.platform == "win32":
         return round(psutil.Process().memory_info().peak_wset / 1e6)
-    if sys.platform == "linux":  # getrusage would count the peak of the process that started this one
+    if sys.platform == "linux":  # getrusage would include the peak of the parent process
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return round(int(status.split("VmHWM:")[1].split()[0]) / 1e3)
     import resource  # not on Windows

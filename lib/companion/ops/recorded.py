@@ -1,8 +1,8 @@
-"""How an object was made, as JSON, so that it can be made again: the call of a class or function of this package.
+"""Records how an object was constructed, as JSON, so that it can be rebuilt: the call of a class or function here.
 
-A `Recorded` class and a function under `@recorded` note their arguments on what they return. `made_by` is that note,
-`make` follows it. Only calls of this package that are recorded, its frozen dataclasses and a plain ViT of timm are ever
-followed: a note read from a file cannot run anything else.
+A `Recorded` class and a function under `@recorded` store their arguments on the returned object. `made_by` returns that
+record, `make` rebuilds the object from it. Only recorded calls of this package, its frozen dataclasses and a plain ViT
+of timm are executed: a record read from a file cannot run anything else.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _VIT = "timm.models.vision_transformer:VisionTransformer"
 
 
 class Recorded:
-    """Base of classes whose instances note the arguments of their constructor."""
+    """Base of classes whose instances record the arguments of their constructor."""
 
     def __new__(cls, *args: Any, **kwargs: Any):
         new = super().__new__(cls)
-        # copy.deepcopy and pickle come here without arguments, and then restore the note with the other attributes
+        # copy.deepcopy and pickle call this without arguments, and then restore the record with the other attributes
         new.__dict__["_made"] = _call(cls, cls.__init__, (new, *args), kwargs)
         return new
 
 
 def recorded(**instead: Any) -> Callable[[Callable[Arguments, Made]], Callable[Arguments, Made]]:
-    """A decorator: what the function returns notes the call, with the arguments `instead` in the place of the given."""
+    """A decorator: the returned object records the call, with the arguments `instead` replacing the given ones."""
 
     def decorate(function: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
         @functools.wraps(function)
@@ -57,9 +57,9 @@ def recorded(**instead: Any) -> Callable[[Callable[Arguments, Made]], Callable[A
 
 
 def made_by(value: object) -> Any:
-    """A value as JSON that `make` turns into an equal one; of float tensors the shape, of modules how they were made.
+    """A value as JSON from which `make` rebuilds an equal one; of float tensors the shape, of modules their record.
 
-    What has no such form becomes {"unknown": its type}.
+    Values without such a form become {"unknown": their type}.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -89,10 +89,10 @@ def made_by(value: object) -> Any:
 
 
 def make(note: Any) -> Any:
-    """The value that `made_by` noted, its weights not set.
+    """The value recorded by `made_by`, without its weights.
 
     Raises:
-        BadParameter: a part that could not be noted, or a note that names no recorded call.
+        BadParameter: a part that could not be recorded, or a record that names no recorded call.
     """
     if isinstance(note, list):
         return [make(entry) for entry in note]
@@ -109,7 +109,7 @@ def make(note: Any) -> Any:
         dtype = getattr(torch, note["dtype"])
         return torch.zeros(note["tensor"]) if note["values"] is None else torch.tensor(note["values"], dtype=dtype)
     if "tokenizer" in note:
-        from open_clip.tokenizer import SimpleTokenizer  # here: it imports transformers
+        from open_clip.tokenizer import SimpleTokenizer  # imported here: it imports transformers
 
         return SimpleTokenizer(context_length=note["tokenizer"])
     if "of" in note:
@@ -118,7 +118,7 @@ def make(note: Any) -> Any:
 
 
 def _resolve(path: str) -> Callable[..., Any]:
-    """The class or function of a note. Raises `BadParameter` when it is not one that may be called."""
+    """The class or function of a record. Raises `BadParameter` when calling it is not allowed."""
     module, _, name = path.partition(":")
     found = None
     if module.startswith("companion.") or path == _VIT:
@@ -133,12 +133,12 @@ def _resolve(path: str) -> Callable[..., Any]:
 
 
 def _frozen(kind: type) -> bool:
-    """Whether a class is a frozen dataclass: a plain value, which does nothing when it is made."""
+    """Whether a class is a frozen dataclass: a plain value, whose construction has no side effect."""
     return dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
 
 
 def _call(what: Any, function: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """The note of a call, defaults included: they may be others in a later version."""
+    """The record of a call, including defaults, which may change in a later version."""
     signature = inspect.signature(function)
     bound = signature.bind_partial(*args, **kwargs)
     bound.apply_defaults()
@@ -153,7 +153,7 @@ def _call(what: Any, function: Callable, args: tuple, kwargs: dict) -> dict[str,
 
 
 def _vit(vit: Any) -> dict[str, Any]:
-    """The arguments that make a plain timm ViT of the sizes of this one."""
+    """The arguments of a plain timm ViT with the sizes of this one."""
     attn = vit.blocks[0].attn
     return {
         "img_size": list(vit.patch_embed.img_size or (224, 224)),

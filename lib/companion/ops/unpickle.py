@@ -1,8 +1,8 @@
-"""Reading pickles of other projects without running what is in them.
+"""Reads pickles of other projects without executing code from them.
 
 Trainers pickle their own classes (settings, statistics) next to the weights, so `weights_only=True` refuses the file.
-Here every class or function that is not on a short list is replaced by an inert stand-in: nothing is imported, nothing
-runs, and the tensors come out.
+Here every class or function that is not on an allow list is replaced by an inert stand-in: nothing is imported or
+executed, and the tensors are returned.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from ..errors import CorruptFile
 
-# what rebuilding tensors, arrays and plain containers needs; none of it runs code of the file
+# needed to rebuild tensors, arrays and plain containers; none of it executes code from the file
 _SAFE = {
     ("collections", "OrderedDict"), ("collections", "defaultdict"), ("builtins", "set"), ("builtins", "frozenset"),
     ("builtins", "slice"), ("builtins", "complex"), ("builtins", "dict"), ("builtins", "list"),
@@ -32,7 +32,7 @@ _SAFE = {
 
 
 class Inert:
-    """Stands for an object of a class that is not read: it takes any arguments, and does nothing."""
+    """Replaces an object of a class that is not read: accepts any arguments and does nothing."""
 
     def __new__(cls, *_: object, **__: object) -> Inert:
         return object.__new__(cls)
@@ -51,16 +51,16 @@ class Inert:
     def __hash__(self) -> int:
         return id(self)
 
-    # old files hold the source of networks, and torch asks the class whether to write down how it changed
+    # old files contain the source of networks, and torch reads an attribute of the class to report changes
     dump_patches = False
 
 
 class Unpickler(pickle.Unpickler):
-    """A pickle reader that gives `Inert` objects for everything that is not on the list."""
+    """A pickle reader that returns `Inert` objects for everything that is not on the allow list."""
 
     def find_class(self, module: str, name: str) -> object:
-        """The class or function that the pickle names, when it is harmless; else the stand-in."""
-        module = "builtins" if module == "__builtin__" else module  # as protocols 0 to 2, and so torch.save, call it
+        """The class or function named by the pickle if it is on the list; else the stand-in."""
+        module = "builtins" if module == "__builtin__" else module  # its name in protocols 0 to 2, used by torch.save
         if (module, name) == ("torch.storage", "_load_from_bytes"):  # tensors in a plain pickle
             return _storage
         harmless = (module, name) in _SAFE or (module == "torch" and name.endswith("Storage")
@@ -69,7 +69,7 @@ class Unpickler(pickle.Unpickler):
 
 
 def load(path: str | Path) -> object:
-    """What a pickle holds, objects of unknown classes as `Inert`. Raises `CorruptFile` when it is none."""
+    """The content of a pickle, objects of unknown classes as `Inert`. Raises `CorruptFile` when it is not a pickle."""
     try:
         with Path(path).open("rb") as file:
             return Unpickler(file).load()
@@ -78,27 +78,27 @@ def load(path: str | Path) -> object:
 
 
 def _storage(held: bytes) -> object:
-    """What `torch.save` wrote into a pickle in place of a tensor's numbers."""
+    """The reference to a tensor's storage that `torch.save` wrote into a pickle."""
     if held[:4] == b"PK\3\4":
         raise ValueError("a TorchScript program may be in it")
     return torch.load(io.BytesIO(held), map_location="cpu", pickle_module=_reader(), weights_only=False)
 
 
 def _reader() -> SimpleNamespace:
-    """What torch.load takes for the module `pickle`: these are the three names that it uses of it."""
+    """Replacement of the module `pickle` for torch.load, with the three names that it uses."""
     return SimpleNamespace(Unpickler=Unpickler, load=lambda file, **_: Unpickler(file).load(), __name__=__name__)
 
 
 def load_torch(path: str | Path) -> object:
-    """What a file of `torch.save` holds, on the CPU, objects of unknown classes as `Inert`.
+    """The content of a file of `torch.save`, on the CPU, objects of unknown classes as `Inert`.
 
-    Raises `CorruptFile` when it is none.
+    Raises `CorruptFile` when it is not such a file.
     """
     try:
         if _is_program(path):
             raise ValueError("a TorchScript program, which would run as it is loaded")
         with warnings.catch_warnings():
-            # of a network's source that is not that of its stand-in
+            # warning that a network's source differs from that of its stand-in
             warnings.simplefilter("ignore", torch.serialization.SourceChangeWarning)
             return torch.load(path, map_location="cpu", pickle_module=_reader(), weights_only=False)
     except Exception as error:
@@ -106,7 +106,7 @@ def load_torch(path: str | Path) -> object:
 
 
 def _is_program(path: str | Path) -> bool:
-    """Whether torch.load would take the file for a TorchScript archive, and hand it to torch.jit.load."""
+    """Whether torch.load would treat the file as a TorchScript archive and pass it to torch.jit.load."""
     with Path(path).open("rb") as file:
         if file.read(4) != b"PK\3\4":
             return False

@@ -1,1 +1,1 @@
-"""Small data sets written in the real layouts, and the small backbones that are trained on them."""
+"""Small synthetic data sets in the real layouts, and small backbones trained on them."""

@@ -1,20 +1,20 @@
-"""A study of ablations: what a paper's synthetic results are judged by, under one protocol for all papers.
+"""Ablation studies, which judge the papers' synthetic results under one protocol.
 
 1. Every method is trained in full with every learning rate of the study's grid on each of three selection seeds, and
-   scored on validation images. Nothing can read the test split in this stage, see `ablations.reader`.
-2. Where a method does best, by its mean over the selection seeds, at an end of the grid, the grid is widened there by
-   one step for all methods alike, once.
-3. Each method is then trained with its best learning rate, of equal ones the smaller, and tested on each of five other
-   seeds, which were not used while datasets, methods and grids were designed. Each seed has data of its own.
+   scored on validation images. The test split cannot be read in this stage, see `ablations.reader`.
+2. Where a method does best, by its mean over the selection seeds, at an end of the grid, the grid is extended there by
+   one step for all methods, once.
+3. Each method is then trained with its best learning rate (the smaller one in ties) and tested on each of five other
+   seeds, which were not used while datasets, methods and grids were designed. Each seed has its own data.
 
-Rows are kept in a CSV as they come, so that a study that was stopped resumes; a record next to it says which code,
-versions and machine made them.
+Rows are appended to a CSV, so that a stopped study can be resumed; a record next to it names the code, versions and
+machine.
 
 A module of `toy.ablations` describes one study: its METHODS, TASKS (task -> its methods), LEARNING_RATES (ascending),
-BUDGET (the same for every trained method), maybe SELECTION_SEEDS of its own, `prepare(root, seed)` that writes the data
-of a seed, and `train(method, task, learning_rate, seed, root, split)` that returns a row with its METRIC in percent
-("accuracy" unless the module says otherwise), the "loss" and other measures. Methods in its UNTRAINED are only tested,
-with learning rate 0.
+BUDGET (the same for every trained method), optionally its own SELECTION_SEEDS, `prepare(root, seed)` that writes the
+data of a seed, and `train(method, task, learning_rate, seed, root, split)` that returns a row with its METRIC in
+percent ("accuracy" by default), the "loss" and other measures. Methods in its UNTRAINED are only
+tested, with learning rate 0.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from ..ops.provenance import code_hash, sources
 from ..ops.record import versions
 from .ablations import SEEDS, SELECTION_SEEDS, selecting
 
-RECHECKED = 3  # rows run again when the code has changed since they were made
+RECHECKED = 3  # number of rows to rerun after a change of the code
 
 
 def run(
@@ -62,12 +62,12 @@ def run(
     """Run or finish the study of `paper`; write `folder`/study.csv and study.json; return its rows.
 
     Args:
-        root: where the pocket images are written.
-        workers: processes, each on one thread; all cores by default.
-        seeds: those to test; all by default, none for the choice of learning rates alone.
-        start: folder of a study whose choice of learning rates is taken over.
+        root: folder of the synthetic images.
+        workers: processes, each with one thread; all cores by default.
+        seeds: those to test; all by default, none to select learning rates only.
+        start: folder of a study whose selected learning rates are reused.
 
-    Raises `BadParameter`: the rows of the file are not what today's code gives: move it away to start anew.
+    Raises `BadParameter`: the current code does not reproduce the rows of the file; move it away to start from scratch.
     """
     module = importlib.import_module(f"companion.toy.ablations.{paper}")
     workers = workers or os.cpu_count() or 1
@@ -99,7 +99,7 @@ def run(
                 jobs = [(t, m, lr, seed) for seed in facts["selection_seeds"] for lr in rates for t, m in trained]
             else:
                 best = {pair: 0.0 for pair in pairs} | selected(frame(rows, metric))
-                # a larger grid may choose another rate than the one that was tested
+                # a larger grid may select another learning rate than the tested one
                 chosen = {(*pair, rate) for pair, rate in best.items()}
                 rows = [
                     r for r in rows if r["stage"] == "select" or (r["task"], r["method"], r["learning_rate"]) in chosen
@@ -119,10 +119,10 @@ def run(
 
 
 def wider(rows: pd.DataFrame, grid: Sequence[float]) -> list[float]:
-    """One more learning rate at each end of the grid, in its ratio, where a method of the study does best at that end.
+    """One more learning rate at each end of the grid, by its ratio, where a method does best at that end.
 
     Args:
-        rows: of the selection with `grid` alone, or also with what this returned before.
+        rows: of the selection with `grid`, with or without the learning rates that this function returned before.
         grid: learning rates, ascending.
     """
     first = rows[rows.learning_rate.isin(grid)]
@@ -135,9 +135,9 @@ def wider(rows: pd.DataFrame, grid: Sequence[float]) -> list[float]:
 
 
 def merge(paper: str, parts: Sequence[str | Path], folder: str | Path) -> pd.DataFrame:
-    """Write to `folder` the study whose seeds were run apart, each in one of the folders `parts`; return its rows.
+    """Merge a study whose seeds were run separately, in the folders `parts`, into `folder`; return its rows.
 
-    Raises `BadParameter`: a part is of other code than today's, or rows are missing.
+    Raises `BadParameter`: a part was produced by other code than the current one, or rows are missing.
     """
     module = importlib.import_module(f"companion.toy.ablations.{paper}")
     facts = _facts(paper, module, _seeds(module))
@@ -145,11 +145,13 @@ def merge(paper: str, parts: Sequence[str | Path], folder: str | Path) -> pd.Dat
     for part in parts:
         new = read(part)
         if read_json(Path(part) / "study.json").get("code") != facts["code"]:
-            raise BadParameter("part of a study", str(part), "one that today's code made")
+            raise BadParameter("part of a study", str(part), "one produced by the current code")
         rows |= {tuple(row[k] for k in KEYS): row for row in new.to_dict("records")}
     pairs = {(task, method, seed) for task in module.TASKS for method in module.TASKS[task] for seed in facts["seeds"]}
     if lacking := sorted(pairs - {(t, m, seed) for stage, t, m, _, seed in rows if stage == "test"}):
-        raise BadParameter("parts of a study", list(map(str, parts)), f"parts that hold all tests; missing: {lacking}")
+        raise BadParameter(
+            "parts of a study", list(map(str, parts)), f"parts that contain all tests; missing: {lacking}"
+        )
     facts["widened"] = read_json(Path(parts[0]) / "study.json")["widened"]
     seconds = round(sum(row["seconds"] for row in rows.values()))
     _write(Path(folder) / "study.csv", list(rows.values()))
@@ -182,14 +184,14 @@ def _facts(paper: str, module: ModuleType, seeds: list[int]) -> dict:
 
 
 def _quiet() -> None:
-    """A worker has one thread, leaves it to the study to show progress, and ends when the study is killed."""
+    """Set up a worker: one thread, no progress bar, ends when the study is killed."""
     torch.set_num_threads(1)
     os.environ["COMPANION_PROGRESS"] = "off"
     threading.Thread(target=_end_with_study, daemon=True).start()
 
 
 def _end_with_study() -> None:
-    """Otherwise a worker would train on what is queued, and then wait for ever."""
+    """Without this a worker would train the queued rows and then wait forever."""
     if study := multiprocessing.parent_process():
         study.join()
     os._exit(1)
@@ -198,9 +200,10 @@ def _end_with_study() -> None:
 def _recheck(
     pool: Executor, paper: str, rows: list[dict], root: str | Path, folder: Path, metric: str, code: str
 ) -> dict:
-    """What the record says of rows that are there: the code that made them, and which of them today's gave again.
+    """The record's entries on existing rows: the code that produced them, and the rows that the current code
+    reproduced.
 
-    Rows of other code are kept when some of them, drawn at random and run again, come out the same.
+    Rows of other code remain valid if some of them, drawn at random and rerun, give the same results.
     """
     known = read_json(folder / "study.json")
     facts = {key: known[key] for key in ("code", "rechecked") if key in known}
@@ -212,7 +215,7 @@ def _recheck(
         again = future.result()
         if again[metric] != row[metric] or again["loss"] != row["loss"]:
             what = f"{row['stage']} of {row['method']} on {row['task']}: {again[metric]}, not {row[metric]}"
-            accepted = f"rows that today's code gives too ({what}); move it away to start anew"
+            accepted = f"rows that the current code reproduces ({what}); move it away to start from scratch"
             raise BadParameter("study", str(folder / "study.csv"), accepted)
     today = datetime.date.today().isoformat()
     return facts | {"rechecked": {"code": code, "date": today, "rows": len(drawn), "of": len(rows)}}
@@ -234,15 +237,16 @@ def _write(path: Path, rows: list[dict]) -> None:
 
 
 def main(words: list[str] | None = None) -> int:
-    """`python -m companion.toy.ablation PAPER FOLDER`: a study, a part of it, or its parts merged (`make study`)."""
+    """`python -m companion.toy.ablation PAPER FOLDER`: run a study or a part of it, or merge its parts (`make
+    study`)."""
     parser = argparse.ArgumentParser(prog="companion.toy.ablation", description=main.__doc__)
     parser.add_argument("paper")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--data", type=Path, help="where the pocket pictures are written (default: FOLDER/data)")
+    parser.add_argument("--data", type=Path, help="folder of the synthetic images (default: FOLDER/data)")
     parser.add_argument("--workers", type=int)
-    parser.add_argument("--seeds", type=int, nargs="*", help="those to test; none for learning rates alone")
-    parser.add_argument("--start", type=Path, help="folder of the study whose learning rates are taken over")
-    parser.add_argument("--merge", type=Path, nargs="+", help="folders of the parts, instead of running anything")
+    parser.add_argument("--seeds", type=int, nargs="*", help="those to test; none to select learning rates only")
+    parser.add_argument("--start", type=Path, help="folder of the study whose learning rates are reused")
+    parser.add_argument("--merge", type=Path, nargs="+", help="merge the parts in these folders instead of running")
     given = parser.parse_args(words)
     known = sorted(p.stem for p in (Path(__file__).parent / "ablations").glob("[a-z]*.py"))
     try:

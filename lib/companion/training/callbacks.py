@@ -24,7 +24,7 @@ class Callback:
     """A callback that does nothing.
 
     Hooks: `on_gradients` after the backward pass, gradients unscaled, before the optimiser's step; `on_step_end`;
-    `on_epoch_end`, also at the end of a training that ends within an epoch; `on_fit_end`. Setting `loop.stopped` in any
+    `on_epoch_end`, also when a training ends within an epoch; `on_fit_end`. Setting `loop.stopped` in any
     of them ends the training.
     """
 
@@ -41,24 +41,25 @@ class Callback:
         """After the last step."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training needs; tensors and plain Python values."""
+        """The state that a resumed training needs; tensors and plain Python values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a `state_dict`."""
+        """Restore a `state_dict`."""
 
 
 class ClipNorm(Callback):
-    """Clip the gradient to a largest norm: of all parameter groups of one `name` together, or of each tensor by itself.
+    """Clip the gradient to a maximum norm: over all parameter groups of one `name`, or for each tensor separately.
 
     Args:
-        max_norm: the largest norm.
-        per_tensor: clip each tensor by itself, as DINO's code does.
+        max_norm: the maximum norm.
+        per_tensor: clip each tensor separately, as in DINO's code.
     """
 
     def __init__(self, max_norm: float, *, per_tensor: bool = False):
         self.max_norm, self.per_tensor = float(max_norm), per_tensor
-        self._norm = torch.zeros(())  # the sum of all norms so far: a GPU is asked only now and then if it is finite
+        # the sum of all norms so far; it is checked rarely, because each check synchronises with a GPU
+        self._norm = torch.zeros(())
 
     def on_gradients(self, loop: Loop) -> None:
         """Clip."""
@@ -66,11 +67,11 @@ class ClipNorm(Callback):
         for group in loop.optimizer.param_groups:
             groups.setdefault(group.get("name"), []).extend(group["params"])
         for parameters in groups.values():
-            # of no gradient the norm would be a CPU's, and the sum of norms go there without a wait for it
+            # without gradients the norm would be a CPU tensor, and the sum of norms would be copied to the CPU
             graded = [p for p in parameters if p.grad is not None]
             for one in [[p] for p in graded] if self.per_tensor else [graded] if graded else []:
                 norm = nn.utils.clip_grad_norm_(one, self.max_norm)
-                # half precision begins with steps that overflow, which its scaler leaves out
+                # with half precision the first steps overflow and are skipped by the gradient scaler
                 if loop.precision != "16-mixed":
                     self._norm = self._norm.to(norm.device, non_blocking=True) + norm
 
@@ -79,7 +80,7 @@ class ClipNorm(Callback):
         self.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing; but no checkpoint is written after a gradient that was not finite: this raises too."""
+        """Empty; raises after a gradient that was not finite, so that no checkpoint is written."""
         if not self._norm.isfinite():
             raise CompanionError("the training diverged: a gradient is not finite; a lower learning rate may help")
         return {}
@@ -98,19 +99,20 @@ class ClipValue(Callback):
 
 
 class EarlyStop(Callback):
-    """Score the model after each epoch; end with its best weights, and end early when the score stops rising.
+    """Score the model after each epoch; restore its best weights at the end, and stop early when the score stops
+    rising.
 
     Args:
         score: from the model, in eval mode and without autograd, to its score (higher is better, nan is the lowest); or
-            to two numbers: by the first the best weights are chosen, by the second the training is stopped.
+            to two scores: the first selects the best weights, the second stops the training.
         patience: epochs without a new best after which training stops; 0: never.
         earliest: epoch before which it does not stop.
-        first_step: steps before which nothing is scored.
-        ties: of equal scores the later weights are taken.
+        first_step: step before which nothing is scored.
+        ties: among equal scores the later weights are selected.
         patient_ties: a score equal to the best restarts the patience.
-        start: the best score before the first one: a lower score (without ties, an equal one too) neither keeps weights
-            nor restarts the patience; where none is better, the training ends with its last weights. None: the first
-            score is the best, whatever it is.
+        start: the initial best score: a lower score (without ties, also an equal one) neither selects weights nor
+            restarts the patience; if none is better, the training ends with its last weights. None: the first score is
+            the initial best.
 
     Attributes:
         scores: one for each epoch scored, (step, score, stopping score).
@@ -134,11 +136,11 @@ class EarlyStop(Callback):
         self.best: dict[str, Tensor] = {}
 
     def on_epoch_end(self, loop: Loop) -> None:
-        """Score, keep, maybe stop."""
+        """Score, store the best weights, stop if the patience is exhausted."""
         if loop.step < self.first_step:
             return
         loop.model.eval()
-        with torch.no_grad():  # one of several devices scores, so that all end at the same step
+        with torch.no_grad():  # only one of several devices scores, so that all stop at the same step
             found = self.score(loop.model) if loop.fabric.global_rank == 0 else 0.0
         found = loop.fabric.broadcast(found)
         loop.model.train()
@@ -154,7 +156,7 @@ class EarlyStop(Callback):
             loop.stopped = True
 
     def on_fit_end(self, loop: Loop) -> None:
-        """Put the best weights back."""
+        """Restore the best weights."""
         loop.model.load_state_dict(self.best, strict=False)
 
     def state_dict(self) -> dict[str, Any]:
@@ -162,14 +164,14 @@ class EarlyStop(Callback):
         return {"scores": self.scores, "best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over."""
+        """Restore."""
         self.scores, self.best = [tuple(row) for row in state["scores"]], state["best"]
 
 
 class Lookahead(Callback):
-    """Pull the parameters towards slow copies of them (Zhang et al., 2019): slow += alpha (fast - slow); fast = slow.
+    """Lookahead (Zhang et al., 2019): move the parameters to slow copies, slow += alpha (fast - slow); fast = slow.
 
-    The copies are taken after the first step, and the pulls follow after steps k + 1, 2 k + 1, ...
+    The copies are made after the first step and updated after steps k + 1, 2 k + 1, ...
     """
 
     def __init__(self, k: int = 5, alpha: float = 0.5):
@@ -180,7 +182,7 @@ class Lookahead(Callback):
 
     @torch.no_grad()
     def on_step_end(self, loop: Loop) -> None:
-        """Copy or pull."""
+        """Copy or update."""
         fast = [p for group in loop.optimizer.param_groups for p in group["params"]]
         if not self.slow:
             self.slow = [p.detach().clone() for p in fast]
@@ -194,7 +196,7 @@ class Lookahead(Callback):
         return {"slow": self.slow}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over."""
+        """Restore."""
         self.slow = state["slow"]
 
 
@@ -202,8 +204,8 @@ class EMA(Callback):
     """Exponential moving averages of modules, updated after each step.
 
     Args:
-        pairs: of an average (see `ema_copy`), which is a part of the model, and the module that it follows.
-        momentum: from the number of finished steps to the share of the average that stays.
+        pairs: an average (see `ema_copy`), which is a part of the model, and the module that it averages.
+        momentum: maps the number of finished steps to the momentum.
     """
 
     def __init__(self, pairs: Iterable[tuple[nn.Module, nn.Module]], momentum: Callable[[int], float]):
@@ -216,7 +218,7 @@ class EMA(Callback):
 
 
 def ema_copy(module: nn.Module) -> nn.Module:
-    """A copy of a module whose parameters are buffers: stored with a checkpoint, and without gradients."""
+    """A copy of a module with buffers instead of parameters: stored in checkpoints, without gradients."""
     twin = copy.deepcopy(module)
     for part in twin.modules():
         for name, value in list(part.named_parameters(recurse=False)):
@@ -227,6 +229,6 @@ def ema_copy(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def ema_update(average: nn.Module, module: nn.Module, momentum: float) -> None:
-    """Move an average towards the parameters of a module: `momentum` of the average stays."""
+    """Update an average in place: momentum * average + (1 - momentum) * module."""
     own, values = dict(average.named_buffers()), dict(module.named_parameters())
     torch._foreach_lerp_([own[name] for name in values], list(values.values()), 1 - momentum)

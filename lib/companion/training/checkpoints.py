@@ -1,4 +1,4 @@
-"""Checkpoints and final weights of trainings: one key from named facts, one atomic save, resume."""
+"""Checkpoints and final weights of trainings: a key from named facts, atomic saving, resuming."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that training changes, by name, on the CPU: parameters that require a gradient, and buffers."""
+    """The tensors changed by training, by name, on the CPU: parameters that require a gradient, and buffers."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     return {name: t.detach().cpu().clone() for name, t in model.state_dict().items() if name not in frozen}
 
 
 def plain(history: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """The history with losses as numbers, in place; those of a GPU are all read at once."""
+    """The history with losses as numbers, in place; those on a GPU are copied in one transfer."""
     cells = [(row, name) for row in history for name, value in row.items() if isinstance(value, Tensor)]
     values = torch.stack([row[name].double() for row, name in cells]).tolist() if cells else []
     for (row, name), value in zip(cells, values, strict=True):
@@ -41,14 +41,14 @@ def plain(history: list[dict[str, Any]]) -> list[dict[str, float]]:
 def checkpoint_key(**facts: Any) -> str:
     """A short hash of named facts: two trainings whose facts differ never share a checkpoint.
 
-    A model counts by its tensors (its weights before training), a path by where it really is, everything else by its
-    value; the order of the names does not matter.
+    A model is hashed by its tensors (its weights before training), a path by its resolved location, everything else by
+    its value; the order of the names does not matter.
     """
     return hashlib.sha256(json.dumps(_plain(facts), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _plain(fact: object) -> object:
-    """A fact as JSON; tensors by their hash."""
+    """A fact as JSON; tensors as hashes."""
     if isinstance(fact, nn.Module):
         return _plain(fact.state_dict())
     if isinstance(fact, Tensor):
@@ -68,7 +68,7 @@ def _plain(fact: object) -> object:
 
 
 def file(folder: str | Path, name: str, suffix: str) -> Path:
-    """`folder`/`name``suffix`; the names of datasets and models have slashes in them, file names do not."""
+    """`folder`/`name``suffix`; slashes in names of datasets and models are replaced."""
     return Path(folder) / f"{name.replace('/', '-')}{suffix}"
 
 
@@ -76,27 +76,27 @@ def save(folder: str | Path, name: str, state: Mapping[str, Tensor], metadata: M
     """Write trained weights as `folder`/`name`.safetensors, under a temporary name first; return the path."""
     path = file(folder, name, ".safetensors")
     with atomic(path) as temporary:
-        # copies: safetensors refuses a tensor that has two names
+        # copies: safetensors refuses tensors that share memory
         copies = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
         save_file(copies, temporary, None if metadata is None else dict(metadata))
     return path
 
 
 class Checkpoint:
-    """The file of a training in progress. Next to it, `<file>.csv` holds the history, a line a step, appended.
+    """The file of a training in progress. `<file>.csv` next to it holds the history, one line per step, appended.
 
     Args:
         path: of the file.
-        every: steps after which it is written; it is written at the end of the training too.
+        every: interval in steps; it is also written at the end of the training.
     """
 
     def __init__(self, path: str | Path, every: int = 200):
         self.path, self.every = Path(path), every
-        self._written = 0  # rows of the history that are in the file
+        self._written = 0  # rows of the history already in the file
 
     @classmethod
     def of(cls, folder: str | Path, name: str, every: int = 200, **facts: Any) -> Checkpoint:
-        """The checkpoint of a training that `facts` tell from others, see `checkpoint_key`."""
+        """The checkpoint of a training identified by `facts`, see `checkpoint_key`."""
         return cls(file(folder, f"{name}, {checkpoint_key(**facts)}", ".pt"), every)
 
     @property
@@ -105,7 +105,7 @@ class Checkpoint:
         return self.path.with_name(f"{self.path.name}.csv")
 
     def read(self, model: nn.Module, settings: Mapping[str, object]) -> dict[str, Any] | None:
-        """What was saved, its history included; None when nothing was.
+        """The saved state with its history; None if there is no file.
 
         Raises:
             BadParameter: it was saved under other settings, or of another model.
@@ -154,7 +154,7 @@ class Checkpoint:
             )
 
     def _read_history(self, step: int) -> list[dict[str, float]]:
-        """The first `step` rows; what a killed run wrote after its last checkpoint is cut off."""
+        """The first `step` rows; rows that a killed run wrote after its last checkpoint are removed."""
         try:
             lines = self.history.read_text(encoding="utf-8").splitlines(keepends=True)
             rows = [

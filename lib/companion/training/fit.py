@@ -4,7 +4,7 @@
         callbacks=[ClipNorm(1.0)], checkpoint=Checkpoint("run.pt"))
 
 The random numbers of a step depend only on the seed and the step, those of an item's augmentation only on the seed, the
-epoch and the item. A run that was killed and resumed therefore gives, on one machine, the bits of an undisturbed run.
+epoch and the item. On one machine a killed and resumed run is therefore bit-identical to an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from .checkpoints import Checkpoint, plain, trained_state
 from .schedules import MakeOptimizer, Schedule
 from .schedules import schedule as scheduled
 
-# PyTorch then looks for GPUs without starting CUDA, after which no process could be forked for several devices
+# PyTorch then detects GPUs without initialising CUDA, after which processes could not be forked for several devices
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
-if TYPE_CHECKING:  # imported by those who train: it takes a second, and torchmetrics with it
+if TYPE_CHECKING:  # imported only for training: it takes a second, because it imports torchmetrics
     from lightning_fabric import Fabric
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
@@ -53,16 +53,16 @@ History = list[dict[str, float]]
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where and how a training or a prediction runs.
+    """Device, precision and parallelism of a training or a prediction.
 
     Attributes:
         accelerator, devices, precision: as in `lightning_fabric.Fabric`. Several devices take equal shares of a batch,
-            and their gradients are averaged (DDP): a loss that is no mean over images, and a batch norm, are those of a
-            share. Running statistics are averaged too.
-        workers: processes that load data.
-        accumulate: micro-batches in which a device takes its share of a batch, their gradients added up; a loss that is
-            a mean over images comes out the same, in less memory.
-        grad_checkpointing: compute activations again in the backward pass: less memory, more time.
+            and their gradients are averaged (DDP): a loss that is not a mean over images, and a batch norm, are
+            computed per device. Running statistics are averaged too.
+        workers: number of data loading processes.
+        accumulate: number of micro-batches per batch and device, whose gradients are summed; a loss that is a mean over
+            images is unchanged, with less memory.
+        grad_checkpointing: recompute activations in the backward pass: less memory, more time.
         compile: run the forward pass of a training through `torch.compile`, which takes a minute or more at first.
     """
 
@@ -76,14 +76,14 @@ class Hardware:
 
     @classmethod
     def of(cls, p: SimpleNamespace, slug: str, *, workers: int = 0, accumulate: int = 1) -> Hardware:
-        """The hardware of a notebook's parameters, for every training and evaluation of its paper.
+        """The `Hardware` of a notebook's parameters, for every training and evaluation of its paper.
 
         The precision "paper" is resolved: to the authors', `precision` of models/<slug>/paper.yaml, in the `paper`
         profile on a CUDA GPU, else to "32-true". A dry run has no `workers`.
 
         Args:
             p: the checked parameters; `profile`, `dry_run`, `accelerator`, `devices` and `precision` are read, and
-                `accumulate` (0: as the recipe says), `grad_checkpointing` and `compile` where a notebook has them.
+                `accumulate` (0: the recipe's), `grad_checkpointing` and `compile` if the notebook has them.
         """
         precision = p.precision
         if precision == "paper":
@@ -95,7 +95,7 @@ class Hardware:
 
 
 def device(accelerator: str) -> str:
-    """Where a model runs outside of `fit`: "cuda" where there is a GPU and `accelerator` is "auto" or "cuda"."""
+    """The device of a model outside of `fit`: "cuda" if there is a GPU and `accelerator` is "auto" or "cuda"."""
     return "cuda" if accelerator in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
 
 
@@ -104,7 +104,7 @@ AUTO, CPU = Hardware(), Hardware("cpu")
 
 @dataclass
 class Loop:
-    """The state of a training, as callbacks see it.
+    """The state of a training, passed to callbacks.
 
     Attributes:
         model: on its device, without Fabric's wrapper.
@@ -130,28 +130,28 @@ class Loop:
 
 
 def launcher(hardware: Hardware, devices: int = 1, **settings: Any) -> Fabric:
-    """The `Fabric` of `hardware`, of one device unless more are asked for."""
+    """The `Fabric` of `hardware`, for one device unless more are requested."""
     from lightning_fabric import Fabric
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The `srun` command is available")
         fabric = Fabric(accelerator=hardware.accelerator, devices=devices, precision=hardware.precision, **settings)
-    # inputs stay float32, as under a plain `torch.autocast`: boxes and positions would lose digits
+    # inputs stay float32, as under plain `torch.autocast`: boxes and positions would lose precision
     fabric.strategy.precision.convert_input = lambda data: data
     return fabric
 
 
 def average_over_devices(tensor: Tensor) -> Tensor:
-    """The mean of a tensor over the devices that train together, in place; with one device the tensor itself."""
+    """The mean of a tensor over all training devices, in place; with one device the tensor itself."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(tensor)  # a sum: gloo has no mean
+        torch.distributed.all_reduce(tensor)  # summed and divided, because gloo has no mean
         tensor /= torch.distributed.get_world_size()
     return tensor
 
 
 @contextlib.contextmanager
 def _forked() -> Iterator[None]:
-    """An error of ours in a process that was forked in the block is raised as a `CompanionError`."""
+    """Context manager: an error of ours in a process forked in the block is raised as a `CompanionError`."""
     try:
         yield
     except ProcessRaisedException as error:  # its text ends with the traceback of the process
@@ -162,7 +162,7 @@ def _forked() -> Iterator[None]:
 
 
 def apart(function: Callable[[], object]) -> None:
-    """Call a function in a process of its own, so that the GPU which it uses does not keep this one from `fit`'s forks.
+    """Call a function in a separate process, so that its use of a GPU does not prevent `fit` from forking this one.
 
     Raises `CompanionError`: the function raised one.
     """
@@ -177,9 +177,10 @@ def apart(function: Callable[[], object]) -> None:
 
 @contextlib.contextmanager
 def on_device(fabric: Fabric, *models: nn.Module) -> Iterator[None]:
-    """Models are moved inside the block; after it, also after an error, they are on the devices where they were.
+    """Context manager: moves models to a device; afterwards, also after an error, they are back on their former
+    devices.
 
-    On a GPU, matrix products inside the block may use TF32, and cuDNN chooses its convolutions by timing them.
+    On a GPU, matrix products inside the block may use TF32, and cuDNN selects its convolutions by benchmarking.
     """
     homes = [next(itertools.chain(m.parameters(), m.buffers()), torch.empty(0)).device for m in models]
     precision, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
@@ -197,9 +198,9 @@ def on_device(fabric: Fabric, *models: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(hardware: Hardware, *models: nn.Module) -> Iterator[torch.device]:
-    """Models are in eval mode on the device of `hardware` inside the block, at its precision; the device is yielded.
+    """Context manager: models in eval mode on the device of `hardware`, at its precision; yields the device.
 
-    They stay in eval mode, and go back to the devices where they were.
+    They stay in eval mode and return to their former devices.
     """
     fabric = launcher(hardware)
     with on_device(fabric, *models):
@@ -228,30 +229,30 @@ def fit(
 ) -> History:
     """Train the parameters of `model` that require a gradient, in place; return the history.
 
-    The model is in eval mode afterwards, on the device where it was.
+    Afterwards the model is in eval mode on its former device.
 
     Args:
-        loss: from the model and a batch (the tuple that `data` gives, stacked) to a scalar, or to named scalars of
-            which "loss" is minimised and the others are recorded.
+        loss: from the model and a batch (the stacked tuples of `data`) to a scalar, or to named scalars, of which
+            "loss" is minimised and the others are recorded.
         data: map-style; a `TensorDataset` is indexed directly, without a loader.
-        epochs: passes over the data, a fraction allowed.
-        batch: images a step, over all devices together.
+        epochs: passes over the data, may be a fraction.
+        batch: images per step, over all devices.
         optimizer: from the model to its optimiser, see `schedules.adamw` and `schedules.sgd`.
-        schedule: learning rates, see `schedules`; by the `name` of the parameter groups where they differ. None: a
-            cosine after a warm-up of a tenth of the steps.
+        schedule: learning rates, see `schedules`; a mapping by the `name` of the parameter groups if they differ. None:
+            a cosine after a warm-up of a tenth of the steps.
         callbacks: called in this order, see `callbacks`.
-        last: what becomes of an epoch's last images, too few for a batch: "drop": left out; "train": a smaller batch;
+        last: handling of an epoch's last images, too few for a batch: "drop": left out; "train": a smaller batch;
             "carry": their gradients are added to those of the next epoch's first batch, and the sum is divided by
             `batch` (what a loop that accumulates gradients over images does unless it clears them).
-        checkpoint: where the training is saved, and resumed from when the file exists.
+        checkpoint: saves the training, and resumes it if the file exists.
         find_unused_parameters: as DDP's: whether the loss may leave trainable parameters without a gradient. With
-            several devices, each step then looks for them in the graph.
+            several devices, each step then searches the graph for them.
 
     Returns:
-        One row a step: {"step", "lr" of the first parameter group, "loss", and the other scalars of `loss`}.
+        One row per step: {"step", "lr" of the first parameter group, "loss", and the other scalars of `loss`}.
 
     Raises:
-        BadParameter: a value outside its range, or a checkpoint that was written under other settings.
+        BadParameter: a value outside its range, or a checkpoint written with other settings.
         CorruptFile: the checkpoint cannot be read.
     """
     devices, accumulate, precision = hardware.devices, hardware.accumulate, hardware.precision
@@ -291,7 +292,7 @@ def fit(
 
     def train(fabric: Fabric) -> dict | None:
         if fabric.world_size > 1:
-            # the threads of the process that was forked are not in its forks, which would wait for them for ever
+            # forks do not inherit the threads of this process and would wait for them forever
             torch.set_num_threads(1)
         if saved:
             model.load_state_dict(saved["model"], strict=False)
@@ -302,7 +303,7 @@ def fit(
         for group in optim.param_groups:
             if fabric.device.type == "cuda" and "fused" in group:  # one kernel for all tensors
                 group |= {"fused": True, "foreach": False}
-        if saved:  # after setup: the moments go to the parameters' device
+        if saved:  # after setup, so that the moments are on the parameters' device
             for group, own in zip(saved["optimizer"]["param_groups"], optim.param_groups, strict=True):
                 group |= {kind: own[kind] for kind in ("fused", "foreach") if kind in own}
             optim.load_state_dict(saved["optimizer"])
@@ -324,7 +325,7 @@ def fit(
             row: dict[str, Any] = {"step": step, "lr": float(rates[0][step])}
             images = max(_size(len(data), batch, step, last), ranks)
             parts = min(accumulate, images // ranks)
-            whole = batch if last == "carry" else images  # what the sum over images is divided by
+            whole = batch if last == "carry" else images  # divisor of the sum over images
             for i in range(parts):
                 part = next(stream) if i else part
                 share = len(part[0]) * ranks / whole
@@ -344,13 +345,13 @@ def fit(
             if ranks > 1:
                 named = {name: value for name, value in row.items() if isinstance(value, Tensor)}
                 row |= zip(named, average_over_devices(torch.stack([*named.values()])), strict=True)
-            loop.history.append(row)  # losses stay tensors: a GPU is not waited for at each step
+            loop.history.append(row)  # losses stay tensors, to avoid synchronising with a GPU at each step
             loop.step += 1
             for callback in callbacks:
                 callback.on_step_end(loop)
             saves = checkpoint is not None and loop.step % checkpoint.every == 0
             if ranks > 1 and (saves or loop.stopped or loop.step % per_epoch == 0 or loop.step == steps):
-                for buffer in model.buffers():  # the running statistics of each device's images
+                for buffer in model.buffers():  # running statistics differ between devices
                     if buffer.is_floating_point():
                         average_over_devices(buffer)
             if loop.step % per_epoch == 0 or loop.step == steps:
@@ -366,19 +367,19 @@ def fit(
         done = {"model": trained_state(model), "history": plain(loop.history)}
         if ranks == 1:
             return done
-        # by a file: a process that returns more than a pipe holds never ends
+        # through a file: a process that returns more than a pipe's capacity never ends
         if rank == 0:
             torch.save(done | {"callbacks": [callback.state_dict() for callback in callbacks]}, result)
         return None
 
     with tempfile.TemporaryDirectory(prefix="fit-") as folder:
         result = Path(folder) / "result.pt"
-        # of the CPU alone: asking GPUs for their state would start CUDA, and then no process could be forked
+        # for the CPU alone: reading the GPUs' state would initialise CUDA, and then no process could be forked
         with _forked(), on_device(fabric, model), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            # the batches are dealt to the devices here, and the loader's workers are the caller's choice
+            # batches are distributed to the devices here, and the caller chooses the loader's workers
             warnings.filterwarnings("ignore", module="lightning_fabric")
             found = fabric.launch(train)
-        if found is None:  # several devices trained copies in processes of their own
+        if found is None:  # with several devices, separate processes trained copies
             found = torch.load(result, map_location="cpu", weights_only=True)
             for callback, state in zip(callbacks, found["callbacks"], strict=True):
                 callback.load_state_dict(state)
@@ -390,10 +391,10 @@ def fit(
 def predict(model: nn.Module, data: Dataset, *, batch: int = 256, hardware: Hardware = Hardware()) -> Tensor:
     """The outputs of `model`, in eval mode, for the first entry of every item, stacked, on the CPU as float32.
 
-    Of a model with several outputs (a tuple), the first. The model is afterwards on the device where it was.
+    For a model with several outputs (a tuple), the first. Afterwards the model is on its former device.
     """
     outputs = []
-    # inference mode inside: what is moved in it cannot be trained any more
+    # inference mode inside: a model moved within it could not be trained any more
     with evaluating(hardware, model) as device, torch.inference_mode():
         if isinstance(data, TensorDataset):
             stream = data.tensors[0].split(batch)
@@ -407,7 +408,7 @@ def predict(model: nn.Module, data: Dataset, *, batch: int = 256, hardware: Hard
 
 
 def _checkpoint_activations(model: nn.Module, within: str = "") -> bool:
-    """Turn gradient checkpointing on in the outermost parts that are trained and know it, by timm's name for it."""
+    """Enable gradient checkpointing in the outermost trainable modules that support it, by timm's method name."""
     if hasattr(model, "set_grad_checkpointing"):
         model.set_grad_checkpointing(True)
         return True
@@ -442,7 +443,7 @@ def _learning_rates(
 
 
 def _settings(optimizer: torch.optim.Optimizer, rates: Sequence[np.ndarray]) -> dict[str, Any]:
-    """What tells an optimiser from another: its class, and the options, learning rates and shapes of each group."""
+    """The identity of an optimiser: its class, and the options, learning rates and shapes of each group."""
     found: dict[str, Any] = {"optimizer": type(optimizer).__name__}
     for i, (group, lrs) in enumerate(zip(optimizer.param_groups, rates, strict=True)):
         options = {key: value for key, value in group.items() if key != "params"}
@@ -457,7 +458,7 @@ def _settings(optimizer: torch.optim.Optimizer, rates: Sequence[np.ndarray]) -> 
 
 
 def _size(images: int, batch: int, step: int, last: str) -> int:
-    """Images of a step, over all devices, of a data set of `images`; `last` as in `fit`."""
+    """Images per step, over all devices, for a data set of `images`; `last` as in `fit`."""
     full, left = divmod(images, batch)
     if last == "train":
         return batch if step % -(-images // batch) < full else left
@@ -465,12 +466,12 @@ def _size(images: int, batch: int, step: int, last: str) -> int:
 
 
 def _mix(*numbers: int) -> int:
-    """One 63-bit seed from several numbers, so that neighbours do not share random streams."""
+    """One 63-bit seed from several numbers, so that consecutive seeds do not share random streams."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 class _Seeded(Dataset):
-    """Items whose random augmentation depends on (seed, epoch, index) alone, whatever process loads them."""
+    """Items whose random augmentation depends on (seed, epoch, index) alone, in any loading process."""
 
     def __init__(self, data: Dataset, seed: int):
         self.data, self.seed = data, seed
@@ -502,11 +503,11 @@ def _batches(
     pin: bool = False,
     last: str = "drop",
 ) -> Iterator[Batch]:
-    """The batches of steps `start` to `stop`: in an order that the seed fixes, new each epoch; a device's share.
+    """The batches of steps `start` to `stop` for one device, in an order set by the seed and different in each epoch.
 
-    Each comes in `parts`, one after the other: 8,192 images of 448 pixels at once would be 20 GB, and every worker
-    of a loader keeps two such batches ready. The indices are made as they are needed, for millions of steps. Batches in
-    pinned memory (`pin`) are copied to a GPU while it computes.
+    Each is split into `parts`: 8,192 images of 448 pixels at once would be 20 GB, and every worker of a loader
+    prefetches two such batches. Indices are generated lazily, for millions of steps. Batches in pinned memory (`pin`)
+    are copied to a GPU while it computes.
     """
     full, left = divmod(len(data), batch)
     per_epoch = full + (last == "train" and left > 0)
@@ -525,9 +526,9 @@ def _batches(
             chosen = pairs[i * batch : (i + 1) * batch]
             if last == "carry" and epoch and i == 0:
                 chosen = np.concatenate([order(epoch - 1)[full * batch :], chosen])
-            if len(chosen) < ranks:  # each device needs an image, of which it then sees a copy
+            if len(chosen) < ranks:  # each device needs an image, so it is repeated
                 chosen = np.resize(chosen, (ranks, 2))
-            # neighbours, as in a part: two devices see what one does in two parts
+            # consecutive images, as in a part: two devices process what one device does in two parts
             share = np.array_split(chosen, ranks)[rank]
             for part in np.array_split(share, min(parts, len(chosen) // ranks)):
                 yield [(int(of), int(k)) for of, k in part]

@@ -33,8 +33,8 @@ def learning_rates(
 
     A warm-up over `warmup` steps, linear from exactly 0 to `base`, both ends included, or constant at `warmup_lr`. Then
     `schedule`: "constant", "linear" or "cosine" (half a period) from `base` towards `final`; "step": `final` for the
-    last fifth; or "cosine by epoch": one learning rate for each `epoch` steps, on half a period as long as the whole
-    training that begins after the warm-up, so it ends above `final` (CoOp's code and what is built on it).
+    last fifth; or "cosine by epoch": one learning rate for each `epoch` steps, on half a period that is as long as the
+    whole training but begins after the warm-up, so it ends above `final` (CoOp's code and its descendants).
     """
     check_choice("schedule", schedule, SCHEDULES)
     if not 0 <= warmup <= steps:
@@ -70,7 +70,7 @@ def schedule(
 
 
 def given(learning_rates: np.ndarray) -> Schedule:
-    """A schedule of explicit learning rates, one a step, whatever the base learning rate."""
+    """A schedule of explicit learning rates, one per step, independent of the base learning rate."""
     return lambda base, steps, per_epoch: np.asarray(learning_rates, float)
 
 
@@ -80,7 +80,8 @@ def param_groups(
     """Parameter groups of the tensors that require a gradient.
 
     Args:
-        decay: "matrices": tensors with two axes or more decay, vectors and biases do not; "all": everything decays.
+        decay: "matrices": weight decay on tensors with two axes or more, not on vectors and biases; "all": on all
+            tensors.
         options: of each group, such as `name`, `lr` or `clip` (see `callbacks.ClipNorm`).
     """
     check_choice("decay", decay, DECAYS)
@@ -101,7 +102,7 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
 ) -> MakeOptimizer:
-    """AdamW of a model's trainable parameters, in `param_groups` or in the groups that `groups` makes of the model."""
+    """AdamW of a model's trainable parameters, in `param_groups` or in the groups returned by `groups(model)`."""
 
     def make(model: nn.Module) -> torch.optim.Optimizer:
         found = param_groups(model.parameters(), weight_decay, decay) if groups is None else groups(model)

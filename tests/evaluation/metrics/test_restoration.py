@@ -1,4 +1,4 @@
-"""PSNR and SSIM against scikit-image; what is said where the networks of LPIPS and FID have no weights."""
+"""PSNR and SSIM against scikit-image; the reasons given when LPIPS and FID lack their networks' weights."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_what_cannot_be_had_is_said(tmp_path, monkeypatch) -> None:
 
 
 def test_metrics_that_can_be_had_are_torchmetrics(tmp_path, monkeypatch, pair) -> None:
-    """With files of random weights in the cache's place: how the metrics are fed, not what they find."""
+    """With random weights in the cache: tests the inputs of the metrics, not their values."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     import torchvision

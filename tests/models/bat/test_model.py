@@ -1,4 +1,4 @@
-"""BAT: what is trained, what passes between the streams, the losses, the baselines, and the authors' names."""
+"""BAT: trainable parameters, exchange between the streams, losses, the baselines, and the authors' names."""
 
 import itertools
 import math
@@ -131,7 +131,7 @@ def test_half_precision_knows_no_certainty(dtype):
     model = small()
     with torch.no_grad():
         for branch in (model.tracker.head.ctr, model.tracker.head.size):
-            branch[-1].bias.fill_(12.0)  # sure of every place
+            branch[-1].bias.fill_(12.0)  # certain at every position
     with torch.autocast("cpu", dtype):
         found = model(*crops())
         value = bat.losses(found, BOXES)["loss"]
@@ -330,7 +330,7 @@ def test_both_settings_of_elimination_run():
 
 
 def maps_of(boxes: Tensor, f: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Maps (score, size, offset) that say exactly `boxes` (B, 4), cx, cy, w, h."""
+    """Maps (score, size, offset) that encode `boxes` (B, 4), cx, cy, w, h."""
     cell = (boxes[:, :2] * f).floor().long().clamp(0, f - 1)
     rows, (c, r) = torch.arange(len(boxes)), cell.unbind(1)
     score, size, offset = (torch.full((len(boxes), n, f, f), 0.1) for n in (1, 2, 2))

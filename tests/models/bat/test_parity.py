@@ -1,4 +1,4 @@
-"""The parity runner builds models and inputs from case.json, whatever their sizes."""
+"""The parity runner builds models and inputs of any size from case.json."""
 
 import json
 

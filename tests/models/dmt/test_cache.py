@@ -1,4 +1,4 @@
-"""Cached teachers: the same losses, resumed to the same bits, and refused where they do not belong."""
+"""Cached teachers: the same losses, resumed to the same bits, and refused for other teachers or images."""
 
 import json
 

@@ -35,7 +35,7 @@ def quiet(monkeypatch):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Narrow encoders of 224 px in the place of ViT-T and ViT-B."""
+    """Narrow encoders of 224 px instead of ViT-T and ViT-B."""
     shrink("dmt", monkeypatch)
 
 

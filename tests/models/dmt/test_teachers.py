@@ -119,7 +119,7 @@ def train(model, images, loss=mirrored, **options):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_key_encoder_follows_in_the_released_order(images, accumulate):
-    """It is updated once a step before the keys are computed, with the momentum of that step: 0.5 (1 + cos) rises."""
+    """It is updated once per step before the keys are computed, with the momentum of that step: 0.5 (1 + cos) rises."""
     model, seen = moco(), []
     own = vit(positions="mocov3").patch_embed.proj.weight
     keys = model.key_encoder.norm.weight.clone()

@@ -110,7 +110,7 @@ def test_features_are_the_cls_token_and_the_mean_patch_token_without_it(images):
 
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_other_sizes(positions):
-    """A patch keeps its place in the raster; larger images have the positions of the table, spread out."""
+    """Patches are in raster order; larger images have resized position embeddings."""
     vit = student(positions=positions).eval()
     wide = torch.rand(2, 3, 48, 64)
     tokens = vit.embed(wide) - vit.embed(torch.zeros_like(wide))

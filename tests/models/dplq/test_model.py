@@ -274,7 +274,7 @@ def test_the_masked_loss_is_of_the_hidden_pixels_alone(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda b, n, device=None: torch.arange(n).repeat(b, 1) / n)
     x = images()
     hidden = torch.ones(4, 4, dtype=torch.bool)
-    hidden[0] = False  # the first quarter of the patches in raster order is kept
+    hidden[0] = False  # the first quarter of the patches in raster order is visible
     mask = hidden.repeat_interleave(8, 0).repeat_interleave(8, 1)
     torch.testing.assert_close(mae.loss(x), x[:, :, mask].square().mean())
 

@@ -30,7 +30,7 @@ from tests.models.common import refuses
 from tests.recipes import dplq_cases
 from tests.small import shrink
 
-EACH = 40  # images a class: 20 to train, 8 to validate, 12 to test
+EACH = 40  # images per class: 20 to train, 8 to validate, 12 to test
 QUICK = {"epochs": 1, "schedule": schedule("cosine by epoch", 0.0, 0.0)}
 given = functools.partial(
     parameters, "dplq", profile="paper", seed=1, dataset="medical/btmri", accelerator="cpu", data_root="nowhere"
@@ -156,7 +156,7 @@ def test_a_killed_training_resumes_to_the_same_bits_and_keeps_its_weights(pocket
     assert set(state) == set(model.trained())
     model.load_state_dict(state, strict=False)
     assert recipe.scores(model, found, "DPLQ") == recipe.scores(train(tmp_path / "whole")[0], found, "DPLQ")
-    p.noise = "off"  # no tensor tells
+    p.noise = "off"  # not visible in any tensor
     assert recipe.setting(p, tmp_path).facts != found.facts
 
 

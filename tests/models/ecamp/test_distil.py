@@ -1,4 +1,4 @@
-"""Distillation: the rules' statements, what is refused and why, the cache, a model of transformers."""
+"""Distillation: the rules' statements, refused answers with reasons, the cache, a model of transformers."""
 
 import sqlite3
 
@@ -103,7 +103,7 @@ def test_refused_answers_are_asked_for_again_and_told(tmp_path):
     assert distil(["Edema."], second, tmp_path / "a.sqlite").statements == ["There is edema."]
     assert second.asked == 2
     never = Scripted("I think so.")
-    for _ in range(2):  # what was refused is kept too
+    for _ in range(2):  # refused answers are cached too
         found = distil(["Edema."], never, tmp_path / "b.sqlite")
         assert found.statements == [""] and "not of the form" in found.refused[0]
     assert never.asked == ecamp_distil.TRIES

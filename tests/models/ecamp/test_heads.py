@@ -1,4 +1,4 @@
-"""What stands on ECAMP's encoder: counts, what is trained, losses, boxes, the authors' names, metrics, bad input."""
+"""The heads of ECAMP's encoder: counts, trainable parameters, losses, boxes, the authors' names, metrics, bad input."""
 
 import numpy as np
 import pytest
@@ -104,7 +104,7 @@ def test_classification_loss():
 
 
 def test_boxes_that_fit_are_found_again():
-    """A head that says exactly what the loss asks for gives the boxes back."""
+    """A head whose output minimises the loss decodes to the true boxes."""
     anchors, boxes = torch.tensor([[60.0, 50], [84, 106], [200, 175]]), torch.zeros(1, 10, 5)
     boxes[0, 0] = torch.tensor([0, 0.3, 0.4, 0.25, 0.3])
     boxes[0, 1] = torch.tensor([0, 0.72, 0.55, 0.6, 0.5])
@@ -141,7 +141,7 @@ def test_a_box_whose_centre_is_on_the_border_belongs_to_the_last_cell():
     head.view(3, 6, 7, 7)[0, 2:4, 3, 6] = torch.tensor(22.4 / 20).log()
     total, x, y, *rest = heads.yolo_loss(head, box, anchors, 224)
     assert x < 1e-6 and max(rest) < 1e-4
-    assert y.item() == pytest.approx(np.log(2) / (3 * 49), rel=1e-4)  # half a cell down, which no logit tells better
+    assert y.item() == pytest.approx(np.log(2) / (3 * 49), rel=1e-4)  # half a cell down, the limit of the encoding
     assert total.item() == pytest.approx(2.5 * y.item(), abs=2e-4)
 
 

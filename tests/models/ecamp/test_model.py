@@ -1,4 +1,4 @@
-"""ECAMP: counts, what the spec says is exact, gradients, variants, checkpoints, and what it says about bad input."""
+"""ECAMP: counts, exact properties of the specification, gradients, variants, checkpoints, and errors of bad input."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""ECAMP with the published settings: schedules, accumulation, downstream recipes, dry runs, results that gather."""
+"""ECAMP with the published settings: schedules, accumulation, downstream recipes, dry runs, collected results."""
 
 import copy
 import functools
@@ -44,7 +44,7 @@ def quiet(monkeypatch):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Encoders of one narrow block in the place of ViT-B/16."""
+    """Encoders of one narrow block instead of ViT-B/16."""
     shrink("ecamp", monkeypatch)
 
 
@@ -279,7 +279,7 @@ def test_a_killed_downstream_training_resumes_to_the_same_bits(tmp_path, monkeyp
     monkeypatch.setattr(recipe, "PATIENCE", {"fine-tune": 4})
     monkeypatch.setattr(recipe, "downstream_recipe", lambda *_: {"lr": 0.1, "warmup_steps": 1, "steps": 60, "batch": 3})
     monkeypatch.setattr(Checkpoint.of.__func__, "__defaults__", (2,))
-    scores = {3: 40.0, 6: 70.0, 9: 60.0, 12: 65.0, 15: 66.0, 18: 67.0}  # by step, which the weights cannot tell
+    scores = {3: 40.0, 6: 70.0, 9: 60.0, 12: 65.0, 15: 66.0, 18: 67.0}  # by step, which is not visible in the weights
     monkeypatch.setattr(recipe, "_classified", lambda *_: scores[step[0]])
     step, on_epoch_end = [0], recipe.EarlyStop.on_epoch_end
 
@@ -344,7 +344,7 @@ def test_patience_and_masks_differ_by_set():
 def test_a_training_ends_with_the_epoch_that_is_a_multiple_of_the_published_steps(
     steps, expected, tmp_path, monkeypatch, small
 ):
-    """Three steps an epoch; beyond the published steps the learning rate rises again."""
+    """Three steps per epoch; beyond the published steps the learning rate rises again."""
     covidx(tmp_path, monkeypatch)
     numbers = {"lr": 0.01, "warmup_steps": 0, "steps": steps, "batch": 3}
     monkeypatch.setattr(recipe, "downstream_recipe", lambda *_: numbers)
@@ -355,7 +355,7 @@ def test_a_training_ends_with_the_epoch_that_is_a_multiple_of_the_published_step
 
 
 def test_encoders(tmp_path, monkeypatch):
-    """An authors' file gives its encoder, here a narrow one; MAE's by its own names; what is missing is said."""
+    """Encoders from the authors' files, here narrow ones, and from MAE's; missing tensors are named."""
     narrow = functools.partial(VisionTransformer, embed_dim=48, depth=4, num_heads=2)
     monkeypatch.setattr(recipe, "VisionTransformer", narrow)
     with pytest.raises(MissingWeights, match=r"ECAMP_ViT_Base_16\.pth"):

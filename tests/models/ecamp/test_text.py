@@ -1,4 +1,5 @@
-"""ECAMP's text side: words, splicing, masking, weights, pairs; recorded draws where the authors' code was run."""
+"""ECAMP's text preprocessing: words, splicing, masking, weights, pairs; recorded draws where the authors' code was
+run."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""H-ViT: counts, what is trained, what the levels see and do not see, losses, votes, names, heatmaps."""
+"""H-ViT: counts, trainable parameters, receptive fields of the levels, losses, votes, names, heatmaps."""
 
 import itertools
 
@@ -151,7 +151,8 @@ def test_positions_on_the_slide():
 
 
 def test_masks_of_background():
-    """Claim 5: every token kept is no mask; what is masked changes nothing; no tissue at all is no NaN."""
+    """Claim 5: a mask of all tokens has no effect; masked tokens have no effect; a region without tissue gives no
+    NaN."""
     model, x = pocket("whole"), pixels()
     share = torch.rand(1, 2, 16, 64, generator=torch.Generator().manual_seed(3)) + 0.01
     share[0, 0, 5] = 0  # a patch without tissue

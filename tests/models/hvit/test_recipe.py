@@ -1,4 +1,4 @@
-"""H-ViT's published recipe: training, folds that vote, stored features, what is missing, attention maps."""
+"""H-ViT's published recipe: training, folds that vote, stored features, missing files, attention maps."""
 
 from dataclasses import replace
 from types import SimpleNamespace

@@ -174,7 +174,7 @@ def test_texts_of_a_real_clip_are_the_authors():
         if "token_ids" in facts:
             expected = clip.token_embedding(torch.tensor(facts["token_ids"]))
             assert torch.equal(model.embedded[:, :16], expected)
-        # open_clip's own text tower, on these tokens without a cut
+        # open_clip's own text tower, on these tokens without truncation
         x = model.embedded.clone()
         x[:, 1 : 1 + len(model.ctx)] = model.ctx
         x = clip.ln_final(clip.transformer(x + clip.positional_embedding, attn_mask=clip.attn_mask))

@@ -8,7 +8,7 @@ from companion.models.layers.frozen import frozen_copy
 
 def test_the_copy_is_frozen_shares_memory_and_leaves_the_module_as_it_was():
     first = nn.Linear(4, 4)
-    module = nn.Sequential(first, nn.BatchNorm1d(4), first).train()  # with a weight in two places
+    module = nn.Sequential(first, nn.BatchNorm1d(4), first).train()  # with a weight shared by two modules
     twin = frozen_copy(module)
     assert not twin.training and not any(p.requires_grad for p in twin.parameters())
     assert module.training and all(p.requires_grad for p in module.parameters())

@@ -1,4 +1,4 @@
-"""State dicts under official names: round trips, stacks, concatenations, and a complete list of misfits."""
+"""State dicts under official names: round trips, stacks, concatenations, and a complete list of mismatches."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""MetaSegNet: the network and its unimodal twin, texts, losses, augmentation, sliding windows."""
+"""MetaSegNet: the network and its unimodal version, texts, losses, augmentation, sliding windows."""
 
 import math
 import subprocess
@@ -270,7 +270,7 @@ def test_clips_own_tokenizer_holds_every_text_of_a_zone():
     encoder, prompts = ClipText(clip, open_clip.get_tokenizer("ViT-B-16")), climate.Prompts.read()
     assert encoder.words("bare soil!") == ["<start_of_text>", "bare", "soil", "!", "<end_of_text>"]
     texts = prompts.texts(list(prompts.zones))
-    assert encoder.mask(encoder.ids(texts)).sum(1).max() < 77  # none is cut
+    assert encoder.mask(encoder.ids(texts)).sum(1).max() < 77  # none is truncated
 
 
 class BertTokens:
@@ -430,7 +430,7 @@ def test_tiles_of_a_local_network_give_the_whole_image(size, tile, overlap):
 def test_blending_is_smooth_where_tiles_disagree():
     calls = iter(range(100))
 
-    def predict(x):  # the first tile says 0, the next 1
+    def predict(x):  # the first tile predicts 0, the next 1
         return torch.full((len(x), 1, *x.shape[-2:]), float(next(calls)))
 
     (band,) = bands(predict, torch.zeros(3, 8, 24), tile=16, overlap=8, batch=1)

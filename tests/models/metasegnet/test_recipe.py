@@ -38,7 +38,7 @@ def given(**changes) -> SimpleNamespace:
 
 @pytest.fixture
 def small(monkeypatch):
-    """A small Swin and decoder in the place of the full-size ones, and a small text encoder in BERT's."""
+    """A small Swin and decoder instead of the full-size ones, and a small text encoder instead of BERT."""
     shrink("metasegnet", monkeypatch)
 
 

@@ -1,4 +1,5 @@
-"""PromptPAR: counts, the formulas one image at a time, strips, what quirks and inert prompts do, names, bad inputs."""
+"""PromptPAR: counts, the formulas one image at a time, strips, effects of quirks and inert prompts, names, bad
+inputs."""
 
 import itertools
 

@@ -130,7 +130,7 @@ def test_a_small_folder_of_ones_own_trains_on_all_that_is_not_tested(tmp_path, t
 
 @pytest.mark.parametrize(("method", "chosen"), [("SA²VP", False), ("SA²VP", True), ("linear probing", False)])
 def test_a_killed_training_resumes_to_the_same_bits_and_keeps_its_weights(method, chosen, tmp_path, tiny, monkeypatch):
-    """`chosen`: of the epochs the best on val is kept, as on FGVC."""
+    """`chosen`: the best epoch on val is selected, as on FGVC."""
     images = folder(tmp_path / "images", {"a": 10, "b": 10})
 
     def setting(out, **changes):
@@ -138,7 +138,7 @@ def test_a_killed_training_resumes_to_the_same_bits_and_keeps_its_weights(method
         return dataclasses.replace(found, val=found.test if chosen else None)
 
     assert_resumes(lambda out: recipe.train(setting(out), method, epochs=5), recipe, tmp_path, monkeypatch)
-    # a training with other settings, which no tensor tells, does not take over its checkpoint
+    # a training with other settings, not visible in any tensor, does not resume from its checkpoint
     for changes in ({"attention": "padded"}, {"batch": 8}):
         assert setting(tmp_path, **changes).facts != setting(tmp_path).facts
 
@@ -244,7 +244,7 @@ def test_the_protocol_is_that_of_the_profile(monkeypatch):
 
 
 def test_the_effects_of_the_findings():
-    """Images that a sampler which is not told the epoch never gives; an overlap of two cuts; a label out of range."""
+    """Images that a sampler without `set_epoch` never returns; an overlap of two splits; a label out of range."""
     for images, batch, unseen in ((1000, 64, 40), (1000, 40, 0), (5394, 64, 18)):
         sampler = DistributedSampler(range(images), num_replicas=1, rank=0, shuffle=True)
         loader = DataLoader(range(images), batch, sampler=sampler, drop_last=True)

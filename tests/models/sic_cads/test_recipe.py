@@ -33,7 +33,7 @@ def given(**changes) -> SimpleNamespace:
 
 @pytest.fixture
 def small(monkeypatch):
-    """Small backbones and detector in the place of the full-size ones."""
+    """Small backbones and detector instead of the full-size ones."""
     shrink("sic_cads", monkeypatch)
 
 
@@ -79,7 +79,7 @@ def test_a_class_stays_while_a_part_of_a_box_does(tmp_path):
     assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.uint8 and boxes is True
     seen = torch.stack([positives for _, positives, _ in drawn])
     assert seen[:, 1].all() and not seen[:, 2].any()  # a crowd is no label
-    assert 0 < seen[:, 0].float().mean() < 1  # the box at the left edge is cut off now and then
+    assert 0 < seen[:, 0].float().mean() < 1  # the box at the left edge is sometimes truncated
     labels = recipe.Crops(crops.data, 32, 0.5, boxes=False)
     assert labels[0][1].tolist() == [True, True, True] and labels[0][2] is False
 

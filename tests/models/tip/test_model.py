@@ -1,6 +1,6 @@
-"""TIP: its two halves are the UNet, its start is the frozen model, and its two texts stay apart.
+"""TIP: its two halves equal the UNet, it starts as the frozen model, and its two prompts are separate.
 
-No code of the authors exists; what is checked against is diffusers itself.
+No code of the authors exists; the reference is diffusers itself.
 """
 
 import json
@@ -210,7 +210,7 @@ def test_each_text_reaches_one_part() -> None:
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
     x = model.encode(z, t, semantic)
     assert not torch.equal(x.mid, model.encode(z, t, other).mid)
-    # the skips of the frozen half know nothing of the picture: only copies are changed
+    # the skips of the frozen half do not depend on the image: only copies are changed
     before = [f.clone() for f in (*x.skips, x.mid)]
     model.fused(x, pipe.adaptor(z, t, restoration, y), 1.0, semantic)
     assert all(torch.equal(a, b) for a, b in zip(before, (*x.skips, x.mid), strict=True))

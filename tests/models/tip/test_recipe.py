@@ -1,4 +1,4 @@
-"""TIP's runs: the recipe on small models, resuming, what the test gives to whom, the dry run at full size."""
+"""TIP's runs: the recipe on small models, resuming, the prompts of each test, the dry run at full size."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def pocket(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pocket models in the place of Stable Diffusion."""
+    """Small models instead of Stable Diffusion."""
     shrink("tip", monkeypatch)
 
 
@@ -94,7 +94,7 @@ def test_methods_read_what_they_are_said_to(data: Degraded) -> None:
 
 
 def test_gradients_that_are_added_up_are_those_of_the_whole_batch(data: Degraded, monkeypatch) -> None:
-    """Times and noise are drawn anew for each part of a batch, so here they are given."""
+    """Times and noise are drawn for each part of a batch, so here they are fixed."""
     fixed, plain = Degraded(data.pictures, 32, **TASKS["parameterised"]), tip.loss
 
     def still(model, batch, scheduler):

@@ -1,4 +1,4 @@
-"""ECAMP's study: what differs between the methods, and that each measure measures what it says."""
+"""ECAMP's study: differences between the methods, and that each measure is correct."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""MetaSegNet's study: what networks are given, that they start alike, that each score is of the right images."""
+"""MetaSegNet's study: inputs of the networks, equal initial weights, and that each score is of the right images."""
 
 import pytest
 import torch

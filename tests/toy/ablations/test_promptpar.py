@@ -1,4 +1,4 @@
-"""PromptPAR's ablations: what the loss is given, what is cached, and what the methods change."""
+"""PromptPAR's ablations: inputs of the loss, cached tokens, and differences between the methods."""
 
 import pytest
 import torch

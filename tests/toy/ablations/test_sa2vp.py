@@ -1,4 +1,4 @@
-"""SA²VP's ablations: what the methods change, and what a row holds."""
+"""SA²VP's ablations: differences between the methods, and the content of a row."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_what_the_methods_change():
     ours = {method: model for method, model in models.items() if isinstance(model, SA2VP)}
     assert len(ours) == 5 and {model.prompt.shape[-1] for model in ours.values()} == {8}
     assert [ours[m].scale for m in ("SA²VP", "SA²VP, s = 0.1", "SA²VP, global attention")] == [1.5, 0.1, 1.5]
-    # how many of its 8 x 8 places a place in the middle attends to
+    # how many of its 8 x 8 positions a central position attends to
     reach = {method: int(model.cross.mask[1 + 3 * 8 + 3, 1:].sum()) for method, model in ours.items()}
     assert reach == dict.fromkeys(ours, 9) | {"SA²VP, global attention": 64, "SA²VP, same place only": 1}
     assert {method: len(model.new_projs) for method, model in ours.items()} == dict.fromkeys(ours, 2) | {

@@ -1,4 +1,4 @@
-"""SA²VP on real images: which images each stage sees, and a row of every method; here on made-up images."""
+"""SA²VP on real images: the images of each stage, and a row of every method; here on generated images."""
 
 import numpy as np
 import pytest

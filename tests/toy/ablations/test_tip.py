@@ -1,4 +1,4 @@
-"""TIP's study: what networks read, that they start alike, what scores are made of; the pocket run is the study's."""
+"""TIP's study: inputs of the networks, equal initial weights, the scores; the live run is the study's."""
 
 import pytest
 import torch

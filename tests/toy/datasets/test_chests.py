@@ -1,4 +1,4 @@
-"""The pocket chests: a report says what is drawn, the box holds the lesion, splits share nothing; they are read."""
+"""The pocket chests: reports match the images, the box contains the lesion, splits share nothing; reading."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_a_report_says_what_is_there_and_one_thing_that_is_not(drawn):
     for words in (("left", "right"), ("no evidence", "no ")):
         assert all(any(word in chest.report for chest in drawn) for word in words)
     first = np.mean(["no" in chest.report.split()[:3] for chest in drawn])
-    assert 0.4 < first < 0.6  # the order of the sentences says nothing
+    assert 0.4 < first < 0.6  # the order of the sentences is not informative
 
 
 def test_the_lesion_lies_on_the_side_that_the_report_names(drawn):
@@ -53,7 +53,7 @@ def test_the_lesion_lies_on_the_side_that_the_report_names(drawn):
     ("finding", "rows"), [("nodule", (4, 60)), ("effusion", (22, 64)), ("pneumothorax", (2, 34)), ("opacity", (0, 64))]
 )
 def test_each_finding_is_drawn_as_it_is(drawn, finding, rows):
-    """Brighter (a pneumothorax: darker) than the same place of the other lung's images, and at its height."""
+    """Brighter (a pneumothorax: darker) than the same position in the other lung's images, and at its height."""
     own = [chest for chest in drawn if chest.finding == finding]
     lead = []
     for chest in own:

@@ -32,7 +32,7 @@ def test_every_pixel_of_a_photograph_belongs_to_one_split(name):
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_what_lies_in_other_splits_tiles_never_shows_in_a_cut(split, monkeypatch):
-    """Paint the tiles of one split white on black photographs: its cuts are white throughout, all others black."""
+    """Paint the tiles of one split white on black photographs: its crops are white throughout, all others black."""
     painted = {}
     for name in scenes.PHOTOGRAPHS:
         painted[name] = np.zeros_like(scenes.photograph(name))

@@ -1,4 +1,4 @@
-"""The pocket collages: what is drawn is what the list says, grey hides colour, splits are apart; they are read."""
+"""The pocket collages: images match the list, grey hides colour, splits are disjoint; reading."""
 
 import shutil
 

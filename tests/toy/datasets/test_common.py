@@ -1,4 +1,4 @@
-"""What all synthetic datasets share: written once, whole, from a seed; splits share no image and no tile."""
+"""All synthetic datasets: written once, completely, from a seed; splits share no image and no tile."""
 
 import re
 import shutil

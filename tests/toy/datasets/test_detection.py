@@ -1,4 +1,5 @@
-"""The pocket scenes with boxes: places tell the things, novel ones have doubles next door, COCO's tools read them."""
+"""The pocket scenes with boxes: backgrounds identify the objects, novel ones resemble neighbours, COCO's tools read
+them."""
 
 import contextlib
 import io
@@ -51,7 +52,7 @@ def test_every_place_has_three_base_things_and_a_novel_one_with_a_double_in_the_
 def test_things_are_where_they_belong_and_novel_ones_are_hard(drawn):
     here = Counter(pocket.THINGS[label].place == shown.place for shown in drawn for label in shown.labels)
     assert not {label for s in pocket.scenes(60, "train", 0, novel=False) for label in s.labels} & {*pocket.NOVEL}
-    # an eighth is drawn from everywhere, of which a quarter hits the place by chance
+    # an eighth is drawn from everywhere, of which a quarter matches the background by chance
     assert here[True] / here.total() == pytest.approx(1 - 0.125 * 0.75, abs=0.03)
     looks = {novel: Counter() for novel in (False, True)}
     for shown in drawn:
@@ -100,7 +101,7 @@ def test_hue_is_told_and_a_hard_thing_is_paler():
 
 
 def test_the_texture_alone_tells_the_place():
-    """Neither brightness nor colour does: the spread of each mean is far larger than the places' difference."""
+    """Neither brightness nor colour does: the spread of each mean is far larger than the backgrounds' difference."""
     rng = np.random.default_rng(0)
     means = {p: np.array([pocket.backdrop(rng, p, "train").mean((0, 1)) for _ in range(40)]) for p in pocket.PLACES}
     between = np.std([m.mean(0) for m in means.values()], axis=0)

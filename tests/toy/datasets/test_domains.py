@@ -1,4 +1,4 @@
-"""The pocket domains: what their sensors do, how they lie on disk, what their models tell, and the study on them."""
+"""The pocket domains: effects of the sensors, layout on disk, features of the models, and the study on them."""
 
 from collections import Counter
 
@@ -81,7 +81,7 @@ def test_the_lines_of_the_sensors_are_apart_and_fixed(domain):
         mean = pictures[sensors == sensor].mean((0, 3)) / 255
         own, other = ((mean * lines[i]).sum() / np.square(lines[i]).sum() for i in (sensor, 1 - sensor))
         assert 0.8 < own < 1.1 and abs(other) < 0.2
-    # brightness does not tell the sensors
+    # brightness does not identify the sensors
     means = pictures.mean((1, 2, 3))
     assert abs(means[sensors == 0].mean() - means[sensors == 1].mean()) < 0.5 * means.std()
 
@@ -112,7 +112,7 @@ def test_the_shipped_model_is_as_good_as_its_card_says(domain):
     found = domain_mae.measure(domain, model)
     for name, said in card["quality"].items():
         assert found[name] == pytest.approx(said, abs=0.02)
-    # what DPLQ can win: the domain's model knows the sensor, and louder than an untrained one; CLIP does not know it
+    # DPLQ's advantage: the domain model encodes the sensor, at a larger scale than an untrained one; CLIP does not
     assert found["domain model"]["read"] > 0.98 and abs(found["CLIP"]["read"] - 0.5) < 0.06
     assert found["domain model"]["share"] > 1.5 * found["untrained"]["share"] > 20 * found["CLIP"]["share"]
 

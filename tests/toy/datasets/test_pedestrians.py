@@ -1,4 +1,4 @@
-"""The pocket pedestrians: labels follow from what is drawn, height tells them, splits share nothing; they are read."""
+"""The pocket pedestrians: labels match the images, vertical position identifies them, splits share nothing; reading."""
 
 import dataclasses
 import itertools
@@ -60,7 +60,7 @@ def test_a_colour_says_little_and_its_place_everything():
     labels = np.array([p.labels for p in persons])
     assert ((labels.mean(0) > 0.08) & (labels.mean(0) < 0.5)).all()
     assert sum(pedestrians.PARTS.values(), ()) == pedestrians.ATTRIBUTES and len(pedestrians.ATTRIBUTES) == 12
-    # parts are dressed independently of one another: the trousers' colour tells nothing of the shoes'
+    # parts are dressed independently of one another: the trousers' colour is not informative about the shoes'
     columns = {n: labels[:, i] for i, n in enumerate(pedestrians.ATTRIBUTES) if n.startswith(("red", "blue"))}
     for one, other in itertools.combinations(columns, 2):
         if one.split()[-1] != other.split()[-1]:

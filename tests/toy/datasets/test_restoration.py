@@ -1,4 +1,4 @@
-"""TIP's pocket images: from a seed, kind and contrast apart, splits apart, what a degradation takes away."""
+"""TIP's pocket images: from a seed, kind and contrast independent, splits disjoint, information lost by degradation."""
 
 import json
 from collections import Counter

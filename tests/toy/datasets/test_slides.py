@@ -1,4 +1,4 @@
-"""The pocket slides: the grade follows from what is drawn, splits share no cut, tiling finds what was drawn."""
+"""The pocket slides: the grade follows from the image, splits share no crop, tiling finds the regions."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_the_count_gives_the_grade_and_the_place_does_not(grade):
 
 
 def test_a_bag_knows_little_of_the_place():
-    """The best guess from the number of tumour patches alone, against the one from the number of core regions."""
+    """The best prediction from the number of tumour patches alone, compared with the number of core regions."""
     rng = np.random.default_rng(0)
     grades = np.arange(600) % 6
     counts = np.array([(pocket.arrangement(rng, "place", g) == pocket.TUMOUR).sum() for g in grades.tolist()])

@@ -1,4 +1,4 @@
-"""The pocket RGB-thermal videos: what they show, that nothing gives the target away, and how they lie on disk."""
+"""The pocket RGB-thermal videos: content, no shortcut to the target, and layout on disk."""
 
 from collections import Counter
 from dataclasses import replace
@@ -13,7 +13,7 @@ from companion.data import tracking as reader
 from companion.errors import CorruptFile, MissingData
 from companion.toy.datasets import scenes, tracking
 
-# in place of a generator: no noise
+# replaces a generator: no noise
 SILENCE = SimpleNamespace(standard_normal=lambda shape, dtype: np.zeros(shape, dtype))
 
 

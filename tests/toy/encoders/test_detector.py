@@ -1,4 +1,5 @@
-"""The pocket CLIP of scenes and the pocket detector: what ships is what cards say, training learns, no box is cut."""
+"""The pocket CLIP of scenes and the pocket detector: shipped weights match their model cards, training learns, no box
+is removed."""
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_its_texts_are_the_names_in_the_prompt_of_the_code(clip):
     ids = read(["There is a apple", "There is a zebra", "apple"])
     assert (ids[:2] == UNKNOWN).sum(1).tolist() == [3, 4]
     with torch.no_grad():
-        # words that it does not know are passed over, and order says nothing
+        # unknown words are ignored, and order has no effect
         said = clip.encode_text(read(["There is a apple", "apple", "moon apple", "apple moon"]))
     torch.testing.assert_close(said[0], said[1])
     torch.testing.assert_close(said[2], said[3])
@@ -79,7 +80,7 @@ def test_equal_names_in_a_batch_are_all_right_answers(clip):
 
 
 def test_all_boxes_have_all_classes(detector, clip):
-    """Nothing is cut off by its score, whatever the vocabulary; equal images give the same in any batch."""
+    """No box is removed by its score, for any vocabulary; equal images give the same in any batch."""
     images, text = pocket.stack(scenes(5, "val", 0)), pocket.texts(clip)
     boxes, said = detector(images, text)
     assert boxes.shape == (5, pocket.PROPOSALS, 4) and said.shape == (5, pocket.PROPOSALS, 16)

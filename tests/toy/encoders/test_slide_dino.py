@@ -1,4 +1,4 @@
-"""The pocket H-ViT's two lower levels: what is shipped, that DINO trains all of them, what their features tell."""
+"""The pocket H-ViT's two lower levels: the shipped weights, that DINO trains all of them, probes of their features."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The shipped teachers: their card, the factor that each cannot see, views, and probes."""
+"""The shipped teachers: their model card, the factor that each does not encode, views, and probes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""TIP's frozen parts at pocket scale: what is shipped, the closed-form autoencoder, what a training changes."""
+"""TIP's frozen parts at pocket scale: the shipped weights, the closed-form autoencoder, the trainable parameters."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The pocket tracker: what ships is what its card says, it tracks what it never saw, and its training learns."""
+"""The pocket tracker: shipped weights match the model card, it tracks unseen objects, and its training learns."""
 
 from companion.toy import encoders
 from companion.toy.encoders import tracker

@@ -1,1 +1,1 @@
-"""What the benchmarks of a task measure, by their own rules, one file a task. Nothing here knows a model or a paper."""
+"""Metrics of the benchmarks, by their own rules, one file per task. No module here depends on a model or a paper."""

@@ -4,17 +4,17 @@
     scores.totals                      # {"mA": ..., "Acc": ..., "Prec": ..., "Rec": ..., "F1": ..., ...} in percent
     scores.per_attribute(names)        # a row for each attribute
 
-For labels y and probabilities p of n images and A attributes, an attribute being predicted where p > threshold:
+For labels y and probabilities p of n images and A attributes, where an attribute is predicted if p > threshold:
 
-* mA, mean accuracy: the mean over attributes of (TP / P + TN / N) / 2, the recall of what is there and of what is not.
+* mA, mean accuracy: the mean over attributes of (TP / P + TN / N) / 2, the recall of positives and of negatives.
   An attribute that no image has, or that all have, gets 50 % at most.
 * Acc, Prec, Rec: for each image |y and p| / |y or p|, / |p|, / |y|, then the mean over images; 0 / 0 counts as 0. Acc
   is thus the Jaccard index; the supplement of PromptPAR writes (TP + TN) / all, which its code does not compute.
-* F1, of which two go round under one name. "F1": the mean over images of the image's own F1, as in the code of VTB and
-  PromptPAR. "F1 of means": the harmonic mean of Prec and Rec, as in Rethinking_of_PAR and the papers that follow it.
-  From their published Prec and Rec it is 0.2 to 0.4 points above the F1 that VTB and PromptPAR report.
+* F1, of which two versions are in use. "F1": the mean over images of the image's own F1, as in the code of VTB and
+  PromptPAR. "F1 of means": the harmonic mean of Prec and Rec, as in Rethinking_of_PAR and papers based on it. From
+  their published Prec and Rec it is 0.2 to 0.4 points above the F1 of VTB and PromptPAR.
 
-PromptPAR and VTB take 0.45 for the threshold, Rethinking_of_PAR 0.5. The numbers agree with the authors' function
+PromptPAR and VTB use a threshold of 0.45, Rethinking_of_PAR 0.5. The numbers agree with the authors' function
 (Event-AHU/OpenPAR, PromptPAR/tools/function.py at 210ff55) and, for "F1 of means", valencebond/Rethinking_of_PAR.
 """
 
@@ -28,13 +28,13 @@ import pandas as pd
 
 from ...errors import BadParameter
 
-THRESHOLD = 0.45  # of a probability, above which an attribute is predicted, in the authors' evaluation
+THRESHOLD = 0.45  # probability above which an attribute is predicted, in the authors' evaluation
 _TINY = 1e-20  # the authors': so that 0 / 0 is 0
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What `evaluate` found.
+    """The result of `evaluate`.
 
     Attributes:
         totals: "mA", "Acc", "Prec", "Rec", "F1" (the mean of the images' own) and "F1 of means", in percent.
@@ -59,9 +59,9 @@ class Scores:
 
 
 def evaluate(labels: np.ndarray, probabilities: np.ndarray, threshold: float = THRESHOLD) -> Scores:
-    """Score probabilities (n, A) against labels (n, A): 1 where the attribute is there, 0 where it is not.
+    """Score probabilities (n, A) against labels (n, A): 1 present, 0 absent.
 
-    Any other label, -1 for one that nobody could tell, counts in neither sum of mA and is no positive of its image.
+    Any other label, such as -1 for unclear, counts in neither sum of mA and is not a positive of its image.
 
     Raises `BadParameter`: shapes that differ, no images, probabilities outside 0 to 1, or a threshold outside.
     """

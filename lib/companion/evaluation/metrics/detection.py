@@ -1,12 +1,12 @@
-"""Average precision of boxes as COCO and LVIS score them, by group of classes, and of image-level recognition.
+"""Average precision of boxes by the rules of COCO and LVIS, by group of classes, and of image-level recognition.
 
     scores = evaluate("instances_val2017_all_2.json", results, groups={"base": BASE, "novel": NOVEL})
     scores.totals["AP50"], scores.mean(scores.groups["novel"])      # percent
 
 The matching and the curves are faster-coco-eval's, whose numbers are those of pycocotools and of the LVIS toolkit (the
 package `lvis` 0.5.3 does not run on today's NumPy); the numbers recorded from both are reproduced to the last digit.
-Ours is what an open-vocabulary table adds: the mean over the classes of a group. As in COCO, AP is the mean of the
-precision at 101 recalls, and a class without a box in the annotations has none: it is left out of every mean.
+This module adds the mean over the classes of a group, for open-vocabulary tables. As in COCO, AP is the mean of the
+precision at 101 recalls, and a class without a box in the annotations has no AP: it is left out of every mean.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ...data.detection import check_results, is_box
 from ...errors import BadParameter, CorruptFile, check_choice
 from ...ops.files import read_json
 
-BLOCK = 250_000  # images x classes that are scored at once: about half a GB
+BLOCK = 250_000  # images x classes scored at once: about half a GB
 STYLES = ("coco", "lvis")
 KINDS = ("bbox", "segm")
 FREQUENCIES = {"r": "APr", "c": "APc", "f": "APf"}
@@ -31,7 +31,7 @@ FREQUENCIES = {"r": "APr", "c": "APc", "f": "APf"}
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What `evaluate` found; everything in percent.
+    """The result of `evaluate`, in percent.
 
     Attributes:
         categories: ids of the C classes, ascending; `names` are theirs.
@@ -77,19 +77,20 @@ def evaluate(
     """Score a list of results against annotations in COCO's or LVIS' format.
 
     Args:
-        annotations: a file, or what is in one.
+        annotations: a file, or its content.
         results: rows {"image_id", "category_id", "bbox": [x, y, width, height], "score"}, or a file with them.
-        style: "coco"; or "lvis", federated: a result of a class that the image neither shows nor lists under
-            `neg_category_ids` is dropped, and one too many of a class under `not_exhaustive_category_ids` is no error.
+        style: "coco"; or "lvis", federated: a detection of a class that is neither annotated in the image nor listed
+            under `neg_category_ids` is dropped, and an unmatched one of a class under `not_exhaustive_category_ids` is
+            not a false positive.
         groups: category ids by name, for the means of `Scores.by_group`. In style "lvis" the file's own frequencies
             give APr, APc and APf.
-        kind: "bbox", or "segm" for masks, in which the tables of OV-LVIS are given; rows then hold "segmentation".
-        top: results counted for each image, the best ones: 100 in COCO, 300 in LVIS, unless given.
+        kind: "bbox", or "segm" for masks, as in the tables of OV-LVIS; rows then have "segmentation".
+        top: number of best results per image; by default 100 in COCO, 300 in LVIS.
 
     Raises:
         BadParameter: an unknown style or kind, a group without a known class, a row without a field, with NaN, with
             another shape, or of an image that the annotations do not have.
-        CorruptFile: a file that is not what it should be.
+        CorruptFile: a malformed file.
     """
     check_choice("style", style, STYLES)
     check_choice("kind", kind, KINDS)
@@ -110,17 +111,17 @@ def evaluate(
     # LVIS counts the best of an image over all classes, COCO those of each class
     rows = _best(rows, top) if style == "lvis" else rows
 
-    # the library wants numbers for images; OpenImages has names. Of equal scores the first image's counts first, and
-    # images are in the order of their ids, not of the file
+    # the library requires numeric image ids; OpenImages has names. Ties are broken by image order, which is that of the
+    # ids, not of the file
     number = {key: i for i, key in enumerate(sorted(pictures, key=lambda k: (isinstance(k, str), k)), 1)}
     for entry in truth["images"]:
         entry["id"] = number[entry["id"]]
     for entry in truth["annotations"]:
         entry["image_id"] = number[entry["image_id"]]
-    # and takes a box whose id is 0, or another's, for one that was never found; nothing else asks for the ids
+    # it also treats a box with id 0, or a duplicate id, as unmatched; the ids have no other use
     for i, entry in enumerate(truth["annotations"], 1):
         entry["id"] = i
-    # classes are scored apart: the library takes half a kB for each image, class and area
+    # classes are scored separately: the library needs half a kB per image, class and area
     blocks = np.array_split(np.array(ids), min(len(ids), -(-len(ids) * len(pictures) // BLOCK)))
     precisions, recalls = [], []
     for block in map(set, blocks):
@@ -169,7 +170,7 @@ def _at(run: COCOeval_faster, overlap: float) -> int:
 
 
 def _annotations(given: str | Path | dict) -> dict:
-    """The annotations, copied as far as the evaluation writes into them."""
+    """The annotations; the parts that the evaluation modifies are copied."""
     truth = given if isinstance(given, dict) else read_json(given)
     parts = ("images", "annotations", "categories")
     where = "annotations" if isinstance(given, dict) else given
@@ -189,7 +190,7 @@ def _rows(given: str | Path | Sequence[Mapping], kind: str) -> Sequence[Mapping]
 
 
 def _best(rows: Sequence[Mapping], top: int) -> list[Mapping]:
-    """The best `top` rows of each image, of all classes together."""
+    """The best `top` rows of each image, over all classes."""
     by_picture: dict[object, list[Mapping]] = {}
     for row in rows:
         by_picture.setdefault(row["image_id"], []).append(row)
@@ -204,7 +205,7 @@ def recognition_ap(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
     The mean over the images with the class of the precision at their rank, not interpolated.
     """
-    from sklearn.metrics import average_precision_score  # here: it takes a second to import
+    from sklearn.metrics import average_precision_score  # imported here because it takes a second
 
     labels, scores = _both(labels, scores)
     found = np.full(labels.shape[1], np.nan)

@@ -1,4 +1,4 @@
-"""Metrics of ECAMP's downstream tasks, by scikit-learn and torchmetrics; its own protocols next to the plain ones."""
+"""Metrics of ECAMP's downstream tasks, by scikit-learn and torchmetrics; its released protocols and plain ones."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ PROTOCOLS = ("released", "plain")
 def mean_auroc(labels: np.ndarray | Tensor, scores: np.ndarray | Tensor) -> float:
     """The plain mean of the classes' areas under the ROC curve, in percent; labels 0 or 1 and scores (n, classes).
 
-    Raises `BadParameter`: a class with positives only, or none: its area is not defined.
+    Raises `BadParameter`: a class with positives only, or none, whose area is not defined.
     """
-    from sklearn.metrics import roc_auc_score  # here: it takes a second to import
+    from sklearn.metrics import roc_auc_score  # imported here because it takes a second
 
     labels, scores = np.asarray(labels).reshape(len(labels), -1), np.asarray(scores).reshape(len(scores), -1)
     alike = [c for c in range(labels.shape[1]) if len(set(labels[:, c].tolist())) < 2]
@@ -32,9 +32,8 @@ def mean_auroc(labels: np.ndarray | Tensor, scores: np.ndarray | Tensor) -> floa
 def dice(probability: Tensor, truth: Tensor, protocol: str = "released") -> Tensor:
     """Dice of each image (n,) at a threshold of 0.5; probability and truth (n, ...).
 
-    "released": an image without truth scores 1 when nothing was predicted and 0 otherwise, so that the mean rewards
-    silence: with 78 % healthy images an empty prediction everywhere scores 78. "plain" leaves those images out
-    (nan).
+    "released": an image without ground truth scores 1 when nothing was predicted and 0 otherwise, so the mean rewards
+    empty predictions: with 78 % healthy images, predicting nothing scores 78. "plain" leaves those images out (nan).
     """
     check_choice("protocol", protocol, PROTOCOLS)
     p, t = ((x > 0.5).flatten(1).float() for x in (probability, truth))
@@ -47,20 +46,20 @@ def mean_precision(found: Sequence[Tensor], boxes: Tensor, size: int, protocol: 
     """mAP over IoUs of 0.40 to 0.75, in percent.
 
     Args:
-        found: for each image (m, 7), as `ecamp_heads.suppress` gives them.
+        found: for each image (m, 7), the output of `ecamp_heads.suppress`.
         boxes: the truth (n, T, 5), class, centre and size as fractions; rows of zeros are padding.
         size: the image's side in pixels.
-        protocol: "released" skips images without truth and images where nothing was found, so that false alarms on
-            healthy images and complete misses cost nothing; "plain" counts all.
+        protocol: "released" skips images without ground truth and images without detections, so that false positives on
+            healthy images and complete misses have no effect; "plain" counts all.
 
     Returns:
-        -100, torchmetrics' word for it, where no box is left to be found.
+        The mAP; -100, as in torchmetrics, when no ground-truth box is left.
     """
     check_choice("protocol", protocol, PROTOCOLS)
-    from torchmetrics.detection import MeanAveragePrecision  # a second to import, of which most users need nothing
+    from torchmetrics.detection import MeanAveragePrecision  # takes a second to import; most users do not need it
 
     metric = MeanAveragePrecision(iou_thresholds=list(IOUS), backend="faster_coco_eval")
-    metric.warn_on_many_detections = False  # as released: the hundred best of an image count
+    metric.warn_on_many_detections = False  # as released: the hundred best of an image are scored
     for kept, truth in zip(found, boxes, strict=True):
         truth = truth[truth[:, 3] > 0]
         if protocol == "released" and not (len(kept) and len(truth)):

@@ -1,11 +1,11 @@
-"""Scores of restored images next to the clean ones (TIP, section 7), all by torchmetrics.
+"""Scores of restored images against the clean ones (TIP, section 7), all by torchmetrics.
 
     psnr(restored, clean)                     (B,), dB
     ssim(restored, clean)                     (B,)
-    found, reasons = perceptual()             LPIPS and FID where their networks' weights are, else why not
+    found, reasons = perceptual()             LPIPS and FID if their networks' weights exist, else the reasons
 
-A summary of the paper names FID and LPIPS; which LPIPS network and how many images is not known: AlexNet here, the
-set's own.
+A summary of the paper names FID and LPIPS, without the LPIPS network and the number of images: here AlexNet and all
+images of the set.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def perceptual(download: bool = False) -> tuple[dict[str, Metric], dict[str, str
     """LPIPS (`update(restored, clean)`) and FID (`update(images, real=)`), both of floats in [0, 1].
 
     Args:
-        download: fetch the weights of their networks where torch's cache has them not.
+        download: download the weights of their networks if torch's cache lacks them.
 
     Returns:
-        The metrics there are, and for the others the reason, in words: a table says so.
+        The available metrics, and for the others the reason as text, for tables.
     """
     makers = {
         "LPIPS": (

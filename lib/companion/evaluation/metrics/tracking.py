@@ -4,18 +4,18 @@
     scores.totals                    # {"PR": ..., "NPR": ..., "SR": ...} in percent
     scores.per_attribute()           # a row for each challenge
 
-Two quantities decide on each frame: the distance of the centres and the overlap (IoU) of the boxes.
+Each frame has two quantities: the distance of the centres and the overlap (IoU) of the boxes.
 
 * PR, precision: the share of frames whose centre is at most 20 pixels off (GTOT: less than 5).
 * NPR, normalised precision: the same with the distance in widths and heights of the true box, at most 0.2.
-* SR, success: the mean over the thresholds 0, 0.05, ..., 1 of the share of frames whose overlap is above. No overlap is
-  above 1, so a perfect tracker has 20 / 21 = 95.2 %.
-* MPR, MSR: PR and SR where a frame counts by the better of its two annotations, one for each stream.
+* SR, success: the mean over the thresholds 0, 0.05, ..., 1 of the share of frames whose overlap is larger. No overlap
+  is above 1, so a perfect tracker has 20 / 21 = 95.2 %.
+* MPR, MSR: PR and SR by the better of a frame's two annotations, one for each stream.
 
-The rules differ from set to set, in what they make of frames without the object above all; `RULES` says how. The
-numbers agree with the benchmarks' own toolkits: PyPI `rgbt` 1.0.1, and the MATLAB toolkit of VisEvent as far as a port
-of it was to be had. Like `rgbt` this estimates in float32: boxes of whole pixels often meet a threshold exactly, and in
-float64 MSR on RGBT234 moves by 0.01.
+The rules differ between the sets, mainly for frames without the object; see `RULES`. The numbers agree with the
+benchmarks' own toolkits: PyPI `rgbt` 1.0.1, and the MATLAB toolkit of VisEvent as far as a port was available. Like
+`rgbt` this computes in float32: boxes of whole pixels often meet a threshold exactly, and in float64 MSR on RGBT234
+moves by 0.01.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def centre_distance(
         second: the true ones.
         normalised: in widths and heights of `second` instead of pixels.
         inclusive: a box ends with pixel x + w - 1, so its centre is x + (w - 1) / 2; otherwise x + w / 2. It matters
-            only to the rounding of float32.
+            only for rounding in float32.
     """
     first, second = np.asarray(first), np.asarray(second)
     last = 1 if inclusive else 0
@@ -75,7 +75,7 @@ def centre_distance(
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """A rate (in 0..1) at each of `thresholds`, the mean over sequences (GTOT: over frames); both (thresholds,)."""
+    """A share (in 0..1) at each of `thresholds`, the mean over sequences (GTOT: over frames); both (thresholds,)."""
 
     thresholds: np.ndarray
     rates: np.ndarray
@@ -89,7 +89,7 @@ class Scores:
         rules: the benchmark's rules, a key of `RULES`.
         pixels: the threshold of PR.
         per_sequence: a row for each sequence, in their order; columns PR, NPR, SR, or MPR, MSR.
-        weights: what each sequence weighs in the mean, of the same shape.
+        weights: the weight of each sequence in the mean, of the same shape.
         attributes: sequence -> its attributes.
         precision, normalised, success: the curves; `normalised` is None under rules without NPR.
     """
@@ -112,7 +112,7 @@ class Scores:
         """The scores over the sequences that have an attribute: columns attribute, sequences and the scores.
 
         Args:
-            attributes: which, and in which order, such as `companion.data.tracking_sets.ATTRIBUTES["rgbt/lasher"]`;
+            attributes: their selection and order, such as `companion.data.tracking_sets.ATTRIBUTES["rgbt/lasher"]`;
                 None for all that occur, sorted.
 
         Raises:
@@ -141,16 +141,17 @@ def evaluate(
     """Score the boxes of one tracker.
 
     Args:
-        results: sequence -> (n, 4), x, y, w, h in pixels, one row a frame; `companion.data.tracking.read_results`
-            gives them. Rows beyond the annotation are left out, as in the toolkits.
+        results: sequence -> (n, 4), x, y, w, h in pixels, one row per frame, as returned by
+            `companion.data.tracking.read_results`. Rows beyond the annotation are left out, as in the toolkits.
         sequences: the ground truth; frames are not needed.
         rules: "lasher", "rgbt234", "gtot" or "visevent"; see `RULES`.
-        pixels: threshold of PR (MPR); None for the benchmark's own, 20 (GTOT 5). Small videos need a smaller one.
+        pixels: threshold of PR (MPR); None for the benchmark's own, 20 (GTOT 5). Low-resolution videos need a smaller
+            one.
 
     Raises:
         BadParameter: unknown rules.
-        CompanionError: sequences without result or results without sequence (listed), too few rows, a box that is no
-            number, or a ground truth without the second stream that the rules ask for.
+        CompanionError: sequences without result or results without sequence (listed), too few rows, a box that is not a
+            number, or a ground truth without the second stream that the rules require.
     """
     check_choice("rules", rules, RULES)
     truth = {sequence.name: sequence for sequence in sequences}
@@ -213,7 +214,7 @@ def _rates(compare: np.ufunc, values: np.ndarray, thresholds: np.ndarray, count:
 
 
 def _average(values: np.ndarray | pd.Series, weights: pd.Series) -> np.ndarray:
-    """Weighted mean over sequences; 0 where none has a weight (a tracker that hits nothing at all)."""
+    """Weighted mean over sequences; 0 if all weights are 0 (a tracker without any hit)."""
     values, weights = np.asarray(values), np.asarray(weights)
     if not weights.any():
         return np.zeros(values.shape[1:])
@@ -230,7 +231,7 @@ def _one_stream(boxes: np.ndarray, sequence: Sequence, rules: str) -> tuple[np.n
     boxes[0] = truth[0]
     good = np.all(boxes[:, 2:] > 0, 1)
     good[0] = True
-    boxes = boxes[np.maximum.accumulate(np.where(good, np.arange(len(boxes)), 0))]  # the last good one up to each frame
+    boxes = boxes[np.maximum.accumulate(np.where(good, np.arange(len(boxes)), 0))]  # the last valid one so far
     if rules == "visevent":
         boxes, truth = boxes[~sequence.absent], truth[~sequence.absent]
     distance, overlap = centre_distance(boxes, truth), iou(boxes, truth)

@@ -39,7 +39,7 @@ DIRECTIONS = ("both", "first to second", "second to first")
 STAGES = ("attention", "mlp")
 FUSIONS = ("sum", "mean")
 BRANCHES = ("ctr", "offset", "size")
-COUNTERS = ("num_batches_tracked",)  # of BatchNorms; nothing reads them, and they may be absent
+COUNTERS = ("num_batches_tracked",)  # of BatchNorms; unused, and may be absent
 
 
 class Prediction(NamedTuple):
@@ -184,7 +184,7 @@ class OSTrack(state_dicts.OfficialModel):
         return tracker
 
     def load_official(self, state: Mapping[str, Tensor]) -> None:
-        """Copy the authors' tensors into this tracker. Raises `BadCheckpoint` when one does not fit."""
+        """Copy the authors' tensors into this tracker. Raises `BadCheckpoint` when one does not match."""
         state_dicts.load_official(self, state, self.official_names(), "OSTrack", optional=COUNTERS)
 
     def official_names(self) -> dict[str, str]:
@@ -210,7 +210,7 @@ def foundation(weights: str | Path = "pretrained") -> OSTrack:
 
     Raises:
         MissingWeights: "pretrained", which cannot be downloaded, with what to do.
-        CorruptFile, BadCheckpoint: a file that cannot be read, or does not fit.
+        CorruptFile, BadCheckpoint: a file that cannot be read, or does not match.
     """
     if weights == "pretrained":
         ways = [
@@ -292,7 +292,7 @@ class BAT(state_dicts.OfficialModel):
         directions, shared: see `Exchange`.
         stages: the sublayers of a block that have adapters, of `STAGES`.
         fusion: of the streams' last features: their sum, as released, or their mean.
-        elimination: candidate elimination, block -> share of search tokens kept (section 3.5). OSTrack has
+        elimination: candidate elimination, block -> share of search tokens that remain (section 3.5). OSTrack has
             {3: 0.7, 6: 0.7, 9: 0.7}, BAT's released configurations none: each stream keeps its own tokens, so that the
             MLP's adapters mix different positions.
         tuned: "adapters" (the paper) or "all" (full fine-tuning of the same network).
@@ -359,7 +359,7 @@ class BAT(state_dicts.OfficialModel):
         return self.locate(self.embed_template(template), search, trace)
 
     def embed_template(self, template: Tensor) -> Tensor:
-        """Template tokens (2B, n, D) of crops (B, 6, t, t), for `locate`; computed once a video."""
+        """Template tokens (2B, n, D) of crops (B, 6, t, t), for `locate`; computed once per video."""
         return self.tracker.embed_template(streams(template))
 
     def locate(self, template_tokens: Tensor, search: Tensor, trace: dict | None = None) -> Prediction:
@@ -369,9 +369,9 @@ class BAT(state_dicts.OfficialModel):
     def forward_features(self, template_tokens: Tensor, search: Tensor, trace: dict | None = None) -> Tensor:
         """The fused tokens F (B, n + m, D), template first.
 
-        `trace` receives lists, one entry a block: "tokens" (2B, N, D); "attention" (2B, heads, m), from the template's
-        central token to the search tokens; "traffic" {stage: (2B, N)}, the norm of the adapter's output over the norm
-        of the frozen term next to it; "kept" (2B, k), indices of the remaining search tokens.
+        `trace` receives lists, one entry per block: "tokens" (2B, N, D); "attention" (2B, heads, m), from the
+        template's central token to the search tokens; "traffic" {stage: (2B, N)}, the norm of the adapter's output over
+        the norm of the frozen term next to it; "kept" (2B, k), indices of the remaining search tokens.
         """
         tracker = self.tracker
         x = torch.cat([template_tokens, tracker.embed_search(streams(search))], 1)
@@ -568,7 +568,7 @@ def centre_map(boxes: Tensor, f: int, overlap: float = 0.7) -> Tensor:
 
 def focal(score: Tensor, target: Tensor) -> Tensor:
     """CenterNet's focal loss (alpha 2, beta 4) of a score map and `centre_map`, over the number of centres."""
-    # no masks as indices: a GPU would be waited for
+    # no masks as indices, which would synchronise with a GPU
     p, centre = score.clamp_min(1e-12), target == 1
     positive = (p.log() * (1 - p) ** 2 * centre).sum()
     negative = ((1 - p).clamp_min(1e-12).log() * p**2 * (1 - target) ** 4).sum()

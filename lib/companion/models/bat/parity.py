@@ -36,7 +36,7 @@ def outputs(case: Case) -> dict[str, Tensor]:
 
 
 def recorded(case: Case) -> dict[str, Tensor]:
-    """What the case recorded. The file of `raw_results` holds the boxes that are scored, case.json their scores."""
+    """The recorded outputs of a case. For `raw_results` the file has the boxes, case.json their scores."""
     if case.name != "raw_results":
         return case.recorded
     facts = case.facts
@@ -193,7 +193,7 @@ def _model(case: Case) -> dict[str, Tensor]:
     trained = model.trained()
     found["loss"] = value
     found |= {f"grad:{official[n]}": p.grad.clone() for n, p in trained.items()}
-    # one step as the authors make it: clipped at 0.1, AdamW with decay on every adapter tensor
+    # one step as in the authors' code: clipped at 0.1, AdamW with decay on every adapter tensor
     found["grad_total_norm"] = torch.nn.utils.clip_grad_norm_(trained.values(), 0.1)
     torch.optim.AdamW(trained.values(), lr=4e-4, weight_decay=1e-4).step()
     found |= {f"after_step:{official[n]}": p.detach() for n, p in trained.items()}

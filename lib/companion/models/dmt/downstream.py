@@ -5,7 +5,7 @@
     detector, Crops           blocks -> pyramid of four scales -> torchvision's Mask R-CNN (ViTDet)
     segmenter, SceneCrops     blocks 3, 5, 7, 11 -> four scales -> transformers' UPerNet head (MAE, BEiT)
 
-DMT's own recipes could not be found: these are those of MAE and G2SD [anc], and each function says where it differs.
+DMT's own recipes were not found: these are those of MAE and G2SD [anc]; each function documents its differences.
 Every one takes a `ViT` of any size, copies it, and trains through `fit`.
 
 Shapes: B images of S x S pixels, D the ViT's width, g = S / patch.
@@ -221,7 +221,7 @@ def probe(
 ) -> tuple[nn.Module, History]:
     """A linear probe on features (n, F) by SGD, and its history: batch norm without affine, then linear (MAE).
 
-    MAE's optimiser is LARS, for batches of 16,384; here it is SGD with momentum, and batches are small.
+    MAE's optimiser is LARS, for batches of 16,384; here it is SGD with momentum, with small batches.
 
     Args:
         options: of `fit`.
@@ -283,7 +283,7 @@ def _maps(vit: ViT, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
 
 
 class SimplePyramid(nn.Module):
-    """ViTDet's: the last block's map at 4, 2, 1 and 1/2 times its side, each by itself, and a coarser one by pooling.
+    """ViTDet's: the last block's map at 4, 2, 1 and 1/2 times its side, each separately, and a coarser one by pooling.
 
     The encoder is copied. All but four of ViTDet's blocks attend within windows, to save memory; ours attend globally.
     """
@@ -438,8 +438,8 @@ def detections(
 
     Args:
         categories: category ids in the order of the labels.
-        batch: images at once, of one size: padding would be seen by the ViT.
-        progress: wraps the loader, which gives four batches at a time.
+        batch: images at once, of one size: the ViT would process padding.
+        progress: wraps the loader, which returns four batches at a time.
     """
     from faster_coco_eval.core import mask as rle  # the extra "detection"
 

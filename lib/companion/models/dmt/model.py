@@ -1,15 +1,16 @@
 """DMT: comprehensive distillation with multiple self-supervised teachers (Liu et al., ICASSP 2024). A RECONSTRUCTION.
 
-Several frozen ViTs that learned without labels, each in another way, teach one student together, without labels too.
+Several frozen ViTs, each pre-trained without labels by a different method, are distilled into one student, also without
+labels.
 
     x (B, 3, S, S) --each frozen teacher k-->    y_k (B, 1 + L, D_k)  --norm-->  targets t_k
     the visible patches V of x      --student--> z   (B, 1 + |V|, D)
     z --adapter A_k-->      compared with t_k on V                        token loss
     z --decoder, head k-->  p_k (B, 1 + L, D_k), compared with t_k        feature-map loss
-    only the student is kept
+    only the student is used afterwards
 
-Of the paper only the abstract and a paragraph of the introduction could be read, and there is no public code: WHAT
-IS DISTILLED INTO WHAT, AND BY WHICH LOSS, IS OUR CHOICE. It follows ancestors whose code can be read, G2SD (decoder,
+Only the paper's abstract and a paragraph of the introduction were available, and there is no public code: WHAT
+IS DISTILLED INTO WHAT, AND BY WHICH LOSS, IS OUR CHOICE. It follows ancestors with public code, G2SD (decoder,
 smooth L1 on normalised features), TinyMIM (relations) and MAE (masking), and the abstract of CoMAD (views, gate). Each
 choice names its source:
 
@@ -59,8 +60,9 @@ class Teachers(nn.Module):
 
     Args:
         models: the teachers by name [paper: three self-supervised ViT-Base; 2nd: MAE, MoCo v3, iBOT]; copied.
-        view: the patches that a teacher sees [house: all, "full"]. "same": the student's visible patches [anc: G2SD].
-            "lighter": these and more, a share of its own for each, in steps from the student's to 1 [2nd: CoMAD].
+        view: the patches that a teacher receives [house: all, "full"]. "same": the student's visible patches [anc:
+            G2SD]. "lighter": these and more, a share of its own for each, in steps from the student's to 1 [2nd:
+            CoMAD].
     """
 
     def __init__(self, models: Mapping[str, ViT], *, view: str = "full"):
@@ -75,7 +77,7 @@ class Teachers(nn.Module):
         self.view = view
 
     def train(self, mode: bool = True) -> Teachers:
-        """They stay in eval mode, whatever the student is in."""
+        """They stay in eval mode, independent of the student's mode."""
         return super().train(False)
 
     @property
@@ -93,7 +95,7 @@ class Teachers(nn.Module):
         return tuple(model.heads for model in self.models.values())
 
     def counts(self, patches: int, student: int) -> tuple[int, ...]:
-        """How many patches each teacher sees, when the student sees `student` of `patches`."""
+        """How many patches each teacher receives, when the student receives `student` of `patches`."""
         k = len(self.models)
         if self.view == "full":
             return (patches,) * k
@@ -169,7 +171,7 @@ class TargetNorm(nn.Module):
         mean, square = x.mean((0, 1)), x.square().mean((0, 1))
         if self.statistics == "running":
             if self.training:
-                # the first batches count equally, so that the start does not weigh for long
+                # the first batches have equal weight, to limit the influence of the initial values
                 self.batches += 1
                 share = torch.clamp(1 / self.batches, min=self.momentum)
                 self.mean.lerp_(average_over_devices(mean), share)
@@ -338,7 +340,7 @@ class DMT(nn.Module):
         targets = self.targets(teacher_output)
 
         if self.relation_weight:
-            # the last block's queries, keys and values; the block itself then runs as always
+            # the last block's queries, keys and values; the block itself then runs normally
             x, last = self.student.embed(images, keep), len(self.student.blocks) - 1
             for block in self.student.blocks[:last]:
                 x = block(x)
@@ -356,7 +358,7 @@ class DMT(nn.Module):
         if self.decoder is not None and self.map_heads is not None:
             decoded = self.decoder(latent, keep)
             trace["maps"] = maps = [head(decoded) for head in self.map_heads]
-            if view != "full":  # each teacher's positions; of fused targets those that all teachers see
+            if view != "full":  # each teacher's positions; of fused targets those that all teachers receive
                 counts = seen if self.fusion == "separate" else (min(seen),) * len(seen)
                 targets = [t[:, : 1 + n] for t, n in zip(targets, counts, strict=True)]
                 maps = [take(p, order[:, :n]) for p, n in zip(maps, counts, strict=False)]

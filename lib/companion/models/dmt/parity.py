@@ -1,6 +1,6 @@
 """DMT's teachers and ancestors: cases recorded from MAE, MoCo v3, iBOT, DINO, G2SD, DMAE and TinyMIM.
 
-DMT itself has no public code. Checked are the models it distils from, and the ancestors of its losses.
+DMT itself has no public code. The models it distils and the ancestors of its losses are checked.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def outputs(case: Case) -> dict[str, Tensor]:
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint; of a whole training run's the encoder, by its own names."""
+    """The tensors of a checkpoint; of a full training checkpoint the encoder, by its own names."""
     state = teachers.read(path)
     wrapped = any(name.startswith(("module.", "base_encoder.", "backbone.")) for name in state)
     return encoder_state(state) if wrapped else state
 
 
 def part(case: Case, name: str, tokens: Tensor, usual: int) -> Tensor:
-    """Of tokens (B, N, D) what was recorded: every `usual`-th unless case.json has another step, the first channels."""
+    """The recorded part of tokens (B, N, D): every `usual`-th unless case.json has another step, the first channels."""
     recorded = case.recorded[name].shape
     told = re.search(r"every (\d+)", str(case.facts.get("outputs", {}).get(name, "")))
     step, count = int(told[1]) if told else usual, tokens.shape[-2]

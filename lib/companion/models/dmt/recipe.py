@@ -37,28 +37,28 @@ from .model import DMT, Teachers, loss
 from .vit import ViT
 
 WORKERS = min(16, os.cpu_count() or 1)
-MICRO_BATCH = 256  # images that go through a device together; the gradients of a step's images are added up
+MICRO_BATCH = 256  # micro-batch of a device; the gradients of a step are accumulated
 EVERY = 200  # steps between checkpoints
 # weights of token, feature-map and relation loss
 LOSSES = {"token and map": (1, 1, 0), "token": (1, 0, 0), "map": (0, 1, 0), "with relations": (1, 1, 1)}
 USUAL = {"distil": IMAGENET, "fine-tune": IMAGENET, "linear probe": IMAGENET, "detect": COCO, "segment": ADE20K}
 SIZES = {"detect": 1024, "segment": 512}  # sides of training crops, in pixels
-CROP = (0.2, 1.0)  # share of an image that a crop of distillation has
+CROP = (0.2, 1.0)  # share of an image's area in a crop of distillation
 DRY_BATCH = 2
-TEST_BATCH = 8  # images of a detector's test
-DRY_CLASSES = {"fine-tune": 1000, "linear probe": 10, "detect": 80, "segment": 150}  # ten can be probed on twenty
+TEST_BATCH = 8  # images per batch of a detector's test
+DRY_CLASSES = {"fine-tune": 1000, "linear probe": 10, "detect": 80, "segment": 150}  # ten for twenty images
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is distilled into what.
+    """The models and data of a distillation.
 
     Attributes:
         title: of the data.
         learning_rates: by method.
         build: the model of a method, before training.
         learn: trains a model in place: (model, method, arguments of `fit`) to the history.
-        trained: file of the student after a `paper` training, the parameter `weights`; None where none is written.
+        trained: file of the student after a `paper` training, the parameter `weights`; None if none is written.
     """
 
     title: str
@@ -72,13 +72,13 @@ class Setting:
 
 
 def recipe(task: str) -> dict[str, float]:
-    """The settings of a task in the paper's YAML, G2SD's and MAE's; those that it has."""
+    """The settings of a task in the paper's YAML, G2SD's and MAE's."""
     row = published_table("dmt", "recipe").set_index("method").loc[task]
     return {name: float(value) for name, value in row.items() if not np.isnan(value)}
 
 
 def protocol() -> dict[str, str]:
-    """What the `paper` profile runs, a fact a row. DMT's own settings could not be found: these are its ancestors'."""
+    """The settings of the `paper` profile, one per row. DMT's own were not found: these are its ancestors'."""
     distil, tune, probe, detect, segment = (recipe(task) for task in USUAL)
     mixup, cutmix, smoothing = down.mixed_loss.__defaults__ or ()
     crop = " to ".join(f"{100 * share:.0f}" for share in CROP)
@@ -114,7 +114,7 @@ def protocol() -> dict[str, str]:
 
 
 def named(text: str) -> list[str]:
-    """Names of teachers between commas. Raises `BadParameter` for one that is unknown, or twice there, or none."""
+    """Names of teachers, comma-separated. Raises `BadParameter` for an unknown or duplicate name, or for none."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names or len(set(names)) < len(names) or set(names) - set(dmt_teachers.RELEASED):
         raise BadParameter("teachers", text, f"one or more of {list(dmt_teachers.RELEASED)}, each once, between commas")
@@ -122,7 +122,7 @@ def named(text: str) -> list[str]:
 
 
 def files(text: str) -> dict[str, str]:
-    """Files of teachers, "name=file" between commas. Raises `BadParameter`."""
+    """Files of teachers, "name=file", comma-separated. Raises `BadParameter`."""
     found = {}
     for entry in (entry.strip() for entry in text.split(",") if entry.strip()):
         name, equals, path = (part.strip() for part in entry.partition("="))
@@ -134,7 +134,7 @@ def files(text: str) -> dict[str, str]:
 
 def released(p: SimpleNamespace, name: str) -> ViT:
     """A teacher of the parameters: from its file, from the cache, or random in a dry run without a file."""
-    torch.manual_seed(p.seed + zlib.crc32(name.encode()))  # random ones differ from each other
+    torch.manual_seed(p.seed + zlib.crc32(name.encode()))  # random teachers differ from each other
     return dmt_teachers.released(name, files(p.teacher_files).get(name, "random" if p.dry_run else "pretrained"))
 
 
@@ -207,8 +207,7 @@ def distil(
     Args:
         data: items (image,), or (image, tokens of each teacher) of a cache.
         rates: the learning rate of each step; None: the published ones.
-        micro_batch: images that go through a device together. (Targets standardised by the running statistics do not
-            depend on it.)
+        micro_batch: micro-batch of a device. (Targets standardised by the running statistics do not depend on it.)
         changes: arguments of `fit`.
     """
     r = recipe("distil")
@@ -226,7 +225,8 @@ def _hardware(p: SimpleNamespace, accumulate: int = 1) -> Hardware:
 
 
 def _facts(p: SimpleNamespace) -> dict[str, Any]:
-    """The parameters that decide a training, for its checkpoint's key; files of weights count by their tensors."""
+    """The parameters that determine a training, for its checkpoint's key; files of weights are hashed by their
+    tensors."""
     names = ("seed", "dataset", "student", "teachers", "teacher_view", "target_norm", "fusion", "losses", "mask_ratio")
     return {name: getattr(p, name) for name in (*names, "cached")} | {"data_root": Path(p.data_root)}
 
@@ -238,7 +238,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         p: the checked parameters of the notebook.
         out: the run's folder, for a cache, checkpoints and the trained student.
 
-    Raises `BadParameter`, `MissingData`, `MissingWeights`: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`: with the change or download needed.
     """
     found = teachers(p)
     options: dict[str, Any] = {}
@@ -265,7 +265,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         views = dmt_cache.Views(raw, augment(), seed=p.seed)
         build = functools.partial(dmt_cache.build, out / "teachers", found, views, hardware=_hardware(p))
         if p.devices > 1:
-            apart(build)  # what follows only opens it
+            apart(build)  # the code below only opens it
         return dmt_cache.Distilled(views, build())
 
     def learn(model: DMT, method: str, **changes: Any) -> History:
@@ -278,8 +278,8 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
 
 
 def _images_to_distil(p: SimpleNamespace) -> Dataset:
-    """ImageNet's training images; "folder": all below `data_root`, or below its `train` where it has one, at any
-    depth, since no label is needed. In [0, 1], at their own size."""
+    """ImageNet's training images; "folder": all below `data_root`, or below its `train` if it exists, at any depth,
+    because no label is needed. In [0, 1], at their original size."""
     dataset = p.dataset or IMAGENET
     if dataset == "folder":
         return pretraining.pictures(p.data_root)
@@ -322,8 +322,8 @@ def encoder(p: SimpleNamespace) -> ViT:
     """The encoder of a task before training: `weights`, the first teacher, or a random ViT of the student's size.
 
     Raises:
-        MissingWeights: a distilled student was never released: train one first.
-        CorruptFile, BadCheckpoint: the file cannot be read, or is of something else.
+        MissingWeights: no distilled student was released: train one first.
+        CorruptFile, BadCheckpoint: the file cannot be read, or is of another model.
     """
     if p.encoder == "teacher":
         return released(p, named(p.teachers)[0])
@@ -348,7 +348,7 @@ def downstream(p: SimpleNamespace, out: Path | None = None) -> Downstream:
     Args:
         out: the run's folder, for checkpoints and trained weights; None: none are written.
 
-    Raises `BadParameter`, `MissingData`, `MissingWeights`, `BadCheckpoint`: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`, `BadCheckpoint`: with the change or download needed.
     """
     if p.task == "distil" or p.task not in USUAL:
         raise BadParameter("task", p.task, [task for task in USUAL if task != "distil"])
@@ -547,7 +547,7 @@ def _detect(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
     return build, learn, score
 
 
-DROPS = (163_889, 177_546)  # steps of 184,375 at which the learning rate falls to a tenth
+DROPS = (163_889, 177_546)  # of 184,375 steps, those at which the learning rate falls to a tenth
 
 
 def _segment(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
@@ -576,7 +576,7 @@ def _segment(p: SimpleNamespace, r: Mapping[str, float]) -> Task:
         with evaluating(_hardware(p), model) as device:
             for i in _bar("segmentation")(range(len(test))):
                 image, truth = test[i]
-                # the short side to 512, as mmseg tests; the prediction back to the image's own size
+                # the short side to 512, as mmseg tests; the prediction back to the image's original size
                 factor = size / min(image.shape[1:])
                 side = [max(1, round(n * factor)) for n in image.shape[1:]]
                 resized = normalise(v2.functional.resize(image, side, antialias=True).float() / 255)
@@ -615,12 +615,13 @@ TABLES = {
 
 
 def measured(path: Path, *new: Mapping[str, object]) -> pd.DataFrame:
-    """The scores on real data in the CSV `path`; `new` rows, `KEYS` and "score", are added, or replace theirs."""
+    """The scores on real data in the CSV `path`; `new` rows, `KEYS` and "score", are added or replace equal ones."""
     return upsert_rows(path, KEYS, ["score"], new)
 
 
 def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
-    """Means over seeds by (row, column) of a table. Ours are rows of their own: a reconstruction reproduces nothing."""
+    """Means over seeds by (row, column) of a table. Ours are separate rows: a reconstruction does not reproduce the
+    paper."""
     columns = TABLES[table]
     rows = rows[rows.metric.isin(columns) & (rows.task != "linear probe")]
     found: dict[tuple[str, str], list[float]] = {}
@@ -637,5 +638,5 @@ def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
 
 
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """By title, the paper's tables as far as they are known, with our measurements in rows of their own."""
+    """By title, the paper's tables as far as they are known, with our measurements in separate rows."""
     return with_measured("dmt", {table: cells(rows, table) for table in TABLES})

@@ -1,15 +1,15 @@
 """The self-supervised teachers of DMT: how MAE and MoCo v3 are trained, and where released teachers come from.
 
-    MAE      predicts the pixels of masked patches, three quarters of all          (He et al., CVPR 2022)
+    MAE      predicts the pixels of the masked three quarters of patches           (He et al., CVPR 2022)
     MoCo v3  matches two views of an image among those of a batch                  (Chen et al., ICCV 2021)
     iBOT, DINO: `layers.dino.SelfDistillation`
 
-All are facts of their official codes, written from scratch and checked against outputs recorded from them: mae at
+All follow their official codes, written from scratch and checked against outputs recorded from them: mae at
 efb2a80 and moco-v3 at c349e6e of facebookresearch (CC BY-NC 4.0), ibot at da316d8 of bytedance and dino at 7c446df of
 facebookresearch (Apache 2.0). That DMT's three teachers are MAE, MoCo v3 and iBOT is inferred from its successor.
 
 The encoder is `ViT` in all of them. Each is a module from a batch to its loss, which `fit` trains; moving averages of
-weights are buffers, so that a resumed training gives the same bits.
+weights are buffers, so that a resumed training is bit-identical.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def released(name: str, weights: str | Path = "pretrained", *, download: bool = 
     Args:
         weights: "pretrained": timm's release of MAE and DINO; of MoCo v3 an unofficial mirror on the hub; iBOT has
             neither. "random" (torch's current seed), or an official file, see `read`.
-        download: fetch what is not in the cache.
+        download: download weights that are not in the cache.
 
     Raises:
-        BadParameter: unknown name, or a file that is not there.
-        MissingWeights: they are not cached, and not to be downloaded or out of reach.
-        CorruptFile, BadCheckpoint: the file cannot be read, or is of something else.
+        BadParameter: unknown name, or a missing file.
+        MissingWeights: they are not cached, and downloading is off or fails.
+        CorruptFile, BadCheckpoint: the file cannot be read, or is of another model.
     """
     check_choice("teacher", name, RELEASED)
     positions, pretrained, source = RELEASED[name]
@@ -98,7 +98,7 @@ class MAE(state_dicts.OfficialModel):
     """A masked autoencoder: images to the loss on their masked patches.
 
     Args:
-        encoder: trained in place; it sees the visible patches.
+        encoder: trained in place; it receives the visible patches.
         decoder: its width, depth and heads.
         mask_ratio: share of hidden patches.
         normalise: predict pixels standardised by each patch's own mean and std (norm_pix_loss, on in the released
@@ -226,10 +226,10 @@ class MoCo(nn.Module):
         return contrastive_loss(q[0], k[1], self.temperature) + contrastive_loss(q[1], k[0], self.temperature)
 
     def ema(self, steps: int, momentum: float = 0.99) -> EMA:
-        """The callback that moves the key encoder, its momentum rising to 1 over `steps`.
+        """The callback that updates the key encoder, its momentum rising to 1 over `steps`.
 
-        The released code moves it before the keys of a step are computed, with the momentum of that step. After the
-        step before is the same: at the first step both encoders are equal.
+        The released code updates it before the keys of a step are computed, with the momentum of that step. An update
+        after the previous step is equivalent: at the first step both encoders are equal.
         """
         if not 0 < momentum <= 1:
             raise BadParameter("momentum", momentum, "above 0, up to 1")

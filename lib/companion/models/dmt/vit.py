@@ -23,7 +23,7 @@ from ..layers.pos_embed import resize_pos_embed, sincos_table
 
 POSITIONS = ("mae", "mocov3", "learned")
 
-# students [paper: tiny, small, base]; their widths are the field's. Pocket: ours, for a CPU (section 14)
+# students [paper: tiny, small, base]; with the usual widths. Pocket: ours, for a CPU (section 14)
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"width": 192, "depth": 12, "heads": 3},
     "small": {"width": 384, "depth": 12, "heads": 6},
@@ -46,7 +46,7 @@ class ViT(Recorded, nn.Module):
         positions: "mae" or "mocov3", fixed sines and cosines; "learned", trained, as iBOT's and DINO's.
         masked: has iBOT's `masked_embed`, which replaces masked patches.
         last_heads: heads of the last block, where a relation loss needs as many as the teacher has [anc: TinyMIM].
-        drop_path: largest rate of stochastic depth, reached in the last block.
+        drop_path: largest probability of stochastic depth, reached in the last block.
 
     Raises `BadParameter`: sizes that do not fit each other, or unknown `positions`.
     """
@@ -111,7 +111,7 @@ class ViT(Recorded, nn.Module):
         return self.blocks[-1].attn.num_heads
 
     def no_weight_decay(self) -> set[str]:
-        """Tensors that MAE's and DINO's code leave without weight decay, next to vectors and biases, as timm has it."""
+        """Tensors without weight decay in MAE's and DINO's code, besides vectors and biases; timm's interface."""
         return {"cls_token", "pos_embed", "masked_embed"}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -177,7 +177,8 @@ class ViT(Recorded, nn.Module):
 
     @torch.no_grad()
     def attention(self, images: Tensor, layer: int = -1) -> Tensor:
-        """Attention of the [CLS] token to the patches in a block: (B, heads, L); its own share is left out."""
+        """Attention of the [CLS] token to the patches in a block: (B, heads, L); its attention to itself is left
+        out."""
         layer %= len(self.blocks)
         x = self.hidden(images, (layer - 1,))[0] if layer else self.embed(images)
         q, k, _ = self.qkv(x, layer)
@@ -194,8 +195,8 @@ class ViT(Recorded, nn.Module):
     ) -> ViT:
         """The encoder in a released state dict of MAE, MoCo v3, iBOT, DINO or timm, in eval mode (section 3.2).
 
-        Prefixes are taken off (`module.base_encoder.`, `backbone.`, `module.backbone.`); heads, momentum encoders and
-        decoders are passed over. All sizes are read from the tensors; a position embedding that equals MAE's or MoCo
+        Prefixes are removed (`module.base_encoder.`, `backbone.`, `module.backbone.`); heads, momentum encoders and
+        decoders are ignored. All sizes are read from the tensors; a position embedding that equals MAE's or MoCo
         v3's is fixed, any other is learned. The inverse is `to_official`.
 
         Args:
@@ -234,7 +235,7 @@ class ViT(Recorded, nn.Module):
 
 
 def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's tensors of a released state dict, without prefix; what is no encoder's is left out."""
+    """The encoder's tensors of a released state dict, without prefix; other tensors are left out."""
     for prefix in ("module.", "base_encoder.", "backbone."):
         own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         state = own or state
@@ -261,7 +262,7 @@ def initialise(module: nn.Module) -> None:
 
 
 def visible(patches: int, ratio: float) -> int:
-    """How many patches stay when the share `ratio` is masked: the whole part of L (1 - ratio), as in MAE."""
+    """The number of visible patches when the share `ratio` is masked: L (1 - ratio) rounded down, as in MAE."""
     if not 0 <= ratio < 1:
         raise BadParameter("mask_ratio", ratio, "0 or more, less than 1")
     count = int(patches * (1 - ratio))

@@ -82,7 +82,7 @@ class DPLQ(PromptLearner):
 
     Args: as `clip_prompting.PromptLearner`, and
         domain: the domain model, images to (b, F) with F its `num_features` (see `domain_model`), of which a frozen
-            copy is kept; or F when the features are given in every call.
+            copy is kept; or F when the features are passed in every call.
         depth: J, the prompted layers: 9 as released for base-to-novel, 3 for cross-dataset runs. Prompts deeper than
             the text tower act on the image tower alone.
         hidden: width of the small net; None for E / 16.
@@ -90,12 +90,13 @@ class DPLQ(PromptLearner):
             images of the batch; "train"; or "off".
         language, vision: "quaternion", or "real" for linear layers on the unpadded sum, the control.
         axes: the components of the quaternions: "jk", as released, has zeros and then the sum of prompt and bias;
-            "ri" the sum and then zeros; "i, j" is not the authors': the prompt on i, the bias on j, an axis each.
+            "ri" the sum and then zeros; "i, j" is not the authors': the prompt on i, the bias on j.
 
     Raises `BadParameter`: an option outside its choices, or towers whose widths are no multiples of 4.
     """
 
-    # left over from the authors' earlier method, in no forward pass; and the domain models, which are given apart
+    # left over from the authors' earlier method, in no forward pass; and the domain models, which are separate
+    # arguments
     _unused = ("visual_net.", "remote_model.", "medical_model.")
 
     def __init__(
@@ -145,7 +146,7 @@ class DPLQ(PromptLearner):
     def domain_features(self, images: Tensor) -> Tensor:
         """The domain feature f (b, F) of images (b, 3, H, W), without autograd.
 
-        It does not change in training: `fit.predict(model.domain, data)` computes it once, for every call.
+        It does not change in training: `fit.predict(model.domain, data)` computes it once.
         """
         if self.domain is None:
             raise BadParameter("domain", None, "features (b, F) in the call: the model was made without a domain model")
@@ -345,8 +346,8 @@ class DomainModel(Recorded, nn.Module):
 
     Args:
         encoder: images to (b, F), with `num_features` F; a frozen copy is kept.
-        size: images are resized to this (nearest neighbour, as released); None leaves them.
-        given, wanted: the normalisation of the images and of the encoder; with None images stay as they are.
+        size: images are resized to this (nearest neighbour, as released); None: unchanged.
+        given, wanted: the normalisation of the images and of the encoder; with None images are unchanged.
     """
 
     def __init__(
@@ -398,19 +399,19 @@ def domain_model(
     Args:
         name: "remote-sensing", the MAE ViT-B/16 of ViTAE-Transformer/Remote-Sensing-RVSA (F = 512; the authors' other
             choice, its ViTAE sibling, is not here); "medical", MedSAM's image encoder (F = 256); the controls "clip",
-            CLIP's own feature, and "none", zeros; or any encoder that `backbones.build` knows, for instance
+            CLIP's own feature, and "none", zeros; or any name accepted by `backbones.build`, for instance
             "vit_base_patch16_224.mae".
         weights: "pretrained", "random", or a file.
         clip: the CLIP that is prompted; images have its size and its normalisation, and are resized (nearest neighbour)
             where the domain model has another size.
         tap: for "remote-sensing", see `MAE`.
-        normalise: "clip", as released: the domain model gets the very tensor that CLIP gets; or "own".
-        download: fetch weights that are not cached.
+        normalise: "clip", as released: the domain model receives CLIP's input tensor; or "own".
+        download: download weights that are not cached.
 
     Raises:
         BadParameter: an unknown name or option.
         MissingWeights: weights that are not found, with the ways to get them.
-        CorruptFile, BadCheckpoint: a file that cannot be read, or that is of another model.
+        CorruptFile, BadCheckpoint: a file that cannot be read, or is of another model.
     """
     check_choice("normalise", normalise, ("clip", "own"))
     if name == "clip":
@@ -448,7 +449,7 @@ def _remote_sensing(weights: str | Path, tap: str) -> MAE:
 
 
 def _medical(weights: str | Path, download: bool) -> nn.Module:
-    """MedSAM's image encoder as timm has it: (b, 3, 1024, 1024) to the mean over 64x64 places, (b, 256)."""
+    """MedSAM's image encoder as timm has it: (b, 3, 1024, 1024) to the mean over 64x64 positions, (b, 256)."""
     if weights == "pretrained":
         weights = backbones.hub_file(MEDSAM, MEDSAM, ["model.safetensors", "pytorch_model.bin"], download)
     encoder = backbones.build("samvit_base_patch16", "random")

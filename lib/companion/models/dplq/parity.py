@@ -36,12 +36,12 @@ def recorded(case: Case) -> dict[str, Tensor]:
 
 
 def _input(case: Case, name: str) -> Tensor:
-    key = f"input:{name}"  # these cases write the prefix of `fill` out
+    key = f"input:{name}"  # these cases include the prefix of `fill`
     return case.values(key, *case.facts["inputs"][key])
 
 
 def _state(case: Case) -> dict[str, Tensor]:
-    """The official state dict; CLIP's scale has no axes, which `fill` gives as a plain number."""
+    """The official state dict; CLIP's scale has no axes; `fill` returns it as a plain number."""
     if case.given is not None:
         return dict(case.given)
     return {n: torch.as_tensor(a) for n, a in fill.state_dict(case.names, case.seed).items()}

@@ -1,4 +1,4 @@
-"""DPLQ with the published settings: what the `paper` profile trains, the protocols, and the tables of results."""
+"""DPLQ's `paper` profile: the published training, the protocols, and the tables of results."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ from .model import DPLQ, PROMPT, domain_model, loss
 DOMAINS = {"remote": "remote-sensing", "medical": "medical"}
 TRANSFERS = {"cross-dataset": fewshot.cross_dataset, "domain generalisation": fewshot.domain_generalisation}
 UNTRAINED = ("zero-shot CLIP",)
-MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # of SGD, on everything that is trained
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # of SGD, on all trainable parameters
 SOURCES = {"remote": "remote/rsicd", "medical": "medical/btmri"}
 """The sets that the transfers begin from: of the medical script, and the example in the README of the successor."""
-TEST_BATCH = 24  # as released: the noise of an image's prompts depends on its batch, at test time too
+TEST_BATCH = 24  # as released: the noise of an image's prompts depends on its batch, also at test time
 WORKERS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained on what, and tested on what.
+    """The methods, training data and test sets of a run.
 
     Attributes:
-        classes: the names of the classes that are trained on, by label.
+        classes: the names of the training classes, by label.
         test_classes: the same of every test set, by its name.
-        methods: in the order of the tables; learning_rates: of those that are trained.
+        methods: in the order of the tables; learning_rates: of the trained ones.
         build: the model of a method, before training.
         inputs: of a method and "train" or the name of a test set: items (image, label), or (features or image, label,
-            maybe domain feature) where features are cached.
+            and optionally domain feature) if features are cached.
         optimizer: of a learning rate.
         options: the other arguments of `fit`.
         accuracy: of a model, test inputs and their class names; top-1, in percent.
-        folder: of the run, below which checkpoints and final weights are saved; None: they are not.
-        training: what is trained, which names these files.
-        facts: what tells the training from others, for the checkpoint's key.
+        folder: of the run, for checkpoints and final weights; None: they are not saved.
+        training: name of the training, used for these files.
+        facts: the identity of the training, for the checkpoint's key.
     """
 
     title: str
@@ -73,9 +73,9 @@ class Setting:
 
 
 def setting(p: SimpleNamespace, out: Path) -> Setting:
-    """The setting of the `paper` profile that the notebook's parameters ask for; results go below `out`.
+    """The setting of the `paper` profile for the notebook's parameters; results go below `out`.
 
-    Raises `BadParameter`, `MissingData`, `MissingWeights`: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`: with the change or download needed.
     """
     check_targets(p)
     return _dry(p) if p.dry_run else _paper(p, out)
@@ -94,17 +94,18 @@ def published_settings(protocol: str) -> dict[str, float]:
 
 
 def optimizer(learning_rate: float, weight_decay: float = WEIGHT_DECAY, momentum: float = MOMENTUM) -> MakeOptimizer:
-    """The authors': SGD with momentum, and weight decay on everything that is trained."""
+    """The authors' optimiser: SGD with momentum and weight decay on all trainable parameters."""
     return sgd(learning_rate, weight_decay, momentum=momentum, decay="all")
 
 
 def learning_rates(epochs: int, warmup: float, warmup_lr: float) -> Schedule:
-    """One learning rate an epoch: `warmup` epochs at a small constant one, then a cosine as long as all epochs."""
+    """One learning rate per epoch: `warmup` epochs at a small constant one, then a cosine over the length of all
+    epochs."""
     return schedule("cosine by epoch", warmup / epochs, 0.0, warmup_lr)
 
 
 def _options(p: SimpleNamespace) -> dict:
-    """The other arguments of `fit`: one learning rate an epoch, the first epoch at a small constant one."""
+    """The other arguments of `fit`: one learning rate per epoch, the first epoch at a small constant one."""
     recipe = published_settings(p.protocol)
     epochs = int(recipe["epochs"])
     return {
@@ -117,7 +118,7 @@ def _options(p: SimpleNamespace) -> dict:
 
 
 def last(images: int, recipe: Mapping[str, float]) -> str:
-    """What becomes of the last images of an epoch, as `fit` has it: dropped, unless there is no whole batch at all."""
+    """The argument `last` of `fit`: the last images of an epoch are dropped, unless there is no full batch."""
     return "drop" if images >= recipe["train batch"] else "train"
 
 
@@ -199,7 +200,7 @@ def _domain_model(name: str, source: str | Path, clip: nn.Module) -> nn.Module:
 
 
 def _paper(p: SimpleNamespace, out: Path) -> Setting:
-    """The published recipe on real images: 16 images a class, tested as the protocol says."""
+    """The published recipe on real images: 16 images per class, tested by the protocol."""
     clip = _clip(p, weights(p, "clip", p.weights))
     domain = _domain(p, clip)
     seen = backbones.input_of(clip)
@@ -216,7 +217,7 @@ def _paper(p: SimpleNamespace, out: Path) -> Setting:
     names = {name: tuple(part.class_names) for name, part in parts.items()}
     facts = {name: getattr(p, name) for name in ("dataset", "noise", "seed")}
     options = _options(p) | {"last": last(len(protocol.train), published_settings(p.protocol))}
-    # both transfers test one model: the second to run finds what the first has trained
+    # both transfers test one model: the second run reuses the training of the first
     trained_on = "base classes" if p.protocol == "base to novel" else "all classes"
     facts |= {"data_root": Path(p.data_root), "precision": options["hardware"].precision, "trained on": trained_on}
     saved = {"folder": Path(out), "facts": facts, "training": f"{p.dataset}, {trained_on}, seed {p.seed}"}
@@ -264,7 +265,7 @@ def _dry(p: SimpleNamespace) -> Setting:
     def generated(count: int, classes: int) -> TensorDataset:
         return TensorDataset(torch.randn(count, 3, size, size, generator=generator), torch.arange(count) % classes)
 
-    # a single epoch has nothing after its warm-up: it gets the learning rate of the second published one
+    # a single epoch would be all warm-up, so it uses the learning rate of the second published one
     options = _options(p) | {"epochs": 1, "schedule": schedule("cosine by epoch", 0.0, 0.0)}
     tests = ("source", "generated") if transfer else ("base", "novel")
     named = {"train": names, tests[0]: names, tests[1]: others}
@@ -274,11 +275,11 @@ def _dry(p: SimpleNamespace) -> Setting:
     return _full_size(p, "generated images (dry run: accuracies mean nothing)", parts, named, clip, domain, options)
 
 
-# --- datasets --------------------------------------------------------------------------------------------------------
+# --- datasets ---------------------------------------------------------------------------------------------------------
 
 
 def check_targets(p: SimpleNamespace) -> None:
-    """Raise `BadParameter` when `targets` does not go together with `protocol` and `dataset`."""
+    """Raise `BadParameter` when `targets` conflicts with `protocol` and `dataset`."""
     known, named = list(CLASSES), _named(p)
     if p.protocol == "base to novel" and named:
         raise BadParameter("targets", p.targets, "nothing with the protocol 'base to novel': it tests on the same set")
@@ -311,8 +312,8 @@ def splits(p: SimpleNamespace, name: str, transform: Callable) -> dict[str, Data
 def train(found: Setting, method: str, **changes: Any) -> tuple[prompting.PromptedCLIP, History]:
     """Build a method of a setting and train it; the history of a method without training is empty.
 
-    `changes` go to `fit`. With a folder, a training that was stopped is resumed, one that is done is only read, and the
-    final weights are saved: domain generalisation tests those of the cross-dataset run in the same folder.
+    `changes` go to `fit`. With a folder, a stopped training is resumed, a finished one is loaded, and the final weights
+    are saved: domain generalisation tests those of the cross-dataset run in the same folder.
     """
     model, name = found.build(method), f"{found.training or found.title}, {method}"
     if method not in found.learning_rates:
@@ -341,9 +342,9 @@ def accuracy(
 
 
 def scores(model: prompting.PromptedCLIP, found: Setting, method: str) -> dict[str, float]:
-    """Accuracy in percent on every test set among its own classes, and "HM", the harmonic mean of base and novel.
+    """Accuracy in percent on every test set over its own classes, and "HM", the harmonic mean of base and novel.
 
-    The model is left with the classes that it was trained on.
+    Afterwards the model has its training classes again.
     """
     accuracies = {
         part: found.accuracy(model, found.inputs(method, part), classes) for part, classes in found.test_classes.items()
@@ -355,7 +356,8 @@ def scores(model: prompting.PromptedCLIP, found: Setting, method: str) -> dict[s
 
 
 def first(found: Setting, method: str, part: str, count: int) -> tuple[Tensor, ...]:
-    """The first items of `inputs`, stacked: inputs of the model (n, ...), labels (n,), maybe domain features (n, F).
+    """The first items of `inputs`, stacked: inputs of the model (n, ...), labels (n,), and optionally domain features
+    (n, F).
 
     `images, labels, *domain = first(found, "DPLQ", "base", 24)`, then `model(images, *domain)`.
     """
@@ -364,11 +366,11 @@ def first(found: Setting, method: str, part: str, count: int) -> tuple[Tensor, .
     return tuple(torch.stack([torch.as_tensor(x) for x in column]) for column in zip(*items, strict=True))
 
 
-# --- results ----------------------------------------------------------------------------------------------
+# --- results ----------------------------------------------------------------------------------------------------------
 
 
 def label(p: SimpleNamespace) -> str:
-    """The method's name in the tables, with its deviations from the published setting."""
+    """The method's name in the tables, with its differences from the published setting."""
     changed = []
     if p.method == "DPLQ":
         usual = DOMAINS.get(p.dataset.partition("/")[0])
@@ -379,13 +381,13 @@ def label(p: SimpleNamespace) -> str:
 
 
 def rows(p: SimpleNamespace, found: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The result of `scores` as rows for `measured`, one a test set."""
+    """The result of `scores` as rows for `measured`, one per test set."""
     same = {"method": label(p), "protocol": p.protocol, "dataset": p.dataset}
     return [same | {"test": n, "seed": p.seed, "accuracy": a} for n, a in found.items() if n != "HM"]
 
 
 def measured(path: Path, new: Iterable[Mapping[str, object]] = ()) -> pd.DataFrame:
-    """The real results in `path`, a row a (method, protocol, dataset, test, seed); `new` are added."""
+    """The real results in `path`, one row per (method, protocol, dataset, test, seed); `new` are added."""
     return upsert_rows(path, ["method", "protocol", "dataset", "test", "seed"], ["accuracy"], new)
 
 
@@ -393,7 +395,7 @@ def cells(table: pd.DataFrame, protocol: str) -> dict[tuple[str, str], float]:
     """Means over seeds by (method, column) of the protocol's tables, as `tables.compare_published` takes them.
 
     Base to novel has the columns "AID base", "AID novel" and "AID HM" for every set; HM is taken for each seed. The
-    other protocols have a column a set, and a row for each set that was trained on.
+    other protocols have one column per set, and one row per training set.
     """
     chosen = table[table.protocol == protocol]
     found: dict[tuple[str, str], float] = {}
@@ -411,7 +413,7 @@ def cells(table: pd.DataFrame, protocol: str) -> dict[tuple[str, str], float]:
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean and standard deviation over the seeds, as the authors' script has it: of the population, not of a sample."""
+    """Mean and standard deviation over the seeds, as in the authors' script: of the population, not of a sample."""
     groups = table.groupby(["method", "protocol", "dataset", "test"]).accuracy
     return groups.agg(mean="mean", std=lambda x: x.std(ddof=0), seeds="count").reset_index()
 
@@ -440,7 +442,7 @@ def claim_cells(table: pd.DataFrame) -> dict[tuple[str, str], float]:
 
 
 def protocol() -> dict[str, str]:
-    """What the `paper` profile runs with, a fact a row, from its constants."""
+    """The settings of the `paper` profile, one per row, from its constants."""
     novel, transfer = (published_settings(name) for name in ("base to novel", "cross-dataset"))
 
     def both(name: str, form: str = "g") -> str:

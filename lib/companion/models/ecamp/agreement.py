@@ -1,7 +1,7 @@
-"""How well the rules of `distil` read real reports: their statements next to the headings that coders chose.
+"""Evaluates the rules of `distil` on real reports: their statements compared with the headings assigned by coders.
 
-A report is positive for an entity when its statement is "There is X." or "There may be X.". The headings are the
-reference; they are not the truth: coders leave out what is old or unimportant, and may use another heading.
+A report is positive for an entity when its statement is "There is X." or "There may be X.". The headings are a
+reference, not ground truth: coders omit old or unimportant findings, and may use another heading.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import pandas as pd
 from ...data.openi import Report
 from .distil import FORM, Rules, entities_in
 
-# The MeSH headings that mean an entity of the released list. Chosen by their names, before any result was seen;
-# entities without a heading of their own (aorta, silhouette, contour ...) are left out.
+# The MeSH headings of entities of the released list. Chosen by name, before any result was seen; entities without a
+# heading (aorta, silhouette, contour ...) are left out.
 HEADINGS: dict[str, tuple[str, ...]] = {
     "atelectasis": ("Pulmonary Atelectasis",),
     "calcification": ("Calcinosis",),
@@ -43,10 +43,10 @@ HEADINGS: dict[str, tuple[str, ...]] = {
 
 
 def statements(reports: Sequence[Report]) -> pd.DataFrame:
-    """What the rules state of each entity of `HEADINGS` in each report, a row for each pair.
+    """The rules' statement on each entity of `HEADINGS` in each report, one row per pair.
 
-    Columns: report, entity, `stated` ("is", "may be", "is no", or "" where the report does not name it), `coded`
-    (whether a heading means it).
+    Columns: report, entity, `stated` ("is", "may be", "is no", or "" if the report does not name it), `coded` (whether
+    it has a heading).
     """
     rules, rows = Rules(), []
     for report in reports:
@@ -60,13 +60,14 @@ def statements(reports: Sequence[Report]) -> pd.DataFrame:
 
 
 def agreement(rows: pd.DataFrame) -> pd.DataFrame:
-    """Precision and recall of the statements by entity, the most often coded first, and all together in the last row.
+    """Precision and recall of the statements by entity, the most often coded first, and all entities together in the
+    last row.
 
     Args:
         rows: of `statements`.
 
-    Columns: entity; coded, positive, negated (reports); precision, recall, and of the negated the fraction that is
-    coded all the same, in percent (NaN of nothing).
+    Columns: entity; coded, positive, negated (reports); precision, recall, and the fraction of negated ones that are
+    coded, in percent (NaN if there are none).
     """
     rows = rows.assign(positive=rows.stated.isin(["is", "may be"]), negated=rows.stated == "is no")
     both = rows.assign(hit=rows.positive & rows.coded, wrong=rows.negated & rows.coded)
@@ -81,10 +82,10 @@ def agreement(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def misses(rows: pd.DataFrame) -> pd.DataFrame:
-    """Why coded entities are not stated as positive, by entity, the most frequent first.
+    """The reasons why coded entities are not stated as positive, by entity, the most frequent first.
 
     Columns: entity, `not named` (the report has no word of `ENTITIES` for it) and `negated` (its sentence has a
-    negation, which may be of another finding), in reports.
+    negation, possibly of another finding), in reports.
     """
     missed = rows[rows.coded & ~rows.stated.isin(["is", "may be"])]
     names = {"": "not named", "is no": "negated"}

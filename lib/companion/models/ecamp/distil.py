@@ -4,8 +4,8 @@
 
 Pre-training inserts these sentences into the report (`text.splice`). The authors generated them with a Vicuna; which
 one, and its full prompt, was not found. Here any text-generation model of `transformers` can be used, or `Rules`,
-offline. Every answer is checked: one of another form, or with words that are not in the report, is generated again, and
-in the end refused. Answers are cached in a file, so that a killed run resumes.
+offline. Every answer is checked: one of another form, or with words that are not in the report, is regenerated, and
+finally refused. Answers are cached in a file, so that a killed run resumes.
 
     cache = "distilled.sqlite"
     found = distil(reports, Rules(), cache)                                  # or Generator("lmsys/vicuna-7b-v1.5")
@@ -28,7 +28,7 @@ from ...errors import CannotWrite, CompanionError, CorruptFile, MissingWeights
 from ...ops.progress import progress
 from .text import ENTITIES
 
-# The beginning is the authors' (their overview figure cuts it short); the rest is ours, in the form of their examples.
+# The beginning is the authors' (truncated in their overview figure); the rest is ours, in the form of their examples.
 PROMPT = """\
 Please conclude the reports for the given entities. Write one sentence for each entity, in one of these forms and \
 nothing else:
@@ -43,7 +43,7 @@ Report: {report}
 FORM = re.compile(r"There (is no|may be|is) ([^.]+?)\s*\.\s*", re.IGNORECASE)
 TRIES = 3
 
-# what makes a finding absent or doubtful, when it stands before its name in the sentence, or after it
+# phrases that negate or question a finding, before or after its name in the sentence
 ABSENT = (
     r"\b(no|not|without|free of|clear of|negative for|absence of|rather than)\b",
     r"\b(absent|resolved|not seen|not present|ruled out)\b",
@@ -63,7 +63,7 @@ _UNDESCRIBING = frozenset(_PLAIN.split())
 
 
 class Malformed(CompanionError):
-    """An answer that is refused; the message says why."""
+    """An answer that is refused; the message gives the reason."""
 
 
 class BackEnd(Protocol):
@@ -156,7 +156,7 @@ class Rules:
                 any(re.search(pattern, side) for pattern, side in zip(patterns, sides, strict=True))
                 for patterns in (ABSENT, DOUBTFUL)
             )
-            # "cannot be excluded" has a "not" in it, so doubt precedes absence
+            # "cannot be excluded" contains "not", so uncertainty is tested before absence
             kind = "may be" if doubtful else "is no" if absent else "is"
             found.setdefault(kind, " ".join([*words[first:at], entity]))
         kind = next(k for k in ("is", "may be", "is no") if k in found)
@@ -239,7 +239,7 @@ def distil(
             row = file.execute("SELECT text, why FROM answers WHERE key = ?", (key,)).fetchone()
             if row is None:
                 row = _ask(back_end, report, named, tries)
-                with file:  # written whole, or not at all
+                with file:  # written completely or not at all
                     file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", (key, *row))
             statements.append(row[0])
             if row[1]:

@@ -2,7 +2,7 @@
 
     classifier   mean of the patch tokens -> a new LayerNorm -> linear; all trained, or the last layer (linear probe)
     segmenter    patch tokens -> linear -> 14 x 14 map -> four times conv, norm, ReLU, x2 -> logits at 224
-    detector     the same map -> three levels, 28, 14 and 7 cells a side -> YOLOv3's heads, three anchors a cell
+    detector     the same map -> three levels, 28, 14 and 7 cells per side -> YOLOv3's heads, three anchors per cell
 
 In segmenter and detector the encoder is frozen, though the authors' README speaks of fine-tuning, and its last norm is
 left out. They are the authors' own (after MGCA), not UNETR or ViTDet: there are no skip connections.
@@ -51,7 +51,7 @@ def like(encoder: VisionTransformer, **options: Any) -> VisionTransformer:
 
 
 def encoder_like(state: Mapping[str, Tensor], heads: int | None = None) -> VisionTransformer:
-    """A ViT with random weights and the sizes of the encoder in a state dict; `heads` None: 64 channels a head.
+    """A ViT with random weights and the sizes of the encoder in a state dict; `heads` None: 64 channels per head.
 
     Raises `BadCheckpoint`: the state dict has no encoder.
     """
@@ -79,7 +79,7 @@ def classifier(
     Args:
         encoder: `ECAMP.encoder`, or any ViT of timm; it is copied.
         probe: train the last layer alone; `fc_norm` then keeps 1 and 0.
-        drop_path: stochastic depth, rising linearly to this rate in the last block.
+        drop_path: stochastic depth, rising linearly to this probability in the last block.
     """
     model = like(encoder, num_classes=classes, global_pool="avg", drop_path_rate=drop_path)
     state = {n: t for n, t in encoder.state_dict().items() if n in model.state_dict() and not n.startswith("head.")}
@@ -159,10 +159,10 @@ class Segmenter(OfficialModel):
 
     Args:
         encoder: `ECAMP.encoder`, or any ViT of timm; it is copied.
-        outputs: decoders, one for each thing to segment: 1, or 2 for RIGA's disc and cup.
+        outputs: decoders, one for each structure to segment: 1, or 2 for RIGA's disc and cup.
         channels: of the decoder's steps, each of which doubles the side. None: of 512, 256, 128, 64 the last ones, as
             many as the patch needs.
-        frozen: as released; False is what the README says, and what the authors do with a random encoder on RIGA.
+        frozen: as released; False is the README's description, and the authors' setting for a random encoder on RIGA.
         classes: logits of a decoder; more than 1 only to load a file that has them.
     """
 
@@ -431,7 +431,7 @@ def yolo_loss(head: Tensor, boxes: Tensor, anchors: Tensor, size: int) -> tuple[
     target = torch.zeros_like(p)
     b, every = torch.arange(len(p), device=p.device), torch.arange(len(anchors), device=p.device)
     for t in range(boxes.shape[1]):  # in order: of two boxes in one cell the later one counts
-        there = boxes[:, t].abs().sum(-1) > 0  # no mask as index: a GPU would be waited for
+        there = boxes[:, t].abs().sum(-1) > 0  # no mask as index, which would synchronise with a GPU
         kind, centre, extent = boxes[:, t, 0].long(), boxes[:, t, 1:3] * cells, boxes[:, t, 3:] * cells
         i, j = centre.long().clamp(max=cells - 1).unbind(1)
         inter = (torch.minimum(extent[:, None], anchors) + 1).prod(-1)

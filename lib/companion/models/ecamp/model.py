@@ -11,7 +11,7 @@ Downstream tasks use the ViT alone.
 Masking and weights of the words are drawn by the data set, `text.Pairs`. Classifier, segmenter and detector on the
 pre-trained ViT: `heads`.
 
-The paper's text could not be read: everything is from the authors' code (github ToniChopp/ECAMP at d02d16d, MIT), read
+The paper's text was not available: everything is from the authors' code (github ToniChopp/ECAMP at d02d16d, MIT), read
 and reimplemented; outputs agree with ones recorded from it. Section numbers are those of our notes on it.
 
 Shapes: B pairs, N patches (K of them visible), L text tokens, V words, D the ViT's width, H the text's width.
@@ -107,9 +107,9 @@ _RENAMES = (
 
 
 class Batch(NamedTuple):
-    """B image-report pairs with everything that is drawn at random; `text.Pairs` returns them one by one."""
+    """B image-report pairs with all random draws; `text.Pairs` returns them one by one."""
 
-    images: Tensor  # (B, 3, 2 S, 2 S), normalised; the encoder sees them at S
+    images: Tensor  # (B, 3, 2 S, 2 S), normalised; the encoder receives them at S
     ids: Tensor  # (B, L) words, some of them [MASK]
     labels: Tensor  # (B, L) the same without [MASK]
     attention: Tensor  # (B, L) 1, or 0 for padding
@@ -369,7 +369,8 @@ class ECAMP(OfficialModel):
         """Initialise from a masked autoencoder's state dict, as the paper does; return our names of the loaded tensors.
 
         Every tensor of the same name and shape is loaded, position embeddings included; BERT keeps its initialisation.
-        MAE's image decoder has eight blocks, of which the first ones fit; without a decoder only the encoder is loaded.
+        MAE's image decoder has eight blocks, of which the first ones are loaded; without a decoder only the encoder is
+        loaded.
 
         Raises `BadCheckpoint`: tensors of the encoder that are missing or of another shape.
         """
@@ -426,7 +427,7 @@ def shrink(images: Tensor) -> Tensor:
 def windows(corners: Tensor, side: int, cell: int, size: int) -> Tensor:
     """(B, 1, size, size): 1 inside the window of side x side cells of `cell` pixels, whose corners (B, 2) are in cells.
 
-    A corner is (row, column): the released code names the first a column, and uses it as a row.
+    A corner is (row, column): the released code calls the first a column and uses it as a row.
     """
     position = torch.arange(size, device=corners.device) // cell
     rows, columns = ((position >= c[:, None]) & (position < c[:, None] + side) for c in corners.T)

@@ -35,12 +35,12 @@ def outputs(case: Case) -> dict[str, Tensor]:
 
 
 def recorded(case: Case) -> dict[str, Tensor]:
-    """What the case recorded; what it stored of the inputs is no output."""
+    """The recorded outputs of a case, without its stored inputs."""
     return {name: value for name, value in case.recorded.items() if not name.startswith("in.")}
 
 
 def _cut(case: Case, whole: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parts of `whole` that were recorded: a name like "latent[:,:,::4]" says which."""
+    """The recorded part of `whole`, given by a name like "latent[:,:,::4]"."""
     names: dict[str, list[str]] = {}
     for name in recorded(case):
         names.setdefault(name.partition("[")[0], []).append(name)
@@ -54,7 +54,7 @@ def _cut(case: Case, whole: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _heads(case: Case, *names: str) -> int | None:
-    """The attention heads under the first of `names` that the configuration has; None: 64 channels a head."""
+    """The attention heads under the first of `names` that the configuration has; None: 64 channels per head."""
     config = case.facts.get("config", {})
     return next((config[name] for name in (*names, "num_attention_heads", "num_heads") if name in config), None)
 
@@ -104,7 +104,7 @@ def _model(case: Case) -> dict[str, Tensor]:
 def _fusion(case: Case) -> dict[str, Tensor]:
     config = case.facts["config"]
     sizes = config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]
-    # the layer by itself, its tensors under the names that the whole model gives them
+    # the layer alone, its tensors under their names in the full model
     start = "bert_encoder.model.bert.context_fusion_layer."
     names = {
         ours.removeprefix("text.fusion."): official.removeprefix(start)
@@ -169,7 +169,7 @@ def _attention(case: Case) -> dict[str, Tensor]:
     maps = model.attention(images, given["in.ids"], given["in.attention_mask"])
     raster = maps[0, :, config["token_index"]]
     order = case.input("mask_noise")[0].argsort()
-    shuffled = raster[:, order]  # the encoder does not care in which order it sees the patches
+    shuffled = raster[:, order]  # the encoder is invariant to the order of the patches
     return {
         "attention_shuffled": shuffled,
         "attention_raster": raster,

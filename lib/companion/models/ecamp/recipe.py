@@ -52,8 +52,8 @@ class Setting:
 
     Attributes:
         title: of the data.
-        learning_rates: of each method that is trained.
-        pairs: of a method, its training data: items are `model.Batch` without the B.
+        learning_rates: of each trained method.
+        pairs: training data of a method: items are `model.Batch` without the B.
         build: the model of a method, before training.
         learn: trains a model in place: (model, method) to the history, with the losses "mim", "sr" and "mlm".
     """
@@ -71,7 +71,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
     Args:
         out: the run's folder.
 
-    Raises `BadParameter`, `MissingData`, `MissingWeights`: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`: with the change or download needed.
     """
     if p.dataset != "folder":
         _check(p.dataset, "pre-training")
@@ -107,13 +107,13 @@ def recipe(table: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class PretrainingEpoch:
-    """An epoch of pre-training as the authors' loader cuts it.
+    """An epoch of pre-training as in the authors' loader.
 
     Attributes:
-        iterations: full batches of a device; what is left over is dropped.
-        steps: of the optimiser; the iterations that are too few for another one are computed there and not used, for
+        iterations: full batches of a device; the remainder is dropped.
+        steps: of the optimiser; the remaining iterations of an epoch are computed there but have no effect, because
             gradients are cleared when an epoch begins. Here their images are not read.
-        batch: pairs a step, over all devices.
+        batch: pairs per step, over all devices.
     """
 
     iterations: int
@@ -122,7 +122,7 @@ class PretrainingEpoch:
 
 
 def pretraining_epoch(images: int, r: Mapping[str, float]) -> PretrainingEpoch:
-    """The epoch of a set of `images` under the settings `r`; one step of all pairs where there are too few for a batch.
+    """The epoch of a set of `images` under the settings `r`; one step with all pairs if there are fewer than a batch.
 
     Args:
         r: `recipe("recipe-pretraining")`; gpus, batch_per_gpu and accumulation are read.
@@ -137,8 +137,8 @@ def pretraining_epoch(images: int, r: Mapping[str, float]) -> PretrainingEpoch:
 def pretraining_learning_rates(images: int, r: Mapping[str, float] | None = None) -> np.ndarray:
     """The learning rate of each step: linear warm-up, then a cosine to epoch 200 that stops at epoch 120.
 
-    As released, the epoch at step k is counted in the loader's iterations, accumulation * k / iterations: where
-    iterations are left over it never quite ends.
+    As released, the epoch at step k is counted in the loader's iterations, accumulation * k / iterations: with
+    remaining iterations it does not quite reach its end.
 
     Args:
         images: of the training set.
@@ -165,7 +165,7 @@ def pretrain(
     settings: Mapping[str, float] = {},
     learning_rates: np.ndarray | None = None,
     batch: int | None = None,
-    micro_batch: int = 64,  # their 16,384 positions have 2 GB of logits of 30,000 words, and as much of gradients
+    micro_batch: int = 64,  # their 16,384 positions have 2 GB of logits over 30,000 words, and the same for gradients
     checkpoint: Checkpoint | None = None,
     name: str = "pre-training",
 ) -> History:
@@ -174,7 +174,7 @@ def pretrain(
     Args:
         settings: those of `recipe("recipe-pretraining")` that differ.
         learning_rates: of each step; None: the published ones.
-        batch: pairs a step; None: the published number, or all there are.
+        batch: pairs per step; None: the published number, or all pairs if there are fewer.
         micro_batch: pairs that a device processes at once; the gradients of a step are accumulated.
     """
     r = recipe("recipe-pretraining") | dict(settings)
@@ -197,9 +197,9 @@ def pretrain(
 
 
 def _pairs(p: SimpleNamespace, out: Path) -> tuple[str, Vocabulary, Callable[[str], Pairs], dict[str, Any]]:
-    """Title, vocabulary, pairs by method, and what tells this data from other data; "folder": `data_root` itself.
+    """Title, vocabulary, pairs by method, and the identity of the data; "folder": `data_root` itself.
 
-    A vocabulary that is learned is kept in `out`: learned again from the same reports it would have other ids.
+    A learned vocabulary is saved in `out`: relearned from the same reports it would have other ids.
     """
     dataset = xrays.own(p.data_root) if p.dataset == "folder" else DATASETS[p.dataset]
     found = xrays.reports(dataset, p.data_root, xrays.pretrain_transform())
@@ -268,7 +268,7 @@ KINDS = {
 PATIENCE = {"segment": 40}  # epochs without a new best; 20 for the others, and on RIGA for other encoders than ECAMP's
 FIRST = {"1": 60, "10": 100, "100": 50}  # step after which detection is validated
 EXPANSION = {"1": 8, "10": 8, "100": 4}  # of the detector's bottlenecks
-BOUND = 50  # times the published steps, of a downstream training; the authors' code has none
+BOUND = 50  # limit of a downstream training in multiples of the published steps; the authors' code has none
 CLIP, MOMENTUM, DECAY = 1.0, 0.9, 0.05  # the norm of a gradient; SGD's; AdamW's weight decay
 
 
@@ -298,7 +298,8 @@ class Downstream:
 def downstream_recipe(task: str, dataset: str, labels: str) -> dict[str, float]:
     """lr, warmup_steps, steps and batch in the authors' scripts; of ChestMNIST those of ChestX-ray14.
 
-    Raises `BadParameter`: no script for this task, set and share of labels, as for classification on the fundus sets.
+    Raises `BadParameter`: there is no script for this task, set and share of labels, for instance classification on the
+    fundus sets.
     """
     rows = published_table("ecamp", RECIPES[task]).set_index("method").to_dict("index")
     name = f"{TITLES.get(dataset, dataset)}, {labels}%"
@@ -313,11 +314,13 @@ def downstream(p: SimpleNamespace, out: Path) -> Downstream:
     Args:
         out: the run's folder.
 
-    Raises `BadParameter`, `MissingData`, `MissingWeights`, `BadCheckpoint`: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`, `BadCheckpoint`: with the change or download needed.
     """
     check_choice("task", p.task, KINDS)
     if p.devices > 1:
-        raise BadParameter("devices", p.devices, "1: only pre-training runs on several; Dice and BatchNorm see a batch")
+        raise BadParameter(
+            "devices", p.devices, "1: only pre-training runs on several; Dice and BatchNorm need the whole batch"
+        )
     kind = KINDS[p.task]
     _check(p.dataset, kind)
     numbers = downstream_recipe(p.task, p.dataset, p.labels)
@@ -350,7 +353,7 @@ def encoder(p: SimpleNamespace) -> VisionTransformer:
     blank = VisionTransformer(img_size=224, num_classes=0, global_pool="")
     if p.encoder == "random" or p.dry_run:
         return blank
-    # decoders in the file belong to pre-training
+    # decoders in the file are only for pre-training
     state = backbones.read_state(_file(p, p.encoder.lower()))
     own = {n: t for n, t in state.items() if n in blank.state_dict()}
     load_official(blank, own, {n: n for n in blank.state_dict()}, f"{p.encoder}'s ViT-B/16")
@@ -378,7 +381,7 @@ def _check(dataset: str, kind: str) -> None:
 
 def mask_transform(dataset: str, train: bool, size: int = 224) -> xrays.MaskTransform:
     """The transform of a set for segmentation, as released: on SIIM the mask is not warped with its image, RSNA's masks
-    are reduced by the nearest pixel, others by area."""
+    are resized by nearest neighbour, others by area."""
     reduce = "nearest" if dataset == "xrays/rsna" else "area"
     return xrays.MaskTransform(size, train, warp_mask=dataset != "xrays/siim", mask=reduce)
 
@@ -433,7 +436,8 @@ def _head(p: SimpleNamespace, kind: str) -> nn.Module:
 def downstream_learning_rates(numbers: Mapping[str, float], count: int) -> np.ndarray:
     """The learning rate of each of `count` steps: linear warm-up, then half a cosine, which rises again beyond `steps`.
 
-    The authors call the scheduler before the optimiser, so the first step has 1 / warmup_steps of the peak and not 0.
+    The authors call the scheduler before the optimiser, so the first step has 1 / warmup_steps of the peak instead of
+    0.
 
     Args:
         numbers: lr, warmup_steps and steps, as of `downstream_recipe`.
@@ -490,10 +494,11 @@ def train(
     workers: int = 0,
     checkpoint: Checkpoint | None = None,
 ) -> History:
-    """Train a downstream model by the authors' recipe, in place; it ends with the weights that `best` chose.
+    """Train a downstream model by the authors' recipe, in place; it ends with the weights selected by `best`.
 
-    An epoch's last images, too few for a batch, are a step of their own. As in the authors' code a training ends when
-    the patience does, or when an epoch ends on a multiple of the published steps; beyond these the cosine rises again.
+    An epoch's last images, too few for a batch, are a separate step. As in the authors' code a training ends when the
+    patience is exhausted, or when an epoch ends on a multiple of the published steps; beyond these the cosine rises
+    again.
 
     Args:
         best: `selection`.
@@ -501,7 +506,7 @@ def train(
     """
     batch = int(numbers["batch"])
     per_epoch = -(-len(data) // batch)
-    # the patience ends a training long before; without a bound the schedule may have 10^8 entries
+    # the patience stops a training long before; without a limit the schedule may have 10^8 entries
     longest = min(math.lcm(per_epoch, int(numbers["steps"])), BOUND * int(numbers["steps"]))
     return fit(
         model,
@@ -543,9 +548,9 @@ def _learn(
 
 
 def _held(part: Dataset, workers: int) -> Dataset:
-    """Validation data in memory, of a grey image one of its three equal channels as float32, 0.2 MB: 1.1 GB of RSNA.
+    """Validation data in memory; of grey images one of the three equal channels as float32, 0.2 MB: 1.1 GB for RSNA.
 
-    What is larger than `HELD` bytes is returned as it is, and decoded again at each validation.
+    Data larger than `HELD` bytes are returned unchanged and decoded again at each validation.
     """
     image, truth = part[0]
     channels = 3 if getattr(part, "colour", False) else 1
@@ -559,7 +564,7 @@ def _held(part: Dataset, workers: int) -> Dataset:
 
 @torch.no_grad()
 def _outputs(p: SimpleNamespace, model: nn.Module, part: Dataset) -> Iterator[tuple[object, Tensor]]:
-    """Outputs and labels, batch by batch, on the CPU. The model is on its own device afterwards."""
+    """Outputs and labels, batch by batch, on the CPU. Afterwards the model is on its former device."""
     batch, workers = (2, 0) if p.dry_run else (TEST_BATCH, 0 if isinstance(part, TensorDataset) else WORKERS)
     with evaluating(Hardware.of(p, "ecamp"), model) as device:
         for images, truth in DataLoader(part, batch, num_workers=workers, pin_memory=device.type == "cuda"):
@@ -600,7 +605,7 @@ def _detected(p: SimpleNamespace, model: heads.Detector, part: Dataset) -> float
 
 
 def detection_score(found: list[Tensor], truth: Tensor, size: int, protocol: str = "released") -> float:
-    """mAP in percent of what `heads.suppress` found; nan where the protocol leaves no image to be scored."""
+    """mAP in percent of what `heads.suppress` found; nan if the protocol excludes all images."""
     scored = (truth[..., 3] > 0).any(1)
     if protocol == "released":
         scored &= torch.tensor([len(image) > 0 for image in found])
@@ -641,7 +646,7 @@ def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
 
 
 def claim_cells(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
-    """What the claims of kind `full` are judged by: `cells` of all tables, with the task before the column's name."""
+    """The measurements that judge paper results: `cells` of all tables, with the task before the column's name."""
     tasks = {"classification-finetune": "fine-tuned", "classification-linear": "linear probe"}
     return {
         (method, f"{tasks.get(table, table)}, {column}"): value
@@ -651,7 +656,7 @@ def claim_cells(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
 
 
 def protocol() -> dict[str, str]:
-    """The settings of the `paper` profile, a row each."""
+    """The settings of the `paper` profile, one per row."""
     r = recipe("recipe-pretraining")
     crops = [
         "{:.0%} to {:.0%} of the image".format(*transform.transforms[0].scale)
@@ -665,7 +670,7 @@ def protocol() -> dict[str, str]:
         "pre-training, schedule": f"warm-up of {r['warmup_epochs']:g} epochs, cosine to epoch "
         f"{r['cosine_end_epoch']:g}, stopped at {r['stop_epoch']:g}",
         "pre-training, batch": f"{r['effective_batch']:,.0f} pairs: {r['gpus']:g} devices x {r['batch_per_gpu']:g} x "
-        f"{r['accumulation']:g} iterations; what is left over of an epoch is dropped",
+        f"{r['accumulation']:g} iterations; the remainder of an epoch is dropped",
         "pre-training, images": f"{r['high_resolution']:g} pixels (the encoder sees {r['low_resolution']:g}); crop of "
         f"{crops[0]}, flip; mean {xrays.PRETRAIN_MEAN}, std {xrays.PRETRAIN_STD}; the words left and right stay",
         "pre-training, text": f"{r['text_length']:g} tokens; statements inserted with {SPLICED:g}; hidden: entities "
@@ -678,8 +683,8 @@ def protocol() -> dict[str, str]:
         "detection": f"AdamW, decay {DECAY:g} on all tensors; encoder frozen; no augmentation; bottlenecks reduced by "
         + ", ".join(f"{e} ({share} %)" for share, e in EXPANSION.items()),
         "resizing downstream": "segmentation and detection without antialiasing; masks of RSNA nearest, others by area",
-        "schedule downstream": "linear warm-up, cosine; the first step has 1 / warm-up steps of the peak; learning "
-        "rates, steps and batches in the tables above",
+        "schedule downstream": "linear warm-up, cosine; the first step has 1 / warm-up steps of the peak; "
+        "learning rates, steps and batches in the tables above",
         "clipping downstream": f"norm of the gradient {CLIP:g}",
         "last batch downstream": "the last images of an epoch are a smaller batch",
         "selection": "best AUROC, accuracy, Dice or mAP on validation, after each epoch; of equal ones the later, but "

@@ -4,7 +4,7 @@
 
 An *entity* is a word that names a finding or a location; its *descriptors* are the one or two words before it (side,
 size, "no"). Most of a report is boiler-plate ("there is no evidence of ..."): its loss has a weight of 0.05, and the
-weight that it loses is added to the descriptors.
+removed weight is added to the descriptors.
 
 All randomness comes from `draw`, a function without arguments that returns a uniform number: `Pairs` draws from torch's
 generator, which `fit` seeds by item, and tests replay recorded numbers.
@@ -29,10 +29,10 @@ from .model import Batch
 
 MASKINGS = ("released", "intended", "mrm")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[MASK]", "[SEP]")
-TEMPLATES = ("there is no evidence of", "there is no")  # the first that fits
+TEMPLATES = ("there is no evidence of", "there is no")  # the first that matches
 BOILERPLATE = 0.05  # weight of a template's words
 SPLICED = 0.8  # fraction of reports with the LLM's statements
-# masking rates: of an entity, another word, a word of a text without entities, any word in MRM
+# masking probabilities of an entity, another word, a word of a text without entities, any word in MRM
 ENTITY, OTHER, NO_ENTITY, MRM = 0.75, 0.7, 0.75, 0.5
 
 # The released list. Matching is by whole word piece in lower case, so that plurals, "COPD" and words that the
@@ -53,7 +53,7 @@ class Vocabulary:
 
     Args:
         tokenizer: WordPiece of the `tokenizers` library: `train`, `read`, or `from_words` make one.
-        entities: words; those that are no piece of the vocabulary are left out.
+        entities: words; those that are not a piece of the vocabulary are ignored.
 
     Attributes:
         entities: id -> word.
@@ -122,7 +122,7 @@ class Vocabulary:
 
 
 def _known(cache: dict, key: object, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """What was made before, since the same texts occur again; not `lru_cache`, which cannot be pickled."""
+    """A cache, because the same texts recur; not `lru_cache`, which cannot be pickled."""
     if key not in cache:
         if len(cache) >= 1 << 16:
             cache.clear()
@@ -182,7 +182,7 @@ def mask(ids: np.ndarray, vocabulary: Vocabulary, draw: Draw, kind: str = "relea
     """The text (L,) with [MASK] for hidden words.
 
     "released": entities are masked with probability 0.75, all others, descriptors too, with 0.7; in a text without
-    entities all with 0.75. The authors' code is meant to mask descriptors and never does: it tests the entity, not the
+    entities all with 0.75. The authors' code intends to mask descriptors but never does: it tests the entity, not the
     descriptor. "intended": as "released", and every descriptor, as in their figure. "mrm": every word with 0.5.
 
     Continuation pieces ("##...") are masked with the piece before them. Draws one number for every other word, and then
@@ -227,7 +227,7 @@ def boilerplate(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> np.n
 def weights(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     """The weight of each position (L,) of a text in the loss, float32; the weights of any text sum to L.
 
-    Words of templates have 0.05. The weight that they lose is added to the descriptors, in proportion to theirs; in a
+    Words of templates have 0.05. The removed weight is added to the descriptors, in proportion to their own; in a
     text without descriptors, to all positions.
     """
     length, template = len(ids), boilerplate(ids, vocabulary)

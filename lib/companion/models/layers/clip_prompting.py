@@ -6,8 +6,8 @@
     MaPLe       learned tokens in J layers of both towers; those of the image tower     (Khattak et al., CVPR 2023)
                 are projections of those of the text tower
 
-Every model maps images (b, 3, H, W) to logits (b, C) over class names that can be exchanged after training, and trains
-nothing of CLIP, of which it keeps a frozen copy. The CLIP is one of open_clip's, of any size; its tokenizer is any
+Every model maps images (b, 3, H, W) to logits (b, C) over class names that can be exchanged after training, and does
+not train CLIP, of which it holds a frozen copy. The CLIP is one of open_clip's, of any size; its tokenizer is any
 callable from texts to ids (C, L).
 
 Written from the papers' equations and checked against outputs recorded from the authors' code (KaiyangZhou/CoOp and
@@ -58,7 +58,7 @@ def encode_image(clip: CLIP, images: Tensor, first: Tensor | None = None, deep: 
     Args:
         first: tokens that enter with the patches, after positions are added: (n, Wv) or (b, n, Wv).
         deep: the tokens that replace them before block 1, 2, ...: (J - 1, n, Wv) or (J - 1, b, n, Wv). After the last
-            replacement they stay.
+            replacement they remain.
     """
     if first is None:
         return clip.encode_image(images)
@@ -77,8 +77,8 @@ def encode_text(clip: CLIP, x: Tensor, ends: Tensor, deep: Tensor | None = None)
     """Text features (..., C, E), not normalised, of embedded texts x (..., C, L, Wt) without positions.
 
     Args:
-        ends: (C,) where each text ends; the feature is read there. The tower is causal, so x may be cut after the last
-            end, L less than CLIP's, without changing anything.
+        ends: (C,) where each text ends; the feature is read there. The tower is causal, so x may be truncated after the
+            last end, L less than CLIP's, without changing the result.
         deep: (J - 1, n, Wt) overwrites positions 1 to n before block 1, 2, ...; those beyond the last block of a
             shallower tower are left out.
     """
@@ -95,9 +95,9 @@ def encode_text(clip: CLIP, x: Tensor, ends: Tensor, deep: Tensor | None = None)
 
 
 def similarity(clip: CLIP, image: Tensor, text: Tensor) -> Tensor:
-    """Logits (b, C): cosines times CLIP's own scale. image (b, E), text (C, E) or, an image its own, (b, C, E).
+    """Logits (b, C): cosines times CLIP's own scale. image (b, E), text (C, E) or, one per image, (b, C, E).
 
-    In float32 also under autocast: a hundred times a cosine of three digits changes which class is the largest.
+    In float32 also under autocast: at three digits, a hundred times a cosine changes the largest class.
     """
     with without_autocast(image.device):
         cosine = F.normalize(text.float(), dim=-1) @ F.normalize(image.float(), dim=-1)[..., None]
@@ -105,7 +105,7 @@ def similarity(clip: CLIP, image: Tensor, text: Tensor) -> Tensor:
 
 
 class ImageFeatures(Recorded, nn.Module):
-    """CLIP's plain image features (b, E), for `fit.predict(ImageFeatures(clip), data)`, once an image."""
+    """CLIP's plain image features (b, E), for `fit.predict(ImageFeatures(clip), data)`, once per image."""
 
     def __init__(self, clip: CLIP):
         super().__init__()
@@ -168,7 +168,7 @@ def embed_texts(tokenizer: Tokenizer, clip: CLIP, texts: Sequence[str], free: in
     return Texts(clip.token_embedding(ids).detach(), ids.argmax(1))
 
 
-# --- prompted CLIPs ------------------------------------------------------------------------------------
+# --- prompted CLIPs ---------------------------------------------------------------------------------------------------
 
 
 class PromptedCLIP(Recorded, nn.Module):
@@ -181,7 +181,7 @@ class PromptedCLIP(Recorded, nn.Module):
         template: the prompt of a class, with {} for its name.
         free: positions after the start of every text that are left for a learned context.
 
-    Raises `BadParameter`: a CLIP, tokenizer or option that does not fit.
+    Raises `BadParameter`: a CLIP, tokenizer or option that does not match.
     """
 
     def __init__(self, clip: CLIP, classes: Classes, tokenizer: Tokenizer | None, template: str, free: int = 0):
@@ -195,7 +195,7 @@ class PromptedCLIP(Recorded, nn.Module):
         self.set_classes(classes)
 
     def set_classes(self, classes: Classes) -> None:
-        """Exchange the class names, for instance for novel ones after training; the parameters stay."""
+        """Exchange the class names, for instance for novel ones after training; the parameters are unchanged."""
         given = made_by(classes)
         if not isinstance(classes, Texts):
             if self.tokenizer is None:
@@ -258,8 +258,8 @@ class PromptLearner(PromptedCLIP):
         self.ctx = nn.Parameter(torch.randn(tokens, width) * 0.02 if start is None else start)
 
     def prompted(self, ctx: Tensor) -> Tensor:
-        """The class texts with a context in them, cut after the last end: ctx (n, Wt) to (C, length, Wt), one context
-        per image (b, n, Wt) to (b, C, length, Wt)."""
+        """The class texts with a context in them, truncated after the last end: ctx (n, Wt) to (C, length, Wt), one
+        context per image (b, n, Wt) to (b, C, length, Wt)."""
         texts, n = self.embedded[:, : self.length], ctx.shape[-2]
         ctx = ctx.to(texts.dtype)[..., None, :, :].expand(*ctx.shape[:-2], len(texts), -1, -1)
         before, after = (part.expand(*ctx.shape[:-2], -1, -1) for part in (texts[:, :1], texts[:, 1 + n :]))
@@ -302,8 +302,8 @@ class PromptLearner(PromptedCLIP):
 
         With a `clip`, the texts of `classes` are embedded, and the towers of the state dict, when it has them, replace
         the weights of the copy. Without one the CLIP is built from the state dict and the texts are the stored ones;
-        their `ends`, (C,), and the `heads` of the image and the text tower are not stored (None: 64 channels a head, as
-        in OpenAI's). The inverse is `to_official`.
+        their `ends`, (C,), and the `heads` of the image and the text tower are not stored (None: 64 channels per head,
+        as in OpenAI's). The inverse is `to_official`.
 
         Raises:
             BadCheckpoint: names that are missing, unknown or of another shape, all of them listed.
@@ -381,7 +381,7 @@ def clip_of(
     """A CLIP of the sizes of the towers whose names begin with `image` and `text`.
 
     Args:
-        heads: of the two towers; None: 64 channels a head.
+        heads: of the two towers; None: 64 channels per head.
         words: of the token embedding.
     """
     width, _, _, patch = state[f"{image}conv1.weight"].shape
@@ -401,7 +401,7 @@ def clip_of(
 
 
 class ZeroShot(PromptedCLIP):
-    """CLIP as it is: nothing is trained, the classes' text features are computed once. Arguments as `PromptedCLIP`."""
+    """CLIP unchanged: nothing is trained, the classes' text features are computed once. Arguments as `PromptedCLIP`."""
 
     def __init__(self, clip: CLIP, classes: Classes, tokenizer: Tokenizer, template: str = "a photo of {}."):
         super().__init__(clip, classes, tokenizer, template)

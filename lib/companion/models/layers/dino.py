@@ -1,9 +1,9 @@
 """DINO (Caron et al., ICCV 2021) and iBOT (Zhou et al., ICLR 2022): self-distillation of a ViT without labels.
 
-A student sees all crops of an image, its EMA teacher the large ones; the student's prototype distribution of one crop
-must match the teacher's of another. iBOT also masks patches of the student's large crops and matches their
-distributions with those of the teacher, which sees them. One module holds student, teacher and loss; `training.fit`
-trains it, with the callbacks of this file.
+A student receives all crops of an image, its EMA teacher the large ones; the student's prototype distribution of one
+crop must match the teacher's of another. iBOT also masks patches of the student's large crops and matches their
+distributions with those of the teacher, which receives them unmasked. One module holds student, teacher and loss;
+`training.fit` trains it, with the callbacks of this file.
 
     model = SelfDistillation(encoder, outputs=65_536)
     fit(model, lambda model, batch: model(views(batch[0])), data, callbacks=[model.ema(steps), ...], ...)
@@ -11,7 +11,7 @@ trains it, with the callbacks of this file.
 `pretrain` is DINO's whole recipe. H-ViT's two lower levels (ViTs on patches of pixels, and on grids of patch
 embeddings) are trained by it; only the crops differ (`ImageViews`, `GridViews`).
 
-Written from the facts of facebookresearch/dino at 7c446df, bytedance/ibot at da316d8 and computationalpathologygroup/
+Reimplemented from facebookresearch/dino at 7c446df, bytedance/ibot at da316d8 and computationalpathologygroup/
 hvit at 444bb72 (sections 4 and 5 of its description), and checked against outputs recorded from them.
 """
 
@@ -78,7 +78,7 @@ class Head(nn.Module):
 
     @classmethod
     def from_official(cls, state: Mapping[str, Tensor]) -> Head:
-        """The head of the authors' tensors. Raises `BadCheckpoint` with the names that do not fit."""
+        """The head of the authors' tensors. Raises `BadCheckpoint` with the names that do not match."""
         empty = torch.zeros(1, 1)
         (hidden, dim), bottleneck = state.get("mlp.0.weight", empty).shape, len(state.get("mlp.4.weight", empty))
         head = cls(dim, len(state.get("last_layer.weight_g", empty)), hidden, bottleneck)
@@ -89,9 +89,9 @@ class Head(nn.Module):
 class Loss(nn.Module):
     """Cross-entropy between teacher and student prototype distributions, on [CLS] tokens and on masked patch tokens.
 
-    The teacher's logits are centred by a running mean and sharpened by a low temperature: without either, all images
-    would soon get the same distribution. The centres are moved after each loss in training mode, by the mean of all
-    devices.
+    The teacher's logits are centred by a running mean and sharpened by a low temperature: without either, the
+    distributions of all images would collapse to the same one. The centres are updated after each loss in training
+    mode, by the mean over all devices.
 
     Args:
         outputs: number of prototypes.
@@ -229,11 +229,11 @@ class SelfDistillation(nn.Module):
         return {"loss": loss + patch, "class loss": loss, "patch loss": patch, "entropy": entropy}
 
     def ema(self, steps: int, momentum: float = 0.996) -> EMA:
-        """The callback that moves the teacher after the student's step, its momentum rising to 1 over `steps`."""
+        """The callback that updates the teacher after the student's step, its momentum rising to 1 over `steps`."""
         return EMA([(self.teacher, self.student)], lambda step: half_cosine(momentum, 1.0, step - 1, steps))
 
     def export(self) -> nn.Module:
-        """The teacher's encoder, with parameters of its own, in eval mode: what is released."""
+        """A copy of the teacher's encoder in eval mode, the released model."""
         encoder = copy.deepcopy(self.student["encoder"])
         encoder.load_state_dict(self.teacher["encoder"].state_dict())
         return encoder.eval()
@@ -248,36 +248,37 @@ def _cls(output: Tensor) -> Tensor:
 
 
 def cosine(base: float, final: float, epochs: int, steps: int, warmup: int = 0) -> np.ndarray:
-    """A value a step: linear from 0 to `base` over `warmup` epochs of `steps` steps, then half a cosine to `final`."""
+    """One value per step: linear from 0 to `base` over `warmup` epochs of `steps` steps, then half a cosine to
+    `final`."""
     return learning_rates("cosine", base, epochs * steps, warmup * steps, final)
 
 
 def half_cosine(start: float, end: float, step: int, steps: int) -> float:
-    """The value at a step of half a cosine from `start` to `end`, which it keeps after `steps`."""
+    """The value at a step of half a cosine from `start` to `end`, constant after `steps`."""
     return end - (end - start) * (1 + math.cos(math.pi * min(step / max(steps, 1), 1))) / 2
 
 
 class WeightDecay(Callback):
-    """Schedule the weight decay by half a cosine; parameter groups without weight decay keep none."""
+    """Schedule the weight decay by half a cosine; parameter groups without weight decay are unchanged."""
 
     def __init__(self, start: float, end: float):
         self.start, self.end = start, end
 
     def on_gradients(self, loop: Loop) -> None:
-        """Set that of the step."""
+        """Set the weight decay of the step."""
         for group in loop.optimizer.param_groups:
             if group["weight_decay"]:
                 group["weight_decay"] = half_cosine(self.start, self.end, loop.step, loop.steps)
 
 
 class FreezeLastLayer(Callback):
-    """Leave the last layer of a `Head` as it is during the first epochs."""
+    """Keep the last layer of a `Head` fixed during the first epochs."""
 
     def __init__(self, head: Head, epochs: int = 1):
         self.head, self.epochs = head, epochs
 
     def on_gradients(self, loop: Loop) -> None:
-        """Drop its gradient: the optimiser passes over a tensor without one."""
+        """Remove its gradient: the optimiser skips tensors without one."""
         if loop.epoch < self.epochs:
             for parameter in self.head.last_layer:
                 parameter.grad = None
@@ -291,10 +292,10 @@ class ImageViews:
 
     Args:
         sizes: sides of the large and the small crops, in pixels.
-        scales: shares of the image's area that each may show.
-        small: how many small crops.
+        scales: ranges of the crop's share of the image's area.
+        small: number of small crops.
         colours: strength of the colour jitter; 1 is DINO's.
-        mean, std: what the encoder's pixels are normalised with.
+        mean, std: the encoder's normalisation.
     """
 
     def __init__(
@@ -330,7 +331,7 @@ class GridViews:
 
     Args:
         patches: side n of the grids.
-        small: how many small crops.
+        small: number of small crops.
         shares: of the side: 7 and 3 of 8, 14 and 6 of 16, 3 and 1 of 4.
     """
 
@@ -381,12 +382,12 @@ def pretrain(
         encoder: the student, see `SelfDistillation`, with stochastic depth as it was built.
         images: (N, 3, H, W) uint8 or float in [0, 1], or (N, D, n, n) grids of patch embeddings.
         views: from a batch of them to crops, the two large ones first.
-        epochs, batch: passes, and images a step; the last partial batch is left out.
+        epochs, batch: passes, and images per step; the last partial batch is dropped.
         lr: by default 5e-4 for each 256 images of a batch. Warmed up over `warmup` epochs, then a cosine to 1e-6.
         weight_decay: at the start and the end of a cosine; vectors and biases do not decay.
         momentum: of the teacher, rising to 1 by a cosine.
-        clip: largest norm of each tensor's gradient.
-        frozen_epochs: in which the head's last layer does not change.
+        clip: maximum norm of each tensor's gradient.
+        frozen_epochs: epochs with a fixed last layer of the head.
         checkpoint, hardware: as in `fit`.
         head: `outputs`, `hidden` and `bottleneck` of the head.
 

@@ -1,4 +1,4 @@
-"""A frozen copy of a backbone, so that the one that a caller hands over is never changed."""
+"""Frozen copies of backbones, so that the caller's model is never changed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ Module = TypeVar("Module", bound=nn.Module)
 def frozen_copy(module: Module) -> Module:
     """A copy of a module in eval mode whose parameters need no gradient; the module itself keeps its flags and mode.
 
-    The copy has its own structure and shares the memory of the tensors, so it costs nothing. What is to be trained must
-    be copied with `copy.deepcopy` instead: a step would change the tensors of both.
+    The copy has its own structure and shares the memory of the tensors, so it needs no extra memory. Use
+    `copy.deepcopy` for a trainable copy instead: an optimiser step would change the tensors of both.
     """
     shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
     return copy.deepcopy(module, shared | {id(b): b for b in module.buffers()}).eval()

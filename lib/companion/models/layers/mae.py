@@ -42,7 +42,7 @@ def masked_pixel_loss(pixels: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
 
 
 def visible_tokens(vit: nn.Module, images: Tensor, keep: Tensor | None = None) -> Tensor:
-    """What enters the blocks of one of timm's ViTs: (B, 1 + K, D), positions added, the [CLS] token first.
+    """The input of the blocks of one of timm's ViTs: (B, 1 + K, D), positions added, the [CLS] token first.
 
     `keep` (B, K): indices of the visible patches; None: all N of them.
     """
@@ -76,7 +76,7 @@ class Decoder(nn.Module):
 
         Args:
             latent: (B, 1 + K, D).
-            keep: (B, K) which patches they are.
+            keep: (B, K) indices of these patches.
         """
         patches = self.pos_embed.shape[1] - 1
         x = with_mask_tokens(self.embed(latent), keep, self.mask_token, patches) + self.pos_embed

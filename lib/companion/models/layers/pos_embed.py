@@ -19,7 +19,7 @@ def sincos_table(width: int, side: int, kind: str = "mae") -> Tensor:
 
     "mae": the first half of the channels codes the column, the second the row, each half [sin(p w), cos(p w)] with
     w_i = 10000^(-i / (width / 4)). "mocov3": the two halves exchanged. "ecamp": as "mae" with w_i = 10000^(-i / width),
-    so that the slowest frequency is about 0.1 in place of 0.0001.
+    so that the slowest frequency is about 0.1 instead of 0.0001.
 
     Raises `BadParameter`: a width that is not a multiple of 4, or an unknown kind.
     """

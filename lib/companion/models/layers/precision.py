@@ -9,7 +9,7 @@ import torch
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """A block in which autocast is off on `device`; its inputs are cast by the caller."""
-    if device.type == "meta":  # shapes alone, which autocast does not know
+    """Context manager that disables autocast on `device`; the caller casts the inputs."""
+    if device.type == "meta":  # the meta device, which autocast does not support
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)

@@ -1,4 +1,4 @@
-"""State dicts under the authors' names: one loader for all papers, with a complete list of misfits."""
+"""State dicts under the authors' names: one loader for all papers, with a complete list of mismatches."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def load_official(
     Args:
         names: our tensor names to the official ones.
         what: the model, for the error.
-        ignored: official names that start with one of these may be there or not, and are not read.
-        optional: official names that end with one of these may be missing: ours keep their values.
+        ignored: official names that start with one of these are optional and not read.
+        optional: official names that end with one of these may be missing: ours are unchanged.
 
     Raises `BadCheckpoint`: with every name that is missing, unknown or of another shape; nothing is loaded then.
     """
@@ -95,7 +95,7 @@ class OfficialModel(Recorded, nn.Module):
 
 
 def renamed(names: Iterable[str], rules: Sequence[tuple[str, str | Callable]]) -> dict[str, str]:
-    """Names to what they become when the patterns of `rules` are replaced, one after the other."""
+    """Names mapped to new ones by replacing the patterns of `rules` in order."""
     found = {name: name for name in names}
     for pattern, replacement in rules:
         found = {name: re.sub(pattern, replacement, new) for name, new in found.items()}
@@ -103,5 +103,5 @@ def renamed(names: Iterable[str], rules: Sequence[tuple[str, str | Callable]]) -
 
 
 def depth(names: Iterable[str], prefix: str) -> int:
-    """The number of different entries after `prefix` in the names of a state dict: of blocks for "blocks."."""
+    """The number of distinct entries after `prefix` in the names of a state dict: of blocks for "blocks."."""
     return len({name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)})

@@ -1,7 +1,7 @@
 """The baselines of visual prompting: full fine-tuning, linear probing and Visual Prompt Tuning, shallow and deep
 (Jia et al., ECCV 2022, arXiv 2203.12119).
 
-Every model maps images (b, 3, H, W) to logits (b, classes), and keeps a copy of the encoder that it is given.
+Every model maps images (b, 3, H, W) to logits (b, classes), and holds a copy of its encoder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def plain_vit(backbone: nn.Module) -> bool:
         and backbone.num_prefix_tokens == 1
         and backbone.pos_embed is not None
         and backbone.pos_embed.shape[1] == 1 + backbone.patch_embed.num_patches
-        and not backbone.dynamic_img_size  # its patches are no sequence yet
+        and not backbone.dynamic_img_size  # its patches are not a sequence yet
         and backbone.global_pool == "token"
         and all(isinstance(part, nn.Identity) for part in (backbone.norm_pre, backbone.fc_norm, backbone.patch_drop))
     )
@@ -41,7 +41,7 @@ PLAIN_VIT = "a timm VisionTransformer with a [CLS] token that has a position and
 
 
 def head(dim: int, classes: int) -> nn.Linear:
-    """The linear classifier of all methods, initialised alike (truncated normal, 0.02)."""
+    """The linear classifier of all methods, with the same initialisation (truncated normal, 0.02)."""
     layer = nn.Linear(dim, classes)
     nn.init.trunc_normal_(layer.weight, std=0.02)
     return layer
@@ -88,9 +88,9 @@ class LinearProbe(_Frozen):
 class VPT(_Frozen):
     """Visual Prompt Tuning on a ViT or a Swin: a few learned tokens join the sequence of the frozen encoder.
 
-    Shallow: p tokens enter before the first block and go through all of them. Deep: each block gets p tokens of its
-    own, which replace those of the block before. On a ViT they are between the [CLS] token and the patches; on a Swin
-    every window gets them, and they leave before patches are merged.
+    Shallow: p tokens enter before the first block and go through all of them. Deep: each block has its own p tokens,
+    which replace those of the previous block. On a ViT they are between the [CLS] token and the patches; on a Swin they
+    are added to every window and removed before patch merging.
 
     Args:
         backbone: a timm `VisionTransformer` (see `plain_vit`) or `SwinTransformer`; its copy is frozen, and in eval
@@ -144,7 +144,7 @@ class VPT(_Frozen):
         for layer in swin.layers:
             x = layer.downsample(x)
             if prompt is not None and prompt.shape[-1] != x.shape[-1]:
-                # merging concatenates four neighbours: a prompt of the shallow variant is its own four neighbours
+                # merging concatenates four neighbours: a prompt of the shallow variant is concatenated with itself
                 merging = layer.downsample
                 prompt = merging.reduction(merging.norm(prompt.repeat(1, 1, 4)))
             for block in layer.blocks:
@@ -158,8 +158,8 @@ class VPT(_Frozen):
     def _swin_block(block: nn.Module, x: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
         """A frozen Swin block on x (b, rows, columns, D) with prompts (b, p, D) in front of every window.
 
-        Prompts have no position, so they neither get nor give a relative position bias, and no shift hides them. Their
-        output is the mean over the windows.
+        Prompts have no position, so there is no relative position bias to or from them, and shifting does not mask
+        them. Their output is the mean over the windows.
         """
         b, rows, columns, dim = x.shape
         attn, p, (wr, wc) = block.attn, prompt.shape[1], block.window_size

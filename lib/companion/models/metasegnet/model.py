@@ -1,16 +1,16 @@
 """MetaSegNet: land-cover segmentation of an image with a text on its climate zone (Wang et al., TGRS 2024).
 
-The same class looks different in different climates. The climate zone follows from an image's coordinates; the image's
+The appearance of a class depends on the climate. The climate zone follows from an image's coordinates; the image's
 features attend to a text that describes the zone, and a decoder predicts the map.
 
     image (B, 3, H, W) --Swin--> four maps X_k --LayerNorm each--> fusion(X_k, words) --decoder--> logits (B, C, H, W)
-    text of the zone   --text encoder--> one state a word --------------^
+    text of the zone   --text encoder--> one state per word ------------^
 
 Neither the paper's text nor its code is available (section 1). So this has two parts:
 
 * read from the first author's image-only code (WangLibo1995/GeoSeg at 9453fe4, GPL-3.0: read and reimplemented, nothing
-  copied) and checked against outputs recorded from it: Swin, decoder, losses, optimiser, test-time augmentation. That
-  MetaSegNet uses them is likely, and not known.
+  copied) and checked against outputs recorded from it: Swin, decoder, losses, optimiser, test-time augmentation. It is
+  likely, but not known, that MetaSegNet uses them.
 * RECONSTRUCTION, each choice an argument with that word in its help: the text encoders (`text`), the fusion, and which
   parameters are trained.
 
@@ -112,7 +112,7 @@ def _resized(x: Tensor, size: Sequence[int], corners: bool = False) -> Tensor:
 
 
 def _reflected(x: Tensor, bottom: int, right: int) -> Tensor:
-    """`x` with reflection padding below and right, which may be larger than `x` (with `F.pad` it may not)."""
+    """`x` with reflection padding below and right, which may exceed the size of `x` (unlike with `F.pad`)."""
     for dim, more in ((-2, bottom), (-1, right)):
         if more:
             n = x.shape[dim]
@@ -215,7 +215,7 @@ class Decoder(nn.Module):
 
     Args:
         channels: widths of the four maps.
-        classes: how many.
+        classes: number of classes.
         width, heads, window: of the blocks; the window even.
         kind: one of `DECODERS`; they differ in lateral convolutions, order of norms and dropout.
         auxiliary: add a second head, for training only. None: as released, UNetFormer has one.
@@ -285,13 +285,13 @@ def swin(**sizes: Any) -> SwinTransformer:
     """A timm Swin without classifier, for images of any size, which computes what the author's does (section 3.2).
 
     Windows are always whole and always shifted, and padding precedes the shift. `sizes` go to timm: `embed_dim`,
-    `depths`, `num_heads`, `window_size`, `drop_path_rate`. timm's released weights fit, and give timm's own outputs
-    where all maps are whole windows.
+    `depths`, `num_heads`, `window_size`, `drop_path_rate`. timm's released weights can be loaded, and give timm's
+    outputs if all maps are whole windows.
     """
     model = SwinTransformer(num_classes=0, always_partition=True, strict_img_size=False, **sizes)
     for block in model.modules():
         if isinstance(block, SwinTransformerBlock):
-            block.__class__ = _PadFirst  # the stage builds its blocks itself, the class is no argument
+            block.__class__ = _PadFirst  # the stage builds its blocks itself; their class is not an argument
     return model
 
 
@@ -320,7 +320,7 @@ class Fusion(nn.Module):
         self.gates = nn.Parameter(torch.full((2,), 0.0 if zero_init else 1.0))
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor, attention: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The map (B, C_k, h, w) after the fusion with words (B, L, D); `mask` (B, L): True where there is a word.
+        """The map (B, C_k, h, w) after the fusion with words (B, L, D); `mask` (B, L): True at words.
 
         With `attention` also the attention of each pixel to each word, (B, h, w, L), averaged over the heads."""
         height, width = x.shape[-2:]
@@ -343,11 +343,11 @@ class Fusion(nn.Module):
 
 
 class MetaSegNet(OfficialModel):
-    """The network; with `text` None its unimodal twin, the same encoder and decoder without text and fusion.
+    """The network; with `text` None the unimodal network, the same encoder and decoder without text and fusion.
 
     Args:
         encoder: a timm model with four or more maps, which is copied; `swin(**sizes)` for the author's.
-        classes: how many; labels of this number are ignored, as in the author's code, unless `ignore` is given.
+        classes: number of classes; this label is ignored, as in the author's code, unless `ignore` is given.
         text: a `TextEncoder`; `text` has three. RECONSTRUCTION.
         norms: a LayerNorm on each map, as in the author's Swin; not in UNetFormer's ResNet.
         width, heads, window, decoder, auxiliary: see `Decoder`.
@@ -407,7 +407,7 @@ class MetaSegNet(OfficialModel):
         self.encoder.set_grad_checkpointing(enable)
 
     def ids(self, texts: Sequence[str]) -> Tensor:
-        """The ids (n, L) of texts. Raises `BadParameter` for the unimodal twin, which reads none."""
+        """The ids (n, L) of texts. Raises `BadParameter` for the unimodal network, which has no text."""
         if self.text is None:
             raise BadParameter("texts", texts, "None: the unimodal twin has no text")
         return self.text.ids(texts)
@@ -427,7 +427,7 @@ class MetaSegNet(OfficialModel):
 
         Args:
             texts: one for each image, or one for all: strings, or their ids (B or 1, L) by `self.text.ids`. None for
-                the unimodal twin only.
+                the unimodal network only.
             trace: receives the maps before ("maps") and after ("fused") the fusion, the attention of the pixels to the
                 words ("attention": stage -> (B, h, w, L)) and the entries of `Decoder`.
         """
@@ -495,7 +495,7 @@ class MetaSegNet(OfficialModel):
             if name.endswith("num_batches_tracked"):
                 continue
             if name.startswith("encoder."):
-                # a merging belongs to the stage after it in timm, to the one before it in GeoSeg
+                # patch merging belongs to the following stage in timm, to the preceding one in GeoSeg
                 part = re.sub(
                     r"^layers\.(\d)\.downsample",
                     lambda found: f"layers.{int(found[1]) - 1}.downsample",
@@ -599,7 +599,7 @@ def views(kind: str) -> list[tuple[bool, bool, float]]:
     """The views of a test-time augmentation: (flipped left-right, flipped upside down, scale).
 
     "lr": both flips; "d4": both flips at four scales (Potsdam); "d4 loveda": left-right flips at four scales. There are
-    no rotations, in spite of the name.
+    no rotations, despite the name.
     """
     check_choice("augmentation", kind, AUGMENTATIONS)
     upside_down = (False, True) if kind in ("lr", "d4") else (False,)

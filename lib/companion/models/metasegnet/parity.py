@@ -1,6 +1,6 @@
 """MetaSegNet: the cases recorded from WangLibo1995/GeoSeg at 9453fe4, the first author's image-only code.
 
-The paper's own network is not public: no case shows its text side or its fusion.
+The paper's own network is not public: no case covers its text branch or its fusion.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def outputs(case: Case) -> dict[str, Tensor]:
 
 
 def recorded(case: Case) -> dict[str, Tensor]:
-    """What the case recorded: tensors of its file, and numbers under "results" in case.json."""
+    """The recorded outputs of a case: tensors of its file, and numbers under "results" in case.json."""
     numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in case.facts.get("results", {}).items()}
     return case.recorded | numbers
 
 
 def _state(case: Case) -> Mapping[str, Tensor]:
-    """The official tensors, with the two shares of each fusion as case.json gives them."""
+    """The official tensors, with the two weights of each fusion from case.json."""
     if case.given is not None:
         return case.given
     fixed = {name: torch.tensor(values) for name, values in case.facts.get("overrides", {}).items()}

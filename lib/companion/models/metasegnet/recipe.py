@@ -1,10 +1,10 @@
 """MetaSegNet's `paper` profile: the author's recipes on real land cover, the tests, the dry run, the tables of results.
 
-The recipes are those of the first author's image-only code (section 5, the paper's YAML); that the paper trained so is
-likely, and not known. Text encoder and fusion are a RECONSTRUCTION, and so is the zero-shot test: a climate zone is
-left out of training (`held_out`), or the network of one set is tested on another (`test_on`). No result here is
-compared with one of the paper's; the unimodal twin, which is the author's FT-UNetFormer by parity, is compared with his
-results of it.
+The recipes are those of the first author's image-only code (section 5, the paper's YAML); it is likely, but not known,
+that the paper trained this way. Text encoder and fusion are a RECONSTRUCTION, and so is the zero-shot test: a climate
+zone is left out of training (`held_out`), or the network of one set is tested on another (`test_on`). No result here is
+compared with the paper's; the unimodal network, which equals the author's FT-UNetFormer by parity, is compared with his
+published results for it.
 
 A training writes its checkpoint below `<out>/checkpoints`, from which it resumes, and its weights to `<out>/trained`.
 """
@@ -59,7 +59,7 @@ SELECT = {LOVEDA: "best"}
 """Of each data set the epoch that is tested, where it is not the last: the one of the highest validation mIoU.
 
 On Potsdam the author takes the epoch of the highest F1 on the TEST images; that is `select` = "best"."""
-SCORES = {POTSDAM: "mf1"}  # by which the best epoch is chosen, where it is not "miou"
+SCORES = {POTSDAM: "mf1"}  # metric that selects the best epoch, if not "miou"
 LOOKAHEAD: dict[str, Any] = {"k": 5, "alpha": 0.5}
 LAST = "drop"  # the last images of an epoch, see `fit`
 DROPPED = 0.5  # header dropout of full texts (section 14)
@@ -78,10 +78,10 @@ class Recipe:
 
     Attributes:
         epochs, batch, lr, encoder_lr, weight_decay: of AdamW in Lookahead; biases do not decay, norms do.
-        restart: epochs of the first cosine, the next one is twice as long; 0: one cosine over all epochs.
+        restart: epochs of the first cosine; each next one is twice as long; 0: one cosine over all epochs.
         floor: final learning rate of a cosine.
         crop: side in pixels.
-        copies: of an image in an epoch: 3 for each tile of Potsdam and its two flips, which the author stores.
+        copies: of an image per epoch: 3 for Potsdam, each tile and its two flips, which the author stores.
         flip, upside_down, brightness, mosaic, every: see `landcover_transforms`; a mosaic is of one climate zone.
     """
 
@@ -103,7 +103,7 @@ class Recipe:
 
 def recipe(dataset: str) -> Recipe:
     """The recipe of a data set. OpenEarthMap's, which was not found, is Potsdam's with smaller crops (RECONSTRUCTION);
-    it is also that of one's own folder."""
+    it is also used for your own folder."""
     rows = published_table("metasegnet", "recipes").set_index("method")
     row = rows.loc[DATASETS[dataset].title if dataset in (LOVEDA, POTSDAM) else DATASETS[OEM].title].to_dict()
     whole = ("epochs", "batch", "restart", "crop", "copies")
@@ -127,7 +127,8 @@ def learning_rates(r: Recipe, base: float, per_epoch: int, epochs: int) -> np.nd
 
 
 def param_groups(model: MetaSegNet, r: Recipe) -> list[dict]:
-    """The trainable parameters in four groups: encoder and the rest, each with its biases apart, which do not decay.
+    """The trainable parameters in four groups: encoder and the rest, each with its biases in a separate group without
+    weight decay.
 
     The four norms on the encoder's maps belong to the encoder, as in the author's Swin."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -178,11 +179,11 @@ def learn(
     """Train by the author's recipe, in place: AdamW in Lookahead, two learning rates, no decay of biases.
 
     Args:
-        data: items (image, labels), and the ids of a text where the model has one.
+        data: items (image, labels), and the ids of a text if the model uses one.
         r: None: the recipe of the data set.
         epochs, batch: None: those of the recipe; its batch is per GPU.
-        score: of the model after each epoch; the weights of the best epoch are kept, of equal ones the first. None:
-            those of the last.
+        score: of the model after each epoch; the weights of the best epoch are selected, in ties the first. None: those
+            of the last.
     """
     r = r or recipe(p.dataset)
     batch, epochs, ignore = batch or r.batch * p.devices, epochs or r.epochs, model.ignore
@@ -217,7 +218,7 @@ def learn(
 
 def text_encoder(p: SimpleNamespace, prompts: Prompts) -> TextEncoder | None:
     """The text encoder of a method (RECONSTRUCTION): BERT-base or CLIP's, frozen, with random weights in a dry run; for
-    "one-hot zone" a trained vector for each zone; None for the unimodal twin.
+    "one-hot zone" a trained vector for each zone; None for the unimodal network.
 
     Raises `MissingWeights`: BERT's folder is not below `<data_root>/weights`, or CLIP is not cached."""
     level = LEVELS[p.method]
@@ -228,10 +229,10 @@ def text_encoder(p: SimpleNamespace, prompts: Prompts) -> TextEncoder | None:
     if p.text_encoder == "clip":
         clip = backbones.build(f"openclip:{CLIP}", "random" if p.dry_run else "pretrained")
         return ClipText(clip, open_clip.get_tokenizer(CLIP.partition("/")[0]))
-    import transformers as hf  # here: it takes seconds
+    import transformers as hf  # imported here because it takes seconds
 
     if p.dry_run:
-        # BERT's vocabulary is a file; here that of our texts
+        # BERT's vocabulary is a file; here it is that of our texts
         texts = [*prompts.texts([*prompts.zones, None]), prompts.constant]
         words = sorted({word for text in texts for word in hf.BasicTokenizer().tokenize(text)})
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -250,7 +251,7 @@ def build(p: SimpleNamespace, prompts: Prompts, classes: int) -> MetaSegNet:
 
     `weights`: empty for timm's released Swin-B from the cache, or a file of it, or the author's `stseg_*.pth`.
 
-    Raises `MissingWeights`, `CorruptFile`, `BadCheckpoint`: with what to change or get.
+    Raises `MissingWeights`, `CorruptFile`, `BadCheckpoint`: with the change or download needed.
     """
     torch.manual_seed(p.seed)
     text, encoder = text_encoder(p, prompts), swin(**SIZES["paper"]["swin"])
@@ -275,7 +276,7 @@ def build(p: SimpleNamespace, prompts: Prompts, classes: int) -> MetaSegNet:
 def load(model: MetaSegNet, path: str | Path) -> None:
     """Load the weights that a training saved; a frozen text encoder is not among them.
 
-    The unimodal twin takes a checkpoint of GeoSeg's FT-UNetFormer too.
+    The unimodal network also loads checkpoints of GeoSeg's FT-UNetFormer.
 
     Raises `MissingWeights`, `CorruptFile`, `BadCheckpoint`."""
     if not Path(path).is_file():
@@ -298,13 +299,13 @@ class Test:
 
     Attributes:
         data: items (image normalised (3, h, w), labels (h, w)).
-        zones: of each item. texts: one's own, where there are some.
+        zones: of each item. texts: the user's own, if any.
         classes: of the labels; `left_out` of them are excluded from the means.
-        into: (C,) the label of each of the network's classes; None where they are the same.
-        batch: images at once, those of one size together.
+        into: (C,) the label of each of the network's classes; None if they are the same.
+        batch: images at once, grouped by size.
     """
 
-    __test__ = False  # no test of pytest's
+    __test__ = False  # not a pytest class
 
     data: Dataset
     zones: Sequence[str | None]
@@ -323,11 +324,11 @@ def texts(
     own: Sequence[str | None] | None = None,
     seed: int = 0,
 ) -> list[str] | None:
-    """A text for each zone, as a method has them in training or of another `kind`; None for the unimodal twin.
+    """A text for each zone, of the method's training or of another `kind`; None for the unimodal network.
 
     Args:
-        kind: a level of `climate.Prompts`; "wrong" and "shuffled": texts of the method's level of another zone of
-            `zones`, or, where there is only one, of all zones with a text.
+        kind: a level of `climate.Prompts`; "wrong" and "shuffled": texts of the method's level from another zone of
+            `zones`, or, if there is only one, from all zones with a text.
         own: texts that replace the full text of the right zone.
     """
     level, right = LEVELS[method], kind not in ("wrong", "shuffled")
@@ -353,7 +354,7 @@ def texts(
     return [mine or text for mine, text in zip(own, found, strict=True)]
 
 
-@torch.no_grad()  # not inference mode: a frozen text encoder caches states that a later training uses
+@torch.no_grad()  # not inference mode: a frozen text encoder caches states that are used in later training
 def confusion(
     model: MetaSegNet, part: Test, given: Sequence[str] | None, augmentation: str = "none", hardware: Hardware = AUTO
 ) -> Tensor:
@@ -411,7 +412,7 @@ def predict(
 
 
 def maps(folder: str | Path, out: str | Path, p: SimpleNamespace) -> Iterator[tuple[Path, str | None]]:
-    """Segment the images of one's own folder (see `landcover.own`, with its `classes.txt`), one after the other.
+    """Segment the images of your own folder (see `landcover.own`, with its `classes.txt`), one after the other.
 
     Args:
         out: folder of the maps; empty: `<folder>/maps`.
@@ -445,11 +446,11 @@ class Setting:
 
     Attributes:
         title: of the data.
-        learning_rates: of each method that is trained.
+        learning_rates: of each trained method.
         tests: by name.
         texts: (method, zones, kind, own texts) to a text for each zone, see `texts`.
         build: the network of a method, before training.
-        learn: trains a network in place: (network, method) to the history; empty where none is trained.
+        learn: trains a network in place: (network, method) to the history; empty if nothing is trained.
         augmentation, hardware: at test.
     """
 
@@ -464,7 +465,7 @@ class Setting:
 
 
 def train(setting: Setting, method: str) -> tuple[MetaSegNet, History]:
-    """The network of a method, trained, and the history, which is empty where nothing is trained."""
+    """The network of a method, trained, and the history, which is empty if nothing is trained."""
     model = setting.build(method)
     history = setting.learn(model, method)
     return model.eval(), history
@@ -483,7 +484,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
     Args:
         out: the run's folder.
 
-    Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`: with the change or download needed.
     """
     check(p)
     prompts = Prompts.read(p.prompts or PROMPTS)
@@ -528,19 +529,19 @@ def chosen(p: SimpleNamespace) -> str:
 
 
 def validated(model: MetaSegNet, part: Test, given: Sequence[str] | None, p: SimpleNamespace) -> float:
-    """The score in percent by which the best epoch is chosen, without augmentation: mIoU, on Potsdam the mean F1."""
+    """The score in percent that selects the best epoch, without augmentation: mIoU, on Potsdam the mean F1."""
     counts = confusion(model, part, given, hardware=Hardware.of(p, "metasegnet"))
     return getattr(scores(part, counts), SCORES.get(p.dataset, "miou"))
 
 
 def _changed(p: SimpleNamespace) -> list[str]:
-    """What differs from the recipe, as parts of a name."""
+    """The differences from the recipe, as parts of a name."""
     select = [f"{chosen(p)} epoch"] if chosen(p) != SELECT.get(p.dataset, "last") else []
     return select + (["padding impervious"] if p.padding != "ignored" else [])
 
 
 def check(p: SimpleNamespace) -> None:
-    """Raises `BadParameter` for parameters that do not go together."""
+    """Raises `BadParameter` for conflicting parameters."""
     if p.test_on and (p.dataset, p.test_on) != (OEM, LOVEDA):
         raise BadParameter("test_on", p.test_on, f"'' or, with dataset = {OEM!r}, {LOVEDA!r}")
     if p.overlap >= p.tile:
@@ -562,7 +563,7 @@ def check(p: SimpleNamespace) -> None:
 def _split(p: SimpleNamespace, split: str, dataset: str = "", **options) -> landcover.LandCover:
     name = dataset or p.dataset
     if name == "folder":
-        # classes.txt: a name a line; lists of train and val are optional, without them all images are in both
+        # classes.txt: one name per line; lists of train and val are optional; without them all images are in both
         listed = split if (Path(p.data_root) / f"{split}.txt").is_file() else None
         classes = landcover.read_classes(p.data_root)
         found = landcover.own(p.data_root, classes, listed, **({"size": 1024} | options))
@@ -630,7 +631,8 @@ def _tests(p: SimpleNamespace) -> dict[str, Test]:
 
 
 def _generated(p: SimpleNamespace) -> tuple[str, int, dict[str, Test], Callable[[], Items]]:
-    """As `_real`, of a dry run: noise in squares of one class each, of the recipe's crop, in two zones by turns."""
+    """As `_real`, of a dry run: noise in squares of one class each, of the recipe's crop size, in two alternating
+    zones."""
     names = CLASSES.get(p.dataset, CLASSES[OEM])
     gpu, r = device(p.accelerator) == "cuda", recipe(p.dataset)
     side, batch = (r.crop, r.batch) if gpu else (min(r.crop, DRY_SIDE), 1)
@@ -656,7 +658,7 @@ VALUES = ["mIoU", "mF1", "OA"]
 
 
 def scores(part: Test, matrix: Tensor) -> metrics.Scores:
-    """The scores of a test by the author's code, from its confusion matrix."""
+    """The scores of a test by the author's definitions, from its confusion matrix."""
     return metrics.scores(matrix, part.left_out, undefined=True)
 
 
@@ -699,10 +701,10 @@ def record(path: Path, p: SimpleNamespace, setting: Setting, matrices: Mapping[s
 
 
 def _twin(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of the unimodal twin on Potsdam the rows that are most like the author's results, all of one kind.
+    """The rows of the unimodal network on Potsdam with the settings closest to the author's, all of one kind.
 
-    Those of the epoch that is best on the test before the last one's, of padding as impervious before ignored, and of
-    the augmentation with most views; which augmentation the author's are of is not known."""
+    Preferred are the best epoch on the test split over the last one, padding as impervious over ignored, and the
+    augmentation with most views; the author's augmentation is not known."""
     ours = rows[(rows.method == "unimodal") & (rows.dataset == POTSDAM) & (rows.held_out == "no zone")]
     kinds = ["epoch", "padding", "augmentation"]
     if ours.empty:
@@ -721,11 +723,12 @@ def claim_cells(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
 
 
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """By title: the author's image-only results, on Potsdam with ours of the unimodal twin, and all our measurements.
+    """By title: the author's image-only results, on Potsdam with ours of the unimodal network, and all our
+    measurements.
 
-    The twin's are means over seeds, of the kind that is most like the author's (see the columns). No table has the
-    paper's own numbers, since the network here is a reconstruction. On LoveDA the author's are on the test set of a
-    server, ours on the validation images."""
+    Ours are means over seeds, with the settings closest to the author's (see the columns). No table has the paper's own
+    numbers, because the network here is a reconstruction. On LoveDA the author's results are on the server's test set,
+    ours on the validation images."""
     anchors = published_table("metasegnet", "geoseg_reproduction")
     facts = next(t for t in paper("metasegnet")["tables"] if t["id"] == "geoseg_reproduction")
     anchors.insert(1, "set", [r["group"] for r in facts["rows"]])
@@ -739,7 +742,8 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def protocol() -> dict[str, str]:
-    """What the profile runs with, a row a fact; the paper's own settings were not found, these are of its author."""
+    """The settings of the profile, one per row; the paper's own were not found, these are of its author's other
+    code."""
     sets = {"Potsdam": recipe(POTSDAM), "LoveDA": recipe(LOVEDA), "OpenEarthMap": recipe(OEM)}
 
     def each(text: Callable[[Recipe], str]) -> str:

@@ -1,11 +1,10 @@
-"""MetaSegNet's text encoders: from prompts to one state a word. All of it is a RECONSTRUCTION (section 3.4).
+"""MetaSegNet's text encoders: from prompts to one state per word. All of it is a RECONSTRUCTION (section 3.4).
 
 The paper names neither its text encoder nor its pooling, so three encoders share one interface:
 
-    encoder.ids(texts)    (n, L) int64, padded with `encoder.pad`
-    encoder.mask(ids)     (n, L) bool, where there is a word
-    encoder(ids)          (n, L, encoder.width), one state a word
-    encoder.words(text)   the words as strings, for attention maps
+    encoder.ids(texts)    (n, L) int64, padded with `encoder.pad` encoder.mask(ids)     (n, L) bool, True at words
+    encoder(ids)          (n, L, encoder.width), one state per word encoder.words(text)   the words as strings, for
+    attention maps
 
 `Words` is small and trained with the network. `ClipText` and `BertText` hold a frozen copy of a released encoder; the
 states of each text are cached, since a data set has at most one text for each of the 30 climate zones.
@@ -25,11 +24,11 @@ from torch import Tensor, nn
 from ...errors import BadParameter
 from ...ops.recorded import Recorded
 
-_HEADER = "climate zone "  # how `climate.Prompts` begins the text of a zone
+_HEADER = "climate zone "  # the beginning of a zone's text in `climate.Prompts`
 
 
 class TextEncoder(Recorded, nn.Module):
-    """The shared interface: equal texts are encoded once a batch; the states of a frozen encoder are cached."""
+    """The shared interface: equal texts are encoded once per batch; the states of a frozen encoder are cached."""
 
     width: int
     pad = 0
@@ -48,7 +47,7 @@ class TextEncoder(Recorded, nn.Module):
         raise NotImplementedError
 
     def mask(self, ids: Tensor) -> Tensor:
-        """Where there is a word, (n, L) bool."""
+        """True at words, (n, L) bool."""
         return ids != self.pad
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -56,7 +55,7 @@ class TextEncoder(Recorded, nn.Module):
         if not self.frozen:
             unique, back = ids.unique(dim=0, return_inverse=True)
             return self.states(unique, self.mask(unique))[back]
-        rows = [tuple(row) for row in ids.tolist()]  # the only place where a GPU is waited for
+        rows = [tuple(row) for row in ids.tolist()]  # the only synchronisation with a GPU
         if new := list({row: i for i, row in enumerate(rows) if row not in self._known}.values()):
             with torch.no_grad():
                 found = self.states(ids[new], self.mask(ids[new]))
@@ -84,7 +83,7 @@ class Words(TextEncoder):
         vocabulary: the words, lower case; ids 0 and 1 are padding and unknown.
         width: of the states.
         length: the longest text, in words.
-        layers: pre-norm transformer layers. With 0 and one word a zone this is a one-hot zone embedding.
+        layers: pre-norm transformer layers. With 0 and one word per zone this is a one-hot zone embedding.
         heads, hidden: of those layers.
     """
 
@@ -214,7 +213,7 @@ def headless(text: str, unknown: str = "unknown") -> str:
 
     "climate zone Cfa, humid subtropical. bare soil ..." -> "climate zone unknown, unknown unknown. bare soil ...".
     Half of the training images have such a text (header dropout, section 14), so that the description has to be used.
-    Texts that begin otherwise are not changed.
+    Texts with another beginning are not changed.
 
     Args:
         unknown: a word outside the encoder's vocabulary; for BERT its "[UNK]".

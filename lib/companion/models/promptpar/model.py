@@ -16,10 +16,10 @@ Three computations are saved without changing any output:
 
 * Sentences are constants. The released prompts of the text tower come after the end of the text, and the tower is
   causal: they cannot reach the feature (`prompted_text` shows it). So the features are computed once.
-* A prompt that the next layer replaces gives keys and values only, and no token of its own.
-* Only the attributes' tokens leave the fusion block; the others give keys and values only.
+* A prompt that the next layer replaces contributes keys and values only, and no token.
+* Only the attributes' tokens are output by the fusion block; the others contribute keys and values only.
 
-Shapes: b images, A attributes, R regions (strips), P prompts a layer, J prompted layers, N = Gh · Gw patches,
+Shapes: b images, A attributes, R regions (strips), P prompts per layer, J prompted layers, N = Gh · Gw patches,
 L = 1 + R + P + N tokens, W the width of the image tower, E that of the space it shares with the text, D that of the
 fusion block, Wt that of the text tower. Tokens are in the layout of the paper's figure 2,
 
@@ -170,7 +170,7 @@ def _clip_block(
 
 
 def _norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
-    """A norm in float32 of activations of any precision, which they keep."""
+    """A norm computed in float32; the activations keep their precision."""
     return layer(x.float()).to(x.dtype)
 
 
@@ -220,7 +220,7 @@ class PromptPAR(state_dicts.OfficialModel):
         depth: J, the prompted layers; None: all layers of the tower.
         overlap: rows that neighbouring strips share.
         masked: whether the regions' tokens attend to their strips only.
-        text_prompts: prompts of the text tower a layer and sentence. They have no effect, and exist, frozen, so that
+        text_prompts: prompts of the text tower per layer and sentence. They have no effect; they exist, frozen, so that
             the authors' checkpoints load and their parameters are counted.
         mm_layers: blocks of the fusion. 0: one linear layer over the token axis (the authors' ablation).
         visual_embed: a trained linear layer on the image tokens before the fusion, which the authors added in May 2025.
@@ -232,7 +232,7 @@ class PromptPAR(state_dicts.OfficialModel):
             row 0 of the similarity is the first global prompt, not [CLS]; the last image's regions count for the whole
             batch; and strips as in `region_mask`. Requires 4 regions and groups of equal size.
 
-    Raises `BadParameter`: a CLIP, tokenizer, ViT or option that does not fit.
+    Raises `BadParameter`: a CLIP, tokenizer, ViT or option that does not match.
     """
 
     def __init__(
@@ -387,7 +387,7 @@ class PromptPAR(state_dicts.OfficialModel):
         blocks, depth = self.clip.visual.transformer.resblocks, len(self.prompts)
         for i, block in enumerate(blocks, 1):
             more, mask = None, self.mask
-            if i < depth:  # the next layer replaces these prompts: they give keys and values only
+            if i < depth:  # the next layer replaces these prompts: they contribute keys and values only
                 more, mask = self.prompts[i - 1], None if mask is None else mask[: x.shape[1]]
             elif i == depth:
                 x = torch.cat([x, self.prompts[-1].to(x.dtype).expand(len(x), -1, -1)], dim=1)
@@ -417,7 +417,7 @@ class PromptPAR(state_dicts.OfficialModel):
             regions = _norm(visual.ln_pre, self.region_tokens.to(dtype)).expand(len(images), -1, -1)
             x = self.tower(torch.cat([x[:, :1], regions, x[:, 1:]], dim=1), maps)
             x = (x if self.official_quirks else _norm(visual.ln_post, x)) @ visual.proj
-            return x.float() if dtype == torch.float16 else x  # what follows CLIP is in float32
+            return x.float() if dtype == torch.float16 else x  # everything after CLIP is in float32
 
     def similarities(self, regions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines times CLIP's scale, and their softmax over attributes, both (b, 1 + R, A); regions (b, 1 + R, E)."""
@@ -522,7 +522,7 @@ class PromptPAR(state_dicts.OfficialModel):
         Args:
             state: "clip_model.<name>" and "model.<name>", as `read_checkpoint` returns it.
             clip: one of the right shape, of which a copy gets the weights; None: built for square images.
-            heads: of the image tower, the text tower and the fusion; None: 64 channels a head, as released.
+            heads: of the image tower, the text tower and the fusion; None: 64 channels per head, as released.
             official_quirks: True, as the weights were trained.
             options: `overlap`, `masked`, `drop_path` and `threshold`, which a state dict does not contain.
 
@@ -612,7 +612,7 @@ def label_weights(labels: Tensor, ratio: Tensor) -> Tensor:
     """The weight of each label (b, A), in [1, e]: exp(1 - r) where the attribute is present, else exp(r).
 
     `ratio` (A,) is the share r of training images with the attribute: rare attributes have large weights. An unclear
-    label, 2, weighs as much as a present one: the released code means to leave it out, and does not.
+    label, 2, has the weight of a present one: the released code intends to leave it out, but does not.
     """
     return torch.where(labels > 0.5, 1 - ratio, ratio).exp()
 

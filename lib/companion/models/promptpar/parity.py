@@ -45,14 +45,14 @@ def read(path: str | Path) -> dict[str, Tensor]:
 
 
 def _listed(case: Case, output: str, after: str = "") -> list[int]:
-    """The numbers in the brackets of an output's description that follow `after`; [] where there are none."""
+    """The numbers in the brackets of an output's description that follow `after`; [] if there are none."""
     text = case.facts["outputs"].get(output, {}).get("what", "")
     found = re.search(re.escape(after) + r"\s*\[([\d,\s]+)\]", text)
     return [int(n) for n in found[1].split(",")] if found else []
 
 
 def _values(case: Case, key: str) -> Tensor:
-    """An input whose shape stands in brackets in its description."""
+    """An input whose shape is in brackets in its description."""
     shape = re.findall(r"\[([\d,\s]+)\]", case.facts["inputs"][key])[0]
     return case.values(f"input:{key}", *(int(n) for n in shape.split(",")))
 

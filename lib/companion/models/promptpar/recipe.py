@@ -31,7 +31,7 @@ from ...training.fit import Batch, Hardware, History, Loop, device, fit, predict
 from ...training.schedules import Schedule, sgd
 from .model import PromptPAR, loss, read_checkpoint
 
-# what differs from PromptPAR: arguments of the model, and the weight of the similarity in the loss
+# differences from PromptPAR: arguments of the model, and the weight of the similarity in the loss
 METHODS: dict[str, dict] = {
     "PromptPAR": {},
     "PromptPAR, not masked": {"masked": False},
@@ -53,14 +53,14 @@ COLUMNS = {
 }
 """The datasets of the training, and their names in the tables."""
 
-RESULTS = ("sota_peta_pa100k_rapv1", "rapv2_promptpar", "jgel_rerun_zs")  # tables that have a column of measurements
+RESULTS = ("sota_peta_pa100k_rapv1", "rapv2_promptpar", "jgel_rerun_zs")  # tables with a column of measurements
 CLIP, FUSION = "ViT-L-14-quickgelu/openai", "vit_base_patch16_224.orig_in21k_ft_in1k"
 TEST_BATCH = 64
 LAST = "train"  # the last images of an epoch, see `fit`
 MOMENTUM = 0.9
 SIMILARITY = 0.5  # weight of the similarity in the loss
-TEXTS = {"par/rapv1": "phrases"}  # what the authors' script gives to CLIP where it is not the sentences
-MAXIMA = ("mA", "Acc", "F1")  # of which the authors' code prints the maximum over epochs
+TEXTS = {"par/rapv1": "phrases"}  # the texts that the authors' script passes to CLIP instead of the sentences
+MAXIMA = ("mA", "Acc", "F1")  # metrics of which the authors' code prints the maximum over epochs
 MAXIMUM = "maxima over epochs"
 WORKERS = min(8, os.cpu_count() or 1)
 
@@ -70,13 +70,12 @@ class Setting:
     """The data and methods of a run, their training and prediction.
 
     Attributes:
-        names: the attributes, as tables show them.
+        names: the attributes, as in the tables.
         parts: "train" and "test": items (image (3, H, W), labels (A,)).
         build: from a method's name to its model before training.
-        train: builds a method and trains it: from its name to the model and the history, empty where nothing is
-            trained.
+        train: builds a method and trains it: from its name to the model and the history, empty if nothing is trained.
         probabilities: from a model and a part to (n, A).
-        epochs: filled in training where `select` is "maxima": the totals of the test images after each epoch.
+        epochs: filled in training if `select` is "maxima": the totals of the test images after each epoch.
     """
 
     title: str
@@ -111,7 +110,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         p: the checked parameters of the notebook.
         out: the run's folder.
 
-    Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`, `CorruptFile`: with the change or download needed.
     """
     if p.texts == "phrases" and p.dataset not in PHRASES:
         raise BadParameter("texts", p.texts, f"'released' or 'sentences'; phrases are known of {', '.join(PHRASES)}")
@@ -131,8 +130,8 @@ def recipe() -> pd.DataFrame:
 def by_epoch(warmup: int) -> Schedule:
     """The authors' schedule: one learning rate for each epoch, with a linear warm-up of `warmup` epochs.
 
-    From lr / 100 during the warm-up, then a cosine to lr / 500 that runs since the first epoch. Published are 100
-    epochs: heads 8e-3 with a warm-up of 5, prompts 4e-3 with 10.
+    From lr / 100 during the warm-up, then a cosine to lr / 500 that starts at the first epoch. Published: 100 epochs,
+    heads 8e-3 with a warm-up of 5, prompts 4e-3 with 10.
     """
 
     def of(base: float, steps: int, per_epoch: int) -> np.ndarray:
@@ -145,7 +144,8 @@ def by_epoch(warmup: int) -> Schedule:
 
 
 def decay_only(prompts: Tensor, learning_rates: np.ndarray, decay: float) -> None:
-    """What the authors' SGD does to the text tower's prompts, in place: their gradient is 0, and they decay."""
+    """The effect of the authors' SGD on the text tower's prompts, in place: weight decay alone, since their gradient is
+    0."""
     scale, speed = 1.0, 0.0
     for rate in learning_rates:
         speed = MOMENTUM * speed + decay * scale
@@ -174,7 +174,7 @@ class Epochs(Callback):
         return {"rows": list(self.rows)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over."""
+        """Restore the rows."""
         self.rows[:] = state["rows"]
 
 
@@ -184,14 +184,14 @@ def maxima(epochs: list[dict[str, float]]) -> dict[str, float]:
 
 
 def half(p: SimpleNamespace) -> bool:
-    """Whether CLIP is in float16, as released: where the authors' precision runs, on a CUDA GPU; not where the tower
-    itself is trained, which the authors do not do."""
+    """Whether CLIP is in float16, as released: with the authors' precision on a CUDA GPU; not for full fine-tuning,
+    which the authors do not run."""
     on_gpu = p.profile == "paper" and p.precision == "paper" and device(p.accelerator) == "cuda"
     return on_gpu and METHODS[p.method].get("tuned") != "all"
 
 
 def hardware(p: SimpleNamespace) -> Hardware:
-    """The hardware of the parameters; full fine-tuning has autocast where the other methods have CLIP in float16."""
+    """The hardware of the parameters; full fine-tuning uses autocast where the other methods have CLIP in float16."""
     found = Hardware.of(p, "promptpar", workers=WORKERS)
     on_gpu = p.profile == "paper" and p.precision == "paper" and device(p.accelerator) == "cuda"
     return replace(found, precision="16-mixed") if on_gpu and not half(p) else found
@@ -222,14 +222,14 @@ def learn(
     def groups(model: PromptPAR) -> list[dict]:
         return [g | {"lr": rates[g["name"]], "weight_decay": decay[g["name"]]} for g in model.param_groups()]
 
-    shares = functools.cache(ratio.to)  # to a GPU once, not at each step
+    shares = functools.cache(ratio.to)  # copied to a GPU once, not at each step
 
     def value(model: nn.Module, batch: Batch) -> Tensor:
         images, labels = batch
         return loss(model(images), labels, shares(labels.device), weight, unclear=p.quirks)
 
     schedules = {name: by_epoch(int(settings[name]["warm-up epochs"])) for name in ("heads", "prompts")}
-    # a batch norm cannot train on a single image, which no data set of the paper leaves over
+    # a batch norm cannot train on a single image; no data set of the paper has such a last batch
     last = "drop" if len(data) % batch == 1 else LAST
     history = fit(
         model,
@@ -267,7 +267,7 @@ def build(p: SimpleNamespace, sentences: tuple[str, ...], clip: nn.Module, fusio
 
 
 def weights(p: SimpleNamespace) -> str | Path:
-    """What CLIP is loaded from: the parameter, the usual file below `<data_root>/weights`, or the cache."""
+    """The weights of CLIP: the parameter, the usual file below `<data_root>/weights`, or the cache."""
     file = next(w["file"] for w in paper("promptpar")["weights"] if w["name"] == "clip")
     usual = Path(p.data_root) / "weights" / file
     return p.weights or (usual if p.clip == CLIP and usual.is_file() else "pretrained")
@@ -296,7 +296,7 @@ def _released(p: SimpleNamespace, sentences: tuple[str, ...]) -> PromptPAR:
 
 
 def read_by_clip(p: SimpleNamespace, sentences: tuple[str, ...]) -> tuple[str, ...]:
-    """The texts of the attributes that CLIP reads: the sentences, or the phrases that the authors' script has."""
+    """The texts of the attributes that CLIP encodes: the sentences, or the phrases of the authors' script."""
     kind = TEXTS.get(p.dataset, "sentences") if p.texts == "released" else p.texts
     return PHRASES[p.dataset] if kind == "phrases" else sentences
 
@@ -395,7 +395,7 @@ def _probabilities(p: SimpleNamespace, model: PromptPAR, data: Dataset) -> Tenso
 
 
 def label(p: SimpleNamespace) -> str:
-    """The method's name in the tables, with every deviation from the published settings."""
+    """The method's name in the tables, with every difference from the published settings."""
     changed = [p.method]
     changed += [f"weights of {Path(p.checkpoint).name}"] if p.checkpoint else []
     changed += [f"code of {p.release}"] if p.release != "2023" and not p.checkpoint else []
@@ -408,18 +408,18 @@ def label(p: SimpleNamespace) -> str:
 
 
 def measured(path: Path, new: Mapping[str, object] | None = None) -> pd.DataFrame:
-    """The real results in `path`, a row a (method, dataset, seed) with the totals of `Scores`; `new` is added."""
+    """The real results in `path`, one row per (method, dataset, seed) with the totals of `Scores`; `new` is added."""
     return upsert_rows(path, ["method", "dataset", "seed"], ["mA", "Acc", "Prec", "Rec", "F1"], [new] if new else ())
 
 
 def row(p: SimpleNamespace, found: Scores, epochs: list[dict[str, float]] | None = None) -> dict[str, Any]:
-    """Scores as a row for `measured`: those of the last epoch, or, where `epochs` has rows, their maxima."""
+    """Scores as a row for `measured`: those of the last epoch, or, if `epochs` has rows, their maxima."""
     totals = maxima(epochs) if epochs else found.totals
     return {"method": label(p), "dataset": p.dataset, "seed": p.seed} | totals
 
 
 def cells(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
-    """Means over seeds by (method, column), as `compare_published` takes them: "PETA mA", "PETA Recall", ...
+    """Means over seeds by (method, column), in the format of `compare_published`: "PETA mA", "PETA Recall", ...
 
     F1 is the mean over images, which PromptPAR reports; no table has a column for "F1 of means".
     """
@@ -450,7 +450,7 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def protocol() -> dict[str, str]:
-    """What the profile runs with, a row a fact, by the authors' code; of the paper's own settings few were found."""
+    """The settings of the profile, one per row, by the authors' code; few of the paper's own settings were found."""
     settings = recipe()
 
     def both(name: str) -> str:

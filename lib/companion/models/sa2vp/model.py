@@ -1,9 +1,9 @@
 """SA²VP: Spatially Aligned-and-Adapted Visual Prompt (Pei et al., AAAI 2024, arXiv 2312.10376).
 
-A frozen vision transformer reads the image; a second pathway runs a learned MAP of prompt tokens, one for every image
-token, through the same frozen blocks. At each block a small interaction lets each token of one pathway attend to the
-3x3 neighbourhood of its own position in the other. Only the prompt maps, one bottleneck adapter per block and the head
-are trained.
+A frozen vision transformer encodes the image; a second pathway passes a learned MAP of prompt tokens, one for every
+image token, through the same frozen blocks. At each block a small interaction lets each token of one pathway attend to
+the 3x3 neighbourhood of its own position in the other. Only the prompt maps, one bottleneck adapter per block and the
+head are trained.
 
 Written from the equations, and checked against outputs recorded from the authors' code (github tommy-xq/SA2VP, commit
 35674e7, MIT). The backbones are timm's, by Ross Wightman. Section numbers are those of the method in the notebook.
@@ -42,7 +42,7 @@ Pathways = tuple[Tensor, Tensor]  # of the image and of the prompt
 
 
 def _last(pathways: Iterator[Pathways]) -> Pathways:
-    return deque(pathways, maxlen=1).pop()  # those before it are freed as they come
+    return deque(pathways, maxlen=1).pop()  # intermediate maps are freed immediately
 
 
 def _halves(x: Tensor) -> Pathways:
@@ -87,7 +87,7 @@ def neighbourhood(grid: tuple[int, int], radius: int | None = 1, class_token: bo
 def padded_mask(mask: Tensor, radius: int, class_token: bool) -> Tensor:
     """The additive mask (N, N + 1) of the released `_acc` variant.
 
-    There a neighbour outside the image is not left out: it is a key and a value of zeros. All of these have logit 0:
+    There a neighbour outside the image is not masked: it is a key and a value of zeros. All of these have logit 0:
     m of them together are one zero key with log(m) added. The extra last column is that key.
     """
     outside = (2 * radius + 1) ** 2 - mask.sum(1, keepdim=True)
@@ -155,7 +155,8 @@ class TwoPathways(OfficialModel):
         radius: reach of the alignment in patches: 1 is 3x3, 0 the same position only, None everything (a control).
         direction: which interactions run (a control; the paper's is "both").
         dropout: probability after the cross-attention and in the adapters.
-        frozen_dropout: whether the frozen blocks drop too while training (the released code does; VPT's does not).
+        frozen_dropout: whether dropout is active in the frozen blocks during training (as in the released code, unlike
+            VPT's).
     """
 
     def __init__(
@@ -253,8 +254,8 @@ class SA2VP(TwoPathways):
         classes: number of classes.
         width: r, the width of the prompt maps and of the adapters (8, 16, 32 or 64 in the released settings).
         scale: s, the weight of the fusion.
-        new_maps: how many new prompt maps join along the depth (2; the released code has a comment that says 1 for
-            Stanford Cars, but not at which block: here the first of the two).
+        new_maps: how many new prompt maps join along the depth (2; a comment in the released code states 1 for Stanford
+            Cars, but not at which block: here the first of the two).
         options: `attention`, `radius`, `direction`, `dropout` and `frozen_dropout` of `TwoPathways`. As released,
             `dropout` also acts after the embeddings and in the MLPs of the frozen blocks.
 
@@ -311,7 +312,7 @@ class SA2VP(TwoPathways):
         return self.dropout(tokens), self.dropout(prompt)
 
     def forward_features(self, images: Tensor) -> Pathways:
-        """What the head reads: the [CLS] token of both pathways after the last norm, two (b, D)."""
+        """Input of the head: the [CLS] token of both pathways after the last norm, two (b, D)."""
         image, prompt = _last(self._pathways(images, keep=1))
         norm = self.backbone.norm
         return norm(image[:, 0]), norm(prompt[:, 0]).expand(len(images), -1)
@@ -331,8 +332,8 @@ class SA2VP(TwoPathways):
     def _step(self, i: int, image: Tensor, prompt: Tensor, keep: int | None) -> Pathways:
         """Block i on both pathways, and the interaction of their inputs (3.4)."""
         block, b, to_prompt = self.backbone.blocks[i], len(image), i % self.period == 0
-        # T_i on both pathways as one batch, but for the first block, where the image pathway depends on nothing that is
-        # trained (no autograd) and the prompts may still be one map for all images
+        # T_i on both pathways as one batch, except in the first block, where the image pathway depends on no trainable
+        # parameter (no autograd) and the prompts may still be one map for all images
         if i == 0:
             qkv_image, next_image = self._block(block, image, keep)
             qkv_prompt, next_prompt = self._block(block, prompt, keep)
@@ -359,12 +360,12 @@ class SA2VP(TwoPathways):
     def _block(self, block: Block, x: Tensor, keep: int | None, batch: int = 1) -> tuple[tuple[Tensor, ...], Tensor]:
         """The q, k, v of the frozen block T_i, each (b, heads, N, d), and its output for the first `keep` tokens of x.
 
-        The block's own attention is called, so hooks fire, and its q, k, v are caught on the way. Only where few tokens
-        are kept and nobody watches, their attention alone is computed. With dropout on, an x of one map becomes `batch`
-        maps before the MLP, where it first drops.
+        The block's own attention is called, so that hooks fire, and a hook captures its q, k, v. Only if `keep` is
+        given and no hook is registered, their attention alone is computed. With dropout on, an x of one map is expanded
+        to `batch` maps before the MLP, the first dropout.
         """
         attn, normed, caught = block.attn, block.norm1(x), []
-        # torch.export follows no hook that is registered on the way
+        # torch.export does not trace hooks registered during the call
         whole = not torch.compiler.is_exporting() and (keep is None or attn._forward_hooks)
         if whole:
             with attn.qkv.register_forward_hook(lambda module, args, output: caught.append(output)):
@@ -484,7 +485,7 @@ class SA2VPSwin(TwoPathways):
         return _halves(self.head(torch.cat(self.forward_features(images))))
 
     def forward_features(self, images: Tensor) -> Pathways:
-        """What the head reads: the mean of the tokens of both pathways after the last norm, two (b, D)."""
+        """Input of the head: the mean of the tokens of both pathways after the last norm, two (b, D)."""
         x = torch.cat(_last(self._pathways(images)))
         for layer in self.backbone.layers[self.stage + 1 :]:
             x = layer(x)
@@ -499,7 +500,7 @@ class SA2VPSwin(TwoPathways):
         swin = self.backbone
         image = swin.patch_embed(images)
         prompt = swin.patch_embed.norm(self.prompt_proj(self.prompt)).view(1, *image.shape[1:]).expand_as(image)
-        for layer in swin.layers[: self.stage]:  # the image pathway depends on nothing trained yet: no autograd
+        for layer in swin.layers[: self.stage]:  # the image pathway depends on no trainable parameter yet: no autograd
             image, prompt = layer(image), layer(prompt)
         stage = swin.layers[self.stage]
         image, prompt = stage.downsample(image), stage.downsample(prompt)

@@ -31,7 +31,7 @@ def outputs(case: Case) -> dict[str, Tensor]:
 
 
 def _rows(case: Case, output: str) -> list[int]:
-    """The token rows that were recorded of an output, from its description in case.json."""
+    """The recorded token rows of an output, from its description in case.json."""
     return json.loads(re.findall(r"rows (\[[\d, ]+\])", case.facts["outputs"][output])[0])
 
 
@@ -119,7 +119,7 @@ def _embeddings(case: Case) -> dict[str, Tensor]:
 
 
 def _loss_and_schedule(case: Case) -> dict[str, Tensor]:
-    """The loss for given logits; the schedules are compared in the test, since case.json holds them as numbers."""
+    """The loss for given logits; the schedules are compared in the test, because case.json has them as numbers."""
     target = torch.tensor(case.facts["targets"])
     return {"loss": two_pathway_loss(case.input("logits_image"), case.input("logits_prompt"), target)}
 
@@ -164,7 +164,7 @@ def _vit(case: Case) -> dict[str, Tensor]:
 
 
 def _outputs(modules: dict) -> dict[object, list[Tensor]]:
-    """The outputs of `modules` from here on, by name, one a call."""
+    """The outputs of `modules` from here on, by name, one per call."""
     found: dict[object, list[Tensor]] = {name: [] for name in modules}
     for name, module in modules.items():
         module.register_forward_hook(lambda _, __, out, name=name: found[name].append(out.detach()))

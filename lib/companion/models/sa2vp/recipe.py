@@ -1,4 +1,4 @@
-"""SA²VP with the published settings: what the `paper` profile trains, how it is tested, and the tables of results."""
+"""SA²VP's `paper` profile: the published training and tests, and the tables of results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SCHEDULE = schedule("cosine", WARMUP_EPOCHS / EPOCHS, MIN_LR)
 # the batch of the scripts for VTAB-1k, by group; the README gives 40 or 64 for Natural
 SCRIPT_BATCH = {"natural": 64, "specialized": 40, "structured": 40}
 DROP_PATH = 0.2  # of Swin, linear over the blocks
-PIXELS = (0.5, 0.5, 0.5)  # mean and std that the authors normalise with, whatever the backbone
+PIXELS = (0.5, 0.5, 0.5)  # the authors' mean and std for all backbones
 NORMALISATIONS = ("0.5", "backbone")
 TOKENS = 50  # prompts of VPT, here
 DRY_CLASSES = 10
@@ -42,18 +42,18 @@ WORKERS = min(8, os.cpu_count() or 1)
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained on what.
+    """The data and methods of a run.
 
     Attributes:
         train, test: items (image, label).
-        val: where the epoch is chosen on it; None: the last epoch is tested.
+        val: used to select the epoch; None: the last epoch is tested.
         classes: names by label.
         input: size and normalisation of the images.
-        learning_rates: of the methods that are trained.
+        learning_rates: of the trained methods.
         build: the model of a method, before training.
         options: arguments of `fit`: epochs, batch, seed, hardware.
-        folder: of the run, below which checkpoints and final weights are saved; None: they are not.
-        facts: what tells the training from others, for the checkpoint's key.
+        folder: of the run, for checkpoints and final weights; None: they are not saved.
+        facts: the identity of the training, for the checkpoint's key.
     """
 
     title: str
@@ -70,9 +70,9 @@ class Setting:
 
 
 def setting(p: SimpleNamespace, out: Path) -> Setting:
-    """The setting of the `paper` profile that the notebook's parameters ask for; results go below `out`.
+    """The setting of the `paper` profile for the notebook's parameters; results go below `out`.
 
-    Raises `BadParameter`, `MissingData`, `MissingWeights`: with what to change or get.
+    Raises `BadParameter`, `MissingData`, `MissingWeights`: with the change or download needed.
     """
     return _dry(p) if p.dry_run else _paper(p, out)
 
@@ -80,8 +80,8 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
 def published_settings(backbone: str, dataset: str) -> dict[str, Any]:
     """Width r, scale s, learning rate and batch of a dataset, from the authors' README (the paper's YAML).
 
-    A dataset without a row of its own takes its group's. Where the README gives two values, the batch is that of the
-    scripts on VTAB-1k and the first one elsewhere, and s of Swin is the larger one (0.5 is what its code has).
+    A dataset without its own row uses its group's. If the README gives two values, the batch is that of the scripts on
+    VTAB-1k and the first one elsewhere, and s of Swin is the larger one (its code has 0.5).
     """
     group, _, name = dataset.partition("/")
     kind = DATASETS[dataset].group.lower() if dataset in DATASETS else ""
@@ -108,7 +108,7 @@ def published_settings(backbone: str, dataset: str) -> dict[str, Any]:
 
 
 def protocol() -> dict[str, str]:
-    """What the `paper` profile runs, a fact a row."""
+    """The settings of the `paper` profile, one per row."""
     names = [name for name in DATASETS if name.startswith(("vtab/", "fgvc/", "hta/"))]
     found = [published_settings("vit_b16", name) for name in names]
     low, high = sorted({one["lr"] for one in found})
@@ -154,7 +154,7 @@ def transforms(dataset: str, seen: backbones.Input) -> tuple[v2.Transform, v2.Tr
 
 
 def splits(dataset: str, root: str | Path, seen: backbones.Input) -> dict[str, classification.Images]:
-    """The "train" and "test" images of a dataset, and "val" where the epoch is chosen on it.
+    """The "train" and "test" images of a dataset, and "val" if it selects the epoch.
 
     VTAB-1k trains on all 1,000 images and tests the last epoch. FGVC trains on its training list alone and tests the
     epoch with the best accuracy on val; HTA does the same, inferred from the loaders that it shares with FGVC.
@@ -173,7 +173,7 @@ def splits(dataset: str, root: str | Path, seen: backbones.Input) -> dict[str, c
 
 def build(p: SimpleNamespace, method: str, classes: int, weights: str | Path) -> nn.Module:
     """A method at full size on the backbone that the parameters name."""
-    # frozen VPT and probing never see stochastic depth (they stay in eval mode)
+    # VPT and linear probing have no stochastic depth (the encoder stays in eval mode)
     options: dict[str, Any] = {"drop_path_rate": DROP_PATH} if p.backbone == "swin_b" else {}
     torch.manual_seed(p.seed)  # of random weights in a dry run
     backbone = backbones.build(p.backbone, weights, **options)
@@ -197,7 +197,7 @@ def _options(p: SimpleNamespace, epochs: int, batch: int) -> dict:
 def _dry(p: SimpleNamespace) -> Setting:
     """Full-size model with random weights, two optimiser steps on generated images of the real shape."""
     published = published_settings(p.backbone, p.dataset)
-    # the published batch needs the memory of a GPU
+    # the published batch size needs the memory of a GPU
     batch = 8 if p.accelerator == "cpu" or not torch.cuda.is_available() else p.batch or published["batch"]
     seen = input_of(p, backbones.build(p.backbone, "random"))
     generator = torch.Generator().manual_seed(p.seed)
@@ -226,7 +226,7 @@ def _paper(p: SimpleNamespace, out: Path) -> Setting:
     published = published_settings(p.backbone, p.dataset)
     batch = p.batch or published["batch"]
     val = None
-    if p.dataset == "folder":  # nothing is chosen on val: it is tested on, or trained on where there is a test split
+    if p.dataset == "folder":  # nothing is selected on val: tested on, or trained on where there is a test split
         parts = classification.image_folder(p.data_root, seed=p.seed)
         train, test = (parts["trainval"], parts["test"]) if "test" in parts else (parts["train"], parts["val"])
         train.transform, test.transform = transforms(p.dataset, seen)
@@ -257,7 +257,7 @@ def _paper(p: SimpleNamespace, out: Path) -> Setting:
 def train(found: Setting, method: str, **changes: Any) -> tuple[nn.Module, History]:
     """Build and train a method of a setting; return the model, in eval mode, and the history of its training.
 
-    `changes` go to `fit`. With a folder, a training that was stopped is resumed, and the final weights are saved.
+    `changes` go to `fit`. With a folder, a stopped training is resumed, and the final weights are saved.
     """
     model, name = found.build(method), f"{found.title}, {method}"
     options = found.options | {"name": method} | changes
@@ -285,7 +285,7 @@ def train_model(
     device.
 
     Args:
-        val: items (image, label); the weights of the epoch with the best accuracy on them are kept, of equal ones the
+        val: items (image, label); the weights of the epoch with the best accuracy on them are selected, in ties the
             first. None: those of the last epoch.
     """
     trained = model
@@ -308,7 +308,7 @@ def train_model(
 
 
 def accuracy(model: nn.Module, data: Dataset, hardware: Hardware, batch: int = 64) -> float:
-    """Top-1 accuracy in percent, of the image pathway where there are two."""
+    """Top-1 accuracy in percent, of the image pathway if there are two."""
     predicted = predict(model, data, batch=batch, hardware=hardware).argmax(1)
     labels = data.tensors[1] if isinstance(data, TensorDataset) else torch.tensor(data.labels)
     return 100 * float((predicted == labels).float().mean())
@@ -321,7 +321,7 @@ def first(data: Dataset, count: int) -> tuple[Tensor, Tensor]:
 
 
 def label(p: SimpleNamespace) -> str:
-    """The method's name in the tables, with its deviations from the published setting."""
+    """The method's name in the tables, with its differences from the published setting."""
     changed, usual = [], published_settings(p.backbone, p.dataset)
     if p.method == "SA²VP":
         changed += [f"{p.attention} attention"] if p.attention != "aligned" else []
@@ -333,13 +333,14 @@ def label(p: SimpleNamespace) -> str:
 
 
 def measured(path: Path, new: dict[str, Any] | None = None) -> pd.DataFrame:
-    """The real results in `path`, a row a (backbone, method, dataset, seed); `new` is added, or replaces its row."""
+    """The real results in `path`, one row per (backbone, method, dataset, seed); `new` is added, or replaces its
+    row."""
     return upsert_rows(path, ["backbone", "method", "dataset", "seed"], ["accuracy"], [new] if new else ())
 
 
 def cells(rows: pd.DataFrame, backbone: str, group: str) -> dict[tuple[str, str], float]:
-    """Mean accuracy over seeds by (method, column) for the datasets of a group ("vtab", "fgvc", "hta"), as
-    `tables.compare_published` takes it. The mean over a table's columns is left to `with_mean`."""
+    """Mean accuracy over seeds by (method, column) for the datasets of a group ("vtab", "fgvc", "hta"), in the format
+    of `tables.compare_published`. The mean over a table's columns is left to `with_mean`."""
     chosen = rows[(rows.backbone == backbone) & rows.dataset.astype(str).str.startswith(f"{group}/")]
     means = chosen.groupby(["method", "dataset"]).accuracy.mean()
     return {(_published_name(method), dataset.partition("/")[2]): value for (method, dataset), value in means.items()}
@@ -358,7 +359,7 @@ def _published_name(method: str) -> str:
 
 
 def benchmark_means(rows: pd.DataFrame, backbone: str) -> dict[tuple[str, str], float]:
-    """Mean accuracy by (method, benchmark) of the methods that have all datasets of it: "fgvc", "hta", the three
+    """Mean accuracy by (method, benchmark) of the methods with all its datasets: "fgvc", "hta", the three
     groups "vtab_natural", "vtab_specialized" and "vtab_structured", and the two means over VTAB-1k that are in use."""
     sets = defaultdict(list)
     for name, dataset in DATASETS.items():
@@ -381,7 +382,7 @@ def benchmark_means(rows: pd.DataFrame, backbone: str) -> dict[tuple[str, str], 
 
 
 def claim_cells(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
-    """What the claims of kind `full` are judged by: the benchmark means of ViT-B/16, see `benchmark_means`."""
+    """The measurements that judge paper results: the benchmark means of ViT-B/16, see `benchmark_means`."""
     return benchmark_means(rows, "vit_b16")
 
 

@@ -1,4 +1,4 @@
-"""Ablation studies on the synthetic datasets, one module a paper; `toy.ablation` runs them."""
+"""Ablation studies on the synthetic datasets, one module per paper; `toy.ablation` runs them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _SELECTING: ContextVar[bool] = ContextVar("selecting", default=False)
 
 
 def study_root(root: str | Path, seed: int) -> Path:
-    """The data root of a seed of a study: each seed has images of its own, so that the std holds their variation."""
+    """The data root of a seed of a study: each seed has its own images, so the std includes their variation."""
     return Path(root) / f"seed{seed}"
 
 
 @contextlib.contextmanager
 def selecting() -> Iterator[None]:
-    """Inside the block learning rates are selected: no function made by `reader` returns the test split."""
+    """Context manager for the selection of learning rates: no function made by `reader` returns the test split."""
     token = _SELECTING.set(True)
     try:
         yield
@@ -36,7 +36,7 @@ def selecting() -> Iterator[None]:
 
 
 class _Reader:
-    """A function that reads a split, named by its argument `split`, but not the test split while rates are selected."""
+    """A function that reads a split, named by its argument `split`, but not the test split during selection."""
 
     def __init__(self, read: Callable, cached: int):
         functools.update_wrapper(self, read)
@@ -55,6 +55,6 @@ class _Reader:
 def reader(cached: int = 0) -> Callable[[Callable], _Reader]:
     """A decorator for a function that reads a split, named by its argument `split`; it keeps `cached` results.
 
-    The function raises `CompanionError` when the test split is asked for while learning rates are selected.
+    The function raises `CompanionError` when the test split is read during the selection of learning rates.
     """
     return functools.partial(_Reader, cached=cached)

@@ -1,6 +1,6 @@
 """BAT's ablations at toy scale: the methods, and one training of any of them, tested on videos.
 
-Every method builds on the same pocket tracker, which was trained on one clear stream. Trained methods see 6,400 pairs
+Every method builds on the same toy tracker, which was trained on one clear stream. Trained methods see 6,400 pairs
 of the training videos once, drawn and augmented as in the authors' code, with its losses, optimiser and clipping. The
 reliable stream changes within each test video. A lost target stays lost unless it comes near the search window again,
 as in the real benchmarks.
@@ -64,7 +64,7 @@ SITUATIONS = ("clear", "conjunction", "dark", "glare", "crossover")
 
 
 def build(method: str, seed: int) -> nn.Module:
-    """A method on the pocket tracker; its new parameters are drawn from `seed`."""
+    """A method on the toy tracker; its new parameters are drawn from `seed`."""
     torch.manual_seed(seed)
     return METHODS[method](tracker.build())
 
@@ -128,7 +128,7 @@ def train(method: str, task: str, learning_rate: float, seed: int, root: str, sp
 def train_model(
     model: nn.Module, method: str, pairs: TensorDataset, learning_rate: float, seed: int, **changes: Any
 ) -> History:
-    """Train `model` in place by the published settings but for length, batch and schedule; return its history."""
+    """Train `model` in place with the published settings except length, batch size and schedule; return its history."""
     settings: dict[str, Any] = {"epochs": 1, "batch": BATCH, "seed": seed, "hardware": CPU, "name": method}
     optimizer, callbacks = adamw(learning_rate, recipe.WEIGHT_DECAY, decay="all"), [ClipNorm(recipe.CLIP)]
     return fit(model, loss, pairs, **settings | {"optimizer": optimizer, "callbacks": callbacks} | changes)

@@ -1,12 +1,11 @@
 """DMT on the synthetic collages: students of three teachers, of two, of one and of none, scored by linear probes.
 
 All students are one small ViT with the same initial weights, trained for as many steps on the same 3,000 unlabelled
-collages. The three teachers are the shipped ones, in all seeds the same: the spread over seeds is that of images, of
-the student's initial weights and of the order of training. The teachers' tokens of whole images are cached once a seed.
+collages. The three teachers are the shipped ones for all seeds: the spread over seeds is that of images, the student's
+initial weights and the order of training. The teachers' tokens of whole images are cached once per seed.
 
-Measures are accuracies in percent of linear probes on the frozen features, with 10 labels a class (the mean over ten
-draws of them) and, in columns that end in "all", with all 3,000. Learning rates are selected by the mean of the
-four probes.
+Measures are accuracies in percent of linear probes on the frozen features, with 10 labels per class (the mean over ten
+draws) and, in columns that end in "all", with all 3,000. Learning rates are selected by the mean of the four probes.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ BUDGET = f"{STEPS} steps, batch {BATCH}"
 STUDENT = {"width": 48}  # else as `vit.SIZES["pocket"]`
 SETTINGS = {"mask_ratio": 0.5, "decoder": "pocket"}
 
-# the teachers of a student, and what differs from the settings
+# the teachers of a student, and its changes to the settings
 STUDENTS: dict[str, tuple[tuple[str, ...], dict]] = {
     "DMT": (taught.TEACHERS, {}),
     "MAE only": (("MAE",), {}),
@@ -85,7 +84,7 @@ def part(root: str, seed: int, split: str) -> pocket.Part:
 
 def cached_tokens(root: str, seed: int) -> dmt_cache.Cache:
     """The three teachers' tokens of the training images; computed the first time, then read from disk."""
-    # other weights have another cache: one of other teachers would be refused
+    # other weights have another cache: a cache of other teachers would be refused
     name = f"tokens-{encoders.read_card(taught.NAME)['sha256'][:8]}"
     views = dmt_cache.Views(part(root, seed, "train").images)
     return dmt_cache.build(study_root(root, seed) / name, Teachers(taught.load()), views, dtype="float32", hardware=CPU)
@@ -130,7 +129,7 @@ def assemble(method: str, seed: int, root: str) -> tuple[nn.Module, Callable, Te
         return DMT(student(seed), teachers, **options), loss, TensorDataset(data.images)
     cache = cached_tokens(root, seed)
     tokens = [whole for name, whole in zip(cache.names, cache.tensors(), strict=True) if name in names]
-    # the student last: loading and running teachers draws random numbers, and adapters and decoder follow its own
+    # the student last: loading and running teachers draws random numbers; adapters and decoder are drawn after it
     model = DMT(student(seed), [t.shape[-1] for t in tokens], **options)
     return model, loss, TensorDataset(data.images, *tokens)
 
@@ -163,7 +162,7 @@ def train_model(
 def train(
     method: str, task: str, learning_rate: float, seed: int, root: str, split: str = "test", **options: Any
 ) -> dict[str, float]:
-    """One method, trained where there is something to train, and its probes. Returns a row.
+    """Train one method, if it has trainable parameters, and probe it. Returns a row.
 
     `split` "select": tested on validation images with 10 labels; "test": on test images, with all labels too. `options`
     go to `fit`.
@@ -188,14 +187,14 @@ def train(
 def probes(
     encoder: ViT, root: str, seed: int, split: str = "test", shots: int | None = taught.SHOTS
 ) -> dict[str, float]:
-    """Accuracy by factor and their "mean", on the images of `split` ("select": validation) with `shots` labels a
+    """Accuracy by factor and their "mean", on the images of `split` ("select": validation) with `shots` labels per
     class; None: all."""
     test = part(root, seed, "val" if split == "select" else "test")
     return taught.measure(encoder, part(root, seed, "train"), test, shots)
 
 
 def lead(method: str, root: str, seed: int, own: dict[str, float]) -> float:
-    """On the probe where it is largest: a teacher's accuracy less that of the better of the two others, in points."""
+    """The largest lead of a teacher over the better of the two others on any probe, in points."""
     teachers = taught.load()
     others = [probes(teachers[name], root, seed) for whose, name in THEMSELVES.items() if whose != method]
     return max(own[name] - max(other[name] for other in others) for name in pocket.FACTORS)

@@ -5,7 +5,7 @@ and grid of learning rates. Features that do not change are computed once per im
 image feature for the methods without prompts in the image tower.
 
 Learning rates are chosen by the harmonic mean on validation images, those of novel classes among them, for every
-method alike: so no method gets a learning rate that ruins CLIP's knowledge of other classes.
+method alike: so no method has a learning rate that degrades CLIP's accuracy on other classes.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def build(method: str, classes: tuple[str, ...], seed: int, features: int) -> pr
     torch.manual_seed(seed)
     common = (clip(), classes, Tokenizer())
     if method == "zero-shot CLIP":
-        return prompting.ZeroShot(*common, template="a {}")  # as the captions that the small CLIP was trained on
+        return prompting.ZeroShot(*common, template="a {}")  # as in the captions that the small CLIP was trained on
     if method == "CoOp":
         return prompting.CoOp(*common, tokens=4, template=TEMPLATE)
     if method == "CoCoOp":
@@ -134,7 +134,7 @@ def images(task: str, root: str, seed: int, part: str) -> tuple[Tensor, Tensor, 
 
 @functools.lru_cache(maxsize=16)
 def sensors(task: str, root: str, seed: int, part: str) -> Tensor:
-    """The sensor of each image of a part, (n,), 0 or 1. No method is given it."""
+    """The sensor of each image of a part, (n,), 0 or 1. No method uses it."""
     known = read_json(study_root(root, seed) / task / "sensors.json")
     files = map(Path, _files(_part(task, root, seed, part)))
     return torch.tensor([known[f"{file.parent.name}/{file.name}"] for file in files])
@@ -190,7 +190,7 @@ def train(
 ) -> dict:
     """Train one method on the base classes of one domain, if it has anything to train, and test it on both halves.
 
-    `split` "select": tested on the validation images, 20 a class; "test": on 40 others. `options` go to `fit`.
+    `split` "select": tested on the validation images, 20 per class; "test": on 40 others. `options` go to `fit`.
     Returns a row: the accuracies of base and of novel classes and their harmonic mean, and the accuracy on all images
     of each sensor, in percent; the last loss; the number of trainable parameters.
     """
@@ -221,5 +221,5 @@ def optimizer(learning_rate: float) -> MakeOptimizer:
 
 
 def train_model(model: nn.Module, data: TensorDataset, learning_rate: float, **options: Any) -> History:
-    """Train `model` in place on what `inputs` gives; `options` go to `fit`."""
+    """Train `model` in place on the result of `inputs`; `options` go to `fit`."""
     return fit(model, loss, data, optimizer=optimizer(learning_rate), **TRAINING | options)

@@ -5,9 +5,9 @@ epochs and grid of learning rates. A learning rate is selected by the mean of th
 50, 200 and 1,500 labels, after full trainings: after shorter ones, in which words do not attend to the image yet, all
 methods prefer too low a learning rate.
 
-Measures are in percent. Those of the text side compare a model with itself: how much lower the loss on masked words is
-with the right image than with another one, and by how much the share of an entity's attention inside the lesion's box
-exceeds the box's share of the image.
+Measures are in percent. Those of the text branch compare a model with itself: how much lower the loss on masked words
+is with the right image than with another one, and by how much the share of an entity's attention inside the lesion's
+box exceeds the box's share of the image.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def train(
 ) -> dict:
     """Pre-train one method, unless it is one of `UNTRAINED`, and measure it; returns a row.
 
-    `split` "select": measured on the 400 validation images by the probes alone; "test": by everything on 800 others.
+    `split` "select": measured on the 400 validation images by the probes alone; "test": by all measures on 800 others.
     """
     held_out = part(str(root), seed, "val" if split == "select" else "test")
     known = vocabulary(root, seed)

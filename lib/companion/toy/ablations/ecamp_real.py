@@ -2,12 +2,12 @@
 
     COMPANION_REAL_DATA=<folder> python -m companion.toy.ablation ecamp_real reports/real/ecamp
 
-No encoder pre-trained by ECAMP can be had offline, so this measures the probe and its data, not ECAMP: how far a ViT
-that saw no X-ray gets with ECAMP's classification head (mean patch token, LayerNorm, linear layer) and loss.
+No encoder pre-trained by ECAMP is available offline, so this measures the probe and its data, not ECAMP: the result of
+a ViT trained without X-rays, with ECAMP's classification head (mean patch token, LayerNorm, linear layer) and loss.
 
 The images are <folder>/nih_xrays_small/images/<image> with labels.csv: 1,000 of the NIH's, split by patient into 477,
 149 and 374. The score is the mean AUROC of the findings in `FINDINGS`. Task "10 %" trains on 48 images drawn by the
-seed, task "100 %" on all. The test images are the same for all seeds: the std holds the draw and the initialisation.
+seed, task "100 %" on all. The test images are the same for all seeds: the std includes the draw and the initialisation.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ BUDGET = f"{STEPS} steps, batch {BATCH}"
 SEEDS = [200, 201, 202]
 METHODS = ("ViT-S/14", "random weights", "raw pixels")
 TASKS = {"10 %": list(METHODS), "100 %": list(METHODS)}
-PIXELS = 20  # pixels a side of an image of "raw pixels": 400 features, about as many as the ViT's 384
+PIXELS = 20  # side in pixels of an image of "raw pixels": 400 features, about as many as the ViT's 384
 
 
 def folder() -> Path:
     """The folder of the X-rays, below COMPANION_REAL_DATA (default: ../shared/data next to the checkout).
 
-    Raises `MissingData`: it is not there.
+    Raises `MissingData`: it does not exist.
     """
     found = Path(os.environ.get("COMPANION_REAL_DATA") or record.root().parent / "shared" / "data") / "nih_xrays_small"
     if not (found / "labels.csv").is_file():
@@ -80,7 +80,7 @@ def table(split: str) -> tuple[list[Path], Tensor]:
 
 
 def prepare(_: str | Path, seed: int) -> None:
-    """Raise `MissingData` or `CorruptFile` before anything is trained, when images are not there."""
+    """Raise `MissingData` or `CorruptFile` before anything is trained, when images are missing."""
     for split in ("train", "val", "test"):
         for path in table(split)[0]:
             if not path.is_file():
@@ -89,7 +89,8 @@ def prepare(_: str | Path, seed: int) -> None:
 
 @reader(9)
 def features(method: str, split: str) -> TensorDataset:
-    """The inputs (n, D) of the linear layer, and the labels; computed once a process, since every encoder is frozen."""
+    """The inputs (n, D) of the linear layer, and the labels; computed once per process, because every encoder is
+    frozen."""
     paths, labels = table(split)
     grey = [torch.from_numpy(xrays.read_image(path))[None] for path in paths]
     if method == "raw pixels":
@@ -112,7 +113,7 @@ def _encoder(method: str) -> nn.Module:
 
 
 def drawn(labels: Tensor, seed: int) -> Tensor:
-    """The positions of a tenth of the training images, every finding in one of them at least."""
+    """The indices of a tenth of the training images, with every finding in at least one of them."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(labels), generator=generator)[: round(len(labels) / 10)]

@@ -30,12 +30,12 @@ from . import reader, study_root
 
 LEARNING_RATES = [5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2]
 METRIC = "kappa"
-# AdamW in place of Adam, and a cosine in place of steps: at this length they hardly differ
+# AdamW instead of Adam, and a cosine instead of steps: at this length they hardly differ
 EPOCHS, BATCH, WEIGHT_DECAY = 40, 16, 1e-5
 BUDGET = f"{EPOCHS} epochs, batch {BATCH}"
 FOLDS = 5
-# kind: what is trained. head: what its output means. patch, region: initial weights of the level. shuffled: patches of
-# each region in a random order. folds: models that vote
+# kind: which levels are trained. head: the meaning of the output. patch, region: initial weights of the level.
+# shuffled: patches of each region in a random order. folds: number of models that vote
 METHODS: dict[str, dict] = {
     "mean pooling": {"kind": "mean"},
     "gated attention": {"kind": "attention"},
@@ -78,7 +78,7 @@ def regions(item: data.Item) -> tuple[np.ndarray, np.ndarray]:
 
 
 def store(root: str | Path, seed: int, task: str, levels: str = "dino") -> Path:
-    """The file of a seed's patch embeddings (n, 5, 16, 48) and grades (n,) by split; written when it is not there."""
+    """The file of a seed's patch embeddings (n, 5, 16, 48) and grades (n,) by split; written if it does not exist."""
     path = study_root(root, seed) / f"features-{task}-{levels}.safetensors"
     if path.is_file():
         return path
@@ -115,7 +115,7 @@ def build(method: str, seed: int) -> nn.Module:
 
 
 def head(method: str) -> str:
-    """What the outputs of a method mean, one of `hvit.HEADS`."""
+    """The meaning of a method's outputs, one of `hvit.HEADS`."""
     return METHODS[method].get("head", "regression")
 
 

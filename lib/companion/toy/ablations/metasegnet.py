@@ -3,7 +3,7 @@
 The network is the full one at a small width: Swin, fusion, the author's decoder and losses. All networks are trained on
 the same images of eight of nine zones with the same optimiser, number of steps and grid of learning rates; the ninth
 zone is left out, another one for each seed. A learning rate is chosen on validation images of the eight zones with
-their right texts, for both tasks: nothing is chosen by the zone that was left out, or by a wrong text.
+their right texts, for both tasks: nothing is selected on the zone that was left out, or with a wrong text.
 
 Task "seen" scores test images of the eight zones, "left out" those of the ninth. Both tasks and all texts at test use
 one trained network, whose confusion matrices are cached.
@@ -147,7 +147,7 @@ def train_model(
 
 @torch.inference_mode()
 def predict(model: MetaSegNet, images: Tensor, given: list[str] | None = None, batch: int = TEST_BATCH) -> Tensor:
-    """The predicted class of each pixel, (n, H, W), of images with a text each (None: the unimodal twin)."""
+    """The predicted class of each pixel, (n, H, W), of images with one text each (None: the unimodal network)."""
     model.eval()
     ids = [None] * len(images) if given is None else model.ids(given)
     return torch.cat(

@@ -1,7 +1,7 @@
 """PromptPAR's ablations at toy scale: the methods, and one training of any of them on the street camera's pedestrians.
 
-All methods build on the same pocket CLIP, trained on clear images only, and on the same fusion block, the last of the
-pocket ViT. All are trained on the same images with the same loss, optimiser, number of epochs and grid.
+All methods build on the same toy CLIP, trained on clear images only, and on the same fusion block, the last of the
+small ViT. All are trained on the same images with the same loss, optimiser, number of epochs and grid.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ TASKS = {"street": list(METHODS)}
 
 
 def build(method: str, seed: int) -> PromptPAR:
-    """A method on the pocket CLIP; its new parameters are drawn from `seed`."""
+    """A method on the toy CLIP; its new parameters are drawn from `seed`."""
     torch.manual_seed(seed)
     options = {"prompts": PROMPTS, "text_prompts": 0} | METHODS[method]
     options.pop("similarity", None)
@@ -119,7 +119,7 @@ def train_model(
     def value(model: nn.Module, batch: Batch) -> Tensor:
         return loss(model(batch[0]), batch[1], ratio(batch[1].device), weight)
 
-    # AdamW in place of SGD, and one learning rate for prompts and heads
+    # AdamW instead of SGD, and one learning rate for prompts and heads
     settings: dict[str, Any] = {"optimizer": adamw(learning_rate, 1e-4), "callbacks": [ClipNorm(10)]}
     settings |= {"epochs": EPOCHS, "batch": BATCH, "seed": seed, "hardware": CPU, "name": method} | changes
     trained, inputs = cached(model, images)

@@ -1,8 +1,9 @@
 """SA²VP at toy scale: the methods, the tasks, and one training run of any of them.
 
 Three tasks: "where" needs the position, "digits" and "textures" are real images. All methods share the frozen (or
-fine-tuned) small ViT, the optimiser, the number of epochs and the grid of learning rates. Dropout is off for all:
-the released code lets the frozen blocks drop while training and VPT's does not, so either way would favour one.
+fine-tuned) small ViT, the optimiser, the number of epochs and the grid of learning rates. Dropout is off for all: the
+released code applies dropout in the frozen blocks during training and VPT's does not, so either choice would favour
+one.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
     COMPANION_REAL_DATA=<folder> python -m companion.toy.ablation sa2vp_real reports/real/sa2vp
 
-CIFAR-10 is read as <folder>/cifar10_small/{train,test}/<class>/<image>, 120 and 100 images a class; nothing of it is
-copied. Each seed draws 100 training images a class; the 20 others are the validation images of the selection, in which
-the test images cannot be read. All methods have the same encoder at 112 px (8 x 8 patches), epochs, batch and grid of
-learning rates. Not tuned: the width and scale of SA²VP (its authors' scale for natural images), the 8 prompts of VPT.
-The test images are the same for all seeds, so the std holds the variation of training images and initialisation alone.
+CIFAR-10 is read as <folder>/cifar10_small/{train,test}/<class>/<image>, 120 and 100 images per class; nothing of it is
+copied. Each seed draws 100 training images per class; the 20 others are the validation images of the selection, in
+which the test images cannot be read. All methods have the same encoder at 112 px (8 x 8 patches), epochs, batch and
+grid of learning rates. Not tuned: the width and scale of SA²VP (its authors' scale for natural images), the 8 prompts
+of VPT. The test images are the same for all seeds, so the std includes the variation of training images and
+initialisation alone.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ TASKS = {TASK: list(METHODS)}
 def folder() -> Path:
     """The folder of CIFAR-10's images, below COMPANION_REAL_DATA (default: ../shared/data next to the checkout).
 
-    Raises `MissingData`: it is not there.
+    Raises `MissingData`: it does not exist.
     """
     found = Path(os.environ.get("COMPANION_REAL_DATA") or record.root().parent / "shared" / "data") / "cifar10_small"
     if not found.is_dir():
@@ -55,7 +56,7 @@ def folder() -> Path:
 
 
 def prepare(_: str | Path, seed: int) -> None:
-    """Raise `MissingData` or `CorruptFile` before anything is trained, when images are not there."""
+    """Raise `MissingData` or `CorruptFile` before anything is trained, when images are missing."""
     classification.image_folder(folder(), seed=seed)
 
 

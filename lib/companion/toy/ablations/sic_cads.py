@@ -1,8 +1,8 @@
 """SIC-CADS on the synthetic scenes: the image-level branches, their effect on a frozen detector, and the controls.
 
 Detector and CLIP are trained once. Each seed has its own images and its own recogniser (MLR), trained on the labels of
-base classes; task "anew" trains detector and CLIP for each seed too, so that its spread includes all three. Only the
-recogniser's learning rate is chosen, by the metric on validation images, novel classes among them, for every method
+base classes; the task "anew" trains detector and CLIP for each seed too, so that its spread includes all three. Only
+the recogniser's learning rate is chosen, by the metric on validation images, novel classes among them, for every method
 alike. Gamma and both lambdas are the released values of OV-COCO, gamma 0.5 that of OV-LVIS; the sweeps over them are
 measured on test images, and nothing is chosen by them.
 """

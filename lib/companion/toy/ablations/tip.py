@@ -3,7 +3,7 @@
 The diffusion model is trained once and frozen. Each seed has its own images, degraded once, and for each network its
 own adaptor. All networks are trained for the same number of steps on the same images; their learning rate is chosen
 from one grid by PSNR on validation images with their own prompts, averaged over the tasks. Tasks (section 14):
-"heavy" images have lost their texture, "mild" ones can be told apart only by the restoration prompt, "parameterised"
+"heavy" images have lost their texture, "mild" ones can be distinguished only by the restoration prompt, "parameterised"
 ones are degraded as in training.
 
 The prompts at test are those of `data.restoration.texts`: a network is trained once, for all of them.
@@ -47,7 +47,7 @@ NETWORKS = ("TIP", "no text", "semantic only", "restoration only", "plain Contro
 # a trained TIP with other prompts at test
 MISLED = ("blind prompt", "wrong semantic prompt", "wrong restoration prompt", "prompts swapped")
 METHODS = [*NETWORKS, *MISLED]
-# all heavy images have the same restoration prompt: there is no wrong one among them
+# all heavy images have the same restoration prompt, so none of them is a wrong one
 TASKS = {"heavy": [m for m in METHODS if m != "wrong restoration prompt"], "mild": METHODS, "parameterised": METHODS}
 
 

@@ -1,4 +1,4 @@
-"""Small synthetic datasets, written in the layouts of the real ones."""
+"""Small synthetic datasets in the layouts of the real ones."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def write_once(
     write: Callable[[Path], Mapping[str, object] | None],
     name: str | None = None,
 ) -> Path:
-    """Write a dataset into `folder`, unless it is there in full; return `folder`.
+    """Write a dataset into `folder`, unless it is complete there; return `folder`.
 
-    A reader never meets half a dataset: it is written next to `folder` first. A folder that lacks a file, that holds an
-    empty one, or whose record is another is written again.
+    The dataset is written to a temporary folder and moved, so readers never find an incomplete one. A folder with a
+    missing or empty file, or with another record, is rewritten.
 
     Args:
-        record: what makes the dataset: seed, version, counts. Written as JSON.
-        files: number of files in the finished folder, the record included.
+        record: the parameters of the dataset: seed, version, counts. Written as JSON.
+        files: number of files in the finished folder, including the record.
         write: fills an empty folder; returns further entries of the record's file, if any.
         name: of the record's file; None: the folder's, with ".json".
     """

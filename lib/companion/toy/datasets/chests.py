@@ -1,15 +1,15 @@
 """Phantom chests, 64x64 pixels, each with a report of two sentences, an entity, a lesion's box and mask; for ECAMP.
 
 Two dark lungs and a bright heart, and **exactly one finding**, on a random side: a nodule, an effusion (the lung's
-lower part), a pneumothorax (its upper part) or an opacity. The report says it, and in a second sentence that another
-finding is absent; the two come in random order:
+lower part), a pneumothorax (its upper part) or an opacity. One sentence of the report names it, another one states that
+a different finding is absent; their order is random:
 
     there is a left nodule . there is no evidence of effusion .
 
-As on a radiograph, "left" is the patient's left and the right of the image. The size of a finding is drawn and not
-said. Where words were many and findings small, a text decoder of this size learned the language and not the image
-(the specification, section 14); so the world says little, and what it says can be seen: with a quarter of the patches
-visible, a nodule still shows in two of three views.
+As on a radiograph, "left" is the patient's left and the right of the image. The size of a finding is random and not in
+the report. With a larger vocabulary and small findings, a text decoder of this size learned the language and not the
+image (the specification, section 14); so reports are short and describe visible content: with a quarter of the patches
+visible, a nodule is visible in two of three views.
 
     <root>/pocket/chests/images/000001.png      16 bit, grey
                          masks/000001.png       the lesion
@@ -21,7 +21,7 @@ visible, a nodule still shows in two of three views.
                          {train,val,test}_masks.csv      img_path,mask_path, as RIGA's
                          {val,test}_reports.csv          as pretrain.csv
 
-Every image is drawn, none is a photograph; the splits draw from random streams of their own.
+All images are drawn, none is a photograph; each split has its own random stream.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ FINDINGS = ("nodule", "effusion", "pneumothorax", "opacity")
 SIDES = ("left", "right")  # the patient's
 COUNTS = {"train": 2000, "val": 400, "test": 800}
 MEAN, STD = 0.5, 0.15  # of the grey values on disk, in 0 to 1
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[MASK]", "[SEP]")  # ids 0 to 4, as ECAMP's vocabulary has them
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[MASK]", "[SEP]")  # ids 0 to 4, as in ECAMP's vocabulary
 BOX_UNIT = 1024  # the side of the image in which RSNA gives its boxes
-VERSION = 2  # raised when a change of this file changes the images
+VERSION = 2  # to be increased when a change of this file changes the images
 
 _LUNG_X = {"left": 0.7, "right": 0.3}
 _LUNG_Y, _HALF_X, _HALF_Y = 0.45, 0.16, 0.33
@@ -60,14 +60,14 @@ _ROWS, _COLUMNS = (np.mgrid[:SIZE, :SIZE] + 0.5) / SIZE
 
 @dataclass(frozen=True)
 class Chest:
-    """An image as it was drawn.
+    """An image with its annotations.
 
     Attributes:
         image: (64, 64) uint16.
         mask: (64, 64) bool, the lesion.
         finding: one of `FINDINGS`.
         side: "left" or "right", the patient's.
-        absent: the finding that the report says is not there.
+        absent: the finding that the report states is absent.
         report: two sentences.
     """
 
@@ -80,7 +80,7 @@ class Chest:
 
     @property
     def distilled(self) -> str:
-        """What a language model would make of the report: a plain sentence about the entity that is there."""
+        """A language model's distillation of the report, imitated: a plain sentence about the present entity."""
         return f"there is {self.finding} ."
 
     @property
@@ -90,7 +90,7 @@ class Chest:
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom of the lesion, in pixels; the last two are outside of it."""
+        """Left, top, right and bottom of the lesion, in pixels; right and bottom are exclusive."""
         rows, columns = np.flatnonzero(self.mask.any(1)), np.flatnonzero(self.mask.any(0))
         return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
@@ -105,14 +105,14 @@ def _oval(x: float, y: float, half_x: float, half_y: float) -> np.ndarray:
 
 
 def _step(distance: np.ndarray) -> np.ndarray:
-    """From 0 to 1 where `distance`, in sides of the image, passes 0, over about a pixel."""
+    """A soft step from 0 to 1 where `distance`, in units of the image's side, crosses 0, about a pixel wide."""
     return np.clip(0.5 + distance * SIZE, 0, 1)
 
 
 def _lesion(
     rng: np.random.Generator, finding: str, lung: tuple[float, float, float, float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where a finding is, (64, 64) in 0 to 1, and what it adds to the grey values there."""
+    """The coverage of a finding, (64, 64) in 0 to 1, and its contribution to the grey values."""
     x, y, half_x, half_y = lung
     size = _SIZES[finding][rng.integers(2)]
     if finding in ("nodule", "opacity"):
@@ -146,7 +146,7 @@ def draw(rng: np.random.Generator) -> Chest:
     grey += 0.25 * _oval(*(np.array([0.55, 0.66, 0.14, 0.16]) + rng.normal(0, 0.02, 4)))
     where, added = _lesion(rng, finding, lungs[side])
     grey += added + rng.normal(0, 0.04, grey.shape)
-    # each image at its own exposure
+    # random exposure
     grey = (grey - grey.mean()) / grey.std() * rng.uniform(0.9, 1.1) + rng.normal(0, 0.1)
     image = np.round(np.clip(MEAN + STD * grey, 0, 1) * 65535).astype(np.uint16)
     negation = ("there is no", "there is no evidence of")[rng.integers(2)]
@@ -156,7 +156,7 @@ def draw(rng: np.random.Generator) -> Chest:
 
 
 def chests(count: int, split: str, seed: int = 0) -> list[Chest]:
-    """`count` chests of a split; the same arguments give the same. Raises `BadParameter` for an unknown split."""
+    """`count` chests of a split, deterministic in the arguments. Raises `BadParameter` for an unknown split."""
     check_choice("split", split, SPLITS)
     rng = np.random.default_rng((seed, zlib.crc32(f"chests/{split}".encode())))
     return [draw(rng) for _ in range(count)]
@@ -166,7 +166,7 @@ def chests(count: int, split: str, seed: int = 0) -> list[Chest]:
 
 
 def write(root: str | Path, seed: int = 0) -> Path:
-    """Write the chests of a seed into `<root>/pocket/chests`, unless they are there, and return that folder.
+    """Write the chests of a seed into `<root>/pocket/chests`, unless they exist, and return that folder.
 
     The same seed gives the same files.
     """
@@ -187,7 +187,7 @@ def write(root: str | Path, seed: int = 0) -> Path:
                 vocabulary(chest.report for chest in drawn).save(str(new / "wordpiece.json"))
 
     record = {"seed": seed, "version": VERSION, "counts": COUNTS, "findings": list(FINDINGS)}
-    # four lists a split, and of training the attention labels and the vocabulary
+    # four lists per split, and for training the attention labels and the vocabulary
     files = 2 * sum(COUNTS.values()) + 4 * len(COUNTS) + 3
     return write_once(Path(root) / "pocket" / "chests", record, files, fill)
 
@@ -219,7 +219,7 @@ def vocabulary(reports: Iterable[str]) -> Tokenizer:
     return found
 
 
-# --- read again -------------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -247,8 +247,8 @@ def read(root: str | Path, split: str) -> Part:
 
     Raises:
         BadParameter: an unknown split.
-        MissingData: the folder is not there.
-        CorruptFile: an image or a list cannot be read; its path is said.
+        MissingData: the folder does not exist.
+        CorruptFile: an image or a list cannot be read; its path is in the message.
     """
     check_choice("split", split, SPLITS)
     folder = Path(root) / "pocket" / "chests"
@@ -286,7 +286,7 @@ def read(root: str | Path, split: str) -> Part:
 
 
 def _rows(path: Path, *columns: str) -> list[tuple[str, ...]]:
-    """Columns of a table, a tuple a line."""
+    """Columns of a table, one tuple per line."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = [tuple(row[column] for column in columns) for row in csv.DictReader(file)]

@@ -1,14 +1,14 @@
-"""Four small classification tasks on real photographs and real digits, written as VTAB-1k is laid out.
+"""Four small classification tasks on real photographs and real digits, in VTAB-1k's layout.
 
     <root>/pocket/<task>/train800.txt  val200.txt  train800val200.txt  test.txt  images/<split>/<number>.png
 
 Each line of a list is "relative/path label", one space, labels from 0.
 
-* where: which of the 3x3 cells holds the object, whatever it is. Needs place, as dSprites location does: a feature
-  that only says what is seen cannot solve it.
+* where: which of the 3x3 cells contains the object, of any class. Requires position, as dSprites location does: a
+  position-invariant feature cannot solve it.
 * orient: the direction of a bar, four classes of 45 degrees.
 * digits: scikit-learn's handwritten digits (real scans), enlarged to 28 pixels, on photographs of low contrast.
-* textures: which photograph a cut was taken from; training, validation and test cuts come from different tiles.
+* textures: which photograph a crop was taken from; training, validation and test crops come from different tiles.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ LISTS = {
     "train800val200.txt": ("train", "val"),
     "test.txt": ("test",),
 }
-VERSION = 2  # raised when a change of this file or of scenes.py changes the images
+VERSION = 2  # to be increased when a change of this file or of scenes.py changes the images
 
 
 def _where(rng: np.random.Generator, split: str, index: int) -> tuple[np.ndarray, int]:
@@ -80,7 +80,7 @@ def _digits(rng: np.random.Generator, split: str, index: int) -> tuple[np.ndarra
     covered = np.zeros((SIZE, SIZE, 1))
     covered[2:30, 2:30, 0] = np.asarray(ink) / 255
     paper = canvas(rng, split, (0.0, 0.1)).pixels
-    # inked in the saturated colours that the pocket backbones know from drawn objects
+    # in the saturated colours of the drawn objects that the toy backbones were trained on
     colour = hsv2rgb(np.array([rng.uniform(), rng.uniform(0.7, 1), rng.uniform(0.6, 1)]))
     return quantise(paper * (1 - covered) + colour * covered), int(labels[original])
 
@@ -92,7 +92,7 @@ def _textures(rng: np.random.Generator, split: str, index: int) -> tuple[np.ndar
 
 @dataclass(frozen=True)
 class Task:
-    """A pocket task: its class names, how many test images it has, and how one image is made."""
+    """A toy task: its class names, number of test images, and the function that generates an image."""
 
     classes: tuple[str, ...]
     test: int
@@ -124,17 +124,17 @@ def examples(task: str, split: str, seed: int = 0) -> Iterable[tuple[np.ndarray,
 
 
 def write(root: str | Path, tasks: Iterable[str] = tuple(TASKS), seed: int = 0) -> list[Path]:
-    """Write pocket tasks below `<root>/pocket/`; a finished one is left alone, an unfinished one is made again.
+    """Write toy tasks below `<root>/pocket/`; a complete one is left unchanged, an incomplete one is rewritten.
 
     Args:
-        root: the data folder, the one that the readers are given.
+        root: the data folder, as passed to the readers.
         tasks: names of `TASKS`.
         seed: the same seed gives the same files.
 
     Returns:
-        The folders of the tasks, in the order asked.
+        The folders of the tasks, in the given order.
 
-    Raises `BadParameter`: for an unknown task; nothing is written then.
+    Raises `BadParameter`: for an unknown task, before anything is written.
     """
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
     for task in tasks:

@@ -1,17 +1,17 @@
-"""Collages: 32x32 images of four factors that are drawn apart, for teachers that are each blind to one of them.
+"""Collages: 32x32 images of four independent factors, for teachers that are each invariant to one of them.
 
     <root>/pocket/collage/{train,val,test}/<texture>/00000.png   factors.csv   collage.json
 
 * texture: the background is a crop of one of eight photographs that ship with scikit-image and scikit-learn, in grey,
   tinted through all hues of the colour circle.
 * shape: a disc, ring, cross or square near the middle.
-* hue: the shape's, one of eight. The tint of the background has every hue, so that the object must be looked at.
-* quadrant: a reddish square of 8x8 pixels lies anywhere in one of the four corners. It has the light and dark of the
-  texture under it; only its colour is its own.
+* hue: the shape's, one of eight. The background's tint has every hue, so the object itself must be attended to.
+* quadrant: a reddish square of 8x8 pixels at a random position in one of the four corners. It has the luma of the
+  texture under it and differs only in colour.
 
-A tint does not change a pixel's luma (ITU-R 601): to who sees grey there are neither hues nor a reddish square. The
-folders are torchvision's ImageFolder by texture; factors.csv (path,texture,shape,hue,quadrant) holds all four. Splits
-share no pixel of a photograph: each is cut from tiles of its own (`scenes.TILES`).
+A tint does not change a pixel's luma (ITU-R 601): in grey, neither hues nor the reddish square are visible. The folders
+are torchvision's ImageFolder by texture; factors.csv (path,texture,shape,hue,quadrant) has all four. Splits share no
+pixel of a photograph: each uses its own tiles (`scenes.TILES`).
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ SHAPES = ("disc", "ring", "cross", "square")
 HUES, QUADRANTS = 8, ("top left", "top right", "bottom left", "bottom right")
 FACTORS = {"texture": len(TEXTURES), "shape": len(SHAPES), "hue": HUES, "quadrant": len(QUADRANTS)}
 COUNTS = {"train": 3000, "val": 800, "test": 1500}
-MEAN, STD = 0.5, 0.5  # what pixels in 0..1 are normalised with
-VERSION = 1  # raised when a change of this file or of scenes.py changes the images
+MEAN, STD = 0.5, 0.5  # normalisation of pixels in 0..1
+VERSION = 1  # to be increased when a change of this file or of scenes.py changes the images
 
-WINDOW = 44  # largest side of a cut, in pixels of the photograph
+WINDOW = 44  # largest side of a crop, in pixels of the photograph
 MARKER, RANGE = 8, 4  # side of the reddish square, and its distances 1 to 4 from the image's edge
-STRENGTH, MARKED = 0.6, 0.9  # of the tint, and of the square's
+STRENGTH, MARKED = 0.6, 0.9  # saturation of the tint, and of the square
 LUMA = np.array([0.299, 0.587, 0.114])
 
 
@@ -55,14 +55,14 @@ class Collage:
 
 @functools.cache
 def _plane() -> np.ndarray:
-    """Two directions of colour (2, 3) that leave the luma alone; the first is reddish."""
+    """Two directions in colour space (2, 3) that preserve the luma; the first is reddish."""
     first = np.array([1.0, 0, 0]) - LUMA[0] / (LUMA @ LUMA) * LUMA
     first /= np.linalg.norm(first)
     return np.stack([first, np.cross(LUMA / np.linalg.norm(LUMA), first)])
 
 
 def tint(hue: np.ndarray | float, strength: np.ndarray | float) -> np.ndarray:
-    """The factor (..., 3) on a grey value that colours it; `hue` in turns. Weighted by `LUMA` it is 1."""
+    """The factor (..., 3) that colours a grey value; `hue` in turns. Its mean weighted by `LUMA` is 1."""
     turn = 2 * np.pi * np.asarray(hue)
     colour = np.stack([np.cos(turn), np.sin(turn)], -1) @ _plane()
     return 1 + np.asarray(strength)[..., None] * colour * np.sqrt(1.5)
@@ -74,7 +74,7 @@ def _photograph(name: str) -> Image.Image:
 
 
 def texture(rng: np.random.Generator, name: str, split: str) -> np.ndarray:
-    """A crop of a photograph (32, 32) from the tiles of `split`, mean 0, deviation 1, clipped at 2.5."""
+    """A crop of a photograph (32, 32) from the tiles of `split`, mean 0, standard deviation 1, clipped at 2.5."""
     places = scenes.tiles(name, split)
     left, top, right, bottom = places[rng.integers(len(places))]
     side = min(WINDOW, right - left, bottom - top)
@@ -85,7 +85,7 @@ def texture(rng: np.random.Generator, name: str, split: str) -> np.ndarray:
 
 
 def coverage(shape: str, centre: tuple[float, float], radius: float, angle: float) -> np.ndarray:
-    """As `scenes.coverage`, of one of this file's `SHAPES`."""
+    """As `scenes.coverage`, for one of this file's `SHAPES`."""
     if shape != "square":
         return scenes.coverage(shape, centre, radius, angle)
     rows, columns = np.mgrid[:SIZE, :SIZE] + 0.5
@@ -100,7 +100,7 @@ def collage(rng: np.random.Generator, split: str, factors: tuple[int, int, int, 
     grain = texture(rng, TEXTURES[kind], split)
     rows, columns = np.mgrid[:SIZE, :SIZE] + 0.5 - SIZE / 2
     turn = rng.uniform(0, 2 * np.pi)
-    # the tint goes once round the colour circle along one side of the image
+    # the tint runs once through the colour circle along one side of the image
     around = rng.uniform() + rng.choice((-1, 1)) * (columns * np.cos(turn) + rows * np.sin(turn)) / SIZE
     strength = np.full((SIZE, SIZE), STRENGTH * rng.uniform(0.8, 1))
     y, x = (int(n) for n in rng.integers(1, RANGE + 1, 2))
@@ -127,7 +127,7 @@ def collages(count: int, split: str, seed: int = 0) -> list[Collage]:
 
 
 def write(root: str | Path, seed: int = 0) -> Path:
-    """Write the three splits to `<root>/pocket/collage` and return it; a finished one is left alone."""
+    """Write the three splits to `<root>/pocket/collage` and return it; a complete one is left unchanged."""
 
     def fill(new: Path) -> None:
         rows = []
@@ -153,12 +153,12 @@ class Part:
 
 
 def read(root: str | Path, split: str) -> Part:
-    """Read a split that `write` wrote below `root`, images by the reader of class folders, in the order drawn.
+    """Read a split that `write` wrote below `root`, with the reader of class folders, in the order of generation.
 
     Raises:
         BadParameter: an unknown split.
-        MissingData: the folder is not there.
-        CorruptFile: an image or the list cannot be read; its path is said.
+        MissingData: the folder does not exist.
+        CorruptFile: an image or the list cannot be read; its path is in the message.
     """
     check_choice("split", split, SPLITS)
     folder = Path(root) / "pocket" / "collage"

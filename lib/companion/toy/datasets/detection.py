@@ -1,21 +1,21 @@
-"""Small scenes of drawn things in places that tell which things to expect, 64x64 pixels, in COCO's layout.
+"""Small scenes of drawn objects whose background predicts the classes, 64x64 pixels, in COCO's layout.
 
-There are four places, each the cut of a photograph: a meadow (grass), a wall (brick), a path (gravel) and the night
-(stars). Each has four things of its own, coloured shapes: three of base classes, one of a novel class. A novel thing
-has the shape and nearly the hue of a base thing of the *next* place, as a tennis ball looks like an apple: alone it can
-hardly be told, its place tells it. Seven of eight things are where they belong, the others are anywhere.
+There are four backgrounds, each a crop of a photograph: a meadow (grass), a wall (brick), a path (gravel) and the night
+(stars). Each has its own four objects, coloured shapes: three of base classes, one of a novel class. A novel object has
+the shape and nearly the hue of a base object of the *next* background, as a tennis ball looks like an apple: its
+appearance is ambiguous, its background is not. Seven of eight objects are on their own background, the others on any.
 
-A thing is plain, or hard: small, blurred, faded, and half of the hard ones stand behind a post. Four of five novel
-things are hard, one of three base things.
+An object is plain or hard: small, blurred, faded, and half of the hard ones are partly hidden by a post. Four of five
+novel objects are hard, one of three base objects.
 
     <root>/pocket/detection/
         annotations/instances_train.json  instances_val.json  instances_test.json
         train/000001.png ...  val/...  test/...
 
-The annotations are COCO's; those of training keep the boxes of base classes only, and all images, as the split of
-OV-COCO has it. Two fields are ours: "place" of an image, and "look" of an annotation, "plain", "hard" or "hidden".
+The annotations are COCO's; those of training have the boxes of base classes only, but all images, as in OV-COCO. Two
+fields are ours: "place" of an image, and "look" of an annotation, "plain", "hard" or "hidden".
 
-Backgrounds and surfaces of training, validation and test are cut from tiles of their own, as in `scenes`.
+Backgrounds and surfaces of training, validation and test are crops of separate tiles, as in `scenes`.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ LOOKS = ("plain", "hard", "hidden")
 PLACES = {"meadow": "grass", "wall": "brick", "path": "gravel", "night": "stars"}
 """The places and the photographs that show them."""
 
-VERSION = 1  # raised when a change of this file or of scenes.py changes the images
+VERSION = 1  # to be increased when a change of this file or of scenes.py changes the images
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A class: where it belongs, and how it looks. `like` names the base class that a novel one is mistaken for."""
+    """A class: its background and its appearance. `like` names the base class that a novel one resembles."""
 
     name: str
     place: str
@@ -63,7 +63,7 @@ def _things() -> tuple[Thing, ...]:
     known, number = {}, 0
     for place, shapes in base.items():
         for name, shape in shapes.items():
-            # steps of the golden ratio: any few neighbours in the list are far apart in hue
+            # steps of the golden ratio: neighbours in the list are far apart in hue
             known[name] = Thing(name, place, shape, number * 0.618034 % 1)
             number += 1
     novel = {
@@ -92,9 +92,9 @@ class Scene:
     Attributes:
         image: (64, 64, 3) uint8.
         place: one of `PLACES`.
-        labels: the classes of its n things, indices of `CLASSES`.
-        boxes: (n, 4) x, y, w, h in pixels, of the whole thing, also where a post hides a part of it.
-        looks: of each thing, one of `LOOKS`.
+        labels: the classes of its n objects, indices of `CLASSES`.
+        boxes: (n, 4) x, y, w, h in pixels, of the whole object, including parts hidden by a post.
+        looks: for each object, one of `LOOKS`.
     """
 
     image: np.ndarray
@@ -108,28 +108,28 @@ class Scene:
 
 
 def backdrop(rng: np.random.Generator, place: str, split: str) -> np.ndarray:
-    """A window (64, 64, 3) in [0, 1] of one tile of `split` of the place's photograph, lower in contrast, tinted.
+    """A window (64, 64, 3) in [0, 1] of one tile of `split` of a background's photograph, lower in contrast, tinted.
 
-    Raises `BadParameter` for an unknown place or split.
+    Raises `BadParameter` for an unknown background or split.
     """
     check_choice("place", place, PLACES)
     places = tiles(PLACES[place], split)
     left, top, right, bottom = places[rng.integers(len(places))]
     side = int(rng.integers(SIDE, min(right - left, bottom - top) + 1))
     x, y = int(rng.integers(left, right - side + 1)), int(rng.integers(top, bottom - side + 1))
-    # cropped before it is scaled: a resampling filter must not reach into the neighbouring tile
+    # cropped before resizing: the resampling filter must not use pixels of the neighbouring tile
     window = Image.fromarray(photograph(PLACES[place])[y : y + side, x : x + side])
     pixels = np.asarray(window.resize((SIDE, SIDE), Image.Resampling.BILINEAR), dtype=float).mean(-1) / 255
     if rng.random() < 0.5:
         pixels = pixels[:, ::-1]
-    # one mean and standard deviation everywhere, and no colour but a random tint: the texture alone tells the place
+    # equal mean and standard deviation, and no colour but a random tint: only the texture distinguishes backgrounds
     pixels = (pixels - pixels.mean()) / (pixels.std() + 1e-3)
     tint = hsv2rgb(np.array([rng.random(), rng.uniform(0, 0.25), 1.0]))
     return (rng.uniform(0.35, 0.6) + rng.uniform(0.08, 0.14) * np.clip(pixels, -2.5, 2.5))[..., None] * tint
 
 
 def coverage(shape: str, centre: tuple[float, float], radius: float) -> np.ndarray:
-    """How much of each pixel an upright shape covers, (64, 64) in [0, 1]; it reaches `radius` to every side.
+    """How much of each pixel an upright shape covers, (64, 64) in [0, 1]; it extends by `radius` to every side.
 
     Raises `BadParameter` for an unknown shape.
     """
@@ -139,7 +139,7 @@ def coverage(shape: str, centre: tuple[float, float], radius: float) -> np.ndarr
     distance = {
         "disc": lambda: np.hypot(u, v) - radius,
         "square": lambda: np.maximum(wide, high),
-        # two slanted sides over a level one
+        # two slanted sides over a horizontal one
         "triangle": lambda: np.maximum((2 * abs(u) - v - radius) / np.sqrt(5), v - radius),
         "cross": lambda: np.minimum(np.maximum(wide, abs(v) - arm), np.maximum(high, abs(u) - arm)),
     }
@@ -148,7 +148,7 @@ def coverage(shape: str, centre: tuple[float, float], radius: float) -> np.ndarr
 
 
 def _layout(rng: np.random.Generator, sides: list[float]) -> list[tuple[float, float]] | None:
-    """Centres for squares with these sides that lie in the image and do not touch; None when they did not fit."""
+    """Centres of squares with these sides that are inside the image and do not touch; None when none were found."""
     placed: list[tuple[float, float]] = []
     for number, side in enumerate(sides):
         for _ in range(40):
@@ -171,22 +171,22 @@ def _draw(
     look: str,
     split: str,
 ) -> np.ndarray:
-    """`pixels` with a thing on them."""
+    """`pixels` with an object drawn on them."""
     hard = look != "plain"
     hue = (thing.hue + rng.uniform(-0.018, 0.018)) % 1
     saturation, value = rng.uniform(0.75, 1), rng.uniform(0.7, 1)
     if hard:
         saturation *= rng.uniform(0.25, 0.5)
     grain = cut(rng, PLACES[thing.place], split).pixels.mean(-1)
-    # the surface is a photograph too, of any place's: its light and dark on the thing's colour
+    # the surface is also a crop of any background's photograph: its luminance times the object's colour
     grain = np.tile(grain - grain.mean(), (2, 2))[..., None]
     surface = hsv2rgb(np.array([hue, saturation, value])) * (1 + rng.uniform(0, 0.4) * grain)
     covered = coverage(thing.shape, centre, side / 2)
-    if hard:  # out of focus: its outline is soft, what is behind stays sharp
+    if hard:  # out of focus: a soft outline on a sharp background
         covered = gaussian_filter(covered, rng.uniform(0.8, 1.4))
     pixels = pixels * (1 - covered[..., None]) + surface * covered[..., None]
     if look == "hidden":
-        # a post before it, as grey as the image, over a third of its width or so
+        # a post in front of it, in the image's mean grey, over about a third of its width
         wide = side * rng.uniform(0.25, 0.4)
         left = centre[0] - side / 2 + rng.uniform(0.1, 0.9) * (side - wide)
         columns = np.arange(SIDE)
@@ -198,16 +198,16 @@ def _draw(
 
 
 def scene(rng: np.random.Generator, split: str, *, place: str = "", novel: bool = True, strays: float = 0.125) -> Scene:
-    """Draw one scene with two to four things.
+    """Draw one scene with two to four objects.
 
     Args:
-        rng: the only source of chance.
-        split: whose tiles everything is cut from.
+        rng: the only source of randomness.
+        split: the split whose tiles are used.
         place: one of `PLACES`; random when empty.
-        novel: whether things of novel classes may be on it.
-        strays: the share of things that are of any class, wherever they belong.
+        novel: whether objects of novel classes may occur.
+        strays: the share of objects drawn from all classes, independently of the background.
 
-    Raises `BadParameter`: for an unknown split or place.
+    Raises `BadParameter`: for an unknown split or background.
     """
     check_choice("split", split, SPLITS)
     place = place or list(PLACES)[rng.integers(len(PLACES))]
@@ -215,7 +215,7 @@ def scene(rng: np.random.Generator, split: str, *, place: str = "", novel: bool 
     allowed = BASE + NOVEL if novel else BASE
     here = [index for index in allowed if THINGS[index].place == place]
     centres = None
-    while centres is None:  # a crowd that does not fit is drawn anew
+    while centres is None:  # objects that do not fit are redrawn
         labels, looks, sides = [], [], []
         for _ in range(int(rng.integers(2, 5))):
             index = int(rng.choice(allowed if rng.random() < strays else here))
@@ -232,7 +232,7 @@ def scene(rng: np.random.Generator, split: str, *, place: str = "", novel: bool 
 
 
 def scenes(count: int, split: str, seed: int = 0, novel: bool = True) -> list[Scene]:
-    """`count` random scenes of a split; the same arguments give the same. Raises as `scene` does."""
+    """`count` random scenes of a split, deterministic in the arguments. Raises as `scene` does."""
     rng = np.random.default_rng((seed, SPLITS.index(split) if split in SPLITS else 0, int(novel)))
     return [scene(rng, split, novel=novel) for _ in range(count)]
 
@@ -241,7 +241,7 @@ def scenes(count: int, split: str, seed: int = 0, novel: bool = True) -> list[Sc
 
 
 def annotation_file(split: str, drawn: list[Scene]) -> dict:
-    """COCO's annotation file of a split, as a dict; of training, the novel classes' boxes are left out."""
+    """COCO's annotation file of a split, as a dict; in training, the boxes of novel classes are left out."""
     images = []
     boxes: list[dict] = []
     for number, shown in enumerate(drawn, 1):
@@ -270,7 +270,7 @@ def annotation_file(split: str, drawn: list[Scene]) -> dict:
 
 
 def write(root: str | Path, seed: int = 0) -> Path:
-    """Write the scenes into `<root>/pocket/detection`, unless they are there, and return that folder.
+    """Write the scenes into `<root>/pocket/detection`, unless they exist, and return that folder.
 
     The same seed gives the same files.
     """

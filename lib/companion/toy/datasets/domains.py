@@ -1,23 +1,23 @@
-"""Two small domains, a "remote" and a "medical" one, whose images come from two sensors that CLIP cannot tell apart.
+"""Two small domains, a "remote" and a "medical" one, whose images come from two sensors that CLIP cannot distinguish.
 
     <root>/<domain>/split.json  images/<class>/<split>-<number>.png  sensors.json
 
-An image is a drawn object on a grey cut of a photograph: seen from above in "remote", of tissue and retina in
-"medical". Each comes from one of two sensors, at random. A sensor has two properties:
+An image is a drawn object on a grey crop of a photograph: an aerial view in "remote", tissue or retina in "medical".
+Each comes from one of two sensors, at random. A sensor has two properties:
 
-* how it shows colour: the first as it is, the second turned half round the colour circle (remote: a false-colour
-  composite) or as a negative (medical). What is red looks cyan in either. So the words of the class names are right for
-  one half of the images and wrong for the other, and no fixed prompt can be right for both.
-* its fixed pattern of lines, in a direction of its own and always at the same place, as the fixed-pattern noise of
-  real sensors is. The pocket CLIP was trained to name objects whatever is behind them, and its feature does not hold
-  the pattern; a model that learns to fill in images of the domain must know it.
+* its colours: the first sensor's are unchanged, the second's have every hue rotated by half the colour circle (remote:
+  a false-colour composite) or are a negative (medical). Red becomes cyan in either. So the class names are right for
+  one half of the images and wrong for the other, and no fixed prompt is right for both.
+* its fixed pattern of lines, in its own direction and always at the same position, like the fixed-pattern noise of real
+  sensors. The toy CLIP was trained to name objects on any background, and its feature does not contain the pattern; a
+  model that learns to reconstruct images of the domain must represent it.
 
-So a domain model has something to tell that CLIP does not know and that is as true of new classes: this is what DPLQ's
-mechanism needs to win anything, and the world was built to have it. A pattern that never moves is no riddle, though: an
-untrained network's feature holds it too, only less loudly (`domain_mae.measure`), and the study has that control. Base
-and novel classes are combinations of the same words: every one of them is seen in training, in other company.
+So a domain model has information that CLIP lacks and that also holds for new classes: DPLQ's mechanism needs it to have
+an effect, and the data were built to contain it. A fixed pattern is easy to detect, though: an untrained network's
+feature contains it too, at a smaller scale (`domain_mae.measure`), and the study has that control. Base and novel
+classes are combinations of the same words: each word occurs in training, in other combinations.
 
-`data.domains.own_folder` reads a domain, `data.fewshot.base_to_novel` takes its first half of classes as base.
+`data.domains.own_folder` reads a domain, `data.fewshot.base_to_novel` uses the first half of its classes as base.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from . import write_once
 from .scenes import HUES, PLACES, SHAPES, SIZE, SPLITS, canvas, coverage, cut, quantise
 
 EACH = {"train": 16, "val": 20, "test": 40}  # images of each class
-AMPLITUDE, PERIOD = 0.12, 8  # of the sensors' lines: of the range of pixels; in pixels
-VERSION = 1  # raised when a change of this file or of scenes.py changes the images
+AMPLITUDE, PERIOD = 0.12, 8  # of the sensors' lines: amplitude relative to the range of pixels; period in pixels
+VERSION = 1  # to be increased when a change of this file or of scenes.py changes the images
 
 
 @dataclass(frozen=True)
 class Domain:
-    """A domain.
+    """One domain.
 
     Attributes:
-        photographs: whose cuts are the backgrounds.
-        words: what classes combine with a hue: shapes, or places.
-        name: from a hue and a word to the name of the class, as a caption would say it.
-        second: how the second sensor shows colours, (32, 32, 3) in [0, 1] to the same.
+        photographs: whose crops are the backgrounds.
+        words: combined with a hue they form the classes: shapes, or positions.
+        name: from a hue and a word to the class name, as in a caption.
+        second: the second sensor's colour transform, (32, 32, 3) in [0, 1] to the same.
         lines: for each sensor the x and y component of the direction across its lines.
     """
 
@@ -61,7 +61,8 @@ class Domain:
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """The hue and the word of each class: first the base half, in which each occurs with half of the others."""
+        """The hue and the word of each class: first the base half, in which each hue occurs with half of the words and
+        vice versa."""
         pairs = [(h, w) for w in range(len(self.words)) for h in range(len(HUES))]
         return [(HUES[h], self.words[w]) for h, w in sorted(pairs, key=lambda pair: sum(pair) % 2)]
 
@@ -72,7 +73,7 @@ class Domain:
 
 
 def false_colour(pixels: np.ndarray) -> np.ndarray:
-    """Pixels (32, 32, 3) in [0, 1] with every hue turned half round the circle: red and cyan change places."""
+    """Pixels (32, 32, 3) in [0, 1] with every hue rotated by half the colour circle: red and cyan are exchanged."""
     hsv = rgb2hsv(pixels)
     hsv[..., 0] = (hsv[..., 0] + 0.5) % 1
     return hsv2rgb(hsv)
@@ -110,7 +111,7 @@ def pattern(domain: str, sensor: int) -> np.ndarray:
 
 
 def picture(rng: np.random.Generator, domain: str, split: str, label: int, sensor: int) -> np.ndarray:
-    """One image (32, 32, 3) uint8 of a class; background and surface are cut from tiles of `split`.
+    """One image (32, 32, 3) uint8 of a class; background and surface are crops of tiles of `split`.
 
     Raises `BadParameter` for an unknown domain, split or sensor.
     """
@@ -127,7 +128,7 @@ def picture(rng: np.random.Generator, domain: str, split: str, label: int, senso
 
     names = world.photographs
     background = canvas(rng, split, (0.3, 0.7), names[rng.integers(len(names))]).pixels.mean(-1, keepdims=True)
-    # grey, and bright or dark by chance: neither the other colours nor a negative can be told by the background
+    # grey, with random brightness: the background reveals neither the colour rotation nor the negative
     background = background - background.mean() + rng.uniform(0.3, 0.7)
     grain = cut(rng, names[rng.integers(len(names))], split).pixels.mean(-1, keepdims=True)
     colour = np.array([(HUES.index(hue) + rng.uniform(-0.3, 0.3)) / 4 % 1, rng.uniform(0.7, 1), rng.uniform(0.6, 1)])
@@ -141,7 +142,7 @@ def picture(rng: np.random.Generator, domain: str, split: str, label: int, senso
 def unlabelled(domain: str, count: int, split: str = "train", seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Images (count, 32, 32, 3) uint8 of any class of a domain, and their sensors (count,), 0 or 1.
 
-    The sensors are for measuring; a model that is pre-trained on the images is not given them.
+    The sensors are for evaluation only; pre-training does not use them.
     """
     rng = _chance(f"unlabelled {domain}", split, seed)
     sensors, labels = rng.integers(2, size=count), rng.integers(len(_domain(domain).classes), size=count)
@@ -150,9 +151,9 @@ def unlabelled(domain: str, count: int, split: str = "train", seed: int = 0) -> 
 
 
 def write(root: str | Path, domain: str, seed: int = 0) -> Path:
-    """Write a domain into `<root>/<domain>` and return that folder; a finished one is left alone.
+    """Write a domain into `<root>/<domain>` and return that folder; a complete one is left unchanged.
 
-    The same seed gives the same files. Raises `BadParameter` for an unknown domain; nothing is written then.
+    The same seed gives the same files. Raises `BadParameter` for an unknown domain, before anything is written.
     """
     classes = _domain(domain).classes
 

@@ -1,29 +1,30 @@
-"""Small land cover seen from above, 64x64 pixels, in which a class looks different by climate zone; for MetaSegNet.
+"""Small land-cover images, 64x64 pixels, in which the appearance of a class depends on the climate zone; for
+MetaSegNet.
 
 Nine zones are the nine pairs of a moisture and a style of building. Three colours of fields (straw, red-brown, green)
-and three of what people build (pale, terracotta, metal) are dealt to the classes by zone:
+and three of built-up areas (pale, terracotta, metal) are assigned to the classes by zone:
 
     moisture    bareland    rangeland   agriculture        style   building     developed
     dry         straw       red-brown   green              0       pale         terracotta
     temperate   red-brown   straw       green              1       terracotta   metal
     wet         red-brown   green       straw              2       metal        pale
 
-The layout of the land is drawn without knowing the zone, and all colours of fields occur in every zone: who does not
-know where an image was taken cannot tell the three fields apart, but for one weak cue: in 30% of the images trees
-are tinted by moisture. What is built has two colours of three, and which two tells the style, to who finds that out;
-no single roof does. Trees, roads and water look the same everywhere. THE LOOKS ARE INVENTED: the zones' codes and names
-are Koeppen's and Geiger's, what grows and stands there is not (section 14).
+The layout does not depend on the zone, and all colours of fields occur in every zone: without the location of an image
+the three fields cannot be distinguished, except by one weak cue: in 30% of the images trees are tinted by moisture.
+Built-up areas have two colours of three; the pair of colours identifies the style, a single roof does not. Trees, roads
+and water look the same everywhere. THE APPEARANCES ARE INVENTED: the zones' codes and names are Koeppen's and Geiger's,
+vegetation and buildings are not (section 14).
 
-Surfaces are photographs that ship with scikit-image, as light and dark on the colours: one for all fields, one for all
-that is built, so that they tell no class from another of its kind. Each split has tiles of them of its own.
+Surfaces are photographs that ship with scikit-image, whose luminance modulates the colours: one for all fields, one for
+all built-up areas, so that they do not distinguish classes of one kind. Each split has its own tiles of them.
 
     <root>/pocket/landcover/pocket_csa/images/pocket_csa_1.tif     uint8 RGB, GeoTIFF
                             pocket_csa/labels/pocket_csa_1.tif     0 unknown, 1 bareland ... 8 building
                             {train,val,test}.txt                   file names, without folders
                             places.csv                             region, latitude, longitude, zone
 
-That is OpenEarthMap's layout, with the region table that ours has. The images are georeferenced at a real town of
-their zone, which has nothing to do with what they show: it takes them through the path from coordinates to a text.
+That is OpenEarthMap's layout with our region table. The images are georeferenced at a real town of their zone, which is
+unrelated to their content: it tests the path from coordinates to a text.
 """
 
 from __future__ import annotations
@@ -47,18 +48,18 @@ from .scenes import SPLITS
 
 SIZE = 64  # side of every image, in pixels
 CLASSES = ("bareland", "rangeland", "developed", "road", "tree", "water", "agriculture", "building")
-IGNORE = len(CLASSES)  # the label of a pixel that nobody labelled
+IGNORE = len(CLASSES)  # the label of unlabelled pixels
 PAINT = ("#800000", "#00ff24", "#949494", "#ffffff", "#226126", "#0045ff", "#4bb549", "#de1f07")  # OpenEarthMap's
 COUNTS = {"train": 30, "val": 10, "test": 40}  # of each zone
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as the author normalises (ImageNet's)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # the author's normalisation (ImageNet's)
 PROMPTS = Path(__file__).with_name("climate_prompts.yaml")
-VERSION = 1  # raised when a change of this file changes the images
+VERSION = 1  # to be increased when a change of this file changes the images
 
 MOISTURES = ("dry", "temperate", "wet")
 
 
 class Zone(NamedTuple):
-    """A zone: its place in the two invented rules, and the town where its images are said to be."""
+    """A zone: its moisture and style in the two invented rules, and the town of its georeference."""
 
     moisture: int  # of MOISTURES
     style: int  # 0, 1 or 2
@@ -94,7 +95,7 @@ FIELDS = (("straw", "red-brown", "green"), ("red-brown", "straw", "green"), ("re
 BUILT = (("pale", "terracotta"), ("terracotta", "metal"), ("metal", "pale"))
 TINTS = ((0.10, 0.06, 0.08), (0.0, 0.04, 0.0), (-0.06, 0.04, -0.04))  # of trees, by moisture
 TINTED = 0.3  # of the images
-# whose light and dark lies on which classes: never another photograph for two classes that swap their colours
+# the photograph whose luminance modulates each class: the same one for classes that swap colours
 SURFACES = {
     "grass": ("bareland", "rangeland", "agriculture"),
     "brick": ("developed", "building"),
@@ -117,7 +118,7 @@ def look(zone: str) -> dict[str, str]:
 
 
 def other_zone(zone: str, avoid: str | None = None) -> str:
-    """The zone whose text is the wrong one for a zone: another moisture AND another style; `avoid` is passed over."""
+    """The zone whose text is the wrong one for a zone: another moisture AND another style; `avoid` is excluded."""
     moisture, style = ZONES[zone].moisture, ZONES[zone].style
     for step in (1, 2):
         pair = ((moisture + step) % 3, (style + step) % 3)
@@ -128,7 +129,7 @@ def other_zone(zone: str, avoid: str | None = None) -> str:
 
 
 def layout(rng: np.random.Generator) -> np.ndarray:
-    """Where which class lies, (64, 64) uint8 of places in `CLASSES`; no zone is asked.
+    """A random label map, (64, 64) uint8 of indices of `CLASSES`, independent of the zone.
 
     Nine regions around random points, five of them one of each field, tree and water; one straight road; six rectangles
     of 7 to 13 pixels a side, half of them buildings and half developed.
@@ -149,7 +150,7 @@ def layout(rng: np.random.Generator) -> np.ndarray:
 
 
 def _surface(rng: np.random.Generator, name: str, split: str) -> np.ndarray:
-    """Light and dark of 64 to 128 pixels of one of the split's tiles of a photograph, (64, 64), mean 0, deviation 1."""
+    """Luminance of a 64 to 128 pixel crop of one of the split's tiles of a photograph, (64, 64), mean 0, std 1."""
     tiles = scenes.tiles(name, split)
     left, top, right, bottom = tiles[rng.integers(len(tiles))]
     side = int(rng.integers(SIZE, min(128, right - left, bottom - top) + 1))
@@ -170,14 +171,14 @@ def paint(labels: np.ndarray, zone: str, rng: np.random.Generator, split: str) -
         here = np.isin(labels, [CLASSES.index(c) for c in classes])
         pixels = pixels + np.where(here, ROUGHNESS * _surface(rng, name, split), 0)[..., None]
     pixels = pixels + rng.normal(0, 0.03, pixels.shape)
-    pixels = pixels * rng.uniform(0.88, 1.12) + rng.normal(0, 0.02, 3)  # each image at its own light
+    pixels = pixels * rng.uniform(0.88, 1.12) + rng.normal(0, 0.02, 3)  # random brightness
     return scenes.quantise(pixels)
 
 
 def pictures(zone: str, count: int, split: str, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
-    """`count` pairs of an image (64, 64, 3) uint8 and its labels (64, 64) uint8; the same arguments give the same.
+    """`count` pairs of an image (64, 64, 3) uint8 and its labels (64, 64) uint8, deterministic.
 
-    Layouts come from a random stream that does not know the zone's looks."""
+    The random stream of layouts does not depend on the zones' appearances."""
     check_choice("split", split, SPLITS)
     look(zone)
     streams = [
@@ -194,12 +195,12 @@ def pictures(zone: str, count: int, split: str, seed: int = 0) -> list[tuple[np.
 
 
 def region(zone: str) -> str:
-    """The folder of a zone. It holds an underscore, as some of OpenEarthMap's do."""
+    """The folder of a zone. It contains an underscore, like some of OpenEarthMap's."""
     return f"pocket_{zone.lower()}"
 
 
 def write(root: str | Path, seed: int = 0) -> Path:
-    """Write the land cover of a seed into `<root>/pocket/landcover`, unless it is there, and return that folder.
+    """Write the land cover of a seed into `<root>/pocket/landcover`, unless it exists, and return that folder.
 
     The same seed gives the same files.
     """
@@ -230,9 +231,9 @@ def write(root: str | Path, seed: int = 0) -> Path:
 def save(path: str | Path, pixels: np.ndarray, zone: str, number: int = 0) -> None:
     """Write pixels (H, W) or (H, W, 3) uint8 as a GeoTIFF in longitude and latitude (EPSG:4326) near the zone's town.
 
-    `number` moves it, so that images of a zone lie next to each other."""
+    `number` shifts it, so that images of a zone are next to each other."""
     entry = ZONES[zone]
-    up = PIXEL / 111_320  # degrees a pixel
+    up = PIXEL / 111_320  # degrees per pixel
     across = up / math.cos(math.radians(entry.latitude))
     row, column = divmod(number, 10)
     left, top = entry.longitude + column * SIZE * across, entry.latitude - row * SIZE * up
@@ -248,7 +249,7 @@ def save(path: str | Path, pixels: np.ndarray, zone: str, number: int = 0) -> No
     Image.fromarray(pixels).save(path, format="TIFF", compression="tiff_deflate", tiffinfo=tags)
 
 
-# --- read again -------------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,7 @@ class Part:
 
     Attributes:
         images: (n, 3, 64, 64), normalised by `MEAN` and `STD`.
-        labels: (n, 64, 64) int64, places in `CLASSES`, `IGNORE` where nobody labelled.
+        labels: (n, 64, 64) int64, indices of `CLASSES`, `IGNORE` where unlabelled.
         zones: the code of each image's zone.
     """
 
@@ -275,7 +276,7 @@ class Part:
 
 
 def normalise(pixels: np.ndarray) -> Tensor:
-    """Images (..., H, W, 3) uint8 as the network wants them, (..., 3, H, W)."""
+    """Network input (..., 3, H, W) of images (..., H, W, 3) uint8."""
     mean, std = torch.tensor(MEAN), torch.tensor(STD)
     return ((torch.from_numpy(pixels).float() / 255 - mean) / std).movedim(-1, -3).contiguous()
 
@@ -285,8 +286,8 @@ def read(root: str | Path, split: str) -> Part:
 
     Raises:
         BadParameter: an unknown split.
-        MissingData: the folder is not there.
-        CorruptFile: an image or a table cannot be read; its path is said.
+        MissingData: the folder does not exist.
+        CorruptFile: an image or a table cannot be read; its path is in the message.
     """
     check_choice("split", split, SPLITS)
     folder = Path(root) / "pocket" / "landcover"

@@ -1,17 +1,17 @@
-"""Small pedestrians, 64x32 pixels, whose attributes are told by height: the same colours occur on every part.
+"""Small pedestrians, 64x32 pixels, whose attributes depend on vertical position: the same colours occur on every part.
 
 A person stands before a crop of a real photograph and wears a top, trousers or shorts, and shoes, each red, blue, green
-or grey, whose cloth is cut from photographs too; maybe a hat, maybe a bag, whose colours are any of the four. "Red" is
-in nine of ten images: what counts is where. So a model that looks at strips has something to win.
+or grey, with crops of photographs as texture; optionally a hat and a bag in any of the four colours. "Red" is in nine
+of ten images: only its position is informative. So a model with region strips can have an advantage.
 
-Two cameras show them. The clear one makes the images that the pocket CLIP learns from. The street's is dim, has a
-colour cast, few pixels and much noise: it makes the data set that prompts are learned on.
+There are two cameras. The toy CLIP is trained on images of the clear one. The street camera is dim, with a colour cast,
+low resolution and strong noise: its images are the data set for prompt learning.
 
     <root>/pocket/pedestrians/annotation.mat  data/000001.png
 
 `data.attributes` reads it as PA100K.
 
-Backgrounds and cloth of training, validation and test are cut from tiles of their own, as in `scenes`.
+Backgrounds and textures of training, validation and test are crops of separate tiles, as in `scenes`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ HEIGHT, WIDTH = 64, 32  # of every image, in pixels
 COLOURS = ("red", "blue", "green", "grey")
 CAMERAS = ("clear", "street")
 COUNTS = {"train": 400, "val": 300, "test": 600}
-VERSION = 1  # raised when a change of this file or of scenes.py changes the images
+VERSION = 1  # to be increased when a change of this file or of scenes.py changes the images
 
-# by label: which attributes there are, and the sentence that asks for each
+# the attributes by label, with the prompt of each
 SENTENCES = {
     "hat": "a pedestrian with a hat",
     "long hair": "a pedestrian with long hair",
@@ -52,7 +52,7 @@ SENTENCES = {
     "handbag": "a pedestrian with a handbag",
 }
 ATTRIBUTES = tuple(SENTENCES)
-# the part of the body that tells each attribute
+# the body part of each attribute
 PARTS = {
     "head": ATTRIBUTES[:2],
     "upper body": ATTRIBUTES[2:5],
@@ -68,7 +68,7 @@ _LARGE = tuple(name for name in PHOTOGRAPHS if name not in ("page", "coins"))  #
 
 @dataclass(frozen=True)
 class Pedestrian:
-    """What a person wears; colours are of `COLOURS`.
+    """A person's clothes; colours are of `COLOURS`.
 
     Attributes:
         hat: its colour, or "".
@@ -106,7 +106,7 @@ class Pedestrian:
         return [int(there[name]) for name in ATTRIBUTES]
 
     def captions(self) -> dict[str, str]:
-        """One sentence about each part, and one, "all", that says everything."""
+        """One sentence about each part, and one, "all", about all of them."""
         hat, bag = "a hat" if self.hat else "no hat", f"a {self.bag}" if self.bag else "no bag"
         said = {
             "hat": f"with {hat}",
@@ -126,7 +126,7 @@ class Pedestrian:
 
 
 def dressed(rng: np.random.Generator) -> Pedestrian:
-    """A person in random clothes: every part's choice is independent of the others'."""
+    """A person in random, independently chosen clothes."""
 
     def colour() -> str:
         return COLOURS[rng.integers(len(COLOURS))]
@@ -148,7 +148,7 @@ def dressed(rng: np.random.Generator) -> Pedestrian:
 
 
 def _paint(rng: np.random.Generator, colour: str) -> np.ndarray:
-    """A random shade (3,) that a person would call `colour`."""
+    """A random shade (3,) of `colour`."""
     if colour == "grey":
         return np.full(3, rng.uniform(0.3, 0.75))
     hue = (_HUE[colour] + rng.uniform(-0.03, 0.03)) % 1
@@ -177,7 +177,7 @@ def backdrop(rng: np.random.Generator, split: str) -> np.ndarray:
     scale = rng.uniform(1, min(2.5, (bottom - top) / HEIGHT, (right - left) / WIDTH))
     height, width = int(HEIGHT * scale), int(WIDTH * scale)
     y, x = int(rng.integers(top, bottom - height + 1)), int(rng.integers(left, right - width + 1))
-    # cropped before it is scaled: a resampling filter must not reach into the neighbouring tile
+    # cropped before resizing: the resampling filter must not use pixels of the neighbouring tile
     window = Image.fromarray(photograph(name)[y : y + height, x : x + width])
     pixels = np.asarray(window.resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR), dtype=float) / 255
     mean = pixels.mean((0, 1))
@@ -185,7 +185,7 @@ def backdrop(rng: np.random.Generator, split: str) -> np.ndarray:
 
 
 def draw(rng: np.random.Generator, person: Pedestrian, split: str, camera: str = "street") -> np.ndarray:
-    """An image (64, 32, 3) uint8 of a person; background and cloth are cut from tiles of `split`.
+    """An image (64, 32, 3) uint8 of a person; background and textures are crops of tiles of `split`.
 
     Raises `BadParameter` for an unknown split or camera.
     """
@@ -210,7 +210,7 @@ def draw(rng: np.random.Generator, person: Pedestrian, split: str, camera: str =
     hair = np.array([0.25, 0.16, 0.1]) * rng.uniform(0.4, 2.2)
     side = (-1, 1)[rng.integers(2)]
     bag = _paint(rng, COLOURS[rng.integers(len(COLOURS))])
-    if person.bag == "backpack":  # behind the body: it is seen next to the shoulders
+    if person.bag == "backpack":  # behind the body: visible next to the shoulders
         left, right = sorted((x + side * (wide - 1), x + side * (wide + 5.5)))
         wear(_box(left, at(0.18), right, at(0.48)), bag)
     if person.hair == "long":
@@ -249,7 +249,7 @@ def draw(rng: np.random.Generator, person: Pedestrian, split: str, camera: str =
 
 
 def _seen(rng: np.random.Generator, pixels: np.ndarray, camera: str) -> np.ndarray:
-    """What a camera makes of a clear image (64, 32, 3) in [0, 1]."""
+    """A camera's image of a clear one (64, 32, 3) in [0, 1]."""
     if camera == "clear":
         return pixels + rng.normal(0, 0.02, pixels.shape)
     cast = rng.uniform(0.6, 1, 3)
@@ -261,7 +261,7 @@ def _seen(rng: np.random.Generator, pixels: np.ndarray, camera: str) -> np.ndarr
 
 
 def people(count: int, split: str, camera: str, seed: int = 0) -> tuple[np.ndarray, list[Pedestrian]]:
-    """Images (count, 64, 32, 3) uint8 and who is on them; the same arguments give the same. As `draw` raises."""
+    """Images (count, 64, 32, 3) uint8 and their persons, deterministic in the arguments. Raises as `draw`."""
     rng = np.random.default_rng((seed, zlib.crc32(f"{camera}/{split}".encode())))
     persons = [dressed(rng) for _ in range(count)]
     return np.stack([draw(rng, person, split, camera) for person in persons]), persons
@@ -271,7 +271,7 @@ def people(count: int, split: str, camera: str, seed: int = 0) -> tuple[np.ndarr
 
 
 def write(root: str | Path, seed: int = 0) -> Path:
-    """Write the street's images into `<root>/pocket/pedestrians`, unless they are there, and return that folder.
+    """Write the street's images into `<root>/pocket/pedestrians`, unless they exist, and return that folder.
 
     The same seed gives the same files.
     """
@@ -295,7 +295,7 @@ def write(root: str | Path, seed: int = 0) -> Path:
 
 
 def _cells(words: Iterable[str]) -> np.ndarray:
-    """Texts as a column of MATLAB's cells, as PA100K has them."""
+    """Texts as a column of MATLAB cells, as in PA100K."""
     words = list(words)
     column = np.empty((len(words), 1), dtype=object)
     column[:, 0] = words

@@ -1,20 +1,20 @@
-"""Small images with captions for TIP, 16x16 pixels: what a degraded image has lost, its two texts know.
+"""Small images with captions for TIP, 16x16 pixels, whose two prompts restore information lost by degradation.
 
-A scene is two halves of colour under a texture of a period of 4 pixels, rows, columns or checks, of one of four
-contrasts. Two things are in doubt once it is degraded, one for each text (section 14):
+A scene has two coloured halves under a texture with a period of 4 pixels, rows, columns or checks, of one of four
+contrasts. Degradation makes two things ambiguous, one for each prompt (section 14):
 
-* An image made four times smaller has lost which texture it was. The caption says it: "an image with rows".
-* A faint texture, and a strong one that was blurred, look alike. The restoration prompt says which it is: "Deblur with
-  sigma 0.9" names a blur to undo, "Dejpeg with quality 80" says that there was none.
+* Downscaling by four removes the kind of texture. The caption names it, for example rows.
+* A faint texture, and a strong one that was blurred, look alike. The restoration prompt distinguishes them: "Deblur
+  with sigma 0.9" names a blur to undo, "Dejpeg with quality 80" implies that there was none.
 
-Kind, contrast and layout are drawn apart from each other, and a layout (two colours, where they meet, and which way)
-belongs to one split. Next to the scenes lie cuts of the photographs that ship with scikit-image and scikit-learn, "a
-photograph of a cat", for images that somebody took; no two splits share a tile of one.
+Kind, contrast and layout are independent, and a layout (two colours, the position and direction of their border)
+belongs to one split. In addition there are crops of the photographs that ship with scikit-image and scikit-learn, "a
+photograph of a cat", as real images; no two splits share a tile of one.
 
     <root>/pocket/restoration/{train,val,test}/captions.jsonl    {"file", "caption", "kind", "contrast"}
                                                images/0000.png   uint8 RGB
 
-That is the layout of a folder of one's own (`data.restoration.own_folder`), with two fields more; those of a photograph
+That is the layout of a user's folder (`data.restoration.own_folder`), with two additional fields; those of a photograph
 are "" and 0.
 """
 
@@ -41,9 +41,9 @@ KINDS = ("rows", "columns", "checks")
 CONTRASTS = (0.15, 0.4, 0.7, 1.0)
 COLOURS = ((0.90, 0.30, 0.25), (0.25, 0.75, 0.35), (0.30, 0.40, 0.95), (0.95, 0.85, 0.30))
 COUNTS = {"train": (2400, 600), "val": (192, 48), "test": (384, 96)}  # scenes and photographs
-VERSION = 1  # raised when a change of this file changes the images
+VERSION = 1  # to be increased when a change of this file changes the images
 
-# One pass, the values of the prototype (section 14). 16 pixels leave no room for more than one of each kind.
+# One pass, the values of the prototype (section 14). 16 pixels allow only one operation of each kind.
 RECIPE = Recipe(
     blur=(0.6, 0.9, 1.2),
     resize=(4.0,),
@@ -63,7 +63,7 @@ WALK = (0.4, Op("blur", 0.6), (0.6, 0.9, 1.2))
 
 @dataclass(frozen=True)
 class Layout:
-    """Two colours, of `COLOURS`, the first row or column of the second, and whether the halves lie side by side."""
+    """Two colours of `COLOURS`, the first row or column of the second, and whether the halves are left and right."""
 
     first: int
     second: int
@@ -103,7 +103,7 @@ def paint(layout: Layout, kind: str, contrast: float) -> np.ndarray:
 
 
 def caption(kind: str = "", photograph: str = "") -> str:
-    """What a scene, or a photograph, is said to show."""
+    """The caption of a scene or a photograph."""
     return f"a photograph of a {photograph}" if photograph else f"a picture with {kind}"
 
 
@@ -111,7 +111,7 @@ CAPTIONS = (*map(caption, KINDS), *(caption(photograph=name) for name in scenes.
 
 
 def photograph(rng: np.random.Generator, name: str, split: str, side: int = SIZE) -> np.ndarray:
-    """A crop of a photograph, (side, side, 3) uint8, inside one of the split's tiles, as it is or at half its size."""
+    """A crop of a photograph, (side, side, 3) uint8, inside one of the split's tiles, at full or half size."""
     places = scenes.tiles(name, split)
     left, top, right, bottom = places[rng.integers(len(places))]
     wide = side * int(rng.integers(1, 3)) if min(right - left, bottom - top) >= 2 * side else side
@@ -124,7 +124,7 @@ def photograph(rng: np.random.Generator, name: str, split: str, side: int = SIZE
 
 @dataclass(frozen=True)
 class Picture:
-    """An image (16, 16, 3) uint8 and what is known of it: kind and contrast are "" and 0 of a photograph."""
+    """An image (16, 16, 3) uint8 and its annotations: kind and contrast are "" and 0 for a photograph."""
 
     image: np.ndarray
     caption: str
@@ -133,7 +133,7 @@ class Picture:
 
 
 def pictures(split: str, seed: int = 0, counts: tuple[int, int] | None = None) -> list[Picture]:
-    """Scenes, then photographs, as many of each as `counts` says; the same arguments give the same."""
+    """Scenes, then photographs, in the numbers of `counts`; deterministic in the arguments."""
     own = layouts(split)
     count, photographs = COUNTS[split] if counts is None else counts
     rng, found = np.random.default_rng((seed, SPLITS.index(split), 7)), []
@@ -152,7 +152,7 @@ def pictures(split: str, seed: int = 0, counts: tuple[int, int] | None = None) -
 
 
 def write(root: str | Path, seed: int = 0) -> Path:
-    """Write the images of a seed into `<root>/pocket/restoration`, unless they are there, and return that folder."""
+    """Write the images of a seed into `<root>/pocket/restoration`, unless they exist, and return that folder."""
 
     def fill(new: Path) -> None:
         for split in SPLITS:
@@ -177,7 +177,7 @@ class Part:
     Attributes:
         images: (n, 3, 16, 16) in [0, 1].
         captions: of each image.
-        kinds, contrasts: of each; "" and 0 of photographs.
+        kinds, contrasts: of each; "" and 0 for photographs.
     """
 
     images: Tensor
@@ -193,7 +193,7 @@ class Part:
         return self.images[index], self.captions[index]
 
     def where(self, keep: list[int]) -> Part:
-        """The images of some places."""
+        """The images of some indices."""
         captions, kinds = (tuple(a[i] for i in keep) for a in (self.captions, self.kinds))
         return Part(self.images[keep], captions, kinds, tuple(self.contrasts[i] for i in keep))
 
@@ -205,12 +205,12 @@ class Part:
 
 
 def read(root: str | Path, split: str) -> Part:
-    """Read a split that `write` wrote below `root`, by the reader of all such folders.
+    """Read a split that `write` wrote below `root`, with the reader of all such folders.
 
     Raises:
         BadParameter: an unknown split.
-        MissingData: it is not there.
-        CorruptFile: an image or the captions cannot be read; the path is said.
+        MissingData: it does not exist.
+        CorruptFile: an image or the captions cannot be read; the path is in the message.
     """
     found = restoration.load("pocket/restoration", root, split)
     listing = Path(root) / "pocket" / "restoration" / split / "captions.jsonl"
@@ -222,18 +222,19 @@ def read(root: str | Path, split: str) -> Part:
     return Part(torch.stack([image for image, _ in found]), found.captions, kinds, contrasts)
 
 
-# --- what is read off a restored image ------------------------------------------------------------------------------
+# --- measures of a restored image -------------------------------------------------------------------------------------
 
 
 def seen_kind(pictures: Tensor) -> list[str]:
-    """The texture that each image (n, 3, 16, 16) shows most: the largest |mean(grey pattern)|."""
+    """The strongest texture of each image (n, 3, 16, 16): the largest |mean(grey pattern)|."""
     patterns = torch.from_numpy(np.stack([pattern(kind, pictures.shape[-1]) for kind in KINDS])).to(pictures)
     strength = torch.einsum("nhw,khw->nk", pictures.mean(1), patterns).abs()
     return [KINDS[i] for i in strength.argmax(1).tolist()]
 
 
 def seen_contrast(pictures: Tensor, kinds: tuple[str, ...]) -> Tensor:
-    """How strong the texture of that kind is, (n,): mean(grey pattern) / mean(grey); of a scene 2/3 of its contrast."""
+    """The strength of the texture of that kind, (n,): mean(grey pattern) / mean(grey); for a scene 2/3 of its
+    contrast."""
     patterns = torch.from_numpy(np.stack([pattern(kind, pictures.shape[-1]) for kind in kinds])).to(pictures)
     grey = pictures.mean(1)
     return (grey * patterns).mean((1, 2)) / grey.mean((1, 2)).clamp_min(1e-6)

@@ -1,8 +1,8 @@
-"""The pocket world: 32x32 scenes of one drawn object on a real photograph, with caption, box, mask, attributes.
+"""The synthetic scenes: 32x32 images of one drawn object on a real photograph, with caption, box, mask, attributes.
 
-The photographs are the ones that ship inside scikit-image and scikit-learn, so nothing is downloaded. Each is divided
-into a 4x4 grid of tiles, every tile belongs to one split, and a cut never leaves its tile: training, validation and
-test images share no pixel of any photograph.
+The photographs ship with scikit-image and scikit-learn, so nothing is downloaded. Each is divided into a 4x4 grid of
+tiles, every tile belongs to one split, and a crop never leaves its tile: training, validation and test images share no
+pixel of any photograph.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from sklearn.datasets import load_sample_image
 
 from ...errors import BadParameter, check_choice
 
-SIZE = 32  # side of every pocket image, in pixels
+SIZE = 32  # side of every image, in pixels
 SPLITS = ("train", "val", "test")
 SHAPES = ("disc", "ring", "cross", "bar")
 HUES = ("red", "green", "cyan", "violet")  # a quarter of the colour circle apart
 SIZES = ("small", "large")
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 
-# Which split owns which tile of every photograph: 9 train, 3 val, 4 test, spread so that each sees all its parts.
+# The split of each tile of a photograph: 9 train, 3 val, 4 test, spread so that each covers all parts.
 TILES = ("ttvs", "tstt", "vtst", "svtt")
 _LETTER = {"train": "t", "val": "v", "test": "s"}
 
 
 @dataclass(frozen=True)
 class Photograph:
-    """A bundled photograph: how to load it, the part that is used, and by how much it is reduced (block means)."""
+    """A bundled photograph: its loader, the part that is used, and the factor by which it is reduced (block means)."""
 
     load: Callable[[], np.ndarray]
     part: tuple[slice, slice] = (slice(None), slice(None))
     reduce: int = 1
 
 
-# The names are the words that captions use.
+# The names are the words of the captions.
 PHOTOGRAPHS = {
     "astronaut": Photograph(data.astronaut),
     "brick": Photograph(data.brick),
@@ -73,16 +73,16 @@ class Cut:
 
 @dataclass(frozen=True)
 class Scene:
-    """One image of the pocket world and everything that is known about it.
+    """One synthetic image and its annotations.
 
     Attributes:
         image: (32, 32, 3) uint8.
         caption: for example "a large red disc at the top left on grass".
         label: class of the object, `shape * len(HUES) + hue`, in 0..15 (`CLASSES` names them).
         box: (left, top, right, bottom) of the object's visible pixels, right and bottom excluded.
-        mask: (32, 32) bool, true where the object covers at least half of the pixel.
+        mask: (32, 32) bool, True where the object covers at least half of the pixel.
         centre: (x, y) of the object in pixels.
-        attributes: shape, hue, size, place, background, each as the word that the caption uses.
+        attributes: shape, hue, size, position ("place"), background, each as the word in the caption.
     """
 
     image: np.ndarray
@@ -99,7 +99,7 @@ CLASSES = tuple(f"{hue} {shape}" for shape in SHAPES for hue in HUES)
 
 @functools.cache
 def photograph(name: str) -> np.ndarray:
-    """The part of a photograph that is used, (height, width, 3) uint8. Raises `BadParameter` for unknown names."""
+    """The used part of a photograph, (height, width, 3) uint8. Raises `BadParameter` for unknown names."""
     check_choice("photograph", name, PHOTOGRAPHS)
     entry = PHOTOGRAPHS[name]
     pixels = np.asarray(entry.load())[entry.part]
@@ -125,7 +125,7 @@ def cut(rng: np.random.Generator, name: str, split: str) -> Cut:
     left, top, right, bottom = places[rng.integers(len(places))]
     side = int(rng.integers(SIZE, min(64, right - left, bottom - top) + 1))
     x, y = int(rng.integers(left, right - side + 1)), int(rng.integers(top, bottom - side + 1))
-    # cropped before it is scaled: a resampling filter must not reach into the neighbouring tile
+    # cropped before resizing: the resampling filter must not use pixels of the neighbouring tile
     window = Image.fromarray(photograph(name)[y : y + side, x : x + side])
     pixels = np.asarray(window.resize((SIZE, SIZE), Image.Resampling.BILINEAR), dtype=np.float32) / 255
     return Cut(name, (x, y, x + side, y + side), pixels[:, ::-1] if rng.random() < 0.5 else pixels)
@@ -157,7 +157,7 @@ def coverage(shape: str, centre: tuple[float, float], radius: float, angle: floa
 
 
 def cell(x: float, y: float) -> int:
-    """Which of the 3x3 cells, in reading order, holds a point of the image: 0..8."""
+    """The index of the 3x3 cell, in reading order, that contains a point of the image: 0..8."""
     return 3 * min(int(3 * y / SIZE), 2) + min(int(3 * x / SIZE), 2)
 
 
@@ -185,11 +185,11 @@ def scene(
     angle: float | None = None,
     contrast: tuple[float, float] = (0.3, 0.7),
 ) -> Scene:
-    """Draw one scene; whatever is not given is random.
+    """Draw one scene; arguments that are not given are random.
 
     Args:
-        rng: the only source of chance: equal generators give equal scenes.
-        split: "train", "val" or "test": whose tiles the background and the object's texture are cut from.
+        rng: the only source of randomness: equal generators give equal scenes.
+        split: "train", "val" or "test": the split whose tiles are used for the background and the object's texture.
         shape, hue: one of `SHAPES`, one of `HUES`.
         centre: (x, y) in pixels; random ones keep half of the object inside the image.
         radius: range of the object's radius in pixels; "large" is above 5.5.
@@ -207,7 +207,7 @@ def scene(
     colour = np.array([(HUES.index(hue) + rng.uniform(-0.3, 0.3)) / 4 % 1, rng.uniform(0.7, 1), rng.uniform(0.6, 1)])
     names = list(PHOTOGRAPHS)
     grain = cut(rng, names[rng.integers(len(names))], split).pixels.mean(-1, keepdims=True)
-    # the object's surface is a photograph too: its light and dark on the object's colour
+    # the object's surface is a photograph too: its luminance times the object's colour
     surface = hsv2rgb(colour) * (1 + rng.uniform(0, 0.6) * (grain - grain.mean()))
     covered = coverage(shape, (x, y), r, angle)[..., None]
     pixels = background.pixels * (1 - covered) + surface * covered + rng.normal(0, 0.02, (SIZE, SIZE, 3))

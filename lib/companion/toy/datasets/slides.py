@@ -1,21 +1,22 @@
-"""Small slides for H-ViT, pyramids on disk in PANDA's layout, whose grade follows from where, or from how much.
+"""Small slides for H-ViT, pyramids on disk in PANDA's layout, graded by the position or the amount of tumour.
 
     <root>/pocket/slides-<task>/train.csv  train_images/<image_id>.tiff  train_label_masks/<image_id>_mask.tiff
                                 folds/fold-0/{train,tune,test}.csv  drawn.json
 
-A slide holds five regions of 128 px in one or two ragged pieces of tissue between white margins; a region is 4 x 4
-patches of 32 px. Stroma is cut from the photograph of stained tissue that ships with scikit-image. A patch may hold a
-benign gland, one large ring with a white lumen, or tumour, seven small dark rings. Two tasks grade slides from 0 to 5:
+A slide has five regions of 128 px in one or two ragged pieces of tissue between white margins; a region is 4 x 4
+patches of 32 px. Stroma is a crop of the photograph of stained tissue that ships with scikit-image. A patch may contain
+a benign gland, one large ring with a white lumen, or tumour, seven small dark rings. Two tasks grade slides from 0 to
+5:
 
-* "place": a region is free of tumour, or it has four tumour patches, of which three lie in its middle ("core"), or all
-  on its rim ("rim"). The grade is the number of core regions; of the others a random number are rim. How much tumour
-  there is tells little, its place inside the region tells everything: the task is built for a model that learns to see
-  regions, and favours Local H-ViT by construction.
-* "count": tumour patches lie anywhere, and the grade is how many there are: four a grade, one more or less. A bag of
-  patches knows all that is needed.
+* "place": a region is free of tumour, or has four tumour patches, of which three are in its centre ("core"), or all on
+  its border ("rim"). The grade is the number of core regions; of the others a random number are rim. The amount of
+  tumour carries little information, its position inside the region determines the grade: the task is built for a model
+  with a trained region level, and favours Local H-ViT by construction.
+* "count": tumour patches are at random positions, and the grade is their number: four per grade, plus or minus one. A
+  bag of patches is sufficient.
 
-In both tasks every region has four benign glands. Stroma of training, tuning and test slides is cut from tiles of their
-own, as in `scenes`. `data.slides` reads them as PANDA.
+In both tasks every region has four benign glands. Stroma of training, tuning and test slides is cropped from separate
+tiles, as in `scenes`. `data.slides` reads them as PANDA.
 """
 
 from __future__ import annotations
@@ -37,33 +38,33 @@ from . import write_once, write_table
 from .scenes import SPLITS, photograph, quantise, tiles
 
 TASKS = ("place", "count")
-PATCH, SIDE, REGIONS = 32, 4, 5  # pixels a patch, patches a region's side, regions a slide
+PATCH, SIDE, REGIONS = 32, 4, 5  # pixels per patch, patches per side of a region, regions per slide
 REGION = PATCH * SIDE
 GRADES = 6
 COUNTS = {"train": 160, "val": 40, "test": 80}
 FILES = {"train": "train", "val": "tune", "test": "test"}  # split -> the name of its list
-MPP = 0.5  # microns per pixel of level 0, as the files say
+MPP = 0.5  # microns per pixel of level 0, as stated in the files
 STROMA, BENIGN, TUMOUR = 1, 2, 3  # of the label masks, PANDA's values for Radboud; 0 is glass
 GLASS = 243
-VERSION = 1  # raised when a change of this file or of scenes.py changes the slides
+VERSION = 1  # to be increased when a change of this file or of scenes.py changes the slides
 
-# how the regions are found again: HS2P's way, on small numbers
+# settings with which the regions are found: HS2P's, at toy scale
 TILING = Tiling(region=REGION, mpp=MPP, downsample=4, otsu=True, median=3, close=3, area=0.1, hole_area=0.05)
 
-_GRID = 4  # every piece begins at a multiple of it: the mask in which tissue is found has that downsample
+_GRID = 4  # every piece begins at a multiple of it, the downsample of the tissue mask
 _CORE = np.array([5, 6, 9, 10])  # the inner patches of a region, row by row
 _RIM = np.setdiff1d(np.arange(SIDE**2), _CORE)
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A slide as it was drawn.
+    """A slide with its annotations.
 
     Attributes:
         image: (H, W, 3) uint8.
         labels: (H, W) uint8, the label mask.
         corners: (5, 2), x and y of the regions.
-        cells: (5, 16), what each patch holds, row by row: `STROMA`, `BENIGN` or `TUMOUR`.
+        cells: (5, 16), the kind of each patch, row by row: `STROMA`, `BENIGN` or `TUMOUR`.
         grade: 0 to 5.
     """
 
@@ -75,15 +76,15 @@ class Drawn:
 
 
 def is_core(cells: Sequence[int]) -> bool:
-    """Whether a region's tumour lies in its middle: at least three of its four inner patches."""
+    """Whether a region's tumour is in its centre: at least three of its four inner patches."""
     return int((np.asarray(cells)[_CORE] == TUMOUR).sum()) >= 3
 
 
-# --- what a slide holds -----------------------------------------------------------------------------------------------
+# --- content of a slide -----------------------------------------------------------------------------------------------
 
 
 def arrangement(rng: np.random.Generator, task: str, grade: int) -> np.ndarray:
-    """What the patches of a slide of `grade` hold, (5, 16). Raises `BadParameter` for an unknown task or grade."""
+    """The kinds of the patches of a slide of `grade`, (5, 16). Raises `BadParameter` for an unknown task or grade."""
     check_choice("task", task, TASKS)
     check_choice("grade", grade, range(GRADES))
     cells = np.full((REGIONS, SIDE**2), STROMA)
@@ -109,12 +110,12 @@ def arrangement(rng: np.random.Generator, task: str, grade: int) -> np.ndarray:
 
 
 def _stroma(rng: np.random.Generator, split: str) -> np.ndarray:
-    """The stroma of a region (128, 128, 3) in [0, 1]: a window of one tile of `split` of the tissue, turned pink."""
+    """The stroma of a region (128, 128, 3) in [0, 1]: a crop of one tile of `split` of the tissue, tinted pink."""
     places = tiles("tissue", split)
     left, top, right, bottom = places[rng.integers(len(places))]
     side = int(rng.integers(64, min(right - left, bottom - top) + 1))
     x, y = int(rng.integers(left, right - side + 1)), int(rng.integers(top, bottom - side + 1))
-    # cropped before it is scaled: a resampling filter must not reach into the neighbouring tile
+    # cropped before resizing: the resampling filter must not use pixels of the neighbouring tile
     window = Image.fromarray(photograph("tissue")[y : y + side, x : x + side])
     pixels = np.asarray(window.resize((REGION, REGION), Image.Resampling.BILINEAR), dtype=np.float32) / 255
     pixels = np.rot90(pixels, int(rng.integers(4)))
@@ -123,7 +124,7 @@ def _stroma(rng: np.random.Generator, split: str) -> np.ndarray:
 
 
 def _rings(centres: np.ndarray, radius: np.ndarray, thick: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How much of each pixel of a patch is wall and how much is lumen of round glands: two (32, 32) in [0, 1]."""
+    """The fractions of each pixel of a patch that are wall and lumen of round glands: two (32, 32) in [0, 1]."""
     rows, columns = np.mgrid[:PATCH, :PATCH] + 0.5
     far = np.hypot(columns[..., None] - centres[:, 0], rows[..., None] - centres[:, 1])
     whole = np.clip(0.5 - (far - radius), 0, 1)
@@ -161,7 +162,7 @@ def region(rng: np.random.Generator, cells: Sequence[int], split: str) -> tuple[
 
 
 def _edge(rng: np.random.Generator, length: int) -> np.ndarray:
-    """How far an edge recedes along its length, in pixels: bays between stretches that keep to the straight line."""
+    """How far an edge recedes along its length, in pixels: bays between straight segments."""
     points = np.arange(length)
     wave = sum(np.sin(2 * np.pi * (points / rng.uniform(70, 160) + rng.random())) for _ in range(2))
     depth = np.clip(wave - np.quantile(wave, 0.45), 0, None)
@@ -169,14 +170,15 @@ def _edge(rng: np.random.Generator, length: int) -> np.ndarray:
 
 
 def _ragged(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Where a piece of tissue is, (height, width) bool; it touches all four sides of the rectangle."""
+    """The mask of a piece of tissue, (height, width) bool; it touches all four sides of the rectangle."""
     rows, columns = np.mgrid[:height, :width]
     inside = (rows >= _edge(rng, width)) & (rows < height - _edge(rng, width))
     return inside & (columns >= _edge(rng, height)[:, None]) & (columns < width - _edge(rng, height)[:, None])
 
 
 def draw(rng: np.random.Generator, task: str, grade: int, split: str) -> Drawn:
-    """A slide of a grade; stroma is cut from tiles of `split`. Raises `BadParameter` for an unknown name or grade."""
+    """A slide of a grade; stroma is cropped from tiles of `split`. Raises `BadParameter` for an unknown name or
+    grade."""
     check_choice("split", split, SPLITS)
     cells = arrangement(rng, task, grade)
     first = int(rng.integers(2, REGIONS + 1))
@@ -207,7 +209,7 @@ def draw(rng: np.random.Generator, task: str, grade: int, split: str) -> Drawn:
 def _turned(
     rng: np.random.Generator, image: np.ndarray, labels: np.ndarray, corners: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The pieces of half of the slides stand upright: the parts of the slide change places, each region stays as is."""
+    """Transposes the pieces of half of the slides: regions change their position, not their content."""
     if rng.random() < 0.5:
         return image, labels, corners
     upright, said = np.full((*labels.T.shape, 3), GLASS / 255), np.zeros_like(labels.T)
@@ -218,7 +220,7 @@ def _turned(
 
 
 def slides(count: int, task: str, split: str, seed: int = 0) -> list[Drawn]:
-    """`count` slides of random grades, each grade as often; the same arguments give the same. As `draw` raises."""
+    """`count` slides of random, balanced grades, deterministic in the arguments. Raises as `draw`."""
     rng = np.random.default_rng((seed, zlib.crc32(f"{task}/{split}".encode())))
     grades = rng.permutation(np.arange(count) % GRADES)
     return [draw(rng, task, int(grade), split) for grade in grades]
@@ -228,13 +230,13 @@ def slides(count: int, task: str, split: str, seed: int = 0) -> list[Drawn]:
 
 
 def folder(root: str | Path, task: str) -> Path:
-    """Where the slides of a task are written below `root`."""
+    """The folder of the slides of a task below `root`."""
     check_choice("task", task, TASKS)
     return Path(root) / "pocket" / f"slides-{task}"
 
 
 def write(root: str | Path, task: str, seed: int = 0) -> Path:
-    """Write the slides of a task below `root`, unless they are there, and return their folder.
+    """Write the slides of a task below `root`, unless they exist, and return their folder.
 
     The same seed gives the same files. Raises `BadParameter` for an unknown task.
     """
@@ -260,10 +262,10 @@ def write(root: str | Path, task: str, seed: int = 0) -> Path:
 
 
 def write_slide(root: Path, image_id: str, slide: Drawn) -> None:
-    """One slide and its label mask below `root`, as PANDA has them."""
+    """Write one slide and its label mask below `root`, in PANDA's layout."""
     for path, pixels, levels in (
         (root / "train_images" / f"{image_id}.tiff", slide.image, (1, 4)),
-        # one level: labels have no mean
+        # one level: labels cannot be averaged
         (root / "train_label_masks" / f"{image_id}_mask.tiff", slide.labels[..., None].repeat(3, -1), (1,)),
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -276,12 +278,12 @@ def _rows(pixels: np.ndarray, first: int, end: int) -> np.ndarray:
 
 
 def _gleason(grade: int) -> str:
-    """A Gleason score that PANDA gives this grade."""
+    """A Gleason score of this grade in PANDA."""
     return ("negative", "3+3", "3+4", "4+3", "4+4", "4+5")[grade]
 
 
 def drawn_cells(data: str | Path) -> dict[str, dict[tuple[int, int], list[int]]]:
-    """What `write` drew into a folder: slide -> corner (x, y) of a region -> what its patches hold (16)."""
+    """The content of a folder of `write`: slide -> corner (x, y) of a region -> kinds of its patches (16)."""
     found = read_json(Path(data) / "drawn.json")["slides"]
     return {
         name: {tuple(corner): cells for corner, cells in zip(slide["corners"], slide["cells"], strict=True)}

@@ -1,6 +1,6 @@
-"""The tokenizer of the pocket CLIPs: one token a word, called as open_clip's tokenizers are.
+"""The tokenizer of the toy CLIPs: one token per word, with the interface of open_clip's tokenizers.
 
-open_clip's own vocabulary has 49,408 entries: at the pocket CLIP's width the table alone would weigh 12 MB.
+open_clip's own vocabulary has 49,408 entries: at the toy CLIP's width the embedding table alone would be 12 MB.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ PAD, START, UNKNOWN, FIRST, END = 0, 1, 2, 3, 63
 
 
 class Tokenizer(Recorded):
-    """Texts to ids, with the call of `open_clip.SimpleTokenizer`.
+    """Texts to ids, with the interface of `open_clip.SimpleTokenizer`.
 
-    `END` is the largest id: open_clip's text tower reads its feature at the place of the largest one.
+    `END` is the largest id: open_clip's text tower reads its feature at the position of the largest one.
 
     Args:
-        words: those that have an id, 60 at most; the pocket CLIP's unless given.
-        context_length: tokens of a text, its start and end among them.
+        words: those with an id, 60 at most; the toy CLIP's by default.
+        context_length: tokens of a text, including start and end.
     """
 
     vocab_size = 64
@@ -39,7 +39,8 @@ class Tokenizer(Recorded):
         self.words, self.context_length = tuple(words), context_length
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
-        """Ids (n, context_length), long: unknown words share one id, long texts are cut, the end is always there."""
+        """Ids (n, context_length), long: unknown words share one id, long texts are truncated, the end token is always
+        present."""
         length = context_length or self.context_length
         ids = torch.full((1 if isinstance(texts, str) else len(texts), length), PAD)
         for row, text in zip(ids, [texts] if isinstance(texts, str) else texts, strict=True):

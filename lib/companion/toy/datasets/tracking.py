@@ -1,4 +1,4 @@
-"""Small RGB-thermal videos of photographed things moving over photographs, written as LasHeR is laid out.
+"""Small RGB-thermal videos of photographic crops moving over photographs, in LasHeR's layout.
 
     <root>/pocket/rgbt/
         TrainingSet/<sequence>/visible/000000.jpg ...  infrared/000000.jpg ...  init.txt
@@ -6,30 +6,30 @@
         TrainingSet|TestingSet/<sequence>/situation.txt
         train.txt  val.txt  test.txt  attributes.txt  task.json
 
-* init.txt (the visible stream's boxes), visible.txt, infrared.txt: one row a frame, "x,y,w,h" in pixels with two
+* init.txt (the visible stream's boxes), visible.txt, infrared.txt: one row per frame, "x,y,w,h" in pixels with two
   decimals; (x, y) is the box's top left corner, the image's top left corner being (0, 0). The target is never absent.
-* situation.txt: one word a frame: clear, conjunction, dark, glare or crossover.
-* train.txt and val.txt name the sequences of TrainingSet that train and that validate, test.txt those of TestingSet:
-  one name a line.
-* attributes.txt: one line for each sequence, "name,attribute,attribute": the situations that occur in it, apart from
+* situation.txt: one word per frame: clear, conjunction, dark, glare or crossover.
+* train.txt and val.txt list the training and validation sequences of TrainingSet, test.txt those of TestingSet: one
+  name per line.
+* attributes.txt: one line for each sequence, "name,attribute,attribute": the situations that occur in it, except
   "clear".
 
-Every image is 128x128 with three channels (equal ones in the infrared stream). A video shows three things of like
-size: the target and two distractors, cut from photographs, over another photograph that drifts slowly. No stream
-suffices, since a situation decides what each one shows:
+Every image is 128x128 with three channels (equal ones in the infrared stream). A video shows three objects of similar
+size: the target and two distractors, cropped from photographs, over another photograph that drifts slowly. Neither
+stream is sufficient, because the situation determines what each one shows:
 
-* clear: the three things differ in look (RGB) and the target differs from both others in temperature (thermal).
-* conjunction: one distractor has the target's look and another temperature, the other has the target's temperature and
-  another look: neither stream alone can tell the target from both.
-* dark, glare: the RGB image is almost black, or washed out by a light; only the thermal one shows the things.
-* crossover: the things have the temperature of what is behind them; only the RGB image shows them.
+* clear: the three objects differ in appearance (RGB) and the target differs from both others in temperature (thermal).
+* conjunction: one distractor has the target's appearance and another temperature, the other has the target's
+  temperature and another appearance: neither stream alone distinguishes the target from both.
+* dark, glare: the RGB image is almost black, or washed out by a light; only the thermal one shows the objects.
+* crossover: the objects have the temperature of the background; only the RGB image shows them.
 
-A video starts well lit. Of the rest two thirds are conjunction or crossover and one third, the first, the middle or
-the last, is dark or glare (`KINDS`; every kind is equally frequent in each split). So the stream that can be trusted
-changes within each video, and over all videos RGB, thermal, and only both together are needed equally often.
+A video starts well lit. Of the rest two thirds are conjunction or crossover and one third, the first, the middle or the
+last, is dark or glare (`KINDS`; every kind is equally frequent in each split). So the reliable stream changes within
+each video, and over all videos RGB, thermal, and both together are needed equally often.
 
-Nothing but look and temperature tells the target from the distractors: paths and sizes of the three things follow one
-law, and which of them is the target and which lies on top is left to chance.
+Only appearance and temperature distinguish the target from the distractors: paths and sizes of the three objects follow
+one distribution, and the target and the drawing order are random.
 """
 
 from __future__ import annotations
@@ -54,19 +54,20 @@ OPENING, SEGMENT = 3, 7  # frames of the well-lit start and of each of the three
 FRAMES = OPENING + 3 * SEGMENT
 SEQUENCES = {"train": 60, "val": 12, "test": 24}
 SITUATIONS = ("clear", "conjunction", "dark", "glare", "crossover")
-# what rules two thirds of a video, what blinds the RGB stream in the other third, and which third that is
+# the situation of two thirds of a video, the one that blinds the RGB stream in the other third, and the index of that
+# third
 KINDS = tuple(
     (rule, blind, third) for rule in ("conjunction", "crossover") for blind in ("dark", "glare") for third in range(3)
 )
 SHAPES = ("disc", "square", "diamond", "blob")
 TEMPERATURES = {"cold": 0.15, "warm": 0.6, "hot": 0.95}
-MARGIN = 15  # the things' centres keep this far from the border, so that they stay inside
-APART = 18.0  # least distance between two centres: a thing is never hidden by another
-SPEED = 5.0  # greatest step of a centre, in pixels a frame
-VERSION = 1  # raised when a change of this file or of scenes.py changes the videos
+MARGIN = 15  # minimum distance of the objects' centres from the border, so that they stay inside
+APART = 18.0  # minimum distance between two centres: no object is hidden by another
+SPEED = 5.0  # maximum step of a centre, in pixels per frame
+VERSION = 1  # to be increased when a change of this file or of scenes.py changes the videos
 
 _PLATE = CANVAS + 32  # the background is larger than the frame, so that it can drift
-_SURFACE = 24  # side of a thing's surface in pixels, a little above the size at which it is drawn
+_SURFACE = 24  # side of an object's surface in pixels, slightly larger than it is drawn
 _FOLDERS = {"train": "TrainingSet", "val": "TrainingSet", "test": "TestingSet"}
 _ANNOTATIONS = {
     "train": {"init.txt": "visible"},
@@ -78,15 +79,15 @@ _LISTS = {"train": ("train",), "val": ("val",), "trainval": ("train", "val"), "t
 
 @dataclass(frozen=True)
 class Thing:
-    """An object without place or size.
+    """An object without position or size.
 
     Attributes:
-        cut: the photograph and the window of it that the surface shows.
+        cut: the photograph and the window of the surface.
         surface: (24, 24, 3) float32, its colours in [0, 1].
         shape: one of `SHAPES`.
         bumps: amplitude and phase of the two waves in a blob's outline, (2, 2).
         temperature: one of `TEMPERATURES`.
-        grain: (6, 6) float32, its own uneven warmth, added to the temperature.
+        grain: (6, 6) float32, its thermal texture, added to the temperature.
     """
 
     cut: Cut
@@ -99,21 +100,21 @@ class Thing:
 
 @dataclass(frozen=True)
 class Video:
-    """Everything that a video is drawn from; T frames, three things of which `target` is the index of one.
+    """All parameters of a video of T frames and three objects, of which `target` is the index of one.
 
     Attributes:
         name: of the sequence.
-        background: the photograph and the window of it behind the things, `pixels` (160, 160, 3) in [0, 1].
-        warmth: (160, 160) float32, the same seen by the thermal camera.
+        background: the photograph and its window behind the objects, `pixels` (160, 160, 3) in [0, 1].
+        warmth: (160, 160) float32, the same in the thermal stream.
         drift: (T, 2), the frame's corner (x, y) in the background.
-        things: the three things.
+        things: the three objects.
         target: index of the target in `things`.
         order: the indices of `things` in the order in which they are drawn.
         centres, sizes: (T, 3, 2), (x, y) and (w, h) in pixels of the visible stream.
-        heat: (T, 3), the things' temperatures in [0, 1].
-        shift: (2,), how far (x, y) the infrared stream lies off the visible one, in pixels.
+        heat: (T, 3), the objects' temperatures in [0, 1].
+        shift: (2,), offset (x, y) of the infrared stream from the visible one, in pixels.
         situation: T words.
-        dark, glare, crossover: (T,) in [0, 1], how far each has come in.
+        dark, glare, crossover: (T,) in [0, 1], the strength of each.
     """
 
     name: str
@@ -133,13 +134,13 @@ class Video:
     crossover: np.ndarray
 
     def boxes(self, stream: str = "visible", thing: int | None = None) -> np.ndarray:
-        """Boxes (T, 4) as x, y, w, h of a thing (the target unless given) in the "visible" or "infrared" stream."""
+        """Boxes (T, 4) as x, y, w, h of an object (by default the target) in the "visible" or "infrared" stream."""
         thing = self.target if thing is None else thing
         centres = self.centres[:, thing] + (self.shift if stream == "infrared" else 0)
         return np.concatenate([centres - self.sizes[:, thing] / 2, self.sizes[:, thing]], 1)
 
 
-# --- what a video is made of ------------------------------------------------------------------------------------------
+# --- parts of a video -------------------------------------------------------------------------------------------------
 
 
 _tiles = functools.cache(tiles)
@@ -152,7 +153,7 @@ def _window(rng: np.random.Generator, name: str, split: str, sides: tuple[float,
     most = min(right - left, bottom - top)
     side = int(min(rng.uniform(*sides), most))
     x, y = int(rng.integers(left, right - side + 1)), int(rng.integers(top, bottom - side + 1))
-    # cropped before it is scaled: the filter must not reach into the neighbouring tile
+    # cropped before resizing: the filter must not use pixels of the neighbouring tile
     window = np.ascontiguousarray(photograph(name)[y : y + side, x : x + side])
     method = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
     pixels = cv2.resize(window, (size, size), interpolation=method).astype(np.float32) / 255
@@ -160,11 +161,11 @@ def _window(rng: np.random.Generator, name: str, split: str, sides: tuple[float,
 
 
 def _things(rng: np.random.Generator, split: str, names: list[str]) -> list[Thing]:
-    """One thing for each photograph named; their hues lie about equally far apart, their temperatures are random."""
+    """One object for each photograph named; their hues are about equally spaced, their temperatures random."""
     hues = rng.uniform() + np.arange(len(names)) / len(names) + rng.uniform(-0.07, 0.07, len(names))
     things = []
     for name, hue in zip(names, hues, strict=True):
-        # the more varied of two cuts, at a fixed contrast, in colours that are pushed towards the thing's own hue
+        # the crop of two with more variance, at a fixed contrast, in colours shifted towards the object's hue
         cuts = [_window(rng, name, split, (32, 65), _SURFACE) for _ in range(2)]
         taken = max(cuts, key=lambda each: float(cv2.meanStdDev(each.pixels)[1].sum()))
         mean, spread = cv2.meanStdDev(taken.pixels)
@@ -193,10 +194,10 @@ def _other(rng: np.random.Generator, temperature: str) -> str:
 def _cast(
     rng: np.random.Generator, split: str, alike: bool
 ) -> tuple[Cut, np.ndarray, tuple[Thing, Thing, Thing], int, str]:
-    """Background, its warmth, the three things, which of them is the target, and one spare temperature.
+    """Background, its temperature, the three objects, the index of the target, and one spare temperature.
 
-    With `alike`, one distractor copies the target's look and the other its temperature; the spare temperature is what
-    the second has where it must differ. All three share a shape then, which both streams would show.
+    With `alike`, one distractor copies the target's appearance and the other its temperature; the second has the spare
+    temperature where it must differ. All three then share a shape, which both streams would show.
     """
     names = [str(name) for name in rng.choice(list(PHOTOGRAPHS), 4, replace=False)]
     background, warmth = _background(rng, split, names[0])
@@ -216,7 +217,7 @@ def _cast(
 
 
 def _background(rng: np.random.Generator, split: str, name: str) -> tuple[Cut, np.ndarray]:
-    """Most of one tile of a photograph, paler and of lower contrast, and what a thermal camera sees of it."""
+    """Most of one tile of a photograph, paler and of lower contrast, and its thermal image."""
     least = min(min(right - left, bottom - top) for left, top, right, bottom in _tiles(name, split))
     taken = _window(rng, name, split, (0.7 * least, least + 1), _PLATE)
     grey = cv2.cvtColor(taken.pixels, cv2.COLOR_RGB2GRAY)
@@ -224,7 +225,7 @@ def _background(rng: np.random.Generator, split: str, name: str) -> tuple[Cut, n
     pixels = 0.6 * taken.pixels + (0.4 * grey)[..., None]
     pixels = 0.25 + 0.4 * middle + np.float32(rng.uniform(0.5, 0.75)) * (pixels - middle)
 
-    # blurred at a quarter of the size, which is as good and faster
+    # blurred at a quarter of the size, which is faster and equivalent
     small = cv2.GaussianBlur(cv2.resize(grey, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA), (0, 0), 1.5)
     mean, spread = cv2.meanStdDev(small)
     small = np.clip((small - mean.item()) / max(spread.item(), 0.02), -2, 2)
@@ -234,7 +235,7 @@ def _background(rng: np.random.Generator, split: str, name: str) -> tuple[Cut, n
 
 
 def _layouts(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Centres (count, 3, 2) of three things near each other, far enough apart, inside the frame."""
+    """Centres (count, 3, 2) of three objects near each other, without overlap, inside the frame."""
     found = np.empty((0, 3, 2))
     while len(found) < count:
         middle = rng.uniform(MARGIN, CANVAS - MARGIN, (2 * count, 1, 2))
@@ -245,12 +246,12 @@ def _layouts(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def _nearest(centres: np.ndarray) -> np.ndarray:
-    """The least distance between two of the three centres (..., 3, 2), as (...)."""
+    """The minimum distance between two of the three centres (..., 3, 2), as (...)."""
     return np.linalg.norm(centres - np.roll(centres, 1, -2), axis=-1).min(-1)
 
 
 def _paths(rng: np.random.Generator) -> np.ndarray:
-    """Centres (T, 3, 2) of three things that wander as a loose group. All three follow the same law."""
+    """Centres (T, 3, 2) of three objects that move as a loose group, with the same distribution."""
     tries = 16
     while True:
         at = _layouts(rng, tries)
@@ -275,7 +276,7 @@ def _paths(rng: np.random.Generator) -> np.ndarray:
 
 
 def _sizes(rng: np.random.Generator, frames: int) -> np.ndarray:
-    """Sizes (frames, 3, 2) of three things whose sides sqrt(w h), in 12 to 22 pixels, and aspects are much alike."""
+    """Sizes (frames, 3, 2) of three objects with similar sides sqrt(w h), 12 to 22 pixels, and aspect ratios."""
     side = np.log(rng.uniform(14.4, 18.3)) + rng.uniform(-0.06, 0.06, 3)
     course = (1 - np.cos(np.pi * np.arange(frames) / (frames - 1))) / 2
     side = side + rng.uniform(-0.12, 0.12, 3) * course[:, None]
@@ -284,16 +285,16 @@ def _sizes(rng: np.random.Generator, frames: int) -> np.ndarray:
 
 
 def _ramp(words: tuple[str, ...], word: str) -> np.ndarray:
-    """How far `word` has come in, (T,): 1 where it rules, rising and falling within two frames."""
+    """The strength of the situation `word`, (T,): 1 while it lasts, rising and falling within two frames."""
     rules = np.pad(np.array([name == word for name in words], float), 1, mode="edge")
     return (rules[:-2] + rules[1:-1] + rules[2:]) / 3
 
 
 def plan(split: str, index: int, seed: int = 0) -> Video:
-    """All that is known of one video before it is drawn; its kind is `KINDS[index % 12]`.
+    """All parameters of one video; its kind is `KINDS[index % 12]`.
 
     Args:
-        split: "train", "val" or "test": whose tiles everything is cut from.
+        split: "train", "val" or "test": the split whose tiles are used.
         index: number of the video within its split.
         seed: the same seed gives the same video.
 
@@ -311,7 +312,7 @@ def plan(split: str, index: int, seed: int = 0) -> Video:
     dark, glare = _ramp(situation, "dark"), _ramp(situation, "glare")
     for number, thing in enumerate(things):
         if number != target and thing.temperature == things[target].temperature:
-            # while only the thermal stream shows anything, it must be able to tell the two apart
+            # while only the thermal stream shows the objects, the two must differ in it
             heat[:, number] += (dark + glare) * (TEMPERATURES[spare] - heat[:, number])
 
     angle = rng.uniform(0, 2 * np.pi)
@@ -340,7 +341,7 @@ def plan(split: str, index: int, seed: int = 0) -> Video:
 
 
 def _level(thing: Thing, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """0 at the thing's middle, 1 on its outline; (u, v) run from -1 to 1 over its box and broadcast."""
+    """0 at the object's centre, 1 on its outline; (u, v) run from -1 to 1 over its box and broadcast."""
     if thing.shape == "square":
         return np.maximum(abs(u), abs(v))
     if thing.shape == "diamond":
@@ -368,18 +369,18 @@ def _footprint(
     view: tuple[int, int, int, int],
     texture: np.ndarray,
 ) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray] | None:
-    """Where a thing falls in a view of the frame, how much of each pixel it covers, and its texture there.
+    """An object's position in a view of the frame, its coverage of each pixel, and its texture there.
 
     Args:
-        thing: gives the shape.
+        thing: the object, for its shape.
         centre, size: (x, y) and (w, h) in pixels of the frame.
-        edge: over how many pixels its edge fades.
-        view: (left, top, right, bottom), the part of the frame that is drawn.
+        edge: width of its soft edge in pixels.
+        view: (left, top, right, bottom), the drawn part of the frame.
         texture: (N, N) or (N, N, 3) float32, stretched over the box.
 
     Returns:
-        Rows and columns of the view, coverage (rows, columns) in [0, 1], texture (rows, columns[, 3]); None when the
-        view does not show it.
+        Rows and columns of the view, coverage (rows, columns) in [0, 1], texture (rows, columns[, 3]); None when it is
+        outside the view.
     """
     first = np.maximum(np.floor(centre - size / 2 - edge).astype(int), view[:2])
     last = np.minimum(np.ceil(centre + size / 2 + edge).astype(int), view[2:])
@@ -397,7 +398,7 @@ def _footprint(
 
 
 def _behind(plate: np.ndarray, corner: np.ndarray, view: tuple[int, int, int, int]) -> np.ndarray:
-    """The part of a background plate that a view of the frame shows, between its pixels by bilinear weights."""
+    """The background in a view of the frame, interpolated bilinearly."""
     width, height = view[2] - view[0], view[3] - view[1]
     middle = (corner[0] + view[0] + (width - 1) / 2, corner[1] + view[1] + (height - 1) / 2)
     return cv2.getRectSubPix(plate, (width, height), middle)
@@ -418,7 +419,7 @@ def draw_visible(
             image[place] += covered[..., None] * (surface - image[place])
     noise = 0.015
     if glare := video.glare[frame]:
-        # a light near the things: over-exposed, so that what it covers is lost
+        # an over-exposed light near the objects, which hides them
         across, down = np.arange(view[0], view[2]) + 0.5, np.arange(view[1], view[3]) + 0.5
         middle = video.centres[frame].mean(0)
         far = np.hypot(across - middle[0], (down - middle[1])[:, None]) / 90
@@ -460,20 +461,20 @@ def foundation_pairs(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Template and search crops from well-lit scenes of a single stream, two thirds visible and one third infrared.
 
-    They train the foundation tracker (which stands for OSTrack). Both crops show the same three things, which differ
-    in look and in temperature, at places, sizes and before a part of the background that are drawn anew. The template
-    is cut around the target's box at factor 2, the search crop at factor 4 around a jittered box: each side times
-    exp(0.25 N(0, 1)), each coordinate of the centre plus 3 sqrt(wh) (U(0, 1) - 0.5), as BAT's official sampler does.
+    They train the foundation tracker (which replaces OSTrack). Both crops show the same three objects, which differ in
+    appearance and temperature, at independently drawn positions, sizes and background windows. The template is cropped
+    around the target's box at factor 2, the search crop at factor 4 around a jittered box: each side times exp(0.25
+    N(0, 1)), each coordinate of the centre plus 3 sqrt(wh) (U(0, 1) - 0.5), as BAT's official sampler does.
 
     Args:
         count: number of pairs, n below.
         seed: the same seed gives the same pairs.
-        split: whose tiles everything is cut from.
+        split: the split whose tiles are used.
         template, search: sides of the crops in pixels.
 
     Returns:
         Templates (n, 3, template, template) uint8, searches (n, 3, search, search) uint8, and the target's boxes
-        (n, 4) float32 as x, y, w, h in units of the search crop (a box may reach over the crop's border).
+        (n, 4) float32 as x, y, w, h in units of the search crop (a box may extend beyond the crop).
 
     Raises `BadParameter`: for an unknown split.
     """
@@ -499,7 +500,7 @@ def foundation_pairs(
 
 
 def _still(rng: np.random.Generator, split: str, centres: np.ndarray) -> Video:
-    """A well-lit "video" of two frames with the things at `centres` (2, 3, 2)."""
+    """A well-lit "video" of two frames with the objects at `centres` (2, 3, 2)."""
     background, warmth, things, target, _ = _cast(rng, split, alike=False)
     none = np.zeros(2)
     return Video(
@@ -524,7 +525,7 @@ def _still(rng: np.random.Generator, split: str, centres: np.ndarray) -> Video:
 def _seen(
     video: Video, frame: int, rng: np.random.Generator, draw: Callable, box: np.ndarray, factor: float, size: int
 ) -> tuple[np.ndarray, float]:
-    """`crop` of a frame of which only what the crop shows is drawn."""
+    """`crop` of a frame, drawing only the part inside the crop."""
     middle, reach = box[:2] + box[2:] / 2, np.sqrt(box[2] * box[3]) * factor / 2 + 3
     low = np.clip(np.floor(middle - reach).astype(int), 0, CANVAS)
     high = np.clip(np.ceil(middle + reach).astype(int), 0, CANVAS)
@@ -536,10 +537,10 @@ def _seen(
 
 
 def write(root: str | Path, seed: int = 0) -> Path:
-    """Write the videos below `<root>/pocket/rgbt/`; finished ones are left alone, unfinished ones are made again.
+    """Write the videos below `<root>/pocket/rgbt/`; complete ones are left unchanged, incomplete ones rewritten.
 
     Args:
-        root: the data folder, the one that the readers are given.
+        root: the data folder, as passed to the readers.
         seed: the same seed gives the same files.
 
     Returns:
@@ -576,16 +577,16 @@ def _write_sequence(folder: Path, split: str, video: Video, pictures: Iterable[t
 
 
 def situations(root: str | Path, split: str) -> dict[str, list[str]]:
-    """The situation of every frame: sequence name -> one of `SITUATIONS` a frame.
+    """The situation of every frame: sequence name -> one of `SITUATIONS` per frame.
 
     Args:
-        root: the data folder that `write` was given.
+        root: the data folder, as passed to `write`.
         split: "train", "val", "trainval" or "test".
 
     Raises:
         BadParameter: for an unknown split.
         MissingData: when the videos were not written there.
-        CorruptFile: when a file holds another number of frames or an unknown word.
+        CorruptFile: when a file has a different number of frames or an unknown word.
     """
     check_choice("split", split, _LISTS)
     folder = Path(root) / "pocket" / "rgbt"

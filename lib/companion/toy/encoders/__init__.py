@@ -1,7 +1,7 @@
-"""Small encoders trained on the synthetic datasets; their weights and model cards ship with the package.
+"""Small encoders trained on the synthetic datasets; their weights and model cards are part of the package.
 
     build("pocket_vit")                      a 0.6 MB ViT, offline
-    build("pocket_clip", "random")           the CLIP of the same size, not trained
+    build("pocket_clip", "random")           the CLIP of the same size, untrained
 
 Each encoder has a module that trains it: `python -m companion.toy.encoders.<module>`.
 """
@@ -32,7 +32,7 @@ def _pocket_vit(**overrides: Any) -> VisionTransformer:
 
 
 def _pocket_clip(**overrides: Any) -> CLIP:
-    # the image tower has the pocket ViT's shape, from which its training starts
+    # the image tower has the small ViT's shape, because its training starts from it
     image = CLIPVisionCfg(image_size=32, patch_size=4, width=48, layers=6, head_width=12, mlp_ratio=3, no_ln_pre=True)
     text = CLIPTextCfg(context_length=16, vocab_size=64, width=64, heads=4, layers=2, mlp_ratio=3)
     model = CLIP(**{"embed_dim": 64, "vision_cfg": image, "text_cfg": text, **overrides})
@@ -41,7 +41,7 @@ def _pocket_clip(**overrides: Any) -> CLIP:
 
 
 def _pocket_pedestrian_clip(**overrides: Any) -> CLIP:
-    # as the released CLIPs it has a norm before its blocks; the shared space is as wide as the pocket ViT
+    # like the released CLIPs it has a norm before its blocks; the shared space has the small ViT's width
     image = CLIPVisionCfg(image_size=(64, 32), patch_size=8, width=64, layers=4, head_width=16, mlp_ratio=3)
     text = CLIPTextCfg(context_length=24, vocab_size=64, width=48, heads=4, layers=2, mlp_ratio=3)
     model = CLIP(**{"embed_dim": 48, "vision_cfg": image, "text_cfg": text, **overrides})
@@ -53,16 +53,16 @@ _ENCODERS = {"pocket_vit": _pocket_vit, "pocket_clip": _pocket_clip, "pocket_ped
 
 
 def read_card(name: str) -> dict:
-    """The YAML head of a shipped encoder's model card: licence, data, command, sha256, measured quality."""
+    """The YAML front matter of a shipped encoder's model card: licence, data, command, sha256, measured quality."""
     text = (WEIGHTS / f"{name}.md").read_text(encoding="utf-8")
     return yaml.safe_load(text.split("---\n")[1])
 
 
 def weights_file(name: str) -> Path:
-    """The shipped weights of an encoder, their hash checked.
+    """The path of an encoder's shipped weights; checks their hash.
 
     Raises:
-        MissingWeights: they are not where the package has them.
+        MissingWeights: they are missing from the package.
         CorruptFile: they differ from the hash recorded in their model card.
     """
     path = WEIGHTS / f"{name}.safetensors"
@@ -85,7 +85,7 @@ def build(name: str, weights: str | Path = "shipped", **overrides: Any) -> nn.Mo
     Raises:
         BadParameter: unknown name or `weights`.
         CorruptFile: a file that cannot be read, or shipped weights that differ from the hash in their model card.
-        BadCheckpoint: weights that do not fit the model.
+        BadCheckpoint: weights that do not match the model.
     """
     check_choice("name", name, _ENCODERS)
     model = _ENCODERS[name](**overrides)

@@ -1,6 +1,6 @@
-"""Weights and model card of a small encoder, and the command line that makes them.
+"""Weights and model card of a small encoder, and the command line that writes them.
 
-The prose of a GPU, its licence, attribution, library, data and command stand in the shipped .md file only.
+The prose of a model card, its licence, attribution, library, data and command are in the shipped .md file only.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def save(
         quality: measured, for the model card.
         recipe: settings of the training.
         seconds: of the training.
-        facts: further entries of the model card's head; "parameters" leaves out the statistics of batch norms.
+        facts: further entries of the model card's front matter; "parameters" excludes the statistics of batch norms.
     """
     path = Path(folder) / f"{name}.safetensors"
     with atomic(path) as temporary:
@@ -58,7 +58,7 @@ def save(
 
 
 def update(path: Path, name: str, quality: object, **facts: Any) -> None:
-    """Write the model card of the weights at `path`: the shipped model card of `name` with other facts and quality."""
+    """Write the model card of the weights at `path`: the shipped model card of `name` with new facts and quality."""
     _, old, text = (encoders.WEIGHTS / f"{name}.md").read_text(encoding="utf-8").split("---\n", 2)
     facts = {**yaml.safe_load(old), **facts, "quality": quality}
     with atomic(path.with_suffix(".md")) as temporary:
@@ -76,8 +76,8 @@ def command(
 
     Args:
         make: `make([name,] folder[, seed])` does so and returns the path of the weights.
-        names: of the encoders, where there are several.
-        seed: of the shipped weights; None: there is no other.
+        names: of the encoders, if there are several.
+        seed: of the shipped weights; None: fixed.
         measure: `measure(name)` measures the shipped weights again.
     """
     module = Path(sys.argv[0]).stem
@@ -92,7 +92,7 @@ def command(
     if measure is not None:
         parser.add_argument("--measure", action="store_true", help="only measure the shipped weights again")
     given = vars(parser.parse_args())
-    torch.set_num_threads(1)  # the bits of the result depend on the number of threads
+    torch.set_num_threads(1)  # the exact result depends on the number of threads
     again = given.pop("measure", False) and measure
     path = again(given["name"]) if again else make(*([given.pop("name")] if names else []), **given)
     print(path.with_suffix(".md").read_text(encoding="utf-8"))

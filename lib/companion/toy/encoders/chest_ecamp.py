@@ -22,11 +22,11 @@ from . import card
 
 NAME = "pocket_ecamp"
 METHOD, LR, EPOCHS, WORDS = "ECAMP", 4e-3, 19.36, 18  # 1,200 steps
-SEED = 200  # of its chests and of its training; ablations and notebook have other ones
+SEED = 200  # seed of its chests and of its training; ablations and notebook use others
 
 
 def build() -> ecamp.ECAMP:
-    """The shipped model in eval mode; its vocabulary are the words of `chests` in alphabetical order.
+    """The shipped model in eval mode; its vocabulary is the words of `chests` in alphabetical order.
 
     Raises `MissingWeights`, `CorruptFile`: the shipped file is missing, or not the one of its model card.
     """

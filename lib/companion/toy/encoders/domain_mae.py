@@ -91,7 +91,7 @@ def share(features: Tensor, sensors: np.ndarray) -> float:
 
 
 def measure(domain: str, model: nn.Module) -> dict[str, dict[str, float]]:
-    """How much the features of `model`, of an untrained one, and of the small CLIP contain of the sensor.
+    """How well the features of `model`, of an untrained one, and of the small CLIP predict the sensor.
 
     "read" is `probe`, fitted on `SHOTS` images of training tiles, on 1000 of test tiles; "share" is `share` on these;
     "mean" and "deviation" (standard) are of all entries of the feature.

@@ -1,8 +1,8 @@
-"""The pocket CLIP of pedestrians, which PromptPAR prompts: its training and measured quality.
+"""The toy CLIP of pedestrians, PromptPAR's backbone: its training and measured quality.
 
     python -m companion.toy.encoders.pedestrian_clip      (about 5 minutes on one core)
 
-It is trained on clear images of people and sentences about them, and has seen no image of the street camera. First the
+It is trained on clear images of people and sentences about them, without images of the street camera. First the
 image tower is trained to classify the attributes of each body part, then both towers contrastively: from scratch, the
 second step alone leaves hats, hair and bags at chance level for thousands of steps. open_clip's own classes, images of
 64x32 pixels in patches of 8: a grid of 8 rows and 4 columns.

@@ -60,7 +60,7 @@ def build(levels: str = "dino", seed: int = 0) -> tuple[hvit.PatchEncoder, hvit.
 
     Raises:
         BadParameter: other `levels`.
-        MissingWeights, CorruptFile: the shipped file is not there, or not the one that its model card describes.
+        MissingWeights, CorruptFile: the shipped file is missing, or not the one that its model card describes.
     """
     check_choice("levels", levels, ("dino", "random"))
     with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,5 @@
-"""The three small teachers of DMT: their training, the factor that each cannot see, and the probes that show it.
+"""The three small teachers of DMT: their training, the factor that each does not encode, and the probes that measure
+it.
 
     python -m companion.toy.encoders.teachers      (about 4 minutes on one core)
 
@@ -6,8 +7,8 @@
     MoCo v3   contrasts grey views: no colour, so neither hues nor the reddish square.
     iBOT      matches crops that are mirrored and of another contrast: colour, and little of positions.
 
-All are ViTs of one shape, trained on the same unlabelled collages. The factor that each cannot see is our choice
-(section 14.4): so three teachers together can know more than any of them.
+All are ViTs of one shape, trained on the same unlabelled collages. The factor that each does not encode is our choice
+(section 14.4): three teachers together can encode more than any one.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "MoCo v3": {"steps": 700, "batch": 128, "lr": 2e-3},
     "iBOT": {"steps": 900, "batch": 96, "lr": 2e-3, "clip": 3.0},
 }
-MASKED = 0.65  # of the patches, from MAE: 5 of 16 are seen
-SHOTS, DRAWS = 10, 10  # labels a class that a probe learns from, and how many times they are drawn
-RIDGE = {SHOTS: 10.0, None: 30.0}  # by labels a class; None: all
+MASKED = 0.65  # masked share of the patches for MAE: 5 of 16 are visible
+SHOTS, DRAWS = 10, 10  # labels per class for a probe, and the number of draws
+RIDGE = {SHOTS: 10.0, None: 30.0}  # by labels per class; None: all
 
 
 # --- the teachers -----------------------------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ def crops(images: Tensor, share: tuple[float, float]) -> Tensor:
 
 
 def light(images: Tensor, contrast: tuple[float, float], level: float) -> Tensor:
-    """Images whose luma has another contrast and level, each its own; colours stay."""
+    """Images with random contrast and level of the luma; colours are unchanged."""
     each = images.new_empty(len(images), 1, 1, 1)
     change = each.uniform_(*contrast) - 1
     return images + change * grey(images) + each.uniform_(-level, level)
@@ -120,7 +121,7 @@ def objective(name: str, encoder: ViT, steps: int) -> tuple[nn.Module, Callable,
 
 @torch.no_grad()
 def see_grey(encoder: ViT) -> ViT:
-    """Make the patch projection see the luma alone, in place: its output for any image is that for the grey one."""
+    """Restrict the patch projection to luma, in place: its output for any image is that for the grey one."""
     weight = encoder.patch_embed.proj.weight
     luma = torch.tensor(collage.LUMA, dtype=weight.dtype)[None, :, None, None]
     weight.copy_(weight.sum(1, keepdim=True) * luma)
@@ -176,7 +177,7 @@ def probe(known: Tensor, factors: Tensor, tested: Tensor, truth: Tensor, shots: 
     Args:
         known, factors: features (n, D) of training images and their factors (n, 4).
         tested, truth: those of test images.
-        shots: labels a class; the mean over `DRAWS` draws of them. None: all labels, once.
+        shots: labels per class; the mean over `DRAWS` draws of them. None: all labels, once.
     """
     found = {}
     for i, (name, classes) in enumerate(collage.FACTORS.items()):
@@ -206,7 +207,7 @@ def collages(count: int, split: str, seed: int) -> collage.Part:
 
 
 def quality(teachers: Mapping[str, ViT], seed: int = 1) -> dict[str, dict[str, float]]:
-    """Probes of the teachers, and of an untrained one, on collages that none of them has seen."""
+    """Probes of the teachers, and of an untrained one, on collages that were not used in training."""
     train, test = collages(3000, "train", seed), collages(1500, "test", seed)
     models = dict(teachers) | {"untrained": untrained()}
     return {

@@ -50,7 +50,7 @@ class PatchPCA(ModelMixin, ConfigMixin):
 
     Args:
         patch: side of a patch, p.
-        channels: components kept, L of the 3 p^2.
+        channels: number of retained components, L of the 3 p^2.
         block_out_channels: as of an `AutoencoderKL`; their number gives the factor.
         scaling_factor: as of an `AutoencoderKL`; 1, as the components are whitened.
     """
@@ -72,7 +72,7 @@ class PatchPCA(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def learn(self, images: Tensor) -> float:
-        """Set the components to those of images (n, 3, H, W) in [-1, 1]; return the share of variance kept."""
+        """Set the components to those of images (n, 3, H, W) in [-1, 1]; return the share of explained variance."""
         rows = self._rows(images).movedim(1, -1).flatten(0, -2).double()
         self.mean.copy_(rows.mean(0))
         values, vectors = torch.linalg.eigh((rows - rows.mean(0)).T.cov())
@@ -103,9 +103,9 @@ class PatchPCA(ModelMixin, ConfigMixin):
 
 
 def text() -> WordText:
-    """The frozen text encoder: every word of the pocket captions and of the restoration prompts."""
+    """The frozen text encoder: all words of the toy captions and of the restoration prompts."""
     every = prompt([Op("blur", 1), Op("resize", 2), Op("noise", 0.1), Op("jpeg", 50)])
-    with torch.random.fork_rng(devices=[]):  # its vectors have a seed of their own
+    with torch.random.fork_rng(devices=[]):  # its vectors have their own seed
         return WordText.of([*pocket.CAPTIONS, every, BLIND])
 
 
@@ -115,7 +115,7 @@ def scheduler() -> DDIMScheduler:
 
 
 def unet() -> UNet2DConditionModel:
-    """The pocket UNet on latents of 12 channels, untrained (torch's current seed)."""
+    """The toy UNet on latents of 12 channels, untrained (torch's current seed)."""
     return UNet2DConditionModel(**SIZES["pocket"]["unet"] | {"in_channels": CHANNELS, "out_channels": CHANNELS})
 
 
@@ -146,7 +146,7 @@ def build(fusion: str = "modulate", mid: str | None = None, seed: int = 0, prior
                 own = {n.removeprefix(f"{name}."): t.float() for n, t in state.items() if n.startswith(f"{name}.")}
                 part.load_state_dict(own)
         found = adaptor(parts["unet"], fusion, mid)
-        # again, as the fusions draw different numbers before it: adaptors of one seed begin alike
+        # again, because the fusions draw different numbers before it: adaptors of one seed start equal
         torch.manual_seed(seed)
         found.branch.controlnet_cond_embedding.conv_out.reset_parameters()
         return TIPPipeline(parts["vae"], text(), parts["unet"], found, scheduler())
@@ -180,7 +180,7 @@ def _fit(model: nn.Module, loss: Loss, data: TensorDataset, steps: int, seed: in
 
 
 def train(seed: int = SEED, steps: int = STEPS) -> tuple[PatchPCA, UNet2DConditionModel, History, float]:
-    """Autoencoder and UNet trained from scratch, the history of the training, and the share of variance kept."""
+    """Autoencoder and UNet trained from scratch, the history of the training, and the share of explained variance."""
     images, captions = shown("train", seed)
     vae, words = PatchPCA(), text()
     share = vae.learn(images)

@@ -1,9 +1,9 @@
-"""The pocket tracker, a one-stream tracker that stands in for OSTrack: its builder, training and measured quality.
+"""The toy tracker, a one-stream tracker that replaces OSTrack: its builder, training and measured quality.
 
     python -m companion.toy.encoders.tracker      (about 5 minutes on one core)
 
 It is trained on clear pairs of crops of one stream, two thirds RGB and one third thermal, whose distractors differ from
-the target: it learns to match, and has seen no darkness, glare or crossover, and no second stream.
+the target: it learns to match; its data have no darkness, glare or crossover, and no second stream.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from .training import fit_steps
 
 NAME = "pocket_ostrack"
 PAIRS, EPOCHS, BATCH, LEARNING_RATE = 16_000, 6, 32, 2e-3
-TESTED = 1000  # pairs of tiles that are not in training
+TESTED = 1000  # pairs from tiles that are not in training
 
 
 def build(weights: str | Path = "shipped") -> OSTrack:
-    """The pocket tracker in eval mode: 4 blocks of width 64, crops of 32 and 64 pixels.
+    """The toy tracker in eval mode: 4 blocks of width 64, crops of 32 and 64 pixels.
 
     Args:
         weights: "shipped", "random" (torch's current seed), or a file under the names of OSTrack's authors.
 
-    Raises `CorruptFile`, `BadCheckpoint`: a file that cannot be read, or does not fit.
+    Raises `CorruptFile`, `BadCheckpoint`: a file that cannot be read, or does not match.
     """
     size = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2}
     unused = {"num_classes": 0, "class_token": False, "pos_embed": "none", "global_pool": ""}
@@ -66,7 +66,7 @@ def pairs(count: int, seed: int, split: str) -> TensorDataset:
 
 
 def train(count: int = PAIRS, epochs: float = EPOCHS, seed: int = 0) -> OSTrack:
-    """The pocket tracker, trained from scratch, in eval mode."""
+    """Train the toy tracker from scratch; returned in eval mode."""
     torch.manual_seed(seed)
     tracker = build("random")
     data = pairs(count, seed, "train")

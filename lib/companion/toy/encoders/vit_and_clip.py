@@ -63,7 +63,7 @@ def augment(images: Tensor, flips: bool) -> Tensor:
 def train_vit(images: int = VIT["images"], steps: int = VIT["steps"], seed: int = 0) -> nn.Module:
     """Train the ViT to classify the object of a scene: 16 classes, shape times hue, at any position.
 
-    Flipped and shifted images keep their label, so the [CLS] token learns what the object is, hardly where it is.
+    Flipped and shifted images keep their label, so the [CLS] token learns the object's class, hardly its position.
     Only tiles of the "train" split are used.
 
     Returns:
@@ -173,11 +173,11 @@ def contrast(clip: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def train_clip(images: int = CLIP["images"], steps: int = CLIP["steps"], seed: int = 0) -> nn.Module:
     """Train the small CLIP (open_clip's classes) on scenes and captions, contrastively.
 
-    The image tower starts from the shipped ViT, which knows shapes and hues but not places: a 2D sine-cosine embedding
-    is added to the position embedding of its patches, without which place stays at chance level for long.
+    The image tower starts from the shipped ViT, which encodes shapes and hues but not positions: a 2D sine-cosine
+    embedding is added to the position embedding of its patches; without it, position stays at chance level for long.
 
     Each image has seven captions: one for each attribute alone, one with all of them, and one with a random subset, the
-    same for the whole batch. Images are not flipped: captions say left and right.
+    same for the whole batch. Images are not flipped: captions contain left and right.
 
     Returns:
         The CLIP, in eval mode.
@@ -237,7 +237,7 @@ RECIPE = {"pocket_vit": VIT, "pocket_clip": CLIP}
 
 
 def chance() -> dict[str, float]:
-    """Chance level of each linear probe and each zero-shot question."""
+    """Chance level of each linear probe and each zero-shot task."""
     tasks = {name: 1 / len(task.classes) for name, task in classification.TASKS.items()}
     return {**tasks, **{name: 1 / len(words) for name, (_, words) in PROMPTS.items()}}
 
