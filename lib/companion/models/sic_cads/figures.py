@@ -184,7 +184,8 @@ def refined_at(setting: Setting, found: Predictions, index: int, gamma: float) -
     matrix = refined(setting, found, index, gamma=gamma)[[row for row, *_ in best]]
     pairs = [(score, box, label) for box, line in enumerate(matrix.tolist(), 1) for label, score in enumerate(line)]
     pairs = sorted(pairs, key=lambda pair: -pair[0])[:8]
-    figure, (left, ax) = plt.subplots(1, 2, figsize=(6.6, 2.7), dpi=80, width_ratios=[1, 1.15])
+    dpi = 80 if setting.test[index][0].shape[-1] < 128 else 60  # an explorer holds many photographs
+    figure, (left, ax) = plt.subplots(1, 2, figsize=(6.6, 2.7), dpi=dpi, width_ratios=[1, 1.15])
     _predicted(left, setting, found, index, best)
     for number, (row, *_) in enumerate(best, 1):
         x, y, x2, y2 = found.boxes[index][row].tolist()
