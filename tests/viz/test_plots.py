@@ -106,6 +106,7 @@ HOUSE_FIGURES = {
     "curves": lambda: plots.curves(histories()),
     "threshold curves": threshold_curves,
     "radar": radar,
+    "confusion": lambda: plots.confusion([0, 1, 5, 5], {m: [0, 1, 4, 5] for m in METHODS[:4]}, 6),
     "curves of one method": lambda: plots.curves({"SA²VP": {"loss": [3.0, 2, 1]}}),
 }
 
@@ -174,6 +175,14 @@ def test_bars_and_curves_show_the_numbers():
         plots.curves({"SA²VP": {}})
     (line,) = plots.radar({"x": {"a": 10.0, "b": 20.0, "c": 30.0}}, 0, 40).axes[0].lines
     assert line.get_ydata().tolist() == [10, 20, 30, 10]  # closed
+
+
+def test_a_confusion_matrix_shows_shares_of_the_true_class():
+    figure = plots.confusion([0, 0, 0, 1], {"A": [0, 0, 2, 1]}, 3)
+    shares = figure.axes[0].images[0].get_array()
+    np.testing.assert_allclose(shares, [[200 / 3, 0, 100 / 3], [0, 100, 0], [0, 0, 0]])
+    assert sorted(text.get_text() for text in figure.axes[0].texts) == ["100", "33", "67"]
+    assert figure.axes[0].get_xlabel() == "predicted" and figure.axes[0].get_ylabel() == "true class"
 
 
 def test_boxes_are_drawn_at_their_positions():
