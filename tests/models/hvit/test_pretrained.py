@@ -54,7 +54,6 @@ def test_a_view_covers_the_photograph(tmp_path, monkeypatch):
     assert all(panel.shape[:2] == (512, 512) and not np.isnan(panel).any() for panel in panels.values())
     again = pretrained.view(patch, tmp_path / "glands.tiff", 128, seed=1)
     assert again.tiles.coords.tolist() == [[0, 0], [0, 256], [256, 0], [256, 256]] and len(again.panels()) == 5
-    # the tokens of each patch are its own: the same pixels, encoded alone
     assert again.components.shape == (4, 8, 8, 3)
     scores = view.scores()
     assert {values.shape for values in scores.values()} == {(8, 8)}

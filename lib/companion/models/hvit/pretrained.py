@@ -1,6 +1,6 @@
 """H-ViT's patch level with the weights of a real ViT, and the attention of the three levels on real tissue.
 
-No weights for prostate tissue are public. A pretrained ViT-S has the architecture of the patch level, so it can stand
+The authors' weights for prostate tissue are not public. A pretrained ViT-S has the architecture of the patch level, so it can stand
 in for it; nothing stands in for the region and the slide level, which are untrained here.
 """
 
@@ -41,8 +41,8 @@ def patch_level(vit: VisionTransformer) -> PatchEncoder:
     """
     side, token = vit.patch_embed.grid_size[0], vit.patch_embed.patch_size[0]
     if vit.num_prefix_tokens != 1 or vit.patch_embed.grid_size[1] != side:
-        raise BadParameter("vit", f"{vit.num_prefix_tokens} prefix tokens, grid {vit.patch_embed.grid_size}", "a "
-                           "square grid of patches and one [CLS] token")  # fmt: skip
+        found = f"{vit.num_prefix_tokens} prefix tokens, grid {tuple(vit.patch_embed.grid_size)}"
+        raise BadParameter("vit", found, "one [CLS] token and a square grid of patches")
     state = {name: value for name, value in vit.state_dict().items() if ".ls" not in name and "head." not in name}
     for i, block in enumerate(vit.blocks):
         for layer, scale in (("attn.proj", block.ls1), ("mlp.fc2", block.ls2)):
@@ -115,6 +115,7 @@ def view(patch: PatchEncoder, path: str | Path, pixels: int, seed: int = 0) -> V
         torch.manual_seed(seed)
         model = HViT(SlideTransformer(192), RegionEncoder(2, patch.dim), patch)
     assert model.patch is not None
+    # `attention_maps` copies the model, and this hook with it
     model.patch.blocks[-1].register_forward_hook(lambda module, given, out: tokens.append(out[:, 1:]))
     with Slide(path) as slide, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it is only read

@@ -287,7 +287,11 @@ def coral(p: SimpleNamespace, found: recipe.Setting, learning_rate: float = 2e-3
 
 def study_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Every method on every task: test kappa and accuracy over seeds, last training loss, learning rate, parameters."""
-    kappa, accuracy = (ablations.summary(rows, metric) for metric in ("kappa", "accuracy"))
+    order = [(task, method) for task, methods in ablation.TASKS.items() for method in methods]
+    kappa, accuracy = (
+        ablations.summary(rows, metric).set_index(["task", "method"]).loc[order].reset_index()
+        for metric in ("kappa", "accuracy")
+    )
     tested = rows[rows.stage == "test"].groupby(["task", "method"])
     frame = kappa[["task", "method"]].copy()
     for name, found in (("kappa", kappa), ("accuracy (%)", accuracy)):
