@@ -1,7 +1,7 @@
 """H-ViT's patch level with the weights of a real ViT, and the attention of the three levels on real tissue.
 
-The authors' weights for prostate tissue are not public. A pretrained ViT-S has the architecture of the patch level, so it can stand
-in for it; nothing stands in for the region and the slide level, which are untrained here.
+The authors' weights for prostate tissue are not public. A pretrained ViT-S has the architecture of the patch level and
+can stand in for it. Nothing stands in for the region and the slide level, which are untrained here.
 """
 
 from __future__ import annotations
