@@ -337,6 +337,30 @@ def diagram(nodes: Mapping[str, tuple[float, float, str]], arrows: Iterable[tupl
     return figure
 
 
+@styled
+def confusion(truth: Sequence[int], predicted: Mapping[str, Sequence[int]], classes: int) -> Figure:
+    """A confusion matrix for each method: the share of each true class that is predicted as each class, in percent.
+
+    Args:
+        truth: labels (n,), 0 to classes - 1.
+        predicted: method -> its labels (n,).
+    """
+    figure, axes = plt.subplots(1, len(predicted), figsize=(2.0 * len(predicted) + 0.9, 2.6), squeeze=False)
+    for ax, (method, labels) in zip(axes[0], predicted.items(), strict=True):
+        counts = np.zeros((classes, classes))
+        np.add.at(counts, (np.asarray(truth), np.asarray(labels)), 1)
+        shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        drawn = ax.imshow(shares, cmap=HEAT, vmin=0, vmax=100)
+        for (row, column), value in np.ndenumerate(shares):
+            if value >= 0.5:
+                colour = "white" if value < 60 else "black"
+                ax.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=colour)
+        ax.set(title=method, xlabel="predicted", xticks=range(classes), yticks=range(classes))
+    axes[0, 0].set_ylabel("true class")
+    figure.colorbar(drawn, ax=axes, shrink=0.8, aspect=20, pad=0.02, label="% of the true class")
+    return figure
+
+
 def boxes(ax: Axes, image: np.ndarray, drawn: Mapping[str, Sequence[float]]) -> None:
     """Show an image (H, W, 3) uint8 with boxes on it: colour (as matplotlib names it) -> x, y, w, h in pixels."""
     ax.imshow(image, interpolation="antialiased")

@@ -1,11 +1,15 @@
 """H-ViT's ablations on the synthetic slides, and the live run of the notebook."""
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.utils.data import TensorDataset
 
 from companion.data import slides as data
+from companion.evaluation import ablations
 from companion.models.hvit import HViT, recipe
+from companion.ops.papers import paper
 from companion.slides import tensor
 from companion.toy.ablations import hvit as ablation
 from companion.toy.ablations import study_root
@@ -76,3 +80,75 @@ def test_slides_are_read_as_real_ones_are(tmp_path, monkeypatch):
     assert pixels.shape == (5, 128, 128, 3) and len(corners) == 5
     tensors = tensor(pixels, slide_dino.NORMALISE)
     torch.testing.assert_close(slide_dino.embed(ablation.encoders("dino")[0], tensors), found.tensors[0][0])
+
+
+def rows(lead: float) -> pd.DataFrame:
+    """An ablation in which every method has kappa 90, and a method named before "cross-entropy" `lead` more."""
+    found = [
+        {"stage": stage, "task": task, "method": method, "learning_rate": 1e-3, "seed": seed, "trained": 10}
+        | {"kappa": 90.0 + lead * ("cross" not in method), "accuracy": 80.0, "loss": 0.5, "fold": 89.0}
+        for stage, seeds in (("select", (7, 8)), ("test", (1, 2, 3)))
+        for task, methods in ablation.TASKS.items()
+        for method in methods
+        for seed in seeds
+    ]
+    return ablations.frame(found, "kappa")
+
+
+def test_tables_of_the_ablations():
+    found = rows(2.0)
+    table = live.study_table(found).set_index(["task", "method"])
+    assert list(table.index) == [(task, method) for task, known in ablation.TASKS.items() for method in known]
+    assert table.loc[("place", "Local"), "kappa"] == "92.0 ± 0.0"
+    leads = live.leads(found).set_index("variant")
+    assert leads.loc["Local, cross-entropy"].to_list() == ["Local", "-2.0 ± 0.0", "0 of 3"]
+    assert leads.loc["Global, random region level", "compared with"] == "Global"
+    # kappa 1 - (squared error a slide) / (35 / 6): 0.08 of 35 / 6, over the share of wrong grades
+    wrong = live.mistakes(found).set_index(["task", "method"]).iloc[:, -1]
+    assert wrong["place", "Local"] == pytest.approx(0.08 * 35 / 6 / 0.2)
+    assert live.selection(found).shape == (5, 2) and live.selection(found).iloc[0, 1] == 92
+    assert live.vote(found)[0] and live.vote(found)[1].startswith("place +3.0 ± 0.0")
+    assert not live.vote(found.assign(fold=92.0))[0] and "+0.00" in live.vote(found.assign(fold=92.0))[3]
+
+
+def test_reasons_are_those_of_claims_and_hold_what_was_measured():
+    claims = {claim["id"] for claim in paper("hvit")["claims"]}
+    probes = pd.DataFrame({"what is read": ["nothing", "patches, concatenated", "DINO, frozen", "trained by Local"]})
+    probes.loc[4] = "random, frozen (mean of 5)"
+    probes["core or rim (%)"], probes["shuffled"] = [64.0, 100.0, 71.0, 99.0, 76.0], 0.5
+    found = live.reasons(rows(2.0), probes)
+    assert found.keys() <= claims and "71 %" in found["global-attention"] and "92 to 92" in found["dino"]
+    left_out = live.probes(parameters("hvit", profile="paper"), None, None, None)
+    assert "left out" in left_out and "global-attention" not in live.reasons(rows(2.0), left_out)
+
+
+def test_what_the_notebook_shows_of_the_synthetic_slides(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "COUNTS", {"train": 2, "val": 2, "test": 48})
+    p = parameters("hvit")
+    items = live.held_out(p, tmp_path)
+    for item in items[:6]:
+        assert list(live.cores(p, tmp_path, item).values()).count(True) == item.grade
+    shown = live.shown(p, tmp_path, None)
+    assert list(shown.cores.values()).count(True) == 2 and shown.title == "synthetic slide, grade 2"
+    models = {"Local": [ablation.build("Local", 0)], "mean pooling": [ablation.build("mean pooling", 0)]}
+    looks = live.attention(models, shown)
+    assert list(looks) == ["Local"] and looks["Local"].slide.shape == (5,)
+    table = live.attention_by_content(p, tmp_path, models, count=3).set_index("patch shows")
+    assert "tumour, core region" in table.index and table["region level"].between(0, 1).all()
+
+
+def test_regions_by_kind_show_each_kind():
+    kinds = live.regions_by_kind(0)
+    assert list(kinds) == ["core region", "rim region", "no tumour"]
+    dark = {name: (image[32:96, 32:96].mean(-1) < 100).mean() for name, image in kinds.items()}
+    assert dark["core region"] > 2 * max(dark["rim region"], dark["no tumour"])
+
+
+def test_own_slides_are_a_folder_that_trains(tmp_path):
+    folder = live.own_slides(tmp_path / "own", 0, count=3)
+    own = data.Features(data.folder(folder), folder / "features")
+    features, present, grade = own[0]
+    assert len(own) == 3 and features.shape == (5, 16, 48) and present.all() and 0 <= grade < 6
+    pixels = tensor(ablation.regions(data.folder(folder)[0])[0], slide_dino.NORMALISE)
+    expected = slide_dino.embed(ablation.encoders("dino")[0], pixels)
+    np.testing.assert_allclose(features, expected.unflatten(0, (5, 16)) if expected.ndim == 2 else expected, atol=1e-4)
