@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from ...viz.style import HEAT, styled
 
@@ -68,14 +69,16 @@ def architecture() -> Figure:
 
 
 @styled
-def adaptor_maps(trace: Sequence[dict]) -> Figure:
+def adaptor_maps(trace: Sequence[dict], title: str = "") -> Figure:
     """Mean magnitude of gamma and of beta at each site and sampling step, on logarithmic colour scales.
 
     Args:
         trace: of `TIPPipeline.__call__`.
+        title: of the figure.
     """
     frame = pd.DataFrame(trace)
-    figure, axes = plt.subplots(1, 2, figsize=(8.2, 2.6))
+    figure, axes = plt.subplots(1, 2, figsize=(8.2, 2.8))
+    figure.suptitle(title)
     for ax, what in zip(axes, ("gamma", "beta"), strict=True):
         table = frame.pivot_table(index="site", columns="step", values=what)
         times = frame.groupby("step").t.first()
@@ -84,5 +87,6 @@ def adaptor_maps(trace: Sequence[dict]) -> Figure:
         ticks = range(0, len(times), max(1, len(times) // 4))
         ax.set_xticks(ticks, [str(times.iloc[i]) for i in ticks])
         ax.set(xlabel="timestep t, from noise to image")
-        figure.colorbar(drawn, ax=ax, label=rf"mean $|\{what}|$")
+        bar = figure.colorbar(drawn, ax=ax, label=rf"mean $|\{what}|$", ticks=LogLocator(subs=(1, 2, 5)), format="%g")
+        bar.minorticks_off()
     return figure

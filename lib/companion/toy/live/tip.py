@@ -122,40 +122,40 @@ def examples(p: SimpleNamespace, out: Path, found: Setting) -> Examples:
     The numbers of the real ones' prompts are those of the project page's figure.
     """
     if p.profile == "pocket":
-        root, sizes = str(out / "data"), pocket.RECIPE
+        root, small, numbers = str(out / "data"), Op("resize", 4.0), pocket.RECIPE
         samples, _ = study.tested(root, p.seed, "test", "heavy")
         scenes = study.part(root, p.seed, "test").scenes(0.7)
-        damage, edge = (Op("blur", 0.9), Op("noise", 0.10)), pocket.EDGE
-        clean = [(scenes.images[i], scenes.captions[i]) for i in range(48)]
-        values = {"noise": sizes.noise, "blur": sizes.blur}
+        clean = list(zip(scenes.images, scenes.captions, strict=True))[:48]
+        walked = _walk(clean, (Op("blur", 0.9), Op("noise", 0.10)), numbers.noise, numbers.blur, pocket.EDGE)
         kinds = ["no text", "restoration only", "own", "wrong semantic prompt"]
         captions = ["", *map(pocket.caption, pocket.KINDS)]
-        grid = [(Op("resize", 4.0),), *((Op("resize", 4.0), Op("noise", x)) for x in sizes.noise)]
-        return Examples(
-            samples, kinds, captions, [BLIND, *map(prompt, grid)], *_walk(clean, damage, values, edge), _toy
-        )
+        prompts = [BLIND, prompt([small]), *(prompt([small, Op("noise", value)]) for value in numbers.noise)]
+        return Examples(samples, kinds, captions, prompts, *walked, _toy)
     samples = [found.test[i] for i in range(min(2 if p.dry_run else 8, len(found.test)))]
-    published = published_table("tip", "fig-prompt-walk").set_index("method").dropna(axis=1)
-    values = {"noise": published.loc["Denoise with sigma"], "blur": published.loc["Deblur with sigma"]}
-    values = {kind: list(row)[: 1 if p.dry_run else None] for kind, row in values.items()}
-    captions = [*dict.fromkeys(["", *(s.semantic for s in samples)])][:3]
-    grid = [*dict.fromkeys([BLIND, *(s.restoration for s in samples)])][:3]
+    published = published_table("tip", "fig-prompt-walk").set_index("method")
+    noise, blur = (list(published.loc[f"{verb} with sigma"]) for verb in ("Denoise", "Deblur"))
     own = p.texts if p.texts != "own" else recipe.texts_of(p.method)
+    kinds = [*dict.fromkeys(["no text", "restoration only", own])]
+    captions = [*dict.fromkeys(["", *(s.semantic for s in samples)])][:3]
+    prompts = [*dict.fromkeys([BLIND, *(s.restoration for s in samples)])][:3]
     clean = [(s.clean, s.semantic) for s in samples]
-    walked = _walk(clean, (Op("blur", 3.0), Op("noise", 0.12)), values, "replicate")
-    return Examples(samples, [*dict.fromkeys(["no text", "restoration only", own])], captions, grid, *walked, _scores)
+    walked = _walk(clean, (Op("blur", 3.0), Op("noise", 0.12)), noise, blur, "replicate")
+    return Examples(samples, kinds, captions, prompts, *walked, _scores)
 
 
 def _walk(
-    images: Sequence[tuple[Tensor, str]], damage: tuple[Op, ...], values: Mapping[str, Sequence[float]], edge: str
+    images: Sequence[tuple[Tensor, str]],
+    damage: tuple[Op, ...],
+    noise: Sequence[float],
+    blur: Sequence[float],
+    edge: str,
 ) -> tuple[list[Sample], list[str], list[str]]:
-    """Samples with one damage, and the prompts that name one degradation, by each of the values."""
+    """Images with one damage, and the prompts that name one degradation with each of its values."""
     samples = [
         Sample(x, degrade(x, damage, i, edge=edge), caption, prompt(damage), damage)
         for i, (x, caption) in enumerate(images)
     ]
-    denoise, deblur = ([prompt((Op(kind, value),)) for value in values[kind]] for kind in ("noise", "blur"))
-    return samples, denoise, deblur
+    return samples, [prompt([Op("noise", value)]) for value in noise], [prompt([Op("blur", value)]) for value in blur]
 
 
 def _scores(images: Tensor, samples: Sequence[Sample]) -> dict[str, float]:
@@ -241,9 +241,10 @@ def explorer(pipe: TIPPipeline, found: Setting, shown: Examples) -> Any:
         return wide.repeat_interleave(8, 0).repeat_interleave(8, 1) if len(wide) < 64 else wide
 
     semantic = [text or "(empty)" for text in reversed(shown.semantic)]
-    restoration = [shown.restoration[-1], BLIND, *shown.deblur[:1]]
-    choices = {"semantic": semantic, "restoration": restoration, "scale": [1.0, 0.5, 0.0]}
-    return widgets.live(three, "input, restored, clean", **choices)
+    restoration = list(dict.fromkeys([sample.restoration, BLIND, *shown.deblur[:1]]))
+    return widgets.live(
+        three, "input, restored, clean", semantic=semantic, restoration=restoration, scale=[1.0, 0.5, 0.0]
+    )
 
 
 def gradient_order(pipe: TIPPipeline, batch: tuple[Tensor, ...], steps: int = 3) -> pd.DataFrame:
