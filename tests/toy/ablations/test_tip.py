@@ -179,4 +179,4 @@ def test_the_gradient_reaches_the_adaptor_in_three_steps():
 
 def test_an_upload_box_needs_a_live_notebook(monkeypatch):
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
-    assert live.upload_box(None, None).startswith("In JupyterLab")
+    assert live.upload_box(None, None).data.startswith("In JupyterLab")

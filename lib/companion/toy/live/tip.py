@@ -13,9 +13,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import ipywidgets
+import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from IPython.display import display
+from IPython.display import Markdown, display
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
@@ -272,14 +273,14 @@ def gradient_order(pipe: TIPPipeline, batch: tuple[Tensor, ...], steps: int = 3)
     return pd.DataFrame(rows)
 
 
-def upload_box(pipe: TIPPipeline, found: Setting, side: int = 64) -> ipywidgets.VBox | str:
+def upload_box(pipe: TIPPipeline, found: Setting, side: int = 64) -> ipywidgets.VBox | Markdown:
     """In JupyterLab: an image file is restored by the prompts and the scale typed next to it; elsewhere a sentence.
 
     Args:
         side: the image's central square is resized to this.
     """
     if "JPY_SESSION_NAME" not in os.environ:
-        return "In JupyterLab this cell shows a box for an image file, two prompts and a slider."
+        return Markdown("In JupyterLab this cell shows a box for an image file, two prompts and a slider.")
     once: dict[str, Any] = {"continuous_update": False}  # not at every letter
     controls = {
         "upload": ipywidgets.FileUpload(accept="image/*", multiple=False),
@@ -297,6 +298,8 @@ def upload_box(pipe: TIPPipeline, found: Setting, side: int = 64) -> ipywidgets.
             except (OSError, BadParameter) as error:
                 print(f"{file.name}: {error}")
             else:
-                display(plots.image_rows({"": [x, after]}, ["input", "restored"], side=2.4))
+                figure = plots.image_rows({"": [x, after]}, ["input", "restored"], side=2.4)
+                display(figure)
+                plt.close(figure)  # ipywidgets would show it a second time
 
     return ipywidgets.VBox([*controls.values(), ipywidgets.interactive_output(show, controls)])
