@@ -154,9 +154,13 @@ def test_a_failing_cell_is_seen(lab: Lab, browser: object, tmp_path: Path) -> No
 
 DRAWN = """
 from types import SimpleNamespace
-p, is_pocket, main = SimpleNamespace(seed=0), True, "TIP"
-pipes = {"TIP": texture_prior.build(seed=0)}
-for conv in pipes["TIP"].adaptor.branch.controlnet_down_blocks:  # from zero it would leave every image as it is
+import torch
+from companion.toy.ablations import tip as study
+from companion.toy.encoders import texture_prior
+from companion.toy.live import tip as live
+main = texture_prior.build(seed=0)
+setting = SimpleNamespace(restore=lambda *args, **options: study.restore(*args, seed=0, **options))
+for conv in main.adaptor.branch.controlnet_down_blocks:  # from zero it would leave every image as it is
     torch.nn.init.normal_(conv.weight, std=0.05)
 """
 
@@ -166,8 +170,8 @@ def test_a_picture_of_ones_own_is_dropped_into_tip(lab: Lab, browser: object, ro
     pytest.importorskip("diffusers")
     cells = nbformat.read(root / "notebooks" / "tip.ipynb", 4).cells
     code = [cell.source for cell in cells if cell.cell_type == "code"]
-    (box,) = (source for source in code if "FileUpload" in source)
-    write(lab.folder / "notebooks" / "drop.ipynb", code[0], DRAWN, box)
+    (box,) = (source for source in code if "upload_box" in source)
+    write(lab.folder / "notebooks" / "drop.ipynb", DRAWN, box)
     Image.new("RGB", (90, 60), (200, 40, 40)).save(tmp_path / "mine.png")
     (tmp_path / "none.png").write_text("not a picture")
 

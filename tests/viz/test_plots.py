@@ -107,6 +107,11 @@ HOUSE_FIGURES = {
     "grid, shared": lambda: plots.attention_grid(photographs(2), ROLLOUT, shared=True, mode="nearest", **HALF),
     "images": lambda: plots.show_images(photographs(6), TITLES, columns=3, **HALF),
     "small images": lambda: plots.show_images(photographs(6, 32), [f"class {i}" for i in range(6)], **HALF),
+    "image rows": lambda: plots.image_rows(
+        {"a semantic prompt of a whole sentence": photographs(4) / 2 + 0.5, "clean": photographs(1) / 2 + 0.5},
+        ["input", "Deblur with sigma 3.0; Denoise with sigma 0.08", "Upsample to 4.0x"],
+        title="Photographs, degraded",
+    ),
     "bars": lambda: plots.bars(*table()),
     "bars of one method": lambda: plots.bars(table(methods=["SA²VP"])[0]),
     "bars of a benchmark": lambda: plots.bars(*table([f"{t} {i}" for i in range(3) for t in TASKS], METHODS[:4])),
@@ -164,6 +169,20 @@ def test_a_grid_draws_colours_as_they_are():
     for ax, colours in zip(figure.axes[2:], COLOURED, strict=False):
         assert np.array_equal(ax.images[0].get_array(), colours)
         assert ax.images[0].get_extent() == [0, 224, 224, 0]
+
+
+def test_rows_of_images_are_drawn_as_they_are():
+    images = torch.rand(3, 3, 8, 8)
+    figure = plots.image_rows({"a": images, "b": images[:1]}, {"a": ["one", "two"], "b": ["three"]})
+    drawn = [ax.images[0].get_array() if ax.images else None for ax in figure.axes]
+    for array, image in zip(drawn, (*images, images[0]), strict=False):
+        np.testing.assert_allclose(array, image.permute(1, 2, 0).numpy(), atol=1e-6)
+    assert drawn[4:] == [None, None], "a shorter row ends with empty cells"
+    assert [ax.get_title() for ax in figure.axes] == ["one", "two", "", "three", "", ""]
+    assert [ax.get_ylabel() for ax in figure.axes] == ["a", "", "", "b", "", ""]
+    for titles in (["one"] * 4, {"c": ["one"]}):
+        with pytest.raises(BadParameter, match="titles"):
+            plots.image_rows({"a": images}, titles)
 
 
 def test_bars_and_curves_show_the_numbers():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -117,6 +118,44 @@ def show_images(
     for ax, image, label in zip(axes.flat, images, labels, strict=False):
         ax.imshow(denormalise(image, mean, std), interpolation="nearest" if image.shape[-1] < 64 else "antialiased")
         ax.set_title(label, fontsize=8.5)
+    return figure
+
+
+@styled
+def image_rows(
+    rows: Mapping[str, Sequence[Tensor]],
+    titles: Sequence[str] | Mapping[str, Sequence[str]] = (),
+    *,
+    side: float = 1.2,
+    title: str = "",
+) -> Figure:
+    """A grid of images, one row for each entry of `rows`, whose name stands on its left.
+
+    Args:
+        rows: a name and its images (3, H, W) in 0 to 1; a row may be shorter than the others.
+        titles: above the images of the first row, or by the name of a row above its own.
+        side: of an image in inches.
+        title: of the figure.
+    """
+    above = titles if isinstance(titles, Mapping) else {next(iter(rows)): titles}
+    if unknown := [name for name in above if len(above[name]) > len(rows.get(name, ()))]:
+        raise BadParameter("titles", unknown, f"at most one an image, by the names of the rows: {list(rows)}")
+    labels = {name: [_wrap(text, side) for text in above.get(name, ())] for name in rows}
+    lines = sum(max((x.count("\n") + 1 for x in some), default=0) for some in labels.values())
+    wide, names = max(map(len, rows.values())), [_wrap(name, 1.3) for name in rows]
+    margin = 0.085 * max(len(line) for name in names for line in name.split("\n"))
+    size = (wide * (side + 0.1) + margin, len(rows) * (side + 0.12) + 0.17 * lines + 0.3 * bool(title))
+    figure, axes = plt.subplots(len(rows), wide, figsize=size, squeeze=False, layout="compressed")
+    for line, (name, images) in enumerate(rows.items()):
+        for ax, image, text in itertools.zip_longest(axes[line], images, labels[name]):
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+            if image is not None:
+                shown = denormalise(image, (0, 0, 0), (1, 1, 1))
+                ax.imshow(shown, interpolation="nearest" if image.shape[-1] < 64 else "antialiased")
+                ax.set_title(text or "", fontsize=8.5)
+        axes[line, 0].set_ylabel(names[line], rotation=0, ha="right", va="center")
+    figure.suptitle(title)
     return figure
 
 

@@ -1,5 +1,8 @@
 """TIP's study: inputs of the networks, equal initial weights, the scores; the live run is the study's."""
 
+import dataclasses
+
+import pandas as pd
 import pytest
 import torch
 
@@ -116,3 +119,64 @@ def test_the_pocket_run_is_the_studys(root, tmp_path):
     assert found == pytest.approx(own["PSNR"], abs=1e-3)
     with pytest.raises(MissingData, match="COCO 2017"):
         live.setting(parameters("tip", profile="paper", data_root=str(tmp_path / "none")), tmp_path, {})
+
+
+def test_live_training_and_the_examples(root, tmp_path):
+    """What the notebook shows: histories, the claim on the frozen modules, images restored, scores that tell."""
+    p = parameters("tip", seed=SEED)
+    setting = live.setting(p, tmp_path, {("parameterised", method): 3e-3 for method in study.NETWORKS})
+    pipes, histories, (holds, text) = live.train(setting, "train")
+    assert holds and text.startswith("0 of ") and f"after {study.STEPS} steps, 0 have" in text
+    assert pipes.keys() == histories.keys() == set(live.METHODS)
+    assert live.train(setting, "test")[1:] == ({}, (None, "nothing was trained"))
+
+    def breaks(pipe, name):
+        pipe.unet.conv_out.bias.data += 1
+        return [{}]
+
+    holds, text = live.train(dataclasses.replace(setting, train=breaks), "train")[2]
+    assert holds is False and text.startswith("2 of "), "one tensor of each of two methods"
+
+    found = live.examples(p, tmp_path, setting)
+    assert set(found.kinds) <= set(TEXTS) and found.samples[0].ops == pocket.HEAVY
+    clean = torch.stack([s.clean for s in found.samples])
+    own, other = found.scores(clean, found.samples), found.scores(clean.roll(1, 0), found.samples)
+    assert own["texture (%)"] == 100 and own["PSNR (dB)"] == float("inf") and own["layout lead (dB)"] > 0
+    assert other["texture (%)"] < 100 and other["SSIM (%)"] < own["SSIM (%)"] == pytest.approx(100)
+    for prompts, kind in ((found.denoise, "noise"), (found.deblur, "blur")):
+        ops = [parse(text) for text in prompts]
+        assert [op.kind for (op,) in ops] == [kind] * 3 and sorted(ops) == ops
+    assert all(s.restoration == "Deblur with sigma 0.9; Denoise with sigma 0.10" for s in found.walked)
+    page = live.explorer(pipes["TIP"], setting, found).data
+    assert page.count("data:image") == 4 * 3 * 3 and "(empty)" in page
+
+    table = live.scores(p, tmp_path, setting, pipes)
+    expected = study.score(pipes["plain ControlNet"], "mild", "own", root, SEED, "test")["PSNR"]
+    row = table[(table.images == "mild") & (table.method == "plain ControlNet")]
+    assert row.PSNR.tolist() == [expected] and len(table) == sum(len(m) for m in study.TASKS.values()) - 9
+
+
+def test_reasons_are_read_off_the_rows():
+    rows = [
+        {"stage": "test", "task": task, "method": method, "seed": seed, "PSNR": 20 + seed * (method == "TIP"),
+         "loss gain": 50 - (method == "TIP"), "contrast at 0.6": 40, "contrast at 0.9": 40 + seed,
+         "contrast at 1.2": 42}
+        for task in study.TASKS for method in live.METHODS for seed in range(4)
+    ]  # fmt: skip
+    reasons = live.reasons(pd.DataFrame(rows))
+    assert "rises by 2.0 points on average, and 5 of 8 single steps are rises" in reasons["walk"]
+    assert "0 of 12 times, by -1.0 points, and in PSNR 9 of 12 times, by +1.50 dB" in reasons["modulation"]
+
+
+def test_the_gradient_reaches_the_adaptor_in_three_steps():
+    pipe = study.build("TIP", SEED)
+    g = torch.Generator().manual_seed(0)
+    z, y = torch.randn(2, 12, 4, 4, generator=g), torch.rand(2, 3, 16, 16, generator=g)
+    e = pipe.states(["a picture with rows", BLIND])
+    table = live.gradient_order(pipe, (z, y, e, e)).set_index("step") > 0
+    assert table.to_numpy().tolist() == [[True, *[False] * 4], [*[True] * 4, False], [True] * 5]
+
+
+def test_an_upload_box_needs_a_live_notebook(monkeypatch):
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    assert live.upload_box(None, None).data.startswith("In JupyterLab")
