@@ -1,10 +1,13 @@
 """What SA²VP's notebook shows: tables of the ablations, maps of the model, photographs, a folder of own images."""
 
+import io
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import TensorDataset
 
 from companion import backbones
@@ -137,7 +140,9 @@ def test_without_the_weights_the_photographs_go_through_the_small_vit(monkeypatc
     photos = live.on_photographs(["cat", "flower"])
     assert "8 x 8 tokens" in capsys.readouterr().out and photos.images.shape == (2, 3, 32, 32)
     photos.show("[CLS] attention")
-    assert len(shown[0].axes) == 2 * 2 + 1 and not plt.get_fignums()
+    image = Image.open(io.BytesIO(shown[0].data))
+    assert image.mode == "P" and image.width > 200 and not plt.get_fignums()
+    assert len(photos.figure({"rollout": photos.maps["rollout"]}).axes) == 2 * 2 + 1
     heat = torch.zeros(8, 8)
     heat[2, 3] = 1
     (ax,) = photos.overlay("flower", heat).axes
@@ -157,4 +162,4 @@ def test_no_trained_model_means_random_weights_and_a_note(vit, capsys, monkeypat
 def test_a_folder_of_two_classes_is_read_as_own_data(tmp_path):
     folder = live.class_folders(tmp_path / "own", 0, count=5)
     parts = classification.image_folder(folder)
-    assert parts["train"].class_names == ["brick", "coffee"] and len(parts["train"]) + len(parts["val"]) == 10
+    assert list(parts["train"].class_names) == ["brick", "coffee"] and len(parts["train"]) + len(parts["val"]) == 10

@@ -103,10 +103,10 @@ def neighbourhoods(mask: Tensor, grid: tuple[int, int]) -> Figure:
     inside = 1 + (rows // 2) * columns + columns // 2
     queries = {"[CLS]": 0, "corner": 1, "edge": 1 + columns // 2, "inside": inside}
     figure, axes = plt.subplots(1, 5, figsize=(8.8, 2.2), width_ratios=[1.3, 1, 1, 1, 1])
-    axes[0].imshow(mask, cmap="Greys")
+    axes[0].imshow(mask.numpy(), cmap="Greys")
     axes[0].set(title="mask (black: attends)", xlabel="key token", ylabel="query token")
     for ax, (name, query) in zip(axes[1:], queries.items(), strict=True):
-        near = mask[query, 1:].view(rows, columns)
+        near = mask[query, 1:].view(rows, columns).numpy()
         ax.imshow(near, cmap="Greys", vmin=0, vmax=1)
         ax.set(title=f"{name}: {int(near.sum())} patches", xticks=[], yticks=[])
         ax.spines[:].set_visible(True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from IPython.display import Image as DisplayedImage
 from IPython.display import display
 from matplotlib.figure import Figure
 from PIL import Image
@@ -110,7 +112,8 @@ def study_table(summary: pd.DataFrame) -> pd.DataFrame:
         summary: of `evaluation.ablations.summary`.
     """
     wide = pd.DataFrame(index=pd.Index(study.METHODS, name="method"))
-    for task, rows in summary.set_index("method").groupby("task", sort=False):
+    for task in study.TASKS:
+        rows = summary[summary.task == task].set_index("method")
         wide[task] = pd.Series(
             {name: f"{row['mean']:.1f} ± {row['std']:.1f} (lr {row.learning_rate:g})" for name, row in rows.iterrows()}
         )
@@ -252,8 +255,13 @@ class Photographs:
     def show(self, *names: str) -> None:
         """Show the photographs and the maps of these names."""
         figure = self.figure({name: self.maps[name] for name in names})
-        display(figure)
+        drawn, shown = io.BytesIO(), io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=100)
         plt.close(figure)
+        # few colours: a committed notebook must stay small
+        few = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        few.save(shown, format="png", optimize=True)
+        display(DisplayedImage(shown.getvalue()))
 
 
 def on_photographs(names: Sequence[str] = SUBJECTS) -> Photographs:
