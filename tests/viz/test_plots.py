@@ -259,3 +259,7 @@ def test_tsne_keeps_clusters_apart_and_repeats():
     np.testing.assert_array_equal(nearest, labels.numpy())
     assert [t.get_text() for t in axes[0].get_legend().get_texts()] == ["disc", "cross", "bar"]
     assert overlapping_text(figure) == []
+    panels = plots.tsne_panels({"a": features, "b": -features}, labels, ["disc", "cross", "bar"], seed=1).axes
+    assert [ax.get_title() for ax in panels] == ["a", "b"] and [bool(ax.get_legend()) for ax in panels] == [False, True]
+    assert sum(len(drawn.get_offsets()) for drawn in panels[0].collections) == 60
+    assert overlapping_text(panels[0].figure) == []

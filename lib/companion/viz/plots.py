@@ -243,6 +243,18 @@ def tsne(features: Tensor, labels: Tensor, ax: Axes, seed: int = 0, names: Seque
 
 
 @styled
+def tsne_panels(features: Mapping[str, Tensor], labels: Tensor, names: Sequence[str], seed: int = 0) -> Figure:
+    """The t-SNE of each entry of `features` (number, channels) in a panel of its own, see `tsne`; one legend."""
+    figure, axes = plt.subplots(1, len(features), figsize=(3.4 * len(features) + 1.2, 3.4), squeeze=False)
+    for ax, (title, values) in zip(axes[0], features.items(), strict=True):
+        tsne(values, labels, ax, seed, names)
+        ax.set_title(title)
+    for ax in axes[0, :-1]:
+        ax.get_legend().remove()
+    return figure
+
+
+@styled
 def curves(histories: Mapping[str, Mapping[str, Any]], x: str = "epoch") -> Figure:
     """Training curves: one panel for each measure, one line for each method.
 
