@@ -428,7 +428,7 @@ def write_notebook(slug: str, run: dict, folder: Path) -> None:
                 part.metadata["tags"] = [*part.metadata.get("tags", ()), "hide-cell"]
             part.outputs = [reachable(o) for o in map(without_widget, part.outputs) if o is not None]
             here = [claim for claim in waiting if re.search(rf"""["']{re.escape(claim)}["']""", part.source)]
-            if "run.close()" in part.source:  # those judged by a loop: the table of claims is their place
+            if "run.close()" in part.source:  # those judged by a loop: they link to the table of claims
                 here = waiting
             waiting = [claim for claim in waiting if claim not in here]
             cells += [target(slug, claim) for claim in here]

@@ -164,7 +164,7 @@ class Run:
         display(shown)
 
     def study(self) -> Path:
-        """The folder of the study: this run's when it has one, else the one that is kept in `reports/pocket`."""
+        """The folder of the study: this run's when it has one, else the one in `reports/pocket`."""
         own = self.out
         return own if (own / "study.csv").exists() else self.root / "reports" / "pocket" / self.slug
 
@@ -206,7 +206,7 @@ class Run:
                 self.claim(claim["id"], *judge_measured(claim["measured"], cells))
 
     def ledger(self) -> list[dict]:
-        """All claims of the paper with what this run says of each."""
+        """All claims of the paper with this run's verdict on each."""
         claims = paper(self.slug).get("claims", []) if self.slug in slugs() else []
 
         def blank(claim: dict) -> dict:

@@ -124,7 +124,7 @@ def stitch(
 
     Args:
         maps: the upper left corner (x, y) at level 0, and the map (s, s) in pixels of the result.
-        shape: (h, w) of the result; what sticks out is cut off.
+        shape: (h, w) of the result; what lies outside is cropped.
         downsample: level-0 pixels a pixel of the result.
 
     Returns:

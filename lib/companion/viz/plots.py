@@ -180,7 +180,7 @@ def attention_grid(
         titles: one for each image.
         mode: see `overlay`.
         shared: one scale for all maps, with its colour bar; otherwise each map goes from its own lowest to its own
-            highest value, and the bar says so.
+            highest value, and the bar is marked.
         label: what the colours show.
     """
     for name, maps in rows.items():

@@ -1,4 +1,4 @@
-"""The style of every figure: fonts, sizes, and colours that colour-blind readers can tell apart.
+"""The style of every figure: fonts, sizes, and colours that colour-blind readers can distinguish.
 
 The colours are M. Okabe and K. Ito's set.
 """

@@ -126,7 +126,7 @@ def slide_and_regions(
 
 @styled
 def tiling(thumbnail: np.ndarray, saturation: np.ndarray, mask: np.ndarray, corners: np.ndarray, side: float) -> Figure:
-    """A thumbnail (h, w, 3), its saturation and its tissue mask, with the regions that are kept.
+    """A thumbnail (h, w, 3), its saturation and its tissue mask, with the selected regions.
 
     Args:
         corners, side: of the regions, in pixels of the thumbnail.

@@ -61,7 +61,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
 
 
 def _share(case: Case, *shape: int) -> Tensor:
-    """Shares of tissue: standard normal values, cut off at 0 and 1."""
+    """Shares of tissue: standard normal values, clipped at 0 and 1."""
     return case.values("input:pct", *shape).clamp(0, 1)
 
 
@@ -135,7 +135,7 @@ def _pixels(case: Case) -> dict[str, Tensor]:
 
 
 def _drawn(case: Case, key: str, over: str = "") -> Tensor:
-    """An input "a*fill.values(...) + b" as its recipe in case.json says; "clip(round(...), low, high)" are integers.
+    """An input "a*fill.values(...) + b" as its recipe in case.json states; "clip(round(...), low, high)" are integers.
 
     Args:
         over: the input that is added to it.
@@ -314,7 +314,7 @@ def _ranks(attention: np.ndarray) -> _Bounds:
     """Ranks of maps (..., s, s), the lowest and the highest that rounding allows.
 
     float32 attention has a relative error of 3e-6 (against float64). Two tokens whose attention is nearer than that may
-    change places, and a score changes by a whole rank: at gamma 0.4 by 0.6 / 2 / 256 / 1.4 = 8e-4 in a smoothed local
+    swap, and a score changes by a whole rank: at gamma 0.4 by 0.6 / 2 / 256 / 1.4 = 8e-4 in a smoothed local
     blend, 1.0e-3 of the largest.
     """
     flat = attention.reshape(*attention.shape[:-2], -1).astype(np.float64)

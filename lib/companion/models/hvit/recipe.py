@@ -95,7 +95,7 @@ def voted(each: Sequence[Tensor], names: Sequence[str] | None = None, isup: bool
 
     Args:
         names: of the slides. A vote's random choice is seeded with the slide's row in the table sorted by name, as in
-            the authors' code; without names with its place in the list.
+            the authors' code; without names with its position in the list.
         isup: see `model.vote`.
     """
     rows = range(len(each[0])) if names is None else np.argsort(np.argsort(np.array(names, str))).tolist()
@@ -281,7 +281,7 @@ class Selection(EarlyStop):
     """Keep the weights of the epoch with the lowest tuning loss, the later of equal ones; stop as the authors' code.
 
     An epoch whose loss is higher than the lowest before it is a miss. `patience` misses in a row end the training, from
-    epoch `EARLIEST` on. An epoch whose loss is nan neither counts as a miss nor ends the training, and is not kept.
+    epoch `EARLIEST` on. An epoch whose loss is nan neither counts as a miss nor ends the training, and is not selected.
 
     Args:
         loss: from the model, in eval mode and without autograd, to its loss on the tuning slides.
@@ -321,7 +321,7 @@ def learn(
     """Train a model in place on slides (features, present, grade) as the authors do; the history of `fit`.
 
     Args:
-        tuning: the loss on the tuning slides, see `Selection`; None: the last weights are kept.
+        tuning: the loss on the tuning slides, see `Selection`; None: the last weights are used.
         options: of `fit`: `checkpoint`, `seed`, `hardware`, `name`.
     """
     return fit(
@@ -539,7 +539,7 @@ def store(
         part: (i, n): every n-th slide from the i-th on, so that n jobs do them all.
         batch: regions a step.
         tiling: how regions are found; its size of a region is `p.region`.
-        mpp: microns per pixel of level 0, where the slides do not say it, or are wrong.
+        mpp: microns per pixel of level 0, where the slides do not state it, or are wrong.
 
     Yields:
         The name of each slide as it is done, and its file, or the error: one slide that cannot be read does not stop

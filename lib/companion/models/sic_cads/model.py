@@ -208,7 +208,7 @@ class MLR(OfficialModel):
         indices: which of a timm body's maps; 2, 3, 4 are strides 8, 16, 32 of a ResNet.
         width: of the pyramid.
         extra: P6 and P7 on top of the pyramid.
-        levels: of patches; 1 is the whole image alone, as the paper says, 2 what all released configurations use.
+        levels: of patches; 1 is the whole image alone, as in the paper, 2 what all released configurations use.
         lambda_base, lambda_novel: see `text_share`. 0.8 and 0.8 for LVIS, 0.8 and 0.5 for COCO.
         tau: logit scale of the rank loss: 50 for LVIS, 20 for COCO. Not used in testing.
         distill: weight of the distillation loss.

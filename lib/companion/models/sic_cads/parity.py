@@ -57,7 +57,7 @@ def _pixels(case: Case, name: str, shape: Sequence[int]) -> Tensor:
 
 
 def _training(case: Case) -> tuple[list[int], list[int], bool]:
-    """Shape and labels of the training image, and whether these are of boxes: of the sentence that tells it."""
+    """Shape and labels of the training image, and whether these are of boxes: of the sentence that names it."""
     text = case.facts["train_losses_input"]
     shape, labels = ([int(n) for n in found.split(",")] for found in re.findall(r"\[([\d, ]+)\]", text)[:2])
     return shape, labels, "boxes" in text

@@ -179,9 +179,9 @@ class Crops(Dataset):
 
 
 class Repeated(Dataset):
-    """Items as often as their factors (N,) tell: the whole part of the factor, and once more with the fraction's odds.
+    """Items as often as their factors (N,) ask for: the whole part of the factor, and once more with the fraction's odds.
 
-    Fractions are drawn at each pass. An item that is not drawn gives its place to any item, with odds in proportion to
+    Fractions are drawn at each pass. An item that is not drawn is replaced by any item, with odds in proportion to
     the factors: passes are of one length, and the shares of the items are those of the factors.
     """
 
@@ -196,7 +196,7 @@ class Repeated(Dataset):
         return len(self.items)
 
     def drawn(self, index: int) -> int:
-        """The item that stands at a place of this pass."""
+        """The item at a position of this pass."""
         place, other = torch.rand(2, dtype=torch.float64).tolist()
         if place < self.odds[index]:
             return int(self.items[index])
@@ -665,7 +665,7 @@ def _best(found: Setting, index: int, boxes: Tensor, matrix: Tensor) -> sic_cads
 def refined(found: Setting, outputs: Predictions, index: int, branch: str = "", gamma: float | None = None) -> Tensor:
     """One image's probabilities (R, C) after Eq. 7; `branch` and `gamma` are the setting's unless given.
 
-    The detector runs again on an image whose probabilities were not kept.
+    The detector runs again on an image whose probabilities were not cached.
     """
     gamma = found.gamma if gamma is None else gamma
     held: Mapping[int, Tensor] | list[Tensor] = outputs.last

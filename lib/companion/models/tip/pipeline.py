@@ -141,7 +141,7 @@ class Restored(BaseOutput):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the progress bars of the libraries and a warning about an argument that diffusers passes to the hub."""
+    """Turn off the progress bars of the libraries and a warning about an argument that diffusers passes to the hub."""
     loud = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
     for log in loud:
         log.disable_progress_bar()

@@ -94,7 +94,7 @@ def protocol() -> dict[str, str]:
         "batch": f"{BATCH}, in parts of {MICRO_BATCH}",
         "epochs": f"{EPOCHS}",
         "last images of an epoch": "left out, too few for a batch; others in each epoch",
-        "loss": "mean squared error of the predicted noise, or of what the scheduler says",
+        "loss": "mean squared error of the predicted noise, or of the scheduler's prediction type",
         "precision": f"{paper('tip')['precision']} on a GPU",
         "images": "the parameter size (512), a random square and a flip in training, the middle square in the test",
         "degradations": f"{drawn.passes} passes, each operation left out with {drawn.skip:g}; {', '.join(ranges)}",

@@ -38,7 +38,7 @@ class WordText(ModelMixin, ConfigMixin):
         width: d of the states.
         length: M, tokens of every text; a list of four instructions has up to 27.
         memory: share of the previous token's state, shifted by one channel, in each state; 0 gives a bag of words, in
-            which the numbers of "Deblur with sigma 0.9; Denoise with sigma 0.05" cannot be told apart.
+            which the numbers of "Deblur with sigma 0.9; Denoise with sigma 0.05" cannot be distinguished.
         seed: of the embeddings.
     """
 
@@ -120,7 +120,7 @@ def tokenize(tokenizer, texts: Sequence[str], truncate: bool = False) -> Tensor:
     """Ids (B, M) of texts, by a `WordText` or a tokenizer of transformers.
 
     Raises `BadParameter` for a text that is too long, unless `truncate`: a truncated caption is still a caption, but
-    the end of a truncated instruction would be ignored silently.
+    the end of a truncated instruction would be ignored without an error.
     """
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         raise BadParameter("texts", texts, "a list of texts")

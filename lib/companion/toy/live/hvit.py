@@ -176,7 +176,7 @@ def attention(models: Mapping[str, list[nn.Module]], of: Shown) -> dict[str, rec
 
 
 def _synthetic_only(measure: Callable[..., pd.DataFrame]) -> Callable[..., pd.DataFrame]:
-    """A table whose first argument are the parameters: at the `paper` profile one row says that it is left out."""
+    """A table whose first argument are the parameters: at the `paper` profile one row states that it is left out."""
 
     @functools.wraps(measure)
     def wrapped(p: SimpleNamespace, *args: Any, **kwargs: Any) -> pd.DataFrame:
@@ -215,7 +215,7 @@ def probes(p: SimpleNamespace, out: Path, found: recipe.Setting, models: Mapping
     """What region embeddings hold of the position of tumour, and how far they move when patches do.
 
     "core or rim (%)": accuracy on the test slides of a linear probe trained on the training slides' regions with
-    tumour. "shuffled": how far an embedding moves when the sixteen patches change places; "cropped": how far apart two
+    tumour. "shuffled": how far an embedding moves when the sixteen patches are shuffled; "cropped": how far apart two
     large crops of a region are; both in units of the distance between two regions. The first row is the chance level.
     """
     items = data.load(f"pocket/slides-{TASK}", study_root(out / "data", p.seed), "train")

@@ -240,8 +240,8 @@ def reasons(rows: pd.DataFrame) -> dict[str, str]:
         f"classes, the others at {others.min():.1f} to {others.max():.1f}",
         "base": f"gamma {ablation.GAMMA:g} lowers it with {(base < 0).sum()} of {len(base)} seeds, by up to "
         f"{-base.min():.1f} points; up to gamma {lossless:g} no seed loses",
-        "text-base": "each branch is tested at the learning rate that its own refinement selected; at equal learning "
-        f"rates, on validation images, the text branch leads at {(ahead > 0).sum()} of {len(ahead)}",
+        "text-base": "each branch is tested at the learning rate that its own refinement selected; at equal "
+        f"learning rates, on validation images, the text branch leads at {(ahead > 0).sum()} of {len(ahead)}",
         "whole-matrix": f"these finished results keep every class of a box above {ablation.FINISHED:g}, which loses "
         "little; with one class a box most is lost",
     }
