@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -198,7 +199,8 @@ def class_attention(models: Mapping[str, nn.Module], images: Tensor) -> dict[str
     for name in sorted(models, key=lambda name: name == "SA²VP"):
         model = models[name]
         if isinstance(model, SA2VP):
-            maps[name] = class_token_map(trace(model, images).own[-1], model.grid)
+            rows, columns = model.grid
+            maps[name] = class_token_map(trace(model, images).own[-1], (rows, columns))
         elif isinstance(model.backbone, VisionTransformer):
             with Recorder(model.backbone, layers=[-1]) as recorder, torch.no_grad():
                 model(images)
@@ -239,7 +241,7 @@ class Photographs:
     encoder: VisionTransformer
     names: tuple[str, ...]
     images: Tensor
-    look: dict[str, Sequence[float]]
+    look: dict[str, Any]
     maps: dict[str, Tensor | np.ndarray]
 
     def figure(self, maps: Mapping[str, Tensor | np.ndarray]) -> Figure:
