@@ -193,7 +193,7 @@ def _multihead(module: nn.MultiheadAttention, args: tuple, kwargs: dict) -> _Par
     q, k, v = (
         _split(nn.functional.linear(x, w, b), module.head_dim) for x, w, b in zip(tokens, weights, biases, strict=True)
     )
-    # `is_causal` only selects a fast path here: nn.MultiheadAttention needs the mask as well, in which True is "hidden".
+    # `is_causal` only selects a fast path: nn.MultiheadAttention needs the mask as well, in which True is "hidden".
     bias = _additive(call["attn_mask"], False, q, k, keep=False)
     if bias is not None and bias.ndim == 3:
         bias = bias.unflatten(0, (-1, module.num_heads))
@@ -357,7 +357,7 @@ def _choose(layers: Sequence[int | str], names: list[str]) -> list[str]:
 
 
 def _check(name: str, module: nn.Module, ours: Tensor, theirs: Tensor) -> None:
-    """Raise `BadParameter` when the output computed from the map is not the layer's (for instance, it has a bias of its own)."""
+    """Raise `BadParameter` when the output computed from the map is not the layer's (as with a bias of its own)."""
     if not theirs.isfinite().all():
         return  # nothing to compare with; the map shows the NaN as well
     full = theirs.dtype in (torch.float32, torch.float64) and torch.get_float32_matmul_precision() == "highest"

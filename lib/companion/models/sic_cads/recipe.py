@@ -179,7 +179,7 @@ class Crops(Dataset):
 
 
 class Repeated(Dataset):
-    """Items as often as their factors (N,) ask for: the whole part of the factor, and once more with the fraction's odds.
+    """Items as often as their factors (N,) ask for: the whole part, and once more with the fraction's odds.
 
     Fractions are drawn at each pass. An item that is not drawn is replaced by any item, with odds in proportion to
     the factors: passes are of one length, and the shares of the items are those of the factors.
