@@ -51,7 +51,8 @@ def opening(slug: str) -> None:
     """
     facts, folder = paper(slug), record.root() / "reports" / "pocket" / slug
     rows, claims = read(folder), {claim["id"]: claim for claim in facts["claims"]}
-    lines = ["**What we found.** Leads are in points: mean ± standard deviation over seeds [95 % t interval].\n"]
+    unit = "points of the metric (PSNR: dB), mean ± standard deviation over seeds [95 % t interval]"
+    lines = [f"**What we found.** Leads are in {unit}.\n"]
     panels: dict[tuple[str, str], dict[str, None]] = {}
     for finding in facts["findings"]:
         text = finding["text"]
@@ -64,9 +65,8 @@ def opening(slug: str) -> None:
                     f"{slug}: the finding on {claim['id']!r} was written for status {finding['status']!r}, but by "
                     f"{folder / 'study.csv'} the claim {status}: correct `findings` in the paper's paper.yaml"
                 )
-            text += (
-                f" *{LOUD[status].capitalize()} on synthetic data, {len(seeds)} seeds: {value.removesuffix(SPREAD)}.*"
-            )
+            lead = value.removesuffix(SPREAD)
+            text += f" *The claim {LOUD[status]} on synthetic data, {len(seeds)} seeds: {lead}.*"
             for panel in itertools.product(claim["tasks"], claim.get("metrics", [rows.attrs["metric"]])):
                 panels[panel] = panels.get(panel, {}) | {claim[r]: None for r in ("better", "worse") if r in claim}
         lines.append(f"- {text}")
