@@ -227,7 +227,7 @@ def test_the_three_kinds_of_claims_are_counted_apart(run):
     assert f"<b>Paper results: {len(of[PAPER])} not run</b>" in shown
 
 
-def test_photographs_in_a_notebook_have_few_colours_and_keep_them_in_the_file(run, monkeypatch):
+def test_photographs_in_a_notebook_have_fewer_colours_and_pixels_than_their_file(run, monkeypatch):
     shown = []
     monkeypatch.setattr(report, "display", shown.append)
     pixels = np.random.default_rng(0).integers(0, 255, (200, 300, 3), dtype=np.uint8)
@@ -236,8 +236,9 @@ def test_photographs_in_a_notebook_have_few_colours_and_keep_them_in_the_file(ru
         figure.figimage(image)
         run.figure(name, figure)
     photo, flat = (Image.open(io.BytesIO(picture.data)) for picture in shown)
-    assert photo.mode == "P" and flat.mode == "RGB"
-    assert Image.open(run.out / "figures" / "photo.png").mode == "RGB"
+    assert (photo.mode, photo.size) == ("P", (300, 200)) and (flat.mode, flat.size) == ("RGB", (600, 400))
+    file = Image.open(run.out / "figures" / "photo.png")
+    assert (file.mode, file.size) == ("RGB", (600, 400))
 
 
 def test_figures_have_200_dots_an_inch_unless_the_style_of_the_notebook_has_fewer(run, monkeypatch):

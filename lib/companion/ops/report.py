@@ -38,7 +38,8 @@ from .files import atomic, check_folder, sha256, write_json
 from .papers import convert, paper, rules, slugs
 from .provenance import code_hash, sources
 
-PHOTOGRAPHIC = 40_000  # bytes of a PNG above which the notebook shows it in 256 colours
+FEW_COLOURS = 40_000  # bytes of a PNG above which the notebook shows it in 256 colours
+PHOTOGRAPHIC = 120_000  # and above which it shows it at 100 dots an inch
 DPI = 200  # of figures, unless the notebook's matplotlib settings have another `savefig.dpi`
 LOUD = {"holds": "holds", "fails": "FAILS", "not run": "not run"}
 
@@ -81,15 +82,18 @@ def _image(figure: Figure) -> tuple[Image, bytes]:
     drawn, full, few = io.BytesIO(), io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=dpi)
     plt.close(figure)
-    # no alpha channel, a better packing, and few colours in a large file: committed notebooks must stay small
+    # no alpha channel, a better packing, fewer pixels and colours of a large file: committed notebooks must stay small
     pixels = PIL.Image.open(drawn).convert("RGB")
     pixels.save(full, format="png", optimize=True)
     shown = full.getvalue()
+    width = round(100 * figure.get_figwidth())
     if len(shown) > PHOTOGRAPHIC:
+        pixels = pixels.resize((width, round(width * pixels.height / pixels.width)), PIL.Image.Resampling.LANCZOS)
+    if len(shown) > FEW_COLOURS:
         quantised = pixels.quantize(256, PIL.Image.Quantize.MAXCOVERAGE, kmeans=4, dither=PIL.Image.Dither.NONE)
         quantised.save(few, format="png", optimize=True)
         shown = few.getvalue()
-    return Image(shown, width=round(100 * figure.get_figwidth())), full.getvalue()
+    return Image(shown, width=width), full.getvalue()
 
 
 def start(slug: str, **parameters: Any) -> Run:
