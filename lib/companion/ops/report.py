@@ -76,24 +76,24 @@ def opening(slug: str) -> None:
 
 
 def _image(figure: Figure) -> tuple[Image, bytes]:
-    """The figure as the notebook shows it, and its PNG in all colours; the figure is closed."""
+    """The figure as the notebook shows it, and its PNG at full resolution; the figure is closed."""
+
+    def drawn(dpi: float, colours: int = 0) -> bytes:
+        raw, packed = io.BytesIO(), io.BytesIO()
+        figure.savefig(raw, format="png", dpi=dpi)
+        pixels = PIL.Image.open(raw).convert("RGB")  # no alpha channel
+        if colours:
+            pixels = pixels.quantize(colours, PIL.Image.Quantize.MAXCOVERAGE, kmeans=4, dither=PIL.Image.Dither.NONE)
+        pixels.save(packed, format="png", optimize=True)
+        return packed.getvalue()
+
     dpi = plt.rcParams["savefig.dpi"]
     dpi = DPI if dpi == "figure" else dpi
-    drawn, full, few = io.BytesIO(), io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=dpi)
+    full = shown = drawn(dpi)
+    if len(full) > FEW_COLOURS:  # committed notebooks must stay small
+        shown = drawn(100 if len(full) > PHOTOGRAPHIC else dpi, 256)
     plt.close(figure)
-    # no alpha channel, a better packing, fewer pixels and colours of a large file: committed notebooks must stay small
-    pixels = PIL.Image.open(drawn).convert("RGB")
-    pixels.save(full, format="png", optimize=True)
-    shown = full.getvalue()
-    width = round(100 * figure.get_figwidth())
-    if len(shown) > PHOTOGRAPHIC:
-        pixels = pixels.resize((width, round(width * pixels.height / pixels.width)), PIL.Image.Resampling.LANCZOS)
-    if len(shown) > FEW_COLOURS:
-        quantised = pixels.quantize(256, PIL.Image.Quantize.MAXCOVERAGE, kmeans=4, dither=PIL.Image.Dither.NONE)
-        quantised.save(few, format="png", optimize=True)
-        shown = few.getvalue()
-    return Image(shown, width=width), full.getvalue()
+    return Image(shown, width=round(100 * figure.get_figwidth())), full
 
 
 def start(slug: str, **parameters: Any) -> Run:
