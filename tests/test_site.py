@@ -213,7 +213,7 @@ def test_data_page_names_every_set_and_speed_page_every_benchmark(site: Site, ro
     for file in (root / "reports" / "bench").glob("*.json"):
         for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
             assert f"<p>{row['time_ratio']:.2f}</p>" in page
-    assert ("No GPU was at hand" in page) != any((root / "reports" / "gpu").glob("*.json"))
+    assert ("Nothing was measured on a GPU so far" in page) != any((root / "reports" / "gpu").glob("*.json"))
 
 
 def test_findings_page_has_every_finding(site: Site) -> None:
@@ -243,7 +243,7 @@ def test_speed_page_shows_the_records_of_make_gpu_and_says_what_is_by_older_code
     (tmp_path / "bench" / "bat.json").write_text(json.dumps(record | {"code": "another"}), encoding="utf-8")
     page = module.speed_page({}, tmp_path)
     assert "by older code than today's" in page and f"{record['rows'][0]['seconds']:.3g}" in page
-    assert "NVIDIA A100" in page and "No GPU was at hand" not in page
+    assert "NVIDIA A100" in page and "Nothing was measured on a GPU so far" not in page
     assert all(said in page for said in ("812.5", "0.41", "57 passed", "3.0e-04", "not done in 4 minutes"))
 
 

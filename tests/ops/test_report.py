@@ -34,12 +34,13 @@ def test_the_opening_says_what_the_study_found(slug, monkeypatch):
     """Text, verdict and lead of each finding; a study with another verdict asks for another text."""
     facts, shown = paper(slug), []
     monkeypatch.setattr(report, "display", shown.append)
+    before = plt.get_fignums()
     report.opening(slug)
     text, figure = shown
     assert len(facts["findings"]) >= 3
     assert all(finding["text"] in text.data for finding in facts["findings"])
     assert [f.get("status") for f in facts["findings"]] != ["holds"] * len(facts["findings"]), "only what held is told"
-    assert Image.open(io.BytesIO(figure.data)).width > figure.width and not plt.get_fignums()
+    assert Image.open(io.BytesIO(figure.data)).width > figure.width and plt.get_fignums() == before
     claimed = next(finding for finding in facts["findings"] if "claim" in finding)
     other = {"holds": "fails", "fails": "holds"}[claimed["status"]]
     monkeypatch.setattr(report, "paper", lambda slug: facts | {"findings": [claimed | {"status": other}]})
