@@ -134,8 +134,8 @@ def front_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
             f"![{PHOTOGRAPHS}](photographs.png)\n",
             f"*{PHOTOGRAPHS}.*\n",
             "Published numbers are quoted with their source; every other number on this site was measured by the "
-            "notebook it stands in, on small data made for the purpose (the `pocket` profile) or, where stated, on real "
-            "images. They show whether a paper's mechanism works; they are not the paper's numbers.\n",
+            "notebook it stands in, on small data made for the purpose (the `pocket` profile) or, where stated, on "
+            "real images. They show whether a paper's mechanism works; they are not the paper's numbers.\n",
             "## The papers\n",
             table(
                 "papers",
