@@ -297,7 +297,7 @@ def test_every_widget_is_a_picture_without_scripts_and_turns_with_them(site: Sit
         context.close()
     assert not dead
     if site.real:
-        assert seen == set(papers) - {"notebooks/pocket.html"}
+        assert seen == set(papers) - {"notebooks/hvit.html", "notebooks/pocket.html"}  # these have none
 
 
 @pytest.fixture
