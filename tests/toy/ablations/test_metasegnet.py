@@ -97,7 +97,8 @@ def test_header_dropout_hides_half_of_the_heads(root, monkeypatch):
     assert seen and not any(seen)
 
 
-def test_rows_score_the_right_pictures(root):
+def test_rows_score_the_right_images(root):
+    study.trained.cache_clear()  # trainings that other tests left in the cache
     seen = study.train("MetaSegNet", "seen", 1e-3, SEED, root)
     left = study.train("MetaSegNet", "left out", 1e-3, SEED, root)
     wrong = study.train("wrong zone's text", "seen", 1e-3, SEED, root)
