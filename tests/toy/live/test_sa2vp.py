@@ -137,7 +137,6 @@ def test_without_the_weights_the_photographs_go_through_the_small_vit(monkeypatc
     monkeypatch.setattr(backbones, "build", missing)
     shown = []
     monkeypatch.setattr(live, "display", shown.append)
-    plt.close("all")  # figures that other tests left open
     photos = live.on_photographs(["cat", "flower"])
     assert "8 x 8 tokens" in capsys.readouterr().out and photos.images.shape == (2, 3, 32, 32)
     photos.show("[CLS] attention")
