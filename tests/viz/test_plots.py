@@ -119,7 +119,7 @@ HOUSE_FIGURES = {
     "threshold curves": threshold_curves,
     "radar": radar,
     "diagram": lambda: plots.diagram(NODES, ARROWS),
-    "confusion": lambda: plots.confusion([0, 1, 5, 5], {m: [0, 1, 4, 5] for m in METHODS[:4]}, 6),
+    "confusion": lambda: plots.confusion([0, 1, 5, 5], {m: [0, 1, 4, 5] for m in METHODS[:4]}, range(6)),
     "curves of one method": lambda: plots.curves({"SA²VP": {"loss": [3.0, 2, 1]}}),
 }
 
@@ -217,7 +217,7 @@ def test_a_diagram_joins_its_nodes_and_names_the_kinds_that_it_has():
 
 
 def test_a_confusion_matrix_shows_shares_of_the_true_class():
-    figure = plots.confusion([0, 0, 0, 1], {"A": [0, 0, 2, 1]}, 3)
+    figure = plots.confusion([0, 0, 0, 1], {"A": [0, 0, 2, 1]}, ["one", "two", "three"])
     shares = figure.axes[0].images[0].get_array()
     np.testing.assert_allclose(shares, [[200 / 3, 0, 100 / 3], [0, 100, 0], [0, 0, 0]])
     assert sorted(text.get_text() for text in figure.axes[0].texts) == ["100", "33", "67"]

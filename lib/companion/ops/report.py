@@ -72,7 +72,12 @@ def opening(slug: str) -> None:
                 panels[panel] = panels.get(panel, {}) | {claim[r]: None for r in ("better", "worse") if r in claim}
         lines.append(f"- {text}")
     display(Markdown("\n".join(lines)))
-    display(_image(plots.scores(rows, panels))[0])
+    show(plots.scores(rows, panels))
+
+
+def show(figure: Figure) -> None:
+    """Show a figure as `Run.figure` does, without writing it: for figures that are drawn before the run starts."""
+    display(_image(figure)[0])
 
 
 def _image(figure: Figure) -> tuple[Image, bytes]:

@@ -389,14 +389,18 @@ def diagram(nodes: Mapping[str, tuple[float, float, str]], arrows: Iterable[tupl
 
 
 @styled
-def confusion(truth: Sequence[int], predicted: Mapping[str, Sequence[int]], classes: int) -> Figure:
+def confusion(truth: Sequence[int], predicted: Mapping[str, Sequence[int]], names: Sequence[object]) -> Figure:
     """A confusion matrix for each method: the share of each true class that is predicted as each class, in percent.
 
     Args:
-        truth: labels (n,), 0 to classes - 1.
+        truth: labels (n,), 0 to the number of classes - 1.
         predicted: method -> its labels (n,).
+        names: of the classes; long ones are written upwards on the axis of the predicted classes.
     """
-    figure, axes = plt.subplots(1, len(predicted), figsize=(2.0 * len(predicted) + 0.9, 2.6), squeeze=False)
+    classes, longest = len(names), max(len(str(name)) for name in names)
+    side, margin = max(2.0, 0.3 * classes), 0.07 * longest
+    size = (side * len(predicted) + 0.9 + margin, side + 0.6 + margin)
+    figure, axes = plt.subplots(1, len(predicted), figsize=size, squeeze=False)
     for ax, (method, labels) in zip(axes[0], predicted.items(), strict=True):
         counts = np.zeros((classes, classes))
         np.add.at(counts, (np.asarray(truth), np.asarray(labels)), 1)
@@ -406,7 +410,9 @@ def confusion(truth: Sequence[int], predicted: Mapping[str, Sequence[int]], clas
             if value >= 0.5:
                 colour = "white" if value < 60 else "black"
                 ax.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=colour)
-        ax.set(title=method, xlabel="predicted", xticks=range(classes), yticks=range(classes))
+        ax.set(title=method, xlabel="predicted")
+        ax.set_xticks(range(classes), names, rotation=90 if longest > 2 else 0)
+        ax.set_yticks(range(classes), names)
     axes[0, 0].set_ylabel("true class")
     figure.colorbar(drawn, ax=axes, shrink=0.8, aspect=20, pad=0.02, label="% of the true class")
     return figure
