@@ -1,0 +1,235 @@
+"""Figures of BAT alone: architecture, frames with boxes, overlap over time, attention and exchange of the streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from ...data import tracking as data
+from ...evaluation.metrics.tracking import iou
+from ...viz import plots
+from ...viz.style import HEAT, method_colours, styled
+from .model import BAT, STAGES, OSTrack
+
+STREAMS = ("RGB", "thermal")
+CHUNK = 60  # crops in one forward pass
+
+
+def architecture() -> Figure:
+    """One block on both streams: frozen layers, the two adapters, and the head that reads the sum."""
+    upper, middle, lower = 0.5, 1.5, 2.5
+    nodes = {
+        "RGB\ntemplate, search": (0.7, upper, "tensor"),
+        "thermal\ntemplate, search": (0.7, lower, "tensor"),
+        "tokens $X$": (2.1, upper, "frozen"),
+        "tokens $X_i$": (2.1, lower, "frozen"),
+        "$\\mathrm{LN}_1$, MHSA": (3.6, upper, "frozen"),
+        "$\\mathrm{LN}_1$, MHSA ": (3.6, lower, "frozen"),
+        "adapter $A_1$\n(1), (2)": (3.6, middle, "trained"),
+        "$X' $": (4.9, upper, "operation"),
+        "$X'_i$": (4.9, lower, "operation"),
+        "$\\mathrm{LN}_2$, MLP": (6.2, upper, "frozen"),
+        "$\\mathrm{LN}_2$, MLP ": (6.2, lower, "frozen"),
+        "adapter $A_2$\n(1), (3)": (6.2, middle, "trained"),
+        "$X''$": (7.5, upper, "operation"),
+        "$X''_i$": (7.5, lower, "operation"),
+        "LN, sum $F$ (4)\nafter all blocks": (8.6, middle, "operation"),
+        "head:\nbox": (9.9, middle, "frozen"),
+    }
+    rgb, heat, x, y, attend_x, attend_y, first, x1, y1, mlp_x, mlp_y, second, x2, y2, fused, head = nodes
+    arrows = [(rgb, x), (heat, y), (x, attend_x), (y, attend_y), (attend_x, x1), (attend_y, y1)]
+    arrows += [(x, first), (y, first), (first, x1), (first, y1), (x1, mlp_x), (y1, mlp_y), (x1, second), (y1, second)]
+    arrows += [(mlp_x, x2), (mlp_y, y2), (second, x2), (second, y2), (x2, fused), (y2, fused), (fused, head)]
+    return plots.diagram(nodes, arrows)
+
+
+# --- frames -----------------------------------------------------------------------------------------------------------
+
+
+def boxes_at(
+    video: data.Sequence, frame: int, found: Mapping[str, Mapping[str, np.ndarray]]
+) -> dict[str, Sequence[float]]:
+    """Colour -> box of a frame: the true one white, those of `found` (method -> video -> boxes) in their colours."""
+    colours = method_colours(found)
+    return {"white": video.boxes[frame]} | {colours[name]: found[name][video.name][frame] for name in colours}
+
+
+@styled
+def frames(
+    video: data.Sequence,
+    times: Sequence[int],
+    captions: Sequence[str],
+    found: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+) -> Figure:
+    """Frames of both streams below their number and caption, with the boxes of `boxes_at` and their legend."""
+    found = found or {}
+    figure, axes = plt.subplots(2, len(times), figsize=(1.35 * len(times), 2.9 + 0.3 * bool(found)), squeeze=False)
+    for column, t in zip(axes.T, times, strict=True):
+        image, drawn = video.frame(t), boxes_at(video, t, found)
+        for ax, part in zip(column, (image[..., :3], image[..., 3:]), strict=True):
+            plots.boxes(ax, part, drawn)
+        column[0].set_title(f"frame {t}\n{captions[t]}")
+    for ax, stream in zip(axes[:, 0], STREAMS, strict=True):
+        ax.set_ylabel(stream)
+    colours = method_colours(found)
+    if colours:
+        lines = [plt.Line2D([], [], color=colour, linewidth=3) for colour in colours.values()]
+        figure.legend(lines, list(colours), loc="outside lower center", ncols=4)
+    return figure
+
+
+@styled
+def overlap(
+    video: data.Sequence, captions: Sequence[str], found: Mapping[str, Mapping[str, np.ndarray]], method: str
+) -> Figure:
+    """IoU with the true box over a video, one line a method, `method` thicker; grey where one stream fails."""
+    figure, ax = plt.subplots(figsize=(8, 3))
+    for name, colour in method_colours(found).items():
+        width = 2.4 if name == method else 1.2
+        ax.plot(iou(found[name][video.name], video.boxes), label=name, color=colour, linewidth=width)
+    edges = [0, *(t for t in range(1, len(video)) if captions[t] != captions[t - 1]), len(video)]
+    for start, stop in pairwise(edges):
+        if captions[start] in ("dark", "glare", "crossover"):
+            grey = "#eeeeee" if captions[start] == "crossover" else "#cccccc"
+            ax.axvspan(start - 0.5, stop - 0.5, color=grey, zorder=0)
+        ax.text((start + stop - 1) / 2, 1.02, captions[start], ha="center", fontsize=8)
+    ax.set(xlabel="frame", ylabel="IoU with the true box", ylim=(0, 1.1), xlim=(-0.5, len(video) - 0.5))
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+# --- attention and exchange -------------------------------------------------------------------------------------------
+
+
+class Crops(NamedTuple):
+    """Crops of a video as the tracker reads them; each search crop is around the true box of the frame before.
+
+    Attributes:
+        template: (n, 6, t, t), the same for all.
+        search: (n, 6, s, s).
+        boxes: (n, 4), the true box x, y, w, h in pixels of the search crop.
+    """
+
+    template: Tensor
+    search: Tensor
+    boxes: np.ndarray
+
+
+def crops(tracker: OSTrack, video: data.Sequence, times: Iterable[int]) -> Crops:
+    """The crops of `times`, each 1 or more."""
+    template = data.normalise(data.crop(video.frame(0), video.boxes[0], 2, tracker.template)[0])
+    search, boxes = [], []
+    for t in times:
+        patch, scale = data.crop(video.frame(t), video.boxes[t - 1], 4, tracker.search)
+        search.append(data.normalise(patch))
+        boxes.append(tracker.search * data.box_in_crop(video.boxes[t], video.boxes[t - 1], scale, tracker.search))
+    return Crops(template.expand(len(search), -1, -1, -1), torch.stack(search), np.array(boxes))
+
+
+@torch.inference_mode()
+def trace(model: BAT, template: Tensor, search: Tensor) -> dict[str, list]:
+    """What `BAT.forward_features` traces on normalised crops."""
+    traced: dict[str, list] = {}
+    model.forward_features(model.embed_template(template), search, traced)
+    return traced
+
+
+def attention(traced: Mapping[str, list], block: int = -1) -> tuple[Tensor, Tensor]:
+    """Attention of the template's central token to the search tokens, mean of the heads: (n, f, f) for each stream."""
+    weights = traced["attention"][block].mean(1)
+    first, second = weights.unflatten(1, (round(weights.shape[1] ** 0.5), -1)).chunk(2)
+    return first, second
+
+
+def exchange(traced: Mapping[str, list], tracker: OSTrack, block: int = -1, stage: str = "mlp") -> tuple[Tensor, ...]:
+    """Norm of an adapter's output over the norm of the frozen term that it is added to: (n, f, f) for each stream.
+
+    Empty for a model without adapters at this stage.
+    """
+    ratio = traced["traffic"][block].get(stage)
+    if ratio is None:
+        return ()
+    return ratio[:, tracker.f_template**2 :].unflatten(1, (tracker.f, tracker.f)).chunk(2)
+
+
+@styled
+def maps(seen: Crops, rows: Mapping[str, tuple[int, Tensor]], titles: Sequence[str], label: str) -> Figure:
+    """Maps over search crops, one row for each entry of `rows`, on one colour scale from 0; the true box is white.
+
+    Args:
+        rows: name -> stream (0 or 1) and maps (n, f, f).
+        titles: of the n columns.
+        label: of the colour bar.
+    """
+    limits = (0.0, max(float(heat.max()) for _, heat in rows.values()))
+    size = (1.1 * len(titles) + 1.3, 1.1 * len(rows) + 0.5)
+    figure, axes = plt.subplots(len(rows), len(titles), figsize=size, squeeze=False)
+    for row, (name, (stream, heats)) in zip(axes, rows.items(), strict=True):
+        for ax, image, heat, box in zip(row, seen.search, heats, seen.boxes, strict=True):
+            artist = _map(ax, image.chunk(2)[stream], heat, box, limits=limits)
+        row[0].text(-0.08, 0.5, name, transform=row[0].transAxes, rotation=90, va="center", ha="right", fontsize=8.5)
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title, fontsize=8.5)
+    figure.colorbar(artist, ax=axes, shrink=0.7, label=label)
+    return figure
+
+
+@styled
+def pair(seen: Crops, column: int, heats: tuple[Tensor, Tensor], title: str) -> Figure:
+    """One column of `maps` for both streams side by side, each on a scale of its own: a frame of the widget."""
+    figure, axes = plt.subplots(1, 2, figsize=(4.2, 2.3), dpi=90)
+    for ax, image, heat, stream in zip(axes, seen.search[column].chunk(2), heats, STREAMS, strict=True):
+        _map(ax, image, heat[column], seen.boxes[column])
+        ax.set_title(f"{stream}, {title}", fontsize=8.5)
+    return figure
+
+
+def _map(ax: Axes, image: Tensor, heat: Tensor, box: Sequence[float], **options: Any) -> Any:
+    x, y, w, h = box
+    ax.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor="white", linewidth=1.2))
+    return plots.overlay(ax, image, heat, mode="nearest", mean=data.MEAN, std=data.STD, **options)
+
+
+def exchanged(model: BAT, groups: Mapping[str, Sequence[tuple[data.Sequence, int]]]) -> dict[str, pd.DataFrame]:
+    """The mean of `exchange` over search tokens, for each stream: a row for each group of frames, a column for each
+    adapter. Empty for a model without adapters."""
+    names = {i: [stage for stage in STAGES if stage in found] for i, found in enumerate(model.exchanges)}
+    rows: dict[str, dict[str, list[float]]] = {f"into {stream}": {} for stream in STREAMS}
+    for group, members in groups.items():
+        parts = [crops(model.tracker, video, [t]) for video, t in members[:CHUNK]]
+        traced = trace(model, torch.cat([p.template for p in parts]), torch.cat([p.search for p in parts]))
+        means = [exchange(traced, model.tracker, i, stage) for i, found in names.items() for stage in found]
+        for stream, into in enumerate(rows.values()):
+            into[group] = [float(mean[stream].mean()) for mean in means]
+    columns = [f"{i + 1} {'attn' if stage == 'attention' else 'MLP'}" for i, found in names.items() for stage in found]
+    return {name: pd.DataFrame(found, index=columns).T for name, found in rows.items()} if columns else {}
+
+
+@styled
+def exchange_table(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """The tables of `exchanged` as heatmaps on one colour scale, with the values where there is room."""
+    top = max(table.to_numpy().max() for table in tables.values())
+    first = next(iter(tables.values()))
+    size = (9, 0.42 * len(first) + 1.6)
+    figure, axes = plt.subplots(1, len(tables), figsize=size, sharey=True, squeeze=False)
+    for ax, (name, table) in zip(axes[0], tables.items(), strict=True):
+        artist = ax.imshow(table, cmap=HEAT, vmin=0, vmax=top, aspect="auto")
+        for (row, column), value in np.ndenumerate(table.to_numpy()):
+            if table.shape[1] <= 8:
+                colour = "white" if value < 0.6 * top else "black"
+                ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+        ax.set_xticks(range(table.shape[1]), table.columns, rotation=60, ha="right", fontsize=8)
+        ax.set_yticks(range(len(table)), table.index)
+        ax.set_title(f"{name}, by block and stage")
+    figure.colorbar(artist, ax=axes, label="ratio of norms")
+    return figure
