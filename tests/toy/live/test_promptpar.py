@@ -133,7 +133,7 @@ def test_colours_are_on_other_parts_as_often_as_independent_ones():
 def test_own_images_are_read_as_the_toy_clip_needs_them(tmp_path):
     folder = live.own_folder(tmp_path / "people", 5, 20)
     data = attributes.own_folder(folder, live.transform())
-    assert {name: len(part) for name, part in data.items()} == {"train": 18, "trainval": 18, "test": 2}
+    assert {name: len(part) for name, part in data.items()} == {"trainval": 18, "test": 2}
     assert data["test"].sentences == ("a pedestrian in a red top", "a pedestrian in blue trousers")
     images, persons = synthetic.people(20, "train", "street", 5)
     torch.testing.assert_close(data["test"][1][0], pixels(images[10:11])[0])
@@ -156,8 +156,8 @@ def test_tables_of_the_ablations():
     assert leads.loc["regions", ["seed 200", "seed 201"]].tolist() == [3, -17]
 
 
-def test_maps_of_a_full_size_grid_at_the_paper_profile(tmp_path, monkeypatch):
-    """Own images and a made-up CLIP of 16 x 16 patches: the cells of the notebook's maps."""
+def test_maps_at_the_paper_profile(tmp_path, monkeypatch):
+    """Own images and a made-up CLIP of square images: the cells of the notebook's maps."""
     shrink("promptpar", monkeypatch)
     folder = live.own_folder(tmp_path / "people", 5, 40)
     p = parameters("promptpar", profile="paper", dataset="folder", data_root=str(folder), accelerator="cpu")
@@ -165,7 +165,7 @@ def test_maps_of_a_full_size_grid_at_the_paper_profile(tmp_path, monkeypatch):
     model = found.build("PromptPAR").eval()
     many, truth = live.test_images(p, found)
     rows_, columns = model.grid
-    assert len(many) == 4 and many.shape[-1] == 224
+    assert many.shape == (4, 3, *model.clip.visual.image_size) and rows_ == columns
     assert live.regions(model, many).shape == (5, rows_, columns)
     attention, cosines = live.by_row(model, many, truth)
     assert attention.shape == cosines.shape == (rows_, 2)

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.patches import Rectangle
@@ -72,7 +71,7 @@ def mask(forbidden: Tensor, groups: int, title: str) -> Figure:
         groups: tokens of the groups together; the patches follow.
     """
     figure, ax = plt.subplots(figsize=(5.4, 3.7))
-    ax.imshow(~forbidden, cmap=_VISIBLE, interpolation="nearest")
+    ax.imshow(~forbidden.numpy(), cmap=_VISIBLE, interpolation="nearest")
     size, patches = groups / 5, (groups + len(forbidden)) / 2
     names = ["CLS, $P_0$", *(f"$LC_{r}, P_{r}$" for r in range(1, 5)), "patches"]
     ax.set_yticks([*((r + 0.5) * size - 0.5 for r in range(5)), patches], names)
@@ -91,7 +90,7 @@ def strips(rows: Mapping[str, Tensor]) -> Figure:
     figure, axes = plt.subplots(len(rows), count, figsize=(6.6, 1.55 * len(rows) + 0.2), squeeze=False)
     for line, (name, seen) in zip(axes, rows.items(), strict=True):
         for r, (ax, strip) in enumerate(zip(line, seen, strict=True), 1):
-            ax.imshow(strip, cmap=_VISIBLE, vmin=0, vmax=1)
+            ax.imshow(strip.numpy(), cmap=_VISIBLE, vmin=0, vmax=1)
             ax.set(xticks=[], yticks=[], title=f"strip {r}: {int(strip.sum())} patches")
         line[0].set_ylabel(name)
     return figure
@@ -131,23 +130,31 @@ def people(images: Tensor, truth: Tensor, names: Sequence[str], title: str) -> F
 
 @styled
 def region_maps(image: Tensor, maps: Mapping[str, Tensor], title: str) -> Figure:
-    """Attention of [CLS] and of each region token over an image, a row for each method; one colour bar.
+    """The attention of [CLS] and of each region token, a row for each method behind the image; one colour bar.
+
+    The colours end at the 97th percentile of all shares: a few patches with more have the brightest colour.
 
     Args:
-        image: (3, H, W).
+        image: (3, H, W), shown with its contrast stretched.
         maps: method -> (1 + R, rows, columns), the share of each patch in the attention to patches.
     """
-    count = max(map(len, maps.values()))
-    figure, axes = plt.subplots(len(maps), count, figsize=(1.2 * count + 1.4, 1.95 * len(maps) + 0.3), squeeze=False)
-    top = 100 * max(float(found.max()) for found in maps.values())
+    count, high = 1 + max(map(len, maps.values())), image.shape[1] / image.shape[2]
+    size = (1.15 * count + 1.4, (1.05 * high + 0.3) * len(maps) + 0.35)
+    figure, axes = plt.subplots(len(maps), count, figsize=size, squeeze=False)
+    top = float(np.percentile(np.concatenate([100 * found.cpu().numpy().ravel() for found in maps.values()]), 97))
+    stretched = (image - image.min()) / (image.max() - image.min())
     for line, (method, found) in zip(axes, maps.items(), strict=True):
-        for r, (ax, heat) in enumerate(zip(line, found, strict=False)):
-            plots.overlay(ax, image, 100 * heat, mode="nearest", limits=(0, top), alpha=0.75, **HALF)
-            ax.set_title(f"$LC_{r}$" if r else "CLS")
-            ax.set_axis_on()
-            ax.set(xticks=[], yticks=[])
+        line[0].imshow(plots.denormalise(stretched, (0, 0, 0), (1, 1, 1)), interpolation="antialiased")
         line[0].set_ylabel(method.replace(", ", ",\n"))
-    bar = figure.colorbar(ScalarMappable(Normalize(0, top), HEAT), ax=axes, shrink=0.8, aspect=22)
+        for r, (ax, heat) in enumerate(zip(line[1:], found, strict=False)):
+            drawn = ax.imshow(
+                100 * heat.cpu().numpy(), cmap=HEAT, vmin=0, vmax=top, aspect=high * heat.shape[1] / len(heat)
+            )
+            ax.set_title(f"$LC_{r}$" if r else "CLS")
+        for ax in line:
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.8, aspect=22, extend="max")
     bar.set_label("share of the attention (%)")
     figure.suptitle(title)
     return figure

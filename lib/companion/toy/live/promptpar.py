@@ -32,8 +32,8 @@ from ..datasets import pedestrians as toy
 
 TASK, METHODS = "street", ("heads only", "PromptPAR, not masked", "PromptPAR")
 METRICS = ["mA", "Acc", "Prec", "Rec", "F1", "F1 of means"]
-MAIN = ["heads only", "deep prompts", "PromptPAR, not masked", "PromptPAR", "PromptPAR, linear fusion"]
-MAIN += ["full fine-tuning"]
+MAIN = ["heads only", "deep prompts", "PromptPAR, not masked", "regions, no similarity loss", "PromptPAR"]
+MAIN += ["PromptPAR, linear fusion", "full fine-tuning"]
 """The methods of the figures."""
 
 EXPECTED = {"heads only": (60, 80), "PromptPAR, not masked": (68, 92), "PromptPAR": (68, 92)}  # mA of the live run
