@@ -163,7 +163,7 @@ def region_maps(image: Tensor, maps: Mapping[str, Tensor], title: str) -> Figure
 @styled
 def attribute_maps(images: Tensor, attention: Tensor, cosines: Tensor, titles: Sequence[str]) -> Figure:
     """For each image (3, H, W): its attention and cosine map of an attribute, both (n, rows, columns), with bars."""
-    figure, axes = plt.subplots(1, 3 * len(images), figsize=(1.25 * 3 * len(images), 2.3), squeeze=False, dpi=72)
+    figure, axes = plt.subplots(1, 3 * len(images), figsize=(1.5 * 3 * len(images), 2.4), squeeze=False, dpi=72)
     for k, image in enumerate(images):
         ax, *others = axes[0, 3 * k : 3 * k + 3]
         ax.imshow(plots.denormalise(image, **HALF), interpolation="antialiased")
