@@ -154,6 +154,13 @@ def test_tables_of_the_ablations():
     claims = [claim for claim in paper("promptpar")["claims"] if claim["kind"] == "synthetic result"]
     leads = live.leads(frame, claims).set_index("claim")
     assert leads.loc["regions", ["seed 200", "seed 201"]].tolist() == [3, -17]
+    reasons = live.reasons(frame, claims)
+    assert list(reasons) == [claim["id"] for claim in claims]
+    assert reasons["regions"] == (
+        "not learned, of 10 pairs of part and seed: PromptPAR 1 (bags: 201); deep prompts 0; "
+        "on the parts that both learned the lead is +0.0 ± 0.0 (lowest +0.0)"
+    )
+    assert reasons["over-full"].endswith("with a linear fusion the lead in mA is +4.0 ± 0.0")
 
 
 def test_maps_at_the_paper_profile(tmp_path, monkeypatch):

@@ -259,6 +259,25 @@ def lost(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table, columns=columns)
 
 
-def reasons(rows: pd.DataFrame) -> dict[str, str]:
-    """Why synthetic results fail, by claim, with what was measured."""
-    return {}
+def reasons(rows: pd.DataFrame, claims: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Why synthetic results fail, by claim: the parts that each method did not learn, and the lead on all others.
+
+    For full fine-tuning also the lead of the linear fusion.
+    """
+    tested, found = rows[rows.stage == "test"].set_index(["method", "seed"]).sort_index(), {}
+    parts = tested[list(toy.PARTS)]
+
+    def missed(method: str) -> str:
+        own = _lost(rows, method)
+        named = "; ".join(f"{part}: {', '.join(map(str, seeds))}" for part, seeds in own.items())
+        return f"{method} {sum(map(len, own.values()))}" + (f" ({named})" if own else "")
+
+    for claim in claims:
+        better, worse = parts.loc[claim["better"]], parts.loc[claim["worse"]]
+        lead = (better - worse).where((better >= CHANCE) & (worse >= CHANCE)).mean(axis=1)
+        text = f"not learned, of {better.size} pairs of part and seed: {missed(claim['better'])}; "
+        text += f"{missed(claim['worse'])}; on the parts that both learned the lead is "
+        found[claim["id"]] = text + f"{lead.mean():+.1f} ± {lead.std():.1f} (lowest {lead.min():+.1f})"
+    linear = tested.mA["PromptPAR, linear fusion"] - tested.mA["full fine-tuning"]
+    found["over-full"] += f"; with a linear fusion the lead in mA is {linear.mean():+.1f} ± {linear.std():.1f}"
+    return found
