@@ -70,7 +70,7 @@ def mask(forbidden: Tensor, groups: int, title: str) -> Figure:
         forbidden: (L, L) as `model.region_mask` returns it, of groups of equal size.
         groups: tokens of the groups together; the patches follow.
     """
-    figure, ax = plt.subplots(figsize=(5.4, 3.7))
+    figure, ax = plt.subplots(figsize=(4.9, 3.7))
     ax.imshow(~forbidden.numpy(), cmap=_VISIBLE, interpolation="nearest")
     size, patches = groups / 5, (groups + len(forbidden)) / 2
     names = ["CLS, $P_0$", *(f"$LC_{r}, P_{r}$" for r in range(1, 5)), "patches"]
