@@ -120,6 +120,7 @@ HOUSE_FIGURES = {
     "radar": radar,
     "diagram": lambda: plots.diagram(NODES, ARROWS),
     "confusion": lambda: plots.confusion([0, 1, 5, 5], {m: [0, 1, 4, 5] for m in METHODS[:4]}, range(6)),
+    "heat table": lambda: plots.heat_table(table()[0], "mA (%)", (0, 100), {METHODS[0]: (0, 1)}, "synthetic images"),
     "curves of one method": lambda: plots.curves({"SA²VP": {"loss": [3.0, 2, 1]}}),
 }
 
@@ -222,6 +223,17 @@ def test_a_confusion_matrix_shows_shares_of_the_true_class():
     np.testing.assert_allclose(shares, [[200 / 3, 0, 100 / 3], [0, 100, 0], [0, 0, 0]])
     assert sorted(text.get_text() for text in figure.axes[0].texts) == ["100", "33", "67"]
     assert figure.axes[0].get_xlabel() == "predicted" and figure.axes[0].get_ylabel() == "true class"
+
+
+def test_a_heat_table_shows_its_numbers_and_frames():
+    values = pd.DataFrame([[10, 90.4], [np.nan, 50]], index=["row 1", "row 2"], columns=["hat", "bag"])
+    figure = plots.heat_table(values, "mA (%)", (0, 100), {"bag": (0, 1)})
+    ax, bar = figure.axes
+    assert [text.get_text() for text in ax.texts] == ["10", "90", "–", "50"]
+    assert [text.get_color() for text in ax.texts] == ["white", "black", "black", "white"]
+    assert ax.images[0].get_clim() == bar.get_ylim() == (0, 100) and bar.get_ylabel() == "mA (%)"
+    (frame,) = ax.patches
+    assert frame.get_xy() == (0.53, -0.5) and frame.get_height() == 2
 
 
 def test_boxes_are_drawn_at_their_positions():

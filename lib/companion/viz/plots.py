@@ -389,6 +389,43 @@ def diagram(nodes: Mapping[str, tuple[float, float, str]], arrows: Iterable[tupl
 
 
 @styled
+def heat_table(
+    table: pd.DataFrame,
+    label: str,
+    limits: tuple[float, float],
+    frames: Mapping[str, tuple[int, int]] = {},
+    title: str = "",
+) -> Figure:
+    """A table as colours, with its numbers and a colour bar; NaN is left white.
+
+    Args:
+        label: what the values are, with their unit.
+        limits: the values at the two ends of the colours.
+        frames: column -> first and last row of a frame around its cells.
+    """
+    values, (rows, columns) = table.to_numpy(dtype=float), table.shape
+    names = [str(name) for name in table.columns]
+    longest = max(len(word) for name in names for word in name.replace("-", " ").split())
+    wide = float(np.clip(0.07 * longest + 0.04, 0.4, 0.8))  # inches a column: its longest word fits
+    figure, ax = plt.subplots(figsize=(wide * columns + 2.2, max(0.3 * rows + 1, 2.2)))
+    drawn = ax.imshow(np.ma.masked_invalid(values), cmap=HEAT, vmin=limits[0], vmax=limits[1], aspect="auto")
+    middle = limits[0] + 0.6 * (limits[1] - limits[0])
+    for (row, column), value in np.ndenumerate(values):
+        text, colour = ("–", "black") if math.isnan(value) else (f"{value:.0f}", "white" if value < middle else "black")
+        ax.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+    for name, (first, last) in frames.items():
+        corner = (list(table.columns).index(name) - 0.47, first - 0.5)
+        ax.add_patch(Rectangle(corner, 0.94, last - first + 1, fill=False, edgecolor="#56B4E9", linewidth=2.2))
+    ax.set_yticks(range(rows), [str(name) for name in table.index])
+    ax.set_xticks(range(columns), [_wrap(name, wide, 8) for name in names], fontsize=8)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_title(title)
+    figure.colorbar(drawn, ax=ax, aspect=18, pad=0.02, label=label)
+    return figure
+
+
+@styled
 def confusion(truth: Sequence[int], predicted: Mapping[str, Sequence[int]], names: Sequence[object]) -> Figure:
     """A confusion matrix for each method: the share of each true class that is predicted as each class, in percent.
 

@@ -22,13 +22,14 @@ HEAT = "inferno"  # perceptually even, readable with every common kind of colour
 # the methods of the ten papers that are drawn together, each group in one of COLOURS: first the papers' own
 _METHODS = (
     "SA²VP; BAT; DMT; DPLQ; ECAMP; Local; MetaSegNet; PromptPAR; SIC-CADS; TIP",
-    "VPT-shallow; thermal only; MAE only; CoOp; MIM only; gated attention; constant text; plain ControlNet; visual",
+    "VPT-shallow; thermal only; MAE only; CoOp; MIM only; gated attention; constant text; plain ControlNet; visual; "
+    "PromptPAR, not masked",
     "VPT-deep; mean of features; iBOT only; MaPLe; MRM-like; Global; zone names; deep prompts; visual+; semantic only; "
     "wrong restoration prompt",
     "full fine-tuning; higher peak; MoCo v3 only; CoCoOp; random init; wrong zone's text; restoration only; "
     "wrong semantic prompt; another picture's scores",
-    "sum of features; one-hot zone; fused; no skipping; prompts swapped",
-    "empty text; text; blind prompt",
+    "sum of features; one-hot zone; fused; no skipping; prompts swapped; PromptPAR, linear fusion",
+    "empty text; text; blind prompt; regions, no similarity loss",
     "linear probing; RGB only; untrained; zero-shot CLIP; raw pixels; mean pooling; unimodal; heads only; "
     "no refinement; no text",
 )

@@ -342,3 +342,11 @@ def test_paper_results_are_judged_from_measurements(tmp_path):
     recipe.measured(path, recipe.row(b16, SimpleNamespace(totals=totals)))
     recipe.measured(path, recipe.row(given(dataset="par/peta"), SimpleNamespace(totals=totals | {"mA": 88.0})))
     assert status("full") == "fails" and status("full-b16") == "holds"
+
+
+def test_the_f1_of_means_separates_two_definitions():
+    """DRFormer printed it, to rounding; PromptPAR and VTB printed the mean of the images' F1, which is lower."""
+    found = recipe.f1_definitions().set_index("method")
+    assert found.loc["PromptPAR", "PETA F1 of means"] == pytest.approx(2 * 89.04 * 89.74 / (89.04 + 89.74))
+    assert abs(found.loc["DRFormer", "PETA difference"]) < 0.02
+    assert all(0.15 < found.loc[method, "PETA difference"] < 0.5 for method in ("PromptPAR", "VTB"))

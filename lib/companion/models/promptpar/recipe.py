@@ -62,6 +62,16 @@ SIMILARITY = 0.5  # weight of the similarity in the loss
 TEXTS = {"par/rapv1": "phrases"}  # the texts that the authors' script passes to CLIP instead of the sentences
 MAXIMA = ("mA", "Acc", "F1")  # metrics of which the authors' code prints the maximum over epochs
 MAXIMUM = "maxima over epochs"
+F1_KNOWN = (
+    "VTB",
+    "PromptPAR",
+    "DRFormer",
+    "DAFL",
+    "OAGCN",
+    "SSPNet",
+    "PARformer",
+    "LLM-PAR",
+)  # rows of `f1_definitions`
 WORKERS = min(8, os.cpu_count() or 1)
 
 
@@ -447,6 +457,18 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
         own = {key: value for key, value in here.items() if key[1] in frame.columns}
         found[frame.attrs["title"]] = compare_published(frame, own)
     return found
+
+
+def f1_definitions() -> pd.DataFrame:
+    """The printed F1 of published methods, and the F1 of means that follows from their printed Prec and Recall."""
+    frame = published_table("promptpar", RESULTS[0])
+    found = pd.DataFrame({"method": frame.method})
+    for name in ("PETA", "PA100K", "RAPv1"):
+        precision, recall, printed = (frame[f"{name} {metric}"] for metric in ("Prec", "Recall", "F1"))
+        found[f"{name} F1"] = printed
+        found[f"{name} F1 of means"] = 2 * precision * recall / (precision + recall)
+        found[f"{name} difference"] = found[f"{name} F1 of means"] - printed
+    return found[found.method.isin(F1_KNOWN)]
 
 
 def protocol() -> dict[str, str]:
