@@ -15,7 +15,7 @@ from torch import Tensor
 from ...viz import plots
 from ...viz.style import COLOURS, HEAT, styled
 
-HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}  # PromptPAR's normalisation of images
+HALF = (0.5, 0.5, 0.5)  # mean and std of PromptPAR's normalisation of images
 _VISIBLE = ListedColormap(["#e3e3e3", COLOURS[0]])  # not attended to; attended to
 
 
@@ -119,7 +119,9 @@ def people(images: Tensor, truth: Tensor, names: Sequence[str], title: str) -> F
     """Images (n, 3, H, W), each above the names of its attributes, `truth` (n, A); with many, their number."""
     figure, axes = plt.subplots(1, len(images), figsize=(8.6, 3.3), squeeze=False)
     for ax, image, labels in zip(axes[0], images, truth, strict=True):
-        ax.imshow(plots.denormalise(image, **HALF), interpolation="nearest" if image.shape[-1] < 64 else "antialiased")
+        ax.imshow(
+            plots.denormalise(image, HALF, HALF), interpolation="nearest" if image.shape[-1] < 64 else "antialiased"
+        )
         named = [name for name, label in zip(names, labels, strict=True) if label == 1]
         ax.set(xticks=[], yticks=[])
         ax.set_xlabel("\n".join(named) if len(names) < 16 else f"{len(named)} attributes", loc="left", fontsize=8)
@@ -166,11 +168,11 @@ def attribute_maps(images: Tensor, attention: Tensor, cosines: Tensor, titles: S
     figure, axes = plt.subplots(1, 3 * len(images), figsize=(1.5 * 3 * len(images), 2.4), squeeze=False, dpi=72)
     for k, image in enumerate(images):
         ax, *others = axes[0, 3 * k : 3 * k + 3]
-        ax.imshow(plots.denormalise(image, **HALF), interpolation="antialiased")
+        ax.imshow(plots.denormalise(image, HALF, HALF), interpolation="antialiased")
         ax.set(xticks=[], yticks=[])
         ax.set_title(titles[k], fontsize=9)
         maps = {"attention (%)": 100 * attention[k], "cosine": cosines[k]}
         for other, (name, heat) in zip(others, maps.items(), strict=True):
-            plots.overlay(other, image, heat, mode="nearest", alpha=0.75, colour_bar=True, **HALF)
+            plots.overlay(other, image, heat, mode="nearest", alpha=0.75, colour_bar=True, mean=HALF, std=HALF)
             other.set_title(name, fontsize=9)
     return figure
