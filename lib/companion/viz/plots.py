@@ -389,14 +389,18 @@ def diagram(nodes: Mapping[str, tuple[float, float, str]], arrows: Iterable[tupl
 
 
 @styled
-def confusion(truth: Sequence[int], predicted: Mapping[str, Sequence[int]], classes: int) -> Figure:
+def confusion(
+    truth: Sequence[int], predicted: Mapping[str, Sequence[int]], classes: int, names: Sequence[str] = ()
+) -> Figure:
     """A confusion matrix for each method: the share of each true class that is predicted as each class, in percent.
 
     Args:
         truth: labels (n,), 0 to classes - 1.
         predicted: method -> its labels (n,).
+        names: of the classes; default their numbers.
     """
-    figure, axes = plt.subplots(1, len(predicted), figsize=(2.0 * len(predicted) + 0.9, 2.6), squeeze=False)
+    side = 2.0 if not names else 3.1
+    figure, axes = plt.subplots(1, len(predicted), figsize=(side * len(predicted) + 0.9, side + 0.6), squeeze=False)
     for ax, (method, labels) in zip(axes[0], predicted.items(), strict=True):
         counts = np.zeros((classes, classes))
         np.add.at(counts, (np.asarray(truth), np.asarray(labels)), 1)
@@ -407,6 +411,9 @@ def confusion(truth: Sequence[int], predicted: Mapping[str, Sequence[int]], clas
                 colour = "white" if value < 60 else "black"
                 ax.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=colour)
         ax.set(title=method, xlabel="predicted", xticks=range(classes), yticks=range(classes))
+        if names:
+            ax.set_xticks(range(classes), names, rotation=90)
+            ax.set_yticks(range(classes), names if ax is axes[0, 0] else [""] * classes)
     axes[0, 0].set_ylabel("true class")
     figure.colorbar(drawn, ax=axes, shrink=0.8, aspect=20, pad=0.02, label="% of the true class")
     return figure
