@@ -46,6 +46,10 @@ def test_the_table_scores_each_network_with_its_text(found, models):
     matrix = metrics.confusion(part.labels, predicted, len(landcover.CLASSES))
     assert table["mIoU, left out"]["MetaSegNet, wrong prompt"] == pytest.approx(metrics.scores(matrix).miou)
     assert table.loc["MetaSegNet", "building"] != table.loc["MetaSegNet, wrong prompt", "building"]
+    left = live.scores(setting, models, ("wrong",), "left out").set_index("network")
+    iou = metrics.scores(matrix).iou[landcover.CLASSES.index("building")]
+    assert len(left) == 3 and left.loc["MetaSegNet, wrong prompt", "building"] == pytest.approx(float(iou))
+    assert left["mIoU, seen"].equals(table["mIoU, seen"][:3])
 
 
 def test_the_images_shown_are_of_their_zones(found):
@@ -104,8 +108,11 @@ def test_tables_of_the_study():
     assert list(classes.columns) == ["task", "method", *landcover.CLASSES]
     left = live.left_out_table(rows(), ["MetaSegNet", "MiniLM text"]).set_index("seed")
     assert left.zone.to_dict() == {200: study.left_out(200), 201: study.left_out(201)}
-    assert left["known words, name"].to_dict() == {200: "1 of 3", 201: "0 of 3"}  # "steppe" of "BSk, cold steppe"
-    assert left["known words, description"][201] == "19 of 22" and left["MiniLM text"][201] == 51
+    assert left["known words, code and name"].to_dict() == {
+        200: "1 of 3",
+        201: "0 of 3",
+    }  # "steppe" of "BSk, cold steppe"
+    assert left["known words, description"][201] == "19 of 19" and left["MiniLM text"][201] == 51
     assert live.lead(rows(), "left out", "MiniLM text", "MetaSegNet") == "+1.0 ± 0.0 points"
 
 

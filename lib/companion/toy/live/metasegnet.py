@@ -100,18 +100,23 @@ def full_size(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, 
 # --- predictions of the live networks ---------------------------------------------------------------------------------
 
 
-def scores(found: Setting, models: Mapping[str, MetaSegNet]) -> pd.DataFrame:
-    """mIoU in the zones seen and in the one left out, and the IoU of each class in the zones seen, by network and text.
+def scores(
+    found: Setting, models: Mapping[str, MetaSegNet], kinds: Sequence[str] = ("wrong", "empty"), test: str = "seen"
+) -> pd.DataFrame:
+    """mIoU in the zones seen and in the one left out, and the IoU of each class on one of the two, by network.
 
-    A wrong prompt is of a zone that differs in moisture and building style, an empty one has no word.
+    Args:
+        kinds: of prompts, for MetaSegNet next to the right ones: "wrong" of a zone that differs in moisture and
+            building style, "empty" without a word.
+        test: "seen" or "left out", of the IoU of each class.
     """
     asked = {name: (name, "") for name in models}
-    asked |= {f"MetaSegNet, {kind} prompt": ("MetaSegNet", kind) for kind in ("wrong", "empty")}
+    asked |= {f"MetaSegNet, {kind} prompt": ("MetaSegNet", kind) for kind in kinds}
     rows = []
     for label, (name, kind) in asked.items():
-        seen, left = (metrics.scores(recipe.matrix(found, models[name], name, test, kind)) for test in found.tests)
-        row = {"network": label, "mIoU, seen": seen.miou, "mIoU, left out": left.miou}
-        rows.append(row | dict(zip(landcover.CLASSES, seen.iou.tolist(), strict=True)))
+        each = {t: metrics.scores(recipe.matrix(found, models[name], name, t, kind)) for t in found.tests}
+        row = {"network": label} | {f"mIoU, {t}": own.miou for t, own in each.items()}
+        rows.append(row | dict(zip(landcover.CLASSES, each[test].iou.tolist(), strict=True)))
     return pd.DataFrame(rows)
 
 
@@ -251,17 +256,12 @@ def left_out_table(rows: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
     tested = rows[(rows.stage == "test") & (rows.task == "left out")].set_index(["method", "seed"])
     found = []
     for seed in sorted(set(tested.index.get_level_values("seed"))):
-        zone, known = study.left_out(seed), {}
-        for kind in ("name", "full"):
-            seen = {word for other in study.seen(seed) for word in split(study.prompts().text(other, kind))}
-            own = split(study.prompts().text(zone, kind))[2:]  # without "climate zone"
-            known[kind] = f"{sum(word in seen for word in own)} of {len(own)}"
-        row = {
-            "seed": seed,
-            "zone": zone,
-            "known words, name": known["name"],
-            "known words, description": known["full"],
-        }
+        row = {"seed": seed, "zone": study.left_out(seed)}
+        parts = [text(zone).partition(".") for zone in (row["zone"], *study.seen(seed))]
+        for name, texts in {"code and name": [p[0] for p in parts], "description": [p[2] for p in parts]}.items():
+            own, *others = ([w for w in split(words) if w not in ("climate", "zone")] for words in texts)
+            known = sum(any(word in other for other in others) for word in own)
+            row[f"known words, {name}"] = f"{known} of {len(own)}"
         found.append(row | {method: tested.mIoU[method, seed] for method in methods})
     return pd.DataFrame(found)
 
@@ -315,7 +315,7 @@ def own_area(folder: Path, zones: Sequence[str], seed: int, count: int = 4) -> P
 
 
 def regions_by_zone() -> tuple[pd.DataFrame, list[str]]:
-    """OpenEarthMap's regions by climate zone of the place that names them, and the regions without a known place."""
+    """OpenEarthMap's regions by climate zone, and the regions without a known location."""
     places = data.read_places()
     zones = {name: climate.zone(at.latitude, at.longitude, reach=data.COAST) for name, at in places.items()}
     counts = pd.Series([zone for zone in zones.values() if zone is not None]).value_counts().sort_index()
