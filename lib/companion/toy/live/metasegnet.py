@@ -180,7 +180,7 @@ def under(model: MetaSegNet, test: landcover.Part, index: int, zone: str) -> Fig
         titles,
         side=1.7,
     )
-    figure.set_dpi(64)
+    figure.set_dpi(84)
     return figure
 
 
