@@ -121,6 +121,7 @@ HOUSE_FIGURES = {
     "diagram": lambda: plots.diagram(NODES, ARROWS),
     "confusion": lambda: plots.confusion([0, 1, 5, 5], {m: [0, 1, 4, 5] for m in METHODS[:4]}, range(6)),
     "heat table": lambda: plots.heat_table(table()[0], "mA (%)", (0, 100), {METHODS[0]: (0, 1)}, "synthetic images"),
+    "confusion, names": lambda: plots.confusion([0, 1, 5, 5], {m: [0, 1, 4, 5] for m in METHODS[:2]}, TASKS),
     "curves of one method": lambda: plots.curves({"SA²VP": {"loss": [3.0, 2, 1]}}),
 }
 
@@ -223,6 +224,9 @@ def test_a_confusion_matrix_shows_shares_of_the_true_class():
     np.testing.assert_allclose(shares, [[200 / 3, 0, 100 / 3], [0, 100, 0], [0, 0, 0]])
     assert sorted(text.get_text() for text in figure.axes[0].texts) == ["100", "33", "67"]
     assert figure.axes[0].get_xlabel() == "predicted" and figure.axes[0].get_ylabel() == "true class"
+    named = plots.confusion([0, 1], {"A": [0, 1], "B": [1, 0]}, ["water", "road"])
+    assert [label.get_text() for label in named.axes[0].get_yticklabels()] == ["water", "road"]
+    assert [label.get_text() for label in named.axes[1].get_xticklabels()] == ["water", "road"]
 
 
 def test_a_heat_table_shows_its_numbers_and_frames():

@@ -449,7 +449,7 @@ def confusion(truth: Sequence[int], predicted: Mapping[str, Sequence[int]], name
                 ax.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=colour)
         ax.set(title=method, xlabel="predicted")
         ax.set_xticks(range(classes), names, rotation=90 if longest > 2 else 0)
-        ax.set_yticks(range(classes), names)
+        ax.set_yticks(range(classes), names if ax is axes[0, 0] else [""] * classes)
     axes[0, 0].set_ylabel("true class")
     figure.colorbar(drawn, ax=axes, shrink=0.8, aspect=20, pad=0.02, label="% of the true class")
     return figure

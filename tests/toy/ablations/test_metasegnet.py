@@ -65,6 +65,20 @@ def test_a_word_of_the_zone_left_out_alone_is_unknown():
     assert Words.UNKNOWN not in said[7:]  # the description is made of words that others have
 
 
+def test_minilm_is_frozen_and_reads_whole_texts():
+    """No text is truncated, and a hidden header hides the zone from it."""
+    network = study.build("MiniLM text", 0)
+    texts = [study.prompts().text(zone) for zone in landcover.ZONES]
+    ids = network.ids([*texts, *(headless(text, "[UNK]") for text in texts)])
+    assert ids.shape == (18, study.SUBWORDS) and (network.text.mask(ids).sum(1) < study.SUBWORDS).all()
+    assert len(ids[:9].unique(dim=0)) == 9
+    for text, row in zip(texts, ids[9:], strict=True):
+        header = text.partition(".")[0].removeprefix("climate zone ")
+        hidden = network.text.tokenizer.decode(row[network.text.mask(row)])
+        assert "[UNK]" in hidden and not any(word.lower() in hidden.split(".")[0] for word in header.split(", "))
+    assert not any(name.startswith("text.") for name in network.trained())
+
+
 def test_texts_at_test():
     zones, seed = tuple(landcover.ZONES), study.ORDER.index("Csa")
     right, wrong = (study.texts(zones, kind, seed) for kind in ("full", "wrong"))

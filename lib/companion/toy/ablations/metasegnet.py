@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from ... import backbones
 from ...climate import Prompts
 from ...evaluation.metrics import landcover as metrics
 from ...models.metasegnet.model import MetaSegNet
-from ...models.metasegnet.text import Words, headless
+from ...models.metasegnet.text import BertText, TextEncoder, Words, headless
 from ...training.fit import CPU, History, fit
 from ...training.schedules import adamw
 from ..datasets import landcover as pocket
@@ -37,6 +38,7 @@ BUDGET = f"{STEPS} steps, batch {RECIPE['batch']}"
 TEST_BATCH = 60
 DROPPED = 0.5  # header dropout: the fraction of training texts whose code and name are hidden
 LENGTH = 48  # words of the longest text
+SUBWORDS = 64  # MiniLM's tokens of the longest text, and a few more
 # the zones that seeds leave out, by the remainder of seed / 9
 ORDER = ("Csa", "Af", "BSk", "Cfb", "Aw", "BWh", "Am", "BSh", "Cfa")
 
@@ -51,6 +53,7 @@ NETWORKS: dict[str, dict | None] = {
     "fusion at stage 1": {"stages": (1,)},
     "fusion at stage 4": {"stages": (4,)},
     "fusion at stages 3 and 4": {"stages": (3, 4)},
+    "MiniLM text": {"encoder": "all-MiniLM-L6-v2"},
 }
 # a trained MetaSegNet with other texts at test
 MISLED = {"wrong zone's text": "wrong", "shuffled texts": "shuffled", "empty text": "empty"}
@@ -104,10 +107,18 @@ def texts(zones: tuple[str, ...], kind: str, seed: int) -> list[str]:
 # --- the networks -----------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def _pretrained(name: str) -> tuple[nn.Module, Any]:
+    return backbones.build_text(name)
+
+
 def build(network: str, seed: int) -> MetaSegNet:
     """A network before training. All networks of a seed have the same initial encoder, decoder and word embeddings.
 
     The vocabulary is that of the training texts: words that occur only in the text of the zone left out are unknown.
+    MiniLM is pretrained and frozen, and knows them.
+
+    Raises `MissingWeights`: MiniLM is neither cached nor installed (extra `real`).
     """
     torch.manual_seed(seed)
     twin = MetaSegNet.build(len(pocket.CLASSES), size="pocket")
@@ -115,7 +126,11 @@ def build(network: str, seed: int) -> MetaSegNet:
         return twin
     torch.manual_seed(seed)
     sizes = {"length": LENGTH} | {name: options[name] for name in ("layers", "length") if name in options}
-    words = Words.of(prompts().texts(seen(seed), level(network)), **sizes)
+    words: TextEncoder
+    if "encoder" in options:
+        words = BertText(*_pretrained(options["encoder"]), length=SUBWORDS)
+    else:
+        words = Words.of(prompts().texts(seen(seed), level(network)), **sizes)
     stages = options.get("stages", (1, 2, 3, 4))
     model = MetaSegNet.build(len(pocket.CLASSES), words, "pocket", fusion_stages=stages)
     model.load_state_dict(twin.state_dict(), strict=False)
@@ -129,7 +144,8 @@ def train_model(
     tensors = [data.images, data.labels]
     if model.text is not None:
         given = prompts().texts(data.zones, level(network))
-        tensors += [model.text.ids(given), model.text.ids([headless(text) for text in given])]
+        unknown = "[UNK]" if isinstance(model.text, BertText) else "unknown"
+        tensors += [model.text.ids(given), model.text.ids([headless(text, unknown) for text in given])]
     dropped = (NETWORKS[network] or {}).get("dropped", DROPPED if level(network) == "full" else 0.0)
 
     def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:

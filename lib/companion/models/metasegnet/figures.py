@@ -1,0 +1,228 @@
+"""Figures of MetaSegNet alone: the architecture, maps of land cover, and the attention of positions to words."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, Normalize, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from ...viz import plots
+from ...viz.style import COLOURS, HEAT, method_colours, styled
+
+AUTHORS, OURS = ("#cfe3f3", COLOURS[0]), ("#fbe3b5", COLOURS[1])
+"""Face and edge of a module: read from the author's image-only code; reconstruction."""
+ONLY = method_colours(["MetaSegNet", "unimodal"])
+"""Colours of the pixels that one network alone predicts correctly."""
+
+
+@styled
+def architecture(image: np.ndarray, labels: np.ndarray, classes: Mapping[str, str], prompt: str) -> Figure:
+    """The network, with the numbers of its equations: the author's modules blue, the reconstruction orange.
+
+    Args:
+        image, labels: (H, W, 3) uint8 and (H, W), a synthetic example.
+        classes: colour of each class.
+        prompt: the text of the example, broken into lines.
+    """
+    figure, ax = plt.subplots(figsize=(8.8, 4.6))
+
+    def box(x: float, y: float, width: float, text: str, kind: tuple[str, str]) -> None:
+        ax.add_patch(Rectangle((x, y - 0.24), width, 0.48, facecolor=kind[0], edgecolor=kind[1]))
+        ax.text(x + width / 2, y, text, ha="center", va="center", fontsize=8.5)
+
+    def arrow(*points: tuple[float, float]) -> None:
+        *before, last = points
+        for start, end in itertools.pairwise(before):
+            ax.plot(*zip(start, end, strict=True), color="#333333", linewidth=1.1)
+        style = {"arrowstyle": "-|>", "color": "#333333", "linewidth": 1.1, "shrinkA": 0, "shrinkB": 0}
+        ax.annotate("", last, before[-1], arrowprops=style)
+
+    ys = (4.3, 3.55, 2.8, 2.05)
+    decoder = ("FRH (8)", "WF, GLTB (7)", "WF, GLTB (7)", "GLTB (7)")
+    ax.imshow(image, extent=(0, 1.25, 3.675, 4.925))
+    ax.imshow(painted(labels, classes).permute(1, 2, 0).numpy(), extent=(9.15, 10.4, 3.675, 4.925))
+    for k, (y, name) in enumerate(zip(ys, decoder, strict=True), 1):
+        box(1.75, y, 1.35, f"Swin {k}, LN (2)", AUTHORS)
+        box(4.0, y, 1.25, "fusion (3)–(6)", OURS)
+        box(6.15, y, 1.35, name, AUTHORS)
+        arrow((3.1, y), (4.0, y))
+        arrow((5.25, y), (6.15, y))
+        ax.text(3.53, y + 0.1, f"$X_{k}$", ha="center", fontsize=8.5)
+        ax.text(5.7, y + 0.1, f"$r_{k}$", ha="center", fontsize=8.5)
+        ax.text(3.53, y - 0.22, f"H/{2 ** (k + 1)}", ha="center", fontsize=8, color="#555555")
+    for above, below in itertools.pairwise(ys):
+        arrow((2.42, above - 0.24), (2.42, below + 0.24))
+        arrow((6.82, below + 0.24), (6.82, above - 0.24))
+    arrow((1.25, ys[0]), (1.75, ys[0]))
+    box(7.85, ys[0], 0.95, "head (9)", AUTHORS)
+    arrow((7.5, ys[0]), (7.85, ys[0]))
+    arrow((8.8, ys[0]), (9.15, ys[0]))
+    ax.text(9.77, 3.5, "land cover", ha="center", va="center", fontsize=8.5)
+    ax.text(0.62, 3.5, "image (synthetic)", ha="center", va="center", fontsize=8.5)
+    ax.text(0.0, 0.75, "41.90° N\n12.50° E", va="center", fontsize=8.5)
+    box(1.25, 0.75, 1.05, "climate zone", OURS)
+    ax.text(5.05, 0.75, prompt, ha="center", va="center", fontsize=8.5)
+    box(7.75, 0.75, 1.45, "text encoder (1)", OURS)
+    arrow((0.95, 0.75), (1.25, 0.75))
+    arrow((2.3, 0.75), (3.2, 0.75))
+    arrow((6.9, 0.75), (7.75, 0.75))
+    arrow((8.47, 0.99), (8.47, 1.4), (4.62, 1.4), (4.62, ys[3] - 0.24))
+    for above, below in itertools.pairwise(ys):
+        arrow((4.62, below + 0.24), (4.62, above - 0.24))
+    ax.text(6.6, 1.5, "$T$: one state a word, to every fusion", ha="center", fontsize=8.5)
+    handles = [Rectangle((0, 0), 1, 1, facecolor=face, edgecolor=edge) for face, edge in (AUTHORS, OURS)]
+    names = ["read from the author's image-only code", "reconstruction (ours)"]
+    figure.legend(handles, names, loc="outside lower center", ncols=2)
+    ax.set(xlim=(-0.1, 10.5), ylim=(0.3, 5.0), aspect="equal")
+    ax.set_axis_off()
+    return figure
+
+
+def painted(image: np.ndarray | Tensor, classes: Mapping[str, str]) -> Tensor:
+    """An RGB image (3, H, W) in 0 to 1: labels (H, W) in the colours of the classes, unlabelled pixels black."""
+    image = torch.as_tensor(image)
+    if image.ndim == 3:
+        return image
+    colours = torch.tensor([to_rgb(colour) for colour in (*classes.values(), "black")])
+    return colours[image.long().clamp_max(len(classes))].permute(2, 0, 1)
+
+
+def differing(truth: Tensor, predicted: Mapping[str, Tensor]) -> Tensor:
+    """An image (3, H, W): pixels that one network of `ONLY` alone predicts correctly in its colour, others grey."""
+    correct = {name: predicted[name] == truth for name in ONLY}
+    drawn = torch.full((*truth.shape, 3), 0.93)
+    for name, other in itertools.permutations(ONLY):
+        drawn[correct[name] & ~correct[other]] = torch.tensor(to_rgb(ONLY[name]))
+    return drawn.permute(2, 0, 1)
+
+
+@styled
+def land_cover(
+    rows: Mapping[str, Sequence[np.ndarray | Tensor]],
+    classes: Mapping[str, str],
+    titles: Sequence[str] | Mapping[str, Sequence[str]] = (),
+    *,
+    side: float = 1.2,
+    title: str = "",
+) -> Figure:
+    """A grid of images (3, H, W) and label maps (H, W), with a legend of the classes; arguments as `image_rows`."""
+    coloured = {name: [painted(image, classes) for image in images] for name, images in rows.items()}
+    figure = plots.image_rows(coloured, titles, side=side, title=title)
+    legend(figure, classes)
+    return figure
+
+
+def legend(figure: Figure, colours: Mapping[str, str]) -> None:
+    """Squares with names below a figure, in as few rows as its width allows."""
+    handles = [Rectangle((0, 0), 1, 1, facecolor=c, edgecolor="#333333", linewidth=0.5) for c in colours.values()]
+    points = sum(5.4 * len(name) + 34 for name in colours)  # letters, square and gap
+    columns = math.ceil(len(colours) / math.ceil(points / (72 * figure.get_figwidth())))
+    figure.legend(handles, list(colours), loc="outside lower center", ncols=columns, handlelength=1, columnspacing=1)
+
+
+@styled
+def word_maps(image: Tensor, maps: Mapping[str, Tensor], words: Sequence[str], shown: Sequence[int]) -> Figure:
+    """Attention of each position to some words: a row for each stage, a column for each word, one colour scale.
+
+    Args:
+        image: (3, H, W) in 0 to 1.
+        maps: stage -> attention (h, w, L).
+        words: the L words. shown: the indices of those drawn.
+    """
+    size = (8.4, 1.02 * len(maps) + 0.3)
+    figure, axes = plt.subplots(len(maps), 1 + len(shown), figsize=size, squeeze=False, layout="compressed")
+    scale = Normalize(0, max(float(m[..., list(shown)].max()) for m in maps.values()))
+    for line, (stage, attention) in zip(axes, maps.items(), strict=True):
+        line[0].imshow(image.permute(1, 2, 0).numpy())
+        line[0].set_ylabel(f"{stage}\n{attention.shape[0]} × {attention.shape[1]}")
+        for ax, index in zip(line[1:], shown, strict=True):
+            ax.imshow(attention[..., index].numpy(), cmap=HEAT, norm=scale)
+        for ax in line:
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+    axes[0, 0].set_title("synthetic image", fontsize=8.5)
+    for ax, index in zip(axes[0, 1:], shown, strict=True):
+        ax.set_title(f"“{words[index]}” ({index + 1})", fontsize=8.5)
+    bar = figure.colorbar(ScalarMappable(scale, HEAT), ax=axes, shrink=0.7, aspect=25, pad=0.02)
+    bar.set_label("attention, mean over heads")
+    return figure
+
+
+@styled
+def classes_and_words(panels: Mapping[str, tuple[Sequence[str], np.ndarray]], classes: Sequence[str]) -> Figure:
+    """Attention of the pixels of each class to each word, minus the mean over the classes, in percentage points.
+
+    Args:
+        panels: title -> words (L), attention (C, L) in percent.
+    """
+    figure, axes = plt.subplots(len(panels), 1, figsize=(8.6, 2.75 * len(panels)), squeeze=False)
+    excess = {title: values - values.mean(0) for title, (_, values) in panels.items()}
+    reach = max(float(np.abs(x).max()) for x in excess.values())
+    scale = Normalize(-reach, reach)
+    for ax, (title, values) in zip(axes[:, 0], excess.items(), strict=True):
+        drawn = ax.imshow(values, cmap="PuOr", norm=scale, aspect="auto")
+        words = panels[title][0]
+        ax.set_xticks(range(len(words)), words, rotation=90, fontsize=8)
+        ax.set_yticks(range(len(classes)), classes, fontsize=8)
+        ax.set_title(title)
+    figure.colorbar(drawn, ax=axes, aspect=25, pad=0.01, label="attention minus mean over classes (points)")
+    return figure
+
+
+@styled
+def prompt_components(
+    panels: Mapping[str, np.ndarray], zones: Mapping[str, tuple[int, int]], moistures: Sequence[str], left_out: str
+) -> Figure:
+    """The first two principal components of one vector for each zone's prompt; the zone left out has a ring.
+
+    Args:
+        panels: title -> vectors (zones, D).
+        zones: code -> index of the moisture (colour) and of the building style (marker).
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(8.6, 3.2), squeeze=False)
+    for ax, (title, vectors) in zip(axes[0], panels.items(), strict=True):
+        centred = vectors - vectors.mean(0)
+        u, s, _ = np.linalg.svd(centred, full_matrices=False)
+        share = 100 * (s[:2] ** 2).sum() / (s**2).sum()
+        for (zone, (moisture, style)), (x, y) in zip(zones.items(), u[:, :2] * s[:2], strict=True):
+            ax.scatter(x, y, s=46, color=COLOURS[moisture], marker="os^"[style])
+            if zone == left_out:
+                ax.scatter(x, y, s=170, facecolors="none", edgecolors="black")
+            ax.annotate(zone, (x, y), (7, (-3, 8, -14)[style]), textcoords="offset points", fontsize=8)
+        ax.set(title=title, xlabel=f"first component ({share:.0f} % with the second)", xticks=[], yticks=[])
+        ax.margins(0.2)
+    axes[0, 0].set_ylabel("second component")
+    marks = [plt.Line2D([], [], linestyle="", marker="o", color=COLOURS[i]) for i in range(len(moistures))]
+    marks += [plt.Line2D([], [], linestyle="", marker=m, color="#777777") for m in "os^"]
+    marks.append(plt.Line2D([], [], linestyle="", marker="o", color="none", markeredgecolor="black", markersize=11))
+    names = [*moistures, *(f"building style {i}" for i in range(3)), "left out of training"]
+    figure.legend(marks, names, loc="outside lower center", ncols=len(names), handletextpad=0.2, columnspacing=1)
+    return figure
+
+
+@styled
+def gradients(maps: Mapping[str, Tensor], row: int, column: int) -> Figure:
+    """Norm of the gradient of one output position with respect to each input position, relative to its largest.
+
+    Args:
+        maps: title -> norms (H, W).
+        row, column: the output position, marked.
+    """
+    figure, axes = plt.subplots(1, len(maps), figsize=(8.6, 2.4), squeeze=False, layout="compressed")
+    for ax, (title, norms) in zip(axes[0], maps.items(), strict=True):
+        ax.imshow((norms / norms.max()).clamp_min(1e-3).numpy(), cmap=HEAT, norm=LogNorm(1e-3, 1))
+        ax.plot(column, row, "o", color="white", markersize=3, markeredgecolor="black")
+        ax.set_title(title, fontsize=9)
+        ax.set(xticks=[], yticks=[])
+    bar = figure.colorbar(ScalarMappable(LogNorm(1e-3, 1), HEAT), ax=axes, shrink=0.8, aspect=18, pad=0.02)
+    bar.set_label("gradient / largest")
+    return figure
