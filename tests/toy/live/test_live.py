@@ -37,6 +37,8 @@ def test_bat(tmp_path, monkeypatch):
         assert len(history) == (2 if method == "BAT" else 0)
     with pytest.raises(KeyError):
         bat_live.setting(parameters("bat", seed=3), tmp_path, {}).train("BAT")
+    own = bat_live.own_video(parameters("bat", seed=3), tmp_path)
+    assert own.name == found.videos[0].name and len(own.visible) == len(own.infrared) == len(own.boxes)
 
 
 def test_dplq(tmp_path):

@@ -49,6 +49,13 @@ def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, st
     return recipe.Setting("synthetic videos", videos, METHODS, train, track, "lasher", ablation.PIXELS)
 
 
+def own_video(p: SimpleNamespace, out: Path) -> data.Sequence:
+    """A synthetic test video as two folders of frames with boxes, for the example of own data."""
+    root = study_root(str(out / "data"), p.seed)
+    toy.write(root, p.seed)
+    return data.load("pocket/rgbt", root, "test")[0]
+
+
 def captions(p: SimpleNamespace, out: Path, videos: Sequence[data.Sequence]) -> dict[str, list[str]]:
     """The situation of each frame of each video; empty strings at the `paper` profile, where it is not known."""
     if p.profile != "pocket":
