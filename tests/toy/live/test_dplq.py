@@ -72,13 +72,11 @@ def test_tables_of_the_study(rows):
     table = live.study_table(rows, live.FIRST_TABLE, ("HM", *study.SENSORS)).set_index(["domain", "method"])
     assert table.loc[("remote", "DPLQ"), "HM"] == "80.0 ± 0.0" == table.loc[("remote", "DPLQ"), study.SENSORS[0]]
     assert table.loc[("medical", "CoOp"), "HM"] == "49.0 ± 1.4" and len(table) == 2 * len(live.FIRST_TABLE)
-    found = live.controls(rows).set_index(["domain", "method"])
-    assert found.loc[("remote", "DPLQ, real layers"), "seeds"] == "1 of 2"
-    assert found.loc[("remote", "DPLQ, real layers"), "lead of DPLQ"] == "+4.0 ± 8.5"
-    assert found.loc[("remote", "DPLQ"), "lead of DPLQ"] == "" and ("medical", "DPLQ, an axis each") not in found.index
+    found = live.study_table(rows, live.CONTROLS, ("HM", "base"), "DPLQ").set_index(["domain", "method"])
+    assert found.loc[("remote", "DPLQ, real layers"), "seeds won"] == "1 of 2"
+    assert found.loc[("remote", "DPLQ, real layers"), "lead of DPLQ, HM"] == "+4.0 ± 8.5"
+    assert found.index[0] == ("remote", "DPLQ") and ("medical", "DPLQ, an axis each") not in found.index
     assert live.lottery(rows).set_index(["task", "method"]).loc[("medical", live.OTHER), "seed 2"] == "48.0 (0.25)"
-    noise = live.noise_table(rows)
-    assert noise.method.tolist() == ["DPLQ", *live.NOISY] and noise["against no noise"].iloc[-1] == ""
     assert live.reasons(rows)["quaternions"].endswith("ahead on 1 seeds on remote and 1 seeds on medical")
 
 

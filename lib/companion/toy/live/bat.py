@@ -94,24 +94,9 @@ def by_situation(
 
 def study_table(rows: pd.DataFrame) -> pd.DataFrame:
     """The methods of the study: test scores over seeds, learning rate and trainable parameters."""
-    found = {metric: ablations.summary(rows, metric).set_index("method") for metric in METRICS}
-    order = [method for method in ablation.METHODS if method in found["SR"].index]
-    table = pd.DataFrame({"method": order})
-    for metric, scores in found.items():
-        table[metric] = [f"{scores['mean'][m]:.1f} ± {scores['std'][m]:.1f}" for m in order]
-    learning_rates = found["SR"].learning_rate
-    table["learning rate"] = ["–" if pd.isna(learning_rates[m]) else f"{learning_rates[m]:g}" for m in order]
-    parameters = rows[rows.stage == "test"].groupby("method").trained.first()
-    table["trainable parameters"] = [f"{int(parameters[m]):,}" for m in order]
-    return table
-
-
-def situation_tables(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Mean and standard deviation over seeds of SR, a row for each situation, a column for each method."""
-    found = {name: ablations.summary(rows, name).set_index("method") for name in ablation.SITUATIONS}
-    order = [method for method in ablation.METHODS if method in next(iter(found.values())).index]
-    mean, std = (pd.DataFrame({s: t[column] for s, t in found.items()}).T[order] for column in ("mean", "std"))
-    return mean, std
+    table = ablations.spreads(rows, METRICS).drop(columns="task").set_index("method")
+    table["trainable parameters"] = rows[rows.stage == "test"].groupby("method").trained.first().map("{:,.0f}".format)
+    return table.loc[[method for method in ablation.METHODS if method in table.index]].reset_index()
 
 
 @torch.inference_mode()

@@ -137,34 +137,17 @@ def _tested(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows.stage == "test"].set_index(["task", "method", "seed"]).sort_index()
 
 
-def _lead(values: pd.Series) -> str:
-    return f"{values.mean():+.1f} ± {values.std():.1f}" if values.any() else ""
+def study_table(rows: pd.DataFrame, methods: Sequence[str], columns: Sequence[str], against: str = "") -> pd.DataFrame:
+    """Methods on the domains that they were run on: test scores over seeds, learning rate, trainable parameters.
 
-
-def study_table(rows: pd.DataFrame, methods: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
-    """Methods on the domains that they were run on: test scores over seeds, learning rate, trainable parameters."""
-    parts = {c: ablations.summary(rows, c).set_index(["task", "method"]) for c in (*columns, "HM")}
+    Args:
+        against: a method, see `ablations.spreads`.
+    """
+    table = ablations.spreads(rows[rows.method.isin(methods)], columns, against).set_index(["task", "method"])
     parameters = rows[rows.stage == "test"].groupby(["task", "method"]).trained.first()
-    table = []
-    for task, known in study.TASKS.items():
-        for name in (m for m in methods if m in known):
-            scores = {c: parts[c].loc[(task, name)] for c in columns}
-            row = {"domain": task, "method": name}
-            row |= {c: f"{v['mean']:.1f} ± {v['std']:.1f}" for c, v in scores.items()}
-            rate = parts["HM"].loc[(task, name), "learning_rate"]
-            row |= {"learning rate": "–" if pd.isna(rate) else f"{rate:g}"}
-            table.append(row | {"trainable parameters": f"{int(parameters[task, name]):,}"})
-    return pd.DataFrame(table)
-
-
-def controls(rows: pd.DataFrame) -> pd.DataFrame:
-    """The controls, with the lead of DPLQ over each on the same seeds, in points of HM."""
-    tested, table = _tested(rows), study_table(rows, CONTROLS, ("base", "novel", "HM"))
-    pairs = list(zip(table.domain, table.method, strict=True))
-    leads = [tested.loc[(task, "DPLQ"), "HM"] - tested.loc[(task, name), "HM"] for task, name in pairs]
-    table["lead of DPLQ"] = [_lead(lead) for lead in leads]
-    table["seeds"] = [f"{int((lead > 0).sum())} of {len(lead)}" if lead.any() else "" for lead in leads]
-    return table
+    table["trainable parameters"] = parameters.map("{:,.0f}".format)
+    order = [(task, method) for task in study.TASKS for method in methods if (task, method) in table.index]
+    return table.loc[order].rename_axis(["domain", "method"]).reset_index()
 
 
 def lottery(rows: pd.DataFrame) -> pd.DataFrame:
@@ -195,15 +178,6 @@ def rescaled(out: Path, rows: pd.DataFrame, epochs: int = 12) -> tuple[int, floa
     study.train_model(model, standardised["train"], rate, seed=seed, name=UNTRAINED_MODEL, epochs=epochs)
     found = [study.accuracy(model, standardised[k], classes[k], seed) for k in ("test base", "test novel")]
     return seed, float(scores.min()), fewshot.harmonic_mean(*found)
-
-
-def noise_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """DPLQ with features of mean 0 and 1, and noise in training, at test, or never; the lead over no noise."""
-    tested, table = _tested(rows), study_table(rows, ("DPLQ", *NOISY), ("base", "novel", "HM"))
-    table = table[table.domain == TASK].drop(columns="trainable parameters")
-    off = tested.loc[(TASK, NOISY[-1]), "HM"]
-    table["against no noise"] = [_lead(tested.loc[(TASK, method), "HM"] - off) for method in table.method]
-    return table
 
 
 # --- the live DPLQ, taken apart ---------------------------------------------------------------------------------------
