@@ -13,20 +13,15 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 FACTS = yaml.safe_load(Path(__file__).with_name("language.yaml").read_text(encoding="utf-8"))
-HASHED = [f"lib/companion/{name}" for name in FACTS["hashed"]]
-WAIT = (*HASHED, *FACTS["unrevised"])
 WORD = re.compile(rf"(?<![\w.-])(?:{'|'.join(FACTS['words'])})(?![\w-])", re.I)
 # not prose: code, addresses, paths, formatted values, names of arguments, quoted keys
-CODE = r"`[^`]*`|(?<!\S)\S*/\S*|\w+\.(?:csv|ya?ml|py|md)\b|\{[^{}]*\}|(?m:^) *\w+(?:, \w+)*:(?= )|\"[\w-]+\""
+CODE = r"`[^`]*`|(?<!\S)\S*/\S*|\w+\.(?:csv|ya?ml|py|md)\b|\{[^{}]*\}|(?m:^) *\w+(?:, \w+)*:(?=\s)|\"[\w-]+\""
 PASSED = re.compile("|".join([CODE, *(pattern.replace(" ", r"\s+") for pattern in FACTS["allowed"])]), re.I)
 
 
-def python(text: str, strings: bool) -> Iterator[tuple[int, str]]:
-    """Docstrings, comments and, if asked, all other strings with a space."""
+def python(text: str) -> Iterator[tuple[int, str]]:
+    """Strings with a space, and comments."""
     lines, nodes = text.encode().splitlines(), list(ast.walk(ast.parse(text)))
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    heads = [n.body[0] for n in nodes if isinstance(n, documented) and ast.get_docstring(n, clean=False)]
-    docstrings = {n.value for n in heads if isinstance(n, ast.Expr)}
     inner = {child for n in nodes if isinstance(n, ast.JoinedStr) for child in ast.walk(n) if child is not n}
     texts = [n for n in nodes if isinstance(n, (ast.Constant, ast.JoinedStr)) and n not in inner]
     for node in (text for text in texts if isinstance(getattr(text, "value", ""), str)):
@@ -39,15 +34,15 @@ def python(text: str, strings: bool) -> Iterator[tuple[int, str]]:
         lines[first] = lines[first][:start] + (b" " * (end - start) + lines[first][end:] if last == first else b"")
         lines[first + 1 : last] = [b""] * (last - first - 1)
         found = b"\n".join(part).decode()
-        if " " in found and (strings or node in docstrings):
+        if " " in found:
             yield first + 1, found
     yield from ((n, line[line.index(b"#") :].decode()) for n, line in enumerate(lines, 1) if b"#" in line)
 
 
-def prose(text: str, suffix: str, strings: bool = True) -> Iterator[tuple[int, str]]:
+def prose(text: str, suffix: str) -> Iterator[tuple[int, str]]:
     """The prose of a file in parts, each with its first line."""
     if suffix == ".py":
-        yield from python(text, strings)
+        yield from python(text)
     elif suffix == ".yaml":
         for item in yaml.scan(text, Loader=getattr(yaml, "CLoader", yaml.Loader)):
             if isinstance(item, yaml.ScalarToken) and " " in item.value:
@@ -57,7 +52,7 @@ def prose(text: str, suffix: str, strings: bool = True) -> Iterator[tuple[int, s
         yield 1, re.sub(r"(?ms)^```.*?^```", lambda block: "\n" * block[0].count("\n"), text)
 
 
-def found(text: str, name: str, strings: bool = True) -> list[str]:
+def found(text: str, name: str) -> list[str]:
     """The words in a file's text, as "file:line: word, write ..."; of a notebook its cells, numbered from 1."""
     hits: list[str] = []
     if name.endswith(".ipynb"):
@@ -67,7 +62,7 @@ def found(text: str, name: str, strings: bool = True) -> list[str]:
         return hits
     if not WORD.search(PASSED.sub(" ", text)):
         return hits
-    for line, part in prose(text, Path(name).suffix, strings):
+    for line, part in prose(text, Path(name).suffix):
         part = PASSED.sub(lambda match: "_" + "\n" * match[0].count("\n"), part)
         for match in WORD.finditer(part):
             wanted = next(word for pattern, word in FACTS["words"].items() if re.fullmatch(pattern, match[0], re.I))
@@ -75,24 +70,16 @@ def found(text: str, name: str, strings: bool = True) -> list[str]:
     return hits
 
 
-def read(name: str, strings: bool = True) -> list[str]:
-    return found((ROOT / name).read_text(encoding="utf-8"), name, strings)
+def read(name: str) -> list[str]:
+    return found((ROOT / name).read_text(encoding="utf-8"), name)
 
 
 def test_files_use_the_fields_words() -> None:
     folders = [ROOT / folder for folder in ("lib", "benchmarks", "site", "notebooks", "profiles")]
     paths = [*ROOT.glob("*.md"), *(path for folder in folders for path in folder.rglob("*.*"))]
     names = [str(path.relative_to(ROOT)) for path in paths if path.suffix in (".py", ".yaml", ".md", ".ipynb")]
-    hits = [hit for name in names if name not in WAIT for hit in read(name)]
-    documented = [name for name in HASHED if name.endswith(".py") and name not in FACTS["unrevised"]]
-    hits += [hit for name in documented for hit in read(name, strings=False)]
+    hits = [hit for name in names if name not in FACTS["unrevised"] for hit in read(name)]
     assert len(names) > 200 and not hits, "\n".join(hits)
-
-
-@pytest.mark.parametrize("name", HASHED)
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="its text is part of the hash of a study")
-def test_hashed_files(name: str) -> None:
-    assert not read(name), "\n".join(read(name))
 
 
 @pytest.mark.parametrize("name", FACTS["unrevised"])
@@ -107,7 +94,6 @@ def test_a_planted_word_is_found() -> None:
     says = [f"a.py:{n}: {word!r}, write 'predict, output, return, state'" for n, word in ((1, "Says"), (3, "tells"))]
     knob = "a.py:5: 'knob', write 'control, slider'"
     assert found(text, "a.py") == [*says, "a.py:6: 'pictures', write 'image'", knob]
-    assert found(text, "a.py", strings=False) == [*says, knob]
     floor, rate = "b.yaml:1: 'floor', write 'baseline, lower bound'", "b.yaml:2: 'rate', write 'learning rate'"
     assert found("# a floor\nrate: {x: at a low rate}\n", "b.yaml") == [rate, floor]
     beside = "c.md:3: 'beside', write 'next to, compared with'"

@@ -104,9 +104,10 @@ def test_masks_boxes_and_features(files: list[Path]) -> None:
     torch.testing.assert_close(torch.stack(companion.predict(student, files)), features)
 
 
-def test_land_cover_with_a_text_for_each_image(files: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["MetaSegNet", "MetaSegNet with BERT"])
+def test_land_cover_with_a_text_for_each_image(name: str, files: list[Path], tmp_path: Path) -> None:
     pytest.importorskip("rasterio")
-    model, texts = trained("MetaSegNet"), ["hot sand", "wet forest", "dry"]
+    model, texts = trained(name), ["hot sand", "wet forest", "dry"]
     for i, path in enumerate(files):
         picture(i).save(path)
     found = companion.predict(model, files, texts=texts, tile=32, overlap=8)
@@ -115,6 +116,8 @@ def test_land_cover_with_a_text_for_each_image(files: list[Path], tmp_path: Path
         with torch.no_grad():
             network = lambda x, text=text: model(x, [text])  # noqa: E731
             assert torch.equal(labels, metasegnet.segment(network, pixels, tile=32, overlap=8))
+    loaded = companion.load(companion.save(model, tmp_path / "m.safetensors"))
+    assert np.array_equal(companion.predict(loaded, files, texts=texts), companion.predict(model, files, texts=texts))
     refuses((lambda: companion.predict(model, files, texts=["a", "b"]), "1, or one for each of 3"))
     refuses((lambda: companion.predict(model, files), "a text for each image"))
 
@@ -179,7 +182,8 @@ def test_what_does_not_fit_is_refused(files: list[Path], tmp_path: Path) -> None
         (lambda: companion.predict(torch.nn.Linear(2, 2), files), "SA2VP"),
         (lambda: companion.predict(model, files, class_names=["a"]), "3, one for each output"),
         (lambda: companion.predict(model, files, texts=["a"]), "texts"),
-        (lambda: companion.predict(trained("H-ViT"), [], transform=F.hflip), "has its own"),
+        (lambda: companion.predict(trained("H-ViT"), [torch.zeros(1)], transform=F.hflip), "has its own"),
+        (lambda: companion.predict(model, []), "at least one image"),
     )
     refuses((lambda: companion.predict(model, tmp_path / "none.jpg"), "none.jpg: there is no such"), error=CorruptFile)
     refuses((lambda: companion.predict(model, tmp_path / "bad.jpg"), "bad.jpg"), error=CorruptFile)

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import BertConfig, BertModel, BertTokenizer
 
 import companion
 from companion import backbones, saving
@@ -56,6 +57,14 @@ def land() -> metasegnet.MetaSegNet:
     return metasegnet.MetaSegNet.build(3, metasegnet.Words.of(["hot dry sand", "wet forest"], length=4), "pocket")
 
 
+def land_with_bert() -> metasegnet.MetaSegNet:
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hot", "dry", "sand", "##y", "wet", "forest"]
+    tokenizer = BertTokenizer(vocab={name: i for i, name in enumerate(names)})
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    bert = BertModel(BertConfig(vocab_size=len(names), **sizes), add_pooling_layer=False)
+    return metasegnet.MetaSegNet.build(3, metasegnet.BertText(bert, tokenizer, length=8), "pocket")
+
+
 def chest(kind: str) -> nn.Module:
     encoder = ecamp.build("pocket").encoder
     if kind == "classifier":
@@ -94,6 +103,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "BAT": lambda: bat.BAT(bat.OSTrack(vit(), 32, 64, 32), 4, elimination={1: 0.7}),
     "MLR": recogniser,
     "MetaSegNet": land,
+    "MetaSegNet with BERT": land_with_bert,
     "DMT's student": lambda: dmt.build("pocket", last_heads=2),
     "DMT's classifier": lambda: downstream.classifier(dmt.build("pocket", last_heads=2), 3),
     "H-ViT": lambda: hvit.build("pocket", classes=3, levels=("region", "slide")),

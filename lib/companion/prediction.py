@@ -55,7 +55,7 @@ def predict(
             the first frame; for TIP `prompt`, `restoration` and others of the pipeline.
 
     Raises:
-        BadParameter: a model, option or number of names that does not match.
+        BadParameter: no image; a model, option or number of names that does not match.
         CorruptFile: an image that is missing or cannot be read.
     """
     name = "TIPPipeline" if type(model).__name__ == "TIPPipeline" else _name(model)
@@ -64,6 +64,8 @@ def predict(
     if isinstance(model, nn.Module):
         model.eval()
     given = [images] if isinstance(images, (str, Path, Image.Image, Tensor)) else list(images)
+    if not given:
+        raise BadParameter("images", "an empty list", "at least one image")
     names, of_model = tuple(class_names or getattr(model, "class_names", ())), _PREDICT[name]
     if "transform" in (known := inspect.signature(of_model)).parameters:
         options["transform"] = transform or getattr(model, "transform", None)

@@ -106,7 +106,7 @@ class Slide:
         said = [self._slide.properties.get(f"{prefix}.mpp-{axis}") for prefix in BACKENDS[::-1] for axis in "xy"]
         values = [float(value) for value in said if value is not None and float(value) > 0]
         if not values:
-            accepted = f"the microns per pixel of level 0 (`companion slides --mpp`): {self.path} does not say them"
+            accepted = f"the microns per pixel of level 0 (`companion slides --mpp`): {self.path} does not contain them"
             raise BadParameter("mpp", None, accepted)
         return sum(values) / len(values)
 
@@ -483,7 +483,7 @@ def _same(settings: dict, written: dict, where: Path) -> None:
     written = {"jpeg": False} | written  # files of earlier versions lack it
     for key, value in settings.items():
         if written.get(key) != value:
-            raise BadParameter(key, value, f"{written.get(key)!r}, as in {where}; delete that to start anew")
+            raise BadParameter(key, value, f"{written.get(key)!r}, as in {where}; delete that to start from scratch")
 
 
 def _assemble(out: Path, parts: Path, tiles: Tiles, batch: int, settings: dict) -> None:

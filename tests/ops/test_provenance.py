@@ -23,6 +23,7 @@ def package(tmp_path: Path) -> Path:
         "models/two.py": "def late():\n    import companion.training.fit\n",
         "toy/__init__.py": "",
         "toy/encoders/weights/vit.safetensors": "w",
+        "toy/encoders/weights/vit.md": "a model card",
         "toy/encoders/weights/tracker.safetensors": "w",
         "data/vit_sets.yaml": "sets: []",
         "data/other_sets.yaml": "sets: []",
@@ -57,7 +58,11 @@ def test_follows_imports_of_every_form(package: Path, tmp_path: Path) -> None:
 def test_pocket_weights_count_where_they_are_named(package: Path, tmp_path: Path) -> None:
     found = names(notebook(tmp_path, "import companion.models.one as m", name="other"), package)
     assert {"toy/encoders/weights/vit.safetensors", "data/vit_sets.yaml"} <= found
-    assert not found & {"toy/encoders/weights/tracker.safetensors", "data/other_sets.yaml"}
+    assert not found & {
+        "toy/encoders/weights/tracker.safetensors",
+        "toy/encoders/weights/vit.md",
+        "data/other_sets.yaml",
+    }
     assert not found & {"models/nb/paper.yaml", "training/fit.py"}
 
 

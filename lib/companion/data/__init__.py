@@ -159,8 +159,8 @@ def downloading(dataset: DataSet, folder: Path, progress: bool) -> Iterator[None
             yield
     except (OSError, http.client.HTTPException, RuntimeError, tarfile.TarError, zipfile.BadZipFile) as error:
         raise CompanionError(
-            f"{dataset.title} could not be downloaded ({getattr(error, 'reason', error)}). Nothing half-written was "
-            f"kept. On a machine with a network run `companion fetch` again, or copy a finished {folder} here."
+            f"{dataset.title} could not be downloaded ({getattr(error, 'reason', error)}). No partial file was "
+            f"saved. On a machine with a network run `companion fetch` again, or copy a finished {folder} here."
         ) from None
     finally:
         socket.setdefaulttimeout(waited)

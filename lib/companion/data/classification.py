@@ -206,9 +206,9 @@ def in_memory(dataset: Images) -> InMemory:
     return InMemory(images, torch.tensor(np.asarray(dataset.labels), dtype=torch.int64), dataset.classes, dataset.name)
 
 
-_OWN_LAYOUT = """{train,val,test}/<class>/<image>.jpg    val cut from train where there is none
+_OWN_LAYOUT = """{train,val,test}/<class>/<image>.jpg    val split from train where there is none
 or
-<class>/<image>.jpg                     cut into train and val"""
+<class>/<image>.jpg                     split into train and val"""
 SPELLED = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 """How the folder of a split may be called, in upper or lower case."""
 

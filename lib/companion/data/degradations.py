@@ -59,7 +59,7 @@ _DECIMALS = {"blur": 1, "resize": 1, "noise": 2, "jpeg": 0}
 _NOTHING = {"blur": 0.0, "resize": 1.0, "noise": 0.0, "jpeg": 100.0}  # the values of the identity
 _LIMITS = {"blur": (0, 100), "resize": (1, 64), "noise": (0, 1), "jpeg": (1, 100)}
 GRAMMAR = (
-    f"'{BLIND}', nothing, or instructions parted by ';': 'Deblur with sigma 3.0', 'Upsample to 4.0x', "
+    f"'{BLIND}', nothing, or instructions separated by ';': 'Deblur with sigma 3.0', 'Upsample to 4.0x', "
     "'Denoise with sigma 0.08', 'Dejpeg with quality 50'"
 )
 

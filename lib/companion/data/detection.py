@@ -106,7 +106,7 @@ class Boxes(Images):
             pixels = decoding.upright(pixels, info)
         if known != pixels.shape[:2]:
             size = pixels.shape[1::-1]
-            raise CorruptFile(self.sources[index], f"is {size} pixels, its annotation says {known[::-1]}")
+            raise CorruptFile(self.sources[index], f"is {size} pixels, its annotation has {known[::-1]}")
         return torch.from_numpy(pixels).permute(2, 0, 1), self.target(index)
 
 
@@ -356,7 +356,7 @@ def status(dataset: DataSet, root: Path) -> Status:
         wanted = {str(place / image["file_name"]) for image in truth["images"]}
         check_listed(dataset, root, wanted)
         counts.append(f"{len(wanted):,} in {split}")
-    return Status("present", f"pictures: {', '.join(counts)}")
+    return Status("present", f"images: {', '.join(counts)}")
 
 
 # --- implementation ---------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def own_folder(root: str | Path, transform: Transform | None = None) -> dict[str
         root,
         "domains",
         '<class>/*.jpg    or images/<class>/*.jpg\nsplit.json       optional: {"train": [[path, label, class '
-        'name], ...], "val": ..., "test": ...}\nor\n{train,val,test}/<class>/*.jpg    val cut from train where there '
+        'name], ...], "val": ..., "test": ...}\nor\n{train,val,test}/<class>/*.jpg    val split from train where there '
         "is none",
     )
     if (root / split_file(own.name)).is_file():
@@ -149,7 +149,7 @@ def status(dataset: DataSet, root: Path) -> Status:
     wanted = {f"{base}/{path}" for part in _PARTS for path, _ in parts[part]}
     check_listed(dataset, root, wanted)
     listing = split_file(dataset.name)
-    how = f"split by {listing}" if (dataset.folder(root) / listing).is_file() else "cut with a fixed seed"
+    how = f"split by {listing}" if (dataset.folder(root) / listing).is_file() else "split with a fixed seed"
     return Status("present", f"{len(wanted):,} images in {base}, {how}")
 
 

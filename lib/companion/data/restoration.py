@@ -262,7 +262,7 @@ def status(dataset: DataSet, root: Path) -> Status:
         sources, _ = _read(dataset, root, split)
         check_listed(dataset, root, sources)
         counts.append(f"{len(sources):,} in {split}")
-    return Status("present", f"pictures: {', '.join(counts)}")
+    return Status("present", f"images: {', '.join(counts)}")
 
 
 def fetch(dataset: DataSet, root: Path, progress: bool) -> None:

@@ -144,7 +144,7 @@ def folder(path: str | Path, labels: str | Path | None = None, column: str = "la
             if file.suffix.lower() in SUFFIXES
         ]
     if not found:
-        raise _missing(path, "no labels.csv and no folder for each class: nothing says which class a slide has")
+        raise _missing(path, "no labels.csv and no folder for each class: no file gives the class of a slide")
     if twice := [name for name, count in Counter(name for name, *_ in found).items() if count > 1]:
         raise CorruptFile(labels if labels.is_file() else path, f"the slide {twice[0]!r} is there twice")
     numbers = _numbered(labels if labels.is_file() else path, sorted({label for *_, label in found}))

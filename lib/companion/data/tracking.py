@@ -172,7 +172,7 @@ def load(name: str, root: str | Path, split: str = "test", attribute: str | None
     names = _names(dataset, root, split)
     attributes = _attributes(dataset, dataset.folder(root), names)
     if attribute is not None and not attributes.keys() & names:
-        raise dataset.missing(root, "no file says which sequences have which attribute")
+        raise dataset.missing(root, "no file gives the attributes of the sequences")
     return [
         _sequence(dataset, root, split, sequence, attributes.get(sequence, frozenset()))
         for sequence in names
@@ -398,7 +398,7 @@ def _shipped() -> Path | None:
 
 def _check_attribute(name: str, attribute: str | None) -> None:
     if attribute is not None and attribute not in ATTRIBUTES[name]:
-        raise BadParameter(f"attribute of {name}", attribute, ATTRIBUTES[name] or "None, no file says which has which")
+        raise BadParameter(f"attribute of {name}", attribute, ATTRIBUTES[name] or "None, no file gives them")
 
 
 def _attributes(dataset: DataSet, folder: Path, names: Iterable[str]) -> dict[str, frozenset[str]]:

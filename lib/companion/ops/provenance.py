@@ -42,7 +42,8 @@ def sources(path: str | Path, package: Path = PACKAGE) -> list[Path]:
                 found.add(module)
                 queue.append(module)
     texts = [file.read_text(encoding="utf-8") for file in {path, *found}]
-    shipped = [(file, file.stem) for file in (package / "toy" / "encoders" / "weights").glob("*")]
+    weights = (package / "toy" / "encoders" / "weights").glob("*")
+    shipped = [(file, file.stem) for file in weights if file.suffix != ".md"]  # a model card changes no result
     shipped += [
         (file, file.name) for folder in ("data", "toy/datasets") for file in (package / folder).glob("*.[yct]*")
     ]

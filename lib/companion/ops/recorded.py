@@ -1,8 +1,8 @@
 """Records how an object was constructed, as JSON, so that it can be rebuilt: the call of a class or function here.
 
 A `Recorded` class and a function under `@recorded` store their arguments on the returned object. `made_by` returns that
-record, `make` rebuilds the object from it. Only recorded calls of this package, its frozen dataclasses and a plain ViT
-of timm are executed: a record read from a file cannot run anything else.
+record, `make` rebuilds the object from it. Only recorded calls of this package, its frozen dataclasses, a plain ViT of
+timm, and a BERT and its tokenizer of transformers are executed: a record read from a file cannot run anything else.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ..errors import BadParameter
 Arguments = ParamSpec("Arguments")
 Made = TypeVar("Made")
 _VIT = "timm.models.vision_transformer:VisionTransformer"
+_BERT = "transformers.models.bert.modeling_bert:BertModel"
 
 
 class Recorded:
@@ -85,6 +86,12 @@ def made_by(value: object) -> Any:
         return {"by": f"{kind.__module__}:{kind.__qualname__}", "args": fields}
     if f"{kind.__module__}:{kind.__qualname__}" == "open_clip.tokenizer:SimpleTokenizer":
         return {"tokenizer": value.context_length}  # type: ignore[attr-defined]
+    if f"{kind.__module__}:{kind.__qualname__}" == _BERT:
+        config = {k: v for k, v in value.config.to_dict().items() if isinstance(v, (bool, int, float, str))}  # type: ignore[attr-defined]
+        return {"bert": config, "pooler": value.pooler is not None}  # type: ignore[attr-defined]
+    if kind.__module__.startswith("transformers.") and hasattr(value, "backend_tokenizer"):
+        options = {"model_max_length": value.model_max_length} | value.special_tokens_map  # type: ignore[attr-defined]
+        return {"fast_tokenizer": value.backend_tokenizer.to_str(), "options": options}
     return {"unknown": f"{kind.__module__}.{kind.__qualname__}"}
 
 
@@ -112,6 +119,17 @@ def make(note: Any) -> Any:
         from open_clip.tokenizer import SimpleTokenizer  # imported here: it imports transformers
 
         return SimpleTokenizer(context_length=note["tokenizer"])
+    if "bert" in note:
+        import transformers as hf  # imported here because it takes seconds
+
+        return hf.BertModel(hf.BertConfig(**note["bert"]), add_pooling_layer=note["pooler"])
+    if "fast_tokenizer" in note:
+        import tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizers.Tokenizer.from_str(note["fast_tokenizer"]), **note["options"]
+        )
     if "of" in note:
         return getattr(make(note["of"]), {"visual": "visual"}[note["part"]])
     return _resolve(note["by"])(**{name: make(value) for name, value in note["args"].items()})

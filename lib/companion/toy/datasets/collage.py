@@ -179,8 +179,8 @@ def read(root: str | Path, split: str) -> Part:
                 order.append(place[row["path"]])
                 factors.append([int(row[name]) for name in FACTORS])
             except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise CorruptFile(listing, f"no picture and four factors: {row}") from error
+                raise CorruptFile(listing, f"no image and four factors: {row}") from error
     if len(order) != len(place):
-        raise CorruptFile(listing, f"{len(order)} pictures of {split}, not {len(place)}, as there are")
+        raise CorruptFile(listing, f"{len(order)} images of {split}, not {len(place)}, as there are")
     pixels = in_memory(found).tensors[0]
     return Part((pixels[torch.tensor(order)] - MEAN) / STD, torch.tensor(factors))

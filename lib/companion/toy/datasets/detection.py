@@ -37,7 +37,7 @@ SIDE = 64  # of every image, in pixels
 COUNTS = {"train": 900, "val": 200, "test": 300}
 LOOKS = ("plain", "hard", "hidden")
 PLACES = {"meadow": "grass", "wall": "brick", "path": "gravel", "night": "stars"}
-"""The places and the photographs that show them."""
+"""The kinds of background and the photographs that show them."""
 
 VERSION = 1  # to be increased when a change of this file or of scenes.py changes the images
 

@@ -58,7 +58,7 @@ HEAVY = (Op("resize", 4.0), Op("noise", 0.10))
 MILD = ((1.0, (Op("blur", 0.9),)), (0.15, (Op("jpeg", 80),)), (0.4, (Op("noise", 0.05),)))
 """Contrast and what was done: without the restoration prompt each could be another."""
 WALK = (0.4, Op("blur", 0.6), (0.6, 0.9, 1.2))
-"""Contrast, what was done, and the values that "Deblur with sigma" is walked through."""
+"""Contrast, what was done, and the values of "Deblur with sigma"."""
 
 
 @dataclass(frozen=True)

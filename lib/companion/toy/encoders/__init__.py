@@ -67,7 +67,7 @@ def weights_file(name: str) -> Path:
     """
     path = WEIGHTS / f"{name}.safetensors"
     if not path.is_file():
-        raise MissingWeights(name, WEIGHTS, ["install the package anew, or retrain: notebooks/pocket.ipynb says how"])
+        raise MissingWeights(name, WEIGHTS, ["install the package again, or retrain it as in notebooks/pocket.ipynb"])
     if hashlib.sha256(path.read_bytes()).hexdigest() != read_card(name)["sha256"]:
         raise CorruptFile(path, f"its sha256 is not the one in {name}.md: get both files again")
     return path

@@ -154,7 +154,7 @@ def ship(folder: Path = encoders.WEIGHTS, seed: int = 0) -> Path:
         "DINO": measure(patch, region),
         "untrained": measure(standardise(plain[0], seed), plain[1]),
         "last loss": ends,
-        "loss of no word": round(float(np.log(OUTPUTS)), 2),
+        "loss of a constant prediction": round(float(np.log(OUTPUTS)), 2),
     }
     return card.save(folder, NAME, state, quality, recipe, seconds, world=pocket.VERSION)
 

@@ -260,7 +260,7 @@ def ship(folder: Path = encoders.WEIGHTS, seed: int = SEED) -> Path:
         torch.manual_seed(seed)
         plain = unet()
     quality = {
-        "variance kept": round(share, 4),
+        "variance explained": round(share, 4),
         "PSNR of the autoencoder": ceiling(vae, seed),
         "PSNR of a small KL autoencoder": ceiling(train_kl(seed), seed),
         "UNet": measure(vae, net, seed),
