@@ -22,11 +22,11 @@ HEAT = "inferno"  # perceptually even, readable with every common kind of colour
 # the methods of the ten papers that are drawn together, each group in one of COLOURS: first the papers' own
 _METHODS = (
     "SA²VP; BAT; DMT; DPLQ; ECAMP; Local; MetaSegNet; PromptPAR; SIC-CADS; TIP",
-    "VPT-shallow; thermal only; MAE only; CoOp; MIM only; gated attention; constant text; plain ControlNet; visual; "
-    "PromptPAR, not masked",
-    "VPT-deep; mean of features; iBOT only; MaPLe; MRM-like; Global; zone names; deep prompts; visual+; semantic only; "
-    "wrong restoration prompt",
-    "full fine-tuning; higher peak; MoCo v3 only; CoCoOp; random init; wrong zone's text; restoration only; "
+    "VPT-shallow; thermal only; MAE only; MAE; CoOp; MIM only; gated attention; constant text; plain ControlNet; "
+    "visual; PromptPAR, not masked",
+    "VPT-deep; mean of features; iBOT only; iBOT; MaPLe; MRM-like; Global; zone names; deep prompts; visual+; "
+    "semantic only; wrong restoration prompt",
+    "full fine-tuning; higher peak; MoCo v3 only; MoCo v3; CoCoOp; random init; wrong zone's text; restoration only; "
     "wrong semantic prompt; another picture's scores",
     "sum of features; one-hot zone; fused; no skipping; prompts swapped; PromptPAR, linear fusion",
     "empty text; MiniLM text; text; blind prompt; regions, no similarity loss",

@@ -1,26 +1,54 @@
-"""DMT: the live training of the notebook, on the synthetic dataset or by the `paper` profile."""
+"""DMT: what the notebook trains, measures and shows live at the `pocket` profile; at `paper`, its recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ...models.dmt import recipe
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset, TensorDataset
+
+from ...errors import MissingWeights
+from ...evaluation import ablations
+from ...evaluation.claims import check_range
+from ...models.dmt import downstream, recipe
 from ...models.dmt.model import DMT
 from ...models.dmt.recipe import Setting
-from ...training.fit import History
+from ...models.dmt.vit import ViT
+from ...training.fit import CPU, History, fit, predict
+from ...training.schedules import adamw
+from ...viz import plots
+from ...viz.attention import token_pca
+from .. import encoders
 from ..ablations import dmt as study
+from ..datasets import collage, scenes
+from ..encoders import photo_student
+from ..encoders import teachers as taught
 
 METHODS = ("DMT", "iBOT only")  # three teachers, and the one whose student does best alone
 STEPS = 250  # the losses are seen to fall; the ablation's students take twice as many
+MEASURES = (*collage.FACTORS, "mean", "mean all")
+NUMBERS = (1, 2, 3)  # of teachers
+CHOICES = ("DMT", "averaged teachers", "gate", "LN targets", "token loss only", "map loss only", "same view")
+OWN_PROBE = {"MAE": "quadrant", "MoCo v3": "texture", "iBOT": "hue"}  # the factor on which each teacher is the best
+PAIR = "MoCo v3 + iBOT"
 
 
 def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, str], float]) -> Setting:
-    """The setting of the notebook's parameters."""
+    """The setting of the notebook's parameters; without methods where the `paper` profile runs another task."""
     if p.profile != "pocket":
-        return recipe.setting(p, out)
+        if p.task == "distil":
+            return recipe.setting(p, out)
+        return Setting(p.task, {}, lambda method: recipe.build(p, recipe.teachers(p)), lambda model, method: [])
     root = str(out / "data")
     study.write(root, p.seed)
     chosen = {method: learning_rates[study.TASK, method] for method in METHODS}
@@ -30,3 +58,327 @@ def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, st
         return study.fit_student(model, study.loss, data, method, chosen[method], p.seed, STEPS, **changes)
 
     return Setting("synthetic collages", chosen, lambda method: study.assemble(method, p.seed, root)[0], learn)
+
+
+def data(p: SimpleNamespace, out: Path) -> dict[str, collage.Part]:
+    """The splits "train" and "test" of the collages."""
+    root = str(out / "data")
+    study.write(root, p.seed)
+    return {split: study.part(root, p.seed, split) for split in ("train", "test")}
+
+
+def examples(part: collage.Part) -> tuple[list[int], list[str]]:
+    """The indices of one image for each texture, and what each shows."""
+    shown = [int(torch.nonzero(part.factors[:, 0] == kind)[1]) for kind in range(len(collage.TEXTURES))]
+    factors = part.factors[shown].tolist()
+    return shown, [f"{collage.TEXTURES[t]}, {collage.SHAPES[s]}, {collage.QUADRANTS[q]}" for t, s, _, q in factors]
+
+
+def smoothed(histories: Mapping[str, History]) -> dict[str, dict[str, pd.Series]]:
+    """The losses of each training as means of ten steps, as `plots.curves` draws them."""
+    names = {"loss": "total", "token loss": "token loss", "map loss": "map loss"}
+    means = {method: pd.DataFrame(history).rolling(10, min_periods=1).mean() for method, history in histories.items()}
+    return {method: {label: mean[name] for name, label in names.items()} for method, mean in means.items()}
+
+
+# --- probes -----------------------------------------------------------------------------------------------------------
+
+
+def teachers_known(parts: Mapping[str, collage.Part]) -> dict[str, dict[str, float]]:
+    """Probes of the three teachers and of an untrained ViT, each checked against what it was trained to encode."""
+    models = {**taught.load(), "untrained": taught.untrained()}
+    known = {name: taught.measure(model, parts["train"], parts["test"]) for name, model in models.items()}
+    for name, factor in OWN_PROBE.items():
+        others = max(known[other][factor] for other in known if other != name)
+        check_range(f"{name} on {factor}, lead over the best of the others (points)", known[name][factor] - others, 0)
+    check_range("MoCo v3 on hue, which it cannot see (%)", known["MoCo v3"]["hue"], 8, 18)
+    check_range("MoCo v3 on the quadrant (%)", known["MoCo v3"]["quadrant"], 20, 30)
+    return known
+
+
+def students_of(p: SimpleNamespace, students: Mapping[str, DMT]) -> dict[str, ViT]:
+    """The distilled students alone and an untrained one; empty where the `paper` profile ran."""
+    if p.profile != "pocket":
+        print("Only at the pocket profile: its students are compared here.")
+        return {}
+    return {name: model.export() for name, model in students.items()} | {"untrained": study.student(p.seed).eval()}
+
+
+def results(
+    students: Mapping[str, ViT],
+    histories: Mapping[str, History],
+    parts: Mapping[str, collage.Part],
+    known: Mapping[str, Mapping[str, float]],
+) -> pd.DataFrame:
+    """The probes of students and teachers in percent, checked against what each is expected to encode."""
+    found = {name: taught.measure(model, parts["train"], parts["test"]) for name, model in students.items()}
+    for name, curve in smoothed(histories).items():
+        check_range(f"{name}, loss at the end / start", curve["total"].iloc[-1] / curve["total"].iloc[9], high=0.9)
+    check_range(
+        "DMT, mean of the probes less that of the untrained student",
+        found["DMT"]["mean"] - found["untrained"]["mean"],
+        1,
+    )
+    check_range(
+        "iBOT only on texture, less DMT (points)", found["iBOT only"]["texture"] - found["DMT"]["texture"], high=-5
+    )
+    named = {f"student, {name}": row for name, row in found.items()}
+    named |= {f"teacher, {name}": dict(row) for name, row in known.items()}
+    return pd.DataFrame(named).T.rename_axis("encoder").reset_index()
+
+
+# --- the paper profile ------------------------------------------------------------------------------------------------
+
+
+def downstream_tasks(p: SimpleNamespace, out: Path) -> pd.DataFrame:
+    """Train and test the downstream task of the `paper` profile, all four in a dry run; scores go to `measured.csv`.
+
+    Empty at the `pocket` profile and for distillation.
+    """
+    kinds = [task for task in recipe.USUAL if task != "distil"]
+    tasks = (
+        kinds if p.profile == "paper" and p.dry_run else [p.task] if p.profile == "paper" and p.task in kinds else []
+    )
+    found = []
+    for task in tasks:
+        work = recipe.downstream(SimpleNamespace(**(vars(p) | {"task": task})), out)
+        model = work.build()
+        steps = len(work.learn(model))
+        found += [(work.title, steps, metric, score) for metric, score in work.score(model).items()]
+    if found and not p.dry_run:
+        settings = {key: getattr(p, key) for key in recipe.KEYS if key != "metric"}
+        recipe.measured(out / "measured.csv", *(settings | {"metric": m, "score": s} for *_, m, s in found))
+    return pd.DataFrame(found, columns=["task", "steps", "metric", "test"])
+
+
+# --- ablations --------------------------------------------------------------------------------------------------------
+
+
+def study_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Probes of all methods on test images, mean ± std over seeds, with the lead of DMT in the mean of the four."""
+    table = ablations.spreads(rows, ("mean", *collage.FACTORS, "mean all"), "DMT").drop(columns="task")
+    return table.set_index("method").loc[[m for m in study.METHODS if m in set(table.method)]].reset_index()
+
+
+def bars(rows: pd.DataFrame, methods: Sequence[str], metrics: Sequence[str] = ("mean", "mean all")) -> Figure:
+    """The probes of methods on test images, mean ± std over seeds."""
+    known = set(rows.method)
+    tables = ablations.bar_tables(rows, {m: (study.TASK, m) for m in metrics}, [m for m in methods if m in known])
+    return plots.bars(*tables, value="accuracy of linear probes, synthetic data (%)")
+
+
+def of_teachers(number: int) -> list[str]:
+    """The methods that distil from so many teachers."""
+    return [name for name, (names, changes) in study.STUDENTS.items() if len(names) == number and not changes]
+
+
+def knows(rows: pd.DataFrame, method: str, all_labels: bool) -> pd.DataFrame:
+    """What `figures.probed` draws: by factor, a method's accuracy with its std, that of an untrained student and of the
+    best teacher."""
+    found = {}
+    for factor in collage.FACTORS:
+        part = ablations.summary(rows, f"{factor} all" if all_labels else factor).set_index("method")
+        best = part["mean"][list(study.THEMSELVES)].max()
+        found[factor] = part.loc[method, ["mean", "std"]].to_dict()
+        found[factor] |= {"untrained": part["mean"]["untrained"], "best teacher": best}
+    return pd.DataFrame(found).T
+
+
+def reasons(rows: pd.DataFrame) -> dict[str, str]:
+    """Why claims fail, by claim, with the leads from the rows of the ablations."""
+    tested = rows[rows.stage == "test"].set_index(["method", "seed"]).sort_index()
+
+    def span(measure: str, worse: str) -> str:
+        lead = tested.loc["DMT", measure] - tested.loc[worse, measure]
+        return f"{lead.min():+.1f} to {lead.max():+.1f} points"
+
+    def mean(measure: str, method: str) -> str:
+        return f"{tested.loc[method, measure].mean():.1f}"
+
+    parts = ", ".join(f"{name} {span(name, PAIR)}" for name in ("hue", "shape", "texture"))
+    return {
+        "beats-moco-ibot": "the third teacher, MAE, leads on the quadrant alone, and this student keeps little of it: "
+        f"with 10 labels {mean('quadrant', 'DMT')} % with MAE, {mean('quadrant', PAIR)} % without (chance level 25); "
+        f"with all labels {mean('quadrant all', 'DMT')} and {mean('quadrant all', PAIR)} %. MAE's targets are a third "
+        f"of the loss; the other factors change by: {parts}. With all labels three teachers lead by "
+        f"{span('mean all', PAIR)}",
+        "both-token": f"with all labels the lead is {span('mean all', 'token loss only')}: the map loss adds little to "
+        "a probe of [CLS] token and mean patch token, which the token loss trains already",
+    }
+
+
+# --- teachers and students compared -----------------------------------------------------------------------------------
+
+
+def attention(models: Mapping[str, ViT], images: Tensor) -> dict[str, Tensor]:
+    """The [CLS] token's attention to the patches in the last block, mean of the heads: (B, side, side) by model."""
+    with torch.inference_mode():
+        return {name: model.attention(images).mean(1).unflatten(1, (model.grid,) * 2) for name, model in models.items()}
+
+
+def cka(a: Tensor, b: Tensor) -> float:
+    """Linear CKA of features (n, D) and (n, E): 1 for features that differ by a rotation and a scale."""
+    a, b = a - a.mean(0), b - b.mean(0)
+    return float((a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm()))
+
+
+def cka_grids(teachers: Mapping[str, ViT], students: Mapping[str, ViT], images: Tensor) -> dict[str, np.ndarray]:
+    """Linear CKA of mean patch tokens: for each student (all blocks of all teachers, its blocks)."""
+
+    def blocks(model: ViT) -> list[Tensor]:
+        with torch.inference_mode():
+            return [x[:, 1:].mean(1) for x in model.hidden(images, range(len(model.blocks)))]
+
+    rows = [found for model in teachers.values() for found in blocks(model)]
+    return {name: np.array([[cka(a, b) for b in blocks(model)] for a in rows]) for name, model in students.items()}
+
+
+def cosines(model: DMT, teachers: nn.Module, images: Tensor, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """The cosine of the decoder's prediction with each teacher's target by position, mean over images: for visible and
+    for masked patches, each (side, side)."""
+    trace: dict[str, Any] = {}
+    with torch.inference_mode():
+        torch.manual_seed(seed)
+        model.eval()(images, teachers(images).tokens, trace=trace)
+    visible = torch.zeros(len(images), model.student.patches).scatter(1, trace["keep"], 1).bool()
+    found = {}
+    for name, predicted, target in zip(teachers.names, trace["maps"], trace["targets"], strict=True):
+        near = F.cosine_similarity(predicted, target, dim=-1)[:, 1:]
+        pair = [(near * seen).sum(0) / seen.sum(0) for seen in (visible, ~visible)]
+        found[name] = tuple(mean.unflatten(0, (model.student.grid,) * 2) for mean in pair)
+    return found
+
+
+# --- downstream tasks at toy scale ------------------------------------------------------------------------------------
+
+
+def fine_tuned(students: Mapping[str, ViT], parts: Mapping[str, collage.Part], seed: int) -> pd.DataFrame:
+    """DMT's student and the untrained one fine-tuned as MAE's code does, on 480 collages, to classify textures."""
+    train, test = (TensorDataset(parts[split].images, parts[split].factors[:, 0]) for split in ("train", "test"))
+    few, found = TensorDataset(*train[:480]), []
+    for name in ("DMT", "untrained"):
+        torch.manual_seed(seed)
+        options: dict[str, Any] = {"epochs": 8, "batch": 48, "lr": 2e-3, "seed": seed, "hardware": CPU}
+        net, history = downstream.fine_tune(students[name], 8, few, name=f"fine-tuning, {name}", **options)
+        right = predict(net, TensorDataset(test.tensors[0]), hardware=CPU).argmax(1) == test.tensors[1]
+        found.append((name, len(history), history[-1]["loss"], 100 * float(right.float().mean())))
+        check_range(f"fine-tuned {name}, texture, chance level 12.5 (%)", found[-1][-1], 14)
+    return pd.DataFrame(found, columns=["encoder", "steps", "last loss", "texture (%)"])
+
+
+def _scenes(count: int, split: str, seed: int) -> tuple[list[scenes.Scene], TensorDataset]:
+    """Synthetic scenes, and their images with the object's mask."""
+    drawn = scenes.scenes(count, split, seed)
+    images = torch.stack([torch.from_numpy(s.image) for s in drawn]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return drawn, TensorDataset(images, torch.stack([torch.from_numpy(s.mask).long() for s in drawn]))
+
+
+def segmented(students: Mapping[str, ViT], seed: int) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """UPerNet on DMT's student and on the untrained one: IoU of a scene's object, and examples for `figures.masks`."""
+    (_, train), (drawn, test) = _scenes(300, "train", seed), _scenes(100, "test", seed)
+    found, shown = [], {}
+    for name in ("DMT", "untrained"):
+        torch.manual_seed(seed)
+        small: dict[str, Any] = {"layers": (0, 0, 1, 1), "auxiliary": 0, "drop_path": 0.0, "pools": (1, 2)}
+        net = downstream.Segmenter(students[name], 2, **small)
+        options: dict[str, Any] = {"epochs": 8, "batch": 30, "optimizer": adamw(2e-3, 0.05), "seed": seed}
+        history = fit(net, downstream.segmentation_loss, train, hardware=CPU, name=f"UPerNet, {name}", **options)
+        masks, truth = predict(net, TensorDataset(test.tensors[0]), hardware=CPU).argmax(1), test.tensors[1]
+        iou = 100 * float((masks & truth).sum() / (masks | truth).sum())
+        found.append((name, len(history), history[0]["loss"], history[-1]["loss"], iou))
+        check_range(f"UPerNet on {name}, last loss", history[-1]["loss"], high=0.45)
+        if name == "DMT":
+            shown = {"images": [s.image for s in drawn[:6]], "truth": truth[:6], "predicted": masks[:6]}
+    return pd.DataFrame(found, columns=["encoder", "steps", "first loss", "last loss", "object's IoU (%)"]), shown
+
+
+class _Boxes(Dataset):
+    """Scenes as `data.pretraining.Instances` gives COCO: an image and its instances."""
+
+    def __init__(self, drawn: Sequence[scenes.Scene]):
+        self.scenes = drawn
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, dict[str, Any]]:
+        s = self.scenes[i]
+        boxes, masks = torch.tensor([s.box], dtype=torch.float32), torch.from_numpy(s.mask)[None]
+        target = {"boxes": boxes, "masks": masks, "labels": torch.tensor([1 + s.label // 4]), "image_id": i}
+        return torch.from_numpy(s.image).permute(2, 0, 1), target
+
+
+def detected(student: ViT, seed: int) -> History:
+    """A few steps of Mask R-CNN on a student: the history of its loss, which is checked to fall."""
+    torch.manual_seed(seed)
+    small: dict[str, Any] = {"size": 32, "channels": 32, "drop_path": 0.0, "anchor": 1.5}
+    net = downstream.detector(student, 4, mean=(0.5,) * 3, std=(0.5,) * 3, **small)
+    crops = downstream.Crops(_Boxes(scenes.scenes(40, "train", seed)), 32, most=2, jitter=None)
+    options: dict[str, Any] = {"epochs": 3, "batch": 8, "optimizer": adamw(1e-3), "seed": seed, "hardware": CPU}
+    history = fit(net, downstream.detection_loss, crops, name="Mask R-CNN", **options)
+    check_range("Mask R-CNN, loss of the last step / first", history[-1]["loss"] / history[0]["loss"], high=0.95)
+    return history
+
+
+# --- photographs ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """The held-out photographs and the patch tokens (4, 256, D) of teachers and students on them.
+
+    Attributes:
+        images: (4, 3, 256, 256) in 0 to 1.
+        tokens: by encoder, the teachers first.
+    """
+
+    images: Tensor
+    tokens: dict[str, Tensor]
+
+    def components(self) -> Figure:
+        """The first three principal components of each encoder's tokens, as colours."""
+        colours = {name: token_pca(found, photo_student.GRID) for name, found in self.tokens.items()}
+        return plots.attention_grid(self.images, colours, photo_student.HELD_OUT)
+
+    @functools.cached_property
+    def agreement(self) -> dict[tuple[str, str], Tensor]:
+        """Student, teacher -> `photo_student.agreement` (4, 16, 16)."""
+        teachers, students = list(self.tokens)[:2], list(self.tokens)[2:]
+        pairs = [(student, teacher) for teacher in teachers for student in students]
+        found = {(a, b): photo_student.agreement(self.tokens[a], self.tokens[b]) for a, b in pairs}
+        return {pair: values.unflatten(1, photo_student.GRID) for pair, values in found.items()}
+
+    def by_position(self) -> Figure:
+        """The agreement of the trained student with each teacher, by position."""
+        maps = {f"with {b}": values for (a, b), values in self.agreement.items() if a == "student"}
+        return plots.attention_grid(self.images, maps, photo_student.HELD_OUT, shared=True, label="correlation")
+
+    def table(self) -> pd.DataFrame:
+        """The mean agreement over the photographs with its std, and the R2 of the model card."""
+        quality = encoders.read_card(photo_student.NAME)["quality"]["held-out photographs"]
+        rows = []
+        for (student, teacher), values in self.agreement.items():
+            each = values.mean((1, 2))
+            row = {"teacher": teacher, "student": student, "agreement": f"{each.mean():.2f} ± {each.std():.2f}"}
+            rows.append(row | {"R² of a linear map": f"{quality[student][teacher]['R2']:.2f}"})
+        return pd.DataFrame(rows)
+
+
+def on_photographs() -> Photographs | None:
+    """The two real teachers, the shipped student and an untrained one on the held-out photographs.
+
+    None, with a note, where the teachers' weights are not available.
+    """
+    try:
+        teachers = photo_student.teachers()
+    except MissingWeights as missing:
+        print(f"This section is left out: {missing}")
+        return None
+    for name, encoder in teachers.items():
+        print(f"{name}: {encoder.pretrained_cfg.get('description', 'the release in the Hugging Face cache')}")
+    images = photo_student.held_out()
+    found = {name: photo_student.tokens(name, encoder, images) for name, encoder in teachers.items()}
+    with torch.inference_mode():
+        for name, model in {"student": photo_student.load(), "untrained": photo_student.student()}.items():
+            found[name] = model(photo_student.seen_by_student(images))
+    return Photographs(images, {name: tokens[:, 1:].clone() for name, tokens in found.items()})
