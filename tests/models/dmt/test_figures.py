@@ -9,7 +9,6 @@ from matplotlib.colors import to_rgba
 
 from companion.evaluation import ablations
 from companion.models.dmt import figures
-from companion.models.layers.pos_embed import sincos_table
 from tests.viz.test_plots import overlapping_text, visible_texts
 
 TEACHERS = ("MAE", "MoCo v3", "iBOT")
@@ -48,14 +47,11 @@ def tsne():
 
 
 GRIDS = {name: np.linspace(0, 1, 18).reshape(9, 2) for name in ("DMT", "iBOT only", "untrained")}
-COSINES = {name: (torch.full((4, 4), 0.9), torch.linspace(0, 1, 16).view(4, 4)) for name in TEACHERS}
 MASK = torch.zeros(32, 32, dtype=torch.long)
 MASK[8:20, 8:20] = 1
 FIGURES = {
     "architecture": figures.architecture,
-    "positions": figures.positions,
     "layers": lambda: figures.layers(GRIDS, TEACHERS),
-    "by position": lambda: figures.by_position(COSINES),
     "learning rates": lambda: figures.learning_rates(rows(), ["DMT", "iBOT only"]),
     "probed": lambda: figures.probed(scores(), "MoCo v3 + iBOT, synthetic data"),
     "t-SNE": tsne,
@@ -70,22 +66,12 @@ def test_text_is_legible(name):
     assert min(text.get_fontsize() for text in visible_texts(figure)) >= 8
 
 
-def test_the_tables_of_positions_are_those_of_the_models():
-    mae, moco, _ = figures.positions().axes
-    for ax, kind in ((mae, "mae"), (moco, "mocov3")):
-        assert ax.get_title() == {"mae": "MAE", "mocov3": "MoCo v3"}[kind]
-        np.testing.assert_array_equal(ax.images[0].get_array(), sincos_table(48, 4, kind)[0, 1:].numpy())
-
-
 def test_cells_are_labelled_with_their_values():
     *panels, bar = figures.layers(GRIDS, TEACHERS).axes
     assert [ax.get_title() for ax in panels] == list(GRIDS) and bar.get_ylim() == (0, 1)
     labels = [label.get_text() for label in panels[0].get_yticklabels()]
     assert labels[:4] == ["MAE, block 1", "MAE, block 2", "MAE, block 3", "MoCo v3, block 1"]
     assert [text.get_text() for text in panels[0].texts] == [f"{x:.2f}" for x in np.linspace(0, 1, 18)]
-    upper, lower = figures.by_position(COSINES).axes[::3][:2]
-    assert (upper.get_title(), lower.get_title()) == ("MAE, visible", "MAE, masked")
-    assert lower.images[0].get_array()[3, 3] == 1 and upper.images[0].get_array()[0, 0] == np.float32(0.9)
 
 
 def test_the_dot_is_at_the_selected_learning_rate():

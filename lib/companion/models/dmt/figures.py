@@ -1,4 +1,4 @@
-"""Figures of DMT alone: architecture, position embeddings, layers compared, agreement by position, learning rates."""
+"""Figures of DMT alone: architecture, layers compared, learning rates, probes of a student, t-SNE, masks."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from torch import Tensor
 
 from ...evaluation.ablations import selected
 from ...viz import plots
 from ...viz.style import COLOURS, HEAT, method_colours, styled
-from ..layers.pos_embed import sincos_table
 
 
 def architecture() -> Figure:
@@ -38,30 +35,6 @@ def architecture() -> Figure:
 
 
 @styled
-def positions() -> Figure:
-    """The fixed position embeddings of MAE and MoCo v3, for 4 x 4 patches and 48 channels."""
-    figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.5), sharey=True)
-    for ax, (kind, name) in zip(axes, {"mae": "MAE", "mocov3": "MoCo v3"}.items(), strict=True):
-        drawn = ax.imshow(sincos_table(48, 4, kind)[0, 1:].numpy(), cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
-        ax.axvline(23.5, color="black", linewidth=1)
-        ax.set(title=name, xlabel="channel")
-    axes[0].set_ylabel("patch, row by row")
-    figure.colorbar(drawn, ax=axes, label="embedding")
-    return figure
-
-
-def _cells(ax: Axes, grid: np.ndarray) -> AxesImage:
-    """Values in 0 to 1 as colours, with their numbers."""
-    drawn = ax.imshow(grid, cmap=HEAT, vmin=0, vmax=1, aspect="auto")
-    for (row, column), value in np.ndenumerate(grid):
-        colour = "white" if value < 0.6 else "black"
-        ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
-    ax.set(xticks=[], yticks=[])
-    ax.spines[:].set_visible(False)
-    return drawn
-
-
-@styled
 def layers(grids: Mapping[str, np.ndarray], teachers: Sequence[str]) -> Figure:
     """Linear CKA between blocks: a panel for each student.
 
@@ -71,29 +44,17 @@ def layers(grids: Mapping[str, np.ndarray], teachers: Sequence[str]) -> Figure:
     """
     figure, axes = plt.subplots(1, len(grids), figsize=(2.4 * len(grids) + 1.6, 3.1), squeeze=False)
     for ax, (name, grid) in zip(axes[0], grids.items(), strict=True):
-        drawn = _cells(ax, grid)
-        ax.set_title(name)
+        drawn = ax.imshow(grid, cmap=HEAT, vmin=0, vmax=1, aspect="auto")
+        for (row, column), value in np.ndenumerate(grid):
+            colour = "white" if value < 0.6 else "black"
+            ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+        ax.set(title=name, yticks=[])
+        ax.spines[:].set_visible(False)
         ax.set_xticks(range(grid.shape[1]), [f"block {i + 1}" for i in range(grid.shape[1])])
     rows = len(next(iter(grids.values())))
     names = [f"{name}, block {i + 1}" for name in teachers for i in range(rows // len(teachers))]
     axes[0, 0].set_yticks(range(rows), names)
     figure.colorbar(drawn, ax=axes, label="linear CKA")
-    return figure
-
-
-@styled
-def by_position(cosines: Mapping[str, tuple[Tensor, Tensor]]) -> Figure:
-    """Agreement with each teacher by position, above where the patch was visible to the student, below where masked.
-
-    Args:
-        cosines: teacher -> visible, masked, each (side, side).
-    """
-    figure, axes = plt.subplots(2, len(cosines), figsize=(2.1 * len(cosines) + 1.3, 4.1), squeeze=False)
-    for column, (name, pair) in zip(axes.T, cosines.items(), strict=True):
-        for ax, grid, seen in zip(column, pair, ("visible", "masked"), strict=True):
-            drawn = _cells(ax, np.asarray(grid))
-            ax.set(title=f"{name}, {seen}", aspect="equal")
-    figure.colorbar(drawn, ax=axes, shrink=0.7, label="cosine with the target")
     return figure
 
 

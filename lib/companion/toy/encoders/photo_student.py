@@ -70,8 +70,7 @@ def teachers() -> dict[str, nn.Module]:
 def tokens(name: str, encoder: nn.Module, images: Tensor) -> Tensor:
     """Tokens (B, 1 + 256, D) of images (B, 3, S, S) in 0 to 1: the last block's, before the final norm, or a map of the
     EfficientNet after its mean, which stands in for the [CLS] token."""
-    seen = backbones.input_of(encoder)
-    x = v2.functional.normalize(resized(images, SIDES[name]), list(seen.mean), list(seen.std))
+    x = seen_by_teacher(name, encoder, images)
     if name == "ViT-S/14":
         last = len(encoder.blocks) - 1
         options = {"norm": False, "output_fmt": "NLC", "return_prefix_tokens": True, "intermediates_only": True}
@@ -80,6 +79,12 @@ def tokens(name: str, encoder: nn.Module, images: Tensor) -> Tensor:
     (found,) = encoder.forward_intermediates(x, indices=[STRIDE_16], intermediates_only=True)
     patches = found.flatten(2).mT
     return torch.cat([patches.mean(1, keepdim=True), patches], 1)
+
+
+def seen_by_teacher(name: str, encoder: nn.Module, images: Tensor) -> Tensor:
+    """A teacher's input of images in 0 to 1: resized to its side and normalised."""
+    seen = backbones.input_of(encoder)
+    return v2.functional.normalize(resized(images, SIDES[name]), list(seen.mean), list(seen.std))
 
 
 def resized(images: Tensor, side: int) -> Tensor:

@@ -13,8 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from ...errors import MissingWeights
@@ -27,7 +26,7 @@ from ...models.dmt.vit import ViT
 from ...training.fit import CPU, History, fit, predict
 from ...training.schedules import adamw
 from ...viz import plots
-from ...viz.attention import token_pca
+from ...viz.attention import photograph_maps, token_pca
 from .. import encoders
 from ..ablations import dmt as study
 from ..datasets import collage, scenes
@@ -210,12 +209,6 @@ def reasons(rows: pd.DataFrame) -> dict[str, str]:
 # --- teachers and students compared -----------------------------------------------------------------------------------
 
 
-def attention(models: Mapping[str, ViT], images: Tensor) -> dict[str, Tensor]:
-    """The [CLS] token's attention to the patches in the last block, mean of the heads: (B, side, side) by model."""
-    with torch.inference_mode():
-        return {name: model.attention(images).mean(1).unflatten(1, (model.grid,) * 2) for name, model in models.items()}
-
-
 def cka(a: Tensor, b: Tensor) -> float:
     """Linear CKA of features (n, D) and (n, E): 1 for features that differ by a rotation and a scale."""
     a, b = a - a.mean(0), b - b.mean(0)
@@ -231,22 +224,6 @@ def cka_grids(teachers: Mapping[str, ViT], students: Mapping[str, ViT], images: 
 
     rows = [found for model in teachers.values() for found in blocks(model)]
     return {name: np.array([[cka(a, b) for b in blocks(model)] for a in rows]) for name, model in students.items()}
-
-
-def cosines(model: DMT, teachers: nn.Module, images: Tensor, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """The cosine of the decoder's prediction with each teacher's target by position, mean over images: for visible and
-    for masked patches, each (side, side)."""
-    trace: dict[str, Any] = {}
-    with torch.inference_mode():
-        torch.manual_seed(seed)
-        model.eval()(images, teachers(images).tokens, trace=trace)
-    visible = torch.zeros(len(images), model.student.patches).scatter(1, trace["keep"], 1).bool()
-    found = {}
-    for name, predicted, target in zip(teachers.names, trace["maps"], trace["targets"], strict=True):
-        near = F.cosine_similarity(predicted, target, dim=-1)[:, 1:]
-        pair = [(near * seen).sum(0) / seen.sum(0) for seen in (visible, ~visible)]
-        found[name] = tuple(mean.unflatten(0, (model.student.grid,) * 2) for mean in pair)
-    return found
 
 
 # --- downstream tasks at toy scale ------------------------------------------------------------------------------------
@@ -330,10 +307,12 @@ class Photographs:
     Attributes:
         images: (4, 3, 256, 256) in 0 to 1.
         tokens: by encoder, the teachers first.
+        attention: the [CLS] token's in the last block, mean of the heads, of the encoders that have one: (4, 16, 16).
     """
 
     images: Tensor
     tokens: dict[str, Tensor]
+    attention: dict[str, Tensor]
 
     def components(self) -> Figure:
         """The first three principal components of each encoder's tokens, as colours."""
@@ -347,6 +326,10 @@ class Photographs:
         pairs = [(student, teacher) for teacher in teachers for student in students]
         found = {(a, b): photo_student.agreement(self.tokens[a], self.tokens[b]) for a, b in pairs}
         return {pair: values.unflatten(1, photo_student.GRID) for pair, values in found.items()}
+
+    def looks(self) -> Figure:
+        """The attention of the [CLS] token, for each encoder that has one."""
+        return plots.attention_grid(self.images, self.attention, photo_student.HELD_OUT)
 
     def by_position(self) -> Figure:
         """The agreement of the trained student with each teacher, by position."""
@@ -378,7 +361,11 @@ def on_photographs() -> Photographs | None:
         print(f"{name}: {encoder.pretrained_cfg.get('description', 'the release in the Hugging Face cache')}")
     images = photo_student.held_out()
     found = {name: photo_student.tokens(name, encoder, images) for name, encoder in teachers.items()}
+    name, vit = next(iter(teachers.items()))
+    attention = {name: photograph_maps(vit, photo_student.seen_by_teacher(name, vit, images))["[CLS] attention"]}
     with torch.inference_mode():
         for name, model in {"student": photo_student.load(), "untrained": photo_student.student()}.items():
-            found[name] = model(photo_student.seen_by_student(images))
-    return Photographs(images, {name: tokens[:, 1:].clone() for name, tokens in found.items()})
+            seen = photo_student.seen_by_student(images)
+            found[name] = model(seen)
+            attention[name] = model.attention(seen).mean(1).unflatten(1, photo_student.GRID)
+    return Photographs(images, {name: tokens[:, 1:].clone() for name, tokens in found.items()}, attention)
