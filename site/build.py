@@ -25,7 +25,7 @@ import companion
 from companion import data
 from companion.cli import commands
 from companion.evaluation import ablations
-from companion.evaluation.claims import CHECK, KINDS, PAPER, SYNTHETIC, counts
+from companion.evaluation.claims import CHECK, KINDS, PAPER, SPREAD, SYNTHETIC, counts
 from companion.ops.papers import FINDINGS, findings
 from companion.ops.provenance import code_hash, sources
 
@@ -178,7 +178,8 @@ def ledger_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
         CHECK: "Tests that our code computes what it should: a count, an equivalence, a recorded output. They do not "
         "show whether a method is good.",
         SYNTHETIC: "Whether one method beats another on small data made for the purpose, with every one of five seeds. "
-        "The last column gives the purpose of the data, whether they favour the method, how many parameters "
+        "The lead is in points of the metric (PSNR: dB), mean ± standard deviation over seeds [95 % t interval of the "
+        "mean]. The evidence gives the purpose of the data, whether they favour the method, how many parameters "
         "each trains, and the baseline's score at the neighbouring learning rates.",
         PAPER: "What the paper reports on its data. They need that data and a GPU, and are judged as soon as a run "
         "has measured them.",
@@ -193,7 +194,7 @@ def ledger_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
                             f"[{papers[slug]['name']}](notebooks/{slug}.ipynb)",
                             f"[{cell(claim['text'])}](#{anchor(slug, claim['id'])})",
                             badge(claim["status"]) + (f"<br>{cell(claim['why'])}" if claim.get("why") else ""),
-                            cell(show(claim.get("value"))),
+                            cell(show(claim.get("value")).removesuffix(SPREAD)),
                             *([cell(show(claim.get("evidence")))] if kind == SYNTHETIC else []),
                             f"[record](records/{slug}.md)",
                         ]
