@@ -197,9 +197,8 @@ def word_probabilities(
 
 def attention(pixels: Tensor, boxes: Tensor, rows: Mapping[str, Tensor], titles: Sequence[str]) -> Figure:
     """Attention maps (n, rows, columns) over chests (n, 1, H, W), a row for each entry; the lesion's box is blue."""
-    figure = plots.attention_grid(
-        pixels.expand(-1, 3, -1, -1), rows, titles, label="attention, synthetic chests", **look
-    )
+    coloured = pixels.expand(-1, 3, -1, -1)
+    figure = plots.attention_grid(coloured, rows, label="attention, synthetic chests", **LOOK)
     for i, ax in enumerate(figure.axes[: len(pixels) * (len(rows) + 1)]):
         _frame(ax, boxes[i % len(pixels)])
     for ax, title in zip(figure.axes, titles, strict=False):
