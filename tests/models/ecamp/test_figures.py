@@ -59,12 +59,6 @@ def test_bars_of_the_words_have_the_colour_of_their_role():
     assert [to_hex(bars[i].get_facecolor()) for i in range(4)] == [figures.ROLES[r].lower() for r in roles]
 
 
-def test_the_schedule_ends_at_its_stop():
-    whole, run = figures.schedule(np.linspace(0, 1, 50), 30).axes[0].lines
-    assert len(whole.get_ydata()) == 50 and len(run.get_ydata()) == 31 and run.get_label() == "run"
-    np.testing.assert_array_equal(whole.get_ydata()[:31], run.get_ydata())
-
-
 def test_images_have_the_box_of_their_lesion():
     figure = figures.images(IMAGES[:3], BOXES, ["a", "b", "c"], columns=2)
     assert [ax.get_title() for ax in figure.axes] == ["a", "b", "c", ""]

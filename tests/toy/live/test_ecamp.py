@@ -97,8 +97,8 @@ def test_short_trainings_are_probed(out, toy, monkeypatch, capsys):
     assert capsys.readouterr().out.count("expected") == 5
     assert live.downstream(p, out).empty
     example = live.example(p, toy, trained)
-    assert len(example.titles) == len(example.batch.images) == 6
-    assert [chests.FINDINGS.index(name) for name in example.titles] == toy.test.labels[:6].argmax(1).tolist()
+    first = [toy.test.labels.argmax(1).tolist().index(chests.FINDINGS.index(name)) for name in example.titles]
+    assert torch.equal(example.batch.images[:, :1], toy.test.images[first]) and len(first) == 4
 
 
 def test_tasks_of_the_paper_profile(out, toy, tmp_path, monkeypatch):
@@ -134,7 +134,7 @@ def test_tasks_of_the_paper_profile(out, toy, tmp_path, monkeypatch):
     assert recipe.measured(tmp_path / "measured.csv").score.tolist() == [75]
     nothing = live.train(p, tmp_path, {})
     assert nothing.setting is None and not nothing.models and not nothing.curves
-    assert len(live.example(p, toy, nothing).titles) == 6
+    assert len(live.example(p, toy, nothing).titles) == 4
     assert list(live.probed(p, toy, nothing).encoder) == ["random init", "pocket_ecamp"]
 
 

@@ -68,18 +68,6 @@ def weights(words: Sequence[str], values: Sequence[float], roles: Sequence[str],
     return figure
 
 
-@styled
-def schedule(learning_rates: Sequence[float], stop: int) -> Figure:
-    """The learning rate of each epoch; after `stop` epochs the training ends."""
-    figure, ax = plt.subplots(figsize=(5.4, 2.2))
-    ax.plot(learning_rates, color="#8c8c8c", linestyle="--", label="not run")
-    ax.plot(learning_rates[: stop + 1], color=COLOURS[0], label="run")
-    ax.set(xlabel="epoch", ylabel="learning rate")
-    ax.ticklabel_format(axis="y", scilimits=(-4, -4))
-    ax.legend()
-    return figure
-
-
 def _grey(ax: Axes, image: Tensor, mean: float, std: float) -> None:
     """An image (C, H, W), normalised with `mean` and `std`, in grey."""
     ax.imshow((image[0] * std + mean).detach().clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
@@ -134,7 +122,7 @@ def reconstructions(
     """
     rows = reconstructed(model, batch, trace)
     count = len(batch.images)
-    figure, axes = plt.subplots(len(rows), count, figsize=(1.12 * count + 1.1, 1.15 * len(rows) + 0.3), squeeze=False)
+    figure, axes = plt.subplots(len(rows), count, figsize=(1.25 * count + 1.1, 1.28 * len(rows) + 0.3), squeeze=False)
     cell = 2 * model.patch
     for line, (name, found) in zip(axes, rows.items(), strict=True):
         for ax, image, corner in zip(line, found, batch.window.tolist(), strict=True):
