@@ -28,8 +28,9 @@ _METHODS = (
     "semantic only; wrong restoration prompt",
     "full fine-tuning; higher peak; MoCo v3 only; MoCo v3; CoCoOp; random init; wrong zone's text; restoration only; "
     "wrong semantic prompt; another picture's scores",
-    "sum of features; one-hot zone; fused; no skipping; prompts swapped; PromptPAR, linear fusion",
-    "empty text; MiniLM text; text; blind prompt; regions, no similarity loss",
+    "sum of features; one-hot zone; fused; no skipping; prompts swapped; PromptPAR, linear fusion; "
+    "ECAMP, no super-resolution",
+    "empty text; MiniLM text; text; blind prompt; regions, no similarity loss; ECAMP, descriptors hidden",
     "linear probing; RGB only; untrained; zero-shot CLIP; raw pixels; mean pooling; unimodal; heads only; "
     "no refinement; no text",
 )
