@@ -365,7 +365,7 @@ ODD["slides without classes"] = partial(unlabelled, ["b.svs", "x/a.ndpi", ".c.sv
 ODD["slides without classes: one name"] = partial(unlabelled, ["a.svs", "x/a.tiff"]), "the slide is there twice"
 ODD["slides without classes: none"] = partial(unlabelled, ["a.txt"]), "no slide: no file that ends in"
 ODD["slides without classes, to train on"] = (
-    lambda folder: unlabelled(["a.svs"], folder) and slides.folder(folder), "nothing says which class")  # fmt: skip
+    lambda folder: unlabelled(["a.svs"], folder) and slides.folder(folder), "no file gives the class")  # fmt: skip
 
 # --- radiographs ------------------------------------------------------------------------------------------------------
 

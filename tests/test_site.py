@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -89,28 +89,40 @@ def is_up_to_date(made: Path, root: Path, reports: Path) -> bool:
     return index.exists() and index.stat().st_mtime > max(path.stat().st_mtime for path in files)
 
 
-@pytest.fixture(scope="session", params=["made-up", "real"])
-def site(request: pytest.FixtureRequest, root: Path, made_up: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
-    """A built site behind a server on this machine; the real one is that of `make reports` where it is up to date."""
-    reports = made_up if request.param == "made-up" else root / "build" / "reports" / "pocket"
-    if not list(reports.glob("*/*.ipynb")):
-        pytest.skip("no executed notebook in build/reports/pocket: run `make reports` first")
-    out = root / "reports" / "site"
-    if request.param == "made-up" or not is_up_to_date(out, root, reports):
-        out = tmp_path_factory.mktemp("built") / "site"
-        out.mkdir()
-        (out / "stale.html").write_text("built before", encoding="utf-8")
-        done = build(root, reports, out)
-        assert done.returncode == 0, done.stdout + done.stderr
+@pytest.fixture(scope="session")
+def sites(
+    request: pytest.FixtureRequest, root: Path, made_up: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Site]:
+    """Each of the two sites, built once, behind a server on this machine; the real one is that of `make reports` where
+    it is up to date."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(out)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    request.addfinalizer(server.shutdown)
-    return Site(request.param == "real", reports, out, f"http://127.0.0.1:{server.server_address[1]}")
+    @functools.cache
+    def made(kind: str) -> Site:
+        reports = made_up if kind == "made-up" else root / "build" / "reports" / "pocket"
+        if not list(reports.glob("*/*.ipynb")):
+            pytest.skip("no executed notebook in build/reports/pocket: run `make reports` first")
+        out = root / "reports" / "site"
+        if kind == "made-up" or not is_up_to_date(out, root, reports):
+            out = tmp_path_factory.mktemp("built") / "site"
+            out.mkdir()
+            (out / "stale.html").write_text("built before", encoding="utf-8")
+            done = build(root, reports, out)
+            assert done.returncode == 0, done.stdout + done.stderr
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(out)))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        request.addfinalizer(server.shutdown)
+        return Site(kind == "real", reports, out, f"http://127.0.0.1:{server.server_address[1]}")
+
+    return made
+
+
+@pytest.fixture(params=["made-up", "real"])
+def site(request: pytest.FixtureRequest, sites: Callable[[str], Site]) -> Site:
+    return sites(request.param)
 
 
 class Links(HTMLParser):
@@ -184,6 +196,7 @@ def test_pages_in_a_browser(site: Site, browser: object, width: int, scheme: str
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize("site", ["made-up", pytest.param("real", marks=pytest.mark.slow)], indirect=True)
 def test_no_serious_accessibility_fault(site: Site, browser: object) -> None:
     """By axe-core's rules, contrast in both schemes among them: of the API reference, whose pages are alike, on one."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()

@@ -166,7 +166,7 @@ def test_pictures_that_are_broken_or_missing(coco, sizes):
     file.write_bytes(file.read_bytes()[:200])
     refused(CorruptFile, r"1\.jpg", lambda: test[0])
     Image.new("RGB", (5, 5)).save(file)
-    refused(CorruptFile, "its annotation says", lambda: test[0])
+    refused(CorruptFile, "its annotation has", lambda: test[0])
     (folder / "2.jpg").unlink()
     found = data.status("detection/ov-coco", coco)
     assert found.state == "incomplete" and "2.jpg" in found.detail

