@@ -21,7 +21,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 import companion
 from companion import backbones, saving
 from companion.data import attributes, classification, domains, xrays
-from companion.errors import BadCheckpoint, CorruptFile
+from companion.errors import BadCheckpoint, CompanionError, CorruptFile
 from companion.models import bat, dmt, dplq, ecamp, hvit, metasegnet, promptpar, sa2vp, sic_cads
 from companion.models.dmt import downstream
 from companion.models.layers import clip_prompting, vpt
@@ -192,6 +192,16 @@ def test_the_header_names_paper_classes_and_options(tmp_path: Path) -> None:
     )
     shared = header(companion.save(MODELS["VPT"](), tmp_path / "m.safetensors"))
     assert shared["paper"] == "" and shared["class_names"] == []
+
+
+def test_a_record_names_no_other_setting_of_a_text_encoder(tmp_path: Path) -> None:
+    """`attn_implementation` of transformers may name code on a hub."""
+    path = companion.save(land_with_bert(), tmp_path / "m.safetensors")
+    about = header(path)
+    text = json.dumps(about)
+    assert "attn_implementation" not in text and text.count('"bert": {') == 1
+    rewritten(path, json.dumps(about).replace('"bert": {', '"bert": {"attn_implementation": "a/kernel", '))
+    refuses((lambda: companion.load(path), "attn_implementation"), error=CompanionError)
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:

@@ -25,6 +25,11 @@ Arguments = ParamSpec("Arguments")
 Made = TypeVar("Made")
 _VIT = "timm.models.vision_transformer:VisionTransformer"
 _BERT = "transformers.models.bert.modeling_bert:BertModel"
+# all that is read of a BERT's configuration: others, such as `attn_implementation`, may name code on a hub
+_BERT_FIELDS = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"}
+_BERT_FIELDS |= {"hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings"}
+_BERT_FIELDS |= {"type_vocab_size", "layer_norm_eps", "pad_token_id"}
+_TOKENS = {"pad_token", "unk_token", "cls_token", "sep_token", "mask_token", "model_max_length"}
 
 
 class Recorded:
@@ -87,10 +92,10 @@ def made_by(value: object) -> Any:
     if f"{kind.__module__}:{kind.__qualname__}" == "open_clip.tokenizer:SimpleTokenizer":
         return {"tokenizer": value.context_length}  # type: ignore[attr-defined]
     if f"{kind.__module__}:{kind.__qualname__}" == _BERT:
-        config = {k: v for k, v in value.config.to_dict().items() if isinstance(v, (bool, int, float, str))}  # type: ignore[attr-defined]
+        config = {k: v for k, v in value.config.to_dict().items() if k in _BERT_FIELDS}  # type: ignore[attr-defined]
         return {"bert": config, "pooler": value.pooler is not None}  # type: ignore[attr-defined]
     if kind.__module__.startswith("transformers.") and hasattr(value, "backend_tokenizer"):
-        options = {"model_max_length": value.model_max_length} | value.special_tokens_map  # type: ignore[attr-defined]
+        options = {k: getattr(value, k) for k in sorted(_TOKENS)}
         return {"fast_tokenizer": value.backend_tokenizer.to_str(), "options": options}
     return {"unknown": f"{kind.__module__}.{kind.__qualname__}"}
 
@@ -122,17 +127,25 @@ def make(note: Any) -> Any:
     if "bert" in note:
         import transformers as hf  # imported here because it takes seconds
 
+        _only(note["bert"], _BERT_FIELDS)
         return hf.BertModel(hf.BertConfig(**note["bert"]), add_pooling_layer=note["pooler"])
     if "fast_tokenizer" in note:
         import tokenizers
         from transformers import PreTrainedTokenizerFast
 
+        _only(note["options"], _TOKENS)
         return PreTrainedTokenizerFast(
             tokenizer_object=tokenizers.Tokenizer.from_str(note["fast_tokenizer"]), **note["options"]
         )
     if "of" in note:
         return getattr(make(note["of"]), {"visual": "visual"}[note["part"]])
     return _resolve(note["by"])(**{name: make(value) for name, value in note["args"].items()})
+
+
+def _only(given: Mapping[str, Any], known: set[str]) -> None:
+    """Raises `BadParameter` for a field of a record that is not read."""
+    if spare := sorted(set(given) - known):
+        raise BadParameter("model", spare, f"only {sorted(known)} of a text encoder")
 
 
 def _resolve(path: str) -> Callable[..., Any]:

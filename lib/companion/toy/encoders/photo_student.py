@@ -1,6 +1,6 @@
 """A small ViT that learned from two real encoders on photographs: DMT's losses, a ViT-S/14 and an EfficientNet-Lite0.
 
-    python -m companion.toy.encoders.photo_student      (needs the extra `real`; about 20 minutes on one core)
+    python -m companion.toy.encoders.photo_student      (needs the extra `real`; half an hour on one core)
 
 The teachers differ in architecture, width and pre-training; both have 16 x 16 positions, at 224 and at 256 pixels. Four
 photographs are held out: neither a crop of them nor a teacher's tokens of them is used in training. The settings were

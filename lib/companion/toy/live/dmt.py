@@ -35,8 +35,6 @@ from ..encoders import teachers as taught
 
 METHODS = ("DMT", "iBOT only")  # three teachers, and the one whose student does best alone
 STEPS = 250  # the losses are seen to fall; the ablation's students take twice as many
-MEASURES = (*collage.FACTORS, "mean", "mean all")
-NUMBERS = (1, 2, 3)  # of teachers
 CHOICES = ("DMT", "averaged teachers", "gate", "LN targets", "token loss only", "map loss only", "same view")
 OWN_PROBE = {"MAE": "quadrant", "MoCo v3": "texture", "iBOT": "hue"}  # the factor on which each teacher is the best
 PAIR = "MoCo v3 + iBOT"
