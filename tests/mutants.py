@@ -10,9 +10,10 @@ chosen by hand for each fault, and run without the slow ones.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
+import runpy
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,14 +21,31 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 FAULTS = sorted(Path(__file__).parent.glob("mutants_*.yaml"))
 AIM = 0.95
 TIMEOUT = 600  # seconds for the tests of one fault
+# each run of pytest is forked from a process that has imported the large packages, which takes longer than most tests
+os.environ["OMP_NUM_THREADS"] = "1"
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    [
+        "pytest",
+        "torch",
+        "torchvision",
+        "timm",
+        "open_clip",
+        "lightning_fabric",
+        "pandas",
+        "sklearn.metrics",
+        "skimage.io",
+    ]
+)
 
 
 class Fault(NamedTuple):
@@ -62,20 +80,31 @@ def faults() -> list[Fault]:
     return found
 
 
+def _pytest(tests: str, lib: str, log: str) -> NoReturn:
+    """Run tests in this process, with the library in `lib`, and end it with their exit code; they print into `log`."""
+    paths = [lib, str(ROOT), str(ROOT / "tests" / "offline")]
+    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "COMPANION_PROGRESS": "off"}
+    sys.path[:0] = paths
+    os.chdir(ROOT)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
+    runpy.run_path(str(ROOT / "tests" / "offline" / "sitecustomize.py"))
+    os._exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *tests.split()]))
+
+
 def fails(tests: str, lib: Path) -> bool:
     """Whether one of the tests fails with the library in `lib`."""
-    paths = [str(lib), str(ROOT), str(ROOT / "tests" / "offline")]
-    quiet = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "COMPANION_PROGRESS": "off"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow"]
-    try:
-        done = subprocess.run(
-            [*command, *tests.split()], cwd=ROOT, env=os.environ | quiet, capture_output=True, timeout=TIMEOUT
-        )
-    except subprocess.TimeoutExpired:
+    log = lib.parent / "pytest.log"
+    log.unlink(missing_ok=True)
+    process = SERVER.Process(target=_pytest, args=(tests, str(lib), str(log)))
+    process.start()
+    process.join(TIMEOUT)
+    if process.exitcode is None:
+        process.kill()
         return True  # a fault that hangs is noticed
-    if done.returncode not in (0, 1, 2):  # passed, failed, an error while tests were collected
-        raise RuntimeError(f"{tests}: pytest ended with {done.returncode}\n{done.stdout.decode()[-2000:]}")
-    return done.returncode != 0
+    if process.exitcode not in (0, 1, 2):  # passed, failed, an error while tests were collected
+        raise RuntimeError(f"{tests}: pytest ended with {process.exitcode}\n{log.read_text()[-2000:]}")
+    return process.exitcode != 0
 
 
 def noticed(fault: Fault, lib: Path) -> bool:

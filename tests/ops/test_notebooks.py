@@ -71,6 +71,7 @@ def executed(slug: str, folder: Path, parameters: dict[str, str], **environment:
     return json.loads((folder / "out" / "run.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_pocket_path_needs_no_network(tmp_path: Path) -> None:
     """From papermill to the record, with empty caches: what a compute node without a network sees.
 

@@ -17,15 +17,19 @@ def small(*_, img_size):
     return vit.eval()
 
 
+RSSCN7, CIFAR = study.TASKS
+
+
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """Twelve training and four test images of each of ten classes: every image has a grey value of its own."""
-    values = iter(range(1, 200))
-    for split, count in (("train", 12), ("test", 4)):
-        for label in range(10):
-            (folder := tmp_path / "cifar10_small" / split / f"class{label}").mkdir(parents=True)
-            for n in range(count):
-                Image.fromarray(np.full((32, 32, 3), next(values), np.uint8)).save(folder / f"{n}.png")
+    """Both sets, smaller: every image has a grey value of its own in its set."""
+    for task, splits in ((RSSCN7, {"train": 4, "val": 1, "test": 2}), (CIFAR, {"train": 12, "test": 4})):
+        values = iter(range(1, 200))
+        for split, count in splits.items():
+            for label in range(study.CLASSES[task]):
+                (folder := tmp_path / study.FOLDERS[task] / split / f"class{label}").mkdir(parents=True)
+                for n in range(count):
+                    Image.fromarray(np.full((32, 32, 3), next(values), np.uint8)).save(folder / f"{n}.png")
     monkeypatch.setenv("COMPANION_REAL_DATA", str(tmp_path))
     monkeypatch.setattr(study.backbones, "build", small)
     study.images.cache_clear()
@@ -33,29 +37,45 @@ def made(tmp_path, monkeypatch):
     study.images.cache_clear()
 
 
-def test_each_seed_draws_its_training_images_and_the_selection_never_sees_the_test(made):
-    values = {}
-    for seed in (100, 200):
-        for split in ("train", "val", "test"):
-            images, labels = study.images(seed, split).tensors
-            assert images.shape[1:] == (3, 112, 112) and labels.bincount().unique().numel() == 1
-            values[seed, split] = set(((images[:, 0, 0, 0] * 0.5 + 0.5) * 255).round().int().tolist())
-        assert [len(values[seed, split]) for split in ("train", "val", "test")] == [100, 20, 40]
-        assert values[seed, "train"] | values[seed, "val"] == set(range(1, 121))
-    assert values[100, "val"] != values[200, "val"] and values[100, "test"] == values[200, "test"]
+def grey_values(task, seed):
+    found = {}
+    for split in ("train", "val", "test"):
+        images, labels = study.images(task, seed, split).tensors
+        assert images.shape[1:] == (3, 112, 112) and labels.bincount().unique().numel() == 1
+        found[split] = set(((images[:, 0, 0, 0] * 0.5 + 0.5) * 255).round().int().tolist())
+    return found
+
+
+def test_each_seed_draws_its_training_images_of_cifar(made):
+    first, second = grey_values(CIFAR, 100), grey_values(CIFAR, 200)
+    assert [len(values) for values in first.values()] == [100, 20, 40]
+    assert first["train"] | first["val"] == second["train"] | second["val"] == set(range(1, 121))
+    assert first["val"] != second["val"] and first["test"] == second["test"]
+
+
+def test_the_split_of_rsscn7_is_that_of_its_folders(made):
+    expected = {"train": set(range(1, 29)), "val": set(range(29, 36)), "test": set(range(36, 50))}
+    assert grey_values(RSSCN7, 100) == grey_values(RSSCN7, 200) == expected
+
+
+@pytest.mark.parametrize("task", study.TASKS)
+def test_the_selection_cannot_read_the_test_split(made, task):
     with selecting(), pytest.raises(CompanionError, match="without the test split"):
-        study.train("linear probing", study.TASK, 1e-3, 100, "", "test")
+        study.train("linear probing", task, 1e-3, 100, "", "test")
 
 
+@pytest.mark.parametrize("task", study.TASKS)
 @pytest.mark.parametrize("method", study.METHODS)
-def test_a_row_of_every_method(made, method):
+def test_a_row_of_every_method(made, method, task):
     torch.manual_seed(0)
-    row = study.train(method, study.TASK, 1e-3, 200, "", "select", epochs=1)
+    row = study.train(method, task, 1e-3, 200, "", "select", epochs=1)
     assert row.keys() == {"accuracy", "loss", "trained"} and 0 <= row["accuracy"] <= 100
     assert (row["trained"] == 0) == (method == "linear probing")
 
 
-def test_a_missing_folder_is_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("COMPANION_REAL_DATA", str(tmp_path))
-    with pytest.raises(MissingData, match="COMPANION_REAL_DATA"):
-        study.prepare("", 0)
+def test_a_missing_folder_is_named(made, tmp_path, monkeypatch):
+    for name in study.FOLDERS.values():
+        (tmp_path / name).rename(tmp_path / "elsewhere")
+        with pytest.raises(MissingData, match=f"(?s){name}.*COMPANION_REAL_DATA"):
+            study.prepare("", 0)
+        (tmp_path / "elsewhere").rename(tmp_path / name)

