@@ -60,17 +60,17 @@ def load() -> ViT:
     return ViT.from_official({name: value.float() for name, value in state.items()}, int(STUDENT["heads"]), NAME)
 
 
-def teachers() -> dict[str, nn.Module]:
-    """The real encoders. Raises `MissingWeights`: neither cached nor installed."""
+def teachers(side: int = SIDES["ViT-S/14"]) -> dict[str, nn.Module]:
+    """The real encoders, the ViT for images of `side` px. Raises `MissingWeights`: neither cached nor installed."""
     vit, convnet = TEACHERS.values()
-    return {"ViT-S/14": backbones.build(vit, img_size=224), "EfficientNet-Lite0": backbones.build(convnet)}
+    return {"ViT-S/14": backbones.build(vit, img_size=side), "EfficientNet-Lite0": backbones.build(convnet)}
 
 
 @torch.no_grad()
-def tokens(name: str, encoder: nn.Module, images: Tensor) -> Tensor:
-    """Tokens (B, 1 + 256, D) of images (B, 3, S, S) in 0 to 1: the last block's, before the final norm, or a map of the
-    EfficientNet after its mean, which stands in for the [CLS] token."""
-    x = seen_by_teacher(name, encoder, images)
+def tokens(name: str, encoder: nn.Module, images: Tensor, side: int = 0) -> Tensor:
+    """Tokens (B, 1 + N, D) of images (B, 3, S, S) in 0 to 1: the last block's, before the final norm, or a map of the
+    EfficientNet after its mean, which stands in for the [CLS] token. N is 256, or that of images of `side` px."""
+    x = seen_by_teacher(name, encoder, images, side)
     if name == "ViT-S/14":
         last = len(encoder.blocks) - 1
         options = {"norm": False, "output_fmt": "NLC", "return_prefix_tokens": True, "intermediates_only": True}
@@ -81,10 +81,10 @@ def tokens(name: str, encoder: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([patches.mean(1, keepdim=True), patches], 1)
 
 
-def seen_by_teacher(name: str, encoder: nn.Module, images: Tensor) -> Tensor:
-    """A teacher's input of images in 0 to 1: resized to its side and normalised."""
+def seen_by_teacher(name: str, encoder: nn.Module, images: Tensor, side: int = 0) -> Tensor:
+    """A teacher's input of images in 0 to 1: resized to its side, or `side`, and normalised."""
     seen = backbones.input_of(encoder)
-    return v2.functional.normalize(resized(images, SIDES[name]), list(seen.mean), list(seen.std))
+    return v2.functional.normalize(resized(images, side or SIDES[name]), list(seen.mean), list(seen.std))
 
 
 def resized(images: Tensor, side: int) -> Tensor:
@@ -92,9 +92,9 @@ def resized(images: Tensor, side: int) -> Tensor:
     return F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def seen_by_student(images: Tensor) -> Tensor:
-    """The student's input (B, 3, 224, 224) of images in 0 to 1."""
-    return v2.functional.normalize(resized(images, int(STUDENT["image"])), list(SEEN.mean), list(SEEN.std))
+def seen_by_student(images: Tensor, side: int = STUDENT["image"]) -> Tensor:
+    """The student's input (B, 3, side, side) of images in 0 to 1."""
+    return v2.functional.normalize(resized(images, side), list(SEEN.mean), list(SEEN.std))
 
 
 def held_out() -> Tensor:
