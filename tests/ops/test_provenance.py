@@ -14,8 +14,9 @@ from companion.ops import provenance
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
     files = {
-        "__init__.py": "",
+        "__init__.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .saving import save\n",
         "errors.py": "",
+        "saving.py": "from .models import one\n",
         "backbones.py": "from .errors import X\nNAMES = ('vit', 'vit_sets.yaml')\n",
         "training/fit.py": "import torch\nfrom .. import errors\n",
         "models/__init__.py": "",
@@ -53,6 +54,13 @@ def test_follows_imports_of_every_form(package: Path, tmp_path: Path) -> None:
     path = notebook(tmp_path, "%matplotlib inline\nfrom companion.models import two\n!ls", "if True:\n    import numpy")
     assert names(path, package) == {*TWO, "models/nb/paper.yaml"}
     assert names(package / "models" / "two.py", package) == TWO  # a module counts itself
+
+
+def test_what_the_package_imports_on_first_access_counts_where_it_is_named(package: Path, tmp_path: Path) -> None:
+    files = names(notebook(tmp_path, "import companion"), package)
+    assert not files & {"saving.py", "models/one.py"}
+    for cell in ("import companion\ncompanion.save(1)", "from companion import save"):
+        assert {"saving.py", "models/one.py"} <= names(notebook(tmp_path, cell), package)
 
 
 def test_pocket_weights_count_where_they_are_named(package: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ standard library is used, and imports are found without importing, so that the S
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import io
 import json
@@ -26,7 +27,8 @@ def sources(path: str | Path, package: Path = PACKAGE) -> list[Path]:
     weights and the data files (YAML, CSV, text) named in any of these files; and, for a notebook, the
     `models/<slug>/paper.yaml` of its name. A file below `package` is included itself; a notebook is not.
 
-    Imports are read from the source (including functions). Names composed at run time are not found.
+    Imports are read from the source (including functions). Names composed at run time are not found. `companion.save`
+    and the other functions of the package itself count where they are named.
 
     Raises `SyntaxError` naming the file, or the cell of a notebook, that is not Python.
     """
@@ -82,19 +84,48 @@ def _code(path: Path) -> list[str]:
 
 
 def _imports(path: Path, package: Path) -> Iterator[Path]:
-    """The files of `package` that importing or running `path` executes directly."""
+    """The files of `package` that importing or running `path` executes directly, and those of the functions of the
+    package itself that it names, which are imported on first access."""
     for number, text in enumerate(_code(path), 1):
         where = f"{path}, code cell {number}" if path.suffix == ".ipynb" else str(path)
-        for node in ast.walk(ast.parse(text, filename=where)):
+        for node in _executed(ast.parse(text, filename=where)):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 base = _absolute(node, path, package)
                 names = [base, *(f"{base}.{alias.name}" for alias in node.names)]  # a name may be a module
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                names = [f"{node.value.id}.{node.attr}"]
             else:
                 continue
             for name in names:
-                yield from _files(name, package)
+                yield from _files(_lazy(package).get(name, name), package)
+
+
+def _executed(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those below `if TYPE_CHECKING`, which only a type checker reads."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not _for_types(child):
+            yield from _executed(child)
+
+
+def _for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+@functools.cache
+def _lazy(package: Path) -> dict[str, str]:
+    """The functions that the package imports on first access, as `__init__.py` states them for type checkers: full
+    name -> name of its module."""
+    path = package / "__init__.py"
+    found = {}
+    for block in filter(_for_types, ast.parse(path.read_text(encoding="utf-8")).body):
+        for node in ast.walk(block):
+            if isinstance(node, ast.ImportFrom):
+                module = _absolute(node, path, package)
+                found.update({f"{package.name}.{alias.name}": module for alias in node.names})
+    return found
 
 
 def _absolute(node: ast.ImportFrom, path: Path, package: Path) -> str:
