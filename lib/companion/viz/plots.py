@@ -388,6 +388,25 @@ def diagram(nodes: Mapping[str, tuple[float, float, str]], arrows: Iterable[tupl
     return figure
 
 
+def heat_cells(
+    ax: Axes, values: np.ndarray, limits: tuple[float, float], text: str = ".0f", least: float = -math.inf
+) -> AxesImage:
+    """Draw values (rows, columns) as colours between `limits`, with their numbers; NaN is left white, with a dash.
+
+    Args:
+        text: format of the numbers.
+        least: smaller values have no number.
+    """
+    drawn = ax.imshow(np.ma.masked_invalid(values), cmap=HEAT, vmin=limits[0], vmax=limits[1], aspect="auto")
+    middle = limits[0] + 0.6 * (limits[1] - limits[0])
+    for (row, column), value in np.ndenumerate(values):
+        if not value < least:
+            number = "–" if math.isnan(value) else f"{value:{text}}"
+            colour = "white" if value < middle else "black"
+            ax.text(column, row, number, ha="center", va="center", fontsize=8, color=colour)
+    return drawn
+
+
 @styled
 def heat_table(
     table: pd.DataFrame,
@@ -408,11 +427,7 @@ def heat_table(
     longest = max(len(word) for name in names for word in name.replace("-", " ").split())
     wide = float(np.clip(0.07 * longest + 0.04, 0.4, 0.8))  # inches a column: its longest word fits
     figure, ax = plt.subplots(figsize=(wide * columns + 2.2, max(0.3 * rows + 1, 2.2)))
-    drawn = ax.imshow(np.ma.masked_invalid(values), cmap=HEAT, vmin=limits[0], vmax=limits[1], aspect="auto")
-    middle = limits[0] + 0.6 * (limits[1] - limits[0])
-    for (row, column), value in np.ndenumerate(values):
-        text, colour = ("–", "black") if math.isnan(value) else (f"{value:.0f}", "white" if value < middle else "black")
-        ax.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+    drawn = heat_cells(ax, values, limits)
     for name, (first, last) in frames.items():
         corner = (list(table.columns).index(name) - 0.47, first - 0.5)
         ax.add_patch(Rectangle(corner, 0.94, last - first + 1, fill=False, edgecolor="#56B4E9", linewidth=2.2))
@@ -442,11 +457,8 @@ def confusion(truth: Sequence[int], predicted: Mapping[str, Sequence[int]], name
         counts = np.zeros((classes, classes))
         np.add.at(counts, (np.asarray(truth), np.asarray(labels)), 1)
         shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-        drawn = ax.imshow(shares, cmap=HEAT, vmin=0, vmax=100)
-        for (row, column), value in np.ndenumerate(shares):
-            if value >= 0.5:
-                colour = "white" if value < 60 else "black"
-                ax.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=colour)
+        drawn = heat_cells(ax, shares, (0, 100), least=0.5)
+        ax.set_aspect("equal")
         ax.set(title=method, xlabel="predicted")
         ax.set_xticks(range(classes), names, rotation=90 if longest > 2 else 0)
         ax.set_yticks(range(classes), names if ax is axes[0, 0] else [""] * classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from torch import Tensor
 from ...data import tracking as data
 from ...evaluation.metrics.tracking import iou
 from ...viz import plots
-from ...viz.style import HEAT, method_colours, styled
+from ...viz.style import method_colours, styled
 from .model import BAT, STAGES, OSTrack
 
 STREAMS = ("RGB", "thermal")
@@ -223,11 +224,8 @@ def exchange_table(tables: Mapping[str, pd.DataFrame]) -> Figure:
     size = (9, 0.42 * len(first) + 1.6)
     figure, axes = plt.subplots(1, len(tables), figsize=size, sharey=True, squeeze=False)
     for ax, (name, table) in zip(axes[0], tables.items(), strict=True):
-        artist = ax.imshow(table, cmap=HEAT, vmin=0, vmax=top, aspect="auto")
-        for (row, column), value in np.ndenumerate(table.to_numpy()):
-            if table.shape[1] <= 8:
-                colour = "white" if value < 0.6 * top else "black"
-                ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+        least = -math.inf if table.shape[1] <= 8 else math.inf
+        artist = plots.heat_cells(ax, table.to_numpy(), (0, top), ".2f", least)
         ax.set_xticks(range(table.shape[1]), table.columns, rotation=60, ha="right", fontsize=8)
         ax.set_yticks(range(len(table)), table.index)
         ax.set_title(f"{name}, by block and stage")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...evaluation.ablations import selected
 from ...viz import plots
-from ...viz.style import COLOURS, HEAT, method_colours, styled
+from ...viz.style import COLOURS, method_colours, styled
 
 
 def architecture() -> Figure:
@@ -44,10 +44,7 @@ def layers(grids: Mapping[str, np.ndarray], teachers: Sequence[str]) -> Figure:
     """
     figure, axes = plt.subplots(1, len(grids), figsize=(2.4 * len(grids) + 1.6, 3.1), squeeze=False)
     for ax, (name, grid) in zip(axes[0], grids.items(), strict=True):
-        drawn = ax.imshow(grid, cmap=HEAT, vmin=0, vmax=1, aspect="auto")
-        for (row, column), value in np.ndenumerate(grid):
-            colour = "white" if value < 0.6 else "black"
-            ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+        drawn = plots.heat_cells(ax, grid, (0, 1), ".2f")
         ax.set(title=name, yticks=[])
         ax.spines[:].set_visible(False)
         ax.set_xticks(range(grid.shape[1]), [f"block {i + 1}" for i in range(grid.shape[1])])
