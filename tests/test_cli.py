@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from companion import __version__, cli
 from companion.evaluation import recipe_parity
 from companion.evaluation.parity import Case, folder
-from companion.ops import record, report
+from companion.ops import needs, record, report
 from companion.ops.papers import MODELS, paper, slugs
 
 
@@ -64,6 +64,16 @@ def test_the_memory_that_doctor_names_is_what_is_counted(root):
     known = yaml.safe_load((MODELS / "memory.yaml").read_text(encoding="utf-8"))
     assert yaml.safe_load(done.stdout) == {"hvit": known["hvit"]["local"]}
     assert all(set(runs) <= {run["id"] for run in paper(slug)["runs"]} for slug, runs in known.items())
+
+
+def test_the_memory_of_a_step_is_that_of_all_its_images(monkeypatch, tmp_path):
+    counted = "bat: {lasher: {fixed_gb: 2.0, image_gb: 0.5, image_half_gb: 0.25, images: 8}}"
+    (tmp_path / "memory.yaml").write_text(counted, encoding="utf-8")
+    monkeypatch.setattr(needs, "MODELS", tmp_path)
+    run = {"id": "lasher", "memory_gb": 77}
+    found = {precision: needs.memory("bat", run, precision)[0] for precision in ("32-true", "16-mixed", "bf16-mixed")}
+    assert found == {"32-true": 6.0, "16-mixed": 4.0, "bf16-mixed": 4.0}
+    assert needs.memory("bat", run | {"id": "another"}, "32-true") == (77, " (estimated)")
 
 
 def test_doctor_knows_weights_that_only_a_person_can_get(capsys, tmp_path):
