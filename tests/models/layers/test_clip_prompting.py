@@ -103,6 +103,20 @@ def test_texts_cut_after_their_ends_give_the_same(clip):
     torch.testing.assert_close(cut, whole, rtol=0, atol=1e-5)
 
 
+def test_text_prompts_overwrite_the_positions_after_the_start_layer_by_layer(clip):
+    """`encode_text` against open_clip's own blocks, written out for one text."""
+    n, length, tower = 3, 9, clip.transformer
+    torch.manual_seed(0)
+    x, deep = torch.randn(1, length, 64), torch.randn(1, n, 64)
+    found = prompting.encode_text(clip, x, torch.tensor([length - 1]), deep)
+    x = x + clip.positional_embedding[:length]
+    for i, block in enumerate(tower.resblocks):
+        if i == 1:
+            x[:, 1 : 1 + n] = deep[0]
+        x = block(x, attn_mask=clip.attn_mask[:length, :length])
+    torch.testing.assert_close(found, clip.ln_final(x[:, -1]) @ clip.text_projection, rtol=0, atol=1e-5)
+
+
 def test_image_prompts_enter_at_the_end_and_are_replaced_layer_by_layer(clip):
     """`encode_image` against open_clip's own blocks, written out for one image at a time."""
     n, width = 2, 48
