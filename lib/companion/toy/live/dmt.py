@@ -334,6 +334,11 @@ class Photographs:
         maps = {f"with {b}": values for (a, b), values in self.agreement.items() if a == "student"}
         return plots.attention_grid(self.images, maps, photo_student.HELD_OUT, shared=True, label="correlation")
 
+    @property
+    def losses(self) -> dict[str, float]:
+        """The first and the last training loss of the shipped student, by its model card."""
+        return encoders.read_card(photo_student.NAME)["quality"]["losses"]
+
     def table(self) -> pd.DataFrame:
         """The mean agreement over the photographs with its std, and the R2 of the model card."""
         quality = encoders.read_card(photo_student.NAME)["quality"]["held-out photographs"]
