@@ -28,6 +28,7 @@ LONGEST = ("test_site.py", "test_robustness.py", *sorted(SPREAD))
 """Files whose tests are begun first, so that no process is left with a long one at the end."""
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook, which would run before
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The tests of any other file stay in one process (`--dist loadgroup`), which its fixtures are made in once."""
     for item in items:

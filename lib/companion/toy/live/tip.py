@@ -217,7 +217,13 @@ def reasons(rows: pd.DataFrame) -> dict[str, str]:
         return ours - theirs
 
     loss, score = lead("loss gain"), lead("PSNR")
+    wrong = tested.loc[("mild", "blind prompt"), "PSNR"] - tested.loc[("mild", "wrong restoration prompt"), "PSNR"]
+    off = [tested.loc[("mild", name), "contrast off"] for name in ("blind prompt", "wrong restoration prompt")]
     return {
+        "blind-over-wrong": (
+            f"with {(wrong <= 0).sum()} of {len(wrong)} seeds the blind prompt is as far from the true contrast: "
+            f"{', '.join(f'{a:.1f} and {b:.1f}' for a, b in zip(*(x[wrong <= 0] for x in off), strict=True))} points"
+        ),
         "walk": (
             f"the number has a small effect: from {pocket.WALK[2][0]} to {pocket.WALK[2][-1]} the contrast rises by "
             f"{spans:.1f} points on average, and {rises.sum()} of {rises.size} single steps are rises"
