@@ -12,7 +12,7 @@ PYTEST := COMPANION_PROGRESS=off PYTHONPATH='$(CURDIR)/tests/offline' $(BIN) -m 
 # one process per core, each with one thread; a notebook's kernel and a test file run in one process, except the files
 # that tests/conftest.py distributes
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4
-LONGEST_FIRST := --dist loadgroup --no-loadscope-reorder
+LONGEST_FIRST := --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help reports study lint test coverage nbval test-slow mutants lab gpu bench notebooks lock clean

@@ -28,13 +28,21 @@ LONGEST = ("test_site.py", "test_robustness.py", *sorted(SPREAD))
 """Files whose tests are begun first, so that no process is left with a long one at the end."""
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook, which would run before
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of any other file stay in one process (`--dist loadgroup`), which its fixtures are made in once."""
-    for item in items:
-        if item.path.name not in SPREAD:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """The tests of a file stay in one process, which its fixtures are made in once, except those of `SPREAD`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if Path(file).name in SPREAD else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True, scope="module")
