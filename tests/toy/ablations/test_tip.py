@@ -163,7 +163,22 @@ def test_reasons_are_read_off_the_rows():
          "contrast at 1.2": 42}
         for task in study.TASKS for method in live.METHODS for seed in range(4)
     ]  # fmt: skip
+    rows += [
+        {
+            "stage": "test",
+            "task": "mild",
+            "method": method,
+            "seed": seed,
+            "PSNR": 20 + ahead * seed,
+            "contrast off": off,
+        }
+        for method, ahead, off in (("blind prompt", 1, 26.0), ("wrong restoration prompt", 0, 25.5))
+        for seed in range(4)
+    ]
     reasons = live.reasons(pd.DataFrame(rows))
+    assert (
+        reasons["blind-over-wrong"].startswith("with 1 of 4 seeds") and "26.0 and 25.5" in reasons["blind-over-wrong"]
+    )
     assert "rises by 2.0 points on average, and 5 of 8 single steps are rises" in reasons["walk"]
     assert "0 of 12 times, by -1.0 points, and in PSNR 9 of 12 times, by +1.50 dB" in reasons["modulation"]
 
