@@ -61,7 +61,7 @@ test-slow: $(INSTALLED)  ## the rest: full-size parity (up to 13 GB), then the s
 	    $$(grep -rl 'mark.slow' tests --include='test_*.py') || failed=1; \
 	  exit $$failed
 
-mutants: $(INSTALLED)  ## put a list of faults into a copy of the library, and report which the tests catch (half an hour)
+mutants: $(INSTALLED)  ## put a list of faults into a copy of the library, and report which the tests catch (less than an hour)
 	$(BIN) -m tests.mutants
 
 lab: $(INSTALLED)  ## open the notebooks in JupyterLab
