@@ -9,8 +9,9 @@ no stained cells: red blood cell, white blood cell or platelet. A patch is a win
 
 The images are <folder>/bccd_small/JPEGImages/<name>.jpg with Annotations/<name>.xml (Pascal VOC), 80 blood smears. Each
 seed draws 40 of them for training, 20 for validation and 20 for the test: no smear is in two splits. Of each class at
-most 4 cells per smear are taken. k-NN has DINO's settings (20 neighbours, temperature 0.07), which are not tuned; the
-linear layer's learning rate is. The score is the mean recall of the three classes.
+most 4 cells per smear are taken. k-NN has DINO's 20 neighbours and temperature of 0.07, which are not tuned, but reads
+embeddings standardised one by one, as the linear layer does, whose learning rate is tuned. The score is the mean recall
+of the three classes.
 """
 
 from __future__ import annotations
