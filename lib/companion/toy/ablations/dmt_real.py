@@ -94,8 +94,10 @@ def train(
 
     `options` go to `fit`. Returns a row: accuracy in percent, and the last loss.
     """
-    encoder, last = THEMSELVES.get(method) or student(seed), 0.0
-    if method in STUDENTS:
+    last = 0.0
+    if method not in STUDENTS:
+        encoder = THEMSELVES.get(method) or student(seed)
+    else:
         pixels = photo_student.seen_by_student(images(task, seed, "train").tensors[0], STUDENT["image"])
         targets = [tokens(name, task, seed, "train") for name in STUDENTS[method]]
         # the student last: teachers that are built draw random numbers; adapters and decoder are drawn after it
