@@ -1,8 +1,6 @@
 """A real ViT in place of the patch level gives the same outputs, and its views measure what they say."""
 
-import os
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,11 +8,11 @@ import pytest
 import timm
 import torch
 
+from companion.data import real
 from companion.data.photographs import PHOTOGRAPHS
 from companion.errors import BadParameter
 from companion.models.hvit import pretrained, recipe
 from companion.slides import Tiling, read_features
-from tests.conftest import ROOT
 
 
 def small(**changes):
@@ -72,10 +70,10 @@ def test_the_auroc_of_the_stain_itself_is_one():
 
 def test_a_real_svs_goes_through_the_extraction_of_companion_slides(tmp_path):
     """The Aperio slide of COMPANION_REAL_DATA, by the function behind `companion slides`."""
-    real = Path(os.environ.get("COMPANION_REAL_DATA") or ROOT.parent / "shared" / "data")
-    found = sorted((real / "slides").glob("*.svs"))
+    folder = real.root() / "slides"
+    found = sorted(folder.glob("*.svs"))
     if not found:
-        pytest.skip(f"no .svs file in {real / 'slides'}")
+        pytest.skip(f"no .svs file in {folder}; COMPANION_REAL_DATA names the folder above it")
     shutil.copy(found[0], tmp_path)
     patch = pretrained.patch_level(small())
     p = SimpleNamespace(dataset="folder", data_root=str(tmp_path), features="", region=1120, normalise="imagenet")

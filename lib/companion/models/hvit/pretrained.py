@@ -7,7 +7,6 @@ can stand in for it. Nothing stands in for the region and the slide level, which
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,9 +21,9 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
 from timm.models.vision_transformer import VisionTransformer
 
+from ...data import real
 from ...data.photographs import PHOTOGRAPHS
 from ...errors import BadParameter
-from ...ops import record
 from ...slides import Slide, Tiles, Tiling, tile, write_pyramid
 from ...viz.attention import token_pca
 from . import recipe
@@ -133,16 +132,13 @@ def view(patch: PatchEncoder, path: str | Path, pixels: int, seed: int = 0) -> V
 
 
 def views(patch: PatchEncoder, folder: Path, seed: int = 0) -> dict[str, View]:
-    """The photograph of colonic glands, written below `folder` as a slide, and the Aperio slide where it is found.
-
-    That is `slides/*.svs` below COMPANION_REAL_DATA (default: ../shared/data next to the checkout).
-    """
+    """The photograph of colonic glands, written below `folder` as a slide, and the Aperio slide where it is found:
+    `slides/*.svs` below COMPANION_REAL_DATA (default: data/ of the checkout)."""
     image = PHOTOGRAPHS["tissue"]()
     size = (image.shape[1], image.shape[0])
     path = write_pyramid(folder / "glands.tiff", lambda y0, y1: image[y0:y1], size, mpp=1.0, downsamples=(1, 4))
     found = {"glands": view(patch, path, 256, seed)}
-    real = Path(os.environ.get("COMPANION_REAL_DATA") or record.root().parent / "shared" / "data")
-    for slide in sorted((real / "slides").glob("*.svs"))[:1]:
+    for slide in sorted((real.root() / "slides").glob("*.svs"))[:1]:
         found["Aperio slide"] = view(patch, slide, 555, seed)
     if len(found) == 1:
         print("no .svs file in slides/ below COMPANION_REAL_DATA: the photograph alone is shown")

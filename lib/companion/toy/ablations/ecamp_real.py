@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,10 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from ... import backbones
-from ...data import xrays
-from ...errors import CorruptFile, MissingData
+from ...data import real, xrays
+from ...errors import CorruptFile
 from ...evaluation.metrics.radiology import mean_auroc
 from ...models.ecamp import heads
-from ...ops import record
 from ...training.fit import CPU, fit
 from ...training.schedules import adamw
 from . import reader
@@ -48,18 +46,15 @@ PIXELS = 20  # side in pixels of an image of "raw pixels": 400 features, about a
 
 
 def folder() -> Path:
-    """The folder of the X-rays, below COMPANION_REAL_DATA (default: ../shared/data next to the checkout).
-
-    Raises `MissingData`: it does not exist.
-    """
-    found = Path(os.environ.get("COMPANION_REAL_DATA") or record.root().parent / "shared" / "data") / "nih_xrays_small"
-    if not (found / "labels.csv").is_file():
-        layout = "nih_xrays_small/labels.csv            image,split,patient,age,sex,view,findings\n"
-        layout += "nih_xrays_small/images/<image>        256 px"
-        detail = f"{found}; the variable COMPANION_REAL_DATA names the folder that holds it"
-        source, licence = "NIH ChestX-ray14, a part", "free use with credit to the NIH Clinical Center"
-        raise MissingData("NIH's X-rays, a part", found.parent, layout, source, licence, detail)
-    return found
+    """The folder of the X-rays. Raises `MissingData`: it does not exist."""
+    return real.folder(
+        "nih_xrays_small/labels.csv",
+        title="NIH's X-rays, a part",
+        layout="nih_xrays_small/labels.csv            image,split,patient,age,sex,view,findings\n"
+        "nih_xrays_small/images/<image>        256 px",
+        source="NIH ChestX-ray14, a part",
+        licence="free use with credit to the NIH Clinical Center",
+    )
 
 
 def table(split: str) -> tuple[list[Path], Tensor]:

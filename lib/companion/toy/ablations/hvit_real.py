@@ -17,7 +17,6 @@ of the three classes.
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -32,10 +31,9 @@ from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
 from ... import backbones
-from ...data import decoding
-from ...errors import CorruptFile, MissingData
+from ...data import decoding, real
+from ...errors import CorruptFile
 from ...models.hvit.pretrained import patch_level
-from ...ops import record
 from ...training.fit import CPU, fit
 from ...training.schedules import adamw
 from . import reader
@@ -58,16 +56,14 @@ PIXELS = 11  # side in pixels of a patch of "raw pixels": 363 features, about as
 
 
 def folder() -> Path:
-    """The folder of the smears, below COMPANION_REAL_DATA (default: ../shared/data next to the checkout).
-
-    Raises `MissingData`: it does not exist.
-    """
-    found = Path(os.environ.get("COMPANION_REAL_DATA") or record.root().parent / "shared" / "data") / "bccd_small"
-    if not (found / "Annotations").is_dir():
-        layout = "bccd_small/JPEGImages/<name>.jpg\nbccd_small/Annotations/<name>.xml   Pascal VOC, 80 of each"
-        detail = f"{found}; the variable COMPANION_REAL_DATA names the folder that holds it"
-        raise MissingData("BCCD, a part", found.parent, layout, "github.com/Shenggan/BCCD_Dataset", "MIT", detail)
-    return found
+    """The folder of the smears. Raises `MissingData`: it does not exist."""
+    return real.folder(
+        "bccd_small/Annotations",
+        title="BCCD, a part",
+        layout="bccd_small/JPEGImages/<name>.jpg\nbccd_small/Annotations/<name>.xml   Pascal VOC, 80 of each",
+        source="github.com/Shenggan/BCCD_Dataset",
+        licence="MIT",
+    )
 
 
 def cells_of(path: Path) -> list[tuple[str, int, int]]:

