@@ -16,7 +16,7 @@ from PIL import Image
 
 pytestmark = pytest.mark.browser
 MINUTES = 4
-TOKEN = "only-for-this-test"  # the server lives for one test and listens on this machine only
+TOKEN = "only-for-this-test"  # the server lives for these tests and listens on this machine only
 
 
 class Lab:
@@ -79,7 +79,8 @@ def run_all(
     context = browser.new_context(viewport={"width": 1280, "height": 1000})
     page = context.new_page()
     try:
-        page.goto(f"{lab.url}lab/tree/notebooks/{name}?token={TOKEN}", timeout=60_000)
+        own = f"workspaces/{Path(name).stem}"  # else JupyterLab opens what the test before had open, too
+        page.goto(f"{lab.url}lab/{own}/tree/notebooks/{name}?token={TOKEN}", timeout=60_000)
         page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
         page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)  # a person sees it in the status bar
         page.get_by_role("menuitem", name="Run", exact=True).click()
@@ -114,10 +115,10 @@ def write(path: Path, *sources: str) -> None:
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
 
 
-@pytest.fixture
-def lab(root: Path, tmp_path: Path, browser: object) -> Iterator[Lab]:
+@pytest.fixture(scope="module")
+def lab(root: Path, tmp_path_factory: pytest.TempPathFactory, browser: object) -> Iterator[Lab]:
     """A server over a copy in which no cell has been run yet."""
-    folder = tmp_path / "checkout"
+    folder = tmp_path_factory.mktemp("lab") / "checkout"
     (folder / "notebooks").mkdir(parents=True)
     shutil.copy(root / "pyproject.toml", folder)
     for study in (root / "reports" / "pocket").glob("*/study.*"):
