@@ -250,7 +250,7 @@ class Photographs:
 
     def overlay(self, name: str, heat: Tensor) -> Figure:
         """One photograph in grey under a map (rows, columns), each patch a square."""
-        figure, ax = plt.subplots(figsize=(1.8, 1.8), layout="constrained")
+        figure, ax = plt.subplots(figsize=(2.6, 2.6), layout="constrained")
         plots.overlay(ax, self.images[self.names.index(name)], heat, mode="nearest", **self.look)
         return figure
 
