@@ -1,9 +1,6 @@
 """The training loop: resumed runs give the same bits, schedules are the paper's, errors name the accepted settings."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -611,36 +608,6 @@ def test_training_does_not_ask_gpus_for_their_random_state(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *args: pytest.fail("CUDA was started"))
     run(noisy_model())
-
-
-TWO = """
-import sys
-import torch
-from torch import nn
-from tests.training.test_fit import ClipNorm, Hardware, run, trained_state
-
-data = torch.utils.data.TensorDataset(torch.randn(16, 50, generator=torch.Generator().manual_seed(0)))
-torch.manual_seed(0)
-model = nn.Linear(50, 4000)  # a megabyte: more than a pipe between processes holds
-history = run(model, lambda m, b: m(b[0]).square().mean(), data, hardware=Hardware("cpu", int(sys.argv[1])),
-              callbacks=[ClipNorm(1e-3)])
-torch.save({"model": trained_state(model), "history": history}, sys.argv[2])
-"""
-
-
-def test_two_devices_give_back_what_one_gives(tmp_path):
-    """The same global batch on two devices (gloo) and on one, to rounding."""
-    found = []
-    for devices in ("1", "2"):
-        path = tmp_path / f"{devices}.pt"
-        code = [sys.executable, "-c", TWO, devices, str(path)]
-        done = subprocess.run(code, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        found.append(torch.load(path, weights_only=True))
-    one, two = found
-    assert [row["step"] for row in two["history"]] == list(range(10))
-    np.testing.assert_allclose(*([row["loss"] for row in each["history"]] for each in found), rtol=1e-4)
-    torch.testing.assert_close(two["model"], one["model"], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("slug", slugs())

@@ -228,6 +228,7 @@ def test_an_image_without_instances_is_trained_on_too():
     assert all(p.grad.any() for p in model.roi_heads.box_predictor.cls_score.parameters())
 
 
+@pytest.mark.slow
 def test_a_detector_trains_whole_and_gives_results_that_can_be_scored():
     model, data = small_detector(), squares()
     crops = Crops(data, 64, most=2, jitter=None)

@@ -452,6 +452,7 @@ print(rows, before, record.peak_memory_mb())
 """
 
 
+@pytest.mark.slow
 def test_6000_pixels_a_side_are_segmented_in_less_than_2_gb():
     """A map of 8 classes of that size is 1.15 GB of logits: only the rows that further tiles overlap may be held."""
     result = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=True)

@@ -48,6 +48,7 @@ def test_the_vit_of_a_method_stays_frozen(method):
     assert sum(x.numel() for x in trained_state(model).values()) < 0.5 * sum(p.numel() for p in vit.parameters())
 
 
+@pytest.mark.slow
 def test_the_shipped_prompts_are_trained_ones_of_the_real_vit():
     try:
         vit = backbones.build(photo_prompts.ENCODER, img_size=photo_prompts.SIZE)

@@ -10,6 +10,7 @@ from companion.toy.datasets.tokens import Tokenizer
 from companion.toy.encoders import vit_and_clip as pocket
 
 
+@pytest.mark.slow
 def test_the_pocket_vit_learns():
     """Remade at a small part of its length it names the object well above chance (0.06) on tiles that it never saw."""
     model = pocket.train_vit(images=1000, steps=60)
