@@ -234,6 +234,8 @@ def test_leads_and_reasons(metric):
     assert set(reasons) <= {claim["id"] for claim in CLAIMS}
     assert reasons["super-resolution"].startswith("84 % ") and reasons["super-resolution"].count("0 of 2 seeds") == 2
     assert "34.0 to 54.0 % with, 57.0 to 57.0 % without" in reasons["distillation"]
+    over = live.over_untrained(frame)
+    assert "1 of 2 with 50 labels, 1 of 2 with 200 labels, 1 of 2 with 1,500 labels" in over and over.endswith("1 of 2")
 
 
 def test_released_heat_is_that_of_the_model(toy, model):
