@@ -136,6 +136,7 @@ def lab(root: Path, tmp_path_factory: pytest.TempPathFactory, browser: object) -
     server.stop()
 
 
+@pytest.mark.slow
 def test_run_all(lab: Lab, browser: object, root: Path) -> None:
     """Of the notebook that takes the least time."""
     notebook, knobs = run_all(lab, browser, "sic_cads.ipynb", root / "build" / "jupyterlab-sic_cads.png")
@@ -146,7 +147,7 @@ def test_run_all(lab: Lab, browser: object, root: Path) -> None:
 
 
 def test_a_failing_cell_is_seen(lab: Lab, browser: object, tmp_path: Path) -> None:
-    """The test above would notice: Run All of a notebook whose second cell fails."""
+    """`test_run_all` would notice: Run All of a notebook whose second cell fails."""
     write(lab.folder / "notebooks" / "bad.ipynb", "x = 1", "raise ValueError('the reason')", "x = 2")
     with pytest.raises(AssertionError, match="the reason"):
         run_all(lab, browser, "bad.ipynb", tmp_path / "bad.png")

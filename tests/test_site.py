@@ -201,12 +201,13 @@ def test_pages_in_a_browser(site: Site, browser: object) -> None:
 
     context.route("**/*", only_here)
     wide = []
-    tabs = [context.new_page() for _ in range(5)]
+    tabs = [context.new_page() for _ in range(3)]
     for first in range(0, len(site.few), len(tabs)):
         names = site.few[first : first + len(tabs)]
         for tab, name in zip(tabs, names, strict=False):
             tab.goto(f"{site.url}/{name}", wait_until="load")
         for tab, name in zip(tabs, names, strict=False):
+            tab.bring_to_front()  # a page in the background is slow to notice a new colour scheme
             tab.wait_for_load_state("networkidle")
             for width, scheme in ((390, "dark"), (1280, "light")):
                 tab.set_viewport_size({"width": width, "height": 900})
