@@ -197,7 +197,7 @@ def attention(pixels: Tensor, boxes: Tensor, rows: Mapping[str, Tensor], titles:
 @styled
 def word_map(pixels: Tensor, box: Tensor, heat: Tensor, title: str) -> Figure:
     """A chest (1, H, W) and the attention (rows, columns) of one word over it: a frame of the widget."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(4.3, 2.5), dpi=60)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(4.3, 2.5), dpi=80)
     _grey(left, pixels, 0.5, 0.15)
     plots.overlay(right, pixels.expand(3, -1, -1), 100 * heat, colour_bar=True, **LOOK)
     right.set_title("attention (%)", fontsize=9)
