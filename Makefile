@@ -42,7 +42,7 @@ lint: $(INSTALLED)  ## ruff, formatting, types, import rules, and the committed 
 	$(BIN) -m pytest -q tests/test_imports.py
 	$(BIN) -m companion.ops.notebooks --check notebooks/*.ipynb
 
-test: $(INSTALLED)  ## unit tests, parity with the authors' code, the site and JupyterLab in a browser
+test: $(INSTALLED)  ## unit tests, parity with the authors' code, a small site in a browser
 	OMP_NUM_THREADS=1 $(PYTEST) $(COVERAGE) $(SIDE_BY_SIDE) $(LONGEST_FIRST) -m 'not slow' tests
 
 # of the lines that the tests run themselves; of other processes nothing is counted
@@ -54,7 +54,7 @@ nbval: $(INSTALLED)  ## run the committed notebooks and compare their outputs
 	OMP_NUM_THREADS=1 $(PYTEST) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg $(SIDE_BY_SIDE) --dist loadfile notebooks
 
 # full-size models: one process per file, since those of several files do not fit in memory
-test-slow: $(INSTALLED)  ## the rest: full-size parity (up to 13 GB), then the simulated GPU and other long checks side by side
+test-slow: $(INSTALLED)  ## the rest: full-size parity (up to 13 GB), then the simulated GPU, the site, JupyterLab and other long checks
 	@failed=0; for file in $$(grep -rl 'mark.large' tests --include='test_*.py'); do \
 	  $(PYTEST) -m large $$file || failed=1; done; \
 	  OMP_NUM_THREADS=1 $(PYTEST) $(SIDE_BY_SIDE) $(LONGEST_FIRST) -m 'slow and not large' \

@@ -17,8 +17,11 @@ from tests.test_saving import trained
 
 TEXT = "hot dry sand"
 MODELS = ("SA²VP", "SA²VP on a Swin", "PromptPAR", "MetaSegNet", "BAT", "ECAMP's segmenter", "VPT")
-FEW = ("SA²VP", "BAT")  # one output and several
-CASES = [pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in MODELS]
+
+
+def fast(*names: str) -> list:
+    """The models as parameters of a test; all but `names` are slow tests."""
+    return [pytest.param(name, marks=[] if name in names else pytest.mark.slow) for name in MODELS]
 
 
 def exported(name: str, path: Path) -> tuple[exporting._Network, tuple[torch.Tensor, ...]]:
@@ -36,7 +39,7 @@ def exported(name: str, path: Path) -> tuple[exporting._Network, tuple[torch.Ten
     return exporting._Network(model, text).eval(), inputs
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", fast("SA²VP"))
 def test_a_program_gives_the_models_outputs_at_any_batch(name: str, tmp_path: Path) -> None:
     network, inputs = exported(name, tmp_path / "model.pt2")
     program = torch.export.load(tmp_path / "model.pt2").module()
@@ -47,7 +50,7 @@ def test_a_program_gives_the_models_outputs_at_any_batch(name: str, tmp_path: Pa
             torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", fast("BAT"))  # several outputs
 def test_onnxruntime_gives_the_models_outputs(name: str, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

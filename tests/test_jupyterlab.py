@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from PIL import Image
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 MINUTES = 4
 TOKEN = "only-for-this-test"  # the server lives for these tests and listens on this machine only
 
@@ -136,7 +136,6 @@ def lab(root: Path, tmp_path_factory: pytest.TempPathFactory, browser: object) -
     server.stop()
 
 
-@pytest.mark.slow
 def test_run_all(lab: Lab, browser: object, root: Path) -> None:
     """Of the notebook that takes the least time."""
     notebook, knobs = run_all(lab, browser, "sic_cads.ipynb", root / "build" / "jupyterlab-sic_cads.png")

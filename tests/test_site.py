@@ -123,7 +123,7 @@ def sites(
     return made
 
 
-@pytest.fixture(params=["made-up", "real"])
+@pytest.fixture(params=["made-up", pytest.param("real", marks=pytest.mark.slow)])
 def site(request: pytest.FixtureRequest, sites: Callable[[str], Site]) -> Site:
     return sites(request.param)
 
@@ -220,7 +220,6 @@ def test_pages_in_a_browser(site: Site, browser: object) -> None:
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("site", ["made-up", pytest.param("real", marks=pytest.mark.slow)], indirect=True)
 def test_no_serious_accessibility_fault(site: Site, browser: object) -> None:
     """By axe-core's rules, with contrast in both schemes; of the API reference, one page."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()

@@ -88,18 +88,27 @@ def _imports(path: Path, package: Path) -> Iterator[Path]:
     package itself that it names, which are imported on first access."""
     for number, text in enumerate(_code(path), 1):
         where = f"{path}, code cell {number}" if path.suffix == ".ipynb" else str(path)
-        for node in _executed(ast.parse(text, filename=where)):
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                base = _absolute(node, path, package)
-                names = [base, *(f"{base}.{alias.name}" for alias in node.names)]  # a name may be a module
-            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                names = [f"{node.value.id}.{node.attr}"]
-            else:
-                continue
-            for name in names:
-                yield from _files(_lazy(package).get(name, name), package)
+        for name in _names(text, where, path, package):
+            yield from _files(_lazy(package).get(name, name), package)
+
+
+@functools.cache  # the notebooks and studies share most of their files
+def _names(text: str, where: str, path: Path, package: Path) -> list[str]:
+    """Full names of the modules that `text`, of the file `path`, imports, and `a.b` where it stands in an expression;
+    some of them are no modules."""
+    found: dict[str, None] = {}
+    for node in _executed(ast.parse(text, filename=where)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = _absolute(node, path, package)
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]  # a name may be a module
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            names = [f"{node.value.id}.{node.attr}"]
+        else:
+            continue
+        found.update(dict.fromkeys(names))
+    return list(found)
 
 
 def _executed(node: ast.AST) -> Iterator[ast.AST]:
@@ -151,6 +160,7 @@ def _files(name: str, package: Path) -> Iterator[Path]:
                 yield file
 
 
+@functools.cache
 def _bare(text: str) -> str:
     """Python text without comments, docstrings and blank lines."""
     tree = ast.parse(text)
