@@ -97,14 +97,17 @@ def test_text_cannot_break_out():
 
 
 def test_photographs_fit_and_too_many_are_refused(monkeypatch):
-    photo, shifts = skimage.data.astronaut()[::2, ::2], {"shift": [0, 1]}
-    whole = len(widgets.explorer({i: np.roll(photo, i, 0) for i in (0, 1)}, shifts).data)
-    assert 40_000 < whole <= widgets.LIMIT == 300_000
-    monkeypatch.setattr(widgets, "LIMIT", whole - 1)  # fewer colours
-    assert len(widgets.explorer({i: np.roll(photo, i, 0) for i in (0, 1)}, shifts).data) < whole
-    noise = np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8)
-    with pytest.raises(BadParameter, match=rf"2 images, \d+ kB.*at most {widgets.LIMIT // 1000} kB"):
-        widgets.explorer({i: noise for i in (0, 1)}, shifts)
+    def size(image):
+        return len(widgets.explorer({i: np.roll(image, i, 0) for i in (0, 1)}, {"shift": [0, 1]}).data)
+
+    assert 40_000 < size(skimage.data.astronaut()[::2, ::2]) <= widgets.LIMIT == 300_000
+    squares = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    whole = size(squares)
+    monkeypatch.setattr(widgets, "LIMIT", whole - 1)
+    assert size(squares) < whole  # of fewer colours
+    monkeypatch.setattr(widgets, "LIMIT", 5_000)
+    with pytest.raises(BadParameter, match=r"2 images, \d+ kB.*at most 5 kB"):
+        size(squares)
 
 
 def test_small_arrays_are_enlarged_and_wrong_ones_refused():
