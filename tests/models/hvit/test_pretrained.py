@@ -53,6 +53,7 @@ def test_a_view_covers_the_photograph(tmp_path, monkeypatch):
     again = pretrained.view(patch, tmp_path / "glands.tiff", 128, seed=1)
     assert again.tiles.coords.tolist() == [[0, 0], [0, 256], [256, 0], [256, 256]] and len(again.panels()) == 5
     assert again.components.shape == (4, 8, 8, 3)
+    assert not np.allclose(pretrained.views(patch, tmp_path, normalise="half")["glands"].maps.patch, view.maps.patch)
     scores = view.scores()
     assert {values.shape for values in scores.values()} == {(8, 8)}
     found = pretrained.stain_auroc(PHOTOGRAPHS["tissue"](), scores).set_index("score").AUROC

@@ -3,12 +3,15 @@
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 from torch.utils.data import TensorDataset
 
+from companion import backbones
 from companion.data import slides as data
 from companion.evaluation import ablations
 from companion.models.hvit import HViT, recipe
+from companion.models.hvit.model import PatchEncoder
 from companion.ops.papers import paper
 from companion.slides import tensor
 from companion.toy.ablations import hvit as ablation
@@ -135,6 +138,18 @@ def test_what_the_notebook_shows_of_the_synthetic_slides(tmp_path, monkeypatch):
     assert list(looks) == ["Local"] and looks["Local"].slide.shape == (5,)
     table = live.attention_by_content(p, tmp_path, models, count=3).set_index("patch shows")
     assert "tumour, core region" in table.index and table["region level"].between(0, 1).all()
+
+
+def test_real_tissue_is_seen_by_a_pretrained_vit_or_the_patch_level_of_the_run(monkeypatch, capsys):
+    own = live.Shown("slide", synthetic.TILING, PatchEncoder(64, 16, 48, 1, 3), "half", "a slide of PANDA")
+    assert live.on_tissue(parameters("hvit", profile="paper"), own) == (own.patch, "half")
+    assert "PANDA" in capsys.readouterr().out
+    vit = timm.models.VisionTransformer(224, 14, num_classes=0, embed_dim=48, depth=1, num_heads=3).eval()
+    vit.pretrained_cfg = {"description": "made up"}
+    monkeypatch.setattr(backbones, "build", lambda *_, **options: vit)
+    level, normalise = live.on_tissue(parameters("hvit"), own)
+    assert (level.image, level.dim, normalise) == (224, 48, "imagenet") and level is not own.patch
+    assert "equal to the ViT: tokens: at most" in capsys.readouterr().out
 
 
 def test_regions_by_kind_show_each_kind():

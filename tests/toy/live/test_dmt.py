@@ -10,7 +10,9 @@ import torch
 
 from companion.errors import MissingWeights
 from companion.evaluation import ablations
-from companion.models.dmt import recipe
+from companion.models import dmt
+from companion.models.dmt import recipe, vit
+from companion.toy import encoders
 from companion.toy.ablations import dmt as study
 from companion.toy.datasets import collage
 from companion.toy.encoders import photo_student
@@ -151,7 +153,9 @@ def test_photographs_compare_the_shipped_student_with_an_untrained_one(monkeypat
     torch.manual_seed(0)
     tokens = {name: torch.randn(4, 256, width) for name, width in (("ViT-S/14", 9), ("EfficientNet-Lite0", 7))}
     students = {"student": tokens["ViT-S/14"] * 2, "untrained": torch.randn(4, 256, 5)}
-    photos = live.Photographs(torch.rand(4, 3, 256, 256), tokens | students, {"student": torch.rand(4, 16, 16)})
+    quality = encoders.read_card(photo_student.NAME)["quality"]
+    looks = {"student": torch.rand(4, 16, 16)}
+    photos = live.Photographs(torch.rand(4, 3, 256, 256), tokens | students, looks, quality)
     table = photos.table().set_index(["teacher", "student"])
     assert table.loc[("ViT-S/14", "student"), "agreement"] == "1.00 ± 0.00"
     assert len(table) == 4 and abs(float(table.loc[("ViT-S/14", "untrained"), "agreement"].split()[0])) < 0.1
@@ -162,4 +166,25 @@ def test_photographs_compare_the_shipped_student_with_an_untrained_one(monkeypat
         raise MissingWeights("vit", "somewhere", ["install the extra `real`"])
 
     monkeypatch.setattr(photo_student, "teachers", missing)
-    assert live.on_photographs() is None and "left out" in capsys.readouterr().out
+    assert live.on_photographs(parameters("dmt"), {}) is None and "left out" in capsys.readouterr().out
+
+
+def test_at_the_paper_profile_the_photographs_compare_teachers_and_student_of_the_run(monkeypatch, capsys):
+    torch.manual_seed(0)
+    p = parameters("dmt", profile="paper", teachers="MAE, DINO")
+    assert live.on_photographs(p, {}) is None and "no student" in capsys.readouterr().out
+    options = {"image": 224, "patch": 16, "depth": 2, "heads": 2}
+    known = {name: vit.build("pocket", width=24, **options).eval() for name in ("MAE", "DINO")}
+    monkeypatch.setattr(recipe, "teachers", lambda p: dmt.Teachers(known))
+    untrained = vit.build("pocket", width=16, **options)
+    monkeypatch.setattr(vit, "build", lambda size: untrained)
+    student = known["DINO"]  # it agrees with itself as teacher
+    photos = live.on_photographs(p, {"DMT": dmt.DMT(student, dmt.Teachers(known), decoder="pocket")})
+    assert list(photos.tokens) == ["MAE", "DINO", "student", "untrained"] == list(photos.attention)
+    assert photos.grid == (14, 14) and "MAE, DINO" in capsys.readouterr().out
+    agreed = {pair: float(values.mean()) for pair, values in photos.agreement.items()}
+    assert agreed["student", "DINO"] > 0.95 > 0.9 > agreed["student", "MAE"]  # all have the same position embedding
+    assert list(photos.table()) == ["teacher", "student", "agreement"]
+    for found in photos.attention.values():
+        assert found.shape == (4, 14, 14)
+    assert len(photos.components().axes) == 4 * 5 and len(photos.by_position().axes) == 4 * 3 + 1

@@ -1,5 +1,6 @@
 """What SA²VP's notebook shows: tables of the ablations, maps of the model, photographs, a folder of own images."""
 
+import dataclasses
 import io
 
 import matplotlib.pyplot as plt
@@ -148,8 +149,10 @@ def test_without_the_weights_the_photographs_go_through_the_small_vit(monkeypatc
     (ax,) = photos.overlay("flower", heat).axes
     np.testing.assert_allclose(ax.images[1].get_array(), heat)
     plt.close("all")
-    prompted = live.prompted(photos, 3)
-    assert "untrained" in capsys.readouterr().out
+    nothing = setting(torch.randn(4, 3, 32, 32), [0, 1, 2, 3])
+    p = parameters("sa2vp", profile="paper", seed=3)
+    same, prompted, before = live.prompted(p, photos, {"VPT-deep": VPT(photos.encoder, 4)}, nothing)
+    assert same is photos and before is prompted["SA²VP"] and "untrained" in capsys.readouterr().out
     assert {name: x.shape for name, x in live.class_attention(prompted, photos.images).items()} == {
         "VPT-deep": (2, 8, 8),
         "SA²VP": (2, 8, 8),
@@ -157,6 +160,23 @@ def test_without_the_weights_the_photographs_go_through_the_small_vit(monkeypatc
     traced = live.trace(prompted["SA²VP"], photos.images)
     norms = live.fused(traced, prompted["SA²VP"], [1])
     np.testing.assert_allclose(norms["block 1"][0, 2, 3], traced.fusion[1][0, 1 + 2 * 8 + 3].norm(), rtol=1e-5)
+
+
+def test_at_the_paper_profile_the_photographs_go_through_the_trained_model(vit, capsys, monkeypatch):
+    p, photos = parameters("sa2vp", profile="paper"), live._through(vit, ["cat"], backbones.input_of(vit))
+    torch.manual_seed(0)
+    ours, built = SA2VP(vit, 4, width=4).eval(), []
+    found = setting(torch.randn(4, 3, 32, 32), [0, 1, 2, 3])
+    seen = dataclasses.replace(found.input, mean=(0.1, 0.2, 0.3))
+    build = lambda method: built.append(method) or SA2VP(vit, 4, width=4)  # noqa: E731
+    found = dataclasses.replace(found, build=build, input=seen)
+    own, models, before = live.prompted(p, photos, {"SA²VP": ours}, found)
+    assert "vit_b16" in capsys.readouterr().out and models == {"SA²VP": ours} and built == ["SA²VP"]
+    assert own.encoder is ours.backbone and own.names == ("cat",) and not before.training and before is not ours
+    shift = own.images.mean((0, 2, 3)) - photos.images.mean((0, 2, 3))  # normalised as the run's images are
+    expected = (torch.tensor(photos.look["mean"]) - torch.tensor([0.1, 0.2, 0.3])) / torch.tensor(photos.look["std"])
+    torch.testing.assert_close(shift, expected)
+    assert live.class_attention(models, own.images)["SA²VP"].shape == (1, 8, 8)
 
 
 def test_no_trained_model_means_random_weights_and_a_note(vit, capsys, monkeypatch):

@@ -101,13 +101,14 @@ class View:
         }
 
 
-def view(patch: PatchEncoder, path: str | Path, pixels: int, seed: int = 0) -> View:
+def view(patch: PatchEncoder, path: str | Path, pixels: int, seed: int = 0, normalise: str = "imagenet") -> View:
     """The three levels on a slide, in regions of 2 x 2 patches that cover all of it.
 
     Args:
         patch: pretrained.
         pixels: side of a patch in pixels of level 0, which are resized to `patch.image`.
         seed: of the random weights of the region and the slide level.
+        normalise: of the pixels, as `patch` wants them.
     """
     tokens: list[torch.Tensor] = []
     with torch.random.fork_rng(devices=[]):
@@ -122,7 +123,7 @@ def view(patch: PatchEncoder, path: str | Path, pixels: int, seed: int = 0) -> V
         tiling = Tiling(region=2 * patch.image, mpp=mpp, resample=True, area=0.1, least=0.5)
         tissue, shrink = slide.thumbnail(slide.size[1] / 512)
         tiles = tile(slide, tiling, np.ones(tissue.shape[:2], np.uint8))
-        maps = recipe.attention_maps(model, model.patch, slide, tiles, "imagenet")
+        maps = recipe.attention_maps(model, model.patch, slide, tiles, normalise)
     found = torch.cat(tokens)  # (M · 4, T, D)
     side = math.isqrt(found.shape[1])
     with torch.no_grad():
@@ -131,15 +132,15 @@ def view(patch: PatchEncoder, path: str | Path, pixels: int, seed: int = 0) -> V
     return View(tissue, shrink, tiles, maps, laid.reshape(len(tiles), 2 * side, 2 * side, 3))
 
 
-def views(patch: PatchEncoder, folder: Path, seed: int = 0) -> dict[str, View]:
+def views(patch: PatchEncoder, folder: Path, seed: int = 0, normalise: str = "imagenet") -> dict[str, View]:
     """The photograph of colonic glands, written below `folder` as a slide, and the Aperio slide where it is found:
     `slides/*.svs` below COMPANION_REAL_DATA (default: data/ of the checkout)."""
     image = PHOTOGRAPHS["tissue"]()
     size = (image.shape[1], image.shape[0])
     path = write_pyramid(folder / "glands.tiff", lambda y0, y1: image[y0:y1], size, mpp=1.0, downsamples=(1, 4))
-    found = {"glands": view(patch, path, 256, seed)}
+    found = {"glands": view(patch, path, 256, seed, normalise)}
     for slide in sorted((real.root() / "slides").glob("*.svs"))[:1]:
-        found["Aperio slide"] = view(patch, slide, 555, seed)
+        found["Aperio slide"] = view(patch, slide, 555, seed, normalise)
     if len(found) == 1:
         print("no .svs file in slides/ below COMPANION_REAL_DATA: the photograph alone is shown")
     return found

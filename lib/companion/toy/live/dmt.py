@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from torch.utils.data import Dataset, TensorDataset
 from ...errors import MissingWeights
 from ...evaluation import ablations
 from ...evaluation.claims import check_range
-from ...models.dmt import downstream, recipe
+from ...models.dmt import downstream, recipe, vit
 from ...models.dmt.model import DMT
 from ...models.dmt.recipe import Setting
 from ...models.dmt.vit import ViT
@@ -300,30 +302,37 @@ def detected(student: ViT, seed: int) -> History:
 
 @dataclass(frozen=True)
 class Photographs:
-    """The held-out photographs and the patch tokens (4, 256, D) of teachers and students on them.
+    """The held-out photographs and the patch tokens (4, s·s, D) of teachers and students on them.
 
     Attributes:
         images: (4, 3, 256, 256) in 0 to 1.
-        tokens: by encoder, the teachers first.
-        attention: the [CLS] token's in the last block, mean of the heads, of the encoders that have one: (4, 16, 16).
+        tokens: by encoder, the teachers first, then "student" and "untrained".
+        attention: the [CLS] token's in the last block, mean of the heads, of the encoders that have one: (4, s, s).
+        quality: of the student's model card; empty for the student of this run.
     """
 
     images: Tensor
     tokens: dict[str, Tensor]
     attention: dict[str, Tensor]
+    quality: Mapping[str, Any]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        side = math.isqrt(self.tokens["student"].shape[1])
+        return side, side
 
     def components(self) -> Figure:
         """The first three principal components of each encoder's tokens, as colours."""
-        colours = {name: token_pca(found, photo_student.GRID) for name, found in self.tokens.items()}
+        colours = {name: token_pca(found, self.grid) for name, found in self.tokens.items()}
         return plots.attention_grid(self.images, colours, photo_student.HELD_OUT)
 
     @functools.cached_property
     def agreement(self) -> dict[tuple[str, str], Tensor]:
-        """Student, teacher -> `photo_student.agreement` (4, 16, 16)."""
-        teachers, students = list(self.tokens)[:2], list(self.tokens)[2:]
-        pairs = [(student, teacher) for teacher in teachers for student in students]
+        """Student, teacher -> `photo_student.agreement` (4, s, s)."""
+        *teachers, trained, untrained = self.tokens
+        pairs = [(student, teacher) for teacher in teachers for student in (trained, untrained)]
         found = {(a, b): photo_student.agreement(self.tokens[a], self.tokens[b]) for a, b in pairs}
-        return {pair: values.unflatten(1, photo_student.GRID) for pair, values in found.items()}
+        return {pair: values.unflatten(1, self.grid) for pair, values in found.items()}
 
     def looks(self) -> Figure:
         """The attention of the [CLS] token, for each encoder that has one."""
@@ -334,27 +343,27 @@ class Photographs:
         maps = {f"with {b}": values for (a, b), values in self.agreement.items() if a == "student"}
         return plots.attention_grid(self.images, maps, photo_student.HELD_OUT, shared=True, label="correlation")
 
-    @property
-    def losses(self) -> dict[str, float]:
-        """The first and the last training loss of the shipped student, by its model card."""
-        return encoders.read_card(photo_student.NAME)["quality"]["losses"]
-
     def table(self) -> pd.DataFrame:
         """The mean agreement over the photographs with its std, and the R2 of the model card."""
-        quality = encoders.read_card(photo_student.NAME)["quality"]["held-out photographs"]
         rows = []
         for (student, teacher), values in self.agreement.items():
             each = values.mean((1, 2))
             row = {"teacher": teacher, "student": student, "agreement": f"{each.mean():.2f} ± {each.std():.2f}"}
-            rows.append(row | {"R² of a linear map": f"{quality[student][teacher]['R2']:.2f}"})
+            if self.quality:
+                shares = self.quality["held-out photographs"]
+                row["R² of a linear map"] = f"{shares[student][teacher]['R2']:.2f}"
+            rows.append(row)
         return pd.DataFrame(rows)
 
 
-def on_photographs() -> Photographs | None:
-    """The two real teachers, the shipped student and an untrained one on the held-out photographs.
+def on_photographs(p: SimpleNamespace, students: Mapping[str, DMT]) -> Photographs | None:
+    """Teachers, the student distilled from them and an untrained one on the held-out photographs.
 
-    None, with a note, where the teachers' weights are not available.
+    At the `paper` profile those of this run, else the two real teachers and the shipped student. None, with a note,
+    where this run distilled no student, or the teachers' weights are not available.
     """
+    if p.profile == "paper":
+        return _of_this_run(p, students)
     try:
         teachers = photo_student.teachers()
     except MissingWeights as missing:
@@ -362,13 +371,32 @@ def on_photographs() -> Photographs | None:
         return None
     for name, encoder in teachers.items():
         print(f"{name}: {encoder.pretrained_cfg.get('description', 'the release in the Hugging Face cache')}")
-    images = photo_student.held_out()
+    images, quality = photo_student.held_out(), encoders.read_card(photo_student.NAME)["quality"]
+    print("training loss of the student:", quality["losses"])
     found = {name: photo_student.tokens(name, encoder, images) for name, encoder in teachers.items()}
-    name, vit = next(iter(teachers.items()))
-    attention = {name: photograph_maps(vit, photo_student.seen_by_teacher(name, vit, images))["[CLS] attention"]}
+    name, first = next(iter(teachers.items()))
+    attention = {name: photograph_maps(first, photo_student.seen_by_teacher(name, first, images))["[CLS] attention"]}
     with torch.inference_mode():
         for name, model in {"student": photo_student.load(), "untrained": photo_student.student()}.items():
             seen = photo_student.seen_by_student(images)
             found[name] = model(seen)
             attention[name] = model.attention(seen).mean(1).unflatten(1, photo_student.GRID)
-    return Photographs(images, {name: tokens[:, 1:].clone() for name, tokens in found.items()}, attention)
+    return Photographs(images, {name: tokens[:, 1:].clone() for name, tokens in found.items()}, attention, quality)
+
+
+@torch.no_grad()
+def _of_this_run(p: SimpleNamespace, students: Mapping[str, DMT]) -> Photographs | None:
+    if "DMT" not in students:
+        print("This section is left out: this run distilled no student.")
+        return None
+    print(f"The teachers ({p.teachers}) and the student (ViT-{p.student}) of this run.")
+    torch.manual_seed(p.seed)
+    shown = {"student": students["DMT"].export(), "untrained": vit.build(p.student)}
+    teachers = dict(recipe.teachers(p).models.items())
+    images = photo_student.held_out()
+    seen = photo_student.seen_by_student(images, 224)
+    tokens = {name: model.hidden(seen)[0] for name, model in teachers.items()}
+    tokens |= {name: model.eval()(seen) for name, model in shown.items()}
+    attention = {name: model.attention(seen).mean(1) for name, model in (teachers | shown).items()}
+    found = Photographs(images, {name: x[:, 1:] for name, x in tokens.items()}, attention, {})
+    return dataclasses.replace(found, attention={name: x.unflatten(1, found.grid) for name, x in attention.items()})

@@ -15,11 +15,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ... import slides
+from ... import backbones, slides
 from ...data import slides as data
 from ...evaluation import ablations
+from ...evaluation.claims import within
 from ...models.hvit import model as hvit
-from ...models.hvit import recipe
+from ...models.hvit import pretrained, recipe
 from ...models.layers import dino
 from ...training.fit import History
 from ..ablations import hvit as ablation
@@ -170,6 +171,24 @@ def attention(models: Mapping[str, list[nn.Module]], of: Shown) -> dict[str, rec
             if isinstance(model, hvit.HViT) and model.region is not None and of.patch.dim == model.region.inputs:
                 found[name] = recipe.attention_maps(model, of.patch, slide, tiles, of.normalise)
     return found
+
+
+def on_tissue(p: SimpleNamespace, of: Shown) -> tuple[hvit.PatchEncoder, str]:
+    """A patch level for real tissue, and the normalisation of its pixels.
+
+    At the `paper` profile those of the shown slide; else a pretrained ViT-S/14, and a line that says how far the
+    tokens are from that ViT's. Raises `MissingWeights`.
+    """
+    if p.profile == "paper":
+        print(f"the patch level of the figures above ({of.title})")
+        return of.patch, of.normalise
+    vit = backbones.build("vit_small_patch14_dinov2", img_size=224)
+    print(vit.pretrained_cfg.get("description", "the released DINOv2"))
+    level, x = pretrained.patch_level(vit), torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        apart = (level.forward_features(x) - vit.forward_features(x)).abs().max()
+    print("H-ViT's patch level equal to the ViT:", within({"tokens": apart}, 1e-3)[1])
+    return level, "imagenet"
 
 
 # --- tables that are measured live, on the synthetic slides -----------------------------------------------------------

