@@ -99,7 +99,11 @@ def test_the_authors_boxes_on_rgbt234_give_their_numbers(root):
 @pytest.mark.filterwarnings("ignore:invalid value encountered in scalar divide")  # the toolkit's, on boxes without area
 @pytest.mark.parametrize(
     ("name", "rules", "toolkit"),
-    [("rgbt/rgbt234", "rgbt234", "RGBT234"), ("rgbt/gtot", "gtot", "GTOT"), ("rgbt/lasher", "lasher", "LasHeR")],
+    [
+        ("rgbt/rgbt234", "rgbt234", "RGBT234"),
+        ("rgbt/gtot", "gtot", "GTOT"),
+        pytest.param("rgbt/lasher", "lasher", "LasHeR", marks=pytest.mark.slow),
+    ],
 )
 def test_same_scores_and_curves_as_the_toolkit(tmp_path, name, rules, toolkit):
     rgbt = pytest.importorskip("rgbt")
