@@ -146,8 +146,21 @@ def test_peaks_and_the_reasons_that_quote_them(tracker, monkeypatch):
         thermal = tracker(seen.template[:, 3:], seen.search[:, 3:]).score.flatten(1).amax(1)
     assert frame.loc["dark", "RGB higher (%)"] == pytest.approx(100 * float((rgb > thermal).double().mean()))
     told = pd.DataFrame({"situation": ["dark", "crossover"], "RGB higher (%)": [4.0, 96.0]})
-    assert live.reasons(told)["over-peak"].endswith("RGB has the higher peak in 4 % in dark, 96 % in crossover")
-    assert live.reasons(pd.DataFrame())["over-peak"].endswith("selects the other one")
+    scores = {("BAT", 0): 9.0, ("BAT", 1): 5, ("thermal to RGB", 0): 7, ("thermal to RGB", 1): 6}
+    scores |= {("higher peak", 0): 9, ("higher peak", 1): 1}
+    rows = [
+        {"stage": "test", "method": m, "seed": seed, "SR": sr}
+        | {name: sr + (m == "BAT") * (name == "dark") for name in live.ablation.SITUATIONS}
+        for (m, seed), sr in scores.items()
+    ]
+    why = live.reasons(told, pd.DataFrame(rows))
+    assert why["over-peak"].startswith("BAT is ahead with 1 of 2 seeds")
+    assert why["over-peak"].endswith("RGB has the higher peak in 4 % in dark, 96 % in crossover")
+    assert (
+        "1 of 2 seeds: RGB to thermal adds most in dark (+1.5 points of SR) and least in clear (+0.5)"
+        in (why["over-back"])
+    )
+    assert live.reasons(pd.DataFrame(), pd.DataFrame(rows))["over-peak"].endswith("selects the other one")
 
 
 def test_tables_of_the_study():

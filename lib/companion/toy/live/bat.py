@@ -223,13 +223,24 @@ def check_or_record(p: SimpleNamespace, out: Path, scored: Mapping[str, Scores])
         recipe.measured(out / "measured.csv", facts | scored[p.method].totals)
 
 
-def reasons(found: pd.DataFrame) -> dict[str, str]:
-    """Why claims fail: by claim, with the shares of `peaks` where they were measured."""
+def reasons(found: pd.DataFrame, rows: pd.DataFrame) -> dict[str, str]:
+    """Why claims fail: by claim, with the shares of `peaks` where they were measured, and SR of the study's rows."""
+    tested = rows[rows.stage == "test"].set_index(["method", "seed"])
+
+    def ahead(method: str) -> str:
+        lead = tested.loc["BAT", "SR"] - tested.loc[method, "SR"]
+        return f"BAT is ahead with {(lead > 0).sum()} of {len(lead)} seeds"
+
+    situations = list(ablation.SITUATIONS)
+    leads = (tested.loc["BAT", situations] - tested.loc["thermal to RGB", situations]).mean()
+    most, least = leads.idxmax(), leads.idxmin()
     share = dict(zip(found.get("situation", ()), found.get("RGB higher (%)", ()), strict=True))
     shares = ", ".join(f"{share[name]:.0f} % in {name}" for name in ("dark", "glare", "crossover") if name in share)
     shown = f": RGB has the higher peak in {shares}" if shares else ""
     return {
-        "over-peak": f"a stream that fails here has a low peak, so the peak selects the other one{shown}",
+        "over-back": f"{ahead('thermal to RGB')}: RGB to thermal adds most in {most} ({leads[most]:+.1f} points of SR) "
+        f"and least in {least} ({leads[least]:+.1f})",
+        "over-peak": f"{ahead('higher peak')}: a stream that fails here has a low peak, so the peak selects the other one{shown}",
         "over-full": "the 6,400 synthetic pairs are enough to train all parameters (our interpretation)",
     }
 
