@@ -240,7 +240,8 @@ def reasons(found: pd.DataFrame, rows: pd.DataFrame) -> dict[str, str]:
     return {
         "over-back": f"{ahead('thermal to RGB')}: RGB to thermal adds most in {most} ({leads[most]:+.1f} points of SR) "
         f"and least in {least} ({leads[least]:+.1f})",
-        "over-peak": f"{ahead('higher peak')}: a stream that fails here has a low peak, so the peak selects the other one{shown}",
+        "over-peak": f"{ahead('higher peak')}; a stream that fails here has a low peak, so the peak selects the other "
+        f"one{shown}",
         "over-full": "the 6,400 synthetic pairs are enough to train all parameters (our interpretation)",
     }
 
