@@ -176,7 +176,7 @@ def attention(models: Mapping[str, list[nn.Module]], of: Shown) -> dict[str, rec
 def on_tissue(p: SimpleNamespace, of: Shown) -> tuple[hvit.PatchEncoder, str]:
     """A patch level for real tissue, and the normalisation of its pixels.
 
-    At the `paper` profile those of the shown slide; else a pretrained ViT-S/14, and a line that says how far the
+    At the `paper` profile those of the shown slide; else a pretrained ViT-S/14, and a line that states how far the
     tokens are from that ViT's. Raises `MissingWeights`.
     """
     if p.profile == "paper":
