@@ -328,3 +328,5 @@ def test_the_study_notice_names_choices_at_an_end_of_the_grid(tmp_path):
     said = notice("sa2vp", tmp_path)
     assert said.startswith("Study: 5 epochs for every trained method; learning rates [1, 2, 3], selected on seeds [9]")
     assert "2 minutes on one core. Best at an end of the grid: outside. It is OLDER" in said
+    assert said.endswith("run the notebook with study = True.")
+    assert "companion.toy.ablation hvit_real" in notice("hvit_real", tmp_path)

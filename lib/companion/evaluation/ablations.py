@@ -9,6 +9,7 @@ import pandas as pd
 
 from ..errors import CorruptFile
 from ..ops.files import read_json
+from ..ops.papers import slugs
 from ..ops.provenance import PACKAGE, code_hash, sources
 
 KEYS = ["stage", "task", "method", "learning_rate", "seed"]
@@ -133,6 +134,8 @@ def notice(slug: str, folder: Path) -> str:
     text += f" Best at an end of the grid: {', '.join(ends) or 'none'}."
     if again := facts.get("rechecked"):
         text += f" Rerun with later code on {again['date']}: {again['rows']} of {again['of']} rows, with equal results."
-    return text + (
-        " It is OLDER than the current code: run the notebook with study = True." if stale(slug, folder) else ""
-    )
+    if not stale(slug, folder):
+        return text
+    on_real = f"run python -m companion.toy.ablation {slug} (see its module)"
+    again = "run the notebook with study = True" if slug in slugs() else on_real
+    return f"{text} It is OLDER than the current code: {again}."
