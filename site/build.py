@@ -34,7 +34,7 @@ PAPERS = Path(companion.__file__).parent / "models"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 WIDE = "---\nhtml_theme.sidebar_secondary.remove: true\n---\n"  # of pages whose tables need the width
 DOCS = [HERE / "docs" / f"{name}.md" for name in ("install", "gpu", "evidence", "layout")]
-# photographs.png is the first figure of SA²VP's notebook
+# photographs.jpg is the first figure of SA²VP's notebook at 160 dpi
 PHOTOGRAPHS = (
     "Photographs through a real ViT-S/14 (DINOv2's architecture, fine-tuned for saliency): attention of the [CLS] "
     "token and principal components of the patch tokens"
@@ -79,7 +79,7 @@ def write_sources(reports: Path, source: Path) -> None:
     for name, text in api_pages(papers).items():
         page(source / "api" / f"{name}.md", text)
     page(source / "index.md", front_page(papers, runs))
-    shutil.copyfile(HERE / "photographs.png", source / "photographs.png")
+    shutil.copyfile(HERE / "photographs.jpg", source / "photographs.jpg")
     page(source / "ledger.md", ledger_page(papers, runs))
     for path in DOCS:
         page(source / "docs" / path.name, path.read_text(encoding="utf-8"))
@@ -131,7 +131,7 @@ def front_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
         [
             WIDE,
             "# Ten papers, each as a notebook that runs",
-            f"![{PHOTOGRAPHS}](photographs.png)\n",
+            f"![{PHOTOGRAPHS}](photographs.jpg)\n",
             f"*{PHOTOGRAPHS}.*\n",
             "Published numbers are quoted with their source; every other number on this site was measured by the "
             "notebook it stands in, on small data made for the purpose (the `pocket` profile) or, where stated, on "

@@ -257,12 +257,10 @@ class Photographs:
     def show(self, *names: str) -> None:
         """Show the photographs and the maps of these names."""
         figure = self.figure({name: self.maps[name] for name in names})
-        drawn, shown = io.BytesIO(), io.BytesIO()
-        figure.savefig(drawn, format="png", dpi=100)
+        shown = io.BytesIO()
+        # a third of the PNG's bytes: a committed notebook must stay small
+        figure.savefig(shown, format="jpeg", dpi=100, pil_kwargs={"quality": 90})
         plt.close(figure)
-        # few colours: a committed notebook must stay small
-        few = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-        few.save(shown, format="png", optimize=True)
         display(DisplayedImage(shown.getvalue()))
 
 
