@@ -39,10 +39,10 @@ def test_the_means_stand_next_to_what_each_paper_quotes(tmp_path):
     frame = tables.group_means(recipe.measured(path)).set_index("method")
     quoted = [name for name in frame.index if name.startswith("SA2VP")]
     assert len(quoted) == 3 and all("quoted by" in name for name in quoted)
-    assert frame.loc["VPT-Deep", "vtab_structured"] == "54.98" and set(frame["measured here"]) == {"not run"}
+    assert frame.loc["VPT-Deep", "Structured"] == "54.98" and set(frame["measured here"]) == {"not run"}
     names = [name for name in DATASETS if name.startswith("fgvc/")]
     frame = tables.group_means(measured(path, dict.fromkeys(names, 90.0))).set_index("method")
-    assert frame.loc["SA2VP", "fgvc"] == "– / 90.00"
+    assert frame.loc["SA2VP", "FGVC"] == "– / 90.00"
 
 
 def test_the_diagram_has_every_equation_of_the_notebook():
