@@ -263,10 +263,11 @@ def test_claims_name_methods_and_tasks_of_the_study(slug):
                 assert {claim["better"], claim.get("worse", claim["better"])} <= set(module.TASKS[task]), claim["id"]
 
 
-OLDER = [pytest.param(slug, marks=pytest.mark.xfail(strict=True)) for slug in ("dplq", "sa2vp")]
+OLDER = ("dplq", "sa2vp")  # not rerun yet
+TO_COME = pytest.mark.xfail(raises=AssertionError, strict=True)
 
 
-@pytest.mark.parametrize("slug", [*OLDER, *[slug for slug in STUDIES if slug not in ("dplq", "sa2vp")]])
+@pytest.mark.parametrize("slug", [pytest.param(slug, marks=[TO_COME] if slug in OLDER else []) for slug in STUDIES])
 def test_the_committed_study_was_tested_on_seeds_not_used_before(slug):
     module = importlib.import_module(f"companion.toy.ablations.{slug}")
     facts = read_json(record.root() / "reports" / "pocket" / slug / "study.json")

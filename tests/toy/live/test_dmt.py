@@ -175,7 +175,6 @@ def test_at_the_paper_profile_the_photographs_compare_teachers_and_student_of_th
     assert live.on_photographs(p, {}) is None and "no student" in capsys.readouterr().out
     options = {"image": 224, "patch": 16, "depth": 2, "heads": 2}
     known = {name: vit.build("pocket", width=24, **options).eval() for name in ("MAE", "DINO")}
-    monkeypatch.setattr(recipe, "teachers", lambda p: dmt.Teachers(known))
     untrained = vit.build("pocket", width=16, **options)
     monkeypatch.setattr(vit, "build", lambda size: untrained)
     student = known["DINO"]  # it agrees with itself as teacher
@@ -185,6 +184,9 @@ def test_at_the_paper_profile_the_photographs_compare_teachers_and_student_of_th
     agreed = {pair: float(values.mean()) for pair, values in photos.agreement.items()}
     assert agreed["student", "DINO"] > 0.95 > 0.9 > agreed["student", "MAE"]  # all have the same position embedding
     assert list(photos.table()) == ["teacher", "student", "agreement"]
+    monkeypatch.setattr(recipe, "teachers", lambda p: dmt.Teachers(known))  # where the model has only cached tokens
+    cached = live.on_photographs(p, {"DMT": dmt.DMT(student, [24, 24], decoder="pocket")})
+    assert torch.equal(cached.tokens["MAE"], photos.tokens["MAE"])
     for found in photos.attention.values():
         assert found.shape == (4, 14, 14)
     assert len(photos.components().axes) == 4 * 5 and len(photos.by_position().axes) == 4 * 3 + 1

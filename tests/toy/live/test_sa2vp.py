@@ -152,7 +152,8 @@ def test_without_the_weights_the_photographs_go_through_the_small_vit(monkeypatc
     nothing = setting(torch.randn(4, 3, 32, 32), [0, 1, 2, 3])
     p = parameters("sa2vp", profile="paper", seed=3)
     same, prompted, before = live.prompted(p, photos, {"VPT-deep": VPT(photos.encoder, 4)}, nothing)
-    assert same is photos and before is prompted["SA²VP"] and "untrained" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert same is photos and before is prompted["SA²VP"] and "untrained" in said and "no SA²VP on a ViT" in said
     assert {name: x.shape for name, x in live.class_attention(prompted, photos.images).items()} == {
         "VPT-deep": (2, 8, 8),
         "SA²VP": (2, 8, 8),

@@ -318,6 +318,7 @@ class Photographs:
 
     @property
     def grid(self) -> tuple[int, int]:
+        """Rows and columns of the patch tokens."""
         side = math.isqrt(self.tokens["student"].shape[1])
         return side, side
 
@@ -392,7 +393,8 @@ def _of_this_run(p: SimpleNamespace, students: Mapping[str, DMT]) -> Photographs
     print(f"The teachers ({p.teachers}) and the student (ViT-{p.student}) of this run.")
     torch.manual_seed(p.seed)
     shown = {"student": students["DMT"].export(), "untrained": vit.build(p.student)}
-    teachers = dict(recipe.teachers(p).models.items())
+    taught_by = students["DMT"].teachers or recipe.teachers(p)  # none where their tokens were cached
+    teachers = dict(taught_by.models.items())
     images = photo_student.held_out()
     seen = photo_student.seen_by_student(images, 224)
     tokens = {name: model.hidden(seen)[0] for name, model in teachers.items()}

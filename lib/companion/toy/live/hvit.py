@@ -121,7 +121,9 @@ def shown(p: SimpleNamespace, out: Path, found: recipe.Setting) -> Shown:
     pixels[256:-256, 256:-256] = grey // np.array([1, 2, 1], np.uint8)
     path = slides.write_pyramid(out / "generated.tiff", lambda y0, y1: pixels[y0:y1], pixels.shape[1::-1], 0.5)
     torch.manual_seed(p.seed)
-    return Shown(path, replace(tiling, region=side), hvit.PatchEncoder().eval(), p.normalise, "generated slide")
+    return Shown(
+        path, replace(tiling, region=side), hvit.PatchEncoder().eval(), p.normalise, "generated slide, random weights"
+    )
 
 
 def _shows_every_kind(p: SimpleNamespace, out: Path, item: data.Item) -> bool:

