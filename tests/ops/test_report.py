@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -16,7 +15,7 @@ from companion.errors import BadParameter, CompanionError
 from companion.evaluation import ablations
 from companion.evaluation.ablations import notice
 from companion.evaluation.claims import CHECK, PAPER, SYNTHETIC, check_range, interval
-from companion.evaluation.tables import compare_published, published_table, show_table, upsert_rows
+from companion.evaluation.tables import compare_published, published_table, upsert_rows
 from companion.ops import record, report
 from companion.ops.files import sha256
 from companion.ops.papers import paper, slugs
@@ -105,12 +104,6 @@ def test_check_prints_the_verdict_and_not_the_value(capsys):
     printed = capsys.readouterr().out
     assert "accuracy: as expected (0.1 to 0.2)" in printed and "NOT as expected (at most 0.2)" in printed
     assert "0.123456" not in printed
-
-
-def test_shown_tables_are_plain_and_safe():
-    text = show_table(pd.DataFrame({"a<b": ["<script>"], "x": [math.nan], "y": [1.239]})).data
-    assert "&lt;script&gt;" in text and "a&lt;b" in text and "–" in text and "1.24" in text
-    assert "<script>" not in text
 
 
 def test_published_numbers_have_a_source_and_gaps_stay_gaps():

@@ -1,41 +1,16 @@
-"""Tables of published and measured numbers, the rows of measured results, and their display."""
+"""Tables of published and measured numbers, and the rows of measured results."""
 
 from __future__ import annotations
 
-import html
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
-from IPython.display import HTML
 
 from ..errors import check_choice
 from ..ops.files import atomic
 from ..ops.papers import findings, paper
-
-
-def show_table(frame: pd.DataFrame, digits: int = 2, title: str = "") -> HTML:
-    """A table as plain HTML with its title above: the same text for the same numbers with any version of pandas."""
-
-    def cell(value: object) -> str:
-        if isinstance(value, float):
-            text = "–" if math.isnan(value) else f"{value:.{digits}f}"
-        else:
-            text = "–" if value is None else str(value)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        style = "text-align: right" if number else "text-align: left"
-        code = re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text))  # between backticks
-        return f'<td style="{style}">{code}</td>'
-
-    header = "".join(f'<th scope="col" style="text-align: left">{html.escape(str(c))}</th>' for c in frame.columns)
-    rows = "".join("<tr>" + "".join(map(cell, row)) + "</tr>\n" for row in frame.itertuples(index=False))
-    caption = (
-        f'<caption style="caption-side: top; text-align: left"><b>{html.escape(title)}</b></caption>\n' if title else ""
-    )
-    table = f'<table class="dataframe">\n{caption}<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>'
-    return HTML(f'<div style="overflow-x: auto">{table}</div>')
 
 
 def published_table(slug: str, table: str) -> pd.DataFrame:

@@ -30,9 +30,9 @@ from matplotlib.figure import Figure
 from ..errors import BadParameter, CompanionError, check_choice
 from ..evaluation.ablations import read, stale
 from ..evaluation.claims import SPREAD, SYNTHETIC, counts, evidence, judge, judge_measured
-from ..evaluation.tables import show_table
 from ..training.fit import Hardware
 from ..viz import plots
+from ..viz.tables import show_table
 from . import record
 from .files import atomic, check_folder, sha256, write_json
 from .papers import convert, paper, rules, slugs
