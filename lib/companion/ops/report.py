@@ -52,8 +52,9 @@ def opening(slug: str) -> None:
     """
     facts, folder = paper(slug), record.root() / "reports" / "pocket" / slug
     rows, claims = read(folder), {claim["id"]: claim for claim in facts["claims"]}
-    unit = "points of the metric (PSNR: dB), mean ± standard deviation over seeds [95 % t interval]"
-    lines = [f"**What we found.** Leads are in {unit}.\n"]
+    decibel = any("PSNR" in claim.get("metrics", ()) for claim in facts["claims"])
+    unit = f"points of the metric{' (PSNR: dB)' if decibel else ''}, mean ± standard deviation"
+    lines = [f"**What we found.** Leads are in {unit} over seeds [95 % t interval].\n"]
     panels: dict[tuple[str, str], dict[str, None]] = {}
     for finding in facts["findings"]:
         text = finding["text"]

@@ -326,6 +326,8 @@ def bars(table: pd.DataFrame, error: pd.DataFrame | None = None, value: str = "a
     ax.tick_params(axis="y", length=0)
     ax.invert_yaxis()
     ax.margins(x=0.14, y=0.01)
+    if not (table < 0).any(axis=None):  # also where a whisker would go below
+        ax.set_xlim(left=0)
     ax.grid(axis="x")
     ax.set_xlabel(value)
     if methods > 1:
@@ -337,12 +339,14 @@ def bars(table: pd.DataFrame, error: pd.DataFrame | None = None, value: str = "a
 def scores(rows: pd.DataFrame, panels: Mapping[tuple[str, str], Iterable[str]]) -> Figure:
     """Test scores of a study: a panel for each (task, metric), a line for each method, a dot a seed, a bar at the mean.
 
+    Variants are grey: there are more of them than colours, and each line has its name.
+
     Args:
         rows: of `evaluation.ablations.read`.
         panels: the methods of each panel, from top to bottom.
     """
     heights = [len(list(methods)) for methods in panels.values()]
-    colours = method_colours(dict.fromkeys(method for methods in panels.values() for method in methods))
+    colours = method_colours((method for methods in panels.values() for method in methods), "#767676")
     figure, axes = plt.subplots(
         len(panels), figsize=(6.4, 0.28 * sum(heights) + 0.55 * len(panels) + 0.2), height_ratios=heights, squeeze=False
     )

@@ -26,11 +26,11 @@ _METHODS = (
     "visual; PromptPAR, not masked",
     "VPT-deep; mean of features; iBOT only; iBOT; MaPLe; MRM-like; Global; zone names; deep prompts; visual+; "
     "semantic only; wrong restoration prompt",
-    "full fine-tuning; higher peak; MoCo v3 only; MoCo v3; CoCoOp; random init; wrong zone's text; restoration only; "
+    "full fine-tuning; MoCo v3 only; MoCo v3; CoCoOp; random init; wrong zone's text; restoration only; "
     "wrong semantic prompt; another picture's scores",
     "sum of features; one-hot zone; fused; no skipping; prompts swapped; PromptPAR, linear fusion; "
     "ECAMP, no super-resolution",
-    "empty text; MiniLM text; text; blind prompt; regions, no similarity loss; ECAMP, descriptors hidden",
+    "higher peak; empty text; MiniLM text; text; blind prompt; regions, no similarity loss; ECAMP, descriptors hidden",
     "linear probing; RGB only; untrained; zero-shot CLIP; raw pixels; mean pooling; unimodal; heads only; "
     "no refinement; no text",
 )
@@ -64,15 +64,15 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def method_colours(methods: Iterable[str]) -> dict[str, str]:
+def method_colours(methods: Iterable[str], others: str | None = None) -> dict[str, str]:
     """The colour of each method: a baseline or a paper's own method has the same one in every figure.
 
-    Other names (variants, losses) take the remaining colours in their order.
+    Other names (variants, losses) have the colour `others`, or by default the remaining colours in their order.
     """
     methods = list(methods)
     fixed = {name: _COLOUR_OF[name] for name in methods if name in _COLOUR_OF}
     free = itertools.cycle([colour for colour in COLOURS if colour not in fixed.values()])
-    return {name: fixed.get(name) or next(free) for name in methods}
+    return {name: fixed.get(name) or others or next(free) for name in methods}
 
 
 def style() -> AbstractContextManager[None]:

@@ -193,11 +193,17 @@ def prompt_components(
         centred = vectors - vectors.mean(0)
         u, s, _ = np.linalg.svd(centred, full_matrices=False)
         share = 100 * (s[:2] ** 2).sum() / (s**2).sum()
-        for (zone, (moisture, style)), (x, y) in zip(zones.items(), u[:, :2] * s[:2], strict=True):
+        placed = dict(zip(zones, u[:, :2] * s[:2], strict=True))
+        for zone, (moisture, style) in zones.items():
+            x, y = placed[zone]
             ax.scatter(x, y, s=46, color=COLOURS[moisture], marker="os^"[style])
             if zone == left_out:
                 ax.scatter(x, y, s=170, facecolors="none", edgecolors="black")
-            ax.annotate(zone, (x, y), (7, (-3, 8, -14)[style]), textcoords="offset points", fontsize=8)
+            # zones of one moisture are neighbours: the leftmost has its name to the left, the lower of the others below
+            same = sorted((other for other in zones if zones[other][0] == moisture), key=lambda other: placed[other][0])
+            right = sorted(same[1:], key=lambda other: placed[other][1])
+            at = (-9, -3) if zone == same[0] else (9, -9 if zone == right[0] else 3)
+            ax.annotate(zone, (x, y), at, textcoords="offset points", fontsize=8, ha="left" if at[0] > 0 else "right")
         ax.set(title=title, xlabel=f"first component ({share:.0f} % with the second)", xticks=[], yticks=[])
         ax.margins(0.2)
     axes[0, 0].set_ylabel("second component")

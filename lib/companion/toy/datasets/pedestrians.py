@@ -1,8 +1,8 @@
 """Small pedestrians, 64x32 pixels, whose attributes depend on vertical position: the same colours occur on every part.
 
 A person stands before a crop of a real photograph and wears a top, trousers or shorts, and shoes, each red, blue, green
-or grey, with crops of photographs as texture; optionally a hat and a bag in any of the four colours. "Red" is in nine
-of ten images: only its position is informative. So a model with region strips can have an advantage.
+or grey, with crops of photographs as texture; optionally a hat and a bag in any of the four colours. Two
+persons in three wear red: only its position is informative. So a model with region strips can have an advantage.
 
 There are two cameras. The toy CLIP is trained on images of the clear one. The street camera is dim, with a colour cast,
 low resolution and strong noise: its images are the data set for prompt learning.

@@ -10,8 +10,8 @@ a benign gland, one large ring with a white lumen, or tumour, seven small dark r
 
 * "place": a region is free of tumour, or has four tumour patches, of which three are in its centre ("core"), or all on
   its border ("rim"). The grade is the number of core regions; of the others a random number are rim. The amount of
-  tumour carries little information, its position inside the region determines the grade: the task is built for a model
-  with a trained region level, and favours Local H-ViT by construction.
+  tumour alone gives a kappa of about 60, its position inside the region determines the grade: the task is built for a
+  model with a trained region level, and favours Local H-ViT by construction.
 * "count": tumour patches are at random positions, and the grade is their number: four per grade, plus or minus one. A
   bag of patches is sufficient.
 

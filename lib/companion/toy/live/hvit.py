@@ -338,7 +338,7 @@ def leads(rows: pd.DataFrame, task: str = TASK) -> pd.DataFrame:
 
 
 def mistakes(rows: pd.DataFrame) -> pd.DataFrame:
-    """Regression and cross-entropy: kappa, accuracy, and the mean squared error of a wrong grade; means over seeds.
+    """Regression and cross-entropy: kappa, accuracy, and an estimate of the squared error per wrong grade; means over seeds.
 
     The error follows from kappa and accuracy, as grades are equally frequent: chance has a squared error of 35/6.
     """
@@ -346,7 +346,7 @@ def mistakes(rows: pd.DataFrame) -> pd.DataFrame:
     pairs = [(task, name) for task in ablation.TASKS for name in ("Local", "Local, cross-entropy")]
     frame = tested.loc[pairs].reset_index()
     squares = (1 - frame.kappa / 100) * 35 / 6
-    frame["squared error of a wrong grade"] = squares / (1 - frame.accuracy / 100)
+    frame["squared error per wrong grade"] = squares / (1 - frame.accuracy / 100)
     return frame.rename(columns={"accuracy": "accuracy (%)"})
 
 
@@ -385,7 +385,7 @@ def reasons(rows: pd.DataFrame, probes: pd.DataFrame) -> dict[str, str]:
         "count": "gated attention over patches suffices for the amount of tumour; Local has "
         f"{local.trained / bag.trained:.0f} times the trainable parameters and fits the training slides more closely "
         f"(loss {local.loss:.2f} against {bag.loss:.2f}), but not the test slides",
-        "ordinal": "nearly all wrong grades are off by one with either loss (squared error of a wrong grade "
+        "ordinal": "nearly all wrong grades are off by one with either loss (squared error per wrong grade "
         f"{errors}), so a loss that knows the order of the grades has little to add",
         "dino": f"the draw of the random weights decides: random region levels reach kappas of {spans[0]} by seed, "
         f"DINO's of {spans[1]}",
