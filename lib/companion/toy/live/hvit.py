@@ -338,7 +338,7 @@ def leads(rows: pd.DataFrame, task: str = TASK) -> pd.DataFrame:
 
 
 def mistakes(rows: pd.DataFrame) -> pd.DataFrame:
-    """Regression and cross-entropy: kappa, accuracy, and an estimate of the squared error per wrong grade; means over seeds.
+    """Kappa, accuracy, and an estimate of the squared error per wrong grade, of two losses; means over seeds.
 
     The error follows from kappa and accuracy, as grades are equally frequent: chance has a squared error of 35/6.
     """
