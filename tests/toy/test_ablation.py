@@ -263,7 +263,7 @@ def test_claims_name_methods_and_tasks_of_the_study(slug):
                 assert {claim["better"], claim.get("worse", claim["better"])} <= set(module.TASKS[task]), claim["id"]
 
 
-OLDER = ("dplq", "sa2vp")  # not rerun yet
+OLDER = ("sa2vp",)  # not rerun yet
 TO_COME = pytest.mark.xfail(raises=AssertionError, strict=True)
 
 
