@@ -54,7 +54,7 @@ def opening(slug: str) -> None:
     rows, claims = read(folder), {claim["id"]: claim for claim in facts["claims"]}
     decibel = any("PSNR" in claim.get("metrics", ()) for claim in facts["claims"])
     unit = f"points of the metric{' (PSNR: dB)' if decibel else ''}, mean ± standard deviation"
-    lines = [f"**What we found.** Leads are in {unit} over seeds [95 % t interval].\n"]
+    lines = [f"**What we found.** Leads are in {unit} over seeds [95 % t interval]; a dot is a seed.\n"]
     panels: dict[tuple[str, str], dict[str, None]] = {}
     for finding in facts["findings"]:
         text = finding["text"]

@@ -28,16 +28,20 @@ def architecture() -> Figure:
         "domain\nmodel: $f$": (1.7, 1.5, "frozen"),
         "small net (1)\n$\\beta$": (3.2, 1.5, "trained"),
         "$Q_L$ (2)": (4.7, 0.9, "trained"),
-        "$Q_1 \\ldots Q_{J-1}$ (3)": (4.7, 2.1, "trained"),
+        "$Q_1 \\ldots Q_{N-1}$ (3)": (4.7, 2.1, "trained"),
+        "$W_V$ (3)": (4.7, 1.5, "trained"),
         "context": (3.2, 0.4, "trained"),
         "deep prompts $P_l$": (3.2, 2.6, "trained"),
         "CLIP text encoder\nclass names": (6.7, 0.4, "frozen"),
         "CLIP image encoder": (6.7, 2.6, "frozen"),
         "cosine (4)": (8.5, 1.5, "operation"),
+        "image ": (8.5, 2.6, "tensor"),
+        "$P_l$": (8.5, 0.4, "tensor"),
     }
-    image, domain, net, language, vision, context, deep, text, visual, cosine = nodes
+    image, domain, net, language, vision, first, context, deep, text, visual, cosine, again, same = nodes
     arrows = [(image, domain), (domain, net), (net, language), (net, vision), (context, language), (deep, vision)]
     arrows += [(language, text), (vision, visual), (text, cosine), (visual, cosine)]
+    arrows += [(context, first), (first, visual), (again, visual), (same, text)]
     return plots.diagram(nodes, arrows)
 
 
@@ -63,7 +67,14 @@ def blocks(matrix: Tensor) -> Figure:
 
 
 @styled
-def texts(features: Tensor, unbiased: Tensor, sensors: Tensor, classes: Sequence[str], seed: int = 0) -> Figure:
+def texts(
+    features: Tensor,
+    unbiased: Tensor,
+    sensors: Tensor,
+    classes: Sequence[str],
+    seed: int = 0,
+    colours: Sequence[str] = COLOURS,
+) -> Figure:
     """t-SNE of class texts: one point for each image and class, one star for each class without bias.
 
     Args:
@@ -71,6 +82,7 @@ def texts(features: Tensor, unbiased: Tensor, sensors: Tensor, classes: Sequence
         unbiased: (classes, E).
         sensors: (images,), 0 or 1; all 0 where the sensor is not known.
         classes: names; at most 8 are drawn.
+        colours: of the classes.
     """
     classes = list(classes)[:8]
     kept, images = len(classes), len(features)
@@ -84,10 +96,10 @@ def texts(features: Tensor, unbiased: Tensor, sensors: Tensor, classes: Sequence
         for label in range(kept):
             here = (kinds == kind) & (labels == label)
             x, y = points[here].T
-            ax.scatter(x, y, s=size, marker=MARKERS[kind], color=COLOURS[label], edgecolors="#333333", linewidths=0.4)
+            ax.scatter(x, y, s=size, marker=MARKERS[kind], color=colours[label], edgecolors="#333333", linewidths=0.4)
     names = [*(SENSORS if sensors.any() else ("with bias",)), "no bias"]
     marks = [*(MARKERS[:2] if sensors.any() else MARKERS[:1]), MARKERS[2]]
-    legend = [("o", colour, name) for colour, name in zip(COLOURS, classes, strict=False)]
+    legend = [("o", colour, name) for colour, name in zip(colours, classes, strict=False)]
     legend += [(marker, "#888888", name) for marker, name in zip(marks, names, strict=True)]
     handles = [plt.Line2D([], [], marker=m, linestyle="", color=c, label=name) for m, c, name in legend]
     ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5))

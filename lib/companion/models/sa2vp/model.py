@@ -445,7 +445,7 @@ class SA2VP(TwoPathways):
 
 
 class SA2VPSwin(TwoPathways):
-    """SA²VP on a Swin transformer (3.7): both pathways pass every block and merging, the interaction is in one stage.
+    """SA²VP on a Swin transformer: both pathways pass every block and merging, the interaction is in one stage.
 
     Args:
         backbone: a timm `SwinTransformer`; a frozen copy is kept.

@@ -25,6 +25,7 @@ from ...models.dplq.model import DPLQ, Prompts
 from ...models.dplq.recipe import Setting
 from ...models.layers.clip_prompting import PromptedCLIP, encode_text, similarity
 from ...viz.attention import Recorder
+from ...viz.style import COLOURS
 from ..ablations import dplq as study
 from ..ablations import study_root
 from ..datasets import domains as pocket
@@ -37,6 +38,8 @@ NOISY = tuple(m for m in study.METHODS if "mean 1" in m)  # ablations on "remote
 UNTRAINED_MODEL, OTHER = "DPLQ, untrained domain model", "DPLQ, the other domain's model"
 EXPECTED = {"zero-shot CLIP": (40, 60), "MaPLe": (30, 60), "DPLQ": (80, 100)}  # HM in percent, of one seed
 OPPOSITE = {"red": "cyan", "green": "violet"}
+SHADES = {"red": ("#8c0000", "#ff8a80"), "cyan": ("#007c8a", "#6fe3ef")}  # of the classes with this colour in the name
+SHADES |= {"green": ("#2e9e2e", "#b5e8b5"), "violet": ("#4b2a85", "#c3a6ff")}
 
 
 def setting(p: SimpleNamespace, out: Path, learning_rates: Mapping[tuple[str, str], float]) -> Setting:
@@ -311,6 +314,13 @@ def shown(p: SimpleNamespace, out: Path, model: DPLQ, found: Setting, half: str)
     context = model.mix_text(torch.cat([torch.zeros_like(model.ctx), model.ctx], -1))
     unbiased = encode_text(model.clip, model.prompted(context), model.ends, model.deep_text)
     return Shown(images, labels, side, domain, prompts, texts, unbiased, found.test_classes[half])
+
+
+def class_colours(classes: Sequence[str]) -> Sequence[str]:
+    """A shade of the colour that each class name begins with; those of the house style where a name has none."""
+    left = {colour: list(shades) for colour, shades in SHADES.items()}
+    named = [left.get(name.partition(" ")[0], []) for name in classes[:8]]
+    return [shades.pop(0) for shades in named] if all(named) else COLOURS
 
 
 @torch.inference_mode()
