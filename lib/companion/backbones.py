@@ -34,9 +34,9 @@ from .errors import BadCheckpoint, BadParameter, CorruptFile, MissingWeights, ch
 from .ops import unpickle
 from .ops.recorded import recorded
 
+SECONDS = 5  # timeout of the hub
 # Our short names and the exact releases: `.orig_in21k` is Google's original ViT
 # ("vit_base_patch16_224_in21k" now means the later `.augreg_in21k`).
-SECONDS = 5  # timeout of the hub
 TIMM = {"vit_b16": "vit_base_patch16_224.orig_in21k", "swin_b": "swin_base_patch4_window7_224.ms_in22k"}
 TEXT = {"all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2"}
 

@@ -6,7 +6,7 @@ A fixture is a folder `<fixtures>/<paper>/<case>/` with
     case.json            configuration, inputs (key -> shape, values from `fill`), what was recorded
     outputs.safetensors  outputs of the official code
 
-For each paper a module of this package, named by its slug, has one function `outputs(case) -> {name: tensor}` that
+For each paper the module `models.<slug>.parity` has one function `outputs(case) -> {name: tensor}` that
 loads the official names through the model's own `from_official` and returns the recorded quantities in the order of the
 forward pass; "loss" and "grad:<official name>" (a gradient, or its norm) may be among them. If the recorded quantities
 are not simply the file's, the module also has a function `recorded(case)`; and `read(path)` if the authors' checkpoints

@@ -5,7 +5,8 @@
 2. Where a method does best, by its mean over the selection seeds, at an end of the grid, the grid is extended there by
    one step for all methods, once.
 3. Each method is then trained with its best learning rate (the smaller one in ties) and tested on each of five other
-   seeds, which were not used while datasets, methods and grids were designed. Each seed has its own data.
+   seeds (three on real data), which were not used while datasets, methods and grids were designed. Each seed has its
+   own data.
 
 Rows are appended to a CSV, so that a stopped study can be resumed; a record next to it names the code, versions and
 machine.

@@ -245,6 +245,9 @@ def fit(
             "carry": their gradients are added to those of the next epoch's first batch, and the sum is divided by
             `batch` (what a loop that accumulates gradients over images does unless it clears them).
         checkpoint: saves the training, and resumes it if the file exists.
+        seed: of the order of the items, their augmentation and the random numbers of a step.
+        hardware: accelerator, devices and precision.
+        name: of the training, shown with its progress.
         find_unused_parameters: as DDP's: whether the loss may leave trainable parameters without a gradient. With
             several devices, each step then searches the graph for them.
 

@@ -82,7 +82,7 @@ def param_groups(
     Args:
         decay: "matrices": weight decay on tensors with two axes or more, not on vectors and biases; "all": on all
             tensors.
-        options: of each group, such as `name`, `lr` or `clip` (see `callbacks.ClipNorm`).
+        options: of each group, such as `name` or `lr`.
     """
     check_choice("decay", decay, DECAYS)
     trained = [p for p in parameters if p.requires_grad]

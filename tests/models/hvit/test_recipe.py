@@ -241,9 +241,10 @@ def test_a_killed_training_resumes_to_the_same_bits_and_its_weights_are_saved(tm
     if method == "Local":  # under the authors' names
         saved = [hvit.HViT.from_official(state).state_dict() for state in saved]
     assert all(torch.equal(t, saved[1][n]) for n, t in again[1].state_dict().items())
-    stored.sampling = "weighted"  # another training
-    recipe.train(recipe.setting(stored, tmp_path), method, **steps)
-    assert len(list((tmp_path / "trained").iterdir())) == 4
+    for count, change in enumerate(({"sampling": "weighted"}, {"position": "sine"}), 2):  # other trainings
+        vars(stored).update(change)
+        recipe.train(recipe.setting(stored, tmp_path), method, **steps)
+        assert len(list((tmp_path / "trained").iterdir())) == 2 * count
 
 
 def test_what_does_not_fit_is_refused(tmp_path, stored):
@@ -411,6 +412,11 @@ def test_attention_of_all_levels_is_read_region_by_region(variant, tmp_path, mon
     np.testing.assert_allclose(found.region[2], third)
     mean = (found.patch + found.region + found.slide[:, None, None]) / 3
     np.testing.assert_allclose(found.factorised(0.5, variant), mean, atol=1e-6)
+
+
+def test_a_variant_is_not_measured_as_the_published_method():
+    assert recipe.label(parameters("hvit")) == "Local"
+    assert recipe.label(parameters("hvit", position="sine", epochs=3)) == "Local, position sine, epochs 3"
 
 
 @pytest.mark.parametrize(("local", "status"), [(90.0, "holds"), (88.0, "fails")])

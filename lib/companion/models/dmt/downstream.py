@@ -3,7 +3,7 @@
     classifier, fine_tune     mean of the patch tokens -> new norm -> linear, all trained, with layer decay (MAE)
     probe, ridge              frozen features -> linear; by SGD (MAE) or in closed form (pocket)
     detector, Crops           blocks -> pyramid of four scales -> torchvision's Mask R-CNN (ViTDet)
-    segmenter, SceneCrops     blocks 3, 5, 7, 11 -> four scales -> transformers' UPerNet head (MAE, BEiT)
+    Segmenter, SceneCrops     blocks 3, 5, 7, 11 -> four scales -> transformers' UPerNet head (MAE, BEiT)
 
 DMT's own recipes were not found: these are those of MAE and G2SD [anc]; each function documents its differences.
 Every one takes a `ViT` of any size, copies it, and trains through `fit`.

@@ -124,6 +124,13 @@ def grades_of(part: Dataset) -> Tensor:
     return torch.tensor([item.grade for item in part.items])
 
 
+def label(p: SimpleNamespace) -> str:
+    """The method's name in the tables, with its differences from the published setting."""
+    usual = {"position": "none", "normalise": "unit", "folds": 5, "sampling": "weighted", "noise": 0, "epochs": EPOCHS}
+    changed = [f"{k} {getattr(p, k)}" for k, value in (usual | {"patience": 0}).items() if getattr(p, k) != value]
+    return ", ".join([p.method, *changed])
+
+
 def measured(path: Path, new: Mapping[str, object] | None = None) -> pd.DataFrame:
     """The real results in `path`, a row a (method, dataset, region, head, seed); `new` joins or replaces its row."""
     keys = ["method", "dataset", "region", "head", "seed"]
@@ -361,7 +368,7 @@ def train_fold(
     name, checkpoint = f"{method}, fold {fold}, seed {p.seed}", None
     hardware = replace(Hardware.of(p, "hvit", workers=workers), devices=1)
     if out is not None:
-        facts = {k: getattr(p, k) for k in ("head", "sampling", "noise", "patience", "seed")}
+        facts = {k: getattr(p, k) for k in ("head", "position", "sampling", "noise", "patience", "seed")}
         facts["precision"] = hardware.precision
         slides = [[(item.name, item.grade) for item in one.items] for one in folds[fold] if one is not None]
         facts |= {"model": model, "slides": slides, "features": part.made_by, "epochs": epochs, "batch": batch}
