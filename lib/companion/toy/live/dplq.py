@@ -168,6 +168,7 @@ def rescaled(out: Path, rows: pd.DataFrame) -> tuple[str, str, int, float, float
     root = str(out / "data")
     scores = _tested(rows).loc[(slice(None), [UNTRAINED_MODEL, OTHER]), "HM"]
     task, method, seed = scores.idxmin()
+    seed = int(seed)
     pocket.write(study_root(root, seed), task, seed)
     given = {part: study.inputs(method, task, root, seed, part) for part in ("train", "test base", "test novel")}
     feature = given["train"].tensors[-1]
@@ -177,7 +178,7 @@ def rescaled(out: Path, rows: pd.DataFrame) -> tuple[str, str, int, float, float
     model = study.build(method, classes["train"], seed, feature.shape[1])
     study.train_model(model, standardised["train"], ablations.selected(rows)[task, method], seed=seed, name=method)
     found = [study.accuracy(model, standardised[k], classes[k], seed) for k in ("test base", "test novel")]
-    return task, method, int(seed), float(scores.min()), fewshot.harmonic_mean(*found)
+    return task, method, seed, float(scores.min()), fewshot.harmonic_mean(*found)
 
 
 # --- the live DPLQ, taken apart ---------------------------------------------------------------------------------------
