@@ -153,7 +153,7 @@ def sensors(seed: int, labels: Sequence[int] = (0, 3, 5, 6)) -> Figure:
                 title = "" if sensor else domain.classes[label].replace(" at the ", "\nat the ")
                 _show(ax, domains.picture(same, name, "train", label, sensor), title)
                 if label == labels[0]:
-                    ax.set_ylabel(f"{name}, {('first', 'second')[sensor]} sensor", fontsize=8)
+                    ax.set_ylabel(f"{name},\n{('first', 'second')[sensor]} sensor", fontsize=8)
     return figure
 
 
