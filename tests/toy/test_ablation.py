@@ -263,11 +263,7 @@ def test_claims_name_methods_and_tasks_of_the_study(slug):
                 assert {claim["better"], claim.get("worse", claim["better"])} <= set(module.TASKS[task]), claim["id"]
 
 
-OLDER = ("sa2vp",)  # not rerun yet
-TO_COME = pytest.mark.xfail(raises=AssertionError, strict=True)
-
-
-@pytest.mark.parametrize("slug", [pytest.param(slug, marks=[TO_COME] if slug in OLDER else []) for slug in STUDIES])
+@pytest.mark.parametrize("slug", STUDIES)
 def test_the_committed_study_was_tested_on_seeds_not_used_before(slug):
     module = importlib.import_module(f"companion.toy.ablations.{slug}")
     facts = read_json(record.root() / "reports" / "pocket" / slug / "study.json")
