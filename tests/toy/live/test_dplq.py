@@ -18,6 +18,7 @@ from companion.models.layers.quaternion import real_matrix
 from companion.toy.ablations import dplq as study
 from companion.toy.live import dplq as live
 from companion.training.schedules import adamw
+from companion.viz.style import COLOURS
 from tests.conftest import parameters
 
 CLASSES = {"base": ("red disc", "cyan disc"), "novel": ("red ring", "cyan ring")}
@@ -139,6 +140,13 @@ def test_shown_images_have_their_texts(model, setting, known, tmp_path):
     assert len(shares["own feature"]) == 6 and uniform == pytest.approx(2 / 67)
     assert figures.attention_share(shares, uniform).axes[0].lines[-1].get_label() == "uniform"
     assert len(live.halves(model, paper)) == len(model.deep_text)
+
+
+def test_classes_named_by_colour_have_shades_of_it():
+    red, cyan = live.SHADES["red"], live.SHADES["cyan"]
+    assert live.class_colours(["red disc", "cyan disc", "red ring"]) == [red[0], cyan[0], red[1]]
+    for others in (["red a", "red b", "red c"], ["red disc", "forest"]):  # of your own folder
+        assert live.class_colours(others) == COLOURS
 
 
 def test_axes_between_texts_of_opposite_colours(model, setting, known, tmp_path):

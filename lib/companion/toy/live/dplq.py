@@ -318,10 +318,10 @@ def shown(p: SimpleNamespace, out: Path, model: DPLQ, found: Setting, half: str)
 
 
 def class_colours(classes: Sequence[str]) -> Sequence[str]:
-    """A shade of the colour that each class name begins with; those of the house style where a name has none."""
-    left = {colour: list(shades) for colour, shades in SHADES.items()}
-    named = [left.get(name.partition(" ")[0], []) for name in classes[:8]]
-    return [shades.pop(0) for shades in named] if all(named) else COLOURS
+    """A shade of the colour that each class name begins with; where one has none left, the colours of the style."""
+    left = {colour: iter(shades) for colour, shades in SHADES.items()}
+    found = [next(left.get(name.partition(" ")[0], iter(())), "") for name in classes[:8]]
+    return found if all(found) else COLOURS
 
 
 @torch.inference_mode()
