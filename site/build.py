@@ -26,7 +26,7 @@ from companion import data
 from companion.cli import commands
 from companion.evaluation import ablations
 from companion.evaluation.claims import CHECK, KINDS, PAPER, SPREAD, SYNTHETIC, counts
-from companion.ops.papers import FINDINGS, findings
+from companion.ops.papers import FINDINGS, findings, paper, slugs
 from companion.ops.provenance import code_hash, sources
 
 HERE = Path(__file__).parent
@@ -87,14 +87,8 @@ def write_sources(reports: Path, source: Path) -> None:
 
 
 def load_papers() -> dict[str, dict]:
-    """The ten papers by slug: the common index, updated from each paper's own file."""
-    papers = {paper["slug"]: paper for paper in yaml.safe_load((PAPERS / "index.yaml").read_text(encoding="utf-8"))}
-    for slug, paper in papers.items():
-        facts = PAPERS / slug / "paper.yaml"
-        if facts.exists():
-            own = yaml.safe_load(facts.read_text(encoding="utf-8"))
-            paper.update({key: own[key] for key in ("title", "arxiv", "task", "code", "headline") if key in own})
-    return papers
+    """The ten papers by slug, in the order of their arXiv numbers."""
+    return {slug: paper(slug) for slug in sorted(slugs(), key=lambda slug: paper(slug)["arxiv"])}
 
 
 def load_run(folder: Path) -> dict:
@@ -121,11 +115,11 @@ def front_page(papers: dict[str, dict], runs: dict[str, dict]) -> str:
         if slug in runs and runs[slug]["record"].get("study", {}).get("stale"):
             found[SYNTHETIC] += "; **its study is older than its code**"
         name = f"[{paper['name']}](notebooks/{slug}.ipynb)" if slug in runs else paper["name"]
-        title = f"[{cell(paper['title'])}](https://arxiv.org/abs/{paper['arxiv']})"
+        title = f"[{cell(paper['title'])}](https://arxiv.org/abs/{paper['arxiv']}), {cell(paper['venue'])}"
         if paper.get("reconstruction"):
             title += " (a reconstruction: neither the full text nor official code was available)"
         state = f"[runs](records/{slug}.md)" if slug in runs else "not yet built"
-        rows.append([name, title, cell(paper["task"]), cell(paper.get("headline", "–")), state, *found.values()])
+        rows.append([name, title, cell(paper["task"]), cell(paper["headline"]), state, *found.values()])
     extra = [slug for slug in runs if slug not in papers]
     return "\n".join(
         [
@@ -296,7 +290,7 @@ def data_page() -> str:
         rows = [
             [
                 f"`{found.name}`",
-                cell(found.title),
+                f"{cell(found.title)}<br>Cite: {cell(found.citation)}",
                 sizes(found),
                 cell(found.licence),
                 cell(found.source) + (" (`companion fetch`)" if found.fetchable else ""),

@@ -163,7 +163,7 @@ SETS: dict[str, tuple[str, Do, Do]] = {
     "reports of chests": ("test_reports.csv", *CHESTS),
     "picture of a chest": ("*.png", *CHESTS),
     "word pieces": ("wordpiece.json", chests.write, lambda f: Vocabulary.read(next(f.rglob("wordpiece.json")))),
-    "settings of cached teachers": ("cache.json", cache, lambda f: dmt_cache.load(f / "tokens", teachers())),
+    "settings of cached teachers": ("cache.json", cache, cache),
 }
 FILES = [*SINGLE, *SETS]
 

@@ -11,6 +11,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from companion import __version__
+from companion.ops.papers import paper, slugs
 
 
 @pytest.fixture
@@ -64,6 +65,5 @@ def test_citation_file(root: Path, project: dict) -> None:
     assert citation["version"] == __version__
     assert citation["license"] == project["license"]
     assert citation["authors"] and citation["title"] and citation["message"]
-    papers = yaml.safe_load((root / "lib" / "companion" / "models" / "index.yaml").read_text(encoding="utf-8"))
     cited = {reference["identifiers"][0]["value"] for reference in citation["references"]}
-    assert cited == {f"arXiv:{paper['arxiv']}" for paper in papers}
+    assert cited == {f"arXiv:{paper(slug)['arxiv']}" for slug in slugs()}

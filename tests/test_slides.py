@@ -134,8 +134,6 @@ def test_tiles_hold_the_tissue(path, image):
             assert abs((region != 255).any(-1).mean() - share) < 0.1 and share >= 0.1
             covered[y : y + 128, x : x + 128] = True
         assert covered[(image != 255).any(-1)].mean() > 0.97
-        moved = tiles.moved(64, -64)
-        assert (moved.coords - tiles.coords == [64, -64]).all() and moved.step == tiles.step
 
 
 def test_means_of_squares_and_what_was_not_scanned_are_rounded(path, monkeypatch):

@@ -275,10 +275,6 @@ class Tiles:
     def __len__(self) -> int:
         return len(self.coords)
 
-    def moved(self, dx: int, dy: int) -> Tiles:
-        """The same regions shifted by (dx, dy) pixels of level 0 to the right and down."""
-        return dataclasses.replace(self, coords=self.coords + np.array([dx, dy]))
-
 
 def tissue_mask(rgb: np.ndarray, tiling: Tiling) -> np.ndarray:
     """Tissue mask of a thumbnail uint8 (h, w, 3): uint8 (h, w), 0 or 255."""

@@ -203,7 +203,7 @@ def follow(
             weighted = output.score.float() * response
             decoded = decode(weighted, output.size.float(), output.offset.float())
             # the host waits for the GPU here, once per frame
-            rows = torch.cat([decoded, weighted.flatten(1).amax(1, keepdim=True)], 1).double().cpu().numpy()
+            rows = torch.cat([decoded, weighted.flatten(1).amax(1, keepdim=True)], 1).cpu().double().numpy()
             for i, image, (_, scale), row in zip(active, frames, crops, rows, strict=True):
                 there = box_from_crop(row[:4], found[i][-1], scale, tracker.search)
                 found[i].append(clip_box(there, *image.shape[:2]))

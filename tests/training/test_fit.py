@@ -437,24 +437,20 @@ class Score:
         return self.scores[len(self.weights) - 1]
 
 
-TWO_SCORES = (1.0, -1.0), (2.0, -3.0), (5.0, -2.0), (0.0, -4.0)  # the first chooses the epoch, the second stops
-
-
 @pytest.mark.parametrize(
     ("scores", "options", "best"),
     [
         ((1.0, 3.0, 2.0, 3.0, 0.0), {"patience": 3}, 1),
         ((1.0, 3.0, 2.0, 3.0, 0.0), {"patience": 3, "ties": True}, 3),
         ((np.nan, 1.0, np.nan, np.nan), {"patience": 2}, 1),
-        (TWO_SCORES[:3], {"patience": 2}, 2),
-        (TWO_SCORES, {"patience": 2, "earliest": 4}, 2),
+        (((1.0, -1.0), (2.0, -3.0), (5.0, -2.0)), {"patience": 2}, 2),  # the first selects, the second stops
         ((9.0, 2.0), {"patience": 1, "first_step": 24}, 0),
         ((1.0, 3.0, 2.0, 3.0, 0.0, 0.0), {"patience": 2, "ties": True, "patient_ties": True}, 3),
         ((-1.0, 0.0, -1.0, -1.0), {"patience": 2, "ties": True, "patient_ties": True, "start": 0.0}, 1),
         ((-1.0, 0.0, 0.0), {"patience": 3, "start": 0.0}, 2),  # nothing is above 0: the last weights
     ],
     ids=[
-        *("first of ties", "last of ties", "NaN is the lowest", "two scores", "earliest", "first step"),
+        *("first of ties", "last of ties", "NaN is the lowest", "two scores", "first step"),
         *("ties restart the patience", "as high as the start", "none above the start"),
     ],
 )

@@ -313,7 +313,7 @@ def _noisy(rng: np.random.Generator, y: Tensor, p: Pass) -> Tensor:
         clean = (clean * clean.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
     clean = (clean * 255).round() / 255  # after the mean: the more values, the weaker the noise
     levels = 2.0 ** math.ceil(math.log2(max(2, len(clean.unique()))))
-    counts = rng.poisson((clean * levels).double().cpu().numpy()) / levels
+    counts = rng.poisson((clean * levels).cpu().double().numpy()) / levels
     return (y + scale * (torch.from_numpy(counts).to(y) - clean)).clamp(0, 1)
 
 

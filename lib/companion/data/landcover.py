@@ -19,7 +19,6 @@ import functools
 import math
 import re
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -664,8 +663,3 @@ def _colour(index: int) -> tuple[int, int, int]:
     """A colour for a class that has none."""
     red, green, blue = (round(255 * v) for v in colorsys.hsv_to_rgb(index * 0.618 % 1, 0.65, 0.9))
     return red, green, blue
-
-
-def regions(data: LandCover) -> Counter[str]:
-    """How many images of each region there are."""
-    return Counter(picture.region for picture in data.pictures)

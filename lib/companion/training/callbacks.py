@@ -106,7 +106,6 @@ class EarlyStop(Callback):
         score: from the model, in eval mode and without autograd, to its score (higher is better, nan is the lowest); or
             to two scores: the first selects the best weights, the second stops the training.
         patience: epochs without a new best after which training stops; 0: never.
-        earliest: epoch before which it does not stop.
         first_step: step before which nothing is scored.
         ties: among equal scores the later weights are selected.
         patient_ties: a score equal to the best restarts the patience.
@@ -123,14 +122,13 @@ class EarlyStop(Callback):
         score: Callable[[nn.Module], float | tuple[float, float]],
         patience: int = 0,
         *,
-        earliest: int = 0,
         first_step: int = 0,
         ties: bool = False,
         patient_ties: bool = False,
         start: float | None = None,
     ):
-        self.score, self.patience, self.earliest = score, patience, earliest
-        self.first_step, self.ties, self.patient_ties = first_step, ties, patient_ties
+        self.score, self.patience, self.first_step = score, patience, first_step
+        self.ties, self.patient_ties = ties, patient_ties
         self.start = [] if start is None else [float(start)]
         self.scores: list[tuple[int, float, float]] = []
         self.best: dict[str, Tensor] = {}
@@ -152,7 +150,7 @@ class EarlyStop(Callback):
             self.best = trained_state(loop.model)
         others = [*self.start, *(row[2] for row in self.scores)]
         waited = others[::-1].index(max(others)) if self.patient_ties else len(others) - 1 - int(np.argmax(others))
-        if self.patience and loop.epoch >= self.earliest and waited >= self.patience:
+        if self.patience and waited >= self.patience:
             loop.stopped = True
 
     def on_fit_end(self, loop: Loop) -> None:

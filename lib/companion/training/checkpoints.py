@@ -32,7 +32,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 def plain(history: list[dict[str, Any]]) -> list[dict[str, float]]:
     """The history with losses as numbers, in place; those on a GPU are copied in one transfer."""
     cells = [(row, name) for row in history for name, value in row.items() if isinstance(value, Tensor)]
-    values = torch.stack([row[name].double() for row, name in cells]).tolist() if cells else []
+    values = torch.stack([row[name] for row, name in cells]).tolist() if cells else []
     for (row, name), value in zip(cells, values, strict=True):
         row[name] = value
     return history

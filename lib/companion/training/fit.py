@@ -56,9 +56,10 @@ class Hardware:
     """Device, precision and parallelism of a training or a prediction.
 
     Attributes:
-        accelerator, devices, precision: as in `lightning_fabric.Fabric`. Several devices take equal shares of a batch,
-            and their gradients are averaged (DDP): a loss that is not a mean over images, and a batch norm, are
-            computed per device. Running statistics are averaged too.
+        accelerator, devices, precision: as in `lightning_fabric.Fabric`, but "auto" is a CUDA GPU or else the CPU:
+            "mps" is not tested. Several devices take equal shares of a batch, and their gradients are averaged (DDP): a
+            loss that is not a mean over images, and a batch norm, are computed per device. Running statistics are
+            averaged too.
         workers: number of data loading processes.
         accumulate: number of micro-batches per batch and device, whose gradients are summed; a loss that is a mean over
             images is unchanged, with less memory.
@@ -95,7 +96,7 @@ class Hardware:
 
 
 def device(accelerator: str) -> str:
-    """The device of a model outside of `fit`: "cuda" if there is a GPU and `accelerator` is "auto" or "cuda"."""
+    """The device of a model outside of `fit`: "cuda" if there is such a GPU and `accelerator` is "auto" or "cuda"."""
     return "cuda" if accelerator in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
 
 
@@ -135,7 +136,8 @@ def launcher(hardware: Hardware, devices: int = 1, **settings: Any) -> Fabric:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The `srun` command is available")
-        fabric = Fabric(accelerator=hardware.accelerator, devices=devices, precision=hardware.precision, **settings)
+        chosen = device("auto") if hardware.accelerator == "auto" else hardware.accelerator
+        fabric = Fabric(accelerator=chosen, devices=devices, precision=hardware.precision, **settings)
     # inputs stay float32, as under plain `torch.autocast`: boxes and positions would lose precision
     fabric.strategy.precision.convert_input = lambda data: data
     return fabric

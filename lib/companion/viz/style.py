@@ -80,11 +80,6 @@ def style() -> AbstractContextManager[None]:
     return plt.rc_context(STYLE)
 
 
-def use_style() -> None:
-    """Set the house style from here on, for the figures that a notebook draws itself."""
-    plt.rcParams.update(STYLE)
-
-
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     """Decorator: draw in the house style whatever style is set outside."""
 

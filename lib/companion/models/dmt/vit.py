@@ -110,10 +110,6 @@ class ViT(Recorded, nn.Module):
         """Heads of the last block."""
         return self.blocks[-1].attn.num_heads
 
-    def no_weight_decay(self) -> set[str]:
-        """Tensors without weight decay in MAE's and DINO's code, besides vectors and biases; timm's interface."""
-        return {"cls_token", "pos_embed", "masked_embed"}
-
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass, which needs less memory and more time."""
         self.checkpointing = enable

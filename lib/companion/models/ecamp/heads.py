@@ -341,10 +341,6 @@ class Detector(OfficialModel):
         """See `anchors`."""
         return anchors(self.size)
 
-    def loss(self, heads: Sequence[Tensor], boxes: Tensor) -> Tensor:
-        """See `detection_loss`."""
-        return detection_loss(heads, boxes, self.size)
-
     def decode(self, heads: Sequence[Tensor], confidence: float = 0.5, overlap: float = 0.5) -> list[Tensor]:
         """The boxes (n, 7) of each image from the outputs of `forward`, see `suppress`."""
         decoded = [yolo_decode(x, a, self.size) for x, a in zip(heads, self.anchors(), strict=True)]

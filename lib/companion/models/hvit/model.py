@@ -44,7 +44,7 @@ from ..layers.state_dicts import OfficialModel, check_names, depth, load_officia
 
 VARIANTS = ("global", "local", "whole")
 HEADS = ("classification", "regression", "ordinal", "coral", "corn")
-POSITIONS = ("none", "sine", "learned", "2d sine", "2d learned")
+POSITIONS = ("none", "sine", "learned")
 LARGEST_CROP = 0.875  # of the side: DINO's global crops, for which both encoders' position embeddings are made
 
 # sizes of the three levels: the paper's, and those that a CPU trains in seconds
@@ -115,10 +115,6 @@ class Encoder(Recorded, nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks' activations in the backward pass, which takes less memory."""
         self.grad_checkpointing = enable
-
-    def no_weight_decay(self) -> set[str]:
-        """The parameters that timm's recipes do not decay."""
-        return {"pos_embed", "cls_token"}
 
     def forward(self, x: Tensor, keep: Tensor | None = None, trace: dict | None = None) -> Tensor:
         """The [CLS] token (B, D) after the last norm.
@@ -304,46 +300,28 @@ class SlidePosition(nn.Module):
     """A position embedding added to each region's embedding; off in the released configurations.
 
     Args:
-        kind: one of `POSITIONS` but "none". The 1d kinds number the regions in the order of their file names; the 2d
-            kinds take their columns and rows, counted from the smallest.
+        kind: "sine" or "learned"; regions are numbered in the order of their file names.
         longest: entries of the table.
     """
 
     def __init__(self, kind: str, dim: int, longest: int = 512, dropout: float = 0.25):
         super().__init__()
-        self.kind, self.longest = kind, longest
-        self.dropout = nn.Dropout(dropout if kind.endswith("sine") else 0.0)
+        self.longest = longest
+        self.dropout = nn.Dropout(dropout if kind == "sine" else 0.0)
         if kind == "learned":
             self.embedder = nn.Embedding(longest, dim)
-        elif kind == "2d learned":
-            self.columns, self.rows = nn.Embedding(longest, dim // 2), nn.Embedding(longest, dim - dim // 2)
         else:
             angle = torch.arange(longest)[:, None] * torch.exp(torch.arange(0, dim, 2) * (-math.log(10_000.0) / dim))
             table = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :dim]
             self.register_buffer("table", table, persistent=False)
 
-    def forward(self, x: Tensor, coords: Tensor | None = None, present: Tensor | None = None) -> Tensor:
-        """From (B, M, D); `coords` (B, M, 2), for the 2d kinds: integer columns and rows of the regions `present`."""
-        if not self.kind.startswith("2d"):
-            index = torch.arange(x.shape[1], device=x.device)
-            self._check(len(index) - 1)
-            return self.dropout(x + (self.embedder(index) if self.kind == "learned" else self.table[index]))
-        if coords is None:
-            raise BadParameter("coords", None, f"(B, M, 2) columns and rows, which positions = {self.kind!r} need")
-        absent = torch.zeros_like(coords, dtype=torch.bool) if present is None else ~present[..., None]
-        least = coords.masked_fill(absent, torch.iinfo(coords.dtype).max).amin((1, 2), keepdim=True)
-        coords = (coords - least).masked_fill(absent, 0)
-        if self.kind == "2d learned":
-            self._check(int(coords.max()))
-            return x + torch.cat([self.columns(coords[..., 0]), self.rows(coords[..., 1])], -1)
-        column, row = coords.unbind(-1)
-        index = (column + row) * (column + row + 1) // 2 + row  # Cantor's pairing function
-        self._check(int(index.max()))
-        return self.dropout(x + self.table[index])
-
-    def _check(self, last: int) -> None:
-        if last >= self.longest:
-            raise BadParameter("regions", last + 1, f"at most {self.longest} positions (`longest`)")
+    def forward(self, x: Tensor) -> Tensor:
+        """From and to (B, M, D). Raises `BadParameter`: more regions than positions."""
+        regions = x.shape[1]
+        if regions > self.longest:
+            raise BadParameter("regions", regions, f"at most {self.longest} positions (`longest`)")
+        table = self.embedder.weight if hasattr(self, "embedder") else self.table
+        return self.dropout(x + table[:regions])
 
 
 class SlideTransformer(Recorded, nn.Module):
@@ -388,15 +366,12 @@ class SlideTransformer(Recorded, nn.Module):
         if head == "coral":
             self.thresholds = nn.Parameter(torch.zeros(classes - 1))
 
-    def forward(
-        self, x: Tensor, present: Tensor | None = None, coords: Tensor | None = None, trace: dict | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, present: Tensor | None = None, trace: dict | None = None) -> Tensor:
         """Outputs (B, K), (B, 1) or (B, K - 1), by the head.
 
         Args:
             x: (B, M, D) region embeddings.
             present: (B, M) bool, False where slides of fewer regions were padded; the padding changes nothing.
-            coords: see `SlidePosition`.
             trace: receives "phi", "positioned", "transformer" (B, M, D), "pooling" (B, M), "slide" (B, D).
         """
         if x.ndim != 3 or x.shape[2] != self.inputs or not x.shape[1]:
@@ -405,7 +380,7 @@ class SlideTransformer(Recorded, nn.Module):
         if present is not None and (present.is_cpu or not self.training) and not present.any(1).all():
             raise BadParameter("present", "a slide without a region", "at least one region a slide")
         found = {"phi": self.phi(x)}
-        h = found["phi"] if self.position is None else self.position(found["phi"], coords, present)
+        h = found["phi"] if self.position is None else self.position(found["phi"])
         found["positioned"] = h
         h = self.transformer(h, src_key_padding_mask=None if present is None else ~present)
         z, alpha = self.pool(h, present)
@@ -471,26 +446,15 @@ class HViT(OfficialModel):
             if level is not None:
                 level.set_grad_checkpointing(enable)
 
-    def no_weight_decay(self) -> set[str]:
-        """As in `Encoder`, for both encoders."""
-        levels = (name for name in ("patch", "region") if getattr(self, name) is not None)
-        return {f"{name}.{tensor}" for name in levels for tensor in getattr(self, name).no_weight_decay()}
-
     def forward(
-        self,
-        x: Tensor,
-        *,
-        tissue: Tensor | None = None,
-        present: Tensor | None = None,
-        coords: Tensor | None = None,
-        trace: dict | None = None,
+        self, x: Tensor, *, tissue: Tensor | None = None, present: Tensor | None = None, trace: dict | None = None
     ) -> Tensor:
         """Outputs of the slide level (B, ...).
 
         Args:
             x: (B, M, 3, R, R) pixels, (B, M, P, D) patch embeddings row by row, or (B, M, D) region embeddings.
             tissue: (B, M, P, T) share of tissue in each token, where the background is masked.
-            present, coords: see `SlideTransformer.forward`.
+            present: see `SlideTransformer.forward`.
             trace: receives, besides the slide level's, "patches" (B, M, P, D), "regions" (B, M, D), and the attention
                 of the encoders' [CLS] tokens: "patch_attention" (B, M, P, heads, t, t), "region_attention"
                 (B, M, heads, n, n).
@@ -508,7 +472,7 @@ class HViT(OfficialModel):
             for key in ("patch_attention", "region_attention", "patches", "regions"):
                 if key in trace:
                     trace[key] = trace[key].unflatten(0, (b, m))
-        return self.slide(x, present, coords, trace)
+        return self.slide(x, present, trace)
 
     def embed_patches(
         self, regions: Tensor, tissue: Tensor | None = None, trace: dict | None = None, batch: int = 128
@@ -599,7 +563,7 @@ class HViT(OfficialModel):
         return model
 
     def official_names(self) -> dict[str, str]:
-        """Our tensor names to the authors'; those of "2d learned" positions are not known."""
+        """Our tensor names to the authors'."""
         rules = (
             (r"(patch|region)\.", r"vit_\1."),
             (r"slide\.(phi|rho)\.", r"global_\1."),
@@ -611,13 +575,10 @@ class HViT(OfficialModel):
             (r"slide\.thresholds$", "b"),
             (r"slide\.position\.embedder\.", "pos_encoder.embedder."),
         )
-        names = {}
-        for name in self.state_dict():
-            found = next(((re.sub(f"^{ours}", theirs, name)) for ours, theirs in rules if re.match(ours, name)), None)
-            if found is None:
-                raise BadParameter("position", "2d learned", "1d ones: the authors' names of the others are not known")
-            names[name] = found
-        return names
+        return {
+            name: next(re.sub(f"^{ours}", theirs, name) for ours, theirs in rules if re.match(ours, name))
+            for name in self.state_dict()
+        }
 
 
 def _square(attention: Tensor) -> Tensor:

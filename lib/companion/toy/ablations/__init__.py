@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ...errors import CompanionError
 
@@ -23,6 +25,11 @@ _SELECTING: ContextVar[bool] = ContextVar("selecting", default=False)
 def study_root(root: str | Path, seed: int) -> Path:
     """The data root of a seed of a study: each seed has its own images, so the std includes their variation."""
     return Path(root) / f"seed{seed}"
+
+
+def last_loss(history: Sequence[Mapping[str, float]], steps: int = 20) -> float:
+    """The mean loss of a training's last steps, or of all if it has fewer."""
+    return round(float(np.mean([row["loss"] for row in history[-steps:]])), 4)
 
 
 @contextlib.contextmanager

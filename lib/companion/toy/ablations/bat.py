@@ -26,7 +26,7 @@ from ...training.fit import CPU, Batch, History, fit
 from ...training.schedules import adamw
 from ..datasets import tracking as toy
 from ..encoders import tracker
-from . import reader, study_root
+from . import last_loss, reader, study_root
 
 LEARNING_RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1]
 METRIC = "SR"
@@ -118,7 +118,7 @@ def train(method: str, task: str, learning_rate: float, seed: int, root: str, sp
     model, last, trained = build(method, seed), 0.0, 0
     if method not in UNTRAINED:
         history = train_model(model, method, pairs(str(root), seed, train_on), learning_rate, seed, **changes)
-        last = round(sum(row["loss"] for row in history[-20:]) / 20, 4)
+        last = last_loss(history)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     videos = videos_of(str(root), seed, held_out)
     boxes = recipe.follow_in_memory(model, videos, method, CPU)

@@ -28,7 +28,7 @@ from ...training.schedules import adamw
 from .. import encoders
 from ..datasets import collage as pocket
 from ..encoders import teachers as taught
-from . import reader, study_root
+from . import last_loss, reader, study_root
 
 TASK = "collage"
 LEARNING_RATES = [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128]
@@ -172,13 +172,13 @@ def train(
         encoder = taught.load()[THEMSELVES[method]] if method in THEMSELVES else student(seed).eval()
     else:
         encoder, _, history = train_model(method, learning_rate, seed, root, **options)
-        last = sum(row["loss"] for row in history[-20:]) / len(history[-20:])
+        last = last_loss(history)
     found = probes(encoder, root, seed, split)
     if method in THEMSELVES:
         found["own-probe lead"] = lead(method, root, seed, found)
     if split == "test":
         found |= {f"{name} all": value for name, value in probes(encoder, root, seed, split, shots=None).items()}
-    return {name: round(value, 2) for name, value in found.items()} | {"loss": round(last, 4)}
+    return {name: round(value, 2) for name, value in found.items()} | {"loss": last}
 
 
 # --- probes -----------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from ...training.fit import CPU, fit
 from ...training.schedules import adamw
 from ..encoders import photo_student
 from ..encoders.photo_student import TEACHERS
-from . import reader, sa2vp_real
+from . import last_loss, reader, sa2vp_real
 
 SIDES = {"ViT-S/14": 112, "EfficientNet-Lite0": 128}  # pixels; both give 8 x 8 positions
 STUDENT = photo_student.STUDENT | {"image": 112}
@@ -107,9 +107,9 @@ def train(
         settings: dict[str, Any] = {"epochs": STEPS / (len(pixels) // batch), "batch": batch, "hardware": CPU}
         settings |= {"optimizer": adamw(learning_rate, WEIGHT_DECAY), "seed": seed, "name": method}
         history = fit(model, loss, TensorDataset(pixels, *targets), **settings | options)
-        encoder, last = model.export().eval(), sum(row["loss"] for row in history[-20:]) / len(history[-20:])
+        encoder, last = model.export().eval(), last_loss(history)
     known, held_out = "train", "val" if split == "select" else "test"
     labels, truth = (images(task, seed, name).tensors[1] for name in (known, held_out))
     x, others = (features(encoder, task, seed, name) for name in (known, held_out))
     right = downstream.ridge(x, labels, sa2vp_real.CLASSES[task], others).argmax(1) == truth
-    return {"accuracy": round(100 * right.double().mean().item(), 2), "loss": round(last, 4)}
+    return {"accuracy": round(100 * right.double().mean().item(), 2), "loss": last}

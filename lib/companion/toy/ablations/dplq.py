@@ -31,7 +31,7 @@ from .. import encoders
 from ..datasets import domains as pocket
 from ..datasets.tokens import Tokenizer
 from ..encoders import domain_mae
-from . import reader, study_root
+from . import last_loss, reader, study_root
 
 LEARNING_RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 METRIC = "HM"
@@ -199,7 +199,7 @@ def train(
     model, last = build(method, classes, seed, data.tensors[-1].shape[-1]), 0.0
     if method not in UNTRAINED:
         history = train_model(model, data, learning_rate, **{"seed": seed, "name": method} | options)
-        last = round(sum(row["loss"] for row in history[-20:]) / 20, 4)
+        last = last_loss(history)
     held_out = "val" if split == "select" else "test"
     right, took, found = [], [], {}
     for half in ("base", "novel"):

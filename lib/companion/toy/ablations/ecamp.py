@@ -29,7 +29,7 @@ from ...models.ecamp.text import Pairs, Vocabulary
 from ...training.fit import CPU, History, fit, predict
 from ...training.schedules import adamw
 from ..datasets import chests as pocket
-from . import reader, study_root
+from . import last_loss, reader, study_root
 
 LEARNING_RATES = [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
 METRIC = "AUROC"
@@ -122,7 +122,7 @@ def train(
     model, last = build(method, seed, len(known)), 0.0
     if method not in UNTRAINED:
         history = train_model(model, pairs(method, root, seed), lr, seed, epochs)
-        last = round(sum(row["loss"] for row in history[-20:]) / 20, 4)
+        last = last_loss(history)
     found = probes(method, model, part(str(root), seed, "train"), held_out)
     if split == "test" and method != "raw pixels":
         found["Dice"] = dice(model, part(str(root), seed, "train"), held_out, seed)

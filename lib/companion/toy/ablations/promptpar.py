@@ -25,7 +25,7 @@ from .. import encoders
 from ..datasets import pedestrians as toy
 from ..encoders.pedestrian_clip import tokenizer
 from ..encoders.vit_and_clip import pixels
-from . import reader, study_root
+from . import last_loss, reader, study_root
 
 LEARNING_RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3]
 METRIC = "mA"
@@ -106,7 +106,7 @@ def train(method: str, task: str, learning_rate: float, seed: int, root: str, sp
     model = build(method, seed)
     history = train_model(model, method, images(str(root), seed, train_on), learning_rate, seed, **changes)
     scores = measure(model, images(str(root), seed, held_out))
-    return scores | {"loss": round(sum(row["loss"] for row in history[-20:]) / 20, 4), "trained": model.count()}
+    return scores | {"loss": last_loss(history), "trained": model.count()}
 
 
 def train_model(

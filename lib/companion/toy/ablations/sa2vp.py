@@ -24,7 +24,7 @@ from ...models.sa2vp import SA2VP, recipe
 from ...training.fit import CPU, History
 from .. import encoders
 from ..datasets import classification as pocket
-from . import reader, study_root
+from . import last_loss, reader, study_root
 
 LEARNING_RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1]
 OPTIONS: dict[str, Any] = {"epochs": 8, "batch": 20, "hardware": CPU}  # of `fit`
@@ -89,6 +89,6 @@ def row(model: nn.Module, held_out: TensorDataset, history: History) -> dict:
     """A row of the study: accuracy in percent, the last loss, the trainable parameters (no head)."""
     return {
         "accuracy": round(recipe.accuracy(model, held_out, CPU, batch=256), 2),
-        "loss": round(sum(row["loss"] for row in history[-10:]) / 10, 4),
+        "loss": last_loss(history, 10),
         "trained": sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and not n.startswith("head.")),
     }

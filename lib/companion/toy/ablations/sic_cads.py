@@ -31,7 +31,7 @@ from ...training.fit import CPU, History, fit
 from ...training.schedules import adamw
 from ..datasets import detection as pocket
 from ..encoders import detector as made
-from . import reader, study_root
+from . import last_loss, reader, study_root
 
 # not larger: at 0.1 and 0.3 training fails (its loss ends half as high again, and twice as high), and yet the metric
 # rises: an untrained recogniser leaves the fused scores to CLIP's own, which are best for novel classes
@@ -214,7 +214,7 @@ def trained(
     if learning_rate:
         dataset = training_data(model, *images_of(root, seed, "train"))
         history = train_model(model, dataset, learning_rate, seed)
-        last = round(sum(row["loss"] for row in history[-20:]) / 20, 4)
+        last = last_loss(history)
         count = sum(p.numel() for p in model.trained().values())
     return embed(model, images_of(root, seed, split)[1]), last, count
 

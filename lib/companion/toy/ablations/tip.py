@@ -31,7 +31,7 @@ from ...training.fit import CPU, History, fit
 from ...training.schedules import adamw
 from ..datasets import restoration as pocket
 from ..encoders import texture_prior as prior
-from . import reader, study_root
+from . import last_loss, reader, study_root
 
 LEARNING_RATES = [1e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2]
 METRIC = "PSNR"
@@ -233,8 +233,7 @@ def trained(network: str, learning_rate: float, root: str, seed: int) -> tuple[T
     """Train a network; return its pipeline, its loss and its trainable parameters."""
     pipe = build(network, seed)
     history = train_model(pipe, samples(network, part(root, seed, "train"), seed), learning_rate, seed, network)
-    loss = sum(row["loss"] for row in history[-20:]) / 20
-    return pipe, {"loss": round(loss, 4), "trained": sum(p.numel() for p in pipe.adaptor.parameters())}
+    return pipe, {"loss": last_loss(history), "trained": sum(p.numel() for p in pipe.adaptor.parameters())}
 
 
 @functools.lru_cache(maxsize=12)

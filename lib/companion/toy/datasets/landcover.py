@@ -29,7 +29,6 @@ unrelated to their content: it tests the path from coordinates to a text.
 
 from __future__ import annotations
 
-import csv
 import math
 import zlib
 from collections.abc import Sequence
@@ -42,6 +41,7 @@ import torch
 from PIL import Image, TiffImagePlugin
 from torch import Tensor
 
+from ...data.landcover import read_places
 from ...errors import CorruptFile, MissingData, check_choice
 from . import read_image, scenes, write_once, write_table
 from .scenes import SPLITS
@@ -300,17 +300,15 @@ def read(root: str | Path, split: str) -> Part:
             "companion.toy.datasets.landcover.write(root, seed)",
             "drawn; surfaces from photographs of scikit-image",
         )
-    zones = _zones(folder / "places.csv")
+    zones = {name: place.zone for name, place in read_places(folder / "places.csv").items() if place.zone}
     listed = folder / f"{split}.txt"
-    files = [(name.rpartition("_")[0], name) for name in listed.read_text(encoding="utf-8").split()]
+    try:
+        files = [(name.rpartition("_")[0], name) for name in listed.read_text(encoding="utf-8").split()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorruptFile(listed, f"no list of images ({error})") from error
     if unknown := sorted({where for where, _ in files} - zones.keys()):
-        raise CorruptFile(listed, f"regions that places.csv lacks: {', '.join(unknown)}")
+        raise CorruptFile(listed, f"regions without a zone in places.csv: {', '.join(unknown)}")
     images = np.stack([read_image(folder / where / "images" / name) for where, name in files])
     stored = np.stack([read_image(folder / where / "labels" / name) for where, name in files]).astype(np.int64)
     labels = torch.from_numpy(np.where(stored == 0, IGNORE, stored - 1))
     return Part(normalise(images), labels, tuple(zones[where] for where, _ in files))
-
-
-def _zones(path: Path) -> dict[str, str]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return {row["region"]: row["zone"] for row in csv.DictReader(file)}
