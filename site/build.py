@@ -26,7 +26,8 @@ from companion import data
 from companion.cli import commands
 from companion.evaluation import ablations
 from companion.evaluation.claims import CHECK, KINDS, PAPER, SPREAD, SYNTHETIC, counts
-from companion.ops.papers import FINDINGS, findings, paper, slugs
+from companion.ops.papers import FINDINGS, findings, slugs
+from companion.ops.papers import paper as facts_of
 from companion.ops.provenance import code_hash, sources
 
 HERE = Path(__file__).parent
@@ -88,7 +89,7 @@ def write_sources(reports: Path, source: Path) -> None:
 
 def load_papers() -> dict[str, dict]:
     """The ten papers by slug, in the order of their arXiv numbers."""
-    return {slug: paper(slug) for slug in sorted(slugs(), key=lambda slug: paper(slug)["arxiv"])}
+    return {slug: facts_of(slug) for slug in sorted(slugs(), key=lambda slug: facts_of(slug)["arxiv"])}
 
 
 def load_run(folder: Path) -> dict:

@@ -23,7 +23,11 @@ COMMON: dict[str, dict] = {
     "data_root": {"type": "text", "help": "folder of the data sets"},
     "weights": {"type": "text", "help": "file of the backbone's weights; empty: the cache"},
     "out": {"type": "text", "help": "where results go; empty: runs/<profile>/<paper>"},
-    "accelerator": {"type": "choice", "choices": ["auto", "cpu", "cuda", "mps"], "help": "where it runs; auto: a CUDA GPU, else the CPU"},
+    "accelerator": {
+        "type": "choice",
+        "choices": ["auto", "cpu", "cuda", "mps"],
+        "help": "where it runs; auto: a CUDA GPU, else the CPU",
+    },
     "devices": {"type": "integer", "low": 1, "high": 1024, "help": "how many of them"},
     "precision": {
         "type": "choice",
