@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from lightning_fabric.accelerators import MPSAccelerator
 from lightning_fabric.plugins.precision import Precision
 from torch import nn
 from torch.nn import functional as F
@@ -17,7 +18,7 @@ from companion.ops.papers import paper, slugs
 from companion.training import fit as loop
 from companion.training.callbacks import EMA, Callback, ClipNorm, ClipValue, EarlyStop, Lookahead, ema_copy
 from companion.training.checkpoints import Checkpoint, trained_state
-from companion.training.fit import CPU, PRECISIONS, Hardware, fit, predict
+from companion.training.fit import CPU, PRECISIONS, Hardware, fit, launcher, predict
 from companion.training.schedules import adamw, given, learning_rates, param_groups, schedule, sgd
 
 
@@ -604,6 +605,12 @@ def test_training_does_not_ask_gpus_for_their_random_state(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *args: pytest.fail("CUDA was started"))
     run(noisy_model())
+
+
+def test_apple_silicon_is_used_only_on_request(monkeypatch):
+    monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert launcher(Hardware()).device.type == "cpu" and launcher(Hardware("mps")).device.type == "mps"
 
 
 @pytest.mark.parametrize("slug", slugs())
