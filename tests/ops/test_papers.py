@@ -1,12 +1,15 @@
 """Parameters are converted by their rules in paper.yaml, and the rules match the code."""
 
 from importlib import import_module
+from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from companion import climate
 from companion.data import DATASETS
 from companion.errors import BadParameter
+from companion.evaluation import ablations
 from companion.evaluation.tables import findings_table
 from companion.ops.papers import FINDINGS, accepted, convert, findings, paper, rules, slugs
 from companion.ops.report import start
@@ -126,3 +129,18 @@ def test_findings_are_whole_and_name_recorded_cases(slug):
         assert isinstance(row["where"], list) and (not row["case"] or row["case"] in recorded), row
     assert len({row["topic"] for row in found}) == len(found)
     assert len(findings_table(slug)) == len(found)
+
+
+def leads(root: Path, slug: str, task: str, metric: str, better: str, worse: str) -> pd.Series:
+    """The lead of a method over another in the committed study, one value a seed."""
+    rows = ablations.read(root / "reports" / "pocket" / slug)
+    tested = rows[(rows.stage == "test") & (rows.task == task)].set_index(["method", "seed"])[metric]
+    return tested[better] - tested[worse]
+
+
+def test_numbers_in_findings_are_the_studies(root):
+    lost = leads(root, "bat", "videos", "SR", "BAT", "BAT, from zeros")
+    assert f"SR is {lost.mean():.1f} ± {lost.std():.1f} points lower" in findings("bat")[0]["effect"]
+    behind = (leads(root, "metasegnet", "left out", "mIoU", "MiniLM text", "MetaSegNet") < 0).sum()
+    words = ("none", "one", "two", "three", "four", "five")
+    assert any(f"in {words[behind]} of five zones" in found["text"] for found in paper("metasegnet")["findings"])

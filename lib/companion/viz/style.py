@@ -27,7 +27,7 @@ _METHODS = (
     "VPT-deep; mean of features; iBOT only; iBOT; MaPLe; MRM-like; Global; zone names; deep prompts; visual+; "
     "semantic only; wrong restoration prompt",
     "full fine-tuning; MoCo v3 only; MoCo v3; CoCoOp; random init; wrong zone's text; restoration only; "
-    "wrong semantic prompt; another picture's scores",
+    "wrong semantic prompt; another image's scores",
     "sum of features; one-hot zone; fused; no skipping; prompts swapped; PromptPAR, linear fusion; "
     "ECAMP, no super-resolution",
     "higher peak; empty text; MiniLM text; text; blind prompt; regions, no similarity loss; ECAMP, descriptors hidden",

@@ -60,13 +60,13 @@ METHODS: dict[str, dict] = {
     "SIC-CADS, no z-score": {"over": "none"},
     "SIC-CADS, on finished results": {"where": "finished"},
     "SIC-CADS, one class a box": {"where": "one class"},
-    "another picture's scores": {"control": "other"},
+    "another image's scores": {"control": "other"},
     "average scores": {"control": "average"},
 }
 UNTRAINED = ("no refinement", "visual+")
 TASKS = {
     "shipped": list(METHODS),
-    "anew": ["no refinement", "text", "visual", "visual+", "fused", "SIC-CADS", "another picture's scores"],
+    "anew": ["no refinement", "text", "visual", "visual+", "fused", "SIC-CADS", "another image's scores"],
 }
 GAMMAS = tuple(round(0.1 * i, 1) for i in range(11))
 LAMBDAS = tuple(round(0.2 * i, 1) for i in range(6))
