@@ -14,7 +14,7 @@ from PIL import Image
 from companion.errors import BadParameter, CompanionError
 from companion.evaluation import ablations
 from companion.evaluation.ablations import notice
-from companion.evaluation.claims import CHECK, PAPER, SYNTHETIC, check_range, interval
+from companion.evaluation.claims import CHECK, PAPER, SPREAD, SYNTHETIC, check_range, interval
 from companion.evaluation.tables import compare_published, published_table, upsert_rows
 from companion.ops import record, report
 from companion.ops.files import sha256
@@ -214,10 +214,11 @@ def test_the_three_kinds_of_claims_are_counted_apart(run):
     run.claim("locality", False, "7 tokens")
     of = {kind: [c for c in paper("sa2vp")["claims"] if c["kind"] == kind] for kind in (CHECK, SYNTHETIC, PAPER)}
     for claim in of[SYNTHETIC]:
-        run.claim(claim["id"], claim["id"] != "real", "")
+        run.claim(claim["id"], claim["id"] != "real", f"place +1.0 ± 0.2 [+0.8, +1.2]{SPREAD}", seeds=[200, 201])
     shown = run.close().data
     assert f"<b>Implementation checks: 1 of 2 hold, {len(of[CHECK]) - 2} not run</b>" in shown
-    assert f"<b>Synthetic results: {len(of[SYNTHETIC]) - 1} of {len(of[SYNTHETIC])} hold</b>" in shown
+    assert f"<b>Synthetic results: {len(of[SYNTHETIC]) - 1} of {len(of[SYNTHETIC])} hold; leads in points" in shown
+    assert "over seeds 200, 201 [95 % t interval]</b>" in shown and ">place +1.0 ± 0.2 [+0.8, +1.2]<" in shown
     assert f"<b>Paper results: {len(of[PAPER])} not run</b>" in shown
 
 

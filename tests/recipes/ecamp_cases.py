@@ -159,7 +159,7 @@ def _classifier(what: str, expected: Any, probe: bool) -> Row:
 def _groups_pretraining(case: Case) -> list[Row]:
     with torch.device("meta"):
         model = ecamp.build("paper", pooler=True)  # theirs has one, which has no gradient
-    published = recipe.recipe("recipe-pretraining")
+    published = recipe.recipe()
     optimizer, names = recipe.pretraining_optimizer(published)(model), {id(p): n for n, p in _official(model).items()}
     found = {"frozen": sorted(n for n, p in _official(model).items() if not p.requires_grad)}
     for group in optimizer.param_groups:
@@ -576,7 +576,7 @@ def _pretraining_settings(facts: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _schedule_pretraining(case: Case) -> list[Row]:
-    r = recipe.recipe("recipe-pretraining") | _pretraining_settings(case.settings)
+    r = recipe.recipe() | _pretraining_settings(case.settings)
     images, wanted = case.settings["pictures"], case.expected
     cut, learning_rates = recipe.pretraining_epoch(images, r), recipe.pretraining_learning_rates(images, r)
     used = int(r["accumulation"]) * cut.steps
@@ -786,7 +786,7 @@ def _trajectory_pretraining(case: Case) -> list[Row]:
     settings = _pretraining_settings(given["schedule"] | given) | {"gpus": 1, "batch_per_gpu": pairs}
     settings |= {"lr": optimiser["lr"], "beta1": optimiser["betas"][0], "beta2": optimiser["betas"][1]}
     settings |= {"weight_decay": float(optimiser["weight_decay"].split(";")[0])}
-    cut = recipe.pretraining_epoch(per_epoch * pairs, recipe.recipe("recipe-pretraining") | settings)
+    cut = recipe.pretraining_epoch(per_epoch * pairs, recipe.recipe() | settings)
     done = [e * per_epoch + (s + 1) * accumulate for e in range(epochs) for s in range(cut.steps)]
     used = [i for end in done for i in range(end - accumulate, end)]
     names = {"masked image": "mim", "super-resolution": "sr", "text": "mlm"}

@@ -52,9 +52,7 @@ def opening(slug: str) -> None:
     """
     facts, folder = paper(slug), record.root() / "reports" / "pocket" / slug
     rows, claims = read(folder), {claim["id"]: claim for claim in facts["claims"]}
-    decibel = any("PSNR" in claim.get("metrics", ()) for claim in facts["claims"])
-    unit = f"points of the metric{' (PSNR: dB)' if decibel else ''}, mean ± standard deviation"
-    lines = [f"**What we found.** Leads are in {unit} over seeds [95 % t interval]; a dot is a seed.\n"]
+    lines = [f"**What we found.** Leads are in {_unit(facts)} over seeds [95 % t interval]; a dot is a seed.\n"]
     panels: dict[tuple[str, str], dict[str, None]] = {}
     for finding in facts["findings"]:
         text = finding["text"]
@@ -74,6 +72,12 @@ def opening(slug: str) -> None:
         lines.append(f"- {text}")
     display(Markdown("\n".join(lines)))
     show(plots.scores(rows, panels))
+
+
+def _unit(facts: Mapping) -> str:
+    """The unit of the leads of a paper's synthetic results."""
+    decibel = any("PSNR" in claim.get("metrics", ()) for claim in facts["claims"])
+    return f"points of the metric{' (PSNR: dB)' if decibel else ''}, mean ± standard deviation"
 
 
 def show(figure: Figure) -> None:
@@ -254,17 +258,20 @@ class Run:
         write_json(self.out / "run.json", facts)
         parts = []
         for kind, said in counts(ledger).items():
+            own, title = [c for c in ledger if c["kind"] == kind], f"{kind}s: {said}".capitalize()
             rows = [
                 {
                     "claim": c["text"],
                     "here": LOUD[c["status"]],
-                    "measured": c["value"] + (f" — {c['why']}" if c["why"] else ""),
-                    "seeds": ", ".join(map(str, c["seeds"])),
+                    "measured": c["value"].removesuffix(SPREAD) + (f" — {c['why']}" if c["why"] else ""),
                     "evidence": c["evidence"],
                 }
-                for c in ledger
-                if c["kind"] == kind
+                for c in own
             ]
-            columns = ["claim", "here", "measured", *(["seeds", "evidence"] if kind == SYNTHETIC else [])]
-            parts.append(show_table(pd.DataFrame(rows, columns=columns), title=f"{kind}s: {said}".capitalize()).data)
+            if seeds := sorted({seed for c in own for seed in c["seeds"]}):
+                title += (
+                    f"; leads in {_unit(paper(self.slug))} over seeds {', '.join(map(str, seeds))} [95 % t interval]"
+                )
+            columns = ["claim", "here", "measured", *(["evidence"] if kind == SYNTHETIC else [])]
+            parts.append(show_table(pd.DataFrame(rows, columns=columns), title=title).data)
         return HTML("".join(parts))

@@ -59,9 +59,9 @@ def test_schedule_is_left_at_half_of_the_peak():
 
 def test_an_epoch_of_pre_training_leaves_iterations_over():
     """MIMIC's 377,110 images: 368 iterations are 46 steps; one more image a device, and the epoch never quite ends."""
-    cut = recipe.pretraining_epoch(377_110, recipe.recipe("recipe-pretraining"))
+    cut = recipe.pretraining_epoch(377_110, recipe.recipe())
     assert (cut.iterations, cut.steps, cut.batch) == (368, 46, 8192)
-    few = recipe.pretraining_epoch(3, recipe.recipe("recipe-pretraining"))
+    few = recipe.pretraining_epoch(3, recipe.recipe())
     assert (few.steps, few.batch) == (1, 3) and len(recipe.pretraining_learning_rates(3)) == 120
 
 

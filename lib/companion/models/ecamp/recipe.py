@@ -87,22 +87,22 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
     def learn(model: ECAMP, method: str) -> History:
         data, name = pairs(method), f"{method}, {p.dataset}, seed {p.seed}"
         if p.dry_run:
-            learning_rates = np.full(2, recipe("recipe-pretraining")["lr"])
+            learning_rates = np.full(2, recipe()["lr"])
             return pretrain(p, model, data, learning_rates=learning_rates, batch=DRY_BATCH, name=method)
         checkpoint = Checkpoint.of(out / "checkpoints", name, model=model, method=method, **facts)
         history = pretrain(p, model, data, checkpoint=checkpoint, name=method)
         checkpoints.save(out / "trained", name, model.to_official())
         return history
 
-    return Setting(title, {p.method: recipe("recipe-pretraining")["lr"]}, pairs, build, learn)
+    return Setting(title, {p.method: recipe()["lr"]}, pairs, build, learn)
 
 
 # --- pre-training -----------------------------------------------------------------------------------------------------
 
 
-def recipe(table: str) -> dict[str, float]:
+def recipe() -> dict[str, float]:
     """The hyper-parameters of pre-training in the authors' scripts (the paper's YAML)."""
-    return published_table("ecamp", table).set_index("method")["value"].to_dict()
+    return published_table("ecamp", "recipe-pretraining").set_index("method")["value"].to_dict()
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def pretraining_epoch(images: int, r: Mapping[str, float]) -> PretrainingEpoch:
     """The epoch of a set of `images` under the settings `r`; one step with all pairs if there are fewer than a batch.
 
     Args:
-        r: `recipe("recipe-pretraining")`; gpus, batch_per_gpu and accumulation are read.
+        r: `recipe()`; gpus, batch_per_gpu and accumulation are read.
     """
     gpus, accumulation = int(r["gpus"]), int(r["accumulation"])
     iterations = -(-images // gpus) // int(r["batch_per_gpu"])
@@ -144,7 +144,7 @@ def pretraining_learning_rates(images: int, r: Mapping[str, float] | None = None
         images: of the training set.
         r: settings by name; None: the published ones.
     """
-    r = recipe("recipe-pretraining") if r is None else r
+    r = recipe() if r is None else r
     cut = pretraining_epoch(images, r)
     within = np.arange(cut.steps) * int(r["accumulation"]) / cut.iterations
     epoch = (np.arange(int(r["stop_epoch"]))[:, None] + within).ravel()
@@ -172,12 +172,12 @@ def pretrain(
     """Pre-train by the authors' recipe, in place.
 
     Args:
-        settings: those of `recipe("recipe-pretraining")` that differ.
+        settings: those of `recipe()` that differ.
         learning_rates: of each step; None: the published ones.
         batch: pairs per step; None: the published number, or all pairs if there are fewer.
         micro_batch: pairs that a device processes at once; the gradients of a step are accumulated.
     """
-    r = recipe("recipe-pretraining") | dict(settings)
+    r = recipe() | dict(settings)
     batch = batch or pretraining_epoch(len(data), r).batch
     learning_rates = pretraining_learning_rates(len(data), r) if learning_rates is None else learning_rates
     accumulate = math.ceil(batch / (p.devices * micro_batch))
@@ -657,7 +657,7 @@ def claim_cells(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
 
 def protocol() -> dict[str, str]:
     """The settings of the `paper` profile, one per row."""
-    r = recipe("recipe-pretraining")
+    r = recipe()
     crops = [
         "{:.0%} to {:.0%} of the image".format(*transform.transforms[0].scale)
         for transform in (xrays.pretrain_transform(), xrays.train_transform())
