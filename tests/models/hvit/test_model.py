@@ -125,6 +125,7 @@ def test_the_order_of_regions_counts_with_positions_only():
         # the padding of a short slide changes nothing
         present = torch.tensor([[True, True, True, False, False]])
         torch.testing.assert_close(level(x, present), level(x[:, :3]))
+    assert SlideTransformer(48, position="learned", longest=5)(x).isfinite().all()
     refuses((lambda: SlideTransformer(48, position="learned", longest=4)(x), "longest"))
 
 
