@@ -289,6 +289,13 @@ def test_api_reference_has_a_page_for_each_part(site: Site) -> None:
     assert 'id="companion.training.fit.fit"' in page and "Parameters" in page and "Args:" not in page
 
 
+def test_comparisons_name_methods_of_the_studies(root: Path) -> None:
+    for question in yaml.safe_load((root / "site" / "comparisons.yaml").read_text(encoding="utf-8")):
+        for column in question["columns"]:
+            rows = ablations.read(root / "reports" / "pocket" / column["paper"])
+            assert set(column["methods"]) - {"-"} <= set(rows[rows.task == column["task"]].method), column
+
+
 def test_comparison_page_shows_the_means_of_the_studies(site: Site, root: Path) -> None:
     page = (site.folder / "comparisons.html").read_text(encoding="utf-8")
     for question in yaml.safe_load((root / "site" / "comparisons.yaml").read_text(encoding="utf-8")):
