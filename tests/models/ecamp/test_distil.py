@@ -1,9 +1,11 @@
 """Distillation: the rules' statements, refused answers with reasons, the cache, a model of transformers."""
 
+import importlib.util
 import sqlite3
 
 import pytest
 
+from companion.data import openi
 from companion.errors import CorruptFile, MissingWeights
 from companion.models.ecamp import distil as ecamp_distil
 from companion.models.ecamp.distil import Generator, Malformed, Rules, check, distil, entities_in
@@ -51,6 +53,20 @@ def test_rules():
         ("There is edema but no mass.", "is no mass"),
     ):
         assert Rules()(report, ["mass"]) == f"There {expected}."
+
+
+def test_each_finding_of_a_list_has_its_own_statement():
+    report = "No consolidation, effusion, or pneumothorax. The cardiomediastinal silhouette is normal."
+    named = entities_in(report)
+    said = check(Rules()(report, named), report, named)
+    assert said.startswith("There is no consolidation. There is no effusion. There is no pneumothorax.")
+
+
+@pytest.mark.skipif(importlib.util.find_spec(openi.PACKAGE) is None, reason="torchxrayvision is not installed")
+def test_the_rules_never_contradict_the_check():
+    for report in openi.reports()[:500]:
+        if named := entities_in(report.text):
+            check(Rules()(report.text, named), report.text, named)
 
 
 def test_malformed_answers_are_refused():
@@ -121,25 +137,48 @@ def test_another_prompt_or_back_end_asks_anew(tmp_path, monkeypatch):
     file.close()
 
 
-def test_a_model_of_transformers(tmp_path):
-    """A random tiny one: its babble is refused, sampled answers are the same every time."""
+@pytest.fixture
+def tiny(tmp_path):
+    """The folder of a random tiny model, whose tokenizer begins each text with [CLS]."""
     transformers = pytest.importorskip("transformers")
+    from tokenizers.processors import TemplateProcessing
+
     from companion.models.ecamp.text import Vocabulary
 
     words = Vocabulary.train([REPORT, ecamp_distil.PROMPT] * 3, 200)
+    begins = ("[CLS]", words.tokenizer.token_to_id("[CLS]"))
+    words.tokenizer.post_processor = TemplateProcessing(single="[CLS] $A", special_tokens=[begins])
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words.tokenizer, unk_token="[UNK]", pad_token="[PAD]", eos_token="[SEP]"
+        tokenizer_object=words.tokenizer, unk_token="[UNK]", pad_token="[PAD]", bos_token="[CLS]", eos_token="[SEP]"
     )
     config = transformers.GPT2Config(
         vocab_size=len(words), n_positions=512, n_embd=16, n_layer=1, n_head=2, bos_token_id=2, eos_token_id=4
     )
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "tiny")
     tokenizer.save_pretrained(tmp_path / "tiny")
-    generator = Generator(str(tmp_path / "tiny"), tokens=8)
+    return tmp_path / "tiny"
+
+
+def test_a_model_of_transformers(tiny, tmp_path):
+    """Its babble is refused, sampled answers are the same every time, and a longer limit asks anew."""
+    generator = Generator(str(tiny), tokens=8)
     named = entities_in(REPORT)
     assert generator(REPORT, named, 1) == generator(REPORT, named, 1)
     found = distil([REPORT], generator, tmp_path / "kept.sqlite")
     assert found.statements == [""] and 0 in found.refused
+    assert generator.name != Generator(str(tiny), tokens=16).name
+
+
+@pytest.mark.parametrize("template", [None, "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"])
+def test_a_prompt_begins_with_one_special_token(template, tiny, monkeypatch):
+    generator = Generator(str(tiny), tokens=1)
+    generator.tokenizer.chat_template = template
+    asked = []
+    generate = generator.model.generate
+    monkeypatch.setattr(generator.model, "generate", lambda **given: asked.append(given) or generate(**given))
+    generator(REPORT, entities_in(REPORT))
+    begins = (asked[0]["input_ids"][0] == generator.tokenizer.bos_token_id).nonzero().flatten().tolist()
+    assert begins == [0]
 
 
 def test_a_model_that_is_not_here_and_a_cache_that_is_none(tmp_path, monkeypatch):

@@ -134,14 +134,16 @@ def check(answer: str, report: str, entities: Sequence[str]) -> str:
 class Rules:
     """Statements by rules, offline: the sentence of an entity decides whether it is present, possible or absent."""
 
-    name = "rules 2"
+    name = "rules 3"
 
     def __call__(self, report: str, entities: Sequence[str], attempt: int = 0) -> str:
-        return " ".join(self._statement(report, entity) for entity in entities)
+        return " ".join(self._statement(report, entity, entities) for entity in entities)
 
-    def _statement(self, report: str, entity: str) -> str:
+    def _statement(self, report: str, entity: str, entities: Sequence[str]) -> str:
         """An entity in several sentences is present if it is in one of them."""
         found: dict[str, str] = {}
+        # in "no consolidation, effusion or pneumothorax" none describes another
+        ends = _UNDESCRIBING | {form for other in entities for form in _forms(other)}
         # a conjunction ends a negation: "no pneumothorax, but a small effusion"
         for sentence in re.split(r"[.;\n]|\b(?:but|however|although|though|except)\b", report.lower()):
             words = re.findall(r"[a-z]+", sentence)
@@ -149,7 +151,7 @@ class Rules:
             if at is None:
                 continue
             first = at
-            while first and at - first < 3 and words[first - 1] not in _UNDESCRIBING:
+            while first and at - first < 3 and words[first - 1] not in ends:
                 first -= 1
             sides = " ".join(words[:at]), " ".join(words[at + 1 :])
             absent, doubtful = (
@@ -189,7 +191,8 @@ class Generator:
         except (OSError, ValueError) as error:
             ways = [f"Generator({name!r}, download=True), on a machine with a network", "a folder that holds the model"]
             raise MissingWeights(name, constants.HF_HUB_CACHE, ways, reason) from error
-        self.name, self.tokens, self.device = name, tokens, device
+        # of the cached answers: a longer one may be complete where this one was refused
+        self.name, self.tokens, self.device = f"{name}, {tokens} tokens", tokens, device
 
     def __call__(self, report: str, entities: Sequence[str], attempt: int = 0) -> str:
         import torch
@@ -198,12 +201,15 @@ class Generator:
         if self.tokenizer.chat_template:
             chat = [{"role": "user", "content": text}]
             text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        given = self.tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(self.device)
-        options = {"do_sample": True, "temperature": 0.7} if attempt else {"do_sample": False}
+        # a chat template has written the special tokens already
+        special = not self.tokenizer.chat_template
+        given = self.tokenizer(text, return_tensors="pt", return_token_type_ids=False, add_special_tokens=special)
+        given = given.to(self.device)
+        sampling = {"do_sample": True, "temperature": 0.7} if attempt else {"do_sample": False}
         with torch.random.fork_rng(devices=[]), torch.inference_mode():
             torch.manual_seed(attempt)
             out = self.model.generate(
-                **given, max_new_tokens=self.tokens, pad_token_id=self.tokenizer.eos_token_id, **options
+                **given, max_new_tokens=self.tokens, pad_token_id=self.tokenizer.eos_token_id, **sampling
             )
         return self.tokenizer.decode(out[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -223,7 +229,7 @@ def distil(
 
     Args:
         cache: an SQLite file, created when it does not exist. Answers, refused ones too, are cached by the report's
-            text, the back end, the prompt and the entities.
+            text, the back end, the prompt, the entities and `tries`.
         tries: answers that are generated before the last one is refused.
 
     Raises `CorruptFile`: `cache` is another kind of file.
@@ -235,7 +241,7 @@ def distil(
             if not named:
                 statements.append("")
                 continue
-            key = hashlib.sha256("\0".join([back_end.name, PROMPT, *named, report]).encode()).hexdigest()
+            key = hashlib.sha256("\0".join([back_end.name, PROMPT, str(tries), *named, report]).encode()).hexdigest()
             row = file.execute("SELECT text, why FROM answers WHERE key = ?", (key,)).fetchone()
             if row is None:
                 row = _ask(back_end, report, named, tries)
