@@ -391,6 +391,13 @@ def test_results_of_another_model_or_way_are_refused(tmp_path, sequences, first,
     refused(BadParameter, "another model's", run, second(), sequences[1:2], tmp_path / "out", **options)
 
 
+def test_an_option_that_saves_memory_is_no_other_model(tmp_path, model, sequences):
+    found = run(model, sequences[1:2], tmp_path / "out")
+    model.set_grad_checkpointing(True)
+    again = run(model, sequences[1:2], tmp_path / "out")
+    assert np.array_equal(found["video1"], again["video1"])
+
+
 def test_a_folder_of_other_results_is_refused(tmp_path, model, sequences):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "video0.txt").write_text("1,2,3,4\n")

@@ -115,7 +115,7 @@ def test_a_killed_training_resumes_and_its_weights_are_a_checkpoint(tmp_path, sm
 
     model, out = assert_goes_on(train, tmp_path, monkeypatch, recipe, "loss", 3)
     monkeypatch.setattr(recipe, "loss", None)  # a finished training is only read
-    official, file = BAT.from_official, out / "trained" / "BAT, seed 0.safetensors"
+    official, file = BAT.from_official, out / "trained" / "BAT, rgbt, seed 0.safetensors"
     monkeypatch.setattr(BAT, "from_official", lambda state: official(state, heads=4))
     assert train(tmp_path, checkpoint=str(file))[1] == []
     for read in (train(out)[0], train(tmp_path, checkpoint=str(file))[0]):
@@ -140,7 +140,7 @@ def test_seeds_and_released_weights_have_results_of_their_own(tmp_path, small, m
     monkeypatch.setattr(backbones, "read_state", lambda path: {})
     for changes in ({}, {"seed": 1}, {"checkpoint": str(tmp_path / "BAT.pth")}):
         recipe.setting(given(**changes), tmp_path).track("BAT", None)
-    assert folders == ["BAT, seed 0", "BAT, seed 1", "BAT"]
+    assert folders == ["BAT, rgbt, seed 0", "BAT, rgbt, seed 1", "BAT"]
 
 
 def test_result_files_are_scored(tmp_path):

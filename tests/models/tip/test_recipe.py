@@ -204,7 +204,8 @@ def test_a_killed_training_resumes_to_the_same_bits_and_its_adaptor_is_saved(rel
     saved = torch.load(file, weights_only=True)
     assert saved["step"] == 2 and all(name.startswith("model.adaptor.") for name in saved["model"]), "nothing frozen"
     pipe = run(tmp_path / "cut")
-    for adaptor in (pipe.adaptor, load_adaptor(tmp_path / "cut" / "trained" / "TIP", pipe.unet)):
+    (folder,) = (tmp_path / "cut" / "trained").iterdir()
+    for adaptor in (pipe.adaptor, load_adaptor(folder, pipe.unet)):
         assert all(torch.equal(t, whole[n]) for n, t in adaptor.state_dict().items())
 
 
@@ -253,7 +254,7 @@ def test_own_folder_on_a_released_model_trained_saved_and_tested(released: Path,
     pipe = s.build("TIP")
     history = s.train(pipe, "TIP", epochs=2, batch=2)
     assert len(history) == 2
-    before, folder = weights(pipe), tmp_path / "trained" / "TIP"
+    before, (folder,) = weights(pipe), (tmp_path / "trained").iterdir()
     refuses((lambda: save_adaptor(pipe.adaptor, released / "images"), "not exist yet"))
     assert len(list((released / "images").iterdir())) == 3
     # training and test images are disjoint
@@ -274,6 +275,12 @@ def test_own_folder_on_a_released_model_trained_saved_and_tested(released: Path,
     tested = recipe.setting(given(**vars(p) | {"checkpoint": str(folder)}), tmp_path)
     assert tested.train is None and len(tested.test) == 3
     assert torch.equal(tested.restore(tested.build("TIP"), chosen), restored)
+    for change in ({"method": "plain ControlNet"}, {"mid": "none"}):  # it would be tested under another name
+        wrong = recipe.setting(given(**vars(p) | {"checkpoint": str(folder)} | change), tmp_path)
+        refuses((lambda wrong=wrong, change=change: wrong.build(change.get("method", "TIP")), "this one has"))
+    (released / "captions.jsonl").unlink()  # without captions it is another training
+    bare = recipe.setting(p, tmp_path)
+    assert bare.train(bare.build("TIP"), "TIP", epochs=2, batch=2) != history
     refuses((lambda: load_adaptor(folder, small_pipe().unet), "block_out_channels"), error=BadCheckpoint)
     (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"cut off")
     refuses((lambda: load_adaptor(folder, pipe.unet), "adaptor"), error=CorruptFile)
@@ -301,6 +308,9 @@ def test_what_cannot_be_run_is_said_before_training(released: Path, tmp_path: Pa
         (setting(texts="wrong semantic prompt", dataset="restoration/div2k"), "no captions"),
         (setting(dataset="folder", data_root=str(released)), "two or more"),
     )
+    (released / "captions.jsonl").unlink()
+    own = {"dataset": "folder", "data_root": str(released)}
+    refuses(*((setting(texts=f"wrong {kind} prompt", **own), "1 test images") for kind in ("semantic", "restoration")))
 
 
 def test_a_test_larger_than_the_memory(pocket: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
     """The setting of the `paper` profile: the published training, released weights, or a dry run.
 
     A training resumes from its checkpoint in `out`/checkpoints; its weights are saved under the authors' names as
-    `out`/trained/<method>, seed <n>.safetensors, for the parameter `checkpoint`.
+    `out`/trained/<method>, <rgbt or rgbe>, seed <n>.safetensors, for the parameter `checkpoint`.
 
     Args:
         p: the checked parameters of the notebook.
@@ -94,7 +94,8 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
     state = _released(p) if p.checkpoint else {}
     tracker = None if p.checkpoint else bat.foundation(weights(p))
     trained = p.method in TRAINED and not p.checkpoint
-    name = f"{p.method}, seed {p.seed}" if trained else p.method
+    # RGB-T and RGB-E have different training sets
+    name = f"{p.method}, {p.dataset.partition('/')[0]}, seed {p.seed}" if trained else p.method
     pairs = _pairs(p, tracker) if trained and tracker is not None else None
 
     def train(method: str) -> tuple[nn.Module, History]:

@@ -77,13 +77,15 @@ def adaptor_maps(trace: Sequence[dict], title: str = "") -> Figure:
         title: of the figure.
     """
     frame = pd.DataFrame(trace)
-    figure, axes = plt.subplots(1, 2, figsize=(8.2, 2.8))
+    shown = [what for what in ("gamma", "beta") if frame[what].notna().any()]  # a plain ControlNet has no gamma
+    figure, axes = plt.subplots(1, len(shown), figsize=(4.1 * len(shown), 2.8), squeeze=False)
     figure.suptitle(title)
-    for ax, what in zip(axes, ("gamma", "beta"), strict=True):
-        table = frame.pivot_table(index="site", columns="step", values=what)
+    for ax, what in zip(axes[0], shown, strict=True):
+        sites = frame.site[frame[what].notna()].unique()
+        table = frame.pivot_table(index="site", columns="step", values=what).loc[sites]
         times = frame.groupby("step").t.first()
         drawn = ax.imshow(table, cmap=HEAT, aspect="auto", norm="log")
-        ax.set_yticks(range(len(table)), [f"skip {i}" for i in table.index[:-1]] + ["middle"])
+        ax.set_yticks(range(len(table)), table.index)
         ticks = range(0, len(times), max(1, len(times) // 4))
         ax.set_xticks(ticks, [str(times.iloc[i]) for i in ticks])
         ax.set(xlabel="timestep t, from noise to image")

@@ -416,7 +416,8 @@ def _guided(
 
 def _magnitudes(maps: Sequence[Tensor | None], x: Encoded, step: int, t: int, count: int) -> list[dict]:
     rows = []
-    for site, (m, f) in enumerate(zip(maps, (*x.skips, x.mid), strict=True)):
+    sites = (*(f"skip {i}" for i in range(len(x.skips))), "middle")
+    for site, m, f in zip(sites, maps, (*x.skips, x.mid), strict=True):
         if m is not None:
             *gamma, beta = m[:count].abs().split(f.shape[1], 1)
             mean = float(gamma[0].mean()) if gamma else None

@@ -29,6 +29,7 @@ from ...errors import BadParameter
 from ...evaluation.metrics.restoration import perceptual, psnr, ssim
 from ...evaluation.tables import upsert_rows
 from ...ops.papers import paper
+from ...training import checkpoints
 from ...training.callbacks import ClipNorm
 from ...training.checkpoints import Checkpoint
 from ...training.fit import CPU, Hardware, History, device, evaluating, fit
@@ -133,11 +134,19 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         test: Dataset = Generated(2, size, p.seed + 1)
     else:
         (title, images, test), size, steps = _datasets(p), p.size, p.steps
+        few = len(test) < 2 if p.texts == "wrong restoration prompt" else len(set(test.captions)) < 2
+        if p.texts.startswith("wrong") and few:
+            found = f"{p.texts!r} of {len(test)} test images with {len(set(test.captions))} different captions"
+            raise BadParameter("texts", found, "others, or two test images of different captions")
 
     hardware = Hardware.of(p, "tip")
 
     def learn(pipe: TIPPipeline, method: str, **changes: Any) -> History:
-        return train(p, pipe, samples(images, size, method, p.seed), None if p.dry_run else out, name=method, **changes)
+        data = samples(images, size, method, p.seed)
+        listed = None
+        if isinstance(images, restoration.Captioned):
+            listed = {"images": [*map(str, images.sources)], "captions": [*images.captions]}
+        return train(p, pipe, data, None if p.dry_run else out, name=method, listed=listed, **changes)
 
     return Setting(
         title=title,
@@ -167,9 +176,14 @@ def _pipeline(p: SimpleNamespace, method: str) -> TIPPipeline:
         return pipe
     pipe = TIPPipeline.from_stable_diffusion(base(p), **options)
     if p.checkpoint:
-        pipe.register_modules(adaptor=load_adaptor(p.checkpoint, pipe.unet))
+        adaptor = load_adaptor(p.checkpoint, pipe.unet)
+        found = {"fusion": adaptor.config.fusion, "mid": adaptor.config.mid}
+        if found != options:
+            accepted = f"a method and a middle of {options}, or the adaptor that they trained: this one has {found}"
+            raise BadParameter("checkpoint", p.checkpoint, accepted)
+        pipe.register_modules(adaptor=adaptor)
     # a training moves it itself: processes for several devices must be forked before a GPU is used
-    return pipe if p.task == "train" else pipe.to(device(p.accelerator))
+    return pipe if p.task == "train" and not p.checkpoint else pipe.to(device(p.accelerator))
 
 
 def _datasets(p: SimpleNamespace) -> tuple[str, restoration.Captioned | None, restoration.Captioned]:
@@ -271,15 +285,18 @@ def train(
     batch: int | None = None,
     micro_batch: int = MICRO_BATCH,
     warmup: int | None = None,
+    listed: Mapping[str, Sequence[str]] | None = None,
 ) -> History:
     """Train the adaptor of a pipeline, in place; return the history.
 
     Args:
         data: `Sample`s.
         out: the run's folder. `out`/checkpoints has the training in progress, from which the same call resumes;
-            `out`/trained/`name` the trained adaptor, see `pipeline.load_adaptor`.
+            `out`/trained the adaptor, in a folder named by `name`, base, middle, dataset and seed, see
+            `pipeline.load_adaptor`.
         epochs, batch, warmup: None: `EPOCHS`, at most `BATCH`, at most `WARMUP` steps; in a dry run 1, 2 and 0.
         micro_batch: images in a forward pass of a device; the gradients of a step's micro-batches are added up.
+        listed: names and captions of the images, which identify the training.
     """
     epochs = epochs or (1 if p.dry_run else EPOCHS)
     batch = batch or min(2 if p.dry_run else BATCH, len(data))
@@ -290,7 +307,7 @@ def train(
     checkpoint = None
     if out is not None:
         where = {"weights": base(p), "dataset": p.dataset, "data_root": Path(p.data_root), "size": p.size}
-        facts = where | {"adaptor": pipe.adaptor, "micro-batches": parts}
+        facts = where | {"adaptor": pipe.adaptor, "micro-batches": parts, "listed": listed}
         checkpoint = Checkpoint.of(out / "checkpoints", f"{name}, seed {p.seed}", 500, **facts)
     history = fit(
         Learner(pipe),
@@ -308,7 +325,8 @@ def train(
     )
     pipe.to(device(hardware.accelerator))  # for the test
     if out is not None:
-        save_adaptor(pipe.adaptor, out / "trained" / name.replace(" ", "-"))
+        told = f"{name}, {p.base}, middle {p.mid}, {p.dataset}, seed {p.seed}"
+        save_adaptor(pipe.adaptor, checkpoints.file(out / "trained", told, ""))
     return history
 
 
