@@ -213,6 +213,32 @@ def test_bfloat16(fusion, images):
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("fusion", ["mean", "gate"])
+def test_fused_targets_are_in_float32_under_autocast(fusion, images, noise):
+    torch.manual_seed(5)
+    mixed = Teachers({"narrow": build("pocket", width=32), "wide": build("pocket", width=64)})
+    distil = model(taught_by=mixed, fusion=fusion, target_norm="ln")
+    output, predicted = mixed(images), torch.randn(4, 17, 64)
+    exact = distil.targets(output)
+    fused = distil.fuse(exact, predicted)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = distil.targets(output)
+        assert all(map(torch.equal, found, exact)) and torch.equal(distil.fuse(found, predicted), fused)
+
+
+def test_gradient_checkpointing_recomputes_blocks_with_relations_too(images, noise):
+    found = []
+    for enable in (False, True):
+        distil, calls = model(relation_weight=1).train(), []
+        distil.student.set_grad_checkpointing(enable)
+        distil.student.blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(0))
+        distil(images, noise=noise).total.backward()
+        found.append([p.grad for p in distil.parameters() if p.requires_grad])
+        assert len(calls) == 1 + enable
+    assert all(map(torch.equal, *found))
+
+
 def test_bad_options(images):
     distil = model()
     refuses(

@@ -13,12 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
 
-from companion.errors import BadCheckpoint, BadParameter, MissingData, MissingWeights
+from companion.errors import BadCheckpoint, BadParameter, CorruptFile, MissingData, MissingWeights
 from companion.evaluation.recipe_parity import InOrder
 from companion.models.dmt import recipe as runs
 from companion.models.dmt import teachers as dmt_teachers
 from companion.models.dmt.model import DMT, Teachers
 from companion.models.dmt.vit import ViT
+from companion.training.checkpoints import save
 from tests.conftest import parameters
 from tests.models.common import assert_goes_on, refuses
 from tests.small import shrink
@@ -131,7 +132,7 @@ def written_out(state, trained, images, noises, teachers, r, steps, warmup):
 
 def test_a_distillation_is_the_one_written_out(small, monkeypatch):
     """Six steps in three epochs, one of them warm-up: the same losses and the same changes of the parameters."""
-    few, p = {"epochs": 3, "warmup_epochs": 1}, given()
+    few, p = {"epochs": 3, "warmup_epochs": 1, "batch": 2}, given()
     monkeypatch.setattr(runs, "recipe", lambda name, real=runs.recipe: real(name) | few)
     generator = torch.Generator().manual_seed(0)
     images, noises = torch.randn(6, 2, 3, 224, 224, generator=generator), torch.rand(6, 2, 196, generator=generator)
@@ -195,13 +196,51 @@ def test_the_heads_of_a_student_that_learned_relations_are_saved(tmp_path):
     """They are not in the tensors: a plain ViT-T has three in the last block, and other outputs."""
     teachers = Teachers({"MAE": ViT(32, 8, 48, 1, 12)})
     torch.manual_seed(0)
-    model = DMT(ViT(32, 8, 192, 2, 3, last_heads=12), teachers, relation_weight=1.0, decoder="pocket")
+    model = DMT(ViT(32, 8, 192, 12, 3, last_heads=12), teachers, relation_weight=1.0, decoder="pocket")
     path = runs.save_student(model, tmp_path / "student.safetensors")
     loaded, images = runs.encoder(given(weights=str(path))), torch.randn(2, 3, 32, 32)
-    assert [block.attn.num_heads for block in loaded.blocks] == [3, 12]
+    assert [block.attn.num_heads for block in loaded.blocks] == [3] * 11 + [12]
     assert torch.equal(loaded(images), model.export()(images))
     assert not torch.equal(ViT.from_official(dmt_teachers.read(path))(images), loaded(images))
     assert runs.down.like(loaded).heads == 12 and runs.down.classifier(loaded, 5).blocks[-1].attn.num_heads == 12
+
+
+def test_a_students_file_names_its_choices_and_its_size(tmp_path, small, monkeypatch):
+    """Its results would be filed under the parameters."""
+    taught = given(teachers="DINO", fusion="mean", cached=True)
+    monkeypatch.setattr(runs, "released", lambda p, name: ViT(224, 16, 48, 1, 4))
+    setting = runs.setting(taught, tmp_path)
+    file = str(tmp_path / "student.safetensors")
+    runs.save_student(setting.build("DMT"), file, {name: getattr(taught, name) for name in runs.DISTILLED})
+    mine = {name: getattr(taught, name) for name in runs.DISTILLED} | {"weights": file}
+    assert runs.encoder(given(**mine)).width == 48
+    refuses(
+        (lambda: runs.encoder(given(weights=file)), r"teachers = 'MAE, MoCo v3, iBOT' .*'DINO'.*student\.safetensors"),
+        (lambda: runs.encoder(given(**mine | {"fusion": "gate"})), "fusion = 'gate' .*'mean'"),
+        (lambda: runs.encoder(given(**mine | {"cached": False})), "cached = False .*True"),
+        (lambda: runs.encoder(given(**mine | {"student": "base"})), "student = 'base' .*'tiny'"),
+    )
+    torch.save(ViT(32, 8, 48, 4, 3).to_official(), tmp_path / "authors.pth")  # without choices
+    assert runs.encoder(given(weights=str(tmp_path / "authors.pth"))).width == 48
+    torch.save(ViT(32, 8, 64, 4, 4).to_official(), tmp_path / "wide.pth")
+    wide = given(weights=str(tmp_path / "wide.pth"))
+    refuses((lambda: runs.encoder(wide), r"student = 'tiny' .*wide\.pth: width 64, depth 4 \(ViT-tiny has 48 and 4\)"))
+    save(tmp_path, "damaged", ViT(32, 8, 48, 4, 3).to_official(), {"distilled": "{"})
+    damaged = given(weights=str(tmp_path / "damaged.safetensors"))
+    refuses((lambda: runs.encoder(damaged), "'distilled' is damaged"), error=CorruptFile)
+
+
+def test_a_small_folder_has_a_batch_for_its_devices_and_its_learning_rate(small, monkeypatch, tmp_path):
+    seen = {}
+    monkeypatch.setattr(runs, "fit", lambda model, loss, data, **options: seen.update(options) or [])
+    monkeypatch.setattr(runs, "_images_to_distil", lambda p: range(1001))
+    for devices, images, batch in ((1, 1001, 1001), (2, 1001, 1000), (4, 5000, 4096)):
+        runs.distil(given(devices=devices), torch.nn.Linear(1, 1), range(images))
+        rates = seen["schedule"](0.0, 0, 0)
+        assert seen["batch"] == batch and rates.max() == pytest.approx(1.5e-4 * batch / 256) and len(rates) == 300
+    monkeypatch.setattr(runs, "released", lambda p, name: ViT(224, 16, 48, 1, 4))
+    found = runs.setting(given(dataset="folder", dry_run=False, devices=2), tmp_path)
+    assert found.learning_rates == {"DMT": pytest.approx(1.5e-4 * 1000 / 256)}
 
 
 def test_dry_run_from_a_cache(small, tmp_path, monkeypatch):
@@ -387,6 +426,10 @@ def test_results_are_collected_in_rows_of_their_own(tmp_path):
     runs.measured(path, row | {"fusion": "gate", "mask_ratio": 0.5, "score": 60.0})
     rows = runs.measured(path, row | {"encoder": "teacher", "score": 83.0})
     assert isinstance(rows, pd.DataFrame) and len(rows) == 5
+    cached = runs.cells(runs.measured(tmp_path / "c.csv", row, row | {"cached": True, "score": 50.0}), "imagenet")
+    assert list(cached.values()) == [70.0, 50.0] and "; cached True)" in list(cached)[1][0]
+    pd.DataFrame([row]).drop(columns="cached").to_csv(tmp_path / "old.csv", index=False)
+    assert runs.measured(tmp_path / "old.csv", row | {"score": 71.0}).score.tolist() == [71.0]
     found = runs.cells(rows, "imagenet")
     assert found == {
         ("reconstruction (MAE, MoCo v3, iBOT), ViT-T", "imagenet_top1"): 71.0,

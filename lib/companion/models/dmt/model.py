@@ -294,23 +294,25 @@ class DMT(nn.Module):
             shapes = [tuple(t.shape) for t in tokens]
             raise BadParameter("teacher_output", shapes, f"{len(self.widths)} tensors, {self.widths} wide")
         found = [norm(t) for norm, t in zip(self.target_norms, tokens, strict=True)]
-        return [t @ getattr(self, f"turn{k}") for k, t in enumerate(found)] if self.common else found
+        with without_autocast(found[0].device):
+            return [t @ getattr(self, f"turn{k}") for k, t in enumerate(found)] if self.common else found
 
     def fuse(self, targets: Sequence[Tensor], predicted: Tensor) -> Tensor:
-        """One target (B, N, D) of all teachers' (in one space).
+        """One target (B, N, D) of all teachers' (in one space), in float32 also under autocast.
 
         "mean": their mean. "gate": a weight for each teacher and token, the softmax over teachers of the cosine between
         the student's prediction and the teacher's target times the teacher's mean cosine with the other teachers, over
         the temperature.
         """
         stacked, count = torch.stack(list(targets)), len(targets)  # (K, B, N, D)
-        if self.fusion == "mean" or count == 1:
-            return torch.einsum("k,kbnd->bnd", stacked.new_ones(count) / count, stacked)
-        unit = F.normalize(stacked, dim=-1)
-        affinity = torch.einsum("bnd,kbnd->kbn", F.normalize(predicted.detach().float(), dim=-1), unit)
-        every = torch.einsum("jbnd,kbnd->jkbn", unit, unit)
-        agreement = (every.sum(0) - torch.diagonal(every).movedim(-1, 0)) / (count - 1)
-        return torch.einsum("kbn,kbnd->bnd", (affinity * agreement / TEMPERATURE).softmax(0), stacked)
+        with without_autocast(stacked.device):
+            if self.fusion == "mean" or count == 1:
+                return torch.einsum("k,kbnd->bnd", stacked.new_ones(count) / count, stacked)
+            unit = F.normalize(stacked, dim=-1)
+            affinity = torch.einsum("bnd,kbnd->kbn", F.normalize(predicted.detach().float(), dim=-1), unit)
+            every = torch.einsum("jbnd,kbnd->jkbn", unit, unit)
+            agreement = (every.sum(0) - torch.diagonal(every).movedim(-1, 0)) / (count - 1)
+            return torch.einsum("kbn,kbnd->bnd", (affinity * agreement / TEMPERATURE).softmax(0), stacked)
 
     def forward(
         self,
@@ -341,9 +343,8 @@ class DMT(nn.Module):
 
         if self.relation_weight:
             # the last block's queries, keys and values; the block itself then runs normally
-            x, last = self.student.embed(images, keep), len(self.student.blocks) - 1
-            for block in self.student.blocks[:last]:
-                x = block(x)
+            last = len(self.student.blocks) - 1
+            x = self.student.hidden(images, (last - 1,), keep)[0] if last else self.student.embed(images, keep)
             own_qkv, latent = self.student.qkv(x), self.student.norm(self.student.blocks[last](x))
         else:
             latent = self.student(images, keep)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import zlib
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from ...data import pretraining
 from ...data.pretraining_sets import ADE20K, COCO, IMAGENET
-from ...errors import BadParameter, MissingWeights
+from ...errors import BadParameter, CorruptFile, MissingWeights
 from ...evaluation.metrics import detection, landcover
 from ...evaluation.tables import published_table, upsert_rows, with_measured
 from ...ops.papers import paper
@@ -186,6 +187,11 @@ class Augmented(Dataset):
         return (self.transform(self.data[index][0]),)
 
 
+def distil_batch(p: SimpleNamespace, images: int) -> int:
+    """G2SD's batch; for fewer images all of them, rounded down to a multiple of the devices."""
+    return min(int(recipe("distil")["batch"]), max(images // p.devices, 1) * p.devices)
+
+
 def distil_rates(per_epoch: int) -> np.ndarray:
     """The learning rate at each step of G2SD's generic stage."""
     r = recipe("distil")
@@ -206,14 +212,14 @@ def distil(
 
     Args:
         data: items (image,), or (image, tokens of each teacher) of a cache.
-        rates: the learning rate of each step; None: the published ones.
-        micro_batch: micro-batch of a device. (Targets standardised by the running statistics do not depend on it.)
+        rates: the learning rate of each step; None: the published ones, scaled with the batch as in G2SD.
+        micro_batch: micro-batch of a device. (The running statistics of the targets are updated once for each.)
         changes: arguments of `fit`.
     """
     r = recipe("distil")
-    options = {"batch": min(int(r["batch"]), len(data)), "seed": p.seed, "name": "distillation"} | changes
+    options = {"batch": distil_batch(p, len(data)), "seed": p.seed, "name": "distillation"} | changes
     per_epoch = len(data) // options["batch"]
-    rates = distil_rates(per_epoch) if rates is None else rates
+    rates = distil_rates(per_epoch) * (options["batch"] / r["batch"]) if rates is None else rates
     hardware = _hardware(p, -(-options["batch"] // (p.devices * micro_batch)))
     optimizer = adamw(r["lr"], r["weight_decay"], betas=(0.9, r["beta2"]))
     options = {"epochs": len(rates) / per_epoch, "optimizer": optimizer, "schedule": given(rates)} | options
@@ -240,7 +246,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
 
     Raises `BadParameter`, `MissingData`, `MissingWeights`: with the change or download needed.
     """
-    found = teachers(p)
+    found, lr = teachers(p), recipe("distil")["lr"]
     options: dict[str, Any] = {}
     if p.cached and p.losses == "with relations":
         raise BadParameter("losses", p.losses, "any other with cached teachers: relations are not stored")
@@ -248,11 +254,12 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         generator = torch.Generator().manual_seed(p.seed)
         raw: Dataset = TensorDataset(torch.rand(2 * DRY_BATCH, 3, 224, 224, generator=generator))
         title = "generated images, random teachers without a file (dry run: losses mean nothing)"
-        options = {"rates": np.full(2, recipe("distil")["lr"]), "batch": DRY_BATCH}
+        options = {"rates": np.full(2, lr), "batch": DRY_BATCH}
         trained = None
     else:
         raw = _images_to_distil(p)
         title = f"{p.dataset or USUAL['distil']}, {len(raw):,} images"
+        lr *= distil_batch(p, len(raw)) / recipe("distil")["batch"]
         facts = _facts(p) | {"models": found}
         name = f"ViT-{p.student}, seed {p.seed}"
         options["checkpoint"] = Checkpoint.of(out / "checkpoints", name, EVERY, **facts)
@@ -271,10 +278,10 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
     def learn(model: DMT, method: str, **changes: Any) -> History:
         history = distil(p, model, data(), **options | {"name": method} | changes)
         if trained is not None:
-            save_student(model, trained)
+            save_student(model, trained, {name: getattr(p, name) for name in DISTILLED})
         return history
 
-    return Setting(title, {"DMT": recipe("distil")["lr"]}, lambda method: build(p, found), learn, trained)
+    return Setting(title, {"DMT": lr}, lambda method: build(p, found), learn, trained)
 
 
 def _images_to_distil(p: SimpleNamespace) -> Dataset:
@@ -288,14 +295,16 @@ def _images_to_distil(p: SimpleNamespace) -> Dataset:
     return pretraining.load(dataset, p.data_root, "train")
 
 
-def save_student(model: DMT, path: str | Path) -> Path:
+def save_student(model: DMT, path: str | Path, choices: Mapping[str, object] | None = None) -> Path:
     """Write the student alone, under the official names of MAE, MoCo v3, iBOT and DINO: the parameter `weights`.
 
     Heads are not in the tensors but in the file's metadata; after a relation loss the last block has as many as the
-    teachers."""
+    teachers. `choices`: the parameters `DISTILLED`, which go there too, and which `encoder` compares."""
     student, path = model.export(), Path(path)
-    heads = {"heads": str(student.blocks[0].attn.num_heads), "last_heads": str(student.heads)}
-    return save(path.parent, path.stem, student.to_official(), heads)
+    metadata = {"heads": str(student.blocks[0].attn.num_heads), "last_heads": str(student.heads)}
+    if choices is not None:
+        metadata["distilled"] = json.dumps(dict(choices))
+    return save(path.parent, path.stem, student.to_official(), metadata)
 
 
 # --- downstream -------------------------------------------------------------------------------------------------------
@@ -323,6 +332,7 @@ def encoder(p: SimpleNamespace) -> ViT:
 
     Raises:
         MissingWeights: no distilled student was released: train one first.
+        BadParameter: the student in the file was distilled with other choices, or has another size.
         CorruptFile, BadCheckpoint: the file cannot be read, or is of another model.
     """
     if p.encoder == "teacher":
@@ -338,8 +348,29 @@ def encoder(p: SimpleNamespace) -> ViT:
     if Path(p.weights).suffix == ".safetensors":
         with safe_open(p.weights, "pt") as file:
             metadata = file.metadata() or {}
+    if "distilled" in metadata:  # results are filed under the parameters: they must be those of the file
+        _check_choices(p, metadata["distilled"])
     heads = {name: int(metadata[name]) for name in ("heads", "last_heads") if name in metadata}
-    return ViT.from_official(state, what="a distilled student", **heads)
+    student = ViT.from_official(state, what="a distilled student", **heads)
+    with torch.device("meta"):
+        usual = vit.build(p.student)
+    if (student.width, len(student.blocks)) != (usual.width, len(usual.blocks)):
+        accepted = f"the size of the student in {p.weights}: width {student.width}, depth {len(student.blocks)} "
+        accepted += f"(ViT-{p.student} has {usual.width} and {len(usual.blocks)})"
+        raise BadParameter("student", p.student, accepted)
+    return student
+
+
+def _check_choices(p: SimpleNamespace, text: str) -> None:
+    """Compare the parameters with those of a student's file. Raises `BadParameter`, `CorruptFile`."""
+    try:
+        known = dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise CorruptFile(p.weights, f"the metadata entry 'distilled' is damaged ({error})") from error
+    for name in DISTILLED:
+        if name in known and getattr(p, name) != known[name]:
+            accepted = f"{known[name]!r}, with which the student in {p.weights} was distilled"
+            raise BadParameter(name, getattr(p, name), accepted)
 
 
 def downstream(p: SimpleNamespace, out: Path | None = None) -> Downstream:
@@ -604,8 +635,11 @@ CHOICES = {
     "fusion": "separate",
     "losses": "token and map",
     "mask_ratio": 0.75,
+    "cached": False,  # one fixed crop of each image in all epochs
 }
 """Choices of the reconstruction, with their defaults."""
+DISTILLED = ("student", "teachers", *CHOICES)
+"""The parameters that a student's file records."""
 KEYS = ["task", "student", "encoder", "teachers", *CHOICES, "seed", "metric"]
 TABLES = {
     "imagenet": {"top-1": "imagenet_top1"},
@@ -616,7 +650,9 @@ TABLES = {
 
 def measured(path: Path, *new: Mapping[str, object]) -> pd.DataFrame:
     """The scores on real data in the CSV `path`; `new` rows, `KEYS` and "score", are added or replace equal ones."""
-    return upsert_rows(path, KEYS, ["score"], new)
+    rows = upsert_rows(path, KEYS, ["score"], new)
+    # rows of an earlier version, which had not all choices, have their defaults
+    return rows.reindex(columns=[*KEYS, "score"]).fillna(CHOICES).drop_duplicates(KEYS, keep="last")
 
 
 def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
