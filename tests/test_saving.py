@@ -33,7 +33,7 @@ CLASSES = ("disc", "ring", "cross")
 
 
 def vit(**sizes: Any) -> nn.Module:
-    return backbones.build("vit_tiny_patch16_224", "random", img_size=32, depth=3, embed_dim=48, num_heads=3, **sizes)
+    return backbones.build("vit_tiny_patch16_224", "random", img_size=32, depth=6, embed_dim=48, num_heads=3, **sizes)
 
 
 def people() -> promptpar.PromptPAR:
@@ -84,7 +84,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "SA²VP": lambda: sa2vp.SA2VP(vit(), 3, 8, 0.5, attention="padded"),
     "SA²VP on a toy ViT": lambda: sa2vp.SA2VP(encoders.build("pocket_vit"), 3),
     "SA²VP on a Swin": lambda: sa2vp.SA2VPSwin(
-        backbones.build("swin_b", "random", img_size=64, embed_dim=24, depths=(1, 1, 3, 1), window_size=2), 3
+        backbones.build("swin_b", "random", img_size=64, embed_dim=24, depths=(1, 1, 6, 1), window_size=2), 3
     ),
     "VPT": lambda: vpt.VPT(vit(), 3),
     "fine-tuning": lambda: vpt.FineTuning(vit(), 3),
@@ -157,7 +157,9 @@ def test_a_model_comes_back_with_all_its_tensors(name: str, tmp_path: Path) -> N
     ids=["resize", "crop", "CLIP", "square", "DMT", "X-ray", "squeezed X-ray"],
 )
 def test_a_transform_comes_back_in_its_test_form(transform: Any, tmp_path: Path) -> None:
+    before = repr(transform._made)
     again = companion.load(companion.save(land(), tmp_path / "m.safetensors", transform=transform)).transform
+    assert repr(transform._made) == before
     image = torch.rand(1, 50, 40) if transform._made["by"].startswith("companion.data.xrays") else picture()
     assert "Random" not in repr(again) and torch.equal(again(image), again(image))
     if "Random" not in repr(transform):
@@ -215,6 +217,12 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
         (lambda: companion.save(nn.Linear(2, 2), out), "a model of companion.models"),
         (lambda: companion.save(MODELS["VPT"](), tmp_path / "m.pth"), "ends in .safetensors"),
         (lambda: companion.save(MODELS["VPT"](), out, transform=lambda x: x), "a transform of companion.data"),
+        (lambda: companion.save(MODELS["VPT"](), out, class_names="abc"), "class_names = 'abc'.*a list"),
+        (lambda: companion.save(MODELS["DPLQ"](), out, class_names=["a", "b", "a"]), "'a' is there twice"),
+        *(
+            (lambda name=name: companion.save(MODELS[name](), out, class_names=["a", "b"]), "2 names.*3, one for each")
+            for name in ("VPT", "MLR", "H-ViT", "ECAMP's classifier", "DMT's classifier", "MetaSegNet")
+        ),
     )
     assert not list(tmp_path.iterdir())
 

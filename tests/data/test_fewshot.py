@@ -109,6 +109,12 @@ def test_base_to_novel():
     assert not numbers(protocol.train) & (numbers(protocol.val) | numbers(sets["test"]))
 
 
+def test_both_halves_have_test_images():
+    sets = made()
+    sets["test"].labels = [label for label in sets["test"].labels if label < 3]
+    refused(BadParameter, "without images of the novel classes", base_to_novel, sets)
+
+
 def test_validation_has_no_more_shots_than_training_or_than_there_are_images():
     assert Counter(base_to_novel(made(), shots=2).val.labels) == dict.fromkeys(range(3), 2)
     few = made() | {"val": Plain(3)}

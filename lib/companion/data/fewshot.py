@@ -51,6 +51,11 @@ class Part(Dataset):
         """The transform of the data set; set it there."""
         return getattr(self.dataset, "transform", None)
 
+    @property
+    def sources(self) -> list[str]:
+        """The paths of the images, of a data set that has `sources`."""
+        return [self.dataset.sources[index] for index in self.indices]
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -144,16 +149,19 @@ def base_to_novel(splits: Splits, shots: int = 16, seed: int = 1) -> Protocol:
         tests are "base" and "novel".
 
     Raises:
-        BadParameter: a split is missing, the splits differ in their classes, there are fewer than two classes, or a
-            class has no images to train on or to validate.
+        BadParameter: a split is missing, the splits differ in their classes, there are fewer than two classes, a class
+            has no images to train on or to validate, or the base or novel classes have none to test.
     """
     _, names = _checked(splits)
     base = range(len(halves(names)[0]))
     novel = range(len(base), len(names))
+    tests = {"base": select(splits["test"], base), "novel": select(splits["test"], novel)}
+    if empty := [name for name, part in tests.items() if not len(part)]:
+        raise BadParameter("splits", f"a test split without images of the {empty[0]} classes", "one with both halves")
     return Protocol(
         train=few_shot(select(splits["train"], base), shots, seed),
         val=_validation(select(splits["val"], base), shots, seed),
-        tests={"base": select(splits["test"], base), "novel": select(splits["test"], novel)},
+        tests=tests,
     )
 
 

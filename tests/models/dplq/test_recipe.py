@@ -23,6 +23,7 @@ from companion.models.layers.clip_prompting import MaPLe, ZeroShot
 from companion.ops.papers import paper
 from companion.toy import encoders
 from companion.toy.ablations import dplq as study
+from companion.training.checkpoints import checkpoint_key
 from companion.training.fit import fit
 from companion.training.schedules import schedule
 from tests.conftest import assert_resumes, parameters
@@ -169,6 +170,22 @@ def test_a_folder_of_ones_own_and_nothing_to_train(pocket, tmp_path, sets):
     assert found.title == "folder, base to novel" and found.classes == ("glioma", "meningioma")
     with pytest.raises(BadParameter, match="'remote-sensing', 'medical'"):
         recipe.setting(given(dataset="folder", data_root=str(mine)), tmp_path)
+
+
+def test_images_in_another_class_are_another_training(pocket, tmp_path, sets, monkeypatch):
+    mine = tmp_path / "medical/BTMRI/BTMRI"
+
+    def key(where: str) -> str:
+        return checkpoint_key(**recipe.setting(given(dataset="folder", data_root=where, method="CoOp"), tmp_path).facts)
+
+    first = key(str(mine))
+    for number in range(20):
+        (mine / "glioma" / f"{number}.png").rename(mine / "meningioma" / f"more {number}.png")
+    moved = key(str(mine))
+    (mine / "glioma").rename(mine / "glioma 2")
+    assert len({first, moved, key(str(mine))}) == 3
+    monkeypatch.chdir(tmp_path)
+    assert key("medical/BTMRI/BTMRI") == key(str(mine))
 
 
 def test_the_domain_model_by_name_by_set_and_by_file(pocket, sets, tmp_path, monkeypatch):

@@ -148,6 +148,10 @@ def test_weight_decay_follows_its_schedule_and_vectors_have_none(images):
     train(ibot(), images, dino.WeightDecay(0.04, 0.4), Watch(), steps=4, optimizer=adamw(1e-3, 0.04))
     assert [row[1] for row in seen] == [0.0] * 4
     assert [row[0] for row in seen] == pytest.approx(list(dino.cosine(0.04, 0.4, 4, 1)))
+    seen.clear()
+    train(ibot(), images, dino.WeightDecay(0.0, 0.4), Watch(), steps=4, optimizer=adamw(1e-3, 0.0))
+    assert [row[1] for row in seen] == [0.0] * 4
+    assert [row[0] for row in seen] == pytest.approx(list(dino.cosine(0.0, 0.4, 4, 1)))
     momentum = [dino.half_cosine(0.99, 1.0, step, 100) for step in (0, 50, 100, 120)]
     assert momentum == pytest.approx([0.99, 0.995, 1, 1])
 

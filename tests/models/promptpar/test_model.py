@@ -315,6 +315,17 @@ def test_sentences_are_read_once_and_can_be_replaced():
     assert not torch.equal(model(images()).logits, before)
 
 
+@torch.no_grad()
+def test_sentences_can_be_replaced_in_half_precision():
+    model, other = build(), [*SENTENCES[:4], "a violet bar"]
+    model.set_sentences(other, Tokenizer())
+    expected = model.half_clip().text_features
+    model.set_sentences(other, Tokenizer())
+    torch.testing.assert_close(model.text_features, expected, rtol=0, atol=5e-3)
+    assert model.text_features.dtype == torch.float32 and model(images()).logits.isfinite().all()
+    assert model.clip.text_projection.dtype == torch.float16
+
+
 def test_loss_is_a_sum_over_attributes_and_a_mean_over_images():
     logits, labels = draw(3, 5), (draw(3, 5, seed=2) > 0).float()
     expected = 0.0
@@ -354,6 +365,13 @@ def test_official_names_round_trip(options):
         assert state["clip_model.visual.transformer.prompt_deep"].shape == (3, 10, 1, 32)
         assert state["clip_model.transformer.prompt_text_deep"].shape == (2, 3, 5, 32)
         assert state["model.weight_layer.4.weight"].shape == (1, model.norm.weight.numel())
+
+
+def test_the_mlp_of_the_fusion_may_have_another_width():
+    fusion = VisionTransformer(img_size=16, embed_dim=32, depth=1, num_heads=2, mlp_ratio=2.0, num_classes=0)
+    model = PromptPAR(small_clip(), SENTENCES, Tokenizer(), fusion, prompts=10, official_quirks=True).eval()
+    again = PromptPAR.from_official(model.to_official(), SENTENCES, Tokenizer(), clip=small_clip(), heads=(2, 2, 2))
+    assert torch.equal(again(images()).logits, model(images()).logits)
 
 
 def test_all_names_of_the_released_model_are_known():

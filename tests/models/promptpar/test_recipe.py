@@ -272,6 +272,16 @@ def test_the_last_images_of_an_epoch_are_trained_on(small, folder):
         assert len(setting(data_root=folder).train("PromptPAR")[1]) == steps
 
 
+def test_every_part_of_a_step_has_two_images_for_the_batch_norms(small, folder):
+    """A step is split into micro-batches, and these over devices."""
+    file = Path(folder) / "labels.csv"
+    lines = file.read_text().splitlines()
+    for count, accumulate, steps in ((20, 2, 2), (19, 2, 1), (23, 4, 1), (24, 4, 2)):
+        file.write_text("\n".join([*lines[: 1 + count], *lines[-2:]]))
+        assert len(setting(data_root=folder, accumulate=accumulate).train("PromptPAR")[1]) == steps
+    refuses((lambda: setting(data_root=folder, accumulate=9).train("PromptPAR"), "accumulate = 9 .*batch of 16"))
+
+
 def test_maxima_over_epochs_are_those_that_the_authors_print(small, folder, tmp_path, monkeypatch):
     epochs(monkeypatch, 3)
     found = setting(data_root=folder, select="maxima")

@@ -30,11 +30,12 @@ def small_vit(**changes) -> VisionTransformer:
     return VisionTransformer(**settings).eval()
 
 
-def small_swin() -> SwinTransformer:
+def small_swin(**changes) -> SwinTransformer:
     torch.manual_seed(0)
-    return SwinTransformer(
+    settings = dict(
         img_size=64, embed_dim=16, depths=(1, 1, 6, 1), num_heads=(1, 2, 4, 8), window_size=2, num_classes=0
-    ).eval()
+    )
+    return SwinTransformer(**settings | changes).eval()
 
 
 def small(swin: bool = False, **options) -> tuple[SA2VP | SA2VPSwin, torch.Tensor]:
@@ -352,6 +353,9 @@ def test_bad_options_and_backbones():
         (lambda: SA2VP(small_vit(), 5, 4, new_maps=3), "0, 1, 2"),
         (lambda: SA2VP(small_vit(), 5, 4, attention="padded", radius=None), "whole number"),
         (lambda: SA2VP(small_vit(depth=4), 5), "depth divisible by 3"),
+        (lambda: SA2VP(small_vit(depth=3), 5), "depth 3.*6 or more"),
+        (lambda: SA2VPSwin(small_swin(depths=(1, 1, 3, 6)), 5), r"stage = 2 .*6 blocks or more, divisible by 3: \[3\]"),
+        (lambda: VPT(small_swin(window_size=3), 5), r"image size \(64, 64\).*windows of \(3, 3\).*\(16, 16\)"),
         (lambda: SA2VPSwin(small_vit(), 5), "SwinTransformer"),
         (lambda: SA2VPSwin(small_swin(), 5, stage=4), r"divisible by 3: \[2\]"),  # there is none
         (lambda: SA2VPSwin(small_swin(), 5, stage=1), r"divisible by 3: \[2\]"),  # of a single block
@@ -368,6 +372,18 @@ def test_vpt_without_prompts_is_the_backbone():
             model = VPT(backbone, 5, tokens=0, deep=deep).eval()
             expected = model.head(backbone(images(size)))
             torch.testing.assert_close(model(images(size)), expected, rtol=0, atol=2e-6)
+
+
+def test_deep_prompts_are_not_passed_on():
+    """The next block replaces them: the MLPs and the mergings of a Swin run on the image alone."""
+    calls, backbone = [], small_swin()
+    for deep, expected in ((True, 1), (False, 2)):
+        model = VPT(backbone, 5, deep=deep).eval()
+        calls.clear()
+        for part in (model.backbone.layers[0].blocks[0].mlp, model.backbone.layers[1].downsample.reduction):
+            part.register_forward_hook(lambda module, *_: calls.append(module))
+        model(images(64))
+        assert len(calls) == 2 * expected
 
 
 def test_a_parity_case_of_other_sizes_runs(tmp_path):

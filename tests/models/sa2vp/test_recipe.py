@@ -22,6 +22,7 @@ from companion.models.sa2vp import recipe
 from companion.models.sa2vp.model import two_pathway_loss
 from companion.ops import report
 from companion.training.callbacks import Callback
+from companion.training.checkpoints import checkpoint_key
 from companion.training.fit import Hardware
 from companion.training.schedules import learning_rates
 from tests.conftest import assert_resumes, parameters
@@ -126,6 +127,23 @@ def test_a_small_folder_of_ones_own_trains_on_all_that_is_not_tested(tmp_path, t
     assert (len(found.train), len(found.test), found.options["batch"]) == (60, 6, 60)
     model, history = recipe.train(found, "SA²VP", epochs=1)
     assert len(history) == 1 and 0 <= recipe.accuracy(model, found.test, found.options["hardware"]) <= 100
+
+
+def test_images_in_another_class_are_another_training(tmp_path, tiny, monkeypatch):
+    root = tmp_path / "mine"
+    folder(root, {"train/a": 3, "train/b": 3, "test/a": 1, "test/b": 1})
+
+    def key(where: str) -> str:
+        return checkpoint_key(**recipe.setting(given(dataset="folder", data_root=where), tmp_path).facts)
+
+    first = key(str(root))
+    (root / "train/a/0.png").rename(root / "train/b/9.png")
+    moved = key(str(root))
+    (root / "train/b").rename(root / "train/c")
+    (root / "test/b").rename(root / "test/c")
+    assert len({first, moved, key(str(root))}) == 3
+    monkeypatch.chdir(tmp_path)
+    assert key("mine") == key(str(root))
 
 
 @pytest.mark.parametrize(("method", "chosen"), [("SA²VP", False), ("SA²VP", True), ("linear probing", False)])

@@ -341,6 +341,23 @@ def test_results_are_shown_next_to_the_published(tmp_path):
     assert isinstance(found["OV-LVIS"], pd.DataFrame)
 
 
+def test_what_is_not_as_published_has_a_row_of_its_own():
+    plain = "owlvit-base-patch32 + SIC-CADS, gamma 0.7"
+    ours = {"dataset": "detection/objects365", "checkpoint": "a/recogniser ov-lvis seed 0, 1f.safetensors"}
+    for changes, added in (
+        ({}, ""),
+        ({"clip": "ViT-B-16-quickgelu/openai"}, ", ViT-B-16-quickgelu/openai"),
+        ({"captions": False}, ", no captions"),
+        ({"captions": False, "dataset": "detection/ov-lvis"}, ""),
+        ({"checkpoint": "a/x.pth"}, ", weights of x.pth"),
+        (ours, ""),  # it is transferred
+        (ours | {"checkpoint": "x.pth"}, ", weights of x.pth"),
+    ):
+        assert recipe.label(given(**changes), 0.7) == plain + added
+    assert recipe.label(given(branch="visual+", captions=False), 0.5) == "owlvit-base-patch32 + visual+, gamma 0.5"
+    assert recipe.label(given(captions=False, checkpoint="x.pth"), 0.0) == "owlvit-base-patch32"
+
+
 def test_the_papers_gains_are_judged_by_what_was_measured(tmp_path):
     p, path = given(), tmp_path / "measured.csv"
 

@@ -23,7 +23,7 @@ def test_what_the_methods_change():
     assert [ours[m].scale for m in ("SA²VP", "SA²VP, s = 0.1", "SA²VP, global attention")] == [1.5, 0.1, 1.5]
     # how many of its 8 x 8 positions a central position attends to
     reach = {method: int(model.cross.mask[1 + 3 * 8 + 3, 1:].sum()) for method, model in ours.items()}
-    assert reach == dict.fromkeys(ours, 9) | {"SA²VP, global attention": 64, "SA²VP, same place only": 1}
+    assert reach == dict.fromkeys(ours, 9) | {"SA²VP, global attention": 64, "SA²VP, same position only": 1}
     assert {method: len(model.new_projs) for method, model in ours.items()} == dict.fromkeys(ours, 2) | {
         "SA²VP, no new maps": 0
     }

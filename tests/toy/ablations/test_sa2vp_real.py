@@ -12,7 +12,7 @@ from companion.toy.ablations import selecting
 
 
 def small(*_, img_size):
-    vit = VisionTransformer(img_size, 14, embed_dim=24, depth=3, num_heads=2, num_classes=0, init_values=0.1)
+    vit = VisionTransformer(img_size, 14, embed_dim=24, depth=6, num_heads=2, num_classes=0, init_values=0.1)
     vit.pretrained_cfg = {"input_size": (3, img_size, img_size), "mean": (0.5,) * 3, "std": (0.5,) * 3}
     return vit.eval()
 

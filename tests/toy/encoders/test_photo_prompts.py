@@ -42,7 +42,7 @@ def test_crops_repeat_by_seed_and_leave_the_callers_randomness_alone():
 
 @pytest.mark.parametrize("method", photo_prompts.METHODS)
 def test_the_vit_of_a_method_stays_frozen(method):
-    vit = VisionTransformer(224, 14, embed_dim=24, depth=3, num_heads=2, num_classes=0, init_values=0.1)
+    vit = VisionTransformer(224, 14, embed_dim=24, depth=6, num_heads=2, num_classes=0, init_values=0.1)
     model = photo_prompts.build(method, vit)
     assert not model.training and not any(p.requires_grad for p in model.backbone.parameters())
     assert sum(x.numel() for x in trained_state(model).values()) < 0.5 * sum(p.numel() for p in vit.parameters())

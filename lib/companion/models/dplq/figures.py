@@ -109,7 +109,7 @@ def texts(
 
 @styled
 def axes_of_opposites(spots: Sequence[np.ndarray], titles: Sequence[str]) -> Figure:
-    """Image features on the axes between the texts of opposite colours, a panel for each sensor.
+    """Image features on the axes between the text features of opposite colours, a panel for each sensor.
 
     Args:
         spots: for each sensor (n, 3): the projection on the first sensor's axis, on the second's, and 1 or -1 for the
@@ -124,8 +124,8 @@ def axes_of_opposites(spots: Sequence[np.ndarray], titles: Sequence[str]) -> Fig
         ax.axhline(0, color="#888888", linewidth=0.8)
         ax.axvline(0, color="#888888", linewidth=0.8)
         ax.set_title(title, fontsize=9)
-        ax.set_xlabel("axis of the first sensor's texts")
-    panels[0].set_ylabel("axis of the second's")
+        ax.set_xlabel("axis of the text features, first sensor")
+    panels[0].set_ylabel("the same, second sensor")
     panels[1].legend(title="true colour", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -137,7 +137,7 @@ def attention_share(shares: Mapping[str, Sequence[float]], uniform: float) -> Fi
     for (name, values), line in zip(shares.items(), ("o-", "s--"), strict=False):
         ax.plot(range(len(values)), values, line, label=name)
     ax.axhline(uniform, color="#888888", linewidth=1, linestyle=":", label="uniform")
-    ax.set(xlabel="block of the image encoder", ylabel="attention to the prompts", ylim=(0, None))
+    ax.set(xlabel="block of the image encoder", ylabel="share of attention\nto the prompts", ylim=(0, None))
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -160,7 +160,7 @@ def probabilities(image: np.ndarray, title: str, chance: Sequence[float], classe
     """An image (H, W, 3) and the predicted probability of each class; the true one is green."""
     figure, axes = plt.subplots(1, 2, figsize=(5.2, 2.3), width_ratios=[1, 1.3], dpi=80)
     axes[0].imshow(image, interpolation="nearest")
-    axes[0].set(xticks=[], yticks=[], title=title)
+    axes[0].set(xticks=[], yticks=[], title=title.replace(" at the ", "\nat the "))
     axes[1].barh(range(len(classes)), chance, color=[COLOURS[2 if c == true else 0] for c in range(len(classes))])
     axes[1].set_yticks(range(len(classes)), classes, fontsize=9)
     axes[1].set(xlim=(0, 1), xlabel="probability")

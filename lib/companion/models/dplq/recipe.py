@@ -220,6 +220,9 @@ def _paper(p: SimpleNamespace, out: Path) -> Setting:
     # both transfers test one model: the second run reuses the training of the first
     trained_on = "base classes" if p.protocol == "base to novel" else "all classes"
     facts |= {"data_root": Path(p.data_root), "precision": options["hardware"].precision, "trained on": trained_on}
+    if p.dataset == "folder":  # its images and labels may change between runs
+        paths = [os.path.relpath(path, p.data_root) for path in protocol.train.sources]
+        facts |= {"images": paths, "labels": protocol.train.labels, "classes": names["train"]}
     saved = {"folder": Path(out), "facts": facts, "training": f"{p.dataset}, {trained_on}, seed {p.seed}"}
     return _full_size(p, f"{p.dataset}, {p.protocol}", parts, names, clip, domain, options, **saved)
 

@@ -259,7 +259,7 @@ def half_cosine(start: float, end: float, step: int, steps: int) -> float:
 
 
 class WeightDecay(Callback):
-    """Schedule the weight decay by half a cosine; parameter groups without weight decay are unchanged."""
+    """Schedule the weight decay by half a cosine; the parameter group of vectors and biases is unchanged."""
 
     def __init__(self, start: float, end: float):
         self.start, self.end = start, end
@@ -267,7 +267,7 @@ class WeightDecay(Callback):
     def on_gradients(self, loop: Loop) -> None:
         """Set the weight decay of the step."""
         for group in loop.optimizer.param_groups:
-            if group["weight_decay"]:
+            if any(p.ndim >= 2 for p in group["params"]):  # the value may be 0 at the start
                 group["weight_decay"] = half_cosine(self.start, self.end, loop.step, loop.steps)
 
 

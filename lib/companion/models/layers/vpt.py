@@ -99,6 +99,8 @@ class VPT(_Frozen):
         tokens: p, the number of prompt tokens.
         deep: VPT-Deep, else VPT-Shallow.
         dropout: probability on the prompts while training (0.1 in VPT).
+
+    Raises `BadParameter`: another backbone, or a Swin whose windows do not divide its maps.
     """
 
     def __init__(self, backbone: nn.Module, classes: int, tokens: int = 8, deep: bool = True, dropout: float = 0.1):
@@ -108,6 +110,12 @@ class VPT(_Frozen):
         elif isinstance(backbone, SwinTransformer):
             blocks = [block for layer in backbone.layers for block in layer.blocks]
             dims = [block.norm1.normalized_shape[0] for block in (blocks if deep else blocks[:1])]
+            for block in blocks:
+                sides, window = tuple(block.input_resolution), tuple(block.window_size)
+                if any(n % w for n, w in zip(sides, window, strict=True)):
+                    image = tuple(backbone.patch_embed.img_size)
+                    accepted = f"a Swin whose windows of {window} divide all its maps; one has {sides}"
+                    raise BadParameter("backbone", f"image size {image}", accepted)
         else:
             raise BadParameter("backbone", type(backbone).__name__, f"{PLAIN_VIT}; or a SwinTransformer")
         self.tokens, self.deep = tokens, deep
@@ -143,23 +151,23 @@ class VPT(_Frozen):
         prompt = self._prompt(0, b)
         for layer in swin.layers:
             x = layer.downsample(x)
-            if prompt is not None and prompt.shape[-1] != x.shape[-1]:
+            if not self.deep and prompt.shape[-1] != x.shape[-1]:
                 # merging concatenates four neighbours: a prompt of the shallow variant is concatenated with itself
                 merging = layer.downsample
                 prompt = merging.reduction(merging.norm(prompt.repeat(1, 1, 4)))
             for block in layer.blocks:
                 if self.deep:
                     prompt = self._prompt(i, b)
-                x, prompt = self._swin_block(block, x, prompt)
+                x, prompt = self._swin_block(block, x, prompt, onward=not self.deep)
                 i += 1
         return swin.norm(x).mean((1, 2))
 
     @staticmethod
-    def _swin_block(block: nn.Module, x: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    def _swin_block(block: nn.Module, x: Tensor, prompt: Tensor, onward: bool) -> tuple[Tensor, Tensor]:
         """A frozen Swin block on x (b, rows, columns, D) with prompts (b, p, D) in front of every window.
 
         Prompts have no position, so there is no relative position bias to or from them, and shifting does not mask
-        them. Their output is the mean over the windows.
+        them. Where they go `onward` to the next block, their output is the mean over the windows.
         """
         b, rows, columns, dim = x.shape
         attn, p, (wr, wc) = block.attn, prompt.shape[1], block.window_size
@@ -174,7 +182,8 @@ class VPT(_Frozen):
             bias = (bias + block.attn_mask[:, None]).repeat(b, 1, 1, 1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=F.pad(bias, (p, 0, p, 0)))
         y = attn.proj(y.transpose(1, 2).flatten(2)).unflatten(0, (b, count))
-        prompt = prompt + y[:, :, :p].mean(1)
+        if onward:
+            prompt = prompt + y[:, :, :p].mean(1)
         y = (
             y[:, :, p:]
             .reshape(b, rows // wr, columns // wc, wr, wc, dim)
@@ -182,4 +191,5 @@ class VPT(_Frozen):
             .reshape(b, rows, columns, dim)
         )
         x = x + torch.roll(y, shift, dims=(1, 2))
-        return x + block.mlp(block.norm2(x)), prompt + block.mlp(block.norm2(prompt))
+        x = x + block.mlp(block.norm2(x))
+        return x, prompt + block.mlp(block.norm2(prompt)) if onward else prompt

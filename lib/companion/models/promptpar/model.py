@@ -328,9 +328,12 @@ class PromptPAR(state_dicts.OfficialModel):
         if known is not None and len(known) != len(sentences.ends):
             raise BadParameter("sentences", len(sentences.ends), f"{len(known)}, one for each attribute")
         length = int(sentences.ends.max()) + 1
+        clip, half = self.clip, self.clip.text_projection.dtype == torch.float16
+        if half:  # after `half_clip`: embeddings and norms are in float32, linear layers are not
+            clip = copy.deepcopy(clip).float()
         with torch.no_grad():
-            features = encode_text(self.clip, sentences.embedded[:, :length], sentences.ends)
-        self.register_buffer("text_features", features, persistent=False)
+            features = encode_text(clip, sentences.embedded[:, :length], sentences.ends)
+        self.register_buffer("text_features", features.half().float() if half else features, persistent=False)
 
     def _lay_out(self, prompts: int, regions: int) -> None:
         """Set the order of tokens: inside the tower the prompts are last, so that no other token is moved."""
@@ -553,7 +556,12 @@ class PromptPAR(state_dicts.OfficialModel):
         words = len(state["clip_model.token_embedding.weight"])
         mm_layers = state_dicts.depth(state, f"{fused}blocks.")
         fusion = VisionTransformer(
-            img_size=16, embed_dim=inner, depth=mm_layers, num_heads=mixed or inner // 64, num_classes=0
+            img_size=16,
+            embed_dim=inner,
+            depth=mm_layers,
+            num_heads=mixed or inner // 64,
+            mlp_ratio=len(state.get(f"{fused}blocks.0.mlp.fc1.bias", torch.empty(4 * inner))) / inner,
+            num_classes=0,
         )
         model = cls(
             copy.deepcopy(clip) or clip_of(state, own, "clip_model.", (image, text), words),

@@ -225,6 +225,8 @@ def learn(
         ratio: (A,) as in `loss`.
         settings: None: those of `recipe`.
         score: scores each epoch.
+
+    Raises `BadParameter`: a batch too small for the micro-batches and devices, as each needs two images.
     """
     settings, weight = recipe() if settings is None else settings, METHODS[p.method].get("similarity", SIMILARITY)
     rates, decay = ({k: float(v) for k, v in settings.loc[n].items()} for n in ("learning rate", "weight decay"))
@@ -239,8 +241,13 @@ def learn(
         return loss(model(images), labels, shares(labels.device), weight, unclear=p.quirks)
 
     schedules = {name: by_epoch(int(settings[name]["warm-up epochs"])) for name in ("heads", "prompts")}
+    on = hardware(p)
     # a batch norm cannot train on a single image; no data set of the paper has such a last batch
-    last = "drop" if len(data) % batch == 1 else LAST
+    parts, remainder = on.accumulate * on.devices, len(data) % batch
+    if batch < 2 * parts:
+        accepted = f"one that leaves two images of a batch of {batch} for each part (devices = {on.devices})"
+        raise BadParameter("accumulate", on.accumulate, f"{accepted}: batch norms cannot train on one")
+    last = "drop" if 0 < remainder < 2 * parts else LAST
     history = fit(
         model,
         value,
@@ -253,7 +260,7 @@ def learn(
         last=last,
         checkpoint=checkpoint,
         seed=p.seed,
-        hardware=hardware(p),
+        hardware=on,
         find_unused_parameters=p.method in UNUSED_PARAMETERS,
         name=p.method,
     )

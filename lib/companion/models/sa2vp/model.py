@@ -37,6 +37,7 @@ ATTENTION = ("aligned", "padded")
 DIRECTIONS = ("both", "prompt to image", "image to prompt", "none")
 PROMPT_WEIGHT = 0.2  # of the prompt pathway in the loss, as released
 DROPOUT = 0.1
+LEAST = 6  # interacting blocks: the first of each third is image to prompt, the others are prompt to image
 
 Pathways = tuple[Tensor, Tensor]  # of the image and of the prompt
 
@@ -247,7 +248,7 @@ class TwoPathways(OfficialModel):
 
 
 class SA2VP(TwoPathways):
-    """SA²VP on a plain ViT: any depth divisible by 3, any width, patch grid and image size.
+    """SA²VP on a plain ViT: any depth from 6 on divisible by 3, any width, patch grid and image size.
 
     Args:
         backbone: a timm `VisionTransformer` of the original's form (`vpt.plain_vit`); a frozen copy is kept.
@@ -276,6 +277,9 @@ class SA2VP(TwoPathways):
         usual = all(isinstance(b, Block) and type(b.mlp) is Mlp and type(b.attn) is Attention for b in blocks)
         if not plain_vit(backbone) or not usual or len(blocks) % 3:
             raise BadParameter("backbone", type(backbone).__name__, f"{PLAIN_VIT}; pre-norm, depth divisible by 3")
+        if len(blocks) < LEAST:
+            accepted = f"{LEAST} or more: with {len(blocks)} the prompts never reach the prediction"
+            raise BadParameter("backbone", f"depth {len(blocks)}", accepted)
         check_choice("new_maps", new_maps, (0, 1, 2))
         super().__init__(backbone, scale, backbone.patch_embed.grid_size, True, **options)
         dim, tokens, self.period = backbone.embed_dim, 1 + math.prod(self.grid), len(blocks) // 3
@@ -451,7 +455,7 @@ class SA2VPSwin(TwoPathways):
         backbone: a timm `SwinTransformer`; a frozen copy is kept.
         classes, width, scale: as in `SA2VP`.
         stage: which stage interacts, counted from 0 (the third, 14x14 tokens, in the paper); its number of blocks is
-            divisible by 3.
+            divisible by 3, 6 or more.
         options: of `TwoPathways`. As released, `dropout` acts in the interactions alone; the frozen blocks have the
             stochastic depth that the backbone was built with (`drop_path_rate`, 0.2 as released).
 
@@ -463,9 +467,10 @@ class SA2VPSwin(TwoPathways):
     ):
         if not isinstance(backbone, SwinTransformer):
             raise BadParameter("backbone", type(backbone).__name__, "a timm SwinTransformer")
-        usable = [number for number, layer in enumerate(backbone.layers) if len(layer.blocks) % 3 == 0]
+        sizes = [len(layer.blocks) for layer in backbone.layers]
+        usable = [number for number, size in enumerate(sizes) if size % 3 == 0 and size >= LEAST]
         if stage not in usable:
-            raise BadParameter("stage", stage, f"one with a number of blocks divisible by 3: {usable}")
+            raise BadParameter("stage", stage, f"one with {LEAST} blocks or more, divisible by 3: {usable}")
         blocks = backbone.layers[stage].blocks
         super().__init__(backbone, scale, blocks[0].input_resolution, False, **options)
         self.stage, self.period = stage, len(blocks) // 3

@@ -47,10 +47,10 @@ def _single_block(case: Case, swin: bool) -> nn.Module:
     side = math.isqrt(case.input("kv").shape[1])  # of the grid; a [CLS] token does not change it
     if swin:
         size = {"img_size": 4 * side, "window_size": 7 if side % 7 == 0 else side}
-        backbone = SwinTransformer(embed_dim=dim, depths=(3,), num_heads=(heads,), num_classes=0, **size)
+        backbone = SwinTransformer(embed_dim=dim, depths=(6,), num_heads=(heads,), num_classes=0, **size)
         model = SA2VPSwin(backbone, 1, stage=0, **options)
     else:
-        backbone = VisionTransformer(img_size=16 * side, embed_dim=dim, depth=3, num_heads=heads, num_classes=0)
+        backbone = VisionTransformer(img_size=16 * side, embed_dim=dim, depth=6, num_heads=heads, num_classes=0)
         model = SA2VP(backbone, 1, **options)
     block = _first_block(model)
     prefix = "attn." if "attn.to_out.weight" in state else ""
@@ -104,7 +104,7 @@ def _embeddings(case: Case) -> dict[str, Tensor]:
     config, state = case.facts["config"], case.state
     dim = state["cls_token"].shape[-1]
     backbone = VisionTransformer(
-        img_size=config["image"], patch_size=config["patch"], embed_dim=dim, depth=3, num_heads=1, num_classes=0
+        img_size=config["image"], patch_size=config["patch"], embed_dim=dim, depth=6, num_heads=1, num_classes=0
     )
     model = SA2VP(backbone, 1, config["inter_dim"]).eval()
     backbone = model.backbone

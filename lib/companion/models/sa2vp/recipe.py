@@ -239,6 +239,9 @@ def _paper(p: SimpleNamespace, out: Path) -> Setting:
     options = _options(p, EPOCHS, batch)
     facts = {"data_root": Path(p.data_root), "attention": p.attention, "precision": options["hardware"].precision}
     facts |= {"batch": batch, "mean": seen.mean, "std": seen.std, "epoch": "last" if val is None else "best on val"}
+    if p.dataset == "folder":  # its images and labels may change between runs
+        paths = [os.path.relpath(path, p.data_root) for path in train.sources]
+        facts |= {"images": paths, "labels": train.labels, "classes": names}
     return Setting(
         title=p.dataset,
         train=train,

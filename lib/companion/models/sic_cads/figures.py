@@ -231,7 +231,7 @@ def gamma_curves(rows: pd.DataFrame) -> Figure:
         ax.grid()
     axes[0].set_ylim(35, 85)
     axes[1].set_ylim(85, 97)
-    figure.suptitle("synthetic test images; dotted: released γ", fontsize=9)
+    figure.suptitle("synthetic test images; dotted: released γ; band: one std of SIC-CADS over the seeds", fontsize=9)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 
@@ -254,6 +254,6 @@ def lambda_curves(rows: pd.DataFrame) -> Figure:
             ax.axvline(value, color="grey", linewidth=0.9, linestyle=":")
         ax.axhline(0, color="black", linewidth=0.8)
         ax.set(xlabel=letter, ylabel="gain of AP50 (points)")
-    figure.suptitle("synthetic test images; dotted: released values", fontsize=9)
+    figure.suptitle("synthetic test images; dotted: released values; whiskers: one std over the seeds", fontsize=9)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure

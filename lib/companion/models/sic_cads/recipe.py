@@ -341,6 +341,11 @@ def trained_weights(model: sic_cads.MLR) -> dict[str, Tensor]:
     return {n: t for n, t in model.state_dict().items() if n != "text" and not n.startswith("teacher.")}
 
 
+def _trained(dataset: str) -> str:
+    """The beginning of the names of the files that a training on a dataset writes."""
+    return f"recogniser {dataset.rpartition('/')[2]} "
+
+
 def optimizer(r: Recipe) -> MakeOptimizer:
     """AdamW of all that is trained, in one parameter group."""
     return adamw(r.lr, WEIGHT_DECAY, decay="all")
@@ -377,7 +382,7 @@ def train_model(
         facts = {k: getattr(p, k) for k in ("dataset", "captions", "seed", "devices")}
         facts["precision"] = hardware.precision
         facts |= {"data_root": Path(p.data_root), "model": model, "epochs": epochs, "batch": batch}
-        name = f"recogniser {p.dataset.rpartition('/')[2]} seed {p.seed}"
+        name = f"{_trained(p.dataset)}seed {p.seed}"
         checkpoint = Checkpoint.of(out / "checkpoints", name, every=1000, **facts)
     history = fit(
         BatchLoss(model),
@@ -734,8 +739,21 @@ TABLES = {"ov-coco": "detection/ov-coco", "ov-lvis": "detection/ov-lvis"}
 
 
 def label(p: SimpleNamespace, gamma: float) -> str:
-    """The method's name in the tables: the detector, and the scores that refine it by `gamma` (0: none)."""
-    return p.detector.rpartition("/")[2] + (f" + {p.branch}, gamma {gamma:g}" if gamma else "")
+    """The method's name in the tables: the detector, and the scores that refine it by `gamma` (0: none), with their
+    differences from the published setting.
+
+    On the sets of `COLUMNS`, where nothing is trained, the published setting is a recogniser trained here on OV-LVIS.
+    """
+    name = p.detector.rpartition("/")[2]
+    if not gamma:
+        return name
+    changed = [p.clip] if p.clip != CLIP else []
+    if p.branch != "visual+":  # which is CLIP alone
+        file = Path(p.checkpoint).name
+        usual = p.dataset in COLUMNS and file.startswith(_trained("detection/ov-lvis"))
+        changed += ["no captions"] if p.dataset == "detection/ov-coco" and not (p.captions or file) else []
+        changed += [f"weights of {file}"] if file and not usual else []
+    return ", ".join([f"{name} + {p.branch}, gamma {gamma:g}", *changed])
 
 
 def measured(path: Path, new: Mapping[str, object] | None = None) -> pd.DataFrame:

@@ -45,7 +45,7 @@ METHODS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
     "SA²VP": _ours(),
     "SA²VP, global attention": _ours(radius=None),
     "SA²VP, s = 0.1": _ours(scale=0.1),
-    "SA²VP, same place only": _ours(radius=0),
+    "SA²VP, same position only": _ours(radius=0),
     "SA²VP, no new maps": _ours(new_maps=0),
 }
 MAIN = list(METHODS)[:7]
