@@ -17,7 +17,7 @@ import companion
 from companion import backbones, detectors, geotiff
 from companion.data import attributes, classification, domains, xrays
 from companion.errors import CorruptFile
-from companion.models import hvit, metasegnet
+from companion.models import ecamp, hvit, metasegnet
 from companion.models.dmt import downstream
 from tests.models.common import refuses
 from tests.small import small_pipe
@@ -74,6 +74,23 @@ def test_classes_findings_and_attributes_by_name(name: str, files: list[Path]) -
     assert one[0] == pytest.approx(found[0], abs=1e-6) and len(one) == 1
 
 
+@pytest.mark.parametrize("kind", ["I;16", "F", "rotated"])
+@pytest.mark.parametrize("name", ["VPT", "ECAMP's classifier"])
+def test_a_pil_image_is_read_as_its_file(name: str, kind: str, tmp_path: Path) -> None:
+    values = np.asarray(picture(2).convert("L"), np.float32) / 255
+    path, exif = tmp_path / ("a.tif" if kind == "F" else "a.png"), Image.Exif()
+    image = Image.fromarray(values if kind == "F" else (values * 65535).astype(np.uint16))
+    if kind == "rotated":
+        exif[0x0112], image = 6, picture(2)
+    image.save(path, **({"exif": exif} if exif else {}))
+    model = trained(name)
+    with Image.open(path) as opened:
+        assert companion.predict(model, opened) == companion.predict(model, path)
+    if kind != "rotated":
+        assert companion.predict(model, image) == companion.predict(model, path)
+        refuses((lambda: companion.predict(model, Image.fromarray(values * 1e6)), "images.*full scale"))
+
+
 def _narrow(image: Image.Image) -> torch.Tensor:
     return F.normalize(F.to_dtype(F.pil_to_tensor(image.resize((32, 64))), torch.float32, scale=True), [0.5], [0.5])
 
@@ -97,6 +114,9 @@ def test_masks_boxes_and_features(files: list[Path]) -> None:
         chests = trained("ECAMP").encoder.forward_features(x)[:, 1:].mean(1)
         features = student.features(stacked(files, downstream.test_transform(32)))
     torch.testing.assert_close(torch.stack(companion.predict(segmenter, files)), masks)
+    fundus, seen = ecamp.Segmenter(segmenter.map.encoder, outputs=2).eval(), []  # disc and cup, in colour
+    companion.predict(fundus, files, transform=lambda image: seen.append(image) or xrays.squeeze_transform(32)(image))
+    assert any((image[0] != image[1]).any() for image in seen)
     for found, true in zip(companion.predict(detector, files, confidence=0.4), boxes, strict=True):
         torch.testing.assert_close(found, true)
     assert max(len(found) for found in boxes) > 0
@@ -181,6 +201,8 @@ def test_what_does_not_fit_is_refused(files: list[Path], tmp_path: Path) -> None
     refuses(
         (lambda: companion.predict(torch.nn.Linear(2, 2), files), "SA2VP"),
         (lambda: companion.predict(model, files, class_names=["a"]), "3, one for each output"),
+        (lambda: companion.predict(model, files, class_names="abc"), "a list of names"),
+        (lambda: companion.predict(model, files, class_names=["a", "b", "a"]), "'a' is there twice"),
         (lambda: companion.predict(model, files, texts=["a"]), "texts"),
         (lambda: companion.predict(trained("H-ViT"), [torch.zeros(1)], transform=F.hflip), "has its own"),
         (lambda: companion.predict(model, []), "at least one image"),

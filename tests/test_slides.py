@@ -91,7 +91,8 @@ def test_no_microns_per_pixel(tmp_path, image):
         slides.tile(slide, SMALL)
     with Slide(path, mpp=0.5) as slide:
         assert len(slides.tile(slide, SMALL))
-    refused(BadParameter, "mpp", Slide, path, mpp=0)
+    for mpp in (0, float("nan")):
+        refused(BadParameter, "mpp", Slide, path, mpp=mpp)
 
 
 def test_files_that_are_no_slides(tmp_path, path):
@@ -332,6 +333,19 @@ def test_features_of_two_encoders_are_not_mixed(path, tmp_path):
         slides.extract(path, mean_colour, out, tiling=SMALL, encoder=two)
     assert out.read_bytes() == before
     refused(BadParameter, "batch", slides.extract, path, mean_colour, out, tiling=SMALL, batch=0)
+
+
+def test_features_of_other_heads_or_another_scale_are_not_mixed(path, tmp_path):
+    one, six = (hvit.PatchEncoder(64, 16, dim=12, depth=1, heads=heads) for heads in (1, 6))
+    six.load_state_dict(one.state_dict())
+    out = slides.extract(path, mean_colour, tmp_path / "a.h5", tiling=SMALL, encoder=one)
+    refused(BadParameter, "heads", slides.extract, path, mean_colour, out, tiling=SMALL, encoder=six)
+    refused(BadParameter, "slide_mpp", slides.extract, path, mean_colour, out, tiling=SMALL, encoder=one, mpp=0.501)
+    with h5py.File(out, "r+") as file:
+        settings = json.loads(file.attrs["settings"])
+        del settings["heads"], settings["slide_mpp"]  # a file of an earlier version
+        file.attrs["settings"] = json.dumps(settings)
+    assert slides.extract(path, mean_colour, out, tiling=SMALL, encoder=six) == out
 
 
 def test_a_damaged_slide_leaves_no_features(path, tmp_path):

@@ -103,6 +103,17 @@ def check_choice(name: str, value: object, choices: Iterable) -> None:
         raise BadParameter(name, value, tuple(choices))
 
 
+def check_names(names: Iterable, count: int | None = None) -> None:
+    """Raise `BadParameter` unless `names` are different class names: none, or `count` where that is known."""
+    if isinstance(names, str):
+        raise BadParameter("class_names", names, "a list of names: this is one text")
+    found = [str(name) for name in names]
+    if twice := [name for name in dict.fromkeys(found) if found.count(name) > 1]:
+        raise BadParameter("class_names", found, f"a different name for each class: {twice[0]!r} is there twice")
+    if found and count is not None and len(found) != count:
+        raise BadParameter("class_names", f"{len(found)} names", f"{count}, one for each output")
+
+
 def _nearest_first(value: object, choices: Sequence[object]) -> Sequence[object]:
     """The choices; if there are more than eight, those similar to `value` come first."""
     if len(choices) <= 8:

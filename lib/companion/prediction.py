@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
 from .backbones import input_of
-from .data import attributes, classification, domains, own_set, xrays
-from .errors import BadParameter, CorruptFile
+from .data import attributes, classification, decoding, domains, own_set, xrays
+from .errors import BadParameter, CorruptFile, check_names
 from .ops.recorded import made_by, make
 
 BATCH = 16
@@ -66,6 +66,7 @@ def predict(
     given = [images] if isinstance(images, (str, Path, Image.Image, Tensor)) else list(images)
     if not given:
         raise BadParameter("images", "an empty list", "at least one image")
+    check_names(class_names)
     names, of_model = tuple(class_names or getattr(model, "class_names", ())), _PREDICT[name]
     if "transform" in (known := inspect.signature(of_model)).parameters:
         options["transform"] = transform or getattr(model, "transform", None)
@@ -98,15 +99,20 @@ def _noted(model: nn.Module, name: str) -> tuple[str, ...]:
 def _picture(image: Picture) -> Image.Image:
     """An RGB image, read like those of your own folders."""
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return decoding.in_memory(image)
     return classification.Images(_own(image), Path(), [str(image)], [0], 1).picture(0)
 
 
 def _grey(image: Picture) -> Tensor:
     """A grey image (1, H, W) in 0 to 1, read like X-rays."""
     if isinstance(image, Image.Image):
-        return F.to_dtype(F.pil_to_tensor(image.convert("L")), torch.float32, scale=True)
+        return torch.from_numpy(decoding.unit_in_memory(image))[None]
     return xrays.Pictures(_own(image), ".", [str(Path(image).absolute())]).grey(0)
+
+
+def _coloured(image: Picture) -> Tensor:
+    """An RGB image (3, H, W) in 0 to 1, read like RIGA's fundus photographs."""
+    return F.to_dtype(F.pil_to_tensor(_picture(image)), torch.float32, scale=True)
 
 
 def _own(image: str | Path) -> Any:
@@ -129,9 +135,8 @@ def _outputs(
 
 def _named(rows: Tensor, names: Sequence[str]) -> list[dict[str, float]]:
     """Each row of (n, C) as name -> value, the largest first."""
+    check_names(names, rows.shape[1])  # equal ones would be one entry
     names = names or [str(i) for i in range(rows.shape[1])]
-    if len(names) != rows.shape[1]:
-        raise BadParameter("class_names", f"{len(names)} names", f"{rows.shape[1]}, one for each output")
     order = rows.argsort(dim=1, descending=True, stable=True).tolist()
     return [{names[i]: row[i] for i in best} for best, row in zip(order, rows.tolist(), strict=True)]
 
@@ -169,7 +174,8 @@ def _findings(model, images, names, transform, exclusive: bool = False) -> list[
 
 def _masks(model, images, names, transform) -> list[Tensor]:
     transform = transform or xrays.squeeze_transform(model.map.encoder.patch_embed.img_size[0])
-    return list(torch.cat([x.float().cpu() for x in _outputs(model, images, transform, _grey)]).sigmoid())
+    read = _coloured if len(model.decoders) == 2 else _grey  # disc and cup are those of RIGA
+    return list(torch.cat([x.float().cpu() for x in _outputs(model, images, transform, read)]).sigmoid())
 
 
 def _boxes(model, images, names, transform, **options) -> list[Tensor]:

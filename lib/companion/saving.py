@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import __version__
-from .errors import BadCheckpoint, BadParameter, CompanionError, CorruptFile
+from .errors import BadCheckpoint, BadParameter, CompanionError, CorruptFile, check_names
 from .ops.files import atomic_folder, read_json
 from .ops.recorded import made_by, make
 from .training import checkpoints
@@ -40,12 +40,12 @@ def save(model: Any, path: str | Path, *, class_names: Sequence[str] = (), trans
     Args:
         model: of any paper, or a baseline of `models.layers`. TIP's pipeline is written to a folder, by diffusers.
         path: ends in .safetensors; for TIP's pipeline a folder.
-        class_names: of a classifier, by label. The prompts of a CLIP are part of the model.
+        class_names: of a classifier, by label, different ones. The prompts of a CLIP are part of the model.
         transform: from an image to the model's input, one of `companion.data`; of a random one the deterministic test
             version is saved. None: the paper's, for the backbone.
 
     Raises:
-        BadParameter: a model, transform or path that cannot be saved, with the reason.
+        BadParameter: a model, transform, path or class names that cannot be saved, with the reason.
         CannotWrite: the disk is full.
     """
     path = Path(path)
@@ -65,8 +65,9 @@ def save(model: Any, path: str | Path, *, class_names: Sequence[str] = (), trans
     if preprocessing is not None and "by" not in preprocessing:
         accepted = "a transform of companion.data, such as classification.resize_transform(input)"
         raise BadParameter("transform", type(transform).__name__, accepted)
-    if preprocessing is not None and "train" in preprocessing["args"]:
-        preprocessing["args"] = preprocessing["args"] | {"train": False}
+    if preprocessing is not None and "train" in preprocessing["args"]:  # a copy: the transform stays as it is
+        preprocessing = preprocessing | {"args": preprocessing["args"] | {"train": False}}
+    check_names(class_names, _outputs(model, note))
     with torch.random.fork_rng(devices=[]):
         again = make(note)
     state = _tensors(model)
@@ -142,6 +143,14 @@ def push_to_hub(path: str | Path, repository: str, *, private: bool = False) -> 
     added = [CommitOperationAdd(file.relative_to(root).as_posix(), file) for file in files]
     hub.create_commit(repository, added, commit_message=f"{path.name}, saved by companion {__version__}")
     return str(address)
+
+
+def _outputs(model: nn.Module, note: dict[str, Any]) -> int | None:
+    """How many class names a model has; None where that is not known or it has a single output."""
+    count = note["args"].get("classes", getattr(getattr(model, "slide", None), "classes", None))
+    if isinstance(text := note["args"].get("text"), dict) and "tensor" in text:  # an embedding of each class
+        count = text["tensor"][0]
+    return count if isinstance(count, int) and count > 1 else None
 
 
 def _header(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import shutil
 import tempfile
 from collections import deque
@@ -69,7 +70,7 @@ class Slide:
 
     def __init__(self, path: str | Path, mpp: float | None = None, backend: str = "auto"):
         check_choice("backend", backend, ("auto", *BACKENDS))
-        if mpp is not None and mpp <= 0:
+        if mpp is not None and not 0 < mpp < math.inf:  # NaN too
             raise BadParameter("mpp", mpp, "microns per pixel, more than 0")
         self.path = Path(path)
         if not self.path.is_file():
@@ -422,7 +423,8 @@ def extract(
 
     Args:
         encode: regions (b, 3, R, R) to features (b, ...): for H-ViT, `embed_patches`, or `embed_regions` after it.
-        encoder: the module used by `encode`; a hash of its tensors distinguishes the features of two encoders.
+        encoder: the module used by `encode`; a hash of its tensors and the numbers of attention heads distinguish the
+            features of two encoders.
         batch: regions per step.
         mpp, mask: see `Slide` and `tile`.
 
@@ -438,8 +440,9 @@ def extract(
         settings = {
             "slide": slide.path.name,
             "size": list(slide.size),
-            "mpp": slide.mpp,
+            "slide_mpp": slide.mpp,
             "encoder": "" if encoder is None else checkpoint_key(encoder=encoder),
+            "heads": _heads(encoder),
             "normalise": normalise,
             "step": tiles.step,
             "level": tiles.level,
@@ -475,8 +478,14 @@ def extract(
     return out
 
 
+def _heads(encoder: nn.Module | None) -> list[int]:
+    """The attention heads of each block: no tensor depends on their number, so the encoder's hash does not either."""
+    return [] if encoder is None else [part.num_heads for part in encoder.modules() if hasattr(part, "num_heads")]
+
+
 def _same(settings: dict, written: dict, where: Path) -> None:
-    written = {"jpeg": False} | written  # files of earlier versions lack it
+    # files of earlier versions lack these
+    written = {"jpeg": False, "heads": settings["heads"], "slide_mpp": settings["slide_mpp"]} | written
     for key, value in settings.items():
         if written.get(key) != value:
             raise BadParameter(key, value, f"{written.get(key)!r}, as in {where}; delete that to start from scratch")

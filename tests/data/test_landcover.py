@@ -311,6 +311,9 @@ def test_ones_own(tmp_path):
     found = landcover.own(tmp_path, {"field": (1, 2, 3)}, size=50)
     assert len(found) == 8 and found.zones()[4:] == ["Af"] * 4 and found.palette == [(1, 2, 3)]
     assert found.texts()[3:5] == [None, "a clearing, red earth"]
+    (tmp_path / "places.csv").write_text("image,zone\nboxtif,Af\na.png,Af\n")  # an ending starts with a dot
+    assert set(landcover.read_places(tmp_path / "places.csv")) == {"boxtif", "a"}
+    (tmp_path / "places.csv").write_text('image,latitude,longitude,text\nc,-3.1,-60.0,"a clearing, red earth"\n')
     assert [tuple(found[i][1].shape) for i in range(4)] == [(50, 50), (50, 40), (20, 50), (20, 40)]  # not padded
     assert len(landcover.own(tmp_path, ["field"], "val")) == 1
     image = noise()
@@ -323,6 +326,8 @@ def test_ones_own(tmp_path):
     refused(MissingData, r"d\.tif", landcover.own, tmp_path, ["field"], "test")
     refused(MissingData, "no images", landcover.own, tmp_path / "labels", ["field"])
     refused(BadParameter, "classes", landcover.own, tmp_path, [])
+    png(tmp_path / "images" / "a b.png", noise())  # a preview of the same image: one map would replace the other
+    refused(CorruptFile, "a b.*same name", landcover.own, tmp_path, ["field"])
 
 
 def test_names_of_ones_own_classes(tmp_path):

@@ -1,6 +1,7 @@
 """Readers of ImageNet-1k, COCO's instances and ADE20K in their layouts, and errors of broken files."""
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from companion import data
-from companion.data.pretraining import instances, load, scenes
+from companion.data.pretraining import instances, load, pictures, scenes
 from companion.data.pretraining_sets import ADE20K, COCO, IMAGENET
 from companion.errors import BadParameter, CorruptFile, MissingData
 from companion.ops.files import write_json
@@ -121,6 +122,13 @@ def test_own_folders(coco, ade):
     assert own[0][1].unique().tolist() == [0, 149, 255]
     refused(MissingData, "own", instances, folder / "none.json", folder)
     refused(MissingData, r"images/test", scenes, ade / "ade/ADEChallengeData2016", "test", 150)
+
+
+def test_own_images_of_all_formats_that_are_decoded(tmp_path):
+    for name in ("a.jpg", "b.gif", "c.avif", "._a.jpg"):
+        picture(tmp_path / name)
+    assert [Path(path).name for path in pictures(tmp_path).sources] == ["a.jpg", "b.gif", "c.avif"]
+    assert pictures(tmp_path)[1][0].shape == (3, 8, 12)
 
 
 def test_incomplete_sets(imagenet, coco, ade, monkeypatch):

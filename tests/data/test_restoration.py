@@ -71,7 +71,9 @@ def test_own_folder(own: Path, tmp_path: Path) -> None:
     assert pictures.captions == ("a zebra on grass", "") and pictures[0][0].shape == (3, 12, 20)
     (own / "captions.jsonl").unlink()
     assert own_folder(own).captions == ("", "")
-    assert len(own_folder(own / "images")) == 2
+    (own / "images" / "._a.png").write_text("hidden")
+    (own / "images" / "c.gif").write_bytes((own / "images" / "a.png").read_bytes())
+    assert [Path(file).name for file in own_folder(own / "images").sources] == ["a.png", "b.jpg", "c.gif"]
     (own / "captions.jsonl").write_text(LINES)
     (own / "images" / "a.png").unlink()
     refused(MissingData, r"a\.png", own_folder, own)

@@ -114,7 +114,7 @@ def test_bad_lists_and_names(tmp_path):
 
 
 def test_a_folder_of_ones_own(tmp_path):
-    for name in ("b/two.svs", "a/one.tiff", "a/three.ndpi", "a/notes.txt"):
+    for name in ("b/two.svs", "a/one.tiff", "a/three.ndpi", "a/notes.txt", "a/._one.tiff"):
         (tmp_path / "classes" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "classes" / name).touch()
     items = slides.folder(tmp_path / "classes")
@@ -155,6 +155,10 @@ def test_stored_features(tmp_path):
     assert features.shape == (5, 4, 3) and features[:2].eq(1).all() and not features[2:].any()
     assert present.tolist() == [True, True, False, False, False] and grade == 3
     assert slides.Features(items[:2], tmp_path, longest=3)[1][0].shape == (3, 4, 3)
+    authors = slides.Features(items[1:2], tmp_path)  # their files have no settings
+    made = authors.made_by
+    torch.save(torch.full((5, 4, 3), 2.5), tmp_path / "b.pt")
+    assert made.startswith("b.pt") and made != authors.made_by
     stored(tmp_path / "d.h5", np.ones((2, 4, 2), np.float32))
     refused(CorruptFile, r"d\.h5", slides.Features, items, tmp_path, drop=True)
     (tmp_path / "b.pt").write_bytes(b"no")

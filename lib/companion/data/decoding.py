@@ -13,17 +13,17 @@ the values. Values without a full scale - NaN, negative values, 12 bits stored a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from struct import error as StructError
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.io import ImageReadMode, decode_image, read_file
 
-from ..errors import CorruptFile
+from ..errors import BadParameter, CorruptFile
 
 SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".avif")  # endings of image files; of a GIF the first frame is read
 SMALL = 2**15  # number of pixels of a PNG up to which PIL is as fast
@@ -100,6 +100,26 @@ def picture(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def in_memory(image: Image.Image) -> Image.Image:
+    """An image that need not have a file as RGB, upright: what `picture` and `upright` give for its file.
+
+    Raises `BadParameter`: no full scale.
+    """
+    found = Image.fromarray(_scaled(image, _eight)) if image.mode[0] in "IF" else image
+    found = found.convert("RGB")
+    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:  # read after decoding: PIL rotates a TIFF itself
+        return found
+    return Image.fromarray(upright(np.asarray(found), {"exif": image.getexif().tobytes()}))
+
+
+def unit_in_memory(image: Image.Image) -> np.ndarray:
+    """An image that need not have a file as float32 (H, W) in 0 to 1, as by `unit`.
+
+    Raises `BadParameter`: no full scale.
+    """
+    return _scaled(image, _unit) if image.mode[0] in "IF" else np.asarray(image.convert("L"), np.float32) / 255
+
+
 def upright(pixels: np.ndarray, info: dict[Any, Any]) -> np.ndarray:
     """Pixels (H, W, 3) rotated by the EXIF orientation in a PIL image's `info`."""
     if not any(kind in str(key).lower() for key in info for kind in ("exif", "xmp")):
@@ -155,6 +175,13 @@ def _values(image: Image.Image) -> tuple[np.ndarray, int]:
         return decode_image(read_file(path), ImageReadMode.RGB).permute(1, 2, 0).numpy(), 0
     except RuntimeError as error:
         raise ValueError(str(error).splitlines()[0]) from error
+
+
+def _scaled(image: Image.Image, scale: Callable[[np.ndarray, int], np.ndarray]) -> np.ndarray:
+    try:
+        return scale(*_values(image))
+    except ValueError as error:
+        raise BadParameter("images", f"an image of mode {image.mode}", f"values with a full scale ({error})") from error
 
 
 def _tiff(path: str | Path) -> tuple[np.ndarray, int]:

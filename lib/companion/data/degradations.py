@@ -8,7 +8,7 @@
     blind(x, seed)                             Real-ESRGAN's degradation, with the prompt `BLIND`
 
 Tags: figure, the pipeline figure: two passes of blur, resize, noise, JPEG, P(skip) = 0.5, the verbs, "with sigma", one
-decimal for blur and two for noise. Relative: the blind pipeline, Real-ESRGAN's published settings (BSD-3-Clause: read,
+decimal for blur and two for noise. RE: the blind pipeline, Real-ESRGAN's published settings (BSD-3-Clause: read,
 reimplemented). Ours, each an argument: ranges, which operations are skipped, when and with which filter a small image
 is resized back, edges, and the wording of Upsample and Dejpeg.
 

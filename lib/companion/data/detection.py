@@ -197,7 +197,8 @@ def read_annotations(path: str | Path) -> dict:
             entry = {**entry, "file_name": "/".join(entry["coco_url"].split("/")[-2:])}
         _inside(path, f"images[{number}]", field("images", number, entry, "file_name", str))
         for name in ("pos_category_ids", "neg_category_ids", "not_exhaustive_category_ids"):
-            if unknown := set(entry.get(name, ())) - categories.keys():
+            listed = field("images", number, entry, name, list) if name in entry else []
+            if unknown := [c for c in listed if not isinstance(c, int) or c not in categories]:
                 raise wrong("images", number, f"'{name}' has {sorted(unknown, key=str)[:3]}, which no category is")
         images.append(entry)
     annotations = found.get("annotations", [])

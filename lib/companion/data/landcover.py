@@ -319,6 +319,8 @@ def own(
     if not files or (lost := [name for name in names if name not in files]):
         raise dataset.missing(root, f"images/{lost[0]} is not there" if files else "no images in images/")
     labels, stems = {path.stem: path for path in _files(root / "labels")}, [path.stem for path in files.values()]
+    if twice := [name for name in names if stems.count(Path(name).stem) > 1]:
+        raise CorruptFile(root / "images" / twice[0], "another image has the same name: they would share label and map")
     label_of = {s: next((labels[s + end] for end in ("", *ENDINGS) if s + end in labels), None) for s in stems}
     bare = [stem for stem, label in label_of.items() if label is None]
     if bare and (stray := sorted({*labels.values()} - {*label_of.values()}, key=str)):
@@ -368,7 +370,7 @@ def read_places(path: str | Path = PLACES) -> dict[str, Place]:
                 check_choice("zone", row["zone"], climate.codes())
         except ValueError as error:  # not a number, or coordinates out of range
             raise CorruptFile(path, f"{row[key]}: {error}") from error
-        name = row[key] if key == "region" else re.sub(rf"(?i)({'|'.join(SUFFIXES)})$", "", row[key])
+        name = row[key] if key == "region" else re.sub(rf"(?i)({'|'.join(map(re.escape, SUFFIXES))})$", "", row[key])
         places[name] = Place(latitude, longitude, row.get("zone") or None, row.get("text") or None)
     return places
 

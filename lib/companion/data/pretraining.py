@@ -174,7 +174,7 @@ def pictures(root: str | Path) -> Images:
     folder, found = root / "train" if (root / "train").is_dir() else root, []
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        there = sorted(n for n in names if n.lower().endswith(IMG_EXTENSIONS) and not n.startswith("."))
+        there = sorted(n for n in names if n.lower().endswith(decoding.SUFFIXES) and not n.startswith("."))
         found += [f"{place}/{name}" for name in there]
     if not found:
         raise own.missing(root, f"there are no images in {folder}")

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2.functional import resize, to_dtype
 
@@ -115,7 +114,7 @@ class Degraded(Dataset):
     `seed` and its index.
 
     Args:
-        images: with captions.
+        pictures: images with captions, such as `Captioned`.
         size: S. An image's shorter side is resized to S, then a square is cropped: at random if `fresh` is set,
             otherwise the centre. So the caption still describes most of the crop.
         recipe: of the parameterised pipeline.
@@ -313,7 +312,8 @@ def _own(dataset: DataSet, root: Path, folder: Path) -> tuple[list[str], list[st
     listing = folder / "captions.jsonl"
     if not listing.is_file():
         place = folder / "images" if (folder / "images").is_dir() else folder
-        found = sorted(str(path) for path in place.iterdir() if path.suffix.lower() in IMG_EXTENSIONS)
+        files = (path for path in place.iterdir() if path.suffix.lower() in decoding.SUFFIXES)
+        found = sorted(str(path) for path in files if not path.name.startswith("."))
         if not found:
             raise dataset.missing(root, f"no images in {place}")
         return found, [""] * len(found)

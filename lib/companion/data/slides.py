@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from ..errors import BadParameter, CorruptFile, MissingData, check_choice
-from ..ops.files import atomic, atomic_folder
+from ..ops.files import atomic, atomic_folder, sha256
 from . import DataSet, Status, find
 
 SPLITS = ("train", "tune", "test")
@@ -141,7 +141,7 @@ def folder(path: str | Path, labels: str | Path | None = None, column: str = "la
             for group in sorted(path.iterdir())
             if group.is_dir()
             for file in sorted(group.iterdir())
-            if file.suffix.lower() in SUFFIXES
+            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
         ]
     if not found:
         raise _missing(path, "no labels.csv and no folder for each class: no file gives the class of a slide")
@@ -316,10 +316,10 @@ class Features(Dataset):
     @property
     def made_by(self) -> str:
         """The settings with which the first slide's features were extracted, as `companion.slides.extract` wrote
-        them."""
+        them; of the authors' files, which have none, the first one's name and hash."""
         file = self.files[0]
         if file.suffix != ".h5":
-            return file.name
+            return f"{file.name}, sha256 {sha256(file)}"
         from ..slides import read_features
 
         return read_features(file)["settings"]

@@ -267,7 +267,13 @@ def test_what_does_not_fit_is_refused(tmp_path, stored):
     refuses((setting(region=2048), r"region = 2048.*16 patches"))
     store(tmp_path, 192)  # of whole regions: only the slide level can be trained on them
     refuses((setting(method="Local"), "Global alone"), (setting(method="gated attention"), "Global alone"))
-    assert setting(method="Global", weights="random")().folds
+    whole = setting(method="Global", weights="random")()
+    model, _ = recipe.train(whole, "Global", epochs=1, batch=6)[0]  # without a region level that it would not use
+    assert not any(name.startswith("region") for name, _ in model.named_parameters())
+    store(tmp_path, 16, 768)
+    refuses(*((setting(method=method), "width 384.*768") for method in ("Local", "gated attention")))
+    store(tmp_path, 384)
+    refuses((setting(method="Global", weights="random"), "width 192.*384"))
     elsewhere = setting(features=str(tmp_path / "elsewhere"))
     refuses((elsewhere, "companion slides pocket/slides-count"), error=MissingData)
 
@@ -312,7 +318,9 @@ def test_slides_of_ones_own_are_stored_in_parts_and_trained_on(own, tmp_path, mo
     p.region = 512  # 2 x 2 patches
     for method in ("Local", "mean pooling"):
         p.method = method
-        monkeypatch.setattr(recipe, "build", lambda p, _, fold, classes: hvit.PatchBag(384, classes, p.head, "mean"))
+        monkeypatch.setattr(
+            recipe, "build", lambda p, _, fold, classes, levels: hvit.PatchBag(384, classes, p.head, "mean")
+        )
         setting = recipe.setting(p, tmp_path)
         sizes = [(len(train), len(tune)) for train, tune in setting.folds]
         assert len(setting.test) == 2 and len(sizes) == 2 and all(sum(pair) == 8 for pair in sizes)
@@ -321,7 +329,7 @@ def test_slides_of_ones_own_are_stored_in_parts_and_trained_on(own, tmp_path, mo
         assert models[0].classes == 2
 
 
-def test_one_bad_slide_does_not_stop_the_others(own, tmp_path, capsys):
+def test_one_bad_slide_does_not_stop_the_others(own, tmp_path, capsys, monkeypatch):
     (own / "benign" / "benign_1.tiff").write_bytes(b"no slide")
     torch.save(hvit.PatchEncoder(64, 16, dim=64, depth=1, heads=1).state_dict(), tmp_path / "patch.pth")
     words = ["slides", "folder", "--data-root", str(own), "--weights", str(tmp_path / "patch.pth"), "--region", "128"]
@@ -337,6 +345,12 @@ def test_one_bad_slide_does_not_stop_the_others(own, tmp_path, capsys):
     for wrong, right in (("2/2", "0 to n - 1"), ("x", "0/8")):
         assert cli.main([*words, "--part", wrong]) == 2
         assert right in capsys.readouterr().err
+    for heads in ("-1", "0"):
+        assert cli.main([*words, "--heads", heads]) == 2
+        assert "1 or more heads" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main([*words, "--accelerator", "cuda"]) == 2
+    assert "accelerator = 'cuda'" in capsys.readouterr().err
     assert cli.main([*words[:-1], "100"]) == 2
     assert "multiple of the 64 pixels" in capsys.readouterr().err
 

@@ -382,7 +382,7 @@ def test_a_killed_training_resumes_to_the_same_bits_wherever_it_is_started_from(
 
     model, _ = assert_goes_on(train, tmp_path, monkeypatch, recipe, "joint_loss", 7)
     (file,) = (tmp_path / "killed" / "trained").iterdir()
-    assert file.name == "MetaSegNet, landcover-openearthmap, seed 0.safetensors"
+    assert file.name == "MetaSegNet, landcover-openearthmap, bert, seed 0.safetensors"
     saved = read_state(file)
     assert all(torch.equal(t, saved[name]) for name, t in trained_state(model).items())
     monkeypatch.chdir(tmp_path.parent)
@@ -390,6 +390,7 @@ def test_a_killed_training_resumes_to_the_same_bits_wherever_it_is_started_from(
     for changes in ({"held_out": "Aw"}, {"seed": 1}, {"text_encoder": "clip"}):
         train("killed", **changes)
     assert len(list((tmp_path / "killed" / "checkpoints").glob("*.pt"))) == 4
+    assert len(list((tmp_path / "killed" / "trained").iterdir())) == 4, "none replaces another's weights"
 
 
 def test_ones_own_folder_is_trained_kept_and_mapped(quick, tmp_path, capsys):
@@ -432,6 +433,11 @@ def test_ones_own_folder_is_trained_kept_and_mapped(quick, tmp_path, capsys):
     assert cli.main([*words, "--overlap", "40"]) == 2 and "overlap" in capsys.readouterr().err
     with pytest.raises(BadParameter, match="windows"):
         recipe.predict(model, landcover.own(tmp_path, ["a", "b"], size=32), None, tmp_path / "maps")
+    before = {path: path.read_bytes() for kind in ("images", "labels") for path in (tmp_path / kind).iterdir()}
+    for kind in ("images", "labels"):  # a map never replaces them
+        assert cli.main([*words, "--overlap", "8", "--out", str(tmp_path / kind)]) == 2
+        assert "overwrite" in capsys.readouterr().err
+    assert all(path.read_bytes() == content for path, content in before.items())
 
 
 def test_what_cannot_be_run_is_said(tmp_path):

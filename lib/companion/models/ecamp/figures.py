@@ -39,9 +39,9 @@ def architecture(image: np.ndarray) -> Figure:
         "“there is a [MASK] effusion .\nthere is no [MASK] of [MASK] .”": (1.35, lower, "tensor"),
         "context fusion\n(5) to (7)": (4.2, lower, "trained"),
         "BERT layers,\nword head": (6.0, lower, "trained"),
-        "all patches:\n$L_{mim}$ (3)": (7.9, upper + 0.68, "operation"),
+        "hidden patches:\n$L_{mim}$ (3)": (7.9, upper + 0.68, "operation"),
         "twice the size,\nin a window: $L_{sr}$ (4)": (7.9, upper - 0.3, "operation"),
-        "masked words,\nweighted: $L_{mlm}$ (8)": (7.9, lower, "operation"),
+        "all positions,\nweighted: $L_{mlm}$ (8)": (7.9, lower, "operation"),
     }
     vit, decoder, resolved, report, fusion, bert, mim, sr, mlm = nodes
     arrows = [(vit, decoder), (decoder, resolved), (vit, fusion), (report, fusion), (fusion, bert)]

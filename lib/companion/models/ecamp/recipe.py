@@ -539,7 +539,7 @@ def _learn(
     best = selection(p, lambda one: score(one, val()))
     if p.dry_run:
         return train(p, model, data["train"], best, numbers)
-    name = f"{p.task}, {p.dataset}, {p.labels} %, {p.encoder}, seed {p.seed}"
+    name = f"{p.task}, {p.dataset}, {p.labels} %, {p.encoder}, {p.protocol} protocol, seed {p.seed}"
     facts = {key: getattr(p, key) for key in ("task", "dataset", "labels", "protocol", "encoder")}
     checkpoint = Checkpoint.of(out / "checkpoints", name, model=model, data_root=Path(p.data_root), **facts)
     history = train(p, model, data["train"], best, numbers, workers=WORKERS, checkpoint=checkpoint)

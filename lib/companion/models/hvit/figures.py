@@ -46,14 +46,17 @@ def architecture(slide: np.ndarray, corners: np.ndarray, side: int, patches: int
     region = slide[y : y + side, x : x + side]
     step = side // patches
     patch = region[step : 2 * step, step : 2 * step]
-    shown = ((patch, tokens, "patch, 256 px: T = 16² tokens"), (region, patches, "region, 2048 px: P = n² patches"))
+    shown = (
+        (patch, tokens, f"patch: T tokens\n16² of 256 px, here {tokens}²"),
+        (region, patches, f"region: P = n² patches\n8² of 2048 px, here {patches}²"),
+    )
     for ax, (image, parts, title) in zip(axes[0], shown, strict=False):
         ax.imshow(image)
         _grid(ax, len(image), parts)
         ax.set_title(title, fontsize=9.5)
     axes[0, 2].imshow(slide)
     _squares(axes[0, 2], corners, side, "black")
-    axes[0, 2].set_title("slide: M regions (synthetic)", fontsize=9.5)
+    axes[0, 2].set_title("slide: M regions\n(synthetic)", fontsize=9.5)
     boxes = (
         ("patch level\nViT-S/16\n12 blocks, width 384", FROZEN, "frozen after DINO", "(2)  [CLS] → e  (P × 384)"),
         ("region level\nφ, then a ViT\n6 blocks, width 192", LOCAL, "trained in Local", "(3)  [CLS] → r  (M × 192)"),

@@ -87,8 +87,8 @@ class Encoder(Recorded, nn.Module):
         std: float | None = 0.02,
     ):
         super().__init__()
-        if dim % heads:
-            raise BadParameter("dim, heads", (dim, heads), "a width that the heads divide")
+        if heads < 1 or dim % heads:
+            raise BadParameter("dim, heads", (dim, heads), "1 or more heads, which divide the width")
         self.dim, self.heads, self.std, self.grad_checkpointing = dim, heads, std, False
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side**2, dim))
@@ -180,7 +180,7 @@ class Encoder(Recorded, nn.Module):
             side=math.isqrt(table.shape[1] - 1),
             dim=dim,
             depth=depth(state, "blocks."),
-            heads=heads or max(dim // cls._HEAD_WIDTH, 1),
+            heads=max(dim // cls._HEAD_WIDTH, 1) if heads is None else heads,
             mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / dim,
         )
         load_official(model, state, {name: name for name in model.state_dict()}, f"H-ViT's {cls.__name__}")

@@ -364,7 +364,10 @@ def train_fold(
     authors' names (a bag's under ours), for `HViT.from_official`.
     """
     part, tuning = folds[fold]
-    model, batch = build(p, method, fold, classes), min(batch, len(part))
+    # of stored region embeddings Global reads the slide level alone
+    whole = isinstance(part, data.Features) and len(part.shape) == 1
+    levels = ("slide",) if method == "Global" and whole else ("region", "slide")
+    model, batch = build(p, method, fold, classes, levels), min(batch, len(part))
     name, checkpoint = f"{method}, fold {fold}, seed {p.seed}", None
     hardware = replace(Hardware.of(p, "hvit", workers=workers), devices=1)
     if out is not None:
@@ -505,6 +508,10 @@ def _check_features(p: SimpleNamespace, part: data.Features, none_found: str) ->
         raise MissingWeights("H-ViT's region level", f"{p.data_root}/weights", ways)
     if len(part.shape) == 1 and p.method != "Global":
         accepted = f"patch embeddings (M, {patches}, 384): those of whole regions serve Global alone"
+        raise BadParameter("features", str(part.path), accepted)
+    level, width = ("patches", 384) if len(part.shape) == 2 else ("regions", 192)
+    if part.shape[-1] != width:
+        accepted = f"embeddings of {level} of width {width}; the features in {part.path} have {part.shape[-1]}"
         raise BadParameter("features", str(part.path), accepted)
     if len(part.shape) == 2 and part.shape[0] != patches:
         accepted = f"the region that the features in {part.path} are of, which have {part.shape[0]} patches each"

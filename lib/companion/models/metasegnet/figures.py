@@ -39,11 +39,11 @@ def architecture(image: np.ndarray, labels: np.ndarray, classes: Mapping[str, st
         ax.add_patch(Rectangle((x, y - 0.24), width, 0.48, facecolor=kind[0], edgecolor=kind[1]))
         ax.text(x + width / 2, y, text, ha="center", va="center", fontsize=8.5)
 
-    def arrow(*points: tuple[float, float]) -> None:
+    def arrow(*points: tuple[float, float], colour: str = "#333333") -> None:
         *before, last = points
         for start, end in itertools.pairwise(before):
-            ax.plot(*zip(start, end, strict=True), color="#333333", linewidth=1.1)
-        style = {"arrowstyle": "-|>", "color": "#333333", "linewidth": 1.1, "shrinkA": 0, "shrinkB": 0}
+            ax.plot(*zip(start, end, strict=True), color=colour, linewidth=1.1)
+        style = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.1, "shrinkA": 0, "shrinkB": 0}
         ax.annotate("", last, before[-1], arrowprops=style)
 
     ys = (4.3, 3.55, 2.8, 2.05)
@@ -75,9 +75,8 @@ def architecture(image: np.ndarray, labels: np.ndarray, classes: Mapping[str, st
     arrow((0.95, 0.75), (1.25, 0.75))
     arrow((2.3, 0.75), (3.2, 0.75))
     arrow((6.9, 0.75), (7.75, 0.75))
-    arrow((8.47, 0.99), (8.47, 1.4), (4.62, 1.4), (4.62, ys[3] - 0.24))
-    for above, below in itertools.pairwise(ys):
-        arrow((4.62, below + 0.24), (4.62, above - 0.24))
+    for y in ys:  # the same words go to each fusion
+        arrow((8.47, 0.99), (8.47, 1.4), (3.82, 1.4), (3.82, y - 0.14), (4.0, y - 0.14), colour=OURS[1])
     ax.text(6.6, 1.5, "$T$: one state a word, to every fusion", ha="center", fontsize=8.5)
     handles = [Rectangle((0, 0), 1, 1, facecolor=face, edgecolor=edge) for face, edge in (AUTHORS, OURS)]
     names = ["read from the author's image-only code", "reconstruction (ours)"]

@@ -394,21 +394,31 @@ def predict(
     Args:
         data: whole images, not windows. given: a text for each.
         tile, overlap, batch: see `metasegnet.bands`.
+
+    Raises `BadParameter`: windows, or a map would overwrite an image or its labels.
     """
     if data.windows is not None:
         raise BadParameter("data", f"windows of {data.size} pixels", "whole images (size = None)")
-    files = []
+    files, targets = [], _targets(data, out)
     with evaluating(hardware, model) as where:
-        for i, picture in enumerate(data.pictures):
+        for i, (picture, target) in enumerate(zip(data.pictures, targets, strict=True)):
             ids = () if given is None else (model.ids([given[i]]).to(where),)
 
             def network(x: Tensor, ids=ids) -> Tensor:
                 return augmented(lambda y: model(y, *ids), x.to(where), augmentation)
 
             tiles = functools.partial(bands, network, tile=tile, overlap=overlap, batch=batch)
-            target = Path(out) / f"{picture.image.stem}.tif"
             files.append(geotiff.label(tiles, picture.image, target, data.palette, data.classes))
     return files
+
+
+def _targets(data: landcover.LandCover, out: str | Path) -> list[Path]:
+    """The file of each image's map."""
+    targets = [Path(out) / f"{picture.image.stem}.tif" for picture in data.pictures]
+    own = {path.resolve() for picture in data.pictures for path in (picture.image, picture.label) if path}
+    if taken := [target for target in targets if target.resolve() in own]:
+        raise BadParameter("out", str(out), f"another folder: a map would overwrite {taken[0]}")
+    return targets
 
 
 def maps(folder: str | Path, out: str | Path, p: SimpleNamespace) -> Iterator[tuple[Path, str | None]]:
@@ -426,6 +436,8 @@ def maps(folder: str | Path, out: str | Path, p: SimpleNamespace) -> Iterator[tu
     p = SimpleNamespace(**(vars(p) | others | {"seed": 0, "dry_run": False}))
     check(p)
     data, prompts = landcover.own(folder, landcover.read_classes(folder)), Prompts.read(p.prompts or PROMPTS)
+    out = out or Path(folder) / "maps"
+    _targets(data, out)  # before the network is built; all images, not one by one
     model, zones = build(p, prompts, len(data.classes)), data.zones()
     given = texts(prompts, p.method, zones, own=data.texts(), seed=p.seed)
     settings = {"tile": p.tile, "overlap": p.overlap, "augmentation": p.augmentation}
@@ -433,7 +445,7 @@ def maps(folder: str | Path, out: str | Path, p: SimpleNamespace) -> Iterator[tu
     for i, picture in enumerate(data.pictures):
         one = data.where([other is picture for other in data.pictures])
         text = None if given is None else given[i : i + 1]
-        (path,) = predict(model, one, text, out or Path(folder) / "maps", **settings)
+        (path,) = predict(model, one, text, out, **settings)
         yield path, zones[i]
 
 
@@ -500,7 +512,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         if p.dry_run:
             return learn(p, data, model, epochs=1, batch=len(data) // DRY_STEPS)
         without = [f"without {p.held_out}"] if p.held_out else []
-        name = ", ".join([method, p.dataset, *without, *_changed(p), f"seed {p.seed}"])
+        name = ", ".join([method, p.dataset, *without, *_changed(p, method), f"seed {p.seed}"])
         facts = {key: getattr(p, key) for key in ("dataset", "without_xbd", "held_out", "text_encoder", "padding")}
         facts |= {"data_root": Path(p.data_root), "texts": given, "select": chosen(p)}
         checkpoint = Checkpoint.of(out / "checkpoints", name, model=model, **facts)
@@ -534,10 +546,13 @@ def validated(model: MetaSegNet, part: Test, given: Sequence[str] | None, p: Sim
     return getattr(scores(part, counts), SCORES.get(p.dataset, "miou"))
 
 
-def _changed(p: SimpleNamespace) -> list[str]:
-    """The differences from the recipe, as parts of a name."""
+def _changed(p: SimpleNamespace, method: str) -> list[str]:
+    """The differences from the recipe, and the encoder and the file of the texts, as parts of a name."""
+    text = [p.text_encoder] if LEVELS[method] not in (None, "code") else []
+    text += [Path(p.prompts).stem] if text and p.prompts else []
     select = [f"{chosen(p)} epoch"] if chosen(p) != SELECT.get(p.dataset, "last") else []
-    return select + (["padding impervious"] if p.padding != "ignored" else [])
+    without = ["without xBD"] if p.without_xbd else []
+    return text + select + without + (["padding impervious"] if p.padding != "ignored" else [])
 
 
 def check(p: SimpleNamespace) -> None:

@@ -2,9 +2,10 @@
 
 The paper names neither its text encoder nor its pooling, so three encoders share one interface:
 
-    encoder.ids(texts)    (n, L) int64, padded with `encoder.pad` encoder.mask(ids)     (n, L) bool, True at words
-    encoder(ids)          (n, L, encoder.width), one state per word encoder.words(text)   the words as strings, for
-    attention maps
+    encoder.ids(texts)    (n, L) int64, padded with `encoder.pad`
+    encoder.mask(ids)     (n, L) bool, True at words
+    encoder(ids)          (n, L, encoder.width), one state per word
+    encoder.words(text)   the words as strings, for attention maps
 
 `Words` is small and trained with the network. `ClipText` and `BertText` hold a frozen copy of a released encoder; the
 states of each text are cached, since a data set has at most one text for each of the 30 climate zones.
