@@ -55,6 +55,11 @@ def code_of_study(run):
     return [os.path.relpath(path) for path in sources(study_of(run))]
 
 
+def study_rows(run):
+    """The rows on synthetic data, and those on real images, which some notebooks show too."""
+    return [str(path) for kind in ("pocket", "real") for path in Path("reports", kind, run.slug).glob("study.*")]
+
+
 wildcard_constraints:
     seed=r"\d+",
     profile="[^/]+",
@@ -73,7 +78,7 @@ rule notebook:
     input:
         notebook="notebooks/{slug}.ipynb",
         code=code_of,
-        study=lambda run: [str(path) for path in Path("reports/pocket", run.slug).glob("study.*")],
+        study=study_rows,
     output:
         RUNS + "/{profile}/{slug}/{slug}.ipynb",
     log:

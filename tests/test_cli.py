@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from companion import __version__, cli
 from companion.evaluation import recipe_parity
 from companion.evaluation.parity import Case, folder
-from companion.ops import needs, record, report
+from companion.ops import adopt, needs, record, report
 from companion.ops.papers import MODELS, paper, slugs
 
 
@@ -257,6 +257,27 @@ def test_adopt_replaces_the_run_before_and_gathers_what_was_measured(capsys, mad
     assert rows == [("a", 0, 1.0), ("b", 0, 3.0), ("b", 1, 4.0)]
     shutil.copytree(target, away / "again")
     assert call(capsys, "adopt", away / "again")[0] == 0  # its record fits its files
+
+
+@pytest.mark.parametrize(
+    ("slug", "columns", "before", "new"),
+    [
+        (
+            "tip",
+            ["dataset", "guidance", "scale", "SSIM"],
+            [("a", 1.0, 0.5, 1.0), ("a", 2.5, 0.5, 2.0)],
+            ("a", 1.0, 0.5, 3.0),
+        ),
+        ("dmt", ["task", "mask_ratio", "score"], [("a", 0.75, 1.0), ("a", 0.5, 2.0)], ("a", 0.75, 3.0)),
+        ("hvit", ["method", "seed", "kappa", "fold"], [("a", 0, 1.0, 2), ("a", 1, 2.0, 3)], ("a", 0, 3.0, 4)),
+    ],
+)
+def test_measured_rows_are_identified_by_the_keys_of_the_recipe(tmp_path, slug, columns, before, new):
+    pd.DataFrame(before, columns=columns).to_csv(tmp_path / "before.csv", index=False)
+    pd.DataFrame([new], columns=columns).to_csv(tmp_path / "new.csv", index=False)
+    adopt._gather(slug, tmp_path / "before.csv", tmp_path / "new.csv")
+    rows = pd.read_csv(tmp_path / "new.csv")[columns]  # a recipe may add those that older rows lack
+    assert rows.to_records(index=False).tolist() == [before[1], new]
 
 
 def test_adopt_keeps_the_folder_of_a_run_of_a_grid(capsys, made_elsewhere):

@@ -109,6 +109,8 @@ def test_only_what_changed_reruns(workspace: Workspace) -> None:
         subprocess.run(["git", *words], cwd=workspace.folder, check=True)
     status, text, started = workspace.run()
     assert (status, started) == (0, {"first", "second", "third", "site"}), text
+    for name in ("maps/a.tif", "teachers/a.bin"):  # what runs leave besides
+        workspace.write(f"reports/pocket/first/{name}", "")
     status = subprocess.run(["git", "status", "--short"], cwd=workspace.folder, capture_output=True, text=True)
     assert (status.stdout, status.stderr) == ("", "")
     assert len([line for line in text.splitlines() if "first" in line]) == 2, text  # started, done in N s
@@ -126,6 +128,8 @@ def test_only_what_changed_reruns(workspace: Workspace) -> None:
     workspace.write("reports/pocket/third/study.csv", "method,seed\n")
     assert workspace.run()[2] == {"third", "site"}
     assert workspace.path("reports/pocket/third/study.csv").exists()
+    workspace.write("reports/real/second/study.csv", "method,seed\n")
+    assert workspace.run()[2] == {"second", "site"}
 
 
 def test_one_failure_stops_neither_the_others_nor_takes_the_record(workspace: Workspace) -> None:

@@ -2,9 +2,10 @@
 
 import math
 
+import pandas as pd
 import pytest
 
-from companion.evaluation.claims import PAPER, judge_measured, within
+from companion.evaluation.claims import PAPER, evidence, judge_measured, within
 from companion.ops import report
 from companion.ops.papers import paper, slugs
 
@@ -22,6 +23,7 @@ OURS, BASELINE = ("ours", "mA"), ("baseline", "mA")
         ([AHEAD], {OURS: 2.0, BASELINE: 0.5}, True),
         ([AHEAD], {OURS: 2.0, BASELINE: 0.6}, False),
         ([AHEAD | {"by": 0}], {OURS: 2.0, BASELINE: 2.0}, False),
+        ([AHEAD | {"by": 0.3}], {OURS: 88.3, BASELINE: 88.0}, True),
         ([REACHED, AHEAD], {OURS: 89.0}, None),  # not all is measured
         ([REACHED, AHEAD], {OURS: 87.0}, False),  # one that is not met refutes
     ],
@@ -31,6 +33,11 @@ def test_conditions(conditions, cells, expected):
     assert holds is expected
     absent = OURS not in cells or (BASELINE not in cells and AHEAD in conditions)
     assert ("not run" in value) == absent
+
+
+def test_nan_is_no_measurement():
+    assert judge_measured([REACHED], {OURS: math.nan}) == (None, "ours, mA: not run")
+    assert judge_measured([AHEAD], {OURS: 2.0, BASELINE: math.nan}) == (None, "baseline, mA: not run")
 
 
 @pytest.mark.parametrize(
@@ -49,6 +56,24 @@ def test_differences_hold_within_the_tolerance_and_are_written_without_noise(val
     assert within({"A": value}, tolerance) == (holds, text)
     assert within({"B": 0.0, "A": value}, tolerance)[0] is holds  # one that is too large is enough
     assert not within({}, tolerance)[0]
+
+
+@pytest.mark.parametrize(
+    ("second", "text"),
+    [
+        (60.0, "Learning rate of theirs: 0.1 (60.0 on validation; at 1: 40.0)."),
+        (70.0, "theirs: a: 0.1 (60.0 on validation; at 1: 40.0); b: 0.1 (70.0 on validation; at 1: 40.0)."),
+    ],
+)
+def test_a_learning_rate_that_all_tasks_share_is_named_once(second, text):
+    """One model and one score for several tasks is one selection, not several that agree."""
+    scores = {("a", 0.1): 60.0, ("a", 1.0): 40.0, ("b", 0.1): second, ("b", 1.0): 40.0}
+    selection = [
+        {"stage": "select", "task": task, "method": "theirs", "learning_rate": rate, "seed": 0, "accuracy": score}
+        for (task, rate), score in scores.items()
+    ]
+    claim = {"tasks": ["a", "b"], "better": "ours", "worse": "theirs"}
+    assert evidence(claim, {"a": "made", "b": "drawn"}, pd.DataFrame(selection)).endswith(text)
 
 
 def made_up(claim: dict) -> dict[tuple[str, str], float]:

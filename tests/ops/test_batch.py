@@ -126,8 +126,16 @@ def test_more_cards_than_there_are_is_an_error_and_a_scheduler_deals_its_own(
     with pytest.raises(BadParameter, match="0 to 0, the GPUs of this machine"), batch.devices(1, tmp_path):
         pass
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    with batch.devices(1, tmp_path) as cards:
-        assert cards == []
+    for visible in ("", "3"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        with batch.devices(1, tmp_path) as cards:
+            assert cards == []
+
+
+def test_an_allocation_of_several_cards_is_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")  # as after `salloc --gres=gpu:3`
+    with batch.devices(1, tmp_path) as one, batch.devices(2, tmp_path) as others:
+        assert one == ["0"] and others == ["1", "7"]
 
 
 def test_the_summary_tells_done_failed_and_not_run_and_gathers_what_was_measured(tmp_path: Path) -> None:

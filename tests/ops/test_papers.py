@@ -138,6 +138,11 @@ def leads(folder: Path, task: str, metric: str, better: str, worse: str) -> pd.S
     return tested[better] - tested[worse]
 
 
+def findings_shown(slug, claim):
+    """The text of the finding on the first screen that belongs to a claim."""
+    return next(found["text"] for found in paper(slug)["findings"] if found.get("claim") == claim)
+
+
 def test_findings_that_are_no_claims_are_true_of_the_studies(root):
     pocket, real = root / "reports" / "pocket", root / "reports" / "real"
     lost = leads(pocket / "bat", "videos", "SR", "BAT", "BAT, from zeros")
@@ -146,5 +151,12 @@ def test_findings_that_are_no_claims_are_true_of_the_studies(root):
     words = ("none", "one", "two", "three", "four", "five")
     assert any(f"in {words[behind]} of five zones" in found["text"] for found in paper("metasegnet")["findings"])
     assert any("is behind that of the EfficientNet alone" in found["text"] for found in paper("dmt")["findings"])
+    assert "beats BAT with every seed" in findings_shown("bat", "over-full")
+    assert (leads(pocket / "bat", "videos", "SR", "full fine-tuning", "BAT") > 0).all()
+    assert "without them lesions are segmented better with every seed" in findings_shown("ecamp", "distillation")
+    assert (leads(pocket / "ecamp", "chests", "Dice", "ECAMP, no distillation", "ECAMP") > 0).all()
+    assert "neither reaches the PSNR of the degraded image" in findings_shown("tip", "restoration")
+    mild = ablations.read(pocket / "tip").query("stage == 'test' and task == 'mild'")
+    assert (mild["PSNR"] < mild["PSNR input"])[mild.method.isin(["TIP", "blind prompt"])].all()
     for task in ("CIFAR-10, 1,000 images", "RSSCN7, 350 images"):
         assert (leads(real / "dmt", task, "accuracy", "DMT", "EfficientNet-Lite0 only") < 0).all()

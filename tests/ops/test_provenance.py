@@ -29,6 +29,7 @@ def package(tmp_path: Path) -> Path:
         "data/vit_sets.yaml": "sets: []",
         "data/other_sets.yaml": "sets: []",
         "models/nb/paper.yaml": "title: x",
+        "models/nb/findings.yaml": "[]",
     }
     for name, text in files.items():
         path = tmp_path / "companion" / name
@@ -52,7 +53,7 @@ TWO = {"__init__.py", "models/__init__.py", "models/two.py", "training/fit.py", 
 
 def test_follows_imports_of_every_form(package: Path, tmp_path: Path) -> None:
     path = notebook(tmp_path, "%matplotlib inline\nfrom companion.models import two\n!ls", "if True:\n    import numpy")
-    assert names(path, package) == {*TWO, "models/nb/paper.yaml"}
+    assert names(path, package) == {*TWO, "models/nb/paper.yaml", "models/nb/findings.yaml"}
     assert names(package / "models" / "two.py", package) == TWO  # a module counts itself
 
 

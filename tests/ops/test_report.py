@@ -204,7 +204,7 @@ def test_a_synthetic_result_says_what_it_rests_on(run):
     said = run.claims["aligned"]["evidence"]
     assert said.startswith("where: synthetic scenes, built so that") and "favour the method by construction" in said
     assert "Trainable parameters: SA²VP 7, SA²VP, global attention 7" in said
-    assert said.endswith("attention: 0.3 on where (71.0 on validation; at 0.1: 61.0, 1: 45.0).")
+    assert said.endswith("attention: 0.3 (71.0 on validation; at 0.1: 61.0, 1: 45.0).")
     assert "Weak evidence" in run.claims["real"]["evidence"]
     assert "Not built for the method" in run.claims["aligned-real"]["evidence"]
 

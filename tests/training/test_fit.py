@@ -39,7 +39,7 @@ def squared(model, batch):
 
 def run(model, loss=squared, data=None, **changes):
     settings = dict(epochs=5, batch=8, optimizer=adamw(1e-2), hardware=CPU) | changes
-    return fit(model, loss, data or pairs(), **settings)
+    return fit(model, loss, pairs() if data is None else data, **settings)
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
@@ -112,6 +112,44 @@ def test_resume_refuses_other_settings_and_broken_files(tmp_path):
     checkpoint.path.write_bytes(checkpoint.path.read_bytes()[:100])
     with pytest.raises(CorruptFile, match=r"c\.pt"):
         run(noisy_model(), checkpoint=checkpoint)
+
+
+def test_callbacks_are_part_of_the_settings(tmp_path):
+    checkpoint = Checkpoint(tmp_path / "c.pt")
+    history = run(noisy_model(), checkpoint=checkpoint, callbacks=[Lookahead(), Callback()])
+    for callbacks in ([Lookahead()], [ClipNorm(1.0), Callback()]):
+        with pytest.raises(BadParameter, match=r"callbacks.*Lookahead.*Callback"):
+            run(noisy_model(), checkpoint=checkpoint, callbacks=callbacks)
+    saved = torch.load(checkpoint.path, weights_only=True)
+    del saved["settings"]["callbacks"]  # a checkpoint of an earlier version
+    torch.save(saved, checkpoint.path)
+    assert run(noisy_model(), checkpoint=checkpoint, callbacks=[Lookahead(), Callback()]) == history
+
+
+def test_a_loss_with_other_scalars_later_is_refused_where_it_would_be_stored(tmp_path):
+    def loss(model, batch):
+        steps.append(0)
+        return {"loss": squared(model, batch)} | ({"late": torch.ones(())} if len(steps) > 3 else {})
+
+    steps: list[int] = []
+    with pytest.raises(BadParameter, match=r"scalars of the loss = 'loss, late'.*first step, loss,"):
+        run(noisy_model(), loss, checkpoint=Checkpoint(tmp_path / "c.pt"))
+    steps.clear()
+    assert "late" in run(noisy_model(), loss)[-1]
+
+
+def test_a_training_stopped_within_an_epoch_ends_that_epoch():
+    class Stops(Callback):
+        ended = 0
+
+        def on_step_end(self, loop):
+            loop.stopped = loop.step == 11
+
+        def on_epoch_end(self, loop):
+            self.ended += 1
+
+    stops = Stops()
+    assert len(run(noisy_model(), callbacks=[stops])) == 11 and stops.ended == 2
 
 
 def test_the_history_is_appended_and_cut_to_the_checkpoint(tmp_path):
@@ -411,11 +449,15 @@ def test_a_gradient_that_is_not_finite_ends_the_training(factor, tmp_path):
         (lambda: dict(schedule=given(np.ones(3))), "40, one for each step"),
         (lambda: dict(batch=65), "1 to 64"),
         (lambda: dict(batch=0), "1 to 64"),
+        (lambda: dict(epochs=0), "epochs = 0.*more than 0"),
+        (lambda: dict(data=TensorDataset(torch.zeros(0, 5)), last="train"), "empty data set"),
         (lambda: dict(schedule=schedule("exponential")), "'cosine'"),
         (lambda: dict(schedule=schedule(warmup=2)), "0 to 1"),
         (lambda: dict(hardware=Hardware("cpu", precision="8")), "'bf16-mixed'"),
         (lambda: dict(optimizer=adamw(1e-2, decay="biases")), "'matrices', 'all'"),
         (lambda: dict(batch=9, hardware=Hardware("cpu", devices=2)), "multiple of devices"),
+        (lambda: dict(hardware=Hardware("cpu", devices=0)), "devices = 0.*1 or more"),
+        (lambda: dict(hardware=Hardware("cpu", precision="16-mixed")), "precision.*bf16-mixed"),
         (lambda: dict(hardware=Hardware("cpu", accumulate=9)), "1 to 8"),
         (lambda: dict(hardware=Hardware("cpu", grad_checkpointing=True)), "Sequential has no part"),
         (lambda: dict(callbacks=[Lookahead(0)]), "1 or more steps"),
@@ -611,6 +653,18 @@ def test_apple_silicon_is_used_only_on_request(monkeypatch):
     monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert launcher(Hardware()).device.type == "cpu" and launcher(Hardware("mps")).device.type == "mps"
+
+
+def test_gpus_that_are_not_there_are_refused(monkeypatch):
+    for kind in ("cuda", "mps"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: False))
+        with pytest.raises(BadParameter, match=f"accelerator = '{kind}'.*no such GPU"):
+            predict(nn.Identity(), pairs(), hardware=Hardware(kind))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(BadParameter, match=r"devices = 2.*1 to 1"):
+        launcher(Hardware("cuda"), 2)
 
 
 @pytest.mark.parametrize("slug", slugs())

@@ -70,11 +70,15 @@ def with_measured(slug: str, cells: Mapping[str, Mapping[tuple[str, str], float]
 def upsert_rows(
     path: str | Path, keys: Sequence[str], values: Sequence[str], new: Iterable[Mapping[str, object]] = ()
 ) -> pd.DataFrame:
-    """The measured results in the CSV `path`, a row for each combination of `keys`, with `new` added or replaced."""
+    """The measured results in the CSV `path`, a row for each combination of `keys`, with `new` added or replaced.
+
+    The frame's `attrs` name its "keys".
+    """
     path, added = Path(path), pd.DataFrame(list(new))
     rows = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*keys, *values])
     if len(added):
         rows = added if rows.empty else pd.concat([rows, added]).drop_duplicates(list(keys), keep="last")
         with atomic(path) as temporary:
             rows.to_csv(temporary, index=False)
+    rows.attrs["keys"] = list(keys)
     return rows

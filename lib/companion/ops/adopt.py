@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -68,7 +69,7 @@ def adopt(folder: str | Path) -> str:
             (new / item).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / item, new / item)
         if MEASURED in outputs and (target / MEASURED).exists():
-            _gather(target / MEASURED, new / MEASURED)
+            _gather(slug, target / MEASURED, new / MEASURED)
             outputs[MEASURED] = sha256(new / MEASURED)
         write_json(new / "run.json", facts | {"outputs": outputs})
         # everything is copied: from here on files are renamed, the record last
@@ -92,8 +93,11 @@ def _left(folder: Path) -> list[str]:
     return []
 
 
-def _gather(before: Path, new: Path) -> None:
+def _gather(slug: str, before: Path, new: Path) -> None:
     """Add to the measured results in `new` those of the runs `before` that measured something else."""
-    rows = pd.concat([pd.read_csv(before), pd.read_csv(new)])
-    what = [column for column in rows if not pd.api.types.is_float_dtype(rows[column])]
-    rows.drop_duplicates(what, keep="last").to_csv(new, index=False)
+    recipe = importlib.import_module(f"companion.models.{slug}.recipe")
+    read = getattr(recipe, "measured", pd.read_csv)  # completes the rows of older code
+    rows, added = read(before), read(new)
+    keys = getattr(recipe, "KEYS", None) or added.attrs["keys"]
+    rows = pd.concat([rows, added])
+    rows.drop_duplicates([key for key in keys if key in rows], keep="last").to_csv(new, index=False)

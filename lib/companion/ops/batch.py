@@ -124,15 +124,16 @@ def devices(count: int, folder: Path, poll: float = 1.0) -> Iterator[list[str]]:
     """Context manager: reserve `count` of this machine's GPUs, and hide all others from the run.
 
     The GPUs are those of CUDA_VISIBLE_DEVICES, or all that `nvidia-smi` lists. One lock file per GPU in `folder`
-    prevents other runs of the same checkout from using it; a killed run releases its own. On a cluster the scheduler
-    assigns the GPUs.
+    prevents other runs of the same checkout from using it; a killed run releases its own. A SLURM job that sees no more
+    than `count` has its own from the scheduler; of an allocation with more they are reserved.
 
     Raises `BadParameter`: the machine has fewer GPUs.
     """
-    if not count or "SLURM_JOB_ID" in os.environ:
+    cards = _cards() if count else []
+    own = "SLURM_JOB_ID" in os.environ and len(cards) <= count
+    if own or not count:
         yield []
         return
-    cards = _cards()
     if len(cards) < count:
         raise BadParameter("gpu", count, f"0 to {len(cards)}, the GPUs of this machine")
     folder.mkdir(parents=True, exist_ok=True)

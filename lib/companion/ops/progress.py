@@ -1,6 +1,7 @@
 """Progress display: a bar in interactive use, occasional lines in a batch log, nothing in tests.
 
-The environment variable `COMPANION_PROGRESS` chooses: "bar" (default), "lines" or "off".
+The environment variable `COMPANION_PROGRESS` chooses: "bar", "lines" or "off". The default is "bar" in a terminal and
+in a Jupyter kernel, "lines" where the output goes to a file or a pipe.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def progress(items: Iterable[T], text: str, total: int | None = None, done: int 
 
     Raises `BadParameter`: `COMPANION_PROGRESS` has another value than "bar", "lines" or "off".
     """
-    mode = os.environ.get("COMPANION_PROGRESS", "bar")
+    mode = os.environ.get("COMPANION_PROGRESS", "bar" if _interactive() else "lines")
     check_choice("COMPANION_PROGRESS", mode, ("bar", "lines", "off"))
     if total is None and isinstance(items, Sized):
         total = done + len(items)
@@ -42,3 +43,8 @@ def progress(items: Iterable[T], text: str, total: int | None = None, done: int 
                 last = now
                 left = f", about {(now - start) / (count - done) * (total - count):.0f} s left" if total else ""
                 print(f"{text}: {count}{f' of {total}' if total else ''}{left}", flush=True)
+
+
+def _interactive() -> bool:
+    """Whether the output is a terminal or that of a Jupyter kernel, which is none."""
+    return sys.stdout.isatty() or any(kind.__module__ == "ipykernel.iostream" for kind in type(sys.stdout).__mro__)

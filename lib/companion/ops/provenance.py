@@ -25,7 +25,8 @@ def sources(path: str | Path, package: Path = PACKAGE) -> list[Path]:
 
     These are all modules that it imports, directly or indirectly, with their packages' `__init__.py` files; the toy
     weights and the data files (YAML, CSV, text) named in any of these files; and, for a notebook, the
-    `models/<slug>/paper.yaml` of its name. A file below `package` is included itself; a notebook is not.
+    `paper.yaml` and `findings.yaml` of `models/<slug>`, its name. A file below `package` is included itself; a notebook
+    is not.
 
     Imports are read from the source (including functions). Names composed at run time are not found. `companion.save`
     and the other functions of the package itself count where they are named.
@@ -50,9 +51,9 @@ def sources(path: str | Path, package: Path = PACKAGE) -> list[Path]:
         (file, file.name) for folder in ("data", "toy/datasets") for file in (package / folder).glob("*.[yct]*")
     ]
     found.update(file for file, name in shipped if any(name in text for text in texts))
-    facts = package / "models" / path.stem / "paper.yaml"
-    if path.suffix == ".ipynb" and facts.exists():
-        found.add(facts)
+    if path.suffix == ".ipynb":
+        facts = (package / "models" / path.stem / name for name in ("paper.yaml", "findings.yaml"))
+        found.update(file for file in facts if file.exists())
     return sorted(found)
 
 

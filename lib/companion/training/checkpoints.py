@@ -115,7 +115,8 @@ class Checkpoint:
             return None
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
-            written, step = saved["settings"], saved["step"]
+            # files of earlier versions lack the callbacks
+            written, step = {"callbacks": settings.get("callbacks")} | saved["settings"], saved["step"]
         except Exception as error:
             raise CorruptFile(self.path, f"not a checkpoint of fit ({type(error).__name__})") from error
         for key in dict.fromkeys([*settings, *written]):
@@ -130,12 +131,12 @@ class Checkpoint:
 
     def write(self, loop: Loop, settings: Mapping[str, object], callbacks: Sequence[Callback]) -> None:
         """Append the new rows of the history, then save the rest, under a temporary name first."""
-        new = plain(loop.history[self._written :])
+        new, names = plain(loop.history[self._written :]), list(loop.history[0])
         if self._written == 0:
             with atomic(self.history) as temporary:
-                temporary.write_text(",".join(new[0]) + "\n", encoding="utf-8")
+                temporary.write_text(",".join(names) + "\n", encoding="utf-8")
         with full_disk_is_said(self.history), self.history.open("a", encoding="utf-8") as lines:
-            lines.writelines(",".join(repr(value) for value in row.values()) + "\n" for row in new)
+            lines.writelines(",".join(repr(row[name]) for name in names) + "\n" for row in new)
             lines.flush()
             os.fsync(lines.fileno())
         self._written = loop.step

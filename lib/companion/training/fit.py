@@ -4,7 +4,8 @@
         callbacks=[ClipNorm(1.0)], checkpoint=Checkpoint("run.pt"))
 
 The random numbers of a step depend only on the seed and the step, those of an item's augmentation only on the seed, the
-epoch and the item. On one machine a killed and resumed run is therefore bit-identical to an uninterrupted one.
+epoch and the item. On the CPU of one machine a killed and resumed run is therefore bit-identical to an uninterrupted
+one; on a GPU cuDNN selects its algorithms again, and the last bits may differ.
 """
 
 from __future__ import annotations
@@ -131,12 +132,23 @@ class Loop:
 
 
 def launcher(hardware: Hardware, devices: int = 1, **settings: Any) -> Fabric:
-    """The `Fabric` of `hardware`, for one device unless more are requested."""
-    from lightning_fabric import Fabric
+    """The `Fabric` of `hardware`, for one device unless more are requested.
 
+    Raises `BadParameter`: a GPU that is not there, or a precision that Fabric would replace on the CPU.
+    """
+    from lightning_fabric import Fabric
+    from lightning_fabric.accelerators import MPSAccelerator
+
+    chosen = device("auto") if hardware.accelerator == "auto" else hardware.accelerator
+    there = {"cuda": torch.cuda.is_available, "mps": MPSAccelerator.is_available}.get(chosen)
+    if there is not None and not there():
+        raise BadParameter("accelerator", chosen, "auto or cpu: there is no such GPU here")
+    if chosen == "cuda" and devices > (known := torch.cuda.device_count()):
+        raise BadParameter("devices", devices, f"1 to {known}, the GPUs there are")
+    if chosen == "cpu" and hardware.precision == "16-mixed":
+        raise BadParameter("precision", "16-mixed", "32-true or bf16-mixed: on the CPU there is no float16 training")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The `srun` command is available")
-        chosen = device("auto") if hardware.accelerator == "auto" else hardware.accelerator
         fabric = Fabric(accelerator=chosen, devices=devices, precision=hardware.precision, **settings)
     # inputs stay float32, as under plain `torch.autocast`: boxes and positions would lose precision
     fabric.strategy.precision.convert_input = lambda data: data
@@ -235,9 +247,9 @@ def fit(
 
     Args:
         loss: from the model and a batch (the stacked tuples of `data`) to a scalar, or to named scalars, of which
-            "loss" is minimised and the others are recorded.
+            "loss" is minimised and the others are recorded. With a `checkpoint` each step has the same names.
         data: map-style; a `TensorDataset` is indexed directly, without a loader.
-        epochs: passes over the data, may be a fraction.
+        epochs: passes over the data, more than 0; may be a fraction.
         batch: images per step, over all devices.
         optimizer: from the model to its optimiser, see `schedules.adamw` and `schedules.sgd`.
         schedule: learning rates, see `schedules`; a mapping by the `name` of the parameter groups if they differ. None:
@@ -262,8 +274,14 @@ def fit(
     """
     devices, accumulate, precision = hardware.devices, hardware.accumulate, hardware.precision
     check_choice("last", last, LAST)
+    if not epochs > 0:  # NaN too
+        raise BadParameter("epochs", epochs, "more than 0")
+    if not len(data):
+        raise BadParameter("data", "an empty data set", "one with images")
     if batch < 1 or (batch > len(data) and last != "train"):
         raise BadParameter("batch", batch, f"1 to {len(data)}, the images there are")
+    if devices < 1:
+        raise BadParameter("devices", devices, "1 or more")
     if batch % devices:
         raise BadParameter("batch", batch, f"a multiple of devices = {devices}")
     if not 1 <= accumulate <= batch // devices:
@@ -281,6 +299,8 @@ def fit(
     rates = _learning_rates(optim, schedule or scheduled(), steps, per_epoch)
     settings: dict[str, Any] = {"steps": steps, "batch": batch, "images": len(data), "seed": seed}
     settings |= {"accumulate": accumulate, "precision": precision} | _settings(optim, rates)
+    # by the class that defines their state: those without a state replace each other
+    settings["callbacks"] = [type(callback).state_dict.__qualname__.split(".")[-2] for callback in callbacks]
     if last != "drop":
         settings["last"] = last
     saved = checkpoint.read(model, settings) if checkpoint else None
@@ -350,6 +370,9 @@ def fit(
             if ranks > 1:
                 named = {name: value for name, value in row.items() if isinstance(value, Tensor)}
                 row |= zip(named, average_over_devices(torch.stack([*named.values()])), strict=True)
+            if checkpoint and loop.history and row.keys() != loop.history[0].keys():
+                first, now = (", ".join(list(columns)[2:]) for columns in (loop.history[0], row))
+                raise BadParameter("scalars of the loss", now, f"those of the first step, {first}, with a checkpoint")
             loop.history.append(row)  # losses stay tensors, to avoid synchronising with a GPU at each step
             loop.step += 1
             for callback in callbacks:
@@ -359,7 +382,7 @@ def fit(
                 for buffer in model.buffers():  # running statistics differ between devices
                     if buffer.is_floating_point():
                         average_over_devices(buffer)
-            if loop.step % per_epoch == 0 or loop.step == steps:
+            if loop.step % per_epoch == 0 or loop.step == steps or loop.stopped:
                 for callback in callbacks:
                     callback.on_epoch_end(loop)
             ended = loop.stopped or loop.step == steps

@@ -159,6 +159,31 @@ def test_files_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("part", "field", "style", "said"),
+    [
+        ("images", None, "coco", "no images"),
+        ("categories", None, "coco", "no categories"),
+        ("images", "id", "coco", r"images\[0\]: 'id' is missing"),
+        ("annotations", "bbox", "coco", r"annotations\[0\]: 'bbox' is missing"),
+        ("annotations", "image_id", "coco", "'image_id' is missing"),
+        ("categories", "frequency", "lvis", r"categories\[0\]: 'frequency' is missing"),
+    ],
+)
+def test_broken_annotations(part, field, style, said):
+    given = truth(neg_category_ids=[], not_exhaustive_category_ids=[])
+    given[part].clear() if field is None else given[part][0].pop(field)
+    with pytest.raises(CorruptFile, match=said):
+        evaluate(given, [row(1, 3)], style=style)
+
+
+def test_annotations_of_an_unknown_image():
+    given = truth()
+    given["annotations"][1]["image_id"] = 7
+    with pytest.raises(CorruptFile, match=r"annotations\[1\]: 'image_id' is 7"):
+        evaluate(given, [row(1, 3)])
+
+
+@pytest.mark.parametrize(
     ("rows", "options", "said"),
     [
         ([row(7, 3)], {}, r"image_id \[7\]"),

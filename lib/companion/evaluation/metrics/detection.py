@@ -94,7 +94,7 @@ def evaluate(
     """
     check_choice("style", style, STYLES)
     check_choice("kind", kind, KINDS)
-    truth, rows = _annotations(annotations), _rows(results, kind)
+    truth, rows = _annotations(annotations, style, kind), _rows(results, kind)
     ids = sorted(category["id"] for category in truth["categories"])
     named = {category["id"]: category["name"] for category in truth["categories"]}
     named_groups = {name: tuple(group) for name, group in (groups or {}).items()}
@@ -169,14 +169,26 @@ def _at(run: COCOeval_faster, overlap: float) -> int:
     return int(np.flatnonzero(np.isclose(run.params.iouThrs, overlap))[0])
 
 
-def _annotations(given: str | Path | dict) -> dict:
-    """The annotations; the parts that the evaluation modifies are copied."""
+def _annotations(given: str | Path | dict, style: str, kind: str) -> dict:
+    """The annotations, checked; the parts that the evaluation modifies are copied."""
     truth = given if isinstance(given, dict) else read_json(given)
     parts = ("images", "annotations", "categories")
     where = "annotations" if isinstance(given, dict) else given
     if not isinstance(truth, dict) or not all(isinstance(truth.get(part), list) for part in parts):
         raise CorruptFile(where, f"not COCO's format: an object with the lists {', '.join(parts)}")
+    if not truth["images"] or not truth["categories"]:
+        raise CorruptFile(where, "no images, or no categories")
+    fields = {"images": ["id"], "categories": ["id", "name"], "annotations": ["image_id", "category_id"]}
+    fields["categories"] += ["frequency"] if style == "lvis" else []
+    fields["annotations"] += ["bbox"] if kind == "bbox" else []
+    for part, names in fields.items():
+        for i, entry in enumerate(truth[part]):
+            if lost := [name for name in names if not isinstance(entry, Mapping) or entry.get(name) is None]:
+                raise CorruptFile(where, f"{part}[{i}]: '{lost[0]}' is missing")
+    known = {entry["id"] for entry in truth["images"]}
     for i, entry in enumerate(truth["annotations"]):
+        if entry["image_id"] not in known:
+            raise CorruptFile(where, f"annotations[{i}]: 'image_id' is {entry['image_id']!r}, which no image is")
         if "bbox" in entry and not is_box(entry["bbox"]):
             wrong = str(entry["bbox"])[:80]
             raise CorruptFile(where, f"annotations[{i}]: 'bbox' is {wrong}, not [x, y, width, height]")
