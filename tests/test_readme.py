@@ -37,7 +37,7 @@ def small(name: str, weights: str | Path = "pretrained", **options: Any) -> nn.M
         return build("openclip:ViT-S-32-alt/", "random", embed_dim=64, vision_cfg=vision, text_cfg=text)
     if name.startswith("resnet"):
         return build("resnet18", "random")
-    return build("vit_tiny_patch16_224", "random", depth=3, embed_dim=64, num_heads=2)
+    return build("vit_tiny_patch16_224", "random", depth=6, embed_dim=64, num_heads=2)
 
 
 build = backbones.build
@@ -77,12 +77,13 @@ def area() -> None:
     rasterio = pytest.importorskip("rasterio")
     for i, path in enumerate([*(Path(f"area/images/{i}.tif") for i in range(8)), Path("new.tif")]):
         path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.moveaxis(np.array(picture(i, (64, 64))), -1, 0)
-        with rasterio.open(path, "w", driver="GTiff", width=64, height=64, count=3, dtype="uint8") as file:
+        height, width = (64, 64) if i % 2 else (80, 100)
+        pixels = np.moveaxis(np.array(picture(i, (width, height))), -1, 0)
+        with rasterio.open(path, "w", driver="GTiff", width=width, height=height, count=3, dtype="uint8") as file:
             file.write(pixels)
         labels = Path("area/labels") / path.name
         labels.parent.mkdir(exist_ok=True)
-        with rasterio.open(labels, "w", driver="GTiff", width=64, height=64, count=1, dtype="uint8") as file:
+        with rasterio.open(labels, "w", driver="GTiff", width=width, height=height, count=1, dtype="uint8") as file:
             file.write(pixels[:1] // 86)
 
 
@@ -110,7 +111,7 @@ def shop() -> None:
 
 
 def biopsies() -> None:
-    for name, grade in [("new", "a"), *((f"slide{i}", "abc"[i % 3]) for i in range(8))]:
+    for name, grade in [("new", "0"), *((f"slide{i}", "012"[i % 3]) for i in range(8))]:
         slide = Path("biopsies") / grade / f"{name}.tiff"
         slide.parent.mkdir(parents=True, exist_ok=True)
         slide.touch()

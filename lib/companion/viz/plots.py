@@ -357,7 +357,10 @@ def scores(rows: pd.DataFrame, panels: Mapping[tuple[str, str], Iterable[str]]) 
             ax.plot(values, [y] * len(values), "o", color=colours[method], markersize=5, alpha=0.6, markeredgewidth=0)
             ax.plot(values.mean(), y, "|", color=colours[method], markersize=15, markeredgewidth=2.5)
         ax.set_yticks(range(len(list(methods))), list(methods))
-        unit = "dB" if "PSNR" in metric else "%"
+        difference = metric.endswith(("base gain", "lead"))  # of percentages
+        unit = "points" if difference else "dB" if "PSNR" in metric else "%"
+        if difference:
+            ax.axvline(0, color="black", linewidth=0.8)
         ax.set(ylim=(len(list(methods)) - 0.5, -0.5), xlabel=f"{metric} ({unit}) on “{task}”, synthetic test images")
         ax.tick_params(axis="y", length=0)
         ax.grid(axis="x")

@@ -353,13 +353,19 @@ def measure_detector(
                 half, named = "novel" if index in NOVEL else "base", int(score[row].argmax())
                 found[f"{half} found"].append(value >= 0.5)
                 if value >= 0.5:
-                    found[f"{half} named right"].append(named == index)
+                    found[f"{half} classified correctly"].append(named == index)
                     if half == "novel":
-                        found["novel named as its like"].append(CLASSES[named] == THINGS[index].like)
+                        found["novel classified as the similar base class"].append(CLASSES[named] == THINGS[index].like)
     return {key: round(100 * float(np.mean(values)), 1) for key, values in found.items()}
 
 
-_QUALITY = ("base found", "novel found", "base named right", "novel named right", "novel named as its like")
+_QUALITY = (
+    "base found",
+    "novel found",
+    "base classified correctly",
+    "novel classified correctly",
+    "novel classified as the similar base class",
+)
 
 
 # --- shipping ---------------------------------------------------------------------------------------------------------

@@ -74,6 +74,11 @@ def train(count: int = PAIRS, epochs: float = EPOCHS, seed: int = 0) -> OSTrack:
     return tracker
 
 
+def thermal(templates: Tensor) -> Tensor:
+    """Whether each of uint8 templates (n, 3, h, w) is thermal, which is grey; JPEG leaves a little colour."""
+    return (templates.float().amax(1) - templates.float().amin(1)).mean((1, 2)) < 4
+
+
 @torch.inference_mode()
 def measure(tracker: OSTrack, count: int = TESTED, seed: int = 1) -> dict[str, dict[str, float]]:
     """Mean IoU and precision (centre at most 5 of the 64 pixels off) on test pairs, by stream, and at chance level.
@@ -84,7 +89,7 @@ def measure(tracker: OSTrack, count: int = TESTED, seed: int = 1) -> dict[str, d
     parts = zip(template.split(250), search.split(250), strict=True)
     predicted = torch.cat([box_convert(tracker(pixels(z), pixels(x)).box, "cxcywh", "xywh") for z, x in parts]).numpy()
     truth, everywhere = truth.numpy(), np.ones(count, bool)
-    grey = (template.float().amax(1) - template.float().amin(1)).mean((1, 2)).numpy() < 4  # JPEG leaves a little colour
+    grey = thermal(template).numpy()
     size = truth[:, 2:].mean(0)
     middle = np.tile(np.concatenate([0.5 - size / 2, size]), (count, 1))
     found = {}

@@ -33,7 +33,16 @@ TASK, LIVE = "chests", ("MIM only", "ECAMP")
 STEPS = 150  # enough to see the losses fall; the ablations take four times as many
 MAIN = ("raw pixels", "random init", "MIM only", "MRM-like", "ECAMP")
 VARIANTS = tuple(name for name in study.METHODS if name.startswith("ECAMP"))
-METRICS = ("AUROC 50", "AUROC 200", "AUROC 1500", "Dice", "side gain", "finding gain", "attention lead, hidden")
+METRICS = (
+    "AUROC 50",
+    "AUROC 200",
+    "AUROC 1500",
+    "AUROC",
+    "Dice",
+    "side gain",
+    "finding gain",
+    "attention lead, hidden",
+)
 LOSSES = ("side, right", "side, other", "finding, right", "finding, other")
 SHARES = ("box area", "attention in box, hidden", "attention in box")
 EXPECTED = {"MIM only": 70, "ECAMP": 60, chest_ecamp.NAME: 90}  # AUROC with 200 labels in percent, at least

@@ -132,11 +132,16 @@ def tasks(seed: int = 0, columns: int = 6) -> Figure:
 
 
 @styled
-def tracking_pairs(seed: int, count: int = 5) -> Figure:
-    """Training pairs of the tracker: the template above, and below it the search crop with the box to be found."""
-    figure, axes = plt.subplots(2, count, figsize=(7.6, 3.4), height_ratios=[1, 2])
-    for i, (template, search, box) in enumerate(small_tracker.pairs(count, seed, "test")):
-        _show(axes[0, i], template.permute(1, 2, 0), "template")
+def tracking_pairs(seed: int) -> Figure:
+    """Pairs of both streams: the template above, and below it the search crop with the box to be found."""
+    counts = {"RGB": 3, "thermal": 2}
+    figure, axes = plt.subplots(2, sum(counts.values()), figsize=(7.6, 3.4), height_ratios=[1, 2])
+    drawn = small_tracker.pairs(30, seed, "test")
+    grey = small_tracker.thermal(drawn.tensors[0])
+    chosen = [(name, j) for name, of in (("RGB", ~grey), ("thermal", grey)) for j in of.nonzero()[: counts[name], 0]]
+    for i, (name, j) in enumerate(chosen):
+        template, search, box = drawn[j]
+        _show(axes[0, i], template.permute(1, 2, 0), f"template, {name}")
         _show(axes[1, i], search.permute(1, 2, 0), "search crop")
         _frame(axes[1, i], (search.shape[-1] * box).tolist())
     return figure
