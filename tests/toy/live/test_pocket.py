@@ -98,9 +98,11 @@ def test_boxes_of_novel_classes_have_their_colour():
 
 
 def test_pairs_and_crops_have_the_tracker_s_and_dino_s_sizes():
-    figure = figures.tracking_pairs(0, count=2)
-    template, search = shown(figure, "template")[0], shown(figure, "search crop")[0]
-    assert search.shape[0] > template.shape[0] and all(len(ax.patches) == 1 for ax in figure.axes[2:])
+    figure = figures.tracking_pairs(0)
+    thermal, search = shown(figure, "template, thermal"), shown(figure, "search crop")[0]
+    assert len(shown(figure, "template, RGB")) == 3 and len(thermal) == 2
+    assert all(np.ptp(image.astype(int), axis=2).mean() < 4 for image in thermal)
+    assert search.shape[0] > thermal[0].shape[0] and all(len(ax.patches) == 1 for ax in figure.axes[5:])
     figure = figures.crops(0)
     assert [image.shape[0] for image in shown(figure)] == [128, 32, 28, 28, 12, 12, 12, 12]
     x, y = figure.axes[0].patches[0].get_xy()
