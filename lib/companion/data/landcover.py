@@ -19,6 +19,7 @@ import functools
 import math
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -319,7 +320,8 @@ def own(
     if not files or (lost := [name for name in names if name not in files]):
         raise dataset.missing(root, f"images/{lost[0]} is not there" if files else "no images in images/")
     labels, stems = {path.stem: path for path in _files(root / "labels")}, [path.stem for path in files.values()]
-    if twice := [name for name in names if stems.count(Path(name).stem) > 1]:
+    counts = Counter(stems)
+    if twice := [name for name in names if counts[Path(name).stem] > 1]:
         raise CorruptFile(root / "images" / twice[0], "another image has the same name: they would share label and map")
     label_of = {s: next((labels[s + end] for end in ("", *ENDINGS) if s + end in labels), None) for s in stems}
     bare = [stem for stem, label in label_of.items() if label is None]
