@@ -119,6 +119,17 @@ def test_a_killed_run_lets_go_of_its_card(tmp_path: Path, monkeypatch: pytest.Mo
     assert time.monotonic() - began < 5
 
 
+def test_machines_that_share_a_checkout_have_a_gpu_0_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    other = start(tmp_path, 1, "import platform\nplatform.node = lambda: 'other'\n" + HOLDS.replace("0.6", "3"))
+    while not [*tmp_path.rglob("0.lock")]:
+        time.sleep(0.05)
+    with batch.devices(1, tmp_path, poll=0.05) as cards:
+        held = time.time()
+    printed = other.communicate(timeout=60)[0].split()
+    assert cards == printed[:1] == ["0"] and held < float(printed[2])
+
+
 def test_more_cards_than_there_are_is_an_error_and_a_scheduler_deals_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ import fcntl
 import itertools
 import json
 import os
+import platform
 import re
 import resource
 import subprocess
@@ -123,9 +124,9 @@ def seeds(*studies: str | Path) -> list[int]:
 def devices(count: int, folder: Path, poll: float = 1.0) -> Iterator[list[str]]:
     """Context manager: reserve `count` of this machine's GPUs, and hide all others from the run.
 
-    The GPUs are those of CUDA_VISIBLE_DEVICES, or all that `nvidia-smi` lists. One lock file per GPU in `folder`
-    prevents other runs of the same checkout from using it; a killed run releases its own. A SLURM job that sees no more
-    than `count` has its own from the scheduler; of an allocation with more they are reserved.
+    The GPUs are those of CUDA_VISIBLE_DEVICES, or all that `nvidia-smi` lists. One lock file per machine and GPU in
+    `folder` prevents other runs of the same checkout from using it; a killed run releases its own. A SLURM job that
+    sees no more than `count` has its own from the scheduler; of an allocation with more they are reserved.
 
     Raises `BadParameter`: the machine has fewer GPUs.
     """
@@ -136,6 +137,7 @@ def devices(count: int, folder: Path, poll: float = 1.0) -> Iterator[list[str]]:
         return
     if len(cards) < count:
         raise BadParameter("gpu", count, f"0 to {len(cards)}, the GPUs of this machine")
+    folder = folder / platform.node()  # machines that share a checkout have a GPU 0 each
     folder.mkdir(parents=True, exist_ok=True)
     held: dict[str, Any] = {}
     try:
