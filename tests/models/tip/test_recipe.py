@@ -344,12 +344,15 @@ def test_results_stand_in_the_tables_they_belong_to(tmp_path: Path) -> None:
         {"degradation": "real-esrgan"},
         {"dataset": "restoration/div2k"},
         {"dataset": "restoration/div2k", "degradation": "real-esrgan"},
+        {"size": 256, "steps": 20},
     )
     for value, changes in enumerate(runs):
-        rows = recipe.results(given(**changes), tmp_path, {"PSNR": 20.0, "SSIM": 0.5, "LPIPS": value / 100})
-    assert len(rows) == 10 == len(recipe.results(given(), tmp_path))
+        p = given(**{"size": 512, "steps": 50} | changes)
+        rows = recipe.results(p, tmp_path, {"PSNR": 20.0, "SSIM": 0.5, "LPIPS": value / 100})
+    assert len(rows) == 11 == len(recipe.results(given(), tmp_path))
     names = {t: {m: v for (m, s), v in recipe.cells(rows, t).items() if s == "LPIPS"} for t in recipe.TABLES}
     ours = {"TIP": 0.0, "semantic only": 0.01, "plain ControlNet, middle: add": 0.02, "TIP, sd21": 0.06}
+    ours |= {"TIP, 256 px, 20 steps": 0.1}
     assert names["comparison-parameterised"] == ours
     assert names["comparison-real-esrgan"] == {"TIP": 0.07}
     assert names["comparison-div2k"] == {"TIP": 0.08, "TIP, real-esrgan": 0.09}
@@ -358,6 +361,17 @@ def test_results_stand_in_the_tables_they_belong_to(tmp_path: Path) -> None:
     assert set(recipe.TABLES) <= set(published)
     assert set(recipe.ABLATIONS.values()) == {row["method"] for row in published["ablations"]["rows"]}
     assert set(recipe.BASES) == set(recipe.HUB) == set(tip_pipeline.SIZES) - {"pocket"}
+
+
+def test_results_of_several_seeds_are_averaged_and_older_rows_are_of_the_default_size(tmp_path: Path) -> None:
+    values, runs = {"SSIM": 0.5}, [given(size=512, steps=50, seed=seed) for seed in (0, 1)]
+    recipe.results(runs[0], tmp_path, values | {"PSNR": 18.0}).drop(columns=["size", "steps", "seed"]).to_csv(
+        tmp_path / "measured.csv", index=False
+    )
+    assert recipe.results(runs[0], tmp_path)[["size", "steps", "seed"]].to_numpy().tolist() == [[512, 50, 0]]
+    for p, found in zip(runs, (20.0, 22.0), strict=True):  # the first one replaces the older row
+        rows = recipe.results(p, tmp_path, values | {"PSNR": found})
+    assert recipe.cells(rows, "comparison-parameterised") == {("TIP", "PSNR"): 21.0, ("TIP", "SSIM"): 0.5}
 
 
 def test_modulated_middle_of_a_plain_controlnet_is_added(pocket: None, tmp_path: Path) -> None:

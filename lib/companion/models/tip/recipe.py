@@ -10,6 +10,7 @@ import functools
 import inspect
 import math
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,8 @@ WORKERS = min(16, os.cpu_count() or 1)
 BASES = {"sd15": "stable-diffusion-v1-5", "sd21": "stable-diffusion-2-1-base"}
 HUB = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sd21": "stabilityai/stable-diffusion-2-1-base"}
 DRY_SIZE, DRY_STEPS = 128, 2
-KEYS = ("base", "mid", "dataset", "degradation", "method", "texts", "guidance", "scale")
+USUAL = {"size": 512, "steps": 50, "seed": 0}  # the notebook's defaults
+KEYS = ("base", "mid", "dataset", "degradation", "method", "texts", "guidance", "scale", *USUAL)
 SCORES = ("PSNR", "SSIM", "LPIPS", "FID")
 
 
@@ -436,12 +438,14 @@ ABLATIONS = {
 
 
 def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
-    """The real results that belong in a published table, by (method, score): own prompts, no guidance, scale 1.
+    """The real results that belong in a published table, by (method, score): own prompts, no guidance, scale 1; means
+    over seeds.
 
-    A method's name includes what is not the default: the diffusion model, the middle, on DIV2K the degradation.
+    A method's name includes what is not the default: the diffusion model, the middle, the size of the images, the steps
+    of sampling, on DIV2K the degradation.
     """
     dataset, degradation = TABLES[table]
-    found: dict = {}
+    found: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
     for row in rows.to_dict("records"):
         plain = row["texts"] == "own" and row["guidance"] == 1 and row["scale"] == 1
         if row["dataset"] != dataset or not plain or degradation not in (None, row["degradation"]):
@@ -451,12 +455,21 @@ def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
         name = ABLATIONS[row["method"]] if table == "ablations" else row["method"]
         changed = [row["base"] * (row["base"] != "sd15"), f"middle: {row['mid']}" * (row["mid"] != "modulate")]
         changed += [row["degradation"] * (degradation is None and row["degradation"] != "parameterised")]
+        units = {"size": "px", "steps": "steps"}
+        changed += [f"{row[key]} {unit}" * (row[key] != USUAL[key]) for key, unit in units.items()]
         name = ", ".join([name, *filter(None, changed)])
-        found |= {(name, score): row[score] for score in SCORES if pd.notna(row.get(score))}
-    return found
+        for score in SCORES:
+            if pd.notna(row.get(score)):
+                found[name, score].append(row[score])
+    return {key: float(np.mean(values)) for key, values in found.items()}
 
 
 def results(p: SimpleNamespace, out: Path, values: Mapping[str, float] | None = None) -> pd.DataFrame:
-    """The real results of all runs into `out`, one row for each dataset, degradation, method, prompts and scale."""
+    """The real results of all runs into `out`, one row for each combination of `KEYS`.
+
+    Rows of older code, without size, steps and seed, are of the defaults."""
     row = {key: getattr(p, key) for key in KEYS} | dict(values or {})
-    return upsert_rows(out / "measured.csv", KEYS, SCORES, [row] if values else [])
+    rows = upsert_rows(out / "measured.csv", KEYS, SCORES, [row] if values else [])
+    for name, usual in USUAL.items():
+        rows[name] = rows[name].fillna(usual).astype(int) if name in rows else usual
+    return rows.drop_duplicates(list(KEYS), keep="last")
