@@ -264,9 +264,9 @@ def test_adopt_replaces_the_run_before_and_gathers_what_was_measured(capsys, mad
     [
         (
             "tip",
-            ["dataset", "guidance", "scale", "SSIM"],
-            [("a", 1.0, 0.5, 1.0), ("a", 2.5, 0.5, 2.0)],
-            ("a", 1.0, 0.5, 3.0),
+            ["base", "mid", "dataset", "degradation", "method", "texts", "guidance", "scale", "SSIM"],
+            [(*"abcdef", 1.0, 0.5, 1.0), (*"abcdef", 2.5, 0.5, 2.0)],
+            (*"abcdef", 1.0, 0.5, 3.0),
         ),
         ("dmt", ["task", "mask_ratio", "score"], [("a", 0.75, 1.0), ("a", 0.5, 2.0)], ("a", 0.75, 3.0)),
         ("hvit", ["method", "seed", "kappa", "fold"], [("a", 0, 1.0, 2), ("a", 1, 2.0, 3)], ("a", 0, 3.0, 4)),

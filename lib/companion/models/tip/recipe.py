@@ -464,12 +464,17 @@ def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
     return {key: float(np.mean(values)) for key, values in found.items()}
 
 
-def results(p: SimpleNamespace, out: Path, values: Mapping[str, float] | None = None) -> pd.DataFrame:
-    """The real results of all runs into `out`, one row for each combination of `KEYS`.
+def measured(path: str | Path, *new: Mapping[str, object]) -> pd.DataFrame:
+    """The scores on real data in the CSV `path`; `new` rows, `KEYS` and `SCORES`, are added or replace equal ones.
 
     Rows of older code, without size, steps and seed, are of the defaults."""
-    row = {key: getattr(p, key) for key in KEYS} | dict(values or {})
-    rows = upsert_rows(out / "measured.csv", KEYS, SCORES, [row] if values else [])
+    rows = upsert_rows(path, KEYS, SCORES, new)
     for name, usual in USUAL.items():
         rows[name] = rows[name].fillna(usual).astype(int) if name in rows else usual
-    return rows.drop_duplicates(list(KEYS), keep="last")
+    return rows.drop_duplicates([*KEYS], keep="last")
+
+
+def results(p: SimpleNamespace, out: Path, values: Mapping[str, float] | None = None) -> pd.DataFrame:
+    """The real results of all runs into `out`; with `values`, those of this run are added."""
+    new = [{key: getattr(p, key) for key in KEYS} | dict(values)] if values else []
+    return measured(out / "measured.csv", *new)
