@@ -233,7 +233,8 @@ def test_a_students_file_names_its_choices_and_its_size(tmp_path, small, monkeyp
 def test_a_small_folder_has_a_batch_for_its_devices_and_its_learning_rate(small, monkeypatch, tmp_path):
     seen = {}
     monkeypatch.setattr(runs, "fit", lambda model, loss, data, **options: seen.update(options) or [])
-    monkeypatch.setattr(runs, "_images_to_distil", lambda p: range(1001))
+    few = type("Few", (list,), {"sources": ()})(range(1001))
+    monkeypatch.setattr(runs, "_images_to_distil", lambda p: few)
     for devices, images, batch in ((1, 1001, 1001), (2, 1001, 1000), (4, 5000, 4096)):
         runs.distil(given(devices=devices), torch.nn.Linear(1, 1), range(images))
         rates = seen["schedule"](0.0, 0, 0)
@@ -308,6 +309,8 @@ def test_another_distillation_has_another_checkpoint_wherever_it_is_started(smal
     assert len(others) == 5
     monkeypatch.chdir(tmp_path)
     assert trained(data_root="images") == first
+    (tmp_path / "images/image.PNG").rename(tmp_path / "images/a/another.png")
+    assert trained() not in others, "as many images, not the same"
 
 
 @pytest.mark.parametrize("task", [task for task in runs.USUAL if task != "distil"])

@@ -404,9 +404,13 @@ def test_ones_own_folder_is_trained_kept_and_mapped(quick, tmp_path, capsys):
     found = recipe.setting(p, tmp_path)
     assert found.tests["test"].classes == ["field", "wood"]
     assert found.texts("MetaSegNet", ["Cfb"], "", ["red earth"]) == ["red earth"]
-    model, history = recipe.train(found, "MetaSegNet")
+    _, history = recipe.train(found, "MetaSegNet")
     assert len(history) == 2
     (weights,) = (tmp_path / "trained").iterdir()
+    for stored in (1, 2):  # other labels are another training
+        model, _ = recipe.train(found, "MetaSegNet")
+        assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == stored
+        (tmp_path / "labels" / "0.tif").write_bytes((tmp_path / "labels" / "1.tif").read_bytes())
     p = given(data_root=str(tmp_path), dataset="folder", task="predict", checkpoint=str(weights))
     found = recipe.setting(p, tmp_path)
     again, history = recipe.train(found, "MetaSegNet")

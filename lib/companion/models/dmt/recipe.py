@@ -21,6 +21,7 @@ from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import InterpolationMode, v2
 
 from ...data import pretraining
+from ...data.classification import Images
 from ...data.pretraining_sets import ADE20K, COCO, IMAGENET
 from ...errors import BadParameter, CorruptFile, MissingWeights
 from ...evaluation.metrics import detection, landcover
@@ -261,6 +262,8 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
         title = f"{p.dataset or USUAL['distil']}, {len(raw):,} images"
         lr *= distil_batch(p, len(raw)) / recipe("distil")["batch"]
         facts = _facts(p) | {"models": found}
+        if p.dataset == "folder":  # its images may change between runs
+            facts["images"] = [os.path.relpath(path, p.data_root) for path in raw.sources]
         name = f"ViT-{p.student}, seed {p.seed}"
         options["checkpoint"] = Checkpoint.of(out / "checkpoints", name, EVERY, **facts)
         trained = out / "trained" / f"{name}, {checkpoint_key(**facts)}.safetensors"
@@ -284,7 +287,7 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
     return Setting(title, {"DMT": lr}, lambda method: build(p, found), learn, trained)
 
 
-def _images_to_distil(p: SimpleNamespace) -> Dataset:
+def _images_to_distil(p: SimpleNamespace) -> Images:
     """ImageNet's training images; "folder": all below `data_root`, or below its `train` if it exists, at any depth,
     because no label is needed. In [0, 1], at their original size."""
     dataset = p.dataset or IMAGENET

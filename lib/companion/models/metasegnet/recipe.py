@@ -34,6 +34,7 @@ from ...data.landcover_transforms import SCALES, Mosaic, test_transform, train_t
 from ...errors import BadParameter, MissingWeights
 from ...evaluation.metrics import landcover as metrics
 from ...evaluation.tables import published_table, upsert_rows
+from ...ops.files import sha256
 from ...ops.papers import paper
 from ...training import checkpoints, schedules
 from ...training.callbacks import Callback, EarlyStop, Lookahead
@@ -505,16 +506,18 @@ def setting(p: SimpleNamespace, out: Path) -> Setting:
     def learn_method(model: MetaSegNet, method: str) -> History:
         if p.task != "train" and not p.dry_run:
             return []
-        data, zones, own = training()
-        given = texts(prompts, method, zones, own=own, seed=p.seed)
+        items, zones, own = training()
+        data, given = items, texts(prompts, method, zones, own=own, seed=p.seed)
         if model.text is not None and given is not None:
-            data = Prompted(data, model.text, given, DROPPED if LEVELS[method] == "full" else 0.0)
+            data = Prompted(items, model.text, given, DROPPED if LEVELS[method] == "full" else 0.0)
         if p.dry_run:
             return learn(p, data, model, epochs=1, batch=len(data) // DRY_STEPS)
         without = [f"without {p.held_out}"] if p.held_out else []
         name = ", ".join([method, p.dataset, *without, *_changed(p, method), f"seed {p.seed}"])
         facts = {key: getattr(p, key) for key in ("dataset", "without_xbd", "held_out", "text_encoder", "padding")}
         facts |= {"data_root": Path(p.data_root), "texts": given, "select": chosen(p)}
+        if p.dataset == "folder":  # its images and labels may change between runs
+            facts["labels"] = [(one.image.name, one.label and sha256(one.label)) for one in items.data.pictures]
         checkpoint = Checkpoint.of(out / "checkpoints", name, model=model, **facts)
         part = next(iter(tests.values()))
         asked = texts(prompts, method, part.zones, own=part.texts, seed=p.seed)
@@ -592,7 +595,7 @@ def _split(p: SimpleNamespace, split: str, dataset: str = "", **options) -> land
     return landcover.load(name, p.data_root, split, **options)
 
 
-Items = tuple[Dataset, Sequence[str | None], Sequence[str | None] | None]
+Items = tuple[TensorDataset | Mosaic, Sequence[str | None], Sequence[str | None] | None]
 """Training items (image, labels), their zones, and one's own texts."""
 
 
