@@ -655,7 +655,9 @@ def measured(path: Path, *new: Mapping[str, object]) -> pd.DataFrame:
     """The scores on real data in the CSV `path`; `new` rows, `KEYS` and "score", are added or replace equal ones."""
     rows = upsert_rows(path, KEYS, ["score"], new)
     # rows of an earlier version, which had not all choices, have their defaults
-    return rows.reindex(columns=[*KEYS, "score"]).fillna(CHOICES).drop_duplicates(KEYS, keep="last")
+    for name, usual in CHOICES.items():
+        rows[name] = rows[name].fillna(usual) if name in rows else usual
+    return rows.reindex(columns=[*KEYS, "score"]).drop_duplicates(KEYS, keep="last")
 
 
 def cells(rows: pd.DataFrame, table: str) -> dict[tuple[str, str], float]:
