@@ -122,7 +122,7 @@ def test_a_killed_run_lets_go_of_its_card(tmp_path: Path, monkeypatch: pytest.Mo
 def test_machines_that_share_a_checkout_have_a_gpu_0_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     other = start(tmp_path, 1, "import platform\nplatform.node = lambda: 'other'\n" + HOLDS.replace("0.6", "3"))
-    while not [*tmp_path.rglob("0.lock")]:
+    while not [*tmp_path.rglob("0.lock")] and other.poll() is None:
         time.sleep(0.05)
     with batch.devices(1, tmp_path, poll=0.05) as cards:
         held = time.time()

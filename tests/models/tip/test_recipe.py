@@ -1,5 +1,6 @@
 """TIP's runs: the recipe on small models, resuming, the prompts of each test, the dry run at full size."""
 
+import ast
 import dataclasses
 import json
 import subprocess
@@ -372,6 +373,13 @@ def test_results_of_several_seeds_are_averaged_and_older_rows_are_of_the_default
     for p, found in zip(runs, (20.0, 22.0), strict=True):  # the first one replaces the older row
         rows = recipe.results(p, tmp_path, values | {"PSNR": found})
     assert recipe.cells(rows, "comparison-parameterised") == {("TIP", "PSNR"): 21.0, ("TIP", "SSIM"): 0.5}
+
+
+def test_the_usual_size_steps_and_seed_are_the_notebooks_defaults(root: Path) -> None:
+    cells = json.loads((root / "notebooks" / "tip.ipynb").read_text(encoding="utf-8"))["cells"]
+    (source,) = ("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", ()))
+    defaults = {line.targets[0].id: line.value.value for line in ast.parse(source).body}
+    assert {name: defaults[name] for name in recipe.USUAL} == recipe.USUAL
 
 
 def test_modulated_middle_of_a_plain_controlnet_is_added(pocket: None, tmp_path: Path) -> None:
