@@ -9,13 +9,14 @@ INSTALLED := .venv/.installed
 SNAKEMAKE := $(BIN) -m snakemake --cores all --keep-going --quiet host progress reason rules
 # tests/offline: tests, including the notebooks' kernels, have no network access
 PYTEST := COMPANION_PROGRESS=off PYTHONPATH='$(CURDIR)/tests/offline' $(BIN) -m pytest
-# one process per core, each with one thread; a notebook's kernel and a test file run in one process, except the files
-# that tests/conftest.py distributes
+# one process per core, each with THREADS threads; a notebook's kernel and a test file run in one process, except the
+# files that tests/conftest.py distributes
+THREADS ?= 1
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4
 LONGEST_FIRST := --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help reports study lint test coverage nbval test-slow mutants lab gpu bench notebooks lock clean
+.PHONY: help reports study lint test coverage nbval test-slow lab gpu bench notebooks lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -43,7 +44,7 @@ lint: $(INSTALLED)  ## ruff, formatting, types, import rules, and the committed 
 	$(BIN) -m companion.ops.notebooks --check notebooks/*.ipynb
 
 test: $(INSTALLED)  ## unit tests, parity with the authors' code, a small site in a browser
-	OMP_NUM_THREADS=1 $(PYTEST) $(COVERAGE) $(SIDE_BY_SIDE) $(LONGEST_FIRST) -m 'not slow' tests
+	OMP_NUM_THREADS=$(THREADS) $(PYTEST) $(COVERAGE) $(SIDE_BY_SIDE) $(LONGEST_FIRST) -m 'not slow' tests
 
 # of the lines that the tests run themselves; of other processes nothing is counted
 coverage: COVERAGE := --cov --cov-report term --cov-report html:build/coverage
@@ -51,18 +52,15 @@ coverage: test  ## the same tests, which take almost twice as long, and the shar
 
 # separate from `test`: with --cov, nbval starts coverage in every kernel, which times out
 nbval: $(INSTALLED)  ## run the committed notebooks and compare their outputs
-	OMP_NUM_THREADS=1 $(PYTEST) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg $(SIDE_BY_SIDE) --dist loadfile notebooks
+	OMP_NUM_THREADS=$(THREADS) $(PYTEST) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg $(SIDE_BY_SIDE) --dist loadfile notebooks
 
 # full-size models: one process per file, since those of several files do not fit in memory
 test-slow: $(INSTALLED)  ## the rest: full-size parity (up to 13 GB), then the simulated GPU, the site, JupyterLab and other long checks
 	@failed=0; for file in $$(grep -rl 'mark.large' tests --include='test_*.py'); do \
 	  $(PYTEST) -m large $$file || failed=1; done; \
-	  OMP_NUM_THREADS=1 $(PYTEST) $(SIDE_BY_SIDE) $(LONGEST_FIRST) -m 'slow and not large' \
+	  OMP_NUM_THREADS=$(THREADS) $(PYTEST) $(SIDE_BY_SIDE) $(LONGEST_FIRST) -m 'slow and not large' \
 	    $$(grep -rl 'mark.slow' tests --include='test_*.py') || failed=1; \
 	  exit $$failed
-
-mutants: $(INSTALLED)  ## put a list of faults into a copy of the library, and report which the tests catch (less than an hour)
-	$(BIN) -m tests.mutants
 
 lab: $(INSTALLED)  ## open the notebooks in JupyterLab
 	$(BIN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks

@@ -10,14 +10,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import nbformat
 import pytest
-import torch
-from safetensors.torch import load_file
-
-from companion.training.checkpoints import Checkpoint, trained_state
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -95,28 +91,6 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, calls
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(owner, name, stopping)
         yield
-
-
-def assert_resumes(train: Callable, recipe: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A killed training resumes to the same bits, and its final weights are saved.
-
-    `train(out)` trains with the output folder `out` and returns the model and the history; it takes `recipe.loss`. The
-    second training is killed in its fourth step, after a checkpoint at the second.
-    """
-    whole, history = train(folder / "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoint.of.__func__, "__defaults__", (2,))
-        with interrupted(monkeypatch, recipe, "loss", 3):
-            train(folder / "killed")
-    (rows,) = (folder / "killed" / "checkpoints").glob("*.csv")
-    assert len(rows.read_text().splitlines()) == 1 + 2 < 1 + len(history)
-    resumed, again = train(folder / "killed")
-    assert again == history
-    expected = trained_state(whole)
-    (saved,) = (folder / "killed" / "trained").iterdir()
-    for state in (trained_state(resumed), load_file(saved)):
-        assert state.keys() == expected.keys()
-        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.fixture(scope="module")  # Playwright allows one driver at a time, and a test file may start its own

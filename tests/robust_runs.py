@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from companion import errors, slides, tracking
@@ -22,7 +23,6 @@ from companion.data.tracking import read_frame
 from companion.models.dmt import Teachers, build
 from companion.models.dmt import cache as dmt_cache
 from companion.models.ecamp import distil as ecamp_distil
-from companion.models.layers import dino
 from companion.toy import ablation as study
 from companion.toy.datasets import classification
 from companion.training.checkpoints import Checkpoint, trained_state
@@ -32,6 +32,16 @@ from tests.test_tracking import clip, pocket_model, sequence
 from tests.training.test_fit import noisy_model, run, squared
 
 torch.set_num_threads(1)
+
+
+STEPS = Path("steps")  # set by `work`
+
+
+def pause(seconds: float) -> None:
+    """Count a step, and make it slow enough to be killed in."""
+    with STEPS.open("ab") as file:
+        file.write(b".")
+    time.sleep(seconds)
 
 
 def digest(parts: Iterable[bytes]) -> str:
@@ -46,32 +56,12 @@ def training(folder: Path) -> str:
     """The training loop of all papers."""
 
     def loss(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        time.sleep(0.01)
+        pause(0.01)
         return squared(model, batch)
 
     model = noisy_model()
     history = run(model, loss, epochs=10, checkpoint=Checkpoint(folder / "training.pt", every=3))
     return digest([*tensors(trained_state(model)), repr(history).encode()])
-
-
-def pretraining(folder: Path) -> str:
-    """DINO, whose checkpoint has a teacher and a centre too."""
-
-    class Encoder(nn.Sequential):
-        dim = 8
-
-    torch.manual_seed(0)
-    encoder = Encoder(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 8))
-    images = torch.rand(32, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-
-    def views(batch: torch.Tensor) -> list[torch.Tensor]:
-        time.sleep(0.01)
-        return [batch + 0.1 * torch.randn(batch.shape) for _ in range(2)]
-
-    sizes = dict(epochs=15, batch=8, outputs=16, hidden=16, bottleneck=8)
-    where = Checkpoint(folder / "dino.pt", every=3)
-    encoder, history = dino.pretrain(encoder, images, views, **sizes, checkpoint=where, hardware=CPU)
-    return digest([*tensors(encoder.state_dict()), repr(history).encode()])
 
 
 def studies(folder: Path) -> str:
@@ -83,7 +73,7 @@ def studies(folder: Path) -> str:
     module.BUDGET, module.prepare = "no steps", lambda root, seed: None
 
     def train(method: str, task: str, rate: float, seed: int, root: str, split: str) -> dict[str, float]:
-        time.sleep(0.15)
+        pause(0.15)
         return {"accuracy": 10 * rate + (method == "a") + seed, "loss": 1.0}
 
     module.train = train
@@ -100,7 +90,7 @@ def features(folder: Path) -> str:
         written(slide, drawn())
 
     def encode(regions: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.05)
+        pause(0.05)
         return mean_colour(regions)
 
     found = slides.read_features(slides.extract(slide, encode, folder / "slide.h5", tiling=SMALL, batch=1))
@@ -111,7 +101,7 @@ def videos(folder: Path) -> str:
     """Tracking through six videos."""
 
     def read(*paths: Path) -> np.ndarray:
-        time.sleep(0.25)
+        pause(0.25)
         return read_frame(*paths)
 
     tracking_data.read_frame = read
@@ -125,7 +115,7 @@ def distillation(folder: Path) -> str:
     """A language model's statements on each report."""
 
     def slow(report: str, entities: list[str], attempt: int) -> str:
-        time.sleep(0.03)
+        pause(0.03)
         return ecamp_distil.Rules()(report, entities)
 
     slow.name = "slow"
@@ -137,7 +127,7 @@ def cached_teachers(folder: Path) -> str:
     """Two teachers' tokens of images, on disk."""
 
     def slowly(image: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.01)
+        pause(0.01)
         return image
 
     torch.manual_seed(1)
@@ -149,13 +139,19 @@ def cached_teachers(folder: Path) -> str:
 
 def pictures(folder: Path) -> str:
     """A pocket data set, written as a whole or not at all."""
+    save = Image.Image.save
+
+    def slowly(image: Image.Image, *where: object, **options: object) -> None:
+        pause(0.002)
+        save(image, *where, **options)
+
+    Image.Image.save = slowly
     (root,) = classification.write(folder / "data", ["where"])
     return digest(path.name.encode() + path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file())
 
 
 KINDS: dict[str, Callable[[Path], str]] = {
     "training": training,
-    "DINO": pretraining,
     "study": studies,
     "slide features": features,
     "tracking": videos,
@@ -165,5 +161,12 @@ KINDS: dict[str, Callable[[Path], str]] = {
 }
 
 
-def work(kind: str, folder: str, out: str) -> None:
-    Path(out).write_text(KINDS[kind](Path(folder)), encoding="utf-8")
+def work(kind: str, folder: str) -> None:
+    """Run to the end; write the digest, or the error, to <folder>.out, and a byte for each step to <folder>.steps."""
+    global STEPS
+    STEPS = Path(folder).with_suffix(".steps")
+    try:
+        found = KINDS[kind](Path(folder))
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+    Path(folder).with_suffix(".out").write_text(found, encoding="utf-8")

@@ -5,13 +5,12 @@ import json
 import pytest
 import torch
 import transformers as hf
-from torchvision.ops import clip_boxes_to_image
+from torchvision.ops import box_convert, clip_boxes_to_image
 
 from companion import detectors
-from companion.detectors import GroundingDino, Output, Owl, build, limits, read_results, refine_results, refined, rows
-from companion.errors import BadParameter, CorruptFile, MissingWeights
-from companion.models.sic_cads import refine
-from tests.data.conftest import refused
+from companion.detectors import GroundingDino, Output, Owl, build, read_results, refine_results, refined, rows
+from companion.errors import CorruptFile, MissingWeights
+from tests.models.common import refuses
 
 NAMES = ["cat", "hot_dog", "moon"]
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -38,35 +37,21 @@ def owl(kind: str, names=NAMES, model: torch.nn.Module | None = None) -> Owl:
 
 
 @pytest.mark.parametrize("kind", list(OWLS))
-def test_the_callers_model_is_not_changed(kind):
-    model = owl_model(kind).train()
-    detector = owl(kind, model=model)
-    assert model.training and all(p.requires_grad for p in model.parameters()) and not detector.model.training
-
-
-@pytest.mark.parametrize("kind", list(OWLS))
 @pytest.mark.parametrize("shape", [(48, 80), (80, 48)])
 def test_owl_gives_the_librarys_boxes_and_scores_of_all_classes(kind, shape):
-    detector, image = owl(kind), image_of(*shape)
+    model, image = owl_model(kind).train(), image_of(*shape)
+    detector = owl(kind, model=model)
+    assert model.training and all(p.requires_grad for p in model.parameters())  # the caller's is not changed
     found = detector(image)
-    assert found.size == shape and found.boxes.shape == (16, 4) and found.probabilities.shape == (16, 3)
+    assert found.size == shape and found.boxes.shape == (16, 4)
     ids = detectors.SimpleTokenizer(context_length=16)([f"a photo of a {n.replace('_', ' ')}" for n in NAMES])
     given = detector.processor(images=image, return_tensors="pt")
     with torch.no_grad():
         whole = detector.model(input_ids=ids, attention_mask=(ids > 0).long(), **given)
     torch.testing.assert_close(found.probabilities, whole.logits[0].sigmoid())
-    theirs = detector.processor.post_process_object_detection(whole, threshold=0.0, target_sizes=[shape])[0]
-    torch.testing.assert_close(found.boxes, clip_boxes_to_image(theirs["boxes"], shape))
-    torch.testing.assert_close(theirs["scores"], found.probabilities.amax(1))  # one class a box: too late to refine
-
-
-def test_owl_reads_its_names_once():
-    detector = owl("owlvit")
-    calls = []
-    detector.tower.text_model.register_forward_hook(lambda *_: calls.append(1))
-    detector(image_of())
-    assert not calls and detector.queries.shape == (3, 32)
-    assert not any(p.requires_grad for p in detector.parameters())
+    (theirs,) = detector.processor.post_process_object_detection(whole, threshold=0.0, target_sizes=[shape])
+    torch.testing.assert_close(found.boxes, clip_boxes_to_image(theirs["boxes"], shape), rtol=1e-4, atol=1e-3)
+    refuses((lambda: detector(image.float()), "float32"))
 
 
 def bert() -> hf.BertTokenizer:
@@ -92,131 +77,71 @@ def dino(names=NAMES, length: int = 12, **options) -> GroundingDino:
 
 
 @torch.no_grad()
-def test_grounding_dino_takes_the_best_token_of_each_name():
+def test_grounding_dino_takes_the_best_token_of_each_name_and_several_passes_for_many():
     detector, image = dino(), image_of()
-    found = detector(image)
-    given = detector.processor(images=image, return_tensors="pt")
+    found, given = detector(image), detector.processor(images=image, return_tensors="pt")
     whole = detector.model(**given, **bert()("cat. hot dog. moon.", return_tensors="pt"))
-    said = whole.logits[0].sigmoid()
-    torch.testing.assert_close(found.probabilities, torch.stack([said[:, 1], said[:, 3:5].amax(1), said[:, 6]], 1))
-    mean = dino(tokens="mean")(image)
-    torch.testing.assert_close(mean.probabilities[:, 1], said[:, 3:5].mean(1))
-    theirs = hf.GroundingDinoProcessor(detector.processor, bert()).post_process_grounded_object_detection(
-        whole, threshold=0.0, target_sizes=[(48, 80)]
-    )[0]
-    torch.testing.assert_close(found.boxes, clip_boxes_to_image(theirs["boxes"], (48, 80)))
+    tokens = whole.logits[0].sigmoid()
+    best = torch.stack([tokens[:, 1], tokens[:, 3:5].amax(1), tokens[:, 6]], 1)
+    torch.testing.assert_close(found.probabilities, best)
+    torch.testing.assert_close(dino(tokens="mean")(image).probabilities[:, 1], tokens[:, 3:5].mean(1))
+    boxes = box_convert(whole.pred_boxes[0], "cxcywh", "xyxy") * torch.tensor([80, 48, 80, 48])
+    torch.testing.assert_close(found.boxes, clip_boxes_to_image(boxes, (48, 80)), rtol=1e-4, atol=1e-3)
+    many = dino(["cat", "hot_dog", "moon", "ball", "dog"])(image)  # the last one in a pass of its own
+    assert many.boxes.shape == (40, 4) and many.probabilities.shape == (40, 5)
+    assert many.probabilities[:20, 4].eq(0).all() and many.probabilities[20:, :4].eq(0).all()
+    refuses((lambda: dino(["cat " * 10]), "9 tokens"))
 
 
-def test_many_names_take_several_passes():
-    detector = dino(["cat", "hot_dog", "moon", "ball", "dog"])
-    assert [list(spans) for _, spans in detector.chunks] == [[0, 1, 2, 3], [4]]
-    assert all(len(ids) + 2 <= 12 for ids, _ in detector.chunks)
-    found = detector(image_of())
-    assert found.boxes.shape == (40, 4) and found.probabilities.shape == (40, 5)
-    assert found.probabilities[:20, 4].eq(0).all() and found.probabilities[20:, :4].eq(0).all()
-    p = torch.full((5,), 0.5)
-    assert refine(found.probabilities, p, 0.5)[20:, :4].eq(0).all()  # no class comes from a pass that was not asked
-    refused(BadParameter, "at most 9 tokens", dino, ["cat " * 10])
+BOXES = torch.tensor([[0.0, 0, 10, 10], [20, 20, 40, 30], [50, 50, 60, 70]])
+FOUND = Output(BOXES, torch.tensor([[0.64, 0.04], [0.25, 0.01], [0.09, 0.16]]), (80, 80))
 
 
-def output(count: int = 12, classes: int = 3) -> Output:
-    generator = torch.Generator().manual_seed(2)
-    corner = torch.rand(count, 2, generator=generator) * 40
-    boxes = torch.cat([corner, corner + 8 + 20 * torch.rand(count, 2, generator=generator)], 1)
-    return Output(boxes, torch.rand(count, classes, generator=generator), (80, 80))
+def test_the_best_boxes_are_chosen_after_refinement_and_finished_results_rescaled():
+    p = torch.tensor([0.01, 1.0])
+    plain, best = refined(FOUND, top=3), refined(FOUND, p, 0.5, top=3)
+    assert plain.classes.tolist() == [0, 0, 1] and best.classes.tolist() == [1, 1, 1]
+    torch.testing.assert_close(plain.scores, torch.tensor([0.64, 0.25, 0.16]))
+    torch.testing.assert_close(best.scores, torch.tensor([0.4, 0.2, 0.1]))
+    torch.testing.assert_close(best.boxes, BOXES[[2, 0, 1]])
+    finished = rows(refined(FOUND, nms=None), 7, [4, 6])
+    assert finished[0] == {"image_id": 7, "category_id": 4, "bbox": [0, 0, 10, 10], "score": pytest.approx(0.64)}
+    assert finished[1]["bbox"] == [20, 20, 20, 10]
+    rescaled = refine_results(finished, {7: p}, [4, 6], 0.5)
+    assert sorted(row["score"] for row in rescaled)[-3:] == pytest.approx([0.1, 0.2, 0.4])
+    refuses(
+        (lambda: refined(FOUND._replace(probabilities=3 * FOUND.probabilities)), "1.92"),  # logits
+        (lambda: refined(FOUND._replace(boxes=BOXES[:2])), r"\(2, 4\)"),
+        (lambda: refine_results(finished, {8: p}, [4, 6]), "7"),
+        (lambda: refine_results(finished, {7: p}, [4, 9]), "6"),
+    )
 
 
-def test_top_k_comes_after_refinement():
-    found = output()
-    p = torch.tensor([0.01, 0.01, 0.99])
-    assert (refined(found, p, 0.9, top=4).classes == 2).all()
-    assert len(set(refined(found, top=4).classes.tolist())) > 1
-    plain = refined(found, p, 0.0, top=36)
-    assert torch.equal(plain.scores, refined(found, top=36).scores)
-
-
-def test_rows_are_coco_results():
-    found = refined(output(), top=2)
-    first = rows(found, 7, [1, 5, 9])[0]
-    assert first["image_id"] == 7 and first["category_id"] == [1, 5, 9][found.classes[0]]
-    x, y, width, height = first["bbox"]
-    torch.testing.assert_close(torch.tensor([x, y, x + width, y + height]), found.boxes[0])
-
-
-def test_any_callable_is_a_detector_when_its_output_fits():
-    boxes, probabilities, size = output()
-    for found, p, said in (
-        (Output(boxes, probabilities * 3 - 1, size), None, "sigmoid of logits"),
-        (Output(boxes[:3], probabilities, size), None, r"boxes \(R, 4\)"),
-        (output(), torch.ones(4), "p = "),
-    ):
-        refused(BadParameter, said, refined, found, p)
-
-
-def test_finished_results_are_rescaled_as_the_matrix_is():
-    found, p = output(), torch.tensor([0.2, 0.9, 0.5])
-    everything = rows(refined(found, nms=None, top=36), 1, [4, 6, 8])
-    later = refine_results(everything, {1: p}, [4, 6, 8], 0.7)
-    direct = rows(refined(found, p, 0.7, nms=None, top=36), 1, [4, 6, 8])
-    assert sorted(round(r["score"], 5) for r in later) == sorted(round(r["score"], 5) for r in direct)
-    assert everything[0]["score"] != later[0]["score"]
-    cut = refine_results(rows(refined(found, nms=None, threshold=0.5), 1, [4, 6, 8]), {1: p}, [4, 6, 8], 0.7)
-    assert len(cut) < len(direct)  # removed boxes do not reappear
-
-
-def test_limits_say_what_was_cut():
-    found = output()
-    one = found.probabilities == found.probabilities.amax(1, keepdim=True)
-    finished = rows(refined(found._replace(probabilities=found.probabilities * one), nms=None, top=5), 1, [1, 2, 3])
-    found_limits = limits([*finished, finished[0] | {"image_id": 2}])
-    assert found_limits["most rows an image"] == 5 and found_limits["images with that many"] == 50
-    assert found_limits["boxes with one class"] == 100
-    assert found_limits["lowest score"] == min(r["score"] for r in finished)
-    assert limits(rows(refined(found, nms=None, top=36), 1, [1, 2, 3]))["boxes with one class"] == 0
-    refused(BadParameter, "no rows", limits, [])
-
-
-def test_result_files(tmp_path):
+def test_result_files_are_read_and_refused_by_row(tmp_path):
     path, good = tmp_path / "dets.json", {"image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}
     path.write_text(json.dumps([good]))
     assert read_results(path) == [good]
-    for broken, said in (
-        ({"a": 1}, "a list"),
+    for content, named in (
         ([good, {"image_id": 1}], "row 1"),
         ([good | {"category_id": "cat"}], "row 0"),
-        ([good | {"score": 3.2}], "'score' is 3.2"),
+        ([good | {"score": 3.2}], "3.2"),
+        ({"a": 1}, "dets.json"),
     ):
-        path.write_text(json.dumps(broken))
-        refused(CorruptFile, said, read_results, path)
-    path.write_text(json.dumps([good])[:-9])
-    refused(CorruptFile, r"dets\.json", read_results, path)
-    for image, category, gamma, said in ((2, 3, 0.5, "image_id 1"), (1, 4, 0.5, "without 3"), (1, 3, -0.1, "gamma")):
-        refused(BadParameter, said, refine_results, [good], {image: torch.ones(1)}, [category], gamma)
+        path.write_text(json.dumps(content))
+        refuses((lambda: read_results(path), named), error=CorruptFile)
 
 
-def test_weights_from_a_folder(tmp_path):
-    model = owl_model("owlvit")
-    refused(MissingWeights, "google/owlvit-base-patch32", build, "google/owlvit-base-patch32", NAMES, tmp_path)
-    model.save_pretrained(tmp_path)
-    again = build("google/owlvit-base-patch32", NAMES, tmp_path)
-    torch.testing.assert_close(again(image_of()).probabilities, owl("owlvit")(image_of()).probabilities)
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    refused(CorruptFile, "owlvit", build, "google/owlvit-base-patch32", NAMES, tmp_path)
-
-
-def test_grounding_dino_from_a_folder(tmp_path):
-    dino().model.save_pretrained(tmp_path)
-    bert().save_pretrained(tmp_path)
-    found = build("IDEA-Research/grounding-dino-tiny", NAMES, tmp_path, tokens="mean")
-    assert found.tokens == "mean" and found.chunks == dino().chunks
-
-
-def test_names_that_are_not_there(monkeypatch):
+def test_weights_from_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    refused(BadParameter, "google/owlv2", build, "fasterrcnn", NAMES)
-    refused(BadParameter, "names", build, "google/owlvit-base-patch32", [], "random")
-    refused(BadParameter, "tokenizer is a file", build, "IDEA-Research/grounding-dino-tiny", NAMES, "random")
-    refused(BadParameter, "tokens", dino, tokens="first")
-    refused(BadParameter, "uint8", owl("owlvit"), image_of().float())
-    refused(MissingWeights, "grounding-dino-base", build, "IDEA-Research/grounding-dino-base", NAMES)
+    owls, dinos = tmp_path / "owl", tmp_path / "dino"
+    owl_model("owlvit").save_pretrained(owls)
+    again = build("google/owlvit-base-patch32", NAMES, owls)
+    torch.testing.assert_close(again(image_of()).probabilities, owl("owlvit")(image_of()).probabilities)
+    dino().model.save_pretrained(dinos)
+    bert().save_pretrained(dinos)
+    assert build("IDEA-Research/grounding-dino-tiny", NAMES, dinos, tokens="mean").chunks == dino().chunks
+    file = owls / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    refuses((lambda: build("google/owlvit-base-patch32", NAMES, owls), "owlvit"), error=CorruptFile)
+    refuses((lambda: build("google/owlvit-base-patch32", NAMES, tmp_path), "owlvit"), error=MissingWeights)
+    refuses((lambda: build("fasterrcnn", NAMES), "fasterrcnn"))

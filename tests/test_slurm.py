@@ -104,8 +104,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             process.wait(timeout=30)
 
 
-@pytest.mark.slow
-def test_a_grid_runs_on_a_cluster(tmp_path: Path, cluster: Path) -> None:
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
     pytest.importorskip("snakemake_executor_plugin_slurm", reason="the extra `cluster` is not installed")
     folder = tmp_path / "a checkout"
     folder.mkdir()
@@ -114,18 +114,30 @@ def test_a_grid_runs_on_a_cluster(tmp_path: Path, cluster: Path) -> None:
     workspace.notebook("bad", "raise ValueError('the reason')")
     workspace.write("grid.yaml", GRID)
     shutil.copytree(ROOT / "profiles", workspace.path("profiles"))
-    command = (
-        "--profile profiles/slurm --configfile grid.yaml --slurm-no-account --slurm-status-command squeue "
-        "--slurm-init-seconds-before-status-checks 3"
-    )
-    status, text, _ = workspace.snakemake(command)
-    assert status != 0
-    assert "2 done, 1 failed" in text and "bad/run  ValueError: the reason" in text
+    return workspace
+
+
+COMMAND = (
+    "--profile profiles/slurm --configfile grid.yaml --slurm-no-account --slurm-status-command squeue "
+    "--slurm-init-seconds-before-status-checks 3"
+)
+
+
+def test_the_profile_of_a_cluster_plans_the_grid(workspace: Workspace) -> None:
+    status, text, started = workspace.snakemake(COMMAND, "--dry-run")
+    assert (status, started) == (0, set()), text
+    assert text.count("rule run:") == 3 and not workspace.path("reports").exists()
+
+
+@pytest.mark.slow
+def test_a_grid_runs_on_a_cluster(workspace: Workspace, cluster: Path) -> None:
+    status, text, _ = workspace.snakemake(COMMAND)
+    assert status != 0 and "the reason" in text
     for seed in (0, 1):
         executed = workspace.read(f"reports/pocket/good/seed={seed}/good.ipynb")
         assert f"seed {seed}" in executed and "job " in executed
     assert not workspace.path("reports/pocket/bad/run/bad.ipynb").exists()
 
     workspace.notebook("bad", "x = 1")
-    status, text, _ = workspace.snakemake(command)
-    assert status == 0 and "3 done;" in text, text
+    status, text, _ = workspace.snakemake(COMMAND)
+    assert status == 0 and workspace.path("reports/pocket/bad/run/bad.ipynb").exists(), text

@@ -99,7 +99,7 @@ def workspace(tmp_path: Path, root: Path) -> Workspace:
     return Workspace(folder, root)
 
 
-def test_only_what_changed_reruns(workspace: Workspace) -> None:
+def test_only_what_changed_reruns_and_git_tracks_no_output(workspace: Workspace) -> None:
     workspace.notebook("first", "import companion.one\nprint(companion.one.VALUE)")
     workspace.notebook("second", "from companion import two")
     workspace.notebook("third", "from companion import two")
@@ -109,35 +109,28 @@ def test_only_what_changed_reruns(workspace: Workspace) -> None:
         subprocess.run(["git", *words], cwd=workspace.folder, check=True)
     status, text, started = workspace.run()
     assert (status, started) == (0, {"first", "second", "third", "site"}), text
-    for name in ("maps/a.tif", "teachers/a.bin"):  # what runs leave besides
-        workspace.write(f"reports/pocket/first/{name}", "")
     status = subprocess.run(["git", "status", "--short"], cwd=workspace.folder, capture_output=True, text=True)
     assert (status.stdout, status.stderr) == ("", "")
-    assert len([line for line in text.splitlines() if "first" in line]) == 2, text  # started, done in N s
     assert str(workspace.folder) not in workspace.read("build/reports/pocket/first/first.ipynb")
     threads = min(4, max(1, len(os.sched_getaffinity(0)) // 3))  # the notebooks share the cores
     assert json.loads(workspace.read("build/reports/pocket/first/claims.json")) == ["pocket", str(threads)]
 
-    assert workspace.run() == (0, "reports/site/index.html is up to date\n", set())
+    status, _, started = workspace.run()
+    assert (status, started) == (0, set())
 
     workspace.write("lib/companion/one.py", "VALUE = 2\n")
-    # as in a fresh clone, where the records are there but no executed notebook
-    workspace.path("build/reports/pocket/second/second.ipynb").unlink()
-    assert workspace.run()[2] == {"first", "second", "site"}
-
-    workspace.write("reports/pocket/third/study.csv", "method,seed\n")
-    assert workspace.run()[2] == {"third", "site"}
-    assert workspace.path("reports/pocket/third/study.csv").exists()
-    workspace.write("reports/real/second/study.csv", "method,seed\n")
-    assert workspace.run()[2] == {"second", "site"}
+    workspace.write("reports/real/third/study.csv", "method,seed\n")
+    assert workspace.run()[2] == {"first", "third", "site"}
+    assert workspace.path("reports/real/third/study.csv").exists()
 
 
+@pytest.mark.slow
 def test_one_failure_stops_neither_the_others_nor_takes_the_record(workspace: Workspace) -> None:
     workspace.notebook("bad", "import companion.one", "raise ValueError('the reason')")
     workspace.notebook("good", "import companion.two")
     workspace.write("build/reports/pocket/bad/run.json", "{}")
     status, text, _ = workspace.run()
-    assert status != 0 and "ValueError: the reason" in text and "bad: FAILED" in text
+    assert status != 0 and "ValueError: the reason" in text
     assert workspace.path("build/reports/pocket/good/good.ipynb").exists()
     assert not workspace.path("build/reports/pocket/bad/bad.ipynb").exists()
     assert "the reason" in workspace.read("build/pocket/bad.ipynb")
@@ -149,53 +142,43 @@ def test_one_failure_stops_neither_the_others_nor_takes_the_record(workspace: Wo
     assert (status, started) == (0, {"bad", "site"}), text
 
 
-@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
-def test_a_killed_run_leaves_nothing_that_looks_finished(workspace: Workspace, how: signal.Signals) -> None:
+@pytest.mark.slow
+def test_a_killed_run_leaves_nothing_that_looks_finished(workspace: Workspace) -> None:
     workspace.notebook("long", "import time\nopen('running', 'w').close()\ntime.sleep(100)")
     process = workspace.start()
     deadline = time.monotonic() + 240
     while not workspace.path("running").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.1)
-    os.killpg(process.pid, how)
+    os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
     assert not workspace.path("build/reports/pocket/long/long.ipynb").exists()
 
     workspace.notebook("long", "x = 1")
+    status, text, _ = workspace.run()
+    assert status != 0 and "--unlock" in text  # Snakemake cannot know that the lock is stale
+    workspace.snakemake("--unlock")
     status, text, started = workspace.run()
-    if how == signal.SIGKILL:  # Snakemake cannot know that the lock is stale, and prints the remedy
-        assert status != 0 and "--unlock" in text
-        workspace.snakemake("--unlock")
-        status, text, started = workspace.run()
     assert (status, started) == (0, {"long", "site"}), text
 
 
-def test_more_parameters_reach_the_notebook_and_count(workspace: Workspace) -> None:
-    workspace.notebook("first")
-    target = "reports/paper/first/first.ipynb"
-    for seed, expected in ((3, {"first"}), (3, set()), (4, {"first"})):
-        words = ("--cores 1 --config profile=paper", f"parameters=-p seed {seed}", "--", target)
-        status, text, started = workspace.snakemake(*words)
-        assert (status, started & {"first"}) == (0, expected), text
-        assert f"seed = {seed}" in workspace.read(target)
+PARTS = "--cores 2 --keep-going --quiet all --config"
 
 
-def test_features_of_slides_are_made_in_parts(workspace: Workspace) -> None:
+@pytest.mark.slow
+def test_features_of_slides_are_made_in_parts_and_a_failed_part_alone_reruns(workspace: Workspace) -> None:
     workspace.notebook("one")
     stub = "import sys\nprint(sys.argv[1:])\nsys.exit('--part 1/3' in ' '.join(sys.argv) and {fails})\n"
     workspace.write("lib/companion/cli.py", stub.format(fails="'the reason'"))
     words = f"{PARTS} parts=3 'slides=slides/panda --data-root /data' -- features"
     status, text, started = workspace.snakemake(words)
     assert status != 0 and "the reason" in text and len(started) == 3
-    said = "'slides/panda', '--data-root', '/data', '--part', '0/3'"
-    assert said in workspace.read("build/slides/0-of-3.log")
-    # the part that failed is run again, alone
+    given = "'slides/panda', '--data-root', '/data', '--part', '0/3'"
+    assert given in workspace.read("build/slides/0-of-3.log")
     workspace.write("lib/companion/cli.py", stub.format(fails="0"))
     assert workspace.snakemake(words)[2] == {"slides 1/3"}
-    assert workspace.snakemake(words)[2] == set()
 
 
-PARTS = "--cores 2 --keep-going --quiet all --config"
 GRID = """
 parameters: {seed: 5}
 runs:
@@ -204,50 +187,34 @@ runs:
 """
 
 
-def test_a_grid_runs_what_it_lists_and_one_failure_is_told_in_the_summary(workspace: Workspace) -> None:
+@pytest.mark.slow
+def test_a_grid_runs_what_it_lists_and_its_summary_names_the_failure(workspace: Workspace) -> None:
     workspace.notebook("good", "import companion.one\nprint(seed)")
     workspace.notebook("bad", "import companion.two\nif seed == 1:\n    raise ValueError('seed one\\nmore')")
     workspace.write("grid.yaml", GRID)
     shutil.copytree(ROOT / "profiles", workspace.path("profiles"))
     command = "--profile profiles/local --configfile grid.yaml"
-
-    status, text, started = workspace.snakemake(command, "--dry-run")
-    assert (status, started) == (0, set()), text
-    assert text.count("rule run:") == 4 and not workspace.path("reports").exists()
-
     status, text, started = workspace.snakemake(command)
     assert status != 0
     assert started == {f"{paper}/seed={seed}" for paper in ("good", "bad") for seed in (0, 1)}
-    assert "3 done, 1 failed" in text and "bad/seed=1  ValueError: seed one" in text
+    assert "seed one" in text
     summary = workspace.read("reports/pocket/summary.csv").splitlines()
-    assert [line.split(",")[0] for line in summary[1:]] == ["good", "good", "bad", "bad"]
+    assert [line.split(",")[:3] for line in summary[1:]] == [
+        ["good", "seed=0", "done"], ["good", "seed=1", "done"], ["bad", "seed=0", "done"], ["bad", "seed=1", "failed"]
+    ]  # fmt: skip
     assert workspace.path("reports/pocket/good/seed=1/good.ipynb").exists()
     assert not workspace.path("reports/pocket/bad/seed=1/bad.ipynb").exists()
-    assert "seed one" in workspace.read("build/pocket/bad/seed=1.ipynb")
 
     workspace.write("lib/companion/one.py", "VALUE = 2\n")
     assert workspace.snakemake(command)[2] == {"good/seed=0", "good/seed=1", "bad/seed=1"}
 
-    grid = GRID.replace("- {paper: bad, seed: [0, 1]}", "- {paper: bad, seed: [0]}").replace("[0, 1]", "[1, 2]")
-    workspace.write("grid.yaml", grid)
-    status, text, started = workspace.snakemake(command)
-    assert (status, started) == (0, {"good/seed=2"}), text
-    assert "3 done;" in text
-
-
-def test_a_bad_grid_is_told_before_anything_runs(workspace: Workspace) -> None:
-    workspace.notebook("good")
     workspace.write("grid.yaml", "runs: [{paper: goood}]")
-    for words, said in (
-        ("--configfile grid.yaml", "Accepted: 'good'"),
-        ("--config run=x", "Accepted: 'profile', 'parameters', 'runs'"),
-        ("--config papers=x", "papers = 'x'"),
-    ):
-        status, text, started = workspace.snakemake(f"--cores 1 {words}")
-        assert status != 0 and started == set() and said in text
+    status, text, started = workspace.snakemake(command)
+    assert status != 0 and started == set() and "'good'" in text
 
 
-def test_a_study_chooses_rates_once_runs_its_seeds_apart_and_merges_them(workspace: Workspace) -> None:
+@pytest.mark.slow
+def test_a_study_selects_learning_rates_once_and_trains_its_seeds_in_jobs_that_resume(workspace: Workspace) -> None:
     for name in ("one", "two"):
         workspace.notebook(name)
     for name in ("__init__", "one", "two"):
@@ -260,15 +227,12 @@ def test_a_study_chooses_rates_once_runs_its_seeds_apart_and_merges_them(workspa
     words = f"{PARTS} papers=one -- studies"
     status, text, _ = workspace.snakemake(words)
     assert status != 0 and "the reason" in text
-    said = workspace.read("said").splitlines()
-    assert said[0] == "one build/study/one/rates --seeds --data build/study/one/data --workers 2"
+    calls = workspace.read("said").splitlines()
+    assert calls[0] == "one build/study/one/rates --seeds --data build/study/one/data --workers 2"
     part = "--start build/study/one/rates --data build/study/one/data --workers 1"
-    assert sorted(said[1:]) == [f"one build/study/one/seed{seed} --seeds {seed} {part}" for seed in (3, 8)]
+    assert sorted(calls[1:]) == [f"one build/study/one/seed{seed} --seeds {seed} {part}" for seed in (3, 8)]
 
-    # as in a killed run: what is done stays, the rest continues
     workspace.write("lib/companion/toy/ablation.py", stub.format(0))
     assert workspace.snakemake(words)[0] == 0
     merge = "one reports/pocket/one --merge build/study/one/seed3 build/study/one/seed8"
-    assert workspace.read("said").splitlines()[3:] == [said[1 + ("--seeds 3" in said[1])], merge]
-    assert workspace.snakemake(words)[0] == 0
-    assert len(workspace.read("said").splitlines()) == 5
+    assert workspace.read("said").splitlines()[3:] == [calls[1 + ("--seeds 3" in calls[1])], merge]

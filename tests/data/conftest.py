@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from companion.data import DATASETS
+from companion.errors import CorruptFile
 
 
 def refused(error: type[Exception], words: str, call: Callable, /, *args: object, **options: object) -> None:
@@ -29,6 +30,20 @@ def picture(path: Path, value: int | tuple = 100, size: tuple[int, int] = (12, 1
 def values(images) -> list[int]:
     """The brightness of each image: which file it came from (JPEG keeps a flat grey)."""
     return [int(np.asarray(images.picture(i))[0, 0, 0]) for i in range(len(images))]
+
+
+def items(images) -> list[tuple[int, int]]:
+    """The brightness and the label of each image."""
+    return [(value, int(label)) for value, label in zip(values(images), images.labels, strict=True)]
+
+
+def unreadable(file: Path, call: Callable, contents: dict[str | bytes, str]) -> None:
+    """With each content of `file` the call raises a `CorruptFile` of it that names a value."""
+    for content, value in contents.items():
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(CorruptFile) as error:
+            call()
+        assert error.value.path == file and value in str(error.value), content
 
 
 def expect(monkeypatch: pytest.MonkeyPatch, name: str, **changes) -> None:

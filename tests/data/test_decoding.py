@@ -1,4 +1,4 @@
-"""Decoded pixels equal PIL's bit for bit, with any decoder."""
+"""Decoded pixels equal PIL's bit for bit, with any decoder. Files of more than 8 bits: tests/test_odd_files.py."""
 
 import io
 
@@ -10,24 +10,18 @@ from companion.data.decoding import pixels, upright
 
 NOISE = np.random.default_rng(0).integers(256, size=(45, 67, 4), dtype=np.uint8)
 SMOOTH = np.asarray(Image.fromarray(NOISE[..., :3]).resize((131, 77), Image.Resampling.BICUBIC))
+COLOUR, GREY = Image.fromarray(SMOOTH), Image.fromarray(SMOOTH).convert("L")
+FILES = {f"{s}.jpg": (COLOUR, {"quality": 95 - 20 * s, "subsampling": s}) for s in (0, 1, 2)}
+FILES |= {f"grey.{end}": (GREY, {}) for end in ("jpg", "png", "bmp")}
+FILES |= {"cmyk.jpg": (COLOUR.convert("CMYK"), {}), "rgb.png": (COLOUR, {}), "alpha.png": (Image.fromarray(NOISE), {})}
+FILES |= {"palette.png": (COLOUR.quantize(17), {}), "bits.png": (GREY.convert("1"), {})}
+FILES |= {"few.png": (GREY.quantize(9).convert("L"), {"bits": 4}), "named.png": (COLOUR, {"transparency": (9, 9, 9)})}
 
 
-def files() -> dict[str, tuple[Image.Image, dict]]:
-    """Images by file name, with the options of `save`."""
-    rgb, grey = Image.fromarray(SMOOTH), Image.fromarray(SMOOTH).convert("L")
-    found = {f"{s}.jpg": (rgb, {"quality": 95 - 20 * s, "subsampling": s}) for s in (0, 1, 2)}
-    found |= {f"grey.{end}": (grey, {}) for end in ("jpg", "png", "bmp")}
-    found |= {"progressive.jpg": (rgb, {"progressive": True}), "cmyk.jpg": (rgb.convert("CMYK"), {})}
-    found |= {"rgb.png": (rgb, {}), "rgb.webp": (rgb, {"lossless": True}), "alpha.png": (Image.fromarray(NOISE), {})}
-    found |= {"palette.png": (rgb.quantize(17), {}), "bits.png": (grey.convert("1"), {})}
-    found |= {"few.png": (grey.quantize(9).convert("L"), {"bits": 4}), "named.png": (rgb, {"transparency": (9, 9, 9)})}
-    return found
-
-
-@pytest.mark.parametrize("name", files())
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_pixels_are_pils(tmp_path, name, mode):
-    image, options = files()[name]
+    image, options = FILES[name]
     image.save(tmp_path / name, **options)
     with Image.open(tmp_path / name) as opened, Image.open(tmp_path / name) as again:
         found = pixels(opened, mode)
@@ -37,20 +31,18 @@ def test_pixels_are_pils(tmp_path, name, mode):
 
 @pytest.mark.parametrize("end", ["jpg", "png"])
 def test_half_a_file_is_refused_as_pil_does(tmp_path, end):
-    Image.fromarray(SMOOTH).save(tmp_path / f"a.{end}")
+    COLOUR.save(tmp_path / f"a.{end}")
     whole = (tmp_path / f"a.{end}").read_bytes()
     (tmp_path / f"a.{end}").write_bytes(whole[: len(whole) // 2])
     with Image.open(tmp_path / f"a.{end}") as image, pytest.raises((OSError, SyntaxError)):
         pixels(image)
 
 
-@pytest.mark.parametrize("orientation", [None, 1, 3, 6])
-def test_upright_is_as_pil_turns(orientation):
-    exif, file = Image.Exif(), io.BytesIO()
-    if orientation:
+def test_upright_is_as_pil_rotates():
+    for orientation, expected in {1: SMOOTH, 3: SMOOTH[::-1, ::-1], 6: np.rot90(SMOOTH, -1)}.items():
+        exif, file = Image.Exif(), io.BytesIO()
         exif[0x0112] = orientation
-    Image.fromarray(SMOOTH).save(file, "PNG", **({"exif": exif} if orientation else {}))
-    with Image.open(file) as image:
-        found = upright(np.asarray(image), image.info)
-    expected = {3: SMOOTH[::-1, ::-1], 6: np.rot90(SMOOTH, -1)}.get(orientation, SMOOTH)
-    np.testing.assert_array_equal(found, expected)
+        COLOUR.save(file, "PNG", exif=exif)
+        with Image.open(file) as image:
+            np.testing.assert_array_equal(upright(np.asarray(image), image.info), expected)
+    np.testing.assert_array_equal(upright(SMOOTH, {}), SMOOTH)

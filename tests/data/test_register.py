@@ -5,33 +5,16 @@ import importlib
 import pytest
 
 from companion import data
-from companion.data import DATASETS, classification, xrays
-from companion.errors import BadParameter, MissingData
+from companion.data import DATASETS, classification, real, xrays
+from companion.errors import BadParameter, CompanionError, MissingData
 from tests.data.conftest import refused
 
 SPLITS = ("train", "val", "trainval", "test", "all")
-TASKS = sorted({dataset.task for dataset in DATASETS.values()})
-# of each group: how many sets, and the sums of their classes and of their images (sequences) in each split, as counted
-# in public copies and in the authors' loaders
-NUMBERS = {
-    "FGVC": (5, 1173, 46079, 6028, 52107, 53197, 0),
-    "VTAB-1k Natural": (7, 795, 5600, 1400, 7000, 75564, 0),
-    "VTAB-1k Specialized": (4, 62, 3200, 800, 4000, 87138, 0),
-    "VTAB-1k Structured": (8, 83, 6400, 1600, 8000, 225202, 0),
-    "HTA": (10, 1288, 261147, 62223, 323370, 130948, 0),
-    "Remote sensing": (8, 237, 33400, 13360, 0, 20040, 185961),
-    "Medical": (3, 16, 2496, 1000, 0, 1504, 5000),
-    "Open-vocabulary detection": (4, 2148, 218457, 0, 0, 104809, 0),
-    "Pedestrian attributes": (7, 268, 168760, 37340, 267698, 80924, 0),
-    "Pre-trained encoders": (3, 1230, 1419664, 0, 0, 57000, 0),
-    "RGB-T tracking": (3, 0, 882, 97, 979, 529, 0),
-    "RGB-E tracking": (1, 0, 0, 0, 0, 320, 0),
-    "landcover": (3, 21, 2546, 1669, 0, 1810, 0),
-    "restoration by text": (2, 0, 119087, 0, 0, 5100, 0),
-    "slides": (1, 6, 10616, 0, 0, 0, 0),
-    "xrays": (8, 38, 231875, 29083, 0, 50404, 0),
-    "fundus": (4, 35, 9139, 1322, 0, 2551, 0),
-    "pocket": (12, 47, 3200, 800, 4000, 2297, 0),
+TOTALS = (93, 7447, 2542548, 156722, 667154, 899337, 190961)
+FETCHED = {
+    "landcover/loveda": "landcover.download_and_extract_archive",
+    "restoration/div2k": "restoration.download_and_extract_archive",
+    "xrays/chestmnist": "xrays.download_url",
 }
 
 
@@ -45,23 +28,30 @@ def load(name: str, root) -> object:
 
 
 def test_the_register_holds_the_numbers_of_the_papers():
-    for group, numbers in NUMBERS.items():
-        sets = [dataset for dataset in DATASETS.values() if dataset.group == group]
-        rows = [(s.classes or 0, *(s.sizes.get(p, 0) for p in SPLITS)) for s in sets]
-        assert (len(sets), *map(sum, zip(*rows, strict=True))) == numbers, group
-    assert {dataset.group for dataset in DATASETS.values()} == set(NUMBERS)
+    """Sums of the classes and of the images in each split, as counted in copies and in the authors' loaders."""
+    rows = [(s.classes or 0, *(s.sizes.get(split, 0) for split in SPLITS)) for s in DATASETS.values()]
+    assert (len(rows), *map(sum, zip(*rows, strict=True))) == TOTALS
+
+
+@pytest.mark.parametrize("name", FETCHED)
+def test_a_download_that_fails_leaves_nothing(name, tmp_path, monkeypatch):
+    def fails(*args, **options):
+        raise OSError("no route")
+
+    monkeypatch.setattr(f"companion.data.{FETCHED[name]}", fails)
+    refused(CompanionError, "no route", data.fetch, name, tmp_path, progress=False)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_a_set_that_is_not_there_says_where_it_is_looked_for_and_where_to_get_it(name, tmp_path):
+def test_the_error_of_a_missing_set_names_its_folder_source_and_licence(name, tmp_path):
     found = DATASETS[name]
     with pytest.raises(MissingData) as error:
         load(name, tmp_path)
-    wanted = str(tmp_path / found.folders[0]), *found.folders[1:], *found.layout.splitlines(), found.source
-    assert all(part in str(error.value) for part in (*wanted, found.licence)) and found.citation
-    assert data.status(name, tmp_path).state == "missing"
+    wanted = str(tmp_path / found.folders[0]), *found.folders[1:], found.source, found.licence
+    assert all(part in str(error.value) for part in wanted) and data.status(name, tmp_path).state == "missing"
     if not found.fetchable:
-        refused(MissingData, "cannot be downloaded for you", data.fetch, name, tmp_path)
+        refused(MissingData, "missing", data.fetch, name, tmp_path)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / found.folders[0]).mkdir(parents=True)
     with pytest.raises(MissingData):
@@ -71,23 +61,29 @@ def test_a_set_that_is_not_there_says_where_it_is_looked_for_and_where_to_get_it
     assert data.status(name, tmp_path).state == ("incomplete" if begun else "missing")
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_a_name_that_is_none_of_the_tasks_lists_them(task, tmp_path):
+@pytest.mark.parametrize("task", sorted({dataset.task for dataset in DATASETS.values()}))
+def test_the_error_of_an_unknown_name_lists_the_sets_of_the_task(task, tmp_path):
     own = next(name for name, dataset in DATASETS.items() if dataset.task == task)
     other = next(name for name, dataset in DATASETS.items() if dataset.task != task)
     for name in ("no/set", other):
-        with pytest.raises(BadParameter, match=f"Accepted: .*'{own}'"):
-            importlib.import_module(f"companion.data.{task}").load(name, tmp_path, "train")
+        refused(BadParameter, own, importlib.import_module(f"companion.data.{task}").load, name, tmp_path, "train")
 
 
-def test_names_that_do_not_exist_list_the_nearest_first(tmp_path):
+def test_the_nearest_names_are_listed_first(tmp_path):
     for call in (data.status, data.fetch, lambda name, root: classification.load(name, root, "train")):
-        refused(BadParameter, r"Accepted: 'fgvc/cub200', 'hta/cub200'", call, "cub200", tmp_path)
+        refused(BadParameter, "Accepted: 'fgvc/cub200', 'hta/cub200'", call, "cub200", tmp_path)
 
 
 def test_table_has_a_row_for_each_set(tmp_path):
-    rows = {row["name"]: row for row in data.table(tmp_path)}
-    assert list(rows) == list(DATASETS)
-    assert rows["fgvc/nabirds"]["state"] == "missing" and "accepted" in rows["fgvc/nabirds"]["licence"]
-    assert all(set(row) == {"name", "title", "state", "detail", "licence", "source"} for row in rows.values())
-    assert all(text for row in rows.values() for text in row.values())
+    rows = data.table(tmp_path)
+    assert [row["name"] for row in rows] == list(DATASETS) and all(all(row.values()) for row in rows)
+
+
+def test_real_sets_are_found_where_the_variable_points(tmp_path, root, monkeypatch):
+    facts = {"title": "Cells", "layout": "cells/<name>.jpg", "source": "example.org", "licence": "CC0"}
+    (tmp_path / "cells" / "images").mkdir(parents=True)
+    monkeypatch.setenv("COMPANION_REAL_DATA", str(tmp_path))
+    assert real.folder("cells/images", **facts) == real.folder("cells", **facts) == tmp_path / "cells"
+    refused(MissingData, r"(?s)labels.csv.*COMPANION_REAL_DATA.*example.org", real.folder, "cells/labels.csv", **facts)
+    monkeypatch.setenv("COMPANION_REAL_DATA", "")
+    assert real.root() == root / "data"

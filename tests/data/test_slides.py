@@ -5,16 +5,14 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-import pytest
 import torch
 
 from companion import data
 from companion.data import slides
 from companion.errors import BadParameter, CorruptFile, MissingData
-from tests.data.conftest import refused
+from tests.data.conftest import refused, unreadable
 
 NAME = "pocket/slides-place"
-HEAD = b"image_id,data_provider,isup_grade,gleason_score\n"
 SCORES = ["negative", "3+3", "3+4", "4+3", "4+4", "4+5"]
 
 
@@ -37,30 +35,30 @@ def panda(root: Path, count: int = 30, name: str = NAME) -> Path:
 def test_the_table(tmp_path):
     top = panda(tmp_path)
     items = slides.load(NAME, tmp_path)
-    assert len(items) == 30
     files = top / "train_images" / "0007ab.tiff", top / "train_label_masks" / "0007ab_mask.tiff"
-    assert items[7] == slides.Item("0007ab", files[0], 1, files[1], "karolinska", "3+3")
-    assert items[6].mask is None
-    assert len(slides.load(NAME, tmp_path, exclude=["0007ab"])) == 29
+    assert items[7] == slides.Item("0007ab", files[0], 1, files[1], "karolinska", "3+3") and items[6].mask is None
+    assert len(items) == 30 and len(slides.load(NAME, tmp_path, exclude=["0007ab"])) == 29
     found = data.status(NAME, tmp_path)
     assert (found.state, found.detail) == ("present", "30 slides, 20 with a label mask")
     panda(tmp_path, name="slides/panda")
-    refused(MissingData, "30 slides, 10616 are expected", slides.load, "slides/panda", tmp_path)
-    assert data.status("slides/panda", tmp_path).state == "incomplete"
-
-
-def test_isup_of_gleason():
-    assert [slides.isup(score) for score in SCORES] == list(range(6))
-    assert [slides.isup(s) for s in ("0+0", "3+5", "5+3", "5+4", "5+5")] == [0, 4, 4, 5, 5]
-    refused(BadParameter, "4\\+3", slides.isup, "7")
+    refused(MissingData, "30 slides, 10616", slides.load, "slides/panda", tmp_path)
+    head, rows = "image_id,data_provider,isup_grade,gleason_score\n", "0000ab,r,1,3+3\n"
+    bad = {"0000ab,r,6,3+3\n": "'6'", "0000ab,r,1\n": "line 2", rows * 2: "line 3", "../x,r,1,3+3\n": "../x"}
+    bad = {head + end: value for end, value in bad.items()} | {"image_id,isup_grade\na,1\n": "data_provider"}
+    unreadable(top / "train.csv", lambda: slides.load(NAME, tmp_path), bad | {b"\xff\xfe\x00\x01": ""})
+    (top / "train.csv").write_text(f"{head}ffff,r,1,3+3\n")
+    refused(MissingData, "ffff", slides.load, NAME, tmp_path)
 
 
 def test_folds(tmp_path):
     top = panda(tmp_path, 120)
     refused(MissingData, "write_folds", slides.load, NAME, tmp_path, "train")
-    slides.write_folds(NAME, tmp_path, folds=5, test=0.2, seed=1)
-    first = (top / "folds" / "fold-0" / "train.csv").read_text()
-    assert first.startswith("slide_id,isup_grade\n")
+
+    def written(**options) -> dict[str, str]:
+        slides.write_folds(NAME, tmp_path, **options)
+        return {str(f.relative_to(top / "folds")): f.read_text() for f in (top / "folds").rglob("*.csv")}
+
+    first = written(folds=5, test=0.2, seed=1)
     tuned = []
     for fold in range(5):
         split = {name: slides.load(NAME, tmp_path, name, fold) for name in slides.SPLITS}
@@ -69,70 +67,38 @@ def test_folds(tmp_path):
         for own in split.values():
             assert max(Counter(item.grade for item in own).values()) <= len(own) / 6 * 1.3 + 1
         tuned.append(names["tune"])
-        assert {item.name for item in slides.load(NAME, tmp_path, "test", 0)} == names["test"]
-    assert len(set.union(*tuned)) == sum(map(len, tuned))  # each slide tunes once
-    slides.write_folds(NAME, tmp_path, folds=5, test=0.2, seed=1)
-    assert (top / "folds" / "fold-0" / "train.csv").read_text() == first
-    slides.write_folds(NAME, tmp_path, folds=5, test=0.2, seed=2)
-    assert (top / "folds" / "fold-0" / "train.csv").read_text() != first
-    # lists of an earlier parting do not stay next to the new ones: their test slides are trained on now
-    slides.write_folds(NAME, tmp_path, folds=3)
-    found = {str(f.relative_to(top / "folds")) for f in (top / "folds").rglob("*.csv")}
-    assert found == {f"fold-{k}/{split}.csv" for k in range(3) for split in ("train", "tune")}
-    refused(MissingData, r"test\.csv.*write_folds\(.*test=0\.2\)", slides.load, NAME, tmp_path, "test")
-    items = slides.load(NAME, tmp_path)
+        assert {item.name for item in slides.load(NAME, tmp_path, "test", 0)} == names["test"] and len(own) == 24
+    assert len(set.union(*tuned)) == sum(map(len, tuned)) == 96  # each slide tunes once
+    assert written(folds=5, test=0.2, seed=1) == first != written(folds=5, test=0.2, seed=2)
+    # lists of an earlier partition do not stay next to the new ones: their test slides are trained on now
+    assert set(written(folds=3)) == {f"fold-{k}/{split}.csv" for k in range(3) for split in ("train", "tune")}
+    refused(MissingData, r"test\.csv", slides.load, NAME, tmp_path, "test")
     for change in ({"folds": 1}, {"folds": 121}, {"test": 1.0}):
-        refused(BadParameter, next(iter(change)), slides.split_folds, items, **change)
+        refused(BadParameter, next(iter(change)), slides.split_folds, slides.load(NAME, tmp_path), **change)
+    contents = {"slide_id,isup_grade\nffff,1\n": "ffff"}
+    unreadable(top / "folds/fold-0/tune.csv", lambda: slides.load(NAME, tmp_path, "tune"), contents)
 
 
-@pytest.mark.parametrize(
-    ("text", "error", "named"),
-    [
-        (b"image_id,isup_grade\na,1\n", CorruptFile, "data_provider"),
-        (HEAD + b"0000ab,r,6,3+3\n", CorruptFile, "line 2.*'6'"),
-        (HEAD + b"0000ab,r,one,3+3\n", CorruptFile, "'one'"),
-        (HEAD + b"0000ab,r,1\n", CorruptFile, "fewer cells"),
-        (HEAD + b"0000ab,r,1,3+3\n0000ab,r,1,3+3\n", CorruptFile, "twice"),
-        (HEAD + b"../x,r,1,3+3\n", CorruptFile, "not the name"),
-        (HEAD + b"ffff,r,1,3+3\n", MissingData, "ffff"),
-        (b"\xff\xfe\x00\x01", CorruptFile, "no table"),
-    ],
-)
-def test_bad_tables(tmp_path, text, error, named):
-    top = panda(tmp_path)
-    (top / "train.csv").write_bytes(text)
-    refused(error, named, slides.load, NAME, tmp_path)
-    assert data.status(NAME, tmp_path).state == "incomplete"
-
-
-def test_bad_lists_and_names(tmp_path):
-    top = panda(tmp_path)
-    slides.write_folds(NAME, tmp_path)
-    (top / "folds" / "fold-0" / "tune.csv").write_text("slide_id,isup_grade\nffff,1\n")
-    refused(CorruptFile, r"ffff.*train", slides.load, NAME, tmp_path, "tune")
-    refused(BadParameter, "tune", slides.load, NAME, tmp_path, "val")
-
-
-def test_a_folder_of_ones_own(tmp_path):
+def test_own_folder(tmp_path):
+    """Tables of classes: see tests/test_odd_files.py."""
     for name in ("b/two.svs", "a/one.tiff", "a/three.ndpi", "a/notes.txt", "a/._one.tiff"):
         (tmp_path / "classes" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "classes" / name).touch()
-    items = slides.folder(tmp_path / "classes")
-    assert [(item.name, item.grade) for item in items] == [("one", 0), ("three", 0), ("two", 1)]
 
-    (tmp_path / "labels.csv").write_text("slide_id,label\ntwo.svs,4\none,0\n")
-    items = slides.folder(tmp_path / "classes", tmp_path / "labels.csv")
-    assert [(item.name, item.grade) for item in items] == [("one", 0), ("two", 4)]
-    (tmp_path / "labels.csv").write_text("slide_id,kind\ntwo,benign\none,tumour\n")
-    assert [item.grade for item in slides.folder(tmp_path / "classes", tmp_path / "labels.csv", "kind")] == [1, 0]
-    refused(CorruptFile, "label", slides.folder, tmp_path / "classes", tmp_path / "labels.csv")
-    (tmp_path / "labels.csv").write_text("slide_id,label\nfour,1\n")
-    refused(MissingData, "four", slides.folder, tmp_path / "classes", tmp_path / "labels.csv")
-    refused(MissingData, "no such folder", slides.folder, tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
-    refused(MissingData, "no slide", slides.folder, tmp_path / "empty")
+    def found(*options) -> list[tuple[str, int]]:
+        return [(item.name, item.grade) for item in slides.folder(tmp_path / "classes", *options)]
+
+    assert found() == [("one", 0), ("three", 0), ("two", 1)]
+    labels = tmp_path / "labels.csv"
+    labels.write_text("slide_id,label,kind\ntwo.svs,4,benign\none,0,tumour\n")
+    assert found(labels) == [("one", 0), ("two", 4)] and found(labels, "kind") == [("one", 1), ("two", 0)]
+    labels.write_text("slide_id,label\nfour,1\n")
+    refused(MissingData, "four", found, labels)
     (tmp_path / "classes" / "b" / "one.svs").touch()
-    refused(CorruptFile, "twice", slides.folder, tmp_path / "classes")
+    refused(CorruptFile, "one.svs", found)
+    for name in ("nowhere", "classes/a/empty"):
+        (tmp_path / "classes/a/empty").mkdir(exist_ok=True)
+        refused(MissingData, name, slides.folder, tmp_path / name)
 
 
 def stored(path: Path, features: np.ndarray) -> None:
@@ -147,18 +113,16 @@ def test_stored_features(tmp_path):
     stored(tmp_path / "a.h5", np.ones((2, 4, 3), np.float32))
     torch.save(torch.full((5, 4, 3), 2.0), tmp_path / "b.pt")  # the authors' files
     stored(tmp_path / "c.h5", np.zeros(0, np.float32))
-    refused(MissingData, "no region with tissue: c", slides.Features, items, tmp_path)
-    refused(MissingData, "no features: d", slides.Features, [items[3]], tmp_path)
+    for i, name in ((2, "c"), (3, "d")):
+        refused(MissingData, f": {name}", slides.Features, [items[i]], tmp_path)
     found = slides.Features(items, tmp_path, drop=True)
     assert found.dropped == ["c", "d"] and len(found) == 2
     features, present, grade = found[0]
     assert features.shape == (5, 4, 3) and features[:2].eq(1).all() and not features[2:].any()
     assert present.tolist() == [True, True, False, False, False] and grade == 3
     assert slides.Features(items[:2], tmp_path, longest=3)[1][0].shape == (3, 4, 3)
-    authors = slides.Features(items[1:2], tmp_path)  # their files have no settings
-    made = authors.made_by
-    torch.save(torch.full((5, 4, 3), 2.5), tmp_path / "b.pt")
-    assert made.startswith("b.pt") and made != authors.made_by
+    assert slides.trimmed([found[0]])[0].shape == (1, 2, 4, 3)
+    assert slides.Features(items[1:2], tmp_path).made_by.startswith("b.pt")  # their files have no settings
     stored(tmp_path / "d.h5", np.ones((2, 4, 2), np.float32))
     refused(CorruptFile, r"d\.h5", slides.Features, items, tmp_path, drop=True)
     (tmp_path / "b.pt").write_bytes(b"no")

@@ -1,9 +1,8 @@
-"""Helpers of several models' tests: refusals, mismatches, recomputed gradients, resumed trainings, operations."""
+"""Helpers of several models' tests: refusals, mismatches, recomputed gradients, operations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from companion.errors import BadCheckpoint, BadParameter
-from tests.conftest import interrupted
 
 
 def draw(*shape: int, seed: int = 1) -> torch.Tensor:
@@ -53,37 +51,6 @@ def assert_recomputed_gradients_are_equal(make: Callable[[], nn.Module], loss: C
         loss(model).backward()
         found.append([p.grad for p in model.parameters() if p.grad is not None])
     assert found[0] and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-def assert_goes_on(
-    train: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, calls: int
-) -> tuple[nn.Module, Path]:
-    """A training killed after some calls of `owner.name` resumes to the same bits.
-
-    `train(out)` trains with the output folder `out` and returns the model and the history. Returns the model of the
-    second start and its folder.
-    """
-    counts, function = [], getattr(owner, name)
-
-    def counted(*args: object, **options: object) -> object:
-        counts[-1] += 1
-        return function(*args, **options)
-
-    def started(out: Path) -> tuple[nn.Module, list]:
-        counts.append(0)
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, counted)
-            return train(out)
-
-    whole, history = started(folder / "whole")
-    with interrupted(monkeypatch, owner, name, calls):
-        train(folder / "killed")
-    assert not (folder / "killed" / "trained").exists(), "nothing is saved before the end"
-    model, again = started(folder / "killed")
-    assert again == history, "another history"
-    assert 0 < counts[1] < counts[0], f"{counts} calls"
-    assert all(torch.equal(t, model.state_dict()[n]) for n, t in whole.state_dict().items()), "other weights"
-    return model, folder / "killed"
 
 
 def gflop(run: Callable[[], object]) -> float:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import itertools
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -25,23 +24,8 @@ from companion.models.bat import model as bat
 from companion.models.bat import recipe
 from companion.models.layers.state_dicts import load_official
 from companion.training.fit import CPU
-
-DRAWS = 2000  # of what is observed by drawing
-
-
-def _default(parameter: str) -> Any:
-    """The default of a parameter of the notebook."""
-    notebook = json.loads((Path(__file__).parents[2] / "notebooks" / "bat.ipynb").read_text(encoding="utf-8"))
-    (cell,) = [c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", ())]
-    for line in ast.parse("".join(cell["source"])).body:
-        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == parameter:
-            return ast.literal_eval(line.value)
-    raise KeyError(parameter)
-
-
-def _number(text: str) -> float:
-    """The first number of a sentence, such as "1e-3 relative"."""
-    return float(re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", text)[0])
+from tests.conftest import parameters as defaults
+from tests.recipes.steps import drawn, initial, number, seed
 
 
 def _drop_path(block: nn.Module) -> float:
@@ -74,12 +58,7 @@ def _groups(case: Case) -> list[Row]:
         lines("trained_names", expected["trained_names"], sorted(trained)),
     ]
     for name, facts in expected["initial_values"].items():
-        value, what = trained[name].detach(), f"initial_values {name}"
-        if facts["std"] == 0 or facts["count"] >= 1000:
-            rows.append(near(what, facts["std"], value.std(), relative=0.1))
-        else:  # too few numbers for their standard deviation
-            rows.append(Row(what, f"{facts['std']:.3f}", f"{float(value.std()):.3f}", bool(value.std() > 0)))
-        rows.append(same(f"{what} count", facts["count"], value.numel()))
+        rows += initial(f"initial_values {name}", facts, trained[name])
     blocks = model.tracker.vit.blocks
     dropouts = sorted({m.p for m in model.exchanges.modules() if isinstance(m, nn.Dropout)})
     norms = [m.training for m in model.tracker.head.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -118,7 +97,7 @@ def _loss(case: Case) -> list[Row]:
     terms = recipe.loss(Fixed(), (torch.zeros(1), torch.zeros(1), case.data["in.boxes"]))
     terms["loss"].backward()
     names = {"total": "loss", "giou": "giou", "l1": "l1", "focal": "focal", "mean_iou": "iou"}
-    relative, gradient = _number(tolerance["losses"]), _number(tolerance["gradients"])
+    relative, gradient = number(tolerance["losses"]), number(tolerance["gradients"])
     rows = [near(key, expected[key], terms[name].detach(), relative=relative) for key, name in names.items()]
     for name, value in (("out.grad_pred", box.grad), ("out.grad_score", score.grad)):
         rows.append(near(name, case.data[name], value, absolute=gradient * float(case.data[name].abs().max())))
@@ -133,7 +112,7 @@ def _sequence(name: str, boxes: np.ndarray, infrared: np.ndarray | None = None, 
 
 
 def _metric(case: Case) -> list[Row]:
-    boxes, room = case.data, _number(case.facts["tolerance"]["values"])
+    boxes, room = case.data, number(case.facts["tolerance"]["values"])
     names = case.settings["sequences"]
     truth = [
         _sequence(name, *(boxes[f"in.{name}.{stream}"].double().numpy() for stream in ("visible", "infrared")))
@@ -152,7 +131,7 @@ def _metric(case: Case) -> list[Row]:
 
 def _crop(case: Case) -> list[Row]:
     s, expected, tolerance = case.settings, case.expected, case.facts["tolerance"]
-    room = {name: _number(text) for name, text in tolerance.items()}
+    room = {name: number(text) for name, text in tolerance.items()}
     patch, scale = data.crop(case.data["in.image"].numpy(), s["box_xywh"], s["factor"], s["size"])
     found = data.normalise(patch).numpy()
     grid, theirs = found[:, expected["rows"]][:, :, expected["columns"]], np.array(expected["grid"])
@@ -167,115 +146,132 @@ def _crop(case: Case) -> list[Row]:
     ]
 
 
-class _Drawn(data.Sequence):
-    """A video on a dark ground with a coloured object, brighter in its left half; `read` are the videos read so far."""
-
-    read: ClassVar[list[str]] = []
+class _Video(data.Sequence):
+    """A video of dark frames with an object that is brighter in its left half."""
 
     def frame(self, index: int) -> np.ndarray:
-        self.read.append(self.name)
         image = np.full((200, 240, 6), 40, np.uint8)
         x, y, w, h = self.boxes[index].astype(int)
-        image[y : y + h, x : x + w] = 90, 110, 130, 90, 110, 130
-        image[y : y + h, x : x + w // 2] += 70
+        image[y : y + h, x : x + w] = 90
+        image[y : y + h, x : x + w // 2] = 160
         return image
 
 
-def _drawn(boxes: np.ndarray, name: str = "one") -> data.Sequence:
-    """A video with these boxes."""
-    frames = (Path("frame"),) * len(boxes)
-    return _Drawn(name, frames, frames, boxes, None, np.any(boxes[:, 2:] <= 0, 1))
+BOX = np.array([90.0, 70.0, 40.0, 30.0])
 
 
-def _usable(boxes: np.ndarray, min_side: float = 0) -> bool:
-    """Whether pairs are drawn from a video with these boxes."""
+def _video(count: int, shown: int | None = None, box: np.ndarray = BOX) -> data.Sequence:
+    """A still object in the first `shown` of `count` frames."""
+    boxes, frames = np.tile(box, (count, 1)), (Path("frame"),) * count
+    boxes[count if shown is None else shown :] = 0
+    return _Video(f"{count} frames", frames, frames, boxes, None, np.any(boxes[:, 2:] <= 0, 1))
+
+
+def _usable(video: data.Sequence, min_side: float = 0) -> bool:
+    """Whether pairs are drawn from a video."""
     try:
-        return bool(data.Pairs([_drawn(boxes)], 1, min_side=min_side))
+        return bool(data.Pairs([video], 1, min_side=min_side))
     except BadParameter:
         return False
 
 
-def _operations(case: Case) -> list[Row]:
-    """Each recorded operation, observed in many draws of `data.Pairs`."""
-    template, search = (case.settings[name] for name in ("template", "search"))
-    rng, box = np.random.default_rng(0), np.array([90.0, 70.0, 40.0, 30.0])
-    still = np.tile(box, (1000, 1))
+class _Given:
+    """A random generator with given draws: the first choice each time; `asked` is what may be drawn."""
 
-    def pairs(*videos: data.Sequence, augment: bool = True) -> data.Pairs:
+    def __init__(self, flips: Sequence[bool] = (), normal: float = 0.0, moves: Sequence[float] = ()):
+        self.flips, self.moves = ([*given, *[usual] * 9] for given, usual in ((flips, False), (moves, 0.5)))
+        self.normal, self.asked = normal, dict[str, Any]()
+
+    def integers(self, high: int) -> int:
+        self.asked["videos"] = high
+        return 0
+
+    def choice(self, frames: np.ndarray) -> int:
+        self.asked["search" if "template" in self.asked else "template"] = list(frames)
+        return frames[0]
+
+    def standard_normal(self, count: int) -> np.ndarray:
+        return np.full(count, self.normal)
+
+    def random(self, count: int | None = None) -> Any:
+        return np.full(count, self.moves.pop(0)) if count else (0.0 if self.flips.pop(0) else 1.0)
+
+    def uniform(self, low: float, high: float) -> float:
+        self.asked["brightness"] = [low, high]
+        return high
+
+
+def _operations(case: Case) -> list[Row]:
+    """Each recorded operation, in pairs of `data.Pairs` from given draws."""
+    template, search = (case.settings[name] for name in ("template", "search"))
+    expected = case.expected
+
+    def pairs(*videos: data.Sequence) -> data.Pairs:
         small, large = ((one["factor"], one["size"]) for one in (template, search))
-        return data.Pairs(videos, 1, small, large, augment=augment)
+        return data.Pairs(videos, 1, small, large)
+
+    def found(text: str) -> list[float]:
+        return [float(number) for number in re.findall(r"\d+(?:\.\d+)?", text)]
 
     seen: dict[str, tuple[str, bool]] = {}
-    one = pairs(_drawn(still))
-    frames = np.array([one._frames(rng, one.shown[0]) for _ in range(DRAWS)])
-    gaps, first, far = frames[:, 1] - frames[:, 0], frames[:, 0], one._frames(rng, np.array([0, 500]))
-    least, most = int(gaps.min()), int(gaps.max())
-    seen["pair sampler"] = f"the search is {least} frames after the template or later", least > 0
-    span = int(first.min()), int(first.max())
-    seen["pair template"] = f"frames {span[0]} to {span[1]} of 0 to 999", span[0] < 10 and span[1] > 989
-    later = f"{least} to {most} later; frame {far[1]} where no other is"
-    seen["pair search"] = later, (least, most, far) == (1, 199, (0, 500))
-    needs = []
-    for count, shown in ((19, 19), (20, 5), (20, 4)):
-        needs.append(_usable(np.concatenate([still[:shown], 0 * still[: count - shown]])))
+    one, plain = pairs(_video(1000)), _Given()
+    small, large, _ = one._pair(plain)  # type: ignore[arg-type]
+    frames, later = plain.asked["template"], plain.asked["search"]
+    far = one._frames(_Given(), np.array([0, 500]))  # type: ignore[arg-type]
+    seen["pair sampler"] = f"the search is {later[0]} frames after the template or later", later[0] > 0
+    seen["pair template"] = f"frames {frames[0]} to {frames[-1]}", frames == list(range(999))  # none follows the last
+    agrees = later == list(range(1, 200)) and far == (0, 500) and found(expected["pair"]["search"])[:2] == [1, 199]
+    seen["pair search"] = f"{later[0]} to {later[-1]} later; frame {far[1]} where no other is", agrees
+    needs = [_usable(_video(count, shown)) for count, shown in ((19, 19), (20, 5), (20, 4))]
     seen["pair video_needs"] = f"19 frames, 5 shown of 20, 4 shown of 20: {needs}", needs == [False, True, False]
-    two = pairs(_drawn(still[:20], "short"), _drawn(still, "long"))
-    _Drawn.read.clear()
-    for _ in range(300):
-        two._pair(rng)
-    share = _Drawn.read.count("short") / len(_Drawn.read)
-    seen["pair videos_drawn"] = f"20 of 1020 frames in {share:.2f} of the draws", 0.4 < share < 0.6
+    two = _Given()
+    pairs(_video(20), _video(1000))._pair(two)  # type: ignore[arg-type]
+    seen["pair videos_drawn"] = f"one of {two.asked['videos']} videos", two.asked["videos"] == 2
 
-    jittered = np.array([one._jittered(rng, box) for _ in range(DRAWS)])
-    sides, size = float(np.log(jittered[:, 2:] / box[2:]).std()), np.sqrt(jittered[:, 2:].prod(1))
-    moved = np.abs((jittered[:, :2] + jittered[:, 2:] / 2 - box[:2] - box[2:] / 2) / size[:, None])
-    reach, mean = float(moved.max()), float(moved.mean())
-    plain = pairs(_drawn(still), augment=False)
-    templates = len({plain._pair(rng)[0].tobytes() for _ in range(20)})
-    wide = search["center_jitter"] / 2
-    agrees = abs(sides - search["scale_jitter"]) < 0.01 and 0.95 * wide < reach <= wide
-    agrees = agrees and abs(mean / wide - 0.5) < 0.03 and templates == 1
-    seen["jitter"] = f"sides {sides:.3f}, centre up to {reach:.2f}; {templates} template", agrees
-    corner = pairs(_drawn(np.tile([0.0, 0.0, 12.0, 9.0], (30, 1))))
-    met = sum(bool(corner._pair(rng)[1].any()) for _ in range(200))
-    seen["crop"] = f"of an object at the corner {met} of 200 meet the frame", met == 200
+    # sides by exp(0.25) and the centre as far as it goes
+    moved = one._jittered(_Given(normal=1.0, moves=[1.0]), BOX)  # type: ignore[arg-type]
+    sides = BOX[2:] * np.exp(search["scale_jitter"])
+    centre = BOX[:2] + BOX[2:] / 2 + search["center_jitter"] / 2 * np.sqrt(sides.prod())
+    still = template["center_jitter"] == template["scale_jitter"] == 0
+    unmoved = one._pair(_Given(normal=1.0, moves=[0.7]))[0]  # type: ignore[arg-type]
+    agrees = np.allclose(moved, [*(centre - sides / 2), *sides]) and still and np.array_equal(unmoved, small)
+    seen["jitter"] = f"{BOX} to {moved.round(2)}; the template's as it is", bool(agrees)
+    again = _Given(moves=[9.0])  # the first crop misses the frame
+    redrawn = np.array_equal(one._pair(again)[1], large)  # type: ignore[arg-type]
+    seen["crop"] = f"of an object far from it, drawn again: {redrawn}", redrawn
 
-    turned, off, grey, factors = [], [], 0, []
-    for _ in range(400):
-        small, large, where = one._pair(rng)
-        factors.append(small[2, 2] / 40)  # the ground
-        grey += bool((large == large[..., :1]).all())
-        if where[0] < 0 or where[0] + where[2] > 1:  # the object sticks out
-            continue
-        columns = np.nonzero(large[..., 0] > 60)[1]  # the ground has at most 48, the object at least 72
-        middle, scale = columns.mean(), where[2] * search["size"] / box[2]
-        off.append(abs(middle - (where[0] + where[2] / 2) * search["size"]) / scale)
-        halves = ((small, template["size"] // 2), (large, int(middle)))
-        turned.append([image[:, :x, 0].max() < image[:, x + 2 :, 0].max() for image, x in halves])
-    flipped = np.array(turned)
-    share, apart = float(flipped[:, 0].mean()), float((flipped[:, 0] != flipped[:, 1]).mean())
-    told = f"template flipped in {share:.2f}, search otherwise in {apart:.2f}, box off by {max(off):.1f} pixels"
-    agrees = abs(share - 0.5) < 0.1 and abs(apart - 0.5) < 0.1 and max(off) < 4
-    seen["joint 1"] = f"{grey} of 400 grey", grey == 0
-    seen["joint 2"] = seen["each_crop 2"] = told, agrees
-    found = np.array(factors)
-    low, high, alike = float(found.min()), float(found.max()), bool((found.max(1) == found.min(1)).all())
-    agrees = alike and 0.78 < low < 0.83 and 1.17 < high < 1.22
-    seen["each_crop 1"] = f"{low:.2f} to {high:.2f}, one for all channels: {alike}", agrees
+    def side(patch: np.ndarray) -> str:
+        """The side of the object's brighter half."""
+        columns = np.nonzero(patch[..., 0].max(0) > 60)[0]
+        middle = int(columns.mean())
+        return "left" if patch[:, :middle, 0].max() > patch[:, middle + 2 :, 0].max() else "right"
+
+    flips = {}
+    for chosen in itertools.product((False, True), repeat=3):  # both frames, the template, the search
+        first, second, box = one._pair(_Given(flips=chosen))  # type: ignore[arg-type]
+        columns = np.nonzero(second[..., 0].max(0) > 60)[0]
+        middle = abs(columns.mean() - (box[0] + box[2] / 2) * search["size"])
+        flips[chosen] = side(first), side(second), middle < 4
+    wanted = {d: (*("right" if d[0] != own else "left" for own in d[1:]), True) for d in flips}
+    draws = 9 - len(plain.flips)
+    seen["joint 1"] = f"{draws} random decisions, the flips", draws == 3
+    seen["joint 2"] = seen["each_crop 2"] = "each flip alone, with its box", flips == wanted
+    low_high = plain.asked["brightness"]
+    brighter = bool((large == large[..., :1]).all()) and large[0, 0, 0] == round(40 * low_high[1])
+    seen["each_crop 1"] = f"{low_high}", brighter and found(expected["each_crop"][0])[:2] == low_high
     white = data.normalise(torch.full((1, 6, 1, 1), 255, dtype=torch.uint8)).flatten()
     imagenet = (1 - torch.tensor([0.485, 0.456, 0.406] * 2)) / torch.tensor([0.229, 0.224, 0.225] * 2)
     seen["each_crop 3"] = f"white is {white[0]:.4f}", torch.allclose(white, imagenet)
     for key, dataset in (("lasher_present", "rgbt/lasher"), ("visevent_present", "rgbe/visevent")):
-        side = recipe.min_side(dataset)
-        kept = [_usable(np.tile([90.0, 70.0, w, 30.0], (30, 1)), side) for w in (side, side + 1)]
-        agrees = kept == [False, True] and f"w > {side:g}" in case.expected[key]
-        seen[key] = f"w = {side:g}, {side + 1:g}: {kept}", agrees
+        least = recipe.min_side(dataset)
+        kept = [_usable(_video(30, box=np.array([90.0, 70.0, w, 30.0])), least) for w in (least, least + 1)]
+        seen[key] = f"w = {least:g}, {least + 1:g}: {kept}", kept == [False, True] and f"w > {least:g}" in expected[key]
     rows = []
     for what, (ours, agrees) in seen.items():
         key, _, part = what.partition(" ")
-        theirs = case.expected[key]
+        theirs = expected[key]
         theirs = theirs[int(part) - 1] if isinstance(theirs, list) else theirs[part] if part else theirs
-        rows.append(Row(what, theirs, ours, agrees))
+        rows.append(Row(what, theirs, ours, bool(agrees)))
     return rows
 
 
@@ -317,43 +313,36 @@ def _small(s: Mapping[str, Any]) -> bat.BAT:
 
 
 def _selection(case: Case) -> list[Row]:
-    """A small model trained by `recipe.learn` on noise, with too high a learning rate."""
+    """A training by `recipe.learn` with made-up losses, which are lowest in the first epoch."""
     s, expected = case.settings, case.expected
-    torch.manual_seed(0)
-    sizes = {"depth": 1, "dim": 32, "heads": 2, "patch": 16, "template": 32, "search": 64, "head_channels": 16}
-    model, seen = _small(sizes | {"adapter_dim": 2}), []
-    crops = torch.randn(2, 6, 32, 32), torch.randn(2, 6, 64, 64), torch.tensor([[0.4, 0.4, 0.2, 0.2]] * 2)
+    model, starts = nn.Linear(1, 1), list[Tensor]()
 
-    def hook(module: nn.Module, inputs: tuple) -> None:
-        seen.append(nn.utils.parameters_to_vector(model.parameters()).detach().clone())
+    def made_up(model: nn.Module, batch: tuple) -> Tensor:
+        starts.append(model.weight.detach().clone())
+        return model(batch[0]).mean() * len(starts)  # each epoch changes the weights
 
-    model.register_forward_pre_hook(hook)
-    history = recipe.learn(model, TensorDataset(*crops), 0, CPU, epochs=s["epochs"], batch=2, lr=1.0)
-    last = nn.utils.parameters_to_vector(model.parameters())
-    best = int(np.argmin([row["loss"] for row in history])) + 1
-    starts = [epoch for epoch, weights in enumerate(seen) if torch.equal(weights, last)]
-    kept = len(history) if not starts else starts[0]
+    data_ = TensorDataset(torch.ones(2, 1))
+    with mock.patch.object(recipe, "loss", made_up):
+        recipe.learn(model, data_, 0, CPU, epochs=s["epochs"], batch=2)
+    changed = [not torch.equal(start, model.weight) for start in starts]
+    kept = len(starts) if all(changed) else changed.index(False)
     return [
         same("kept_epoch", expected["kept_epoch"], kept),
-        Row("validation", expected["validation"], f"the lowest loss is of epoch {best}", best < kept),
+        Row("validation", expected["validation"], "no validation", kept == s["epochs"] == len(starts)),
         same("saved_epochs", expected["saved_epochs"], [kept], "a training resumes from a checkpoint of its own"),
-        Row("seed", expected["seed"], f"{_default('seed')} unless given", _default("seed") == 0),
+        Row("seed", expected["seed"], f"{defaults('bat').seed} unless given", defaults("bat").seed == 0),
     ]
 
 
 def _trajectory(case: Case) -> list[Row]:
     s, expected, tolerance = case.settings, case.expected, case.facts["tolerance"]
     model, batch = _small(s["model"]), s["batch"]
-    names, seed = model.official_names(), int(re.findall(r"seed=(\d+)", s["weights"])[0])
+    names = model.official_names()
     floats = {names[n]: list(t.shape) for n, t in model.state_dict().items() if t.is_floating_point()}
-    state = {n: torch.as_tensor(a) for n, a in fill.state_dict(floats, seed).items()}
+    state = {n: torch.as_tensor(a) for n, a in fill.state_dict(floats, seed(s["weights"])).items()}
     load_official(model, state, names, "BAT", optional=bat.COUNTERS)
-    rng = np.random.default_rng(int(re.findall(r"default_rng\((\d+)\)", batch["generator"])[0]))
-    shapes = [
-        ast.literal_eval(re.findall(r"standard_normal\((\([\d, ]+\))", batch[k])[0]) for k in ("template", "search")
-    ]
-    drawn = [torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)) for shape in shapes]
-    items = list(zip(*drawn, case.data["in.boxes"], strict=True))
+    crops = drawn(batch["generator"], batch["template"], batch["search"])
+    items = list(zip(*crops, case.data["in.boxes"], strict=True))
     before = {names[n]: t.clone() for n, t in model.state_dict().items()}
     optim, schedule = s["optimizer"], s["schedule"]
     history = recipe.learn(
@@ -367,7 +356,7 @@ def _trajectory(case: Case) -> list[Row]:
         weight_decay=optim["weight_decay"],
         clip=s["clip_grad_norm"],
     )
-    relative, terms = _number(tolerance["losses"]), {"losses": "loss", "mean_iou": "iou"}
+    relative, terms = number(tolerance["losses"]), {"losses": "loss", "mean_iou": "iou"}
     rows = [
         near(key, expected[key], [row[terms.get(key, key)] for row in history], relative=relative)
         for key in ("losses", "giou", "l1", "focal", "mean_iou")
@@ -378,8 +367,8 @@ def _trajectory(case: Case) -> list[Row]:
     lrs = [row["lr"] for row in history]
     return [
         *rows,
-        near("lr", np.array(expected["lr"])[:, 0], lrs, relative=_number(tolerance["lr"])),
-        *parameters("parameters_after", expected["parameters_after"], after, _number(tolerance["parameters_after"])),
+        near("lr", np.array(expected["lr"])[:, 0], lrs, relative=number(tolerance["lr"])),
+        *parameters("parameters_after", expected["parameters_after"], after, number(tolerance["parameters_after"])),
         same("trained_tensors", expected["trained_tensors"], len(changed)),
         Row("unchanged", expected["unchanged"], f"{len(changed)} tensors changed", changed == set(trained)),
     ]

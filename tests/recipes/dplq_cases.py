@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import open_clip
@@ -30,6 +28,8 @@ from companion.models.layers.clip_prompting import Texts, _tower_names, embed_te
 from companion.models.layers.state_dicts import official_state
 from companion.training.callbacks import Callback
 from companion.training.fit import CPU, Loop, fit
+from tests.conftest import parameters as defaults
+from tests.recipes.steps import Watched, done, drawn, initial, number, seed, told
 
 LEFT_OUT = "`visual_net`, in no forward pass and hence without gradient and decay, is left out"
 NOT_USED = "the tables of results hold the accuracy over all images alone"
@@ -40,12 +40,6 @@ def _parameters(protocol: str, seed: int = 0) -> SimpleNamespace:
     hardware = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "profile": "paper", "dry_run": True}
     names = {"protocol": protocol, "seed": seed, "noise": "always", "clip": "ViT-B-16/openai"}
     return SimpleNamespace(method="DPLQ", dataset="remote/aid", **names, **hardware)
-
-
-def _number(text: str, name: str) -> float:
-    """A tolerance in a sentence, such as "1e-3 relative, 1e-4 absolute"."""
-    (found,) = re.findall(rf"([\d.e-]+) {name}", text)
-    return float(found)
 
 
 # --- parameter groups, schedule ---------------------------------------------------------------------------------------
@@ -93,28 +87,12 @@ def _groups(case: Case) -> list[Row]:
 
 
 def _initial(case: Case, trained: dict[str, Tensor], clip: CLIP, model: DPLQ) -> list[Row]:
-    relative, rows = 0.01 * _number(case.facts["tolerance"]["initial_values"], "% relative"), []
-    for name, facts in case.expected["initial_values"].items():
-        what = f"initial_values {name}"
-        if name.endswith(".ctx"):
-            words = embed_texts(model.tokenizer, clip, [PROMPT.partition("{}")[0]])  # type: ignore[arg-type]
-            start = words.embedded[0, 1 : 1 + len(model.ctx)]
-            rows.append(Row(what, str(facts), "the same", torch.equal(start, model.ctx)))
-            continue
-        value = trained[name].detach().double()
-        std = float(value.std())
-        rows.append(same(f"{what}, count", facts["count"], value.numel()))
-        # with few values the standard deviation varies more: four times its own
-        room = max(relative, 4 / (2 * facts["count"]) ** 0.5) if facts["std"] else 0.0
-        rows.append(near(f"{what}, std", facts["std"], std, relative=room))
-        rows.append(Row(f"{what}, mean", f"{facts['mean']:.1e}", f"{value.mean():.1e}", _central(value, facts)))
-    return rows
-
-
-def _central(value: Tensor, facts: dict[str, float]) -> bool:
-    """Whether both means lie within four standard errors of 0."""
-    error = 4 * facts["std"] / facts["count"] ** 0.5
-    return abs(float(value.mean())) <= error and abs(facts["mean"]) <= error
+    values = dict(case.expected["initial_values"])
+    (ctx,) = (name for name in values if name.endswith(".ctx"))
+    words = embed_texts(model.tokenizer, clip, [PROMPT.partition("{}")[0]])  # type: ignore[arg-type]
+    start = torch.equal(words.embedded[0, 1 : 1 + len(model.ctx)], model.ctx)
+    rows = [Row(f"initial_values {ctx}", values.pop(ctx), "the same", start)]
+    return rows + [row for n, facts in values.items() for row in initial(f"initial_values {n}", facts, trained[n])]
 
 
 def _schedule(case: Case) -> list[Row]:
@@ -125,7 +103,7 @@ def _schedule(case: Case) -> list[Row]:
         optimizer = recipe.optimizer(published["learning rate"])(nn.Linear(2, 2))
         (group,) = optimizer.param_groups
         lrs = options["schedule"](group["lr"], options["epochs"] * steps, steps).reshape(-1, steps)
-        relative = _number(case.facts["tolerance"]["lr"], "relative")
+        relative = number(case.facts["tolerance"]["lr"], "relative")
         theirs = np.repeat(np.array(expected["lr_of_epoch"])[:, None], steps, 1)
         rows.append(near(f"{protocol} lr_of_epoch", theirs, lrs, relative=relative))
         ours = {
@@ -181,7 +159,7 @@ def _test_image(case: Case) -> list[Row]:
     grid = found[:, expected["rows"]][:, :, expected["columns"]]
 
     def room(name: str) -> dict[str, Any]:
-        return {"absolute": _number(tolerance[name], "absolute")}
+        return {"absolute": number(tolerance[name], "absolute")}
 
     return [
         same("shape", expected["shape"], found.shape),
@@ -193,66 +171,21 @@ def _test_image(case: Case) -> list[Row]:
     ]
 
 
-def _training_images(case: Case, draws: int = 3000) -> list[Row]:
-    size, height, width = case.settings["size"][0], 301, 403
-    clip = backbones.Input(size, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-    whole = domains.clip_transform(clip, train=True)
-    crop, flip = whole.transforms[:2]
-    torch.manual_seed(0)
-    drawn = [crop.make_params([torch.zeros(3, height, width)]) for _ in range(draws)]
-    h, w = (np.array([row[side] for row in drawn], float) for side in ("height", "width"))
-    areas, ratios = h * w / (height * width), w / h
-    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    image = Image.fromarray(noise)
-    with mock.patch.object(type(crop), "make_params", lambda *_: {"top": 9, "left": 7, "height": 200, "width": 260}):
-        ours = np.asarray(crop(image), int)
-    bicubic = image.crop((7, 9, 267, 209)).resize((size, size), Image.Resampling.BICUBIC)
-    gap = np.abs(ours - np.asarray(bicubic, int)).max()
-    ends = np.array([areas.min(), areas.max(), ratios.min(), ratios.max()])
-    flipped = np.mean([not np.array_equal(np.asarray(flip(image)), noise) for _ in range(400)])
-    grey = whole(Image.new("RGB", (width, height), (51, 102, 204)))
-    values = torch.stack([grey.amin((1, 2)), grey.amax((1, 2))])
-    wanted = (torch.tensor([0.2, 0.4, 0.8]) - torch.tensor(clip.mean)) / torch.tensor(clip.std)
-    seen = [
-        (
-            f"areas {ends[0]:.3f} to {ends[1]:.3f}, ratios {ends[2]:.3f} to {ends[3]:.3f}, {gap} from PIL's bicubic",
-            bool((np.abs(ends - [0.08, 1, 3 / 4, 4 / 3]) < 0.015).all()) and gap == 0 and ours.shape == (size, size, 3),
-        ),
-        (f"{flipped:.2f} of the draws", bool(abs(flipped - 0.5) < 0.08)),
-        (f"{grey.dtype} {tuple(grey.shape)}", grey.dtype == torch.float32 and grey.shape == (3, size, size)),
-        ("a colour gives its value", torch.allclose(values, wanted.expand(2, 3), atol=1e-5)),
-    ]
-    rows = [Row(f"training {text}", text, *found) for text, found in zip(case.expected["training"], seen, strict=True)]
-    published, loader = recipe.published_settings("base to novel"), case.expected["loader"]
+def _training_images(case: Case) -> list[Row]:
+    expected = case.expected
+    clip = backbones.Input(case.settings["size"][0], open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    steps = zip(expected["training"], done(domains.clip_transform(clip, train=True)), strict=True)
+    published, loader = recipe.published_settings("base to novel"), expected["loader"]
     batch = int(published["train batch"])
     kinds = [recipe.last(count, published) for count in (batch - 1, batch, batch + 1)]
-    random = _orders_of_two_epochs(batch)
+    data, count = Watched(torch.zeros(2 * batch, 1), torch.zeros(2 * batch, dtype=torch.long)), 2 * batch
+    fit(nn.Linear(1, 2), loss, data, epochs=2, batch=batch, optimizer=recipe.optimizer(1e-3), hardware=CPU)
     return [
-        *rows,
+        *(same(f"training {text}", told(text), step) for text, step in steps),
         same("loader batch", loader["batch"], batch),
-        Row("loader sampler", loader["sampler"], f"{random[0]}, {random[1]}", random[0] != random[1]),
+        Row("loader sampler", loader["sampler"], f"{data.asked}", data.asked[:count] != data.asked[count:]),
         Row("loader drop_last", loader["drop_last"], ", ".join(kinds), kinds == ["train", "drop", "drop"]),
     ]
-
-
-class _Seen(nn.Module):
-    """A model that notes which items it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight, self.items = nn.Parameter(torch.zeros(2)), []  # type: tuple[nn.Parameter, list[int]]
-
-    def forward(self, items: Tensor) -> Tensor:
-        self.items += items.int().tolist()
-        return items[:, None].float() * self.weight
-
-
-def _orders_of_two_epochs(batch: int) -> tuple[list[int], list[int]]:
-    """The order of the items of a small set in each of two epochs, batches of the recipe."""
-    model, count = _Seen(), 2 * batch
-    data = TensorDataset(torch.arange(count), torch.zeros(count, dtype=torch.long))
-    fit(model, loss, data, epochs=2, batch=batch, optimizer=recipe.optimizer(1e-3), hardware=CPU)
-    return model.items[:count], model.items[count:]
 
 
 # --- metrics, selection -----------------------------------------------------------------------------------------------
@@ -269,7 +202,7 @@ class _Given(nn.Module):
 
 
 def _accuracy(case: Case) -> list[Row]:
-    expected, room = case.expected, _number(case.facts["tolerance"]["values"], "absolute")
+    expected, room = case.expected, number(case.facts["tolerance"]["values"], "absolute")
     data = TensorDataset(case.data["in.logits"], case.data["in.labels"])
     found = recipe.accuracy(_Given(), data, (), 0, CPU)
     unused = [Row(key, str(value)[:60], "not computed", False, NOT_USED) for key, value in expected.items()]
@@ -282,7 +215,7 @@ def _accuracy(case: Case) -> list[Row]:
 
 def _harmonic(case: Case) -> list[Row]:
     expected, settings = case.expected, case.settings
-    room = _number(case.facts["tolerance"]["values"], "absolute")
+    room = number(case.facts["tolerance"]["values"], "absolute")
     ours = [fewshot.harmonic_mean(base, novel) for base, novel in settings["pairs_base_new_percent"]]
     seeds = settings["accuracies_of_three_seeds"]
     same_run = {"method": "DPLQ", "protocol": "base to novel", "dataset": "remote/aid"}
@@ -303,98 +236,61 @@ def _harmonic(case: Case) -> list[Row]:
     return rows
 
 
-def _toy(classes: int = 4, features: int = 8) -> DPLQ:
-    """A very small DPLQ on embedded texts."""
-    vision, text = (
-        CLIPVisionCfg(2, 32, 16, patch_size=8, image_size=16),
-        CLIPTextCfg(10, 1, width=16, heads=2, layers=2),
-    )
-    clip = CLIP(16, vision, text, quick_gelu=True)
-    texts = Texts(torch.randn(classes, 10, 16), torch.full((classes,), 7))
-    return DPLQ(clip, texts, None, features, tokens=2, depth=2)
-
-
-class _Watch(Callback):
-    """Weights after each step, and whether the model was in training mode."""
-
-    def __init__(self) -> None:
-        self.weights: list[Tensor] = []
-
-    def on_step_end(self, loop: Loop) -> None:
-        self.weights.append(loop.model.deep_text.detach().clone())
-
-
 def _selection(case: Case) -> list[Row]:
-    expected, epochs = case.expected, {}
-    for name, protocol in (("base_to_novel", "base to novel"), ("cross_dataset", "cross-dataset")):
-        epochs[f"{name}_tested_epoch"] = recipe._options(_parameters(protocol))["epochs"]
-    torch.manual_seed(0)
-    model, watch, modes = _toy(), _Watch(), []
-    model.register_forward_hook(lambda module, *_: modes.append(module.training))
-    texts = Texts(model.embedded.clone(), model.ends.clone())
-    count, batch = 12, 4
-    images, feature = torch.randn(count, 3, 16, 16), torch.randn(count, 8) + 0.5
-    data = TensorDataset(images, torch.arange(count) % 4, feature)
-    options = recipe._options(_parameters("base to novel")) | {"epochs": 3, "hardware": CPU, "callbacks": [watch]}
+    expected, epochs, batch = case.expected, 3, 4
+    model, images, labels = nn.Linear(3, 4), torch.randn(3 * batch, 3), torch.arange(3 * batch) % 4
+    weights, modes = list[Tensor](), list[bool]()
+    model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+
+    class Watch(Callback):
+        def on_step_end(self, loop: Loop) -> None:
+            weights.append(model.weight.detach().clone())
+
+    options = recipe._options(_parameters("base to novel", seed=7))
     with tempfile.TemporaryDirectory() as folder:
         found = recipe.Setting(
             title="toy",
-            classes=texts,  # type: ignore[arg-type]
-            test_classes={"base": texts, "novel": texts},  # type: ignore[dict-item]
+            classes=(),
+            test_classes={},
             methods=("DPLQ",),
             learning_rates={"DPLQ": 0.1},
             build=lambda method: model,
-            inputs=lambda method, part: data if part == "train" else TensorDataset(images, data.tensors[1]),
+            inputs=lambda method, part: TensorDataset(images, labels),
             optimizer=recipe.optimizer,
-            options=options,
+            options=options | {"epochs": epochs, "hardware": CPU, "callbacks": [Watch()]},
             accuracy=lambda model, data, classes: 0.0,
             folder=Path(folder),
-            training="toy, seed 0",
         )
         recipe.train(found, "DPLQ")
-        passes = list(modes)
         (file,) = (Path(folder) / "trained").iterdir()
-        saved = load_file(file)
-    last = torch.equal(watch.weights[-1], model.deep_text) and not torch.equal(watch.weights[-2], watch.weights[-1])
-    steps = 3 * (count // batch)
-    kept = last and torch.equal(saved["deep_text"], watch.weights[-1])
-    sets = _Listed(30), _Listed(9), _Listed(20)
-    drawn = fewshot.base_to_novel(dict(zip(("train", "val", "test"), sets, strict=True)), _shots(), seed=1)
-    draws = {part: len(getattr(drawn, part)) // 2 for part in ("train", "val")}
-    first = next(iter(drawn.tests.values()))
-    seed = recipe._options(_parameters("base to novel", seed=7))["seed"]
-    model.eval()
-    with torch.no_grad():
-        logits = [
-            _logits(model, images[chosen], feature[chosen], s)
-            for chosen, s in ((slice(4), 0), (slice(8), 0), (slice(4), 1))
-        ]
-    changes = [not torch.allclose(logits[0][0], other[0]) for other in logits[1:]]
-    text = "with the batch, and with the seed" if all(changes) else f"{changes}"
+        saved = load_file(file)["weight"]
+    steps = len(weights)
+    last = torch.equal(model.weight, weights[-1]) and not any(torch.equal(model.weight, w) for w in weights[:-1])
+    sets = (_Listed(each) for each in (30, 9, 20))
+    few = fewshot.base_to_novel(dict(zip(("train", "val", "test"), sets, strict=True)), _shots(), seed=1)
+    draws = {part: len(getattr(few, part)) // 2 for part in ("train", "val")}
+    first, tested = next(iter(few.tests.items()))
+    during = modes == [True] * steps and tested.class_names == few.train.class_names
+    usual = defaults("dplq").noise
+    tests = {"base_to_novel": "base to novel", "cross_dataset": "cross-dataset"}
     return [
-        *(same(name, expected[name], value) for name, value in epochs.items()),
-        Row("validation_chooses", str(expected["validation_chooses"]), "weights of the last step", last),
-        Row("saved_epochs", expected["saved_epochs"], "one file, of the last step", kept),
-        Row(
-            "test_during_training",
-            expected["test_during_training"],
-            f"{len(passes)} forward passes in {steps} steps, then '{next(iter(drawn.tests))}' first",
-            passes == [True] * steps and first.class_names == drawn.train.class_names,
+        *(
+            same(f"{name}_tested_epoch", expected[f"{name}_tested_epoch"], recipe._options(_parameters(p))["epochs"])
+            for name, p in tests.items()
         ),
+        Row("validation_chooses", str(expected["validation_chooses"]), "weights of the last step", last),
+        Row("saved_epochs", expected["saved_epochs"], "one file, of the last step", torch.equal(saved, weights[-1])),
+        Row("test_during_training", expected["test_during_training"], f"{steps} steps, then '{first}'", during),
         same("few_shot", expected["few_shot"], draws),
-        Row("seeds", expected["seeds"], f"the parameter: {seed}", seed == 7),
+        Row("seeds", expected["seeds"], f"the parameter: {options['seed']}", options["seed"] == 7),
         same("test_batch", expected["test_batch"], recipe.TEST_BATCH),
-        Row("noise", expected["noise"], f"logits change {text}", all(changes)),
+        # what the option does is in tests/models/dplq
+        Row("noise", expected["noise"], usual, usual == "always"),
     ]
 
 
 def _shots() -> int:
     return int(recipe.published_settings("base to novel")["shots"])
-
-
-def _logits(model: DPLQ, images: Tensor, feature: Tensor, seed: int) -> Tensor:
-    torch.manual_seed(seed)
-    return model(images, feature)
 
 
 class _Listed:
@@ -423,16 +319,13 @@ def trained_setting(case: Case) -> recipe.Setting:
         tokens=m["context_tokens"],
         depth=m["prompt_depth"],
     )
-    seed = int(re.findall(r"seed=(\d+)", settings["weights"])[0])
-    shapes = {name: tuple(t.shape) for name, t in skeleton.to_official().items()}
-    state = {name: torch.as_tensor(fill.parameter(name, shape, seed)) for name, shape in shapes.items()}
+    shapes = {name: list(t.shape) for name, t in skeleton.to_official().items()}
+    state = {n: torch.as_tensor(a) for n, a in fill.state_dict(shapes, seed(settings["weights"])).items()}
     state["logit_scale"] = torch.tensor(100.0).log()
     heads = (m["vision_heads"], m["text_heads"])
     model = DPLQ.from_official(state, ends=m["end_of_text"], heads=heads)
 
-    generator = np.random.default_rng(int(re.findall(r"default_rng\((\d+)\)", batch["generator"])[0]))
-    shape = [int(n) for n in re.findall(r"\(\((.*?)\)", batch["images"])[0].split(",")]
-    images = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+    (images,) = drawn(batch["generator"], batch["images"])
     items = list(zip(images, case.data["in.labels"], case.data["in.domain"], strict=True))
     size, epochs = batch["size"], plan["epochs"]
     length = size * plan["steps_per_epoch"]
@@ -461,12 +354,12 @@ def _trajectory(case: Case) -> list[Row]:
     model, history = recipe.train(trained_setting(case), "DPLQ")
     assert isinstance(model, DPLQ)
     after = model.to_official()
-    losses: dict[str, Any] = {name: _number(tolerance["losses"], name) for name in ("relative", "absolute")}
+    losses: dict[str, Any] = {name: number(tolerance["losses"], name) for name in ("relative", "absolute")}
     frozen = {name: facts for name, facts in expected["unchanged"].items() if not name.startswith(DPLQ._unused)}
-    relative = _number(tolerance["parameters_after"], "relative")
+    relative = number(tolerance["parameters_after"], "relative")
     return [
         near("losses", expected["losses"], [row["loss"] for row in history], **losses),
-        near("lr", expected["lr"], [row["lr"] for row in history], relative=_number(tolerance["lr"], "relative")),
+        near("lr", expected["lr"], [row["lr"] for row in history], relative=number(tolerance["lr"], "relative")),
         *parameters("parameters_after", expected["parameters_after"], after, relative),
         *parameters("unchanged", frozen, after, 1e-6),
         *(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from companion.errors import CorruptFile
 from companion.evaluation import fill
 from companion.evaluation.metrics import landcover as metrics
 from companion.evaluation.recipe_parity import Case, InOrder, Row, near, same
-from companion.geotiff import MEAN, STD, quiet
+from companion.geotiff import quiet
 from companion.models.metasegnet import model as metasegnet
 from companion.models.metasegnet import recipe
 from companion.models.metasegnet.model import MetaSegNet, swin
@@ -58,34 +57,24 @@ def groups(case: Case) -> list[Row]:
     classes = int(re.findall(r"(\d+) classes", case.settings["model"])[0])
     with torch.device("meta"):
         model = MetaSegNet(swin(**metasegnet.SIZES["paper"]["swin"]), classes)
-    names, own = model.official_names(), {id(t): name for name, t in model.trained().items()}
+    official = model.official_names()
+    names = {id(t): official[name] for name, t in model.trained().items()}
     for dataset, expected in e["groups"].items():
-        r, found = recipe.recipe(SETS[dataset]), {}
-        for group in recipe.param_groups(model, r):
-            tensors = sorted(names[own[id(t)]] for t in group["params"])
-            numbers = sum(t.numel() for t in group["params"])
-            found[group["lr"], group["weight_decay"]] = (len(tensors), numbers, _digest(tensors), tensors)
-        rows.append(same(f"groups {dataset}", len(expected), len(found)))
+        r = recipe.recipe(SETS[dataset])
+        made = recipe.param_groups(model, r)
+        rows.append(same(f"groups {dataset}", len(expected), len(made)))
         for one in expected:
-            what, kind = (
-                f"groups {dataset} lr {one['lr']} decay {one['weight_decay']}",
-                (one["lr"], one["weight_decay"]),
-            )
-            count, numbers, digest, tensors = found.get(kind, (0, 0, "", []))
-            rows.append(same(what, [one["tensors"], one["numbers"], one["names_sha256"]], [count, numbers, digest]))
+            what = f"groups {dataset} lr {one['lr']} decay {one['weight_decay']}"
+            (group,) = (g for g in made if (g["lr"], g["weight_decay"]) == (one["lr"], one["weight_decay"]))
+            tensors, numbers = sorted(names[id(t)] for t in group["params"]), sum(t.numel() for t in group["params"])
+            ours = [len(tensors), numbers, _digest(tensors)]
+            rows.append(same(what, [one["tensors"], one["numbers"], one["names_sha256"]], ours))
             rows.append(same(f"{what} some", [], sorted(set(one["some"]) - set(tensors))))
-            rows.append(near(f"{what} multiplier", one["lr_multiplier"], kind[0] / r.lr, relative=1e-6))
-    vectors = [
-        names[own[id(t)]]
-        for g in recipe.param_groups(model, r)
-        for t in g["params"]
-        if t.ndim == 1 and g["weight_decay"]
-    ]
+            rows.append(near(f"{what} multiplier", one["lr_multiplier"], group["lr"] / r.lr, relative=1e-6))
+    vectors = sorted(names[id(t)] for g in made if g["weight_decay"] for t in g["params"] if t.ndim == 1)
     want = e["vectors_that_decay"]
-    rows.append(
-        same("vectors_that_decay", [want["tensors"], want["names_sha256"]], [len(vectors), _digest(sorted(vectors))])
-    )
-    encoder = {names[own[id(t)]] for g in recipe.param_groups(model, r) if g["lr"] == r.encoder_lr for t in g["params"]}
+    rows.append(same("vectors_that_decay", [want["tensors"], want["names_sha256"]], [len(vectors), _digest(vectors)]))
+    encoder = {names[id(t)] for g in made if g["lr"] == r.encoder_lr for t in g["params"]}
     there = all(f"backbone.norm{k}.{kind}" in encoder for k in range(4) for kind in ("weight", "bias"))
     rows.append(Row("backbone_norms", e["backbone_norms"], "in the encoder's group" if there else "not there", there))
     return rows
@@ -275,99 +264,55 @@ def _counts(found: Tensor | np.ndarray) -> dict[str, int]:
     return {str(v): int(n) for v, n in zip(values, counts, strict=True)}
 
 
-class _Marked:
-    """What `Mosaic` reads of a `LandCover`, without files: square items of a number in red, with the labels 0 and 1."""
+class _Numbered:
+    """What `Mosaic` reads of a `LandCover`, without files: item i is red i; its columns count up in green."""
 
-    def __init__(self, side: int, ignore: int, count: int = 9):
-        self.side, self.ignore, self.count = side, ignore, count
+    def __init__(self, side: int, count: int = 9):
+        self.side, self.ignore, self.count = side, 6, count
 
     def __len__(self) -> int:
         return self.count
 
     def pair(self, index: int) -> tuple[Tensor, Tensor]:
-        image = torch.full((3, self.side, self.side), 100, dtype=torch.uint8)
-        image[0] = 20 * index + 20
-        image[1] = torch.linspace(60, 180, self.side).to(torch.uint8)  # left to right
-        image[2] = torch.linspace(60, 180, self.side).to(torch.uint8)[:, None]  # top to bottom
-        truth = torch.zeros(self.side, self.side, dtype=torch.int64)
-        truth[:, self.side // 2 :] = 1
-        return image, truth
+        red, green = torch.full((self.side, self.side), index), torch.arange(self.side).expand(self.side, -1)
+        return torch.stack([red, green, green]).to(torch.uint8), torch.zeros(self.side, self.side, dtype=torch.int64)
 
 
-def _randomised(data: _Marked, zones: list[str], r: recipe.Recipe) -> transforms.Mosaic:
-    return recipe.randomised(data, zones, r)  # type: ignore[arg-type]
+def _operations(mosaic: transforms.Mosaic) -> list[str]:
+    """The random operations of training with their settings, named as recorded."""
+    scale, crop, flip, upside_down, *light, normalised = mosaic.transform.transforms  # type: ignore[union-attr]
+    ignored = crop.ignore if crop.counted == crop.ignore else 255  # where the ignored label counts as a class
+    lines = [f"mosaic with probability {mosaic.p:g}", "RandomScale one of " + ", ".join(f"{x:g}" for x in scale.scales)]
+    lines.append(f"SmartCropV1 {crop.size}, max_ratio {crop.most:g}, ignored {ignored}")
+    lines += [f"{name} {one.p:g}" for name, one in (("HorizontalFlip", flip), ("VerticalFlip", upside_down)) if one.p]
+    for one in light:
+        limit = one.transforms[0].limit
+        lines.append(f"RandomBrightnessContrast {limit:g}, {limit:g} with probability {one.p:g}")
+    return lines + [type(step).__name__ for step in normalised.transforms if hasattr(step, "mean")]
 
 
-def _mosaics(data: _Marked) -> transforms.Mosaic:
-    return transforms.Mosaic(data, 1.0, ["Cfa"] * len(data))  # type: ignore[arg-type]
-
-
-def _observed(dataset: str) -> dict[str, Any]:
-    """Measurements of the recipe's random operations, from many small items of known pixels."""
-    torch.manual_seed(0)
-    r = recipe.recipe(dataset)
-    data = _Marked(64, len(CLASSES[dataset]))
-    draws = 400
-    zones = ["Cfa"] * len(data)
-    small = _randomised(data, zones, replace(r, crop=48))  # the smallest scale of 64
-    mosaics = sum(_is_mosaic(data, zones, r, i) for i in range(draws))
-    steps = small.transform.transforms  # type: ignore[union-attr]
-    scale = next(step for step in steps if isinstance(step, transforms.Scale))
-    scales = {
-        scale.transform(tv_tensors.Image(data.pair(0)[0]), scale.make_params([])).shape[-1] / 64 for _ in range(80)
-    }
-    still = _randomised(data, zones, replace(r, crop=48, mosaic=0.0))
-    mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
-    turned, over, light = 0, 0, 0
-    for _ in range(draws):
-        image = still[4][0] * std + mean
-        turned += bool(image[1, :, 0].mean() > image[1, :, -1].mean())
-        over += bool(image[2, 0].mean() > image[2, -1].mean())
-        light += abs(float(image[0].mean()) * 255 - 100) > 0.5
-    levels = (still[4][0] * std + mean) * 255
-    crop = _randomised(_Marked(r.crop, data.ignore), zones, replace(r, mosaic=0.0))[0][0].shape[-1]
-    return {
-        "mosaic": mosaics / draws,
-        "scales": sorted(scales),
-        "crop": crop,
-        "left-right": turned / draws,
-        "upside down": over / draws,
-        "light": light / draws,
-        "smart": next(step for step in steps if isinstance(step, transforms.SmartCrop)),
-        "normalised": float((levels - levels.round()).abs().max()) < 1e-2,
-    }
-
-
-def _is_mosaic(data: _Marked, zones: list[str], r: recipe.Recipe, seed: int) -> bool:
-    """Whether an item by the recipe is of several images; without the transform, which would hide it."""
-    torch.manual_seed(seed)
-    mosaic = _randomised(data, zones, r)
-    mosaic.transform = None
-    return len(mosaic[4][0][0].unique()) > 1
+def _operation_rows(key: str, recorded: list[str], mosaic: transforms.Mosaic) -> list[Row]:
+    """A row of each recorded operation: all words of the shorter of the two texts are in the longer."""
+    texts = [text for text in recorded if not text.startswith("no flip and no colour")]
+    ours = _operations(mosaic)
+    found = [same(f"{key} operations", len(texts), len(ours))]
+    for text, line in zip(texts, ours, strict=False):
+        theirs, own = (set(re.findall(r"[\w.]+", one)) for one in (text, line))
+        found.append(Row(f"{key} {line}", text, line, theirs <= own or own <= theirs))
+    return found
 
 
 def training(case: Case) -> list[Row]:
-    """The random operations of training: texts are compared with measurements of many draws, numbers with ours."""
-    e, rows = case.expected, []
+    """The random operations of training: their settings, and what each does to given numbers."""
+    e, rows, data = case.expected, [], _Numbered(10)
+    zones = ["Cfa"] * len(data)
     for key, dataset in (("potsdam", POTSDAM), ("loveda (dcswin: the data set's train_aug)", LOVEDA)):
-        seen = _observed(dataset)
-        for text in e[key]:
-            rows.append(_operation(key, text, seen))
-    other = "loveda (unetformer: the config's own)"
-    # the recipe of another network: its operations by our functions, with its settings
-    text = next(text for text in e[other] if text.startswith("SmartCrop"))
-    size, ignored = (int(n) for n in re.findall(r"\d+", text.replace("SmartCropV1", "")))
-    made = transforms.train_transform(size, ignored, flip=0.5, upside_down=0.0)
-    kinds = [type(step).__name__ for step in made.transforms]  # type: ignore[attr-defined]
-    wanted = ["Scale", "SmartCrop", "RandomHorizontalFlip", "RandomVerticalFlip", "Compose"]
-    rows.append(
-        Row(
-            other,
-            ", ".join(e[other]),
-            ", ".join(kinds),
-            kinds == wanted and _tries((0.5, 0, 0.5), ignored, False) == 11,
-        )
-    )
+        data.ignore = len(CLASSES[dataset])
+        made = recipe.randomised(data, zones, recipe.recipe(dataset))  # type: ignore[arg-type]
+        rows += _operation_rows(key, e[key], made)
+    other = "loveda (unetformer: the config's own)"  # another network's recipe, by our functions with its settings
+    chain = transforms.train_transform(512, 7, flip=0.5, upside_down=0.0)
+    rows += _operation_rows(other, e[other], transforms.Mosaic(data, 0.25, zones, chain))  # type: ignore[arg-type]
     rows += _mosaic(e["mosaic"])
     for one in e["crops"]:
         rows += _cropped(one)
@@ -392,65 +337,22 @@ def training(case: Case) -> list[Row]:
     return rows
 
 
-def _operation(key: str, text: str, seen: dict[str, Any]) -> Row:
-    """A row of an operation by its text: what was measured of ours, and whether that is the same."""
-    numbers = [float(n) for n in re.findall(r"\d+(?:\.\d+)?", text.replace("V1", ""))]
-    close = 0.08  # of a share in 400 draws, three standard deviations
-
-    def share(name: str, wanted: float) -> Row:
-        return Row(f"{key} {name}", text, f"in {seen[name]:.3f} of the draws", abs(seen[name] - wanted) < close)
-
-    if text.startswith("mosaic"):
-        return share("mosaic", numbers[0])
-    if text.startswith("RandomScale"):
-        return same(f"{key} scales", numbers, seen["scales"])
-    if text.startswith("SmartCrop"):
-        smart = seen["smart"]
-        wanted = [numbers[0], numbers[1], numbers[2] > smart.ignore]
-        return same(f"{key} crop", wanted, [seen["crop"], smart.most, smart.counted > smart.ignore])
-    if text.startswith("no flip and no colour"):
-        found = [seen[name] for name in ("left-right", "upside down", "light")]
-        return same(f"{key} no flip, no colour", [0, 0, 0], found)
-    if text.startswith("HorizontalFlip"):
-        return share("left-right", numbers[0])
-    if text.startswith("VerticalFlip"):
-        return share("upside down", numbers[0])
-    if text.startswith("RandomBrightnessContrast"):
-        return share("light", numbers[2])
-    return Row(f"{key} {text}", text, "whole numbers when undone", seen["normalised"] and text == "Normalize")
-
-
 def _mosaic(e: Mapping) -> list[Row]:
-    """Seams, sources and order of many mosaics."""
+    """Seams, sources and order of many mosaics of item 4."""
     torch.manual_seed(0)
-    data, seams, same_image = _Marked(10, 6), set(), 0
-    sources: Counter[int] = Counter()
-    mosaic, first = _mosaics(data), True
-    for _ in range(300):
-        red = (mosaic[4][0][0].long() - 20) // 20
-        (top,) = {int(n) for n in (red[:, 0] != red[0, 0]).nonzero().flatten()[:1]} or {-1}
-        (left,) = {int(n) for n in (red[0] != red[0, 0]).nonzero().flatten()[:1]} or {-1}
-        first &= bool(red[0, 0] == 4)
-        quarters = [int(red[0, -1]), int(red[-1, 0]), int(red[-1, -1])]
-        sources.update(quarters)
-        same_image += 4 in quarters or len(set(quarters)) < 3
-        seams |= {n for n in (top, left) if n > 0}
-    side = data.side
-    wanted = set(range(side // 4, side - side // 4 + 1))
-    everyone = len(sources) == len(data) and same_image > 0
+    data = _Numbered(10)
+    mosaic = transforms.Mosaic(data, 1.0, ["Cfa"] * len(data))  # type: ignore[arg-type]
+    made = torch.stack([mosaic[4][0] for _ in range(300)]).int()
+    red, quarters = made[:, 0], made[:, 0, [0, -1, -1], [-1, 0, -1]]
+    changes = [*(red[:, 0].diff() != 0).nonzero()[:, 1], *(red[:, :, 0].diff() != 0).nonzero()[:, 1]]
+    seams = {int(n) + 1 for n in changes}
+    among = len(quarters.unique()) == len(data) and bool((quarters == 4).any())
     return [
-        Row("mosaic seam", e["seam"], f"{min(seams)} to {max(seams)} of {side}", seams == wanted),
-        Row("mosaic pictures", e["pictures"], f"{len(sources)} of {len(data)}, with repetition", everyone),
-        Row("mosaic order", e["order"], "the item is top left", first),
-        Row("mosaic each", e["each"], "several corners of an image", _corners_vary()),
+        Row("mosaic seam", e["seam"], f"{sorted(seams)} of 10", seams == {*range(10 // 4, 10 - 10 // 4 + 1)}),
+        Row("mosaic pictures", e["pictures"], f"{len(quarters.unique())} of {len(data)}", among),
+        Row("mosaic order", e["order"], "the item is top left", bool((red[:, 0, 0] == 4).all())),
+        Row("mosaic each", e["each"], "several corners of an image", len(made[:, 1, 0, 0].unique()) > 3),
     ]
-
-
-def _corners_vary() -> bool:
-    """Whether a quarter of a mosaic is a crop at a random corner, of the quarter's size."""
-    data = _Marked(32, 6)
-    mosaic = _mosaics(data)
-    return len({int(mosaic[4][0][1, 0, 0]) for _ in range(40)}) > 3
 
 
 def _cropped(e: Mapping) -> list[Row]:

@@ -31,6 +31,7 @@ from companion.models.layers.state_dicts import official_state
 from companion.models.promptpar import recipe
 from companion.models.promptpar.model import Output, PromptPAR, loss, weighted_loss
 from companion.training.schedules import sgd
+from tests.recipes.steps import Watched, done, drawn, initial, number, seed, told
 
 SETS = {name.lower(): key for key, name in recipe.COLUMNS.items()}  # "peta-zs" -> "par-zs/peta"
 TEXT_PROMPTS = "clip_model.transformer.prompt_text_deep"
@@ -47,11 +48,6 @@ def _p(**options: Any) -> SimpleNamespace:
     }
     given |= {"seed": 0, "dry_run": True, "accelerator": "cpu", "devices": 1, "precision": "32-true", "quirks": True}
     return SimpleNamespace(**given | {"checkpoint": ""} | options)
-
-
-def _number(text: str) -> float:
-    """The first number of a tolerance in words."""
-    return float(re.findall(r"\d[\d.]*(?:e-?\d+)?", text)[0])
 
 
 def _official(model: PromptPAR, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -106,21 +102,12 @@ def groups(case: Case) -> list[Row]:
     trained = found["prompts"] | found["heads"]
     rows.append(same("names", [], [name for name in e["names"] if name not in trained]))
     for name, want in e["initial_values"].items():
-        rows.append(_initial(f"initial_values {name}", want, trained[name].detach().double().flatten()))
+        what, value = f"initial_values {name}", trained[name].detach()
+        if value.numel() == 1 and "bias" in name:  # one draw of a uniform distribution
+            rows.append(Row(what, f"{want['mean']}", f"{float(value)}", abs(float(value)) <= 768**-0.5))
+        else:
+            rows += initial(what, want, value)
     return [*rows, _training_mode(e["train_mode"], model)]
-
-
-def _initial(what: str, want: Mapping, value: Tensor) -> Row:
-    """Count, mean, standard deviation and largest value of a start; both are draws, so by what draws differ."""
-    mean, std, count = float(value.mean()), float(value.std(correction=0)), want["count"]
-    spread, most = max(0.1, 4 / count**0.5) * want["std"], float(value.abs().max())
-    agrees = value.numel() == count and abs(std - want["std"]) <= spread
-    if count == 1 and "bias" in what:  # one draw of a uniform distribution
-        agrees &= most <= 768**-0.5
-    else:
-        agrees &= abs(mean - want["mean"]) <= max(spread, 0.1 * abs(want["mean"]) * (want["std"] == 0))
-        agrees &= abs(most - want["max_abs"]) <= 0.25 * want["max_abs"]
-    return Row(what, f"mean {want['mean']:.3g}, std {want['std']:.4g}", f"mean {mean:.3g}, std {std:.4g}", agrees)
 
 
 def _training_mode(want: Mapping, model: PromptPAR) -> Row:
@@ -149,17 +136,14 @@ def order(case: Case) -> list[Row]:
     names = np.array([[np.array([f"raw {i}"])] for i in range(105)], object)
     partitions = np.empty((5, 1), object)
     for k in range(5):
-        held = np.empty((1, 1), object)
-        one = np.zeros((1, 1), dtype=[(name, object) for name in ("train", "val", "test")])
         ids = np.roll(np.arange(1, count + 1), k)
-        one[0, 0] = (ids[:6, None], ids[6:8, None], ids[8:, None])
-        held[0, 0] = one
-        partitions[k, 0] = one
+        partitions[k, 0] = np.zeros((1, 1), dtype=[(name, object) for name in ("train", "val", "test")])
+        partitions[k, 0][0, 0] = (ids[:6, None], ids[6:8, None], ids[8:, None])
+    fields = np.zeros((1, 1), dtype=[(name, object) for name in "abcd"])
+    fields[0, 0] = (raw, names, np.zeros(1), partitions)
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / dataset.folders[0]
         folder.mkdir(parents=True)
-        fields = np.zeros((1, 1), dtype=[(name, object) for name in ("a", "b", "c", "d")])
-        fields[0, 0] = (raw, names, np.zeros(1), partitions)
         savemat(folder / attributes.ANNOTATIONS["par/peta"], {"peta": fields})
         listing = attributes._peta(dataset, Path(root))
     found = [int(i) for i in listing.splits["test"]]
@@ -191,7 +175,7 @@ def losses(case: Case) -> list[Row]:
     total.backward()
     found = {"total": total, "heads": weighted_loss(logits, labels, ratio)}
     found["similarity"] = weighted_loss(similarity, labels, ratio)
-    room = {key: _number(text) for key, text in case.facts["tolerance"].items()}
+    room = {key: number(text) for key, text in case.facts["tolerance"].items()}
     rows = [near(name, case.expected[name], value.detach(), relative=room["losses"]) for name, value in found.items()]
     for name, value in (("logits", logits.grad), ("similarity", similarity.grad)):
         rows.append(near(f"out.grad_{name}", case.data[f"out.grad_{name}"], value, absolute=room["gradients"]))
@@ -205,7 +189,7 @@ def metric(case: Case) -> list[Row]:
     totals = {"mA": "mA", "accuracy": "Acc", "precision": "Prec", "recall": "Rec", "F1": "F1"}
     ours: dict[str, Any] = {name: found.totals[own] / 100 for name, own in totals.items()}
     ours |= {"mA_of_attributes": found.balanced / 100, "f1_of_attributes": found.f1 / 100}
-    room = _number(case.facts["tolerance"]["values"])
+    room = number(case.facts["tolerance"]["values"])
     f1 = found.f1 / 100
     ours |= {"precision_of_attributes": found.precision / 100, "jaccard_of_attributes": f1 / (2 - f1)}
     return [near(name, case.expected[name], value, absolute=room) for name, value in ours.items()]
@@ -213,103 +197,55 @@ def metric(case: Case) -> list[Row]:
 
 def picture(case: Case) -> list[Row]:
     """What the network gets of a tested image."""
-    e, tolerance = case.expected, {k: _number(v) for k, v in case.facts["tolerance"].items()}
+    e, tolerance = case.expected, {k: number(v) for k, v in case.facts["tolerance"].items()}
     image = Image.fromarray(case.data["in.image"].numpy())
     size = case.settings["size"][0]
     transform = attributes.square_transform(size)
-    assert isinstance(transform, v2.Compose)
     if case.settings["padding"].startswith("none"):
         transform = v2.Compose(transform.transforms[1:])
     x = transform(image)
-    rows = [same("shape", e["shape"], x.shape)]
     grid = x[:, e["rows"]][:, :, e["columns"]]
     gap = (grid - torch.tensor(e["grid"])).abs()
     share = 1.0 if "padded_size" not in e else 0.9  # the grid's tolerance is that of nine of ten values
     close = float((gap <= tolerance["grid"]).float().mean())
-    rows.append(
-        Row("grid", f"{share:.0%} within {tolerance['grid']}", f"{close:.1%}, largest {gap.max():.3f}", close >= share)
-    )
-    rows.append(near("mean", e["mean"], x.mean((1, 2)), absolute=tolerance["mean"]))
-    rows.append(near("std", e["std"], x.flatten(1).std(1, correction=0), absolute=tolerance["std"]))
-    for name, axis in (("rows", 1), ("columns", 2)):
-        inside = min(e[name]) >= 0 and max(e[name]) < x.shape[axis]
-        rows.append(Row(name, str(e[name]), f"of {x.shape[axis]}", inside and grid.shape[axis] == len(e[name])))
+    agrees = f"{close:.1%}, largest difference {gap.max():.3f}", close >= share
+    rows = [
+        same("shape", e["shape"], x.shape),
+        Row("grid", f"{share:.0%} within {tolerance['grid']}", *agrees),
+        near("mean", e["mean"], x.mean((1, 2)), absolute=tolerance["mean"]),
+        near("std", e["std"], x.flatten(1).std(1, correction=0), absolute=tolerance["std"]),
+        *(same(name, len(e[name]), grid.shape[axis]) for name, axis in (("rows", 1), ("columns", 2))),
+    ]
     if "padded_size" in e:
         rows.append(same("padded_size", e["padded_size"], list(attributes.PadToSquare(size)(image).size)[::-1]))
     return rows
 
 
 def operations(case: Case) -> list[Row]:
-    """The operations of training and test, by what they do to a known image, and the loader's batches."""
-    e, size = case.expected, case.settings["height"]
-    grey = np.full((size, size, 3), 120, np.uint8)
-    grey[:, : size // 2] = 200
-    image = Image.fromarray(grey)
-    train, test = (attributes.square_transform(size, train=flag) for flag in (True, False))
-    torch.manual_seed(0)
-    drawn = torch.stack([train(image) for _ in range(200)])
-    plain = test(image)
-    value = (200 / 255 - 0.5) / 0.5
-    black = drawn == -1.0
-    tops = {int(rows[: size // 2].sum()) - int(rows[size // 2 :].sum()) for rows in black[:, 0].all(2)}
-    flipped = float((drawn[:, 0, size // 2, size // 4] < 0.4).float().mean())
-    seen = {
-        "Resize": f"{tuple(test(Image.fromarray(grey[: size // 2])).shape[1:])}",
-        "Pad": f"corners {min(tops)} to {max(tops)}",
-        "RandomCrop": f"{tuple(drawn.shape[2:])}",
-        "RandomHorizontalFlip": f"in {flipped:.2f} of the draws",
-        "ToTensor": str(plain.dtype),
-        "Normalize": f"{float(plain[0, 0, 0]):.4f}",
-    }
-    right = {
-        "Resize": seen["Resize"] == str((size, size)),
-        "Pad": (min(tops), max(tops)) == (-10, 10) and bool((drawn.amin((1, 2, 3)) == -1).any()),
-        "RandomCrop": seen["RandomCrop"] == str((size, size)) and len(tops) > 10,
-        "RandomHorizontalFlip": abs(flipped - 0.5) < 0.12,
-        "ToTensor": plain.dtype == torch.float32 and plain.shape[0] == 3,
-        "Normalize": abs(float(plain[0, 0, 0]) - value) < 1e-4,
-    }
-    rows = []
-    for split in ("training", "test"):
-        for text in e[split]:
-            name = text.partition("(")[0].partition(",")[0]
-            rows.append(Row(f"{split} {name}", text, seen[name], right[name]))
-    rows.append(
-        same("test without randomness", True, bool(torch.equal(test(image), plain) and not (plain == -1).any()))
-    )
-    rows += _loader(e["loader"])
+    """The operations of training and test, the loader's batches, and the share of each attribute."""
+    e, size, rows = case.expected, case.settings["height"], list[Row]()
+    for split, train in (("training", True), ("test", False)):
+        _pad, *steps = attributes.square_transform(size, train=train).transforms
+        pairs = zip(e[split], done(v2.Compose(steps)), strict=True)
+        rows += [same(f"{split} {text}", told(text), step) for text, step in pairs]
+    # an epoch of two images more than two batches
+    batch = int(recipe.recipe()["heads"]["batch"])
+    data, count = Watched(torch.randn(2 * batch + 2, 3, 28, 28), torch.eye(2).repeat(batch + 1, 1)), 2 * batch + 2
+    history = recipe.learn(_p(), _small(attributes_=2), data, torch.full((2,), 0.5), epochs=2, batch=batch)
+    orders = data.asked[:count], data.asked[count:]
+    whole = all(sorted(order) == list(range(count)) for order in orders)
     labels = torch.tensor([[1.0, 0.0], [1.0, 2.0], [0.0, 0.0]])
-    data = attributes.Pedestrians(
-        attributes.find("par/rapv1", "attributes"),
-        Path(),
-        ["a", "b", "c"],
-        labels.numpy(),
-        ["x", "y"],
-        ["x", "y"],
-        None,
-    )
-    rows.append(Row("ratio", e["ratio"], str(data.ratio.tolist()), torch.equal(data.ratio, labels.mean(0))))
+    names = ["x", "y"]
+    rapv1 = attributes.find("par/rapv1", "attributes")
+    people = attributes.Pedestrians(rapv1, Path(), list("abc"), labels.numpy(), names, names, None)
     seeds = recipe.protocol()["seeds"]
-    rows.append(Row("seed", str(e["seed"]), seeds, str(e["seed"]) in seeds))
-    return rows
-
-
-def _loader(want: Mapping) -> list[Row]:
-    """Batches of an epoch of one image more than two batches, by the recipe's `learn`."""
-    settings = recipe.recipe()
-    batch = int(settings["heads"]["batch"])
-    model, seen = _small(attributes_=2), []
-    images = torch.arange(2.0 * batch + 2)[:, None, None, None].expand(-1, 3, 28, 28).contiguous()
-    data = TensorDataset(images, (images[:, 0, 0, :2] % 2).contiguous())
-    features = model.forward_features
-    model.forward_features = lambda x, *_: seen.append(x[:, 0, 0, 0].tolist()) or features(x / 100)  # type: ignore
-    recipe.learn(_p(), model, data, torch.full((2,), 0.5), epochs=2, batch=batch)
-    sizes, first = [len(ids) for ids in seen], [i for ids in seen[:3] for i in ids]
-    second = [i for ids in seen[3:] for i in ids]
     return [
-        same("loader batch", want["batch"], sizes[0]),
-        same("loader drop_last", want["drop_last"], sum(sizes[:3]) < len(images)),
-        same("loader shuffle", want["shuffle"], sorted(first) == sorted(second) and first != second),
+        *rows,
+        same("loader batch", [e["loader"]["batch"], 3 * 2], [batch, len(history)]),
+        same("loader drop_last", e["loader"]["drop_last"], not whole),
+        same("loader shuffle", e["loader"]["shuffle"], orders[0] != orders[1]),
+        Row("ratio", e["ratio"], str(people.ratio.tolist()), torch.equal(people.ratio, labels.mean(0))),
+        Row("seed", str(e["seed"]), seeds, str(e["seed"]) in seeds),
     ]
 
 
@@ -334,7 +270,7 @@ def _small(attributes_: int, *, m: Mapping | None = None, texts: Texts | None = 
 
 def schedule(case: Case) -> list[Row]:
     """The learning rate of each epoch."""
-    rows, relative = [], _number(case.facts["tolerance"]["lr"])
+    rows, relative = [], number(case.facts["tolerance"]["lr"])
     for name, want in case.expected.items():
         per_epoch = 3
         found = recipe.by_epoch(want["warmup_epochs"])(want["base_lr"], want["epochs"] * per_epoch, per_epoch)
@@ -378,13 +314,12 @@ def trajectory(case: Case) -> list[Row]:
     """A training by the recipe's `learn` from filled weights, batches in the recorded order."""
     s, e = case.settings, case.expected
     m, b, o = s["model"], s["batch"], s["optimizer"]
-    seed = int(re.findall(r"seed=(\d+)", s["weights"])[0])
     tokenizer = open_clip.get_tokenizer(recipe.CLIP.partition("/")[0])
     blank = _small(m["attributes"], m=m)
     state = {}
     for name, value in blank.to_official().items():
         if value.is_floating_point():
-            state[name] = torch.from_numpy(np.array(fill.parameter(name, tuple(value.shape), seed)))
+            state[name] = torch.from_numpy(np.array(fill.parameter(name, tuple(value.shape), seed(s["weights"]))))
     state["clip_model.logit_scale"], state["clip_model.softmax_model.temperature"] = (
         torch.tensor(np.log(100.0)).float(),
         torch.tensor(1.0),
@@ -394,9 +329,7 @@ def trajectory(case: Case) -> list[Row]:
     sentences_ = m["sentences"]
     assert isinstance(sentences_, list)
     model = PromptPAR.from_official(state, sentences_, tokenizer, heads=heads, **options)
-    rng = np.random.default_rng(int(re.findall(r"default_rng\((\d+)\)", b["generator"])[0]))
-    shape = tuple(int(n) for n in re.findall(r"\(\(([\d, ]+)\)", b["images"])[0].split(","))
-    images, size = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)), b["size"]
+    (images,), size = drawn(b["generator"], b["images"]), b["size"]
     labels, ratio = case.data["in.labels"], case.data["in.ratio"]
     epochs, per_epoch = s["schedule"]["epochs"], s["schedule"]["steps_per_epoch"]
     count = epochs * per_epoch * size
@@ -411,25 +344,17 @@ def trajectory(case: Case) -> list[Row]:
     table.loc["warm-up epochs"] = s["schedule"]["warmup_epochs"]
     table.loc["gradient clipping"] = clip_norm
     start = {name: value.clone() for name, value in model.to_official().items()}
-    parts: dict[str, list] = {"heads": [], "similarity": []}
-    forward = model.forward
-
-    def recorded(x: Tensor) -> Output:
-        out = forward(x)
-        truth = items[len(parts["heads"]) * size : (len(parts["heads"]) + 1) * size]
-        y = torch.stack([row for _, row in truth])
-        for name, value in zip(parts, out, strict=True):
-            parts[name].append(float(weighted_loss(value.detach(), y, ratio)))
-        return out
-
-    model.forward = recorded  # type: ignore[method-assign, assignment]
+    outputs = list[Output]()
+    model.register_forward_hook(lambda module, given, out: outputs.append(Output(*(x.detach() for x in out))))
     data = InOrder(items, per_epoch * size)
     history = recipe.learn(_p(), model, data, ratio, epochs=epochs, batch=size, settings=table)
     after = model.to_official()
-    room = {key: _number(text.partition("; ")[0]) for key, text in case.facts["tolerance"].items()}
+    room = {key: number(text.partition("; ")[0]) for key, text in case.facts["tolerance"].items()}
     rows = [near("losses", e["losses"], [row["loss"] for row in history], relative=room["losses"])]
-    rows.append(near("heads_loss", e["heads_loss"], parts["heads"], relative=room["losses"]))
-    rows.append(near("similarity_loss", e["similarity_loss"], parts["similarity"], relative=room["losses"]))
+    truth = labels[torch.arange(count).view(-1, size) % len(labels)]
+    for i, name in enumerate(("heads_loss", "similarity_loss")):
+        parts = [weighted_loss(out[i], y, ratio) for out, y in zip(outputs, truth, strict=True)]
+        rows.append(near(name, e[name], torch.stack(parts), relative=room["losses"]))
     for name, want in e["lr"].items():
         rates = recipe.by_epoch(int(table[name]["warm-up epochs"]))(o["lr"][name], epochs * per_epoch, per_epoch)
         rows.append(near(f"lr {name}", want, rates, relative=room["lr"]))

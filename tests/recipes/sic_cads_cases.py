@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,6 @@ import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from companion import backbones, detectors
 from companion.data import DATASETS, detection
@@ -126,23 +125,11 @@ def _schedule(case: Case) -> list[Row]:
 
 def _share_of_boxes(group: int, draws: int = 2000) -> float:
     """The share of groups that come from the first of two sources, of very different sizes."""
-    turns = recipe.Turns([_Items(7, True), _Items(90, False)], group)
+    sources = [[(torch.zeros(1), torch.zeros(1) > 0, kind)] * count for kind, count in ((True, 7), (False, 90))]
+    turns = recipe.Turns(sources, group)  # type: ignore[arg-type]
     found = torch.stack([turns[i][2] for i in range(draws)])
     assert (found == found[:, :1]).all()  # a group is of one source
     return float(found[:, 0].double().mean())
-
-
-class _Items(Dataset):
-    """Items that identify their source."""
-
-    def __init__(self, length: int, boxes: bool):
-        self.length, self.boxes = length, boxes
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, bool]:
-        return torch.zeros(1), torch.zeros(1) > 0, self.boxes
 
 
 def _repeats(case: Case) -> list[Row]:
@@ -153,20 +140,15 @@ def _repeats(case: Case) -> list[Row]:
     classes += [[0]] * int(many[1]) + [[int(c) for c in last[2].split(" and ")]] * 3
     boxes = _boxes("detection/ov-lvis", detection.lvis_categories()[:5], classes)
     factors = detection.repeat_factors(boxes, case.settings["threshold"])
-    repeated, passes = recipe.Repeated(boxes, factors), 40
-    drawn = np.array([[repeated.drawn(i) for i in range(len(repeated))] for _ in range(passes)])
-    counts = np.stack([np.bincount(row, minlength=len(factors)) for row in drawn])
-    whole, often = np.floor(factors), counts[:, factors > 1]
-    agrees = (counts >= whole).all() and len({tuple(row) for row in often}) > 1
-    agrees &= abs(often.mean() - factors[factors > 1].mean()) < 3 * often.std() / np.sqrt(often.size) + 0.01
-    text = f"each at least {whole.min():.0f}; those of {factors.max():.2f}: {often.mean():.2f} on average of {passes}"
+    repeated = recipe.Repeated(boxes, factors)
+    odds = np.bincount(repeated.items, repeated.odds)  # how often an item is drawn, on average
     expected, options = case.expected, case.facts["tolerance"]
     return [
         near("factor_of_the_first_five", expected["factor_of_the_first_five"], factors[:5], **options),
         near("factor_of_the_last_three", expected["factor_of_the_last_three"], factors[-3:], **options),
         near("factor_of_the_others", [expected["factor_of_the_others"]] * int(many[1]), factors[5:-3], **options),
         near("sum", expected["sum"], factors.sum(), **options),
-        Row("rounding", expected["rounding"], text, bool(agrees)),
+        Row("rounding", expected["rounding"], "the odds add up to the factors", np.allclose(odds, factors)),
     ]
 
 
@@ -279,10 +261,10 @@ def _training_images(case: Case) -> list[Row]:
             rows.append(same(f"s_and_size {name}", [smallest, size], [r.crop, r.size]))
         else:
             rows.append(Row(f"s_and_size {name}", f"{smallest}, {size}", "none", False, NOT_BUILT))
-    for (operation, text), observed in zip(
-        case.expected["operations"], _observed(recipe.recipe(*CONFIGS["ovmlr_lvis_base"])), strict=True
-    ):
-        rows.append(Row(f"operations {operation}", text, *observed))
+    drawn = _crop_resize_flip()
+    rows += [
+        Row(f"operations {name}", text, drawn[name], bool(drawn[name])) for name, text in case.expected["operations"]
+    ]
     rows.append(Row("labels_after_the_crop", case.expected["labels_after_the_crop"], *_labels_of_crops()))
     model, given = _small(recipe.recipe(*CONFIGS["ovmlr_lvis_base"])), []  # type: tuple[recipe.Recogniser, list[Tensor]]
     model.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
@@ -296,12 +278,12 @@ def _training_images(case: Case) -> list[Row]:
 
 
 class _One:
-    """One image with boxes, as `detection.Boxes`."""
+    """One image with boxes of the classes 0, 1, ..., the last one a crowd, as `detection.Boxes`."""
 
-    def __init__(self, image: Tensor, boxes: Tensor, crowd: Tensor):
-        self.image, count = image, len(boxes)
-        self.found = detection.Target(boxes, torch.arange(count), crowd, 0)
-        self.positives = torch.ones(1, count, dtype=torch.bool)
+    def __init__(self, image: Tensor, boxes: Sequence[Sequence[float]]):
+        labels = torch.arange(len(boxes))
+        self.image, self.positives = image, torch.ones(1, len(boxes), dtype=torch.bool)
+        self.found = detection.Target(torch.tensor(boxes), labels, labels == len(boxes) - 1, 0)
 
     def __len__(self) -> int:
         return 1
@@ -310,53 +292,36 @@ class _One:
         return self.image, self.found
 
 
-def _observed(r: recipe.Recipe, draws: int = 4000, height: int = 201, width: int = 333) -> Iterator[tuple[str, bool]]:
-    """What crop, resizing and flip do, over many draws."""
-    torch.manual_seed(0)
-    left, top, w, h = np.array([recipe.random_crop(height, width, r.crop) for _ in range(draws)]).T
-    shares = np.stack([h / height, w / width])
-    ends = [(shares.min(1) - r.crop).max(), (1 - shares.max(1)).max(), abs(shares.mean() - (1 + r.crop) / 2)]
-    halves = np.add.reduceat(np.histogram(shares, 10, (r.crop, 1))[0], [0, 5])  # drawn evenly
-    free = abs(np.corrcoef(shares)[0, 1]) < 0.05
-    corners = [a / np.maximum(b, 1) for a, b in ((left, width - w), (top, height - h))]
-    middle = max(abs(x[b > 4].mean() - 0.5) for x, b in zip(corners, (width - w, height - h), strict=True))
-    even = free and max(ends) < 0.01 and abs(halves[0] / halves.sum() - 0.5) < 0.02 and middle < 0.03
-    inside = bool((left + w <= width).all() and (top + h <= height).all())
-    yield f"shares {shares.min():.3f} to {shares.max():.3f}, mean {shares.mean():.3f}; corners evenly", even and inside
-
-    image = torch.randint(0, 256, (3, 41, 67), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    nothing = torch.zeros(0, 4), torch.zeros(0) > 0
-    crops, flipped = recipe.Crops(_One(image, *nothing), 29, 1.0), []  # type: ignore[arg-type]
+def _crop_resize_flip() -> dict[str, str]:
+    """By operation, what it does to given random numbers and to an image; empty where that is not as recorded."""
+    generator, bounds = torch.Generator().manual_seed(0), []
+    last = lambda bound, _: bounds.append(bound) or torch.tensor(bound - 1)  # noqa: E731
+    with mock.patch("torch.rand", return_value=torch.tensor([0.0, 0.5])), mock.patch("torch.randint", last):
+        cropped = recipe.random_crop(201, 333, 0.7)  # 201 * 0.7 = 140.7, 333 * 0.85 = 283.05
+    even = cropped == (50, 60, 283, 141) and bounds == [61, 51]
+    image = torch.randint(0, 256, (3, 41, 67), generator=generator, dtype=torch.uint8)
     pil = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((29, 29), Image.Resampling.BILINEAR)
-    plain = torch.from_numpy(np.array(pil)).permute(2, 0, 1).int()
-    gaps = []
-    for _ in range(400):
-        drawn = crops[0][0].int()
-        gap = [(drawn - way).abs().max().item() for way in (plain, plain.flip(-1))]
-        gaps.append(min(gap))
-        flipped.append(gap[1] < gap[0])
-    yield f"square, at most {max(gaps)} grey level from PIL's bilinear", max(gaps) <= 1
-    yield f"{np.mean(flipped):.2f} flipped", abs(np.mean(flipped) - 0.5) < 0.08
+    found = []
+    for flip in (0.0, 1.0):
+        with mock.patch.object(recipe, "FLIP", flip):
+            found.append(recipe.Crops(_One(image, [[0.0] * 4]), 29, 1.0)[0][0].int())  # type: ignore[arg-type]
+    close = (found[0] - torch.from_numpy(np.array(pil)).permute(2, 0, 1).int()).abs().max() <= 1
+    return {
+        "RandomCrop relative_range s": "a share of each side, rounded; any corner" * even,
+        "Resize": "PIL's bilinear within one grey level" * bool(close),
+        "RandomFlip": f"left-right, {recipe.FLIP}" * (recipe.FLIP == 0.5 and torch.equal(found[0], found[1].flip(-1))),
+    }
 
 
-def _labels_of_crops(draws: int = 300) -> tuple[str, bool]:
+def _labels_of_crops() -> tuple[str, bool]:
     """Labels of crops of an image whose boxes are at its left edge, everywhere, and everywhere but a crowd."""
-    height, width = 64, 64
-    boxes = torch.tensor([[0.0, 0.0, 4.0, 64.0], [0.0, 0.0, 64.0, 64.0], [0.0, 0.0, 64.0, 64.0]])
-    column = torch.arange(width, dtype=torch.uint8).expand(3, height, width)
-    one, crowd = column.contiguous(), torch.tensor([False, False, True])
-    crops = recipe.Crops(_One(one, boxes, crowd), 64, 0.5)  # type: ignore[arg-type]
-    right, gone = True, 0
-    for _ in range(draws):
-        image, labels, _ = crops[0]
-        reaches = image.min() < 4  # a column of the box at the edge is in the crop
-        gone += int(not labels[0])
-        right &= (
-            bool(labels[1]) and not labels[2] and (bool(labels[0]) == bool(reaches) or abs(int(image.min()) - 4) < 2)
-        )
-    kept = recipe.Crops(_One(one, boxes, crowd), 64, 0.5, boxes=False)[0][1].all()  # type: ignore[arg-type]
-    text = f"gone with its last pixel ({gone} of {draws}), no crowd, captions' stay"
-    return text, right and 0 < gone < draws and bool(kept)
+    whole, found = [0.0, 0.0, 64.0, 64.0], []
+    data = _One(torch.zeros(3, 64, 64, dtype=torch.uint8), [[0.0, 0.0, 4.0, 64.0], whole, whole])
+    for left, boxes in ((3, True), (4, True), (4, False)):
+        with mock.patch.object(recipe, "random_crop", return_value=(left, 0, 32, 64)):
+            found.append(recipe.Crops(data, 64, 0.5, boxes)[0][1].tolist())  # type: ignore[arg-type]
+    wanted = [[True, True, False], [False, True, False], [True, True, True]]
+    return "gone with its last pixel, no crowd, captions' stay", found == wanted
 
 
 # --- losses, metrics, selection ---------------------------------------------------------------------------------------

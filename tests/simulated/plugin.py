@@ -12,12 +12,8 @@ from tests.simulated import simdevice
 simdevice.install(project=("/lib/companion/",))
 
 SKIPPED = {
-    "wherever_it_is_started_from": "two undisturbed runs differ in the last bit with the fused AdamW (why: not found)",
     "test_the_teacher_follows_once_a_step_after_the_student": "compares with a mean computed on the CPU",
-    "test_the_epoch_with_the_lowest_tuning_loss_is_taken": "compares the weights of the GPU with those given back",
-    "test_a_training_ends_when_the_tuning_loss_has_not": "compares the weights of the GPU with those given back",
     "is_the_one_written_out": "the training that the test writes out is on the CPU",
-    "test_gradients_that_are_added_up_are_those_of_the_whole_batch": "its time steps are on the CPU",
     "test_cached_losses_are_the_losses[float32]": "1.4e-6 apart: batched products are rounded otherwise",
 }
 """Part of a test's name, and why it does not hold on a GPU."""

@@ -26,7 +26,7 @@ ALLOWED: dict[str, dict[str, int]] = {
 }
 """Waits of a training step, by paper: the file where the host waits, and how often at most. Others never wait."""
 
-pytestmark = [pytest.mark.simulated, pytest.mark.slow]
+pytestmark = pytest.mark.simulated
 
 
 def test_training():
@@ -65,6 +65,7 @@ def assert_half_is_near(found: dict) -> None:
 HALF = ("dplq", "dmt", "sic_cads")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slug", slugs())
 def test_pocket(slug, tmp_path):
     """Of the papers in HALF every training and evaluation is under bf16 autocast; its first step in float32 too."""
@@ -77,6 +78,7 @@ def test_pocket(slug, tmp_path):
     assert_half_is_near(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slug", slugs())
 def test_dry_run(slug, tmp_path):
     """The paper profile with small models, at the precision of the authors.
@@ -120,12 +122,14 @@ for case in parity.cases(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_make_gpu():
     """What `make gpu` measures, but for what only a GPU has: memory, and a peak."""
     done = subprocess.run([sys.executable, "-c", SPEED], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slug", parity.papers())
 def test_parity(slug):
     """The smaller recorded cases, computed on the GPU."""
@@ -133,17 +137,15 @@ def test_parity(slug):
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-FILES = {slug: [f"models/{slug}/test_recipe.py"] for slug in slugs()}
-FILES["dmt"] += ["models/dmt/test_cache.py", "models/dmt/test_downstream.py"]
-FILES["hvit"] += ["models/layers/test_dino.py", "test_slides.py"]
-FILES["bat"] += ["test_tracking.py"]
-FILES["sic_cads"] += ["test_detectors.py"]
+FILES = ["training/test_precision.py", "test_slides.py", "test_tracking.py", "test_detectors.py"]
+FILES += ["models/layers/test_dino.py", "models/dmt/test_cache.py"]
 
 
-@pytest.mark.parametrize("slug", slugs())
-def test_tests_of_the_library(slug):
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES)
+def test_tests_of_the_library(file):
     """Trainings and evaluations of other tests, on the GPU; `plugin.SKIPPED` lists those that only hold on a CPU."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.simulated.plugin"]
-    command += ["-m", "not slow", *(f"tests/{file}" for file in FILES[slug])]
+    command += ["-m", "not slow", f"tests/{file}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-6000:]

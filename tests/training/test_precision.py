@@ -1,12 +1,14 @@
-"""Half precision: a training step and an evaluation of every paper under bf16 autocast, next to float32."""
+"""The dry run of every paper's recipe in float32 and under bfloat16 autocast: two steps, and outputs."""
 
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 
 from companion.models.dmt.model import relation_maps
 from companion.models.layers.clip_prompting import similarity
@@ -14,41 +16,45 @@ from companion.models.sic_cads.model import Heads, ZeroShotClassifier
 from companion.toy import encoders
 from companion.training.fit import Hardware, predict
 from tests.conftest import parameters
+from tests.models.common import draw
 from tests.small import shrink
 
 Found = tuple[list[dict], Tensor | None]
-"""The history of two steps, and outputs of the untrained model in an evaluation."""
+"""The history of a training, and outputs of the untrained model: None where rounding may change which is selected."""
 
 
 def sa2vp(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     found = recipe.setting(p, out)
-    outputs = predict(found.build(p.method), found.test, hardware=found.options["hardware"])
-    return recipe.train(found, p.method)[1], outputs
+    history = recipe.train(found, p.method)[1]
+    return history, predict(found.build(p.method), found.test, hardware=found.options["hardware"])
 
 
 def bat(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     found = recipe.setting(p, out)
-    boxes = found.track(p.method, recipe.build(p.method, recipe.bat.foundation("random"), p.seed))
-    return found.train(p.method)[1], torch.from_numpy(boxes["generated 1"])
+    model, history = found.train(p.method)
+    for boxes in found.track(p.method, model).values():  # in images of 240 x 180
+        assert np.isfinite(boxes).all() and (boxes[:, :2] + boxes[:, 2:] <= [240, 180]).all()
+    return history, None
 
 
 def dplq(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     found = recipe.setting(p, out)
+    history = recipe.train(found, p.method)[1]
     torch.manual_seed(0)  # the noise of the prompts
     outputs = predict(found.build(p.method), found.inputs(p.method, "source"), hardware=found.options["hardware"])
-    return recipe.train(found, p.method)[1], outputs
+    return history, outputs
 
 
 def promptpar(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
+    history = recipe.setting(p, out).train(p.method)[1]
     found = recipe.setting(p, out)
-    outputs = found.probabilities(found.build(p.method), found.parts["test"])
-    return found.train(p.method)[1], outputs
+    return history, found.probabilities(found.build(p.method), found.parts["test"])
 
 
 def hvit(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     found = recipe.setting(p, out)
-    outputs = recipe.outputs(recipe.build(p, p.method), found.test, Hardware.of(p, "hvit"))[1]
-    return recipe.train(found, p.method)[1], outputs
+    history = recipe.train(found, p.method)[1]
+    return history, recipe.outputs(recipe.build(p, p.method), found.test, Hardware.of(p, "hvit"))[1]
 
 
 def ecamp(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
@@ -57,28 +63,30 @@ def ecamp(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
         return found.learn(found.build(p.method), p.method), None
     found = recipe.downstream(p, out)
     torch.manual_seed(0)
-    model = found.build()
-    ((outputs, _),) = recipe._outputs(p, model, found.data["test"])
-    flat = [x.flatten() for x in outputs] if isinstance(outputs, list) else [outputs.flatten()]
-    return found.learn(model), torch.cat(flat)
+    history = found.learn(found.build())
+    torch.manual_seed(0)
+    ((outputs, _),) = recipe._outputs(p, found.build(), found.data["test"])
+    return history, torch.cat([x.flatten() for x in (outputs if isinstance(outputs, list) else [outputs])])
 
 
 def sic_cads(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     found = recipe.setting(p, out)
+    torch.manual_seed(0)
+    history = recipe.train(found)[1]
     torch.manual_seed(0)
     outputs = recipe.predict(found, found.build())
     assert outputs.boxes[0].dtype == outputs.probabilities[0].dtype == torch.float32
     held = recipe.refined(found, outputs, 0)
     outputs.probabilities.clear()
     assert torch.equal(recipe.refined(found, outputs, 0), held), "detected again as before"
-    torch.manual_seed(0)
-    return recipe.train(found)[1], outputs.p[p.branch]
+    return history, outputs.p[p.branch]
 
 
 def metasegnet(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     found = recipe.setting(p, out)
-    shares = recipe.matrix(found, found.build(p.method), p.method, "test").double()
-    return recipe.train(found, p.method)[1], shares / shares.sum()
+    history = recipe.train(found, p.method)[1]
+    counts = recipe.matrix(found, found.build(p.method), p.method, "test").float()
+    return history, counts / counts.sum()
 
 
 def dmt(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
@@ -87,17 +95,18 @@ def dmt(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
         return found.learn(found.build("DMT"), "DMT"), None
     found = recipe.downstream(p)
     model = found.build()
-    scores = found.score(model)
-    assert all(score == score for score in scores.values())
-    return found.learn(model), None
+    history = found.learn(model)
+    assert np.isfinite([*found.score(model).values()]).all()
+    return history, None
 
 
 def tip(recipe: ModuleType, p: SimpleNamespace, out: Path) -> Found:
     pipe, p.dry_run = recipe.build(p.base), False
     data = recipe.samples(recipe.Generated(4, p.size, 0), p.size, p.method, 0)
-    hardware = Hardware.of(p, "tip")
-    outputs = recipe.restore(pipe, [data[i] for i in range(2)], steps=2, hardware=hardware)
-    return recipe.train(p, pipe, data, epochs=1, batch=2), outputs
+    history = recipe.train(p, pipe, data, epochs=1, batch=2)
+    restored = recipe.restore(pipe, [data[i] for i in range(2)], steps=2, hardware=Hardware.of(p, "tip"))
+    assert restored.dtype == torch.float32 and 0 <= restored.min() < restored.max() <= 1
+    return history, None
 
 
 CASES: dict[str, tuple[Callable, dict]] = {
@@ -119,34 +128,34 @@ CASES: dict[str, tuple[Callable, dict]] = {
     "dmt, segment": (dmt, {"task": "segment"}),
     "tip": (tip, {"size": 32}),
 }
+ROUNDING = 2.0**-8  # of one number in bfloat16, whose significand has 8 bits
 # a BatchNorm over the two images of a step makes 1 and -1 of small differences
-LOSS = {"promptpar": 0.05}
+LOSS = {"promptpar": 16 * ROUNDING}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "dmt, detect")) for n in CASES])
-def test_a_paper_trains_and_predicts_under_bfloat16(name, monkeypatch, tmp_path):
-    """The losses of two steps within 1 % of those in float32; outputs within 3 % of the largest."""
+def test_a_paper_trains_and_predicts_in_float32_and_bfloat16(name, monkeypatch, tmp_path):
+    """Losses and outputs differ by a few roundings of bfloat16; outputs are in float32."""
+
+    def found(precision: str) -> tuple[Tensor, Tensor | None, bool]:
+        p, kinds = parameters(slug, **usual | changes, precision=precision), set()
+        with register_module_forward_hook(lambda module, given, output: kinds.add(getattr(output, "dtype", None))):
+            history, outputs = case(recipe, p, tmp_path)
+        return torch.tensor([row["loss"] for row in history]), outputs, torch.bfloat16 in kinds
+
     (case, changes), slug = CASES[name], name.partition(",")[0]
     recipe = shrink(slug, monkeypatch)
     usual = {"profile": "paper", "dry_run": True, "accelerator": "cpu", "data_root": "nowhere"}
-    (full, expected), (half, outputs) = (
-        case(recipe, parameters(slug, **usual | changes, precision=precision), tmp_path)
-        for precision in ("32-true", "bf16-mixed")
-    )
-    losses = [torch.tensor([row["loss"] for row in history]) for history in (half, full)]
-    assert not torch.equal(*losses)
-    torch.testing.assert_close(*losses, rtol=LOSS.get(name, 0.01), atol=0)
+    (full, expected, no), (half, outputs, yes) = found("32-true"), found("bf16-mixed")
+    assert yes and not no and len(full) and full.isfinite().all()
+    torch.testing.assert_close(half, full, rtol=LOSS.get(name, 4 * ROUNDING), atol=0)
     if expected is not None:
-        assert not torch.equal(outputs, expected)
-        torch.testing.assert_close(outputs, expected, rtol=0, atol=0.03 * float(expected.abs().max()))
-
-
-def draw(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
+        assert outputs.dtype == expected.dtype == torch.float32
+        torch.testing.assert_close(outputs, expected, rtol=0, atol=8 * ROUNDING * float(expected.abs().max()))
 
 
 SHIELDED: dict[str, Callable[[], tuple[Tensor, ...]]] = {
-    "similarity of CLIP": lambda: (similarity(encoders.build("pocket_clip"), draw(4, 64), draw(5, 64)),),
+    "similarity of CLIP": lambda: (similarity(encoders.build("pocket_clip"), draw(4, 64), draw(5, 64, seed=2)),),
     "relation maps": lambda: relation_maps(draw(3, 2, 4, 17, 12)),
     "heads of SIC-CADS": lambda: Heads(24, 16)([draw(2, 24, 8, 8)]),
     "classifier of SIC-CADS": lambda: (ZeroShotClassifier(24, draw(5, 16))(draw(3, 24)),),
@@ -155,8 +164,7 @@ SHIELDED: dict[str, Callable[[], tuple[Tensor, ...]]] = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", SHIELDED)
-def test_what_half_precision_would_spoil_is_in_float32(name):
-    """The same features give the same numbers under autocast."""
+def test_what_half_precision_would_spoil_is_computed_in_float32_under_autocast(name):
     found = []
     for enabled in (False, True):
         torch.manual_seed(0)

@@ -15,8 +15,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import importlib.util
+import importlib
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -213,11 +214,11 @@ def check(paper: str, case: Case) -> list[Row]:
 @functools.cache
 def _kinds(paper: str) -> Mapping[str, Callable[[Case], list[Row]]]:
     """`KINDS` of a paper."""
-    found = importlib.util.spec_from_file_location(f"{paper}_cases", folder() / f"{paper}_cases.py")
-    assert found and found.loader
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module.KINDS
+    sys.path.insert(0, str(folder().parents[1]))  # before a package `tests` of somebody else
+    try:
+        return importlib.import_module(f"tests.recipes.{paper}_cases").KINDS
+    finally:
+        sys.path.pop(0)
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,6 @@
-"""BAT's recipe: the published settings, resuming, missing files, result files, tables of results."""
+"""BAT's recipe: what is trained and how, weights and results by name, scores of result files."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -6,14 +8,12 @@ import torch
 
 from companion import backbones
 from companion.data import tracking as data
-from companion.errors import BadParameter, CompanionError, CorruptFile, MissingData, MissingWeights
+from companion.errors import CompanionError, CorruptFile, MissingData, MissingWeights
 from companion.models.bat import BAT, OSTrack, recipe
 from companion.models.bat import model as bat
-from companion.ops import report
 from companion.toy.encoders import tracker as pocket
-from companion.training.checkpoints import Checkpoint
 from tests.conftest import parameters
-from tests.models.common import assert_goes_on, refuses
+from tests.models.common import refuses
 
 
 def given(**changes):
@@ -21,21 +21,21 @@ def given(**changes):
 
 
 @pytest.fixture
-def videos(monkeypatch) -> None:
-    """Every dataset is one generated video of 24 frames."""
-    video = recipe._Generated("one", np.random.default_rng(0), 24)
+def videos(monkeypatch) -> list:
+    """Every dataset is one generated video of 24 frames; the list holds the sets and splits asked for."""
+    video, asked = recipe._Generated("one", np.random.default_rng(0), 24), []
     video.visible = ("a frame",) * 24  # only its length is read
-    monkeypatch.setattr(data, "load", lambda *args, **options: [video])
+    monkeypatch.setattr(data, "load", lambda name, root, split: asked.append((name, split)) or [video])
+    return asked
 
 
 @pytest.fixture
 def small(videos, monkeypatch) -> list:
-    """The pocket tracker in place of OSTrack-256, six steps of four pairs; the list holds the weights asked for."""
+    """The pocket tracker in place of OSTrack-256, two steps of four pairs; the list holds the weights asked for."""
     asked = []
     monkeypatch.setattr(bat, "foundation", lambda weights: asked.append(weights) or pocket.build())
-    for name, value in {"PAIRS": 8, "BATCH": 4, "EPOCHS": 3, "WORKERS": 0}.items():
+    for name, value in {"PAIRS": 8, "BATCH": 4, "EPOCHS": 1, "WORKERS": 0}.items():
         monkeypatch.setattr(recipe, name, value)
-    monkeypatch.setattr(Checkpoint.of.__func__, "__defaults__", (2,))
     return asked
 
 
@@ -45,7 +45,8 @@ def test_the_paper_profile_names_what_is_missing(tmp_path, videos, monkeypatch):
         (lambda: recipe.setting(given(checkpoint=str(tmp_path / "none.pth")), tmp_path), r"BAT_rgbt\.pth"),
         error=MissingWeights,
     )
-    refuses((lambda: recipe.setting(given(checkpoint="x.pth", method="RGB only"), tmp_path), "BAT with a checkpoint"))
+    # a checkpoint holds BAT's weights, whatever the method's name
+    refuses((lambda: recipe.setting(given(checkpoint="x.pth", method="RGB only"), tmp_path), "RGB only"))
     monkeypatch.undo()
     refuses((lambda: recipe.setting(given(data_root=str(tmp_path)), tmp_path), "LasHeR"), error=MissingData)
 
@@ -55,42 +56,56 @@ def test_results_are_means_over_seeds_and_the_authors_weights_have_a_row_of_thei
     released = {"method": "BAT", "weights": "authors' weights", "dataset": "rgbt/rgbt234", "seed": 0, "MPR": 86.8}
     for one in (row | {"PR": 1.0}, row, row | {"seed": 1, "PR": 68.0}, released):
         rows = recipe.measured(tmp_path / "measured.csv", one)
-    assert recipe.cells(rows) == {
+    assert recipe.claim_cells(rows) == {
         ("BAT, trained here", "LasHeR_PR"): 69.0,
         ("BAT, trained here", "LasHeR_SR"): 56.0,
         ("BAT, authors' weights", "RGBT234_MPR"): 86.8,
     }
 
 
-def test_the_published_settings(tmp_path, videos, monkeypatch):
-    (tmp_path / "weights").mkdir()
+@pytest.mark.parametrize(
+    ("dataset", "read", "batch", "min_side"),
+    [
+        ("rgbt/lasher", "rgbt/lasher", 96, 0),
+        ("rgbt/gtot", "rgbt/lasher", 96, 0),  # it has no training videos
+        ("rgbe/visevent", "rgbe/visevent", 128, 5),
+    ],
+)
+def test_the_published_training(dataset, read, batch, min_side, tmp_path, videos, monkeypatch):
     file = tmp_path / "weights" / "OSTrack_ep0300.pth.tar"
-    torch.save({"net": {}}, file)
-    assert recipe.weights(given(data_root=str(tmp_path))) == file
+    file.parent.mkdir()
+    file.touch()
     assert recipe.weights(given(data_root=str(tmp_path), weights="mine.pth")) == "mine.pth"
-    asked, seen = [], {}
+    asked, seen, drawn = [], {}, {}
     monkeypatch.setattr(bat, "foundation", lambda weights: asked.append(weights) or pocket.build())
-    monkeypatch.setattr(recipe, "fit", lambda model, loss, pairs, **options: seen.update(options, pairs=pairs) or [])
-    model, _ = recipe.setting(given(data_root=str(tmp_path)), tmp_path).train("BAT")
-    assert asked == [file] and len(seen["pairs"]) == 60_000
-    assert (seen["epochs"], seen["batch"], seen["hardware"].workers) == (60, 96, 8)
-    assert [callback.max_norm for callback in seen["callbacks"]] == [0.1]
-    (group,) = seen["optimizer"](model).param_groups
-    assert (group["lr"], group["weight_decay"], len(group["params"])) == (4e-4, 1e-4, len(model.trained()))
-    assert seen["schedule"](4e-4, 60, 1).tolist() == [4e-4] * 48 + [4e-5] * 12
+    monkeypatch.setattr(recipe, "fit", lambda model, loss, pairs, **options: seen.update(options) or [])
+    pairs = data.Pairs
+    monkeypatch.setattr(data, "Pairs", lambda *args, **options: drawn.update(options) or pairs(*args, **options))
+    recipe.setting(given(data_root=str(tmp_path), dataset=dataset), tmp_path).train("BAT")
+    assert asked == [file] and videos == [(dataset, "test"), (read, "train")]
+    assert drawn == {"min_side": min_side, "template": (2, 32), "search": (4, 64)}
+    assert (seen["epochs"], seen["batch"], seen["seed"], seen["hardware"].workers) == (60, batch, 0, 8)
 
 
-@pytest.mark.parametrize("method", recipe.METHODS)
-def test_only_two_methods_are_trained(method, tmp_path, small):
-    """And what is not trained needs no training videos."""
-    found = recipe.setting(given(method=method), tmp_path)
-    model, history = found.train(method)
-    trained = method in ("BAT", "full fine-tuning")
-    assert len(history) == (6 if trained else 0) and (tmp_path / "trained").exists() == trained
-    if trained:
-        assert {"loss", "focal", "giou", "l1"} <= history[0].keys()
-    boxes = recipe.follow_in_memory(model, found.videos, method, recipe.Hardware("cpu"))
-    assert boxes["one"].shape == (24, 4) and set(found.scores(boxes).totals) == {"PR", "NPR", "SR"}
+def test_the_methods_are_those_of_the_paper_and_two_of_them_are_trained(tmp_path, small):
+    found = {}
+    for name in recipe.METHODS:
+        setting = recipe.setting(given(method=name), tmp_path)
+        model, history = setting.train(name)
+        options = (len(model.exchanges[0]), model.fusion, model.tuned) if isinstance(model, BAT) else ()
+        found[name] = (len(history), *options, *([model.stream] if hasattr(model, "stream") else []))
+    assert found == {
+        "BAT": (2, 2, "sum", "adapters"),
+        "full fine-tuning": (2, 2, "sum", "all"),
+        "sum of features": (0, 0, "sum", "adapters"),
+        "mean of features": (0, 0, "mean", "adapters"),
+        "higher peak": (0,),
+        "RGB only": (0, 0),
+        "thermal only": (0, 1),
+    }
+    assert {file.stem.partition(",")[0] for file in (tmp_path / "trained").iterdir()} == set(recipe.TRAINED)
+    boxes = recipe.follow_in_memory(model, setting.videos, name, recipe.Hardware("cpu"))
+    assert boxes["one"].shape == (24, 4) and set(setting.scores(boxes).totals) == {"PR", "NPR", "SR"}
 
 
 def test_crops_are_normalised_where_the_loss_is_computed():
@@ -101,46 +116,35 @@ def test_crops_are_normalised_where_the_loss_is_computed():
     assert torch.equal(*found) and found[0].isfinite()
 
 
-def test_the_dry_run_takes_two_steps(tmp_path, small):
-    found = recipe.setting(given(dry_run=True), tmp_path)
-    model, history = found.train("BAT")
-    assert small == ["random"] and len(history) == 2 and "dry run" in found.title
-    assert found.track("BAT", model)["generated 2"].shape == (4, 4)
-    assert recipe.setting(given(dry_run=True, method="higher peak"), tmp_path).train("higher peak")[1] == []
-
-
-def test_a_killed_training_resumes_and_its_weights_are_a_checkpoint(tmp_path, small, monkeypatch):
-    def train(out, **changes):
-        return recipe.setting(given(**changes), out).train("BAT")
-
-    model, out = assert_goes_on(train, tmp_path, monkeypatch, recipe, "loss", 3)
-    monkeypatch.setattr(recipe, "loss", None)  # a finished training is only read
-    official, file = BAT.from_official, out / "trained" / "BAT, rgbt, seed 0.safetensors"
-    monkeypatch.setattr(BAT, "from_official", lambda state: official(state, heads=4))
-    assert train(tmp_path, checkpoint=str(file))[1] == []
-    for read in (train(out)[0], train(tmp_path, checkpoint=str(file))[0]):
-        assert all(torch.equal(t, read.state_dict()[n]) for n, t in model.state_dict().items())
+def test_trained_weights_are_a_checkpoint_and_belong_to_their_foundation(tmp_path, small, monkeypatch):
+    model, history = recipe.setting(given(), tmp_path).train("BAT")
+    assert len(history) == 2
+    file = tmp_path / "trained" / "BAT, rgbt, seed 0.safetensors"
     assert backbones.read_state(file).keys() == model.to_official().keys()
-
-
-def test_a_training_on_another_foundation_has_a_checkpoint_of_its_own(tmp_path, small, monkeypatch):
-    recipe.setting(given(), tmp_path).train("BAT")
+    official = BAT.from_official
+    monkeypatch.setattr(BAT, "from_official", lambda state: official(state, heads=4))
+    read, none = recipe.setting(given(checkpoint=str(file)), tmp_path).train("BAT")
+    assert none == [] and all(torch.equal(t, read.state_dict()[n]) for n, t in model.state_dict().items())
     other: OSTrack = pocket.build()
     with torch.no_grad():
         other.vit.blocks[0].mlp.fc1.weight.mul_(0.5)
     monkeypatch.setattr(bat, "foundation", lambda weights: other)
     recipe.setting(given(), tmp_path).train("BAT")
-    assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == 2
+    assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == 2, "another foundation is another training"
 
 
 def test_seeds_and_released_weights_have_results_of_their_own(tmp_path, small, monkeypatch):
     folders = []
-    monkeypatch.setattr(recipe, "run", lambda model, videos, folder, **options: folders.append(folder.name))
-    (tmp_path / "BAT.pth").write_bytes(b"")
+    monkeypatch.setattr(recipe, "run", lambda model, videos, folder, **options: folders.append(folder))
+    (tmp_path / "BAT.pth").touch()
     monkeypatch.setattr(backbones, "read_state", lambda path: {})
-    for changes in ({}, {"seed": 1}, {"checkpoint": str(tmp_path / "BAT.pth")}):
-        recipe.setting(given(**changes), tmp_path).track("BAT", None)
-    assert folders == ["BAT, rgbt, seed 0", "BAT, rgbt, seed 1", "BAT"]
+    for changes in ({}, {"seed": 1, "dataset": "rgbe/visevent"}, {"checkpoint": str(tmp_path / "BAT.pth")}):
+        recipe.setting(given(**changes), tmp_path).track("BAT", SimpleNamespace())
+    assert [str(folder.relative_to(tmp_path / "results")) for folder in folders] == [
+        "LasHeR/BAT, rgbt, seed 0",
+        "VisEvent/BAT, rgbe, seed 1",
+        "LasHeR/BAT",
+    ]
 
 
 def test_result_files_are_scored(tmp_path):
@@ -153,36 +157,7 @@ def test_result_files_are_scored(tmp_path):
     assert table.attribute.iloc[0] == "BC" and table.sequences.iloc[0] == 54
     first = tmp_path / "RGBT234" / f"{truth[0].name}.txt"
     first.write_text("1,2,x,4\n")
-    with pytest.raises(CorruptFile, match="line 1"):
-        recipe.rescore(tmp_path)
+    refuses((lambda: recipe.rescore(tmp_path), first.name), error=CorruptFile)
     first.unlink()
-    with pytest.raises(CompanionError, match=truth[0].name):
-        recipe.rescore(tmp_path)
-    with pytest.raises(BadParameter, match="LasHeR/<sequence>"):
-        recipe.rescore(tmp_path / "RGBT234")
-
-
-@pytest.mark.parametrize(("sr", "status"), [(55.8, "holds"), (55.7, "fails")])
-def test_the_papers_result_is_judged_from_what_was_measured(tmp_path, sr, status):
-    file, row = tmp_path / "measured.csv", {"method": "BAT", "weights": "trained here"}
-    for seed, more in ((0, 0.2), (1, -0.2)):  # means over seeds
-        lasher = {"dataset": "rgbt/lasher", "seed": seed, "PR": 70.0, "NPR": 66.0, "SR": sr + more}
-        rows = recipe.measured(file, row | lasher)
-        rows = recipe.measured(file, row | {"dataset": "rgbt/rgbt234", "seed": seed, "MPR": 86.5, "MSR": 64.0})
-
-    def judged(cells) -> str:
-        run = report.start("bat", profile="pocket", out=str(tmp_path))
-        run.claims_from_measured(cells)
-        return {entry["id"]: entry["status"] for entry in run.ledger()}["retrained"]
-
-    assert judged(recipe.claim_cells(rows)) == status
-    other = rows.assign(weights="weights of BAT_rgbt.pth")  # the authors' weights are no training
-    assert judged(recipe.claim_cells(other)) == "not run"
-
-
-def test_visevent_has_the_batch_of_four_processes(tmp_path, videos, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(bat, "foundation", lambda weights: pocket.build())
-    monkeypatch.setattr(recipe, "fit", lambda model, loss, pairs, **options: seen.update(options) or [])
-    recipe.setting(given(dataset="rgbe/visevent", data_root=str(tmp_path)), tmp_path).train("BAT")
-    assert seen["batch"] == 128
+    refuses((lambda: recipe.rescore(tmp_path), truth[0].name), error=CompanionError)
+    refuses((lambda: recipe.rescore(tmp_path / "RGBT234"), "LasHeR"))

@@ -1,14 +1,13 @@
-"""Distillation: the rules' statements, refused answers with reasons, the cache, a model of transformers."""
+"""Distillation: the rules' statements, refused answers, the cache, a model of transformers."""
 
-import importlib.util
 import sqlite3
 
 import pytest
 
-from companion.data import openi
 from companion.errors import CorruptFile, MissingWeights
 from companion.models.ecamp import distil as ecamp_distil
 from companion.models.ecamp.distil import Generator, Malformed, Rules, check, distil, entities_in
+from companion.models.ecamp.text import Vocabulary
 from tests.conftest import interrupted
 from tests.models.common import refuses
 
@@ -34,84 +33,63 @@ class Scripted:
 def test_entities_are_found_in_order_plurals_too():
     assert entities_in(REPORT) == ["effusion", "pneumothorax", "opacity", "pneumonia"]
     assert entities_in("Masses, metastases and sarcoidosis; COPD.") == ["mass", "sarcoidosis", "COPD"]
-    assert entities_in("The lungs are well expanded.") == []
 
 
-def test_rules():
-    said = Rules()(REPORT, entities_in(REPORT))
-    assert said == (
-        "There is small right pleural effusion. There is no pneumothorax. There is patchy opacity. "
-        "There may be pneumonia."
-    )
-    assert check(said, REPORT, entities_in(REPORT)) == said
-    for report, expected in (
-        ("No mass in the right lung. There is a large mass in the left lung.", "is large mass"),
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        (REPORT, "small right pleural effusion.no pneumothorax.patchy opacity.may be pneumonia"),
+        ("No mass in the right lung. There is a large mass in the left lung.", "large mass"),
         ("A mass cannot be excluded.", "may be mass"),
-        ("Lungs are clear of mass; the heart is large.", "is no mass"),
-        ("The mass has resolved.", "is no mass"),
-        ("No effusion, but there is a large mass.", "is large mass"),
-        ("There is edema but no mass.", "is no mass"),
-    ):
-        assert Rules()(report, ["mass"]) == f"There {expected}."
-
-
-def test_each_finding_of_a_list_has_its_own_statement():
-    report = "No consolidation, effusion, or pneumothorax. The cardiomediastinal silhouette is normal."
-    named = entities_in(report)
-    said = check(Rules()(report, named), report, named)
-    assert said.startswith("There is no consolidation. There is no effusion. There is no pneumothorax.")
-
-
-@pytest.mark.skipif(importlib.util.find_spec(openi.PACKAGE) is None, reason="torchxrayvision is not installed")
-def test_the_rules_never_contradict_the_check():
-    for report in openi.reports()[:500]:
-        if named := entities_in(report.text):
-            check(Rules()(report.text, named), report.text, named)
+        ("Lungs are clear of mass; the heart is large.", "no mass"),
+        ("The mass has resolved.", "no mass"),
+        ("No effusion, but there is a large mass.", "no effusion.large mass"),
+        ("There is edema but no mass.", "edema.no mass"),
+        ("No consolidation, effusion, or pneumothorax.", "no consolidation.no effusion.no pneumothorax"),
+    ],
+)
+def test_the_rules_state_each_finding_of_a_report(report, expected):
+    kinds = [what if what.startswith("may be") else f"is {what}" for what in expected.split(".")]
+    stated = Rules()(report, entities_in(report))
+    assert stated == " ".join(f"There {kind}." for kind in kinds)
+    assert check(stated, report, entities_in(report)) == stated
 
 
 def test_malformed_answers_are_refused():
-    def said(answer):
-        return lambda: check(answer, "Small effusion. No pneumothorax.", ["effusion", "pneumothorax"])
+    def answer(text):
+        return lambda: check(text, "Small effusion. No pneumothorax.", ["effusion", "pneumothorax"])
 
     refuses(
-        (said(""), "empty"),
-        (said("Sure! There is effusion."), "not of the form"),
-        (said("- There is effusion."), "not of the form"),
-        (said("There is effusion"), "not of the form"),
-        (said("There is effusion. There is lung."), "names 0"),
-        (said("There is effusion and pneumothorax."), "names 2"),
-        (said("There is effusion. There is no pneumothorax. There is no effusion."), "twice: effusion"),
-        (said("There is large effusion. There is no pneumothorax."), "has not: large"),
-        (said("There is effusion."), "left out: pneumothorax"),
+        (answer(""), "empty"),
+        (answer("Sure! There is effusion."), "Sure"),
+        (answer("There is effusion. There is lung."), "lung"),
+        (answer("There is effusion and pneumothorax."), "2"),
+        (answer("There is effusion. There is no pneumothorax. There is no effusion."), "effusion"),
+        (answer("There is large effusion. There is no pneumothorax."), "large"),
+        (answer("There is effusion."), "pneumothorax"),
         error=Malformed,
     )
+    accepted = "there may be\neffusions. there is no pneumothorax ."
+    assert answer(accepted)() == " ".join(accepted.split())
 
 
-def test_accepted_answers():
-    report, named = "Small effusion. Effusions are new. No pneumothorax.", ["effusion", "pneumothorax"]
-    for answer in (
-        "There is small effusion.\nThere is no pneumothorax.",
-        "there may be effusions. there is no pneumothorax .",
-    ):
-        assert check(answer, report, named) == " ".join(answer.split())
-
-
-def test_answers_are_kept_and_asked_for_once(tmp_path):
-    back_end = Scripted("There is edema.")
-    reports = ["Edema.", "Clear lungs.", "Edema."]
-    first = distil(reports, back_end, tmp_path / "a" / "kept.sqlite")
-    assert first.statements == ["There is edema.", "", "There is edema."] and not first.refused
-    assert back_end.asked == 1
-    again = distil([*reports, "New edema."], back_end, tmp_path / "a" / "kept.sqlite")
-    assert again.statements[:3] == first.statements and back_end.asked == 2
-
-
-def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
-    reports, back_end = [f"Edema number {word}." for word in ("one", "two", "three")], Scripted("There is edema.")
+def test_answers_are_cached_by_report_prompt_and_back_end(tmp_path, monkeypatch):
+    back_end, file = Scripted("There is edema."), tmp_path / "a" / "answers.sqlite"
+    reports = ["Edema.", "Clear lungs.", "Edema.", "New edema.", "Old edema."]
     with interrupted(monkeypatch, Scripted, "__call__", 2):
-        distil(reports, back_end, tmp_path / "kept.sqlite")
-    assert distil(reports, back_end, tmp_path / "kept.sqlite").statements == ["There is edema."] * 3
-    assert back_end.asked == 3
+        distil(reports, back_end, file)
+    found = distil(reports, back_end, file)
+    assert found.statements == ["There is edema.", "", *["There is edema."] * 3] and not found.refused
+    assert back_end.asked == 3, "the killed run's two answers are not asked for again"
+    monkeypatch.setattr(ecamp_distil, "PROMPT", "Say it: {entities} {report}")
+    distil(["Edema."], back_end, file)
+    assert back_end.asked == 4
+    distil(["Edema."], Rules(), file)
+    with sqlite3.connect(file) as cache:
+        assert cache.execute("SELECT count(*) FROM answers").fetchone() == (5,)
+    cache.close()
+    file.write_text("a text file, longer than the header of a database, which is sixteen bytes")
+    refuses((lambda: distil(["Edema."], Rules(), file), r"answers\.sqlite"), error=CorruptFile)
 
 
 def test_refused_answers_are_asked_for_again_and_told(tmp_path):
@@ -121,20 +99,8 @@ def test_refused_answers_are_asked_for_again_and_told(tmp_path):
     never = Scripted("I think so.")
     for _ in range(2):  # refused answers are cached too
         found = distil(["Edema."], never, tmp_path / "b.sqlite")
-        assert found.statements == [""] and "not of the form" in found.refused[0]
+        assert found.statements == [""] and "I think so" in found.refused[0]
     assert never.asked == ecamp_distil.TRIES
-
-
-def test_another_prompt_or_back_end_asks_anew(tmp_path, monkeypatch):
-    back_end = Scripted("There is edema.")
-    distil(["Edema."], back_end, tmp_path / "kept.sqlite")
-    monkeypatch.setattr(ecamp_distil, "PROMPT", "Say it: {entities} {report}")
-    distil(["Edema."], back_end, tmp_path / "kept.sqlite")
-    assert back_end.asked == 2
-    distil(["Edema."], Rules(), tmp_path / "kept.sqlite")
-    with sqlite3.connect(tmp_path / "kept.sqlite") as file:
-        assert file.execute("SELECT count(*) FROM answers").fetchone() == (3,)
-    file.close()
 
 
 @pytest.fixture
@@ -143,48 +109,33 @@ def tiny(tmp_path):
     transformers = pytest.importorskip("transformers")
     from tokenizers.processors import TemplateProcessing
 
-    from companion.models.ecamp.text import Vocabulary
-
     words = Vocabulary.train([REPORT, ecamp_distil.PROMPT] * 3, 200)
     begins = ("[CLS]", words.tokenizer.token_to_id("[CLS]"))
     words.tokenizer.post_processor = TemplateProcessing(single="[CLS] $A", special_tokens=[begins])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words.tokenizer, unk_token="[UNK]", pad_token="[PAD]", bos_token="[CLS]", eos_token="[SEP]"
-    )
-    config = transformers.GPT2Config(
-        vocab_size=len(words), n_positions=512, n_embd=16, n_layer=1, n_head=2, bos_token_id=2, eos_token_id=4
-    )
+    tokens = {"unk_token": "[UNK]", "pad_token": "[PAD]", "bos_token": "[CLS]", "eos_token": "[SEP]"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words.tokenizer, **tokens)
+    sizes = {"vocab_size": len(words), "n_positions": 512, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    config = transformers.GPT2Config(**sizes, bos_token_id=2, eos_token_id=4)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "tiny")
     tokenizer.save_pretrained(tmp_path / "tiny")
     return tmp_path / "tiny"
 
 
-def test_a_model_of_transformers(tiny, tmp_path):
-    """Its babble is refused, sampled answers are the same every time, and a longer limit asks anew."""
-    generator = Generator(str(tiny), tokens=8)
-    named = entities_in(REPORT)
-    assert generator(REPORT, named, 1) == generator(REPORT, named, 1)
-    found = distil([REPORT], generator, tmp_path / "kept.sqlite")
-    assert found.statements == [""] and 0 in found.refused
-    assert generator.name != Generator(str(tiny), tokens=16).name
-
-
 @pytest.mark.parametrize("template", [None, "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"])
-def test_a_prompt_begins_with_one_special_token(template, tiny, monkeypatch):
-    generator = Generator(str(tiny), tokens=1)
+def test_a_model_of_transformers(template, tiny, tmp_path, monkeypatch):
+    """Sampled answers are the same every time; a prompt has one special token, at its beginning."""
+    generator, asked = Generator(str(tiny), tokens=8), []
     generator.tokenizer.chat_template = template
-    asked = []
     generate = generator.model.generate
     monkeypatch.setattr(generator.model, "generate", lambda **given: asked.append(given) or generate(**given))
-    generator(REPORT, entities_in(REPORT))
+    assert generator(REPORT, ["mass"], 1) == generator(REPORT, ["mass"], 1)
     begins = (asked[0]["input_ids"][0] == generator.tokenizer.bos_token_id).nonzero().flatten().tolist()
-    assert begins == [0]
+    assert begins == [0] and asked[0]["do_sample"]
+    found = distil([REPORT], generator, tmp_path / "answers.sqlite")
+    assert found.statements == [""] and not asked[2]["do_sample"]
+    assert generator.name != Generator(str(tiny), tokens=16).name, "a longer answer may be complete"
 
 
-def test_a_model_that_is_not_here_and_a_cache_that_is_none(tmp_path, monkeypatch):
+def test_a_model_that_is_not_cached_is_not_downloaded(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(MissingWeights, match="download=True"):
-        Generator("nobody/nothing")
-    (tmp_path / "bad.sqlite").write_text("a text file, longer than the header of a database, which is sixteen bytes")
-    with pytest.raises(CorruptFile, match=r"bad\.sqlite"):
-        distil(["Edema."], Rules(), tmp_path / "bad.sqlite")
+    refuses((lambda: Generator("nobody/nothing"), "nobody/nothing"), error=MissingWeights)

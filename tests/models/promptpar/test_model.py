@@ -1,20 +1,15 @@
-"""PromptPAR: counts, the formulas one image at a time, strips, effects of quirks and inert prompts, names, bad
-inputs."""
-
-import itertools
+"""PromptPAR: the formulas one image at a time, strips, effects of quirks and inert prompts, the authors' names."""
 
 import pytest
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 from torch.nn import functional as F
 
-from companion.errors import BadCheckpoint, BadParameter, CorruptFile
-from companion.evaluation.parity import Case, folder
+from companion.errors import BadCheckpoint, CorruptFile
 from companion.models.layers.clip_prompting import Texts, embed_texts
-from companion.models.promptpar import Output, PromptPAR, loss, read_checkpoint
-from companion.models.promptpar.model import group_sizes, prompted_text, region_mask, strips, weighted_loss
+from companion.models.promptpar import PromptPAR, loss, read_checkpoint
+from companion.models.promptpar.model import group_sizes, prompted_text, region_mask, strips
 from companion.toy.datasets.tokens import Tokenizer
 from tests.models.common import assert_recomputed_gradients_are_equal, draw, misfits, numbers, refuses
 
@@ -36,7 +31,7 @@ def small_clip(layers: int = 3, embed: int = 32) -> CLIP:
 def build(clip: CLIP | None = None, inner: int = 48, **changes) -> PromptPAR:
     """A model whose trained tensors are all different from their start and from each other."""
     torch.manual_seed(0)
-    fusion = VisionTransformer(img_size=16, embed_dim=inner, depth=3, num_heads=4, num_classes=0)
+    fusion = VisionTransformer(img_size=16, embed_dim=inner, depth=3, num_heads=4, mlp_ratio=2.0, num_classes=0)
     options = {"prompts": 10, "visual_embed": True} | changes
     model = PromptPAR(clip or small_clip(), SENTENCES, Tokenizer(), fusion, **options).eval()
     with torch.no_grad():
@@ -49,67 +44,42 @@ def build(clip: CLIP | None = None, inner: int = 48, **changes) -> PromptPAR:
     return model
 
 
-def full_size(attributes: int, embed: bool, **options) -> PromptPAR:
+def full_size(attributes: int) -> PromptPAR:
     """ViT-L/14 without values."""
     with torch.device("meta"):
         vision = CLIPVisionCfg(layers=24, width=1024, patch_size=14, image_size=224)
         clip = CLIP(768, vision, CLIPTextCfg(77, 49408, width=768, heads=12, layers=12), quick_gelu=True)
         texts = Texts(torch.zeros(attributes, 77, 768), torch.full((attributes,), 9, device="cpu"))
         fusion = VisionTransformer(img_size=16, embed_dim=768, depth=1, num_heads=12, num_classes=0)
-        return PromptPAR(clip, texts, None, fusion, visual_embed=embed, **options)
+        return PromptPAR(clip, texts, None, fusion)
 
 
-@pytest.mark.parametrize(
-    ("attributes", "embed", "trained", "total", "percent"),
-    [
-        (35, False, 2_822_832, 437_524_145, 0.6452),  # PETA
-        (26, False, 2_567_043, 437_268_356, 0.5871),  # PA100K
-        (51, False, 3_277_568, 437_978_881, 0.7483),  # RAPv1: the 0.75 % of the abstract
-        (54, False, 3_362_831, 438_064_144, 0.7677),  # RAPv2
-        (14, False, 2_225_991, 436_927_304, 0.5095),  # WIDER
-        (35, True, 3_413_424, 438_114_737, 0.7791),
-        (51, True, 3_868_160, 438_569_473, 0.8820),
-    ],
-)
-def test_trained_parameters_at_full_size(attributes, embed, trained, total, percent):
-    model = full_size(attributes, embed)
-    assert model.count(inert=True) == trained
-    assert numbers(model) == total
-    assert round(100 * trained / total, 4) == percent
-    # the text tower's prompts are a third to a half of that, and change nothing
-    assert trained - model.count() == 12 * 3 * attributes * 768
-    groups = {group["name"]: sum(p.numel() for p in group["params"]) for group in model.param_groups()}
-    assert sum(groups.values()) == model.count()
-    assert groups["heads"] == (768 * 768 + 768) * (1 + embed) + 1536 + 3072 + 769 * attributes + 2 * attributes
-    if (attributes, embed) == (35, False):  # the authors' log
-        assert groups["heads"] == 622_185 and groups["prompts"] + 967_680 == 2_200_647
-    if (attributes, embed) == (51, False):
-        assert model.count() == 1_867_520
+def test_trained_parameters_at_full_size():
+    """Of RAPv1's 51 attributes: the 0.75 % of the abstract, half of them text prompts that change nothing."""
+    model = full_size(51)
+    assert (model.count(inert=True), model.count(), numbers(model)) == (3_277_568, 1_867_520, 437_978_881)
 
 
-@pytest.mark.parametrize("options", [{}, {"depth": 2}, {"regions": 0}, {"mm_layers": 0}, {"mm_layers": 2}])
+ALL = {"prompts": 0, "regions": 0, "tuned": "all"}
+
+
+@pytest.mark.parametrize("options", [{}, {"depth": 2}, {"regions": 0}, {"mm_layers": 0}, {"mm_layers": 2}, ALL])
 def test_gradients_reach_every_trained_tensor_and_nothing_frozen(options):
     model = build(**options).train()
     loss(model(images(4)), (draw(4, 5) > 0).float(), RATIO).backward()
     trained = model.trained()
     assert all(p.grad.abs().sum() > 0 for p in trained.values() if p.numel())
-    assert (model.prompts.grad.abs().sum((1, 2)) > 0).all()
+    assert "tuned" in options or (model.prompts.grad.abs().sum((1, 2)) > 0).all()
     assert all(p.grad is None for n, p in model.named_parameters() if n not in trained)
-    assert not {n for n in trained if n.startswith("clip.") or ".attn." in n or ".mlp." in n or n == "text_prompts"}
-    assert not model.clip.training
+    assert not {n for n in trained if ".attn." in n or ".mlp." in n or n == "text_prompts"} or "tuned" in options
+    tower = {f"clip.visual.{n}" for n, _ in model.clip.visual.named_parameters()} if "tuned" in options else set()
+    assert {n for n in trained if n.startswith("clip.")} == tower and not model.clip.training
+    groups = {group["name"]: {id(p) for p in group["params"]} for group in model.param_groups()}
+    assert {id(trained[n]) for n in tower} <= groups["prompts"]
+    assert set.union(*groups.values()) == {id(p) for p in trained.values()}
 
 
-def test_the_whole_tower_can_be_tuned():
-    model = build(prompts=0, regions=0, tuned="all").train()
-    loss(model(images(4)), (draw(4, 5) > 0).float(), RATIO).backward()
-    tower = dict(model.clip.visual.named_parameters())
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in tower.values())
-    assert {f"clip.visual.{n}" for n in tower} == {n for n in model.trained() if n.startswith("clip.")}
-    prompts, _ = model.param_groups()
-    assert sum(map(torch.numel, prompts["params"])) == sum(p.numel() for p in tower.values())
-
-
-@pytest.mark.parametrize("options", [{}, {"prompts": 0, "regions": 0, "tuned": "all"}])
+@pytest.mark.parametrize("options", [{}, ALL])
 def test_the_callers_clip_stays_as_it_was(options):
     clip = small_clip().train()
     before = {name: t.clone() for name, t in clip.state_dict().items()}
@@ -120,7 +90,7 @@ def test_the_callers_clip_stays_as_it_was(options):
     assert all(torch.equal(t, before[name]) for name, t in clip.state_dict().items())
 
 
-@pytest.mark.parametrize("options", [{}, {"depth": 2}, {"prompts": 0, "regions": 0, "tuned": "all"}])
+@pytest.mark.parametrize("options", [{}, {"depth": 2}, ALL])
 def test_gradient_checkpointing_gives_the_same_gradients(options):
     labels = (draw(4, 5) > 0).float()
     assert_recomputed_gradients_are_equal(lambda: build(**options), lambda m: loss(m(images(4)), labels, RATIO))
@@ -233,25 +203,23 @@ def test_similarity_one_number_at_a_time():
             torch.testing.assert_close(found[b, a], (picked + rows[0][a]) / 2, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("rows", [4, 7, 8, 14, 16])
-@pytest.mark.parametrize("overlap", [0, 1, 2, 4])
-def test_strips_cover_every_row_and_neighbours_share_what_they_should(rows, overlap):
-    for regions in (1, 2, 4):
-        spans = strips(rows, regions, overlap)
-        assert {r for a, b in spans for r in range(a, b)} == set(range(rows))
-        assert spans[0][0] == 0 and spans[-1][1] == rows
-        if overlap <= rows // regions:
-            assert all(b - c == overlap for (_, b), (c, _) in itertools.pairwise(spans))
+@pytest.mark.parametrize(
+    ("given", "spans"),
+    [
+        ((16, 4, 2), [(0, 5), (3, 9), (7, 13), (11, 16)]),  # as published
+        ((14, 4, 0), [(0, 3), (3, 7), (7, 10), (10, 14)]),
+        ((7, 2, 1), [(0, 4), (3, 7)]),
+        ((8, 1, 2), [(0, 8)]),
+        ((8, 4, 4), [(0, 4), (0, 6), (2, 8), (4, 8)]),
+    ],
+)
+def test_strips_cover_every_row_and_neighbours_share_some(given, spans):
+    assert strips(*given) == spans
 
 
-def test_strips_as_published_and_the_released_ones_are_right_on_16x16_patches_alone():
-    assert [(a, b - 1) for a, b in strips(16, 4, 2)] == [(0, 4), (3, 8), (7, 12), (11, 15)]
-    allowed = (~region_mask((16, 16), 50)).sum(1)
-    assert [int(allowed[i]) for i in (0, 5, 11, 22, 33, 44, 54, 55)] == [311, 311, 91, 107, 107, 91, 91, 311]
-    assert int(region_mask((16, 16), 50).sum()) == 9328
+def test_the_released_strips_are_right_on_16x16_patches_alone():
     assert torch.equal(region_mask((16, 16), 50, official_quirks=True), region_mask((16, 16), 50))
-    released, ours = (region_mask((14, 14), 50, official_quirks=quirks) for quirks in (True, False))
-    assert not torch.equal(released, ours)
+    released = region_mask((14, 14), 50, official_quirks=True)
     assert int((~released[44, 55:]).sum()) == 20  # the fourth strip keeps 20 patches of 56
     no_overlap = ~region_mask((16, 16), 50, overlap=0, official_quirks=True)[11:55:11, 55:]
     assert not no_overlap[:, 240:].any()  # the last row is in no strip
@@ -267,26 +235,18 @@ def test_maps_are_attention_and_stay_in_the_strips():
         outside = [row for row in range(8) if not a <= row < b]
         assert (found.regions[:, r, outside] == 0).all() and (found.regions[:, r, a:b] > 0).all()
     assert (found.regions[:, 0] > 0).all() and (found.regions.sum((2, 3)) < 1).all()
-    seen, fused = [], []
-    tokens = model.forward_features(images(), seen)
-    model.fuse(tokens, fused)
-    torch.testing.assert_close(seen[0].sum(-1), torch.ones(2, 47))
-    torch.testing.assert_close(fused[0].sum(-1), torch.ones(2, 5))
     assert (found.cosines.abs() <= 1 + 1e-6).all()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("quirks", [False, True])
-def test_an_image_does_not_depend_on_its_batch_unless_as_released(quirks):
-    model, batch = build(official_quirks=quirks), images(3)
-    # predictions never do
-    torch.testing.assert_close(model(batch).logits, model(batch.flip(0)).logits.flip(0), rtol=1e-4, atol=1e-4)
-    _, shares = model.similarities(draw(3, 5, 32))
-    together = model.aggregate(shares)
+def test_the_similarity_of_an_image_depends_on_its_batch_only_as_released(quirks):
+    model = build(official_quirks=quirks)
+    shares = model.similarities(draw(3, 5, 32))[1]
     alone = torch.cat([model.aggregate(share[None]) for share in shares])
-    for other in (alone, model.aggregate(shares.flip(0)).flip(0)):
-        assert torch.allclose(together, other, atol=1e-6) == (not quirks)
-    assert torch.equal(together[-1], alone[-1])  # the last image's regions are its own
+    gap = (model.aggregate(shares) - alone).abs().amax(1)
+    assert gap[-1] < 1e-6, "the last image's regions are its own"
+    assert gap[0] > 1e-4 if quirks else gap[0] < 1e-6
 
 
 @pytest.mark.parametrize("place", ["end", "start"])
@@ -305,51 +265,20 @@ def test_prompts_after_the_text_have_no_effect_and_no_gradient(place):
         assert (prompts.grad.abs().sum((1, 3)) > 0).all()
 
 
-def test_sentences_are_read_once_and_can_be_replaced():
-    clip = small_clip()
+@torch.no_grad()
+def test_sentences_are_read_once_and_can_be_replaced_in_half_precision_too():
+    clip, other = small_clip(), [*SENTENCES[:4], "a violet bar"]
     model = build(clip)
     torch.testing.assert_close(model.text_features, clip.encode_text(Tokenizer()(SENTENCES)), rtol=0, atol=1e-5)
     assert not model.text_features.requires_grad and "text_features" not in model.state_dict()
     before = model(images()).logits
-    model.set_sentences([*SENTENCES[:4], "a violet bar"], Tokenizer())
-    assert not torch.equal(model(images()).logits, before)
-
-
-@torch.no_grad()
-def test_sentences_can_be_replaced_in_half_precision():
-    model, other = build(), [*SENTENCES[:4], "a violet bar"]
     model.set_sentences(other, Tokenizer())
+    assert (model(images()).logits - before).abs().max() > 1e-3
     expected = model.half_clip().text_features
     model.set_sentences(other, Tokenizer())
     torch.testing.assert_close(model.text_features, expected, rtol=0, atol=5e-3)
     assert model.text_features.dtype == torch.float32 and model(images()).logits.isfinite().all()
     assert model.clip.text_projection.dtype == torch.float16
-
-
-def test_loss_is_a_sum_over_attributes_and_a_mean_over_images():
-    logits, labels = draw(3, 5), (draw(3, 5, seed=2) > 0).float()
-    expected = 0.0
-    for z, y in zip(logits, labels, strict=True):
-        for j in range(5):
-            weight = torch.exp(1 - RATIO[j]) if y[j] else torch.exp(RATIO[j])
-            p = z[j].sigmoid()
-            expected += -weight * (y[j] * p.log() + (1 - y[j]) * (1 - p).log()) / 3
-    torch.testing.assert_close(weighted_loss(logits, labels, RATIO), expected)
-    output = Output(logits, draw(3, 5, seed=5))
-    parts = [weighted_loss(x, labels, RATIO) for x in output]
-    torch.testing.assert_close(loss(output, labels, RATIO), parts[0] + 0.5 * parts[1])
-    assert torch.equal(loss(output, labels, RATIO, similarity=0), parts[0])
-    assert torch.equal(loss(Output(logits, None), labels, RATIO), parts[0])
-
-
-@torch.no_grad()
-def test_half_precision_runs():
-    model = build()
-    with torch.autocast("cpu", torch.bfloat16):
-        output = model(images())
-    exact = model(images())
-    torch.testing.assert_close(output.logits.float(), exact.logits, rtol=0, atol=0.2)
-    assert output.similarity.isfinite().all()
 
 
 @torch.no_grad()
@@ -367,40 +296,21 @@ def test_official_names_round_trip(options):
         assert state["model.weight_layer.4.weight"].shape == (1, model.norm.weight.numel())
 
 
-def test_the_mlp_of_the_fusion_may_have_another_width():
-    fusion = VisionTransformer(img_size=16, embed_dim=32, depth=1, num_heads=2, mlp_ratio=2.0, num_classes=0)
-    model = PromptPAR(small_clip(), SENTENCES, Tokenizer(), fusion, prompts=10, official_quirks=True).eval()
-    again = PromptPAR.from_official(model.to_official(), SENTENCES, Tokenizer(), clip=small_clip(), heads=(2, 2, 2))
-    assert torch.equal(again(images()).logits, model(images()).logits)
-
-
-def test_all_names_of_the_released_model_are_known():
-    """Every tensor of the authors' model, with its shape, comes back from ours at full size."""
-    case = Case(folder() / "promptpar" / "full_l14_pa100k")
-    scalars = {"clip_model.logit_scale": [], "clip_model.softmax_model.temperature": []}
-    ours = {n: list(t.shape) for n, t in full_size(26, True).to_official().items() if "num_batches" not in n}
-    assert ours == case.names | scalars
-    recorded = case.facts["trainable"]["names"]
-    trained = full_size(26, True)
-    official = {n: o for n, o in trained.official_names().items() if n in trained.trained()}
-    names = {x.partition(".")[2] for o in official.values() for x in ([o] if isinstance(o, str) else o)}
-    assert names | {"transformer.prompt_text_deep"} == set(recorded["model"]) | set(recorded["clip_model"])
-
-
-def test_a_checkpoint_that_does_not_fit_lists_its_names():
+def test_checkpoints_that_do_not_fit_are_refused():
     state = build().to_official()
     state |= {"model.extra": torch.zeros(1), "model.norm.bias": torch.zeros(3)}
     del state["model.weight_layer.3.bias"]
     options = {"clip": small_clip(), "heads": (2, 2, 4)}
-    assert misfits(PromptPAR.from_official, state, SENTENCES, Tokenizer(), **options) == (
-        ["model.weight_layer.3.bias"],
-        ["model.extra"],
-        ["model.norm.bias (3,), expected (48,)"],
+    missing, unknown, shapes = misfits(PromptPAR.from_official, state, SENTENCES, Tokenizer(), **options)
+    assert (missing, unknown) == (["model.weight_layer.3.bias"], ["model.extra"])
+    assert [text.partition(" ")[0] for text in shapes] == ["model.norm.bias"]
+    none = {"clip_model.proj": torch.zeros(1)}
+    refuses(
+        (lambda: PromptPAR.from_official(none, SENTENCES, Tokenizer()), r"model\.word_embed\.weight"),
+        error=BadCheckpoint,
     )
-    with pytest.raises(BadCheckpoint, match=r"model\.word_embed\.weight"):
-        PromptPAR.from_official({"clip_model.proj": torch.zeros(1)}, SENTENCES, Tokenizer())
-    with pytest.raises(BadParameter, match="5, one for each attribute"):
-        PromptPAR.from_official(build().to_official(), SENTENCES[:4], Tokenizer(), **options)
+    # one sentence for each attribute
+    refuses((lambda: PromptPAR.from_official(state, SENTENCES[:4], Tokenizer(), **options), "5"))
 
 
 class Result(dict):
@@ -410,46 +320,34 @@ class Result(dict):
 @pytest.mark.parametrize("entry", ["ViT_model", "clip_model"])
 def test_a_file_of_the_authors_code(entry, tmp_path):
     """The released files and those that training writes name the CLIP differently; both load, half precision too."""
-    model = build(official_quirks=True)
-    state = model.to_official()
+    state = build(official_quirks=True).to_official()
     parts = {p: {n.removeprefix(p): t for n, t in state.items() if n.startswith(p)} for p in ("clip_model.", "model.")}
     halved = {n: t.half() if t.is_floating_point() else t for n, t in parts["clip_model."].items()}
     saved = {"epoch": 3, entry: halved, "model_state_dict": parts["model."], "result": Result(ma=0.9)}
     torch.save(saved, tmp_path / "PETA_Checkpoint.pth")
     found = read_checkpoint(tmp_path / "PETA_Checkpoint.pth")
     assert found.keys() == state.keys()
-    again = PromptPAR.from_official(found, SENTENCES, Tokenizer(), clip=small_clip(), heads=(2, 2, 4))
-    torch.testing.assert_close(again(images()).logits, model(images()).logits, rtol=0, atol=0.1)
+    again = PromptPAR.from_official(found, SENTENCES, Tokenizer(), clip=small_clip(), heads=(2, 2, 4)).to_official()
+    for name, tensor in state.items():
+        torch.testing.assert_close(again[name], tensor, rtol=1e-3, atol=1e-3)
     torch.save({"state_dict": {}}, tmp_path / "other.pth")
     (tmp_path / "broken.pth").write_bytes((tmp_path / "PETA_Checkpoint.pth").read_bytes()[:2000])
-    for name, words in (("other.pth", "not a checkpoint of PromptPAR"), ("broken.pth", r"broken\.pth")):
-        with pytest.raises(CorruptFile, match=words):
-            read_checkpoint(tmp_path / name)
+    for name in ("other", "broken"):
+        refuses((lambda name=name: read_checkpoint(tmp_path / f"{name}.pth"), name), error=CorruptFile)
 
 
-def test_what_is_not_accepted():
-    fusion = VisionTransformer(img_size=16, embed_dim=48, depth=1, num_heads=4, num_classes=0)
+def test_what_would_run_wrongly_is_refused():
     clip, words = small_clip(), Tokenizer()
-    texts, prompts = embed_texts(words, clip, SENTENCES), draw(2, 1, 5, 32)
+    texts = embed_texts(words, clip, SENTENCES)
     refuses(
-        (lambda: build(prompts=-1), "prompts = -1"),
         (lambda: build(regions=9), "0 to 8"),
-        (lambda: build(overlap=9), "overlap"),
-        (lambda: build(depth=0), "depth"),
         (lambda: build(depth=4), "1 to 3"),
-        (lambda: build(text_prompts=-1), "text_prompts"),
         (lambda: build(mm_layers=4), "0 to 3"),
-        (lambda: build(threshold=1.5), "threshold"),
         (lambda: build(tuned="heads"), "'prompts', 'all'"),
-        (lambda: build(visual_embed=False), "32 channels, the ViT has 48"),
-        (lambda: build(official_quirks=True, prompts=7), "multiple of 5"),
-        (lambda: build(official_quirks=True, regions=3), "4 regions"),
-        (lambda: build(official_quirks=True, prompts=0), "multiple of 5"),
+        (lambda: build(visual_embed=False), "visual_embed"),
+        (lambda: build(official_quirks=True, prompts=7), "5"),
+        (lambda: build(official_quirks=True, regions=3), "4"),
         (lambda: build(mm_layers=0).maps(images()), "mm_layers"),
-        (lambda: build().set_sentences(SENTENCES[:3], words), "5, one for each attribute"),
-        (lambda: PromptPAR(clip, SENTENCES, words, nn.Identity()), "timm VisionTransformer"),
-        (lambda: PromptPAR(nn.Identity(), SENTENCES, words, fusion), "open_clip CLIP"),
-        (lambda: PromptPAR(clip, SENTENCES, None, fusion, visual_embed=True), "tokenizer"),
-        (lambda: PromptPAR(clip, [], words, fusion, visual_embed=True), "one or more names"),
-        (lambda: prompted_text(clip, texts, prompts, "middle"), "'end', 'start'"),
+        (lambda: build().set_sentences(SENTENCES[:3], words), "5"),
+        (lambda: prompted_text(clip, texts, draw(2, 1, 5, 32), "middle"), "'end', 'start'"),
     )

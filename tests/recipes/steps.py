@@ -1,0 +1,95 @@
+"""What the recorded cases of several papers have in common: numbers, arrays and transforms in words, initial values,
+the order in which items are read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+
+import numpy as np
+import torch
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from companion.evaluation.recipe_parity import Row, near, same
+
+Step = tuple[str, list[float], str]  # its name, its numbers, its interpolation
+ATTRIBUTES = {"Resize": ["size"], "RandomCrop": ["size"], "RandomResizedCrop": ["size", "scale", "ratio"]}
+ATTRIBUTES |= {"Pad": ["padding", "fill"], "RandomHorizontalFlip": ["p"], "Normalize": ["mean", "std"]}
+
+
+def told(text: str) -> Step:
+    """The step that a recorded sentence names, such as "Resize((224, 224)), bilinear"."""
+    name, text = text.partition("(")[0].split()[0], text.replace("black", "0")
+    numbers = [float(Fraction(number)) for number in re.findall(r"\d+(?:\.\d+)?(?:/\d+)?", text)]
+    if "CLIP's" in text:
+        numbers = [*OPENAI_DATASET_MEAN, *OPENAI_DATASET_STD]
+    if name == "RandomCrop" and len(numbers) == 1:
+        numbers *= 2
+    return name, numbers, next((kind for kind in ("bicubic", "bilinear") if kind in text), "")
+
+
+def done(transform: v2.Compose) -> list[Step]:
+    """The steps of a transform; equal numbers of the three channels are one."""
+    found: list[Step] = []
+    for step in transform.transforms:
+        name, numbers = type(step).__name__, list[float]()
+        for attribute in ATTRIBUTES.get(name, ()):
+            value = getattr(step, attribute)
+            values = [float(n) for n in np.atleast_1d(value)]
+            numbers += values[:1] if len(values) == 3 and len(set(values)) == 1 else values
+        if name == "PILToTensor":
+            name = "ToTensor"
+        if name == "ToTensor" or name in ATTRIBUTES:
+            interpolation = getattr(step, "interpolation", "")
+            found.append((name, numbers, str(getattr(interpolation, "value", interpolation))))
+    return found
+
+
+class Watched(Dataset):
+    """Items of a dataset; `asked` holds the indices in the order of a training without worker processes."""
+
+    def __init__(self, *tensors: Tensor):
+        self.tensors, self.asked = tensors, list[int]()
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        self.asked.append(int(index))
+        return tuple(tensor[index] for tensor in self.tensors)
+
+
+def number(text: str, after: str = "") -> float:
+    """The first number of a sentence that is followed by `after`, such as "1e-3 relative"."""
+    return float(re.findall(rf"(\d+(?:\.\d+)?(?:e-?\d+)?)\s*{after}", text)[0])
+
+
+def seed(text: str) -> int:
+    """The seed of the filled weights."""
+    return int(re.findall(r"seed=(\d+)", text)[0])
+
+
+def drawn(generator: str, *arrays: str) -> list[Tensor]:
+    """Normal arrays that NumPy's generator draws one after the other, all given in words."""
+    rng = np.random.default_rng(int(re.findall(r"default_rng\((\d+)\)", generator)[0]))
+    shapes = [re.findall(r"standard_normal\(\(([\d, ]+)\)", text)[0].split(",") for text in arrays]
+    return [torch.from_numpy(rng.standard_normal([int(n) for n in shape], dtype=np.float32)) for shape in shapes]
+
+
+def initial(what: str, facts: Mapping[str, float], value: Tensor) -> list[Row]:
+    """Count, standard deviation, mean and kind of an initial tensor; both are draws, which vary with their count."""
+    value, count, std = value.detach().double().flatten(), facts["count"], facts["std"]
+    room = max(0.1, 4 / count**0.5)
+    rows = [
+        same(f"{what} count", count, value.numel()),
+        near(f"{what} std", std, value.std(correction=0), relative=room, absolute=1e-12),
+        near(f"{what} mean", facts["mean"], value.mean(), relative=1e-6 * (not std), absolute=room * std),
+    ]
+    if std and count >= 40:  # a normal distribution reaches far, a uniform one 1.7 standard deviations
+        uniform = facts["max_abs"] < 2 * std
+        rows.append(same(f"{what} uniform", uniform, bool(value.abs().max() < 2 * value.std())))
+    return rows
