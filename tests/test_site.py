@@ -302,6 +302,7 @@ def test_search_works_from_disk(sites: Callable[[str], Site], browser: object) -
     context.close()
 
 
+@pytest.mark.slow
 def test_a_build_replaces_the_site_whole_and_without_reports_leaves_it(
     sites: Callable[[str], Site], root: Path, tmp_path: Path
 ) -> None:

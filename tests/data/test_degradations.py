@@ -110,6 +110,21 @@ def test_blind_depends_on_its_seed(photo: Tensor) -> None:
     assert 1e-3 < np.mean(errors) < 0.1, errors
 
 
+@pytest.mark.parametrize(("up", "down"), [(1.0, 0.0), (0.0, 1.0), (0.25, 0.5)])
+def test_sides_are_enlarged_and_reduced_with_their_probabilities(up: float, down: float, monkeypatch) -> None:
+    def resized(x: Tensor, size: list[int], kind: str) -> Tensor:
+        asked.append(size[0])
+        return whole(x, size, kind)
+
+    whole, asked = d._interpolated, list[int]()
+    monkeypatch.setattr(d, "_interpolated", resized)
+    one = d.Pass(**STILL | {"resize": (up, down, 1 - up - down), "factor": (0.5, 2)}, gaussian=(1, 2), poisson=(1, 2))
+    for seed in range(100):
+        blind(torch.full((3, 40, 40), 0.5), seed, d.RealESRGAN(one, one), restore=False)
+    first = np.array(asked).reshape(100, -1)[:, 0]  # of the side of 40
+    assert abs((first > 40).mean() - up) < 0.15 and abs((first < 40).mean() - down) < 0.15
+
+
 def test_kernels_sum_to_one_and_are_all_drawn() -> None:
     s = d.RealESRGAN()  # the published settings
     assert (s.first.blur, s.first.sigma, s.second.blur, s.second.sigma) == (1.0, (0.2, 3.0), 0.8, (0.2, 1.5))

@@ -40,6 +40,14 @@ def test_scales_and_small_images():
     refused(BadParameter, "scales", transforms.Scale, [])
 
 
+def test_crops_reach_the_edges_of_an_image_and_an_image_of_their_size_is_whole():
+    torch.manual_seed(0)
+    labels, crop = torch.arange(12).expand(8, -1), transforms.SmartCrop(8, ignore=99)
+    assert {int(crop(*pair(labels))[1][0, 0]) for _ in range(100)} == set(range(5))
+    square = labels[:, :8].clone()
+    assert torch.equal(crop(*pair(square))[1], square)
+
+
 def test_a_mosaic_is_of_one_zone(tmp_path, monkeypatch):
     earth(tmp_path, ("tokyo", "el_rodeo", "kyoto", "lima", "pisco"))
     data = landcover.load(OEM, tmp_path, "train")

@@ -29,9 +29,20 @@ ALLOWED: dict[str, dict[str, int]] = {
 pytestmark = pytest.mark.simulated
 
 
-def test_training():
-    """The tests of on_gpu.py."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/simulated/on_gpu.py"]
+@pytest.mark.parametrize("chosen", ["refuses or gradients_are or step_waits", pytest.param("", marks=pytest.mark.slow)])
+def test_training(chosen):
+    """The tests of on_gpu.py, a few of them in `make test`."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        chosen,
+        "tests/simulated/on_gpu.py",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-6000:]
 
