@@ -26,15 +26,15 @@ $(INSTALLED): pyproject.toml requirements.lock
 	$(BIN) -m pip install --quiet --constraint requirements.lock --editable '.[cluster,detection,diffusion,export,landcover,real,reports,slides,test,tracking,xrays]'
 	touch $@
 
-reports: $(INSTALLED)  ## run every notebook whose code changed at the pocket profile, and build reports/site/index.html
+reports: $(INSTALLED)  ## run the notebooks whose code changed at the pocket profile (PAPERS="bat tip" for some), and build reports/site/index.html
 	@mkdir -p build
-	@$(SNAKEMAKE) 2> build/snakemake.log || { cat build/snakemake.log >&2; exit 1; }
+	@$(SNAKEMAKE) --config papers='$(PAPERS)' 2> build/snakemake.log || { cat build/snakemake.log >&2; exit 1; }
 	@echo 'reports/site/index.html is up to date'
 
 study: $(INSTALLED)  ## rerun the studies (hours; PAPERS="sa2vp bat" for some), then the reports that show them
 	@mkdir -p build
 	@$(SNAKEMAKE) --config papers='$(PAPERS)' -- studies
-	@$(MAKE) --no-print-directory reports
+	@$(MAKE) --no-print-directory reports PAPERS=
 
 lint: $(INSTALLED)  ## ruff, formatting, types, import rules, and the committed notebooks as they are
 	$(BIN) -m ruff check .

@@ -19,16 +19,17 @@ PROFILE = config.get("profile", "pocket")
 SLUGS = sorted(path.stem for path in Path("notebooks").glob("*.ipynb"))
 # git ignores build/: `make reports` changes no committed record, `make notebooks` writes those
 RUNS = "build/reports" if PROFILE == "pocket" else "reports"
-EXECUTED = expand(RUNS + "/{profile}/{slug}/{slug}.ipynb", profile=PROFILE, slug=SLUGS)
+PAPERS = str(config.get("papers") or "").split()
+EXECUTED = expand(RUNS + "/{profile}/{slug}/{slug}.ipynb", profile=PROFILE, slug=PAPERS or SLUGS)
 PYTHON = sys.executable
 PARTS = int(config.get("parts", 1))
 GRID = batch.expand(config, {s: batch.parameters(f"notebooks/{s}.ipynb") for s in SLUGS}) if "runs" in config else {}
 REPORTS = Path("reports", PROFILE)
 STUDIES = sorted(path.stem for path in Path("lib/companion/toy/ablations").glob("[a-z]*.py") if path.stem in SLUGS)
-STUDIED = str(config.get("papers", "")).split() or STUDIES
-for slug in STUDIED:
-    if slug not in STUDIES:
-        raise BadParameter("papers", slug, STUDIES)
+STUDIED = [slug for slug in STUDIES if slug in (PAPERS or STUDIES)]
+for slug in PAPERS:
+    if slug not in SLUGS:
+        raise BadParameter("papers", slug, SLUGS)
 # default resources of a run of the grid, see `resources` there
 USUAL = {"threads": 1, "gpu": 0, "mem_mb": 4000, "runtime": 30}
 if PROFILE == "paper":

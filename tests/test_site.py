@@ -4,6 +4,7 @@ import functools
 import http.server
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -77,20 +78,22 @@ class Site:
         self.few = [page for page in self.pages if not page.startswith("api/") or page == "api/viz.html"]
 
 
-def is_up_to_date(made: Path, root: Path, reports: Path) -> bool:
-    """Whether the site of `make reports` is there, and newer than every file that it is made of."""
-    folders = (root / "site", root / "lib", *(root / "reports" / name for name in ("pocket", "bench", "gpu")), reports)
-    files = (path for folder in folders for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
-    index = made / "index.html"
-    return index.exists() and index.stat().st_mtime > max(path.stat().st_mtime for path in files)
+@pytest.fixture(scope="session")
+def committed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of reports with the committed notebooks and their records."""
+    folder = tmp_path_factory.mktemp("committed") / "pocket"
+    shutil.copytree(root / "reports" / "pocket", folder)
+    for notebook in (root / "notebooks").glob("*.ipynb"):
+        (folder / notebook.stem).mkdir(exist_ok=True)
+        shutil.copy(notebook, folder / notebook.stem)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def sites(
-    request: pytest.FixtureRequest, root: Path, made_up: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, root: Path, made_up: Path, committed: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Site]:
-    """Each of the two sites, built once, behind a server on this machine; the real one is that of `make reports` where
-    it is up to date."""
+    """Each of the two sites, built once, behind a server on this machine."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -98,16 +101,12 @@ def sites(
 
     @functools.cache
     def made(kind: str) -> Site:
-        reports = made_up if kind == "made-up" else root / "build" / "reports" / "pocket"
-        if not list(reports.glob("*/*.ipynb")):
-            pytest.skip("no executed notebook in build/reports/pocket: run `make reports` first")
-        out = root / "reports" / "site"
-        if kind == "made-up" or not is_up_to_date(out, root, reports):
-            out = tmp_path_factory.mktemp("built") / "site"
-            out.mkdir()
-            (out / "stale.html").write_text("built before", encoding="utf-8")
-            done = build(root, reports, out, docstrings=kind == "real")
-            assert done.returncode == 0, done.stdout + done.stderr
+        reports = made_up if kind == "made-up" else committed
+        out = tmp_path_factory.mktemp("built") / "site"
+        out.mkdir()
+        (out / "stale.html").write_text("built before", encoding="utf-8")
+        done = build(root, reports, out, docstrings=kind == "real")
+        assert done.returncode == 0, done.stdout + done.stderr
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(out)))
         threading.Thread(target=server.serve_forever, daemon=True).start()
         request.addfinalizer(server.shutdown)

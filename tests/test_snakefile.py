@@ -122,6 +122,9 @@ def test_only_what_changed_reruns_and_git_tracks_no_output(workspace: Workspace)
     workspace.write("reports/real/third/study.csv", "method,seed\n")
     assert workspace.run()[2] == {"first", "third", "site"}
     assert workspace.path("reports/real/third/study.csv").exists()
+    workspace.write("lib/companion/two.py", "VALUE = 2\n")
+    some = ("make", "reports", f"BIN={shlex.quote(sys.executable)}", "INSTALLED=", "PAPERS=second")
+    assert workspace.run(*some)[2] == {"second", "site"}
 
 
 @pytest.mark.slow

@@ -5,7 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from companion.errors import BadCheckpoint, BadParameter
+from companion.evaluation.parity import Case, folder
 from companion.models.dmt.vit import POSITIONS, ViT, build, visible
+from companion.models.layers.pos_embed import resize_pos_embed, sincos_table
 from tests.models.common import assert_recomputed_gradients_are_equal, misfits, refuses
 
 
@@ -91,3 +93,17 @@ def test_a_checkpoint_that_does_not_fit():
     assert misfits(ViT.from_official, state, heads=4) == expected
     with pytest.raises(BadParameter, match="2"):
         student().hidden(torch.rand(1, 3, 32, 32), (2,))
+
+
+def test_the_effects_of_the_findings():
+    """MoCo v3's table next to MAE's, and the 0.1 that iBOT adds to the sides of a new grid."""
+    apart = (sincos_table(768, 14, "mae") - sincos_table(768, 14, "mocov3")).abs()
+    assert round(100 * float((apart > 0.1).float().mean())) == 30
+    recorded = Case(folder() / "dmt" / "ibot_vitb")
+    model, given = ViT.from_official(recorded.state, 12), recorded.input("image_other")
+    with torch.no_grad():
+        moved = model(given)
+        model.pos_embed = torch.nn.Parameter(resize_pos_embed(model.pos_embed, (6, 6)))
+        exact = model(given)
+    assert float((moved - exact).abs().max()) == pytest.approx(0.10, abs=0.01)
+    assert float(moved.abs().max()) == pytest.approx(4.2, abs=0.1)
