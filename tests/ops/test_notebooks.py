@@ -93,10 +93,9 @@ def test_the_tables_of_the_readme_are_those_of_the_records() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.large
 def test_dry_run_of_the_paper_profile_on_a_cpu(tmp_path: Path) -> None:
-    """`dry_run`: the full-size model, two optimiser steps on generated images, every cell of the notebook."""
-    record = executed("sa2vp", tmp_path, {"profile": "paper", "dry_run": "true"})
+    """`dry_run`: the full-size model, two optimiser steps on generated data, every cell of the notebook."""
+    record = executed("hvit", tmp_path, {"profile": "paper", "dry_run": "true"})
     assert record["profile"] == "paper" and record["parameters"]["dry_run"] is True
     assert not (tmp_path / "out" / "measured.csv").exists(), "a dry run measures nothing"
 
