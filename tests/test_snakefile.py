@@ -67,7 +67,9 @@ class Workspace:
         self.path(name).write_text(text, encoding="utf-8")
 
     def start(self, command: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-        outer = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+        # what a calling make hands down is not this one's: its flags, and its choice of papers
+        handed_down = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PAPERS")
+        outer = {name: value for name, value in os.environ.items() if name not in handed_down}
         return subprocess.Popen(
             # no INSTALLED: the packages are those that run this test
             command or ("make", "reports", f"BIN={shlex.quote(sys.executable)}", "INSTALLED="),
