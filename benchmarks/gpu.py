@@ -137,10 +137,10 @@ def speed(name: str, small: bool = False) -> dict:
 
 def parity_of(slug: str) -> dict[str, float]:
     """The largest difference of each case, relative to its outputs' largest magnitude; see
-    `companion.evaluation.parity`."""
-    from companion.evaluation import parity
+    `tests.parity.runner`."""
+    from tests.parity import runner
 
-    return {case.name: max(d.error for d in parity.compare(slug, case, "cuda")) for case in parity.cases(slug)}
+    return {case.name: max(d.error for d in runner.compare(case, "cuda")) for case in runner.cases(slug)}
 
 
 def child(minutes: float, *words: str) -> dict | str:
@@ -156,9 +156,9 @@ def child(minutes: float, *words: str) -> dict | str:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run all parts; returns 1 when one of them fails."""
-    from companion.evaluation import parity
     from companion.ops import record
     from companion.ops.files import write_json
+    from tests.parity import runner
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--part", nargs=3, metavar=("KIND", "NAME", "FILE"), help="one part, into a file")
@@ -186,7 +186,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except subprocess.TimeoutExpired:
         lines = [f"FAILED: not done in {MINUTES['tests']} minutes"]
     keep("tests", lines)
-    for slug in parity.papers():
+    for slug in runner.papers():
         cases = child(MINUTES["parity"], "parity", slug)
         worst = cases if isinstance(cases, str) else {case: f"{error:.1e}" for case, error in cases.items()}
         keep(f"parity of {slug}", worst)

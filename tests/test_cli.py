@@ -12,15 +12,15 @@ import yaml
 from safetensors.torch import save_file
 
 from companion import cli
-from companion.evaluation import recipe_parity
-from companion.evaluation.parity import Case, folder
 from companion.ops import adopt, needs, record, report
 from companion.ops.papers import MODELS, paper
+from tests.parity.runner import ROOT as CASES
+from tests.parity.runner import Case
 
 
-def call(capsys, *words) -> tuple[int, str, str]:
+def call(capture, *words) -> tuple[int, str, str]:
     code = cli.main([str(w) for w in words])
-    said = capsys.readouterr()
+    said = capture.readouterr()
     return code, said.out, said.err
 
 
@@ -71,7 +71,7 @@ def test_the_memory_that_doctor_names_is_what_is_counted(root):
     assert all(set(runs) <= {run["id"] for run in paper(slug)["runs"]} for slug, runs in known.items())
 
 
-def test_wrong_calls_name_what_is_accepted(capsys, tmp_path):
+def test_wrong_calls_name_what_is_accepted(capfd, tmp_path):
     (tmp_path / "file").write_text("")
     for words, said in (
         (("doctor", "nothing"), "sa2vp"),
@@ -79,15 +79,15 @@ def test_wrong_calls_name_what_is_accepted(capsys, tmp_path):
         (("parity", "dmt", "--recipe"), "sa2vp"),
         (("fetch", "sa2vp", "--data-root", tmp_path / "file"), str(tmp_path / "file")),
     ):
-        code, _, err = call(capsys, *words)
-        assert code == 2 and said in err
+        code, _, err = call(capfd, *words)
+        assert code == 2 and said in err, words
 
 
 # --- parity -----------------------------------------------------------------------------------------------------------
 
 
-def test_parity_of_a_good_a_changed_and_an_unreadable_checkpoint(capsys, tmp_path):
-    state = {n: t.clone() for n, t in Case(folder() / "sa2vp" / "tiny_vit_full").state.items()}
+def test_parity_of_a_good_a_changed_and_an_unreadable_checkpoint(capfd, tmp_path):
+    state = {n: t.clone() for n, t in Case(CASES / "sa2vp" / "tiny_vit_full").state.items()}
     save_file(state, tmp_path / "good.safetensors")
     state["vit_base.transformer.encoder.layer.8.attn.value.weight"] += 0.1
     torch.save(state, tmp_path / "changed.pth")
@@ -99,19 +99,19 @@ def test_parity_of_a_good_a_changed_and_an_unreadable_checkpoint(capsys, tmp_pat
         ("other.safetensors", 1, "other.safetensors"),
         ("broken.pth", 1, "broken.pth"),
     ):
-        code, out, err = call(capsys, "parity", "sa2vp", "--checkpoint", tmp_path / name)
+        code, out, err = call(capfd, "parity", "sa2vp", "--checkpoint", tmp_path / name)
         assert code == expected and said in out + err, name
 
 
-def test_parity_of_the_recipe_is_a_table(capsys, tmp_path):
-    code, out, _ = call(capsys, "parity", "sa2vp", "--recipe", "--case", "metric_top1")
+def test_parity_of_the_recipe_is_a_table(capfd, tmp_path):
+    code, out, _ = call(capfd, "parity", "sa2vp", "--recipe", "--case", "metric_top1")
     assert code == 0 and out.splitlines()[1].split()[0] == "acc1" and "DIFFERS" not in out
-    shutil.copytree(recipe_parity.folder() / "sa2vp" / "metric_top1", tmp_path / "sa2vp" / "metric_top1")
+    shutil.copytree(CASES.parent / "recipes" / "sa2vp" / "metric_top1", tmp_path / "sa2vp" / "metric_top1")
     changed = tmp_path / "sa2vp" / "metric_top1" / "case.json"
     facts = json.loads(changed.read_text())
     facts["expected"]["acc1"] += 1
     changed.write_text(json.dumps(facts))
-    code, out, _ = call(capsys, "parity", "sa2vp", "--recipe", "--fixtures", tmp_path)
+    code, out, _ = call(capfd, "parity", "sa2vp", "--recipe", "--fixtures", tmp_path)
     assert code == 1 and next(row for row in out.splitlines() if "acc1" in row).endswith("DIFFERS")
 
 

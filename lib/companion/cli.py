@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
@@ -28,8 +29,7 @@ import torch
 
 from . import __version__, data
 from .errors import BadParameter, CompanionError, CorruptFile, MissingWeights, check_choice
-from .evaluation import parity, recipe_parity
-from .ops import needs
+from .ops import cases, needs
 from .ops.adopt import adopt as adopt_run
 from .ops.files import check_folder
 from .ops.papers import COMMON, accepted, paper, rules, slugs
@@ -251,61 +251,13 @@ def show_data(given: argparse.Namespace) -> int:
     return 0
 
 
-def check_recipe(given: argparse.Namespace) -> int:
-    """Print a table: each recorded quantity of each case, the authors' value and ours."""
-    os.environ["COMPANION_PROGRESS"] = "off"  # of the trainings in a case
-    cases, failed = list(recipe_parity.cases(given.paper, given.fixtures)), 0
-    if given.case:
-        check_choice("--case", given.case, [case.name for case in cases])
-        cases = [case for case in cases if case.name == given.case]
-    for case in cases:
-        rows = recipe_parity.check(given.paper, case)
-        failed += sum(not row.passes for row in rows)
-        print(f"{case.name} ({case.facts['kind']}, {case.facts['how']})")
-        cells = [[text[:60] for text in (row.what, row.expected, row.ours)] for row in rows]
-        wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        for row, texts in zip(rows, cells, strict=True):
-            verdict = f"departs: {row.departs}" if row.departs and row.passes else "" if row.passes else "DIFFERS"
-            columns = zip(texts, wide, strict=True)
-            print("  " + "  ".join(f"{text:{width}}" for text, width in columns) + f"  {verdict}".rstrip())
-    return int(bool(failed))
-
-
 def check_parity(given: argparse.Namespace) -> int:
-    """Print each case; name the first output that differs."""
-    if given.recipe:
-        return check_recipe(given)
-    if given.accelerator == "cuda" and not torch.cuda.is_available():
-        raise BadParameter("--accelerator", "cuda", "cpu: there is no GPU here")
-    cases = list(parity.cases(given.paper, given.fixtures))
-    if given.case:
-        names = [case.name for case in cases]
-        check_choice("--case", given.case, names)
-        cases = [case for case in cases if case.name == given.case]
-    if given.checkpoint:
-        print(f"reading {given.checkpoint}", flush=True)  # files of gigabytes, read for a minute
-        state = parity.checkpoint(given.paper, given.checkpoint)
-        shapes = {name: list(tensor.shape) for name, tensor in state.items()}
-        # the cases whose model has these tensors; the authors may store frozen copies next to them
-        cases = [parity.Case(c.folder, state) for c in cases if c.names and c.names.items() <= shapes.items()]
-        if not cases:
-            first = next((f"{name} {tuple(shape)}" for name, shape in shapes.items()), "none")
-            detail = f"no case of {given.paper} has its tensor names and shapes, the first: {first}"
-            raise CorruptFile(given.checkpoint, detail)
-    failed = 0
-    for case in cases:
-        differences = parity.compare(given.paper, case, given.accelerator)
-        worst = max(differences, key=lambda d: d.error)
-        wrong = [d for d in differences if not d.agrees]
-        if wrong:
-            failed += 1
-            print(
-                f"{case.name}: DIFFERS; first at {wrong[0].output} ({wrong[0].error:.1e} of its largest magnitude), "
-                f"{len(wrong)} of {len(differences)} outputs"
-            )
-        else:
-            print(f"{case.name}: agrees; {len(differences)} outputs, worst {worst.error:.1e} at {worst.output}")
-    return int(bool(failed))
+    """Compare with the recorded cases of the checkout, by its own program."""
+    words = [given.paper, "--accelerator", given.accelerator, *(["--recipe"] if given.recipe else [])]
+    for name in ("checkpoint", "fixtures", "case"):
+        if value := getattr(given, name):
+            words += [f"--{name}", str(Path(value).resolve()) if name != "case" else value]
+    return subprocess.run(cases.program(words), cwd=cases.CHECKOUT).returncode
 
 
 def slides(given: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from companion import data
 from companion.data import detection
 from companion.data.detection import OV_COCO_BASE, OV_COCO_NOVEL, load, own_folder, splits
 from companion.errors import BadParameter, CorruptFile, MissingData
-from companion.evaluation.parity import folder as fixtures
+from tests.parity.runner import ROOT as FIXTURES
 from companion.ops.files import read_json, write_json
 from tests.data.conftest import expect, picture, refused, unreadable
 
@@ -32,7 +32,7 @@ def image(number: int | str, **more) -> dict:
 
 
 def coco_categories() -> list[dict]:
-    return read_json(fixtures() / "sic_cads" / "eval_ov_coco" / "gt.json")["categories"]
+    return read_json(FIXTURES / "sic_cads" / "eval_ov_coco" / "gt.json")["categories"]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from companion.data import tracking as data
 from companion.errors import BadParameter
 from companion.evaluation import fill
 from companion.evaluation.metrics.tracking import evaluate
-from companion.evaluation.recipe_parity import Case, InOrder, Row, lines, near, parameters, same
+from tests.recipes.runner import Case, InOrder, Row, lines, near, parameters, same
 from companion.models.bat import model as bat
 from companion.models.bat import recipe
 from companion.models.layers.state_dicts import load_official

@@ -21,7 +21,7 @@ from companion import backbones
 from companion.data import DATASETS, domains, fewshot
 from companion.data.domains_sets import CLASSES
 from companion.evaluation import fill
-from companion.evaluation.recipe_parity import Case, InOrder, Row, lines, near, parameters, same
+from tests.recipes.runner import Case, InOrder, Row, lines, near, parameters, same
 from companion.models.dplq import recipe
 from companion.models.dplq.model import DPLQ, PROMPT, NoFeatures, loss
 from companion.models.layers.clip_prompting import Texts, _tower_names, embed_texts

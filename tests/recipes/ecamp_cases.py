@@ -23,7 +23,7 @@ from companion.data import xrays
 from companion.data.xrays_sets import CLASSES, ONE_OF, SIZES
 from companion.evaluation import fill
 from companion.evaluation.metrics import radiology
-from companion.evaluation.recipe_parity import Case, InOrder, Row, near, same
+from tests.recipes.runner import Case, InOrder, Row, near, same
 from companion.evaluation.tables import published_table
 from companion.models.ecamp import heads, recipe, text
 from companion.models.ecamp import model as ecamp

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, TensorDataset
 from companion import slides
 from companion.data import slides as data
 from companion.evaluation import fill
-from companion.evaluation.recipe_parity import Case, InOrder, Row, near, same
+from tests.recipes.runner import Case, InOrder, Row, near, same
 from companion.models.hvit import model as hvit
 from companion.models.hvit import recipe
 from companion.models.layers.state_dicts import load_official

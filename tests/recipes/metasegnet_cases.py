@@ -24,7 +24,7 @@ from companion.data.landcover_sets import CLASSES, LOVEDA, POTSDAM
 from companion.errors import CorruptFile
 from companion.evaluation import fill
 from companion.evaluation.metrics import landcover as metrics
-from companion.evaluation.recipe_parity import Case, InOrder, Row, near, same
+from tests.recipes.runner import Case, InOrder, Row, near, same
 from companion.geotiff import quiet
 from companion.models.metasegnet import model as metasegnet
 from companion.models.metasegnet import recipe

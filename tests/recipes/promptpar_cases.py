@@ -25,7 +25,7 @@ from companion.data import attributes
 from companion.data.attributes_sets import COLUMNS, PHRASES, SENTENCES
 from companion.evaluation import fill
 from companion.evaluation.metrics.attributes import evaluate
-from companion.evaluation.recipe_parity import Case, InOrder, Row, lines, near, parameters, same
+from tests.recipes.runner import Case, InOrder, Row, lines, near, parameters, same
 from companion.models.layers.clip_prompting import Texts
 from companion.models.layers.state_dicts import official_state
 from companion.models.promptpar import recipe

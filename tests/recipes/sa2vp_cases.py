@@ -23,7 +23,7 @@ from torch.utils.data import TensorDataset
 from companion import backbones
 from companion.data import DATASETS, classification
 from companion.evaluation import fill
-from companion.evaluation.recipe_parity import Case, InOrder, Row, lines, near, parameters, same
+from tests.recipes.runner import Case, InOrder, Row, lines, near, parameters, same
 from companion.models.sa2vp import recipe
 from companion.models.sa2vp.model import SA2VP, SA2VPSwin, TwoPathways, two_pathway_loss
 from companion.ops.papers import paper

@@ -22,7 +22,7 @@ from companion.data import DATASETS, detection
 from companion.data.detection_sets import COCO_BASE, COCO_NOVEL, COCO_OTHER
 from companion.evaluation import fill
 from companion.evaluation.metrics.detection import evaluate, recognition_ap
-from companion.evaluation.recipe_parity import Case, InOrder, Row, near, same
+from tests.recipes.runner import Case, InOrder, Row, near, same
 from companion.models.layers.state_dicts import official_state
 from companion.models.sic_cads import recipe
 from companion.models.sic_cads.model import MLR, rank_loss, windows

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from companion.evaluation.recipe_parity import Row, near, same
+from tests.recipes.runner import Row, near, same
 
 Step = tuple[str, list[float], str]  # its name, its numbers, its interpolation
 ATTRIBUTES = {"Resize": ["size"], "RandomCrop": ["size"], "RandomResizedCrop": ["size", "scale", "ratio"]}

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from companion.errors import CompanionError
-from companion.evaluation import recipe_parity
+from tests.recipes import runner
 
 FULL_SIZE: set[tuple[str, str]] = {
     ("dplq", "groups_base_to_novel"),
@@ -20,30 +20,30 @@ FULL_SIZE: set[tuple[str, str]] = {
 
 
 def _cases():
-    for paper in recipe_parity.papers():
-        for case in recipe_parity.cases(paper):
+    for paper in runner.papers():
+        for case in runner.cases(paper):
             marks = [pytest.mark.slow, pytest.mark.large] if (paper, case.name) in FULL_SIZE else []
             yield pytest.param(paper, case, id=f"{paper}-{case.name}", marks=marks)
 
 
 @pytest.mark.parametrize(("paper", "case"), list(_cases()))
 def test_same_as_the_authors_code(paper, case):
-    rows = recipe_parity.check(paper, case)
+    rows = runner.check(paper, case)
     assert rows and [row for row in rows if not row.passes] == []
 
 
 def test_every_recorded_case_has_a_paper_that_checks_it():
-    recorded = {path.parent.parent.name for path in recipe_parity.folder().glob("*/*/case.json")}
-    assert recorded == set(recipe_parity.papers())
+    recorded = {path.parent.parent.name for path in runner.folder().glob("*/*/case.json")}
+    assert recorded == set(runner.papers())
 
 
 def test_extra_cases_are_checked_and_a_wrong_or_unchecked_value_is_found(tmp_path, monkeypatch):
-    shutil.copytree(recipe_parity.folder() / "bat" / "metric_gtot", tmp_path / "bat" / "metric_gtot_2")
+    shutil.copytree(runner.folder() / "bat" / "metric_gtot", tmp_path / "bat" / "metric_gtot_2")
     monkeypatch.setenv("RECIPES_EXTRA", str(tmp_path))
 
     def check():
-        (case,) = [case for case in recipe_parity.cases("bat") if case.name == "metric_gtot_2"]
-        return recipe_parity.check("bat", case)
+        (case,) = [case for case in runner.cases("bat") if case.name == "metric_gtot_2"]
+        return runner.check("bat", case)
 
     assert all(row.passes for row in check())
     path = tmp_path / "bat" / "metric_gtot_2" / "case.json"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from companion.evaluation import parity
+from tests.parity import runner
 from companion.ops.papers import paper, slugs
 from tests.conftest import ROOT
 
@@ -122,13 +122,13 @@ sys.path.insert(0, "benchmarks")
 from tests.simulated import simdevice
 simdevice.install()
 from gpu import TOLERANCES
-from companion.evaluation import parity
-for case in parity.cases(sys.argv[1]):
+from tests.parity import runner
+for case in runner.cases(sys.argv[1]):
     named = (case.folder / "names.json").exists()
     shapes = case.names.values() if named else ()
     numbers = sum(math.prod(shape) for shape in shapes if isinstance(shape, list))
     if numbers < 5e6:
-        worst = max(parity.compare(sys.argv[1], case, "cuda"), key=lambda d: d.error)
+        worst = max(runner.compare(case, "cuda"), key=lambda d: d.error)
         assert worst.error < TOLERANCES.get(case.name, 1e-3), (case.name, worst)
 """
 
@@ -141,7 +141,7 @@ def test_make_gpu():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slug", parity.papers())
+@pytest.mark.parametrize("slug", runner.papers())
 def test_parity(slug):
     """The smaller recorded cases, computed on the GPU."""
     done = subprocess.run([sys.executable, "-c", PARITY, slug], capture_output=True, text=True, cwd=ROOT)

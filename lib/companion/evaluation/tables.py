@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -82,3 +84,64 @@ def upsert_rows(
             rows.to_csv(temporary, index=False)
     rows.attrs["keys"] = list(keys)
     return rows
+
+
+Cells = dict[tuple[str, str], float]  # a mean by (row, column) of a table
+
+
+@dataclass(frozen=True)
+class Results:
+    """The measured rows of a paper, in one CSV, and the cells of tables and claims that they fill.
+
+    `Results.of(slug)` reads it from `results` of models/<slug>/paper.yaml, whose entries are these:
+
+    Attributes:
+        keys: columns that identify a row; a row measured again replaces the old one.
+        values: columns of scores.
+        usual: values of columns that rows of older code lack.
+        names: for a column, how its values are called in tables.
+        cells: by table, which rows fill it (`where`: column -> value or values), and the names of row and column, as
+            templates of a row's fields and `metric`, the score's name; `metrics`: score -> name, where they differ.
+        claims: likewise, for the claims about results.
+    """
+
+    slug: str
+    keys: Sequence[str]
+    values: Sequence[str]
+    usual: Mapping[str, Any] = field(default_factory=dict)
+    names: Mapping[str, Mapping[Any, str]] = field(default_factory=dict)
+    cells: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    claims: Sequence[Mapping[str, Any]] = ()
+
+    @classmethod
+    def of(cls, slug: str) -> Results:
+        """The results of a paper, as its YAML describes them."""
+        return cls(slug, **paper(slug)["results"])
+
+    def measured(self, path: str | Path, *new: Mapping[str, object]) -> pd.DataFrame:
+        """The rows in the CSV `path`, after `new` rows were added to it or replaced those with the same keys."""
+        rows = upsert_rows(path, self.keys, self.values, new)
+        for name, usual in self.usual.items():
+            rows[name] = rows[name].fillna(usual) if name in rows else usual
+        return rows
+
+    def filled(self, rows: pd.DataFrame, spec: Mapping[str, Any]) -> Cells:
+        """Means over the rows of one cell, which differ in their seed, by (row, column); an entry of `cells`."""
+        for column, wanted in spec.get("where", {}).items():
+            rows = rows[rows[column].isin(wanted if isinstance(wanted, list) else [wanted])]
+        found: dict[tuple[str, str], list[float]] = {}
+        for row in rows.sort_values(list(self.keys)).to_dict("records"):
+            shown = {key: self.names.get(key, {}).get(value, value) for key, value in row.items()}
+            for score, metric in spec.get("metrics", {value: value for value in self.values}).items():
+                if not pd.isna(row.get(score)):
+                    cell = (spec["row"].format(**shown, metric=metric), spec["column"].format(**shown, metric=metric))
+                    found.setdefault(cell, []).append(float(row[score]))
+        return {cell: math.fsum(scores) / len(scores) for cell, scores in found.items()}
+
+    def claimed(self, rows: pd.DataFrame) -> Cells:
+        """The measurements that judge the claims about results, by (row, column)."""
+        return {cell: value for spec in self.claims for cell, value in self.filled(rows, spec).items()}
+
+    def tables(self, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+        """The published tables by title, each cell with the published value and ours."""
+        return with_measured(self.slug, {table: self.filled(rows, spec) for table, spec in self.cells.items()})

@@ -50,9 +50,24 @@ def paper(slug: str) -> dict:
     return yaml.safe_load((MODELS / slug / "paper.yaml").read_text(encoding="utf-8"))
 
 
+def diagram(slug: str) -> str:
+    """The path of the architecture diagram of a paper, models/<slug>/architecture.svg."""
+    return str(MODELS / slug / "architecture.svg")
+
+
 def papers_with(weights: str) -> list[str]:
     """The short names of the papers that use the weights of that name on the hub."""
     return [slug for slug in slugs() if any(entry.get("id") == weights for entry in paper(slug)["weights"])]
+
+
+def protocol(slug: str, **facts: object) -> dict[str, str]:
+    """The settings of the `paper` profile, one per row: `protocol` of the YAML, with constants of the recipe filled
+    in.
+
+    Args:
+        facts: what the templates name: "{EPOCHS}", "{LOOKAHEAD[k]}", "{coco.lr:g}".
+    """
+    return {name: text.format_map(facts) for name, text in paper(slug)["protocol"].items()}
 
 
 FINDINGS = ("fault", "surprise", "recipe")

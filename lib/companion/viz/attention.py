@@ -12,9 +12,9 @@ import fnmatch
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -252,6 +252,14 @@ _READERS: dict[type[nn.Module], Callable[[Any, tuple, dict], _Parts]] = {
 }
 
 
+@runtime_checkable
+class HasMap(Protocol):
+    """An attention layer of a paper that computes its own map: `models.layers.attend.Attend` and its like."""
+
+    def attention_map(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The map (batch, heads, queries, keys) of a call of the layer with these arguments."""
+
+
 class Recorder:
     """Records the attention maps of a model's forward passes, inside a `with` block:
 
@@ -261,15 +269,14 @@ class Recorder:
 
     Knows the attention of timm's ViTs, of EVA-02 and DINOv3 (`Eva`), BEiT, Swin, SwinV2 and Hiera (of the last three
     the batch is batch * windows, in timm's order; Hiera's queries may be fewer than its keys), `nn.MultiheadAttention`
-    (open_clip) and the attention of transformers models under "sdpa" or "eager". The model runs
-    unchanged and gives the same bits. A map is softmax(q k^T / sqrt(d) + masks and biases), before any dropout; for a
+    (open_clip), the attention of transformers models under "sdpa" or "eager", and every layer with a method
+    `attention_map`, as the papers' own (`HasMap`). The model runs unchanged and gives the same bits. A map is softmax(q k^T / sqrt(d) + masks and biases), before any dropout; for a
     layer in eval mode it is checked by computing the layer's output from it.
 
     Args:
         model: the module whose forward passes are watched.
         layers: which attention layers: indices in the model's order (negative ones count from the end) or patterns of
             their names ("visual.*"); None takes all.
-        also: for a paper's own attention, a module type and a function (module, args, kwargs) -> map of that call.
 
     Attributes:
         maps: one tensor (batch, heads, queries, keys) for each call of a watched layer, in the order of the calls.
@@ -284,12 +291,10 @@ class Recorder:
         self,
         model: nn.Module,
         layers: Sequence[int | str] | None = None,
-        also: Mapping[type[nn.Module], Callable[[Any, tuple, dict], Tensor]] | None = None,
     ):
         self.maps: list[Tensor] = []
         self.names: list[str] = []
         self._kind = type(model).__name__
-        self._also = dict(also or {})
         self._handles: list[Any] = []
         known = {name: module for name, module in model.named_modules() if self._knows(module)}
         if not known:
@@ -298,12 +303,12 @@ class Recorder:
                 type(model).__name__,
                 "a model with the attention of timm's ViT, EVA-02, DINOv3, BEiT, Swin, SwinV2 or Hiera, "
                 "nn.MultiheadAttention or transformers attention; "
-                "for another module give also={its type: function(module, args, kwargs) -> map}",
+                "or a layer with a method attention_map",
             )
         self._watched = known if layers is None else {name: known[name] for name in _choose(layers, list(known))}
 
     def _knows(self, module: nn.Module) -> bool:
-        return isinstance(module, (*self._also, *_READERS)) or _is_transformers(module)
+        return isinstance(module, (HasMap, *_READERS)) or _is_transformers(module)
 
     def __enter__(self) -> Recorder:
         self.maps.clear()
@@ -327,9 +332,8 @@ class Recorder:
 
     @torch.no_grad()
     def _record(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        own = next((read for kind, read in self._also.items() if isinstance(module, kind)), None)
-        if own is not None:
-            attention = own(module, args, kwargs)
+        if isinstance(module, HasMap):
+            attention = module.attention_map(*args, **kwargs)
         else:
             read = next((read for kind, read in _READERS.items() if isinstance(module, kind)), _transformers)
             # a projection may carry dropout of its own (adapters in training): leave the random state as it was
@@ -370,7 +374,7 @@ def _check(name: str, module: nn.Module, ours: Tensor, theirs: Tensor) -> None:
         "layers",
         name,
         f"attention layers whose output is softmax(q k^T) v: this {type(module).__name__} does something else. "
-        "Leave it out with layers=[...] or read it with also={its type: function}",
+        "Leave it out with layers=[...], or give it a method attention_map",
     )
 
 

@@ -145,7 +145,7 @@ def test_attention_maps_of_every_block_and_interaction_are_recorded(name, attent
     model, x = small(name, attention=attention)
     with torch.no_grad():
         plain = model(x)
-        with Recorder(model, also={AlignedAttention: AlignedAttention.read}) as record:
+        with Recorder(model) as record:
             for recorded, output in zip(model(x), plain, strict=True):
                 torch.testing.assert_close(recorded, output, **CLOSE)
     cross = [m for kind, m in zip(record.names, record.maps, strict=True) if kind == "cross"]

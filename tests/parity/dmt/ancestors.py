@@ -18,7 +18,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from companion.evaluation.parity import Case
+from tests.parity.legacy import Case
 from companion.models.dmt.model import relation_loss, relation_maps
 from companion.models.dmt.teachers import MAE
 from companion.models.dmt.vit import ViT, visible

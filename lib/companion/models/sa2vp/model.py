@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import BadCheckpoint, BadParameter, check_choice
+from ..layers.attend import attention_map
 from ..layers.frozen import frozen_copy
 from ..layers.state_dicts import Names, OfficialModel, depth, load_official, renamed
 from ..layers.vpt import PLAIN_VIT, plain_vit
@@ -100,8 +101,7 @@ def padded_mask(mask: Tensor, radius: int, class_token: bool) -> Tensor:
 class AlignedAttention(nn.Module):
     """Cross-attention (3.2) as ONE masked attention: q, k, v, each (b, heads, N, d), to (b, N, D).
 
-    Queries fewer than N are the first ones. `Recorder(model, also={AlignedAttention: AlignedAttention.read})` records
-    the maps.
+    Queries fewer than N are the first ones. `viz.attention.Recorder` records the maps.
 
     Args:
         mask: boolean (N, N), see `neighbourhood`, or the additive `padded_mask` (N, N + 1). With the latter the heads
@@ -123,11 +123,10 @@ class AlignedAttention(nn.Module):
         q, k, v, mask = self._arguments(q, k, v)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
-    def read(self, args: tuple[Tensor, Tensor, Tensor], kwargs: Mapping[str, object]) -> Tensor:
-        """The attention map (b, heads, queries, keys) of a call, in the form that `viz.attention.Recorder` takes."""
-        q, k, _, mask = self._arguments(*args)
-        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else mask
-        return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]) + bias).softmax(-1)
+    def attention_map(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The map (b, heads, queries, keys) of a call with these arguments."""
+        q, k, _, mask = self._arguments(q, k, v)
+        return attention_map(q, k, mask)
 
 
 class Adapter(nn.Module):

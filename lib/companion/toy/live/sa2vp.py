@@ -26,7 +26,6 @@ from ...errors import MissingWeights
 from ...evaluation.ablations import means
 from ...evaluation.claims import SYNTHETIC, check_range
 from ...models.sa2vp import SA2VP, recipe
-from ...models.sa2vp.model import AlignedAttention
 from ...models.sa2vp.recipe import Setting
 from ...ops.papers import paper
 from ...viz import plots
@@ -179,7 +178,7 @@ def trace(model: SA2VP, images: Tensor, layers: Sequence[str] | None = None) -> 
     """Run `images` (b, 3, H, W) through the model and record its attention maps; `layers` as `Recorder` takes them."""
     found = Trace([])
     hooks = [a.register_forward_hook(lambda _, args, F: found.fusion.append(model.scale * F)) for a in model.adapters]
-    with Recorder(model, layers, also={AlignedAttention: AlignedAttention.read}) as recorder, torch.no_grad():
+    with Recorder(model, layers) as recorder, torch.no_grad():
         found.tokens = model.forward_intermediates(images)
     for hook in hooks:
         hook.remove()

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...data.detection import OV_COCO_BASE, OV_COCO_NOVEL
-from ...evaluation.metrics.detection import evaluate, recognition_ap
-from ...evaluation.parity import Case, run
-from ..layers.state_dicts import load_official
-from .model import (
+from companion.data.detection import OV_COCO_BASE, OV_COCO_NOVEL
+from companion.evaluation.metrics.detection import evaluate, recognition_ap
+from .legacy import Case, run
+from companion.models.layers.state_dicts import load_official
+from companion.models.sic_cads.model import (
     CROSS_DATASET,
     IMAGENET,
     MLR,

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...evaluation import fill
-from ...evaluation.parity import Case, run
-from ..layers.clip_prompting import CoCoOp, CoOp, MaPLe, PromptLearner
-from ..layers.quaternion import QuaternionLinear, hamilton, real_matrix
-from ..layers.state_dicts import official_state
-from .model import DPLQ, MAE
+from . import fill
+from .legacy import Case, run
+from companion.models.layers.clip_prompting import CoCoOp, CoOp, MaPLe, PromptLearner
+from companion.models.layers.quaternion import QuaternionLinear, hamilton, real_matrix
+from companion.models.layers.state_dicts import official_state
+from companion.models.dplq.model import DPLQ, MAE
 
 
 def outputs(case: Case) -> dict[str, Tensor]:

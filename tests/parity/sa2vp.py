@@ -12,9 +12,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...evaluation.parity import Case, run
-from ...training.schedules import learning_rates
-from .model import SA2VP, SA2VPSwin, two_pathway_loss
+from .legacy import Case, run
+from companion.training.schedules import learning_rates
+from companion.models.sa2vp.model import SA2VP, SA2VPSwin, two_pathway_loss
 
 
 def outputs(case: Case) -> dict[str, Tensor]:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from ...evaluation.metrics import landcover
-from ...evaluation.parity import Case, run
-from ...training.callbacks import Callback, Lookahead
-from ...training.fit import CPU, Loop, fit
-from ...training.schedules import schedule
-from . import model as metasegnet
-from .model import Block, Decoder, GlobalLocalAttention, MetaSegNet, Refinement, WeightedFusion
+from companion.evaluation.metrics import landcover
+from .legacy import Case, run
+from companion.training.callbacks import Callback, Lookahead
+from companion.training.fit import CPU, Loop, fit
+from companion.training.schedules import schedule
+from companion.models.metasegnet import model as metasegnet
+from companion.models.metasegnet.model import Block, Decoder, GlobalLocalAttention, MetaSegNet, Refinement, WeightedFusion
 
 
 def outputs(case: Case) -> dict[str, Tensor]:

@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...evaluation.metrics import radiology
-from ...evaluation.parity import Case, run
-from ..layers.mae import patchify, random_mask, unpatchify
-from ..layers.pos_embed import sincos_table
-from ..layers.state_dicts import load_official
-from . import heads, text
-from . import model as ecamp
-from .model import ECAMP, Batch, Fusion
+from companion.evaluation.metrics import radiology
+from .legacy import Case, run
+from companion.models.layers.mae import patchify, random_mask, unpatchify
+from companion.models.layers.pos_embed import sincos_table
+from companion.models.layers.state_dicts import load_official
+from companion.models.ecamp import heads, text
+from companion.models.ecamp import model as ecamp
+from companion.models.ecamp.model import ECAMP, Batch, Fusion
 
 
 def outputs(case: Case) -> dict[str, Tensor]:

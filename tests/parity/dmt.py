@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...evaluation.parity import Case, folder, run
-from ..layers import dino
-from ..layers.pos_embed import sincos_table
-from ..layers.state_dicts import load_official
-from . import teachers
-from .teachers import MAE, contrastive_loss, mlp
-from .vit import ViT, encoder_state
+from .legacy import Case, folder, run
+from companion.models.layers import dino
+from companion.models.layers.pos_embed import sincos_table
+from companion.models.layers.state_dicts import load_official
+from companion.models.dmt import teachers
+from companion.models.dmt.teachers import MAE, contrastive_loss, mlp
+from companion.models.dmt.vit import ViT, encoder_state
 
 
 def outputs(case: Case) -> dict[str, Tensor]:

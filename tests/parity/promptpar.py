@@ -11,13 +11,13 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ...backbones import read_state
-from ...evaluation.metrics.attributes import evaluate
-from ...evaluation.parity import Case, run
-from ..layers.clip_prompting import Texts, embed_texts
-from ..layers.state_dicts import load_official, official_state
-from .model import Output, PromptPAR, label_weights, loss, prompted_text, read_checkpoint, region_mask, weighted_loss
-from .recipe import by_epoch
+from companion.backbones import read_state
+from companion.evaluation.metrics.attributes import evaluate
+from .legacy import Case, run
+from companion.models.layers.clip_prompting import Texts, embed_texts
+from companion.models.layers.state_dicts import load_official, official_state
+from companion.models.promptpar.model import Output, PromptPAR, label_weights, loss, prompted_text, read_checkpoint, region_mask, weighted_loss
+from companion.models.promptpar.recipe import by_epoch
 
 
 def outputs(case: Case) -> dict[str, Tensor]:

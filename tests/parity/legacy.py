@@ -28,9 +28,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import BadCheckpoint, BadParameter, CompanionError, CorruptFile, MissingData, check_choice
-from ..ops.files import read_json
-from ..ops.papers import MODELS
+from companion.errors import BadCheckpoint, BadParameter, CompanionError, CorruptFile, MissingData, check_choice
+from companion.ops.files import read_json
+from companion.ops.papers import MODELS
 from . import fill
 
 TOLERANCE = 1e-4  # of the largest magnitude of an output
@@ -115,7 +115,7 @@ class Difference:
 
 def folder() -> Path:
     """The folder of the fixtures: `tests/parity` of the checkout that this package is installed from."""
-    return Path(__file__).parents[3] / "tests" / "parity"
+    return Path(__file__).parent
 
 
 def papers() -> list[str]:
@@ -149,9 +149,9 @@ def cases(paper: str, fixtures: str | Path | None = None) -> Iterator[Case]:
 
 def checkpoint(paper: str, path: str | Path) -> Mapping[str, Tensor]:
     """The official tensors in a checkpoint file of `paper`. Raises `CorruptFile` if it cannot be read."""
-    from ..backbones import read_state  # imported here: no other command needs it
+    from companion.backbones import read_state  # imported here: no other command needs it
 
-    module = importlib.import_module(f"companion.models.{paper}.parity")
+    module = importlib.import_module(f"tests.parity.{paper}")
     return module.read(path) if hasattr(module, "read") else read_state(path)
 
 
@@ -171,7 +171,7 @@ def run(
 
 def compare(paper: str, case: Case, device: str = "cpu") -> list[Difference]:
     """Every recorded output of `case` against ours, computed on `device`, in the order of the forward pass."""
-    module = importlib.import_module(f"companion.models.{paper}.parity")
+    module = importlib.import_module(f"tests.parity.{paper}")
     with torch.device(device), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         ours = {name: value.cpu() for name, value in module.outputs(case).items()}
     all_recorded = module.recorded(case) if hasattr(module, "recorded") else case.recorded

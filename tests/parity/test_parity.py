@@ -1,4 +1,4 @@
-"""Every paper's model against outputs recorded from its authors' code; `PARITY_EXTRA=<folder>` adds fixtures."""
+"""Every paper's model against outputs recorded from its authors' code; `PARITY_EXTRA=<folder>` adds cases."""
 
 import shutil
 
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from companion.errors import CorruptFile
-from companion.evaluation import fill, parity
+
+from . import fill, runner
 
 FULL_SIZE = {
     *("vit_b16_full", "vit_b16_full_acc", "swin_b_full", "model_256", "track_loop", "model_vitb16", "domain_mae"),
@@ -17,28 +18,28 @@ FULL_SIZE = {
 
 
 def _cases():
-    for paper in parity.papers():
-        for case in parity.cases(paper):
+    for paper in runner.papers():
+        for case in runner.cases(paper):
             marks = [pytest.mark.slow, pytest.mark.large] if case.name in FULL_SIZE else []
-            yield pytest.param(paper, case, id=f"{paper}-{case.name}", marks=marks)
+            yield pytest.param(case, id=f"{paper}-{case.name}", marks=marks)
 
 
-@pytest.mark.parametrize(("paper", "case"), list(_cases()))
-def test_same_outputs_as_the_authors_code(paper, case):
-    differences = parity.compare(paper, case)
+@pytest.mark.parametrize("case", list(_cases()))
+def test_same_outputs_as_the_authors_code(case):
+    differences = runner.compare(case)
     assert differences and [d for d in differences if not d.agrees] == []
 
 
-def test_extra_fixtures_are_compared_and_a_broken_one_is_refused(tmp_path, monkeypatch):
+def test_extra_cases_are_compared_and_a_broken_one_is_refused(tmp_path, monkeypatch):
     copy = tmp_path / "sa2vp" / "extra"
-    shutil.copytree(parity.folder() / "sa2vp" / "tiny_cross_attention", copy)
+    shutil.copytree(runner.ROOT / "sa2vp" / "tiny_cross_attention", copy)
     monkeypatch.setenv("PARITY_EXTRA", str(tmp_path))
-    (case,) = [case for case in parity.cases("sa2vp") if case.name == "extra"]
+    (case,) = [case for case in runner.cases("sa2vp") if case.name == "extra"]
     state = {name: 1.1 * value for name, value in case.state.items()}
-    assert not all(d.agrees for d in parity.compare("sa2vp", parity.Case(copy, state)))
+    assert not all(d.agrees for d in runner.compare(runner.Case(copy, state)))
     (copy / "outputs.safetensors").write_bytes(b"no")
     with pytest.raises(CorruptFile, match="extra"):
-        parity.compare("sa2vp", case)
+        runner.compare(case)
 
 
 def test_fill_is_fixed_for_ever():

@@ -12,12 +12,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
-from ...data import tracking as data
-from ...evaluation.metrics import tracking as metrics
-from ...evaluation.parity import Case, run
-from ...tracking import Frames, follow
-from ...training.fit import CPU
-from . import model as bat
+from companion.data import tracking as data
+from companion.evaluation.metrics import tracking as metrics
+from .legacy import Case, run
+from companion.tracking import Frames, follow
+from companion.training.fit import CPU
+from companion.models.bat import model as bat
 
 
 def outputs(case: Case) -> dict[str, Tensor]:

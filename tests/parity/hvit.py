@@ -13,13 +13,13 @@ from sklearn.metrics import cohen_kappa_score, confusion_matrix, roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
 
-from ... import slides
-from ...evaluation import fill
-from ...evaluation.parity import Case, run
-from ...viz import heatmaps
-from ..layers import dino
-from . import model as hvit
-from .model import HViT, PatchEncoder, RegionEncoder
+from companion import slides
+from . import fill
+from .legacy import Case, run
+from companion.viz import heatmaps
+from companion.models.layers import dino
+from companion.models.hvit import model as hvit
+from companion.models.hvit.model import HViT, PatchEncoder, RegionEncoder
 
 ROUNDING = 4e-6  # of attention in float32, relative
 

@@ -17,7 +17,6 @@ import functools
 import hashlib
 import importlib
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..errors import CompanionError, CorruptFile, MissingData, check_choice
-from ..ops.files import read_json
+from companion.errors import CompanionError, CorruptFile, MissingData, check_choice
+from companion.ops.files import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +43,13 @@ class Case:
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
-        """All of case.json."""
-        return read_json(self.folder / "case.json")
+        """All of case.json; a case in the form of version 2 is converted by `tools.cases`."""
+        facts = read_json(self.folder / "case.json")
+        if facts.get("form") == 2:
+            return facts
+        from tools import cases
+
+        return cases.recipe(self.folder.parent.name, self.folder)
 
     @property
     def settings(self) -> Any:
@@ -165,12 +169,12 @@ class InOrder(Dataset):
 
 
 def folder() -> Path:
-    """The folder of the cases: `tests/recipes` of the checkout that this package is installed from."""
-    return Path(__file__).parents[3] / "tests" / "recipes"
+    """The folder of the cases."""
+    return Path(__file__).parent
 
 
 def papers() -> list[str]:
-    """The slugs that have recipe cases; none if the package is not installed from a checkout."""
+    """The slugs that have recipe cases."""
     return sorted(path.stem.removesuffix("_cases") for path in folder().glob("*_cases.py"))
 
 
@@ -200,7 +204,7 @@ def check(paper: str, case: Case) -> list[Row]:
         BadParameter: `KINDS` has no function for a case of this name.
         CompanionError: a recorded quantity has no row.
     """
-    kinds = _kinds(paper)
+    kinds = importlib.import_module(f"tests.recipes.{paper}_cases").KINDS
     start = next((start for start in kinds if case.name.startswith(start)), None)
     check_choice("case", case.name if start is None else start, list(kinds))
     rows = kinds[str(start)](case)
@@ -209,16 +213,6 @@ def check(paper: str, case: Case) -> list[Row]:
     if unchecked:
         raise CompanionError(f"recipe of {paper}: {case.name} has quantities that are not computed: {unchecked}")
     return rows
-
-
-@functools.cache
-def _kinds(paper: str) -> Mapping[str, Callable[[Case], list[Row]]]:
-    """`KINDS` of a paper."""
-    sys.path.insert(0, str(folder().parents[1]))  # before a package `tests` of somebody else
-    try:
-        return importlib.import_module(f"tests.recipes.{paper}_cases").KINDS
-    finally:
-        sys.path.pop(0)
 
 
 def _plain(value: Any) -> Any:
